@@ -1,0 +1,58 @@
+"""simpo: preference alignment of language models, exact, fast and light."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. Loaded on first use, so that `import simpo` costs nothing.
+_PUBLIC = {
+    "Responses": "simpo.objectives",
+    "OBJECTIVES": "simpo.objectives",
+    "Objective": "simpo.objectives",
+    "TokenizedComparison": "simpo.packing.comparison",
+    "PackedBatch": "simpo.packing.layout",
+    "policy_forward": "simpo.packing.policy",
+    "score_responses": "simpo.packing.scoring",
+    "PreferenceConfig": "simpo.training.config",
+    "PreferenceTrainer": "simpo.training.trainer",
+    "SimpoError": "simpo.errors",
+}
+
+if TYPE_CHECKING:
+    from simpo.errors import SimpoError
+    from simpo.objectives import OBJECTIVES, Objective, Responses
+    from simpo.packing.comparison import TokenizedComparison
+    from simpo.packing.layout import PackedBatch
+    from simpo.packing.policy import policy_forward
+    from simpo.packing.scoring import score_responses
+    from simpo.training.config import PreferenceConfig
+    from simpo.training.trainer import PreferenceTrainer
+
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "PackedBatch",
+    "PreferenceConfig",
+    "PreferenceTrainer",
+    "Responses",
+    "SimpoError",
+    "TokenizedComparison",
+    "__version__",
+    "policy_forward",
+    "score_responses",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'simpo' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

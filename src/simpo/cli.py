@@ -1,0 +1,50 @@
+"""The command line: find the command, run it, and end a user's mistake in one line."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from simpo import __version__, commands
+from simpo.errors import SimpoError
+
+
+def command_names() -> list[str]:
+    """Names of the commands: the modules of :mod:`simpo.commands`."""
+    return sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
+
+
+def _overview() -> str:
+    lines = ["usage: simpo COMMAND [ARGUMENT ...]   (simpo COMMAND --help says more)", "", "commands:"]
+    for name in command_names():
+        module = importlib.import_module(f"simpo.commands.{name}")
+        lines.append(f"  {name:<10} {(module.__doc__ or '').strip().splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``simpo COMMAND ...`` and return its exit code: 0 done, 2 a user's mistake, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"simpo {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    try:
+        if name not in command_names():
+            raise SimpoError(f"unknown command {name!r}; the commands are {', '.join(command_names())}")
+        return importlib.import_module(f"simpo.commands.{name}").main(rest)
+    except SimpoError as error:
+        print(f"simpo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("simpo: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Files and hub data sets to tokenized comparisons. Knows neither torch nor training."""

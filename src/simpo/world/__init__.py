@@ -1,0 +1,1 @@
+"""A built-in tiny world: a tokenizer, a model and preference pairs that need no download."""
