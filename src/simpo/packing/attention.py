@@ -1,0 +1,119 @@
+"""Shared-prefix attention: every response sees its prompt and itself, and the prompt is computed once.
+
+Registered with transformers' attention and mask interfaces. The layout arrives as a forward keyword argument, because a
+side channel would be gone when gradient checkpointing recomputes a layer. A call without a layout goes to the
+implementation that the model had before, so ``generate`` and evaluation behave as they always did.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from simpo.packing import kernels
+from simpo.packing.layout import AttentionLayout
+from simpo.packing.segments import AttentionStyle, by_segment
+
+PREFIX = "simpo_"
+LAYOUT_ARGUMENT = "attention_layout"
+# What attention implementations are handed that changes nothing in training without a cache.
+_IGNORED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "cache"}
+
+
+class UnsupportedAttentionError(Exception):
+    """This model's attention asks for something that shared-prefix attention does not honour."""
+
+
+def install(model: PreTrainedModel) -> None:
+    """Route ``model``'s attention through :func:`shared_prefix_attention`, keeping its own for calls without layout.
+
+    Raises:
+        UnsupportedAttentionError: the model does not use transformers' attention interface.
+    """
+    base = model.config._attn_implementation
+    if base.startswith(PREFIX):
+        return
+    if base not in ("eager", "sdpa"):  # flash and flex kernels need shapes of their own; sdpa gives the same numbers
+        base = "sdpa"
+    if not type(model)._can_set_attn_implementation():
+        raise UnsupportedAttentionError(f"{type(model).__name__} does not use transformers' attention interface")
+    name = PREFIX + base
+    AttentionInterface.register(name, _dispatch_to(base))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    model.set_attn_implementation(name)
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """Give ``model`` its own attention back."""
+    name = model.config._attn_implementation
+    if name.startswith(PREFIX):
+        model.set_attn_implementation(name.removeprefix(PREFIX))
+
+
+@cache
+def _dispatch_to(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        layout = kwargs.pop(LAYOUT_ARGUMENT, None)
+        if layout is not None:
+            return shared_prefix_attention(module, *args, layout=layout, **kwargs), None
+        if base == "eager":  # every modeling file has its own
+            return importlib.import_module(type(module).__module__).eager_attention_forward(module, *args, **kwargs)
+        return ALL_ATTENTION_FUNCTIONS[base](module, *args, **kwargs)
+
+    return attention
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, heads, T, D]
+    key: Tensor,  # [1, key-value heads, T, D]
+    value: Tensor,  # [1, key-value heads, T, D_v]
+    attention_mask: Tensor | None,
+    *,
+    layout: AttentionLayout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention over a packed batch, ``[1, T, heads, D_v]``.
+
+    Args:
+        module: the attention module that calls.
+        query: ``[1, heads, T, D]``; key and value likewise, with as many or fewer heads.
+        attention_mask: a placeholder; the layout says what is seen.
+        layout: the comparisons' lengths; ``T`` in all.
+        scaling: factor on the scores, ``D ** -0.5`` if None.
+        dropout: probability of dropping an attention weight.
+        sliding_window: a query sees this many positions, its own included.
+        softcap: bound of the scores, ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        s_aux: ``[heads]`` sink logits that take part in the softmax and carry no value (GPT-OSS).
+        is_causal: must not be False.
+
+    Raises:
+        UnsupportedAttentionError: an argument that is not honoured here, or shapes that are not the layout's.
+    """
+    unknown = [name for name, given in kwargs.items() if given is not None and name not in _IGNORED]
+    if unknown or is_causal is False:
+        raise UnsupportedAttentionError(f"attention arguments {unknown or ['is_causal=False']} are not honoured")
+    if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == layout.total:
+        raise UnsupportedAttentionError(f"queries {tuple(query.shape)} are not a packed batch of {layout.total} tokens")
+    if layout.windows is not None:
+        layout.windows.append(sliding_window)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    style = AttentionStyle(scale, sliding_window, softcap, s_aux, dropout)
+    if query.device.type == "cuda":
+        kernel = kernels.choose(query, key, value, style)
+        if kernel is not None:
+            return kernel(query, key, value, layout, style)
+    return by_segment(query, key, value, layout, style)

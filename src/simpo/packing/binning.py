@@ -1,0 +1,127 @@
+"""Which comparisons an optimizer step takes, and how they are split over ranks and micro-batches.
+
+Every rank computes the same plan from (seed, epoch, step, lengths), without communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from simpo.errors import SimpoError
+
+
+class MicroBatch(NamedTuple):
+    """Rows that one forward takes, and their weights in the loss (0 for a filler)."""
+
+    rows: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+class Step(NamedTuple):
+    """One rank's share of an optimizer step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    comparisons: int  # of all ranks: the loss's denominator
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The plan of a run.
+
+    Attributes:
+        lengths: ``[rows]`` tokens of each row.
+        rows_per_step: pairs per optimizer step, over all ranks; the last step of an epoch may have fewer.
+        max_batch_tokens: no micro-batch has more tokens than this.
+        world_size: number of ranks.
+        seed: with the epoch, determines the order of the rows; None keeps their order.
+        drop_last: leave out an incomplete last step.
+
+    Raises:
+        SimpoError: a row is longer than ``max_batch_tokens``.
+    """
+
+    lengths: np.ndarray
+    rows_per_step: int
+    max_batch_tokens: int
+    world_size: int = 1
+    seed: int | None = None
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        check_budget(self.lengths, self.max_batch_tokens)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        full, rest = divmod(len(self.lengths), self.rows_per_step)
+        return full + (rest > 0 and not self.drop_last)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """``[rows]`` the order in which an epoch takes the rows."""
+        if self.seed is None:
+            return np.arange(len(self.lengths))
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
+
+    def step(self, order: np.ndarray, number: int, rank: int = 0) -> Step:
+        """Rank ``rank``'s share of step ``number`` of the epoch with row order ``order``."""
+        rows = order[number * self.rows_per_step : (number + 1) * self.rows_per_step]
+        shares = _balance(rows, self.lengths, self.world_size)
+        count = max(_bins_needed(share, self.lengths, self.max_batch_tokens) for share in shares)
+        filler = int(rows[np.argmin(self.lengths[rows])])
+        micro_batches = []
+        for members in _balance(np.array(shares[rank], dtype=int), self.lengths, count):
+            if members:
+                micro_batches.append(MicroBatch(tuple(members), (1.0,) * len(members)))
+            else:  # this rank has less to do, and every rank must make as many forwards
+                micro_batches.append(MicroBatch((filler,), (0.0,)))
+        return Step(tuple(micro_batches), len(rows))
+
+
+def check_budget(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> None:
+    """Raise :class:`SimpoError` naming the longest row if it does not fit into a micro-batch."""
+    longest = int(np.argmax(lengths)) if len(lengths) else 0
+    if len(lengths) and lengths[longest] > max_batch_tokens:
+        raise SimpoError(
+            f"max_batch_tokens: {max_batch_tokens} is below the longest comparison (row {longest}, "
+            f"{lengths[longest]} tokens); raise it or lower max_length"
+        )
+
+
+def fill_in_order(lengths: Sequence[int], max_batch_tokens: int) -> list[range]:
+    """Consecutive runs of rows of at most ``max_batch_tokens`` tokens each, in their order.
+
+    Raises:
+        SimpoError: a row is longer than that.
+    """
+    check_budget(lengths, max_batch_tokens)
+    runs, start, tokens = [], 0, 0
+    for row, length in enumerate(lengths):
+        if tokens + length > max_batch_tokens:
+            runs.append(range(start, row))
+            start, tokens = row, 0
+        tokens += length
+    return [*runs, range(start, len(lengths))] if lengths else []
+
+
+def _balance(rows: np.ndarray, lengths: np.ndarray, bins: int) -> list[list[int]]:
+    """Rows in ``bins`` groups of about as many tokens: longest first, each to the lightest group."""
+    groups: list[list[int]] = [[] for _ in range(bins)]
+    loads = np.zeros(bins, dtype=np.int64)
+    for row in sorted(rows.tolist(), key=lambda row: (-lengths[row], row)):
+        lightest = int(np.argmin(loads))
+        groups[lightest].append(row)
+        loads[lightest] += lengths[row]
+    return groups
+
+
+def _bins_needed(rows: Sequence[int], lengths: np.ndarray, max_batch_tokens: int) -> int:
+    """The smallest number of balanced groups whose largest fits into ``max_batch_tokens``."""
+    members = np.array(rows, dtype=int)
+    bins = max(1, -(-int(lengths[members].sum()) // max_batch_tokens))
+    while max(lengths[group].sum() for group in _balance(members, lengths, bins)) > max_batch_tokens:
+        bins += 1
+    return bins

@@ -1,0 +1,151 @@
+"""CUDA kernels for shared-prefix attention. Each proves itself against the definition before it is used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simpo.packing.layout import AttentionLayout, Span
+from simpo.packing.segments import AttentionStyle, by_segment, repeat_heads
+
+logger = logging.getLogger(__name__)
+
+Kernel = Callable[[Tensor, Tensor, Tensor, AttentionLayout, AttentionStyle], Tensor]
+
+
+def varlen(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
+    """One variable-length call for all segments; shapes as in :func:`~simpo.packing.segments.by_segment`.
+
+    Queries of a segment are fewer than its keys where the prompt is shared; the kernel's causal mask is aligned
+    bottom-right, which is just what a response needs.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - needs a CUDA build
+
+    groups = query.shape[1] // key.shape[1]
+    # [1, h, T, D] -> [keys of all segments, heads, D]; the gradient of a shared prompt adds up through the gather
+    keys = repeat_heads(key, groups)[0].transpose(0, 1)[layout.key_index]
+    values = repeat_heads(value, groups)[0].transpose(0, 1)[layout.key_index]
+    output = varlen_attn(
+        query[0].transpose(0, 1).contiguous(),
+        keys,
+        values,
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_k,
+        max(layout.query_sizes),
+        max(layout.key_sizes),
+        scale=style.scale,
+        window_size=(-1 if style.window is None else style.window - 1, 0),
+    )
+    return output[None]
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
+    """FlexAttention on the flat sequence, for softcap and sinks: the mask itself expresses the sharing."""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask  # noqa: PLC0415 - slow import
+
+    comparison, part, position = layout.comparison_of, layout.part_of, layout.positions
+    softcap, window = style.softcap, style.window
+
+    def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        same = (comparison[i] == comparison[j]) & ((part[j] == 0) | (part[i] == part[j]))
+        seen = same & (position[j] <= position[i])
+        return seen if window is None else seen & (position[j] > position[i] - window)
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return torch.tanh(score / softcap) * softcap
+
+    total = layout.total
+    output, aux = _flex_attention(query.device.type)(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=create_block_mask(visible, None, None, total, total, device=query.device.type),
+        scale=style.scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    if style.sinks is not None:  # a sink adds exp(sink) to the softmax's denominator and nothing to its numerator
+        kept = torch.sigmoid(aux.lse - style.sinks.view(1, -1, 1))
+        output = output * kept[..., None].to(output.dtype)
+    return output.transpose(1, 2)
+
+
+@cache
+def _flex_attention(device: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415 - slow import
+
+    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+
+
+def choose(query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Kernel | None:
+    """The kernel for these inputs, or None where only the definition will do.
+
+    Inputs are the attention's own: query ``[1, heads, T, D]``, key and value ``[1, key-value heads, T, D]``.
+    """
+    if style.dropout or query.shape[-1] != value.shape[-1]:
+        return None
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    kernel = flex if not style.plain else varlen if half and query.shape[-1] <= 256 else None
+    if kernel is None:
+        return None
+    shape = (query.shape[1], key.shape[1], query.shape[-1])
+    small = None if style.window is None else min(style.window, 24)  # so that the small proof feels the window
+    sinks = style.sinks is not None
+    proven = _proven(kernel, query.device, query.dtype, shape, style.scale, small, style.softcap, sinks)
+    return kernel if proven else None
+
+
+@cache
+def _proven(
+    kernel: Kernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: bool,
+) -> bool:
+    """Whether ``kernel`` gives the definition's output and gradients on a small packed batch, said once if not."""
+    heads, kv_heads, size = shape
+    layout = AttentionLayout((Span(37, (30, 51)), Span(5, (70, 1, 20))), device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*dims: int) -> Tensor:
+        return torch.randn(*dims, generator=generator, device=device, dtype=torch.float32)
+
+    exact = [random(1, n, layout.total, size).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+    style = AttentionStyle(scale, window, softcap, random(heads) if sinks else None)
+    weight = random(1, layout.total, heads, size)
+    try:
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            expected = _with_gradients(by_segment, exact, layout, style, weight)
+            given = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
+            rounded = replace(style, sinks=None if style.sinks is None else style.sinks.to(dtype))
+            found = _with_gradients(kernel, given, layout, rounded, weight)
+    except Exception as error:  # any kernel failure means the same thing here: do not use it
+        logger.warning("attention kernel %s failed its check (%s); using segments", kernel.__name__, error)
+        return False
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2  # of the largest entry; half precision keeps 3 digits
+    wrong = [
+        name
+        for name, a, b in zip(("output", "d_query", "d_key", "d_value"), expected, found, strict=True)
+        if not (a - b.float()).abs().max() <= tolerance * a.abs().max()
+    ]
+    if wrong:
+        logger.warning("attention kernel %s disagrees in %s; using segments", kernel.__name__, ", ".join(wrong))
+    return not wrong
+
+
+def _with_gradients(
+    kernel: Kernel, inputs: list[Tensor], layout: AttentionLayout, style: AttentionStyle, weight: Tensor
+) -> list[Tensor]:
+    output = kernel(*inputs, layout, style)
+    return [output.detach(), *torch.autograd.grad((output * weight).sum(), inputs)]

@@ -1,0 +1,170 @@
+"""The only way into a model: a packed batch in, log-probabilities of its responses out.
+
+The model's ``forward`` is bound once to accept a packed batch, so that a call goes through the wrapped module itself:
+the hooks of DDP, FSDP and DeepSpeed run, and ``save_pretrained``, peft and ``generate`` keep working on the same
+object.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from simpo.objectives import Responses
+from simpo.packing.attention import LAYOUT_ARGUMENT
+from simpo.packing.layout import PackedBatch, PaddedRows
+from simpo.packing.logprobs import Head, fused_logprobs
+
+logger = logging.getLogger(__name__)
+
+Path = Literal["auto", "packed", "padded"]
+_STATE = "_simpo_policy"
+
+
+@dataclass
+class PolicyState:
+    """What is known of a model after its self-check.
+
+    Attributes:
+        path: ``"packed"`` or ``"padded"``, what ``"auto"`` stands for; None before the check.
+        fused_head: whether the output layer is understood, so that logits need not be materialised.
+        reasons: why a fast path was not taken, in words for the user.
+    """
+
+    path: Literal["packed", "padded"] | None = None
+    fused_head: bool = True
+    reasons: list[str] = field(default_factory=list)
+
+
+def policy_forward(model: nn.Module, batch: PackedBatch, *, path: Path = "auto") -> Responses:
+    """Log-probabilities of the responses of ``batch``, ``[R]`` each, differentiable.
+
+    Args:
+        model: a causal language model of transformers, possibly wrapped (DDP, FSDP, DeepSpeed, peft).
+        batch: the comparisons.
+        path: ``"packed"`` shares prompts and pads nothing; ``"padded"`` gives every response a row of its own;
+            ``"auto"`` takes the first if the model proved, once, that both agree.
+    """
+    token_logps = policy_logprobs(model, batch, path=path)
+    batch_lengths = batch.lengths.to(token_logps.device)
+    index = batch.response_of.to(token_logps.device)
+    logp = token_logps.new_zeros(len(batch_lengths)).index_add(0, index, token_logps)
+    return Responses(logp, batch_lengths.to(logp.dtype))
+
+
+def policy_logprobs(model: nn.Module, batch: PackedBatch, *, path: Path = "auto") -> Tensor:
+    """``[S]`` log-probability, in nats, of every scored token of ``batch``, in its order; fp32 (fp64 for fp64)."""
+    inner = prepare_policy(model)
+    if path == "auto":
+        path = state_of(inner).path or _check(inner, batch)
+    elif path == "packed":
+        _install_attention(inner)
+    device = next(inner.parameters()).device
+    return model(packed_batch=batch if batch.input_ids.device == device else batch.to(device), path=path)
+
+
+def prepare_policy(model: nn.Module) -> PreTrainedModel:
+    """Bind the unwrapped model's forward so that it accepts a packed batch; done once, returns the unwrapped model."""
+    inner = model
+    while hasattr(inner, "module") and isinstance(inner.module, nn.Module):
+        inner = inner.module
+    if _STATE not in inner.__dict__:
+        if "forward" in inner.__dict__:  # a hook of accelerate's, say: it stays around the model's own forward
+            inner.__dict__["_simpo_instance_forward"] = inner.forward
+        setattr(inner, _STATE, PolicyState())
+        inner.forward = MethodType(_forward_of(type(inner)), inner)
+    return inner
+
+
+def state_of(model: nn.Module) -> PolicyState:
+    """The self-check's findings for an unwrapped model that :func:`prepare_policy` has seen."""
+    return getattr(model, _STATE)
+
+
+def _check(inner: PreTrainedModel, batch: PackedBatch) -> Literal["packed", "padded"]:
+    from simpo.packing.selfcheck import choose_path  # noqa: PLC0415 - it calls this module's forward
+
+    return choose_path(inner, batch)
+
+
+def _install_attention(inner: PreTrainedModel) -> None:
+    from simpo.packing.attention import install  # noqa: PLC0415
+
+    install(causal_lm(inner))
+
+
+@functools.cache
+def _forward_of(kind: type) -> Callable[..., Any]:
+    own = kind.forward
+
+    @functools.wraps(own)  # generate() and Trainer read the signature
+    def forward(self: PreTrainedModel, *args: Any, packed_batch: PackedBatch | None = None, **kwargs: Any) -> Any:
+        if packed_batch is not None:
+            return _token_logprobs(self, packed_batch, kwargs["path"])
+        return original_forward(self, *args, **kwargs)
+
+    return forward
+
+
+def original_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """The model's forward as it was before :func:`prepare_policy`."""
+    instance = model.__dict__.get("_simpo_instance_forward")
+    return type(model).forward(model, *args, **kwargs) if instance is None else instance(*args, **kwargs)
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The language model inside a peft model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The layers below the output layer, whose first output is ``last_hidden_state``."""
+    return causal_lm(model).base_model
+
+
+def find_head(model: PreTrainedModel) -> Head | None:
+    """The output layer as a :class:`Head`, or None if it is not a plain linear layer."""
+    causal = causal_lm(model)
+    module = causal.get_output_embeddings()
+    if type(module) is not nn.Linear or backbone(model) is causal:
+        return None
+    config = causal.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if getattr(config, "logits_scaling", None):
+        scale = scale / config.logits_scaling
+    return Head(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def model_inputs(batch: PackedBatch, path: Literal["packed", "padded"]) -> tuple[dict[str, Any], Tensor]:
+    """Keyword arguments for the backbone, and the ``[S]`` scored positions in its flattened output."""
+    if path == "padded":
+        rows = PaddedRows.unpack(batch)
+        return {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "use_cache": False}, rows.scored
+    inputs = {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.layout.positions[None],
+        # an already made, four-dimensional mask passes every model by; the layout says what is seen
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+        "use_cache": False,
+        LAYOUT_ARGUMENT: batch.layout,
+    }
+    return inputs, batch.scored
+
+
+def _token_logprobs(model: PreTrainedModel, batch: PackedBatch, path: Literal["packed", "padded"]) -> Tensor:
+    inputs, scored = model_inputs(batch, path)
+    head = find_head(model) if state_of(model).fused_head else None
+    if head is not None:
+        hidden = backbone(model)(**inputs)[0]  # [1, T, H] or [R, L, H]
+        return fused_logprobs(hidden.flatten(0, 1)[scored], head, batch.targets)
+    logits = original_forward(model, **inputs).logits.flatten(0, 1)[scored]  # [S, V]
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return torch.log_softmax(logits, dim=-1, dtype=exact).gather(-1, batch.targets[:, None]).squeeze(-1)

@@ -1,0 +1,49 @@
+"""Scores for any number of comparisons, in batches of a bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from simpo.objectives import Responses
+from simpo.packing.binning import fill_in_order
+from simpo.packing.comparison import TokenizedComparison
+from simpo.packing.layout import PackedBatch
+from simpo.packing.policy import Path, policy_forward, prepare_policy, state_of
+from simpo.packing.selfcheck import choose_path
+
+
+def score_responses(
+    model: nn.Module,
+    comparisons: Sequence[TokenizedComparison],
+    *,
+    max_batch_tokens: int = 16384,
+    path: Path = "auto",
+) -> Responses:
+    """Log-probabilities of all responses, ``[R]``, comparison by comparison and response by response.
+
+    Differentiable; wrap the call in ``torch.no_grad()`` where gradients are not wanted.
+
+    Args:
+        model: a causal language model of transformers, possibly wrapped.
+        comparisons: prompts with their responses.
+        max_batch_tokens: tokens of one forward (padding included on the padded path).
+        path: see :func:`~simpo.packing.policy.policy_forward`.
+
+    Raises:
+        ValueError: no comparisons.
+        SimpoError: a comparison is longer than ``max_batch_tokens``.
+    """
+    if not comparisons:
+        raise ValueError("score_responses needs at least one comparison")
+    if path == "auto":
+        inner = prepare_policy(model)
+        path = state_of(inner).path or choose_path(inner, PackedBatch.build(comparisons[:16]))
+    lengths = [c.packed_length if path == "packed" else c.padded_length for c in comparisons]
+    scored = [
+        policy_forward(model, PackedBatch.build([comparisons[i] for i in run]), path=path)
+        for run in fill_in_order(lengths, max_batch_tokens)
+    ]
+    return Responses(torch.cat([part.logp for part in scored]), torch.cat([part.length for part in scored]))

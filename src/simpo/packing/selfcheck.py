@@ -1,0 +1,160 @@
+"""The fast path proves itself, once, on the user's own model and data, or is not taken."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from simpo.packing.attention import UnsupportedAttentionError, install, uninstall
+from simpo.packing.layout import PackedBatch
+from simpo.packing.logprobs import fused_logprobs
+from simpo.packing.policy import (
+    backbone,
+    causal_lm,
+    find_head,
+    original_forward,
+    policy_logprobs,
+    prepare_policy,
+    state_of,
+)
+
+logger = logging.getLogger(__name__)
+
+# Largest accepted difference of a token's log-probability (mean, maximum), in nats, by the type that computes.
+_TOLERANCE = {
+    torch.float64: (1e-5, 1e-4),  # models keep fp32 islands (norms, softmax) in a float64 model
+    torch.float32: (1e-3, 2e-2),
+    torch.bfloat16: (5e-2, 1.0),
+    torch.float16: (2e-2, 0.5),
+}
+_ATTENTION_TYPES = {"full_attention", "sliding_attention"}
+
+
+class NotShareableError(Exception):
+    """Why a model's prompts cannot be shared; the text is for the user."""
+
+
+def choose_path(model: nn.Module, batch: PackedBatch) -> Literal["packed", "padded"]:
+    """Decide, once, how ``model`` computes packed batches, and say what could not be taken and why.
+
+    The packed path is taken if as many attention calls carry the layout as the model has layers, each with the sliding
+    window that the configuration promises, and its log-probabilities of up to two comparisons of ``batch`` agree with
+    those of the model's own forward, one sequence at a time. The fused output layer is checked in the same way.
+    """
+    inner = prepare_policy(model)
+    state = state_of(inner)
+    sample = _sample(batch).to(next(inner.parameters()).device)
+    with _evaluating(inner), torch.no_grad():
+        expected = naive_logprobs(inner, sample)
+        state.fused_head = _head_agrees(inner, sample, expected)
+        if not state.fused_head:
+            state.reasons.append("its output layer is not a plain matrix product: logits are materialised")
+        try:
+            install(causal_lm(inner))
+            _probe(inner, sample, expected)
+            state.path = "packed"
+        except (NotShareableError, UnsupportedAttentionError) as error:
+            uninstall(causal_lm(inner))
+            state.path = "padded"
+            state.reasons.append(f"{error}: every response is computed with a prompt of its own, padded")
+    for reason in state.reasons:
+        logger.warning("%s: %s", type(causal_lm(inner)).__name__, reason)
+    return state.path
+
+
+def naive_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """``[S]`` log-probabilities of ``batch``'s scored tokens by the model's own forward, one sequence at a time."""
+    found = []
+    for ids, scored in _sequences(batch):
+        logits = original_forward(model, input_ids=ids, use_cache=False).logits[0, scored]  # [n, V]
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        targets = ids[0, -len(logits) :, None]
+        found.append(torch.log_softmax(logits, dim=-1, dtype=exact).gather(-1, targets).squeeze(-1))
+    return torch.cat(found)
+
+
+def _sequences(batch: PackedBatch) -> Iterator[tuple[Tensor, slice]]:
+    """For every response: ``[1, P + n]`` ids of prompt and response, and the ``n`` positions that predict it."""
+    for comparison in batch.comparisons:
+        for response in comparison.response_ids:
+            ids = torch.tensor([comparison.prompt_ids + response], device=batch.input_ids.device)
+            yield ids, slice(len(comparison.prompt_ids) - 1, -1)
+
+
+def _sample(batch: PackedBatch) -> PackedBatch:
+    """The two longest comparisons: two, so that a leak between comparisons shows; long, so that windows matter."""
+    longest = sorted(batch.comparisons, key=lambda comparison: comparison.packed_length)[-2:]
+    return PackedBatch.build(longest)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _head_agrees(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> bool:
+    head = find_head(model)
+    if head is None:
+        return False
+    found = []
+    for ids, scored in _sequences(sample):
+        hidden = backbone(model)(input_ids=ids, use_cache=False)[0][0, scored]  # [n, H]
+        found.append(fused_logprobs(hidden, head, ids[0, -len(hidden) :]))
+    return _agree(torch.cat(found), expected, model)
+
+
+def _probe(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> None:
+    """Raise :class:`NotShareableError` unless the packed forward is complete and right."""
+    config = causal_lm(model).config.get_text_config()
+    kinds = list(getattr(config, "layer_types", None) or [])
+    if set(kinds) - _ATTENTION_TYPES:
+        raise NotShareableError(f"it has layers of type {', '.join(sorted(set(kinds) - _ATTENTION_TYPES))}")
+    probing = sample.probing()
+    try:
+        found = policy_logprobs(model, probing, path="packed")
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise NotShareableError(f"its forward does not take a packed batch ({_first_line(error)})") from error
+    windows = probing.layout.windows or []
+    if len(windows) != config.num_hidden_layers:
+        raise NotShareableError(
+            f"{len(windows)} of its {config.num_hidden_layers} layers hand the layout on to their attention"
+        )
+    if _sliding_layers(config, kinds) != sum(window is not None for window in windows):
+        raise NotShareableError("its attention is not told of its sliding windows")
+    if not _agree(found, expected, model):
+        worst = (found - expected).abs().max().item()
+        raise NotShareableError(f"packed and separate log-probabilities differ by {worst:.2g} nats")
+
+
+def _sliding_layers(config: Any, kinds: list[str]) -> int:
+    """How many layers the configuration says have a sliding window."""
+    if getattr(config, "sliding_window", None) is None or getattr(config, "use_sliding_window", True) is False:
+        return 0
+    return kinds.count("sliding_attention") if kinds else config.num_hidden_layers
+
+
+def _agree(found: Tensor, expected: Tensor, model: nn.Module) -> bool:
+    device = next(model.parameters()).device.type
+    computes = next(model.parameters()).dtype
+    if torch.is_autocast_enabled(device) and computes == torch.float32:
+        computes = torch.get_autocast_dtype(device)
+    mean, maximum = _TOLERANCE[computes]
+    difference = (found - expected).abs()
+    # written so that a NaN disagrees
+    return bool(difference.mean() <= mean) and bool(difference.max() <= maximum)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
