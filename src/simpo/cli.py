@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -24,6 +26,15 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
+def _quiet_where_nobody_looks() -> None:
+    """Notices go to stdout, so that stderr has errors only; progress bars are drawn on terminals only."""
+    logging.basicConfig(stream=sys.stdout, format="note: %(message)s", level=logging.WARNING)
+    if not sys.stderr.isatty():
+        # read by the libraries when they are first imported
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``simpo COMMAND ...`` and return its exit code: 0 done, 2 a user's mistake, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -34,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"simpo {__version__}")
         return 0
     name, rest = arguments[0], arguments[1:]
+    _quiet_where_nobody_looks()
     try:
         if name not in command_names():
             raise SimpoError(f"unknown command {name!r}; the commands are {', '.join(command_names())}")

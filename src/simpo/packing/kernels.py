@@ -147,5 +147,6 @@ def _proven(
 def _with_gradients(
     kernel: Kernel, inputs: list[Tensor], layout: AttentionLayout, style: AttentionStyle, weight: Tensor
 ) -> list[Tensor]:
-    output = kernel(*inputs, layout, style)
+    query, key, value = inputs
+    output = kernel(query, key, value, layout, style)
     return [output.detach(), *torch.autograd.grad((output * weight).sum(), inputs)]

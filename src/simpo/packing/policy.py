@@ -25,7 +25,7 @@ from simpo.packing.logprobs import Head, fused_logprobs
 
 logger = logging.getLogger(__name__)
 
-Path = Literal["auto", "packed", "padded"]
+ForwardPath = Literal["auto", "packed", "padded"]
 _STATE = "_simpo_policy"
 
 
@@ -44,7 +44,7 @@ class PolicyState:
     reasons: list[str] = field(default_factory=list)
 
 
-def policy_forward(model: nn.Module, batch: PackedBatch, *, path: Path = "auto") -> Responses:
+def policy_forward(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = "auto") -> Responses:
     """Log-probabilities of the responses of ``batch``, ``[R]`` each, differentiable.
 
     Args:
@@ -60,7 +60,7 @@ def policy_forward(model: nn.Module, batch: PackedBatch, *, path: Path = "auto")
     return Responses(logp, batch_lengths.to(logp.dtype))
 
 
-def policy_logprobs(model: nn.Module, batch: PackedBatch, *, path: Path = "auto") -> Tensor:
+def policy_logprobs(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = "auto") -> Tensor:
     """``[S]`` log-probability, in nats, of every scored token of ``batch``, in its order; fp32 (fp64 for fp64)."""
     inner = prepare_policy(model)
     if path == "auto":
@@ -80,7 +80,8 @@ def prepare_policy(model: nn.Module) -> PreTrainedModel:
         if "forward" in inner.__dict__:  # a hook of accelerate's, say: it stays around the model's own forward
             inner.__dict__["_simpo_instance_forward"] = inner.forward
         setattr(inner, _STATE, PolicyState())
-        inner.forward = MethodType(_forward_of(type(inner)), inner)
+        kind: Any = type(inner)
+        inner.forward = MethodType(_forward_of(kind), inner)
     return inner
 
 
@@ -102,7 +103,7 @@ def _install_attention(inner: PreTrainedModel) -> None:
 
 
 @functools.cache
-def _forward_of(kind: type) -> Callable[..., Any]:
+def _forward_of(kind: Any) -> Callable[..., Any]:
     own = kind.forward
 
     @functools.wraps(own)  # generate() and Trainer read the signature

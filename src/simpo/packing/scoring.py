@@ -11,7 +11,7 @@ from simpo.objectives import Responses
 from simpo.packing.binning import fill_in_order
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
-from simpo.packing.policy import Path, policy_forward, prepare_policy, state_of
+from simpo.packing.policy import ForwardPath, policy_forward, prepare_policy, state_of
 from simpo.packing.selfcheck import choose_path
 
 
@@ -20,7 +20,7 @@ def score_responses(
     comparisons: Sequence[TokenizedComparison],
     *,
     max_batch_tokens: int = 16384,
-    path: Path = "auto",
+    path: ForwardPath = "auto",
 ) -> Responses:
     """Log-probabilities of all responses, ``[R]``, comparison by comparison and response by response.
 

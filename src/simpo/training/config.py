@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from simpo.data.tokenize import TokenizeSettings
 from simpo.errors import SimpoError
@@ -21,9 +21,9 @@ _UNSUPPORTED = {
 class PreferenceSettings(TrainingArguments):
     """Everything of :class:`PreferenceConfig` but the objectives' hyperparameters, which the registry declares."""
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate; the paper searched 3e-7 to 1e-6."})
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate; the paper's are 3e-7 to 1e-6."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the pairs."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
 
@@ -111,8 +111,9 @@ class PreferenceSettings(TrainingArguments):
         for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, key) < 1:
                 raise SimpoError(f"{key}: must be at least 1, not {getattr(self, key)}")
-        self.per_device_train_batch_size *= self.gradient_accumulation_steps
+        accumulation: int = getattr(self, "gradient_accumulation_steps")
         self.gradient_accumulation_steps = 1
+        self.per_device_train_batch_size *= accumulation
 
     def _resolve_loss_type(self) -> None:
         if self.loss_type is None:
@@ -181,8 +182,8 @@ All keys of ``transformers.TrainingArguments``, those of :class:`PreferenceSetti
 objectives (``beta``, ``gamma_beta_ratio``, ...), whose names, types and defaults the registry declares; None stands for
 the objective's own default.
 
-Pairs per optimizer step are ``per_device_train_batch_size * gradient_accumulation_steps * world_size``, as everywhere in
-transformers; the two are folded into one number, because micro-batches are cut by ``max_batch_tokens``.
+Pairs per optimizer step are ``per_device_train_batch_size * gradient_accumulation_steps * world_size``, as everywhere
+in transformers; the first two are folded into one, because micro-batches are cut by ``max_batch_tokens``.
 
 Raises:
     SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.

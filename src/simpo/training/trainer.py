@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from simpo.data.tokenize import prepare
 from simpo.errors import SimpoError
 from simpo.objectives import Responses, sft_term
-from simpo.packing.binning import StepPlan
+from simpo.packing.binning import StepPlan, check_budget
 from simpo.packing.layout import PackedBatch
-from simpo.packing.policy import policy_forward, prepare_policy
+from simpo.packing.policy import ForwardPath, policy_forward, prepare_policy
 from simpo.packing.selfcheck import choose_path
 from simpo.training.batches import (
     ComparisonRows,
@@ -34,14 +34,8 @@ from simpo.training.config import PreferenceConfig
 from simpo.training.metrics import NAMES, pair_metrics
 from simpo.training.models import disable_dropout, load_model
 
-
-class PairScores(NamedTuple):
-    """Figures of every pair of a data set, in its order: ``[rows]`` each, by the names of the metrics."""
-
-    values: dict[str, np.ndarray]
-
-    def __getitem__(self, name: str) -> np.ndarray:  # type: ignore[override]
-        return self.values[name]
+# Figures of every pair of a data set, in its order: the names of the metrics, ``[rows]`` each.
+PairScores = dict[str, np.ndarray]
 
 
 class PreferenceTrainer(Trainer):
@@ -106,6 +100,8 @@ class PreferenceTrainer(Trainer):
         if "prompt_ids" not in dataset.column_names and tokenizer is None:
             raise SimpoError("processing_class: give the tokenizer, or tokenized data")
         rows = prepare(dataset, tokenizer, args.tokenize_settings, label=label).dataset
+        if args.max_batch_tokens is not None:  # checked here, before anything is written
+            check_budget(token_lengths(rows, padded=args.forward_path == "padded"), args.max_batch_tokens)
         counts = response_counts(rows)
         if (counts != 2).any():
             row = int(np.argmax(counts != 2))
@@ -166,7 +162,7 @@ class PreferenceTrainer(Trainer):
 
     # ---- loss ----
 
-    def _choose_path(self) -> str:
+    def _choose_path(self) -> ForwardPath:
         """Let the model prove the fast path on a few real pairs, in the precision that it will train in."""
         prepare_policy(self.model)
         if self.args.forward_path != "auto":
@@ -275,7 +271,7 @@ class PreferenceTrainer(Trainer):
         real = output.label_ids >= 0
         order = np.argsort(output.label_ids[real])
         figures = output.predictions[real][order].astype(np.float64)
-        return PairScores({name: figures[:, column] for column, name in enumerate(NAMES)})
+        return {name: figures[:, column] for column, name in enumerate(NAMES)}
 
 
 def _mean_metrics(prediction: EvalPrediction) -> dict[str, float]:

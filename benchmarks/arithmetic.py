@@ -1,0 +1,149 @@
+"""Counted arithmetic of an optimizer step: the floating-point operations that its matrix products need.
+
+A product of ``[m, k]`` and ``[k, n]`` counts ``2 m k n``. Backward makes two products of the same size for every one of
+forward. Attention counts every query with every key of its call, as ``torch.utils.flop_counter`` does, also where a
+causal mask hides half of them. Embedding look-ups, norms, rotations, activations, softmax and the optimizer count
+nothing, so the ratio of two counts bounds the ratio of two speeds only as far as both sides reach the same speed in
+their products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from simpo.packing.comparison import TokenizedComparison
+
+
+class Product(NamedTuple):
+    """``count`` matrix products of ``[m, k]`` and ``[k, n]``, for each of ``batch`` matrices at once."""
+
+    m: int
+    k: int
+    n: int
+    batch: int = 1
+    count: int = 1
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all of them."""
+        return 2 * self.m * self.k * self.n * self.batch * self.count
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama-like model that matter to its arithmetic."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """From a configuration of transformers."""
+        return cls(
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            intermediate=config.intermediate_size,
+            vocabulary=config.vocab_size,
+        )
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one forward computes.
+
+    Attributes:
+        tokens: rows that go through the layers, padding included.
+        segments: ``(rows, queries, keys)`` of every attention call.
+        scored: positions whose logits are made.
+        recomputed: whether backward makes the logits again.
+    """
+
+    tokens: int
+    segments: tuple[tuple[int, int, int], ...]
+    scored: int
+    recomputed: bool = False
+
+    def layer_products(self, shape: Shape) -> Iterator[Product]:
+        """Forward's products with the weights of the layers."""
+        queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+        yield Product(self.tokens, shape.hidden, queries, count=shape.layers)
+        yield Product(self.tokens, shape.hidden, keys, count=2 * shape.layers)
+        yield Product(self.tokens, queries, shape.hidden, count=shape.layers)
+        yield Product(self.tokens, shape.hidden, shape.intermediate, count=2 * shape.layers)
+        yield Product(self.tokens, shape.intermediate, shape.hidden, count=shape.layers)
+
+    def attention_products(self, shape: Shape) -> Iterator[Product]:
+        """Forward's products of queries with keys and of weights with values."""
+        for rows, queries, keys in self.segments:
+            yield Product(queries, shape.head_size, keys, rows * shape.heads, shape.layers)
+            yield Product(queries, keys, shape.head_size, rows * shape.heads, shape.layers)
+
+    def head_product(self, shape: Shape) -> Product:
+        """Forward's product with the output layer."""
+        return Product(self.scored, shape.hidden, shape.vocabulary)
+
+    def products(self, shape: Shape) -> Iterator[Product]:
+        """All products of forward and backward."""
+        head = self.head_product(shape)
+        for product in (*self.layer_products(shape), *self.attention_products(shape), head):
+            yield product
+            yield from backward_of(product)
+        if self.recomputed:
+            yield head
+
+    def flops(self, shape: Shape) -> int:
+        """Floating-point operations of forward and backward."""
+        return sum(product.flops for product in self.products(shape))
+
+
+def backward_of(product: Product) -> tuple[Product, Product]:
+    """The gradients of both factors."""
+    m, k, n, batch, count = product
+    return Product(m, n, k, batch, count), Product(k, m, n, batch, count)
+
+
+def packed_forward(comparisons: Sequence[TokenizedComparison], *, kept_rows: int | None = None) -> Forward:
+    """Every token once, logits at the scored positions only.
+
+    Args:
+        comparisons: those of the micro-batch.
+        kept_rows: so many rows of logits may be kept for backward; if there are more, all are made again. None: no
+            limit.
+    """
+    segments = []
+    for comparison in comparisons:
+        prompt, (first, *others) = len(comparison.prompt_ids), map(len, comparison.response_ids)
+        segments.append((1, prompt + first, prompt + first))
+        segments += [(1, other, prompt + other) for other in others]
+    scored = sum(len(ids) for c in comparisons for ids in c.response_ids)
+    return Forward(
+        tokens=sum(c.packed_length for c in comparisons),
+        segments=tuple(segments),
+        scored=scored,
+        recomputed=kept_rows is not None and scored > kept_rows,
+    )
+
+
+def padded_forward(
+    comparisons: Sequence[TokenizedComparison], *, all_logits: bool, kept_rows: int | None = None
+) -> Forward:
+    """Every response as a row with its prompt, padded to the longest; logits everywhere or at scored positions."""
+    rows = sum(len(c.response_ids) for c in comparisons)
+    width = max(len(c.prompt_ids) + len(ids) for c in comparisons for ids in c.response_ids)
+    scored = sum(len(ids) for c in comparisons for ids in c.response_ids)
+    return Forward(
+        tokens=rows * width,
+        segments=((rows, width, width),),
+        scored=rows * width if all_logits else scored,
+        recomputed=not all_logits and kept_rows is not None and scored > kept_rows,
+    )

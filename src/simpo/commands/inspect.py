@@ -1,0 +1,154 @@
+"""Look at preference data as a model would read it: lengths, biases, duplicates, what is cut or dropped."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from simpo.data.inspection import PERCENTILES, Example, Inspection, examples, inspect_prepared, overlap
+from simpo.data.settings import TokenizeSettings
+from simpo.data.sources import load_rows
+from simpo.data.tokenize import prepare
+from simpo.errors import SimpoError
+from simpo.results import Metric, fingerprint, write_results
+from simpo.training.models import load_tokenizer
+
+_SETTINGS = (
+    "max_length",
+    "max_prompt_length",
+    "truncation",
+    "truncation_mode",
+    "paper_tokenization",
+    "auto_insert_empty_system_msg",
+)
+# Characters of an example's text that are shown; the middle of a longer one is left out.
+_SHOWN = 600
+# Control characters but line breaks, and those that turn the direction of what follows them.
+_UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def main(argv: list[str]) -> int:
+    """Print what is in the data and, with ``--output_dir``, write ``results.json``."""
+    arguments = _parser().parse_args(argv)
+    given = {key: getattr(arguments, key) for key in _SETTINGS if getattr(arguments, key) is not None}
+    settings = TokenizeSettings(**given)
+    tokenizer = load_tokenizer(arguments.model, chat_template=arguments.chat_template)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    inspections: list[Inspection] = []
+    datasets: list[Dataset] = []
+    for label, name, split in _sources(arguments):
+        prepared = prepare(load_rows(name, split=split), tokenizer, settings, label=label)
+        inspections.append(inspect_prepared(prepared, tokenizer, settings))
+        datasets.append(prepared.dataset)
+        _print_inspection(console, inspections[-1])
+    metrics = [metric for inspection in inspections for metric in inspection.metrics()]
+    if len(inspections) == 2:
+        metrics.append(_print_overlap(console, *inspections))
+    _print_examples(console, examples(datasets[0], tokenizer))
+    if arguments.output_dir:
+        identity = fingerprint([dataset._fingerprint for dataset in datasets])
+        folder = Path(arguments.output_dir)
+        path = write_results(folder, command="inspect", fingerprint=identity, metrics=metrics)
+        console.print(Text(f"\nresults: {path}"))
+    return 0
+
+
+def _sources(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """Label, name and split of the data sets; the test set's split is named as the training one's."""
+    yield "train", arguments.data, arguments.split
+    if arguments.eval_dataset_name:
+        yield "eval", arguments.eval_dataset_name, arguments.split.replace("train", "test")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends a mistake in one line instead of the usage screen."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SimpoError(f"inspect: {message}; simpo inspect --help lists the options")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="simpo inspect", description=__doc__, allow_abbrev=False)
+    parser.add_argument("data", metavar="DATA", help="file, folder or hub id")
+    parser.add_argument("--model", required=True, metavar="M", help="model whose tokenizer and chat template are used")
+    parser.add_argument("--eval_dataset_name", metavar="TEST", help="a test set, compared with DATA")
+    parser.add_argument("--split", default="train", help="split of DATA (default: train); TEST has its test split")
+    for key in ("max_length", "max_prompt_length"):
+        parser.add_argument(f"--{key}", type=int, metavar="N", help="as in a recipe")
+    for key in ("truncation", "truncation_mode"):
+        parser.add_argument(f"--{key}", metavar="HOW", help="as in a recipe")
+    for key in ("paper_tokenization", "auto_insert_empty_system_msg"):
+        parser.add_argument(f"--{key}", nargs="?", const=True, type=_truth, metavar="true|false", help="as in a recipe")
+    parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, file with one, or none")
+    parser.add_argument("--output_dir", metavar="DIR", help="folder for results.json")
+    return parser
+
+
+def _truth(text: str) -> bool:
+    known = {"true": True, "false": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return known[text.lower()]
+
+
+def _print_inspection(console: Console, inspection: Inspection) -> None:
+    for line in inspection.report.lines():
+        console.print(Text(_printable(line)))
+    table = Table("tokens", box=None, header_style="bold")
+    for name in PERCENTILES:
+        table.add_column(name, justify="right")
+    for part, values in inspection.lengths.items():
+        table.add_row(part, *(f"{value:,}" for value in values.values()))
+    console.print(table)
+    bos = "the tokenizer has none" if inspection.one_bos is None else f"{inspection.one_bos:.1%} of prompts"
+    for name, figure in (
+        ("chosen longer", f"{inspection.longer:.1%} of comparisons; as long as rejected in {inspection.ties:.1%}"),
+        ("repeated", f"{inspection.repeated:,} comparisons; {inspection.repeated_prompts:,} have a prompt seen before"),
+        ("identical responses", f"{inspection.identical:,} comparisons"),
+        ("exactly one BOS, in front", bos),
+        ("one end of turn, at the end", f"{inspection.ended:.1%} of responses"),
+    ):
+        console.print(Text(f"{name:<28} {figure}"))
+    console.print()
+
+
+def _print_overlap(console: Console, train: Inspection, test: Inspection) -> Metric:
+    shared = overlap(train, test)
+    count = test.report.used
+    console.print(Text(f"{shared:,} of {count:,} eval comparisons ({shared / count:.1%}) have a training prompt\n"))
+    return Metric("data/eval/prompts_in_train", shared, n=count)
+
+
+def _print_examples(console: Console, shown: list[Example]) -> None:
+    # Without colours the marks alone say what is scored.
+    opening, closing = ("", "") if console.is_terminal else (">>>", "<<<")
+    how = "highlighted" if console.is_terminal else f"between {opening} and {closing}"
+    console.print(Text(f"Examples; the scored tokens are {how}."))
+    for example in shown:
+        console.print(Text(f"\n--- {_printable(example.where)}", style="bold"))
+        console.print(Text(_shortened(example.prompt), style="dim"))
+        for rank, response in enumerate(example.responses):
+            style = "black on green" if rank == 0 else "black on yellow"
+            text = Text("chosen: " if rank == 0 else "rejected: ")
+            text.append(f"{opening}{_shortened(response)}{closing}", style=style)
+            console.print(text)
+
+
+def _shortened(text: str) -> str:
+    if len(text) > _SHOWN:
+        half = _SHOWN // 2
+        text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+    return _printable(text)
+
+
+def _printable(text: str) -> str:
+    """Text whose control characters are spelled out, so that data cannot steer the terminal."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)

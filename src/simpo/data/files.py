@@ -1,0 +1,161 @@
+"""One file to rows: JSON and JSON lines (plain, gzip, zstandard), parquet, csv and arrow.
+
+Whatever is read is cached under the SHA-256 of the file's content, so a changed file never gives old rows.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+
+import datasets
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from simpo.data.rows import JSON_FEATURES, ROW, WHERE, Row, as_json
+from simpo.errors import SimpoError
+
+_JSON = (".jsonl", ".json")
+_COMPRESSION = ("", ".gz", ".zst")
+_COLUMNAR = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+SUFFIXES = tuple(kind + packed for kind in _JSON for packed in _COMPRESSION) + tuple(_COLUMNAR)
+KINDS = ".jsonl[.gz|.zst], .json[.gz|.zst], .parquet, .csv, .arrow"
+# Part of every cache key: raise it when the rows made from the same file change.
+_FORMAT = "1"
+
+
+def load_file(path: Path, label: str) -> Dataset:
+    """Rows of one file.
+
+    Args:
+        path: a file with one of :data:`SUFFIXES`.
+        label: what messages call it, e.g. ``"train.jsonl.gz"``; rows are ``label:line`` for JSON lines,
+            ``label[index]`` for a JSON list and ``label row index`` for columnar files.
+
+    Raises:
+        SimpoError: the file is of another kind, empty, or not what its suffix says.
+    """
+    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+    if suffix is None:
+        raise SimpoError(f"{path}: unknown kind of file; known are {KINDS}")
+    digest = content_digest([path], label)
+    if suffix in _COLUMNAR:
+        return _load_columnar(path, label, _COLUMNAR[suffix], digest)
+    return _load_json(path, label, digest)
+
+
+def content_digest(paths: list[Path], label: str) -> str:
+    """Fingerprint of what the files hold and of the label that their rows carry."""
+    digest = hashlib.sha256(f"{_FORMAT}\0{label}\0".encode())
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()[:32]
+
+
+def add_where(dataset: Dataset, label: str, digest: str) -> Dataset:
+    """Add the column that says where each row of a columnar data set comes from: ``label row index``."""
+    where = [f"{label} row {index}" for index in range(len(dataset))]
+    return dataset.add_column(WHERE, where, new_fingerprint=digest)
+
+
+def _load_columnar(path: Path, label: str, kind: str, digest: str) -> Dataset:
+    # The builders' own cache goes by path and modification time; a folder per content is safe.
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "simpo" / digest
+    try:
+        dataset = load_dataset(kind, data_files=str(path), split="train", cache_dir=str(cache))
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise SimpoError(f"{path}: not a readable {kind} file: {reason[0]}") from error
+    if not len(dataset):
+        raise SimpoError(f"{path}: no rows")
+    return add_where(dataset, label, digest)
+
+
+def _load_json(path: Path, label: str, digest: str) -> Dataset:
+    try:
+        return Dataset.from_generator(
+            _json_rows,
+            features=JSON_FEATURES,
+            gen_kwargs={"path": str(path), "label": label},
+            fingerprint=digest,
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, SimpoError):
+            raise error.__cause__ from None
+        raise
+
+
+def _json_rows(path: str, label: str) -> Iterator[Row]:
+    """Yield the rows of a JSON file: a list of objects if it starts with ``[``, else an object a line."""
+    count = 0
+    try:
+        with _open_text(Path(path)) as file:
+            holds_list = next((text for line in file if (text := line.strip())), "").startswith("[")
+        with _open_text(Path(path)) as file:
+            for row, where in (_list_items if holds_list else _lines)(file, path, label):
+                if not isinstance(row, dict):
+                    raise SimpoError(f"{where}: not a JSON object; a row is an object of named columns")
+                count += 1
+                yield {ROW: as_json(row), WHERE: where}
+    except _reading_errors() as error:
+        raise SimpoError(f"{path}: cannot be read: {error}") from error
+    if not count:
+        raise SimpoError(f"{path}: no rows")
+
+
+def _list_items(file: IO[str], path: str, label: str) -> Iterator[tuple[object, str]]:
+    try:
+        items = json.load(file)
+    except json.JSONDecodeError as error:
+        raise SimpoError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
+    for index, item in enumerate(items):
+        yield item, f"{label}[{index}]"
+
+
+def _lines(file: IO[str], path: str, label: str) -> Iterator[tuple[object, str]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SimpoError(
+                f"{path}:{number}: not JSON: {error.msg} (column {error.colno}); "
+                "the file holds one object a line, or one list of objects"
+            ) from error
+        yield row, f"{label}:{number}"
+
+
+def _open_text(path: Path) -> IO[str]:
+    # utf-8-sig: files written on Windows may start with a byte order mark.
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    if path.suffix == ".zst":
+        return _zstandard(path).open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+def _zstandard(path: Path) -> ModuleType:
+    try:
+        return importlib.import_module("zstandard")
+    except ImportError as error:
+        raise SimpoError(f"{path}: reading .zst needs zstandard: pip install 'simpo[zstd]'") from error
+
+
+def _reading_errors() -> tuple[type[Exception], ...]:
+    """What a file that is damaged, or not what its suffix says, raises."""
+    zstandard: Any = sys.modules.get("zstandard")
+    errors = (OSError, EOFError, UnicodeDecodeError, zlib.error)
+    return (*errors, zstandard.ZstdError) if zstandard else errors

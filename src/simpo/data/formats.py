@@ -1,0 +1,197 @@
+"""The shapes of a row, recognised by its columns and their types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from simpo.data.transcripts import split_transcripts
+
+Message = dict[str, Any]
+# A response is the text that follows a string prompt, or the assistant's message that ends a conversation.
+Response = str | Message
+
+SHAPES = (
+    "{prompt, chosen, rejected} (strings or message lists), "
+    "{chosen, rejected} (transcripts or message lists), {prompt, responses, scores}"
+)
+
+
+class BadRow(Exception):  # noqa: N818 - it is counted, not shown as an error
+    """A row that cannot be used. ``reason`` says why, without what differs from row to row: it is counted."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class UnknownShape(BadRow):
+    """The row's columns are those of no known shape."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt and its responses, best first.
+
+    Attributes:
+        prompt: text, or the messages up to the one that is answered.
+        responses: one text each if the prompt is text, else one assistant message each; at least two.
+        extra: the row's other columns. Of a K-wise row also its ``scores``, in the order of ``responses``.
+        where: where the row comes from, e.g. ``"train.jsonl:12"``.
+    """
+
+    prompt: str | list[Message]
+    responses: tuple[Response, ...]
+    where: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def recognise(row: Mapping[str, Any], where: str) -> Comparison:
+    """Turn a row of any known shape into a comparison.
+
+    Raises:
+        UnknownShape: its columns are of no known shape.
+        BadRow: its columns are, but their values are not.
+    """
+    check_shape(row)
+    if "chosen" in row:
+        prompt, responses = _pair(row)
+        extra = _others(row, "prompt", "chosen", "rejected")
+    else:
+        prompt, responses, scores = _ranking(row)
+        extra = {**_others(row, "prompt", "responses", "scores"), "scores": scores}
+    return Comparison(prompt, responses, where, extra)
+
+
+def check_shape(row: Mapping[str, Any]) -> None:
+    """Look at a row's column names only.
+
+    Raises:
+        UnknownShape: they are of no known shape.
+    """
+    columns = set(row)
+    if {"chosen", "rejected"} <= columns or {"prompt", "responses", "scores"} <= columns:
+        return
+    found = ", ".join(sorted(columns)) or "none"
+    raise UnknownShape(f"no recognised shape: columns {found}{_hint(columns)}")
+
+
+def _hint(columns: set[str]) -> str:
+    if {"prompt", "completion", "label"} <= columns:
+        return " (unpaired feedback, which is not a comparison)"
+    if {"prompt", "completion"} <= columns or "messages" in columns:
+        return " (data for supervised fine-tuning, not comparisons)"
+    return ""
+
+
+def _others(row: Mapping[str, Any], *used: str) -> dict[str, Any]:
+    return {column: value for column, value in row.items() if column not in used}
+
+
+def _pair(row: Mapping[str, Any]) -> tuple[str | list[Message], tuple[Response, ...]]:
+    return _comparison_of(row.get("prompt"), (row["chosen"], row["rejected"]), ("chosen", "rejected"))
+
+
+def _ranking(row: Mapping[str, Any]) -> tuple[str | list[Message], tuple[Response, ...], list[float]]:
+    """K-wise rows: the responses sorted by score, the highest first; ties keep their order."""
+    responses, scores = row["responses"], row["scores"]
+    if not isinstance(responses, list) or not isinstance(scores, list):
+        raise BadRow("responses and scores are not lists")
+    if len(responses) != len(scores):
+        raise BadRow("as many scores as responses are needed")
+    if len(responses) < 2:
+        raise BadRow("fewer than two responses")
+    if not all(_is_number(score) for score in scores):
+        raise BadRow("a score is not a number")
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    ranked = tuple(responses[index] for index in order)
+    prompt, ordered = _comparison_of(row["prompt"], ranked, ("a response",) * len(ranked))
+    return prompt, ordered, [scores[index] for index in order]
+
+
+def _is_number(score: object) -> bool:
+    return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+
+
+def _comparison_of(
+    prompt: object, responses: Sequence[object], names: Sequence[str]
+) -> tuple[str | list[Message], tuple[Response, ...]]:
+    for response, name in zip(responses, names, strict=True):
+        if not isinstance(response, str | list | dict):
+            raise BadRow(f"{name} is {_kind(response)}, not text or messages")
+    if prompt is not None and not isinstance(prompt, str | list):
+        raise BadRow(f"prompt is {_kind(prompt)}, not text or messages")
+    texts = tuple(response for response in responses if isinstance(response, str))
+    if len(texts) < len(responses) or isinstance(prompt, list):
+        return _conversation(prompt, responses, names)
+    if prompt is not None:
+        return prompt, texts
+    split = split_transcripts(texts)
+    if split is None:
+        raise BadRow("no prompt column, and the transcripts share no '\\n\\nAssistant:'")
+    return split
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _conversation(
+    prompt: str | list[Message] | None, responses: Sequence[object], names: Sequence[str]
+) -> tuple[list[Message], tuple[Message, ...]]:
+    """Message lists: the prompt is what the whole conversations share, then one assistant turn each."""
+    opening = _opening(prompt)
+    endings = [_messages(response, name) for response, name in zip(responses, names, strict=True)]
+    conversations = [_whole(prompt, opening, ending) for ending in endings]
+    for conversation, name in zip(conversations, names, strict=True):
+        if conversation[-1]["role"] != "assistant":
+            raise BadRow(f"{name} does not end with the assistant's message")
+    shared = _shared_length(conversations)
+    if any(len(conversation) != shared + 1 for conversation in conversations):
+        raise BadRow("the conversations differ in more than their last message")
+    if not shared or conversations[0][shared - 1]["role"] not in ("user", "tool"):
+        raise BadRow("the prompt does not end with a user message")
+    return conversations[0][:shared], tuple(conversation[-1] for conversation in conversations)
+
+
+def _opening(prompt: str | list[Message] | None) -> list[Message]:
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return [] if prompt is None else _messages(prompt, "prompt")
+
+
+def _messages(value: object, name: str) -> list[Message]:
+    """Check messages (a lone text is the assistant's) and leave out null fields, which Arrow adds."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"{name} has no messages")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadRow(f"{name} holds something other than messages (role and content)")
+        if not isinstance(message.get("content"), str):
+            raise BadRow(f"{name} has a message whose content is {_kind(message.get('content'))}, not text")
+    return [{key: item for key, item in message.items() if item is not None} for message in value]
+
+
+def _whole(prompt: object, opening: list[Message], messages: list[Message]) -> list[Message]:
+    """The whole conversation, of which ``messages`` are the end or all."""
+    if messages[: len(opening)] == opening:
+        return messages
+    if messages[0]["role"] == "assistant" or opening[-1]["role"] == "system":
+        return opening + messages
+    if isinstance(prompt, str):
+        # UltraFeedback-binarized: the text beside the transcripts only names what they share.
+        return messages
+    raise BadRow("the conversations do not start with the prompt")
+
+
+def _shared_length(conversations: Sequence[list[Message]]) -> int:
+    """Number of leading messages that all share, their last ones excepted."""
+    shortest = min(len(conversation) for conversation in conversations) - 1
+    first = conversations[0]
+    return next((i for i in range(shortest) if any(other[i] != first[i] for other in conversations)), shortest)

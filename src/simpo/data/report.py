@@ -1,0 +1,91 @@
+"""What became of every row of a data set: used, skipped, dropped or cut, and why."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Self
+
+_EXAMPLES = 3
+
+
+@dataclass
+class DataReport:
+    """Counts of one data set.
+
+    Attributes:
+        label: what the data set is for, e.g. ``"train"``.
+        rows: rows found.
+        used: comparisons that are kept.
+        bad: reason -> rows that could not be used.
+        dropped: reason -> comparisons that do not fit.
+        cut: what -> comparisons that were cut and are used.
+        examples: reason -> where its first few rows come from.
+        notices: remarks that are no counts.
+    """
+
+    label: str
+    rows: int
+    used: int
+    bad: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, label: str, statuses: Iterable[tuple[str, list[str]]]) -> Self:
+        """Count statuses.
+
+        Args:
+            label: of the data set.
+            statuses: for each row where it comes from and what happened, as ``"bad: reason"``,
+                ``"dropped: reason"`` or ``"cut: what"``; an empty list for a row that is used as it is.
+        """
+        report = cls(label, rows=0, used=0)
+        for where, entries in statuses:
+            report.rows += 1
+            report.used += is_used(entries)
+            for entry in entries:
+                report._count(entry, where)
+        return report
+
+    def _count(self, entry: str, where: str) -> None:
+        kind, _, reason = entry.partition(": ")
+        counts = {"bad": self.bad, "dropped": self.dropped, "cut": self.cut}[kind]
+        counts[reason] = counts.get(reason, 0) + 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(where)
+
+    def lines(self) -> list[str]:
+        """The report for people, a line each."""
+        lines = [f"{self.label}: {self.used:,} comparisons of {self.rows:,} rows"]
+        for kind, counts in (("skipped", self.bad), ("dropped", self.dropped), ("cut", self.cut)):
+            lines += [self._line(kind, reason, count) for reason, count in counts.items()]
+        return lines + [f"  note: {notice}" for notice in self.notices]
+
+    def _line(self, kind: str, reason: str, count: int) -> str:
+        shown = self.examples[reason]
+        more = ", ..." if count > len(shown) else ""
+        return f"  {kind} {count:,}: {reason} ({', '.join(shown)}{more})"
+
+    def metrics(self) -> list[tuple[str, float]]:
+        """Names and values for the results: totals, and one for each reason."""
+        metrics = Counter({"rows": self.rows, "used": self.used})
+        for kind, counts in (("bad", self.bad), ("dropped", self.dropped), ("cut", self.cut)):
+            metrics[kind] = sum(counts.values())
+            for reason, count in counts.items():
+                metrics[f"{kind}/{_slug(reason)}"] += count
+        return [(f"data/{self.label}/{name}", value) for name, value in metrics.items()]
+
+
+def is_used(entries: list[str]) -> bool:
+    """Whether a row with these status entries is kept."""
+    return all(entry.startswith("cut: ") for entry in entries)
+
+
+def _slug(reason: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", reason.lower()).strip("_")

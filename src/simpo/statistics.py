@@ -1,0 +1,108 @@
+"""Intervals and tests for evaluation figures: how far a number measured on n items can be trusted.
+
+``scipy.special`` instead of ``scipy.stats``: the same functions, a tenth of the import time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import special
+
+_UPPER_TAIL = 0.975  # two-sided 95%
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its two-sided 95% confidence interval.
+
+    Attributes:
+        value: the estimate.
+        low: lower bound; None where there is none.
+        high: upper bound; None where there is none.
+        n: number of observations.
+        method: how the bounds were found.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    method: str
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Outcome of :func:`mcnemar`: ``gained`` items went from wrong to right, ``lost`` from right to wrong."""
+
+    p: float
+    gained: int
+    lost: int
+
+
+def proportion_interval(successes: int, n: int) -> Interval:
+    """Wilson score interval of a proportion.
+
+    It keeps its coverage at small ``n`` and near 0 and 1, where the textbook interval (Wald) collapses.
+    Source: Wilson, Journal of the American Statistical Association 22 (1927); Brown, Cai and DasGupta,
+    Statistical Science 16 (2001).
+
+    Raises:
+        ValueError: ``n`` is not positive, or ``successes`` is not in 0..n.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes in {n} trials is not a proportion")
+    z = float(special.ndtri(_UPPER_TAIL))
+    share = successes / n
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    # At 0 and n successes a bound is the estimate itself; rounding must not put it on the wrong side.
+    low, high = min(share, center - half), max(share, center + half)
+    return Interval(share, max(0.0, float(low)), min(1.0, float(high)), n, "Wilson 95%")
+
+
+def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
+    """Student t interval of the mean of independent ``values`` ``[n]``, in their unit.
+
+    One value has a mean but no interval: the bounds are None.
+
+    Raises:
+        ValueError: no values, or not one-dimensional.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 1 or not data.size:
+        raise ValueError(f"the mean needs a list of at least one value, got shape {data.shape}")
+    n, mean = data.size, float(data.mean())
+    if n < 2:
+        return Interval(mean, None, None, n, "Student t 95%")
+    half = float(special.stdtrit(n - 1, _UPPER_TAIL) * data.std(ddof=1) / np.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n, "Student t 95%")
+
+
+def mcnemar(before: ArrayLike, after: ArrayLike) -> McNemar:
+    """Exact one-sided test that ``after`` is better than ``before`` on the same items.
+
+    Only the items whose outcome changed tell the two apart. If neither were better, each would be as likely
+    gained as lost, so p is the chance of at least ``gained`` heads in ``gained + lost`` fair tosses; 1 when
+    nothing changed. Source: McNemar, Psychometrika 12 (1947), in its exact (binomial) form.
+
+    Args:
+        before: boolean ``[n]``, item by item right or wrong.
+        after: boolean ``[n]``, the same items in the same order.
+
+    Raises:
+        ValueError: not two boolean vectors of one length.
+    """
+    first, second = np.asarray(before), np.asarray(after)
+    if first.shape != second.shape or first.ndim != 1 or first.dtype != bool or second.dtype != bool:
+        raise ValueError(
+            f"before and after must be boolean [n] for the same items, "
+            f"got {first.dtype} {first.shape} and {second.dtype} {second.shape}"
+        )
+    gained = int((second & ~first).sum())
+    lost = int((first & ~second).sum())
+    p = float(special.bdtrc(gained - 1, gained + lost, 0.5))
+    return McNemar(p, gained, lost)

@@ -1,0 +1,108 @@
+"""The model card that is saved beside a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+import simpo
+from simpo.results import Metric
+from simpo.training.inputs import DataArguments
+from simpo.training.models import ModelArguments
+
+_SETTINGS = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "seed",
+    "max_length",
+    "max_prompt_length",
+    "truncation",
+    "paper_tokenization",
+    "sft_weight",
+)
+
+
+def write_model_card(
+    folder: Path, model: ModelArguments, data: DataArguments, config: Any, metrics: Iterable[Metric]
+) -> None:
+    """Write ``folder/README.md``: what the model was made from, with which settings, and its held-out figures."""
+    names = _dataset_names(data)
+    card_data = ModelCardData(
+        library_name="transformers",
+        tags=["simpo", "preference-optimization", config.objective],
+        base_model=None if Path(model.model_name_or_path).exists() else model.model_name_or_path,
+        datasets=[name for name in names if not Path(name).exists()] or None,
+        pipeline_tag="text-generation",
+    )
+    text = "\n".join(
+        [
+            f"---\n{card_data.to_yaml()}\n---",
+            f"# {folder.resolve().name}",
+            "",
+            f"`{_shown(model.model_name_or_path)}` aligned by **{config.objective}** ({config.row.paper}) on "
+            f"{', '.join(f'`{_shown(name)}`' for name in names)}, with simpo {simpo.__version__}.",
+            "",
+            "## Held-out pairs",
+            "",
+            *_results(metrics),
+            "",
+            "## Settings",
+            "",
+            "| key | value |",
+            "|---|---|",
+            *(f"| `{key}` | {value} |" for key, value in {**config.hyperparameters, **_settings(config)}.items()),
+            "",
+        ]
+    )
+    ModelCard(text).save(folder / "README.md")
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    values = {key: getattr(config, key) for key in _SETTINGS}
+    return {key: getattr(value, "value", value) for key, value in values.items()}
+
+
+def _dataset_names(data: DataArguments) -> list[str]:
+    if data.dataset_mixer is not None:
+        return list(data.dataset_mixer)
+    if data.dataset_mixture is not None:
+        return [entry["id"] for entry in data.dataset_mixture["datasets"]]
+    return [str(data.dataset_name)]
+
+
+def _shown(name: str) -> str:
+    """A hub name as it is; of a local path only its last part, which says enough and tells nothing of the machine."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def _results(metrics: Iterable[Metric]) -> list[str]:
+    rows: dict[str, dict[str, Metric]] = {}
+    for metric in metrics:
+        if metric.stage is not None:
+            rows.setdefault(metric.name, {})[metric.stage] = metric
+    if not rows:
+        return ["None were given."]
+    lines = ["| metric | before | after | pairs |", "|---|---|---|---|"]
+    for name, stages in rows.items():
+        before, after = stages["before"], stages["after"]
+        lines.append(f"| {name} | {_figure(before)} | {_figure(after)} | {after.n} |")
+    return lines
+
+
+def _figure(metric: Metric) -> str:
+    if metric.value is None:
+        return "-"
+    interval = "" if metric.low is None else f" [{metric.low:.4g}, {metric.high:.4g}]"
+    return f"{metric.value:.4g}{interval}"

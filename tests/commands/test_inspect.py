@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from simpo import cli
+from simpo.commands import inspect
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+ROWS = [{"prompt": f"question {number}", "chosen": "a longer answer", "rejected": "short"} for number in range(4)]
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A folder with a tokenizer of single bytes."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", chat_template=TEMPLATE
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def write(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write(tmp_path / "train.jsonl", ROWS)
+
+
+def test_figures_are_printed_and_written(model, data, tmp_path, capsys):
+    test = write(tmp_path / "test.jsonl", [{**ROWS[0], "chosen": "other"}, {**ROWS[0], "prompt": "new"}])
+    options = ["--model", model, "--eval_dataset_name", test, "--output_dir", str(tmp_path / "out")]
+    assert inspect.main([data, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 4 comparisons of 4 rows" in printed
+    assert "chosen longer                100.0% of comparisons; as long as rejected in 0.0%" in printed
+    assert "1 of 2 eval comparisons (50.0%) have a training prompt" in printed
+    assert (
+        "<bos>[user]question 0<eos>[assistant]\nchosen: >>>a longer answer<eos><<<\nrejected: >>>short<eos><<<"
+        in printed
+    )
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    figures = {metric["name"]: metric["value"] for metric in results["metrics"]}
+    assert results["command"] == "inspect"
+    # One token a byte: the bytes of the answers and the end of turn.
+    assert figures["data/train/tokens/chosen/max"] == len("a longer answer") + 1
+    assert figures["data/train/tokens/prompt/p50"] == len("[user]question 0[assistant]") + 2
+    assert figures["data/eval/prompts_in_train"] == 1 and figures["data/eval/ties"] == 1.0
+
+
+def test_what_would_be_dropped_and_cut_is_said(model, tmp_path, capsys):
+    rows = [*ROWS, {**ROWS[0], "prompt": "q" * 200}, {**ROWS[0], "chosen": "c" * 200}]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert inspect.main([path, "--model", model, "--max_length=100", "--max_prompt_length=40"]) == 0
+    printed = capsys.readouterr().out
+    assert "cut 1: prompt cut to max_prompt_length (a.jsonl:5)" in printed
+    assert "dropped 1: longer than max_length even if its prompt is cut (a.jsonl:6)" in printed
+
+
+def test_options_reach_the_tokenization(model, data, capsys):
+    assert inspect.main([data, "--model", model, "--paper_tokenization", "true"]) == 0
+    assert "chosen: >>>[assistant]a longer answer<eos><<<" in capsys.readouterr().out
+    assert inspect.main([data, "--model", model, "--chat_template", "none"]) == 0
+    assert "question 0\nchosen: >>>a longer answer<eos><<<" in capsys.readouterr().out
+
+
+def test_data_cannot_steer_the_terminal(model, tmp_path, capsys):
+    path = write(
+        tmp_path / "a.jsonl", [{"prompt": "[red]\x1b[2J\u202e", "chosen": "[/bold] a\r", "rejected": "b\n\x07c"}]
+    )
+    assert inspect.main([path, "--model", model]) == 0
+    printed = capsys.readouterr().out
+    assert r"[red]\x1b[2J\u202e" in printed and r">>>[/bold] a\r<eos><<<" in printed and "b\n\\x07c" in printed
+
+
+def test_long_examples_say_what_is_left_out(model, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{**ROWS[0], "chosen": "c" * 1000}])
+    assert inspect.main([path, "--model", model]) == 0
+    assert f">>>{'c' * 300} [... 405 characters ...] {'c' * 295}<eos><<<" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--truncation", "cut"], "truncation: 'cut' is not one of prompt, drop, paper"),
+        (["--max_length", "many"], "inspect: argument --max_length: invalid int value: 'many'; simpo inspect --help"),
+        (["--paper_tokenization", "maybe"], "'maybe' is not true or false"),
+        (["--lenght", "3"], "inspect: unrecognized arguments: --lenght 3"),
+        (["--max_length", "8"], "train: no comparison fits max_length 8"),
+    ],
+)
+def test_mistakes_end_in_one_line(model, data, capsys, options, message):
+    assert cli.main(["inspect", data, "--model", model, *options]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("simpo: error: ") and message in last
+
+
+def test_missing_file(model, capsys):
+    assert cli.main(["inspect", "nowhere.jsonl", "--model", model]) == 2
+    assert "nowhere.jsonl: file not found" in capsys.readouterr().err

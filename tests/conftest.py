@@ -1,0 +1,176 @@
+"""Tiny random models, random comparisons, and the naive log-probabilities that everything is compared with."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+import simpo.packing.selfcheck  # noqa: F401 - see float64_everywhere
+from simpo.packing.comparison import TokenizedComparison
+
+torch.set_num_threads(1)  # the models are tiny, and the tests run in several processes
+
+VOCABULARY = 61
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def _without(*names: str) -> dict:
+    return {key: value for key, value in _SIZES.items() if key not in names}
+
+
+_CONFIGS = {
+    "llama": (hf.LlamaConfig, _SIZES | {"tie_word_embeddings": True}),
+    "mistral": (hf.MistralConfig, _SIZES | {"sliding_window": 6}),
+    "qwen2": (hf.Qwen2Config, _SIZES),
+    "qwen3": (hf.Qwen3Config, _SIZES | {"head_dim": 8}),
+    "gemma2": (
+        hf.Gemma2Config,
+        _SIZES
+        | {
+            "head_dim": 8,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,  # low enough to be felt by random weights
+            "final_logit_softcapping": 5.0,
+            "attn_implementation": "eager",  # sdpa leaves the softcap out
+        },
+    ),
+    "gemma3": (
+        hf.Gemma3TextConfig,
+        _SIZES
+        | {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8, "layer_types": _MIXED},
+    ),
+    "phi3": (hf.Phi3Config, _SIZES),
+    "opt": (  # facebook/opt-350m: projections around the layers, and norms after them
+        hf.OPTConfig,
+        _without("intermediate_size", "num_key_value_heads")
+        | {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    ),
+    "gpt2": (
+        hf.GPT2Config,
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
+        | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    ),
+    "gpt_neox": (hf.GPTNeoXConfig, _without("num_key_value_heads")),
+    "mixtral": (hf.MixtralConfig, _SIZES | {"num_local_experts": 4, "experts_implementation": "eager"}),
+    "gpt_oss": (
+        hf.GptOssConfig,
+        _SIZES
+        | {"head_dim": 8, "sliding_window": 6, "num_local_experts": 4, "experts_implementation": "eager"}
+        | {"layer_types": _MIXED, "attn_implementation": "eager"},
+    ),
+    "cohere": (hf.CohereConfig, _SIZES | {"logit_scale": 0.3}),
+    "granite": (hf.GraniteConfig, _SIZES | {"logits_scaling": 3.0, "attention_multiplier": 0.4}),
+    "stablelm": (hf.StableLmConfig, _SIZES),
+    "falcon": (hf.FalconConfig, _without("intermediate_size", "num_key_value_heads")),
+    "bloom": (hf.BloomConfig, {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
+    "mamba": (hf.MambaConfig, {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}),
+    "lfm2": (hf.Lfm2Config, _SIZES | {"layer_types": ["conv", "full_attention", "conv"]}),
+}
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """``make_model(name, dtype, **changes)``: a tiny random model in training mode without dropout.
+
+    All parameters are random, biases and norms too, so that one that is left out shows. ``kind`` makes a subclass.
+    """
+
+    def make(name: str, dtype=torch.float64, *, kind=None, seed: int = 0, std: float = 0.3, **changes):
+        config_class, settings = _CONFIGS[name]
+        settings = settings | changes
+        options = {
+            key: settings.pop(key) for key in ("attn_implementation", "experts_implementation") if key in settings
+        }
+        torch.manual_seed(seed)
+        config = config_class(**settings)
+        kind = hf.AutoModelForCausalLM if kind is None else kind
+        build = kind.from_config if kind is hf.AutoModelForCausalLM else kind._from_config
+        model = build(config, **options).to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, dtype=torch.float64)
+                parameter.copy_(parameter + 0.1 * noise if parameter.dim() == 1 else std * noise)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            for attribute in ("dropout", "attention_dropout", "hidden_dropout"):
+                if isinstance(getattr(module, attribute, None), float):
+                    setattr(module, attribute, 0.0)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_comparisons():
+    """``random_comparisons((prompt, (response, ...)), ...)``: comparisons of these lengths."""
+
+    def make(*shapes: tuple[int, tuple[int, ...]], seed: int = 0) -> list[TokenizedComparison]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def ids(length: int) -> list[int]:
+            return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+        return [TokenizedComparison(ids(prompt), [ids(n) for n in responses]) for prompt, responses in shapes]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def comparisons(random_comparisons) -> list[TokenizedComparison]:
+    """K = 2 and K = 3, a prompt of one token, responses of one token, and parts longer than a window."""
+    return random_comparisons((11, (7, 19)), (1, (1, 4, 2)), (23, (9, 1)), (2, (1, 1)))
+
+
+@pytest.fixture(scope="session")
+def naive_logprobs():
+    """``naive_logprobs(model, comparisons)``: the scored tokens' log-probabilities, ``[S]``, by the definition.
+
+    The model's own forward, one sequence at a time, with all logits.
+    """
+
+    def naive(model, comparisons: list[TokenizedComparison]) -> Tensor:
+        found = []
+        for comparison in comparisons:
+            for response in comparison.response_ids:
+                ids = torch.tensor([comparison.prompt_ids + response])
+                logits = model(input_ids=ids, use_cache=False).logits[0]
+                for place, token in enumerate(response, start=len(comparison.prompt_ids)):
+                    found.append(torch.log_softmax(logits[place - 1], dim=-1)[token])
+        return torch.stack(found)
+
+    return naive
+
+
+@pytest.fixture
+def float64_everywhere(monkeypatch):
+    """Make the fp32 islands of transformers' models float64.
+
+    Norms, softmaxes and routers upcast to a hard-coded fp32, also in a float64 model, so that two exact computations of
+    the same thing differ by 1e-7. What upcasts to fp32 upcasts to float64 here, on both sides of a comparison.
+    """
+    for config_class, _ in _CONFIGS.values():
+        hf.MODEL_FOR_CAUSAL_LM_MAPPING[config_class]  # import what names these types in defaults before they change
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch, "float", torch.float64)
+    monkeypatch.setattr(Tensor, "float", Tensor.double)

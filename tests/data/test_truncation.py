@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset
+
+from simpo.data.tokenize import TokenizeSettings, prepare
+from simpo.data.truncation import OVERLONG, PROMPT_CUT, RESPONSE_CUT, STILL_OVERLONG, fit
+from simpo.errors import SimpoError
+
+BOS = 1
+PROMPT = [BOS, *range(10, 19)]  # ten tokens
+SHORT, LONG = [20, 21, 2], [*range(30, 39), 2]
+
+
+def limits(max_length, max_prompt_length, **settings):
+    return TokenizeSettings(max_length=max_length, max_prompt_length=max_prompt_length, **settings)
+
+
+@pytest.mark.parametrize("truncation", ["prompt", "drop", "paper"])
+def test_what_fits_is_left_alone(truncation):
+    fitted = fit(PROMPT, [SHORT, LONG], limits(20, 4, truncation=truncation), BOS)
+    assert (fitted.prompt, fitted.responses, fitted.cut, fitted.dropped) == (PROMPT, [SHORT, LONG], (), None)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("keep_end", [BOS, 16, 17, 18]), ("keep_start", [BOS, 10, 11, 12])])
+def test_prompt_is_cut_and_keeps_its_bos(mode, expected):
+    fitted = fit(PROMPT, [SHORT, LONG], limits(19, 4, truncation_mode=mode), BOS)
+    assert (fitted.prompt, fitted.responses, fitted.cut) == (expected, [SHORT, LONG], (PROMPT_CUT,))
+
+
+def test_prompt_without_bos_keeps_its_end():
+    assert fit(PROMPT[1:], [SHORT, LONG], limits(18, 4), None).prompt == PROMPT[-4:]
+
+
+def test_responses_that_still_do_not_fit_drop_the_comparison():
+    fitted = fit(PROMPT, [SHORT, LONG], limits(13, 4), BOS)
+    assert (fitted.dropped, fitted.cut, fitted.responses) == (STILL_OVERLONG, (), [SHORT, LONG])
+
+
+def test_drop_cuts_nothing():
+    fitted = fit(PROMPT, [SHORT, LONG], limits(19, 4, truncation="drop"), BOS)
+    assert (fitted.dropped, fitted.prompt) == (OVERLONG, PROMPT)
+
+
+def test_paper_cuts_both_responses_without_their_end():
+    """max_length - max_prompt_length tokens stay of each; the prompt keeps its end and loses its BOS."""
+    fitted = fit(PROMPT, [SHORT, LONG], limits(12, 4, truncation="paper"), BOS)
+    assert fitted.prompt == PROMPT[-4:]
+    assert fitted.responses == [SHORT, LONG[:8]]
+    assert fitted.cut == (PROMPT_CUT, RESPONSE_CUT)
+
+
+def test_paper_with_a_short_prompt_cuts_responses_only():
+    fitted = fit(PROMPT[:3], [LONG, SHORT], limits(12, 4, truncation="paper"), BOS)
+    assert (fitted.prompt, fitted.responses, fitted.cut) == (PROMPT[:3], [LONG[:8], SHORT], (RESPONSE_CUT,))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": 1}, "max_length: 1 is not a whole number of at least 2"),
+        ({"max_length": 64, "max_prompt_length": 64}, "max_prompt_length: 64 leaves no room"),
+        ({"max_prompt_length": 0}, "max_prompt_length: 0 "),
+        ({"truncation_mode": "keep"}, "truncation_mode: 'keep' is not one of keep_end, keep_start"),
+        ({"truncation": "cut"}, "truncation: 'cut' is not one of prompt, drop, paper"),
+        ({"on_bad_row": "no"}, "on_bad_row: 'no' is not one of skip, error"),
+        ({"num_proc": 0}, "num_proc: 0 "),
+        ({"paper_tokenization": "yes"}, "paper_tokenization: 'yes' is not true or false"),
+    ],
+)
+def test_wrong_settings_name_their_key(settings, message):
+    with pytest.raises(SimpoError, match=f"^{message}"):
+        TokenizeSettings(**settings)
+
+
+def test_default_prompt_limit_is_the_papers_ratio():
+    assert TokenizeSettings().prompt_limit == 1800
+    assert TokenizeSettings(max_length=1024).prompt_limit == 900
+
+
+WORDS = "The answer is yes "
+
+
+def test_everything_cut_or_dropped_is_counted(build_tokenizer):
+    tokenizer = build_tokenizer("two-bos")
+    rows = [
+        {"prompt": "The", "chosen": "yes", "rejected": "no"},
+        {"prompt": WORDS * 40, "chosen": "yes", "rejected": "no"},
+        {"prompt": "The", "chosen": WORDS * 60, "rejected": "no"},
+    ]
+    settings = TokenizeSettings(max_length=60, max_prompt_length=30)
+    prepared = prepare(Dataset.from_list(rows), tokenizer, settings, label="test")
+    report = prepared.report
+    assert (report.rows, report.used) == (3, 2)
+    assert report.cut == {PROMPT_CUT: 1} and report.dropped == {STILL_OVERLONG: 1}
+    assert report.examples == {PROMPT_CUT: ["test row 1"], STILL_OVERLONG: ["test row 2"]}
+    cut = prepared.dataset[1]["prompt_ids"]
+    assert len(cut) == 30 and cut.count(tokenizer.bos_token_id) == 1 and cut[0] == tokenizer.bos_token_id
+    assert dict(report.metrics())["data/test/dropped"] == 1
+    assert f"  dropped 1: {STILL_OVERLONG} (test row 2)" in report.lines()
+
+
+def test_paper_truncation_has_a_notice_and_no_eos_on_cut_responses(build_tokenizer):
+    tokenizer = build_tokenizer("two-bos")
+    row = {"prompt": "The", "chosen": WORDS * 60, "rejected": "no"}
+    settings = TokenizeSettings(max_length=60, max_prompt_length=40, truncation="paper")
+    prepared = prepare(Dataset.from_list([row]), tokenizer, settings)
+    chosen, rejected = prepared.dataset[0]["response_ids"]
+    assert len(chosen) == 20 and tokenizer.eos_token_id not in chosen
+    assert rejected[-1] == tokenizer.eos_token_id
+    assert prepared.report.cut == {RESPONSE_CUT: 1}
+    assert any("truncation: paper" in notice for notice in prepared.report.notices)
+
+
+def test_nothing_fits(build_tokenizer):
+    tokenizer = build_tokenizer("two-bos")
+    row = {"prompt": "The answer", "chosen": WORDS * 9, "rejected": "no"}
+    shortest = len(tokenizer.apply_chat_template([{"role": "user", "content": "The answer"}], return_dict=False)) + 2
+    with pytest.raises(SimpoError, match=r"^train: no comparison fits max_length 8: .*; raise max_length$") as caught:
+        prepare(Dataset.from_list([row]), tokenizer, TokenizeSettings(max_length=8))
+    header = len(tokenizer("[assistant]", add_special_tokens=False).input_ids)
+    assert f"the shortest prompt has {shortest - 2 + header} tokens" in str(caught.value)

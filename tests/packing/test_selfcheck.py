@@ -1,0 +1,249 @@
+"""Models whose prompts cannot be shared, and models that only look as if they could."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import transformers as hf
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaModel
+
+from simpo.errors import SimpoError
+from simpo.packing.attention import install, uninstall
+from simpo.packing.layout import PackedBatch
+from simpo.packing.policy import policy_logprobs, state_of
+from simpo.packing.scoring import score_responses
+from simpo.packing.selfcheck import choose_path
+
+NOT_SHAREABLE = ["mamba", "falcon", "bloom", "stablelm", "lfm2"]
+
+
+def gradients(logps, model):
+    weight = torch.randn(logps.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(logps)
+    return torch.autograd.grad(
+        (logps * weight).sum(), list(model.parameters()), materialize_grads=True, allow_unused=True
+    )
+
+
+def assert_exact(model, comparisons, naive_logprobs):
+    """Log-probabilities and gradients are the model's own, to 1e-9."""
+    expected = naive_logprobs(model, comparisons)
+    found = policy_logprobs(model, PackedBatch.build(comparisons))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for (name, _), a, b in zip(
+        model.named_parameters(), gradients(found, model), gradients(expected, model), strict=True
+    ):
+        assert (a - b).abs().max() <= 1e-9 * max(1.0, b.abs().max()), name
+
+
+@pytest.mark.parametrize("name", NOT_SHAREABLE)
+def test_fallback_is_exact_and_said_once(name, make_model, comparisons, naive_logprobs, caplog, float64_everywhere):
+    model = make_model(name)
+    own = model.config._attn_implementation
+    with caplog.at_level(logging.WARNING, "simpo"):
+        assert_exact(model, comparisons, naive_logprobs)
+        policy_logprobs(model, PackedBatch.build(comparisons[:1]))
+        score_responses(model, comparisons)
+    assert (state_of(model).path, state_of(model).fused_head) == ("padded", True)
+    assert model.config._attn_implementation == own
+    said = [record.message for record in caplog.records if record.name.startswith("simpo")]
+    assert len(said) == 1
+    assert type(model).__name__ in said[0]
+    assert "padded" in said[0]
+
+
+def test_reasons_do_not_pile_up(make_model, comparisons, caplog):
+    """The trainer checks a model again, in its own precision; what was said of it stays said once."""
+    model = make_model("bloom")
+    with caplog.at_level(logging.WARNING, "simpo"):
+        choose_path(model, PackedBatch.build(comparisons))
+        choose_path(model, PackedBatch.build(comparisons))
+    assert len(state_of(model).reasons) == 1
+    assert len(caplog.records) == 1
+
+
+def test_shareable_models_are_not_talked_about(make_model, comparisons, caplog):
+    with caplog.at_level(logging.WARNING, "simpo"):
+        policy_logprobs(make_model("llama"), PackedBatch.build(comparisons))
+    assert not caplog.records
+
+
+# ---- models that lie ----
+
+
+class _Forgetful(LlamaAttention):
+    def forward(self, *args, **kwargs):
+        kwargs.pop("attention_layout", None)
+        return super().forward(*args, **kwargs)
+
+
+class ForgetfulLlama(hf.LlamaForCausalLM):
+    """One layer of three does not hand the layout on."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[1].self_attn.__class__ = _Forgetful
+
+
+class _WithoutWindow:
+    def __init__(self, config):
+        self.__dict__["config"] = config
+
+    def __getattr__(self, name):
+        return None if name == "sliding_window" else getattr(self.__dict__["config"], name)
+
+
+class WindowlessMistral(hf.MistralForCausalLM):
+    """Leaves its window to the mask alone: the attention function is not told of it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.self_attn.config = _WithoutWindow(config)
+
+
+class _LookingBack(LlamaMLP):
+    def forward(self, x):
+        return super().forward(x + 0.5 * torch.nn.functional.pad(x, (0, 0, 1, -1)))
+
+
+class LookingBackLlama(hf.LlamaForCausalLM):
+    """Every token also takes from the token before it, outside attention (RWKV's token shift, a short convolution)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[2].mlp.__class__ = _LookingBack
+
+
+class _CountingPositions(LlamaModel):
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+class CountingLlama(hf.LlamaForCausalLM):
+    """Counts positions itself, whatever it is told."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.__class__ = _CountingPositions
+
+
+class StrictLlama(hf.LlamaForCausalLM):
+    """A backbone that takes no argument that it does not know."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        forward = self.model.forward
+
+        def strict(
+            input_ids=None,
+            attention_mask=None,
+            position_ids=None,
+            past_key_values=None,
+            inputs_embeds=None,
+            use_cache=None,
+        ):
+            return forward(
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache
+            )
+
+        self.model.forward = strict
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "because"),
+    [
+        (ForgetfulLlama, "llama", "2 of its 3 layers"),
+        (WindowlessMistral, "mistral", "sliding windows"),
+        (LookingBackLlama, "llama", "differ"),
+        (CountingLlama, "llama", "differ"),
+        (StrictLlama, "llama", "does not take"),
+    ],
+)
+def test_what_ignores_part_of_the_layout_is_refused(
+    kind, base, because, make_model, comparisons, naive_logprobs, float64_everywhere
+):
+    model = make_model(base, kind=kind)
+    assert_exact(model, comparisons, naive_logprobs)
+    assert state_of(model).path == "padded"
+    assert because in state_of(model).reasons[0]
+
+
+def test_a_window_is_missed_also_where_the_sample_is_too_short_to_feel_it(make_model, random_comparisons):
+    model = make_model("mistral", kind=WindowlessMistral, sliding_window=64)
+    assert choose_path(model, PackedBatch.build(random_comparisons((3, (2, 2))))) == "padded"
+    model = make_model("mistral", sliding_window=64)
+    assert choose_path(model, PackedBatch.build(random_comparisons((3, (2, 2))))) == "packed"
+
+
+# ---- output layers that are more than they seem ----
+
+
+class LoudLlama(hf.LlamaForCausalLM):
+    """Multiplies its logits by a factor that no configuration key tells of."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 1.7
+        return output
+
+
+class _ShiftedLinear(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + torch.arange(self.out_features).to(x) / 20
+
+
+class ShiftedLlama(hf.LlamaForCausalLM):
+    """An output layer that is a linear layer and something more."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head.__class__ = _ShiftedLinear
+
+
+@pytest.mark.parametrize("kind", [LoudLlama, ShiftedLlama])
+def test_an_odd_output_layer_is_not_fused(kind, make_model, comparisons, naive_logprobs, caplog, float64_everywhere):
+    model = make_model("llama", kind=kind)
+    with caplog.at_level(logging.WARNING, "simpo"):
+        assert_exact(model, comparisons, naive_logprobs)
+    assert (state_of(model).path, state_of(model).fused_head) == ("packed", False)
+    assert "output layer" in caplog.records[0].message
+
+
+@pytest.mark.parametrize("path", ["packed", "padded"])
+def test_an_odd_output_layer_on_a_path_that_was_asked_for(
+    path, make_model, comparisons, naive_logprobs, float64_everywhere
+):
+    """``path`` says how comparisons are laid out; it is no leave to get the output layer wrong."""
+    model = make_model("llama", kind=LoudLlama)
+    expected = naive_logprobs(model, comparisons)
+    found = policy_logprobs(model, PackedBatch.build(comparisons), path=path)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NOT_SHAREABLE)
+def test_packed_asked_of_a_model_that_cannot(name, make_model, comparisons):
+    """An error that says so, not figures that are wrong."""
+    with pytest.raises(SimpoError, match="packed"):
+        policy_logprobs(make_model(name), PackedBatch.build(comparisons), path="packed")
+
+
+def test_the_check_leaves_the_model_as_it_was(make_model, comparisons):
+    model = make_model("llama").train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    choose_path(model, PackedBatch.build(comparisons))
+    assert [module.training for module in model.modules()] == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("own", ["eager", "sdpa", "flex_attention"])
+def test_a_refused_model_gets_its_own_attention_back(own, make_model):
+    model = make_model("llama", attn_implementation=own)
+    install(model)
+    assert model.config._attn_implementation.startswith("simpo_")
+    uninstall(model)
+    assert model.config._attn_implementation == own

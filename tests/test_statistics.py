@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from simpo.statistics import mcnemar, mean_interval, proportion_interval
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 20), (7, 20), (20, 20), (263, 500)])
+def test_proportion_agrees_with_scipy(successes, n):
+    expected = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    interval = proportion_interval(successes, n)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert 0 <= interval.low <= interval.value <= interval.high <= 1
+
+
+def test_proportion_published_value():
+    # Newcombe, Statistics in Medicine 17 (1998), table I, method 3: 81 of 263.
+    interval = proportion_interval(81, 263)
+    assert (round(interval.low, 4), round(interval.high, 4)) == (0.2553, 0.3662)
+    assert (interval.n, interval.method) == (263, "Wilson 95%")
+
+
+def test_proportion_solves_the_score_equation():
+    # The definition: at a bound p0, the estimate lies 1.96 of p0's own standard errors away.
+    interval = proportion_interval(13, 40)
+    for bound in (interval.low, interval.high):
+        z = abs(interval.value - bound) / np.sqrt(bound * (1 - bound) / 40)
+        assert z == pytest.approx(stats.norm.ppf(0.975), rel=1e-9)
+
+
+@pytest.mark.parametrize("chance", [0.05, 0.5, 0.8])
+def test_proportion_coverage(chance):
+    n = 60
+    intervals = [proportion_interval(k, n) for k in range(n + 1)]
+    weights = stats.binom.pmf(np.arange(n + 1), n, chance)
+    covered = sum(w for w, i in zip(weights, intervals, strict=True) if i.low <= chance <= i.high)
+    assert 0.93 < covered < 0.975
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 5), (6, 5)])
+def test_proportion_refuses_impossible_counts(successes, n):
+    with pytest.raises(ValueError, match="not a proportion"):
+        proportion_interval(successes, n)
+
+
+def test_mean_agrees_with_scipy():
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=17)
+    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    interval = mean_interval(values)
+    assert interval.value == pytest.approx(values.mean(), rel=1e-12)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+def test_mean_closed_form():
+    # Student's t at 2 degrees of freedom has the quantile (2p - 1) sqrt(2 / (4 p (1 - p))): 4.3027.
+    quantile = 0.95 * np.sqrt(2 / (4 * 0.975 * 0.025))
+    interval = mean_interval([1.0, 2.0, 3.0])
+    assert interval.high - interval.value == pytest.approx(quantile / np.sqrt(3), rel=1e-9)
+
+
+def test_mean_coverage():
+    samples = np.random.default_rng(1).normal(size=(4000, 5))
+    covered = np.mean([i.low <= 0 <= i.high for i in map(mean_interval, samples)])
+    assert abs(covered - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 4000)
+
+
+def test_mean_of_one_value_has_no_bounds():
+    interval = mean_interval([2.5])
+    assert (interval.value, interval.low, interval.high, interval.n) == (2.5, None, None, 1)
+
+
+@pytest.mark.parametrize("values", [[], [[1.0, 2.0]]])
+def test_mean_refuses_other_shapes(values):
+    with pytest.raises(ValueError, match="at least one value"):
+        mean_interval(values)
+
+
+def _outcomes(gained, lost, kept=3, failed=2):
+    before = [False] * gained + [True] * lost + [True] * kept + [False] * failed
+    after = [True] * gained + [False] * lost + [True] * kept + [False] * failed
+    return np.array(before), np.array(after)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 1), (1, 0), (3, 3), (7, 2), (2, 7), (10, 0)])
+def test_mcnemar_is_the_count_of_equally_likely_outcomes(gained, lost):
+    tosses = list(itertools.product((0, 1), repeat=gained + lost))
+    expected = sum(sum(toss) >= gained for toss in tosses) / len(tosses)
+    result = mcnemar(*_outcomes(gained, lost))
+    assert result.p == pytest.approx(expected, rel=1e-12)
+    assert (result.gained, result.lost) == (gained, lost)
+
+
+def test_mcnemar_agrees_with_scipy_on_many_items():
+    expected = stats.binomtest(130, 230, alternative="greater").pvalue
+    assert mcnemar(*_outcomes(130, 100, kept=500, failed=500)).p == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemar_without_a_change_says_nothing():
+    result = mcnemar(*_outcomes(0, 0))
+    assert (result.p, result.gained, result.lost) == (1.0, 0, 0)
+    assert mcnemar(np.array([], dtype=bool), np.array([], dtype=bool)).p == 1.0
+
+
+def test_mcnemar_does_not_cry_wolf():
+    generator = np.random.default_rng(2)
+    p = [mcnemar(*(generator.random((2, 200)) < 0.6)).p for _ in range(2000)]
+    assert np.mean(np.array(p) <= 0.05) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 2000)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [([True, False], [True]), ([[True]], [[True]]), ([0.2, 0.7], [True, False]), ([True], [1])],
+)
+def test_mcnemar_refuses_other_arrays(before, after):
+    with pytest.raises(ValueError, match="boolean"):
+        mcnemar(before, after)
