@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -26,13 +25,15 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _quiet_where_nobody_looks() -> None:
-    """Notices go to stdout, so that stderr has errors only; progress bars are drawn on terminals only."""
+def _keep_stderr_for_errors() -> None:
+    """Notices go to stdout; progress bars are drawn on terminals only."""
     logging.basicConfig(stream=sys.stdout, format="note: %(message)s", level=logging.WARNING)
     if not sys.stderr.isatty():
-        # read by the libraries when they are first imported
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        import datasets  # noqa: PLC0415 - slow, and every command but the overview has imported it anyway
+        import transformers  # noqa: PLC0415
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"simpo {__version__}")
         return 0
     name, rest = arguments[0], arguments[1:]
-    _quiet_where_nobody_looks()
     try:
         if name not in command_names():
             raise SimpoError(f"unknown command {name!r}; the commands are {', '.join(command_names())}")
-        return importlib.import_module(f"simpo.commands.{name}").main(rest)
+        command = importlib.import_module(f"simpo.commands.{name}")
+        _keep_stderr_for_errors()
+        return command.main(rest)
     except SimpoError as error:
         print(f"simpo: error: {error}", file=sys.stderr)
         return 2
