@@ -23,8 +23,9 @@ def summarise(
     """Everything that is known, ready for ``json.dumps``; entrants without a finished run are left out."""
     rows = [_row(entrant, runs[entrant.name]) for entrant in entrants if runs[entrant.name]]
     base = best_of_trl(rows)
-    for row in rows:
-        row |= _beside(row, base) if base else {}
+    if base:
+        for row in rows:
+            row.update(_beside(row, base))
     return {
         "setting": {key: value for key, value in vars(setting).items() if key != "folder"},
         "parameters": build_model(setting).num_parameters(),
@@ -82,7 +83,7 @@ def _beside(row: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 
 def print_report(report: dict[str, Any]) -> None:
     """The table, and below it what it was measured on."""
-    console = Console(width=None if Console().is_terminal else 140)
+    console = Console(width=None if Console().is_terminal else 160)
     console.print(_table(report))
     setting, data, versions = report["setting"], report["data"], report["versions"]
     pairs = setting["pairs"]
@@ -102,7 +103,8 @@ def print_report(report: dict[str, Any]) -> None:
     if report["trl_best"]:
         console.print(
             f"Ratios are medians over rounds, against {report['trl_best']}, TRL's best. Bound: the ratio that counted "
-            "arithmetic allows (in brackets: if simpo makes the logits again in backward).",
+            "arithmetic allows (in brackets: if simpo makes the logits again in backward). Loss difference: of the "
+            f"first step, {report['entrants'][0]['losses'][0]:.6f} in the first row.",
             highlight=False,
         )
 
@@ -113,7 +115,7 @@ def _table(report: dict[str, Any]) -> Table:
     table.add_column("")
     alone = any(row["products_seconds_per_pair"] for row in rows)
     columns = ["pairs/s", "range", "tokens/s", "CPU s/pair", "ratio", "bound", "GFLOP/pair", "peak MiB", "grown MiB"]
-    for column in [*columns, "first loss", "difference", *(["products s/pair", "their ratio"] if alone else [])]:
+    for column in [*columns, "loss difference", *(["products s/pair", "their ratio"] if alone else [])]:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(row["name"], *_cells(row, alone=alone))
@@ -135,7 +137,6 @@ def _cells(row: dict[str, Any], *, alone: bool) -> list[str]:
         f"{row['gflop_per_pair']:.1f}",
         f"{row['peak_mib']:.0f}",
         f"{row['grown_mib']:.0f}",
-        f"{row['losses'][0]:.6f}",
         f"{row['first_loss_difference']:+.1e}" if beside else "",
     ]
     if alone:

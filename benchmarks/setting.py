@@ -65,17 +65,11 @@ class Setting:
         return json.dumps(asdict(self))
 
 
-def read_pairs(path: Path, count: int | None = None) -> list[Pair]:
-    """The first ``count`` HH-style transcripts of ``path`` (``.jsonl`` or ``.jsonl.gz``), cut at their last shared cue."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    pairs: list[Pair] = []
-    with opened as lines:
-        for line in lines:
-            row = json.loads(line)
-            pairs.append(_cut(row["chosen"], row["rejected"]))
-            if count is not None and len(pairs) == count:
-                break
-    return pairs
+def read_pairs(path: Path) -> list[Pair]:
+    """The HH-style transcripts of ``path`` (``.jsonl`` or ``.jsonl.gz``), each cut at the last cue that both share."""
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rows = map(json.loads, text.decode().splitlines())
+    return [_cut(row["chosen"], row["rejected"]) for row in rows]
 
 
 def _cut(chosen: str, rejected: str) -> Pair:
@@ -136,7 +130,7 @@ def prepare(setting: Setting, data: Path) -> dict[str, int]:
 def tokenize(pair: Pair, tokenizer: Any) -> TokenizedComparison:
     """``pair`` as ids; every response ends in the end-of-text token."""
     ids = tokenizer([pair.prompt, pair.chosen, pair.rejected], add_special_tokens=False)["input_ids"]
-    return TokenizedComparison(ids[0], [response + [tokenizer.eos_token_id] for response in ids[1:]])
+    return TokenizedComparison(ids[0], [[*response, tokenizer.eos_token_id] for response in ids[1:]])
 
 
 def load_comparisons(setting: Setting) -> list[TokenizedComparison]:

@@ -87,7 +87,7 @@ def work(entrant: Entrant, setting: Setting, output: Path, *, products: bool = F
     model = build_model(setting).to(setting.device)
     before = _in_use_mib(setting.device)
     with tempfile.TemporaryDirectory() as folder:
-        make = _trl_trainer if entrant.library == "trl" else _simpo_trainer
+        make = _trl_trainer if entrant.library == "trl" else simpo_trainer
         trainer = make(model, entrant, setting, folder)
         clock = _clock(setting)
         trainer.add_callback(clock)
@@ -157,7 +157,8 @@ def _clock(setting: Setting) -> Any:
     return Clock()
 
 
-def _simpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -> Any:
+def simpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -> Any:
+    """simpo's trainer for ``setting``, which writes into ``folder``."""
     from datasets import Dataset  # noqa: PLC0415
 
     from simpo.training.config import PreferenceConfig  # noqa: PLC0415

@@ -177,8 +177,8 @@ def test_stages_stand_side_by_side_with_their_intervals(tmp_path):
     heading = next(line for line in lines if "before" in line)
     assert heading.index("metric") < heading.index("before") < heading.index("after")
     row = next(line for line in lines if "win_rate" in line)
-    assert row.index("0.25 [0.1951, 0.3143]") < row.index("0.45 [0.3826, 0.5192]") < row.index("200")
-    assert any("[low, high]: Wilson 95%" in line for line in lines)
+    assert row.index("0.25 [0.195, 0.314]") < row.index("0.45 [0.383, 0.519]")
+    assert any("methods: Wilson 95%; n = 200" in line for line in lines)
     assert any("pairs" in line and "4000" in line for line in lines)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -208,42 +209,52 @@ def _holds(value: Any, kinds: str) -> bool:
 
 
 def print_results(path: Path, console: Console | None = None) -> None:
-    """Print the table of a ``results.json``: a metric a row, its stages side by side with their intervals.
+    """Print the figures of a ``results.json``: those with stages side by side, with their intervals, then the others.
 
     Raises:
         SimpoError: as :func:`read_results`.
     """
     results = read_results(path)
-    (console or Console()).print(_table(results))
+    console = console or Console()
+    staged = [metric for metric in results.metrics if metric.stage is not None]
+    single = [metric for metric in results.metrics if metric.stage is None]
+    if staged:
+        console.print(_table(staged, ("before", "after"), f"simpo {results.command}"))
+    if single:
+        console.print(_table(single, (None,), None if staged else f"simpo {results.command}"))
 
 
-def _table(results: Results) -> Table:
+def _table(metrics: Sequence[Metric], stages: Sequence[Stage | None], title: str | None) -> Table:
     rows: dict[str, dict[Stage | None, Metric]] = {}
-    for metric in results.metrics:
+    for metric in metrics:
         rows.setdefault(metric.name, {})[metric.stage] = metric
-    stages = [stage for stage in _HEADINGS if any(stage in cells for cells in rows.values())]
-    table = Table(title=Text(f"simpo {results.command}"), caption=_caption(results.metrics))
-    table.add_column("metric", overflow="fold")
+    # Text throughout, so that rich does not take the brackets of an interval or a name for its markup.
+    table = Table(title=Text(title) if title else None, caption=_caption(metrics), box=SIMPLE_HEAD)
+    table.add_column("metric", overflow="fold", min_width=min(24, max(map(len, rows))))
     for stage in stages:
-        table.add_column(_HEADINGS[stage], justify="right")
-    table.add_column("n", justify="right")
+        table.add_column(_HEADINGS[stage], justify="right", no_wrap=True)
+    counts = {name: _counts(cells.values()) for name, cells in rows.items()}
+    shared = set(counts.values())  # a column of one number would only take room
+    if len(shared) == 1:
+        table.caption = Text("; ".join(filter(None, [str(table.caption or ""), *(f"n = {n}" for n in shared if n)])))
+    else:
+        table.add_column("n", justify="right", no_wrap=True)
     for name, cells in rows.items():
-        # Text, so that rich does not take the brackets of an interval or a name for its markup.
         figures = [Text(_figure(cells[stage]) if stage in cells else "") for stage in stages]
-        table.add_row(Text(name), *figures, _counts(cells.values()))
+        table.add_row(Text(name), *figures, *([] if len(shared) == 1 else [counts[name]]))
     return table
 
 
 def _caption(metrics: Iterable[Metric]) -> Text | None:
     methods = sorted({metric.method for metric in metrics if metric.method})
-    return Text(f"[low, high]: {', '.join(methods)}") if methods else None
+    return Text(f"methods: {', '.join(methods)}") if methods else None
 
 
 def _figure(metric: Metric) -> str:
     value = "-" if metric.value is None else f"{metric.value:.4g}"
     if metric.low is None or metric.high is None:
         return value
-    return f"{value} [{metric.low:.4g}, {metric.high:.4g}]"
+    return f"{value} [{metric.low:.3g}, {metric.high:.3g}]"
 
 
 def _counts(metrics: Iterable[Metric]) -> str:

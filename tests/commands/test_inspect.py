@@ -60,7 +60,7 @@ def test_figures_are_printed_and_written(model, data, tmp_path, capsys):
     # One token a byte: the bytes of the answers and the end of turn.
     assert figures["data/train/tokens/chosen/max"] == len("a longer answer") + 1
     assert figures["data/train/tokens/prompt/p50"] == len("[user]question 0[assistant]") + 2
-    assert figures["data/eval/prompts_in_train"] == 1 and figures["data/eval/ties"] == 1.0
+    assert figures["data/eval/prompts_in_train"] == 1 and figures["data/eval/ties"] == 0.5
 
 
 def test_what_would_be_dropped_and_cut_is_said(model, tmp_path, capsys):

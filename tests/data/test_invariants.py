@@ -53,7 +53,7 @@ LONG = {
 @pytest.mark.parametrize("row", [PAIR, LONG], ids=["one turn", "three turns"])
 def test_prompt_is_what_generation_feeds(tokenizer, row):
     expected = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-    if not expected[0] == tokenizer.bos_token_id and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+    if expected[0] != tokenizer.bos_token_id and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
         expected = [tokenizer.bos_token_id, *expected]
     assert tokenized(tokenizer, row)[0]["prompt_ids"] == expected
 

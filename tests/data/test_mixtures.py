@@ -5,8 +5,10 @@ import json
 import pytest
 from datasets import Dataset, concatenate_datasets
 
+from simpo.data import tokenize
 from simpo.data.mixtures import load_mixture, load_mixture_list
 from simpo.data.rows import rows_of
+from simpo.data.tokenize import TokenizeSettings, prepare
 from simpo.errors import SimpoError
 
 
@@ -118,5 +120,15 @@ def test_mixture_list_mistakes(folders, change, message):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_mixture_columns_must_exist(folders, index):
-    with pytest.raises(SimpoError, match="dataset_mixture: .* has no column 'score'"):
+    with pytest.raises(SimpoError, match=r"dataset_mixture: .* has no column 'score'"):
         load_mixture_list({"datasets": [{"id": folders[index], "columns": ["prompt", "score"]}]})
+
+
+def test_a_mixture_is_tokenized_once(folders, build_tokenizer, monkeypatch):
+    """The cache is found again though the mixture is made anew, of JSON rows and of columns."""
+    tokenizer = build_tokenizer("chatml")
+    first = prepare(load_mixture(dict.fromkeys(folders, 1.0), ["train"])[0], tokenizer, TokenizeSettings())
+    monkeypatch.setattr(tokenize._Tokenization, "__call__", None)
+    second = prepare(load_mixture(dict.fromkeys(folders, 1.0), ["train"])[0], tokenizer, TokenizeSettings())
+    assert second.dataset.to_list() == first.dataset.to_list()
+    assert {row["where"].split(":")[0].split(" ")[0] for row in first.dataset} == {"train.jsonl", "train.parquet"}

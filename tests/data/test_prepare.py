@@ -81,7 +81,7 @@ def test_no_row_of_a_recognised_shape(chatml):
 
 
 def test_not_a_single_data_set(chatml):
-    with pytest.raises(SimpoError, match="train: a dict instead of a datasets.Dataset; give one split"):
+    with pytest.raises(SimpoError, match=r"train: a dict instead of a datasets\.Dataset; give one split"):
         prepare({"train": []}, chatml, TokenizeSettings())
     with pytest.raises(SimpoError, match="train: no rows"):
         prepare(Dataset.from_list([]), chatml, TokenizeSettings())
@@ -98,11 +98,11 @@ def test_tokenized_data_is_returned_as_it_is(chatml):
 def source(tmp_path):
     rows = [{**GOOD, "chosen": f"yes {number}"} for number in range(99)] + [{**GOOD, "rejected": ""}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return str(tmp_path / "a.jsonl")
+    return tmp_path / "a.jsonl"
 
 
 def test_second_run_hits_the_cache_with_the_same_report(chatml, source, monkeypatch):
-    first = prepare(load_rows(source, split="train"), chatml, TokenizeSettings())
+    first = prepare(load_rows(str(source), split="train"), chatml, TokenizeSettings())
 
     def fail(*_):
         raise AssertionError("tokenized again")
@@ -110,31 +110,30 @@ def test_second_run_hits_the_cache_with_the_same_report(chatml, source, monkeypa
     monkeypatch.setattr(tokenize._Tokenization, "__call__", fail)
     # Padding and truncation are switched on and off by calls and change no id of ours.
     chatml(["a", "b c"], padding=False, truncation=True, max_length=2)
-    second = prepare(load_rows(source, split="train"), chatml, TokenizeSettings(num_proc=2, on_bad_row="skip"))
+    second = prepare(load_rows(str(source), split="train"), chatml, TokenizeSettings(num_proc=2, on_bad_row="skip"))
     assert second.report == first.report and second.report.bad == {"empty response": 1}
     assert second.dataset.to_list() == first.dataset.to_list()
-    with pytest.raises(SimpoError, match="^a.jsonl:100: empty response"):
-        prepare(load_rows(source, split="train"), chatml, TokenizeSettings(on_bad_row="error"))
+    with pytest.raises(SimpoError, match=r"^a\.jsonl:100: empty response"):
+        prepare(load_rows(str(source), split="train"), chatml, TokenizeSettings(on_bad_row="error"))
 
 
 @pytest.mark.parametrize("change", ["template", "settings", "special", "tokenizer", "file"])
 def test_nothing_stale_is_taken_from_the_cache(chatml, build_tokenizer, source, change):
-    before = prepare(load_rows(source, split="train"), chatml, TokenizeSettings()).dataset[0]
+    before = prepare(load_rows(str(source), split="train"), chatml, TokenizeSettings()).dataset[0]
     settings = TokenizeSettings(paper_tokenization=change == "settings")
     if change == "template":
         chatml.chat_template = chatml.chat_template.replace("<|im_start|>", "<|endoftext|>")
     elif change == "special":
         chatml.chat_template = None
-        plain = prepare(load_rows(source, split="train"), chatml, settings).dataset[0]
+        plain = prepare(load_rows(str(source), split="train"), chatml, settings).dataset[0]
         chatml.eos_token = "<|im_end|>"
-        assert prepare(load_rows(source, split="train"), chatml, settings).dataset[0] != plain
+        assert prepare(load_rows(str(source), split="train"), chatml, settings).dataset[0] != plain
         return
     elif change == "tokenizer":
         chatml = build_tokenizer("two-bos")
     elif change == "file":
-        text = open(source).read()
-        open(source, "w").write(text.replace("yes 0", "yes!!"))
-    assert prepare(load_rows(source, split="train"), chatml, settings).dataset[0] != before
+        source.write_text(source.read_text().replace("yes 0", "yes!!"))
+    assert prepare(load_rows(str(source), split="train"), chatml, settings).dataset[0] != before
 
 
 def test_processes_give_the_same_rows(chatml, tmp_path):

@@ -94,6 +94,7 @@ def test_unchanged_file_is_read_once(tmp_path, monkeypatch):
         ),
         (["hh_train.jsonl", "hh_test.jsonl"], "train", ["hh_train.jsonl:1"]),
         (["train/a.jsonl", "test/a.jsonl"], "test", ["a.jsonl:1"]),
+        (["test/eval.jsonl", "train/a.jsonl"], "test", ["eval.jsonl:1"]),
         (["train_prefs.jsonl", "test_prefs.jsonl"], "train_prefs", ["train_prefs.jsonl:1"]),
         (["part-0.jsonl", "part-1.jsonl"], "train", ["part-0.jsonl:1", "part-1.jsonl:1"]),
     ],
@@ -116,6 +117,8 @@ def test_saved_folders(tmp_path):
     assert load(tmp_path / "one") == [(FLAT[0], "one row 0"), (FLAT[1], "one row 1")]
     DatasetDict(train=dataset, test=dataset.select([1])).save_to_disk(tmp_path / "two")
     assert load(tmp_path / "two", "test") == [(FLAT[1], "two[test] row 0")]
+    dataset.save_to_disk(tmp_path / "three" / "test")
+    assert load(tmp_path / "three", "test") == [(FLAT[0], "test row 0"), (FLAT[1], "test row 1")]
     with pytest.raises(SimpoError, match="two: no split 'dev'; it has train, test"):
         load(tmp_path / "two", "dev")
 

@@ -86,7 +86,8 @@ def inspect_prepared(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, set
 
 def overlap(train: Inspection, test: Inspection) -> int:
     """Number of test comparisons whose prompt is a training prompt too."""
-    return sum(prompt in set(train.prompts) for prompt in test.prompts)
+    known = set(train.prompts)
+    return sum(prompt in known for prompt in test.prompts)
 
 
 @dataclass(frozen=True)

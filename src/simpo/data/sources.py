@@ -50,21 +50,38 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 def _load_folder(folder: Path, split: str) -> Dataset:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+    if _is_saved(folder):
         return _load_saved(folder, split)
     if (folder / split).is_dir():
-        return _load_folder(folder / split, split)
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
-    if not files:
-        raise SimpoError(f"{folder}: no data files in this folder; known are {KINDS}")
-    chosen = [path for path in files if _names_split(path, split)]
-    if not chosen and not any(_names_split(path, word) for path in files for word in _SPLIT_WORDS):
-        # Files that name no split are a training set; those of a sub-folder are that folder's split.
-        chosen = files if "train" in split or folder.name == split else []
+        folder = folder / split
+        if _is_saved(folder):
+            return _load_saved(folder, split)
+        chosen = _data_files(folder)
+    else:
+        chosen = _files_of_split(folder, split)
     if not chosen:
-        names = ", ".join(path.name for path in files[:5])
-        raise SimpoError(f"{folder}: no file of split {split!r} in this folder; it has {names}")
+        raise SimpoError(f"{folder}: no data files in this folder; known are {KINDS}")
     return concatenate([load_file(path, path.name) for path in chosen])
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    """The files that name the split; all of them if none names any and a training split is wanted."""
+    files = _data_files(folder)
+    chosen = [path for path in files if _names_split(path, split)]
+    if chosen or not files:
+        return chosen
+    if "train" in split and not any(_names_split(path, word) for path in files for word in _SPLIT_WORDS):
+        return files
+    names = ", ".join(path.name for path in files[:5])
+    raise SimpoError(f"{folder}: no file of split {split!r} in this folder; it has {names}")
 
 
 def _names_split(path: Path, split: str) -> bool:

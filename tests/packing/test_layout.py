@@ -1,0 +1,154 @@
+"""A packed batch and its layout against a derivation token by token."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from simpo.packing.comparison import TokenizedComparison
+from simpo.packing.layout import AttentionLayout, PackedBatch, PaddedRows, Span
+
+
+def random_batch(seed: int) -> list[TokenizedComparison]:
+    draw = random.Random(seed)
+
+    def ids() -> list[int]:
+        return [draw.randint(3, 99) for _ in range(draw.choice([1, 1, 2, 3, 8]))]
+
+    return [
+        TokenizedComparison(ids(), [ids() for _ in range(draw.randint(1, 4))]) for _ in range(draw.randint(1, 4))
+    ]
+
+
+def tokens_of(comparisons):
+    """``(id, comparison, part, position)`` of every token, in the order of the flat sequence."""
+    for c, comparison in enumerate(comparisons):
+        for position, token in enumerate(comparison.prompt_ids):
+            yield token, c, 0, position
+        for k, response in enumerate(comparison.response_ids):
+            for place, token in enumerate(response):
+                yield token, c, k + 1, len(comparison.prompt_ids) + place
+
+
+SEEDS = pytest.mark.parametrize("seed", range(20))
+
+
+@SEEDS
+def test_tokens_positions_and_parts(seed):
+    comparisons = random_batch(seed)
+    batch = PackedBatch.build(comparisons)
+    layout = batch.layout
+    found = zip(
+        batch.input_ids.tolist(),
+        layout.comparison_of.tolist(),
+        layout.part_of.tolist(),
+        layout.positions.tolist(),
+        strict=True,
+    )
+    assert list(found) == list(tokens_of(comparisons))
+    assert batch.tokens == layout.total == sum(comparison.packed_length for comparison in comparisons)
+    assert batch.comparisons == comparisons
+
+
+@SEEDS
+def test_every_response_token_is_scored_once_from_the_token_before_it(seed):
+    comparisons = random_batch(seed)
+    batch = PackedBatch.build(comparisons)
+    flat = list(tokens_of(comparisons))
+    expected = []  # (position scored from, target, response)
+    response = -1
+    for index, (token, c, part, position) in enumerate(flat):
+        if part == 0:
+            continue
+        response += flat[index - 1][1:3] != (c, part)
+        # the token before it in its own sequence: of the same part, or the prompt's last
+        (before,) = [
+            i
+            for i, (_, other, kind, place) in enumerate(flat)
+            if other == c and place == position - 1 and kind in (0, part)
+        ]
+        expected.append((before, token, response))
+    found = zip(batch.scored.tolist(), batch.targets.tolist(), batch.response_of.tolist(), strict=True)
+    assert list(found) == expected
+    assert batch.lengths.tolist() == [len(r) for c in comparisons for r in c.response_ids]
+
+
+@SEEDS
+def test_segments(seed):
+    comparisons = random_batch(seed)
+    layout = PackedBatch.build(comparisons).layout
+    flat = list(tokens_of(comparisons))
+    queries, keys = [], []
+    for c, comparison in enumerate(comparisons):
+        for part in range(1, len(comparison.response_ids) + 1):
+            own = [i for i, (_, other, kind, _) in enumerate(flat) if other == c and kind == part]
+            prompt = [i for i, (_, other, kind, _) in enumerate(flat) if other == c and kind == 0]
+            queries.append(prompt + own if part == 1 else own)
+            keys.append(prompt + own)
+    assert [i for segment in queries for i in segment] == list(range(layout.total))
+    assert layout.key_index.tolist() == [i for segment in keys for i in segment]
+    assert layout.query_sizes == [len(segment) for segment in queries]
+    assert layout.key_sizes == [len(segment) for segment in keys]
+    for cumulative, sizes in ((layout.cu_seqlens_q, layout.query_sizes), (layout.cu_seqlens_k, layout.key_sizes)):
+        assert cumulative.dtype == torch.int32
+        assert cumulative.tolist() == [sum(sizes[:n]) for n in range(len(sizes) + 1)]
+
+
+@SEEDS
+def test_padded_rows(seed):
+    comparisons = random_batch(seed)
+    batch = PackedBatch.build(comparisons)
+    rows = PaddedRows.unpack(batch)
+    whole = [c.prompt_ids + response for c in comparisons for response in c.response_ids]
+    width = max(map(len, whole))
+    assert rows.input_ids.tolist() == [row + [0] * (width - len(row)) for row in whole]
+    assert rows.attention_mask.tolist() == [[1] * len(row) + [0] * (width - len(row)) for row in whole]
+    # the token after each scored position is the target, in the packed batch's order
+    assert rows.input_ids.flatten()[rows.scored + 1].tolist() == batch.targets.tolist()
+    starts = [(r, len(c.prompt_ids)) for r, c in enumerate(c for c in comparisons for _ in c.response_ids)]
+    assert rows.scored.tolist() == [
+        r * width + place for r, start in starts for place in range(start - 1, len(whole[r]) - 1)
+    ]
+
+
+def test_moved_and_probing_batches_are_the_same_batch(comparisons):
+    batch = PackedBatch.build(comparisons, [1.0, 0.0, 1.0, 1.0])
+    moved = batch.to("meta")
+    assert {moved.input_ids.device.type, moved.weights.device.type, moved.layout.key_index.device.type} == {"meta"}
+    assert batch.to("cpu").comparisons == comparisons
+    assert batch.to("cpu").weights.tolist() == [1.0, 0.0, 1.0, 1.0]
+    probing = batch.probing()
+    assert (probing.layout.windows, batch.layout.windows) == ([], None)
+    assert probing.layout.spans == batch.layout.spans
+
+
+def test_layout_by_hand():
+    layout = AttentionLayout((Span(2, (1, 3)), Span(1, (2,))))
+    assert layout.positions.tolist() == [0, 1, 2, 2, 3, 4, 0, 1, 2]
+    assert layout.key_index.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8]
+    assert layout.cu_seqlens_q.tolist() == [0, 3, 6, 9]
+    assert layout.cu_seqlens_k.tolist() == [0, 3, 8, 11]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "responses", "named"),
+    [([], [[1]], "prompt_ids"), ([1], [], "response_ids"), ([1], [[2], []], r"response_ids\[1\]")],
+)
+def test_empty_parts_are_refused_by_name(prompt, responses, named):
+    with pytest.raises(ValueError, match=named):
+        TokenizedComparison(prompt, responses)
+
+
+def test_lengths_of_a_comparison():
+    comparison = TokenizedComparison([1, 2, 3], [[4], [5, 6], [7, 8, 9, 10]])
+    assert comparison.packed_length == 3 + 1 + 2 + 4
+    assert comparison.padded_length == 3 * (3 + 4) == PaddedRows.unpack(PackedBatch.build([comparison])).input_ids.numel()
+
+
+def test_impossible_batches_are_refused(comparisons):
+    with pytest.raises(ValueError, match="at least one"):
+        PackedBatch.build([])
+    with pytest.raises(ValueError, match="4 comparisons with 3 weights"):
+        PackedBatch.build(comparisons, [1.0] * 3)
