@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.report import print_report, summarise
-from benchmarks.setting import DEFAULT_DATA, Setting, prepare
+from benchmarks.setting import DEFAULT_DATA, Setting, make_up_pairs, prepare, read_pairs
 from benchmarks.workers import Entrant, Measurement, work
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,8 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         setting = _setting(options, folder)
-        counts = prepare(setting, options.data)
+        pairs = make_up_pairs(setting.steps * setting.pairs_per_step) if options.made_up else read_pairs(options.data)
+        counts = prepare(setting, pairs)
         entrants = _entrants(options, setting)
         runs = _rounds(entrants, setting, options.repeats, products=options.products)
     setting = replace(setting, folder="")
@@ -51,6 +52,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="compare_trl", description="simpo beside TRL, in one run.")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="HH-style transcripts, .jsonl or .jsonl.gz")
+    parser.add_argument("--made-up", action="store_true", help="transcripts of random words instead of --data")
     parser.add_argument("--pairs", type=int, default=32, help="pairs measured; a step more comes first, as a warm-up")
     parser.add_argument("--pairs-per-step", type=int, default=8, help="pairs of an optimizer step")
     parser.add_argument("--repeats", type=int, default=3, help="rounds in which every entrant runs once")
@@ -73,7 +75,7 @@ def _options() -> argparse.Namespace:
 
 def _problem(options: argparse.Namespace) -> str | None:
     """Why the comparison cannot be made, or None."""
-    if not options.data.exists():
+    if not options.made_up and not options.data.exists():
         return f"--data: there is no {options.data}; give a .jsonl[.gz] with 'chosen' and 'rejected' transcripts"
     if not options.without_trl and importlib.util.find_spec("trl") is None:
         return "trl is not installed: pip install 'simpo[benchmarks]', or give --without-trl"

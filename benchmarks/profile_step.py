@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from benchmarks.setting import DEFAULT_DATA, Setting, build_model, prepare
+from benchmarks.setting import DEFAULT_DATA, Setting, build_model, prepare, read_pairs
 from benchmarks.workers import Entrant, simpo_trainer
 
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
@@ -51,7 +51,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(folder, pairs=options.pairs, dtype=options.dtype, threads=options.threads)
-        prepare(setting, options.data)
+        prepare(setting, read_pairs(options.data))
         entrant = Entrant("simpo", "simpo", path="auto", max_batch_tokens=options.max_batch_tokens)
         trainer = simpo_trainer(build_model(setting), entrant, setting, folder)
         recorder = Recorder()

@@ -92,16 +92,18 @@ _CONFIGS = {
 def make_model():
     """``make_model(name, dtype, **changes)``: a tiny random model in training mode without dropout.
 
-    All parameters are random, biases and norms too, so that one that is left out shows. ``kind`` makes a subclass.
+    All parameters are random, biases and norms too, so that one that is left out shows. ``kind`` makes a subclass,
+    ``dropout`` sets every probability of dropout that the configuration has.
     """
 
-    def make(name: str, dtype=torch.float64, *, kind=None, seed: int = 0, std: float = 0.3, **changes):
+    def make(name: str, dtype=torch.float64, *, kind=None, std: float = 0.3, dropout: float = 0.0, **changes):
         config_class, settings = _CONFIGS[name]
-        settings = settings | changes
+        drops = (key for key in config_class().to_dict() if key.endswith(("dropout", "pdrop")))
+        settings = settings | dict.fromkeys(drops, dropout) | changes
         options = {
             key: settings.pop(key) for key in ("attn_implementation", "experts_implementation") if key in settings
         }
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         config = config_class(**settings)
         kind = hf.AutoModelForCausalLM if kind is None else kind
         build = kind.from_config if kind is hf.AutoModelForCausalLM else kind._from_config
@@ -110,12 +112,6 @@ def make_model():
             for parameter in model.parameters():
                 noise = torch.randn(parameter.shape, dtype=torch.float64)
                 parameter.copy_(parameter + 0.1 * noise if parameter.dim() == 1 else std * noise)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-            for attribute in ("dropout", "attention_dropout", "hidden_dropout"):
-                if isinstance(getattr(module, attribute, None), float):
-                    setattr(module, attribute, 0.0)
         return model
 
     return make

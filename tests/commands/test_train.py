@@ -36,7 +36,6 @@ def options(world, output, **changes):
         "learning_rate": 2e-3,
         "max_length": 128,
         "save_strategy": "no",
-        "use_cpu": "true",
     } | changes
     return ["train", *(f"--{key}={value}" for key, value in given.items() if value is not None)]
 
@@ -73,7 +72,7 @@ def test_the_recipe_and_the_command_line_make_one_configuration(world, tmp_path)
         "dataset_mixer: {nowhere/nothing: 1.0}\n"
         "dataset_splits: [train, test]\n"
         "loss_type: hinge\nbeta: 2.5\ngamma_beta_ratio: 0.1\nlearning_rate: 1e-4\n"
-        "max_steps: 1\nsave_strategy: no\nmax_length: 128\nuse_cpu: true\nwarmup_ratio: 0.1\n"
+        "max_steps: 1\nsave_strategy: no\nmax_length: 128\nwarmup_ratio: 0.1\n"
     )
     output = tmp_path / "out"
     assert main(["train", str(recipe), "--dataset_name", str(world / "train.jsonl"), "--output_dir", str(output)]) == 0

@@ -62,6 +62,14 @@ def test_overlap_counts_test_comparisons():
     assert overlap(train, test) == 2
 
 
+def test_examples_of_data_that_the_user_tokenized(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    dataset = Dataset.from_dict({"prompt_ids": [[5, 6]], "response_ids": [[[7], [8]]]})
+    prepared = prepare(dataset, tokenizer, TokenizeSettings())
+    (example,) = examples(prepared.dataset, tokenizer)
+    assert (example.where, example.prompt) == ("row 0", tokenizer.decode([5, 6]))
+
+
 def test_metric_names_are_unique():
     names = [metric.name for metric in inspect(([BOS, 2], [5, END], [6, END])).metrics()]
     assert len(set(names)) == len(names) and "data/train/tokens/chosen/p95" in names

@@ -91,7 +91,8 @@ def test_segments_equal_the_dense_definition(style, kv_heads):
 def test_flex_equals_segments(style, kv_heads):
     """Forward only: FlexAttention has no backward on a CPU."""
     with torch.no_grad():
-        tensors, chosen = inputs(kv_heads, torch.float32), style_of(style, torch.float32)
+        chosen = style_of(style, torch.float32)
+        tensors = [tensor.detach() for tensor in inputs(kv_heads, torch.float32)]
         found = kernels.flex(*tensors, LAYOUT, chosen)
         torch.testing.assert_close(found, by_segment(*tensors, LAYOUT, chosen), rtol=1e-5, atol=1e-5)
 
@@ -142,21 +143,15 @@ def leaking(query, key, value, layout, style):
 
 def top_left(query, key, value, layout, style):
     """The causal mask aligned with the keys' start: a response sees its prompt's first tokens and not itself."""
-    shifted = [
-        by_segment(query[:, :, :0], key, value, layout, style)
-        if False
-        else torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=style.scale)
-        for q, k, v in segments(query, key, value, layout)
-    ]
-    return torch.cat(shifted, dim=2).transpose(1, 2)
-
-
-def segments(query, key, value, layout):
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1)[:, :, layout.key_index] for states in (key, value))
-    return zip(
-        query.split(layout.query_sizes, 2), key.split(layout.key_sizes, 2), value.split(layout.key_sizes, 2), strict=True
-    )
+    queries = query.split(layout.query_sizes, 2)
+    keys, values = key.split(layout.key_sizes, 2), value.split(layout.key_sizes, 2)
+    outputs = [
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=style.scale)
+        for q, k, v in zip(queries, keys, values, strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def windowless(query, key, value, layout, style):
@@ -264,7 +259,7 @@ def test_dropout_drops_attention_weights():
         query, key, value = (tensor.detach() for tensor in inputs(4))
         torch.manual_seed(0)
         dropped = AttentionStyle(SCALE, dropout=0.5, **style)
-        mean = torch.stack([by_segment(query, key, value, LAYOUT, dropped) for _ in range(800)]).mean(0)
+        mean = torch.stack([by_segment(query, key, value, LAYOUT, dropped) for _ in range(200)]).mean(0)
         exact = by_segment(query, key, value, LAYOUT, AttentionStyle(SCALE, **style))
-        assert (mean - exact).abs().mean() < 0.05
+        assert (mean - exact).abs().mean() < 0.07
         assert not torch.equal(by_segment(query, key, value, LAYOUT, dropped), exact)

@@ -129,8 +129,9 @@ def _print_overlap(console: Console, train: Inspection, test: Inspection) -> Met
 
 def _print_examples(console: Console, shown: list[Example]) -> None:
     # Without colours the marks alone say what is scored.
-    opening, closing = ("", "") if console.is_terminal else (">>>", "<<<")
-    how = "highlighted" if console.is_terminal else f"between {opening} and {closing}"
+    coloured = console.color_system is not None and not console.no_color
+    opening, closing = ("", "") if coloured else (">>>", "<<<")
+    how = "highlighted" if coloured else f"between {opening} and {closing}"
     console.print(Text(f"Examples; the scored tokens are {how}."))
     for example in shown:
         console.print(Text(f"\n--- {_printable(example.where)}", style="bold"))

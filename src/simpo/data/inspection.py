@@ -108,17 +108,18 @@ class Example:
 def examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, count: int = 3) -> list[Example]:
     """The decoded first comparison, the last and others evenly between them."""
     indices = sorted(set(np.linspace(0, len(dataset) - 1, count).astype(int).tolist()))
-    return [_example(dataset[index], tokenizer) for index in indices]
+    return [_example(dataset[index], f"row {index}", tokenizer) for index in indices]
 
 
-def _example(row: dict, tokenizer: PreTrainedTokenizerBase) -> Example:
+def _example(row: dict, position: str, tokenizer: PreTrainedTokenizerBase) -> Example:
     def text(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     prompt = text(row["prompt_ids"])
     # In its context, because a decoder may strip the space that a response starts with.
     responses = [text(row["prompt_ids"] + ids)[len(prompt) :] for ids in row["response_ids"]]
-    return Example(row["where"], prompt, responses)
+    # Data that the user tokenized need not say where its rows come from.
+    return Example(row.get("where", position), prompt, responses)
 
 
 class _Measures:

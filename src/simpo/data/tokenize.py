@@ -291,7 +291,9 @@ def _processes(rows: int, wanted: int | None) -> int | None:
     if rows < _SMALL:
         return None
     if wanted is None:
-        wanted = min(len(os.sched_getaffinity(0)), rows // _ROWS_PER_PROCESS)
+        # macOS and Windows cannot say which cores a process may use.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        wanted = min(cores, rows // _ROWS_PER_PROCESS)
     return wanted if wanted > 1 else None
 
 

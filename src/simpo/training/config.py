@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal
 
+import torch
 from transformers import SchedulerType, TrainingArguments
 
 from simpo.data.tokenize import TokenizeSettings
@@ -72,6 +73,8 @@ class PreferenceSettings(TrainingArguments):
         self._fold_accumulation()
         self.remove_unused_columns = False  # the columns are ours, not the model's
         self.logging_nan_inf_filter = False  # a loss that is not finite must be seen
+        # without it transformers takes bf16 on a machine without accelerator for a mistake
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         if self.n_gpu > 1:
             raise SimpoError(

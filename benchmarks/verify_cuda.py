@@ -1,0 +1,214 @@
+"""Proof, on one GPU, of what a CPU cannot run: attention kernels, and the packed path of whole models in half precision.
+
+Every check compares with something simpler: a kernel with attention by its definition, the packed path with the model's
+own forward, one sequence at a time. Run from the repository's root::
+
+    python -m benchmarks.verify_cuda
+
+With ``--device cpu`` the checks that need a GPU are reported as skipped. Exit code 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.small_models import KINDS, build, comparisons
+from simpo.packing import kernels
+from simpo.packing.layout import AttentionLayout, PackedBatch, Span
+from simpo.packing.policy import policy_logprobs, prepare_policy
+from simpo.packing.segments import AttentionStyle, by_segment
+from simpo.packing.selfcheck import naive_logprobs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LAYOUT = (Span(300, (77, 201)), Span(5, (130, 1, 64)), Span(64, (64,)))
+# largest error of a kernel, as a share of the largest entry; half precision keeps three digits
+KERNEL_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
+# a packed model may be so many times as far from the fp32 truth as the naive forward in its type, plus a share of it
+FACTOR, SLACK = 2.0, {"fp32": 1e-3, "bf16": 1e-2}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the result."""
+
+    name: str
+    outcome: Literal["passed", "FAILED", "skipped"]
+    detail: str
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="verify_cuda", description="Kernels and packed models against definitions.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    device = parser.parse_args().device
+    if device == "cuda" and not torch.cuda.is_available():
+        print("verify_cuda: PyTorch sees no CUDA GPU; --device cpu is a dry run", file=sys.stderr)
+        return 2
+    checks = []
+    for check in (*kernel_checks(device), *model_checks(device)):
+        print(f"{check.outcome}: {check.name} ({check.detail})", file=sys.stderr, flush=True)
+        checks.append(check)
+    _print(checks, device)
+    return int(any(check.outcome == "FAILED" for check in checks))
+
+
+def _print(checks: list[Check], device: str) -> None:
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU: nothing of CUDA is verified"
+    table = Table(title=f"Verification on {where}, torch {torch.__version__}")
+    for column in ("check", "outcome", "detail"):
+        table.add_column(column)
+    for check in checks:
+        table.add_row(check.name, check.outcome, check.detail)
+    Console(width=130).print(table)
+    outcomes = [check.outcome for check in checks]
+    print(", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in ("passed", "FAILED", "skipped")))
+
+
+# ---- attention kernels ----
+
+
+def kernel_checks(device: str) -> Iterator[Check]:
+    """Both kernels, in both types, in every style that they are chosen for."""
+    styles = {
+        "plain": AttentionStyle(0.125),
+        "window": AttentionStyle(0.125, window=100),
+        "softcap": AttentionStyle(0.125, softcap=5.0),
+        "softcap and window": AttentionStyle(0.125, window=100, softcap=5.0),
+        "sinks": AttentionStyle(0.125, sinks=torch.linspace(-1, 1, 8, device=device)),
+    }
+    for dtype in DTYPES:
+        for name, style in styles.items():
+            yield _kernel_check("flex", name, style, dtype, device)
+            if style.plain:
+                yield _kernel_check("varlen", name, style, dtype, device)
+
+
+def _kernel_check(kernel: str, style_name: str, style: AttentionStyle, dtype: str, device: str) -> Check:
+    name = f"{kernel} {style_name} {dtype}"
+    if device != "cuda":
+        return Check(name, "skipped", "needs CUDA")
+    if kernel == "varlen" and dtype == "fp32":
+        return Check(name, "skipped", "the kernel takes half precision only")
+    try:
+        errors = _kernel_errors(getattr(kernels, kernel), style, DTYPES[dtype], device)
+    except Exception as error:  # whatever a kernel raises is the finding
+        return Check(name, "FAILED", f"{type(error).__name__}: {_first_line(error)}")
+    fine = all(error <= KERNEL_TOLERANCE[dtype] for error in errors.values())  # NaN is not
+    return Check(name, "passed" if fine else "FAILED", ", ".join(f"{key} {error:.1e}" for key, error in errors.items()))
+
+
+def _kernel_errors(kernel: kernels.Kernel, style: AttentionStyle, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Largest error of the output and of each gradient, as a share of its largest entry."""
+    layout = AttentionLayout(LAYOUT, torch.device(device))
+    torch.manual_seed(0)
+    exact = [torch.randn(1, n, layout.total, 64, device=device, requires_grad=True) for n in (8, 2, 2)]
+    weight = torch.randn(1, layout.total, 8, 64, device=device)
+    given = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
+    sinks = None if style.sinks is None else style.sinks.to(dtype)
+    expected = _outputs(by_segment, exact, layout, style, weight)
+    found = _outputs(kernel, given, layout, replace(style, sinks=sinks), weight)
+    return {
+        name: ((a - b.float()).abs().max() / a.abs().max()).item()
+        for name, a, b in zip(("output", "d_query", "d_key", "d_value"), expected, found, strict=True)
+    }
+
+
+def _outputs(
+    kernel: kernels.Kernel, inputs: list[Tensor], layout: AttentionLayout, style: AttentionStyle, weight: Tensor
+) -> list[Tensor]:
+    output = kernel(*inputs, layout, style)
+    return [output.detach(), *torch.autograd.grad((output * weight).sum(), inputs)]
+
+
+# ---- whole models ----
+
+
+@dataclass(frozen=True)
+class Result:
+    """Log-probabilities ``[S]`` and the gradient of their weighted sum with respect to all weights, flat, in fp32."""
+
+    logprobs: Tensor
+    gradient: Tensor
+
+
+def model_checks(device: str) -> Iterator[Check]:
+    """The packed path of every small model in both types, with and without gradient checkpointing."""
+    batch = PackedBatch.build(comparisons(device)).to(device)
+    for kind in KINDS:
+        truth = _naive(kind, "fp32", batch)
+        for dtype in DTYPES:
+            naive = truth if dtype == "fp32" else _naive(kind, dtype, batch)
+            plain, used = _packed(kind, dtype, batch, checkpointing=False)
+            yield _model_check(f"{kind} {dtype}", truth, naive, plain, dtype, used)
+            checkpointed, used = _packed(kind, dtype, batch, checkpointing=True)
+            yield _model_check(f"{kind} {dtype}, checkpointed", truth, naive, checkpointed, dtype, used)
+            yield _expected_kernel(kind, dtype, used, device)
+
+
+def _naive(kind: str, dtype: str, batch: PackedBatch) -> Result:
+    model = build(kind, DTYPES[dtype], batch.input_ids.device)
+    prepare_policy(model)
+    return _result(model, naive_logprobs(model, batch))
+
+
+def _packed(kind: str, dtype: str, batch: PackedBatch, *, checkpointing: bool) -> tuple[Result, str]:
+    """The packed path's result, and the kernels that its attention took."""
+    model = build(kind, DTYPES[dtype], batch.input_ids.device)
+    model.train()  # checkpointing is for training only; the models have no dropout
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    used: set[str] = set()
+    choose = kernels.choose
+
+    def spy(*args: object) -> kernels.Kernel | None:
+        kernel = choose(*args)
+        used.add("segments" if kernel is None else kernel.__name__)
+        return kernel
+
+    with mock.patch.object(kernels, "choose", spy):
+        found = _result(model, policy_logprobs(model, batch, path="packed"))
+    return found, ", ".join(sorted(used)) or "segments"
+
+
+def _result(model: torch.nn.Module, logprobs: Tensor) -> Result:
+    weight = torch.linspace(-1, 1, len(logprobs), device=logprobs.device)
+    gradients = torch.autograd.grad((logprobs * weight).sum(), list(model.parameters()))
+    return Result(logprobs.detach(), torch.cat([gradient.flatten().float() for gradient in gradients]))
+
+
+def _model_check(name: str, truth: Result, naive: Result, found: Result, dtype: str, used: str) -> Check:
+    """Packed is right if it is about as near to the naive fp32 result as the naive forward in the same type."""
+    fine, details = True, []
+    for part in ("logprobs", "gradient"):
+        exact = getattr(truth, part)
+        mine, theirs = (((getattr(r, part) - exact).norm() / exact.norm()).item() for r in (found, naive))
+        fine &= mine <= FACTOR * theirs + SLACK[dtype]  # false for NaN
+        details.append(f"{part} {mine:.1e} (naive {theirs:.1e})")
+    return Check(name, "passed" if fine else "FAILED", f"{', '.join(details)}; {used}")
+
+
+def _expected_kernel(kind: str, dtype: str, used: str, device: str) -> Check:
+    """A kernel that fails its own proof is replaced without an error; here that is a failure."""
+    name = f"{kind} {dtype}, kernel"
+    if device != "cuda":
+        return Check(name, "skipped", "needs CUDA")
+    expected = "flex" if kind == "gemma2" else "varlen" if dtype == "bf16" else "segments"
+    return Check(name, "passed" if used == expected else "FAILED", f"{used} (expected {expected})")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:80]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

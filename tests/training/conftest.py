@@ -1,0 +1,98 @@
+"""Tokenized pairs, configurations, and the loss and gradients of pairs by the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+
+from simpo import PreferenceConfig, PreferenceTrainer
+from simpo.packing.comparison import TokenizedComparison
+
+
+@pytest.fixture(scope="session")
+def pairs(random_comparisons):
+    """``pairs(n)``: ``n`` random pairs of 20 packed tokens each, of varied shapes, as a tokenized data set."""
+
+    def make(rows: int, *, seed: int = 0, responses: int = 2) -> Dataset:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = []
+        for _ in range(rows):
+            cuts = 1 + torch.randperm(19, generator=generator)[:responses].sort().values
+            edges = [0, *cuts.tolist(), 20]
+            prompt, *lengths = (b - a for a, b in zip(edges, edges[1:], strict=False))
+            shapes.append((prompt, tuple(lengths)))
+        return _dataset(random_comparisons(*shapes, seed=seed))
+
+    return make
+
+
+def _dataset(comparisons: list[TokenizedComparison]) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [comparison.prompt_ids for comparison in comparisons],
+            "response_ids": [comparison.response_ids for comparison in comparisons],
+            "where": [f"made up:{row}" for row in range(len(comparisons))],
+            "extra": ["{}"] * len(comparisons),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def as_dataset():
+    """``as_dataset(comparisons)``: a tokenized data set, as :func:`simpo.data.tokenize.prepare` leaves it."""
+    return _dataset
+
+
+@pytest.fixture
+def config(tmp_path):
+    """``config(**settings)``: a quiet configuration for the CPU, with clipping and decay off."""
+
+    def make(**settings) -> PreferenceConfig:
+        quiet = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "disable_tqdm": True}
+        plain = {"save_strategy": "no", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
+        return PreferenceConfig(**quiet | plain | settings)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(config, make_model):
+    """``make_trainer(rows, **settings)``: a trainer of a tiny GPT-2, whose float64 has no fp32 in it."""
+
+    def make(rows, *, model=None, eval_dataset=None, callbacks=None, optimizers=(None, None), **settings):
+        model = make_model("gpt2") if model is None else model
+        args = config(**settings)
+        return PreferenceTrainer(
+            model, args, rows, eval_dataset=eval_dataset, callbacks=callbacks, optimizers=optimizers
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def naive_pairs(naive_logprobs):
+    """``naive_pairs(model, rows)``: averages of chosen and rejected by the model's own forward, ``[rows]`` each."""
+
+    def naive(model, rows):
+        means = []
+        for row in rows:
+            comparison = TokenizedComparison(row["prompt_ids"], row["response_ids"])
+            chosen, rejected = row["response_ids"]
+            logps = naive_logprobs(model, [comparison])
+            means.append(torch.stack([logps[: len(chosen)].mean(), logps[len(chosen) :][: len(rejected)].mean()]))
+        return torch.stack(means).unbind(dim=1)
+
+    return naive
+
+
+@pytest.fixture(scope="session")
+def naive_losses(naive_pairs):
+    """``naive_losses(model, rows)``: SimPO by its formula, ``[rows]``, beta 2 and gamma 1 unless given."""
+
+    def naive(model, rows, beta: float = 2.0, gamma: float = 1.0):
+        chosen, rejected = naive_pairs(model, rows)
+        return -F.logsigmoid(beta * chosen - beta * rejected - gamma)
+
+    return naive

@@ -1,0 +1,109 @@
+"""The configuration: defaults, the objective's hyperparameters, and every refusal by name."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+from transformers import TrainingArguments
+
+from simpo import OBJECTIVES, PreferenceConfig, SimpoError
+from simpo.training.config import hyperparameter_names
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (2.0, 0.5)),
+        ({"gamma_beta_ratio": 0.3}, (2.0, 0.3)),
+        ({"gamma": 1.0}, (2.0, 0.5)),
+        ({"beta": 10.0, "gamma": 3.0}, (10.0, 0.3)),
+        ({"beta": 10.0, "gamma_beta_ratio": 0.3}, (10.0, 0.3)),
+        ({"beta": 2.5, "gamma": 0}, (2.5, 0.0)),
+    ],
+)
+def test_gamma_either_way(given, expected, config):
+    found = config(**given).hyperparameters
+    assert (found["beta"], found["gamma_beta_ratio"]) == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"beta": 0.0}, "beta must be > 0"),
+        ({"beta": "abc"}, "beta: 'abc' is not a number"),
+        ({"beta": float("nan")}, "beta must be > 0, not nan"),
+        ({"gamma_beta_ratio": -1.0}, "gamma_beta_ratio must be >= 0"),
+        ({"gamma": -1.0}, "gamma must be >= 0"),
+        ({"gamma": 1.0, "gamma_beta_ratio": 0.5}, "gamma and gamma_beta_ratio"),
+        ({"label_smoothing": 0.5}, "label_smoothing must be in"),
+        ({"link": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"loss_type": "hinge", "link": "sigmoid"}, "loss_type 'hinge' and link 'sigmoid' disagree"),
+        ({"objective": "no such"}, "objective: 'no such' is unknown; there are simpo"),
+        ({"sft_weight": -0.1}, "sft_weight"),
+        ({"sft_weight": float("nan")}, "sft_weight"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size: not supported"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: not supported"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: must be at least 1"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size: must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: must be at least 1"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens: must be at least 1"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
+        ({"forward_path": "fast"}, "forward_path"),
+        ({"truncation": "much"}, "truncation"),
+        ({"max_length": 0}, "max_length"),
+    ],
+)
+def test_bad_values_are_named(given, message, config):
+    with pytest.raises(SimpoError, match=message):
+        config(**given)
+
+
+def test_an_unknown_key_is_refused(config):
+    with pytest.raises(TypeError, match="gama"):
+        config(gama=1.0)
+
+
+def test_several_gpus_without_a_launcher_are_refused(config, monkeypatch):
+    """``DataParallel`` would split our batches; it says how to start instead."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(SimpoError, match=r"2 GPUs .*torchrun --nproc_per_node 2"):
+        config()
+
+
+@pytest.mark.parametrize(("per_device", "accumulation"), [(8, 1), (2, 4), (1, 1)])
+def test_accumulation_is_folded(per_device, accumulation, config):
+    args = config(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation)
+    assert args.train_batch_size == args.per_device_train_batch_size == per_device * accumulation
+    assert args.gradient_accumulation_steps == 1
+    for same in (dataclasses.replace(args), copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
+        assert (same.per_device_train_batch_size, same.gradient_accumulation_steps) == (per_device * accumulation, 1)
+
+
+def test_the_papers_and_peers_dialects(config):
+    assert config(loss_type="hinge").hyperparameters["link"] == "hinge"
+    args = config(loss_type="simpo")
+    assert (args.objective, args.hyperparameters["link"]) == ("simpo", "sigmoid")
+
+
+def test_what_transformers_must_not_decide(config):
+    args = config(remove_unused_columns=True, logging_nan_inf_filter=True)
+    assert not args.remove_unused_columns
+    assert not args.logging_nan_inf_filter
+
+
+def test_every_hyperparameter_of_every_row_is_a_key():
+    keys = {field.name for field in dataclasses.fields(PreferenceConfig)}
+    for row in OBJECTIVES.values():
+        assert {*row.hyperparameters, *row.spellings} <= set(hyperparameter_names()) <= keys
+
+
+def test_it_serialises(config):
+    """Trainer writes it into every checkpoint, and loggers read its dictionary."""
+    args = config(beta=2.5)
+    assert args.to_dict()["beta"] == 2.5
+    assert '"beta": 2.5' in args.to_json_string()
+    assert pickle.loads(pickle.dumps(args)).hyperparameters == args.hyperparameters

@@ -1,0 +1,291 @@
+"""Evaluation, logs, reproducibility, precision, dropout, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from simpo import OBJECTIVES, PreferenceTrainer, SimpoError
+from simpo.training.metrics import NAMES
+from simpo.training.models import disable_dropout
+
+
+def naive_metrics(naive_pairs, model, rows, beta: float = 2.0, gamma: float = 1.0) -> dict[str, np.ndarray]:
+    """Every figure of every row, from the averages by the model's own forward."""
+    with torch.no_grad():
+        chosen, rejected = (averages.double().numpy() for averages in naive_pairs(model, rows))
+    return {
+        "loss": np.log1p(np.exp(-(beta * chosen - beta * rejected - gamma))),
+        "rewards/chosen": beta * chosen,
+        "rewards/rejected": beta * rejected,
+        "rewards/accuracies": (chosen > rejected).astype(float),
+        "rewards/margins": beta * (chosen - rejected),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+    }
+
+
+@pytest.mark.parametrize("path", ["packed", "padded"])
+@pytest.mark.parametrize(("batch_size", "budget"), [(1, 1000), (3, 1000), (4, 50), (11, 1000), (64, 60)])
+def test_evaluation_is_the_mean_over_every_row_once(batch_size, budget, path, make_trainer, pairs, naive_pairs):
+    rows = pairs(11, seed=3)
+    trainer = make_trainer(
+        None,
+        eval_dataset=rows,
+        per_device_eval_batch_size=batch_size,
+        max_batch_tokens=max(budget, 80) if path == "padded" else budget,
+        forward_path=path,
+    )
+    seen = []
+    compute_loss = trainer.compute_loss
+
+    def watched(model, inputs, *args, **kwargs):
+        seen.extend(r for r, w in zip(inputs.rows, inputs.packed.weights.tolist(), strict=True) if w)
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = watched
+    found = trainer.evaluate()
+    assert sorted(seen) == list(range(11))
+    for name, values in naive_metrics(naive_pairs, trainer.model, rows).items():
+        assert found[f"eval_{name}"] == pytest.approx(values.mean(), rel=1e-5, abs=1e-6), name
+
+
+def test_evaluation_of_several_data_sets(make_trainer, pairs, naive_pairs):
+    data = {"one": pairs(5, seed=1), "two": pairs(3, seed=2)}
+    trainer = make_trainer(None, eval_dataset=data, per_device_eval_batch_size=2)
+    found = trainer.evaluate()
+    for name, rows in data.items():
+        expected = naive_metrics(naive_pairs, trainer.model, rows)["loss"].mean()
+        assert found[f"eval_{name}_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_scores_are_in_the_order_of_the_rows(make_trainer, pairs, naive_pairs):
+    rows = pairs(11, seed=3)
+    trainer = make_trainer(pairs(2), per_device_eval_batch_size=4, max_batch_tokens=40)
+    found = trainer.score_pairs(rows)
+    for name, values in naive_metrics(naive_pairs, trainer.model, rows).items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("settings", [{}, {"beta": 5.0, "gamma_beta_ratio": 0.1}, {"gamma": 3.0}])
+def test_the_log_of_the_first_step(settings, make_trainer, make_model, pairs, naive_pairs):
+    """Means over the pairs of the step, before its update, whatever the micro-batches."""
+    rows = pairs(6)
+    trainer = make_trainer(
+        rows, per_device_train_batch_size=6, max_batch_tokens=60, logging_steps=1, max_steps=2, **settings
+    )
+    trainer.train()
+    beta = settings.get("beta", 2.0)
+    gamma = settings.get("gamma", beta * settings.get("gamma_beta_ratio", 0.5))
+    expected = naive_metrics(naive_pairs, make_model("gpt2"), rows, beta, gamma)
+    first = trainer.state.log_history[0]
+    assert set(NAMES) <= first.keys()
+    for name, values in expected.items():
+        assert first[name] == pytest.approx(values.mean(), rel=1e-5, abs=1e-6), name
+
+
+def test_a_log_is_the_mean_since_the_last_one(make_trainer, make_model, pairs, naive_pairs):
+    """Pairs count alike, also those of a short step; ``loss`` is transformers' mean over the steps."""
+    rows = pairs(10)
+    trainer = make_trainer(
+        rows, per_device_train_batch_size=4, logging_steps=3, learning_rate=0.0, num_train_epochs=2
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2  # an epoch each
+    expected = naive_metrics(naive_pairs, make_model("gpt2"), rows)
+    for entry in logs:
+        for name in set(NAMES) - {"loss"}:
+            assert entry[name] == pytest.approx(expected[name].mean(), rel=1e-5, abs=1e-6), name
+
+
+def test_evaluation_during_training_leaves_the_training_log_alone(make_trainer, make_model, pairs, naive_pairs):
+    rows = pairs(6)
+    trainer = make_trainer(
+        rows,
+        eval_dataset=pairs(5, seed=9),
+        per_device_train_batch_size=6,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=0.0,
+        max_steps=2,
+    )
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    expected = naive_metrics(naive_pairs, make_model("gpt2"), rows)
+    assert entry["rewards/margins"] == pytest.approx(expected["rewards/margins"].mean(), rel=1e-5)
+    assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 2
+
+
+def test_sums_are_logged_for_rows_that_are_not_length_normalised(make_trainer, pairs, monkeypatch):
+    from dataclasses import replace
+
+    rows = pairs(5, seed=3)
+    averages = make_trainer(rows).score_pairs(rows)
+    monkeypatch.setitem(OBJECTIVES, "simpo", replace(OBJECTIVES["simpo"], length_normalized=False))
+    sums = make_trainer(rows).score_pairs(rows)
+    for k, name in enumerate(("logps/chosen", "logps/rejected")):
+        lengths = [len(row["response_ids"][k]) for row in rows]
+        np.testing.assert_allclose(sums[name], averages[name] * lengths, rtol=1e-5)
+
+
+# ---- reproducible, in every precision ----
+
+
+def weights_after_training(make_trainer, make_model, rows, *, name="gpt2", **settings):
+    trainer = make_trainer(
+        rows,
+        model=make_model(name, torch.float32, std=0.1),
+        per_device_train_batch_size=6,
+        learning_rate=1e-3,
+        max_batch_tokens=80,
+        logging_steps=1,
+        **settings,
+    )
+    trainer.train()
+    return trainer.model.state_dict(), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"forward_path": "padded"}])
+def test_the_same_seed_gives_the_same_bits(settings, make_trainer, make_model, pairs):
+    runs = [weights_after_training(make_trainer, make_model, pairs(14), **settings) for _ in range(2)]
+    assert runs[0][1] == runs[1][1]
+    for name, weight in runs[0][0].items():
+        assert torch.equal(weight, runs[1][0][name]), name
+    other = weights_after_training(make_trainer, make_model, pairs(14), seed=7, **settings)[0]
+    assert any(not torch.equal(weight, other[name]) for name, weight in runs[0][0].items())
+
+
+def test_the_order_of_rows_has_a_seed_of_its_own(make_trainer, make_model, pairs):
+    runs = [
+        weights_after_training(make_trainer, make_model, pairs(14), seed=seed, data_seed=3)[0] for seed in (1, 2)
+    ]
+    assert all(torch.equal(weight, runs[1][name]) for name, weight in runs[0].items())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_bf16_trains_like_fp32(name, make_trainer, make_model, pairs):
+    start = make_model(name, torch.float32, std=0.1).state_dict()
+    exact = weights_after_training(make_trainer, make_model, pairs(12), name=name)
+    rounded = weights_after_training(make_trainer, make_model, pairs(12), name=name, bf16=True)
+    assert rounded[1] == pytest.approx(exact[1], abs=1e-2)
+    assert rounded[1] != exact[1]  # it is another precision
+    assert {weight.dtype for weight in rounded[0].values()} == {torch.float32}
+    assert all(not torch.equal(weight, start[name]) for name, weight in rounded[0].items())
+
+
+@pytest.mark.parametrize("path", ["auto", "padded"])
+def test_training_lowers_the_loss(path, make_trainer, make_model, pairs):
+    _, losses = weights_after_training(
+        make_trainer, make_model, pairs(4), forward_path=path, num_train_epochs=12, name="llama"
+    )
+    assert losses[-1] < losses[0] / 2
+
+
+# ---- dropout ----
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "gpt_neox", "bloom", "falcon"])
+@pytest.mark.parametrize("off", [True, False])
+def test_disable_dropout(name, off, make_trainer, make_model, pairs):
+    rows = pairs(4)
+    trainer = make_trainer(
+        rows, model=make_model(name, torch.float32, dropout=0.3), disable_dropout=off, per_device_train_batch_size=4
+    )
+    (batch,) = next(iter(trainer.get_train_dataloader()))["micro_batches"]
+    trainer.model.train()
+    with torch.no_grad():
+        first, second = (trainer.compute_loss(trainer.model, batch).item() for _ in range(2))
+    assert (first == second) == off
+
+
+def test_disable_dropout_reaches_everything(make_model):
+    model = make_model("opt", torch.float32, dropout=0.3)
+    assert {layer.dropout for layer in model.model.decoder.layers} == {0.3}
+    disable_dropout(model)
+    assert all(module.p == 0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    assert {layer.dropout for layer in model.model.decoder.layers} == {0.0}
+    assert {layer.self_attn.dropout for layer in model.model.decoder.layers} == {0.0}
+
+
+# ---- models that cannot share, end to end ----
+
+
+@pytest.mark.parametrize("name", ["mamba", "bloom"])
+def test_a_fallback_trains_to_the_same_weights(name, make_trainer, make_model, pairs, naive_losses, caplog):
+    rows = pairs(4)
+    start = make_model(name)
+    naive = copy.deepcopy(start)
+    naive_losses(naive, rows).mean().backward()
+    torch.optim.SGD(naive.parameters(), lr=0.1).step()
+    model = copy.deepcopy(start)
+    with caplog.at_level(logging.WARNING, "simpo"):
+        trainer = make_trainer(
+            rows,
+            model=model,
+            optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None),
+            per_device_train_batch_size=4,
+            max_batch_tokens=80,
+            max_steps=1,
+        )
+        trainer.train()
+    assert trainer.path == "padded"
+    assert len([record for record in caplog.records if "padded" in record.message]) == 1
+    for (key, found), expected in zip(model.named_parameters(), naive.parameters(), strict=True):
+        # 1e-6: the model's fp32 islands stay as they are here
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, msg=key)
+        assert not torch.equal(found, start.get_parameter(key)) or found.grad is None or not found.grad.any()
+
+
+def test_saved_after_training_it_is_an_ordinary_model(make_trainer, make_model, pairs, tmp_path):
+    import transformers as hf
+
+    trainer = make_trainer(pairs(4), model=make_model("llama", torch.float32), per_device_train_batch_size=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    options = {"max_new_tokens": 10, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(trainer.model.eval().generate(ids, **options), loaded.generate(ids, **options))
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize("responses", [1, 3])
+def test_only_pairs_are_trained_on(responses, make_trainer, pairs):
+    from datasets import concatenate_datasets
+
+    rows = concatenate_datasets([pairs(2), pairs(1, responses=responses), pairs(1)])
+    with pytest.raises(SimpoError, match=f"train row 2 has {responses} responses; 'simpo' is trained on pairs"):
+        make_trainer(rows)
+    with pytest.raises(SimpoError, match="eval row 2"):
+        make_trainer(pairs(2), eval_dataset=rows)
+
+
+def test_missing_pieces_are_named(make_trainer, pairs, config, make_model):
+    from datasets import Dataset
+
+    with pytest.raises(SimpoError, match="train_dataset"):
+        make_trainer(None).train()
+    with pytest.raises(SimpoError, match="eval_dataset"):
+        make_trainer(pairs(2)).evaluate()
+    text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(SimpoError, match="processing_class"):
+        PreferenceTrainer(make_model("gpt2"), config(), text)
+
+
+def test_a_loss_that_is_not_finite_is_seen(make_trainer, make_model, pairs):
+    model = make_model("gpt2", torch.float32)
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(float("nan"))
+    trainer = make_trainer(pairs(2), model=model, forward_path="padded", logging_steps=1, max_steps=1)
+    trainer.train()
+    assert np.isnan(trainer.state.log_history[0]["loss"])
