@@ -37,7 +37,7 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         setting = _setting(options, folder)
-        pairs = make_up_pairs(setting.steps * setting.pairs_per_step) if options.made_up else read_pairs(options.data)
+        pairs = make_up_pairs() if options.made_up else read_pairs(options.data)
         counts = prepare(setting, pairs)
         entrants = _entrants(options, setting)
         runs = _rounds(entrants, setting, options.repeats, products=options.products)
@@ -46,7 +46,7 @@ def main() -> int:
     if options.output:
         options.output.write_text(json.dumps(report, indent=2) + "\n")
     print_report(report)
-    return 0 if all(runs[entrant.name] for entrant in entrants) else 1
+    return 1 if any(entrant.library == "simpo" and not runs[entrant.name] for entrant in entrants) else 0
 
 
 def _options() -> argparse.Namespace:

@@ -10,6 +10,11 @@ DEVICE=${DEVICE:-cuda}
 OUTPUT=${OUTPUT:-$(mktemp -d)}
 mkdir -p "$OUTPUT"
 
+has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+if ! has torch || ! has simpo; then
+  echo "gpu.sh: '$PYTHON' has no torch or no simpo: pip install -e . and name the interpreter with PYTHON" >&2
+  exit 2
+fi
 if [ "$DEVICE" = cuda ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "gpu.sh: PyTorch sees no CUDA GPU here; nothing was verified. Dry run: DEVICE=cpu benchmarks/gpu.sh" >&2
   exit 2
@@ -19,10 +24,11 @@ if [ "$DEVICE" = cuda ]; then
   setting=(--device cuda --dtype bf16 --hidden 1024 --layers 16 --pairs 128 --pairs-per-step 16 --repeats 3
     --max-batch-tokens 4096 32768)
 else
-  setting=(--device cpu --hidden 64 --layers 1 --pairs 2 --pairs-per-step 2 --repeats 1 --without-trl)
+  export OMP_NUM_THREADS=1
+  setting=(--device cpu --threads 1 --hidden 64 --layers 1 --pairs 2 --pairs-per-step 2 --repeats 1 --without-trl)
 fi
 if [ -n "${DATA:-}" ]; then setting+=(--data "$DATA"); else setting+=(--made-up); fi
-"$PYTHON" -c 'import trl' 2>/dev/null || setting+=(--without-trl)
+has trl || setting+=(--without-trl)
 
 failed=0
 echo "gpu.sh: 1/2 verification" >&2

@@ -33,6 +33,7 @@ def summarise(
         "machine": {"processor": _processor(), "python": platform.python_version()},
         "versions": {name: _version(name) for name in PACKAGES},
         "trl_best": base["name"] if base else None,
+        "failed": [entrant.name for entrant in entrants if not runs[entrant.name]],
         "entrants": rows,
     }
 
@@ -100,6 +101,8 @@ def print_report(report: dict[str, Any]) -> None:
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         highlight=False,
     )
+    if report["failed"]:
+        console.print(f"Did not finish: {', '.join(report['failed'])}.", highlight=False)
     if report["trl_best"]:
         console.print(
             f"Ratios are medians over rounds, against {report['trl_best']}, TRL's best. Bound: the ratio that counted "

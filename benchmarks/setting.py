@@ -81,7 +81,7 @@ def _cut(chosen: str, rejected: str) -> Pair:
     return Pair(chosen[:end], chosen[end:], rejected[end:])
 
 
-def make_up_pairs(count: int) -> list[Pair]:
+def make_up_pairs(count: int = 1000) -> list[Pair]:
     """Transcripts of random words, as long as real ones, for machines without the data."""
     source = random.Random(0)  # noqa: S311 - words, not secrets
     words = ["".join(source.choices("abcdefghijklmnopqrstuvwxyz", k=source.randint(2, 9))) for _ in range(5000)]

@@ -1,4 +1,4 @@
-"""Proof, on one GPU, of what a CPU cannot run: attention kernels, and the packed path of whole models in half precision.
+"""Proof on a GPU of what a CPU cannot run: attention kernels, and packed models in half precision.
 
 Every check compares with something simpler: a kernel with attention by its definition, the packed path with the model's
 own forward, one sequence at a time. Run from the repository's root::

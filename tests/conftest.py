@@ -56,8 +56,7 @@ _CONFIGS = {
     ),
     "gemma3": (
         hf.Gemma3TextConfig,
-        _SIZES
-        | {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8, "layer_types": _MIXED},
+        _SIZES | {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8, "layer_types": _MIXED},
     ),
     "phi3": (hf.Phi3Config, _SIZES),
     "opt": (  # facebook/opt-350m: projections around the layers, and norms after them

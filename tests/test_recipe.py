@@ -42,9 +42,7 @@ class Model:
 
 @dataclass
 class Data:
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Where the data are. A hub id or a file."}
-    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Where the data are. A hub id or a file."})
     dataset_mixer: dict[str, float] | None = None
     dataset_splits: list[str] | None = None
     dataset_num_proc: int | None = None
@@ -179,9 +177,7 @@ def test_a_value_that_does_not_fit_is_named_with_its_place(recipe, key, written,
 
 
 def test_yaml_lists_and_mappings(recipe):
-    read = values(
-        recipe("names:\n- no\n- 1.0\ncounts: [1, 2]\nconfig: {rate: 1e-7, when: 2024-06-01, on: true}\n")
-    )
+    read = values(recipe("names:\n- no\n- 1.0\ncounts: [1, 2]\nconfig: {rate: 1e-7, when: 2024-06-01, on: true}\n"))
     assert read.names == ["no", "1.0"]
     assert read.counts == [1, 2]
     assert read.config == {"rate": 1e-7, "when": "2024-06-01", "on": True}
@@ -203,9 +199,7 @@ def test_a_quoted_null_is_text(recipe):
 
 
 def test_ways_to_write_an_option():
-    read = values(
-        "--flag", "--rate=0.25", "--names", "a", "b", "--names", "c", "--counts", "-1", "2", "--text="
-    )
+    read = values("--flag", "--rate=0.25", "--names", "a", "b", "--names", "c", "--counts", "-1", "2", "--text=")
     assert (read.flag, read.rate, read.names, read.counts, read.text) == (
         True,
         0.25,
@@ -250,7 +244,8 @@ def test_a_missing_key_is_named(recipe):
     assert error(recipe("dtype: float32"), types=(Model,)) == expected
 
 
-def test_help_lists_the_keys_and_ends_well(capsys):
+def test_help_lists_the_keys_and_ends_well(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
     with pytest.raises(SystemExit) as caught:
         parse_recipe(["recipe.yaml", "--help"], (Model, Data, Config))
     assert caught.value.code == 0
@@ -332,9 +327,7 @@ def test_keys_that_mean_nothing_are_dropped_with_a_notice(caplog, key):
 
 
 def test_gradient_checkpointing_has_one_meaning_under_both_names(recipe):
-    path = recipe(
-        "name: m\nactivation_checkpointing: true\nactivation_checkpointing_kwargs: {use_reentrant: false}"
-    )
+    path = recipe("name: m\nactivation_checkpointing: true\nactivation_checkpointing_kwargs: {use_reentrant: false}")
     _, _, config = parse_training(path)
     assert config.gradient_checkpointing is True
     assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
@@ -346,9 +339,7 @@ def test_both_spellings_in_one_place_are_an_error(recipe):
     path = recipe("name: m\ntorch_dtype: float16\ndtype: float32")
     assert error(path, types=(Model,)) == "recipe.yaml:3: dtype: the same as recipe.yaml:2: torch_dtype"
     path = recipe("warmup_steps: 10\nwarmup_ratio: 0.1")
-    assert (
-        error(path, types=(Config,)) == "recipe.yaml:2: warmup_ratio: the same as recipe.yaml:1: warmup_steps"
-    )
+    assert error(path, types=(Config,)) == "recipe.yaml:2: warmup_ratio: the same as recipe.yaml:1: warmup_steps"
 
 
 def test_both_spellings_in_two_places_are_an_override(recipe):
@@ -389,9 +380,7 @@ def test_the_command_line_replaces_the_other_source_of_data(recipe, caplog):
         "recipe.yaml:1: dataset_mixer is replaced by --dataset_name",
         "recipe.yaml:2: dataset_splits is replaced by --dataset_name",
     ]
-    (data,) = parse_recipe(
-        [recipe("dataset_name: theirs"), "--dataset_mixer", '{"b": 1}'], (Data,), replaces=REPLACES
-    )
+    (data,) = parse_recipe([recipe("dataset_name: theirs"), "--dataset_mixer", '{"b": 1}'], (Data,), replaces=REPLACES)
     assert (data.dataset_name, data.dataset_mixer) == (None, {"b": 1.0})
 
 
@@ -415,9 +404,7 @@ def test_keys_of_one_group_go_together(recipe):
 
 @pytest.fixture
 def only_tensorboard(monkeypatch):
-    monkeypatch.setattr(
-        transformers_integrations, "get_available_reporting_integrations", lambda: ["tensorboard"]
-    )
+    monkeypatch.setattr(transformers_integrations, "get_available_reporting_integrations", lambda: ["tensorboard"])
 
 
 @pytest.mark.usefixtures("only_tensorboard")
@@ -433,9 +420,7 @@ def only_tensorboard(monkeypatch):
 def test_integrations_that_are_not_installed_are_dropped(recipe, caplog, written, expected, dropped):
     _, _, config = parse_training(recipe(f"name: m\nreport_to: {written}"))
     assert config.report_to == expected
-    assert caplog.messages == [
-        f"recipe.yaml:2: report_to: {name} is not installed and is dropped" for name in dropped
-    ]
+    assert caplog.messages == [f"recipe.yaml:2: report_to: {name} is not installed and is dropped" for name in dropped]
 
 
 def test_an_integration_that_does_not_exist_is_an_error(recipe):

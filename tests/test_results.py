@@ -35,9 +35,7 @@ def printed(path, width=100):
 
 
 def test_the_file_has_the_fixed_schema(tmp_path):
-    path = write(
-        tmp_path, [Metric("accuracy", 0.5, "after", n=2, low=0.1, high=0.9, method="m"), Metric("x", 1)]
-    )
+    path = write(tmp_path, [Metric("accuracy", 0.5, "after", n=2, low=0.1, high=0.9, method="m"), Metric("x", 1)])
     assert path == tmp_path / "results.json"
     assert json.loads(path.read_text()) == {
         "schema": 1,
@@ -201,10 +199,7 @@ def test_fingerprint_is_the_hash_of_canonical_json():
 
 
 def test_fingerprint_tells_parts_apart():
-    assert (
-        len({fingerprint("ab", "c"), fingerprint("a", "bc"), fingerprint("abc"), fingerprint(["ab", "c"])})
-        == 4
-    )
+    assert len({fingerprint("ab", "c"), fingerprint("a", "bc"), fingerprint("abc"), fingerprint(["ab", "c"])}) == 4
 
 
 def test_fingerprint_is_the_same_in_another_process():

@@ -44,28 +44,28 @@ def test_the_worked_example():
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.49])
 def test_simpo(beta, ratio, smoothing):
-    w, l = responses(*(a for a, _ in AVERAGES)), responses(*(b for _, b in AVERAGES), lengths=(5, 1, 80))
-    losses = SIMPO.loss(w, l, beta=beta, gamma_beta_ratio=ratio, label_smoothing=smoothing)
+    w, y = responses(*(a for a, _ in AVERAGES)), responses(*(b for _, b in AVERAGES), lengths=(5, 1, 80))
+    losses = SIMPO.loss(w, y, beta=beta, gamma_beta_ratio=ratio, label_smoothing=smoothing)
     assert losses.shape == (len(AVERAGES),)
     margins = [beta * a - beta * b - beta * ratio for a, b in AVERAGES]
     expected = [(1 - smoothing) * softplus(-m) + smoothing * softplus(m) for m in margins]
     assert losses.tolist() == pytest.approx(expected, rel=1e-11)
     # d loss / d margin = smoothing - sigmoid(-margin); d margin / d logp = +-beta / length
     slopes = [smoothing - 1 / (1 + math.exp(m)) if m < 700 else smoothing for m in margins]
-    found_w, found_l = torch.autograd.grad(losses.sum(), (w.logp, l.logp))
+    found_w, found_y = torch.autograd.grad(losses.sum(), (w.logp, y.logp))
     assert found_w.tolist() == pytest.approx(
         [s * beta / n for s, n in zip(slopes, w.length.tolist(), strict=True)], rel=1e-9, abs=1e-18
     )
-    assert found_l.tolist() == pytest.approx(
-        [-s * beta / n for s, n in zip(slopes, l.length.tolist(), strict=True)], rel=1e-9, abs=1e-18
+    assert found_y.tolist() == pytest.approx(
+        [-s * beta / n for s, n in zip(slopes, y.length.tolist(), strict=True)], rel=1e-9, abs=1e-18
     )
 
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_simpo_hinge(beta, ratio):
-    w, l = responses(*(a for a, _ in AVERAGES)), responses(*(b for _, b in AVERAGES))
-    losses = SIMPO.loss(w, l, beta=beta, gamma_beta_ratio=ratio, link="hinge")
+    w, y = responses(*(a for a, _ in AVERAGES)), responses(*(b for _, b in AVERAGES))
+    losses = SIMPO.loss(w, y, beta=beta, gamma_beta_ratio=ratio, link="hinge")
     margins = [beta * (a - b - ratio) for a, b in AVERAGES]
     assert losses.tolist() == pytest.approx([max(0.0, 1 - m) for m in margins], rel=1e-11)
     (gradient,) = torch.autograd.grad(losses.sum(), w.logp)
@@ -74,8 +74,8 @@ def test_simpo_hinge(beta, ratio):
 
 
 def test_defaults_are_the_papers():
-    w, l = responses(-0.3), responses(-0.9)
-    assert SIMPO.loss(w, l).item() == pytest.approx(softplus(-2.0 * (0.6 - 0.5)), rel=1e-11)
+    w, y = responses(-0.3), responses(-0.9)
+    assert SIMPO.loss(w, y).item() == pytest.approx(softplus(-2.0 * (0.6 - 0.5)), rel=1e-11)
     assert SIMPO.reward(w).item() == pytest.approx(2.0 * -0.3, rel=1e-11)
 
 

@@ -110,11 +110,14 @@ def test_orders():
     assert StepPlan(lengths, 4, 1000, seed=None).order(5).tolist() == list(range(100))
 
 
-@pytest.mark.parametrize(("rows", "drop", "steps"), [(8, False, 2), (9, False, 3), (9, True, 2), (3, False, 1), (3, True, 0)])
+@pytest.mark.parametrize(
+    ("rows", "drop", "steps"), [(8, False, 2), (9, False, 3), (9, True, 2), (3, False, 1), (3, True, 0)]
+)
 def test_steps_of_an_epoch(rows, drop, steps):
     plan = StepPlan(np.ones(rows, dtype=int), 4, 10, drop_last=drop)
     assert plan.steps == steps
-    taken = [row for number in range(steps) for micro in plan.step(plan.order(0), number).micro_batches for row in micro.rows]
+    parts = [plan.step(plan.order(0), number).micro_batches for number in range(steps)]
+    taken = [row for micro_batches in parts for micro in micro_batches for row in micro.rows]
     assert sorted(taken) == list(range(rows if not drop else steps * 4))
 
 

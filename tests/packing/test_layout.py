@@ -17,9 +17,7 @@ def random_batch(seed: int) -> list[TokenizedComparison]:
     def ids() -> list[int]:
         return [draw.randint(3, 99) for _ in range(draw.choice([1, 1, 2, 3, 8]))]
 
-    return [
-        TokenizedComparison(ids(), [ids() for _ in range(draw.randint(1, 4))]) for _ in range(draw.randint(1, 4))
-    ]
+    return [TokenizedComparison(ids(), [ids() for _ in range(draw.randint(1, 4))]) for _ in range(draw.randint(1, 4))]
 
 
 def tokens_of(comparisons):
@@ -144,7 +142,8 @@ def test_empty_parts_are_refused_by_name(prompt, responses, named):
 def test_lengths_of_a_comparison():
     comparison = TokenizedComparison([1, 2, 3], [[4], [5, 6], [7, 8, 9, 10]])
     assert comparison.packed_length == 3 + 1 + 2 + 4
-    assert comparison.padded_length == 3 * (3 + 4) == PaddedRows.unpack(PackedBatch.build([comparison])).input_ids.numel()
+    padded = PaddedRows.unpack(PackedBatch.build([comparison])).input_ids
+    assert comparison.padded_length == 3 * (3 + 4) == padded.numel()
 
 
 def test_impossible_batches_are_refused(comparisons):

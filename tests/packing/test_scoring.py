@@ -41,7 +41,9 @@ def test_flat_order_and_values(path, budget, rows, make_model, naive_logprobs, f
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("name", "path", "budget"), [("llama", "auto", 27), ("llama", "padded", 60), ("bloom", "auto", 60)])
+@pytest.mark.parametrize(
+    ("name", "path", "budget"), [("llama", "auto", 27), ("llama", "padded", 60), ("bloom", "auto", 60)]
+)
 def test_no_forward_is_above_the_budget(name, path, budget, rows, make_model):
     """Counted where the tokens enter the model; padding is computed and counts."""
     model = make_model(name)

@@ -144,9 +144,7 @@ class StrictLlama(hf.LlamaForCausalLM):
             inputs_embeds=None,
             use_cache=None,
         ):
-            return forward(
-                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache
-            )
+            return forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache)
 
         self.model.forward = strict
 
@@ -247,3 +245,38 @@ def test_a_refused_model_gets_its_own_attention_back(own, make_model):
     assert model.config._attn_implementation.startswith("simpo_")
     uninstall(model)
     assert model.config._attn_implementation == own
+
+
+def test_a_compiled_model_is_the_model_that_was_checked(make_model, comparisons, naive_logprobs, float64_everywhere):
+    """``torch_compile: true`` wraps the model; what the check found of its output layer must not be lost."""
+    model = make_model("llama", kind=LoudLlama)
+    expected = naive_logprobs(model, comparisons)
+    batch = PackedBatch.build(comparisons)
+    choose_path(model, batch)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(policy_logprobs(compiled, batch, path="packed"), expected, rtol=1e-9, atol=1e-9)
+    assert not state_of(model).fused_head
+
+
+class OwnLlamaAttention(LlamaAttention):
+    """An attention class from a module of its own, as in models that come with their code."""
+
+
+@pytest.mark.parametrize("own", ["eager", "sdpa"])
+def test_without_a_layout_an_inherited_attention_is_its_own(own, make_model):
+    model = make_model("llama", attn_implementation=own)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = OwnLlamaAttention
+    ids = torch.arange(5, 25)[None]
+    expected = model(ids).logits
+    install(model)
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_model_without_sdpa_keeps_its_softcap_outside_packed_batches(make_model, comparisons, naive_logprobs):
+    """Gemma 2 has no sdpa: under flex or flash attention, what stands in for it outside packed batches is eager."""
+    expected = naive_logprobs(make_model("gemma2", torch.float32, std=0.1), comparisons)
+    model = make_model("gemma2", torch.float32, std=0.1, attn_implementation="flex_attention")
+    install(model)
+    with torch.no_grad():
+        torch.testing.assert_close(naive_logprobs(model, comparisons), expected, rtol=0, atol=1e-4)

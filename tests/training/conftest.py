@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from datasets import Dataset
@@ -21,7 +23,7 @@ def pairs(random_comparisons):
         for _ in range(rows):
             cuts = 1 + torch.randperm(19, generator=generator)[:responses].sort().values
             edges = [0, *cuts.tolist(), 20]
-            prompt, *lengths = (b - a for a, b in zip(edges, edges[1:], strict=False))
+            prompt, *lengths = (b - a for a, b in itertools.pairwise(edges))
             shapes.append((prompt, tuple(lengths)))
         return _dataset(random_comparisons(*shapes, seed=seed))
 

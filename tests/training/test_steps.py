@@ -276,5 +276,5 @@ def test_the_budgets_default_takes_the_longest_row(make_trainer, make_model, ran
 
 def test_a_row_above_max_batch_tokens_is_named(make_trainer, random_comparisons, as_dataset):
     rows = as_dataset(random_comparisons((3, (2, 2)), (10, (5, 6)), (3, (2, 2))))
-    with pytest.raises(SimpoError, match="max_batch_tokens: 20 .*row 1, 21 tokens"):
+    with pytest.raises(SimpoError, match=r"max_batch_tokens: 20 .*row 1, 21 tokens"):
         make_trainer(rows, max_batch_tokens=20).train()

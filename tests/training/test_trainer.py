@@ -91,9 +91,7 @@ def test_the_log_of_the_first_step(settings, make_trainer, make_model, pairs, na
 def test_a_log_is_the_mean_since_the_last_one(make_trainer, make_model, pairs, naive_pairs):
     """Pairs count alike, also those of a short step; ``loss`` is transformers' mean over the steps."""
     rows = pairs(10)
-    trainer = make_trainer(
-        rows, per_device_train_batch_size=4, logging_steps=3, learning_rate=0.0, num_train_epochs=2
-    )
+    trainer = make_trainer(rows, per_device_train_batch_size=4, logging_steps=3, learning_rate=0.0, num_train_epochs=2)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 2  # an epoch each
@@ -108,6 +106,7 @@ def test_evaluation_during_training_leaves_the_training_log_alone(make_trainer, 
     trainer = make_trainer(
         rows,
         eval_dataset=pairs(5, seed=9),
+        per_device_eval_batch_size=5,
         per_device_train_batch_size=6,
         logging_steps=2,
         eval_strategy="steps",
@@ -115,7 +114,15 @@ def test_evaluation_during_training_leaves_the_training_log_alone(make_trainer, 
         learning_rate=0.0,
         max_steps=2,
     )
+    modes, compute_loss = [], trainer.compute_loss
+
+    def watched(model, *args, **kwargs):
+        modes.append(model.training)
+        return compute_loss(model, *args, **kwargs)
+
+    trainer.compute_loss = watched
     trainer.train()
+    assert modes == [True, False, True, False]
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     expected = naive_metrics(naive_pairs, make_model("gpt2"), rows)
     assert entry["rewards/margins"] == pytest.approx(expected["rewards/margins"].mean(), rel=1e-5)
@@ -162,9 +169,7 @@ def test_the_same_seed_gives_the_same_bits(settings, make_trainer, make_model, p
 
 
 def test_the_order_of_rows_has_a_seed_of_its_own(make_trainer, make_model, pairs):
-    runs = [
-        weights_after_training(make_trainer, make_model, pairs(14), seed=seed, data_seed=3)[0] for seed in (1, 2)
-    ]
+    runs = [weights_after_training(make_trainer, make_model, pairs(14), seed=seed, data_seed=3)[0] for seed in (1, 2)]
     assert all(torch.equal(weight, runs[1][name]) for name, weight in runs[0].items())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class Hyperparameter:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if self.type is float and not number:
             raise ValueError(f"{self.name}: {value!r} is not a number")
+        if number and math.isinf(value):
+            raise ValueError(f"{self.name} must be finite, not {value!r}")
         if self.bound is not None and not self.bound.holds(value):  # NaN fails every bound
             raise ValueError(f"{self.name} {self.bound.text}, not {value!r}")
 
@@ -65,5 +68,3 @@ def read_signature(function: Callable[..., Any]) -> dict[str, Hyperparameter]:
             bound = next((mark for mark in marks if isinstance(mark, Bound)), None)
         found[parameter.name] = Hyperparameter(parameter.name, hint, parameter.default, bound)
     return found
-
-

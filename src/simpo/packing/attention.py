@@ -7,7 +7,7 @@ implementation that the model had before, so ``generate`` and evaluation behave 
 
 from __future__ import annotations
 
-import importlib
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -23,6 +23,7 @@ from simpo.packing.segments import AttentionStyle, by_segment
 
 PREFIX = "simpo_"
 LAYOUT_ARGUMENT = "attention_layout"
+_OWN = "_simpo_own_attention"
 # What attention implementations are handed that changes nothing in training without a cache.
 _IGNORED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "cache"}
 
@@ -37,24 +38,26 @@ def install(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedAttentionError: the model does not use transformers' attention interface.
     """
-    base = model.config._attn_implementation
-    if base.startswith(PREFIX):
+    own = model.config._attn_implementation
+    if own.startswith(PREFIX):
         return
-    if base not in ("eager", "sdpa"):  # flash and flex kernels need shapes of their own; sdpa gives the same numbers
-        base = "sdpa"
+    base = own
+    if base not in ("eager", "sdpa"):  # flash and flex kernels need shapes of their own; these give the same numbers
+        base = "sdpa" if model._supports_sdpa else "eager"
     if not type(model)._can_set_attn_implementation():
         raise UnsupportedAttentionError(f"{type(model).__name__} does not use transformers' attention interface")
     name = PREFIX + base
     AttentionInterface.register(name, _dispatch_to(base))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     model.set_attn_implementation(name)
+    setattr(model, _OWN, own)
 
 
 def uninstall(model: PreTrainedModel) -> None:
     """Give ``model`` its own attention back."""
     name = model.config._attn_implementation
     if name.startswith(PREFIX):
-        model.set_attn_implementation(name.removeprefix(PREFIX))
+        model.set_attn_implementation(getattr(model, _OWN))
 
 
 @cache
@@ -64,10 +67,18 @@ def _dispatch_to(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if layout is not None:
             return shared_prefix_attention(module, *args, layout=layout, **kwargs), None
         if base == "eager":  # every modeling file has its own
-            return importlib.import_module(type(module).__module__).eager_attention_forward(module, *args, **kwargs)
+            kind: Any = type(module)
+            return _eager_of(kind)(module, *args, **kwargs)
         return ALL_ATTENTION_FUNCTIONS[base](module, *args, **kwargs)
 
     return attention
+
+
+@cache
+def _eager_of(kind: type) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The eager attention of the modeling file that ``kind`` or its nearest ancestor comes from."""
+    modules = (sys.modules[ancestor.__module__] for ancestor in kind.__mro__)
+    return next(m.eager_attention_forward for m in modules if hasattr(m, "eager_attention_forward"))
 
 
 def shared_prefix_attention(

@@ -39,6 +39,7 @@ class StepPlan:
         world_size: number of ranks.
         seed: with the epoch, determines the order of the rows; None keeps their order.
         drop_last: leave out an incomplete last step.
+        padded_rows: ``[rows]`` rows that each makes where micro-batches are padded to their widest; None for packed.
 
     Raises:
         SimpoError: a row is longer than ``max_batch_tokens``.
@@ -50,6 +51,7 @@ class StepPlan:
     world_size: int = 1
     seed: int | None = None
     drop_last: bool = False
+    padded_rows: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         check_budget(self.lengths, self.max_batch_tokens)
@@ -70,7 +72,10 @@ class StepPlan:
         """Rank ``rank``'s share of step ``number`` of the epoch with row order ``order``."""
         rows = order[number * self.rows_per_step : (number + 1) * self.rows_per_step]
         shares = _balance(rows, self.lengths, self.world_size)
-        count = max(_bins_needed(share, self.lengths, self.max_batch_tokens) for share in shares)
+        tokens = max(int(self.lengths[np.array(share, dtype=int)].sum()) for share in shares)
+        count = max(1, -(-tokens // self.max_batch_tokens))
+        while max(map(self._largest, shares, [count] * len(shares))) > self.max_batch_tokens:
+            count += 1
         filler = int(rows[np.argmin(self.lengths[rows])])
         micro_batches = []
         for members in _balance(np.array(shares[rank], dtype=int), self.lengths, count):
@@ -79,6 +84,11 @@ class StepPlan:
             else:  # this rank has less to do, and every rank must make as many forwards
                 micro_batches.append(MicroBatch((filler,), (0.0,)))
         return Step(tuple(micro_batches), len(rows))
+
+    def _largest(self, share: Sequence[int], count: int) -> int:
+        """Tokens of the largest micro-batch if a rank's ``share`` is split in ``count``."""
+        groups = _balance(np.array(share, dtype=int), self.lengths, count)
+        return max(_tokens(group, self.lengths, self.padded_rows) for group in groups)
 
 
 def check_budget(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> None:
@@ -91,20 +101,32 @@ def check_budget(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> 
         )
 
 
-def fill_in_order(lengths: Sequence[int], max_batch_tokens: int) -> list[range]:
-    """Consecutive runs of rows of at most ``max_batch_tokens`` tokens each, in their order.
+def fill_in_order(
+    lengths: Sequence[int], max_batch_tokens: int, padded_rows: Sequence[int] | None = None
+) -> list[range]:
+    """Consecutive runs of comparisons of at most ``max_batch_tokens`` tokens each, in their order.
+
+    ``padded_rows`` says how many rows each makes where a batch is padded to its widest.
 
     Raises:
         SimpoError: a row is longer than that.
     """
     check_budget(lengths, max_batch_tokens)
-    runs, start, tokens = [], 0, 0
-    for row, length in enumerate(lengths):
-        if tokens + length > max_batch_tokens:
+    sizes, runs, start = np.asarray(lengths), [], 0
+    padded = None if padded_rows is None else np.asarray(padded_rows)
+    for row in range(len(sizes)):
+        if _tokens(range(start, row + 1), sizes, padded) > max_batch_tokens:
             runs.append(range(start, row))
-            start, tokens = row, 0
-        tokens += length
-    return [*runs, range(start, len(lengths))] if lengths else []
+            start = row
+    return [*runs, range(start, len(sizes))] if len(sizes) else []
+
+
+def _tokens(members: Sequence[int], lengths: np.ndarray, padded_rows: np.ndarray | None) -> int:
+    """Tokens of a forward of ``members``: their sum, or all rows as wide as the widest."""
+    index = np.array(members, dtype=int)
+    if padded_rows is None or not len(index):
+        return int(lengths[index].sum())
+    return int(padded_rows[index].sum() * (lengths[index] // padded_rows[index]).max())
 
 
 def _balance(rows: np.ndarray, lengths: np.ndarray, bins: int) -> list[list[int]]:
@@ -116,12 +138,3 @@ def _balance(rows: np.ndarray, lengths: np.ndarray, bins: int) -> list[list[int]
         groups[lightest].append(row)
         loads[lightest] += lengths[row]
     return groups
-
-
-def _bins_needed(rows: Sequence[int], lengths: np.ndarray, max_batch_tokens: int) -> int:
-    """The smallest number of balanced groups whose largest fits into ``max_batch_tokens``."""
-    members = np.array(rows, dtype=int)
-    bins = max(1, -(-int(lengths[members].sum()) // max_batch_tokens))
-    while max(lengths[group].sum() for group in _balance(members, lengths, bins)) > max_batch_tokens:
-        bins += 1
-    return bins

@@ -60,9 +60,7 @@ class AttentionLayout:
     @cached_property
     def query_sizes(self) -> list[int]:
         """Lengths of the segments' queries."""
-        return [
-            size for span in self.spans for size in (span.prompt + span.responses[0], *span.responses[1:])
-        ]
+        return [size for span in self.spans for size in (span.prompt + span.responses[0], *span.responses[1:])]
 
     @cached_property
     def key_sizes(self) -> list[int]:
@@ -139,9 +137,7 @@ class PackedBatch:
     weights: Tensor
 
     @classmethod
-    def build(
-        cls, comparisons: Sequence[TokenizedComparison], weights: Sequence[float] | None = None
-    ) -> PackedBatch:
+    def build(cls, comparisons: Sequence[TokenizedComparison], weights: Sequence[float] | None = None) -> PackedBatch:
         """Lay out ``comparisons`` one after the other.
 
         Raises:
@@ -204,9 +200,7 @@ class PackedBatch:
         return replace(self, layout=replace(self.layout, windows=[]))
 
     def _tensors(self) -> dict[str, Any]:
-        return {
-            f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
-        }
+        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
 
 
 @dataclass(frozen=True)

@@ -92,55 +92,74 @@ class _FusedLogprobs(torch.autograd.Function):
     ) -> Tensor:
         head, dtype = Head(weight, bias, scale, softcap), _product_dtype(hidden)
         ctx.scale, ctx.softcap, ctx.dtype, ctx.rows = scale, softcap, dtype, rows
-        picked, normalizer, logits = [], [], None
+        logps, matrix = [], None
         for chunk in _chunks(len(targets), rows):
-            logits = head.logits(hidden[chunk], dtype)  # [c, V]
-            picked.append(logits.gather(-1, targets[chunk, None]).squeeze(-1))
-            normalizer.append(torch.logsumexp(logits, dim=-1))
-        lse = torch.cat(normalizer)
-        ctx.save_for_backward(hidden, weight, bias, targets, lse)
-        ctx.kept = logits if len(targets) <= rows and any(ctx.needs_input_grad) else None
-        return torch.cat(picked) - lse
+            matrix = head.logits(hidden[chunk], dtype)  # [c, V] logits, then probabilities
+            picked = matrix.gather(-1, targets[chunk, None]).squeeze(-1)
+            logps.append(picked - _softmax_(matrix))
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        # the slope of a softcap is a function of the logits, so with one they are made again
+        keeps = len(targets) <= rows and softcap is None and any(ctx.needs_input_grad)
+        ctx.kept = matrix if keeps else None
+        return torch.cat(logps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        hidden, weight, bias, targets = ctx.saved_tensors
         head = Head(weight, bias, ctx.scale, ctx.softcap)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # several chunks' contributions to a half-precision weight are summed in fp32
-        total = torch.float32 if len(targets) > ctx.rows and weight.dtype.itemsize < 4 else weight.dtype
-        d_weight = torch.zeros_like(weight, dtype=total) if wants_weight else None
-        d_bias = torch.zeros_like(bias, dtype=total) if wants_bias else None
+        d_weight, d_bias = None, None
         weight_cast = weight.to(ctx.dtype)
         for chunk in _chunks(len(targets), ctx.rows):
             kept, ctx.kept = ctx.kept, None  # overwritten below, so a second backward makes it again
-            logits = head.logits(hidden[chunk], ctx.dtype) if kept is None else kept
-            d_product = _d_product(logits, targets[chunk], lse[chunk], grad[chunk], head).to(ctx.dtype)  # [c, V]
+            matrix = _d_product(head, hidden[chunk], targets[chunk], kept, ctx.dtype)  # [c, V]
+            # a row's factor goes to the narrow operand of each product, never over [c, V]
+            factor = (grad[chunk] * -ctx.scale)[:, None]  # [c, 1]
             if d_hidden is not None:
-                d_hidden[chunk] = d_product @ weight_cast
-            if d_weight is not None:
-                _add_product(d_weight, d_product.T, hidden[chunk].to(ctx.dtype))
-            if d_bias is not None:
-                d_bias += d_product.sum(0)
+                d_hidden[chunk] = ((matrix @ weight_cast) * factor).to(hidden.dtype)
+            narrow = (hidden[chunk] * factor).to(ctx.dtype)
+            if wants_weight:
+                d_weight = _accumulate(d_weight, matrix.T, narrow, len(targets) > ctx.rows)
+            if wants_bias:
+                row = factor.T.to(ctx.dtype)  # [1, c]
+                d_bias = _accumulate(d_bias, row, matrix, len(targets) > ctx.rows)
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-        d_bias = None if d_bias is None else d_bias.to(bias.dtype)
+        d_bias = None if d_bias is None else d_bias[0].to(bias.dtype)
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
-def _d_product(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, head: Head) -> Tensor:
-    """``[c, V]`` gradient of the chunk's product ``h W^T + b``; ``logits`` ``[c, V]`` is overwritten."""
-    slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
-    d_logits = logits.sub_(lse[:, None]).exp_().neg_()  # -softmax
-    d_logits[torch.arange(len(targets), device=targets.device), targets] += 1
-    d_logits *= grad[:, None] * head.scale
-    return d_logits if slope is None else d_logits.mul_(slope)
+def _softmax_(logits: Tensor) -> Tensor:
+    """Turn ``logits`` ``[c, V]`` into probabilities in place and return their log-normalizer ``[c]``.
+
+    The largest probability is one over the normalizer (less the largest logit), and at least 1 / V: its logarithm is
+    exact where that of a target's may have underflowed.
+    """
+    largest = logits.amax(dim=-1)
+    torch.softmax(logits, dim=-1, out=logits)
+    return largest - logits.amax(dim=-1).log()
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, in one call where the types agree."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+def _d_product(head: Head, hidden: Tensor, targets: Tensor, probabilities: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``[c, V]`` ``softmax - onehot`` (times the softcap's slope): the log-probabilities' gradient with respect to
+    ``scale * (h W^T + b)``, negated, in ``dtype``.
+
+    ``probabilities`` ``[c, V]`` are overwritten; without them the chunk's logits are made again.
+    """
+    slope = None
+    if probabilities is None:
+        probabilities = head.logits(hidden, dtype)
+        if head.softcap is not None:
+            slope = 1 - (probabilities / head.softcap).square_()
+        _softmax_(probabilities)
+    probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1
+    return (probabilities if slope is None else probabilities.mul_(slope)).to(dtype)
+
+
+def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, several: bool) -> Tensor:
+    """``total + left @ right``; the products of several half-precision chunks are summed in fp32."""
+    if total is None:
+        product = left @ right
+        return product.float() if several and product.dtype.itemsize < 4 else product
+    return total.addmm_(left, right) if total.dtype == left.dtype else total.add_(left @ right)

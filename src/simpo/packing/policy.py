@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from simpo.errors import SimpoError
 from simpo.objectives import Responses
 from simpo.packing.attention import LAYOUT_ARGUMENT
 from simpo.packing.layout import PackedBatch, PaddedRows
@@ -63,10 +64,7 @@ def policy_forward(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = 
 def policy_logprobs(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = "auto") -> Tensor:
     """``[S]`` log-probability, in nats, of every scored token of ``batch``, in its order; fp32 (fp64 for fp64)."""
     inner = prepare_policy(model)
-    if path == "auto":
-        path = state_of(inner).path or _check(inner, batch)
-    elif path == "packed":
-        _install_attention(inner)
+    path = resolve_path(inner, batch, path)
     device = next(inner.parameters()).device
     return model(packed_batch=batch if batch.input_ids.device == device else batch.to(device), path=path)
 
@@ -74,8 +72,8 @@ def policy_logprobs(model: nn.Module, batch: PackedBatch, *, path: ForwardPath =
 def prepare_policy(model: nn.Module) -> PreTrainedModel:
     """Bind the unwrapped model's forward so that it accepts a packed batch; done once, returns the unwrapped model."""
     inner = model
-    while hasattr(inner, "module") and isinstance(inner.module, nn.Module):
-        inner = inner.module
+    while (wrapped := _wrapped_by(inner)) is not None:
+        inner = wrapped
     if _STATE not in inner.__dict__:
         if "forward" in inner.__dict__:  # a hook of accelerate's, say: it stays around the model's own forward
             inner.__dict__["_simpo_instance_forward"] = inner.forward
@@ -83,6 +81,29 @@ def prepare_policy(model: nn.Module) -> PreTrainedModel:
         kind: Any = type(inner)
         inner.forward = MethodType(_forward_of(kind), inner)
     return inner
+
+
+def _wrapped_by(model: nn.Module) -> nn.Module | None:
+    for name in ("module", "_orig_mod"):  # DDP, FSDP and DeepSpeed; torch.compile
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
+            return inner
+    return None
+
+
+def resolve_path(inner: PreTrainedModel, batch: PackedBatch, path: ForwardPath) -> Literal["packed", "padded"]:
+    """The path that ``inner`` takes for ``path``, with its attention in place; checks the model if nothing has.
+
+    Raises:
+        SimpoError: ``"packed"`` was asked of a model that cannot share prompts.
+    """
+    proven = state_of(inner).path or _check(inner, batch)
+    if path == "packed" and proven == "padded":
+        raise SimpoError(f"the packed path is not open to this model ({state_of(inner).reasons[-1]}); use 'auto'")
+    chosen = proven if path == "auto" else path
+    if chosen == "packed":
+        _install_attention(inner)  # again, if set_attn_implementation took it out
+    return chosen
 
 
 def state_of(model: nn.Module) -> PolicyState:

@@ -11,8 +11,7 @@ from simpo.objectives import Responses
 from simpo.packing.binning import fill_in_order
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
-from simpo.packing.policy import ForwardPath, policy_forward, prepare_policy, state_of
-from simpo.packing.selfcheck import choose_path
+from simpo.packing.policy import ForwardPath, policy_forward, prepare_policy, resolve_path
 
 
 def score_responses(
@@ -38,12 +37,12 @@ def score_responses(
     """
     if not comparisons:
         raise ValueError("score_responses needs at least one comparison")
-    if path == "auto":
-        inner = prepare_policy(model)
-        path = state_of(inner).path or choose_path(inner, PackedBatch.build(comparisons[:16]))
-    lengths = [c.packed_length if path == "packed" else c.padded_length for c in comparisons]
+    path = resolve_path(prepare_policy(model), PackedBatch.build(comparisons[:16]), path)
+    packed = path == "packed"
+    lengths = [c.packed_length if packed else c.padded_length for c in comparisons]
+    rows = None if packed else [len(c.response_ids) for c in comparisons]
     scored = [
         policy_forward(model, PackedBatch.build([comparisons[i] for i in run]), path=path)
-        for run in fill_in_order(lengths, max_batch_tokens)
+        for run in fill_in_order(lengths, max_batch_tokens, rows)
     ]
     return Responses(torch.cat([part.logp for part in scored]), torch.cat([part.length for part in scored]))

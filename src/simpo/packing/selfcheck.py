@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -19,7 +19,6 @@ from simpo.packing.policy import (
     causal_lm,
     find_head,
     original_forward,
-    policy_logprobs,
     prepare_policy,
     state_of,
 )
@@ -49,21 +48,23 @@ def choose_path(model: nn.Module, batch: PackedBatch) -> Literal["packed", "padd
     """
     inner = prepare_policy(model)
     state = state_of(inner)
+    said, state.reasons = state.reasons, []
     sample = _sample(batch).to(next(inner.parameters()).device)
     with _evaluating(inner), torch.no_grad():
-        expected = naive_logprobs(inner, sample)
-        state.fused_head = _head_agrees(inner, sample, expected)
+        precisions = list(_precisions(sample.input_ids.device))
+        state.fused_head = all(_in_precision(_head_agrees, inner, sample, enabled) for enabled in precisions)
         if not state.fused_head:
             state.reasons.append("its output layer is not a plain matrix product: logits are materialised")
         try:
             install(causal_lm(inner))
-            _probe(inner, sample, expected)
+            for enabled in precisions:
+                _in_precision(_probe, inner, sample, enabled)
             state.path = "packed"
         except (NotShareableError, UnsupportedAttentionError) as error:
             uninstall(causal_lm(inner))
             state.path = "padded"
             state.reasons.append(f"{error}: every response is computed with a prompt of its own, padded")
-    for reason in state.reasons:
+    for reason in set(state.reasons) - set(said):
         logger.warning("%s: %s", type(causal_lm(inner)).__name__, reason)
     return state.path
 
@@ -77,6 +78,19 @@ def naive_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
         targets = ids[0, -len(logits) :, None]
         found.append(torch.log_softmax(logits, dim=-1, dtype=exact).gather(-1, targets).squeeze(-1))
     return torch.cat(found)
+
+
+def _precisions(device: torch.device) -> Iterator[bool]:
+    """Autocast off, where a small leak cannot hide in rounding, and on if the run uses it, for its kernels."""
+    yield False
+    if torch.is_autocast_enabled(device.type):
+        yield True
+
+
+def _in_precision(check: Callable[..., Any], model: PreTrainedModel, sample: PackedBatch, enabled: bool) -> Any:
+    kind = sample.input_ids.device.type
+    with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=enabled):
+        return check(model, sample, naive_logprobs(model, sample))
 
 
 def _sequences(batch: PackedBatch) -> Iterator[tuple[Tensor, slice]]:
@@ -123,15 +137,16 @@ def _probe(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> Non
         raise NotShareableError(f"it has layers of type {', '.join(sorted(set(kinds) - _ATTENTION_TYPES))}")
     probing = sample.probing()
     try:
-        found = policy_logprobs(model, probing, path="packed")
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        found = model(packed_batch=probing, path="packed")
+    except Exception as error:  # whatever a foreign forward raises, it means the same
         raise NotShareableError(f"its forward does not take a packed batch ({_first_line(error)})") from error
     windows = probing.layout.windows or []
     if len(windows) != config.num_hidden_layers:
         raise NotShareableError(
             f"{len(windows)} of its {config.num_hidden_layers} layers hand the layout on to their attention"
         )
-    if _sliding_layers(config, kinds) != sum(window is not None for window in windows):
+    sliding = [window for window in windows if window is not None]
+    if len(sliding) != _sliding_layers(config, kinds) or set(sliding) - {getattr(config, "sliding_window", None)}:
         raise NotShareableError("its attention is not told of its sliding windows")
     if not _agree(found, expected, model):
         worst = (found - expected).abs().max().item()

@@ -74,7 +74,8 @@ class PreferenceSettings(TrainingArguments):
         self.remove_unused_columns = False  # the columns are ours, not the model's
         self.logging_nan_inf_filter = False  # a loss that is not finite must be seen
         # without it transformers takes bf16 on a machine without accelerator for a mistake
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
         super().__post_init__()
         if self.n_gpu > 1:
             raise SimpoError(
@@ -114,9 +115,8 @@ class PreferenceSettings(TrainingArguments):
         for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, key) < 1:
                 raise SimpoError(f"{key}: must be at least 1, not {getattr(self, key)}")
-        accumulation: int = getattr(self, "gradient_accumulation_steps")
+        self.per_device_train_batch_size *= self.gradient_accumulation_steps  # type: ignore[has-type]
         self.gradient_accumulation_steps = 1
-        self.per_device_train_batch_size *= accumulation
 
     def _resolve_loss_type(self) -> None:
         if self.loss_type is None:
@@ -136,6 +136,8 @@ class PreferenceSettings(TrainingArguments):
             self.hyperparameters  # noqa: B018 - resolving is the check
         except ValueError as error:
             raise SimpoError(str(error)) from error
+        if self.forward_path not in ("auto", "packed", "padded"):
+            raise SimpoError(f"forward_path: {self.forward_path!r} is not one of 'auto', 'packed', 'padded'")
         if not self.sft_weight >= 0:
             raise SimpoError(f"sft_weight: must be >= 0, not {self.sft_weight}")
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:

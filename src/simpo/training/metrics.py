@@ -22,7 +22,11 @@ NAMES = (
 
 
 def pair_metrics(
-    objective: Objective, hyperparameters: Mapping[str, Any], losses: Tensor, w: Responses, l: Responses  # noqa: E741
+    objective: Objective,
+    hyperparameters: Mapping[str, Any],
+    losses: Tensor,
+    w: Responses,
+    l: Responses,  # noqa: E741
 ) -> Tensor:
     """``[B, len(NAMES)]`` figures of ``B`` pairs, detached.
 

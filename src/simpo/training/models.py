@@ -88,6 +88,9 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        config = getattr(module, "config", None)
+        if config is not None and isinstance(getattr(config, "hidden_dropout", None), float):  # Falcon reads it there
+            config.hidden_dropout = 0.0
         for attribute in ("attention_dropout", "dropout", "layerdrop", "activation_dropout", "hidden_dropout"):
             if isinstance(getattr(module, attribute, None), float):
                 setattr(module, attribute, 0.0)

@@ -19,7 +19,7 @@ from simpo.errors import SimpoError
 from simpo.objectives import Responses, sft_term
 from simpo.packing.binning import StepPlan, check_budget
 from simpo.packing.layout import PackedBatch
-from simpo.packing.policy import ForwardPath, policy_forward, prepare_policy
+from simpo.packing.policy import ForwardPath, policy_forward, prepare_policy, resolve_path
 from simpo.packing.selfcheck import choose_path
 from simpo.training.batches import (
     ComparisonRows,
@@ -112,7 +112,12 @@ class PreferenceTrainer(Trainer):
         """One element an optimizer step: this rank's micro-batches, by the plan that all ranks share."""
         if self.train_dataset is None:
             raise SimpoError("train_dataset: there is nothing to train on")
-        plan = self._plan(self.train_dataset, self.args.train_batch_size, shuffled=True)
+        plan = self._plan(self.train_dataset, self.args.train_batch_size, training=True)
+        if plan.steps == 0:
+            raise SimpoError(
+                f"dataloader_drop_last: {len(self.train_dataset)} rows are fewer than the {plan.rows_per_step} of a "
+                "step, so nothing would be trained; lower per_device_train_batch_size"
+            )
         # the trainer's own step count says which epoch starts, also after a resume
         return self._loader(self.train_dataset, plan, lambda: self.state.global_step // max(plan.steps, 1))
 
@@ -124,19 +129,19 @@ class PreferenceTrainer(Trainer):
         if rows is None:
             raise SimpoError("eval_dataset: there is nothing to evaluate on")
         rows = self._tokenized(rows, self.processing_class, self.args, "eval")
-        return self._loader(rows, self._plan(rows, self.args.eval_batch_size, shuffled=False), lambda: 0)
+        return self._loader(rows, self._plan(rows, self.args.eval_batch_size, training=False), lambda: 0)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """As :meth:`get_eval_dataloader`."""
         return self.get_eval_dataloader(test_dataset)
 
-    def _plan(self, rows: Dataset, rows_per_device: int, *, shuffled: bool) -> StepPlan:
+    def _plan(self, rows: Dataset, rows_per_device: int, *, training: bool) -> StepPlan:
         args = self.args
         lengths = token_lengths(rows, padded=self.path == "padded")
         budget = args.max_batch_tokens
         if budget is None:
             budget = max(16384 if args.device.type != "cpu" else 2048, int(lengths.max()))
-        shuffled = shuffled and args.train_sampling_strategy == "random"
+        shuffled = training and args.train_sampling_strategy == "random"
         seed = args.seed if args.data_seed is None else args.data_seed
         return StepPlan(
             lengths=lengths,
@@ -144,7 +149,8 @@ class PreferenceTrainer(Trainer):
             max_batch_tokens=budget,
             world_size=args.world_size,
             seed=seed if shuffled else None,
-            drop_last=args.dataloader_drop_last and shuffled,
+            drop_last=args.dataloader_drop_last and training,
+            padded_rows=response_counts(rows) if self.path == "padded" else None,
         )
 
     def _loader(self, rows: Dataset, plan: StepPlan, epoch: Callable[[], int]) -> DataLoader:
@@ -164,15 +170,14 @@ class PreferenceTrainer(Trainer):
 
     def _choose_path(self) -> ForwardPath:
         """Let the model prove the fast path on a few real pairs, in the precision that it will train in."""
-        prepare_policy(self.model)
-        if self.args.forward_path != "auto":
-            return self.args.forward_path
+        model = prepare_policy(self.model)
         rows = self.train_dataset if self.train_dataset is not None else _first(self.eval_dataset)
         if rows is None:
-            return "auto"
+            return self.args.forward_path
         sample = PackedBatch.build(comparisons_of(rows, range(min(16, len(rows)))))
         with self.accelerator.autocast():
-            return choose_path(self.model, sample)
+            choose_path(model, sample)
+        return resolve_path(model, sample, self.args.forward_path)
 
     def compute_loss(  # noqa: D102 - documented by Trainer
         self,

@@ -1,0 +1,92 @@
+"""The counted arithmetic against PyTorch's own counter, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from benchmarks.arithmetic import Forward, Product, Shape, packed_forward, padded_forward
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from simpo.packing import logprobs
+from simpo.packing.comparison import TokenizedComparison
+from simpo.packing.layout import PackedBatch, PaddedRows
+from simpo.packing.policy import policy_logprobs
+from simpo.packing.selfcheck import choose_path
+
+COMPARISONS = [
+    TokenizedComparison([1, 2, 3, 4], [[5, 6, 7], [8, 9]]),
+    TokenizedComparison([1, 2], [[3], [4, 5, 6, 7, 8]]),
+]
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    choose_path(model, PackedBatch.build(COMPARISONS))  # its own forwards are not to be counted
+    return model
+
+
+def counted(function) -> int:
+    """PyTorch's count of ``function``'s forward and backward, attention written out as products."""
+    in_place = {torch.ops.aten.addmm_: lambda total, left, right, **_: 2 * left[0] * left[1] * right[1]}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        function().sum().backward()
+    return counter.get_total_flops()
+
+
+def expected(model: LlamaForCausalLM, forward: Forward) -> int:
+    return forward.flops(Shape.of(model.config))
+
+
+def test_packed_with_kept_logits(model) -> None:
+    batch = PackedBatch.build(COMPARISONS)
+    found = counted(lambda: policy_logprobs(model, batch, path="packed"))
+    assert found == expected(model, packed_forward(COMPARISONS))
+
+
+def test_packed_with_recomputed_logits(model, monkeypatch) -> None:
+    monkeypatch.setattr(logprobs, "MEBIBYTE", 1)  # a chunk has one row
+    batch = PackedBatch.build(COMPARISONS)
+    found = counted(lambda: policy_logprobs(model, batch, path="packed"))
+    assert found == expected(model, packed_forward(COMPARISONS, kept_rows=1))
+
+
+def test_padded_with_scored_logits(model) -> None:
+    batch = PackedBatch.build(COMPARISONS)
+    found = counted(lambda: policy_logprobs(model, batch, path="padded"))
+    assert found == expected(model, padded_forward(COMPARISONS, all_logits=False))
+
+
+def test_padded_with_all_logits(model) -> None:
+    rows = PaddedRows.unpack(PackedBatch.build(COMPARISONS))
+    found = counted(lambda: model(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits)
+    assert found == expected(model, padded_forward(COMPARISONS, all_logits=True))
+
+
+def test_recomputation_costs_one_more_product_of_the_head(model) -> None:
+    shape = Shape.of(model.config)
+    kept, again = packed_forward(COMPARISONS), packed_forward(COMPARISONS, kept_rows=0)
+    assert again.flops(shape) - kept.flops(shape) == Product(11, 24, 61).flops
+
+
+def test_sharing_saves_what_the_prompt_costs() -> None:
+    shape = Shape(hidden=8, layers=3, heads=2, kv_heads=1, head_size=4, intermediate=16, vocabulary=32)
+    alike = [TokenizedComparison(list(range(9)), [[1, 2], [3, 4]])]
+    packed, padded = packed_forward(alike), padded_forward(alike, all_logits=False)
+    assert (packed.tokens, padded.tokens) == (13, 22)
+    assert padded.scored == packed.scored == 4
+    assert packed.flops(shape) < padded.flops(shape) < padded_forward(alike, all_logits=True).flops(shape)
