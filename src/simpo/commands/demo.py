@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from itertools import count
 from pathlib import Path
 
+from simpo.arguments import ArgumentParser
 from simpo.commands import train
 from simpo.errors import SimpoError
 from simpo.world.model import write_model
@@ -16,7 +16,7 @@ _TRAIN_PAIRS, _HELD_OUT_PAIRS = 768, 256
 
 def main(argv: list[str]) -> int:
     """Make model and pairs, then do what ``simpo train`` does."""
-    parser = argparse.ArgumentParser(prog="simpo demo", description=__doc__)
+    parser = ArgumentParser("demo", __doc__)
     parser.add_argument("--output_dir", help="folder of the demo (default: the first free one of runs/demo-N)")
     parser.add_argument("--seed", type=int, default=0, help="seed of model, pairs and their order (default 0)")
     arguments = parser.parse_args(argv)

@@ -6,18 +6,17 @@ import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from simpo.arguments import ArgumentParser
 from simpo.data.inspection import PERCENTILES, Example, Inspection, examples, inspect_prepared, overlap
 from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
 from simpo.data.tokenize import prepare
-from simpo.errors import SimpoError
 from simpo.results import Metric, fingerprint, write_results
 from simpo.training.models import load_tokenizer
 
@@ -68,15 +67,8 @@ def _sources(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
         yield "eval", arguments.eval_dataset_name, arguments.split.replace("train", "test")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Ends a mistake in one line instead of the usage screen."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SimpoError(f"inspect: {message}; simpo inspect --help lists the options")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="simpo inspect", description=__doc__, allow_abbrev=False)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("inspect", __doc__)
     parser.add_argument("data", metavar="DATA", help="file, folder or hub id")
     parser.add_argument("--model", required=True, metavar="M", help="model whose tokenizer and chat template are used")
     parser.add_argument("--eval_dataset_name", metavar="TEST", help="a test set, compared with DATA")

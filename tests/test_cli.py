@@ -1,0 +1,36 @@
+"""The command line finds commands by their files and ends mistakes in one line."""
+
+import pkgutil
+
+import pytest
+
+import simpo
+from simpo import commands
+from simpo.cli import main
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"]])
+def test_overview_has_a_line_for_every_command(argv, capsys):
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for module in pkgutil.iter_modules(commands.__path__):
+        assert any(line.split()[:1] == [module.name] and len(line.split()) > 3 for line in lines)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"simpo {simpo.__version__}\n"
+
+
+def test_unknown_command(capsys):
+    assert main(["tain"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "train" in error
+
+
+def test_public_names_are_there():
+    for name in simpo.__all__:
+        assert getattr(simpo, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = simpo.Nothing
