@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import pkgutil
 import sys
@@ -28,6 +29,8 @@ def _overview() -> str:
 def _keep_stderr_for_errors() -> None:
     """Notices go to stdout; progress bars are drawn on terminals only."""
     logging.basicConfig(stream=sys.stdout, format="note: %(message)s", level=logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log that is read while the run goes on
     if not sys.stderr.isatty():
         import datasets  # noqa: PLC0415 - slow, and every command but the overview has imported it anyway
         import transformers  # noqa: PLC0415

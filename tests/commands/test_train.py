@@ -60,6 +60,7 @@ def test_run_leaves_a_better_model_that_plain_transformers_loads(world, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(output)
     start = AutoModelForCausalLM.from_pretrained(world / "model")
     assert (output / "model.safetensors").exists()
+    assert model.config.use_cache == start.config.use_cache  # generation is as quick as it was
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(world / "model").chat_template
     assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
 

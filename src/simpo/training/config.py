@@ -28,6 +28,10 @@ class PreferenceSettings(TrainingArguments):
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
 
+    use_cache: bool = field(
+        default=True, metadata={"help": "What the saved model's configuration says; training has none."}
+    )
+
     objective: str = field(default="simpo", metadata={"help": "Row of the table of objectives."})
     loss_type: str | None = field(
         default=None, metadata={"help": "Alias: the link (the paper's dialect) or the objective (TRL's)."}

@@ -51,6 +51,7 @@ def train_preferences(
     Raises:
         SimpoError: something that the user gave cannot be used; nothing has been written.
     """
+    say = say if config.process_index == 0 else _silent
     folder = Path(config.output_dir)
     settings = ", ".join(f"{key} {value}" for key, value in config.hyperparameters.items())
     say(f"objective: {config.objective} ({settings})")
@@ -74,20 +75,27 @@ def train_preferences(
         processing_class=tokenizer,
     )
     identity = _fingerprint(model_arguments, data_arguments, config, train, held_out)
-    before = trainer.score_pairs(held_out) if held_out is not None else None
-    outcome = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    after = trainer.score_pairs(held_out) if held_out is not None else None
-
     metrics = [Metric(name, value) for report in reports for name, value in report.metrics()]
-    metrics += [Metric("train/loss", outcome.training_loss), Metric("train/steps", outcome.global_step)]
-    if before is not None and after is not None:
-        metrics += held_out_metrics(before, after)
+    metrics += _train_and_compare(trainer, held_out)
     trainer.save_model()
     if trainer.is_world_process_zero():
         trainer.save_state()
         write_model_card(folder, model_arguments, data_arguments, config, metrics)
         write_results(folder, command="train", fingerprint=identity, metrics=metrics)
     return folder / "results.json"
+
+
+def _train_and_compare(trainer: PreferenceTrainer, held_out: Dataset | None) -> list[Metric]:
+    before = trainer.score_pairs(held_out) if held_out is not None else None
+    outcome = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    metrics = [Metric("train/loss", outcome.training_loss), Metric("train/steps", outcome.global_step)]
+    if held_out is not None and before is not None:
+        metrics += held_out_metrics(before, trainer.score_pairs(held_out))
+    return metrics
+
+
+def _silent(line: str) -> None:
+    """What the other ranks say."""
 
 
 def refuse_used_folder(folder: Path, resuming: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -33,6 +34,8 @@ from simpo.training.batches import (
 from simpo.training.config import PreferenceConfig
 from simpo.training.metrics import NAMES, pair_metrics
 from simpo.training.models import disable_dropout, load_model
+
+logger = logging.getLogger(__name__)
 
 # Figures of every pair of a data set, in its order: the names of the metrics, ``[rows]`` each.
 PairScores = dict[str, np.ndarray]
@@ -99,7 +102,10 @@ class PreferenceTrainer(Trainer):
             return None
         if "prompt_ids" not in dataset.column_names and tokenizer is None:
             raise SimpoError("processing_class: give the tokenizer, or tokenized data")
-        rows = prepare(dataset, tokenizer, args.tokenize_settings, label=label).dataset
+        prepared = prepare(dataset, tokenizer, args.tokenize_settings, label=label)
+        rows, report = prepared.dataset, prepared.report
+        if report.used < report.rows or report.cut:  # nothing is left out unsaid
+            logger.warning("\n".join(report.lines()))
         if args.max_batch_tokens is not None:  # checked here, before anything is written
             check_budget(token_lengths(rows, padded=args.forward_path == "padded"), args.max_batch_tokens)
         counts = response_counts(rows)
