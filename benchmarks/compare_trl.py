@@ -46,7 +46,7 @@ def main() -> int:
     if options.output:
         options.output.write_text(json.dumps(report, indent=2) + "\n")
     print_report(report)
-    return 1 if any(entrant.library == "simpo" and not runs[entrant.name] for entrant in entrants) else 0
+    return 1 if any(entrant.toolkit == "simpo" and not runs[entrant.name] for entrant in entrants) else 0
 
 
 def _options() -> argparse.Namespace:

@@ -40,7 +40,7 @@ def summarise(
 
 def best_of_trl(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """TRL's quickest point of the grid."""
-    return max((row for row in rows if row["library"] == "trl"), key=lambda row: row["pairs_per_second"], default=None)
+    return max((row for row in rows if row["toolkit"] == "trl"), key=lambda row: row["pairs_per_second"], default=None)
 
 
 def _row(entrant: Entrant, runs: list[Measurement]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _row(entrant: Entrant, runs: list[Measurement]) -> dict[str, Any]:
     alone = [run.products_seconds for run in runs if run.products_seconds is not None]
     return {
         "name": entrant.name,
-        "library": entrant.library,
+        "toolkit": entrant.toolkit,
         "pairs_per_second": speed,
         "pairs_per_second_of_rounds": rates,
         "tokens_per_second": speed * first.tokens / first.pairs,
@@ -128,7 +128,7 @@ def _table(report: dict[str, Any]) -> Table:
 def _cells(row: dict[str, Any], *, alone: bool) -> list[str]:
     rounds, beside = row["pairs_per_second_of_rounds"], "speed_ratio" in row
     bound = f"{row['arithmetic_bound']:.2f}" if beside else ""
-    if beside and row["library"] == "simpo":
+    if beside and row["toolkit"] == "simpo":
         bound += f" ({row['arithmetic_bound_recomputed']:.2f})"
     cells = [
         f"{row['pairs_per_second']:.2f}",

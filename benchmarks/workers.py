@@ -25,14 +25,14 @@ class Entrant:
 
     Attributes:
         name: in tables.
-        library: ``"trl"`` or ``"simpo"``.
+        toolkit: ``"trl"`` or ``"simpo"``.
         per_device: TRL's per-device batch; accumulation makes up the rest of the step.
         path: simpo's ``forward_path``.
         max_batch_tokens: simpo's, None for its default.
     """
 
     name: str
-    library: str
+    toolkit: str
     per_device: int | None = None
     path: str | None = None
     max_batch_tokens: int | None = None
@@ -87,14 +87,14 @@ def work(entrant: Entrant, setting: Setting, output: Path, *, products: bool = F
     model = build_model(setting).to(setting.device)
     before = _in_use_mib(setting.device)
     with tempfile.TemporaryDirectory() as folder:
-        make = _trl_trainer if entrant.library == "trl" else simpo_trainer
+        make = _trl_trainer if entrant.toolkit == "trl" else simpo_trainer
         trainer = make(model, entrant, setting, folder)
         clock = _clock(setting)
         trainer.add_callback(clock)
         trainer.train()
     peak = _peak_mib(setting.device)
     shape = Shape.of(model.config)
-    forwards = _trl_forwards(measured, entrant) if entrant.library == "trl" else _simpo_forwards(trainer)
+    forwards = _trl_forwards(measured, entrant) if entrant.toolkit == "trl" else _simpo_forwards(trainer)
     found = Measurement(
         name=entrant.name,
         seconds=clock.wall[-1] - clock.wall[0],

@@ -43,7 +43,9 @@ def install(model: PreTrainedModel) -> None:
         return
     base = own
     if base not in ("eager", "sdpa"):  # flash and flex kernels need shapes of their own; these give the same numbers
-        base = "sdpa" if model._supports_sdpa else "eager"
+        # older transformers let sdpa pass a softcap over in silence
+        softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+        base = "sdpa" if model._supports_sdpa and softcap is None else "eager"
     if not type(model)._can_set_attn_implementation():
         raise UnsupportedAttentionError(f"{type(model).__name__} does not use transformers' attention interface")
     name = PREFIX + base
