@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test soak check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/simpo demo
 
 test: $(VENV)/.ready
 	$(BIN)/pytest -n auto
+
+# Runs killed at thirty random moments; make test does five.
+soak: $(VENV)/.ready
+	SIMPO_SOAK_KILLS=6 $(BIN)/pytest -n auto tests/test_soak.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

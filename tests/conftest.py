@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,6 +17,7 @@ from torch import Tensor
 
 import simpo.packing.selfcheck  # noqa: F401 - see float64_everywhere
 from simpo.packing.comparison import TokenizedComparison
+from simpo.world.model import make_tokenizer
 
 torch.set_num_threads(1)  # the models are tiny, and the tests run in several processes
 
@@ -169,3 +173,49 @@ def float64_everywhere(monkeypatch):
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(Tensor, "float", Tensor.double)
+
+
+@pytest.fixture(scope="session")
+def chat_world(tmp_path_factory):
+    """A folder with a tiny chat ``model`` that has dropout, and data for it.
+
+    ``train.jsonl`` has 24 pairs, ``test.jsonl`` 8, and ``sft.jsonl`` the preferred answers of the 24.
+    """
+    folder = tmp_path_factory.mktemp("chat")
+    rows = [
+        {"prompt": f"What is {a} and {b}?", "chosen": f"It is {a + b}.", "rejected": f"I would say {a * b + 9}, {a}."}
+        for a in range(4)
+        for b in range(8)
+    ]
+    answers = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows[:24]]
+    for name, part in (("train", rows[:24]), ("test", rows[24:]), ("sft", answers)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    tokenizer = make_tokenizer([text for row in rows for text in row.values()])
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = hf.GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64, pad_token_id=2, **special
+    )
+    hf.GPT2LMHeadModel(config).save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def make_disk(tmp_path):
+    """``make_disk("256k")``: a folder on a disk of its own with so much room."""
+    folders = []
+
+    def make(size: str) -> Path:
+        folder = tmp_path / f"disk of {size}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+        folders.append(folder)
+        return folder
+
+    yield make
+    for folder in folders:
+        subprocess.run(["umount", "-l", folder], check=True)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from simpo import results
 from simpo.errors import SimpoError
 from simpo.results import Metric, fingerprint, print_results, read_results, write_results
 from simpo.statistics import proportion_interval
@@ -88,7 +87,7 @@ def test_a_crash_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
     def crash(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(results.os, "fsync", crash)
+    monkeypatch.setattr("os.fsync", crash)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, [Metric("other", 1)])
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from simpo.statistics import mcnemar, mean_interval, proportion_interval
+from simpo.statistics import mcnemar, mean_interval, proportion_interval, weighted_mean_interval
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 20), (7, 20), (20, 20), (263, 500)])
@@ -118,3 +118,28 @@ def test_mcnemar_does_not_cry_wolf():
 def test_mcnemar_refuses_other_arrays(before, after):
     with pytest.raises(ValueError, match="boolean"):
         mcnemar(before, after)
+
+
+def test_weighted_mean_of_equal_weights_is_the_mean():
+    values = np.random.default_rng(0).normal(size=40)
+    found, plain = weighted_mean_interval(values, np.full(40, 3.0)), mean_interval(values)
+    assert found.value == pytest.approx(plain.value)
+    assert (found.low, found.high) == (pytest.approx(plain.low), pytest.approx(plain.high))
+
+
+def test_weighted_mean_covers_the_truth():
+    """A share over words of sentences whose words agree with one another: 95% of the intervals hold the true share."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(400):
+        sizes = rng.integers(1, 40, size=60)
+        shares = rng.beta(2, 2, size=60)
+        found = weighted_mean_interval(shares, sizes)
+        hits += found.low <= 0.5 <= found.high
+    assert 0.92 <= hits / 400 <= 0.975
+
+
+@pytest.mark.parametrize(("values", "weights"), [([], []), ([1.0], [1.0, 2.0]), ([[1.0]], [[1.0]])])
+def test_weighted_mean_needs_a_weight_for_each_value(values, weights):
+    with pytest.raises(ValueError, match="one weight for each value"):
+        weighted_mean_interval(values, weights)

@@ -18,6 +18,8 @@ _PUBLIC = {
     "score_responses": "simpo.packing.scoring",
     "PreferenceConfig": "simpo.training.config",
     "PreferenceTrainer": "simpo.training.trainer",
+    "SFTConfig": "simpo.training.sft",
+    "SFTTrainer": "simpo.training.sft",
     "SimpoError": "simpo.errors",
 }
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from simpo.packing.policy import policy_forward
     from simpo.packing.scoring import score_responses
     from simpo.training.config import PreferenceConfig
+    from simpo.training.sft import SFTConfig, SFTTrainer
     from simpo.training.trainer import PreferenceTrainer
 
 __all__ = [
@@ -38,6 +41,8 @@ __all__ = [
     "PreferenceConfig",
     "PreferenceTrainer",
     "Responses",
+    "SFTConfig",
+    "SFTTrainer",
     "SimpoError",
     "TokenizedComparison",
     "__version__",

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Sequence
 
 from simpo import __version__, commands
-from simpo.errors import SimpoError
+from simpo.errors import InterruptedRun, SimpoError
 
 
 def command_names() -> list[str]:
-    """Names of the commands: the modules of :mod:`simpo.commands`."""
-    return sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
+    """Names of the commands: the public modules of :mod:`simpo.commands`."""
+    names = (module.name for module in pkgutil.iter_modules(commands.__path__))
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def _overview() -> str:
@@ -40,7 +41,7 @@ def _keep_stderr_for_errors() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``simpo COMMAND ...`` and return its exit code: 0 done, 2 a user's mistake, 130 interrupted."""
+    """Run ``simpo COMMAND ...`` and return its exit code: 0 done, 2 a user's mistake, 130 or 143 stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SimpoError as error:
         print(f"simpo: error: {error}", file=sys.stderr)
         return 2
+    except InterruptedRun as stop:
+        print(f"simpo: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("simpo: interrupted", file=sys.stderr)
         return 130

@@ -1,4 +1,8 @@
-"""The one exception that a user's mistake ends in."""
+"""The exceptions that the command line ends in one line instead of a traceback."""
+
+from __future__ import annotations
+
+import signal
 
 
 class SimpoError(ValueError):
@@ -7,3 +11,15 @@ class SimpoError(ValueError):
     The message is one line that says what was wrong, where (``file:line`` or the key) and what to do.
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class InterruptedRun(Exception):  # noqa: N818 - nothing went wrong
+    """A run was asked by a signal to stop; what it had done is saved.
+
+    Attributes:
+        exit_code: 128 and the signal's number, as shells have it: 130 for SIGINT, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum

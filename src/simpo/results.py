@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from simpo.atomic import write_text
 from simpo.errors import SimpoError
 
 FILE_NAME = "results.json"
@@ -89,10 +89,7 @@ def write_results(folder: Path, *, command: str, fingerprint: str, metrics: Sequ
         "metrics": [_row(metric) for metric in metrics],
     }
     path = Path(folder) / FILE_NAME
-    try:
-        _replace(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    except OSError as error:
-        raise SimpoError(f"{path}: cannot be written: {error.strerror}") from error
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 
 
@@ -119,20 +116,6 @@ def _row(metric: Metric) -> dict[str, Any]:
 
 def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_results(path: Path) -> Results:

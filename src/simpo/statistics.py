@@ -82,6 +82,26 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
     return Interval(mean, mean - half, mean + half, n, "Student t 95%")
 
 
+def weighted_mean_interval(values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray) -> Interval:
+    """Interval of ``sum(weights * values) / sum(weights)`` over independent items, ``[n]`` each.
+
+    A mean over tokens, say, whose items are texts of different lengths: tokens of one text are not independent. The
+    error is that of a ratio of two means, to first order. Source: Cochran, Sampling Techniques (1977), equation 6.13.
+
+    Raises:
+        ValueError: no values, or not one weight each.
+    """
+    x, w = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    if x.ndim != 1 or not x.size or x.shape != w.shape:
+        raise ValueError(f"a weighted mean needs one weight for each value, got shapes {x.shape} and {w.shape}")
+    n, mean = x.size, float((w * x).sum() / w.sum())
+    if n < 2:
+        return Interval(mean, None, None, n, "ratio, Student t 95%")
+    error = np.sqrt(n / (n - 1) * (w**2 * (x - mean) ** 2).sum()) / w.sum()
+    half = float(special.stdtrit(n - 1, _UPPER_TAIL) * error)
+    return Interval(mean, mean - half, mean + half, n, "ratio, Student t 95%")
+
+
 def mcnemar(before: ArrayLike, after: ArrayLike) -> McNemar:
     """Exact one-sided test that ``after`` is better than ``before`` on the same items.
 

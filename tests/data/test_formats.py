@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from simpo.data.formats import BadRow, UnknownShape, recognise
+from simpo.data.formats import recognise
+from simpo.data.rows import BadRow, UnknownShape
 
 
 def user(text):

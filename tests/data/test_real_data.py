@@ -7,11 +7,16 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
+from simpo.data.prompts import prepare_prompts
 from simpo.data.sources import load_rows
+from simpo.data.supervised import prepare_sft
 from simpo.data.tokenize import TokenizeSettings, prepare
 
-PREFERENCES = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "preferences"
+DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
+PREFERENCES = DATA / "preferences"
+DEMONSTRATIONS = DATA / "sft" / "alpacaeval_sft.jsonl.gz"
 
 pytestmark = pytest.mark.skipif(not PREFERENCES.is_dir(), reason="shared data are not here")
 
@@ -70,3 +75,49 @@ def test_prompts_and_answers_against_rendering_whole_conversations(tokenizer):
             whole = tokenizer.apply_chat_template(messages, return_dict=False)
             assert found["prompt_ids"] + ids == whole and len(whole) <= 1024
         assert json.loads(found["extra"])["chosen_model"] == row["chosen_model"]
+
+
+@pytest.mark.skipif(not DEMONSTRATIONS.is_file(), reason="shared data are not here")
+def test_demonstrations_against_rendering_whole_conversations(tokenizer):
+    rows = load_rows(str(DEMONSTRATIONS), split="train").select(range(0, 12000, 12))
+    prepared = prepare_sft(rows, tokenizer, TokenizeSettings(max_length=1024))
+    assert (
+        prepared.report.rows
+        == 1000
+        == prepared.report.used + sum(sum(counts.values()) for counts in (prepared.report.bad, prepared.report.dropped))
+    )
+    sources = {where: json.loads(text) for where, text in zip(rows["_where"], rows["_row"], strict=True)}
+    for found in prepared.dataset.select(range(0, len(prepared.dataset), 7)):
+        row = sources[found["where"]]
+        messages = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+        assert found["prompt_ids"] + found["response_ids"][0] == tokenizer.apply_chat_template(
+            messages, return_dict=False
+        )
+        assert found["prompt_ids"] == tokenizer.apply_chat_template(
+            messages[:1], add_generation_prompt=True, return_dict=False
+        )
+        assert all(found["scored"][0])
+
+
+def test_conversations_and_their_prompts_agree(tokenizer):
+    """Transcripts as messages: answers are scored and nothing else, and a prompt for sampling is a pair's prompt."""
+    conversations = [turns(row["chosen"]) for row in rows_of("hh_harmless_test.jsonl.gz")]
+    conversations = [messages for messages in conversations if all(m["content"].strip() for m in messages)]
+    dataset = Dataset.from_list([{"messages": messages} for messages in conversations])
+    prepared = prepare_sft(dataset, tokenizer, TokenizeSettings())
+    assert prepared.report.used == len(conversations)
+    for found, messages in zip(prepared.dataset, conversations, strict=True):
+        assert found["prompt_ids"] + found["response_ids"][0] == tokenizer.apply_chat_template(
+            messages, return_dict=False
+        )
+        kept = [i for i, mark in zip(found["response_ids"][0], found["scored"][0], strict=True) if mark]
+        answers = [m["content"].strip() for m in messages if m["role"] == "assistant"]
+        assert tokenizer.decode(kept) == "".join(answer + tokenizer.eos_token for answer in answers)
+    prompts = prepare_prompts(dataset, tokenizer)
+    assert len(prompts) + prompts.report.dropped.get("repeated prompt", 0) == len(conversations)
+    assert prompts.prompts[0].ids == tokenizer.apply_chat_template(
+        conversations[0][:-1], add_generation_prompt=True, return_dict=False
+    )

@@ -48,7 +48,7 @@ def test_properties(seed, world_size):
         ]
         expected = min(plan.rows_per_step, len(plan.lengths) - number * plan.rows_per_step)
         assert len(here) == expected
-        assert {rank.comparisons for rank in ranks} == {expected}  # the loss's denominator, on every rank
+        assert {rank.weight for rank in ranks} == {expected}  # the loss's denominator, on every rank
         assert len({len(rank.micro_batches) for rank in ranks}) == 1
         for micro in itertools.chain.from_iterable(rank.micro_batches for rank in ranks):
             assert micro.rows

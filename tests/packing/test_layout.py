@@ -20,6 +20,21 @@ def random_batch(seed: int) -> list[TokenizedComparison]:
     return [TokenizedComparison(ids(), [ids() for _ in range(draw.randint(1, 4))]) for _ in range(draw.randint(1, 4))]
 
 
+def random_masks(comparisons: list[TokenizedComparison], seed: int) -> list[TokenizedComparison]:
+    """The comparisons with about half of every response's tokens scored."""
+    draw = random.Random(seed)
+
+    def mask(length: int) -> list[bool]:
+        chosen = [draw.random() < 0.5 for _ in range(length)]
+        chosen[draw.randrange(length)] = True
+        return chosen
+
+    return [
+        TokenizedComparison(c.prompt_ids, c.response_ids, [mask(len(response)) for response in c.response_ids])
+        for c in comparisons
+    ]
+
+
 def tokens_of(comparisons):
     """``(id, comparison, part, position)`` of every token, in the order of the flat sequence."""
     for c, comparison in enumerate(comparisons):
@@ -71,6 +86,22 @@ def test_every_response_token_is_scored_once_from_the_token_before_it(seed):
     found = zip(batch.scored.tolist(), batch.targets.tolist(), batch.response_of.tolist(), strict=True)
     assert list(found) == expected
     assert batch.lengths.tolist() == [len(r) for c in comparisons for r in c.response_ids]
+
+
+@SEEDS
+def test_masks_select_scored_tokens_and_change_nothing_else(seed):
+    comparisons = random_masks(random_batch(seed), seed)
+    batch, whole = PackedBatch.build(comparisons), PackedBatch.build(random_batch(seed))
+    kept = [kept for c in comparisons for mask in c.scored for kept in mask]
+    for name in ("scored", "targets", "response_of"):
+        assert getattr(batch, name).tolist() == getattr(whole, name)[torch.tensor(kept)].tolist()
+    assert batch.lengths.tolist() == [sum(mask) for c in comparisons for mask in c.scored]
+    assert batch.layout == whole.layout
+    assert torch.equal(batch.input_ids, whole.input_ids)
+    assert batch.comparisons == random_batch(seed)
+    padded = PaddedRows.unpack(batch)
+    assert torch.equal(padded.input_ids, PaddedRows.unpack(whole).input_ids)
+    assert padded.scored.tolist() == PaddedRows.unpack(whole).scored[torch.tensor(kept)].tolist()
 
 
 @SEEDS
@@ -137,6 +168,19 @@ def test_layout_by_hand():
 def test_empty_parts_are_refused_by_name(prompt, responses, named):
     with pytest.raises(ValueError, match=named):
         TokenizedComparison(prompt, responses)
+
+
+@pytest.mark.parametrize(
+    ("scored", "named"),
+    [
+        ([[True]], "1 masks for 2 responses"),
+        ([[True], [True]], r"scored\[1\] has 1 entries for 2 tokens"),
+        ([[True], [False, False]], r"scored\[1\] leaves no token"),
+    ],
+)
+def test_masks_of_another_shape_are_refused_by_name(scored, named):
+    with pytest.raises(ValueError, match=named):
+        TokenizedComparison([1], [[2], [3, 4]], scored)
 
 
 def test_lengths_of_a_comparison():

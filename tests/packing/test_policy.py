@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
+from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import policy_forward, policy_logprobs, prepare_policy, state_of
 
@@ -68,6 +69,38 @@ def test_responses_are_the_sums_of_their_tokens(
     expected = torch.stack([part.sum() for part in tokens.split([len(response) for response in responses])])
     torch.testing.assert_close(found.logp, expected, rtol=0, atol=1e-9)
     assert found.length.tolist() == [len(response) for response in responses]
+
+
+def every_third(comparisons: list[TokenizedComparison]) -> list[TokenizedComparison]:
+    """The comparisons with the tokens 0, 3, 6, ... of every other response scored, and all of the others but the first.
+
+    Of a response of one token it is scored.
+    """
+
+    def mask(k: int, length: int) -> list[bool]:
+        return [place % 3 == 0 if k % 2 else place > 0 or length == 1 for place in range(length)]
+
+    return [
+        TokenizedComparison(c.prompt_ids, c.response_ids, [mask(k, len(ids)) for k, ids in enumerate(c.response_ids)])
+        for c in comparisons
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("path", ["packed", "padded"])
+def test_masked_responses(name, path, make_model, comparisons, naive_logprobs, float64_everywhere):
+    model, masked = make_model(name), every_third(comparisons)
+    marks = torch.tensor([mark for comparison in masked for mask in comparison.scored for mark in mask])
+    exact = naive_logprobs(model, masked)[marks]
+    batch = PackedBatch.build(masked)
+    found = policy_logprobs(model, batch, path=path)
+    assert_same(outcome(found, model), outcome(exact, model), 1e-9)
+    assert state_of(model).path == "packed"
+    responses = policy_forward(model, batch, path=path)
+    lengths = [sum(mask) for comparison in masked for mask in comparison.scored]
+    assert responses.length.tolist() == lengths
+    sums = torch.stack([part.sum() for part in exact.split(lengths)])
+    torch.testing.assert_close(responses.logp, sums, rtol=0, atol=1e-9)
 
 
 def test_comparisons_do_not_see_one_another(make_model, comparisons):

@@ -64,7 +64,7 @@ def train_rank(rank: int, port: int, folder: Path) -> None:
     trainer.training_step, trainer.accelerator.backward = watched_step, watched_backward
     trainer.train()
     found = {"gradients": gradients.steps, "seen": seen, "left": backwards, "log": trainer.state.log_history}
-    found |= {"evaluation": trainer.evaluate(), "scores": trainer.score_pairs(rows)}
+    found |= {"evaluation": trainer.evaluate(), "scores": trainer.score_rows(rows)}
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -66,7 +66,7 @@ def test_evaluation_of_several_data_sets(make_trainer, pairs, naive_pairs):
 def test_scores_are_in_the_order_of_the_rows(make_trainer, pairs, naive_pairs):
     rows = pairs(11, seed=3)
     trainer = make_trainer(pairs(2), per_device_eval_batch_size=4, max_batch_tokens=40)
-    found = trainer.score_pairs(rows)
+    found = trainer.score_rows(rows)
     for name, values in naive_metrics(naive_pairs, trainer.model, rows).items():
         np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
 
@@ -133,9 +133,9 @@ def test_sums_are_logged_for_rows_that_are_not_length_normalised(make_trainer, p
     from dataclasses import replace
 
     rows = pairs(5, seed=3)
-    averages = make_trainer(rows).score_pairs(rows)
+    averages = make_trainer(rows).score_rows(rows)
     monkeypatch.setitem(OBJECTIVES, "simpo", replace(OBJECTIVES["simpo"], length_normalized=False))
-    sums = make_trainer(rows).score_pairs(rows)
+    sums = make_trainer(rows).score_rows(rows)
     for k, name in enumerate(("logps/chosen", "logps/rejected")):
         lengths = [len(row["response_ids"][k]) for row in rows]
         np.testing.assert_allclose(sums[name], averages[name] * lengths, rtol=1e-5)
@@ -285,12 +285,3 @@ def test_missing_pieces_are_named(make_trainer, pairs, config, make_model):
     text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with pytest.raises(SimpoError, match="processing_class"):
         PreferenceTrainer(make_model("gpt2"), config(), text)
-
-
-def test_a_loss_that_is_not_finite_is_seen(make_trainer, make_model, pairs):
-    model = make_model("gpt2", torch.float32)
-    with torch.no_grad():
-        model.transformer.ln_f.bias.fill_(float("nan"))
-    trainer = make_trainer(pairs(2), model=model, forward_path="padded", logging_steps=1, max_steps=1)
-    trainer.train()
-    assert np.isnan(trainer.state.log_history[0]["loss"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from simpo.arguments import ArgumentParser
+from simpo.commands._terminal import printable
 from simpo.data.inspection import PERCENTILES, Example, Inspection, examples, inspect_prepared, overlap
 from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
@@ -30,8 +30,6 @@ _SETTINGS = (
 )
 # Characters of an example's text that are shown; the middle of a longer one is left out.
 _SHOWN = 600
-# Control characters but line breaks, and those that turn the direction of what follows them.
-_UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def main(argv: list[str]) -> int:
@@ -93,7 +91,7 @@ def _truth(text: str) -> bool:
 
 def _print_inspection(console: Console, inspection: Inspection) -> None:
     for line in inspection.report.lines():
-        console.print(Text(_printable(line)))
+        console.print(Text(printable(line)))
     table = Table("tokens", box=None, header_style="bold")
     for name in PERCENTILES:
         table.add_column(name, justify="right")
@@ -126,7 +124,7 @@ def _print_examples(console: Console, shown: list[Example]) -> None:
     how = "highlighted" if coloured else f"between {opening} and {closing}"
     console.print(Text(f"Examples; the scored tokens are {how}."))
     for example in shown:
-        console.print(Text(f"\n--- {_printable(example.where)}", style="bold"))
+        console.print(Text(f"\n--- {printable(example.where)}", style="bold"))
         console.print(Text(_shortened(example.prompt), style="dim"))
         for rank, response in enumerate(example.responses):
             style = "black on green" if rank == 0 else "black on yellow"
@@ -139,9 +137,4 @@ def _shortened(text: str) -> str:
     if len(text) > _SHOWN:
         half = _SHOWN // 2
         text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
-    return _printable(text)
-
-
-def _printable(text: str) -> str:
-    """Text whose control characters are spelled out, so that data cannot steer the terminal."""
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+    return printable(text)

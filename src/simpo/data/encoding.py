@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +15,21 @@ from simpo.errors import SimpoError
 _ANCHORS = ("", "\n", ".", "a")
 # Ids of context that decoding needs to treat what follows them as a continuation.
 _CONTEXT = 8
+
+
+class Texts(Protocol):
+    """Texts of one row.
+
+    Attributes:
+        texts: as they are rendered.
+        marker: set if special-token text stands marked in them (see :class:`LiteralText`).
+    """
+
+    @property
+    def texts(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def marker(self) -> str | None: ...  # noqa: D102
 
 
 class Encoder:
@@ -64,17 +80,36 @@ class Encoder:
                 ids += self._literal_piece(self.literal.restore(stripped, marker), ids)
         return ids[len(before) :]
 
-    def splits(self, whole: list[int], prompt: list[int], text: str) -> bool:
+    def encode_groups(self, groups: Sequence[Texts]) -> list[list[list[int]]]:
+        """Ids of the texts of each group; all texts without marks are encoded in one call."""
+        plain = iter(self.encode([text for group in groups if group.marker is None for text in group.texts]))
+        return [
+            [next(plain) if group.marker is None else self.encode_marked(text, group.marker) for text in group.texts]
+            for group in groups
+        ]
+
+    def following(self, prompt: Sequence[int], text: str, whole: Sequence[int], marker: str | None) -> list[int]:
+        """Ids of a text that follows a prompt: the rest of ``whole``, or encoded alone if a token merged across.
+
+        Args:
+            prompt: ids of the prompt.
+            text: what follows it.
+            whole: ids of the prompt's text and this one, encoded together.
+            marker: set if special-token text stands marked in the text.
+        """
+        if self._splits(whole, prompt, text):
+            return list(whole[len(prompt) :])
+        if marker is None:
+            return self._continue(text, prompt, split_special=False)
+        return self.encode_marked(text, marker, before=prompt)
+
+    def _splits(self, whole: Sequence[int], prompt: Sequence[int], text: str) -> bool:
         """Whether ``whole``, the ids of a prompt and the text after it, is the prompt's ids and the text's.
 
         It is not if a token merged across, or if the prompt's last token swallowed white space of the text.
         """
         swallowed = bool(prompt) and text[:1].isspace() and prompt[-1] in self._swallowing
         return whole[: len(prompt)] == prompt and not swallowed
-
-    def continuation(self, text: str, before: Sequence[int]) -> list[int]:
-        """Ids of a text that follows ``before`` without merging into it."""
-        return self._continue(text, before, split_special=False)
 
     def one_bos(self, prompt: list[int]) -> list[int]:
         """The prompt with exactly one BOS in front if template or tokenizer put one there, else none."""

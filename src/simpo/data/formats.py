@@ -1,4 +1,4 @@
-"""The shapes of a row, recognised by its columns and their types."""
+"""Comparisons, recognised by the columns of a row and their types."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from simpo.data.messages import ASKING, Message, check_text_or_messages, kind_of, read_messages, read_opening
+from simpo.data.rows import BadRow, UnknownShape, columns_of, other_columns
 from simpo.data.transcripts import split_transcripts
 
-Message = dict[str, Any]
 # A response is the text that follows a string prompt, or the assistant's message that ends a conversation.
 Response = str | Message
 
@@ -19,25 +20,14 @@ SHAPES = (
 )
 
 
-class BadRow(Exception):  # noqa: N818 - it is counted, not shown as an error
-    """A row that cannot be used. ``reason`` says why, without what differs from row to row: it is counted."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-class UnknownShape(BadRow):
-    """The row's columns are those of no known shape."""
-
-
 @dataclass(frozen=True)
 class Comparison:
     """One prompt and its responses, best first.
 
     Attributes:
         prompt: text, or the messages up to the one that is answered.
-        responses: one text each if the prompt is text, else one assistant message each; at least two.
+        responses: one text each if the prompt is text, else one assistant message each; at least two, or none
+            where only the prompt is asked for.
         extra: the row's other columns. Of a K-wise row also its ``scores``, in the order of ``responses``.
         where: where the row comes from, e.g. ``"train.jsonl:12"``.
     """
@@ -58,10 +48,10 @@ def recognise(row: Mapping[str, Any], where: str) -> Comparison:
     check_shape(row)
     if "chosen" in row:
         prompt, responses = _pair(row)
-        extra = _others(row, "prompt", "chosen", "rejected")
+        extra = other_columns(row, "prompt", "chosen", "rejected")
     else:
         prompt, responses, scores = _ranking(row)
-        extra = {**_others(row, "prompt", "responses", "scores"), "scores": scores}
+        extra = {**other_columns(row, "prompt", "responses", "scores"), "scores": scores}
     return Comparison(prompt, responses, where, extra)
 
 
@@ -71,23 +61,22 @@ def check_shape(row: Mapping[str, Any]) -> None:
     Raises:
         UnknownShape: they are of no known shape.
     """
+    if not is_comparison(row):
+        raise UnknownShape(f"no recognised shape: columns {columns_of(row)}{_hint(set(row))}")
+
+
+def is_comparison(row: Mapping[str, Any]) -> bool:
+    """Whether a row's column names are those of a comparison."""
     columns = set(row)
-    if {"chosen", "rejected"} <= columns or {"prompt", "responses", "scores"} <= columns:
-        return
-    found = ", ".join(sorted(columns)) or "none"
-    raise UnknownShape(f"no recognised shape: columns {found}{_hint(columns)}")
+    return {"chosen", "rejected"} <= columns or {"prompt", "responses", "scores"} <= columns
 
 
 def _hint(columns: set[str]) -> str:
     if {"prompt", "completion", "label"} <= columns:
         return " (unpaired feedback, which is not a comparison)"
     if {"prompt", "completion"} <= columns or "messages" in columns:
-        return " (data for supervised fine-tuning, not comparisons)"
+        return " (data for supervised fine-tuning, not comparisons: simpo sft)"
     return ""
-
-
-def _others(row: Mapping[str, Any], *used: str) -> dict[str, Any]:
-    return {column: value for column, value in row.items() if column not in used}
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[str | list[Message], tuple[Response, ...]]:
@@ -119,10 +108,9 @@ def _comparison_of(
     prompt: object, responses: Sequence[object], names: Sequence[str]
 ) -> tuple[str | list[Message], tuple[Response, ...]]:
     for response, name in zip(responses, names, strict=True):
-        if not isinstance(response, str | list | dict):
-            raise BadRow(f"{name} is {_kind(response)}, not text or messages")
+        check_text_or_messages(response, name)
     if prompt is not None and not isinstance(prompt, str | list):
-        raise BadRow(f"prompt is {_kind(prompt)}, not text or messages")
+        raise BadRow(f"prompt is {kind_of(prompt)}, not text or messages")
     texts = tuple(response for response in responses if isinstance(response, str))
     if len(texts) < len(responses) or isinstance(prompt, list):
         return _conversation(prompt, responses, names)
@@ -134,16 +122,12 @@ def _comparison_of(
     return split
 
 
-def _kind(value: object) -> str:
-    return "null" if value is None else type(value).__name__
-
-
 def _conversation(
     prompt: str | list[Message] | None, responses: Sequence[object], names: Sequence[str]
 ) -> tuple[list[Message], tuple[Message, ...]]:
     """Message lists: the prompt is what the whole conversations share, then one assistant turn each."""
-    opening = _opening(prompt)
-    endings = [_messages(response, name) for response, name in zip(responses, names, strict=True)]
+    opening = read_opening(prompt)
+    endings = [read_messages(response, name) for response, name in zip(responses, names, strict=True)]
     conversations = [_whole(prompt, opening, ending) for ending in endings]
     for conversation, name in zip(conversations, names, strict=True):
         if conversation[-1]["role"] != "assistant":
@@ -151,31 +135,9 @@ def _conversation(
     shared = _shared_length(conversations)
     if any(len(conversation) != shared + 1 for conversation in conversations):
         raise BadRow("the conversations differ in more than their last message")
-    if not shared or conversations[0][shared - 1]["role"] not in ("user", "tool"):
+    if not shared or conversations[0][shared - 1]["role"] not in ASKING:
         raise BadRow("the prompt does not end with a user message")
     return conversations[0][:shared], tuple(conversation[-1] for conversation in conversations)
-
-
-def _opening(prompt: str | list[Message] | None) -> list[Message]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    return [] if prompt is None else _messages(prompt, "prompt")
-
-
-def _messages(value: object, name: str) -> list[Message]:
-    """Check messages (a lone text is the assistant's) and leave out null fields, which Arrow adds."""
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list) or not value:
-        raise BadRow(f"{name} has no messages")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRow(f"{name} holds something other than messages (role and content)")
-        if not isinstance(message.get("content"), str):
-            raise BadRow(f"{name} has a message whose content is {_kind(message.get('content'))}, not text")
-    return [{key: item for key, item in message.items() if item is not None} for message in value]
 
 
 def _whole(prompt: object, opening: list[Message], messages: list[Message]) -> list[Message]:

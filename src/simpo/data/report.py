@@ -18,12 +18,13 @@ class DataReport:
     Attributes:
         label: what the data set is for, e.g. ``"train"``.
         rows: rows found.
-        used: comparisons that are kept.
+        used: rows that are kept.
         bad: reason -> rows that could not be used.
-        dropped: reason -> comparisons that do not fit.
-        cut: what -> comparisons that were cut and are used.
+        dropped: reason -> rows that could be used and are not: they do not fit, say.
+        cut: what -> rows that were cut and are used.
         examples: reason -> where its first few rows come from.
         notices: remarks that are no counts.
+        noun: what the rows become, in the plural.
     """
 
     label: str
@@ -34,23 +35,30 @@ class DataReport:
     cut: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    noun: str = "comparisons"
 
     @classmethod
-    def of(cls, label: str, statuses: Iterable[tuple[str, list[str]]]) -> Self:
+    def of(cls, label: str, statuses: Iterable[tuple[str, list[str]]], noun: str = "comparisons") -> Self:
         """Count statuses.
 
         Args:
             label: of the data set.
             statuses: for each row where it comes from and what happened, as ``"bad: reason"``,
                 ``"dropped: reason"`` or ``"cut: what"``; an empty list for a row that is used as it is.
+            noun: what the rows become, in the plural.
         """
-        report = cls(label, rows=0, used=0)
+        report = cls(label, rows=0, used=0, noun=noun)
         for where, entries in statuses:
             report.rows += 1
             report.used += is_used(entries)
             for entry in entries:
                 report._count(entry, where)
         return report
+
+    def drop(self, reason: str, where: str) -> None:
+        """Count a row that was used so far as dropped."""
+        self.used -= 1
+        self._count(f"dropped: {reason}", where)
 
     def _count(self, entry: str, where: str) -> None:
         kind, _, reason = entry.partition(": ")
@@ -62,7 +70,7 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """The report for people, a line each."""
-        lines = [f"{self.label}: {self.used:,} comparisons of {self.rows:,} rows"]
+        lines = [f"{self.label}: {self.used:,} {self.noun} of {self.rows:,} rows"]
         for kind, counts in (("skipped", self.bad), ("dropped", self.dropped), ("cut", self.cut)):
             lines += [self._line(kind, reason, count) for reason, count in counts.items()]
         return lines + [f"  note: {notice}" for notice in self.notices]

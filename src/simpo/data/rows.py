@@ -25,6 +25,18 @@ JSON_FEATURES = Features({ROW: Value("string"), WHERE: Value("string")})
 Row = dict[str, Any]
 
 
+class BadRow(Exception):  # noqa: N818 - it is counted, not shown as an error
+    """A row that cannot be used. ``reason`` says why, without what differs from row to row: it is counted."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class UnknownShape(BadRow):
+    """The row's columns are those of no known shape."""
+
+
 def rows_of(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], label: str) -> list[tuple[Row, str]]:
     """Turn a batch of a data set into ``(row, where)`` pairs.
 
@@ -38,6 +50,16 @@ def rows_of(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], label: s
         return [(json.loads(text), where) for text, where in zip(batch[ROW], wheres, strict=True)]
     columns = [column for column in batch if column != WHERE]
     return [({column: batch[column][position] for column in columns}, where) for position, where in enumerate(wheres)]
+
+
+def other_columns(row: Mapping[str, Any], *used: str) -> Row:
+    """The columns that are not used, to be carried through."""
+    return {column: value for column, value in row.items() if column not in used}
+
+
+def columns_of(row: Mapping[str, Any]) -> str:
+    """Names of a row's columns, for messages."""
+    return ", ".join(sorted(row)) or "none"
 
 
 def as_json(value: object) -> str:

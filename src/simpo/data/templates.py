@@ -1,16 +1,20 @@
-"""Comparisons to the text that a model reads: the tokenizer's chat template, or plain text without one."""
+"""Rows to the text that a model reads: the tokenizer's chat template, or plain text without one."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from simpo.data.conversations import Conversation
 from simpo.data.encoding import LiteralText
-from simpo.data.formats import BadRow, Comparison, Message
+from simpo.data.formats import Comparison, Response
+from simpo.data.messages import Message
+from simpo.data.rows import BadRow
 from simpo.data.transcripts import is_transcript, turns
 from simpo.errors import SimpoError
 
@@ -50,12 +54,39 @@ class Rendered:
     responses: tuple[str, ...]
     marker: str | None = None
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt, and each response after it."""
+        return (self.prompt, *(self.prompt + response for response in self.responses))
+
+
+@dataclass(frozen=True)
+class RenderedTurns:
+    """Text of one conversation with ``n`` answers that are learnt.
+
+    Attributes:
+        prompts: ``n`` texts, each what generation would be fed for an answer and the beginning of the next one.
+        answers: what follows each, without the end-of-turn token.
+        between: ``n - 1`` texts from the end-of-turn token of an answer to the next answer.
+        marker: as of :class:`Rendered`.
+    """
+
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    between: tuple[str, ...] = ()
+    marker: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts, and the whole conversation without its last end-of-turn token."""
+        return (*self.prompts, self.prompts[-1] + self.answers[-1])
+
 
 class Renderer:
-    """Renders comparisons for one tokenizer.
+    """Renders comparisons and conversations for one tokenizer.
 
     Args:
-        tokenizer: with a chat template, all comparisons are conversations; without one, all are text.
+        tokenizer: with a chat template, all rows are conversations; without one, all are text.
         literal: finds special-token text inside messages.
         paper: render as the paper's code did: the prompt without a generation prompt, and as response all
             the rest, assistant header and text after the end-of-turn token included.
@@ -92,29 +123,71 @@ class Renderer:
             SimpoError: messages without a template, or a prompt that is not a prefix of its conversation.
         """
         if not self._has_template:
-            return self._as_text(comparison)
-        prompt, responses = _conversation(comparison)
-        responses = [{**message, "content": self._bare(message["content"])} for message in responses]
-        marker = self._literal.marker_for([message["content"] for message in [*prompt, *responses]])
-        if marker:
-            prompt, responses = self._marked(prompt, marker), self._marked(responses, marker)
-        if self._insert_system and prompt[0]["role"] != "system":
-            prompt = [{"role": "system", "content": ""}, *prompt]
-        try:
-            prompt_text = _render(self._tokenizer, prompt, generation_prompt=not self._paper)
-            texts = [_render(self._tokenizer, [*prompt, message]) for message in responses]
-        except TemplateError as error:
-            raise BadRow(f"the chat template refuses it: {error}") from error
-        rests = tuple(self._rest(prompt_text, text, comparison.where) for text in texts)
+            return self._as_text(comparison.prompt, comparison.responses, comparison.where)
+        prompt, responses, marker = self._messages(comparison.prompt, comparison.responses)
+        prompt_text = self._render(prompt, generation_prompt=not self._paper)
+        texts = [self._render([*prompt, message]) for message in responses]
+        rests = tuple(self._response(prompt_text, text, comparison.where) for text in texts)
         return Rendered(prompt_text, rests, marker)
 
-    def _as_text(self, comparison: Comparison) -> Rendered:
-        if not isinstance(comparison.prompt, str):
+    def render_turns(self, conversation: Conversation) -> RenderedTurns:
+        """Render one conversation.
+
+        Raises:
+            BadRow: an empty answer, or messages that the template refuses.
+            SimpoError: messages without a template, a prompt of an answer that is not a prefix of the conversation,
+                or an answer but the last that does not end with the end-of-turn token.
+        """
+        where, completion = conversation.where, conversation.completion
+        following = [completion] if isinstance(completion, str) else completion
+        if not self._has_template:
+            text = self._as_text(conversation.prompt, following, where)
+            return RenderedTurns((text.prompt,), text.responses)
+        opening, rest, marker = self._messages(conversation.prompt, following)
+        messages = [*opening, *rest]
+        answers = [i for i in range(len(opening), len(messages)) if messages[i]["role"] == "assistant"]
+        prompts = [self._render(messages[:i], generation_prompt=True) for i in answers]
+        whole = self._render(messages)
+        for prompt in prompts:
+            _check_prefix(prompt, whole, where)
+        turns = [self._turn(after.removeprefix(prompt), where) for prompt, after in pairwise(prompts)]
+        last = self._response(prompts[-1], whole, where)
+        return RenderedTurns(
+            tuple(prompts),
+            (*(answer for answer, _ in turns), last),
+            tuple(between for _, between in turns),
+            marker,
+        )
+
+    def _as_text(self, prompt: str | list[Message], responses: Sequence[Response], where: str) -> Rendered:
+        if not isinstance(prompt, str):
             raise SimpoError(
-                f"{comparison.where}: a conversation, but the tokenizer has no chat template; "
+                f"{where}: a conversation, but the tokenizer has no chat template; "
                 "set chat_template to one, or give strings"
             )
-        return Rendered(comparison.prompt, tuple(self._bare(str(text)) for text in comparison.responses))
+        return Rendered(prompt, tuple(self._bare(str(text)) for text in responses))
+
+    def _messages(
+        self, prompt: str | list[Message], rest: Sequence[Response]
+    ) -> tuple[list[Message], list[Message], str | None]:
+        """Messages of a prompt and of what follows it, special-token text marked, and the marker."""
+        opening, messages = _conversation(prompt, rest)
+        messages = [
+            {**message, "content": self._bare(message["content"])} if message["role"] == "assistant" else message
+            for message in messages
+        ]
+        marker = self._literal.marker_for([message["content"] for message in [*opening, *messages]])
+        if marker:
+            opening, messages = self._marked(opening, marker), self._marked(messages, marker)
+        if self._insert_system and opening[0]["role"] != "system":
+            opening = [{"role": "system", "content": ""}, *opening]
+        return opening, messages, marker
+
+    def _render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+        try:
+            return _render(self._tokenizer, messages, generation_prompt=generation_prompt)
+        except TemplateError as error:
+            raise BadRow(f"the chat template refuses it: {error}") from error
 
     def _bare(self, content: str) -> str:
         """A response without the end-of-turn text that it may carry already: it gets the token once."""
@@ -127,14 +200,18 @@ class Renderer:
     def _marked(self, messages: list[Message], marker: str) -> list[Message]:
         return [{**message, "content": self._literal.mark(message["content"], marker)} for message in messages]
 
-    def _rest(self, prompt: str, conversation: str, where: str) -> str:
-        if not conversation.startswith(prompt):
-            shared = len(os.path.commonprefix([prompt, conversation]))  # noqa: RUF071 - texts
+    def _turn(self, text: str, where: str) -> tuple[str, str]:
+        """An answer within a conversation, and what stands between its end-of-turn token and the next answer."""
+        answer, end, between = text.partition(self.end.text)
+        if not end:
             raise SimpoError(
-                f"{where}: the chat template renders a prompt that is not the beginning of the rendered "
-                f"conversation: {prompt[shared : shared + 40]!r} against "
-                f"{conversation[shared : shared + 40]!r}; set chat_template to one that does"
+                f"{where}: the chat template does not end every answer of a conversation with {self.end.text!r}; "
+                "set chat_template to one that does"
             )
+        return answer, between
+
+    def _response(self, prompt: str, conversation: str, where: str) -> str:
+        _check_prefix(prompt, conversation, where)
         rest = conversation[len(prompt) :]
         if self._paper:
             return rest
@@ -144,6 +221,17 @@ class Renderer:
                 f"{self.end.tail!r}; set chat_template to one that ends every response alike"
             )
         return rest.removesuffix(self.end.tail) + self.end.kept
+
+
+def _check_prefix(prompt: str, conversation: str, where: str) -> None:
+    if conversation.startswith(prompt):
+        return
+    shared = len(os.path.commonprefix([prompt, conversation]))  # noqa: RUF071 - texts
+    raise SimpoError(
+        f"{where}: the chat template renders a prompt that is not the beginning of the rendered "
+        f"conversation: {prompt[shared : shared + 40]!r} against "
+        f"{conversation[shared : shared + 40]!r}; set chat_template to one that does"
+    )
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
@@ -182,17 +270,17 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
     return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
 
 
-def _conversation(comparison: Comparison) -> tuple[list[Message], list[Message]]:
-    """Messages of the prompt and of each response, whatever the comparison is made of."""
-    if not isinstance(comparison.prompt, str):
-        return comparison.prompt, [message for message in comparison.responses if isinstance(message, dict)]
-    texts = [str(text) for text in comparison.responses]
-    if not is_transcript(comparison.prompt):
-        return [{"role": "user", "content": comparison.prompt}], _assistant(texts)
-    prompt = turns(comparison.prompt)
-    if prompt[-1]["role"] != "user":
+def _conversation(prompt: str | list[Message], rest: Sequence[Response]) -> tuple[list[Message], list[Message]]:
+    """Messages of a prompt and of what follows it, whatever they are made of."""
+    if not isinstance(prompt, str):
+        return prompt, [message for message in rest if isinstance(message, dict)]
+    texts = [str(text) for text in rest]
+    if not is_transcript(prompt):
+        return [{"role": "user", "content": prompt}], _assistant(texts)
+    opening = turns(prompt)
+    if opening[-1]["role"] != "user":
         raise BadRow("the prompt does not end with a user message")
-    return prompt, _assistant([text.strip() for text in texts])
+    return opening, _assistant([text.strip() for text in texts])
 
 
 def _assistant(texts: Sequence[str]) -> list[Message]:

@@ -25,7 +25,7 @@ class Step(NamedTuple):
     """One rank's share of an optimizer step."""
 
     micro_batches: tuple[MicroBatch, ...]
-    comparisons: int  # of all ranks: the loss's denominator
+    weight: float  # of all rows of all ranks: the loss's denominator
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class StepPlan:
         seed: with the epoch, determines the order of the rows; None keeps their order.
         drop_last: leave out an incomplete last step.
         padded_rows: ``[rows]`` rows that each makes where micro-batches are padded to their widest; None for packed.
+        weights: ``[rows]`` how much each counts in its step's mean (its scored tokens, say); None for all alike.
 
     Raises:
         SimpoError: a row is longer than ``max_batch_tokens``.
@@ -52,6 +53,7 @@ class StepPlan:
     seed: int | None = None
     drop_last: bool = False
     padded_rows: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         check_budget(self.lengths, self.max_batch_tokens)
@@ -80,10 +82,13 @@ class StepPlan:
         micro_batches = []
         for members in _balance(np.array(shares[rank], dtype=int), self.lengths, count):
             if members:
-                micro_batches.append(MicroBatch(tuple(members), (1.0,) * len(members)))
+                micro_batches.append(MicroBatch(tuple(members), tuple(self._weights(members).tolist())))
             else:  # this rank has less to do, and every rank must make as many forwards
                 micro_batches.append(MicroBatch((filler,), (0.0,)))
-        return Step(tuple(micro_batches), len(rows))
+        return Step(tuple(micro_batches), float(self._weights(rows).sum()))
+
+    def _weights(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        return np.ones(len(rows)) if self.weights is None else self.weights[np.asarray(rows)].astype(float)
 
     def _largest(self, share: Sequence[int], count: int) -> int:
         """Tokens of the largest micro-batch if a rank's ``share`` is split in ``count``."""

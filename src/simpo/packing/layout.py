@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, compress
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +121,7 @@ class PackedBatch:
     Attributes:
         input_ids: ``[T]``.
         layout: the comparisons' lengths.
-        scored: ``[S]`` flat positions whose next token is scored; for every response the first is the prompt's last.
+        scored: ``[S]`` flat positions whose next token is scored; the prompt's last is the one before any response.
         targets: ``[S]`` the scored tokens.
         response_of: ``[S]`` which response a scored token belongs to.
         lengths: ``[R]`` scored tokens of each response.
@@ -155,10 +155,11 @@ class PackedBatch:
         for comparison in comparisons:
             ids += comparison.prompt_ids
             last_of_prompt = len(ids) - 1
-            for response in comparison.response_ids:
-                scored += [last_of_prompt, *range(len(ids), len(ids) + len(response) - 1)]
-                targets += response
-                lengths.append(len(response))
+            for k, response in enumerate(comparison.response_ids):
+                mask = [True] * len(response) if comparison.scored is None else comparison.scored[k]
+                scored += compress([last_of_prompt, *range(len(ids), len(ids) + len(response) - 1)], mask)
+                targets += compress(response, mask)
+                lengths.append(sum(mask))
                 ids += response
         spans = tuple(Span(len(c.prompt_ids), tuple(map(len, c.response_ids))) for c in comparisons)
         return cls(
@@ -178,7 +179,7 @@ class PackedBatch:
 
     @property
     def comparisons(self) -> list[TokenizedComparison]:
-        """The comparisons that :meth:`build` was given."""
+        """The comparisons that :meth:`build` was given, with all tokens of their responses scored."""
         parts = iter(self.input_ids.split(self.layout.part_sizes))
         return [
             TokenizedComparison(next(parts).tolist(), [next(parts).tolist() for _ in span.responses])
@@ -227,7 +228,5 @@ class PaddedRows:
         mask = torch.arange(width, device=device) < length_of_row[:, None]
         ids = batch.input_ids.new_zeros(len(sizes), width)
         ids[mask] = batch.input_ids[batch.layout.key_index]
-        first_scored = length_of_row - batch.lengths - 1
-        step = torch.cat([torch.arange(n) for n in batch.lengths.tolist()]).to(device)
-        scored = batch.response_of * width + first_scored[batch.response_of] + step
+        scored = batch.response_of * width + batch.layout.positions[batch.scored]
         return cls(ids, mask.long(), scored)

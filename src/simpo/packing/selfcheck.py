@@ -70,7 +70,10 @@ def choose_path(model: nn.Module, batch: PackedBatch) -> Literal["packed", "padd
 
 
 def naive_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """``[S]`` log-probabilities of ``batch``'s scored tokens by the model's own forward, one sequence at a time."""
+    """Log-probabilities of all response tokens of ``batch`` by the model's own forward, one sequence at a time.
+
+    ``[S]`` in the order of a batch whose responses are scored whole, as the self-check's sample is.
+    """
     found = []
     for ids, scored in _sequences(batch):
         logits = original_forward(model, input_ids=ids, use_cache=False).logits[0, scored]  # [n, V]
@@ -102,7 +105,10 @@ def _sequences(batch: PackedBatch) -> Iterator[tuple[Tensor, slice]]:
 
 
 def _sample(batch: PackedBatch) -> PackedBatch:
-    """The two longest comparisons: two, so that a leak between comparisons shows; long, so that windows matter."""
+    """The two longest comparisons: two, so that a leak between comparisons shows; long, so that windows matter.
+
+    Their responses are scored whole, whatever the batch scores.
+    """
     longest = sorted(batch.comparisons, key=lambda comparison: comparison.packed_length)[-2:]
     return PackedBatch.build(longest)
 

@@ -15,6 +15,9 @@ from simpo.packing.binning import MicroBatch, StepPlan
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
 
+# Of a tokenized data set; the last one is optional.
+_COLUMNS = ("prompt_ids", "response_ids", "scored")
+
 
 class PlannedBatch(NamedTuple):
     """A micro-batch ready for the model.
@@ -22,12 +25,12 @@ class PlannedBatch(NamedTuple):
     Attributes:
         packed: its ``C`` comparisons.
         rows: ``C`` row numbers in the data set.
-        comparisons: how many the optimizer step has, over all micro-batches and ranks.
+        step_weight: of all comparisons of the optimizer step, over its micro-batches and ranks: the loss's denominator.
     """
 
     packed: PackedBatch
     rows: tuple[int, ...]
-    comparisons: int
+    step_weight: float
 
     def pin_memory(self) -> PlannedBatch:
         """The batch in page-locked memory; ``DataLoader`` calls it."""
@@ -38,15 +41,15 @@ class ComparisonRows(TorchDataset):
     """Tokenized rows, indexed by planned micro-batches instead of single rows; its length is the number of rows."""
 
     def __init__(self, rows: Dataset) -> None:
-        self.rows = rows.select_columns(["prompt_ids", "response_ids"])
+        self.rows = rows.select_columns([name for name in _COLUMNS if name in rows.column_names])
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, item: tuple[MicroBatch, int]) -> PlannedBatch:
-        micro, comparisons = item
+    def __getitem__(self, item: tuple[MicroBatch, float]) -> PlannedBatch:
+        micro, step_weight = item
         packed = PackedBatch.build(comparisons_of(self.rows, micro.rows), micro.weights)
-        return PlannedBatch(packed, micro.rows, comparisons)
+        return PlannedBatch(packed, micro.rows, step_weight)
 
 
 class PlanSampler(Sampler):
@@ -64,11 +67,11 @@ class PlanSampler(Sampler):
     def __len__(self) -> int:
         return self.plan.steps
 
-    def __iter__(self) -> Iterator[list[tuple[MicroBatch, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[MicroBatch, float]]]:
         order = self.plan.order(self.epoch())
         for number in range(self.plan.steps):
             step = self.plan.step(order, number, self.rank)
-            yield [(micro, step.comparisons) for micro in step.micro_batches]
+            yield [(micro, step.weight) for micro in step.micro_batches]
 
 
 def collate(batches: Sequence[PlannedBatch]) -> dict[str, Any]:
@@ -77,11 +80,12 @@ def collate(batches: Sequence[PlannedBatch]) -> dict[str, Any]:
 
 
 def comparisons_of(rows: Dataset, numbers: Sequence[int]) -> list[TokenizedComparison]:
-    """Rows ``numbers`` of a tokenized data set."""
+    """Rows ``numbers`` of a tokenized data set, with its masks if it has the column ``scored``."""
     found = rows[list(numbers)]
+    masks = found.get("scored", [None] * len(numbers))
     return [
-        TokenizedComparison(prompt, responses)
-        for prompt, responses in zip(found["prompt_ids"], found["response_ids"], strict=True)
+        TokenizedComparison(prompt, responses, scored)
+        for prompt, responses, scored in zip(found["prompt_ids"], found["response_ids"], masks, strict=True)
     ]
 
 

@@ -9,9 +9,11 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 import simpo
+from simpo.atomic import write_text
 from simpo.results import Metric
 from simpo.training.inputs import DataArguments
 from simpo.training.models import ModelArguments
+from simpo.training.tasks import Task
 
 _SETTINGS = (
     "learning_rate",
@@ -35,13 +37,13 @@ _SETTINGS = (
 
 
 def write_model_card(
-    folder: Path, model: ModelArguments, data: DataArguments, config: Any, metrics: Iterable[Metric]
+    folder: Path, task: Task, model: ModelArguments, data: DataArguments, config: Any, metrics: Iterable[Metric]
 ) -> None:
     """Write ``folder/README.md``: what the model was made from, with which settings, and its held-out figures."""
     names = _dataset_names(data)
     card_data = ModelCardData(
         library_name="transformers",
-        tags=["simpo", "preference-optimization", config.objective],
+        tags=task.tags(config),
         base_model=None if Path(model.model_name_or_path).exists() else model.model_name_or_path,
         datasets=[name for name in names if not Path(name).exists()] or None,
         pipeline_tag="text-generation",
@@ -51,26 +53,27 @@ def write_model_card(
             f"---\n{card_data.to_yaml()}\n---",
             f"# {folder.resolve().name}",
             "",
-            f"`{_shown(model.model_name_or_path)}` aligned by **{config.objective}** ({config.row.paper}) on "
+            f"`{_shown(model.model_name_or_path)}` {task.method(config)} on "
             f"{', '.join(f'`{_shown(name)}`' for name in names)}, with simpo {simpo.__version__}.",
             "",
-            "## Held-out pairs",
+            f"## Held-out {task.rows}",
             "",
-            *_results(metrics),
+            *_results(metrics, task.rows),
             "",
             "## Settings",
             "",
             "| key | value |",
             "|---|---|",
-            *(f"| `{key}` | {value} |" for key, value in {**config.hyperparameters, **_settings(config)}.items()),
+            *(f"| `{key}` | {value} |" for key, value in _settings(config).items()),
             "",
         ]
     )
-    ModelCard(text).save(folder / "README.md")
+    write_text(folder / "README.md", str(ModelCard(text)))
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    values = {key: getattr(config, key) for key in _SETTINGS}
+    values = {key: getattr(config, key) for key in _SETTINGS if hasattr(config, key)}
+    values = {**getattr(config, "hyperparameters", {}), **values}
     return {key: getattr(value, "value", value) for key, value in values.items()}
 
 
@@ -87,14 +90,14 @@ def _shown(name: str) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def _results(metrics: Iterable[Metric]) -> list[str]:
+def _results(metrics: Iterable[Metric], rows_are: str) -> list[str]:
     rows: dict[str, dict[str, Metric]] = {}
     for metric in metrics:
         if metric.stage is not None:
             rows.setdefault(metric.name, {})[metric.stage] = metric
     if not rows:
         return ["None were given."]
-    lines = ["| metric | before | after | pairs |", "|---|---|---|---|"]
+    lines = [f"| metric | before | after | {rows_are} |", "|---|---|---|---|"]
     for name, stages in rows.items():
         before, after = stages["before"], stages["after"]
         lines.append(f"| {name} | {_figure(before)} | {_figure(after)} | {after.n} |")

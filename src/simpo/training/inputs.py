@@ -14,31 +14,32 @@ from simpo.errors import SimpoError
 
 @dataclass
 class DataArguments:
-    """Where the pairs come from: one data set, or the paper's ``dataset_mixer``, or alignment-handbook's mixture."""
+    """Where the rows come from: one data set, or the paper's ``dataset_mixer``, or alignment-handbook's mixture."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, file or folder of the training pairs."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, file or folder of the training data."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of dataset_name to train on."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Hub id, file or folder of held-out pairs."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Hub id, file or folder of held-out data."})
     dataset_test_split: str | None = field(
         default=None, metadata={"help": "Held-out split, of eval_dataset_name (default test) or else dataset_name."}
     )
     dataset_mixer: dict[str, float] | None = field(
-        default=None, metadata={"help": "Data sets and the fraction of each one's training split."}
+        default=None, metadata={"help": "Data sets, and the fraction of each one's training split that is used."}
     )
     dataset_splits: list[str] | None = field(default=None, metadata={"help": "Splits of dataset_mixer's data sets."})
-    dataset_configs: list[str] | None = field(default=None, metadata={"help": "Configurations of dataset_mixer's."})
+    dataset_configs: list[str] | None = field(default=None, metadata={"help": "Their configurations, in that order."})
     dataset_mixture: dict[str, Any] | None = field(
-        default=None, metadata={"help": "alignment-handbook's list of data sets with weights."}
+        default=None, metadata={"help": "Data sets with weights, as alignment-handbook gives them."}
     )
     chat_template: str | None = field(
-        default=None, metadata={"help": "Template, file of one, or none; default: the tokenizer's own."}
+        default=None,
+        metadata={"help": "A chat template, a file with one, or none for raw text (default: the tokenizer's own)."},
     )
 
     def __post_init__(self) -> None:
         given = [key for key in ("dataset_name", "dataset_mixer", "dataset_mixture") if getattr(self, key) is not None]
         if not given:
-            raise SimpoError("dataset_name: name the pairs to train on (a hub id, a file or a folder)")
+            raise SimpoError("dataset_name: name the data to train on (a hub id, a file or a folder)")
         if len(given) > 1:
             raise SimpoError(f"{' and '.join(given)}: give one of them")
 

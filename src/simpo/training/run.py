@@ -1,168 +1,205 @@
-"""The workflow behind ``simpo train``: data and model in, a better model and its figures out."""
+"""The workflow of a training command: data and model in, a better model and its figures out, in a run folder."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
-from simpo.data.report import DataReport
-from simpo.data.tokenize import prepare
-from simpo.errors import SimpoError
-from simpo.results import Metric, Stage, fingerprint, write_results
-from simpo.statistics import mcnemar, mean_interval, proportion_interval
+from simpo.atomic import provisional, staged_files
+from simpo.results import FILE_NAME, Metric, write_results
+from simpo.runs.folder import RunFolder
+from simpo.runs.lines import JsonLines
 from simpo.training.card import write_model_card
+from simpo.training.checkpoints import last_good_checkpoint, shared_staging
+from simpo.training.held_out import read_scores, write_scores
+from simpo.training.identity import Identity, settings_of, training_identity
 from simpo.training.inputs import DataArguments, load_datasets
-from simpo.training.metrics import NAMES
+from simpo.training.interruption import StopOnSignal
 from simpo.training.models import ModelArguments, load_model, load_tokenizer
-from simpo.training.trainer import PairScores, PreferenceTrainer
+from simpo.training.packed import PackedTrainer, Scores
+from simpo.training.tasks import Task
 
-ACCURACY = "rewards/accuracies"
-Say = Callable[[str], None]
+_SCORES = {"before": "held_out_before.jsonl", "after": "held_out_after.jsonl"}
 
 
-def train_preferences(
-    model_arguments: ModelArguments,
-    data_arguments: DataArguments,
-    config: Any,
-    *,
-    say: Say = print,
-) -> Path:
-    """Train on preference pairs and save model, tokenizer, template, model card and ``results.json``.
+@dataclass(frozen=True)
+class Given:
+    """What the user gave: the recipe's parts, and the command line and file that they were read from."""
 
-    Held-out pairs, where there are some, are scored before and after. Nothing is written before data, model and
-    configuration have proved usable.
+    model: ModelArguments
+    data: DataArguments
+    config: Any
+    argv: Sequence[str] = ()
+    recipe: Path | None = None
 
-    Args:
-        model_arguments: the model that training starts from.
-        data_arguments: the pairs.
-        config: a :data:`~simpo.training.config.PreferenceConfig`.
-        say: gets the progress, line by line.
+
+def run_training(task: Task, given: Given) -> Path:
+    """Train in a run folder: the same call continues a killed run and leaves a finished one as it is.
+
+    Held-out rows, where there are some, are scored before and after. The folder gets the model, tokenizer, template,
+    model card and ``results.json``. Nothing is written before data, model and configuration have proved usable.
 
     Returns:
         The path of ``results.json``.
 
     Raises:
-        SimpoError: something that the user gave cannot be used; nothing has been written.
+        SimpoError: something that the user gave cannot be used, or the disk is full.
+        InterruptedRun: a signal came; a checkpoint has been saved.
     """
-    say = say if config.process_index == 0 else _silent
-    folder = Path(config.output_dir)
-    settings = ", ".join(f"{key} {value}" for key, value in config.hyperparameters.items())
-    say(f"objective: {config.objective} ({settings})")
-    refuse_used_folder(folder, config.resume_from_checkpoint)
-    train_rows, eval_rows = load_datasets(data_arguments)
-    name = model_arguments.model_name_or_path
-    tokenizer = load_tokenizer(name, model_arguments, chat_template=data_arguments.chat_template)
-    train, reports = _prepared(train_rows, tokenizer, config, "train", say)
-    held_out = None
-    if eval_rows is not None:
-        held_out, more = _prepared(eval_rows, tokenizer, config, "eval", say)
-        reports += more
-    elif config.eval_strategy != "no" or config.do_eval:
-        say("no held-out pairs are named (eval_dataset_name): training without evaluation")
+    config = given.config
+    results = Path(config.output_dir) / FILE_NAME
+    with RunFolder(config.output_dir, command=task.command) if config.process_index == 0 else _NoFolder() as folder:
+        folder.say(task.describe(config))
+        trainer, metrics, held_out, identity = _prepare(task, given, folder)
+        folder.begin(
+            identity,
+            argv=given.argv,
+            recipe=given.recipe,
+            resolved=settings_of(given.model, given.data, config),
+            accept_changes=config.accept_changes,
+        )
+        if _from_main(folder.finished, config):
+            folder.say(f"{config.output_dir} holds this run, finished")
+            return results
+        metrics += _train(task, trainer, held_out, folder)
+        _save_model(trainer, Path(config.output_dir))
+        if config.process_index == 0:
+            write_model_card(Path(config.output_dir), task, given.model, given.data, config, metrics)
+            write_results(
+                Path(config.output_dir), command=task.command, fingerprint=folder.fingerprint, metrics=metrics
+            )
+        folder.finish()
+    return results
+
+
+class _NoFolder:
+    """The run folder of the ranks that write nothing."""
+
+    finished = False
+    fingerprint = ""
+
+    def __enter__(self) -> _NoFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """There is nothing to close."""
+
+    def say(self, line: str) -> None:
+        """The main rank says it."""
+
+    def begin(self, identity: Identity, **record: Any) -> None:
+        """The main rank keeps the record."""
+
+    def finish(self) -> None:
+        """The main rank does."""
+
+
+def _from_main(value: Any, config: Any) -> Any:
+    """The main rank's ``value``, on every rank."""
+    return value if config.world_size == 1 else broadcast_object_list([value])[0]
+
+
+def _prepare(
+    task: Task, given: Given, folder: RunFolder | _NoFolder
+) -> tuple[PackedTrainer, list[Metric], Dataset | None, Identity]:
+    """Everything that can fail before the first write: the trainer, data figures, held-out rows, and the identity."""
+    config = given.config
+    train_rows, eval_rows = load_datasets(given.data)
+    name = given.model.model_name_or_path
+    tokenizer = load_tokenizer(name, given.model, chat_template=given.data.chat_template)
+    metrics, datasets = [], {}
+    for label, rows in (("train", train_rows), ("eval", eval_rows)):
+        if rows is not None:
+            prepared = task.trainer.prepare(rows, tokenizer, config, label)
+            for line in prepared.report.lines():
+                folder.say(line)
+            metrics += [Metric(name, value) for name, value in prepared.report.metrics()]
+            datasets[label] = prepared.dataset
+    held_out = datasets.get("eval")
+    if held_out is None and (config.eval_strategy != "no" or config.do_eval):
+        folder.say(f"no held-out {task.rows} are named (eval_dataset_name): training without evaluation")
         config.eval_strategy, config.do_eval = type(config.eval_strategy)("no"), False
-    trainer = PreferenceTrainer(
-        load_model(name, model_arguments),
+    trainer = task.trainer(
+        load_model(name, given.model),
         args=config,
-        train_dataset=train,
+        train_dataset=datasets["train"],
         eval_dataset=held_out,
         processing_class=tokenizer,
     )
-    identity = _fingerprint(model_arguments, data_arguments, config, train, held_out)
-    metrics = [Metric(name, value) for report in reports for name, value in report.metrics()]
-    metrics += _train_and_compare(trainer, held_out)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        trainer.save_state()
-        write_model_card(folder, model_arguments, data_arguments, config, metrics)
-        write_results(folder, command="train", fingerprint=identity, metrics=metrics)
-    return folder / "results.json"
+    return trainer, metrics, held_out, training_identity(given.model, given.data, config, datasets["train"], held_out)
 
 
-def _train_and_compare(trainer: PreferenceTrainer, held_out: Dataset | None) -> list[Metric]:
-    before = trainer.score_pairs(held_out) if held_out is not None else None
-    outcome = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    metrics = [Metric("train/loss", outcome.training_loss), Metric("train/steps", outcome.global_step)]
+def _train(task: Task, trainer: PackedTrainer, held_out: Dataset | None, folder: RunFolder | _NoFolder) -> list[Metric]:
+    """Train, from the newest whole checkpoint if there is one; the figures of training and held-out rows."""
+    output_dir = Path(trainer.args.output_dir)
+    before = None
+    if held_out is not None:  # once, also of a killed run
+        before = _from_main(read_scores(output_dir / _SCORES["before"], len(held_out)), trainer.args)
+        before = before or _score(trainer, held_out, output_dir / _SCORES["before"])
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    if isinstance(folder, RunFolder):
+        trainer.add_callback(_Recorder(folder.metrics))
+    set_seed(trainer.args.seed)  # whether the held-out rows have just been scored or their scores were read
+    with stop:
+        outcome = trainer.train(resume_from_checkpoint=_starting_point(trainer, folder))
+    metrics = [Metric("train/loss", trainer.mean_loss()), Metric("train/steps", outcome.global_step)]
     if held_out is not None and before is not None:
-        metrics += held_out_metrics(before, trainer.score_pairs(held_out))
+        metrics += task.compare(before, _score(trainer, held_out, output_dir / _SCORES["after"]))
     return metrics
 
 
-def _silent(line: str) -> None:
-    """What the other ranks say."""
+def _starting_point(trainer: PackedTrainer, folder: RunFolder | _NoFolder) -> str | None:
+    """The newest whole checkpoint of this run, or the one that the recipe names, or None for the start model."""
+    found = last_good_checkpoint(Path(trainer.args.output_dir)) if isinstance(folder, RunFolder) else None
+    found = _from_main(found, trainer.args)
+    if found is not None:
+        folder.say(f"continues from {found}")
+        return str(found)
+    if isinstance(folder, RunFolder) and folder.resuming:
+        folder.say("no checkpoint had been saved: starting from the beginning")
+    named = trainer.args.resume_from_checkpoint
+    return None if named is None or str(named).lower() in ("true", "false") else str(named)
 
 
-def refuse_used_folder(folder: Path, resuming: Any) -> None:
-    """Raise :class:`SimpoError` if ``folder`` holds something already and the run does not continue it."""
-    if folder.is_file():
-        raise SimpoError(f"output_dir: {folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not resuming:
-        raise SimpoError(
-            f"output_dir: {folder} is not empty (another run?); name a new folder, or set resume_from_checkpoint"
-        )
+class _Recorder(TrainerCallback):
+    """Writes every log of the trainer to ``metrics.jsonl``, without those that a resumed run is about to repeat."""
+
+    def __init__(self, lines: JsonLines) -> None:
+        self._lines = lines
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Drop what was logged after the checkpoint that training continues from."""
+        kept = [line["step"] <= state.global_step and "train_runtime" not in line for line in self._lines]
+        self._lines.keep(kept.index(False) if False in kept else len(kept))
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Append one log."""
+        self._lines.append([{"step": state.global_step, "epoch": state.epoch, **logs}])
 
 
-def held_out_metrics(before: PairScores, after: PairScores) -> list[Metric]:
-    """Figures of held-out pairs with 95% intervals, before and after, and whether the rise in accuracy is chance."""
-    stages: tuple[tuple[Stage, PairScores], ...] = (("before", before), ("after", after))
-    metrics = []
-    for name in NAMES:
-        for stage, scores in stages:
-            values = scores[name]
-            accuracy = name == ACCURACY
-            found = proportion_interval(int(values.sum()), len(values)) if accuracy else mean_interval(values)
-            metrics.append(Metric(f"eval_{name}", found.value, stage, found.n, found.low, found.high, found.method))
-    test = mcnemar(before[ACCURACY].astype(bool), after[ACCURACY].astype(bool))
-    metrics.append(Metric(f"eval_{ACCURACY}/p_value", test.p, n=len(before[ACCURACY]), method="McNemar, one-sided"))
-    return metrics
+def _score(trainer: PackedTrainer, rows: Dataset, path: Path) -> Scores:
+    """Scores of held-out rows, kept row by row in the run folder."""
+    scores = trainer.score_rows(rows)
+    if trainer.is_world_process_zero():
+        write_scores(path, rows, scores)
+    return scores
 
 
-def _prepared(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: Any, label: str, say: Say
-) -> tuple[Dataset, list[DataReport]]:
-    prepared = prepare(rows, tokenizer, config.tokenize_settings, label=label)
-    for line in prepared.report.lines():
-        say(line)
-    return prepared.dataset, [prepared.report]
-
-
-def _fingerprint(
-    model: ModelArguments, data: DataArguments, config: Any, train: Dataset, held_out: Dataset | None
-) -> str:
-    """Of what determines the result: start model, rows in their order, and the settings that act on training."""
-    settings = config.to_dict()
-    for key in ("output_dir", "logging_dir", "run_name", "report_to", "hub_model_id", "hub_token", "disable_tqdm"):
-        settings.pop(key, None)
-    datasets = [None if rows is None else _digest(rows) for rows in (train, held_out)]
-    parts = {
-        "model": {**dataclasses.asdict(model), "files": _model_digest(model)},
-        "chat_template": data.chat_template,
-        "config": {key: str(value) for key, value in sorted(settings.items())},
-        "objective": {key: str(value) for key, value in config.hyperparameters.items()},
-    }
-    return fingerprint(parts, datasets)
-
-
-def _digest(rows: Dataset) -> str:
-    """Of the token ids, in their order."""
-    digest = hashlib.sha256()
-    for batch in rows.select_columns(["prompt_ids", "response_ids"]).with_format("arrow").iter(1000):
-        for prompt, responses in zip(batch["prompt_ids"].to_pylist(), batch["response_ids"].to_pylist(), strict=True):
-            digest.update(np.array([*prompt, -1, *(i for ids in responses for i in [*ids, -1])], np.int64).tobytes())
-    return digest.hexdigest()
-
-
-def _model_digest(model: ModelArguments) -> str | None:
-    """Of a local model's weight files; a hub model is told by its name and revision."""
-    files = sorted(Path(model.model_name_or_path).glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest() if files else None
+def _save_model(trainer: PackedTrainer, folder: Path) -> None:
+    """Model, tokenizer and trainer state, each file whole or absent."""
+    main, wait = trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone
+    name = provisional(folder / ".files")
+    with shared_staging(staged_files(folder), name, main=main, wait=wait) as staging:
+        trainer.save_model(str(staging))
+        if main:
+            trainer.state.save_to_json(str(staging / TRAINER_STATE_NAME))

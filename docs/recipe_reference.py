@@ -1,0 +1,169 @@
+"""Writes recipe-reference.md beside itself from what the code declares: python docs/recipe_reference.py"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from simpo.coercion import describe
+from simpo.objectives import OBJECTIVES, Objective
+from simpo.recipe import _annotations, _fields
+from simpo.training.config import PreferenceConfig, PreferenceSettings
+from simpo.training.inputs import DataArguments
+from simpo.training.models import ModelArguments
+from simpo.training.settings import _UNSUPPORTED, TrainingSettings
+from simpo.training.sft import SFTConfig
+
+PAGE = Path(__file__).with_name("recipe-reference.md")
+
+# Keys of transformers that most runs set, in the words of this project.
+_COMMON = {
+    "output_dir": "The run's folder; the same one continues a killed run.",
+    "learning_rate": "Peak learning rate.",
+    "num_train_epochs": "Passes over the data.",
+    "max_steps": "Stop after so many optimizer steps; -1 leaves it to the epochs.",
+    "per_device_train_batch_size": "Rows of an optimizer step and device; memory follows `max_batch_tokens` instead.",
+    "gradient_accumulation_steps": "Multiplies the former, and is the same here.",
+    "per_device_eval_batch_size": "Rows that are evaluated together on a device.",
+    "lr_scheduler_type": "Learning-rate schedule.",
+    "warmup_steps": "Warm-up steps, or below 1 their share of all steps.",
+    "optim": "Optimizer.",
+    "weight_decay": "Weight decay.",
+    "max_grad_norm": "Gradients are clipped to this norm.",
+    "bf16": "Compute in bfloat16 from weights that stay float32.",
+    "gradient_checkpointing": "Compute activations again in backward: less memory, more time.",
+    "logging_steps": "Log every so many optimizer steps.",
+    "eval_strategy": "When held-out rows are evaluated while training: `no`, `steps` or `epoch`.",
+    "eval_steps": "How often with `steps`; as `logging_steps` if not set.",
+    "save_strategy": "When checkpoints are saved: `no`, `steps`, `epoch` or `best`.",
+    "save_steps": "How often with `steps`.",
+    "save_total_limit": "Checkpoints that are kept.",
+    "resume_from_checkpoint": "A checkpoint to start from where `output_dir` has none.",
+    "seed": "Of the rows' order and of dropout.",
+    "data_seed": "Of the rows' order alone; as `seed` if not set.",
+    "train_sampling_strategy": "Order of the rows: `random` or `sequential`.",
+    "report_to": "Loggers, such as `wandb` or `tensorboard`.",
+    "run_name": "The run's name there.",
+    "deepspeed": "DeepSpeed's configuration.",
+    "fsdp": "Shard the model over the devices.",
+    "use_cache": "Generation's cache, in the saved model's configuration; training has none.",
+    "torch_compile": "Compile the model.",
+    "push_to_hub": "Upload the model to the hub when it is saved.",
+}
+
+
+def page() -> str:
+    """The whole page, in Markdown."""
+    inherited = {field.name for field in _fields(TrainingArguments)}
+    return "\n".join(
+        [
+            "# Recipe reference",
+            "",
+            "<!-- Written by docs/recipe_reference.py from the code; change the code and run it again. -->",
+            "",
+            "The keys of `simpo train` and `simpo sft`, the same in a recipe (`key: value`) and on the command line",
+            "(`--key value`), which wins. An empty default is `null`: not set.",
+            "",
+            "## Model",
+            "",
+            *_table(ModelArguments, _names(ModelArguments)),
+            "",
+            "## Data",
+            "",
+            "One of `dataset_name`, `dataset_mixer` and `dataset_mixture`. See [Data formats](data-formats.md).",
+            "",
+            *_table(DataArguments, _names(DataArguments)),
+            "",
+            "## Rows, batches and forward passes",
+            "",
+            *_table(TrainingSettings, [name for name in _names(TrainingSettings) if name not in inherited]),
+            "",
+            "## Objective",
+            "",
+            "Of `simpo train` only. Which values to choose: [Choosing hyperparameters](choosing-hyperparameters.md).",
+            "",
+            *_table(PreferenceSettings, [n for n in _own(PreferenceSettings) if n not in inherited]),
+            *(line for row in OBJECTIVES.values() for line in _objective(row)),
+            "",
+            "## Training",
+            "",
+            "All keys of transformers' `TrainingArguments` work here and are listed by `--help`, but",
+            f"{' and '.join(f'`{name}`' for name in _UNSUPPORTED)}, which are refused. The most used ones, and",
+            "those whose default is not transformers'. In transformers 5.23 `gradient_checkpointing` is called",
+            "`activation_checkpointing`; both names are understood.",
+            "",
+            *_training_table(),
+            "",
+        ]
+    )
+
+
+def _names(cls: type) -> list[str]:
+    return [field.name for field in _fields(cls)]
+
+
+def _own(cls: type) -> list[str]:
+    """The fields that ``cls`` itself declares."""
+    return [name for name in _names(cls) if name in inspect.get_annotations(cls)]
+
+
+def _table(cls: type, names: Sequence[str]) -> list[str]:
+    annotations = _annotations([cls])
+    fields = {field.name: field for field in _fields(cls)}
+    return _markdown(
+        ("key", "takes", "default", "meaning"),
+        ((f"`{n}`", describe(annotations[n]), _default(fields[n]), fields[n].metadata["help"]) for n in names),
+    )
+
+
+def _objective(row: Objective) -> list[str]:
+    """The loss, in the words of its own function, and its hyperparameters."""
+    summary = str(row.loss.__doc__).partition("\n")[0].replace("``", "`")
+    rows = [
+        (f"`{name}`", describe(known.type), _value(known.default), known.bound.text if known.bound else "")
+        for name, known in row.hyperparameters.items()
+    ]
+    for name, spelling in row.spellings.items():
+        kind = describe(row.hyperparameters[spelling.of].type)
+        rows.append((f"`{name}`", kind, "", f"another way to give `{spelling.of}`"))
+    table = _markdown(("key", "takes", "default", ""), rows)
+    return ["", f"### `{row.name}`", "", summary, f"({row.paper})", "", *table]
+
+
+def _training_table() -> list[str]:
+    train, sft, theirs = (
+        {field.name: _default(field) for field in _fields(cls) if field.name in _COMMON}
+        for cls in (PreferenceConfig, SFTConfig, TrainingArguments)
+    )
+    rows = []
+    for name, meaning in _COMMON.items():
+        ours = train[name] if train[name] == sft[name] else f"{train[name]}, sft {sft[name]}"
+        rows.append((f"`{name}`", ours, "" if ours == theirs[name] else theirs[name], meaning))
+    return _markdown(("key", "default", "transformers'", "meaning"), rows)
+
+
+def _default(field: dataclasses.Field) -> str:
+    return "**required**" if field.default is dataclasses.MISSING else _value(field.default)
+
+
+def _value(value: Any) -> str:
+    """A value as a recipe has it."""
+    if value is None:
+        return ""
+    plain = value.value if isinstance(value, Enum) else value
+    return f"`{str(plain).lower() if isinstance(plain, bool) else plain}`"
+
+
+def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [heads, ["---"] * len(heads), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What a run was: figures from what it left in its folder."""

@@ -1,0 +1,45 @@
+"""What the commands that take a training recipe have in common."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from simpo.recipe import parse_recipe
+from simpo.results import print_results
+from simpo.training.inputs import DataArguments
+from simpo.training.models import ModelArguments
+from simpo.training.run import Given, run_training
+from simpo.training.tasks import Task
+
+# Ways to name the data that exclude one another; one on the command line replaces the recipe's.
+REPLACES = {
+    "dataset_name": ("dataset_mixer", "dataset_splits", "dataset_configs", "dataset_mixture"),
+    "dataset_mixer": ("dataset_name", "dataset_mixture"),
+    "dataset_mixture": ("dataset_name", "dataset_mixer", "dataset_splits", "dataset_configs"),
+}
+
+
+def parse(argv: list[str], config_type: type) -> tuple[ModelArguments, DataArguments, Any]:
+    """Model, data and configuration of a training recipe and command line."""
+    return parse_recipe(argv, (ModelArguments, DataArguments, config_type), replaces=REPLACES)
+
+
+def run(task: Task, config_type: type, argv: list[str], *, following: str) -> int:
+    """Parse ``argv``, train, print the table of results and the command that may follow.
+
+    Args:
+        task: the kind of training.
+        config_type: its configuration.
+        argv: the arguments.
+        following: the next command, with ``{folder}`` for the output folder.
+    """
+    model, data, config = parse(argv, config_type)
+    config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
+    recipe = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    results = run_training(task, Given(model, data, config, argv, recipe))
+    if config.process_index == 0:
+        print_results(results)
+        print(f"saved: {config.output_dir}\nnext:  {following.format(folder=config.output_dir)}")
+    return 0

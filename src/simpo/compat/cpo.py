@@ -1,0 +1,100 @@
+"""TRL's ``CPOConfig`` and ``CPOTrainer``, whose ``loss_type="simpo"`` is TRL's SimPO."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from simpo.compat.config import PortedConfig
+from simpo.compat.trainer import PortedTrainer
+from simpo.errors import SimpoError
+from simpo.objectives import OBJECTIVES
+
+logger = logging.getLogger(__name__)
+
+# TRL's loss_type -> our objective; its reference-free "hinge" and "ipo" are no rows of the table.
+_OBJECTIVES = {"simpo": "simpo", "sigmoid": "cpo"}
+_LENGTH_IF_NONE = 512
+
+
+@dataclass
+class CPOConfig(PortedConfig):
+    """TRL's keys with TRL's defaults (1.16, and the keys that older versions had).
+
+    ``simpo_gamma`` is the margin itself, not its ratio to ``beta``. ``cpo_alpha`` is also read as ``sft_weight``.
+
+    Raises:
+        SimpoError: a value that is out of bounds or cannot be honoured; the message names the key.
+    """
+
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Compute in bf16; True unless fp16 is set."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations in backward; True unless set."}
+    )
+    max_length: int | None = field(  # type: ignore[assignment]
+        default=1024, metadata={"help": "Longest prompt with response, in tokens."}
+    )
+    beta: float = field(default=0.1, metadata={"help": "Scale of the reward; SimPO wants 2 to 10."})
+    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a label is wrong."})
+    loss_type: str | None = field(default="sigmoid", metadata={"help": "The objective: simpo; sigmoid is CPO."})
+    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the SFT term; pure SimPO has 0."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin, absolute."})
+    alpha: float = field(default=0.0, metadata={"help": "AlphaPO's exponent; only 0 is supported."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+    def __post_init__(self) -> None:
+        self._refuse_other_names()
+        self._check_signs()
+        self.objective = self._objective()
+        self.sft_weight = self.cpo_alpha
+        self.gamma = self.simpo_gamma if self.objective == "simpo" else None
+        if self.objective == "cpo":
+            self.lam = 0.0  # the SFT term is added beside the row, as a mean over tokens
+            self.label_smoothing = self.label_smoothing or None  # type: ignore[assignment]
+        if self.max_length is None:
+            logger.warning("max_length is not set: %d, as in TRL", _LENGTH_IF_NONE)
+            self.max_length = _LENGTH_IF_NONE
+        if self.bf16 is None:
+            self.bf16 = not self.fp16
+        self._checkpoint_by_default()
+        loss_type, self.loss_type = self.loss_type, None  # elsewhere "sigmoid" is the link of SimPO
+        super().__post_init__()
+        self.loss_type = loss_type
+
+    def _refuse_other_names(self) -> None:
+        for key, given, own in (
+            ("gamma", self.gamma not in (None, self.simpo_gamma), "simpo_gamma, the margin itself"),
+            ("gamma_beta_ratio", self.gamma_beta_ratio is not None, "simpo_gamma, the margin itself"),
+            ("sft_weight", self.sft_weight not in (0.0, self.cpo_alpha), "cpo_alpha"),
+        ):
+            if given:
+                raise SimpoError(f"{key}: CPOConfig's key is {own}")
+
+    def _check_signs(self) -> None:
+        for key in ("cpo_alpha", "simpo_gamma"):
+            if not getattr(self, key) >= 0:
+                raise SimpoError(f"{key}: must be >= 0, not {getattr(self, key)}")
+
+    def _objective(self) -> str:
+        if self.loss_type == "alphapo" or self.alpha:
+            raise SimpoError("alpha: AlphaPO is another objective, which is not here; set loss_type='simpo', alpha=0")
+        name = _OBJECTIVES.get(str(self.loss_type))
+        if name not in OBJECTIVES:
+            raise SimpoError(
+                f"loss_type: {self.loss_type!r} is another objective, which is not here; set loss_type='simpo'"
+            )
+        return name
+
+    def _checkpoint_by_default(self) -> None:
+        """Recompute activations unless told otherwise, as TRL does, so that what fitted there fits here."""
+        newer = "activation_checkpointing"  # its name since transformers 5.23
+        if self.gradient_checkpointing is None and getattr(self, newer, None) is None:
+            setattr(self, newer if hasattr(self, newer) else "gradient_checkpointing", True)
+
+
+class CPOTrainer(PortedTrainer):
+    """TRL's ``CPOTrainer``: its arguments, in its order, with a :class:`CPOConfig`."""
+
+    config_class = CPOConfig

@@ -1,0 +1,55 @@
+"""``SimPOConfig`` and ``SimPOTrainer`` of the paper's repository (princeton-nlp/SimPO, ``scripts/``)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from simpo.compat.config import PortedConfig
+from simpo.compat.trainer import PortedTrainer
+
+logger = logging.getLogger(__name__)
+
+_LENGTHS_IF_NONE = {"max_length": 512, "max_prompt_length": 128}
+
+
+@dataclass
+class SimPOConfig(PortedConfig):
+    """The paper's keys with its code's defaults, ``TrainingArguments``' learning rate of 5e-5 among them.
+
+    Tokens are cut, and assistant headers scored, as that code did.
+
+    Raises:
+        SimpoError: a value that is out of bounds or cannot be honoured; the message names the key.
+    """
+
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate; the paper's are 3e-7 to 1e-6."})
+    logging_steps: float = field(default=500, metadata={"help": "Log every so many optimizer steps."})
+    max_length: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Longest prompt with response, in tokens (512 if not set)."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "What an overlong prompt is cut to (128 if not set)."}
+    )
+    max_target_length: int | None = field(default=None, metadata={"help": "Means nothing here."})
+    truncation: str = field(default="paper", metadata={"help": "What happens to overlong rows."})
+    paper_tokenization: bool = field(default=True, metadata={"help": "Score the assistant header with the response."})
+    beta: float = field(default=2.0, metadata={"help": "Scale of the reward."})
+    gamma_beta_ratio: float = field(default=0.25, metadata={"help": "Target margin over beta."})
+    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a label is wrong."})
+    loss_type: str | None = field(default="sigmoid", metadata={"help": "The link: sigmoid or hinge."})
+
+    def __post_init__(self) -> None:
+        for key, length in _LENGTHS_IF_NONE.items():
+            if getattr(self, key) is None:
+                logger.warning("%s is not set: %d, as in the paper's code", key, length)
+                setattr(self, key, length)
+        loss_type = self.loss_type
+        super().__post_init__()
+        self.loss_type = loss_type
+
+
+class SimPOTrainer(PortedTrainer):
+    """The paper's ``SimPOTrainer``: its arguments, in its order, with a :class:`SimPOConfig`."""
+
+    config_class = SimPOConfig

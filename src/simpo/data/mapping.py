@@ -1,0 +1,301 @@
+"""Rows through a tokenization to a cached data set, with a report of every row."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from simpo.data.encoding import Encoder, Texts
+from simpo.data.report import DataReport, is_used
+from simpo.data.rows import WHERE, BadRow, UnknownShape, as_json, rows_of
+from simpo.data.settings import TokenizeSettings
+from simpo.data.templates import Renderer
+from simpo.errors import SimpoError
+
+TOKENS = List(Value("int32"))
+_TEXT = Value("string")
+_STATUS = "_status"
+# Part of every fingerprint: raise it when the ids made from the same rows and settings change.
+_FORMAT = 2
+_BATCH = 256
+_ROWS_LOOKED_AT = 1000
+_SMALL = 2000
+_ROWS_PER_PROCESS = 1000
+_NAMED_BAD_ROWS = 5
+
+T = TypeVar("T", bound=Texts)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A tokenized data set.
+
+    Attributes:
+        dataset: columns ``prompt_ids`` (list of int32, never empty), ``response_ids`` (list of lists of
+            int32, best first), ``where`` and ``extra`` (a JSON object of the row's other columns). Conversations
+            for supervised fine-tuning also have ``scored`` (list of lists of bool, as long as ``response_ids``).
+        report: what became of every row.
+    """
+
+    dataset: Dataset
+    report: DataReport
+
+
+@dataclass(frozen=True)
+class Draft(Generic[T]):
+    """A row on its way to ids.
+
+    Attributes:
+        rendered: its text.
+        extra: its other columns.
+        values: of the columns that need no ids.
+        cut: what was cut from it already.
+    """
+
+    rendered: T
+    extra: Mapping[str, Any]
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cut: tuple[str, ...] = ()
+
+
+class Tokenization(ABC, Generic[T]):
+    """The function that ``Dataset.map`` runs over batches of rows; a subclass says what a row becomes.
+
+    Attributes:
+        columns: name -> type of what a row becomes; ``where`` and ``extra`` are added to them.
+        noun: what rows become, in the plural.
+        shapes: the shapes of a row that are accepted.
+    """
+
+    columns: ClassVar[Mapping[str, Any]]
+    noun: ClassVar[str]
+    shapes: ClassVar[str]
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, label: str) -> None:
+        self.settings = settings
+        self.label = label
+        self.bos = tokenizer.bos_token_id
+        self.encoder = Encoder(tokenizer)
+        self.renderer = Renderer(
+            tokenizer,
+            self.encoder.literal,
+            paper=settings.paper_tokenization,
+            insert_system=settings.auto_insert_empty_system_msg,
+        )
+
+    @abstractmethod
+    def check_shape(self, row: Mapping[str, Any]) -> None:
+        """Look at a row's column names only; raise :class:`UnknownShape` if they are of no accepted shape."""
+
+    @abstractmethod
+    def draft(self, row: Mapping[str, Any], where: str) -> Draft[T]:
+        """The text of a row; raises :class:`BadRow`."""
+
+    @abstractmethod
+    def outcome(self, rendered: T, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
+        """Values of the columns that need the ids of a row's texts, and status entries (:meth:`DataReport.of`).
+
+        Raises:
+            BadRow: the ids cannot be used.
+        """
+
+    @abstractmethod
+    def nothing_fits(self, mapped: Dataset) -> str:
+        """Why no row is left, where all are too long."""
+
+    def options(self) -> dict[str, Any]:
+        """What the outcome depends on, beside rows and tokenizer."""
+        options = dataclasses.asdict(self.settings)
+        del options["on_bad_row"], options["num_proc"]  # about what is done with the outcome
+        return options
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        """Columns of a batch of rows."""
+        rows = rows_of(batch, indices, self.label)
+        drafts = [self._checked_draft(row, where) for row, where in rows]
+        ids = iter(self.encoder.encode_groups([draft.rendered for draft in drafts if isinstance(draft, Draft)]))
+        columns: dict[str, list[Any]] = {name: [] for name in (*self.columns, "where", "extra", _STATUS)}
+        for draft, (_, where) in zip(drafts, rows, strict=True):
+            values, status = self._values(draft, next(ids)) if isinstance(draft, Draft) else _bad(draft)
+            found = {"extra": "{}", **values, "where": where, _STATUS: status}
+            for name, column in columns.items():
+                column.append(found.get(name))
+        return columns
+
+    def _checked_draft(self, row: Mapping[str, Any], where: str) -> Draft[T] | BadRow:
+        try:
+            draft = self.draft(row, where)
+            _check_unicode(draft.rendered.texts)
+        except BadRow as bad:
+            return bad
+        return draft
+
+    def _values(self, draft: Draft[T], ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
+        try:
+            values, status = self.outcome(draft.rendered, ids)
+        except BadRow as bad:
+            return _bad(bad)
+        if is_used(status):
+            status = [*(f"cut: {what}" for what in draft.cut), *status]
+        return {**draft.values, **values, "extra": as_json(draft.extra)}, status
+
+
+def prepare_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> Prepared:
+    """Tokenize a data set; the result is cached with the data set.
+
+    Args:
+        dataset: rows that :func:`check_rows` saw.
+        tokenizer: the one of the tokenization.
+        tokenization: what rows become.
+
+    Raises:
+        SimpoError: no row of a known shape, too many bad rows, or nothing that fits.
+    """
+    settings, label = tokenization.settings, tokenization.label
+    fingerprint = _fingerprint(dataset, tokenizer, tokenization)
+    dataset = dataset.with_format(None)
+    _check_shapes(dataset, tokenization)
+    mapped = dataset.map(
+        tokenization,
+        batched=True,
+        batch_size=_BATCH,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=Features({**tokenization.columns, "where": _TEXT, "extra": _TEXT, _STATUS: List(_TEXT)}),
+        num_proc=_processes(len(dataset), settings.num_proc),
+        new_fingerprint=fingerprint,
+        desc=f"Tokenizing {label}",
+    )
+    columns = mapped.select_columns(["where", _STATUS])[:]
+    statuses = list(zip(columns["where"], columns[_STATUS], strict=True))
+    report = DataReport.of(label, statuses, noun=tokenization.noun)
+    _check_bad(report, statuses, settings)
+    if not report.used:
+        raise SimpoError(f"{label}: {tokenization.nothing_fits(mapped)}")
+    if report.used < report.rows:
+        mapped = mapped.select([index for index, (_, entries) in enumerate(statuses) if is_used(entries)])
+    return Prepared(mapped.remove_columns(_STATUS), report)
+
+
+def check_rows(dataset: Dataset, label: str) -> None:
+    """Refuse what is not one data set of at least one row.
+
+    Raises:
+        SimpoError: it is not.
+    """
+    if not isinstance(dataset, Dataset):
+        raise SimpoError(f"{label}: a {type(dataset).__name__} instead of a datasets.Dataset; give one split")
+    if not len(dataset):
+        raise SimpoError(f"{label}: no rows")
+
+
+def already_tokenized(dataset: Dataset, label: str, noun: str) -> Prepared | None:
+    """A data set that has ``prompt_ids`` and ``response_ids``, as it is; ``None`` for any other."""
+    if not {"prompt_ids", "response_ids"} <= set(dataset.column_names):
+        return None
+    report = DataReport(label, rows=len(dataset), used=len(dataset), noun=noun)
+    report.notices.append("already tokenized: taken as it is")
+    return Prepared(dataset, report)
+
+
+def shortest(mapped: Dataset, settings: TokenizeSettings, noun: str) -> str:
+    """Why none of the mapped prompts with responses fits, in words."""
+    lengths = [
+        (len(prompt) + max(map(len, responses)), len(prompt))
+        for prompt, responses in zip(mapped["prompt_ids"], mapped["response_ids"], strict=True)
+        if responses
+    ]
+    total, prompt = min(lengths)
+    return (
+        f"no {noun} fits max_length {settings.max_length}: the shortest has {total} tokens, "
+        f"its prompt {prompt} (the shortest prompt has {min(prompt for _, prompt in lengths)} tokens); "
+        "raise max_length"
+    )
+
+
+def _bad(bad: BadRow) -> tuple[Mapping[str, Any], list[str]]:
+    return {}, [f"bad: {bad.reason}"]
+
+
+def _check_unicode(texts: Sequence[str]) -> None:
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("text that is not Unicode (half of a surrogate pair)") from error
+
+
+def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
+    """Fail before the work if none of the first rows is of a known shape.
+
+    Raises:
+        SimpoError: so it is; names the columns found.
+    """
+    label = tokenization.label
+    head = range(min(len(dataset), _ROWS_LOOKED_AT))
+    unknown = None
+    for row, where in rows_of(dataset[: len(head)], head, label):
+        try:
+            tokenization.check_shape(row)
+            return
+        except UnknownShape as error:
+            unknown = unknown or f"{where}: {error.reason}"
+    raise SimpoError(f"{label}: no row of a recognised shape ({unknown}); accepted are {tokenization.shapes}")
+
+
+def _check_bad(report: DataReport, statuses: Sequence[tuple[str, list[str]]], settings: TokenizeSettings) -> None:
+    bad = [
+        f"{where}: {entry.removeprefix('bad: ')}"
+        for where, entries in statuses
+        for entry in entries
+        if entry.startswith("bad: ")
+    ]
+    if bad and settings.on_bad_row == "error":
+        raise SimpoError(f"{bad[0]}; mend the row, or set on_bad_row: skip")
+    if len(bad) * 100 > report.rows:
+        named = "; ".join(bad[:_NAMED_BAD_ROWS]) + ("; ..." if len(bad) > _NAMED_BAD_ROWS else "")
+        raise SimpoError(f"{report.label}: {len(bad)} of {report.rows} rows are bad, more than 1%; mend them ({named})")
+
+
+def _processes(rows: int, wanted: int | None) -> int | None:
+    """Processes to map with; ``None`` is this one. Forking costs more than a small data set takes."""
+    if rows < _SMALL:
+        return None
+    if wanted is None:
+        # macOS and Windows cannot say which cores a process may use.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        wanted = min(cores, rows // _ROWS_PER_PROCESS)
+    return wanted if wanted > 1 else None
+
+
+def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> str:
+    """Key of the cache: everything that the ids and statuses depend on."""
+    parts = [
+        _FORMAT,
+        tokenization.noun,
+        dataset._fingerprint,
+        None if WHERE in dataset.column_names else tokenization.label,
+        tokenization.options(),
+        _tokenizer_state(tokenizer),
+    ]
+    # Half a digest: datasets appends the process number and allows 64 characters in all.
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a tokenizer does to a text; padding and truncation, which calls switch on and off, excepted."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    del backend["padding"], backend["truncation"]
+    return {
+        "backend": backend,
+        "template": tokenizer.chat_template,
+        "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+    }

@@ -1,0 +1,99 @@
+"""Two models' answers to the same prompts, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simpo.errors import SimpoError
+from simpo.results import Metric, Stage
+from simpo.runs.lines import read_lines
+from simpo.statistics import Interval, mean_interval
+
+# A number for one answer to a prompt.
+Figure = Callable[[Any, str], float]
+
+_SIDES: dict[Stage, str] = {"before": "b", "after": "a"}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Both models' answers to one prompt; model ``a`` is compared with the baseline ``b``.
+
+    Attributes:
+        prompt: text or messages.
+        a: the answers of the one, one or more, as ``simpo sample`` stores them.
+        b: the answers of the other.
+    """
+
+    prompt: Any
+    a: Mapping[str, Any]
+    b: Mapping[str, Any]
+
+
+def read_contests(a: Path, b: Path) -> list[Contest]:
+    """Pair two files of sampled responses by prompt.
+
+    Raises:
+        SimpoError: they are not about the same prompts.
+    """
+    first, second = ({record["id"]: record for record in read_lines(path)} for path in (a, b))
+    if first.keys() != second.keys():
+        alone = len(first.keys() ^ second.keys())
+        raise SimpoError(f"{a} and {b}: {alone} prompts are in one of them only; sample both on the same prompts")
+    return [Contest(record["prompt"], record, second[key]) for key, record in first.items()]
+
+
+def win_rate(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Interval:
+    """Share of comparisons that ``a`` wins, ties half, with an interval over prompts.
+
+    Every answer of ``a`` meets every answer of ``b`` to the same prompt; a prompt's share is one observation, because
+    answers to one prompt are not independent.
+
+    Args:
+        a: for each prompt, the scores of the one's answers.
+        b: the same of the other's.
+    """
+    return mean_interval([_share(np.asarray(x), np.asarray(y)) for x, y in zip(a, b, strict=True)])
+
+
+def _share(x: np.ndarray, y: np.ndarray) -> float:
+    difference = x[:, None] - y[None, :]
+    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+def compare_answers(contests: Sequence[Contest], score: Figure, others: Mapping[str, Figure]) -> list[Metric]:
+    """Figures of the baseline ("before") and of the model ("after"), and the model's win rate, over prompts.
+
+    Args:
+        contests: the answers; ``a`` is the model, ``b`` the baseline.
+        score: decides who wins, from prompt and answer; the higher, the better.
+        others: further figures by name.
+    """
+    ours, theirs = (_values(contests, side, score) for side in ("a", "b"))
+    metrics = [_metric("win_rate", "after", win_rate(ours, theirs))]
+    for name, figure in {"score": score, **others}.items():
+        for stage, side in _SIDES.items():
+            means = [float(np.mean(values)) for values in _values(contests, side, figure)]
+            metrics.append(_metric(name, stage, mean_interval(means)))
+    for stage, side in _SIDES.items():
+        records = [getattr(contest, side) for contest in contests]
+        lengths = [float(np.mean([len(ids) for ids in record["response_ids"]])) for record in records]
+        ended = [float(np.mean(record["finished"])) for record in records]
+        metrics.append(_metric("response_tokens", stage, mean_interval(lengths)))
+        metrics.append(_metric("end_of_turn_rate", stage, mean_interval(ended)))
+    return metrics
+
+
+def _values(contests: Sequence[Contest], side: str, figure: Figure) -> list[list[float]]:
+    return [
+        [float(figure(contest.prompt, text)) for text in getattr(contest, side)["responses"]] for contest in contests
+    ]
+
+
+def _metric(name: str, stage: Stage, found: Interval) -> Metric:
+    return Metric(name, found.value, stage, found.n, found.low, found.high, found.method)

@@ -1,0 +1,259 @@
+"""RunFolder: the output folder of one command, from the first look to the manifest."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import textwrap
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from filelock import FileLock, Timeout
+
+from simpo.atomic import disk_errors, sweep, write_text
+from simpo.errors import SimpoError
+from simpo.runs import manifest, record
+from simpo.runs.lines import JsonLines
+from simpo.runs.log import LogFile, now
+from simpo.runs.provenance import environment
+from simpo.runs.record import RunRecord
+from simpo.runs.redaction import masked, redact, redact_arguments, redact_yaml
+
+_LOCK, _HOLDER = ".lock", ".lock.pid"
+
+# What changes after the run has finished, and checkpoints, which have manifests of their own.
+_UNLISTED = ("checkpoint-*", record.FILE_NAME, "log.txt", ".*")
+
+
+class RunFolder:
+    """One command's output folder; a context manager that gives the folder free at its end.
+
+    The folder is looked at when this is made and written from :meth:`begin` on, so that whatever is refused in
+    between leaves no trace. While it is in use no other process can use it. The kernel holds that lock and gives it
+    free when the process ends, however it does, so that no stale lock is ever left. Children that are forked (data
+    loaders, datasets' workers) give up their copy of it at once, or, with a filelock before 4, when they notice that
+    their parent is gone.
+
+    It holds ``run.json`` (see :class:`~simpo.runs.record.RunRecord`), ``recipe.yaml`` (as given, under the command
+    line), ``recipe.resolved.yaml`` (all keys), ``environment.json``, ``log.txt``, ``metrics.jsonl``, what the command
+    makes, and at the end ``manifest.json``. What was given and the environment are those of the last start.
+    In a run of several processes only the first has a RunFolder.
+
+    Attributes:
+        path: the folder.
+        command: the command that it is for.
+        resuming: whether it held an unfinished run of this command.
+        fingerprint: SHA-256 of the identity, from :meth:`begin` on.
+        metrics: ``metrics.jsonl``, from :meth:`begin` on.
+    """
+
+    fingerprint: str
+    metrics: JsonLines
+
+    def __init__(self, path: Path | str, *, command: str) -> None:
+        """Look at the folder, and if it holds a run take it.
+
+        Raises:
+            SimpoError: it cannot be used: it is a file, cannot be written, holds something else or another
+                command's run, or is in use.
+        """
+        self.path = Path(path)
+        self.command = command
+        self._lock: FileLock | None = None
+        self._log: LogFile | None = None
+        self._said: list[str] = []  # before there is a log
+        with disk_errors(f"output_dir: {self.path}"):
+            _check_usable(self.path)
+            self._record = self._look()
+        if self._record is not None:
+            self._take()
+            self._record = self._look()  # it may have been finished before it was free
+        self.resuming = self._record is not None and not self.finished
+
+    @property
+    def finished(self) -> bool:
+        """Whether a finished run is in the folder."""
+        return self._record is not None and self._record.status == "finished"
+
+    def begin(
+        self,
+        identity: Mapping[str, Any],
+        *,
+        argv: Sequence[str] = (),
+        recipe: Path | None = None,
+        resolved: Mapping[str, Any] | None = None,
+        accept_changes: bool | None = False,
+    ) -> None:
+        """Write what the run is, or compare it with what is there; in a finished run only compare.
+
+        Args:
+            identity: what determines the result: flat, JSON values, such as a recipe's keys and digests of data.
+            argv: the command line after the command's name.
+            recipe: the file that the user gave.
+            resolved: all keys of the recipe and their values.
+            accept_changes: resume a run whose identity is another, and record that; None if the command has no
+                such key, because what it has written would not go together with what it would write.
+
+        Raises:
+            SimpoError: the folder holds a run with another identity, was taken in between, or cannot be written.
+        """
+        if self._lock is None:
+            self._take()
+            if self._look() is not None:
+                raise SimpoError(f"output_dir: {self.path} was taken by another run just now; name a new folder")
+        settled = json.loads(json.dumps(redact(identity)))  # as run.json will give it back
+        changed = self._compare(settled, accept_changes)
+        with disk_errors(self.path):
+            sweep(self.path)
+        if not self.finished:
+            self._write_start(settled, argv, recipe, resolved)
+        assert self._record is not None
+        self.fingerprint = self._record.fingerprint
+        self.metrics = JsonLines(self.path / "metrics.jsonl")
+        self._open_log()
+        if changed:
+            self.say(f"continued with other settings: {'; '.join(changed)}")
+
+    def say(self, line: str) -> None:
+        """Print a line and keep it in ``log.txt``, without access tokens."""
+        print(masked(line))
+        if self._log is None:
+            self._said.append(line)
+        else:
+            self._log.write(line)
+
+    def finish(self) -> None:
+        """Write the manifest and, last of all, that the run has finished.
+
+        Raises:
+            SimpoError: the folder cannot be written.
+        """
+        assert self._record is not None, "begin() comes first"
+        manifest.write_manifest(self.path, exclude=_UNLISTED)
+        self._record.status, self._record.finished = "finished", now()
+        self._record.write(self.path)
+
+    def close(self) -> None:
+        """Give the folder free."""
+        if self._log is not None:
+            logging.getLogger().removeHandler(self._log)
+            self._log.close()
+            self._log = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _look(self) -> RunRecord | None:
+        """The run that the folder holds; None if it is empty or not there."""
+        try:
+            found = RunRecord.read(self.path)
+        except FileNotFoundError:
+            if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+                raise SimpoError(
+                    f"output_dir: {self.path} is not empty and holds no run of simpo; name a new folder"
+                ) from None
+            return None
+        if found.command != self.command:
+            raise SimpoError(
+                f"output_dir: {self.path} holds a run of {found.command!r}, not of {self.command!r}; name a new folder"
+            )
+        return found
+
+    def _take(self) -> None:
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / _LOCK, timeout=0, thread_local=False)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise SimpoError(
+                    f"output_dir: {self.path} is in use by another run{self._holder()}; "
+                    "wait for it or name a new folder"
+                ) from None
+        self._lock = lock
+        # Beside the lock, because some versions of filelock empty a lock file that they try to take.
+        write_text(self.path / _HOLDER, f"{os.getpid()}\n")
+
+    def _holder(self) -> str:
+        try:
+            return f" (process {(self.path / _HOLDER).read_text(encoding='utf-8').strip()})"
+        except OSError:
+            return ""
+
+    def _compare(self, identity: dict[str, Any], accept_changes: bool | None) -> list[str]:
+        """The differences from the run that is there, if they are accepted."""
+        differences = self._record.differences(identity) if self._record else []
+        if not differences or (accept_changes and not self.finished):
+            return differences
+        kind, way = ("a finished run", "") if self.finished else ("a run", "give the same ones or ")
+        offered = accept_changes is not None and not self.finished
+        last = ", or continue anyway with accept_changes: true" if offered else ""
+        raise SimpoError(
+            f"output_dir: {self.path} holds {kind} with other settings ({'; '.join(differences)}); "
+            f"{way}name a new folder{last}"
+        )
+
+    def _write_start(
+        self,
+        identity: dict[str, Any],
+        argv: Sequence[str],
+        recipe: Path | None,
+        resolved: Mapping[str, Any] | None,
+    ) -> None:
+        if self._record is None:
+            self._record = RunRecord(self.command, identity)
+        elif self._record.differences(identity):
+            self._record.change(identity)
+        self._record.starts.append(now())
+        self._record.write(self.path)  # first, because without it the folder would hold no run
+        write_text(self.path / "recipe.yaml", _given(self.command, argv, recipe))
+        if resolved is not None:
+            plain = _plain(redact(resolved))
+            text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+            write_text(self.path / "recipe.resolved.yaml", text)
+        write_text(self.path / "environment.json", json.dumps(environment(), indent=2, ensure_ascii=False) + "\n")
+
+    def _open_log(self) -> None:
+        self._log = LogFile(self.path / "log.txt")
+        for line in self._said:
+            self._log.write(line)
+        self._said.clear()
+        logging.getLogger().addHandler(self._log)
+
+
+def _check_usable(path: Path) -> None:
+    place = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise SimpoError(f"output_dir: {place} is a file; name a folder")
+    if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+        raise SimpoError(
+            f"output_dir: {place} cannot be read and written (permissions, or a read-only disk); name another folder"
+        )
+
+
+def _given(command: str, argv: Sequence[str], recipe: Path | None) -> str:
+    line = shlex.join(["simpo", command, *redact_arguments(argv)])
+    text = "" if recipe is None else recipe.read_text(encoding="utf-8")
+    return textwrap.indent(line, "# ", lambda line: True) + "\n" + redact_yaml(text)
+
+
+def _plain(value: Any) -> Any:
+    """What YAML can hold: enumerations by their value, and objects by their text."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    return value if type(value) in (str, int, float, bool, type(None)) else str(value)

@@ -1,0 +1,148 @@
+"""JSON lines that are appended while a command runs, and that a kill or a full disk leaves whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from simpo.atomic import disk_errors, sync
+from simpo.errors import SimpoError
+
+
+class JsonLines:
+    """An append-only file of JSON objects, one a line; ``len()`` is their number.
+
+    Opening it drops a last line that a killed process left torn. One process may write at a time.
+
+    Attributes:
+        path: the file.
+        dropped: torn lines that opening it dropped: 0 or 1.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open ``path``, or make it and its folder.
+
+        Raises:
+            SimpoError: a line before the last is damaged, or the file cannot be written.
+        """
+        self.path = Path(path)
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+            sync(self.path.parent)
+            self._ends, torn = _scan(self.path)  # _ends: bytes from the file's start to the end of each record
+            if torn:
+                self._truncate()
+        self.dropped = int(torn)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with self.path.open("rb") as file:
+            yield from map(json.loads, file)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records."""
+        return list(self)
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add records and return when they are on the disk.
+
+        JSON has no NaN and no infinities: such a number is stored as null, so that a run that diverged still has
+        its other figures.
+
+        Raises:
+            SimpoError: the disk is full or the file cannot be written; it holds what it held before.
+        """
+        lines = [_line(record) for record in records]
+        with disk_errors(self.path):
+            try:
+                with self.path.open("ab") as file:
+                    file.write(b"".join(lines))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except BaseException:
+                with suppress(OSError):  # the first error says more
+                    self._truncate()
+                raise
+        for line in lines:
+            self._ends.append(self._end + len(line))
+
+    def keep(self, count: int) -> None:
+        """Drop all records but the first ``count``, as a run does that goes on from an earlier point.
+
+        Raises:
+            ValueError: there are not as many.
+            SimpoError: the file cannot be written.
+        """
+        if not 0 <= count <= len(self):
+            raise ValueError(f"cannot keep {count} of {len(self)} records")
+        del self._ends[count:]
+        with disk_errors(self.path):
+            self._truncate()
+
+    @property
+    def _end(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _truncate(self) -> None:
+        os.truncate(self.path, self._end)
+        sync(self.path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a finished file, which is left as it is.
+
+    Raises:
+        SimpoError: there is no such file, it cannot be read, or a line of it is not a JSON object.
+    """
+    try:
+        ends, torn = _scan(path)
+        if torn:
+            raise SimpoError(f"{path}:{len(ends) + 1}: a torn line; run the command that writes this file again")
+        with path.open("rb") as file:
+            return [json.loads(line) for line in file]
+    except OSError as error:
+        raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair as JSON's own \udXXX
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _scan(path: Path) -> tuple[list[int], bool]:
+    """Where each record ends, in bytes, and whether a torn line follows the last."""
+    ends: list[int] = []
+    end, size = 0, path.stat().st_size
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            end += len(line)
+            if line.endswith(b"\n") and _is_record(line):
+                ends.append(end)
+            elif end == size:
+                return ends, True
+            else:
+                raise SimpoError(f"{path}:{number}: not a JSON object; restore the file or name a new folder")
+    return ends, False
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

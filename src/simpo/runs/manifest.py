@@ -1,0 +1,85 @@
+"""``manifest.json``: the files of a folder with their sizes and hashes, and what became of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from simpo.atomic import disk_errors, write_text
+
+FILE_NAME = "manifest.json"
+SCHEMA = 1
+
+
+def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:
+    """List all files in ``folder`` and below, with size in bytes and SHA-256, in ``folder/manifest.json``.
+
+    Args:
+        folder: of finished files.
+        exclude: patterns of names in ``folder`` (``*`` and ``?``) that are left out with all that is below them.
+
+    Raises:
+        SimpoError: the manifest cannot be written, or a file cannot be read.
+    """
+    with disk_errors(folder / FILE_NAME):
+        names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        files = [
+            {"path": name.as_posix(), "bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
+            for name in sorted(names, key=Path.as_posix)
+            if not any(fnmatch(name.parts[0], pattern) for pattern in (FILE_NAME, *exclude))
+        ]
+    write_text(folder / FILE_NAME, json.dumps({"schema": SCHEMA, "files": files}, indent=2, ensure_ascii=False) + "\n")
+
+
+def damage(folder: Path) -> str | None:
+    """The first fault of a folder's files against its manifest, in words; None if all are as they were written.
+
+    Files that the manifest does not list are not looked at. Sizes come first, because hashing takes long.
+    """
+    try:
+        files = _read(folder / FILE_NAME)
+    except FileNotFoundError:
+        return f"no {FILE_NAME}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{FILE_NAME}: not readable"
+    for find in (_misplaced, _resized, _changed):
+        for name, size, digest in files:
+            if fault := find(folder, name, size, digest):
+                return f"{name}: {fault}"
+    return None
+
+
+def _read(path: Path) -> list[tuple[str, int, str]]:
+    document: Any = json.loads(path.read_text(encoding="utf-8"))
+    if document["schema"] != SCHEMA:
+        raise ValueError(f"schema {document['schema']!r}")
+    return [(str(file["path"]), int(file["bytes"]), str(file["sha256"])) for file in document["files"]]
+
+
+def _misplaced(folder: Path, name: str, size: int, digest: str) -> str | None:
+    path = PurePosixPath(name)
+    return "not in this folder" if path.is_absolute() or ".." in path.parts else None
+
+
+def _resized(folder: Path, name: str, size: int, digest: str) -> str | None:
+    path = folder / name
+    if not path.is_file():
+        return "missing"
+    found = path.stat().st_size
+    return None if found == size else f"{found:,} bytes instead of {size:,}"
+
+
+def _changed(folder: Path, name: str, size: int, digest: str) -> str | None:
+    try:
+        return None if _digest(folder / name) == digest else "contents changed (sha256)"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

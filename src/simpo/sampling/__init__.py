@@ -1,0 +1,1 @@
+"""Prompts to responses: engines, reproducible chunks, and the workflow of simpo sample."""

@@ -1,0 +1,160 @@
+"""The engine on transformers' ``generate``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from simpo.packing.policy import causal_lm
+from simpo.sampling.engine import Sampled, stop_ids
+from simpo.sampling.settings import SamplingSettings
+
+logger = logging.getLogger(__name__)
+
+# Keys of a checkpoint's generation configuration that the settings replace or that do not change what is sampled.
+_OURS = {"do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens"}
+_OURS |= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache"}
+_OURS |= {"output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"}
+_OURS |= {"cache_implementation", "trust_remote_code"}
+
+
+class TransformersEngine:
+    """Samples from a model in memory, trained or not; the model is left as it was.
+
+    Args:
+        model: a causal language model of transformers, possibly with a peft adapter; also one in training.
+        tokenizer: its tokenizer, with the chat template whose end-of-turn token ends a response.
+
+    Raises:
+        SimpoError: nothing ends a response.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.stop_ids = stop_ids(tokenizer, model.generation_config)
+        self._pad_id = self.stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if ignored := ignored_settings(model.generation_config):
+            logger.warning("the checkpoint's generation settings are not used: %s", ", ".join(ignored))
+
+    def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
+        """One response to every prompt; see :class:`simpo.sampling.engine.Engine`."""
+        recorder = _Recorder()
+        new = self._new_tokens(prompts, settings, seed, logits_processor=LogitsProcessorList([recorder]))
+        logps = recorder.finish(new)
+        ended = [self._until_stop(ids) for ids in new.tolist()]
+        return [
+            Sampled(ids, finished, sum(row[: len(ids)]))
+            for (ids, finished), row in zip(ended, logps.tolist(), strict=True)
+        ]
+
+    def stream(self, prompt: list[int], settings: SamplingSettings, seed: int, **options: Any) -> Sampled:
+        """One response without its log-probability, while it is generated.
+
+        Args:
+            prompt: token ids.
+            settings: resolved ones.
+            seed: as in :meth:`generate`.
+            options: ``streamer`` and ``stopping_criteria`` of transformers' ``generate``.
+        """
+        new = self._new_tokens([prompt], settings, seed, **options)
+        return Sampled(*self._until_stop(new[0].tolist()), logp=None)
+
+    def _new_tokens(
+        self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int, **options: Any
+    ) -> Tensor:
+        """``[B, N]`` what follows the prompts, filled up with padding."""
+        device = next(self.model.parameters()).device
+        ids, mask = left_padded(prompts, self._pad_id)
+        with _sampling_mode(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            found = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=self._configuration(settings),
+                **options,
+            )
+        return found[:, ids.shape[1] :].cpu()
+
+    def _configuration(self, settings: SamplingSettings) -> GenerationConfig:
+        drawn: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+        return GenerationConfig(
+            do_sample=not settings.greedy,
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=self.stop_ids,
+            pad_token_id=self._pad_id,
+            **({} if settings.greedy else drawn),
+        )
+
+    def _until_stop(self, ids: list[int]) -> tuple[list[int], bool]:
+        """A row up to and with the token that ended it, and whether there is one."""
+        end = next((place for place, token_id in enumerate(ids, start=1) if token_id in self.stop_ids), None)
+        return ids[:end], end is not None
+
+
+def ignored_settings(generation_config: GenerationConfig | None) -> list[str]:
+    """Settings of a checkpoint that would change what is sampled and are not taken over, as ``key value``."""
+    if generation_config is None:
+        return []
+    return [f"{key} {value}" for key, value in generation_config.to_diff_dict().items() if key not in _OURS]
+
+
+def left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """``[B, L]`` ids that end together, and the mask that is 0 on the padding before them."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
+
+
+@contextmanager
+def _sampling_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, and none of the model's own generation settings, which ``generate`` would merge into ours."""
+    owners = {id(owner): owner for owner in (model, causal_lm(model))}.values()
+    kept = [owner.generation_config for owner in owners]
+    training = model.training
+    model.eval()
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, configuration in zip(owners, kept, strict=True):
+            owner.generation_config = configuration
+        model.train(training)
+
+
+class _Recorder(LogitsProcessor):
+    """Keeps the log-probability of every token that was drawn, and of all others for one step only.
+
+    ``generate`` calls processors that it is given before temperature, top-k and top-p, so the scores are the model's.
+    """
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None  # [B, V] of the token that is drawn next
+        self._chosen: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._last is not None:
+            self._choose(input_ids[:, -1])
+        self._last = torch.log_softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        return scores
+
+    def finish(self, new: Tensor) -> Tensor:
+        """``[B, N]`` log-probabilities of the tokens ``new``; ``generate`` may have run a step further."""
+        if len(self._chosen) < new.shape[1]:
+            self._choose(new[:, -1])
+        return torch.stack(self._chosen[: new.shape[1]], dim=1).cpu()
+
+    def _choose(self, tokens: Tensor) -> None:
+        assert self._last is not None
+        self._chosen.append(self._last.gather(1, tokens.to(self._last.device)[:, None]).squeeze(1))

@@ -1,0 +1,82 @@
+"""How responses are sampled, and the seeds of everything that is drawn."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from typing import Self
+
+from simpo.errors import SimpoError
+
+_MOST_NEW_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Sampling as in the paper, unless told otherwise.
+
+    Attributes:
+        n: answers to every prompt.
+        temperature: divides the logits; 0 takes the likeliest token every time.
+        top_p: tokens are drawn from the smallest set with this much probability; 1 is off.
+        top_k: tokens are drawn from this many likeliest ones; 0 is off.
+        max_new_tokens: longest answer in tokens, end-of-turn token included; None chooses by the model's context.
+        seed: with the prompts and the other settings, determines every answer.
+        chunk_size: answers that are generated, and stored, together; None chooses by the device.
+
+    Raises:
+        SimpoError: a value out of its bounds, or several greedy answers to a prompt; names the key.
+    """
+
+    n: int = 1
+    temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int = 0
+    max_new_tokens: int | None = None
+    seed: int = 42
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for key, least in (("n", 1), ("top_k", 0), ("max_new_tokens", 1), ("seed", 0), ("chunk_size", 1)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise SimpoError(f"{key}: must be at least {least}, not {value}")
+        if not 0 <= self.temperature < math.inf:
+            raise SimpoError(f"temperature: must be a number of at least 0, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise SimpoError(f"top_p: must be above 0 and at most 1, not {self.top_p}")
+        if self.greedy and self.n > 1:
+            raise SimpoError(f"n: {self.n} greedy answers (temperature 0) would be identical; set n to 1")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0
+
+    def resolved(self, *, context: int | None, chunk_size: int) -> Self:
+        """The settings with nothing left open.
+
+        Args:
+            context: positions that the model has; None if it has no bound. Half of them are left to the prompts
+                where ``max_new_tokens`` is not given.
+            chunk_size: what None stands for.
+
+        Raises:
+            SimpoError: ``max_new_tokens`` leaves no room for a prompt.
+        """
+        longest = self.max_new_tokens
+        if longest is None:
+            longest = _MOST_NEW_TOKENS if context is None else max(1, min(_MOST_NEW_TOKENS, context // 2))
+        elif context is not None and longest >= context:
+            raise SimpoError(
+                f"max_new_tokens: {longest} leave no room for a prompt in the model's context of {context} tokens; "
+                f"set it below {context}"
+            )
+        return replace(self, max_new_tokens=longest, chunk_size=self.chunk_size or chunk_size)
+
+
+def derived_seed(seed: int, *numbers: int) -> int:
+    """A seed of 63 bits for one part of what ``seed`` determines; it does not depend on what was drawn before."""
+    text = ":".join(map(str, (seed, *numbers)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

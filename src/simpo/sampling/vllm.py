@@ -1,0 +1,68 @@
+"""The engine on vLLM, where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from simpo.errors import SimpoError
+from simpo.sampling.engine import Sampled
+from simpo.sampling.settings import SamplingSettings, derived_seed
+from simpo.training.models import ModelArguments
+
+
+class VllmEngine:
+    """Samples with vLLM on all GPUs of this machine.
+
+    Args:
+        model: which model; vLLM loads it itself.
+        stop_ids: the tokens that end a response.
+
+    Raises:
+        SimpoError: vLLM is not installed.
+    """
+
+    def __init__(self, model: ModelArguments, stop_ids: list[int]) -> None:
+        try:
+            import vllm  # noqa: PLC0415 - an optional dependency
+        except ImportError as error:
+            raise SimpoError("engine: vLLM is not installed; pip install 'simpo[vllm]'") from error
+        self._vllm: Any = vllm
+        self._stop_ids = stop_ids
+        self._llm = vllm.LLM(
+            model=model.model_name_or_path,
+            revision=model.model_revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=model.dtype,
+            tensor_parallel_size=max(1, torch.cuda.device_count()),
+            generation_config="vllm",  # nothing of the checkpoint's own sampling
+            logprobs_mode="raw_logprobs",
+        )
+
+    def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
+        """One response to every prompt; see :class:`simpo.sampling.engine.Engine`."""
+        found = self._llm.generate(
+            [self._vllm.TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
+            [self._parameters(settings, derived_seed(seed, number)) for number in range(len(prompts))],
+            use_tqdm=False,
+        )
+        return [self._sampled(request.outputs[0]) for request in found]
+
+    def _parameters(self, settings: SamplingSettings, seed: int) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            max_tokens=settings.max_new_tokens,
+            seed=seed,
+            stop_token_ids=self._stop_ids,
+            logprobs=0,  # of the sampled token only
+            detokenize=False,
+        )
+
+    def _sampled(self, output: Any) -> Sampled:
+        ids = list(output.token_ids)
+        logp = sum(step[token_id].logprob for step, token_id in zip(output.logprobs, ids, strict=True))
+        return Sampled(ids, output.finish_reason == "stop", float(logp))

@@ -1,0 +1,73 @@
+"""Held-out figures before and after training, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from simpo.results import Metric, Stage
+from simpo.runs.lines import JsonLines
+from simpo.statistics import Interval, mcnemar, mean_interval, proportion_interval, weighted_mean_interval
+from simpo.training.metrics import NAMES
+from simpo.training.packed import WEIGHT, Scores
+
+ACCURACY = "rewards/accuracies"
+
+
+def write_scores(path: Path, rows: Dataset, scores: Scores) -> None:
+    """Keep the scores of ``rows`` as JSON lines, each with where its row comes from."""
+    places = rows["where"] if "where" in rows.column_names else [None] * len(rows)
+    columns = zip(*(values.tolist() for values in scores.values()), strict=True)
+    lines = JsonLines(path)
+    lines.keep(0)
+    lines.append(
+        {"where": place, **dict(zip(scores, row, strict=True))} for place, row in zip(places, columns, strict=True)
+    )
+
+
+def read_scores(path: Path, rows: int) -> Scores | None:
+    """What :func:`write_scores` kept; None if there are not ``rows`` of them."""
+    if not path.exists() or len(found := JsonLines(path).read()) != rows:
+        return None
+    return {name: np.array([line[name] for line in found], dtype=np.float64) for name in found[0] if name != "where"}
+
+
+def compare_pairs(before: Scores, after: Scores) -> list[Metric]:
+    """Means over the pairs, and whether the rise in accuracy is chance."""
+    metrics = []
+    for name in NAMES:
+        for stage, scores in _stages(before, after):
+            values = scores[name]
+            accuracy = name == ACCURACY
+            found = proportion_interval(int(values.sum()), len(values)) if accuracy else mean_interval(values)
+            metrics.append(_metric(f"eval_{name}", stage, found))
+    test = mcnemar(before[ACCURACY].astype(bool), after[ACCURACY].astype(bool))
+    metrics.append(Metric(f"eval_{ACCURACY}/p_value", test.p, n=len(before[ACCURACY]), method="McNemar, one-sided"))
+    return metrics
+
+
+def compare_conversations(before: Scores, after: Scores) -> list[Metric]:
+    """Mean loss over the scored tokens, in nats, and the perplexity, its exponential."""
+    losses = [
+        (stage, weighted_mean_interval(scores["loss"], scores[WEIGHT])) for stage, scores in _stages(before, after)
+    ]
+    metrics = [_metric("eval_loss", stage, found) for stage, found in losses]
+    return metrics + [_metric("eval_perplexity", stage, _exponential(found)) for stage, found in losses]
+
+
+def _stages(before: Scores, after: Scores) -> Iterator[tuple[Stage, Scores]]:
+    yield "before", before
+    yield "after", after
+
+
+def _metric(name: str, stage: Stage, found: Interval) -> Metric:
+    return Metric(name, found.value, stage, found.n, found.low, found.high, found.method)
+
+
+def _exponential(found: Interval) -> Interval:
+    low, high = (None if bound is None else math.exp(bound) for bound in (found.low, found.high))
+    return Interval(math.exp(found.value), low, high, found.n, found.method)

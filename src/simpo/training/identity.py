@@ -1,0 +1,92 @@
+"""What determines the result of a training run, as a flat mapping that two runs can be compared by."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from simpo.training.inputs import DataArguments
+from simpo.training.models import ModelArguments
+
+# Keys of a configuration that change what is shown, stored or kept of a run, but not what it computes.
+_NO_INFLUENCE = {
+    "accept_changes",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "dataset_num_proc",
+    "ddp_timeout",
+    "disable_tqdm",
+    "do_eval",
+    "do_predict",
+    "do_train",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "output_dir",
+    "project",
+    "report_to",
+    "resume_from_checkpoint",
+    "run_name",
+    "trackio_space_id",
+}
+_NO_INFLUENCE_PREFIXES = ("hub_", "logging_", "push_to_hub", "save_")
+
+Identity = dict[str, str | None]
+
+
+def training_identity(
+    model: ModelArguments, data: DataArguments, config: Any, train: Dataset, held_out: Dataset | None
+) -> Identity:
+    """Start model, rows in their order, and every setting that acts on training.
+
+    Where data and models come from does not count, what is in them does; a hub model is told by its name and revision.
+    """
+    found: Identity = {"model": model_digest(model), "dtype": model.dtype, "chat_template": data.chat_template}
+    found["data/train"] = rows_digest(train)
+    found["data/eval"] = None if held_out is None else rows_digest(held_out)
+    found |= {key: str(value) for key, value in sorted(config.to_dict().items()) if _acts(key)}
+    return found
+
+
+def _acts(key: str) -> bool:
+    return key not in _NO_INFLUENCE and not key.startswith(_NO_INFLUENCE_PREFIXES)
+
+
+def rows_digest(rows: Dataset) -> str:
+    """SHA-256 of the token ids, and of which are scored, row by row in their order."""
+    columns = [name for name in ("prompt_ids", "response_ids", "scored") if name in rows.column_names]
+    digest = hashlib.sha256()
+    for batch in rows.select_columns(columns).with_format("arrow").iter(1000):
+        for row in zip(*(batch[name].to_pylist() for name in columns), strict=True):
+            prompt, *nested = row
+            ids = [*prompt, -1, *(item for lists in nested for items in lists for item in [*items, -1])]
+            digest.update(np.array(ids, np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def model_digest(model: ModelArguments) -> str:
+    """SHA-256 of a local model's weight files, an adapter's with what it says of its base; of a hub model its name."""
+    folder = Path(model.model_name_or_path)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")])
+    if not files:
+        return f"{model.model_name_or_path}@{model.model_revision}"
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def settings_of(*arguments: Any) -> dict[str, Any]:
+    """Every key of a recipe's dataclasses with its value, for the record."""
+    found: dict[str, Any] = {}
+    for part in arguments:
+        found |= part.to_dict() if hasattr(part, "to_dict") else dataclasses.asdict(part)
+    return found

@@ -1,0 +1,409 @@
+"""Training on packed batches: transformers' ``Trainer`` with its own batches, micro-batch loop and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from simpo.atomic import write_text
+from simpo.data.tokenize import Prepared
+from simpo.errors import SimpoError
+from simpo.objectives import Responses
+from simpo.packing.binning import StepPlan, check_budget
+from simpo.packing.layout import PackedBatch
+from simpo.packing.policy import ForwardPath, policy_forward, prepare_policy, resolve_path
+from simpo.packing.selfcheck import choose_path
+from simpo.runs.manifest import damage
+from simpo.training.batches import (
+    ComparisonRows,
+    PlannedBatch,
+    PlanSampler,
+    collate,
+    comparisons_of,
+    response_counts,
+    token_lengths,
+)
+from simpo.training.checkpoints import check_checkpoint, last_good_checkpoint, rotate, staged_checkpoint
+from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
+from simpo.training.models import disable_dropout, load_model
+from simpo.training.running_means import RunningMeans
+from simpo.training.settings import TrainingSettings
+
+logger = logging.getLogger(__name__)
+
+# Figures of every row of a data set, in its order: the names of the metrics and WEIGHT, ``[rows]`` each.
+Scores = dict[str, np.ndarray]
+WEIGHT = "weight"
+
+_MEANS_NAME = "running_means.json"
+
+
+class PackedTrainer(Trainer):
+    """Trains a causal language model on comparisons of one prompt with K responses; subclasses say with which loss.
+
+    A step's loss is the weighted mean of its rows' losses, however it is split into micro-batches and over ranks.
+    Overrides of ``Trainer``: how a batch is made (``get_train_dataloader``, ``get_eval_dataloader``), how its loss is
+    computed (``compute_loss``, ``prediction_step``), how micro-batches are looped (``training_step``), what is logged
+    (``log``), and how a checkpoint is written (``_save_checkpoint``: staged, listed and renamed).
+
+    Args:
+        model: a model, or the name or folder of one.
+        args: the configuration.
+        train_dataset: rows in any shape that :mod:`simpo.data` recognises, or already tokenized.
+        eval_dataset: the same, or several by name.
+        processing_class: the tokenizer; needed unless the data is tokenized.
+        callbacks: as for ``Trainer``.
+        optimizers: as for ``Trainer``.
+
+    Raises:
+        SimpoError: data or configuration that cannot be trained on; while training, a loss or gradient that is not
+            finite, before the optimizer has moved.
+    """
+
+    # Names of a row's figures, the loss first.
+    metric_names: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: TrainingSettings,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if isinstance(model, str):
+            model = load_model(model)
+        if args.disable_dropout:
+            disable_dropout(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=self._tokenized(train_dataset, processing_class, args, "train"),
+            eval_dataset=_each(eval_dataset, lambda d, name: self._tokenized(d, processing_class, args, name)),
+            processing_class=processing_class,
+            compute_metrics=self._mean_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.path = self._choose_path()
+        self._means = RunningMeans(self.metric_names, args.device)
+        self._step: list[tuple[PlannedBatch, Tensor]] = []  # micro-batches of the current step with their rows' losses
+        self._staging: Path | None = None
+
+    # ---- what a subclass says ----
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
+        """Tokenize ``dataset`` for this kind of training; raises :class:`SimpoError` if it is not for it."""
+
+    @abstractmethod
+    def row_figures(self, y: Responses) -> tuple[Tensor, Tensor]:
+        """Losses, ``[C]``, and detached figures, ``[C, len(metric_names)]``, of comparisons with responses ``y``."""
+
+    def row_weights(self, rows: Dataset) -> np.ndarray | None:
+        """``[rows]`` how much each counts in its step's mean; None for all alike."""
+        return None
+
+    # ---- data ----
+
+    @classmethod
+    def _tokenized(
+        cls, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str
+    ) -> Dataset | None:
+        if dataset is None:
+            return None
+        if "prompt_ids" not in dataset.column_names and tokenizer is None:
+            raise SimpoError("processing_class: give the tokenizer, or tokenized data")
+        prepared = cls.prepare(dataset, tokenizer, args, label)
+        rows, report = prepared.dataset, prepared.report
+        if report.used < report.rows or report.cut:  # nothing is left out unsaid
+            logger.warning("\n".join(report.lines()))
+        if args.max_batch_tokens is not None:  # checked here, before anything is written
+            check_budget(token_lengths(rows, padded=args.forward_path == "padded"), args.max_batch_tokens)
+        return rows
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One element an optimizer step: this rank's micro-batches, by the plan that all ranks share."""
+        if self.train_dataset is None:
+            raise SimpoError("train_dataset: there is nothing to train on")
+        plan = self._plan(self.train_dataset, self.args.train_batch_size, training=True)
+        if plan.steps == 0:
+            raise SimpoError(
+                f"dataloader_drop_last: {len(self.train_dataset)} rows are fewer than the {plan.rows_per_step} of a "
+                "step, so nothing would be trained; lower per_device_train_batch_size"
+            )
+        # the trainer's own step count says which epoch starts, also after a resume
+        return self._loader(self.train_dataset, plan, lambda: self.state.global_step // max(plan.steps, 1))
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
+        """Rows in their order, ``per_device_eval_batch_size`` a rank and element."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise SimpoError("eval_dataset: there is nothing to evaluate on")
+        rows = self._tokenized(rows, self.processing_class, self.args, "eval")
+        return self._loader(rows, self._plan(rows, self.args.eval_batch_size, training=False), lambda: 0)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """As :meth:`get_eval_dataloader`."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def _plan(self, rows: Dataset, rows_per_device: int, *, training: bool) -> StepPlan:
+        args = self.args
+        lengths = token_lengths(rows, padded=self.path == "padded")
+        budget = args.max_batch_tokens
+        if budget is None:
+            budget = max(16384 if args.device.type != "cpu" else 2048, int(lengths.max()))
+        shuffled = training and args.train_sampling_strategy == "random"
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return StepPlan(
+            lengths=lengths,
+            rows_per_step=rows_per_device * args.world_size,
+            max_batch_tokens=budget,
+            world_size=args.world_size,
+            seed=seed if shuffled else None,
+            drop_last=args.dataloader_drop_last and training,
+            padded_rows=response_counts(rows) if self.path == "padded" else None,
+            weights=self.row_weights(rows),
+        )
+
+    def _loader(self, rows: Dataset, plan: StepPlan, epoch: Callable[[], int]) -> DataLoader:
+        """Not prepared by accelerate: the plan has already shared the rows out, and none may be repeated."""
+        args = self.args
+        return DataLoader(
+            ComparisonRows(rows),  # type: ignore[arg-type]
+            batch_sampler=PlanSampler(plan, epoch, args.process_index),
+            collate_fn=collate,
+            # its own, so that an evaluation between two steps does not change what dropout draws
+            generator=torch.Generator(),
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        )
+
+    # ---- loss ----
+
+    def _choose_path(self) -> ForwardPath:
+        """Let the model prove the fast path on a few real rows, in the precision that it will train in."""
+        model = prepare_policy(self.model)
+        rows = self.train_dataset if self.train_dataset is not None else _first(self.eval_dataset)
+        if rows is None:
+            return self.args.forward_path
+        sample = PackedBatch.build(comparisons_of(rows, range(min(16, len(rows)))))
+        with self.accelerator.autocast():
+            choose_path(model, sample)
+        return resolve_path(model, sample, self.args.forward_path)
+
+    def compute_loss(  # noqa: D102 - documented by Trainer
+        self,
+        model: nn.Module,
+        inputs: PlannedBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        batch = inputs.packed.to(self.args.device)
+        losses, figures = self.row_figures(policy_forward(model, batch, path=self.path))
+        # ranks' gradients are averaged, so each counts world_size times over the step's weight
+        loss = (losses * batch.weights).sum() * (self.args.world_size / inputs.step_weight)
+        return (loss, figures) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of all micro-batches of one optimizer step; returns its loss, ``[]``."""
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()  # schedule-free optimizers
+        total = torch.zeros((), device=self.args.device)
+        batches = inputs["micro_batches"]
+        self._step = []
+        for number, batch in enumerate(batches):
+            with self._gradient_sync(model, last=number == len(batches) - 1):
+                with self.compute_loss_context_manager():
+                    loss, figures = self.compute_loss(model, batch, return_outputs=True)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            self._means.add(figures, batch.packed.weights)
+            self._step.append((batch, figures[:, 0]))
+        return total
+
+    @contextmanager
+    def _gradient_sync(self, model: nn.Module, *, last: bool) -> Iterator[None]:
+        """Let ranks exchange gradients only after the last micro-batch (FSDP reduce-scatters each, to save memory)."""
+        self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps when this is true
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        context: AbstractContextManager[None] = nullcontext()
+        if not last and not sharded:
+            context = self.accelerator.no_sync(model)
+        with context:
+            yield
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of one step on this rank: 6 a token and weight outside the embeddings, as transformers counts them."""
+        tokens = sum(batch.packed.tokens for batch in inputs["micro_batches"])
+        return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
+
+    # ---- a loss or gradient that is not finite ----
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm, which Trainer asks for before every optimizer step; ends the run if it is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.accelerator.scaler is not None  # fp16: overflow is expected, and the scaler skips the step
+        if not scaled and norm is not None and not math.isfinite(float(norm)):
+            raise SimpoError(self._not_finite())
+        return norm
+
+    def _not_finite(self) -> str:
+        """What is wrong with the current step, and with which of its rows."""
+        rows = [row for batch, losses in self._step for row in rows_not_finite(batch.rows, losses)]
+        here = [row for batch, _ in self._step for row in batch.rows]
+        what = "loss"
+        if not rows:
+            what = "gradient"
+            rows = rows_without_gradient(self.model, here, self._loss_of_row) if self.args.world_size == 1 else here
+        found = describe_rows(self.train_dataset, sorted(rows))
+        many = " (all rows of the step: look at the model and the learning rate)" if len(rows) == len(here) > 1 else ""
+        return (
+            f"step {self.state.global_step + 1}: the {what} is not finite; rows: {found}{many}; nothing was updated: "
+            "mend or remove what is named"
+        )
+
+    def _loss_of_row(self, row: int) -> Tensor:
+        packed = PackedBatch.build(comparisons_of(self.train_dataset, [row]))
+        with self.compute_loss_context_manager():
+            return self.compute_loss(self.model, PlannedBatch(packed, (row,), 1.0))
+
+    # ---- metrics ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Put the rows' means since the last log, over all ranks, into the training log."""
+        if "loss" in logs:
+            logs |= self._means.take(self._sum_over_ranks)
+        if "train_loss" in logs:
+            logs |= {"train_loss": self._means.overall(self._sum_over_ranks).get("loss", math.nan)}
+        super().log(logs, start_time)
+
+    def mean_loss(self) -> float:
+        """Over the whole training, also the part before a resume."""
+        return self._means.overall(self._sum_over_ranks).get("loss", math.nan)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="sum")
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """Figures of an element's rows with their weight, ``[rows, N + 1]``, and row numbers (-1 for none)."""
+        capacity = self.args.eval_batch_size * self.args.world_size
+        figures = torch.zeros(capacity, len(self.metric_names) + 1, device=self.args.device)
+        rows = torch.full((capacity,), -1, device=self.args.device)
+        filled = 0
+        for batch in inputs["micro_batches"]:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                _, found = self.compute_loss(model, batch, return_outputs=True)
+            weights = batch.packed.weights
+            if weights.any():  # not a filler
+                here = slice(filled, filled + len(batch.rows))
+                figures[here, :-1], figures[here, -1] = found.to(figures), weights.to(figures)
+                rows[here] = torch.tensor(batch.rows, device=rows.device)
+                filled += len(batch.rows)
+        return None, figures, rows
+
+    def score_rows(self, dataset: Dataset) -> Scores:
+        """Figures of every row of ``dataset``, in its order."""
+        output = self.predict(dataset)
+        real = output.label_ids >= 0
+        order = np.argsort(output.label_ids[real])
+        figures = output.predictions[real][order].astype(np.float64)
+        return {name: figures[:, column] for column, name in enumerate((*self.metric_names, WEIGHT))}
+
+    def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        real = prediction.predictions[prediction.label_ids >= 0].astype(np.float64)
+        means = np.average(real[:, :-1], axis=0, weights=real[:, -1])
+        return {name: float(mean) for name, mean in zip(self.metric_names, means, strict=True)}
+
+    # ---- what is saved ----
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # a pickle, and it holds the hub token; the recipe says the same
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; ``resume_from_checkpoint`` is a checkpoint, or True for the newest whole one in the output folder."""
+        if resume_from_checkpoint is True:
+            found = last_good_checkpoint(Path(self.args.output_dir))
+            if found is None:
+                raise SimpoError(f"resume_from_checkpoint: there is no whole checkpoint in {self.args.output_dir}")
+            resume_from_checkpoint = str(found)
+        if resume_from_checkpoint:
+            path = Path(resume_from_checkpoint)
+            check_checkpoint(path, self.model)
+            means = json.loads((path / _MEANS_NAME).read_text())
+            self._means.restore(means, main=self.is_world_process_zero())
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place, list its files with sizes and hashes, and only then rename it."""
+        folder = Path(self._get_output_dir(trial))
+        final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        main = self.is_world_process_zero()
+        means = self._means.state(self._sum_over_ranks)  # every rank is here now, and sees the same folder
+        if final.exists() and damage(final) is None:
+            return  # an epoch's end may come by a step that has just been saved
+        with staged_checkpoint(final, main=main, wait=self.accelerator.wait_for_everyone) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if main:
+                self._complete(staging / final.name, final, means)
+        if main:
+            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _complete(self, staged: Path, final: Path, means: dict[str, Any]) -> None:
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        write_text(staged / _MEANS_NAME, json.dumps(means))
+
+
+def _each(dataset: Any, function: Callable[[Dataset, str], Any]) -> Any:
+    """``function(dataset, label)``, or of every one of several named data sets."""
+    if isinstance(dataset, dict):
+        return {name: function(part, name) for name, part in dataset.items()}
+    return None if dataset is None else function(dataset, "eval")
+
+
+def _first(dataset: Any) -> Dataset | None:
+    return next(iter(dataset.values())) if isinstance(dataset, dict) else dataset

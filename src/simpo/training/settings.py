@@ -1,0 +1,118 @@
+"""What every training run here has in common: transformers' ``TrainingArguments`` and what packed batches add."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import SchedulerType, TrainingArguments
+
+from simpo.data.settings import TokenizeSettings
+from simpo.errors import SimpoError
+
+_UNSUPPORTED = {
+    "auto_find_batch_size": (False, "a step's rows would change; max_batch_tokens bounds the memory of a forward"),
+    "label_smoothing_factor": (0.0, "it smooths class labels; label_smoothing is the preference objectives' own"),
+}
+
+
+@dataclass
+class TrainingSettings(TrainingArguments):
+    """Keys of every kind of training."""
+
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+
+    use_cache: bool = field(
+        default=True, metadata={"help": "Generation's cache, in the saved model's configuration; training has none."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout, as the paper does."})
+
+    max_length: int = field(default=2048, metadata={"help": "Longest prompt with response, in tokens."})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "What an overlong prompt is cut to (default: max_length * 1800 / 2048)."}
+    )
+    truncation: Literal["prompt", "drop", "paper"] = field(
+        default="prompt",
+        metadata={"help": "Overlong rows: cut the prompt, and drop what then does not fit; drop all; or as the paper."},
+    )
+    truncation_mode: Literal["keep_end", "keep_start"] = field(
+        default="keep_end", metadata={"help": "Which end of an overlong prompt stays."}
+    )
+    auto_insert_empty_system_msg: bool = field(
+        default=False, metadata={"help": "Put an empty system message first where the template has a place for one."}
+    )
+    on_bad_row: Literal["skip", "error"] = field(
+        default="skip", metadata={"help": "Skip and count bad rows (an error above 1%), or stop at the first."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize (default: one a core, fewer for little data)."}
+    )
+
+    max_batch_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a forward (default: 16384, on a CPU 2048, or the longest row if longer)."},
+    )
+    forward_path: Literal["auto", "packed", "padded"] = field(
+        default="auto",
+        metadata={
+            "help": "Prompts shared and nothing padded, or padded; auto: packed if it proves right on the model."
+        },
+    )
+    accept_changes: bool = field(
+        default=False, metadata={"help": "Continue a killed run although what determines its result has changed."}
+    )
+
+    def __post_init__(self) -> None:
+        for key, (only, why) in _UNSUPPORTED.items():
+            if getattr(self, key) != only:
+                raise SimpoError(f"{key}: not supported ({why})")
+        self._fold_accumulation()
+        self.remove_unused_columns = False  # the columns are ours, not the model's
+        self.logging_nan_inf_filter = False  # a loss that is not finite must be seen
+        # without it transformers takes bf16 on a machine without accelerator for a mistake
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+        if self.n_gpu > 1:
+            raise SimpoError(
+                f"{self.n_gpu} GPUs are visible and there is no launcher: start with "
+                f"'torchrun --nproc_per_node {self.n_gpu} -m simpo.cli ...' or set CUDA_VISIBLE_DEVICES to one of them"
+            )
+        self._check()
+
+    @property
+    def tokenize_settings(self) -> TokenizeSettings:
+        """What the data layer needs to know."""
+        return TokenizeSettings(
+            max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+            truncation_mode=self.truncation_mode,
+            truncation=self.truncation,
+            auto_insert_empty_system_msg=self.auto_insert_empty_system_msg,
+            on_bad_row=self.on_bad_row,
+            num_proc=self.dataset_num_proc,
+        )
+
+    def _fold_accumulation(self) -> None:
+        """Make an optimizer step one element of Trainer's loop; micro-batches are cut by tokens, not by this."""
+        for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, key) < 1:
+                raise SimpoError(f"{key}: must be at least 1, not {getattr(self, key)}")
+        self.per_device_train_batch_size *= self.gradient_accumulation_steps  # type: ignore[has-type]
+        self.gradient_accumulation_steps = 1
+
+    def _check(self) -> None:
+        if self.forward_path not in ("auto", "packed", "padded"):
+            raise SimpoError(f"forward_path: {self.forward_path!r} is not one of 'auto', 'packed', 'padded'")
+        if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
+            raise SimpoError(f"max_batch_tokens: must be at least 1, not {self.max_batch_tokens}")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise SimpoError(
+                f"train_sampling_strategy: {self.train_sampling_strategy!r} is not needed (micro-batches are balanced "
+                "by tokens in any order); use 'random' or 'sequential'"
+            )
+        self.tokenize_settings  # noqa: B018 - its constructor checks the keys

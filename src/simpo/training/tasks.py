@@ -1,0 +1,62 @@
+"""The kinds of training that a command runs: what differs between them, for one workflow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from simpo.results import Metric
+from simpo.training.held_out import compare_conversations, compare_pairs
+from simpo.training.packed import PackedTrainer, Scores
+from simpo.training.sft import SFTTrainer
+from simpo.training.trainer import PreferenceTrainer
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of training.
+
+    Attributes:
+        command: the command that runs it.
+        trainer: what does the work.
+        compare: held-out figures from the scores before and after.
+        rows: what its rows are called.
+        describe: from the configuration, what is being optimized, in a few words.
+        method: from the configuration, how the model card says what was done.
+        tags: from the configuration, the model card's tags.
+    """
+
+    command: str
+    trainer: type[PackedTrainer]
+    compare: Callable[[Scores, Scores], list[Metric]]
+    rows: str
+    describe: Callable[[Any], str]
+    method: Callable[[Any], str]
+    tags: Callable[[Any], list[str]]
+
+
+def _describe_objective(config: Any) -> str:
+    settings = ", ".join(f"{key} {value}" for key, value in config.hyperparameters.items())
+    return f"objective: {config.objective} ({settings})"
+
+
+PREFERENCES = Task(
+    command="train",
+    trainer=PreferenceTrainer,
+    compare=compare_pairs,
+    rows="pairs",
+    describe=_describe_objective,
+    method=lambda config: f"aligned by **{config.objective}** ({config.row.paper})",
+    tags=lambda config: ["simpo", "preference-optimization", config.objective],
+)
+
+SUPERVISED = Task(
+    command="sft",
+    trainer=SFTTrainer,
+    compare=compare_conversations,
+    rows="conversations",
+    describe=lambda config: "objective: average negative log-probability of the assistant's tokens",
+    method=lambda config: "fine-tuned on demonstrations, on the assistant's turns only,",
+    tags=lambda config: ["simpo", "sft"],
+)

@@ -1,0 +1,31 @@
+"""A tiny chat model whose answers vary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from simpo.world.model import make_model, make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def write_chat_model():
+    """``write_chat_model(folder, texts, positions)``: a random model that says something else at every step.
+
+    Without tied embeddings and with large weights; else a random model repeats its last token.
+    """
+
+    def write(folder, texts, positions: int) -> None:
+        tokenizer = make_tokenizer(texts, vocab_size=300)
+        tokenizer.save_pretrained(folder)
+        config = make_model(tokenizer, seed=0).config
+        config.tie_word_embeddings, config.max_position_embeddings = False, positions
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config)
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(folder)
+
+    return write

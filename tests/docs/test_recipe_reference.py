@@ -1,0 +1,47 @@
+"""The page of recipe keys says what the code declares."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from simpo.training.config import PreferenceConfig
+from simpo.training.inputs import DataArguments
+from simpo.training.models import ModelArguments
+from simpo.training.sft import SFTConfig
+
+_SCRIPT = Path(__file__).parents[2] / "docs/recipe_reference.py"
+
+
+@pytest.fixture(scope="module")
+def reference():
+    spec = importlib.util.spec_from_file_location("recipe_reference", _SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_up_to_date(reference):
+    current = reference.PAGE.read_text(encoding="utf-8") == reference.page()
+    assert current, "docs/recipe-reference.md is not what the code declares; run: python docs/recipe_reference.py"
+
+
+def test_every_key_of_ours_and_every_changed_default_is_on_the_page(reference):
+    theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    ours = {
+        field.name
+        for cls in (ModelArguments, DataArguments, PreferenceConfig, SFTConfig)
+        for field in dataclasses.fields(cls)
+        if field.init and (field.name not in theirs or field.default != theirs[field.name])
+    }
+    assert len(ours) > 30
+    page = reference.page()
+    assert not [name for name in sorted(ours) if f"\n| `{name}` |" not in page]
+
+
+def test_a_bar_in_a_cell_does_not_end_it(reference):
+    assert reference._markdown(("a", "b"), [("x | y", "z")])[-1] == "| x \\| y | z |"

@@ -1,0 +1,375 @@
+"""A run folder's life: refused, begun, locked, killed, resumed, changed, finished."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from pathlib import Path
+
+import pytest
+import yaml
+
+from simpo.errors import SimpoError
+from simpo.results import fingerprint
+from simpo.runs.folder import RunFolder
+from simpo.runs.manifest import damage
+
+IDENTITY = {"learning_rate": 1e-6, "layers": [1, 2], "data/train": "a" * 64, "model": "tiny"}
+
+
+def begin(path, identity=IDENTITY, *, command="train", **options):
+    folder = RunFolder(path, command=command)
+    try:
+        folder.begin(identity, **options)
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
+def refused(path, *, command="train"):
+    with pytest.raises(SimpoError) as caught:
+        RunFolder(path, command=command)
+    return str(caught.value)
+
+
+def record(path):
+    return json.loads((path / "run.json").read_text())
+
+
+def test_nothing_is_written_before_begin(tmp_path, capsys):
+    with RunFolder(tmp_path / "runs" / "a", command="train") as folder:
+        assert not folder.finished
+        assert not folder.resuming
+        folder.say("hello")
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == "hello\n"
+
+
+def test_a_run_from_start_to_manifest(tmp_path, capsys):
+    path = tmp_path / "runs" / "a"
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    with RunFolder(path, command="train") as folder:
+        folder.say("objective: simpo")
+        folder.begin(IDENTITY, argv=["--beta", "2"], resolved={"beta": 2.0})
+        folder.metrics.append([{"step": 1, "loss": 0.5}])
+        folder.say("done")
+        (path / "model.safetensors").write_bytes(b"weights")
+        (path / "checkpoint-1").mkdir()
+        (path / "checkpoint-1" / "optimizer.pt").touch()
+        assert folder.fingerprint == fingerprint(IDENTITY)
+        assert not folder.finished
+        folder.finish()
+        assert folder.finished
+        folder.say("after the end")
+    assert capsys.readouterr().out.splitlines() == ["objective: simpo", "done", "after the end"]
+
+    kept = record(path)
+    assert {key: kept[key] for key in ("schema", "command", "status", "identity", "fingerprint", "changes")} == {
+        "schema": 1,
+        "command": "train",
+        "status": "finished",
+        "identity": IDENTITY,
+        "fingerprint": fingerprint(IDENTITY),
+        "changes": [],
+    }
+    (started,) = map(datetime.fromisoformat, kept["starts"])
+    assert before <= started <= datetime.fromisoformat(kept["finished"]) <= datetime.now(UTC)
+
+    assert damage(path) is None
+    listed = {file["path"] for file in json.loads((path / "manifest.json").read_text())["files"]}
+    assert listed == {"environment.json", "metrics.jsonl", "model.safetensors", "recipe.resolved.yaml", "recipe.yaml"}
+    lines = (path / "log.txt").read_text().splitlines()
+    assert [re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00 (.*)", line)[1] for line in lines] == [
+        "objective: simpo",
+        "done",
+        "after the end",
+    ]
+    assert json.loads((path / "environment.json").read_text())["packages"]["simpo"]
+
+
+def test_a_finished_run_is_known_and_not_started_again(tmp_path):
+    with begin(tmp_path) as folder:
+        folder.metrics.append([{"step": 1}])
+        folder.finish()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock.pid"}
+    with RunFolder(tmp_path, command="train") as folder:
+        assert folder.finished
+        assert not folder.resuming
+        folder.begin(IDENTITY)
+        assert folder.fingerprint == fingerprint(IDENTITY)
+        assert folder.metrics.read() == [{"step": 1}]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock.pid"} == before
+
+
+def test_an_unfinished_run_is_resumed(tmp_path):
+    with begin(tmp_path) as folder:
+        folder.metrics.append([{"step": 1}])
+    (tmp_path / ".checkpoint-2.partial").mkdir()  # what a kill leaves
+    with RunFolder(tmp_path, command="train") as folder:
+        assert folder.resuming
+        assert not folder.finished
+        folder.begin(dict(reversed(IDENTITY.items())) | {"layers": (1, 2)})
+        assert folder.metrics.read() == [{"step": 1}]
+    assert len(record(tmp_path)["starts"]) == 2
+    assert not (tmp_path / ".checkpoint-2.partial").exists()
+
+
+def test_files_are_refused(tmp_path):
+    (tmp_path / "file").touch()
+    assert refused(tmp_path / "file") == f"output_dir: {tmp_path}/file is a file; name a folder"
+    assert refused(tmp_path / "file" / "a" / "b") == f"output_dir: {tmp_path}/file is a file; name a folder"
+
+
+def test_other_contents_are_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    assert refused(tmp_path) == f"output_dir: {tmp_path} is not empty and holds no run of simpo; name a new folder"
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / ".gitkeep").touch()
+    (tmp_path / ".run.json.123.partial").touch()  # killed before the first file was there
+    with begin(tmp_path) as folder:
+        assert not folder.resuming
+    assert not (tmp_path / ".run.json.123.partial").exists()
+
+
+def test_another_command_s_run_is_refused(tmp_path):
+    begin(tmp_path, command="sft").close()
+    assert refused(tmp_path) == f"output_dir: {tmp_path} holds a run of 'sft', not of 'train'; name a new folder"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"schema": 2, "fingerprint": ""}',
+        '{"schema": 1, "fingerprint": "", "command": "train"}',
+        '{"schema": 1, "fingerprint": "", "command": "train", "identity": {}, "status": "odd"}',
+    ],
+)
+def test_an_unreadable_record_is_refused(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    message = refused(tmp_path)
+    assert message.startswith(f"output_dir: {tmp_path}/run.json is not readable (")
+    assert message.endswith("; name a new folder")
+    assert "\n" not in message
+
+
+def test_a_read_only_disk_is_refused(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for path in (small_disk, small_disk / "runs" / "a"):
+        expected = f"output_dir: {small_disk} cannot be read and written (permissions, or a read-only disk)"
+        assert refused(path) == f"{expected}; name another folder"
+
+
+def test_a_folder_without_permission_is_refused(locked_folder):
+    reason = "cannot be written (Permission denied); make it writable or name another folder"
+    assert refused(locked_folder / "a") == f"output_dir: {locked_folder}/a: {reason}"
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(small_disk):
+    path = small_disk / "run"
+    with begin(path) as folder:
+        with pytest.raises(OSError, match="No space left"):
+            (small_disk / "filler").write_bytes(bytes(1 << 20))
+        with pytest.raises(SimpoError, match=r"no space left on the disk; free some and run the same command again"):
+            folder.finish()
+    with pytest.raises(SimpoError, match="no space left on the disk"):
+        begin(path)
+    (small_disk / "filler").unlink()
+    with begin(path) as folder:
+        assert folder.resuming
+        folder.finish()
+    assert damage(path) is None
+
+
+OTHER = IDENTITY | {"learning_rate": 2e-6, "data/train": "b" * 64, "seed": 3}
+del OTHER["model"]
+DIFFERENCES = (
+    "data/train: other contents; learning_rate: 1e-06 there, 2e-06 now; "
+    'model: "tiny" there, not given now; seed: not given there, 3 now'
+)
+
+
+def test_other_settings_are_refused_with_all_differences(tmp_path):
+    begin(tmp_path).close()
+    with pytest.raises(SimpoError) as caught:
+        begin(tmp_path, OTHER)
+    assert str(caught.value) == (
+        f"output_dir: {tmp_path} holds a run with other settings ({DIFFERENCES}); "
+        "give the same ones or name a new folder, or continue anyway with accept_changes: true"
+    )
+    assert record(tmp_path)["identity"] == IDENTITY
+    assert len(record(tmp_path)["starts"]) == 1
+
+
+def test_long_values_are_not_printed(tmp_path):
+    begin(tmp_path, {"chat_template": "a\n" * 100}).close()
+    with pytest.raises(SimpoError, match=r"\(chat_template: other contents\)"):
+        begin(tmp_path, {"chat_template": "b"})
+
+
+def test_accepted_changes_are_said_and_remembered(tmp_path, capsys):
+    begin(tmp_path).close()
+    with begin(tmp_path, OTHER, accept_changes=True) as folder:
+        assert folder.fingerprint == fingerprint(OTHER)
+    assert capsys.readouterr().out == f"continued with other settings: {DIFFERENCES}\n"
+    assert DIFFERENCES in (tmp_path / "log.txt").read_text()
+    kept = record(tmp_path)
+    assert kept["identity"] == OTHER
+    (change,) = kept["changes"]
+    assert change["there"] == {"learning_rate": 1e-6, "data/train": "a" * 64, "model": "tiny"}
+    assert change["now"] == {"learning_rate": 2e-6, "data/train": "b" * 64, "seed": 3}
+    begin(tmp_path, OTHER).close()  # from now on these are the same ones
+    assert len(record(tmp_path)["changes"]) == 1
+
+
+@pytest.mark.parametrize("accept_changes", [False, True])
+def test_a_finished_run_keeps_its_settings(tmp_path, accept_changes):
+    with begin(tmp_path) as folder:
+        folder.finish()
+    with pytest.raises(SimpoError) as caught:
+        begin(tmp_path, OTHER, accept_changes=accept_changes)
+    expected = f"output_dir: {tmp_path} holds a finished run with other settings ({DIFFERENCES}); name a new folder"
+    assert str(caught.value) == expected
+    assert record(tmp_path)["status"] == "finished"
+
+
+class Strategy(Enum):
+    NO = "no"
+
+
+def test_recipes_are_kept_without_secrets(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("# my recipe\nbeta: 2.5\nhub_token: s3cr3t\n")
+    resolved = {
+        "beta": 2.5,
+        "output_dir": Path("a"),
+        "strategy": Strategy.NO,
+        "names": ("ü",),
+        "nested": {"x": None},
+        "hub_token": "s3cr3t",
+    }
+    argv = ["recipe.yaml", "--api_key", "s3cr3t", "--prompt", "two\nlines"]
+    begin(tmp_path / "a", IDENTITY | {"hub_token": "s3cr3t"}, argv=argv, recipe=recipe, resolved=resolved).close()
+    text = (tmp_path / "a" / "recipe.yaml").read_text()
+    assert text == (
+        "# simpo train recipe.yaml --api_key '<redacted>' --prompt 'two\n# lines'\n"
+        "# my recipe\nbeta: 2.5\nhub_token: <redacted>\n"
+    )
+    assert yaml.safe_load((tmp_path / "a" / "recipe.resolved.yaml").read_text()) == {
+        "beta": 2.5,
+        "output_dir": "a",
+        "strategy": "no",
+        "names": ["ü"],
+        "nested": {"x": None},
+        "hub_token": "<redacted>",
+    }
+    for path in (tmp_path / "a").iterdir():
+        assert "s3cr3t" not in path.read_text()
+
+
+def test_without_a_recipe_there_is_the_command_line(tmp_path):
+    begin(tmp_path).close()
+    assert (tmp_path / "recipe.yaml").read_text() == "# simpo train\n"
+    assert not (tmp_path / "recipe.resolved.yaml").exists()
+
+
+def test_warnings_are_in_the_log_while_the_run_lasts(tmp_path, capsys):
+    logger = logging.getLogger("simpo.anything")
+    token = "hf_" + "a" * 34
+    with RunFolder(tmp_path, command="train") as folder:
+        logger.warning("too early")
+        folder.begin(IDENTITY)
+        logger.warning("%s is not installed", "wandb")
+        logger.info("not a warning")
+        folder.say(f"with {token}")
+    logger.warning("too late")
+    lines = [line.split(" ", 1)[1] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert lines == ["note: wandb is not installed", "with <redacted>"]
+    assert token not in capsys.readouterr().out
+
+
+HOLDING = """
+import os, sys, time
+from simpo.runs.folder import RunFolder
+folder = RunFolder(sys.argv[1], command="train")
+folder.begin({"a": 1})
+if sys.argv[2] == "alone" or os.fork() == 0:
+    print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, start, kill_after):
+    process = start(HOLDING, tmp_path, "alone")
+    in_use = f"is in use by another run (process {process.pid}); wait for it or name a new folder"
+    assert refused(tmp_path) == f"output_dir: {tmp_path} {in_use}"
+    assert refused(tmp_path) == f"output_dir: {tmp_path} {in_use}"  # the first refusal has left it as it was
+    kill_after(process)
+    with RunFolder(tmp_path, command="train") as folder:
+        assert folder.resuming
+        folder.begin({"a": 1})
+
+
+def test_a_child_that_outlives_a_killed_run_does_not_hold_the_folder(tmp_path, start, kill_after):
+    process = start(HOLDING, tmp_path, "fork")
+    child = int(process.first_line)
+    try:
+        kill_after(process)
+        os.kill(child, 0)  # it lives
+        begin(tmp_path, {"a": 1}).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_the_same_process_cannot_use_a_folder_twice(tmp_path):
+    with begin(tmp_path):
+        assert f"is in use by another run (process {os.getpid()})" in refused(tmp_path)
+    begin(tmp_path).close()
+
+
+def test_a_folder_that_another_run_took_in_between_is_refused(tmp_path, start):
+    path = tmp_path / "a"
+    with RunFolder(path, command="train") as folder:
+        process = start(HOLDING, path, "alone")
+        with pytest.raises(SimpoError, match=rf"is in use by another run \(process {process.pid}\)"):
+            folder.begin(IDENTITY)
+        process.kill()
+        process.wait()
+        with pytest.raises(SimpoError, match="was taken by another run just now"):
+            folder.begin(IDENTITY)
+
+
+STARTING = """
+import sys
+from simpo.runs.folder import RunFolder
+print("ready", flush=True)
+with RunFolder(sys.argv[1], command="train") as folder:
+    folder.say("started")
+    folder.begin({"a": 1}, resolved={"a": 1})
+    while True:
+        folder.finish()
+"""
+
+
+def test_a_kill_at_any_time_leaves_a_folder_to_go_on_with(tmp_path, start, kill_after):
+    for attempt in range(4):
+        path = tmp_path / str(attempt)
+        kill_after(start(STARTING, path), 0.008 * attempt)
+        with RunFolder(path, command="train") as folder:
+            was_finished = folder.finished
+            folder.begin({"a": 1})
+            assert not was_finished or damage(path) is None
+            folder.finish()
+        assert damage(path) is None

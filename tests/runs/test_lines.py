@@ -1,0 +1,134 @@
+"""Records that were appended are there after every kind of end, and torn ones are not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from simpo.errors import SimpoError
+from simpo.runs.lines import JsonLines
+
+RECORDS = [
+    {"step": 1, "loss": 0.5},
+    {"step": 2, "text": "zwei, 二\n\u2028\ud83d"},
+    {"nested": [{"a": None}], "b": True},
+]
+
+
+def write(path, records=RECORDS):
+    lines = JsonLines(path)
+    lines.append(records)
+    return lines
+
+
+def test_what_is_appended_is_read_back(tmp_path):
+    lines = write(tmp_path / "new" / "metrics.jsonl")
+    lines.append(iter(RECORDS[:1]))
+    assert len(lines) == 4
+    assert lines.read() == list(lines) == [*RECORDS, RECORDS[0]]
+    again = JsonLines(lines.path)
+    assert (len(again), again.dropped, again.read()) == (4, 0, lines.read())
+
+
+def test_each_record_is_a_line_of_plain_json(tmp_path):
+    path = write(tmp_path / "x").path
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == RECORDS
+    assert "二" in path.read_text(encoding="utf-8")
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    lines = write(tmp_path / "x", [{"loss": float("nan"), "deep": [{"a": (float("inf"), 1.0)}], "n": 3}])
+    assert lines.read() == [{"loss": None, "deep": [{"a": [None, 1.0]}], "n": 3}]
+
+
+def test_what_is_no_json_changes_nothing(tmp_path):
+    lines = write(tmp_path / "x")
+    with pytest.raises(TypeError):
+        lines.append([{"ok": 1}, {"bad": object()}])
+    assert lines.read() == JsonLines(tmp_path / "x").read() == RECORDS
+
+
+def test_torn_last_line_is_dropped_wherever_it_was_torn(tmp_path):
+    path = write(tmp_path / "x").path
+    whole = path.read_bytes()
+    start = len(whole) - len(whole.splitlines(keepends=True)[-1])
+    for end in range(start, len(whole)):
+        path.write_bytes(whole[:end])
+        lines = JsonLines(path)
+        assert (len(lines), lines.dropped) == (2, int(end > start))
+        lines.append(RECORDS[2:])
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("tail", [b"\x00" * 100, b"\xff\xfe\n", b"[1]\n", b'{"a": 1}', b"\n", b'{"a": \n'])
+def test_last_line_that_is_no_record_is_dropped(tmp_path, tail):
+    path = write(tmp_path / "x").path
+    with path.open("ab") as file:
+        file.write(tail)
+    lines = JsonLines(path)
+    assert (lines.read(), lines.dropped) == (RECORDS, 1)
+    assert JsonLines(path).dropped == 0
+
+
+@pytest.mark.parametrize("line", [b'{"a": \n', b"\n", b"3\n", b"\x00\n"])
+def test_damaged_line_in_the_middle_is_named_and_kept(tmp_path, line):
+    path = write(tmp_path / "x").path
+    parts = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(parts[0] + line + parts[2])
+    damaged = path.read_bytes()
+    with pytest.raises(SimpoError) as caught:
+        JsonLines(path)
+    assert str(caught.value) == f"{path}:2: not a JSON object; restore the file or name a new folder"
+    assert path.read_bytes() == damaged
+
+
+def test_keep_drops_what_came_later(tmp_path):
+    lines = write(tmp_path / "x")
+    lines.keep(3)
+    assert lines.read() == RECORDS
+    lines.keep(1)
+    assert lines.read() == JsonLines(tmp_path / "x").read() == RECORDS[:1]
+    lines.append(RECORDS[1:])
+    assert lines.read() == RECORDS
+    lines.keep(0)
+    assert (len(lines), lines.path.read_bytes()) == (0, b"")
+    with pytest.raises(ValueError, match="cannot keep 1 of 0"):
+        lines.keep(1)
+
+
+APPENDING = """
+import sys
+from simpo.runs.lines import JsonLines
+lines = JsonLines(sys.argv[1])
+print(len(lines), flush=True)
+while True:
+    lines.append([{"i": len(lines) + j, "text": "x" * 2000} for j in range(50)])
+"""
+
+
+def test_kill_loses_no_record_that_was_there(tmp_path, start, kill_after):
+    path = tmp_path / "x"
+    before = 0
+    for attempt in range(4):
+        process = start(APPENDING, path)
+        assert int(process.first_line) == before
+        kill_after(process, 0.05 + 0.013 * attempt)
+        lines = JsonLines(path)
+        assert [record["i"] for record in lines] == list(range(len(lines)))
+        assert len(lines) > before
+        before = len(lines)
+
+
+def test_full_disk_leaves_the_earlier_records(small_disk):
+    lines = JsonLines(small_disk / "x")
+    record = {"text": "x" * 10_000}
+    with pytest.raises(SimpoError, match="x: no space left on the disk"):
+        while True:
+            lines.append([record] * 3)
+    assert len(lines) > 3
+    assert lines.read() == [record] * len(lines)
+    assert JsonLines(lines.path).dropped == 0
+    lines.keep(1)
+    lines.append([record])  # there is room again
+    assert lines.read() == [record] * 2

@@ -1,0 +1,106 @@
+"""Every kind of damage is found and named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+from simpo.errors import SimpoError
+from simpo.runs.manifest import damage, write_manifest
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 8)
+    (tmp_path / "below" / "ü.txt").write_text("text")
+    (tmp_path / "empty").touch()
+    write_manifest(tmp_path)
+    return tmp_path
+
+
+def test_manifest_lists_all_files(folder):
+    assert json.loads((folder / "manifest.json").read_text()) == {
+        "schema": 1,
+        "files": [
+            {"path": "below/ü.txt", "bytes": 4, "sha256": hashlib.sha256(b"text").hexdigest()},
+            {"path": "empty", "bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()},
+            {
+                "path": "model.safetensors",
+                "bytes": 2048,
+                "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+            },
+        ],
+    }
+    assert damage(folder) is None
+
+
+def test_what_is_excluded_is_not_listed(folder):
+    for name in ("checkpoint-1/model.safetensors", "below/log.txt", "log.txt", ".lock"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    write_manifest(folder, exclude=("checkpoint-*", "log.txt", ".*"))
+    listed = [file["path"] for file in json.loads((folder / "manifest.json").read_text())["files"]]
+    assert listed == ["below/log.txt", "below/ü.txt", "empty", "model.safetensors"]
+
+
+def _flip(path):
+    contents = bytearray(path.read_bytes())
+    contents[1000] ^= 1
+    path.write_bytes(contents)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "fault"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:512]), "512 bytes instead of 2,048"),
+        (lambda path: path.write_bytes(b""), "0 bytes instead of 2,048"),
+        (lambda path: path.write_bytes(bytes(4096)), "4,096 bytes instead of 2,048"),
+        (_flip, "contents changed (sha256)"),
+        (lambda path: path.unlink(), "missing"),
+        (lambda path: (path.unlink(), path.mkdir()), "missing"),
+    ],
+)
+def test_damage_is_named(folder, break_it, fault):
+    break_it(folder / "model.safetensors")
+    assert damage(folder) == f"model.safetensors: {fault}"
+
+
+def test_sizes_come_before_hashes(folder):
+    (folder / "below" / "ü.txt").write_text("TEXT")
+    assert damage(folder) == "below/ü.txt: contents changed (sha256)"
+    (folder / "model.safetensors").unlink()
+    assert damage(folder) == "model.safetensors: missing"
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"schema": 1', "[]", '{"schema": 2, "files": []}', '{"schema": 1, "files": [3]}']
+)
+def test_unreadable_manifest_is_damage(folder, text):
+    (folder / "manifest.json").write_text(text)
+    assert damage(folder) == "manifest.json: not readable"
+
+
+def test_missing_manifest_is_damage(folder):
+    (folder / "manifest.json").unlink()
+    assert damage(folder) == "no manifest.json"
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../outside", "below/../../outside"])
+def test_manifest_cannot_lead_out_of_the_folder(folder, path):
+    document = json.loads((folder / "manifest.json").read_text())
+    document["files"].append({"path": path, "bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()})
+    (folder / "manifest.json").write_text(json.dumps(document))
+    assert damage(folder) == f"{path}: not in this folder"
+
+
+def test_full_disk_leaves_the_earlier_manifest(small_disk):
+    (small_disk / "file").touch()
+    write_manifest(small_disk)
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "filler").write_bytes(bytes(1 << 20))
+    with pytest.raises(SimpoError, match=r"manifest\.json: no space left on the disk"):
+        write_manifest(small_disk)
+    assert damage(small_disk) is None

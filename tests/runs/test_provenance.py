@@ -1,0 +1,70 @@
+"""The environment names versions and the machine, and nobody."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import platform
+import socket
+import subprocess
+import sys
+
+import torch
+
+from simpo.runs.provenance import environment
+
+
+def git(folder, *arguments):
+    who = ["-c", "user.name=n", "-c", "user.email=e@example.com"]
+    return subprocess.run(
+        ["git", *who, *arguments], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_environment_says_what_it_ran_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = environment()
+    assert found["python"] == platform.python_version()
+    assert found["packages"]["torch"] == torch.__version__
+    assert None not in found["packages"].values()
+    assert found["cpu"]["model"]
+    assert 1 <= found["cpu"]["cores"] <= 4096
+    assert found["ram_bytes"] > 1 << 28
+    assert isinstance(found["gpus"], list)
+    assert found["git"] is None
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_git_state_is_commit_and_dirt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git(tmp_path, "init")
+    assert environment()["git"] is None  # no commit yet
+    (tmp_path / "code.py").write_text("1")
+    git(tmp_path, "add", "code.py")
+    git(tmp_path, "commit", "-m", "first")
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "model").touch()  # a run's own folder is no change of the code
+    assert environment()["git"] == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "code.py").write_text("2")
+    assert environment()["git"]["dirty"] is True
+
+
+def test_without_other_programs_it_does_without_them(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert (environment()["git"], environment()["gpus"]) == (None, [])
+
+
+def test_nobody_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    text = json.dumps(environment())
+    names = {socket.gethostname(), getpass.getuser(), "hf_secret", str(tmp_path)} - {""}
+    assert not [name for name in names if f'"{name}' in text or f"/{name}" in text]
+
+
+def test_torch_is_not_imported():
+    code = (
+        "import sys, simpo.runs.folder, simpo.runs.provenance as p; p.environment(); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

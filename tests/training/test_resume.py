@@ -1,0 +1,290 @@
+"""Runs that are stopped, damaged or repeated: the weights and figures are those of a run that went through."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from simpo import cli
+from simpo.errors import InterruptedRun, SimpoError
+from simpo.results import read_results
+from simpo.training import run as workflow
+from simpo.training.checkpoints import checkpoints, last_good_checkpoint
+from simpo.training.interruption import StopOnSignal
+
+_TIMES = ("runtime", "per_second", "preparation_time")
+
+
+class At(TrainerCallback):
+    """Calls ``action`` when ``step`` optimizer steps are done."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+class Killed(Exception):
+    """Stands for a process that is gone."""
+
+
+def die():
+    raise Killed
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """``at(step, action)``: the next run calls ``action`` after that step."""
+
+    def plan(step, action):
+        train = workflow.PackedTrainer.train
+
+        def watched(self, *args, **kwargs):
+            self.add_callback(At(step, action))
+            return train(self, *args, **kwargs)
+
+        monkeypatch.setattr(workflow.PackedTrainer, "train", watched)
+        return monkeypatch
+
+    return plan
+
+
+def options(world, output, **changes):
+    given = {
+        "model_name_or_path": world / "model",
+        "dataset_name": world / "train.jsonl",
+        "eval_dataset_name": world / "test.jsonl",
+        "output_dir": output,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "epoch",
+        "disable_dropout": "false",
+    } | changes
+    return ["train", *(f"--{key}={value}" for key, value in given.items() if value is not None)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith(_TIMES) and k != "total_flos"} for line in lines]
+
+
+def figures(folder: Path) -> list[tuple]:
+    return [(m.name, m.stage, m.value) for m in read_results(folder / "results.json").metrics]
+
+
+@pytest.fixture(scope="module")
+def through(chat_world, tmp_path_factory):
+    """A run of 12 steps that nothing stopped."""
+    output = tmp_path_factory.mktemp("through") / "run"
+    assert cli.main(options(chat_world, output)) == 0
+    return output
+
+
+def test_a_run_leaves_everything_that_tells_its_story(through, chat_world):
+    names = {path.name for path in through.iterdir()}
+    assert names >= {
+        *("model.safetensors", "config.json", "tokenizer.json", "README.md", "results.json", "manifest.json"),
+        *("run.json", "recipe.yaml", "recipe.resolved.yaml", "environment.json", "log.txt", "metrics.jsonl"),
+        *("held_out_before.jsonl", "held_out_after.jsonl", "trainer_state.json"),
+    }
+    assert "training_args.bin" not in names  # a pickle, which holds tokens
+    assert not list(through.rglob("training_args.bin"))
+    assert sum("loss" in line for line in metrics(through)) == 4
+    assert sum("eval_loss" in line for line in metrics(through)) == 2
+    before = [json.loads(line) for line in (through / "held_out_before.jsonl").read_text().splitlines()]
+    assert [line["where"] for line in before] == [f"test.jsonl:{n}" for n in range(1, 9)]
+    mean = sum(line["rewards/margins"] for line in before) / len(before)
+    assert {(n, s): v for n, s, v in figures(through)}["eval_rewards/margins", "before"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 7, 12])
+def test_a_killed_run_goes_on_to_the_same_bits(step, through, chat_world, at, tmp_path):
+    """Before the first checkpoint, within both epochs, at an epoch's end, and after the last step."""
+    output = tmp_path / "run"
+    patches = at(step, die)
+    with pytest.raises(Killed):
+        cli.main(options(chat_world, output))
+    patches.undo()
+    assert cli.main(options(chat_world, output)) == 0
+    assert same_weights(output, through)
+    assert metrics(output) == metrics(through)
+    assert figures(output) == figures(through)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("step", [3, 5])  # the handler acts on the step after: within an epoch, and at its end
+def test_a_signal_saves_and_stops(signum, code, step, through, chat_world, at, tmp_path, capsys):
+    output = tmp_path / "run"
+    patches = at(step, lambda: os.kill(os.getpid(), signum))
+    changes = {"save_strategy": "no"}
+    assert cli.main(options(chat_world, output, **changes)) == code
+    patches.undo()
+    saved = checkpoints(output)
+    assert len(saved) == 1
+    message = capsys.readouterr().err.strip()
+    assert signal.Signals(signum).name in message
+    assert saved[0].name.removeprefix("checkpoint-") in message
+    assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
+    assert cli.main(options(chat_world, output, **changes)) == 0
+    assert same_weights(output, through)
+    assert metrics(output) == metrics(through)
+
+
+def test_a_second_signal_ends_it_at_once():
+    with pytest.raises(KeyboardInterrupt), StopOnSignal():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_without_a_signal_nothing_is_raised():
+    with StopOnSignal() as stop:
+        pass
+    assert stop.step is None
+    assert issubclass(InterruptedRun, Exception)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip_one_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("damage", [truncate, empty, flip_one_byte, Path.unlink])
+def test_a_damaged_checkpoint_is_skipped(damage, name, through, chat_world, at, tmp_path, caplog):
+    output = tmp_path / "run"
+    patches = at(7, die)
+    with pytest.raises(Killed):
+        cli.main(options(chat_world, output, save_total_limit=2))
+    patches.undo()
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-6", "checkpoint-4"]
+    damage(output / "checkpoint-6" / name)
+    assert last_good_checkpoint(output) == output / "checkpoint-4"
+    assert "checkpoint-6 is damaged" in caplog.text
+    assert name in caplog.text
+    if damage is flip_one_byte and name == "model.safetensors":  # once all the way: each takes a second
+        assert cli.main(options(chat_world, output, save_total_limit=2)) == 0
+        assert same_weights(output, through)
+        assert f"continues from {output / 'checkpoint-4'}" in (output / "log.txt").read_text()
+
+
+def test_the_limit_leaves_the_newest_checkpoints(through, chat_world, tmp_path):
+    output = tmp_path / "run"
+    assert cli.main(options(chat_world, output, save_total_limit=1)) == 0
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-12"]
+    assert last_good_checkpoint(output) is not None
+
+
+def test_the_best_checkpoint_stays_and_is_loaded(chat_world, tmp_path):
+    output = tmp_path / "run"
+    best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "rewards/margins"}
+    best |= {"load_best_model_at_end": "true", "greater_is_better": "false", "save_total_limit": 1}
+    assert cli.main(options(chat_world, output, **best)) == 0
+    state = json.loads((output / "trainer_state.json").read_text())
+    kept = Path(state["best_model_checkpoint"])
+    assert kept.parent == output
+    logs = [line for line in metrics(output) if "eval_rewards/margins" in line]
+    lowest = min(logs, key=lambda line: line["eval_rewards/margins"])["step"]
+    assert kept.name == f"checkpoint-{lowest}"
+    assert same_weights(kept, output)
+
+
+@pytest.mark.parametrize("change", ["recipe", "data", "model"])
+def test_another_run_is_not_continued(change, through, chat_world, at, tmp_path, capsys):
+    output = tmp_path / "run"
+    patches = at(3, die)
+    with pytest.raises(Killed):
+        cli.main(options(chat_world, output))
+    patches.undo()
+    changes = {
+        "recipe": {"beta": 5.0},
+        "data": {"dataset_name": chat_world / "test.jsonl"},
+        "model": {"model_name_or_path": through},
+    }[change]
+    capsys.readouterr()
+    assert cli.main(options(chat_world, output, **changes)) == 2
+    message = capsys.readouterr().err
+    assert {"recipe": "beta", "data": "data/train", "model": "model: other contents"}[change] in message
+    assert message.count("\n") == 1
+    if change == "recipe":
+        assert cli.main(options(chat_world, output, **changes, accept_changes="true")) == 0
+        assert not same_weights(output, through)
+        assert json.loads((output / "run.json").read_text())["changes"]
+
+
+def test_a_finished_run_says_so_and_stays(chat_world, through, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(through, output)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert cli.main(options(chat_world, output)) == 0
+    printed = capsys.readouterr()
+    assert "finished" in printed.out
+    assert "eval_rewards/margins" in printed.out
+    after = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    assert changed <= {"log.txt", ".lock", ".lock.pid"}
+
+
+def test_a_checkpoint_of_another_model_is_named(make_trainer, make_model, pairs, tmp_path):
+    rows = pairs(4)
+    make_trainer(rows, model=make_model("gpt2"), save_strategy="steps", save_steps=1, max_steps=1).train()
+    other = make_trainer(rows, model=make_model("gpt2", n_embd=16), max_steps=2)
+    with pytest.raises(SimpoError, match=r"checkpoint-1 is of another model \(.* there, .* here\)"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    llama = make_trainer(rows, model=make_model("llama"), max_steps=2)
+    with pytest.raises(SimpoError, match="not in this one"):
+        llama.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    with pytest.raises(SimpoError, match="there is no folder"):
+        llama.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_resuming_without_a_checkpoint_is_an_error(make_trainer, pairs):
+    with pytest.raises(SimpoError, match="no whole checkpoint"):
+        make_trainer(pairs(4)).train(resume_from_checkpoint=True)
+
+
+def test_a_full_disk_while_saving(chat_world, through, make_disk, capsys):
+    """A real one: the checkpoint before stays whole, the message is one line, and with room again the run goes on."""
+    disk = make_disk("1m")
+    output, ballast = disk / "run", disk / "ballast"
+    size = sum(path.stat().st_size for path in (through / "checkpoint-2").iterdir())
+    ballast.write_bytes(b"0" * ((1 << 20) - int(1.6 * size) - 64 * 1024))
+    assert cli.main(options(chat_world, output)) == 2
+    message = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in message if line.startswith("simpo: error")]) == 1
+    assert "no space left on the disk" in message[-1]
+    assert last_good_checkpoint(output) == output / "checkpoint-2"
+    ballast.unlink()
+    assert cli.main(options(chat_world, output, save_total_limit=1)) == 0
+    assert same_weights(output, through)
