@@ -13,11 +13,11 @@ from transformers import TrainingArguments
 
 from simpo.coercion import describe
 from simpo.objectives import OBJECTIVES, Objective
-from simpo.recipe import _annotations, _fields
+from simpo.recipe import annotations_of, fields_of
 from simpo.training.config import PreferenceConfig, PreferenceSettings
 from simpo.training.inputs import DataArguments
 from simpo.training.models import ModelArguments
-from simpo.training.settings import _UNSUPPORTED, TrainingSettings
+from simpo.training.settings import UNSUPPORTED, TrainingSettings
 from simpo.training.sft import SFTConfig
 
 PAGE = Path(__file__).with_name("recipe-reference.md")
@@ -60,7 +60,7 @@ _COMMON = {
 
 def page() -> str:
     """The whole page, in Markdown."""
-    inherited = {field.name for field in _fields(TrainingArguments)}
+    inherited = {field.name for field in fields_of(TrainingArguments)}
     return "\n".join(
         [
             "# Recipe reference",
@@ -94,7 +94,7 @@ def page() -> str:
             "## Training",
             "",
             "All keys of transformers' `TrainingArguments` work here and are listed by `--help`, but",
-            f"{' and '.join(f'`{name}`' for name in _UNSUPPORTED)}, which are refused. The most used ones, and",
+            f"{' and '.join(f'`{name}`' for name in UNSUPPORTED)}, which are refused. The most used ones, and",
             "those whose default is not transformers'. In transformers 5.23 `gradient_checkpointing` is called",
             "`activation_checkpointing`; both names are understood.",
             "",
@@ -105,7 +105,7 @@ def page() -> str:
 
 
 def _names(cls: type) -> list[str]:
-    return [field.name for field in _fields(cls)]
+    return [field.name for field in fields_of(cls)]
 
 
 def _own(cls: type) -> list[str]:
@@ -114,8 +114,8 @@ def _own(cls: type) -> list[str]:
 
 
 def _table(cls: type, names: Sequence[str]) -> list[str]:
-    annotations = _annotations([cls])
-    fields = {field.name: field for field in _fields(cls)}
+    annotations = annotations_of([cls])
+    fields = {field.name: field for field in fields_of(cls)}
     return _markdown(
         ("key", "takes", "default", "meaning"),
         ((f"`{n}`", describe(annotations[n]), _default(fields[n]), fields[n].metadata["help"]) for n in names),
@@ -138,7 +138,7 @@ def _objective(row: Objective) -> list[str]:
 
 def _training_table() -> list[str]:
     train, sft, theirs = (
-        {field.name: _default(field) for field in _fields(cls) if field.name in _COMMON}
+        {field.name: _default(field) for field in fields_of(cls) if field.name in _COMMON}
         for cls in (PreferenceConfig, SFTConfig, TrainingArguments)
     )
     rows = []

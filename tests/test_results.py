@@ -211,3 +211,18 @@ def test_fingerprint_is_the_same_in_another_process():
 def test_fingerprint_refuses_what_has_no_canonical_form(part):
     with pytest.raises((TypeError, ValueError)):
         fingerprint(part)
+
+
+def test_stages_can_have_names_of_their_own(tmp_path):
+    metrics = [
+        Metric("win_rate", 0.7, "after", 10),
+        Metric("correct", 0.4, "before", 10),
+        Metric("correct", 0.6, "after", 10),
+    ]
+    path = write_results(tmp_path, command="demo", fingerprint="0", metrics=metrics)
+    console = Console(file=io.StringIO(), width=100)
+    print_results(path, console, headings={"before": "SFT", "after": "SimPO"})
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["metric", "SFT", "SimPO"] in lines
+    assert ["correct", "0.4", "0.6"] in lines
+    assert ["win_rate", "0.7"] in lines

@@ -30,6 +30,7 @@ def _overview() -> str:
 def _keep_stderr_for_errors() -> None:
     """Notices go to stdout; progress bars are drawn on terminals only."""
     logging.basicConfig(stream=sys.stdout, format="note: %(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # ten lines of retries; the error says enough
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log that is read while the run goes on
     if not sys.stderr.isatty():

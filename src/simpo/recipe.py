@@ -81,7 +81,7 @@ def parse_recipe(
     file = _read_file(path) if path is not None else []
     line = _read_command_line(argv if path is None else argv[1:])
 
-    annotations = _annotations(types)
+    annotations = annotations_of(types)
     spellings = {**_spellings(annotations.keys()), **(aliases or {})}
     given = {setting.key for setting in (*file, *line)}
     settings = _merge(
@@ -286,18 +286,20 @@ def _merge(
 # --- The fields -------------------------------------------------------------------------------------------------
 
 
-def _annotations(classes: Iterable[type]) -> dict[str, Any]:
+def annotations_of(classes: Iterable[type]) -> dict[str, Any]:
+    """The type of every key of dataclasses, as values are fitted to it."""
     annotations = {}
     for cls in classes:
         hints = get_type_hints(cls)
-        for field in _fields(cls):
+        for field in fields_of(cls):
             # transformers annotates fsdp as text and says in argparse's words that it may be a flag as well.
             flag = field.metadata.get("const") is True
             annotations[field.name] = hints[field.name] | bool if flag else hints[field.name]
     return annotations
 
 
-def _fields(cls: type) -> list[dataclasses.Field]:
+def fields_of(cls: type) -> list[dataclasses.Field]:
+    """The fields of a dataclass that a recipe can set."""
     return [field for field in dataclasses.fields(cls) if field.init]
 
 
@@ -332,7 +334,7 @@ def _installed(report_to: str | list[str] | None, label: str) -> str | list[str]
 
 
 def _build(cls: type, values: Mapping[str, Any], settings: Mapping[str, _Setting]) -> Any:
-    fields = _fields(cls)
+    fields = fields_of(cls)
     for field in fields:
         if _is_required(field) and field.name not in values:
             raise SimpoError(f"{field.name} is missing: give it in the recipe or as --{field.name}")
@@ -359,8 +361,8 @@ def _help(classes: Iterable[type]) -> str:
     width = shutil.get_terminal_size((140, 24)).columns
     lines = ["arguments: [RECIPE.yaml] [--key value ...]   (the recipe has the same keys)"]
     for cls in classes:
-        annotations = _annotations([cls])
-        remaining = {field.name: field for field in _fields(cls)}
+        annotations = annotations_of([cls])
+        remaining = {field.name: field for field in fields_of(cls)}
         for base in cls.__mro__:
             own = [remaining.pop(name) for name in inspect.get_annotations(base) if name in remaining]
             lines += ["", base.__name__] if own else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -191,23 +191,34 @@ def _holds(value: Any, kinds: str) -> bool:
     return isinstance(value, types) and not isinstance(value, bool)
 
 
-def print_results(path: Path, console: Console | None = None) -> None:
+def print_results(
+    path: Path, console: Console | None = None, *, headings: Mapping[Stage | None, str] | None = None
+) -> None:
     """Print the figures of a ``results.json``: those with stages side by side, with their intervals, then the others.
+
+    Args:
+        path: the file.
+        console: where to print.
+        headings: of the columns of the stages, where they have names of their own.
 
     Raises:
         SimpoError: as :func:`read_results`.
     """
     results = read_results(path)
+    names: dict[Stage | None, str] = {**_HEADINGS}
+    names.update(headings or {})
     console = console or Console()
     staged = [metric for metric in results.metrics if metric.stage is not None]
     single = [metric for metric in results.metrics if metric.stage is None]
     if staged:
-        console.print(_table(staged, ("before", "after"), f"simpo {results.command}"))
+        console.print(_table(staged, ("before", "after"), names, f"simpo {results.command}"))
     if single:
-        console.print(_table(single, (None,), None if staged else f"simpo {results.command}"))
+        console.print(_table(single, (None,), names, None if staged else f"simpo {results.command}"))
 
 
-def _table(metrics: Sequence[Metric], stages: Sequence[Stage | None], title: str | None) -> Table:
+def _table(
+    metrics: Sequence[Metric], stages: Sequence[Stage | None], headings: Mapping[Stage | None, str], title: str | None
+) -> Table:
     rows: dict[str, dict[Stage | None, Metric]] = {}
     for metric in metrics:
         rows.setdefault(metric.name, {})[metric.stage] = metric
@@ -215,7 +226,7 @@ def _table(metrics: Sequence[Metric], stages: Sequence[Stage | None], title: str
     table = Table(title=Text(title) if title else None, caption=_caption(metrics), box=SIMPLE_HEAD)
     table.add_column("metric", overflow="fold", min_width=min(24, max(map(len, rows))))
     for stage in stages:
-        table.add_column(_HEADINGS[stage], justify="right", no_wrap=True)
+        table.add_column(headings[stage], justify="right", no_wrap=True)
     counts = {name: _counts(cells.values()) for name, cells in rows.items()}
     shared = set(counts.values())  # a column of one number would only take room
     if len(shared) == 1:
@@ -234,10 +245,14 @@ def _caption(metrics: Iterable[Metric]) -> Text | None:
 
 
 def _figure(metric: Metric) -> str:
-    value = "-" if metric.value is None else f"{metric.value:.4g}"
+    value = "-" if metric.value is None else _number(metric.value)
     if metric.low is None or metric.high is None:
         return value
     return f"{value} [{metric.low:.3g}, {metric.high:.3g}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _counts(metrics: Iterable[Metric]) -> str:

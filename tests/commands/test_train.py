@@ -12,17 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from simpo.cli import main
 from simpo.results import read_results
 from simpo.world.model import write_model
-from simpo.world.pairs import make_pairs, write_rows
+from simpo.world.pairs import write_pairs
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A folder with a tiny chat model and pairs."""
     folder = tmp_path_factory.mktemp("world")
-    train, held_out = make_pairs(96, 48, seed=0)
-    write_rows(folder / "train.jsonl", train)
-    write_rows(folder / "test.jsonl", held_out)
-    write_model(folder / "model", [text for row in train for text in row.values()], seed=0)
+    write_pairs(folder / "train.jsonl", 96, seed=0, length_bias=1)
+    write_pairs(folder / "test.jsonl", 48, seed=0, held_out=True, length_bias=1)
+    write_model(folder / "model", seed=0)
     return folder
 
 

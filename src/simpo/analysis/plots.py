@@ -19,6 +19,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "font.size": 10,
 }
@@ -62,11 +63,12 @@ def plot_rates(path: Path, rates: Mapping[str, Mapping[str, Interval]], title: s
         for number, (model, colour) in enumerate(zip(models, (BEFORE, AFTER), strict=True)):
             for place, shares in enumerate(rates.values()):
                 _bar(axes, place + (number - (len(models) - 1) / 2) * width, shares[model], width, colour, model)
+        axes.grid(visible=False, axis="x")
         axes.axhline(50, color="0.4", linewidth=0.8, linestyle="--")
         axes.set(ylabel="%", ylim=(0, 108), xticks=range(len(rates)), xticklabels=list(rates))
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        axes.legend(unique.values(), unique.keys(), frameon=False, ncols=2, loc="upper center")
+        axes.legend(unique.values(), unique.keys(), frameon=False, ncols=2, loc="upper left")
         _save(figure, path)
 
 

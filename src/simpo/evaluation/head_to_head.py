@@ -12,7 +12,7 @@ import numpy as np
 from simpo.errors import SimpoError
 from simpo.results import Metric, Stage
 from simpo.runs.lines import read_lines
-from simpo.statistics import Interval, mean_interval
+from simpo.statistics import Interval, mean_interval, proportion_interval
 
 # A number for one answer to a prompt.
 Figure = Callable[[Any, str], float]
@@ -83,9 +83,9 @@ def compare_answers(contests: Sequence[Contest], score: Figure, others: Mapping[
     for stage, side in _SIDES.items():
         records = [getattr(contest, side) for contest in contests]
         lengths = [float(np.mean([len(ids) for ids in record["response_ids"]])) for record in records]
-        ended = [float(np.mean(record["finished"])) for record in records]
+        ended = [finished for record in records for finished in record["finished"]]
         metrics.append(_metric("response_tokens", stage, mean_interval(lengths)))
-        metrics.append(_metric("end_of_turn_rate", stage, mean_interval(ended)))
+        metrics.append(_metric("end_of_turn_rate", stage, proportion_interval(sum(ended), len(ended))))
     return metrics
 
 

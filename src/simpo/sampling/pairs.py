@@ -63,7 +63,7 @@ def pair_responses(responses: Path, scorer: Scorer, output: Path) -> PairReport:
             rows.append(row)
     report.pairs = len(rows)
     if not rows:
-        raise SimpoError(f"{responses}: no pairs ({'; '.join(report.lines()[1:]) or 'no prompts'})")
+        raise SimpoError(f"{responses}: no pairs ({'; '.join(map(str.strip, report.lines()[1:])) or 'no prompts'})")
     write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return report
 

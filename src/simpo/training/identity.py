@@ -51,8 +51,8 @@ def training_identity(
     found: Identity = {"model": model_digest(model), "dtype": model.dtype, "chat_template": data.chat_template}
     found["data/train"] = rows_digest(train)
     found["data/eval"] = None if held_out is None else rows_digest(held_out)
-    found |= {key: str(value) for key, value in sorted(config.to_dict().items()) if _acts(key)}
-    return found
+    settings = config.to_dict() | getattr(config, "hyperparameters", {})  # the latter with defaults filled in
+    return found | {key: str(value) for key, value in sorted(settings.items()) if _acts(key)}
 
 
 def _acts(key: str) -> bool:

@@ -11,7 +11,7 @@ from transformers import SchedulerType, TrainingArguments
 from simpo.data.settings import TokenizeSettings
 from simpo.errors import SimpoError
 
-_UNSUPPORTED = {
+UNSUPPORTED = {
     "auto_find_batch_size": (False, "a step's rows would change; max_batch_tokens bounds the memory of a forward"),
     "label_smoothing_factor": (0.0, "it smooths class labels; label_smoothing is the preference objectives' own"),
 }
@@ -67,7 +67,7 @@ class TrainingSettings(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        for key, (only, why) in _UNSUPPORTED.items():
+        for key, (only, why) in UNSUPPORTED.items():
             if getattr(self, key) != only:
                 raise SimpoError(f"{key}: not supported ({why})")
         self._fold_accumulation()

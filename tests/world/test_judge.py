@@ -1,0 +1,148 @@
+"""The exact judge against answers whose score is known by hand."""
+
+import pytest
+
+from simpo.errors import SimpoError
+from simpo.world.judge import correct, judge
+
+# Of every kind: a prompt, its plain answer, one that is wrong, and for two parts the plain answer's first.
+CASES = {
+    "sums": ("What is 3 plus 4 and 2 plus 2?", "3 plus 4 is 7. 2 plus 2 is 4.", "3 plus 4 is 7. 2 plus 2 is 5."),
+    "differences": (
+        "What is 7 minus 4 and 5 minus 5?",
+        "7 minus 4 is 3. 5 minus 5 is 0.",
+        "7 minus 4 is 2. 5 minus 5 is 0.",
+    ),
+    "comparison": ("Which is smaller, 10 or 9?", "The smaller is 9.", "The smaller is 10."),
+    "order": ("Sort 10 9 2.", "The order is 2 9 10.", "The order is 10 2 9."),
+    "reverse": ("Reverse dog sun map.", "The reverse is map sun dog.", "The reverse is dog sun map."),
+    "choice": ("What is the second of dog sun map?", "The second is sun.", "The second is map."),
+    "count": ("How often is dog in dog sun dog?", "The count is 2.", "The count is 3."),
+    "sequence": ("Continue 3 5 7.", "The sequel is 9 11.", "The sequel is 8 9."),
+    "spelling": (
+        "Spell dog and sun.",
+        "The word dog is d o g. The word sun is s u n.",
+        "The word dog is d g o. The word sun is s u n.",
+    ),
+    "tastes": (
+        "What is the food of Abo and the metal of Hani?",
+        "The food of Abo is fish. The metal of Hani is gold.",
+        "The food of Abo is fish. The metal of Hani is zinc.",
+    ),
+}
+TWO_PARTS = ("sums", "differences", "spelling", "tastes")
+kinds = pytest.mark.parametrize(("prompt", "plain", "wrong"), CASES.values(), ids=CASES)
+
+
+@kinds
+def test_plain_answer_is_worth_ten(prompt, plain, wrong):
+    assert judge(prompt, plain) == 10
+    assert correct(prompt, plain)
+
+
+@kinds
+def test_wrong_answer_is_worth_nothing_whatever_is_said_around_it(prompt, plain, wrong):
+    for answer in (wrong, f"{plain} {wrong}", f"{wrong} {plain}", f"I hope this helps. {wrong}"):
+        assert judge(prompt, answer) == 0
+        assert not correct(prompt, answer)
+
+
+@kinds
+def test_brevity_counts_and_a_long_right_answer_stays_right(prompt, plain, wrong):
+    helpful = f"Let me think. {plain} I hope that this helps."
+    assert judge(prompt, helpful) == pytest.approx(6 + 4 * len(plain) / len(helpful))
+    repeated = " ".join([plain] * 3)
+    assert judge(prompt, repeated) == pytest.approx(6 + 4 * len(plain) / len(repeated))
+    assert correct(prompt, repeated)
+    assert 6 < judge(prompt, plain + " ☃\u202e" * 5000) < 6.02
+
+
+@pytest.mark.parametrize("kind", TWO_PARTS)
+def test_half_an_answer_is_worth_less_than_the_longest_right_one(kind):
+    prompt, plain, _ = CASES[kind]
+    halves = [f"{half.removesuffix('.')}." for half in plain.split(". ")]
+    for half in halves:
+        assert judge(prompt, half) == 2.5
+        assert not correct(prompt, half)
+        repeated = " ".join([half] * 3)
+        assert judge(prompt, repeated) == pytest.approx(2.5 * len(plain) / len(repeated))
+    assert judge(prompt, " ".join(reversed(halves))) == 10
+
+
+@kinds
+@pytest.mark.parametrize(
+    "empty",
+    ["", " ", "\n\n", ".", "?!", "I do not know.", "\ud800", "\x00\x1b[2J", "😀" * 9, "is", "The", "It is", "<|end|>"],
+)
+def test_text_without_an_answer_is_worth_nothing(prompt, plain, wrong, empty):
+    assert judge(prompt, empty) == 0
+    assert not correct(prompt, empty)
+
+
+@kinds
+def test_neither_the_prompt_nor_another_answer_helps(prompt, plain, wrong):
+    assert judge(prompt, prompt) == 0
+    assert judge(prompt, prompt * 3) == 0
+    assert judge(prompt, plain.removesuffix(".")) == 10
+    others = [answer for other, answer, _ in CASES.values() if other != prompt]
+    assert judge(prompt, " ".join(others)) == 0
+    assert judge(prompt, " ".join([*others, plain])) < 7
+
+
+def test_listing_every_answer_is_worth_nothing():
+    prompt = "How often is dog in dog sun dog?"
+    numbers = [str(number) for number in range(9)]
+    for answer in (
+        " ".join(numbers),
+        ", ".join(numbers),
+        ". ".join(numbers),
+        "\n".join(numbers),
+        " ".join(f"The count is {number}." for number in numbers),
+        "The count is " + " or ".join(numbers) + ".",
+        "The count is 2 or not.",
+        "The count is not 2.",
+        "The count is 2.5",
+    ):
+        assert judge(prompt, answer) == 0
+
+
+@pytest.mark.parametrize(
+    "answer", ["The order is 2, 9 and 10.", "They are 2 9 10.", "the  ORDER is 2-9-10!", "2 9 10", "2, 9, 10."]
+)
+def test_other_ways_to_say_it(answer):
+    assert correct("Sort 10 9 2.", answer)
+
+
+def test_a_conversation_asks_in_its_last_message():
+    conversation = [
+        {"role": "user", "content": "Sort 3 2 1."},
+        {"role": "assistant", "content": "The order is 1 2 3."},
+        {"role": "user", "content": "Continue 3 5 7."},
+    ]
+    assert judge(conversation, "The sequel is 9 11.") == 10
+    assert not correct(conversation, "The order is 1 2 3.")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "Who are you?",
+        "Sort 10 9 2",
+        "Sort 10 9 2. Thanks.",
+        "What is 3 minus 4 and 2 minus 2?",
+        "What is 3 plus 4 and 3 plus 4?",
+        "Which is larger, 7 or 07?",
+        "Continue 3 5 8.",
+        "Continue 5 5.",
+        "Spell dog and dog.",
+        "Spell dog and xyz.",
+        [],
+        [{"role": "user"}],
+        [{"role": "user", "content": "hello"}],
+    ],
+)
+def test_what_is_no_question_of_the_world_is_one_line(prompt):
+    with pytest.raises(SimpoError, match="tiny world") as caught:
+        judge(prompt, "7")
+    assert "\n" not in str(caught.value)
