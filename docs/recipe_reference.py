@@ -54,7 +54,6 @@ _COMMON = {
     "fsdp": "Shard the model over the devices.",
     "use_cache": "Generation's cache, in the saved model's configuration; training has none.",
     "torch_compile": "Compile the model.",
-    "push_to_hub": "Upload the model to the hub when it is saved.",
 }
 
 

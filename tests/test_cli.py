@@ -1,5 +1,6 @@
 """The command line finds commands by their files and ends mistakes in one line."""
 
+import json
 import pkgutil
 
 import pytest
@@ -36,3 +37,30 @@ def test_public_names_are_there():
         assert getattr(simpo, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = simpo.Nothing
+
+
+def test_an_error_cannot_steer_the_terminal(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"a\x1b]0;owned\x07\nsecond line": 1}) + "\n")
+    argv = ["--model_name_or_path", str(tmp_path), "--dataset_name", str(path), "--output_dir", str(tmp_path / "out")]
+    assert main(["train", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "\x1b" not in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", "-1"], "seed: must be at least 0"),
+        (["--save_only_model", "true"], "save_only_model: not supported"),
+        (["--output_dir", "null"], "output_dir is missing"),
+    ],
+)
+def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):
+    given = {"--model_name_or_path": "nowhere", "--dataset_name": "rows.jsonl", "--output_dir": str(tmp_path / "out")}
+    given |= dict([options])
+    assert main(["train", *(text for pair in given.items() for text in pair)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

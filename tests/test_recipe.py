@@ -18,7 +18,7 @@ from simpo.recipe import parse_recipe
 from simpo.training.config import PreferenceConfig
 from simpo.training.sft import SFTConfig
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 # Setting: beta, gamma/beta, learning rate, longest sequence (paper, appendix; the authors' repository).
 PAPER = {

@@ -226,3 +226,15 @@ def test_stages_can_have_names_of_their_own(tmp_path):
     assert ["metric", "SFT", "SimPO"] in lines
     assert ["correct", "0.4", "0.6"] in lines
     assert ["win_rate", "0.7"] in lines
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_no_figure_is_cropped(width, tmp_path):
+    metrics = [
+        Metric("eval_rewards/accuracies", -0.09551, stage, 10, -0.2751, -0.08123) for stage in ("before", "after")
+    ]
+    path = write_results(tmp_path, command="train", fingerprint="0", metrics=metrics)
+    console = Console(file=io.StringIO(), width=width)
+    print_results(path, console)
+    assert console.file.getvalue().count("-0.09551 [-0.275, -0.0812]") == 2
+    assert "eval_rewards/accuracies" in console.file.getvalue()

@@ -182,6 +182,8 @@ def _fault(error: Exception, path: Path) -> str | None:
     """What is wrong with the disk, in words; None if ``error`` is about something else."""
     text = str(error)
     found = _OS_ERROR.search(text)
+    if isinstance(error, ConnectionError | TimeoutError):
+        return None
     if isinstance(error, OSError):
         code = error.errno
     elif found or _TORCH_WRITER.search(text):

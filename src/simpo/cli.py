@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from simpo import __version__, commands
 from simpo.errors import InterruptedRun, SimpoError
+from simpo.terminal import printable
 
 
 def command_names() -> list[str]:
@@ -33,10 +34,12 @@ def _keep_stderr_for_errors() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # ten lines of retries; the error says enough
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log that is read while the run goes on
-    if not sys.stderr.isatty():
-        import datasets  # noqa: PLC0415 - slow, and every command but the overview has imported it anyway
-        import transformers  # noqa: PLC0415
+    import datasets  # noqa: PLC0415 - slow, and every command but the overview has imported it anyway
+    import transformers  # noqa: PLC0415
 
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
 
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _keep_stderr_for_errors()
         return command.main(rest)
     except SimpoError as error:
-        print(f"simpo: error: {error}", file=sys.stderr)
+        print(f"simpo: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except InterruptedRun as stop:
         print(f"simpo: {stop}", file=sys.stderr)

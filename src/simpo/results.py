@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +24,7 @@ SCHEMA = 1
 
 Stage = Literal["before", "after"]
 
+_WIDEST = 1000  # columns of text
 # Column headings in their order; None is the stage of a metric that has none.
 _HEADINGS: dict[Stage | None, str] = {None: "value", "before": "before", "after": "after"}
 
@@ -211,9 +213,18 @@ def print_results(
     staged = [metric for metric in results.metrics if metric.stage is not None]
     single = [metric for metric in results.metrics if metric.stage is None]
     if staged:
-        console.print(_table(staged, ("before", "after"), names, f"simpo {results.command}"))
+        _print_whole(console, _table(staged, ("before", "after"), names, f"simpo {results.command}"))
     if single:
-        console.print(_table(single, (None,), names, None if staged else f"simpo {results.command}"))
+        _print_whole(console, _table(single, (None,), names, None if staged else f"simpo {results.command}"))
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """Print a table as wide as it is: a figure that is cropped is a wrong one."""
+    before = console.width
+    console.width = _WIDEST
+    console.width = max(before, Measurement.get(console, console.options, table).maximum)
+    console.print(table)
+    console.width = before
 
 
 def _table(
@@ -224,7 +235,7 @@ def _table(
         rows.setdefault(metric.name, {})[metric.stage] = metric
     # Text throughout, so that rich does not take the brackets of an interval or a name for its markup.
     table = Table(title=Text(title) if title else None, caption=_caption(metrics), box=SIMPLE_HEAD)
-    table.add_column("metric", overflow="fold", min_width=min(24, max(map(len, rows))))
+    table.add_column("metric", no_wrap=True)
     for stage in stages:
         table.add_column(headings[stage], justify="right", no_wrap=True)
     counts = {name: _counts(cells.values()) for name, cells in rows.items()}

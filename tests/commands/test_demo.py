@@ -69,6 +69,16 @@ def test_a_demo_that_was_stopped_goes_on_to_the_same_figures(tmp_path, monkeypat
     assert main(["demo", "--output_dir", str(stopped), "--seed", "1"]) == 2
 
 
+def test_a_demo_that_was_killed_while_its_world_was_made_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "write_sft", _stop)
+        assert main(["demo", "--seed", "3"]) == 130
+    assert (tmp_path / "runs/demo-1/start/model.safetensors").exists()
+    assert main(["demo", "--seed", "3"]) == 0  # and without being told where
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo-1"]
+
+
 def _stop(*arguments):
     raise InterruptedRun("stopped here")
 

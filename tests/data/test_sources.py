@@ -173,3 +173,8 @@ def test_hub_errors_are_reworded(monkeypatch):
 def test_hub_rows_say_their_split(monkeypatch):
     monkeypatch.setattr("simpo.data.sources.load_dataset", lambda name, config, split: Dataset.from_list(FLAT))
     assert [where for _, where in load("org/name", "train_prefs")][1] == "org/name[train_prefs] row 1"
+
+
+def test_a_home_that_nobody_has_is_a_missing_file():
+    with pytest.raises(SimpoError, match="file not found"):
+        load_rows("~nobody-of-this-name/rows.jsonl", split="train")

@@ -280,3 +280,13 @@ def test_a_model_without_sdpa_keeps_its_softcap_outside_packed_batches(make_mode
     install(model)
     with torch.no_grad():
         torch.testing.assert_close(naive_logprobs(model, comparisons), expected, rtol=0, atol=1e-4)
+
+
+def test_a_model_whose_own_figures_are_not_finite_is_not_judged(make_model, comparisons, caplog):
+    model = make_model("llama", torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    assert choose_path(model, PackedBatch.build(comparisons)) == "padded"
+    assert "not finite, so nothing could be checked" in caplog.text
+    assert "differ by" not in caplog.text
+    assert "plain matrix product" not in caplog.text

@@ -44,3 +44,10 @@ def test_no_pairs_is_an_error(content, tmp_path):
         pair_responses(file, lambda prompt, response: 0.0, tmp_path / "pairs.jsonl")
     assert not (tmp_path / "pairs.jsonl").exists()
     assert file.exists() == (content is not None)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_scorer_must_give_numbers(bad, tmp_path):
+    file = write(tmp_path / "r.jsonl", ["a", "b"])
+    with pytest.raises(SimpoError, match="prompt 0: the scorer gave"):
+        pair_responses(file, lambda prompt, response: bad if response == "b" else 1.0, tmp_path / "pairs.jsonl")

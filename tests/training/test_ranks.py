@@ -1,4 +1,4 @@
-"""Two ranks (DDP on gloo) against the definition in one process: gradients, rows, logs and evaluation."""
+"""1, 2 and 4 processes, with DDP and FSDP2, train alike: rows, gradients, logs, evaluation, weights, checkpoints."""
 
 from __future__ import annotations
 
@@ -6,102 +6,303 @@ import multiprocessing
 import os
 import socket
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import transformers as hf
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import load_from_disk
+from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from simpo import PreferenceConfig, PreferenceTrainer
+from simpo import PreferenceConfig, PreferenceTrainer, SFTConfig, SFTTrainer, SimpoError
+from simpo.packing.policy import state_of
+from simpo.training.checkpoints import check_checkpoint
 
-WORLD = 2
+ROWS, ROWS_PER_STEP, STEPS = 19, 8, 6  # two epochs, whose last steps have 3 rows: fewer than 4 ranks
 SETTINGS = {
-    "per_device_train_batch_size": 2,
     "per_device_eval_batch_size": 3,
-    "max_batch_tokens": 40,
-    "learning_rate": 0.0,
-    "max_grad_norm": 0.0,
-    "logging_steps": 1,
+    "max_batch_tokens": 27,  # one or two rows a micro-batch
     "num_train_epochs": 2,
+    "learning_rate": 1e-2,
+    "max_grad_norm": 0.5,  # clips in every step
+    "logging_steps": 1,
     "save_strategy": "no",
     "use_cpu": True,
-    "ddp_backend": "gloo",
     "report_to": [],
     "disable_tqdm": True,
 }
+SAVES = {"save_strategy": "steps", "save_steps": 4}
+BEST = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 3, "load_best_model_at_end": True}
+KINDS = {"pairs": (PreferenceTrainer, PreferenceConfig), "sft": (SFTTrainer, SFTConfig)}
+
+
+class Job(NamedTuple):
+    """A training that leaves its model in the folder ``name``."""
+
+    name: str
+    data: str = "pairs"
+    shards: bool = False
+    settings: dict[str, Any] | None = None
+    resume: str | None = None
+    model: str = "model"
+    dtype: torch.dtype = torch.float64
+
+
+IN_TWO = [
+    Job("ddp-2", settings=SAVES),
+    Job("ddp-2-sft", "sft"),
+    Job("fsdp-2", shards=True, settings=SAVES),
+    Job("fsdp-2-sft", "sft", shards=True),
+    Job("fsdp-2-bf16", shards=True, settings={"bf16": True} | BEST, dtype=torch.float32),
+    Job("sharded-before"),
+    Job("ddp-2-nan", "long", model="poisoned", settings={"max_batch_tokens": 40}),
+]
+IN_FOUR = [
+    Job("ddp-4"),
+    Job("ddp-4-sft", "sft"),
+    Job("fsdp-4", shards=True),
+    Job("ddp-4-of-2", resume="ddp-2/checkpoint-4"),
+    Job("fsdp-4-of-fsdp-2", shards=True, resume="fsdp-2/checkpoint-4"),
+    Job("fsdp-4-of-ddp-2", shards=True, resume="ddp-2/checkpoint-4"),
+]
+ALONE = [
+    Job("one"),
+    Job("one-sft", "sft"),
+    Job("one-of-ddp-2", resume="ddp-2/checkpoint-4"),
+    Job("one-of-fsdp-2", resume="fsdp-2/checkpoint-4"),
+]
 
 
 class Gradients(TrainerCallback):
+    """Keeps them as they are before each optimizer step."""
+
     def __init__(self):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append([parameter.grad.clone() for parameter in model.parameters()])
+        self.steps.append([whole(parameter.grad) for parameter in model.parameters()])
 
 
-def train_rank(rank: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    model = hf.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
-    gradients, seen, backwards = Gradients(), [], []
-    rows = load_from_disk(folder / "rows")
-    args = PreferenceConfig(output_dir=str(folder / "out"), **SETTINGS)
-    trainer = PreferenceTrainer(model, args, rows, eval_dataset=rows, callbacks=[gradients])
-    training_step, backward = trainer.training_step, trainer.accelerator.backward
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def run(job: Job, folder: Path, world: int) -> dict[str, Any]:
+    """Train and evaluate on this rank; what it saw."""
+    trainer_type, config_type = KINDS["sft" if job.data == "sft" else "pairs"]
+    settings = SETTINGS | {"per_device_train_batch_size": ROWS_PER_STEP // world} | (job.settings or {})
+    if world > 1:
+        settings |= {"ddp_backend": "gloo"}
+    if job.shards:
+        settings |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "GPT2Block"}}
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate's memory of the job before
+    args = config_type(output_dir=str(folder / job.name), **settings)
+    if job.shards:
+        # accelerate makes DDP of FSDP on a CPU; on what it takes for devices it shards, here with gloo underneath
+        PartialState().distributed_type = DistributedType.MULTI_XPU
+    model = hf.AutoModelForCausalLM.from_pretrained(folder / job.model, dtype=job.dtype)
+    rows, gradients = load_from_disk(folder / job.data), Gradients()
+    if job.name == "sharded-before":
+        with pytest.raises(SimpoError, match="model: its weights are sharded already"):
+            trainer_type(fully_shard(model), args, rows)
+        return {}
+    trainer = trainer_type(model, args, rows, eval_dataset=rows, callbacks=[gradients])
+    found: dict[str, Any] = {"seen": watch_rows(trainer), "gradients": gradients.steps}
+    found["before"] = trainer.score_rows(rows) if job.data != "long" else None
+    try:
+        trainer.train(resume_from_checkpoint=None if job.resume is None else str(folder / job.resume))
+    except SimpoError as error:
+        return {"error": str(error)}
+    found |= {
+        "type": trainer.accelerator.distributed_type,
+        "wrapper": [kind for kind in (DistributedDataParallel, FSDPModule) if isinstance(trainer.model_wrapped, kind)],
+        "sharded": {isinstance(parameter, DTensor) for parameter in trainer.model.parameters()},
+        "policy": state_of(trainer.accelerator.unwrap_model(trainer.model)),
+        "log": [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry],
+        "after": trainer.score_rows(rows),
+        "evaluation": trainer.evaluate(),
+        "best": trainer.state.best_model_checkpoint,
+    }
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.wait_for_everyone()
+    return found
+
+
+def watch_rows(trainer) -> list[list[int]]:
+    """Rows of this rank in every step, without fillers; every micro-batch has to reach backward."""
+    seen, training_step, backward = [], trainer.training_step, trainer.accelerator.backward
+    left = []
 
     def watched_step(model, inputs, *rest, **kwargs):
         batches = inputs["micro_batches"]
         seen.append([r for b in batches for r, w in zip(b.rows, b.packed.weights.tolist(), strict=True) if w])
-        backwards.append(len(batches))
-        return training_step(model, inputs, *rest, **kwargs)
+        left.append(len(batches))
+        loss = training_step(model, inputs, *rest, **kwargs)
+        assert left[-1] == 0
+        return loss
 
     def watched_backward(loss, **kwargs):
-        backwards[-1] -= 1
+        left[-1] -= 1
         return backward(loss, **kwargs)
 
     trainer.training_step, trainer.accelerator.backward = watched_step, watched_backward
-    trainer.train()
-    found = {"gradients": gradients.steps, "seen": seen, "left": backwards, "log": trainer.state.log_history}
-    found |= {"evaluation": trainer.evaluate(), "scores": trainer.score_rows(rows)}
-    torch.save(found, folder / f"{rank}.pt")
+    return seen
+
+
+def run_rank(rank: int, world: int, port: int, folder: Path, jobs: list[Job]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_DATASETS_CACHE": str(folder / "cache")}
+    torch.set_num_threads(1)
+    for job in jobs:
+        torch.save(run(job, folder, world), folder / f"{job.name}.{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_two_ranks(make_model, pairs, naive_losses, naive_pairs, tmp_path):
-    model, rows = make_model("gpt2"), pairs(7)
-    model.save_pretrained(tmp_path / "model")
-    rows.save_to_disk(tmp_path / "rows")
+def run_ranks(world: int, folder: Path, jobs: list[Job]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=train_rank, args=(rank, port, tmp_path)) for rank in range(WORLD)]
+    ranks = [context.Process(target=run_rank, args=(rank, world, port, folder, jobs)) for rank in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(120)
         process.kill()
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    assert [process.exitcode for process in ranks] == [0] * world
 
-    steps = [sorted(first + second) for first, second in zip(*(rank["seen"] for rank in found), strict=True)]
-    assert [len(step) for step in steps] == [4, 3, 4, 3]
-    assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) == list(range(7))
-    assert [rank["left"] for rank in found] == [[0] * 4] * WORLD  # as many backward calls as micro-batches
-    log = [entry for entry in found[0]["log"] if "loss" in entry]
-    for number, step in enumerate(steps):
-        model.zero_grad()
-        chosen, rejected = naive_pairs(model, rows.select(step))
-        loss = naive_losses(model, rows.select(step)).mean()
-        loss.backward()
-        for rank in found:
-            for gradient, parameter in zip(rank["gradients"][number], model.parameters(), strict=True):
-                torch.testing.assert_close(gradient, parameter.grad, rtol=0, atol=1e-9)
-        assert log[number]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-        assert log[number]["rewards/margins"] == pytest.approx(2 * (chosen - rejected).mean().item(), rel=1e-5)
-    losses = naive_losses(model, rows).tolist()
+
+@pytest.fixture(scope="module")
+def done(make_model, pairs, random_comparisons, as_dataset, tmp_path_factory):
+    """``done(name)``: what every rank saw in a job; ``done.folder`` has the models."""
+    folder = tmp_path_factory.mktemp("ranks")
+    pairs(ROWS).save_to_disk(folder / "pairs")
+    shapes = [(3 + row % 5, (2 + row * 7 % 17,)) for row in range(ROWS)]
+    as_dataset(random_comparisons(*shapes)).save_to_disk(folder / "sft")
+    long = as_dataset(random_comparisons(*[(4, (5, 6))] * (ROWS - 1), (25, (2, 3))))
+    long.save_to_disk(folder / "long")
+    model = make_model("gpt2")
+    model.save_pretrained(folder / "model")
+    with torch.no_grad():
+        model.transformer.wpe.weight[22] = torch.nan  # only the long row comes so far
+    model.save_pretrained(folder / "poisoned")
+    run_ranks(2, folder, IN_TWO)
+    run_ranks(4, folder, IN_FOUR)
+    found = {job.name: [run(job, folder, 1)] for job in ALONE}
+
+    def of(name: str) -> list[dict[str, Any]]:
+        if name not in found:
+            files = sorted(folder.glob(f"{name}.?.pt"))
+            found[name] = [torch.load(file, weights_only=False) for file in files]
+        return found[name]
+
+    of.folder = folder
+    return of
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "alone", "ranks"),
+    [
+        ("ddp-2", "one", 2),
+        ("ddp-4", "one", 4),
+        ("fsdp-2", "one", 2),
+        ("fsdp-4", "one", 4),
+        ("ddp-2-sft", "one-sft", 2),
+        ("ddp-4-sft", "one-sft", 4),
+        ("fsdp-2-sft", "one-sft", 2),
+    ],
+)
+def test_ranks_train_as_one_process_does(name, alone, ranks, done):
+    (expected,) = done(alone)
+    found = done(name)
+    assert len(found) == ranks
     for rank in found:
-        assert rank["evaluation"]["eval_loss"] == pytest.approx(sum(losses) / 7, rel=1e-5)
-        assert rank["scores"]["loss"].tolist() == pytest.approx(losses, rel=1e-5)
+        if name.startswith("fsdp"):
+            assert (rank["type"], rank["wrapper"], rank["sharded"]) == (DistributedType.FSDP, [FSDPModule], {True})
+        else:
+            wrapped = (DistributedType.MULTI_CPU, [DistributedDataParallel], {False})
+            assert (rank["type"], rank["wrapper"], rank["sharded"]) == wrapped
+        assert (rank["policy"].path, rank["policy"].fused_head, rank["policy"].reasons) == ("packed", True, [])
+        assert len(rank["gradients"]) == STEPS
+        for step, gradients in enumerate(rank["gradients"]):
+            for gradient, other in zip(gradients, expected["gradients"][step], strict=True):
+                torch.testing.assert_close(gradient, other, rtol=0, atol=1e-9)
+        for stage in ("before", "after"):
+            for figure, values in rank[stage].items():
+                assert values.tolist() == pytest.approx(expected[stage][figure].tolist(), abs=1e-9)
+        assert rank["evaluation"]["eval_loss"] == pytest.approx(expected["evaluation"]["eval_loss"], abs=1e-9)
+    steps = [
+        sorted(row for rows in share for row in rows) for share in zip(*(rank["seen"] for rank in found), strict=True)
+    ]
+    assert steps == [sorted(rows) for rows in expected["seen"]]
+    assert sorted(row for step in steps[:3] for row in step) == list(range(ROWS))
+    for (loss, norm), (other, other_norm) in zip(found[0]["log"], expected["log"], strict=True):
+        assert (loss, norm) == (pytest.approx(other, abs=1e-9), pytest.approx(other_norm, abs=1e-9))
+    assert_same_weights(done.folder / name, done.folder / alone, 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one-of-ddp-2", "ddp-4-of-2", "one-of-fsdp-2", "fsdp-4-of-fsdp-2", "fsdp-4-of-ddp-2"])
+def test_a_checkpoint_continues_on_another_number_of_processes(name, done):
+    """Saved by two; all are the run of one process that never stopped."""
+    assert_same_weights(done.folder / name, done.folder / "one", 1e-9)
+    (expected,) = done("one")
+    assert len(done(name)[0]["gradients"]) == STEPS - 4
+    assert done(name)[0]["log"][-1][0] == pytest.approx(expected["log"][-1][0], abs=1e-9)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_sharded_runs_are_ordinary(done):
+    names = [
+        sorted(path.name for path in (done.folder / job / "checkpoint-4").iterdir()) for job in ("ddp-2", "fsdp-2")
+    ]
+    assert names[0] == names[1]
+    sharded = done.folder / "fsdp-2" / "checkpoint-4"
+    assert_same_weights(sharded, done.folder / "ddp-2" / "checkpoint-4", 1e-9)
+    check_checkpoint(sharded, hf.AutoModelForCausalLM.from_pretrained(sharded))
+
+
+@pytest.mark.slow
+def test_sharded_in_bf16_figures_are_not_rounded(done):
+    (expected,) = done("one")
+    for rank in done("fsdp-2-bf16"):
+        assert rank["type"] == DistributedType.FSDP
+        assert (rank["policy"].path, rank["policy"].fused_head) == ("packed", True)
+        losses = torch.tensor(rank["before"]["loss"])
+        assert losses.tolist() == pytest.approx(expected["before"]["loss"].tolist(), rel=0.1, abs=0.1)
+        assert not torch.equal(losses.bfloat16().double(), losses)
+        assert rank["after"]["loss"].mean() < rank["before"]["loss"].mean() / 2
+        assert_same_weights(done.folder / "fsdp-2-bf16", Path(rank["best"]), 0)
+    assert {tensor.dtype for tensor in weights(done.folder / "fsdp-2-bf16").values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_every_rank_names_the_row_whose_loss_is_not_finite(done):
+    first, second = done("ddp-2-nan")
+    assert first == second
+    assert "the loss is not finite; rows: made up:18;" in first["error"]
+
+
+@pytest.mark.slow
+def test_a_change_of_processes_is_said(done, caplog):
+    settings = {"learning_rate": 0.0, "max_steps": 4}
+    run(Job("said", settings=settings, resume="ddp-2/checkpoint-4"), done.folder, 1)
+    assert "is of 2 processes and continues on 1" in caplog.text

@@ -288,3 +288,79 @@ def test_a_full_disk_while_saving(chat_world, through, make_disk, capsys):
     ballast.unlink()
     assert cli.main(options(chat_world, output, save_total_limit=1)) == 0
     assert same_weights(output, through)
+
+
+def test_another_training_in_the_same_folder_is_not_mixed_with_it(make_trainer, make_model, pairs, tmp_path):
+    rows, settings = pairs(8), {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
+    make_trainer(rows, model=make_model("gpt2"), **settings).train()
+    kept = load_file(tmp_path / "checkpoint-2/model.safetensors")
+    again = make_trainer(rows, model=make_model("gpt2"), learning_rate=0.1, **settings)
+    with pytest.raises(SimpoError, match="holds checkpoints of another training"):
+        again.train()
+    torch.testing.assert_close(load_file(tmp_path / "checkpoint-2/model.safetensors"), kept, rtol=0, atol=0)
+
+
+def test_steps_that_are_done_again_are_saved_again(make_trainer, make_model, pairs, tmp_path):
+    """Going back to an earlier checkpoint with rows in another order replaces the later ones, and the limit holds."""
+    rows = pairs(16)
+    settings = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4, "save_total_limit": 2}
+    make_trainer(rows, model=make_model("gpt2"), **settings | {"save_total_limit": None}).train()
+    first = load_file(tmp_path / "checkpoint-3/model.safetensors")
+    other = make_trainer(rows, model=make_model("gpt2"), data_seed=5, **settings | {"max_steps": 3})
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-2"]
+    second = load_file(tmp_path / "checkpoint-3/model.safetensors")
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "rewards/margins"}
+BEST |= {"load_best_model_at_end": "true", "greater_is_better": "false", "save_total_limit": 1}
+
+
+def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(chat_world, at, tmp_path, monkeypatch):
+    patches = at(7, die)
+    with pytest.raises(Killed):
+        cli.main(options(chat_world, tmp_path / "before", **BEST))
+    patches.undo()
+    best = json.loads((checkpoints(tmp_path / "before")[0] / "trainer_state.json").read_text())["best_global_step"]
+    (tmp_path / "before").rename(tmp_path / "after")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(options(chat_world, "after", **BEST)) == 0
+    state = json.loads((tmp_path / "after/trainer_state.json").read_text())
+    assert state["best_global_step"] == best == 2
+    assert same_weights(tmp_path / "after/checkpoint-2", tmp_path / "after")
+
+
+@pytest.mark.parametrize("changes", [BEST, BEST | {"save_strategy": "best", "load_best_model_at_end": "false"}])
+def test_what_a_stopped_run_says_is_saved_is_there(changes, chat_world, at, tmp_path, capsys):
+    """Also with a limit of one beside the best, and where only the best is saved."""
+    output = tmp_path / "run"
+    patches = at(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli.main(options(chat_world, output, **changes)) == 143
+    patches.undo()
+    assert "saved at step 4" in capsys.readouterr().err
+    assert last_good_checkpoint(output) == output / "checkpoint-4"
+
+
+def test_figures_before_are_those_of_the_settings_that_are_continued_with(chat_world, at, tmp_path):
+    output = tmp_path / "run"
+    patches = at(3, die)
+    with pytest.raises(Killed):
+        cli.main(options(chat_world, output))
+    patches.undo()
+    assert cli.main(options(chat_world, output, beta=10.0, accept_changes="true")) == 0
+    assert cli.main(options(chat_world, tmp_path / "other", beta=10.0)) == 0
+    before = [{n: v for n, s, v in figures(folder) if s == "before"} for folder in (output, tmp_path / "other")]
+    assert before[0] == before[1]
+
+
+def test_the_checkpoint_that_a_run_starts_from_is_part_of_it(chat_world, through, tmp_path, capsys):
+    output = tmp_path / "run"
+    named = {"resume_from_checkpoint": through / "checkpoint-2"}
+    assert cli.main(options(chat_world, output, **named)) == 0
+    assert same_weights(output, through)
+    capsys.readouterr()
+    assert cli.main(options(chat_world, output, resume_from_checkpoint=through / "checkpoint-4")) == 2
+    assert "resume_from_checkpoint: other contents" in capsys.readouterr().err
+    assert cli.main(options(chat_world, tmp_path / "new", resume_from_checkpoint=tmp_path / "nowhere")) == 2
+    assert not (tmp_path / "new").exists()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+from simpo.errors import SimpoError
 from simpo.recipe import parse_recipe
 from simpo.results import print_results
 from simpo.training.inputs import DataArguments
@@ -13,6 +15,8 @@ from simpo.training.models import ModelArguments
 from simpo.training.run import Given, run_training
 from simpo.training.tasks import Task
 
+# What transformers calls the folder if nobody does.
+_UNNAMED = "trainer_output"
 # Ways to name the data that exclude one another; one on the command line replaces the recipe's.
 REPLACES = {
     "dataset_name": ("dataset_mixer", "dataset_splits", "dataset_configs", "dataset_mixture"),
@@ -23,7 +27,10 @@ REPLACES = {
 
 def parse(argv: list[str], config_type: type) -> tuple[ModelArguments, DataArguments, Any]:
     """Model, data and configuration of a training recipe and command line."""
-    return parse_recipe(argv, (ModelArguments, DataArguments, config_type), replaces=REPLACES)
+    model, data, config = parse_recipe(argv, (ModelArguments, DataArguments, config_type), replaces=REPLACES)
+    if config.output_dir == _UNNAMED:
+        raise SimpoError("output_dir is missing: give it in the recipe or as --output_dir")
+    return model, data, config
 
 
 def run(task: Task, config_type: type, argv: list[str], *, following: str) -> int:
@@ -41,5 +48,5 @@ def run(task: Task, config_type: type, argv: list[str], *, following: str) -> in
     results = run_training(task, Given(model, data, config, argv, recipe))
     if config.process_index == 0:
         print_results(results)
-        print(f"saved: {config.output_dir}\nnext:  {following.format(folder=config.output_dir)}")
+        print(f"saved: {config.output_dir}\nnext:  {following.format(folder=shlex.quote(config.output_dir))}")
     return 0

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 from simpo.arguments import ArgumentParser
-from simpo.commands._terminal import printable
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 from simpo.sampling.chat import Conversation, load_conversation
 from simpo.sampling.settings import SamplingSettings
+from simpo.terminal import printable
 from simpo.training.models import ModelArguments
 
 _RESET, _EXIT = "/reset", "/exit"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,15 @@ from rich.text import Text
 from simpo.analysis.plots import plot_lengths, plot_rates, plot_training
 from simpo.arguments import ArgumentParser
 from simpo.commands import sample, sft, train
-from simpo.commands._terminal import printable
+from simpo.errors import SimpoError
 from simpo.evaluation.head_to_head import Contest, compare_answers, read_contests
 from simpo.results import Metric, Stage, print_results, write_results
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import read_lines
+from simpo.runs.record import RunRecord
 from simpo.sampling.pairs import pair_responses
 from simpo.statistics import Interval
+from simpo.terminal import printable
 from simpo.world.judge import correct, judge
 from simpo.world.model import write_model
 from simpo.world.pairs import write_prompts, write_sft
@@ -48,13 +52,16 @@ _HEADINGS: dict[Stage | None, str] = {"before": "SFT", "after": "SimPO"}
 def main(argv: list[str]) -> int:
     """Fine-tune, sample, pair, train and compare, each by the command or function that anybody would use."""
     parser = ArgumentParser("demo", __doc__)
-    parser.add_argument("--output_dir", help="folder of the demo (default: the first free one of runs/demo-N)")
+    parser.add_argument(
+        "--output_dir", help="folder of the demo (default: the first of runs/demo-N that is free or was not finished)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)  # for a model this small, threads wait for one another longer than they work
-    folder = _free_folder() if arguments.output_dir is None else Path(arguments.output_dir)
+    identity = {"seed": arguments.seed}
+    folder = _own_folder(identity) if arguments.output_dir is None else Path(arguments.output_dir).expanduser()
     with RunFolder(folder, command="demo") as run:
-        run.begin({"seed": arguments.seed}, argv=argv, accept_changes=None)
+        run.begin(identity, argv=argv, accept_changes=None)
         if not run.finished:
             _align(folder, arguments.seed, run.say)
             contests = read_contests(folder / "simpo-answers/responses.jsonl", folder / "sft-answers/responses.jsonl")
@@ -68,21 +75,31 @@ def main(argv: list[str]) -> int:
     )
     print_results(folder / "results.json", headings=_HEADINGS)
     _show(read_contests(folder / "simpo-answers/responses.jsonl", folder / "sft-answers/responses.jsonl"))
-    print(f"\nplots: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}\nnext:  simpo chat {folder}/simpo")
+    print(f"\nplots: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+    print(f"next:  simpo chat {shlex.quote(str(folder / 'simpo'))}")
     return 0
 
 
-def _free_folder() -> Path:
-    return next(path for number in count(1) if not (path := Path(f"runs/demo-{number}")).exists())
+def _own_folder(identity: dict[str, Any]) -> Path:
+    """The first of runs/demo-N that is free, or holds this demo unfinished."""
+    for number in count(1):
+        path = Path(f"runs/demo-{number}")
+        if not path.exists():
+            break
+        with suppress(SimpoError, FileNotFoundError):
+            found = RunRecord.read(path)
+            if (found.command, found.identity, found.status) == ("demo", identity, "running"):
+                break
+    return path
 
 
 def _align(folder: Path, seed: int, say: Callable[[str], None]) -> None:
     """All stages; each is its own run, so that a demo that was stopped goes on where it was."""
-    if not (folder / "start").exists():
+    if not (folder / "start").exists():  # whole or absent
         write_model(folder / "start", seed)
-        write_sft(folder / "sft.jsonl", _SFT_ROWS, seed)
-        write_prompts(folder / "prompts.jsonl", _PROMPTS, seed)
-        write_prompts(folder / "held-out.jsonl", _HELD_OUT, seed, held_out=True)
+    write_sft(folder / "sft.jsonl", _SFT_ROWS, seed)  # always the same, so that writing them again changes nothing
+    write_prompts(folder / "prompts.jsonl", _PROMPTS, seed)
+    write_prompts(folder / "held-out.jsonl", _HELD_OUT, seed, held_out=True)
     say(f"1. A small random model and the tiny world's demonstrations and prompts are in {folder}")
     say("2. It learns to answer from demonstrations, not all of which are good:")
     data = {"dataset_name": folder / "sft.jsonl", "model_name_or_path": folder / "start"}
@@ -110,7 +127,7 @@ def _sample(
 def _command(say: Callable[[str], None], command: Any, options: dict[str, Any], positional: Sequence[str] = ()) -> None:
     """Run one of simpo's commands as from the command line."""
     argv = [*positional, *(text for key, value in options.items() for text in (f"--{key}", str(value)))]
-    say(f"   simpo {command.__name__.rpartition('.')[2]} {' '.join(argv)}")
+    say(f"   simpo {command.__name__.rpartition('.')[2]} {shlex.join(argv)}")
     code = command.main(argv)
     assert code == 0, code
 

@@ -12,12 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from simpo.arguments import ArgumentParser
-from simpo.commands._terminal import printable
 from simpo.data.inspection import PERCENTILES, Example, Inspection, examples, inspect_prepared, overlap
 from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
 from simpo.data.tokenize import prepare
+from simpo.errors import SimpoError
 from simpo.results import Metric, fingerprint, write_results
+from simpo.terminal import printable
 from simpo.training.models import load_tokenizer
 
 _SETTINGS = (
@@ -52,7 +53,9 @@ def main(argv: list[str]) -> int:
     _print_examples(console, examples(datasets[0], tokenizer))
     if arguments.output_dir:
         identity = fingerprint([dataset._fingerprint for dataset in datasets])
-        folder = Path(arguments.output_dir)
+        folder = Path(arguments.output_dir).expanduser()
+        if (folder / "run.json").exists():
+            raise SimpoError(f"output_dir: {folder} holds a run; name another folder")
         path = write_results(folder, command="inspect", fingerprint=identity, metrics=metrics)
         console.print(Text(f"\nresults: {path}"))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 from simpo.arguments import ArgumentParser
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
     """Sample, print the table of results and what to do next."""
     arguments = _parser().parse_args(argv)
     given = {key: getattr(arguments, key) for key in _HELP if getattr(arguments, key) is not None}
-    folder = Path(arguments.output_dir)
+    folder = Path(arguments.output_dir).expanduser()
     results = sample_responses(
         ModelArguments(arguments.model, model_revision=arguments.model_revision, dtype=arguments.dtype),
         PromptArguments(arguments.prompts, arguments.split, arguments.chat_template),
@@ -38,7 +39,9 @@ def main(argv: list[str]) -> int:
     )
     print_results(results)
     print(f"responses: {folder / FILE_NAME}")
-    print(f"next:      python -m json.tool --json-lines --no-ensure-ascii {folder / FILE_NAME} | less")
+    print(
+        f"next:      python -m json.tool --json-lines --no-ensure-ascii {shlex.quote(str(folder / FILE_NAME))} | less"
+    )
     return 0
 
 

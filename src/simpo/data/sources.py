@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def load_rows(name: str, *, split: str, config: str | None = None) -> Dataset:
     Raises:
         SimpoError: no such file, folder, split or hub data set, or one that cannot be read.
     """
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.is_file():
         return load_file(path, path.name)
     if path.is_dir():
@@ -42,7 +43,7 @@ def load_rows(name: str, *, split: str, config: str | None = None) -> Dataset:
 
 def is_single_file(name: str) -> bool:
     """Whether ``name`` is a file, which holds one split only."""
-    return Path(name).expanduser().is_file()
+    return _path(name).is_file()
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -132,3 +133,7 @@ def _hub_digest(dataset: Dataset, label: str, config: str | None) -> str:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _path(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for ~nobody

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any, Literal
 
@@ -66,7 +66,9 @@ def policy_logprobs(model: nn.Module, batch: PackedBatch, *, path: ForwardPath =
     inner = prepare_policy(model)
     path = resolve_path(inner, batch, path)
     device = next(inner.parameters()).device
-    return model(packed_batch=batch if batch.input_ids.device == device else batch.to(device), path=path)
+    if device.type != "cpu" and batch.input_ids.device != device:  # weights on the CPU may be offloaded ones
+        batch = batch.to(device)
+    return model(packed_batch=batch, path=path)
 
 
 def prepare_policy(model: nn.Module) -> PreTrainedModel:
@@ -80,6 +82,9 @@ def prepare_policy(model: nn.Module) -> PreTrainedModel:
         setattr(inner, _STATE, PolicyState())
         kind: Any = type(inner)
         inner.forward = MethodType(_forward_of(kind), inner)
+    output = _plain_output_layer(inner)
+    if output is not None and "forward" not in output.__dict__:
+        output.forward = MethodType(_logits_or_logprobs, output)
     return inner
 
 
@@ -154,15 +159,34 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 def find_head(model: PreTrainedModel) -> Head | None:
     """The output layer as a :class:`Head`, or None if it is not a plain linear layer."""
-    causal = causal_lm(model)
-    module = causal.get_output_embeddings()
-    if type(module) is not nn.Linear or backbone(model) is causal:
+    module = _plain_output_layer(model)
+    if module is None:
         return None
-    config = causal.config.get_text_config()
+    config = causal_lm(model).config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     if getattr(config, "logits_scaling", None):
         scale = scale / config.logits_scaling
     return Head(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _plain_output_layer(model: PreTrainedModel) -> nn.Linear | None:
+    causal = causal_lm(model)
+    module = causal.get_output_embeddings()
+    if not isinstance(module, nn.Linear) or backbone(model) is causal:
+        return None
+    own = module.__dict__.get("forward")  # ours, or a hook of somebody's
+    ours = own is None or getattr(own, "__func__", None) is _logits_or_logprobs
+    # not by its type, of which FSDP makes a subclass
+    return module if ours and type(module).forward is nn.Linear.forward else None
+
+
+def _logits_or_logprobs(
+    self: nn.Linear, hidden: Tensor, *, head: Head | None = None, targets: Tensor | None = None
+) -> Tensor:
+    """The forward of a plain output layer: a call of the layer, so that hooks that gather sharded weights run."""
+    if head is None or targets is None:
+        return nn.Linear.forward(self, hidden)
+    return fused_logprobs(hidden, replace(head, weight=self.weight, bias=self.bias), targets)
 
 
 def model_inputs(batch: PackedBatch, path: Literal["packed", "padded"]) -> tuple[dict[str, Any], Tensor]:
@@ -186,7 +210,8 @@ def _token_logprobs(model: PreTrainedModel, batch: PackedBatch, path: Literal["p
     head = find_head(model) if state_of(model).fused_head else None
     if head is not None:
         hidden = backbone(model)(**inputs)[0]  # [1, T, H] or [R, L, H]
-        return fused_logprobs(hidden.flatten(0, 1)[scored], head, batch.targets)
+        output: Any = causal_lm(model).get_output_embeddings()
+        return output(hidden.flatten(0, 1)[scored], head=head, targets=batch.targets)
     logits = original_forward(model, **inputs).logits.flatten(0, 1)[scored]  # [S, V]
     exact = torch.promote_types(logits.dtype, torch.float32)
     return torch.log_softmax(logits, dim=-1, dtype=exact).gather(-1, batch.targets[:, None]).squeeze(-1)

@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from simpo.packing.attention import UnsupportedAttentionError, install, uninstall
+from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
-from simpo.packing.logprobs import fused_logprobs
 from simpo.packing.policy import (
-    backbone,
+    PolicyState,
     causal_lm,
     find_head,
-    original_forward,
     prepare_policy,
     state_of,
 )
@@ -49,24 +49,40 @@ def choose_path(model: nn.Module, batch: PackedBatch) -> Literal["packed", "padd
     inner = prepare_policy(model)
     state = state_of(inner)
     said, state.reasons = state.reasons, []
+    path: Literal["packed", "padded"]
     sample = _sample(batch).to(next(inner.parameters()).device)
     with _evaluating(inner), torch.no_grad():
-        precisions = list(_precisions(sample.input_ids.device))
-        state.fused_head = all(_in_precision(_head_agrees, inner, sample, enabled) for enabled in precisions)
-        if not state.fused_head:
-            state.reasons.append("its output layer is not a plain matrix product: logits are materialised")
-        try:
-            install(causal_lm(inner))
-            for enabled in precisions:
-                _in_precision(_probe, inner, sample, enabled)
-            state.path = "packed"
-        except (NotShareableError, UnsupportedAttentionError) as error:
-            uninstall(causal_lm(inner))
-            state.path = "padded"
-            state.reasons.append(f"{error}: every response is computed with a prompt of its own, padded")
+        precisions = list(_precisions(inner, sample.input_ids.device))
+        if all(_in_precision(_is_finite, inner, sample, enabled) for enabled in precisions):
+            path = _judge(inner, state, sample, precisions)
+        else:
+            path, state.fused_head = "padded", False
+            state.reasons.append(
+                "its own log-probabilities of the first rows are not finite, so nothing could be checked: logits are "
+                "materialised, and every response is computed with a prompt of its own, padded"
+            )
+    state.path = path
     for reason in set(state.reasons) - set(said):
         logger.warning("%s: %s", type(causal_lm(inner)).__name__, reason)
-    return state.path
+    return path
+
+
+def _judge(
+    inner: PreTrainedModel, state: PolicyState, sample: PackedBatch, precisions: list[bool]
+) -> Literal["packed", "padded"]:
+    """Decide on the output layer and the path, with the reasons."""
+    state.fused_head = all(_in_precision(_head_agrees, inner, sample, enabled) for enabled in precisions)
+    if not state.fused_head:
+        state.reasons.append("its output layer is not a plain matrix product: logits are materialised")
+    try:
+        install(causal_lm(inner))
+        for enabled in precisions:
+            _in_precision(_probe, inner, sample, enabled)
+        return "packed"
+    except (NotShareableError, UnsupportedAttentionError) as error:
+        uninstall(causal_lm(inner))
+        state.reasons.append(f"{error}: every response is computed with a prompt of its own, padded")
+        return "padded"
 
 
 def naive_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -76,17 +92,22 @@ def naive_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """
     found = []
     for ids, scored in _sequences(batch):
-        logits = original_forward(model, input_ids=ids, use_cache=False).logits[0, scored]  # [n, V]
+        logits = model(input_ids=ids, use_cache=False).logits[0, scored]  # [n, V]
         exact = torch.promote_types(logits.dtype, torch.float32)
         targets = ids[0, -len(logits) :, None]
         found.append(torch.log_softmax(logits, dim=-1, dtype=exact).gather(-1, targets).squeeze(-1))
     return torch.cat(found)
 
 
-def _precisions(device: torch.device) -> Iterator[bool]:
-    """Autocast off, where a small leak cannot hide in rounding, and on if the run uses it, for its kernels."""
-    yield False
-    if torch.is_autocast_enabled(device.type):
+def _precisions(model: nn.Module, device: torch.device) -> Iterator[bool]:
+    """Autocast off, where a small leak cannot hide in rounding, and on if the run uses it, for its kernels.
+
+    Weights that FSDP shards are gathered in the type that the run computes in, so that off would mean nothing.
+    """
+    autocast = torch.is_autocast_enabled(device.type)
+    if not (autocast and isinstance(model, FSDPModule)):
+        yield False
+    if autocast:
         yield True
 
 
@@ -124,14 +145,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _is_finite(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> bool:
+    return bool(expected.isfinite().all())
+
+
 def _head_agrees(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> bool:
-    head = find_head(model)
-    if head is None:
+    if find_head(model) is None:
         return False
-    found = []
-    for ids, scored in _sequences(sample):
-        hidden = backbone(model)(input_ids=ids, use_cache=False)[0][0, scored]  # [n, H]
-        found.append(fused_logprobs(hidden, head, ids[0, -len(hidden) :]))
+    state_of(model).fused_head = True  # the forward takes it, one sequence at a time
+    alone = (
+        PackedBatch.build([TokenizedComparison(comparison.prompt_ids, [response])])
+        for comparison in sample.comparisons
+        for response in comparison.response_ids
+    )
+    found = [model(packed_batch=batch.to(sample.input_ids.device), path="padded") for batch in alone]
     return _agree(torch.cat(found), expected, model)
 
 

@@ -23,6 +23,7 @@ from simpo.runs.log import LogFile, now
 from simpo.runs.provenance import environment
 from simpo.runs.record import RunRecord
 from simpo.runs.redaction import masked, redact, redact_arguments, redact_yaml
+from simpo.terminal import printable
 
 _LOCK, _HOLDER = ".lock", ".lock.pid"
 
@@ -48,6 +49,7 @@ class RunFolder:
         path: the folder.
         command: the command that it is for.
         resuming: whether it held an unfinished run of this command.
+        changed: whether it goes on with another identity, from :meth:`begin` on.
         fingerprint: SHA-256 of the identity, from :meth:`begin` on.
         metrics: ``metrics.jsonl``, from :meth:`begin` on.
     """
@@ -74,6 +76,7 @@ class RunFolder:
             self._take()
             self._record = self._look()  # it may have been finished before it was free
         self.resuming = self._record is not None and not self.finished
+        self.changed = False
 
     @property
     def finished(self) -> bool:
@@ -108,6 +111,7 @@ class RunFolder:
                 raise SimpoError(f"output_dir: {self.path} was taken by another run just now; name a new folder")
         settled = json.loads(json.dumps(redact(identity)))  # as run.json will give it back
         changed = self._compare(settled, accept_changes)
+        self.changed = bool(changed)
         with disk_errors(self.path):
             sweep(self.path)
         if not self.finished:
@@ -121,7 +125,7 @@ class RunFolder:
 
     def say(self, line: str) -> None:
         """Print a line and keep it in ``log.txt``, without access tokens."""
-        print(masked(line))
+        print(printable(masked(line)))
         if self._log is None:
             self._said.append(line)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,8 @@ from typing import Any
 from simpo.atomic import disk_errors, sync
 from simpo.errors import SimpoError
 
+logger = logging.getLogger(__name__)
+
 
 class JsonLines:
     """An append-only file of JSON objects, one a line; ``len()`` is their number.
@@ -21,7 +24,6 @@ class JsonLines:
 
     Attributes:
         path: the file.
-        dropped: torn lines that opening it dropped: 0 or 1.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,8 +39,8 @@ class JsonLines:
             sync(self.path.parent)
             self._ends, torn = _scan(self.path)  # _ends: bytes from the file's start to the end of each record
             if torn:
+                logger.warning("%s: a damaged last line, which a kill leaves, is dropped", self.path)
                 self._truncate()
-        self.dropped = int(torn)
 
     def __len__(self) -> int:
         return len(self._ends)

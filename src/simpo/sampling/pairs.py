@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ def pair_responses(responses: Path, scorer: Scorer, output: Path) -> PairReport:
     for record in read_lines(responses):
         report.prompts += 1
         scores = [scorer(record["prompt"], response) for response in record["responses"]]
+        if not all(map(math.isfinite, scores)):
+            raise SimpoError(f"{responses}: prompt {record['id']}: the scorer gave {scores}; it must give numbers")
         row = _best_and_worst(record, scores)
         if isinstance(row, str):
             report.dropped[row] += 1

@@ -18,6 +18,7 @@ from simpo.atomic import staged_files
 from simpo.data.prompts import Prompt, Prompts, prepare_prompts
 from simpo.data.sources import load_rows
 from simpo.errors import InterruptedRun, SimpoError
+from simpo.progress import progress
 from simpo.results import Metric, write_results
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import JsonLines
@@ -26,7 +27,6 @@ from simpo.sampling.engine import Engine, Sampled, stop_ids
 from simpo.sampling.figures import response_metrics
 from simpo.sampling.generate import TransformersEngine
 from simpo.sampling.loading import Checkpoint, device
-from simpo.sampling.progress import progress
 from simpo.sampling.settings import SamplingSettings
 from simpo.sampling.texts import ResponseText
 from simpo.sampling.vllm import VllmEngine

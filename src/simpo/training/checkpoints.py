@@ -7,14 +7,16 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from simpo.atomic import disk_errors, provisional, remove_folder, staged_folder
 from simpo.errors import SimpoError
 from simpo.runs.manifest import damage, write_manifest
+from simpo.training.sharding import stored_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +25,13 @@ _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, newest first, whole or not."""
-    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir())
-    return [path for _, path in sorted(((int(m[1]), path) for m, path in found if m), reverse=True)]
+    found = (path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _NAME.fullmatch(path.name))
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step of a checkpoint's folder."""
+    return int(path.name.rpartition("-")[2])
 
 
 def last_good_checkpoint(folder: Path) -> Path | None:
@@ -37,14 +44,20 @@ def last_good_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def check_checkpoint(path: Path, model: nn.Module) -> None:
-    """Raise :class:`SimpoError` unless ``path`` is a whole checkpoint of a model with ``model``'s weights."""
+def check_whole(path: Path) -> None:
+    """Raise :class:`SimpoError` unless ``path`` is a checkpoint of which nothing is missing or changed."""
     if not path.is_dir():
         raise SimpoError(f"resume_from_checkpoint: there is no folder {path}")
     if fault := damage(path):
         raise SimpoError(f"resume_from_checkpoint: {path} is damaged ({fault}); name another checkpoint")
+
+
+def check_checkpoint(path: Path, model: nn.Module) -> None:
+    """Raise :class:`SimpoError` unless ``path`` is a whole checkpoint of a model with ``model``'s weights."""
+    check_whole(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in _stored_shapes(path):
+    for name, stored in stored_tensors(path):
+        shape = tuple(stored.get_shape())
         if shapes.get(name) != shape:
             here = f"{list(shapes[name])} here" if name in shapes else "not in this one"
             raise SimpoError(
@@ -53,10 +66,9 @@ def check_checkpoint(path: Path, model: nn.Module) -> None:
             )
 
 
-def _stored_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for file in sorted(path.glob("model*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            yield from ((name, tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118
+def ranks_of(path: Path) -> int:
+    """How many processes saved the checkpoint ``path``: each keeps its random state."""
+    return len(list(path.glob("rng_state*.pth")))
 
 
 @contextmanager
@@ -94,15 +106,29 @@ def shared_staging(
         wait()
 
 
-def rotate(folder: Path, limit: int | None, best: str | None) -> None:
-    """Remove all but the ``limit`` newest checkpoints; the newest and the best always stay."""
+def rotate(folder: Path, limit: int | None, *, newest: Path, best: str | None) -> None:
+    """Remove all but ``limit`` checkpoints: the one just written, the best, and of the others the latest before it.
+
+    Those of later steps, which a run that went back has left behind, go first.
+    """
     if limit is None or limit <= 0:
         return
-    found = checkpoints(folder)
-    kept = {found[0], *([Path(best)] if best else [])}
-    for path in found[1:]:
-        if len(kept) < limit:
-            kept.add(path)
-    for path in found:
-        if path not in kept:
+    kept = {newest.name} | ({Path(best).name} if best else set())
+    before = [path.name for path in checkpoints(folder) if step_of(path) < step_of(newest)]
+    kept |= set([name for name in before if name not in kept][: max(0, limit - len(kept))])
+    for path in checkpoints(folder):
+        if path.name not in kept:
             remove_folder(path)
+
+
+class BestCheckpoint(TrainerCallback):
+    """Finds the best checkpoint of a run that is continued again, also where its folder has moved."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look for it by its step, where the checkpoints are now."""
+        if state.best_global_step:
+            path = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            if path.is_dir():
+                state.best_model_checkpoint = str(path)

@@ -16,6 +16,7 @@ from simpo.training.metrics import NAMES
 from simpo.training.packed import WEIGHT, Scores
 
 ACCURACY = "rewards/accuracies"
+_LARGEST = 700.0  # whose exponential is a number
 
 
 def write_scores(path: Path, rows: Dataset, scores: Scores) -> None:
@@ -69,5 +70,9 @@ def _metric(name: str, stage: Stage, found: Interval) -> Metric:
 
 
 def _exponential(found: Interval) -> Interval:
-    low, high = (None if bound is None else math.exp(bound) for bound in (found.low, found.high))
-    return Interval(math.exp(found.value), low, high, found.n, found.method)
+    value, low, high = (None if x is None else _exp(x) for x in (found.value, found.low, found.high))
+    return Interval(value if value is not None else math.nan, low, high, found.n, found.method)
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < _LARGEST else math.inf

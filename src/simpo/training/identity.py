@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from simpo.runs import manifest
 from simpo.training.inputs import DataArguments
 from simpo.training.models import ModelArguments
 
@@ -30,6 +31,8 @@ _NO_INFLUENCE = {
     "log_level_replica",
     "log_on_each_node",
     "output_dir",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",  # its product with the number of processes counts
     "project",
     "report_to",
     "resume_from_checkpoint",
@@ -51,12 +54,21 @@ def training_identity(
     found: Identity = {"model": model_digest(model), "dtype": model.dtype, "chat_template": data.chat_template}
     found["data/train"] = rows_digest(train)
     found["data/eval"] = None if held_out is None else rows_digest(held_out)
+    checkpoint = named_checkpoint(config)
+    found["resume_from_checkpoint"] = None if checkpoint is None else _digest(Path(checkpoint) / manifest.FILE_NAME)
+    found["rows per step"] = str(config.per_device_train_batch_size * config.world_size)
     settings = config.to_dict() | getattr(config, "hyperparameters", {})  # the latter with defaults filled in
     return found | {key: str(value) for key, value in sorted(settings.items()) if _acts(key)}
 
 
 def _acts(key: str) -> bool:
     return key not in _NO_INFLUENCE and not key.startswith(_NO_INFLUENCE_PREFIXES)
+
+
+def named_checkpoint(config: Any) -> str | None:
+    """The checkpoint that a recipe names to start from; None if it does not, or asks for the folder's own."""
+    named = config.resume_from_checkpoint
+    return None if named is None or str(named).lower() in ("true", "false") else str(named)
 
 
 def rows_digest(rows: Dataset) -> str:
@@ -72,16 +84,19 @@ def rows_digest(rows: Dataset) -> str:
 
 
 def model_digest(model: ModelArguments) -> str:
-    """SHA-256 of a local model's weight files, an adapter's with what it says of its base; of a hub model its name."""
+    """SHA-256 of a local model's weights and configuration, an adapter's included; of a hub model its name."""
     folder = Path(model.model_name_or_path)
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")])
+    files = sorted(
+        path for pattern in ("*.safetensors", "config.json", "adapter_config.json") for path in folder.glob(pattern)
+    )
     if not files:
         return f"{model.model_name_or_path}@{model.model_revision}"
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return hashlib.sha256("".join(map(_digest, files)).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def settings_of(*arguments: Any) -> dict[str, Any]:

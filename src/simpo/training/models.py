@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
     def __post_init__(self) -> None:
+        if self.model_name_or_path.startswith("~"):
+            self.model_name_or_path = os.path.expanduser(self.model_name_or_path)  # noqa: PTH111 - no error for ~nobody
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise SimpoError(f"dtype: {self.dtype!r} is not one of {', '.join(_DTYPES)}")
 
@@ -78,9 +81,10 @@ def read_chat_template(given: str) -> str | None:
         return None
     if "{" in given:
         return given
-    if not Path(given).is_file():
-        raise SimpoError(f"chat_template: {given!r} is neither a template nor a file")
-    return Path(given).read_text()
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SimpoError(f"chat_template: {given[:80]!r} is neither a template nor a file of one ({error})") from error
 
 
 def disable_dropout(model: nn.Module) -> None:

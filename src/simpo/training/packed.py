@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -29,7 +29,6 @@ from simpo.packing.binning import StepPlan, check_budget
 from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import ForwardPath, policy_forward, prepare_policy, resolve_path
 from simpo.packing.selfcheck import choose_path
-from simpo.runs.manifest import damage
 from simpo.training.batches import (
     ComparisonRows,
     PlannedBatch,
@@ -39,11 +38,21 @@ from simpo.training.batches import (
     response_counts,
     token_lengths,
 )
-from simpo.training.checkpoints import check_checkpoint, last_good_checkpoint, rotate, staged_checkpoint
+from simpo.training.checkpoints import (
+    BestCheckpoint,
+    check_checkpoint,
+    last_good_checkpoint,
+    ranks_of,
+    rotate,
+    staged_checkpoint,
+    step_of,
+)
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
 from simpo.training.models import disable_dropout, load_model
-from simpo.training.running_means import RunningMeans
+from simpo.training.running_means import RunningMeans, widest_type
 from simpo.training.settings import TrainingSettings
+from simpo.training.sharded import ShardedTrainer
+from simpo.training.sharding import reshard, sharded
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +63,7 @@ WEIGHT = "weight"
 _MEANS_NAME = "running_means.json"
 
 
-class PackedTrainer(Trainer):
+class PackedTrainer(ShardedTrainer):
     """Trains a causal language model on comparisons of one prompt with K responses; subclasses say with which loss.
 
     A step's loss is the weighted mean of its rows' losses, however it is split into micro-batches and over ranks.
@@ -108,6 +117,10 @@ class PackedTrainer(Trainer):
         self._means = RunningMeans(self.metric_names, args.device)
         self._step: list[tuple[PlannedBatch, Tensor]] = []  # micro-batches of the current step with their rows' losses
         self._staging: Path | None = None
+        self._saved: int | None = None  # the step whose checkpoint this training has written or read
+        # Kept from Trainer, whose rotation knows no staging and whose last one may remove the newest checkpoint.
+        self._save_total_limit: int | None = None
+        self.add_callback(BestCheckpoint())
 
     # ---- what a subclass says ----
 
@@ -214,7 +227,9 @@ class PackedTrainer(Trainer):
         sample = PackedBatch.build(comparisons_of(rows, range(min(16, len(rows)))))
         with self.accelerator.autocast():
             choose_path(model, sample)
-        return resolve_path(model, sample, self.args.forward_path)
+        path = resolve_path(model, sample, self.args.forward_path)
+        packed = self._sum_over_ranks(torch.tensor(int(path == "packed"), device=self.args.device))
+        return path if packed in (0, self.args.world_size) else "padded"  # ranks with other plans would wait for ever
 
     def compute_loss(  # noqa: D102 - documented by Trainer
         self,
@@ -253,9 +268,8 @@ class PackedTrainer(Trainer):
     def _gradient_sync(self, model: nn.Module, *, last: bool) -> Iterator[None]:
         """Let ranks exchange gradients only after the last micro-batch (FSDP reduce-scatters each, to save memory)."""
         self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps when this is true
-        sharded = self.accelerator.distributed_type == DistributedType.FSDP
         context: AbstractContextManager[None] = nullcontext()
-        if not last and not sharded:
+        if not last and not sharded(self.model):
             context = self.accelerator.no_sync(model)
         with context:
             yield
@@ -276,19 +290,22 @@ class PackedTrainer(Trainer):
         return norm
 
     def _not_finite(self) -> str:
-        """What is wrong with the current step, and with which of its rows."""
-        rows = [row for batch, losses in self._step for row in rows_not_finite(batch.rows, losses)]
-        here = [row for batch, _ in self._step for row in batch.rows]
+        """What is wrong with the current step, and with which of its rows; every rank says the same."""
+        rows = self._of_all_ranks([row for batch, losses in self._step for row in rows_not_finite(batch.rows, losses)])
+        step = self._of_all_ranks([row for batch, _ in self._step for row in batch.rows])
         what = "loss"
         if not rows:
             what = "gradient"
-            rows = rows_without_gradient(self.model, here, self._loss_of_row) if self.args.world_size == 1 else here
-        found = describe_rows(self.train_dataset, sorted(rows))
-        many = " (all rows of the step: look at the model and the learning rate)" if len(rows) == len(here) > 1 else ""
+            rows = rows_without_gradient(self.model, step, self._loss_of_row) if self.args.world_size == 1 else step
+        found = describe_rows(self.train_dataset, rows)
+        many = " (all rows of the step: look at the model and the learning rate)" if len(rows) == len(step) > 1 else ""
         return (
             f"step {self.state.global_step + 1}: the {what} is not finite; rows: {found}{many}; nothing was updated: "
             "mend or remove what is named"
         )
+
+    def _of_all_ranks(self, rows: list[int]) -> list[int]:
+        return sorted(set(gather_object(rows) if self.args.world_size > 1 else rows))  # fillers come several times
 
     def _loss_of_row(self, row: int) -> Tensor:
         packed = PackedBatch.build(comparisons_of(self.train_dataset, [row]))
@@ -312,6 +329,16 @@ class PackedTrainer(Trainer):
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, but an evaluation before training prepares nothing.
+
+        What accelerate has once prepared for evaluation it takes for prepared when training starts: it would not be
+        wrapped in DDP then, and every rank would train a model of its own.
+        """
+        if not self.is_deepspeed_enabled and not self.accelerator._models:
+            self.accelerator._models.append(self.model)
+        return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -321,8 +348,9 @@ class PackedTrainer(Trainer):
     ) -> tuple[None, Tensor, Tensor]:
         """Figures of an element's rows with their weight, ``[rows, N + 1]``, and row numbers (-1 for none)."""
         capacity = self.args.eval_batch_size * self.args.world_size
-        figures = torch.zeros(capacity, len(self.metric_names) + 1, device=self.args.device)
-        rows = torch.full((capacity,), -1, device=self.args.device)
+        device = self.args.device
+        figures = torch.zeros(capacity, len(self.metric_names) + 1, device=device, dtype=widest_type(device))
+        rows = torch.full((capacity,), -1, device=device)
         filled = 0
         for batch in inputs["micro_batches"]:
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -362,12 +390,32 @@ class PackedTrainer(Trainer):
             if found is None:
                 raise SimpoError(f"resume_from_checkpoint: there is no whole checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(found)
+        folder = Path(self.args.output_dir)
+        if not resume_from_checkpoint and self.args.save_strategy != "no" and last_good_checkpoint(folder):
+            raise SimpoError(
+                f"output_dir: {folder} holds checkpoints of another training; continue it with "
+                "resume_from_checkpoint=True, or name a new folder"
+            )
+        self._saved = None
         if resume_from_checkpoint:
             path = Path(resume_from_checkpoint)
             check_checkpoint(path, self.model)
+            if path.resolve().parent == folder.resolve():
+                self._saved = step_of(path)
             means = json.loads((path / _MEANS_NAME).read_text())
             self._means.restore(means, main=self.is_world_process_zero())
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            saved_by = ranks_of(path)
+            if saved_by not in (0, self.args.world_size) and self.is_world_process_zero():
+                logger.warning(
+                    "%s is of %d processes and continues on %d: exactly, but for random numbers (dropout)",
+                    *(path, saved_by, self.args.world_size),
+                )
+        reshard(self.model)  # an evaluation may have left it gathered, and an optimizer takes its parameters
+        self._save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        finally:
+            self.args.save_total_limit = self._save_total_limit
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -378,7 +426,7 @@ class PackedTrainer(Trainer):
         final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         main = self.is_world_process_zero()
         means = self._means.state(self._sum_over_ranks)  # every rank is here now, and sees the same folder
-        if final.exists() and damage(final) is None:
+        if self._saved == self.state.global_step:
             return  # an epoch's end may come by a step that has just been saved
         with staged_checkpoint(final, main=main, wait=self.accelerator.wait_for_everyone) as staging:
             self._staging = staging
@@ -386,15 +434,20 @@ class PackedTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
+            if self.state.best_model_checkpoint == str(staging / final.name):
+                self.state.best_model_checkpoint = str(final)
             if main:
-                self._complete(staging / final.name, final, means)
+                self._complete(staging / final.name, means)
+        self._saved = self.state.global_step
         if main:
-            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate(folder, self._save_total_limit, newest=final, best=self.state.best_model_checkpoint)
 
-    def _complete(self, staged: Path, final: Path, means: dict[str, Any]) -> None:
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether the model is to be saved with ``save_strategy: best``: also where training ends or is stopped."""
+        return super()._determine_best_metric(metrics, trial) or self.control.should_training_stop
+
+    def _complete(self, staged: Path, means: dict[str, Any]) -> None:
+        self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # again: the best one's name is the final one
         write_text(staged / _MEANS_NAME, json.dumps(means))
 
 

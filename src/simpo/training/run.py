@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
 
 from simpo.atomic import provisional, staged_files
+from simpo.errors import SimpoError
 from simpo.results import FILE_NAME, Metric, write_results
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import JsonLines
 from simpo.training.card import write_model_card
-from simpo.training.checkpoints import last_good_checkpoint, shared_staging
+from simpo.training.checkpoints import check_whole, last_good_checkpoint, shared_staging
 from simpo.training.held_out import read_scores, write_scores
-from simpo.training.identity import Identity, settings_of, training_identity
+from simpo.training.identity import Identity, named_checkpoint, settings_of, training_identity
 from simpo.training.inputs import DataArguments, load_datasets
 from simpo.training.interruption import StopOnSignal
+from simpo.training.log_lines import LogLines
 from simpo.training.models import ModelArguments, load_model, load_tokenizer
 from simpo.training.packed import PackedTrainer, Scores
 from simpo.training.tasks import Task
@@ -54,6 +58,8 @@ def run_training(task: Task, given: Given) -> Path:
         InterruptedRun: a signal came; a checkpoint has been saved.
     """
     config = given.config
+    if config.process_index:
+        logging.getLogger("simpo").setLevel(logging.ERROR)  # what all ranks notice, the main one says
     results = Path(config.output_dir) / FILE_NAME
     with RunFolder(config.output_dir, command=task.command) if config.process_index == 0 else _NoFolder() as folder:
         folder.say(task.describe(config))
@@ -83,6 +89,7 @@ class _NoFolder:
     """The run folder of the ranks that write nothing."""
 
     finished = False
+    changed = False
     fingerprint = ""
 
     def __enter__(self) -> _NoFolder:
@@ -111,21 +118,26 @@ def _prepare(
 ) -> tuple[PackedTrainer, list[Metric], Dataset | None, Identity]:
     """Everything that can fail before the first write: the trainer, data figures, held-out rows, and the identity."""
     config = given.config
-    train_rows, eval_rows = load_datasets(given.data)
     name = given.model.model_name_or_path
-    tokenizer = load_tokenizer(name, given.model, chat_template=given.data.chat_template)
     metrics, datasets = [], {}
-    for label, rows in (("train", train_rows), ("eval", eval_rows)):
-        if rows is not None:
-            prepared = task.trainer.prepare(rows, tokenizer, config, label)
-            for line in prepared.report.lines():
-                folder.say(line)
-            metrics += [Metric(name, value) for name, value in prepared.report.metrics()]
-            datasets[label] = prepared.dataset
+    with config.main_process_first(desc="reading and tokenizing the data"):  # the others find it in the cache
+        tokenizer = load_tokenizer(name, given.model, chat_template=given.data.chat_template)
+        for label, rows in zip(("train", "eval"), load_datasets(given.data), strict=True):
+            if rows is not None:
+                prepared = task.trainer.prepare(rows, tokenizer, config, label)
+                for line in prepared.report.lines():
+                    folder.say(line)
+                metrics += [Metric(name, value) for name, value in prepared.report.metrics()]
+                datasets[label] = prepared.dataset
     held_out = datasets.get("eval")
     if held_out is None and (config.eval_strategy != "no" or config.do_eval):
         folder.say(f"no held-out {task.rows} are named (eval_dataset_name): training without evaluation")
         config.eval_strategy, config.do_eval = type(config.eval_strategy)("no"), False
+    checkpoint = named_checkpoint(config)
+    if checkpoint is not None:
+        check_whole(Path(checkpoint))
+    identity = training_identity(given.model, given.data, config, datasets["train"], held_out)
+    _check_ranks_agree(identity, config)
     trainer = task.trainer(
         load_model(name, given.model),
         args=config,
@@ -133,7 +145,19 @@ def _prepare(
         eval_dataset=held_out,
         processing_class=tokenizer,
     )
-    return trainer, metrics, held_out, training_identity(given.model, given.data, config, datasets["train"], held_out)
+    return trainer, metrics, held_out, identity
+
+
+def _check_ranks_agree(identity: Identity, config: Any) -> None:
+    """Raise :class:`SimpoError`, on every rank, if one was given something else to train on or with."""
+    ranks = gather_object([identity]) if config.world_size > 1 else [identity]
+    for rank, other in enumerate(ranks):
+        for key, value in ranks[0].items():
+            if other.get(key) != value:
+                raise SimpoError(
+                    f"{key}: process {rank} has {other.get(key)!r}, process 0 has {value!r}; start all with the same "
+                    "recipe, model and data"
+                )
 
 
 def _train(task: Task, trainer: PackedTrainer, held_out: Dataset | None, folder: RunFolder | _NoFolder) -> list[Metric]:
@@ -141,12 +165,16 @@ def _train(task: Task, trainer: PackedTrainer, held_out: Dataset | None, folder:
     output_dir = Path(trainer.args.output_dir)
     before = None
     if held_out is not None:  # once, also of a killed run
-        before = _from_main(read_scores(output_dir / _SCORES["before"], len(held_out)), trainer.args)
+        stored = None if folder.changed else read_scores(output_dir / _SCORES["before"], len(held_out))
+        before = _from_main(stored, trainer.args)
         before = before or _score(trainer, held_out, output_dir / _SCORES["before"])
     stop = StopOnSignal()
     trainer.add_callback(stop)
     if isinstance(folder, RunFolder):
         trainer.add_callback(_Recorder(folder.metrics))
+        if trainer.args.disable_tqdm:
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(LogLines(folder.say))
     set_seed(trainer.args.seed)  # whether the held-out rows have just been scored or their scores were read
     with stop:
         outcome = trainer.train(resume_from_checkpoint=_starting_point(trainer, folder))
@@ -165,8 +193,7 @@ def _starting_point(trainer: PackedTrainer, folder: RunFolder | _NoFolder) -> st
         return str(found)
     if isinstance(folder, RunFolder) and folder.resuming:
         folder.say("no checkpoint had been saved: starting from the beginning")
-    named = trainer.args.resume_from_checkpoint
-    return None if named is None or str(named).lower() in ("true", "false") else str(named)
+    return named_checkpoint(trainer.args)
 
 
 class _Recorder(TrainerCallback):

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def widest_type(device: torch.device) -> torch.dtype:
+    """In which figures are kept, so that what ranks and micro-batches they came by cannot be seen in them."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class RunningMeans:
     """Sums over rows on one rank; nothing waits for the device until a mean is asked for.
 
@@ -19,7 +24,8 @@ class RunningMeans:
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self._names = tuple(names)
-        self._since_log = torch.zeros(len(names) + 1, device=device)  # [N + 1], the last is the weights' sum
+        # [N + 1], the last is the weights' sum
+        self._since_log = torch.zeros(len(names) + 1, device=device, dtype=widest_type(device))
         self._before_log = [0.0] * (len(names) + 1)  # of all ranks: what earlier logs took
 
     def add(self, figures: Tensor, weights: Tensor) -> None:
@@ -51,6 +57,6 @@ class RunningMeans:
 
     def restore(self, state: dict[str, Any], *, main: bool) -> None:
         """Continue from ``state``; the main rank takes the sums of all."""
-        since_log = torch.tensor(state["since_log"]).to(self._since_log)
+        since_log = self._since_log.new_tensor(state["since_log"])
         self._since_log = since_log if main else torch.zeros_like(since_log)
         self._before_log = list(state["before_log"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,8 +12,11 @@ from transformers import SchedulerType, TrainingArguments
 from simpo.data.settings import TokenizeSettings
 from simpo.errors import SimpoError
 
+logger = logging.getLogger(__name__)
+
 UNSUPPORTED = {
     "auto_find_batch_size": (False, "a step's rows would change; max_batch_tokens bounds the memory of a forward"),
+    "save_only_model": (False, "a run could not be continued from such a checkpoint"),
     "label_smoothing_factor": (0.0, "it smooths class labels; label_smoothing is the preference objectives' own"),
 }
 
@@ -70,6 +74,11 @@ class TrainingSettings(TrainingArguments):
         for key, (only, why) in UNSUPPORTED.items():
             if getattr(self, key) != only:
                 raise SimpoError(f"{key}: not supported ({why})")
+        if self.push_to_hub:  # type: ignore[has-type]
+            logger.warning(
+                "push_to_hub: nothing is uploaded while training; upload the finished folder with 'hf upload'"
+            )
+            self.push_to_hub = False
         self._fold_accumulation()
         self.remove_unused_columns = False  # the columns are ours, not the model's
         self.logging_nan_inf_filter = False  # a loss that is not finite must be seen
@@ -108,6 +117,10 @@ class TrainingSettings(TrainingArguments):
     def _check(self) -> None:
         if self.forward_path not in ("auto", "packed", "padded"):
             raise SimpoError(f"forward_path: {self.forward_path!r} is not one of 'auto', 'packed', 'padded'")
+        for key in ("seed", "data_seed"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < 2**32:
+                raise SimpoError(f"{key}: must be at least 0 and below 2**32, not {value}")
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise SimpoError(f"max_batch_tokens: must be at least 1, not {self.max_batch_tokens}")
         if self.train_sampling_strategy not in ("random", "sequential"):

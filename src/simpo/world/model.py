@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from simpo.atomic import staged_folder
 from simpo.world.pairs import make_sft
 
 _SPECIAL = ("<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>")
@@ -68,7 +69,8 @@ def world_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_model(folder: Path, seed: int) -> None:
-    """Save the world's tokenizer, its template and a random model in ``folder``, as any model on disk."""
+    """Save the world's tokenizer, its template and a random model in ``folder``, which is new, as any model on disk."""
     tokenizer = world_tokenizer()
-    tokenizer.save_pretrained(folder)
-    make_model(tokenizer, seed).save_pretrained(folder)
+    with staged_folder(folder) as staging:
+        tokenizer.save_pretrained(staging)
+        make_model(tokenizer, seed).save_pretrained(staging)

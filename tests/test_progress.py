@@ -1,7 +1,7 @@
 import pytest
 
-from simpo.sampling import progress as module
-from simpo.sampling.progress import duration, progress
+from simpo import progress as module
+from simpo.progress import duration, progress
 
 
 def test_a_line_every_tenth_with_the_time_left(monkeypatch):

@@ -1,0 +1,73 @@
+"""transformers' ``Trainer`` on a model that accelerate shards with FSDP2: what it lacks, or writes in other files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from simpo.training.sharding import gathered_state, load_state, load_weights, settle_sharding
+
+
+class ShardedTrainer(Trainer):
+    """A ``Trainer`` that can be evaluated before it has trained and whose checkpoints are ordinary, sharded or not.
+
+    A model that is sharded is so from the start, because a forward of the whole might not fit one device. Without FSDP
+    everything is as ``Trainer`` has it.
+
+    Raises:
+        SimpoError: a kind of parallelism that is not supported, or a model that somebody has sharded already.
+    """
+
+    model: Any
+    optimizer: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settle_sharding(self.accelerator, self.model)
+        self._shards = self.accelerator.distributed_type == DistributedType.FSDP
+        if self._shards:
+            self.create_optimizer()  # FSDP2 wants both together
+            model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model = self.model_wrapped = model
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict:  # gathered: tied weights came apart
+            tied = getattr(self.model, "all_tied_weights_keys", {}).items()
+            state_dict |= {name: state_dict[source] for name, source in tied if source in state_dict}
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._shards:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = gathered_state(self.optimizer, keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None and (Path(checkpoint) / OPTIMIZER_NAME).is_file():  # else save_only_model: true
+            folder = Path(checkpoint)
+            state = torch.load(folder / OPTIMIZER_NAME, weights_only=True, map_location="cpu", mmap=True)
+            load_state(self.optimizer, state)
+            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._shards:
+            load_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._shards:
+            load_weights(self.model, Path(str(self.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()

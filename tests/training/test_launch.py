@@ -1,0 +1,159 @@
+"""``torchrun -m simpo.cli train`` with two processes: one folder, failures that end both, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from simpo import cli
+from simpo.results import read_results
+
+LAUNCH = Path(__file__).resolve().parents[2] / "recipes" / "launch"
+
+# Rank 1 meets a mistake in its second step, while rank 0 waits for its gradients.
+MISTAKE = """
+import os, sys
+from simpo import SimpoError, cli
+from simpo.training.packed import PackedTrainer
+
+step = PackedTrainer.training_step
+
+def sabotaged(self, *args):
+    if os.environ["RANK"] == "1" and self.state.global_step == 3:
+        raise SimpoError("planted: the mistake of one rank")
+    return step(self, *args)
+
+PackedTrainer.training_step = sabotaged
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+# A finished run, one whose ranks have other recipes, and a disk that is full when rank 0 completes a checkpoint.
+AFTERWARDS = """
+import errno, os, sys
+from simpo import cli
+from simpo.data.mapping import Tokenization
+from simpo.training.packed import PackedTrainer
+
+rank, folder, options = os.environ["RANK"], sys.argv[1], sys.argv[2:]
+calls, tokenize = [], Tokenization.__call__
+
+def counted(self, *args):
+    calls.append(1)
+    return tokenize(self, *args)
+
+def elsewhere(name):
+    return [f"--output_dir={folder}/{name}" if option.startswith("--output_dir=") else option for option in options]
+
+Tokenization.__call__ = counted
+finished = cli.main(options)
+assert not calls
+other = cli.main([*elsewhere("other"), f"--gamma_beta_ratio=0.{rank}", "--max_length=50"])
+print(f"rank {rank}: finished {finished} other {other} tokenized {len(calls)}", flush=True)
+
+def full(self, *args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+PackedTrainer._complete = full
+sys.exit(cli.main(elsewhere("full")))
+"""
+
+FILES = {
+    "one-gpu": (DistributedType.NO, 1, 1),
+    "fsdp-8-gpus": (DistributedType.FSDP, 1, 8),
+    "fsdp-2-nodes": (DistributedType.FSDP, 2, 16),
+    "deepspeed-zero2": (DistributedType.DEEPSPEED, 1, 8),
+    "deepspeed-zero3": (DistributedType.DEEPSPEED, 1, 8),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_launch_file_is_one_that_accelerate_reads(name):
+    """Its loader refuses unknown keys."""
+    found = load_config_from_file(str(LAUNCH / f"{name}.yaml"))
+    assert (found.distributed_type, found.num_machines, found.num_processes) == FILES[name]
+    if found.distributed_type == DistributedType.FSDP:
+        assert (found.fsdp_config["fsdp_version"], found.fsdp_config["fsdp_state_dict_type"]) == (2, "FULL_STATE_DICT")
+    if found.distributed_type == DistributedType.DEEPSPEED:
+        assert found.deepspeed_config["zero_stage"] == int(name[-1])
+
+
+def test_every_launch_file_is_checked():
+    assert {path.stem for path in LAUNCH.glob("*.yaml")} == set(FILES)
+
+
+def options(world: Path, output: Path, rows: int) -> list[str]:
+    given = {
+        "model_name_or_path": world / "model",
+        "dataset_name": world / "train.jsonl",
+        "eval_dataset_name": world / "test.jsonl",
+        "output_dir": output,
+        "dtype": "float64",
+        "per_device_train_batch_size": rows,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    return ["train", *(f"--{key}={value}" for key, value in given.items())]
+
+
+def torchrun(arguments: list[str], cache: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(cache)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run(chat_world, tmp_path):
+    cache, alone, run = tmp_path / "cache", tmp_path / "alone", tmp_path / "run"
+    assert cli.main(options(chat_world, alone, 4)) == 0
+    given = options(chat_world, run, 2)
+    (tmp_path / "mistake.py").write_text(MISTAKE)
+    (tmp_path / "afterwards.py").write_text(AFTERWARDS)
+
+    start = time.monotonic()
+    failed = torchrun([str(tmp_path / "mistake.py"), *given], cache)
+    assert time.monotonic() - start < 100
+    assert failed.returncode != 0
+    assert failed.stderr.count("simpo: error: planted: the mistake of one rank") == 1
+    assert (run / "checkpoint-2").is_dir()
+    assert not (run / "checkpoint-4").exists()
+
+    resumed = torchrun(["-m", "simpo.cli", *given], cache)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count(f"continues from {run / 'checkpoint-2'}") == 1
+    assert resumed.stdout.count("saved:") == 1  # by one rank
+    assert {path.name for path in run.iterdir()} >= {path.name for path in alone.iterdir() if path.name[0] != "."}
+    expected = load_file(alone / "model.safetensors")
+    for name, tensor in load_file(run / "model.safetensors").items():
+        assert_close(tensor, expected[name], rtol=0, atol=1e-9)
+    figures = [[metric.value for metric in read_results(folder / "results.json").metrics] for folder in (run, alone)]
+    assert figures[0] == pytest.approx(figures[1], abs=1e-6)
+    losses = [
+        [line["loss"] for line in map(json.loads, (folder / "metrics.jsonl").open()) if "loss" in line]
+        for folder in (run, alone)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+    start = time.monotonic()
+    after = torchrun([str(tmp_path / "afterwards.py"), str(tmp_path), *given], cache)
+    assert time.monotonic() - start < 100
+    tokenized = dict(re.findall(r"rank (\d): finished 0 other 2 tokenized (\d+)", after.stdout))
+    assert int(tokenized["0"]) > 0
+    assert int(tokenized["1"]) == 0  # found in the cache
+    assert after.stderr.count("simpo: error: gamma_beta_ratio: process 1 has '0.1', process 0 has '0.0'") == 2
+    assert not (tmp_path / "other").exists()
+    assert after.returncode != 0
+    assert after.stderr.count("no space left on the disk") == 1
+    assert not list((tmp_path / "full").glob("checkpoint-*"))
