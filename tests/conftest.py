@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import simpo.packing.selfcheck  # noqa: F401 - see float64_everywhere
 from simpo.packing.comparison import TokenizedComparison
 from simpo.world.model import make_tokenizer
 
+# Started in the background, as some CI systems do, the tests and the processes that they start would ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the models are tiny, and the tests run in several processes
 
 VOCABULARY = 61

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from simpo.atomic import disk_errors, provisional, remove_folder, staged_folder
 from simpo.errors import SimpoError
 from simpo.runs.manifest import damage, write_manifest
+from simpo.training.renamed import kind_of
 from simpo.training.sharding import stored_tensors
 
 logger = logging.getLogger(__name__)
@@ -55,15 +56,18 @@ def check_whole(path: Path) -> None:
 def check_checkpoint(path: Path, model: nn.Module) -> None:
     """Raise :class:`SimpoError` unless ``path`` is a whole checkpoint of a model with ``model``'s weights."""
     check_whole(path)
+    here = getattr(getattr(model, "config", None), "model_type", None)
+    if (kind := kind_of(path)) not in (None, here):
+        raise SimpoError(_another_model(path, f"{kind} there, {here} here"))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, stored in stored_tensors(path):
+    for name, stored in stored_tensors(path):  # names that are not the model's are looked at when they are loaded
         shape = tuple(stored.get_shape())
-        if shapes.get(name) != shape:
-            here = f"{list(shapes[name])} here" if name in shapes else "not in this one"
-            raise SimpoError(
-                f"resume_from_checkpoint: {path} is of another model ({name} is {list(shape)} there, {here}); "
-                "name a checkpoint of this model"
-            )
+        if shapes.get(name, shape) != shape:
+            raise SimpoError(_another_model(path, f"{name} is {list(shape)} there, {list(shapes[name])} here"))
+
+
+def _another_model(path: Path, how: str) -> str:
+    return f"resume_from_checkpoint: {path} is of another model ({how}); name a checkpoint of this model"
 
 
 def ranks_of(path: Path) -> int:

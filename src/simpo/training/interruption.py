@@ -29,7 +29,8 @@ class StopOnSignal(TrainerCallback):
 
     def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            self._before = {signum: signal.signal(signum, self._note) for signum in _SIGNALS}
+            heard = [signum for signum in _SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]  # nohup ignores some
+            self._before = {signum: signal.signal(signum, self._note) for signum in heard}
         return self
 
     def __exit__(

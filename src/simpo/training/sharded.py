@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from simpo.training.renamed import is_renamed, load_renamed
 from simpo.training.sharding import gathered_state, load_state, load_weights, settle_sharding
 
 
@@ -63,11 +64,16 @@ class ShardedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._shards:
             load_weights(self.model, Path(resume_from_checkpoint))
+        elif is_renamed(Path(resume_from_checkpoint), self.model):
+            load_renamed(Path(resume_from_checkpoint), self.model)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
         if self._shards:
-            load_weights(self.model, Path(str(self.state.best_model_checkpoint)))
+            load_weights(self.model, best)
+        elif is_renamed(best, self.model):
+            load_renamed(best, self.model)
         else:
             super()._load_best_model()

@@ -78,6 +78,10 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     own, found = model.state_dict(), False
     with torch.no_grad():
         for name, stored in stored_tensors(folder):
+            if name not in own:
+                raise SimpoError(
+                    f"resume_from_checkpoint: {folder}: {name} has no place in the sharded model (not yet)"
+                )
             own[name].copy_(_like(stored[...], own[name]))
             found = True
     if not found:
