@@ -1,14 +1,12 @@
-"""Training on packed batches: transformers' ``Trainer`` with its own batches, micro-batch loop and checkpoints."""
+"""Training on packed batches: transformers' ``Trainer`` with its own batches, loss and micro-batch loop."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,10 +16,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from simpo.atomic import write_text
 from simpo.data.tokenize import Prepared
 from simpo.errors import SimpoError
 from simpo.objectives import Responses
@@ -38,21 +33,12 @@ from simpo.training.batches import (
     response_counts,
     token_lengths,
 )
-from simpo.training.checkpoints import (
-    BestCheckpoint,
-    check_checkpoint,
-    last_good_checkpoint,
-    ranks_of,
-    rotate,
-    staged_checkpoint,
-    step_of,
-)
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
 from simpo.training.models import disable_dropout, load_model
-from simpo.training.running_means import RunningMeans, widest_type
+from simpo.training.resumable import ResumableTrainer
+from simpo.training.running_means import widest_type
 from simpo.training.settings import TrainingSettings
-from simpo.training.sharded import ShardedTrainer
-from simpo.training.sharding import reshard, sharded
+from simpo.training.sharding import sharded
 
 logger = logging.getLogger(__name__)
 
@@ -60,20 +46,18 @@ logger = logging.getLogger(__name__)
 Scores = dict[str, np.ndarray]
 WEIGHT = "weight"
 
-_MEANS_NAME = "running_means.json"
 
-
-class PackedTrainer(ShardedTrainer):
+class PackedTrainer(ResumableTrainer):
     """Trains a causal language model on comparisons of one prompt with K responses; subclasses say with which loss.
 
     A step's loss is the weighted mean of its rows' losses, however it is split into micro-batches and over ranks.
     Overrides of ``Trainer``: how a batch is made (``get_train_dataloader``, ``get_eval_dataloader``), how its loss is
-    computed (``compute_loss``, ``prediction_step``), how micro-batches are looped (``training_step``), what is logged
-    (``log``), and how a checkpoint is written (``_save_checkpoint``: staged, listed and renamed).
+    computed (``compute_loss``, ``prediction_step``), how micro-batches are looped (``training_step``), and what its
+    bases override: logs and checkpoints.
 
     Args:
         model: a model, or the name or folder of one.
-        args: the configuration.
+        args: the configuration; the defaults of ``config_type`` if not given.
         train_dataset: rows in any shape that :mod:`simpo.data` recognises, or already tokenized.
         eval_dataset: the same, or several by name.
         processing_class: the tokenizer; needed unless the data is tokenized.
@@ -85,19 +69,19 @@ class PackedTrainer(ShardedTrainer):
             finite, before the optimizer has moved.
     """
 
-    # Names of a row's figures, the loss first.
-    metric_names: ClassVar[tuple[str, ...]]
+    config_type: ClassVar[type[TrainingSettings]]
 
     def __init__(
         self,
         model: PreTrainedModel | str,
-        args: TrainingSettings,
+        args: TrainingSettings | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        args = self.config_type() if args is None else args
         if isinstance(model, str):
             model = load_model(model)
         if args.disable_dropout:
@@ -114,13 +98,7 @@ class PackedTrainer(ShardedTrainer):
             optimizers=optimizers,
         )
         self.path = self._choose_path()
-        self._means = RunningMeans(self.metric_names, args.device)
         self._step: list[tuple[PlannedBatch, Tensor]] = []  # micro-batches of the current step with their rows' losses
-        self._staging: Path | None = None
-        self._saved: int | None = None  # the step whose checkpoint this training has written or read
-        # Kept from Trainer, whose rotation knows no staging and whose last one may remove the newest checkpoint.
-        self._save_total_limit: int | None = None
-        self.add_callback(BestCheckpoint())
 
     # ---- what a subclass says ----
 
@@ -312,22 +290,7 @@ class PackedTrainer(ShardedTrainer):
         with self.compute_loss_context_manager():
             return self.compute_loss(self.model, PlannedBatch(packed, (row,), 1.0))
 
-    # ---- metrics ----
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Put the rows' means since the last log, over all ranks, into the training log."""
-        if "loss" in logs:
-            logs |= self._means.take(self._sum_over_ranks)
-        if "train_loss" in logs:
-            logs |= {"train_loss": self._means.overall(self._sum_over_ranks).get("loss", math.nan)}
-        super().log(logs, start_time)
-
-    def mean_loss(self) -> float:
-        """Over the whole training, also the part before a resume."""
-        return self._means.overall(self._sum_over_ranks).get("loss", math.nan)
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values, reduction="sum")
+    # ---- evaluation ----
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, but an evaluation before training prepares nothing.
@@ -375,80 +338,6 @@ class PackedTrainer(ShardedTrainer):
         real = prediction.predictions[prediction.label_ids >= 0].astype(np.float64)
         means = np.average(real[:, :-1], axis=0, weights=real[:, -1])
         return {name: float(mean) for name, mean in zip(self.metric_names, means, strict=True)}
-
-    # ---- what is saved ----
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        # a pickle, and it holds the hub token; the recipe says the same
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train; ``resume_from_checkpoint`` is a checkpoint, or True for the newest whole one in the output folder."""
-        if resume_from_checkpoint is True:
-            found = last_good_checkpoint(Path(self.args.output_dir))
-            if found is None:
-                raise SimpoError(f"resume_from_checkpoint: there is no whole checkpoint in {self.args.output_dir}")
-            resume_from_checkpoint = str(found)
-        folder = Path(self.args.output_dir)
-        if not resume_from_checkpoint and self.args.save_strategy != "no" and last_good_checkpoint(folder):
-            raise SimpoError(
-                f"output_dir: {folder} holds checkpoints of another training; continue it with "
-                "resume_from_checkpoint=True, or name a new folder"
-            )
-        self._saved = None
-        if resume_from_checkpoint:
-            path = Path(resume_from_checkpoint)
-            check_checkpoint(path, self.model)
-            if path.resolve().parent == folder.resolve():
-                self._saved = step_of(path)
-            means = json.loads((path / _MEANS_NAME).read_text())
-            self._means.restore(means, main=self.is_world_process_zero())
-            saved_by = ranks_of(path)
-            if saved_by not in (0, self.args.world_size) and self.is_world_process_zero():
-                logger.warning(
-                    "%s is of %d processes and continues on %d: exactly, but for random numbers (dropout)",
-                    *(path, saved_by, self.args.world_size),
-                )
-        reshard(self.model)  # an evaluation may have left it gathered, and an optimizer takes its parameters
-        self._save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        finally:
-            self.args.save_total_limit = self._save_total_limit
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place, list its files with sizes and hashes, and only then rename it."""
-        folder = Path(self._get_output_dir(trial))
-        final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        main = self.is_world_process_zero()
-        means = self._means.state(self._sum_over_ranks)  # every rank is here now, and sees the same folder
-        if self._saved == self.state.global_step:
-            return  # an epoch's end may come by a step that has just been saved
-        with staged_checkpoint(final, main=main, wait=self.accelerator.wait_for_everyone) as staging:
-            self._staging = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            if self.state.best_model_checkpoint == str(staging / final.name):
-                self.state.best_model_checkpoint = str(final)
-            if main:
-                self._complete(staging / final.name, means)
-        self._saved = self.state.global_step
-        if main:
-            rotate(folder, self._save_total_limit, newest=final, best=self.state.best_model_checkpoint)
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether the model is to be saved with ``save_strategy: best``: also where training ends or is stopped."""
-        return super()._determine_best_metric(metrics, trial) or self.control.should_training_stop
-
-    def _complete(self, staged: Path, means: dict[str, Any]) -> None:
-        self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # again: the best one's name is the final one
-        write_text(staged / _MEANS_NAME, json.dumps(means))
 
 
 def _each(dataset: Any, function: Callable[[Dataset, str], Any]) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simpo.data.supervised import prepare_sft
 from simpo.data.templates import end_of_turn
@@ -50,21 +50,12 @@ class SFTTrainer(PackedTrainer):
     """
 
     metric_names = ("loss",)
+    config_type = SFTConfig
 
-    def __init__(
-        self,
-        model: PreTrainedModel | str,
-        args: SFTConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-    ) -> None:
-        config = SFTConfig() if args is None else args
-        super().__init__(model, config, train_dataset, eval_dataset, processing_class, callbacks, optimizers)
-        if processing_class is not None:
-            _stop_at_end_of_turn(self.model, processing_class)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.processing_class is not None:
+            _stop_at_end_of_turn(self.model, self.processing_class)
 
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:

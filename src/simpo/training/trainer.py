@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from simpo.data.tokenize import Prepared, prepare
 from simpo.errors import SimpoError
-from simpo.objectives import Responses, sft_term
+from simpo.objectives import Objective, Responses, sft_term
 from simpo.training.batches import response_counts
 from simpo.training.config import PreferenceConfig
 from simpo.training.metrics import NAMES, pair_metrics
@@ -26,20 +27,17 @@ class PreferenceTrainer(PackedTrainer):
     """
 
     metric_names = NAMES
+    config_type = PreferenceConfig
 
-    def __init__(
-        self,
-        model: PreTrainedModel | str,
-        args: PreferenceConfig | None = None,  # type: ignore[valid-type]
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-    ) -> None:
-        config: Any = PreferenceConfig() if args is None else args
-        self.row, self.hyperparameters = config.row, config.hyperparameters
-        super().__init__(model, config, train_dataset, eval_dataset, processing_class, callbacks, optimizers)
+    @cached_property
+    def row(self) -> Objective:
+        """The configured objective."""
+        return self.args.row
+
+    @cached_property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Its hyperparameters, defaults filled in."""
+        return self.args.hyperparameters
 
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
