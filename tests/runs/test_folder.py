@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
@@ -363,10 +364,14 @@ with RunFolder(sys.argv[1], command="train") as folder:
 """
 
 
-def test_a_kill_at_any_time_leaves_a_folder_to_go_on_with(tmp_path, start, kill_after):
+def test_a_kill_at_any_time_leaves_a_folder_to_go_on_with(tmp_path, start):
+    """Also one that comes too late."""
     for attempt in range(4):
         path = tmp_path / str(attempt)
-        kill_after(start(STARTING, path), 0.008 * attempt)
+        process = start(STARTING, path)
+        time.sleep(0.008 * attempt)
+        process.kill()
+        process.wait()
         with RunFolder(path, command="train") as folder:
             was_finished = folder.finished
             folder.begin({"a": 1})
