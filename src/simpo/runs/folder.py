@@ -26,6 +26,8 @@ from simpo.runs.redaction import masked, redact, redact_arguments, redact_yaml
 from simpo.terminal import printable
 
 _LOCK, _HOLDER = ".lock", ".lock.pid"
+# Seconds to wait for the lock: a child that a process was starting when it was killed has its copy for a moment.
+_PATIENCE = 0.5
 
 # What changes after the run has finished, and checkpoints, which have manifests of their own.
 _UNLISTED = ("checkpoint-*", record.FILE_NAME, "log.txt", ".*")
@@ -177,7 +179,7 @@ class RunFolder:
     def _take(self) -> None:
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / _LOCK, timeout=0, thread_local=False)
+            lock = FileLock(self.path / _LOCK, timeout=_PATIENCE, thread_local=False)
             try:
                 lock.acquire()
             except Timeout:
