@@ -1,0 +1,1 @@
+"""Rounds of on-policy training: sample, annotate, pair, train again."""
