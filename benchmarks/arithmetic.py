@@ -4,7 +4,7 @@ A product of ``[m, k]`` and ``[k, n]`` counts ``2 m k n``. Backward makes two pr
 forward. Attention counts every query with every key of its call, as ``torch.utils.flop_counter`` does, also where a
 causal mask hides half of them. Embedding look-ups, norms, rotations, activations, softmax and the optimizer count
 nothing, so the ratio of two counts bounds the ratio of two speeds only as far as both sides reach the same speed in
-their products.
+their products. :func:`necessary_flops` is stricter: what a causal mask hides counts nothing either.
 """
 
 from __future__ import annotations
@@ -105,6 +105,12 @@ class Forward:
         """Floating-point operations of forward and backward."""
         return sum(product.flops for product in self.products(shape))
 
+    def visible_flops(self, shape: Shape) -> int:
+        """The same, attention counted over the pairs of query and key that the causal mask leaves."""
+        every = sum(3 * product.flops for product in self.attention_products(shape))
+        pairs = sum(rows * queries * (2 * keys - queries + 1) // 2 for rows, queries, keys in self.segments)
+        return self.flops(shape) - every + 3 * 4 * pairs * shape.heads * shape.head_size * shape.layers
+
 
 def backward_of(product: Product) -> tuple[Product, Product]:
     """The gradients of both factors."""
@@ -147,3 +153,11 @@ def padded_forward(
         scored=rows * width if all_logits else scored,
         recomputed=not all_logits and kept_rows is not None and scored > kept_rows,
     )
+
+
+def necessary_flops(comparisons: Sequence[TokenizedComparison], shape: Shape) -> int:
+    """What training on ``comparisons`` cannot do without: unique tokens, visible pairs, logits of scored tokens, once.
+
+    The numerator of model-FLOPs utilisation.
+    """
+    return packed_forward(comparisons).visible_flops(shape)

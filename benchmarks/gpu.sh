@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Verify and measure simpo on one CUDA GPU: benchmarks/gpu.sh
+# Verify and measure simpo on one CUDA GPU in under nine minutes: benchmarks/gpu.sh
 # Without a GPU, a dry run at toy size: DEVICE=cpu benchmarks/gpu.sh
-# Environment: PYTHON (the interpreter with simpo), DATA (HH-style .jsonl[.gz]; made-up pairs otherwise),
-# OUTPUT (a folder for logs and results.json; a new temporary one otherwise).
+# Environment: PYTHON (the interpreter with simpo; TRL, liger-kernel and bitsandbytes where they are to be compared),
+# OUTPUT (a folder for logs and JSON; a new temporary one otherwise).
+# Each section has a time of its own; what it has measured by then is kept, and what is missing is named.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -10,8 +11,8 @@ DEVICE=${DEVICE:-cuda}
 OUTPUT=${OUTPUT:-$(mktemp -d)}
 mkdir -p "$OUTPUT"
 
-has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
-if ! has torch || ! has simpo; then
+has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(any(importlib.util.find_spec(n) is None for n in sys.argv[1:]))" "$@"; }
+if ! has torch simpo; then
   echo "gpu.sh: '$PYTHON' has no torch or no simpo: pip install -e . and name the interpreter with PYTHON" >&2
   exit 2
 fi
@@ -20,25 +21,52 @@ if [ "$DEVICE" = cuda ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch
   exit 2
 fi
 
+failed=0
+# section NAME SECONDS COMMAND ...: its output into a file, and an end to it
+section() {
+  local name=$1 limit=$2
+  shift 2
+  echo "gpu.sh: $name (at most $limit s)" >&2
+  timeout --kill-after=5 "$limit" "$PYTHON" -m "$@" >"$OUTPUT/$name.txt" || {
+    failed=1
+    echo "gpu.sh: $name FAILED or ran out of time" | tee -a "$OUTPUT/$name.txt" >&2
+  }
+}
+# measured NAME SECONDS OPTION ...: a comparison that stops by itself before its section's end
+measured() {
+  local name=$1 limit=$2
+  shift 2
+  section "$name" "$limit" benchmarks.compare --device "$DEVICE" --repeats 1 --time-limit $((limit - 10)) \
+    --output "$OUTPUT/$name.json" "$@"
+}
+
 if [ "$DEVICE" = cuda ]; then
-  setting=(--device cuda --dtype bf16 --hidden 1024 --layers 16 --pairs 128 --pairs-per-step 16 --repeats 3
-    --max-batch-tokens 4096 32768)
+  optimizer=adamw_torch_fused # with bf16 weights its states are bf16: 64 GB in all
+  has torchao && optimizer=adamw_torch_8bit
+  has bitsandbytes && optimizer=adamw_8bit
+  section verification 80 benchmarks.verify_cuda
+  measured 8b 140 --model 8b --weights bf16 --dtype bf16 --checkpointing --optimizer "$optimizer" \
+    --profile ultrafeedback --pairs 64 --pairs-per-step 32 --families simpo --max-batch-tokens 8192 4096
+  measured peers 220 --model 1b --dtype bf16 --profile ultrafeedback --pairs 64 --pairs-per-step 16 \
+    --families simpo trl-cpo trl-dpo-liger dpo liger trl-dpo compiled padded --micro-batches 16 8 4
+  measured sharing-hh 45 --model 1b --dtype bf16 --profile hh --pairs 128 --pairs-per-step 64 --families sharing
+  measured sharing-documents 45 --model 1b --dtype bf16 --profile documents --responses 4 --pairs 8 --pairs-per-step 4 \
+    --families sharing
 else
   export OMP_NUM_THREADS=1
-  setting=(--device cpu --threads 1 --hidden 64 --layers 1 --pairs 2 --pairs-per-step 2 --repeats 1 --without-trl)
+  toy=(--threads 1 --model toy --scale 0.1 --pairs 2 --pairs-per-step 2)
+  section verification 60 benchmarks.verify_cuda --device cpu
+  measured 8b 60 "${toy[@]}" --weights bf16 --dtype bf16 --checkpointing --profile ultrafeedback --families simpo
+  measured sharing-documents 60 "${toy[@]}" --profile documents --responses 3 --families sharing
 fi
-if [ -n "${DATA:-}" ]; then setting+=(--data "$DATA"); else setting+=(--made-up); fi
-has trl || setting+=(--without-trl)
 
-failed=0
-echo "gpu.sh: 1/2 verification" >&2
-"$PYTHON" -m benchmarks.verify_cuda --device "$DEVICE" >"$OUTPUT/verification.txt" || failed=1
-echo "gpu.sh: 2/2 speed and memory" >&2
-"$PYTHON" -m benchmarks.compare_trl "${setting[@]}" --output "$OUTPUT/results.json" >"$OUTPUT/speed.txt" || failed=1
-
-echo
-cat "$OUTPUT/verification.txt" "$OUTPUT/speed.txt"
-echo "Logs and results.json: $OUTPUT"
+for name in verification 8b peers sharing-hh sharing-documents; do
+  if [ -f "$OUTPUT/$name.txt" ]; then
+    printf '\n== %s ==\n' "$name"
+    cat "$OUTPUT/$name.txt"
+  fi
+done
+echo "Tables and JSON: $OUTPUT"
 [ "$DEVICE" = cuda ] || echo "Dry run on the CPU at toy size: these are no measurements, and nothing of CUDA was verified."
-[ "$failed" = 0 ] && echo "gpu.sh: done" || echo "gpu.sh: FAILED, see above"
+[ "$failed" = 0 ] && echo "gpu.sh: done" || echo "gpu.sh: FAILED in part, see above"
 exit "$failed"

@@ -18,8 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from benchmarks.setting import DEFAULT_DATA, Setting, build_model, prepare, read_pairs
-from benchmarks.workers import Entrant, simpo_trainer
+from benchmarks.entrants import Entrant
+from benchmarks.own import simpo_trainer
+from benchmarks.rows import DEFAULT_DATA, byte_pair_tokenizer, read_pairs
+from benchmarks.setting import Setting, build_model, prepare
 
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
 
@@ -51,7 +53,8 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(folder, pairs=options.pairs, dtype=options.dtype, threads=options.threads)
-        prepare(setting, read_pairs(options.data))
+        rows = read_pairs(options.data)
+        prepare(setting, rows, byte_pair_tokenizer(rows, setting.vocabulary))
         entrant = Entrant("simpo", "simpo", path="auto", max_batch_tokens=options.max_batch_tokens)
         trainer = simpo_trainer(build_model(setting), entrant, setting, folder)
         recorder = Recorder()

@@ -11,140 +11,156 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.setting import Setting, build_model
-from benchmarks.workers import Entrant, Measurement
+from benchmarks.entrants import Entrant
+from benchmarks.measurement import Measurement
+from benchmarks.setting import Setting
 
-PACKAGES = ("simpo", "torch", "transformers", "trl")
+PACKAGES = ("simpo", "torch", "transformers", "trl", "liger-kernel", "bitsandbytes")
+COLUMNS = {
+    "name": "",
+    "pairs_per_second": "pairs/s",
+    "tokens_per_second": "tokens/s",
+    "utilisation": "MFU",
+    "gflop_per_pair": "GFLOP/pair",
+    "peak_mib": "peak MiB",
+    "grown_mib": "grown MiB",
+    "first_loss": "first loss",
+    "speed_ratio": "slower by",
+    "bound": "counted",
+    "share": "share",
+    "memory_ratio": "memory",
+    "products_ratio": "step/products",
+}
+FORMATS = {
+    "pairs_per_second": "{:.3g}",
+    "tokens_per_second": "{:.0f}",
+    "utilisation": "{:.1%}",
+    "gflop_per_pair": "{:.1f}",
+    "peak_mib": "{:.0f}",
+    "grown_mib": "{:.0f}",
+    "first_loss": "{:.6f}",
+    "speed_ratio": "{:.2f}",
+    "bound": "{:.2f}",
+    "share": "{:.0%}",
+    "memory_ratio": "{:.2f}",
+    "products_ratio": "{:.2f}",
+}
 
 
 def summarise(
-    entrants: list[Entrant], runs: dict[str, list[Measurement]], setting: Setting, counts: dict[str, int]
+    entrants: list[Entrant],
+    runs: dict[str, list[Measurement]],
+    setting: Setting,
+    *,
+    clock: str,
+    counts: dict[str, int],
+    absent: dict[str, str],
 ) -> dict[str, Any]:
-    """Everything that is known, ready for ``json.dumps``; entrants without a finished run are left out."""
-    rows = [_row(entrant, runs[entrant.name]) for entrant in entrants if runs[entrant.name]]
-    base = best_of_trl(rows)
-    if base:
-        for row in rows:
-            row.update(_beside(row, base))
+    """Everything that is known so far, ready for ``json.dumps``; entrants without a measurement are left out.
+
+    Args:
+        entrants: in the order of the table.
+        runs: the measurements of each, by its name.
+        setting: of all.
+        clock: ``"wall"`` or ``"cpu"``: what a second is.
+        counts: of tokens and rows.
+        absent: what was not measured, and why.
+    """
+    measured = [entrant for entrant in entrants if runs.get(entrant.name)]
+    seconds = {name: [getattr(run, f"{clock}_seconds") for run in found] for name, found in runs.items()}
+    peak = max((run.peak_flops for found in runs.values() for run in found), default=0.0)
+    rows = [_row(entrant.name, runs[entrant.name], seconds[entrant.name], peak) for entrant in measured]
+    base = _base(measured, rows)
+    for row in rows if base else []:
+        row.update(_beside(row, base, seconds))
     return {
         "setting": {key: value for key, value in vars(setting).items() if key != "folder"},
-        "parameters": build_model(setting).num_parameters(),
+        "clock": clock,
         "data": counts,
+        "peak_gflops": peak / 1e9,
         "machine": {"processor": _processor(), "python": platform.python_version()},
-        "versions": {name: _version(name) for name in PACKAGES},
-        "trl_best": base["name"] if base else None,
-        "failed": [entrant.name for entrant in entrants if not runs[entrant.name]],
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "base": base["name"] if base else None,
+        "absent": absent,
         "entrants": rows,
     }
 
 
-def best_of_trl(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """TRL's quickest point of the grid."""
-    return max((row for row in rows if row["toolkit"] == "trl"), key=lambda row: row["pairs_per_second"], default=None)
-
-
-def _row(entrant: Entrant, runs: list[Measurement]) -> dict[str, Any]:
-    first = runs[0]
-    rates = [run.pairs / run.seconds for run in runs]
-    speed = median(rates)
+def _row(name: str, runs: list[Measurement], seconds: list[float], peak: float) -> dict[str, Any]:
+    first, typical = runs[0], median(seconds)
     alone = [run.products_seconds for run in runs if run.products_seconds is not None]
     return {
-        "name": entrant.name,
-        "toolkit": entrant.toolkit,
-        "pairs_per_second": speed,
-        "pairs_per_second_of_rounds": rates,
-        "tokens_per_second": speed * first.tokens / first.pairs,
-        "cpu_seconds_per_pair": median(run.cpu_seconds / run.pairs for run in runs),
+        "name": name,
+        "pairs_per_second": first.pairs / typical,
+        "pairs_per_second_of_rounds": [first.pairs / each for each in seconds],
+        "tokens_per_second": first.tokens / typical,
+        "utilisation": first.necessary_flops / typical / peak,
         "forwards": first.forwards,
         "gflop_per_pair": first.flops / first.pairs / 1e9,
         "gflop_per_pair_recomputed": first.flops_recomputed / first.pairs / 1e9,
-        "products_seconds_per_pair": median(alone) / first.pairs if alone else None,
         "peak_mib": median(run.peak_mib for run in runs),
         "grown_mib": median(run.grown_mib for run in runs),
+        "first_loss": first.losses[0],
         "losses": first.losses,
+        "products_ratio": typical / median(alone) if alone else None,
     }
 
 
-def _beside(row: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """``row`` relative to TRL's best."""
-    rounds = zip(row["pairs_per_second_of_rounds"], base["pairs_per_second_of_rounds"], strict=False)
-    found = {
-        "speed_ratio": median(mine / theirs for mine, theirs in rounds),
-        "arithmetic_bound": base["gflop_per_pair"] / row["gflop_per_pair"],
-        "arithmetic_bound_recomputed": base["gflop_per_pair"] / row["gflop_per_pair_recomputed"],
-        "first_loss_difference": row["losses"][0] - base["losses"][0],
-        "largest_loss_difference": max(
-            abs(mine - theirs) for mine, theirs in zip(row["losses"], base["losses"], strict=True)
-        ),
+def _base(entrants: list[Entrant], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """simpo's quickest packed entrant with the SimPO loss, or the first of all."""
+    own = {entrant.name for entrant in entrants if entrant.path == "auto" and entrant.objective == "simpo"}
+    best = max((row for row in rows if row["name"] in own), key=lambda row: row["pairs_per_second"], default=None)
+    return best or (rows[0] if rows else None)
+
+
+def _beside(row: dict[str, Any], base: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """How much slower and larger ``row`` is than ``base``, and how much slower counted arithmetic makes it."""
+    rounds = zip(seconds[row["name"]], seconds[base["name"]], strict=False)
+    ratio, bound = median(mine / theirs for mine, theirs in rounds), row["gflop_per_pair"] / base["gflop_per_pair"]
+    return {
+        "speed_ratio": ratio,
+        "bound": bound,
+        "share": ratio / bound,
+        "memory_ratio": row["peak_mib"] / base["peak_mib"],
     }
-    if row["products_seconds_per_pair"]:
-        found["products_bound"] = base["products_seconds_per_pair"] / row["products_seconds_per_pair"]
-    return found
 
 
 def print_report(report: dict[str, Any]) -> None:
     """The table, and below it what it was measured on."""
-    console = Console(width=None if Console().is_terminal else 160)
+    console = Console(width=None if Console().is_terminal else 170)
+    setting, data = report["setting"], report["data"]
     console.print(_table(report))
-    setting, data, versions = report["setting"], report["data"], report["versions"]
-    pairs = setting["pairs"]
-    console.print(
-        f"Llama, {report['parameters']:,} parameters ({setting['layers']} layers, hidden {setting['hidden']}, "
-        f"{'tied' if setting['tied'] else 'untied'}); {setting['dtype']}; {pairs} pairs, "
-        f"{setting['pairs_per_step']} a step, mean {data['prompt_tokens'] / pairs:.0f} prompt and "
-        f"{data['response_tokens'] / pairs / 2:.0f} response tokens (longest row {data['longest']}) under a BPE of "
-        f"{data['tokenizer_vocabulary']:,}.",
-        highlight=False,
-    )
-    console.print(
-        f"{report['machine']['processor']}, {setting['device']}, {setting['threads']} threads; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        highlight=False,
-    )
-    if report["failed"]:
-        console.print(f"Did not finish: {', '.join(report['failed'])}.", highlight=False)
-    if report["trl_best"]:
-        console.print(
-            f"Ratios are medians over rounds, against {report['trl_best']}, TRL's best. Bound: the ratio that counted "
-            "arithmetic allows (in brackets: if simpo makes the logits again in backward). Loss difference: of the "
-            f"first step, {report['entrants'][0]['losses'][0]:.6f} in the first row.",
-            highlight=False,
-        )
+    rows, count = setting["pairs"], data["responses"]
+    lines = [
+        f"Llama {setting['model']}, {setting['weights']} weights, {setting['dtype']}, {setting['optimizer']}; {rows} "
+        f"comparisons of {count / rows:g} responses, {setting['pairs_per_step']} a step, mean "
+        f"{data['prompt_tokens'] / rows:.0f} prompt and {data['response_tokens'] / count:.0f} response tokens, longest "
+        f"{data['longest']}.",
+        f"{report['machine']['processor']}, {setting['device']}, {setting['threads']} threads, {report['clock']} time; "
+        f"matrix products at {report['peak_gflops']:,.0f} GFLOP/s; "
+        + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        f"slower by: times the time a pair of {report['base']}, the median of rounds; counted: what counted arithmetic "
+        "makes it; share: the first over the second; memory: times its peak. MFU: unique tokens, visible pairs, logits "
+        "of responses, over the measured rate of products.",
+    ]
+    lines += [f"Not measured: {name}: {reason}." for name, reason in report["absent"].items()]
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
 
 
 def _table(report: dict[str, Any]) -> Table:
-    rows = report["entrants"]
-    table = Table(title="SimPO training: simpo beside TRL" if report["trl_best"] else "SimPO training: simpo's paths")
-    table.add_column("")
-    alone = any(row["products_seconds_per_pair"] for row in rows)
-    columns = ["pairs/s", "range", "tokens/s", "CPU s/pair", "ratio", "bound", "GFLOP/pair", "peak MiB", "grown MiB"]
-    for column in [*columns, "loss difference", *(["products s/pair", "their ratio"] if alone else [])]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(row["name"], *_cells(row, alone=alone))
+    table = Table()
+    shown = [key for key in COLUMNS if any(row.get(key) is not None for row in report["entrants"])]
+    for key in shown:
+        table.add_column(COLUMNS[key], justify="left" if key == "name" else "right")
+    for row in report["entrants"]:
+        table.add_row(*(_cell(row, key) for key in shown))
     return table
 
 
-def _cells(row: dict[str, Any], *, alone: bool) -> list[str]:
-    rounds, beside = row["pairs_per_second_of_rounds"], "speed_ratio" in row
-    bound = f"{row['arithmetic_bound']:.2f}" if beside else ""
-    if beside and row["toolkit"] == "simpo":
-        bound += f" ({row['arithmetic_bound_recomputed']:.2f})"
-    cells = [
-        f"{row['pairs_per_second']:.2f}",
-        f"{min(rounds):.2f}-{max(rounds):.2f}",
-        f"{row['tokens_per_second']:.0f}",
-        f"{row['cpu_seconds_per_pair']:.2f}",
-        f"{row['speed_ratio']:.2f}" if beside else "",
-        bound,
-        f"{row['gflop_per_pair']:.1f}",
-        f"{row['peak_mib']:.0f}",
-        f"{row['grown_mib']:.0f}",
-        f"{row['first_loss_difference']:+.1e}" if beside else "",
-    ]
-    if alone:
-        cells += [f"{row['products_seconds_per_pair']:.3f}", f"{row['products_bound']:.2f}" if beside else ""]
-    return cells
+def _cell(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    return "" if value is None else FORMATS.get(key, "{}").format(value)
 
 
 def _version(name: str) -> str | None:

@@ -3,72 +3,27 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arithmetic import Forward, Shape, packed_forward, padded_forward
-from benchmarks.setting import Setting, build_model, load_comparisons, load_text, training_arguments
+import torch
+from transformers import TrainerCallback
+
+from benchmarks.arithmetic import Forward, Product, Shape, necessary_flops, packed_forward, padded_forward
+from benchmarks.entrants import Entrant
+from benchmarks.measurement import Measurement
+from benchmarks.memory import in_use_mib, peak_mib
+from benchmarks.own import Loop, planned_batches, simpo_trainer
+from benchmarks.peers import liger_trainer, trl_cpo_trainer, trl_dpo_trainer
+from benchmarks.products import seconds_of
+from benchmarks.setting import Setting, build_model, load_comparisons
 from simpo.packing.comparison import TokenizedComparison
 
-MEBIBYTE = 2**20
-BETA, GAMMA = 2.0, 1.0
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """Who trains, and in which micro-batches.
-
-    Attributes:
-        name: in tables.
-        toolkit: ``"trl"`` or ``"simpo"``.
-        per_device: TRL's per-device batch; accumulation makes up the rest of the step.
-        path: simpo's ``forward_path``.
-        max_batch_tokens: simpo's, None for its default.
-    """
-
-    name: str
-    toolkit: str
-    per_device: int | None = None
-    path: str | None = None
-    max_batch_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a worker reports.
-
-    Attributes:
-        name: the entrant's.
-        seconds: of the measured steps together.
-        pairs: in them.
-        tokens: in those, every prompt counted once and no padding, so that all entrants have the same number.
-        losses: of every step, the warm-up's first.
-        forwards: how many micro-batches they made.
-        flops: counted arithmetic of the measured steps, logits made once.
-        flops_recomputed: the same with the logits made again in backward, as simpo does where they are many.
-        peak_mib: most memory of the process (of PyTorch on the GPU, with CUDA).
-        grown_mib: the same less what was in use when the model had been made.
-        cpu_seconds: processor time of the measured steps, all threads together.
-        products_seconds: time of the same matrix products alone, if asked for.
-    """
-
-    name: str
-    seconds: float
-    pairs: int
-    tokens: int
-    losses: list[float]
-    forwards: int
-    flops: int
-    flops_recomputed: int
-    peak_mib: float
-    grown_mib: float
-    cpu_seconds: float
-    products_seconds: float | None = None
+TRAINERS = {"simpo": simpo_trainer, "trl cpo": trl_cpo_trainer, "trl dpo": trl_dpo_trainer, "liger": liger_trainer}
 
 
 def work(entrant: Entrant, setting: Setting, output: Path, *, products: bool = False) -> None:
@@ -80,155 +35,96 @@ def work(entrant: Entrant, setting: Setting, output: Path, *, products: bool = F
         output: the file to write.
         products: also time the matrix products alone.
     """
-    import torch  # noqa: PLC0415 - a slow import that the parent process does without
-
     torch.set_num_threads(setting.threads)
     measured = load_comparisons(setting)[setting.pairs_per_step :]
-    model = build_model(setting).to(setting.device)
-    before = _in_use_mib(setting.device)
-    with tempfile.TemporaryDirectory() as folder:
-        make = _trl_trainer if entrant.toolkit == "trl" else simpo_trainer
-        trainer = make(model, entrant, setting, folder)
-        clock = _clock(setting)
-        trainer.add_callback(clock)
-        trainer.train()
-    peak = _peak_mib(setting.device)
+    model = build_model(setting)
     shape = Shape.of(model.config)
-    forwards = _trl_forwards(measured, entrant) if entrant.toolkit == "trl" else _simpo_forwards(trainer)
+    before = in_use_mib(setting.device)
+    clock = Clock(setting.device)
+    losses, batches = _train(model, entrant, setting, clock)
+    peak = peak_mib(setting.device)
+    del model
+    forwards = _forwards(batches, entrant)
+    dtype = torch.bfloat16 if "bf16" in (setting.dtype, setting.weights) else torch.float32
+    alone = [product for forward in forwards for product in forward.products(shape)] if products else []
+    square = Product(8192, 8192, 8192) if setting.device == "cuda" else Product(1024, 1024, 1024)
     found = Measurement(
         name=entrant.name,
-        seconds=clock.wall[-1] - clock.wall[0],
+        wall_seconds=clock.wall[-1] - clock.wall[0],
+        cpu_seconds=clock.cpu[-1] - clock.cpu[0],
         pairs=len(measured),
         tokens=sum(c.packed_length for c in measured),
-        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        losses=losses,
         forwards=len(forwards),
-        flops=sum(forward.flops(shape) for forward in forwards),
-        flops_recomputed=sum(replace(forward, recomputed=True).flops(shape) for forward in forwards),
+        flops=_with_reference(forwards, entrant, shape),
+        flops_recomputed=_with_reference([replace(f, recomputed=True) for f in forwards], entrant, shape),
+        necessary_flops=necessary_flops(measured, shape),
+        peak_flops=square.flops / seconds_of([square], dtype, setting.device),
         peak_mib=peak,
         grown_mib=peak - before,
-        cpu_seconds=clock.cpu[-1] - clock.cpu[0],
-        products_seconds=_products_alone(forwards, shape, setting) if products else None,
+        products_seconds=seconds_of(alone, dtype, setting.device) if products else None,
     )
     output.write_text(json.dumps(asdict(found)))
 
 
-def _products_alone(forwards: list[Forward], shape: Shape, setting: Setting) -> float:
-    import torch  # noqa: PLC0415
+class Clock(TrainerCallback):
+    """When every optimizer step ended; the first is the warm-up."""
 
-    from benchmarks.products import seconds_of  # noqa: PLC0415
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
 
-    dtype = torch.bfloat16 if setting.dtype == "bf16" else torch.float32
-    return seconds_of((p for forward in forwards for p in forward.products(shape)), dtype, setting.device)
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Called once an optimizer step."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.wall.append(time.perf_counter())
+        self.cpu.append(time.process_time())
 
 
-def _trl_forwards(measured: list[TokenizedComparison], entrant: Entrant) -> list[Forward]:
-    size = entrant.per_device
+def _train(
+    model: Any, entrant: Entrant, setting: Setting, clock: Clock
+) -> tuple[list[float], list[list[TokenizedComparison]]]:
+    """Losses of all steps, and the comparisons of every micro-batch of the measured ones."""
+    if entrant.kind == "loop":
+        loop = Loop(model, entrant, setting)
+        loop.run(clock.on_step_end)
+        return loop.losses, loop.batches()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TRAINERS[entrant.kind](model, entrant, setting, folder)
+        trainer.add_callback(clock)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        if entrant.kind == "simpo":
+            return losses, planned_batches(trainer)
+    size, measured = entrant.per_device, load_comparisons(setting)[setting.pairs_per_step :]
     assert size is not None
-    batches = [measured[start : start + size] for start in range(0, len(measured), size)]
-    return [padded_forward(batch, all_logits=True) for batch in batches]
+    return losses, [measured[start : start + size] for start in range(0, len(measured), size)]
 
 
-def _simpo_forwards(trainer: Any) -> list[Forward]:
-    """Of the micro-batches that the trainer's own plan gives the measured steps."""
-    batches = [m.packed.comparisons for step in list(trainer.get_train_dataloader())[1:] for m in step["micro_batches"]]
-    if trainer.path == "packed":
+def _forwards(batches: list[list[TokenizedComparison]], entrant: Entrant) -> list[Forward]:
+    """What each micro-batch computes; TRL's DPO makes the logits in chunks, twice."""
+    if entrant.kind == "loop" or entrant.path == "auto":
         return [packed_forward(batch) for batch in batches]
-    return [padded_forward(batch, all_logits=False) for batch in batches]
+    everywhere = entrant.kind in ("trl cpo", "liger") or (entrant.kind == "trl dpo" and not _scores_only_responses())
+    found = [padded_forward(batch, all_logits=everywhere) for batch in batches]
+    return [replace(forward, recomputed=True) for forward in found] if entrant.kind == "trl dpo" else found
 
 
-def _clock(setting: Setting) -> Any:
-    import torch  # noqa: PLC0415
-    from transformers import TrainerCallback  # noqa: PLC0415
-
-    class Clock(TrainerCallback):
-        """When every optimizer step ended; the first is the warm-up."""
-
-        def __init__(self) -> None:
-            self.wall: list[float] = []
-            self.cpu: list[float] = []
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            """Called by the trainer, once an optimizer step."""
-            if setting.device == "cuda":
-                torch.cuda.synchronize()
-            self.wall.append(time.perf_counter())
-            self.cpu.append(time.process_time())
-
-    return Clock()
+def _scores_only_responses() -> bool:
+    """Whether TRL's chunked output layer leaves out the prompts, which it does where Triton runs."""
+    return torch.cuda.is_available()
 
 
-def simpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -> Any:
-    """simpo's trainer for ``setting``, which writes into ``folder``."""
-    from datasets import Dataset  # noqa: PLC0415
-
-    from simpo.training.config import PreferenceConfig  # noqa: PLC0415
-    from simpo.training.trainer import PreferenceTrainer  # noqa: PLC0415
-
-    rows = Dataset.from_list([asdict(comparison) for comparison in load_comparisons(setting)])
-    args = PreferenceConfig(
-        per_device_train_batch_size=setting.pairs_per_step,
-        objective="simpo",
-        beta=BETA,
-        gamma_beta_ratio=GAMMA / BETA,
-        forward_path=entrant.path,
-        max_batch_tokens=entrant.max_batch_tokens,
-        **training_arguments(setting, folder),
-    )
-    trainer = PreferenceTrainer(model, args=args, train_dataset=rows)
-    if entrant.path == "auto" and trainer.path != "packed":
-        raise RuntimeError("simpo did not take its packed path; the log says why")
-    return trainer
+def _with_reference(forwards: list[Forward], entrant: Entrant, shape: Shape) -> int:
+    """Operations of all ``forwards``; of a reference beside them, forward only."""
+    total = sum(forward.visible_flops(shape) for forward in forwards)
+    if entrant.objective == "dpo" and not entrant.precomputed:
+        total += sum(replace(forward, recomputed=False).visible_flops(shape) for forward in forwards) // 3
+    return total
 
 
-def _trl_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -> Any:
-    from datasets import Dataset  # noqa: PLC0415
-    from transformers import AutoTokenizer  # noqa: PLC0415
-    from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: PLC0415
-
-    assert entrant.per_device is not None
-    args = CPOConfig(
-        per_device_train_batch_size=entrant.per_device,
-        gradient_accumulation_steps=setting.pairs_per_step // entrant.per_device,
-        loss_type="simpo",
-        cpo_alpha=0.0,
-        beta=BETA,
-        simpo_gamma=GAMMA,
-        **training_arguments(setting, folder),
-    )
-    rows = Dataset.from_list(load_text(setting))
-    tokenizer = AutoTokenizer.from_pretrained(setting.folder)
-    trainer = CPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
-    _check_same_ids(trainer.train_dataset, setting)
-    return trainer
-
-
-def _check_same_ids(rows: Any, setting: Setting) -> None:
-    """Raise if TRL's own tokenization of the text is not, token for token, what simpo is given."""
-    for number, (row, comparison) in enumerate(zip(rows, load_comparisons(setting), strict=True)):
-        for key, response in zip(("chosen", "rejected"), comparison.response_ids, strict=True):
-            labels = [-100] * len(comparison.prompt_ids) + response
-            if row[f"{key}_input_ids"] != comparison.prompt_ids + response or row[f"{key}_labels"] != labels:
-                raise RuntimeError(f"TRL tokenizes the {key} response of pair {number} differently")
-
-
-def _in_use_mib(device: str) -> float:
-    if device == "cuda":
-        import torch  # noqa: PLC0415
-
-        return torch.cuda.memory_allocated() / MEBIBYTE
-    import psutil  # noqa: PLC0415 - a dependency of accelerate
-
-    return psutil.Process().memory_info().rss / MEBIBYTE
-
-
-def _peak_mib(device: str) -> float:
-    if device == "cuda":
-        import torch  # noqa: PLC0415
-
-        return torch.cuda.max_memory_allocated() / MEBIBYTE
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss there starts from the peak of the process that launched this one
-        kibibytes = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return float(kibibytes) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (MEBIBYTE if sys.platform == "darwin" else 1024)
+if __name__ == "__main__":
+    order = json.loads(sys.argv[1])
+    work(Entrant(**order["entrant"]), Setting(**order["setting"]), Path(order["output"]), products=order["products"])

@@ -123,7 +123,7 @@ def _table(cls: type, names: Sequence[str]) -> list[str]:
 
 def _objective(row: Objective) -> list[str]:
     """The loss, in the words of its own function, and its hyperparameters."""
-    summary = str(row.loss.__doc__).partition("\n")[0].replace("``", "`")
+    summary = str(row.pair.__doc__).partition("\n")[0].replace("``", "`")
     rows = [
         (f"`{name}`", describe(known.type), _value(known.default), known.bound.text if known.bound else "")
         for name, known in row.hyperparameters.items()
@@ -131,7 +131,7 @@ def _objective(row: Objective) -> list[str]:
     for name, spelling in row.spellings.items():
         kind = describe(row.hyperparameters[spelling.of].type)
         rows.append((f"`{name}`", kind, "", f"another way to give `{spelling.of}`"))
-    table = _markdown(("key", "takes", "default", ""), rows)
+    table = _markdown(("key", "takes", "default", ""), rows) if rows else ["It has no hyperparameters."]
     return ["", f"### `{row.name}`", "", summary, f"({row.paper})", "", *table]
 
 

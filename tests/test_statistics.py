@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from simpo.statistics import mcnemar, mean_interval, proportion_interval, weighted_mean_interval
+from simpo import statistics
+from simpo.statistics import (
+    bootstrap_interval,
+    cohen_kappa,
+    mcnemar,
+    mean_interval,
+    proportion_interval,
+    weighted_mean_interval,
+)
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 20), (7, 20), (20, 20), (263, 500)])
@@ -143,3 +151,66 @@ def test_weighted_mean_covers_the_truth():
 def test_weighted_mean_needs_a_weight_for_each_value(values, weights):
     with pytest.raises(ValueError, match="one weight for each value"):
         weighted_mean_interval(values, weights)
+
+
+def ratio(sums):
+    return sums[..., 0] / sums[..., 1]
+
+
+def test_bootstrap_of_a_mean_agrees_with_scipy():
+    values = np.random.default_rng(0).choice([0.0, 0.5, 1.0], size=150)
+    sums = np.column_stack([values, np.ones(150)])
+    expected = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
+    found = bootstrap_interval(sums, ratio, seed=0, resamples=20_000)
+    assert (found.value, found.n) == (values.mean(), 150)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.004)
+    assert bootstrap_interval(sums, ratio, seed=0, resamples=20_000) == found
+    assert bootstrap_interval(sums, ratio, seed=1, resamples=20_000) != found
+
+
+def test_bootstrap_draws_items_whole():
+    """Of a ratio, by the definition: one item after the other."""
+    sums = np.random.default_rng(0).random((20, 2))
+    rng = np.random.default_rng(7)
+    figures = [ratio(sums[rng.integers(0, 20, 20)].sum(0)) for _ in range(300)]
+    found = bootstrap_interval(sums, ratio, seed=7, resamples=300)
+    assert found.value == pytest.approx(sums[:, 0].sum() / sums[:, 1].sum(), rel=1e-12)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(figures, [0.025, 0.975])), rel=1e-12)
+
+
+def test_bootstrap_in_parts_is_the_same(monkeypatch):
+    sums = np.random.default_rng(0).random((20, 2))
+    whole = bootstrap_interval(sums, ratio, seed=7, resamples=300)
+    monkeypatch.setattr(statistics, "_AT_ONCE", 170)  # eight resamples
+    assert bootstrap_interval(sums, ratio, seed=7, resamples=300) == whole
+
+
+def test_bootstrap_says_nothing_of_items_that_are_alike():
+    found = bootstrap_interval(np.ones((9, 2)), ratio, seed=0)
+    assert (found.value, found.low, found.high, found.n) == (1.0, None, None, 9)
+    with pytest.raises(ValueError, match="at least one item"):
+        bootstrap_interval(np.ones((0, 2)), ratio, seed=0)
+
+
+def test_kappa_of_a_worked_example():
+    # Two readers of 50 proposals: both yes 20, both no 15; 0.7 agreed, 0.5 by chance.
+    assert cohen_kappa(np.array([[20, 5], [10, 15]])) == pytest.approx(0.4, rel=1e-12)
+
+
+def test_kappa_by_its_definition():
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 3, 200)
+    second = np.where(rng.random(200) < 0.6, first, rng.integers(0, 3, 200))
+    table = np.zeros((3, 3))
+    np.add.at(table, (first, second), 1)
+    expected = sum((first == c).mean() * (second == c).mean() for c in range(3))
+    kappa = ((first == second).mean() - expected) / (1 - expected)
+    assert cohen_kappa(table) == pytest.approx(kappa, rel=1e-12)
+    assert cohen_kappa(np.stack([table, 7 * table, table.T])) == pytest.approx([kappa] * 3, rel=1e-12)
+
+
+def test_kappa_at_its_ends():
+    assert cohen_kappa(np.diag([3, 4, 5])) == 1
+    assert cohen_kappa(np.outer([0.2, 0.8], [0.6, 0.4])) == pytest.approx(0, abs=1e-15)
+    assert cohen_kappa(np.array([[0, 5], [5, 0]])) == -1
+    assert np.isnan(cohen_kappa(np.array([[7, 0], [0, 0]])))

@@ -213,12 +213,12 @@ def print_results(
     staged = [metric for metric in results.metrics if metric.stage is not None]
     single = [metric for metric in results.metrics if metric.stage is None]
     if staged:
-        _print_whole(console, _table(staged, ("before", "after"), names, f"simpo {results.command}"))
+        print_whole(console, _table(staged, ("before", "after"), names, f"simpo {results.command}"))
     if single:
-        _print_whole(console, _table(single, (None,), names, None if staged else f"simpo {results.command}"))
+        print_whole(console, _table(single, (None,), names, None if staged else f"simpo {results.command}"))
 
 
-def _print_whole(console: Console, table: Table) -> None:
+def print_whole(console: Console, table: Table) -> None:
     """Print a table as wide as it is: a figure that is cropped is a wrong one."""
     before = console.width
     console.width = _WIDEST

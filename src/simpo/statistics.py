@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike
 from scipy import special
 
 _UPPER_TAIL = 0.975  # two-sided 95%
+_RESAMPLES = 2000
+_AT_ONCE = 1 << 22  # draws held in memory
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,69 @@ def weighted_mean_interval(values: Sequence[float] | np.ndarray, weights: Sequen
     error = np.sqrt(n / (n - 1) * (w**2 * (x - mean) ** 2).sum()) / w.sum()
     half = float(special.stdtrit(n - 1, _UPPER_TAIL) * error)
     return Interval(mean, mean - half, mean + half, n, "ratio, Student t 95%")
+
+
+def bootstrap_interval(
+    sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *, seed: int, resamples: int = _RESAMPLES
+) -> Interval:
+    """Percentile bootstrap interval of a figure that is a function of sums over independent items.
+
+    Items are drawn anew with replacement, each with all that belongs to it, so that what is alike within an item
+    does not count as many observations. Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993),
+    section 13.3.
+
+    Args:
+        sums: ``[n, m]``, what each item adds to the ``m`` sums.
+        statistic: ``[..., m]`` sums to ``[...]`` figures; NaN where there is none.
+        seed: determines the draws.
+        resamples: how often items are drawn.
+
+    Returns:
+        The figure of all items, without bounds where all items are alike or resamples have no figure.
+
+    Raises:
+        ValueError: no items, or ``sums`` is not two-dimensional.
+    """
+    if sums.ndim != 2 or not len(sums):
+        raise ValueError(f"the bootstrap needs sums [n, m] of at least one item, got shape {sums.shape}")
+    n, value = len(sums), float(statistic(sums.sum(0)))
+    if (sums == sums[0]).all():
+        return Interval(value, None, None, n, "bootstrap 95%")
+    rng = np.random.default_rng(seed)
+    figures = np.concatenate(
+        [
+            statistic(_draw_counts(rng, n, count) @ sums)
+            for count in np.diff([*range(0, resamples, max(1, _AT_ONCE // n)), resamples])
+        ]
+    )
+    low, high = np.quantile(figures, (1 - _UPPER_TAIL, _UPPER_TAIL))
+    if np.isnan(low):
+        return Interval(value, None, None, n, "bootstrap 95%")
+    return Interval(value, float(low), float(high), n, "bootstrap 95%")
+
+
+def _draw_counts(rng: np.random.Generator, n: int, resamples: int) -> np.ndarray:
+    """How often each of ``n`` items is drawn in each resample, ``[resamples, n]``."""
+    drawn = rng.integers(0, n, (resamples, n)) + n * np.arange(resamples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n).astype(np.float64)
+
+
+def cohen_kappa(table: np.ndarray) -> np.ndarray:
+    """Agreement of two raters beyond what chance would give, from -1 to 1; NaN where chance alone agrees always.
+
+    ``(p_o - p_e) / (1 - p_e)``, with ``p_o`` the share on which both agree and ``p_e`` the share on which they would if
+    each kept to its own shares but ignored the items. Source: Cohen, Educational and Psychological Measurement 20
+    (1960), equation 1.
+
+    Args:
+        table: counts ``[..., c, c]``: how often the one said row and the other column.
+    """
+    shares = table / table.sum((-2, -1), keepdims=True)
+    agreed = np.trace(shares, axis1=-2, axis2=-1)
+    expected = (shares.sum(-1) * shares.sum(-2)).sum(-1)
+    # An exact 1 only where both always say the same one word; rounding must not make a figure of it.
+    possible = 1 - expected > 1e-12
+    return np.where(possible, (agreed - expected) / np.where(possible, 1 - expected, 1.0), np.nan)
 
 
 def mcnemar(before: ArrayLike, after: ArrayLike) -> McNemar:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.arithmetic import Forward, Product, Shape, packed_forward, padded_forward
+from benchmarks.arithmetic import Forward, Product, Shape, necessary_flops, packed_forward, padded_forward
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -90,3 +90,19 @@ def test_sharing_saves_what_the_prompt_costs() -> None:
     assert (packed.tokens, padded.tokens) == (13, 22)
     assert padded.scored == packed.scored == 4
     assert packed.flops(shape) < padded.flops(shape) < padded_forward(alike, all_logits=True).flops(shape)
+
+
+def test_what_a_causal_mask_hides_is_not_necessary() -> None:
+    """Pairs of query and key, counted one by one."""
+    shape = Shape(hidden=8, layers=3, heads=2, kv_heads=1, head_size=4, intermediate=16, vocabulary=32)
+    forward = packed_forward(COMPARISONS)
+    visible = sum(
+        key <= query + keys - queries
+        for _, queries, keys in forward.segments
+        for query in range(queries)
+        for key in range(keys)
+    )
+    square = sum(queries * keys for _, queries, keys in forward.segments)
+    per_pair = 3 * 2 * 2 * shape.heads * shape.head_size * shape.layers  # passes; products; a multiply and an add
+    assert necessary_flops(COMPARISONS, shape) == forward.flops(shape) - (square - visible) * per_pair
+    assert visible == 28 + 2 * 4 + 3 + 6 + 5 * 2 + 15  # 7 and 3 of their own; 2 and 5 after prompts of 4 and 2

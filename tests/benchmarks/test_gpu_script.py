@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -24,7 +25,9 @@ def test_a_dry_run_passes_and_claims_nothing_of_cuda(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     assert "nothing of CUDA was verified" in done.stdout
     assert "0 FAILED" in done.stdout
-    assert (tmp_path / "results.json").exists()
+    for name in ("8b", "sharing-documents"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["entrants"]
+    assert "loop alone" in done.stdout
     skipped = [line for line in done.stderr.splitlines() if "needs CUDA" in line]
     assert skipped
     assert all(line.startswith("skipped: ") for line in skipped)

@@ -1,11 +1,17 @@
-"""What both sides of the comparison are given."""
+"""What all sides of the comparison are given."""
 
 from __future__ import annotations
 
 import gzip
 import json
+from statistics import median
 
-from benchmarks.setting import Setting, load_comparisons, load_text, make_up_pairs, prepare, read_pairs
+import pytest
+from benchmarks.profiles import PROFILES, Profile, made_up_rows
+from benchmarks.rows import byte_pair_tokenizer, read_pairs, tokenize, word_tokenizer
+from benchmarks.setting import Setting, load_comparisons, load_text, prepare
+
+TOY = Profile(prompt=12, response=5, spread=0.5)
 
 
 def test_a_pair_is_cut_at_its_last_shared_cue(tmp_path) -> None:
@@ -15,16 +21,51 @@ def test_a_pair_is_cut_at_its_last_shared_cue(tmp_path) -> None:
     path.write_bytes(gzip.compress(json.dumps(row).encode()))
     (pair,) = read_pairs(path)
     assert pair.prompt == start
-    assert (pair.prompt + pair.chosen, pair.prompt + pair.rejected) == (row["chosen"], row["rejected"])
+    assert [pair.prompt + response for response in pair.responses] == [row["chosen"], row["rejected"]]
 
 
-def test_ids_are_the_texts_and_end_in_the_end_of_text_token(tmp_path) -> None:
+@pytest.mark.parametrize("responses", [2, 4])
+def test_every_made_up_word_is_one_token(responses) -> None:
+    rows = made_up_rows(TOY, 20, responses, words=99)
+    tokenizer = word_tokenizer(99)
+    for row in rows:
+        comparison = tokenize(row, tokenizer)
+        assert len(comparison.prompt_ids) == len(row.prompt.split())
+        assert [len(ids) - 1 for ids in comparison.response_ids] == [len(text.split()) for text in row.responses]
+        assert all(
+            ids[-1] == 0 and 0 not in ids[:-1] for ids in (comparison.prompt_ids + [0], *comparison.response_ids)
+        )
+        assert len(comparison.response_ids) == responses
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_lengths_are_the_profiles(name) -> None:
+    profile = PROFILES[name].scaled(0.1)
+    rows = made_up_rows(profile, 400, 2, words=9)
+    assert median(len(row.prompt.split()) for row in rows) == pytest.approx(profile.prompt, rel=0.2, abs=1)
+    lengths = [len(text.split()) for row in rows for text in row.responses]
+    assert median(lengths) == pytest.approx(profile.response, rel=0.2, abs=1)
+    assert max(lengths) <= 4 * profile.response
+
+
+@pytest.mark.parametrize("bytewise", [True, False])
+def test_ids_are_the_texts_and_end_in_the_end_of_text_token(tmp_path, bytewise) -> None:
     setting = Setting(str(tmp_path), pairs=4, pairs_per_step=2)
-    rows = make_up_pairs(30)
-    counts = prepare(setting, rows)
+    rows = made_up_rows(TOY, 30, 2, words=40)
+    tokenizer = byte_pair_tokenizer(rows, 400) if bytewise else word_tokenizer(40)
+    counts = prepare(setting, rows, tokenizer)
     comparisons, text = load_comparisons(setting), load_text(setting)
     assert len(comparisons) == len(text) == setting.steps * setting.pairs_per_step == 6
-    assert [row["prompt"] for row in text] == [pair.prompt for pair in rows[:6]]
-    assert all(ids[-1] == 0 for comparison in comparisons for ids in comparison.response_ids)
+    assert text == [
+        {"prompt": row.prompt, "chosen": row.responses[0], "rejected": row.responses[1]} for row in rows[:6]
+    ]
+    assert all(ids[-1] == tokenizer.eos_token_id for comparison in comparisons for ids in comparison.response_ids)
     measured = comparisons[2:]
     assert counts["prompt_tokens"] == sum(len(comparison.prompt_ids) for comparison in measured)
+    assert counts["responses"] == 8
+
+
+def test_nothing_is_truncated(tmp_path) -> None:
+    setting = Setting(str(tmp_path), pairs=2, pairs_per_step=2, max_length=10)
+    with pytest.raises(ValueError, match="more than max_length 10"):
+        prepare(setting, made_up_rows(TOY, 4, 2, words=9), word_tokenizer(9))

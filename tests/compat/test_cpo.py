@@ -14,9 +14,8 @@ from peft import LoraConfig, PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback, TrainingArguments
 
-from simpo import OBJECTIVES, Objective, SimpoError
+from simpo import SimpoError
 from simpo.compat import CPOConfig, CPOTrainer
-from simpo.objectives.hyperparameters import NonNegative, Positive
 
 SCRIPT = """
 from datasets import load_dataset
@@ -134,15 +133,7 @@ def test_evaluation_by_the_formula(cpo_alpha, make_trainer, opt, rows, naive_ste
     assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / len(pairs), rel=1e-5)
 
 
-def test_sigmoid_is_cpo_where_it_is_built(make_trainer, monkeypatch, opt, naive_step):
-    def cpo(w, l, *, beta: Positive = 0.1, lam: NonNegative = 1.0):  # noqa: E741
-        return -F.logsigmoid(beta * (w.logp - l.logp)) - lam * w.logp
-
-    def reward(y, *, beta: Positive = 0.1):
-        return beta * y.logp
-
-    row = Objective("cpo", cpo, reward, paper="arXiv 2401.08417")
-    monkeypatch.setitem(OBJECTIVES, "cpo", row)
+def test_sigmoid_is_cpo(make_trainer, opt, naive_step):
     trainer = make_trainer(loss_type="sigmoid", cpo_alpha=0.5, beta=0.1, per_device_train_batch_size=8, max_steps=1)
     pairs = list(trainer.train_dataset)
     scores = trainer.score_rows(trainer.train_dataset)
@@ -275,14 +266,22 @@ def test_trls_own_defaults_are_used_and_said(caplog):
     assert [message.split()[0] for message in caplog.messages] == ["beta", "gamma", "an"]
 
 
+@pytest.mark.parametrize("settings", [{"loss_type": "alphapo"}, {"loss_type": "simpo", "cpo_alpha": 0.0}])
+def test_alpha_makes_it_alphapo(settings):
+    args = config(alpha=0.25, beta=2.5, simpo_gamma=0.5, **settings)
+    assert args.objective == "alphapo"
+    expected = {"alpha": 0.25, "beta": 2.5, "gamma_beta_ratio": 0.2, "label_smoothing": 0.0}
+    assert args.hyperparameters == pytest.approx(expected)
+    assert args.sft_weight == 0.0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"loss_type": "hinge"}, "loss_type: 'hinge' is another objective"),
         ({"loss_type": "ipo"}, "loss_type: 'ipo' is another objective"),
         ({"loss_type": "no such"}, "loss_type: 'no such'"),
-        ({"loss_type": "alphapo"}, "alpha: AlphaPO"),
-        ({"alpha": 0.1}, "alpha: AlphaPO"),
+        ({"loss_type": "sigmoid", "alpha": 0.1}, "alpha: shapes the reward"),
         ({"generate_during_eval": True}, "generate_during_eval: not supported"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder: not supported"),
         ({"gamma_beta_ratio": 0.5}, "gamma_beta_ratio: CPOConfig's key is simpo_gamma"),

@@ -83,7 +83,7 @@ def test_ranking_is_best_first_and_ties_keep_their_order():
     row = {"prompt": "p", "responses": ["a", "b", "c", "d"], "scores": [1, 2.5, 1, 2.5], "id": 7}
     comparison = recognise(row, "")
     assert comparison.responses == ("b", "d", "a", "c")
-    assert comparison.extra == {"id": 7, "scores": [2.5, 2.5, 1, 1]}
+    assert (comparison.scores, comparison.extra) == ((2.5, 2.5, 1.0, 1.0), {"id": 7})
 
 
 def test_ranking_of_conversations():
@@ -130,6 +130,7 @@ HI = [user("Hi?"), assistant("A")]
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, None]}, "a score is not a number"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]}, "a score is not a number"),
         ({"prompt": "p", "responses": "ab", "scores": [1, 2]}, "responses and scores are not lists"),
+        ({"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 1, 1]}, "all scores are equal"),
     ],
 )
 def test_bad_rows_say_why(row, reason):
@@ -143,6 +144,7 @@ def test_bad_rows_say_why(row, reason):
     ("row", "hint"),
     [
         ({"prompt": "p", "completion": "c", "label": True}, "unpaired feedback"),
+        ({"prompt": "p", "responses": ["a", "b"]}, "responses without scores"),
         ({"prompt": "p", "completion": "c"}, "supervised fine-tuning"),
         ({"messages": []}, "supervised fine-tuning"),
         ({"question": "q", "answer": "a"}, "columns answer, question"),

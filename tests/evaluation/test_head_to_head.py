@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from simpo import SimpoError
+from simpo.data.prompts import prompt_id
+from simpo.evaluation.answer_files import read_answer_file
 from simpo.evaluation.head_to_head import Contest, compare_answers, read_contests, win_rate
 from simpo.statistics import mean_interval
 
@@ -32,21 +34,55 @@ def test_win_rate_of_one_answer_each():
     assert found.value == (1 + 0.5 + 1 + 0) / 4
 
 
-def test_answers_are_paired_by_prompt(tmp_path):
-    def write(name, ids):
-        rows = [{"id": key, "prompt": f"p{key}", "responses": [f"{name}{key}"]} for key in ids]
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return tmp_path / name
+def write_answers(folder, name, ids):
+    rows = [{"id": key, "prompt": f"p{key}", "responses": [f"{name}{key}"]} for key in ids]
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
-    a, b = write("a", "xyz"), write("b", "zxy")
+
+def test_answers_are_paired_by_prompt(tmp_path):
+    a, b = write_answers(tmp_path, "a", "xyz"), write_answers(tmp_path, "b", "zxy")
     contests = read_contests(a, b)
     assert [(c.prompt, c.a["responses"], c.b["responses"]) for c in contests] == [
         (f"p{key}", [f"a{key}"], [f"b{key}"]) for key in "xyz"
     ]
     with pytest.raises(SimpoError, match="2 prompts are in one of them only"):
-        read_contests(a, write("c", "xyw"))
-    with pytest.raises(SimpoError, match="cannot be read"):
-        read_contests(a, tmp_path / "nowhere")
+        read_contests(a, write_answers(tmp_path, "c", "xyw"))
+    with pytest.raises(SimpoError, match=r"nowhere\.jsonl: file not found"):
+        read_contests(a, tmp_path / "nowhere.jsonl")
+
+
+def test_files_of_both_kinds_are_about_the_same_prompts(tmp_path):
+    """A prompt's id is that of its content, wherever it stands."""
+    outputs = tmp_path / "model_outputs.json"
+    outputs.write_text(json.dumps([{"instruction": "What is 1?", "output": "", "generator": "m"}]))
+    sampled = tmp_path / "responses.jsonl"
+    row = {"id": prompt_id("What is 1?"), "prompt": "What is 1?", "responses": ["One.", "It is 1."]}
+    sampled.write_text(json.dumps(row) + "\n")
+    [contest] = read_contests(sampled, outputs)
+    assert (contest.a["responses"], contest.b["responses"]) == (["One.", "It is 1."], [""])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "x"}, "no 'id'"),
+        ({"id": "x", "prompt": "p"}, "no 'responses'"),
+        ({"id": "x", "prompt": "p", "responses": []}, "expected one or more texts"),
+        ({"id": "x", "prompt": "p", "responses": [None]}, "expected one or more texts"),
+        ({"id": "x", "prompt": 7, "responses": ["a"]}, "prompt has no messages"),
+        ({"instruction": "x", "output": None}, "output: expected text"),
+        ({"id": "first", "prompt": "p", "responses": ["a"]}, "'first' occurs twice, first at answers.jsonl:1"),
+    ],
+)
+def test_files_that_hold_no_answers(tmp_path, row, said):
+    path = tmp_path / "answers.jsonl"
+    first = {"id": "first", "prompt": "p", "responses": ["a"]}
+    path.write_text(json.dumps(first) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(SimpoError, match=said) as raised:
+        read_answer_file(path)
+    assert str(raised.value).startswith("answers.jsonl:2: ")
 
 
 def test_figures_of_both_models():

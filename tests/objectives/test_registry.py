@@ -8,23 +8,73 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from simpo.objectives import OBJECTIVES
+from simpo.objectives import OBJECTIVES, Responses
+from simpo.objectives.hyperparameters import read_signature
 
 SIMPO = OBJECTIVES["simpo"]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_signature_is_the_schema(name):
+def test_the_signatures_are_the_schema(name):
+    """Of the loss as it is called: the hyperparameters of its terms, and ``z_ref`` where the batch must give it."""
     row = OBJECTIVES[name]
     declared = {
         parameter.name: parameter.default
         for parameter in inspect.signature(row.loss).parameters.values()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
+    assert ("z_ref" in declared) == row.needs_z_ref
+    declared.pop("z_ref", None)
     assert {key: parameter.default for key, parameter in row.hyperparameters.items()} == declared
     assert row.resolve({}) == declared
     assert {parameter.name for parameter in row.hyperparameters.values()} == declared.keys()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_pair_and_anchor_declare_and_the_others_use(name):
+    row = OBJECTIVES[name]
+    if row.anchor_term is not None:
+        assert not read_signature(row.pair_term).keys() & read_signature(row.anchor_term).keys()
+    keywords = set(inspect.signature(row.loss).parameters) - {"w", "l"}
+    for term in (row.implicit_reward, row.unpaired_term):
+        for parameter in [] if term is None else inspect.signature(term).parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                assert parameter.name in keywords
+                assert parameter.default is parameter.empty
+    for key, spelling in row.spellings.items():
+        assert key not in row.hyperparameters
+        assert spelling.of in row.hyperparameters
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_callable_takes_all_hyperparameters_and_no_others(name):
+    row = OBJECTIVES[name]
+    y = Responses(torch.tensor([-1.0]), torch.tensor([2.0]), torch.tensor([-1.5]))
+    label = torch.tensor([True])
+    calls = {row.loss: (y, y), row.pair: (y, y), row.anchor: (y,), row.unpaired: (y, label), row.reward: (y,)}
+    for function, arguments in calls.items():
+        if function is not None:
+            assert function(*arguments, **row.resolve({})).shape == (1,)
+            with pytest.raises(ValueError, match=f"bta is not a hyperparameter of objective '{name}'"):
+                function(*arguments, bta=1.0)
+
+
+@pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if row.needs_reference])
+def test_a_missing_reference_is_named(name):
+    y = Responses(torch.tensor([-1.0]), torch.tensor([2.0]))
+    for function, arguments in ((OBJECTIVES[name].loss, (y, y)), (OBJECTIVES[name].reward, (y,))):
+        with pytest.raises(ValueError, match="ref_logp is missing"):
+            function(*arguments)
+
+
+@pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if not row.needs_reference])
+def test_rows_without_reference_do_not_look_at_it(name):
+    row = OBJECTIVES[name]
+    plain = Responses(torch.tensor([-1.0]), torch.tensor([2.0]))
+    referenced = Responses(plain.logp, plain.length, torch.tensor([-7.0]))
+    assert torch.equal(row.loss(plain, plain), row.loss(referenced, referenced))
 
 
 def test_simpos_defaults():
@@ -67,9 +117,55 @@ def test_bad_values_are_named(given, message):
         SIMPO.resolve(given)
 
 
-def test_the_reward_refuses_unknown_names():
-    with pytest.raises(ValueError, match="bta is not a hyperparameter"):
-        SIMPO.reward(None, bta=1.0)
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        (
+            "dpo",
+            {"gamma": 1.0},
+            r"gamma is not .* 'dpo' \(it belongs to simpo, alphapo\); it has beta",
+        ),
+        ("simpo", {"tau": 0.1}, r"tau is not a hyperparameter of objective 'simpo' \(it belongs to ipo\)"),
+        ("simpo", {"desirable_weight": 1.0}, r"desirable_weight .*\(it belongs to kto\)"),
+        ("ipo", {"beta": 0.1}, r"beta is not .*; it has tau, length_normalized"),
+        ("simper", {"beta": 2.0}, r"beta is not a hyperparameter of objective 'simper' .*; it has none"),
+        ("kto", {"z_ref": 0.0}, r"z_ref is not a hyperparameter of objective 'kto'; it has beta, lam_w"),
+        ("ipo", {"length_normalized": 1}, r"length_normalized: 1 is not true or false"),
+        ("ipo", {"tau": 0}, r"tau must be > 0, not 0"),
+        ("kto", {"lam_w": 1.0, "desirable_weight": 1.0}, r"desirable_weight and lam_w say the same thing"),
+        ("kto", {"undesirable_weight": -1.0}, r"undesirable_weight must be >= 0, not -1.0"),
+        ("cpo", {"lam": -0.5}, r"lam must be >= 0, not -0.5"),
+        ("alphapo", {"alpha": math.nan}, r"alpha must be finite, not nan"),
+        ("alphapo", {"alpha": math.inf}, r"alpha must be finite, not inf"),
+        ("r_dpo", {"alpha": -0.1}, r"alpha must be >= 0, not -0.1"),
+    ],
+)
+def test_bad_values_of_other_rows_are_named(name, given, message):
+    with pytest.raises(ValueError, match=message):
+        OBJECTIVES[name].resolve(given)
+
+
+@pytest.mark.parametrize("name", ["ipo", "kto", "orpo", "slic_hf", "rrhf", "simper"])
+def test_label_smoothing_is_refused_where_labels_have_no_likelihood(name):
+    with pytest.raises(ValueError, match=rf"label_smoothing is not .* '{name}' \(it belongs to simpo, dpo"):
+        OBJECTIVES[name].resolve({"label_smoothing": 0.1})
+
+
+@pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if "label_smoothing" in row.hyperparameters])
+def test_label_smoothing_elsewhere(name):
+    assert OBJECTIVES[name].resolve({"label_smoothing": 0.1})["label_smoothing"] == 0.1
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 0.5\), not 0.5"):
+        OBJECTIVES[name].resolve({"label_smoothing": 0.5})
+
+
+def test_only_kto_takes_single_responses_and_a_reference_point():
+    assert [name for name, row in OBJECTIVES.items() if row.needs_z_ref] == ["kto"]
+    assert [name for name, row in OBJECTIVES.items() if row.unpaired is not None] == ["kto"]
+
+
+def test_ktos_other_spellings():
+    resolved = OBJECTIVES["kto"].resolve({"desirable_weight": 1.33, "undesirable_weight": 0.5})
+    assert resolved == {"beta": 0.1, "lam_w": 1.33, "lam_l": 0.5}
 
 
 def test_objectives_import_torch_only():

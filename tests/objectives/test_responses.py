@@ -58,6 +58,7 @@ def test_avg_and_ratio():
     y = Responses(logp, torch.tensor([4.0, 3.0], dtype=torch.float64), torch.tensor([-5.0, -3.0], dtype=torch.float64))
     assert y.avg.tolist() == pytest.approx([-1.5, -1 / 3], rel=1e-15)
     assert y.ratio.tolist() == [-1.0, 2.0]
+    assert y.avg_ratio.tolist() == pytest.approx([-1 / 4, 2 / 3], rel=1e-15)
     assert torch.autograd.grad(y.avg.sum(), logp)[0].tolist() == pytest.approx([1 / 4, 1 / 3])
     assert torch.autograd.grad(y.ratio.sum(), logp)[0].tolist() == [1.0, 1.0]
 
@@ -69,3 +70,5 @@ def test_integer_lengths():
 def test_a_ratio_without_reference_is_an_error_that_says_so():
     with pytest.raises(ValueError, match="ref_logp is missing"):
         Responses(torch.zeros(1), torch.ones(1)).ratio  # noqa: B018
+    with pytest.raises(ValueError, match="ref_logp is missing"):
+        Responses(torch.zeros(1), torch.ones(1)).avg_ratio  # noqa: B018

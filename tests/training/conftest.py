@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch.nn import functional as F
 
-from simpo import PreferenceConfig, PreferenceTrainer
+from simpo import PreferenceConfig, PreferenceTrainer, Responses
 from simpo.packing.comparison import TokenizedComparison
 
 
@@ -54,6 +54,7 @@ def config(tmp_path):
     def make(**settings) -> PreferenceConfig:
         quiet = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "disable_tqdm": True}
         plain = {"save_strategy": "no", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
+        plain |= {"reference_cache": str(tmp_path / "reference")}
         return PreferenceConfig(**quiet | plain | settings)
 
     return make
@@ -85,6 +86,20 @@ def naive_pairs(naive_logprobs):
             logps = naive_logprobs(model, [comparison])
             means.append(torch.stack([logps[: len(chosen)].mean(), logps[len(chosen) :][: len(rejected)].mean()]))
         return torch.stack(means).unbind(dim=1)
+
+    return naive
+
+
+@pytest.fixture(scope="session")
+def naive_responses(naive_logprobs):
+    """``naive_responses(model, prompts, responses)``: by the model's own forward, all responses of all prompts, [R]."""
+
+    def naive(model, prompts, responses) -> Responses:
+        comparisons = [TokenizedComparison(p, r) for p, r in zip(prompts, responses, strict=True)]
+        lengths = [len(ids) for several in responses for ids in several]
+        logps = naive_logprobs(model, comparisons).split(lengths)
+        sums = torch.stack([part.sum() for part in logps])
+        return Responses(sums, torch.tensor(lengths, dtype=sums.dtype))
 
     return naive
 

@@ -40,7 +40,7 @@ def test_gamma_either_way(given, expected, config):
         ({"gamma": 1.0, "gamma_beta_ratio": 0.5}, "gamma and gamma_beta_ratio"),
         ({"label_smoothing": 0.5}, "label_smoothing must be in"),
         ({"link": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
-        ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"loss_type": "hinge", "gamma": 1.0, "label_smoothing": 0.1}, "label_smoothing"),
         ({"loss_type": "hinge", "link": "sigmoid"}, "loss_type 'hinge' and link 'sigmoid' disagree"),
         ({"objective": "no such"}, "objective: 'no such' is unknown; there are simpo"),
         ({"sft_weight": -0.1}, "sft_weight"),
@@ -84,7 +84,7 @@ def test_accumulation_is_folded(per_device, accumulation, config):
 
 
 def test_the_papers_and_peers_dialects(config):
-    assert config(loss_type="hinge").hyperparameters["link"] == "hinge"
+    assert config(loss_type="hinge", gamma_beta_ratio=0.5).hyperparameters["link"] == "hinge"
     args = config(loss_type="simpo")
     assert (args.objective, args.hyperparameters["link"]) == ("simpo", "sigmoid")
 
@@ -107,3 +107,51 @@ def test_it_serialises(config):
     assert args.to_dict()["beta"] == 2.5
     assert '"beta": 2.5' in args.to_json_string()
     assert pickle.loads(pickle.dumps(args)).hyperparameters == args.hyperparameters
+
+
+@pytest.mark.parametrize(
+    ("given", "objective"),
+    [
+        ({"loss_type": "ipo"}, "ipo"),
+        ({"loss_type": "orpo", "objective": "orpo"}, "orpo"),
+        ({"loss_type": "sigmoid", "objective": "dpo"}, "dpo"),
+        ({"loss_type": "sigmoid", "objective": "simpo"}, "simpo"),
+        ({"loss_type": "sigmoid", "gamma_beta_ratio": 0.5}, "simpo"),
+        ({"loss_type": "hinge", "gamma": 0.5}, "simpo"),
+        ({}, "simpo"),
+    ],
+)
+def test_what_a_loss_type_means(given, objective, config):
+    args = config(**given)
+    assert args.objective == dataclasses.replace(args).objective == objective
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"loss_type": "sigmoid", "beta": 0.01},
+            "loss_type: 'sigmoid' alone .* add objective: dpo, or objective: simpo",
+        ),
+        ({"loss_type": "hinge"}, "loss_type: 'hinge' alone"),
+        (
+            {"loss_type": "hinge", "objective": "dpo"},
+            "loss_type: 'hinge' is no objective and no link of objective 'dpo'",
+        ),
+        ({"loss_type": "aot", "objective": "ipo"}, "loss_type: 'aot' is no objective"),
+        ({"loss_type": "ipo", "objective": "dpo"}, "loss_type 'ipo' and objective 'dpo' disagree"),
+        ({"kl_weight": -1.0}, "kl_weight: must be >= 0"),
+        ({"kl_weight": float("inf")}, "kl_weight: must be >= 0 and finite"),
+        ({"objective": "orpo", "sft_weight": 0.1}, "sft_weight: objective 'orpo' has a term on the chosen response"),
+        ({"objective": "cpo", "sft_weight": 0.1}, "sft_weight: objective 'cpo' has .*or set lam: 0"),
+        ({"objective": "dpo", "gamma_beta_ratio": 0.5}, "gamma_beta_ratio is not a hyperparameter of objective 'dpo'"),
+    ],
+)
+def test_what_does_not_go_together_is_named(given, message, config):
+    with pytest.raises(SimpoError, match=message):
+        config(**given)
+
+
+def test_weights_beside_an_objective(config):
+    assert config(objective="cpo", lam=0.0, sft_weight=0.1).sft_weight == 0.1
+    assert config(objective="dpo", sft_weight=0.1, kl_weight=0.2).kl_weight == 0.2

@@ -15,7 +15,7 @@ from simpo.statistics import Interval
 
 # Colours that stay apart for colour-blind readers and in grey (Okabe and Ito 2008).
 BEFORE, AFTER = "#E69F00", "#0072B2"
-_STYLE: Any = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -34,7 +34,7 @@ def plot_training(path: Path, logs: Sequence[Mapping[str, Any]], names: Mapping[
         names: metric -> label of its axis, for every panel.
         title: of the whole.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
         figure.suptitle(title)
         for axes, (name, label) in zip(figure.subplots(1, len(names), squeeze=False)[0], names.items(), strict=True):
@@ -43,7 +43,7 @@ def plot_training(path: Path, logs: Sequence[Mapping[str, Any]], names: Mapping[
             axes.set(xlabel="optimizer step", ylabel=label)
             if axes.lines:
                 axes.legend(frameon=False)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _curve(axes: Axes, logs: Sequence[Mapping[str, Any]], name: str, label: str, colour: str) -> None:
@@ -54,7 +54,7 @@ def _curve(axes: Axes, logs: Sequence[Mapping[str, Any]], name: str, label: str,
 
 def plot_rates(path: Path, rates: Mapping[str, Mapping[str, Interval]], title: str) -> None:
     """Shares with their intervals as bars: ``{what: {model: interval}}``, in percent; PNG."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.5 + 1.9 * len(rates), 3.6), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title)
@@ -69,7 +69,7 @@ def plot_rates(path: Path, rates: Mapping[str, Mapping[str, Interval]], title: s
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
         axes.legend(unique.values(), unique.keys(), frameon=False, ncols=2, loc="upper left")
-        _save(figure, path)
+        save(figure, path)
 
 
 def _bar(axes: Axes, place: float, share: Interval, width: float, colour: str, label: str) -> None:
@@ -82,7 +82,7 @@ def _bar(axes: Axes, place: float, share: Interval, width: float, colour: str, l
 
 def plot_lengths(path: Path, lengths: Mapping[str, Sequence[int]], title: str) -> None:
     """Histograms of answers' lengths in tokens, ``{model: lengths}``, on one pair of axes; PNG."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6, 3.4), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title)
@@ -94,9 +94,10 @@ def plot_lengths(path: Path, lengths: Mapping[str, Sequence[int]], title: str) -
             axes.axvline(mean, color=colour, linewidth=1.5)
         axes.set(xlabel="tokens of an answer, end of turn included", ylabel="answers")
         axes.legend(frameon=False)
-        _save(figure, path)
+        save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG; the file is whole or absent."""
     with disk_errors(path), staged_files(path.parent) as folder:
         figure.savefig(folder / path.name, dpi=150)

@@ -116,6 +116,7 @@ def _align(folder: Path, seed: int, say: Callable[[str], None]) -> None:
     say("6. Both models answer prompts that neither has seen:")
     for model in ("sft", "simpo"):
         _sample(say, folder, model, "held-out.jsonl", f"{model}-answers", _ANSWERS | {"seed": seed + 1})
+    pair_responses(folder / "sft-answers/responses.jsonl", judge, folder / "held-out-pairs.jsonl")  # for other recipes
 
 
 def _sample(

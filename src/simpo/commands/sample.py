@@ -37,6 +37,8 @@ def main(argv: list[str]) -> int:
         engine=arguments.engine,
         argv=argv,
     )
+    if results is None:  # one of several processes; the main one prints
+        return 0
     print_results(results)
     print(f"responses: {folder / FILE_NAME}")
     print(

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from simpo.compat.config import PortedConfig
 from simpo.compat.trainer import PortedTrainer
 from simpo.errors import SimpoError
-from simpo.objectives import OBJECTIVES
 
 logger = logging.getLogger(__name__)
 
 # TRL's loss_type -> our objective; its reference-free "hinge" and "ipo" are no rows of the table.
-_OBJECTIVES = {"simpo": "simpo", "sigmoid": "cpo"}
+_OBJECTIVES = {"simpo": "simpo", "alphapo": "alphapo", "sigmoid": "cpo"}
 _LENGTH_IF_NONE = 512
 
 
@@ -38,18 +37,23 @@ class CPOConfig(PortedConfig):
     )
     beta: float = field(default=0.1, metadata={"help": "Scale of the reward; SimPO wants 2 to 10."})
     label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a label is wrong."})
-    loss_type: str | None = field(default="sigmoid", metadata={"help": "The objective: simpo; sigmoid is CPO."})
+    loss_type: str | None = field(
+        default="sigmoid", metadata={"help": "simpo, alphapo, or sigmoid, which is CPO."}
+    )
     cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the SFT term; pure SimPO has 0."})
     simpo_gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin, absolute."})
-    alpha: float = field(default=0.0, metadata={"help": "AlphaPO's exponent; only 0 is supported."})
+    alpha: float | None = field(default=0.0, metadata={"help": "AlphaPO's exponent; 0 is SimPO."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
     def __post_init__(self) -> None:
         self._refuse_other_names()
         self._check_signs()
         self.objective = self._objective()
+        if self.loss_type == "alphapo":
+            self.cpo_alpha = 0.0  # as TRL does
         self.sft_weight = self.cpo_alpha
-        self.gamma = self.simpo_gamma if self.objective == "simpo" else None
+        self.gamma = None if self.objective == "cpo" else self.simpo_gamma
+        self.alpha = self.alpha if self.objective == "alphapo" else None
         if self.objective == "cpo":
             self.lam = 0.0  # the SFT term is added beside the row, as a mean over tokens
             self.label_smoothing = self.label_smoothing or None  # type: ignore[assignment]
@@ -78,14 +82,14 @@ class CPOConfig(PortedConfig):
                 raise SimpoError(f"{key}: must be >= 0, not {getattr(self, key)}")
 
     def _objective(self) -> str:
-        if self.loss_type == "alphapo" or self.alpha:
-            raise SimpoError("alpha: AlphaPO is another objective, which is not here; set loss_type='simpo', alpha=0")
         name = _OBJECTIVES.get(str(self.loss_type))
-        if name not in OBJECTIVES:
+        if name is None:
             raise SimpoError(
                 f"loss_type: {self.loss_type!r} is another objective, which is not here; set loss_type='simpo'"
             )
-        return name
+        if self.alpha and name == "cpo":
+            raise SimpoError("alpha: shapes the reward of loss_type 'simpo' and 'alphapo' only; set it to 0")
+        return "alphapo" if self.alpha else name
 
     def _checkpoint_by_default(self) -> None:
         """Recompute activations unless told otherwise, as TRL does, so that what fitted there fits here."""

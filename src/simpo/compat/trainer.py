@@ -121,11 +121,11 @@ class PortedTrainer(PreferenceTrainer):
         self._note_lengths(inputs["micro_batches"])
         return super().prediction_step(model, inputs, *args, **kwargs)
 
-    def row_figures(self, y: Responses) -> tuple[Tensor, Tensor]:
+    def row_figures(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """As in the base, with a pair's SFT term weighted by its chosen response's share of the step's tokens."""
-        losses, figures = super().row_figures(y)
+        losses, figures = super().row_figures(y, batch)
         if self.args.sft_weight:
-            w = Responses(y.logp[0::2], y.length[0::2])
+            w = Responses(y.logp[batch.pairs.best], y.length[batch.pairs.best])
             share = w.length / self._mean_chosen_length  # 1 on average
             losses = losses + self.args.sft_weight * sft_term(w) * (share - 1)  # the base has added it once
             figures[:, 0] = losses.detach()
@@ -135,7 +135,7 @@ class PortedTrainer(PreferenceTrainer):
         """Keep the mean length of the chosen responses in ``batches`` of all ranks."""
         if not self.args.sft_weight:
             return
-        tokens = sum((batch.packed.lengths[0::2] * batch.packed.weights).sum() for batch in batches)
+        tokens = sum((batch.packed.lengths[batch.pairs.best] * batch.packed.weights).sum() for batch in batches)
         pairs = sum(batch.packed.weights.sum() for batch in batches)
         totals = self._sum_over_ranks(torch.stack([tokens, pairs]).to(self.args.device))
         self._mean_chosen_length = totals[0] / totals[1]

@@ -26,16 +26,18 @@ class Comparison:
 
     Attributes:
         prompt: text, or the messages up to the one that is answered.
-        responses: one text each if the prompt is text, else one assistant message each; at least two, or none
-            where only the prompt is asked for.
-        extra: the row's other columns. Of a K-wise row also its ``scores``, in the order of ``responses``.
+        responses: one text each if the prompt is text, else one assistant message each; at least two, one where it is
+            judged alone, or none where only the prompt is asked for.
+        extra: the row's other columns.
         where: where the row comes from, e.g. ``"train.jsonl:12"``.
+        scores: of a K-wise row, in the order of ``responses``; None of a pair.
     """
 
     prompt: str | list[Message]
     responses: tuple[Response, ...]
     where: str
     extra: dict[str, Any] = field(default_factory=dict)
+    scores: tuple[float, ...] | None = None
 
 
 def recognise(row: Mapping[str, Any], where: str) -> Comparison:
@@ -47,12 +49,10 @@ def recognise(row: Mapping[str, Any], where: str) -> Comparison:
     """
     check_shape(row)
     if "chosen" in row:
-        prompt, responses = _pair(row)
-        extra = other_columns(row, "prompt", "chosen", "rejected")
-    else:
-        prompt, responses, scores = _ranking(row)
-        extra = {**other_columns(row, "prompt", "responses", "scores"), "scores": scores}
-    return Comparison(prompt, responses, where, extra)
+        prompt, responses = read_responses(row.get("prompt"), (row["chosen"], row["rejected"]), ("chosen", "rejected"))
+        return Comparison(prompt, responses, where, other_columns(row, "prompt", "chosen", "rejected"))
+    prompt, responses, scores = _ranking(row)
+    return Comparison(prompt, responses, where, other_columns(row, "prompt", "responses", "scores"), scores)
 
 
 def check_shape(row: Mapping[str, Any]) -> None:
@@ -73,17 +73,15 @@ def is_comparison(row: Mapping[str, Any]) -> bool:
 
 def _hint(columns: set[str]) -> str:
     if {"prompt", "completion", "label"} <= columns:
-        return " (unpaired feedback, which is not a comparison)"
+        return " (unpaired feedback, not comparisons: objective kto)"
+    if {"prompt", "responses"} <= columns:
+        return " (responses without scores, which say how they are ranked)"
     if {"prompt", "completion"} <= columns or "messages" in columns:
         return " (data for supervised fine-tuning, not comparisons: simpo sft)"
     return ""
 
 
-def _pair(row: Mapping[str, Any]) -> tuple[str | list[Message], tuple[Response, ...]]:
-    return _comparison_of(row.get("prompt"), (row["chosen"], row["rejected"]), ("chosen", "rejected"))
-
-
-def _ranking(row: Mapping[str, Any]) -> tuple[str | list[Message], tuple[Response, ...], list[float]]:
+def _ranking(row: Mapping[str, Any]) -> tuple[str | list[Message], tuple[Response, ...], tuple[float, ...]]:
     """K-wise rows: the responses sorted by score, the highest first; ties keep their order."""
     responses, scores = row["responses"], row["scores"]
     if not isinstance(responses, list) or not isinstance(scores, list):
@@ -94,19 +92,31 @@ def _ranking(row: Mapping[str, Any]) -> tuple[str | list[Message], tuple[Respons
         raise BadRow("fewer than two responses")
     if not all(_is_number(score) for score in scores):
         raise BadRow("a score is not a number")
+    if min(scores) == max(scores):
+        raise BadRow("all scores are equal")
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     ranked = tuple(responses[index] for index in order)
-    prompt, ordered = _comparison_of(row["prompt"], ranked, ("a response",) * len(ranked))
-    return prompt, ordered, [scores[index] for index in order]
+    prompt, ordered = read_responses(row["prompt"], ranked, ("a response",) * len(ranked))
+    return prompt, ordered, tuple(float(scores[index]) for index in order)
 
 
 def _is_number(score: object) -> bool:
     return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
 
 
-def _comparison_of(
+def read_responses(
     prompt: object, responses: Sequence[object], names: Sequence[str]
 ) -> tuple[str | list[Message], tuple[Response, ...]]:
+    """A prompt and its responses, from cells of any accepted kind.
+
+    Args:
+        prompt: text, messages or None, where the responses hold it.
+        responses: text, messages that follow the prompt, or whole conversations.
+        names: what each response is called in messages.
+
+    Raises:
+        BadRow: they are not such, or have no prompt in common.
+    """
     for response, name in zip(responses, names, strict=True):
         check_text_or_messages(response, name)
     if prompt is not None and not isinstance(prompt, str | list):

@@ -25,7 +25,7 @@ TOKENS = List(Value("int32"))
 _TEXT = Value("string")
 _STATUS = "_status"
 # Part of every fingerprint: raise it when the ids made from the same rows and settings change.
-_FORMAT = 2
+_FORMAT = 3
 _BATCH = 256
 _ROWS_LOOKED_AT = 1000
 _SMALL = 2000
@@ -42,7 +42,8 @@ class Prepared:
     Attributes:
         dataset: columns ``prompt_ids`` (list of int32, never empty), ``response_ids`` (list of lists of
             int32, best first), ``where`` and ``extra`` (a JSON object of the row's other columns). Conversations
-            for supervised fine-tuning also have ``scored`` (list of lists of bool, as long as ``response_ids``).
+            for supervised fine-tuning also have ``scored`` (list of lists of bool, as long as ``response_ids``), K-wise
+            comparisons ``scores`` (list of float, descending) and single responses ``label`` (bool).
         report: what became of every row.
     """
 

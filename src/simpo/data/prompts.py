@@ -85,7 +85,7 @@ def prepare_prompts(
     found: dict[str, Prompt] = {}
     for row in prepared.dataset:
         content = json.loads(row["content"])
-        prompt = Prompt(_digest(content), content, row["ids"], row["where"], json.loads(row["extra"]))
+        prompt = Prompt(prompt_id(content), content, row["ids"], row["where"], json.loads(row["extra"]))
         if found.setdefault(prompt.id, prompt) is not prompt:
             prepared.report.drop(REPEATED, prompt.where)
     return Prompts(tuple(found.values()), prepared.report)
@@ -171,6 +171,7 @@ class _Prompts(Tokenization[Rendered]):
         return {**super().options(), "max_prompt_length": self._limit}
 
 
-def _digest(content: str | list[Message]) -> str:
+def prompt_id(content: str | list[Message]) -> str:
+    """The id of a prompt's content; see :class:`Prompt`."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

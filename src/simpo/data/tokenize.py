@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
-from datasets import Dataset, List
+import pyarrow.compute as pc
+from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.formats import SHAPES, check_shape, recognise
@@ -25,13 +28,15 @@ from simpo.data.templates import Rendered, end_of_turn
 from simpo.data.truncation import fit
 from simpo.errors import SimpoError
 
-__all__ = ["Prepared", "TokenizeSettings", "end_token_id", "prepare"]
+__all__ = ["Comparisons", "Prepared", "TokenizeSettings", "check_rankings", "end_token_id", "prepare"]
 
 
 def prepare(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, *, label: str = "train"
 ) -> Prepared:
     """Tokenize a data set of comparisons; the result is cached with the data set.
+
+    K-wise rows have ``scores``, the highest first; a data set of pairs only has no such column.
 
     Args:
         dataset: rows as :func:`simpo.data.sources.load_rows` gives them, or any data set with the same
@@ -45,15 +50,40 @@ def prepare(
             template that cannot serve.
     """
     check_rows(dataset, label)
-    if (found := already_tokenized(dataset, label, _Comparisons.noun)) is not None:
+    if (found := already_tokenized(dataset, label, Comparisons.noun)) is not None:
         return found
-    prepared = prepare_rows(dataset, tokenizer, _Comparisons(tokenizer, settings, label))
+    prepared = prepare_rows(dataset, tokenizer, Comparisons(tokenizer, settings, label))
+    if prepared.dataset.with_format("arrow")["scores"].null_count == len(prepared.dataset):
+        prepared = replace(prepared, dataset=prepared.dataset.remove_columns("scores"))
     if settings.truncation == "paper":
         prepared.report.notices.append(
             "truncation: paper cuts both responses of an overlong comparison to "
             f"{settings.max_length - settings.prompt_limit} tokens and cut ones have no end-of-turn token"
         )
     return prepared
+
+
+def check_rankings(rows: Dataset, label: str) -> None:
+    """Refuse comparisons that cannot be ranked.
+
+    Raises:
+        SimpoError: a row has one response, more than two without scores, or scores that do not fall from the best to
+            the worst.
+    """
+    table = rows.with_format("arrow")
+    counts = pc.list_value_length(table["response_ids"])
+    scores = table["scores"].to_pylist() if "scores" in rows.column_names else [None] * len(rows)
+    for row, (count, given) in enumerate(zip(counts.to_pylist(), scores, strict=True)):
+        if count < 2:
+            raise SimpoError(f"{label} row {row} has one response; at least two are compared")
+        if given is None and count > 2:
+            raise SimpoError(f"{label} row {row} has {count} responses and no scores, which say how they are ranked")
+        if given is not None and not (len(given) == count and _falling(given)):
+            raise SimpoError(f"{label} row {row}: scores are one a response, the best first, and not all equal")
+
+
+def _falling(scores: list[float]) -> bool:
+    return all(a >= b for a, b in pairwise(scores)) and scores[0] > scores[-1]  # NaN is neither
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> int:
@@ -71,10 +101,10 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings)
     return tokenizer.eos_token_id
 
 
-class _Comparisons(Tokenization[Rendered]):
+class Comparisons(Tokenization[Rendered]):
     """A row becomes a prompt and its responses."""
 
-    columns: ClassVar = {"prompt_ids": TOKENS, "response_ids": List(TOKENS)}
+    columns: ClassVar = {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "scores": List(Value("float64"))}
     noun = "comparisons"
     shapes = SHAPES
 
@@ -82,12 +112,12 @@ class _Comparisons(Tokenization[Rendered]):
         super().__init__(tokenizer, settings, label)
         self._end = end_token_id(tokenizer, settings)
 
-    def check_shape(self, row: Mapping[str, Any]) -> None:
+    def check_shape(self, row: Mapping[str, Any]) -> None:  # noqa: D102
         check_shape(row)
 
-    def draft(self, row: Mapping[str, Any], where: str) -> Draft[Rendered]:
+    def draft(self, row: Mapping[str, Any], where: str) -> Draft[Rendered]:  # noqa: D102
         comparison = recognise(row, where)
-        return Draft(self.renderer.render(comparison), comparison.extra)
+        return Draft(self.renderer.render(comparison), comparison.extra, {"scores": comparison.scores})
 
     def outcome(self, rendered: Rendered, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
         """Ids with BOS and end-of-turn token, within the limits."""
@@ -103,7 +133,7 @@ class _Comparisons(Tokenization[Rendered]):
         fitted = fit(prompt, responses, self.settings, self.bos)
         return {"prompt_ids": fitted.prompt, "response_ids": fitted.responses}, fitted.status
 
-    def nothing_fits(self, mapped: Dataset) -> str:
+    def nothing_fits(self, mapped: Dataset) -> str:  # noqa: D102
         return shortest(mapped, self.settings, "comparison")
 
     def _ended(self, response: list[int]) -> list[int]:

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from simpo.errors import SimpoError
+from simpo.evaluation.answer_files import read_answer_file
 from simpo.results import Metric, Stage
-from simpo.runs.lines import read_lines
 from simpo.statistics import Interval, mean_interval, proportion_interval
 
 # A number for one answer to a prompt.
 Figure = Callable[[Any, str], float]
 
-_SIDES: dict[Stage, str] = {"before": "b", "after": "a"}
+# Model ``a`` is compared with the baseline ``b``.
+SIDES: dict[Stage, str] = {"before": "b", "after": "a"}
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class Contest:
 
 
 def read_contests(a: Path, b: Path) -> list[Contest]:
-    """Pair two files of sampled responses by prompt.
+    """Pair two files of answers by prompt, in the order of the first.
 
     Raises:
-        SimpoError: they are not about the same prompts.
+        SimpoError: one cannot be read, or they are not about the same prompts.
     """
-    first, second = ({record["id"]: record for record in read_lines(path)} for path in (a, b))
+    first, second = read_answer_file(a), read_answer_file(b)
     if first.keys() != second.keys():
         alone = len(first.keys() ^ second.keys())
         raise SimpoError(f"{a} and {b}: {alone} prompts are in one of them only; sample both on the same prompts")
@@ -77,15 +78,33 @@ def compare_answers(contests: Sequence[Contest], score: Figure, others: Mapping[
     ours, theirs = (_values(contests, side, score) for side in ("a", "b"))
     metrics = [_metric("win_rate", "after", win_rate(ours, theirs))]
     for name, figure in {"score": score, **others}.items():
-        for stage, side in _SIDES.items():
+        for stage, side in SIDES.items():
             means = [float(np.mean(values)) for values in _values(contests, side, figure)]
             metrics.append(_metric(name, stage, mean_interval(means)))
-    for stage, side in _SIDES.items():
+    return metrics + sampled_metrics(contests)
+
+
+def sampled_metrics(contests: Sequence[Contest]) -> list[Metric]:
+    """How long sampled answers are in tokens, over prompts, and how many ended, over answers."""
+    metrics = []
+    for stage, side in SIDES.items():
         records = [getattr(contest, side) for contest in contests]
         lengths = [float(np.mean([len(ids) for ids in record["response_ids"]])) for record in records]
         ended = [finished for record in records for finished in record["finished"]]
         metrics.append(_metric("response_tokens", stage, mean_interval(lengths)))
         metrics.append(_metric("end_of_turn_rate", stage, proportion_interval(sum(ended), len(ended))))
+    return metrics
+
+
+def text_metrics(contests: Sequence[Contest]) -> list[Metric]:
+    """How long answers are in characters, over prompts, and how many are empty."""
+    metrics = []
+    for stage, side in SIDES.items():
+        answers = [getattr(contest, side)["responses"] for contest in contests]
+        lengths = [float(np.mean([len(text) for text in texts])) for texts in answers]
+        empty = [not text.strip() for texts in answers for text in texts]
+        metrics.append(_metric("response_characters", stage, mean_interval(lengths)))
+        metrics.append(Metric("empty_responses", sum(empty), stage, len(empty)))
     return metrics
 
 

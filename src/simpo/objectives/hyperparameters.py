@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -18,9 +20,13 @@ class Bound:
     holds: Callable[[Any], bool]
 
 
+Finite = Annotated[float, Bound("must be finite", math.isfinite)]
 Positive = Annotated[float, Bound("must be > 0", lambda value: value > 0)]
 NonNegative = Annotated[float, Bound("must be >= 0", lambda value: value >= 0)]
 Smoothing = Annotated[float, Bound("must be in [0, 0.5)", lambda value: 0 <= value < 0.5)]
+
+Context = Tensor | float
+"""Of a keyword-only parameter that is computed from the batch, such as KTO's ``z_ref``: no hyperparameter."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Hyperparameter:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if self.type is float and not number:
             raise ValueError(f"{self.name}: {value!r} is not a number")
+        if self.type is bool and not isinstance(value, bool):
+            raise ValueError(f"{self.name}: {value!r} is not true or false")
         if number and math.isinf(value):
             raise ValueError(f"{self.name} must be finite, not {value!r}")
         if self.bound is not None and not self.bound.holds(value):  # NaN fails every bound
@@ -56,13 +64,15 @@ class Hyperparameter:
 
 
 def read_signature(function: Callable[..., Any]) -> dict[str, Hyperparameter]:
-    """The keyword-only parameters of ``function``, by name, in their order."""
+    """The hyperparameters of ``function``, by name, in their order: its keyword-only parameters but ``Context``."""
     hints = typing.get_type_hints(function, include_extras=True)
     found = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
         hint, bound = hints[parameter.name], None
+        if hint == Context:
+            continue
         if typing.get_origin(hint) is Annotated:
             hint, *marks = typing.get_args(hint)
             bound = next((mark for mark in marks if isinstance(mark, Bound)), None)

@@ -40,6 +40,15 @@ class Responses:
         return self.logp - self.ref_logp
 
     @property
+    def avg_ratio(self) -> Tensor:
+        """``[B]`` ``ratio / |y|``: the log-ratio of an average token.
+
+        Raises:
+            ValueError: there is no ``ref_logp``.
+        """
+        return self.ratio / self.length
+
+    @property
     def log_odds(self) -> Tensor:
         """``[B]`` ``log(p / (1 - p))`` of the geometric-mean token probability ``p = exp(avg)`` (ORPO, eq. 4).
 

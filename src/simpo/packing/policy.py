@@ -27,6 +27,8 @@ from simpo.packing.logprobs import Head, fused_logprobs
 logger = logging.getLogger(__name__)
 
 ForwardPath = Literal["auto", "packed", "padded"]
+# What is computed of an unwrapped model, a batch and a path inside the model's forward.
+Computation = Callable[[PreTrainedModel, PackedBatch, Literal["packed", "padded"]], Any]
 _STATE = "_simpo_policy"
 
 
@@ -54,7 +56,11 @@ def policy_forward(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = 
         path: ``"packed"`` shares prompts and pads nothing; ``"padded"`` gives every response a row of its own;
             ``"auto"`` takes the first if the model proved, once, that both agree.
     """
-    token_logps = policy_logprobs(model, batch, path=path)
+    return responses_of(batch, policy_logprobs(model, batch, path=path))
+
+
+def responses_of(batch: PackedBatch, token_logps: Tensor) -> Responses:
+    """The responses of ``batch`` from the log-probabilities, ``[S]``, of its scored tokens."""
     batch_lengths = batch.lengths.to(token_logps.device)
     index = batch.response_of.to(token_logps.device)
     logp = token_logps.new_zeros(len(batch_lengths)).index_add(0, index, token_logps)
@@ -63,12 +69,17 @@ def policy_forward(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = 
 
 def policy_logprobs(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = "auto") -> Tensor:
     """``[S]`` log-probability, in nats, of every scored token of ``batch``, in its order; fp32 (fp64 for fp64)."""
+    return inside_forward(model, batch, token_logprobs, path=path)
+
+
+def inside_forward(model: nn.Module, batch: PackedBatch, compute: Computation, *, path: ForwardPath = "auto") -> Any:
+    """What ``compute`` makes of the unwrapped model and ``batch``, inside the (wrapped) model's forward."""
     inner = prepare_policy(model)
     path = resolve_path(inner, batch, path)
     device = next(inner.parameters()).device
     if device.type != "cpu" and batch.input_ids.device != device:  # weights on the CPU may be offloaded ones
         batch = batch.to(device)
-    return model(packed_batch=batch, path=path)
+    return model(packed_batch=batch, path=path, compute=compute)
 
 
 def prepare_policy(model: nn.Module) -> PreTrainedModel:
@@ -135,7 +146,7 @@ def _forward_of(kind: Any) -> Callable[..., Any]:
     @functools.wraps(own)  # generate() and Trainer read the signature
     def forward(self: PreTrainedModel, *args: Any, packed_batch: PackedBatch | None = None, **kwargs: Any) -> Any:
         if packed_batch is not None:
-            return _token_logprobs(self, packed_batch, kwargs["path"])
+            return kwargs.get("compute", token_logprobs)(self, packed_batch, kwargs["path"])
         return original_forward(self, *args, **kwargs)
 
     return forward
@@ -167,6 +178,11 @@ def find_head(model: PreTrainedModel) -> Head | None:
     if getattr(config, "logits_scaling", None):
         scale = scale / config.logits_scaling
     return Head(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def plain_head(model: PreTrainedModel) -> Head | None:
+    """The output layer if the self-check found it to be what :func:`find_head` says, else None."""
+    return find_head(model) if state_of(model).fused_head else None
 
 
 def _plain_output_layer(model: PreTrainedModel) -> nn.Linear | None:
@@ -205,13 +221,24 @@ def model_inputs(batch: PackedBatch, path: Literal["packed", "padded"]) -> tuple
     return inputs, batch.scored
 
 
-def _token_logprobs(model: PreTrainedModel, batch: PackedBatch, path: Literal["packed", "padded"]) -> Tensor:
+def scored_states(model: PreTrainedModel, batch: PackedBatch, path: Literal["packed", "padded"]) -> Tensor:
+    """``[S, H]`` hidden states that the scored tokens are predicted from."""
     inputs, scored = model_inputs(batch, path)
-    head = find_head(model) if state_of(model).fused_head else None
-    if head is not None:
-        hidden = backbone(model)(**inputs)[0]  # [1, T, H] or [R, L, H]
-        output: Any = causal_lm(model).get_output_embeddings()
-        return output(hidden.flatten(0, 1)[scored], head=head, targets=batch.targets)
+    hidden = backbone(model)(**inputs)[0]  # [1, T, H] or [R, L, H]
+    return hidden.flatten(0, 1)[scored]
+
+
+def states_logprobs(model: PreTrainedModel, states: Tensor, targets: Tensor) -> Tensor:
+    """``[S]`` log-probabilities of ``targets`` from hidden ``states`` ``[S, H]``, for a model with a plain head."""
+    output: Any = causal_lm(model).get_output_embeddings()
+    return output(states, head=plain_head(model), targets=targets)
+
+
+def token_logprobs(model: PreTrainedModel, batch: PackedBatch, path: Literal["packed", "padded"]) -> Tensor:
+    """The :data:`Computation` of :func:`policy_logprobs`."""
+    if plain_head(model) is not None:
+        return states_logprobs(model, scored_states(model, batch, path), batch.targets)
+    inputs, scored = model_inputs(batch, path)
     logits = original_forward(model, **inputs).logits.flatten(0, 1)[scored]  # [S, V]
     exact = torch.promote_types(logits.dtype, torch.float32)
     return torch.log_softmax(logits, dim=-1, dtype=exact).gather(-1, batch.targets[:, None]).squeeze(-1)

@@ -194,14 +194,21 @@ def _sliding_layers(config: Any, kinds: list[str]) -> int:
 
 
 def _agree(found: Tensor, expected: Tensor, model: nn.Module) -> bool:
-    device = next(model.parameters()).device.type
-    computes = next(model.parameters()).dtype
-    if torch.is_autocast_enabled(device) and computes == torch.float32:
-        computes = torch.get_autocast_dtype(device)
-    mean, maximum = _TOLERANCE[computes]
+    mean, maximum = _TOLERANCE[_computes_in(model)]
     difference = (found - expected).abs()
     # written so that a NaN disagrees
     return bool(difference.mean() <= mean) and bool(difference.max() <= maximum)
+
+
+def _computes_in(model: nn.Module) -> torch.dtype:
+    """The type that products are taken in: autocast's, the weights' own, or what weights in 4 bits are expanded to."""
+    weight = next(model.parameters())
+    if weight.dtype != torch.float32:
+        return weight.dtype
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    expanded = (getattr(module, "compute_dtype", None) for module in model.modules())
+    return next((dtype for dtype in expanded if dtype is not None), weight.dtype)
 
 
 def _first_line(error: Exception) -> str:

@@ -29,8 +29,12 @@ _LOCK, _HOLDER = ".lock", ".lock.pid"
 # Seconds to wait for the lock: a child that a process was starting when it was killed has its copy for a moment.
 _PATIENCE = 0.5
 
-# What changes after the run has finished, and checkpoints, which have manifests of their own.
-_UNLISTED = ("checkpoint-*", record.FILE_NAME, "log.txt", ".*")
+# What changes after the run has finished, and checkpoints and a sweep's trials, which have manifests of their own.
+_UNLISTED = ("checkpoint-*", "trials", record.FILE_NAME, "log.txt", ".*")
+
+
+class FolderInUseError(SimpoError):
+    """Another process is at work in the folder."""
 
 
 class RunFolder:
@@ -64,7 +68,7 @@ class RunFolder:
 
         Raises:
             SimpoError: it cannot be used: it is a file, cannot be written, holds something else or another
-                command's run, or is in use.
+                command's run, or is in use (:class:`FolderInUseError`).
         """
         self.path = Path(path)
         self.command = command
@@ -105,12 +109,13 @@ class RunFolder:
                 such key, because what it has written would not go together with what it would write.
 
         Raises:
-            SimpoError: the folder holds a run with another identity, was taken in between, or cannot be written.
+            SimpoError: the folder holds a run with another identity, cannot be written, or was taken in between
+                (:class:`FolderInUseError`).
         """
         if self._lock is None:
             self._take()
             if self._look() is not None:
-                raise SimpoError(f"output_dir: {self.path} was taken by another run just now; name a new folder")
+                raise FolderInUseError(f"output_dir: {self.path} was taken by another run just now; name a new folder")
         settled = json.loads(json.dumps(redact(identity)))  # as run.json will give it back
         changed = self._compare(settled, accept_changes)
         self.changed = bool(changed)
@@ -183,7 +188,7 @@ class RunFolder:
             try:
                 lock.acquire()
             except Timeout:
-                raise SimpoError(
+                raise FolderInUseError(
                     f"output_dir: {self.path} is in use by another run{self._holder()}; "
                     "wait for it or name a new folder"
                 ) from None

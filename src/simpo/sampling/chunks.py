@@ -1,13 +1,13 @@
 """Responses in chunks: each is generated from a seed of its own, stored whole, or made again.
 
-What a chunk holds does not depend on the chunks before it, on when the run was killed, or on who generates it, so a run
-that was continued has the same responses as one that never stopped.
+What a chunk holds does not depend on the chunks before it, on when the run was killed, or on which process generates
+it, so a run that was continued, by whatever number of processes, has the same responses as one that never stopped.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from simpo.sampling.engine import Engine, Sampled
@@ -37,32 +37,40 @@ def plan_chunks(lengths: Sequence[int], n: int, chunk_size: int) -> list[Chunk]:
     return [tuple(number for number in group for _ in range(n)) for group in groups]
 
 
-def sample_chunks(
-    engine: Engine,
-    prompts: Sequence[list[int]],
-    settings: SamplingSettings,
-    done: Iterable[int] = (),
-) -> Iterator[Record]:
-    """Generate every chunk that is not ``done``; a record of each, as it is stored.
+def missing_chunks(
+    prompts: Sequence[list[int]], settings: SamplingSettings, done: Collection[int] = ()
+) -> list[tuple[int, Chunk]]:
+    """Number and prompt numbers of every chunk that is not ``done``.
 
     Args:
-        engine: generates.
         prompts: token ids of every prompt.
         settings: resolved ones.
         done: numbers of the chunks that exist already.
     """
     assert settings.chunk_size is not None
-    done = set(done)
-    for number, chunk in enumerate(plan_chunks([len(ids) for ids in prompts], settings.n, settings.chunk_size)):
-        if number not in done:
-            seed = derived_seed(settings.seed, number)
-            samples = engine.generate([prompts[prompt] for prompt in chunk], settings, seed)
-            yield {
-                "chunk": number,
-                "samples": [
-                    {"prompt": prompt, **sampled._asdict()} for prompt, sampled in zip(chunk, samples, strict=True)
-                ],
-            }
+    plan = plan_chunks([len(ids) for ids in prompts], settings.n, settings.chunk_size)
+    return [(number, chunk) for number, chunk in enumerate(plan) if number not in done]
+
+
+def sample_chunks(
+    engine: Engine, prompts: Sequence[list[int]], settings: SamplingSettings, chunks: Iterable[tuple[int, Chunk]]
+) -> Iterator[Record]:
+    """Generate ``chunks``; a record of each, as it is stored.
+
+    Args:
+        engine: generates.
+        prompts: token ids of every prompt.
+        settings: resolved ones.
+        chunks: some of :func:`missing_chunks`.
+    """
+    for number, chunk in chunks:
+        samples = engine.generate([prompts[prompt] for prompt in chunk], settings, derived_seed(settings.seed, number))
+        yield {
+            "chunk": number,
+            "samples": [
+                {"prompt": prompt, **sampled._asdict()} for prompt, sampled in zip(chunk, samples, strict=True)
+            ],
+        }
 
 
 def gather(records: Iterable[Mapping[str, Any]], prompts: int) -> list[list[Sampled]]:

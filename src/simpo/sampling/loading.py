@@ -6,12 +6,11 @@ import dataclasses
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
-from transformers.utils import find_adapter_config_file
 
 from simpo.errors import SimpoError
-from simpo.training.models import ModelArguments, load_model
+from simpo.training.adapters import find_adapter
+from simpo.training.models import ModelArguments, base_arguments, generation_config, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,20 +36,25 @@ class Checkpoint:
         Raises:
             SimpoError: there is no such model.
         """
+        adapter = find_adapter(arguments.model_name_or_path, arguments.model_revision)
+        base = arguments if adapter is None else base_arguments(adapter, arguments)
         try:
-            name, revision = _base(arguments)
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=arguments.trust_remote_code)
+            config = AutoConfig.from_pretrained(
+                base.model_name_or_path, revision=base.model_revision, trust_remote_code=arguments.trust_remote_code
+            )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise SimpoError(
                 f"model_name_or_path: {arguments.model_name_or_path!r} cannot be loaded: {reason}"
             ) from error
-        try:
-            generation_config = GenerationConfig.from_pretrained(name, revision=revision)
-        except OSError:  # a checkpoint need not have one
-            generation_config = GenerationConfig.from_model_config(config)
+        found = generation_config(arguments.model_name_or_path, arguments.model_revision)
+        found = found or generation_config(base.model_name_or_path, base.model_revision)
         dtype = arguments.dtype or ("float32" if device().type == "cpu" else "bfloat16")
-        return cls(dataclasses.replace(arguments, dtype=dtype), _context(config), generation_config)
+        return cls(
+            dataclasses.replace(arguments, dtype=dtype),
+            _context(config),
+            found or GenerationConfig.from_model_config(config),  # a checkpoint need not have one
+        )
 
     def load(self) -> PreTrainedModel:
         """The model, on the accelerator if there is one.
@@ -66,15 +70,6 @@ def device() -> torch.device:
     """Where models run: the accelerator, or the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if found is None else found
-
-
-def _base(arguments: ModelArguments) -> tuple[str, str]:
-    """Name and revision of the model whose configuration counts: of an adapter, its base model."""
-    name, revision = arguments.model_name_or_path, arguments.model_revision
-    if find_adapter_config_file(name, revision=revision) is None:
-        return name, revision
-    adapter = PeftConfig.from_pretrained(name, revision=revision)
-    return adapter.base_model_name_or_path, adapter.revision or "main"
 
 
 def _context(config: Any) -> int | None:

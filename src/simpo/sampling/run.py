@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +19,18 @@ from transformers import PreTrainedTokenizerBase
 from simpo.atomic import staged_files
 from simpo.data.prompts import Prompt, Prompts, prepare_prompts
 from simpo.data.sources import load_rows
-from simpo.errors import InterruptedRun, SimpoError
-from simpo.progress import progress
+from simpo.errors import SimpoError
+from simpo.progress import Advance, progress
 from simpo.results import Metric, write_results
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import JsonLines
-from simpo.sampling.chunks import gather, sample_chunks
+from simpo.runs.signals import stoppable
+from simpo.sampling.chunk_files import ChunkFiles
+from simpo.sampling.chunks import Chunk, gather, missing_chunks, sample_chunks
 from simpo.sampling.engine import Engine, Sampled, stop_ids
 from simpo.sampling.figures import response_metrics
 from simpo.sampling.generate import TransformersEngine
 from simpo.sampling.loading import Checkpoint, device
+from simpo.sampling.processes import Processes, joined_processes
 from simpo.sampling.settings import SamplingSettings
 from simpo.sampling.texts import ResponseText
 from simpo.sampling.vllm import VllmEngine
@@ -34,8 +38,6 @@ from simpo.training.identity import model_digest
 from simpo.training.models import ModelArguments, load_tokenizer
 
 FILE_NAME = "responses.jsonl"
-# A dot-name: what the manifest of a finished run does not list, because it is removed with the last step.
-_CHUNKS = ".chunks.jsonl"
 
 EngineName = Literal["transformers", "vllm"]
 Say = Callable[[str], None]
@@ -58,11 +60,11 @@ def sample_responses(
     *,
     engine: EngineName = "transformers",
     argv: Sequence[str] = (),
-) -> Path:
+) -> Path | None:
     """Sample answers to prompts and write ``responses.jsonl`` and ``results.json``.
 
     A run that was interrupted or killed is continued by the same call and ends with the same bytes; one that is
-    finished is left as it is.
+    finished is left as it is. Under ``torchrun`` the processes share the chunks, and the bytes are the same again.
 
     Args:
         model: whose answers.
@@ -73,27 +75,57 @@ def sample_responses(
         argv: the command line after the command's name, for the record.
 
     Returns:
-        The path of ``results.json``.
+        The path of ``results.json``; None in all processes but the main one.
 
     Raises:
         SimpoError: something that the user gave cannot be used, or the disk or the memory is full.
         InterruptedRun: the user stopped it; whole chunks are kept.
     """
-    with RunFolder(folder, command="sample") as run:
-        job = _prepare(model, prompts, settings, engine, run.say)
-        if run.finished:
-            run.begin(job.identity())
-            run.say(f"{folder} holds this run already, finished")
-        else:
-            generator = _load(job)
-            run.begin(job.identity(), argv=argv, resolved=job.resolved(), accept_changes=None)
-            chunks = JsonLines(folder / _CHUNKS)
-            _generate(generator, job, chunks, run.say)
-            metrics = _write_responses(job, gather(chunks, len(job.prompts)), folder, run.say)
-            write_results(folder, command="sample", fingerprint=run.fingerprint, metrics=metrics)
-            run.finish()
-        (folder / _CHUNKS).unlink(missing_ok=True)
-    return folder / "results.json"
+    with stoppable("interrupted; the same command continues"):
+        ranks = joined_processes()
+        if not ranks.main:
+            return _follow(ranks, folder)
+        if ranks.size > 1 and engine == "vllm":
+            raise SimpoError("engine: vllm takes all GPUs from one process; start it without torchrun")
+        with RunFolder(folder, command="sample") as run:
+            job = _prepare(model, prompts, settings, engine, run.say)
+            ranks.from_main(None if run.finished else job)
+            if run.finished:
+                run.begin(job.identity())
+                run.say(f"{folder} holds this run already, finished")
+            else:
+                _lead(ranks, job, run, argv)
+            ChunkFiles(folder).remove()
+        return folder / "results.json"
+
+
+def _follow(ranks: Processes, folder: Path) -> None:
+    """What a process does that is not the main one."""
+    logging.getLogger("simpo").setLevel(logging.ERROR)  # what all notice, the main one says
+    job = ranks.from_main()
+    if job is not None:
+        generator = _load(job)
+        _generate(generator, job, ranks, folder, ranks.from_main())
+        ranks.wait()
+
+
+def _lead(ranks: Processes, job: _Job, run: RunFolder, argv: Sequence[str]) -> None:
+    """What the main process does."""
+    generator = _load(job)
+    run.begin(job.identity(), argv=argv, resolved=job.resolved(), accept_changes=None)
+    chunks = ChunkFiles(run.path)
+    done = {record["chunk"]: len(record["samples"]) for record in chunks.records()}
+    if done:
+        run.say(f"continuing: {sum(done.values()):,} of {job.total:,} responses are there")
+    missing = ranks.from_main(missing_chunks(job.ids, job.settings, done))
+    _generate(generator, job, ranks, run.path, missing, run.say)
+    ranks.wait()
+    samples = gather(chunks.records(), len(job.prompts))
+    if sum(map(len, samples)) < job.total:
+        raise SimpoError(f"output_dir: {run.path} lacks what other processes wrote; name a folder that all share")
+    metrics = _write_responses(job, samples, run.path, run.say)
+    write_results(run.path, command="sample", fingerprint=run.fingerprint, metrics=metrics)
+    run.finish()
 
 
 @dataclass(frozen=True)
@@ -107,6 +139,16 @@ class _Job:
     prompts: Prompts
     settings: SamplingSettings
     stop_ids: list[int]
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """Token ids of every prompt."""
+        return [prompt.ids for prompt in self.prompts]
+
+    @property
+    def total(self) -> int:
+        """Responses in all."""
+        return len(self.prompts) * self.settings.n
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -170,25 +212,37 @@ def _load(job: _Job) -> Engine:
     return TransformersEngine(job.checkpoint.load(), job.tokenizer)
 
 
-def _generate(engine: Engine, job: _Job, chunks: JsonLines, say: Say) -> None:
-    """Make the chunks that are not there yet."""
-    done = [(record["chunk"], len(record["samples"])) for record in chunks]
-    total, there = len(job.prompts) * job.settings.n, sum(count for _, count in done)
-    if there:
-        say(f"continuing: {there:,} of {total:,} responses are there")
-    missing = sample_chunks(engine, [prompt.ids for prompt in job.prompts], job.settings, {chunk for chunk, _ in done})
+def _generate(
+    engine: Engine,
+    job: _Job,
+    ranks: Processes,
+    folder: Path,
+    missing: Sequence[tuple[int, Chunk]],
+    say: Say | None = None,
+) -> None:
+    """Make and store this process's share of the ``missing`` chunks; the main one says how far it has come."""
+    share = missing[ranks.rank :: ranks.size]
+    mine = ChunkFiles(folder).mine(ranks.rank)
+    count = sum(len(chunk) for _, chunk in share)
     try:
-        with progress("responses", total, there, say) as advance:
-            for record in missing:
-                chunks.append([record])
+        with _progress(job, ranks, count, say) as advance:
+            for record in sample_chunks(engine, job.ids, job.settings, share):
+                mine.append([record])
                 advance(len(record["samples"]))
     except torch.OutOfMemoryError as error:
         size = job.settings.chunk_size
         raise SimpoError(
             f"chunk_size: {size} answers at once do not fit the memory; set a smaller chunk_size and a new output_dir"
         ) from error
-    except KeyboardInterrupt:
-        raise InterruptedRun("interrupted; the same command continues") from None
+
+
+def _progress(job: _Job, ranks: Processes, count: int, say: Say | None) -> AbstractContextManager[Advance]:
+    """Of this process's share."""
+    if say is None:
+        return nullcontext(lambda count: None)
+    if ranks.size == 1:
+        return progress("responses", job.total, job.total - count, say)
+    return progress(f"responses of the first of {ranks.size} processes", count, 0, say)
 
 
 def _write_responses(job: _Job, samples: Sequence[Sequence[Sampled]], folder: Path, say: Say) -> list[Metric]:

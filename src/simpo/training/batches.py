@@ -2,39 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
+from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
 from simpo.packing.binning import MicroBatch, StepPlan
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
+from simpo.training.rankings import OrderedPairs
 
-# Of a tokenized data set; the last one is optional.
-_COLUMNS = ("prompt_ids", "response_ids", "scored")
+# Of a tokenized data set; all but the first two are optional.
+REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP = "ref_logps", "mismatched_ids", "mismatched_ref_logp"
+_COLUMNS = (
+    *("prompt_ids", "response_ids", "scored", "scores", "label"),
+    *(REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP),
+)
 
 
 class PlannedBatch(NamedTuple):
     """A micro-batch ready for the model.
 
+    The last six are None where the data set has no such thing.
+
     Attributes:
-        packed: its ``C`` comparisons.
+        packed: its ``C`` comparisons with ``R`` responses.
         rows: ``C`` row numbers in the data set.
         step_weight: of all comparisons of the optimizer step, over its micro-batches and ranks: the loss's denominator.
+        ref_logps: ``[R]`` float64, log-probabilities under the reference.
+        scores: ``[R]`` float64, the higher the better; those of a pair among rankings say only that.
+        pairs: the ordered pairs of the comparisons.
+        labels: ``[C]`` bool, whether a response that is judged alone is desirable.
+        mismatched: each prompt with one response to another prompt, ``C`` in all.
+        mismatched_ref_logps: ``[C]`` float64, log-probabilities of these responses under the reference.
     """
 
     packed: PackedBatch
     rows: tuple[int, ...]
     step_weight: float
+    ref_logps: Tensor | None = None
+    scores: Tensor | None = None
+    pairs: OrderedPairs | None = None
+    labels: Tensor | None = None
+    mismatched: PackedBatch | None = None
+    mismatched_ref_logps: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> PlannedBatch:
+        """The batch with its tensors on ``device``."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True), lambda packed: packed.to(device))
 
     def pin_memory(self) -> PlannedBatch:
         """The batch in page-locked memory; ``DataLoader`` calls it."""
-        return self._replace(packed=self.packed.pin_memory())
+        return self._each(Tensor.pin_memory, PackedBatch.pin_memory)
+
+    def _each(self, tensor: Callable[[Tensor], Tensor], packed: Callable[[PackedBatch], PackedBatch]) -> PlannedBatch:
+        changed: dict[str, Any] = {}
+        for name, value in self._asdict().items():
+            if isinstance(value, Tensor):
+                changed[name] = tensor(value)
+            elif isinstance(value, PackedBatch):
+                changed[name] = packed(value)
+            elif isinstance(value, OrderedPairs):
+                changed[name] = OrderedPairs(*map(tensor, value))
+        return self._replace(**changed)
 
 
 class ComparisonRows(TorchDataset):
@@ -48,8 +85,20 @@ class ComparisonRows(TorchDataset):
 
     def __getitem__(self, item: tuple[MicroBatch, float]) -> PlannedBatch:
         micro, step_weight = item
-        packed = PackedBatch.build(comparisons_of(self.rows, micro.rows), micro.weights)
-        return PlannedBatch(packed, micro.rows, step_weight)
+        found = self.rows[list(micro.rows)]
+        counts = torch.tensor([len(responses) for responses in found["response_ids"]])
+        scores = _flat(_scores(found)) if "scores" in found else None
+        return PlannedBatch(
+            PackedBatch.build(_comparisons(found), micro.weights),
+            micro.rows,
+            step_weight,
+            ref_logps=_flat(found.get(REF_LOGPS)),
+            scores=scores,
+            pairs=OrderedPairs.of(counts, scores) if (counts > 1).all() else None,
+            labels=None if "label" not in found else torch.tensor(found["label"]),
+            mismatched=None if MISMATCHED_IDS not in found else PackedBatch.build(_mismatched(found), micro.weights),
+            mismatched_ref_logps=_numbers(found.get(MISMATCHED_REF_LOGP)),
+        )
 
 
 class PlanSampler(Sampler):
@@ -81,16 +130,37 @@ def collate(batches: Sequence[PlannedBatch]) -> dict[str, Any]:
 
 def comparisons_of(rows: Dataset, numbers: Sequence[int]) -> list[TokenizedComparison]:
     """Rows ``numbers`` of a tokenized data set, with its masks if it has the column ``scored``."""
-    found = rows[list(numbers)]
-    masks = found.get("scored", [None] * len(numbers))
+    return _comparisons(rows[list(numbers)])
+
+
+def _comparisons(found: Mapping[str, Any]) -> list[TokenizedComparison]:
+    masks = found.get("scored", [None] * len(found["prompt_ids"]))
     return [
         TokenizedComparison(prompt, responses, scored)
         for prompt, responses, scored in zip(found["prompt_ids"], found["response_ids"], masks, strict=True)
     ]
 
 
+def _mismatched(found: Mapping[str, Any]) -> list[TokenizedComparison]:
+    pairs = zip(found["prompt_ids"], found[MISMATCHED_IDS], strict=True)
+    return [TokenizedComparison(prompt, [response]) for prompt, response in pairs]
+
+
+def _scores(found: Mapping[str, Any]) -> list[Sequence[float]]:
+    """One list a row; that of a pair among rankings says which is the better."""
+    return [(1.0, 0.0) if scores is None else scores for scores in found["scores"]]
+
+
+def _flat(lists: Sequence[Sequence[float]] | None) -> Tensor | None:
+    return None if lists is None else _numbers(list(chain.from_iterable(lists)))
+
+
+def _numbers(values: Sequence[float] | None) -> Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.float64)
+
+
 def token_lengths(rows: Dataset, *, padded: bool) -> np.ndarray:
-    """``[rows]`` tokens that each comparison takes in a forward, with its prompt shared or as padded rows."""
+    """``[rows]`` most tokens that a comparison takes in a forward, with its prompt shared or as padded rows."""
     table = rows.with_format("arrow")
     prompt = pc.list_value_length(table["prompt_ids"]).to_numpy()
     responses = table["response_ids"]
@@ -98,8 +168,12 @@ def token_lengths(rows: Dataset, *, padded: bool) -> np.ndarray:
     sizes = pc.list_value_length(pc.list_flatten(responses)).to_numpy()
     starts = np.concatenate([[0], np.cumsum(count)[:-1]])
     if padded:
-        return count * (prompt + np.maximum.reduceat(sizes, starts))
-    return prompt + np.add.reduceat(sizes, starts)
+        lengths = count * (prompt + np.maximum.reduceat(sizes, starts))
+    else:
+        lengths = prompt + np.add.reduceat(sizes, starts)
+    if MISMATCHED_IDS not in rows.column_names:
+        return lengths
+    return np.maximum(lengths, prompt + pc.list_value_length(table[MISMATCHED_IDS]).to_numpy())
 
 
 def response_counts(rows: Dataset) -> np.ndarray:

@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard, ModelCardData
 import simpo
 from simpo.atomic import write_text
 from simpo.results import Metric
+from simpo.training.adapters import adapter_settings, find_adapter, holds_adapter
 from simpo.training.inputs import DataArguments
-from simpo.training.models import ModelArguments
+from simpo.training.models import ModelArguments, base_arguments
 from simpo.training.tasks import Task
 
 _SETTINGS = (
@@ -42,9 +43,9 @@ def write_model_card(
     """Write ``folder/README.md``: what the model was made from, with which settings, and its held-out figures."""
     names = _dataset_names(data)
     card_data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if holds_adapter(folder) else "transformers",
         tags=task.tags(config),
-        base_model=None if Path(model.model_name_or_path).exists() else model.model_name_or_path,
+        base_model=_base_model(model),
         datasets=[name for name in names if not Path(name).exists()] or None,
         pipeline_tag="text-generation",
     )
@@ -53,8 +54,8 @@ def write_model_card(
             f"---\n{card_data.to_yaml()}\n---",
             f"# {folder.resolve().name}",
             "",
-            f"`{_shown(model.model_name_or_path)}` {task.method(config)} on "
-            f"{', '.join(f'`{_shown(name)}`' for name in names)}, with simpo {simpo.__version__}.",
+            f"`{shown_name(model.model_name_or_path)}` {task.method(config)} on "
+            f"{', '.join(f'`{shown_name(name)}`' for name in names)}, with simpo {simpo.__version__}.",
             "",
             f"## Held-out {task.rows}",
             "",
@@ -64,17 +65,28 @@ def write_model_card(
             "",
             "| key | value |",
             "|---|---|",
-            *(f"| `{key}` | {value} |" for key, value in _settings(config).items()),
+            *(f"| `{key}` | {value} |" for key, value in (_settings(config) | _lora(model)).items()),
             "",
         ]
     )
     write_text(folder / "README.md", str(ModelCard(text)))
 
 
+def _base_model(model: ModelArguments) -> str | None:
+    """Its name on the hub, of an adapter that is continued its base model's; None if it is not there."""
+    adapter = find_adapter(model.model_name_or_path, model.model_revision)
+    name = model.model_name_or_path if adapter is None else base_arguments(adapter, model).model_name_or_path
+    return None if Path(name).exists() else name
+
+
 def _settings(config: Any) -> dict[str, Any]:
     values = {key: getattr(config, key) for key in _SETTINGS if hasattr(config, key)}
     values = {**getattr(config, "hyperparameters", {}), **values}
     return {key: getattr(value, "value", value) for key, value in values.items()}
+
+
+def _lora(model: ModelArguments) -> dict[str, Any]:
+    return adapter_settings(model.lora) if model.use_peft else {}
 
 
 def _dataset_names(data: DataArguments) -> list[str]:
@@ -85,7 +97,7 @@ def _dataset_names(data: DataArguments) -> list[str]:
     return [str(data.dataset_name)]
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
     """A hub name as it is; of a local path only its last part, which says enough and tells nothing of the machine."""
     return Path(name).name if Path(name).exists() else name
 

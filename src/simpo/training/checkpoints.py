@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -16,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from simpo.atomic import disk_errors, provisional, remove_folder, staged_folder
 from simpo.errors import SimpoError
 from simpo.runs.manifest import damage, write_manifest
+from simpo.training.adapters import adapter_fault, holds_adapter
 from simpo.training.renamed import kind_of
 from simpo.training.sharding import stored_tensors
 
@@ -56,6 +58,12 @@ def check_whole(path: Path) -> None:
 def check_checkpoint(path: Path, model: nn.Module) -> None:
     """Raise :class:`SimpoError` unless ``path`` is a whole checkpoint of a model with ``model``'s weights."""
     check_whole(path)
+    if isinstance(model, PeftModel):
+        if fault := adapter_fault(model, path):
+            raise SimpoError(_another_model(path, fault))
+        return
+    if holds_adapter(path):
+        raise SimpoError(_another_model(path, "an adapter there, a whole model here"))
     here = getattr(getattr(model, "config", None), "model_type", None)
     if (kind := kind_of(path)) not in (None, here):
         raise SimpoError(_another_model(path, f"{kind} there, {here} here"))

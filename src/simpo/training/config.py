@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Any
 
+import torch
+
 from simpo.data.settings import TokenizeSettings
 from simpo.errors import SimpoError
-from simpo.objectives import OBJECTIVES, Objective
+from simpo.objectives import OBJECTIVES, Objective, Responses
 from simpo.training.settings import TrainingSettings
+
+_DEFAULT = "simpo"
+_SIMPO_ONLY = ("gamma_beta_ratio", "gamma", "link")  # whoever gives one of them means SimPO
 
 
 @dataclass
@@ -17,12 +23,24 @@ class PreferenceSettings(TrainingSettings):
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate; the paper's are 3e-7 to 1e-6."})
 
-    objective: str = field(default="simpo", metadata={"help": "The loss: a row of the table of objectives."})
+    objective: str | None = field(
+        default=None, metadata={"help": "The loss: a row of the table of objectives (default: simpo)."}
+    )
     loss_type: str | None = field(
         default=None, metadata={"help": "Alias for link (in the paper's recipes) or objective (in TRL's)."}
     )
     sft_weight: float = field(
         default=0.0, metadata={"help": "Weight of an SFT term: the chosen response's average negative log-probability."}
+    )
+    kl_weight: float = field(
+        default=0.0, metadata={"help": "Weight of KL(policy || start model), exact, mean over the response tokens."}
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True,
+        metadata={"help": "Compute the reference's log-probabilities once and keep them; false: beside every step."},
+    )
+    reference_cache: str | None = field(
+        default=None, metadata={"help": "Folder for the reference's log-probabilities (default: in HF_HOME)."}
     )
     paper_tokenization: bool = field(
         default=False, metadata={"help": "Score the assistant header with the response, as the paper's code does."}
@@ -31,7 +49,7 @@ class PreferenceSettings(TrainingSettings):
     @property
     def row(self) -> Objective:
         """The chosen objective."""
-        return OBJECTIVES[self.objective]
+        return OBJECTIVES[str(self.objective)]
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -45,27 +63,55 @@ class PreferenceSettings(TrainingSettings):
         return replace(super().tokenize_settings, paper_tokenization=self.paper_tokenization)
 
     def _resolve_loss_type(self) -> None:
-        if self.loss_type is None:
-            return
-        if self.loss_type in OBJECTIVES:
-            self.objective = self.loss_type
-        elif getattr(self, "link", None) in (None, self.loss_type):
-            self.link = self.loss_type
+        """Read ``loss_type`` as the objective, or as the link of one."""
+        given, self.loss_type = self.loss_type, None
+        if given in OBJECTIVES:
+            if self.objective not in (None, given):
+                raise SimpoError(f"loss_type {given!r} and objective {self.objective!r} disagree; give one of them")
+            self.objective = given
+        elif given is not None:
+            self._take_link(given)
+
+    def _take_link(self, link: str) -> None:
+        if self.objective is None and not any(getattr(self, key) is not None for key in _SIMPO_ONLY):
+            raise SimpoError(
+                f"loss_type: {link!r} alone may mean DPO's or SimPO's; add objective: dpo, or objective: simpo with "
+                "gamma_beta_ratio"
+            )
+        row = OBJECTIVES.get(self.objective or _DEFAULT)
+        if row is None or "link" not in row.hyperparameters:
+            if link != "sigmoid" or row is None or "label_smoothing" not in row.hyperparameters:
+                raise SimpoError(f"loss_type: {link!r} is no objective and no link of objective {self.objective!r}")
+        elif getattr(self, "link", None) in (None, link):
+            self.link = link
         else:
-            raise SimpoError(f"loss_type {self.loss_type!r} and link {self.link!r} disagree; give one of them")
-        self.loss_type = None
+            raise SimpoError(f"loss_type {link!r} and link {self.link!r} disagree; give one of them")
 
     def _check(self) -> None:
         self._resolve_loss_type()
+        self.objective = self.objective or _DEFAULT
         if self.objective not in OBJECTIVES:
             raise SimpoError(f"objective: {self.objective!r} is unknown; there are {', '.join(OBJECTIVES)}")
         try:
             self.hyperparameters  # noqa: B018 - resolving is the check
         except ValueError as error:
             raise SimpoError(str(error)) from error
-        if not self.sft_weight >= 0:
-            raise SimpoError(f"sft_weight: must be >= 0, not {self.sft_weight}")
+        for key in ("sft_weight", "kl_weight"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise SimpoError(f"{key}: must be >= 0 and finite, not {getattr(self, key)}")
+        if self.sft_weight and self._has_anchor():
+            raise SimpoError(
+                f"sft_weight: objective {self.objective!r} has a term on the chosen response already; leave sft_weight "
+                "out" + (", or set lam: 0" if "lam" in self.row.hyperparameters else "")
+            )
         super()._check()
+
+    def _has_anchor(self) -> bool:
+        """Whether the objective's own term on the chosen response counts."""
+        if self.row.anchor is None:
+            return False
+        response = Responses(torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([-1.0]))
+        return bool(self.row.anchor(response, **self.hyperparameters).any())
 
 
 def hyperparameter_names() -> list[str]:

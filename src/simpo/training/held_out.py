@@ -12,7 +12,6 @@ from datasets import Dataset
 from simpo.results import Metric, Stage
 from simpo.runs.lines import JsonLines
 from simpo.statistics import Interval, mcnemar, mean_interval, proportion_interval, weighted_mean_interval
-from simpo.training.metrics import NAMES
 from simpo.training.packed import WEIGHT, Scores
 
 ACCURACY = "rewards/accuracies"
@@ -37,18 +36,38 @@ def read_scores(path: Path, rows: int) -> Scores | None:
     return {name: np.array([line[name] for line in found], dtype=np.float64) for name in found[0] if name != "where"}
 
 
-def compare_pairs(before: Scores, after: Scores) -> list[Metric]:
-    """Means over the pairs, and whether the rise in accuracy is chance."""
+def compare_preferences(before: Scores, after: Scores) -> list[Metric]:
+    """Means over the rows, of responses that are judged alone over those that a figure is about.
+
+    Of pairs also whether the rise in accuracy is chance; of responses that are judged alone the share of desirable ones
+    with a larger reward than an undesirable one, over all such couples.
+    """
     metrics = []
-    for name in NAMES:
+    unpaired = ACCURACY not in before
+    pairs = not unpaired and all(np.isin(scores[ACCURACY], (0.0, 1.0)).all() for scores in (before, after))
+    for name in (name for name in before if name != WEIGHT):
+        about = ~np.isnan(before[name]) if unpaired else slice(None)
         for stage, scores in _stages(before, after):
-            values = scores[name]
-            accuracy = name == ACCURACY
-            found = proportion_interval(int(values.sum()), len(values)) if accuracy else mean_interval(values)
+            values = scores[name][about]
+            shares = pairs and name == ACCURACY  # else a comparison of several pairs may be right in part
+            found = proportion_interval(int(values.sum()), len(values)) if shares else mean_interval(values)
             metrics.append(_metric(f"eval_{name}", stage, found))
-    test = mcnemar(before[ACCURACY].astype(bool), after[ACCURACY].astype(bool))
-    metrics.append(Metric(f"eval_{ACCURACY}/p_value", test.p, n=len(before[ACCURACY]), method="McNemar, one-sided"))
+    if pairs:
+        test = mcnemar(before[ACCURACY].astype(bool), after[ACCURACY].astype(bool))
+        metrics.append(Metric(f"eval_{ACCURACY}/p_value", test.p, n=len(before[ACCURACY]), method="McNemar, one-sided"))
+    if unpaired:
+        metrics += [_ordered(stage, scores) for stage, scores in _stages(before, after)]
     return metrics
+
+
+def _ordered(stage: Stage, scores: Scores) -> Metric:
+    """Area under the ROC curve of the reward."""
+    desirable, undesirable = (
+        np.sort(values[~np.isnan(values)]) for values in (scores["rewards/chosen"], scores["rewards/rejected"])
+    )
+    below = np.searchsorted(undesirable, desirable, "left") + np.searchsorted(undesirable, desirable, "right")
+    share = float(below.mean() / (2 * len(undesirable)))  # ties count half
+    return Metric("eval_rewards/auc", share, stage, len(desirable) + len(undesirable))
 
 
 def compare_conversations(before: Scores, after: Scores) -> list[Metric]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 from datasets import Dataset
 
 from simpo.runs import manifest
+from simpo.training.adapters import adapter_settings, find_adapter
 from simpo.training.inputs import DataArguments
-from simpo.training.models import ModelArguments
+from simpo.training.models import ModelArguments, base_arguments
 
 # Keys of a configuration that change what is shown, stored or kept of a run, but not what it computes.
 _NO_INFLUENCE = {
@@ -34,6 +36,7 @@ _NO_INFLUENCE = {
     "per_device_eval_batch_size",
     "per_device_train_batch_size",  # its product with the number of processes counts
     "project",
+    "reference_cache",
     "report_to",
     "resume_from_checkpoint",
     "run_name",
@@ -52,6 +55,7 @@ def training_identity(
     Where data and models come from does not count, what is in them does; a hub model is told by its name and revision.
     """
     found: Identity = {"model": model_digest(model), "dtype": model.dtype, "chat_template": data.chat_template}
+    found |= {key: str(value) for key, value in _adapter(model).items()}
     found["data/train"] = rows_digest(train)
     found["data/eval"] = None if held_out is None else rows_digest(held_out)
     checkpoint = named_checkpoint(config)
@@ -59,6 +63,11 @@ def training_identity(
     found["rows per step"] = str(config.per_device_train_batch_size * config.world_size)
     settings = config.to_dict() | getattr(config, "hyperparameters", {})  # the latter with defaults filled in
     return found | {key: str(value) for key, value in sorted(settings.items()) if _acts(key)}
+
+
+def _adapter(model: ModelArguments) -> dict[str, Any]:
+    """Settings of a new adapter, and of the base model's quantization."""
+    return (adapter_settings(model.lora) if model.use_peft else {}) | model.quantization
 
 
 def _acts(key: str) -> bool:
@@ -72,9 +81,12 @@ def named_checkpoint(config: Any) -> str | None:
 
 
 def rows_digest(rows: Dataset) -> str:
-    """SHA-256 of the token ids, and of which are scored, row by row in their order."""
+    """SHA-256 of the token ids, of which are scored, and of scores and labels, row by row in their order."""
     columns = [name for name in ("prompt_ids", "response_ids", "scored") if name in rows.column_names]
     digest = hashlib.sha256()
+    for name in ("scores", "label"):
+        if name in rows.column_names:
+            digest.update(json.dumps([name, rows[name][:]]).encode())
     for batch in rows.select_columns(columns).with_format("arrow").iter(1000):
         for row in zip(*(batch[name].to_pylist() for name in columns), strict=True):
             prompt, *nested = row
@@ -84,14 +96,18 @@ def rows_digest(rows: Dataset) -> str:
 
 
 def model_digest(model: ModelArguments) -> str:
-    """SHA-256 of a local model's weights and configuration, an adapter's included; of a hub model its name."""
+    """SHA-256 of a local model's weights and configuration, and of an adapter's base model; of a hub model its name."""
     folder = Path(model.model_name_or_path)
     files = sorted(
         path for pattern in ("*.safetensors", "config.json", "adapter_config.json") for path in folder.glob(pattern)
     )
     if not files:
         return f"{model.model_name_or_path}@{model.model_revision}"
-    return hashlib.sha256("".join(map(_digest, files)).encode()).hexdigest()
+    digests = [_digest(path) for path in files]
+    adapter = find_adapter(model.model_name_or_path, model.model_revision)
+    if adapter is not None:
+        digests.append(model_digest(base_arguments(adapter, model)))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from simpo.errors import SimpoError
+from simpo.training.adapters import add_adapter, continue_adapter, find_adapter
+from simpo.training.quantization import four_bits, frozen
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +32,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 @dataclass
 class ModelArguments:
-    """Which model, and how it is loaded."""
+    """Which model, how it is loaded, and the adapter that is trained on it."""
 
     model_name_or_path: str = field(metadata={"help": "Hub name or folder of the model that training starts from."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
@@ -35,29 +45,78 @@ class ModelArguments:
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train a LoRA adapter, and leave the model's own weights as they are."}
+    )
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter (default: 16)."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "The adapter's output is multiplied by lora_alpha / lora_r (default: 32)."}
+    )
+    lora_dropout: float | None = field(
+        default=None,
+        metadata={"help": "Dropout before the adapter (default: 0.05); none unless disable_dropout is false."},
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Ends of the names of the layers that get one (default: every linear layer but the output)."},
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Ends of the names of modules that are trained whole, beside the adapter."}
+    )
+    use_rslora: bool | None = field(
+        default=None, metadata={"help": "Divide lora_alpha by the square root of lora_r instead (default: false)."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the model's own weights in 4 bits; needs bitsandbytes and a GPU."}
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "Kind of 4-bit numbers."})
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "Store the scales of 4-bit numbers in 8 bits as well."}
+    )
+
     def __post_init__(self) -> None:
         if self.model_name_or_path.startswith("~"):
             self.model_name_or_path = os.path.expanduser(self.model_name_or_path)  # noqa: PTH111 - no error for ~nobody
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise SimpoError(f"dtype: {self.dtype!r} is not one of {', '.join(_DTYPES)}")
 
+    @property
+    def lora(self) -> dict[str, Any]:
+        """The adapter's settings that were given."""
+        keys = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora")
+        given = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
+        if self.lora_target_modules == ["all-linear"]:  # a word of peft's, and the default
+            given["lora_target_modules"] = "all-linear"
+        return given
 
-def load_model(name: str, arguments: ModelArguments | None = None) -> PreTrainedModel:
-    """A causal language model.
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """How the weights of the base model are quantized, if they are."""
+        keys = ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
+        return {key: getattr(self, key) for key in keys} if self.load_in_4bit else {}
+
+
+def load_model(name: str, arguments: ModelArguments | None = None) -> PreTrainedModel | PeftModel:
+    """A causal language model, under an adapter if ``name`` is one or ``use_peft`` asks for a new one.
 
     Weights are fp32 unless ``dtype`` says otherwise: at the learning rates of preference optimization most of Adam's
-    updates round to nothing in bf16 weights. ``bf16: true`` computes in bf16 from fp32 weights.
+    updates round to nothing in bf16 weights. ``bf16: true`` computes in bf16 from fp32 weights. An adapter's weights
+    are fp32 in any case, its first ones drawn from torch's generator.
 
     Raises:
-        SimpoError: there is no such model, or it cannot be loaded.
+        SimpoError: there is no such model, it or its base model cannot be loaded, or settings that contradict.
     """
-    arguments = ModelArguments(name) if arguments is None else arguments
-    dtype: Any = arguments.dtype or "float32"
-    dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    options = {"attn_implementation": _attention(arguments.attn_implementation)}
-    return _load(
-        AutoModelForCausalLM, name, arguments, dtype=dtype, **{k: v for k, v in options.items() if v is not None}
-    )
+    arguments = _named(name, arguments)
+    _check_folder(name)
+    adapter = find_adapter(name, arguments.model_revision)
+    if adapter is not None:
+        base = _load_base(name, adapter, arguments)
+        base.generation_config = generation_config(name, arguments.model_revision) or base.generation_config
+        return continue_adapter(base, adapter, name, revision=arguments.model_revision, given=arguments.lora)
+    if not arguments.use_peft and (useless := [*arguments.lora, *arguments.quantization]):
+        raise SimpoError(f"{useless[0]}: only an adapter takes it; set use_peft: true, or leave it out")
+    model = _load_causal(arguments)
+    return add_adapter(model, arguments.lora, arguments.model_revision) if arguments.use_peft else model
 
 
 def load_tokenizer(
@@ -65,11 +124,12 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with ``chat_template`` (a template, the path of a file with one, or ``"none"``).
 
+    Of an adapter that was saved without one, its base model's, which is said.
+
     Raises:
         SimpoError: there is no such tokenizer, or no such template file.
     """
-    arguments = ModelArguments(name) if arguments is None else arguments
-    tokenizer = _load(AutoTokenizer, name, arguments)
+    tokenizer = _load_tokenizer(_named(name, arguments))
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template)
     return tokenizer
@@ -110,9 +170,65 @@ def _attention(asked: str | None) -> str | None:
     return asked
 
 
-def _load(auto: Any, name: str, arguments: ModelArguments, **options: Any) -> Any:
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise SimpoError(f"model_name_or_path: there is no folder {name!r}")
+def generation_config(name: str, revision: str) -> GenerationConfig | None:
+    """The generation settings that a model or an adapter was saved with, if it was."""
+    try:
+        return GenerationConfig.from_pretrained(name, revision=revision)
+    except OSError:
+        return None
+
+
+def base_arguments(adapter: LoraConfig, arguments: ModelArguments) -> ModelArguments:
+    """Which model ``adapter`` is for, to be loaded as ``arguments`` say."""
+    base, revision = adapter.base_model_name_or_path, adapter.revision or "main"
+    return dataclasses.replace(arguments, model_name_or_path=base, model_revision=revision)
+
+
+def _named(name: str, arguments: ModelArguments | None) -> ModelArguments:
+    return ModelArguments(name) if arguments is None else dataclasses.replace(arguments, model_name_or_path=name)
+
+
+def _load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    name = arguments.model_name_or_path
+    _check_folder(name)
+    try:
+        return _load(AutoTokenizer, arguments)
+    except SimpoError:
+        adapter = find_adapter(name, arguments.model_revision)
+        if adapter is None:
+            raise
+        logger.warning("%s has no tokenizer; its base model's is used", name)
+        return _load(AutoTokenizer, base_arguments(adapter, arguments))
+
+
+def _load_base(name: str, adapter: LoraConfig, arguments: ModelArguments) -> PreTrainedModel:
+    """The model that the adapter ``name`` is for."""
+    try:
+        return _load_causal(base_arguments(adapter, arguments))
+    except SimpoError as error:
+        reason = str(error).removeprefix("model_name_or_path: ")
+        raise SimpoError(f"model_name_or_path: {name} is an adapter whose base model is missing: {reason}") from error
+
+
+def _load_causal(arguments: ModelArguments) -> PreTrainedModel:
+    dtype: Any = arguments.dtype or "float32"
+    dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    options = {"dtype": dtype}
+    if (attention := _attention(arguments.attn_implementation)) is not None:
+        options["attn_implementation"] = attention
+    if not arguments.quantization:
+        return _load(AutoModelForCausalLM, arguments, **options)
+    options |= four_bits(
+        kind=arguments.bnb_4bit_quant_type,
+        nested=arguments.use_bnb_nested_quant,
+        dtype=torch.bfloat16 if arguments.dtype in (None, "auto") else dtype,
+    )
+    return frozen(_load(AutoModelForCausalLM, arguments, **options))
+
+
+def _load(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
+    name = arguments.model_name_or_path
+    _check_folder(name)
     try:
         return auto.from_pretrained(
             name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code, **options
@@ -120,3 +236,8 @@ def _load(auto: Any, name: str, arguments: ModelArguments, **options: Any) -> An
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {reason[:300]}") from error
+
+
+def _check_folder(name: str) -> None:
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise SimpoError(f"model_name_or_path: there is no folder {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from simpo.data.tokenize import Prepared
 from simpo.errors import SimpoError
 from simpo.objectives import Responses
-from simpo.packing.binning import StepPlan, check_budget
+from simpo.packing.binning import MicroBatch, StepPlan, check_budget
 from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import ForwardPath, policy_forward, prepare_policy, resolve_path
 from simpo.packing.selfcheck import choose_path
@@ -36,7 +36,7 @@ from simpo.training.batches import (
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
 from simpo.training.models import disable_dropout, load_model
 from simpo.training.resumable import ResumableTrainer
-from simpo.training.running_means import widest_type
+from simpo.training.running_means import RunningMeans, widest_type
 from simpo.training.settings import TrainingSettings
 from simpo.training.sharding import sharded
 
@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 # Figures of every row of a data set, in its order: the names of the metrics and WEIGHT, ``[rows]`` each.
 Scores = dict[str, np.ndarray]
 WEIGHT = "weight"
+_SCORED_TOGETHER = 512  # rows that micro-batches are filled from
 
 
 class PackedTrainer(ResumableTrainer):
@@ -108,12 +109,26 @@ class PackedTrainer(ResumableTrainer):
         """Tokenize ``dataset`` for this kind of training; raises :class:`SimpoError` if it is not for it."""
 
     @abstractmethod
-    def row_figures(self, y: Responses) -> tuple[Tensor, Tensor]:
-        """Losses, ``[C]``, and detached figures, ``[C, len(metric_names)]``, of comparisons with responses ``y``."""
+    def row_figures(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+        """Losses, ``[C]``, and detached figures, ``[C, len(metric_names)]``, of ``batch`` with responses ``y``.
+
+        A figure that is NaN says nothing about its row and is left out of that figure's mean.
+        """
 
     def row_weights(self, rows: Dataset) -> np.ndarray | None:
         """``[rows]`` how much each counts in its step's mean; None for all alike."""
         return None
+
+    def completed(self, rows: Dataset) -> Dataset:
+        """Tokenized ``rows`` with the columns that this kind of training adds; all ranks call."""
+        return rows
+
+    def before_step(self, model: nn.Module, batches: Sequence[PlannedBatch]) -> None:
+        """What has to be known of all micro-batches of a step before its first forward."""
+
+    def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+        """One forward: losses and figures of ``batch`` as of :meth:`row_figures`."""
+        return self.row_figures(policy_forward(model, batch.packed, path=self.path), batch)
 
     # ---- data ----
 
@@ -137,14 +152,15 @@ class PackedTrainer(ResumableTrainer):
         """One element an optimizer step: this rank's micro-batches, by the plan that all ranks share."""
         if self.train_dataset is None:
             raise SimpoError("train_dataset: there is nothing to train on")
-        plan = self._plan(self.train_dataset, self.args.train_batch_size, training=True)
+        rows = self.completed(self.train_dataset)
+        plan = self._plan(rows, self.args.train_batch_size, training=True)
         if plan.steps == 0:
             raise SimpoError(
-                f"dataloader_drop_last: {len(self.train_dataset)} rows are fewer than the {plan.rows_per_step} of a "
+                f"dataloader_drop_last: {len(rows)} rows are fewer than the {plan.rows_per_step} of a "
                 "step, so nothing would be trained; lower per_device_train_batch_size"
             )
         # the trainer's own step count says which epoch starts, also after a resume
-        return self._loader(self.train_dataset, plan, lambda: self.state.global_step // max(plan.steps, 1))
+        return self._loader(rows, plan, lambda: self.state.global_step // max(plan.steps, 1))
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
         """Rows in their order, ``per_device_eval_batch_size`` a rank and element."""
@@ -153,7 +169,7 @@ class PackedTrainer(ResumableTrainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise SimpoError("eval_dataset: there is nothing to evaluate on")
-        rows = self._tokenized(rows, self.processing_class, self.args, "eval")
+        rows = self.completed(self._tokenized(rows, self.processing_class, self.args, "eval"))
         return self._loader(rows, self._plan(rows, self.args.eval_batch_size, training=False), lambda: 0)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
@@ -216,10 +232,10 @@ class PackedTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        batch = inputs.packed.to(self.args.device)
-        losses, figures = self.row_figures(policy_forward(model, batch, path=self.path))
+        batch = inputs.to(self.args.device)
+        losses, figures = self.forward_rows(model, batch)
         # ranks' gradients are averaged, so each counts world_size times over the step's weight
-        loss = (losses * batch.weights).sum() * (self.args.world_size / inputs.step_weight)
+        loss = (losses * batch.packed.weights).sum() * (self.args.world_size / batch.step_weight)
         return (loss, figures) if return_outputs else loss
 
     def training_step(
@@ -232,6 +248,7 @@ class PackedTrainer(ResumableTrainer):
         total = torch.zeros((), device=self.args.device)
         batches = inputs["micro_batches"]
         self._step = []
+        self.before_step(model, batches)
         for number, batch in enumerate(batches):
             with self._gradient_sync(model, last=number == len(batches) - 1):
                 with self.compute_loss_context_manager():
@@ -286,9 +303,9 @@ class PackedTrainer(ResumableTrainer):
         return sorted(set(gather_object(rows) if self.args.world_size > 1 else rows))  # fillers come several times
 
     def _loss_of_row(self, row: int) -> Tensor:
-        packed = PackedBatch.build(comparisons_of(self.train_dataset, [row]))
+        batch = ComparisonRows(self.completed(self.train_dataset))[MicroBatch((row,), (1.0,)), 1.0]
         with self.compute_loss_context_manager():
-            return self.compute_loss(self.model, PlannedBatch(packed, (row,), 1.0))
+            return self.compute_loss(self.model, batch)
 
     # ---- evaluation ----
 
@@ -316,7 +333,7 @@ class PackedTrainer(ResumableTrainer):
         rows = torch.full((capacity,), -1, device=device)
         filled = 0
         for batch in inputs["micro_batches"]:
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with torch.no_grad(), self.accelerator.autocast():  # before training nothing is wrapped that does it
                 _, found = self.compute_loss(model, batch, return_outputs=True)
             weights = batch.packed.weights
             if weights.any():  # not a filler
@@ -325,6 +342,24 @@ class PackedTrainer(ResumableTrainer):
                 rows[here] = torch.tensor(batch.rows, device=rows.device)
                 filled += len(batch.rows)
         return None, figures, rows
+
+    def response_logps(self, rows: Dataset) -> Tensor:
+        """``[R]`` float64 log-probabilities of all responses of ``rows`` under the model as it is; all ranks call."""
+        plan = self._plan(rows, _SCORED_TOGETHER // self.args.world_size, training=False)
+        counts = response_counts(rows)
+        ends = np.cumsum(counts)
+        device = self.args.device
+        logps = torch.zeros(int(ends[-1]), dtype=widest_type(device), device=device)
+        self.model.eval()
+        for step in PlanSampler(plan, lambda: 0, self.args.process_index):
+            for micro, _ in step:
+                batch = PackedBatch.build(comparisons_of(rows, micro.rows)).to(device)
+                with torch.no_grad(), self.accelerator.autocast():
+                    found = policy_forward(self.model, batch, path=self.path).logp
+                if any(micro.weights):  # not a filler
+                    index = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in micro.rows])
+                    logps[torch.from_numpy(index).to(device)] = found.to(logps)
+        return self._sum_over_ranks(logps)
 
     def score_rows(self, dataset: Dataset) -> Scores:
         """Figures of every row of ``dataset``, in its order."""
@@ -335,9 +370,10 @@ class PackedTrainer(ResumableTrainer):
         return {name: figures[:, column] for column, name in enumerate((*self.metric_names, WEIGHT))}
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        real = prediction.predictions[prediction.label_ids >= 0].astype(np.float64)
-        means = np.average(real[:, :-1], axis=0, weights=real[:, -1])
-        return {name: float(mean) for name, mean in zip(self.metric_names, means, strict=True)}
+        real = torch.from_numpy(prediction.predictions[prediction.label_ids >= 0].astype(np.float64))
+        means = RunningMeans(self.metric_names, real.device)
+        means.add(real[:, :-1], real[:, -1])
+        return means.take(lambda sums: sums)
 
 
 def _each(dataset: Any, function: Callable[[Dataset, str], Any]) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -39,9 +41,6 @@ class ResumableTrainer(ShardedTrainer):
     written (``_save_checkpoint``: staged, listed, renamed, rotated). Subclasses add their rows' figures to ``_means``.
     """
 
-    # Names of a row's figures, the loss first.
-    metric_names: ClassVar[tuple[str, ...]]
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._means = RunningMeans(self.metric_names, self.args.device)
@@ -50,6 +49,11 @@ class ResumableTrainer(ShardedTrainer):
         # Kept from Trainer, whose rotation knows no staging and whose last one may remove the newest checkpoint.
         self._save_total_limit: int | None = None
         self.add_callback(BestCheckpoint())
+
+    @property
+    @abstractmethod
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of a row's figures, the loss first."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put the rows' means since the last log, over all ranks, into the training log."""
@@ -68,6 +72,8 @@ class ResumableTrainer(ShardedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel) and self.args.should_save:  # peft leaves them to the base model
+            self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
         # a pickle, and it holds the hub token; the recipe says the same
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 

@@ -138,6 +138,7 @@ def _prepare(
         check_whole(Path(checkpoint))
     identity = training_identity(given.model, given.data, config, datasets["train"], held_out)
     _check_ranks_agree(identity, config)
+    set_seed(config.seed)  # a new adapter's first weights are drawn
     trainer = task.trainer(
         load_model(name, given.model),
         args=config,

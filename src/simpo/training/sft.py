@@ -17,6 +17,7 @@ from simpo.data.templates import end_of_turn
 from simpo.data.tokenize import Prepared
 from simpo.errors import SimpoError
 from simpo.objectives import Responses
+from simpo.training.batches import PlannedBatch
 from simpo.training.packed import PackedTrainer
 from simpo.training.settings import TrainingSettings
 
@@ -66,7 +67,7 @@ class SFTTrainer(PackedTrainer):
         """``[rows]`` scored tokens."""
         return scored_tokens(rows)
 
-    def row_figures(self, y: Responses) -> tuple[Tensor, Tensor]:
+    def row_figures(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """Losses, ``[C]``, and figures, ``[C, 1]``, of ``C`` conversations."""
         losses = -y.avg
         return losses, losses.detach()[:, None]

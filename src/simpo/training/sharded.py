@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from simpo.training.adapters import load_adapter
 from simpo.training.renamed import is_renamed, load_renamed
 from simpo.training.sharding import gathered_state, load_state, load_weights, settle_sharding
 
@@ -62,18 +64,21 @@ class ShardedTrainer(Trainer):
             self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._shards:
-            load_weights(self.model, Path(resume_from_checkpoint))
-        elif is_renamed(Path(resume_from_checkpoint), self.model):
-            load_renamed(Path(resume_from_checkpoint), self.model)
-        else:
+        if not self._load_by_name(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        best = Path(str(self.state.best_model_checkpoint))
-        if self._shards:
-            load_weights(self.model, best)
-        elif is_renamed(best, self.model):
-            load_renamed(best, self.model)
-        else:
+        if not self._load_by_name(Path(str(self.state.best_model_checkpoint))):
             super()._load_best_model()
+
+    def _load_by_name(self, folder: Path) -> bool:
+        """Load the weights of ``folder`` if ``Trainer`` would not, or only in part; whether that was so."""
+        if self._shards:
+            load_weights(self.model, folder)
+        elif isinstance(self.model, PeftModel):
+            load_adapter(self.model, folder)
+        elif is_renamed(folder, self.model):
+            load_renamed(folder, self.model)
+        else:
+            return False
+        return True

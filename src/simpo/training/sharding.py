@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -28,7 +29,8 @@ def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
     accelerate's policy for ``bf16`` would round. Under autocast nothing else need be cast. Models are saved whole.
 
     Raises:
-        SimpoError: a kind of parallelism that is not supported, or a model that somebody has sharded already.
+        SimpoError: a kind of parallelism that is not supported, a model that somebody has sharded already, or an
+            adapter.
     """
     parallelism = accelerator.parallelism_config
     if parallelism is not None and max(parallelism.tp_size, parallelism.cp_size, parallelism.sp_size) > 1:
@@ -40,6 +42,8 @@ def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
         raise SimpoError("model: its weights are sharded already; hand over the whole model and set fsdp: true")
     if accelerator.distributed_type != DistributedType.FSDP:
         return
+    if isinstance(model, PeftModel):
+        raise SimpoError("fsdp: adapters are not sharded (not yet); leave it out: every process holds the base model")
     if not accelerator.is_fsdp2:
         raise SimpoError("fsdp_config: FSDP 1 is not supported; set its version to 2")
     plugin = accelerator.state.fsdp_plugin
@@ -85,7 +89,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             own[name].copy_(_like(stored[...], own[name]))
             found = True
     if not found:
-        raise SimpoError(f"resume_from_checkpoint: {folder} has no whole weights (an adapter's cannot be sharded yet)")
+        raise SimpoError(f"resume_from_checkpoint: {folder} has no whole weights; name a checkpoint of this model")
 
 
 def gathered_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simpo.results import Metric
-from simpo.training.held_out import compare_conversations, compare_pairs
+from simpo.training.held_out import compare_conversations, compare_preferences
 from simpo.training.packed import PackedTrainer, Scores
 from simpo.training.sft import SFTTrainer
 from simpo.training.trainer import PreferenceTrainer
@@ -44,7 +44,7 @@ def _describe_objective(config: Any) -> str:
 PREFERENCES = Task(
     command="train",
     trainer=PreferenceTrainer,
-    compare=compare_pairs,
+    compare=compare_preferences,
     rows="pairs",
     describe=_describe_objective,
     method=lambda config: f"aligned by **{config.objective}** ({config.row.paper})",

@@ -1,33 +1,66 @@
-"""Preference training: the losses of pairs on packed batches."""
+"""Preference training: the losses of comparisons and of single judged responses on packed batches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from datasets import Dataset
-from torch import Tensor
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, List, Value
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.tokenize import Prepared, prepare
+from simpo.data.feedback import is_feedback, prepare_feedback
+from simpo.data.tokenize import Prepared, check_rankings, prepare
 from simpo.errors import SimpoError
-from simpo.objectives import Objective, Responses, sft_term
-from simpo.training.batches import response_counts
+from simpo.objectives import OBJECTIVES, Objective, Responses, reference_point, sft_term
+from simpo.packing.layout import PackedBatch
+from simpo.packing.policy import policy_forward
+from simpo.packing.reference import divergence_forward, mean_by_comparison, reference_states
+from simpo.training.adapters import add_reference, reference_of
+from simpo.training.batches import MISMATCHED_REF_LOGP, REF_LOGPS, PlannedBatch
 from simpo.training.config import PreferenceConfig
-from simpo.training.metrics import NAMES, pair_metrics
+from simpo.training.metrics import KL, NAMES, UNPAIRED_NAMES, pair_metrics, unpaired_metrics
 from simpo.training.packed import PackedTrainer
+from simpo.training.reference import ReferenceCache, policy_fingerprint
+from simpo.training.reference_point import mismatched_rows, with_mismatched
+from simpo.training.running_means import widest_type
+from simpo.training.sharding import sharded
 
 
 class PreferenceTrainer(PackedTrainer):
-    """Trains a causal language model on preference pairs.
+    """Trains a causal language model on comparisons, or on single responses with labels where the objective takes them.
 
-    A step's loss is the mean over its pairs. Arguments and errors are those of
+    A step's loss is the mean over its comparisons. One with more than two responses has the mean over its ordered
+    pairs, and the anchor term once, on the best response. The reference is the policy that training starts from: the
+    model as it is given here, its adapter included. Arguments and errors are those of
     :class:`~simpo.training.packed.PackedTrainer`; ``args`` is a :data:`~simpo.training.config.PreferenceConfig`.
     """
 
-    metric_names = NAMES
     config_type = PreferenceConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._completed: dict[str, Dataset] = {}
+        self._started = False
+        self._z_ref = torch.zeros(())
+        self._beside = self.row.needs_reference and not self.args.precompute_ref_log_probs
+        if self._beside or self.args.kl_weight:
+            if sharded(self.model):
+                key = "kl_weight" if self.args.kl_weight else "precompute_ref_log_probs"
+                raise SimpoError(f"{key}: a reference beside a model that fsdp shards is not supported")
+            add_reference(self.model)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of a row's figures."""
+        names = UNPAIRED_NAMES if self._unpaired else NAMES
+        return (*names, KL) if self.args.kl_weight else names
 
     @cached_property
     def row(self) -> Objective:
@@ -39,20 +72,170 @@ class PreferenceTrainer(PackedTrainer):
         """Its hyperparameters, defaults filled in."""
         return self.args.hyperparameters
 
+    @cached_property
+    def _unpaired(self) -> bool:
+        """Whether responses are judged alone."""
+        rows = next(iter(self._given_rows()), None)
+        return rows is not None and "label" in rows.column_names
+
+    def _given_rows(self) -> list[Dataset]:
+        """Those that the trainer was made with, training rows first."""
+        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return [rows for rows in (self.train_dataset, *held_out) if rows is not None]
+
+    # ---- data ----
+
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
-        """Tokenize pairs."""
+        """Tokenize comparisons, or single responses with labels."""
+        if is_feedback(dataset):
+            if args.row.unpaired is None:
+                takers = ", ".join(name for name, row in OBJECTIVES.items() if row.unpaired is not None)
+                raise SimpoError(
+                    f"{label}: single responses with labels, and {args.objective!r} is trained on pairs; unpaired "
+                    f"feedback is for objective {takers}"
+                )
+            return prepare_feedback(dataset, tokenizer, args.tokenize_settings, label=label)
         prepared = prepare(dataset, tokenizer, args.tokenize_settings, label=label)
-        counts = response_counts(prepared.dataset)
-        if (counts != 2).any():
-            row = int(np.argmax(counts != 2))
-            raise SimpoError(f"{label} row {row} has {counts[row]} responses; {args.objective!r} is trained on pairs")
+        check_rankings(prepared.dataset, label)
         return prepared
 
-    def row_figures(self, y: Responses) -> tuple[Tensor, Tensor]:
-        """Losses, ``[C]``, and figures of ``C`` pairs; responses alternate between chosen and rejected."""
-        w, l = Responses(y.logp[0::2], y.length[0::2]), Responses(y.logp[1::2], y.length[1::2])  # noqa: E741
-        losses = self.row.loss(w, l, **self.hyperparameters)  # [C]
+    def completed(self, rows: Dataset) -> Dataset:
+        """With KTO's mismatched responses and the reference's log-probabilities, where the objective needs them."""
+        if ("label" in rows.column_names) != self._unpaired:
+            raise SimpoError(
+                "eval_dataset: comparisons and single responses with labels; give the same kind as to train"
+            )
+        key = rows._fingerprint
+        if key not in self._completed:
+            self._completed[key] = self._with_reference(self._with_mismatched(rows))
+        return self._completed[key]
+
+    def _with_mismatched(self, rows: Dataset) -> Dataset:
+        return with_mismatched(rows, self.args.max_length) if self.row.needs_z_ref else rows
+
+    def _with_reference(self, rows: Dataset) -> Dataset:
+        if not self.row.needs_reference or self._beside:
+            return rows
+        if REF_LOGPS not in rows.column_names:
+            rows = rows.add_column(REF_LOGPS, self._cache.logps(rows), feature=List(Value("float64")))
+        if self.row.needs_z_ref and MISMATCHED_REF_LOGP not in rows.column_names:
+            logps = [logp for (logp,) in self._cache.logps(mismatched_rows(rows))]
+            rows = rows.add_column(MISMATCHED_REF_LOGP, logps, feature=Value("float64"))
+        return rows
+
+    # ---- the reference ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's; what the reference has to say is asked before a checkpoint or a step moves the weights."""
+        for rows in self._given_rows():
+            self.completed(rows)
+        self._started = True
+        return super().train(*args, **kwargs)
+
+    @cached_property
+    def _cache(self) -> ReferenceCache:
+        folder = self.args.reference_cache
+        return ReferenceCache(
+            None if folder is None else Path(folder).expanduser(),
+            policy_fingerprint(self.model, self.accelerator.mixed_precision),
+            compute=self._start_logps,
+            main=self.is_world_process_zero(),
+            share=self._share,
+        )
+
+    def _start_logps(self, rows: Dataset) -> Tensor:
+        if self._started:
+            raise SimpoError(
+                "eval_dataset: rows that the trainer has not had before training, when the reference was there; give "
+                "them from the start, or set precompute_ref_log_probs: false"
+            )
+        return self.response_logps(rows)
+
+    def _share(self, value: Any) -> Any:
+        return broadcast_object_list([value])[0] if self.args.world_size > 1 else value
+
+    def _logps_beside(self, packed: PackedBatch) -> Tensor:
+        """``[R]`` log-probabilities of the responses of ``packed`` under the reference, computed now."""
+        with reference_of(self.model), self.accelerator.autocast():
+            return policy_forward(self.model, packed, path=self.path).logp
+
+    # ---- KTO's reference point ----
+
+    def before_step(self, model: nn.Module, batches: Sequence[PlannedBatch]) -> None:
+        """KTO: estimate the reference point from all micro-batches of the step, over all ranks."""
+        if not self.row.needs_z_ref:
+            return
+        total = torch.zeros((), dtype=widest_type(self.args.device), device=self.args.device)
+        for batch in (batch.to(self.args.device) for batch in batches):
+            with torch.no_grad(), self.accelerator.autocast():
+                logps = policy_forward(self.model, batch.mismatched, path=self.path).logp
+            reference = self._logps_beside(batch.mismatched) if self._beside else batch.mismatched_ref_logps
+            total += ((logps.to(total) - reference.to(total)) * batch.packed.weights).sum()
+        self._settle_reference_point(self._sum_over_ranks(total) / batches[0].step_weight)
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """As the base's; KTO's reference point is that of all rows that are evaluated."""
+        if self.row.needs_z_ref:
+            rows = dataloader.dataset.rows
+            mismatched = mismatched_rows(rows)
+            if self._beside:
+                with reference_of(self.model):
+                    reference = self.response_logps(mismatched)
+            else:
+                reference = torch.tensor(rows[MISMATCHED_REF_LOGP][:], dtype=torch.float64)
+            logps = self.response_logps(mismatched)
+            self._settle_reference_point((logps - reference.to(logps)).mean())
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def _settle_reference_point(self, mean_ratio: Tensor) -> None:
+        self._z_ref = reference_point(mean_ratio, self.hyperparameters["beta"])
+
+    # ---- loss ----
+
+    def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+        """As the base's, with the reference where one is needed."""
+        ref_logps = self._logps_beside(batch.packed) if self._beside else batch.ref_logps
+        if self.args.kl_weight:
+            return self._penalised_rows(model, batch, ref_logps)
+        y = policy_forward(model, batch.packed, path=self.path)
+        return self.row_figures(_with_ref_logps(y, ref_logps), batch)
+
+    def _penalised_rows(self, model: nn.Module, batch: PlannedBatch, ref_logps: Tensor | None) -> tuple[Tensor, Tensor]:
+        """With KL(policy || reference), the mean over the scored tokens of a comparison, added and logged."""
+        with reference_of(self.model), self.accelerator.autocast():
+            reference = reference_states(self.model, batch.packed, path=self.path)
+        y, divergence = divergence_forward(model, batch.packed, reference, path=self.path)
+        losses, figures = self.row_figures(_with_ref_logps(y, ref_logps), batch)
+        kl = mean_by_comparison(batch.packed, divergence)  # [C]
+        losses = losses + self.args.kl_weight * kl
+        return losses, torch.cat([losses.detach()[:, None], figures[:, 1:], kl.detach()[:, None]], dim=1)
+
+    def row_figures(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+        """Losses, ``[C]``, and figures of comparisons or of responses that are judged alone."""
+        context = self.hyperparameters | ({"z_ref": self._z_ref} if self.row.needs_z_ref else {})
+        if batch.labels is not None:
+            losses = self.row.unpaired(y, batch.labels, **context)
+            if self.args.sft_weight:  # of desirable responses
+                losses = losses + self.args.sft_weight * sft_term(y).masked_fill(~batch.labels, 0)
+            figures = unpaired_metrics(self.row, self.hyperparameters, y, batch.labels)
+            return losses, torch.cat([losses.detach()[:, None], figures], dim=1)
+        pairs = batch.pairs
+        w, l, best = (_taken(y, index) for index in (pairs.better, pairs.worse, pairs.best))  # noqa: E741
+        losses = pairs.mean(self.row.pair(w, l, **context))
+        if self.row.anchor is not None:
+            losses = losses + self.row.anchor(best, **context)
         if self.args.sft_weight:
-            losses = losses + self.args.sft_weight * sft_term(w)
-        return losses, pair_metrics(self.row, self.hyperparameters, losses, w, l)
+            losses = losses + self.args.sft_weight * sft_term(best)
+        figures = pairs.mean(pair_metrics(self.row, self.hyperparameters, w, l))
+        return losses, torch.cat([losses.detach()[:, None], figures], dim=1)
+
+
+def _with_ref_logps(y: Responses, ref_logps: Tensor | None) -> Responses:
+    return y if ref_logps is None else replace(y, ref_logp=ref_logps.to(y.logp))
+
+
+def _taken(y: Responses, index: Tensor) -> Responses:
+    """The responses with these numbers, ``[N]``."""
+    columns = (y.logp, y.length, y.ref_logp)
+    return Responses(*(None if column is None else column.index_select(0, index) for column in columns))

@@ -1,0 +1,185 @@
+"""All objectives on the same pairs from the same model with the same budget, the best of a few learning rates each.
+
+Every run is a run folder of ``simpo train`` with a process of its own, one after the other. What has been measured is
+kept, so that the same command continues. Run from the repository's root::
+
+    python -m benchmarks.compare_objectives --model MODEL --train TRAIN.jsonl.gz --test TEST.jsonl.gz --output_dir DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.objective_runs import FILE_NAME, Measured
+from simpo.atomic import write_text
+from simpo.data.rows import rows_of
+from simpo.data.sources import load_rows
+from simpo.objectives import OBJECTIVES
+
+ROOT = Path(__file__).parents[1]
+_MISTAKE = "simpo.errors.SimpoError: "
+HEADS = (
+    *("objective", "learning rate", "accuracy [95%]", "margin", "chosen", "rejected", "KL", "s / step", "peak MiB"),
+)
+
+Runs = dict[tuple[str, str], Measured | str]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all runs have in common."""
+
+    model: str
+    train: Path
+    test: Path
+    folder: Path
+    max_length: int
+    pairs_per_step: int
+    epochs: float
+    seed: int
+    threads: int
+
+    def arguments(self, objective: str, rate: str) -> list[str]:
+        """Of ``simpo train``."""
+        given = {
+            "model_name_or_path": self.model,
+            "dataset_name": self.train,
+            "eval_dataset_name": self.test,
+            "output_dir": self.run_folder(objective, rate),
+            "objective": objective,
+            "learning_rate": rate,
+            "max_length": self.max_length,
+            "per_device_train_batch_size": self.pairs_per_step,
+            "per_device_eval_batch_size": self.pairs_per_step,
+            "num_train_epochs": self.epochs,
+            "seed": self.seed,
+            "save_strategy": "no",
+            "report_to": "none",
+        }
+        return [f"--{key}={value}" for key, value in given.items()]
+
+    def run_folder(self, objective: str, rate: str) -> Path:
+        """Where it trains."""
+        return self.folder / f"{objective}-{rate}"
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    options = _options()
+    unknown = [name for name in options.objectives if name not in OBJECTIVES]
+    if unknown:
+        print(f"compare_objectives: --objectives: there is no {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    data = {}
+    for name, source, rows in (("train", options.train, options.rows), ("test", options.test, options.held_out)):
+        data[name] = options.output_dir / f"{name}.jsonl"
+        _write_first(source, rows, data[name])
+    budget = Budget(
+        options.model,
+        data["train"],
+        data["test"],
+        options.output_dir,
+        options.max_length,
+        options.pairs_per_step,
+        options.epochs,
+        options.seed,
+        options.threads,
+    )
+    runs: Runs = {}
+    for objective in options.objectives:
+        for rate in options.learning_rates:
+            print(f"{objective} at {rate}", file=sys.stderr, flush=True)
+            runs[objective, rate] = _run(budget, objective, rate)
+    print("\n".join(report(runs, options.rows)))
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="compare_objectives", description="All objectives, side by side.")
+    parser.add_argument("--model", required=True, help="folder of the start model")
+    parser.add_argument("--train", required=True, help="training pairs")
+    parser.add_argument("--test", required=True, help="held-out pairs")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder of the runs; the same one continues")
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), help="rows of the table (default: all)")
+    parser.add_argument("--learning_rates", nargs="+", default=["1e-5", "3e-5", "1e-4"])
+    parser.add_argument("--rows", type=int, default=256, help="the first of the training pairs")
+    parser.add_argument("--held_out", type=int, default=256, help="the first of the held-out pairs")
+    parser.add_argument("--max_length", type=int, default=512, help="longer pairs lose the start of their prompt or go")
+    parser.add_argument("--pairs_per_step", type=int, default=16)
+    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch's pool, on a CPU")
+    return parser.parse_args()
+
+
+def _write_first(source: str, count: int, path: Path) -> None:
+    """The first ``count`` pairs of ``source``, the same bytes whenever they are written."""
+    rows = rows_of(load_rows(source, split="train")[:count], range(count), source)
+    write_text(path, "".join(json.dumps(row) + "\n" for row, _ in rows))
+
+
+def _run(budget: Budget, objective: str, rate: str) -> Measured | str:
+    """The measurement, made now or before; or why there is none."""
+    path = budget.run_folder(objective, rate) / FILE_NAME
+    if not path.exists():
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.objective_runs", json.dumps(budget.arguments(objective, rate))],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": str(budget.threads)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            return (done.stderr.strip().splitlines() or ["it ended without a word"])[-1].removeprefix(_MISTAKE)
+    return Measured(**json.loads(path.read_text()))
+
+
+def report(runs: Mapping[tuple[str, str], Measured | str], rows: int) -> Iterator[str]:
+    """The table in Markdown: every objective at its best learning rate, and what became of those that failed."""
+    objectives = dict.fromkeys(objective for objective, _ in runs)
+    yield f"| {' | '.join(HEADS)} |"
+    yield f"|---|{'---:|' * (len(HEADS) - 1)}"
+    for objective in objectives:
+        finished = {rate: m for (name, rate), m in runs.items() if name == objective and isinstance(m, Measured)}
+        if finished:
+            rate = max(finished, key=lambda rate: (finished[rate].accuracy, -finished[rate].kl))
+            yield _row(objective, rate, finished[rate])
+    yield ""
+    yield (
+        f"{rows} training pairs. Learning rates tried: {', '.join(dict.fromkeys(rate for _, rate in runs))}; the best "
+        "by accuracy is shown (of equals the one that moved less), chosen on the very pairs that are reported. "
+        "Margin: mean difference of the implicit rewards, on each objective's own scale. Chosen, rejected: change of "
+        "the average log-probability a token. KL: of the trained model to the start, exact over the vocabulary, mean "
+        "over the held-out responses' tokens. All in nats."
+    )
+    for (objective, rate), found in runs.items():
+        if isinstance(found, str):
+            yield f"\n{objective} at {rate} failed: {found}"
+
+
+def _row(objective: str, rate: str, found: Measured) -> str:
+    cells = (
+        f"`{objective}`",
+        rate,
+        f"{found.accuracy:.3f} [{found.low:.3f}, {found.high:.3f}]",
+        f"{found.margin:.3g}",
+        f"{found.chosen:+.4f}",
+        f"{found.rejected:+.4f}",
+        f"{found.kl:.2g}",
+        f"{found.step_seconds:.2f}",
+        f"{found.peak_mib:.0f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

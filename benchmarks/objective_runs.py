@@ -1,0 +1,128 @@
+"""One objective trained at one learning rate in a process of its own, and how far it moved from where it started."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from benchmarks.workers import peak_mib
+from simpo.commands._training import parse
+from simpo.packing.binning import fill_in_order
+from simpo.packing.layout import PackedBatch
+from simpo.packing.policy import policy_forward, prepare_policy
+from simpo.packing.reference import divergence_forward, reference_states
+from simpo.results import read_results
+from simpo.search.trial import watched
+from simpo.training.batches import comparisons_of
+from simpo.training.config import PreferenceConfig
+from simpo.training.inputs import load_datasets
+from simpo.training.models import load_model, load_tokenizer
+from simpo.training.run import Given, run_training
+from simpo.training.tasks import PREFERENCES
+
+FILE_NAME = "measured.json"
+_TOKENS = 4096  # of a forward when the held-out pairs are scored
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is told of a run; log-probabilities and KL are in nats a token, on the held-out pairs.
+
+    Attributes:
+        accuracy: share of pairs whose chosen response has the larger implicit reward.
+        low: lower end of its 95% interval.
+        high: upper end.
+        pairs: held out.
+        margin: mean difference of the implicit rewards, on the objective's own scale.
+        chosen: change of the chosen responses' average log-probability a token, mean over the pairs.
+        rejected: the same of the rejected ones.
+        kl: KL(trained || start) of the next token, exact over the vocabulary, mean over all response tokens.
+        step_seconds: median of the optimizer steps but the first.
+        peak_mib: most memory of the process until training had ended.
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    pairs: int
+    margin: float
+    chosen: float
+    rejected: float
+    kl: float
+    step_seconds: float
+    peak_mib: float
+
+
+class _Clock(TrainerCallback):
+    """When optimizer steps began and ended."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self._begun = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Called by the trainer, once an optimizer step."""
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Called by the trainer, once an optimizer step."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.steps.append(time.perf_counter() - self._begun)
+
+
+def work(argv: list[str]) -> None:
+    """Train by the arguments of ``simpo train``, and write :class:`Measured` into the run's folder."""
+    given = Given(*parse(argv, PreferenceConfig), argv)
+    given.config.disable_tqdm = True
+    clock = _Clock()
+    results = run_training(watched(PREFERENCES, clock), given)
+    peak = peak_mib(given.config.device.type)
+    figures = {m.name: m for m in read_results(results).metrics if m.stage == "after"}
+    accuracy = figures["eval_rewards/accuracies"]
+    chosen, rejected, kl = _moved(given, results.parent)
+    found = Measured(
+        accuracy=accuracy.value,  # type: ignore[arg-type]
+        low=accuracy.low,  # type: ignore[arg-type]
+        high=accuracy.high,  # type: ignore[arg-type]
+        pairs=accuracy.n,  # type: ignore[arg-type]
+        margin=figures["eval_rewards/margins"].value,  # type: ignore[arg-type]
+        chosen=chosen,
+        rejected=rejected,
+        kl=kl,
+        step_seconds=statistics.median(clock.steps[1:]),
+        peak_mib=peak,
+    )
+    (results.parent / FILE_NAME).write_text(json.dumps(asdict(found)))
+
+
+@torch.no_grad()
+def _moved(given: Given, folder: Path) -> tuple[float, float, float]:
+    """Changes of the chosen and rejected responses' averages and the KL, see :class:`Measured`."""
+    name, device = given.model.model_name_or_path, given.config.device
+    tokenizer = load_tokenizer(name, given.model, chat_template=given.data.chat_template)
+    _, rows = load_datasets(given.data)
+    dataset = PREFERENCES.trainer.prepare(rows, tokenizer, given.config, "eval").dataset
+    comparisons = comparisons_of(dataset, range(len(dataset)))
+    start, trained = (prepare_policy(load_model(where)).eval().to(device) for where in (name, str(folder)))
+    changes, divergences = [], []
+    for run in fill_in_order([c.packed_length for c in comparisons], _TOKENS):
+        batch = PackedBatch.build([comparisons[i] for i in run])
+        before = policy_forward(start, batch)
+        after, kl = divergence_forward(trained, batch, reference_states(start, batch))
+        changes.append(after.avg - before.avg)
+        divergences.append(kl)
+    change = torch.cat(changes)
+    return change[0::2].mean().item(), change[1::2].mean().item(), torch.cat(divergences).mean().item()
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]))

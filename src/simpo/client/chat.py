@@ -1,0 +1,117 @@
+"""A chat request and its reply, and how both look on the wire."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from simpo.results import fingerprint
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """What a model is asked.
+
+    Attributes:
+        messages: the conversation, each with ``role`` and ``content``.
+        max_tokens: longest reply.
+        temperature: of sampling; 0 is greedy.
+        top_logprobs: how many of the likeliest first tokens to report with their log-probabilities; None for none.
+        seed: of sampling, where the server takes one.
+    """
+
+    messages: list[dict[str, str]]
+    max_tokens: int
+    temperature: float = 0.0
+    top_logprobs: int | None = None
+    seed: int | None = None
+
+    def body(self, model: str) -> dict[str, Any]:
+        """What is sent to a server, as JSON."""
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": self.messages,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+        }
+        if self.top_logprobs is not None:
+            body |= {"logprobs": True, "top_logprobs": self.top_logprobs}
+        if self.seed is not None:
+            body["seed"] = self.seed
+        return body
+
+    def key(self, model: str) -> str:
+        """SHA-256 of what is asked and of whom."""
+        return fingerprint(self.body(model))
+
+    def __hash__(self) -> int:
+        return hash(self.key(""))
+
+
+@dataclass(frozen=True)
+class ChatReply:
+    """What a model answered.
+
+    Attributes:
+        text: of the message; empty if it has none.
+        first_token_logprobs: the likeliest first tokens with their log-probabilities in nats; None where they were
+            not asked for or the server does not give them.
+        finish_reason: why it ended, in the server's word.
+        prompt_tokens: tokens of the request; None where the server does not say.
+        completion_tokens: tokens of the reply; None where the server does not say.
+    """
+
+    text: str
+    first_token_logprobs: dict[str, float] | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+def read_reply(content: bytes) -> ChatReply:
+    """The reply in the body of a server's response.
+
+    Raises:
+        ValueError: it is not JSON, or not a chat completion; says what is wrong in a few words.
+    """
+    document = json.loads(content, parse_constant=_refuse)
+    if isinstance(document, dict) and document.get("error"):
+        raise ValueError(f"an error instead of a completion: {error_text(document)}")
+    try:
+        choice = document["choices"][0]
+        text = choice["message"].get("content") or ""
+        usage = document.get("usage") or {}
+        reply = ChatReply(
+            text,
+            _first_token(choice.get("logprobs")),
+            choice.get("finish_reason"),
+            usage.get("prompt_tokens"),
+            usage.get("completion_tokens"),
+        )
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a chat completion ({type(error).__name__}: {error})") from error
+    if not isinstance(text, str):
+        raise ValueError(f"not a chat completion (its content is of type {type(text).__name__})")
+    return reply
+
+
+def error_text(document: Any) -> str:
+    """What a server says went wrong, in one line of at most 300 characters."""
+    said = document.get("error", document) if isinstance(document, dict) else document
+    said = said.get("message", said) if isinstance(said, dict) else said
+    return " ".join(str(said).split())[:300]
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _first_token(logprobs: Any) -> dict[str, float] | None:
+    tokens = logprobs.get("content") if logprobs else None
+    if not tokens:
+        return None
+    found: dict[str, float] = {}
+    for candidate in tokens[0].get("top_logprobs") or ():
+        found.setdefault(candidate["token"], float(candidate["logprob"]))  # the likelier of two alike comes first
+    return found or None

@@ -1,0 +1,127 @@
+"""ChatClient: many requests at once, every reply kept."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from simpo.client.cache import ReplyCache
+from simpo.client.chat import ChatReply, ChatRequest
+from simpo.client.cost import Estimate, Usage
+from simpo.client.endpoint import Endpoint
+from simpo.client.sending import Sender
+from simpo.errors import SimpoError
+from simpo.progress import Advance, progress
+
+logger = logging.getLogger(__name__)
+
+Replies = dict[str, ChatReply]
+
+
+class ChatClient:
+    """Asks one model.
+
+    Attributes:
+        endpoint: where it is.
+        usage: what was sent and what it used.
+    """
+
+    def __init__(self, endpoint: Endpoint, cache: Path | None) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            endpoint: where the model is.
+            cache: folder of replies, which several processes may share; None keeps none.
+
+        Raises:
+            SimpoError: the cache cannot be read or written.
+        """
+        self.endpoint = endpoint
+        self.usage = Usage()
+        self._cache = None if cache is None else ReplyCache(cache, endpoint.model)
+
+    def estimate(self, requests: Sequence[ChatRequest]) -> Estimate:
+        """What :meth:`complete` would send; a request that occurs twice is sent once."""
+        wanted = self._by_key(requests)
+        missing = [request for key, request in wanted.items() if self._cached(key) is None]
+        return Estimate.of(missing, len(wanted) - len(missing))
+
+    def complete(self, requests: Sequence[ChatRequest], *, say: Callable[[str], None] | None = None) -> list[ChatReply]:
+        """The replies, in the order of the requests.
+
+        Each is on the disk as soon as it has been received, so that the same call, after a failure or a kill, sends
+        what is missing.
+
+        Args:
+            requests: what is asked; one that occurs twice is sent once.
+            say: gets lines of progress.
+
+        Raises:
+            SimpoError: a request was refused or not answered after all attempts (those that were under way are
+                finished, no others are sent), there is no key, or a reply cannot be written.
+        """
+        wanted = self._by_key(requests)
+        replies = {key: reply for key in wanted if (reply := self._cached(key)) is not None}
+        self.usage.cached += len(replies)
+        missing = {key: request for key, request in wanted.items() if key not in replies}
+        if missing:
+            with progress("replies", len(wanted), len(replies), say or logger.info) as advance:
+                replies |= _run(self._send_all(missing, advance))
+        return [replies[request.key(self.endpoint.model)] for request in requests]
+
+    def _by_key(self, requests: Sequence[ChatRequest]) -> dict[str, ChatRequest]:
+        return {request.key(self.endpoint.model): request for request in requests}
+
+    def _cached(self, key: str) -> ChatReply | None:
+        return None if self._cache is None else self._cache.get(key)
+
+    async def _send_all(self, missing: Mapping[str, ChatRequest], advance: Advance) -> Replies:
+        replies: Replies = {}
+        failures: list[SimpoError] = []
+        waiting = iter(missing.items())
+        # A proxy of the environment is for other machines. The time is limited for each attempt as a whole.
+        async with httpx.AsyncClient(timeout=None, trust_env=not self.endpoint.local) as http:  # noqa: S113
+            sender = Sender(http, self.endpoint)
+
+            async def work() -> None:
+                for key, request in waiting:
+                    try:
+                        replies[key] = await self._answer(sender, key, request)
+                    except SimpoError as error:
+                        failures.append(error)
+                    if failures:
+                        return
+                    advance(1)
+
+            try:
+                await asyncio.gather(*(work() for _ in range(min(self.endpoint.concurrency, len(missing)))))
+            finally:
+                self.usage.repeated += sender.repeated
+        if failures:
+            kept = "" if self._cache is None else "; what was received is kept, and the same command goes on from there"
+            raise SimpoError(f"{failures[0]}{kept}") from failures[0]
+        return replies
+
+    async def _answer(self, sender: Sender, key: str, request: ChatRequest) -> ChatReply:
+        if (reply := self._cached(key)) is not None:  # another process has received it in the meantime
+            self.usage.cached += 1
+            return reply
+        reply = await sender.send(request)
+        self.usage.add(reply)
+        return reply if self._cache is None else self._cache.put(key, reply)
+
+
+def _run(work: Coroutine[Any, Any, Replies]) -> Replies:
+    """Run to the end, also where an event loop is running already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()

@@ -1,0 +1,139 @@
+"""What requests cost: estimated before, counted after."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Self
+
+from simpo.client.chat import ChatReply, ChatRequest
+from simpo.errors import SimpoError
+
+_CHARACTERS = 4  # a token of English text, about
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a model costs, in dollars a million tokens.
+
+    Attributes:
+        prompt: tokens that are sent.
+        completion: tokens that are received.
+    """
+
+    prompt: float
+    completion: float
+
+    def __post_init__(self) -> None:
+        for price in (self.prompt, self.completion):
+            if not 0 <= price < math.inf:
+                raise SimpoError(f"prices: {price:g} dollars a million tokens is no price")
+
+    def dollars(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """Of so many tokens."""
+        return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is about to be sent.
+
+    Attributes:
+        requests: that will be sent.
+        cached: that will not, because their replies are there.
+        prompt_tokens: of the requests, about: four characters each.
+        completion_tokens: of the replies, at most.
+    """
+
+    requests: int
+    cached: int
+    prompt_tokens: int
+    completion_tokens: int
+
+    @classmethod
+    def of(cls, missing: Iterable[ChatRequest], cached: int) -> Self:
+        """Of the requests whose replies are not there."""
+        sent = list(missing)
+        characters = sum(len(message["content"]) for request in sent for message in request.messages)
+        longest = sum(request.max_tokens for request in sent)
+        return cls(len(sent), cached, math.ceil(characters / _CHARACTERS), longest)
+
+    def __add__(self, other: Estimate) -> Estimate:
+        return Estimate(
+            self.requests + other.requests,
+            self.cached + other.cached,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
+    def line(self, prices: Prices | None = None) -> str:
+        """In words, with the cost where prices are known."""
+        dollars = ""
+        if prices is not None:
+            dollars = f", at most ${prices.dollars(self.prompt_tokens, self.completion_tokens):.2f}"
+        return (
+            f"{self.requests:,} requests to send, {self.cached:,} answered before; estimate: about "
+            f"{self.prompt_tokens:,} tokens to read, at most {self.completion_tokens:,} to write{dollars}"
+        )
+
+
+@dataclass
+class Usage:
+    """What a client has done so far.
+
+    Attributes:
+        sent: requests that were answered by the server.
+        cached: requests that were answered from the disk.
+        repeated: attempts that failed and were made again.
+        prompt_tokens: of the requests sent, by the server's count.
+        completion_tokens: of their replies, by the server's count.
+        uncounted: replies that did not say their tokens.
+    """
+
+    sent: int = 0
+    cached: int = 0
+    repeated: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    uncounted: int = 0
+
+    def add(self, reply: ChatReply) -> None:
+        """Count a reply of the server."""
+        self.sent += 1
+        if reply.prompt_tokens is None or reply.completion_tokens is None:
+            self.uncounted += 1
+        else:
+            self.prompt_tokens += reply.prompt_tokens
+            self.completion_tokens += reply.completion_tokens
+
+    def line(self, prices: Prices | None = None) -> str:
+        """In words, with the cost where prices are known."""
+        dollars = "" if prices is None else f", ${prices.dollars(self.prompt_tokens, self.completion_tokens):.2f}"
+        unsaid = f" ({self.uncounted:,} replies did not say their tokens)" if self.uncounted else ""
+        return (
+            f"{self.sent:,} requests sent ({self.repeated:,} attempts repeated), {self.cached:,} answered before; "
+            f"{self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written{dollars}{unsaid}"
+        )
+
+
+def agree(estimate: Estimate, *, yes: bool, say: Callable[[str], None], prices: Prices | None = None) -> None:
+    """Say what is about to be sent, and go on if the user agrees; nothing to send needs no agreement.
+
+    Args:
+        estimate: of all requests.
+        yes: the user has agreed beforehand (``--yes``).
+        say: gets the line.
+        prices: of the model, where they are known.
+
+    Raises:
+        SimpoError: the user does not agree, or cannot be asked.
+    """
+    say(estimate.line(prices))
+    if yes or not estimate.requests:
+        return
+    if not sys.stdin.isatty():
+        raise SimpoError("nothing was sent: nobody is there to be asked whether to go on; agree with --yes")
+    if input("Send them? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise SimpoError("nothing was sent")

@@ -1,0 +1,84 @@
+"""Where chat requests go, and the key that goes with them."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from simpo.errors import SimpoError
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model behind an OpenAI-compatible interface.
+
+    Attributes:
+        base_url: what stands before ``/chat/completions``, e.g. ``https://api.openai.com/v1``.
+        model: its name there.
+        api_key_env: environment variable that holds the key; a server on this machine needs none.
+        concurrency: requests at a time.
+        timeout: seconds that one attempt may take, from the connection to the last byte.
+        attempts: how often a request is sent at most.
+
+    Raises:
+        SimpoError: a value that cannot be used; names the field.
+    """
+
+    base_url: str
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    timeout: float = 60.0
+    attempts: int = 6
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.base_url)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            raise SimpoError(f"base_url: {_bare(self.base_url)!r} is not a URL") from None
+        if "@" in parts.netloc:
+            raise SimpoError("base_url: a URL with a user or password in it; keys come from the environment")
+        if not usable or parts.query or parts.fragment:
+            raise SimpoError(f"base_url: {self.base_url!r} is not of the form http(s)://host[:port]/path")
+        if not self.model:
+            raise SimpoError("model: no name; give the name that the server knows the model by")
+        for key, least in (("concurrency", 1), ("attempts", 1)):
+            if getattr(self, key) < least:
+                raise SimpoError(f"{key}: must be at least {least}, not {getattr(self, key)}")
+        if not self.timeout > 0:
+            raise SimpoError(f"timeout: must be above 0 seconds, not {self.timeout}")
+
+    @property
+    def url(self) -> str:
+        """Where requests are sent."""
+        return f"{self.base_url.rstrip('/')}/chat/completions"
+
+    @property
+    def local(self) -> bool:
+        """Whether the server is on this machine."""
+        host = urlsplit(self.base_url).hostname or ""
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
+
+    def api_key(self) -> str | None:
+        """The key; None if there is none and none is needed.
+
+        Raises:
+            SimpoError: the server is elsewhere and the variable is not set, or what it holds is no key.
+        """
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key and not self.local:
+            raise SimpoError(f"{self.url}: no key: set the environment variable {self.api_key_env}")
+        if not (key.isascii() and key.isprintable()):
+            raise SimpoError(f"{self.api_key_env}: the environment variable holds characters that no key has")
+        return key or None
+
+
+def _bare(url: str) -> str:
+    """A URL without a user and password."""
+    return url.rpartition("@")[2]

@@ -1,0 +1,144 @@
+"""One request to a server, sent until it is answered or there is no hope."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+
+from simpo.client.chat import ChatReply, ChatRequest, error_text, read_reply
+from simpo.client.endpoint import Endpoint
+from simpo.errors import SimpoError
+from simpo.runs.redaction import REDACTED, masked
+
+# Seconds: before the second attempt, doubled before each further one up to the longest, and in all for one request.
+_FIRST_WAIT, _LONGEST_WAIT, _PATIENCE = 1.0, 30.0, 300.0
+_HOPEFUL = (408, 425, 429)  # and everything from 500 on
+
+
+class _Fault(Exception):  # noqa: N818 - most faults are mended by another attempt
+    """An attempt failed.
+
+    Attributes:
+        hopeful: whether another one may succeed.
+        wait: seconds that the server asks for before it.
+    """
+
+    def __init__(self, reason: str, *, hopeful: bool = True, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.hopeful = hopeful
+        self.wait = wait
+
+
+class Sender:
+    """Sends requests over one connection pool.
+
+    Attributes:
+        repeated: attempts that failed and were made again.
+    """
+
+    def __init__(self, http: httpx.AsyncClient, endpoint: Endpoint) -> None:
+        """Look the key up.
+
+        Raises:
+            SimpoError: there is none, and the server needs one.
+        """
+        self._http, self._endpoint, self._key = http, endpoint, endpoint.api_key()
+        self._quiet_until = 0.0  # by the clock of the event loop: the server asked all of us to wait
+        self.repeated = 0
+
+    async def send(self, request: ChatRequest) -> ChatReply:
+        """Send until there is a reply.
+
+        Waits twice as long after every failed attempt, or as long as the server asks for, with some chance in it so
+        that waiting requests do not come back all at once.
+
+        Raises:
+            SimpoError: no reply within the endpoint's attempts, or a refusal that another attempt would not change.
+        """
+        body = json.dumps(request.body(self._endpoint.model)).encode()
+        waited = 0.0
+        for attempt in range(1, self._endpoint.attempts + 1):
+            await asyncio.sleep(self._quiet_until - asyncio.get_running_loop().time())
+            try:
+                return await self._attempt(body)
+            except _Fault as fault:
+                pause = self._pause(attempt, fault)
+                if not fault.hopeful or attempt == self._endpoint.attempts or waited + pause > _PATIENCE:
+                    raise self._given_up(fault, attempt, pause) from fault
+                self.repeated += 1
+                waited += pause
+                await asyncio.sleep(pause)
+        raise AssertionError("at least one attempt is made")
+
+    async def _attempt(self, body: bytes) -> ChatReply:
+        headers = {"content-type": "application/json"}
+        if self._key is not None:
+            headers["authorization"] = f"Bearer {self._key}"
+        try:
+            async with asyncio.timeout(self._endpoint.timeout):
+                response = await self._http.post(self._endpoint.url, content=body, headers=headers)
+        except TimeoutError as error:
+            raise _Fault(f"no answer within {self._endpoint.timeout:g} s") from error
+        except httpx.RequestError as error:
+            raise _Fault(str(error) or type(error).__name__) from error
+        if response.status_code != 200:
+            raise _refusal(response)
+        try:
+            return read_reply(response.content)
+        except ValueError as error:
+            raise _Fault(f"an unreadable answer: {error}") from error
+
+    def _pause(self, attempt: int, fault: _Fault) -> float:
+        """Seconds until the next attempt."""
+        if fault.wait is not None:
+            now = asyncio.get_running_loop().time()
+            self._quiet_until = max(self._quiet_until, now + min(fault.wait, _PATIENCE))
+            return fault.wait
+        longest = min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT)
+        return longest * (0.5 + 0.5 * random.random())  # noqa: S311 - spreads requests, guards nothing
+
+    def _given_up(self, fault: _Fault, attempts: int, pause: float) -> SimpoError:
+        reason = masked(" ".join(str(fault).split()))
+        if self._key is not None:  # which a server may repeat in its error
+            reason = reason.replace(self._key, REDACTED)
+        tries = f" ({attempts} attempts)" if attempts > 1 else ""
+        asked = f"; it asks to wait {pause:,.0f} s" if fault.wait is not None and pause > _PATIENCE else ""
+        return SimpoError(f"{self._endpoint.url}: model {self._endpoint.model!r}: {reason}{tries}{asked}")
+
+
+def _refusal(response: httpx.Response) -> _Fault:
+    status = response.status_code
+    document = _json(response)
+    said = error_text(document) or response.reason_phrase
+    # A quota that is used up has the status of too many requests, and no wait helps.
+    spent = "insufficient_quota" in response.text
+    hopeful = (status in _HOPEFUL or status >= 500) and not spent
+    return _Fault(f"status {status}: {said}", hopeful=hopeful, wait=_retry_after(response))
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return response.text
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds of a Retry-After header, which has a number or a date; None without one."""
+    value = response.headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return None

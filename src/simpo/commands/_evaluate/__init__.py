@@ -1,0 +1,1 @@
+"""Benchmarks of simpo evaluate; one file a benchmark."""

@@ -1,0 +1,66 @@
+"""Options of commands that ask a model behind an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from simpo.arguments import ArgumentParser
+from simpo.client import ChatClient, Endpoint, Prices
+from simpo.client.cache import default_cache
+from simpo.errors import SimpoError
+
+
+def add_server_options(parser: ArgumentParser) -> None:
+    """Where the judge is, what it costs, and whether the user agrees."""
+    parser.add_argument("--judge_url", metavar="URL", help="server of the judge, e.g. https://api.openai.com/v1")
+    parser.add_argument("--judge_model", metavar="NAME", help="the judge's name on that server")
+    parser.add_argument(
+        "--judge_key_env",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="environment variable with the key (default OPENAI_API_KEY); a server on this machine needs none",
+    )
+    parser.add_argument("--judge_concurrency", type=int, default=8, metavar="N", help="requests at a time (default 8)")
+    parser.add_argument("--judge_timeout", type=float, default=60.0, metavar="S", help="seconds a reply (default 60)")
+    parser.add_argument(
+        "--cache", metavar="DIR", help=f"folder of replies that are not asked for again (default {default_cache()})"
+    )
+    parser.add_argument(
+        "--prices",
+        type=float,
+        nargs=2,
+        metavar=("READ", "WRITTEN"),
+        help="dollars a million tokens, to say what the judge costs",
+    )
+    parser.add_argument("--yes", action="store_true", help="send the requests without asking")
+
+
+def client_of(arguments: Namespace) -> ChatClient | None:
+    """The client for the server that was named; None if none was.
+
+    Raises:
+        SimpoError: the server or the model alone was named, or cannot be used.
+    """
+    if arguments.judge_url is None and arguments.judge_model is None:
+        return None
+    if arguments.judge_url is None or arguments.judge_model is None:
+        raise SimpoError("judge_url and judge_model: name both or none")
+    endpoint = Endpoint(
+        arguments.judge_url,
+        arguments.judge_model,
+        arguments.judge_key_env,
+        arguments.judge_concurrency,
+        arguments.judge_timeout,
+    )
+    cache = default_cache() if arguments.cache is None else Path(arguments.cache).expanduser()
+    return ChatClient(endpoint, cache)
+
+
+def prices_of(arguments: Namespace) -> Prices | None:
+    """What tokens cost, if that was said.
+
+    Raises:
+        SimpoError: no price.
+    """
+    return None if arguments.prices is None else Prices(*arguments.prices)

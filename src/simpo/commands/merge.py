@@ -1,0 +1,23 @@
+"""Merge an adapter into its base model: simpo merge ADAPTER --output_dir DIR"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from simpo.arguments import ArgumentParser
+from simpo.training.merging import write_merged
+from simpo.training.models import ModelArguments
+
+
+def main(argv: list[str]) -> int:
+    """Merge, and print what to do next."""
+    parser = ArgumentParser("merge", __doc__)
+    parser.add_argument("adapter", metavar="ADAPTER", help="hub name or folder of the adapter")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder of the merged model")
+    parser.add_argument("--model_revision", default="main", metavar="REV", help="branch, tag or commit on the hub")
+    arguments = parser.parse_args(argv)
+    folder = Path(arguments.output_dir).expanduser()
+    write_merged(ModelArguments(arguments.adapter, model_revision=arguments.model_revision), folder)
+    print(f"saved: {folder}\nnext:  simpo chat {shlex.quote(str(folder))}")
+    return 0

@@ -1,0 +1,1 @@
+"""Academic benchmarks by lm-eval: what alignment costs elsewhere."""

@@ -1,0 +1,128 @@
+"""The workflow behind ``simpo evaluate academic``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from simpo.atomic import write_text
+from simpo.errors import SimpoError
+from simpo.evaluation.academic.scores import Score, differences, read_scores, score_metrics
+from simpo.results import write_results
+from simpo.runs.folder import RunFolder
+from simpo.sampling.loading import Checkpoint, device
+from simpo.training.identity import model_digest
+from simpo.training.models import ModelArguments
+
+# Arithmetic, knowledge, truthfulness, following instructions and formats, toxicity, bias.
+TASKS = ("gsm8k", "mmlu", "truthfulqa_mc2", "ifeval", "toxigen", "crows_pairs_english")
+
+
+@dataclass(frozen=True)
+class AcademicSettings:
+    """What lm-eval is asked for.
+
+    Attributes:
+        tasks: its names of tasks, or paths of task files.
+        task_folder: a folder with further tasks' files.
+        num_fewshot: examples before each item; None for the tasks' own number.
+        limit: items of each task; None for all.
+        batch_size: as lm-eval has it, a number or ``auto``.
+        apply_chat_template: show items as a user's messages.
+    """
+
+    tasks: tuple[str, ...] = TASKS
+    task_folder: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: str = "auto"
+    apply_chat_template: bool = True
+
+
+def evaluate_academic(
+    model: ModelArguments,
+    against: ModelArguments | None,
+    settings: AcademicSettings,
+    folder: Path,
+    *,
+    argv: Sequence[str] = (),
+) -> Path:
+    """Run lm-eval on a model and on the one that it was made from; a model that is through is not run again.
+
+    Args:
+        model: which.
+        against: the start model; None for no comparison.
+        settings: what is asked for.
+        folder: the run's; gets ``scores-after.json``, ``scores-before.json`` and ``results.json``.
+        argv: the command line after the command's name, for the record.
+
+    Returns:
+        The path of ``results.json``.
+
+    Raises:
+        SimpoError: lm-eval is not installed, or cannot do what it is asked for.
+    """
+    with RunFolder(folder, command="evaluate") as run:
+        lm_eval = _lm_eval()
+        identity = {"benchmark": "academic", "model": model_digest(model), "dtype": model.dtype}
+        identity |= dataclasses.asdict(settings) | {"lm_eval": metadata.version("lm-eval")}
+        if against is not None:
+            identity["against"] = model_digest(against)
+        run.begin(identity, argv=argv, accept_changes=None)
+        if not run.finished:
+            before = None if against is None else _scores(lm_eval, against, settings, folder / "scores-before.json")
+            after = _scores(lm_eval, model, settings, folder / "scores-after.json")
+            if before is None:
+                metrics = score_metrics(after, None)
+            else:
+                metrics = score_metrics(before, "before") + score_metrics(after, "after") + differences(before, after)
+            write_results(folder, command="evaluate", fingerprint=run.fingerprint, metrics=metrics)
+            run.finish()
+    return folder / "results.json"
+
+
+def _lm_eval() -> Any:
+    try:
+        return importlib.import_module("lm_eval")
+    except ImportError as error:
+        raise SimpoError("academic benchmarks need lm-eval: pip install 'simpo[academic]'") from error
+
+
+def _scores(lm_eval: Any, model: ModelArguments, settings: AcademicSettings, path: Path) -> dict[str, Score]:
+    """From the file, if an earlier start has got so far."""
+    if not path.exists():
+        scores = read_scores(_run(lm_eval, model, settings))
+        write_text(path, json.dumps({name: dataclasses.asdict(score) for name, score in scores.items()}) + "\n")
+    return {name: Score(**score) for name, score in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def _run(lm_eval: Any, model: ModelArguments, settings: AcademicSettings) -> Any:
+    checkpoint = Checkpoint.read(model)
+    manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=settings.task_folder)
+    try:
+        return lm_eval.simple_evaluate(
+            model="hf",
+            model_args={
+                "pretrained": model.model_name_or_path,
+                "revision": model.model_revision,
+                "dtype": checkpoint.arguments.dtype,
+                "trust_remote_code": model.trust_remote_code,
+            },
+            tasks=list(settings.tasks),
+            task_manager=manager,
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            batch_size=settings.batch_size,
+            device=str(device()),
+            apply_chat_template=settings.apply_chat_template,
+            log_samples=True,
+        )
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise SimpoError(f"lm-eval: {model.model_name_or_path}: {reason}") from error

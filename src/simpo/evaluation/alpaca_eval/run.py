@@ -1,0 +1,245 @@
+"""The workflow behind ``simpo evaluate alpaca_eval``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simpo.errors import SimpoError
+from simpo.evaluation.alpaca_eval.files import (
+    Annotation,
+    Match,
+    Output,
+    match_outputs,
+    read_annotations,
+    read_baselines,
+    read_outputs,
+    write_annotations,
+    write_outputs,
+)
+from simpo.evaluation.alpaca_eval.judge import PairwisePrompt, preferences
+from simpo.evaluation.alpaca_eval.length_control import Baselines, length_controlled
+from simpo.evaluation.alpaca_eval.win_rate import win_rate
+from simpo.evaluation.answers import Answerer
+from simpo.evaluation.asking import ApiJudge, Say
+from simpo.evaluation.rows import file_digest
+from simpo.results import Metric, write_results
+from simpo.runs.folder import RunFolder
+
+OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
+
+
+@dataclass(frozen=True)
+class LengthControl:
+    """Where the difficulties and the gamed baselines come from; None is the hub."""
+
+    gamed: str | None = None
+    difficulty: str | None = None
+
+    def read(self, say: Say) -> Baselines | None:
+        """What the length-controlled win rate needs; None, and a line that says so, where the hub has to give it and
+        cannot.
+
+        Raises:
+            SimpoError: a file that was given cannot be used.
+        """
+        try:
+            return read_baselines(self.gamed, self.difficulty)
+        except SimpoError as error:
+            if self.gamed is not None:
+                raise
+            say(f"note: no length-controlled win rate: {error}; --annotations computes it later from {ANNOTATIONS}")
+            return None
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the correction of given preferences; the hub's files are None."""
+        return {
+            name: None if path is None else file_digest(path)
+            for name, path in (("gamed", self.gamed), ("difficulty", self.difficulty))
+        }
+
+
+@dataclass(frozen=True)
+class AlpacaEval:
+    """The benchmark with a judge.
+
+    Attributes:
+        judge: compares the answers.
+        prompt: what it is asked.
+        reference: the instructions and the baseline's outputs.
+        weighted: whether the judge's first token is weighed by its log-probabilities.
+    """
+
+    judge: ApiJudge
+    prompt: PairwisePrompt
+    reference: Path
+    weighted: bool = True
+
+    @property
+    def annotator(self) -> str:
+        """What annotations call the judge."""
+        return f"{'weighted' if self.weighted else 'plain'}_{self.judge.name}"
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the verdicts on given answers."""
+        return {
+            "benchmark": "alpaca_eval",
+            "reference_outputs": file_digest(self.reference),
+            "judge": self.judge.name,
+            "judge_prompt": self.prompt.digest,
+            "weighted": self.weighted,
+        }
+
+    def annotate(self, matches: Sequence[Match], say: Say) -> list[Annotation]:
+        """The judge's preference in every match; identical answers are a draw and are not sent.
+
+        Raises:
+            SimpoError: the judge cannot be asked, or never gives the log-probabilities that are to be weighed.
+        """
+        requests = [
+            None if match.output_1 == match.output_2 else self.prompt.request(match, weighted=self.weighted)
+            for match in matches
+        ]
+        replies = self.judge.ask_some(requests, say)
+        sent = [reply for reply in replies if reply is not None]
+        if self.weighted and sent and not any(reply.first_token_logprobs for reply in sent):
+            raise SimpoError(
+                f"{self.judge.client.endpoint.base_url}: the server gives no log-probabilities; "
+                "use one that does, or the judge without them: --plain"
+            )
+        found = preferences(matches, replies, weighted=self.weighted)
+        texts = [None if reply is None else reply.text for reply in replies]
+        return [
+            Annotation(match, self.annotator, preference, text)
+            for match, preference, text in zip(matches, found, texts, strict=True)
+        ]
+
+
+def evaluate_alpaca_eval(
+    benchmark: AlpacaEval,
+    answers: Answerer | Path,
+    length_control: LengthControl,
+    folder: Path,
+    *,
+    argv: Sequence[str] = (),
+) -> Path:
+    """Answer, judge and count; a run that was stopped is continued by the same call.
+
+    Args:
+        benchmark: with its judge.
+        answers: a model, or a file of its outputs.
+        length_control: for the length-controlled win rate.
+        folder: the run's; gets ``model_outputs.json``, ``annotations.json`` and ``results.json``.
+        argv: the command line after the command's name, for the record.
+
+    Returns:
+        The path of ``results.json``.
+
+    Raises:
+        SimpoError: something that the user gave cannot be used, or a request finally failed.
+    """
+    with RunFolder(folder, command="evaluate") as run:
+        reference = read_outputs(benchmark.reference)
+        ready = match_outputs(reference, read_outputs(answers), str(answers)) if isinstance(answers, Path) else None
+        identity = {"outputs": file_digest(answers)} if isinstance(answers, Path) else answers.identity()
+        run.begin(benchmark.identity() | length_control.identity() | identity, argv=argv, accept_changes=None)
+        if not run.finished:
+            matches = _sampled(reference, answers, folder) if isinstance(answers, Answerer) else ready
+            assert matches is not None
+            write_outputs(folder / OUTPUTS, matches)
+            annotations = benchmark.annotate(matches, run.say)
+            write_annotations(folder / ANNOTATIONS, annotations)
+            metrics = figures(annotations, length_control.read(run.say), run.say)
+            write_results(folder, command="evaluate", fingerprint=run.fingerprint, metrics=metrics)
+            run.finish()
+    return folder / "results.json"
+
+
+def recount_alpaca_eval(
+    annotations: Path, length_control: LengthControl, folder: Path, *, argv: Sequence[str] = ()
+) -> Path:
+    """The figures of existing annotations; nothing is judged.
+
+    Returns:
+        The path of ``results.json``.
+
+    Raises:
+        SimpoError: a file cannot be used.
+    """
+    with RunFolder(folder, command="evaluate") as run:
+        rows = read_annotations(annotations)
+        identity = {"benchmark": "alpaca_eval", "annotations": file_digest(annotations)}
+        run.begin(identity | length_control.identity(), argv=argv, accept_changes=None)
+        if not run.finished:
+            metrics = figures(rows, length_control.read(run.say), run.say)
+            write_results(folder, command="evaluate", fingerprint=run.fingerprint, metrics=metrics)
+            run.finish()
+    return folder / "results.json"
+
+
+def _sampled(reference: Sequence[Output], answerer: Answerer, folder: Path) -> list[Match]:
+    texts = answerer.answer([output.instruction for output in reference], folder / "answers")
+    return [
+        Match(output.instruction, output.dataset, output.output, output.generator, text, answerer.name)
+        for output, text in zip(reference, texts, strict=True)
+    ]
+
+
+def figures(annotations: Sequence[Annotation], baselines: Baselines | None, say: Say) -> list[Metric]:
+    """The leaderboard's figures under its names, and how many answers were empty or got no preference.
+
+    Intervals are 1.96 standard errors to either side: of the mean for the win rate, and of the mean of the predicted
+    preferences for the length-controlled one.
+
+    Raises:
+        SimpoError: no answer got a preference, or there are more rows than difficulties.
+    """
+    found = np.array([annotation.preference for annotation in annotations])
+    unparsed = int(np.isnan(found).sum())
+    if unparsed == len(found):
+        raise SimpoError(f"the judge gave none of {len(found)} answers a preference; look at {ANNOTATIONS}")
+    ours = [annotation.match.output_2 for annotation in annotations]
+    empty = sum(not text.strip() for text in ours)
+    if unparsed:
+        say(f"note: {unparsed} of {len(found)} answers got no preference and are left out")
+    if empty:
+        say(f"note: {empty} of {len(found)} answers are empty; they were judged like any other")
+    raw = win_rate(found)
+    return [
+        *([] if baselines is None else _controlled(annotations, found, baselines)),
+        _metric("win_rate", raw.win_rate, raw.standard_error, raw.n),
+        Metric("alpaca_eval/standard_error", raw.standard_error, n=raw.n),
+        Metric("alpaca_eval/discrete_win_rate", raw.discrete_win_rate, n=raw.n),
+        Metric("alpaca_eval/n_wins", raw.wins, n=raw.n),
+        Metric("alpaca_eval/n_draws", raw.draws, n=raw.n),
+        Metric("alpaca_eval/n_wins_base", raw.losses, n=raw.n),
+        Metric("alpaca_eval/avg_length", int(np.mean([len(text) for text in ours])), n=len(found)),
+        Metric("alpaca_eval/without_preference", unparsed, n=len(found)),
+        Metric("alpaca_eval/empty_answers", empty, n=len(found)),
+    ]
+
+
+def _controlled(annotations: Sequence[Annotation], found: np.ndarray, baselines: Baselines) -> list[Metric]:
+    if len(found) > len(baselines.difficulties):
+        raise SimpoError(f"{len(found)} annotations, but difficulties of {len(baselines.difficulties)} instructions")
+    theirs, ours = (
+        np.array([len(text) for text in texts])
+        for texts in zip(*((row.match.output_1, row.match.output_2) for row in annotations), strict=True)
+    )
+    controlled = length_controlled(found, theirs, ours, baselines)
+    return [
+        _metric("length_controlled_winrate", controlled.win_rate, controlled.standard_error, len(found)),
+        Metric("alpaca_eval/lc_standard_error", controlled.standard_error, n=len(found)),
+    ]
+
+
+def _metric(name: str, value: float, error: float, n: int) -> Metric:
+    if math.isnan(error):
+        return Metric(f"alpaca_eval/{name}", value, n=n)
+    half = 1.96 * error
+    return Metric(f"alpaca_eval/{name}", value, None, n, value - half, value + half, "1.96 standard errors")

@@ -1,0 +1,206 @@
+"""The workflow behind ``simpo evaluate arena_hard``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simpo.errors import SimpoError
+from simpo.evaluation.answers import Answerer
+from simpo.evaluation.arena_hard.files import (
+    BASELINES,
+    Answer,
+    Judgment,
+    Question,
+    read_answers,
+    read_questions,
+    write_answers,
+    write_judgments,
+)
+from simpo.evaluation.arena_hard.judge import ArenaPrompt
+from simpo.evaluation.arena_hard.scores import score, score_over_prompts
+from simpo.evaluation.arena_hard.style import Style, style_controlled, style_differences, style_of
+from simpo.evaluation.arena_hard.verdicts import Version, battles, read_verdict
+from simpo.evaluation.asking import ApiJudge, Say
+from simpo.evaluation.rows import file_digest
+from simpo.results import Metric, write_results
+from simpo.runs.folder import RunFolder
+
+ANSWERS, JUDGMENTS = "model_answer.jsonl", "model_judgment.jsonl"
+
+Answers = Mapping[str, Answer]  # by uid
+
+
+@dataclass(frozen=True)
+class ArenaHard:
+    """The benchmark with a judge.
+
+    Attributes:
+        judge: compares the answers.
+        prompt: what it is asked.
+        version: of the benchmark.
+        questions: file of the questions.
+        baselines: files of the baselines' answers.
+    """
+
+    judge: ApiJudge
+    prompt: ArenaPrompt
+    version: Version
+    questions: Path
+    baselines: Sequence[Path]
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the verdicts on given answers."""
+        return {
+            "benchmark": f"arena_hard {self.version}",
+            "questions": file_digest(self.questions),
+            "baselines": ", ".join(map(file_digest, self.baselines)),
+            "judge": self.judge.name,
+            "judge_prompt": self.prompt.digest,
+        }
+
+    def read_baselines(self, questions: Sequence[Question], say: Say) -> Answers:
+        """The baseline's answer to each question; by category, if there are several files.
+
+        Raises:
+            SimpoError: a file cannot be used, or none is of the baseline of a category.
+        """
+        if len(self.baselines) == 1:
+            found = read_answers(self.baselines[0], questions)
+            strange = {found[question.uid].model for question in questions} - set(BASELINES.values())
+            if strange:
+                say(f"note: the baseline is {', '.join(sorted(strange))}, not the benchmark's")
+            return found
+        files = [read_answers(path, questions) for path in self.baselines]
+        by_model = {answer.model: answers for answers in files for answer in answers.values()}
+        missing = {BASELINES.get(question.category, "") for question in questions} - by_model.keys()
+        if missing:
+            raise SimpoError(f"--baseline: none of the files is of {', '.join(sorted(missing))}")
+        return {question.uid: by_model[BASELINES[question.category]][question.uid] for question in questions}
+
+    def play(self, questions: Sequence[Question], ours: Answers, theirs: Answers, say: Say) -> list[Judgment]:
+        """Both games of every question.
+
+        Raises:
+            SimpoError: the judge cannot be asked.
+        """
+        shown = [
+            (question, pair)
+            for question in questions
+            for pair in (
+                (theirs[question.uid].text, ours[question.uid].text),
+                (ours[question.uid].text, theirs[question.uid].text),
+            )
+        ]
+        requests = [
+            self.prompt.request(question.prompt, question.category, pair, self.version) for question, pair in shown
+        ]
+        texts = [reply.text for reply in self.judge.ask(requests, say)]
+        return [
+            self._judgment(question, ours, theirs, (texts[2 * index], texts[2 * index + 1]))
+            for index, question in enumerate(questions)
+        ]
+
+    def _judgment(self, question: Question, ours: Answers, theirs: Answers, texts: tuple[str, str]) -> Judgment:
+        model, baseline = ours[question.uid].model, theirs[question.uid].model
+        verdicts = (read_verdict(texts[0], self.version), read_verdict(texts[1], self.version))
+        return Judgment(question, model, baseline, self.judge.name, texts, verdicts)
+
+
+def evaluate_arena_hard(
+    benchmark: ArenaHard, answers: Answerer | Path, folder: Path, *, argv: Sequence[str] = ()
+) -> Path:
+    """Answer, judge and count; a run that was stopped is continued by the same call.
+
+    Args:
+        benchmark: with its judge.
+        answers: a model, or a file of its answers in the benchmark's form.
+        folder: the run's; gets ``model_answer.jsonl``, ``model_judgment.jsonl`` and ``results.json``.
+        argv: the command line after the command's name, for the record.
+
+    Returns:
+        The path of ``results.json``.
+
+    Raises:
+        SimpoError: something that the user gave cannot be used, or a request finally failed.
+    """
+    with RunFolder(folder, command="evaluate") as run:
+        questions = read_questions(benchmark.questions, benchmark.version)
+        theirs = benchmark.read_baselines(questions, run.say)
+        ready = read_answers(answers, questions) if isinstance(answers, Path) else None
+        identity = {"outputs": file_digest(answers)} if isinstance(answers, Path) else answers.identity()
+        run.begin(benchmark.identity() | identity, argv=argv, accept_changes=None)
+        if not run.finished:
+            ours = _sampled(questions, answers, folder) if isinstance(answers, Answerer) else ready
+            assert ours is not None
+            model = next(iter(ours.values())).model
+            write_answers(folder / ANSWERS, questions, model, [ours[question.uid].text for question in questions])
+            judgments = benchmark.play(questions, ours, theirs, run.say)
+            write_judgments(folder / JUDGMENTS, judgments)
+            metrics = figures(judgments, ours, theirs, benchmark.version, run.say)
+            write_results(folder, command="evaluate", fingerprint=run.fingerprint, metrics=metrics)
+            run.finish()
+    return folder / "results.json"
+
+
+def _sampled(questions: Sequence[Question], answerer: Answerer, folder: Path) -> dict[str, Answer]:
+    texts = answerer.answer([question.prompt for question in questions], folder / "answers")
+    return {
+        question.uid: Answer(question.uid, answerer.name, text, None, question.where)
+        for question, text in zip(questions, texts, strict=True)
+    }
+
+
+def figures(judgments: Sequence[Judgment], ours: Answers, theirs: Answers, version: Version, say: Say) -> list[Metric]:
+    """Scores by category in percent, as the benchmark has them, over prompts, and in the baseline's style.
+
+    Raises:
+        SimpoError: no game of a category has a verdict.
+    """
+    metrics = []
+    for category in dict.fromkeys(judgment.question.category for judgment in judgments):
+        found = [judgment for judgment in judgments if judgment.question.category == category]
+        counted = [(judgment, worths) for judgment in found if (worths := battles(*judgment.verdicts, version))]
+        if not counted:
+            raise SimpoError(f"the judge gave no verdict on any of {len(found)} prompts; look at {JUDGMENTS}")
+        metrics += _category(category, counted, ours, theirs, version)
+        missing = sum(verdict is None for judgment in found for verdict in judgment.verdicts)
+        metrics.append(Metric(f"arena_hard/{category}/games_without_verdict", missing, n=2 * len(found)))
+        if missing:
+            left_out = len(found) - len(counted)
+            say(f"note: {category}: {missing} games have no verdict; {left_out} prompts are left out for that")
+    return metrics
+
+
+def _category(
+    category: str,
+    counted: Sequence[tuple[Judgment, list[float]]],
+    ours: Answers,
+    theirs: Answers,
+    version: Version,
+) -> list[Metric]:
+    prompts = [worths for _, worths in counted]
+    uids = [judgment.question.uid for judgment, worths in counted for _ in worths]
+    known = all(answers[uid].tokens is not None for uid in uids for answers in (ours, theirs))
+    sides = ([_style(answers[uid], known) for uid in uids] for answers in (ours, theirs))
+    worths = np.concatenate([np.asarray(found, dtype=np.float64) for found in prompts])
+    styled = style_controlled(np.zeros(len(uids), dtype=np.int64), worths, style_differences(*sides))
+    intervals = {"score": score(prompts, version), "score_over_prompts": score_over_prompts(prompts)}
+    lengths = [len(ours[judgment.question.uid].text) for judgment, _ in counted]
+    return [
+        *(
+            Metric(f"arena_hard/{category}/{name}", found.value, None, found.n, found.low, found.high, found.method)
+            for name, found in intervals.items()
+        ),
+        Metric(f"arena_hard/{category}/score_in_baseline_style", float(styled.at_equal[0]), n=len(prompts)),
+        Metric(f"arena_hard/{category}/avg_length", float(np.mean(lengths)), n=len(lengths)),
+    ]
+
+
+def _style(answer: Answer, tokens: bool) -> Style:
+    """With the length in tokens where every answer has it; else all in characters, so that they can be compared."""
+    return style_of(answer.text, answer.tokens if tokens else None)

@@ -1,0 +1,1 @@
+"""GSM8K by exact match: a quick look at what alignment did to arithmetic."""

@@ -1,0 +1,109 @@
+"""The workflow behind ``simpo evaluate gsm8k``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+
+from simpo.data.rows import rows_of
+from simpo.data.sources import is_single_file, load_rows
+from simpo.evaluation.answers import Answerer
+from simpo.evaluation.gsm8k.numbers import final_number, reference_number
+from simpo.evaluation.rows import text_in
+from simpo.results import Metric, Stage, fingerprint, write_results
+from simpo.runs.folder import RunFolder
+from simpo.statistics import mean_interval, proportion_interval
+
+_ASKED = "{}\n\nThink step by step. End with a line that has nothing but #### and the number, like this: #### 42"
+
+Problem = tuple[str, Decimal]
+
+
+def read_problems(data: str, split: str, limit: int | None) -> list[Problem]:
+    """Questions and the numbers that answer them.
+
+    Args:
+        data: file of ``{question, answer}`` rows, or the hub's ``openai/gsm8k``.
+        split: of a hub data set.
+        limit: how many of the first rows to take; all if None.
+
+    Raises:
+        SimpoError: they cannot be read, or an answer has no number after ``####``.
+    """
+    dataset = load_rows(data, split=split, config=None if is_single_file(data) else "main")
+    dataset = dataset.select(range(min(limit or len(dataset), len(dataset))))
+    rows = rows_of(dataset[:], range(len(dataset)), data)
+    return [
+        (text_in(row, "question", where), reference_number(text_in(row, "answer", where), where)) for row, where in rows
+    ]
+
+
+def evaluate_gsm8k(
+    problems: Sequence[Problem],
+    model: Answerer,
+    against: Answerer | None,
+    folder: Path,
+    *,
+    argv: Sequence[str] = (),
+) -> Path:
+    """Answer and count what is right; a run that was stopped is continued by the same call.
+
+    Args:
+        problems: of :func:`read_problems`.
+        model: who answers.
+        against: the model that it was made from, which answers too.
+        folder: the run's.
+        argv: the command line after the command's name, for the record.
+
+    Returns:
+        The path of ``results.json``.
+
+    Raises:
+        SimpoError: as ``simpo sample``.
+    """
+    with RunFolder(folder, command="evaluate") as run:
+        identity = {"benchmark": "gsm8k", "problems": fingerprint([[text, str(number)] for text, number in problems])}
+        identity |= model.identity()
+        if against is not None:
+            identity |= {f"against/{key}": value for key, value in against.identity().items()}
+        run.begin(identity, argv=argv, accept_changes=None)
+        if not run.finished:
+            after = _numbers(model, problems, folder / "answers")
+            if against is None:
+                metrics = _figures(problems, after, None)
+            else:
+                before = _numbers(against, problems, folder / "answers-against")
+                metrics = _figures(problems, before, "before") + _figures(problems, after, "after")
+                metrics.append(_difference(problems, before, after))
+            write_results(folder, command="evaluate", fingerprint=run.fingerprint, metrics=metrics)
+            run.finish()
+    return folder / "results.json"
+
+
+def _numbers(model: Answerer, problems: Sequence[Problem], folder: Path) -> list[Decimal | None]:
+    return [final_number(text) for text in model.answer([_ASKED.format(question) for question, _ in problems], folder)]
+
+
+def _right(problems: Sequence[Problem], numbers: Sequence[Decimal | None]) -> np.ndarray:
+    return np.array([found == number for (_, number), found in zip(problems, numbers, strict=True)])
+
+
+def _figures(problems: Sequence[Problem], numbers: Sequence[Decimal | None], stage: Stage | None) -> list[Metric]:
+    right = _right(problems, numbers)
+    found = proportion_interval(int(right.sum()), len(right))
+    return [
+        Metric("gsm8k/accuracy", found.value, stage, found.n, found.low, found.high, found.method),
+        Metric("gsm8k/without_number", sum(number is None for number in numbers), stage, len(numbers)),
+    ]
+
+
+def _difference(
+    problems: Sequence[Problem], before: Sequence[Decimal | None], after: Sequence[Decimal | None]
+) -> Metric:
+    """Of the accuracies, after minus before, problem by problem."""
+    difference = _right(problems, after).astype(float) - _right(problems, before)
+    found = mean_interval(difference)
+    return Metric("gsm8k/difference", found.value, None, found.n, found.low, found.high, f"paired, {found.method}")

@@ -1,0 +1,1 @@
+"""MT-Bench: a judge rates both turns of 80 conversations."""

@@ -1,0 +1,107 @@
+"""A language model behind a server as a judge of pairs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from simpo.client import ChatClient, ChatReply, ChatRequest, Estimate
+from simpo.judges.prompt_files import fill, read_prompt_file
+from simpo.judges.protocol import Pair, Prompt, as_text
+
+_SHIPPED = resources.files("simpo.judges") / "prompts" / "pairwise.md"
+_PLACES = ("question", "answer_a", "answer_b")
+
+_VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
+_FIRST_WINS = {"A": 1.0, "B": 0.0, "C": 0.5}
+
+
+class PairwiseApiJudge:
+    """Asks about every pair twice, each answer standing first once.
+
+    The verdict is the mean of the two, so that a judge that likes whatever stands first gives a tie. Identical answers
+    are a tie and nothing is asked. A pair without a verdict in both orders has none.
+
+    Attributes:
+        client: whom it asks.
+        conflicting: pairs of which each order gave another winner, so far.
+    """
+
+    def __init__(
+        self,
+        client: ChatClient,
+        *,
+        prompt: Path | None = None,
+        max_tokens: int = 1024,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            client: whom to ask.
+            prompt: file of a judge prompt with places ``{question}``, ``{answer_a}`` and ``{answer_b}``; None for the
+                one that comes with the package.
+            max_tokens: longest reply; one that is cut off has no verdict.
+            say: gets lines of progress.
+
+        Raises:
+            SimpoError: the prompt cannot be read, or there is no key.
+        """
+        client.endpoint.api_key()
+        self.client = client
+        self.conflicting = 0
+        self._prompt = read_prompt_file(prompt, _SHIPPED, _PLACES)
+        self._max_tokens = max_tokens
+        self._say = say
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Model, SHA-256 of the judge prompt's file, and length of replies."""
+        model = self.client.endpoint.model
+        return {"judge": "api", "model": model, "prompt": self._prompt.digest, "max_tokens": self._max_tokens}
+
+    def estimate(self, pairs: Sequence[Pair]) -> Estimate:
+        """What :meth:`compare` would send."""
+        return self.client.estimate(self._requests(pairs))
+
+    def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
+        """The mean verdict over both orders.
+
+        Raises:
+            SimpoError: as :meth:`simpo.client.ChatClient.complete`.
+        """
+        replies = iter(self.client.complete(self._requests(pairs), say=self._say))
+        return [0.5 if pair.a == pair.b else self._verdict(next(replies), next(replies)) for pair in pairs]
+
+    def _verdict(self, a_first: ChatReply, b_first: ChatReply) -> float | None:
+        """The mean over both orders."""
+        first, second = read_verdict(a_first), read_verdict(b_first)
+        if first is None or second is None:
+            return None
+        self.conflicting += first == second != 0.5  # the same place won twice
+        return (first + 1 - second) / 2
+
+    def _requests(self, pairs: Sequence[Pair]) -> list[ChatRequest]:
+        """Two for each pair of different answers: ``a`` first, then ``b`` first."""
+        return [
+            self._request(pair.prompt, *shown)
+            for pair in pairs
+            if pair.a != pair.b
+            for shown in ((pair.a, pair.b), (pair.b, pair.a))
+        ]
+
+    def _request(self, prompt: Prompt, first: str, second: str) -> ChatRequest:
+        values = {"question": as_text(prompt), "answer_a": first, "answer_b": second}
+        return ChatRequest([{"role": "user", "content": fill(self._prompt.text, values)}], self._max_tokens)
+
+
+def read_verdict(reply: ChatReply) -> float | None:
+    """1 if the first answer wins, 0 if the second, half for a tie; None if the reply has no verdict or was cut off.
+
+    The last verdict counts, because reasons may name others before it.
+    """
+    found = _VERDICT.findall(reply.text)
+    return _FIRST_WINS[found[-1]] if found and reply.finish_reason != "length" else None

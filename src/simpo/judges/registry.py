@@ -1,0 +1,82 @@
+"""Judges and scorers by the names that the command line gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpo.client import ChatClient
+from simpo.coercion import nearest
+from simpo.errors import SimpoError
+from simpo.judges.exact import ExactScorer
+from simpo.judges.function import FunctionScorer
+from simpo.judges.human import HumanJudge
+from simpo.judges.pairwise import PairwiseApiJudge
+from simpo.judges.policy import LogpScorer
+from simpo.judges.protocol import Judge, Scorer
+from simpo.judges.reward_model import RewardModelScorer
+from simpo.judges.scored import ScorerJudge
+from simpo.training.models import ModelArguments
+
+SCORERS = "exact, function:MODULE:NAME, reward:MODEL, logp:MODEL"
+JUDGES = f"{SCORERS}, human:FILE, api"
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """What judges need besides their names.
+
+    Attributes:
+        client: whom ``api`` asks; None if no server was named.
+        prompt: file of its judge prompt; None for the one that comes with the package.
+        max_tokens: longest reply of it.
+        dtype: type of a judging model's weights; None chooses by the device.
+        trust_remote_code: run code: a function, or what comes with a model.
+        say: gets lines of progress.
+    """
+
+    client: ChatClient | None = None
+    prompt: Path | None = None
+    max_tokens: int = 1024
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    say: Callable[[str], None] | None = None
+
+
+def make_judge(name: str, options: JudgeOptions) -> Judge:
+    """The judge of that name; any scorer is one.
+
+    Raises:
+        SimpoError: there is none, or something that it needs is missing.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "human" and rest:
+        return HumanJudge(Path(rest).expanduser())
+    if name == "api":
+        if options.client is None:
+            raise SimpoError("judge api: name the server and the model with --judge_url and --judge_model")
+        return PairwiseApiJudge(options.client, prompt=options.prompt, max_tokens=options.max_tokens, say=options.say)
+    return ScorerJudge(make_scorer(name, options, known=JUDGES))
+
+
+def make_scorer(name: str, options: JudgeOptions, *, known: str = SCORERS) -> Scorer:
+    """The scorer of that name.
+
+    Args:
+        name: as the command line gives it.
+        options: what it may need.
+        known: names for the message.
+
+    Raises:
+        SimpoError: there is none, or something that it needs is missing.
+    """
+    kind, _, rest = name.partition(":")
+    if name == "exact":
+        return ExactScorer()
+    if kind == "function" and rest:
+        return FunctionScorer(rest, trust_remote_code=options.trust_remote_code)
+    if kind in ("reward", "logp") and rest:
+        model = ModelArguments(rest, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+        return RewardModelScorer(model) if kind == "reward" else LogpScorer(model)
+    raise SimpoError(f"judge {name!r} is not known{nearest(name, known.split(', '))}; the judges are {known}")

@@ -1,0 +1,77 @@
+"""A reference's hidden states beside the policy's forward, and how far the policy has moved from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from simpo.errors import SimpoError
+from simpo.objectives import Responses
+from simpo.packing.divergence import fused_kl
+from simpo.packing.layout import PackedBatch
+from simpo.packing.logprobs import Head
+from simpo.packing.policy import (
+    ForwardPath,
+    inside_forward,
+    plain_head,
+    responses_of,
+    scored_states,
+    states_logprobs,
+)
+
+
+class ReferenceStates(NamedTuple):
+    """What a reference predicts the ``S`` scored tokens of a batch from: hidden states ``[S, H]`` and output layer."""
+
+    hidden: Tensor
+    head: Head
+
+
+def reference_states(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = "auto") -> ReferenceStates:
+    """Those of ``model`` as it is now, which later changes of its weights' data leave alone; without gradients.
+
+    Raises:
+        SimpoError: the model's output layer is not a plain matrix product.
+    """
+
+    def compute(inner: PreTrainedModel, batch: PackedBatch, path: Literal["packed", "padded"]) -> ReferenceStates:
+        head = _head(inner)
+        bias = None if head.bias is None else head.bias.detach()
+        return ReferenceStates(scored_states(inner, batch, path), replace(head, weight=head.weight.detach(), bias=bias))
+
+    with torch.no_grad():
+        return inside_forward(model, batch, compute, path=path)
+
+
+def divergence_forward(
+    model: nn.Module, batch: PackedBatch, reference: ReferenceStates, *, path: ForwardPath = "auto"
+) -> tuple[Responses, Tensor]:
+    """As :func:`~simpo.packing.policy.policy_forward`, and ``[S]`` KL(policy || reference) at every scored token."""
+
+    def compute(inner: PreTrainedModel, batch: PackedBatch, path: Literal["packed", "padded"]) -> tuple[Tensor, Tensor]:
+        states = scored_states(inner, batch, path)
+        return states_logprobs(inner, states, batch.targets), fused_kl(states, _head(inner), *reference)
+
+    token_logps, divergence = inside_forward(model, batch, compute, path=path)
+    return responses_of(batch, token_logps), divergence
+
+
+def mean_by_comparison(batch: PackedBatch, values: Tensor) -> Tensor:
+    """``[C]`` means over the scored tokens of each comparison, all responses together, of ``values`` ``[S]``."""
+    owner = batch.layout.comparison_of[batch.scored]
+    sums = values.new_zeros(len(batch.weights)).index_add(0, owner, values)
+    return sums / torch.zeros_like(sums).index_add(0, owner, torch.ones_like(values))
+
+
+def _head(model: PreTrainedModel) -> Head:
+    head = plain_head(model)
+    if head is None:
+        raise SimpoError(
+            f"kl_weight: {type(model).__name__}'s output layer is not a plain matrix product, which the KL term needs; "
+            "set kl_weight: 0"
+        )
+    return head

@@ -1,0 +1,196 @@
+"""LoRA adapters: put on a model, read from files strictly, and what they were when training started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file, find_adapter_config_file
+
+from simpo.errors import SimpoError
+
+# What recipes call an adapter's settings: what peft calls them, and the default.
+_SETTINGS: dict[str, tuple[str, Any]] = {
+    "lora_r": ("r", 16),
+    "lora_alpha": ("lora_alpha", 32),
+    "lora_dropout": ("lora_dropout", 0.05),
+    "lora_target_modules": ("target_modules", "all-linear"),
+    "lora_modules_to_save": ("modules_to_save", None),
+    "use_rslora": ("use_rslora", False),
+}
+_START = "_simpo_start"
+
+
+def adapter_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a new adapter, by the names that recipes have for them: those given, and the others' defaults."""
+    return {key: given.get(key, default) for key, (_, default) in _SETTINGS.items()}
+
+
+def find_adapter(name: str, revision: str = "main") -> LoraConfig | None:
+    """The configuration of the adapter that a folder or hub repository holds; None if it holds none.
+
+    Raises:
+        SimpoError: it cannot be read, is no LoRA, or does not name its base model.
+    """
+    try:
+        if find_adapter_config_file(name, revision=revision) is None:
+            return None
+        config = PeftConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {_line(error)}") from error
+    if not isinstance(config, LoraConfig):
+        raise SimpoError(f"model_name_or_path: {name!r} is an adapter of another kind than LoRA ({config.peft_type})")
+    if not config.base_model_name_or_path:
+        raise SimpoError(f"model_name_or_path: {name!r} is an adapter that does not name its base model")
+    return config
+
+
+def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str = "main") -> PeftModel:
+    """``model``, frozen, under a new LoRA that changes nothing yet; the adapter's weights are fp32 at least.
+
+    Args:
+        model: the base model.
+        given: settings by the names that recipes have for them; the others get their defaults.
+        revision: the base model's, which the adapter will be saved with.
+
+    Raises:
+        SimpoError: a setting that peft or the model cannot take.
+    """
+    settings = {_SETTINGS[key][0]: value for key, value in adapter_settings(given).items()}
+    try:
+        adapted: Any = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings), revision=revision)
+    except (ValueError, TypeError) as error:
+        raise SimpoError(f"use_peft: the adapter cannot be put on the model ({_line(error)})") from error
+    _name_base(adapted, model.name_or_path)
+    return adapted
+
+
+def continue_adapter(
+    model: PreTrainedModel, config: LoraConfig, name: str, *, revision: str = "main", given: Mapping[str, Any]
+) -> PeftModel:
+    """``model``, frozen, under the adapter of the folder or hub repository ``name``, to be trained further or used.
+
+    Args:
+        model: the base model.
+        config: what :func:`find_adapter` found there.
+        name: where the adapter is.
+        revision: the adapter's, on the hub.
+        given: settings that must be the adapter's own.
+
+    Raises:
+        SimpoError: a setting that is not the adapter's, weights that are missing, or those of another base model.
+    """
+    for key, value in given.items():
+        own = getattr(config, _SETTINGS[key][0])
+        if (set(own) if isinstance(own, set | list) else own) != (set(value) if isinstance(value, list) else value):
+            shown = ", ".join(sorted(own)) if isinstance(own, set | list) else own
+            raise SimpoError(f"{key}: {name} is an adapter with {shown}, which is continued; leave {key} out")
+    base = model.name_or_path
+    config.inference_mode = False
+    try:
+        adapted = PeftModelForCausalLM(model, config)
+    except (ValueError, TypeError) as error:
+        raise SimpoError(f"model_name_or_path: {name}: an adapter for another model ({_line(error)})") from error
+    _name_base(adapted, base)
+    stored = _stored(name, revision)
+    if fault := _fault(adapted, stored):
+        raise SimpoError(f"model_name_or_path: {name}: an adapter for another model than {base!r} ({fault})")
+    set_peft_model_state_dict(adapted, stored)
+    return adapted
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether an adapter's weights are in ``folder``."""
+    return (folder / WEIGHTS_NAME).is_file()
+
+
+def adapter_fault(model: PeftModel, folder: Path) -> str | None:
+    """Why ``folder`` does not hold an adapter of ``model``'s shape, in words; None if it does."""
+    return _fault(model, _stored(str(folder))) if holds_adapter(folder) else "a whole model there, an adapter here"
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Give the adapter on ``model`` the weights in ``folder``; :func:`adapter_fault` has looked at them."""
+    set_peft_model_state_dict(model, _stored(str(folder)))
+
+
+def add_reference(model: nn.Module) -> None:
+    """Keep a copy of what ``model`` trains as it is now, for :func:`reference_of`: with an adapter, of that alone.
+
+    Call it before anything has been trained or read from a checkpoint, when the model is on its device.
+    """
+    setattr(model, _START, [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad])
+
+
+@contextmanager
+def reference_of(model: nn.Module) -> Iterator[None]:
+    """``model`` is the policy that training started from, without dropout and gradients, while this lasts.
+
+    Of a new adapter that is the base model, of a continued one the adapter as it was. The weights that are trained
+    change places with their copy: there is no second adapter to be switched to, frozen, or left out of what is saved.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    now = [parameter.data for parameter in trained]
+    training = model.training
+    try:
+        _exchange(trained, getattr(model, _START))
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        _exchange(trained, now)
+
+
+def _exchange(parameters: list[nn.Parameter], data: list[Tensor]) -> None:
+    for parameter, tensor in zip(parameters, data, strict=True):
+        parameter.data = tensor
+    torch.clear_autocast_cache()  # it knows a weight's half-precision copy by the parameter, not by its data
+
+
+def _stored(name: str, revision: str = "main") -> dict[str, Tensor]:
+    """An adapter's tensors, by the names that they have in its file."""
+    try:
+        return load_file(str(cached_file(name, WEIGHTS_NAME, revision=revision)))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SimpoError(f"{name}: {WEIGHTS_NAME} cannot be read: {_line(error)}") from error
+
+
+def _fault(model: PeftModel, stored: Mapping[str, Tensor]) -> str | None:
+    """What is missing, left over or of another shape in an adapter's file; peft would only warn of the first two."""
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    known = {**model.state_dict(), **own}  # embeddings are stored too where they are adapted
+    if lacking := own.keys() - stored.keys():
+        return f"{min(lacking)} is missing"
+    if left_over := stored.keys() - known.keys():
+        return f"{min(left_over)} has no place here"
+    for name, tensor in stored.items():
+        if tensor.shape != known[name].shape:
+            return f"{name} is {list(tensor.shape)} there, {list(known[name].shape)} here"
+    return None
+
+
+def _name_base(model: PeftModel, name: str) -> None:
+    """Let the adapter's file say where its base model is, wherever it will be read from."""
+    model.peft_config["default"].base_model_name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,73 @@
+"""An adapter and its base model become an ordinary model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from transformers import PreTrainedModel
+
+import simpo
+from simpo.atomic import staged_folder
+from simpo.errors import SimpoError
+from simpo.training.card import shown_name
+from simpo.training.models import ModelArguments, load_model, load_tokenizer
+
+
+def write_merged(arguments: ModelArguments, folder: Path) -> None:
+    """Write the model that an adapter makes of its base model, with tokenizer, template and card, whole or not at all.
+
+    Args:
+        arguments: the adapter; without a ``dtype`` the weights keep the type of the base model's files.
+        folder: new.
+
+    Raises:
+        SimpoError: it is no adapter, its base model is missing, it cannot be merged, ``folder`` is there, or the disk
+            is full.
+    """
+    name = arguments.model_name_or_path
+    if folder.exists():
+        raise SimpoError(f"output_dir: {folder} exists already; name a new folder")
+    model: Any = load_model(name, dataclasses.replace(arguments, dtype=arguments.dtype or "auto"))
+    if not isinstance(model, PeftModel):
+        raise SimpoError(f"{name} is not an adapter: it has no adapter_config.json, so there is nothing to merge")
+    tokenizer = load_tokenizer(name, arguments)
+    base = str(model.peft_config["default"].base_model_name_or_path)
+    merged = merge(model)
+    with staged_folder(folder) as staging:
+        merged.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        _card(name, base, folder.resolve().name).save(staging / "README.md")
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The base model with the adapter's product added to its weights, rounded once to their type.
+
+    Raises:
+        SimpoError: the adapter changes one of two matrices that the model ties, so that no such model has its numbers.
+    """
+    base: Any = model.get_base_model()
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    changed = any(isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) for module in ends)
+    if changed and base.config.get_text_config().tie_word_embeddings:
+        raise SimpoError(
+            "the adapter changes the embeddings or the output layer, which are one matrix in this model: it can be "
+            "used, but not merged"
+        )
+    return model.merge_and_unload()  # type: ignore[operator]
+
+
+def _card(adapter: str, base: str, title: str) -> ModelCard:
+    """The adapter's own card, if it has one, with what has become of it in front."""
+    path = Path(adapter) / "README.md"
+    before = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None
+    data = ModelCardData() if before is None else before.data
+    data.library_name, data.pipeline_tag = "transformers", "text-generation"
+    data.base_model = None if Path(base).exists() else base
+    said = f"`{shown_name(adapter)}` merged into `{shown_name(base)}`, with simpo {simpo.__version__}."
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{said}\n{'' if before is None else before.text}")

@@ -1,0 +1,88 @@
+"""The table of all objectives: what is told of a run is what its models say, and what was measured is kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import compare_objectives
+from benchmarks.compare_objectives import Budget, report
+from benchmarks.objective_runs import FILE_NAME, Measured, work
+from simpo.world.model import write_model
+from simpo.world.pairs import make_pairs, write_pairs
+
+FOUND = Measured(0.75, 0.6, 0.9, 16, 0.5, -0.1, -0.2, 0.01, 0.3, 500.0)
+
+
+@pytest.fixture
+def budget(tmp_path) -> Budget:
+    """Three steps of four pairs on a tiny model."""
+    write_model(tmp_path / "model", seed=0)
+    write_pairs(tmp_path / "train.jsonl", 12, seed=0)
+    write_pairs(tmp_path / "test.jsonl", 6, seed=0, held_out=True)
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "test")}
+    return Budget(
+        str(tmp_path / "model"), **files, folder=tmp_path, max_length=128, pairs_per_step=4, epochs=1, seed=0, threads=1
+    )
+
+
+def test_a_run_is_measured_as_its_models_say(budget, monkeypatch):
+    folder = budget.run_folder("dpo", "1e-3")
+    work(budget.arguments("dpo", "1e-3"))
+    monkeypatch.setattr(compare_objectives.subprocess, "run", None)  # what has been measured is not run again
+    found = compare_objectives._run(budget, "dpo", "1e-3")
+    assert (folder / FILE_NAME).exists()
+
+    start, trained = (AutoModelForCausalLM.from_pretrained(where) for where in (budget.model, folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    changes: dict[str, list] = {"chosen": [], "rejected": []}
+    divergences, correct = [], []
+    for row in make_pairs(6, 0, held_out=True):
+        turns = [{"role": "user", "content": row["prompt"]}]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        ratios = []
+        for side, moved in changes.items():
+            response = tokenizer(row[side], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            ids = torch.tensor([prompt + response])
+            with torch.no_grad():
+                before, after = (
+                    model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for model in (start, trained)
+                )
+            taken = torch.tensor(response)[:, None]
+            change = (after - before).gather(1, taken).squeeze(1)
+            moved.append(change.mean().item())
+            ratios.append(change.sum().item())
+            divergences += (after.exp() * (after - before)).sum(-1).tolist()
+        correct.append(ratios[0] > ratios[1])
+    for side, moved in changes.items():
+        assert getattr(found, side) == pytest.approx(sum(moved) / len(moved), rel=1e-3)
+    assert found.kl == pytest.approx(sum(divergences) / len(divergences), rel=1e-3)
+    assert found.accuracy == pytest.approx(sum(correct) / len(correct))
+    assert found.pairs == 6
+    assert found.step_seconds > 0
+    assert found.peak_mib > 100
+
+
+def test_a_run_that_fails_is_told_in_its_own_words(budget):
+    gone = replace(budget, model="/nowhere/at/all")
+    assert compare_objectives._run(gone, "dpo", "1e-3") == "model_name_or_path: there is no folder '/nowhere/at/all'"
+
+
+def test_every_objective_is_shown_at_its_best_rate():
+    runs = {
+        ("dpo", "1e-5"): FOUND,
+        ("dpo", "1e-4"): replace(FOUND, accuracy=0.8, kl=0.5),
+        ("dpo", "1e-3"): replace(FOUND, accuracy=0.8, kl=0.1),
+        ("ipo", "1e-5"): "step 2: the loss is not finite",
+        ("kto", "1e-5"): FOUND,
+    }
+    lines = list(report(runs, 16))
+    assert [line.split("|")[1:3] for line in lines if line.startswith("| `")] == [
+        [" `dpo` ", " 1e-3 "],  # of two that are as good, the one that moved less
+        [" `kto` ", " 1e-5 "],
+    ]
+    assert any("ipo at 1e-5 failed: step 2" in line for line in lines)
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1

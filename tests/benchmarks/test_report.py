@@ -1,0 +1,96 @@
+"""The table's figures in closed form, and who takes part."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from benchmarks.compare import disagreeing
+from benchmarks.entrants import Entrant, entrants, missing
+from benchmarks.measurement import Measurement
+from benchmarks.report import print_report, summarise
+from benchmarks.setting import Setting
+
+SETTING = Setting("", pairs=4, pairs_per_step=4)
+OURS, PEER = Entrant("simpo", "simpo", path="auto"), Entrant("TRL CPO 2x2", "trl cpo", 2)
+
+
+def measurement(name: str, cpu: float, flops: int, peak_mib: float, loss: float = 1.5) -> Measurement:
+    """Of 4 pairs and 600 unique tokens; the wall clock is twice the processor's."""
+    return Measurement(
+        name=name,
+        wall_seconds=2 * cpu,
+        cpu_seconds=cpu,
+        pairs=4,
+        tokens=600,
+        losses=[loss, 1.4],
+        forwards=2,
+        flops=flops,
+        flops_recomputed=flops,
+        necessary_flops=8_000_000_000,
+        peak_flops=10e9,
+        peak_mib=peak_mib,
+        grown_mib=peak_mib - 100,
+        products_seconds=0.5,
+    )
+
+
+RUNS = {
+    "simpo": [measurement("simpo", cpu, 10_000_000_000, 500) for cpu in (1.0, 2.0, 1.2)],
+    "TRL CPO 2x2": [measurement("TRL CPO 2x2", cpu, 30_000_000_000, 1500) for cpu in (4.0, 6.0, 4.2)],
+}
+COUNTS = {"prompt_tokens": 400, "response_tokens": 200, "responses": 8, "longest": 90}
+
+
+def test_ratios_are_medians_of_rounds_beside_what_is_counted(capsys) -> None:
+    report = summarise([OURS, PEER], RUNS, SETTING, clock="cpu", counts=COUNTS, absent={"liger": "not installed"})
+    ours, peer = report["entrants"]
+    assert report["base"] == "simpo"
+    assert ours["pairs_per_second"] == pytest.approx(4 / 1.2)
+    assert ours["tokens_per_second"] == pytest.approx(600 / 1.2)
+    assert ours["utilisation"] == pytest.approx(8 / 1.2 / 10)
+    assert ours["products_ratio"] == pytest.approx(1.2 / 0.5)
+    assert peer["speed_ratio"] == pytest.approx(3.5)  # of 4, 3 and 3.5
+    assert (peer["bound"], peer["share"], peer["memory_ratio"]) == (3.0, pytest.approx(3.5 / 3), 3.0)
+    json.dumps(report)
+    print_report(report)
+    printed = capsys.readouterr().out
+    assert "Not measured: liger: not installed" in printed
+    assert "cpu time" in printed and "3.50" in printed and "117%" in printed
+
+
+def test_the_wall_clock_is_the_other_choice() -> None:
+    report = summarise([OURS], RUNS, SETTING, clock="wall", counts=COUNTS, absent={})
+    assert report["entrants"][0]["pairs_per_second"] == pytest.approx(4 / 2.4)
+
+
+def test_nothing_measured_is_a_report_too() -> None:
+    report = summarise([OURS], {}, SETTING, clock="wall", counts=COUNTS, absent={"simpo": "no time was left"})
+    assert report["entrants"] == [] and report["base"] is None
+
+
+@pytest.mark.parametrize("loss", [1.52, float("nan")])
+def test_another_first_loss_is_found(loss) -> None:
+    runs = RUNS | {"TRL CPO 2x2": [measurement("TRL CPO 2x2", 4.0, 1, 1, loss=loss)]}
+    assert disagreeing([OURS, PEER], RUNS, tolerance=1e-4) == []
+    assert disagreeing([OURS, PEER], runs, tolerance=1e-2) == ["simpo", "TRL CPO 2x2"]
+    dpo = Entrant("TRL CPO 2x2", "trl dpo", 2, objective="dpo")
+    assert disagreeing([OURS, dpo], runs, tolerance=1e-2) == []
+
+
+def test_peers_are_tuned_over_every_batch_that_divides_the_step() -> None:
+    setting = Setting("", pairs=6, pairs_per_step=6)
+    assert [e.per_device for e in entrants("trl-cpo", setting, [], [])] == [6, 3, 2, 1]
+    assert [e.name for e in entrants("trl-cpo", setting, [], [4, 2])] == ["TRL CPO 2x3"]
+    dpo = list(entrants("trl-dpo-liger", setting, [], [3]))
+    assert [(e.name, e.precomputed, e.liger) for e in dpo] == [
+        ("TRL DPO Liger precomputed 3x2", True, True),
+        ("TRL DPO Liger 3x2", False, True),
+    ]
+    assert [e.max_batch_tokens for e in entrants("simpo", setting, [512], [])] == [None, 512]
+
+
+def test_who_cannot_take_part() -> None:
+    assert missing("sharing", SETTING, 8) is None
+    assert missing("simpo", SETTING, 8) == "it takes pairs, not 8 responses"
+    assert "CUDA" in missing("trl-dpo-liger", SETTING, 2) or "not installed" in missing("trl-dpo-liger", SETTING, 2)

@@ -1,0 +1,353 @@
+"""The chat client against a server that fails in every way, and what it keeps."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+
+import pytest
+from tests.servers.chat_server import ChatServer, Raw, completion
+
+from simpo import SimpoError
+from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, Prices, agree, sending
+
+KEY = "a-secret-that-nobody-may-see"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Short waits, and no key of the machine's own."""
+    monkeypatch.setattr(sending, "_FIRST_WAIT", 0.01)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def echo(body):
+    return completion(body["messages"][-1]["content"].upper())
+
+
+def requests(count, **options):
+    return [ChatRequest([{"role": "user", "content": f"say {i}"}], 5, **options) for i in range(count)]
+
+
+def client(server, cache=None, **options):
+    return ChatClient(Endpoint(server.url, "tiny", **options), cache)
+
+
+def texts(replies):
+    return [reply.text for reply in replies]
+
+
+SAID = [f"SAY {i}" for i in range(40)]
+
+
+def test_replies_stand_in_the_order_of_the_requests():
+    delays = itertools.cycle([0.02, 0.0, 0.01])
+
+    def answer(body):
+        time.sleep(next(delays))
+        return echo(body)
+
+    with ChatServer(answer) as server:
+        ours = client(server, concurrency=5)
+        assert texts(ours.complete(requests(40))) == SAID
+    assert 2 <= server.most_at_once <= 5
+    assert (ours.usage.sent, ours.usage.prompt_tokens, ours.usage.completion_tokens) == (40, 280, 120)
+
+
+def test_what_is_sent():
+    """Keys and types of the interface, with nothing that was not asked for."""
+    with ChatServer(echo) as server:
+        client(server).complete([ChatRequest([{"role": "user", "content": "é"}], 5, 0.5, 3, 7)])
+        client(server).complete(requests(1))
+    message = {"role": "user", "content": "é"}
+    full = {"model": "tiny", "messages": [message], "max_tokens": 5, "temperature": 0.5}
+    assert server.bodies[0] == full | {"logprobs": True, "top_logprobs": 3, "seed": 7}
+    assert set(server.bodies[1]) == {"model", "messages", "max_tokens", "temperature"}
+    assert server.keys == [None, None]
+
+
+def test_log_probabilities_of_the_first_token():
+    with ChatServer(lambda body: completion("m", {"m": -0.1, "M": -2.5, "x": -7.0})) as server:
+        [reply] = client(server).complete(requests(1, top_logprobs=5))
+    assert reply == ChatReply("m", {"m": -0.1, "M": -2.5, "x": -7.0}, "stop", 7, 3)
+    with ChatServer(echo) as server:  # a server that does not give them
+        [reply] = client(server).complete(requests(1, top_logprobs=5))
+    assert reply.first_token_logprobs is None
+
+
+HALF = json.dumps(completion("cut")).encode()[:20]
+FAULTS = {
+    "500": Raw(500, b"oops"),
+    "503 in JSON": Raw(503, b'{"error": {"message": "overloaded"}}'),
+    "429": Raw(429, b"{}"),
+    "408": Raw(408),
+    "truncated JSON": Raw(200, HALF),
+    "torn connection": Raw(200, HALF, torn=True),
+    "no JSON": Raw(200, b"<html>"),
+    "NaN": Raw(200, b'{"choices": NaN}'),
+    "no choices": Raw(200, b'{"choices": []}'),
+    "a list": Raw(200, b"[]"),
+    "content that is no text": Raw(200, b'{"choices": [{"message": {"content": 7}}]}'),
+    "error with status 200": Raw(200, b'{"error": {"message": "provider down"}}'),
+    "stalled": Raw(200, HALF, stall=0.4),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_fault_is_mended_by_another_attempt(fault, tmp_path):
+    with ChatServer(echo, [fault, fault]) as server:
+        ours = client(server, tmp_path, timeout=0.2, concurrency=1)
+        assert texts(ours.complete(requests(3))) == SAID[:3]
+    assert len(server.bodies) == 5 and ours.usage.repeated == 2 and ours.usage.sent == 3
+
+
+def test_a_server_that_drips_is_stalled_too(tmp_path):
+    """The limit is for the whole answer, not for the time between two bytes."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    async def drip(reader, writer):
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
+        for _ in range(20):
+            writer.write(b" ")
+            await writer.drain()
+            await asyncio.sleep(0.05)
+
+    async def measure():
+        server = await asyncio.start_server(drip, sock=listener)
+        async with server:
+            endpoint = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "tiny", timeout=0.2, attempts=1)
+            with pytest.raises(SimpoError, match=r"no answer within 0\.2 s"):
+                await asyncio.to_thread(ChatClient(endpoint, None).complete, requests(1))
+
+    asyncio.run(measure())
+
+
+@pytest.mark.parametrize("name", ["seconds", "date"])
+def test_all_wait_as_long_as_the_server_asks(name, tmp_path):
+    value = "1" if name == "seconds" else time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))
+    with ChatServer(echo, [Raw(429, b"{}", {"Retry-After": value})]) as server:
+        assert texts(client(server, concurrency=1).complete(requests(3))) == SAID[:3]
+    assert server.times[1] - server.times[0] > 0.9
+    assert server.times[3] - server.times[1] < 0.5
+
+
+def test_a_wait_that_is_too_long_is_an_error():
+    with (
+        ChatServer(echo, [Raw(429, b"{}", {"Retry-After": "86400"})]) as server,
+        pytest.raises(SimpoError, match="asks to wait 86,400 s"),
+    ):
+        client(server).complete(requests(1))
+
+
+def test_attempts_are_bounded_and_waits_grow(tmp_path, monkeypatch):
+    monkeypatch.setattr(sending, "_FIRST_WAIT", 0.08)
+    with ChatServer(lambda body: Raw(500, b'{"error": {"message": "broken"}}')) as server:
+        ours = client(server, tmp_path, attempts=3)
+        with pytest.raises(SimpoError) as raised:
+            ours.complete(requests(1))
+    assert len(server.bodies) == 3
+    first, second = server.times[1] - server.times[0], server.times[2] - server.times[1]
+    assert 0.04 <= first < 0.12 and 0.08 <= second < 0.25
+    said = str(raised.value)
+    assert server.url in said and "'tiny'" in said and "status 500: broken" in said and "3 attempts" in said
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+def test_a_refusal_is_not_repeated(status):
+    with ChatServer(lambda body: Raw(status, b'{"error": {"message": "no"}}')) as server:
+        with pytest.raises(SimpoError, match=f"status {status}: no"):
+            client(server).complete(requests(1))
+        assert len(server.bodies) == 1
+
+
+def test_a_quota_that_is_used_up_is_not_repeated():
+    body = json.dumps({"error": {"message": "You ran out", "code": "insufficient_quota"}}).encode()
+    with ChatServer(lambda _: Raw(429, body)) as server:
+        with pytest.raises(SimpoError, match="status 429: You ran out"):
+            client(server).complete(requests(1))
+        assert len(server.bodies) == 1
+
+
+def test_a_server_that_is_not_there():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", "tiny", attempts=2)
+    with pytest.raises(SimpoError, match=rf"127\.0\.0\.1:{port}.*\(2 attempts\)"):
+        ChatClient(endpoint, None).complete(requests(1))
+
+
+def test_what_was_received_before_a_failure_is_kept(tmp_path):
+    def fail_at_seven(body):
+        return (
+            Raw(400, b'{"error": {"message": "too long"}}') if body["messages"][0]["content"] == "say 7" else echo(body)
+        )
+
+    with ChatServer(fail_at_seven) as server:
+        with pytest.raises(SimpoError, match="too long; what was received is kept"):
+            client(server, tmp_path, concurrency=2).complete(requests(40))
+        assert 7 <= len(server.bodies) <= 9  # no request is sent after the failure
+        received = len(server.bodies) - 1
+    with ChatServer(echo) as server:
+        ours = client(server, tmp_path)
+        assert texts(ours.complete(requests(40))) == SAID
+    assert (ours.usage.cached, ours.usage.sent) == (received, 40 - received) and len(server.bodies) == 40 - received
+
+
+def test_a_warm_cache_sends_nothing(tmp_path):
+    with ChatServer(lambda body: completion("m", {"m": -0.1})) as server:
+        first = client(server, tmp_path).complete(requests(10, top_logprobs=5))
+        ours = client(server, tmp_path)
+        estimate = ours.estimate(requests(10, top_logprobs=5))
+        assert (estimate.requests, estimate.cached) == (0, 10)
+        assert ours.complete(requests(10, top_logprobs=5)) == first
+        assert len(server.bodies) == 10 and ours.usage.sent == 0 and ours.usage.cached == 10
+        for other in ({"temperature": 0.5}, {"seed": 1}, {"top_logprobs": 4}):
+            assert ours.estimate(requests(1, **other)).requests == 1
+        assert ChatClient(Endpoint(server.url, "other"), tmp_path).estimate(requests(1, top_logprobs=5)).requests == 1
+
+
+def test_the_same_request_twice_is_sent_once():
+    with ChatServer(echo) as server:
+        ours = client(server)
+        assert ours.estimate(requests(3) * 2).requests == 3
+        assert texts(ours.complete(requests(3) * 2)) == SAID[:3] * 2
+    assert len(server.bodies) == 3
+
+
+def test_a_torn_last_line_and_a_damaged_one_are_ignored_and_counted(tmp_path, caplog):
+    with ChatServer(echo) as server:
+        client(server, tmp_path, concurrency=1).complete(requests(5))
+        [path] = tmp_path.glob("*.jsonl")
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join([lines[0], b"\x00\xff\n", *lines[2:4], lines[4][:-9]]))
+        ours = client(server, tmp_path)
+        assert "2 damaged lines are ignored" in caplog.text
+        assert texts(ours.complete(requests(5))) == SAID[:5]
+        assert ours.usage.cached == 3 and len(server.bodies) == 7
+        assert client(server, tmp_path).estimate(requests(5)).cached == 5
+
+
+def _complete(url, cache, count):
+    sending._FIRST_WAIT = 0.01
+    ChatClient(Endpoint(url, "tiny", concurrency=4), cache).complete(requests(count))
+
+
+def test_two_processes_share_a_cache(tmp_path):
+    numbers = itertools.count()
+
+    def answer(body):  # every answer is another one, so that a second one for the same request would show
+        time.sleep(0.005)
+        return completion(f"{body['messages'][0]['content']}: {next(numbers)}")
+
+    fork = multiprocessing.get_context("fork")
+    with ChatServer(answer) as server:
+        both = [fork.Process(target=_complete, args=(server.url, tmp_path, 60)) for _ in range(2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join()
+            assert process.exitcode == 0
+        sent = len(server.bodies)
+        replies = client(server, tmp_path).complete(requests(60))
+        assert len(server.bodies) == sent <= 120
+    lines = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert len({line["key"] for line in lines}) == len(lines) == 60
+    assert {line["reply"]["text"] for line in lines} == set(texts(replies))
+
+
+def test_a_kill_loses_at_most_what_was_under_way(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    with ChatServer(lambda body: time.sleep(0.01) or echo(body)) as server:
+        for stop in (10, 25):
+            process = fork.Process(target=_complete, args=(server.url, tmp_path, 40))
+            process.start()
+            while len(server.bodies) < stop:
+                time.sleep(0.001)
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        assert texts(client(server, tmp_path).complete(requests(40))) == SAID
+    assert 40 <= len(server.bodies) <= 40 + 2 * 5
+
+
+def test_keys_come_from_the_environment_and_are_never_shown(monkeypatch, tmp_path):
+    away = Endpoint("https://judge.invalid/v1", "m", api_key_env="JUDGE_KEY")
+    with pytest.raises(SimpoError, match="set the environment variable JUDGE_KEY"):
+        ChatClient(away, None).complete(requests(1))
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    refused = ChatServer(lambda body: Raw(401, f"Incorrect key {KEY}".encode()))
+    with refused as server, pytest.raises(SimpoError) as raised:
+        client(server, tmp_path, api_key_env="JUDGE_KEY").complete(requests(1))
+    assert server.keys == [f"Bearer {KEY}"]
+    assert KEY not in str(raised.value) and KEY not in repr(away) and "<redacted>" in str(raised.value)
+    with ChatServer(echo) as server:
+        client(server, tmp_path, api_key_env="JUDGE_KEY").complete(requests(1))
+    assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.iterdir())
+    monkeypatch.setenv("JUDGE_KEY", "two\nlines")
+    with pytest.raises(SimpoError, match="characters that no key has"):
+        away.api_key()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"base_url": "localhost:8000"}, "base_url"),
+        ({"base_url": "ftp://host/v1"}, "base_url"),
+        ({"base_url": "http://user:password@host/v1"}, "keys come from the environment"),
+        ({"base_url": "http://host:port/v1"}, "base_url"),
+        ({"base_url": "http://[::1/v1"}, "base_url"),
+        ({"base_url": "http://host/v1?key=x"}, "base_url"),
+        ({"model": ""}, "model"),
+        ({"concurrency": 0}, "concurrency: must be at least 1, not 0"),
+        ({"attempts": 0}, "attempts"),
+        ({"timeout": 0}, "timeout"),
+    ],
+)
+def test_endpoints_that_cannot_be(change, said):
+    with pytest.raises(SimpoError, match=said) as raised:
+        Endpoint(**{"base_url": "http://host/v1", "model": "m"} | change)
+    assert "password" not in str(raised.value).partition("in it")[2]
+
+
+HOSTS = {"127.0.0.1": True, "localhost": True, "[::1]": True, "127.9.9.9": True, "10.0.0.1": False, "a.b": False}
+
+
+@pytest.mark.parametrize(("host", "local"), HOSTS.items())
+def test_which_servers_are_on_this_machine(host, local):
+    assert Endpoint(f"http://{host}:8000/v1", "m").local == local
+
+
+def test_in_a_running_event_loop(tmp_path):
+    """As in a notebook."""
+
+    async def cell():
+        with ChatServer(echo) as server:
+            return client(server, tmp_path).complete(requests(3))
+
+    assert texts(asyncio.run(cell())) == SAID[:3]
+
+
+def test_cost_before_and_after(monkeypatch):
+    prices = Prices(prompt=2.0, completion=10.0)
+    with ChatServer(echo) as server:
+        ours = client(server)
+        estimate = ours.estimate([ChatRequest([{"role": "user", "content": "x" * 4_000_000}], 100_000)])
+        assert (estimate.prompt_tokens, estimate.completion_tokens) == (1_000_000, 100_000)
+        assert "at most $3.00" in estimate.line(prices) and "$" not in estimate.line()
+        assert (estimate + estimate).line(prices).endswith("$6.00")
+        ours.complete(requests(10))
+    assert "70 tokens read, 30 written, $0.00" in ours.usage.line(prices)
+    said = []
+    agree(estimate, yes=True, say=said.append)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y"))
+    with pytest.raises(SimpoError, match="--yes"):  # not a terminal
+        agree(estimate, yes=False, say=said.append)
+    assert len(said) == 2
+    with pytest.raises(SimpoError, match="prices"):
+        Prices(-1, 0)

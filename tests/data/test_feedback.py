@@ -1,0 +1,90 @@
+"""Single responses with labels: recognised, tokenized as the comparisons with the same texts are, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from simpo.data.feedback import is_feedback, prepare_feedback, recognise_feedback
+from simpo.data.rows import BadRow
+from simpo.data.sources import load_rows
+from simpo.data.tokenize import TokenizeSettings, prepare
+from simpo.errors import SimpoError
+
+USER = [{"role": "user", "content": "The answer is:"}]
+
+
+def feedback(count: int = 4) -> list[dict]:
+    return [
+        {"prompt": "The answer is:", "completion": f"yes {n}", "label": n % 2 == 0, "score": n} for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "The answer is:", "completion": "yes"},
+        {"prompt": USER, "completion": [{"role": "assistant", "content": "yes"}]},
+        {"prompt": USER, "completion": "yes"},
+        {"prompt": "The answer is:", "completion": [*USER, {"role": "assistant", "content": "yes"}]},
+    ],
+)
+def test_it_is_tokenized_as_a_comparison_is(row, tokenizer):
+    pair = {"prompt": "The answer is:", "chosen": "yes", "rejected": "no"}
+    expected = prepare(Dataset.from_list([pair]), tokenizer, TokenizeSettings()).dataset[0]
+    rows = Dataset.from_list([{**row, "label": True}, {**row, "label": False}])
+    assert is_feedback(rows)
+    found = prepare_feedback(rows, tokenizer, TokenizeSettings()).dataset
+    assert (found[0]["prompt_ids"], found[0]["response_ids"]) == (expected["prompt_ids"], expected["response_ids"][:1])
+    assert found["label"][:] == [True, False]
+
+
+def test_columns_and_report(build_tokenizer):
+    prepared = prepare_feedback(Dataset.from_list(feedback()), build_tokenizer("chatml"), TokenizeSettings())
+    assert prepared.dataset.column_names == ["prompt_ids", "response_ids", "label", "where", "extra"]
+    assert json.loads(prepared.dataset[3]["extra"]) == {"score": 3}
+    assert prepared.report.lines() == ["train: 4 judged responses of 4 rows"]
+    assert prepare_feedback(prepared.dataset, None, TokenizeSettings()).dataset is prepared.dataset
+
+
+@pytest.mark.parametrize(("label", "kind"), [(1, "int"), (0.0, "float"), ("true", "str"), (None, "null")])
+def test_a_label_is_a_boolean(label, kind, build_tokenizer, tmp_path):
+    """Also where JSON rows have others: a bad row, counted and named."""
+    with pytest.raises(BadRow, match=f"label is {kind}, not a boolean"):
+        recognise_feedback({"prompt": "p", "completion": "c", "label": label}, "")
+    rows = [*feedback(99), {"prompt": "The answer is:", "completion": "no", "label": label}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = prepare_feedback(load_rows(str(path), split="train"), build_tokenizer("chatml"), TokenizeSettings()).report
+    assert report.bad == {f"label is {kind}, not a boolean": 1}
+    assert report.examples == {f"label is {kind}, not a boolean": ["rows.jsonl:100"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"completion": 3}, "completion is int, not text or messages"),
+        ({"completion": [*USER]}, "completion does not end with the assistant's message"),
+        ({"prompt": 3}, "prompt is int, not text or messages"),
+    ],
+)
+def test_bad_rows_say_why(row, reason):
+    with pytest.raises(BadRow, match=reason):
+        recognise_feedback({"prompt": "p", "completion": "c", "label": True} | row, "")
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_labels_that_are_all_alike_are_refused(label, build_tokenizer):
+    rows = Dataset.from_list([row | {"label": label} for row in feedback()])
+    with pytest.raises(SimpoError, match=f"^train: the label of every row is {str(label).lower()}; desirable"):
+        prepare_feedback(rows, build_tokenizer("chatml"), TokenizeSettings())
+
+
+def test_what_is_feedback(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(feedback()[0]) + "\n")
+    assert is_feedback(load_rows(str(path), split="train"))
+    for row in ({"prompt": "p", "completion": "c"}, {"prompt": "p", "chosen": "c", "rejected": "d", "label": True}):
+        assert not is_feedback(Dataset.from_list([row]))

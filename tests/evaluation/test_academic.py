@@ -1,0 +1,92 @@
+"""lm-eval's results read, and differences between two models."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import numpy as np
+import pytest
+
+from simpo import SimpoError
+from simpo.evaluation.academic.run import AcademicSettings, evaluate_academic
+from simpo.evaluation.academic.scores import differences, read_scores, score_metrics
+from simpo.statistics import mean_interval
+from simpo.training.models import ModelArguments
+
+
+def output(right, perplexity=12.0):
+    """What ``simple_evaluate`` returns, for one task of single answers, one of two filters, and a group."""
+    n = len(right)
+    error = float(np.std(right, ddof=1) / n**0.5)
+    strict = [{"doc_id": i, "filter": "strict", "exact_match": float(x)} for i, x in enumerate(right)]
+    flexible = [{"doc_id": i, "filter": "flexible", "exact_match": 1.0} for i in range(n)]
+    return {
+        "results": {
+            "mmlu": {"alias": "mmlu", "acc,none": 0.4, "acc_stderr,none": 0.01},
+            "truth": {"alias": "truth", "acc,none": float(np.mean(right)), "acc_stderr,none": error},
+            "gsm8k": {
+                "alias": "gsm8k",
+                "exact_match,strict": float(np.mean(right)),
+                "exact_match_stderr,strict": error,
+                "exact_match,flexible": 1.0,
+                "exact_match_stderr,flexible": 0.0,
+            },
+            "wiki": {"alias": "wiki", "word_perplexity,none": perplexity, "word_perplexity_stderr,none": "N/A"},
+        },
+        "samples": {
+            "truth": [{"doc_id": i, "filter": "none", "acc": bool(x)} for i, x in enumerate(right)],
+            "gsm8k": strict + flexible,
+            "wiki": [{"doc_id": 0, "filter": "none", "word_perplexity": [1.0, 2.0]}],
+        },
+        "n-samples": {"truth": {"original": n, "effective": n}},
+    }
+
+
+BEFORE = [1, 1, 0, 1, 0, 0, 1, 1]
+AFTER = [1, 0, 0, 1, 1, 0, 1, 0]
+
+
+def test_figures_by_task_metric_and_filter():
+    scores = read_scores(output(BEFORE))
+    assert set(scores) == {
+        "mmlu/acc",
+        "truth/acc",
+        "gsm8k/exact_match:strict",
+        "gsm8k/exact_match:flexible",
+        "wiki/word_perplexity",
+    }
+    assert scores["truth/acc"].items == {str(i): float(x) for i, x in enumerate(BEFORE)}
+    assert scores["truth/acc"].n == 8 and scores["mmlu/acc"].items == {}
+    assert scores["wiki/word_perplexity"].error is None
+    metrics = {metric.name: metric for metric in score_metrics(scores, "after")}
+    assert metrics["academic/mmlu/acc"].low == pytest.approx(0.4 - 0.0196)
+    assert metrics["academic/wiki/word_perplexity"].low is None
+
+
+def test_differences_are_paired_where_items_are_known():
+    found = {metric.name: metric for metric in differences(read_scores(output(BEFORE)), read_scores(output(AFTER, 10)))}
+    paired = mean_interval(np.array(AFTER) - np.array(BEFORE))
+    same = found["academic/truth/acc/difference"]
+    assert (same.value, same.low, same.high) == pytest.approx((paired.value, paired.low, paired.high))
+    assert same.method.startswith("paired")
+    strict = found["academic/gsm8k/exact_match:strict/difference"]
+    assert (strict.low, strict.high) == pytest.approx((paired.low, paired.high))
+    group = found["academic/mmlu/acc/difference"]
+    assert group.value == 0 and group.high == pytest.approx(1.96 * 0.01 * math.sqrt(2))
+    assert group.method.startswith("unpaired")
+    unknown = found["academic/wiki/word_perplexity/difference"]
+    assert unknown.value == -2 and unknown.low is None
+
+
+def test_a_figure_that_is_no_mean_has_no_items():
+    given = output(BEFORE)
+    given["results"]["truth"]["acc,none"] = 0.123
+    assert read_scores(given)["truth/acc"].items == {}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_without_lm_eval_one_line_says_what_to_install(tmp_path):
+    with pytest.raises(SimpoError, match=r"need lm-eval: pip install 'simpo\[academic\]'"):
+        evaluate_academic(ModelArguments("x"), None, AcademicSettings(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,183 @@
+"""AlpacaEval's files, swap rule, judge and counts."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+from simpo import SimpoError
+from simpo.client import ChatReply
+from simpo.evaluation.alpaca_eval.files import (
+    Annotation,
+    Match,
+    match_outputs,
+    read_annotations,
+    read_baselines,
+    read_outputs,
+    write_annotations,
+    write_outputs,
+)
+from simpo.evaluation.alpaca_eval.judge import PairwisePrompt, named, preferences, switched, weighed
+from simpo.evaluation.alpaca_eval.run import figures
+
+QUESTIONS = [f"Question {number}?" for number in range(12)]
+
+
+def match(instruction, first="ours", second="theirs"):
+    return Match(instruction, "helpful_base", first, "gpt4_1106_preview", second, "mine")
+
+
+def write(path, rows):
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_the_order_is_drawn_as_the_benchmark_draws_it():
+    drawn = [switched(question) for question in QUESTIONS]
+    for question, found in zip(QUESTIONS, drawn, strict=True):
+        assert found is random.Random("is_switched_outputs" + question + "0").choices([False, True])[0]
+    assert set(drawn) == {False, True}
+
+
+def test_the_first_token_is_weighed():
+    assert weighed({"m": math.log(0.6), "M": math.log(0.2), "The": -5.0}) == pytest.approx(2 - 0.75)
+    assert weighed({"m": -0.1, "The": -3.0}) == 1.0
+    assert weighed({"M": -900.0}) == 2.0
+    assert weighed({"m": -1000.0, "M": -1001.0}) == pytest.approx(2 - 1 / (1 + math.exp(-1)))
+    assert math.isnan(weighed({"A": -0.1})) and math.isnan(weighed(None))
+
+
+def test_a_plain_judge_names_an_answer():
+    assert [named("m"), named(" M\n")] == [1.0, 2.0]
+    assert math.isnan(named("both")) and math.isnan(named(""))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_verdict_is_turned_back_where_the_order_was(weighted):
+    """The judge prefers the model's answer wherever it stands, then whatever stands first."""
+    matches = [match(question) for question in QUESTIONS]
+    fair = []
+    for each in matches:
+        name = "m" if switched(each.instruction) else "M"
+        fair.append(ChatReply(name, {name: -0.0, "m" if name == "M" else "M": -math.inf}))
+    assert preferences(matches, fair, weighted=weighted) == [2.0] * len(matches)
+    first = [ChatReply("m", {"m": 0.0})] * len(matches)
+    turned = preferences(matches, first, weighted=weighted)
+    assert turned == [2.0 if switched(question) else 1.0 for question in QUESTIONS]
+    lost = [ChatReply("?", None), None, *fair[2:]]
+    found = preferences(matches, lost, weighted=weighted)
+    assert math.isnan(found[0]) and found[1] == 1.5 and found[2:] == [2.0] * (len(matches) - 2)
+
+
+def test_a_request_shows_both_answers_in_the_drawn_order():
+    prompt = PairwisePrompt(None)
+    for question in QUESTIONS:
+        request = prompt.request(match(question, "one {output_2}", "two"), weighted=True)
+        assert [message["role"] for message in request.messages] == ["system", "user"]
+        text = request.messages[1]["content"]
+        assert question in text
+        assert (text.index("two") < text.index("one {output_2}")) is switched(question)
+        assert (request.max_tokens, request.temperature, request.top_logprobs) == (1, 1.0, 5)
+    assert prompt.request(match("a"), weighted=False).top_logprobs is None
+
+
+def test_a_prompt_of_ones_own(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text('Which? {"q": """{instruction}"""} {output_1} or {output_2} {else}')
+    request = PairwisePrompt(file).request(match("Q", "A", "A"), weighted=True)
+    assert request.messages == [{"role": "user", "content": 'Which? {"q": """Q"""} A or A {else}'}]
+    assert PairwisePrompt(file).digest != PairwisePrompt(None).digest
+    file.write_text("{instruction} {output_1}")
+    with pytest.raises(SimpoError, match="no place {output_2}"):
+        PairwisePrompt(file)
+    file.write_text("<|im_start|>judge\n{instruction} {output_1} {output_2}\n<|im_end|>")
+    with pytest.raises(SimpoError, match="'judge' is not a role"):
+        PairwisePrompt(file)
+
+
+def test_files_travel_both_ways(tmp_path):
+    matches = [match("a", "1", "2"), match("b", "x", "")]
+    write_outputs(tmp_path / "model_outputs.json", matches)
+    outputs = read_outputs(tmp_path / "model_outputs.json")
+    assert [(o.instruction, o.output, o.generator, o.dataset) for o in outputs] == [
+        ("a", "2", "mine", "helpful_base"),
+        ("b", "", "mine", "helpful_base"),
+    ]
+    annotations = [Annotation(matches[0], "judge", 1.25, "m"), Annotation(matches[1], "judge", math.nan, "?")]
+    write_annotations(tmp_path / "annotations.json", annotations)
+    rows = json.loads((tmp_path / "annotations.json").read_text())
+    assert [row["preference"] for row in rows] == [1.25, None]
+    assert {"instruction", "output_1", "output_2", "generator_1", "generator_2", "annotator"} <= rows[0].keys()
+    back = read_annotations(tmp_path / "annotations.json")
+    assert [row.match for row in back] == matches
+    assert back[0].preference == 1.25 and math.isnan(back[1].preference)
+
+
+def test_a_draw_of_older_versions_is_a_draw(tmp_path):
+    rows = [{"instruction": "a", "output_1": "1", "output_2": "2", "preference": 0}]
+    assert read_annotations(write(tmp_path / "old.json", rows))[0].preference == 1.5
+
+
+ROW = {"instruction": "a", "output": "1"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([ROW, ROW], r"outputs.json\[1\]: instruction 'a' occurs twice, first at outputs.json\[0\]"),
+        ([{"instruction": "a"}], r"outputs.json\[0\]: no 'output'; it has instruction"),
+        ([{"instruction": "a", "output": 3}], r"output: expected text, got 3"),
+        ([ROW], r"1 of 2 questions have no answer; the first is reference.json\[1\] \(instruction 'b'\)"),
+        ([ROW, {"instruction": "c", "output": "1"}], r"1 of 2 answers are to other questions.*'c'"),
+    ],
+)
+def test_outputs_that_are_not_the_benchmarks(tmp_path, rows, said):
+    reference = read_outputs(write(tmp_path / "reference.json", [ROW, ROW | {"instruction": "b"}]))
+    with pytest.raises(SimpoError, match=said):
+        match_outputs(reference, read_outputs(write(tmp_path / "outputs.json", rows)), "outputs.json")
+
+
+@pytest.mark.parametrize("value", [3, 0.5, "m", True])
+def test_a_preference_is_from_1_to_2(tmp_path, value):
+    rows = [{"instruction": "a", "output_1": "1", "output_2": "2", "preference": value}]
+    with pytest.raises(SimpoError, match=r"rows.json\[0\]: preference: expected a number from 1 to 2"):
+        read_annotations(write(tmp_path / "rows.json", rows))
+
+
+def test_baselines_from_files(tmp_path):
+    gamed = "model,index,std_delta_len,instruction_difficulty,not_gamed_baseline,preference\n"
+    gamed += "verbose,0,-1.0,0.5,False,0.8\nverbose,1,0.25,-2.0,False,0.1\n"
+    (tmp_path / "gamed.csv").write_text(gamed)
+    found = read_baselines(tmp_path / "gamed.csv", None)
+    assert found.x == pytest.approx(np.array([[math.tanh(-1), 0.5, 0], [math.tanh(0.25), -2, 0]]))
+    assert (found.y.tolist(), found.difficulties.tolist()) == ([0.8, 0.1], [0.5, -2.0])
+    (tmp_path / "difficulty.csv").write_text("index,instruction_difficulty\n1,7.5\n0,1.5\n")
+    assert read_baselines(tmp_path / "gamed.csv", tmp_path / "difficulty.csv").difficulties.tolist() == [1.5, 7.5]
+    (tmp_path / "difficulty.csv").write_text("index,instruction_difficulty\n1,7.5\n3,1.5\n")
+    with pytest.raises(SimpoError, match="not numbered from 0 on"):
+        read_baselines(tmp_path / "gamed.csv", tmp_path / "difficulty.csv")
+    (tmp_path / "gamed.csv").write_text("index,preference\n0,0.5\n")
+    with pytest.raises(SimpoError, match="no number 'std_delta_len'"):
+        read_baselines(tmp_path / "gamed.csv", None)
+
+
+def test_what_is_missing_or_empty_is_counted():
+    found = [
+        Annotation(match(question, "theirs", text), "judge", value)
+        for question, text, value in zip(
+            QUESTIONS, ["ours", "", " ", "abcdef"], [2.0, 1.0, math.nan, 1.5], strict=False
+        )
+    ]
+    said = []
+    metrics = {metric.name.removeprefix("alpaca_eval/"): metric for metric in figures(found, None, said.append)}
+    assert metrics["win_rate"].value == pytest.approx(50) and metrics["win_rate"].n == 3
+    assert metrics["without_preference"].value == 1 and metrics["empty_answers"].value == 2
+    assert metrics["avg_length"].value == int((4 + 0 + 1 + 6) / 4) == 2
+    assert "length_controlled_winrate" not in metrics
+    assert [line.split()[1] for line in said] == ["1", "2"]
+    with pytest.raises(SimpoError, match="none of 1 answers"):
+        figures(found[2:3], None, said.append)

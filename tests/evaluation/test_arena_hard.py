@@ -1,0 +1,200 @@
+"""Arena-Hard: verdicts, scores against Bradley-Terry, intervals by simulation, style, files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from simpo import SimpoError
+from simpo.evaluation.arena_hard.files import Answer, Judgment, Question, read_answers, read_questions, write_answers
+from simpo.evaluation.arena_hard.judge import ArenaPrompt
+from simpo.evaluation.arena_hard.run import figures
+from simpo.evaluation.arena_hard.scores import score, score_over_prompts
+from simpo.evaluation.arena_hard.style import Style, style_controlled, style_differences, style_of
+from simpo.evaluation.arena_hard.verdicts import battles, read_verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new"),
+    [
+        ("My verdict: [[A>>B]].", "A>>B", "A>>B"),
+        ("[[A>B]] and again [[A>B]]", "A>B", "A>B"),
+        ("[[A>B]], no: [[B>A]]", None, "B>A"),  # conflicting
+        ("[A=B]", None, "A=B"),
+        ("[[a>b]]", None, "A>B"),
+        ("[[B<<A]]", None, "A>>B"),
+        ("[[A<B]]", None, "B>A"),
+        ("[[A>>>B]]", None, None),
+        ("[[B=A]]", None, "A=B"),
+        ("A is better", None, None),
+        ("", None, None),
+    ],
+)
+def test_verdicts(text, old, new):
+    assert (read_verdict(text, "v0.1"), read_verdict(text, "v2")) == (old, new)
+
+
+def test_battles_count_from_the_models_side():
+    """The baseline stands first in the first game."""
+    assert battles("B>A", "A>B", "v0.1") == [1, 1]
+    assert battles("A>>B", "B>>A", "v0.1") == [0] * 6
+    assert battles("A=B", "A>>B", "v2") == [0.5, 1, 1, 1]
+    assert battles(None, "A>B", "v0.1") == [1] and battles(None, "A>B", "v2") == []
+    assert battles("A>B", None, "v0.1") == [0] and battles(None, None, "v0.1") == []
+
+
+def drawn(rng, prompts, lean):
+    """Worths of the battles of prompts that lean to the model, each in its own measure."""
+    won = rng.uniform(size=(prompts, 2)) < expit(rng.normal(lean, 1.0, size=(prompts, 1)))
+    strong = rng.uniform(size=(prompts, 2)) < 0.4
+    return [
+        [float(game) for game, three in zip(*pair, strict=True) for _ in range(3 if three else 1)]
+        for pair in zip(won, strong, strict=True)
+    ]
+
+
+def test_the_mean_is_what_bradley_terry_fits():
+    """Several models against one baseline, strengths by unpenalised logistic regression."""
+    rng = np.random.default_rng(0)
+    boards = [drawn(rng, 60, lean) for lean in (-1.0, 0.2, 2.0)]
+    worths = [np.concatenate(board) for board in boards]
+    models = np.repeat(np.arange(3), [len(found) for found in worths])
+    x = np.column_stack([np.eye(3)[models], -np.ones(len(models))])  # the last is the baseline
+    y = np.concatenate(worths)
+
+    def loss(strengths):
+        z = x @ strengths
+        return (np.logaddexp(0, z) - y * z).sum(), x.T @ (expit(z) - y)
+
+    fitted = minimize(loss, np.zeros(4), jac=True, method="BFGS", options={"gtol": 1e-9}).x
+    for board, strength in zip(boards, fitted[:3] - fitted[3], strict=True):
+        assert score(board, "v0.1").value == pytest.approx(100 * expit(strength), abs=1e-4)
+        assert score_over_prompts(board).value / 100 == pytest.approx(expit(strength), abs=1e-6)
+
+
+def test_bootstrap_intervals_are_percentiles_of_its_means():
+    board = drawn(np.random.default_rng(1), 40, 0.3)
+    worths = np.concatenate(board)
+    means = worths[np.random.default_rng(7).integers(len(worths), size=(100, len(worths)))].mean(axis=1)
+    old, new = score(board, "v0.1", seed=7), score(board, "v2", seed=7)
+    assert (old.low, old.high) == pytest.approx(tuple(100 * np.percentile(means, [2.5, 97.5])))
+    assert (new.low, new.high) == pytest.approx(tuple(100 * np.percentile(means, [5, 95])))
+    assert (old.value, new.value) == pytest.approx((100 * worths.mean(), 100 * means.mean()))
+
+
+def test_coverage_of_both_intervals():
+    """Over prompts the interval keeps its 95%; over battles it cannot, because battles of a prompt go together."""
+    rng = np.random.default_rng(2)
+    truth = 100 * expit(np.random.default_rng(3).normal(0.4, 1.0, size=1_000_000)).mean()
+    boards = [drawn(rng, 120, 0.4) for _ in range(1000)]
+    over_prompts = [score_over_prompts(board) for board in boards]
+    assert 930 <= sum(found.low <= truth <= found.high for found in over_prompts) <= 970
+    over_battles = [score(board, "v0.1", seed=run) for run, board in enumerate(boards[:300])]
+    assert sum(found.low <= truth <= found.high for found in over_battles) < 0.85 * 300
+
+
+def test_battles_that_are_independent_are_covered():
+    rng = np.random.default_rng(4)
+    boards = (rng.uniform(size=(1000, 300)) < 0.6).astype(float)
+    covered = 0
+    for run, board in enumerate(boards):
+        found = score(board[:, None], "v0.1", seed=run)
+        covered += found.low <= 60 <= found.high
+    assert 920 <= covered <= 970
+
+
+def test_style_is_counted_outside_code():
+    text = "# Title\n\n- one\n* two\n 3. three\n**bold** and __also__ *not*\n```\n# no\n- no\n```\n## More"
+    assert style_of(text) == Style(len(text), headers=2, lists=3, bold=2)
+    assert style_of("plain", 3) == Style(3, 0, 0, 0)
+
+
+def test_style_differences_by_their_formula():
+    found = style_differences([Style(30, 3, 0, 6), Style(0, 0, 0, 0)], [Style(10, 0, 0, 1), Style(0, 0, 0, 0)])
+    density = [(3 / 31, 0.0), (0.0, 0.0), (6 / 31, 1 / 11)]
+    assert found[0] == pytest.approx([20 / 40, *((a - b) / (a + b + 1) for a, b in density)])
+    assert found[1] == pytest.approx(np.zeros(4))
+
+
+def test_style_control_recovers_strengths_and_effects():
+    rng = np.random.default_rng(5)
+    models = np.repeat([0, 1], 400)
+    features = rng.normal([0.3, 0.0, 0.1, -0.2], [0.5, 0.2, 0.3, 0.4], size=(800, 4))
+    strengths, effects = np.array([0.7, -0.4]), np.array([1.2, 0.0, -0.5, 0.8])
+    worths = expit(strengths[models] + features @ effects)
+    found = style_controlled(models, worths, features)
+    assert found.at_equal == pytest.approx(100 * expit(strengths), abs=1e-6)
+    assert found.at_mean == pytest.approx(100 * expit(strengths + features.mean(axis=0) @ effects), abs=1e-6)
+    assert found.coefficients == pytest.approx(effects * features.std(axis=0, ddof=1), abs=1e-6)
+    same = style_controlled(np.zeros(3, dtype=int), np.array([1.0, 0.0, 1.0]), np.zeros((3, 4)))
+    assert same.at_equal == pytest.approx([200 / 3])
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_files_of_both_forms(tmp_path):
+    new = lines(tmp_path / "new.jsonl", [{"uid": "a", "category": "math", "prompt": "P"}])
+    old = lines(tmp_path / "old.jsonl", [{"question_id": "a", "category": "x", "turns": [{"content": "P"}]}])
+    (question,) = read_questions(new, "v2")
+    assert (question.uid, question.category, question.prompt) == ("a", "math", "P")
+    (other,) = read_questions(old, "v0.1")
+    assert (other.uid, other.category, other.prompt) == ("a", "arena-hard-v0.1", "P")
+    write_answers(tmp_path / "answers.jsonl", [question], "mine", ["text"])
+    assert read_answers(tmp_path / "answers.jsonl", [question])["a"].text == "text"
+    row = {"question_id": "a", "model_id": "mine", "choices": [{"turns": [{"content": "text", "token_len": 7}]}]}
+    found = read_answers(lines(tmp_path / "old-answers.jsonl", [row]), [question])["a"]
+    assert (found.model, found.text, found.tokens) == ("mine", "text", 7)
+    with pytest.raises(SimpoError, match=r"answers.jsonl:1: not an answer of the benchmark"):
+        read_answers(lines(tmp_path / "answers.jsonl", [{"uid": "a", "model": "m", "messages": []}]), [question])
+    with pytest.raises(SimpoError, match="give --version v0.1"):
+        read_questions(
+            lines(tmp_path / "new.jsonl", [{"uid": "a", "category": "arena-hard-v0.1", "prompt": "P"}]), "v2"
+        )
+
+
+def test_figures_by_category_and_what_is_left_out():
+    questions = [Question(str(i), "math" if i < 3 else "coding", "P", f"q:{i}") for i in range(5)]
+    verdicts = [("B>A", "A>B"), ("A=B", "A=B"), (None, "A>B"), ("A>>B", "B>>A"), ("A>B", "A>B")]
+    judgments = [
+        Judgment(question, "mine", "base", "judge", ("", ""), found)
+        for question, found in zip(questions, verdicts, strict=True)
+    ]
+    ours, theirs = (
+        {question.uid: Answer(question.uid, name, "text" * length, None, "") for question in questions}
+        for name, length in (("mine", 2), ("base", 1))
+    )
+    said = []
+    metrics = {metric.name: metric for metric in figures(judgments, ours, theirs, "v0.1", said.append)}
+    assert metrics["arena_hard/math/score"].value == pytest.approx(100 * (1 + 1 + 0.5 + 0.5 + 1) / 5)
+    assert metrics["arena_hard/coding/score"].value == pytest.approx(100 * 1 / 8)
+    assert metrics["arena_hard/math/games_without_verdict"].value == 1 and len(said) == 1
+    newer = {metric.name: metric for metric in figures(judgments, ours, theirs, "v2", said.append)}
+    assert newer["arena_hard/math/score_over_prompts"].value == pytest.approx(75)
+    assert newer["arena_hard/math/score"].n == 2 and newer["arena_hard/math/avg_length"].value == 8
+
+
+def test_prompts_of_both_versions(tmp_path):
+    shipped = ArenaPrompt(None)
+    plain = shipped.request("Q", "math", ("one", "two"), "v0.1")
+    assert [message["role"] for message in plain.messages] == ["system", "user"] and plain.temperature == 0
+    text = plain.messages[1]["content"]
+    assert text.index("Q") < text.index("one") < text.index("two")
+    written = shipped.request("Q", "creative_writing", ("one", "two"), "v2")
+    assert written.messages[0] != plain.messages[0] and written.max_tokens > plain.max_tokens
+    file = tmp_path / "judge.yaml"
+    file.write_text("system_prompt: Judge.\nprompt_template:\n- '{question_1}|{answer_1}|{answer_2}'\n")
+    assert ArenaPrompt(file).request("Q", "math", ("a", "b"), "v0.1").messages[1]["content"] == "Q|a|b"
+    for text, said in (("a: [", "not YAML"), ("a: b", "has system_prompt"), ("text", "has system_prompt")):
+        file.write_text(text)
+        with pytest.raises(SimpoError, match=said):
+            ArenaPrompt(file)
+    file.write_text("system_prompt: x\nprompt_template: '{QUESTION} {ANSWER_A}'")
+    with pytest.raises(SimpoError, match="no place {ANSWER_B}"):
+        ArenaPrompt(file)

@@ -1,0 +1,48 @@
+"""GSM8K's numbers from constructed texts."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+
+import pytest
+
+from simpo import SimpoError
+from simpo.evaluation.gsm8k.numbers import final_number, reference_number
+from simpo.evaluation.gsm8k.run import read_problems
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("So 3 + 4 = 7.\n#### 7", "7"),
+        ("#### 12 apples, not 13", "12"),
+        ("first #### 1, then #### 2", "2"),
+        ("The answer is $1,234.50.", "1234.5"),
+        ("It costs 5 dollars, 2 more than 3.", "3"),
+        ("minus: -4", "-4"),
+        ("between 3-4", "4"),
+        ("half, .5", "0.5"),
+        ("#### ?\nperhaps 8", "8"),
+        ("7.0", "7"),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_the_number_that_a_text_ends_in(text, number):
+    found = final_number(text)
+    assert found == (None if number is None else Decimal(number))
+
+
+def test_references_need_their_mark():
+    assert reference_number("So it is <<2*3=6>>6.\n#### 1,006", "x") == 1006
+    with pytest.raises(SimpoError, match=r"rows:3: answer: no number after ####"):
+        reference_number("6", "rows:3")
+
+
+def test_problems_from_a_file(tmp_path):
+    rows = [{"question": f"q{number}", "answer": f"#### {number}"} for number in range(4)]
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_problems(str(file), "test", 2) == [("q0", Decimal(0)), ("q1", Decimal(1))]
+    assert len(read_problems(str(file), "test", None)) == 4

@@ -1,0 +1,122 @@
+"""MT-Bench: ratings, averages, files and what the judge is shown."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from simpo import SimpoError
+from simpo.evaluation.mt_bench.files import read_answers, read_questions, write_answers, write_judgments
+from simpo.evaluation.mt_bench.judge import RatingPrompts
+from simpo.evaluation.mt_bench.ratings import Rating, rating_metrics, read_rating
+from simpo.evaluation.mt_bench.run import figures
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        ("Good. Rating: [[8]]", 8.0),
+        ("[[7.5]] or rather [[3]]", 7.5),
+        ("[4]", 4.0),
+        ("[2] comes before [[9]]", 9.0),
+        ("as in [2021]", None),
+        ("[[rating]]", None),
+        ("8", None),
+        ("", None),
+    ],
+)
+def test_ratings(text, rating):
+    assert read_rating(text) == rating
+
+
+def test_averages_by_their_definition():
+    given = {(1, "math"): (8.0, 4.0), (2, "math"): (6.0, None), (3, "writing"): (10.0, 9.0)}
+    ratings = [
+        Rating(number, category, turn, score)
+        for (number, category), scores in given.items()
+        for turn, score in enumerate(scores, start=1)
+    ]
+    found = {metric.name.removeprefix("mt_bench/"): metric for metric in rating_metrics(ratings)}
+    assert found["turn_1"].value == pytest.approx((8 + 6 + 10) / 3)
+    assert found["turn_2"].value == pytest.approx((4 + 9) / 2)
+    assert found["average"].value == pytest.approx((8 + 4 + 6 + 10 + 9) / 5)
+    assert found["math"].value == pytest.approx((8 + 4 + 6) / 3)
+    assert found["writing"].value == pytest.approx(9.5)
+    assert (found["average"].n, found["turn_2"].n, found["without_rating"].value) == (3, 2, 1)
+    assert found["average"].low < found["average"].value < found["average"].high
+    said = []
+    assert figures(ratings, said.append) == rating_metrics(ratings) and said[0].startswith("note: 1 of 6")
+    with pytest.raises(SimpoError, match="none of 1 turns"):
+        figures(ratings[3:4], said.append)
+
+
+QUESTIONS = [
+    {"question_id": 81, "category": "writing", "turns": ["w1", "w2"], "reference": ["ignored", "ignored"]},
+    {"question_id": 111, "category": "math", "turns": ["m1", "m2"], "reference": ["r1", "r2"]},
+    {"question_id": 121, "category": "coding", "turns": ["c1", "c2"]},
+]
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_references_count_where_answers_are_right_or_wrong(tmp_path):
+    file = lines(tmp_path / "question.jsonl", QUESTIONS)
+    assert [question.reference for question in read_questions(file, None)] == [None, ("r1", "r2"), None]
+    other = [{"question_id": 121, "choices": [{"turns": ["x1", "x2"]}]}]
+    found = read_questions(file, lines(tmp_path / "reference.jsonl", other))
+    assert [question.reference for question in found] == [None, None, ("x1", "x2")]
+    with pytest.raises(SimpoError, match="1 references are to other questions, the first to 7"):
+        read_questions(file, lines(tmp_path / "reference.jsonl", [other[0] | {"question_id": 7}]))
+
+
+def test_files_travel_both_ways(tmp_path):
+    questions = read_questions(lines(tmp_path / "question.jsonl", QUESTIONS), None)
+    turns = [("a", "b"), ("c", "d"), ("e", "")]
+    write_answers(tmp_path / "answers.jsonl", questions, "mine", turns)
+    assert read_answers(tmp_path / "answers.jsonl", questions) == ("mine", turns)
+    ratings = [Rating(81, "writing", 1, 7.0), Rating(81, "writing", 2, None)]
+    write_judgments(tmp_path / "judgments.jsonl", "mine", "judge", ratings, ["[[7]]", "?"])
+    rows = [json.loads(line) for line in (tmp_path / "judgments.jsonl").read_text().splitlines()]
+    assert [(row["question_id"], row["turn"], row["score"]) for row in rows] == [(81, 1, 7.0), (81, 2, -1)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"question_id": 81, "choices": [{"turns": ["a"]}]}], r"answers.jsonl:1: turns: expected 2 texts, got 1"),
+        ([{"question_id": 81, "choices": []}], "choices: expected a list with an answer"),
+        ([{"choices": [{"turns": ["a", "b"]}]}], "question_id: expected a whole number, got None"),
+        ([{"question_id": 81, "choices": [{"turns": ["a", "b"]}]}], "2 of 3 questions have no answer"),
+        ([{"question_id": 81, "choices": [{"turns": ["a", "b"]}]}] * 2, "question_id '81' occurs twice"),
+    ],
+)
+def test_answers_that_are_not_the_benchmarks(tmp_path, rows, said):
+    questions = read_questions(lines(tmp_path / "question.jsonl", QUESTIONS), None)
+    with pytest.raises(SimpoError, match=said):
+        read_answers(lines(tmp_path / "answers.jsonl", rows), questions)
+
+
+def test_the_judge_sees_the_turns_and_the_reference(tmp_path):
+    writing, math, _ = read_questions(lines(tmp_path / "question.jsonl", QUESTIONS), None)
+    prompts = RatingPrompts(None)
+    first = prompts.request(writing, ("A1", "A2"), 1).messages[1]["content"]
+    assert "w1" in first and "A1" in first and "w2" not in first and "A2" not in first
+    second = prompts.request(writing, ("A1", "A2"), 2).messages[1]["content"]
+    assert second.index("w1") < second.index("A1") < second.index("w2") < second.index("A2")
+    guided = prompts.request(math, ("A1", "A2"), 2)
+    assert "r1" in guided.messages[1]["content"] and "r2" in guided.messages[1]["content"]
+    assert guided.temperature == 0 and "r1" in prompts.request(math, ("A1", "A2"), 1).messages[1]["content"]
+
+
+def test_prompts_of_ones_own(tmp_path):
+    file = tmp_path / "judge_prompts.jsonl"
+    file.write_text('{"name": "single-v1", "system_prompt": "s", "prompt_template": "{question}{answer}"}\n')
+    with pytest.raises(SimpoError, match="the judge prompt single-v1-multi-turn is missing"):
+        RatingPrompts(file)
+    file.write_text("no\n")
+    with pytest.raises(SimpoError, match="not judge prompts of MT-Bench"):
+        RatingPrompts(file)

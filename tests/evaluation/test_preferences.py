@@ -1,0 +1,157 @@
+"""Figures of verdicts by their definitions, and whether their intervals hold what they promise."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from scipy.special import expit, logit
+
+from simpo.evaluation.differences import widest_differences, write_differences
+from simpo.evaluation.length_control import length_controlled_win_rate
+from simpo.evaluation.preferences import Judged, preference_metrics, win_rate_over_prompts
+from simpo.judges.protocol import Pair
+from simpo.judges.registry import JudgeOptions, make_judge
+from simpo.world.answers import draw_answer, full_answer
+from simpo.world.questions import draw_question
+
+
+@pytest.fixture(scope="module")
+def population():
+    """Shares ``[2000, 4]`` by the exact judge: questions, and two answers of each of two policies to them."""
+    rng = Random(0)
+    pairs = []
+    for number in range(2000):
+        question = draw_question(rng, held_out=False)
+        ours = [full_answer(question) if rng.random() < 0.2 else draw_answer(question, rng) for _ in range(2)]
+        theirs = [draw_answer(question, rng) for _ in range(2)]
+        pairs += [Pair(str(number), question.prompt, a, b) for a in ours for b in theirs]
+    return np.array(make_judge("exact", JudgeOptions()).compare(pairs)).reshape(2000, 4)
+
+
+def test_intervals_of_the_exact_judge_cover_the_true_win_rate(population):
+    """1,000 runs of 50 prompts with four pairs each, drawn from a population whose win rate is known."""
+    truth = population.mean()
+    rng = np.random.default_rng(1)
+    prompts = np.repeat(np.arange(50), 4)
+    covered = 0
+    for seed in range(1000):
+        found = win_rate_over_prompts(population[rng.integers(0, 2000, 50)].ravel(), prompts, seed)
+        covered += found.low <= truth <= found.high
+    assert 0.52 < truth < 0.65
+    assert 930 <= covered <= 970
+
+
+def test_win_rate_by_its_definition():
+    verdicts = np.array([1.0, 0.5, np.nan, 0.0, 0.75, np.nan])
+    prompts = np.array([0, 0, 0, 1, 2, 3])
+    found = win_rate_over_prompts(verdicts, prompts, seed=0)
+    assert (found.value, found.n) == (pytest.approx((0.75 + 0.0 + 0.75) / 3), 3)
+    assert win_rate_over_prompts(np.array([np.nan]), np.array([0]), seed=0) is None
+
+
+def draw_verdicts(rng, prompts, pairs, constant, slope):
+    """Clustered verdicts and lengths from a known model, and the true win rate at equal length."""
+    longer = rng.normal(20, 100, prompts * pairs).round()
+    chance = expit(constant + slope * np.tanh(longer / longer.std(ddof=1)))
+    return (rng.random(prompts * pairs) < chance).astype(float), longer, np.repeat(np.arange(prompts), pairs)
+
+
+def test_length_control_finds_the_optimum():
+    verdicts, longer, prompts = draw_verdicts(np.random.default_rng(0), 90, 1, 0.4, 1.5)
+    verdicts[:10] = 0.5
+    x = np.column_stack([np.tanh(longer / longer.std(ddof=1)), np.ones(90)])
+    best = minimize(lambda w: (np.logaddexp(0, x @ w) - verdicts * (x @ w)).sum(), np.zeros(2), tol=1e-12).x
+    found = length_controlled_win_rate(verdicts, longer, prompts)
+    assert found.value == pytest.approx(expit(best[1]), abs=1e-6)
+    assert found.low < found.value < found.high and found.n == 90
+
+
+def test_length_control_of_equal_lengths_is_the_win_rate():
+    """With a closed form of the interval: the error of a mean, on the logit."""
+    verdicts = np.array([1.0] * 30 + [0.5] * 10 + [0.0] * 20)
+    found = length_controlled_win_rate(verdicts, np.zeros(60), np.arange(60))
+    mean = verdicts.mean()
+    assert found.value == pytest.approx(mean, abs=1e-9)
+    error = verdicts.std(ddof=1) / np.sqrt(60) / (mean * (1 - mean))
+    assert logit(found.high) - logit(mean) == pytest.approx(2.000995 * error, rel=1e-6)  # Student t, 59 degrees
+    assert logit(mean) - logit(found.low) == pytest.approx(2.000995 * error, rel=1e-6)
+
+
+def test_length_control_counts_prompts_and_not_pairs():
+    """Pairs that are there twice tell nothing new."""
+    verdicts, longer, prompts = draw_verdicts(np.random.default_rng(0), 60, 1, 0.4, 1.5)
+    once = length_controlled_win_rate(verdicts, longer, prompts)
+    spread = longer.std(ddof=1) / np.repeat(longer, 2).std(ddof=1)
+    twice = length_controlled_win_rate(np.repeat(verdicts, 2), np.repeat(longer, 2), np.repeat(prompts, 2))
+    assert spread == pytest.approx(1, abs=0.01)
+    assert (twice.low, twice.value, twice.high) == pytest.approx((once.low, once.value, once.high), abs=1e-3)
+    assert twice.n == 60
+
+
+def test_length_controlled_intervals_cover():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        found = length_controlled_win_rate(*draw_verdicts(rng, 50, 2, 0.3, 1.0))
+        covered += found.low <= expit(0.3) <= found.high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_where_length_control_has_nothing_to_say():
+    lengths = np.array([-3.0, -1.0, 2.0, 5.0])
+    assert length_controlled_win_rate((lengths > 0).astype(float), lengths, np.arange(4)) is None
+    alike = length_controlled_win_rate(np.ones(4), lengths, np.arange(4))
+    assert (alike.value, alike.low, alike.high) == (1.0, None, None)
+
+
+def judged(*verdicts, prompts=None):
+    rows = [np.array(row, dtype=float) for row in verdicts]
+    pairs = [Pair(f"p{i}", f"question {i}", "a" * (i + 1), "b") for i in range(len(rows[0]))]
+    numbers = np.arange(len(pairs)) if prompts is None else np.array(prompts)
+    return Judged(pairs, numbers, dict(zip(("one", "two", "three"), rows, strict=False)))
+
+
+def test_agreement_by_its_definition():
+    nan = np.nan
+    given = judged([1, 1, 0, 0.5, 0.75, nan, 0], [1, 0, 0, 0.5, 1, 1, nan])
+    found = {metric.name: metric for metric in preference_metrics(given, seed=0)}
+    assert found["agreement/one+two"].value == 4 / 5 and found["agreement/one+two"].n == 5
+    counts_one, counts_two = [1, 1, 3], [2, 1, 2]  # b, tie, a
+    expected = sum(x * y for x, y in zip(counts_one, counts_two, strict=True)) / 25
+    assert found["kappa/one+two"].value == pytest.approx((0.8 - expected) / (1 - expected))
+    assert (found["without_verdict/one"].value, found["without_verdict/one"].n) == (1, 7)
+    assert found["ties/one"].value == pytest.approx(1 / 6)
+
+
+def test_three_judges_and_one_without_any_verdict():
+    found = {m.name: m for m in preference_metrics(judged([1, 0], [0, 1], [np.nan, np.nan]), seed=0)}
+    assert {name for name in found if name.startswith("kappa/")} == {
+        "kappa/one+two",
+        "kappa/one+three",
+        "kappa/two+three",
+    }
+    for name in ("win_rate/three", "length_controlled_win_rate/three", "ties/three", "kappa/one+three"):
+        assert found[name].value is None
+    assert found["without_verdict/three"].value == 2
+
+
+def test_the_clearest_verdicts_come_first(tmp_path):
+    given = judged([1, 0, 0.5, 1, 1], [1, 1, 0.5, 1, np.nan], prompts=[0, 1, 2, 3, 3])
+    margins = {"one": np.array([2.0, -9.0, 0.0, 5.0, 7.0])}
+    assert widest_differences(given, margins) == [3, 0]  # the judges contradict each other on 1
+    assert widest_differences(given, {}) == [0, 3]
+    write_differences(tmp_path / "d.md", given, margins, ("x", "y"))
+    text = (tmp_path / "d.md").read_text()
+    assert text.index("## p3") < text.index("## p0") and "## p2" not in text
+    assert "one: A better (scores +5); two: A better" in text and "```text\nquestion 3\n```" in text
+    write_differences(tmp_path / "d.md", judged([np.nan, 0.5]), {}, ("x", "y"))
+    assert "##" not in (tmp_path / "d.md").read_text()
+
+
+def test_text_cannot_leave_its_fence(tmp_path):
+    given = Judged([Pair("p", "```\n# Not a heading", "a", "b")], np.array([0]), {"one": np.array([1.0])})
+    write_differences(tmp_path / "d.md", given, {}, ("x", "y"))
+    assert "````text\n```\n# Not a heading\n````" in (tmp_path / "d.md").read_text()

@@ -1,0 +1,36 @@
+"""Published figures and the Markdown export."""
+
+from __future__ import annotations
+
+import pytest
+
+from simpo.evaluation.markdown import write_markdown
+from simpo.evaluation.published import published_rows, published_table
+from simpo.results import Metric, write_results
+
+
+def test_figures_that_the_paper_and_its_repository_state():
+    headings, rows = published_rows("alpaca_eval")
+    assert headings == ["setting", "method", "model", "LC win rate", "win rate", "length"]
+    found = {(row[0], row[1]): row[3:] for row in rows}
+    assert found["Llama3-Instruct", "SimPO"][:2] == ["44.7", "40.5"]
+    assert found["Gemma-2-IT", "SimPO"] == ["72.4", "65.9", "1833"]
+    arena = {(row[0], row[1]): row[3] for row in published_rows("arena_hard")[1]}
+    assert (arena["Llama3-Instruct", "SimPO"], arena["Gemma-2-IT", "SimPO"]) == ("33.8", "59.1")
+    assert len(found) == len(arena) == 52
+    assert all(0 <= float(cell) <= 100 for row in rows for cell in row[3:5])
+
+
+def test_a_benchmark_without_published_figures_has_no_table():
+    assert published_rows("mt_bench")[1] == [] and published_table("mt_bench") is None
+    assert published_table("arena_hard").row_count == 6 * 3 - 1
+
+
+@pytest.mark.parametrize(("benchmark", "rows"), [("alpaca_eval", 52), ("mt_bench", 0)])
+def test_markdown(tmp_path, benchmark, rows):
+    metrics = [Metric("a|b", 12.5, None, 8, 10.0, 15.0, "by hand"), Metric("c", None), Metric("d", 1.0, "after")]
+    results = write_results(tmp_path, command="evaluate", fingerprint="f" * 64, metrics=metrics)
+    write_markdown(results, benchmark, "mine", tmp_path / "out.md")
+    text = (tmp_path / "out.md").read_text()
+    assert "## mine on" in text and "| a\\|b |  | 12.5 | 10 to 15 (by hand) | 8 |" in text and "| c |  | - |" in text
+    assert text.count("| SimPO |") == (rows and 6) and "f" * 64 in text

@@ -1,0 +1,105 @@
+"""What must hold of every row, whatever its formula: direction, finite extremes, the first step of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from simpo.objectives import OBJECTIVES, Responses
+
+POINTS = 2000
+# beside the defaults; anchors of weight 0 leave hinges flat where they are satisfied
+SETTINGS = {
+    "simpo": [{"beta": 10.0, "gamma_beta_ratio": 0.3}],
+    "dpo": [{"beta": 0.01}],
+    "ipo": [{"tau": 0.01}, {"length_normalized": True}],
+    "cpo": [{"beta": 0.01, "lam": 0.5}],
+    "kto": [{"lam_w": 1.33, "beta": 0.05}],
+    "orpo": [{"lam": 2.0}],
+    "r_dpo": [{"alpha": 0.5, "beta": 0.01}],
+    "slic_hf": [{"delta": 0.1, "lam": 0.1}],
+    "rrhf": [{"lam": 0.1}],
+    "dpo_norm": [{"beta": 2.0}],
+    "alphapo": [{"alpha": -0.5}, {"alpha": 0.0}],
+    "dpop": [{"lam": 5.0}],
+}
+CASES = [(name, settings) for name in OBJECTIVES for settings in ({}, *SETTINGS.get(name, []))]
+
+
+@pytest.fixture(scope="module")
+def pairs() -> tuple[Responses, Responses]:
+    """Random responses of 1 to 200 tokens, each near its reference."""
+    generator = torch.Generator().manual_seed(0)
+
+    def side() -> Responses:
+        length = torch.randint(1, 200, (POINTS,), generator=generator).double()
+        avg = -(0.02 + 3 * torch.rand(POINTS, generator=generator, dtype=torch.float64))
+        ratio = torch.randn(POINTS, generator=generator, dtype=torch.float64) * length.sqrt() / 4
+        return Responses(avg * length, length, avg * length - ratio)
+
+    return side(), side()
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_the_loss_falls_with_chosen_and_never_with_rejected(name, settings, pairs):
+    w, y = pairs
+    row = OBJECTIVES[name]
+    step = 0.01 * w.length, 0.01 * y.length  # a hundredth of a nat a token; averages stay below 0
+
+    def loss(a: Responses, b: Responses) -> torch.Tensor:
+        return row.loss(a, b, **settings)
+
+    before = loss(w, y)
+    chosen_up = loss(replace(w, logp=w.logp + step[0]), y)
+    rejected_up = loss(w, replace(y, logp=y.logp + step[1]))
+    counted = torch.ones(POINTS, dtype=torch.bool)
+    if name == "ipo":  # it pulls margins beyond the target back
+        scale = (w.length, y.length) if settings.get("length_normalized") else (1.0, 1.0)
+        counted = (w.ratio + step[0]) / scale[0] - y.ratio / scale[1] < 1 / (2 * settings.get("tau", 0.1))
+        assert counted.sum() > POINTS / 2
+    assert (chosen_up < before)[counted].all()
+    assert (rejected_up >= before)[counted].all()
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_the_reward_rises_with_the_log_probability(name, settings, pairs):
+    y = pairs[0]
+    reward = OBJECTIVES[name].reward
+    assert (reward(replace(y, logp=y.logp + 0.01 * y.length), **settings) > reward(y, **settings)).all()
+
+
+@pytest.mark.parametrize("name", ["dpo", "dpo_norm", "dpop"])
+def test_policy_is_reference(name, pairs):
+    """ln 2, whatever beta: the check of a run's first step."""
+    w, y = (replace(side, ref_logp=side.logp.clone()) for side in pairs)
+    for beta in (0.01, 0.1, 5.0):
+        losses = OBJECTIVES[name].loss(w, y, beta=beta)
+        torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extremes_are_finite(name, dtype):
+    """Average log-probabilities of -1e-7 and -50, either way round."""
+    length = torch.tensor([3.0, 5.0], dtype=dtype)
+    logps = [torch.tensor(avgs, dtype=dtype) * length for avgs in ([-1e-7, -50.0], [-50.0, -1e-7])]
+    logps = [logp.requires_grad_() for logp in logps]
+    reference = torch.tensor([-1.0, -1.0], dtype=dtype)
+    row = OBJECTIVES[name]
+    w, y = (Responses(logp, length, reference) for logp in logps)
+    values = torch.stack([row.loss(w, y), row.reward(w), row.reward(y)])
+    assert values.isfinite().all()
+    for gradient in torch.autograd.grad(values.sum(), logps):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_single_precision_is_close(name, pairs):
+    w, y = pairs
+    single = [Responses(s.logp.float(), s.length.float(), s.ref_logp.float()) for s in (w, y)]
+    torch.testing.assert_close(
+        OBJECTIVES[name].loss(*single), OBJECTIVES[name].loss(w, y).float(), rtol=1e-4, atol=1e-4
+    )

@@ -1,0 +1,239 @@
+"""``simpo sweep``: trials are ordinary runs, whatever ends a process costs none, and the best one is found."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+import yaml
+
+from simpo.cli import main
+from simpo.results import read_results
+from simpo.search.study import Study
+from simpo.training.packed import PackedTrainer
+
+# A forked process has imported everything already, so that a kill falls into a trial and not into imports.
+FORK = multiprocessing.get_context("fork")
+METRIC = "eval_rewards/accuracies"
+RATES = ("1e-5", "1e-3", "1e-2")
+
+
+def sweep(world, output, *more, rates=RATES):
+    return [
+        "sweep",
+        str(world / "recipe.yaml"),
+        f"--learning_rate={','.join(rates)}",
+        "--output_dir",
+        str(output),
+        *more,
+    ]
+
+
+def figures(folder):
+    return {metric.name: metric for metric in read_results(folder / "results.json").metrics}
+
+
+def record(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_trials_are_ordinary_runs_and_the_best_is_found(world, tmp_path, capsys):
+    output = tmp_path / "sweep"
+    assert main(sweep(world, output, "--gamma_beta_ratio", "0.3,0.5")) == 0
+    printed = capsys.readouterr().out
+    found = figures(output)
+    trials = {number: figures(output / f"trials/{number:03d}")[METRIC] for number in range(6)}
+    for number, metric in trials.items():
+        assert found[f"trials/{number:03d}/{METRIC}"].value == metric.value
+        assert found[f"trials/{number:03d}/{METRIC}"].low == metric.low
+        assert record(output / f"trials/{number:03d}")["command"] == "train"
+    best = int(found["best/trial"].value)
+    assert found[f"best/{METRIC}"].value == max(metric.value for metric in trials.values())
+    rows = [int(words[0]) for words in map(str.split, printed.splitlines()) if words[1:2] and words[1] in RATES]
+    assert rows == sorted(trials, key=lambda number: (-trials[number].value, number))  # the table, best first
+    assert matplotlib.image.imread(output / "effects.png").size
+
+    recipe = yaml.safe_load((output / "best.yaml").read_text())
+    rate, ratio = RATES[best // 2], (0.3, 0.5)[best % 2]
+    assert (float(recipe["learning_rate"]), recipe["gamma_beta_ratio"], recipe["beta"]) == (float(rate), ratio, 2.5)
+    assert main(["train", str(output / "best.yaml"), "--output_dir", str(tmp_path / "again")]) == 0
+    weights = [
+        (folder / "model.safetensors").read_bytes() for folder in (tmp_path / "again", output / f"trials/{best:03d}")
+    ]
+    assert weights[0] == weights[1]
+
+    capsys.readouterr()
+    assert main(sweep(world, output, "--gamma_beta_ratio", "0.3,0.5")) == 0  # finished: the table and nothing else
+    again = capsys.readouterr().out
+    assert "step" not in again
+    assert again.strip() in printed
+    assert main(sweep(world, output, "--gamma_beta_ratio", "0.3,0.6")) == 2
+    assert "axis gamma_beta_ratio" in capsys.readouterr().err
+
+
+def test_memory_is_free_after_a_trial(world, tmp_path):
+    def alive() -> int:
+        return sum(issubclass(type(thing), PackedTrainer | torch.nn.Module) for thing in gc.get_objects())
+
+    gc.collect()
+    before = alive()
+    assert main(sweep(world, tmp_path / "sweep", rates=RATES[:2])) == 0
+    assert alive() <= before
+
+
+def test_a_trial_that_diverges_is_put_down_and_the_sweep_goes_on(world, tmp_path, capsys):
+    output = tmp_path / "sweep"
+    assert main(sweep(world, output, rates=("1e-3", "1e30", "1e-4"))) == 0
+    found = figures(output)
+    assert [found[f"trials/{state}"].value for state in ("finished", "pruned", "failed")] == [2, 0, 1]
+    assert f"trials/001/{METRIC}" not in found
+    printed = capsys.readouterr().out
+    assert "trial 1 failed: step" in printed
+    assert "not finite" in printed
+    assert not (output / "trials/001/model.safetensors").exists()
+
+
+def test_trials_below_the_median_are_pruned(world, tmp_path):
+    # as the others at first, then without another step in the right direction
+    rates = (*(f"{number}e-3" for number in range(5, 10)), "1e-9")
+    output = tmp_path / "sweep"
+    more = ("--prune", "--eval_strategy", "steps", "--eval_steps", "2", "--metric", "rewards/margins")
+    assert main(sweep(world, output, *more, rates=rates)) == 0
+    found = figures(output)
+    assert [found[f"trials/{state}"].value for state in ("finished", "pruned")] == [5, 1]
+    assert record(output / "trials/005")["status"] == "running"
+    assert "best/eval_rewards/margins" in found
+
+
+def test_tpe_draws_and_repeats_nothing(world, tmp_path, capsys):
+    output = tmp_path / "sweep"
+    argv = sweep(world, output, "--sampler", "tpe", "--trials", "4", rates=("1e-3", "1e-4"))
+    assert main(argv) == 0
+    found = figures(output)
+    assert found["trials/finished"].value == len(list((output / "trials").glob("*/run.json"))) <= 2
+    assert "not run again" in capsys.readouterr().out
+
+
+def _child(argv: list[str]) -> None:
+    torch.set_num_threads(1)
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        code = main(argv)
+    sys.exit(code)
+
+
+def _start(argv):
+    process = FORK.Process(target=_child, args=(argv,))
+    process.start()
+    return process
+
+
+def _wait_for(path: Path, process) -> None:
+    while not path.exists() and process.is_alive():
+        time.sleep(0.005)
+
+
+def test_killed_and_started_again_every_trial_counts_once(world, tmp_path):
+    more = ("--save_strategy", "steps", "--save_steps", "1")
+    assert main(sweep(world, tmp_path / "alone", *more)) == 0
+    output = tmp_path / "killed"
+    argv = sweep(world, output, *more)
+    process = _start(argv)
+    _wait_for(output / "trials/001/checkpoint-2", process)
+    process.kill()
+    process.join()
+    assert process.exitcode == -9
+    first = record(output / "trials/000")
+    assert main(argv) == 0
+    assert record(output / "trials/000") == first  # kept
+    assert "continues from" in (output / "trials/001/log.txt").read_text()
+    assert len(list((output / "trials").glob("[0-9]*"))) == 3
+    figure = {name: metric.value for name, metric in figures(output).items()}
+    assert figure == {name: metric.value for name, metric in figures(tmp_path / "alone").items()}
+    for name in ("000", "001", "002"):
+        weights = [(tmp_path / run / "trials" / name / "model.safetensors").read_bytes() for run in ("alone", "killed")]
+        assert weights[0] == weights[1]
+
+
+def test_two_processes_share_the_trials_and_another_sweep_is_refused(world, tmp_path, capsys):
+    output = tmp_path / "sweep"
+    argv = sweep(world, output, rates=("1e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2"))
+    processes = [_start(argv) for _ in range(2)]
+    _wait_for(output / "trials/000/run.json", processes[0])
+    assert main(sweep(world, output)) == 2
+    assert "in use by a sweep with other settings (axis learning_rate" in capsys.readouterr().err
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert figures(output)["trials/finished"].value == 6
+    folders = sorted((output / "trials").glob("[0-9]*"))
+    assert [folder.name for folder in folders] == [f"{number:03d}" for number in range(6)]
+    assert all(len(record(folder)["starts"]) == 1 for folder in folders)  # each by one of the two
+    environments = {(folder / ".lock.pid").read_text() for folder in folders}
+    assert len(environments) == 2  # and both had some
+    assert record(output)["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "nothing is varied"),
+        (["--learning_rat", "1e-3,1e-4"], "learning_rat: unknown key; did you mean learning_rate?"),
+        (["--bta", "2", "--learning_rate", "1e-3,1e-4"], "bta: unknown key; did you mean beta?"),
+        (["--beta", "2,x"], "--beta: 'x' is not a number"),
+        (["--beta", "2,-1"], "beta must be > 0"),
+        (["--beta", "1..4"], "--sampler tpe"),
+        (["--beta", "1,4", "--trials", "1"], "all its combinations, here 2"),
+        (["--beta", "1,4", "--sampler", "tpe", "--trials", "0"], "--trials: must be at least 1"),
+        (["--beta", "1,4", "--metric", "win_rate"], "--metric: 'win_rate'"),
+        (["--beta", "1,4", "--prune"], "eval_strategy: steps"),
+        (["--beta", "1,4", "--eval_dataset_name", "null"], "name held-out pairs"),
+        (["--tau", "1,4"], "tau is not a hyperparameter of objective 'simpo' (it belongs to ipo)"),
+        (["--objective", "simpo,dpo", "--gamma_beta_ratio", "0.5"], "not a hyperparameter of objective 'dpo'"),
+        (["--beta", "1,4", "--dataset_name", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_anything_runs(world, tmp_path, capsys, more, said):
+    output = tmp_path / "sweep"
+    assert main(["sweep", str(world / "recipe.yaml"), "--output_dir", str(output), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+    assert not list(output.glob("trials/[0-9]*"))
+
+
+def test_after_a_mistake_in_the_data_the_same_command_goes_on(world, tmp_path):
+    argv = sweep(world, tmp_path / "sweep", "--dataset_name", str(tmp_path / "pairs.jsonl"), rates=RATES[:2])
+    assert main(argv) == 2
+    (tmp_path / "pairs.jsonl").write_text((world / "train.jsonl").read_text())
+    assert main(argv) == 0
+    assert figures(tmp_path / "sweep")["trials/finished"].value == 2
+
+
+def test_without_optuna_it_says_what_to_install(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert main(sweep(world, tmp_path / "sweep")) == 2
+    assert "pip install 'simpo[sweep]'" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_no_trial_that_finishes_is_a_mistake(world, tmp_path, capsys):
+    assert main(sweep(world, tmp_path / "sweep", rates=("1e30", "1e31"))) == 2
+    assert "none of the 2 trials has finished; trial 0: step" in capsys.readouterr().err
+    assert not (tmp_path / "sweep/results.json").exists()
+
+
+def test_the_folder_is_the_recipes_with_sweep_behind_it(world, monkeypatch):
+    opened = []
+    monkeypatch.setattr(Study, "__init__", lambda self, folder, *rest, **more: (opened.append(folder), sys.exit(0)))
+    with pytest.raises(SystemExit):
+        main(["sweep", str(world / "recipe.yaml"), "--beta", "1,2"])
+    assert opened == [world / "out-sweep"]

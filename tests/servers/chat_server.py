@@ -1,0 +1,121 @@
+"""An OpenAI-compatible server on this machine: it answers with a function, and fails as told before that."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A response as it goes over the wire.
+
+    Attributes:
+        status: of HTTP.
+        body: bytes; more are promised than are sent if it is ``torn``.
+        headers: besides the length.
+        stall: seconds before anything is sent.
+        torn: whether the connection ends before the body.
+    """
+
+    status: int = 200
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    stall: float = 0.0
+    torn: bool = False
+
+
+def completion(text: str, top_logprobs: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """A chat completion of one choice."""
+    choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    if top_logprobs is not None:
+        top = [{"token": token, "logprob": value} for token, value in top_logprobs.items()]
+        choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
+    return {"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+
+
+class ChatServer:
+    """Serves ``answer(body)``, a completion or a :class:`Raw` response, in a thread; a context manager.
+
+    Attributes:
+        bodies: of the requests that came, in their order.
+        keys: their ``authorization`` headers.
+        times: when they came.
+        faults: sent, one a request, before anything is answered.
+        most_at_once: requests under way at the same time.
+    """
+
+    def __init__(self, answer: Callable[[dict[str, Any]], Any], faults: Iterable[Raw] = ()) -> None:
+        self._answer = answer
+        self.faults = list(faults)
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.times: list[float] = []
+        self.most_at_once = self._now = 0
+        self._lock = threading.Lock()
+        self._http = _Http(("127.0.0.1", 0), _handler(self))
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
+
+    @property
+    def url(self) -> str:
+        """What clients call the base URL."""
+        return f"http://127.0.0.1:{self._http.server_port}/v1"
+
+    def respond(self, body: dict[str, Any], key: str | None) -> Raw:
+        """What one request gets."""
+        with self._lock:
+            self.bodies.append(body)
+            self.keys.append(key)
+            self.times.append(time.monotonic())
+            fault = self.faults.pop(0) if self.faults else None
+            self._now += 1
+            self.most_at_once = max(self.most_at_once, self._now)
+        try:
+            found = fault or self._answer(body)
+            if isinstance(found, Raw):
+                time.sleep(found.stall)
+                return found
+            return Raw(body=json.dumps(found).encode())
+        finally:
+            with self._lock:
+                self._now -= 1
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+class _Http(ThreadingHTTPServer):
+    request_queue_size = 128  # connections beyond it would wait for a second
+
+
+def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            raw = server.respond(body, self.headers.get("authorization"))
+            if self.path != "/v1/chat/completions":
+                raw = Raw(404, b'{"error": {"message": "no such path"}}')
+            try:
+                self.send_response(raw.status)
+                for name, value in raw.headers.items():
+                    self.send_header(name, value)
+                self.send_header("content-length", str(len(raw.body) + raw.torn * 10))
+                self.end_headers()
+                self.wfile.write(raw.body)
+            except OSError:  # the client did not wait
+                pass
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    return Handler

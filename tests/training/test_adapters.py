@@ -1,0 +1,531 @@
+"""Adapters: put on, trained, stopped, continued, read by peft itself, and the policy that they started from."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from datasets import load_dataset
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from simpo import OBJECTIVES, PreferenceConfig, PreferenceTrainer, TokenizedComparison, cli, score_responses
+from simpo.errors import SimpoError
+from simpo.packing.layout import PackedBatch
+from simpo.packing.policy import policy_forward, policy_logprobs, state_of
+from simpo.terminal import printable
+from simpo.training import run as workflow
+from simpo.training.adapters import add_reference, reference_of
+from simpo.training.identity import model_digest
+from simpo.training.models import ModelArguments, disable_dropout, load_model, load_tokenizer
+from simpo.training.sharding import settle_sharding
+
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def bases(make_model, tmp_path_factory):
+    """``bases(name)``: the folder of a tiny random model in float64, whose weights are all random."""
+    folder = tmp_path_factory.mktemp("bases")
+
+    def base(name: str, **changes) -> Path:
+        path = folder / "-".join([name, *map(str, changes.values())])
+        if not path.exists():
+            make_model(name, **changes).save_pretrained(path)
+        return path
+
+    return base
+
+
+def arguments(base, **changes) -> ModelArguments:
+    return ModelArguments(str(base), **{"dtype": "float64", "use_peft": True, "lora_r": 4} | changes)
+
+
+def adapted(base, **changes) -> PeftModel:
+    """A model under an adapter that is not at its start: all of what it trains is random. Without dropout."""
+    torch.manual_seed(1)
+    model = load_model(str(base), arguments(base, **changes))
+    disable_dropout(model)
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, dtype=torch.float64))
+    return model
+
+
+def trained(model) -> dict:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# ---- a new adapter ----
+
+
+def test_a_new_adapter_changes_nothing_and_is_trained_alone(bases, comparisons):
+    base = bases("llama")
+    torch.manual_seed(0)
+    model = load_model(str(base), arguments(base, dtype="bfloat16", lora_r=None))
+    assert isinstance(model, PeftModel)
+    layers = {name.split(".lora_")[0] for name in trained(model)}
+    assert all(".lora_" in name for name in trained(model))
+    assert len(layers) == 3 * 7  # every linear layer of three, and not the output
+    assert {parameter.dtype for parameter in trained(model).values()} == {torch.float32}
+    assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (16, 32, 0.05, False)
+    with torch.no_grad():
+        found = score_responses(model, comparisons).logp
+        expected = score_responses(load_model(str(base), ModelArguments(str(base), dtype="bfloat16")), comparisons)
+    assert torch.equal(found, expected.logp)
+
+
+def test_the_keys_and_their_defaults_are_those_of_trl(bases):
+    trl = pytest.importorskip("trl")
+    theirs = {field.name: field.default for field in dataclasses.fields(trl.ModelConfig)}
+    ours = {field.name: field.default for field in dataclasses.fields(ModelArguments)}
+    names = [name for name in ours if "lora" in name or "bit" in name or name in ("use_peft", "use_bnb_nested_quant")]
+    assert set(names) <= theirs.keys()
+    config = load_model(str(bases("llama")), ModelArguments(str(bases("llama")), use_peft=True)).peft_config["default"]
+    for name in names:
+        if ours[name] is not None:
+            assert ours[name] == theirs[name], name
+        elif theirs[name] is not None:
+            assert getattr(config, {"lora_r": "r"}.get(name, name)) == theirs[name], name
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "fused"),
+    [
+        ("llama", {}, True),
+        ("llama", {"use_rslora": True, "lora_alpha": 3}, True),
+        ("gpt2", {}, True),  # whose layers are Conv1D
+        ("mistral", {"lora_target_modules": ["q_proj", "lm_head"]}, False),
+        ("mistral", {"lora_modules_to_save": ["lm_head", "embed_tokens"]}, False),
+        ("gemma2", {"lora_target_modules": ["v_proj", "down_proj"]}, True),
+    ],
+)
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_packed_against_naive(
+    name, settings, fused, checkpointing, bases, comparisons, naive_logprobs, float64_everywhere
+):
+    """Forward and backward, also with activations computed again, by either of torch's ways."""
+    model = adapted(bases(name), **settings)
+    batch = PackedBatch.build(comparisons)
+    parameters = trained(model)
+    weights = torch.linspace(-1, 1, int(batch.lengths.sum()), dtype=torch.float64)
+    expected = naive_logprobs(model, comparisons)
+    exact = torch.autograd.grad((expected * weights).sum(), list(parameters.values()))
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+    model.train()
+    found = policy_logprobs(model, batch)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    assert (state_of(model).path, state_of(model).fused_head) == ("packed", fused)
+    (found * weights).sum().backward()
+    for (key, parameter), gradient in zip(parameters.items(), exact, strict=True):
+        assert gradient.abs().max() > 1e-6, key
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-9, msg=key)
+    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+
+
+# ---- the policy that training started from ----
+
+
+def losses_of(model, batch):
+    y = policy_forward(model, batch)
+    return (y.logp * torch.linspace(-1, 1, len(y.logp))).sum()
+
+
+@pytest.mark.parametrize("start", ["new", "continued"])
+def test_the_reference_is_where_training_started(start, bases, comparisons):
+    """Of a new adapter that is the base model, of a continued one the adapter as it was, never the base model."""
+    base = bases("llama")
+    batch = PackedBatch.build(comparisons)
+    model = adapted(base) if start == "continued" else load_model(str(base), arguments(base, lora_dropout=0))
+    with torch.no_grad():
+        expected = policy_forward(model, batch).logp
+        bare = score_responses(load_model(str(base), ModelArguments(str(base), dtype="float64")), comparisons).logp
+    assert torch.equal(expected, bare) == (start == "new")
+    names = list(model.state_dict())
+    add_reference(model)
+    optimizer = torch.optim.SGD(trained(model).values(), lr=1e-3)
+    for _ in range(2):
+        losses_of(model, batch).backward()
+        optimizer.step()
+    with torch.no_grad():
+        moved = policy_forward(model, batch).logp
+    before = {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()}
+    model.train()
+    with reference_of(model):
+        found = policy_forward(model, batch).logp
+        assert not found.requires_grad
+        assert not model.training
+    assert torch.equal(found, expected)
+    assert model.training
+    assert (moved - expected).abs().max() > 1e-3
+    with torch.no_grad():
+        assert torch.equal(policy_forward(model, batch).logp, moved)
+    assert list(model.state_dict()) == names
+    after = {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()}
+    assert all(after[name][0] is before[name][0] and after[name][1] == before[name][1] for name in before)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_reference_between_forward_and_backward(autocast, checkpointing, bases, comparisons):
+    """The policy's gradient is its own: nothing that autograd or autocast has kept is taken for the reference's."""
+    batch = PackedBatch.build(comparisons)
+    model = adapted(bases("llama"), dtype="float32")
+    for parameter in trained(model).values():
+        parameter.data = parameter.data.float()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+
+    def gradients(interrupt: bool):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = losses_of(model, batch)
+            if interrupt:
+                with reference_of(model):
+                    seen.append(policy_forward(model, batch).logp)
+        return torch.autograd.grad(loss, list(trained(model).values()))
+
+    seen: list = []
+    add_reference(model)
+    policy_forward(model, batch)  # the self-check is over
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        start = policy_forward(model, batch).logp
+        for parameter in trained(model).values():
+            parameter.mul_(0.5)
+    expected = gradients(interrupt=False)
+    for found, exact in zip(gradients(interrupt=True), expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=0, atol=0)
+    assert torch.equal(seen[0], start)
+
+
+# ---- continued, and refused ----
+
+
+def save(model, folder, tokenizer=None) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_is_continued_with_its_own_settings(bases, comparisons, tmp_path):
+    model = adapted(bases("llama"), lora_target_modules=["q_proj", "v_proj"], lora_alpha=7)
+    folder = save(model, tmp_path / "adapter")
+    for given in ({"use_peft": False, "lora_r": None}, {}, {"lora_target_modules": ["v_proj", "q_proj"]}):
+        again = load_model(str(folder), arguments(folder, **given)).eval()
+        assert trained(again).keys() == trained(model).keys()
+        with torch.no_grad():
+            found, expected = (score_responses(m, comparisons).logp for m in (again, model))
+        assert torch.equal(found, expected)
+    for given, message in [
+        ({"lora_r": 8}, "lora_r: .*adapter with 4, which is continued; leave lora_r out"),
+        ({"lora_target_modules": ["all-linear"]}, "lora_target_modules: .*adapter with q_proj, v_proj,"),
+    ]:
+        with pytest.raises(SimpoError, match=message):
+            load_model(str(folder), arguments(folder, **given))
+
+
+def test_a_tokenizer_that_an_adapter_lacks_is_its_base_models(chat_world, tmp_path, caplog):
+    base = chat_world / "model"
+    folder = save(load_model(str(base), ModelArguments(str(base), use_peft=True)), tmp_path / "adapter")
+    assert load_tokenizer(str(folder)).get_vocab() == load_tokenizer(str(base)).get_vocab()
+    assert "has no tokenizer; its base model's is used" in caplog.text
+
+
+def another_base(folder, bases):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(bases("llama", num_hidden_layers=2))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def wider_base(folder, bases):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(bases("llama", hidden_size=64))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def other_kind_of_base(folder, bases):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(bases("gpt2"))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def no_base(folder, bases):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/nowhere/model"}))
+
+
+def unnamed_base(folder, bases):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+
+
+def not_json(folder, bases):
+    (folder / "adapter_config.json").write_text("{")
+
+
+def no_weights(folder, bases):
+    (folder / ADAPTER).unlink()
+
+
+def broken_weights(folder, bases):
+    (folder / ADAPTER).write_bytes(b"nothing")
+
+
+def fewer_weights(folder, bases):
+    weights = load_file(folder / ADAPTER)
+    weights.pop(max(weights))
+    save_file(weights, folder / ADAPTER)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (another_base, "an adapter for another model than .* has no place here"),
+        (wider_base, r"an adapter for another model than .* is \[.*\] there, \[.*\] here"),
+        (other_kind_of_base, "an adapter for another model .*q_proj"),
+        (no_base, "is an adapter whose base model is missing: there is no folder '/nowhere/model'"),
+        (unnamed_base, "does not name its base model"),
+        (not_json, "cannot be loaded"),
+        (no_weights, "adapter_model.safetensors cannot be read"),
+        (broken_weights, "adapter_model.safetensors cannot be read"),
+        (fewer_weights, "an adapter for another model than .* is missing"),
+    ],
+)
+def test_an_adapter_that_cannot_be_used_is_one_line(spoil, message, bases, tmp_path):
+    folder = save(adapted(bases("llama"), lora_target_modules=["q_proj"]), tmp_path / "adapter")
+    spoil(folder, bases)
+    with pytest.raises(SimpoError, match=message) as error:
+        load_model(str(folder), ModelArguments(str(folder)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"use_peft": False}, "lora_r: only an adapter takes it; set use_peft: true"),
+        ({"use_peft": False, "lora_r": None, "load_in_4bit": True}, "load_in_4bit: only an adapter takes it"),
+        ({"lora_target_modules": ["no_such_layer"]}, "use_peft: the adapter cannot be put on .*no_such_layer"),
+        ({"lora_r": 0}, "use_peft: the adapter cannot be put on .*`r`"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(given, message, bases):
+    with pytest.raises(SimpoError, match=message):
+        load_model(str(bases("llama")), arguments(bases("llama"), **given))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_four_bits_need_a_library_and_a_gpu(bases):
+    with pytest.raises(SimpoError, match=r"load_in_4bit: (bitsandbytes is not installed|there is no GPU)"):
+        load_model(str(bases("llama")), arguments(bases("llama"), load_in_4bit=True))
+
+
+def test_another_kind_of_adapter_is_refused(bases, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(bases("llama"))
+    prompts = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    folder = save(get_peft_model(base, prompts), tmp_path / "adapter")
+    with pytest.raises(SimpoError, match="another kind than LoRA"):
+        load_model(str(folder))
+
+
+def test_an_adapters_digest_has_its_base_in_it(bases, tmp_path):
+    """The same adapter of a base model with other weights is another model."""
+    base = shutil.copytree(bases("llama"), tmp_path / "base")
+    folder = save(adapted(base), tmp_path / "adapter")
+    first = model_digest(ModelArguments(str(folder)))
+    assert model_digest(ModelArguments(str(folder))) == first
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert model_digest(ModelArguments(str(folder))) != first
+
+
+def test_sharding_is_refused(bases):
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    try:
+        with pytest.raises(SimpoError, match="fsdp: adapters are not sharded"):
+            settle_sharding(accelerator, adapted(bases("llama")))
+    finally:
+        accelerator.state.distributed_type = DistributedType.NO
+
+
+# ---- runs ----
+
+
+def options(world, output, command="train", **changes) -> list[str]:
+    given = {
+        "model_name_or_path": world / "model",
+        "dataset_name": world / ("sft.jsonl" if command == "sft" else "train.jsonl"),
+        "output_dir": output,
+        "use_peft": "true",
+        "lora_r": 4,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "save_steps": 1,
+        "disable_dropout": "false",  # the adapter's too
+    } | changes
+    return [command, *(f"--{key}={value}" for key, value in given.items() if value is not None)]
+
+
+@pytest.fixture(scope="module")
+def through(chat_world, tmp_path_factory):
+    """A run of an adapter, three steps, that nothing stopped."""
+    output = tmp_path_factory.mktemp("through") / "run"
+    assert cli.main(options(chat_world, output, eval_dataset_name=chat_world / "test.jsonl")) == 0
+    return output
+
+
+def test_a_run_leaves_an_adapter_that_peft_reads(through, chat_world):
+    names = {path.name for path in through.iterdir()}
+    assert names >= {ADAPTER, "adapter_config.json", "tokenizer.json", "generation_config.json", "README.md"}
+    assert "model.safetensors" not in names
+    step = {path.name for path in (through / "checkpoint-2").iterdir()}
+    assert {ADAPTER, "optimizer.pt", "manifest.json"} <= step
+    assert "model.safetensors" not in step
+    card = (through / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "| `lora_r` | 4 |" in card
+
+    tokenizer = AutoTokenizer.from_pretrained(through)
+    assert tokenizer.chat_template
+    base = AutoModelForCausalLM.from_pretrained(chat_world / "model", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, through).eval()
+    ours = load_model(str(through)).eval()
+    for line in (chat_world / "test.jsonl").read_text().splitlines():
+        ids = tokenizer(json.loads(line)["chosen"], return_tensors="pt").input_ids
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+class Killed(Exception):
+    """Stands for a process that is gone."""
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_killed_run_ends_with_the_same_bits(step, through, chat_world, tmp_path, monkeypatch):
+    """Also one that is killed before its first checkpoint: a new adapter is drawn from the seed."""
+    train = workflow.PackedTrainer.training_step
+
+    def deadly(self, *args):
+        if self.state.global_step == step:
+            raise Killed
+        return train(self, *args)
+
+    output, world = tmp_path / "run", chat_world
+    with monkeypatch.context() as patches, pytest.raises(Killed):
+        patches.setattr(workflow.PackedTrainer, "training_step", deadly)
+        cli.main(options(world, output, eval_dataset_name=world / "test.jsonl"))
+    assert cli.main(options(world, output, eval_dataset_name=world / "test.jsonl")) == 0
+    assert (output / ADAPTER).read_bytes() == (through / ADAPTER).read_bytes()
+    first, second = (json.loads((folder / "results.json").read_text())["metrics"] for folder in (output, through))
+    assert first == second
+
+
+def test_other_settings_of_the_adapter_are_another_run(through, chat_world, tmp_path, capsys):
+    output = shutil.copytree(through, tmp_path / "run")
+    assert cli.main(options(chat_world, output, lora_r=8, eval_dataset_name=chat_world / "test.jsonl")) == 2
+    assert 'lora_r: "4" there, "8" now' in capsys.readouterr().err
+
+
+def test_the_best_adapter_is_loaded_at_the_end(chat_world, tmp_path):
+    best = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "rewards/margins", "learning_rate": 0.1}
+    best |= {"eval_dataset_name": chat_world / "test.jsonl", "load_best_model_at_end": "true"}
+    output = tmp_path / "run"
+    assert cli.main(options(chat_world, output, greater_is_better="false", **best)) == 0
+    kept = Path(json.loads((output / "trainer_state.json").read_text())["best_model_checkpoint"])
+    assert kept.name != "checkpoint-3"
+    assert (kept / ADAPTER).read_bytes() == (output / ADAPTER).read_bytes()
+
+
+def test_a_checkpoint_of_another_model_is_named(make_trainer, make_model, bases, pairs, tmp_path):
+    rows, step = pairs(4), {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make_trainer(rows, model=adapted(bases("gpt2")), **step).train()
+    whole = make_trainer(rows, model=make_model("gpt2"), max_steps=2)
+    with pytest.raises(SimpoError, match="an adapter there, a whole model here"):
+        whole.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    wider = make_trainer(rows, model=adapted(bases("gpt2"), lora_r=8), max_steps=2)
+    with pytest.raises(SimpoError, match=r"is of another model \(.* is \[4, .*\] there, \[8, .*\] here\)"):
+        wider.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    make_trainer(rows, model=make_model("gpt2"), **step).train()
+    adapter = make_trainer(rows, model=adapted(bases("gpt2")), max_steps=2)
+    with pytest.raises(SimpoError, match="a whole model there, an adapter here"):
+        adapter.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_sft_then_preferences_then_sampling_on_one_adapter(chat_world, tmp_path, capsys, monkeypatch):
+    """The second run continues the first one's adapter, from which its held-out figures before training are."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "What is 1 and 2?"}\n')
+    assert cli.main(options(chat_world, tmp_path / "sft", "sft", save_strategy="no")) == 0
+    sft = {"model_name_or_path": tmp_path / "sft", "use_peft": None, "lora_r": None}
+    given = options(chat_world, tmp_path / "simpo", **sft, eval_dataset_name=chat_world / "test.jsonl")
+    assert cli.main(given) == 0
+    metrics = json.loads((tmp_path / "simpo/results.json").read_text())["metrics"]
+    before = {m["name"]: m["value"] for m in metrics if m["stage"] == "before"}
+    config = PreferenceConfig(str(tmp_path / "out"), use_cpu=True, report_to=[])
+    tokenizer = load_tokenizer(str(tmp_path / "sft"))
+    rows = load_dataset("json", data_files=str(chat_world / "test.jsonl"), split="train")
+    start = PreferenceTrainer(load_model(str(tmp_path / "sft")), config, rows, processing_class=tokenizer)
+    scores = start.score_rows(start.train_dataset)
+    assert before["eval_rewards/margins"] == pytest.approx(scores["rewards/margins"].mean(), rel=1e-6)
+    assert before["eval_rewards/margins"] != 0
+    sample = ["sample", str(tmp_path / "simpo"), str(prompts), "--max_new_tokens=4", "--temperature=0"]
+    assert cli.main([*sample, f"--output_dir={tmp_path / 'answers'}"]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 1 and 2?\n"))
+    capsys.readouterr()
+    assert cli.main(["chat", str(tmp_path / "simpo"), "--max_new_tokens=4", "--temperature=0"]) == 0
+    answer = json.loads((tmp_path / "answers/responses.jsonl").read_text())["responses"][0]
+    assert printable(answer.strip()) in capsys.readouterr().out
+
+
+# ---- real pairs ----
+
+
+@pytest.fixture(scope="module")
+def real_pairs(tmp_path_factory):
+    """Eight short real pairs, as a data set of text."""
+    if not SHARED.is_dir():
+        pytest.skip("shared data are not here")
+    pairs = str(SHARED / "data/preferences/alpacaeval_balanced_test.jsonl.gz")
+    rows = load_dataset("json", data_files=pairs, split="train", cache_dir=tmp_path_factory.mktemp("cache"))
+    return rows.filter(lambda row: len(row["chosen"]) + len(row["rejected"]) < 400).shuffle(seed=0).select(range(8))
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_real_pairs_and_plain_peft(objective, real_pairs, naive_logprobs, config, tmp_path):
+    """Two steps of every objective; what was saved gives in plain peft what the trained model gives."""
+    name = str(SHARED / "models/tiny-english")
+    torch.manual_seed(0)
+    model = load_model(name, ModelArguments(name, use_peft=True, lora_r=4))
+    args = config(
+        objective=objective, per_device_train_batch_size=4, learning_rate=1e-3, reference_cache=str(tmp_path / "cache")
+    )
+    trainer = PreferenceTrainer(model, args, real_pairs, processing_class=load_tokenizer(name))
+    rows = [TokenizedComparison(row["prompt_ids"], row["response_ids"]) for row in trainer.train_dataset]
+    with torch.no_grad():
+        before = score_responses(model, rows).avg
+    trainer.train()
+    with torch.no_grad():
+        after = score_responses(model.eval(), rows)
+    assert trainer.state.global_step == 2
+    assert (after.avg - before).abs().max() > 1e-4
+    trainer.save_model(str(tmp_path / "adapter"))
+
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = naive_logprobs(PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), rows)
+    ends = after.length.cumsum(0).long().tolist()
+    expected = torch.stack([theirs[end - int(n) : end].mean() for end, n in zip(ends, after.length, strict=True)])
+    torch.testing.assert_close(after.avg, expected, rtol=0, atol=1e-5)

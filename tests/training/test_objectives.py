@@ -1,0 +1,367 @@
+"""Every objective end to end: steps on pairs, rankings and single responses against the definition, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, List, Value
+
+from simpo import OBJECTIVES, Responses, SimpoError
+from simpo.training.batches import MISMATCHED_IDS, MISMATCHED_REF_LOGP, REF_LOGPS
+from simpo.training.reference_point import with_mismatched
+
+MAX_LENGTH = 2048
+RATE = 1e-3
+
+
+def taken(y: Responses, index) -> Responses:
+    return Responses(y.logp[index], y.length[index], None if y.ref_logp is None else y.ref_logp[index])
+
+
+def train(make_trainer, rows, model, **settings):
+    """Logged losses and weights of a training by plain SGD, all rows in every step."""
+    model = copy.deepcopy(model)
+    trainer = make_trainer(
+        rows,
+        model=model,
+        optimizers=(torch.optim.SGD(model.parameters(), lr=RATE), None),
+        **{"per_device_train_batch_size": len(rows), "max_steps": 3, "logging_steps": 1} | settings,
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], model
+
+
+def train_naively(rows, model, naive_responses, loss, steps: int = 3, reference=None):
+    """The same by the definition: ``loss(responses, mismatched)`` with reference log-probabilities of the start model."""
+    rows = with_mismatched(rows, MAX_LENGTH)
+    policy, reference = copy.deepcopy(model), model if reference is None else reference
+    optimizer = torch.optim.SGD(policy.parameters(), lr=RATE)
+    losses = []
+    prompts, responses = rows["prompt_ids"][:], rows["response_ids"][:]
+    mismatched = [[ids] for ids in rows[MISMATCHED_IDS]]
+    with torch.no_grad():
+        ref_logp = naive_responses(reference, prompts, responses).logp
+        ref_mismatched = naive_responses(reference, prompts, mismatched).logp
+    for _ in range(steps):
+        y = replace(naive_responses(policy, prompts, responses), ref_logp=ref_logp)
+        with torch.no_grad():
+            other = replace(naive_responses(policy, prompts, mismatched), ref_logp=ref_mismatched)
+        value = loss(y, other)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses, policy
+
+
+def assert_alike(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=0, abs=1e-9)
+    for (name, weight), other in zip(found[1].named_parameters(), expected[1].parameters(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=0, atol=1e-9, msg=name)
+
+
+def context(row, mismatched: Responses) -> dict:
+    """All hyperparameters with their defaults, and KTO's reference point."""
+    values = row.resolve({})
+    return values | ({"z_ref": values["beta"] * mismatched.ratio.mean().clamp(min=0)} if row.needs_z_ref else {})
+
+
+def pair_loss(name: str):
+    row = OBJECTIVES[name]
+
+    def loss(y: Responses, mismatched: Responses):
+        return row.loss(taken(y, slice(0, None, 2)), taken(y, slice(1, None, 2)), **context(row, mismatched)).mean()
+
+    return loss
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_as_its_formula_says(name, make_trainer, make_model, pairs, naive_responses):
+    rows, model = pairs(5), make_model("gpt2")
+    expected = train_naively(rows, model, naive_responses, pair_loss(name))
+    assert_alike(train(make_trainer, rows, model, objective=name, max_batch_tokens=45), expected)
+    assert expected[0][0] != expected[0][1]
+    if OBJECTIVES[name].needs_reference:
+        beside = {"precompute_ref_log_probs": False, "max_batch_tokens": 1000}
+        assert_alike(train(make_trainer, rows, model, objective=name, **beside), expected)
+
+
+@pytest.mark.parametrize("path", ["packed", "padded"])
+def test_where_policy_and_reference_are_one_dpo_is_the_logarithm_of_two(path, make_trainer, make_model, pairs):
+    rows = pairs(4)
+    trainer = make_trainer(rows, eval_dataset=rows, objective="dpo", forward_path=path)
+    assert trainer.score_rows(rows)["loss"] == pytest.approx([math.log(2)] * 4, abs=1e-9)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-9)
+
+
+def test_in_half_precision_the_reference_is_rounded_as_the_policy_is(make_trainer, make_model, pairs):
+    rows, model = pairs(4), make_model("gpt2", torch.float32, std=0.1)
+    trainer = make_trainer(rows, model=model, objective="dpo", bf16=True, learning_rate=0.0, logging_steps=1)
+    assert trainer.score_rows(rows)["loss"] == pytest.approx([math.log(2)] * 4, abs=1e-3)
+    exact = make_trainer(rows, model=make_model("gpt2", torch.float32, std=0.1), reference_cache=None)
+    assert not torch.equal(exact.response_logps(rows), trainer.response_logps(rows))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+# ---- rankings ----
+
+
+@pytest.fixture
+def rankings(random_comparisons, as_dataset):
+    """Two, three and four responses; of the three and the four some are equally good."""
+    rows = as_dataset(random_comparisons((5, (3, 4)), (2, (2, 5, 3)), (7, (4, 1, 6, 2)), (3, (5, 2))))
+    scores = [[2.0, 1.0], [5.0, 1.0, 1.0], [4.0, 3.0, 3.0, 0.5], None]
+    return rows.add_column("scores", scores, feature=List(Value("float64")))
+
+
+@pytest.mark.parametrize("name", ["simpo", "cpo", "dpo", "kto"])
+def test_rankings_are_the_mean_over_ordered_pairs(name, rankings, make_trainer, make_model, naive_responses):
+    row, model = OBJECTIVES[name], make_model("gpt2")
+    starts = [0, 2, 5, 9]
+    ordered = [[(0, 1)], [(0, 1), (0, 2)], [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)], [(0, 1)]]
+
+    def loss(y: Responses, mismatched: Responses):
+        values, losses = context(row, mismatched), []
+        for start, couples in zip(starts, ordered, strict=True):
+            better, worse = ([start + couple[side] for couple in couples] for side in (0, 1))
+            losses.append(row.pair(taken(y, better), taken(y, worse), **values).mean())
+            if row.anchor is not None:
+                losses[-1] = losses[-1] + row.anchor(taken(y, [start]), **values)[0]
+        return torch.stack(losses).mean()
+
+    expected = train_naively(rankings, model, naive_responses, loss)
+    for budget in (30, 1000):
+        assert_alike(train(make_trainer, rankings, model, objective=name, max_batch_tokens=budget), expected)
+
+
+def test_figures_of_rankings_are_means_over_ordered_pairs(rankings, make_trainer, naive_responses):
+    trainer = make_trainer(rankings)
+    found = trainer.score_rows(rankings)
+    avg = naive_responses(trainer.model, rankings["prompt_ids"][:], rankings["response_ids"][:]).avg[2:5].tolist()
+    rewards = [2 * value for value in avg]  # of the second row, whose first response is better than both others
+    assert found["rewards/chosen"][1] == pytest.approx(rewards[0])
+    assert found["rewards/rejected"][1] == pytest.approx((rewards[1] + rewards[2]) / 2)
+    assert found["rewards/margins"][1] == pytest.approx(rewards[0] - (rewards[1] + rewards[2]) / 2)
+    assert found["rewards/accuracies"][1] == np.mean([rewards[0] > rewards[1], rewards[0] > rewards[2]])
+
+
+@pytest.mark.parametrize("scores", [[1.0, 1.0], [1.0, 2.0], [3.0], [float("nan"), 1.0]])
+def test_tokenized_scores_have_to_rank(scores, make_trainer, pairs):
+    rows = pairs(2).add_column("scores", [[2.0, 1.0], scores], feature=List(Value("float64")))
+    with pytest.raises(SimpoError, match="train row 1: scores are one a response, the best first, and not all equal"):
+        make_trainer(rows)
+
+
+# ---- KTO ----
+
+
+@pytest.fixture
+def judged(pairs):
+    """Single responses with labels."""
+    rows = pairs(6, responses=1)
+    return rows.add_column("label", [True, False, False, True, True, False])
+
+
+def test_single_responses_train_as_the_formula_says(judged, make_trainer, make_model, naive_responses):
+    row, model, label = OBJECTIVES["kto"], make_model("gpt2"), torch.tensor(judged["label"][:])
+
+    def loss(y: Responses, mismatched: Responses):
+        losses = row.unpaired(y, label, **context(row, mismatched) | {"lam_w": 1.5})
+        return (losses + 0.1 * torch.where(label, -y.avg, 0)).mean()
+
+    expected = train_naively(judged, model, naive_responses, loss)
+    for settings in ({"max_batch_tokens": 45}, {"precompute_ref_log_probs": False}):
+        settings |= {"objective": "kto", "lam_w": 1.5, "sft_weight": 0.1}
+        assert_alike(train(make_trainer, judged, model, **settings), expected)
+
+
+def test_figures_of_single_responses_are_those_of_their_kind(judged, make_trainer, make_model, naive_responses):
+    label, other = np.array(judged["label"][:]), make_model("gpt2", std=0.2)
+    rows = moved(judged, other, naive_responses)
+    trainer = make_trainer(rows, objective="kto", learning_rate=0.0, per_device_train_batch_size=6, logging_steps=1)
+    y = naive_responses(trainer.model, rows["prompt_ids"][:], rows["response_ids"][:]).logp.detach().numpy()
+    rewards = 0.1 * (y - np.array(rows[REF_LOGPS][:])[:, 0])
+    found = trainer.score_rows(rows)
+    assert set(found) == {"loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "weight"}
+    np.testing.assert_allclose(found["rewards/chosen"], np.where(label, rewards, np.nan))
+    np.testing.assert_allclose(found["logps/rejected"], np.where(label, np.nan, y))
+    trainer.train()
+    for figures in (
+        trainer.state.log_history[0],
+        {k.removeprefix("eval_"): v for k, v in trainer.evaluate(rows).items()},
+    ):
+        assert figures["rewards/chosen"] == pytest.approx(rewards[label].mean())
+        assert figures["rewards/rejected"] == pytest.approx(rewards[~label].mean())
+        assert "rewards/margins" not in figures
+
+
+def moved(rows: Dataset, reference, naive_responses) -> Dataset:
+    """``rows`` with the log-probabilities of another reference, so that the first step's point is not 0."""
+    rows = with_mismatched(rows, MAX_LENGTH)
+    prompts, responses = rows["prompt_ids"][:], rows["response_ids"][:]
+    with torch.no_grad():
+        logps = naive_responses(reference, prompts, responses).logp.split([len(several) for several in responses])
+        mismatched = naive_responses(reference, prompts, [[ids] for ids in rows[MISMATCHED_IDS]]).logp.tolist()
+    rows = rows.add_column(REF_LOGPS, [part.tolist() for part in logps], feature=List(Value("float64")))
+    return rows.add_column(MISMATCHED_REF_LOGP, mismatched, feature=Value("float64"))
+
+
+@pytest.mark.parametrize("budget", [1000, 80, 40, 20])
+def test_the_reference_point_is_that_of_the_whole_step(budget, make_trainer, make_model, pairs, naive_responses):
+    """4 pairs in 1, 2 and 4 micro-batches, against the definition."""
+    model, reference = make_model("gpt2"), make_model("gpt2", std=0.2)
+    rows = pairs(4)
+    shorter = with_mismatched(rows, MAX_LENGTH).map(lambda row: {MISMATCHED_IDS: row[MISMATCHED_IDS][:3]})
+    rows = moved(shorter, reference, naive_responses)
+    prompts, responses = rows["prompt_ids"][:], rows["response_ids"][:]
+    other = naive_responses(model, prompts, [[ids] for ids in rows[MISMATCHED_IDS]]).logp
+    ratio = (other - torch.tensor(rows[MISMATCHED_REF_LOGP][:], dtype=torch.float64)).mean()
+    sign = 1 if ratio > 0 else -1  # a point that is not 0, whichever model finds them likelier
+    if sign < 0:
+        rows = moved(shorter, model, naive_responses)
+        model, ratio = reference, -ratio
+    assert ratio > 0
+    trainer = make_trainer(
+        rows, model=model, objective="kto", per_device_train_batch_size=4, max_batch_tokens=budget, max_steps=1
+    )
+    count = []
+    before_step = trainer.before_step
+    trainer.before_step = lambda m, batches: (count.append(len(batches)), before_step(m, batches))
+    ref_logp = torch.tensor([logp for logps in rows[REF_LOGPS] for logp in logps], dtype=torch.float64)
+    y = replace(naive_responses(model, prompts, responses), ref_logp=ref_logp)
+    expected = (
+        OBJECTIVES["kto"].loss(taken(y, slice(0, None, 2)), taken(y, slice(1, None, 2)), z_ref=0.1 * ratio).mean()
+    )
+    trainer.args.logging_steps = 1
+    trainer.train()
+    assert count == [{1000: 1, 80: 1, 40: 2, 20: 4}[budget]]
+    assert trainer._z_ref.item() == pytest.approx(0.1 * ratio.item(), abs=1e-9)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-9)
+
+
+def test_one_pair_a_step(make_trainer, make_model, pairs, naive_responses):
+    rows, model, reference = pairs(3), make_model("gpt2"), make_model("gpt2", std=0.2)
+    rows = moved(rows, reference, naive_responses)
+    trainer = make_trainer(
+        *(rows,), model=model, objective="kto", per_device_train_batch_size=1, learning_rate=0.0, logging_steps=1
+    )
+    points, before_step = [], trainer.before_step
+
+    def watched(model, batches):
+        before_step(model, batches)
+        points.append((batches[0].rows[0], trainer._z_ref.item()))
+
+    trainer.before_step = watched
+    trainer.train()
+    other = naive_responses(model, rows["prompt_ids"][:], [[ids] for ids in rows[MISMATCHED_IDS]]).logp.tolist()
+    for row, point in points:
+        assert point == pytest.approx(0.1 * max(other[row] - rows[row][MISMATCHED_REF_LOGP], 0), abs=1e-9)
+    assert sorted(row for row, _ in points) == [0, 1, 2]
+
+
+def test_held_out_rows_have_one_reference_point(make_trainer, make_model, pairs, naive_responses):
+    """Whatever the batches of the evaluation."""
+    rows = moved(pairs(7), make_model("gpt2", std=0.2), naive_responses)
+    found = [
+        make_trainer(pairs(2), objective="kto", per_device_eval_batch_size=size).score_rows(rows)["loss"]
+        for size in (1, 3, 7)
+    ]
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=0, atol=1e-12)
+
+
+def test_mismatched_responses_are_of_other_prompts_each_taken_once(random_comparisons, as_dataset):
+    comparisons = random_comparisons(*[(4, (3, 2))] * 9)
+    prompts = [comparisons[number].prompt_ids for number in (0, 0, 0, 1, 2, 2, 3, 4, 4)]
+    rows = as_dataset([replace(c, prompt_ids=p) for c, p in zip(comparisons, prompts, strict=True)])
+    found = with_mismatched(rows, MAX_LENGTH)
+    responses = {tuple(ids): row for row, c in enumerate(comparisons) for ids in c.response_ids}
+    partners = [responses[tuple(ids)] for ids in found[MISMATCHED_IDS]]
+    assert sorted(partners) == list(range(9))
+    assert all(prompts[row] != prompts[partner] for row, partner in enumerate(partners))
+    assert found[MISMATCHED_IDS][:] == with_mismatched(rows, MAX_LENGTH)[MISMATCHED_IDS][:]
+
+
+def test_mismatched_responses_fit(random_comparisons, as_dataset):
+    rows = as_dataset(random_comparisons((2, (9, 9)), (8, (2, 2)), (3, (3, 3))))
+    found = with_mismatched(rows, 11)
+    assert [len(ids) for ids in found[MISMATCHED_IDS]] == [2, 3, 2]  # of 9 tokens there is no room anywhere
+    with pytest.raises(SimpoError, match="max_length: 10 leaves no room for a response to another prompt in made up:1"):
+        with_mismatched(rows, 10)
+    same = as_dataset([replace(c, prompt_ids=[5]) for c in random_comparisons((1, (2, 2)), (1, (3, 3)))])
+    with pytest.raises(SimpoError, match="objective kto: all prompts are the same"):
+        with_mismatched(same, 9)
+
+
+# ---- KL ----
+
+
+def naive_kl(policy, reference, row) -> torch.Tensor:
+    """Mean over the response tokens of the sum over the vocabulary."""
+    found = []
+    for response in row["response_ids"]:
+        ids = torch.tensor([row["prompt_ids"] + response])
+        p, q = (
+            torch.log_softmax(model(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1 : -1], -1)
+            for model in (policy, reference)
+        )
+        found.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(found).mean()
+
+
+@pytest.mark.parametrize("name", ["simpo", "dpo"])
+def test_the_kl_term(name, make_trainer, make_model, pairs, naive_responses):
+    """The mean over the tokens of both responses, with its gradient; 0 before the first step."""
+    rows, model, kls = pairs(4), make_model("gpt2"), []
+    policy = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=RATE)
+    losses = []
+    for _ in range(3):
+        with torch.no_grad():
+            ref_logp = naive_responses(model, rows["prompt_ids"][:], rows["response_ids"][:]).logp
+        y = replace(naive_responses(policy, rows["prompt_ids"][:], rows["response_ids"][:]), ref_logp=ref_logp)
+        kl = torch.stack([naive_kl(policy, model, row) for row in rows]).mean()
+        loss = pair_loss(name)(y, y) + 3.0 * kl
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        kls.append(kl.item())
+    model.zero_grad()
+    trained = copy.deepcopy(model)
+    trainer = make_trainer(
+        rows,
+        model=trained,
+        objective=name,
+        kl_weight=3.0,
+        optimizers=(torch.optim.SGD(trained.parameters(), lr=RATE), None),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        logging_steps=1,
+        max_batch_tokens=45,
+    )
+    assert trainer.score_rows(rows)["kl"] == pytest.approx(0, abs=1e-9)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["kl"] for entry in logs] == pytest.approx(kls, abs=1e-9)
+    assert kls[2] > 1e-6
+    assert_alike(([entry["loss"] for entry in logs], trained), (losses, policy))
+
+
+# ---- what is refused ----
+
+
+def test_single_responses_are_for_kto(judged, make_trainer, pairs):
+    with pytest.raises(
+        SimpoError, match=r"train: single responses with labels, and 'dpo' is trained on pairs; .* kto$"
+    ):
+        make_trainer(judged, objective="dpo")
+    with pytest.raises(SimpoError, match="train: the label of every row is true; desirable"):
+        make_trainer(judged.select([0, 3, 4]), objective="kto")
+    with pytest.raises(SimpoError, match="eval_dataset: comparisons and single responses"):
+        make_trainer(judged, objective="kto").evaluate(pairs(3))
