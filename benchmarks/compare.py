@@ -45,7 +45,7 @@ def main() -> int:
                 absent[entrant.name] = found
             else:
                 runs[entrant.name].append(found)
-            report = summarise(chosen, runs, setting, clock=options.clock, counts=counts, absent=absent)
+            report = summarise(chosen, runs, setting, counts=counts, absent=absent)
             if options.output:  # after every one, so that a run that is stopped leaves what it has
                 options.output.write_text(json.dumps(report, indent=2) + "\n")
     print_report(report)

@@ -17,13 +17,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
+
 from benchmarks.objective_runs import FILE_NAME, Measured
 from simpo.atomic import write_text
 from simpo.data.rows import rows_of
+from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
+from simpo.data.tokenize import prepare
+from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES
+from simpo.training.models import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
+_LOOK = 8  # times as many pairs are looked at as are wanted
 _MISTAKE = "simpo.errors.SimpoError: "
 HEADS = (
     *("objective", "learning rate", "accuracy [95%]", "margin", "chosen", "rejected", "KL", "s / step", "peak MiB"),
@@ -77,11 +84,11 @@ def main() -> int:
     if unknown:
         print(f"compare_objectives: --objectives: there is no {', '.join(unknown)}", file=sys.stderr)
         return 2
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    datasets.disable_progress_bars()
     data = {}
     for name, source, rows in (("train", options.train, options.rows), ("test", options.test, options.held_out)):
         data[name] = options.output_dir / f"{name}.jsonl"
-        _write_first(source, rows, data[name])
+        write_fitting(source, rows, options.model, options.max_length, data[name])
     budget = Budget(
         options.model,
         data["train"],
@@ -109,21 +116,31 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--test", required=True, help="held-out pairs")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder of the runs; the same one continues")
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), help="rows of the table (default: all)")
-    parser.add_argument("--learning_rates", nargs="+", default=["1e-5", "3e-5", "1e-4"])
-    parser.add_argument("--rows", type=int, default=256, help="the first of the training pairs")
-    parser.add_argument("--held_out", type=int, default=256, help="the first of the held-out pairs")
-    parser.add_argument("--max_length", type=int, default=512, help="longer pairs lose the start of their prompt or go")
-    parser.add_argument("--pairs_per_step", type=int, default=16)
+    parser.add_argument("--learning_rates", nargs="+", default=["3e-5", "1e-4", "3e-4"])
+    parser.add_argument("--rows", type=int, default=128, help="the first training pairs that fit")
+    parser.add_argument("--held_out", type=int, default=128, help="the first held-out pairs that fit")
+    parser.add_argument("--max_length", type=int, default=384, help="of prompt and response, in tokens")
+    parser.add_argument("--pairs_per_step", type=int, default=8)
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch's pool, on a CPU")
     return parser.parse_args()
 
 
-def _write_first(source: str, count: int, path: Path) -> None:
-    """The first ``count`` pairs of ``source``, the same bytes whenever they are written."""
-    rows = rows_of(load_rows(source, split="train")[:count], range(count), source)
-    write_text(path, "".join(json.dumps(row) + "\n" for row, _ in rows))
+def write_fitting(source: str, count: int, model: str, max_length: int, path: Path) -> None:
+    """The first ``count`` pairs of ``source`` that fit into ``max_length`` uncut, the same bytes whenever written.
+
+    Raises:
+        SimpoError: there are fewer.
+    """
+    rows = load_rows(source, split="train")
+    rows = rows.select(range(min(len(rows), _LOOK * count)))
+    settings = TokenizeSettings(max_length=max_length, truncation="drop")
+    fitting = set(prepare(rows, load_tokenizer(model), settings, label="pairs").dataset["where"][:count])
+    if len(fitting) < count:
+        raise SimpoError(f"{source}: {len(fitting)} of the first {len(rows)} pairs fit into max_length {max_length}")
+    kept = [row for row, where in rows_of(rows[:], range(len(rows)), source) if where in fitting]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _run(budget: Budget, objective: str, rate: str) -> Measured | str:

@@ -44,20 +44,19 @@ if [ "$DEVICE" = cuda ]; then
   optimizer=adamw_torch_fused # with bf16 weights its states are bf16: 64 GB in all
   has torchao && optimizer=adamw_torch_8bit
   has bitsandbytes && optimizer=adamw_8bit
-  section verification 80 benchmarks.verify_cuda
-  measured 8b 140 --model 8b --weights bf16 --dtype bf16 --checkpointing --optimizer "$optimizer" \
+  section verification 110 benchmarks.verify_cuda
+  measured 8b 130 --model 8b --weights bf16 --dtype bf16 --checkpointing --optimizer "$optimizer" \
     --profile ultrafeedback --pairs 64 --pairs-per-step 32 --families simpo --max-batch-tokens 8192 4096
-  measured peers 220 --model 1b --dtype bf16 --profile ultrafeedback --pairs 64 --pairs-per-step 16 \
+  measured peers 195 --model 1b --dtype bf16 --profile ultrafeedback --pairs 64 --pairs-per-step 16 \
     --families simpo trl-cpo trl-dpo-liger dpo liger trl-dpo compiled padded --micro-batches 16 8 4
-  measured sharing-hh 45 --model 1b --dtype bf16 --profile hh --pairs 128 --pairs-per-step 64 --families sharing
-  measured sharing-documents 45 --model 1b --dtype bf16 --profile documents --responses 4 --pairs 8 --pairs-per-step 4 \
+  measured sharing-hh 40 --model 1b --dtype bf16 --profile hh --pairs 128 --pairs-per-step 64 --families sharing
+  measured sharing-documents 40 --model 1b --dtype bf16 --profile documents --responses 4 --pairs 8 --pairs-per-step 4 \
     --families sharing
 else
   export OMP_NUM_THREADS=1
   toy=(--threads 1 --model toy --scale 0.1 --pairs 2 --pairs-per-step 2)
-  section verification 60 benchmarks.verify_cuda --device cpu
-  measured 8b 60 "${toy[@]}" --weights bf16 --dtype bf16 --checkpointing --profile ultrafeedback --families simpo
-  measured sharing-documents 60 "${toy[@]}" --profile documents --responses 3 --families sharing
+  section verification 600 benchmarks.verify_cuda --device cpu
+  measured 8b 600 "${toy[@]}" --profile documents --families simpo sharing --only simpo "loop alone"
 fi
 
 for name in verification 8b peers sharing-hh sharing-documents; do

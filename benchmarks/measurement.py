@@ -11,8 +11,7 @@ class Measurement:
 
     Attributes:
         name: the entrant's.
-        wall_seconds: of the measured steps together.
-        cpu_seconds: processor time of the same, all threads together.
+        seconds: of the measured steps together, by the setting's clock.
         pairs: in them.
         tokens: in those, every prompt counted once and no padding, so that all entrants have the same number.
         losses: of every step, the warm-up's first.
@@ -27,8 +26,7 @@ class Measurement:
     """
 
     name: str
-    wall_seconds: float
-    cpu_seconds: float
+    seconds: float
     pairs: int
     tokens: int
     losses: list[float]

@@ -17,7 +17,7 @@ from benchmarks.workers import peak_mib
 from simpo.commands._training import parse
 from simpo.packing.binning import fill_in_order
 from simpo.packing.layout import PackedBatch
-from simpo.packing.policy import policy_forward, prepare_policy
+from simpo.packing.policy import prepare_policy, responses_of, states_logprobs
 from simpo.packing.reference import divergence_forward, reference_states
 from simpo.results import read_results
 from simpo.search.trial import watched
@@ -116,8 +116,9 @@ def _moved(given: Given, folder: Path) -> tuple[float, float, float]:
     changes, divergences = [], []
     for run in fill_in_order([c.packed_length for c in comparisons], _TOKENS):
         batch = PackedBatch.build([comparisons[i] for i in run])
-        before = policy_forward(start, batch)
-        after, kl = divergence_forward(trained, batch, reference_states(start, batch))
+        states = reference_states(start, batch)
+        before = responses_of(batch, states_logprobs(start, states.hidden, batch.targets))
+        after, kl = divergence_forward(trained, batch, states)
         changes.append(after.avg - before.avg)
         divergences.append(kl)
     change = torch.cat(changes)

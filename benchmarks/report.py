@@ -52,7 +52,6 @@ def summarise(
     runs: dict[str, list[Measurement]],
     setting: Setting,
     *,
-    clock: str,
     counts: dict[str, int],
     absent: dict[str, str],
 ) -> dict[str, Any]:
@@ -62,12 +61,11 @@ def summarise(
         entrants: in the order of the table.
         runs: the measurements of each, by its name.
         setting: of all.
-        clock: ``"wall"`` or ``"cpu"``: what a second is.
         counts: of tokens and rows.
         absent: what was not measured, and why.
     """
     measured = [entrant for entrant in entrants if runs.get(entrant.name)]
-    seconds = {name: [getattr(run, f"{clock}_seconds") for run in found] for name, found in runs.items()}
+    seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
     peak = max((run.peak_flops for found in runs.values() for run in found), default=0.0)
     rows = [_row(entrant.name, runs[entrant.name], seconds[entrant.name], peak) for entrant in measured]
     base = _base(measured, rows)
@@ -75,10 +73,9 @@ def summarise(
         row.update(_beside(row, base, seconds))
     return {
         "setting": {key: value for key, value in vars(setting).items() if key != "folder"},
-        "clock": clock,
         "data": counts,
         "peak_gflops": peak / 1e9,
-        "machine": {"processor": _processor(), "python": platform.python_version()},
+        "processor": _processor(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "base": base["name"] if base else None,
         "absent": absent,
@@ -136,7 +133,7 @@ def print_report(report: dict[str, Any]) -> None:
         f"comparisons of {count / rows:g} responses, {setting['pairs_per_step']} a step, mean "
         f"{data['prompt_tokens'] / rows:.0f} prompt and {data['response_tokens'] / count:.0f} response tokens, longest "
         f"{data['longest']}.",
-        f"{report['machine']['processor']}, {setting['device']}, {setting['threads']} threads, {report['clock']} time; "
+        f"{report['processor']}, {setting['device']}, {setting['threads']} threads, {setting['clock']} time; "
         f"matrix products at {report['peak_gflops']:,.0f} GFLOP/s; "
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         f"slower by: times the time a pair of {report['base']}, the median of rounds; counted: what counted arithmetic "

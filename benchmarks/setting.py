@@ -34,6 +34,7 @@ class Setting:
         weights: type of the weights, ``"fp32"`` or ``"bf16"``.
         threads: of PyTorch's pool, where the device is a CPU.
         device: ``"cpu"`` or ``"cuda"``.
+        clock: ``"wall"``, or ``"cpu"`` for processor time, which other programs on the machine disturb less.
         model: a key of :data:`MODELS`.
         optimizer: ``optim`` of transformers.
         checkpointing: whether activations are computed again in backward.
@@ -48,6 +49,7 @@ class Setting:
     weights: str = "fp32"
     threads: int = 2
     device: str = "cpu"
+    clock: str = "wall"
     model: str = "small"
     optimizer: str = "adamw_torch_fused"
     checkpointing: bool = False

@@ -14,20 +14,20 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 from unittest import mock
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.small_models import KINDS, build, comparisons
 from simpo.packing import kernels
 from simpo.packing.layout import AttentionLayout, PackedBatch, Span
 from simpo.packing.policy import policy_logprobs, prepare_policy
 from simpo.packing.segments import AttentionStyle, by_segment
-from simpo.packing.selfcheck import naive_logprobs
+from simpo.packing.selfcheck import choose_path, naive_logprobs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUT = (Span(300, (77, 201)), Span(5, (130, 1, 64)), Span(64, (64,)))
@@ -54,27 +54,14 @@ def main() -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("verify_cuda: PyTorch sees no CUDA GPU; --device cpu is a dry run", file=sys.stderr)
         return 2
-    checks = []
-    for check in (*kernel_checks(device), *model_checks(device)):
-        print(f"{check.outcome}: {check.name} ({check.detail})", file=sys.stderr, flush=True)
-        checks.append(check)
-    _print(checks, device)
-    return int(any(check.outcome == "FAILED" for check in checks))
-
-
-def _print(checks: list[Check], device: str) -> None:
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU: nothing of CUDA is verified"
-    table = Table(title=f"Verification on {where}, torch {torch.__version__}")
-    for column in ("check", "outcome", "detail"):
-        table.add_column(column)
-    for check in checks:
-        table.add_row(check.name, check.outcome, check.detail)
-    Console(width=130).print(table)
-    outcomes = [check.outcome for check in checks]
+    print(f"Verification on {where}, torch {torch.__version__}", flush=True)
+    outcomes = []
+    for check in chain(kernel_checks(device), model_checks(device), compiled_checks(device)):
+        print(f"{check.outcome}: {check.name} ({check.detail})", flush=True)  # at once: the time may be up
+        outcomes.append(check.outcome)
     print(", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in ("passed", "FAILED", "skipped")))
-
-
-# ---- attention kernels ----
+    return int("FAILED" in outcomes)
 
 
 def kernel_checks(device: str) -> Iterator[Check]:
@@ -109,7 +96,7 @@ def _kernel_check(kernel: str, style_name: str, style: AttentionStyle, dtype: st
 
 def _kernel_errors(kernel: kernels.Kernel, style: AttentionStyle, dtype: torch.dtype, device: str) -> dict[str, float]:
     """Largest error of the output and of each gradient, as a share of its largest entry."""
-    layout = AttentionLayout(LAYOUT, torch.device(device))
+    layout = AttentionLayout(LAYOUT).to(torch.device(device))
     torch.manual_seed(0)
     exact = [torch.randn(1, n, layout.total, 64, device=device, requires_grad=True) for n in (8, 2, 2)]
     weight = torch.randn(1, layout.total, 8, 64, device=device)
@@ -128,9 +115,6 @@ def _outputs(
 ) -> list[Tensor]:
     output = kernel(*inputs, layout, style)
     return [output.detach(), *torch.autograd.grad((output * weight).sum(), inputs)]
-
-
-# ---- whole models ----
 
 
 @dataclass(frozen=True)
@@ -153,6 +137,24 @@ def model_checks(device: str) -> Iterator[Check]:
             checkpointed, used = _packed(kind, dtype, batch, checkpointing=True)
             yield _model_check(f"{kind} {dtype}, checkpointed", truth, naive, checkpointed, dtype, used)
             yield _expected_kernel(kind, dtype, used, device)
+
+
+def compiled_checks(device: str) -> Iterator[Check]:
+    """A model whose layers are compiled once for all lengths, as ``torch_compile`` does."""
+    name = "llama bf16, compiled"
+    if device != "cuda":
+        yield Check(name, "skipped", "needs CUDA")
+        return
+    batch = PackedBatch.build(comparisons(device)).to(device)
+    truth, naive = (_naive("llama", dtype, batch) for dtype in ("fp32", "bf16"))
+    model = build("llama", torch.bfloat16, batch.input_ids.device)
+    prepare_policy(model)
+    choose_path(model, batch)
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(dynamic=True)
+    found = _result(model, policy_logprobs(model, batch, path="packed"))
+    yield _model_check(name, truth, naive, found, "bf16", "compiled")
 
 
 def _naive(kind: str, dtype: str, batch: PackedBatch) -> Result:

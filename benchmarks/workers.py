@@ -40,7 +40,7 @@ def work(entrant: Entrant, setting: Setting, output: Path, *, products: bool = F
     model = build_model(setting)
     shape = Shape.of(model.config)
     before = in_use_mib(setting.device)
-    clock = Clock(setting.device)
+    clock = Clock(setting)
     losses, batches = _train(model, entrant, setting, clock)
     peak = peak_mib(setting.device)
     del model
@@ -50,8 +50,7 @@ def work(entrant: Entrant, setting: Setting, output: Path, *, products: bool = F
     square = Product(8192, 8192, 8192) if setting.device == "cuda" else Product(1024, 1024, 1024)
     found = Measurement(
         name=entrant.name,
-        wall_seconds=clock.wall[-1] - clock.wall[0],
-        cpu_seconds=clock.cpu[-1] - clock.cpu[0],
+        seconds=clock.ends[-1] - clock.ends[0],
         pairs=len(measured),
         tokens=sum(c.packed_length for c in measured),
         losses=losses,
@@ -59,10 +58,10 @@ def work(entrant: Entrant, setting: Setting, output: Path, *, products: bool = F
         flops=_with_reference(forwards, entrant, shape),
         flops_recomputed=_with_reference([replace(f, recomputed=True) for f in forwards], entrant, shape),
         necessary_flops=necessary_flops(measured, shape),
-        peak_flops=square.flops / seconds_of([square], dtype, setting.device),
+        peak_flops=square.flops / seconds_of([square], dtype, setting.device, clock.now),
         peak_mib=peak,
         grown_mib=peak - before,
-        products_seconds=seconds_of(alone, dtype, setting.device) if products else None,
+        products_seconds=seconds_of(alone, dtype, setting.device, clock.now) if products else None,
     )
     output.write_text(json.dumps(asdict(found)))
 
@@ -70,17 +69,16 @@ def work(entrant: Entrant, setting: Setting, output: Path, *, products: bool = F
 class Clock(TrainerCallback):
     """When every optimizer step ended; the first is the warm-up."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.wall: list[float] = []
-        self.cpu: list[float] = []
+    def __init__(self, setting: Setting) -> None:
+        self.device = setting.device
+        self.now = time.process_time if setting.clock == "cpu" else time.perf_counter
+        self.ends: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Called once an optimizer step."""
         if self.device == "cuda":
             torch.cuda.synchronize()
-        self.wall.append(time.perf_counter())
-        self.cpu.append(time.process_time())
+        self.ends.append(self.now())
 
 
 def _train(

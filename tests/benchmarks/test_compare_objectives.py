@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks.compare_objectives import Budget, report, write_fitting
+from benchmarks.objective_runs import FILE_NAME, Measured, work
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import compare_objectives
-from benchmarks.compare_objectives import Budget, report
-from benchmarks.objective_runs import FILE_NAME, Measured, work
+from simpo.errors import SimpoError
 from simpo.world.model import write_model
 from simpo.world.pairs import make_pairs, write_pairs
 
@@ -45,7 +47,7 @@ def test_a_run_is_measured_as_its_models_say(budget, monkeypatch):
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         ratios = []
         for side, moved in changes.items():
-            response = tokenizer(row[side], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            response = [*tokenizer(row[side], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             ids = torch.tensor([prompt + response])
             with torch.no_grad():
                 before, after = (
@@ -69,6 +71,22 @@ def test_a_run_is_measured_as_its_models_say(budget, monkeypatch):
 def test_a_run_that_fails_is_told_in_its_own_words(budget):
     gone = replace(budget, model="/nowhere/at/all")
     assert compare_objectives._run(gone, "dpo", "1e-3") == "model_name_or_path: there is no folder '/nowhere/at/all'"
+
+
+def test_the_first_pairs_that_fit_are_taken(budget, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(budget.model)
+    turns = ["prompt", "chosen", "rejected"]
+
+    def fits(row) -> bool:
+        lengths = [len(tokenizer(row[turn], add_special_tokens=False).input_ids) for turn in turns]
+        return 3 + lengths[0] + max(lengths[1:]) + 1 <= 30  # begin, user and assistant; end of turn
+
+    rows = [row for row in make_pairs(12, 0) if fits(row)]
+    assert 2 < len(rows) < 12
+    write_fitting(str(budget.train), len(rows) - 1, budget.model, 30, tmp_path / "kept.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()] == rows[:-1]
+    with pytest.raises(SimpoError, match=f"{len(rows)} of the first 12 pairs fit"):
+        write_fitting(str(budget.train), 12, budget.model, 30, tmp_path / "kept.jsonl")
 
 
 def test_every_objective_is_shown_at_its_best_rate():

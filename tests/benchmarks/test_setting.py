@@ -33,7 +33,7 @@ def test_every_made_up_word_is_one_token(responses) -> None:
         assert len(comparison.prompt_ids) == len(row.prompt.split())
         assert [len(ids) - 1 for ids in comparison.response_ids] == [len(text.split()) for text in row.responses]
         assert all(
-            ids[-1] == 0 and 0 not in ids[:-1] for ids in (comparison.prompt_ids + [0], *comparison.response_ids)
+            ids[-1] == 0 and 0 not in ids[:-1] for ids in ([*comparison.prompt_ids, 0], *comparison.response_ids)
         )
         assert len(comparison.response_ids) == responses
 

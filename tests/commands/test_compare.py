@@ -209,6 +209,9 @@ def test_the_user_is_asked(answers, capsys, monkeypatch):
         assert main(line) == 2
         assert "nothing was sent" in capsys.readouterr().err and server.bodies == []
         assert main(line) == 0
+        assert server.bodies
+        terminal.truncate(0)  # Ctrl-D
+        assert main([*line[:3], f"--output_dir={answers / 'other'}", *line[4:], "--judge_max_tokens=7"]) == 2
 
 
 def test_a_real_model_judges(models, answers, capsys):
@@ -228,8 +231,8 @@ def test_the_server_of_transformers(models, answers):
     model = str(models / "model")
     with transformers_serve(models / "model") as url:
         server = ["--judge=api", f"--judge_url={url}", f"--judge_model={model}", "--judge_max_tokens=16", "--yes"]
-        options = [f"--prompts={models / 'prompts.jsonl'}", "--temperature=1", "--max_new_tokens=8", *server]
-        line = ["compare", model, str(answers / "sampled"), *options[1:], f"--output_dir={answers / 'out'}"]
+        options = ["--temperature=1", "--max_new_tokens=8", *server]
+        line = ["compare", model, str(answers / "sampled"), *options, f"--output_dir={answers / 'out'}"]
         sample = ["sample", model, str(models / "prompts.jsonl"), f"--output_dir={answers / 'sampled'}"]
         assert main([*sample, "--max_new_tokens=8", "--seed=1"]) == 0
         process = get_context("fork").Process(target=lambda: sys.exit(main(line)))
@@ -243,7 +246,9 @@ def test_the_server_of_transformers(models, answers):
     assert main([*line[:-1], f"--output_dir={answers / 'again'}"]) == 0
     assert (answers / "out/results.json").read_bytes() == (answers / "again/results.json").read_bytes()
     found = figures(answers / "out")
-    assert found["without_verdict/api", None].n == 5 and found["win_rate/api", None].name
+    rows = read_lines(answers / "out/verdicts.jsonl")
+    missing = sum(row["verdicts"]["api"] is None for row in rows)
+    assert len(rows) == 5 and found["without_verdict/api", None].value == missing
 
 
 OTHER = [{"instruction": "What is 99 plus 99?", "output": "198."}]

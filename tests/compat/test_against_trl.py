@@ -19,8 +19,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # TRL says that the module is experimental
     trl = pytest.importorskip("trl.experimental.cpo")
 
-# What is made otherwise here: no cache while training, columns and losses that are seen.
-OTHERWISE = {"use_cache", "remove_unused_columns", "logging_nan_inf_filter"}
+# What is made otherwise here: no cache while training, columns and losses that are seen, no exponent without AlphaPO.
+OTHERWISE = {"use_cache", "remove_unused_columns", "logging_nan_inf_filter", "alpha"}
 
 
 @pytest.fixture
@@ -69,6 +69,7 @@ def test_every_key_is_there_with_the_same_default():
         {"cpo_alpha": 0.0, "label_smoothing": 0.1, "gradient_accumulation_steps": 2},
         {"cpo_alpha": 1.0},
         {"cpo_alpha": 0.3, "beta": 0.1},
+        {"cpo_alpha": 0.0, "alpha": 0.25},
     ],
 )
 def test_training(settings, train_both, rows):

@@ -1,4 +1,4 @@
-"""Single responses with labels: recognised, tokenized as the comparisons with the same texts are, and what is refused."""
+"""Single responses with labels: recognised, tokenized as comparisons with the same texts are, and what is refused."""
 
 from __future__ import annotations
 

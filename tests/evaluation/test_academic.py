@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from simpo import SimpoError
 from simpo.evaluation.academic.run import AcademicSettings, evaluate_academic
 from simpo.evaluation.academic.scores import differences, read_scores, score_metrics
+from simpo.results import read_results
 from simpo.statistics import mean_interval
 from simpo.training.models import ModelArguments
 
@@ -85,7 +87,39 @@ def test_a_figure_that_is_no_mean_has_no_items():
     assert read_scores(given)["truth/acc"].items == {}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+_INSTALLED = importlib.util.find_spec("lm_eval") is not None
+
+_TASK = """
+task: even
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: label
+doc_to_choice: ["yes", "no"]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _INSTALLED, reason="lm-eval is not installed")
+def test_lm_eval_itself_on_a_task_of_ones_own(chat_world, tmp_path):
+    rows = [json.dumps({"question": f"Is {number} even?", "label": number % 2}) for number in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/even.yaml").write_text(_TASK.replace("FILE", str(tmp_path / "rows.jsonl")))
+    model = ModelArguments(str(chat_world / "model"))
+    settings = AcademicSettings(("even",), str(tmp_path / "tasks"), batch_size="2")
+    results = read_results(evaluate_academic(model, model, settings, tmp_path / "out"))
+    names = [(metric.name, metric.stage) for metric in results.metrics]
+    assert names[:2] == [("academic/even/acc", "before"), ("academic/even/acc", "after")]
+    assert (results.metrics[0].n, results.metrics[2].value) == (6, 0) and "paired" in results.metrics[2].method
+    with pytest.raises(SimpoError, match="lm-eval knows no odd"):
+        evaluate_academic(model, None, AcademicSettings(("odd",)), tmp_path / "other")
+
+
+@pytest.mark.skipif(_INSTALLED, reason="lm-eval is installed")
 def test_without_lm_eval_one_line_says_what_to_install(tmp_path):
     with pytest.raises(SimpoError, match=r"need lm-eval: pip install 'simpo\[academic\]'"):
         evaluate_academic(ModelArguments("x"), None, AcademicSettings(), tmp_path / "out")

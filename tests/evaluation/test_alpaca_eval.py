@@ -11,18 +11,18 @@ import pytest
 
 from simpo import SimpoError
 from simpo.client import ChatReply
+from simpo.evaluation.alpaca_eval.baselines import read_baselines
+from simpo.evaluation.alpaca_eval.figures import figures
 from simpo.evaluation.alpaca_eval.files import (
     Annotation,
     Match,
     match_outputs,
     read_annotations,
-    read_baselines,
     read_outputs,
     write_annotations,
     write_outputs,
 )
 from simpo.evaluation.alpaca_eval.judge import PairwisePrompt, named, preferences, switched, weighed
-from simpo.evaluation.alpaca_eval.run import figures
 
 QUESTIONS = [f"Question {number}?" for number in range(12)]
 
@@ -92,7 +92,7 @@ def test_a_prompt_of_ones_own(tmp_path):
     assert request.messages == [{"role": "user", "content": 'Which? {"q": """Q"""} A or A {else}'}]
     assert PairwisePrompt(file).digest != PairwisePrompt(None).digest
     file.write_text("{instruction} {output_1}")
-    with pytest.raises(SimpoError, match="no place {output_2}"):
+    with pytest.raises(SimpoError, match=r"no place {output_2}"):
         PairwisePrompt(file)
     file.write_text("<|im_start|>judge\n{instruction} {output_1} {output_2}\n<|im_end|>")
     with pytest.raises(SimpoError, match="'judge' is not a role"):
@@ -179,5 +179,5 @@ def test_what_is_missing_or_empty_is_counted():
     assert metrics["avg_length"].value == int((4 + 0 + 1 + 6) / 4) == 2
     assert "length_controlled_winrate" not in metrics
     assert [line.split()[1] for line in said] == ["1", "2"]
-    with pytest.raises(SimpoError, match="none of 1 answers"):
-        figures(found[2:3], None, said.append)
+    (nothing, *_) = figures(found[2:3], None, said.append)
+    assert (nothing.name, nothing.value, nothing.n) == ("alpaca_eval/win_rate", None, 0)

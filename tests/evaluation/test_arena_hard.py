@@ -10,9 +10,9 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from simpo import SimpoError
+from simpo.evaluation.arena_hard.figures import figures
 from simpo.evaluation.arena_hard.files import Answer, Judgment, Question, read_answers, read_questions, write_answers
 from simpo.evaluation.arena_hard.judge import ArenaPrompt
-from simpo.evaluation.arena_hard.run import figures
 from simpo.evaluation.arena_hard.scores import score, score_over_prompts
 from simpo.evaluation.arena_hard.style import Style, style_controlled, style_differences, style_of
 from simpo.evaluation.arena_hard.verdicts import battles, read_verdict
@@ -153,7 +153,7 @@ def test_files_of_both_forms(tmp_path):
     assert (found.model, found.text, found.tokens) == ("mine", "text", 7)
     with pytest.raises(SimpoError, match=r"answers.jsonl:1: not an answer of the benchmark"):
         read_answers(lines(tmp_path / "answers.jsonl", [{"uid": "a", "model": "m", "messages": []}]), [question])
-    with pytest.raises(SimpoError, match="give --version v0.1"):
+    with pytest.raises(SimpoError, match=r"give --version v0\.1"):
         read_questions(
             lines(tmp_path / "new.jsonl", [{"uid": "a", "category": "arena-hard-v0.1", "prompt": "P"}]), "v2"
         )
@@ -177,6 +177,8 @@ def test_figures_by_category_and_what_is_left_out():
     assert metrics["arena_hard/math/games_without_verdict"].value == 1 and len(said) == 1
     newer = {metric.name: metric for metric in figures(judgments, ours, theirs, "v2", said.append)}
     assert newer["arena_hard/math/score_over_prompts"].value == pytest.approx(75)
+    (nothing, missing) = figures(judgments[2:3], ours, theirs, "v2", said.append)
+    assert (nothing.value, nothing.n, missing.value) == (None, 0, 1)
     assert newer["arena_hard/math/score"].n == 2 and newer["arena_hard/math/avg_length"].value == 8
 
 
@@ -196,5 +198,5 @@ def test_prompts_of_both_versions(tmp_path):
         with pytest.raises(SimpoError, match=said):
             ArenaPrompt(file)
     file.write_text("system_prompt: x\nprompt_template: '{QUESTION} {ANSWER_A}'")
-    with pytest.raises(SimpoError, match="no place {ANSWER_B}"):
+    with pytest.raises(SimpoError, match=r"no place {ANSWER_B}"):
         ArenaPrompt(file)

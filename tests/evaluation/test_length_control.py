@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from simpo.evaluation.alpaca_eval.files import read_baselines
+from simpo.evaluation.alpaca_eval.baselines import read_baselines
 from simpo.evaluation.alpaca_eval.length_control import (
     STRENGTHS,
     Baselines,

@@ -9,11 +9,12 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
-from simpo.evaluation.differences import widest_differences, write_differences
+from simpo.evaluation.differences import widest_differences, write_differences, write_verdicts
 from simpo.evaluation.length_control import length_controlled_win_rate
 from simpo.evaluation.preferences import Judged, preference_metrics, win_rate_over_prompts
 from simpo.judges.protocol import Pair
 from simpo.judges.registry import JudgeOptions, make_judge
+from simpo.runs.lines import read_lines
 from simpo.world.answers import draw_answer, full_answer
 from simpo.world.questions import draw_question
 
@@ -140,18 +141,21 @@ def test_three_judges_and_one_without_any_verdict():
 
 def test_the_clearest_verdicts_come_first(tmp_path):
     given = judged([1, 0, 0.5, 1, 1], [1, 1, 0.5, 1, np.nan], prompts=[0, 1, 2, 3, 3])
-    margins = {"one": np.array([2.0, -9.0, 0.0, 5.0, 7.0])}
-    assert widest_differences(given, margins) == [3, 0]  # the judges contradict each other on 1
-    assert widest_differences(given, {}) == [0, 3]
-    write_differences(tmp_path / "d.md", given, margins, ("x", "y"))
+    assert widest_differences(given) == [0, 3]  # the judges contradict each other on 1
+    given.margins["one"] = np.array([2.0, -9.0, 0.0, 5.0, 7.0])
+    assert widest_differences(given) == [3, 0]
+    write_differences(tmp_path / "d.md", given, ("x", "y"))
     text = (tmp_path / "d.md").read_text()
     assert text.index("## p3") < text.index("## p0") and "## p2" not in text
     assert "one: A better (scores +5); two: A better" in text and "```text\nquestion 3\n```" in text
-    write_differences(tmp_path / "d.md", judged([np.nan, 0.5]), {}, ("x", "y"))
+    write_differences(tmp_path / "d.md", judged([np.nan, 0.5]), ("x", "y"))
     assert "##" not in (tmp_path / "d.md").read_text()
 
 
 def test_text_cannot_leave_its_fence(tmp_path):
-    given = Judged([Pair("p", "```\n# Not a heading", "a", "b")], np.array([0]), {"one": np.array([1.0])})
-    write_differences(tmp_path / "d.md", given, {}, ("x", "y"))
+    given = Judged([Pair("p", "```\n# Not a heading", "a\ud800", "b")], np.array([0]), {"one": np.array([1.0])})
+    write_differences(tmp_path / "d.md", given, ("x", "y"))
     assert "````text\n```\n# Not a heading\n````" in (tmp_path / "d.md").read_text()
+    write_verdicts(tmp_path / "v.jsonl", given)
+    [row] = read_lines(tmp_path / "v.jsonl")
+    assert (row["id"], row["a"], row["verdicts"]) == ("p", "a\ud800", {"one": 1.0})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from simpo import SimpoError
 from simpo.judges.protocol import Answers, Pair, check_scores
 from simpo.judges.registry import JudgeOptions, make_judge, make_scorer
+from simpo.judges.scored import ScorerJudge
 from simpo.world.judge import judge
 from simpo.world.pairs import make_prompts
 
@@ -149,6 +152,21 @@ def test_functions_that_cannot_judge(functions, name, said):
 def test_code_runs_only_if_that_is_allowed(functions):
     with pytest.raises(SimpoError, match="--trust_remote_code"):
         make_scorer("function:mine:shortest", JudgeOptions())
+
+
+def test_an_answer_in_several_pairs_is_scored_once():
+    class Lengths:
+        identity: ClassVar[dict] = {"judge": "lengths"}
+        seen: ClassVar[list] = []
+
+        def score(self, rows):
+            self.seen.extend(row.responses for row in rows)
+            return [[float(len(text)) for text in row.responses] for row in rows]
+
+    judge = ScorerJudge(Lengths())
+    pairs = [Pair(f"p/{i}", "p", a, b) for i, (a, b) in enumerate(itertools.product(("a", "aaa"), ("bb", "bb", "a")))]
+    assert judge.margins([*pairs, Pair("q", "q", "a", "aa")]) == [-1, -1, 0, 1, 1, 2, -1]
+    assert Lengths.seen == [("a", "bb", "aaa"), ("a", "aa")]
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,9 @@ def test_tokens_positions_and_parts(seed):
     layout = batch.layout
     found = zip(
         batch.input_ids.tolist(),
-        layout.comparison_of.tolist(),
-        layout.part_of.tolist(),
-        layout.positions.tolist(),
+        layout.index.comparison_of.tolist(),
+        layout.index.part_of.tolist(),
+        layout.index.positions.tolist(),
         strict=True,
     )
     assert list(found) == list(tokens_of(comparisons))
@@ -117,10 +117,10 @@ def test_segments(seed):
             queries.append(prompt + own if part == 1 else own)
             keys.append(prompt + own)
     assert [i for segment in queries for i in segment] == list(range(layout.total))
-    assert layout.key_index.tolist() == [i for segment in keys for i in segment]
+    assert layout.index.key_index.tolist() == [i for segment in keys for i in segment]
     assert layout.query_sizes == [len(segment) for segment in queries]
     assert layout.key_sizes == [len(segment) for segment in keys]
-    for cumulative, sizes in ((layout.cu_seqlens_q, layout.query_sizes), (layout.cu_seqlens_k, layout.key_sizes)):
+    for cumulative, sizes in ((layout.index.cu_seqlens_q, layout.query_sizes), (layout.index.cu_seqlens_k, layout.key_sizes)):
         assert cumulative.dtype == torch.int32
         assert cumulative.tolist() == [sum(sizes[:n]) for n in range(len(sizes) + 1)]
 
@@ -145,7 +145,7 @@ def test_padded_rows(seed):
 def test_moved_and_probing_batches_are_the_same_batch(comparisons):
     batch = PackedBatch.build(comparisons, [1.0, 0.0, 1.0, 1.0])
     moved = batch.to("meta")
-    assert {moved.input_ids.device.type, moved.weights.device.type, moved.layout.key_index.device.type} == {"meta"}
+    assert {moved.input_ids.device.type, moved.weights.device.type, moved.layout.index.key_index.device.type} == {"meta"}
     assert batch.to("cpu").comparisons == comparisons
     assert batch.to("cpu").weights.tolist() == [1.0, 0.0, 1.0, 1.0]
     probing = batch.probing()
@@ -155,10 +155,10 @@ def test_moved_and_probing_batches_are_the_same_batch(comparisons):
 
 def test_layout_by_hand():
     layout = AttentionLayout((Span(2, (1, 3)), Span(1, (2,))))
-    assert layout.positions.tolist() == [0, 1, 2, 2, 3, 4, 0, 1, 2]
-    assert layout.key_index.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8]
-    assert layout.cu_seqlens_q.tolist() == [0, 3, 6, 9]
-    assert layout.cu_seqlens_k.tolist() == [0, 3, 8, 11]
+    assert layout.index.positions.tolist() == [0, 1, 2, 2, 3, 4, 0, 1, 2]
+    assert layout.index.key_index.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8]
+    assert layout.index.cu_seqlens_q.tolist() == [0, 3, 6, 9]
+    assert layout.index.cu_seqlens_k.tolist() == [0, 3, 8, 11]
 
 
 @pytest.mark.parametrize(

@@ -290,3 +290,22 @@ def test_a_model_whose_own_figures_are_not_finite_is_not_judged(make_model, comp
     assert "not finite, so nothing could be checked" in caplog.text
     assert "differ by" not in caplog.text
     assert "plain matrix product" not in caplog.text
+
+
+class Expanded(torch.nn.Linear):
+    """As a layer of 4-bit weights: products in half precision, rounded by another kernel for another number of rows."""
+
+    compute_dtype: torch.dtype | None = None
+
+    def forward(self, hidden):
+        product = torch.nn.functional.linear(hidden.bfloat16(), self.weight.bfloat16()).float()
+        return product * (1 + 2**-9 * (hidden.shape[-2] % 3 - 1))
+
+
+@pytest.mark.parametrize(("computes", "path"), [(torch.bfloat16, "packed"), (None, "padded")])
+def test_weights_that_are_expanded_to_half_precision_are_judged_by_it(computes, path, make_model, comparisons):
+    model = make_model("llama", torch.float32, std=0.2)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.__class__ = Expanded
+        layer.mlp.down_proj.compute_dtype = computes
+    assert choose_path(model, PackedBatch.build(comparisons)) == path

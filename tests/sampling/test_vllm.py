@@ -4,6 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from peft import LoraConfig
 
 from simpo.errors import SimpoError
 from simpo.sampling.engine import Sampled
@@ -62,6 +63,12 @@ def test_every_request_has_a_seed_of_its_own(engine):
 def test_the_checkpoints_own_sampling_is_not_asked_for(engine):
     assert engine._llm.options["generation_config"] == "vllm"
     assert engine._llm.options["dtype"] == "bfloat16"
+
+
+def test_an_adapter_is_to_be_merged_first(engine, tmp_path):
+    LoraConfig(base_model_name_or_path="some/model").save_pretrained(tmp_path)
+    with pytest.raises(SimpoError, match="'simpo merge' the adapter first"):
+        VllmEngine(ModelArguments(str(tmp_path)), [STOP])
 
 
 def test_without_vllm(monkeypatch):

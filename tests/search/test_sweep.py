@@ -86,7 +86,7 @@ def test_memory_is_free_after_a_trial(world, tmp_path):
 
     gc.collect()
     before = alive()
-    assert main(sweep(world, tmp_path / "sweep", rates=RATES[:2])) == 0
+    assert main(sweep(world, tmp_path / "sweep", rates=("1e-3", "1e30"))) == 0  # of one that failed, too
     assert alive() <= before
 
 

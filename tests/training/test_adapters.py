@@ -495,12 +495,12 @@ def test_sft_then_preferences_then_sampling_on_one_adapter(chat_world, tmp_path,
 
 @pytest.fixture(scope="module")
 def real_pairs(tmp_path_factory):
-    """Eight short real pairs, as a data set of text."""
+    """Four short real pairs, as a data set of text."""
     if not SHARED.is_dir():
         pytest.skip("shared data are not here")
     pairs = str(SHARED / "data/preferences/alpacaeval_balanced_test.jsonl.gz")
     rows = load_dataset("json", data_files=pairs, split="train", cache_dir=tmp_path_factory.mktemp("cache"))
-    return rows.filter(lambda row: len(row["chosen"]) + len(row["rejected"]) < 400).shuffle(seed=0).select(range(8))
+    return rows.filter(lambda row: len(row["chosen"]) + len(row["rejected"]) < 300).shuffle(seed=0).select(range(4))
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
@@ -510,7 +510,7 @@ def test_real_pairs_and_plain_peft(objective, real_pairs, naive_logprobs, config
     torch.manual_seed(0)
     model = load_model(name, ModelArguments(name, use_peft=True, lora_r=4))
     args = config(
-        objective=objective, per_device_train_batch_size=4, learning_rate=1e-3, reference_cache=str(tmp_path / "cache")
+        objective=objective, per_device_train_batch_size=2, learning_rate=1e-3, reference_cache=str(tmp_path / "cache")
     )
     trainer = PreferenceTrainer(model, args, real_pairs, processing_class=load_tokenizer(name))
     rows = [TokenizedComparison(row["prompt_ids"], row["response_ids"]) for row in trainer.train_dataset]

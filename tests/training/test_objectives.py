@@ -1,4 +1,4 @@
-"""Every objective end to end: steps on pairs, rankings and single responses against the definition, and what is refused."""
+"""Every objective end to end: steps on pairs, rankings and single responses against the definition, and refusals."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def train(make_trainer, rows, model, **settings):
         rows,
         model=model,
         optimizers=(torch.optim.SGD(model.parameters(), lr=RATE), None),
-        **{"per_device_train_batch_size": len(rows), "max_steps": 3, "logging_steps": 1} | settings,
+        **{"per_device_train_batch_size": len(rows), "max_steps": 2, "logging_steps": 1} | settings,
     )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], model
 
 
-def train_naively(rows, model, naive_responses, loss, steps: int = 3, reference=None):
-    """The same by the definition: ``loss(responses, mismatched)`` with reference log-probabilities of the start model."""
-    rows = with_mismatched(rows, MAX_LENGTH)
-    policy, reference = copy.deepcopy(model), model if reference is None else reference
+def train_naively(rows, model, naive_responses, loss):
+    """The same by the definition: ``loss(responses, mismatched)``, whose reference is the start model."""
+    rows = with_mismatched(rows, MAX_LENGTH, "")
+    policy = copy.deepcopy(model)
     optimizer = torch.optim.SGD(policy.parameters(), lr=RATE)
     losses = []
     prompts, responses = rows["prompt_ids"][:], rows["response_ids"][:]
     mismatched = [[ids] for ids in rows[MISMATCHED_IDS]]
     with torch.no_grad():
-        ref_logp = naive_responses(reference, prompts, responses).logp
-        ref_mismatched = naive_responses(reference, prompts, mismatched).logp
-    for _ in range(steps):
+        ref_logp = naive_responses(model, prompts, responses).logp
+        ref_mismatched = naive_responses(model, prompts, mismatched).logp
+    for _ in range(2):
         y = replace(naive_responses(policy, prompts, responses), ref_logp=ref_logp)
         with torch.no_grad():
             other = replace(naive_responses(policy, prompts, mismatched), ref_logp=ref_mismatched)
@@ -86,7 +86,7 @@ def test_every_objective_trains_as_its_formula_says(name, make_trainer, make_mod
     expected = train_naively(rows, model, naive_responses, pair_loss(name))
     assert_alike(train(make_trainer, rows, model, objective=name, max_batch_tokens=45), expected)
     assert expected[0][0] != expected[0][1]
-    if OBJECTIVES[name].needs_reference:
+    if name in ("dpo", "kto"):
         beside = {"precompute_ref_log_probs": False, "max_batch_tokens": 1000}
         assert_alike(train(make_trainer, rows, model, objective=name, **beside), expected)
 
@@ -192,10 +192,8 @@ def test_figures_of_single_responses_are_those_of_their_kind(judged, make_traine
     np.testing.assert_allclose(found["rewards/chosen"], np.where(label, rewards, np.nan))
     np.testing.assert_allclose(found["logps/rejected"], np.where(label, np.nan, y))
     trainer.train()
-    for figures in (
-        trainer.state.log_history[0],
-        {k.removeprefix("eval_"): v for k, v in trainer.evaluate(rows).items()},
-    ):
+    evaluated = {name.removeprefix("eval_"): value for name, value in trainer.evaluate(rows).items()}
+    for figures in (trainer.state.log_history[0], evaluated):
         assert figures["rewards/chosen"] == pytest.approx(rewards[label].mean())
         assert figures["rewards/rejected"] == pytest.approx(rewards[~label].mean())
         assert "rewards/margins" not in figures
@@ -203,7 +201,7 @@ def test_figures_of_single_responses_are_those_of_their_kind(judged, make_traine
 
 def moved(rows: Dataset, reference, naive_responses) -> Dataset:
     """``rows`` with the log-probabilities of another reference, so that the first step's point is not 0."""
-    rows = with_mismatched(rows, MAX_LENGTH)
+    rows = with_mismatched(rows, MAX_LENGTH, "")
     prompts, responses = rows["prompt_ids"][:], rows["response_ids"][:]
     with torch.no_grad():
         logps = naive_responses(reference, prompts, responses).logp.split([len(several) for several in responses])
@@ -212,23 +210,19 @@ def moved(rows: Dataset, reference, naive_responses) -> Dataset:
     return rows.add_column(MISMATCHED_REF_LOGP, mismatched, feature=Value("float64"))
 
 
-@pytest.mark.parametrize("budget", [1000, 80, 40, 20])
+@pytest.mark.parametrize("budget", [1000, 40, 20])
 def test_the_reference_point_is_that_of_the_whole_step(budget, make_trainer, make_model, pairs, naive_responses):
     """4 pairs in 1, 2 and 4 micro-batches, against the definition."""
-    model, reference = make_model("gpt2"), make_model("gpt2", std=0.2)
+    model, reference = make_model("gpt2", std=0.2), make_model("gpt2")
     rows = pairs(4)
-    shorter = with_mismatched(rows, MAX_LENGTH).map(lambda row: {MISMATCHED_IDS: row[MISMATCHED_IDS][:3]})
+    shorter = with_mismatched(rows, MAX_LENGTH, "").map(lambda row: {MISMATCHED_IDS: row[MISMATCHED_IDS][:3]})
     rows = moved(shorter, reference, naive_responses)
     prompts, responses = rows["prompt_ids"][:], rows["response_ids"][:]
     other = naive_responses(model, prompts, [[ids] for ids in rows[MISMATCHED_IDS]]).logp
     ratio = (other - torch.tensor(rows[MISMATCHED_REF_LOGP][:], dtype=torch.float64)).mean()
-    sign = 1 if ratio > 0 else -1  # a point that is not 0, whichever model finds them likelier
-    if sign < 0:
-        rows = moved(shorter, model, naive_responses)
-        model, ratio = reference, -ratio
     assert ratio > 0
     trainer = make_trainer(
-        rows, model=model, objective="kto", per_device_train_batch_size=4, max_batch_tokens=budget, max_steps=1
+        rows, model=model, objective="kto", per_device_train_batch_size=4, max_batch_tokens=budget, logging_steps=1
     )
     count = []
     before_step = trainer.before_step
@@ -238,18 +232,17 @@ def test_the_reference_point_is_that_of_the_whole_step(budget, make_trainer, mak
     expected = (
         OBJECTIVES["kto"].loss(taken(y, slice(0, None, 2)), taken(y, slice(1, None, 2)), z_ref=0.1 * ratio).mean()
     )
-    trainer.args.logging_steps = 1
     trainer.train()
-    assert count == [{1000: 1, 80: 1, 40: 2, 20: 4}[budget]]
+    assert count == [{1000: 1, 40: 2, 20: 4}[budget]]
     assert trainer._z_ref.item() == pytest.approx(0.1 * ratio.item(), abs=1e-9)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-9)
 
 
 def test_one_pair_a_step(make_trainer, make_model, pairs, naive_responses):
-    rows, model, reference = pairs(3), make_model("gpt2"), make_model("gpt2", std=0.2)
+    rows, model, reference = pairs(3), make_model("gpt2", std=0.2), make_model("gpt2")
     rows = moved(rows, reference, naive_responses)
     trainer = make_trainer(
-        *(rows,), model=model, objective="kto", per_device_train_batch_size=1, learning_rate=0.0, logging_steps=1
+        rows, model=model, objective="kto", per_device_train_batch_size=1, learning_rate=0.0, logging_steps=1
     )
     points, before_step = [], trainer.before_step
 
@@ -279,23 +272,25 @@ def test_mismatched_responses_are_of_other_prompts_each_taken_once(random_compar
     comparisons = random_comparisons(*[(4, (3, 2))] * 9)
     prompts = [comparisons[number].prompt_ids for number in (0, 0, 0, 1, 2, 2, 3, 4, 4)]
     rows = as_dataset([replace(c, prompt_ids=p) for c, p in zip(comparisons, prompts, strict=True)])
-    found = with_mismatched(rows, MAX_LENGTH)
+    found = with_mismatched(rows, MAX_LENGTH, "")
     responses = {tuple(ids): row for row, c in enumerate(comparisons) for ids in c.response_ids}
     partners = [responses[tuple(ids)] for ids in found[MISMATCHED_IDS]]
     assert sorted(partners) == list(range(9))
     assert all(prompts[row] != prompts[partner] for row, partner in enumerate(partners))
-    assert found[MISMATCHED_IDS][:] == with_mismatched(rows, MAX_LENGTH)[MISMATCHED_IDS][:]
+    assert found[MISMATCHED_IDS][:] == with_mismatched(rows, MAX_LENGTH, "")[MISMATCHED_IDS][:]
 
 
 def test_mismatched_responses_fit(random_comparisons, as_dataset):
     rows = as_dataset(random_comparisons((2, (9, 9)), (8, (2, 2)), (3, (3, 3))))
-    found = with_mismatched(rows, 11)
+    found = with_mismatched(rows, 11, "")
     assert [len(ids) for ids in found[MISMATCHED_IDS]] == [2, 3, 2]  # of 9 tokens there is no room anywhere
-    with pytest.raises(SimpoError, match="max_length: 10 leaves no room for a response to another prompt in made up:1"):
-        with_mismatched(rows, 10)
+    with pytest.raises(
+        SimpoError, match="train: max_length 10 leaves no room for a response to another prompt in made up:1"
+    ):
+        with_mismatched(rows, 10, "train")
     same = as_dataset([replace(c, prompt_ids=[5]) for c in random_comparisons((1, (2, 2)), (1, (3, 3)))])
-    with pytest.raises(SimpoError, match="objective kto: all prompts are the same"):
-        with_mismatched(same, 9)
+    with pytest.raises(SimpoError, match="eval: all prompts are the same"):
+        with_mismatched(same, 9, "eval")
 
 
 # ---- KL ----
@@ -321,7 +316,7 @@ def test_the_kl_term(name, make_trainer, make_model, pairs, naive_responses):
     policy = copy.deepcopy(model)
     optimizer = torch.optim.SGD(policy.parameters(), lr=RATE)
     losses = []
-    for _ in range(3):
+    for _ in range(2):
         with torch.no_grad():
             ref_logp = naive_responses(model, rows["prompt_ids"][:], rows["response_ids"][:]).logp
         y = replace(naive_responses(policy, rows["prompt_ids"][:], rows["response_ids"][:]), ref_logp=ref_logp)
@@ -341,7 +336,7 @@ def test_the_kl_term(name, make_trainer, make_model, pairs, naive_responses):
         kl_weight=3.0,
         optimizers=(torch.optim.SGD(trained.parameters(), lr=RATE), None),
         per_device_train_batch_size=4,
-        max_steps=3,
+        max_steps=2,
         logging_steps=1,
         max_batch_tokens=45,
     )
@@ -349,7 +344,7 @@ def test_the_kl_term(name, make_trainer, make_model, pairs, naive_responses):
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["kl"] for entry in logs] == pytest.approx(kls, abs=1e-9)
-    assert kls[2] > 1e-6
+    assert kls[1] > 1e-6
     assert_alike(([entry["loss"] for entry in logs], trained), (losses, policy))
 
 

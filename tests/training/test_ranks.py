@@ -39,6 +39,7 @@ SETTINGS = {
 }
 SAVES = {"save_strategy": "steps", "save_steps": 4}
 BEST = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 3, "load_best_model_at_end": True}
+KTO = {"objective": "kto", "max_batch_tokens": 40}  # a prompt with a response to another may be longer than a pair
 KINDS = {"pairs": (PreferenceTrainer, PreferenceConfig), "sft": (SFTTrainer, SFTConfig)}
 
 
@@ -60,6 +61,8 @@ IN_TWO = [
     Job("fsdp-2", shards=True, settings=SAVES),
     Job("fsdp-2-sft", "sft", shards=True),
     Job("fsdp-2-bf16", shards=True, settings={"bf16": True} | BEST, dtype=torch.float32),
+    Job("ddp-2-kto", settings=KTO),
+    Job("fsdp-2-kto", shards=True, settings=KTO),
     Job("sharded-before"),
     Job("ddp-2-nan", "long", model="poisoned", settings={"max_batch_tokens": 40}),
 ]
@@ -74,6 +77,7 @@ IN_FOUR = [
 ALONE = [
     Job("one"),
     Job("one-sft", "sft"),
+    Job("one-kto", settings=KTO),
     Job("one-of-ddp-2", resume="ddp-2/checkpoint-4"),
     Job("one-of-fsdp-2", resume="fsdp-2/checkpoint-4"),
 ]
@@ -97,6 +101,8 @@ def run(job: Job, folder: Path, world: int) -> dict[str, Any]:
     """Train and evaluate on this rank; what it saw."""
     trainer_type, config_type = KINDS["sft" if job.data == "sft" else "pairs"]
     settings = SETTINGS | {"per_device_train_batch_size": ROWS_PER_STEP // world} | (job.settings or {})
+    if job.data != "sft":
+        settings |= {"reference_cache": str(folder / job.name / "reference")}
     if world > 1:
         settings |= {"ddp_backend": "gloo"}
     if job.shards:
@@ -114,6 +120,7 @@ def run(job: Job, folder: Path, world: int) -> dict[str, Any]:
         return {}
     trainer = trainer_type(model, args, rows, eval_dataset=rows, callbacks=[gradients])
     found: dict[str, Any] = {"seen": watch_rows(trainer), "gradients": gradients.steps}
+    found["points"] = watch_points(trainer)
     found["before"] = trainer.score_rows(rows) if job.data != "long" else None
     try:
         trainer.train(resume_from_checkpoint=None if job.resume is None else str(folder / job.resume))
@@ -132,6 +139,18 @@ def run(job: Job, folder: Path, world: int) -> dict[str, Any]:
     trainer.save_model(args.output_dir)
     trainer.accelerator.wait_for_everyone()
     return found
+
+
+def watch_points(trainer) -> list[float]:
+    """KTO's reference point in every step."""
+    points, before_step = [], trainer.before_step
+
+    def watched(*args):
+        before_step(*args)
+        points.append(float(getattr(trainer, "_z_ref", 0)))
+
+    trainer.before_step = watched
+    return points
 
 
 def watch_rows(trainer) -> list[list[int]]:
@@ -228,6 +247,8 @@ def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
         ("ddp-2-sft", "one-sft", 2),
         ("ddp-4-sft", "one-sft", 4),
         ("fsdp-2-sft", "one-sft", 2),
+        ("ddp-2-kto", "one-kto", 2),
+        ("fsdp-2-kto", "one-kto", 2),
     ],
 )
 def test_ranks_train_as_one_process_does(name, alone, ranks, done):
@@ -241,7 +262,9 @@ def test_ranks_train_as_one_process_does(name, alone, ranks, done):
             wrapped = (DistributedType.MULTI_CPU, [DistributedDataParallel], {False})
             assert (rank["type"], rank["wrapper"], rank["sharded"]) == wrapped
         assert (rank["policy"].path, rank["policy"].fused_head, rank["policy"].reasons) == ("packed", True, [])
-        assert len(rank["gradients"]) == STEPS
+        assert len(rank["gradients"]) == len(rank["points"]) == STEPS
+        assert rank["points"] == pytest.approx(expected["points"], abs=1e-9)
+        assert any(rank["points"]) == name.endswith("kto")
         for step, gradients in enumerate(rank["gradients"]):
             for gradient, other in zip(gradients, expected["gradients"][step], strict=True):
                 torch.testing.assert_close(gradient, other, rtol=0, atol=1e-9)

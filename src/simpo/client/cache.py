@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 def default_cache() -> Path:
     """The user's own folder of replies, ``~/.cache/simpo/replies`` unless ``XDG_CACHE_HOME`` says otherwise."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "simpo" / "replies"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - needs no home
+    return Path(home) / "simpo" / "replies"
 
 
 class ReplyCache:

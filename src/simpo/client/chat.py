@@ -86,8 +86,8 @@ def read_reply(content: bytes) -> ChatReply:
             text,
             _first_token(choice.get("logprobs")),
             choice.get("finish_reason"),
-            usage.get("prompt_tokens"),
-            usage.get("completion_tokens"),
+            _count(usage.get("prompt_tokens")),
+            _count(usage.get("completion_tokens")),
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"not a chat completion ({type(error).__name__}: {error})") from error
@@ -105,6 +105,10 @@ def error_text(document: Any) -> str:
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def _first_token(logprobs: Any) -> dict[str, float] | None:

@@ -86,7 +86,8 @@ class ChatClient:
         failures: list[SimpoError] = []
         waiting = iter(missing.items())
         # A proxy of the environment is for other machines. The time is limited for each attempt as a whole.
-        async with httpx.AsyncClient(timeout=None, trust_env=not self.endpoint.local) as http:  # noqa: S113
+        limits = httpx.Limits(max_connections=self.endpoint.concurrency)
+        async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=not self.endpoint.local) as http:  # noqa: S113
             sender = Sender(http, self.endpoint)
 
             async def work() -> None:

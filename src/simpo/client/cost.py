@@ -135,5 +135,12 @@ def agree(estimate: Estimate, *, yes: bool, say: Callable[[str], None], prices: 
         return
     if not sys.stdin.isatty():
         raise SimpoError("nothing was sent: nobody is there to be asked whether to go on; agree with --yes")
-    if input("Send them? [y/N] ").strip().lower() not in ("y", "yes"):
+    if _asked("Send them? [y/N] ").strip().lower() not in ("y", "yes"):
         raise SimpoError("nothing was sent")
+
+
+def _asked(question: str) -> str:
+    try:
+        return input(question)
+    except EOFError:
+        return ""

@@ -45,6 +45,8 @@ class Endpoint:
             raise SimpoError(f"base_url: {self.base_url!r} is not of the form http(s)://host[:port]/path")
         if not self.model:
             raise SimpoError("model: no name; give the name that the server knows the model by")
+        if not self.api_key_env.isidentifier():
+            raise SimpoError("api_key_env: give the name of the environment variable that holds the key, not the key")
         for key, least in (("concurrency", 1), ("attempts", 1)):
             if getattr(self, key) < least:
                 raise SimpoError(f"{key}: must be at least {least}, not {getattr(self, key)}")

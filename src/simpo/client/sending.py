@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -29,7 +30,7 @@ class _Fault(Exception):  # noqa: N818 - most faults are mended by another attem
         wait: seconds that the server asks for before it.
     """
 
-    def __init__(self, reason: str, *, hopeful: bool = True, wait: float | None = None) -> None:
+    def __init__(self, reason: str, *, hopeful: bool = True, wait: float = 0.0) -> None:
         super().__init__(reason)
         self.hopeful = hopeful
         self.wait = wait
@@ -68,11 +69,14 @@ class Sender:
             try:
                 return await self._attempt(body)
             except _Fault as fault:
-                pause = self._pause(attempt, fault)
+                pause = max(_backoff(attempt), fault.wait)
                 if not fault.hopeful or attempt == self._endpoint.attempts or waited + pause > _PATIENCE:
-                    raise self._given_up(fault, attempt, pause) from fault
+                    # Not "from" the fault, whose text may hold the key.
+                    raise self._given_up(fault, attempt) from None
                 self.repeated += 1
                 waited += pause
+                if fault.wait:
+                    self._quiet_until = asyncio.get_running_loop().time() + pause
                 await asyncio.sleep(pause)
         raise AssertionError("at least one attempt is made")
 
@@ -91,25 +95,22 @@ class Sender:
             raise _refusal(response)
         try:
             return read_reply(response.content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _Fault(f"an unreadable answer: {error}") from error
 
-    def _pause(self, attempt: int, fault: _Fault) -> float:
-        """Seconds until the next attempt."""
-        if fault.wait is not None:
-            now = asyncio.get_running_loop().time()
-            self._quiet_until = max(self._quiet_until, now + min(fault.wait, _PATIENCE))
-            return fault.wait
-        longest = min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT)
-        return longest * (0.5 + 0.5 * random.random())  # noqa: S311 - spreads requests, guards nothing
-
-    def _given_up(self, fault: _Fault, attempts: int, pause: float) -> SimpoError:
+    def _given_up(self, fault: _Fault, attempts: int) -> SimpoError:
         reason = masked(" ".join(str(fault).split()))
         if self._key is not None:  # which a server may repeat in its error
             reason = reason.replace(self._key, REDACTED)
         tries = f" ({attempts} attempts)" if attempts > 1 else ""
-        asked = f"; it asks to wait {pause:,.0f} s" if fault.wait is not None and pause > _PATIENCE else ""
+        asked = f"; it asks to wait {fault.wait:,.0f} s" if fault.wait > _PATIENCE else ""
         return SimpoError(f"{self._endpoint.url}: model {self._endpoint.model!r}: {reason}{tries}{asked}")
+
+
+def _backoff(attempt: int) -> float:
+    """Seconds after the failure of an attempt, the first being 1."""
+    longest = min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT)
+    return longest * (0.5 + 0.5 * random.random())  # noqa: S311 - spreads requests, guards nothing
 
 
 def _refusal(response: httpx.Response) -> _Fault:
@@ -129,16 +130,11 @@ def _json(response: httpx.Response) -> Any:
         return response.text
 
 
-def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds of a Retry-After header, which has a number or a date; None without one."""
-    value = response.headers.get("retry-after")
-    if value is None:
-        return None
-    try:
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds of a Retry-After header, which has a number or a date; 0 without one."""
+    value = response.headers.get("retry-after", "0")
+    with suppress(ValueError):
         return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError, TypeError):
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return None
+    return 0.0

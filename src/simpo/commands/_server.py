@@ -23,8 +23,9 @@ def add_server_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--judge_concurrency", type=int, default=8, metavar="N", help="requests at a time (default 8)")
     parser.add_argument("--judge_timeout", type=float, default=60.0, metavar="S", help="seconds a reply (default 60)")
+    cache = str(default_cache()).replace("%", "%%")
     parser.add_argument(
-        "--cache", metavar="DIR", help=f"folder of replies that are not asked for again (default {default_cache()})"
+        "--cache", metavar="DIR", help=f"folder of replies that are not asked for again (default {cache})"
     )
     parser.add_argument(
         "--prices",

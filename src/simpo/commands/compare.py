@@ -39,7 +39,14 @@ def main(argv: list[str]) -> int:
         CompareArguments(
             arguments.a,
             arguments.b,
-            SampledWith(arguments.prompts, arguments.split, settings, arguments.dtype, arguments.trust_remote_code),
+            SampledWith(
+                arguments.prompts,
+                arguments.split,
+                settings,
+                arguments.engine,
+                arguments.dtype,
+                arguments.trust_remote_code,
+            ),
             arguments.judge,
             options,
             prices_of(arguments),
@@ -66,6 +73,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--split", default="train", help="split of --prompts (default train)")
     for name, (kind, text) in _SAMPLING.items():
         parser.add_argument(f"--{name}", type=kind, metavar="X" if kind is float else "N", help=text)
+    parser.add_argument(
+        "--engine", choices=("transformers", "vllm"), default="transformers", help="what generates (transformers)"
+    )
     parser.add_argument(
         "--dtype", metavar="TYPE", help="type of weights (default bfloat16 on an accelerator, float32 on a CPU)"
     )

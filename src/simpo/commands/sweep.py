@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,23 @@ from simpo.errors import SimpoError
 from simpo.recipe import annotations_of
 from simpo.search.space import Choices, combinations, read_axes
 from simpo.search.study import load_optuna
-from simpo.search.sweep import BEST, EFFECTS, Sweep, print_sweep, run_sweep
+from simpo.search.sweep import BEST, EFFECTS, SMALLER_IS_BETTER, Sweep, print_sweep, run_sweep
 from simpo.training.config import PreferenceConfig
 from simpo.training.inputs import DataArguments
-from simpo.training.metrics import NAMES
 from simpo.training.models import ModelArguments
 from simpo.training.run import Given
 
 _TPE_TRIALS = 20
+_METRICS = [name.removeprefix("eval_") for name in SMALLER_IS_BETTER]
 
 
 def main(argv: list[str]) -> int:
     """Parse, run the trials, print their table and what to do next."""
     sweep, recipe = _read(argv)
     load_optuna()
-    if run_sweep(sweep, recipe) is not None:
+    with _notices_once():
+        results = run_sweep(sweep, recipe)
+    if results is not None:
         best = print_sweep(sweep)
         print(f"best recipe: {sweep.folder / BEST}\nbest model:  {best}\nplot:        {sweep.folder / EFFECTS}")
         print(f"next:        simpo chat {shlex.quote(str(best))}")
@@ -46,7 +49,6 @@ def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
     axes = read_axes(given, annotations_of((ModelArguments, DataArguments, PreferenceConfig)))
     if not axes:
         raise SimpoError("nothing is varied: give a key several values, as in --learning_rate 3e-7,5e-7,1e-6")
-    logging.getLogger("simpo.recipe").addFilter(_Once())
     recipe = {} if path is None else _keys(path)
     sweep = Sweep(
         folder=_folder(options.output_dir, recipe),
@@ -94,7 +96,7 @@ def _parser() -> ArgumentParser:
         "--metric",
         default="rewards/accuracies",
         metavar="NAME",
-        help=f"on held-out pairs after training, one of {', '.join(NAMES)} (default rewards/accuracies)",
+        help=f"on held-out pairs after training, one of {', '.join(_METRICS)} (default rewards/accuracies)",
     )
     parser.add_argument("--prune", action="store_true", help="break off trials below the median at an evaluation")
     parser.add_argument("--output_dir", metavar="DIR", help="folder of the sweep (default: the recipe's, with -sweep)")
@@ -118,10 +120,10 @@ def _options(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _metric(name: str) -> str:
-    plain = name.removeprefix("eval_")
-    if plain not in NAMES:
-        raise SimpoError(f"--metric: {name!r} is not measured on held-out pairs; there are {', '.join(NAMES)}")
-    return f"eval_{plain}"
+    found = f"eval_{name.removeprefix('eval_')}"
+    if found not in SMALLER_IS_BETTER:
+        raise SimpoError(f"--metric: {name!r} tells no better from worse; there are {', '.join(_METRICS)}")
+    return found
 
 
 def _trials(sampler: str, asked: int | None, axes: Sequence[Any]) -> int:
@@ -138,15 +140,18 @@ def _trials(sampler: str, asked: int | None, axes: Sequence[Any]) -> int:
     return count
 
 
-class _Once(logging.Filter):
-    """Lets every notice through once: all trials read the same recipe."""
+@contextmanager
+def _notices_once() -> Iterator[None]:
+    """Say every notice about the recipe once, although all trials read it."""
+    seen: set[str] = set()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return text not in seen and not seen.add(text)  # type: ignore[func-returns-value]
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it is new."""
-        new = record.getMessage() not in self._seen
-        self._seen.add(record.getMessage())
-        return new
+    reader = logging.getLogger("simpo.recipe")
+    reader.addFilter(is_new)
+    try:
+        yield
+    finally:
+        reader.removeFilter(is_new)

@@ -37,9 +37,7 @@ class CPOConfig(PortedConfig):
     )
     beta: float = field(default=0.1, metadata={"help": "Scale of the reward; SimPO wants 2 to 10."})
     label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a label is wrong."})
-    loss_type: str | None = field(
-        default="sigmoid", metadata={"help": "simpo, alphapo, or sigmoid, which is CPO."}
-    )
+    loss_type: str | None = field(default="sigmoid", metadata={"help": "simpo, alphapo, or sigmoid, which is CPO."})
     cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the SFT term; pure SimPO has 0."})
     simpo_gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin, absolute."})
     alpha: float | None = field(default=0.0, metadata={"help": "AlphaPO's exponent; 0 is SimPO."})

@@ -13,7 +13,7 @@ from simpo.evaluation.answer_files import read_answer_file
 from simpo.evaluation.answers import Answerer, is_outputs_file
 from simpo.evaluation.rows import file_digest
 from simpo.sampling.loading import Checkpoint
-from simpo.sampling.run import FILE_NAME, PromptArguments, sample_responses
+from simpo.sampling.run import FILE_NAME, EngineName, PromptArguments, sample_responses
 from simpo.sampling.settings import SamplingSettings
 from simpo.training.models import ModelArguments
 
@@ -28,6 +28,7 @@ class SampledWith:
         prompts: what they are asked; None for the prompts of the answers that they are compared with.
         split: of the prompts.
         settings: how answers are drawn.
+        engine: what generates.
         dtype: type of the weights; None chooses by the device.
         trust_remote_code: run code that comes with a model.
     """
@@ -35,6 +36,7 @@ class SampledWith:
     prompts: str | None
     split: str
     settings: SamplingSettings
+    engine: EngineName = "transformers"
     dtype: str | None = None
     trust_remote_code: bool = False
 
@@ -110,7 +112,7 @@ class _Model:
         assert sampled.prompts is not None
         load_rows(sampled.prompts, split=sampled.split)  # a mistake shows before a folder is begun
         model = ModelArguments(name, dtype=sampled.dtype, trust_remote_code=sampled.trust_remote_code)
-        answerer = Answerer(Checkpoint.read(model).arguments, sampled.settings)
+        answerer = Answerer(Checkpoint.read(model).arguments, sampled.settings, engine=sampled.engine)
         return cls(answerer, PromptArguments(sampled.prompts, sampled.split))
 
     @property
@@ -118,6 +120,7 @@ class _Model:
         return self.answerer.identity()
 
     def answers(self, folder: Path, say: Say) -> Path:
-        say(f"answers of {folder.name.upper()}, {self.answerer.model.model_name_or_path}:")
-        sample_responses(self.answerer.model, self.prompts, self.answerer.settings, folder)
+        model = self.answerer.model
+        say(f"answers of {folder.name.upper()}, {model.model_name_or_path}:")
+        sample_responses(model, self.prompts, self.answerer.settings, folder, engine=self.answerer.engine)
         return folder / FILE_NAME

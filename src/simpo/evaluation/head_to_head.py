@@ -11,6 +11,7 @@ import numpy as np
 
 from simpo.errors import SimpoError
 from simpo.evaluation.answer_files import read_answer_file
+from simpo.judges.protocol import Pair
 from simpo.results import Metric, Stage
 from simpo.statistics import Interval, mean_interval, proportion_interval
 
@@ -47,6 +48,20 @@ def read_contests(a: Path, b: Path) -> list[Contest]:
         alone = len(first.keys() ^ second.keys())
         raise SimpoError(f"{a} and {b}: {alone} prompts are in one of them only; sample both on the same prompts")
     return [Contest(record["prompt"], record, second[key]) for key, record in first.items()]
+
+
+def meetings(contests: Sequence[Contest]) -> tuple[list[Pair], np.ndarray]:
+    """Every answer of the one with every answer of the other to the same prompt, and the number of the prompt."""
+    pairs, prompts = [], []
+    for number, contest in enumerate(contests):
+        ours, theirs = contest.a["responses"], contest.b["responses"]
+        lone = len(ours) == len(theirs) == 1
+        for i, a in enumerate(ours):
+            for j, b in enumerate(theirs):
+                key = contest.a["id"] if lone else f"{contest.a['id']}/{i}-{j}"
+                pairs.append(Pair(key, contest.prompt, a, b))
+                prompts.append(number)
+    return pairs, np.array(prompts)
 
 
 def win_rate(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Interval:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
@@ -22,11 +22,13 @@ class Judged:
         pairs: ``a`` the one model's answer, ``b`` the other's.
         prompts: for every pair the number of its prompt, ``[P]``.
         verdicts: judge -> ``[P]``, 1 where ``a`` wins, 0 where ``b`` does, or between; NaN where there is no verdict.
+        margins: judge -> ``[P]``, by how much the score of ``a`` is above that of ``b``, of judges that score.
     """
 
     pairs: Sequence[Pair]
     prompts: np.ndarray
-    verdicts: dict[str, np.ndarray]
+    verdicts: dict[str, np.ndarray] = field(default_factory=dict)
+    margins: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def preference_metrics(judged: Judged, seed: int) -> list[Metric]:

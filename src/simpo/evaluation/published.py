@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-SOURCE = "princeton-nlp/SimPO, README.md; judge gpt-4-1106-preview"
+SOURCE = "princeton-nlp/SimPO, README.md: judge gpt-4-1106-preview; GSM8K and MMLU by ZeroEval"
 # Methods that are shown on a terminal; an export has all.
 _SHOWN = ("SFT", "DPO", "SimPO")
 # Columns by benchmark, and what they are called.

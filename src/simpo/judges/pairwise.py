@@ -36,7 +36,7 @@ class PairwiseApiJudge:
         *,
         prompt: Path | None = None,
         max_tokens: int = 1024,
-        say: Callable[[str], None] | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         """Nothing is asked yet.
 

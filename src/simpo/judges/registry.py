@@ -41,7 +41,7 @@ class JudgeOptions:
     max_tokens: int = 1024
     dtype: str | None = None
     trust_remote_code: bool = False
-    say: Callable[[str], None] | None = None
+    say: Callable[[str], None] = print
 
 
 def make_judge(name: str, options: JudgeOptions) -> Judge:
@@ -78,5 +78,5 @@ def make_scorer(name: str, options: JudgeOptions, *, known: str = SCORERS) -> Sc
         return FunctionScorer(rest, trust_remote_code=options.trust_remote_code)
     if kind in ("reward", "logp") and rest:
         model = ModelArguments(rest, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
-        return RewardModelScorer(model) if kind == "reward" else LogpScorer(model)
+        return (RewardModelScorer if kind == "reward" else LogpScorer)(model, options.say)
     raise SimpoError(f"judge {name!r} is not known{nearest(name, known.split(', '))}; the judges are {known}")

@@ -3,51 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from simpo.errors import SimpoError
-from simpo.judges.placement import on_device, with_dtype
-from simpo.judges.protocol import Answers
-from simpo.judges.tokens import AnswerTokens
+from simpo.judges.models import ModelScorer
 from simpo.packing.comparison import TokenizedComparison
-from simpo.training.identity import model_digest
-from simpo.training.models import ModelArguments, load_tokenizer
+from simpo.training.models import ModelArguments
 
 
-class RewardModelScorer:
-    """Scores an answer with a sequence classifier of one label, read at the end-of-turn token.
+class RewardModelScorer(ModelScorer):
+    """Scores an answer with a sequence classifier of one label, read at the end-of-turn token."""
 
-    The model is loaded when it is first needed.
-    """
+    kind: ClassVar[str] = "reward"
 
-    def __init__(self, model: ModelArguments) -> None:
-        """Read the tokenizer.
+    def load(self, arguments: ModelArguments) -> Any:
+        """The reward model.
 
         Raises:
-            SimpoError: there is no such model.
+            SimpoError: as :func:`load_reward_model`.
         """
-        self._arguments = with_dtype(model)
-        self._tokens = AnswerTokens(load_tokenizer(model.model_name_or_path, model))
-        self._model: Any = None
+        return load_reward_model(arguments)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Digest and type of the weights."""
-        return {"judge": "reward", "model": model_digest(self._arguments), "dtype": self._arguments.dtype}
-
-    def score(self, rows: Sequence[Answers]) -> list[list[float]]:
-        """The rewards of the answers.
-
-        Raises:
-            SimpoError: the model cannot be loaded or is no reward model, or a row does not fit it.
-        """
-        if self._model is None:
-            self._model = on_device(load_reward_model(self._arguments))
-        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        return score(self._model, self._tokens.encode(rows, context=context))
+    def score_tokens(self, model: Any, comparisons: Sequence[TokenizedComparison]) -> list[list[float]]:
+        """Rewards, each sequence by itself, so that nothing is padded."""
+        return [[_reward(model, one.prompt_ids + ids) for ids in one.response_ids] for one in comparisons]
 
 
 def load_reward_model(arguments: ModelArguments) -> Any:
@@ -77,13 +59,5 @@ def load_reward_model(arguments: ModelArguments) -> Any:
     return model
 
 
-@torch.no_grad()
-def score(model: Any, comparisons: Sequence[TokenizedComparison]) -> list[list[float]]:
-    """The reward of every response, each sequence by itself, so that nothing is padded."""
-    return [
-        [
-            float(model(input_ids=torch.tensor([one.prompt_ids + ids], device=model.device), use_cache=False).logits)
-            for ids in one.response_ids
-        ]
-        for one in comparisons
-    ]
+def _reward(model: Any, ids: list[int]) -> float:
+    return float(model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,15 +21,22 @@ class ScorerJudge:
         return self._scorer.identity
 
     def margins(self, pairs: Sequence[Pair]) -> list[float]:
-        """By how much the score of ``a`` is above that of ``b``.
+        """By how much the score of ``a`` is above that of ``b``; an answer in several pairs is scored once.
 
         Raises:
             SimpoError: as the scorer, or its scores are not numbers.
         """
-        rows = [Answers(pair.id, pair.prompt, (pair.a, pair.b)) for pair in pairs]
-        scores = self._scorer.score(rows)
-        check_scores(scores, rows, str(self.identity["judge"]))
-        return [a - b for a, b in scores]
+        groups: dict[str, list[Pair]] = {}
+        for pair in pairs:
+            groups.setdefault(_key(pair), []).append(pair)
+        rows = [_answers(group) for group in groups.values()]
+        given = self._scorer.score(rows)
+        check_scores(given, rows, str(self.identity["judge"]))
+        scores = {
+            key: dict(zip(row.responses, values, strict=True))
+            for key, row, values in zip(groups, rows, given, strict=True)
+        }
+        return [scores[_key(pair)][pair.a] - scores[_key(pair)][pair.b] for pair in pairs]
 
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
         """1, 0, or half for equal scores.
@@ -37,6 +45,16 @@ class ScorerJudge:
             SimpoError: as :meth:`margins`.
         """
         return [verdict_of(margin) for margin in self.margins(pairs)]
+
+
+def _key(pair: Pair) -> str:
+    return json.dumps(pair.prompt)
+
+
+def _answers(group: Sequence[Pair]) -> Answers:
+    """The different answers of the pairs of one prompt."""
+    texts = dict.fromkeys(text for pair in group for text in (pair.a, pair.b))
+    return Answers(group[0].id, group[0].prompt, tuple(texts))
 
 
 def verdict_of(margin: float) -> float:

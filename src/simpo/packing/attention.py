@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -19,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from simpo.packing import kernels
 from simpo.packing.layout import AttentionLayout
+from simpo.packing.operator import by_segment_operator
 from simpo.packing.segments import AttentionStyle, by_segment
 
 PREFIX = "simpo_"
@@ -119,14 +121,26 @@ def shared_prefix_attention(
     unknown = [name for name, given in kwargs.items() if given is not None and name not in _IGNORED]
     if unknown or is_causal is False:
         raise UnsupportedAttentionError(f"attention arguments {unknown or ['is_causal=False']} are not honoured")
-    if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == layout.total:
-        raise UnsupportedAttentionError(f"queries {tuple(query.shape)} are not a packed batch of {layout.total} tokens")
+    total = layout.index.positions.shape[0]
+    if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == total:
+        raise UnsupportedAttentionError(f"queries {tuple(query.shape)} are not a packed batch of {total} tokens")
     if layout.windows is not None:
         layout.windows.append(sliding_window)
+    if torch.is_autocast_enabled(query.device.type):  # rotations in fp32 leave queries and keys in it
+        computed = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(computed) if t.dtype == torch.float32 else t for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     style = AttentionStyle(scale, sliding_window, softcap, s_aux, dropout)
-    if query.device.type == "cuda":
-        kernel = kernels.choose(query, key, value, style)
-        if kernel is not None:
-            return kernel(query, key, value, layout, style)
-    return by_segment(query, key, value, layout, style)
+    kernel = kernels.choose(query, key, value, style) if query.device.type == "cuda" else None
+    return (kernel or _definition(style))(query, key, value, layout, style)
+
+
+def _definition(style: AttentionStyle) -> kernels.Kernel:
+    """:func:`~simpo.packing.segments.by_segment`, in a form that a graph being compiled can hold."""
+    if not torch.compiler.is_compiling():
+        return by_segment
+    return _by_segment_outside if style.dropout else by_segment_operator
+
+
+# for dropout: what it drew in forward would be drawn anew in the operator's backward
+_by_segment_outside = torch.compiler.disable(by_segment)

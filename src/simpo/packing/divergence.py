@@ -14,7 +14,7 @@ from simpo.packing.logprobs import MEBIBYTE, Head
 def fused_kl(
     hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head, *, chunk_bytes: int | None = None
 ) -> Tensor:
-    """``[S]`` ``sum_v p(v) * (log p(v) - log q(v))`` of policy ``p`` and reference ``q``, in nats; fp32 (fp64 for fp64).
+    """``[S]`` ``sum_v p(v) * (log p(v) - log q(v))``, ``p`` the policy, ``q`` the reference; fp32 (fp64 for fp64).
 
     Works through chunks of rows and keeps one number a row. Backward makes a chunk's logits again and turns them into
     ``p * (log p - log q - KL)``, the gradient with respect to the policy's. The reference gets no gradient.

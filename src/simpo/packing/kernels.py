@@ -29,14 +29,14 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, s
 
     groups = query.shape[1] // key.shape[1]
     # [1, h, T, D] -> [keys of all segments, heads, D]; the gradient of a shared prompt adds up through the gather
-    keys = repeat_heads(key, groups)[0].transpose(0, 1)[layout.key_index]
-    values = repeat_heads(value, groups)[0].transpose(0, 1)[layout.key_index]
+    keys = repeat_heads(key, groups)[0].transpose(0, 1)[layout.index.key_index]
+    values = repeat_heads(value, groups)[0].transpose(0, 1)[layout.index.key_index]
     output = varlen_attn(
         query[0].transpose(0, 1).contiguous(),
         keys,
         values,
-        layout.cu_seqlens_q,
-        layout.cu_seqlens_k,
+        layout.index.cu_seqlens_q,
+        layout.index.cu_seqlens_k,
         max(layout.query_sizes),
         max(layout.key_sizes),
         scale=style.scale,
@@ -49,7 +49,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, sty
     """FlexAttention on the flat sequence, for softcap and sinks: the mask itself expresses the sharing."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask  # noqa: PLC0415 - slow import
 
-    comparison, part, position = layout.comparison_of, layout.part_of, layout.positions
+    comparison, part, position = layout.index.comparison_of, layout.index.part_of, layout.index.positions
     softcap, window = style.softcap, style.window
 
     def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -95,27 +95,33 @@ def choose(query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> 
     kernel = flex if not style.plain else varlen if half and query.shape[-1] <= 256 else None
     if kernel is None:
         return None
-    shape = (query.shape[1], key.shape[1], query.shape[-1])
+    sizes = map(int, (query.shape[1], key.shape[1], query.shape[-1]))  # constants also where a graph is being compiled
     small = None if style.window is None else min(style.window, 24)  # so that the small proof feels the window
     sinks = style.sinks is not None
-    proven = _proven(kernel, query.device, query.dtype, shape, style.scale, small, style.softcap, sinks)
+    proven = _proven(kernel.__name__, str(query.device), query.dtype, *sizes, style.scale, small, style.softcap, sinks)
     return kernel if proven else None
 
 
+@torch.compiler.assume_constant_result  # of constants: a graph that is being compiled asks for it, and does not trace it
+def _proven(kernel: str, device: str, *arguments: Any) -> bool:
+    return _proof({"varlen": varlen, "flex": flex}[kernel], torch.device(device), *arguments)
+
+
 @cache
-def _proven(
+def _proof(
     kernel: Kernel,
     device: torch.device,
     dtype: torch.dtype,
-    shape: tuple[int, int, int],
+    heads: int,
+    kv_heads: int,
+    size: int,
     scale: float,
     window: int | None,
     softcap: float | None,
     sinks: bool,
 ) -> bool:
     """Whether ``kernel`` gives the definition's output and gradients on a small packed batch, said once if not."""
-    heads, kv_heads, size = shape
-    layout = AttentionLayout((Span(37, (30, 51)), Span(5, (70, 1, 20))), device)
+    layout = AttentionLayout((Span(37, (30, 51)), Span(5, (70, 1, 20)))).to(device)
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*dims: int) -> Tensor:

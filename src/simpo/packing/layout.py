@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import accumulate, compress
+from itertools import compress, islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,72 @@ class Span(NamedTuple):
         return self.prompt + sum(self.responses)
 
 
+class LayoutIndex(NamedTuple):
+    """A layout in integer tensors: all that kernels and compiled graphs look at.
+
+    Attributes:
+        sizes: for every comparison ``K``, then the lengths of its prompt and ``K`` responses; stays on the CPU.
+        positions: ``[T]`` position of a token in ``prompt ++ its response``.
+        comparison_of: ``[T]`` which comparison a token belongs to.
+        part_of: ``[T]`` 0 for a prompt's token, k + 1 for one of response k.
+        key_index: ``[sum(key_sizes)]`` flat positions of all segments' keys, one segment after the other.
+        cu_seqlens_q: ``[segments + 1]`` int32 cumulative query lengths.
+        cu_seqlens_k: ``[segments + 1]`` int32 cumulative key lengths.
+    """
+
+    sizes: Tensor
+    positions: Tensor
+    comparison_of: Tensor
+    part_of: Tensor
+    key_index: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> LayoutIndex:
+        """Of comparisons with these lengths, on the CPU."""
+        parts = np.array([size for span in spans for size in (span.prompt, *span.responses)])
+        counts = np.array([1 + len(span.responses) for span in spans])  # parts of each comparison
+        first = np.cumsum(counts) - counts  # each comparison's prompt, as a part
+        starts = np.cumsum(parts) - parts
+        part_of = np.arange(len(parts)) - np.repeat(first, counts)
+        comparison_of = np.repeat(np.arange(len(spans)), counts)
+        # where a part starts in ``prompt ++ response``: 0 for a prompt, after its prompt for a response
+        offsets = np.where(part_of == 0, 0, parts[first][comparison_of])
+        responses = np.flatnonzero(part_of)  # the segments, as parts
+        prompts = first[comparison_of[responses]]
+        keys = np.stack([prompts, responses], axis=1).ravel()  # the parts that the segments' keys are
+        first_of_its_prompt = part_of[responses] == 1
+        return cls(
+            sizes=torch.tensor([size for span in spans for size in (len(span.responses), span.prompt, *span.responses)]),
+            positions=_ranges(offsets, parts),
+            comparison_of=torch.from_numpy(np.repeat(comparison_of, parts)),
+            part_of=torch.from_numpy(np.repeat(part_of, parts)),
+            key_index=_ranges(starts[keys], parts[keys]),
+            cu_seqlens_q=_cumulative(parts[responses] + first_of_its_prompt * parts[prompts]),
+            cu_seqlens_k=_cumulative(parts[responses] + parts[prompts]),
+        )
+
+    def to(self, device: torch.device) -> LayoutIndex:
+        """The tensors on ``device``, but for ``sizes``."""
+        sizes, *others = self
+        return LayoutIndex(sizes, *(tensor.to(device, non_blocking=True) for tensor in others))
+
+    def pin_memory(self) -> LayoutIndex:
+        """The tensors in page-locked memory."""
+        return LayoutIndex(*(tensor.pin_memory() for tensor in self))
+
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> Tensor:
+    """``[sum(sizes)]`` ranges of these starts and sizes, one after the other."""
+    before = np.cumsum(sizes) - sizes
+    return torch.from_numpy(np.arange(sizes.sum()) + np.repeat(starts - before, sizes))
+
+
+def _cumulative(sizes: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
+
+
 @dataclass(frozen=True)
 class AttentionLayout:
     """Which queries see which keys, handed down to the attention function as a forward keyword argument.
@@ -39,13 +106,26 @@ class AttentionLayout:
 
     Attributes:
         spans: the comparisons, in their order.
-        device: where index tensors are put.
+        index: the same in tensors; made from ``spans`` where not given.
         windows: while a model is being probed, the sliding window of every attention call that got this layout.
     """
 
     spans: tuple[Span, ...]
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    index: LayoutIndex = field(default=None, compare=False)  # type: ignore[assignment]
     windows: list[int | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.index is None:  # a field, because a compiled graph could not look into a cached property
+            object.__setattr__(self, "index", LayoutIndex.of(self.spans))
+
+    @classmethod
+    def of_index(cls, index: LayoutIndex) -> AttentionLayout:
+        """The layout that ``index`` was made of."""
+        spans, sizes = [], iter(index.sizes.tolist())
+        for count in sizes:
+            prompt, *responses = islice(sizes, 1 + count)
+            spans.append(Span(prompt, tuple(responses)))
+        return cls(tuple(spans), index)
 
     @cached_property
     def total(self) -> int:
@@ -67,51 +147,13 @@ class AttentionLayout:
         """Lengths of the segments' keys."""
         return [span.prompt + size for span in self.spans for size in span.responses]
 
-    @cached_property
-    def key_index(self) -> Tensor:
-        """``[sum(key_sizes)]`` flat positions of all segments' keys, one segment after the other."""
-        pieces, start = [], 0
-        for span in self.spans:
-            prompt = torch.arange(start, start + span.prompt)
-            start += span.prompt
-            for size in span.responses:
-                pieces += [prompt, torch.arange(start, start + size)]
-                start += size
-        return torch.cat(pieces).to(self.device)
+    def to(self, device: torch.device) -> AttentionLayout:
+        """The layout with its tensors on ``device``."""
+        return replace(self, index=self.index.to(device))
 
-    @cached_property
-    def cu_seqlens_q(self) -> Tensor:
-        """``[segments + 1]`` int32 cumulative query lengths."""
-        return torch.tensor([0, *accumulate(self.query_sizes)], dtype=torch.int32, device=self.device)
-
-    @cached_property
-    def cu_seqlens_k(self) -> Tensor:
-        """``[segments + 1]`` int32 cumulative key lengths."""
-        return torch.tensor([0, *accumulate(self.key_sizes)], dtype=torch.int32, device=self.device)
-
-    @cached_property
-    def comparison_of(self) -> Tensor:
-        """``[T]`` which comparison a token belongs to."""
-        return _repeat([span.total for span in self.spans], range(len(self.spans))).to(self.device)
-
-    @cached_property
-    def part_of(self) -> Tensor:
-        """``[T]`` 0 for a prompt's token, k + 1 for one of response k."""
-        labels = [k for span in self.spans for k in range(len(span.responses) + 1)]
-        return _repeat(self.part_sizes, labels).to(self.device)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """``[T]`` position of a token in ``prompt ++ its response``."""
-        pieces = []
-        for span in self.spans:
-            pieces.append(torch.arange(span.prompt))
-            pieces += [torch.arange(span.prompt, span.prompt + size) for size in span.responses]
-        return torch.cat(pieces).to(self.device)
-
-
-def _repeat(sizes: Sequence[int], labels: Sequence[int]) -> Tensor:
-    return torch.repeat_interleave(torch.tensor(list(labels)), torch.tensor(list(sizes)))
+    def pin_memory(self) -> AttentionLayout:
+        """The layout with its tensors in page-locked memory."""
+        return replace(self, index=self.index.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -167,7 +209,7 @@ class PackedBatch:
             layout=AttentionLayout(spans),
             scored=torch.tensor(scored),
             targets=torch.tensor(targets),
-            response_of=_repeat(lengths, range(len(lengths))),
+            response_of=torch.repeat_interleave(torch.tensor(lengths)),
             lengths=torch.tensor(lengths),
             weights=torch.tensor(weights),
         )
@@ -187,14 +229,15 @@ class PackedBatch:
         ]
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The batch with its tensors on ``device`` (index tensors of the layout follow when they are made)."""
+        """The batch with its tensors on ``device``."""
         device = torch.device(device)
         moved = {name: value.to(device, non_blocking=True) for name, value in self._tensors().items()}
-        return replace(self, layout=AttentionLayout(self.layout.spans, device), **moved)
+        return replace(self, layout=self.layout.to(device), **moved)
 
     def pin_memory(self) -> PackedBatch:
         """The batch in page-locked memory; ``DataLoader`` calls it."""
-        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
+        pinned = {name: value.pin_memory() for name, value in self._tensors().items()}
+        return replace(self, layout=self.layout.pin_memory(), **pinned)
 
     def probing(self) -> PackedBatch:
         """The batch with a layout that records the attention calls that it reaches."""
@@ -227,6 +270,6 @@ class PaddedRows:
         length_of_row = torch.tensor(sizes, device=device)
         mask = torch.arange(width, device=device) < length_of_row[:, None]
         ids = batch.input_ids.new_zeros(len(sizes), width)
-        ids[mask] = batch.input_ids[batch.layout.key_index]
-        scored = batch.response_of * width + batch.layout.positions[batch.scored]
+        ids[mask] = batch.input_ids[batch.layout.index.key_index]
+        scored = batch.response_of * width + batch.layout.index.positions[batch.scored]
         return cls(ids, mask.long(), scored)

@@ -212,7 +212,7 @@ def model_inputs(batch: PackedBatch, path: Literal["packed", "padded"]) -> tuple
         return {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "use_cache": False}, rows.scored
     inputs = {
         "input_ids": batch.input_ids[None],
-        "position_ids": batch.layout.positions[None],
+        "position_ids": batch.layout.index.positions[None],
         # an already made, four-dimensional mask passes every model by; the layout says what is seen
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
         "use_cache": False,

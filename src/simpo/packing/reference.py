@@ -62,7 +62,7 @@ def divergence_forward(
 
 def mean_by_comparison(batch: PackedBatch, values: Tensor) -> Tensor:
     """``[C]`` means over the scored tokens of each comparison, all responses together, of ``values`` ``[S]``."""
-    owner = batch.layout.comparison_of[batch.scored]
+    owner = batch.layout.index.comparison_of[batch.scored]
     sums = values.new_zeros(len(batch.weights)).index_add(0, owner, values)
     return sums / torch.zeros_like(sums).index_add(0, owner, torch.ones_like(values))
 

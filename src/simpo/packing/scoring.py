@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -35,14 +35,27 @@ def score_responses(
         ValueError: no comparisons.
         SimpoError: a comparison is longer than ``max_batch_tokens``.
     """
+    parts = [
+        policy_forward(model, batch, path=taken)
+        for batch, taken in bounded_batches(model, comparisons, max_batch_tokens=max_batch_tokens, path=path)
+    ]
+    return Responses(torch.cat([part.logp for part in parts]), torch.cat([part.length for part in parts]))
+
+
+def bounded_batches(
+    model: nn.Module, comparisons: Sequence[TokenizedComparison], *, max_batch_tokens: int, path: ForwardPath
+) -> Iterator[tuple[PackedBatch, ForwardPath]]:
+    """Batches of ``comparisons``, in their order, that are within ``max_batch_tokens``, and the path that they take.
+
+    Raises:
+        ValueError: no comparisons.
+        SimpoError: a comparison is longer than ``max_batch_tokens``.
+    """
     if not comparisons:
-        raise ValueError("score_responses needs at least one comparison")
+        raise ValueError("there is nothing to score: give at least one comparison")
     path = resolve_path(prepare_policy(model), PackedBatch.build(comparisons[:16]), path)
     packed = path == "packed"
     lengths = [c.packed_length if packed else c.padded_length for c in comparisons]
     rows = None if packed else [len(c.response_ids) for c in comparisons]
-    scored = [
-        policy_forward(model, PackedBatch.build([comparisons[i] for i in run]), path=path)
-        for run in fill_in_order(lengths, max_batch_tokens, rows)
-    ]
-    return Responses(torch.cat([part.logp for part in scored]), torch.cat([part.length for part in scored]))
+    for run in fill_in_order(lengths, max_batch_tokens, rows):
+        yield PackedBatch.build([comparisons[i] for i in run]), path

@@ -16,16 +16,20 @@ from simpo.packing.attention import UnsupportedAttentionError, install, uninstal
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import (
+    Computation,
     PolicyState,
     causal_lm,
     find_head,
     prepare_policy,
     state_of,
+    token_logprobs,
 )
+from simpo.packing.rewards import end_states, is_reward_model, own_rewards, rewards, score_head
 
 logger = logging.getLogger(__name__)
 
-# Largest accepted difference of a token's log-probability (mean, maximum), in nats, by the type that computes.
+# Largest accepted difference of a token's log-probability (mean, maximum), in nats, by the type that computes; for
+# hidden states and for rewards above 1 it is relative.
 _TOLERANCE = {
     torch.float64: (1e-5, 1e-4),  # models keep fp32 islands (norms, softmax) in a float64 model
     torch.float32: (1e-3, 2e-2),
@@ -44,7 +48,9 @@ def choose_path(model: nn.Module, batch: PackedBatch) -> Literal["packed", "padd
 
     The packed path is taken if as many attention calls carry the layout as the model has layers, each with the sliding
     window that the configuration promises, and its log-probabilities of up to two comparisons of ``batch`` agree with
-    those of the model's own forward, one sequence at a time. The fused output layer is checked in the same way.
+    those of the model's own forward, one sequence at a time. The fused output layer is checked in the same way. Of a
+    reward model the layer is checked by its rewards, and the path by the hidden states that they are made of: all
+    rewards of a layer that knows nothing yet are alike.
     """
     inner = prepare_policy(model)
     state = state_of(inner)
@@ -58,8 +64,8 @@ def choose_path(model: nn.Module, batch: PackedBatch) -> Literal["packed", "padd
         else:
             path, state.fused_head = "padded", False
             state.reasons.append(
-                "its own log-probabilities of the first rows are not finite, so nothing could be checked: logits are "
-                "materialised, and every response is computed with a prompt of its own, padded"
+                f"its own {_figures(inner)} of the first rows are not finite, so nothing could be checked: "
+                f"{_without_head(inner)}, and every response is computed with a prompt of its own, padded"
             )
     state.path = path
     for reason in set(state.reasons) - set(said):
@@ -73,7 +79,9 @@ def _judge(
     """Decide on the output layer and the path, with the reasons."""
     state.fused_head = all(_in_precision(_head_agrees, inner, sample, enabled) for enabled in precisions)
     if not state.fused_head:
-        state.reasons.append("its output layer is not a plain matrix product: logits are materialised")
+        state.reasons.append(f"its output layer is not a plain matrix product: {_without_head(inner)}")
+        if is_reward_model(inner):
+            return "padded"
     try:
         install(causal_lm(inner))
         for enabled in precisions:
@@ -114,7 +122,33 @@ def _precisions(model: nn.Module, device: torch.device) -> Iterator[bool]:
 def _in_precision(check: Callable[..., Any], model: PreTrainedModel, sample: PackedBatch, enabled: bool) -> Any:
     kind = sample.input_ids.device.type
     with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=enabled):
-        return check(model, sample, naive_logprobs(model, sample))
+        return check(model, sample, _own(model, sample))
+
+
+def _own(model: PreTrainedModel, sample: PackedBatch) -> Tensor:
+    """What the model's own forward says, one sequence at a time: rewards, ``[R]``, or log-probabilities, ``[S]``."""
+    if is_reward_model(model):
+        return model(packed_batch=sample, path="padded", compute=own_rewards)
+    return naive_logprobs(model, sample)
+
+
+def _alone(model: PreTrainedModel, sample: PackedBatch, compute: Computation) -> Tensor:
+    """What ``compute`` makes of every response of ``sample``, each in a forward of its own."""
+    alone = (
+        PackedBatch.build([TokenizedComparison(comparison.prompt_ids, [response])])
+        for comparison in sample.comparisons
+        for response in comparison.response_ids
+    )
+    device = sample.input_ids.device
+    return torch.cat([model(packed_batch=batch.to(device), path="padded", compute=compute) for batch in alone])
+
+
+def _figures(model: PreTrainedModel) -> str:
+    return "rewards" if is_reward_model(model) else "log-probabilities"
+
+
+def _without_head(model: PreTrainedModel) -> str:
+    return "every response has a forward of its own" if is_reward_model(model) else "logits are materialised"
 
 
 def _sequences(batch: PackedBatch) -> Iterator[tuple[Tensor, slice]]:
@@ -150,16 +184,11 @@ def _is_finite(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) ->
 
 
 def _head_agrees(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> bool:
-    if find_head(model) is None:
+    reward = is_reward_model(model)
+    if (score_head(model) if reward else find_head(model)) is None:
         return False
     state_of(model).fused_head = True  # the forward takes it, one sequence at a time
-    alone = (
-        PackedBatch.build([TokenizedComparison(comparison.prompt_ids, [response])])
-        for comparison in sample.comparisons
-        for response in comparison.response_ids
-    )
-    found = [model(packed_batch=batch.to(sample.input_ids.device), path="padded") for batch in alone]
-    return _agree(torch.cat(found), expected, model)
+    return _agree(_alone(model, sample, rewards if reward else token_logprobs), expected, model)
 
 
 def _probe(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> None:
@@ -169,8 +198,11 @@ def _probe(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> Non
     if set(kinds) - _ATTENTION_TYPES:
         raise NotShareableError(f"it has layers of type {', '.join(sorted(set(kinds) - _ATTENTION_TYPES))}")
     probing = sample.probing()
+    compute: Computation = token_logprobs
+    if is_reward_model(model):
+        compute, expected = end_states, _alone(model, sample, end_states)
     try:
-        found = model(packed_batch=probing, path="packed")
+        found = model(packed_batch=probing, path="packed", compute=compute)
     except Exception as error:  # whatever a foreign forward raises, it means the same
         raise NotShareableError(f"its forward does not take a packed batch ({_first_line(error)})") from error
     windows = probing.layout.windows or []
@@ -182,8 +214,9 @@ def _probe(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> Non
     if len(sliding) != _sliding_layers(config, kinds) or set(sliding) - {getattr(config, "sliding_window", None)}:
         raise NotShareableError("its attention is not told of its sliding windows")
     if not _agree(found, expected, model):
-        worst = (found - expected).abs().max().item()
-        raise NotShareableError(f"packed and separate log-probabilities differ by {worst:.2g} nats")
+        worst = _differences(found, expected, model).max().item()
+        what, unit = ("hidden states", "of their length") if is_reward_model(model) else ("log-probabilities", "nats")
+        raise NotShareableError(f"packed and separate {what} differ by {worst:.2g} {unit}")
 
 
 def _sliding_layers(config: Any, kinds: list[str]) -> int:
@@ -195,9 +228,17 @@ def _sliding_layers(config: Any, kinds: list[str]) -> int:
 
 def _agree(found: Tensor, expected: Tensor, model: nn.Module) -> bool:
     mean, maximum = _TOLERANCE[_computes_in(model)]
-    difference = (found - expected).abs()
+    difference = _differences(found, expected, model)
     # written so that a NaN disagrees
     return bool(difference.mean() <= mean) and bool(difference.max() <= maximum)
+
+
+def _differences(found: Tensor, expected: Tensor, model: nn.Module) -> Tensor:
+    """Of log-probabilities in nats, of hidden states relative to their length, of rewards to the largest above 1."""
+    if expected.dim() == 2:
+        return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    scale = expected.abs().max().clamp(min=1) if is_reward_model(model) else 1
+    return (found - expected).abs() / scale
 
 
 def _computes_in(model: nn.Module) -> torch.dtype:

@@ -10,6 +10,7 @@ import torch
 from simpo.errors import SimpoError
 from simpo.sampling.engine import Sampled
 from simpo.sampling.settings import SamplingSettings, derived_seed
+from simpo.training.adapters import find_adapter
 from simpo.training.models import ModelArguments
 
 
@@ -21,7 +22,7 @@ class VllmEngine:
         stop_ids: the tokens that end a response.
 
     Raises:
-        SimpoError: vLLM is not installed.
+        SimpoError: vLLM is not installed, or the model is an adapter.
     """
 
     def __init__(self, model: ModelArguments, stop_ids: list[int]) -> None:
@@ -29,6 +30,8 @@ class VllmEngine:
             import vllm  # noqa: PLC0415 - an optional dependency
         except ImportError as error:
             raise SimpoError("engine: vLLM is not installed; pip install 'simpo[vllm]'") from error
+        if find_adapter(model.model_name_or_path, model.model_revision) is not None:
+            raise SimpoError("engine: vLLM takes whole models here; 'simpo merge' the adapter first")
         self._vllm: Any = vllm
         self._stop_ids = stop_ids
         self._llm = vllm.LLM(

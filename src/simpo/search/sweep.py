@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from simpo.analysis.effects import plot_effects
 from simpo.errors import SimpoError
@@ -22,6 +25,13 @@ from simpo.training.run import Given
 from simpo.training.tasks import PREFERENCES
 
 BEST, EFFECTS = "best.yaml", "effects.png"
+# Metrics of results.json that tell better from worse, and whether they are to be small.
+SMALLER_IS_BETTER = {
+    "eval_rewards/accuracies": False,
+    "eval_rewards/margins": False,
+    "eval_logps/chosen": False,
+    "eval_loss": True,
+}
 _COMMAND = "sweep"
 _PAUSE = 1.0  # seconds between looks at the trials of other processes
 
@@ -59,7 +69,7 @@ class Sweep:
     @property
     def smaller_is_better(self) -> bool:
         """Whether the metric is to be small."""
-        return self.metric == "eval_loss"
+        return SMALLER_IS_BETTER[self.metric]
 
     def arguments(self, values: Values, folder: Path) -> list[str]:
         """Of ``simpo train`` for a trial."""
@@ -130,13 +140,16 @@ def _check(sweep: Sweep) -> None:
     """Read every trial's recipe, or where they are not known yet the values one at a time, before anything is written.
 
     Raises:
-        SimpoError: one is no recipe, has no held-out pairs, or is not evaluated where it should be pruned.
+        SimpoError: one is no recipe, has no held-out pairs, is not evaluated where it should be pruned, or is for
+            several processes.
     """
     for values in combinations(sweep.axes) if sweep.sampler == "grid" else one_at_a_time(sweep.axes):
         given = sweep.read(sweep.arguments(values, sweep.folder))
         data = given.data
         if not (data.eval_dataset_name or data.dataset_test_split or data.dataset_mixer or data.dataset_mixture):
             raise SimpoError("eval_dataset_name: name held-out pairs, which the trials are compared on")
+        if given.config.world_size > 1:
+            raise SimpoError("simpo sweep trains in one process: start it without a launcher, on every GPU once")
         if sweep.prune and given.config.eval_strategy == "no":
             raise SimpoError("--prune looks at evaluations while training: set eval_strategy: steps and eval_steps")
 
@@ -158,6 +171,7 @@ def _run_trials(sweep: Sweep, study: Study, say: Say, *, leading: bool) -> None:
         if claim is not None:
             waiting = False
             _settle(sweep, study, claim, say)
+            _free_memory()
             continue
         running = [tried.number for tried in study.tried() if tried.state == "running"]
         if not running or not leading:
@@ -166,6 +180,13 @@ def _run_trials(sweep: Sweep, study: Study, say: Say, *, leading: bool) -> None:
             waiting = True
             say(f"waiting for {len(running)} trials of other processes")
         time.sleep(_PAUSE)
+
+
+def _free_memory() -> None:
+    """Of a trial's trainer and model, which refer to one another; after what it raised has been dealt with."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def _settle(sweep: Sweep, study: Study, claim: Claim, say: Say) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,6 @@ class Failed(Exception):  # noqa: N818 - a result like others
 def run_trial(task: Task, given: Given, folder: Path, metric: str, *, prune: Any | None = None) -> Metric:
     """Train in ``folder``, or continue there, and read the held-out metric after training.
 
-    Memory is free again when this returns.
-
     Args:
         task: the kind of training.
         given: the recipe with the trial's values; its output folder is ``folder``.
@@ -43,7 +40,7 @@ def run_trial(task: Task, given: Given, folder: Path, metric: str, *, prune: Any
         SimpoError: something outside the trial is in the way (data, model, disk), or the folder was never begun.
     """
     try:
-        return _held_out(run_training(task if prune is None else watched(task, _Report(prune, metric)), given), metric)
+        results = run_training(task if prune is None else watched(task, _Report(prune, metric)), given)
     except torch.OutOfMemoryError as error:
         raise Failed(f"out of memory: {' '.join(str(error).split())[:200]}") from error
     except SimpoError as error:
@@ -51,16 +48,13 @@ def run_trial(task: Task, given: Given, folder: Path, metric: str, *, prune: Any
         if error.__cause__ is not None or not (folder / record.FILE_NAME).exists():
             raise
         raise Failed(str(error)) from error
-    finally:
-        gc.collect()  # trainer and model refer to one another
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+    return _held_out(results, metric)
 
 
 def _held_out(results: Path, name: str) -> Metric:
     found = next((m for m in read_results(results).metrics if m.name == name and m.stage == "after"), None)
     if found is None:
-        raise Failed(f"{results} has no {name}; name held-out pairs (eval_dataset_name)")
+        raise SimpoError(f"{results} has no {name}; name held-out pairs (eval_dataset_name)")
     if found.value is None:
         raise Failed(f"{name} is not a finite number")
     return found

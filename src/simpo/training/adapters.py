@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,11 +75,13 @@ def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str 
         SimpoError: a setting that peft or the model cannot take.
     """
     settings = {_SETTINGS[key][0]: value for key, value in adapter_settings(given).items()}
+    base = model.name_or_path
     try:
-        adapted: Any = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings), revision=revision)
+        with _without_noise():
+            adapted: Any = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings), revision=revision)
     except (ValueError, TypeError) as error:
         raise SimpoError(f"use_peft: the adapter cannot be put on the model ({_line(error)})") from error
-    _name_base(adapted, model.name_or_path)
+    _settle(adapted, base)
     return adapted
 
 
@@ -105,15 +108,22 @@ def continue_adapter(
     base = model.name_or_path
     config.inference_mode = False
     try:
-        adapted = PeftModelForCausalLM(model, config)
+        with _without_noise():
+            adapted = PeftModelForCausalLM(model, config)
     except (ValueError, TypeError) as error:
         raise SimpoError(f"model_name_or_path: {name}: an adapter for another model ({_line(error)})") from error
-    _name_base(adapted, base)
+    _settle(adapted, base)
     stored = _stored(name, revision)
     if fault := _fault(adapted, stored):
         raise SimpoError(f"model_name_or_path: {name}: an adapter for another model than {base!r} ({fault})")
     set_peft_model_state_dict(adapted, stored)
     return adapted
+
+
+def describe_adapter(model: PeftModel) -> str:
+    """How much of ``model`` is trained, in words."""
+    trained, total = model.get_nb_trainable_parameters()
+    return f"adapter: {trained:,} of {total:,} parameters are trained"
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -187,9 +197,21 @@ def _fault(model: PeftModel, stored: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _name_base(model: PeftModel, name: str) -> None:
-    """Let the adapter's file say where its base model is, wherever it will be read from."""
-    model.peft_config["default"].base_model_name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
+def _settle(model: PeftModel, base: str) -> None:
+    """Let the adapter's file say where its base model is, wherever it is read from, and be the same every time."""
+    config: Any = model.peft_config["default"]
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Without what peft has to say of transformers' names, and of layers whose weights it transposes by itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        yield
 
 
 def _line(error: Exception) -> str:

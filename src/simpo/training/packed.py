@@ -33,6 +33,7 @@ from simpo.training.batches import (
     response_counts,
     token_lengths,
 )
+from simpo.training.compilation import compile_layers
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
 from simpo.training.models import disable_dropout, load_model
 from simpo.training.resumable import ResumableTrainer
@@ -99,6 +100,8 @@ class PackedTrainer(ResumableTrainer):
             optimizers=optimizers,
         )
         self.path = self._choose_path()
+        if args.torch_compile:
+            compile_layers(self.model, args, self.accelerator)
         self._step: list[tuple[PlannedBatch, Tensor]] = []  # micro-batches of the current step with their rows' losses
 
     # ---- what a subclass says ----

@@ -13,7 +13,7 @@ from simpo.training.batches import MISMATCHED_IDS, response_counts
 from simpo.training.finite import describe_rows
 
 
-def with_mismatched(rows: Dataset, max_length: int) -> Dataset:
+def with_mismatched(rows: Dataset, max_length: int, label: str) -> Dataset:
     """``rows`` with the column ``mismatched_ids``: for each a response of a row with another prompt.
 
     Which one depends on the data alone. The rows stand in a circle, those of one prompt together, and each takes the
@@ -24,6 +24,7 @@ def with_mismatched(rows: Dataset, max_length: int) -> Dataset:
     Args:
         rows: tokenized.
         max_length: most tokens of a prompt with its mismatched response.
+        label: names the data set in messages.
 
     Raises:
         SimpoError: all prompts are the same, or no response to another prompt fits after one.
@@ -33,7 +34,7 @@ def with_mismatched(rows: Dataset, max_length: int) -> Dataset:
     prompt_of = _numbered_prompts(rows)
     if not prompt_of.any():
         raise SimpoError(
-            "objective kto: all prompts are the same; its reference point needs responses to other prompts"
+            f"{label}: all prompts are the same, and KTO's reference point needs responses to other prompts"
         )
     table = rows.with_format("arrow")
     room = max_length - pc.list_value_length(table["prompt_ids"]).to_numpy()
@@ -44,7 +45,7 @@ def with_mismatched(rows: Dataset, max_length: int) -> Dataset:
     if (partner < 0).any():
         alone = describe_rows(rows, np.flatnonzero(partner < 0).tolist())
         raise SimpoError(
-            f"max_length: {max_length} leaves no room for a response to another prompt in {alone}; raise it"
+            f"{label}: max_length {max_length} leaves no room for a response to another prompt in {alone}; raise it"
         )
     return rows.add_column(MISMATCHED_IDS, responses.take(partner), feature=TOKENS)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
@@ -19,6 +20,7 @@ from simpo.errors import SimpoError
 from simpo.results import FILE_NAME, Metric, write_results
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import JsonLines
+from simpo.training.adapters import describe_adapter
 from simpo.training.card import write_model_card
 from simpo.training.checkpoints import check_whole, last_good_checkpoint, shared_staging
 from simpo.training.held_out import read_scores, write_scores
@@ -146,6 +148,8 @@ def _prepare(
         eval_dataset=held_out,
         processing_class=tokenizer,
     )
+    if isinstance(trainer.model, PeftModel):
+        folder.say(describe_adapter(trainer.model))
     return trainer, metrics, held_out, identity
 
 

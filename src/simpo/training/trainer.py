@@ -87,7 +87,7 @@ class PreferenceTrainer(PackedTrainer):
 
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
-        """Tokenize comparisons, or single responses with labels."""
+        """Tokenize comparisons, or single responses with labels; for KTO with the column ``mismatched_ids``."""
         if is_feedback(dataset):
             if args.row.unpaired is None:
                 takers = ", ".join(name for name, row in OBJECTIVES.items() if row.unpaired is not None)
@@ -95,24 +95,24 @@ class PreferenceTrainer(PackedTrainer):
                     f"{label}: single responses with labels, and {args.objective!r} is trained on pairs; unpaired "
                     f"feedback is for objective {takers}"
                 )
-            return prepare_feedback(dataset, tokenizer, args.tokenize_settings, label=label)
-        prepared = prepare(dataset, tokenizer, args.tokenize_settings, label=label)
-        check_rankings(prepared.dataset, label)
-        return prepared
+            prepared = prepare_feedback(dataset, tokenizer, args.tokenize_settings, label=label)
+        else:
+            prepared = prepare(dataset, tokenizer, args.tokenize_settings, label=label)
+            check_rankings(prepared.dataset, label)
+        if not args.row.needs_z_ref:
+            return prepared
+        return replace(prepared, dataset=with_mismatched(prepared.dataset, args.max_length, label))
 
     def completed(self, rows: Dataset) -> Dataset:
-        """With KTO's mismatched responses and the reference's log-probabilities, where the objective needs them."""
+        """With the reference's log-probabilities, where the objective needs them."""
         if ("label" in rows.column_names) != self._unpaired:
             raise SimpoError(
                 "eval_dataset: comparisons and single responses with labels; give the same kind as to train"
             )
         key = rows._fingerprint
         if key not in self._completed:
-            self._completed[key] = self._with_reference(self._with_mismatched(rows))
+            self._completed[key] = self._with_reference(rows)
         return self._completed[key]
-
-    def _with_mismatched(self, rows: Dataset) -> Dataset:
-        return with_mismatched(rows, self.args.max_length) if self.row.needs_z_ref else rows
 
     def _with_reference(self, rows: Dataset) -> Dataset:
         if not self.row.needs_reference or self._beside:

@@ -16,9 +16,10 @@ from simpo.commands._evaluate._options import (
 )
 from simpo.commands._server import add_server_options
 from simpo.errors import SimpoError
+from simpo.evaluation.alpaca_eval.baselines import LengthControl
 from simpo.evaluation.alpaca_eval.files import reference_file
 from simpo.evaluation.alpaca_eval.judge import PairwisePrompt
-from simpo.evaluation.alpaca_eval.run import AlpacaEval, LengthControl, evaluate_alpaca_eval, recount_alpaca_eval
+from simpo.evaluation.alpaca_eval.run import AlpacaEval, evaluate_alpaca_eval, recount_alpaca_eval
 from simpo.sampling.settings import SamplingSettings
 
 _DEFAULTS = SamplingSettings(temperature=0.7, top_p=1.0)

@@ -17,8 +17,9 @@ from simpo.evaluation.academic.scores import Score, differences, read_scores, sc
 from simpo.results import write_results
 from simpo.runs.folder import RunFolder
 from simpo.sampling.loading import Checkpoint, device
+from simpo.training.adapters import find_adapter
 from simpo.training.identity import model_digest
-from simpo.training.models import ModelArguments
+from simpo.training.models import ModelArguments, base_arguments
 
 # Arithmetic, knowledge, truthfulness, following instructions and formats, toxicity, bias.
 TASKS = ("gsm8k", "mmlu", "truthfulqa_mc2", "ifeval", "toxigen", "crows_pairs_english")
@@ -69,15 +70,15 @@ def evaluate_academic(
         SimpoError: lm-eval is not installed, or cannot do what it is asked for.
     """
     with RunFolder(folder, command="evaluate") as run:
-        lm_eval = _lm_eval()
+        lm_eval = _LmEval(settings)
         identity = {"benchmark": "academic", "model": model_digest(model), "dtype": model.dtype}
         identity |= dataclasses.asdict(settings) | {"lm_eval": metadata.version("lm-eval")}
         if against is not None:
             identity["against"] = model_digest(against)
         run.begin(identity, argv=argv, accept_changes=None)
         if not run.finished:
-            before = None if against is None else _scores(lm_eval, against, settings, folder / "scores-before.json")
-            after = _scores(lm_eval, model, settings, folder / "scores-after.json")
+            before = None if against is None else _scores(lm_eval, against, folder / "scores-before.json")
+            after = _scores(lm_eval, model, folder / "scores-after.json")
             if before is None:
                 metrics = score_metrics(after, None)
             else:
@@ -87,42 +88,62 @@ def evaluate_academic(
     return folder / "results.json"
 
 
-def _lm_eval() -> Any:
-    try:
-        return importlib.import_module("lm_eval")
-    except ImportError as error:
-        raise SimpoError("academic benchmarks need lm-eval: pip install 'simpo[academic]'") from error
+class _LmEval:
+    """lm-eval and its index of tasks, which takes a while to make."""
+
+    def __init__(self, settings: AcademicSettings) -> None:
+        try:
+            self._lm_eval: Any = importlib.import_module("lm_eval")
+        except ImportError as error:
+            raise SimpoError("academic benchmarks need lm-eval: pip install 'simpo[academic]'") from error
+        self._settings = settings
+        self._tasks = importlib.import_module("lm_eval.tasks").TaskManager(include_path=settings.task_folder)
+        unknown = [name for name in settings.tasks if not self._tasks.match_tasks([name]) and not Path(name).is_file()]
+        if unknown:
+            raise SimpoError(f"tasks: lm-eval knows no {', '.join(unknown)}; lm-eval ls tasks lists its names")
+
+    def scores(self, model: ModelArguments) -> dict[str, Score]:
+        """Of a model, or an adapter on its base.
+
+        Raises:
+            SimpoError: lm-eval cannot do what it is asked for.
+        """
+        settings = self._settings
+        try:
+            output = self._lm_eval.simple_evaluate(
+                model="hf",
+                model_args=_model_args(model),
+                tasks=list(settings.tasks),
+                task_manager=self._tasks,
+                num_fewshot=settings.num_fewshot,
+                limit=settings.limit,
+                batch_size=settings.batch_size,
+                device=str(device()),
+                apply_chat_template=settings.apply_chat_template,
+                log_samples=True,
+            )
+        except (ValueError, KeyError, OSError, ImportError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise SimpoError(f"lm-eval: {model.model_name_or_path}: {reason}") from error
+        return read_scores(output)
 
 
-def _scores(lm_eval: Any, model: ModelArguments, settings: AcademicSettings, path: Path) -> dict[str, Score]:
+def _model_args(model: ModelArguments) -> dict[str, Any]:
+    adapter = find_adapter(model.model_name_or_path, model.model_revision)
+    base = model if adapter is None else base_arguments(adapter, model)
+    given = {
+        "pretrained": base.model_name_or_path,
+        "revision": base.model_revision,
+        "dtype": Checkpoint.read(model).arguments.dtype,
+        "trust_remote_code": model.trust_remote_code,
+    }
+    own = {} if adapter is None else {"peft": model.model_name_or_path, "tokenizer": model.model_name_or_path}
+    return given | own
+
+
+def _scores(lm_eval: _LmEval, model: ModelArguments, path: Path) -> dict[str, Score]:
     """From the file, if an earlier start has got so far."""
     if not path.exists():
-        scores = read_scores(_run(lm_eval, model, settings))
+        scores = lm_eval.scores(model)
         write_text(path, json.dumps({name: dataclasses.asdict(score) for name, score in scores.items()}) + "\n")
     return {name: Score(**score) for name, score in json.loads(path.read_text(encoding="utf-8")).items()}
-
-
-def _run(lm_eval: Any, model: ModelArguments, settings: AcademicSettings) -> Any:
-    checkpoint = Checkpoint.read(model)
-    manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=settings.task_folder)
-    try:
-        return lm_eval.simple_evaluate(
-            model="hf",
-            model_args={
-                "pretrained": model.model_name_or_path,
-                "revision": model.model_revision,
-                "dtype": checkpoint.arguments.dtype,
-                "trust_remote_code": model.trust_remote_code,
-            },
-            tasks=list(settings.tasks),
-            task_manager=manager,
-            num_fewshot=settings.num_fewshot,
-            limit=settings.limit,
-            batch_size=settings.batch_size,
-            device=str(device()),
-            apply_chat_template=settings.apply_chat_template,
-            log_samples=True,
-        )
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise SimpoError(f"lm-eval: {model.model_name_or_path}: {reason}") from error

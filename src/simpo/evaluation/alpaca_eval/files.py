@@ -1,4 +1,4 @@
-"""The benchmark's files: outputs of a model, annotations, difficulties and gamed baselines."""
+"""The benchmark's files: outputs of a model, and annotations."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import numpy as np
 from simpo.atomic import write_text
 from simpo.data.rows import Row
 from simpo.errors import SimpoError
-from simpo.evaluation.alpaca_eval.length_control import Baselines
 from simpo.evaluation.rows import check_same, check_unique, hub_file, read_rows, text_in
 
 REPOSITORY = "tatsu-lab/alpaca_eval"
-REFERENCE_FILE, GAMED_FILE = "alpaca_eval_gpt4_baseline.json", "df_gamed.csv"
+_REFERENCE_FILE = "alpaca_eval_gpt4_baseline.json"
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def reference_file() -> Path:
     Raises:
         SimpoError: they cannot be had.
     """
-    return hub_file(REPOSITORY, REFERENCE_FILE, "--reference_outputs")
+    return hub_file(REPOSITORY, _REFERENCE_FILE, "--reference_outputs")
 
 
 def match_outputs(reference: Sequence[Output], outputs: Sequence[Output], source: str) -> list[Match]:
@@ -175,38 +174,3 @@ def write_annotations(path: Path, annotations: Sequence[Annotation]) -> None:
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     write_text(path, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
-
-
-def read_baselines(gamed: str | Path | None, difficulty: str | Path | None) -> Baselines:
-    """The gamed baselines and the difficulties, from the hub where they are not given.
-
-    The gamed file's columns are ``index``, ``std_delta_len``, ``instruction_difficulty`` and a preference in [0, 1],
-    whose name starts with ``preference``. It has the difficulties too, which a file of ``index`` and
-    ``instruction_difficulty`` may replace.
-
-    Raises:
-        SimpoError: a file cannot be read, or lacks a column.
-    """
-    path = hub_file(REPOSITORY, GAMED_FILE, "--gamed") if gamed is None else gamed
-    rows = read_rows(path)
-    numbers = [
-        [_number(row, key, where) for key in ("std_delta_len", "instruction_difficulty", "preference")]
-        for row, where in rows
-    ]
-    length, difficulties, y = np.array(numbers).T
-    own = rows if difficulty is None else read_rows(difficulty)
-    return Baselines(_by_index(own), np.column_stack([np.tanh(length), difficulties, np.zeros(len(y))]), y)
-
-
-def _by_index(rows: Sequence[tuple[Row, str]]) -> np.ndarray:
-    found = {int(_number(row, "index", where)): _number(row, "instruction_difficulty", where) for row, where in rows}
-    if sorted(found) != list(range(len(found))):
-        raise SimpoError(f"{rows[0][1]}: index: the {len(found)} instructions are not numbered from 0 on")
-    return np.array([found[index] for index in range(len(found))])
-
-
-def _number(row: Row, name: str, where: str) -> float:
-    key = next((key for key in row if key == name or (name == "preference" and key.startswith(name))), None)
-    if key is None or isinstance(row[key], bool) or not isinstance(row[key], int | float):
-        raise SimpoError(f"{where}: no number {name!r}; it has {', '.join(sorted(row))}")
-    return float(row[key])

@@ -2,66 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from simpo.errors import SimpoError
+from simpo.evaluation.alpaca_eval.baselines import LengthControl
+from simpo.evaluation.alpaca_eval.figures import figures
 from simpo.evaluation.alpaca_eval.files import (
     Annotation,
     Match,
     Output,
     match_outputs,
     read_annotations,
-    read_baselines,
     read_outputs,
     write_annotations,
     write_outputs,
 )
 from simpo.evaluation.alpaca_eval.judge import PairwisePrompt, preferences
-from simpo.evaluation.alpaca_eval.length_control import Baselines, length_controlled
-from simpo.evaluation.alpaca_eval.win_rate import win_rate
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.asking import ApiJudge, Say
 from simpo.evaluation.rows import file_digest
-from simpo.results import Metric, write_results
+from simpo.results import write_results
 from simpo.runs.folder import RunFolder
 
 OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
-
-
-@dataclass(frozen=True)
-class LengthControl:
-    """Where the difficulties and the gamed baselines come from; None is the hub."""
-
-    gamed: str | None = None
-    difficulty: str | None = None
-
-    def read(self, say: Say) -> Baselines | None:
-        """What the length-controlled win rate needs; None, and a line that says so, where the hub has to give it and
-        cannot.
-
-        Raises:
-            SimpoError: a file that was given cannot be used.
-        """
-        try:
-            return read_baselines(self.gamed, self.difficulty)
-        except SimpoError as error:
-            if self.gamed is not None:
-                raise
-            say(f"note: no length-controlled win rate: {error}; --annotations computes it later from {ANNOTATIONS}")
-            return None
-
-    def identity(self) -> dict[str, Any]:
-        """What determines the correction of given preferences; the hub's files are None."""
-        return {
-            name: None if path is None else file_digest(path)
-            for name, path in (("gamed", self.gamed), ("difficulty", self.difficulty))
-        }
 
 
 @dataclass(frozen=True)
@@ -188,58 +154,3 @@ def _sampled(reference: Sequence[Output], answerer: Answerer, folder: Path) -> l
         Match(output.instruction, output.dataset, output.output, output.generator, text, answerer.name)
         for output, text in zip(reference, texts, strict=True)
     ]
-
-
-def figures(annotations: Sequence[Annotation], baselines: Baselines | None, say: Say) -> list[Metric]:
-    """The leaderboard's figures under its names, and how many answers were empty or got no preference.
-
-    Intervals are 1.96 standard errors to either side: of the mean for the win rate, and of the mean of the predicted
-    preferences for the length-controlled one.
-
-    Raises:
-        SimpoError: no answer got a preference, or there are more rows than difficulties.
-    """
-    found = np.array([annotation.preference for annotation in annotations])
-    unparsed = int(np.isnan(found).sum())
-    if unparsed == len(found):
-        raise SimpoError(f"the judge gave none of {len(found)} answers a preference; look at {ANNOTATIONS}")
-    ours = [annotation.match.output_2 for annotation in annotations]
-    empty = sum(not text.strip() for text in ours)
-    if unparsed:
-        say(f"note: {unparsed} of {len(found)} answers got no preference and are left out")
-    if empty:
-        say(f"note: {empty} of {len(found)} answers are empty; they were judged like any other")
-    raw = win_rate(found)
-    return [
-        *([] if baselines is None else _controlled(annotations, found, baselines)),
-        _metric("win_rate", raw.win_rate, raw.standard_error, raw.n),
-        Metric("alpaca_eval/standard_error", raw.standard_error, n=raw.n),
-        Metric("alpaca_eval/discrete_win_rate", raw.discrete_win_rate, n=raw.n),
-        Metric("alpaca_eval/n_wins", raw.wins, n=raw.n),
-        Metric("alpaca_eval/n_draws", raw.draws, n=raw.n),
-        Metric("alpaca_eval/n_wins_base", raw.losses, n=raw.n),
-        Metric("alpaca_eval/avg_length", int(np.mean([len(text) for text in ours])), n=len(found)),
-        Metric("alpaca_eval/without_preference", unparsed, n=len(found)),
-        Metric("alpaca_eval/empty_answers", empty, n=len(found)),
-    ]
-
-
-def _controlled(annotations: Sequence[Annotation], found: np.ndarray, baselines: Baselines) -> list[Metric]:
-    if len(found) > len(baselines.difficulties):
-        raise SimpoError(f"{len(found)} annotations, but difficulties of {len(baselines.difficulties)} instructions")
-    theirs, ours = (
-        np.array([len(text) for text in texts])
-        for texts in zip(*((row.match.output_1, row.match.output_2) for row in annotations), strict=True)
-    )
-    controlled = length_controlled(found, theirs, ours, baselines)
-    return [
-        _metric("length_controlled_winrate", controlled.win_rate, controlled.standard_error, len(found)),
-        Metric("alpaca_eval/lc_standard_error", controlled.standard_error, n=len(found)),
-    ]
-
-
-def _metric(name: str, value: float, error: float, n: int) -> Metric:
-    if math.isnan(error):
-        return Metric(f"alpaca_eval/{name}", value, n=n)
-    half = 1.96 * error
-    return Metric(f"alpaca_eval/{name}", value, None, n, value - half, value + half, "1.96 standard errors")

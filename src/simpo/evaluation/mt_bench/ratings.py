@@ -39,7 +39,7 @@ def rating_metrics(ratings: Sequence[Rating]) -> list[Metric]:
     Turns of one conversation are not independent: in pooled means a conversation is one observation.
     """
     rated = [rating for rating in ratings if rating.score is not None]
-    metrics = [_metric("average", _pooled(rated))]
+    metrics = [_metric("average", _pooled(rated)) if rated else Metric("mt_bench/average", None, n=0)]
     for turn in sorted({rating.turn for rating in rated}):
         scores = [rating.score for rating in rated if rating.turn == turn and rating.score is not None]
         metrics.append(_metric(f"turn_{turn}", mean_interval(scores)))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.answers import Question as Asked
 from simpo.evaluation.asking import ApiJudge, Say
@@ -140,14 +139,8 @@ def _say_missing_references(questions: Sequence[Question], say: Say) -> None:
 
 
 def figures(ratings: Sequence[Rating], say: Say) -> list[Metric]:
-    """Averages, and how many turns got no rating.
-
-    Raises:
-        SimpoError: none got one.
-    """
+    """Averages, and how many turns got no rating."""
     missing = sum(rating.score is None for rating in ratings)
-    if missing == len(ratings):
-        raise SimpoError(f"the judge gave none of {len(ratings)} turns a rating; look at {JUDGMENTS}")
     if missing:
         say(f"note: {missing} of {len(ratings)} turns got no rating and are left out")
     return rating_metrics(ratings)

@@ -1,0 +1,81 @@
+"""What scorers that are models have in common: loaded when needed, fed as training would feed them."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from simpo.judges.protocol import Answers
+from simpo.judges.tokens import AnswerTokens
+from simpo.packing.comparison import TokenizedComparison
+from simpo.progress import progress
+from simpo.training.identity import model_digest
+from simpo.training.models import ModelArguments, load_tokenizer
+
+_AT_ONCE = 64  # prompts between two looks at the progress
+
+
+class ModelScorer(ABC):
+    """A model as a scorer."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, model: ModelArguments, say: Callable[[str], None]) -> None:
+        """Read the tokenizer; the weights follow with the first scores.
+
+        Weights are bf16 on an accelerator and fp32 on a CPU unless ``dtype`` says otherwise.
+
+        Args:
+            model: which.
+            say: gets lines of progress.
+
+        Raises:
+            SimpoError: there is no such model.
+        """
+        dtype = model.dtype or ("float32" if _device().type == "cpu" else "bfloat16")
+        self._arguments = dataclasses.replace(model, dtype=dtype)
+        self._tokens = AnswerTokens(load_tokenizer(model.model_name_or_path, model))
+        self._say = say
+        self._model: Any = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Digest and type of the weights."""
+        return {"judge": self.kind, "model": model_digest(self._arguments), "dtype": self._arguments.dtype}
+
+    def score(self, rows: Sequence[Answers]) -> list[list[float]]:
+        """The model's scores.
+
+        Raises:
+            SimpoError: the model cannot be loaded, or a row cannot be read by it.
+        """
+        if self._model is None:
+            self._model = self.load(self._arguments).to(_device()).eval()
+        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        scores: list[list[float]] = []
+        with torch.no_grad(), progress(f"prompts scored by {self.kind}", len(rows), 0, self._say) as advance:
+            for start in range(0, len(rows), _AT_ONCE):
+                part = rows[start : start + _AT_ONCE]
+                scores += self.score_tokens(self._model, self._tokens.encode(part, context=context))
+                advance(len(part))
+        return scores
+
+    @abstractmethod
+    def load(self, arguments: ModelArguments) -> Any:
+        """The model.
+
+        Raises:
+            SimpoError: it cannot be loaded, or is of another kind.
+        """
+
+    @abstractmethod
+    def score_tokens(self, model: Any, comparisons: Sequence[TokenizedComparison]) -> list[list[float]]:
+        """One number for every response of every comparison."""
+
+
+def _device() -> torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

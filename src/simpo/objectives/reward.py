@@ -1,0 +1,25 @@
+"""Losses of reward models, which give a prompt and a response one number, the reward."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """``[N]`` negative log-likelihood of preferences, from the rewards, ``[N]``, of both responses of ``N`` pairs.
+
+    ``-logsigmoid(chosen - rejected - margin)``: Ouyang et al. 2022, arXiv 2203.02155, equation 1, whose weight of
+    ``1 / C(K, 2)`` is the mean over the pairs of one prompt; the margin is that of Touvron et al. 2023, arXiv
+    2307.09288, equation 2.
+    """
+    return -F.logsigmoid(chosen - rejected - margin)
+
+
+def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """``[N]`` ``(chosen + rejected)**2``, which draws rewards to a mean of 0.
+
+    The preferences say nothing of a constant that is added to all rewards. Eisenstein et al. 2023, arXiv 2312.09244,
+    section 2.1.
+    """
+    return (chosen + rejected) ** 2

@@ -1,0 +1,107 @@
+"""``torch_compile``: the same numbers, and no compilation after the first batches."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.nn.attention import varlen as torch_varlen
+
+from simpo.errors import SimpoError
+from simpo.packing import kernels
+from simpo.packing.comparison import TokenizedComparison
+from simpo.packing.layout import PackedBatch
+from simpo.packing.policy import policy_logprobs
+from simpo.packing.segments import AttentionStyle
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def train(make_trainer, make_model, rows, *, name="llama", steps=4, **settings):
+    model = make_model(name, torch.float32, std=0.1, num_hidden_layers=2)
+    settings = {"per_device_train_batch_size": 4, "max_steps": steps, "learning_rate": 1e-2, "logging_steps": 1} | settings
+    trainer = make_trainer(rows, model=model, **settings)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {key: value.clone() for key, value in trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"forward_path": "padded"}], ids=str)
+def test_training_is_the_same(settings, make_trainer, make_model, pairs):
+    rows = pairs(16)
+    exact, expected = train(make_trainer, make_model, rows, **settings)
+    assert not counters["stats"]
+    losses, weights = train(make_trainer, make_model, rows, torch_compile_backend="aot_eager", **settings)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    assert losses == pytest.approx(exact, rel=1e-5)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(weights[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def random_batch(draw: random.Random) -> PackedBatch:
+    def ids(longest: int) -> list[int]:
+        return [draw.randint(3, 60) for _ in range(draw.randint(1, longest))]
+
+    shapes = [draw.choice([1, 2, 2, 4]) for _ in range(draw.randint(1, 6))]
+    return PackedBatch.build([TokenizedComparison(ids(30), [ids(20) for _ in range(k)]) for k in shapes])
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_after_the_first_batches(make_model, make_trainer, pairs):
+    model = make_model("mistral", torch.float32, std=0.1, num_hidden_layers=2)
+    make_trainer(pairs(2), model=model, torch_compile_backend="eager")
+    draw = random.Random(0)
+    graphs = []
+    for _ in range(500):
+        policy_logprobs(model, random_batch(draw)).sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[10] == graphs[-1] < 5
+
+
+def test_a_compiled_kernel_with_integer_tensors_is_compiled_once(monkeypatch):
+    """As varlen_attn is, on a GPU: an operator of PyTorch's; here one of the same shape that runs on a CPU."""
+
+    @torch.library.custom_op(
+        "simpo_tests::varlen",
+        mutates_args=(),
+        schema="(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, int max_q, int max_k, float scale) -> Tensor",
+    )
+    def operator(q, k, v, cu_q, cu_k, max_q, max_k, scale):
+        seen.append((cu_q.tolist(), max_q, max_k))
+        return q * scale
+
+    operator.register_fake(lambda q, *_: torch.empty_like(q))
+    seen: list[tuple[list[int], int, int]] = []
+    monkeypatch.setattr(torch_varlen, "varlen_attn", lambda *args, scale, window_size: operator(*args, scale))
+    monkeypatch.setattr(kernels, "_proof", lambda *_: True)
+
+    @torch.compile(backend="eager", dynamic=True, fullgraph=True)
+    def attention(query, key, value, layout):
+        style = AttentionStyle(0.5)
+        return kernels.choose(query, key, value, style)(query + 1, key, value, layout, style)
+
+    draw, graphs = random.Random(0), []
+    for _ in range(40):
+        layout = random_batch(draw).layout
+        states = [torch.zeros(1, heads, layout.total, 16, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+        found = attention(*states, layout)
+        assert torch.equal(found, torch.full_like(found, 0.5))
+        *_, (starts, *longest) = seen
+        assert starts == layout.index.cu_seqlens_q.tolist()
+        assert longest == [max(layout.query_sizes), max(layout.key_sizes)]
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[5] == graphs[-1] <= 3
+
+
+def test_a_model_without_layers_is_an_error(make_trainer, make_model, pairs):
+    with pytest.raises(SimpoError, match=r"torch_compile: MambaForCausalLM has no layers"):
+        make_trainer(pairs(2), model=make_model("mamba"), torch_compile=True)

@@ -1,0 +1,49 @@
+"""Held-out figures before and after, of pairs, of rankings and of responses that are judged alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from simpo.training.held_out import compare_preferences
+
+NAN = float("nan")
+
+
+def metrics(before, after) -> dict:
+    found = compare_preferences(*({name: np.array(v) for name, v in scores.items()} for scores in (before, after)))
+    return {(metric.name, metric.stage): metric for metric in found}
+
+
+def test_pairs_are_right_or_wrong():
+    weight = {"weight": [1.0] * 4, "loss": [1.0] * 4}
+    found = metrics({"rewards/accuracies": [0, 0, 1, 0]} | weight, {"rewards/accuracies": [1, 1, 1, 0]} | weight)
+    accuracy = found["eval_rewards/accuracies", "after"]
+    assert (accuracy.value, accuracy.n, accuracy.method) == (0.75, 4, "Wilson 95%")
+    assert found["eval_rewards/accuracies/p_value", None].value == pytest.approx(0.25)  # two of two turned
+    assert ("eval_weight", "after") not in found
+
+
+def test_rankings_may_be_right_in_part():
+    found = metrics({"rewards/accuracies": [0, 1, 0]}, {"rewards/accuracies": [1 / 3, 1, 0.5]})
+    accuracy = found["eval_rewards/accuracies", "after"]
+    assert (accuracy.value, accuracy.method) == (pytest.approx(11 / 18), "Student t 95%")
+    assert ("eval_rewards/accuracies/p_value", None) not in found
+
+
+def test_responses_that_are_judged_alone():
+    before = {"loss": [1.0, 2.0, 3.0, 4.0], "rewards/chosen": [0, NAN, 0, NAN], "rewards/rejected": [NAN, 0, NAN, 0]}
+    after = before | {"rewards/chosen": [2.0, NAN, 1.0, NAN], "rewards/rejected": [NAN, 1.0, NAN, 1.5]}
+    found = metrics(before, after)
+    assert (found["eval_loss", "after"].value, found["eval_loss", "after"].n) == (2.5, 4)
+    assert (found["eval_rewards/chosen", "after"].value, found["eval_rewards/chosen", "after"].n) == (1.5, 2)
+    assert found["eval_rewards/rejected", "after"].value == 1.25
+    assert found["eval_rewards/auc", "before"].value == 0.5
+    assert found["eval_rewards/auc", "after"].value == (1 + 1 + 0.5 + 0) / 4
+
+
+def test_a_model_that_broke_is_seen():
+    """What is not a number after training is not left out."""
+    before = {"loss": [1.0, 2.0], "rewards/chosen": [0, NAN], "rewards/rejected": [NAN, 0]}
+    found = metrics(before, before | {"rewards/chosen": [NAN, NAN]})
+    assert np.isnan(found["eval_rewards/chosen", "after"].value)
