@@ -22,10 +22,12 @@ if [ "$DEVICE" = cuda ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch
 fi
 
 failed=0
+sections=()
 # section NAME SECONDS COMMAND ...: its output into a file, and an end to it
 section() {
   local name=$1 limit=$2
   shift 2
+  sections+=("$name")
   echo "gpu.sh: $name (at most $limit s)" >&2
   timeout --kill-after=5 "$limit" "$PYTHON" -m "$@" >"$OUTPUT/$name.txt" || {
     failed=1
@@ -36,19 +38,22 @@ section() {
 measured() {
   local name=$1 limit=$2
   shift 2
-  section "$name" "$limit" benchmarks.compare --device "$DEVICE" --repeats 1 --time-limit $((limit - 10)) \
+  section "$name" "$limit" benchmarks.compare --device "$DEVICE" --repeats 1 --time-limit $((limit - 15)) \
     --output "$OUTPUT/$name.json" "$@"
 }
 
 if [ "$DEVICE" = cuda ]; then
+  export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
   optimizer=adamw_torch_fused # with bf16 weights its states are bf16: 64 GB in all
   has torchao && optimizer=adamw_torch_8bit
   has bitsandbytes && optimizer=adamw_8bit
   section verification 110 benchmarks.verify_cuda
-  measured 8b 130 --model 8b --weights bf16 --dtype bf16 --checkpointing --optimizer "$optimizer" \
-    --profile ultrafeedback --pairs 64 --pairs-per-step 32 --families simpo --max-batch-tokens 8192 4096
-  measured peers 195 --model 1b --dtype bf16 --profile ultrafeedback --pairs 64 --pairs-per-step 16 \
-    --families simpo trl-cpo trl-dpo-liger dpo liger trl-dpo compiled padded --micro-batches 16 8 4
+  large=(--model 8b --weights bf16 --dtype bf16 --optimizer "$optimizer" --profile ultrafeedback --pairs 64
+    --pairs-per-step 32 --families simpo)
+  measured 8b-checkpointed 65 "${large[@]}" --checkpointing --only simpo
+  measured 8b 80 "${large[@]}" --max-batch-tokens 8192 4096 --only "simpo 8192" "simpo 4096"
+  measured peers 185 --model 1b --dtype bf16 --profile ultrafeedback --pairs 64 --pairs-per-step 16 \
+    --families simpo compiled trl-cpo trl-dpo-liger liger dpo padded trl-dpo --micro-batches 16 8 4
   measured sharing-hh 40 --model 1b --dtype bf16 --profile hh --pairs 128 --pairs-per-step 64 --families sharing
   measured sharing-documents 40 --model 1b --dtype bf16 --profile documents --responses 4 --pairs 8 --pairs-per-step 4 \
     --families sharing
@@ -59,11 +64,9 @@ else
   measured 8b 600 "${toy[@]}" --profile documents --families simpo sharing --only simpo "loop alone"
 fi
 
-for name in verification 8b peers sharing-hh sharing-documents; do
-  if [ -f "$OUTPUT/$name.txt" ]; then
-    printf '\n== %s ==\n' "$name"
-    cat "$OUTPUT/$name.txt"
-  fi
+for name in "${sections[@]}"; do
+  printf '\n== %s ==\n' "$name"
+  cat "$OUTPUT/$name.txt"
 done
 echo "Tables and JSON: $OUTPUT"
 [ "$DEVICE" = cuda ] || echo "Dry run on the CPU at toy size: these are no measurements, and nothing of CUDA was verified."

@@ -78,7 +78,7 @@ class Loop:
         self.model.train()
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.setting.learning_rate, fused=True)
         for step in self.steps:
-            total = 0.0
+            total = torch.zeros((), device=self.setting.device)
             for comparisons, weights in step:
                 with torch.autocast(self.setting.device, torch.bfloat16, enabled=self.setting.dtype == "bf16"):
                     y = policy_forward(
@@ -86,11 +86,11 @@ class Loop:
                     )
                 loss = (y.avg * weights.to(y.avg)).sum()
                 loss.backward()
-                total += loss.item()
+                total += loss.detach()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            self.losses.append(total)
+            self.losses.append(total.item())
             on_step_end()
 
     def batches(self) -> list[list[TokenizedComparison]]:

@@ -224,6 +224,8 @@ def test_a_wrong_kernel_is_refused_and_named_once(kernel, named, dtype, caplog):
     ],
 )
 def test_which_kernel_is_chosen(dtype, style, expected, monkeypatch):
+    assert kernels.choose(*inputs(2, dtype), AttentionStyle(SCALE, **style)) is None  # on a CPU
+    monkeypatch.setattr(kernels, "_DEVICE", "cpu")
     monkeypatch.setattr(kernels, "_proof", lambda *_: True)
     kernel = kernels.choose(*inputs(2, dtype), AttentionStyle(SCALE, **style))
     assert (kernel and kernel.__name__) == expected
@@ -233,6 +235,7 @@ def test_which_kernel_is_chosen(dtype, style, expected, monkeypatch):
 
 def test_the_window_is_felt_by_the_proof(monkeypatch):
     asked = []
+    monkeypatch.setattr(kernels, "_DEVICE", "cpu")
     monkeypatch.setattr(kernels, "_proof", lambda *arguments: asked.append(arguments[7]))
     for window in (None, 4, 4096):
         kernels.choose(*inputs(2, torch.bfloat16), AttentionStyle(SCALE, window))

@@ -19,7 +19,6 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
 def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
     """``[N]`` ``(chosen + rejected)**2``, which draws rewards to a mean of 0.
 
-    The preferences say nothing of a constant that is added to all rewards. Eisenstein et al. 2023, arXiv 2312.09244,
-    section 2.1.
+    The preferences say nothing of a constant that is added to all rewards. Eisenstein et al. 2023, arXiv 2312.09244.
     """
     return (chosen + rejected) ** 2

@@ -131,8 +131,8 @@ def shared_prefix_attention(
         query, key, value = (t.to(computed) if t.dtype == torch.float32 else t for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     style = AttentionStyle(scale, sliding_window, softcap, s_aux, dropout)
-    kernel = kernels.choose(query, key, value, style) if query.device.type == "cuda" else None
-    return (kernel or _definition(style))(query, key, value, layout, style)
+    attend = kernels.choose(query, key, value, style) or _definition(style)
+    return attend(query, key, value, layout, style)
 
 
 def _definition(style: AttentionStyle) -> kernels.Kernel:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from operator import index
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from simpo.packing.segments import AttentionStyle, by_segment, repeat_heads
 
 logger = logging.getLogger(__name__)
 
+_DEVICE = "cuda"  # whose kernels these are
 Kernel = Callable[[Tensor, Tensor, Tensor, AttentionLayout, AttentionStyle], Tensor]
 
 
@@ -89,13 +91,14 @@ def choose(query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> 
 
     Inputs are the attention's own: query ``[1, heads, T, D]``, key and value ``[1, key-value heads, T, D]``.
     """
-    if style.dropout or query.shape[-1] != value.shape[-1]:
+    if query.device.type != _DEVICE or style.dropout or query.shape[-1] != value.shape[-1]:
         return None
     half = query.dtype in (torch.bfloat16, torch.float16)
     kernel = flex if not style.plain else varlen if half and query.shape[-1] <= 256 else None
     if kernel is None:
         return None
-    sizes = map(int, (query.shape[1], key.shape[1], query.shape[-1]))  # constants also where a graph is being compiled
+    # index: to a graph that is being compiled these are symbols until it is asked for their values
+    sizes = map(index, (query.shape[1], key.shape[1], query.shape[-1]))
     small = None if style.window is None else min(style.window, 24)  # so that the small proof feels the window
     sinks = style.sinks is not None
     proven = _proven(kernel.__name__, str(query.device), query.dtype, *sizes, style.scale, small, style.softcap, sinks)

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from peft import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     LoraConfig,
     PeftConfig,
     PeftModel,
-    PeftModelForCausalLM,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
 from simpo.errors import SimpoError
+from simpo.packing.rewards import is_reward_model
 
 # What recipes call an adapter's settings: what peft calls them, and the default.
 _SETTINGS: dict[str, tuple[str, Any]] = {
@@ -78,7 +79,7 @@ def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str 
     base = model.name_or_path
     try:
         with _without_noise():
-            adapted: Any = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings), revision=revision)
+            adapted: Any = get_peft_model(model, LoraConfig(task_type=_task_of(model), **settings), revision=revision)
     except (ValueError, TypeError) as error:
         raise SimpoError(f"use_peft: the adapter cannot be put on the model ({_line(error)})") from error
     _settle(adapted, base)
@@ -109,7 +110,7 @@ def continue_adapter(
     config.inference_mode = False
     try:
         with _without_noise():
-            adapted = PeftModelForCausalLM(model, config)
+            adapted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[_task_of(model)](model, config)
     except (ValueError, TypeError) as error:
         raise SimpoError(f"model_name_or_path: {name}: an adapter for another model ({_line(error)})") from error
     _settle(adapted, base)
@@ -173,6 +174,11 @@ def _exchange(parameters: list[nn.Parameter], data: list[Tensor]) -> None:
     for parameter, tensor in zip(parameters, data, strict=True):
         parameter.data = tensor
     torch.clear_autocast_cache()  # it knows a weight's half-precision copy by the parameter, not by its data
+
+
+def _task_of(model: PreTrainedModel) -> str:
+    """What peft calls it; the score head of a reward model is trained whole, and stored with the adapter."""
+    return "SEQ_CLS" if is_reward_model(model) else "CAUSAL_LM"
 
 
 def _stored(name: str, revision: str = "main") -> dict[str, Tensor]:

@@ -21,16 +21,17 @@ from simpo.training.rankings import OrderedPairs
 
 # Of a tokenized data set; all but the first two are optional.
 REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP = "ref_logps", "mismatched_ids", "mismatched_ref_logp"
+LEVELS = "levels"
 _COLUMNS = (
     *("prompt_ids", "response_ids", "scored", "scores", "label"),
-    *(REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP),
+    *(REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP, LEVELS),
 )
 
 
 class PlannedBatch(NamedTuple):
     """A micro-batch ready for the model.
 
-    The last six are None where the data set has no such thing.
+    The last seven are None where the data set has no such thing.
 
     Attributes:
         packed: its ``C`` comparisons with ``R`` responses.
@@ -42,6 +43,7 @@ class PlannedBatch(NamedTuple):
         labels: ``[C]`` bool, whether a response that is judged alone is desirable.
         mismatched: each prompt with one response to another prompt, ``C`` in all.
         mismatched_ref_logps: ``[C]`` float64, log-probabilities of these responses under the reference.
+        levels: ``[R]`` float64; a response is to win over another by the difference.
     """
 
     packed: PackedBatch
@@ -53,6 +55,7 @@ class PlannedBatch(NamedTuple):
     labels: Tensor | None = None
     mismatched: PackedBatch | None = None
     mismatched_ref_logps: Tensor | None = None
+    levels: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PlannedBatch:
         """The batch with its tensors on ``device``."""
@@ -98,6 +101,7 @@ class ComparisonRows(TorchDataset):
             labels=None if "label" not in found else torch.tensor(found["label"]),
             mismatched=None if MISMATCHED_IDS not in found else PackedBatch.build(_mismatched(found), micro.weights),
             mismatched_ref_logps=_numbers(found.get(MISMATCHED_REF_LOGP)),
+            levels=_flat(found.get(LEVELS)),
         )
 
 

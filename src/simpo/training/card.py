@@ -34,6 +34,8 @@ _SETTINGS = (
     "truncation",
     "paper_tokenization",
     "sft_weight",
+    "margin",
+    "center_rewards_coefficient",
 )
 
 
@@ -47,7 +49,7 @@ def write_model_card(
         tags=task.tags(config),
         base_model=_base_model(model),
         datasets=[name for name in names if not Path(name).exists()] or None,
-        pipeline_tag="text-generation",
+        pipeline_tag=task.pipeline,
     )
     text = "\n".join(
         [

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from simpo.runs import manifest
 from simpo.training.adapters import adapter_settings, find_adapter
+from simpo.training.batches import LEVELS
 from simpo.training.inputs import DataArguments
 from simpo.training.models import ModelArguments, base_arguments
 
@@ -81,10 +82,10 @@ def named_checkpoint(config: Any) -> str | None:
 
 
 def rows_digest(rows: Dataset) -> str:
-    """SHA-256 of the token ids, of which are scored, and of scores and labels, row by row in their order."""
+    """SHA-256 of the token ids, of which are scored, and of scores, labels and levels, row by row in their order."""
     columns = [name for name in ("prompt_ids", "response_ids", "scored") if name in rows.column_names]
     digest = hashlib.sha256()
-    for name in ("scores", "label"):
+    for name in ("scores", "label", LEVELS):
         if name in rows.column_names:
             digest.update(json.dumps([name, rows[name][:]]).encode())
     for batch in rows.select_columns(columns).with_format("arrow").iter(1000):

@@ -192,13 +192,13 @@ def _load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     name = arguments.model_name_or_path
     _check_folder(name)
     try:
-        return _load(AutoTokenizer, arguments)
+        return load_files(AutoTokenizer, arguments)
     except SimpoError:
         adapter = find_adapter(name, arguments.model_revision)
         if adapter is None:
             raise
         logger.warning("%s has no tokenizer; its base model's is used", name)
-        return _load(AutoTokenizer, base_arguments(adapter, arguments))
+        return load_files(AutoTokenizer, base_arguments(adapter, arguments))
 
 
 def _load_base(name: str, adapter: LoraConfig, arguments: ModelArguments) -> PreTrainedModel:
@@ -211,22 +211,32 @@ def _load_base(name: str, adapter: LoraConfig, arguments: ModelArguments) -> Pre
 
 
 def _load_causal(arguments: ModelArguments) -> PreTrainedModel:
+    model = load_files(AutoModelForCausalLM, arguments, **loading_options(arguments))
+    return frozen(model) if arguments.quantization else model
+
+
+def loading_options(arguments: ModelArguments) -> dict[str, Any]:
+    """What ``from_pretrained`` is told of the weights' type, quantization and attention."""
     dtype: Any = arguments.dtype or "float32"
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     options = {"dtype": dtype}
     if (attention := _attention(arguments.attn_implementation)) is not None:
         options["attn_implementation"] = attention
-    if not arguments.quantization:
-        return _load(AutoModelForCausalLM, arguments, **options)
-    options |= four_bits(
-        kind=arguments.bnb_4bit_quant_type,
-        nested=arguments.use_bnb_nested_quant,
-        dtype=torch.bfloat16 if arguments.dtype in (None, "auto") else dtype,
-    )
-    return frozen(_load(AutoModelForCausalLM, arguments, **options))
+    if arguments.quantization:
+        options |= four_bits(
+            kind=arguments.bnb_4bit_quant_type,
+            nested=arguments.use_bnb_nested_quant,
+            dtype=torch.bfloat16 if arguments.dtype in (None, "auto") else dtype,
+        )
+    return options
 
 
-def _load(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
+def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
+    """``from_pretrained`` of one of transformers' ``Auto`` classes.
+
+    Raises:
+        SimpoError: there is no such thing, or it cannot be loaded.
+    """
     name = arguments.model_name_or_path
     _check_folder(name)
     try:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -35,7 +36,7 @@ from simpo.training.batches import (
 )
 from simpo.training.compilation import compile_layers
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
-from simpo.training.models import disable_dropout, load_model
+from simpo.training.models import ModelArguments, disable_dropout, load_model
 from simpo.training.resumable import ResumableTrainer
 from simpo.training.running_means import RunningMeans, widest_type
 from simpo.training.settings import TrainingSettings
@@ -85,7 +86,7 @@ class PackedTrainer(ResumableTrainer):
     ) -> None:
         args = self.config_type() if args is None else args
         if isinstance(model, str):
-            model = load_model(model)
+            model = self.load(model)
         if args.disable_dropout:
             disable_dropout(model)
         super().__init__(
@@ -107,14 +108,20 @@ class PackedTrainer(ResumableTrainer):
     # ---- what a subclass says ----
 
     @classmethod
+    def load(cls, name: str, arguments: ModelArguments | None = None) -> PreTrainedModel | PeftModel:
+        """The model of a name or folder, of the kind that is trained."""
+        return load_model(name, arguments)
+
+    @classmethod
     @abstractmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
         """Tokenize ``dataset`` for this kind of training; raises :class:`SimpoError` if it is not for it."""
 
     @abstractmethod
-    def row_figures(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """Losses, ``[C]``, and detached figures, ``[C, len(metric_names)]``, of ``batch`` with responses ``y``.
+    def row_figures(self, y: Any, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+        """Losses, ``[C]``, and detached figures, ``[C, len(metric_names)]``, of ``batch``.
 
+        What the model says of its responses, ``y``, are :class:`Responses` unless :meth:`forward_rows` is another.
         A figure that is NaN says nothing about its row and is left out of that figure's mean.
         """
 
@@ -348,21 +355,25 @@ class PackedTrainer(ResumableTrainer):
 
     def response_logps(self, rows: Dataset) -> Tensor:
         """``[R]`` float64 log-probabilities of all responses of ``rows`` under the model as it is; all ranks call."""
+        return self.of_responses(rows, lambda batch: policy_forward(self.model, batch, path=self.path).logp)
+
+    def of_responses(self, rows: Dataset, compute: Callable[[PackedBatch], Tensor]) -> Tensor:
+        """``[R]`` float64 figures of all responses of ``rows``, which ``compute`` gives a batch of; all ranks call."""
         plan = self._plan(rows, _SCORED_TOGETHER // self.args.world_size, training=False)
         counts = response_counts(rows)
         ends = np.cumsum(counts)
         device = self.args.device
-        logps = torch.zeros(int(ends[-1]), dtype=widest_type(device), device=device)
+        figures = torch.zeros(int(ends[-1]), dtype=widest_type(device), device=device)
         self.model.eval()
         for step in PlanSampler(plan, lambda: 0, self.args.process_index):
             for micro, _ in step:
                 batch = PackedBatch.build(comparisons_of(rows, micro.rows)).to(device)
                 with torch.no_grad(), self.accelerator.autocast():
-                    found = policy_forward(self.model, batch, path=self.path).logp
+                    found = compute(batch)
                 if any(micro.weights):  # not a filler
                     index = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in micro.rows])
-                    logps[torch.from_numpy(index).to(device)] = found.to(logps)
-        return self._sum_over_ranks(logps)
+                    figures[torch.from_numpy(index).to(device)] = found.to(figures)
+        return self._sum_over_ranks(figures)
 
     def score_rows(self, dataset: Dataset) -> Scores:
         """Figures of every row of ``dataset``, in its order."""

@@ -72,8 +72,9 @@ class ResumableTrainer(ShardedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if isinstance(self.model, PeftModel) and self.args.should_save:  # peft leaves them to the base model
-            self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
+        settings = getattr(self.model, "generation_config", None)
+        if isinstance(self.model, PeftModel) and settings and self.args.should_save:  # peft leaves them to the base
+            settings.save_pretrained(output_dir or self.args.output_dir)
         # a pickle, and it holds the hub token; the recipe says the same
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 

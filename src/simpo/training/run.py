@@ -28,7 +28,7 @@ from simpo.training.identity import Identity, named_checkpoint, settings_of, tra
 from simpo.training.inputs import DataArguments, load_datasets
 from simpo.training.interruption import StopOnSignal
 from simpo.training.log_lines import LogLines
-from simpo.training.models import ModelArguments, load_model, load_tokenizer
+from simpo.training.models import ModelArguments, load_tokenizer
 from simpo.training.packed import PackedTrainer, Scores
 from simpo.training.tasks import Task
 
@@ -142,7 +142,7 @@ def _prepare(
     _check_ranks_agree(identity, config)
     set_seed(config.seed)  # a new adapter's first weights are drawn
     trainer = task.trainer(
-        load_model(name, given.model),
+        task.trainer.load(name, given.model),
         args=config,
         train_dataset=datasets["train"],
         eval_dataset=held_out,

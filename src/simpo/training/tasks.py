@@ -9,6 +9,8 @@ from typing import Any
 from simpo.results import Metric
 from simpo.training.held_out import compare_conversations, compare_preferences
 from simpo.training.packed import PackedTrainer, Scores
+from simpo.training.reward import RewardTrainer
+from simpo.training.reward_figures import compare_rewards
 from simpo.training.sft import SFTTrainer
 from simpo.training.trainer import PreferenceTrainer
 
@@ -25,6 +27,7 @@ class Task:
         describe: from the configuration, what is being optimized, in a few words.
         method: from the configuration, how the model card says what was done.
         tags: from the configuration, the model card's tags.
+        pipeline: what the hub calls the use of such a model.
     """
 
     command: str
@@ -34,6 +37,7 @@ class Task:
     describe: Callable[[Any], str]
     method: Callable[[Any], str]
     tags: Callable[[Any], list[str]]
+    pipeline: str = "text-generation"
 
 
 def _describe_objective(config: Any) -> str:
@@ -59,4 +63,15 @@ SUPERVISED = Task(
     describe=lambda config: "objective: average negative log-probability of the assistant's tokens",
     method=lambda config: "fine-tuned on demonstrations, on the assistant's turns only,",
     tags=lambda config: ["simpo", "sft"],
+)
+
+REWARDS = Task(
+    command="reward",
+    trainer=RewardTrainer,
+    compare=compare_rewards,
+    rows="comparisons",
+    describe=lambda config: f"objective: Bradley-Terry likelihood of the preferences (margin: {config.margin})",
+    method=lambda config: "with one number for an output became a **reward model** by the Bradley-Terry likelihood",
+    tags=lambda config: ["simpo", "reward-model"],
+    pipeline="text-classification",
 )

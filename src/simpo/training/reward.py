@@ -1,0 +1,179 @@
+"""Reward models on packed batches: all responses of a prompt in one forward, all their pairs in the loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from datasets import Dataset, List, Value
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from simpo.data.feedback import is_feedback
+from simpo.data.tokenize import Prepared, check_rankings, prepare
+from simpo.errors import SimpoError
+from simpo.objectives.reward import bradley_terry, centring
+from simpo.packing.binning import MicroBatch
+from simpo.packing.rewards import is_reward_model, reward_forward
+from simpo.training.batches import LEVELS, ComparisonRows, PlannedBatch, response_counts
+from simpo.training.models import ModelArguments
+from simpo.training.packed import WEIGHT, PackedTrainer, Scores
+from simpo.training.reward_figures import LENGTHS, MARGINS
+from simpo.training.reward_model import load_reward_model, settle_padding
+from simpo.training.settings import TrainingSettings
+
+_SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))  # as data sets call them
+_AT_ONCE = 256  # rows whose pairs are looked at together
+
+
+@dataclass
+class RewardConfig(TrainingSettings):
+    """Configuration of a reward model.
+
+    All keys of ``transformers.TrainingArguments`` and of :class:`~simpo.training.settings.TrainingSettings`.
+
+    Raises:
+        SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
+    margin: Literal["none", "column", "scores"] = field(
+        default="none",
+        metadata={
+            "help": "By how much a reward has to win: by 0, by the pairs' column margin, or by the scores' difference."
+        },
+    )
+    center_rewards_coefficient: float | None = field(
+        default=None, metadata={"help": "Weight of (chosen + rejected)**2, which centres rewards on 0; 0.01, say."}
+    )
+
+    def _check(self) -> None:
+        if self.truncation == "paper":
+            raise SimpoError("truncation: 'paper' cuts responses, whose ends are rewarded; use 'prompt' or 'drop'")
+        weight = self.center_rewards_coefficient
+        if weight is not None and not 0 <= weight < math.inf:
+            raise SimpoError(f"center_rewards_coefficient: must be >= 0 and finite, not {weight}")
+        super()._check()
+
+
+class RewardTrainer(PackedTrainer):
+    """Trains a sequence classifier of one label to give the better response the higher reward.
+
+    A step's loss is the mean over its comparisons; one of K responses has the mean over its ordered pairs. Arguments
+    and errors are those of :class:`~simpo.training.packed.PackedTrainer`; the name of a language model stands for that
+    model with a random head.
+    """
+
+    metric_names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+    config_type = RewardConfig
+
+    def __init__(self, model: PreTrainedModel | PeftModel | str, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(model, str) and not is_reward_model(model):
+            raise SimpoError(
+                f"model: {type(model).__name__} is no reward model; load it with AutoModelForSequenceClassification "
+                "and num_labels=1"
+            )
+        super().__init__(model, *args, **kwargs)
+        if self.processing_class is not None:
+            settle_padding(self.model, self.processing_class)
+
+    @classmethod
+    def load(cls, name: str, arguments: ModelArguments | None = None) -> PreTrainedModel | PeftModel:
+        """A reward model, or a language model with a random head in place of its output layer."""
+        return load_reward_model(ModelArguments(name) if arguments is None else arguments, new_head=True)
+
+    @classmethod
+    def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
+        """Tokenize comparisons."""
+        if is_feedback(dataset):
+            raise SimpoError(f"{label}: single responses with labels; a reward model is trained on comparisons")
+        prepared = prepare(dataset, tokenizer, args.tokenize_settings, label=label)
+        check_rankings(prepared.dataset, label)
+        return replace(prepared, dataset=_with_levels(prepared.dataset, args.margin, label))
+
+    def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+        """One forward: losses and figures of ``batch``."""
+        return self.row_figures(reward_forward(model, batch.packed, path=self.path), batch)
+
+    def row_figures(self, y: Tensor, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+        """Losses, ``[C]``, and figures of comparisons whose responses have the rewards ``y``, ``[R]``."""
+        pairs = batch.pairs
+        chosen, rejected = y[pairs.better], y[pairs.worse]
+        margin = 0.0 if batch.levels is None else (batch.levels[pairs.better] - batch.levels[pairs.worse]).to(y)
+        losses = bradley_terry(chosen, rejected, margin)
+        if self.args.center_rewards_coefficient:
+            losses = losses + self.args.center_rewards_coefficient * centring(chosen, rejected)
+        figures = torch.stack([losses, chosen, rejected, (chosen > rejected).to(y), chosen - rejected], dim=-1)
+        return pairs.mean(losses), pairs.mean(figures.detach())
+
+    def score_rows(self, dataset: Dataset) -> Scores:
+        """As the base's, with reward margins and differences in length, in tokens, of all ordered pairs.
+
+        Both are ``[rows, N]``, with NaN where a row has fewer than ``N`` pairs.
+        """
+        rows = self._tokenized(dataset, self.processing_class, self.args, "eval")
+        rewards = self.of_responses(rows, lambda batch: reward_forward(self.model, batch, path=self.path)).cpu()
+        figures, margins, lengths = [], [], []
+        for batch, y in _parts(rows, rewards):
+            figures.append(self.row_figures(y, batch)[1])
+            pairs = batch.pairs
+            counts = torch.bincount(pairs.comparison, minlength=len(batch.rows)).tolist()
+            margins += (y[pairs.better] - y[pairs.worse]).split(counts)
+            lengths += (batch.packed.lengths[pairs.better] - batch.packed.lengths[pairs.worse]).to(y).split(counts)
+        scores = dict(zip(self.metric_names, torch.cat(figures).double().numpy().T, strict=True))
+        every_pair = {
+            name: pad_sequence(found, batch_first=True, padding_value=math.nan).double().numpy()
+            for name, found in ((MARGINS, margins), (LENGTHS, lengths))
+        }
+        return scores | every_pair | {WEIGHT: np.ones(len(rows))}
+
+
+def _parts(rows: Dataset, rewards: Tensor) -> Iterator[tuple[PlannedBatch, Tensor]]:
+    """A bounded number of rows at a time, with their responses' share of ``rewards``, ``[R]``."""
+    found = ComparisonRows(rows)
+    ends = np.cumsum(response_counts(rows))
+    for start in range(0, len(rows), _AT_ONCE):
+        numbers = tuple(range(start, min(start + _AT_ONCE, len(rows))))
+        batch = found[MicroBatch(numbers, (1.0,) * len(numbers)), 1.0]
+        yield batch, rewards[ends[start - 1] if start else 0 : ends[numbers[-1]]]
+
+
+def _with_levels(rows: Dataset, margin: str, label: str) -> Dataset:
+    """``rows`` with the column :data:`~simpo.training.batches.LEVELS`, unless there are no margins."""
+    if margin == "none" or LEVELS in rows.column_names:
+        return rows
+    columns = [name for name in ("response_ids", "scores", "extra", "where") if name in rows.column_names]
+    levels = [
+        _levels(row, margin, str(row.get("where", f"{label} row {number}")))
+        for number, row in enumerate(rows.select_columns(columns))
+    ]
+    return rows.add_column(LEVELS, levels, feature=List(Value("float64")))
+
+
+def _levels(row: Mapping[str, Any], margin: str, where: str) -> list[float]:
+    """Numbers of the responses; one is to win over another by the difference.
+
+    Raises:
+        SimpoError: the row does not say, or not with numbers.
+    """
+    if margin == "scores" and row.get("scores") is not None:
+        return row["scores"]
+    if len(row["response_ids"]) > 2:
+        raise SimpoError(f"{where}: margin: column, and the row has more than two responses; use margin: scores")
+    extra = json.loads(row.get("extra") or "{}")
+    names = [("margin",)] if margin == "column" else [pair for pair in _SCORES if pair[0] in extra]
+    found = [extra.get(name) for name in (names[0] if names else _SCORES[0])]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in found):
+        wanted = "column margin" if margin == "column" else "columns chosen_score and rejected_score"
+        raise SimpoError(f"{where}: margin: {margin}, and there is no number in the {wanted}")
+    levels = [*map(float, found), 0.0][:2]
+    if levels[0] < levels[1]:
+        raise SimpoError(f"{where}: margin: {levels[0] - levels[1]:g}; it must be 0 or more")
+    return levels

@@ -1,0 +1,82 @@
+"""Reward models: sequence classifiers of transformers with one label, from files or on top of a language model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from simpo.data.templates import end_of_turn
+from simpo.errors import SimpoError
+from simpo.packing.policy import causal_lm
+from simpo.training.adapters import add_adapter, continue_adapter, find_adapter
+from simpo.training.models import ModelArguments, base_arguments, load_files, loading_options
+
+logger = logging.getLogger(__name__)
+
+_HEAD = "score.weight"
+
+
+def load_reward_model(arguments: ModelArguments, *, new_head: bool = False) -> PreTrainedModel | PeftModel:
+    """A reward model, under an adapter if the files are one or ``use_peft`` asks for a new one.
+
+    Args:
+        arguments: which, and how it is loaded.
+        new_head: put a random head on a language model, which is said; otherwise it is refused.
+
+    Raises:
+        SimpoError: it cannot be loaded, is no reward model, or has several labels.
+    """
+    name, revision = arguments.model_name_or_path, arguments.model_revision
+    if arguments.load_in_4bit:
+        raise SimpoError("load_in_4bit: not supported for reward models; leave it out")
+    adapter = find_adapter(name, revision)
+    if adapter is not None:
+        base = _load(base_arguments(adapter, arguments), new_head=True)
+        return continue_adapter(base, adapter, name, revision=revision, given=arguments.lora)
+    model = _load(arguments, new_head=new_head, say=True)
+    return add_adapter(model, arguments.lora, revision) if arguments.use_peft else model
+
+
+def _load(arguments: ModelArguments, *, new_head: bool, say: bool = False) -> PreTrainedModel:
+    name = arguments.model_name_or_path
+    labels = {"num_labels": 1} if new_head and not _is_classifier(arguments) else {}
+    model, loading = load_files(
+        AutoModelForSequenceClassification,
+        arguments,
+        **loading_options(arguments),
+        **labels,
+        output_loading_info=True,
+    )
+    missing = sorted(loading["missing_keys"])
+    if missing and (missing != [_HEAD] or not new_head):
+        raise SimpoError(f"model_name_or_path: {name!r} is not a reward model: its files have no {missing[0]}")
+    if model.config.num_labels != 1:
+        raise SimpoError(f"model_name_or_path: {name!r} has {model.config.num_labels} labels; a reward model has one")
+    if missing and say:
+        logger.warning("%s is a language model: its output layer is replaced by a random score head", name)
+    return model
+
+
+def _is_classifier(arguments: ModelArguments) -> bool:
+    kinds = load_files(AutoConfig, arguments).architectures or []
+    return any(kind.endswith("ForSequenceClassification") for kind in kinds)
+
+
+def settle_padding(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let plain transformers read rewards where they are trained, also of a padded batch.
+
+    It reads them at the last token that is no padding, which must not be the end-of-turn token. Where the tokenizer
+    pads with that one, another special token becomes the padding, of the tokenizer too; where it has no other, the
+    model gets none, and plain transformers refuses to score several sequences at a time.
+    """
+    config: Any = causal_lm(model).config.get_text_config()
+    end = end_of_turn(tokenizer).token_id
+    if tokenizer.pad_token_id in (None, end):
+        others = [token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) != end]
+        if others:
+            tokenizer.pad_token = others[0]
+            logger.warning("the tokenizer pads with %s from now on: rewards are read at the end-of-turn token", others[0])
+    config.pad_token_id = None if tokenizer.pad_token_id == end else tokenizer.pad_token_id
