@@ -177,8 +177,8 @@ def broken(query, key, value, layout, style):
 
 
 def proven(kernel, dtype=torch.float32, window=16, softcap=None, sinks=False) -> bool:
-    kernels._proof.cache_clear()
-    return kernels._proof(kernel, torch.device("cpu"), dtype, 4, 2, 16, 0.25, window, softcap, sinks)
+    kernels._proven.cache_clear()
+    return kernels._proven(kernel, torch.device("cpu"), dtype, (4, 2, 16), 0.25, window, softcap, sinks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -205,8 +205,8 @@ def test_the_definition_proves_itself(dtype, window, softcap, sinks, caplog):
 def test_a_wrong_kernel_is_refused_and_named_once(kernel, named, dtype, caplog):
     with caplog.at_level(logging.WARNING, "simpo"):
         assert not proven(kernel, dtype, sinks=kernel is sinkless)
-        arguments = (kernel, torch.device("cpu"), dtype, 4, 2, 16, 0.25, 16, None, kernel is sinkless)
-        assert not kernels._proof(*arguments)
+        arguments = (kernel, torch.device("cpu"), dtype, (4, 2, 16), 0.25, 16, None, kernel is sinkless)
+        assert not kernels._proven(*arguments)
     (record,) = caplog.records
     assert kernel.__name__ in record.message
     assert named in record.message
@@ -226,17 +226,17 @@ def test_a_wrong_kernel_is_refused_and_named_once(kernel, named, dtype, caplog):
 def test_which_kernel_is_chosen(dtype, style, expected, monkeypatch):
     assert kernels.choose(*inputs(2, dtype), AttentionStyle(SCALE, **style)) is None  # on a CPU
     monkeypatch.setattr(kernels, "_DEVICE", "cpu")
-    monkeypatch.setattr(kernels, "_proof", lambda *_: True)
+    monkeypatch.setattr(kernels, "_proven", lambda *_: True)
     kernel = kernels.choose(*inputs(2, dtype), AttentionStyle(SCALE, **style))
     assert (kernel and kernel.__name__) == expected
-    monkeypatch.setattr(kernels, "_proof", lambda *_: False)
+    monkeypatch.setattr(kernels, "_proven", lambda *_: False)
     assert kernels.choose(*inputs(2, dtype), AttentionStyle(SCALE, **style)) is None
 
 
 def test_the_window_is_felt_by_the_proof(monkeypatch):
     asked = []
     monkeypatch.setattr(kernels, "_DEVICE", "cpu")
-    monkeypatch.setattr(kernels, "_proof", lambda *arguments: asked.append(arguments[7]))
+    monkeypatch.setattr(kernels, "_proven", lambda *arguments: asked.append(arguments[5]))
     for window in (None, 4, 4096):
         kernels.choose(*inputs(2, torch.bfloat16), AttentionStyle(SCALE, window))
     assert asked == [None, 4, 24]

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from operator import index
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _DEVICE = "cuda"  # whose kernels these are
 Kernel = Callable[[Tensor, Tensor, Tensor, AttentionLayout, AttentionStyle], Tensor]
+_refused: set[Kernel] = set()  # that failed a proof
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
@@ -49,26 +49,19 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, s
 
 def flex(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
     """FlexAttention on the flat sequence, for softcap and sinks: the mask itself expresses the sharing."""
-    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask  # noqa: PLC0415 - slow import
+    from torch.nn.attention.flex_attention import AuxRequest  # noqa: PLC0415 - slow import
 
-    comparison, part, position = layout.index.comparison_of, layout.index.part_of, layout.index.positions
-    softcap, window = style.softcap, style.window
-
-    def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        same = (comparison[i] == comparison[j]) & ((part[j] == 0) | (part[i] == part[j]))
-        seen = same & (position[j] <= position[i])
-        return seen if window is None else seen & (position[j] > position[i] - window)
+    softcap = style.softcap
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return torch.tanh(score / softcap) * softcap
 
-    total = layout.total
     output, aux = _flex_attention(query.device.type)(
         query,
         key,
         value,
         score_mod=None if softcap is None else capped,
-        block_mask=create_block_mask(visible, None, None, total, total, device=query.device.type),
+        block_mask=_block_mask(layout, style.window),
         scale=style.scale,
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=AuxRequest(lse=True),
@@ -77,6 +70,26 @@ def flex(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, sty
         kept = torch.sigmoid(aux.lse - style.sinks.view(1, -1, 1))
         output = output * kept[..., None].to(output.dtype)
     return output.transpose(1, 2)
+
+
+_flex_outside = torch.compiler.disable(flex)  # it compiles itself, and its mask is made in Python
+
+
+def _block_mask(layout: AttentionLayout, window: int | None) -> Any:
+    """FlexAttention's mask; made once a forward for all layers of a kind."""
+    from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415 - slow import
+
+    _, position, comparison, part, *_ = layout.index
+
+    def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        same = (comparison[i] == comparison[j]) & ((part[j] == 0) | (part[i] == part[j]))
+        seen = same & (position[j] <= position[i])
+        return seen if window is None else seen & (position[j] > position[i] - window)
+
+    if window not in layout.block_masks:
+        device = position.device.type
+        layout.block_masks[window] = create_block_mask(visible, None, None, layout.total, layout.total, device=device)
+    return layout.block_masks[window]
 
 
 @cache
@@ -97,33 +110,28 @@ def choose(query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> 
     kernel = flex if not style.plain else varlen if half and query.shape[-1] <= 256 else None
     if kernel is None:
         return None
-    # index: to a graph that is being compiled these are symbols until it is asked for their values
-    sizes = map(index, (query.shape[1], key.shape[1], query.shape[-1]))
+    if torch.compiler.is_compiling():  # every layer has been run before, by the model's check: what is wrong is known
+        return None if kernel in _refused else _flex_outside if kernel is flex else kernel
+    shape = (query.shape[1], key.shape[1], query.shape[-1])
     small = None if style.window is None else min(style.window, 24)  # so that the small proof feels the window
     sinks = style.sinks is not None
-    proven = _proven(kernel.__name__, str(query.device), query.dtype, *sizes, style.scale, small, style.softcap, sinks)
+    proven = _proven(kernel, query.device, query.dtype, shape, style.scale, small, style.softcap, sinks)
     return kernel if proven else None
 
 
-@torch.compiler.assume_constant_result  # of constants: a graph that is being compiled asks for it, and does not trace it
-def _proven(kernel: str, device: str, *arguments: Any) -> bool:
-    return _proof({"varlen": varlen, "flex": flex}[kernel], torch.device(device), *arguments)
-
-
 @cache
-def _proof(
+def _proven(
     kernel: Kernel,
     device: torch.device,
     dtype: torch.dtype,
-    heads: int,
-    kv_heads: int,
-    size: int,
+    shape: tuple[int, int, int],
     scale: float,
     window: int | None,
     softcap: float | None,
     sinks: bool,
 ) -> bool:
     """Whether ``kernel`` gives the definition's output and gradients on a small packed batch, said once if not."""
+    heads, kv_heads, size = shape
     layout = AttentionLayout((Span(37, (30, 51)), Span(5, (70, 1, 20)))).to(device)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -141,6 +149,7 @@ def _proof(
             found = _with_gradients(kernel, given, layout, rounded, weight)
     except Exception as error:  # any kernel failure means the same thing here: do not use it
         logger.warning("attention kernel %s failed its check (%s); using segments", kernel.__name__, error)
+        _refused.add(kernel)
         return False
     tolerance = 1e-3 if dtype == torch.float32 else 3e-2  # of the largest entry; half precision keeps 3 digits
     wrong = [
@@ -150,6 +159,7 @@ def _proof(
     ]
     if wrong:
         logger.warning("attention kernel %s disagrees in %s; using segments", kernel.__name__, ", ".join(wrong))
+        _refused.add(kernel)
     return not wrong
 
 

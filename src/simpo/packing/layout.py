@@ -108,11 +108,13 @@ class AttentionLayout:
         spans: the comparisons, in their order.
         index: the same in tensors; made from ``spans`` where not given.
         windows: while a model is being probed, the sliding window of every attention call that got this layout.
+        block_masks: what FlexAttention makes of it, by sliding window, kept for the next layer.
     """
 
     spans: tuple[Span, ...]
     index: LayoutIndex = field(default=None, compare=False)  # type: ignore[assignment]
     windows: list[int | None] | None = None
+    block_masks: dict[int | None, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if self.index is None:  # a field, because a compiled graph could not look into a cached property
@@ -149,7 +151,7 @@ class AttentionLayout:
 
     def to(self, device: torch.device) -> AttentionLayout:
         """The layout with its tensors on ``device``."""
-        return replace(self, index=self.index.to(device))
+        return replace(self, index=self.index.to(device), block_masks={})
 
     def pin_memory(self) -> AttentionLayout:
         """The layout with its tensors in page-locked memory."""

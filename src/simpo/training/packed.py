@@ -20,7 +20,6 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from simpo.data.tokenize import Prepared
 from simpo.errors import SimpoError
-from simpo.objectives import Responses
 from simpo.packing.binning import MicroBatch, StepPlan, check_budget
 from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import ForwardPath, policy_forward, prepare_policy, resolve_path
@@ -121,7 +120,7 @@ class PackedTrainer(ResumableTrainer):
     def row_figures(self, y: Any, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """Losses, ``[C]``, and detached figures, ``[C, len(metric_names)]``, of ``batch``.
 
-        What the model says of its responses, ``y``, are :class:`Responses` unless :meth:`forward_rows` is another.
+        What the model says of its responses, ``y``, is :class:`~simpo.objectives.Responses` unless :meth:`forward_rows` is another.
         A figure that is NaN says nothing about its row and is left out of that figure's mean.
         """
 

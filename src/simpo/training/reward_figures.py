@@ -45,8 +45,8 @@ def _calibration(margins: np.ndarray) -> Iterator[tuple[str, Interval]]:
     """Brier score, expected calibration error, and the accuracy of those whose confidence is in a bin.
 
     The Brier score (1950) is the mean of ``(1 - p)**2``: 0 at best, 0.25 for who always says 0.5. The expected
-    calibration error is the mean difference of confidence and accuracy over the bins (Guo et al. 2017, arXiv 1706.04599,
-    equation 3), drawn anew by rows for its interval. Confidence is that of the response with the higher reward.
+    calibration error is the mean difference of confidence and accuracy over the bins (Guo et al. 2017, arXiv
+    1706.04599, equation 3), its rows drawn anew for its interval. Confidence is that in the higher reward.
     """
     there = ~np.isnan(margins)
     wrong = 1 / (1 + np.exp(np.clip(margins, -700, 700)))
@@ -72,7 +72,7 @@ def _share(right: np.ndarray, about: np.ndarray) -> Interval:
     """Of the pairs ``about``, ``[rows, N]``, those that are ``right``; pairs of one row are not independent."""
     n = int(about.sum())
     if not n:
-        return Interval(np.nan, None, None, 0, "none")
+        return Interval(np.nan, None, None, 0, "")
     if about.shape[1] == 1:
         return proportion_interval(int((right & about).sum()), n)
     rows = about.any(1)

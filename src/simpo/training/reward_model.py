@@ -74,9 +74,8 @@ def settle_padding(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     """
     config: Any = causal_lm(model).config.get_text_config()
     end = end_of_turn(tokenizer).token_id
-    if tokenizer.pad_token_id in (None, end):
-        others = [token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) != end]
-        if others:
-            tokenizer.pad_token = others[0]
-            logger.warning("the tokenizer pads with %s from now on: rewards are read at the end-of-turn token", others[0])
+    others = [token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) != end]
+    if tokenizer.pad_token_id in (None, end) and others:
+        tokenizer.pad_token = others[0]
+        logger.warning("the tokenizer pads with %s from now on: rewards are read at the end-of-turn token", others[0])
     config.pad_token_id = None if tokenizer.pad_token_id == end else tokenizer.pad_token_id
