@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.workers import peak_mib
+from benchmarks.memory import peak_mib
 from simpo.commands._training import parse
 from simpo.packing.binning import fill_in_order
 from simpo.packing.layout import PackedBatch

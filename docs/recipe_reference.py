@@ -17,6 +17,7 @@ from simpo.recipe import annotations_of, fields_of
 from simpo.training.config import PreferenceConfig, PreferenceSettings
 from simpo.training.inputs import DataArguments
 from simpo.training.models import ModelArguments
+from simpo.training.reward import RewardConfig
 from simpo.training.settings import UNSUPPORTED, TrainingSettings
 from simpo.training.sft import SFTConfig
 
@@ -66,8 +67,8 @@ def page() -> str:
             "",
             "<!-- Written by docs/recipe_reference.py from the code; change the code and run it again. -->",
             "",
-            "The keys of `simpo train` and `simpo sft`, the same in a recipe (`key: value`) and on the command line",
-            "(`--key value`), which wins. An empty default is `null`: not set.",
+            "The keys of `simpo train`, `simpo sft` and `simpo reward`, the same in a recipe (`key: value`) and on the",
+            "command line (`--key value`), which wins. An empty default is `null`: not set.",
             "",
             "## Model",
             "",
@@ -89,6 +90,12 @@ def page() -> str:
             "",
             *_table(PreferenceSettings, [n for n in _own(PreferenceSettings) if n not in inherited]),
             *(line for row in OBJECTIVES.values() for line in _objective(row)),
+            "",
+            "## Reward models",
+            "",
+            "Of `simpo reward` only: [Reward models](reward-models.md).",
+            "",
+            *_table(RewardConfig, [n for n in _own(RewardConfig) if n not in inherited]),
             "",
             "## Training",
             "",
@@ -136,13 +143,14 @@ def _objective(row: Objective) -> list[str]:
 
 
 def _training_table() -> list[str]:
-    train, sft, theirs = (
+    train, sft, reward, theirs = (
         {field.name: _default(field) for field in fields_of(cls) if field.name in _COMMON}
-        for cls in (PreferenceConfig, SFTConfig, TrainingArguments)
+        for cls in (PreferenceConfig, SFTConfig, RewardConfig, TrainingArguments)
     )
     rows = []
     for name, meaning in _COMMON.items():
-        ours = train[name] if train[name] == sft[name] else f"{train[name]}, sft {sft[name]}"
+        others = {"sft": sft[name], "reward": reward[name]}
+        ours = ", ".join([train[name], *(f"{task} {own}" for task, own in others.items() if own != train[name])])
         rows.append((f"`{name}`", ours, "" if ours == theirs[name] else theirs[name], meaning))
     return _markdown(("key", "default", "transformers'", "meaning"), rows)
 

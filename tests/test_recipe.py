@@ -16,6 +16,7 @@ from simpo.commands._training import parse
 from simpo.errors import SimpoError
 from simpo.recipe import parse_recipe
 from simpo.training.config import PreferenceConfig
+from simpo.training.reward import RewardConfig
 from simpo.training.sft import SFTConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -481,6 +482,7 @@ def test_a_refusal_that_names_no_key_stands_alone():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_parse(path, tmp_path, caplog):
     kind = SFTConfig if path.stem.endswith("-sft") else PreferenceConfig
+    kind = RewardConfig if path.stem.startswith("reward-") else kind
     _, _, config = parse([str(path), "--use_cpu", "--output_dir", str(tmp_path)], kind)
     assert isinstance(config, kind)
     # Older transformers know activation_checkpointing as gradient_checkpointing, which is worth a notice.

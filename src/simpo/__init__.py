@@ -16,10 +16,13 @@ _PUBLIC = {
     "PackedBatch": "simpo.packing.layout",
     "policy_forward": "simpo.packing.policy",
     "score_responses": "simpo.packing.scoring",
+    "score_answers": "simpo.packing.rewards",
     "PreferenceConfig": "simpo.training.config",
     "PreferenceTrainer": "simpo.training.trainer",
     "SFTConfig": "simpo.training.sft",
     "SFTTrainer": "simpo.training.sft",
+    "RewardConfig": "simpo.training.reward",
+    "RewardTrainer": "simpo.training.reward",
     "SimpoError": "simpo.errors",
 }
 
@@ -29,8 +32,10 @@ if TYPE_CHECKING:
     from simpo.packing.comparison import TokenizedComparison
     from simpo.packing.layout import PackedBatch
     from simpo.packing.policy import policy_forward
+    from simpo.packing.rewards import score_answers
     from simpo.packing.scoring import score_responses
     from simpo.training.config import PreferenceConfig
+    from simpo.training.reward import RewardConfig, RewardTrainer
     from simpo.training.sft import SFTConfig, SFTTrainer
     from simpo.training.trainer import PreferenceTrainer
 
@@ -41,12 +46,15 @@ __all__ = [
     "PreferenceConfig",
     "PreferenceTrainer",
     "Responses",
+    "RewardConfig",
+    "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
     "SimpoError",
     "TokenizedComparison",
     "__version__",
     "policy_forward",
+    "score_answers",
     "score_responses",
 ]
 

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from simpo.training.config import PreferenceConfig
 from simpo.training.inputs import DataArguments
 from simpo.training.models import ModelArguments
+from simpo.training.reward import RewardConfig
 from simpo.training.sft import SFTConfig
 
 _SCRIPT = Path(__file__).parents[2] / "docs/recipe_reference.py"
@@ -34,7 +35,7 @@ def test_every_key_of_ours_and_every_changed_default_is_on_the_page(reference):
     theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     ours = {
         field.name
-        for cls in (ModelArguments, DataArguments, PreferenceConfig, SFTConfig)
+        for cls in (ModelArguments, DataArguments, PreferenceConfig, SFTConfig, RewardConfig)
         for field in dataclasses.fields(cls)
         if field.init and (field.name not in theirs or field.default != theirs[field.name])
     }

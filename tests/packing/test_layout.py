@@ -120,7 +120,10 @@ def test_segments(seed):
     assert layout.index.key_index.tolist() == [i for segment in keys for i in segment]
     assert layout.query_sizes == [len(segment) for segment in queries]
     assert layout.key_sizes == [len(segment) for segment in keys]
-    for cumulative, sizes in ((layout.index.cu_seqlens_q, layout.query_sizes), (layout.index.cu_seqlens_k, layout.key_sizes)):
+    for cumulative, sizes in (
+        (layout.index.cu_seqlens_q, layout.query_sizes),
+        (layout.index.cu_seqlens_k, layout.key_sizes),
+    ):
         assert cumulative.dtype == torch.int32
         assert cumulative.tolist() == [sum(sizes[:n]) for n in range(len(sizes) + 1)]
 
@@ -145,7 +148,9 @@ def test_padded_rows(seed):
 def test_moved_and_probing_batches_are_the_same_batch(comparisons):
     batch = PackedBatch.build(comparisons, [1.0, 0.0, 1.0, 1.0])
     moved = batch.to("meta")
-    assert {moved.input_ids.device.type, moved.weights.device.type, moved.layout.index.key_index.device.type} == {"meta"}
+    assert {moved.input_ids.device.type, moved.weights.device.type, moved.layout.index.key_index.device.type} == {
+        "meta"
+    }
     assert batch.to("cpu").comparisons == comparisons
     assert batch.to("cpu").weights.tolist() == [1.0, 0.0, 1.0, 1.0]
     probing = batch.probing()

@@ -1,4 +1,4 @@
-"""Reward models through packed batches against their own forward, one sequence at a time: rewards and every gradient."""
+"""Packed reward models against their own forward, one sequence at a time: rewards and every gradient."""
 
 from __future__ import annotations
 

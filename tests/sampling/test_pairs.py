@@ -1,53 +1,179 @@
-"""Pairs from scored responses."""
+"""Pairs from scored responses, against what the definitions say by hand and against a naive enumeration."""
 
 from __future__ import annotations
 
 import json
+import random
+from itertools import permutations
 
 import pytest
 
 from simpo import SimpoError
-from simpo.sampling.pairs import pair_responses
+from simpo.cli import main
+from simpo.results import read_results
+from simpo.sampling.pairing import pair_responses
+from simpo.sampling.pairs import ALIKE, CLOSE, EQUAL, IDENTICAL, UNEVEN, UNSCORED, PairSettings, make_pairs
+
+
+def record(number, *answers):
+    texts, scores = zip(*answers, strict=True)
+    return {"id": str(number), "prompt": f"p{number}", "responses": list(texts), "scores": list(scores)}
+
+
+def made(records, **settings):
+    rows, report = make_pairs(records, PairSettings(**settings))
+    return [(row["id"], row["chosen"], row["rejected"]) for row in rows], dict(report.dropped)
+
+
+def test_best_against_worst():
+    """Of two that are equally good, or equally bad, the first counts."""
+    found = made(
+        [
+            record(0, ("bb", 2), ("dddd", 4), ("a", 1), ("eeee", 4), ("c", 1)),
+            record(1, ("x", 1), ("x", 1)),
+            record(2, ("x", 1), ("y", 1)),
+            record(3, ("one", 3)),
+            record(4, ("u", None), ("v", 1), ("w", None)),
+            record(5, ("x", 1), ("y", 3), ("x", 1)),
+        ]
+    )
+    assert found[0] == [("0", "dddd", "a"), ("5", "y", "x")]
+    assert found[1] == {IDENTICAL: 2, ALIKE: 3, EQUAL: 1, UNSCORED: 2}
+
+
+def random_records(seed):
+    rng = random.Random(seed)
+    for number in range(30):
+        texts = [rng.choice("abcdefgh") * rng.randrange(1, 9) for _ in range(rng.randrange(2, 6))]
+        scores = {text: rng.choice([None, 0.0, 1.0, 2.5, 4.0]) for text in texts}
+        yield record(number, *((text, scores[text]) for text in texts))
+
+
+@pytest.mark.parametrize("limits", [{}, {"min_gap": 1.5}, {"max_length_ratio": 2.0}])
+def test_all_pairs_are_those_of_a_naive_enumeration(limits):
+    for seed in range(5):
+        records = list(random_records(seed))
+        expected = set()
+        candidates = 0
+        for one in records:
+            scores = {text: score for text, score in zip(one["responses"], one["scores"], strict=True)}
+            for a, b in permutations([text for text, score in scores.items() if score is not None], 2):
+                gap = scores[a] - scores[b]
+                candidates += gap > 0 or (gap == 0 and a < b)
+                ratio = max(len(a), len(b)) / min(len(a), len(b))
+                if gap > 0 and gap >= limits.get("min_gap", 0) and ratio <= limits.get("max_length_ratio", 99):
+                    expected.add((one["prompt"], a, b))
+        rows, report = make_pairs(records, PairSettings(pairs="all", **limits))
+        assert {(row["prompt"], row["chosen"], row["rejected"]) for row in rows} == expected
+        assert len({row["id"] for row in rows}) == len(rows) == report.rows
+        assert report.rows + sum(report.dropped[reason] for reason in (EQUAL, CLOSE, UNEVEN)) == candidates
+        for row in rows:
+            assert row["chosen_score"] > row["rejected_score"]
+
+
+def test_best_against_random():
+    """Every worse answer is met with some seed, the same one with the same seed, whatever prompts stand before."""
+    one = record(7, ("a", 1), ("best", 9), ("b", 2), ("c", 9), ("d", 3))
+    drawn = {made([one], pairs="best_random", seed=seed)[0][0][2] for seed in range(40)}
+    assert drawn == {"a", "b", "d"}
+    for seed in range(5):
+        alone, _ = made([one], pairs="best_random", seed=seed)
+        behind, _ = made([record(1, ("x", 1), ("y", 2)), one], pairs="best_random", seed=seed)
+        assert behind[1:] == alone
+        assert alone[0][1] == "best"
+    assert made([record(0, ("x", 1), ("y", 1))], pairs="best_random") == ([], {EQUAL: 1})
+
+
+def test_a_ranking_has_every_different_answer_best_first():
+    rows, report = make_pairs(
+        [record(0, ("a", 1), ("b", 3), ("a", 1), ("c", None), ("d", 2)), record(1, ("a", 1), ("b", 1))],
+        PairSettings(pairs="ranking"),
+    )
+    assert rows == [{"prompt": "p0", "responses": ["b", "d", "a"], "scores": [3, 2, 1], "id": "0"}]
+    assert report.dropped == {IDENTICAL: 1, UNSCORED: 1, EQUAL: 1}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pairs": "worst"},
+        {"min_gap": -1.0},
+        {"min_gap": float("nan")},
+        {"max_length_ratio": 0.5},
+        {"pairs": "ranking", "max_length_ratio": 2.0},
+    ],
+)
+def test_settings_out_of_bounds(settings):
+    with pytest.raises(SimpoError, match="|".join(settings)):
+        PairSettings(**settings)
 
 
 def write(path, *records):
-    lines = [{"id": str(n), "prompt": f"p{n}", "responses": list(responses)} for n, responses in enumerate(records)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(one) + "\n" for one in records))
     return path
 
 
-def test_best_against_worst_and_every_prompt_accounted_for(tmp_path):
-    """Scores are lengths: of the longest two the first is taken, of the shortest two as well."""
-    file = write(tmp_path / "r.jsonl", ["bb", "dddd", "a", "eeee", "c"], ["x", "x"], ["x", "y"], ["one"], ["ab", "abc"])
-    report = pair_responses(file, lambda prompt, response: float(len(response)), tmp_path / "pairs.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
-    assert [(row["id"], row["chosen"], row["rejected"]) for row in rows] == [("0", "dddd", "a"), ("4", "abc", "ab")]
-    assert (rows[0]["chosen_score"], rows[0]["rejected_score"], rows[0]["prompt"]) == (4.0, 1.0, "p0")
-    assert (report.prompts, report.pairs) == (5, 2)
-    assert report.dropped == {"its responses are all the same": 2, "its responses are all equally good": 1}
-    assert report.lines()[0] == "pairs: 2 of 5 prompts"
+def test_the_command(tmp_path, capsys):
+    """Rows that simpo train takes, with every drop in the results; the same command leaves the folder as it is."""
+    messages = [{"role": "user", "content": "Hello?"}]
+    file = write(
+        tmp_path / "annotated.jsonl",
+        record(0, ("long one", 1.5), ("x", 0.5)) | {"prompt": messages},
+        record(1, ("a", 1), ("b", 1)),
+    )
+    command = ["pair", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    assert main(command) == 0
+    [row] = [json.loads(line) for line in (tmp_path / "out/pairs.jsonl").read_text().splitlines()]
+    assert row == {
+        **{"prompt": messages, "chosen": "long one", "rejected": "x"},
+        **{"chosen_score": 1.5, "rejected_score": 0.5, "id": "0"},
+    }
+    found = {metric.name: metric.value for metric in read_results(tmp_path / "out/results.json").metrics}
+    assert found["pair/prompts"] == 2
+    assert found["pair/dropped/pairs_equally_good"] == found["pair/rows"] == found["pair/score_gap"] == 1
+    assert found["pair/chosen_longer"] == 1
+    before = (tmp_path / "out/pairs.jsonl").stat().st_mtime_ns
+    assert main(command) == 0
+    assert (tmp_path / "out/pairs.jsonl").stat().st_mtime_ns == before
+    assert "finished" in capsys.readouterr().out
+    assert main(["pair", str(file), "--output_dir", str(tmp_path / "out"), "--min_gap", "0.1"]) == 2
+    assert "min_gap" in capsys.readouterr().err
 
 
-def test_the_scorer_sees_the_prompt(tmp_path):
-    file = write(tmp_path / "r.jsonl", ["0", "1"], ["0", "1"])
-    pair_responses(file, lambda prompt, response: float(prompt == f"p{response}"), tmp_path / "pairs.jsonl")
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "no rows"),
+        ('{"id": "0", "prompt": "p", "responses": ["a"], "scores": [1]}\n', "fewer than two different answers"),
+        ('{"id": "0", "prompt": "p", "responses": ["a", "a"], "scores": [1, 1]}\n', "fewer than two different answers"),
+        ('{"id": "0", "prompt": "p", "responses": ["a", "b"]}\n', "jsonl:1: not one score a response"),
+        ('{"id": "0", "prompt": "p", "responses": ["a", "b"], "scores": [1, "x"]}\n', "expected numbers or null"),
+        ('{"prompt": "p", "chosen": "a", "rejected": "b"}\n', "jsonl:1: no id and prompt"),
+        ("{]\n{}\n", "not a JSON object"),
+    ],
+)
+def test_what_cannot_be_paired_is_one_line(content, said, tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    file.write_text(content)
+    assert main(["pair", str(file), "--output_dir", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert str(file) in printed
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_from_a_function_that_sees_the_prompt(tmp_path):
+    file = write(tmp_path / "r.jsonl", *({"id": c, "prompt": f"p{c}", "responses": ["0", "1"]} for c in "01"))
+    report = pair_responses(file, lambda prompt, response: float(prompt == f"p{response}"), tmp_path / "pairs.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert [row["chosen"] for row in rows] == ["0", "1"]
-
-
-@pytest.mark.parametrize("content", [None, "", '{"id": "0", "prompt": "p", "responses": ["a"]}\n', "{]\n"])
-def test_no_pairs_is_an_error(content, tmp_path):
-    file = tmp_path / "r.jsonl"
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(SimpoError, match=r"r\.jsonl"):
-        pair_responses(file, lambda prompt, response: 0.0, tmp_path / "pairs.jsonl")
-    assert not (tmp_path / "pairs.jsonl").exists()
-    assert file.exists() == (content is not None)
+    assert report.lines() == ["pairs: 2 of 2 prompts"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_scorer_must_give_numbers(bad, tmp_path):
-    file = write(tmp_path / "r.jsonl", ["a", "b"])
+def test_a_function_must_give_numbers(bad, tmp_path):
+    file = write(tmp_path / "r.jsonl", {"id": "0", "prompt": "p", "responses": ["a", "b"]})
     with pytest.raises(SimpoError, match="prompt 0: the scorer gave"):
         pair_responses(file, lambda prompt, response: bad if response == "b" else 1.0, tmp_path / "pairs.jsonl")
+    assert not (tmp_path / "pairs.jsonl").exists()

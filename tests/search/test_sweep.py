@@ -17,8 +17,10 @@ import torch
 import yaml
 
 from simpo.cli import main
+from simpo.errors import SimpoError
 from simpo.results import read_results
-from simpo.search.study import Study
+from simpo.search.report import rank
+from simpo.search.study import Study, Tried
 from simpo.training.packed import PackedTrainer
 
 # A forked process has imported everything already, so that a kill falls into a trial and not into imports.
@@ -48,14 +50,16 @@ def record(folder):
 
 def test_trials_are_ordinary_runs_and_the_best_is_found(world, tmp_path, capsys):
     output = tmp_path / "sweep"
-    assert main(sweep(world, output, "--gamma_beta_ratio", "0.3,0.5")) == 0
+    argv = sweep(world, output, "--gamma_beta_ratio", "0.3,0.5", rates=RATES[1:])
+    assert main(argv) == 0
     printed = capsys.readouterr().out
     found = figures(output)
-    trials = {number: figures(output / f"trials/{number:03d}")[METRIC] for number in range(6)}
+    trials = {number: figures(output / f"trials/{number:03d}")[METRIC] for number in range(4)}
     for number, metric in trials.items():
         assert found[f"trials/{number:03d}/{METRIC}"].value == metric.value
         assert found[f"trials/{number:03d}/{METRIC}"].low == metric.low
         assert record(output / f"trials/{number:03d}")["command"] == "train"
+        assert "# a comment" in (output / f"trials/{number:03d}/recipe.yaml").read_text()
     best = int(found["best/trial"].value)
     assert found[f"best/{METRIC}"].value == max(metric.value for metric in trials.values())
     rows = [int(words[0]) for words in map(str.split, printed.splitlines()) if words[1:2] and words[1] in RATES]
@@ -63,7 +67,7 @@ def test_trials_are_ordinary_runs_and_the_best_is_found(world, tmp_path, capsys)
     assert matplotlib.image.imread(output / "effects.png").size
 
     recipe = yaml.safe_load((output / "best.yaml").read_text())
-    rate, ratio = RATES[best // 2], (0.3, 0.5)[best % 2]
+    rate, ratio = RATES[1:][best // 2], (0.3, 0.5)[best % 2]
     assert (float(recipe["learning_rate"]), recipe["gamma_beta_ratio"], recipe["beta"]) == (float(rate), ratio, 2.5)
     assert main(["train", str(output / "best.yaml"), "--output_dir", str(tmp_path / "again")]) == 0
     weights = [
@@ -72,27 +76,25 @@ def test_trials_are_ordinary_runs_and_the_best_is_found(world, tmp_path, capsys)
     assert weights[0] == weights[1]
 
     capsys.readouterr()
-    assert main(sweep(world, output, "--gamma_beta_ratio", "0.3,0.5")) == 0  # finished: the table and nothing else
+    assert main(argv) == 0  # finished: the table and nothing else
     again = capsys.readouterr().out
     assert "step" not in again
     assert again.strip() in printed
-    assert main(sweep(world, output, "--gamma_beta_ratio", "0.3,0.6")) == 2
-    assert "axis gamma_beta_ratio" in capsys.readouterr().err
+    assert main([*argv, "--beta", "2"]) == 2
+    assert "with other settings (beta:" in capsys.readouterr().err
 
 
-def test_memory_is_free_after_a_trial(world, tmp_path):
-    def alive() -> int:
-        return sum(issubclass(type(thing), PackedTrainer | torch.nn.Module) for thing in gc.get_objects())
-
-    gc.collect()
-    before = alive()
-    assert main(sweep(world, tmp_path / "sweep", rates=("1e-3", "1e30"))) == 0  # of one that failed, too
-    assert alive() <= before
+def alive() -> int:
+    """Trainers and models in memory."""
+    return sum(issubclass(type(thing), PackedTrainer | torch.nn.Module) for thing in gc.get_objects())
 
 
 def test_a_trial_that_diverges_is_put_down_and_the_sweep_goes_on(world, tmp_path, capsys):
     output = tmp_path / "sweep"
+    gc.collect()
+    before = alive()
     assert main(sweep(world, output, rates=("1e-3", "1e30", "1e-4"))) == 0
+    assert alive() <= before  # memory is free after a trial, also after one that failed
     found = figures(output)
     assert [found[f"trials/{state}"].value for state in ("finished", "pruned", "failed")] == [2, 0, 1]
     assert f"trials/001/{METRIC}" not in found
@@ -165,7 +167,7 @@ def test_killed_and_started_again_every_trial_counts_once(world, tmp_path):
 
 def test_two_processes_share_the_trials_and_another_sweep_is_refused(world, tmp_path, capsys):
     output = tmp_path / "sweep"
-    argv = sweep(world, output, rates=("1e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2"))
+    argv = sweep(world, output, rates=("1e-5", "1e-4", "3e-4", "1e-3"))
     processes = [_start(argv) for _ in range(2)]
     _wait_for(output / "trials/000/run.json", processes[0])
     assert main(sweep(world, output)) == 2
@@ -173,9 +175,9 @@ def test_two_processes_share_the_trials_and_another_sweep_is_refused(world, tmp_
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    assert figures(output)["trials/finished"].value == 6
+    assert figures(output)["trials/finished"].value == 4
     folders = sorted((output / "trials").glob("[0-9]*"))
-    assert [folder.name for folder in folders] == [f"{number:03d}" for number in range(6)]
+    assert [folder.name for folder in folders] == [f"{number:03d}" for number in range(4)]
     assert all(len(record(folder)["starts"]) == 1 for folder in folders)  # each by one of the two
     environments = {(folder / ".lock.pid").read_text() for folder in folders}
     assert len(environments) == 2  # and both had some
@@ -225,10 +227,17 @@ def test_without_optuna_it_says_what_to_install(world, tmp_path, monkeypatch, ca
     assert not (tmp_path / "sweep").exists()
 
 
-def test_no_trial_that_finishes_is_a_mistake(world, tmp_path, capsys):
-    assert main(sweep(world, tmp_path / "sweep", rates=("1e30", "1e31"))) == 2
-    assert "none of the 2 trials has finished; trial 0: step" in capsys.readouterr().err
-    assert not (tmp_path / "sweep/results.json").exists()
+def test_no_trial_that_finishes_is_a_mistake():
+    tried = [Tried(0, "pruned", {}), Tried(1, "failed", {}, reason="step 1: the loss is not finite")]
+    with pytest.raises(SimpoError, match="none of the 2 trials has finished; trial 1: step 1"):
+        rank(tried, smaller_is_better=False)
+
+
+def test_the_smallest_may_be_the_best_and_of_equals_the_first():
+    tried = [Tried(number, "finished", {}, value) for number, value in enumerate((0.5, 0.2, 0.2))]
+    repeated = Tried(3, "finished", {}, 0.1, same_as=1)
+    assert [trial.number for trial in rank([*tried, repeated], smaller_is_better=True)] == [1, 2, 0]
+    assert [trial.number for trial in rank([*tried, repeated], smaller_is_better=False)] == [0, 1, 2]
 
 
 def test_the_folder_is_the_recipes_with_sweep_behind_it(world, monkeypatch):

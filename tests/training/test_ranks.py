@@ -192,7 +192,7 @@ def run_ranks(world: int, folder: Path, jobs: list[Job]) -> None:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(240)
         process.kill()
     assert [process.exitcode for process in ranks] == [0] * world
 

@@ -52,7 +52,7 @@ def test_it_is_computed_once_for_all_objectives(counted, pairs, monkeypatch):
         assert scored == []
         assert other.completed(rows)[REF_LOGPS][:] == first.completed(rows)[REF_LOGPS][:]
     kto, scored = counted(rows, objective="kto")
-    kto.completed(rows)
+    kto.completed(kto.train_dataset)
     assert scored == [3, 3, 2]  # the mismatched responses only
 
 

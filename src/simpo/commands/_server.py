@@ -9,6 +9,7 @@ from simpo.arguments import ArgumentParser
 from simpo.client import ChatClient, Endpoint, Prices
 from simpo.client.cache import default_cache
 from simpo.errors import SimpoError
+from simpo.judges.registry import JudgeOptions
 
 
 def add_server_options(parser: ArgumentParser) -> None:
@@ -35,6 +36,36 @@ def add_server_options(parser: ArgumentParser) -> None:
         help="dollars a million tokens, to say what the judge costs",
     )
     parser.add_argument("--yes", action="store_true", help="send the requests without asking")
+
+
+def add_judge_options(parser: ArgumentParser) -> None:
+    """What any judge may need, a server's included."""
+    parser.add_argument(
+        "--dtype", metavar="TYPE", help="type of weights (default bfloat16 on an accelerator, float32 on a CPU)"
+    )
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run a judge's function, and code that comes with models"
+    )
+    add_server_options(parser)
+    parser.add_argument("--judge_prompt", metavar="FILE", help="a judge prompt instead of the one that comes along")
+    parser.add_argument(
+        "--judge_max_tokens", type=int, default=1024, metavar="N", help="longest reply of the judge (default 1024)"
+    )
+
+
+def judge_options(arguments: Namespace) -> JudgeOptions:
+    """What was given of :func:`add_judge_options`.
+
+    Raises:
+        SimpoError: as :func:`client_of`.
+    """
+    return JudgeOptions(
+        client_of(arguments),
+        None if arguments.judge_prompt is None else Path(arguments.judge_prompt).expanduser(),
+        arguments.judge_max_tokens,
+        arguments.dtype,
+        arguments.trust_remote_code,
+    )
 
 
 def client_of(arguments: Namespace) -> ChatClient | None:

@@ -10,6 +10,8 @@ from typing import Any
 from simpo.errors import SimpoError
 from simpo.recipe import parse_recipe
 from simpo.results import print_results
+from simpo.sampling.during_training import Generations
+from simpo.sampling.eval_arguments import GenerationArguments
 from simpo.training.inputs import DataArguments
 from simpo.training.models import ModelArguments
 from simpo.training.run import Given, run_training
@@ -27,10 +29,16 @@ REPLACES = {
 
 def parse(argv: list[str], config_type: type) -> tuple[ModelArguments, DataArguments, Any]:
     """Model, data and configuration of a training recipe and command line."""
-    model, data, config = parse_recipe(argv, (ModelArguments, DataArguments, config_type), replaces=REPLACES)
-    if config.output_dir == _UNNAMED:
-        raise SimpoError("output_dir is missing: give it in the recipe or as --output_dir")
+    model, data, config = _parse(argv, config_type)
     return model, data, config
+
+
+def _parse(argv: list[str], config_type: type, *more: type) -> tuple[Any, ...]:
+    """As :func:`parse`, and what the keys of ``more`` dataclasses say."""
+    parts = parse_recipe(argv, (ModelArguments, DataArguments, config_type, *more), replaces=REPLACES)
+    if parts[2].output_dir == _UNNAMED:
+        raise SimpoError("output_dir is missing: give it in the recipe or as --output_dir")
+    return parts
 
 
 def run(task: Task, config_type: type, argv: list[str], *, following: str) -> int:
@@ -42,10 +50,11 @@ def run(task: Task, config_type: type, argv: list[str], *, following: str) -> in
         argv: the arguments.
         following: the next command, with ``{folder}`` for the output folder.
     """
-    model, data, config = parse(argv, config_type)
+    model, data, config, *more = _parse(argv, config_type, *([GenerationArguments] if task.generates else []))
+    observer = Generations(more[0], model) if more and more[0].eval_generations else None
     config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
     recipe = Path(argv[0]) if argv and not argv[0].startswith("-") else None
-    results = run_training(task, Given(model, data, config, argv, recipe))
+    results = run_training(task, Given(model, data, config, argv, recipe, observer))
     if config.process_index == 0:
         print_results(results)
         print(f"saved: {config.output_dir}\nnext:  {following.format(folder=shlex.quote(config.output_dir))}")

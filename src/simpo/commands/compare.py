@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from simpo.arguments import ArgumentParser
-from simpo.commands._server import add_server_options, client_of, prices_of
+from simpo.commands._server import add_judge_options, judge_options, prices_of
 from simpo.evaluation.compare import DIFFERENCES, VERDICTS, CompareArguments, compare
 from simpo.evaluation.contenders import SampledWith
-from simpo.judges.registry import JUDGES, JudgeOptions
+from simpo.judges.registry import JUDGES
 from simpo.results import Stage, print_results
 from simpo.sampling.settings import SamplingSettings
 
@@ -28,13 +28,6 @@ def main(argv: list[str]) -> int:
     given = {key: getattr(arguments, key) for key in _SAMPLING if getattr(arguments, key) is not None}
     settings = SamplingSettings(**{"temperature": 0.0} | given)
     folder = Path(arguments.output_dir).expanduser()
-    options = JudgeOptions(
-        client_of(arguments),
-        None if arguments.judge_prompt is None else Path(arguments.judge_prompt).expanduser(),
-        arguments.judge_max_tokens,
-        arguments.dtype,
-        arguments.trust_remote_code,
-    )
     results = compare(
         CompareArguments(
             arguments.a,
@@ -48,7 +41,7 @@ def main(argv: list[str]) -> int:
                 arguments.trust_remote_code,
             ),
             arguments.judge,
-            options,
+            judge_options(arguments),
             prices_of(arguments),
             arguments.yes,
         ),
@@ -76,15 +69,5 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--engine", choices=("transformers", "vllm"), default="transformers", help="what generates (transformers)"
     )
-    parser.add_argument(
-        "--dtype", metavar="TYPE", help="type of weights (default bfloat16 on an accelerator, float32 on a CPU)"
-    )
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run a judge's function, and code that comes with models"
-    )
-    add_server_options(parser)
-    parser.add_argument("--judge_prompt", metavar="FILE", help="a judge prompt instead of the one that comes along")
-    parser.add_argument(
-        "--judge_max_tokens", type=int, default=1024, metavar="N", help="longest reply of the judge (default 1024)"
-    )
+    add_judge_options(parser)
     return parser

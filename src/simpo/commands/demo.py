@@ -22,7 +22,7 @@ from simpo.results import Metric, Stage, print_results, write_results
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import read_lines
 from simpo.runs.record import RunRecord
-from simpo.sampling.pairs import pair_responses
+from simpo.sampling.pairing import pair_responses
 from simpo.statistics import Interval
 from simpo.terminal import printable
 from simpo.world.judge import correct, judge

@@ -66,9 +66,9 @@ def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
 
 
 def _read_trial(argv: list[str]) -> Given:
-    config = parse(argv, PreferenceConfig)
-    config[-1].disable_tqdm = config[-1].disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
-    return Given(*config, argv)
+    model, data, config = parse(argv, PreferenceConfig)
+    config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
+    return Given(model, data, config, argv, None if argv[0].startswith("-") else Path(argv[0]))
 
 
 def _keys(path: Path) -> dict[str, Any]:

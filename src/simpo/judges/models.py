@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from simpo.judges.protocol import Answers
 from simpo.judges.tokens import AnswerTokens
@@ -17,6 +18,7 @@ from simpo.training.identity import model_digest
 from simpo.training.models import ModelArguments, load_tokenizer
 
 _AT_ONCE = 64  # prompts between two looks at the progress
+_BATCH_TOKENS = 16384
 
 
 class ModelScorer(ABC):
@@ -60,7 +62,7 @@ class ModelScorer(ABC):
         with torch.no_grad(), progress(f"prompts scored by {self.kind}", len(rows), 0, self._say) as advance:
             for start in range(0, len(rows), _AT_ONCE):
                 part = rows[start : start + _AT_ONCE]
-                scores += self.score_tokens(self._model, self._tokens.encode(part, context=context))
+                scores += self._score_part(self._tokens.encode(part, context=context))
                 advance(len(part))
         return scores
 
@@ -73,8 +75,13 @@ class ModelScorer(ABC):
         """
 
     @abstractmethod
-    def score_tokens(self, model: Any, comparisons: Sequence[TokenizedComparison]) -> list[list[float]]:
-        """One number for every response of every comparison."""
+    def flat_scores(self, model: Any, comparisons: Sequence[TokenizedComparison], max_batch_tokens: int) -> Tensor:
+        """``[R]`` one number for every response of every comparison, in forwards of at most so many tokens."""
+
+    def _score_part(self, comparisons: Sequence[TokenizedComparison]) -> list[list[float]]:
+        longest = max(max(one.packed_length, one.padded_length) for one in comparisons)
+        scores = iter(self.flat_scores(self._model, comparisons, max(_BATCH_TOKENS, longest)).tolist())
+        return [[next(scores) for _ in one.response_ids] for one in comparisons]
 
 
 def _device() -> torch.device:

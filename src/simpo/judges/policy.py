@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from simpo.judges.models import ModelScorer
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.scoring import score_responses
 from simpo.training.models import ModelArguments, load_model
-
-_BATCH_TOKENS = 16384
 
 
 class LogpScorer(ModelScorer):
@@ -29,9 +29,6 @@ class LogpScorer(ModelScorer):
         """
         return load_model(arguments.model_name_or_path, arguments)
 
-    def score_tokens(self, model: Any, comparisons: Sequence[TokenizedComparison]) -> list[list[float]]:
-        """Mean log-probabilities."""
-        longest = max(max(one.packed_length, one.padded_length) for one in comparisons)
-        responses = score_responses(model, comparisons, max_batch_tokens=max(_BATCH_TOKENS, longest))
-        scores = iter(responses.avg.tolist())
-        return [[next(scores) for _ in one.response_ids] for one in comparisons]
+    def flat_scores(self, model: Any, comparisons: Sequence[TokenizedComparison], max_batch_tokens: int) -> Tensor:
+        """``[R]`` mean log-probabilities."""
+        return score_responses(model, comparisons, max_batch_tokens=max_batch_tokens).avg

@@ -71,6 +71,19 @@ class Scorer(Protocol):
         ...
 
 
+class Annotator(Protocol):
+    """A scorer that may leave answers without a score; every :class:`Scorer` is one."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the scores, as JSON values."""
+        ...
+
+    def score(self, rows: Sequence[Answers]) -> Sequence[Sequence[float | None]]:
+        """As :meth:`Scorer.score`; None for an answer of which nothing could be said."""
+        ...
+
+
 class Judge(Protocol):
     """Says of two answers which one is better."""
 

@@ -14,13 +14,15 @@ from simpo.judges.function import FunctionScorer
 from simpo.judges.human import HumanJudge
 from simpo.judges.pairwise import PairwiseApiJudge
 from simpo.judges.policy import LogpScorer
-from simpo.judges.protocol import Judge, Scorer
+from simpo.judges.protocol import Annotator, Judge, Scorer
 from simpo.judges.reward_model import RewardModelScorer
 from simpo.judges.scored import ScorerJudge
+from simpo.judges.tournament import TournamentScorer
 from simpo.training.models import ModelArguments
 
 SCORERS = "exact, function:MODULE:NAME, reward:MODEL, logp:MODEL"
 JUDGES = f"{SCORERS}, human:FILE, api"
+ANNOTATORS = f"{SCORERS}, api"
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,23 @@ def make_judge(name: str, options: JudgeOptions) -> Judge:
     if kind == "human" and rest:
         return HumanJudge(Path(rest).expanduser())
     if name == "api":
-        if options.client is None:
-            raise SimpoError("judge api: name the server and the model with --judge_url and --judge_model")
-        return PairwiseApiJudge(options.client, prompt=options.prompt, max_tokens=options.max_tokens, say=options.say)
+        return _api(options)
     return ScorerJudge(make_scorer(name, options, known=JUDGES))
+
+
+def make_annotator(name: str, options: JudgeOptions) -> Annotator:
+    """What scores responses under that name: a scorer, or ``api``, a judge of pairs that every two of them meet before.
+
+    Raises:
+        SimpoError: there is none, or something that it needs is missing.
+    """
+    return TournamentScorer(_api(options)) if name == "api" else make_scorer(name, options, known=ANNOTATORS)
+
+
+def _api(options: JudgeOptions) -> PairwiseApiJudge:
+    if options.client is None:
+        raise SimpoError("judge api: name the server and the model with --judge_url and --judge_model")
+    return PairwiseApiJudge(options.client, prompt=options.prompt, max_tokens=options.max_tokens, say=options.say)
 
 
 def make_scorer(name: str, options: JudgeOptions, *, known: str = SCORERS) -> Scorer:

@@ -39,8 +39,8 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, s
         values,
         layout.index.cu_seqlens_q,
         layout.index.cu_seqlens_k,
-        max(layout.query_sizes),
-        max(layout.key_sizes),
+        layout.longest_query,
+        layout.longest_key,
         scale=style.scale,
         window_size=(-1 if style.window is None else style.window - 1, 0),
     )

@@ -68,7 +68,9 @@ class LayoutIndex(NamedTuple):
         keys = np.stack([prompts, responses], axis=1).ravel()  # the parts that the segments' keys are
         first_of_its_prompt = part_of[responses] == 1
         return cls(
-            sizes=torch.tensor([size for span in spans for size in (len(span.responses), span.prompt, *span.responses)]),
+            sizes=torch.tensor(
+                [size for span in spans for size in (len(span.responses), span.prompt, *span.responses)]
+            ),
             positions=_ranges(offsets, parts),
             comparison_of=torch.from_numpy(np.repeat(comparison_of, parts)),
             part_of=torch.from_numpy(np.repeat(part_of, parts)),
@@ -109,16 +111,22 @@ class AttentionLayout:
         index: the same in tensors; made from ``spans`` where not given.
         windows: while a model is being probed, the sliding window of every attention call that got this layout.
         block_masks: what FlexAttention makes of it, by sliding window, kept for the next layer.
+        longest_query: queries of the longest segment.
+        longest_key: keys of the longest segment.
     """
 
     spans: tuple[Span, ...]
     index: LayoutIndex = field(default=None, compare=False)  # type: ignore[assignment]
     windows: list[int | None] | None = None
     block_masks: dict[int | None, Any] = field(default_factory=dict, compare=False)
+    longest_query: int = field(init=False)
+    longest_key: int = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.index is None:  # a field, because a compiled graph could not look into a cached property
-            object.__setattr__(self, "index", LayoutIndex.of(self.spans))
+        # what kernels ask for are fields: a graph that is being compiled cannot look into a cached property
+        object.__setattr__(self, "index", LayoutIndex.of(self.spans) if self.index is None else self.index)
+        object.__setattr__(self, "longest_query", max(self.query_sizes))
+        object.__setattr__(self, "longest_key", max(self.key_sizes))
 
     @classmethod
     def of_index(cls, index: LayoutIndex) -> AttentionLayout:

@@ -28,7 +28,9 @@ def by_segment_operator(
 
 
 @torch.library.custom_op(
-    "simpo::attention_by_segment", mutates_args=(), schema=f"(Tensor query, Tensor key, Tensor value, {_STYLE}) -> Tensor"
+    "simpo::attention_by_segment",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {_STYLE}) -> Tensor",
 )
 def _forward(
     query: Tensor,

@@ -1,93 +1,169 @@
-"""Preference pairs from scored responses: the best of a prompt's responses against the worst."""
+"""Preference rows from scored responses: which answers to a prompt are compared, and why others are not."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from itertools import combinations
+from random import Random
+from typing import Any, Literal, NamedTuple
 
-from simpo.atomic import write_text
 from simpo.errors import SimpoError
-from simpo.runs.lines import read_lines
 
-# Scores one response to a prompt (a text or messages); the higher, the better.
-Scorer = Callable[[Any, str], float]
+PairKind = Literal["best_worst", "all", "best_random", "ranking"]
+KINDS: tuple[PairKind, ...] = ("best_worst", "all", "best_random", "ranking")
+
+IDENTICAL, UNSCORED = "answers: the same as another one", "answers: without a score"
+ALIKE = "prompts: fewer than two different answers with a score"
+EQUAL, CLOSE, UNEVEN = "pairs: equally good", "pairs: scores closer than min_gap", "pairs: beyond max_length_ratio"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """How pairs are made; the defaults are the paper's.
+
+    Attributes:
+        pairs: of a prompt's answers: ``best_worst``; ``all`` two that differ in score; ``best_random``, one that is
+            worse; or ``ranking``, no pair but all of them with their scores.
+        min_gap: scores of a pair, or of a ranking's best and worst, differ at least by this.
+        max_length_ratio: the longer answer of a pair has at most so many times the characters of the shorter; None for
+            any.
+        seed: of ``best_random``.
+
+    Raises:
+        SimpoError: a value out of its bounds; names the key.
+    """
+
+    pairs: PairKind = "best_worst"
+    min_gap: float = 0.0
+    max_length_ratio: float | None = None
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.pairs not in KINDS:
+            raise SimpoError(f"pairs: {self.pairs!r} is not one of {', '.join(KINDS)}")
+        if not 0 <= self.min_gap < math.inf:
+            raise SimpoError(f"min_gap: must be a number of at least 0, not {self.min_gap}")
+        if self.max_length_ratio is not None:
+            if not self.max_length_ratio >= 1:
+                raise SimpoError(f"max_length_ratio: must be at least 1, not {self.max_length_ratio}")
+            if self.pairs == "ranking":
+                raise SimpoError("max_length_ratio: a ranking has no pairs; leave it out or choose other pairs")
 
 
 @dataclass
 class PairReport:
-    """What became of every prompt.
+    """What became of all answers.
 
     Attributes:
         prompts: with responses.
-        pairs: made of them, at most one a prompt.
-        dropped: reason -> prompts that gave none.
+        rows: made of them.
+        dropped: reason -> how many answers, prompts or pairs.
     """
 
     prompts: int = 0
-    pairs: int = 0
+    rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
     def lines(self) -> list[str]:
         """The report for people, a line each."""
-        lines = [f"pairs: {self.pairs:,} of {self.prompts:,} prompts"]
-        return lines + [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
+        lines = [f"pairs: {self.rows:,} of {self.prompts:,} prompts"]
+        return lines + [f"  dropped {count:,} {reason}" for reason, count in self.dropped.items()]
 
 
-def pair_responses(responses: Path, scorer: Scorer, output: Path) -> PairReport:
-    """Write ``{prompt, chosen, rejected, chosen_score, rejected_score, id}`` rows for a file of sampled responses.
+class _Answer(NamedTuple):
+    """One answer with its place among the prompt's responses."""
 
-    Best against worst, as the paper pairs its own samples (section 4, after Llama-3-Instruct); of equal scores the
-    first counts. A prompt whose responses are all alike, or all equally good, gives no pair, and is counted.
+    place: int
+    text: str
+    score: float
+
+
+def make_pairs(records: Iterable[Mapping[str, Any]], settings: PairSettings) -> tuple[list[Row], PairReport]:
+    """Rows ``{prompt, chosen, rejected, chosen_score, rejected_score, id}``, or ``{prompt, responses, scores, id}``.
+
+    Best against worst is how the paper pairs its own samples (section 4, after Llama-3-Instruct). Of identical answers,
+    and of equally good ones, the first counts.
 
     Args:
-        responses: what ``simpo sample`` left: ``responses.jsonl``.
-        scorer: judges each response.
-        output: the file of pairs, written whole or not at all.
-
-    Raises:
-        SimpoError: a file that cannot be read or written, or no pair at all.
+        records: ``{id, prompt, responses, scores}``; a score that is None leaves its answer out.
+        settings: which pairs.
     """
     report = PairReport()
     rows = []
-    for record in read_lines(responses):
+    for record in records:
         report.prompts += 1
-        scores = [scorer(record["prompt"], response) for response in record["responses"]]
-        if not all(map(math.isfinite, scores)):
-            raise SimpoError(f"{responses}: prompt {record['id']}: the scorer gave {scores}; it must give numbers")
-        row = _best_and_worst(record, scores)
-        if isinstance(row, str):
-            report.dropped[row] += 1
+        answers = _different(record, report)
+        if len(answers) < 2:
+            report.dropped[ALIKE] += 1
+            continue
+        for kept in _compared(answers, record["id"], settings):
+            reason = _fault(kept, settings)
+            if reason is None:
+                rows.append(_row(record, kept, settings))
+            else:
+                report.dropped[reason] += 1
+    report.rows = len(rows)
+    return rows, report
+
+
+def _different(record: Mapping[str, Any], report: PairReport) -> list[_Answer]:
+    """The different answers that have a score, in their order."""
+    found: dict[str, _Answer] = {}
+    for place, (text, score) in enumerate(zip(record["responses"], record["scores"], strict=True)):
+        if score is None:
+            report.dropped[UNSCORED] += 1
+        elif text in found:
+            report.dropped[IDENTICAL] += 1
         else:
-            rows.append(row)
-    report.pairs = len(rows)
-    if not rows:
-        raise SimpoError(f"{responses}: no pairs ({'; '.join(map(str.strip, report.lines()[1:])) or 'no prompts'})")
-    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return report
+            found[text] = _Answer(place, text, score)
+    return list(found.values())
 
 
-def _best_and_worst(record: Mapping[str, Any], scores: Sequence[float]) -> dict[str, Any] | str:
-    """A pair, or why there is none."""
-    responses: Sequence[str] = record["responses"]
-    if len(set(responses)) < 2:
-        return "its responses are all the same"
-    best, worst = _first(scores, max(scores)), _first(scores, min(scores))
-    if scores[best] == scores[worst]:
-        return "its responses are all equally good"
+def _compared(answers: Sequence[_Answer], key: str, settings: PairSettings) -> Iterator[list[_Answer]]:
+    """Answers that may make a row, the best first."""
+    ranked = sorted(answers, key=lambda answer: -answer.score)  # stable: of equal ones the first is first
+    best, worst = ranked[0], min(answers, key=lambda answer: answer.score)
+    if settings.pairs == "best_worst":
+        yield [best, worst]
+    elif settings.pairs == "all":
+        yield from map(list, combinations(ranked, 2))
+    elif settings.pairs == "best_random":
+        worse = [answer for answer in answers if answer.score < best.score]
+        yield [best, Random(f"{settings.seed} {key}").choice(worse or [worst])]  # noqa: S311 - sampling, not secrets
+    else:
+        yield ranked
+
+
+def _fault(answers: Sequence[_Answer], settings: PairSettings) -> str | None:
+    """Why these make no row; None if they do."""
+    gap = answers[0].score - answers[-1].score
+    if gap == 0:
+        return EQUAL
+    if gap < settings.min_gap:
+        return CLOSE
+    if settings.max_length_ratio is not None:
+        shorter, longer = sorted(len(answer.text) for answer in answers)
+        if longer > settings.max_length_ratio * shorter:
+            return UNEVEN
+    return None
+
+
+def _row(record: Mapping[str, Any], answers: Sequence[_Answer], settings: PairSettings) -> Row:
+    if settings.pairs == "ranking":
+        texts, scores = [answer.text for answer in answers], [answer.score for answer in answers]
+        return {"prompt": record["prompt"], "responses": texts, "scores": scores, "id": record["id"]}
+    chosen, rejected = answers
+    places = f"/{chosen.place}-{rejected.place}" if settings.pairs == "all" else ""
     return {
         "prompt": record["prompt"],
-        "chosen": responses[best],
-        "rejected": responses[worst],
-        "chosen_score": scores[best],
-        "rejected_score": scores[worst],
-        "id": record["id"],
+        "chosen": chosen.text,
+        "rejected": rejected.text,
+        "chosen_score": chosen.score,
+        "rejected_score": rejected.score,
+        "id": record["id"] + places,
     }
-
-
-def _first(scores: Iterable[float], value: float) -> int:
-    return next(index for index, score in enumerate(scores) if score == value)

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
-from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from simpo.atomic import staged_files
-from simpo.data.prompts import Prompt, Prompts, prepare_prompts
-from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.progress import Advance, progress
 from simpo.results import Metric, write_results
@@ -26,30 +16,17 @@ from simpo.runs.folder import RunFolder
 from simpo.runs.signals import stoppable
 from simpo.sampling.chunk_files import ChunkFiles
 from simpo.sampling.chunks import Chunk, gather, missing_chunks, sample_chunks
-from simpo.sampling.engine import Engine, Sampled, stop_ids
+from simpo.sampling.engine import Engine, Sampled
 from simpo.sampling.figures import response_metrics
 from simpo.sampling.generate import TransformersEngine
-from simpo.sampling.loading import Checkpoint, device
+from simpo.sampling.job import EngineName, Job, PromptArguments, Say
 from simpo.sampling.processes import Processes, joined_processes
+from simpo.sampling.records import response_texts, write_responses
 from simpo.sampling.settings import SamplingSettings
-from simpo.sampling.texts import ResponseText
 from simpo.sampling.vllm import VllmEngine
-from simpo.training.identity import model_digest
-from simpo.training.models import ModelArguments, load_tokenizer
+from simpo.training.models import ModelArguments
 
 FILE_NAME = "responses.jsonl"
-
-EngineName = Literal["transformers", "vllm"]
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class PromptArguments:
-    """Where the prompts come from (file, folder or hub id, and split), and the template that renders them."""
-
-    prompts: str
-    split: str = "train"
-    chat_template: str | None = None
 
 
 def sample_responses(
@@ -84,11 +61,12 @@ def sample_responses(
     with stoppable("interrupted; the same command continues"):
         ranks = joined_processes()
         if not ranks.main:
-            return _follow(ranks, folder)
+            _follow(ranks, folder)
+            return None
         if ranks.size > 1 and engine == "vllm":
             raise SimpoError("engine: vllm takes all GPUs from one process; start it without torchrun")
         with RunFolder(folder, command="sample") as run:
-            job = _prepare(model, prompts, settings, engine, run.say)
+            job = Job.prepare(model, prompts, settings, engine, run.say)
             ranks.from_main(None if run.finished else job)
             if run.finished:
                 run.begin(job.identity())
@@ -109,7 +87,7 @@ def _follow(ranks: Processes, folder: Path) -> None:
         ranks.wait()
 
 
-def _lead(ranks: Processes, job: _Job, run: RunFolder, argv: Sequence[str]) -> None:
+def _lead(ranks: Processes, job: Job, run: RunFolder, argv: Sequence[str]) -> None:
     """What the main process does."""
     generator = _load(job)
     run.begin(job.identity(), argv=argv, resolved=job.resolved(), accept_changes=None)
@@ -128,85 +106,7 @@ def _lead(ranks: Processes, job: _Job, run: RunFolder, argv: Sequence[str]) -> N
     run.finish()
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Everything that determines the responses, with nothing left open."""
-
-    checkpoint: Checkpoint
-    engine: EngineName
-    tokenizer: PreTrainedTokenizerBase
-    source: PromptArguments
-    prompts: Prompts
-    settings: SamplingSettings
-    stop_ids: list[int]
-
-    @property
-    def ids(self) -> list[list[int]]:
-        """Token ids of every prompt."""
-        return [prompt.ids for prompt in self.prompts]
-
-    @property
-    def total(self) -> int:
-        """Responses in all."""
-        return len(self.prompts) * self.settings.n
-
-    def identity(self) -> dict[str, Any]:
-        return {
-            "model": model_digest(self.checkpoint.arguments),
-            "dtype": self.checkpoint.arguments.dtype,
-            "engine": self.engine,
-            "prompts": _digest(self.prompts),
-            "stop_ids": str(self.stop_ids),
-            **dataclasses.asdict(self.settings),
-        }
-
-    def resolved(self) -> dict[str, Any]:
-        given = [dataclasses.asdict(part) for part in (self.checkpoint.arguments, self.source, self.settings)]
-        return {"engine": self.engine} | dict(item for part in given for item in part.items())
-
-
-def _prepare(
-    model: ModelArguments, source: PromptArguments, settings: SamplingSettings, engine: EngineName, say: Say
-) -> _Job:
-    """Read everything but the weights."""
-    tokenizer = load_tokenizer(model.model_name_or_path, model, chat_template=source.chat_template)
-    checkpoint = Checkpoint.read(model)
-    say(f"model: {model.model_name_or_path} ({checkpoint.arguments.dtype} on {device()}, {engine})")
-    settings = settings.resolved(context=checkpoint.context, chunk_size=_chunk_size(engine))
-    say("sampling: " + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(settings).items()))
-    rows = load_rows(source.prompts, split=source.split)
-    prompts = prepare_prompts(rows, tokenizer, max_prompt_length=_room(checkpoint.context, settings, say))
-    for line in prompts.report.lines():
-        say(line)
-    stops = stop_ids(tokenizer, checkpoint.generation_config)
-    return _Job(checkpoint, engine, tokenizer, source, prompts, settings, stops)
-
-
-def _room(context: int | None, settings: SamplingSettings, say: Say) -> int | None:
-    """Tokens that a prompt may have."""
-    assert settings.max_new_tokens is not None
-    if context is None:
-        return None
-    room = context - settings.max_new_tokens
-    say(f"the model's context of {context:,} tokens leaves {room:,} to a prompt (max_prompt_length)")
-    return room
-
-
-def _chunk_size(engine: EngineName) -> int:
-    if engine == "vllm":  # which makes batches of its own
-        return 1024
-    return 32 if device().type == "cpu" else 64
-
-
-def _digest(prompts: Prompts) -> str:
-    """Of ids and tokens, in their order."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(prompt.id.encode() + array("q", [*prompt.ids, -1]).tobytes())
-    return digest.hexdigest()
-
-
-def _load(job: _Job) -> Engine:
+def _load(job: Job) -> Engine:
     if job.engine == "vllm":
         return VllmEngine(job.checkpoint.arguments, job.stop_ids)
     return TransformersEngine(job.checkpoint.load(), job.tokenizer)
@@ -214,7 +114,7 @@ def _load(job: _Job) -> Engine:
 
 def _generate(
     engine: Engine,
-    job: _Job,
+    job: Job,
     ranks: Processes,
     folder: Path,
     missing: Sequence[tuple[int, Chunk]],
@@ -236,7 +136,7 @@ def _generate(
         ) from error
 
 
-def _progress(job: _Job, ranks: Processes, count: int, say: Say | None) -> AbstractContextManager[Advance]:
+def _progress(job: Job, ranks: Processes, count: int, say: Say | None) -> AbstractContextManager[Advance]:
     """Of this process's share."""
     if say is None:
         return nullcontext(lambda count: None)
@@ -245,34 +145,12 @@ def _progress(job: _Job, ranks: Processes, count: int, say: Say | None) -> Abstr
     return progress(f"responses of the first of {ranks.size} processes", count, 0, say)
 
 
-def _write_responses(job: _Job, samples: Sequence[Sequence[Sampled]], folder: Path, say: Say) -> list[Metric]:
+def _write_responses(job: Job, samples: Sequence[Sequence[Sampled]], folder: Path, say: Say) -> list[Metric]:
     """Write the responses in the order of the prompts; their figures."""
-    decoder = ResponseText(job.tokenizer)
-    texts = [
-        [decoder.decode(prompt.ids, sampled.ids) for sampled in answers]
-        for prompt, answers in zip(job.prompts, samples, strict=True)
-    ]
-    rows = (_row(*parts) for parts in zip(job.prompts, texts, samples, strict=True))
-    with (
-        staged_files(folder) as staged,
-        (staged / FILE_NAME).open("w", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    texts = response_texts(job.tokenizer, job.prompts.prompts, samples)
+    write_responses(folder / FILE_NAME, job.prompts.prompts, texts, samples)
     unfinished = sum(not sampled.finished for answers in samples for sampled in answers)
     if unfinished:
         limit = job.settings.max_new_tokens
         say(f"note: {unfinished:,} responses hit max_new_tokens {limit:,} before they ended (finished: false)")
     return [Metric(*figure) for figure in job.prompts.report.metrics()] + response_metrics(texts, samples)
-
-
-def _row(prompt: Prompt, texts: Sequence[str], answers: Sequence[Sampled]) -> Mapping[str, Any]:
-    return {
-        "id": prompt.id,
-        "prompt": prompt.content,
-        "responses": list(texts),
-        "response_ids": [list(sampled.ids) for sampled in answers],
-        "finished": [sampled.finished for sampled in answers],
-        "logps": [sampled.logp for sampled in answers],
-        "where": prompt.where,
-        "extra": prompt.extra,
-    }

@@ -97,7 +97,7 @@ def print_table(
     names = {f"{_folder(trial)}/{metric}": trial for trial in tried}
     ranked = [(names[name], figures[name]) for name in figures if name in names]  # the file has them in order
     unfinished = [trial for trial in tried if trial.state in ("pruned", "failed")]
-    table = Table(title=Text(f"simpo sweep: {metric} after training"), box=SIMPLE_HEAD)
+    table = Table(title=Text("simpo sweep"), box=SIMPLE_HEAD)
     for heading in ("trial", *(axis.key for axis in axes), metric.removeprefix("eval_")):
         table.add_column(Text(heading), justify="right", no_wrap=True)
     for trial, figure in ranked:

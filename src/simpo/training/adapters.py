@@ -207,8 +207,9 @@ def _settle(model: PeftModel, base: str) -> None:
     """Let the adapter's file say where its base model is, wherever it is read from, and be the same every time."""
     config: Any = model.peft_config["default"]
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
-    if isinstance(config.target_modules, set):
-        config.target_modules = sorted(config.target_modules)
+    for key in ("target_modules", "target_parameters"):  # sets, which are written in another order every time
+        if isinstance(getattr(config, key), set):
+            setattr(config, key, sorted(getattr(config, key)))
 
 
 @contextmanager

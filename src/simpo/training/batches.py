@@ -31,15 +31,14 @@ _COLUMNS = (
 class PlannedBatch(NamedTuple):
     """A micro-batch ready for the model.
 
-    The last seven are None where the data set has no such thing.
+    The last five are None where the data set has no such thing.
 
     Attributes:
         packed: its ``C`` comparisons with ``R`` responses.
         rows: ``C`` row numbers in the data set.
         step_weight: of all comparisons of the optimizer step, over its micro-batches and ranks: the loss's denominator.
+        pairs: the ordered pairs of the comparisons, of single responses none.
         ref_logps: ``[R]`` float64, log-probabilities under the reference.
-        scores: ``[R]`` float64, the higher the better; those of a pair among rankings say only that.
-        pairs: the ordered pairs of the comparisons.
         labels: ``[C]`` bool, whether a response that is judged alone is desirable.
         mismatched: each prompt with one response to another prompt, ``C`` in all.
         mismatched_ref_logps: ``[C]`` float64, log-probabilities of these responses under the reference.
@@ -49,9 +48,8 @@ class PlannedBatch(NamedTuple):
     packed: PackedBatch
     rows: tuple[int, ...]
     step_weight: float
+    pairs: OrderedPairs
     ref_logps: Tensor | None = None
-    scores: Tensor | None = None
-    pairs: OrderedPairs | None = None
     labels: Tensor | None = None
     mismatched: PackedBatch | None = None
     mismatched_ref_logps: Tensor | None = None
@@ -90,14 +88,12 @@ class ComparisonRows(TorchDataset):
         micro, step_weight = item
         found = self.rows[list(micro.rows)]
         counts = torch.tensor([len(responses) for responses in found["response_ids"]])
-        scores = _flat(_scores(found)) if "scores" in found else None
         return PlannedBatch(
             PackedBatch.build(_comparisons(found), micro.weights),
             micro.rows,
             step_weight,
+            OrderedPairs.of(counts, _flat(_scores(found)) if "scores" in found else None),
             ref_logps=_flat(found.get(REF_LOGPS)),
-            scores=scores,
-            pairs=OrderedPairs.of(counts, scores) if (counts > 1).all() else None,
             labels=None if "label" not in found else torch.tensor(found["label"]),
             mismatched=None if MISMATCHED_IDS not in found else PackedBatch.build(_mismatched(found), micro.weights),
             mismatched_ref_logps=_numbers(found.get(MISMATCHED_REF_LOGP)),

@@ -7,6 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,6 +36,7 @@ from simpo.training.batches import (
 )
 from simpo.training.compilation import compile_layers
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
+from simpo.training.memory import OUTSIDE_A_FORWARD, memory_answered, tokens_that_fit
 from simpo.training.models import ModelArguments, disable_dropout, load_model
 from simpo.training.resumable import ResumableTrainer
 from simpo.training.running_means import RunningMeans, widest_type
@@ -120,7 +122,8 @@ class PackedTrainer(ResumableTrainer):
     def row_figures(self, y: Any, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """Losses, ``[C]``, and detached figures, ``[C, len(metric_names)]``, of ``batch``.
 
-        What the model says of its responses, ``y``, is :class:`~simpo.objectives.Responses` unless :meth:`forward_rows` is another.
+        What the model says of its responses, ``y``, is :class:`~simpo.objectives.Responses` unless
+        :meth:`forward_rows` is another.
         A figure that is NaN says nothing about its row and is left out of that figure's mean.
         """
 
@@ -247,6 +250,11 @@ class PackedTrainer(ResumableTrainer):
         loss = (losses * batch.packed.weights).sum() * (self.args.world_size / batch.step_weight)
         return (loss, figures) if return_outputs else loss
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As its base's; memory that runs out is answered with a setting."""
+        with memory_answered(lambda: OUTSIDE_A_FORWARD):
+            return super().train(*args, **kwargs)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -259,14 +267,33 @@ class PackedTrainer(ResumableTrainer):
         self._step = []
         self.before_step(model, batches)
         for number, batch in enumerate(batches):
-            with self._gradient_sync(model, last=number == len(batches) - 1):
-                with self.compute_loss_context_manager():
-                    loss, figures = self.compute_loss(model, batch, return_outputs=True)
-                self.accelerator.backward(loss)
-            total += loss.detach()
+            last = number == len(batches) - 1
+            with self._gradient_sync(model, last=last), memory_answered(partial(self._what_fits, model, batch)):
+                loss, figures = self._forward_and_backward(model, batch)
+            total += loss
             self._means.add(figures, batch.packed.weights)
             self._step.append((batch, figures[:, 0]))
         return total
+
+    def _forward_and_backward(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+        """Of one micro-batch: its share of the step's loss, and its rows' figures."""
+        with self.compute_loss_context_manager():
+            loss, figures = self.compute_loss(model, batch, return_outputs=True)
+        self.accelerator.backward(loss)
+        return loss.detach(), figures
+
+    def _what_fits(self, model: nn.Module, batch: PlannedBatch) -> str:
+        """Advice for a micro-batch that did not fit into memory."""
+
+        def attempt(places: list[int]) -> None:
+            rows = tuple(batch.rows[place] for place in places)
+            smaller = ComparisonRows(data)[MicroBatch(rows, (1.0,) * len(rows)), batch.step_weight]
+            self._forward_and_backward(model, smaller)
+
+        data = self.completed(self.train_dataset)
+        lengths = token_lengths(data, padded=self.path == "padded")
+        own = [int(lengths[row]) for row in batch.rows]
+        return tokens_that_fit(own, int(lengths.max()), attempt if self.args.world_size == 1 else None)
 
     @contextmanager
     def _gradient_sync(self, model: nn.Module, *, last: bool) -> Iterator[None]:

@@ -118,7 +118,7 @@ class RewardTrainer(PackedTrainer):
 
         Both are ``[rows, N]``, with NaN where a row has fewer than ``N`` pairs.
         """
-        rows = self._tokenized(dataset, self.processing_class, self.args, "eval")
+        rows: Any = self._tokenized(dataset, self.processing_class, self.args, "eval")
         rewards = self.of_responses(rows, lambda batch: reward_forward(self.model, batch, path=self.path)).cpu()
         figures, margins, lengths = [], [], []
         for batch, y in _parts(rows, rewards):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
@@ -43,13 +45,14 @@ def load_reward_model(arguments: ModelArguments, *, new_head: bool = False) -> P
 def _load(arguments: ModelArguments, *, new_head: bool, say: bool = False) -> PreTrainedModel:
     name = arguments.model_name_or_path
     labels = {"num_labels": 1} if new_head and not _is_classifier(arguments) else {}
-    model, loading = load_files(
-        AutoModelForSequenceClassification,
-        arguments,
-        **loading_options(arguments),
-        **labels,
-        output_loading_info=True,
-    )
+    with _without_report():
+        model, loading = load_files(
+            AutoModelForSequenceClassification,
+            arguments,
+            **loading_options(arguments),
+            **labels,
+            output_loading_info=True,
+        )
     missing = sorted(loading["missing_keys"])
     if missing and (missing != [_HEAD] or not new_head):
         raise SimpoError(f"model_name_or_path: {name!r} is not a reward model: its files have no {missing[0]}")
@@ -58,6 +61,18 @@ def _load(arguments: ModelArguments, *, new_head: bool, say: bool = False) -> Pr
     if missing and say:
         logger.warning("%s is a language model: its output layer is replaced by a random score head", name)
     return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of weights that files lack, which are looked at here."""
+    theirs = logging.getLogger("transformers.modeling_utils")
+    before = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.setLevel(before)
 
 
 def _is_classifier(arguments: ModelArguments) -> bool:

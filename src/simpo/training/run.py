@@ -29,6 +29,7 @@ from simpo.training.inputs import DataArguments, load_datasets
 from simpo.training.interruption import StopOnSignal
 from simpo.training.log_lines import LogLines
 from simpo.training.models import ModelArguments, load_tokenizer
+from simpo.training.observer import Observer
 from simpo.training.packed import PackedTrainer, Scores
 from simpo.training.tasks import Task
 
@@ -37,13 +38,14 @@ _SCORES = {"before": "held_out_before.jsonl", "after": "held_out_after.jsonl"}
 
 @dataclass(frozen=True)
 class Given:
-    """What the user gave: the recipe's parts, and the command line and file that they were read from."""
+    """What the user gave: the recipe's parts, the command line and file that they were read from, and who looks on."""
 
     model: ModelArguments
     data: DataArguments
     config: Any
     argv: Sequence[str] = ()
     recipe: Path | None = None
+    observer: Observer | None = None
 
 
 def run_training(task: Task, given: Given) -> Path:
@@ -70,12 +72,14 @@ def run_training(task: Task, given: Given) -> Path:
             identity,
             argv=given.argv,
             recipe=given.recipe,
-            resolved=settings_of(given.model, given.data, config),
+            resolved=settings_of(given.model, given.data, config) | _observed(given),
             accept_changes=config.accept_changes,
         )
         if _from_main(folder.finished, config):
             folder.say(f"{config.output_dir} holds this run, finished")
             return results
+        if given.observer is not None:
+            given.observer.begin(trainer, again=not folder.changed)
         metrics += _train(task, trainer, held_out, folder)
         _save_model(trainer, Path(config.output_dir))
         if config.process_index == 0:
@@ -124,7 +128,8 @@ def _prepare(
     metrics, datasets = [], {}
     with config.main_process_first(desc="reading and tokenizing the data"):  # the others find it in the cache
         tokenizer = load_tokenizer(name, given.model, chat_template=given.data.chat_template)
-        for label, rows in zip(("train", "eval"), load_datasets(given.data), strict=True):
+        raw = dict(zip(("train", "eval"), load_datasets(given.data), strict=True))
+        for label, rows in raw.items():
             if rows is not None:
                 prepared = task.trainer.prepare(rows, tokenizer, config, label)
                 for line in prepared.report.lines():
@@ -135,10 +140,13 @@ def _prepare(
     if held_out is None and (config.eval_strategy != "no" or config.do_eval):
         folder.say(f"no held-out {task.rows} are named (eval_dataset_name): training without evaluation")
         config.eval_strategy, config.do_eval = type(config.eval_strategy)("no"), False
+    if given.observer is not None:
+        given.observer.prepare(config, tokenizer, raw["eval"], folder.say)
     checkpoint = named_checkpoint(config)
     if checkpoint is not None:
         check_whole(Path(checkpoint))
     identity = training_identity(given.model, given.data, config, datasets["train"], held_out)
+    identity |= {key: str(value) for key, value in _observed(given).items()}
     _check_ranks_agree(identity, config)
     set_seed(config.seed)  # a new adapter's first weights are drawn
     trainer = task.trainer(
@@ -151,6 +159,11 @@ def _prepare(
     if isinstance(trainer.model, PeftModel):
         folder.say(describe_adapter(trainer.model))
     return trainer, metrics, held_out, identity
+
+
+def _observed(given: Given) -> dict[str, Any]:
+    """The keys of who looks on."""
+    return {} if given.observer is None else dict(given.observer.settings)
 
 
 def _check_ranks_agree(identity: Identity, config: Any) -> None:

@@ -39,10 +39,16 @@ class Task:
     tags: Callable[[Any], list[str]]
     pipeline: str = "text-generation"
 
+    @property
+    def generates(self) -> bool:
+        """Whether what is trained writes texts."""
+        return self.pipeline == "text-generation"
+
 
 def _describe_objective(config: Any) -> str:
-    settings = ", ".join(f"{key} {value}" for key, value in config.hyperparameters.items())
-    return f"objective: {config.objective} ({settings})"
+    weights = {key: getattr(config, key) for key in ("sft_weight", "kl_weight") if getattr(config, key)}
+    settings = ", ".join(f"{key} {value}" for key, value in (config.hyperparameters | weights).items())
+    return f"objective: {config.objective} ({settings})" if settings else f"objective: {config.objective}"
 
 
 PREFERENCES = Task(

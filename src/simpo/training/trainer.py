@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
-from datasets import Dataset, List, Value
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -19,18 +17,15 @@ from simpo.data.feedback import is_feedback, prepare_feedback
 from simpo.data.tokenize import Prepared, check_rankings, prepare
 from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES, Objective, Responses, reference_point, sft_term
-from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import policy_forward
-from simpo.packing.reference import divergence_forward, mean_by_comparison, reference_states
-from simpo.training.adapters import add_reference, reference_of
-from simpo.training.batches import MISMATCHED_REF_LOGP, REF_LOGPS, PlannedBatch
+from simpo.packing.reference import divergence_forward, mean_by_comparison
+from simpo.training.batches import MISMATCHED_REF_LOGP, PlannedBatch
 from simpo.training.config import PreferenceConfig
 from simpo.training.metrics import KL, NAMES, UNPAIRED_NAMES, pair_metrics, unpaired_metrics
 from simpo.training.packed import PackedTrainer
-from simpo.training.reference import ReferenceCache, policy_fingerprint
 from simpo.training.reference_point import mismatched_rows, with_mismatched
 from simpo.training.running_means import widest_type
-from simpo.training.sharding import sharded
+from simpo.training.start_policy import StartPolicy
 
 
 class PreferenceTrainer(PackedTrainer):
@@ -46,15 +41,12 @@ class PreferenceTrainer(PackedTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._completed: dict[str, Dataset] = {}
-        self._started = False
         self._z_ref = torch.zeros(())
-        self._beside = self.row.needs_reference and not self.args.precompute_ref_log_probs
-        if self._beside or self.args.kl_weight:
-            if sharded(self.model):
-                key = "kl_weight" if self.args.kl_weight else "precompute_ref_log_probs"
-                raise SimpoError(f"{key}: a reference beside a model that fsdp shards is not supported")
-            add_reference(self.model)
+        self._precomputed = self.row.needs_reference and self.args.precompute_ref_log_probs
+        beside = "kl_weight" if self.args.kl_weight else None
+        if self.row.needs_reference and not self._precomputed:
+            beside = "precompute_ref_log_probs"
+        self._reference = StartPolicy(self, self.args.reference_cache, beside)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -109,56 +101,14 @@ class PreferenceTrainer(PackedTrainer):
             raise SimpoError(
                 "eval_dataset: comparisons and single responses with labels; give the same kind as to train"
             )
-        key = rows._fingerprint
-        if key not in self._completed:
-            self._completed[key] = self._with_reference(rows)
-        return self._completed[key]
-
-    def _with_reference(self, rows: Dataset) -> Dataset:
-        if not self.row.needs_reference or self._beside:
-            return rows
-        if REF_LOGPS not in rows.column_names:
-            rows = rows.add_column(REF_LOGPS, self._cache.logps(rows), feature=List(Value("float64")))
-        if self.row.needs_z_ref and MISMATCHED_REF_LOGP not in rows.column_names:
-            logps = [logp for (logp,) in self._cache.logps(mismatched_rows(rows))]
-            rows = rows.add_column(MISMATCHED_REF_LOGP, logps, feature=Value("float64"))
-        return rows
-
-    # ---- the reference ----
+        return self._reference.completed(rows) if self._precomputed else rows
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's; what the reference has to say is asked before a checkpoint or a step moves the weights."""
         for rows in self._given_rows():
             self.completed(rows)
-        self._started = True
+        self._reference.leave()
         return super().train(*args, **kwargs)
-
-    @cached_property
-    def _cache(self) -> ReferenceCache:
-        folder = self.args.reference_cache
-        return ReferenceCache(
-            None if folder is None else Path(folder).expanduser(),
-            policy_fingerprint(self.model, self.accelerator.mixed_precision),
-            compute=self._start_logps,
-            main=self.is_world_process_zero(),
-            share=self._share,
-        )
-
-    def _start_logps(self, rows: Dataset) -> Tensor:
-        if self._started:
-            raise SimpoError(
-                "eval_dataset: rows that the trainer has not had before training, when the reference was there; give "
-                "them from the start, or set precompute_ref_log_probs: false"
-            )
-        return self.response_logps(rows)
-
-    def _share(self, value: Any) -> Any:
-        return broadcast_object_list([value])[0] if self.args.world_size > 1 else value
-
-    def _logps_beside(self, packed: PackedBatch) -> Tensor:
-        """``[R]`` log-probabilities of the responses of ``packed`` under the reference, computed now."""
-        with reference_of(self.model), self.accelerator.autocast():
-            return policy_forward(self.model, packed, path=self.path).logp
 
     # ---- KTO's reference point ----
 
@@ -168,9 +118,12 @@ class PreferenceTrainer(PackedTrainer):
             return
         total = torch.zeros((), dtype=widest_type(self.args.device), device=self.args.device)
         for batch in (batch.to(self.args.device) for batch in batches):
+            assert batch.mismatched is not None
             with torch.no_grad(), self.accelerator.autocast():
                 logps = policy_forward(self.model, batch.mismatched, path=self.path).logp
-            reference = self._logps_beside(batch.mismatched) if self._beside else batch.mismatched_ref_logps
+            reference = batch.mismatched_ref_logps
+            if reference is None:
+                reference = self._reference.logps(batch.mismatched)
             total += ((logps.to(total) - reference.to(total)) * batch.packed.weights).sum()
         self._settle_reference_point(self._sum_over_ranks(total) / batches[0].step_weight)
 
@@ -179,11 +132,10 @@ class PreferenceTrainer(PackedTrainer):
         if self.row.needs_z_ref:
             rows = dataloader.dataset.rows
             mismatched = mismatched_rows(rows)
-            if self._beside:
-                with reference_of(self.model):
-                    reference = self.response_logps(mismatched)
-            else:
+            if self._precomputed:
                 reference = torch.tensor(rows[MISMATCHED_REF_LOGP][:], dtype=torch.float64)
+            else:
+                reference = self._reference.response_logps(mismatched)
             logps = self.response_logps(mismatched)
             self._settle_reference_point((logps - reference.to(logps)).mean())
         return super().evaluation_loop(dataloader, *args, **kwargs)
@@ -195,18 +147,17 @@ class PreferenceTrainer(PackedTrainer):
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """As the base's, with the reference where one is needed."""
-        ref_logps = self._logps_beside(batch.packed) if self._beside else batch.ref_logps
+        if self.row.needs_reference and batch.ref_logps is None:
+            batch = batch._replace(ref_logps=self._reference.logps(batch.packed))
         if self.args.kl_weight:
-            return self._penalised_rows(model, batch, ref_logps)
-        y = policy_forward(model, batch.packed, path=self.path)
-        return self.row_figures(_with_ref_logps(y, ref_logps), batch)
+            return self._penalised_rows(model, batch)
+        return super().forward_rows(model, batch)
 
-    def _penalised_rows(self, model: nn.Module, batch: PlannedBatch, ref_logps: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _penalised_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """With KL(policy || reference), the mean over the scored tokens of a comparison, added and logged."""
-        with reference_of(self.model), self.accelerator.autocast():
-            reference = reference_states(self.model, batch.packed, path=self.path)
+        reference = self._reference.states(batch.packed)
         y, divergence = divergence_forward(model, batch.packed, reference, path=self.path)
-        losses, figures = self.row_figures(_with_ref_logps(y, ref_logps), batch)
+        losses, figures = self.row_figures(y, batch)
         kl = mean_by_comparison(batch.packed, divergence)  # [C]
         losses = losses + self.args.kl_weight * kl
         return losses, torch.cat([losses.detach()[:, None], figures[:, 1:], kl.detach()[:, None]], dim=1)
@@ -214,12 +165,10 @@ class PreferenceTrainer(PackedTrainer):
     def row_figures(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """Losses, ``[C]``, and figures of comparisons or of responses that are judged alone."""
         context = self.hyperparameters | ({"z_ref": self._z_ref} if self.row.needs_z_ref else {})
+        if batch.ref_logps is not None:
+            y = replace(y, ref_logp=batch.ref_logps.to(y.logp))
         if batch.labels is not None:
-            losses = self.row.unpaired(y, batch.labels, **context)
-            if self.args.sft_weight:  # of desirable responses
-                losses = losses + self.args.sft_weight * sft_term(y).masked_fill(~batch.labels, 0)
-            figures = unpaired_metrics(self.row, self.hyperparameters, y, batch.labels)
-            return losses, torch.cat([losses.detach()[:, None], figures], dim=1)
+            return self._unpaired_figures(y, batch.labels, context)
         pairs = batch.pairs
         w, l, best = (_taken(y, index) for index in (pairs.better, pairs.worse, pairs.best))  # noqa: E741
         losses = pairs.mean(self.row.pair(w, l, **context))
@@ -230,9 +179,14 @@ class PreferenceTrainer(PackedTrainer):
         figures = pairs.mean(pair_metrics(self.row, self.hyperparameters, w, l))
         return losses, torch.cat([losses.detach()[:, None], figures], dim=1)
 
-
-def _with_ref_logps(y: Responses, ref_logps: Tensor | None) -> Responses:
-    return y if ref_logps is None else replace(y, ref_logp=ref_logps.to(y.logp))
+    def _unpaired_figures(self, y: Responses, labels: Tensor, context: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Of responses that are judged alone; an SFT term is that of the desirable ones."""
+        assert self.row.unpaired is not None
+        losses = self.row.unpaired(y, labels, **context)
+        if self.args.sft_weight:
+            losses = losses + self.args.sft_weight * sft_term(y).masked_fill(~labels, 0)
+        figures = unpaired_metrics(self.row, self.hyperparameters, y, labels)
+        return losses, torch.cat([losses.detach()[:, None], figures], dim=1)
 
 
 def _taken(y: Responses, index: Tensor) -> Responses:

@@ -1,0 +1,131 @@
+"""Scoring K answers to one prompt: the prompt once, against every answer with a prompt of its own.
+
+Processor time of one thread, both sides in turns, the fastest of several rounds each; the last columns set the ratio
+against what counted arithmetic allows. Run from the repository's root::
+
+    python -m benchmarks.score_answers
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from benchmarks.arithmetic import Forward, Shape, packed_forward
+from benchmarks.setting import Setting, build_model, model_config
+from simpo import score_responses
+from simpo.packing.comparison import TokenizedComparison
+from simpo.packing.rewards import score_answers
+
+Score = Callable[[Sequence[TokenizedComparison]], Tensor]
+
+
+class Outcome(NamedTuple):
+    """Seconds of scoring, and how many times faster sharing is: measured, and as counted arithmetic allows."""
+
+    shared: float
+    one_by_one: float
+    allowed: float
+
+    @property
+    def measured(self) -> float:
+        """The ratio of the times."""
+        return self.one_by_one / self.shared
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="score_answers", description="K answers to one prompt, shared or one by one.")
+    parser.add_argument("--answers", type=int, default=8, help="answers to the prompt")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128], help="tokens of an answer")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", default="small", help="a key of benchmarks.setting.MODELS")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    setting = Setting("", threads=1, model=options.model)
+    table = Table(title=f"{options.answers} answers to a prompt of {options.prompt} tokens, model '{options.model}'")
+    for column in ("scores", "tokens", "shared s", "one by one s", "ratio", "allowed", "share"):
+        table.add_column(column, justify="left" if column == "scores" else "right")
+    for kind in ("log-probabilities", "rewards"):
+        score = scorer(kind, setting)
+        for length in options.lengths:
+            comparison = make_comparison(options.prompt, [length] * options.answers, setting.vocabulary)
+            found = measure(kind, score, comparison, setting, options.rounds)
+            figures = (
+                f"{found.shared:.2f}",
+                f"{found.one_by_one:.2f}",
+                f"{found.measured:.2f}",
+                f"{found.allowed:.2f}",
+            )
+            table.add_row(kind, str(length), *figures, f"{found.measured / found.allowed:.0%}")
+    Console(width=110).print(table)
+    return 0
+
+
+def scorer(kind: str, setting: Setting) -> Score:
+    """Scores comparisons by a model of that setting with random weights."""
+    if kind == "log-probabilities":
+        model = build_model(setting)
+        return lambda comparisons: score_responses(model, comparisons).logp
+    torch.manual_seed(0)
+    config: Any = model_config(setting)
+    config.num_labels = 1
+    reward_model = AutoModelForSequenceClassification.from_config(config)
+    return lambda comparisons: score_answers(reward_model, comparisons)
+
+
+def make_comparison(prompt: int, answers: Sequence[int], vocabulary: int) -> TokenizedComparison:
+    """Random tokens of these lengths."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(1, vocabulary, (count,), generator=generator).tolist()
+
+    return TokenizedComparison(ids(prompt), [ids(count) for count in answers])
+
+
+def alone(comparison: TokenizedComparison) -> list[TokenizedComparison]:
+    """Every answer with a prompt of its own."""
+    return [TokenizedComparison(comparison.prompt_ids, [ids]) for ids in comparison.response_ids]
+
+
+@torch.no_grad()
+def measure(kind: str, score: Score, comparison: TokenizedComparison, setting: Setting, rounds: int) -> Outcome:
+    """Both ways in turns, after a warm-up that proves that they agree."""
+    singles = alone(comparison)
+    torch.testing.assert_close(score([comparison]), torch.cat([score([one]) for one in singles]), rtol=1e-4, atol=1e-3)
+    times: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        start = time.process_time()
+        score([comparison])
+        between = time.process_time()
+        for one in singles:
+            score([one])
+        times.append((between - start, time.process_time() - between))
+    shared, one_by_one = map(min, zip(*times, strict=True))
+    return Outcome(shared, one_by_one, allowed_ratio(kind, comparison, Shape.of(model_config(setting))))
+
+
+def allowed_ratio(kind: str, comparison: TokenizedComparison, shape: Shape) -> float:
+    """Counted arithmetic of the forwards one by one, over that of the shared one."""
+
+    def flops(forward: Forward) -> int:
+        products = [*forward.layer_products(shape), *forward.attention_products(shape)]
+        head = forward.head_product(shape).flops if kind == "log-probabilities" else 0  # a reward's is one row
+        return sum(product.flops for product in products) + head
+
+    return sum(flops(packed_forward([one])) for one in alone(comparison)) / flops(packed_forward([comparison]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Score sampled responses: simpo annotate RESPONSES --annotator ANNOTATOR --output_dir DIR"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from simpo.arguments import ArgumentParser
+from simpo.commands._server import add_judge_options, judge_options, prices_of
+from simpo.judges.annotate import BEST, FILE_NAME, AnnotateArguments, annotate
+from simpo.judges.registry import ANNOTATORS
+from simpo.results import print_results
+
+
+def main(argv: list[str]) -> int:
+    """Annotate, print the table of results and what to do next."""
+    arguments = _parser().parse_args(argv)
+    folder = Path(arguments.output_dir).expanduser()
+    given = AnnotateArguments(
+        Path(arguments.responses).expanduser(),
+        arguments.annotator,
+        judge_options(arguments),
+        prices_of(arguments),
+        arguments.yes,
+    )
+    print_results(annotate(given, folder, argv=argv))
+    print(f"annotated: {folder / FILE_NAME}\nbest of N: {folder / BEST}")
+    print(f"next:      simpo pair {shlex.quote(str(folder))} --output_dir DIR")
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("annotate", __doc__)
+    parser.add_argument("responses", metavar="RESPONSES", help="responses.jsonl of simpo sample, or its folder")
+    parser.add_argument("--annotator", required=True, help=f"one of {ANNOTATORS}")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder of the run; the same one continues")
+    add_judge_options(parser)
+    return parser

@@ -1,0 +1,156 @@
+"""The workflow behind ``simpo annotate``: sampled responses in, the same with scores out, however often it was killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from simpo.atomic import staged_files
+from simpo.client import Prices, agree
+from simpo.data.answer_sets import AnswerSet, diversity_metrics, score_metrics
+from simpo.errors import SimpoError
+from simpo.judges.protocol import Annotator, Answers, check_scores
+from simpo.judges.registry import JudgeOptions, make_annotator
+from simpo.judges.tournament import TournamentScorer
+from simpo.results import fingerprint, write_results
+from simpo.runs.folder import RunFolder
+from simpo.runs.lines import JsonLines, read_lines
+from simpo.runs.signals import stoppable
+
+RESPONSES, FILE_NAME, BEST = "responses.jsonl", "annotated.jsonl", "best.jsonl"
+
+_AT_ONCE = 256  # prompts that are scored, and stored, together
+
+Record = dict[str, Any]
+Scores = list[float | None]
+
+
+@dataclass(frozen=True)
+class AnnotateArguments:
+    """What is scored, and by whom.
+
+    Attributes:
+        responses: ``responses.jsonl`` of ``simpo sample``, or its folder.
+        annotator: its name, as :func:`simpo.judges.registry.make_annotator` takes it.
+        options: what it may need.
+        prices: of an API judge's tokens, where they are known.
+        yes: whether the user agrees to its cost beforehand.
+    """
+
+    responses: Path
+    annotator: str
+    options: JudgeOptions
+    prices: Prices | None = None
+    yes: bool = False
+
+
+def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] = ()) -> Path:
+    """Score every response and write ``annotated.jsonl``, ``best.jsonl`` and ``results.json``.
+
+    A run that was interrupted or killed is continued by the same call and ends with the same bytes; one that is
+    finished is left as it is.
+
+    Args:
+        arguments: what is scored, and by whom.
+        folder: the run's folder.
+        argv: the command line after the command's name, for the record.
+
+    Returns:
+        The path of ``results.json``.
+
+    Raises:
+        SimpoError: something that the user gave cannot be used, the annotator gave something else than numbers, or the
+            user does not agree to what it costs.
+        InterruptedRun: the user stopped it; what was scored is kept.
+    """
+    with stoppable("interrupted; the same command continues"), RunFolder(folder, command="annotate") as run:
+        records = read_responses(arguments.responses)
+        # Its own lines would come again with every part; the ones here say how far it is.
+        annotator = make_annotator(arguments.annotator, replace(arguments.options, say=lambda line: None))
+        run.say(f"annotator: {arguments.annotator}; {len(records):,} prompts")
+        run.begin({"responses": fingerprint(records), **annotator.identity}, argv=argv, accept_changes=None)
+        kept = JsonLines(folder / ".scores.jsonl")  # a dot-name, which the manifest does not list
+        if run.finished:
+            run.say(f"{folder} holds this run already, finished")
+        else:
+            rows = [Answers(record["id"], record["prompt"], record["responses"]) for record in records]
+            _score(annotator, rows, kept, arguments, run)
+            scores = [scores for part in kept for scores in part["scores"]]
+            metrics = _write(records, scores, folder)
+            write_results(folder, command="annotate", fingerprint=run.fingerprint, metrics=metrics)
+            run.finish()
+        kept.path.unlink()
+    return folder / "results.json"
+
+
+def read_responses(path: Path) -> list[Record]:
+    """The rows ``{id, prompt, responses}`` of ``simpo sample``, with whatever else they have.
+
+    Args:
+        path: the file, or the run's folder.
+
+    Raises:
+        SimpoError: it cannot be read, is empty, or a row is not such; names the line.
+    """
+    path = path / RESPONSES if path.is_dir() else path
+    records = read_lines(path)
+    if not records:
+        raise SimpoError(f"{path}: no rows")
+    for number, record in enumerate(records, start=1):
+        responses = record.get("responses")
+        if not isinstance(record.get("id"), str) or not isinstance(record.get("prompt"), str | list):
+            raise SimpoError(f"{path}:{number}: no id and prompt; give what simpo sample leaves ({RESPONSES})")
+        if not isinstance(responses, list) or not responses or not all(isinstance(text, str) for text in responses):
+            raise SimpoError(f"{path}:{number}: responses: expected one or more texts")
+    return records
+
+
+def _score(
+    annotator: Annotator, rows: Sequence[Answers], kept: JsonLines, arguments: AnnotateArguments, run: RunFolder
+) -> None:
+    """Score what is not there yet, in parts that do not depend on where a former run stopped."""
+    if done := sum(len(part["scores"]) for part in kept):
+        run.say(f"continuing: {done:,} of {len(rows):,} prompts are scored")
+    if isinstance(annotator, TournamentScorer):
+        agree(annotator.estimate(rows[done:]), yes=arguments.yes, say=run.say, prices=arguments.prices)
+    for start in range(done, len(rows), _AT_ONCE):
+        part = rows[start : start + _AT_ONCE]
+        scores = annotator.score(part)
+        # No verdict is no score, and not a mistake of the annotator's.
+        numbers = [[0.0 if score is None else score for score in given] for given in scores]
+        check_scores(numbers, part, str(annotator.identity["judge"]))
+        kept.append([{"scores": scores}])
+        run.say(f"{start + len(part):,} of {len(rows):,} prompts scored")
+    if isinstance(annotator, TournamentScorer):
+        run.say(annotator.usage.line(arguments.prices))
+
+
+def _write(records: Sequence[Record], scores: Sequence[Scores], folder: Path) -> list[Any]:
+    """Write all responses with their scores and the best of every prompt; the figures."""
+    annotated = [{**record, "scores": given} for record, given in zip(records, scores, strict=True)]
+    best = [row for record in annotated if (row := _best(record)) is not None]
+    with staged_files(folder) as staged:
+        _write_lines(staged / FILE_NAME, annotated)
+        _write_lines(staged / BEST, best)
+    sets = [AnswerSet(record["responses"], record["scores"]) for record in annotated]
+    return diversity_metrics("annotate", sets) + score_metrics("annotate", sets)
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _best(record: Record) -> Record | None:
+    """The prompt with its best answer alone, of equal ones the first; None if none has a score."""
+    scores = [score for score in record["scores"] if score is not None]
+    if not scores:
+        return None
+    place = record["scores"].index(max(scores))
+    return {key: record[key] for key in ("id", "prompt")} | {
+        "responses": [record["responses"][place]],
+        "scores": [max(scores)],
+    }

@@ -1,0 +1,242 @@
+"""``eval_generations``: a model in training answers held-out prompts at every evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from simpo.data.prompts import Prompt, prepare_prompts
+from simpo.errors import SimpoError
+from simpo.judges.pairwise import PairwiseApiJudge
+from simpo.judges.protocol import Judge, Pair
+from simpo.runs.lines import read_lines
+from simpo.sampling.chunks import gather, missing_chunks, sample_chunks
+from simpo.sampling.collapse import AnswerFigures, signs_of_collapse
+from simpo.sampling.engine import Sampled
+from simpo.sampling.eval_arguments import GenerationArguments, Say
+from simpo.sampling.generate import TransformersEngine
+from simpo.sampling.loading import Checkpoint
+from simpo.sampling.records import read_samples, response_texts, write_responses
+from simpo.sampling.settings import SamplingSettings
+from simpo.training.models import ModelArguments
+from simpo.training.packed import PackedTrainer
+from simpo.training.settings import TrainingSettings
+
+logger = logging.getLogger(__name__)
+
+FOLDER, START = "generations", "start.jsonl"
+_AT_ONCE = 32  # answers that are generated together
+
+
+class Generations:
+    """Looks on while a language model is trained, as :class:`simpo.training.observer.Observer`.
+
+    Every evaluation also has the figures of one greedy answer to each of the same held-out prompts, and with a judge
+    the win rate against the start model's answers. The answers are files in ``generations``, as ``simpo sample`` writes
+    them: the start model's ``start.jsonl``, and ``step-N.jsonl``. Weights, training mode, generation settings and
+    random numbers are left as they were, so that a run has the same bits without it. Where answers collapse, a line
+    says so, and training goes on.
+
+    Several processes share the prompts; the main one judges.
+    """
+
+    _config: TrainingSettings
+    _tokenizer: PreTrainedTokenizerBase
+    _say: Say
+    _judge: Judge | None
+    _sampling: SamplingSettings
+    _prompts: list[Prompt]
+    _trainer: PackedTrainer
+    _engine: TransformersEngine
+    _expected_length: float
+    _start: list[list[Sampled]]
+
+    def __init__(self, arguments: GenerationArguments, model: ModelArguments) -> None:
+        """Nothing is read yet.
+
+        Args:
+            arguments: the recipe's.
+            model: the model in training.
+        """
+        self._arguments = arguments
+        self._model = model
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The recipe's keys."""
+        return dataclasses.asdict(self._arguments)
+
+    def prepare(
+        self, config: TrainingSettings, tokenizer: PreTrainedTokenizerBase, rows: Dataset | None, say: Say
+    ) -> None:
+        """Choose the prompts and the judge.
+
+        Raises:
+            SimpoError: nothing is evaluated, weights are spread over processes, no prompt leaves room for an answer, or
+                there is no such judge.
+        """
+        if rows is None or config.eval_strategy == "no":
+            raise SimpoError(
+                "eval_generations: there are no evaluations; name held-out rows (eval_dataset_name) and set "
+                "eval_strategy, or set it to 0"
+            )
+        if _spread(config):
+            raise SimpoError(
+                "eval_generations: not possible with FSDP or DeepSpeed, which spread the weights over the processes; "
+                "set it to 0 and use simpo compare after training"
+            )
+        self._config, self._tokenizer, self._say = config, tokenizer, say
+        self._judge = self._arguments.judge(trust_remote_code=self._model.trust_remote_code, say=say)
+        context = min(Checkpoint.read(self._model).context or config.max_length, config.max_length)
+        chunk_size = min(_AT_ONCE, math.ceil(self._arguments.eval_generations / config.world_size))
+        self._sampling = SamplingSettings(temperature=0.0).resolved(context=context, chunk_size=chunk_size)
+        assert self._sampling.max_new_tokens is not None
+        self._prompts = self._chosen(rows, context - self._sampling.max_new_tokens)
+
+    def _chosen(self, rows: Dataset, room: int) -> list[Prompt]:
+        """Some of the prompts of ``rows`` that have at most ``room`` tokens, by the run's seed, in their order."""
+        count = self._arguments.eval_generations
+        with self._config.main_process_first(desc="reading held-out prompts"):  # the others find them in the cache
+            found = prepare_prompts(rows, self._tokenizer, label="eval_generations", max_prompt_length=room).prompts
+        few = f" (there are no more of at most {room:,} tokens)" if len(found) < count else ""
+        chosen = np.random.default_rng(self._config.seed).permutation(len(found))[:count]
+        self._say(
+            f"eval_generations: {len(chosen):,} held-out prompts{few} are answered at every evaluation, in at most "
+            f"{self._sampling.max_new_tokens:,} tokens"
+        )
+        return [found[number] for number in sorted(chosen)]
+
+    def begin(self, trainer: PackedTrainer, *, again: bool) -> None:
+        """Let the start model answer, or read what it answered at an earlier start of this run, and try the judge.
+
+        Raises:
+            SimpoError: the answers cannot be had or cannot be judged.
+        """
+        self._trainer = trainer
+        self._engine = TransformersEngine(trainer.model, self._tokenizer)
+        responses = trainer.eval_dataset["response_ids"]
+        self._expected_length = sum(len(several[0]) for several in responses) / len(responses)
+        path = self._folder / START
+        with self._untouched_randomness():
+            stored = self._from_main(self._stored(path) if again and self._main else None)
+            self._start = self._samples() if stored is None else stored
+            if self._main:
+                texts = self._texts(self._start)
+                if stored is None:
+                    write_responses(path, self._prompts, texts, self._start)
+                self._say(f"the start model's answers: {self._figures_of(self._start).line()} ({path})")
+                if self._judge is not None:
+                    self._judge.compare(self._pairs(texts, texts))  # what cannot be judged shows before training
+        compute_metrics = trainer.compute_metrics
+        trainer.compute_metrics = lambda scores: compute_metrics(scores) | self._figures()
+
+    def _stored(self, path: Path) -> list[list[Sampled]] | None:
+        """The start model's answers, if they are there, to these prompts."""
+        rows = read_lines(path) if path.exists() else []
+        ours = [row["id"] for row in rows] == [prompt.id for prompt in self._prompts]
+        return read_samples(rows) if ours else None
+
+    def _figures(self) -> dict[str, float]:
+        """What an evaluation while training logs, on every process; nothing before and after."""
+        if not self._trainer.is_in_train:
+            return {}
+        with self._untouched_randomness():
+            samples = self._samples()
+            return self._from_main(self._seen(samples) if self._main else None)
+
+    def _seen(self, samples: list[list[Sampled]]) -> dict[str, float]:
+        """Write the answers down, compare them with the start model's, and warn of a collapse."""
+        step = self._trainer.state.global_step
+        texts = self._texts(samples)
+        write_responses(self._folder / f"step-{step}.jsonl", self._prompts, texts, samples)
+        now, start = self._figures_of(samples), self._figures_of(self._start)
+        if signs := signs_of_collapse(now, start, self._expected_length):
+            logger.warning(
+                "step %d: the answers to held-out prompts have collapsed (start -> now: %s); the likely cause is a "
+                "learning rate that is too high (%g): look at %s and start again with a lower one",
+                *(step, ", ".join(signs), self._config.learning_rate, self._folder / f"step-{step}.jsonl"),
+            )
+        found = {f"generations/{name}": value for name, value in dataclasses.asdict(now).items()}
+        return found if self._judge is None else found | {"generations/win_rate": self._win_rate(texts, self._judge)}
+
+    def _win_rate(self, texts: Sequence[Sequence[str]], judge: Judge) -> float:
+        """Mean verdict over the prompts that have one; NaN if none has, or the judge fails, which ends no training."""
+        step = self._trainer.state.global_step
+        try:
+            verdicts = judge.compare(self._pairs(texts, self._texts(self._start)))
+        except SimpoError as error:
+            logger.warning("step %d: no win rate: %s", step, error)
+            return math.nan
+        if isinstance(judge, PairwiseApiJudge):
+            self._say(judge.client.usage.line())
+        given = [verdict for verdict in verdicts if verdict is not None]
+        if len(given) < len(verdicts):
+            missing = len(verdicts) - len(given)
+            logger.warning("step %d: eval_judge gave no verdict on %d of %d prompts", step, missing, len(verdicts))
+        return sum(given) / len(given) if given else math.nan
+
+    def _pairs(self, a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> list[Pair]:
+        return [
+            Pair(prompt.id, prompt.content, ours[0], theirs[0])
+            for prompt, ours, theirs in zip(self._prompts, a, b, strict=True)
+        ]
+
+    def _samples(self) -> list[list[Sampled]]:
+        """One answer to every prompt, on every process; all call."""
+        config = self._config
+        ids = [prompt.ids for prompt in self._prompts]
+        share = missing_chunks(ids, self._sampling)[config.process_index :: config.world_size]
+        with self._trainer.accelerator.autocast(), _not_compiled(config.torch_compile):
+            records = list(sample_chunks(self._engine, ids, self._sampling, share))
+        return gather(records if config.world_size == 1 else gather_object(records), len(ids))
+
+    def _texts(self, samples: Sequence[Sequence[Sampled]]) -> list[list[str]]:
+        return response_texts(self._tokenizer, self._prompts, samples)
+
+    @staticmethod
+    def _figures_of(samples: Sequence[Sequence[Sampled]]) -> AnswerFigures:
+        return AnswerFigures.of([answers[0] for answers in samples])
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self._config.output_dir) / FOLDER
+
+    @property
+    def _main(self) -> bool:
+        return self._config.process_index == 0
+
+    def _from_main(self, value: Any) -> Any:
+        return value if self._config.world_size == 1 else broadcast_object_list([value])[0]
+
+    @contextmanager
+    def _untouched_randomness(self) -> Iterator[None]:
+        """What judges and models draw, or seed, is drawn beside the training."""
+        device = self._config.device
+        python, arrays = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
+def _spread(config: TrainingSettings) -> bool:
+    """Whether a process has a part of the weights only, by the recipe or by what the launcher says."""
+    launched = any(parse_flag_from_env(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
+    return bool(config.fsdp or config.deepspeed) or launched
+
+
+def _not_compiled(compiled: bool) -> AbstractContextManager[Any]:
+    """Compiled layers as they were: a cache that grows with every token is not what they were compiled for."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

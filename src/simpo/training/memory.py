@@ -1,0 +1,91 @@
+"""Memory that runs out, answered with the setting that fits."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from simpo.errors import SimpoError
+
+_CPU_MESSAGE = "can't allocate memory"  # of PyTorch's allocator, which has no exception of its own for it
+OUTSIDE_A_FORWARD = (
+    "memory ran out outside a micro-batch's forward and backward, where the optimizer's states are made: choose a smaller "
+    "optimizer (optim: adamw_torch_8bit) or shard them over GPUs (recipes/launch)"
+)
+
+
+@contextmanager
+def memory_answered(advise: Callable[[], str]) -> Iterator[None]:
+    """Turn memory that runs out inside into what ``advise`` says once it has been freed.
+
+    Raises:
+        SimpoError: instead of PyTorch's error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold what had been computed
+    else:
+        return
+    _release()
+    raise SimpoError(advise()) from None
+
+
+def tokens_that_fit(lengths: Sequence[int], longest: int, attempt: Callable[[list[int]], None] | None) -> str:
+    """What to say of a micro-batch that did not fit, after trying smaller ones.
+
+    Args:
+        lengths: tokens of its rows.
+        longest: tokens of the data's longest row, below which ``max_batch_tokens`` cannot be.
+        attempt: computes some of the rows, given by their places; None where other processes would have to take part,
+            and half of the tokens are taken to fit.
+    """
+    tokens = sum(lengths)
+    budget = tokens // 2
+    while budget >= longest:
+        rows = _filled(lengths, budget)
+        if attempt is None or _fits(attempt, rows):
+            found = budget if attempt is None else max(longest, sum(lengths[row] for row in rows))
+            return f"max_batch_tokens: a micro-batch of {tokens} tokens does not fit into memory; set it to {found}"
+        budget //= 2
+    least = f"; set it to {longest}, the longest row," if tokens > longest else ":"
+    return (
+        f"max_batch_tokens: a micro-batch of {tokens} tokens does not fit into memory{least} and set "
+        "activation_checkpointing: true, lower max_length or choose a smaller type or model"
+    )
+
+
+def _filled(lengths: Sequence[int], budget: int) -> list[int]:
+    """Rows, the longest first, that have at most ``budget`` tokens together."""
+    rows, left = [], budget
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if lengths[row] <= left:
+            rows.append(row)
+            left -= lengths[row]
+    return rows
+
+
+def _fits(attempt: Callable[[list[int]], None], rows: list[int]) -> bool:
+    try:
+        with memory_answered(lambda: ""):
+            attempt(rows)
+    except SimpoError:
+        return False
+    return True
+
+
+def _out_of_memory(error: Exception) -> bool:
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or _CPU_MESSAGE in str(error)
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,249 @@
+"""``eval_generations`` through ``simpo train`` and ``simpo sft``: figures, files, the same bits, resume, collapse."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from simpo import cli
+from simpo.sampling.generate import TransformersEngine
+from simpo.training import run as workflow
+from simpo.world.judge import judge
+from simpo.world.model import write_model
+from simpo.world.pairs import write_pairs, write_sft
+
+STEPS, EVERY, PROMPTS, LONGEST = 6, 2, 5, 48
+NAMES = ("length", "end_of_turn_rate", "distinct_2", "win_rate")
+TIMES = ("runtime", "per_second", "preparation_time", "total_flos")
+
+# Draws random numbers from everywhere; fails on whatever is not the start model's answer if told so.
+JUDGES = """
+import random
+import numpy as np
+import torch
+
+def noisy(prompt, response):
+    torch.manual_seed(3)
+    return random.random() + np.random.rand() + torch.rand(()).item()
+
+seen = {}
+
+def failing(prompt, response):
+    if seen.setdefault(prompt, response) != response:
+        raise ValueError("cannot say")
+    return 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a tiny chat model, pairs, demonstrations, and a module of judges."""
+    folder = tmp_path_factory.mktemp("world")
+    write_pairs(folder / "train.jsonl", 4 * STEPS, seed=0)
+    write_pairs(folder / "test.jsonl", 12, seed=0, held_out=True)
+    write_sft(folder / "sft.jsonl", 4 * STEPS, seed=0)
+    write_model(folder / "model", seed=0)
+    (folder / "judges_of_a_test.py").write_text(JUDGES)
+    return folder
+
+
+def options(world: Path, output: Path, command: str = "train", **changes) -> list[str]:
+    given = {
+        "model_name_or_path": world / "model",
+        "dataset_name": world / "train.jsonl",
+        "eval_dataset_name": world / "test.jsonl",
+        "output_dir": output,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-3,
+        "max_length": 2 * LONGEST,
+        "logging_steps": EVERY,
+        "eval_strategy": "steps",
+        "eval_steps": EVERY,
+        "save_strategy": "steps",
+        "save_steps": EVERY,
+        "disable_dropout": "false",
+        "eval_generations": PROMPTS,
+        "eval_judge": "exact",
+    } | changes
+    return [command, *(f"--{key}={value}" for key, value in given.items() if value is not None)]
+
+
+def logged(folder: Path) -> list[dict]:
+    """What was logged, without times and without what is logged of generations, and the latter by itself."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in lines]
+
+
+def without_generations(lines: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if "generations" not in k} for line in lines]
+
+
+def generations(lines: list[dict]) -> list[dict]:
+    found = [{k: v for k, v in line.items() if "generations" in k} for line in lines]
+    return [line for line in found if line]
+
+
+def answers(folder: Path) -> dict[str, list[dict]]:
+    return {path.stem: list(map(json.loads, path.open())) for path in (folder / "generations").iterdir()}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.fixture(scope="module")
+def through(world, tmp_path_factory):
+    """A run that nothing stopped."""
+    output = tmp_path_factory.mktemp("through") / "run"
+    assert cli.main(options(world, output)) == 0
+    return output
+
+
+@pytest.mark.parametrize(("name", "weights"), [("start", "model"), (f"step-{STEPS}", None)])
+def test_answers_are_the_models_own_greedy_ones(through, world, name, weights):
+    """By transformers' own generate, a prompt at a time, with the model that the run started from and left."""
+    folder = through if weights is None else world / weights
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    stops = TransformersEngine(model, tokenizer).stop_ids
+    rows = answers(through)[name]
+    held_out = [json.loads(line)["prompt"] for line in (world / "test.jsonl").open()]
+    asked = [row["prompt"] for row in rows]
+    assert len(set(asked)) == PROMPTS
+    assert [prompt for prompt in held_out if prompt in asked] == asked
+    for row in rows:
+        turn = [{"role": "user", "content": row["prompt"]}]
+        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        whole = model.generate(**ids, do_sample=False, max_new_tokens=LONGEST, eos_token_id=stops, pad_token_id=0)
+        assert row["response_ids"] == [whole[0, ids["input_ids"].shape[1] :].tolist()]
+
+
+def test_figures_by_their_definitions(through):
+    found, start = answers(through), answers(through)["start"]
+    assert set(found) == {"start", *(f"step-{step}" for step in range(EVERY, STEPS + 1, EVERY))}
+    lines = [line for line in logged(through) if "eval_loss" in line]
+    for line in lines:
+        rows = found[f"step-{line['step']}"]
+        ids = [row["response_ids"][0] for row in rows]
+        bigrams = [list(pairwise(one)) for one in ids if len(one) > 1]
+        wins = []
+        for now, before in zip(rows, start, strict=True):
+            ours, theirs = (judge(now["prompt"], row["responses"][0]) for row in (now, before))
+            wins.append(0.5 if ours == theirs else float(ours > theirs))
+        expected = {
+            "length": sum(map(len, ids)) / PROMPTS,
+            "end_of_turn_rate": sum(row["finished"][0] for row in rows) / PROMPTS,
+            "distinct_2": sum(len(set(pairs)) / len(pairs) for pairs in bigrams) / len(bigrams),
+            "win_rate": sum(wins) / PROMPTS,
+        }
+        assert {name: line[f"eval_generations/{name}"] for name in NAMES} == pytest.approx(expected)
+
+
+def test_the_bits_are_those_of_a_run_without(through, world, tmp_path, monkeypatch):
+    """Also with a judge that draws random numbers, in the main process's every generator."""
+    monkeypatch.chdir(world)
+    noisy = {"eval_judge": "function:judges_of_a_test:noisy", "trust_remote_code": "true"}
+    assert cli.main(options(world, tmp_path / "without", eval_generations=0, eval_judge=None)) == 0
+    assert cli.main(options(world, tmp_path / "noisy", **noisy)) == 0
+    for folder in (through, tmp_path / "noisy"):
+        assert same_weights(folder, tmp_path / "without")
+        assert without_generations(logged(folder)) == logged(tmp_path / "without")
+    assert not (tmp_path / "without/generations").exists()
+    assert not generations(logged(tmp_path / "without"))
+
+
+class Killed(Exception):
+    """Stands for a process that is gone."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+def test_a_killed_run_reads_the_start_models_answers(through, world, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    train = workflow.PackedTrainer.train
+
+    def killed(self, *args, **kwargs):
+        self.add_callback(KillAt(EVERY + 1))
+        return train(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow.PackedTrainer, "train", killed)
+        with pytest.raises(Killed):
+            cli.main(options(world, output))
+    start = output / "generations/start.jsonl"
+    written = start.stat().st_mtime_ns
+    assert cli.main(options(world, output)) == 0
+    assert "continues from" in capsys.readouterr().out
+    assert start.stat().st_mtime_ns == written
+    assert answers(output) == answers(through)
+    assert generations(logged(output)) == generations(logged(through))
+    assert same_weights(output, through)
+
+
+def test_a_judge_that_fails_later_ends_no_training(through, world, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(world)
+    output = tmp_path / "run"
+    failing = {"eval_judge": "function:judges_of_a_test:failing", "trust_remote_code": "true"}
+    assert cli.main(options(world, output, **failing)) == 0
+    assert [line["eval_generations/win_rate"] for line in generations(logged(output))] == [None] * (STEPS // EVERY)
+    assert sum("no win rate" in record.message and "cannot say" in record.message for record in caplog.records) == 3
+    assert same_weights(output, through)
+
+
+def test_a_collapse_is_said(world, tmp_path, caplog):
+    """A model that ends at once, trained on demonstrations with a rate that ruins it, answers without end."""
+    model, tokenizer = (kind.from_pretrained(world / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.save_pretrained(tmp_path / "mute")
+    tokenizer.save_pretrained(tmp_path / "mute")
+    assert model is not None
+
+
+MISTAKES = [
+    pytest.param({"eval_generations": -1}, ["eval_generations", "-1"], id="negative"),
+    pytest.param({"eval_generations": 0}, ["eval_judge", "eval_generations"], id="nothing to judge"),
+    pytest.param({"eval_dataset_name": None}, ["eval_generations", "eval_dataset_name"], id="nothing held out"),
+    pytest.param({"eval_strategy": "no"}, ["eval_generations", "eval_strategy"], id="no evaluations"),
+    pytest.param({"eval_judge": "exakt"}, ["eval_judge", "exakt", "exact"], id="unknown judge"),
+    pytest.param({"eval_judge": "api"}, ["eval_judge_url", "eval_judge_model"], id="no server"),
+    pytest.param({"eval_judge_model": "gpt"}, ["eval_judge_model"], id="a server for another judge"),
+    pytest.param({"eval_judge": "function:json:loads"}, ["eval_judge", "trust_remote_code"], id="code not allowed"),
+    pytest.param({"max_length": 26}, ["max_prompt_length"], id="no room for an answer"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(world, tmp_path, capsys, changes, said):
+    assert cli.main(options(world, tmp_path / "run", **changes)) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("simpo: error: ")
+    assert all(word in message for word in said), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_cannot_be_judged_stop_the_run_before_training(world, tmp_path, capsys):
+    row = {"prompt": "Who are you?", "chosen": "A model.", "rejected": "Nobody."}
+    (tmp_path / "other.jsonl").write_text(json.dumps(row) + "\n")
+    given = options(world, tmp_path / "run", eval_dataset_name=tmp_path / "other.jsonl")
+    assert cli.main(given) == 2
+    assert "exact: prompt" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_reward_model_answers_nothing(world, tmp_path, capsys):
+    assert cli.main(options(world, tmp_path / "run", "reward", eval_judge=None)) == 2
+    assert "eval_generations" in capsys.readouterr().err

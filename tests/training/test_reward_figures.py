@@ -1,0 +1,102 @@
+"""Held-out figures of reward models against loops over single pairs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from simpo.statistics import proportion_interval
+from simpo.training.held_out import ACCURACY
+from simpo.training.reward_figures import LENGTHS, MARGINS, compare_rewards
+
+
+def scores_of(margins: np.ndarray, lengths: np.ndarray):
+    right = np.where(np.isnan(margins), np.nan, margins > 0)
+    return {ACCURACY: np.nanmean(right, axis=1), MARGINS: margins, LENGTHS: lengths}
+
+
+def figures(margins, lengths):
+    scores = scores_of(margins, lengths)
+    before = scores_of(-np.abs(margins), lengths)
+    return {metric.name: metric for metric in compare_rewards(before, scores) if metric.stage == "after"}
+
+
+def naive_calibration(pairs: list[float]) -> tuple[float, list[list[bool]]]:
+    """Expected calibration error, and whether those in each of five bins are right."""
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(5)]
+    for margin in pairs:
+        p = 1 / (1 + math.exp(-margin))
+        confidence = max(p, 1 - p)
+        bins[min(int((confidence - 0.5) / 0.1), 4)].append((confidence, margin > 0))
+    error = sum(
+        len(members) * abs(sum(c for c, _ in members) / len(members) - sum(r for _, r in members) / len(members))
+        for members in bins
+        if members
+    )
+    return error / len(pairs), [[right for _, right in members] for members in bins]
+
+
+@pytest.fixture
+def pairs():
+    rng = np.random.default_rng(0)
+    return rng.normal(0.7, 2.0, (200, 1)), rng.integers(-3, 4, (200, 1)).astype(float)
+
+
+def test_pairs(pairs):
+    margins, lengths = pairs
+    found = figures(margins, lengths)
+    error, bins = naive_calibration(margins[:, 0].tolist())
+    assert found["eval_calibration_error"].value == pytest.approx(error, abs=1e-12)
+    assert found["eval_calibration_error"].low < found["eval_calibration_error"].high
+    for number, members in enumerate(bins):
+        metric = found[f"eval_calibration/0.{5 + number}-{(6 + number) / 10:.1f}"]
+        expected = proportion_interval(sum(members), len(members))
+        assert (metric.value, metric.low, metric.high, metric.n) == (
+            expected.value,
+            expected.low,
+            expected.high,
+            len(members),
+        )
+    probabilities = [1 / (1 + math.exp(-margin)) for margin in margins[:, 0]]
+    assert found["eval_brier"].value == pytest.approx(np.mean([(1 - p) ** 2 for p in probabilities]), abs=1e-12)
+    longer = [margin > 0 for margin, length in zip(margins[:, 0], lengths[:, 0], strict=True) if length > 0]
+    shorter = [margin > 0 for margin, length in zip(margins[:, 0], lengths[:, 0], strict=True) if length < 0]
+    for name, members in (("longer", longer), ("shorter", shorter)):
+        metric = found[f"eval_{ACCURACY}/chosen_{name}"]
+        assert (metric.value, metric.n) == (pytest.approx(np.mean(members)), len(members))
+        assert metric.low < metric.value < metric.high
+
+
+def test_rankings(pairs):
+    """Pairs of one row are drawn together: the same figures, wider intervals."""
+    margins, lengths = (np.repeat(values, 3, axis=1) for values in pairs)
+    margins[:50, 1:] = lengths[:50, 1:] = np.nan
+    found, single = figures(margins, lengths), figures(*pairs)
+    flat = margins[~np.isnan(margins)].tolist()
+    error, bins = naive_calibration(flat)
+    assert found["eval_calibration_error"].value == pytest.approx(error, abs=1e-12)
+    counts = [found[name].n for name in found if "calibration/" in name]
+    assert counts == [len(members) for members in bins]
+    assert found["eval_brier"].value == pytest.approx(single["eval_brier"].value, abs=1e-12)  # rows count alike
+    longer = found[f"eval_{ACCURACY}/chosen_longer"]
+    expected = np.mean([m > 0 for m, n in zip(margins.ravel(), lengths.ravel(), strict=True) if n > 0])
+    assert longer.value == pytest.approx(expected)
+    pooled = proportion_interval(round(longer.value * longer.n), longer.n)
+    assert longer.high - longer.low > 1.4 * (pooled.high - pooled.low)
+
+
+def test_one_who_knows_and_one_who_boasts():
+    """Confidence that is right as often as it says has no error; confidence of 0.99 that is right half the time has."""
+    p = 0.8
+    margins = np.full((1000, 1), math.log(p / (1 - p)))
+    margins[800:] *= -1
+    assert figures(margins, np.ones((1000, 1)))["eval_calibration_error"].value == pytest.approx(0, abs=1e-9)
+    boasting = np.full((1000, 1), math.log(0.99 / 0.01))
+    boasting[::2] *= -1
+    found = figures(boasting, np.ones((1000, 1)))
+    assert found["eval_calibration_error"].value == pytest.approx(0.49)
+    assert found["eval_calibration/0.9-1.0"].n == 1000
+    assert found["eval_calibration/0.5-0.6"].value is None or math.isnan(found["eval_calibration/0.5-0.6"].value)
+    assert found["eval_calibration/0.5-0.6"].n == 0
