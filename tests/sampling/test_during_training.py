@@ -16,10 +16,11 @@ from simpo.sampling.generate import TransformersEngine
 from simpo.training import run as workflow
 from simpo.world.judge import judge
 from simpo.world.model import write_model
-from simpo.world.pairs import write_pairs, write_sft
+from simpo.world.pairs import make_prompts, write_pairs
 
 STEPS, EVERY, PROMPTS, LONGEST = 6, 2, 5, 48
 NAMES = ("length", "end_of_turn_rate", "distinct_2", "win_rate")
+SHORT = {"eval_steps": STEPS, "eval_judge": None}
 TIMES = ("runtime", "per_second", "preparation_time", "total_flos")
 
 # Draws random numbers from everywhere; fails on whatever is not the start model's answer if told so.
@@ -47,8 +48,11 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     write_pairs(folder / "train.jsonl", 4 * STEPS, seed=0)
     write_pairs(folder / "test.jsonl", 12, seed=0, held_out=True)
-    write_sft(folder / "sft.jsonl", 4 * STEPS, seed=0)
+    demonstrations = [row | {"completion": "Yes."} for row in make_prompts(4 * STEPS, seed=0)]
+    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demonstrations))
     write_model(folder / "model", seed=0)
+    config = json.loads((folder / "model/config.json").read_text())
+    (folder / "model/config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
     (folder / "judges_of_a_test.py").write_text(JUDGES)
     return folder
 
@@ -75,7 +79,7 @@ def options(world: Path, output: Path, command: str = "train", **changes) -> lis
 
 
 def logged(folder: Path) -> list[dict]:
-    """What was logged, without times and without what is logged of generations, and the latter by itself."""
+    """What was logged, without times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in lines]
 
@@ -203,14 +207,30 @@ def test_a_judge_that_fails_later_ends_no_training(through, world, tmp_path, mon
     assert same_weights(output, through)
 
 
-def test_a_collapse_is_said(world, tmp_path, caplog):
-    """A model that ends at once, trained on demonstrations with a rate that ruins it, answers without end."""
-    model, tokenizer = (kind.from_pretrained(world / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-    model.save_pretrained(tmp_path / "mute")
-    tokenizer.save_pretrained(tmp_path / "mute")
-    assert model is not None
+@pytest.fixture(scope="module")
+def terse(world, tmp_path_factory):
+    """What ``simpo sft`` made of the model: it says "Yes." to everything, and ends."""
+    output = tmp_path_factory.mktemp("terse") / "run"
+    changes = {"dataset_name": world / "sft.jsonl", "num_train_epochs": 4, "save_strategy": "no"}
+    assert cli.main(options(world, output, "sft", eval_dataset_name=world / "sft.jsonl", **(changes | SHORT))) == 0
+    return output
+
+
+def test_fine_tuning_is_watched_too(terse):
+    first, *_, last = generations(logged(terse))
+    assert (last["eval_generations/end_of_turn_rate"], last["eval_generations/length"]) == (1, 3)
+    assert {row["responses"][0] for row in answers(terse)[f"step-{4 * STEPS}"]} == {"Yes."}
+    assert "have collapsed" not in (terse / "log.txt").read_text()
+
+
+def test_a_collapse_is_said(terse, world, tmp_path, caplog):
+    ruinous = {"model_name_or_path": terse, "learning_rate": 0.5, "warmup_steps": 0, "save_strategy": "no"}
+    assert cli.main(options(world, tmp_path / "run", **(ruinous | SHORT))) == 0
+    said = [record.message for record in caplog.records if "have collapsed" in record.message]
+    assert said
+    assert all("end_of_turn_rate 1 -> 0" in line and "learning rate" in line and "0.5" in line for line in said)
+    assert all("\n" not in line for line in said)
+    assert said[-1] in (tmp_path / "run/log.txt").read_text()
 
 
 MISTAKES = [
@@ -222,7 +242,8 @@ MISTAKES = [
     pytest.param({"eval_judge": "api"}, ["eval_judge_url", "eval_judge_model"], id="no server"),
     pytest.param({"eval_judge_model": "gpt"}, ["eval_judge_model"], id="a server for another judge"),
     pytest.param({"eval_judge": "function:json:loads"}, ["eval_judge", "trust_remote_code"], id="code not allowed"),
-    pytest.param({"max_length": 26}, ["max_prompt_length"], id="no room for an answer"),
+    pytest.param({"max_length": 14}, ["max_prompt_length"], id="no room for an answer"),
+    pytest.param({"deepspeed": "{}"}, ["eval_generations", "DeepSpeed"], id="sharded"),
 ]
 
 

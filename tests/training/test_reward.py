@@ -244,7 +244,7 @@ def test_plain_transformers_gives_the_same_rewards(trained):
 def test_the_results_say_how_good_it_is(trained):
     metrics = {(m.name, m.stage): m for m in read_results(trained / "results.json").metrics}
     after = metrics["eval_rewards/accuracies", "after"]
-    assert metrics["eval_loss", "after"].value < 0.1 < metrics["eval_loss", "before"].value
+    assert metrics["eval_loss", "after"].value < 0.4 < metrics["eval_loss", "before"].value
     assert after.n == 8 and after.low > 0.5 and after.method == "Wilson 95%"
     assert metrics["eval_rewards/accuracies/chosen_shorter", "after"].n == 8
     assert metrics["eval_rewards/accuracies/chosen_longer", "after"].value is None
