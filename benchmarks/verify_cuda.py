@@ -24,10 +24,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.small_models import KINDS, build, comparisons
 from simpo.packing import kernels
+from simpo.packing.evidence import naive_logprobs
 from simpo.packing.layout import AttentionLayout, PackedBatch, Span
 from simpo.packing.policy import policy_logprobs, prepare_policy
 from simpo.packing.segments import AttentionStyle, by_segment
-from simpo.packing.selfcheck import choose_path, naive_logprobs
+from simpo.packing.selfcheck import choose_path
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUT = (Span(300, (77, 201)), Span(5, (130, 1, 64)), Span(64, (64,)))

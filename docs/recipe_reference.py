@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from simpo.coercion import describe
 from simpo.objectives import OBJECTIVES, Objective
 from simpo.recipe import annotations_of, fields_of
+from simpo.sampling.eval_arguments import GenerationArguments
 from simpo.training.config import PreferenceConfig, PreferenceSettings
 from simpo.training.inputs import DataArguments
 from simpo.training.models import ModelArguments
@@ -96,6 +97,12 @@ def page() -> str:
             "Of `simpo reward` only: [Reward models](reward-models.md).",
             "",
             *_table(RewardConfig, [n for n in _own(RewardConfig) if n not in inherited]),
+            "",
+            "## Answers while it trains",
+            "",
+            "See [Training](training.md#answers-while-it-trains).",
+            "",
+            *_table(GenerationArguments, _names(GenerationArguments)),
             "",
             "## Training",
             "",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -41,6 +42,14 @@ def _commands(world: Path, kind: str, output: Path) -> list[str]:
             *("sample", str(world / "model"), str(world / "train.jsonl"), "--output_dir", str(output)),
             *("--n", "2", "--max_new_tokens", "24", "--chunk_size", "4"),
         ]
+    if kind == "annotation":
+        scorer = f"logp:{world / 'model'}"
+        return ["annotate", str(_answers(world)), "--annotator", scorer, "--output_dir", str(output)]
+    if kind == "loop":
+        options |= {"prompts": world / "train.jsonl", "eval_prompts": world / "test.jsonl", "rounds": 2, "n": 3}
+        options |= {"annotator": f"logp:{world / 'model'}", "max_new_tokens": 12, "chunk_size": 24, "temperature": 1}
+        options |= TRAIN | {"num_train_epochs": 1}
+        return ["loop", *(f"--{key}={value}" for key, value in options.items())]
     if kind == "sft":
         options |= {"dataset_name": world / "sft.jsonl"} | TRAIN
     else:
@@ -50,6 +59,22 @@ def _commands(world: Path, kind: str, output: Path) -> list[str]:
     if kind == "checkpoint":
         options |= {"save_steps": 1}
     return ["sft" if kind == "sft" else "train", *(f"--{key}={value}" for key, value in options.items())]
+
+
+def _answers(world: Path) -> Path:
+    """``responses.jsonl`` with enough prompts for several parts."""
+    path = world / "responses.jsonl"
+    if not path.exists():
+        rows = [
+            {
+                "id": str(number),
+                "prompt": f"What is {number} and 2?",
+                "responses": [f"It is {number + k}." for k in range(4)],
+            }
+            for number in range(1200)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def _child(argv: list[str]) -> None:
@@ -71,11 +96,20 @@ def _wait_for_a_checkpoint_in_writing(process, output: Path) -> None:
 
 
 def _result(kind: str, folder: Path) -> dict[str, bytes]:
-    names = ["responses.jsonl"] if kind == "sampling" else ["model.safetensors"]
-    return {name: (folder / name).read_bytes() for name in names}
+    """What the run is for; of a loop the products of every stage of every round."""
+    if kind == "loop":
+        patterns = ["results.json", "round-*/*.json", "round-*/*/*.safetensors", "round-*/*/results.json"]
+        patterns += [f"**/{name}.jsonl" for name in ("responses", "annotated", "pairs", "verdicts")]
+    else:
+        patterns = {"sampling": ["responses.jsonl"], "annotation": ["annotated.jsonl", "best.jsonl"]}.get(
+            kind, ["model.safetensors"]
+        )
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    assert len(found) >= len(patterns)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(found)}
 
 
-@pytest.mark.parametrize("kind", ["sft", "train", "accumulation", "checkpoint", "sampling"])
+@pytest.mark.parametrize("kind", ["sft", "train", "accumulation", "checkpoint", "sampling", "annotation", "loop"])
 def test_killed_and_started_again_it_ends_with_the_same_bytes(kind, chat_world, tmp_path):
     begun = time.monotonic()
     alone = _start(_commands(chat_world, kind, tmp_path / "alone"))
@@ -102,5 +136,5 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(kind, chat_world, 
     last.join()
     assert last.exitcode == 0, f"seed {seed}, killed {killed} times"
     assert _result(kind, output) == _result(kind, tmp_path / "alone"), f"seed {seed}, killed {killed} times"
-    left = [path.name for path in output.iterdir() if path.name.startswith(".") and "lock" not in path.name]
+    left = [path.name for path in output.rglob(".*") if "lock" not in path.name]
     assert not left, f"seed {seed}: left behind"

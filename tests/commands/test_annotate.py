@@ -177,7 +177,7 @@ def length(prompt, response): return len(response)
         (
             "function:scorers_of_test:nan",
             ["--trust_remote_code"],
-            "prompt i0: [nan, nan, nan, nan] are not all numbers",
+            "prompt i0: [nan, nan, nan, nan]",
         ),
         ("function:scorers_of_test:words", ["--trust_remote_code"], "prompt i0: ValueError"),
         ("function:scorers_of_test:length", [], "allow it with --trust_remote_code"),

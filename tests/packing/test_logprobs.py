@@ -144,11 +144,13 @@ def test_extreme_logits_stay_finite():
 
 
 def test_no_tensor_of_tokens_by_vocabulary_is_saved():
-    """What is kept for backward is the inputs and one number a row; one chunk's logits only where they are all."""
+    """What is kept for backward is the inputs, one number a row, and the logits of one chunk."""
     tensors, targets, style = inputs()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda t: t):
         logps = fused(tensors, targets, style, 1)
     assert (ROWS, VOCABULARY) not in saved
-    assert logps.grad_fn.kept is None
+    assert logps.grad_fn.kept.shape == (1, VOCABULARY)
+    assert fused(tensors, targets, style, CHUNKS["three rows"]).grad_fn.kept.shape == (1, VOCABULARY)
+    assert fused(tensors, targets, style, 6 * VOCABULARY * 8).grad_fn.kept.shape == (3, VOCABULARY)  # of 4 and 3
     assert fused(tensors, targets, style, None).grad_fn.kept.shape == (ROWS, VOCABULARY)

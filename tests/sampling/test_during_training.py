@@ -217,8 +217,9 @@ def terse(world, tmp_path_factory):
 
 
 def test_fine_tuning_is_watched_too(terse):
-    first, *_, last = generations(logged(terse))
-    assert (last["eval_generations/end_of_turn_rate"], last["eval_generations/length"]) == (1, 3)
+    *_, last = generations(logged(terse))
+    length = len(AutoTokenizer.from_pretrained(terse)("Yes.").input_ids) + 1
+    assert (last["eval_generations/end_of_turn_rate"], last["eval_generations/length"]) == (1, length)
     assert {row["responses"][0] for row in answers(terse)[f"step-{4 * STEPS}"]} == {"Yes."}
     assert "have collapsed" not in (terse / "log.txt").read_text()
 
@@ -242,8 +243,7 @@ MISTAKES = [
     pytest.param({"eval_judge": "api"}, ["eval_judge_url", "eval_judge_model"], id="no server"),
     pytest.param({"eval_judge_model": "gpt"}, ["eval_judge_model"], id="a server for another judge"),
     pytest.param({"eval_judge": "function:json:loads"}, ["eval_judge", "trust_remote_code"], id="code not allowed"),
-    pytest.param({"max_length": 14}, ["max_prompt_length"], id="no room for an answer"),
-    pytest.param({"deepspeed": "{}"}, ["eval_generations", "DeepSpeed"], id="sharded"),
+    pytest.param({"fsdp": "full_shard"}, ["eval_generations", "FSDP"], id="sharded"),
 ]
 
 
@@ -256,12 +256,16 @@ def test_a_mistake_is_one_line_and_writes_nothing(world, tmp_path, capsys, chang
     assert not (tmp_path / "run").exists()
 
 
-def test_prompts_that_cannot_be_judged_stop_the_run_before_training(world, tmp_path, capsys):
-    row = {"prompt": "Who are you?", "chosen": "A model.", "rejected": "Nobody."}
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [("Who are you?", "exact: prompt"), ("?" * LONGEST, f"no held-out prompt has at most {LONGEST} tokens")],
+)
+def test_prompts_that_cannot_be_used_stop_the_run_before_training(world, tmp_path, capsys, prompt, said):
+    row = {"prompt": prompt, "chosen": "No.", "rejected": "?"}
     (tmp_path / "other.jsonl").write_text(json.dumps(row) + "\n")
     given = options(world, tmp_path / "run", eval_dataset_name=tmp_path / "other.jsonl")
     assert cli.main(given) == 2
-    assert "exact: prompt" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 

@@ -12,7 +12,7 @@ from simpo import SimpoError
 from simpo.cli import main
 from simpo.results import read_results
 from simpo.sampling.pairing import pair_responses
-from simpo.sampling.pairs import ALIKE, CLOSE, EQUAL, IDENTICAL, UNEVEN, UNSCORED, PairSettings, make_pairs
+from simpo.sampling.pairs import ALIKE, CLOSE, EMPTY, EQUAL, IDENTICAL, UNEVEN, UNSCORED, PairSettings, make_pairs
 
 
 def record(number, *answers):
@@ -34,11 +34,11 @@ def test_best_against_worst():
             record(2, ("x", 1), ("y", 1)),
             record(3, ("one", 3)),
             record(4, ("u", None), ("v", 1), ("w", None)),
-            record(5, ("x", 1), ("y", 3), ("x", 1)),
+            record(5, ("x", 1), ("y", 3), (" x", 1), (" ", 9), ("", 0)),
         ]
     )
     assert found[0] == [("0", "dddd", "a"), ("5", "y", "x")]
-    assert found[1] == {IDENTICAL: 2, ALIKE: 3, EQUAL: 1, UNSCORED: 2}
+    assert found[1] == {IDENTICAL: 2, ALIKE: 3, EQUAL: 1, UNSCORED: 2, EMPTY: 2}
 
 
 def random_records(seed):
@@ -56,7 +56,7 @@ def test_all_pairs_are_those_of_a_naive_enumeration(limits):
         expected = set()
         candidates = 0
         for one in records:
-            scores = {text: score for text, score in zip(one["responses"], one["scores"], strict=True)}
+            scores = dict(zip(one["responses"], one["scores"], strict=True))
             for a, b in permutations([text for text, score in scores.items() if score is not None], 2):
                 gap = scores[a] - scores[b]
                 candidates += gap > 0 or (gap == 0 and a < b)

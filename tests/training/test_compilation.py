@@ -87,7 +87,7 @@ def test_a_compiled_kernel_with_integer_tensors_is_compiled_once(make_model, mon
     @torch.library.custom_op(
         "simpo_tests::varlen",
         mutates_args=(),
-        schema="(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, SymInt max_q, SymInt max_k, float scale) -> Tensor",
+        schema="(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, SymInt m, SymInt n, float scale) -> Tensor",
     )
     def operator(q, k, v, cu_q, cu_k, max_q, max_k, scale):
         seen.append((cu_q.tolist(), max_q, max_k))

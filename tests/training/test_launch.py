@@ -104,6 +104,9 @@ def options(world: Path, output: Path, rows: int) -> list[str]:
         "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "eval_generations": 3,
     }
     return ["train", *(f"--{key}={value}" for key, value in given.items())]
 
@@ -145,6 +148,15 @@ def test_two_processes_share_a_run(chat_world, tmp_path):
         for folder in (run, alone)
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    answers = [
+        {
+            path.name: [json.loads(line)["response_ids"] for line in path.open()]
+            for path in (folder / "generations").iterdir()
+        }
+        for folder in (run, alone)
+    ]
+    assert answers[0] == answers[1]
+    assert len(answers[0]["start.jsonl"]) == 3
 
     start = time.monotonic()
     after = torchrun([str(tmp_path / "afterwards.py"), str(tmp_path), *given], cache)

@@ -270,6 +270,8 @@ def test_ranks_train_as_one_process_does(name, alone, ranks, done):
                 torch.testing.assert_close(gradient, other, rtol=0, atol=1e-9)
         for stage in ("before", "after"):
             for figure, values in rank[stage].items():
+                if name.endswith("kto") and (stage, figure) == ("before", "rewards/accuracies"):
+                    continue  # both rewards are 0 up to rounding, of which it is a matter which is larger
                 assert values.tolist() == pytest.approx(expected[stage][figure].tolist(), abs=1e-9)
         assert rank["evaluation"]["eval_loss"] == pytest.approx(expected["evaluation"]["eval_loss"], abs=1e-9)
     steps = [

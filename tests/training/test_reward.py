@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +24,7 @@ from simpo import SimpoError, cli
 from simpo.judges.protocol import Answers
 from simpo.judges.registry import JudgeOptions, make_scorer
 from simpo.results import read_results
+from simpo.training.identity import rows_digest
 from simpo.training.models import ModelArguments
 from simpo.training.reward import RewardConfig, RewardTrainer
 from simpo.training.reward_model import load_reward_model, settle_padding
@@ -172,6 +173,15 @@ def test_margins_that_are_not_there(rows, margin, extra, said, make_reward_train
         make_reward_trainer(rows, margin=margin)
 
 
+def test_margins_determine_the_result(make_reward_trainer, rankings):
+    """The same tokens with other margins are other data."""
+    other = rankings.select([0]).map(lambda _: {"extra": json.dumps({"margin": 3.0})})
+    digests = [
+        rows_digest(make_reward_trainer(rows, margin="column").train_dataset) for rows in (rankings.select([0]), other)
+    ]
+    assert digests[0] != digests[1]
+
+
 def test_what_cannot_be_trained(make_model, make_reward_trainer, rankings, tmp_path):
     with pytest.raises(SimpoError, match="GPT2LMHeadModel is no reward model; load it with AutoModelForSequence"):
         make_reward_trainer(rankings, model=make_model("gpt2"))
@@ -265,7 +275,7 @@ def test_a_finished_run_is_left_and_a_reward_model_trained_further(trained, trai
     assert read_results(further / "results.json").command == "reward"
 
 
-def test_an_adapter_has_its_score_head_with_it(chat_world, train_reward):
+def test_an_adapter_has_its_score_head_with_it(chat_world, train_reward, tmp_path):
     folder = train_reward("--use_peft", "true", "--lora_r", "4", "--learning_rate", "0.05")
     base = AutoModelForSequenceClassification.from_pretrained(chat_world / "model", num_labels=1)
     plain = PeftModel.from_pretrained(base, folder)
@@ -273,9 +283,14 @@ def test_an_adapter_has_its_score_head_with_it(chat_world, train_reward):
     flat = list(itertools.chain(*scores))
     assert plain_rewards(folder, plain) == pytest.approx(flat, abs=1e-5)
     assert scores[0][0] > scores[0][1]
+    assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
+    assert cli.main(["merge", str(folder), "--output_dir", str(tmp_path / "merged")]) == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert plain_rewards(tmp_path / "merged", merged) == pytest.approx(flat, abs=1e-5)
+    assert "text-classification" in (tmp_path / "merged" / "README.md").read_text()
 
 
-def test_loading(chat_world, trained, caplog):
+def test_loading(chat_world, trained, caplog, tmp_path):
     language_model = ModelArguments(str(chat_world / "model"))
     with pytest.raises(SimpoError, match=r"is not a reward model: its files have no score\.weight"):
         load_reward_model(language_model)
@@ -286,6 +301,16 @@ def test_loading(chat_world, trained, caplog):
     assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items() if name in source)
     with pytest.raises(SimpoError, match="load_in_4bit: not supported"):
         load_reward_model(ModelArguments(str(trained), use_peft=True, load_in_4bit=True))
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], base_model_name_or_path="somewhere")
+    adapter.save_pretrained(tmp_path)
+    with pytest.raises(SimpoError, match="is a language model's adapter; merge it first: simpo merge"):
+        load_reward_model(ModelArguments(str(tmp_path)), new_head=True)
+
+
+def test_the_name_of_a_language_model_stands_for_it_with_a_random_head(chat_world, rankings, tmp_path):
+    trainer = RewardTrainer(str(chat_world / "model"), RewardConfig(**QUIET, output_dir=str(tmp_path)), rankings)
+    assert isinstance(trainer.model, GPT2ForSequenceClassification)
+    assert trainer.model.config.num_labels == 1
 
 
 def test_padding_is_not_the_end_of_turn(chat_world, make_model, caplog):

@@ -97,10 +97,10 @@ def read_reply(content: bytes) -> ChatReply:
 
 
 def error_text(document: Any) -> str:
-    """What a server says went wrong, in one line of at most 300 characters."""
+    """What a server says went wrong, in one line."""
     said = document.get("error", document) if isinstance(document, dict) else document
     said = said.get("message", said) if isinstance(said, dict) else said
-    return " ".join(str(said).split())[:300]
+    return " ".join(str(said).split())
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -9,13 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from simpo.client.cache import ReplyCache
 from simpo.client.chat import ChatReply, ChatRequest
 from simpo.client.cost import Estimate, Usage
 from simpo.client.endpoint import Endpoint
-from simpo.client.sending import Sender
+from simpo.client.sending import Sender, connections
 from simpo.errors import SimpoError
 from simpo.progress import Advance, progress
 
@@ -85,9 +83,7 @@ class ChatClient:
         replies: Replies = {}
         failures: list[SimpoError] = []
         waiting = iter(missing.items())
-        # A proxy of the environment is for other machines. The time is limited for each attempt as a whole.
-        limits = httpx.Limits(max_connections=self.endpoint.concurrency)
-        async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=not self.endpoint.local) as http:  # noqa: S113
+        async with connections(self.endpoint) as http:
             sender = Sender(http, self.endpoint)
 
             async def work() -> None:

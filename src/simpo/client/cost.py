@@ -133,7 +133,7 @@ def agree(estimate: Estimate, *, yes: bool, say: Callable[[str], None], prices: 
     say(estimate.line(prices))
     if yes or not estimate.requests:
         return
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise SimpoError("nothing was sent: nobody is there to be asked whether to go on; agree with --yes")
     if _asked("Send them? [y/N] ").strip().lower() not in ("y", "yes"):
         raise SimpoError("nothing was sent")

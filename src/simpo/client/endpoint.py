@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+import httpx
+
 from simpo.errors import SimpoError
 
 
@@ -36,8 +38,9 @@ class Endpoint:
     def __post_init__(self) -> None:
         try:
             parts = urlsplit(self.base_url)
-            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
+            # httpx is who will read it, and is stricter with names of hosts.
+            usable = parts.scheme in ("http", "https") and bool(httpx.URL(self.base_url).host) and parts.port != 0
+        except (ValueError, httpx.InvalidURL):
             raise SimpoError(f"base_url: {_bare(self.base_url)!r} is not a URL") from None
         if "@" in parts.netloc:
             raise SimpoError("base_url: a URL with a user or password in it; keys come from the environment")
@@ -45,8 +48,11 @@ class Endpoint:
             raise SimpoError(f"base_url: {self.base_url!r} is not of the form http(s)://host[:port]/path")
         if not self.model:
             raise SimpoError("model: no name; give the name that the server knows the model by")
-        if not self.api_key_env.isidentifier():
-            raise SimpoError("api_key_env: give the name of the environment variable that holds the key, not the key")
+        # What else it may be is a key, which is not to be repeated.
+        if not (self.api_key_env.isidentifier() and self.api_key_env.isupper()):
+            raise SimpoError(
+                "api_key_env: give the name, in capitals, of the environment variable that holds the key, not the key"
+            )
         for key, least in (("concurrency", 1), ("attempts", 1)):
             if getattr(self, key) < least:
                 raise SimpoError(f"{key}: must be at least {least}, not {getattr(self, key)}")

@@ -20,6 +20,7 @@ from simpo.runs.redaction import REDACTED, masked
 # Seconds: before the second attempt, doubled before each further one up to the longest, and in all for one request.
 _FIRST_WAIT, _LONGEST_WAIT, _PATIENCE = 1.0, 30.0, 300.0
 _HOPEFUL = (408, 425, 429)  # and everything from 500 on
+_LONGEST_REASON = 300  # characters
 
 
 class _Fault(Exception):  # noqa: N818 - most faults are mended by another attempt
@@ -34,6 +35,22 @@ class _Fault(Exception):  # noqa: N818 - most faults are mended by another attem
         super().__init__(reason)
         self.hopeful = hopeful
         self.wait = wait
+
+
+def connections(endpoint: Endpoint) -> httpx.AsyncClient:
+    """A connection pool to a server, through the proxy that the environment names if it is not on this machine.
+
+    Raises:
+        SimpoError: the environment's proxy or certificates cannot be used.
+    """
+    # The time is limited for each attempt as a whole.
+    limits = httpx.Limits(max_connections=endpoint.concurrency)
+    try:
+        return httpx.AsyncClient(timeout=None, limits=limits, trust_env=not endpoint.local)  # noqa: S113
+    except (ValueError, ImportError, OSError) as error:
+        raise SimpoError(
+            f"{endpoint.url}: the environment's proxy or certificates (*_PROXY, SSL_CERT_*) cannot be used: {error}"
+        ) from error
 
 
 class Sender:
@@ -102,6 +119,7 @@ class Sender:
         reason = masked(" ".join(str(fault).split()))
         if self._key is not None:  # which a server may repeat in its error
             reason = reason.replace(self._key, REDACTED)
+        reason = reason[:_LONGEST_REASON]  # not before, because half a key would not be found
         tries = f" ({attempts} attempts)" if attempts > 1 else ""
         asked = f"; it asks to wait {fault.wait:,.0f} s" if fault.wait > _PATIENCE else ""
         return SimpoError(f"{self._endpoint.url}: model {self._endpoint.model!r}: {reason}{tries}{asked}")

@@ -36,9 +36,18 @@ def parse(argv: list[str], config_type: type) -> tuple[ModelArguments, DataArgum
 def _parse(argv: list[str], config_type: type, *more: type) -> tuple[Any, ...]:
     """As :func:`parse`, and what the keys of ``more`` dataclasses say."""
     parts = parse_recipe(argv, (ModelArguments, DataArguments, config_type, *more), replaces=REPLACES)
-    if parts[2].output_dir == _UNNAMED:
-        raise SimpoError("output_dir is missing: give it in the recipe or as --output_dir")
+    check_named(parts[2])
     return parts
+
+
+def check_named(config: Any) -> None:
+    """Look whether the user named the folder of the run.
+
+    Raises:
+        SimpoError: nobody did.
+    """
+    if config.output_dir == _UNNAMED:
+        raise SimpoError("output_dir is missing: give it in the recipe or as --output_dir")
 
 
 def run(task: Task, config_type: type, argv: list[str], *, following: str) -> int:

@@ -7,6 +7,7 @@ import pkgutil
 
 from simpo.commands import _evaluate
 from simpo.errors import SimpoError
+from simpo.runs.signals import stoppable
 
 
 def benchmark_names() -> list[str]:
@@ -16,7 +17,7 @@ def benchmark_names() -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Run the benchmark that is named first."""
+    """Run the benchmark that is named first; Ctrl-C and SIGTERM end it in one line."""
     names = benchmark_names()
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: simpo evaluate BENCHMARK [ARGUMENT ...]   (simpo evaluate BENCHMARK --help says more)\n")
@@ -26,4 +27,5 @@ def main(argv: list[str]) -> int:
         return 0
     if argv[0] not in names:
         raise SimpoError(f"unknown benchmark {argv[0]!r}; the benchmarks are {', '.join(names)}")
-    return importlib.import_module(f"simpo.commands._evaluate.{argv[0]}").main(argv[1:])
+    with stoppable("interrupted; the same command continues"):
+        return importlib.import_module(f"simpo.commands._evaluate.{argv[0]}").main(argv[1:])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.atomic import write_text
+from simpo.data.files import SUFFIXES
 from simpo.errors import SimpoError
 from simpo.results import fingerprint
 from simpo.runs.lines import read_lines
@@ -89,4 +90,4 @@ def _key(question: Question) -> str:
 
 def is_outputs_file(name: str) -> bool:
     """Whether a command was given a file of answers and not a model."""
-    return name.endswith((".json", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".csv"))
+    return name.endswith(SUFFIXES)

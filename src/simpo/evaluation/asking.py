@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from simpo.client import ChatClient, ChatReply, ChatRequest, Prices, agree
 
 Say = Callable[[str], None]
+Check = Callable[[Sequence[ChatReply]], None]
 
 
 @dataclass
@@ -29,18 +30,29 @@ class ApiJudge:
         """The model's name on its server."""
         return self.client.endpoint.model
 
-    def ask(self, requests: Sequence[ChatRequest], say: Say) -> list[ChatReply]:
+    def ask(self, requests: Sequence[ChatRequest], say: Say, check_first: Check | None = None) -> list[ChatReply]:
         """The replies in the order of the requests, and what they took.
 
+        Args:
+            requests: what is asked.
+            say: gets lines of progress.
+            check_first: gets the first few replies before more is sent, and raises if they will not do.
+
         Raises:
-            SimpoError: the user does not agree, or a request finally failed.
+            SimpoError: the user does not agree, a request finally failed, or as ``check_first``.
         """
         agree(self.client.estimate(requests), yes=self.yes, say=say, prices=self.prices)
-        replies = self.client.complete(requests, say=say)
+        few = 0 if check_first is None else self.client.endpoint.concurrency
+        replies = self.client.complete(requests[:few])
+        if check_first is not None and replies:
+            check_first(replies)
+        replies += self.client.complete(requests[few:], say=say)
         say(self.client.usage.line(self.prices))
         return replies
 
-    def ask_some(self, requests: Sequence[ChatRequest | None], say: Say) -> list[ChatReply | None]:
+    def ask_some(
+        self, requests: Sequence[ChatRequest | None], say: Say, check_first: Check | None = None
+    ) -> list[ChatReply | None]:
         """As :meth:`ask`; where there is nothing to ask the reply is None."""
-        replies = iter(self.ask([request for request in requests if request is not None], say))
+        replies = iter(self.ask([request for request in requests if request is not None], say, check_first))
         return [None if request is None else next(replies) for request in requests]

@@ -41,12 +41,15 @@ def read_contests(a: Path, b: Path) -> list[Contest]:
     """Pair two files of answers by prompt, in the order of the first.
 
     Raises:
-        SimpoError: one cannot be read, or they are not about the same prompts.
+        SimpoError: one cannot be read, they are not about the same prompts, or one id has two.
     """
     first, second = read_answer_file(a), read_answer_file(b)
     if first.keys() != second.keys():
         alone = len(first.keys() ^ second.keys())
         raise SimpoError(f"{a} and {b}: {alone} prompts are in one of them only; sample both on the same prompts")
+    other = next((key for key, record in first.items() if record["prompt"] != second[key]["prompt"]), None)
+    if other is not None:
+        raise SimpoError(f"{a} and {b}: id {other!r} is another prompt in each; sample both on the same prompts")
     return [Contest(record["prompt"], record, second[key]) for key, record in first.items()]
 
 

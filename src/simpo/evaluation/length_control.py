@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import expit, stdtrit
 
-from simpo.evaluation.logistic import fit_logistic, log_loss
+from simpo.evaluation.logistic import fit_logistic, is_determined
 from simpo.statistics import Interval
 
 _METHOD = "logistic, robust 95%"
-_VANISHED = 1e-6  # mean loss of a fit that explains every verdict
 
 
 def length_controlled_win_rate(verdicts: np.ndarray, longer_by: np.ndarray, prompts: np.ndarray) -> Interval | None:
@@ -26,8 +25,8 @@ def length_controlled_win_rate(verdicts: np.ndarray, longer_by: np.ndarray, prom
         prompts: ``[P]``, which prompt each pair belongs to; a prompt counts once, however many pairs it has.
 
     Returns:
-        The win rate, n the number of prompts; None where lengths alone explain every verdict, so that nothing can be
-        said of equal ones.
+        The win rate, n the number of prompts; None where lengths explain so much that nothing can be said of equal
+        ones, as where whatever is longer has won. No more prompts than coefficients have no interval.
     """
     _, prompt, pairs = np.unique(prompts, return_inverse=True, return_counts=True)
     weights = 1 / pairs[prompt]
@@ -37,8 +36,10 @@ def length_controlled_win_rate(verdicts: np.ndarray, longer_by: np.ndarray, prom
     spread = longer_by.std(ddof=1)
     features = np.column_stack([np.tanh(longer_by / spread), constant]) if spread else constant[:, None]
     fitted = fit_logistic(features, verdicts, weights)
-    if log_loss(features, verdicts, fitted).mean() < _VANISHED:
+    if not is_determined(features, fitted, weights):
         return None
+    if len(pairs) <= features.shape[1]:
+        return Interval(float(expit(fitted[-1])), None, None, len(pairs), _METHOD)
     half = stdtrit(len(pairs) - 1, 0.975) * _robust_error(features, verdicts, weights, prompt, fitted)
     logit = fitted[-1]
     return Interval(float(expit(logit)), float(expit(logit - half)), float(expit(logit + half)), len(pairs), _METHOD)

@@ -8,6 +8,8 @@ from scipy.special import expit
 _STEPS, _SWEEPS = 100, 1000
 _SETTLED = 1e-10  # change of a coefficient
 _ROUNDING = 1e-12  # of an objective that is a sum over rows
+_ALIKE = 1e-8  # squared difference of features, relative to their squares
+_VANISHED = 1e-6  # variance of labels
 
 
 def fit_logistic(
@@ -49,6 +51,29 @@ def fit_logistic(
             length /= 2
         w, value = w + length * step, reached
     return w
+
+
+def is_determined(x: np.ndarray, w: np.ndarray, weights: np.ndarray | None = None) -> bool:
+    """Whether the rows determine the coefficients of an unpenalised fit.
+
+    They do not where features make up one another, nor where some rows can be separated by their labels: then a
+    coefficient grows without end, and where it stopped says nothing. It shows in a direction in which the mean of
+    ``p (1 - p)``, weighted by the squared feature, has vanished. Source: Albert and Anderson, Biometrika 71 (1984).
+
+    Args:
+        x: features ``[N, F]``; one that is zero in all rows does not count.
+        w: of :func:`fit_logistic`.
+        weights: of the rows, as there.
+    """
+    weights = np.ones(len(x)) if weights is None else weights
+    p = expit(x @ w)
+    x = x[:, x.any(axis=0)]
+    sizes, directions = np.linalg.eigh((x.T * weights) @ x)
+    if sizes[0] < _ALIKE * sizes[-1]:
+        return False
+    units = directions / np.sqrt(sizes)
+    variances = np.linalg.eigvalsh(units.T @ ((x.T * (weights * p * (1 - p))) @ x) @ units)
+    return bool(variances[0] > _VANISHED)
 
 
 def log_loss(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> np.ndarray:

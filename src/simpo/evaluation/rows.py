@@ -118,7 +118,7 @@ def hub_file(repository: str, name: str, option: str) -> Path:
     try:
         return Path(hf_hub_download(repository, name, repo_type="dataset"))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise SimpoError(f"{repository}: {name} cannot be had from the hub ({reason}); give it by {option}") from error
 
 

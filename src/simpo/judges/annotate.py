@@ -1,4 +1,4 @@
-"""The workflow behind ``simpo annotate``: sampled responses in, the same with scores out, however often it was killed."""
+"""The workflow behind ``simpo annotate``: sampled responses in, the same with scores out, whatever killed it between."""
 
 from __future__ import annotations
 

@@ -55,6 +55,6 @@ def _verdict(row: Row, where: str) -> tuple[str, float]:
     key, winner = row.get("id"), row.get("winner")
     if not isinstance(key, str):
         raise SimpoError(f"{where}: no id; a verdict is {{id, winner}}")
-    if winner not in _VERDICTS:
+    if not isinstance(winner, str) or winner not in _VERDICTS:
         raise SimpoError(f"{where}: winner: expected a, b or tie, got {winner!r}")
     return key, _VERDICTS[winner]

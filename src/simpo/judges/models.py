@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from simpo.judges.protocol import Answers
 from simpo.judges.tokens import AnswerTokens
 from simpo.packing.comparison import TokenizedComparison
 from simpo.progress import progress
+from simpo.training.device import device, with_dtype
 from simpo.training.identity import model_digest
 from simpo.training.models import ModelArguments, load_tokenizer
 
@@ -38,8 +38,7 @@ class ModelScorer(ABC):
         Raises:
             SimpoError: there is no such model.
         """
-        dtype = model.dtype or ("float32" if _device().type == "cpu" else "bfloat16")
-        self._arguments = dataclasses.replace(model, dtype=dtype)
+        self._arguments = with_dtype(model)
         self._tokens = AnswerTokens(load_tokenizer(model.model_name_or_path, model))
         self._say = say
         self._model: Any = None
@@ -56,7 +55,7 @@ class ModelScorer(ABC):
             SimpoError: the model cannot be loaded, or a row cannot be read by it.
         """
         if self._model is None:
-            self._model = self.load(self._arguments).to(_device()).eval()
+            self._model = self.load(self._arguments).to(device()).eval()
         context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         scores: list[list[float]] = []
         with torch.no_grad(), progress(f"prompts scored by {self.kind}", len(rows), 0, self._say) as advance:
@@ -82,7 +81,3 @@ class ModelScorer(ABC):
         longest = max(max(one.packed_length, one.padded_length) for one in comparisons)
         scores = iter(self.flat_scores(self._model, comparisons, max(_BATCH_TOKENS, longest)).tolist())
         return [[next(scores) for _ in one.response_ids] for one in comparisons]
-
-
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import compress, islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -200,27 +200,25 @@ class PackedBatch:
         weights = [1.0] * len(comparisons) if weights is None else list(weights)
         if len(weights) != len(comparisons):
             raise ValueError(f"{len(comparisons)} comparisons with {len(weights)} weights")
-        ids: list[int] = []
-        scored: list[int] = []
-        targets: list[int] = []
-        lengths: list[int] = []
-        for comparison in comparisons:
-            ids += comparison.prompt_ids
-            last_of_prompt = len(ids) - 1
-            for k, response in enumerate(comparison.response_ids):
-                mask = [True] * len(response) if comparison.scored is None else comparison.scored[k]
-                scored += compress([last_of_prompt, *range(len(ids), len(ids) + len(response) - 1)], mask)
-                targets += compress(response, mask)
-                lengths.append(sum(mask))
-                ids += response
         spans = tuple(Span(len(c.prompt_ids), tuple(map(len, c.response_ids))) for c in comparisons)
+        layout = AttentionLayout(spans)
+        parts = (part for c in comparisons for part in (c.prompt_ids, *c.response_ids))
+        ids = torch.from_numpy(np.fromiter(chain.from_iterable(parts), np.int64, layout.total))
+        prompts = torch.tensor([span.prompt for span in spans for _ in span.responses])
+        sizes = torch.tensor([size for span in spans for size in span.responses])
+        # where the responses' tokens stand among their segments' keys, and which response each belongs to
+        place = _ranges((layout.index.cu_seqlens_k[:-1] + prompts).numpy(), sizes.numpy())
+        response_of = torch.repeat_interleave(sizes)
+        if any(c.scored is not None for c in comparisons):
+            marks = torch.tensor(list(chain.from_iterable(mask for c in comparisons for mask in _masks(c))))
+            place, response_of = place[marks], response_of[marks]
         return cls(
-            input_ids=torch.tensor(ids),
-            layout=AttentionLayout(spans),
-            scored=torch.tensor(scored),
-            targets=torch.tensor(targets),
-            response_of=torch.repeat_interleave(torch.tensor(lengths)),
-            lengths=torch.tensor(lengths),
+            input_ids=ids,
+            layout=layout,
+            scored=layout.index.key_index[place - 1],
+            targets=ids[layout.index.key_index[place]],
+            response_of=response_of,
+            lengths=torch.bincount(response_of, minlength=len(sizes)),
             weights=torch.tensor(weights),
         )
 
@@ -255,6 +253,13 @@ class PackedBatch:
 
     def _tensors(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+
+
+def _masks(comparison: TokenizedComparison) -> list[list[bool]]:
+    """For each response which of its tokens are scored."""
+    if comparison.scored is not None:
+        return comparison.scored
+    return [[True] * len(response) for response in comparison.response_ids]
 
 
 @dataclass(frozen=True)

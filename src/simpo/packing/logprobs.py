@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +52,8 @@ def fused_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, chunk_bytes: 
 
     Works through chunks of rows whose logits take at most ``chunk_bytes`` and keeps one number a row. Backward makes a
     chunk's logits again, turns them into ``(onehot - softmax) * grad`` in place and adds the products into the
-    gradients of ``hidden``, weight and bias (those that ask for one). When all rows fit into one chunk its logits are
-    kept instead, which saves the second product.
+    gradients of ``hidden``, weight and bias (those that ask for one). The last chunk is kept and comes first in backward,
+    which saves its second product and takes no more memory than the chunk that is being worked on takes anyway.
 
     Args:
         hidden: ``[S, H]``, any floating type; under autocast the products are taken in its type.
@@ -65,7 +64,8 @@ def fused_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, chunk_bytes: 
     if chunk_bytes is None:
         chunk_bytes = (128 if hidden.device.type == "cpu" else 1024) * MEBIBYTE
     row_bytes = head.weight.shape[0] * max(4, hidden.element_size())
-    rows = max(1, chunk_bytes // row_bytes)
+    chunks = max(1, -(-len(targets) // max(1, chunk_bytes // row_bytes)))
+    rows = max(1, -(-len(targets) // chunks))  # all chunks about alike, so that the one that is kept is no small rest
     return _FusedLogprobs.apply(hidden, head.weight, head.bias, head.scale, head.softcap, targets, rows)
 
 
@@ -74,8 +74,8 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _chunks(total: int, rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + rows, total)) for start in range(0, total, rows))
+def _chunks(total: int, rows: int) -> list[slice]:
+    return [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
 
 
 class _FusedLogprobs(torch.autograd.Function):
@@ -94,12 +94,13 @@ class _FusedLogprobs(torch.autograd.Function):
         ctx.scale, ctx.softcap, ctx.dtype, ctx.rows = scale, softcap, dtype, rows
         logps, matrix = [], None
         for chunk in _chunks(len(targets), rows):
+            matrix = None  # the last chunk's, before the next one's is made
             matrix = head.logits(hidden[chunk], dtype)  # [c, V] logits, then probabilities
             picked = matrix.gather(-1, targets[chunk, None]).squeeze(-1)
             logps.append(picked - _softmax_(matrix))
         ctx.save_for_backward(hidden, weight, bias, targets)
         # the slope of a softcap is a function of the logits, so with one they are made again
-        keeps = len(targets) <= rows and softcap is None and any(ctx.needs_input_grad)
+        keeps = softcap is None and any(ctx.needs_input_grad)
         ctx.kept = matrix if keeps else None
         return torch.cat(logps)
 
@@ -112,7 +113,7 @@ class _FusedLogprobs(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight, d_bias = None, None
         weight_cast = weight.to(ctx.dtype)
-        for chunk in _chunks(len(targets), ctx.rows):
+        for chunk in reversed(_chunks(len(targets), ctx.rows)):
             kept, ctx.kept = ctx.kept, None  # overwritten below, so a second backward makes it again
             matrix = _d_product(head, hidden[chunk], targets[chunk], kept, ctx.dtype)  # [c, V]
             # a row's factor goes to the narrow operand of each product, never over [c, V]
@@ -125,6 +126,7 @@ class _FusedLogprobs(torch.autograd.Function):
             if wants_bias:
                 row = factor.T.to(ctx.dtype)  # [1, c]
                 d_bias = _accumulate(d_bias, row, matrix, len(targets) > ctx.rows)
+            del kept, matrix  # before the next chunk's is made
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         d_bias = None if d_bias is None else d_bias[0].to(bias.dtype)
         return d_hidden, d_weight, d_bias, None, None, None, None

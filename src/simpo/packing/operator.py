@@ -1,7 +1,7 @@
 """Attention by segments as an operator of PyTorch, which ``torch.compile`` takes as it is.
 
-Compiled code is compiled again whenever a length that it has seen in Python changes, and a packed batch has other lengths
-every time. An operator is not looked into, and its lengths come in integer tensors.
+Code is compiled again whenever a number that it has seen in Python changes, and every packed batch has other lengths.
+An operator is not looked into, and its lengths come in integer tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from torch import Tensor
 from simpo.packing.layout import AttentionLayout, LayoutIndex
 from simpo.packing.segments import AttentionStyle, by_segment
 
-_STYLE = "Tensor? sinks, Tensor[] index, float scale, int? window, float? softcap"
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor[] index, float scale, int? window, float? softcap"
+)
 
 
 def by_segment_operator(
@@ -30,7 +32,7 @@ def by_segment_operator(
 @torch.library.custom_op(
     "simpo::attention_by_segment",
     mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, {_STYLE}) -> Tensor",
+    schema=f"({_INPUTS}) -> Tensor",
 )
 def _forward(
     query: Tensor,
@@ -54,7 +56,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
 @torch.library.custom_op(
     "simpo::attention_by_segment_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor query, Tensor key, Tensor value, {_STYLE}) -> Tensor[]",
+    schema=f"(Tensor grad, {_INPUTS}) -> Tensor[]",
 )
 def _backward(
     grad: Tensor,

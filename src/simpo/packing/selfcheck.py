@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from simpo.packing.attention import UnsupportedAttentionError, install, uninstall
-from simpo.packing.comparison import TokenizedComparison
+from simpo.packing.evidence import differences, figures_alone, own_figures
 from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import (
     Computation,
@@ -24,7 +24,7 @@ from simpo.packing.policy import (
     state_of,
     token_logprobs,
 )
-from simpo.packing.rewards import end_states, is_reward_model, own_rewards, rewards, score_head
+from simpo.packing.rewards import end_states, is_reward_model, rewards, score_head
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,9 @@ def choose_path(model: nn.Module, batch: PackedBatch) -> Literal["packed", "padd
             path = _judge(inner, state, sample, precisions)
         else:
             path, state.fused_head = "padded", False
+            figures = "rewards" if is_reward_model(inner) else "log-probabilities"
             state.reasons.append(
-                f"its own {_figures(inner)} of the first rows are not finite, so nothing could be checked: "
+                f"its own {figures} of the first rows are not finite, so nothing could be checked: "
                 f"{_without_head(inner)}, and every response is computed with a prompt of its own, padded"
             )
     state.path = path
@@ -93,20 +94,6 @@ def _judge(
         return "padded"
 
 
-def naive_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Log-probabilities of all response tokens of ``batch`` by the model's own forward, one sequence at a time.
-
-    ``[S]`` in the order of a batch whose responses are scored whole, as the self-check's sample is.
-    """
-    found = []
-    for ids, scored in _sequences(batch):
-        logits = model(input_ids=ids, use_cache=False).logits[0, scored]  # [n, V]
-        exact = torch.promote_types(logits.dtype, torch.float32)
-        targets = ids[0, -len(logits) :, None]
-        found.append(torch.log_softmax(logits, dim=-1, dtype=exact).gather(-1, targets).squeeze(-1))
-    return torch.cat(found)
-
-
 def _precisions(model: nn.Module, device: torch.device) -> Iterator[bool]:
     """Autocast off, where a small leak cannot hide in rounding, and on if the run uses it, for its kernels.
 
@@ -122,41 +109,11 @@ def _precisions(model: nn.Module, device: torch.device) -> Iterator[bool]:
 def _in_precision(check: Callable[..., Any], model: PreTrainedModel, sample: PackedBatch, enabled: bool) -> Any:
     kind = sample.input_ids.device.type
     with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=enabled):
-        return check(model, sample, _own(model, sample))
-
-
-def _own(model: PreTrainedModel, sample: PackedBatch) -> Tensor:
-    """What the model's own forward says, one sequence at a time: rewards, ``[R]``, or log-probabilities, ``[S]``."""
-    if is_reward_model(model):
-        return model(packed_batch=sample, path="padded", compute=own_rewards)
-    return naive_logprobs(model, sample)
-
-
-def _alone(model: PreTrainedModel, sample: PackedBatch, compute: Computation) -> Tensor:
-    """What ``compute`` makes of every response of ``sample``, each in a forward of its own."""
-    alone = (
-        PackedBatch.build([TokenizedComparison(comparison.prompt_ids, [response])])
-        for comparison in sample.comparisons
-        for response in comparison.response_ids
-    )
-    device = sample.input_ids.device
-    return torch.cat([model(packed_batch=batch.to(device), path="padded", compute=compute) for batch in alone])
-
-
-def _figures(model: PreTrainedModel) -> str:
-    return "rewards" if is_reward_model(model) else "log-probabilities"
+        return check(model, sample, own_figures(model, sample))
 
 
 def _without_head(model: PreTrainedModel) -> str:
     return "every response has a forward of its own" if is_reward_model(model) else "logits are materialised"
-
-
-def _sequences(batch: PackedBatch) -> Iterator[tuple[Tensor, slice]]:
-    """For every response: ``[1, P + n]`` ids of prompt and response, and the ``n`` positions that predict it."""
-    for comparison in batch.comparisons:
-        for response in comparison.response_ids:
-            ids = torch.tensor([comparison.prompt_ids + response], device=batch.input_ids.device)
-            yield ids, slice(len(comparison.prompt_ids) - 1, -1)
 
 
 def _sample(batch: PackedBatch) -> PackedBatch:
@@ -188,7 +145,7 @@ def _head_agrees(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) 
     if (score_head(model) if reward else find_head(model)) is None:
         return False
     state_of(model).fused_head = True  # the forward takes it, one sequence at a time
-    return _agree(_alone(model, sample, rewards if reward else token_logprobs), expected, model)
+    return _agree(figures_alone(model, sample, rewards if reward else token_logprobs), expected, model)
 
 
 def _probe(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> None:
@@ -200,7 +157,7 @@ def _probe(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> Non
     probing = sample.probing()
     compute: Computation = token_logprobs
     if is_reward_model(model):
-        compute, expected = end_states, _alone(model, sample, end_states)
+        compute, expected = end_states, figures_alone(model, sample, end_states)
     try:
         found = model(packed_batch=probing, path="packed", compute=compute)
     except Exception as error:  # whatever a foreign forward raises, it means the same
@@ -214,7 +171,7 @@ def _probe(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> Non
     if len(sliding) != _sliding_layers(config, kinds) or set(sliding) - {getattr(config, "sliding_window", None)}:
         raise NotShareableError("its attention is not told of its sliding windows")
     if not _agree(found, expected, model):
-        worst = _differences(found, expected, model).max().item()
+        worst = differences(found, expected, model).max().item()
         what, unit = ("hidden states", "of their length") if is_reward_model(model) else ("log-probabilities", "nats")
         raise NotShareableError(f"packed and separate {what} differ by {worst:.2g} {unit}")
 
@@ -228,17 +185,9 @@ def _sliding_layers(config: Any, kinds: list[str]) -> int:
 
 def _agree(found: Tensor, expected: Tensor, model: nn.Module) -> bool:
     mean, maximum = _TOLERANCE[_computes_in(model)]
-    difference = _differences(found, expected, model)
+    difference = differences(found, expected, model)
     # written so that a NaN disagrees
     return bool(difference.mean() <= mean) and bool(difference.max() <= maximum)
-
-
-def _differences(found: Tensor, expected: Tensor, model: nn.Module) -> Tensor:
-    """Of log-probabilities in nats, of hidden states relative to their length, of rewards to the largest above 1."""
-    if expected.dim() == 2:
-        return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    scale = expected.abs().max().clamp(min=1) if is_reward_model(model) else 1
-    return (found - expected).abs() / scale
 
 
 def _computes_in(model: nn.Module) -> torch.dtype:

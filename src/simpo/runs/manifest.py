@@ -41,7 +41,7 @@ def damage(folder: Path) -> str | None:
     Files that the manifest does not list are not looked at. Sizes come first, because hashing takes long.
     """
     try:
-        files = _read(folder / FILE_NAME)
+        files = read_manifest(folder)
     except FileNotFoundError:
         return f"no {FILE_NAME}"
     except (OSError, ValueError, KeyError, TypeError):
@@ -53,8 +53,14 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _read(path: Path) -> list[tuple[str, int, str]]:
-    document: Any = json.loads(path.read_text(encoding="utf-8"))
+def read_manifest(folder: Path) -> list[tuple[str, int, str]]:
+    """Path, size in bytes and SHA-256 of every file that a folder's manifest lists.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        ValueError, KeyError, TypeError: it is not a manifest.
+    """
+    document: Any = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
     if document["schema"] != SCHEMA:
         raise ValueError(f"schema {document['schema']!r}")
     return [(str(file["path"]), int(file["bytes"]), str(file["sha256"])) for file in document["files"]]

@@ -109,7 +109,13 @@ class Generations:
         """Some of the prompts of ``rows`` that have at most ``room`` tokens, by the run's seed, in their order."""
         count = self._arguments.eval_generations
         with self._config.main_process_first(desc="reading held-out prompts"):  # the others find them in the cache
-            found = prepare_prompts(rows, self._tokenizer, label="eval_generations", max_prompt_length=room).prompts
+            known = prepare_prompts(rows, self._tokenizer, label="eval_generations")
+        found = [prompt for prompt in known if len(prompt.ids) <= room]
+        if not found:
+            raise SimpoError(
+                f"eval_generations: no held-out prompt has at most {room:,} tokens, half of max_length or of the "
+                "model's context, which leaves as many to an answer; raise max_length or set it to 0"
+            )
         few = f" (there are no more of at most {room:,} tokens)" if len(found) < count else ""
         chosen = np.random.default_rng(self._config.seed).permutation(len(found))[:count]
         self._say(

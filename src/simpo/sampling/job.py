@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from simpo.data.prompts import Prompts, prepare_prompts
 from simpo.data.sources import load_rows
 from simpo.sampling.engine import stop_ids
-from simpo.sampling.loading import Checkpoint, device
+from simpo.sampling.loading import Checkpoint
 from simpo.sampling.settings import SamplingSettings
+from simpo.training.device import device
 from simpo.training.identity import model_digest
 from simpo.training.models import ModelArguments, load_tokenizer
 

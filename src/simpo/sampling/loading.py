@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from simpo.errors import SimpoError
 from simpo.training.adapters import find_adapter
+from simpo.training.device import device, with_dtype
 from simpo.training.models import ModelArguments, base_arguments, generation_config, load_model
 
 
@@ -49,9 +49,8 @@ class Checkpoint:
             ) from error
         found = generation_config(arguments.model_name_or_path, arguments.model_revision)
         found = found or generation_config(base.model_name_or_path, base.model_revision)
-        dtype = arguments.dtype or ("float32" if device().type == "cpu" else "bfloat16")
         return cls(
-            dataclasses.replace(arguments, dtype=dtype),
+            with_dtype(arguments),
             _context(config),
             found or GenerationConfig.from_model_config(config),  # a checkpoint need not have one
         )
@@ -64,12 +63,6 @@ class Checkpoint:
         """
         model: Any = load_model(self.arguments.model_name_or_path, self.arguments)
         return model.to(device())
-
-
-def device() -> torch.device:
-    """Where models run: the accelerator, or the CPU."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if found is None else found
 
 
 def _context(config: Any) -> int | None:

@@ -15,7 +15,7 @@ from simpo.errors import SimpoError
 PairKind = Literal["best_worst", "all", "best_random", "ranking"]
 KINDS: tuple[PairKind, ...] = ("best_worst", "all", "best_random", "ranking")
 
-IDENTICAL, UNSCORED = "answers: the same as another one", "answers: without a score"
+IDENTICAL, UNSCORED, EMPTY = "answers: the same as another one", "answers: without a score", "answers: empty"
 ALIKE = "prompts: fewer than two different answers with a score"
 EQUAL, CLOSE, UNEVEN = "pairs: equally good", "pairs: scores closer than min_gap", "pairs: beyond max_length_ratio"
 
@@ -115,12 +115,15 @@ def _different(record: Mapping[str, Any], report: PairReport) -> list[_Answer]:
     """The different answers that have a score, in their order."""
     found: dict[str, _Answer] = {}
     for place, (text, score) in enumerate(zip(record["responses"], record["scores"], strict=True)):
+        said = text.strip()  # some templates strip messages, so that white space at an end makes no difference
         if score is None:
             report.dropped[UNSCORED] += 1
-        elif text in found:
+        elif not said:
+            report.dropped[EMPTY] += 1  # which nothing can be trained on
+        elif said in found:
             report.dropped[IDENTICAL] += 1
         else:
-            found[text] = _Answer(place, text, score)
+            found[said] = _Answer(place, text, score)
     return list(found.values())
 
 

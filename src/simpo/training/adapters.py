@@ -210,6 +210,8 @@ def _settle(model: PeftModel, base: str) -> None:
     for key in ("target_modules", "target_parameters"):  # sets, which are written in another order every time
         if isinstance(getattr(config, key), set):
             setattr(config, key, sorted(getattr(config, key)))
+    if config.modules_to_save is not None:  # peft adds a score head every time
+        config.modules_to_save = sorted(set(config.modules_to_save))
 
 
 @contextmanager

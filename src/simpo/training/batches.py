@@ -18,6 +18,7 @@ from simpo.packing.binning import MicroBatch, StepPlan
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
 from simpo.training.rankings import OrderedPairs
+from simpo.training.running_means import widest_type
 
 # Of a tokenized data set; all but the first two are optional.
 REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP = "ref_logps", "mismatched_ids", "mismatched_ref_logp"
@@ -57,7 +58,13 @@ class PlannedBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> PlannedBatch:
         """The batch with its tensors on ``device``."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True), lambda packed: packed.to(device))
+        widest = widest_type(torch.device(device))
+
+        def moved(tensor: Tensor) -> Tensor:
+            dtype = widest if tensor.dtype == torch.float64 else tensor.dtype
+            return tensor.to(device, dtype, non_blocking=True)
+
+        return self._each(moved, lambda packed: packed.to(device))
 
     def pin_memory(self) -> PlannedBatch:
         """The batch in page-locked memory; ``DataLoader`` calls it."""

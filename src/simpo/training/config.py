@@ -78,20 +78,22 @@ class PreferenceSettings(TrainingSettings):
                 f"loss_type: {link!r} alone may mean DPO's or SimPO's; add objective: dpo, or objective: simpo with "
                 "gamma_beta_ratio"
             )
-        row = OBJECTIVES.get(self.objective or _DEFAULT)
-        if row is None or "link" not in row.hyperparameters:
-            if link != "sigmoid" or row is None or "label_smoothing" not in row.hyperparameters:
-                raise SimpoError(f"loss_type: {link!r} is no objective and no link of objective {self.objective!r}")
-        elif getattr(self, "link", None) in (None, link):
-            self.link = link
-        else:
-            raise SimpoError(f"loss_type {link!r} and link {self.link!r} disagree; give one of them")
+        name = self.objective or _DEFAULT
+        keys = OBJECTIVES[name].hyperparameters
+        if link == "sigmoid" and "link" not in keys and "label_smoothing" in keys:
+            return  # the only one that it has
+        if "link" not in keys:
+            raise SimpoError(f"loss_type: {link!r} is no objective and no link of objective {name!r}")
+        given = getattr(self, "link", None)
+        if given not in (None, link):
+            raise SimpoError(f"loss_type {link!r} and link {given!r} disagree; give one of them")
+        self.link = link
 
     def _check(self) -> None:
+        if self.objective not in (None, *OBJECTIVES):
+            raise SimpoError(f"objective: {self.objective!r} is unknown; there are {', '.join(OBJECTIVES)}")
         self._resolve_loss_type()
         self.objective = self.objective or _DEFAULT
-        if self.objective not in OBJECTIVES:
-            raise SimpoError(f"objective: {self.objective!r} is unknown; there are {', '.join(OBJECTIVES)}")
         try:
             self.hyperparameters  # noqa: B018 - resolving is the check
         except ValueError as error:
@@ -99,19 +101,20 @@ class PreferenceSettings(TrainingSettings):
         for key in ("sft_weight", "kl_weight"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise SimpoError(f"{key}: must be >= 0 and finite, not {getattr(self, key)}")
-        if self.sft_weight and self._has_anchor():
+        if self.sft_weight and self._has_anchor(self.hyperparameters):
+            remedy = "" if self._has_anchor(self.hyperparameters | {"lam": 0.0}) else ", or set lam: 0"
             raise SimpoError(
                 f"sft_weight: objective {self.objective!r} has a term on the chosen response already; leave sft_weight "
-                "out" + (", or set lam: 0" if "lam" in self.row.hyperparameters else "")
+                f"out{remedy}"
             )
         super()._check()
 
-    def _has_anchor(self) -> bool:
+    def _has_anchor(self, hyperparameters: dict[str, Any]) -> bool:
         """Whether the objective's own term on the chosen response counts."""
         if self.row.anchor is None:
             return False
         response = Responses(torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([-1.0]))
-        return bool(self.row.anchor(response, **self.hyperparameters).any())
+        return bool(self.row.anchor(response, **hyperparameters).any())
 
 
 def hyperparameter_names() -> list[str]:

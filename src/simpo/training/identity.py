@@ -61,7 +61,12 @@ def training_identity(
     found["data/eval"] = None if held_out is None else rows_digest(held_out)
     checkpoint = named_checkpoint(config)
     found["resume_from_checkpoint"] = None if checkpoint is None else _digest(Path(checkpoint) / manifest.FILE_NAME)
-    found["rows per step"] = str(config.per_device_train_batch_size * config.world_size)
+    return found | settings_identity(config)
+
+
+def settings_identity(config: Any) -> Identity:
+    """Every setting of a configuration that acts on training."""
+    found: Identity = {"rows per step": str(config.per_device_train_batch_size * config.world_size)}
     settings = config.to_dict() | getattr(config, "hyperparameters", {})  # the latter with defaults filled in
     return found | {key: str(value) for key, value in sorted(settings.items()) if _acts(key)}
 

@@ -12,9 +12,10 @@ import torch
 from simpo.errors import SimpoError
 
 _CPU_MESSAGE = "can't allocate memory"  # of PyTorch's allocator, which has no exception of its own for it
+_SPARE = 0.8  # of what has fitted: other batches are cut otherwise, and freed memory is not always in one piece
 OUTSIDE_A_FORWARD = (
-    "memory ran out outside a micro-batch's forward and backward, where the optimizer's states are made: choose a smaller "
-    "optimizer (optim: adamw_torch_8bit) or shard them over GPUs (recipes/launch)"
+    "optim: memory ran out outside a micro-batch's forward and backward, where the optimizer's states are made; choose "
+    "a smaller one (adamw_torch_8bit, adafactor) or share the states out over GPUs (recipes/launch)"
 )
 
 
@@ -44,19 +45,19 @@ def tokens_that_fit(lengths: Sequence[int], longest: int, attempt: Callable[[lis
         lengths: tokens of its rows.
         longest: tokens of the data's longest row, below which ``max_batch_tokens`` cannot be.
         attempt: computes some of the rows, given by their places; None where other processes would have to take part,
-            and half of the tokens are taken to fit.
+            and half of the rows are taken to fit.
     """
     tokens = sum(lengths)
     budget = tokens // 2
     while budget >= longest:
         rows = _filled(lengths, budget)
         if attempt is None or _fits(attempt, rows):
-            found = budget if attempt is None else max(longest, sum(lengths[row] for row in rows))
+            found = max(longest, int(_SPARE * sum(lengths[row] for row in rows)))
             return f"max_batch_tokens: a micro-batch of {tokens} tokens does not fit into memory; set it to {found}"
         budget //= 2
-    least = f"; set it to {longest}, the longest row," if tokens > longest else ":"
+    least = f"; set it to {longest}, the longest row, and" if tokens > longest else ":"
     return (
-        f"max_batch_tokens: a micro-batch of {tokens} tokens does not fit into memory{least} and set "
+        f"max_batch_tokens: a micro-batch of {tokens} tokens does not fit into memory{least} set "
         "activation_checkpointing: true, lower max_length or choose a smaller type or model"
     )
 

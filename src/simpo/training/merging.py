@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 import simpo
 from simpo.atomic import staged_folder
 from simpo.errors import SimpoError
+from simpo.training.adapters import find_adapter
 from simpo.training.card import shown_name
 from simpo.training.models import ModelArguments, load_model, load_tokenizer
+from simpo.training.reward_model import load_reward_model
 
 
 def write_merged(arguments: ModelArguments, folder: Path) -> None:
@@ -33,7 +35,10 @@ def write_merged(arguments: ModelArguments, folder: Path) -> None:
     name = arguments.model_name_or_path
     if folder.exists():
         raise SimpoError(f"output_dir: {folder} exists already; name a new folder")
-    model: Any = load_model(name, dataclasses.replace(arguments, dtype=arguments.dtype or "auto"))
+    arguments = dataclasses.replace(arguments, dtype=arguments.dtype or "auto")
+    adapter = find_adapter(name, arguments.model_revision)
+    reward = adapter is not None and adapter.task_type == "SEQ_CLS"
+    model: Any = load_reward_model(arguments) if reward else load_model(name, arguments)
     if not isinstance(model, PeftModel):
         raise SimpoError(f"{name} is not an adapter: it has no adapter_config.json, so there is nothing to merge")
     tokenizer = load_tokenizer(name, arguments)
@@ -67,7 +72,7 @@ def _card(adapter: str, base: str, title: str) -> ModelCard:
     path = Path(adapter) / "README.md"
     before = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None
     data = ModelCardData() if before is None else before.data
-    data.library_name, data.pipeline_tag = "transformers", "text-generation"
+    data.library_name, data.pipeline_tag = "transformers", data.pipeline_tag or "text-generation"
     data.base_model = None if Path(base).exists() else base
     said = f"`{shown_name(adapter)}` merged into `{shown_name(base)}`, with simpo {simpo.__version__}."
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{said}\n{'' if before is None else before.text}")

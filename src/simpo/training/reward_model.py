@@ -36,6 +36,10 @@ def load_reward_model(arguments: ModelArguments, *, new_head: bool = False) -> P
         raise SimpoError("load_in_4bit: not supported for reward models; leave it out")
     adapter = find_adapter(name, revision)
     if adapter is not None:
+        if adapter.task_type != "SEQ_CLS":
+            raise SimpoError(
+                f"model_name_or_path: {name} is a language model's adapter; merge it first: simpo merge {name}"
+            )
         base = _load(base_arguments(adapter, arguments), new_head=True)
         return continue_adapter(base, adapter, name, revision=revision, given=arguments.lora)
     model = _load(arguments, new_head=new_head, say=True)

@@ -28,11 +28,18 @@ def add_run_options(parser: ArgumentParser) -> None:
     parser.add_argument("--markdown", metavar="FILE", help="write the figures, and published ones, as Markdown too")
 
 
-def add_sampling_options(parser: ArgumentParser, defaults: SamplingSettings) -> None:
-    """Add how a model answers; ignored where answers are given in a file."""
+def add_sampling_options(parser: ArgumentParser, defaults: SamplingSettings, temperature: str | None = None) -> None:
+    """Add how a model answers; ignored where answers are given in a file.
+
+    Args:
+        parser: gets the options.
+        defaults: what they are if they are not given.
+        temperature: in words, if its default is not one number.
+    """
     add = parser.add_argument_group("answers of a model").add_argument
     longest = defaults.max_new_tokens or "2048, or half the model's context"
-    add("--temperature", type=float, metavar="X", help=f"0 is greedy (default {defaults.temperature:g})")
+    usual = temperature or f"{defaults.temperature:g}"
+    add("--temperature", type=float, metavar="X", help=f"0 is greedy (default {usual})")
     add("--top_p", type=float, metavar="X", help=f"of the likeliest tokens (default {defaults.top_p:g})")
     add("--max_new_tokens", type=int, metavar="N", help=f"longest answer (default {longest})")
     add("--seed", type=int, metavar="N", help=f"of sampling (default {defaults.seed})")

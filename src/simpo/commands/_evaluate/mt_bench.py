@@ -52,5 +52,5 @@ def _parser() -> ArgumentParser:
     add("--references", metavar="FILE", help="reference answers, instead of those in the questions")
     add("--judge_prompt", metavar="FILE", help="judge_prompts.jsonl (default: ours)")
     add_server_options(parser)
-    add_sampling_options(parser, _DEFAULTS)
+    add_sampling_options(parser, _DEFAULTS, "0, 0.1 or 0.7 by category, as the benchmark")
     return parser

@@ -16,8 +16,8 @@ from simpo.errors import SimpoError
 from simpo.evaluation.academic.scores import Score, differences, read_scores, score_metrics
 from simpo.results import write_results
 from simpo.runs.folder import RunFolder
-from simpo.sampling.loading import Checkpoint, device
 from simpo.training.adapters import find_adapter
+from simpo.training.device import device, with_dtype
 from simpo.training.identity import model_digest
 from simpo.training.models import ModelArguments, base_arguments
 
@@ -134,7 +134,7 @@ def _model_args(model: ModelArguments) -> dict[str, Any]:
     given = {
         "pretrained": base.model_name_or_path,
         "revision": base.model_revision,
-        "dtype": Checkpoint.read(model).arguments.dtype,
+        "dtype": with_dtype(model).dtype,
         "trust_remote_code": model.trust_remote_code,
     }
     own = {} if adapter is None else {"peft": model.model_name_or_path, "tokenizer": model.model_name_or_path}

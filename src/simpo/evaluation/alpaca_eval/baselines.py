@@ -25,20 +25,34 @@ class LengthControl:
     gamed: str | None = None
     difficulty: str | None = None
 
-    def read(self, say: Callable[[str], None]) -> Baselines | None:
+    def read(self, count: int, say: Callable[[str], None]) -> Baselines | None:
         """What the length-controlled win rate needs; None, and a line that says so, where the hub has to give it and
         cannot.
 
+        Args:
+            count: of the instructions.
+            say: gets that line, and one where there are difficulties of more instructions.
+
         Raises:
-            SimpoError: a file that was given cannot be used.
+            SimpoError: a file that was given cannot be used, or has difficulties of fewer instructions.
         """
         try:
-            return read_baselines(self.gamed, self.difficulty)
+            found = read_baselines(self.gamed, self.difficulty)
         except SimpoError as error:
             if self.gamed is not None:
                 raise
             say(f"note: no length-controlled win rate: {error}; --annotations computes it later")
             return None
+        if count > len(found.difficulties):
+            raise SimpoError(
+                f"{count} instructions, but difficulties of {len(found.difficulties)}: give the benchmark's"
+            )
+        if count < len(found.difficulties):
+            say(
+                f"note: difficulties of {len(found.difficulties)} instructions are looked up by position: the "
+                f"length-controlled win rate is right only if the {count} are the benchmark's first, in its order"
+            )
+        return found
 
     def identity(self) -> dict[str, Any]:
         """What determines the correction of given preferences; the hub's files are None."""
@@ -65,6 +79,8 @@ def read_baselines(gamed: str | Path | None, difficulty: str | Path | None) -> B
         for row, where in rows
     ]
     length, difficulties, y = np.array(numbers).T
+    if not ((y >= 0) & (y <= 1)).all():
+        raise SimpoError(f"{rows[int(((y < 0) | (y > 1)).argmax())][1]}: preference: expected a number from 0 to 1")
     own = rows if difficulty is None else read_rows(difficulty)
     return Baselines(_by_index(own), np.column_stack([np.tanh(length), difficulties, np.zeros(len(y))]), y)
 

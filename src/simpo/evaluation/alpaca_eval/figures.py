@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from simpo.errors import SimpoError
 from simpo.evaluation.alpaca_eval.files import Annotation
 from simpo.evaluation.alpaca_eval.length_control import Baselines, length_controlled
 from simpo.evaluation.alpaca_eval.win_rate import win_rate
@@ -19,10 +18,7 @@ def figures(annotations: Sequence[Annotation], baselines: Baselines | None, say:
     """The leaderboard's figures under its names, and how many answers were empty or got no preference.
 
     Intervals are 1.96 standard errors to either side: of the mean for the win rate, and of the mean of the predicted
-    preferences for the length-controlled one.
-
-    Raises:
-        SimpoError: there are more rows than difficulties.
+    preferences for the length-controlled one. There are difficulties of all instructions.
     """
     found = np.array([annotation.preference for annotation in annotations])
     unparsed = int(np.isnan(found).sum())
@@ -55,8 +51,6 @@ def _raw(found: np.ndarray) -> list[Metric]:
 
 
 def _controlled(annotations: Sequence[Annotation], found: np.ndarray, baselines: Baselines) -> list[Metric]:
-    if len(found) > len(baselines.difficulties):
-        raise SimpoError(f"{len(found)} annotations, but difficulties of {len(baselines.difficulties)} instructions")
     theirs, ours = (
         np.array([len(text) for text in texts])
         for texts in zip(*((row.match.output_1, row.match.output_2) for row in annotations), strict=True)

@@ -47,6 +47,10 @@ class PairwisePrompt:
         """
         text, self.digest = read_prompt_file(path, _SHIPPED, _PLACES)
         marked = _SECTION.findall(text) or [("user", text.strip())]
+        if _SECTION.search(text) and _SECTION.sub("", text).strip():
+            raise SimpoError(
+                f"{path}: the judge prompt has text outside its messages (<|im_start|>role ... <|im_end|>)"
+            )
         for role, _ in marked:
             if role not in ("system", "user", "assistant"):
                 raise SimpoError(f"{path}: {role!r} is not a role; use system, user or assistant")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simpo.client import ChatReply
 from simpo.errors import SimpoError
 from simpo.evaluation.alpaca_eval.baselines import LengthControl
 from simpo.evaluation.alpaca_eval.figures import figures
@@ -71,19 +72,20 @@ class AlpacaEval:
             None if match.output_1 == match.output_2 else self.prompt.request(match, weighted=self.weighted)
             for match in matches
         ]
-        replies = self.judge.ask_some(requests, say)
-        sent = [reply for reply in replies if reply is not None]
-        if self.weighted and sent and not any(reply.first_token_logprobs for reply in sent):
-            raise SimpoError(
-                f"{self.judge.client.endpoint.base_url}: the server gives no log-probabilities; "
-                "use one that does, or the judge without them: --plain"
-            )
+        replies = self.judge.ask_some(requests, say, self._check_first if self.weighted else None)
         found = preferences(matches, replies, weighted=self.weighted)
         texts = [None if reply is None else reply.text for reply in replies]
         return [
             Annotation(match, self.annotator, preference, text)
             for match, preference, text in zip(matches, found, texts, strict=True)
         ]
+
+    def _check_first(self, replies: Sequence[ChatReply]) -> None:
+        if not any(reply.first_token_logprobs for reply in replies):
+            raise SimpoError(
+                f"{self.judge.client.endpoint.base_url}: the server gives no log-probabilities; "
+                "use one that does, and another --cache, or the judge without them: --plain"
+            )
 
 
 def evaluate_alpaca_eval(
@@ -113,6 +115,7 @@ def evaluate_alpaca_eval(
         reference = read_outputs(benchmark.reference)
         ready = match_outputs(reference, read_outputs(answers), str(answers)) if isinstance(answers, Path) else None
         identity = {"outputs": file_digest(answers)} if isinstance(answers, Path) else answers.identity()
+        baselines = length_control.read(len(reference), run.say)  # before anything is sent
         run.begin(benchmark.identity() | length_control.identity() | identity, argv=argv, accept_changes=None)
         if not run.finished:
             matches = _sampled(reference, answers, folder) if isinstance(answers, Answerer) else ready
@@ -120,7 +123,7 @@ def evaluate_alpaca_eval(
             write_outputs(folder / OUTPUTS, matches)
             annotations = benchmark.annotate(matches, run.say)
             write_annotations(folder / ANNOTATIONS, annotations)
-            metrics = figures(annotations, length_control.read(run.say), run.say)
+            metrics = figures(annotations, baselines, run.say)
             write_results(folder, command="evaluate", fingerprint=run.fingerprint, metrics=metrics)
             run.finish()
     return folder / "results.json"
@@ -140,9 +143,10 @@ def recount_alpaca_eval(
     with RunFolder(folder, command="evaluate") as run:
         rows = read_annotations(annotations)
         identity = {"benchmark": "alpaca_eval", "annotations": file_digest(annotations)}
+        baselines = length_control.read(len(rows), run.say)
         run.begin(identity | length_control.identity(), argv=argv, accept_changes=None)
         if not run.finished:
-            metrics = figures(rows, length_control.read(run.say), run.say)
+            metrics = figures(rows, baselines, run.say)
             write_results(folder, command="evaluate", fingerprint=run.fingerprint, metrics=metrics)
             run.finish()
     return folder / "results.json"

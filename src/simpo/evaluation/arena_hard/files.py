@@ -11,10 +11,11 @@ from simpo.errors import SimpoError
 from simpo.evaluation.arena_hard.verdicts import Version
 from simpo.evaluation.rows import check_same, check_unique, list_in, read_rows, text_in, write_json_lines
 
+V01 = "arena-hard-v0.1"  # its one category
 _V2 = "o3-mini-2025-01-31"
 # Whom a question's category is played against.
 BASELINES = {
-    "arena-hard-v0.1": "gpt-4-0314",
+    V01: "gpt-4-0314",
     "hard_prompt": _V2,
     "coding": _V2,
     "math": _V2,
@@ -76,11 +77,20 @@ def read_questions(path: str | Path, version: Version) -> list[Question]:
 
 
 def _question(row: Row, where: str, version: Version) -> Question:
-    prompt = list_in(row, "turns", where)[0]["content"] if "turns" in row else text_in(row, "prompt", where)
-    category = "arena-hard-v0.1" if version == "v0.1" else text_in(row, "category", where)
-    if version == "v2" and category.startswith("arena-hard"):
-        raise SimpoError(f"{where}: category {category!r} is not one of v2; give --version v0.1")
-    return Question(_uid(row, where), category, prompt, where)
+    category = text_in(row, "category", where)
+    of = "v0.1" if category == V01 else "v2"
+    if of != version:
+        raise SimpoError(f"{where}: category {category!r} is one of {of}, not of {version}; give --version {of}")
+    return Question(_uid(row, where), category, _prompt(row, where), where)
+
+
+def _prompt(row: Row, where: str) -> str:
+    if "turns" not in row:
+        return text_in(row, "prompt", where)
+    turns = list_in(row, "turns", where)
+    if not turns or not isinstance(turns[0], dict):
+        raise SimpoError(f"{where}: turns: expected a list with the user's message, got {turns!r:.60}")
+    return text_in(turns[0], "content", f"{where}: turns")
 
 
 def _uid(row: Row, where: str) -> str:
@@ -104,15 +114,18 @@ def _answer(row: Row, where: str) -> Answer:
     try:
         if "choices" in row:
             turn = row["choices"][0]["turns"][0]
-            return Answer(_uid(row, where), row["model_id"], str(turn["content"]), turn.get("token_len"), where)
-        content = row["messages"][-1]["content"]
-        text = content["answer"] if isinstance(content, dict) else content
-        tokens = (row.get("metadata") or {}).get("token_len")
-        return Answer(_uid(row, where), text_in(row, "model", where), str(text), tokens, where)
+            model, text, tokens = text_in(row, "model_id", where), turn["content"], turn.get("token_len")
+        else:
+            content = row["messages"][-1]["content"]
+            model, text = text_in(row, "model", where), content["answer"] if isinstance(content, dict) else content
+            tokens = (row.get("metadata") or {}).get("token_len")
     except (KeyError, IndexError, TypeError) as error:
         raise SimpoError(
             f"{where}: not an answer of the benchmark ({type(error).__name__}: {error}): it has uid, model and messages"
         ) from error
+    if not isinstance(text, str):
+        raise SimpoError(f"{where}: answer: expected text, got {text!r:.60}")
+    return Answer(_uid(row, where), model, text, tokens, where)
 
 
 def write_answers(path: Path, questions: Sequence[Question], model: str, texts: Sequence[str]) -> None:

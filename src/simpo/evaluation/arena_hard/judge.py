@@ -45,6 +45,8 @@ class ArenaPrompt:
                 raise SimpoError(f"{path}: prompt_template has no place {{{names[0]}}}")
         self._template, self._system = template, system
         self._by_category: dict[str, str] = settings.get("system_prompts") or {}
+        if not isinstance(self._by_category, dict) or not all(isinstance(x, str) for x in self._by_category.values()):
+            raise SimpoError(f"{path}: system_prompts: expected a text for each category")
 
     def request(self, question: str, category: str, shown: tuple[str, str], version: Version) -> ChatRequest:
         """What the judge is asked about two answers in the order in which they are shown."""

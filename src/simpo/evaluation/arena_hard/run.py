@@ -66,9 +66,10 @@ class ArenaHard:
         """
         if len(self.baselines) == 1:
             found = read_answers(self.baselines[0], questions)
-            strange = {found[question.uid].model for question in questions} - set(BASELINES.values())
-            if strange:
-                say(f"note: the baseline is {', '.join(sorted(strange))}, not the benchmark's")
+            for category in dict.fromkeys(question.category for question in questions):
+                used = {found[question.uid].model for question in questions if question.category == category}
+                if used != {BASELINES.get(category)}:
+                    say(f"note: the baseline of {category} is {', '.join(sorted(used))}, not the benchmark's")
             return found
         files = [read_answers(path, questions) for path in self.baselines]
         by_model = {answer.model: answers for answers in files for answer in answers.values()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import expit
 
-from simpo.evaluation.logistic import fit_logistic
+from simpo.evaluation.logistic import fit_logistic, is_determined
 
 _CODE = re.compile(r"```[^`]*```")
 _HEADERS = re.compile(r"^#{1,6}\s", re.MULTILINE)
@@ -52,7 +52,7 @@ def style_differences(model: Sequence[Style], baseline: Sequence[Style]) -> np.n
 
 @dataclass(frozen=True)
 class StyleControlled:
-    """Chances to beat the baseline, in percent.
+    """Chances to beat the baseline, in percent; NaN where style, or who plays, explains so much that there is no fit.
 
     Attributes:
         at_mean: by model, ``[M]``, at the mean style difference of all battles: the leaderboard's figure, which depends
@@ -77,6 +77,9 @@ def style_controlled(models: np.ndarray, worths: np.ndarray, features: np.ndarra
     mean, deviation = features.mean(axis=0), features.std(axis=0, ddof=1)
     deviation[deviation == 0] = 1  # a feature in which all battles are alike explains nothing
     known = np.eye(models.max() + 1)[models]
-    w = fit_logistic(np.hstack([known, (features - mean) / deviation]), worths)
+    x = np.hstack([known, (features - mean) / deviation])
+    w = fit_logistic(x, worths)
+    if not is_determined(x, w):
+        w = np.full(len(w), np.nan)
     strengths, effects = np.split(w, [known.shape[1]])
     return StyleControlled(100 * expit(strengths), 100 * expit(strengths - effects @ (mean / deviation)), effects)

@@ -10,6 +10,7 @@ import numpy as np
 
 from simpo.data.rows import rows_of
 from simpo.data.sources import is_single_file, load_rows
+from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.gsm8k.numbers import final_number, reference_number
 from simpo.evaluation.rows import text_in
@@ -31,8 +32,10 @@ def read_problems(data: str, split: str, limit: int | None) -> list[Problem]:
         limit: how many of the first rows to take; all if None.
 
     Raises:
-        SimpoError: they cannot be read, or an answer has no number after ``####``.
+        SimpoError: they cannot be read, an answer has no number after ``####``, or the limit leaves none.
     """
+    if limit is not None and limit < 1:
+        raise SimpoError(f"limit: must be at least 1, not {limit}")
     dataset = load_rows(data, split=split, config=None if is_single_file(data) else "main")
     dataset = dataset.select(range(min(limit or len(dataset), len(dataset))))
     rows = rows_of(dataset[:], range(len(dataset)), data)

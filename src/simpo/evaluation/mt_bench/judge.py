@@ -9,6 +9,7 @@ from pathlib import Path
 from simpo.client import ChatRequest
 from simpo.errors import SimpoError
 from simpo.evaluation.mt_bench.files import Question, Turns
+from simpo.evaluation.rows import text_in
 from simpo.judges.prompt_files import fill, read_prompt_file
 
 _SHIPPED = resources.files("simpo.evaluation") / "prompts" / "mt_bench.jsonl"
@@ -41,9 +42,13 @@ class RatingPrompts:
         text, self.digest = read_prompt_file(path, _SHIPPED, ())
         try:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-            self._prompts = {row["name"]: (row["system_prompt"], row["prompt_template"]) for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
+            named = {text_in(row, "name", f"{path}"): row for row in rows}
+        except (ValueError, TypeError) as error:
             raise SimpoError(f"{path}: not judge prompts of MT-Bench ({type(error).__name__}: {error})") from error
+        self._prompts = {
+            name: tuple(text_in(row, key, f"{path}: {name}") for key in ("system_prompt", "prompt_template"))
+            for name, row in named.items()
+        }
         for name, places in _NAMES.values():
             for place in places:
                 if f"{{{place}}}" not in self._prompts.get(name, ("", ""))[1]:

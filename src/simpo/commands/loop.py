@@ -1,0 +1,35 @@
+"""Sample, annotate, pair and train, round after round: simpo loop RECIPE.yaml [--key value ...]"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from simpo.commands._training import check_named
+from simpo.errors import SimpoError
+from simpo.loop.report import PLOT, print_report
+from simpo.loop.run import run_loop
+from simpo.loop.settings import LoopRecipe, LoopSettings
+from simpo.recipe import parse_recipe
+from simpo.sampling.pairs import PairSettings
+from simpo.sampling.settings import SamplingSettings
+from simpo.training.config import PreferenceConfig
+from simpo.training.models import ModelArguments
+
+
+def main(argv: list[str]) -> int:
+    """Parse, run the rounds, print their table and what to do next."""
+    # Before the configuration is made, which would wait for the others.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SimpoError("simpo loop runs in one process; with several, run its stages one by one under torchrun")
+    types = (LoopSettings, SamplingSettings, PairSettings, ModelArguments, PreferenceConfig)
+    recipe = LoopRecipe(*parse_recipe(argv, types))
+    check_named(recipe.config)
+    recipe.config.disable_tqdm = recipe.config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress
+    folder = Path(recipe.config.output_dir)
+    model = run_loop(recipe, argv=argv, file=Path(argv[0]) if argv and not argv[0].startswith("-") else None)
+    print_report(folder)
+    print(f"plot:  {folder / PLOT}\nmodel: {model}\nnext:  simpo chat {shlex.quote(str(model))}")
+    return 0

@@ -1,0 +1,127 @@
+"""The workflow behind ``simpo loop``: rounds, each from the last one's model, until all are done or one goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simpo.client import ChatClient, Endpoint
+from simpo.client.cache import default_cache
+from simpo.data.sources import load_rows
+from simpo.errors import SimpoError
+from simpo.evaluation.judging import make_judges
+from simpo.judges.registry import JudgeOptions, make_annotator
+from simpo.loop import record
+from simpo.loop.report import kl, win_rate, write_report
+from simpo.loop.rounds import Rounds
+from simpo.loop.settings import LoopRecipe, LoopSettings
+from simpo.results import FILE_NAME, Metric, read_results
+from simpo.runs.folder import RunFolder
+from simpo.runs.signals import stoppable
+from simpo.training.identity import model_digest, settings_identity, settings_of
+
+# Keys that change nothing that is computed.
+_NO_INFLUENCE = ("yes", "judge_url", "judge_key_env")
+
+
+def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None = None) -> Path:
+    """Run the rounds that are left; the same call continues a loop that was killed and leaves a finished one as it is.
+
+    Args:
+        recipe: of the loop.
+        argv: the command line after the command's name, for the record.
+        file: the recipe's file, for the record.
+
+    Returns:
+        Folder of the model of the last round that no stop criterion refused, or the start's name if there is none.
+
+    Raises:
+        SimpoError: something that the user gave cannot be used, or a stage's own reason.
+        InterruptedRun: a signal came; what was done is kept.
+    """
+    folder = Path(recipe.config.output_dir)
+    with stoppable("interrupted; the same command continues"), RunFolder(folder, command="loop") as run:
+        options = _options(recipe)
+        run.begin(
+            _identity(recipe, options),
+            argv=argv,
+            recipe=file,
+            resolved=settings_of(*(getattr(recipe, part.name) for part in dataclasses.fields(recipe))),
+            accept_changes=None,
+        )
+        rounds = Rounds(folder, recipe, options, run.fingerprint, run.say)
+        if run.finished:
+            run.say(f"{folder} holds this loop already, finished")
+        else:
+            found, last_good = _run_rounds(rounds)
+            write_report(folder, found, fingerprint=run.fingerprint, last_good=last_good)
+            run.finish()
+    last = {metric.name: metric.value for metric in read_results(folder / FILE_NAME).metrics}["last_good_round"]
+    return rounds.model(int(last)) if last else Path(recipe.model.model_name_or_path)
+
+
+def _run_rounds(rounds: Rounds) -> tuple[dict[int, list[Metric]], int]:
+    """Figures of every round, and the last one that no stop criterion refused."""
+    found: dict[int, list[Metric]] = {}
+    rounds.answer_from_start()
+    for number in range(1, rounds.recipe.settings.rounds + 1):
+        folder = rounds.folder / f"round-{number}"
+        done = (folder / record.FILE_NAME).exists()
+        found[number] = read_results(folder / FILE_NAME).metrics if done else rounds.run(number)
+        rate, moved = win_rate(found[number]), kl(found[number])
+        rounds.say(f"round {number}: {_said(rate)}, KL {_said(moved)}")
+        if reason := _stop(rounds.recipe.settings, rate, moved):
+            rounds.say(f"stopped after round {number}: {reason}")
+            return found, number - 1
+    return found, len(found)
+
+
+def _stop(settings: LoopSettings, rate: Metric, moved: Metric) -> str | None:
+    """Why no further round follows; None if one may."""
+    bounds = settings.stop_win_rate, settings.stop_kl
+    if bounds[0] is not None and rate.value is not None and rate.value < bounds[0]:
+        return f"{rate.name} {rate.value:.3g} is below stop_win_rate {bounds[0]:g}"
+    if bounds[1] is not None and moved.value is not None and moved.value > bounds[1]:
+        return f"KL {moved.value:.3g} is above stop_kl {bounds[1]:g}"
+    return None
+
+
+def _said(metric: Metric) -> str:
+    value = "unknown" if metric.value is None else f"{metric.value:.3g}"
+    return f"{metric.name} {value}" if metric.name != "kl" else value
+
+
+def _options(recipe: LoopRecipe) -> JudgeOptions:
+    settings = recipe.settings
+    if (settings.judge_url is None) != (settings.judge_model is None):
+        raise SimpoError("judge_url and judge_model: name both or none")
+    client = None
+    if settings.judge_url is not None and settings.judge_model is not None:
+        endpoint = Endpoint(settings.judge_url, settings.judge_model, settings.judge_key_env)
+        client = ChatClient(endpoint, default_cache())
+    return JudgeOptions(client, trust_remote_code=recipe.model.trust_remote_code)
+
+
+def _identity(recipe: LoopRecipe, options: JudgeOptions) -> Mapping[str, Any]:
+    """What determines the result; everything that it looks at has to be there before a folder is begun."""
+    settings = recipe.settings
+    rows = {
+        name: load_rows(getattr(settings, name), split=getattr(settings, f"{name}_split"))
+        for name in ("prompts", "eval_prompts")
+    }
+    annotator = make_annotator(settings.annotator, options)
+    judges = make_judges(settings.judges or [settings.annotator], options)
+    parts = (settings, recipe.sampling, recipe.pairs)
+    chosen = {key: value for part in parts for key, value in vars(part).items() if key not in _NO_INFLUENCE}
+    return {
+        **settings_identity(recipe.config),
+        **chosen,
+        **{name: found._fingerprint for name, found in rows.items()},
+        **{f"annotator/{key}": value for key, value in annotator.identity.items()},
+        **{f"judge {name}/{key}": value for name, judge in judges.items() for key, value in judge.identity.items()},
+        "model": model_digest(recipe.model),
+        "dtype": recipe.model.dtype,
+        "lora": str(recipe.model.lora if recipe.model.use_peft else None),
+    }

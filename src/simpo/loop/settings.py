@@ -1,0 +1,67 @@
+"""The recipe of on-policy rounds: what is asked, who judges, when to stop; sampling, pairs and training have theirs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from simpo.errors import SimpoError
+from simpo.sampling.pairs import PairSettings
+from simpo.sampling.settings import SamplingSettings
+from simpo.training.models import ModelArguments
+
+
+@dataclass
+class LoopSettings:
+    """Keys of ``simpo loop`` that no other command has."""
+
+    prompts: str = field(metadata={"help": "File, folder or hub id of the prompts that are answered in every round."})
+    eval_prompts: str = field(metadata={"help": "The same of held-out prompts, on which every round meets the start."})
+    annotator: str = field(metadata={"help": "What scores the answers that pairs are made of; see simpo annotate."})
+    judges: list[str] | None = field(
+        default=None, metadata={"help": "Who says whether a round beats the start (default: the annotator alone)."}
+    )
+    rounds: int = field(default=3, metadata={"help": "How often to sample, annotate, pair and train."})
+    prompts_split: str = field(default="train", metadata={"help": "Split of prompts."})
+    eval_prompts_split: str = field(default="train", metadata={"help": "Split of eval_prompts."})
+    eval_n: int = field(default=1, metadata={"help": "Answers of each model to every held-out prompt."})
+    engine: Literal["transformers", "vllm"] = field(default="transformers", metadata={"help": "What generates."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Template, file with one, or none for raw text (default: the tokenizer's own)."}
+    )
+    stop_win_rate: float | None = field(
+        default=None, metadata={"help": "Stop after a round that wins less than this share, by the first judge."}
+    )
+    stop_kl: float | None = field(
+        default=None,
+        metadata={"help": "Stop after a round that is further from the start than this, in nats an answer."},
+    )
+    judge_url: str | None = field(default=None, metadata={"help": "Server of the annotator or judge 'api'."})
+    judge_model: str | None = field(default=None, metadata={"help": "Its model's name there."})
+    judge_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with its key."})
+    yes: bool = field(default=False, metadata={"help": "Send requests to the server without asking."})
+
+    def __post_init__(self) -> None:
+        for key in ("rounds", "eval_n"):
+            if getattr(self, key) < 1:
+                raise SimpoError(f"{key}: must be at least 1, not {getattr(self, key)}")
+        if self.engine not in ("transformers", "vllm"):
+            raise SimpoError(f"engine: {self.engine!r} is not one of 'transformers', 'vllm'")
+        if self.judges is not None and not self.judges:
+            raise SimpoError("judges: name one, or leave the key out for the annotator")
+        if self.stop_win_rate is not None and not 0 <= self.stop_win_rate <= 1:
+            raise SimpoError(f"stop_win_rate: must be a share from 0 to 1, not {self.stop_win_rate}")
+        if self.stop_kl is not None and not 0 < self.stop_kl < math.inf:
+            raise SimpoError(f"stop_kl: must be a number above 0, not {self.stop_kl}")
+
+
+@dataclass(frozen=True)
+class LoopRecipe:
+    """All parts of the recipe; ``config`` is that of preference training, whose output folder is the loop's."""
+
+    settings: LoopSettings
+    sampling: SamplingSettings
+    pairs: PairSettings
+    model: ModelArguments
+    config: Any

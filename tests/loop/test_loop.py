@@ -1,0 +1,185 @@
+"""``simpo loop``: whole loops of a tiny model, what they leave, when they stop, and every mistake in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from simpo.cli import main
+from simpo.loop.drift import drift
+from simpo.results import read_results
+from simpo.runs.lines import read_lines
+from simpo.sampling.run import PromptArguments
+from simpo.training.models import ModelArguments
+
+RECIPE = {
+    **{"rounds": 2, "n": 3, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 10, "eval_n": 2},
+    **{"learning_rate": 2e-2, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none"},
+}
+SCORER = "def length(prompt, response): return -len(response)\n"
+
+
+@pytest.fixture(scope="module")
+def world(chat_world, tmp_path_factory):
+    """A folder with a recipe, and a loop that is done in ``out``: shorter answers are better."""
+    folder = tmp_path_factory.mktemp("loop")
+    (folder / "scorer_of_test.py").write_text(SCORER)
+    here = {"prompts": chat_world / "train.jsonl", "eval_prompts": chat_world / "test.jsonl"}
+    here |= {"model_name_or_path": chat_world / "model", "annotator": "function:scorer_of_test:length"}
+    recipe = RECIPE | {key: str(value) for key, value in here.items()}
+    recipe |= {"judges": ["function:scorer_of_test:length", f"logp:{chat_world / 'model'}"], "trust_remote_code": True}
+    (folder / "loop.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["loop", "loop.yaml", "--output_dir", "out"]) == 0
+    return folder
+
+
+def figures(folder):
+    return {(metric.name, metric.stage): metric for metric in read_results(folder / "results.json").metrics}
+
+
+def test_each_round_goes_on_from_the_last(world):
+    out = world / "out"
+    for number in (1, 2):
+        found = json.loads((out / f"round-{number}/round.json").read_text())
+        stages = found["stages"]
+        assert [stage["command"] for stage in stages.values()] == [
+            *("sample", "annotate", "pair", "train", "sample", "compare")
+        ]
+        started = yaml.safe_load((world / "loop.yaml").read_text())["model_name_or_path"]
+        assert stages["model"]["from"] == {
+            "model": started if number == 1 else "round-1/model",
+            "pairs": f"round-{number}/pairs",
+        }
+        for stage in stages.values():
+            for file in stage["files"]:
+                content = (out / stage["folder"] / file["path"]).read_bytes()
+                assert (len(content), hashlib.sha256(content).hexdigest()) == (file["bytes"], file["sha256"])
+        assert stages["responses"]["figures"]["sample/responses"] == 72
+        resolved = yaml.safe_load((out / f"round-{number}/model/recipe.resolved.yaml").read_text())
+        assert resolved["model_name_or_path"] == (started if number == 1 else "out/round-1/model")
+    prompts = [read_lines(out / f"round-{number}/responses/responses.jsonl") for number in (1, 2)]
+    assert [row["id"] for row in prompts[0]] == [row["id"] for row in prompts[1]]
+    assert prompts[0][0]["responses"] != prompts[1][0]["responses"]
+
+
+def test_every_round_is_reported(world, capsys, monkeypatch):
+    """Short answers were rewarded, and they win; the same command leaves the loop as it is and prints the same."""
+    out = world / "out"
+    found = figures(out)
+    for number in (1, 2):
+        rate = found[f"round-{number}/win_rate/function", None]
+        judged = figures(out / f"round-{number}/comparison")["win_rate/function", None]
+        assert (rate.value, rate.low, rate.n) == (judged.value, judged.low, 8)
+        assert found[f"round-{number}/kl", None].value > 0
+        assert found[f"round-{number}/win_rate/logp", None].value is not None
+    assert found["round-2/win_rate/function", None].value > 0.5
+    assert (found["rounds", None].value, found["last_good_round", None].value) == (2, 2)
+    monkeypatch.chdir(world)
+    before = (out / "results.json").stat().st_mtime_ns
+    assert main(["loop", "loop.yaml", "--output_dir", "out"]) == 0
+    assert (out / "results.json").stat().st_mtime_ns == before
+    printed = capsys.readouterr().out
+    assert "finished" in printed and "win_rate/function" in printed and "simpo chat out/round-2/model" in printed
+    assert main(["loop", "loop.yaml", "--output_dir", "out", "--rounds", "3"]) == 2
+    assert "rounds: 2 there, 3 now" in capsys.readouterr().err
+
+
+def test_a_stage_is_what_its_command_makes(world, chat_world, monkeypatch, tmp_path):
+    """From the same inputs, the same bytes."""
+    monkeypatch.chdir(world)
+    round_1 = Path("out/round-1")
+    seed = json.loads((round_1 / "responses/run.json").read_text())["identity"]["seed"]
+    sampled = ["sample", str(chat_world / "model"), str(chat_world / "train.jsonl"), f"--seed={seed}", "--n=3"]
+    sampled += ["--temperature=1", "--top_p=1", "--max_new_tokens=10", f"--output_dir={tmp_path / 'responses'}"]
+    assert main(sampled) == 0
+    scored = ["annotate", str(tmp_path / "responses"), "--annotator=function:scorer_of_test:length"]
+    assert main([*scored, "--trust_remote_code", f"--output_dir={tmp_path / 'annotated'}"]) == 0
+    assert main(["pair", str(tmp_path / "annotated"), f"--output_dir={tmp_path / 'pairs'}"]) == 0
+    training = {key: RECIPE[key] for key in ("learning_rate", "per_device_train_batch_size", "save_strategy")}
+    training |= {"model_name_or_path": chat_world / "model", "dataset_name": tmp_path / "pairs/pairs.jsonl"}
+    options = [f"--{key}={value}" for key, value in training.items()]
+    assert main(["train", *options, "--report_to=none", f"--output_dir={tmp_path / 'model'}"]) == 0
+    for name in ("responses/responses.jsonl", "annotated/annotated.jsonl", "pairs/pairs.jsonl"):
+        assert (tmp_path / name).read_bytes() == (round_1 / name).read_bytes()
+    assert (tmp_path / "model/model.safetensors").read_bytes() == (round_1 / "model/model.safetensors").read_bytes()
+
+
+@torch.no_grad()
+def test_the_drift_is_the_mean_log_ratio(world, chat_world):
+    """Against plain transformers, one answer at a time."""
+    answers = world / "out/round-2/answers/responses.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(chat_world / "model")
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (world / "out/round-2/model", chat_world / "model")
+    ]
+    means = []
+    for row in read_lines(answers):
+        asked = [{"role": "user", "content": row["prompt"]}]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True).input_ids
+        ratios = []
+        for ids in row["response_ids"]:
+            whole = torch.tensor([[*prompt, *ids]])
+            logps = [model(whole).logits[0, :-1].double().log_softmax(-1) for model in models]
+            places = range(len(prompt) - 1, whole.shape[1] - 1)
+            here, there = (float(logp[places, ids].sum()) for logp in logps)
+            ratios.append(here - there)
+        means.append(sum(ratios) / len(ratios))
+    asked = PromptArguments(str(chat_world / "test.jsonl"))
+    found = drift(answers, ModelArguments(str(chat_world / "model")), asked)
+    assert found.value == pytest.approx(sum(means) / len(means), abs=1e-4)
+    assert found.n == 8 and found.low < found.value < found.high
+
+
+def test_it_stops_when_a_round_goes_wrong(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    assert main(["loop", "loop.yaml", "--output_dir", "stopped", "--stop_kl", "1e-6"]) == 0
+    printed = capsys.readouterr().out
+    assert "stopped after round 1: KL" in printed
+    assert "simpo chat /" in printed  # the start, because no round was good
+    found = figures(world / "stopped")
+    assert (found["rounds", None].value, found["last_good_round", None].value) == (1, 0)
+    assert not (world / "stopped/round-2").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--round=3"], "unknown key; did you mean rounds?"),
+        (["--rounds=0"], "rounds: must be at least 1"),
+        (["--annotator=exakt"], "did you mean exact?"),
+        (["--annotator=api"], "name the server and the model"),
+        (["--judge_url=http://127.0.0.1:9/v1"], "judge_url and judge_model"),
+        (["--prompts=nothing.jsonl"], "nothing.jsonl: file not found"),
+        (["--eval_prompts=empty.jsonl"], "no rows"),
+        (["--trust_remote_code=false"], "allow it with"),
+        (["--temperature=0"], "greedy answers"),
+        (["--pairs=worst"], "pairs: "),
+        (["--max_length_ratio=0.5"], "max_length_ratio: must be at least 1"),
+        (["--objective=simple"], "objective: 'simple' is unknown"),
+        (["--stop_win_rate=50"], "stop_win_rate: must be a share"),
+        (["--dataset_name=x.jsonl"], "dataset_name: unknown key"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(options, said, world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    Path("empty.jsonl").touch()
+    assert main(["loop", "loop.yaml", "--output_dir", "never", *options]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("\n") == 1
+    assert not Path("never").exists()
+
+
+def test_nobody_may_share_a_loop(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["loop", "loop.yaml", "--output_dir", "never"]) == 2
+    assert "one process" in capsys.readouterr().err
