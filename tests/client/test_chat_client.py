@@ -311,7 +311,10 @@ def test_keys_come_from_the_environment_and_are_never_shown(monkeypatch, tmp_pat
         ({"base_url": "http://[::1/v1"}, "base_url"),
         ({"base_url": "http://host/v1?key=x"}, "base_url"),
         ({"model": ""}, "model"),
+        ({"base_url": "http://\u2603.\u2603/v1"}, "base_url"),
+        ({"base_url": "http://xn--/v1"}, "base_url"),
         ({"api_key_env": "sk-password"}, "not the key"),
+        ({"api_key_env": "gsk_password"}, "not the key"),
         ({"concurrency": 0}, "concurrency: must be at least 1, not 0"),
         ({"attempts": 0}, "attempts"),
         ({"timeout": 0}, "timeout"),
@@ -320,7 +323,7 @@ def test_keys_come_from_the_environment_and_are_never_shown(monkeypatch, tmp_pat
 def test_endpoints_that_cannot_be(change, said):
     with pytest.raises(SimpoError, match=said) as raised:
         Endpoint(**{"base_url": "http://host/v1", "model": "m"} | change)
-    assert "sk-password" not in str(raised.value) and "user:password" not in str(raised.value)
+    assert all(secret not in str(raised.value) for secret in ("gsk_password", "sk-password", "user:password"))
 
 
 HOSTS = {"127.0.0.1": True, "localhost": True, "[::1]": True, "127.9.9.9": True, "10.0.0.1": False, "a.b": False}
@@ -329,6 +332,30 @@ HOSTS = {"127.0.0.1": True, "localhost": True, "[::1]": True, "127.9.9.9": True,
 @pytest.mark.parametrize(("host", "local"), HOSTS.items())
 def test_which_servers_are_on_this_machine(host, local):
     assert Endpoint(f"http://{host}:8000/v1", "m").local == local
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("ALL_PROXY", "gopher://127.0.0.1:9"), ("SSL_CERT_FILE", "/nowhere.pem")]
+)
+def test_an_environment_that_cannot_be_used_is_one_line(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with pytest.raises(SimpoError, match="proxy or certificates") as raised:
+        ChatClient(Endpoint("https://judge.invalid/v1", "m", api_key_env="JUDGE_KEY"), None).complete(requests(1))
+    assert KEY not in str(raised.value)
+    with ChatServer(echo) as server:  # a server on this machine has nothing to do with them
+        assert texts(client(server).complete(requests(1))) == SAID[:1]
+
+
+def test_a_key_at_the_end_of_a_long_error_is_not_cut_and_shown(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    text = "x" * (sending._LONGEST_REASON - len("status 401: ") - 9) + KEY
+    with (
+        ChatServer(lambda body: Raw(401, text.encode())) as server,
+        pytest.raises(SimpoError, match="status 401") as raised,
+    ):
+        client(server, api_key_env="JUDGE_KEY").complete(requests(1))
+    assert KEY[:5] not in str(raised.value) and len(str(raised.value)) < 400
 
 
 def test_in_a_running_event_loop(tmp_path):

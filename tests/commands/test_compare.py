@@ -216,8 +216,10 @@ def test_the_user_is_asked(answers, capsys, monkeypatch):
 
 def test_a_real_model_judges(models, answers, capsys):
     """Noise has no verdict: counted, named, in no win rate."""
+    prompt = answers / "short.md"
+    prompt.write_text("{question} {answer_a} {answer_b}")
     with ChatServer(ModelAnswers(models / "model")) as server:
-        assert main(command(answers, *at(server, "--judge_max_tokens=2"))) == 0
+        assert main(command(answers, *at(server, "--judge_max_tokens=2", f"--judge_prompt={prompt}"))) == 0
     found = figures(answers / "out")
     different = sum(x != y for x, y in pairs_of(answers))
     assert found["without_verdict/api", None].value == different

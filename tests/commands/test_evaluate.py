@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import signal
 import time
@@ -283,9 +284,29 @@ def test_mistakes_end_in_one_line(world, tmp_path, capsys, arguments, said):
 
 def test_a_judge_without_log_probabilities_is_found_out(world, tmp_path, capsys):
     with ChatServer(lambda body: completion("m")) as server:
-        assert main(alpaca(world, server.url, tmp_path / "out")) == 2
+        assert main(alpaca(world, server.url, tmp_path / "out", "--judge_concurrency=3")) == 2
+        assert len(server.bodies) == 3  # and no more is paid for
     error = capsys.readouterr().err
     assert "gives no log-probabilities" in error and "--plain" in error
+
+
+def test_a_baseline_file_that_cannot_be_used_shows_before_anything_is_sent(world, judge, tmp_path, capsys):
+    (tmp_path / "short.csv").write_text("index,std_delta_len,instruction_difficulty,preference\n0,1.0,0.5,0.8\n")
+    with ChatServer(judge) as server:
+        assert main(alpaca(world, server.url, tmp_path / "out", f"--gamed={tmp_path / 'short.csv'}")) == 2
+        assert server.bodies == [] and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert "12 instructions, but difficulties of 1" in error and error.count("\n") == 1
+
+
+def test_a_stopped_run_ends_in_one_line(world, judge, tmp_path, capfd):
+    def terminate(body):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return judge(body)
+
+    with ChatServer(terminate) as server:
+        assert main(alpaca(world, server.url, tmp_path / "out", "--judge_concurrency=1")) == 143
+    assert capfd.readouterr().err == "simpo: interrupted; the same command continues\n"
 
 
 def test_help_lists_the_benchmarks(capsys):

@@ -11,7 +11,7 @@ import pytest
 
 from simpo import SimpoError
 from simpo.client import ChatReply
-from simpo.evaluation.alpaca_eval.baselines import read_baselines
+from simpo.evaluation.alpaca_eval.baselines import LengthControl, read_baselines
 from simpo.evaluation.alpaca_eval.figures import figures
 from simpo.evaluation.alpaca_eval.files import (
     Annotation,
@@ -97,6 +97,9 @@ def test_a_prompt_of_ones_own(tmp_path):
     file.write_text("<|im_start|>judge\n{instruction} {output_1} {output_2}\n<|im_end|>")
     with pytest.raises(SimpoError, match="'judge' is not a role"):
         PairwisePrompt(file)
+    file.write_text("{instruction} {output_1} {output_2}\n<|im_start|>user\nWhich?\n<|im_end|>")
+    with pytest.raises(SimpoError, match="text outside its messages"):
+        PairwisePrompt(file)
 
 
 def test_files_travel_both_ways(tmp_path):
@@ -160,9 +163,24 @@ def test_baselines_from_files(tmp_path):
     (tmp_path / "difficulty.csv").write_text("index,instruction_difficulty\n1,7.5\n3,1.5\n")
     with pytest.raises(SimpoError, match="not numbered from 0 on"):
         read_baselines(tmp_path / "gamed.csv", tmp_path / "difficulty.csv")
+    (tmp_path / "gamed.csv").write_text(gamed.replace("0.1\n", "1.1\n"))
+    with pytest.raises(SimpoError, match=r"gamed.csv row 1: preference: expected a number from 0 to 1"):
+        read_baselines(tmp_path / "gamed.csv", None)
     (tmp_path / "gamed.csv").write_text("index,preference\n0,0.5\n")
     with pytest.raises(SimpoError, match="no number 'std_delta_len'"):
         read_baselines(tmp_path / "gamed.csv", None)
+
+
+def test_difficulties_of_other_instructions_are_refused_or_said(tmp_path):
+    (tmp_path / "gamed.csv").write_text(
+        "index,std_delta_len,instruction_difficulty,preference\n0,1.0,0.5,0.8\n1,0.2,-2.0,0.1\n"
+    )
+    control, said = LengthControl(str(tmp_path / "gamed.csv")), []
+    assert len(control.read(2, said.append).difficulties) == 2 and not said
+    control.read(1, said.append)
+    assert len(said) == 1 and "looked up by position" in said[0]
+    with pytest.raises(SimpoError, match="3 instructions, but difficulties of 2"):
+        control.read(3, said.append)
 
 
 def test_what_is_missing_or_empty_is_counted():

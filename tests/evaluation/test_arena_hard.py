@@ -13,6 +13,7 @@ from simpo import SimpoError
 from simpo.evaluation.arena_hard.figures import figures
 from simpo.evaluation.arena_hard.files import Answer, Judgment, Question, read_answers, read_questions, write_answers
 from simpo.evaluation.arena_hard.judge import ArenaPrompt
+from simpo.evaluation.arena_hard.run import ArenaHard
 from simpo.evaluation.arena_hard.scores import score, score_over_prompts
 from simpo.evaluation.arena_hard.style import Style, style_controlled, style_differences, style_of
 from simpo.evaluation.arena_hard.verdicts import battles, read_verdict
@@ -134,6 +135,14 @@ def test_style_control_recovers_strengths_and_effects():
     assert same.at_equal == pytest.approx([200 / 3])
 
 
+def test_where_style_explains_everything_nothing_is_said_of_equal_style():
+    rng = np.random.default_rng(6)
+    features = rng.normal(size=(50, 4))
+    models = np.zeros(50, dtype=int)
+    assert np.isnan(style_controlled(models, (features[:, 0] > 0.1).astype(float), features).at_equal).all()
+    assert np.isnan(style_controlled(models, np.ones(50), features).at_equal).all()
+
+
 def lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -141,7 +150,9 @@ def lines(path, rows):
 
 def test_files_of_both_forms(tmp_path):
     new = lines(tmp_path / "new.jsonl", [{"uid": "a", "category": "math", "prompt": "P"}])
-    old = lines(tmp_path / "old.jsonl", [{"question_id": "a", "category": "x", "turns": [{"content": "P"}]}])
+    old = lines(
+        tmp_path / "old.jsonl", [{"question_id": "a", "category": "arena-hard-v0.1", "turns": [{"content": "P"}]}]
+    )
     (question,) = read_questions(new, "v2")
     assert (question.uid, question.category, question.prompt) == ("a", "math", "P")
     (other,) = read_questions(old, "v0.1")
@@ -153,10 +164,40 @@ def test_files_of_both_forms(tmp_path):
     assert (found.model, found.text, found.tokens) == ("mine", "text", 7)
     with pytest.raises(SimpoError, match=r"answers.jsonl:1: not an answer of the benchmark"):
         read_answers(lines(tmp_path / "answers.jsonl", [{"uid": "a", "model": "m", "messages": []}]), [question])
-    with pytest.raises(SimpoError, match=r"give --version v0\.1"):
-        read_questions(
-            lines(tmp_path / "new.jsonl", [{"uid": "a", "category": "arena-hard-v0.1", "prompt": "P"}]), "v2"
-        )
+    for file, version, right in ((old, "v2", r"v0\.1"), (new, "v0.1", "v2")):
+        with pytest.raises(SimpoError, match=f"not of {version}; give --version {right}"):
+            read_questions(file, version)
+
+
+@pytest.mark.parametrize("turns", [[], ["P"], [{"text": "P"}], [{"content": None}]])
+def test_questions_that_are_not_the_benchmarks(tmp_path, turns):
+    row = {"question_id": "a", "category": "arena-hard-v0.1", "turns": turns}
+    with pytest.raises(SimpoError, match=r"questions.jsonl:1: turns: "):
+        read_questions(lines(tmp_path / "questions.jsonl", [row]), "v0.1")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"uid": "a", "model": "m", "messages": [{"content": None}]},
+        {"uid": "a", "model": "m", "messages": [{"content": {"answer": None, "think": "x"}}]},
+        {"uid": "a", "model_id": "m", "choices": [{"turns": [{"content": None, "token_len": 0}]}]},
+    ],
+)
+def test_no_answer_is_not_a_text(tmp_path, row):
+    with pytest.raises(SimpoError, match=r"answers.jsonl:1: answer: expected text, got None"):
+        read_answers(lines(tmp_path / "answers.jsonl", [row]), [Question("a", "math", "P", "q:1")])
+
+
+def test_a_baseline_that_is_not_the_categorys_is_said(tmp_path):
+    questions = [Question("a", "math", "P", "q:1"), Question("b", "creative_writing", "P", "q:2")]
+    file = tmp_path / "o3-mini-2025-01-31.jsonl"
+    write_answers(file, questions, "o3-mini-2025-01-31", ["x", "y"])
+    said = []
+    ArenaHard(None, None, "v2", file, [file]).read_baselines(questions, said.append)
+    assert said == ["note: the baseline of creative_writing is o3-mini-2025-01-31, not the benchmark's"]
+    with pytest.raises(SimpoError, match=r"none of the files is of gemini-2.0-flash-001"):
+        ArenaHard(None, None, "v2", file, [file, file]).read_baselines(questions, said.append)
 
 
 def test_figures_by_category_and_what_is_left_out():
@@ -196,6 +237,11 @@ def test_prompts_of_both_versions(tmp_path):
     for text, said in (("a: [", "not YAML"), ("a: b", "has system_prompt"), ("text", "has system_prompt")):
         file.write_text(text)
         with pytest.raises(SimpoError, match=said):
+            ArenaPrompt(file)
+    whole = "system_prompt: x\nprompt_template: '{QUESTION} {ANSWER_A} {ANSWER_B}'\nsystem_prompts: "
+    for given in ("[math]", "{math: 3}"):
+        file.write_text(whole + given)
+        with pytest.raises(SimpoError, match="system_prompts: expected a text for each category"):
             ArenaPrompt(file)
     file.write_text("system_prompt: x\nprompt_template: '{QUESTION} {ANSWER_A}'")
     with pytest.raises(SimpoError, match=r"no place {ANSWER_B}"):

@@ -46,3 +46,6 @@ def test_problems_from_a_file(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_problems(str(file), "test", 2) == [("q0", Decimal(0)), ("q1", Decimal(1))]
     assert len(read_problems(str(file), "test", None)) == 4
+    for limit in (0, -1):
+        with pytest.raises(SimpoError, match=f"limit: must be at least 1, not {limit}"):
+            read_problems(str(file), "test", limit)

@@ -49,6 +49,10 @@ def test_answers_are_paired_by_prompt(tmp_path):
     ]
     with pytest.raises(SimpoError, match="2 prompts are in one of them only"):
         read_contests(a, write_answers(tmp_path, "c", "xyw"))
+    other = write_answers(tmp_path, "d", "xyz")
+    other.write_text(other.read_text().replace('"py"', '"another question"'))
+    with pytest.raises(SimpoError, match=r"id 'y' is another prompt in each"):
+        read_contests(a, other)
     with pytest.raises(SimpoError, match=r"nowhere\.jsonl: file not found"):
         read_contests(a, tmp_path / "nowhere.jsonl")
 

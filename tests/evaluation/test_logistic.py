@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from simpo.evaluation.logistic import fit_logistic, log_loss
+from simpo.evaluation.logistic import fit_logistic, is_determined, log_loss
 
 
 @pytest.fixture
@@ -66,3 +66,17 @@ def test_a_constant_alone_gives_the_mean():
 def test_separable_rows_end_where_the_loss_is_nothing():
     w = fit_logistic(np.ones((20, 1)), np.ones(20))
     assert np.isfinite(w).all() and log_loss(np.ones((20, 1)), np.ones(20), w).sum() < 1e-8
+
+
+def test_which_rows_determine_their_coefficients(problem):
+    x, y, weights = problem
+    assert is_determined(x, fit_logistic(x, y, weights), weights)
+    empty = np.column_stack([x, np.zeros(300)])
+    assert is_determined(empty, fit_logistic(empty, y))
+    alike = np.column_stack([x, x[:, 0] + x[:, 2]])
+    assert not is_determined(alike, fit_logistic(alike, y))
+    labels = (x[:, 0] > 0).astype(float)
+    assert not is_determined(x, fit_logistic(x, labels))
+    labels[x[:, 0] < -0.5] = 0.5  # a part of the rows is separated, the others are not
+    partly = np.column_stack([np.where(x[:, 0] > 0, x[:, 0], 0), x[:, 2]])
+    assert not is_determined(partly, fit_logistic(partly, np.where(x[:, 0] > 0, 1.0, y)))

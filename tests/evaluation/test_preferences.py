@@ -104,6 +104,13 @@ def test_length_controlled_intervals_cover():
 def test_where_length_control_has_nothing_to_say():
     lengths = np.array([-3.0, -1.0, 2.0, 5.0])
     assert length_controlled_win_rate((lengths > 0).astype(float), lengths, np.arange(4)) is None
+    # The longer answer always wins, and only of equally long ones the verdict varies.
+    partly = np.array([0.0, 0.0, 1.0, 1.0, 0.5, 0.0, 1.0])
+    assert length_controlled_win_rate(partly, np.array([-3.0, -1.0, 2.0, 5.0, 2.0, -1.0, 4.0]), np.arange(7)) is None
+    far = np.array([-900.0, -903.0, -901.0, -902.0])  # no length near the one that is asked about
+    assert length_controlled_win_rate(np.array([1.0, 0.0, 1.0, 0.0]), far, np.arange(4)) is None
+    one = length_controlled_win_rate(np.array([1.0, 0.0, 1.0, 0.0]), lengths, np.zeros(4, dtype=int))
+    assert one.low is None and one.n == 1
     alike = length_controlled_win_rate(np.ones(4), lengths, np.arange(4))
     assert (alike.value, alike.low, alike.high) == (1.0, None, None)
 

@@ -200,6 +200,8 @@ def test_human_verdicts(tmp_path):
         write_verdicts(path, {"id": "x", "winner": "a"}, {"id": "x", "winner": "b"})
     with pytest.raises(SimpoError, match=r"verdicts\.jsonl:1: winner: expected a, b or tie, got 'A'"):
         write_verdicts(path, {"id": "x", "winner": "A"})
+    with pytest.raises(SimpoError, match=r"verdicts\.jsonl:1: winner: expected a, b or tie, got \['a'\]"):
+        write_verdicts(path, {"id": "x", "winner": ["a"]})
     with pytest.raises(SimpoError, match=r"verdicts\.jsonl:1: no id"):
         write_verdicts(path, {"winner": "a"})
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.servers.chat_server import ChatServer, completion
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from simpo import cli
@@ -205,6 +207,32 @@ def test_a_judge_that_fails_later_ends_no_training(through, world, tmp_path, mon
     assert [line["eval_generations/win_rate"] for line in generations(logged(output))] == [None] * (STEPS // EVERY)
     assert sum("no win rate" in record.message and "cannot say" in record.message for record in caplog.records) == 3
     assert same_weights(output, through)
+
+
+def prefer_later(body):
+    """The answer that comes later in the alphabet."""
+    text = body["messages"][0]["content"]
+    a, b = (re.search(f"<answer_{name}>\n(.*)\n</answer_{name}>", text, re.DOTALL)[1] for name in "AB")
+    return completion(f"[[{'A' if a > b else 'B'}]]")
+
+
+@pytest.mark.parametrize(("answer", "verdicts"), [(prefer_later, True), (lambda body: completion("?"), False)])
+def test_a_judge_behind_a_server(through, world, tmp_path, monkeypatch, caplog, answer, verdicts):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with ChatServer(answer) as server:
+        judged = {"eval_judge": "api", "eval_judge_url": server.url, "eval_judge_model": "tiny", "max_steps": EVERY}
+        assert cli.main(options(world, tmp_path / "run", **judged)) == 0
+    found = answers(tmp_path / "run")
+    pairs = [
+        (now["responses"][0], before["responses"][0])
+        for now, before in zip(found[f"step-{EVERY}"], found["start"], strict=True)
+    ]
+    different = sum(ours != theirs for ours, theirs in pairs)
+    assert len(server.bodies) == 2 * different > 0
+    wins = [0.5 if ours == theirs else float(ours > theirs) for ours, theirs in pairs if verdicts or ours == theirs]
+    (line,) = generations(logged(tmp_path / "run"))
+    assert line["eval_generations/win_rate"] == (pytest.approx(sum(wins) / len(wins)) if wins else None)
+    assert any(f"no verdict on {different} of {PROMPTS}" in record.message for record in caplog.records) != verdicts
 
 
 @pytest.fixture(scope="module")

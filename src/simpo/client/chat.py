@@ -19,6 +19,7 @@ class ChatRequest:
         temperature: of sampling; 0 is greedy.
         top_logprobs: how many of the likeliest first tokens to report with their log-probabilities; None for none.
         seed: of sampling, where the server takes one.
+        top_p: draw from the smallest set of tokens with this probability; None leaves it to the server.
     """
 
     messages: list[dict[str, str]]
@@ -26,6 +27,7 @@ class ChatRequest:
     temperature: float = 0.0
     top_logprobs: int | None = None
     seed: int | None = None
+    top_p: float | None = None
 
     def body(self, model: str) -> dict[str, Any]:
         """What is sent to a server, as JSON."""
@@ -37,8 +39,9 @@ class ChatRequest:
         }
         if self.top_logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": self.top_logprobs}
-        if self.seed is not None:
-            body["seed"] = self.seed
+        for name in ("seed", "top_p"):
+            if getattr(self, name) is not None:
+                body[name] = getattr(self, name)
         return body
 
     def key(self, model: str) -> str:

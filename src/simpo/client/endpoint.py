@@ -50,9 +50,7 @@ class Endpoint:
             raise SimpoError("model: no name; give the name that the server knows the model by")
         # What else it may be is a key, which is not to be repeated.
         if not (self.api_key_env.isidentifier() and self.api_key_env.isupper()):
-            raise SimpoError(
-                "api_key_env: give the name, in capitals, of the environment variable that holds the key, not the key"
-            )
+            raise SimpoError("api_key_env: give not the key but the name, in capitals, of the variable that holds it")
         for key, least in (("concurrency", 1), ("attempts", 1)):
             if getattr(self, key) < least:
                 raise SimpoError(f"{key}: must be at least {least}, not {getattr(self, key)}")

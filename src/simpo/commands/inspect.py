@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from simpo.arguments import ArgumentParser
+from simpo.data.answer_sets import PERCENTILES as SCORE_PERCENTILES
+from simpo.data.answer_sets import diversity_metrics, is_sampled, read_answer_sets, score_metrics
 from simpo.data.inspection import PERCENTILES, Example, Inspection, examples, inspect_prepared, overlap
 from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
@@ -29,6 +31,15 @@ _SETTINGS = (
     "paper_tokenization",
     "auto_insert_empty_system_msg",
 )
+# Figures of several answers to a prompt: title, and what is measured.
+_ANSWER_FIGURES = {
+    "characters": ("length", "characters"),
+    "distinct_answers": ("different answers", "of a prompt's answers"),
+    "distinct_2": ("different word pairs", "of all in a prompt's answers (distinct-2)"),
+    "overlap": ("overlap of two answers", "of their word pairs are in both"),
+    "score": ("mean score", ""),
+    "longer_wins": ("longer has the higher score", "of a prompt's pairs of answers"),
+}
 # Characters of an example's text that are shown; the middle of a longer one is left out.
 _SHOWN = 600
 
@@ -42,17 +53,26 @@ def main(argv: list[str]) -> int:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     inspections: list[Inspection] = []
     datasets: list[Dataset] = []
+    metrics: list[Metric] = []
+    sources: list[str] = []
     for label, name, split in _sources(arguments):
-        prepared = prepare(load_rows(name, split=split), tokenizer, settings, label=label)
+        rows = load_rows(name, split=split)
+        sources.append(rows._fingerprint)
+        metrics += _print_answers(console, rows, label)
+        if is_sampled(rows, label):
+            console.print(Text("These are answers, not comparisons yet: simpo annotate and simpo pair make them.\n"))
+            continue
+        prepared = prepare(rows, tokenizer, settings, label=label)
         inspections.append(inspect_prepared(prepared, tokenizer, settings))
         datasets.append(prepared.dataset)
         _print_inspection(console, inspections[-1])
-    metrics = [metric for inspection in inspections for metric in inspection.metrics()]
+        metrics += inspections[-1].metrics()
     if len(inspections) == 2:
         metrics.append(_print_overlap(console, *inspections))
-    _print_examples(console, examples(datasets[0], tokenizer))
+    if datasets:
+        _print_examples(console, examples(datasets[0], tokenizer))
     if arguments.output_dir:
-        identity = fingerprint([dataset._fingerprint for dataset in datasets])
+        identity = fingerprint(sources, [dataset._fingerprint for dataset in datasets])
         folder = Path(arguments.output_dir).expanduser()
         if (folder / "run.json").exists():
             raise SimpoError(f"output_dir: {folder} holds a run; name another folder")
@@ -111,6 +131,39 @@ def _print_inspection(console: Console, inspection: Inspection) -> None:
     ):
         console.print(Text(f"{name:<28} {figure}"))
     console.print()
+
+
+def _print_answers(console: Console, rows: Dataset, label: str) -> list[Metric]:
+    """How different the answers to a prompt are, and their scores, if the rows have several answers."""
+    sets = read_answer_sets(rows, label)
+    if not sets:
+        return []
+    prefix = f"data/{label}/answers"
+    metrics = diversity_metrics(prefix, sets)
+    if any(found.scores for found in sets):
+        metrics += score_metrics(prefix, sets)
+    figures = {metric.name.removeprefix(f"{prefix}/"): metric for metric in metrics}
+    answers = [len(found.responses) for found in sets]
+    console.print(Text(f"{label}: {sum(answers):,} answers to {len(sets):,} prompts, {_span(answers)} to each"))
+    for name, (title, what) in _ANSWER_FIGURES.items():
+        if name in figures:
+            console.print(Text(f"{title:<28} {_shown(figures[name])} {what}"))
+    if "score" in figures:
+        spread = ", ".join(f"{name} {figures[f'score/{name}'].value:.4g}" for name in SCORE_PERCENTILES)
+        console.print(Text(f"{'scores':<28} {spread}"))
+        console.print(Text(f"{'all equally good':<28} {figures['all_equal'].value:,.0f} prompts"))
+        console.print(Text(f"{'without a score':<28} {figures['unscored'].value:,.0f} answers"))
+    console.print()
+    return metrics
+
+
+def _span(counts: Sequence[int]) -> str:
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
+def _shown(metric: Metric) -> str:
+    bounds = "" if metric.low is None or metric.high is None else f" [{metric.low:.3g}, {metric.high:.3g}]"
+    return f"{metric.value:.4g}{bounds}"
 
 
 def _print_overlap(console: Console, train: Inspection, test: Inspection) -> Metric:

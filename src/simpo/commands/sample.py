@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from argparse import Namespace
 from pathlib import Path
 
 from simpo.arguments import ArgumentParser
+from simpo.client import Endpoint
+from simpo.errors import SimpoError
 from simpo.results import print_results
 from simpo.sampling.run import FILE_NAME, PromptArguments, sample_responses
+from simpo.sampling.server import sample_from_server
 from simpo.sampling.settings import SamplingSettings
 from simpo.training.models import ModelArguments
 
@@ -29,14 +33,14 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     given = {key: getattr(arguments, key) for key in _HELP if getattr(arguments, key) is not None}
     folder = Path(arguments.output_dir).expanduser()
-    results = sample_responses(
-        ModelArguments(arguments.model, model_revision=arguments.model_revision, dtype=arguments.dtype),
-        PromptArguments(arguments.prompts, arguments.split, arguments.chat_template),
-        SamplingSettings(**given),
-        folder,
-        engine=arguments.engine,
-        argv=argv,
-    )
+    asked = PromptArguments(arguments.prompts, arguments.split, arguments.chat_template)
+    settings = SamplingSettings(**given)
+    if arguments.engine == "server":
+        endpoint = _endpoint(arguments)
+        results: Path | None = sample_from_server(endpoint, asked, settings, folder, yes=arguments.yes, argv=argv)
+    else:
+        model = ModelArguments(arguments.model, model_revision=arguments.model_revision, dtype=arguments.dtype)
+        results = sample_responses(model, asked, settings, folder, engine=arguments.engine, argv=argv)
     if results is None:  # one of several processes; the main one prints
         return 0
     print_results(results)
@@ -47,9 +51,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _endpoint(arguments: Namespace) -> Endpoint:
+    if arguments.base_url is None:
+        raise SimpoError("engine server: name the server with --base_url")
+    return Endpoint(
+        arguments.base_url, arguments.model, arguments.api_key_env, arguments.concurrency, arguments.timeout
+    )
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser("sample", __doc__)
-    parser.add_argument("model", metavar="MODEL", help="hub name or folder of the model")
+    parser.add_argument("model", metavar="MODEL", help="hub name or folder of the model, or its name on the server")
     parser.add_argument("prompts", metavar="PROMPTS", help="file, folder or hub id of rows with prompts")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder of the run; the same one continues")
     parser.add_argument("--split", default="train", help="split of PROMPTS (default train)")
@@ -58,7 +70,7 @@ def _parser() -> ArgumentParser:
         parser.add_argument(f"--{field.name}", type=kind, metavar="X" if kind is float else "N", help=_HELP[field.name])
     parser.add_argument(
         "--engine",
-        choices=("transformers", "vllm"),
+        choices=("transformers", "vllm", "server"),
         default="transformers",
         help="what generates (default: transformers)",
     )
@@ -67,4 +79,14 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, file with one, or none")
     parser.add_argument("--model_revision", default="main", metavar="REV", help="branch, tag or commit on the hub")
+    parser.add_argument("--base_url", metavar="URL", help="of the engine 'server', e.g. http://127.0.0.1:8000/v1")
+    parser.add_argument(
+        "--api_key_env",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="environment variable with its key (default OPENAI_API_KEY); a server on this machine needs none",
+    )
+    parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests to it at a time (default 8)")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds a reply (default 600)")
+    parser.add_argument("--yes", action="store_true", help="send the requests without asking")
     return parser

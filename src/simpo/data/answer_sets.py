@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from datasets import Dataset
 
+from simpo.data.rows import Row, rows_of
 from simpo.results import Metric
 from simpo.statistics import Interval, mean_interval
 
@@ -31,6 +33,23 @@ class AnswerSet:
         """The answers that have a score, with it."""
         pairs = zip(self.responses, self.scores or (), strict=False)
         return [(text, score) for text, score in pairs if score is not None]
+
+
+def read_answer_sets(dataset: Dataset, label: str) -> list[AnswerSet]:
+    """The answers of every row that has ``responses``, K-wise data or sampled; other rows are left out.
+
+    Args:
+        dataset: rows as :func:`simpo.data.sources.load_rows` gives them.
+        label: names the data set where its rows do not say themselves where they come from.
+    """
+    rows = (row for row, _ in rows_of(dataset.with_format(None)[:], range(len(dataset)), label))
+    return [_answers(row) for row in rows if isinstance(row.get("responses"), list) and row["responses"]]
+
+
+def is_sampled(dataset: Dataset, label: str) -> bool:
+    """Whether the rows are answers as ``simpo sample`` and ``simpo annotate`` leave them, not comparisons yet."""
+    (row, _), *_ = rows_of(dataset.with_format(None)[:1], range(1), label)
+    return "responses" in row and ("scores" not in row or "finished" in row)
 
 
 def distinct_ngrams(responses: Sequence[str]) -> float | None:
@@ -98,6 +117,19 @@ def score_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
         for name, value in zip(PERCENTILES, values, strict=True)
     ]
     return [*metrics, Metric(f"{prefix}/all_equal", sum(len(set(scores)) == 1 for scores in some), n=len(some))]
+
+
+def _answers(row: Row) -> AnswerSet:
+    scores = row.get("scores")
+    known = isinstance(scores, list) and len(scores) == len(row["responses"])
+    return AnswerSet([_text(response) for response in row["responses"]], scores if known else None)
+
+
+def _text(response: object) -> str:
+    """Of a response that is text, a message, or messages, the last of which counts."""
+    if isinstance(response, list) and response:
+        response = response[-1]
+    return str(response.get("content")) if isinstance(response, dict) else str(response)
 
 
 def _ngrams(text: str) -> list[tuple[str, ...]]:

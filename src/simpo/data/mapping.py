@@ -179,7 +179,7 @@ def prepare_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenizat
     columns = mapped.select_columns(["where", _STATUS])[:]
     statuses = list(zip(columns["where"], columns[_STATUS], strict=True))
     report = DataReport.of(label, statuses, noun=tokenization.noun)
-    _check_bad(report, statuses, settings)
+    check_bad(report, statuses, settings)
     if not report.used:
         raise SimpoError(f"{label}: {tokenization.nothing_fits(mapped)}")
     if report.used < report.rows:
@@ -252,7 +252,12 @@ def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
     raise SimpoError(f"{label}: no row of a recognised shape ({unknown}); accepted are {tokenization.shapes}")
 
 
-def _check_bad(report: DataReport, statuses: Sequence[tuple[str, list[str]]], settings: TokenizeSettings) -> None:
+def check_bad(report: DataReport, statuses: Sequence[tuple[str, list[str]]], settings: TokenizeSettings) -> None:
+    """Refuse bad rows, more than 1% of them or any, as the settings say.
+
+    Raises:
+        SimpoError: there are; names the first ones.
+    """
     bad = [
         f"{where}: {entry.removeprefix('bad: ')}"
         for where, entries in statuses

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from simpo.data.conversations import read_conversation
 from simpo.data.formats import SHAPES, Comparison, is_comparison, recognise
-from simpo.data.mapping import TOKENS, Draft, Tokenization, check_rows, prepare_rows
+from simpo.data.mapping import TOKENS, Draft, Tokenization, check_bad, check_rows, prepare_rows
 from simpo.data.messages import ASKING, Message, kind_of, read_messages
 from simpo.data.report import DataReport
-from simpo.data.rows import BadRow, UnknownShape, columns_of, other_columns
+from simpo.data.rows import BadRow, UnknownShape, columns_of, other_columns, rows_of
 from simpo.data.settings import TokenizeSettings
 from simpo.data.templates import Rendered
 from simpo.errors import SimpoError
@@ -26,22 +26,31 @@ OVERLONG_PROMPT = "longer than max_prompt_length"
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A prompt to be answered.
+class PlainPrompt:
+    """A prompt to be answered, for a model whose tokenizer is not here.
 
     Attributes:
         id: the first 16 hexadecimal digits of the SHA-256 of the content's JSON (keys sorted, no white space, UTF-8).
         content: text, or messages.
-        ids: what generation is fed; never empty, with one BOS where the model has one.
         where: where the row comes from, e.g. ``"train.jsonl:12"``.
         extra: the row's other columns.
     """
 
     id: str
     content: str | list[Message]
-    ids: list[int]
     where: str
     extra: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt(PlainPrompt):
+    """A prompt as token ids.
+
+    Attributes:
+        ids: what generation is fed; never empty, with one BOS where the model has one.
+    """
+
+    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -85,10 +94,35 @@ def prepare_prompts(
     found: dict[str, Prompt] = {}
     for row in prepared.dataset:
         content = json.loads(row["content"])
-        prompt = Prompt(prompt_id(content), content, row["ids"], row["where"], json.loads(row["extra"]))
+        prompt = Prompt(prompt_id(content), content, row["where"], json.loads(row["extra"]), row["ids"])
         if found.setdefault(prompt.id, prompt) is not prompt:
             prepared.report.drop(REPEATED, prompt.where)
     return Prompts(tuple(found.values()), prepared.report)
+
+
+def read_prompts(dataset: Dataset, *, label: str = "prompts") -> tuple[list[PlainPrompt], DataReport]:
+    """As :func:`prepare_prompts`, without a tokenizer: different prompts, and what became of every row.
+
+    Raises:
+        SimpoError: no rows, or too many that are no prompts.
+    """
+    check_rows(dataset, label)
+    found: dict[str, PlainPrompt] = {}
+    statuses: list[tuple[str, list[str]]] = []
+    for row, where in rows_of(dataset[:], range(len(dataset)), label):
+        try:
+            content, extra = recognise_prompt(row, where)
+            if not content:
+                raise BadRow("empty prompt")
+        except BadRow as error:
+            statuses.append((where, [f"bad: {error.reason}"]))
+            continue
+        prompt = PlainPrompt(prompt_id(content), content, where, extra)
+        known = found.setdefault(prompt.id, prompt)
+        statuses.append((where, [] if known is prompt else [f"dropped: {REPEATED}"]))
+    report = DataReport.of(label, statuses, noun=_Prompts.noun)
+    check_bad(report, statuses, TokenizeSettings())
+    return list(found.values()), report
 
 
 def recognise_prompt(row: Mapping[str, Any], where: str) -> tuple[str | list[Message], dict[str, Any]]:

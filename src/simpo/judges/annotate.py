@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simpo.atomic import staged_files
 from simpo.client import Prices, agree
 from simpo.data.answer_sets import AnswerSet, diversity_metrics, score_metrics
 from simpo.errors import SimpoError
@@ -17,7 +15,7 @@ from simpo.judges.registry import JudgeOptions, make_annotator
 from simpo.judges.tournament import TournamentScorer
 from simpo.results import fingerprint, write_results
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import JsonLines, read_lines
+from simpo.runs.lines import JsonLines, read_lines, write_lines
 from simpo.runs.signals import stoppable
 
 RESPONSES, FILE_NAME, BEST = "responses.jsonl", "annotated.jsonl", "best.jsonl"
@@ -132,16 +130,10 @@ def _write(records: Sequence[Record], scores: Sequence[Scores], folder: Path) ->
     """Write all responses with their scores and the best of every prompt; the figures."""
     annotated = [{**record, "scores": given} for record, given in zip(records, scores, strict=True)]
     best = [row for record in annotated if (row := _best(record)) is not None]
-    with staged_files(folder) as staged:
-        _write_lines(staged / FILE_NAME, annotated)
-        _write_lines(staged / BEST, best)
+    write_lines(folder / FILE_NAME, annotated)
+    write_lines(folder / BEST, best)
     sets = [AnswerSet(record["responses"], record["scores"]) for record in annotated]
     return diversity_metrics("annotate", sets) + score_metrics("annotate", sets)
-
-
-def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _best(record: Record) -> Record | None:

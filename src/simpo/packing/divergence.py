@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simpo.packing.logprobs import MEBIBYTE, Head
+from simpo.packing.logprobs import MEBIBYTE, Head, product_dtype
 
 
 def fused_kl(
@@ -47,7 +47,7 @@ class _FusedKL(torch.autograd.Function):
         rows: int,
     ) -> Tensor:
         ctx.scale, ctx.softcap, ctx.rows, ctx.ref_head = scale, softcap, rows, ref_head
-        ctx.dtype, ctx.ref_dtype = _product_dtype(hidden), _product_dtype(ref_hidden)
+        ctx.dtype, ctx.ref_dtype = product_dtype(hidden), product_dtype(ref_hidden)
         head, found = Head(weight, bias, scale, softcap), []
         for mine, theirs in zip(hidden.split(rows), ref_hidden.split(rows), strict=True):
             p, log_ratio = _compare_(head.logits(mine, ctx.dtype), ref_head.logits(theirs, ctx.ref_dtype))
@@ -94,8 +94,3 @@ def _compare_(logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
     logp, ref_logp = (x.sub_(x.logsumexp(dim=-1, keepdim=True)) for x in (logits, ref_logits))
     log_ratio = torch.sub(logp, ref_logp, out=ref_logp)
     return logp.exp_(), log_ratio
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

@@ -43,7 +43,7 @@ class Head:
 
 def plain_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     """``[S]`` log-probabilities of ``targets`` ``[S]`` given ``hidden`` ``[S, H]``: the definition, as an oracle."""
-    logits = head.logits(hidden, _product_dtype(hidden))
+    logits = head.logits(hidden, product_dtype(hidden))
     return torch.log_softmax(logits, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
@@ -69,7 +69,8 @@ def fused_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, chunk_bytes: 
     return _FusedLogprobs.apply(hidden, head.weight, head.bias, head.scale, head.softcap, targets, rows)
 
 
-def _product_dtype(hidden: Tensor) -> torch.dtype:
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """The type that a product with ``hidden`` is taken in: autocast's where that is on, else its own."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
@@ -90,7 +91,7 @@ class _FusedLogprobs(torch.autograd.Function):
         targets: Tensor,  # [S]
         rows: int,
     ) -> Tensor:
-        head, dtype = Head(weight, bias, scale, softcap), _product_dtype(hidden)
+        head, dtype = Head(weight, bias, scale, softcap), product_dtype(hidden)
         ctx.scale, ctx.softcap, ctx.dtype, ctx.rows = scale, softcap, dtype, rows
         logps, matrix = [], None
         for chunk in _chunks(len(targets), rows):

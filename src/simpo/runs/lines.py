@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from simpo.atomic import disk_errors, sync
+from simpo.atomic import disk_errors, sync, write_text
 from simpo.errors import SimpoError
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             return [json.loads(line) for line in file]
     except OSError as error:
         raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of records at once; it is whole or absent, and numbers that are not finite are null.
+
+    Raises:
+        SimpoError: the disk is full or the file cannot be written.
+    """
+    write_text(path, b"".join(map(_line, records)).decode())
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

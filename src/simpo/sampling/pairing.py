@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from simpo.atomic import write_text
 from simpo.errors import SimpoError
 from simpo.judges.annotate import FILE_NAME as ANNOTATED
 from simpo.judges.annotate import read_responses
 from simpo.results import Metric, fingerprint, write_results
 from simpo.runs.folder import RunFolder
+from simpo.runs.lines import write_lines
 from simpo.sampling.pairs import PairReport, PairSettings, Row, make_pairs
 from simpo.statistics import mean_interval, proportion_interval
 
@@ -50,7 +49,7 @@ def pair_annotated(annotated: Path, settings: PairSettings, folder: Path, *, arg
         if run.finished:
             run.say(f"{folder} holds this run already, finished")
         else:
-            _write(rows, folder / FILE_NAME)
+            write_lines(folder / FILE_NAME, rows)
             metrics = _metrics(rows, report)
             write_results(folder, command="pair", fingerprint=run.fingerprint, metrics=metrics)
             run.finish()
@@ -77,7 +76,7 @@ def pair_responses(responses: Path, scorer: Callable[[Any, str], float], output:
             )
     rows, report = make_pairs(records, PairSettings())
     _check_any(rows, report, responses)
-    _write(rows, output)
+    write_lines(output, rows)
     return report
 
 
@@ -104,10 +103,6 @@ def _check_any(rows: Sequence[Row], report: PairReport, path: Path) -> None:
 
 def _reasons(report: PairReport) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
-
-
-def _write(rows: Iterable[Row], path: Path) -> None:
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _metrics(rows: Sequence[Row], report: PairReport) -> list[Metric]:

@@ -33,12 +33,17 @@ class OrderedPairs(NamedTuple):
             counts: ``[C]`` responses of each comparison, ``K``; they may differ.
             scores: ``[R]``, the highest of each comparison first; None: the responses are in order, the best first.
         """
+        first = counts.cumsum(0) - counts
         owner = torch.repeat_interleave(counts)  # [R]
         scores = -torch.arange(len(owner)) if scores is None else scores
-        better, worse = ((owner[:, None] == owner) & (scores[:, None] > scores)).nonzero(as_tuple=True)
+        rivals = counts[owner]  # [R] of its own comparison, itself included
+        better = torch.repeat_interleave(rivals)  # every response with each of them
+        worse = torch.arange(len(better)) - (rivals.cumsum(0) - rivals - first[owner])[better]
+        ordered = scores[better] > scores[worse]
+        better, worse = better[ordered], worse[ordered]
         comparison = owner[better]
         share = 1 / torch.bincount(comparison, minlength=len(counts))[comparison].double()
-        return cls(better, worse, comparison, share, counts.cumsum(0) - counts)
+        return cls(better, worse, comparison, share, first)
 
     def mean(self, values: Tensor) -> Tensor:
         """``[C, ...]`` means over the pairs of each comparison, of ``values`` ``[N, ...]``."""
