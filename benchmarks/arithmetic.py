@@ -65,13 +65,13 @@ class Forward:
         tokens: rows that go through the layers, padding included.
         segments: ``(rows, queries, keys)`` of every attention call.
         scored: positions whose logits are made.
-        recomputed: whether backward makes the logits again.
+        recomputed: positions whose logits backward makes again.
     """
 
     tokens: int
     segments: tuple[tuple[int, int, int], ...]
     scored: int
-    recomputed: bool = False
+    recomputed: int = 0
 
     def layer_products(self, shape: Shape) -> Iterator[Product]:
         """Forward's products with the weights of the layers."""
@@ -98,8 +98,7 @@ class Forward:
         for product in (*self.layer_products(shape), *self.attention_products(shape), head):
             yield product
             yield from backward_of(product)
-        if self.recomputed:
-            yield head
+        yield head._replace(m=self.recomputed)
 
     def flops(self, shape: Shape) -> int:
         """Floating-point operations of forward and backward."""
@@ -123,8 +122,7 @@ def packed_forward(comparisons: Sequence[TokenizedComparison], *, kept_rows: int
 
     Args:
         comparisons: those of the micro-batch.
-        kept_rows: so many rows of logits may be kept for backward; if there are more, all are made again. None: no
-            limit.
+        kept_rows: rows of logits of a chunk at most, the last of which is kept for backward. None: no limit.
     """
     segments = []
     for comparison in comparisons:
@@ -136,7 +134,7 @@ def packed_forward(comparisons: Sequence[TokenizedComparison], *, kept_rows: int
         tokens=sum(c.packed_length for c in comparisons),
         segments=tuple(segments),
         scored=scored,
-        recomputed=kept_rows is not None and scored > kept_rows,
+        recomputed=_made_again(scored, kept_rows),
     )
 
 
@@ -151,8 +149,18 @@ def padded_forward(
         tokens=rows * width,
         segments=((rows, width, width),),
         scored=rows * width if all_logits else scored,
-        recomputed=not all_logits and kept_rows is not None and scored > kept_rows,
+        recomputed=0 if all_logits else _made_again(scored, kept_rows),
     )
+
+
+def _made_again(scored: int, kept_rows: int | None) -> int:
+    """Rows of all chunks but the last, where chunks are alike and have at most ``kept_rows``."""
+    if kept_rows is None or scored <= kept_rows:
+        return 0
+    if not kept_rows:
+        return scored
+    chunks = -(-scored // kept_rows)
+    return (chunks - 1) * -(-scored // chunks)
 
 
 def necessary_flops(comparisons: Sequence[TokenizedComparison], shape: Shape) -> int:

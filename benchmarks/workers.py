@@ -56,7 +56,7 @@ def work(entrant: Entrant, setting: Setting, output: Path, *, products: bool = F
         losses=losses,
         forwards=len(forwards),
         flops=_with_reference(forwards, entrant, shape),
-        flops_recomputed=_with_reference([replace(f, recomputed=True) for f in forwards], entrant, shape),
+        flops_recomputed=_with_reference([replace(f, recomputed=f.scored) for f in forwards], entrant, shape),
         necessary_flops=necessary_flops(measured, shape),
         peak_flops=square.flops / seconds_of([square], dtype, setting.device, clock.now),
         peak_mib=peak,
@@ -107,7 +107,7 @@ def _forwards(batches: list[list[TokenizedComparison]], entrant: Entrant) -> lis
         return [packed_forward(batch) for batch in batches]
     everywhere = entrant.kind in ("trl cpo", "liger") or (entrant.kind == "trl dpo" and not _scores_only_responses())
     found = [padded_forward(batch, all_logits=everywhere) for batch in batches]
-    return [replace(forward, recomputed=True) for forward in found] if entrant.kind == "trl dpo" else found
+    return [replace(forward, recomputed=forward.scored) for forward in found] if entrant.kind == "trl dpo" else found
 
 
 def _scores_only_responses() -> bool:
@@ -119,7 +119,7 @@ def _with_reference(forwards: list[Forward], entrant: Entrant, shape: Shape) -> 
     """Operations of all ``forwards``; of a reference beside them, forward only."""
     total = sum(forward.visible_flops(shape) for forward in forwards)
     if entrant.objective == "dpo" and not entrant.precomputed:
-        total += sum(replace(forward, recomputed=False).visible_flops(shape) for forward in forwards) // 3
+        total += sum(replace(forward, recomputed=0).visible_flops(shape) for forward in forwards) // 3
     return total
 
 

@@ -58,11 +58,12 @@ def test_packed_with_kept_logits(model) -> None:
     assert found == expected(model, packed_forward(COMPARISONS))
 
 
-def test_packed_with_recomputed_logits(model, monkeypatch) -> None:
-    monkeypatch.setattr(logprobs, "MEBIBYTE", 1)  # a chunk has one row
+@pytest.mark.parametrize(("rows", "unit"), [(1, 2), (4, 8), (6, 12)])
+def test_packed_with_recomputed_logits(rows, unit, model, monkeypatch) -> None:
+    monkeypatch.setattr(logprobs, "MEBIBYTE", unit)  # a chunk has 128 of them, and a row takes 4 * 61 bytes
     batch = PackedBatch.build(COMPARISONS)
     found = counted(lambda: policy_logprobs(model, batch, path="packed"))
-    assert found == expected(model, packed_forward(COMPARISONS, kept_rows=1))
+    assert found == expected(model, packed_forward(COMPARISONS, kept_rows=rows))
 
 
 def test_padded_with_scored_logits(model) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import threading
 import time
 from multiprocessing import get_context
 
@@ -162,26 +163,28 @@ def test_a_reply_without_verdict_is_counted_and_not_scored(world, judge, tmp_pat
 
 
 def test_a_killed_run_asks_for_what_is_missing(world, judge, tmp_path):
-    """A process of its own, killed amid judging; the judge answers slowly and one request at a time."""
+    """A process of its own, killed while its fourth request waits for an answer."""
+    killed = threading.Event()
 
-    def slow(body):
-        time.sleep(0.15)
+    def held_up(body):
+        assert len(server.bodies) < 4 or killed.wait(60)
         with torch.inference_mode():
             return judge(body)
 
-    with ChatServer(slow) as server:
+    with ChatServer(held_up) as server:
         command = alpaca(world, server.url, tmp_path / "killed", "--judge_concurrency=1")
         process = get_context("fork").Process(target=main, args=(command,))
         process.start()
         while len(server.bodies) < 4:
-            time.sleep(0.02)
+            time.sleep(0.01)
             assert process.is_alive()
         process.kill()
         process.join()
+        killed.set()
         assert process.exitcode == -signal.SIGKILL
         assert not (tmp_path / "killed/results.json").exists()
         assert main(command) == 0
-        assert len(QUESTIONS) - 1 <= len(server.bodies) <= len(QUESTIONS)
+        assert len(server.bodies) == len(QUESTIONS)  # one of which was sent twice, and one pair was identical
         assert main(alpaca(world, server.url, tmp_path / "whole", cache="other")) == 0
     assert (tmp_path / "killed/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
 
@@ -309,9 +312,23 @@ def test_a_stopped_run_ends_in_one_line(world, judge, tmp_path, capfd):
     assert capfd.readouterr().err == "simpo: interrupted; the same command continues\n"
 
 
+def test_the_key_is_sent_and_in_no_file(world, judge, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key-for-the-judge-alone")
+    with ChatServer(judge) as server:
+        assert main(alpaca(world, server.url, tmp_path / "out", f"--markdown={tmp_path / 'out.md'}")) == 0
+    assert set(server.keys) == {"Bearer a-key-for-the-judge-alone"}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 5 and not any(b"a-key-for" in path.read_bytes() for path in files)
+    assert "a-key-for" not in "".join(capfd.readouterr())
+
+
 def test_help_lists_the_benchmarks(capsys):
     assert main(["evaluate"]) == 0
     assert "alpaca_eval" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "mt_bench", "--help"])
-    assert ended.value.code == 0 and "--references" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "--references" in said and "by category" in said and "(default 60)" in said
+    with pytest.raises(SystemExit):
+        main(["evaluate", "arena_hard", "--help"])
+    assert "(default 600)" in capsys.readouterr().out

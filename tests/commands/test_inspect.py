@@ -145,7 +145,9 @@ def test_rankings(model, tmp_path, capsys):
     """K-wise rows are measured as answers and inspected as comparisons."""
     rows = [
         {"prompt": [{"role": "user", "content": f"q {n}"}], "responses": answers, "scores": [3.0, 1.0, 2.0]}
-        for n, answers in enumerate([["a long one", "b", "c d"], [[{"role": "assistant", "content": t}] for t in "xyz"]])
+        for n, answers in enumerate(
+            [["a long one", "b", "c d"], [[{"role": "assistant", "content": t}] for t in "xyz"]]
+        )
     ]
     assert inspect.main([write(tmp_path / "k.jsonl", rows), "--model", model]) == 0
     printed = capsys.readouterr().out

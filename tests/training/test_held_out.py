@@ -10,8 +10,9 @@ from simpo.training.held_out import compare_preferences
 NAN = float("nan")
 
 
-def metrics(before, after) -> dict:
-    found = compare_preferences(*({name: np.array(v) for name, v in scores.items()} for scores in (before, after)))
+def metrics(before, after, **how) -> dict:
+    before, after = ({name: np.array(v) for name, v in scores.items()} for scores in (before, after))
+    found = compare_preferences(before, after, **how)
     return {(metric.name, metric.stage): metric for metric in found}
 
 
@@ -47,3 +48,19 @@ def test_a_model_that_broke_is_seen():
     before = {"loss": [1.0, 2.0], "rewards/chosen": [0, NAN], "rewards/rejected": [NAN, 0]}
     found = metrics(before, before | {"rewards/chosen": [NAN, NAN]})
     assert np.isnan(found["eval_rewards/chosen", "after"].value)
+
+
+def test_with_a_reference_the_start_model_prefers_nothing():
+    """Its rewards are 0 up to rounding, and which of two is the larger says nothing."""
+    rounding = {"rewards/accuracies": [0, 1, 0, 1], "rewards/margins": [-1e-7, 1e-7, 0, 1e-7]}
+    trained = {"rewards/accuracies": [1, 1, 1, 0], "rewards/margins": [1.0, 1.0, 1.0, -1.0]}
+    found = metrics(rounding, trained, has_reference=True)
+    assert set(found) == {
+        ("eval_rewards/accuracies", "after"),
+        ("eval_rewards/margins", "before"),
+        ("eval_rewards/margins", "after"),
+    }
+    assert found["eval_rewards/accuracies", "after"].low < 0.5 < found["eval_rewards/accuracies", "after"].high
+    alone = {"rewards/chosen": [1e-7, NAN], "rewards/rejected": [NAN, 0]}
+    assert ("eval_rewards/auc", "before") not in metrics(alone, alone, has_reference=True)
+    assert ("eval_rewards/auc", "after") in metrics(alone, alone, has_reference=True)

@@ -12,8 +12,13 @@ from simpo.errors import SimpoError
 from simpo.judges.registry import JudgeOptions
 
 
-def add_server_options(parser: ArgumentParser) -> None:
-    """Where the judge is, what it costs, and whether the user agrees."""
+def add_server_options(parser: ArgumentParser, *, timeout: float = 60.0) -> None:
+    """Where the judge is, what it costs, and whether the user agrees.
+
+    Args:
+        parser: gets the options.
+        timeout: seconds that a reply may take unless told otherwise.
+    """
     parser.add_argument("--judge_url", metavar="URL", help="server of the judge, e.g. https://api.openai.com/v1")
     parser.add_argument("--judge_model", metavar="NAME", help="the judge's name on that server")
     parser.add_argument(
@@ -23,7 +28,9 @@ def add_server_options(parser: ArgumentParser) -> None:
         help="environment variable with the key (default OPENAI_API_KEY); a server on this machine needs none",
     )
     parser.add_argument("--judge_concurrency", type=int, default=8, metavar="N", help="requests at a time (default 8)")
-    parser.add_argument("--judge_timeout", type=float, default=60.0, metavar="S", help="seconds a reply (default 60)")
+    parser.add_argument(
+        "--judge_timeout", type=float, default=timeout, metavar="S", help=f"seconds a reply (default {timeout:g})"
+    )
     cache = str(default_cache()).replace("%", "%%")
     parser.add_argument(
         "--cache", metavar="DIR", help=f"folder of replies that are not asked for again (default {cache})"

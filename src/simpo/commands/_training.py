@@ -50,6 +50,15 @@ def check_named(config: Any) -> None:
         raise SimpoError("output_dir is missing: give it in the recipe or as --output_dir")
 
 
+def read(task: Task, config_type: type, argv: list[str]) -> Given:
+    """What a training recipe and command line give, all of it."""
+    model, data, config, *more = _parse(argv, config_type, *([GenerationArguments] if task.generates else []))
+    observer = Generations(more[0], model) if more and more[0].eval_generations else None
+    config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
+    recipe = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    return Given(model, data, config, argv, recipe, observer)
+
+
 def run(task: Task, config_type: type, argv: list[str], *, following: str) -> int:
     """Parse ``argv``, train, print the table of results and the command that may follow.
 
@@ -59,12 +68,10 @@ def run(task: Task, config_type: type, argv: list[str], *, following: str) -> in
         argv: the arguments.
         following: the next command, with ``{folder}`` for the output folder.
     """
-    model, data, config, *more = _parse(argv, config_type, *([GenerationArguments] if task.generates else []))
-    observer = Generations(more[0], model) if more and more[0].eval_generations else None
-    config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
-    recipe = Path(argv[0]) if argv and not argv[0].startswith("-") else None
-    results = run_training(task, Given(model, data, config, argv, recipe, observer))
-    if config.process_index == 0:
+    given = read(task, config_type, argv)
+    results = run_training(task, given)
+    if given.config.process_index == 0:
+        folder = given.config.output_dir
         print_results(results)
-        print(f"saved: {config.output_dir}\nnext:  {following.format(folder=shlex.quote(config.output_dir))}")
+        print(f"saved: {folder}\nnext:  {following.format(folder=shlex.quote(folder))}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 
@@ -24,18 +25,12 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> ArgumentParser:
-    default = PairSettings()
     parser = ArgumentParser("pair", __doc__)
     parser.add_argument("annotated", metavar="ANNOTATED", help="annotated.jsonl of simpo annotate, or its folder")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder of the run")
-    parser.add_argument(
-        "--pairs", choices=KINDS, default=default.pairs, help=f"which answers are compared (default {default.pairs})"
-    )
-    parser.add_argument(
-        "--min_gap", type=float, default=default.min_gap, metavar="X", help="least difference of scores (default: any)"
-    )
-    parser.add_argument(
-        "--max_length_ratio", type=float, metavar="X", help="most characters of the longer answer over the shorter's"
-    )
-    parser.add_argument("--seed", type=int, default=default.seed, metavar="N", help="of best_random (default 42)")
+    for field in dataclasses.fields(PairSettings):
+        kind = {"pairs": str, "seed": int}.get(field.name, float)
+        choices = KINDS if field.name == "pairs" else None
+        said = f"{field.metadata['help'].removesuffix('.')} (default {field.default})".replace(" (default None)", "")
+        parser.add_argument(f"--{field.name}", type=kind, choices=choices, default=field.default, help=said)
     return parser

@@ -16,22 +16,14 @@ from simpo.sampling.server import sample_from_server
 from simpo.sampling.settings import SamplingSettings
 from simpo.training.models import ModelArguments
 
-_HELP = {
-    "n": "answers to every prompt (default 1)",
-    "temperature": "divides the logits; 0 takes the likeliest token every time (default 0.8)",
-    "top_p": "draw from the smallest set of tokens with this probability; 1 is off (default 0.95)",
-    "top_k": "draw from this many likeliest tokens; 0 is off (default 0)",
-    "max_new_tokens": "longest answer in tokens (default 2048, or half the model's context if that is less)",
-    "seed": "with prompts and settings, determines every answer (default 42)",
-    "chunk_size": "answers generated and stored together (default 32 on a CPU, 64 on an accelerator, 1024 with vLLM)",
-}
 _FLOATS = ("temperature", "top_p")
 
 
 def main(argv: list[str]) -> int:
     """Sample, print the table of results and what to do next."""
     arguments = _parser().parse_args(argv)
-    given = {key: getattr(arguments, key) for key in _HELP if getattr(arguments, key) is not None}
+    keys = [field.name for field in dataclasses.fields(SamplingSettings)]
+    given = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
     folder = Path(arguments.output_dir).expanduser()
     asked = PromptArguments(arguments.prompts, arguments.split, arguments.chat_template)
     settings = SamplingSettings(**given)
@@ -67,7 +59,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--split", default="train", help="split of PROMPTS (default train)")
     for field in dataclasses.fields(SamplingSettings):
         kind = float if field.name in _FLOATS else int
-        parser.add_argument(f"--{field.name}", type=kind, metavar="X" if kind is float else "N", help=_HELP[field.name])
+        default = "" if field.default is None else f" (default {field.default})"
+        said = f"{field.metadata['help'].removesuffix('.')}{default}"
+        parser.add_argument(f"--{field.name}", type=kind, metavar="X" if kind is float else "N", help=said)
     parser.add_argument(
         "--engine",
         choices=("transformers", "vllm", "server"),

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import logging
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from simpo.arguments import ArgumentParser
-from simpo.commands._training import parse
+from simpo.commands._training import read
 from simpo.errors import SimpoError
 from simpo.recipe import annotations_of
+from simpo.sampling.eval_arguments import GenerationArguments
 from simpo.search.space import Choices, combinations, read_axes
 from simpo.search.study import load_optuna
 from simpo.search.sweep import BEST, EFFECTS, SMALLER_IS_BETTER, Sweep, print_sweep, run_sweep
 from simpo.training.config import PreferenceConfig
 from simpo.training.inputs import DataArguments
 from simpo.training.models import ModelArguments
-from simpo.training.run import Given
+from simpo.training.tasks import PREFERENCES
 
 _TPE_TRIALS = 20
 _METRICS = [name.removeprefix("eval_") for name in SMALLER_IS_BETTER]
@@ -46,7 +47,7 @@ def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     options, rest = _parser().parse_known_args(argv if path is None else argv[1:])
     given = _options(rest)
-    axes = read_axes(given, annotations_of((ModelArguments, DataArguments, PreferenceConfig)))
+    axes = read_axes(given, annotations_of((ModelArguments, DataArguments, PreferenceConfig, GenerationArguments)))
     if not axes:
         raise SimpoError("nothing is varied: give a key several values, as in --learning_rate 3e-7,5e-7,1e-6")
     recipe = {} if path is None else _keys(path)
@@ -59,16 +60,10 @@ def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
         sampler=options.sampler,
         trials=_trials(options.sampler, options.trials, axes),
         prune=options.prune,
-        read=_read_trial,
+        read=partial(read, PREFERENCES, PreferenceConfig),
         argv=argv,
     )
     return sweep, recipe
-
-
-def _read_trial(argv: list[str]) -> Given:
-    model, data, config = parse(argv, PreferenceConfig)
-    config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
-    return Given(model, data, config, argv, None if argv[0].startswith("-") else Path(argv[0]))
 
 
 def _keys(path: Path) -> dict[str, Any]:

@@ -105,5 +105,6 @@ def _compare(
 
 
 def _side_metrics(contests: Sequence[Contest]) -> list[Metric]:
-    sampled = all("response_ids" in record for contest in contests for record in (contest.a, contest.b))
+    records = (record for contest in contests for record in (contest.a, contest.b))
+    sampled = all({"response_ids", "finished"} <= record.keys() for record in records)
     return text_metrics(contests) + (sampled_metrics(contests) if sampled else [])

@@ -1,4 +1,4 @@
-"""The workflow behind ``simpo annotate``: sampled responses in, the same with scores out, whatever killed it between."""
+"""The workflow behind ``simpo annotate``: responses in, the same with scores out, however often it was killed."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ def fused_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, chunk_bytes: 
 
     Works through chunks of rows whose logits take at most ``chunk_bytes`` and keeps one number a row. Backward makes a
     chunk's logits again, turns them into ``(onehot - softmax) * grad`` in place and adds the products into the
-    gradients of ``hidden``, weight and bias (those that ask for one). The last chunk is kept and comes first in backward,
-    which saves its second product and takes no more memory than the chunk that is being worked on takes anyway.
+    gradients of ``hidden``, weight and bias (those that ask for one). The last chunk is kept and comes first in
+    backward, which saves its second product and takes no more memory than any chunk that is being worked on.
 
     Args:
         hidden: ``[S, H]``, any floating type; under autocast the products are taken in its type.

@@ -38,10 +38,14 @@ class PairSettings:
         SimpoError: a value out of its bounds; names the key.
     """
 
-    pairs: PairKind = "best_worst"
-    min_gap: float = 0.0
-    max_length_ratio: float | None = None
-    seed: int = 42
+    pairs: PairKind = field(
+        default="best_worst", metadata={"help": "Which answers to a prompt are compared; ranking: all of them at once."}
+    )
+    min_gap: float = field(default=0.0, metadata={"help": "Least difference of the scores of a pair."})
+    max_length_ratio: float | None = field(
+        default=None, metadata={"help": "Most characters of a pair's longer answer over the shorter's (default: any)."}
+    )
+    seed: int = field(default=42, metadata={"help": "Of best_random."})
 
     def __post_init__(self) -> None:
         if self.pairs not in KINDS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from simpo.errors import SimpoError
@@ -29,13 +29,23 @@ class SamplingSettings:
         SimpoError: a value out of its bounds, or several greedy answers to a prompt; names the key.
     """
 
-    n: int = 1
-    temperature: float = 0.8
-    top_p: float = 0.95
-    top_k: int = 0
-    max_new_tokens: int | None = None
-    seed: int = 42
-    chunk_size: int | None = None
+    n: int = field(default=1, metadata={"help": "Answers to every prompt."})
+    temperature: float = field(
+        default=0.8, metadata={"help": "Divides the logits; 0 takes the likeliest token every time."}
+    )
+    top_p: float = field(
+        default=0.95, metadata={"help": "Draw from the smallest set of tokens with this probability; 1 is off."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Draw from this many likeliest tokens; 0 is off."})
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Longest answer in tokens (default: 2048, or half the model's context if that is less)."},
+    )
+    seed: int = field(default=42, metadata={"help": "With prompts and settings, determines every answer."})
+    chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Answers generated and stored together (default: 32 on a CPU, 64 on a GPU, 1024 with vLLM)."},
+    )
 
     def __post_init__(self) -> None:
         for key, least in (("n", 1), ("top_k", 0), ("max_new_tokens", 1), ("seed", 0), ("chunk_size", 1)):

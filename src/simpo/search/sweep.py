@@ -20,17 +20,18 @@ from simpo.runs.record import RunRecord
 from simpo.search.report import print_table, rank, sweep_metrics, write_best
 from simpo.search.space import Axis, Values, combinations, one_at_a_time, shown
 from simpo.search.study import Claim, Sampler, Study, Tried
-from simpo.search.trial import Failed, Pruned, read_metric, run_trial
+from simpo.search.trial import WIN_RATE, Failed, Pruned, read_metric, run_trial
 from simpo.training.run import Given
 from simpo.training.tasks import PREFERENCES
 
 BEST, EFFECTS = "best.yaml", "effects.png"
-# Metrics of results.json that tell better from worse, and whether they are to be small.
+# Held-out metrics that tell better from worse, and whether they are to be small.
 SMALLER_IS_BETTER = {
     "eval_rewards/accuracies": False,
     "eval_rewards/margins": False,
     "eval_logps/chosen": False,
     "eval_loss": True,
+    WIN_RATE: False,
 }
 _COMMAND = "sweep"
 _PAUSE = 1.0  # seconds between looks at the trials of other processes
@@ -47,7 +48,7 @@ class Sweep:
         recipe: the recipe that trials start from; None if the options say everything.
         fixed: options that all trials have: what stands behind every ``--key``.
         axes: what is varied.
-        metric: of held-out pairs after training, as in ``results.json``.
+        metric: of held-out pairs after training, as in ``results.json``; of answers, at the last evaluation.
         sampler: ``grid`` for every combination, ``tpe`` to draw.
         trials: how many.
         prune: break off trials that are worse than the median at an evaluation.
@@ -140,8 +141,8 @@ def _check(sweep: Sweep) -> None:
     """Read every trial's recipe, or where they are not known yet the values one at a time, before anything is written.
 
     Raises:
-        SimpoError: one is no recipe, has no held-out pairs, is not evaluated where it should be pruned, or is for
-            several processes.
+        SimpoError: one is no recipe, has no held-out pairs, is not evaluated where it should be pruned, has no judge
+            of its answers where these are compared, or is for several processes.
     """
     for values in combinations(sweep.axes) if sweep.sampler == "grid" else one_at_a_time(sweep.axes):
         given = sweep.read(sweep.arguments(values, sweep.folder))
@@ -150,6 +151,8 @@ def _check(sweep: Sweep) -> None:
             raise SimpoError("eval_dataset_name: name held-out pairs, which the trials are compared on")
         if given.config.world_size > 1:
             raise SimpoError("simpo sweep trains in one process: start it without a launcher, on every GPU once")
+        if sweep.metric == WIN_RATE and (given.observer is None or given.observer.settings["eval_judge"] is None):
+            raise SimpoError(f"--metric: {WIN_RATE} is of answers that are judged; set eval_generations and eval_judge")
         if sweep.prune and given.config.eval_strategy == "no":
             raise SimpoError("--prune looks at evaluations while training: set eval_strategy: steps and eval_steps")
 

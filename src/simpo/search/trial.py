@@ -12,8 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from simpo.errors import SimpoError
 from simpo.results import FILE_NAME, Metric, read_results
 from simpo.runs import record
+from simpo.runs.lines import read_lines
 from simpo.training.run import Given, run_training
 from simpo.training.tasks import Task
+
+WIN_RATE = "eval_generations/win_rate"  # of evaluations while training alone
+_LOGS = "metrics.jsonl"
 
 
 class Pruned(Exception):  # noqa: N818 - nothing went wrong
@@ -31,7 +35,7 @@ def run_trial(task: Task, given: Given, folder: Path, metric: str, *, prune: Any
         task: the kind of training.
         given: the recipe with the trial's values; its output folder is ``folder``.
         folder: of the trial.
-        metric: its name in ``results.json``.
+        metric: its name in ``results.json``, or :data:`WIN_RATE`.
         prune: the Optuna trial that hears every evaluation and may break the training off; None for no pruning.
 
     Raises:
@@ -40,7 +44,7 @@ def run_trial(task: Task, given: Given, folder: Path, metric: str, *, prune: Any
         SimpoError: something outside the trial is in the way (data, model, disk), or the folder was never begun.
     """
     try:
-        results = run_training(task if prune is None else watched(task, _Report(prune, metric)), given)
+        run_training(watched(task, metric, prune), given)
     except torch.OutOfMemoryError as error:
         raise Failed(f"out of memory: {' '.join(str(error).split())[:200]}") from error
     except SimpoError as error:
@@ -48,30 +52,52 @@ def run_trial(task: Task, given: Given, folder: Path, metric: str, *, prune: Any
         if error.__cause__ is not None or not (folder / record.FILE_NAME).exists():
             raise
         raise Failed(str(error)) from error
-    return _held_out(results, metric)
+    return read_metric(folder, metric)
 
 
-def _held_out(results: Path, name: str) -> Metric:
-    found = next((m for m in read_results(results).metrics if m.name == name and m.stage == "after"), None)
-    if found is None:
-        raise SimpoError(f"{results} has no {name}; name held-out pairs (eval_dataset_name)")
+def read_metric(folder: Path, name: str) -> Metric:
+    """The metric of a trial that has finished.
+
+    Raises:
+        Failed: it is not a finite number.
+    """
+    found = _last_evaluation(folder, name) if name == WIN_RATE else _after_training(folder, name)
     if found.value is None:
         raise Failed(f"{name} is not a finite number")
     return found
 
 
-def read_metric(folder: Path, name: str) -> Metric:
-    """The metric of a trial that has finished."""
-    return _held_out(folder / FILE_NAME, name)
+def _after_training(folder: Path, name: str) -> Metric:
+    metrics = read_results(folder / FILE_NAME).metrics
+    return next(metric for metric in metrics if (metric.name, metric.stage) == (name, "after"))
 
 
-def watched(task: Task, callback: TrainerCallback) -> Task:
-    """The task with a trainer that has one more callback."""
+def _last_evaluation(folder: Path, name: str) -> Metric:
+    values = [line[name] for line in read_lines(folder / _LOGS) if name in line]
+    if not values:
+        raise SimpoError(f"--metric: {folder} was trained without an evaluation; lower eval_steps")
+    return Metric(name, values[-1])
+
+
+def watched(task: Task, metric: str, prune: Any | None) -> Task:
+    """The task with a trainer that looks, before anything is written, whether its evaluations have ``metric``.
+
+    Args:
+        task: the kind of training.
+        metric: its name in evaluations.
+        prune: as for :func:`run_trial`.
+    """
 
     class Watched(task.trainer):  # type: ignore[name-defined,misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.add_callback(callback)
+            if self.eval_dataset is None:
+                raise SimpoError("eval_dataset_name: name held-out pairs, which the trials are compared on")
+            known = [f"eval_{name}" for name in self.metric_names]
+            if metric not in (*known, WIN_RATE):
+                raise SimpoError(f"--metric: these rows have no {metric}; there are {', '.join(known)}")
+            if prune is not None:
+                self.add_callback(_Report(prune, metric))
 
     return dataclasses.replace(task, trainer=Watched)
 

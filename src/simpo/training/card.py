@@ -113,13 +113,13 @@ def _results(metrics: Iterable[Metric], rows_are: str) -> list[str]:
         return ["None were given."]
     lines = [f"| metric | before | after | {rows_are} |", "|---|---|---|---|"]
     for name, stages in rows.items():
-        before, after = stages["before"], stages["after"]
+        before, after = stages.get("before"), stages["after"]
         lines.append(f"| {name} | {_figure(before)} | {_figure(after)} | {after.n} |")
     return lines
 
 
-def _figure(metric: Metric) -> str:
-    if metric.value is None:
+def _figure(metric: Metric | None) -> str:
+    if metric is None or metric.value is None:
         return "-"
     interval = "" if metric.low is None else f" [{metric.low:.4g}, {metric.high:.4g}]"
     return f"{metric.value:.4g}{interval}"

@@ -36,11 +36,17 @@ def read_scores(path: Path, rows: int) -> Scores | None:
     return {name: np.array([line[name] for line in found], dtype=np.float64) for name in found[0] if name != "where"}
 
 
-def compare_preferences(before: Scores, after: Scores) -> list[Metric]:
+def compare_preferences(before: Scores, after: Scores, *, has_reference: bool = False) -> list[Metric]:
     """Means over the rows, of responses that are judged alone over those that a figure is about.
 
     Of pairs also whether the rise in accuracy is chance; of responses that are judged alone the share of desirable ones
     with a larger reward than an undesirable one, over all such couples.
+
+    Args:
+        before: scores of the start model.
+        after: scores of the trained one.
+        has_reference: the reward compares with the start model, so that before all rewards are 0 up to rounding. Which
+            of two is the larger then is noise: it is left out, and with it whether accuracy rose.
     """
     metrics = []
     unpaired = ACCURACY not in before
@@ -48,15 +54,18 @@ def compare_preferences(before: Scores, after: Scores) -> list[Metric]:
     for name in (name for name in before if name != WEIGHT):
         about = ~np.isnan(before[name]) if unpaired else slice(None)
         for stage, scores in _stages(before, after):
+            if has_reference and stage == "before" and name == ACCURACY:
+                continue
             values = scores[name][about]
             shares = pairs and name == ACCURACY  # else a comparison of several pairs may be right in part
             found = proportion_interval(int(values.sum()), len(values)) if shares else mean_interval(values)
             metrics.append(_metric(f"eval_{name}", stage, found))
-    if pairs:
+    if pairs and not has_reference:
         test = mcnemar(before[ACCURACY].astype(bool), after[ACCURACY].astype(bool))
         metrics.append(Metric(f"eval_{ACCURACY}/p_value", test.p, n=len(before[ACCURACY]), method="McNemar, one-sided"))
     if unpaired:
-        metrics += [_ordered(stage, scores) for stage, scores in _stages(before, after)]
+        stages = [("after", after)] if has_reference else _stages(before, after)
+        metrics += [_ordered(stage, scores) for stage, scores in stages]
     return metrics
 
 

@@ -17,7 +17,7 @@ from simpo.atomic import staged_folder
 from simpo.errors import SimpoError
 from simpo.training.adapters import find_adapter
 from simpo.training.card import shown_name
-from simpo.training.models import ModelArguments, load_model, load_tokenizer
+from simpo.training.models import ModelArguments, check_folder, load_model, load_tokenizer
 from simpo.training.reward_model import load_reward_model
 
 
@@ -35,6 +35,7 @@ def write_merged(arguments: ModelArguments, folder: Path) -> None:
     name = arguments.model_name_or_path
     if folder.exists():
         raise SimpoError(f"output_dir: {folder} exists already; name a new folder")
+    check_folder(name)
     arguments = dataclasses.replace(arguments, dtype=arguments.dtype or "auto")
     adapter = find_adapter(name, arguments.model_revision)
     reward = adapter is not None and adapter.task_type == "SEQ_CLS"

@@ -107,7 +107,7 @@ def load_model(name: str, arguments: ModelArguments | None = None) -> PreTrained
         SimpoError: there is no such model, it or its base model cannot be loaded, or settings that contradict.
     """
     arguments = _named(name, arguments)
-    _check_folder(name)
+    check_folder(name)
     adapter = find_adapter(name, arguments.model_revision)
     if adapter is not None:
         base = _load_base(name, adapter, arguments)
@@ -190,7 +190,7 @@ def _named(name: str, arguments: ModelArguments | None) -> ModelArguments:
 
 def _load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     name = arguments.model_name_or_path
-    _check_folder(name)
+    check_folder(name)
     try:
         return load_files(AutoTokenizer, arguments)
     except SimpoError:
@@ -238,7 +238,7 @@ def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
         SimpoError: there is no such thing, or it cannot be loaded.
     """
     name = arguments.model_name_or_path
-    _check_folder(name)
+    check_folder(name)
     try:
         return auto.from_pretrained(
             name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code, **options
@@ -248,6 +248,11 @@ def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
         raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {reason[:300]}") from error
 
 
-def _check_folder(name: str) -> None:
+def check_folder(name: str) -> None:
+    """Refuse a path that leads nowhere, before it is taken for a name on the hub.
+
+    Raises:
+        SimpoError: it does.
+    """
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise SimpoError(f"model_name_or_path: there is no folder {name!r}")

@@ -34,6 +34,7 @@ from simpo.training.batches import (
     response_counts,
     token_lengths,
 )
+from simpo.training.checkpointing import CheckpointShare
 from simpo.training.compilation import compile_layers
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
 from simpo.training.memory import OUTSIDE_A_FORWARD, memory_answered, tokens_that_fit
@@ -104,6 +105,8 @@ class PackedTrainer(ResumableTrainer):
         self.path = self._choose_path()
         if args.torch_compile:
             compile_layers(self.model, args, self.accelerator)
+        if args.checkpointed_share < 1:
+            self.add_callback(CheckpointShare(args.checkpointed_share))
         self._step: list[tuple[PlannedBatch, Tensor]] = []  # micro-batches of the current step with their rows' losses
 
     # ---- what a subclass says ----

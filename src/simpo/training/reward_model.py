@@ -14,7 +14,7 @@ from simpo.data.templates import end_of_turn
 from simpo.errors import SimpoError
 from simpo.packing.policy import causal_lm
 from simpo.training.adapters import add_adapter, continue_adapter, find_adapter
-from simpo.training.models import ModelArguments, base_arguments, load_files, loading_options
+from simpo.training.models import ModelArguments, base_arguments, check_folder, load_files, loading_options
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ def load_reward_model(arguments: ModelArguments, *, new_head: bool = False) -> P
     name, revision = arguments.model_name_or_path, arguments.model_revision
     if arguments.load_in_4bit:
         raise SimpoError("load_in_4bit: not supported for reward models; leave it out")
+    check_folder(name)
     adapter = find_adapter(name, revision)
     if adapter is not None:
         if adapter.task_type != "SEQ_CLS":

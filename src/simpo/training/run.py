@@ -198,7 +198,7 @@ def _train(task: Task, trainer: PackedTrainer, held_out: Dataset | None, folder:
         outcome = trainer.train(resume_from_checkpoint=_starting_point(trainer, folder))
     metrics = [Metric("train/loss", trainer.mean_loss()), Metric("train/steps", outcome.global_step)]
     if held_out is not None and before is not None:
-        metrics += task.compare(before, _score(trainer, held_out, output_dir / _SCORES["after"]))
+        metrics += task.compare(trainer.args, before, _score(trainer, held_out, output_dir / _SCORES["after"]))
     return metrics
 
 

@@ -60,6 +60,10 @@ class TrainingSettings(TrainingArguments):
         default=None,
         metadata={"help": "Most tokens of a forward (default: 16384, on a CPU 2048, or the longest row if longer)."},
     )
+    checkpointed_share: float = field(
+        default=1.0,
+        metadata={"help": "With activation_checkpointing: share of the layers; the others keep their activations."},
+    )
     forward_path: Literal["auto", "packed", "padded"] = field(
         default="auto",
         metadata={
@@ -123,6 +127,8 @@ class TrainingSettings(TrainingArguments):
                 raise SimpoError(f"{key}: must be at least 0 and below 2**32, not {value}")
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise SimpoError(f"max_batch_tokens: must be at least 1, not {self.max_batch_tokens}")
+        if not 0 < self.checkpointed_share <= 1:
+            raise SimpoError(f"checkpointed_share: must be above 0 and at most 1, not {self.checkpointed_share}")
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise SimpoError(
                 f"train_sampling_strategy: {self.train_sampling_strategy!r} is not needed (micro-batches are balanced "

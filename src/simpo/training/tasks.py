@@ -22,7 +22,7 @@ class Task:
     Attributes:
         command: the command that runs it.
         trainer: what does the work.
-        compare: held-out figures from the scores before and after.
+        compare: from the configuration, and the scores before and after, held-out figures.
         rows: what its rows are called.
         describe: from the configuration, what is being optimized, in a few words.
         method: from the configuration, how the model card says what was done.
@@ -32,7 +32,7 @@ class Task:
 
     command: str
     trainer: type[PackedTrainer]
-    compare: Callable[[Scores, Scores], list[Metric]]
+    compare: Callable[[Any, Scores, Scores], list[Metric]]
     rows: str
     describe: Callable[[Any], str]
     method: Callable[[Any], str]
@@ -54,7 +54,7 @@ def _describe_objective(config: Any) -> str:
 PREFERENCES = Task(
     command="train",
     trainer=PreferenceTrainer,
-    compare=compare_preferences,
+    compare=lambda config, before, after: compare_preferences(before, after, has_reference=config.row.needs_reference),
     rows="pairs",
     describe=_describe_objective,
     method=lambda config: f"aligned by **{config.objective}** ({config.row.paper})",
@@ -64,7 +64,7 @@ PREFERENCES = Task(
 SUPERVISED = Task(
     command="sft",
     trainer=SFTTrainer,
-    compare=compare_conversations,
+    compare=lambda config, before, after: compare_conversations(before, after),
     rows="conversations",
     describe=lambda config: "objective: average negative log-probability of the assistant's tokens",
     method=lambda config: "fine-tuned on demonstrations, on the assistant's turns only,",
@@ -74,7 +74,7 @@ SUPERVISED = Task(
 REWARDS = Task(
     command="reward",
     trainer=RewardTrainer,
-    compare=compare_rewards,
+    compare=lambda config, before, after: compare_rewards(before, after),
     rows="comparisons",
     describe=lambda config: f"objective: Bradley-Terry likelihood of the preferences (margin: {config.margin})",
     method=lambda config: "with one number for an output became a **reward model** by the Bradley-Terry likelihood",

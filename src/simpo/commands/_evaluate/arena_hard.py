@@ -48,6 +48,6 @@ def _parser() -> ArgumentParser:
     add("--questions", required=True, metavar="FILE", help="the benchmark's question.jsonl")
     add("--baseline", required=True, action="append", metavar="FILE", help="the baseline's answers; v2 has two files")
     add("--judge_prompt", metavar="FILE", help="YAML with system_prompt and prompt_template (default: ours)")
-    add_server_options(parser)
+    add_server_options(parser, timeout=600.0)  # judgments are long
     add_sampling_options(parser, _DEFAULTS)
     return parser

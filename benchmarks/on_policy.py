@@ -1,0 +1,211 @@
+"""Best of N and on-policy rounds on the tiny world, by its exact judge and by a reward model that learnt from little.
+
+    simpo demo --output_dir runs/demo-1
+    python -m benchmarks.on_policy runs/demo-1 --output_dir runs/on-policy
+
+About a quarter of an hour on one core. Every stage is a run of a command, so that the same call goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from transformers import AutoModelForCausalLM
+
+from benchmarks.best_of_n import best_of_n, best_of_n_kl
+from simpo import cli
+from simpo.analysis.plots import STYLE, save
+from simpo.analysis.rounds import COLOURS, line
+from simpo.data.prompts import prepare_prompts
+from simpo.data.sources import load_rows
+from simpo.runs.lines import read_lines, write_lines
+from simpo.statistics import Interval, mean_interval
+from simpo.training.models import load_tokenizer
+
+_RECIPE = Path(__file__).parents[1] / "recipes/loop/tiny.yaml"
+_DRAWN = ["--temperature=1", "--top_p=1", "--max_new_tokens=48", "--chunk_size=128"]
+_TRAINED_ON = 300  # rankings: few enough that the reward model is wrong in places
+_REWARD = ["--learning_rate=1e-3", "--num_train_epochs=3", "--per_device_train_batch_size=16", "--max_length=128"]
+_TEMPERATURES = (0.5, 0.7, 1.0)
+_JUDGES = ("exact", "reward model")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where everything is.
+
+    Attributes:
+        demo: folder of a finished ``simpo demo``.
+        folder: of this benchmark.
+        answers: of the start to every held-out prompt.
+    """
+
+    demo: Path
+    folder: Path
+    answers: int
+
+    @property
+    def annotators(self) -> dict[str, str]:
+        """Of both judges, as ``--annotator`` takes them."""
+        return dict(zip(_JUDGES, ("exact", f"reward:{self.folder / 'reward'}"), strict=True))
+
+    def scores(self, responses: Path, name: str) -> dict[str, np.ndarray]:
+        """Both judges' scores, ``[P, K]``, of a folder of responses."""
+        found = {}
+        for judge, annotator in self.annotators.items():
+            folder = self.folder / f"{name}-{judge.partition(' ')[0]}"
+            simpo("annotate", responses, f"--annotator={annotator}", f"--output_dir={folder}")
+            found[judge] = np.array([row["scores"] for row in read_lines(folder / "annotated.jsonl")])
+        return found
+
+
+def simpo(*words: object) -> None:
+    """Run a command; a mistake ends this program with its line."""
+    if code := cli.main([str(word) for word in words]):
+        raise SystemExit(code)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all stages, write ``figures.json``, ``best-of-n.png`` and ``reward-kl.png``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("demo", type=Path, help="folder of a finished simpo demo")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--answers", type=int, default=64, help="of the start to every held-out prompt (default 64)")
+    parser.add_argument("--rounds", type=int, default=3, help="of each loop (default 3)")
+    given = parser.parse_args(argv)
+    torch.set_num_threads(1)  # for a model this small, threads wait for one another longer than they work
+    place = Place(given.demo.resolve(), given.output_dir.resolve(), given.answers)
+    _train_reward(place)
+    best = _best_of_n(place)
+    curves = {judge: _rounds(place, judge, given.rounds) for judge in _JUDGES}
+    _plot_best_of_n(place.folder / "best-of-n.png", best)
+    _plot_rounds(place.folder / "reward-kl.png", curves)
+    figures = {"best of n": best, "rounds": curves}
+    (place.folder / "figures.json").write_text(json.dumps(figures, default=vars, indent=1) + "\n")
+    print(f"figures: {place.folder / 'figures.json'}")
+
+
+def _train_reward(place: Place) -> None:
+    """A reward model from exactly judged answers to the training prompts."""
+    folder = place.folder
+    simpo("annotate", place.demo / "samples", "--annotator=exact", f"--output_dir={folder / 'judged'}")
+    simpo("pair", folder / "judged", "--pairs=ranking", f"--output_dir={folder / 'rankings'}")
+    write_lines(folder / "reward.jsonl", read_lines(folder / "rankings/pairs.jsonl")[:_TRAINED_ON])
+    options = [f"--model_name_or_path={place.demo / 'sft'}", f"--dataset_name={folder / 'reward.jsonl'}", *_REWARD]
+    simpo("reward", *options, "--save_strategy=no", "--report_to=none", f"--output_dir={folder / 'reward'}")
+
+
+def _best_of_n(place: Place) -> dict[str, dict[str, list[Interval]]]:
+    """Chosen by each judge, measured by each, over N = 1, 2, 4, ..."""
+    responses = place.folder / "many"
+    _sample(place, place.demo / "sft", responses, place.answers, 1.0)
+    scores = place.scores(responses, "many")
+    return {
+        chooser: {
+            judge: [mean_interval(best_of_n(scores[chooser], scores[judge], n)) for n in _sizes(place.answers)]
+            for judge in _JUDGES
+        }
+        for chooser in _JUDGES
+    }
+
+
+def _sizes(most: int) -> list[int]:
+    return [1 << power for power in range(most.bit_length()) if 1 << power <= most]
+
+
+def _sample(place: Place, model: Path, output: Path, n: int, temperature: float) -> None:
+    words = [f"--n={n}", *_DRAWN, f"--temperature={temperature}", "--seed=1", f"--output_dir={output}"]
+    simpo("sample", model, place.demo / "held-out.jsonl", *words)
+
+
+def _rounds(place: Place, judge: str, rounds: int) -> list[dict[str, object]]:
+    """Both judges' scores and the KL divergence from the start, of every round's model at every temperature."""
+    name = f"loop-{judge.partition(' ')[0]}"
+    options = [f"--{key}={place.demo / found}" for key, found in _DEMO.items()]
+    options += [f"--annotator={place.annotators[judge]}", "--judges", *place.annotators.values()]
+    simpo("loop", _RECIPE, *options, f"--rounds={rounds}", "--stop_win_rate=0", f"--output_dir={place.folder / name}")
+    found: list[dict[str, object]] = []
+    for number in range(rounds + 1):
+        model = place.folder / name / f"round-{number}/model" if number else place.demo / "sft"
+        for temperature in _TEMPERATURES:
+            responses = place.folder / f"{name}-{number}-{temperature}"
+            _sample(place, model, responses, 4, temperature)
+            scores = place.scores(responses, responses.name)
+            kl = mean_interval(_kl(place, model, responses, temperature))
+            means = {who: mean_interval(values.mean(1)) for who, values in scores.items()}
+            found.append({"round": number, "temperature": temperature, "kl": kl, "scores": means})
+    return found
+
+
+_DEMO = {"model_name_or_path": "sft", "prompts": "prompts.jsonl", "eval_prompts": "held-out.jsonl"}
+
+
+def _kl(place: Place, model: Path, responses: Path, temperature: float) -> np.ndarray:
+    """Estimates ``[P]`` of KL(model at the temperature || start) on the model's own answers, in nats."""
+    tokenizer = load_tokenizer(str(model))
+    rows = load_rows(str(place.demo / "held-out.jsonl"), split="train")
+    prompts = {prompt.id: prompt.ids for prompt in prepare_prompts(rows, tokenizer)}
+    here, there = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (model, place.demo / "sft"))
+    return np.array(
+        [
+            np.mean([_logp(here, *asked, temperature) - _logp(there, *asked, 1.0) for asked in answered])
+            for answered in (
+                [(prompts[row["id"]], ids) for ids in row["response_ids"]]
+                for row in read_lines(responses / "responses.jsonl")
+            )
+        ]
+    )
+
+
+@torch.no_grad()
+def _logp(model: torch.nn.Module, prompt: list[int], response: list[int], temperature: float) -> float:
+    """Log-probability of a response as it is drawn at a temperature."""
+    logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+    return float((logits / temperature).log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum())
+
+
+def _plot_best_of_n(path: Path, best: dict[str, dict[str, list[Interval]]]) -> None:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        for axes, judge in zip(figure.subplots(1, 2), _JUDGES, strict=True):
+            for colour, (chooser, found) in zip(COLOURS, best.items(), strict=False):
+                sizes = [1 << power for power in range(len(found[judge]))]
+                line(axes, sizes, found[judge], colour, f"chosen by the {chooser}" + " judge" * (chooser == "exact"))
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sizes, [f"{size}\n{best_of_n_kl(size):.1f}" for size in sizes])
+            axes.set(xlabel="best of N; below: KL from the start at most, nats", ylabel=f"score by {judge}")
+            axes.legend(frameon=False)
+        save(figure, path)
+
+
+def _plot_rounds(path: Path, curves: dict[str, list[dict[str, object]]]) -> None:
+    """A line a temperature through the rounds; the rounds' numbers beside the points of temperature 1."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 7), layout="constrained")
+        grid = figure.subplots(len(curves), 2, squeeze=False, sharex="row")
+        for row, (trained_by, points) in zip(grid, curves.items(), strict=True):
+            for axes, judge in zip(row, _JUDGES, strict=True):
+                for colour, temperature in zip(COLOURS, _TEMPERATURES, strict=False):
+                    chosen = [point for point in points if point["temperature"] == temperature]
+                    places = [point["kl"].value for point in chosen]
+                    values = [point["scores"][judge] for point in chosen]
+                    line(axes, places, values, colour, f"temperature {temperature}")
+                    if temperature == 1:
+                        for point, x, y in zip(chosen, places, values, strict=True):
+                            axes.annotate(str(point["round"]), (x, y.value), (4, -11), textcoords="offset points")
+                axes.set(xlabel="KL from the start, nats an answer", ylabel=f"score by {judge}")
+                axes.set_title(f"rounds annotated by: {trained_by}", fontsize=10)
+        grid[0][0].legend(frameon=False)
+        save(figure, path)
+
+
+if __name__ == "__main__":
+    main()
