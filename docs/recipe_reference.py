@@ -12,12 +12,15 @@ from typing import Any
 from transformers import TrainingArguments
 
 from simpo.coercion import describe
+from simpo.loop.settings import LoopSettings
 from simpo.objectives import OBJECTIVES, Objective
 from simpo.recipe import annotations_of, fields_of
 from simpo.sampling.eval_arguments import GenerationArguments
+from simpo.sampling.pairs import PairSettings
+from simpo.sampling.settings import SamplingSettings
 from simpo.training.config import PreferenceConfig, PreferenceSettings
 from simpo.training.inputs import DataArguments
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 from simpo.training.reward import RewardConfig
 from simpo.training.settings import UNSUPPORTED, TrainingSettings
 from simpo.training.sft import SFTConfig
@@ -103,6 +106,18 @@ def page() -> str:
             "See [Training](training.md#answers-while-it-trains).",
             "",
             *_table(GenerationArguments, _names(GenerationArguments)),
+            "",
+            "## On-policy rounds",
+            "",
+            "Of `simpo loop`, beside those of the model, the objective and training: [On-policy rounds](on-policy.md).",
+            "",
+            *_table(LoopSettings, _names(LoopSettings)),
+            "",
+            "How answers are drawn, and what becomes of them, with the `seed` of training:",
+            "",
+            *_table(SamplingSettings, [name for name in _names(SamplingSettings) if name != "seed"]),
+            "",
+            *_table(PairSettings, [name for name in _names(PairSettings) if name != "seed"]),
             "",
             "## Training",
             "",

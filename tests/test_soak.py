@@ -20,6 +20,7 @@ import torch
 from simpo import cli
 
 KILLS = int(os.environ.get("SIMPO_SOAK_KILLS", "1"))
+TWICE = ("sampling", "annotation")  # short runs are killed twice as often
 # A forked process has imported everything already, so that a kill falls into the run and not into imports.
 FORK = multiprocessing.get_context("fork")
 
@@ -121,7 +122,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(kind, chat_world, 
     output = tmp_path / "killed"
     argv = _commands(chat_world, kind, output)
     killed = 0
-    for _ in range(KILLS):
+    for _ in range(KILLS * (1 + (kind in TWICE))):
         process = _start(argv)
         if kind == "checkpoint":
             for _ in range(moments.randrange(1, 4)):

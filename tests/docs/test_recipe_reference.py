@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from simpo.training.config import PreferenceConfig
 from simpo.training.inputs import DataArguments
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 from simpo.training.reward import RewardConfig
 from simpo.training.sft import SFTConfig
 

@@ -14,7 +14,7 @@ from simpo.evaluation.academic.run import AcademicSettings, evaluate_academic
 from simpo.evaluation.academic.scores import differences, read_scores, score_metrics
 from simpo.results import read_results
 from simpo.statistics import mean_interval
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 
 
 def output(right, perplexity=12.0):

@@ -12,12 +12,16 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.cli import main
+from simpo.commands.loop import RECIPE_TYPES
 from simpo.loop.drift import drift
+from simpo.loop.settings import LoopRecipe
+from simpo.recipe import parse_recipe
 from simpo.results import read_results
 from simpo.runs.lines import read_lines
 from simpo.sampling.run import PromptArguments
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 
+ROOT = Path(__file__).parents[2]
 RECIPE = {
     **{"rounds": 2, "n": 3, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 10, "eval_n": 2},
     **{"learning_rate": 2e-2, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none"},
@@ -183,3 +187,9 @@ def test_nobody_may_share_a_loop(world, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["loop", "loop.yaml", "--output_dir", "never"]) == 2
     assert "one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/loop").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_parse(path):
+    recipe = LoopRecipe(*parse_recipe([str(path), "--use_cpu"], RECIPE_TYPES))
+    assert recipe.settings.rounds == 3 and recipe.sampling.n > 1

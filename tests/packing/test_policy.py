@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
+from simpo.packing import attention
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import policy_forward, policy_logprobs, prepare_policy, state_of
@@ -293,3 +294,15 @@ def test_bf16_is_close_to_fp32(make_model, comparisons):
     assert (found - expected).abs().max() < 0.1
     with torch.autocast("cpu", torch.bfloat16):
         assert (policy_logprobs(model, batch) - expected).abs().max() < 0.1
+
+
+def test_attention_is_in_autocasts_type(make_model, comparisons, monkeypatch):
+    """Rotations in fp32 leave queries and keys in it, for which there is no fast kernel."""
+    model = make_model("llama", torch.float32, std=0.1)
+    batch = PackedBatch.build(comparisons)
+    policy_logprobs(model, batch)
+    seen = set()
+    monkeypatch.setattr(attention.kernels, "choose", lambda *states_and_style: seen.add(states_and_style[:3]))
+    with torch.autocast("cpu", torch.bfloat16):
+        policy_logprobs(model, batch)
+    assert {state.dtype for states in seen for state in states} == {torch.bfloat16}

@@ -10,7 +10,7 @@ from simpo.errors import SimpoError
 from simpo.sampling.engine import Sampled
 from simpo.sampling.settings import SamplingSettings
 from simpo.sampling.vllm import VllmEngine
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 
 STOP = 9
 

@@ -21,7 +21,8 @@ from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import policy_forward, policy_logprobs, state_of
 from simpo.training.adapters import add_reference, reference_of
 from simpo.training.identity import model_digest
-from simpo.training.models import ModelArguments, disable_dropout, load_model, load_tokenizer
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import disable_dropout, load_model, load_tokenizer
 from simpo.training.sharding import settle_sharding
 
 ADAPTER = "adapter_model.safetensors"

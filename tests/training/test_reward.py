@@ -25,7 +25,7 @@ from simpo.judges.protocol import Answers
 from simpo.judges.registry import JudgeOptions, make_scorer
 from simpo.results import read_results
 from simpo.training.identity import rows_digest
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 from simpo.training.reward import RewardConfig, RewardTrainer
 from simpo.training.reward_model import load_reward_model, settle_padding
 

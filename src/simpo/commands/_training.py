@@ -13,7 +13,7 @@ from simpo.results import print_results
 from simpo.sampling.during_training import Generations
 from simpo.sampling.eval_arguments import GenerationArguments
 from simpo.training.inputs import DataArguments
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 from simpo.training.run import Given, run_training
 from simpo.training.tasks import Task
 

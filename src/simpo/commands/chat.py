@@ -15,7 +15,7 @@ from simpo.errors import SimpoError
 from simpo.sampling.chat import Conversation, load_conversation
 from simpo.sampling.settings import SamplingSettings
 from simpo.terminal import printable
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 
 _RESET, _EXIT = "/reset", "/exit"
 

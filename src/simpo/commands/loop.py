@@ -16,7 +16,9 @@ from simpo.recipe import parse_recipe
 from simpo.sampling.pairs import PairSettings
 from simpo.sampling.settings import SamplingSettings
 from simpo.training.config import PreferenceConfig
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
+
+RECIPE_TYPES = (LoopSettings, SamplingSettings, PairSettings, ModelArguments, PreferenceConfig)
 
 
 def main(argv: list[str]) -> int:
@@ -24,8 +26,7 @@ def main(argv: list[str]) -> int:
     # Before the configuration is made, which would wait for the others.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SimpoError("simpo loop runs in one process; with several, run its stages one by one under torchrun")
-    types = (LoopSettings, SamplingSettings, PairSettings, ModelArguments, PreferenceConfig)
-    recipe = LoopRecipe(*parse_recipe(argv, types))
+    recipe = LoopRecipe(*parse_recipe(argv, RECIPE_TYPES))
     check_named(recipe.config)
     recipe.config.disable_tqdm = recipe.config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress
     folder = Path(recipe.config.output_dir)

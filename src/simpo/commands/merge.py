@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simpo.arguments import ArgumentParser
 from simpo.training.merging import write_merged
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 
 
 def main(argv: list[str]) -> int:

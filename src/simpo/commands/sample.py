@@ -14,7 +14,7 @@ from simpo.results import print_results
 from simpo.sampling.run import FILE_NAME, PromptArguments, sample_responses
 from simpo.sampling.server import sample_from_server
 from simpo.sampling.settings import SamplingSettings
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 
 _FLOATS = ("temperature", "top_p")
 

@@ -22,7 +22,7 @@ from simpo.search.study import load_optuna
 from simpo.search.sweep import BEST, EFFECTS, SMALLER_IS_BETTER, Sweep, print_sweep, run_sweep
 from simpo.training.config import PreferenceConfig
 from simpo.training.inputs import DataArguments
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 from simpo.training.tasks import PREFERENCES
 
 _TPE_TRIALS = 20

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simpo.compat.config import PortedConfig
 from simpo.errors import SimpoError
-from simpo.training.models import ModelArguments, load_model, load_tokenizer
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import load_model, load_tokenizer
 
 # model_init_kwargs -> ours
 _KEYS = {

@@ -17,7 +17,8 @@ from simpo.runs.lines import read_lines
 from simpo.sampling.run import FILE_NAME, EngineName, PromptArguments, sample_responses
 from simpo.sampling.settings import SamplingSettings
 from simpo.training.identity import model_digest
-from simpo.training.models import ModelArguments, load_tokenizer
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import load_tokenizer
 
 # A text, or messages.
 Question = str | list[dict[str, str]]

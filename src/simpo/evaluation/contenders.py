@@ -15,7 +15,7 @@ from simpo.evaluation.rows import file_digest
 from simpo.sampling.loading import Checkpoint
 from simpo.sampling.run import FILE_NAME, EngineName, PromptArguments, sample_responses
 from simpo.sampling.settings import SamplingSettings
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 
 Say = Callable[[str], None]
 

@@ -15,7 +15,8 @@ from simpo.packing.comparison import TokenizedComparison
 from simpo.progress import progress
 from simpo.training.device import device, with_dtype
 from simpo.training.identity import model_digest
-from simpo.training.models import ModelArguments, load_tokenizer
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import load_tokenizer
 
 _AT_ONCE = 64  # prompts between two looks at the progress
 _BATCH_TOKENS = 16384

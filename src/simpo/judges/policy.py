@@ -10,7 +10,8 @@ from torch import Tensor
 from simpo.judges.models import ModelScorer
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.scoring import score_responses
-from simpo.training.models import ModelArguments, load_model
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import load_model
 
 
 class LogpScorer(ModelScorer):

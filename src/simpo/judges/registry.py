@@ -18,7 +18,7 @@ from simpo.judges.protocol import Annotator, Judge, Scorer
 from simpo.judges.reward_model import RewardModelScorer
 from simpo.judges.scored import ScorerJudge
 from simpo.judges.tournament import TournamentScorer
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 
 SCORERS = "exact, function:MODULE:NAME, reward:MODEL, logp:MODEL"
 JUDGES = f"{SCORERS}, human:FILE, api"

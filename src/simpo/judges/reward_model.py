@@ -11,7 +11,7 @@ from simpo.errors import SimpoError
 from simpo.judges.models import ModelScorer
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.rewards import score_answers
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 from simpo.training.reward_model import load_reward_model
 
 

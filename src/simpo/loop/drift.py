@@ -15,7 +15,8 @@ from simpo.runs.lines import read_lines
 from simpo.sampling.loading import Checkpoint
 from simpo.sampling.run import PromptArguments
 from simpo.statistics import Interval, mean_interval
-from simpo.training.models import ModelArguments, load_tokenizer
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import load_tokenizer
 
 _BATCH_TOKENS = 16384
 

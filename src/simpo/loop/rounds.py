@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from simpo.evaluation.compare import CompareArguments, compare
 from simpo.evaluation.contenders import SampledWith
@@ -25,8 +22,9 @@ from simpo.sampling.pairing import pair_annotated
 from simpo.sampling.run import FILE_NAME as RESPONSES
 from simpo.sampling.run import PromptArguments, sample_responses
 from simpo.sampling.settings import SamplingSettings, derived_seed
+from simpo.training.device import free_memory
 from simpo.training.inputs import DataArguments
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 from simpo.training.run import Given, run_training
 from simpo.training.tasks import PREFERENCES
 
@@ -96,7 +94,7 @@ class Rounds:
         self._sample(before, asked, drawn, responses)
         self._announce(number, f"{settings.annotator} scores the answers")
         annotate(AnnotateArguments(responses, settings.annotator, self.options, yes=settings.yes), annotated)
-        _free_memory()
+        free_memory()
         self._announce(number, "answers become pairs")
         pair_annotated(annotated, self.recipe.pairs, pairs)
         self._announce(number, "a model is trained on them")
@@ -106,9 +104,9 @@ class Rounds:
         sampled = SampledWith(None, "train", self._held_out_sampling)
         sides = str(answers), str(self.folder / START)
         compare(CompareArguments(*sides, sampled, self.judges, self.options, yes=settings.yes), comparison)
-        _free_memory()
+        free_memory()
         metrics = [_rows(pairs), *_compared(comparison), self._drift(answers)]
-        _free_memory()
+        free_memory()
         write_results(folder, command="loop", fingerprint=self.fingerprint, metrics=metrics)
         last = self.model(number - 1) if number > 1 else self.recipe.model.model_name_or_path
         stages = {
@@ -144,14 +142,14 @@ class Rounds:
 
     def _sample(self, model: ModelArguments, asked: PromptArguments, drawn: SamplingSettings, folder: Path) -> None:
         sample_responses(model, asked, drawn, folder, engine=self.recipe.settings.engine)
-        _free_memory()
+        free_memory()
 
     def _train(self, number: int, pairs: Path) -> None:
         config = copy.deepcopy(self.recipe.config)
         config.output_dir = str(self.model(number))
         data = DataArguments(dataset_name=str(pairs), chat_template=self.recipe.settings.chat_template)
         run_training(PREFERENCES, Given(self._arguments(number - 1), data, config))
-        _free_memory()
+        free_memory()
 
     def _drift(self, answers: Path) -> Metric:
         found = drift(answers / RESPONSES, self._sampled(0), self._held_out)
@@ -167,10 +165,3 @@ def _compared(folder: Path) -> list[Metric]:
     """What the judges said, and how long answers are; the start's figures are the stage ``before``."""
     wanted = ("win_rate/", "agreement/", "kappa/", "response_tokens", "end_of_turn_rate")
     return [metric for metric in read_results(folder / RESULTS).metrics if metric.name.startswith(wanted)]
-
-
-def _free_memory() -> None:
-    """Of a stage's models, which refer to one another."""
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()

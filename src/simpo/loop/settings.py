@@ -9,7 +9,7 @@ from typing import Any, Literal
 from simpo.errors import SimpoError
 from simpo.sampling.pairs import PairSettings
 from simpo.sampling.settings import SamplingSettings
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 
 
 @dataclass

@@ -21,7 +21,8 @@ from simpo.sampling.generate import TransformersEngine
 from simpo.sampling.loading import Checkpoint
 from simpo.sampling.settings import SamplingSettings
 from simpo.sampling.texts import ResponseText
-from simpo.training.models import ModelArguments, load_tokenizer
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import load_tokenizer
 
 Write = Callable[[str], None]
 

@@ -30,7 +30,7 @@ from simpo.sampling.generate import TransformersEngine
 from simpo.sampling.loading import Checkpoint
 from simpo.sampling.records import read_samples, response_texts, write_responses
 from simpo.sampling.settings import SamplingSettings
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 from simpo.training.packed import PackedTrainer
 from simpo.training.settings import TrainingSettings
 

@@ -18,7 +18,8 @@ from simpo.sampling.loading import Checkpoint
 from simpo.sampling.settings import SamplingSettings
 from simpo.training.device import device
 from simpo.training.identity import model_digest
-from simpo.training.models import ModelArguments, load_tokenizer
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import load_tokenizer
 
 EngineName = Literal["transformers", "vllm"]
 Say = Callable[[str], None]

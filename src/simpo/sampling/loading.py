@@ -10,7 +10,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from simpo.errors import SimpoError
 from simpo.training.adapters import find_adapter
 from simpo.training.device import device, with_dtype
-from simpo.training.models import ModelArguments, base_arguments, generation_config, load_model
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import base_arguments, generation_config, load_model
 
 
 @dataclasses.dataclass(frozen=True)

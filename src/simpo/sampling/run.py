@@ -24,7 +24,7 @@ from simpo.sampling.processes import Processes, joined_processes
 from simpo.sampling.records import response_texts, write_responses
 from simpo.sampling.settings import SamplingSettings
 from simpo.sampling.vllm import VllmEngine
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 
 FILE_NAME = "responses.jsonl"
 

@@ -11,7 +11,7 @@ from simpo.errors import SimpoError
 from simpo.sampling.engine import Sampled
 from simpo.sampling.settings import SamplingSettings, derived_seed
 from simpo.training.adapters import find_adapter
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 
 
 class VllmEngine:

@@ -131,13 +131,13 @@ PUBLISHED: Mapping[str, Mapping[str, Mapping[str, float]]] = {
 
 @dataclass(frozen=True)
 class Searched:
-    """The values that the paper's authors tried, and the one to start from."""
+    """The values that the paper's authors tried or advise, and the one to start from."""
 
     values: tuple[float, ...]
     start: float
 
 
-# Of every objective, where nothing better is published for the setting.
+# Of every objective, where nothing better is published for the setting: the grid that the README advises.
 LEARNING_RATE = Searched((3e-7, 5e-7, 8e-7, 1e-6), start=5e-7)
 
 # By objective and hyperparameter. Where the scale is DPO's, the start is what was best for DPO in every setting.

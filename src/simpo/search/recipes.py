@@ -129,12 +129,10 @@ def _hyperparameters(objective: str, setting: Setting) -> Iterator[str]:
         yield f"learning_rate: {_number(_TINY_LEARNING_RATE)}  # for a model this small; try others with simpo sweep"
     elif "learning_rate" in published:
         yield _published("learning_rate", published["learning_rate"])
-    elif ranges:
-        yield _searched("learning_rate", LEARNING_RATE)
     else:
         yield (
-            f"learning_rate: {_number(LEARNING_RATE.start)}  # this row is not in the paper, which searched "
-            f"{_values(LEARNING_RATE)} for the others; start here and use simpo sweep"
+            f"learning_rate: {_number(LEARNING_RATE.start)}  # of {_values(LEARNING_RATE)}, the grid that the README "
+            "of github.com/princeton-nlp/SimPO advises; start here and use simpo sweep"
         )
 
 

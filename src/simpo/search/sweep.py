@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from simpo.analysis.effects import plot_effects
 from simpo.errors import SimpoError
@@ -21,6 +18,7 @@ from simpo.search.report import print_table, rank, sweep_metrics, write_best
 from simpo.search.space import Axis, Values, combinations, one_at_a_time, shown
 from simpo.search.study import Claim, Sampler, Study, Tried
 from simpo.search.trial import WIN_RATE, Failed, Pruned, read_metric, run_trial
+from simpo.training.device import free_memory
 from simpo.training.run import Given
 from simpo.training.tasks import PREFERENCES
 
@@ -174,7 +172,7 @@ def _run_trials(sweep: Sweep, study: Study, say: Say, *, leading: bool) -> None:
         if claim is not None:
             waiting = False
             _settle(sweep, study, claim, say)
-            _free_memory()
+            free_memory()  # after what the trial raised has been dealt with
             continue
         running = [tried.number for tried in study.tried() if tried.state == "running"]
         if not running or not leading:
@@ -183,13 +181,6 @@ def _run_trials(sweep: Sweep, study: Study, say: Say, *, leading: bool) -> None:
             waiting = True
             say(f"waiting for {len(running)} trials of other processes")
         time.sleep(_PAUSE)
-
-
-def _free_memory() -> None:
-    """Of a trial's trainer and model, which refer to one another; after what it raised has been dealt with."""
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
 
 
 def _settle(sweep: Sweep, study: Study, claim: Claim, say: Say) -> None:

@@ -13,7 +13,8 @@ from simpo.atomic import write_text
 from simpo.results import Metric
 from simpo.training.adapters import adapter_settings, find_adapter, holds_adapter
 from simpo.training.inputs import DataArguments
-from simpo.training.models import ModelArguments, base_arguments
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import base_arguments
 from simpo.training.tasks import Task
 
 _SETTINGS = (

@@ -64,8 +64,8 @@ def compare_preferences(before: Scores, after: Scores, *, has_reference: bool = 
         test = mcnemar(before[ACCURACY].astype(bool), after[ACCURACY].astype(bool))
         metrics.append(Metric(f"eval_{ACCURACY}/p_value", test.p, n=len(before[ACCURACY]), method="McNemar, one-sided"))
     if unpaired:
-        stages = [("after", after)] if has_reference else _stages(before, after)
-        metrics += [_ordered(stage, scores) for stage, scores in stages]
+        metrics += [] if has_reference else [_ordered("before", before)]
+        metrics.append(_ordered("after", after))
     return metrics
 
 

@@ -17,7 +17,8 @@ from simpo.atomic import staged_folder
 from simpo.errors import SimpoError
 from simpo.training.adapters import find_adapter
 from simpo.training.card import shown_name
-from simpo.training.models import ModelArguments, check_folder, load_model, load_tokenizer
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import check_folder, load_model, load_tokenizer
 from simpo.training.reward_model import load_reward_model
 
 

@@ -38,7 +38,8 @@ from simpo.training.checkpointing import CheckpointShare
 from simpo.training.compilation import compile_layers
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
 from simpo.training.memory import OUTSIDE_A_FORWARD, memory_answered, tokens_that_fit
-from simpo.training.models import ModelArguments, disable_dropout, load_model
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import disable_dropout, load_model
 from simpo.training.resumable import ResumableTrainer
 from simpo.training.running_means import RunningMeans, widest_type
 from simpo.training.settings import TrainingSettings

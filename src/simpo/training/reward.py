@@ -23,7 +23,7 @@ from simpo.objectives.reward import bradley_terry, centring
 from simpo.packing.binning import MicroBatch
 from simpo.packing.rewards import is_reward_model, reward_forward
 from simpo.training.batches import LEVELS, ComparisonRows, PlannedBatch, response_counts
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 from simpo.training.packed import WEIGHT, PackedTrainer, Scores
 from simpo.training.reward_figures import LENGTHS, MARGINS
 from simpo.training.reward_model import load_reward_model, settle_padding

@@ -28,7 +28,8 @@ from simpo.training.identity import Identity, named_checkpoint, settings_of, tra
 from simpo.training.inputs import DataArguments, load_datasets
 from simpo.training.interruption import StopOnSignal
 from simpo.training.log_lines import LogLines
-from simpo.training.models import ModelArguments, load_tokenizer
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import load_tokenizer
 from simpo.training.observer import Observer
 from simpo.training.packed import PackedTrainer, Scores
 from simpo.training.tasks import Task

@@ -17,7 +17,7 @@ from simpo.evaluation.markdown import write_markdown
 from simpo.evaluation.published import published_table
 from simpo.results import print_results, print_whole
 from simpo.sampling.settings import SamplingSettings
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 
 _SAMPLING_KEYS = ("temperature", "top_p", "max_new_tokens", "seed", "chunk_size")
 

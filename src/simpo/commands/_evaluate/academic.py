@@ -7,7 +7,7 @@ from pathlib import Path
 from simpo.arguments import ArgumentParser
 from simpo.commands._evaluate._options import add_run_options, show
 from simpo.evaluation.academic.run import TASKS, AcademicSettings, evaluate_academic
-from simpo.training.models import ModelArguments
+from simpo.training.model_arguments import ModelArguments
 
 
 def main(argv: list[str]) -> int:

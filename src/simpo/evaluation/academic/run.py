@@ -19,7 +19,8 @@ from simpo.runs.folder import RunFolder
 from simpo.training.adapters import find_adapter
 from simpo.training.device import device, with_dtype
 from simpo.training.identity import model_digest
-from simpo.training.models import ModelArguments, base_arguments
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import base_arguments
 
 # Arithmetic, knowledge, truthfulness, following instructions and formats, toxicity, bias.
 TASKS = ("gsm8k", "mmlu", "truthfulqa_mc2", "ifeval", "toxigen", "crows_pairs_english")
