@@ -25,7 +25,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from benchmarks.small_models import KINDS, build, comparisons
 from simpo.packing import kernels
 from simpo.packing.evidence import naive_logprobs
-from simpo.packing.layout import AttentionLayout, PackedBatch, Span
+from simpo.packing.index import Span
+from simpo.packing.layout import AttentionLayout, PackedBatch
 from simpo.packing.policy import policy_logprobs, prepare_policy
 from simpo.packing.segments import AttentionStyle, by_segment
 from simpo.packing.selfcheck import choose_path

@@ -166,6 +166,7 @@ def test_it_stops_when_a_round_goes_wrong(world, monkeypatch, capsys):
         (["--eval_prompts=empty.jsonl"], "no rows"),
         (["--trust_remote_code=false"], "allow it with"),
         (["--temperature=0"], "greedy answers"),
+        (["--n=1"], "n: 1 answer to a prompt"),
         (["--pairs=worst"], "pairs: "),
         (["--max_length_ratio=0.5"], "max_length_ratio: must be at least 1"),
         (["--objective=simple"], "objective: 'simple' is unknown"),

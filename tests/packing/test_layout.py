@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from simpo.packing.comparison import TokenizedComparison
-from simpo.packing.layout import AttentionLayout, PackedBatch, PaddedRows, Span
+from simpo.packing.index import Span
+from simpo.packing.layout import AttentionLayout, PackedBatch, PaddedRows
 
 
 def random_batch(seed: int) -> list[TokenizedComparison]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simpo.packing.layout import AttentionLayout, Span
+from simpo.packing.index import Span
+from simpo.packing.layout import AttentionLayout
 from simpo.packing.operator import by_segment_operator
 from simpo.packing.segments import AttentionStyle, by_segment
 

@@ -155,3 +155,9 @@ def test_what_does_not_go_together_is_named(given, message, config):
 def test_weights_beside_an_objective(config):
     assert config(objective="cpo", lam=0.0, sft_weight=0.1).sft_weight == 0.1
     assert config(objective="dpo", sft_weight=0.1, kl_weight=0.2).kl_weight == 0.2
+
+
+def test_one_process_has_nothing_to_spread(config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # set by the configuration; put back afterwards
+    with pytest.raises(SimpoError, match="fsdp: there is one process"):
+        config(fsdp=True)

@@ -83,42 +83,53 @@ class Rounds:
             SimpoError: as the stages' commands.
             InterruptedRun: a signal came.
         """
-        folder, settings = self.folder / f"round-{number}", self.recipe.settings
-        responses, annotated, pairs, answers, comparison = (
-            folder / name for name in ("responses", "annotated", "pairs", "answers", "comparison")
-        )
-        before = self._sampled(number - 1)
-        self._announce(number, f"{before.model_name_or_path} answers")
-        asked = PromptArguments(settings.prompts, settings.prompts_split, settings.chat_template)
-        drawn = dataclasses.replace(self.recipe.sampling, seed=derived_seed(self.recipe.sampling.seed, number))
-        self._sample(before, asked, drawn, responses)
-        self._announce(number, f"{settings.annotator} scores the answers")
-        annotate(AnnotateArguments(responses, settings.annotator, self.options, yes=settings.yes), annotated)
-        free_memory()
-        self._announce(number, "answers become pairs")
-        pair_annotated(annotated, self.recipe.pairs, pairs)
-        self._announce(number, "a model is trained on them")
-        self._train(number, pairs / PAIRS)
-        self._announce(number, "it answers the held-out prompts and meets the start")
-        self._sample(self._sampled(number), self._held_out, self._held_out_sampling, answers)
-        sampled = SampledWith(None, "train", self._held_out_sampling)
-        sides = str(answers), str(self.folder / START)
-        compare(CompareArguments(*sides, sampled, self.judges, self.options, yes=settings.yes), comparison)
-        free_memory()
-        metrics = [_rows(pairs), *_compared(comparison), self._drift(answers)]
+        folder = self.folder / f"round-{number}"
+        self._make_pairs(number, folder)
+        self._train(number, folder / "pairs" / PAIRS)
+        self._meet_start(number, folder)
+        metrics = [_rows(folder / "pairs"), *_compared(folder / "comparison"), self._drift(folder / "answers")]
         free_memory()
         write_results(folder, command="loop", fingerprint=self.fingerprint, metrics=metrics)
-        last = self.model(number - 1) if number > 1 else self.recipe.model.model_name_or_path
-        stages = {
-            "responses": Stage(responses, {"model": last, "prompts": settings.prompts}),
-            "annotated": Stage(annotated, {"responses": responses, "annotator": settings.annotator}),
-            "pairs": Stage(pairs, {"annotated": annotated}),
-            "model": Stage(self.model(number), {"model": last, "pairs": pairs}),
-            "answers": Stage(answers, {"model": self.model(number), "prompts": settings.eval_prompts}),
-            "comparison": Stage(comparison, {"answers": answers, "start": self.folder / START}),
-        }
-        write_round(folder, number, stages)
+        write_round(folder, number, self._stages(number, folder))
         return metrics
+
+    def _make_pairs(self, number: int, folder: Path) -> None:
+        """The last model's answers to the prompts, scored and paired."""
+        settings, sampling, before = self.recipe.settings, self.recipe.sampling, self._sampled(number - 1)
+        self._announce(number, f"{before.model_name_or_path} answers")
+        asked = PromptArguments(settings.prompts, settings.prompts_split, settings.chat_template)
+        drawn = dataclasses.replace(sampling, seed=derived_seed(sampling.seed, number))
+        self._sample(before, asked, drawn, folder / "responses")
+        self._announce(number, f"{settings.annotator} scores the answers")
+        scored = AnnotateArguments(folder / "responses", settings.annotator, self.options, yes=settings.yes)
+        annotate(scored, folder / "annotated")
+        free_memory()
+        self._announce(number, "answers become pairs")
+        pair_annotated(folder / "annotated", self.recipe.pairs, folder / "pairs")
+
+    def _meet_start(self, number: int, folder: Path) -> None:
+        """The new model's answers to the held-out prompts against the start's."""
+        self._announce(number, "the new model answers the held-out prompts and meets the start")
+        self._sample(self._sampled(number), self._held_out, self._held_out_sampling, folder / "answers")
+        sides = str(folder / "answers"), str(self.folder / START)
+        sampled = SampledWith(None, "train", self._held_out_sampling)
+        compared = CompareArguments(*sides, sampled, self.judges, self.options, yes=self.recipe.settings.yes)
+        compare(compared, folder / "comparison")
+        free_memory()
+
+    def _stages(self, number: int, folder: Path) -> dict[str, Stage]:
+        """What each stage was made from."""
+        settings = self.recipe.settings
+        last = self.model(number - 1) if number > 1 else self.recipe.model.model_name_or_path
+        inputs: dict[str, dict[str, str | Path]] = {
+            "responses": {"model": last, "prompts": settings.prompts},
+            "annotated": {"responses": folder / "responses", "annotator": settings.annotator},
+            "pairs": {"annotated": folder / "annotated"},
+            "model": {"model": last, "pairs": folder / "pairs"},
+            "answers": {"model": folder / "model", "prompts": settings.eval_prompts},
+            "comparison": {"answers": folder / "answers", "start": self.folder / START},
+        }
+        return {name: Stage(folder / name, given) for name, given in inputs.items()}
 
     def _announce(self, number: int, what: str) -> None:
         self.say(f"round {number} of {self.recipe.settings.rounds}: {what}")
@@ -145,6 +156,7 @@ class Rounds:
         free_memory()
 
     def _train(self, number: int, pairs: Path) -> None:
+        self._announce(number, "a model is trained on them")
         config = copy.deepcopy(self.recipe.config)
         config.output_dir = str(self.model(number))
         data = DataArguments(dataset_name=str(pairs), chat_template=self.recipe.settings.chat_template)

@@ -58,10 +58,18 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class LoopRecipe:
-    """All parts of the recipe; ``config`` is that of preference training, whose output folder is the loop's."""
+    """All parts of the recipe; ``config`` is that of preference training, whose output folder is the loop's.
+
+    Raises:
+        SimpoError: one answer a prompt, which cannot be compared.
+    """
 
     settings: LoopSettings
     sampling: SamplingSettings
     pairs: PairSettings
     model: ModelArguments
     config: Any
+
+    def __post_init__(self) -> None:
+        if self.sampling.n < 2:
+            raise SimpoError(f"n: {self.sampling.n} answer to a prompt cannot be compared; set n to 2 or more")

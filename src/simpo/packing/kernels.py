@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpo.packing.layout import AttentionLayout, Span
+from simpo.packing.index import Span
+from simpo.packing.layout import AttentionLayout
 from simpo.packing.segments import AttentionStyle, by_segment, repeat_heads
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpo.packing.layout import AttentionLayout, LayoutIndex
+from simpo.packing.index import LayoutIndex
+from simpo.packing.layout import AttentionLayout
 from simpo.packing.segments import AttentionStyle, by_segment
 
 _INPUTS = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -82,6 +83,7 @@ def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str 
             adapted: Any = get_peft_model(model, LoraConfig(task_type=_task_of(model), **settings), revision=revision)
     except (ValueError, TypeError) as error:
         raise SimpoError(f"use_peft: the adapter cannot be put on the model ({_line(error)})") from error
+    _check_names(adapted, given.get("lora_modules_to_save") or [])
     _settle(adapted, base)
     return adapted
 
@@ -174,6 +176,20 @@ def _exchange(parameters: list[nn.Parameter], data: list[Tensor]) -> None:
     for parameter, tensor in zip(parameters, data, strict=True):
         parameter.data = tensor
     torch.clear_autocast_cache()  # it knows a weight's half-precision copy by the parameter, not by its data
+
+
+def _check_names(model: PeftModel, saved: Collection[str]) -> None:
+    """Refuse names that no layer has; peft passes over one among others."""
+    config: Any = model.peft_config["default"]
+    adapted = config.target_modules if isinstance(config.target_modules, set) else ()
+    whole = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    for key, wanted, found in (
+        ("lora_target_modules", adapted, model.base_model.targeted_module_names),
+        ("lora_modules_to_save", saved, whole),
+    ):
+        for end in sorted(wanted):
+            if not any(f".{name}".endswith(f".{end}") for name in found):
+                raise SimpoError(f"{key}: no layer's name ends with {end!r}; leave it out")
 
 
 def _task_of(model: PreTrainedModel) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from simpo.data.settings import TokenizeSettings
 from simpo.errors import SimpoError
@@ -95,6 +96,8 @@ class TrainingSettings(TrainingArguments):
                 f"{self.n_gpu} GPUs are visible and there is no launcher: start with "
                 f"'torchrun --nproc_per_node {self.n_gpu} -m simpo.cli ...' or set CUDA_VISIBLE_DEVICES to one of them"
             )
+        if self.fsdp and self.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise SimpoError("fsdp: there is one process and nothing to spread; start with torchrun, or leave it out")
         self._check()
 
     @property

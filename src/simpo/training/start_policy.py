@@ -35,7 +35,7 @@ class StartPolicy:
             :meth:`states` will not be called.
 
     Raises:
-        SimpoError: a copy is asked for, and the model is sharded.
+        SimpoError: a copy is asked for, and the weights are spread over processes.
     """
 
     def __init__(self, trainer: PackedTrainer, folder: str | None, beside: str | None) -> None:
@@ -43,8 +43,8 @@ class StartPolicy:
         self._completed: dict[str, Dataset] = {}
         self._left = False
         if beside is not None:
-            if sharded(trainer.model):
-                raise SimpoError(f"{beside}: a reference beside a model that fsdp shards is not supported")
+            if sharded(trainer.model) or is_deepspeed_zero3_enabled():
+                raise SimpoError(f"{beside}: a reference beside a model that fsdp or ZeRO-3 shards is not supported")
             add_reference(trainer.model)
 
     # ---- asked before training ----
