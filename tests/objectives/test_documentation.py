@@ -46,7 +46,7 @@ def test_the_example_of_a_new_row(monkeypatch):
     (recipe,) = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     room = dict(vars(reference_based))
     exec(function, room)
-    row = eval(row.rstrip().rstrip(","), {"Objective": Objective, "reference_based": SimpleNamespace(**room)})
+    row = eval(row, {"Objective": Objective, "reference_based": SimpleNamespace(**room)})
     tests = {"Golden": Golden}
     exec(closed_form, tests)
     ((name, golden),) = eval("{" + entry + "}", tests).items()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.servers.chat_server import ChatServer, completion
+from tests.servers.chat_server import ChatServer, Raw, completion
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from simpo import cli
@@ -25,7 +25,7 @@ NAMES = ("length", "end_of_turn_rate", "distinct_2", "win_rate")
 SHORT = {"eval_steps": STEPS, "eval_judge": None}
 TIMES = ("runtime", "per_second", "preparation_time", "total_flos")
 
-# Draws random numbers from everywhere; fails on whatever is not the start model's answer if told so.
+# Draws random numbers from everywhere; fails after the pair that it is tried on.
 JUDGES = """
 import random
 import numpy as np
@@ -35,10 +35,11 @@ def noisy(prompt, response):
     torch.manual_seed(3)
     return random.random() + np.random.rand() + torch.rand(()).item()
 
-seen = {}
+seen = []
 
 def failing(prompt, response):
-    if seen.setdefault(prompt, response) != response:
+    seen.append(response)
+    if len(seen) > 2:
         raise ValueError("cannot say")
     return 1.0
 """
@@ -228,11 +229,20 @@ def test_a_judge_behind_a_server(through, world, tmp_path, monkeypatch, caplog, 
         for now, before in zip(found[f"step-{EVERY}"], found["start"], strict=True)
     ]
     different = sum(ours != theirs for ours, theirs in pairs)
-    assert len(server.bodies) == 2 * different > 0
+    assert len(server.bodies) - 2 == 2 * different > 0  # and those that it was tried with
     wins = [0.5 if ours == theirs else float(ours > theirs) for ours, theirs in pairs if verdicts or ours == theirs]
     (line,) = generations(logged(tmp_path / "run"))
     assert line["eval_generations/win_rate"] == (pytest.approx(sum(wins) / len(wins)) if wins else None)
     assert any(f"no verdict on {different} of {PROMPTS}" in record.message for record in caplog.records) != verdicts
+
+
+def test_a_server_that_refuses_stops_the_run_before_it_trains(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with ChatServer(lambda body: Raw(status=401)) as server:
+        judged = {"eval_judge": "api", "eval_judge_url": server.url, "eval_judge_model": "tiny"}
+        assert cli.main(options(world, tmp_path / "run", **judged)) == 2
+    assert "401" in capsys.readouterr().err
+    assert not (tmp_path / "run/metrics.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -271,8 +281,13 @@ MISTAKES = [
     pytest.param({"eval_judge": "api"}, ["eval_judge_url", "eval_judge_model"], id="no server"),
     pytest.param({"eval_judge_model": "gpt"}, ["eval_judge_model"], id="a server for another judge"),
     pytest.param({"eval_judge": "function:json:loads"}, ["eval_judge", "trust_remote_code"], id="code not allowed"),
-    pytest.param({"fsdp": "full_shard"}, ["eval_generations", "FSDP"], id="sharded"),
 ]
+
+
+def test_sharded_models_are_refused(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert cli.main(options(world, tmp_path / "run")) == 2
+    assert "error: eval_generations: not possible with FSDP" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("changes", "said"), MISTAKES)

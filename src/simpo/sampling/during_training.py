@@ -144,9 +144,13 @@ class Generations:
                     write_responses(path, self._prompts, texts, self._start)
                 self._say(f"the start model's answers: {self._figures_of(self._start).line()} ({path})")
                 if self._judge is not None:
-                    self._judge.compare(self._pairs(texts, texts))  # what cannot be judged shows before training
+                    self._try(self._judge, texts[0][0])
         compute_metrics = trainer.compute_metrics
         trainer.compute_metrics = lambda scores: compute_metrics(scores) | self._figures()
+
+    def _try(self, judge: Judge, answer: str) -> None:
+        """What cannot be judged shows before training; two answers that are alike no server would be asked about."""
+        judge.compare([Pair(self._prompts[0].id, self._prompts[0].content, answer, f"{answer} .")])
 
     def _stored(self, path: Path) -> list[list[Sampled]] | None:
         """The start model's answers, if they are there, to these prompts."""

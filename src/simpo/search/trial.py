@@ -43,8 +43,9 @@ def run_trial(task: Task, given: Given, folder: Path, metric: str, *, prune: Any
         Failed: the training or its result is of no use, and that is the trial's own doing.
         SimpoError: something outside the trial is in the way (data, model, disk), or the folder was never begun.
     """
+    task = _compared(task, metric)
     try:
-        run_training(watched(task, metric, prune), given)
+        run_training(task if prune is None else watched(task, _Report(prune, metric)), given)
     except torch.OutOfMemoryError as error:
         raise Failed(f"out of memory: {' '.join(str(error).split())[:200]}") from error
     except SimpoError as error:
@@ -79,16 +80,21 @@ def _last_evaluation(folder: Path, name: str) -> Metric:
     return Metric(name, values[-1])
 
 
-def watched(task: Task, metric: str, prune: Any | None) -> Task:
-    """The task with a trainer that looks, before anything is written, whether its evaluations have ``metric``.
-
-    Args:
-        task: the kind of training.
-        metric: its name in evaluations.
-        prune: as for :func:`run_trial`.
-    """
+def watched(task: Task, callback: TrainerCallback) -> Task:
+    """The task with a trainer that has one more callback."""
 
     class Watched(task.trainer):  # type: ignore[name-defined,misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.add_callback(callback)
+
+    return dataclasses.replace(task, trainer=Watched)
+
+
+def _compared(task: Task, metric: str) -> Task:
+    """The task with a trainer that looks, before anything is written, whether its evaluations have ``metric``."""
+
+    class Compared(task.trainer):  # type: ignore[name-defined,misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             if self.eval_dataset is None:
@@ -96,10 +102,8 @@ def watched(task: Task, metric: str, prune: Any | None) -> Task:
             known = [f"eval_{name}" for name in self.metric_names]
             if metric not in (*known, WIN_RATE):
                 raise SimpoError(f"--metric: these rows have no {metric}; there are {', '.join(known)}")
-            if prune is not None:
-                self.add_callback(_Report(prune, metric))
 
-    return dataclasses.replace(task, trainer=Watched)
+    return dataclasses.replace(task, trainer=Compared)
 
 
 class _Report(TrainerCallback):
