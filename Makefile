@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/pytest -n auto
 
-# Runs killed at thirty random moments; make test does five.
+# Runs killed at 54 random moments; make test does nine.
 soak: $(VENV)/.ready
 	SIMPO_SOAK_KILLS=6 $(BIN)/pytest -n auto tests/test_soak.py
 

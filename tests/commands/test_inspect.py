@@ -141,6 +141,15 @@ def test_sampled_answers(model, tmp_path, capsys):
     assert figures["data/train/answers/overlap"] == pytest.approx(((1 / 3 + 1 + 1 / 3) / 3 + 0) / 2)
 
 
+@pytest.mark.parametrize("scores", [[1, "x"], [1, [2]], [1, float("nan")]])
+def test_scores_that_are_no_numbers(scores, model, tmp_path, capsys):
+    rows = [{"prompt": "p", "responses": ["a", "b"], "scores": scores}]
+    assert cli.main(["inspect", write(tmp_path / "k.jsonl", rows), "--model", model]) == 2
+    printed = capsys.readouterr()
+    assert "k.jsonl:1: a score is not a number" in printed.err and printed.err.count("\n") == 1
+    assert "nan" not in printed.out
+
+
 def test_rankings(model, tmp_path, capsys):
     """K-wise rows are measured as answers and inspected as comparisons."""
     rows = [

@@ -144,9 +144,15 @@ def test_the_drift_is_the_mean_log_ratio(world, chat_world):
 
 
 def test_it_stops_when_a_round_goes_wrong(world, monkeypatch, capsys):
+    """One of its held-out prompts is trained on, which is said."""
     monkeypatch.chdir(world)
-    assert main(["loop", "loop.yaml", "--output_dir", "stopped", "--stop_kl", "1e-6"]) == 0
+    recipe = yaml.safe_load(Path("loop.yaml").read_text())
+    held_out = Path(recipe["eval_prompts"]).read_text()
+    Path("shared.jsonl").write_text(held_out + Path(recipe["prompts"]).read_text().splitlines()[0] + "\n")
+    options = ["--eval_prompts", "shared.jsonl", "--stop_kl", "1e-6"]
+    assert main(["loop", "loop.yaml", "--output_dir", "stopped", *options]) == 0
     printed = capsys.readouterr().out
+    assert "note: 1 of 9 eval_prompts are among prompts" in printed
     assert "stopped after round 1: KL" in printed
     assert "simpo chat /" in printed  # the start, because no round was good
     found = figures(world / "stopped")
@@ -160,6 +166,8 @@ def test_it_stops_when_a_round_goes_wrong(world, monkeypatch, capsys):
         (["--round=3"], "unknown key; did you mean rounds?"),
         (["--rounds=0"], "rounds: must be at least 1"),
         (["--annotator=exakt"], "did you mean exact?"),
+        (["--judges=human:verdicts.jsonl"], "human:verdicts.jsonl: its verdicts are on other answers"),
+        (["--engine=vllm", "--use_peft=true"], "engine: vllm samples from whole models"),
         (["--annotator=api"], "name the server and the model"),
         (["--judge_url=http://127.0.0.1:9/v1"], "judge_url and judge_model"),
         (["--prompts=nothing.jsonl"], "nothing.jsonl: file not found"),

@@ -278,6 +278,7 @@ MISTAKES = [
     pytest.param({"eval_dataset_name": None}, ["eval_generations", "eval_dataset_name"], id="nothing held out"),
     pytest.param({"eval_strategy": "no"}, ["eval_generations", "eval_strategy"], id="no evaluations"),
     pytest.param({"eval_judge": "exakt"}, ["eval_judge", "exakt", "exact"], id="unknown judge"),
+    pytest.param({"eval_judge": "human:v.jsonl"}, ["eval_judge", "on other answers"], id="verdicts on other answers"),
     pytest.param({"eval_judge": "api"}, ["eval_judge_url", "eval_judge_model"], id="no server"),
     pytest.param({"eval_judge_model": "gpt"}, ["eval_judge_model"], id="a server for another judge"),
     pytest.param({"eval_judge": "function:json:loads"}, ["eval_judge", "trust_remote_code"], id="code not allowed"),

@@ -148,6 +148,10 @@ def test_the_command(tmp_path, capsys):
         ('{"id": "0", "prompt": "p", "responses": ["a", "a"], "scores": [1, 1]}\n', "fewer than two different answers"),
         ('{"id": "0", "prompt": "p", "responses": ["a", "b"]}\n', "jsonl:1: not one score a response"),
         ('{"id": "0", "prompt": "p", "responses": ["a", "b"], "scores": [1, "x"]}\n', "expected numbers or null"),
+        (
+            f'{{"id": "0", "prompt": "p", "responses": ["a", "b"], "scores": [1, {10**400}]}}\n',
+            "expected numbers or null",
+        ),
         ('{"prompt": "p", "chosen": "a", "rejected": "b"}\n', "jsonl:1: no id and prompt"),
         ("{]\n{}\n", "not a JSON object"),
     ],

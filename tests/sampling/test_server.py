@@ -87,6 +87,9 @@ def test_what_was_received_is_kept(prompts, capsys):
     alone, out = prompts.parent / "alone", prompts.parent / "out"
     assert (alone / "responses.jsonl").read_bytes() == (out / "responses.jsonl").read_bytes()
     assert not list(out.glob(".replies*"))
+    (out / ".replies").mkdir()  # as a kill leaves it that comes last
+    assert main(command(server, prompts, "--n=2", "--yes")) == 0
+    assert not list(out.glob(".replies*"))
 
 
 @pytest.mark.parametrize(

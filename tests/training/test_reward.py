@@ -290,13 +290,15 @@ def test_an_adapter_has_its_score_head_with_it(chat_world, train_reward, tmp_pat
     assert "text-classification" in (tmp_path / "merged" / "README.md").read_text()
 
 
-def test_loading(chat_world, trained, caplog, tmp_path):
+def test_loading(chat_world, trained, caplog, tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # as commands do
     language_model = ModelArguments(str(chat_world / "model"))
     with pytest.raises(SimpoError, match=r"is not a reward model: its files have no score\.weight"):
         load_reward_model(language_model)
     with caplog.at_level(logging.WARNING):
         model = load_reward_model(language_model, new_head=True)
     assert "replaced by a random score head" in caplog.text and "MISSING" not in caplog.text
+    assert "not sharded" not in caplog.text
     source = AutoModelForCausalLM.from_pretrained(chat_world / "model").state_dict()
     assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items() if name in source)
     with pytest.raises(SimpoError, match="load_in_4bit: not supported"):

@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 from datasets import Dataset
 
+from simpo.data.formats import is_number
 from simpo.data.rows import Row, rows_of
 from simpo.results import Metric
 from simpo.statistics import Interval, mean_interval
@@ -121,7 +122,11 @@ def score_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
 
 def _answers(row: Row) -> AnswerSet:
     scores = row.get("scores")
-    known = isinstance(scores, list) and len(scores) == len(row["responses"])
+    known = (
+        isinstance(scores, list)
+        and len(scores) == len(row["responses"])
+        and all(score is None or is_number(score) for score in scores)
+    )
     return AnswerSet([_text(response) for response in row["responses"]], scores if known else None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,7 +90,7 @@ def _ranking(row: Mapping[str, Any]) -> tuple[str | list[Message], tuple[Respons
         raise BadRow("as many scores as responses are needed")
     if len(responses) < 2:
         raise BadRow("fewer than two responses")
-    if not all(_is_number(score) for score in scores):
+    if not all(is_number(score) for score in scores):
         raise BadRow("a score is not a number")
     if min(scores) == max(scores):
         raise BadRow("all scores are equal")
@@ -100,8 +100,9 @@ def _ranking(row: Mapping[str, Any]) -> tuple[str | list[Message], tuple[Respons
     return prompt, ordered, tuple(float(scores[index]) for index in order)
 
 
-def _is_number(score: object) -> bool:
-    return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+def is_number(score: object) -> bool:
+    """Whether a cell is a finite number that a float can hold."""
+    return isinstance(score, int | float) and not isinstance(score, bool) and abs(score) <= sys.float_info.max
 
 
 def read_responses(

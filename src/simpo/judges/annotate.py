@@ -9,6 +9,8 @@ from typing import Any
 
 from simpo.client import Prices, agree
 from simpo.data.answer_sets import AnswerSet, diversity_metrics, score_metrics
+from simpo.data.messages import read_messages
+from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 from simpo.judges.protocol import Annotator, Answers, check_scores
 from simpo.judges.registry import JudgeOptions, make_annotator
@@ -101,9 +103,18 @@ def read_responses(path: Path) -> list[Record]:
         responses = record.get("responses")
         if not isinstance(record.get("id"), str) or not isinstance(record.get("prompt"), str | list):
             raise SimpoError(f"{path}:{number}: no id and prompt; give what simpo sample leaves ({RESPONSES})")
+        if isinstance(record["prompt"], list):
+            _check_messages(record["prompt"], f"{path}:{number}")
         if not isinstance(responses, list) or not responses or not all(isinstance(text, str) for text in responses):
             raise SimpoError(f"{path}:{number}: responses: expected one or more texts")
     return records
+
+
+def _check_messages(prompt: object, where: str) -> None:
+    try:
+        read_messages(prompt, "prompt")
+    except BadRow as error:
+        raise SimpoError(f"{where}: {error}") from error
 
 
 def _score(

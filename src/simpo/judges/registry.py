@@ -60,6 +60,16 @@ def make_judge(name: str, options: JudgeOptions) -> Judge:
     return ScorerJudge(make_scorer(name, options, known=JUDGES))
 
 
+def check_judges_anew(name: str) -> None:
+    """Refuse a judge that has verdicts on one set of answers only, for answers that are new at every time.
+
+    Raises:
+        SimpoError: it is such a judge.
+    """
+    if name.partition(":")[0] == "human":
+        raise SimpoError(f"{name}: its verdicts are on other answers; new ones can be judged by {ANNOTATORS}")
+
+
 def make_annotator(name: str, options: JudgeOptions) -> Annotator:
     """What scores responses under that name: a scorer, or ``api``, a judge of pairs that every two of them meet before.
 

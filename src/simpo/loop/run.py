@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from simpo.client import ChatClient, Endpoint
 from simpo.client.cache import default_cache
+from simpo.data.prompts import read_prompts
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.evaluation.judging import make_judges
-from simpo.judges.registry import JudgeOptions, make_annotator
+from simpo.judges.registry import JudgeOptions, check_judges_anew, make_annotator
 from simpo.loop import record
 from simpo.loop.report import kl, win_rate, write_report
-from simpo.loop.rounds import Rounds
+from simpo.loop.rounds import Rounds, Say
 from simpo.loop.settings import LoopRecipe, LoopSettings
 from simpo.results import FILE_NAME, Metric, read_results
 from simpo.runs.folder import RunFolder
@@ -65,6 +68,7 @@ def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None 
 def _run_rounds(rounds: Rounds) -> tuple[dict[int, list[Metric]], int]:
     """Figures of every round, and the last one that no stop criterion refused."""
     found: dict[int, list[Metric]] = {}
+    _say_shared(_rows(rounds.recipe.settings), rounds.say)
     rounds.answer_from_start()
     for number in range(1, rounds.recipe.settings.rounds + 1):
         folder = rounds.folder / f"round-{number}"
@@ -93,6 +97,21 @@ def _said(metric: Metric) -> str:
     return f"{metric.name} {value}" if metric.name != "kl" else value
 
 
+def _rows(settings: LoopSettings) -> dict[str, Dataset]:
+    """The data sets of both kinds of prompts."""
+    return {
+        name: load_rows(getattr(settings, name), split=getattr(settings, f"{name}_split"))
+        for name in ("prompts", "eval_prompts")
+    }
+
+
+def _say_shared(rows: Mapping[str, Dataset], say: Say) -> None:
+    """Say how many held-out prompts are trained on too."""
+    asked, held_out = ({prompt.id for prompt in read_prompts(found)[0]} for found in rows.values())
+    if shared := len(asked & held_out):
+        say(f"note: {shared:,} of {len(held_out):,} eval_prompts are among prompts, which are trained on")
+
+
 def _options(recipe: LoopRecipe) -> JudgeOptions:
     settings = recipe.settings
     if (settings.judge_url is None) != (settings.judge_model is None):
@@ -107,18 +126,16 @@ def _options(recipe: LoopRecipe) -> JudgeOptions:
 def _identity(recipe: LoopRecipe, options: JudgeOptions) -> Mapping[str, Any]:
     """What determines the result; everything that it looks at has to be there before a folder is begun."""
     settings = recipe.settings
-    rows = {
-        name: load_rows(getattr(settings, name), split=getattr(settings, f"{name}_split"))
-        for name in ("prompts", "eval_prompts")
-    }
     annotator = make_annotator(settings.annotator, options)
+    for name in settings.judges or ():
+        check_judges_anew(name)
     judges = make_judges(settings.judges or [settings.annotator], options)
     parts = (settings, recipe.sampling, recipe.pairs)
     chosen = {key: value for part in parts for key, value in vars(part).items() if key not in _NO_INFLUENCE}
     return {
         **settings_identity(recipe.config),
         **chosen,
-        **{name: found._fingerprint for name, found in rows.items()},
+        **{name: found._fingerprint for name, found in _rows(settings).items()},
         **{f"annotator/{key}": value for key, value in annotator.identity.items()},
         **{f"judge {name}/{key}": value for name, judge in judges.items() for key, value in judge.identity.items()},
         "model": model_digest(recipe.model),

@@ -61,7 +61,7 @@ class LoopRecipe:
     """All parts of the recipe; ``config`` is that of preference training, whose output folder is the loop's.
 
     Raises:
-        SimpoError: one answer a prompt, which cannot be compared.
+        SimpoError: one answer a prompt, which cannot be compared; or adapters for an engine that takes none.
     """
 
     settings: LoopSettings
@@ -73,3 +73,5 @@ class LoopRecipe:
     def __post_init__(self) -> None:
         if self.sampling.n < 2:
             raise SimpoError(f"n: {self.sampling.n} answer to a prompt cannot be compared; set n to 2 or more")
+        if self.settings.engine == "vllm" and self.model.use_peft:
+            raise SimpoError("engine: vllm samples from whole models, no adapters; use transformers or use_peft: false")

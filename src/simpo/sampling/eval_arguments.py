@@ -9,7 +9,7 @@ from simpo.client import ChatClient, Endpoint
 from simpo.client.cache import default_cache
 from simpo.errors import SimpoError
 from simpo.judges.protocol import Judge
-from simpo.judges.registry import JUDGES, JudgeOptions, make_judge
+from simpo.judges.registry import ANNOTATORS, JudgeOptions, check_judges_anew, make_judge
 
 Say = Callable[[str], None]
 
@@ -22,7 +22,7 @@ class GenerationArguments:
         default=0, metadata={"help": "Held-out prompts that are answered at every evaluation; 0 is off."}
     )
     eval_judge: str | None = field(
-        default=None, metadata={"help": f"Judge of those answers against the start model's: {JUDGES}."}
+        default=None, metadata={"help": f"Judge of those answers against the start model's: {ANNOTATORS}."}
     )
     eval_judge_url: str | None = field(
         default=None, metadata={"help": "Server of eval_judge api; its key is in OPENAI_API_KEY."}
@@ -53,6 +53,7 @@ class GenerationArguments:
         if self.eval_judge is None:
             return None
         try:
+            check_judges_anew(self.eval_judge)
             client = None
             if self.eval_judge_url is not None and self.eval_judge_model is not None:
                 client = ChatClient(Endpoint(self.eval_judge_url, self.eval_judge_model), default_cache())

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from simpo.data.formats import is_number
 from simpo.errors import SimpoError
 from simpo.judges.annotate import FILE_NAME as ANNOTATED
 from simpo.judges.annotate import read_responses
@@ -91,7 +92,7 @@ def _read(path: Path) -> list[Row]:
         scores = record.get("scores")
         if not isinstance(scores, list) or len(scores) != len(record["responses"]):
             raise SimpoError(f"{path}:{number}: not one score a response; give what simpo annotate leaves")
-        if not all(score is None or (isinstance(score, int | float) and math.isfinite(score)) for score in scores):
+        if not all(score is None or is_number(score) for score in scores):
             raise SimpoError(f"{path}:{number}: scores: expected numbers or null, got {scores!s:.60}")
     return records
 

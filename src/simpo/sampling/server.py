@@ -69,21 +69,22 @@ def sample_from_server(
             **dataclasses.asdict(settings),
         }
         run.begin(identity, argv=argv, accept_changes=None)
+        kept = folder / ".replies"
         if run.finished:
             run.say(f"{folder} holds this run already, finished")
-            return folder / "results.json"
-        kept = folder / ".replies"
-        client = ChatClient(endpoint, kept)
-        requests = [_request(prompt, number, settings) for prompt in prompts for number in range(settings.n)]
-        agree(client.estimate(requests), yes=yes, say=run.say)
-        replies = client.complete(requests, say=run.say)
-        run.say(client.usage.line())
-        groups = [replies[start : start + settings.n] for start in range(0, len(replies), settings.n)]
-        write_lines(folder / FILE_NAME, map(_row, prompts, groups))
-        metrics = [Metric(*figure) for figure in report.metrics()] + _metrics(groups)
-        write_results(folder, command="sample", fingerprint=run.fingerprint, metrics=metrics)
-        run.finish()
-        remove_folder(kept)
+        else:
+            client = ChatClient(endpoint, kept)
+            requests = [_request(prompt, number, settings) for prompt in prompts for number in range(settings.n)]
+            agree(client.estimate(requests), yes=yes, say=run.say)
+            replies = client.complete(requests, say=run.say)
+            run.say(client.usage.line())
+            groups = [replies[start : start + settings.n] for start in range(0, len(replies), settings.n)]
+            write_lines(folder / FILE_NAME, map(_row, prompts, groups))
+            metrics = [Metric(*figure) for figure in report.metrics()] + _metrics(groups)
+            write_results(folder, command="sample", fingerprint=run.fingerprint, metrics=metrics)
+            run.finish()
+        if kept.exists():
+            remove_folder(kept)
     return folder / "results.json"
 
 

@@ -71,14 +71,20 @@ def _load(arguments: ModelArguments, *, new_head: bool, say: bool = False) -> Pr
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Without transformers' table of weights that files lack, which are looked at here."""
+    """Without transformers' table of weights that files lack, which are looked at here.
+
+    A filter, because that logger also checks a plan for several GPUs wherever a level is set on it.
+    """
     theirs = logging.getLogger("transformers.modeling_utils")
-    before = theirs.level
-    theirs.setLevel(logging.ERROR)
+    theirs.addFilter(_is_no_report)
     try:
         yield
     finally:
-        theirs.setLevel(before)
+        theirs.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _is_classifier(arguments: ModelArguments) -> bool:
