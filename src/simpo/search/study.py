@@ -63,13 +63,20 @@ class Claim:
     Attributes:
         number: the trial's.
         values: its value of every axis.
-        trial: Optuna's, which takes reports of evaluations.
+        trial: Optuna's.
     """
 
     number: int
     values: Values
     trial: Any
     _lock: FileLock = field(repr=False)
+    _writing: FileLock = field(repr=False)  # the study's
+
+    def report(self, value: float, step: int) -> bool:
+        """Tell of an evaluation after ``step``; whether the trial should be broken off."""
+        with self._writing:
+            self.trial.report(value, step)
+            return self.trial.should_prune()
 
     def release(self) -> None:
         """Let another process have it, if it has not been settled."""
@@ -158,12 +165,12 @@ class Study:
         return lock
 
     def _claim(self, trial: Any, lock: FileLock) -> Claim:
-        return Claim(trial.number, {axis.key: axis.suggest(trial) for axis in self._axes}, trial, lock)
+        values = {axis.key: axis.suggest(trial) for axis in self._axes}
+        return Claim(trial.number, values, trial, lock, self._lock)
 
     def finish(self, claim: Claim, value: float, *, same_as: int | None = None) -> None:
         """The trial has its value, if need be from another one."""
-        claim.trial.set_user_attr("same_as", same_as)
-        self._settle(claim, value)
+        self._settle(claim, value, same_as=same_as)
 
     def prune(self, claim: Claim) -> None:
         """The trial was broken off because others did better by then."""
@@ -171,11 +178,14 @@ class Study:
 
     def fail(self, claim: Claim, reason: str) -> None:
         """The trial cannot be finished."""
-        claim.trial.set_user_attr("reason", reason)
-        self._settle(claim, state=self._optuna.trial.TrialState.FAIL)
+        self._settle(claim, state=self._optuna.trial.TrialState.FAIL, reason=reason)
 
-    def _settle(self, claim: Claim, value: float | None = None, state: Any = None) -> None:
-        self._study.tell(claim.trial, value, state)
+    def _settle(self, claim: Claim, value: float | None = None, state: Any = None, **notes: Any) -> None:
+        # Of two writers SQLite turns one away at once where both have read before: one at a time.
+        with self._lock:
+            for name, note in notes.items():
+                claim.trial.set_user_attr(name, note)
+            self._study.tell(claim.trial, value, state)
         claim.release()
 
     def tried(self) -> list[Tried]:

@@ -195,7 +195,7 @@ def _settle(sweep: Sweep, study: Study, claim: Claim, say: Say) -> None:
     say(f"{name} in {folder}")
     try:
         given = sweep.read(sweep.arguments(claim.values, folder))
-        found = run_trial(PREFERENCES, given, folder, sweep.metric, prune=claim.trial if sweep.prune else None)
+        found = run_trial(PREFERENCES, given, folder, sweep.metric, prune=claim if sweep.prune else None)
     except Pruned as stop:
         study.prune(claim)
         say(f"{name}: pruned {stop}")

@@ -13,6 +13,7 @@ from simpo.errors import SimpoError
 from simpo.results import FILE_NAME, Metric, read_results
 from simpo.runs import record
 from simpo.runs.lines import read_lines
+from simpo.search.study import Claim
 from simpo.training.run import Given, run_training
 from simpo.training.tasks import Task
 
@@ -28,7 +29,7 @@ class Failed(Exception):  # noqa: N818 - a result like others
     """The trial cannot be finished, for a reason of its own; the message says which."""
 
 
-def run_trial(task: Task, given: Given, folder: Path, metric: str, *, prune: Any | None = None) -> Metric:
+def run_trial(task: Task, given: Given, folder: Path, metric: str, *, prune: Claim | None = None) -> Metric:
     """Train in ``folder``, or continue there, and read the held-out metric after training.
 
     Args:
@@ -36,7 +37,7 @@ def run_trial(task: Task, given: Given, folder: Path, metric: str, *, prune: Any
         given: the recipe with the trial's values; its output folder is ``folder``.
         folder: of the trial.
         metric: its name in ``results.json``, or :data:`WIN_RATE`.
-        prune: the Optuna trial that hears every evaluation and may break the training off; None for no pruning.
+        prune: the sweep's claim, which hears every evaluation and may break the training off; None for no pruning.
 
     Raises:
         Pruned: others did better by then.
@@ -107,15 +108,14 @@ def _compared(task: Task, metric: str) -> Task:
 
 
 class _Report(TrainerCallback):
-    """Tells an Optuna trial of every evaluation, and ends the training where it says so."""
+    """Tells a sweep of every evaluation, and ends the training where it says so."""
 
-    def __init__(self, trial: Any, metric: str) -> None:
-        self._trial, self._metric = trial, metric
+    def __init__(self, claim: Claim, metric: str) -> None:
+        self._claim, self._metric = claim, metric
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
     ) -> None:
         """Report, and ask whether to go on."""
-        self._trial.report(metrics[self._metric], state.global_step)
-        if self._trial.should_prune():
+        if self._claim.report(metrics[self._metric], state.global_step):
             raise Pruned(f"after step {state.global_step}")
