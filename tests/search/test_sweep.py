@@ -17,6 +17,7 @@ import optuna
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from simpo.cli import main
 from simpo.errors import SimpoError
@@ -205,6 +206,15 @@ def test_two_processes_share_the_trials_and_another_sweep_is_refused(world, tmp_
     environments = {(folder / ".lock.pid").read_text() for folder in folders}
     assert len(environments) == 2  # and both had some
     assert record(output)["status"] == "finished"
+
+
+def test_a_leader_that_has_not_begun_yet_is_waited_for_but_not_for_ever(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("simpo.search.sweep._PATIENCE", 0.2)
+    output = tmp_path / "sweep"
+    output.mkdir()
+    with FileLock(output / ".lock"):
+        assert main(sweep(world, output)) == 2
+    assert "in use by a process that has begun no sweep" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

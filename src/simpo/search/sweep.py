@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ SMALLER_IS_BETTER = {
 }
 _COMMAND = "sweep"
 _PAUSE = 1.0  # seconds between looks at the trials of other processes
+_PATIENCE = 30.0  # seconds for a leader to say what it leads
 
 Say = Callable[[str], None]
 
@@ -156,12 +157,22 @@ def _check(sweep: Sweep) -> None:
 
 
 def _check_same(folder: Path, identity: Mapping[str, Any]) -> None:
-    differences = RunRecord.read(folder).differences(identity)
+    differences = _leaders_record(folder).differences(identity)
     if differences:
         raise SimpoError(
             f"output_dir: {folder} is in use by a sweep with other settings ({'; '.join(differences)}); "
             "name a new folder"
         )
+
+
+def _leaders_record(folder: Path) -> RunRecord:
+    """What the leader has written, which may only just have taken the folder."""
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        with suppress(FileNotFoundError):
+            return RunRecord.read(folder)
+        time.sleep(_PAUSE / 10)
+    raise SimpoError(f"output_dir: {folder} is in use by a process that has begun no sweep; name a new folder")
 
 
 def _run_trials(sweep: Sweep, study: Study, say: Say, *, leading: bool) -> None:
