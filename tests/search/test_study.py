@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from simpo.search.space import Choices, Range, combinations
@@ -30,6 +32,23 @@ def test_a_grid_is_shared_out_and_every_combination_comes_once(open_study):
         processes[turn % 2].finish(claim, turn / 10)
     assert [trial.value for trial in open_study().tried()] == [0.0, 0.1, 0.2, 0.3]
     assert open_study().claim() is None
+
+
+def test_a_trial_that_is_settled_while_another_process_looks_is_not_taken_again(open_study, monkeypatch):
+    first, second = open_study(), open_study()
+    settling = threading.Thread(target=first.finish, args=(first.claim(), 0.5))
+    census = second._census
+
+    def while_the_other_settles():
+        found = census()
+        settling.start()
+        settling.join(timeout=0.3)
+        return found
+
+    monkeypatch.setattr(second, "_census", while_the_other_settles)
+    assert second.claim().number == 1
+    settling.join()
+    assert [trial.value for trial in second.tried()][:2] == [0.5, None]
 
 
 def test_what_became_of_trials_is_kept(open_study):

@@ -181,7 +181,7 @@ class Study:
         self._settle(claim, state=self._optuna.trial.TrialState.FAIL, reason=reason)
 
     def _settle(self, claim: Claim, value: float | None = None, state: Any = None, **notes: Any) -> None:
-        # Of two writers SQLite turns one away at once where both have read before: one at a time.
+        # Under the study's lock, so that who looks for trials of killed processes sees this one taken or settled.
         with self._lock:
             for name, note in notes.items():
                 claim.trial.set_user_attr(name, note)
