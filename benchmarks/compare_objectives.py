@@ -1,7 +1,8 @@
 """All objectives on the same pairs from the same model with the same budget, the best of a few learning rates each.
 
-Every run is a run folder of ``simpo train`` with a process of its own, one after the other. What has been measured is
-kept, so that the same command continues. Run from the repository's root::
+A learning rate is chosen by accuracy on pairs of its own: the last ones of the training file, none of which is trained
+on or reported. Every run is a run folder of ``simpo train`` with a process of its own, one after the other. What has
+been measured is kept, so that the same command continues. Run from the repository's root::
 
     python -m benchmarks.compare_objectives --model MODEL --train TRAIN.jsonl.gz --test TEST.jsonl.gz --output_dir DIR
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -33,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 _LOOK = 8  # times as many pairs are looked at as are wanted
 _MISTAKE = "simpo.errors.SimpoError: "
 HEADS = (
-    *("objective", "learning rate", "accuracy [95%]", "margin", "chosen", "rejected", "KL", "s / step", "peak MiB"),
+    *("objective", "learning rate", "accuracy [95%]", "margin", "chosen", "rejected", "KL", "step time", "peak MiB"),
 )
 
 Runs = dict[tuple[str, str], Measured | str]
@@ -46,6 +48,7 @@ class Budget:
     model: str
     train: Path
     test: Path
+    tuning: int
     folder: Path
     max_length: int
     pairs_per_step: int
@@ -85,14 +88,24 @@ def main() -> int:
         print(f"compare_objectives: --objectives: there is no {', '.join(unknown)}", file=sys.stderr)
         return 2
     datasets.disable_progress_bars()
-    data = {}
-    for name, source, rows in (("train", options.train, options.rows), ("test", options.test, options.held_out)):
-        data[name] = options.output_dir / f"{name}.jsonl"
-        write_fitting(source, rows, options.model, options.max_length, data[name])
+    rows = {
+        "train": fitting(options.train, options.rows, options.model, options.max_length),
+        "test": [
+            *fitting(options.train, options.tuning, options.model, options.max_length, last=True),
+            *fitting(options.test, options.held_out, options.model, options.max_length),
+        ],
+    }
+    if set(rows["train"]) & set(rows["test"]):
+        print(f"compare_objectives: --tuning: {options.train} has too few pairs for it", file=sys.stderr)
+        return 2
+    data = {name: options.output_dir / f"{name}.jsonl" for name in rows}
+    for name, lines in rows.items():
+        write_text(data[name], "".join(lines))
     budget = Budget(
         options.model,
         data["train"],
         data["test"],
+        options.tuning,
         options.output_dir,
         options.max_length,
         options.pairs_per_step,
@@ -118,7 +131,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), help="rows of the table (default: all)")
     parser.add_argument("--learning_rates", nargs="+", default=["3e-5", "1e-4", "3e-4"])
     parser.add_argument("--rows", type=int, default=128, help="the first training pairs that fit")
-    parser.add_argument("--held_out", type=int, default=128, help="the first held-out pairs that fit")
+    parser.add_argument("--tuning", type=int, default=128, help="the last training pairs that fit choose the rate")
+    parser.add_argument("--held_out", type=int, default=128, help="the first held-out pairs that fit are reported")
     parser.add_argument("--max_length", type=int, default=384, help="of prompt and response, in tokens")
     parser.add_argument("--pairs_per_step", type=int, default=8)
     parser.add_argument("--epochs", type=float, default=1)
@@ -127,20 +141,21 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_fitting(source: str, count: int, model: str, max_length: int, path: Path) -> None:
-    """The first ``count`` pairs of ``source`` that fit into ``max_length`` uncut, the same bytes whenever written.
+def fitting(source: str, count: int, model: str, max_length: int, *, last: bool = False) -> list[str]:
+    """Lines of the first ``count`` pairs of ``source``, or the last ones, that fit into ``max_length`` uncut.
 
     Raises:
         SimpoError: there are fewer.
     """
     rows = load_rows(source, split="train")
-    rows = rows.select(range(min(len(rows), _LOOK * count)))
+    looked_at = min(len(rows), _LOOK * count)
+    rows = rows.select(range(len(rows) - looked_at, len(rows)) if last else range(looked_at))
     settings = TokenizeSettings(max_length=max_length, truncation="drop")
-    fitting = set(prepare(rows, load_tokenizer(model), settings, label="pairs").dataset["where"][:count])
-    if len(fitting) < count:
-        raise SimpoError(f"{source}: {len(fitting)} of the first {len(rows)} pairs fit into max_length {max_length}")
-    kept = [row for row, where in rows_of(rows[:], range(len(rows)), source) if where in fitting]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    found = prepare(rows, load_tokenizer(model), settings, label="pairs").dataset["where"]
+    kept = set(found[-count:] if last else found[:count])
+    if len(kept) < count:
+        raise SimpoError(f"{source}: {len(kept)} of the pairs looked at fit into max_length {max_length}, not {count}")
+    return [json.dumps(row) + "\n" for row, where in rows_of(rows[:], range(len(rows)), source) if where in kept]
 
 
 def _run(budget: Budget, objective: str, rate: str) -> Measured | str:
@@ -148,7 +163,10 @@ def _run(budget: Budget, objective: str, rate: str) -> Measured | str:
     path = budget.run_folder(objective, rate) / FILE_NAME
     if not path.exists():
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.objective_runs", json.dumps(budget.arguments(objective, rate))],
+            [
+                *(sys.executable, "-m", "benchmarks.objective_runs"),
+                *(json.dumps(budget.arguments(objective, rate)), str(budget.tuning)),
+            ],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": str(budget.threads)},
             capture_output=True,
@@ -162,28 +180,30 @@ def _run(budget: Budget, objective: str, rate: str) -> Measured | str:
 
 def report(runs: Mapping[tuple[str, str], Measured | str], rows: int) -> Iterator[str]:
     """The table in Markdown: every objective at its best learning rate, and what became of those that failed."""
-    objectives = dict.fromkeys(objective for objective, _ in runs)
+    finished: dict[str, dict[str, Measured]] = {}
+    for (objective, rate), found in runs.items():
+        if isinstance(found, Measured):
+            finished.setdefault(objective, {})[rate] = found
     yield f"| {' | '.join(HEADS)} |"
     yield f"|---|{'---:|' * (len(HEADS) - 1)}"
-    for objective in objectives:
-        finished = {rate: m for (name, rate), m in runs.items() if name == objective and isinstance(m, Measured)}
-        if finished:
-            rate = max(finished, key=lambda rate: (finished[rate].accuracy, -finished[rate].kl))
-            yield _row(objective, rate, finished[rate])
+    times = {name: statistics.median(m.step_seconds for m in found.values()) for name, found in finished.items()}
+    for objective, found in finished.items():
+        rate = max(found, key=lambda rate: (found[rate].tuning, -found[rate].kl))
+        yield _row(objective, rate, found[rate], times[objective] / next(iter(times.values())))
     yield ""
     yield (
         f"{rows} training pairs. Learning rates tried: {', '.join(dict.fromkeys(rate for _, rate in runs))}; the best "
-        "by accuracy is shown (of equals the one that moved less), chosen on the very pairs that are reported. "
+        "by accuracy on the tuning pairs is shown (of equals the one that moved less). "
         "Margin: mean difference of the implicit rewards, on each objective's own scale. Chosen, rejected: change of "
         "the average log-probability a token. KL: of the trained model to the start, exact over the vocabulary, mean "
-        "over the held-out responses' tokens. All in nats."
+        "over the held-out responses' tokens. All in nats. Step time: in that of the first row, over all its rates."
     )
     for (objective, rate), found in runs.items():
         if isinstance(found, str):
             yield f"\n{objective} at {rate} failed: {found}"
 
 
-def _row(objective: str, rate: str, found: Measured) -> str:
+def _row(objective: str, rate: str, found: Measured, step_time: float) -> str:
     cells = (
         f"`{objective}`",
         rate,
@@ -192,7 +212,7 @@ def _row(objective: str, rate: str, found: Measured) -> str:
         f"{found.chosen:+.4f}",
         f"{found.rejected:+.4f}",
         f"{found.kl:.2g}",
-        f"{found.step_seconds:.2f}",
+        f"{step_time:.2f}",
         f"{found.peak_mib:.0f}",
     )
     return f"| {' | '.join(cells)} |"

@@ -19,10 +19,12 @@ from simpo.packing.binning import fill_in_order
 from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import prepare_policy, responses_of, states_logprobs
 from simpo.packing.reference import divergence_forward, reference_states
-from simpo.results import read_results
+from simpo.runs.lines import JsonLines
 from simpo.search.trial import watched
+from simpo.statistics import proportion_interval
 from simpo.training.batches import comparisons_of
 from simpo.training.config import PreferenceConfig
+from simpo.training.held_out import ACCURACY
 from simpo.training.inputs import load_datasets
 from simpo.training.models import load_model, load_tokenizer
 from simpo.training.run import Given, run_training
@@ -34,9 +36,10 @@ _TOKENS = 4096  # of a forward when the held-out pairs are scored
 
 @dataclass(frozen=True)
 class Measured:
-    """What is told of a run; log-probabilities and KL are in nats a token, on the held-out pairs.
+    """What is told of a run; log-probabilities and KL are in nats a token, on the held-out pairs that are reported.
 
     Attributes:
+        tuning: accuracy on the pairs by which a learning rate is chosen, none of which is reported.
         accuracy: share of pairs whose chosen response has the larger implicit reward.
         low: lower end of its 95% interval.
         high: upper end.
@@ -45,10 +48,11 @@ class Measured:
         chosen: change of the chosen responses' average log-probability a token, mean over the pairs.
         rejected: the same of the rejected ones.
         kl: KL(trained || start) of the next token, exact over the vocabulary, mean over all response tokens.
-        step_seconds: median of the optimizer steps but the first.
+        step_seconds: median of the optimizer steps but the first; on a CPU the processor's time, all threads together.
         peak_mib: most memory of the process until training had ended.
     """
 
+    tuning: float
     accuracy: float
     low: float
     high: float
@@ -62,39 +66,47 @@ class Measured:
 
 
 class _Clock(TrainerCallback):
-    """When optimizer steps began and ended."""
+    """How long optimizer steps took."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
         self._begun = 0.0
+        self._now = time.perf_counter if torch.cuda.is_available() else time.process_time  # deaf to other programs
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Called by the trainer, once an optimizer step."""
-        self._begun = time.perf_counter()
+        self._begun = self._now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Called by the trainer, once an optimizer step."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.steps.append(time.perf_counter() - self._begun)
+        self.steps.append(self._now() - self._begun)
 
 
-def work(argv: list[str]) -> None:
-    """Train by the arguments of ``simpo train``, and write :class:`Measured` into the run's folder."""
+def work(argv: list[str], tuning: int) -> None:
+    """Train by the arguments of ``simpo train``, and write :class:`Measured` into the run's folder.
+
+    Args:
+        argv: the arguments.
+        tuning: so many of the first held-out pairs choose the learning rate; the others are reported.
+    """
     given = Given(*parse(argv, PreferenceConfig), argv)
     given.config.disable_tqdm = True
     clock = _Clock()
     results = run_training(watched(PREFERENCES, clock), given)
     peak = peak_mib(given.config.device.type)
-    figures = {m.name: m for m in read_results(results).metrics if m.stage == "after"}
-    accuracy = figures["eval_rewards/accuracies"]
-    chosen, rejected, kl = _moved(given, results.parent)
+    pairs = JsonLines(results.parent / "held_out_after.jsonl").read()
+    correct = [pair[ACCURACY] for pair in pairs]
+    interval = proportion_interval(int(sum(correct[tuning:])), len(pairs) - tuning)
+    chosen, rejected, kl = _moved(given, results.parent, tuning)
     found = Measured(
-        accuracy=accuracy.value,  # type: ignore[arg-type]
-        low=accuracy.low,  # type: ignore[arg-type]
-        high=accuracy.high,  # type: ignore[arg-type]
-        pairs=accuracy.n,  # type: ignore[arg-type]
-        margin=figures["eval_rewards/margins"].value,  # type: ignore[arg-type]
+        tuning=statistics.fmean(correct[:tuning]),
+        accuracy=interval.value,
+        low=interval.low,
+        high=interval.high,
+        pairs=len(pairs) - tuning,
+        margin=statistics.fmean(pair["rewards/margins"] for pair in pairs[tuning:]),
         chosen=chosen,
         rejected=rejected,
         kl=kl,
@@ -105,13 +117,13 @@ def work(argv: list[str]) -> None:
 
 
 @torch.no_grad()
-def _moved(given: Given, folder: Path) -> tuple[float, float, float]:
+def _moved(given: Given, folder: Path, tuning: int) -> tuple[float, float, float]:
     """Changes of the chosen and rejected responses' averages and the KL, see :class:`Measured`."""
     name, device = given.model.model_name_or_path, given.config.device
     tokenizer = load_tokenizer(name, given.model, chat_template=given.data.chat_template)
     _, rows = load_datasets(given.data)
     dataset = PREFERENCES.trainer.prepare(rows, tokenizer, given.config, "eval").dataset
-    comparisons = comparisons_of(dataset, range(len(dataset)))
+    comparisons = comparisons_of(dataset, range(tuning, len(dataset)))
     start, trained = (prepare_policy(load_model(where)).eval().to(device) for where in (name, str(folder)))
     changes, divergences = [], []
     for run in fill_in_order([c.packed_length for c in comparisons], _TOKENS):
@@ -126,4 +138,4 @@ def _moved(given: Given, folder: Path) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    work(json.loads(sys.argv[1]))
+    work(json.loads(sys.argv[1]), int(sys.argv[2]))

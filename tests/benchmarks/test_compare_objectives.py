@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks.compare_objectives import Budget, report, write_fitting
+from benchmarks.compare_objectives import Budget, fitting, report
 from benchmarks.objective_runs import FILE_NAME, Measured, work
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,24 +16,23 @@ from simpo.errors import SimpoError
 from simpo.world.model import write_model
 from simpo.world.pairs import make_pairs, write_pairs
 
-FOUND = Measured(0.75, 0.6, 0.9, 16, 0.5, -0.1, -0.2, 0.01, 0.3, 500.0)
+FOUND = Measured(0.7, 0.75, 0.6, 0.9, 16, 0.5, -0.1, -0.2, 0.01, 0.3, 500.0)
 
 
 @pytest.fixture
 def budget(tmp_path) -> Budget:
-    """Three steps of four pairs on a tiny model."""
+    """Three steps of four pairs on a tiny model; of six held-out pairs two choose the learning rate."""
     write_model(tmp_path / "model", seed=0)
     write_pairs(tmp_path / "train.jsonl", 12, seed=0)
     write_pairs(tmp_path / "test.jsonl", 6, seed=0, held_out=True)
     files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "test")}
-    return Budget(
-        str(tmp_path / "model"), **files, folder=tmp_path, max_length=128, pairs_per_step=4, epochs=1, seed=0, threads=1
-    )
+    rest = {"max_length": 128, "pairs_per_step": 4, "epochs": 1, "seed": 0, "threads": 1}
+    return Budget(str(tmp_path / "model"), **files, tuning=2, folder=tmp_path, **rest)
 
 
 def test_a_run_is_measured_as_its_models_say(budget, monkeypatch):
     folder = budget.run_folder("dpo", "1e-3")
-    work(budget.arguments("dpo", "1e-3"))
+    work(budget.arguments("dpo", "1e-3"), budget.tuning)
     monkeypatch.setattr(compare_objectives.subprocess, "run", None)  # what has been measured is not run again
     found = compare_objectives._run(budget, "dpo", "1e-3")
     assert (folder / FILE_NAME).exists()
@@ -42,7 +41,7 @@ def test_a_run_is_measured_as_its_models_say(budget, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     changes: dict[str, list] = {"chosen": [], "rejected": []}
     divergences, correct = [], []
-    for row in make_pairs(6, 0, held_out=True):
+    for number, row in enumerate(make_pairs(6, 0, held_out=True)):
         turns = [{"role": "user", "content": row["prompt"]}]
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         ratios = []
@@ -55,15 +54,17 @@ def test_a_run_is_measured_as_its_models_say(budget, monkeypatch):
                 )
             taken = torch.tensor(response)[:, None]
             change = (after - before).gather(1, taken).squeeze(1)
-            moved.append(change.mean().item())
             ratios.append(change.sum().item())
-            divergences += (after.exp() * (after - before)).sum(-1).tolist()
+            if number >= budget.tuning:
+                moved.append(change.mean().item())
+                divergences += (after.exp() * (after - before)).sum(-1).tolist()
         correct.append(ratios[0] > ratios[1])
     for side, moved in changes.items():
         assert getattr(found, side) == pytest.approx(sum(moved) / len(moved), rel=1e-3)
     assert found.kl == pytest.approx(sum(divergences) / len(divergences), rel=1e-3)
-    assert found.accuracy == pytest.approx(sum(correct) / len(correct))
-    assert found.pairs == 6
+    assert found.tuning == pytest.approx(sum(correct[:2]) / 2)
+    assert found.accuracy == pytest.approx(sum(correct[2:]) / 4)
+    assert found.pairs == 4
     assert found.step_seconds > 0
     assert found.peak_mib > 100
 
@@ -73,7 +74,7 @@ def test_a_run_that_fails_is_told_in_its_own_words(budget):
     assert compare_objectives._run(gone, "dpo", "1e-3") == "model_name_or_path: there is no folder '/nowhere/at/all'"
 
 
-def test_the_first_pairs_that_fit_are_taken(budget, tmp_path):
+def test_the_first_or_last_pairs_that_fit_are_taken(budget):
     tokenizer = AutoTokenizer.from_pretrained(budget.model)
     turns = ["prompt", "chosen", "rejected"]
 
@@ -83,24 +84,35 @@ def test_the_first_pairs_that_fit_are_taken(budget, tmp_path):
 
     rows = [row for row in make_pairs(12, 0) if fits(row)]
     assert 2 < len(rows) < 12
-    write_fitting(str(budget.train), len(rows) - 1, budget.model, 30, tmp_path / "kept.jsonl")
-    assert [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()] == rows[:-1]
-    with pytest.raises(SimpoError, match=f"{len(rows)} of the first 12 pairs fit"):
-        write_fitting(str(budget.train), 12, budget.model, 30, tmp_path / "kept.jsonl")
+    source = str(budget.train)
+    assert list(map(json.loads, fitting(source, len(rows) - 1, budget.model, 30))) == rows[:-1]
+    assert list(map(json.loads, fitting(source, len(rows) - 1, budget.model, 30, last=True))) == rows[1:]
+    with pytest.raises(SimpoError, match=f"{len(rows)} of the pairs looked at fit into max_length 30, not 12"):
+        fitting(source, 12, budget.model, 30)
+
+
+def test_pairs_that_are_trained_on_choose_no_learning_rate(budget, monkeypatch, capsys):
+    given = {"model": budget.model, "train": budget.train, "test": budget.test, "output_dir": budget.folder / "out"}
+    given |= {"rows": 8, "tuning": 6, "held_out": 4, "max_length": 128}
+    monkeypatch.setattr("sys.argv", ["", *(f"--{key}={value}" for key, value in given.items())])
+    assert compare_objectives.main() == 2
+    assert "--tuning: " in capsys.readouterr().err
+    assert not given["output_dir"].exists()
 
 
 def test_every_objective_is_shown_at_its_best_rate():
     runs = {
         ("dpo", "1e-5"): FOUND,
-        ("dpo", "1e-4"): replace(FOUND, accuracy=0.8, kl=0.5),
-        ("dpo", "1e-3"): replace(FOUND, accuracy=0.8, kl=0.1),
+        ("dpo", "1e-4"): replace(FOUND, tuning=0.8, accuracy=0.1, kl=0.5, step_seconds=0.2),
+        ("dpo", "1e-3"): replace(FOUND, tuning=0.8, accuracy=0.2, kl=0.1),
         ("ipo", "1e-5"): "step 2: the loss is not finite",
-        ("kto", "1e-5"): FOUND,
+        ("kto", "1e-5"): replace(FOUND, step_seconds=0.45),
     }
     lines = list(report(runs, 16))
-    assert [line.split("|")[1:3] for line in lines if line.startswith("| `")] == [
-        [" `dpo` ", " 1e-3 "],  # of two that are as good, the one that moved less
-        [" `kto` ", " 1e-5 "],
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    assert [(row[0], row[1], row[7]) for row in cells] == [
+        ("`dpo`", "1e-3", "1.00"),  # of two that are as good, the one that moved less
+        ("`kto`", "1e-5", "1.50"),
     ]
     assert any("ipo at 1e-5 failed: step 2" in line for line in lines)
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1

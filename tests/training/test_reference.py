@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from simpo import SimpoError
 from simpo.training import reference
+from simpo.training.adapters import add_adapter
 from simpo.training.batches import REF_LOGPS
 from simpo.training.reference import policy_fingerprint
 
@@ -103,6 +104,24 @@ def test_the_fingerprint_is_of_what_a_policy_computes(make_model):
     with torch.no_grad():
         model.transformer.h[2].mlp.c_fc.weight[0, 0] += 1e-12
     assert policy_fingerprint(model, "no") != before
+
+
+def test_a_new_adapter_leaves_the_fingerprint_as_it_was(make_model):
+    """So that runs of other adapters, and one of all weights, find what has been computed."""
+    targets = ["c_attn", "c_fc", "wte"]
+    given = [{"lora_r": 4}, {"lora_r": 8, "lora_target_modules": targets}, {"lora_modules_to_save": ["lm_head"]}]
+    fresh = [add_adapter(make_model("gpt2"), settings) for settings in given]
+    prints = [policy_fingerprint(model, "no") for model in [make_model("gpt2"), *fresh]]
+    assert prints[0] == prints[1] == prints[2]
+    assert prints[3] != prints[0]  # a whole layer of its own is not looked into
+    for factor in ("lora_B", "lora_embedding_A"):
+        (tensor, *_) = (tensor for name, tensor in fresh[1].named_parameters() if f".{factor}." in name)
+        with torch.no_grad():
+            tensor[0, 0] = 1e-12
+        moved = policy_fingerprint(fresh[1], "no")
+        assert moved not in prints
+        with torch.no_grad():
+            tensor.zero_()
 
 
 def test_rows_that_come_too_late_are_refused(counted, pairs):

@@ -144,6 +144,20 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(model, _stored(str(folder)))
 
 
+def weights_below(model: PeftModel) -> dict[str, Any] | None:
+    """The base model's weights by its own names, if the adapter adds nothing to them yet; None if it does."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if any(f".{factor}." in name for factor in ("lora_B", "lora_embedding_A")):  # a new adapter's are 0
+            if tensor.any():
+                return None
+        elif ".modules_to_save." in name or ".lora_magnitude_vector." in name:
+            return None
+        elif not any(f".{factor}." in name for factor in ("lora_A", "lora_embedding_B")):
+            found[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor
+    return found
+
+
 def add_reference(model: nn.Module) -> None:
     """Keep a copy of what ``model`` trains as it is now, for :func:`reference_of`: with an adapter, of that alone.
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from simpo.results import Metric, Stage
 from simpo.runs.lines import JsonLines
 from simpo.statistics import Interval, mcnemar, mean_interval, proportion_interval, weighted_mean_interval
-from simpo.training.packed import WEIGHT, Scores
+from simpo.training.scores import WEIGHT, Scores
 
 ACCURACY = "rewards/accuracies"
 _LARGEST = 700.0  # whose exponential is a number
@@ -75,7 +75,8 @@ def _ordered(stage: Stage, scores: Scores) -> Metric:
         np.sort(values[~np.isnan(values)]) for values in (scores["rewards/chosen"], scores["rewards/rejected"])
     )
     below = np.searchsorted(undesirable, desirable, "left") + np.searchsorted(undesirable, desirable, "right")
-    share = float(below.mean() / (2 * len(undesirable)))  # ties count half
+    couples = len(desirable) * len(undesirable)
+    share = float(below.sum() / (2 * couples)) if couples else math.nan  # ties count half
     return Metric("eval_rewards/auc", share, stage, len(desirable) + len(undesirable))
 
 

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from simpo.runs import manifest
@@ -95,11 +96,17 @@ def rows_digest(rows: Dataset) -> str:
         if name in rows.column_names:
             digest.update(json.dumps([name, rows[name][:]]).encode())
     for batch in rows.select_columns(columns).with_format("arrow").iter(1000):
-        for row in zip(*(batch[name].to_pylist() for name in columns), strict=True):
-            prompt, *nested = row
-            ids = [*prompt, -1, *(item for lists in nested for items in lists for item in [*items, -1])]
-            digest.update(np.array(ids, np.int64).tobytes())
+        for name in columns:
+            _add_lists(digest, batch[name])
     return digest.hexdigest()
+
+
+def _add_lists(digest: Any, column: pa.ChunkedArray) -> None:
+    """Lengths and items of lists of any depth, as 64-bit integers."""
+    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        digest.update(pc.list_value_length(column).cast(pa.int64()).to_numpy().tobytes())
+        column = pc.list_flatten(column)
+    digest.update(column.cast(pa.int64()).to_numpy().tobytes())
 
 
 def model_digest(model: ModelArguments) -> str:

@@ -25,31 +25,21 @@ from simpo.packing.binning import MicroBatch, StepPlan, check_budget
 from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import ForwardPath, policy_forward, prepare_policy, resolve_path
 from simpo.packing.selfcheck import choose_path
-from simpo.training.batches import (
-    ComparisonRows,
-    PlannedBatch,
-    PlanSampler,
-    collate,
-    comparisons_of,
-    response_counts,
-    token_lengths,
-)
+from simpo.training.batches import ComparisonRows, PlannedBatch, collate, comparisons_of, token_lengths
 from simpo.training.checkpointing import CheckpointShare
 from simpo.training.compilation import compile_layers
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
+from simpo.training.loading import plan_steps, step_loader
 from simpo.training.memory import OUTSIDE_A_FORWARD, memory_answered, tokens_that_fit
 from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import disable_dropout, load_model
 from simpo.training.resumable import ResumableTrainer
-from simpo.training.running_means import RunningMeans, widest_type
+from simpo.training.scores import RowFigures, Scores, mean_figures, response_figures, scores_of
 from simpo.training.settings import TrainingSettings
 from simpo.training.sharding import sharded
 
 logger = logging.getLogger(__name__)
 
-# Figures of every row of a data set, in its order: the names of the metrics and WEIGHT, ``[rows]`` each.
-Scores = dict[str, np.ndarray]
-WEIGHT = "weight"
 _SCORED_TOGETHER = 512  # rows that micro-batches are filled from
 
 
@@ -176,7 +166,7 @@ class PackedTrainer(ResumableTrainer):
                 "step, so nothing would be trained; lower per_device_train_batch_size"
             )
         # the trainer's own step count says which epoch starts, also after a resume
-        return self._loader(rows, plan, lambda: self.state.global_step // max(plan.steps, 1))
+        return step_loader(rows, plan, lambda: self.state.global_step // max(plan.steps, 1), self.args)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
         """Rows in their order, ``per_device_eval_batch_size`` a rank and element."""
@@ -186,44 +176,21 @@ class PackedTrainer(ResumableTrainer):
         if rows is None:
             raise SimpoError("eval_dataset: there is nothing to evaluate on")
         rows = self.completed(self._tokenized(rows, self.processing_class, self.args, "eval"))
-        return self._loader(rows, self._plan(rows, self.args.eval_batch_size, training=False), lambda: 0)
+        return step_loader(rows, self._plan(rows, self.args.eval_batch_size, training=False), lambda: 0, self.args)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """As :meth:`get_eval_dataloader`."""
         return self.get_eval_dataloader(test_dataset)
 
     def _plan(self, rows: Dataset, rows_per_device: int, *, training: bool) -> StepPlan:
-        args = self.args
-        lengths = token_lengths(rows, padded=self.path == "padded")
-        budget = args.max_batch_tokens
-        if budget is None:
-            budget = max(16384 if args.device.type != "cpu" else 2048, int(lengths.max()))
-        shuffled = training and args.train_sampling_strategy == "random"
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return StepPlan(
-            lengths=lengths,
-            rows_per_step=rows_per_device * args.world_size,
-            max_batch_tokens=budget,
-            world_size=args.world_size,
-            seed=seed if shuffled else None,
-            drop_last=args.dataloader_drop_last and training,
-            padded_rows=response_counts(rows) if self.path == "padded" else None,
+        return plan_steps(
+            rows,
+            self.args,
+            rows_per_device,
+            padded=self.path == "padded",
+            shuffled=training and self.args.train_sampling_strategy == "random",
+            drop_last=training and self.args.dataloader_drop_last,
             weights=self.row_weights(rows),
-        )
-
-    def _loader(self, rows: Dataset, plan: StepPlan, epoch: Callable[[], int]) -> DataLoader:
-        """Not prepared by accelerate: the plan has already shared the rows out, and none may be repeated."""
-        args = self.args
-        return DataLoader(
-            ComparisonRows(rows),  # type: ignore[arg-type]
-            batch_sampler=PlanSampler(plan, epoch, args.process_index),
-            collate_fn=collate,
-            # its own, so that an evaluation between two steps does not change what dropout draws
-            generator=torch.Generator(),
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            persistent_workers=args.dataloader_persistent_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
 
     # ---- loss ----
@@ -367,21 +334,11 @@ class PackedTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
         """Figures of an element's rows with their weight, ``[rows, N + 1]``, and row numbers (-1 for none)."""
-        capacity = self.args.eval_batch_size * self.args.world_size
-        device = self.args.device
-        figures = torch.zeros(capacity, len(self.metric_names) + 1, device=device, dtype=widest_type(device))
-        rows = torch.full((capacity,), -1, device=device)
-        filled = 0
+        found = RowFigures(self.args.eval_batch_size * self.args.world_size, len(self.metric_names), self.args.device)
         for batch in inputs["micro_batches"]:
             with torch.no_grad(), self.accelerator.autocast():  # before training nothing is wrapped that does it
-                _, found = self.compute_loss(model, batch, return_outputs=True)
-            weights = batch.packed.weights
-            if weights.any():  # not a filler
-                here = slice(filled, filled + len(batch.rows))
-                figures[here, :-1], figures[here, -1] = found.to(figures), weights.to(figures)
-                rows[here] = torch.tensor(batch.rows, device=rows.device)
-                filled += len(batch.rows)
-        return None, figures, rows
+                found.add(batch, self.compute_loss(model, batch, return_outputs=True)[1])
+        return None, found.figures, found.rows
 
     def response_logps(self, rows: Dataset) -> Tensor:
         """``[R]`` float64 log-probabilities of all responses of ``rows`` under the model as it is; all ranks call."""
@@ -390,34 +347,18 @@ class PackedTrainer(ResumableTrainer):
     def of_responses(self, rows: Dataset, compute: Callable[[PackedBatch], Tensor]) -> Tensor:
         """``[R]`` float64 figures of all responses of ``rows``, which ``compute`` gives a batch of; all ranks call."""
         plan = self._plan(rows, _SCORED_TOGETHER // self.args.world_size, training=False)
-        counts = response_counts(rows)
-        ends = np.cumsum(counts)
-        device = self.args.device
-        figures = torch.zeros(int(ends[-1]), dtype=widest_type(device), device=device)
         self.model.eval()
-        for step in PlanSampler(plan, lambda: 0, self.args.process_index):
-            for micro, _ in step:
-                batch = PackedBatch.build(comparisons_of(rows, micro.rows)).to(device)
-                with torch.no_grad(), self.accelerator.autocast():
-                    found = compute(batch)
-                if any(micro.weights):  # not a filler
-                    index = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in micro.rows])
-                    figures[torch.from_numpy(index).to(device)] = found.to(figures)
-        return self._sum_over_ranks(figures)
+        with torch.no_grad(), self.accelerator.autocast():
+            own = response_figures(rows, plan, self.args.process_index, compute, self.args.device)
+        return self._sum_over_ranks(own)
 
     def score_rows(self, dataset: Dataset) -> Scores:
         """Figures of every row of ``dataset``, in its order."""
         output = self.predict(dataset)
-        real = output.label_ids >= 0
-        order = np.argsort(output.label_ids[real])
-        figures = output.predictions[real][order].astype(np.float64)
-        return {name: figures[:, column] for column, name in enumerate((*self.metric_names, WEIGHT))}
+        return scores_of(output.predictions, output.label_ids, self.metric_names)
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        real = torch.from_numpy(prediction.predictions[prediction.label_ids >= 0].astype(np.float64))
-        means = RunningMeans(self.metric_names, real.device)
-        means.add(real[:, :-1], real[:, -1])
-        return means.take(lambda sums: sums)
+        return mean_figures(prediction.predictions, prediction.label_ids, self.metric_names)
 
 
 def _each(dataset: Any, function: Callable[[Dataset, str], Any]) -> Any:

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 from huggingface_hub import constants
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from simpo.atomic import write_text
 from simpo.errors import SimpoError
 from simpo.progress import Advance, progress
+from simpo.training.adapters import weights_below
 from simpo.training.batches import response_counts
 from simpo.training.finite import describe_rows
 from simpo.training.identity import rows_digest
@@ -122,14 +124,18 @@ class ReferenceCache:
 def policy_fingerprint(model: nn.Module, precision: str) -> str:
     """SHA-256 of what a policy computes: its weights, adapters included, its configuration, and the precision.
 
-    All ranks have to call: shards are gathered, one weight at a time.
+    A new adapter, which adds nothing yet, leaves it as it was. All ranks have to call: shards are gathered, one weight
+    at a time.
     """
     config = getattr(model, "config", None)
-    adapters = getattr(model, "peft_config", None) or {}
+    adapters: Any = getattr(model, "peft_config", None) or {}
+    weights = model.state_dict()
+    if isinstance(model, PeftModel) and (below := weights_below(model)) is not None:
+        weights, adapters = below, {}
     parts = [config] if config is not None else []
     settings = [_settings(part) for part in [*parts, *(adapters[name] for name in sorted(adapters))]]
     digest = hashlib.sha256(json.dumps([_FORMAT, precision, settings], sort_keys=True, default=_plain).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         if isinstance(tensor, Tensor):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())

@@ -24,9 +24,10 @@ from simpo.packing.binning import MicroBatch
 from simpo.packing.rewards import is_reward_model, reward_forward
 from simpo.training.batches import LEVELS, ComparisonRows, PlannedBatch, response_counts
 from simpo.training.model_arguments import ModelArguments
-from simpo.training.packed import WEIGHT, PackedTrainer, Scores
+from simpo.training.packed import PackedTrainer
 from simpo.training.reward_figures import LENGTHS, MARGINS
 from simpo.training.reward_model import load_reward_model, settle_padding
+from simpo.training.scores import WEIGHT, Scores
 from simpo.training.settings import TrainingSettings
 
 _SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))  # as data sets call them

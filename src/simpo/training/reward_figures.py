@@ -13,7 +13,7 @@ import numpy as np
 from simpo.results import Metric, Stage
 from simpo.statistics import Interval, bootstrap_interval, mean_interval, proportion_interval, weighted_mean_interval
 from simpo.training.held_out import ACCURACY, compare_preferences
-from simpo.training.packed import Scores
+from simpo.training.scores import Scores
 
 # Of every ordered pair, ``[rows, N]``, the better response less the worse; NaN where a row has fewer.
 MARGINS, LENGTHS = "pair_margins", "pair_length_differences"

@@ -31,7 +31,8 @@ from simpo.training.log_lines import LogLines
 from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import load_tokenizer
 from simpo.training.observer import Observer
-from simpo.training.packed import PackedTrainer, Scores
+from simpo.training.packed import PackedTrainer
+from simpo.training.scores import Scores
 from simpo.training.tasks import Task
 
 _SCORES = {"before": "held_out_before.jsonl", "after": "held_out_after.jsonl"}
