@@ -17,7 +17,8 @@ from benchmarks.memory import peak_mib
 from simpo.commands._training import parse
 from simpo.packing.binning import fill_in_order
 from simpo.packing.layout import PackedBatch
-from simpo.packing.policy import prepare_policy, responses_of, states_logprobs
+from simpo.packing.model import prepare_policy, states_logprobs
+from simpo.packing.policy import responses_of
 from simpo.packing.reference import divergence_forward, reference_states
 from simpo.runs.lines import JsonLines
 from simpo.search.trial import watched

@@ -16,7 +16,8 @@ from benchmarks.setting import BETA, GAMMA, Setting, load_comparisons, training_
 from simpo.packing.binning import StepPlan
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
-from simpo.packing.policy import policy_forward, prepare_policy
+from simpo.packing.model import prepare_policy
+from simpo.packing.policy import policy_forward
 from simpo.packing.selfcheck import choose_path
 from simpo.training.config import PreferenceConfig
 from simpo.training.trainer import PreferenceTrainer

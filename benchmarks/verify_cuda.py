@@ -27,7 +27,8 @@ from simpo.packing import kernels
 from simpo.packing.evidence import naive_logprobs
 from simpo.packing.index import Span
 from simpo.packing.layout import AttentionLayout, PackedBatch
-from simpo.packing.policy import policy_logprobs, prepare_policy
+from simpo.packing.model import prepare_policy
+from simpo.packing.policy import policy_logprobs
 from simpo.packing.segments import AttentionStyle, by_segment
 from simpo.packing.selfcheck import choose_path
 

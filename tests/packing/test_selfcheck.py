@@ -12,7 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from simpo.errors import SimpoError
 from simpo.packing.attention import install, uninstall
 from simpo.packing.layout import PackedBatch
-from simpo.packing.policy import policy_logprobs, state_of
+from simpo.packing.model import state_of
+from simpo.packing.policy import policy_logprobs
 from simpo.packing.scoring import score_responses
 from simpo.packing.selfcheck import choose_path
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from simpo import score_responses
 from simpo.errors import SimpoError
 from simpo.packing.layout import PackedBatch
-from simpo.packing.policy import policy_forward, policy_logprobs, state_of
+from simpo.packing.model import state_of
+from simpo.packing.policy import policy_forward, policy_logprobs
 from simpo.training.adapters import add_reference, reference_of
 from simpo.training.identity import model_digest
 from simpo.training.model_arguments import ModelArguments
@@ -94,11 +95,13 @@ def test_the_keys_and_their_defaults_are_those_of_trl(bases):
     names = [name for name in ours if "lora" in name or "bit" in name or name in ("use_peft", "use_bnb_nested_quant")]
     assert set(names) <= theirs.keys()
     config = load_model(str(bases("llama")), ModelArguments(str(bases("llama")), use_peft=True)).peft_config["default"]
+    quantization = ModelArguments("", load_in_4bit=True).quantization
     for name in names:
         if ours[name] is not None:
             assert ours[name] == theirs[name], name
         elif theirs[name] is not None:
-            assert getattr(config, {"lora_r": "r"}.get(name, name)) == theirs[name], name
+            found = quantization[name] if name in quantization else getattr(config, {"lora_r": "r"}.get(name, name))
+            assert found == theirs[name], name
 
 
 @pytest.mark.parametrize(
@@ -134,6 +137,16 @@ def test_packed_against_naive(
         assert gradient.abs().max() > 1e-6, key
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-9, msg=key)
     assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+
+
+def test_an_adapter_that_cannot_be_merged_says_so_at_once(bases, caplog, recwarn):
+    """In one line of ours, and none of peft's."""
+    base = bases("llama", tie_word_embeddings=True)
+    for given, said in (({"lora_modules_to_save": ["lm_head"]}, 1), ({"lora_target_modules": ["q_proj"]}, 0)):
+        caplog.clear()
+        load_model(str(base), arguments(base, **given))
+        assert caplog.text.count("which are one matrix in this model: it can be used, but not merged") == said
+    assert not [warning for warning in recwarn if "tie" in str(warning.message)]
 
 
 def test_experts_are_adapted_too(bases, comparisons, naive_logprobs, tmp_path):
@@ -324,7 +337,12 @@ def test_an_adapter_that_cannot_be_used_is_one_line(spoil, message, bases, tmp_p
         ({"lora_target_modules": ["no_such_layer"]}, "use_peft: the adapter cannot be put on .*no_such_layer"),
         ({"lora_target_modules": ["q_proj", "proj"]}, "lora_target_modules: no layer's name ends with 'proj'"),
         ({"lora_modules_to_save": ["lm_haed"]}, "lora_modules_to_save: no layer's name ends with 'lm_haed'"),
-        ({"lora_r": 0}, "use_peft: the adapter cannot be put on .*`r`"),
+        ({"lora_r": 0}, "lora_r: must be at least 1, not 0"),
+        ({"lora_alpha": 0}, "lora_alpha: must be at least 1, not 0"),
+        ({"lora_dropout": -0.1}, "lora_dropout: must be at least 0 and below 1, not -0.1"),
+        ({"lora_dropout": 1.0}, "lora_dropout: must be at least 0 and below 1, not 1.0"),
+        ({"use_bnb_nested_quant": True}, "use_bnb_nested_quant: only a model in 4 bits takes it; set load_in_4bit"),
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type: only a model in 4 bits takes it"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(given, message, bases):

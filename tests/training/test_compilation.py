@@ -13,7 +13,8 @@ from simpo.errors import SimpoError
 from simpo.packing import kernels
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
-from simpo.packing.policy import policy_logprobs, prepare_policy, state_of
+from simpo.packing.model import prepare_policy, state_of
+from simpo.packing.policy import policy_logprobs
 from simpo.training.compilation import compile_layers
 
 

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from simpo import PreferenceConfig, PreferenceTrainer, SFTConfig, SFTTrainer, SimpoError
-from simpo.packing.policy import state_of
+from simpo.packing.model import state_of
 from simpo.training.checkpoints import check_checkpoint
 
 ROWS, ROWS_PER_STEP, STEPS = 19, 8, 6  # two epochs, whose last steps have 3 rows: fewer than 4 ranks

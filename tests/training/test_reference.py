@@ -66,10 +66,12 @@ def test_a_killed_run_goes_on_where_it_was(counted, pairs, monkeypatch, tmp_path
     assert sorted(path.name for path in folder.iterdir()) == [f"0000{number}.json" for number in range(4)]
     (folder / "00003.json").unlink()
     (folder / "00001.json").write_text("[1.0")
+    (folder / "00000.json").write_text("[NaN, -1.0, -1.0, -1.0]")
     again, scored = counted(rows)
     assert again.completed(rows)[REF_LOGPS][:] == expected
-    assert scored == [2, 1]
-    assert "00001.json is damaged and is computed again" in caplog.text
+    assert scored == [2, 2, 1]
+    for number in (0, 1):
+        assert f"0000{number}.json is damaged and is computed again" in caplog.text
 
 
 def test_without_a_name_it_is_kept_by_its_fingerprint(counted, pairs, monkeypatch, tmp_path, make_model):
@@ -91,6 +93,15 @@ def test_a_folder_of_another_model_is_refused(counted, pairs, make_model, tmp_pa
     (tmp_path / "reference" / "policy.json").write_text("{")
     with pytest.raises(SimpoError, match=r"reference_cache: .*policy.json cannot be read"):
         counted(pairs(3))[0].train()
+
+
+def test_a_folder_that_no_longer_says_whose_it_is_is_no_other_models(counted, pairs, make_model, tmp_path):
+    rows = pairs(3)
+    first, other = counted(rows)[0].completed(rows)[REF_LOGPS][:], make_model("gpt2", std=0.2)
+    (tmp_path / "reference" / "policy.json").unlink()
+    trainer, scored = counted(rows, model=other)
+    assert trainer.completed(rows)[REF_LOGPS][:] != first
+    assert scored == [3]
 
 
 def test_the_fingerprint_is_of_what_a_policy_computes(make_model):

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
-from simpo.packing.policy import Computation
-from simpo.packing.rewards import is_reward_model, own_rewards
+from simpo.packing.model import Computation
+from simpo.packing.reward_head import is_reward_model, own_rewards
 
 
 def own_figures(model: PreTrainedModel, sample: PackedBatch) -> Tensor:

@@ -14,14 +14,8 @@ from simpo.objectives import Responses
 from simpo.packing.divergence import fused_kl
 from simpo.packing.layout import PackedBatch
 from simpo.packing.logprobs import Head
-from simpo.packing.policy import (
-    ForwardPath,
-    inside_forward,
-    plain_head,
-    responses_of,
-    scored_states,
-    states_logprobs,
-)
+from simpo.packing.model import plain_head, scored_states, states_logprobs
+from simpo.packing.policy import ForwardPath, inside_forward, responses_of
 
 
 class ReferenceStates(NamedTuple):

@@ -11,7 +11,8 @@ from simpo.objectives import Responses
 from simpo.packing.binning import fill_in_order
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
-from simpo.packing.policy import ForwardPath, policy_forward, prepare_policy, resolve_path
+from simpo.packing.model import prepare_policy
+from simpo.packing.policy import ForwardPath, policy_forward, resolve_path
 
 
 def score_responses(

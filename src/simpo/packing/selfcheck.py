@@ -15,16 +15,8 @@ from transformers import PreTrainedModel
 from simpo.packing.attention import UnsupportedAttentionError, install, uninstall
 from simpo.packing.evidence import differences, figures_alone, own_figures
 from simpo.packing.layout import PackedBatch
-from simpo.packing.policy import (
-    Computation,
-    PolicyState,
-    causal_lm,
-    find_head,
-    prepare_policy,
-    state_of,
-    token_logprobs,
-)
-from simpo.packing.rewards import end_states, is_reward_model, rewards, score_head
+from simpo.packing.model import Computation, PolicyState, causal_lm, find_head, prepare_policy, state_of, token_logprobs
+from simpo.packing.reward_head import end_states, is_reward_model, rewards, score_head
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from simpo.packing.policy import causal_lm
+from simpo.packing.model import causal_lm
 from simpo.sampling.engine import Sampled, stop_ids
 from simpo.sampling.settings import SamplingSettings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
@@ -27,7 +29,9 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
 from simpo.errors import SimpoError
-from simpo.packing.rewards import is_reward_model
+from simpo.packing.reward_head import is_reward_model
+
+logger = logging.getLogger(__name__)
 
 # What recipes call an adapter's settings: what peft calls them, and the default.
 _SETTINGS: dict[str, tuple[str, Any]] = {
@@ -39,6 +43,10 @@ _SETTINGS: dict[str, tuple[str, Any]] = {
     "use_rslora": ("use_rslora", False),
 }
 _START = "_simpo_start"
+PARTS_TIED = (
+    "the adapter changes the embeddings or the output layer, which are one matrix in this model: it can be used, but "
+    "not merged"
+)
 
 
 def adapter_settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +92,8 @@ def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str 
     except (ValueError, TypeError) as error:
         raise SimpoError(f"use_peft: the adapter cannot be put on the model ({_line(error)})") from error
     _check_names(adapted, given.get("lora_modules_to_save") or [])
+    if parts_tied(adapted):
+        logger.warning(PARTS_TIED)
     _settle(adapted, base)
     return adapted
 
@@ -121,6 +131,14 @@ def continue_adapter(
         raise SimpoError(f"model_name_or_path: {name}: an adapter for another model than {base!r} ({fault})")
     set_peft_model_state_dict(adapted, stored)
     return adapted
+
+
+def parts_tied(model: PeftModel) -> bool:
+    """Whether the adapter changes one of two matrices that the model ties, so that no whole model has its numbers."""
+    base: Any = model.get_base_model()
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    changed = any(isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) for module in ends)
+    return changed and bool(base.config.get_text_config().tie_word_embeddings)
 
 
 def describe_adapter(model: PeftModel) -> str:
@@ -246,10 +264,11 @@ def _settle(model: PeftModel, base: str) -> None:
 
 @contextmanager
 def _without_noise() -> Iterator[None]:
-    """Without what peft has to say of transformers' names, and of layers whose weights it transposes by itself."""
+    """Without what peft says of transformers' names, of tied weights, and of those that it transposes by itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         yield
 
 

@@ -8,14 +8,12 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 import simpo
 from simpo.atomic import staged_folder
 from simpo.errors import SimpoError
-from simpo.training.adapters import find_adapter
+from simpo.training.adapters import PARTS_TIED, find_adapter, parts_tied
 from simpo.training.card import shown_name
 from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import check_folder, load_model, load_tokenizer
@@ -58,14 +56,8 @@ def merge(model: PeftModel) -> PreTrainedModel:
     Raises:
         SimpoError: the adapter changes one of two matrices that the model ties, so that no such model has its numbers.
     """
-    base: Any = model.get_base_model()
-    ends = base.get_input_embeddings(), base.get_output_embeddings()
-    changed = any(isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) for module in ends)
-    if changed and base.config.get_text_config().tie_word_embeddings:
-        raise SimpoError(
-            "the adapter changes the embeddings or the output layer, which are one matrix in this model: it can be "
-            "used, but not merged"
-        )
+    if parts_tied(model):
+        raise SimpoError(PARTS_TIED)
     return model.merge_and_unload()  # type: ignore[operator]
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from simpo.errors import SimpoError
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+# Keys of a base model in 4 bits, and their defaults.
+_QUANTIZATION: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": False}
 
 
 @dataclass
@@ -50,9 +52,11 @@ class ModelArguments:
     load_in_4bit: bool = field(
         default=False, metadata={"help": "QLoRA: the model's own weights in 4 bits; needs bitsandbytes and a GPU."}
     )
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "Kind of 4-bit numbers."})
-    use_bnb_nested_quant: bool = field(
-        default=False, metadata={"help": "Store the scales of 4-bit numbers in 8 bits as well."}
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = field(
+        default=None, metadata={"help": "Kind of 4-bit numbers (default: nf4)."}
+    )
+    use_bnb_nested_quant: bool | None = field(
+        default=None, metadata={"help": "Store the scales of 4-bit numbers in 8 bits as well (default: false)."}
     )
 
     def __post_init__(self) -> None:
@@ -60,6 +64,14 @@ class ModelArguments:
             self.model_name_or_path = os.path.expanduser(self.model_name_or_path)  # noqa: PTH111 - no error for ~nobody
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise SimpoError(f"dtype: {self.dtype!r} is not one of {', '.join(_DTYPES)}")
+        for key in ("lora_r", "lora_alpha"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise SimpoError(f"{key}: must be at least 1, not {value}")
+        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
+            raise SimpoError(f"lora_dropout: must be at least 0 and below 1, not {self.lora_dropout}")
+        for key in _QUANTIZATION:
+            if getattr(self, key) is not None and not self.load_in_4bit:
+                raise SimpoError(f"{key}: only a model in 4 bits takes it; set load_in_4bit: true, or leave it out")
 
     @property
     def lora(self) -> dict[str, Any]:
@@ -73,5 +85,7 @@ class ModelArguments:
     @property
     def quantization(self) -> dict[str, Any]:
         """How the weights of the base model are quantized, if they are."""
-        keys = ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
-        return {key: getattr(self, key) for key in keys} if self.load_in_4bit else {}
+        if not self.load_in_4bit:
+            return {}
+        given = {key: getattr(self, key) for key in _QUANTIZATION if getattr(self, key) is not None}
+        return {"load_in_4bit": True, **_QUANTIZATION, **given}

@@ -153,10 +153,10 @@ def loading_options(arguments: ModelArguments) -> dict[str, Any]:
     options = {"dtype": dtype}
     if (attention := _attention(arguments.attn_implementation)) is not None:
         options["attn_implementation"] = attention
-    if arguments.quantization:
+    if quantization := arguments.quantization:
         options |= four_bits(
-            kind=arguments.bnb_4bit_quant_type,
-            nested=arguments.use_bnb_nested_quant,
+            kind=quantization["bnb_4bit_quant_type"],
+            nested=quantization["use_bnb_nested_quant"],
             dtype=torch.bfloat16 if arguments.dtype in (None, "auto") else dtype,
         )
     return options

@@ -23,7 +23,8 @@ from simpo.data.tokenize import Prepared
 from simpo.errors import SimpoError
 from simpo.packing.binning import MicroBatch, StepPlan, check_budget
 from simpo.packing.layout import PackedBatch
-from simpo.packing.policy import ForwardPath, policy_forward, prepare_policy, resolve_path
+from simpo.packing.model import prepare_policy
+from simpo.packing.policy import ForwardPath, policy_forward, resolve_path
 from simpo.packing.selfcheck import choose_path
 from simpo.training.batches import ComparisonRows, PlannedBatch, collate, comparisons_of, token_lengths
 from simpo.training.checkpointing import CheckpointShare

@@ -67,7 +67,7 @@ class ReferenceCache:
         share: Callable[[Any], Any],
     ) -> None:
         self.folder = Path(constants.HF_HOME) / "simpo" / "reference" / policy[:16] if folder is None else folder
-        self._compute, self._main, self._share = compute, main, share
+        self._policy, self._compute, self._main, self._share = policy, compute, main, share
         found = share(self._owner() if main else None)
         if found not in (None, policy):
             raise SimpoError(
@@ -83,7 +83,7 @@ class ReferenceCache:
         Raises:
             SimpoError: one is not finite, or the disk is full.
         """
-        place = self.folder / rows_digest(rows)
+        place = self.folder / hashlib.sha256(f"{self._policy} {rows_digest(rows)}".encode()).hexdigest()
         counts = response_counts(rows)
         starts = range(0, len(rows), _ROWS)
         sizes = [int(counts[start : start + _ROWS].sum()) for start in starts]
@@ -167,7 +167,11 @@ def _chunk(path: Path, size: int) -> list[float] | None:
         return None
     except (OSError, ValueError):
         found = None
-    if not isinstance(found, list) or len(found) != size or not all(isinstance(value, float) for value in found):
+    if not isinstance(found, list) or len(found) != size or not all(map(_is_logp, found)):
         logger.warning("%s is damaged and is computed again", path)
         return None
     return found
+
+
+def _is_logp(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)

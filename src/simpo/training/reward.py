@@ -21,7 +21,8 @@ from simpo.data.tokenize import Prepared, check_rankings, prepare
 from simpo.errors import SimpoError
 from simpo.objectives.reward import bradley_terry, centring
 from simpo.packing.binning import MicroBatch
-from simpo.packing.rewards import is_reward_model, reward_forward
+from simpo.packing.reward_head import is_reward_model
+from simpo.packing.rewards import reward_forward
 from simpo.training.batches import LEVELS, ComparisonRows, PlannedBatch, response_counts
 from simpo.training.model_arguments import ModelArguments
 from simpo.training.packed import PackedTrainer

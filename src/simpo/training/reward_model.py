@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from simpo.data.templates import end_of_turn
 from simpo.errors import SimpoError
-from simpo.packing.policy import causal_lm
+from simpo.packing.model import causal_lm
 from simpo.training.adapters import add_adapter, continue_adapter, find_adapter
 from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import base_arguments, check_folder, load_files, loading_options

@@ -1,0 +1,175 @@
+"""A model that accepts packed batches: its forward, bound once, and what there is inside it.
+
+A call goes through the wrapped module itself: the hooks of DDP, FSDP and DeepSpeed run, and ``save_pretrained``, peft
+and ``generate`` keep working on the same object.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from simpo.packing.attention import LAYOUT_ARGUMENT
+from simpo.packing.layout import PackedBatch, PaddedRows
+from simpo.packing.logprobs import Head, fused_logprobs
+
+# What is computed of an unwrapped model, a batch and a path inside the model's forward.
+Computation = Callable[[PreTrainedModel, PackedBatch, Literal["packed", "padded"]], Any]
+_STATE = "_simpo_policy"
+
+
+@dataclass
+class PolicyState:
+    """What is known of a model after its self-check.
+
+    Attributes:
+        path: ``"packed"`` or ``"padded"``, what ``"auto"`` stands for; None before the check.
+        fused_head: whether the output layer is understood, so that logits need not be materialised.
+        reasons: why a fast path was not taken, in words for the user.
+    """
+
+    path: Literal["packed", "padded"] | None = None
+    fused_head: bool = True
+    reasons: list[str] = field(default_factory=list)
+
+
+def prepare_policy(model: nn.Module) -> PreTrainedModel:
+    """Bind the unwrapped model's forward so that it accepts a packed batch; done once, returns the unwrapped model."""
+    inner = model
+    while (wrapped := _wrapped_by(inner)) is not None:
+        inner = wrapped
+    if _STATE not in inner.__dict__:
+        if "forward" in inner.__dict__:  # a hook of accelerate's, say: it stays around the model's own forward
+            inner.__dict__["_simpo_instance_forward"] = inner.forward
+        setattr(inner, _STATE, PolicyState())
+        kind: Any = type(inner)
+        inner.forward = MethodType(_forward_of(kind), inner)
+    output = _plain_output_layer(inner)
+    if output is not None and "forward" not in output.__dict__:
+        output.forward = MethodType(_logits_or_logprobs, output)
+    return inner
+
+
+def _wrapped_by(model: nn.Module) -> nn.Module | None:
+    for name in ("module", "_orig_mod"):  # DDP, FSDP and DeepSpeed; torch.compile
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
+            return inner
+    return None
+
+
+def state_of(model: nn.Module) -> PolicyState:
+    """The self-check's findings for an unwrapped model that :func:`prepare_policy` has seen."""
+    return getattr(model, _STATE)
+
+
+@functools.cache
+def _forward_of(kind: Any) -> Callable[..., Any]:
+    own = kind.forward
+
+    @functools.wraps(own)  # generate() and Trainer read the signature
+    def forward(self: PreTrainedModel, *args: Any, packed_batch: PackedBatch | None = None, **kwargs: Any) -> Any:
+        if packed_batch is not None:
+            return kwargs.get("compute", token_logprobs)(self, packed_batch, kwargs["path"])
+        return original_forward(self, *args, **kwargs)
+
+    return forward
+
+
+def original_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """The model's forward as it was before :func:`prepare_policy`."""
+    instance = model.__dict__.get("_simpo_instance_forward")
+    return type(model).forward(model, *args, **kwargs) if instance is None else instance(*args, **kwargs)
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The language model inside a peft model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The layers below the output layer, whose first output is ``last_hidden_state``."""
+    return causal_lm(model).base_model
+
+
+def find_head(model: PreTrainedModel) -> Head | None:
+    """The output layer as a :class:`Head`, or None if it is not a plain linear layer."""
+    module = _plain_output_layer(model)
+    if module is None:
+        return None
+    config = causal_lm(model).config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if getattr(config, "logits_scaling", None):
+        scale = scale / config.logits_scaling
+    return Head(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def plain_head(model: PreTrainedModel) -> Head | None:
+    """The output layer if the self-check found it to be what :func:`find_head` says, else None."""
+    return find_head(model) if state_of(model).fused_head else None
+
+
+def _plain_output_layer(model: PreTrainedModel) -> nn.Linear | None:
+    causal = causal_lm(model)
+    module = causal.get_output_embeddings()
+    if not isinstance(module, nn.Linear) or backbone(model) is causal:
+        return None
+    own = module.__dict__.get("forward")  # ours, or a hook of somebody's
+    ours = own is None or getattr(own, "__func__", None) is _logits_or_logprobs
+    # not by its type, of which FSDP makes a subclass
+    return module if ours and type(module).forward is nn.Linear.forward else None
+
+
+def _logits_or_logprobs(
+    self: nn.Linear, hidden: Tensor, *, head: Head | None = None, targets: Tensor | None = None
+) -> Tensor:
+    """The forward of a plain output layer: a call of the layer, so that hooks that gather sharded weights run."""
+    if head is None or targets is None:
+        return nn.Linear.forward(self, hidden)
+    return fused_logprobs(hidden, replace(head, weight=self.weight, bias=self.bias), targets)
+
+
+def model_inputs(batch: PackedBatch, path: Literal["packed", "padded"]) -> tuple[dict[str, Any], Tensor]:
+    """Keyword arguments for the backbone, and the ``[S]`` scored positions in its flattened output."""
+    if path == "padded":
+        rows = PaddedRows.unpack(batch)
+        return {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "use_cache": False}, rows.scored
+    inputs = {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.layout.index.positions[None],
+        # an already made, four-dimensional mask passes every model by; the layout says what is seen
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+        "use_cache": False,
+        LAYOUT_ARGUMENT: batch.layout,
+    }
+    return inputs, batch.scored
+
+
+def scored_states(model: PreTrainedModel, batch: PackedBatch, path: Literal["packed", "padded"]) -> Tensor:
+    """``[S, H]`` hidden states that the scored tokens are predicted from."""
+    inputs, scored = model_inputs(batch, path)
+    hidden = backbone(model)(**inputs)[0]  # [1, T, H] or [R, L, H]
+    return hidden.flatten(0, 1)[scored]
+
+
+def states_logprobs(model: PreTrainedModel, states: Tensor, targets: Tensor) -> Tensor:
+    """``[S]`` log-probabilities of ``targets`` from hidden ``states`` ``[S, H]``, for a model with a plain head."""
+    output: Any = causal_lm(model).get_output_embeddings()
+    return output(states, head=plain_head(model), targets=targets)
+
+
+def token_logprobs(model: PreTrainedModel, batch: PackedBatch, path: Literal["packed", "padded"]) -> Tensor:
+    """The :data:`Computation` of :func:`policy_logprobs`."""
+    if plain_head(model) is not None:
+        return states_logprobs(model, scored_states(model, batch, path), batch.targets)
+    inputs, scored = model_inputs(batch, path)
+    logits = original_forward(model, **inputs).logits.flatten(0, 1)[scored]  # [S, V]
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return torch.log_softmax(logits, dim=-1, dtype=exact).gather(-1, batch.targets[:, None]).squeeze(-1)
