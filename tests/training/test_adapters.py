@@ -376,12 +376,14 @@ def test_an_adapters_digest_has_its_base_in_it(bases, tmp_path):
     assert model_digest(ModelArguments(str(folder))) != first
 
 
-def test_sharding_is_refused(bases):
+def test_sharding_a_base_in_four_bits_is_refused(bases):
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = DistributedType.FSDP
+    model = adapted(bases("llama"))
+    model.get_base_model().is_loaded_in_4bit = True  # as bitsandbytes, which needs a GPU, leaves it
     try:
-        with pytest.raises(SimpoError, match="fsdp: adapters are not sharded"):
-            settle_sharding(accelerator, adapted(bases("llama")))
+        with pytest.raises(SimpoError, match="fsdp: a base model in 4 bits is not sharded"):
+            settle_sharding(accelerator, model)
     finally:
         accelerator.state.distributed_type = DistributedType.NO
 

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from simpo import PreferenceConfig, PreferenceTrainer, SFTConfig, SFTTrainer, SimpoError
 from simpo.packing.model import state_of
+from simpo.training.adapters import add_adapter
 from simpo.training.checkpoints import check_checkpoint
 
 ROWS, ROWS_PER_STEP, STEPS = 19, 8, 6  # two epochs, whose last steps have 3 rows: fewer than 4 ranks
@@ -39,6 +40,8 @@ SETTINGS = {
 }
 SAVES = {"save_strategy": "steps", "save_steps": 4}
 BEST = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 3, "load_best_model_at_end": True}
+DPO = {"objective": "dpo"}
+LORA = {"lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["c_attn", "c_fc"]}
 KTO = {"objective": "kto", "max_batch_tokens": 40}  # a prompt with a response to another may be longer than a pair
 KINDS = {"pairs": (PreferenceTrainer, PreferenceConfig), "sft": (SFTTrainer, SFTConfig)}
 
@@ -53,6 +56,7 @@ class Job(NamedTuple):
     resume: str | None = None
     model: str = "model"
     dtype: torch.dtype = torch.float64
+    lora: bool = False
 
 
 IN_TWO = [
@@ -63,6 +67,9 @@ IN_TWO = [
     Job("fsdp-2-bf16", shards=True, settings={"bf16": True} | BEST, dtype=torch.float32),
     Job("ddp-2-kto", settings=KTO),
     Job("fsdp-2-kto", shards=True, settings=KTO),
+    Job("ddp-2-lora", settings=DPO | SAVES, lora=True),
+    Job("fsdp-2-lora", shards=True, settings=DPO | SAVES, lora=True),
+    Job("fsdp-2-lora-of-ddp-2", shards=True, settings=DPO, lora=True, resume="ddp-2-lora/checkpoint-4"),
     Job("sharded-before"),
     Job("ddp-2-nan", "long", model="poisoned", settings={"max_batch_tokens": 40}),
 ]
@@ -78,6 +85,8 @@ ALONE = [
     Job("one"),
     Job("one-sft", "sft"),
     Job("one-kto", settings=KTO),
+    Job("one-lora", settings=DPO, lora=True),
+    Job("one-lora-of-fsdp-2", settings=DPO, lora=True, resume="fsdp-2-lora/checkpoint-4"),
     Job("one-of-ddp-2", resume="ddp-2/checkpoint-4"),
     Job("one-of-fsdp-2", resume="fsdp-2/checkpoint-4"),
 ]
@@ -90,7 +99,7 @@ class Gradients(TrainerCallback):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append([whole(parameter.grad) for parameter in model.parameters()])
+        self.steps.append([whole(parameter.grad) for parameter in model.parameters() if parameter.requires_grad])
 
 
 def whole(tensor):
@@ -113,6 +122,9 @@ def run(job: Job, folder: Path, world: int) -> dict[str, Any]:
         # accelerate makes DDP of FSDP on a CPU; on what it takes for devices it shards, here with gloo underneath
         PartialState().distributed_type = DistributedType.MULTI_XPU
     model = hf.AutoModelForCausalLM.from_pretrained(folder / job.model, dtype=job.dtype)
+    if job.lora:
+        torch.manual_seed(int(os.environ.get("RANK", "0")))  # the main rank's new weights are to be all ranks'
+        model = add_adapter(model, LORA)
     rows, gradients = load_from_disk(folder / job.data), Gradients()
     if job.name == "sharded-before":
         with pytest.raises(SimpoError, match="model: its weights are sharded already"):
@@ -226,7 +238,8 @@ def done(make_model, pairs, random_comparisons, as_dataset, tmp_path_factory):
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    (path,) = folder.glob("*model.safetensors")
+    return load_file(path)
 
 
 def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
@@ -249,6 +262,8 @@ def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
         ("fsdp-2-sft", "one-sft", 2),
         ("ddp-2-kto", "one-kto", 2),
         ("fsdp-2-kto", "one-kto", 2),
+        ("ddp-2-lora", "one-lora", 2),
+        ("fsdp-2-lora", "one-lora", 2),
     ],
 )
 def test_ranks_train_as_one_process_does(name, alone, ranks, done):
@@ -270,7 +285,7 @@ def test_ranks_train_as_one_process_does(name, alone, ranks, done):
                 torch.testing.assert_close(gradient, other, rtol=0, atol=1e-9)
         for stage in ("before", "after"):
             for figure, values in rank[stage].items():
-                if name.endswith("kto") and (stage, figure) == ("before", "rewards/accuracies"):
+                if name.endswith(("kto", "lora")) and (stage, figure) == ("before", "rewards/accuracies"):
                     continue  # both rewards are 0 up to rounding, of which it is a matter which is larger
                 assert values.tolist() == pytest.approx(expected[stage][figure].tolist(), abs=1e-9)
         assert rank["evaluation"]["eval_loss"] == pytest.approx(expected["evaluation"]["eval_loss"], abs=1e-9)
@@ -295,13 +310,24 @@ def test_a_checkpoint_continues_on_another_number_of_processes(name, done):
 
 
 @pytest.mark.slow
-def test_checkpoints_of_sharded_runs_are_ordinary(done):
-    names = [
-        sorted(path.name for path in (done.folder / job / "checkpoint-4").iterdir()) for job in ("ddp-2", "fsdp-2")
-    ]
+@pytest.mark.parametrize("name", ["one-lora-of-fsdp-2", "fsdp-2-lora-of-ddp-2"])
+def test_an_adapters_checkpoint_continues_sharded_or_not(name, done):
+    assert_same_weights(done.folder / name, done.folder / "one-lora", 1e-9)
+    assert len(done(name)[0]["gradients"]) == STEPS - 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["", "-lora"])
+def test_checkpoints_of_sharded_runs_are_ordinary(kind, done):
+    checkpoints = [done.folder / f"{ranks}{kind}" / "checkpoint-4" for ranks in ("ddp-2", "fsdp-2")]
+    names = [sorted(path.name for path in checkpoint.iterdir()) for checkpoint in checkpoints]
     assert names[0] == names[1]
+    assert_same_weights(*checkpoints, 1e-9)
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_is_whole(done):
     sharded = done.folder / "fsdp-2" / "checkpoint-4"
-    assert_same_weights(sharded, done.folder / "ddp-2" / "checkpoint-4", 1e-9)
     check_checkpoint(sharded, hf.AutoModelForCausalLM.from_pretrained(sharded))
 
 

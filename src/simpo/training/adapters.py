@@ -126,7 +126,7 @@ def continue_adapter(
     except (ValueError, TypeError) as error:
         raise SimpoError(f"model_name_or_path: {name}: an adapter for another model ({_line(error)})") from error
     _settle(adapted, base)
-    stored = _stored(name, revision)
+    stored = stored_adapter(name, revision)
     if fault := _fault(adapted, stored):
         raise SimpoError(f"model_name_or_path: {name}: an adapter for another model than {base!r} ({fault})")
     set_peft_model_state_dict(adapted, stored)
@@ -154,12 +154,31 @@ def holds_adapter(folder: Path) -> bool:
 
 def adapter_fault(model: PeftModel, folder: Path) -> str | None:
     """Why ``folder`` does not hold an adapter of ``model``'s shape, in words; None if it does."""
-    return _fault(model, _stored(str(folder))) if holds_adapter(folder) else "a whole model there, an adapter here"
+    return (
+        _fault(model, stored_adapter(str(folder))) if holds_adapter(folder) else "a whole model there, an adapter here"
+    )
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Give the adapter on ``model`` the weights in ``folder``; :func:`adapter_fault` has looked at them."""
-    set_peft_model_state_dict(model, _stored(str(folder)))
+    set_peft_model_state_dict(model, stored_adapter(str(folder)))
+
+
+def stored_adapter(name: str, revision: str = "main") -> dict[str, Tensor]:
+    """An adapter's tensors, by the names that they have in its file.
+
+    Raises:
+        SimpoError: the file cannot be read.
+    """
+    try:
+        return load_file(str(cached_file(name, WEIGHTS_NAME, revision=revision)))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SimpoError(f"{name}: {WEIGHTS_NAME} cannot be read: {_line(error)}") from error
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The weights of ``model`` by their own names and, of its adapter's, by those that they have in a file."""
+    return {**model.state_dict(), **get_peft_model_state_dict(model, save_embedding_layers=False)}
 
 
 def weights_below(model: PeftModel) -> dict[str, Any] | None:
@@ -167,7 +186,7 @@ def weights_below(model: PeftModel) -> dict[str, Any] | None:
     found = {}
     for name, tensor in model.state_dict().items():
         if any(f".{factor}." in name for factor in ("lora_B", "lora_embedding_A")):  # a new adapter's are 0
-            if tensor.any():
+            if bool(tensor.any()):
                 return None
         elif ".modules_to_save." in name or ".lora_magnitude_vector." in name:
             return None
@@ -229,18 +248,10 @@ def _task_of(model: PreTrainedModel) -> str:
     return "SEQ_CLS" if is_reward_model(model) else "CAUSAL_LM"
 
 
-def _stored(name: str, revision: str = "main") -> dict[str, Tensor]:
-    """An adapter's tensors, by the names that they have in its file."""
-    try:
-        return load_file(str(cached_file(name, WEIGHTS_NAME, revision=revision)))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise SimpoError(f"{name}: {WEIGHTS_NAME} cannot be read: {_line(error)}") from error
-
-
 def _fault(model: PeftModel, stored: Mapping[str, Tensor]) -> str | None:
     """What is missing, left over or of another shape in an adapter's file; peft would only warn of the first two."""
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    known = {**model.state_dict(), **own}  # embeddings are stored too where they are adapted
+    known = adapter_tensors(model)  # embeddings are stored too where they are adapted
     if lacking := own.keys() - stored.keys():
         return f"{min(lacking)} is missing"
     if left_over := stored.keys() - known.keys():

@@ -14,7 +14,14 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from simpo.training.adapters import load_adapter
 from simpo.training.renamed import is_renamed, load_renamed
-from simpo.training.sharding import gathered_state, load_state, load_weights, settle_sharding
+from simpo.training.sharding import (
+    gathered_state,
+    gathered_weights,
+    load_state,
+    load_weights,
+    settle_sharding,
+    share_weights,
+)
 
 
 class ShardedTrainer(Trainer):
@@ -35,9 +42,19 @@ class ShardedTrainer(Trainer):
         settle_sharding(self.accelerator, self.model)
         self._shards = self.accelerator.distributed_type == DistributedType.FSDP
         if self._shards:
+            share_weights(self.accelerator, self.model)
             self.create_optimizer()  # FSDP2 wants both together
             model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model = self.model_wrapped = model
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ``Trainer``'s; of a sharded model with an adapter only the adapter is gathered."""
+        if not self._shards or not isinstance(self.model, PeftModel):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, gathered_weights(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if state_dict:  # gathered: tied weights came apart

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from simpo.errors import SimpoError
+from simpo.training.adapters import adapter_tensors, stored_adapter
 
 
 def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
@@ -29,8 +30,8 @@ def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
     accelerate's policy for ``bf16`` would round. Under autocast nothing else need be cast. Models are saved whole.
 
     Raises:
-        SimpoError: a kind of parallelism that is not supported, a model that somebody has sharded already, or an
-            adapter.
+        SimpoError: a kind of parallelism that is not supported, a model that somebody has sharded already, or one in
+            4 bits.
     """
     parallelism = accelerator.parallelism_config
     if parallelism is not None and max(parallelism.tp_size, parallelism.cp_size, parallelism.sp_size) > 1:
@@ -42,8 +43,11 @@ def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
         raise SimpoError("model: its weights are sharded already; hand over the whole model and set fsdp: true")
     if accelerator.distributed_type != DistributedType.FSDP:
         return
-    if isinstance(model, PeftModel):
-        raise SimpoError("fsdp: adapters are not sharded (not yet); leave it out: every process holds the base model")
+    if getattr(model, "is_loaded_in_4bit", False):
+        raise SimpoError(
+            "fsdp: a base model in 4 bits is not sharded (not yet); leave out fsdp, so that every process holds it, or "
+            "load_in_4bit"
+        )
     if not accelerator.is_fsdp2:
         raise SimpoError("fsdp_config: FSDP 1 is not supported; set its version to 2")
     plugin = accelerator.state.fsdp_plugin
@@ -52,6 +56,15 @@ def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
         plugin.mixed_precision_policy = dataclasses.replace(
             plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+
+
+def share_weights(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give all ranks the main one's trained weights, as DDP does: new ones are random. Call it before sharding."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            shared = parameter.detach().to(accelerator.device)
+            torch.distributed.broadcast(shared, src=0)
+            parameter.data.copy_(shared)
 
 
 def sharded(model: nn.Module) -> bool:
@@ -79,6 +92,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         SimpoError: there are none.
     """
+    if isinstance(model, PeftModel):
+        _load_adapter(model, folder)
+        return
     own, found = model.state_dict(), False
     with torch.no_grad():
         for name, stored in stored_tensors(folder):
@@ -90,6 +106,19 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             found = True
     if not found:
         raise SimpoError(f"resume_from_checkpoint: {folder} has no whole weights; name a checkpoint of this model")
+
+
+def _load_adapter(model: PeftModel, folder: Path) -> None:
+    own = adapter_tensors(model)
+    with torch.no_grad():
+        for name, stored in stored_adapter(str(folder)).items():
+            own[name].copy_(_like(stored, own[name]))
+
+
+def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The trained weights of a sharded ``model``, whole, on the CPU; all ranks have to call."""
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {name: _whole(parameter.detach()).cpu() for name, parameter in trained}
 
 
 def gathered_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
@@ -113,7 +142,7 @@ def gathered_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str,
                     f"optim: the state {name!r} of {type(optimizer).__name__} is not sharded as the weights are and "
                     "cannot be saved; use adamw_torch, or save_only_model: true"
                 )
-            full = value.full_tensor() if isinstance(value, DTensor) else value
+            full = _whole(value) if isinstance(value, Tensor) else value
             if keep:
                 whole[index][name] = full.cpu() if isinstance(full, Tensor) else full
     return {**state, "state": whole}
@@ -138,6 +167,10 @@ def _like(whole: Tensor, other: Tensor) -> Tensor:
     if not isinstance(other, DTensor):
         return whole
     return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _layout(tensor: Tensor) -> Any:
