@@ -32,6 +32,7 @@ from simpo.training.models import load_tokenizer
 
 _RECIPE = Path(__file__).parents[1] / "recipes/loop/tiny.yaml"
 _DRAWN = ["--temperature=1", "--top_p=1", "--max_new_tokens=48", "--chunk_size=128"]
+_KEPT = ["--keep_unfinished"]  # nothing is done here against a reward model that is exploited
 _TRAINED_ON = 300  # rankings: few enough that the reward model is wrong in places
 _REWARD = ["--learning_rate=1e-3", "--num_train_epochs=3", "--per_device_train_batch_size=16", "--max_length=128"]
 _TEMPERATURES = (0.5, 0.7, 1.0)
@@ -97,7 +98,7 @@ def _train_reward(place: Place) -> None:
     """A reward model from exactly judged answers to the training prompts."""
     folder = place.folder
     simpo("annotate", place.demo / "samples", "--annotator=exact", f"--output_dir={folder / 'judged'}")
-    simpo("pair", folder / "judged", "--pairs=ranking", f"--output_dir={folder / 'rankings'}")
+    simpo("pair", folder / "judged", "--pairs=ranking", *_KEPT, f"--output_dir={folder / 'rankings'}")
     write_lines(folder / "reward.jsonl", read_lines(folder / "rankings/pairs.jsonl")[:_TRAINED_ON])
     options = [f"--model_name_or_path={place.demo / 'sft'}", f"--dataset_name={folder / 'reward.jsonl'}", *_REWARD]
     simpo("reward", *options, "--save_strategy=no", "--report_to=none", f"--output_dir={folder / 'reward'}")
@@ -131,7 +132,8 @@ def _rounds(place: Place, judge: str, rounds: int) -> list[dict[str, object]]:
     name = f"loop-{judge.partition(' ')[0]}"
     options = [f"--{key}={place.demo / found}" for key, found in _DEMO.items()]
     options += [f"--annotator={place.annotators[judge]}", "--judges", *place.annotators.values()]
-    simpo("loop", _RECIPE, *options, f"--rounds={rounds}", "--stop_win_rate=0", f"--output_dir={place.folder / name}")
+    options += [f"--rounds={rounds}", "--stop_win_rate=0", *_KEPT, f"--output_dir={place.folder / name}"]
+    simpo("loop", _RECIPE, *options)
     found: list[dict[str, object]] = []
     for number in range(rounds + 1):
         model = place.folder / name / f"round-{number}/model" if number else place.demo / "sft"

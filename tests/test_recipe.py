@@ -262,6 +262,16 @@ def test_help_lists_the_keys_and_ends_well(capsys, monkeypatch):
     assert len(lines) < 150
 
 
+def test_on_a_narrow_terminal_a_meaning_has_lines_of_its_own(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse_recipe(["--help"], (Data, Config))
+    lines = capsys.readouterr().out.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("  dataset_name"))
+    assert lines[place + 1].strip() == "Where the data are"
+    assert max(map(len, lines)) <= 80
+
+
 # --- The file -----------------------------------------------------------------------------------------------
 
 

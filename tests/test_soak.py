@@ -49,6 +49,7 @@ def _commands(world: Path, kind: str, output: Path) -> list[str]:
     if kind == "loop":
         options |= {"prompts": world / "train.jsonl", "eval_prompts": world / "test.jsonl", "rounds": 2, "n": 3}
         options |= {"annotator": f"logp:{world / 'model'}", "max_new_tokens": 12, "chunk_size": 24, "temperature": 1}
+        options |= {"keep_unfinished": "true"}
         options |= TRAIN | {"num_train_epochs": 1}
         return ["loop", *(f"--{key}={value}" for key, value in options.items())]
     if kind == "sft":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import io
 import logging
 import pkgutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from simpo import __version__, commands
 from simpo.errors import InterruptedRun, SimpoError
@@ -22,10 +24,14 @@ def command_names() -> list[str]:
 
 def _overview() -> str:
     lines = ["usage: simpo COMMAND [ARGUMENT ...]   (simpo COMMAND --help says more)", "", "commands:"]
-    for name in command_names():
-        module = importlib.import_module(f"simpo.commands.{name}")
-        lines.append(f"  {name:<10} {(module.__doc__ or '').strip().splitlines()[0]}")
+    lines += [f"  {name:<10} {_summary(name)}" for name in command_names()]
     return "\n".join(lines)
+
+
+def _summary(name: str) -> str:
+    """First line of a command's docstring, read without the import, which takes seconds."""
+    (source,) = (path for folder in commands.__path__ for path in Path(folder).glob(f"{name}.py"))
+    return (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 def _keep_stderr_for_errors() -> None:

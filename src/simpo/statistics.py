@@ -69,7 +69,8 @@ def proportion_interval(successes: int, n: int) -> Interval:
 def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """Student t interval of the mean of independent ``values`` ``[n]``, in their unit.
 
-    One value has a mean but no interval: the bounds are None.
+    One value has a mean but no interval, and neither have values that are all alike, of whose spread nothing is known:
+    the bounds are None.
 
     Raises:
         ValueError: no values, or not one-dimensional.
@@ -78,7 +79,7 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
     if data.ndim != 1 or not data.size:
         raise ValueError(f"the mean needs a list of at least one value, got shape {data.shape}")
     n, mean = data.size, float(data.mean())
-    if n < 2:
+    if (data == data[0]).all():
         return Interval(mean, None, None, n, "Student t 95%")
     half = float(special.stdtrit(n - 1, _UPPER_TAIL) * data.std(ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n, "Student t 95%")
@@ -89,6 +90,7 @@ def weighted_mean_interval(values: Sequence[float] | np.ndarray, weights: Sequen
 
     A mean over tokens, say, whose items are texts of different lengths: tokens of one text are not independent. The
     error is that of a ratio of two means, to first order. Source: Cochran, Sampling Techniques (1977), equation 6.13.
+    Values that are all alike have no interval, as in :func:`mean_interval`.
 
     Raises:
         ValueError: no values, or not one weight each.
@@ -97,7 +99,7 @@ def weighted_mean_interval(values: Sequence[float] | np.ndarray, weights: Sequen
     if x.ndim != 1 or not x.size or x.shape != w.shape:
         raise ValueError(f"a weighted mean needs one weight for each value, got shapes {x.shape} and {w.shape}")
     n, mean = x.size, float((w * x).sum() / w.sum())
-    if n < 2:
+    if (x == x[0]).all():
         return Interval(mean, None, None, n, "ratio, Student t 95%")
     error = np.sqrt(n / (n - 1) * (w**2 * (x - mean) ** 2).sum()) / w.sum()
     half = float(special.stdtrit(n - 1, _UPPER_TAIL) * error)

@@ -16,7 +16,7 @@ import pytest
 from tests.servers.chat_server import ChatServer, Raw, completion
 
 from simpo import SimpoError
-from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, Prices, agree, sending
+from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, Prices, agree, sending, stand_in
 
 KEY = "a-secret-that-nobody-may-see"
 
@@ -131,10 +131,12 @@ def test_a_server_that_drips_is_stalled_too(tmp_path):
 
 @pytest.mark.parametrize("name", ["seconds", "date"])
 def test_all_wait_as_long_as_the_server_asks(name, tmp_path):
-    value = "1" if name == "seconds" else time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))
+    until = int(time.time()) + 2
+    value = "1" if name == "seconds" else time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(until))
     with ChatServer(echo, [Raw(429, b"{}", {"Retry-After": value})]) as server:
         assert texts(client(server, concurrency=1).complete(requests(3))) == SAID[:3]
-    assert server.times[1] - server.times[0] > 0.9
+    first, second = server.times[:2]
+    assert second - first > 0.9 if name == "seconds" else time.time() - time.monotonic() + second > until - 0.1
     assert len(server.times) == 4
 
 
@@ -205,6 +207,80 @@ def test_what_was_received_before_a_failure_is_kept(tmp_path):
         ours = client(server, tmp_path)
         assert texts(ours.complete(requests(40))) == SAID
     assert (ours.usage.cached, ours.usage.sent) == (received, 40 - received) and len(server.bodies) == 40 - received
+
+
+def refuse(*numbers, status=400):
+    """A server that refuses some requests because of what they hold, and answers the others."""
+    said = [f"say {number}" for number in numbers]
+    fault = Raw(status, b'{"error": {"message": "too long"}}')
+    return lambda body: fault if body["messages"][0]["content"] in said else echo(body)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_request_is_counted_and_the_others_are_answered(status, tmp_path):
+    with ChatServer(refuse(3, 7, status=status)) as server:
+        ours = client(server, tmp_path)
+        replies = ours.complete(requests(40), despite_refusals=True)
+        assert [reply.refused for reply in replies if reply.refused] == [f"status {status}: too long"] * 2
+        assert replies[3] == replies[7] == ChatReply("", refused=f"status {status}: too long")
+        assert texts(replies[:3] + replies[4:7] + replies[8:]) == SAID[:3] + SAID[4:7] + SAID[8:]
+        assert (ours.usage.sent, ours.usage.refused, ours.usage.repeated) == (38, 2, 0)
+        assert ours.usage.line().endswith(f"; 2 of 40 requests refused, the first with status {status}: too long")
+        assert ours.complete(requests(40), despite_refusals=True) == replies
+        assert len(server.bodies) == 42  # what was refused is not kept
+    with ChatServer(echo) as server:
+        ours = client(server, tmp_path)
+        assert texts(ours.complete(requests(40), despite_refusals=True)) == SAID
+        assert "refused" not in ours.usage.line() and len(server.bodies) == 2
+
+
+SPENT = [
+    pytest.param(401, b"no", id="key"),
+    pytest.param(402, b"no", id="payment"),
+    pytest.param(403, b"no", id="permission"),
+    pytest.param(404, b"no", id="model"),
+    pytest.param(400, b'{"error": {"message": "no", "code": "billing_hard_limit_reached"}}', id="limit"),
+    pytest.param(400, b'{"error": {"message": "Your credit balance is too low"}}', id="credit"),
+]
+
+
+@pytest.mark.parametrize(("status", "said"), SPENT)
+def test_what_concerns_all_requests_ends_them_at_once(status, said):
+    """Also in the middle, after others were answered."""
+    server = ChatServer(lambda body: Raw(status, said) if body["messages"][0]["content"] == "say 20" else echo(body))
+    with server, pytest.raises(SimpoError, match=f"status {status}: "):
+        client(server, concurrency=2).complete(requests(40), despite_refusals=True)
+    assert len(server.bodies) <= 23
+
+
+@pytest.mark.parametrize("count", [40, 8, 3, 1])
+def test_if_the_first_are_all_refused_it_is_not_because_of_one(count, tmp_path):
+    with ChatServer(refuse(*range(8))) as server:
+        with pytest.raises(SimpoError, match="'tiny': refuses whatever it is asked: status 400: too long"):
+            client(server, tmp_path, concurrency=2).complete(requests(count), despite_refusals=True)
+        assert len(server.bodies) <= 9
+
+
+def test_refusals_come_faster_than_answers():
+    """The first are the first that are asked, not the first that come back."""
+
+    def slow_at_zero(body):
+        time.sleep(0.1 if body["messages"][0]["content"] == "say 0" else 0)
+        return refuse(*range(1, 12))(body)
+
+    with ChatServer(slow_at_zero) as server:
+        ours = client(server, concurrency=4)
+        assert sum(reply.refused is None for reply in ours.complete(requests(14), despite_refusals=True)) == 3
+
+
+def test_a_run_goes_on_where_only_refused_requests_are_left(tmp_path):
+    """As after a kill: whoever has answered before is not misnamed."""
+    with ChatServer(refuse(*range(10))) as server:
+        client(server, tmp_path).complete(requests(20)[10:])
+        for known in (client(server, tmp_path), client(server, tmp_path)):
+            assert known.estimate(requests(20)).cached == 10
+            replies = known.complete(requests(10), despite_refusals=True)  # a part of them, as annotators ask
+            assert all(reply.refused for reply in replies)
 
 
 def test_a_warm_cache_sends_nothing(tmp_path):
@@ -375,7 +451,9 @@ def test_cost_before_and_after(monkeypatch):
         estimate = ours.estimate([ChatRequest([{"role": "user", "content": "x" * 4_000_000}], 100_000)])
         assert (estimate.prompt_tokens, estimate.completion_tokens) == (1_000_000, 100_000)
         assert "at most $3.00" in estimate.line(prices) and "$" not in estimate.line()
-        assert (estimate + estimate).line(prices).endswith("$6.00")
+        assert (estimate * 2).line(prices).startswith("2 requests") and (estimate * 2).line(prices).endswith("$6.00")
+        longest = ours.estimate([ChatRequest([{"role": "user", "content": stand_in(300, "a")}], 7)])
+        assert (longest.prompt_tokens, longest.completion_tokens) == (300, 7)
         ours.complete(requests(10))
     assert "70 tokens read, 30 written, $0.00" in ours.usage.line(prices)
     said = []

@@ -145,6 +145,42 @@ def test_a_judge_of_pairs(sampled):
     ]
 
 
+def test_a_refused_request_is_no_meeting(sampled, capsys, monkeypatch):
+    """Also where only refused ones are left after a kill, in a part of its own."""
+    monkeypatch.setattr(annotation, "_AT_ONCE", 2)
+    records = [{"id": name, "prompt": name, "responses": ["gold.", "tin."]} for name in ("one", "two", "long")]
+    write(sampled / "sampled/responses.jsonl", records)
+
+    def answer(body):
+        text = body["messages"][0]["content"]
+        if "<request>\nlong\n</request>" in text:
+            return Raw(400, b'{"error": {"message": "too long"}}')
+        return completion(f"[[{'A' if text.index('gold.') < text.index('tin.') else 'B'}]]")
+
+    with ChatServer(answer) as server:
+        options = [f"--judge_url={server.url}", "--judge_model=tiny", f"--cache={sampled / 'cache'}", "--yes"]
+        assert main(command(sampled, "api", *options)) == 0
+        assert "2 of 6 requests refused, the first with status 400: too long" in capsys.readouterr().out
+        (sampled / "killed").mkdir()
+        for name in ("run.json", ".scores.jsonl"):
+            (sampled / "killed" / name).touch()
+        record = json.loads((sampled / "out/run.json").read_text())
+        (sampled / "killed/run.json").write_text(json.dumps(record | {"status": "running", "finished": None}))
+        write(sampled / "killed/.scores.jsonl", [{"scores": [[1.0, 0.0], [1.0, 0.0]]}])
+        assert main(command(sampled, "api", *options, output="killed")) == 0
+    assert [row["scores"] for row in read_lines(sampled / "out/annotated.jsonl")] == [[1, 0], [1, 0], [None, None]]
+    for name in ("annotated.jsonl", "best.jsonl", "results.json"):
+        assert (sampled / "out" / name).read_bytes() == (sampled / "killed" / name).read_bytes()
+
+
+def test_nobody_may_share_an_annotation(sampled, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command(sampled, "exact")) == 2
+    error = capsys.readouterr().err
+    assert "simpo annotate runs in one process" in error and error.count("\n") == 1
+    assert not (sampled / "out").exists()
+
+
 def test_a_server_that_refuses_loses_nothing(sampled, capsys):
     with ChatServer(lambda body: completion("[[A]]"), faults=[]) as server:
         options = [f"--judge_url={server.url}", "--judge_model=tiny", f"--cache={sampled / 'cache'}", "--yes"]

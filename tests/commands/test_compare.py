@@ -306,6 +306,88 @@ def test_what_is_not_there(answers, capsys, a, said):
     assert not (answers / "out").exists()
 
 
+def test_the_cost_is_agreed_to_before_models_are_sampled(models, tmp_path, capsys):
+    """Two requests for every pair of answers as long as they may be; answers that are there count as they are."""
+    model, prompts = str(models / "model"), f"--prompts={models / 'prompts.jsonl'}"
+    sampled = ["--n=2", "--temperature=1", "--max_new_tokens=8"]
+    assert main(["sample", model, str(models / "prompts.jsonl"), *sampled, f"--output_dir={tmp_path / 'there'}"]) == 0
+    with ChatServer(prefer_shorter) as server:
+        judge = [option for option in at(server) if option != "--yes"]
+        both = ["compare", model, model, prompts, *judge, "--n=2", "--temperature=1"]
+        one = ["compare", str(tmp_path / "there"), model, *judge]
+        estimates = []
+        for name, line in (("both", both), ("one", one)):
+            for longest in (100, 200):
+                folder = tmp_path / f"{name}-{longest}"
+                assert main([*line, f"--max_new_tokens={longest}", f"--output_dir={folder}"]) == 2
+                printed = capsys.readouterr()
+                assert "agree with --yes" in printed.err and not list(folder.glob("[ab]"))
+                found = re.search(r"(\d+) requests to send, 0 .* about ([\d,]+) tokens to read", printed.out)
+                estimates.append((int(found[1]), int(found[2].replace(",", ""))))
+        (pairs, less), (_, more), (fewer, little), (_, little_more) = estimates
+        assert (pairs, fewer) == (2 * 5 * 2 * 2, 2 * 5 * 2)
+        assert more - less == 100 * 2 * pairs and little_more - little == 100 * fewer
+        assert server.bodies == []
+        assert main([*one, "--max_new_tokens=8", f"--output_dir={tmp_path / 'out'}", "--yes"]) == 0
+        assert server.bodies
+
+
+def test_prompts_that_one_model_has_no_room_for_show_before_anything_is_sampled(
+    models, tmp_path, capsys, write_chat_model
+):
+    long = {"prompt": "Sort " + " ".join(map(str, range(60))) + "."}
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text((models / "prompts.jsonl").read_text() + json.dumps(long) + "\n")
+    write_chat_model(tmp_path / "narrow", [*PROMPTS, "[[A]] [[B]] [[C]]"], 64)
+    options = [f"--prompts={prompts}", "--judge=exact", "--max_new_tokens=8", f"--output_dir={tmp_path / 'out'}"]
+    assert main(["compare", str(models / "model"), str(tmp_path / "narrow"), *options]) == 2
+    error = capsys.readouterr().err
+    assert "1 prompts are in one of them only" in error and "no room" in error and error.count("\n") == 1
+    assert not list((tmp_path / "out").glob("[ab]"))
+
+
+def test_other_prompts_are_another_run(models, tmp_path, capsys):
+    """Also where it is finished and nothing would be sampled."""
+    model, prompts = str(models / "model"), tmp_path / "prompts.jsonl"
+    lines = (models / "prompts.jsonl").read_text().splitlines(keepends=True)
+    prompts.write_text("".join(lines))
+    options = [f"--prompts={prompts}", "--judge=exact", "--max_new_tokens=4", f"--output_dir={tmp_path / 'out'}"]
+    assert main(["compare", model, model, *options]) == 0
+    assert main(["compare", model, model, *options]) == 0
+    assert "holds this run already" in capsys.readouterr().out
+    prompts.write_text("".join(lines[1:]))
+    assert main(["compare", model, model, *options]) == 2
+    assert "a/prompts: other contents" in capsys.readouterr().err
+
+
+def test_a_refused_request_is_no_verdict(answers, capsys):
+    """One order of a pair is enough; all others are judged as ever."""
+    x, y = next(pair for pair in pairs_of(answers) if pair[0] != pair[1])
+    fault = Raw(400, b'{"error": {"message": "filtered"}}')
+
+    def filtered(body):
+        shown = re.findall(r"<answer_[AB]>\n(.*?)\n</answer_", body["messages"][0]["content"], re.DOTALL)
+        return fault if shown == [x, y] else prefer_shorter(body)
+
+    with ChatServer(filtered) as server:
+        assert main(command(answers, *at(server))) == 0
+    refused = pairs_of(answers).count((x, y))
+    printed = capsys.readouterr().out
+    assert f"{refused} of {len(server.bodies)} requests refused, the first with status 400: filtered" in printed
+    verdicts = [row["verdicts"]["api"] for row in read_lines(answers / "out/verdicts.jsonl")]
+    for pair, verdict in zip(pairs_of(answers), verdicts, strict=True):
+        undecided = pair == (x, y) or (len("".join(pair)) == 33 and pair[0] != pair[1])
+        assert (verdict is None) == undecided
+
+
+def test_nobody_may_share_a_comparison(answers, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command(answers, "--judge=exact")) == 2
+    error = capsys.readouterr().err
+    assert "simpo compare runs in one process" in error and error.count("\n") == 1
+    assert not (answers / "out").exists()
+
+
 def test_models_need_prompts(models, tmp_path, capsys):
     model = str(models / "model")
     assert main(["compare", model, model, "--judge=exact", f"--output_dir={tmp_path / 'out'}"]) == 2

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -13,7 +15,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from tests.servers.chat_server import ChatServer, completion
+from tests.servers.chat_server import ChatServer, Raw, completion
 from tests.servers.model_answers import ModelAnswers
 
 from simpo.cli import main
@@ -114,12 +116,18 @@ def test_preferences_are_those_of_the_judges_probabilities(world, judge, tmp_pat
     assert "44.7" in capsys.readouterr().out and "44.7" in (tmp_path / "out.md").read_text()
 
 
-def test_a_warm_cache_sends_nothing_and_gives_the_same_file(world, judge, tmp_path):
+def test_a_warm_cache_sends_nothing_and_gives_the_same_file(world, judge, tmp_path, capsys):
     with ChatServer(judge) as server:
         assert main(alpaca(world, server.url, tmp_path / "a")) == 0
         sent = len(server.bodies)
         assert main(alpaca(world, server.url, tmp_path / "b")) == 0
-        assert main(alpaca(world, server.url, tmp_path / "a")) == 0  # finished
+        before = (tmp_path / "a/results.json").stat().st_mtime_ns
+        capsys.readouterr()
+        assert main(alpaca(world, server.url, tmp_path / "a")) == 0
+        printed = capsys.readouterr().out
+        assert f"{tmp_path / 'a'} holds this run already, finished; nothing was computed" in printed
+        assert "alpaca_eval/win_rate" in printed and "requests" not in printed
+        assert (tmp_path / "a/results.json").stat().st_mtime_ns == before
         assert len(server.bodies) == sent
     assert (tmp_path / "a/results.json").read_bytes() == (tmp_path / "b/results.json").read_bytes()
 
@@ -128,8 +136,10 @@ def test_annotations_give_the_same_figures_without_a_judge(world, judge, tmp_pat
     with ChatServer(judge) as server:
         assert main(alpaca(world, server.url, tmp_path / "a")) == 0
     command = ["evaluate", "alpaca_eval", f"--annotations={tmp_path / 'a/annotations.json'}"]
-    assert main([*command, f"--output_dir={tmp_path / 'b'}", f"--gamed={world / 'gamed.csv'}"]) == 0
+    markdown = [f"--gamed={world / 'gamed.csv'}", f"--markdown={tmp_path / 'b.md'}"]
+    assert main([*command, f"--output_dir={tmp_path / 'b'}", *markdown]) == 0
     assert figures(tmp_path / "a") == figures(tmp_path / "b")
+    assert "Judge: weighted_tiny\n" in (tmp_path / "b.md").read_text()
     assert main([*command, f"--output_dir={tmp_path / 'c'}"]) == 0  # the hub cannot be reached from tests
     assert "no length-controlled win rate" in capsys.readouterr().out
     assert "alpaca_eval/length_controlled_winrate" not in figures(tmp_path / "c")
@@ -147,6 +157,7 @@ def test_a_model_is_sampled_and_its_outputs_written(world, judge, tmp_path):
     assert {row["generator"] for row in outputs} == {"model"}
     identity = json.loads((tmp_path / "out/run.json").read_text())["identity"]
     assert {"model", "chat_template", "temperature", "judge", "judge_prompt"} <= identity.keys()
+    assert (identity["dtype"], identity["max_new_tokens"]) == ("float32", 8)
 
 
 def test_a_reply_without_verdict_is_counted_and_not_scored(world, judge, tmp_path, capsys):
@@ -160,6 +171,102 @@ def test_a_reply_without_verdict_is_counted_and_not_scored(world, judge, tmp_pat
     assert found["alpaca_eval/win_rate"].n == len(QUESTIONS) - 1
     assert "1 of 12 answers got no preference" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/annotations.json").read_text())[5]["preference"] is None
+
+
+@pytest.mark.parametrize("options", [[], ["--plain"]])
+def test_a_refused_request_is_counted_and_not_scored(world, judge, tmp_path, capsys, options):
+    def refusing(body):
+        too_long = Raw(400, b'{"error": {"message": "maximum context length is 8 tokens"}}')
+        return too_long if QUESTIONS[1] in body["messages"][1]["content"] else judge(body)
+
+    with ChatServer(refusing) as server:
+        assert main(alpaca(world, server.url, tmp_path / "out", "--judge_concurrency=1", *options)) == 0
+    found = figures(tmp_path / "out")
+    assert found["alpaca_eval/without_preference"].value == 1
+    assert found["alpaca_eval/win_rate"].n == len(QUESTIONS) - 1
+    said = "1 of 11 requests refused, the first with status 400: maximum context length is 8 tokens"
+    assert said in capsys.readouterr().out and said in (tmp_path / "out/log.txt").read_text()
+
+
+def test_a_judge_that_refuses_everything_is_one_error(world, tmp_path, capsys):
+    with ChatServer(lambda body: Raw(400, b'{"error": {"message": "no such model"}}')) as server:
+        assert main(alpaca(world, server.url, tmp_path / "out", "--judge_concurrency=1")) == 2
+        assert len(server.bodies) == 8
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "refuses whatever it is asked: status 400: no such model" in error
+
+
+COSTS = {
+    # requests; questions and baseline or references as they are, and so many answers of 16 tokens
+    "alpaca_eval": ([], 12, 12),
+    "arena_hard": (["--questions={}/arena.jsonl", "--baseline={}/base.jsonl", "--version=v2"], 24, 24),
+    "mt_bench": (["--questions={}/mt.jsonl"], 8, 4 + 2 * 4),
+}
+
+
+@pytest.mark.parametrize("benchmark", COSTS)
+def test_the_cost_is_agreed_to_before_answers_are_sampled(world, judge, tmp_path, capsys, monkeypatch, benchmark):
+    """Answers count as long as they may be; afterwards nobody is asked again."""
+    options, requests, answers = COSTS[benchmark]
+    with ChatServer(lambda body: judge(body) if benchmark == "alpaca_eval" else completion("[[A>B]] [[7]]")) as server:
+        line = [part for part in alpaca(world, server.url, tmp_path / "out", model="model") if part != "--yes"]
+        if benchmark != "alpaca_eval":
+            line = [part for part in line if not part.startswith(("--reference", "--gamed"))]
+        line[1] = benchmark
+        line += [option.replace("{}", str(world)) for option in options]
+        monkeypatch.setattr("sys.stdin", io.StringIO())
+        estimates = []
+        for longest in (16, 32):
+            assert main([*line, f"--max_new_tokens={longest}", f"--output_dir={tmp_path / str(longest)}"]) == 2
+            printed = capsys.readouterr()
+            assert "agree with --yes" in printed.err and not (tmp_path / str(longest) / "answers").exists()
+            found = re.search(
+                r"as they may be: (\d+) requests to send, 0 .* about ([\d,]+) tokens to read", printed.out
+            )
+            assert int(found[1]) == requests
+            estimates.append(int(found[2].replace(",", "")))
+        assert estimates[1] - estimates[0] == 16 * answers
+        assert server.bodies == []
+        terminal = io.StringIO("y\n")
+        terminal.isatty = lambda: True
+        monkeypatch.setattr("sys.stdin", terminal)
+        assert main([*line, "--max_new_tokens=16", f"--output_dir={tmp_path / '16'}"]) == 0
+        assert len(server.bodies) in (requests, requests - 1)  # an answer may be that of the baseline
+    assert terminal.read() == ""
+
+
+def test_a_run_whose_answers_are_there_asks_for_what_is_left(world, judge, tmp_path, capsys, monkeypatch):
+    """Not for answers as long as they might have been."""
+    with ChatServer(judge, [Raw(401, b"no")]) as server:
+        line = alpaca(world, server.url, tmp_path / "out", "--max_new_tokens=8", model="model")
+        assert main(line) == 2
+        sent = len(server.bodies)
+        terminal = io.StringIO("n\n")
+        terminal.isatty = lambda: True
+        monkeypatch.setattr("sys.stdin", terminal)
+        capsys.readouterr()
+        assert main([part for part in line if part != "--yes"]) == 2
+        printed = capsys.readouterr()
+        assert len(server.bodies) == sent and printed.err == "simpo: error: nothing was sent\n"
+        assert "as they may be" not in printed.out and "requests to send" in printed.out
+
+
+def test_questions_that_do_not_fit_show_before_anything_is_sampled(world, judge, tmp_path, capsys):
+    rows = [{"instruction": text, "output": "1"} for text in [*QUESTIONS[1:], " plus ".join("1" * 60)]]
+    options = [f"--reference_outputs={write(tmp_path / 'reference.jsonl', rows)}", "--max_new_tokens=2000"]
+    with ChatServer(judge) as server:
+        assert main(alpaca(world, server.url, tmp_path / "out", *options, model="model")) == 2
+    error = capsys.readouterr().err
+    assert "no room for 1 of 12 questions" in error and "2,000 tokens" in error and error.count("\n") == 1
+    assert not (tmp_path / "out/answers").exists()
+
+
+def test_nobody_may_share_an_evaluation(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ["evaluate", "gsm8k", str(world / "model"), f"--data={world / 'gsm8k.jsonl'}"]
+    assert main([*command, f"--output_dir={tmp_path / 'out'}"]) == 2
+    assert capsys.readouterr().err == ("simpo: error: simpo evaluate runs in one process; start it without torchrun\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_run_asks_for_what_is_missing(world, judge, tmp_path):
@@ -251,6 +358,8 @@ def test_gsm8k_before_and_after(world, tmp_path):
     command = ["evaluate", "gsm8k", str(world / "model"), f"--against={world / 'model'}", "--max_new_tokens=12"]
     assert main([*command, f"--data={world / 'gsm8k.jsonl'}", f"--output_dir={tmp_path / 'out'}", "--limit=5"]) == 0
     metrics = read_results(tmp_path / "out/results.json").metrics
+    identity = json.loads((tmp_path / "out/run.json").read_text())["identity"]
+    assert identity["dtype"] == identity["against/dtype"] == "float32"
     accuracies = [metric for metric in metrics if metric.name == "gsm8k/accuracy"]
     assert [metric.stage for metric in accuracies] == ["before", "after"] and accuracies[0].n == 5
     difference = next(metric for metric in metrics if metric.name == "gsm8k/difference")
@@ -288,7 +397,7 @@ def test_mistakes_end_in_one_line(world, tmp_path, capsys, arguments, said):
 def test_a_judge_without_log_probabilities_is_found_out(world, tmp_path, capsys):
     with ChatServer(lambda body: completion("m")) as server:
         assert main(alpaca(world, server.url, tmp_path / "out", "--judge_concurrency=3")) == 2
-        assert len(server.bodies) == 3  # and no more is paid for
+        assert len(server.bodies) == 8 < len(QUESTIONS) - 1  # and no more is paid for
     error = capsys.readouterr().err
     assert "gives no log-probabilities" in error and "--plain" in error
 

@@ -118,6 +118,7 @@ def test_another_objective_finds_the_reference(chat_world, tmp_path):
         ({"dataset_name": "equal"}, "rows are bad, more than 1%; mend them (equal.jsonl:1: all scores are equal"),
         ({"dataset_name": "missing"}, "responses without scores, which say how they are ranked"),
         ({"dataset_name": "same", "objective": "kto"}, "train: all prompts are the same"),
+        ({"dataset_name": "tagged", "objective": "kto"}, "for objective kto also {prompt, completion, label}"),
     ],
 )
 def test_mistakes(changes, message, chat_world, judged, tmp_path, capsys):
@@ -128,6 +129,7 @@ def test_mistakes(changes, message, chat_world, judged, tmp_path, capsys):
         "equal": [{"prompt": "p", "responses": ["a", "b"], "scores": [1, 1]}] * 3,
         "missing": [{"prompt": "p", "responses": ["a", "b"]}] * 3,
         "same": [{"prompt": "p", "chosen": "yes", "rejected": "no"}] * 3,
+        "tagged": [{"instruction": "p", "output": "a", "kto_tag": True}] * 3,
     }
     files = {name: write(tmp_path / f"{name}.jsonl", rows) for name, rows in made.items()} | {"judged": judged}
     name = changes.get("dataset_name")

@@ -278,8 +278,8 @@ def test_alpha_makes_it_alphapo(settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": "hinge"}, "loss_type: 'hinge' is another objective"),
-        ({"loss_type": "ipo"}, "loss_type: 'ipo' is another objective"),
+        ({"loss_type": "hinge"}, "loss_type: 'hinge' is none of CPOConfig's here"),
+        ({"loss_type": "ipo"}, "loss_type: 'ipo' is none of CPOConfig's here"),
         ({"loss_type": "no such"}, "loss_type: 'no such'"),
         ({"loss_type": "sigmoid", "alpha": 0.1}, "alpha: shapes the reward"),
         ({"generate_during_eval": True}, "generate_during_eval: not supported"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,13 +50,10 @@ def test_every_command_works(tmp_path, monkeypatch, capsys):
             Path(name).write_text(content)
         for program, *arguments in _commands(_HERE_DOCUMENT.sub("", block)):
             monkeypatch.setattr("sys.stdin", io.StringIO("Sort 5 2 9.\n/exit\n"))
-            if program == "simpo":
-                assert main(arguments) == 0, capsys.readouterr().err
-                ran.append(arguments[0])
-            else:
-                assert program == "python"
-                runpy.run_path(*arguments)
-                ran.append(arguments[0])
-    assert ran == ["sft", "sample", "sample", "pairs.py", "inspect", "train", "sample", "compare.py", "chat"]
+            assert program == "simpo"
+            assert main(arguments) == 0, capsys.readouterr().err
+            ran.append(arguments[0])
+    pairs = ["annotate", "annotate", "pair", "pair"]
+    assert ran == ["sft", "sample", "sample", *pairs, "inspect", "train", "sample", "compare", "chat"]
     assert "win_rate" in capsys.readouterr().out
     assert read_results(Path("runs/my-simpo/results.json")).command == "train"

@@ -7,6 +7,7 @@ import pytest
 from simpo.evaluation.markdown import write_markdown
 from simpo.evaluation.published import published_rows, published_table
 from simpo.results import Metric, write_results
+from simpo.runs.record import RunRecord
 
 
 def test_figures_that_the_paper_and_its_repository_state():
@@ -30,7 +31,12 @@ def test_a_benchmark_without_published_figures_has_no_table():
 def test_markdown(tmp_path, benchmark, rows):
     metrics = [Metric("a|b", 12.5, None, 8, 10.0, 15.0, "by hand"), Metric("c", None), Metric("d", 1.0, "after")]
     results = write_results(tmp_path, command="evaluate", fingerprint="f" * 64, metrics=metrics)
+    RunRecord("evaluate", {"judge": "gpt-4", "judge_prompt": "d" * 64}).write(tmp_path)
     write_markdown(results, benchmark, "mine", tmp_path / "out.md")
     text = (tmp_path / "out.md").read_text()
     assert "## mine on" in text and "| a\\|b |  | 12.5 | 10 to 15 (by hand) | 8 |" in text and "| c |  | - |" in text
     assert text.count("| SimPO |") == (rows and 6) and "f" * 64 in text
+    assert "Judge: gpt-4\n" in text and f"judge prompt: `{'d' * 64}`" in text
+    RunRecord("evaluate", {"benchmark": "gsm8k"}).write(tmp_path)
+    write_markdown(results, benchmark, "mine", tmp_path / "out.md")
+    assert "udge" not in (tmp_path / "out.md").read_text().partition("Published")[0]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from tests.servers.chat_server import ChatServer, completion
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.cli import main
@@ -18,6 +20,7 @@ from simpo.loop.settings import LoopRecipe
 from simpo.recipe import parse_recipe
 from simpo.results import read_results
 from simpo.runs.lines import read_lines
+from simpo.runs.manifest import damage
 from simpo.sampling.run import PromptArguments
 from simpo.training.model_arguments import ModelArguments
 
@@ -25,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = {
     **{"rounds": 2, "n": 3, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 10, "eval_n": 2},
     **{"learning_rate": 2e-2, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none"},
+    "keep_unfinished": True,  # a random model seldom ends an answer
 }
 SCORER = "def length(prompt, response): return -len(response)\n"
 
@@ -92,8 +96,36 @@ def test_every_round_is_reported(world, capsys, monkeypatch):
     assert (out / "results.json").stat().st_mtime_ns == before
     printed = capsys.readouterr().out
     assert "finished" in printed and "win_rate/function" in printed and "simpo chat out/round-2/model" in printed
-    assert main(["loop", "loop.yaml", "--output_dir", "out", "--rounds", "3"]) == 2
-    assert "rounds: 2 there, 3 now" in capsys.readouterr().err
+
+
+def products(folder):
+    """What a loop is run for: the bytes of its files by their names, without logs, times and machines."""
+    patterns = ("results.json", "round.json", "rounds.png", "*.jsonl", "model.safetensors", "recipe.resolved.yaml")
+    found = {path for pattern in patterns for path in folder.rglob(pattern)}
+    return {path.relative_to(folder): path.read_bytes() for path in found if path.name != "metrics.jsonl"}
+
+
+def test_more_rounds_go_on_from_the_last_one(world, tmp_path, monkeypatch, capsys):
+    """With the bytes of a loop that was asked for them at once; fewer than there are is a mistake."""
+    (tmp_path / "scorer_of_test.py").write_text(SCORER)
+    monkeypatch.chdir(tmp_path)
+    command = ["loop", str(world / "loop.yaml"), "--output_dir", "out", "--rounds"]
+    assert main([*command, "1"]) == 0
+    first = Path("out/round-1/model/model.safetensors")
+    kept = first.stat().st_mtime_ns
+    assert main([*command, "2"]) == 0
+    assert first.stat().st_mtime_ns == kept
+    assert "simpo chat out/round-2/model" in capsys.readouterr().out
+    extended, straight = products(tmp_path / "out"), products(world / "out")
+    assert len(straight) > 25 and extended.keys() == straight.keys()
+    assert [name for name, content in straight.items() if extended[name] != content] == []
+    record = json.loads(Path("out/run.json").read_text())
+    assert record["status"] == "finished" and len(record["starts"]) == 2
+    assert damage(Path("out")) is None
+
+    assert main([*command, "1"]) == 2
+    printed = capsys.readouterr().err
+    assert "rounds: out has 2 already, more than the 1 asked for" in printed and printed.count("\n") == 1
 
 
 def test_a_stage_is_what_its_command_makes(world, chat_world, monkeypatch, tmp_path):
@@ -106,7 +138,7 @@ def test_a_stage_is_what_its_command_makes(world, chat_world, monkeypatch, tmp_p
     assert main(sampled) == 0
     scored = ["annotate", str(tmp_path / "responses"), "--annotator=function:scorer_of_test:length"]
     assert main([*scored, "--trust_remote_code", f"--output_dir={tmp_path / 'annotated'}"]) == 0
-    assert main(["pair", str(tmp_path / "annotated"), f"--output_dir={tmp_path / 'pairs'}"]) == 0
+    assert main(["pair", str(tmp_path / "annotated"), "--keep_unfinished", f"--output_dir={tmp_path / 'pairs'}"]) == 0
     training = {key: RECIPE[key] for key in ("learning_rate", "per_device_train_batch_size", "save_strategy")}
     training |= {"model_name_or_path": chat_world / "model", "dataset_name": tmp_path / "pairs/pairs.jsonl"}
     options = [f"--{key}={value}" for key, value in training.items()]
@@ -158,6 +190,28 @@ def test_it_stops_when_a_round_goes_wrong(world, monkeypatch, capsys):
     found = figures(world / "stopped")
     assert (found["rounds", None].value, found["last_good_round", None].value) == (1, 0)
     assert not (world / "stopped/round-2").exists()
+    assert main(["loop", "loop.yaml", "--output_dir", "stopped", *options, "--rounds", "5"]) == 0
+    assert "finished: it was stopped after round 1" in capsys.readouterr().out
+    assert not (world / "stopped/round-2").exists()
+
+
+def test_a_server_is_asked_without_further_questions(world, chat_world, tmp_path, monkeypatch, capsys):
+    """What all rounds will send is agreed to once, with more than is sent in the end: no pair has equal answers yet."""
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def answer(body):
+        a, b = re.findall(r"<answer_[AB]>\n(.*?)\n</answer_", body["messages"][0]["content"], re.DOTALL)
+        return completion(f"[[{'A' if len(a) < len(b) else 'B'}]]")
+
+    with ChatServer(answer) as server:
+        options = [f"--prompts={chat_world / 'test.jsonl'}", "--annotator=api", "--judges=api", "--yes", "--rounds=1"]
+        options += [f"--judge_url={server.url}", "--judge_model=m", "--output_dir", str(tmp_path / "out")]
+        assert main(["loop", "loop.yaml", *options]) == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"(\d+) requests to send, 0 answered before", printed)[:2] == ["48", "64"]
+    assert 60 < len(server.bodies) <= 48 + 64
+    assert figures(tmp_path / "out")["round-1/win_rate/api", None].n == 8
 
 
 @pytest.mark.parametrize(
@@ -168,8 +222,8 @@ def test_it_stops_when_a_round_goes_wrong(world, monkeypatch, capsys):
         (["--annotator=exakt"], "did you mean exact?"),
         (["--judges=human:verdicts.jsonl"], "human:verdicts.jsonl: its verdicts are on other answers"),
         (["--engine=vllm", "--use_peft=true"], "engine: vllm samples from whole models"),
-        (["--annotator=api"], "name the server and the model"),
-        (["--judge_url=http://127.0.0.1:9/v1"], "judge_url and judge_model"),
+        (["--annotator=api", "--judge_model=m"], "judge_url and judge_model: annotator or judge 'api' needs both"),
+        (["--judge_url=http://127.0.0.1:9/v1"], "judge_url and judge_model: of annotator or judge 'api' alone"),
         (["--prompts=nothing.jsonl"], "nothing.jsonl: file not found"),
         (["--eval_prompts=empty.jsonl"], "no rows"),
         (["--trust_remote_code=false"], "allow it with"),
@@ -180,10 +234,33 @@ def test_it_stops_when_a_round_goes_wrong(world, monkeypatch, capsys):
         (["--objective=simple"], "objective: 'simple' is unknown"),
         (["--stop_win_rate=50"], "stop_win_rate: must be a share"),
         (["--dataset_name=x.jsonl"], "dataset_name: unknown key"),
+        (["--resume_from_checkpoint=checkpoint-5"], "resume_from_checkpoint: every round starts from the last one's"),
+        # what only the stages themselves can know
+        (["--model_name_or_path=nowhere/at/all"], "there is no folder 'nowhere/at/all'"),
+        (["--engine=vllm"], "vLLM is not installed"),
+        (["--chat_template=nothing.jinja"], "chat_template: 'nothing.jinja' is neither"),
+        (["--max_new_tokens=64"], "max_new_tokens: 64 leave no room"),
+        (["--max_new_tokens=60"], "no prompt fits"),
+        (["--annotator=exact"], "not a question of the tiny world"),
+        (["--judges=reward:{model}"], "is not a reward model"),
+        (["--lora_r=8"], "lora_r: only an adapter takes it"),
+        (["--use_peft=true", "--lora_target_modules=nothing"], "the adapter cannot be put on the model"),
+        (["--max_length=12"], "no comparison fits max_length 12"),
+        (["--max_batch_tokens=9"], "max_batch_tokens: 9 is below the longest comparison"),
+        (["--torch_compile=true", "--torch_compile_backend=x"], "training is impossible with these settings"),
+        (
+            ["--annotator=api", "--judge_url=https://nowhere.invalid/v1", "--judge_model=m", "--judge_key_env=NO_KEY"],
+            "NO_KEY",
+        ),
+        (["--annotator=api", "--judge_url=http://127.0.0.1:9/v1", "--judge_model=m"], "agree with --yes"),
+        (["--judges=api", "--judge_url=http://127.0.0.1:9/v1", "--judge_model=m"], "agree with --yes"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(options, said, world, monkeypatch, capsys):
+def test_mistakes_are_one_line_and_leave_nothing(options, said, world, chat_world, monkeypatch, capsys):
+    """Nothing has been computed either."""
     monkeypatch.chdir(world)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(world))
+    options = [option.format(model=chat_world / "model") for option in options]
     Path("empty.jsonl").touch()
     assert main(["loop", "loop.yaml", "--output_dir", "never", *options]) == 2
     printed = capsys.readouterr().err
@@ -195,7 +272,9 @@ def test_nobody_may_share_a_loop(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["loop", "loop.yaml", "--output_dir", "never"]) == 2
-    assert "one process" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "simpo loop runs in one process" in printed and printed.count("\n") == 1
+    assert not Path("never").exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/loop").glob("*.yaml")), ids=lambda path: path.stem)

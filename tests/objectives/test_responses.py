@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from decimal import Decimal, getcontext
 
 import pytest
 import torch
 
-from simpo.objectives import Responses
+from simpo.objectives import OBJECTIVES, Responses
 
 AVERAGES = [-1e-7, -1e-3, -0.1, -0.69, -0.6931471805599453, -0.7, -1.0, -5.0, -50.0]
 
@@ -42,15 +43,30 @@ def test_a_whole_batch_of_extremes_is_finite(dtype):
         assert gradient.isfinite().all()
 
 
-def test_log_odds_of_a_certain_response_leaves_the_others_alone():
-    """In fp32 a probability can round to 1, whose log-odds are infinite; the gradient must not be NaN."""
-    logp = torch.tensor([0.0, -0.5], requires_grad=True)
-    odds = Responses(logp, torch.ones(2)).log_odds
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_log_odds_of_a_certain_response(dtype):
+    """A probability can round to 1, whose log-odds are infinite: they are large and finite, and leave others alone."""
+    logp = torch.tensor([0.0, -1e-11, -0.5], dtype=dtype, requires_grad=True)
+    odds = Responses(logp, torch.ones(3, dtype=dtype)).log_odds
+    assert odds[0].item() == pytest.approx(12 * math.log(10), rel=1e-6)
+    assert odds[0] > odds[1]
+    assert odds[2].item() == pytest.approx(exact_log_odds(-0.5)[0], rel=1e-6)
     (gradient,) = torch.autograd.grad(odds.sum(), logp)
-    assert odds[1].item() == pytest.approx(exact_log_odds(-0.5)[0], rel=1e-6)
-    assert not gradient.isnan().any()
-    loss = -torch.nn.functional.logsigmoid(odds[0] - odds[1])
-    assert loss.item() == 0.0
+    assert gradient.tolist() == pytest.approx([1e12, 1e11, exact_log_odds(-0.5)[1]], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_orpo_of_certain_responses(dtype):
+    """Slopes are finite; that of a certain chosen one is the limit, ``lam`` times the odds of the rejected one."""
+    row, length = OBJECTIVES["orpo"], torch.ones(2, dtype=dtype)
+    certain, other = (torch.tensor([avg, 0.0], dtype=dtype, requires_grad=True) for avg in (0.0, -2.0))
+    for w, l in ((certain, other), (other, certain)):  # noqa: E741
+        losses = row.pair(Responses(w, length), Responses(l, length), lam=0.5)
+        gradients = torch.autograd.grad(losses.sum(), (w, l))
+        assert losses.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
+        assert (gradients[0] < 0).all() and (gradients[1] > 0).all()
+        if w is certain:
+            assert gradients[0][0].item() == pytest.approx(-0.5 * math.exp(exact_log_odds(-2.0)[0]), rel=1e-4)
 
 
 def test_avg_and_ratio():

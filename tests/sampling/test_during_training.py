@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from itertools import pairwise
@@ -14,8 +15,10 @@ from tests.servers.chat_server import ChatServer, Raw, completion
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from simpo import cli
+from simpo.sampling.eval_judging import evaluations
 from simpo.sampling.generate import TransformersEngine
 from simpo.training import run as workflow
+from simpo.training.config import PreferenceConfig
 from simpo.world.judge import judge
 from simpo.world.model import write_model
 from simpo.world.pairs import make_prompts, write_pairs
@@ -25,7 +28,7 @@ NAMES = ("length", "end_of_turn_rate", "distinct_2", "win_rate")
 SHORT = {"eval_steps": STEPS, "eval_judge": None}
 TIMES = ("runtime", "per_second", "preparation_time", "total_flos")
 
-# Draws random numbers from everywhere; fails after the pair that it is tried on.
+# Draws random numbers from everywhere; fails after the pairs that it is tried on.
 JUDGES = """
 import random
 import numpy as np
@@ -39,7 +42,7 @@ seen = []
 
 def failing(prompt, response):
     seen.append(response)
-    if len(seen) > 2:
+    if len(seen) > 8:
         raise ValueError("cannot say")
     return 1.0
 """
@@ -222,27 +225,62 @@ def test_a_judge_behind_a_server(through, world, tmp_path, monkeypatch, caplog, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with ChatServer(answer) as server:
         judged = {"eval_judge": "api", "eval_judge_url": server.url, "eval_judge_model": "tiny", "max_steps": EVERY}
-        assert cli.main(options(world, tmp_path / "run", **judged)) == 0
+        assert cli.main(options(world, tmp_path / "run", **judged, yes="true")) == 0
     found = answers(tmp_path / "run")
     pairs = [
         (now["responses"][0], before["responses"][0])
         for now, before in zip(found[f"step-{EVERY}"], found["start"], strict=True)
     ]
     different = sum(ours != theirs for ours, theirs in pairs)
-    assert len(server.bodies) - 2 == 2 * different > 0  # and those that it was tried with
+    assert len(server.bodies) - 8 == 2 * different > 0  # and the pairs that it was tried with
     wins = [0.5 if ours == theirs else float(ours > theirs) for ours, theirs in pairs if verdicts or ours == theirs]
     (line,) = generations(logged(tmp_path / "run"))
     assert line["eval_generations/win_rate"] == (pytest.approx(sum(wins) / len(wins)) if wins else None)
     assert any(f"no verdict on {different} of {PROMPTS}" in record.message for record in caplog.records) != verdicts
 
 
-def test_a_server_that_refuses_stops_the_run_before_it_trains(world, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("status", [400, 401])
+def test_a_server_that_refuses_stops_the_run_before_it_trains(world, tmp_path, monkeypatch, capsys, status):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with ChatServer(lambda body: Raw(status=401)) as server:
-        judged = {"eval_judge": "api", "eval_judge_url": server.url, "eval_judge_model": "tiny"}
+    with ChatServer(lambda body: Raw(status=status)) as server:
+        judged = {"eval_judge": "api", "eval_judge_url": server.url, "eval_judge_model": "tiny", "yes": "true"}
         assert cli.main(options(world, tmp_path / "run", **judged)) == 2
-    assert "401" in capsys.readouterr().err
+    assert f"status {status}" in capsys.readouterr().err
     assert not (tmp_path / "run/metrics.jsonl").read_text()
+
+
+def test_what_a_judge_may_cost_is_agreed_to_before_the_start_model_answers(world, tmp_path, monkeypatch, capsys):
+    """Asked once for all evaluations; a later start with yes is the same run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with ChatServer(prefer_later) as server:
+        judged = {"eval_judge": "api", "eval_judge_url": server.url, "eval_judge_model": "tiny"}
+        given = options(world, tmp_path / "run", **judged)
+        assert cli.main(given) == 2
+        printed = capsys.readouterr()
+        asked = STEPS // EVERY * 2 * PROMPTS
+        assert f"eval_judge, at {STEPS // EVERY} evaluations: {asked} requests to send, 0 answered" in printed.out
+        assert "agree with --yes" in printed.err and not server.bodies
+        assert not (tmp_path / "run/generations").exists()
+        assert cli.main([*given, "--yes"]) == 0
+    assert 0 < len(server.bodies) - 8 <= asked
+    assert len(generations(logged(tmp_path / "run"))) == STEPS // EVERY
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"eval_steps": 10}, 3),
+        ({"eval_steps": 0.5}, 2),
+        ({"eval_steps": 10, "max_steps": 31, "eval_on_start": True}, 5),
+        ({"eval_strategy": "epoch", "num_train_epochs": 2}, 2),
+        ({"eval_strategy": "epoch", "max_steps": 27}, 2),
+    ],
+)
+def test_how_often_a_training_evaluates(changes, expected, tmp_path):
+    given = {"eval_strategy": "steps", "per_device_train_batch_size": 4} | changes
+    config = PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, **given)
+    assert evaluations(config, 101) == expected
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +319,7 @@ MISTAKES = [
     pytest.param({"eval_judge": "human:v.jsonl"}, ["eval_judge", "on other answers"], id="verdicts on other answers"),
     pytest.param({"eval_judge": "api"}, ["eval_judge_url", "eval_judge_model"], id="no server"),
     pytest.param({"eval_judge_model": "gpt"}, ["eval_judge_model"], id="a server for another judge"),
+    pytest.param({"yes": "true"}, ["yes", "eval_judge api"], id="nothing to agree to"),
     pytest.param({"eval_judge": "function:json:loads"}, ["eval_judge", "trust_remote_code"], id="code not allowed"),
 ]
 

@@ -12,7 +12,18 @@ from simpo import SimpoError
 from simpo.cli import main
 from simpo.results import read_results
 from simpo.sampling.pairing import pair_responses
-from simpo.sampling.pairs import ALIKE, CLOSE, EMPTY, EQUAL, IDENTICAL, UNEVEN, UNSCORED, PairSettings, make_pairs
+from simpo.sampling.pairs import (
+    ALIKE,
+    CLOSE,
+    EMPTY,
+    EQUAL,
+    IDENTICAL,
+    UNEVEN,
+    UNFINISHED,
+    UNSCORED,
+    PairSettings,
+    make_pairs,
+)
 
 
 def record(number, *answers):
@@ -39,6 +50,25 @@ def test_best_against_worst():
     )
     assert found[0] == [("0", "dddd", "a"), ("5", "y", "x")]
     assert found[1] == {IDENTICAL: 2, ALIKE: 3, EQUAL: 1, UNSCORED: 2, EMPTY: 2}
+
+
+def test_answers_that_were_cut_are_left_out():
+    """A pair would end them with a token that the model did not write there; who wants them says so."""
+    cut = [
+        record(0, ("best and", 9), ("good", 5), ("bad", 1), ("but", 0)) | {"finished": [False, True, True, False]},
+        record(1, ("a", 2), ("b", 1)) | {"finished": [True, False]},
+        record(2, ("a", None), (" ", 1), ("c", 2), ("d", 1)) | {"finished": [False, True, True, True]},
+        record(3, ("x", 2), ("y", 1)),  # from elsewhere: nothing is known of it
+    ]
+    assert made(cut) == (
+        [("0", "good", "bad"), ("2", "c", "d"), ("3", "x", "y")],
+        {UNFINISHED: 3, ALIKE: 1, UNSCORED: 1, EMPTY: 1},
+    )
+    assert made(cut, keep_unfinished=True)[0] == [
+        *(("0", "best and", "but"), ("1", "a", "b"), ("2", "c", "d"), ("3", "x", "y"))
+    ]
+    [ranking, _, _], _ = make_pairs(cut, PairSettings(pairs="ranking"))
+    assert ranking["responses"] == ["good", "bad"]
 
 
 def random_records(seed):
@@ -119,7 +149,7 @@ def test_the_command(tmp_path, capsys):
     file = write(
         tmp_path / "annotated.jsonl",
         record(0, ("long one", 1.5), ("x", 0.5)) | {"prompt": messages},
-        record(1, ("a", 1), ("b", 1)),
+        record(1, ("a", 1), ("b", 1), ("c and", 0)) | {"finished": [True, True, False]},
     )
     command = ["pair", str(tmp_path), "--output_dir", str(tmp_path / "out")]
     assert main(command) == 0
@@ -131,6 +161,7 @@ def test_the_command(tmp_path, capsys):
     found = {metric.name: metric.value for metric in read_results(tmp_path / "out/results.json").metrics}
     assert found["pair/prompts"] == 2
     assert found["pair/dropped/pairs_equally_good"] == found["pair/rows"] == found["pair/score_gap"] == 1
+    assert found["pair/dropped/answers_cut_at_max_new_tokens"] == 1
     assert found["pair/chosen_longer"] == 1
     before = (tmp_path / "out/pairs.jsonl").stat().st_mtime_ns
     assert main(command) == 0
@@ -138,6 +169,8 @@ def test_the_command(tmp_path, capsys):
     assert "finished" in capsys.readouterr().out
     assert main(["pair", str(file), "--output_dir", str(tmp_path / "out"), "--min_gap", "0.1"]) == 2
     assert "min_gap" in capsys.readouterr().err
+    assert main([*command[:-1], str(tmp_path / "kept"), "--keep_unfinished"]) == 0
+    assert "pairs: 2 of 2 prompts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -152,6 +185,14 @@ def test_the_command(tmp_path, capsys):
             f'{{"id": "0", "prompt": "p", "responses": ["a", "b"], "scores": [1, {10**400}]}}\n',
             "expected numbers or null",
         ),
+        (
+            '{"id": "0", "prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "finished": [true]}\n',
+            "jsonl:1: finished: expected true or false for every response",
+        ),
+        (
+            '{"id": "0", "prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "finished": [false, false]}\n',
+            "no pairs (dropped 2 answers: cut at max_new_tokens",
+        ),
         ('{"prompt": "p", "chosen": "a", "rejected": "b"}\n', "jsonl:1: no id and prompt"),
         ("{]\n{}\n", "not a JSON object"),
     ],
@@ -164,6 +205,13 @@ def test_what_cannot_be_paired_is_one_line(content, said, tmp_path, capsys):
     assert said in printed
     assert str(file) in printed
     assert printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_nobody_may_share_a_pairing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["pair", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "simpo pair runs in one process" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -100,6 +100,9 @@ def test_what_was_received_is_kept(prompts, capsys):
         (["--base_url=http://user:secret@127.0.0.1/v1"], "keys come from the environment"),
         (["--base_url=https://model.invalid/v1", "--api_key_env=NO_SUCH_KEY"], "environment variable NO_SUCH_KEY"),
         (["--concurrency=0"], "concurrency: must be at least 1"),
+        (["--dtype=bfloat16"], "--dtype: engine server does not use it"),
+        (["--chunk_size=8"], "--chunk_size: engine server does not use it"),
+        (["--engine=transformers"], "--base_url: engine transformers does not use it"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(options, said, prompts, capsys):
@@ -108,6 +111,14 @@ def test_mistakes_are_one_line_and_leave_nothing(options, said, prompts, capsys)
     printed = capsys.readouterr().err
     assert said in printed and printed.count("\n") == 1 and "secret" not in printed
     assert not (prompts.parent / "out").exists() and not server.bodies
+
+
+def test_nobody_may_share_what_a_server_is_asked(prompts, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with ChatServer(lambda body: completion("never")) as server:
+        assert main(command(server, prompts, "--yes")) == 2
+    assert "simpo sample --engine server runs in one process" in capsys.readouterr().err
+    assert not server.bodies
 
 
 def test_no_server_and_no_prompts(prompts, capsys):

@@ -275,6 +275,14 @@ def test_after_a_mistake_in_the_data_the_same_command_goes_on(world, tmp_path):
     assert figures(tmp_path / "sweep")["trials/finished"].value == 1
 
 
+def test_a_launcher_is_refused(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(sweep(world, tmp_path / "sweep")) == 2
+    error = capsys.readouterr().err
+    assert "simpo sweep runs in one process" in error and error.count("\n") == 1
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_without_optuna_it_says_what_to_install(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert main(sweep(world, tmp_path / "sweep")) == 2

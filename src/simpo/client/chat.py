@@ -63,6 +63,7 @@ class ChatReply:
         finish_reason: why it ended, in the server's word.
         prompt_tokens: tokens of the request; None where the server does not say.
         completion_tokens: tokens of the reply; None where the server does not say.
+        refused: why the server would not answer this request, and the text is empty; None if it did.
     """
 
     text: str
@@ -70,6 +71,7 @@ class ChatReply:
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    refused: str | None = None
 
 
 def read_reply(content: bytes) -> ChatReply:

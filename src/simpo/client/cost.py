@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Self
 
 from simpo.client.chat import ChatReply, ChatRequest
 from simpo.errors import SimpoError
 
 _CHARACTERS = 4  # a token of English text, about
+
+
+def stand_in(tokens: int, name: str = "") -> str:
+    """A text that is estimated to have so many tokens, for one that is not there yet; with another name another one."""
+    return name.ljust(_CHARACTERS * tokens, ".")
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,8 @@ class Estimate:
         longest = sum(request.max_tokens for request in sent)
         return cls(len(sent), cached, math.ceil(characters / _CHARACTERS), longest)
 
-    def __add__(self, other: Estimate) -> Estimate:
-        return Estimate(
-            self.requests + other.requests,
-            self.cached + other.cached,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-        )
+    def __mul__(self, times: int) -> Estimate:
+        return Estimate(*(times * count for count in astuple(self)))
 
     def line(self, prices: Prices | None = None) -> str:
         """In words, with the cost where prices are known."""
@@ -90,6 +90,8 @@ class Usage:
         prompt_tokens: of the requests sent, by the server's count.
         completion_tokens: of their replies, by the server's count.
         uncounted: replies that did not say their tokens.
+        refused: requests that the server would not answer because of what they hold.
+        first_refusal: why, the first time.
     """
 
     sent: int = 0
@@ -98,6 +100,8 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     uncounted: int = 0
+    refused: int = 0
+    first_refusal: str = ""
 
     def add(self, reply: ChatReply) -> None:
         """Count a reply of the server."""
@@ -108,13 +112,22 @@ class Usage:
             self.prompt_tokens += reply.prompt_tokens
             self.completion_tokens += reply.completion_tokens
 
+    def refuse(self, reason: str) -> None:
+        """Count a request that was refused."""
+        self.refused += 1
+        self.first_refusal = self.first_refusal or reason
+
     def line(self, prices: Prices | None = None) -> str:
         """In words, with the cost where prices are known."""
         dollars = "" if prices is None else f", ${prices.dollars(self.prompt_tokens, self.completion_tokens):.2f}"
         unsaid = f" ({self.uncounted:,} replies did not say their tokens)" if self.uncounted else ""
+        all_asked = self.sent + self.cached + self.refused
+        refused = ""
+        if self.refused:
+            refused = f"; {self.refused:,} of {all_asked:,} requests refused, the first with {self.first_refusal}"
         return (
             f"{self.sent:,} requests sent ({self.repeated:,} attempts repeated), {self.cached:,} answered before; "
-            f"{self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written{dollars}{unsaid}"
+            f"{self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written{dollars}{unsaid}{refused}"
         )
 
 

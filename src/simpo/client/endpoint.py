@@ -63,6 +63,11 @@ class Endpoint:
         return f"{self.base_url.rstrip('/')}/chat/completions"
 
     @property
+    def place(self) -> str:
+        """Server and model, for messages."""
+        return f"{self.url}: model {self.model!r}"
+
+    @property
     def local(self) -> bool:
         """Whether the server is on this machine."""
         host = urlsplit(self.base_url).hostname or ""

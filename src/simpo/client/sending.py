@@ -20,7 +20,22 @@ from simpo.runs.redaction import REDACTED, masked
 # Seconds: before the second attempt, doubled before each further one up to the longest, and in all for one request.
 _FIRST_WAIT, _LONGEST_WAIT, _PATIENCE = 1.0, 30.0, 300.0
 _HOPEFUL = (408, 425, 429)  # and everything from 500 on
+_OF_THE_REQUEST = (400, 413, 422)  # too long, filtered, not understood; 401, 403 and 404 would be those of all others
+# Said with a status that says something else: no wait helps, and no other request would be answered.
+_SPENT = ("insufficient_quota", "billing_hard_limit_reached", "credit balance is too low")
 _LONGEST_REASON = 300  # characters
+
+
+class RefusedRequestError(SimpoError):
+    """The server answers others, but not this request.
+
+    Attributes:
+        reason: the status and what the server said.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class _Fault(Exception):  # noqa: N818 - most faults are mended by another attempt
@@ -29,12 +44,14 @@ class _Fault(Exception):  # noqa: N818 - most faults are mended by another attem
     Attributes:
         hopeful: whether another one may succeed.
         wait: seconds that the server asks for before it.
+        of_the_request: whether it is because of what the request holds.
     """
 
-    def __init__(self, reason: str, *, hopeful: bool = True, wait: float = 0.0) -> None:
+    def __init__(self, reason: str, *, hopeful: bool = True, wait: float = 0.0, of_the_request: bool = False) -> None:
         super().__init__(reason)
         self.hopeful = hopeful
         self.wait = wait
+        self.of_the_request = of_the_request
 
 
 def connections(endpoint: Endpoint) -> httpx.AsyncClient:
@@ -77,6 +94,7 @@ class Sender:
         that waiting requests do not come back all at once.
 
         Raises:
+            RefusedRequestError: the server will not answer this request (status 400, 413 or 422).
             SimpoError: no reply within the endpoint's attempts, or a refusal that another attempt would not change.
         """
         body = json.dumps(request.body(self._endpoint.model)).encode()
@@ -122,7 +140,8 @@ class Sender:
         reason = reason[:_LONGEST_REASON]  # not before, because half a key would not be found
         tries = f" ({attempts} attempts)" if attempts > 1 else ""
         asked = f"; it asks to wait {fault.wait:,.0f} s" if fault.wait > _PATIENCE else ""
-        return SimpoError(f"{self._endpoint.url}: model {self._endpoint.model!r}: {reason}{tries}{asked}")
+        message = f"{self._endpoint.place}: {reason}{tries}{asked}"
+        return RefusedRequestError(message, reason) if fault.of_the_request else SimpoError(message)
 
 
 def _backoff(attempt: int) -> float:
@@ -135,10 +154,13 @@ def _refusal(response: httpx.Response) -> _Fault:
     status = response.status_code
     document = _json(response)
     said = error_text(document) or response.reason_phrase
-    # A quota that is used up has the status of too many requests, and no wait helps.
-    spent = "insufficient_quota" in response.text
-    hopeful = (status in _HOPEFUL or status >= 500) and not spent
-    return _Fault(f"status {status}: {said}", hopeful=hopeful, wait=_retry_after(response))
+    spent = any(sign in response.text for sign in _SPENT)
+    return _Fault(
+        f"status {status}: {said}",
+        hopeful=(status in _HOPEFUL or status >= 500) and not spent,
+        wait=_retry_after(response),
+        of_the_request=status in _OF_THE_REQUEST and not spent,
+    )
 
 
 def _json(response: httpx.Response) -> Any:

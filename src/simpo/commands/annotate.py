@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from simpo.arguments import ArgumentParser
+from simpo.commands._processes import refuse_several
 from simpo.commands._server import add_judge_options, judge_options, prices_of
 from simpo.judges.annotate import BEST, FILE_NAME, AnnotateArguments, annotate
 from simpo.judges.registry import ANNOTATORS
@@ -15,6 +16,7 @@ from simpo.results import print_results
 def main(argv: list[str]) -> int:
     """Annotate, print the table of results and what to do next."""
     arguments = _parser().parse_args(argv)
+    refuse_several("annotate", "start it without torchrun")
     folder = Path(arguments.output_dir).expanduser()
     given = AnnotateArguments(
         Path(arguments.responses).expanduser(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from simpo.arguments import ArgumentParser
+from simpo.commands._processes import refuse_several
 from simpo.commands._server import add_judge_options, judge_options, prices_of
 from simpo.evaluation.compare import DIFFERENCES, VERDICTS, CompareArguments, compare
 from simpo.evaluation.contenders import SampledWith
@@ -25,6 +26,7 @@ _SAMPLING = {
 def main(argv: list[str]) -> int:
     """Compare, print the table of results and where the details are."""
     arguments = _parser().parse_args(argv)
+    refuse_several("compare", "with several, sample both sides with simpo sample, and compare the folders")
     given = {key: getattr(arguments, key) for key in _SAMPLING if getattr(arguments, key) is not None}
     settings = SamplingSettings(**{"temperature": 0.0} | given)
     folder = Path(arguments.output_dir).expanduser()

@@ -23,6 +23,7 @@ from simpo.runs.folder import RunFolder
 from simpo.runs.lines import read_lines
 from simpo.runs.record import RunRecord
 from simpo.sampling.pairing import pair_responses
+from simpo.sampling.pairs import PairSettings
 from simpo.statistics import Interval
 from simpo.terminal import printable
 from simpo.world.judge import correct, judge
@@ -107,7 +108,8 @@ def _align(folder: Path, seed: int, say: Callable[[str], None]) -> None:
     say("3. It answers training prompts, several times each:")
     _sample(say, folder, "sft", "prompts.jsonl", "samples", _SAMPLES | {"seed": seed})
     say("4. The world's exact judge scores every answer; the best and the worst of a prompt make a pair:")
-    report = pair_responses(folder / "samples/responses.jsonl", judge, folder / "pairs.jsonl")
+    cut_too = PairSettings(keep_unfinished=True)  # an exact judge knows them for what they are
+    report = pair_responses(folder / "samples/responses.jsonl", judge, folder / "pairs.jsonl", cut_too)
     for line in report.lines():
         say(f"   {line}")
     say("5. SimPO learns from the pairs:")
@@ -116,7 +118,8 @@ def _align(folder: Path, seed: int, say: Callable[[str], None]) -> None:
     say("6. Both models answer prompts that neither has seen:")
     for model in ("sft", "simpo"):
         _sample(say, folder, model, "held-out.jsonl", f"{model}-answers", _ANSWERS | {"seed": seed + 1})
-    pair_responses(folder / "sft-answers/responses.jsonl", judge, folder / "held-out-pairs.jsonl")  # for other recipes
+    held_out = folder / "held-out-pairs.jsonl"  # for other recipes
+    pair_responses(folder / "sft-answers/responses.jsonl", judge, held_out, cut_too)
 
 
 def _sample(

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 
 from simpo.commands import _evaluate
+from simpo.commands._processes import refuse_several
 from simpo.errors import SimpoError
 from simpo.runs.signals import stoppable
 
@@ -27,5 +28,6 @@ def main(argv: list[str]) -> int:
         return 0
     if argv[0] not in names:
         raise SimpoError(f"unknown benchmark {argv[0]!r}; the benchmarks are {', '.join(names)}")
+    refuse_several("evaluate", "start it without torchrun")
     with stoppable("interrupted; the same command continues"):
         return importlib.import_module(f"simpo.commands._evaluate.{argv[0]}").main(argv[1:])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from pathlib import Path
 
+from simpo.commands._processes import refuse_several
 from simpo.commands._training import check_named
-from simpo.errors import SimpoError
 from simpo.loop.report import PLOT, print_report
 from simpo.loop.run import run_loop
 from simpo.loop.settings import LoopRecipe, LoopSettings
@@ -24,8 +23,7 @@ RECIPE_TYPES = (LoopSettings, SamplingSettings, PairSettings, ModelArguments, Pr
 def main(argv: list[str]) -> int:
     """Parse, run the rounds, print their table and what to do next."""
     # Before the configuration is made, which would wait for the others.
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SimpoError("simpo loop runs in one process; with several, run its stages one by one under torchrun")
+    refuse_several("loop", "start it without torchrun, or its stages one by one, simpo sample and simpo train with it")
     recipe = LoopRecipe(*parse_recipe(argv, RECIPE_TYPES))
     check_named(recipe.config)
     recipe.config.disable_tqdm = recipe.config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress

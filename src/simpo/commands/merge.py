@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from simpo.arguments import ArgumentParser
+from simpo.commands._processes import refuse_several
 from simpo.training.merging import write_merged
 from simpo.training.model_arguments import ModelArguments
 
@@ -17,6 +18,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder of the merged model")
     parser.add_argument("--model_revision", default="main", metavar="REV", help="branch, tag or commit on the hub")
     arguments = parser.parse_args(argv)
+    refuse_several("merge", "start it without torchrun")
     folder = Path(arguments.output_dir).expanduser()
     write_merged(ModelArguments(arguments.adapter, model_revision=arguments.model_revision), folder)
     print(f"saved: {folder}\nnext:  simpo chat {shlex.quote(str(folder))}")

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from simpo.arguments import ArgumentParser
+from simpo.commands._processes import refuse_several
 from simpo.results import print_results
 from simpo.sampling.pairing import FILE_NAME, pair_annotated
 from simpo.sampling.pairs import KINDS, PairSettings
@@ -15,8 +16,10 @@ from simpo.sampling.pairs import KINDS, PairSettings
 def main(argv: list[str]) -> int:
     """Pair, print the table of results and what to do next."""
     arguments = _parser().parse_args(argv)
+    refuse_several("pair", "start it without torchrun")
     folder = Path(arguments.output_dir).expanduser()
-    settings = PairSettings(arguments.pairs, arguments.min_gap, arguments.max_length_ratio, arguments.seed)
+    keys = [field.name for field in dataclasses.fields(PairSettings)]
+    settings = PairSettings(**{key: getattr(arguments, key) for key in keys})
     print_results(pair_annotated(Path(arguments.annotated).expanduser(), settings, folder, argv=argv))
     following = "reward" if arguments.pairs == "ranking" else "train"
     print(f"pairs: {folder / FILE_NAME}")
@@ -29,8 +32,12 @@ def _parser() -> ArgumentParser:
     parser.add_argument("annotated", metavar="ANNOTATED", help="annotated.jsonl of simpo annotate, or its folder")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder of the run")
     for field in dataclasses.fields(PairSettings):
+        said = field.metadata["help"].removesuffix(".")
+        if field.type == "bool":
+            parser.add_argument(f"--{field.name}", action="store_true", help=said)
+            continue
         kind = {"pairs": str, "seed": int}.get(field.name, float)
         choices = KINDS if field.name == "pairs" else None
-        said = f"{field.metadata['help'].removesuffix('.')} (default {field.default})".replace(" (default None)", "")
+        said += "" if field.default is None else f" (default {field.default})"
         parser.add_argument(f"--{field.name}", type=kind, choices=choices, default=field.default, help=said)
     return parser

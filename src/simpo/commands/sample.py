@@ -9,6 +9,7 @@ from pathlib import Path
 
 from simpo.arguments import ArgumentParser
 from simpo.client import Endpoint
+from simpo.commands._processes import refuse_several
 from simpo.errors import SimpoError
 from simpo.results import print_results
 from simpo.sampling.run import FILE_NAME, PromptArguments, sample_responses
@@ -17,17 +18,23 @@ from simpo.sampling.settings import SamplingSettings
 from simpo.training.model_arguments import ModelArguments
 
 _FLOATS = ("temperature", "top_p")
+# Options that the other kind of engine would pass over.
+_OF_A_SERVER = ("base_url", "api_key_env", "concurrency", "timeout")
+_NOT_OF_A_SERVER = ("dtype", "model_revision", "chunk_size")
 
 
 def main(argv: list[str]) -> int:
     """Sample, print the table of results and what to do next."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    _check_used(arguments, parser)
     keys = [field.name for field in dataclasses.fields(SamplingSettings)]
     given = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
     folder = Path(arguments.output_dir).expanduser()
     asked = PromptArguments(arguments.prompts, arguments.split, arguments.chat_template)
     settings = SamplingSettings(**given)
     if arguments.engine == "server":
+        refuse_several("sample --engine server", "start it without torchrun")
         endpoint = _endpoint(arguments)
         results: Path | None = sample_from_server(endpoint, asked, settings, folder, yes=arguments.yes, argv=argv)
     else:
@@ -41,6 +48,13 @@ def main(argv: list[str]) -> int:
         f"next:      python -m json.tool --json-lines --no-ensure-ascii {shlex.quote(str(folder / FILE_NAME))} | less"
     )
     return 0
+
+
+def _check_used(arguments: Namespace, parser: ArgumentParser) -> None:
+    """Raise :class:`SimpoError` for an option that says nothing to the chosen engine."""
+    for key in _NOT_OF_A_SERVER if arguments.engine == "server" else _OF_A_SERVER:
+        if getattr(arguments, key) != parser.get_default(key):
+            raise SimpoError(f"--{key}: engine {arguments.engine} does not use it; leave it out")
 
 
 def _endpoint(arguments: Namespace) -> Endpoint:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from simpo.arguments import ArgumentParser
+from simpo.commands._processes import refuse_several
 from simpo.commands._training import read
 from simpo.errors import SimpoError
 from simpo.recipe import annotations_of
@@ -31,6 +32,7 @@ _METRICS = [name.removeprefix("eval_") for name in SMALLER_IS_BETTER]
 
 def main(argv: list[str]) -> int:
     """Parse, run the trials, print their table and what to do next."""
+    refuse_several("sweep", "start it without torchrun, once on every GPU")
     sweep, recipe = _read(argv)
     load_optuna()
     with _notices_once():

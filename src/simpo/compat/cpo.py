@@ -83,7 +83,8 @@ class CPOConfig(PortedConfig):
         name = _OBJECTIVES.get(str(self.loss_type))
         if name is None:
             raise SimpoError(
-                f"loss_type: {self.loss_type!r} is another objective, which is not here; set loss_type='simpo'"
+                f"loss_type: {self.loss_type!r} is none of CPOConfig's here, which are {', '.join(_OBJECTIVES)}; "
+                "PreferenceConfig(objective=...) has the others"
             )
         if self.alpha and name == "cpo":
             raise SimpoError("alpha: shapes the reward of loss_type 'simpo' and 'alphapo' only; set it to 0")

@@ -106,7 +106,7 @@ class Comparisons(Tokenization[Rendered]):
 
     columns: ClassVar = {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "scores": List(Value("float64"))}
     noun = "comparisons"
-    shapes = SHAPES
+    shapes = f"{SHAPES}; for objective kto also {{prompt, completion, label}}"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, label: str) -> None:
         super().__init__(tokenizer, settings, label)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from simpo.client import ChatClient, ChatReply, ChatRequest, Prices, agree
+from simpo.client.chat_client import TRIED
 
 Say = Callable[[str], None]
 Check = Callable[[Sequence[ChatReply]], None]
@@ -18,7 +19,7 @@ class ApiJudge:
     Attributes:
         client: sends what it is asked.
         prices: of its tokens, where they are known.
-        yes: whether the user has agreed beforehand.
+        yes: whether the user has agreed.
     """
 
     client: ChatClient
@@ -30,6 +31,25 @@ class ApiJudge:
         """The model's name on its server."""
         return self.client.endpoint.model
 
+    def agree_beforehand(self, requests: Sequence[ChatRequest | None], say: Say) -> None:
+        """Let the user agree before answers are sampled, which may take long; :meth:`ask` then does not ask again.
+
+        Args:
+            requests: with answers as long as they may be; None where there will be nothing to ask.
+            say: gets the line.
+
+        Raises:
+            SimpoError: the user does not agree, or cannot be asked.
+        """
+        wanted = [request for request in requests if request is not None]
+        agree(
+            self.client.estimate(wanted),
+            yes=self.yes,
+            say=lambda line: say(f"the judge, with answers as long as they may be: {line}"),
+            prices=self.prices,
+        )
+        self.yes = True
+
     def ask(self, requests: Sequence[ChatRequest], say: Say, check_first: Check | None = None) -> list[ChatReply]:
         """The replies in the order of the requests, and what they took.
 
@@ -39,14 +59,15 @@ class ApiJudge:
             check_first: gets the first few replies before more is sent, and raises if they will not do.
 
         Raises:
-            SimpoError: the user does not agree, a request finally failed, or as ``check_first``.
+            SimpoError: the user does not agree, a request finally failed, the first ones were all refused, or as
+                ``check_first``.
         """
         agree(self.client.estimate(requests), yes=self.yes, say=say, prices=self.prices)
-        few = 0 if check_first is None else self.client.endpoint.concurrency
-        replies = self.client.complete(requests[:few])
+        few = 0 if check_first is None else max(TRIED, self.client.endpoint.concurrency)
+        replies = self.client.complete(requests[:few], despite_refusals=True)
         if check_first is not None and replies:
             check_first(replies)
-        replies += self.client.complete(requests[few:], say=say)
+        replies += self.client.complete(requests[few:], despite_refusals=True, say=say)
         say(self.client.usage.line(self.prices))
         return replies
 

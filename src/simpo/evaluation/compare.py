@@ -10,12 +10,20 @@ from typing import Any
 from simpo.client import Prices
 from simpo.evaluation.contenders import Contender, SampledWith, contenders
 from simpo.evaluation.differences import write_differences, write_verdicts
-from simpo.evaluation.head_to_head import Contest, meetings, read_contests, sampled_metrics, text_metrics
+from simpo.evaluation.head_to_head import (
+    Contest,
+    match_answers,
+    meetings,
+    read_contests,
+    sampled_metrics,
+    text_metrics,
+)
 from simpo.evaluation.judging import agree_to, judge_pairs, make_judges, order_metrics
+from simpo.evaluation.once import measure_once
 from simpo.evaluation.preferences import preference_metrics
 from simpo.judges.protocol import Judge
 from simpo.judges.registry import JudgeOptions
-from simpo.results import Metric, write_results
+from simpo.results import Metric
 from simpo.runs.folder import RunFolder
 from simpo.runs.signals import stoppable
 
@@ -50,8 +58,9 @@ class CompareArguments:
 def compare(arguments: CompareArguments, folder: Path, *, argv: Sequence[str] = ()) -> Path:
     """Sample what is to be sampled, judge every answer of the one against every answer of the other, count.
 
-    Writes ``verdicts.jsonl``, ``differences.md`` and ``results.json``. A run that was killed is continued by the same
-    call: samples are in the folder, replies of an API in its cache; other judges judge again.
+    What an API judge may cost is agreed to before anything is sampled. Writes ``verdicts.jsonl``, ``differences.md``
+    and ``results.json``. A run that was killed is continued by the same call: samples are in the folder, replies of an
+    API in its cache; other judges judge again.
 
     Args:
         arguments: what is compared, and by whom.
@@ -69,14 +78,14 @@ def compare(arguments: CompareArguments, folder: Path, *, argv: Sequence[str] = 
         sides = contenders(arguments.a, arguments.b, arguments.sampled)
         judges = make_judges(arguments.judges, replace(arguments.options, say=run.say))
         run.begin(_identity(sides, judges, arguments), argv=argv, accept_changes=None)
-        if run.finished:
-            run.say(f"{folder} holds this run already, finished")
-        else:
+
+        def measure() -> list[Metric]:
+            pairs, _ = meetings(_expected(sides, arguments, folder))
+            agree_to(judges, pairs, yes=arguments.yes, prices=arguments.prices, say=run.say)
             files = [side.answers(folder / name, run.say) for name, side in zip("ab", sides, strict=True)]
-            metrics = _compare(read_contests(*files), judges, arguments, folder, run.say)
-            write_results(folder, command="compare", fingerprint=run.fingerprint, metrics=metrics)
-            run.finish()
-    return folder / "results.json"
+            return _compare(read_contests(*files), judges, arguments, folder, run.say)
+
+        return measure_once(run, measure)
 
 
 def _identity(
@@ -90,13 +99,18 @@ def _identity(
     return found
 
 
+def _expected(sides: tuple[Contender, Contender], arguments: CompareArguments, folder: Path) -> list[Contest]:
+    """What will be judged, with answers that are not there yet as long as they may be; that it can be shows here."""
+    a, b = (side.expected(folder / name) for name, side in zip("ab", sides, strict=True))
+    return match_answers(a, b, f"{arguments.a} and {arguments.b}")
+
+
 def _compare(
     contests: Sequence[Contest], judges: Mapping[str, Judge], arguments: CompareArguments, folder: Path, say: Say
 ) -> list[Metric]:
     """Judge, write down what was judged, and count."""
     pairs, prompts = meetings(contests)
     say(f"{len(pairs):,} pairs of answers to {len(contests):,} prompts")
-    agree_to(judges, pairs, yes=arguments.yes, prices=arguments.prices, say=say)
     judged = judge_pairs(judges, pairs, prompts, prices=arguments.prices, say=say)
     write_verdicts(folder / VERDICTS, judged)
     write_differences(folder / DIFFERENCES, judged, (arguments.a, arguments.b))

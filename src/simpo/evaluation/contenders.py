@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from simpo.data.prompts import read_prompts
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
-from simpo.evaluation.answer_files import read_answer_file
+from simpo.evaluation.answer_files import Record, read_answer_file
 from simpo.evaluation.answers import Answerer, is_outputs_file
 from simpo.evaluation.rows import file_digest
+from simpo.results import fingerprint
 from simpo.sampling.loading import Checkpoint
 from simpo.sampling.run import FILE_NAME, EngineName, PromptArguments, sample_responses
 from simpo.sampling.settings import SamplingSettings
+from simpo.training.device import free_memory
 from simpo.training.model_arguments import ModelArguments
 
 Say = Callable[[str], None]
@@ -54,6 +57,14 @@ class Contender(Protocol):
 
         Raises:
             SimpoError: they cannot be made.
+        """
+        ...
+
+    def expected(self, folder: Path) -> dict[str, Record]:
+        """Its answers by the prompts' ids; where they are not there yet, texts as long as they may be.
+
+        Raises:
+            SimpoError: the prompts cannot be read, or the model has no room for any of them.
         """
         ...
 
@@ -101,6 +112,9 @@ class _File:
     def answers(self, folder: Path, say: Say) -> Path:
         return self.path
 
+    def expected(self, folder: Path) -> dict[str, Record]:
+        return read_answer_file(self.path)
+
 
 @dataclass(frozen=True)
 class _Model:
@@ -110,17 +124,25 @@ class _Model:
     @classmethod
     def of(cls, name: str, sampled: SampledWith) -> _Model:
         assert sampled.prompts is not None
-        load_rows(sampled.prompts, split=sampled.split)  # a mistake shows before a folder is begun
         model = ModelArguments(name, dtype=sampled.dtype, trust_remote_code=sampled.trust_remote_code)
         answerer = Answerer(Checkpoint.read(model).arguments, sampled.settings, engine=sampled.engine)
         return cls(answerer, PromptArguments(sampled.prompts, sampled.split))
 
     @property
     def identity(self) -> dict[str, Any]:
-        return self.answerer.identity()
+        prompts, _ = read_prompts(load_rows(self.prompts.prompts, split=self.prompts.split))
+        return self.answerer.identity() | {"prompts": fingerprint([prompt.id for prompt in prompts])}
 
     def answers(self, folder: Path, say: Say) -> Path:
         model = self.answerer.model
         say(f"answers of {folder.name.upper()}, {model.model_name_or_path}:")
         sample_responses(model, self.prompts, self.answerer.settings, folder, engine=self.answerer.engine)
+        free_memory()
         return folder / FILE_NAME
+
+    def expected(self, folder: Path) -> dict[str, Record]:
+        if (folder / FILE_NAME).exists():
+            return read_answer_file(folder / FILE_NAME)
+        responses = [self.answerer.stand_in(f"{folder.name}{i}") for i in range(self.answerer.settings.n)]
+        prompts = self.answerer.fitting(self.prompts)
+        return {one.id: {"id": one.id, "prompt": one.content, "responses": responses} for one in prompts}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from simpo.errors import SimpoError
-from simpo.evaluation.answer_files import read_answer_file
+from simpo.evaluation.answer_files import Record, read_answer_file
 from simpo.judges.protocol import Pair
 from simpo.results import Metric, Stage
 from simpo.statistics import Interval, mean_interval, proportion_interval
@@ -43,14 +43,29 @@ def read_contests(a: Path, b: Path) -> list[Contest]:
     Raises:
         SimpoError: one cannot be read, they are not about the same prompts, or one id has two.
     """
-    first, second = read_answer_file(a), read_answer_file(b)
-    if first.keys() != second.keys():
-        alone = len(first.keys() ^ second.keys())
-        raise SimpoError(f"{a} and {b}: {alone} prompts are in one of them only; sample both on the same prompts")
-    other = next((key for key, record in first.items() if record["prompt"] != second[key]["prompt"]), None)
+    return match_answers(read_answer_file(a), read_answer_file(b), f"{a} and {b}")
+
+
+def match_answers(a: Mapping[str, Record], b: Mapping[str, Record], names: str) -> list[Contest]:
+    """Pair answers by prompt, in the order of the first.
+
+    Args:
+        a: the one's answers by the prompts' ids.
+        b: the other's.
+        names: of both, for the message.
+
+    Raises:
+        SimpoError: they are not about the same prompts, or one id has two.
+    """
+    if a.keys() != b.keys():
+        raise SimpoError(
+            f"{names}: {len(a.keys() ^ b.keys())} prompts are in one of them only; let both answer the same ones "
+            "(a model leaves out those for which its context has no room)"
+        )
+    other = next((key for key, record in a.items() if record["prompt"] != b[key]["prompt"]), None)
     if other is not None:
-        raise SimpoError(f"{a} and {b}: id {other!r} is another prompt in each; sample both on the same prompts")
-    return [Contest(record["prompt"], record, second[key]) for key, record in first.items()]
+        raise SimpoError(f"{names}: id {other!r} is another prompt in each; let both answer the same ones")
+    return [Contest(record["prompt"], record, b[key]) for key, record in a.items()]
 
 
 def meetings(contests: Sequence[Contest]) -> tuple[list[Pair], np.ndarray]:

@@ -8,13 +8,14 @@ from pathlib import Path
 from simpo.atomic import write_text
 from simpo.evaluation.published import SOURCE, published_rows
 from simpo.results import Metric, read_results
+from simpo.runs.record import RunRecord
 
 
 def write_markdown(results: Path, benchmark: str, model: str, path: Path) -> None:
-    """Write the figures of a ``results.json`` and the published ones to a Markdown file.
+    """Write the figures of a run, who judged, and the published figures to a Markdown file.
 
     Args:
-        results: the file with the figures.
+        results: the run's ``results.json``, beside its ``run.json``.
         benchmark: its name on the command line.
         model: what the heading calls the model.
         path: the file to write.
@@ -25,6 +26,11 @@ def write_markdown(results: Path, benchmark: str, model: str, path: Path) -> Non
     found = read_results(results)
     own = [_cells(metric) for metric in found.metrics]
     parts = [f"## {model} on {benchmark}", _table(["metric", "stage", "value", "interval", "n"], own)]
+    identity = RunRecord.read(results.parent).identity
+    if "judge" in identity:
+        parts.append(f"Judge: {identity['judge']}")
+    if "judge_prompt" in identity:
+        parts.append(f"SHA-256 of the judge prompt: `{identity['judge_prompt']}`")
     headings, rows = published_rows(benchmark)
     if rows:
         parts += [f"Published ({SOURCE}):", _table(headings, rows)]

@@ -124,7 +124,7 @@ def _score(
     if done := sum(len(part["scores"]) for part in kept):
         run.say(f"continuing: {done:,} of {len(rows):,} prompts are scored")
     if isinstance(annotator, TournamentScorer):
-        agree(annotator.estimate(rows[done:]), yes=arguments.yes, say=run.say, prices=arguments.prices)
+        agree(annotator.estimate(rows), yes=arguments.yes, say=run.say, prices=arguments.prices)
     for start in range(done, len(rows), _AT_ONCE):
         part = rows[start : start + _AT_ONCE]
         scores = annotator.score(part)

@@ -23,7 +23,8 @@ class PairwiseApiJudge:
     """Asks about every pair twice, each answer standing first once.
 
     The verdict is the mean of the two, so that a judge that likes whatever stands first gives a tie. Identical answers
-    are a tie and nothing is asked. A pair without a verdict in both orders has none.
+    are a tie and nothing is asked. A pair without a verdict in both orders has none; a request that the server refuses
+    because of what it holds, such as a text that is too long, gives none.
 
     Attributes:
         client: whom it asks.
@@ -73,7 +74,7 @@ class PairwiseApiJudge:
         Raises:
             SimpoError: as :meth:`simpo.client.ChatClient.complete`.
         """
-        replies = iter(self.client.complete(self._requests(pairs), say=self._say))
+        replies = iter(self.client.complete(self._requests(pairs), despite_refusals=True, say=self._say))
         return [0.5 if pair.a == pair.b else self._verdict(next(replies), next(replies)) for pair in pairs]
 
     def _verdict(self, a_first: ChatReply, b_first: ChatReply) -> float | None:

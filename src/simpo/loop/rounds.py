@@ -14,7 +14,7 @@ from simpo.judges.annotate import AnnotateArguments, annotate
 from simpo.judges.registry import JudgeOptions
 from simpo.loop.drift import drift
 from simpo.loop.record import Stage, write_round
-from simpo.loop.settings import LoopRecipe
+from simpo.loop.settings import LoopRecipe, as_it_is
 from simpo.results import FILE_NAME as RESULTS
 from simpo.results import Metric, read_results, write_results
 from simpo.sampling.pairing import FILE_NAME as PAIRS
@@ -29,6 +29,7 @@ from simpo.training.run import Given, run_training
 from simpo.training.tasks import PREFERENCES
 
 START = "start-answers"
+_AGREED = True  # what a server will be sent was agreed to before the first round
 
 Say = Callable[[str], None]
 
@@ -51,22 +52,6 @@ class Rounds:
     fingerprint: str
     say: Say
 
-    @property
-    def judges(self) -> list[str]:
-        """Names of those who compare a round with the start."""
-        return self.recipe.settings.judges or [self.recipe.settings.annotator]
-
-    @property
-    def _held_out(self) -> PromptArguments:
-        settings = self.recipe.settings
-        return PromptArguments(settings.eval_prompts, settings.eval_prompts_split, settings.chat_template)
-
-    @property
-    def _held_out_sampling(self) -> SamplingSettings:
-        """The same for every model, and another seed than any round's."""
-        sampling = self.recipe.sampling
-        return dataclasses.replace(sampling, n=self.recipe.settings.eval_n, seed=derived_seed(sampling.seed, 0))
-
     def model(self, number: int) -> Path:
         """Folder of a round's model."""
         return self.folder / f"round-{number}" / "model"
@@ -74,7 +59,7 @@ class Rounds:
     def answer_from_start(self) -> None:
         """The start model's answers to the held-out prompts."""
         self.say("the start answers the held-out prompts")
-        self._sample(self._sampled(0), self._held_out, self._held_out_sampling, self.folder / START)
+        self._sample(self._sampled(0), self.recipe.held_out, self.recipe.held_out_sampling, self.folder / START)
 
     def run(self, number: int) -> list[Metric]:
         """All stages of a round, each its own run, so that a loop that was killed goes on where it was.
@@ -97,11 +82,10 @@ class Rounds:
         """The last model's answers to the prompts, scored and paired."""
         settings, sampling, before = self.recipe.settings, self.recipe.sampling, self._sampled(number - 1)
         self._announce(number, f"{before.model_name_or_path} answers")
-        asked = PromptArguments(settings.prompts, settings.prompts_split, settings.chat_template)
         drawn = dataclasses.replace(sampling, seed=derived_seed(sampling.seed, number))
-        self._sample(before, asked, drawn, folder / "responses")
+        self._sample(before, self.recipe.asked, drawn, folder / "responses")
         self._announce(number, f"{settings.annotator} scores the answers")
-        scored = AnnotateArguments(folder / "responses", settings.annotator, self.options, yes=settings.yes)
+        scored = AnnotateArguments(folder / "responses", settings.annotator, self.options, yes=_AGREED)
         annotate(scored, folder / "annotated")
         free_memory()
         self._announce(number, "answers become pairs")
@@ -110,10 +94,10 @@ class Rounds:
     def _meet_start(self, number: int, folder: Path) -> None:
         """The new model's answers to the held-out prompts against the start's."""
         self._announce(number, "the new model answers the held-out prompts and meets the start")
-        self._sample(self._sampled(number), self._held_out, self._held_out_sampling, folder / "answers")
+        self._sample(self._sampled(number), self.recipe.held_out, self.recipe.held_out_sampling, folder / "answers")
         sides = str(folder / "answers"), str(self.folder / START)
-        sampled = SampledWith(None, "train", self._held_out_sampling)
-        compared = CompareArguments(*sides, sampled, self.judges, self.options, yes=self.recipe.settings.yes)
+        sampled = SampledWith(None, "train", self.recipe.held_out_sampling)
+        compared = CompareArguments(*sides, sampled, self.recipe.judges, self.options, yes=_AGREED)
         compare(compared, folder / "comparison")
         free_memory()
 
@@ -141,15 +125,8 @@ class Rounds:
         return dataclasses.replace(self.recipe.model, model_name_or_path=str(self.model(number)), model_revision="main")
 
     def _sampled(self, number: int) -> ModelArguments:
-        """A round's model as it is: without an adapter that training would put on it."""
-        found = self._arguments(number)
-        return ModelArguments(
-            found.model_name_or_path,
-            found.model_revision,
-            found.dtype,
-            found.attn_implementation,
-            found.trust_remote_code,
-        )
+        """A round's model as it answers."""
+        return as_it_is(self._arguments(number))
 
     def _sample(self, model: ModelArguments, asked: PromptArguments, drawn: SamplingSettings, folder: Path) -> None:
         sample_responses(model, asked, drawn, folder, engine=self.recipe.settings.engine)
@@ -164,7 +141,7 @@ class Rounds:
         free_memory()
 
     def _drift(self, answers: Path) -> Metric:
-        found = drift(answers / RESPONSES, self._sampled(0), self._held_out)
+        found = drift(answers / RESPONSES, self._sampled(0), self.recipe.held_out)
         return Metric("kl", found.value, None, found.n, found.low, found.high, found.method)
 
 

@@ -17,6 +17,8 @@ from simpo.errors import SimpoError
 from simpo.evaluation.judging import make_judges
 from simpo.judges.registry import JudgeOptions, check_judges_anew, make_annotator
 from simpo.loop import record
+from simpo.loop.agreement import agree_to_rounds
+from simpo.loop.rehearsal import rehearse
 from simpo.loop.report import kl, win_rate, write_report
 from simpo.loop.rounds import Rounds, Say
 from simpo.loop.settings import LoopRecipe, LoopSettings
@@ -25,12 +27,15 @@ from simpo.runs.folder import RunFolder
 from simpo.runs.signals import stoppable
 from simpo.training.identity import model_digest, settings_identity, settings_of
 
-# Keys that change nothing that is computed.
-_NO_INFLUENCE = ("yes", "judge_url", "judge_key_env")
+# Keys that change nothing that is computed, or only how far it goes.
+_NO_INFLUENCE = ("yes", "judge_url", "judge_key_env", "rounds")
 
 
 def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None = None) -> Path:
     """Run the rounds that are left; the same call continues a loop that was killed and leaves a finished one as it is.
+
+    With more ``rounds`` it goes on with a finished one, unless that was stopped, as if they had been asked for at once.
+    Before a new loop begins, all its stages are tried on invented answers.
 
     Args:
         recipe: of the loop.
@@ -47,8 +52,18 @@ def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None 
     folder = Path(recipe.config.output_dir)
     with stoppable("interrupted; the same command continues"), RunFolder(folder, command="loop") as run:
         options = _options(recipe)
+        identity = _identity(recipe, options)
+        _check_rounds(folder, recipe.settings.rounds)
+        if run.finished:
+            if _goes_on(folder, recipe.settings.rounds):
+                run.reopen()
+        elif not run.resuming:
+            rehearse(recipe, options, run.say)
+        if not run.finished:
+            done = sum(1 for _ in folder.glob(f"round-*/{record.FILE_NAME}"))
+            agree_to_rounds(recipe, options, recipe.settings.rounds - done, run.say)
         run.begin(
-            _identity(recipe, options),
+            identity,
             argv=argv,
             recipe=file,
             resolved=settings_of(*(getattr(recipe, part.name) for part in dataclasses.fields(recipe))),
@@ -56,13 +71,39 @@ def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None 
         )
         rounds = Rounds(folder, recipe, options, run.fingerprint, run.say)
         if run.finished:
-            run.say(f"{folder} holds this loop already, finished")
+            run.say(f"{folder} holds this loop already, finished{_stopped(folder)}")
         else:
             found, last_good = _run_rounds(rounds)
             write_report(folder, found, fingerprint=run.fingerprint, last_good=last_good)
             run.finish()
-    last = {metric.name: metric.value for metric in read_results(folder / FILE_NAME).metrics}["last_good_round"]
-    return rounds.model(int(last)) if last else Path(recipe.model.model_name_or_path)
+    _, last = _outcome(folder)
+    return rounds.model(last) if last else Path(recipe.model.model_name_or_path)
+
+
+def _check_rounds(folder: Path, asked: int) -> None:
+    """Raise :class:`SimpoError` if more rounds were begun than are asked for."""
+    begun = sum(1 for path in folder.glob("round-*") if path.is_dir())
+    if begun > asked:
+        raise SimpoError(
+            f"rounds: {folder} has {begun} already, more than the {asked} asked for; give {begun}, or name a new folder"
+        )
+
+
+def _outcome(folder: Path) -> tuple[int, int]:
+    """How many rounds a finished loop has, and the last one that no stop criterion refused."""
+    found = {metric.name: metric.value for metric in read_results(folder / FILE_NAME).metrics}
+    return int(found["rounds"] or 0), int(found["last_good_round"] or 0)
+
+
+def _goes_on(folder: Path, asked: int) -> bool:
+    """Whether a finished loop has fewer rounds than are asked for, and was not stopped."""
+    done, last_good = _outcome(folder)
+    return done == last_good < asked
+
+
+def _stopped(folder: Path) -> str:
+    done, last_good = _outcome(folder)
+    return f": it was stopped after round {done}" if last_good < done else ""
 
 
 def _run_rounds(rounds: Rounds) -> tuple[dict[int, list[Metric]], int]:
@@ -114,8 +155,6 @@ def _say_shared(rows: Mapping[str, Dataset], say: Say) -> None:
 
 def _options(recipe: LoopRecipe) -> JudgeOptions:
     settings = recipe.settings
-    if (settings.judge_url is None) != (settings.judge_model is None):
-        raise SimpoError("judge_url and judge_model: name both or none")
     client = None
     if settings.judge_url is not None and settings.judge_model is not None:
         endpoint = Endpoint(settings.judge_url, settings.judge_model, settings.judge_key_env)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from simpo.errors import SimpoError
+from simpo.sampling.job import PromptArguments
 from simpo.sampling.pairs import PairSettings
-from simpo.sampling.settings import SamplingSettings
+from simpo.sampling.settings import SamplingSettings, derived_seed
+from simpo.training.identity import named_checkpoint
 from simpo.training.model_arguments import ModelArguments
 
 
@@ -50,6 +52,11 @@ class LoopSettings:
             raise SimpoError(f"engine: {self.engine!r} is not one of 'transformers', 'vllm'")
         if self.judges is not None and not self.judges:
             raise SimpoError("judges: name one, or leave the key out for the annotator")
+        asks_a_server = "api" in (self.annotator, *(self.judges or ()))
+        if asks_a_server and None in (self.judge_url, self.judge_model):
+            raise SimpoError("judge_url and judge_model: annotator or judge 'api' needs both")
+        if not asks_a_server and (self.judge_url, self.judge_model) != (None, None):
+            raise SimpoError("judge_url and judge_model: of annotator or judge 'api' alone; leave them out")
         if self.stop_win_rate is not None and not 0 <= self.stop_win_rate <= 1:
             raise SimpoError(f"stop_win_rate: must be a share from 0 to 1, not {self.stop_win_rate}")
         if self.stop_kl is not None and not 0 < self.stop_kl < math.inf:
@@ -61,7 +68,8 @@ class LoopRecipe:
     """All parts of the recipe; ``config`` is that of preference training, whose output folder is the loop's.
 
     Raises:
-        SimpoError: one answer a prompt, which cannot be compared; or adapters for an engine that takes none.
+        SimpoError: one answer a prompt, which cannot be compared; adapters for an engine that takes none; or a
+            checkpoint, from which every round would start instead of from the last one's model.
     """
 
     settings: LoopSettings
@@ -75,3 +83,34 @@ class LoopRecipe:
             raise SimpoError(f"n: {self.sampling.n} answer to a prompt cannot be compared; set n to 2 or more")
         if self.settings.engine == "vllm" and self.model.use_peft:
             raise SimpoError("engine: vllm samples from whole models, no adapters; use transformers or use_peft: false")
+        if named_checkpoint(self.config) is not None:
+            raise SimpoError("resume_from_checkpoint: every round starts from the last one's model; leave it out")
+
+    @property
+    def asked(self) -> PromptArguments:
+        """What is answered in every round, to be trained on."""
+        return PromptArguments(self.settings.prompts, self.settings.prompts_split, self.settings.chat_template)
+
+    @property
+    def held_out(self) -> PromptArguments:
+        """What every round's model and the start answer, to be compared."""
+        return PromptArguments(
+            self.settings.eval_prompts, self.settings.eval_prompts_split, self.settings.chat_template
+        )
+
+    @property
+    def held_out_sampling(self) -> SamplingSettings:
+        """The same for every model, and another seed than any round's."""
+        return replace(self.sampling, n=self.settings.eval_n, seed=derived_seed(self.sampling.seed, 0))
+
+    @property
+    def judges(self) -> list[str]:
+        """Names of those who compare a round with the start."""
+        return self.settings.judges or [self.settings.annotator]
+
+
+def as_it_is(model: ModelArguments) -> ModelArguments:
+    """A model without the adapter that training would put on it."""
+    return ModelArguments(
+        model.model_name_or_path, model.model_revision, model.dtype, model.attn_implementation, model.trust_remote_code
+    )

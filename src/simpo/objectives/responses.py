@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# How far from 0 an average log-probability is at least, for its odds: less than one that has not been rounded to 0.
+_CERTAIN = 1e-12
+
 
 @dataclass(frozen=True)
 class Responses:
@@ -53,9 +56,11 @@ class Responses:
         """``[B]`` ``log(p / (1 - p))`` of the geometric-mean token probability ``p = exp(avg)`` (ORPO, eq. 4).
 
         Stable over the whole range: ``1 - exp(avg)`` is taken by ``expm1`` near ``avg = 0`` and by ``log1p``
-        far from it, and neither branch feeds an infinite gradient into the other.
+        far from it, and neither branch feeds an infinite gradient into the other. An average that rounds to 0, where
+        odds and slope are infinite, is taken for ``-1e-12``.
         """
         avg = self.avg
+        avg = avg - (avg + _CERTAIN).clamp(min=0).detach()  # the slope with respect to it stays 1
         near_zero = avg > -math.log(2.0)
         # each branch gets a harmless argument where the other one is taken: 0 * inf would be NaN in backward
         small = torch.where(near_zero, avg, torch.full_like(avg, -1.0))

@@ -89,6 +89,11 @@ class RunFolder:
         """Whether a finished run is in the folder."""
         return self._record is not None and self._record.status == "finished"
 
+    def reopen(self) -> None:
+        """Take a finished run for one that goes on, from :meth:`begin` on, which comes next."""
+        assert self._record is not None, "there is a finished run"
+        self._record.status, self._record.finished = "running", None
+
     def begin(
         self,
         identity: Mapping[str, Any],

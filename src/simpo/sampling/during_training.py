@@ -19,13 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from simpo.data.prompts import Prompt, prepare_prompts
 from simpo.errors import SimpoError
-from simpo.judges.pairwise import PairwiseApiJudge
-from simpo.judges.protocol import Judge, Pair
 from simpo.runs.lines import read_lines
 from simpo.sampling.chunks import gather, missing_chunks, sample_chunks
 from simpo.sampling.collapse import AnswerFigures, signs_of_collapse
 from simpo.sampling.engine import Sampled
 from simpo.sampling.eval_arguments import GenerationArguments, Say
+from simpo.sampling.eval_judging import EvalJudge, evaluations
 from simpo.sampling.generate import TransformersEngine
 from simpo.sampling.loading import Checkpoint
 from simpo.sampling.records import read_samples, response_texts, write_responses
@@ -55,7 +54,7 @@ class Generations:
     _config: TrainingSettings
     _tokenizer: PreTrainedTokenizerBase
     _say: Say
-    _judge: Judge | None
+    _judge: EvalJudge | None
     _sampling: SamplingSettings
     _prompts: list[Prompt]
     _trainer: PackedTrainer
@@ -75,8 +74,8 @@ class Generations:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe's keys."""
-        return dataclasses.asdict(self._arguments)
+        """The recipe's keys, without the user's agreement, which changes nothing that is computed."""
+        return {key: value for key, value in dataclasses.asdict(self._arguments).items() if key != "yes"}
 
     def prepare(
         self, config: TrainingSettings, tokenizer: PreTrainedTokenizerBase, rows: Dataset | None, say: Say
@@ -98,12 +97,13 @@ class Generations:
                 "set it to 0 and use simpo compare after training"
             )
         self._config, self._tokenizer, self._say = config, tokenizer, say
-        self._judge = self._arguments.judge(trust_remote_code=self._model.trust_remote_code, say=say)
+        judge = self._arguments.judge(trust_remote_code=self._model.trust_remote_code, say=say)
         context = min(Checkpoint.read(self._model).context or config.max_length, config.max_length)
         chunk_size = min(_AT_ONCE, math.ceil(self._arguments.eval_generations / config.world_size))
         self._sampling = SamplingSettings(temperature=0.0).resolved(context=context, chunk_size=chunk_size)
         assert self._sampling.max_new_tokens is not None
         self._prompts = self._chosen(rows, context - self._sampling.max_new_tokens)
+        self._judge = None if judge is None else EvalJudge(judge, self._prompts, say)
 
     def _chosen(self, rows: Dataset, room: int) -> list[Prompt]:
         """Some of the prompts of ``rows`` that have at most ``room`` tokens, by the run's seed, in their order."""
@@ -128,9 +128,13 @@ class Generations:
         """Let the start model answer, or read what it answered at an earlier start of this run, and try the judge.
 
         Raises:
-            SimpoError: the answers cannot be had or cannot be judged.
+            SimpoError: the user does not agree to what judging may cost, or the answers cannot be had or judged.
         """
         self._trainer = trainer
+        if self._main and self._judge is not None:
+            assert self._sampling.max_new_tokens is not None
+            count = evaluations(self._config, len(trainer.train_dataset))
+            self._judge.agree(count, self._sampling.max_new_tokens, yes=self._arguments.yes)
         self._engine = TransformersEngine(trainer.model, self._tokenizer)
         responses = trainer.eval_dataset["response_ids"]
         self._expected_length = sum(len(several[0]) for several in responses) / len(responses)
@@ -139,18 +143,13 @@ class Generations:
             stored = self._from_main(self._stored(path) if again and self._main else None)
             self._start = self._samples() if stored is None else stored
             if self._main:
-                texts = self._texts(self._start)
                 if stored is None:
-                    write_responses(path, self._prompts, texts, self._start)
+                    write_responses(path, self._prompts, self._texts(self._start), self._start)
                 self._say(f"the start model's answers: {self._figures_of(self._start).line()} ({path})")
                 if self._judge is not None:
-                    self._try(self._judge, texts[0][0])
+                    self._judge.try_on(self._answers(self._start))
         compute_metrics = trainer.compute_metrics
         trainer.compute_metrics = lambda scores: compute_metrics(scores) | self._figures()
-
-    def _try(self, judge: Judge, answer: str) -> None:
-        """What cannot be judged shows before training; two answers that are alike no server would be asked about."""
-        judge.compare([Pair(self._prompts[0].id, self._prompts[0].content, answer, f"{answer} .")])
 
     def _stored(self, path: Path) -> list[list[Sampled]] | None:
         """The start model's answers, if they are there, to these prompts."""
@@ -169,8 +168,7 @@ class Generations:
     def _seen(self, samples: list[list[Sampled]]) -> dict[str, float]:
         """Write the answers down, compare them with the start model's, and warn of a collapse."""
         step = self._trainer.state.global_step
-        texts = self._texts(samples)
-        write_responses(self._folder / f"step-{step}.jsonl", self._prompts, texts, samples)
+        write_responses(self._folder / f"step-{step}.jsonl", self._prompts, self._texts(samples), samples)
         now, start = self._figures_of(samples), self._figures_of(self._start)
         if signs := signs_of_collapse(now, start, self._expected_length):
             logger.warning(
@@ -179,29 +177,11 @@ class Generations:
                 *(step, ", ".join(signs), self._config.learning_rate, self._folder / f"step-{step}.jsonl"),
             )
         found = {f"generations/{name}": value for name, value in dataclasses.asdict(now).items()}
-        return found if self._judge is None else found | {"generations/win_rate": self._win_rate(texts, self._judge)}
-
-    def _win_rate(self, texts: Sequence[Sequence[str]], judge: Judge) -> float:
-        """Mean verdict over the prompts that have one; NaN if none has, or the judge fails, which ends no training."""
-        step = self._trainer.state.global_step
-        try:
-            verdicts = judge.compare(self._pairs(texts, self._texts(self._start)))
-        except SimpoError as error:
-            logger.warning("step %d: no win rate: %s", step, error)
-            return math.nan
-        if isinstance(judge, PairwiseApiJudge):
-            self._say(judge.client.usage.line())
-        given = [verdict for verdict in verdicts if verdict is not None]
-        if len(given) < len(verdicts):
-            missing = len(verdicts) - len(given)
-            logger.warning("step %d: eval_judge gave no verdict on %d of %d prompts", step, missing, len(verdicts))
-        return sum(given) / len(given) if given else math.nan
-
-    def _pairs(self, a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> list[Pair]:
-        return [
-            Pair(prompt.id, prompt.content, ours[0], theirs[0])
-            for prompt, ours, theirs in zip(self._prompts, a, b, strict=True)
-        ]
+        if self._judge is not None:
+            found["generations/win_rate"] = self._judge.win_rate(
+                self._answers(samples), self._answers(self._start), step
+            )
+        return found
 
     def _samples(self) -> list[list[Sampled]]:
         """One answer to every prompt, on every process; all call."""
@@ -214,6 +194,10 @@ class Generations:
 
     def _texts(self, samples: Sequence[Sequence[Sampled]]) -> list[list[str]]:
         return response_texts(self._tokenizer, self._prompts, samples)
+
+    def _answers(self, samples: Sequence[Sequence[Sampled]]) -> list[str]:
+        """The one answer to every prompt."""
+        return [texts[0] for texts in self._texts(samples)]
 
     @staticmethod
     def _figures_of(samples: Sequence[Sequence[Sampled]]) -> AnswerFigures:

@@ -28,6 +28,7 @@ class GenerationArguments:
         default=None, metadata={"help": "Server of eval_judge api; its key is in OPENAI_API_KEY."}
     )
     eval_judge_model: str | None = field(default=None, metadata={"help": "That judge's name on the server."})
+    yes: bool = field(default=False, metadata={"help": "Send requests of eval_judge api without asking."})
 
     def __post_init__(self) -> None:
         server = (self.eval_judge_url, self.eval_judge_model)
@@ -39,6 +40,8 @@ class GenerationArguments:
             raise SimpoError("eval_judge: api needs eval_judge_url and eval_judge_model")
         if self.eval_judge != "api" and server != (None, None):
             raise SimpoError("eval_judge_url and eval_judge_model: of eval_judge api alone")
+        if self.yes and self.eval_judge != "api":
+            raise SimpoError("yes: there is nothing to agree to without eval_judge api; leave it out")
 
     def judge(self, *, trust_remote_code: bool, say: Say) -> Judge | None:
         """The judge, if one is named.

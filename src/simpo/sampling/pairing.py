@@ -18,7 +18,7 @@ from simpo.judges.annotate import read_responses
 from simpo.results import Metric, fingerprint, write_results
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import write_lines
-from simpo.sampling.pairs import PairReport, PairSettings, Row, make_pairs
+from simpo.sampling.pairs import UNFINISHED, PairReport, PairSettings, Row, make_pairs
 from simpo.statistics import mean_interval, proportion_interval
 
 FILE_NAME = "pairs.jsonl"
@@ -57,13 +57,16 @@ def pair_annotated(annotated: Path, settings: PairSettings, folder: Path, *, arg
     return folder / "results.json"
 
 
-def pair_responses(responses: Path, scorer: Callable[[Any, str], float], output: Path) -> PairReport:
-    """Score a file of sampled responses with a function, and write the best of every prompt against the worst.
+def pair_responses(
+    responses: Path, scorer: Callable[[Any, str], float], output: Path, settings: PairSettings | None = None
+) -> PairReport:
+    """Score a file of sampled responses with a function, and pair them.
 
     Args:
         responses: what ``simpo sample`` left: ``responses.jsonl``.
         scorer: from prompt and response to a number; the higher, the better.
         output: the file of pairs, written whole or not at all.
+        settings: which pairs; None for the best of every prompt against the worst, of answers that ended.
 
     Raises:
         SimpoError: a file that cannot be read or written, a score that is no number, or no pair at all.
@@ -75,7 +78,7 @@ def pair_responses(responses: Path, scorer: Callable[[Any, str], float], output:
             raise SimpoError(
                 f"{responses}: prompt {record['id']}: the scorer gave {record['scores']}; it must give numbers"
             )
-    rows, report = make_pairs(records, PairSettings())
+    rows, report = make_pairs(records, settings or PairSettings())
     _check_any(rows, report, responses)
     write_lines(output, rows)
     return report
@@ -94,12 +97,16 @@ def _read(path: Path) -> list[Row]:
             raise SimpoError(f"{path}:{number}: not one score a response; give what simpo annotate leaves")
         if not all(score is None or is_number(score) for score in scores):
             raise SimpoError(f"{path}:{number}: scores: expected numbers or null, got {scores!s:.60}")
+        finished = record.get("finished", [True] * len(scores))
+        if not isinstance(finished, list) or [type(ended) for ended in finished] != [bool] * len(scores):
+            raise SimpoError(f"{path}:{number}: finished: expected true or false for every response")
     return records
 
 
 def _check_any(rows: Sequence[Row], report: PairReport, path: Path) -> None:
     if not rows:
-        raise SimpoError(f"{path}: no pairs (dropped {_reasons(report)})")
+        remedy = "; raise max_new_tokens, or pair them too with keep_unfinished" if report.dropped[UNFINISHED] else ""
+        raise SimpoError(f"{path}: no pairs (dropped {_reasons(report)}){remedy}")
 
 
 def _reasons(report: PairReport) -> str:

@@ -16,6 +16,7 @@ PairKind = Literal["best_worst", "all", "best_random", "ranking"]
 KINDS: tuple[PairKind, ...] = ("best_worst", "all", "best_random", "ranking")
 
 IDENTICAL, UNSCORED, EMPTY = "answers: the same as another one", "answers: without a score", "answers: empty"
+UNFINISHED = "answers: cut at max_new_tokens"
 ALIKE = "prompts: fewer than two different answers with a score"
 EQUAL, CLOSE, UNEVEN = "pairs: equally good", "pairs: scores closer than min_gap", "pairs: beyond max_length_ratio"
 
@@ -32,6 +33,8 @@ class PairSettings:
         min_gap: scores of a pair, or of a ranking's best and worst, differ at least by this.
         max_length_ratio: the longer answer of a pair has at most so many times the characters of the shorter; None for
             any.
+        keep_unfinished: pair also answers that were cut at ``max_new_tokens``. In a pair they end with the end-of-turn
+            token, which the model has not written there: chosen ones teach to stop in the middle of a sentence.
         seed: of ``best_random``.
 
     Raises:
@@ -45,6 +48,7 @@ class PairSettings:
     max_length_ratio: float | None = field(
         default=None, metadata={"help": "Most characters of a pair's longer answer over the shorter's (default: any)."}
     )
+    keep_unfinished: bool = field(default=False, metadata={"help": "Pair also answers that max_new_tokens cut off."})
     seed: int = field(default=42, metadata={"help": "Of best_random."})
 
     def __post_init__(self) -> None:
@@ -94,14 +98,15 @@ def make_pairs(records: Iterable[Mapping[str, Any]], settings: PairSettings) -> 
     and of equally good ones, the first counts.
 
     Args:
-        records: ``{id, prompt, responses, scores}``; a score that is None leaves its answer out.
+        records: ``{id, prompt, responses, scores}``; a score that is None leaves its answer out. ``finished``, where it
+            is there, says of every response whether it ended.
         settings: which pairs.
     """
     report = PairReport()
     rows = []
     for record in records:
         report.prompts += 1
-        answers = _different(record, report)
+        answers = _different(record, settings, report)
         if len(answers) < 2:
             report.dropped[ALIKE] += 1
             continue
@@ -115,13 +120,16 @@ def make_pairs(records: Iterable[Mapping[str, Any]], settings: PairSettings) -> 
     return rows, report
 
 
-def _different(record: Mapping[str, Any], report: PairReport) -> list[_Answer]:
-    """The different answers that have a score, in their order."""
+def _different(record: Mapping[str, Any], settings: PairSettings, report: PairReport) -> list[_Answer]:
+    """The different answers that have a score and may be paired, in their order."""
     found: dict[str, _Answer] = {}
-    for place, (text, score) in enumerate(zip(record["responses"], record["scores"], strict=True)):
+    finished = record.get("finished", [True] * len(record["responses"]))
+    for place, (text, score, ended) in enumerate(zip(record["responses"], record["scores"], finished, strict=True)):
         said = text.strip()  # some templates strip messages, so that white space at an end makes no difference
         if score is None:
             report.dropped[UNSCORED] += 1
+        elif not (ended or settings.keep_unfinished):
+            report.dropped[UNFINISHED] += 1
         elif not said:
             report.dropped[EMPTY] += 1  # which nothing can be trained on
         elif said in found:

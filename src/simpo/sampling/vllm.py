@@ -14,6 +14,21 @@ from simpo.training.adapters import find_adapter
 from simpo.training.model_arguments import ModelArguments
 
 
+def load_vllm(model: ModelArguments) -> Any:
+    """The package, for a model that it can take.
+
+    Raises:
+        SimpoError: vLLM is not installed, or the model is an adapter.
+    """
+    try:
+        import vllm  # noqa: PLC0415 - an optional dependency
+    except ImportError as error:
+        raise SimpoError("engine: vLLM is not installed; pip install 'simpo[vllm]'") from error
+    if find_adapter(model.model_name_or_path, model.model_revision) is not None:
+        raise SimpoError("engine: vLLM takes whole models here; 'simpo merge' the adapter first")
+    return vllm
+
+
 class VllmEngine:
     """Samples with vLLM on all GPUs of this machine.
 
@@ -22,19 +37,13 @@ class VllmEngine:
         stop_ids: the tokens that end a response.
 
     Raises:
-        SimpoError: vLLM is not installed, or the model is an adapter.
+        SimpoError: as :func:`load_vllm`.
     """
 
     def __init__(self, model: ModelArguments, stop_ids: list[int]) -> None:
-        try:
-            import vllm  # noqa: PLC0415 - an optional dependency
-        except ImportError as error:
-            raise SimpoError("engine: vLLM is not installed; pip install 'simpo[vllm]'") from error
-        if find_adapter(model.model_name_or_path, model.model_revision) is not None:
-            raise SimpoError("engine: vLLM takes whole models here; 'simpo merge' the adapter first")
-        self._vllm: Any = vllm
+        self._vllm = load_vllm(model)
         self._stop_ids = stop_ids
-        self._llm = vllm.LLM(
+        self._llm = self._vllm.LLM(
             model=model.model_name_or_path,
             revision=model.model_revision,
             trust_remote_code=model.trust_remote_code,

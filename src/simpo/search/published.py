@@ -131,7 +131,7 @@ PUBLISHED: Mapping[str, Mapping[str, Mapping[str, float]]] = {
 
 @dataclass(frozen=True)
 class Searched:
-    """The values that the paper's authors tried or advise, and the one to start from."""
+    """The values that the paper's authors tried or advise, and the one to start from, which is our choice."""
 
     values: tuple[float, ...]
     start: float

@@ -140,16 +140,14 @@ def _check(sweep: Sweep) -> None:
     """Read every trial's recipe, or where they are not known yet the values one at a time, before anything is written.
 
     Raises:
-        SimpoError: one is no recipe, has no held-out pairs, is not evaluated where it should be pruned, has no judge
-            of its answers where these are compared, or is for several processes.
+        SimpoError: one is no recipe, has no held-out pairs, is not evaluated where it should be pruned, or has no judge
+            of its answers where these are compared.
     """
     for values in combinations(sweep.axes) if sweep.sampler == "grid" else one_at_a_time(sweep.axes):
         given = sweep.read(sweep.arguments(values, sweep.folder))
         data = given.data
         if not (data.eval_dataset_name or data.dataset_test_split or data.dataset_mixer or data.dataset_mixture):
             raise SimpoError("eval_dataset_name: name held-out pairs, which the trials are compared on")
-        if given.config.world_size > 1:
-            raise SimpoError("simpo sweep trains in one process: start it without a launcher, on every GPU once")
         if sweep.metric == WIN_RATE and (given.observer is None or given.observer.settings["eval_judge"] is None):
             raise SimpoError(f"--metric: {WIN_RATE} is of answers that are judged; set eval_generations and eval_judge")
         if sweep.prune and given.config.eval_strategy == "no":

@@ -14,7 +14,8 @@ from typing import Any
 from simpo.atomic import write_text
 from simpo.errors import SimpoError
 from simpo.evaluation.academic.scores import Score, differences, read_scores, score_metrics
-from simpo.results import write_results
+from simpo.evaluation.once import measure_once
+from simpo.results import Metric
 from simpo.runs.folder import RunFolder
 from simpo.training.adapters import find_adapter
 from simpo.training.device import device, with_dtype
@@ -72,21 +73,20 @@ def evaluate_academic(
     """
     with RunFolder(folder, command="evaluate") as run:
         lm_eval = _LmEval(settings)
-        identity = {"benchmark": "academic", "model": model_digest(model), "dtype": model.dtype}
+        identity = {"benchmark": "academic", "model": model_digest(model), "dtype": with_dtype(model).dtype}
         identity |= dataclasses.asdict(settings) | {"lm_eval": metadata.version("lm-eval")}
         if against is not None:
             identity["against"] = model_digest(against)
         run.begin(identity, argv=argv, accept_changes=None)
-        if not run.finished:
-            before = None if against is None else _scores(lm_eval, against, folder / "scores-before.json")
-            after = _scores(lm_eval, model, folder / "scores-after.json")
-            if before is None:
-                metrics = score_metrics(after, None)
-            else:
-                metrics = score_metrics(before, "before") + score_metrics(after, "after") + differences(before, after)
-            write_results(folder, command="evaluate", fingerprint=run.fingerprint, metrics=metrics)
-            run.finish()
-    return folder / "results.json"
+        return measure_once(run, lambda: _measure(lm_eval, model, against, folder))
+
+
+def _measure(lm_eval: _LmEval, model: ModelArguments, against: ModelArguments | None, folder: Path) -> list[Metric]:
+    before = None if against is None else _scores(lm_eval, against, folder / "scores-before.json")
+    after = _scores(lm_eval, model, folder / "scores-after.json")
+    if before is None:
+        return score_metrics(after, None)
+    return score_metrics(before, "before") + score_metrics(after, "after") + differences(before, after)
 
 
 class _LmEval:

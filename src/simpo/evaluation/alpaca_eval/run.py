@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpo.client import ChatReply
+from simpo.client import ChatReply, ChatRequest
 from simpo.errors import SimpoError
 from simpo.evaluation.alpaca_eval.baselines import LengthControl
 from simpo.evaluation.alpaca_eval.figures import figures
@@ -24,8 +24,9 @@ from simpo.evaluation.alpaca_eval.files import (
 from simpo.evaluation.alpaca_eval.judge import PairwisePrompt, preferences
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.asking import ApiJudge, Say
+from simpo.evaluation.once import measure_once
 from simpo.evaluation.rows import file_digest
-from simpo.results import write_results
+from simpo.results import Metric
 from simpo.runs.folder import RunFolder
 
 OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
@@ -62,17 +63,20 @@ class AlpacaEval:
             "weighted": self.weighted,
         }
 
+    def requests(self, matches: Sequence[Match]) -> list[ChatRequest | None]:
+        """What the judge is asked about every match; identical answers are a draw, and nothing is asked."""
+        return [
+            None if match.output_1 == match.output_2 else self.prompt.request(match, weighted=self.weighted)
+            for match in matches
+        ]
+
     def annotate(self, matches: Sequence[Match], say: Say) -> list[Annotation]:
-        """The judge's preference in every match; identical answers are a draw and are not sent.
+        """The judge's preference in every match.
 
         Raises:
             SimpoError: the judge cannot be asked, or never gives the log-probabilities that are to be weighed.
         """
-        requests = [
-            None if match.output_1 == match.output_2 else self.prompt.request(match, weighted=self.weighted)
-            for match in matches
-        ]
-        replies = self.judge.ask_some(requests, say, self._check_first if self.weighted else None)
+        replies = self.judge.ask_some(self.requests(matches), say, self._check_first if self.weighted else None)
         found = preferences(matches, replies, weighted=self.weighted)
         texts = [None if reply is None else reply.text for reply in replies]
         return [
@@ -117,16 +121,16 @@ def evaluate_alpaca_eval(
         identity = {"outputs": file_digest(answers)} if isinstance(answers, Path) else answers.identity()
         baselines = length_control.read(len(reference), run.say)  # before anything is sent
         run.begin(benchmark.identity() | length_control.identity() | identity, argv=argv, accept_changes=None)
-        if not run.finished:
-            matches = _sampled(reference, answers, folder) if isinstance(answers, Answerer) else ready
+
+        def measure() -> list[Metric]:
+            matches = _sampled(benchmark, reference, answers, run) if isinstance(answers, Answerer) else ready
             assert matches is not None
             write_outputs(folder / OUTPUTS, matches)
             annotations = benchmark.annotate(matches, run.say)
             write_annotations(folder / ANNOTATIONS, annotations)
-            metrics = figures(annotations, baselines, run.say)
-            write_results(folder, command="evaluate", fingerprint=run.fingerprint, metrics=metrics)
-            run.finish()
-    return folder / "results.json"
+            return figures(annotations, baselines, run.say)
+
+        return measure_once(run, measure)
 
 
 def recount_alpaca_eval(
@@ -142,19 +146,27 @@ def recount_alpaca_eval(
     """
     with RunFolder(folder, command="evaluate") as run:
         rows = read_annotations(annotations)
-        identity = {"benchmark": "alpaca_eval", "annotations": file_digest(annotations)}
+        identity = {
+            "benchmark": "alpaca_eval",
+            "annotations": file_digest(annotations),
+            "judge": ", ".join(sorted({row.annotator for row in rows})),
+        }
         baselines = length_control.read(len(rows), run.say)
         run.begin(identity | length_control.identity(), argv=argv, accept_changes=None)
-        if not run.finished:
-            metrics = figures(rows, baselines, run.say)
-            write_results(folder, command="evaluate", fingerprint=run.fingerprint, metrics=metrics)
-            run.finish()
-    return folder / "results.json"
+        return measure_once(run, lambda: figures(rows, baselines, run.say))
 
 
-def _sampled(reference: Sequence[Output], answerer: Answerer, folder: Path) -> list[Match]:
-    texts = answerer.answer([output.instruction for output in reference], folder / "answers")
+def _sampled(benchmark: AlpacaEval, reference: Sequence[Output], answerer: Answerer, run: RunFolder) -> list[Match]:
+    """The model's answers, once the user has agreed to what judging them may cost."""
+    if not (run.path / OUTPUTS).exists():
+        expected = _matches(reference, answerer.name, [answerer.stand_in()] * len(reference))
+        benchmark.judge.agree_beforehand(benchmark.requests(expected), run.say)
+    texts = answerer.answer([output.instruction for output in reference], run.path / "answers")
+    return _matches(reference, answerer.name, texts)
+
+
+def _matches(reference: Sequence[Output], name: str, texts: Sequence[str]) -> list[Match]:
     return [
-        Match(output.instruction, output.dataset, output.output, output.generator, text, answerer.name)
+        Match(output.instruction, output.dataset, output.output, output.generator, text, name)
         for output, text in zip(reference, texts, strict=True)
     ]

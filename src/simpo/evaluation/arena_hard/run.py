@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simpo.client import ChatRequest
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.arena_hard.figures import Answers, figures
@@ -23,8 +24,9 @@ from simpo.evaluation.arena_hard.files import (
 from simpo.evaluation.arena_hard.judge import ArenaPrompt
 from simpo.evaluation.arena_hard.verdicts import Version, read_verdict
 from simpo.evaluation.asking import ApiJudge, Say
+from simpo.evaluation.once import measure_once
 from simpo.evaluation.rows import file_digest
-from simpo.results import write_results
+from simpo.results import Metric
 from simpo.runs.folder import RunFolder
 
 ANSWERS, JUDGMENTS = "model_answer.jsonl", "model_judgment.jsonl"
@@ -78,24 +80,24 @@ class ArenaHard:
             raise SimpoError(f"--baseline: none of the files is of {', '.join(sorted(missing))}")
         return {question.uid: by_model[BASELINES[question.category]][question.uid] for question in questions}
 
-    def play(self, questions: Sequence[Question], ours: Answers, theirs: Answers, say: Say) -> list[Judgment]:
-        """Both games of every question.
-
-        Raises:
-            SimpoError: the judge cannot be asked.
-        """
-        shown = [
-            (question, pair)
+    def requests(self, questions: Sequence[Question], ours: Answers, theirs: Answers) -> list[ChatRequest]:
+        """Both games of every question: the baseline's answer first, then the model's."""
+        return [
+            self.prompt.request(question.prompt, question.category, shown, self.version)
             for question in questions
-            for pair in (
+            for shown in (
                 (theirs[question.uid].text, ours[question.uid].text),
                 (ours[question.uid].text, theirs[question.uid].text),
             )
         ]
-        requests = [
-            self.prompt.request(question.prompt, question.category, pair, self.version) for question, pair in shown
-        ]
-        texts = [reply.text for reply in self.judge.ask(requests, say)]
+
+    def play(self, questions: Sequence[Question], ours: Answers, theirs: Answers, say: Say) -> list[Judgment]:
+        """Judge both games of every question.
+
+        Raises:
+            SimpoError: the judge cannot be asked.
+        """
+        texts = [reply.text for reply in self.judge.ask(self.requests(questions, ours, theirs), say)]
         return [
             self._judgment(question, ours, theirs, (texts[2 * index], texts[2 * index + 1]))
             for index, question in enumerate(questions)
@@ -130,22 +132,32 @@ def evaluate_arena_hard(
         ready = read_answers(answers, questions) if isinstance(answers, Path) else None
         identity = {"outputs": file_digest(answers)} if isinstance(answers, Path) else answers.identity()
         run.begin(benchmark.identity() | identity, argv=argv, accept_changes=None)
-        if not run.finished:
-            ours = _sampled(questions, answers, folder) if isinstance(answers, Answerer) else ready
+
+        def measure() -> list[Metric]:
+            ours = _sampled(benchmark, questions, theirs, answers, run) if isinstance(answers, Answerer) else ready
             assert ours is not None
             model = next(iter(ours.values())).model
             write_answers(folder / ANSWERS, questions, model, [ours[question.uid].text for question in questions])
             judgments = benchmark.play(questions, ours, theirs, run.say)
             write_judgments(folder / JUDGMENTS, judgments)
-            metrics = figures(judgments, ours, theirs, benchmark.version, run.say)
-            write_results(folder, command="evaluate", fingerprint=run.fingerprint, metrics=metrics)
-            run.finish()
-    return folder / "results.json"
+            return figures(judgments, ours, theirs, benchmark.version, run.say)
+
+        return measure_once(run, measure)
 
 
-def _sampled(questions: Sequence[Question], answerer: Answerer, folder: Path) -> dict[str, Answer]:
-    texts = answerer.answer([question.prompt for question in questions], folder / "answers")
+def _sampled(
+    benchmark: ArenaHard, questions: Sequence[Question], theirs: Answers, answerer: Answerer, run: RunFolder
+) -> Answers:
+    """The model's answers, once the user has agreed to what judging them may cost."""
+    if not (run.path / ANSWERS).exists():
+        expected = _answers(questions, answerer.name, [answerer.stand_in()] * len(questions))
+        benchmark.judge.agree_beforehand(benchmark.requests(questions, expected, theirs), run.say)
+    texts = answerer.answer([question.prompt for question in questions], run.path / "answers")
+    return _answers(questions, answerer.name, texts)
+
+
+def _answers(questions: Sequence[Question], name: str, texts: Sequence[str]) -> Answers:
     return {
-        question.uid: Answer(question.uid, answerer.name, text, None, question.where)
+        question.uid: Answer(question.uid, name, text, None, question.where)
         for question, text in zip(questions, texts, strict=True)
     }

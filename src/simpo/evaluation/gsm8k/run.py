@@ -13,8 +13,9 @@ from simpo.data.sources import is_single_file, load_rows
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.gsm8k.numbers import final_number, reference_number
+from simpo.evaluation.once import measure_once
 from simpo.evaluation.rows import text_in
-from simpo.results import Metric, Stage, fingerprint, write_results
+from simpo.results import Metric, Stage, fingerprint
 from simpo.runs.folder import RunFolder
 from simpo.statistics import mean_interval, proportion_interval
 
@@ -73,17 +74,16 @@ def evaluate_gsm8k(
         if against is not None:
             identity |= {f"against/{key}": value for key, value in against.identity().items()}
         run.begin(identity, argv=argv, accept_changes=None)
-        if not run.finished:
-            after = _numbers(model, problems, folder / "answers")
-            if against is None:
-                metrics = _figures(problems, after, None)
-            else:
-                before = _numbers(against, problems, folder / "answers-against")
-                metrics = _figures(problems, before, "before") + _figures(problems, after, "after")
-                metrics.append(_difference(problems, before, after))
-            write_results(folder, command="evaluate", fingerprint=run.fingerprint, metrics=metrics)
-            run.finish()
-    return folder / "results.json"
+        return measure_once(run, lambda: _measure(problems, model, against, folder))
+
+
+def _measure(problems: Sequence[Problem], model: Answerer, against: Answerer | None, folder: Path) -> list[Metric]:
+    after = _numbers(model, problems, folder / "answers")
+    if against is None:
+        return _figures(problems, after, None)
+    before = _numbers(against, problems, folder / "answers-against")
+    figures = _figures(problems, before, "before") + _figures(problems, after, "after")
+    return [*figures, _difference(problems, before, after)]
 
 
 def _numbers(model: Answerer, problems: Sequence[Problem], folder: Path) -> list[Decimal | None]:

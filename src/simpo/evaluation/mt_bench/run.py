@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simpo.client import ChatRequest
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.answers import Question as Asked
 from simpo.evaluation.asking import ApiJudge, Say
@@ -22,8 +23,9 @@ from simpo.evaluation.mt_bench.files import (
 )
 from simpo.evaluation.mt_bench.judge import RatingPrompts
 from simpo.evaluation.mt_bench.ratings import Rating, rating_metrics, read_rating
+from simpo.evaluation.once import measure_once
 from simpo.evaluation.rows import file_digest
-from simpo.results import Metric, write_results
+from simpo.results import Metric
 from simpo.runs.folder import RunFolder
 
 ANSWERS, JUDGMENTS = "model_answer.jsonl", "model_judgment.jsonl"
@@ -67,21 +69,25 @@ class MTBench:
             "judge_prompt": self.prompts.digest,
         }
 
+    def requests(self, questions: Sequence[Question], answers: Sequence[Turns]) -> list[ChatRequest]:
+        """What the judge is asked, turn by turn, conversation by conversation."""
+        return [
+            self.prompts.request(question, given, turn)
+            for question, given in zip(questions, answers, strict=True)
+            for turn in range(1, TURNS + 1)
+        ]
+
     def rate(self, questions: Sequence[Question], answers: Sequence[Turns], say: Say) -> tuple[list[Rating], list[str]]:
         """A rating of each turn of each conversation, and what the judge wrote.
 
         Raises:
             SimpoError: the judge cannot be asked.
         """
-        turns = [
-            (question, given, turn)
-            for question, given in zip(questions, answers, strict=True)
-            for turn in range(1, TURNS + 1)
-        ]
-        texts = [reply.text for reply in self.judge.ask([self.prompts.request(*turn) for turn in turns], say)]
+        texts = [reply.text for reply in self.judge.ask(self.requests(questions, answers), say)]
+        turns = [(question, turn) for question in questions for turn in range(1, TURNS + 1)]
         ratings = [
             Rating(question.question_id, question.category, turn, read_rating(text))
-            for (question, _, turn), text in zip(turns, texts, strict=True)
+            for (question, turn), text in zip(turns, texts, strict=True)
         ]
         return ratings, texts
 
@@ -116,19 +122,20 @@ def evaluate_mt_bench(
         else:
             ready, identity = None, answers.identity() | {"own_temperature": own_temperature}
         run.begin(benchmark.identity() | identity, argv=argv, accept_changes=None)
-        if not run.finished:
-            if isinstance(answers, Answerer):
-                ready = answers.name, _sampled(questions, answers, folder, own_temperature)
-            assert ready is not None
-            model, turns = ready
-            write_answers(folder / ANSWERS, questions, model, turns)
+
+        def measure() -> list[Metric]:
             _say_missing_references(questions, run.say)
+            if isinstance(answers, Answerer):
+                model, turns = answers.name, _sampled(benchmark, questions, answers, run, own_temperature)
+            else:
+                assert ready is not None
+                model, turns = ready
+            write_answers(folder / ANSWERS, questions, model, turns)
             ratings, texts = benchmark.rate(questions, turns, run.say)
             write_judgments(folder / JUDGMENTS, model, benchmark.judge.name, ratings, texts)
-            metrics = figures(ratings, run.say)
-            write_results(folder, command="evaluate", fingerprint=run.fingerprint, metrics=metrics)
-            run.finish()
-    return folder / "results.json"
+            return figures(ratings, run.say)
+
+        return measure_once(run, measure)
 
 
 def _say_missing_references(questions: Sequence[Question], say: Say) -> None:
@@ -146,11 +153,16 @@ def figures(ratings: Sequence[Rating], say: Say) -> list[Metric]:
     return rating_metrics(ratings)
 
 
-def _sampled(questions: Sequence[Question], answerer: Answerer, folder: Path, own_temperature: bool) -> list[Turns]:
-    """Both turns; the second is asked with the first and its answer before it."""
+def _sampled(
+    benchmark: MTBench, questions: Sequence[Question], answerer: Answerer, run: RunFolder, own_temperature: bool
+) -> list[Turns]:
+    """Both turns, once the user has agreed; the second is asked with the first and its answer before it."""
+    if not (run.path / ANSWERS).exists():
+        longest = answerer.stand_in()
+        benchmark.judge.agree_beforehand(benchmark.requests(questions, [(longest, longest)] * len(questions)), run.say)
     temperatures = [None if own_temperature else _TEMPERATURES.get(question.category, 0.7) for question in questions]
     asked: list[Asked] = [[{"role": "user", "content": question.turns[0]}] for question in questions]
-    first = _answered(asked, temperatures, answerer, folder / "answers" / "turn-1")
+    first = _answered(asked, temperatures, answerer, run.path / "answers" / "turn-1")
     asked = [
         [
             {"role": "user", "content": question.turns[0]},
@@ -159,7 +171,7 @@ def _sampled(questions: Sequence[Question], answerer: Answerer, folder: Path, ow
         ]
         for question, answer in zip(questions, first, strict=True)
     ]
-    second = _answered(asked, temperatures, answerer, folder / "answers" / "turn-2")
+    second = _answered(asked, temperatures, answerer, run.path / "answers" / "turn-2")
     return list(zip(first, second, strict=True))
 
 

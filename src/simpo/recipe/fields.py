@@ -1,0 +1,86 @@
+"""Fields of dataclasses as keys of a recipe: their types, what fits them, and what is required."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING
+from typing import Any, get_type_hints
+
+from simpo.coercion import coerce, nearest
+from simpo.errors import SimpoError
+from simpo.recipe.setting import Setting
+
+logger = logging.getLogger(__package__)
+
+
+def annotations_of(classes: Iterable[type]) -> dict[str, Any]:
+    """The type of every key of dataclasses, as values are fitted to it."""
+    annotations = {}
+    for cls in classes:
+        hints = get_type_hints(cls)
+        for field in fields_of(cls):
+            # transformers annotates fsdp as text and says in argparse's words that it may be a flag as well.
+            flag = field.metadata.get("const") is True
+            annotations[field.name] = hints[field.name] | bool if flag else hints[field.name]
+    return annotations
+
+
+def fields_of(cls: type) -> list[dataclasses.Field]:
+    """The fields of a dataclass that a recipe can set."""
+    return [field for field in dataclasses.fields(cls) if field.init]
+
+
+def fit(setting: Setting, annotation: Any) -> Any:
+    """The setting's value as its field is annotated; raises :class:`SimpoError` where it does not fit."""
+    try:
+        return coerce(setting.value, annotation)
+    except ValueError as error:
+        problem = "a value is missing" if setting.value is True else str(error)
+        raise SimpoError(f"{setting.label}: {problem}") from error
+
+
+def installed(report_to: str | list[str] | None, label: str) -> str | list[str] | None:
+    """The reporting integrations without those that are not installed, which the Trainer would refuse."""
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    if not names or names in (["all"], ["none"]):
+        return report_to
+    from transformers import integrations  # noqa: PLC0415  (slow: it looks for every integration)
+
+    available = set(integrations.get_available_reporting_integrations())
+    if integrations.is_flytekit_available():  # the one that get_available_reporting_integrations leaves out
+        available.add("flyte")
+    for name in names:
+        if name not in integrations.INTEGRATION_TO_CALLBACK:
+            hint = nearest(name, integrations.INTEGRATION_TO_CALLBACK)
+            raise SimpoError(f"{label}: {name!r} is not a reporting integration of transformers{hint}")
+        if name not in available:
+            logger.warning("%s: %s is not installed and is dropped", label, name)
+    return [name for name in names if name in available]
+
+
+def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting]) -> Any:
+    """An instance of ``cls`` with its own of ``values``; raises :class:`SimpoError` if one is missing or refused."""
+    fields = fields_of(cls)
+    for field in fields:
+        if is_required(field) and field.name not in values:
+            raise SimpoError(f"{field.name} is missing: give it in the recipe or as --{field.name}")
+    try:
+        return cls(**{field.name: values[field.name] for field in fields if field.name in values})
+    except ValueError as error:
+        raise SimpoError(_located(str(error), settings)) from error
+
+
+def is_required(field: dataclasses.Field) -> bool:
+    """Whether a field has no default."""
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _located(message: str, settings: Mapping[str, Setting]) -> str:
+    """The message in one line, after the place of the first setting that it names, if that is in the file."""
+    named = (settings[word] for word in re.findall(r"\w+", message) if word in settings)
+    first = next(named, None)
+    text = " ".join(message.split())
+    return text if first is None or first.place is None else f"{first.place}: {text}"
