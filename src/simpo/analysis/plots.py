@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from simpo.statistics import Interval
 
 # Colours that stay apart for colour-blind readers and in grey (Okabe and Ito 2008).
 BEFORE, AFTER = "#E69F00", "#0072B2"
+_BINS = 40  # at most, of a histogram
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -52,8 +54,15 @@ def _curve(axes: Axes, logs: Sequence[Mapping[str, Any]], name: str, label: str,
         axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o" if len(points) < 10 else None)
 
 
-def plot_rates(path: Path, rates: Mapping[str, Mapping[str, Interval]], title: str) -> None:
-    """Shares with their intervals as bars: ``{what: {model: interval}}``, in percent; PNG."""
+def plot_rates(path: Path, rates: Mapping[str, Mapping[str, Interval]], title: str, *, even: str) -> None:
+    """Shares with their intervals as bars, in percent.
+
+    Args:
+        path: the PNG file.
+        rates: ``{what: {model: interval}}``.
+        title: of the whole.
+        even: the one of ``rates`` of which a half says that no model is better; it gets a line there.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.5 + 1.9 * len(rates), 3.6), layout="constrained")
         axes = figure.subplots()
@@ -64,7 +73,8 @@ def plot_rates(path: Path, rates: Mapping[str, Mapping[str, Interval]], title: s
             for place, shares in enumerate(rates.values()):
                 _bar(axes, place + (number - (len(models) - 1) / 2) * width, shares[model], width, colour, model)
         axes.grid(visible=False, axis="x")
-        axes.axhline(50, color="0.4", linewidth=0.8, linestyle="--")
+        place = list(rates).index(even)
+        axes.hlines(50, place - 0.5, place + 0.5, color="0.4", linewidth=0.8, linestyle="--")
         axes.set(ylabel="%", ylim=(0, 108), xticks=range(len(rates)), xticklabels=list(rates))
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
@@ -87,7 +97,8 @@ def plot_lengths(path: Path, lengths: Mapping[str, Sequence[int]], title: str) -
         axes = figure.subplots()
         axes.set_title(title)
         longest = max(max(values) for values in lengths.values())
-        edges = [longest * k / 30 for k in range(31)]
+        width = math.ceil(longest / _BINS)  # whole tokens, so that every bin can be reached by as many lengths
+        edges = [number * width + 0.5 for number in range(math.ceil(longest / width) + 1)]
         for (model, values), colour in zip(lengths.items(), (BEFORE, AFTER), strict=True):
             mean = sum(values) / len(values)
             axes.hist(values, edges, color=colour, alpha=0.6, label=f"{model} (mean {mean:.1f})")

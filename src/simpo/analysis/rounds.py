@@ -31,11 +31,14 @@ def plot_rounds(path: Path, win_rates: Mapping[str, Sequence[Interval]], kl: Seq
         over_rounds, over_kl = figure.subplots(1, 2, sharey=True)
         for number, (judge, shares) in enumerate(win_rates.items()):
             colour = COLOURS[number % len(COLOURS)]
-            line(over_rounds, range(1, len(shares) + 1), shares, colour, judge, scale=100)
-            line(over_kl, [0, *(one.value for one in kl)], [_EVEN, *shares], colour, judge, scale=100)
+            from_start = [_EVEN, *shares]
+            line(over_rounds, range(len(from_start)), from_start, colour, judge, scale=100)
+            line(over_kl, [0, *(one.value for one in kl)], from_start, colour, judge, scale=100)
         for axes in (over_rounds, over_kl):
             axes.axhline(50, color="0.4", linewidth=0.8, linestyle="--")
-        over_rounds.set(xlabel="round", ylabel="win rate against the start, %", xticks=range(1, len(kl) + 1))
+        over_rounds.set(
+            xlabel="round (0: the start)", ylabel="win rate against the start, %", xticks=range(len(kl) + 1)
+        )
         over_kl.set(xlabel="KL from the start, nats an answer")
         over_rounds.legend(frameon=False, title="judge")
         save(figure, path)

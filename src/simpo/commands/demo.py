@@ -144,7 +144,7 @@ def _plot(folder: Path, contests: Sequence[Contest], metrics: Sequence[Metric]) 
     rates = {"win rate": {"SFT": _opposite(wins), "SimPO": wins}}
     for name, label in (("correct", "correct"), ("end_of_turn_rate", "ended")):
         rates[label] = {_HEADINGS[stage]: _interval(found[name, stage]) for stage in ("before", "after")}
-    plot_rates(folder / "rates.png", rates, "Answers to held-out prompts")
+    plot_rates(folder / "rates.png", rates, "Answers to held-out prompts", even="win rate")
     sides = {"SFT": [contest.b for contest in contests], "SimPO": [contest.a for contest in contests]}
     lengths = {
         model: [len(ids) for record in records for ids in record["response_ids"]] for model, records in sides.items()

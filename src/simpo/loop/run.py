@@ -168,7 +168,7 @@ def _identity(recipe: LoopRecipe, options: JudgeOptions) -> Mapping[str, Any]:
     annotator = make_annotator(settings.annotator, options)
     for name in settings.judges or ():
         check_judges_anew(name)
-    judges = make_judges(settings.judges or [settings.annotator], options)
+    judges = make_judges(recipe.judges, options)
     parts = (settings, recipe.sampling, recipe.pairs)
     chosen = {key: value for part in parts for key, value in vars(part).items() if key not in _NO_INFLUENCE}
     return {
