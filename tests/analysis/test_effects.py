@@ -9,11 +9,17 @@ from matplotlib.figure import Figure
 
 from simpo.analysis import effects
 from simpo.analysis.effects import plot_effects
+from simpo.statistics import Interval
+
+
+def trials(*found: tuple[str, float]) -> list[tuple[str, Interval]]:
+    return [(value, Interval(result, result - 0.05, result + 0.1, 100, "Wilson 95%")) for value, result in found]
+
 
 TRIALS = {
-    "learning_rate": [("1e-6", 0.6), ("3e-7", 0.5), ("1e-6", 0.7), ("3e-7", 0.55)],
-    "objective": [("simpo", 0.6), ("simpo", 0.5), ("dpo", 0.7), ("dpo", 0.55)],
-    "gamma": [(str(step / 10), step / 20) for step in range(12)],
+    "learning_rate": trials(("1e-6", 0.6), ("3e-7", 0.5), ("1e-6", 0.7), ("3e-7", 0.55)),
+    "objective": trials(("simpo", 0.6), ("simpo", 0.5), ("dpo", 0.7), ("dpo", 0.55)),
+    "gamma": [(str(step / 10), Interval(step / 20, None, None, 1, "none")) for step in range(12)],
 }
 
 
@@ -36,6 +42,9 @@ def test_every_knob_has_its_panel(tmp_path, drawn):
     points, best = (np.array(line.get_data()).T.tolist() for line in rate.lines)
     assert points == [[1, 0.6], [0, 0.5], [1, 0.7], [0, 0.55]]
     assert best == [[0, 0.55], [1, 0.7]]
+    bars = [segment.tolist() for bar in rate.collections for segment in bar.get_segments()]
+    assert bars == pytest.approx(np.array([[[x, y - 0.05], [x, y + 0.1]] for x, y in points]))
+    assert not gamma.collections
     assert [tick.get_text() for tick in objective.get_xticklabels()] == ["simpo", "dpo"]
     assert gamma.lines[0].get_xdata().tolist() == [step / 10 for step in range(12)]  # many numbers are to scale
 

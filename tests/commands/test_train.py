@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,35 @@ def lines(*rows):
         ),
         pytest.param(lines(GOOD), {"max_batch_tokens": 3}, ["max_batch_tokens", "row 0"], id="budget too small"),
         pytest.param(lines(GOOD), {"model_name_or_path": "./nowhere"}, ["model_name_or_path"], id="no model"),
+        pytest.param(lines(GOOD), {"max_steps": -5}, ["max_steps", "at least 1"], id="steps below 0"),
+        pytest.param(
+            lines(GOOD), {"max_steps": -1, "num_train_epochs": 0}, ["num_train_epochs", "above 0"], id="no epochs"
+        ),
+        pytest.param(lines(GOOD), {"weight_decay": -1}, ["weight_decay", "at least 0"], id="growing weights"),
+        pytest.param(lines(GOOD), {"adam_beta1": 2}, ["impossible", "Invalid beta"], id="refused by the optimizer"),
+        pytest.param(lines(GOOD), {"optim": "galore_adamw"}, ["impossible", "galore_torch"], id="no such package"),
+        pytest.param(
+            lines(GOOD), {"lr_scheduler_kwargs": '{"x": 1}'}, ["impossible", "'x'"], id="refused by the schedule"
+        ),
+        pytest.param(
+            lines(GOOD),
+            {"torch_compile": True, "torch_compile_backend": "nonsense"},
+            ["impossible", "NONSENSE"],
+            id="refused by accelerate",
+        ),
+        pytest.param(
+            lines(GOOD),
+            {"gradient_checkpointing_kwargs": '{"x": 1}'},
+            ["gradient_checkpointing_kwargs", "'x'", "use_reentrant"],
+            id="refused by torch's checkpoint",
+        ),
+        pytest.param(
+            lines(GOOD),
+            {"use_liger_kernel": True},
+            ["use_liger_kernel", "not installed"],
+            id="no liger-kernel",
+            marks=pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed"),
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(world, tmp_path, monkeypatch, capsys, content, changes, said):

@@ -147,3 +147,4 @@ def test_a_cache_for_other_weights(chat_world, tmp_path, capsys):
     trained = options(chat_world, tmp_path / "two", objective="ipo", model_name_or_path=tmp_path / "one")
     assert main(trained) == 2
     assert "reference_cache: " in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "two").exists()

@@ -58,6 +58,7 @@ def test_edges(given, value, end):
         ({"output_dir": "a,b"}, "output_dir"),
         ({"beta": "1,,2"}, "empty value"),
         ({"beta": "1,2,1"}, "1 comes twice"),
+        ({"beta": "0.1,.10"}, ".10 comes twice"),
         ({"beta": "2..1"}, "smaller number first"),
         ({"seed": "1..2.5"}, "whole numbers"),
         ({"objective": "1..2"}, "no ranges"),

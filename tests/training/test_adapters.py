@@ -356,6 +356,17 @@ def test_four_bits_need_a_library_and_a_gpu(bases):
         load_model(str(bases("llama")), arguments(bases("llama"), load_in_4bit=True))
 
 
+def test_of_an_adapter_too_what_is_missing_is_said(bases, tmp_path):
+    folder = save(adapted(bases("llama")), tmp_path / "adapter")
+    with pytest.raises(SimpoError, match=r"^load_in_4bit: (bitsandbytes is not installed|there is no GPU)"):
+        load_model(str(folder), ModelArguments(str(folder), load_in_4bit=True))
+
+
+def test_attention_keeps_the_bound_of_its_scores(bases):
+    """Transformers 5.17 loads Gemma 2 with an attention that leaves it out."""
+    assert load_model(str(bases("gemma2"))).config._attn_implementation == "eager"
+
+
 def test_another_kind_of_adapter_is_refused(bases, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(bases("llama"))
     prompts = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")

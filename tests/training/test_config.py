@@ -138,7 +138,8 @@ def test_what_a_loss_type_means(given, objective, config):
             {"loss_type": "hinge", "objective": "dpo"},
             "loss_type: 'hinge' is no objective and no link of objective 'dpo'",
         ),
-        ({"loss_type": "aot", "objective": "ipo"}, "loss_type: 'aot' is no objective"),
+        ({"loss_type": "aot", "objective": "ipo"}, "loss_type: 'aot' is neither an objective nor a link; there are"),
+        ({"loss_type": "kto_pair"}, "loss_type: 'kto_pair' is neither an objective nor a link; there are simpo"),
         ({"loss_type": "ipo", "objective": "dpo"}, "loss_type 'ipo' and objective 'dpo' disagree"),
         ({"kl_weight": -1.0}, "kl_weight: must be >= 0"),
         ({"kl_weight": float("inf")}, "kl_weight: must be >= 0 and finite"),
@@ -150,6 +151,13 @@ def test_what_a_loss_type_means(given, objective, config):
 def test_what_does_not_go_together_is_named(given, message, config):
     with pytest.raises(SimpoError, match=message):
         config(**given)
+
+
+def test_an_anchor_without_a_weight_of_its_own(config, monkeypatch):
+    row = dataclasses.replace(OBJECTIVES["simpo"], name="anchored", anchor_term=lambda w: -w.avg)
+    monkeypatch.setitem(OBJECTIVES, "anchored", row)
+    with pytest.raises(SimpoError, match=r"objective 'anchored' has a term .* leave sft_weight out$"):
+        config(objective="anchored", sft_weight=0.1)
 
 
 def test_weights_beside_an_objective(config):

@@ -85,14 +85,13 @@ def test_without_a_name_it_is_kept_by_its_fingerprint(counted, pairs, monkeypatc
 
 def test_a_folder_of_another_model_is_refused(counted, pairs, make_model, tmp_path):
     counted(pairs(3))[0].completed(pairs(3))
-    trainer, _ = counted(pairs(3), model=make_model("gpt2", std=0.2))
     with pytest.raises(
         SimpoError, match=f"reference_cache: {tmp_path}.* of another model, or in another precision; name"
     ):
-        trainer.train()
+        counted(pairs(3), model=make_model("gpt2", std=0.2))
     (tmp_path / "reference" / "policy.json").write_text("{")
     with pytest.raises(SimpoError, match=r"reference_cache: .*policy.json cannot be read"):
-        counted(pairs(3))[0].train()
+        counted(pairs(3))
 
 
 def test_a_folder_that_no_longer_says_whose_it_is_is_no_other_models(counted, pairs, make_model, tmp_path):

@@ -11,19 +11,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simpo.analysis.plots import AFTER, BEFORE, STYLE, save
+from simpo.statistics import Interval
 
 _TICKS = 10  # more values than that are points of a continuous axis
 _WIDE = 10  # ratio from which on that is logarithmic
 
 
 def plot_effects(
-    path: Path, effects: Mapping[str, Sequence[tuple[str, float]]], label: str, *, smaller_is_better: bool = False
+    path: Path, effects: Mapping[str, Sequence[tuple[str, Interval]]], label: str, *, smaller_is_better: bool = False
 ) -> None:
     """A panel for every knob: each trial a point over its value, and a line through the best of every value.
 
     Args:
         path: the PNG file.
-        effects: of every knob, its value and the result of each trial.
+        effects: of every knob, its value and the result of each trial, with its interval where it has one.
         label: what the result is.
         smaller_is_better: which end of the results is the best.
     """
@@ -32,8 +33,13 @@ def plot_effects(
         panels = figure.subplots(1, len(effects), squeeze=False, sharey=True)[0]
         for axes, (knob, trials) in zip(panels, effects.items(), strict=True):
             places = _places(axes, [value for value, _ in trials])
-            results = [result for _, result in trials]
+            results = [result.value for _, result in trials]
             axes.plot(places, results, "o", color=AFTER, alpha=0.5, label="a trial")
+            bounded = [
+                (place, found) for place, (_, found) in zip(places, trials, strict=True) if found.low is not None
+            ]
+            for place, found in bounded:
+                axes.vlines(place, found.low, found.high, color=AFTER, alpha=0.3)
             best = _best(places, results, smaller_is_better)
             axes.plot(*zip(*best, strict=True), color=BEFORE, label="the best there")
             axes.set_xlabel(knob)

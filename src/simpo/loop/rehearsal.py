@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +13,6 @@ from transformers.trainer_callback import PrinterCallback
 
 from simpo.data.prompts import Prompt
 from simpo.data.sources import load_rows
-from simpo.errors import SimpoError
 from simpo.evaluation.judging import make_judges
 from simpo.judges.protocol import Answers, Pair
 from simpo.judges.registry import JudgeOptions, make_annotator
@@ -26,6 +24,7 @@ from simpo.sampling.pairs import make_pairs
 from simpo.sampling.vllm import load_vllm
 from simpo.training.device import free_memory
 from simpo.training.models import load_tokenizer
+from simpo.training.refusals import settings_refused
 from simpo.training.tasks import PREFERENCES
 
 _PROMPTS = 2  # what objectives with mismatched answers need
@@ -83,7 +82,7 @@ def _train(recipe: LoopRecipe, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts
     ]
     rows, _ = make_pairs(records, dataclasses.replace(recipe.pairs, min_gap=0.0, max_length_ratio=None))
-    with TemporaryDirectory() as folder, _settings_refused():
+    with TemporaryDirectory() as folder, settings_refused():
         write_lines(Path(folder) / PAIRS, rows)
         trainer = PREFERENCES.trainer(
             PREFERENCES.trainer.load(name, recipe.model),
@@ -93,17 +92,6 @@ def _train(recipe: LoopRecipe, prompts: Sequence[Prompt]) -> None:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-
-
-@contextmanager
-def _settings_refused() -> Iterator[None]:
-    """What transformers or an optimizer has to say of the keys that are theirs, in one line."""
-    try:
-        yield
-    except SimpoError:
-        raise
-    except (ImportError, ValueError) as error:
-        raise SimpoError(f"training is impossible with these settings: {' '.join(str(error).split())[:300]}") from error
 
 
 def _one_step(config: Any, folder: Path) -> Any:

@@ -69,7 +69,7 @@ def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting])
             raise SimpoError(f"{field.name} is missing: give it in the recipe or as --{field.name}")
     try:
         return cls(**{field.name: values[field.name] for field in fields if field.name in values})
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # the latter: a key that needs a package
         raise SimpoError(_located(str(error), settings)) from error
 
 

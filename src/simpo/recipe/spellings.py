@@ -25,6 +25,8 @@ _SAME = (
     ("max_length", "max_seq_length"),
     ("hub_revision", "hub_model_revision"),
     ("use_cpu", "no_cuda"),
+    ("lora_r", "lora_rank"),
+    ("lora_target_modules", "lora_target"),
     # transformers 5.23 has both pairs and lets the new name win, even over the old one on the command line.
     ("activation_checkpointing", "gradient_checkpointing"),
     ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),

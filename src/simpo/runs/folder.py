@@ -8,6 +8,7 @@ import os
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any, Self
@@ -77,6 +78,7 @@ class RunFolder:
         self._said: list[str] = []  # before there is a log
         with disk_errors(f"output_dir: {self.path}"):
             _check_usable(self.path)
+            self._absent = not self.path.exists()
             self._record = self._look()
         if self._record is not None:
             self._take()
@@ -168,6 +170,9 @@ class RunFolder:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._absent and self._lock is None:  # never begun; but transformers may have made the folder
+            with suppress(OSError):
+                self.path.rmdir()
         self.close()
 
     def _look(self) -> RunRecord | None:

@@ -124,7 +124,7 @@ def _remarks(ranked: Sequence[tuple[Tried, Metric]], axes: Sequence[Axis]) -> It
     """How sure the choice is, and where to look further."""
     best, figure = ranked[0]
     if figure.low is not None and figure.high is not None:
-        close = sum(figure.low <= (other.value or 0.0) <= figure.high for _, other in ranked[1:])
+        close = sum(_may_be_equal(figure, other.value or 0.0) for _, other in ranked[1:])
         if close:
             yield (
                 f"{close} of the other {len(ranked) - 1} finished trials lie within the interval of the best: on "
@@ -133,9 +133,14 @@ def _remarks(ranked: Sequence[tuple[Tried, Metric]], axes: Sequence[Axis]) -> It
     for axis in axes:
         end = axis.edge(best.values[axis.key])
         elsewhere = [other.value for trial, other in ranked if trial.values[axis.key] != best.values[axis.key]]
-        if end is not None and figure.value not in elsewhere:
+        if end is not None and not any(_may_be_equal(figure, value or 0.0) for value in elsewhere):
             further = "larger" if end == "largest" else "smaller"
             yield f"{axis.key}: the best, {best.values[axis.key]}, is the {end} that was tried; try {further} ones too"
+
+
+def _may_be_equal(best: Metric, value: float) -> bool:
+    """Whether ``value`` is the best one's, or within its interval."""
+    return value == best.value or (best.low is not None and best.high is not None and best.low <= value <= best.high)
 
 
 def _fates(tried: Sequence[Tried]) -> Iterator[str]:

@@ -142,9 +142,16 @@ def _axis(key: str, text: str, annotations: Mapping[str, Any]) -> Axis:
     for number, value in enumerate(values):
         if not value:
             raise SimpoError(f"--{key}: {text!r} has an empty value; write {key} as A,B,C")
-        if value in values[:number]:
+        if any(value == other or _number(value) == _number(other) for other in values[:number]):
             raise SimpoError(f"--{key}: {value} comes twice")
     return Choices(key, values)
+
+
+def _number(value: str) -> float:
+    """``value`` as a number; NaN, which is equal to nothing, if it is none."""
+    with suppress(ValueError):
+        return float(value)
+    return math.nan
 
 
 def _range(key: str, low: str, high: str, kind: str) -> Range:

@@ -11,13 +11,14 @@ from typing import Any
 
 from simpo.analysis.effects import plot_effects
 from simpo.errors import SimpoError
-from simpo.results import FILE_NAME, write_results
+from simpo.results import FILE_NAME, Metric, write_results
 from simpo.runs.folder import FolderInUseError, RunFolder
 from simpo.runs.record import RunRecord
 from simpo.search.report import print_table, rank, sweep_metrics, write_best
 from simpo.search.space import Axis, Values, combinations, one_at_a_time, shown
 from simpo.search.study import Claim, Sampler, Study, Tried
 from simpo.search.trial import WIN_RATE, Failed, Pruned, read_metric, run_trial
+from simpo.statistics import Interval
 from simpo.training.device import free_memory
 from simpo.training.run import Given
 from simpo.training.tasks import PREFERENCES
@@ -234,13 +235,12 @@ def _report(sweep: Sweep, study: Study, recipe: Mapping[str, Any], fingerprint: 
     best = ranked[0]
     write_best(sweep.folder / BEST, best, found[best.number], recipe, sweep.fixed)
     effects = {
-        axis.key: [(trial.values[axis.key], trial.value) for trial in ranked if trial.value is not None]
-        for axis in sweep.axes
+        axis.key: [(trial.values[axis.key], _interval(found[trial.number])) for trial in ranked] for axis in sweep.axes
     }
     plot_effects(
         sweep.folder / EFFECTS,
         effects,
-        f"{sweep.metric.removeprefix('eval_')} on held-out pairs",
+        f"{sweep.metric.removeprefix('eval_')}, held out",
         smaller_is_better=sweep.smaller_is_better,
     )
     metrics = sweep_metrics(tried, found, smaller_is_better=sweep.smaller_is_better)
@@ -253,3 +253,8 @@ def print_sweep(sweep: Sweep) -> Path:
     tried = study.tried()
     print_table(sweep.folder, tried, sweep.axes, sweep.metric)
     return study.trial_folder(rank(tried, smaller_is_better=sweep.smaller_is_better)[0].number)
+
+
+def _interval(metric: Metric) -> Interval:
+    assert metric.value is not None, "of a trial that has finished"
+    return Interval(metric.value, metric.low, metric.high, metric.n or 0, metric.method or "")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, make_dataclass, replace
-from typing import Any
+from itertools import chain
+from typing import Any, get_args
 
 import torch
 
@@ -73,6 +74,9 @@ class PreferenceSettings(TrainingSettings):
             self._take_link(given)
 
     def _take_link(self, link: str) -> None:
+        if link not in _links():
+            known = ", ".join((*OBJECTIVES, *_links()))
+            raise SimpoError(f"loss_type: {link!r} is neither an objective nor a link; there are {known}")
         if self.objective is None and not any(getattr(self, key) is not None for key in _SIMPO_ONLY):
             raise SimpoError(
                 f"loss_type: {link!r} alone may mean DPO's or SimPO's; add objective: dpo, or objective: simpo with "
@@ -102,7 +106,8 @@ class PreferenceSettings(TrainingSettings):
             if not 0 <= getattr(self, key) < math.inf:
                 raise SimpoError(f"{key}: must be >= 0 and finite, not {getattr(self, key)}")
         if self.sft_weight and self._has_anchor(self.hyperparameters):
-            remedy = "" if self._has_anchor(self.hyperparameters | {"lam": 0.0}) else ", or set lam: 0"
+            weighted = "lam" in self.row.hyperparameters and not self._has_anchor(self.hyperparameters | {"lam": 0.0})
+            remedy = ", or set lam: 0" if weighted else ""
             raise SimpoError(
                 f"sft_weight: objective {self.objective!r} has a term on the chosen response already; leave sft_weight "
                 f"out{remedy}"
@@ -115,6 +120,12 @@ class PreferenceSettings(TrainingSettings):
             return False
         response = Responses(torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([-1.0]))
         return bool(self.row.anchor(response, **hyperparameters).any())
+
+
+def _links() -> tuple[str, ...]:
+    """Every link that some objective can have."""
+    found = (get_args(row.hyperparameters["link"].type) for row in OBJECTIVES.values() if "link" in row.hyperparameters)
+    return tuple(dict.fromkeys(chain.from_iterable(found)))
 
 
 def hyperparameter_names() -> list[str]:

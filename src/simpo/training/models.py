@@ -137,7 +137,9 @@ def _load_base(name: str, adapter: LoraConfig, arguments: ModelArguments) -> Pre
     try:
         return _load_causal(base_arguments(adapter, arguments))
     except SimpoError as error:
-        reason = str(error).removeprefix("model_name_or_path: ")
+        of_the_name, reason = str(error).split(": ", 1)
+        if of_the_name != "model_name_or_path":
+            raise
         raise SimpoError(f"model_name_or_path: {name} is an adapter whose base model is missing: {reason}") from error
 
 
@@ -171,12 +173,22 @@ def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
     name = arguments.model_name_or_path
     check_folder(name)
     try:
-        return auto.from_pretrained(
+        found = auto.from_pretrained(
             name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {reason[:300]}") from error
+    model = found[0] if isinstance(found, tuple) else found  # with what was told of the loading
+    if isinstance(model, PreTrainedModel) and _loses_softcap(model) and "attn_implementation" not in options:
+        model.set_attn_implementation("eager")
+    return found
+
+
+def _loses_softcap(model: PreTrainedModel) -> bool:
+    """Whether its attention leaves out the bound of its scores, as sdpa does, which transformers 5.17 takes anyway."""
+    config = model.config.get_text_config()
+    return bool(getattr(config, "attn_logit_softcapping", None)) and config._attn_implementation == "sdpa"
 
 
 def check_folder(name: str) -> None:

@@ -32,6 +32,7 @@ from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import load_tokenizer
 from simpo.training.observer import Observer
 from simpo.training.packed import PackedTrainer
+from simpo.training.refusals import settings_refused, try_optimizer
 from simpo.training.scores import Scores
 from simpo.training.tasks import Task
 
@@ -151,15 +152,20 @@ def _prepare(
     identity |= {key: str(value) for key, value in _observed(given).items()}
     _check_ranks_agree(identity, config)
     set_seed(config.seed)  # a new adapter's first weights are drawn
-    trainer = task.trainer(
-        task.trainer.load(name, given.model),
-        args=config,
-        train_dataset=datasets["train"],
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-    )
+    model = task.trainer.load(name, given.model)
+    with settings_refused():
+        trainer = task.trainer(
+            model,
+            args=config,
+            train_dataset=datasets["train"],
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+        )
+    try_optimizer(trainer)
     if isinstance(trainer.model, PeftModel):
         folder.say(describe_adapter(trainer.model))
+        if config.disable_dropout and given.model.lora.get("lora_dropout"):
+            folder.say("lora_dropout: has no effect while disable_dropout is true, its default")
     return trainer, metrics, held_out, identity
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +22,9 @@ UNSUPPORTED = {
     "save_only_model": (False, "a run could not be continued from such a checkpoint"),
     "label_smoothing_factor": (0.0, "it smooths class labels; label_smoothing is the preference objectives' own"),
 }
+
+# What torch.utils.checkpoint takes by keyword and a recipe can say.
+_CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "debug")
 
 
 @dataclass
@@ -130,6 +135,9 @@ class TrainingSettings(TrainingArguments):
                 raise SimpoError(f"{key}: must be at least 0 and below 2**32, not {value}")
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise SimpoError(f"max_batch_tokens: must be at least 1, not {self.max_batch_tokens}")
+        self._check_numbers()
+        if self.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+            raise SimpoError("use_liger_kernel: liger-kernel is not installed; install it, or leave the key out")
         if not 0 < self.checkpointed_share <= 1:
             raise SimpoError(f"checkpointed_share: must be above 0 and at most 1, not {self.checkpointed_share}")
         if self.train_sampling_strategy not in ("random", "sequential"):
@@ -137,4 +145,21 @@ class TrainingSettings(TrainingArguments):
                 f"train_sampling_strategy: {self.train_sampling_strategy!r} is not needed (micro-batches are balanced "
                 "by tokens in any order); use 'random' or 'sequential'"
             )
+        self._check_checkpointing()
         self.tokenize_settings  # noqa: B018 - its constructor checks the keys
+
+    def _check_numbers(self) -> None:
+        """Those that transformers takes as they come, and trains nothing or nonsense with."""
+        if self.max_steps != -1 and self.max_steps < 1:  # type: ignore[has-type]
+            raise SimpoError(f"max_steps: must be at least 1, or -1 for num_train_epochs, not {self.max_steps}")
+        if not 0 < self.num_train_epochs < math.inf:
+            raise SimpoError(f"num_train_epochs: must be above 0, not {self.num_train_epochs:g}")
+        for key in ("learning_rate", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise SimpoError(f"{key}: must be at least 0, not {getattr(self, key):g}")
+
+    def _check_checkpointing(self) -> None:
+        given = self.gradient_checkpointing_kwargs or getattr(self, "activation_checkpointing_kwargs", None) or {}
+        if unknown := [name for name in given if name not in _CHECKPOINTING]:
+            known = ", ".join(_CHECKPOINTING)
+            raise SimpoError(f"gradient_checkpointing_kwargs: {unknown[0]!r} is none of {known}")

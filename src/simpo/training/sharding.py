@@ -140,7 +140,7 @@ def gathered_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str,
             if isinstance(value, Tensor) and value.dim() and _layout(value) != _layout(parameters[index]):
                 raise SimpoError(
                     f"optim: the state {name!r} of {type(optimizer).__name__} is not sharded as the weights are and "
-                    "cannot be saved; use adamw_torch, or save_only_model: true"
+                    "cannot be saved; use adamw_torch"
                 )
             full = _whole(value) if isinstance(value, Tensor) else value
             if keep:

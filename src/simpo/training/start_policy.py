@@ -60,6 +60,14 @@ class StartPolicy:
             self._completed[key] = self._with_logps(rows)
         return self._completed[key]
 
+    def open_cache(self) -> None:
+        """Find out now whether the cache can be used; all ranks call.
+
+        Raises:
+            SimpoError: it is of another model or precision.
+        """
+        self._cache  # noqa: B018 - opening is the check
+
     def leave(self) -> None:
         """From now on the weights move."""
         self._left = True

@@ -47,6 +47,8 @@ class PreferenceTrainer(PackedTrainer):
         if self.row.needs_reference and not self._precomputed:
             beside = "precompute_ref_log_probs"
         self._reference = StartPolicy(self, self.args.reference_cache, beside)
+        if self._precomputed and self.args.reference_cache is not None:
+            self._reference.open_cache()
 
     @property
     def metric_names(self) -> tuple[str, ...]:
