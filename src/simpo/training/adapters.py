@@ -154,9 +154,9 @@ def holds_adapter(folder: Path) -> bool:
 
 def adapter_fault(model: PeftModel, folder: Path) -> str | None:
     """Why ``folder`` does not hold an adapter of ``model``'s shape, in words; None if it does."""
-    return (
-        _fault(model, stored_adapter(str(folder))) if holds_adapter(folder) else "a whole model there, an adapter here"
-    )
+    if not holds_adapter(folder):
+        return "a whole model there, an adapter here"
+    return _fault(model, stored_adapter(str(folder)))
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
@@ -188,9 +188,11 @@ def weights_below(model: PeftModel) -> dict[str, Any] | None:
         if any(f".{factor}." in name for factor in ("lora_B", "lora_embedding_A")):  # a new adapter's are 0
             if bool(tensor.any()):
                 return None
-        elif ".modules_to_save." in name or ".lora_magnitude_vector." in name:
+        elif any(f".{factor}." in name for factor in ("lora_A", "lora_embedding_B")):
+            continue
+        elif any(f".{adapter}." in f"{name}." for adapter in model.peft_config):  # of another kind
             return None
-        elif not any(f".{factor}." in name for factor in ("lora_A", "lora_embedding_B")):
+        else:
             found[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor
     return found
 

@@ -137,8 +137,8 @@ def _load_base(name: str, adapter: LoraConfig, arguments: ModelArguments) -> Pre
     try:
         return _load_causal(base_arguments(adapter, arguments))
     except SimpoError as error:
-        of_the_name, reason = str(error).split(": ", 1)
-        if of_the_name != "model_name_or_path":
+        key, _, reason = str(error).partition(": ")
+        if key != "model_name_or_path":
             raise
         raise SimpoError(f"model_name_or_path: {name} is an adapter whose base model is missing: {reason}") from error
 
