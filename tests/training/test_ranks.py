@@ -41,6 +41,7 @@ SETTINGS = {
 SAVES = {"save_strategy": "steps", "save_steps": 4}
 BEST = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 3, "load_best_model_at_end": True}
 DPO = {"objective": "dpo"}
+KL = {"objective": "dpo", "precompute_ref_log_probs": False, "kl_weight": 0.1}
 LORA = {"lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["c_attn", "c_fc"]}
 KTO = {"objective": "kto", "max_batch_tokens": 40}  # a prompt with a response to another may be longer than a pair
 KINDS = {"pairs": (PreferenceTrainer, PreferenceConfig), "sft": (SFTTrainer, SFTConfig)}
@@ -70,6 +71,9 @@ IN_TWO = [
     Job("ddp-2-lora", settings=DPO | SAVES, lora=True),
     Job("fsdp-2-lora", shards=True, settings=DPO | SAVES, lora=True),
     Job("fsdp-2-lora-of-ddp-2", shards=True, settings=DPO, lora=True, resume="ddp-2-lora/checkpoint-4"),
+    Job("ddp-2-kl", settings=KL),
+    Job("fsdp-2-kl", shards=True, settings=KL),
+    Job("fsdp-2-lora-kl", shards=True, settings=KL, lora=True),
     Job("sharded-before"),
     Job("ddp-2-nan", "long", model="poisoned", settings={"max_batch_tokens": 40}),
 ]
@@ -86,6 +90,8 @@ ALONE = [
     Job("one-sft", "sft"),
     Job("one-kto", settings=KTO),
     Job("one-lora", settings=DPO, lora=True),
+    Job("one-kl", settings=KL),
+    Job("one-lora-kl", settings=KL, lora=True),
     Job("one-lora-of-fsdp-2", settings=DPO, lora=True, resume="fsdp-2-lora/checkpoint-4"),
     Job("one-of-ddp-2", resume="ddp-2/checkpoint-4"),
     Job("one-of-fsdp-2", resume="fsdp-2/checkpoint-4"),
@@ -264,6 +270,9 @@ def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
         ("fsdp-2-kto", "one-kto", 2),
         ("ddp-2-lora", "one-lora", 2),
         ("fsdp-2-lora", "one-lora", 2),
+        ("ddp-2-kl", "one-kl", 2),
+        ("fsdp-2-kl", "one-kl", 2),
+        ("fsdp-2-lora-kl", "one-lora-kl", 2),
     ],
 )
 def test_ranks_train_as_one_process_does(name, alone, ranks, done):
@@ -285,7 +294,7 @@ def test_ranks_train_as_one_process_does(name, alone, ranks, done):
                 torch.testing.assert_close(gradient, other, rtol=0, atol=1e-9)
         for stage in ("before", "after"):
             for figure, values in rank[stage].items():
-                if name.endswith(("kto", "lora")) and (stage, figure) == ("before", "rewards/accuracies"):
+                if name.endswith(("kto", "lora", "kl")) and (stage, figure) == ("before", "rewards/accuracies"):
                     continue  # both rewards are 0 up to rounding, of which it is a matter which is larger
                 assert values.tolist() == pytest.approx(expected[stage][figure].tolist(), abs=1e-9)
         assert rank["evaluation"]["eval_loss"] == pytest.approx(expected["evaluation"]["eval_loss"], abs=1e-9)

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from simpo.errors import SimpoError
@@ -33,9 +34,11 @@ def reference_states(model: nn.Module, batch: PackedBatch, *, path: ForwardPath 
     """
 
     def compute(inner: PreTrainedModel, batch: PackedBatch, path: Literal["packed", "padded"]) -> ReferenceStates:
-        head = _head(inner)
-        bias = None if head.bias is None else head.bias.detach()
-        return ReferenceStates(scored_states(inner, batch, path), replace(head, weight=head.weight.detach(), bias=bias))
+        states = scored_states(inner, batch, path)
+        head = _head(inner)  # after the layers, when a sharded model has gathered it
+        weight, bias = (None if tensor is None else _kept(inner, tensor) for tensor in (head.weight, head.bias))
+        assert weight is not None
+        return ReferenceStates(states, replace(head, weight=weight, bias=bias))
 
     with torch.no_grad():
         return inside_forward(model, batch, compute, path=path)
@@ -59,6 +62,11 @@ def mean_by_comparison(batch: PackedBatch, values: Tensor) -> Tensor:
     owner = batch.layout.index.comparison_of[batch.scored]
     sums = values.new_zeros(len(batch.weights)).index_add(0, owner, values)
     return sums / torch.zeros_like(sums).index_add(0, owner, torch.ones_like(values))
+
+
+def _kept(model: PreTrainedModel, weight: Tensor) -> Tensor:
+    """``weight`` as it is now, whatever the model's is made to be; FSDP frees what it has gathered."""
+    return weight.detach().clone() if isinstance(model, FSDPModule) else weight.detach()
 
 
 def _head(model: PreTrainedModel) -> Head:

@@ -1,4 +1,4 @@
-"""LoRA adapters: put on a model, read from files strictly, and what they were when training started."""
+"""LoRA adapters: put on a model, and read from files strictly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     LoraConfig,
@@ -24,7 +23,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
@@ -42,7 +41,6 @@ _SETTINGS: dict[str, tuple[str, Any]] = {
     "lora_modules_to_save": ("modules_to_save", None),
     "use_rslora": ("use_rslora", False),
 }
-_START = "_simpo_start"
 PARTS_TIED = (
     "the adapter changes the embeddings or the output layer, which are one matrix in this model: it can be used, but "
     "not merged"
@@ -195,40 +193,6 @@ def weights_below(model: PeftModel) -> dict[str, Any] | None:
         else:
             found[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor
     return found
-
-
-def add_reference(model: nn.Module) -> None:
-    """Keep a copy of what ``model`` trains as it is now, for :func:`reference_of`: with an adapter, of that alone.
-
-    Call it before anything has been trained or read from a checkpoint, when the model is on its device.
-    """
-    setattr(model, _START, [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad])
-
-
-@contextmanager
-def reference_of(model: nn.Module) -> Iterator[None]:
-    """``model`` is the policy that training started from, without dropout and gradients, while this lasts.
-
-    Of a new adapter that is the base model, of a continued one the adapter as it was. The weights that are trained
-    change places with their copy: there is no second adapter to be switched to, frozen, or left out of what is saved.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    now = [parameter.data for parameter in trained]
-    training = model.training
-    try:
-        _exchange(trained, getattr(model, _START))
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-        _exchange(trained, now)
-
-
-def _exchange(parameters: list[nn.Parameter], data: list[Tensor]) -> None:
-    for parameter, tensor in zip(parameters, data, strict=True):
-        parameter.data = tensor
-    torch.clear_autocast_cache()  # it knows a weight's half-precision copy by the parameter, not by its data
 
 
 def _check_names(model: PeftModel, saved: Collection[str]) -> None:

@@ -17,12 +17,11 @@ from simpo.errors import SimpoError
 from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import policy_forward
 from simpo.packing.reference import ReferenceStates, reference_states
-from simpo.training.adapters import add_reference, reference_of
 from simpo.training.batches import MISMATCHED_IDS, MISMATCHED_REF_LOGP, REF_LOGPS
 from simpo.training.packed import PackedTrainer
 from simpo.training.reference import ReferenceCache, policy_fingerprint
 from simpo.training.reference_point import mismatched_rows
-from simpo.training.sharding import sharded
+from simpo.training.start_weights import add_reference, reference_of
 
 
 class StartPolicy:
@@ -35,7 +34,7 @@ class StartPolicy:
             :meth:`states` will not be called.
 
     Raises:
-        SimpoError: a copy is asked for, and the weights are spread over processes.
+        SimpoError: a copy is asked for, and the weights are spread over processes by DeepSpeed.
     """
 
     def __init__(self, trainer: PackedTrainer, folder: str | None, beside: str | None) -> None:
@@ -43,8 +42,8 @@ class StartPolicy:
         self._completed: dict[str, Dataset] = {}
         self._left = False
         if beside is not None:
-            if sharded(trainer.model) or is_deepspeed_zero3_enabled():
-                raise SimpoError(f"{beside}: a reference beside a model that fsdp or ZeRO-3 shards is not supported")
+            if is_deepspeed_zero3_enabled():
+                raise SimpoError(f"{beside}: a reference beside a model that ZeRO-3 shards is not supported; use fsdp")
             add_reference(trainer.model)
 
     # ---- asked before training ----
