@@ -199,6 +199,7 @@ def run_rank(rank: int, world: int, port: int, folder: Path, jobs: list[Job]) ->
     for job in jobs:
         torch.save(run(job, folder, world), folder / f"{job.name}.{rank}.pt")
     torch.distributed.destroy_process_group()
+    os._exit(0)  # some versions of torch end in an abort when the interpreter does
 
 
 def run_ranks(world: int, folder: Path, jobs: list[Job]) -> None:

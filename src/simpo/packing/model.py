@@ -22,6 +22,8 @@ from simpo.packing.logprobs import Head, fused_logprobs
 
 # What is computed of an unwrapped model, a batch and a path inside the model's forward.
 Computation = Callable[[PreTrainedModel, PackedBatch, Literal["packed", "padded"]], Any]
+# What is computed of hidden states ``[S, H]`` and the output layer.
+OfStates = Callable[[Tensor, Head], Any]
 _STATE = "_simpo_policy"
 
 
@@ -53,7 +55,7 @@ def prepare_policy(model: nn.Module) -> PreTrainedModel:
         inner.forward = MethodType(_forward_of(kind), inner)
     output = _plain_output_layer(inner)
     if output is not None and "forward" not in output.__dict__:
-        output.forward = MethodType(_logits_or_logprobs, output)
+        output.forward = MethodType(_logits_or_other, output)
     return inner
 
 
@@ -122,18 +124,18 @@ def _plain_output_layer(model: PreTrainedModel) -> nn.Linear | None:
     if not isinstance(module, nn.Linear) or backbone(model) is causal:
         return None
     own = module.__dict__.get("forward")  # ours, or a hook of somebody's
-    ours = own is None or getattr(own, "__func__", None) is _logits_or_logprobs
+    ours = own is None or getattr(own, "__func__", None) is _logits_or_other
     # not by its type, of which FSDP makes a subclass
     return module if ours and type(module).forward is nn.Linear.forward else None
 
 
-def _logits_or_logprobs(
-    self: nn.Linear, hidden: Tensor, *, head: Head | None = None, targets: Tensor | None = None
-) -> Tensor:
-    """The forward of a plain output layer: a call of the layer, so that hooks that gather sharded weights run."""
-    if head is None or targets is None:
+def _logits_or_other(
+    self: nn.Linear, hidden: Tensor, *, head: Head | None = None, compute: OfStates | None = None
+) -> Any:
+    """The forward of a plain output layer, which can make something else of its weights than logits."""
+    if head is None or compute is None:
         return nn.Linear.forward(self, hidden)
-    return fused_logprobs(hidden, replace(head, weight=self.weight, bias=self.bias), targets)
+    return compute(hidden, replace(head, weight=self.weight, bias=self.bias))
 
 
 def model_inputs(batch: PackedBatch, path: Literal["packed", "padded"]) -> tuple[dict[str, Any], Tensor]:
@@ -159,10 +161,18 @@ def scored_states(model: PreTrainedModel, batch: PackedBatch, path: Literal["pac
     return hidden.flatten(0, 1)[scored]
 
 
+def at_output_layer(model: PreTrainedModel, states: Tensor, compute: OfStates) -> Any:
+    """What ``compute`` makes of hidden ``states``, ``[S, H]``, and the output layer of a model with a plain one.
+
+    It is a call of the layer, so that hooks that gather sharded weights run, and find their gradient.
+    """
+    output: Any = causal_lm(model).get_output_embeddings()
+    return output(states, head=plain_head(model), compute=compute)
+
+
 def states_logprobs(model: PreTrainedModel, states: Tensor, targets: Tensor) -> Tensor:
     """``[S]`` log-probabilities of ``targets`` from hidden ``states`` ``[S, H]``, for a model with a plain head."""
-    output: Any = causal_lm(model).get_output_embeddings()
-    return output(states, head=plain_head(model), targets=targets)
+    return at_output_layer(model, states, lambda hidden, head: fused_logprobs(hidden, head, targets))
 
 
 def token_logprobs(model: PreTrainedModel, batch: PackedBatch, path: Literal["packed", "padded"]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ from simpo.errors import SimpoError
 from simpo.objectives import Responses
 from simpo.packing.divergence import fused_kl
 from simpo.packing.layout import PackedBatch
-from simpo.packing.logprobs import Head
-from simpo.packing.model import plain_head, scored_states, states_logprobs
+from simpo.packing.logprobs import Head, fused_logprobs
+from simpo.packing.model import at_output_layer, plain_head, scored_states
 from simpo.packing.policy import ForwardPath, inside_forward, responses_of
 
 
@@ -34,11 +35,8 @@ def reference_states(model: nn.Module, batch: PackedBatch, *, path: ForwardPath 
     """
 
     def compute(inner: PreTrainedModel, batch: PackedBatch, path: Literal["packed", "padded"]) -> ReferenceStates:
-        states = scored_states(inner, batch, path)
-        head = _head(inner)  # after the layers, when a sharded model has gathered it
-        weight, bias = (None if tensor is None else _kept(inner, tensor) for tensor in (head.weight, head.bias))
-        assert weight is not None
-        return ReferenceStates(states, replace(head, weight=weight, bias=bias))
+        _check_head(inner)
+        return at_output_layer(inner, scored_states(inner, batch, path), partial(_kept, inner))
 
     with torch.no_grad():
         return inside_forward(model, batch, compute, path=path)
@@ -50,8 +48,11 @@ def divergence_forward(
     """As :func:`~simpo.packing.policy.policy_forward`, and ``[S]`` KL(policy || reference) at every scored token."""
 
     def compute(inner: PreTrainedModel, batch: PackedBatch, path: Literal["packed", "padded"]) -> tuple[Tensor, Tensor]:
-        states = scored_states(inner, batch, path)
-        return states_logprobs(inner, states, batch.targets), fused_kl(states, _head(inner), *reference)
+        _check_head(inner)
+        return at_output_layer(inner, scored_states(inner, batch, path), both)
+
+    def both(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        return fused_logprobs(hidden, head, batch.targets), fused_kl(hidden, head, *reference)
 
     token_logps, divergence = inside_forward(model, batch, compute, path=path)
     return responses_of(batch, token_logps), divergence
@@ -64,16 +65,17 @@ def mean_by_comparison(batch: PackedBatch, values: Tensor) -> Tensor:
     return sums / torch.zeros_like(sums).index_add(0, owner, torch.ones_like(values))
 
 
-def _kept(model: PreTrainedModel, weight: Tensor) -> Tensor:
-    """``weight`` as it is now, whatever the model's is made to be; FSDP frees what it has gathered."""
-    return weight.detach().clone() if isinstance(model, FSDPModule) else weight.detach()
+def _kept(model: PreTrainedModel, hidden: Tensor, head: Head) -> ReferenceStates:
+    """Whatever becomes of the model's weights; FSDP frees what it has gathered."""
+    tensors = (None if tensor is None else tensor.detach() for tensor in (head.weight, head.bias))
+    weight, bias = (t.clone() if t is not None and isinstance(model, FSDPModule) else t for t in tensors)
+    assert weight is not None
+    return ReferenceStates(hidden, replace(head, weight=weight, bias=bias))
 
 
-def _head(model: PreTrainedModel) -> Head:
-    head = plain_head(model)
-    if head is None:
+def _check_head(model: PreTrainedModel) -> None:
+    if plain_head(model) is None:
         raise SimpoError(
             f"kl_weight: {type(model).__name__}'s output layer is not a plain matrix product, which the KL term needs; "
             "set kl_weight: 0"
         )
-    return head
