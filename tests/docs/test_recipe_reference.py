@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import transformers
 from transformers import TrainingArguments
 
 from simpo.training.config import PreferenceConfig
@@ -15,7 +16,9 @@ from simpo.training.model_arguments import ModelArguments
 from simpo.training.reward import RewardConfig
 from simpo.training.sft import SFTConfig
 
-_SCRIPT = Path(__file__).parents[2] / "docs/recipe_reference.py"
+_ROOT = Path(__file__).parents[2]
+_SCRIPT = _ROOT / "docs/recipe_reference.py"
+_TESTED = f"transformers=={transformers.__version__}" in (_ROOT / "constraints.txt").read_text().splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +29,7 @@ def reference():
     return module
 
 
+@pytest.mark.skipif(not _TESTED, reason="the page is made with the tested version of transformers, whose keys it lists")
 def test_the_page_is_up_to_date(reference):
     current = reference.PAGE.read_text(encoding="utf-8") == reference.page()
     assert current, "docs/recipe-reference.md is not what the code declares; run: python docs/recipe_reference.py"
