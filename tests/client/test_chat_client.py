@@ -32,6 +32,17 @@ def echo(body):
     return completion(body["messages"][-1]["content"].upper())
 
 
+def slow_after(last, answer):
+    """As ``answer``, but to later requests than number ``last`` so late that the client has that one's reply before."""
+
+    def answered(body):
+        if int(body["messages"][0]["content"].removeprefix("say ")) > last:
+            time.sleep(0.5)
+        return answer(body)
+
+    return answered
+
+
 def requests(count, **options):
     return [ChatRequest([{"role": "user", "content": f"say {i}"}], 5, **options) for i in range(count)]
 
@@ -193,15 +204,10 @@ def test_a_server_that_is_not_there():
 
 
 def test_what_was_received_before_a_failure_is_kept(tmp_path):
-    def fail_at_seven(body):
-        return (
-            Raw(400, b'{"error": {"message": "too long"}}') if body["messages"][0]["content"] == "say 7" else echo(body)
-        )
-
-    with ChatServer(fail_at_seven) as server:
+    with ChatServer(slow_after(7, refuse(7))) as server:
         with pytest.raises(SimpoError, match="too long; what was received is kept"):
             client(server, tmp_path, concurrency=2).complete(requests(40))
-        assert 7 <= len(server.bodies) < 40  # no request is sent once the failure is known
+        assert 8 <= len(server.bodies) <= 9  # what is under way is finished, and no other request sent
         received = len(server.bodies) - 1
     with ChatServer(echo) as server:
         ours = client(server, tmp_path)
@@ -247,18 +253,21 @@ SPENT = [
 @pytest.mark.parametrize(("status", "said"), SPENT)
 def test_what_concerns_all_requests_ends_them_at_once(status, said):
     """Also in the middle, after others were answered."""
-    server = ChatServer(lambda body: Raw(status, said) if body["messages"][0]["content"] == "say 20" else echo(body))
-    with server, pytest.raises(SimpoError, match=f"status {status}: "):
+
+    def answer(body):
+        return Raw(status, said) if body["messages"][0]["content"] == "say 20" else echo(body)
+
+    with ChatServer(slow_after(20, answer)) as server, pytest.raises(SimpoError, match=f"status {status}: "):
         client(server, concurrency=2).complete(requests(40), despite_refusals=True)
-    assert len(server.bodies) < 40
+    assert len(server.bodies) <= 22
 
 
 @pytest.mark.parametrize("count", [40, 8, 3, 1])
 def test_if_the_first_are_all_refused_it_is_not_because_of_one(count, tmp_path):
-    with ChatServer(refuse(*range(8))) as server:
+    with ChatServer(slow_after(7, refuse(*range(8)))) as server:
         with pytest.raises(SimpoError, match="'tiny': refuses whatever it is asked: status 400: too long"):
             client(server, tmp_path, concurrency=2).complete(requests(count), despite_refusals=True)
-        assert len(server.bodies) < 40
+        assert len(server.bodies) <= 9
 
 
 def test_refusals_come_faster_than_answers():
