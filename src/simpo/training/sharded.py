@@ -49,12 +49,10 @@ class ShardedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer``'s; of a sharded model with an adapter only the adapter is gathered."""
-        if not self._shards or not isinstance(self.model, PeftModel):
+        if self._shards and isinstance(self.model, PeftModel):
+            self._save(output_dir, gathered_weights(self.model))
+        else:
             super().save_model(output_dir, _internal_call)
-            return
-        self._save(output_dir, gathered_weights(self.model))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if state_dict:  # gathered: tied weights came apart
