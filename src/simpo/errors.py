@@ -13,6 +13,16 @@ class SimpoError(ValueError):
     """
 
 
+class CombinedError(SimpoError):
+    """Mistakes that were found together, so that they can be corrected together; a single one reads as usual."""
+
+    def __str__(self) -> str:
+        if len(self.args) == 1:
+            return str(self.args[0])
+        listed = "; ".join(f"({number}) {mistake}" for number, mistake in enumerate(self.args, 1))
+        return f"{len(self.args)} things to change: {listed}"
+
+
 class InterruptedRun(Exception):  # noqa: N818 - nothing went wrong
     """A run was asked by a signal to stop; what it had done is saved.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, make_dataclass, replace
 from itertools import chain
 from typing import Any, get_args
@@ -16,6 +17,7 @@ from simpo.training.settings import TrainingSettings
 
 _DEFAULT = "simpo"
 _SIMPO_ONLY = ("gamma_beta_ratio", "gamma", "link")  # whoever gives one of them means SimPO
+_SIMPO_BETA = 1.0  # the paper's are 2 to 10; those of DPO and its kin are 0.01 to 0.5
 
 
 @dataclass
@@ -36,9 +38,12 @@ class PreferenceSettings(TrainingSettings):
     kl_weight: float = field(
         default=0.0, metadata={"help": "Weight of KL(policy || start model), exact, mean over the response tokens."}
     )
-    precompute_ref_log_probs: bool = field(
-        default=True,
-        metadata={"help": "Compute the reference's log-probabilities once and keep them; false: beside every step."},
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the reference's log-probabilities once and keep them (default: true); false: beside "
+            "every step."
+        },
     )
     reference_cache: str | None = field(
         default=None, metadata={"help": "Folder for the reference's log-probabilities (default: in HF_HOME)."}
@@ -62,6 +67,24 @@ class PreferenceSettings(TrainingSettings):
     def tokenize_settings(self) -> TokenizeSettings:
         """What the data layer needs to know."""
         return replace(super().tokenize_settings, paper_tokenization=self.paper_tokenization)
+
+    def _refusals(self) -> Iterator[str]:
+        """As its base's; and which objective is meant must not be a guess."""
+        yield from super()._refusals()
+        if self.objective is not None or self.loss_type is not None:
+            return
+        if any(getattr(self, key, None) is not None for key in _SIMPO_ONLY):
+            return
+        beta = getattr(self, "beta", None)
+        if isinstance(beta, int | float) and 0 < beta < _SIMPO_BETA:
+            yield (
+                f"objective: not given, and beta {beta:g} is on the scale of DPO's (SimPO's is 2 to 10); write "
+                f"objective: dpo or kto with it, orpo with lam: {beta:g} or ipo with tau: {beta:g} in its place, or simpo"
+            )
+        elif self.precompute_ref_log_probs is not None:
+            yield "objective: not given, and precompute_ref_log_probs is for a reference; write objective: dpo, or simpo"
+        elif beta is None and getattr(self, "label_smoothing", None):
+            yield "objective: not given, and label_smoothing is not only SimPO's; write objective: dpo, or simpo"
 
     def _resolve_loss_type(self) -> None:
         """Read ``loss_type`` as the objective, or as the link of one."""
@@ -98,6 +121,7 @@ class PreferenceSettings(TrainingSettings):
             raise SimpoError(f"objective: {self.objective!r} is unknown; there are {', '.join(OBJECTIVES)}")
         self._resolve_loss_type()
         self.objective = self.objective or _DEFAULT
+        self.precompute_ref_log_probs = self.precompute_ref_log_probs is not False
         try:
             self.hyperparameters  # noqa: B018 - resolving is the check
         except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,14 +14,31 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from simpo.data.settings import TokenizeSettings
-from simpo.errors import SimpoError
+from simpo.errors import CombinedError, SimpoError
 
 logger = logging.getLogger(__name__)
 
+_NO_LABELS = "batches are packed, and there are no labels or logits to gather"
+# Keys of TrainingArguments that cannot be honored: the only value accepted, and why.
 UNSUPPORTED = {
     "auto_find_batch_size": (False, "a step's rows would change; max_batch_tokens bounds the memory of a forward"),
     "save_only_model": (False, "a run could not be continued from such a checkpoint"),
     "label_smoothing_factor": (0.0, "it smooths class labels; label_smoothing is the preference objectives' own"),
+    "include_num_input_tokens_seen": ("no", "a packed prompt is computed once for all of its responses"),
+    "include_for_metrics": ([], _NO_LABELS),
+    "label_names": (None, _NO_LABELS),
+    "prediction_loss_only": (False, "evaluations report every figure of the objective"),
+    "batch_eval_metrics": (False, _NO_LABELS),
+    "eval_do_concat_batches": (True, _NO_LABELS),
+    "eval_use_gather_object": (False, _NO_LABELS),
+    "average_tokens_across_devices": (True, "a step's loss is always the mean over all processes"),
+    "bf16_full_eval": (False, "an evaluation would convert the weights that are trained; use bf16"),
+    "fp16_full_eval": (False, "an evaluation would convert the weights that are trained; use fp16"),
+    "torch_empty_cache_steps": (None, "max_batch_tokens bounds the memory of a forward"),
+    "enable_jit_checkpoint": (False, "a run that is stopped by a signal saves a checkpoint in any case"),
+    "save_on_each_node": (False, "checkpoints and the model are written once, to a folder that all nodes share"),
+    "parallelism_config": (None, "a model is spread over processes with fsdp or deepspeed"),
+    "do_predict": (False, "held-out rows are scored before and after training; name them with eval_dataset_name"),
 }
 
 # What torch.utils.checkpoint takes by keyword and a recipe can say.
@@ -81,9 +99,8 @@ class TrainingSettings(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        for key, (only, why) in UNSUPPORTED.items():
-            if getattr(self, key) != only:
-                raise SimpoError(f"{key}: not supported ({why})")
+        if refused := list(self._refusals()):
+            raise CombinedError(*refused)
         if self.push_to_hub:  # type: ignore[has-type]
             logger.warning(
                 "push_to_hub: nothing is uploaded while training; upload the finished folder with 'hf upload'"
@@ -104,6 +121,15 @@ class TrainingSettings(TrainingArguments):
         if self.fsdp and self.parallel_mode != ParallelMode.DISTRIBUTED:
             raise SimpoError("fsdp: there is one process and nothing to spread; start with torchrun, or leave it out")
         self._check()
+
+    def _refusals(self) -> Iterator[str]:
+        """What is wrong with the keys as they were given, all of it."""
+        for key, (only, why) in UNSUPPORTED.items():
+            value = getattr(self, key, only)
+            if value != only and (value or only is True):  # false and an empty list switch a key off as well
+                yield f"{key}: not supported ({why})"
+        if isinstance(self.accelerator_config, str | dict):  # an AcceleratorConfig once it has been read
+            yield "accelerator_config: not supported (batches are planned and shared among processes by simpo itself)"
 
     @property
     def tokenize_settings(self) -> TokenizeSettings:
