@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 
 
 class SimpoError(ValueError):
@@ -21,6 +22,20 @@ class CombinedError(SimpoError):
             return str(self.args[0])
         listed = "; ".join(f"({number}) {mistake}" for number, mistake in enumerate(self.args, 1))
         return f"{len(self.args)} things to change: {listed}"
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Run all checks, and raise what is wrong with any of them together, as a :class:`CombinedError`."""
+    mistakes: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except CombinedError as error:
+            mistakes += error.args
+        except (ValueError, ImportError) as error:  # the latter: a key that needs a package
+            mistakes.append(" ".join(str(error).split()))
+    if mistakes:
+        raise CombinedError(*dict.fromkeys(mistakes))
 
 
 class InterruptedRun(Exception):  # noqa: N818 - nothing went wrong

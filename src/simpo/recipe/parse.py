@@ -81,8 +81,9 @@ def _implied(path: str | None, in_file: Set[str], given: Set[str], known: Set[st
     if found:
         shown = ", ".join(f"{key}: {value}" for key, value in found.items())
         logger.warning(
-            "%s has the keys of the paper's own recipes: prompts and responses are made and cut as by the paper's "
-            "code (%s), with the model's own chat template; set these keys to choose otherwise",
+            "%s has the keys of the paper's own recipes: texts are tokenized and cut as by the paper's code (%s); set "
+            "these keys to choose otherwise, and chat_template for another than the model's own (the paper's code has "
+            "its own for models with 'mistral' in their name)",
             *(path, shown),
         )
     return {key: Setting(key, value, None, f"{path}: {key}") for key, value in found.items()}

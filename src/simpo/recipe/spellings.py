@@ -120,6 +120,6 @@ def _respell(
 
 
 def _nearest(key: str, known: Set[str], spellings: Mapping[str, Alias]) -> str:
-    """The hint of :func:`~simpo.coercion.nearest`, which names our key where another toolkit's is the nearest."""
-    names = {name: alias if isinstance(alias, str) else name for name, alias in spellings.items()}
-    return nearest(key, known | names.keys(), names)
+    """The hint of :func:`~simpo.coercion.nearest`, which names our key where another spelling of it is the nearest."""
+    others = {name: alias for name, alias in spellings.items() if isinstance(alias, str)}
+    return nearest(key, known | others.keys(), others)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, make_dataclass, replace
 from itertools import chain
 from typing import Any, get_args
@@ -11,7 +10,7 @@ from typing import Any, get_args
 import torch
 
 from simpo.data.settings import TokenizeSettings
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, check_all
 from simpo.objectives import OBJECTIVES, Objective, Responses
 from simpo.training.settings import TrainingSettings
 
@@ -68,23 +67,26 @@ class PreferenceSettings(TrainingSettings):
         """What the data layer needs to know."""
         return replace(super().tokenize_settings, paper_tokenization=self.paper_tokenization)
 
-    def _refusals(self) -> Iterator[str]:
-        """As its base's; and which objective is meant must not be a guess."""
-        yield from super()._refusals()
+    def _refuse(self) -> None:
+        check_all(super()._refuse, self._refuse_a_guess)
+
+    def _refuse_a_guess(self) -> None:
+        """Refuse keys that leave open which objective is meant."""
         if self.objective is not None or self.loss_type is not None:
             return
         if any(getattr(self, key, None) is not None for key in _SIMPO_ONLY):
             return
         beta = getattr(self, "beta", None)
         if isinstance(beta, int | float) and 0 < beta < _SIMPO_BETA:
-            yield (
-                f"objective: not given, and beta {beta:g} is on the scale of DPO's (SimPO's is 2 to 10); write "
-                f"objective: dpo or kto with it, orpo with lam: {beta:g} or ipo with tau: {beta:g} in its place, or simpo"
+            raise SimpoError(
+                f"objective: not given, and beta {beta:g} is on DPO's scale (SimPO's is 2 to 10); write objective: "
+                f"dpo or kto with it, orpo with lam: {beta:g} or ipo with tau: {beta:g} in its place, or simpo"
             )
-        elif self.precompute_ref_log_probs is not None:
-            yield "objective: not given, and precompute_ref_log_probs is for a reference; write objective: dpo, or simpo"
-        elif beta is None and getattr(self, "label_smoothing", None):
-            yield "objective: not given, and label_smoothing is not only SimPO's; write objective: dpo, or simpo"
+        found = "precompute_ref_log_probs" if self.precompute_ref_log_probs is not None else None
+        if beta is None and getattr(self, "label_smoothing", None):
+            found = found or "label_smoothing"
+        if found:
+            raise SimpoError(f"objective: not given, and {found} is not only SimPO's; write objective: dpo, or simpo")
 
     def _resolve_loss_type(self) -> None:
         """Read ``loss_type`` as the objective, or as the link of one."""
@@ -117,6 +119,9 @@ class PreferenceSettings(TrainingSettings):
         self.link = link
 
     def _check(self) -> None:
+        check_all(self._check_objective, super()._check)
+
+    def _check_objective(self) -> None:
         if self.objective not in (None, *OBJECTIVES):
             raise SimpoError(f"objective: {self.objective!r} is unknown; there are {', '.join(OBJECTIVES)}")
         self._resolve_loss_type()
@@ -136,7 +141,6 @@ class PreferenceSettings(TrainingSettings):
                 f"sft_weight: objective {self.objective!r} has a term on the chosen response already; leave sft_weight "
                 f"out{remedy}"
             )
-        super()._check()
 
     def _has_anchor(self, hyperparameters: dict[str, Any]) -> bool:
         """Whether the objective's own term on the chosen response counts."""

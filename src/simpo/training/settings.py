@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +13,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from simpo.data.settings import TokenizeSettings
-from simpo.errors import CombinedError, SimpoError
+from simpo.errors import CombinedError, SimpoError, check_all
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +98,10 @@ class TrainingSettings(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if refused := list(self._refusals()):
-            raise CombinedError(*refused)
+        check_all(self._refuse, self._settle)
+
+    def _settle(self) -> None:
+        """Everything but the keys that are refused by name."""
         if self.push_to_hub:  # type: ignore[has-type]
             logger.warning(
                 "push_to_hub: nothing is uploaded while training; upload the finished folder with 'hf upload'"
@@ -122,14 +123,17 @@ class TrainingSettings(TrainingArguments):
             raise SimpoError("fsdp: there is one process and nothing to spread; start with torchrun, or leave it out")
         self._check()
 
-    def _refusals(self) -> Iterator[str]:
-        """What is wrong with the keys as they were given, all of it."""
+    def _refuse(self) -> None:
+        """Refuse what cannot be honored, before transformers changes it."""
+        refused = []
         for key, (only, why) in UNSUPPORTED.items():
             value = getattr(self, key, only)
             if value != only and (value or only is True):  # false and an empty list switch a key off as well
-                yield f"{key}: not supported ({why})"
+                refused.append(f"{key}: not supported ({why})")
         if isinstance(self.accelerator_config, str | dict):  # an AcceleratorConfig once it has been read
-            yield "accelerator_config: not supported (batches are planned and shared among processes by simpo itself)"
+            refused.append("accelerator_config: not supported (simpo shares the rows of a step among processes itself)")
+        if refused:
+            raise CombinedError(*refused)
 
     @property
     def tokenize_settings(self) -> TokenizeSettings:
@@ -153,6 +157,14 @@ class TrainingSettings(TrainingArguments):
         self.gradient_accumulation_steps = 1
 
     def _check(self) -> None:
+        check_all(
+            self._check_values,
+            self._check_numbers,
+            self._check_checkpointing,
+            lambda: self.tokenize_settings,  # its constructor checks the keys
+        )
+
+    def _check_values(self) -> None:
         if self.forward_path not in ("auto", "packed", "padded"):
             raise SimpoError(f"forward_path: {self.forward_path!r} is not one of 'auto', 'packed', 'padded'")
         for key in ("seed", "data_seed"):
@@ -161,7 +173,6 @@ class TrainingSettings(TrainingArguments):
                 raise SimpoError(f"{key}: must be at least 0 and below 2**32, not {value}")
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise SimpoError(f"max_batch_tokens: must be at least 1, not {self.max_batch_tokens}")
-        self._check_numbers()
         if self.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
             raise SimpoError("use_liger_kernel: liger-kernel is not installed; install it, or leave the key out")
         if not 0 < self.checkpointed_share <= 1:
@@ -171,8 +182,6 @@ class TrainingSettings(TrainingArguments):
                 f"train_sampling_strategy: {self.train_sampling_strategy!r} is not needed (micro-batches are balanced "
                 "by tokens in any order); use 'random' or 'sequential'"
             )
-        self._check_checkpointing()
-        self.tokenize_settings  # noqa: B018 - its constructor checks the keys
 
     def _check_numbers(self) -> None:
         """Those that transformers takes as they come, and trains nothing or nonsense with."""
