@@ -54,7 +54,8 @@ def test_shares_stay_between_0_and_1_where_the_symmetric_interval_does_not():
     values = [1.0, 1.0, 1.0, 1.0, 0.5]
     assert mean_interval(values).high > 1
     found = share_interval(values)
-    assert 0 < found.low < found.value == pytest.approx(0.9) < found.high < 1
+    assert found.value == pytest.approx(0.9)
+    assert 0 < found.low < found.value < found.high < 1
     opposite = share_interval(1 - np.array(values))
     assert (opposite.low, opposite.high) == pytest.approx((1 - found.high, 1 - found.low))
     weighted = share_interval(values, [1.0, 1.0, 1.0, 1.0, 9.0])
