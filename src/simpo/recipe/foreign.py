@@ -106,6 +106,7 @@ ADVICE = {
     "video_max_pixels": "only text is trained; leave it out",
     "load_in_8bit": "write load_in_4bit: true, or leave it out; a base model in 8 bits is not supported",
     "pure_bf16": "write dtype: bfloat16 and bf16: true",
+    "config": "name the recipe without an option, before all others: RECIPE.yaml --key value",
     "env": "set environment variables in the shell; leave it out",
     "use_dora": "only plain LoRA is trained; leave it out",
     "streaming": "data sets are read as a whole; leave it out",
