@@ -156,7 +156,7 @@ def mistakes(argv, kind=PreferenceConfig):
     assert "\n" not in str(caught.value)
     found = [re.sub(r"^recipe\.yaml:\d+: ", "", mistake) for mistake in caught.value.args]
     assert all(mistake in str(caught.value) for mistake in found)
-    return dict(mistake.split(":", 1) for mistake in found)
+    return {key: message for key, _, message in (mistake.partition(":") for mistake in found)}
 
 
 def edited(text, removed, added):
@@ -251,6 +251,29 @@ def test_a_stage_is_a_command(kind, stage, objective, recipe):
     other = SFTConfig if kind is PreferenceConfig else PreferenceConfig
     command = {"kto": "train", "sft": "sft", "rm": "reward"}[stage]
     assert f"simpo {command}" in mistakes([recipe(text)], other)["stage"]
+
+
+@pytest.mark.parametrize(
+    ("line", "unclear"),
+    [
+        ("ref_model: org/other", True),
+        ("rpo_alpha: 1.0", True),
+        ("cpo_alpha: 1.0", True),
+        ("orpo_alpha: 0.1", True),
+        ("dpo_beta: 0.1", True),
+        ("f_divergence_type: reverse_kl", True),
+        ("ref_model: null", False),
+        ("cpo_alpha: 0.0", False),
+        ("reference_free: false", False),
+        ("cpo_alpha: 1.0\nloss_type: simpo", False),
+        ("cpo_alpha: 1.0\nsimpo_gamma: 1.0", False),
+        ("ref_model: x\nrl: dpo", False),
+    ],
+)
+def test_keys_of_another_objective_need_one(line, unclear, recipe):
+    """Otherwise SimPO would be trained once they are removed, as their own errors ask."""
+    text = f"model: m\ndataset_name: d\noutput_dir: out\n{line}\nno_such_key: 1\n"
+    assert ("objective" in mistakes([recipe(text)])) == unclear
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ other known key is an error that names what to write instead; if its value switc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 # Another toolkit's key: ours, of the same meaning and with the same values.
@@ -112,6 +112,15 @@ ADVICE = {
     "streaming": "data sets are read as a whole; leave it out",
     "generate_during_eval": "write eval_generations: true",
 }
+# Keys that only objectives other than SimPO have, and keys of which one says the objective.
+_SUGGEST_ANOTHER = (
+    *("ref_model", "ref_pretrain", "reference_model_path", "sync_ref_model", "force_use_ref_model", "reference_free"),
+    *("cpo_alpha", "rpo_alpha", "nll_loss_coef", "f_divergence_type", "orpo_alpha", "dpo_beta", "dpo_label_smoothing"),
+)
+_SAY_THE_OBJECTIVE = {
+    *("objective", "loss_type", "stage", "rl", "pref_loss", "dpo_loss_type", "trainer_type", "link"),
+    *("gamma", "gamma_beta_ratio", "simpo_gamma", "dpo_gamma_beta_ratio"),
+}
 _OFF = (None, "false", "no", "off", "0", "0.0", "none", "")
 
 
@@ -160,6 +169,14 @@ def stage(value: Any, given: Set[str], known: Set[str]) -> Mapping[str, Any]:
         remedy = f"start it with simpo {wanted}" if wanted else "simpo has no such kind of training"
         raise ValueError(f"{value!r} is not what this command trains; {remedy}")
     return {"objective": value} if command == "train" and "pref_loss" not in given else {}
+
+
+def unclear_objective(given: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with recipes whose keys, ``given`` with their values, are of an objective that they do not name."""
+    if not _SAY_THE_OBJECTIVE & given.keys():
+        for key in (key for key in _SUGGEST_ANOTHER if not is_off(given.get(key))):
+            yield f"objective: not given, and {key} is not SimPO's; write objective: dpo, or which one is meant"
+            return
 
 
 def paper_settings(file: Set[str], given: Set[str]) -> dict[str, Any]:

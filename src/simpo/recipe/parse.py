@@ -10,7 +10,7 @@ from simpo.errors import CombinedError, SimpoError
 from simpo.recipe.command_line import read_command_line
 from simpo.recipe.fields import annotations_of, build, check_installed, fields_of, fit, is_required
 from simpo.recipe.file import read_file
-from simpo.recipe.foreign import paper_settings
+from simpo.recipe.foreign import paper_settings, unclear_objective
 from simpo.recipe.help import help_text
 from simpo.recipe.setting import Setting
 from simpo.recipe.spellings import Alias, known_spellings, resolve
@@ -57,6 +57,8 @@ def parse_recipe(
     in_file = {setting.key for setting in file}
     given = in_file | {setting.key for setting in line}
     mistakes: list[str] = []
+    if "objective" in annotations:
+        mistakes += unclear_objective({setting.key: setting.value for setting in (*file, *line)})
     settings = _merge(
         resolve(file, annotations.keys(), spellings, given, mistakes),
         resolve(line, annotations.keys(), spellings, given, mistakes),
