@@ -428,9 +428,9 @@ def only_tensorboard(monkeypatch):
 @pytest.mark.usefixtures("only_tensorboard")
 def test_a_tracker_that_is_not_installed_is_an_error(recipe):
     for written, missing in (
-        ("[wandb, tensorboard]", "wandb"),
-        ("wandb", "wandb"),
-        ("[wandb, mlflow]", "wandb and mlflow"),
+        ("[wandb, tensorboard]", "wandb is"),
+        ("wandb", "wandb is"),
+        ("[wandb, mlflow]", "wandb and mlflow are"),
     ):
         message = error(recipe(f"name: m\nreport_to: {written}"), "--use_cpu", types=(Model, Config))
         assert message == (f"recipe.yaml:2: report_to: {missing} not installed; install it, or set report_to: none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from importlib.util import find_spec
 
 import pytest
 from transformers import TrainingArguments
@@ -205,6 +206,13 @@ def test_what_a_packed_trainer_cannot_honor_is_refused_by_name(key, value, confi
         config(**{key: value})
     with pytest.raises(SimpoError, match=rf"\(1\) auto_find_batch_size: .*\(2\) {key}: "):
         config(**{key: value, "auto_find_batch_size": True})
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "paged_adamw_32bit", "adamw_8bit"])
+def test_an_optimizer_that_is_not_installed_is_found_at_once(name, config):
+    with pytest.raises(SimpoError, match=f"optim: {name} needs bitsandbytes"):
+        config(optim=name)
 
 
 def test_keys_that_are_switched_off_are_not_refused(config):

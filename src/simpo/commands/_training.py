@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -48,7 +49,8 @@ def recipe_of(argv: list[str]) -> Path | None:
 
 
 def with_model_named(argv: list[str]) -> list[str]:
-    """The command line with a model that is given by its position, before the options, as ``model_name_or_path``."""
+    """The command line with ``model_name_or_path`` for ``--model`` and for a model in the place before the options."""
+    argv = [re.sub(r"^--model(?=$|=)", "--model_name_or_path", word) for word in argv]
     place = 0 if recipe_of(argv) is None else 1
     if len(argv) <= place or argv[place].startswith("-"):
         return argv

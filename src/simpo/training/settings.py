@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from transformers import SchedulerType, TrainingArguments
-from transformers.training_args import ParallelMode
+from transformers.training_args import OptimizerNames, ParallelMode
 
 from simpo.data.settings import TokenizeSettings
 from simpo.errors import CombinedError, SimpoError, check_all
@@ -173,8 +173,12 @@ class TrainingSettings(TrainingArguments):
                 raise SimpoError(f"{key}: must be at least 0 and below 2**32, not {value}")
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise SimpoError(f"max_batch_tokens: must be at least 1, not {self.max_batch_tokens}")
-        if self.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        if self.use_liger_kernel and find_spec("liger_kernel") is None:
             raise SimpoError("use_liger_kernel: liger-kernel is not installed; install it, or leave the key out")
+        optimizer = OptimizerNames(self.optim).value
+        own = "bnb" in optimizer or optimizer.startswith(("adamw_8bit", "ademamix", "lion", "paged"))
+        if own and find_spec("bitsandbytes") is None:
+            raise SimpoError(f"optim: {optimizer} needs bitsandbytes, which is not installed; write optim: adamw_torch")
         if not 0 < self.checkpointed_share <= 1:
             raise SimpoError(f"checkpointed_share: must be above 0 and at most 1, not {self.checkpointed_share}")
         if self.train_sampling_strategy not in ("random", "sequential"):
