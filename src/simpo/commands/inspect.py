@@ -90,8 +90,8 @@ def _sources(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser("inspect", __doc__)
+    parser.add_argument("model", metavar="MODEL", help="model whose tokenizer and chat template are used (or --model)")
     parser.add_argument("data", metavar="DATA", help="file, folder or hub id")
-    parser.add_argument("--model", required=True, metavar="M", help="model whose tokenizer and chat template are used")
     parser.add_argument("--eval_dataset_name", metavar="TEST", help="a test set, compared with DATA")
     parser.add_argument("--split", default="train", help="split of DATA (default: train); TEST has its test split")
     for key in ("max_length", "max_prompt_length"):

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from argparse import Namespace
+from itertools import islice
 from pathlib import Path
 
 from simpo.arguments import ArgumentParser
 from simpo.client import Endpoint
 from simpo.commands._processes import refuse_several
 from simpo.errors import SimpoError
+from simpo.judges.protocol import as_text
 from simpo.results import print_results
 from simpo.sampling.run import FILE_NAME, PromptArguments, sample_responses
 from simpo.sampling.server import sample_from_server
 from simpo.sampling.settings import SamplingSettings
+from simpo.terminal import printable
 from simpo.training.model_arguments import ModelArguments
 
 _FLOATS = ("temperature", "top_p")
+_SHOWN, _LONGEST = 3, 600  # answers at the end, and characters of each
 # Options that the other kind of engine would pass over.
 _OF_A_SERVER = ("base_url", "api_key_env", "concurrency", "timeout")
 _NOT_OF_A_SERVER = ("dtype", "model_revision", "chunk_size")
@@ -43,11 +48,23 @@ def main(argv: list[str]) -> int:
     if results is None:  # one of several processes; the main one prints
         return 0
     print_results(results)
+    _show(folder / FILE_NAME)
     print(f"responses: {folder / FILE_NAME}")
     print(
         f"next:      python -m json.tool --json-lines --no-ensure-ascii {shlex.quote(str(folder / FILE_NAME))} | less"
     )
     return 0
+
+
+def _show(path: Path) -> None:
+    """The first prompts of the file, each with its first answer."""
+    with path.open(encoding="utf-8") as lines:
+        records = [json.loads(line) for line in islice(lines, _SHOWN)]
+    for record in records:
+        for title, text in (("prompt", as_text(record["prompt"])), ("answer", record["responses"][0])):
+            cut = f" [... {len(text) - _LONGEST:,} more characters]" if len(text) > _LONGEST else ""
+            print(f"--- {title} {record['id']}\n{printable(text[:_LONGEST].strip())}{cut}")
+    print()
 
 
 def _check_used(arguments: Namespace, parser: ArgumentParser) -> None:
