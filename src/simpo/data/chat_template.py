@@ -18,7 +18,12 @@ from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
 
 # Content that no template trims, splits or refuses, to see what a template writes around it.
+SENTINEL = "\ue000response\ue000"
 _SENTINELS = tuple(f"\ue000{name}\ue000" for name in ("first", "second", "third"))
+NO_SYSTEM_ROLE = (
+    "the chat template has no system role; set system_message: fold, which writes the system message into the first "
+    "user message"
+)
 _BLOCK_TAGS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 # What templates raise themselves, and what Jinja makes of values of types that a template did not expect.
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -62,6 +67,8 @@ class ChatTemplate:
                 **{**self._settings.chat_template_kwargs, **context.kwargs},
             )
         except _REFUSALS as error:
+            if messages[0]["role"] == "system" and not self.has_system_role:
+                raise BadRow(NO_SYSTEM_ROLE) from error
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise BadRow(f"the chat template refuses it: {reason}") from error
 
@@ -87,7 +94,8 @@ class ChatTemplate:
     def has_system_role(self) -> bool:
         """Whether it renders a system message."""
         first, second, _ = _SENTINELS
-        return self.shows([{"role": "system", "content": first}, *_asked(second)], [first, second])
+        text = self._plain([{"role": "system", "content": first}, *_asked(second)], parts=self._in_parts)
+        return first in text and second in text
 
     @cached_property
     def reads_tools(self) -> bool:
@@ -117,10 +125,12 @@ class ChatTemplate:
         """Whether it takes content as a list of parts only, as templates of models with vision may."""
         first, second, _ = _SENTINELS
         messages = [*_asked(first), {"role": "assistant", "content": second}]
-        texts = [self._plain(list(map(form, messages))) for form in (dict, _as_parts)]
+        texts = [self._plain(messages, parts=parts) for parts in (False, True)]
         return second not in texts[0] and second in texts[1]
 
-    def _plain(self, messages: list[Message]) -> str:
+    def _plain(self, messages: list[Message], *, parts: bool = False) -> str:
+        """The text of messages as they are, or with content as parts; empty if the template refuses them."""
+        messages = list(map(_as_parts, messages)) if parts else messages
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, **self._settings.chat_template_kwargs)
         except _REFUSALS:

@@ -42,7 +42,7 @@ class Context:
 
 def read_context(
     row: Mapping[str, Any], prompt: str | list[Message], following: Sequence[str | Message] = ()
-) -> tuple[str | list[Message], list[Any], Context]:
+) -> tuple[str | list[Message], Any, Context]:
     """Apply a row's columns to its prompt.
 
     Args:
@@ -60,10 +60,11 @@ def read_context(
     if media := next((name for name in _MEDIA if row.get(name)), None):
         raise BadRow(f"column {media!r}: only text is supported")
     tools = read_tools(row.get("tools"))
-    system, rest = row.get("system"), list(following)
+    system, rest = row.get("system"), following
     if not isinstance(system, str | None):
         raise BadRow(f"system is {kind_of(system)}, not text")
     if not isinstance(prompt, str):
+        prompt, rest = as_messages(prompt, rest)
         prompt, tools = _own_tools(prompt, tools)
         rest, tools = _own_tools(rest, tools)
     if system:

@@ -144,6 +144,17 @@ def reasoning_of(message: Mapping[str, Any]) -> str:
     return next((text for key in REASONING if isinstance(text := message.get(key), str) and text.strip()), "")
 
 
+def split_reasoning(message: Message) -> tuple[str, str]:
+    """Reasoning and content of an assistant's message, whether it stands under a key of its own or within tags."""
+    content = message["content"]
+    if thought := reasoning_of(message).strip():
+        return thought, content
+    head, end, rest = content.partition("</think>")
+    if not end or (head.lstrip() and "<think>" in head and not head.lstrip().startswith("<think>")):
+        return "", content
+    return head.rpartition("<think>")[2].strip(), rest.lstrip("\n")
+
+
 def read_opening(prompt: str | list[Message] | None) -> list[Message]:
     """Messages of a prompt, which is the user's message if it is text.
 
