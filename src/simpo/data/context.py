@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from simpo.data.messages import Message, kind_of
@@ -71,7 +71,16 @@ def read_context(
         prompt, rest = as_messages(prompt, rest)
         prompt = _with_system(prompt, system)
     without_effect = tuple(name for name in _WITHOUT_EFFECT if row.get(name) not in (None, [], {}, ""))
-    return prompt, rest, Context(tools, _read_kwargs(row.get("chat_template_kwargs")), without_effect)
+    return prompt, rest, replace(context_of(row), tools=tools, without_effect=without_effect)
+
+
+def context_of(row: Mapping[str, Any]) -> Context:
+    """The context that a row's columns give a prompt that has its system message.
+
+    Raises:
+        BadRow: a column that cannot be applied.
+    """
+    return Context(read_tools(row.get("tools")), _read_kwargs(row.get("chat_template_kwargs")))
 
 
 def as_messages(prompt: str | list[Message], following: Sequence[str | Message]) -> tuple[list[Message], list[Message]]:
