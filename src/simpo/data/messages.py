@@ -85,8 +85,10 @@ def _part(part: object, name: str) -> str:
     if not isinstance(part, dict):
         raise BadRow(f"{name} has a message whose content is a list of {kind_of(part)}, not of parts")
     kind = part.get("type", "text")
-    if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+    if kind not in _TEXT_PARTS:
         raise BadRow(f"{name} has a content part of type {kind!r}; only text is supported")
+    if not isinstance(part.get("text"), str):
+        raise BadRow(f"{name} has a content part without text")
     return part["text"]
 
 

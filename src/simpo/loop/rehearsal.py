@@ -71,7 +71,8 @@ def _judge(recipe: LoopRecipe, options: JudgeOptions, asked: Sequence[Prompt], h
         rows = [Answers(prompt.id, prompt.content, _invented(2), prompt.context) for prompt in asked]
         make_annotator(recipe.settings.annotator, options).score(rows)  # not held while judges are loaded
     for judge in make_judges([name for name in recipe.judges if name != "api"], options).values():
-        judge.compare([Pair(prompt.id, prompt.content, *_invented(2), prompt.context) for prompt in held_out])
+        a, b = _invented(2)
+        judge.compare([Pair(prompt.id, prompt.content, a, b, prompt.context) for prompt in held_out])
 
 
 def _train(recipe: LoopRecipe, prompts: Sequence[Prompt]) -> None:
