@@ -21,9 +21,17 @@ _NO_PREFIX = (
     "the chat template renders a prompt that is not the beginning of the rendered conversation; "
     "set chat_template to one that does"
 )
-# How generation prompts that open the reasoning end; and how a model ends reasoning that it leaves empty.
-_OPENINGS = {"<think>": "\n</think>\n\n", "<|channel>thought": "<channel|>"}
-_EMPTY_REASONING = re.compile(r"(?:<think>\s*</think>|<\|channel>thought\s*<channel\|>)\s*\Z")
+# What generation prompts may end with to open the reasoning; what closes it then, after some reasoning and after none.
+_OPENINGS = {
+    "<think>": ("\n</think>\n\n", "\n</think>\n\n"),
+    "<|channel>thought": ("\n<channel|>", "<channel|>"),
+    "<|START_THINKING|>": ("<|END_THINKING|>", "<|END_THINKING|>"),
+    "<seed:think>": ("</seed:think>", "</seed:think>"),
+    "[THINK]": ("[/THINK]", "[/THINK]"),
+}
+_EMPTY_REASONING = re.compile(
+    "|".join(rf"{re.escape(tag)}\s*{re.escape(end.strip())}\s*\Z" for tag, (end, _) in _OPENINGS.items())
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,8 @@ class Answers:
             return body
         if body.startswith(opened):
             return body.removeprefix(opened)
-        return f"{thought}{_OPENINGS[opened]}" + (body.lstrip("\n") if "</think>" in message["content"] else body)
+        body = body.lstrip("\n") if "</think>" in message["content"] else body
+        return thought + _OPENINGS[opened][not thought] + body
 
     def _after_header(self, header: str, whole: str, before: list[Message], message: Message, context: Context) -> str:
         if whole.startswith(header):
