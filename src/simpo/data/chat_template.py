@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from jinja2 import Environment, TemplateError, nodes
+from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.context import Context
 from simpo.data.messages import REASONING, Message, reasoning_of
 from simpo.data.rows import BadRow
-from simpo.data.settings import RenderSettings
+from simpo.data.settings import RESERVED_KWARGS, RenderSettings
 from simpo.errors import SimpoError
 
 # Content that no template trims, splits or refuses, to see what a template writes around it.
@@ -49,7 +49,7 @@ class ChatTemplate:
         self._tokenizer, self._settings = tokenizer, settings
         self.source = tokenizer.get_chat_template()
         if unread := self.unread(settings.chat_template_kwargs):
-            known = ", ".join(sorted(self._variables - {"messages", "add_generation_prompt"})) or "none"
+            known = ", ".join(sorted(self._variables - {*RESERVED_KWARGS, "raise_exception", "strftime_now"})) or "none"
             raise SimpoError(f"chat_template_kwargs: the chat template never reads {unread[0]!r}; it reads {known}")
 
     def render(self, messages: Sequence[Message], context: Context, *, generation_prompt: bool = False) -> str:
@@ -79,8 +79,7 @@ class ChatTemplate:
     @cached_property
     def _variables(self) -> set[str]:
         environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701 - no HTML
-        tree = environment.parse(_BLOCK_TAGS.sub("", self.source))
-        return {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
+        return meta.find_undeclared_variables(environment.parse(_BLOCK_TAGS.sub("", self.source)))
 
     def shows(self, messages: Sequence[Message], texts: Sequence[str], context: Context | None = None) -> bool:
         """Whether the template renders messages, and the texts are in what it writes."""
