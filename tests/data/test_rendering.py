@@ -395,3 +395,25 @@ def test_words_that_somebody_added_to_the_vocabulary_stay_tokens(tokenizer):
     tokenizer.add_tokens(["Weather"])
     found = prepare(json_rows(pair()), tokenizer, TokenizeSettings()).dataset[0]
     assert tokenizer.convert_tokens_to_ids("Weather") in found["prompt_ids"]
+
+
+def test_tokens_that_the_template_looks_for_in_a_message_stay_tokens(tokenizer):
+    """As Qwen's templates, which tell a tool's result from a question by them."""
+    tokenizer.add_tokens([AddedToken("<tool_response>", special=False)])
+    found = "{% if m.content and m.content.startswith('<tool_response>') %}{{ 'result: ' }}{% endif %}"
+    tokenizer.chat_template = TOOL_CHAT.replace("{% if m.content %}", found + "{% if m.content %}")
+    asked = [user("Weather?"), assistant("Look."), user("<tool_response>3 C, <tool_call>")]
+    row = prepare(json_rows(pair() | {"prompt": asked}), tokenizer, TokenizeSettings()).dataset[0]
+    assert text(tokenizer, row["prompt_ids"]) == fed(tokenizer, asked)
+    assert tokenizer.convert_tokens_to_ids("<tool_response>") in row["prompt_ids"]
+    assert tokenizer.convert_tokens_to_ids("<tool_call>") not in row["prompt_ids"]
+
+
+def test_variables_without_a_template(build_tokenizer):
+    plain_tokenizer = build_tokenizer("chatml")
+    plain_tokenizer.chat_template = None
+    row = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
+    with pytest.raises(SimpoError, match="there is no chat template"):
+        pairs(plain_tokenizer, row, rendering=RenderSettings({"enable_thinking": False}))
+    with pytest.raises(SimpoError, match="tools, but the tokenizer has no chat template"):
+        pairs(plain_tokenizer, row | {"tools": [TOOL]})

@@ -18,8 +18,8 @@ from simpo.data.settings import RESERVED_KWARGS, RenderSettings
 from simpo.errors import SimpoError
 
 # Content that no template trims, splits or refuses, to see what a template writes around it.
-SENTINEL = "\ue000response\ue000"
-_SENTINELS = tuple(f"\ue000{name}\ue000" for name in ("first", "second", "third"))
+SENTINEL = "\uf8ffresponse\uf8ff"
+_SENTINELS = tuple(f"\uf8ff{name}\uf8ff" for name in ("first", "second", "third"))
 NO_SYSTEM_ROLE = (
     "the chat template has no system role; set system_message: fold, which writes the system message into the first "
     "user message"

@@ -212,7 +212,7 @@ class LiteralText:
         if not any(map(self._foreign.search, texts)) and not any(map(self._answered.search, answers)):
             return None
         used = set().union(*texts, *answers)
-        return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+        return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
 
     def mark(self, value: Any, marker: str, *, answer: bool = False) -> Any:
         """Replace token text in all strings of a JSON value by the token's number between two markers.

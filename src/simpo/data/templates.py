@@ -116,7 +116,10 @@ class Renderer:
         self.end = end_of_turn(tokenizer)
         self._answers: Answers | None = None
         self._insert_system = False
-        if tokenizer.chat_template:
+        if not tokenizer.chat_template:
+            if self._settings != RenderSettings():
+                raise SimpoError("chat_template_kwargs, system_message: there is no chat template; leave them out")
+        else:
             template = ChatTemplate(tokenizer, self._settings)
             added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: -len(item[1].content))
             tokens = {token.content: number for number, token in added if literal.pattern.fullmatch(token.content)}

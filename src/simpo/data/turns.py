@@ -25,9 +25,6 @@ _NO_PREFIX = (
 _OPENINGS = {
     "<think>": ("\n</think>\n\n", "\n</think>\n\n"),
     "<|channel>thought": ("\n<channel|>", "<channel|>"),
-    "<|START_THINKING|>": ("<|END_THINKING|>", "<|END_THINKING|>"),
-    "<seed:think>": ("</seed:think>", "</seed:think>"),
-    "[THINK]": ("[/THINK]", "[/THINK]"),
 }
 _EMPTY_REASONING = re.compile(
     "|".join(rf"{re.escape(tag)}\s*{re.escape(end.strip())}\s*\Z" for tag, (end, _) in _OPENINGS.items())
@@ -218,8 +215,8 @@ class Answers:
                     )
                 continue
             name, values = (
-                f"\ue000{number}\ue000",
-                {key: f"\ue000{number}-{i}\ue000" for i, key in enumerate(arguments)},
+                f"\uf8ff{number}\uf8ff",
+                {key: f"\uf8ff{number}-{i}\uf8ff" for i, key in enumerate(arguments)},
             )
             known.append({**call, "function": {**function, "name": name, "arguments": values}})
             wanted += [name, *values.values()]
