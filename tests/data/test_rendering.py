@@ -417,3 +417,32 @@ def test_variables_without_a_template(build_tokenizer):
         pairs(plain_tokenizer, row, rendering=RenderSettings({"enable_thinking": False}))
     with pytest.raises(SimpoError, match="tools, but the tokenizer has no chat template"):
         pairs(plain_tokenizer, row | {"tools": [TOOL]})
+
+
+THINKING = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|im_start|>' + m['content'] }}"
+    "{% else %}{{ '<|im_end|></think>' + m['content'].split('</think>')[-1] + '<|endoftext|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_end|>' }}{{ '<think>' if thinking else '</think>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("reasoned", [assistant("4", reasoning="Two."), assistant("<think>Two.</think>4")])
+def test_a_template_that_opens_reasoning_in_prompts_only(build_tokenizer, reasoned):
+    """As DeepSeek-V3.1's: reasoning is rendered nowhere, and an answer without any closes it at once."""
+    tokenizer = build_tokenizer("chatml")
+    tokenizer.chat_template = THINKING
+    bare = [user("2 and 2?"), assistant("4"), user("3 and 3?"), assistant("6")]
+    found, report = conversations(tokenizer, {"messages": bare})
+    assert found == [("<|im_start|>2 and 2?<|im_end|></think>", "4<|endoftext|>6<|endoftext|>")]
+    thinking = RenderSettings({"thinking": True})
+    found, report = conversations(tokenizer, {"messages": [bare[0], reasoned, *bare[2:]]}, rendering=thinking)
+    assert found == [
+        ("<|im_start|>2 and 2?<|im_end|><think>", "Two.</think>4<|endoftext|>"),
+        (
+            "<|im_start|>2 and 2?<|im_end|></think>4<|endoftext|><|im_start|>3 and 3?<|im_end|><think>",
+            "</think>6<|endoftext|>",
+        ),
+    ]
+    assert list(report.split.values()) == [1]
+    with pytest.raises(SimpoError, match="the prompt that generation is fed already ends it"):
+        conversations(tokenizer, {"messages": [bare[0], reasoned]})

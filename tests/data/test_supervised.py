@@ -326,7 +326,7 @@ def test_an_answer_that_the_template_does_not_end(build_tokenizer):
 
 
 def test_a_template_that_writes_the_last_answer_otherwise(build_tokenizer):
-    """As Qwen3's, which writes an empty thought before the last answer only: every answer is the last one of its row."""
+    """As Qwen3's, which writes an empty thought before the last answer only: every answer is the last of its row."""
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"

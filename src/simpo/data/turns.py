@@ -26,8 +26,8 @@ _OPENINGS = {
     "<think>": ("\n</think>\n\n", "\n</think>\n\n"),
     "<|channel>thought": ("\n<channel|>", "<channel|>"),
 }
-_EMPTY_REASONING = re.compile(
-    "|".join(rf"{re.escape(tag)}\s*{re.escape(end.strip())}\s*\Z" for tag, (end, _) in _OPENINGS.items())
+_ENDED_REASONING = re.compile(
+    "|".join(rf"(?:{re.escape(tag)}\s*)?{re.escape(end.strip())}\s*\Z" for tag, (end, _) in _OPENINGS.items())
 )
 
 
@@ -114,11 +114,11 @@ class Answers:
         an earlier turn is written differently once it is answered, the prompt is no prefix of the conversation.
         """
         thought, _ = split_reasoning(message)
-        closed = _EMPTY_REASONING.search(prompt)
+        closed = _ENDED_REASONING.search(prompt)
         if closed and thought:
             raise BadRow(
-                "reasoning, but the prompt that generation is fed already ends it; "
-                "set chat_template_kwargs: {enable_thinking: true}, or leave the reasoning out"
+                "reasoning, but the prompt that generation is fed already ends it; set chat_template_kwargs: "
+                "{enable_thinking: true} (some templates: {thinking: true}), or leave the reasoning out"
             )
         if whole.startswith(prompt):
             return whole[len(prompt) :]
@@ -129,6 +129,8 @@ class Answers:
             return body
         if body.startswith(opened):
             return body.removeprefix(opened)
+        if body.startswith(_OPENINGS[opened][1].strip()):
+            return thought + body
         body = body.lstrip("\n") if "</think>" in message["content"] else body
         return thought + _OPENINGS[opened][not thought] + body
 
