@@ -312,7 +312,7 @@ def test_trimmed_white_space_is_counted(build_tokenizer):
     tokenizer.chat_template = TRIMMING
     found, report = pairs(tokenizer, pair(" It is 3 C.\n"), pair())
     assert found[0] == found[1]
-    assert report.cut == {"white space around an answer, which the chat template leaves out": 1}
+    assert report.cut == {"white space around an answer, which the chat template drops": 1}
 
 
 def test_a_template_that_loses_a_part_of_an_answer(build_tokenizer):

@@ -51,9 +51,9 @@ def left_out(
 def _of_earlier_answer(template: ChatTemplate, prompt: str, message: Message) -> Iterator[str]:
     thought, content = split_reasoning(message)
     if thought and thought not in prompt:
-        yield "reasoning of earlier turns, which the chat template leaves out of a prompt"
+        yield "reasoning of earlier turns, which the chat template drops"
     if content.strip() not in prompt:
-        yield "content of earlier answers, which the chat template leaves out of a prompt"
+        yield "content of earlier answers, which the chat template drops"
     if message.get("tool_calls") and not template.renders_calls:
         yield "tool calls, which the chat template does not render"
 

@@ -18,12 +18,12 @@ from simpo.data.left_out import left_out
 from simpo.data.messages import Message, reasoning_of
 from simpo.data.rows import BadRow
 from simpo.data.settings import RenderSettings
-from simpo.data.turns import Answer, Answers, EndOfTurn, end_of_turn
+from simpo.data.turns import Answer, AnswerCutter, EndOfTurn, end_of_turn
 from simpo.errors import SimpoError
 
 __all__ = ["EndOfTurn", "Rendered", "RenderedTurns", "Renderer", "end_of_turn"]
 
-_ONE_ROW_EACH = "one row per scored answer, because the chat template renders earlier answers differently"
+_ONE_ROW_EACH = "one row per scored answer, because earlier answers are rendered differently"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Renderer:
         self._settings = settings or RenderSettings()
         self._paper = paper
         self.end = end_of_turn(tokenizer)
-        self._answers: Answers | None = None
+        self._cutter: AnswerCutter | None = None
         self._insert_system = False
         if not tokenizer.chat_template:
             if self._settings != RenderSettings():
@@ -123,7 +123,7 @@ class Renderer:
             template = ChatTemplate(tokenizer, self._settings)
             added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: -len(item[1].content))
             tokens = {token.content: number for number, token in added if literal.pattern.fullmatch(token.content)}
-            self._answers = Answers(template, self.end, tokens)
+            self._cutter = AnswerCutter(template, self.end, tokens)
             # The condition of the paper's code.
             self._insert_system = insert_system and ("system" in template.source or "<|im_start|>" in template.source)
 
@@ -134,14 +134,14 @@ class Renderer:
             BadRow: an empty response, messages that the template refuses, or a response that it renders in part only.
             SimpoError: messages without a template.
         """
-        if self._answers is None:
+        if self._cutter is None:
             return self._as_text(comparison)
         opening, following, context, marker = self._chat(comparison.prompt, comparison.responses, comparison.context)
-        prompt = self._answers.template.render(opening, context, generation_prompt=not self._paper)
-        answer = self._answers.as_paper if self._paper else self._answers.answer
+        prompt = self._cutter.template.render(opening, context, generation_prompt=not self._paper)
+        answer = self._cutter.as_paper if self._paper else self._cutter.answer
         answers = [answer(prompt, opening, message, context) for message in following]
         conversations = [[*opening, message] for message in following] or [opening]
-        ignored = left_out(self._answers.template, prompt, opening, conversations, context)
+        ignored = left_out(self._cutter.template, prompt, opening, conversations, context)
         status = (*ignored, *(entry for found in answers for entry in found.status))
         return Rendered(
             prompt,
@@ -161,18 +161,18 @@ class Renderer:
         """
         completion = conversation.completion
         following = [completion] if isinstance(completion, str) else completion
-        if self._answers is None:
+        if self._cutter is None:
             comparison = Comparison(
                 conversation.prompt, tuple(following), conversation.where, context=conversation.context
             )
             text = self._as_text(comparison)
             return [RenderedTurns((text.prompt,), text.responses, (self.end,))]
         opening, rest, context, marker = self._chat(conversation.prompt, following, conversation.context)
-        messages, template = [*opening, *rest], self._answers.template
+        messages, template = [*opening, *rest], self._cutter.template
         answers = []
         for i in [len(opening) + place for place in conversation.scored] or [len(opening)]:
             prompt = template.render(messages[:i], context, generation_prompt=True)
-            answers.append(self._answers.answer(prompt, messages[:i], messages[i], context))
+            answers.append(self._cutter.answer(prompt, messages[:i], messages[i], context))
         ignored = left_out(template, answers[-1].prompt, messages[:i], [messages], context)
         status = tuple(dict.fromkeys((*ignored, *(entry for found in answers for entry in found.status))))
         whole = answers[-1].whole

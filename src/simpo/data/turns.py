@@ -16,7 +16,7 @@ from simpo.data.rows import BadRow
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
 
-_TRIMMED = "white space around an answer, which the chat template leaves out"
+_TRIMMED = "white space around an answer, which the chat template drops"
 _NO_PREFIX = (
     "the chat template renders a prompt that is not the beginning of the rendered conversation; "
     "set chat_template to one that does"
@@ -62,7 +62,7 @@ class Answer:
     status: tuple[str, ...] = ()
 
 
-class Answers:
+class AnswerCutter:
     """Cuts answers out of rendered conversations.
 
     Args:
