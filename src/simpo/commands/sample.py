@@ -12,6 +12,7 @@ from pathlib import Path
 from simpo.arguments import ArgumentParser
 from simpo.client import Endpoint
 from simpo.commands._processes import refuse_several
+from simpo.commands._rendering import add_rendering_options, rendering
 from simpo.errors import SimpoError
 from simpo.judges.protocol import as_text
 from simpo.results import print_results
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     keys = [field.name for field in dataclasses.fields(SamplingSettings)]
     given = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
     folder = Path(arguments.output_dir).expanduser()
-    asked = PromptArguments(arguments.prompts, arguments.split, arguments.chat_template)
+    asked = PromptArguments(arguments.prompts, arguments.split, arguments.chat_template, rendering(arguments))
     settings = SamplingSettings(**given)
     if arguments.engine == "server":
         refuse_several("sample --engine server", "start it without torchrun")
@@ -103,6 +104,7 @@ def _parser() -> ArgumentParser:
         "--dtype", metavar="TYPE", help="type of the weights (default bfloat16 on an accelerator, float32 on a CPU)"
     )
     parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, file with one, or none")
+    add_rendering_options(parser)
     parser.add_argument("--model_revision", default="main", metavar="REV", help="branch, tag or commit on the hub")
     parser.add_argument("--base_url", metavar="URL", help="of the engine 'server', e.g. http://127.0.0.1:8000/v1")
     parser.add_argument(

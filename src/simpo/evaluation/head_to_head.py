@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from simpo.data.context import context_of
 from simpo.errors import SimpoError
 from simpo.evaluation.answer_files import Record, read_answer_file
 from simpo.judges.protocol import Pair
@@ -77,7 +78,7 @@ def meetings(contests: Sequence[Contest]) -> tuple[list[Pair], np.ndarray]:
         for i, a in enumerate(ours):
             for j, b in enumerate(theirs):
                 key = contest.a["id"] if lone else f"{contest.a['id']}/{i}-{j}"
-                pairs.append(Pair(key, contest.prompt, a, b))
+                pairs.append(Pair(key, contest.prompt, a, b, context_of(contest.a)))
                 prompts.append(number)
     return pairs, np.array(prompts)
 

@@ -6,13 +6,13 @@ import logging
 import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames, ParallelMode
 
-from simpo.data.settings import TokenizeSettings
+from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.errors import CombinedError, SimpoError, check_all
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,14 @@ class TrainingSettings(TrainingArguments):
     )
     auto_insert_empty_system_msg: bool = field(
         default=False, metadata={"help": "Put an empty system message first where the template has a place for one."}
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Variables for the chat template, e.g. {enable_thinking: false}; a row's own come first."},
+    )
+    system_message: Literal["template", "fold"] = field(
+        default="template",
+        metadata={"help": "System messages as the template has them, or written into the first user message."},
     )
     on_bad_row: Literal["skip", "error"] = field(
         default="skip", metadata={"help": "Skip and count bad rows (an error above 1%), or stop at the first."}
@@ -146,6 +154,7 @@ class TrainingSettings(TrainingArguments):
             auto_insert_empty_system_msg=self.auto_insert_empty_system_msg,
             on_bad_row=self.on_bad_row,
             num_proc=self.dataset_num_proc,
+            rendering=RenderSettings(self.chat_template_kwargs or {}, self.system_message),
         )
 
     def _fold_accumulation(self) -> None:
