@@ -15,9 +15,11 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.encoding import Encoder, Texts
+from simpo.data.rendered import check_not_rendered, frame_of
 from simpo.data.report import DataReport, is_used
-from simpo.data.rows import WHERE, BadRow, UnknownShape, as_json, rows_of
+from simpo.data.rows import WHERE, BadRow, UnknownShape, as_json, columns_of, rows_of
 from simpo.data.settings import TokenizeSettings
+from simpo.data.shapes import FOREIGN_SHAPES, canonical
 from simpo.data.templates import Renderer
 from simpo.errors import SimpoError
 
@@ -25,7 +27,7 @@ TOKENS = List(Value("int32"))
 _TEXT = Value("string")
 _STATUS = "_status"
 # Part of every fingerprint: raise it when the ids made from the same rows and settings change.
-_FORMAT = 3
+_FORMAT = 4
 _BATCH = 256
 _ROWS_LOOKED_AT = 1000
 _SMALL = 2000
@@ -60,12 +62,14 @@ class Draft(Generic[T]):
         extra: its other columns.
         values: of the columns that need no ids.
         cut: what was cut from it already.
+        read: which columns of another shape it was read from.
     """
 
     rendered: T
     extra: Mapping[str, Any]
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cut: tuple[str, ...] = ()
+    read: str | None = None
 
 
 class Tokenization(ABC, Generic[T]):
@@ -86,12 +90,18 @@ class Tokenization(ABC, Generic[T]):
         self.label = label
         self.bos = tokenizer.bos_token_id
         self.encoder = Encoder(tokenizer)
+        self._has_template = tokenizer.chat_template is not None
+        self._frame = frame_of(tokenizer) if self._has_template else None
         self.renderer = Renderer(
             tokenizer,
             self.encoder.literal,
             paper=settings.paper_tokenization,
             insert_system=settings.auto_insert_empty_system_msg,
         )
+
+    def canonical(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+        """See :func:`simpo.data.shapes.canonical`."""
+        return canonical(row)
 
     @abstractmethod
     def check_shape(self, row: Mapping[str, Any]) -> None:
@@ -134,11 +144,14 @@ class Tokenization(ABC, Generic[T]):
 
     def _checked_draft(self, row: Mapping[str, Any], where: str) -> Draft[T] | BadRow:
         try:
+            row, read = self.canonical(row)
+            if self._has_template:
+                check_not_rendered(row, self._frame)
             draft = self.draft(row, where)
             _check_unicode(draft.rendered.texts)
         except BadRow as bad:
             return bad
-        return draft
+        return dataclasses.replace(draft, read=read)
 
     def _values(self, draft: Draft[T], ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
         try:
@@ -146,7 +159,8 @@ class Tokenization(ABC, Generic[T]):
         except BadRow as bad:
             return _bad(bad)
         if is_used(status):
-            status = [*(f"cut: {what}" for what in draft.cut), *status]
+            read = [f"read: {draft.read}"] if draft.read else []
+            status = [*read, *(f"cut: {what}" for what in draft.cut), *status]
         return {**draft.values, **values, "extra": as_json(draft.extra)}, status
 
 
@@ -245,11 +259,16 @@ def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
     unknown = None
     for row, where in rows_of(dataset[: len(head)], head, label):
         try:
-            tokenization.check_shape(row)
+            read, how = tokenization.canonical(row)
+            tokenization.check_shape(read)
             return
         except UnknownShape as error:
-            unknown = unknown or f"{where}: {error.reason}"
-    raise SimpoError(f"{label}: no row of a recognised shape ({unknown}); accepted are {tokenization.shapes}")
+            unknown = unknown or f"{where}: {error.reason}" + (f", read from {columns_of(row)}" if how else "")
+        except BadRow:
+            return
+    raise SimpoError(
+        f"{label}: no row of a recognised shape ({unknown}); accepted are {tokenization.shapes}; also {FOREIGN_SHAPES}"
+    )
 
 
 def check_bad(report: DataReport, statuses: Sequence[tuple[str, list[str]]], settings: TokenizeSettings) -> None:
@@ -265,10 +284,10 @@ def check_bad(report: DataReport, statuses: Sequence[tuple[str, list[str]]], set
         if entry.startswith("bad: ")
     ]
     if bad and settings.on_bad_row == "error":
-        raise SimpoError(f"{bad[0]}; mend the row, or set on_bad_row: skip")
+        raise SimpoError(f"{bad[0]}; fix the row, or set on_bad_row: skip")
     if len(bad) * 100 > report.rows:
         named = "; ".join(bad[:_NAMED_BAD_ROWS]) + ("; ..." if len(bad) > _NAMED_BAD_ROWS else "")
-        raise SimpoError(f"{report.label}: {len(bad)} of {report.rows} rows are bad, more than 1%; mend them ({named})")
+        raise SimpoError(f"{report.label}: {len(bad)} of {report.rows} rows are bad, more than 1%; fix them ({named})")
 
 
 def _processes(rows: int, wanted: int | None) -> int | None:

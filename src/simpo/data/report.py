@@ -22,6 +22,7 @@ class DataReport:
         bad: reason -> rows that could not be used.
         dropped: reason -> rows that could be used and are not: they do not fit, say.
         cut: what -> rows that were cut and are used.
+        read: columns of another shape -> rows that were read from them.
         examples: reason -> where its first few rows come from.
         notices: remarks that are no counts.
         noun: what the rows become, in the plural.
@@ -33,6 +34,7 @@ class DataReport:
     bad: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
+    read: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     noun: str = "comparisons"
@@ -44,7 +46,7 @@ class DataReport:
         Args:
             label: of the data set.
             statuses: for each row where it comes from and what happened, as ``"bad: reason"``,
-                ``"dropped: reason"`` or ``"cut: what"``; an empty list for a row that is used as it is.
+                ``"dropped: reason"``, ``"cut: what"`` or ``"read: columns"``; an empty list for a row used as is.
             noun: what the rows become, in the plural.
         """
         report = cls(label, rows=0, used=0, noun=noun)
@@ -62,7 +64,7 @@ class DataReport:
 
     def _count(self, entry: str, where: str) -> None:
         kind, _, reason = entry.partition(": ")
-        counts = {"bad": self.bad, "dropped": self.dropped, "cut": self.cut}[kind]
+        counts = {"bad": self.bad, "dropped": self.dropped, "cut": self.cut, "read": self.read}[kind]
         counts[reason] = counts.get(reason, 0) + 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
@@ -71,7 +73,12 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report for people, a line each."""
         lines = [f"{self.label}: {self.used:,} {self.noun} of {self.rows:,} rows"]
-        for kind, counts in (("skipped", self.bad), ("dropped", self.dropped), ("cut", self.cut)):
+        for kind, counts in (
+            ("skipped", self.bad),
+            ("dropped", self.dropped),
+            ("cut", self.cut),
+            ("recognized", self.read),
+        ):
             lines += [self._line(kind, reason, count) for reason, count in counts.items()]
         return lines + [f"  note: {notice}" for notice in self.notices]
 
@@ -92,7 +99,7 @@ class DataReport:
 
 def is_used(entries: list[str]) -> bool:
     """Whether a row with these status entries is kept."""
-    return all(entry.startswith("cut: ") for entry in entries)
+    return all(entry.startswith(("cut: ", "read: ")) for entry in entries)
 
 
 def _slug(reason: str) -> str:

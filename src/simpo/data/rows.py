@@ -46,7 +46,7 @@ def rows_of(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], label: s
         label: names the data set where its rows do not say themselves where they come from.
     """
     wheres = batch.get(WHERE) or [f"{label} row {index}" for index in indices]
-    if ROW in batch:
+    if ROW in batch and WHERE in batch:
         return [(json.loads(text), where) for text, where in zip(batch[ROW], wheres, strict=True)]
     columns = [column for column in batch if column != WHERE]
     return [({column: batch[column][position] for column in columns}, where) for position, where in enumerate(wheres)]
@@ -98,6 +98,32 @@ def select_columns(dataset: Dataset, columns: Sequence[str], label: str) -> Data
         found = ", ".join(column for column in dataset.column_names if column != WHERE)
         raise SimpoError(f"dataset_mixture: {label} has no column {missing[0]!r}; it has {found}")
     return dataset.select_columns([*columns, WHERE])
+
+
+def rename_columns(dataset: Dataset, mapping: Mapping[str, str], name: str) -> Dataset:
+    """Rename columns (``column_mapping``: old name -> new name), all at once, so that names can be swapped.
+
+    Raises:
+        SimpoError: no row has a column of the old name, or another column has the new one.
+    """
+    if not isinstance(mapping, Mapping) or not all(isinstance(item, str) for pair in mapping.items() for item in pair):
+        raise SimpoError(f"column_mapping: {mapping!r} is not {{column of the data: column of this toolkit}}")
+    if ROW in dataset.column_names:
+        found = set().union(*(json.loads(text) for text in dataset[ROW]))
+    else:
+        found = set(dataset.column_names) - {WHERE}
+    if missing := [column for column in mapping if column not in found]:
+        raise SimpoError(f"column_mapping: {name} has no column {missing[0]!r}; it has {', '.join(sorted(found))}")
+    kept = [*mapping.values(), *(found - set(mapping))]
+    if taken := [column for column in mapping.values() if kept.count(column) > 1]:
+        raise SimpoError(f"column_mapping: {name} would have two columns {taken[0]!r}; rename the other one too")
+    if ROW in dataset.column_names:
+        return dataset.map(_rename_keys, fn_kwargs={"mapping": dict(mapping)}, desc=f"Columns of {name}")
+    return dataset.rename_columns(dict(mapping))
+
+
+def _rename_keys(row: Row, mapping: dict[str, str]) -> Row:
+    return {ROW: as_json({mapping.get(column, column): value for column, value in json.loads(row[ROW]).items()})}
 
 
 def _select_keys(row: Row, columns: list[str]) -> Row:
