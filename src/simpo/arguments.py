@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+from simpo.coercion import coerce
 from simpo.errors import SimpoError
 
 
@@ -17,3 +18,11 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise :class:`SimpoError` with argparse's message."""
         raise SimpoError(f"{message}; {self.prog} --help lists the options")
+
+
+def mapping(text: str) -> dict[str, str]:
+    """The value of an option that is a JSON mapping of names to names."""
+    try:
+        return coerce(text, dict[str, str])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'{error}; write it as JSON, e.g. \'{{"question": "prompt"}}\'') from error

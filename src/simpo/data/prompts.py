@@ -141,7 +141,11 @@ def recognise_prompt(row: Mapping[str, Any], where: str) -> tuple[str | list[Mes
     """
     check_prompt_shape(row)
     if is_comparison(row):
-        columns = ("prompt", "chosen", "rejected") if "chosen" in row else ("prompt", "responses", "scores")
+        columns = (
+            ("prompt", "chosen", "rejected")
+            if {"chosen", "rejected"} <= set(row)
+            else ("prompt", "responses", "scores")
+        )
         return recognise(row, where).prompt, other_columns(row, *columns)
     if "messages" in row:
         return _asked(read_conversation(row["messages"])), other_columns(row, "messages")

@@ -13,7 +13,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, Features, Value, concatenate_datasets
+import pyarrow as pa
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    concatenate_datasets,
+)
 
 from simpo.errors import SimpoError
 
@@ -50,6 +59,29 @@ def rows_of(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], label: s
         return [(json.loads(text), where) for text, where in zip(batch[ROW], wheres, strict=True)]
     columns = [column for column in batch if column != WHERE]
     return [({column: batch[column][position] for column in columns}, where) for position, where in enumerate(wheres)]
+
+
+def as_dataset(rows: object, name: str) -> Dataset:
+    """Rows that were given in Python as one data set.
+
+    Raises:
+        SimpoError: they are neither a data set nor a list of rows; says what to pass.
+    """
+    if isinstance(rows, Dataset):
+        return rows
+    if isinstance(rows, DatasetDict | IterableDatasetDict):
+        splits = ", ".join(map(repr, rows))
+        raise SimpoError(f"{name}: a {type(rows).__name__} with the splits {splits}; pass one of them, dataset[split]")
+    if isinstance(rows, IterableDataset):
+        raise SimpoError(
+            f"{name}: a streaming data set; pass Dataset.from_list(list(dataset.take(n))) or load it whole"
+        )
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
+        raise SimpoError(f"{name}: a {type(rows).__name__}; pass a datasets.Dataset or a list of dictionaries")
+    try:
+        return Dataset.from_list(list(rows))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise SimpoError(f"{name}: rows whose columns differ in type: {str(error).splitlines()[0]}") from error
 
 
 def other_columns(row: Mapping[str, Any], *used: str) -> Row:

@@ -183,7 +183,7 @@ def _messages(value: Any, name: str, notes: list[str]) -> Any:
     role = _ROLES.get(str(value["from"]).lower())
     if role is None:
         raise BadRow(f"{name} has a message from {value['from']!r}, not one of {', '.join(_ROLES)}")
-    notes.append(f"{name} with from/value messages")
+    notes.append("from/value messages")
     rest = {key: item for key, item in value.items() if key not in ("from", "value", "role", "content")}
     if value["from"] != "function_call":
         return {"role": role, "content": value.get("value"), **rest}
@@ -334,8 +334,8 @@ def _read_answer(row: Row) -> str | None:
         return None
     if rated := [column for column in _RATINGS if row.get(column) is not None]:
         raise BadRow(
-            f"one {name} a row, rated by {rated[0]} and others: for simpo train, make rows {{prompt, responses, scores}} "
-            "of all responses to a prompt; for simpo sft, name the column completion (column_mapping)"
+            f"one {name} a row, rated by {rated[0]} and others: for simpo train, make rows {{prompt, responses, "
+            "scores} of all responses to a prompt; for simpo sft, name the column completion (column_mapping)"
         )
     row["completion"] = row.pop(name)
     return f"{name} as completion"

@@ -11,7 +11,6 @@ from simpo.atomic import remove_folder
 from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, agree
 from simpo.data.answer_sets import AnswerSet, diversity_metrics
 from simpo.data.prompts import PlainPrompt, read_prompts
-from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.results import Metric, fingerprint, write_results
 from simpo.runs.folder import RunFolder
@@ -61,7 +60,7 @@ def sample_from_server(
     settings = settings.resolved(context=None, chunk_size=1)
     with stoppable("interrupted; the same command continues"), RunFolder(folder, command="sample") as run:
         endpoint.api_key()
-        prompts, report = read_prompts(load_rows(source.prompts, split=source.split))
+        prompts, report = read_prompts(source.rows())
         for line in [f"model: {endpoint.model} at {endpoint.base_url}", *report.lines()]:
             run.say(line)
         identity = {
