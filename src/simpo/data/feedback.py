@@ -76,7 +76,7 @@ def recognise_feedback(row: Mapping[str, Any], where: str) -> tuple[Comparison, 
     _check_shape(row)
     label = _LABELS.get(str(row["label"]).strip().lower())
     if label is None:
-        raise BadRow(f"label is {kind_of(row['label'])}, not a boolean, 0 or 1")
+        raise BadRow(f"label is {kind_of(row['label'])}, not a boolean")
     prompt, responses = read_responses(row["prompt"], (row["completion"],), ("completion",))
     return Comparison(prompt, responses, where, other_columns(row, *_COLUMNS)), label
 

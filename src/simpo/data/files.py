@@ -81,7 +81,7 @@ def _load_columnar(path: Path, label: str, kind: str, digest: str) -> Dataset:
     # The builders' own cache goes by path and modification time; a folder per content is safe.
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "simpo" / digest
     if kind == "arrow" and not _tail(path).endswith(_ARROW_ENDS):  # a stream cut between two batches reads as whole
-        raise SimpoError(f"{path}: not a whole arrow file: it does not end as one does")
+        raise SimpoError(f"{path}: not a readable arrow file: it does not end as one does")
     try:
         dataset = load_dataset(kind, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache))
     except Exception as error:
@@ -141,6 +141,8 @@ def _csv_rows(path: str, label: str) -> Iterator[Row]:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file, strict=True)
             header = next(lines, [])
+            if not header:
+                raise SimpoError(f"{path}: not a readable csv file: no header in its first line")
             _check_header(header, path)
             before = lines.line_num
             for cells in lines:
@@ -155,7 +157,7 @@ def _csv_rows(path: str, label: str) -> Iterator[Row]:
                 yield {ROW: as_json(dict(zip(header, cells, strict=True))), WHERE: f"{label} row {count}"}
                 count += 1
     except csv.Error as error:
-        raise SimpoError(f"{path}:{before + 1}: not CSV: {error}") from error
+        raise SimpoError(f"{path}:{before + 1}: not a readable csv file: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise SimpoError(f"{path}: cannot be read: {error}; a CSV file is UTF-8 text") from error
     if not count:

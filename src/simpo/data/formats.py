@@ -130,7 +130,7 @@ def read_responses(
         return prompt, texts
     split = split_transcripts(texts)
     if split is None:
-        raise BadRow("no prompt column, and the responses are no transcripts that share a turn 'Assistant:'")
+        raise BadRow("no prompt column, and the transcripts share no '\\n\\nAssistant:'")
     return split
 
 

@@ -259,11 +259,12 @@ def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
     unknown = None
     for row, where in rows_of(dataset[: len(head)], head, label):
         try:
-            read, how = tokenization.canonical(row)
+            read, _ = tokenization.canonical(row)
             tokenization.check_shape(read)
             return
         except UnknownShape as error:
-            unknown = unknown or f"{where}: {error.reason}" + (f", read from {columns_of(row)}" if how else "")
+            reason = error.reason.replace(f"columns {columns_of(read)}", f"columns {columns_of(row)}")
+            unknown = unknown or f"{where}: {reason}"
         except BadRow:
             return
     raise SimpoError(
@@ -284,10 +285,10 @@ def check_bad(report: DataReport, statuses: Sequence[tuple[str, list[str]]], set
         if entry.startswith("bad: ")
     ]
     if bad and settings.on_bad_row == "error":
-        raise SimpoError(f"{bad[0]}; fix the row, or set on_bad_row: skip")
+        raise SimpoError(f"{bad[0]}; mend the row, or set on_bad_row: skip")
     if len(bad) * 100 > report.rows:
         named = "; ".join(bad[:_NAMED_BAD_ROWS]) + ("; ..." if len(bad) > _NAMED_BAD_ROWS else "")
-        raise SimpoError(f"{report.label}: {len(bad)} of {report.rows} rows are bad, more than 1%; fix them ({named})")
+        raise SimpoError(f"{report.label}: {len(bad)} of {report.rows} rows are bad, more than 1%; mend them ({named})")
 
 
 def _processes(rows: int, wanted: int | None) -> int | None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from simpo.data.messages import kind_of
 from simpo.data.rows import BadRow, Row, rows_of
 
 FOREIGN_SHAPES = (
@@ -37,9 +38,10 @@ _TEXTS = (
     *("response", "output", "answer", "response1", "response2", "response_0", "response_1", "response_2"),
 )
 _STRUCTURES = (
-    *("messages", "conversations", "conversation", "responses", "scores", "completions", "answers", "tools"),
-    *("preferred_output", "non_preferred_output", "conversation_a", "conversation_b", "chat_template_kwargs"),
+    *("messages", "conversations", "conversation", "responses", "scores", "completions", "answers"),
+    *("preferred_output", "non_preferred_output", "conversation_a", "conversation_b"),
 )
+_OPTIONS = ("tools", "chat_template_kwargs")
 _NUMBERS = ("margin", "chosen_score", "rejected_score", "score_chosen", "score_rejected")
 _QUESTIONS = ("question", "instruction", "query")
 _ANSWERS = ("response", "output", "answer")
@@ -134,7 +136,7 @@ def parse_text(text: str) -> Any:
 def _decode(row: Row, name: str, notes: list[str]) -> None:
     """Replace text that holds a list, messages or a number by what it holds, and from/value messages by ours."""
     value = row[name]
-    if isinstance(value, str) and name in _STRUCTURES:
+    if isinstance(value, str) and name in (*_STRUCTURES, *_OPTIONS):
         row[name] = _parsed(value, name, notes) if value.strip() else None
     elif name in _TEXTS:
         row[name] = _unserialized(value, name, notes)
@@ -150,6 +152,8 @@ def _parsed(text: str, name: str, notes: list[str]) -> Any:
     try:
         value = parse_text(text)
     except ValueError as error:
+        if name not in _OPTIONS and not re.match(r"\s*(\[|\{|array\()", text):
+            return text
         raise BadRow(f"{name} is text that is {error}") from error
     notes.append(f"{name} parsed from text")
     return value
@@ -316,13 +320,14 @@ def _read_question(row: Row) -> str | None:
         return None
     if unplaced := [column for column in _UNPLACED if row.get(column)]:
         raise BadRow(f"column {unplaced[0]} next to {name}: write both into one column prompt, or rename it")
+    if not isinstance(row[name], str | list):
+        raise BadRow(f"{name} is {kind_of(row[name])}, not text or messages")
     row["prompt"] = row.pop(name)
-    more = row.pop("input", None) if name != "input" else None
-    if more is None or more == "":
+    if name == "input" or more is None or more == "":
         return f"{name} as prompt"
     if not isinstance(row["prompt"], str) or not isinstance(more, str):
         raise BadRow(f"{name} and input are not text")
-    row["prompt"] += f"\n\n{more}"
+    row["prompt"] += f"\n\n{row.pop('input')}"
     return f"{name} and input as prompt"
 
 

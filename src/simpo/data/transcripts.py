@@ -30,7 +30,7 @@ def split_transcripts(transcripts: tuple[str, ...]) -> tuple[str, tuple[str, ...
     if not ends:
         return None
     responses = tuple(text[ends[-1] :] for text in transcripts)
-    if any(cue[1] == "Human" for response in responses for cue in _LOOSE_CUE.finditer(f"\n{response}")):
+    if any(re.search(r"\n\s*Human:", response) for response in responses):
         raise BadRow("the transcripts differ in more than their last answer")
     return transcripts[0][: ends[-1]], responses
 
