@@ -155,6 +155,8 @@ def _parsed(text: str, name: str, notes: list[str]) -> Any:
         if name not in _OPTIONS and not re.match(r"\s*(\[|\{|array\()", text):
             return text
         raise BadRow(f"{name} is text that is {error}") from error
+    if isinstance(value, str):
+        return _parsed(value, name, notes)
     notes.append(f"{name} parsed from text")
     return value
 
@@ -171,8 +173,8 @@ def _unserialized(value: Any, name: str, notes: list[str]) -> Any:
         return value
     if isinstance(found, str):
         return _unserialized(found, name, notes)
-    items = found if isinstance(found, list) else [found]
-    if not all(isinstance(item, dict) and any(keys <= set(item) for keys in _MESSAGE_KEYS) for item in items):
+    items, kinds = (found, _MESSAGE_KEYS) if isinstance(found, list) else ([found], _MESSAGE_KEYS[:2])
+    if not all(isinstance(item, dict) and any(keys <= set(item) for keys in kinds) for item in items):
         return value
     notes.append(f"{name} parsed from text")
     return found
@@ -332,10 +334,11 @@ def _read_question(row: Row) -> str | None:
 
 
 def _read_answer(row: Row) -> str | None:
-    if row.get("prompt") is None or row.get("messages") is not None or _is_comparison(row) or "responses" in row:
+    known = {"completion", "messages", "responses"} & {name for name, value in row.items() if value is not None}
+    if row.get("prompt") is None or known or _is_comparison(row):
         return None
-    name = _only(row, ("completion", *_ANSWERS))
-    if name is None or name == "completion":
+    name = _only(row, _ANSWERS)
+    if name is None:
         return None
     if rated := [column for column in _RATINGS if row.get(column) is not None]:
         raise BadRow(
