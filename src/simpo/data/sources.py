@@ -76,7 +76,7 @@ def _sliced(load: Callable[[str], Dataset], split: str, name: str) -> Dataset:
         slices = ReadInstruction.from_spec(split).to_absolute({base: len(found) for base, found in rows.items()})
     except ValueError as error:
         raise SimpoError(f"{name}: split {split!r}: {_first_line(error)}; write train[:90%] or train[100:]") from error
-    found = concatenate([rows[part.splitname].select(range(part.from_, part.to)) for part in slices])
+    found = concatenate([rows[part.splitname].select(range(min(part.from_, part.to), part.to)) for part in slices])
     if not len(found):
         sizes = ", ".join(f"{len(whole)} in {base}" for base, whole in rows.items())
         raise SimpoError(f"{name}: split {split!r} has no rows (there are {sizes})")
