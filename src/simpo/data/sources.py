@@ -76,11 +76,11 @@ def _sliced(load: Callable[[str], Dataset], split: str, name: str) -> Dataset:
         slices = ReadInstruction.from_spec(split).to_absolute({base: len(found) for base, found in rows.items()})
     except ValueError as error:
         raise SimpoError(f"{name}: split {split!r}: {_first_line(error)}; write train[:90%] or train[100:]") from error
-    found = concatenate([rows[part.splitname].select(range(min(part.from_, part.to), part.to)) for part in slices])
-    if not len(found):
+    found = [rows[part.splitname].select(range(part.from_, part.to)) for part in slices if part.from_ < part.to]
+    if not found:
         sizes = ", ".join(f"{len(whole)} in {base}" for base, whole in rows.items())
         raise SimpoError(f"{name}: split {split!r} has no rows (there are {sizes})")
-    return found
+    return concatenate(found)
 
 
 def _load_local(path: Path, split: str, *, any_split: bool) -> Dataset:
