@@ -177,8 +177,9 @@ def test_rows_that_are_known_stay_as_they_are(row):
             {**COMPARISONS["SafeRLHF"][0], **COMPARISONS["HelpSteer2 preference"][0]},
             r"ambiguous columns \(response_0, .*\) and \(response_1, ",
         ),
-        ({**COMPARISONS["HelpSteer3"][0], "overall_preference": 0}, "overall_preference does not say"),
-        ({**COMPARISONS["Arena"][0], "winner": "tie (bothbad)"}, "winner does not say"),
+        ({**COMPARISONS["HelpSteer3"][0], "overall_preference": 0}, "overall_preference is a tie"),
+        ({**COMPARISONS["HelpSteer3"][0], "overall_preference": float("nan")}, "overall_preference does not say"),
+        ({**COMPARISONS["Arena"][0], "winner": "tie (bothbad)"}, "winner is a tie"),
         ({**COMPARISONS["SafeRLHF"][0], "better_response_id": -1}, "better_response_id does not say"),
         ({"prompt": "p", "response": "r", "helpfulness": 4, "correctness": 4}, "one response a row, rated by helpf"),
         ({"instruction": "q", "context": "A text.", "response": "r"}, "column context next to instruction"),
@@ -193,6 +194,16 @@ def test_rows_that_are_known_stay_as_they_are(row):
 def test_ambiguous_rows_and_values_are_bad_rows(row, reason):
     with pytest.raises(BadRow, match=reason):
         canonical(row)
+
+
+def test_ties_are_dropped_and_counted(build_tokenizer):
+    row = COMPARISONS["HelpSteer3"][0]
+    rows = [row | {"overall_preference": value} for value in (1, 0, -2, 0)]
+    report = prepare(Dataset.from_list(rows), build_tokenizer("chatml"), TokenizeSettings()).report
+    assert (report.used, report.dropped, report.bad) == (2, {"overall_preference is a tie": 2}, {})
+    with pytest.raises(SimpoError, match="no row is left; dropped are overall_preference is a tie"):
+        prepare(Dataset.from_list(rows[1:2]), build_tokenizer("chatml"), TokenizeSettings())
+    assert len(prepare_prompts(Dataset.from_list(rows), build_tokenizer("chatml"))) == 1
 
 
 # ---- lists and conversations that stand in text ----

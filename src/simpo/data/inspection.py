@@ -101,9 +101,15 @@ def shared_rows(train: Dataset, held_out: Dataset) -> tuple[int, int]:
 
 
 def _digests(rows: Dataset) -> Iterator[tuple[bytes, bytes]]:
-    for batch in rows.with_format(None).select_columns(["prompt_ids", "response_ids"]).iter(batch_size=1000):
+    """Of every row, prompt with responses and the prompt; through Arrow, because training data may be large."""
+    for batch in rows.with_format("arrow").select_columns(["prompt_ids", "response_ids"]).iter(batch_size=1000):
         for prompt, responses in zip(batch["prompt_ids"], batch["response_ids"], strict=True):
-            yield _digest(prompt, *responses), _digest(prompt)
+            texts = [ids.values.to_numpy().astype(np.int64) for ids in (prompt, *responses.values)]
+            digest = hashlib.blake2b(np.append(texts[0], -1), digest_size=16)
+            of_prompt = digest.digest()
+            for ids in texts[1:]:
+                digest.update(np.append(ids, -1))
+            yield digest.digest(), of_prompt
 
 
 @dataclass(frozen=True)

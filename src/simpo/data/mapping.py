@@ -194,6 +194,8 @@ def prepare_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenizat
     statuses = list(zip(columns["where"], columns[_STATUS], strict=True))
     report = DataReport.of(label, statuses, noun=tokenization.noun)
     check_bad(report, statuses, settings)
+    if not report.used and all(found is None for found in mapped[next(iter(tokenization.columns))]):
+        raise SimpoError(f"{label}: no row is left; dropped are {', '.join(report.dropped)}")
     if not report.used:
         raise SimpoError(f"{label}: {tokenization.nothing_fits(mapped)}")
     if report.used < report.rows:
@@ -238,7 +240,7 @@ def shortest(mapped: Dataset, settings: TokenizeSettings, noun: str) -> str:
 
 
 def _bad(bad: BadRow) -> tuple[Mapping[str, Any], list[str]]:
-    return {}, [f"bad: {bad.reason}"]
+    return {}, [f"{bad.kind}: {bad.reason}"]
 
 
 def _check_unicode(texts: Sequence[str]) -> None:

@@ -119,7 +119,7 @@ def read_prompts(dataset: Dataset, *, label: str = "prompts") -> tuple[list[Plai
             if not content:
                 raise BadRow("empty prompt")
         except BadRow as error:
-            statuses.append((where, [f"bad: {error.reason}"]))
+            statuses.append((where, [f"{error.kind}: {error.reason}"]))
             continue
         prompt = PlainPrompt(prompt_id(content), content, where, extra)
         known = found.setdefault(prompt.id, prompt)

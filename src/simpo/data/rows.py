@@ -37,9 +37,17 @@ Row = dict[str, Any]
 class BadRow(Exception):  # noqa: N818 - it is counted, not shown as an error
     """A row that cannot be used. ``reason`` says why, without what differs from row to row: it is counted."""
 
+    kind = "bad"
+
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class Tie(BadRow):
+    """A row that says that neither of two responses is better: sound, and of no use. It is dropped."""
+
+    kind = "dropped"
 
 
 class UnknownShape(BadRow):

@@ -18,10 +18,11 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from simpo.data.messages import kind_of
-from simpo.data.rows import BadRow, Row, rows_of
+from simpo.data.rows import BadRow, Row, Tie, rows_of
 
 FOREIGN_SHAPES = (
     "question, instruction (+ input), query or input as prompt; response, output or answer as completion; "
@@ -60,15 +61,17 @@ _SCORE_KEYS = ("overall_score", "score", "rating", "rank")
 
 
 def _by_number(value: Any) -> int | None:
-    return {0: 0, 1: 1}.get(float(value))
+    return {0: 0, 1: 1}[float(value)]
 
 
 def _by_sign(value: Any) -> int | None:
-    return 1 if float(value) > 0 else 0 if float(value) < 0 else None
+    return {1: 1, -1: 0, 0: None}[np.sign(float(value))]
 
 
 def _by_name(value: Any) -> int | None:
-    return {"model_a": 0, "a": 0, "model_b": 1, "b": 1}.get(str(value).lower())
+    if str(value).startswith("tie"):
+        return None
+    return {"model_a": 0, "a": 0, "model_b": 1, "b": 1}[str(value).lower()]
 
 
 # Two columns of responses and the one that says which is better, and how it says so: 0, 1 or None for neither.
@@ -264,10 +267,10 @@ def _read_verdict(row: Row, names: tuple[str, str, str], *, answers: bool) -> No
         return
     try:
         better = _VERDICTS[names](row[names[2]])
-    except (ValueError, TypeError):
-        better = None
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadRow(f"{names[2]} does not say which response is better") from error
     if better is None:
-        raise BadRow(f"{names[2]} does not say which response is better (a tie?)")
+        raise Tie(f"{names[2]} is a tie")
     pair = [row.pop(name) for name in names[:2]]
     row["chosen"], row["rejected"] = pair[better], pair[1 - better]
 
