@@ -118,6 +118,7 @@ def test_comparisons(name):
     [
         ({"instruction": "Add", "input": "1", "output": "2"}, {"prompt": "Add\n\n1", "completion": "2"}),
         ({"question": "Hi?", "response": "yes"}, {"prompt": "Hi?", "completion": "yes"}),
+        ({"question": "Hi?", "query": "", "output": ""}, {"prompt": "Hi?", "query": "", "completion": ""}),
         ({"prompt": "Hi?", "answer": "yes", "label": 1}, {"prompt": "Hi?", "completion": "yes", "label": 1}),
         ({"input": "Hi?", "output": "yes"}, {"prompt": "Hi?", "completion": "yes"}),
         ({"conversations": sharegpt("Hi?", "yes", "a", "b")}, {"messages": chat("Hi?", "yes", "a", "b")}),

@@ -140,15 +140,14 @@ def _print_inspection(console: Console, inspection: Inspection) -> None:
     bos = "the tokenizer has none" if inspection.one_bos is None else f"{inspection.one_bos:.1%} of prompts"
     noun = inspection.report.noun
     figures = {
-        "chosen longer": f"{inspection.longer:.1%} of {noun}; as long as rejected in {inspection.ties:.1%}"
-        if inspection.longer is not None
-        else None,
         "repeated": f"{inspection.repeated:,} {noun}; {inspection.repeated_prompts:,} have a prompt seen before",
-        "identical responses": f"{inspection.identical:,} {noun}" if inspection.longer is not None else None,
         "exactly one BOS, in front": bos,
         "one end of turn, at the end": f"{inspection.ended:.1%} of responses",
     }
-    for name, figure in ((name, figure) for name, figure in figures.items() if figure is not None):
+    if inspection.longer is not None:
+        longer = f"{inspection.longer:.1%} of {noun}; as long as rejected in {inspection.ties:.1%}"
+        figures = {"chosen longer": longer, "identical responses": f"{inspection.identical:,} {noun}"} | figures
+    for name, figure in figures.items():
         console.print(Text(f"{name:<28} {figure}"))
     console.print()
 

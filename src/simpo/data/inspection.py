@@ -104,12 +104,12 @@ def _digests(rows: Dataset) -> Iterator[tuple[bytes, bytes]]:
     """Of every row, prompt with responses and the prompt; through Arrow, because training data may be large."""
     for batch in rows.with_format("arrow").select_columns(["prompt_ids", "response_ids"]).iter(batch_size=1000):
         for prompt, responses in zip(batch["prompt_ids"], batch["response_ids"], strict=True):
-            texts = [ids.values.to_numpy().astype(np.int64) for ids in (prompt, *responses.values)]
-            digest = hashlib.blake2b(np.append(texts[0], -1), digest_size=16)
-            of_prompt = digest.digest()
-            for ids in texts[1:]:
-                digest.update(np.append(ids, -1))
-            yield digest.digest(), of_prompt
+            digests = []
+            digest = hashlib.blake2b(digest_size=16)
+            for ids in (prompt, *responses.values):
+                digest.update(ids.values.to_numpy().astype(np.int64).tobytes() + b"|")
+                digests.append(digest.digest())
+            yield digests[-1], digests[0]
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,11 @@ class _Measures:
         count = len(self._prompts)
         lengths = {part: np.array(values) for part, values in self._lengths.items()}
         chosen, rejected = lengths.get("chosen"), lengths.get("rejected")
-        compared = chosen is not None
         return Inspection(
             report=report,
             lengths={part: _percentiles(values) for part, values in lengths.items()},
-            longer=float(np.mean(chosen > rejected)) if compared else None,
-            ties=float(np.mean(chosen == rejected)) if compared else None,
+            longer=None if chosen is None or rejected is None else float(np.mean(chosen > rejected)),
+            ties=None if chosen is None or rejected is None else float(np.mean(chosen == rejected)),
             repeated=count - len(self._comparisons),
             repeated_prompts=count - len(set(self._prompts)),
             identical=self._identical + report.bad.get("identical responses", 0),

@@ -61,7 +61,7 @@ _SCORE_KEYS = ("overall_score", "score", "rating", "rank")
 
 
 def _by_number(value: Any) -> int | None:
-    return {0: 0, 1: 1}[float(value)]
+    return {0.0: 0, 1.0: 1}[float(value)]
 
 
 def _by_sign(value: Any) -> int | None:
@@ -102,7 +102,8 @@ def canonical(row: Mapping[str, Any], *, answers: bool = True) -> tuple[Row, str
     notes: list[str] = []
     for name in found:
         _decode(found, name, notes)
-    steps = [_read_system, partial(_read_pair, answers=answers), _read_conversation, _read_question]
+    read_pair = partial(_read_pair, answers=answers)
+    steps: list[Callable[[Row], str | None]] = [_read_system, read_pair, _read_conversation, _read_question]
     notes += [note for step in (*steps, *([_read_answer] if answers else [])) if (note := step(found))]
     return found, "; ".join(dict.fromkeys(notes)) or None
 
@@ -206,8 +207,9 @@ def _messages(value: Any, name: str, notes: list[str]) -> Any:
 
 
 def _only(row: Row, names: tuple[str, ...]) -> str | None:
-    """The one of the columns that the row has; raises BadRow if it has several."""
+    """The one of the columns that the row has, empty text counting only alone; raises BadRow if it has several."""
     present = [name for name in names if row.get(name) is not None]
+    present = [name for name in present if row[name] != ""] or present[:1]
     if len(present) > 1:
         raise BadRow(f"ambiguous columns {' and '.join(present)}: rename one with column_mapping")
     return present[0] if present else None
@@ -282,7 +284,8 @@ def _is_scored(value: object) -> bool:
 def _keys_of(item: object) -> tuple[str | None, str | None]:
     """The keys of a response and of its score."""
     present = {key for key, value in item.items() if value is not None} if isinstance(item, dict) else set()
-    return tuple(next((key for key in keys if key in present), None) for keys in (_RESPONSE_KEYS, _SCORE_KEYS))
+    text, score = (next((key for key in keys if key in present), None) for keys in (_RESPONSE_KEYS, _SCORE_KEYS))
+    return text, score
 
 
 def _read_scored(row: Row, name: str) -> None:
