@@ -8,7 +8,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from simpo.data.prompts import OVERLONG_PROMPT, REPEATED, prepare_prompts
+from simpo.data.prompts import OVERLONG_PROMPT, REPEATED, prepare_prompts, read_prompts
 from simpo.data.sources import load_rows
 from simpo.data.supervised import prepare_sft
 from simpo.data.tokenize import TokenizeSettings, prepare
@@ -170,3 +170,13 @@ def test_no_prompts(build_tokenizer):
         prompts_of(tokenizer, {"prompt": TURNS})
     with pytest.raises(SimpoError, match="empty prompt"):
         prompts_of(tokenizer, {"prompt": ""})
+
+
+def test_prompts_that_are_no_unicode_are_bad_rows_without_a_tokenizer(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"{n}"}) for n in range(99)) + '\n{"prompt": "\\ud800"}'
+    )
+    prompts, report = read_prompts(load_rows(str(tmp_path / "a.jsonl"), split="train"))
+    assert len(prompts) == 99 and report.examples == {
+        "text that is not Unicode (half of a surrogate pair)": ["a.jsonl:100"]
+    }

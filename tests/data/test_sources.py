@@ -347,3 +347,11 @@ def test_rows_given_in_python():
 def test_what_is_no_data_set(rows, message):
     with pytest.raises(SimpoError, match=message):
         as_dataset(rows, "train_dataset")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "a.jsonl", FLAT)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
+    with pytest.raises(SimpoError, match="file: the cache cannot be written: "):
+        load(path)

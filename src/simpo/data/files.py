@@ -107,9 +107,12 @@ def _load_generated(path: Path, label: str, digest: str) -> Dataset:
             gen_kwargs={"path": str(path), "label": label},
             fingerprint=digest,
         )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, SimpoError):
-            raise error.__cause__ from None
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, SimpoError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise SimpoError(f"{datasets.config.HF_DATASETS_CACHE}: the cache cannot be written: {cause}") from error
         raise
 
 

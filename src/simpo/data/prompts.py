@@ -118,10 +118,13 @@ def read_prompts(dataset: Dataset, *, label: str = "prompts") -> tuple[list[Plai
             content, extra = recognise_prompt(row, where)
             if not content:
                 raise BadRow("empty prompt")
+            prompt = PlainPrompt(prompt_id(content), content, where, extra)
         except BadRow as error:
             statuses.append((where, [f"{error.kind}: {error.reason}"]))
             continue
-        prompt = PlainPrompt(prompt_id(content), content, where, extra)
+        except UnicodeEncodeError:
+            statuses.append((where, ["bad: text that is not Unicode (half of a surrogate pair)"]))
+            continue
         known = found.setdefault(prompt.id, prompt)
         noted = [f"read: {read}"] if read else []
         statuses.append((where, noted if known is prompt else [*noted, f"dropped: {REPEATED}"]))
