@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -46,3 +47,14 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise :class:`SimpoError` with argparse's message."""
         raise SimpoError(f"{message}; {self.prog} --help lists the options")
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """The value of an option that is a JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"name\": \"value\"}}'")
+    return found

@@ -163,3 +163,36 @@ def test_rankings(model, tmp_path, capsys):
     assert "train: 6 answers to 2 prompts, 3 to each" in printed
     assert "longer has the higher score  1 of a prompt's pairs" in printed
     assert "train: 2 comparisons of 2 rows" in printed
+
+
+def test_conversations_are_shown_as_they_are_learned(model, tmp_path, capsys):
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
+    rows.append({"instruction": "Add.", "input": "1", "output": "2"})
+    options = ["--model", model, "--output_dir", str(tmp_path / "out")]
+    assert inspect.main([write(tmp_path / "a.jsonl", rows), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 2 conversations of 2 rows" in printed
+    assert "recognized 1: instruction and input as prompt; output as completion (a.jsonl:2)" in printed
+    assert "response: >>>two<eos><<<[user]three<eos>[assistant]>>>four<eos><<<" in printed
+    assert "[user]Add.\n\n1<eos>[assistant]\nresponse: >>>2<eos><<<" in printed and "rejected" not in printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    figures = {metric["name"]: metric["value"] for metric in results["metrics"]}
+    assert figures["data/train/tokens/response/p5"] == 2 and figures["data/train/ended"] == 1
+
+
+def test_feedback_with_renamed_columns(model, tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("ask,text,label\na,b,1\nc,d,0\n")
+    options = ["--model", model, "--column_mapping", '{"ask": "prompt", "text": "completion"}']
+    assert inspect.main([str(tmp_path / "a.csv"), *options]) == 0
+    assert "train: 2 judged responses of 2 rows" in capsys.readouterr().out
+    assert cli.main(["inspect", str(tmp_path / "a.csv"), "--model", model, "--column_mapping", "ask=prompt"]) == 2
+    assert "column_mapping: " in capsys.readouterr().err
+
+
+def test_splits_of_one_file_for_inspection(model, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    assert inspect.main([path, "--model", model, "--split", "train[:1]"]) == 0
+    assert "train: 1 comparisons of 1 rows" in capsys.readouterr().out
+    assert cli.main(["inspect", path, "--model", model, "--split", "test"]) == 2
+    assert "no split 'test'" in capsys.readouterr().err

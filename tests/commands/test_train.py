@@ -199,3 +199,54 @@ def test_the_installed_command_has_the_same_exit_code():
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
     assert "did you mean" in done.stderr
+
+
+def test_held_out_rows_that_are_training_rows_are_counted(world, tmp_path, capsys):
+    lines = (world / "train.jsonl").read_text().splitlines()[:8]
+    changed = json.loads(lines[0]) | {"chosen": "Something else."}
+    (tmp_path / "test.jsonl").write_text("\n".join([*lines[:3], json.dumps(changed), *_held_out(world, 2)]))
+    given = {"dataset_train_split": "train[:8]", "eval_dataset_name": tmp_path / "test.jsonl", "max_steps": 1}
+    assert main(options(world, tmp_path / "out", **given)) == 0
+    assert "eval: 3 of 6 held-out pairs are training pairs, and 4 have a prompt of one" in capsys.readouterr().out
+    figures = {metric.name: metric for metric in read_results(tmp_path / "out" / "results.json").metrics}
+    assert (figures["data/eval/rows_in_train"].value, figures["data/eval/prompts_in_train"].value) == (3, 4)
+    assert figures["data/eval/rows_in_train"].n == 6 and figures["data/train/rows"].value == 8
+
+
+def _held_out(world, count):
+    return (world / "test.jsonl").read_text().splitlines()[:count]
+
+
+@pytest.mark.parametrize("command", ["train", "reward", "sft"])
+def test_training_rows_are_no_held_out_rows(command, world, tmp_path, capsys):
+    """Not through the same file, the same split or a slice of it; slices that differ are."""
+    data = world / "train.jsonl"
+    if command == "sft":
+        rows = [json.loads(line) for line in data.read_text().splitlines()]
+        data = tmp_path / "train.jsonl"
+        data.write_text("\n".join(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) for row in rows))
+    same = {"dataset_name": data, "eval_dataset_name": None, "max_steps": 1}
+    for given in (
+        same | {"eval_dataset_name": data},
+        same | {"dataset_test_split": "train"},
+        same | {"dataset_test_split": "train[:10]"},
+    ):
+        assert main([command, *options(world, tmp_path / "out", **given)[1:]]) == 2
+        assert "are training" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main([command, *options(world, tmp_path / "out", **same, dataset_test_split="test")[1:]]) == 2
+    assert "no split 'test'" in capsys.readouterr().err
+
+
+def test_columns_are_renamed_for_training(world, tmp_path):
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    renamed = [{"ask": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, renamed)))
+    given = {"dataset_name": tmp_path / "a.jsonl", "max_steps": 1, "eval_dataset_name": None, "save_strategy": "no"}
+    mapping = json.dumps({"ask": "prompt", "good": "chosen", "bad": "rejected"})
+    losses = []
+    for number, changes in enumerate(
+        (given | {"column_mapping": mapping}, given | {"dataset_name": world / "train.jsonl"})
+    ):
+        assert main(options(world, tmp_path / str(number), **changes)) == 0
+        losses.append({m.name: m.value for m in read_results(tmp_path / str(number) / "results.json").metrics})
+    assert losses[0] == losses[1]

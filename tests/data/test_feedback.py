@@ -49,7 +49,7 @@ def test_columns_and_report(build_tokenizer):
     assert prepare_feedback(prepared.dataset, None, TokenizeSettings()).dataset is prepared.dataset
 
 
-@pytest.mark.parametrize(("label", "kind"), [(1, "int"), (0.0, "float"), ("true", "str"), (None, "null")])
+@pytest.mark.parametrize(("label", "kind"), [(2, "int"), (0.5, "float"), ("yes", "str"), (None, "null")])
 def test_a_label_is_a_boolean(label, kind, build_tokenizer, tmp_path):
     """Also where JSON rows have others: a bad row, counted and named."""
     with pytest.raises(BadRow, match=f"label is {kind}, not a boolean"):

@@ -8,7 +8,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from simpo.data.prompts import OVERLONG_PROMPT, REPEATED, prepare_prompts
+from simpo.data.prompts import OVERLONG_PROMPT, REPEATED, prepare_prompts, read_prompts
 from simpo.data.sources import load_rows
 from simpo.data.supervised import prepare_sft
 from simpo.data.tokenize import TokenizeSettings, prepare
@@ -63,6 +63,9 @@ def test_ids_without_a_template(plain_tokenizer, name):
         ({"prompt": TURNS}, TURNS, {}),
         ({"instruction": HI, "dataset": "koala", "output": "Fold it."}, HI, {"dataset": "koala", "output": "Fold it."}),
         ({"instruction": HI, "input": ""}, HI, {"input": ""}),
+        ({"instruction": HI, "input": "A vase."}, f"{HI}\n\nA vase.", {}),
+        ({"question": HI, "answer": "Fold it."}, HI, {"answer": "Fold it."}),
+        ({"conversations": [{"from": "human", "value": HI}]}, [{"role": "user", "content": HI}], {}),
         ({"messages": [*TURNS, *chat("", "yes")[1:]], "prompt": "Ho?"}, TURNS, {"prompt": "Ho?"}),
         ({"messages": TURNS}, TURNS, {}),
         ({**PAIRS["conversations"], "messages": chat("Ho?", "no")}, TURNS, {"messages": chat("Ho?", "no")}),
@@ -138,11 +141,13 @@ def test_overlong_prompts_are_dropped_and_never_cut(build_tokenizer):
         ({"prompt": None}, "prompt is null, not text or messages"),
         ({"prompt": chat("a", "b")}, "the prompt does not end with a user message"),
         ({"instruction": 3}, "instruction is int, not text"),
-        ({"instruction": "Add.", "input": "1 2"}, "an input beside the instruction"),
+        ({"instruction": "Add.", "input": [1, 2]}, "instruction and input are not text"),
+        ({"prompt": "Add.", "input": "1 2"}, "ambiguous columns prompt and input"),
+        ({"question": "Add 1 and 2.", "instruction": "Answer."}, "ambiguous columns question and instruction"),
         ({"messages": chat("", "b")[1:]}, "no user's message"),
         ({"messages": "b"}, "messages is str, not a list of messages"),
         ({"chosen": "a", "rejected": None}, "rejected is null, not text or messages"),
-        ({"question": "?"}, "no recognised shape: columns question"),
+        ({"topic": "?"}, "no recognised shape: columns topic"),
     ],
 )
 def test_bad_rows_are_counted_and_named(build_tokenizer, tmp_path, bad, reason):
@@ -158,10 +163,20 @@ def test_no_prompts(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     with pytest.raises(SimpoError, match=r"^prompts: no rows"):
         prompts_of(tokenizer)
-    with pytest.raises(SimpoError, match=r"prompts: no row of a recognised shape .*columns question.*\{instruction\}"):
-        prompts_of(tokenizer, {"question": "?"})
+    with pytest.raises(SimpoError, match=r"prompts: no row of a recognised shape .*columns topic.*instruction"):
+        prompts_of(tokenizer, {"topic": "?"})
     tokenizer.chat_template = None
     with pytest.raises(SimpoError, match="prompts row 0: a conversation, but the tokenizer has no chat template"):
         prompts_of(tokenizer, {"prompt": TURNS})
     with pytest.raises(SimpoError, match="empty prompt"):
         prompts_of(tokenizer, {"prompt": ""})
+
+
+def test_prompts_that_are_no_unicode_are_bad_rows_without_a_tokenizer(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"{n}"}) for n in range(99)) + '\n{"prompt": "\\ud800"}'
+    )
+    prompts, report = read_prompts(load_rows(str(tmp_path / "a.jsonl"), split="train"))
+    assert len(prompts) == 99 and report.examples == {
+        "text that is not Unicode (half of a surrogate pair)": ["a.jsonl:100"]
+    }

@@ -170,7 +170,7 @@ def test_variables_that_the_template_never_reads(tokenizer):
             pair({"role": "assistant", "content": [{"type": "image_url", "image_url": "a"}]}),
             "content part of type 'image_url'",
         ),
-        (pair(tools="[{"), "tools is text that is not JSON"),
+        (pair(tools="[{"), "tools is text that is neither JSON"),
         (pair(tools={"a": 1}), "tools is dict, not a list"),
         (pair(system=1), "system is int, not text"),
         (pair(chat_template_kwargs={"tools": []}), "chat_template_kwargs has 'tools'"),

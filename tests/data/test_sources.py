@@ -9,7 +9,7 @@ import pytest
 import zstandard
 from datasets import Dataset, DatasetDict
 
-from simpo.data.rows import rows_of
+from simpo.data.rows import as_dataset, rows_of
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 
@@ -178,3 +178,180 @@ def test_hub_rows_say_their_split(monkeypatch):
 def test_a_home_that_nobody_has_is_a_missing_file():
     with pytest.raises(SimpoError, match="file not found"):
         load_rows("~nobody-of-this-name/rows.jsonl", split="train")
+
+
+# ---- paths, splits and damaged files ----
+
+
+def prompts(path, split="train", **options):
+    rows = load_rows(str(path), split=split, **options)
+    return [row["prompt"] for row, _ in rows_of(rows[:], range(len(rows)), "")]
+
+
+def write_kind(path, text):
+    row = {"prompt": text, "chosen": "a", "rejected": "b"}
+    if path.suffix == ".arrow":
+        Dataset.from_list([row]).save_to_disk(path.parent / "saved")
+        (path.parent / "saved" / "data-00000-of-00001.arrow").rename(path)
+    elif path.suffix in (".jsonl", ".json"):
+        write_lines(path, [row])
+    else:
+        getattr(Dataset.from_list([row]), f"to_{path.suffix[1:]}")(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "arrow", "jsonl"])
+@pytest.mark.parametrize(
+    ("name", "other"), [("data[1]", "data1"), ("y*", "yz"), ("a?", "ab"), ("{a,b}", "a"), ("**", "c")]
+)
+def test_a_path_is_no_pattern(kind, name, other, tmp_path):
+    write_kind(tmp_path / f"{name}.{kind}", "RIGHT")
+    write_kind(tmp_path / f"{other}.{kind}", "WRONG")
+    assert prompts(tmp_path / f"{name}.{kind}") == ["RIGHT"]
+    folder = tmp_path / f"[{name}]"
+    folder.mkdir()
+    write_kind(folder / f"{name}.{kind}", "IN")
+    assert prompts(folder) == prompts(folder / f"{name}.{kind}") == ["IN"]
+
+
+@pytest.mark.parametrize("name", ["y*.csv", "a?.parquet", "x[12].jsonl"])
+def test_a_pattern_is_no_path(name, tmp_path):
+    for suffix in ("csv", "parquet", "jsonl"):
+        write_kind(tmp_path / f"y1.{suffix}", "WRONG")
+    with pytest.raises(SimpoError, match="file not found; a path is taken literally"):
+        prompts(tmp_path / name)
+
+
+SLICES = ["train[:3]", "train[7:]", "train[-2:]", "train[:25%]", "train[25%:]", "train[2:5]", "train[:2]+train[8:]"]
+
+
+@pytest.mark.parametrize("split", [*SLICES, "train[:50%]+train[9:]"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "saved", "folder"])
+def test_slices_of_local_files_are_those_of_datasets(kind, split, tmp_path):
+    rows = Dataset.from_list([{"prompt": str(n), "chosen": "a", "rejected": "b"} for n in range(10)])
+    rows.to_json(tmp_path / "a.jsonl")
+    rows.to_csv(tmp_path / "a.csv")
+    rows.save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    rows.to_json(tmp_path / "folder" / "train.jsonl")
+    expected = datasets.load_dataset("json", data_files=str(tmp_path / "a.jsonl"), split=split)["prompt"][:]
+    path = tmp_path / (kind if kind in ("saved", "folder") else f"a.{kind}")
+    assert prompts(path, split) == [str(n) for n in expected]
+
+
+def test_slices_of_several_splits_of_a_folder(tmp_path):
+    for name in ("train", "test"):
+        write_lines(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{n}"} for n in range(3)])
+    assert prompts(tmp_path, "train[:1]+test[2:]") == ["train0", "test2"]
+    with pytest.raises(SimpoError, match=r"no file of split 'dev'.* it has test\.jsonl, train\.jsonl"):
+        prompts(tmp_path, "dev[:1]")
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("test", "no split 'test'; a single file has only the split 'train'"),
+        ("validation[:1]", "no split 'validation'"),
+        ("train[", r"split 'train\[': "),
+        ("train[3]", r"split 'train\[3\]': "),
+        ("train[a:b]", r"split 'train\[a:b\]': "),
+        ("train[5:]", r"split 'train\[5:\]' has no rows \(there are 2 in train\)"),
+        ("train[2:1]", "has no rows"),
+    ],
+)
+@pytest.mark.parametrize("saved", [False, True])
+def test_splits_that_are_not_there(split, message, saved, tmp_path):
+    """A file is never taken whole for a split that it does not have."""
+    path = write_lines(tmp_path / "rows.jsonl", FLAT)
+    if saved:
+        path = tmp_path / "saved"
+        Dataset.from_list(FLAT).save_to_disk(path)
+    with pytest.raises(SimpoError, match=message):
+        load(path, split)
+    assert len(load(path, "train")) == 2 == len(load_rows(str(path), split="test", any_split=True))
+
+
+def test_a_file_is_the_split_that_its_name_says(tmp_path):
+    assert len(load(write_lines(tmp_path / "hh_test.jsonl", FLAT), "test")) == 2
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("level", [1, 19])
+def test_a_cut_zst_file_is_refused(kept, level, tmp_path):
+    lines = "".join(json.dumps({"prompt": f"{n:0100}"}) + "\n" for n in range(500)).encode()
+    packed = zstandard.compress(lines, level)
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(packed + packed)  # two frames, both are read
+    assert len(load_rows(str(path), split="train")) == 1000
+    for start in (b"", packed):
+        path.write_bytes(start + packed[: int(len(packed) * kept)])
+        with pytest.raises(SimpoError, match=r"a\.jsonl\.zst: cannot be read: the file ends within compressed data"):
+            load(path)
+
+
+def test_an_arrow_stream_cut_between_two_batches_is_refused(tmp_path):
+    rows = Dataset.from_list([{"prompt": f"{n}"} for n in range(3000)])
+    rows.save_to_disk(tmp_path / "saved")
+    whole = (tmp_path / "saved" / "data-00000-of-00001.arrow").read_bytes()
+    for end in (len(whole) - 8, len(whole) - 9, len(whole) // 2):
+        (tmp_path / "a.arrow").write_bytes(whole[:end])
+        with pytest.raises(SimpoError, match=r"a\.arrow: not a readable arrow file: "):
+            load(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize("name", ["_where", "_row"])
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_columns_with_the_names_of_our_own(name, kind, tmp_path):
+    path = tmp_path / f"a.{kind}"
+    row = {**FLAT[0], name: "x"}
+    write_lines(path, [row]) if kind == "jsonl" else getattr(Dataset.from_list([row]), f"to_{kind}")(path)
+    if kind != "parquet":
+        assert load(path)[0][0] == row
+        return
+    with pytest.raises(SimpoError, match=f"a.parquet: the column name '{name}' is used internally"):
+        load(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 5000 + "1" + "}" * 5000, '{"a": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_json_that_python_cannot_read(text, name, tmp_path):
+    (tmp_path / name).write_text(text if text.startswith("{") else '{"a": 1}\n' + text)
+    with pytest.raises(SimpoError, match=rf"{name}:\d: "):
+        load(tmp_path / name)
+
+
+def test_a_name_that_is_too_long():
+    with pytest.raises(SimpoError, match="cannot be looked up: File name too long"):
+        load("x" * 300)
+
+
+# ---- rows given in Python ----
+
+
+def test_rows_given_in_python():
+    assert as_dataset(FLAT, "train_dataset")[:] == Dataset.from_list(FLAT)[:]
+    rows = Dataset.from_list(FLAT)
+    assert as_dataset(rows, "train_dataset") is rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (DatasetDict(train=Dataset.from_list(FLAT)), "train_dataset: a DatasetDict with the splits 'train'; pass one"),
+        (Dataset.from_list(FLAT).to_iterable_dataset(), "train_dataset: a streaming data set; pass "),
+        ({"prompt": ["p"]}, "train_dataset: a dict; pass a datasets.Dataset"),
+        ("train.jsonl", "train_dataset: a str; pass a datasets.Dataset"),
+        ([1, 2], "train_dataset: a list; pass a datasets.Dataset"),
+        ([{"a": 1}, {"a": "x"}], "train_dataset: rows whose columns differ in type"),
+    ],
+)
+def test_what_is_no_data_set(rows, message):
+    with pytest.raises(SimpoError, match=message):
+        as_dataset(rows, "train_dataset")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "a.jsonl", FLAT)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
+    with pytest.raises(SimpoError, match="file: the cache cannot be written: "):
+        load(path)

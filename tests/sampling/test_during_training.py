@@ -287,8 +287,10 @@ def test_how_often_a_training_evaluates(changes, expected, tmp_path):
 def terse(world, tmp_path_factory):
     """What ``simpo sft`` made of the model: it says "Yes." to everything, and ends."""
     output = tmp_path_factory.mktemp("terse") / "run"
+    held_out = output.parent / "held_out.jsonl"  # training rows, the last one changed: not all may be training rows
+    held_out.write_text((world / "sft.jsonl").read_text().rstrip()[::-1].replace(".seY", "!seY", 1)[::-1])
     changes = {"dataset_name": world / "sft.jsonl", "num_train_epochs": 4, "save_strategy": "no"}
-    assert cli.main(options(world, output, "sft", eval_dataset_name=world / "sft.jsonl", **(changes | SHORT))) == 0
+    assert cli.main(options(world, output, "sft", eval_dataset_name=held_out, **(changes | SHORT))) == 0
     return output
 
 

@@ -257,7 +257,9 @@ def test_a_metric_that_the_rows_do_not_have_is_refused_before_anything_is_traine
     ]
     judged = tmp_path / "judged.jsonl"
     judged.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    names = (f"--dataset_name={judged}", f"--eval_dataset_name={judged}", "--objective=kto", "--beta=0.1")
+    # Not of itself: a run whose held-out rows are all training rows is refused.
+    slices = ("--dataset_train_split=train[:50%]", "--dataset_test_split=train[50%:]")
+    names = (f"--dataset_name={judged}", f"--eval_dataset_name={judged}", *slices, "--objective=kto", "--beta=0.1")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((world / "recipe.yaml").read_text().replace("objective: simpo\nbeta: 2.5\n", ""))
     argv = ["sweep", str(recipe), *names, "--learning_rate=1e-3,1e-4", f"--output_dir={tmp_path / 'sweep'}"]

@@ -8,6 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from datasets import DatasetDict
 
 from simpo import OBJECTIVES, PreferenceTrainer, SimpoError
 from simpo.training.metrics import NAMES
@@ -285,3 +286,18 @@ def test_missing_pieces_are_named(make_trainer, pairs, config, make_model):
     text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with pytest.raises(SimpoError, match="processing_class"):
         PreferenceTrainer(make_model("gpt2"), config(), text)
+
+
+def test_rows_of_other_types_work_or_say_what_to_pass(pairs, config, make_model):
+    rows = pairs(4)
+    listed = PreferenceTrainer(make_model("gpt2"), config(), rows.to_list(), {"held out": pairs(2, seed=1).to_list()})
+    assert listed.train_dataset["response_ids"][:] == rows["response_ids"][:]
+    split = DatasetDict(train=rows, test=rows)
+    for given, message in (
+        (split, "^train_dataset: a DatasetDict with the splits 'train', 'test'; pass one"),
+        (rows.to_iterable_dataset(), "^train_dataset: a streaming data set; pass"),
+        (rows.to_pandas(), "^train_dataset: a DataFrame; pass a datasets.Dataset"),
+    ):
+        with pytest.raises(SimpoError, match=message):
+            PreferenceTrainer(make_model("gpt2"), config(), given)
+    assert set(PreferenceTrainer(make_model("gpt2"), config(), rows, split).eval_dataset) == {"train", "test"}

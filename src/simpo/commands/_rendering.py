@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-from typing import Any
 
+from simpo.arguments import mapping
 from simpo.data.settings import RenderSettings
 
 
@@ -13,7 +12,7 @@ def add_rendering_options(parser: argparse.ArgumentParser) -> None:
     """Add the options; give them the values that the model was trained with."""
     parser.add_argument(
         "--chat_template_kwargs",
-        type=_mapping,
+        type=mapping,
         default={},
         metavar="JSON",
         help="variables for the chat template, e.g. '{\"enable_thinking\": false}'",
@@ -33,13 +32,3 @@ def rendering(arguments: argparse.Namespace) -> RenderSettings:
         SimpoError: a variable that a chat template cannot get.
     """
     return RenderSettings(arguments.chat_template_kwargs, arguments.system_message)
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return found

@@ -1,9 +1,9 @@
-"""Look at preference data as a model would read it: lengths, biases, duplicates, what is cut or dropped."""
+"""Look at data as a model would read it: lengths, biases, duplicates, what is cut or dropped."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -11,14 +11,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from simpo.arguments import ArgumentParser
+from simpo.arguments import ArgumentParser, mapping
 from simpo.commands._rendering import add_rendering_options, rendering
 from simpo.data.answer_sets import PERCENTILES as SCORE_PERCENTILES
 from simpo.data.answer_sets import diversity_metrics, is_sampled, read_answer_sets, score_metrics
+from simpo.data.feedback import is_feedback, prepare_feedback
+from simpo.data.formats import is_comparison
 from simpo.data.inspection import PERCENTILES, Example, Inspection, examples, inspect_prepared, overlap
 from simpo.data.settings import TokenizeSettings
+from simpo.data.shapes import first_canonical
 from simpo.data.sources import load_rows
-from simpo.data.tokenize import prepare
+from simpo.data.supervised import prepare_sft
+from simpo.data.tokenize import Prepared, prepare
 from simpo.errors import SimpoError
 from simpo.results import Metric, fingerprint, write_results
 from simpo.terminal import printable
@@ -57,13 +61,13 @@ def main(argv: list[str]) -> int:
     metrics: list[Metric] = []
     sources: list[str] = []
     for label, name, split in _sources(arguments):
-        rows = load_rows(name, split=split)
+        rows = load_rows(name, split=split, column_mapping=arguments.column_mapping, any_split=label == "eval")
         sources.append(rows._fingerprint)
         metrics += _print_answers(console, rows, label)
-        if is_sampled(rows, label):
+        if is_sampled(rows):
             console.print(Text("These are answers, not comparisons yet: simpo annotate and simpo pair make them.\n"))
             continue
-        prepared = prepare(rows, tokenizer, settings, label=label)
+        prepared = _preparer(rows)(rows, tokenizer, settings, label=label)
         inspections.append(inspect_prepared(prepared, tokenizer, settings))
         datasets.append(prepared.dataset)
         _print_inspection(console, inspections[-1])
@@ -89,6 +93,17 @@ def _sources(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
         yield "eval", arguments.eval_dataset_name, arguments.split.replace("train", "test")
 
 
+def _preparer(rows: Dataset) -> Callable[..., Prepared]:
+    """What tokenizes rows of this kind."""
+    if is_feedback(rows):
+        return prepare_feedback
+    if "scored" in rows.column_names:
+        return prepare_sft
+    row = first_canonical(rows)
+    conversation = "messages" in row or {"prompt", "completion"} <= set(row)
+    return prepare_sft if conversation and not is_comparison(row) else prepare
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser("inspect", __doc__)
     parser.add_argument("model", metavar="MODEL", help="model whose tokenizer and chat template are used (or --model)")
@@ -103,6 +118,7 @@ def _parser() -> ArgumentParser:
         parser.add_argument(f"--{key}", nargs="?", const=True, type=_truth, metavar="true|false", help="as in a recipe")
     parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, file with one, or none")
     add_rendering_options(parser)
+    parser.add_argument("--column_mapping", type=mapping, metavar="JSON", help="columns to rename, as in a recipe")
     parser.add_argument("--output_dir", metavar="DIR", help="folder for results.json")
     return parser
 
@@ -124,20 +140,23 @@ def _print_inspection(console: Console, inspection: Inspection) -> None:
         table.add_row(part, *(f"{value:,}" for value in values.values()))
     console.print(table)
     bos = "the tokenizer has none" if inspection.one_bos is None else f"{inspection.one_bos:.1%} of prompts"
-    for name, figure in (
-        ("chosen longer", f"{inspection.longer:.1%} of comparisons; as long as rejected in {inspection.ties:.1%}"),
-        ("repeated", f"{inspection.repeated:,} comparisons; {inspection.repeated_prompts:,} have a prompt seen before"),
-        ("identical responses", f"{inspection.identical:,} comparisons"),
-        ("exactly one BOS, in front", bos),
-        ("one end of turn, at the end", f"{inspection.ended:.1%} of responses"),
-    ):
+    noun = inspection.report.noun
+    figures = {
+        "repeated": f"{inspection.repeated:,} {noun}; {inspection.repeated_prompts:,} have a prompt seen before",
+        "exactly one BOS, in front": bos,
+        "one end of turn, at the end": f"{inspection.ended:.1%} of responses",
+    }
+    if inspection.longer is not None:
+        longer = f"{inspection.longer:.1%} of {noun}; as long as rejected in {inspection.ties:.1%}"
+        figures = {"chosen longer": longer, "identical responses": f"{inspection.identical:,} {noun}"} | figures
+    for name, figure in figures.items():
         console.print(Text(f"{name:<28} {figure}"))
     console.print()
 
 
 def _print_answers(console: Console, rows: Dataset, label: str) -> list[Metric]:
     """How different the answers to a prompt are, and their scores, if the rows have several answers."""
-    sets = read_answer_sets(rows, label)
+    sets = read_answer_sets(rows)
     if not sets:
         return []
     prefix = f"data/{label}/answers"
@@ -171,7 +190,9 @@ def _shown(metric: Metric) -> str:
 def _print_overlap(console: Console, train: Inspection, test: Inspection) -> Metric:
     shared = overlap(train, test)
     count = test.report.used
-    console.print(Text(f"{shared:,} of {count:,} eval comparisons ({shared / count:.1%}) have a training prompt\n"))
+    console.print(
+        Text(f"{shared:,} of {count:,} eval {test.report.noun} ({shared / count:.1%}) have a training prompt\n")
+    )
     return Metric("data/eval/prompts_in_train", shared, n=count)
 
 
@@ -184,11 +205,26 @@ def _print_examples(console: Console, shown: list[Example]) -> None:
     for example in shown:
         console.print(Text(f"\n--- {printable(example.where)}", style="bold"))
         console.print(Text(_shortened(example.prompt), style="dim"))
+        if example.spans:
+            _print_spans(console, example, opening, closing)
+            continue
         for rank, response in enumerate(example.responses):
             style = "black on green" if rank == 0 else "black on yellow"
-            text = Text("chosen: " if rank == 0 else "rejected: ")
+            single = len(example.responses) == 1
+            text = Text("response: " if single else "chosen: " if rank == 0 else "rejected: ")
             text.append(f"{opening}{_shortened(response)}{closing}", style=style)
             console.print(text)
+
+
+def _print_spans(console: Console, example: Example, opening: str, closing: str) -> None:
+    """The response of a conversation, of which only the answers are scored."""
+    text = Text("response: ")
+    for span, scored in example.spans:
+        if scored:
+            text.append(f"{opening}{_shortened(span)}{closing}", style="black on green")
+        else:
+            text.append(_shortened(span), style="dim")
+    console.print(text)
 
 
 def _shortened(text: str) -> str:

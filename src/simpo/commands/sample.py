@@ -9,7 +9,7 @@ from argparse import Namespace
 from itertools import islice
 from pathlib import Path
 
-from simpo.arguments import ArgumentParser
+from simpo.arguments import ArgumentParser, mapping
 from simpo.client import Endpoint
 from simpo.commands._processes import refuse_several
 from simpo.commands._rendering import add_rendering_options, rendering
@@ -37,7 +37,9 @@ def main(argv: list[str]) -> int:
     keys = [field.name for field in dataclasses.fields(SamplingSettings)]
     given = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
     folder = Path(arguments.output_dir).expanduser()
-    asked = PromptArguments(arguments.prompts, arguments.split, arguments.chat_template, rendering(arguments))
+    asked = PromptArguments(
+        arguments.prompts, arguments.split, arguments.chat_template, arguments.column_mapping, rendering(arguments)
+    )
     settings = SamplingSettings(**given)
     if arguments.engine == "server":
         refuse_several("sample --engine server", "start it without torchrun")
@@ -89,6 +91,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("prompts", metavar="PROMPTS", help="file, folder or hub id of rows with prompts")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder of the run; the same one continues")
     parser.add_argument("--split", default="train", help="split of PROMPTS (default train)")
+    parser.add_argument("--column_mapping", type=mapping, metavar="JSON", help='columns to rename, {"old": "new"}')
     for field in dataclasses.fields(SamplingSettings):
         kind = float if field.name in _FLOATS else int
         default = "" if field.default is None else f" (default {field.default})"

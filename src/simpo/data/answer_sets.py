@@ -10,7 +10,8 @@ import numpy as np
 from datasets import Dataset
 
 from simpo.data.formats import is_number
-from simpo.data.rows import Row, rows_of
+from simpo.data.rows import Row
+from simpo.data.shapes import canonical_rows, first_canonical
 from simpo.results import Metric
 from simpo.statistics import Interval, mean_interval, share_interval
 
@@ -37,20 +38,19 @@ class AnswerSet:
         return [(text, score) for text, score in pairs if score is not None]
 
 
-def read_answer_sets(dataset: Dataset, label: str) -> list[AnswerSet]:
+def read_answer_sets(dataset: Dataset) -> list[AnswerSet]:
     """The answers of every row that has ``responses``, K-wise data or sampled; other rows are left out.
 
     Args:
         dataset: rows as :func:`simpo.data.sources.load_rows` gives them.
-        label: names the data set where its rows do not say themselves where they come from.
     """
-    rows = (row for row, _ in rows_of(dataset.with_format(None)[:], range(len(dataset)), label))
+    rows = canonical_rows(dataset)
     return [_answers(row) for row in rows if isinstance(row.get("responses"), list) and row["responses"]]
 
 
-def is_sampled(dataset: Dataset, label: str) -> bool:
+def is_sampled(dataset: Dataset) -> bool:
     """Whether the rows are answers as ``simpo sample`` and ``simpo annotate`` leave them, not comparisons yet."""
-    (row, _), *_ = rows_of(dataset.with_format(None)[:1], range(1), label)
+    row = first_canonical(dataset)
     return "responses" in row and ("scores" not in row or "finished" in row)
 
 

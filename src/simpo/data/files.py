@@ -5,9 +5,12 @@ Whatever is read is cached under the SHA-256 of the file's content, so a changed
 
 from __future__ import annotations
 
+import csv
+import glob
 import gzip
 import hashlib
 import importlib
+import io
 import json
 import sys
 import zlib
@@ -25,11 +28,13 @@ from simpo.errors import SimpoError
 
 _JSON = (".jsonl", ".json")
 _COMPRESSION = ("", ".gz", ".zst")
-_COLUMNAR = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-SUFFIXES = tuple(kind + packed for kind in _JSON for packed in _COMPRESSION) + tuple(_COLUMNAR)
+_COLUMNAR = {".parquet": "parquet", ".arrow": "arrow"}
+SUFFIXES = (*(kind + packed for kind in _JSON for packed in _COMPRESSION), ".csv", *_COLUMNAR)
 KINDS = ".jsonl[.gz|.zst], .json[.gz|.zst], .parquet, .csv, .arrow"
 # Part of every cache key: raise it when the rows made from the same file change.
-_FORMAT = "1"
+_FORMAT = "2"
+# How an Arrow stream and an Arrow file end.
+_ARROW_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")
 
 
 def load_file(path: Path, label: str) -> Dataset:
@@ -38,7 +43,7 @@ def load_file(path: Path, label: str) -> Dataset:
     Args:
         path: a file with one of :data:`SUFFIXES`.
         label: what messages call it, e.g. ``"train.jsonl.gz"``; rows are ``label:line`` for JSON lines,
-            ``label[index]`` for a JSON list and ``label row index`` for columnar files.
+            ``label[index]`` for a JSON list and ``label row index`` for the others. Cells of CSV files are text.
 
     Raises:
         SimpoError: the file is of another kind, empty, or not what its suffix says.
@@ -49,7 +54,7 @@ def load_file(path: Path, label: str) -> Dataset:
     digest = content_digest([path], label)
     if suffix in _COLUMNAR:
         return _load_columnar(path, label, _COLUMNAR[suffix], digest)
-    return _load_json(path, label, digest)
+    return _load_generated(path, label, digest)
 
 
 def content_digest(paths: list[Path], label: str) -> str:
@@ -66,6 +71,8 @@ def content_digest(paths: list[Path], label: str) -> str:
 
 def add_where(dataset: Dataset, label: str, digest: str) -> Dataset:
     """Add the column that says where each row of a columnar data set comes from: ``label row index``."""
+    if taken := {ROW, WHERE} & set(dataset.column_names):
+        raise SimpoError(f"{label}: the column name {taken.pop()!r} is used internally; rename the column")
     where = [f"{label} row {index}" for index in range(len(dataset))]
     return dataset.add_column(WHERE, where, new_fingerprint=digest)
 
@@ -73,8 +80,10 @@ def add_where(dataset: Dataset, label: str, digest: str) -> Dataset:
 def _load_columnar(path: Path, label: str, kind: str, digest: str) -> Dataset:
     # The builders' own cache goes by path and modification time; a folder per content is safe.
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "simpo" / digest
+    if kind == "arrow" and not _tail(path).endswith(_ARROW_ENDS):  # a stream cut between two batches reads as whole
+        raise SimpoError(f"{path}: not a readable arrow file: it does not end as one does")
     try:
-        dataset = load_dataset(kind, data_files=str(path), split="train", cache_dir=str(cache))
+        dataset = load_dataset(kind, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache))
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise SimpoError(f"{path}: not a readable {kind} file: {reason[0]}") from error
@@ -83,17 +92,27 @@ def _load_columnar(path: Path, label: str, kind: str, digest: str) -> Dataset:
     return add_where(dataset, label, digest)
 
 
-def _load_json(path: Path, label: str, digest: str) -> Dataset:
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(0, io.SEEK_END)
+        file.seek(max(0, file.tell() - 8))
+        return file.read()
+
+
+def _load_generated(path: Path, label: str, digest: str) -> Dataset:
     try:
         return Dataset.from_generator(
-            _json_rows,
+            _csv_rows if path.suffix == ".csv" else _json_rows,
             features=JSON_FEATURES,
             gen_kwargs={"path": str(path), "label": label},
             fingerprint=digest,
         )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, SimpoError):
-            raise error.__cause__ from None
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, SimpoError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise SimpoError(f"{datasets.config.HF_DATASETS_CACHE}: the cache cannot be written: {cause}") from error
         raise
 
 
@@ -101,6 +120,8 @@ def _json_rows(path: str, label: str) -> Iterator[Row]:
     """Yield the rows of a JSON file: a list of objects if it starts with ``[``, else an object a line."""
     count = 0
     try:
+        if path.endswith(".zst"):
+            _check_frames(Path(path))
         with _open_text(Path(path)) as file:
             holds_list = next((text for line in file if (text := line.strip())), "").startswith("[")
         with _open_text(Path(path)) as file:
@@ -115,11 +136,53 @@ def _json_rows(path: str, label: str) -> Iterator[Row]:
         raise SimpoError(f"{path}: no rows")
 
 
+def _csv_rows(path: str, label: str) -> Iterator[Row]:
+    """Yield the rows of a CSV file (RFC 4180); every cell is the text that stands there."""
+    csv.field_size_limit(2**31 - 1)
+    count = 0
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, strict=True)
+            header = next(lines, [])
+            if not header:
+                raise SimpoError(f"{path}: not a readable csv file: no header in its first line")
+            _check_header(header, path)
+            before = lines.line_num
+            for cells in lines:
+                start, before = before + 1, lines.line_num
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise SimpoError(
+                        f"{path}:{start}: {len(cells)} fields, but the header has {len(header)} "
+                        f"({', '.join(header)}); quote fields that contain commas"
+                    )
+                yield {ROW: as_json(dict(zip(header, cells, strict=True))), WHERE: f"{label} row {count}"}
+                count += 1
+    except csv.Error as error:
+        raise SimpoError(f"{path}:{before + 1}: not a readable csv file: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SimpoError(f"{path}: cannot be read: {error}; a CSV file is UTF-8 text") from error
+    if not count:
+        raise SimpoError(f"{path}: no rows")
+
+
+def _check_header(header: list[str], path: str) -> None:
+    repeated = [name for name in header if header.count(name) > 1]
+    if repeated:
+        raise SimpoError(f"{path}:1: the header has the column {repeated[0]!r} more than once; rename one of them")
+    other = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
+    if other:
+        raise SimpoError(f"{path}:1: the fields are separated by {other!r}; save the file with commas")
+
+
 def _list_items(file: IO[str], path: str, label: str) -> Iterator[tuple[object, str]]:
     try:
         items = json.load(file)
     except json.JSONDecodeError as error:
         raise SimpoError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise SimpoError(f"{path}: JSON that is not read: {error}") from error
     for index, item in enumerate(items):
         yield item, f"{label}[{index}]"
 
@@ -135,6 +198,8 @@ def _lines(file: IO[str], path: str, label: str) -> Iterator[tuple[object, str]]
                 f"{path}:{number}: not JSON: {error.msg} (column {error.colno}); "
                 "the file holds one object a line, or one list of objects"
             ) from error
+        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets in one another
+            raise SimpoError(f"{path}:{number}: JSON that is not read: {error}") from error
         yield row, f"{label}:{number}"
 
 
@@ -145,6 +210,21 @@ def _open_text(path: Path) -> IO[str]:
     if path.suffix == ".zst":
         return _zstandard(path).open(path, "rt", encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
+
+
+def _check_frames(path: Path) -> None:
+    """Raise EOFError for a file that ends within a frame, which the library's reader takes for the end."""
+    new = _zstandard(path).ZstdDecompressor().decompressobj
+    frame, whole = new(), True
+    with path.open("rb") as file:
+        while packed := file.read(2**16):
+            while packed:
+                frame.decompress(packed)
+                whole, packed = frame.eof, frame.unused_data
+                if whole:
+                    frame = new()
+    if not whole:
+        raise EOFError("the file ends within compressed data")
 
 
 def _zstandard(path: Path) -> ModuleType:

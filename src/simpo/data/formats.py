@@ -19,7 +19,7 @@ from simpo.data.messages import (
     without_train,
 )
 from simpo.data.rows import BadRow, UnknownShape, columns_of, other_columns
-from simpo.data.transcripts import split_transcripts
+from simpo.data.transcripts import is_whole_transcript, split_transcripts
 
 # A response is the text that follows a string prompt, or the assistant's message that ends a conversation.
 Response = str | Message
@@ -60,7 +60,7 @@ def recognise(row: Mapping[str, Any], where: str) -> Comparison:
         BadRow: its columns are, but their values are not.
     """
     check_shape(row)
-    if "chosen" in row:
+    if {"chosen", "rejected"} <= set(row):
         prompt, responses = read_responses(row.get("prompt"), (row["chosen"], row["rejected"]), ("chosen", "rejected"))
         used, scores = ("prompt", "chosen", "rejected"), None
     else:
@@ -140,7 +140,8 @@ def read_responses(
     texts = tuple(response for response in responses if isinstance(response, str))
     if len(texts) < len(responses) or isinstance(prompt, list):
         return _conversation(prompt, responses, names)
-    if prompt is not None:
+    # Where the responses are whole transcripts, the prompt only names what they share.
+    if prompt is not None and not all(map(is_whole_transcript, texts)):
         return prompt, texts
     split = split_transcripts(texts)
     if split is None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 from datasets import Dataset
@@ -21,14 +24,14 @@ PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "max": 100}
 
 @dataclass(frozen=True)
 class Inspection:
-    """Figures of one data set, over the comparisons that are used. Of a ranking, ``chosen`` is the best
-    response and ``rejected`` the last.
+    """Figures of one data set, over the rows that are used. Of a ranking, ``chosen`` is the best response and
+    ``rejected`` the last; single responses (conversations, feedback) have one part ``response``.
 
     Attributes:
         report: what became of every row.
-        lengths: ``prompt``, ``chosen`` and ``rejected`` -> percentile -> tokens.
-        longer: share of comparisons whose chosen response has more tokens.
-        ties: share whose responses have as many.
+        lengths: ``prompt``, ``chosen`` and ``rejected``, or ``response`` -> percentile -> tokens.
+        longer: share of comparisons whose chosen response has more tokens; ``None`` of single responses.
+        ties: share whose responses have as many; ``None`` of single responses.
         repeated: comparisons that occurred before, prompt and responses.
         repeated_prompts: comparisons whose prompt occurred before.
         identical: pairs with equal responses, those included that were bad rows for it.
@@ -39,8 +42,8 @@ class Inspection:
 
     report: DataReport
     lengths: dict[str, dict[str, int]]
-    longer: float
-    ties: float
+    longer: float | None
+    ties: float | None
     repeated: int
     repeated_prompts: int
     identical: int
@@ -91,6 +94,25 @@ def overlap(train: Inspection, test: Inspection) -> int:
     return sum(prompt in known for prompt in test.prompts)
 
 
+def shared_rows(train: Dataset, held_out: Dataset) -> tuple[int, int]:
+    """Number of tokenized held-out rows that are training rows, and of those whose prompt is a training prompt."""
+    known_rows, known_prompts = map(set, zip(*_digests(train), strict=True))
+    found = list(_digests(held_out))
+    return sum(row in known_rows for row, _ in found), sum(prompt in known_prompts for _, prompt in found)
+
+
+def _digests(rows: Dataset) -> Iterator[tuple[bytes, bytes]]:
+    """Of every row, prompt with responses and the prompt; through Arrow, because training data may be large."""
+    for batch in rows.with_format("arrow").select_columns(["prompt_ids", "response_ids"]).iter(batch_size=1000):
+        for prompt, responses in zip(batch["prompt_ids"], batch["response_ids"], strict=True):
+            digests = []
+            digest = hashlib.blake2b(digest_size=16)
+            for ids in (prompt, *responses.values):
+                digest.update(ids.values.to_numpy().astype(np.int64).tobytes() + b"|")
+                digests.append(digest.digest())
+            yield digests[-1], digests[0]
+
+
 @dataclass(frozen=True)
 class Example:
     """A comparison as the model reads it.
@@ -98,12 +120,14 @@ class Example:
     Attributes:
         where: where its row comes from.
         prompt: text of the prompt, special tokens included.
-        responses: text of each response; all of its tokens are scored.
+        responses: text of each response.
+        spans: of a conversation, the pieces of its response, and whether they are scored; of others all is.
     """
 
     where: str
     prompt: str
     responses: list[str]
+    spans: tuple[tuple[str, bool], ...] = ()
 
 
 def examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, count: int = 3) -> list[Example]:
@@ -119,8 +143,14 @@ def _example(row: dict, position: str, tokenizer: PreTrainedTokenizerBase) -> Ex
     prompt = text(row["prompt_ids"])
     # In its context, because a decoder may strip the space that a response starts with.
     responses = [text(row["prompt_ids"] + ids)[len(prompt) :] for ids in row["response_ids"]]
+    spans, before = [], row["prompt_ids"]
+    scored_ids = zip(row["response_ids"][0], row["scored"][0], strict=True) if row.get("scored") else ()
+    for scored, run in groupby(scored_ids, key=itemgetter(1)):
+        after = before + [token_id for token_id, _ in run]
+        spans.append((text(after)[len(text(before)) :], scored))
+        before = after
     # Data that the user tokenized need not say where its rows come from.
-    return Example(row.get("where", position), prompt, responses)
+    return Example(row.get("where", position), prompt, responses, tuple(spans))
 
 
 class _Measures:
@@ -128,30 +158,32 @@ class _Measures:
 
     def __init__(self, *, bos: int | None, ends: set[int]) -> None:
         self._bos, self._ends = bos, ends
-        self._lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
+        self._lengths: dict[str, list[int]] = defaultdict(list)
         self._prompts: list[bytes] = []
         self._comparisons: set[bytes] = set()
         self._identical = self._one_bos = self._ended = self._responses = 0
 
     def add(self, prompt: list[int], responses: list[list[int]]) -> None:
-        for part, ids in zip(self._lengths, (prompt, responses[0], responses[-1]), strict=True):
+        single = len(responses) == 1
+        parts = {"response": responses[0]} if single else {"chosen": responses[0], "rejected": responses[-1]}
+        for part, ids in {"prompt": prompt, **parts}.items():
             self._lengths[part].append(len(ids))
         self._prompts.append(_digest(prompt))
         self._comparisons.add(_digest(prompt, *responses))
         self._identical += len(set(map(tuple, responses))) < len(responses)
         self._one_bos += prompt[0] == self._bos and prompt.count(self._bos) == 1
-        self._ended += sum(ids[-1] in self._ends and ids.count(ids[-1]) == 1 for ids in responses)
+        self._ended += sum(ids[-1] in self._ends and (single or ids.count(ids[-1]) == 1) for ids in responses)
         self._responses += len(responses)
 
     def result(self, report: DataReport) -> Inspection:
         count = len(self._prompts)
         lengths = {part: np.array(values) for part, values in self._lengths.items()}
-        chosen, rejected = lengths["chosen"], lengths["rejected"]
+        chosen, rejected = lengths.get("chosen"), lengths.get("rejected")
         return Inspection(
             report=report,
             lengths={part: _percentiles(values) for part, values in lengths.items()},
-            longer=float(np.mean(chosen > rejected)),
-            ties=float(np.mean(chosen == rejected)),
+            longer=None if chosen is None or rejected is None else float(np.mean(chosen > rejected)),
+            ties=None if chosen is None or rejected is None else float(np.mean(chosen == rejected)),
             repeated=count - len(self._comparisons),
             repeated_prompts=count - len(set(self._prompts)),
             identical=self._identical + report.bad.get("identical responses", 0),

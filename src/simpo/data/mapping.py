@@ -15,9 +15,11 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.encoding import Encoder, Texts
+from simpo.data.rendered import check_not_rendered, frame_of
 from simpo.data.report import DataReport, is_part, is_used
-from simpo.data.rows import WHERE, BadRow, UnknownShape, as_json, rows_of
+from simpo.data.rows import WHERE, BadRow, UnknownShape, as_json, columns_of, rows_of
 from simpo.data.settings import TokenizeSettings
+from simpo.data.shapes import FOREIGN_SHAPES, canonical
 from simpo.data.templates import Renderer
 from simpo.errors import SimpoError
 
@@ -25,7 +27,7 @@ TOKENS = List(Value("int32"))
 _TEXT = Value("string")
 _STATUS = "_status"
 # Part of every fingerprint: raise it when the ids made from the same rows and settings change.
-_FORMAT = 4
+_FORMAT = 5
 _BATCH = 256
 _ROWS_LOOKED_AT = 1000
 _SMALL = 2000
@@ -59,11 +61,13 @@ class Draft(Generic[T]):
         rendered: its text.
         extra: its other columns.
         values: of the columns that need no ids.
+        read: which columns of another shape it was read from.
     """
 
     rendered: T
     extra: Mapping[str, Any]
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    read: str | None = None
 
 
 class Tokenization(ABC, Generic[T]):
@@ -84,6 +88,8 @@ class Tokenization(ABC, Generic[T]):
         self.label = label
         self.bos = tokenizer.bos_token_id
         self.encoder = Encoder(tokenizer)
+        self._has_template = tokenizer.chat_template is not None
+        self._frame = frame_of(tokenizer) if self._has_template else None
         self.renderer = Renderer(
             tokenizer,
             self.encoder.literal,
@@ -91,6 +97,10 @@ class Tokenization(ABC, Generic[T]):
             paper=settings.paper_tokenization,
             insert_system=settings.auto_insert_empty_system_msg,
         )
+
+    def canonical(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+        """See :func:`simpo.data.shapes.canonical`."""
+        return canonical(row)
 
     @abstractmethod
     def check_shape(self, row: Mapping[str, Any]) -> None:
@@ -133,12 +143,16 @@ class Tokenization(ABC, Generic[T]):
 
     def _checked_drafts(self, row: Mapping[str, Any], where: str) -> Sequence[Draft[T] | BadRow]:
         try:
+            row, read = self.canonical(row)
+            if self._has_template:
+                check_not_rendered(row, self._frame)
             drafts = self.drafts(row, where)
             for draft in drafts:
                 _check_unicode(draft.rendered.texts)
         except BadRow as bad:
             return [bad]
-        return drafts
+        # a row that became several is reported once
+        return [dataclasses.replace(drafts[0], read=read), *drafts[1:]]
 
     def _values(self, draft: Draft[T], ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
         try:
@@ -146,7 +160,8 @@ class Tokenization(ABC, Generic[T]):
         except BadRow as bad:
             values, status = _bad(bad)
         known = draft.rendered.status if is_used(status) else [s for s in draft.rendered.status if is_part(s)]
-        status = [*known, *status]
+        read = [f"read: {draft.read}"] if draft.read and is_used(status) else []
+        status = [*read, *known, *status]
         return {**draft.values, **values, "extra": as_json(draft.extra)}, status
 
 
@@ -180,6 +195,8 @@ def prepare_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenizat
     statuses = list(zip(columns["where"], columns[_STATUS], strict=True))
     report = DataReport.of(label, statuses, noun=tokenization.noun)
     check_bad(report, statuses, settings)
+    if not report.used and all(found is None for found in mapped[next(iter(tokenization.columns))]):
+        raise SimpoError(f"{label}: no row is left; dropped are {', '.join(report.dropped)}")
     if not report.used:
         raise SimpoError(f"{label}: {tokenization.nothing_fits(mapped)}")
     if report.used < report.rows:
@@ -224,7 +241,7 @@ def shortest(mapped: Dataset, settings: TokenizeSettings, noun: str) -> str:
 
 
 def _bad(bad: BadRow) -> tuple[Mapping[str, Any], list[str]]:
-    return {}, [f"bad: {bad.reason}"]
+    return {}, [f"{bad.kind}: {bad.reason}"]
 
 
 def _check_unicode(texts: Sequence[str]) -> None:
@@ -245,11 +262,17 @@ def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
     unknown = None
     for row, where in rows_of(dataset[: len(head)], head, label):
         try:
-            tokenization.check_shape(row)
+            read, _ = tokenization.canonical(row)
+            tokenization.check_shape(read)
             return
         except UnknownShape as error:
-            unknown = unknown or f"{where}: {error.reason}"
-    raise SimpoError(f"{label}: no row of a recognised shape ({unknown}); accepted are {tokenization.shapes}")
+            reason = error.reason.replace(f"columns {columns_of(read)}", f"columns {columns_of(row)}")
+            unknown = unknown or f"{where}: {reason}"
+        except BadRow:
+            return
+    raise SimpoError(
+        f"{label}: no row of a recognised shape ({unknown}); accepted are {tokenization.shapes}; also {FOREIGN_SHAPES}"
+    )
 
 
 def check_bad(report: DataReport, statuses: Sequence[tuple[str, list[str]]], settings: TokenizeSettings) -> None:

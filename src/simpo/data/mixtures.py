@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from simpo.data.rows import concatenate, select_columns
-from simpo.data.sources import is_single_file, load_rows
+from simpo.data.sources import has_one_split, load_rows
 from simpo.errors import SimpoError
 
 _MIXER_SEED = 42
@@ -17,7 +17,10 @@ _ENTRY_KEYS = ("id", "config", "split", "columns", "weight")
 
 
 def load_mixture(
-    mixer: Mapping[str, float], splits: Sequence[str], configs: Sequence[str | None] | None = None
+    mixer: Mapping[str, float],
+    splits: Sequence[str],
+    configs: Sequence[str | None] | None = None,
+    column_mapping: Mapping[str, str] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """Load ``dataset_mixer`` with ``dataset_splits``, as the paper's recipes write them.
 
@@ -27,6 +30,7 @@ def load_mixture(
         splits: a split whose name contains ``train`` is for training, one with ``test`` for evaluation,
             which is never subsampled.
         configs: configuration of each hub data set.
+        column_mapping: old name -> new name of columns, of every data set.
 
     Returns:
         Training and evaluation rows (``None`` without a test split), concatenated and shuffled with seed 42.
@@ -47,7 +51,7 @@ def load_mixture(
     for (name, fraction), config in zip(mixer.items(), configs or [None] * len(mixer), strict=True):
         _check_fraction("dataset_mixer", name, fraction)
         for split in splits:
-            rows = _load_split(name, split, config, splits)
+            rows = _load_split(name, split, config, splits, column_mapping)
             if "train" in split:
                 training.append(rows.select(range(int(fraction * len(rows)))))
             else:
@@ -58,13 +62,16 @@ def load_mixture(
     return train, concatenate(evaluation).shuffle(seed=_MIXER_SEED) if evaluation else None
 
 
-def load_mixture_list(mixture: Mapping[str, Any]) -> tuple[Dataset, Dataset | None]:
+def load_mixture_list(
+    mixture: Mapping[str, Any], column_mapping: Mapping[str, str] | None = None
+) -> tuple[Dataset, Dataset | None]:
     """Load ``dataset_mixture``, the newer form.
 
     Args:
         mixture: ``datasets``, a list of ``{id, config, split, columns, weight}`` of which only ``id`` is
             needed (``split`` is ``train``, ``weight`` 1.0); ``seed`` (0); ``test_split_size``, a fraction
             or a number of rows.
+        column_mapping: old name -> new name of columns, of every data set, before ``columns`` are taken.
 
     Returns:
         Training rows and, with ``test_split_size``, evaluation rows. Each data set is shuffled before its
@@ -80,7 +87,7 @@ def load_mixture_list(mixture: Mapping[str, Any]) -> tuple[Dataset, Dataset | No
     seed = mixture.get("seed", 0)
     if not isinstance(seed, int):
         raise SimpoError(f"dataset_mixture: seed {seed!r} is not a whole number")
-    rows = concatenate([_load_entry(entry, seed) for entry in entries]).shuffle(seed=seed)
+    rows = concatenate([_load_entry(entry, seed, column_mapping) for entry in entries]).shuffle(seed=seed)
     if not len(rows):
         raise SimpoError("dataset_mixture: the weights leave no row; make them larger")
     size = mixture.get("test_split_size")
@@ -93,20 +100,25 @@ def load_mixture_list(mixture: Mapping[str, Any]) -> tuple[Dataset, Dataset | No
     return parts["train"], parts["test"]
 
 
-def _load_split(name: str, split: str, config: str | None, splits: Sequence[str]) -> Dataset:
+def _load_split(
+    name: str, split: str, config: str | None, splits: Sequence[str], column_mapping: Mapping[str, str] | None
+) -> Dataset:
     """One split; a single file must not be taken for training and again for evaluation."""
-    if len(splits) > 1 and is_single_file(name):
+    whole = [split for split in splits if "[" not in split]
+    if len(splits) > 1 and whole and has_one_split(name):
         raise SimpoError(
             f"dataset_mixer: {name} is one file and cannot be split {' and '.join(splits)}; give a folder "
             "with a file a split, or set dataset_splits: [train]"
         )
-    return load_rows(name, split=split, config=config)
+    return load_rows(name, split=split, config=config, column_mapping=column_mapping, any_split=True)
 
 
-def _load_entry(entry: Mapping[str, Any], seed: int) -> Dataset:
+def _load_entry(entry: Mapping[str, Any], seed: int, column_mapping: Mapping[str, str] | None) -> Dataset:
     _check_keys("dataset_mixture", entry, _ENTRY_KEYS, needed="id")
     name, weight = entry["id"], entry.get("weight")
-    rows = load_rows(name, split=entry.get("split") or "train", config=entry.get("config"))
+    rows = load_rows(
+        name, split=entry.get("split") or "train", config=entry.get("config"), column_mapping=column_mapping
+    )
     if entry.get("columns") is not None:
         rows = select_columns(rows, entry["columns"], name)
     weight = 1.0 if weight is None else weight

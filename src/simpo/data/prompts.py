@@ -16,9 +16,11 @@ from simpo.data.conversations import read_conversation
 from simpo.data.formats import SHAPES, Comparison, is_comparison, recognise
 from simpo.data.mapping import TOKENS, Draft, Tokenization, check_bad, check_rows, prepare_rows
 from simpo.data.messages import ASKING, Message, kind_of, read_messages, without_train
+from simpo.data.rendered import check_not_rendered
 from simpo.data.report import DataReport
 from simpo.data.rows import BadRow, UnknownShape, columns_of, other_columns, rows_of
 from simpo.data.settings import RenderSettings, TokenizeSettings
+from simpo.data.shapes import canonical
 from simpo.data.templates import Rendered
 from simpo.errors import SimpoError
 
@@ -117,26 +119,32 @@ def read_prompts(dataset: Dataset, *, label: str = "prompts") -> tuple[list[Plai
     check_rows(dataset, label)
     found: dict[str, PlainPrompt] = {}
     statuses: list[tuple[str, list[str]]] = []
-    for row, where in rows_of(dataset[:], range(len(dataset)), label):
+    for given, where in rows_of(dataset[:], range(len(dataset)), label):
         try:
+            row, read = canonical(given, answers=False)
+            check_not_rendered(row)
             content, extra, context = recognise_prompt(row, where)
             if not content:
                 raise BadRow("empty prompt")
+            prompt = PlainPrompt(prompt_id(content, context), content, where, extra, context=context)
         except BadRow as error:
-            statuses.append((where, [f"bad: {error.reason}"]))
+            statuses.append((where, [f"{error.kind}: {error.reason}"]))
             continue
-        prompt = PlainPrompt(prompt_id(content, context), content, where, extra, context=context)
+        except UnicodeEncodeError:
+            statuses.append((where, ["bad: text that is not Unicode (half of a surrogate pair)"]))
+            continue
         known = found.setdefault(prompt.id, prompt)
-        statuses.append((where, [] if known is prompt else [f"dropped: {REPEATED}"]))
+        noted = [f"read: {read}"] if read else []
+        statuses.append((where, noted if known is prompt else [*noted, f"dropped: {REPEATED}"]))
     report = DataReport.of(label, statuses, noun=_Prompts.noun)
     check_bad(report, statuses, TokenizeSettings())
     return list(found.values()), report
 
 
 def recognise_prompt(row: Mapping[str, Any], where: str) -> tuple[str | list[Message], dict[str, Any], Context]:
-    """The prompt of a row of any known shape, the columns that were not read for it, and its context.
+    """The prompt of a canonical row (:mod:`simpo.data.shapes`), the columns not read for it, and its context.
 
-    Columns of a comparison count first, then ``messages``, ``prompt`` and ``instruction``.
+    Columns of a comparison count first, then ``messages`` and ``prompt``.
 
     Raises:
         UnknownShape: its columns are of no known shape.
@@ -155,17 +163,14 @@ def _prompt_cell(row: Mapping[str, Any]) -> tuple[str, str | list[Message]]:
     """Name and content of the column that holds the prompt."""
     if "messages" in row:
         return "messages", without_train(_asked(read_conversation(row["messages"])))
-    name = "prompt" if "prompt" in row else "instruction"
-    value = row[name]
-    if name == "instruction" and row.get("input"):
-        raise BadRow("an input beside the instruction; write both into a column prompt")
-    if isinstance(value, list) and name == "prompt":
+    value = row["prompt"]
+    if isinstance(value, list):
         value = without_train(read_messages(value, "prompt"))
         if value[-1]["role"] not in ASKING:
             raise BadRow("the prompt does not end with a user message")
     elif not isinstance(value, str):
-        raise BadRow(f"{name} is {kind_of(value)}, not text" + " or messages" * (name == "prompt"))
-    return name, value
+        raise BadRow(f"prompt is {kind_of(value)}, not text or messages")
+    return "prompt", value
 
 
 def check_prompt_shape(row: Mapping[str, Any]) -> None:
@@ -174,7 +179,7 @@ def check_prompt_shape(row: Mapping[str, Any]) -> None:
     Raises:
         UnknownShape: they are of no known shape.
     """
-    if not is_comparison(row) and not {"messages", "prompt", "instruction"} & set(row):
+    if not is_comparison(row) and not {"messages", "prompt"} & set(row):
         raise UnknownShape(f"no recognised shape: columns {columns_of(row)}")
 
 
@@ -191,13 +196,16 @@ class _Prompts(Tokenization[Rendered]):
 
     columns: ClassVar = {"ids": TOKENS, "content": Value("string"), "context": Value("string")}
     noun = "prompts"
-    shapes = f"{SHAPES}, {{messages}}, {{prompt}} (a string or messages), {{instruction}}"
+    shapes = f"{SHAPES}, {{messages}}, {{prompt}} (a string or messages)"
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, label: str, limit: int | None, rendering: RenderSettings | None
     ) -> None:
         super().__init__(tokenizer, TokenizeSettings(rendering=rendering or RenderSettings()), label)
         self._limit = limit
+
+    def canonical(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+        return canonical(row, answers=False)
 
     def check_shape(self, row: Mapping[str, Any]) -> None:
         check_prompt_shape(row)

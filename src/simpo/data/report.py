@@ -26,6 +26,7 @@ class DataReport:
         cut: what -> rows that were cut and are used.
         split: why -> rows that became several.
         ignored: what -> rows that are used without it.
+        read: columns of another shape -> rows that were read from them.
         examples: reason -> where its first few rows come from.
         notices: remarks that are no counts.
         noun: what the rows become, in the plural.
@@ -39,6 +40,7 @@ class DataReport:
     cut: dict[str, int] = field(default_factory=dict)
     split: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
+    read: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     noun: str = "comparisons"
@@ -50,9 +52,9 @@ class DataReport:
         Args:
             label: of the data set.
             statuses: for each row where it comes from and what happened, as ``"bad: reason"``,
-                ``"dropped: reason"``, ``"cut: what"``, ``"split: why"`` or ``"ignored: what"``; an empty list for a row
-                that is used as it is. Of a row that became several, each has an entry, all but the first of them
-                with ``"part: "``.
+                ``"dropped: reason"``, ``"cut: what"``, ``"split: why"``, ``"ignored: what"`` or ``"read: columns"``; an
+                empty list for a row that is used as it is. Of a row that became several, each has an entry, all but the
+                first of them with ``"part: "``.
             noun: what the rows become, in the plural.
         """
         report = cls(label, rows=0, used=0, noun=noun)
@@ -65,7 +67,7 @@ class DataReport:
 
     @property
     def _counts(self) -> dict[str, dict[str, int]]:
-        return {kind: getattr(self, kind) for kind in ("bad", "dropped", "cut", "split", "ignored")}
+        return {kind: getattr(self, kind) for kind in ("bad", "dropped", "cut", "split", "ignored", "read")}
 
     def drop(self, reason: str, where: str) -> None:
         """Count a row that was used so far as dropped."""
@@ -86,7 +88,7 @@ class DataReport:
         """The report for people, a line each."""
         lines = [f"{self.label}: {self.used:,} {self.noun} of {self.rows:,} rows"]
         for kind, counts in self._counts.items():
-            shown = "skipped" if kind == "bad" else kind
+            shown = {"bad": "skipped", "read": "recognized"}.get(kind, kind)
             lines += [self._line(shown, reason, count) for reason, count in counts.items()]
         return lines + [f"  note: {notice}" for notice in self.notices]
 

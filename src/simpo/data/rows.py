@@ -13,7 +13,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, Features, Value, concatenate_datasets
+import pyarrow as pa
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    concatenate_datasets,
+)
 
 from simpo.errors import SimpoError
 
@@ -28,9 +37,17 @@ Row = dict[str, Any]
 class BadRow(Exception):  # noqa: N818 - it is counted, not shown as an error
     """A row that cannot be used. ``reason`` says why, without what differs from row to row: it is counted."""
 
+    kind = "bad"
+
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class Tie(BadRow):
+    """A row that says that neither of two responses is better: sound, and of no use. It is dropped."""
+
+    kind = "dropped"
 
 
 class UnknownShape(BadRow):
@@ -46,7 +63,7 @@ def rows_of(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], label: s
         label: names the data set where its rows do not say themselves where they come from.
     """
     wheres = batch.get(WHERE) or [f"{label} row {index}" for index in indices]
-    if ROW in batch:
+    if ROW in batch and WHERE in batch:
         return [(json.loads(text), where) for text, where in zip(batch[ROW], wheres, strict=True)]
     columns = [column for column in batch if column != WHERE]
     return [
@@ -60,6 +77,29 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def as_dataset(rows: object, name: str) -> Dataset:
+    """Rows that were given in Python as one data set.
+
+    Raises:
+        SimpoError: they are neither a data set nor a list of rows; says what to pass.
+    """
+    if isinstance(rows, Dataset):
+        return rows
+    if isinstance(rows, DatasetDict | IterableDatasetDict):
+        splits = ", ".join(map(repr, rows))
+        raise SimpoError(f"{name}: a {type(rows).__name__} with the splits {splits}; pass one of them, dataset[split]")
+    if isinstance(rows, IterableDataset):
+        raise SimpoError(
+            f"{name}: a streaming data set; pass Dataset.from_list(list(dataset.take(n))) or load it whole"
+        )
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
+        raise SimpoError(f"{name}: a {type(rows).__name__}; pass a datasets.Dataset or a list of dictionaries")
+    try:
+        return Dataset.from_list(list(rows))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise SimpoError(f"{name}: rows whose columns differ in type: {str(error).splitlines()[0]}") from error
 
 
 def other_columns(row: Mapping[str, Any], *used: str) -> Row:
@@ -108,6 +148,32 @@ def select_columns(dataset: Dataset, columns: Sequence[str], label: str) -> Data
         found = ", ".join(column for column in dataset.column_names if column != WHERE)
         raise SimpoError(f"dataset_mixture: {label} has no column {missing[0]!r}; it has {found}")
     return dataset.select_columns([*columns, WHERE])
+
+
+def rename_columns(dataset: Dataset, mapping: Mapping[str, str], name: str) -> Dataset:
+    """Rename columns (``column_mapping``: old name -> new name), all at once, so that names can be swapped.
+
+    Raises:
+        SimpoError: no row has a column of the old name, or another column has the new one.
+    """
+    if not isinstance(mapping, Mapping) or not all(isinstance(item, str) for pair in mapping.items() for item in pair):
+        raise SimpoError(f"column_mapping: {mapping!r} is not {{column of the data: column of this toolkit}}")
+    if ROW in dataset.column_names:
+        found = set().union(*(json.loads(text) for text in dataset[ROW]))
+    else:
+        found = set(dataset.column_names) - {WHERE}
+    if missing := [column for column in mapping if column not in found]:
+        raise SimpoError(f"column_mapping: {name} has no column {missing[0]!r}; it has {', '.join(sorted(found))}")
+    kept = [*mapping.values(), *(found - set(mapping))]
+    if taken := [column for column in mapping.values() if kept.count(column) > 1]:
+        raise SimpoError(f"column_mapping: {name} would have two columns {taken[0]!r}; rename the other one too")
+    if ROW in dataset.column_names:
+        return dataset.map(_rename_keys, fn_kwargs={"mapping": dict(mapping)}, desc=f"Columns of {name}")
+    return dataset.rename_columns(dict(mapping))
+
+
+def _rename_keys(row: Row, mapping: dict[str, str]) -> Row:
+    return {ROW: as_json({mapping.get(column, column): value for column, value in json.loads(row[ROW]).items()})}
 
 
 def _select_keys(row: Row, columns: list[str]) -> Row:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import datasets
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, load_dataset, load_from_disk
 
 from simpo.data.files import KINDS, SUFFIXES, add_where, content_digest, load_file
-from simpo.data.rows import concatenate
+from simpo.data.rows import concatenate, rename_columns
 from simpo.errors import SimpoError
 
 # Suffixes that no hub id ends in: a name with one of them is meant as a file.
@@ -18,32 +19,77 @@ _FILE_SUFFIX = re.compile(r"\.(jsonl?|parquet|csv|tsv|arrow|txt|gz|zst|bz2|xz|zi
 _SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
-def load_rows(name: str, *, split: str, config: str | None = None) -> Dataset:
+def load_rows(
+    name: str,
+    *,
+    split: str,
+    config: str | None = None,
+    column_mapping: Mapping[str, str] | None = None,
+    any_split: bool = False,
+) -> Dataset:
     """Rows of a file, a folder or a hub data set, as they are (see :mod:`simpo.data.rows`).
 
     Args:
         name: a file; a folder written by ``save_to_disk``, or whose sub-folders or files are named by
             split (``train.jsonl``, ``hh_train-0001.parquet``), or all of whose files are the training
             split because none names a split; or a hub id.
-        split: which split to take; a single file has none and is taken as it is.
+        split: which split to take, or slices in the notation of ``datasets``: ``train[:90%]``, ``train[10:]+test``.
+            A single file, or folder of one saved data set, is the split ``train`` and those that its name contains.
         config: configuration of a hub data set.
+        column_mapping: old name -> new name of columns, as of ``Dataset.rename_columns``.
+        any_split: a single file is whatever split is asked for, because its use says what it is.
 
     Raises:
-        SimpoError: no such file, folder, split or hub data set, or one that cannot be read.
+        SimpoError: no such file, folder, split, column or hub data set, or one that cannot be read.
     """
     path = _path(name)
-    if path.is_file():
-        return load_file(path, path.name)
-    if path.is_dir():
-        return _load_folder(path, split)
-    if _looks_like_a_path(name):
-        raise SimpoError(f"{name}: file not found; give {KINDS}, a folder or a hub id (org/name)")
-    return _load_from_hub(name, split, config)
+    if _exists(path):
+        rows = _sliced(lambda base: _load_local(path, base, any_split=any_split), split, name)
+    elif _looks_like_a_path(name):
+        pattern = "; a path is taken literally, not as a pattern" if set(name) & set("*?[") else ""
+        raise SimpoError(f"{name}: file not found{pattern}; give {KINDS}, a folder or a hub id (org/name)")
+    else:
+        rows = _load_from_hub(name, split, config)
+    return rename_columns(rows, column_mapping, name) if column_mapping else rows
 
 
-def is_single_file(name: str) -> bool:
-    """Whether ``name`` is a file, which holds one split only."""
-    return _path(name).is_file()
+def has_one_split(name: str) -> bool:
+    """Whether ``name`` is a file or a folder of one saved data set, which hold one split only."""
+    path = _path(name)
+    return path.is_file() or (path / "state.json").is_file()
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a name that is too long
+        raise SimpoError(f"{str(path)[:60]}...: cannot be looked up: {error.strerror}") from error
+
+
+def _sliced(load: Callable[[str], Dataset], split: str, name: str) -> Dataset:
+    """The slices of local splits that ``split`` asks for."""
+    bases = [part.partition("[")[0].strip() for part in split.split("+")]
+    if bases == [split]:
+        return load(split)
+    rows = {base: load(base) for base in bases}
+    try:
+        slices = ReadInstruction.from_spec(split).to_absolute({base: len(found) for base, found in rows.items()})
+    except ValueError as error:
+        raise SimpoError(f"{name}: split {split!r}: {_first_line(error)}; write train[:90%] or train[100:]") from error
+    found = [rows[part.splitname].select(range(part.from_, part.to)) for part in slices if part.from_ < part.to]
+    if not found:
+        sizes = ", ".join(f"{len(whole)} in {base}" for base, whole in rows.items())
+        raise SimpoError(f"{name}: split {split!r} has no rows (there are {sizes})")
+    return concatenate(found)
+
+
+def _load_local(path: Path, split: str, *, any_split: bool) -> Dataset:
+    if has_one_split(str(path)) and not (any_split or split == "train" or _names_split(path, split)):
+        raise SimpoError(
+            f"{path}: no split {split!r}; a single file has only the split 'train': name a slice of it, "
+            "e.g. train[:90%] and train[90%:], or another file"
+        )
+    return load_file(path, path.name) if path.is_file() else _load_folder(path, split)
 
 
 def _looks_like_a_path(name: str) -> bool:

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from simpo.data.prompts import read_prompts
 from simpo.data.settings import RenderSettings
-from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.evaluation.answer_files import Record, read_answer_file
 from simpo.evaluation.answers import Answerer, is_outputs_file
@@ -134,7 +133,7 @@ class _Model:
 
     @property
     def identity(self) -> dict[str, Any]:
-        prompts, _ = read_prompts(load_rows(self.prompts.prompts, split=self.prompts.split))
+        prompts, _ = read_prompts(self.prompts.rows())
         return self.answerer.identity() | {"prompts": fingerprint([prompt.id for prompt in prompts])}
 
     def answers(self, folder: Path, say: Say) -> Path:

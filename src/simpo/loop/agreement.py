@@ -6,7 +6,6 @@ from itertools import product
 
 from simpo.client import agree
 from simpo.data.prompts import PlainPrompt, read_prompts
-from simpo.data.sources import load_rows
 from simpo.evaluation.answers import Answerer
 from simpo.judges.pairwise import PairwiseApiJudge
 from simpo.judges.protocol import Answers, Pair
@@ -43,4 +42,4 @@ def agree_to_rounds(recipe: LoopRecipe, options: JudgeOptions, rounds: int, say:
 
 
 def _prompts(source: PromptArguments) -> list[PlainPrompt]:
-    return read_prompts(load_rows(source.prompts, split=source.split))[0]
+    return read_prompts(source.rows())[0]

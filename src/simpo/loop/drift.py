@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from simpo.data.prompts import prepare_prompts
-from simpo.data.sources import load_rows
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.scoring import score_responses
 from simpo.runs.lines import read_lines
@@ -37,7 +36,7 @@ def drift(answers: Path, start: ModelArguments, asked: PromptArguments) -> Inter
     """
     records = read_lines(answers)
     tokenizer = load_tokenizer(start.model_name_or_path, start, chat_template=asked.chat_template)
-    rows = load_rows(asked.prompts, split=asked.split)
+    rows = asked.rows()
     prompts = {prompt.id: prompt.ids for prompt in prepare_prompts(rows, tokenizer, rendering=asked.rendering)}
     comparisons = [TokenizedComparison(prompts[record["id"]], record["response_ids"]) for record in records]
     longest = max(max(one.packed_length, one.padded_length) for one in comparisons)

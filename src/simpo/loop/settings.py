@@ -98,7 +98,7 @@ class LoopRecipe:
 
     def _prompts(self, name: str, split: str) -> PromptArguments:
         rendering = self.config.tokenize_settings.rendering
-        return PromptArguments(name, split, self.settings.chat_template, rendering)
+        return PromptArguments(name, split, self.settings.chat_template, rendering=rendering)
 
     @property
     def held_out_sampling(self) -> SamplingSettings:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.prompts import Prompts, prepare_prompts
@@ -28,12 +29,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PromptArguments:
-    """Where the prompts come from (file, folder or hub id, and split), and how they are rendered."""
+    """Where the prompts come from (file, folder or hub id, split, renamed columns), and how they are rendered."""
 
     prompts: str
     split: str = "train"
     chat_template: str | None = None
+    column_mapping: Mapping[str, str] | None = None
     rendering: RenderSettings = field(default_factory=RenderSettings)
+
+    def rows(self) -> Dataset:
+        """The rows that hold the prompts."""
+        return load_rows(self.prompts, split=self.split, column_mapping=self.column_mapping)
 
 
 @dataclass(frozen=True)
@@ -62,9 +68,8 @@ class Job:
         say(f"model: {model.model_name_or_path} ({checkpoint.arguments.dtype} on {device()}, {engine})")
         settings = settings.resolved(context=checkpoint.context, chunk_size=_chunk_size(engine))
         say("sampling: " + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(settings).items()))
-        rows = load_rows(source.prompts, split=source.split)
         room = _room(checkpoint.context, settings, say)
-        prompts = prepare_prompts(rows, tokenizer, max_prompt_length=room, rendering=source.rendering)
+        prompts = prepare_prompts(source.rows(), tokenizer, max_prompt_length=room, rendering=source.rendering)
         for line in prompts.report.lines():
             say(line)
         stops = stop_ids(tokenizer, checkpoint.generation_config)

@@ -12,7 +12,6 @@ from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, agree
 from simpo.data.answer_sets import AnswerSet, diversity_metrics
 from simpo.data.prompts import PlainPrompt, read_prompts
 from simpo.data.settings import RenderSettings
-from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.results import Metric, fingerprint, write_results
 from simpo.runs.folder import RunFolder
@@ -64,7 +63,7 @@ def sample_from_server(
     settings = settings.resolved(context=None, chunk_size=1)
     with stoppable("interrupted; the same command continues"), RunFolder(folder, command="sample") as run:
         endpoint.api_key()
-        prompts, report = read_prompts(load_rows(source.prompts, split=source.split))
+        prompts, report = read_prompts(source.rows())
         if unsent := next((prompt for prompt in prompts if prompt.context.columns), None):
             name = next(iter(unsent.context.columns))
             raise SimpoError(f"{unsent.where}: engine server does not send {name}; use another engine, or leave it out")

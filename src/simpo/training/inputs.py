@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ class DataArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id, file or folder of the training data."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split of dataset_name to train on."})
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split of dataset_name to train on, or a slice such as train[:90%]."}
+    )
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Hub id, file or folder of held-out data."})
     dataset_test_split: str | None = field(
         default=None, metadata={"help": "Held-out split, of eval_dataset_name (default test) or else dataset_name."}
@@ -31,6 +34,10 @@ class DataArguments:
     dataset_configs: list[str] | None = field(default=None, metadata={"help": "Their configurations, in that order."})
     dataset_mixture: dict[str, Any] | None = field(
         default=None, metadata={"help": "Data sets with weights, as alignment-handbook gives them."}
+    )
+    column_mapping: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Columns to rename, e.g. {instruction: prompt, good: chosen, bad: rejected}."},
     )
     chat_template: str | None = field(
         default=None,
@@ -62,18 +69,24 @@ def load_datasets(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
     """
     train, held_out = _training_rows(arguments)
     if arguments.eval_dataset_name is not None:
-        held_out = load_rows(arguments.eval_dataset_name, split=arguments.dataset_test_split or "test")
+        held_out = load_rows(
+            arguments.eval_dataset_name,
+            split=arguments.dataset_test_split or "test",
+            column_mapping=arguments.column_mapping,
+            any_split=True,
+        )
     return train, held_out
 
 
 def _training_rows(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
+    mapping = arguments.column_mapping
     if arguments.dataset_mixer is not None:
         splits = arguments.dataset_splits or ["train", "test"]
-        return load_mixture(arguments.dataset_mixer, splits, arguments.dataset_configs)
+        return load_mixture(arguments.dataset_mixer, splits, arguments.dataset_configs, mapping)
     if arguments.dataset_mixture is not None:
-        return load_mixture_list(arguments.dataset_mixture)
-    name, config = str(arguments.dataset_name), arguments.dataset_config
-    train = load_rows(name, split=arguments.dataset_train_split, config=config)
+        return load_mixture_list(arguments.dataset_mixture, mapping)
+    load = partial(load_rows, str(arguments.dataset_name), config=arguments.dataset_config, column_mapping=mapping)
+    train = load(split=arguments.dataset_train_split)
     if arguments.eval_dataset_name is None and arguments.dataset_test_split is not None:
-        return train, load_rows(name, split=arguments.dataset_test_split, config=config)
+        return train, load(split=arguments.dataset_test_split)
     return train, None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from simpo.data.rows import as_dataset
 from simpo.data.tokenize import Prepared
 from simpo.errors import SimpoError
 from simpo.packing.binning import MicroBatch, StepPlan, check_budget
@@ -145,11 +146,12 @@ class PackedTrainer(ResumableTrainer):
     ) -> Dataset | None:
         if dataset is None:
             return None
+        dataset = as_dataset(dataset, f"{label}_dataset")
         if "prompt_ids" not in dataset.column_names and tokenizer is None:
             raise SimpoError("processing_class: give the tokenizer, or tokenized data")
         prepared = cls.prepare(dataset, tokenizer, args, label)
         rows, report = prepared.dataset, prepared.report
-        if report.used < report.rows or report.cut:  # nothing is left out unsaid
+        if report.used < report.rows or report.cut or report.read:  # nothing is left out unsaid
             logger.warning("\n".join(report.lines()))
         if args.max_batch_tokens is not None:  # checked here, before anything is written
             check_budget(token_lengths(rows, padded=args.forward_path == "padded"), args.max_batch_tokens)

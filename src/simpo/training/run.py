@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from simpo.atomic import provisional, staged_files
+from simpo.data.inspection import shared_rows
 from simpo.errors import SimpoError
 from simpo.results import FILE_NAME, Metric, write_results
 from simpo.runs.folder import RunFolder
@@ -139,6 +140,8 @@ def _prepare(
                 metrics += [Metric(name, value) for name, value in prepared.report.metrics()]
                 datasets[label] = prepared.dataset
     held_out = datasets.get("eval")
+    if held_out is not None:
+        metrics += _shared(datasets["train"], held_out, task.rows, folder)
     if held_out is None and (config.eval_strategy != "no" or config.do_eval):
         folder.say(f"no held-out {task.rows} are named (eval_dataset_name): training without evaluation")
         config.eval_strategy, config.do_eval = type(config.eval_strategy)("no"), False
@@ -166,6 +169,27 @@ def _prepare(
         if config.disable_dropout and given.model.lora.get("lora_dropout"):
             folder.say("lora_dropout: has no effect while disable_dropout is true, its default")
     return trainer, metrics, held_out, identity
+
+
+def _shared(train: Dataset, held_out: Dataset, noun: str, folder: RunFolder | _NoFolder) -> list[Metric]:
+    """How many held-out rows are training rows, which is said.
+
+    Raises:
+        SimpoError: all of them are.
+    """
+    rows, prompts = shared_rows(train, held_out)
+    count = len(held_out)
+    if rows == count:
+        raise SimpoError(
+            f"eval_dataset_name, dataset_test_split: all {count:,} held-out {noun} are training {noun}; name others, "
+            "e.g. dataset_train_split: train[:90%] and dataset_test_split: train[90%:]"
+        )
+    if prompts:
+        folder.say(
+            f"eval: {rows:,} of {count:,} held-out {noun} are training {noun}, and {prompts:,} have a prompt of one"
+        )
+    found = {"rows_in_train": rows, "prompts_in_train": prompts}
+    return [Metric(f"data/eval/{name}", value, n=count) for name, value in found.items()]
 
 
 def _observed(given: Given) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from simpo.data.formats import is_number
 from simpo.data.rows import Row
 from simpo.errors import SimpoError
 from simpo.evaluation.alpaca_eval.files import REPOSITORY
@@ -94,6 +95,14 @@ def _by_index(rows: Sequence[tuple[Row, str]]) -> np.ndarray:
 
 def _number(row: Row, name: str, where: str) -> float:
     key = next((key for key in row if key == name or (name == "preference" and key.startswith(name))), None)
-    if key is None or isinstance(row[key], bool) or not isinstance(row[key], int | float):
+    if key is None or not is_number(_as_number(row[key])):
         raise SimpoError(f"{where}: no number {name!r}; it has {', '.join(sorted(row))}")
     return float(row[key])
+
+
+def _as_number(cell: object) -> object:
+    """A cell, the number that it holds if it is text: cells of CSV files are."""
+    try:
+        return float(cell) if isinstance(cell, str) else cell
+    except ValueError:
+        return None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from simpo.data.rows import rows_of
-from simpo.data.sources import is_single_file, load_rows
+from simpo.data.sources import has_one_split, load_rows
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.gsm8k.numbers import final_number, reference_number
@@ -37,7 +37,7 @@ def read_problems(data: str, split: str, limit: int | None) -> list[Problem]:
     """
     if limit is not None and limit < 1:
         raise SimpoError(f"limit: must be at least 1, not {limit}")
-    dataset = load_rows(data, split=split, config=None if is_single_file(data) else "main")
+    dataset = load_rows(data, split=split, config=None if has_one_split(data) else "main", any_split=True)
     dataset = dataset.select(range(min(limit or len(dataset), len(dataset))))
     rows = rows_of(dataset[:], range(len(dataset)), data)
     return [

@@ -1,0 +1,355 @@
+"""Rows of other tools' data sets, with the columns that this package knows; the only place that knows theirs.
+
+:func:`canonical` renames and restructures: what it returns has ``prompt``, ``chosen`` and ``rejected``, ``responses``
+and ``scores``, ``completion`` or ``messages``, next to all columns that it did not need. A row that could be read in
+two ways is a bad row.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import tokenize
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from simpo.data.messages import kind_of
+from simpo.data.rows import BadRow, Row, Tie, rows_of
+
+FOREIGN_SHAPES = (
+    "question, instruction (+ input), query or input as prompt; response, output or answer as completion; "
+    "{input, preferred_output, non_preferred_output} (OpenAI); {conversations} of from/value messages (ShareGPT), also "
+    "with chosen and rejected; {instruction, completions} with scores (UltraFeedback); {prompt, answers} with ranks "
+    "(Nectar); {context, response1, response2, overall_preference} (HelpSteer); "
+    "{prompt, response_0, response_1, better_response_id} (SafeRLHF); "
+    "{conversation_a, conversation_b, winner} (Arena); "
+    "rename other columns with column_mapping"
+)
+# Columns of text or messages, and those that are never plain text.
+_TEXTS = (
+    *("prompt", "chosen", "rejected", "completion", "question", "instruction", "query", "input", "context"),
+    *("response", "output", "answer", "response1", "response2", "response_0", "response_1", "response_2"),
+)
+_STRUCTURES = (
+    *("messages", "conversations", "conversation", "responses", "scores", "completions", "answers"),
+    *("preferred_output", "non_preferred_output", "conversation_a", "conversation_b"),
+)
+_OPTIONS = ("tools", "chat_template_kwargs")
+_NUMBERS = ("margin", "chosen_score", "rejected_score", "score_chosen", "score_rejected")
+_QUESTIONS = ("question", "instruction", "query")
+_ANSWERS = ("response", "output", "answer")
+_SYSTEMS = ("system", "system_prompt", "system_message")
+# Next to a question, text that a reader of the question needs and that has no place in it.
+_UNPLACED = ("context", "history", "documents")
+_RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    **{"system": "system", "function_call": "assistant"},
+}
+_RESPONSE_KEYS = ("response", "answer", "text", "content")
+_SCORE_KEYS = ("overall_score", "score", "rating", "rank")
+
+
+def _by_number(value: Any) -> int | None:
+    return {0.0: 0, 1.0: 1}[float(value)]
+
+
+def _by_sign(value: Any) -> int | None:
+    return {1: 1, -1: 0, 0: None}[np.sign(float(value))]
+
+
+def _by_name(value: Any) -> int | None:
+    if str(value).startswith("tie"):
+        return None
+    return {"model_a": 0, "a": 0, "model_b": 1, "b": 1}[str(value).lower()]
+
+
+# Two columns of responses and the one that says which is better, and how it says so: 0, 1 or None for neither.
+_VERDICTS: dict[tuple[str, str, str], Callable[[Any], int | None]] = {
+    ("response_0", "response_1", "better_response_id"): _by_number,
+    ("response1", "response2", "overall_preference"): _by_sign,
+    ("response_1", "response_2", "preference_strength"): _by_sign,
+    ("response_a", "response_b", "winner"): _by_name,
+    ("conversation_a", "conversation_b", "winner"): _by_name,
+}
+# Keys that tell a message, of either kind, or a part of its content.
+_MESSAGE_KEYS = ({"role", "content"}, {"from", "value"}, {"type", "text"})
+# A message list, or one message, written as text by JSON, Python or numpy, perhaps inside a string of JSON.
+_SERIALIZED = re.compile(r"""["'\s]*(array\()?\[?\s*\{\s*\\?["'](role|content|from|value|type|text)\\?["']\s*:""")
+
+
+def canonical(row: Mapping[str, Any], *, answers: bool = True) -> tuple[Row, str | None]:
+    """A row with the columns that this package knows, and what was recognized, in words; None if it had them.
+
+    Args:
+        row: of any data set.
+        answers: whether the answer to a question is looked for, too; without, those columns stay as they are.
+
+    Raises:
+        BadRow: its columns are ambiguous, or a value of a recognized shape cannot be read.
+    """
+    found = dict(row)
+    notes: list[str] = []
+    for name in found:
+        _decode(found, name, notes)
+    read_pair = partial(_read_pair, answers=answers)
+    steps: list[Callable[[Row], str | None]] = [_read_system, read_pair, _read_conversation, _read_question]
+    notes += [note for step in (*steps, *([_read_answer] if answers else [])) if (note := step(found))]
+    return found, "; ".join(dict.fromkeys(notes)) or None
+
+
+def canonical_rows(dataset: Dataset) -> Iterator[Row]:
+    """The canonical rows of a data set, without those that cannot be read."""
+    for row, _ in rows_of(dataset.with_format(None)[:], range(len(dataset)), ""):
+        with suppress(BadRow):
+            yield canonical(row)[0]
+
+
+def first_canonical(dataset: Dataset) -> Row:
+    """The first of a data set's rows that can be read; without columns if there is none."""
+    return next(canonical_rows(dataset.select(range(min(len(dataset), 100)))), {})
+
+
+def parse_text(text: str) -> Any:
+    """The value that a text holds as JSON or as Python writes it; raises ValueError for any other."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline)]
+        tokens = [kind for kind in tokens if kind not in (tokenize.NL, tokenize.NEWLINE)]
+        # numpy writes lists without commas, and Python joins texts that follow each other.
+        if (tokenize.STRING, tokenize.STRING) not in pairwise(tokens):
+            return ast.literal_eval(text.strip())
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
+        pass
+    raise ValueError("neither JSON nor a Python list")
+
+
+def _decode(row: Row, name: str, notes: list[str]) -> None:
+    """Replace text that holds a list, messages or a number by what it holds, and from/value messages by ours."""
+    value = row[name]
+    if isinstance(value, str) and name in (*_STRUCTURES, *_OPTIONS):
+        row[name] = _parsed(value, name, notes) if value.strip() else None
+    elif name in _TEXTS:
+        row[name] = _unserialized(value, name, notes)
+    elif isinstance(value, str) and name in _NUMBERS and re.fullmatch(r"\s*-?\d+(\.\d+)?([eE][-+]?\d+)?\s*", value):
+        row[name] = float(value)
+    if isinstance(row[name], list) and name == "responses":
+        row[name] = [_unserialized(item, name, notes) for item in row[name]]
+    if name in _TEXTS or name in _STRUCTURES:
+        row[name] = _messages(row[name], name, notes)
+
+
+def _parsed(text: str, name: str, notes: list[str]) -> Any:
+    try:
+        value = parse_text(text)
+    except ValueError as error:
+        if name not in _OPTIONS and not re.match(r"\s*(\[|\{|array\()", text):
+            return text
+        raise BadRow(f"{name} is text that is {error}") from error
+    if isinstance(value, str):
+        return _parsed(value, name, notes)
+    notes.append(f"{name} parsed from text")
+    return value
+
+
+def _unserialized(value: Any, name: str, notes: list[str]) -> Any:
+    """Messages that stand in a text; other objects stay text, because answers may be JSON."""
+    if not isinstance(value, str) or not _SERIALIZED.match(value):
+        return value
+    try:
+        found = parse_text(value)
+    except ValueError:
+        if any(all(re.search(rf"""["']{key}\\?["']\s*:""", value) for key in keys) for keys in _MESSAGE_KEYS):
+            raise BadRow(f"{name} is a conversation written as text that is neither JSON nor a Python list") from None
+        return value
+    if isinstance(found, str):
+        return _unserialized(found, name, notes)
+    items, kinds = (found, _MESSAGE_KEYS) if isinstance(found, list) else ([found], _MESSAGE_KEYS[:2])
+    if not all(isinstance(item, dict) and any(keys <= set(item) for keys in kinds) for item in items):
+        return value
+    notes.append(f"{name} parsed from text")
+    return found
+
+
+def _messages(value: Any, name: str, notes: list[str]) -> Any:
+    """ShareGPT's messages (from, value) as messages with role and content; anything else as it is."""
+    if isinstance(value, list):
+        return [_messages(item, name, notes) for item in value]
+    if not isinstance(value, dict) or value.get("from") is None or value.get("role") is not None:
+        return value
+    role = _ROLES.get(str(value["from"]).lower())
+    if role is None:
+        raise BadRow(f"{name} has a message from {value['from']!r}, not one of {', '.join(_ROLES)}")
+    notes.append("from/value messages")
+    rest = {key: item for key, item in value.items() if key not in ("from", "value", "role", "content")}
+    if value["from"] != "function_call":
+        return {"role": role, "content": value.get("value"), **rest}
+    try:
+        calls = parse_text(value["value"])
+        calls = calls if isinstance(calls, list) else [calls]
+        calls = [{"type": "function", "function": {"name": call["name"], **call}} for call in calls]
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadRow(f"{name} has a function_call that is not JSON with a name") from error
+    return {"role": role, "content": "", "tool_calls": calls, **rest}
+
+
+def _only(row: Row, names: tuple[str, ...]) -> str | None:
+    """The one of the columns that the row has, empty text counting only alone; raises BadRow if it has several."""
+    present = [name for name in names if row.get(name) is not None]
+    present = [name for name in present if row[name] != ""] or present[:1]
+    if len(present) > 1:
+        raise BadRow(f"ambiguous columns {' and '.join(present)}: rename one with column_mapping")
+    return present[0] if present else None
+
+
+def _read_system(row: Row) -> str | None:
+    name = _only(row, _SYSTEMS)
+    if name is None or name == "system":
+        return None
+    row["system"] = row.pop(name)
+    return f"{name} as system"
+
+
+def _is_comparison(row: Row) -> bool:
+    present = {name for name, value in row.items() if value is not None}
+    return {"chosen", "rejected"} <= present or {"responses", "scores"} <= present
+
+
+def _read_pair(row: Row, *, answers: bool) -> str | None:
+    """Comparisons whose responses have other names, or stand in a list with their scores."""
+    if _is_comparison(row):
+        return None
+    present = {name for name, value in row.items() if value is not None}
+    readers: dict[tuple[str, ...], Callable[[Row], None]] = {
+        ("input", "preferred_output", "non_preferred_output"): _read_openai,
+        **{names: partial(_read_verdict, names=names, answers=answers) for names in _VERDICTS},
+        **{
+            (name,): partial(_read_scored, name=name)
+            for name in ("completions", "answers")
+            if _is_scored(row.get(name))
+        },
+    }
+    fitting = [names for names in readers if set(names) <= present]
+    if len(fitting) > 1:
+        raise BadRow(f"ambiguous columns {' and '.join('(' + ', '.join(names) + ')' for names in fitting)}")
+    if not fitting:
+        return None
+    readers[fitting[0]](row)
+    return f"comparison from {', '.join(fitting[0])}"
+
+
+def _read_openai(row: Row) -> None:
+    given = row.pop("input")
+    if not isinstance(given, dict) or "messages" not in given:
+        raise BadRow("input has no messages")
+    row["chosen"], row["rejected"] = row.pop("preferred_output"), row.pop("non_preferred_output")
+    if clash := sorted(set(given) & set(row)):
+        raise BadRow(f"ambiguous: {clash[0]} is a column and in input")
+    row.update({key: value for key, value in given.items() if key != "messages"})
+    row["prompt"] = given["messages"]
+
+
+def _read_verdict(row: Row, names: tuple[str, str, str], *, answers: bool) -> None:
+    if "prompt" not in row and isinstance(row.get("context"), str | list):
+        row["prompt"] = row.pop("context")
+    if not answers and "prompt" in row:
+        return
+    try:
+        better = _VERDICTS[names](row[names[2]])
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadRow(f"{names[2]} does not say which response is better") from error
+    if better is None:
+        raise Tie(f"{names[2]} is a tie")
+    pair = [row.pop(name) for name in names[:2]]
+    row["chosen"], row["rejected"] = pair[better], pair[1 - better]
+
+
+def _is_scored(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and None not in _keys_of(value[0])
+
+
+def _keys_of(item: object) -> tuple[str | None, str | None]:
+    """The keys of a response and of its score."""
+    present = {key for key, value in item.items() if value is not None} if isinstance(item, dict) else set()
+    text, score = (next((key for key in keys if key in present), None) for keys in (_RESPONSE_KEYS, _SCORE_KEYS))
+    return text, score
+
+
+def _read_scored(row: Row, name: str) -> None:
+    items = row.pop(name)
+    if len({_keys_of(item) for item in items}) > 1:
+        raise BadRow(f"{name} without a response or score each")
+    text, score = _keys_of(items[0])
+    row["responses"] = [item[text] for item in items]
+    row["scores"] = [item[score] for item in items]
+    if score == "rank":  # which counts from the best
+        row["scores"] = [-rank if isinstance(rank, int | float) else rank for rank in row["scores"]]
+
+
+def _read_conversation(row: Row) -> str | None:
+    """Conversations of other names: the prompt of a comparison, or all that is to be learned."""
+    name = _only(row, ("conversations", "conversation", *(("messages",) if row.get("conversations") else ())))
+    if name is None:
+        # Text that answers a conversation.
+        if row.get("prompt") is None and row.get("messages") and isinstance(row.get("chosen"), str):
+            row["prompt"] = row.pop("messages")
+            return "messages as prompt"
+        return None
+    known = _is_comparison(row) or row.get("completion") is not None
+    if known and row.get("prompt") is not None:
+        return None
+    row["prompt" if known else "messages"] = row.pop(name)
+    return f"{name} as {'prompt' if known else 'messages'}"
+
+
+def _read_question(row: Row) -> str | None:
+    more = row.get("input")
+    if row.get("prompt") is not None:
+        if isinstance(row["prompt"], str) and isinstance(more, str) and more.strip():
+            raise BadRow("ambiguous columns prompt and input: rename one with column_mapping")
+        return None
+    if row.get("messages") is not None:
+        return None
+    name = _only(row, _QUESTIONS) or ("input" if more is not None else None)
+    if name is None:
+        return None
+    if unplaced := [column for column in _UNPLACED if row.get(column)]:
+        raise BadRow(f"column {unplaced[0]} next to {name}: write both into one column prompt, or rename it")
+    if not isinstance(row[name], str | list):
+        raise BadRow(f"{name} is {kind_of(row[name])}, not text or messages")
+    row["prompt"] = row.pop(name)
+    if name == "input" or more is None or more == "":
+        return f"{name} as prompt"
+    if not isinstance(row["prompt"], str) or not isinstance(more, str):
+        raise BadRow(f"{name} and input are not text")
+    row["prompt"] += f"\n\n{row.pop('input')}"
+    return f"{name} and input as prompt"
+
+
+def _read_answer(row: Row) -> str | None:
+    known = {"completion", "messages", "responses"} & {name for name, value in row.items() if value is not None}
+    if row.get("prompt") is None or known or _is_comparison(row):
+        return None
+    name = _only(row, _ANSWERS)
+    if name is None:
+        return None
+    if rated := [column for column in _RATINGS if row.get(column) is not None]:
+        raise BadRow(
+            f"one {name} a row, rated by {rated[0]} and others: for simpo train, make rows {{prompt, responses, "
+            "scores} of all responses to a prompt; for simpo sft, name the column completion (column_mapping)"
+        )
+    row["completion"] = row.pop(name)
+    return f"{name} as completion"
