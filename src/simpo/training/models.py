@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,13 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -25,6 +34,16 @@ from simpo.training.model_arguments import ModelArguments
 from simpo.training.quantization import four_bits, frozen
 
 logger = logging.getLogger(__name__)
+
+# Attention masks that old checkpoints store as if they were weights; not every architecture declares them.
+_STORED_MASKS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)(inv_freq|position_ids)$")
+# Parts of a checkpoint that its architecture's class for text alone does not have.
+_OTHER_MODALITIES = re.compile(r"(^|\.)(vision|visual|audio|multi_modal)\w*\.")
+_FAULTS = {
+    "missing_keys": "are missing",
+    "unexpected_keys": "have no place in it",
+    "mismatched_keys": "differ in shape",
+}
 
 
 def load_model(name: str, arguments: ModelArguments | None = None) -> PreTrainedModel | PeftModel:
@@ -144,8 +163,26 @@ def _load_base(name: str, adapter: LoraConfig, arguments: ModelArguments) -> Pre
 
 
 def _load_causal(arguments: ModelArguments) -> PreTrainedModel:
-    model = load_files(AutoModelForCausalLM, arguments, **loading_options(arguments))
+    config = load_files(AutoConfig, arguments)
+    model, loading = load_weights(_class_for(config), arguments, **loading_options(arguments))
+    if type(model.config) is not type(config):  # transformers reads the language model out of a larger checkpoint
+        loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if not _OTHER_MODALITIES.search(key)}
+        logger.warning(
+            "%s: only its language model (%s) is loaded, and will be saved", config.name_or_path, type(model).__name__
+        )
+    check_weights(arguments.model_name_or_path, model, loading)
     return frozen(model) if arguments.quantization else model
+
+
+def _class_for(config: Any) -> Any:
+    """The ``Auto`` class for a causal language model, or for a model of text and images where that is the only one."""
+    known = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    classes = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    if not config.is_encoder_decoder:
+        for mapping, auto in zip(known, classes, strict=True):
+            if type(config) in mapping:
+                return auto
+    return AutoModelForCausalLM  # custom code, or transformers' own message
 
 
 def loading_options(arguments: ModelArguments) -> dict[str, Any]:
@@ -173,16 +210,66 @@ def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
     name = arguments.model_name_or_path
     check_folder(name)
     try:
-        found = auto.from_pretrained(
+        return auto.from_pretrained(
             name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # damaged files and code that comes with models raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason and not arguments.trust_remote_code:
+            reason = "it runs code of its own; read that code, and allow it with trust_remote_code: true"
         raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {reason[:300]}") from error
-    model = found[0] if isinstance(found, tuple) else found  # with what was told of the loading
-    if isinstance(model, PreTrainedModel) and _loses_softcap(model) and "attn_implementation" not in options:
+
+
+def load_weights(auto: Any, arguments: ModelArguments, **options: Any) -> tuple[PreTrainedModel, dict[str, set[Any]]]:
+    """A model, and which weights its files lack, have in addition, or have in another shape; see :func:`check_weights`.
+
+    Weights that are tied, and those that transformers declares as expected, are not among them.
+
+    Raises:
+        SimpoError: as :func:`load_files`.
+    """
+    with _without_report():
+        model, loading = load_files(auto, arguments, **options, output_loading_info=True, ignore_mismatched_sizes=True)
+    if _loses_softcap(model) and "attn_implementation" not in options:
         model.set_attn_implementation("eager")
-    return found
+    loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if not _STORED_MASKS.search(key)}
+    return model, loading
+
+
+def check_weights(name: str, model: PreTrainedModel, loading: Mapping[str, set[Any]]) -> None:
+    """Refuse a model whose files are not its own: transformers would draw what is missing at random.
+
+    Raises:
+        SimpoError: some weights are missing, left over or of another shape; names the first ones.
+    """
+    faults = []
+    for fault, what in _FAULTS.items():
+        keys = sorted(key if isinstance(key, str) else key[0] for key in loading[fault])
+        if keys:
+            faults.append(f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
+    if faults:
+        raise SimpoError(
+            f"model_name_or_path: {name!r} does not hold the weights of a {type(model).__name__}: {'; '.join(faults)}; "
+            "name a folder whose config.json and weights belong together"
+        )
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of missing and unexpected weights; :func:`check_weights` reports them.
+
+    A filter, because that logger also checks a plan for several GPUs wherever a level is set on it.
+    """
+    theirs = logging.getLogger("transformers.modeling_utils")
+    theirs.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _loses_softcap(model: PreTrainedModel) -> bool:

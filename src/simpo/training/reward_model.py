@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from simpo.data.templates import end_of_turn
 from simpo.errors import SimpoError
 from simpo.packing.model import causal_lm
 from simpo.training.adapters import add_adapter, continue_adapter, find_adapter
 from simpo.training.model_arguments import ModelArguments
-from simpo.training.models import base_arguments, check_folder, load_files, loading_options
+from simpo.training.models import base_arguments, check_folder, check_weights, load_files, load_weights, loading_options
 
 logger = logging.getLogger(__name__)
 
@@ -51,40 +55,26 @@ def load_reward_model(arguments: ModelArguments, *, new_head: bool = False) -> P
 def _load(arguments: ModelArguments, *, new_head: bool, say: bool = False) -> PreTrainedModel:
     name = arguments.model_name_or_path
     labels = {"num_labels": 1} if new_head and not _is_classifier(arguments) else {}
-    with _without_report():
-        model, loading = load_files(
-            AutoModelForSequenceClassification,
-            arguments,
-            **loading_options(arguments),
-            **labels,
-            output_loading_info=True,
-        )
-    missing = sorted(loading["missing_keys"])
-    if missing and (missing != [_HEAD] or not new_head):
-        raise SimpoError(f"model_name_or_path: {name!r} is not a reward model: its files have no {missing[0]}")
+    model, loading = load_weights(AutoModelForSequenceClassification, arguments, **loading_options(arguments), **labels)
+    head_is_new = bool(labels) and _HEAD in loading["missing_keys"]
+    if head_is_new:
+        outputs = _output_layer(model)
+        loading["missing_keys"].discard(_HEAD)
+        loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if key.rpartition(".")[0] not in outputs}
+    elif loading["missing_keys"] == {_HEAD}:
+        raise SimpoError(f"model_name_or_path: {name!r} is not a reward model: its files have no {_HEAD}")
+    check_weights(name, model, loading)
     if model.config.num_labels != 1:
         raise SimpoError(f"model_name_or_path: {name!r} has {model.config.num_labels} labels; a reward model has one")
-    if missing and say:
+    if head_is_new and say:
         logger.warning("%s is a language model: its output layer is replaced by a random score head", name)
     return model
 
 
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Without transformers' table of weights that files lack, which are looked at here.
-
-    A filter, because that logger also checks a plan for several GPUs wherever a level is set on it.
-    """
-    theirs = logging.getLogger("transformers.modeling_utils")
-    theirs.addFilter(_is_no_report)
-    try:
-        yield
-    finally:
-        theirs.removeFilter(_is_no_report)
-
-
-def _is_no_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
+def _output_layer(model: PreTrainedModel) -> set[str]:
+    """What a language model of this kind calls the layer that a score head replaces."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    return {"lm_head", *(key.rpartition(".")[0] for key in getattr(causal, "_tied_weights_keys", None) or ())}
 
 
 def _is_classifier(arguments: ModelArguments) -> bool:
