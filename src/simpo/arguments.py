@@ -14,6 +14,10 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str | None) -> None:
         super().__init__(prog=f"simpo {command}", description=description, allow_abbrev=False)
 
+    def add_remote_code(self) -> None:
+        """Add the permission to run code that comes with a model, which is off by default."""
+        self.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+
     def error(self, message: str) -> NoReturn:
         """Raise :class:`SimpoError` with argparse's message."""
         raise SimpoError(f"{message}; {self.prog} --help lists the options")

@@ -21,7 +21,9 @@ from simpo.data.tokenize import prepare
 from simpo.errors import SimpoError
 from simpo.results import Metric, fingerprint, write_results
 from simpo.terminal import printable
-from simpo.training.models import load_tokenizer
+from simpo.training.limits import Limits
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import load_config, load_tokenizer
 
 _SETTINGS = (
     "max_length",
@@ -49,7 +51,9 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     given = {key: getattr(arguments, key) for key in _SETTINGS if getattr(arguments, key) is not None}
     settings = TokenizeSettings(**given)
-    tokenizer = load_tokenizer(arguments.model, chat_template=arguments.chat_template)
+    model = ModelArguments(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.model, model, chat_template=arguments.chat_template)
+    limits = _limits(model)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     inspections: list[Inspection] = []
     datasets: list[Dataset] = []
@@ -67,6 +71,7 @@ def main(argv: list[str]) -> int:
         datasets.append(prepared.dataset)
         _print_inspection(console, inspections[-1])
         metrics += inspections[-1].metrics()
+        limits.check(prepared.dataset, label)
     if len(inspections) == 2:
         metrics.append(_print_overlap(console, *inspections))
     if datasets:
@@ -79,6 +84,15 @@ def main(argv: list[str]) -> int:
         path = write_results(folder, command="inspect", fingerprint=identity, metrics=metrics)
         console.print(Text(f"\nresults: {path}"))
     return 0
+
+
+def _limits(model: ModelArguments) -> Limits:
+    """The model's; none where there is only a tokenizer."""
+    try:
+        return Limits.of(load_config(model))
+    except SimpoError as error:
+        print(f"what the model can read is not checked: {error}")
+        return Limits(None, None)
 
 
 def _sources(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
@@ -101,6 +115,7 @@ def _parser() -> ArgumentParser:
     for key in ("paper_tokenization", "auto_insert_empty_system_msg"):
         parser.add_argument(f"--{key}", nargs="?", const=True, type=_truth, metavar="true|false", help="as in a recipe")
     parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, file with one, or none")
+    parser.add_remote_code()
     parser.add_argument("--output_dir", metavar="DIR", help="folder for results.json")
     return parser
 

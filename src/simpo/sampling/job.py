@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from simpo.data.prompts import Prompts, prepare_prompts
 from simpo.data.sources import load_rows
+from simpo.errors import SimpoError
 from simpo.sampling.engine import stop_ids
 from simpo.sampling.loading import Checkpoint
 from simpo.sampling.settings import SamplingSettings
@@ -64,6 +65,9 @@ class Job:
         prompts = prepare_prompts(rows, tokenizer, max_prompt_length=_room(checkpoint.context, settings, say))
         for line in prompts.report.lines():
             say(line)
+        for prompt in prompts:
+            if fault := checkpoint.limits.fault(0, prompt.ids):
+                raise SimpoError(f"prompt {prompt.id}: {fault}; use the model's own tokenizer")
         stops = stop_ids(tokenizer, checkpoint.generation_config)
         return cls(checkpoint, engine, tokenizer, source, prompts, settings, stops)
 

@@ -39,11 +39,7 @@ logger = logging.getLogger(__name__)
 _STORED_MASKS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)(inv_freq|position_ids)$")
 # Parts of a checkpoint that its architecture's class for text alone does not have.
 _OTHER_MODALITIES = re.compile(r"(^|\.)(vision|visual|audio|multi_modal)\w*\.")
-_FAULTS = {
-    "missing_keys": "are missing",
-    "unexpected_keys": "have no place in it",
-    "mismatched_keys": "differ in shape",
-}
+_FAULTS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
 
 
 def load_model(name: str, arguments: ModelArguments | None = None) -> PreTrainedModel | PeftModel:
@@ -126,6 +122,17 @@ def generation_config(name: str, revision: str) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(name, revision=revision)
     except OSError:
         return None
+
+
+def load_config(arguments: ModelArguments) -> Any:
+    """The configuration of a model, or of the base model of an adapter, without any weights.
+
+    Raises:
+        SimpoError: there is no such model.
+    """
+    check_folder(arguments.model_name_or_path)
+    adapter = find_adapter(arguments.model_name_or_path, arguments.model_revision)
+    return load_files(AutoConfig, arguments if adapter is None else base_arguments(adapter, arguments))
 
 
 def base_arguments(adapter: LoraConfig, arguments: ModelArguments) -> ModelArguments:

@@ -58,9 +58,11 @@ def _load(arguments: ModelArguments, *, new_head: bool, say: bool = False) -> Pr
     model, loading = load_weights(AutoModelForSequenceClassification, arguments, **loading_options(arguments), **labels)
     head_is_new = bool(labels) and _HEAD in loading["missing_keys"]
     if head_is_new:
-        outputs = _output_layer(model)
+        replaced = _output_layer(model)
         loading["missing_keys"].discard(_HEAD)
-        loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if key.rpartition(".")[0] not in outputs}
+        loading["unexpected_keys"] = {
+            key for key in loading["unexpected_keys"] if key.rpartition(".")[0] not in replaced
+        }
     elif loading["missing_keys"] == {_HEAD}:
         raise SimpoError(f"model_name_or_path: {name!r} is not a reward model: its files have no {_HEAD}")
     check_weights(name, model, loading)
