@@ -28,6 +28,11 @@ class ModelArguments:
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None,
+        metadata={"help": "Type that the finished model is rounded to when saved (default: as trained)."},
+    )
+
     use_peft: bool = field(
         default=False, metadata={"help": "Train a LoRA adapter, and leave the model's own weights as they are."}
     )

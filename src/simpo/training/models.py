@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -27,7 +29,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.llama import modeling_llama
 
+from simpo.atomic import write_text
 from simpo.errors import SimpoError
 from simpo.training.adapters import add_adapter, continue_adapter, find_adapter
 from simpo.training.model_arguments import ModelArguments
@@ -223,7 +227,7 @@ def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
     except Exception as error:  # damaged files and code that comes with models raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in reason and not arguments.trust_remote_code:
-            reason = "it runs code of its own; read that code, and allow it with trust_remote_code: true"
+            reason = "it has code of its own; read it, and allow it with trust_remote_code (--trust_remote_code)"
         raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {reason[:300]}") from error
 
 
@@ -235,6 +239,8 @@ def load_weights(auto: Any, arguments: ModelArguments, **options: Any) -> tuple[
     Raises:
         SimpoError: as :func:`load_files`.
     """
+    if arguments.trust_remote_code:  # code from before transformers 5, ArmoRM's for one, imports this text
+        modeling_llama.__dict__.setdefault("LLAMA_INPUTS_DOCSTRING", "")
     with _without_report():
         model, loading = load_files(auto, arguments, **options, output_loading_info=True, ignore_mismatched_sizes=True)
     if _loses_softcap(model) and "attn_implementation" not in options:
@@ -255,10 +261,18 @@ def check_weights(name: str, model: PreTrainedModel, loading: Mapping[str, set[A
         if keys:
             faults.append(f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
     if faults:
+        advice = "name a folder whose config.json and weights belong together"
+        if needs_own_code(model):
+            advice = "it has code of its own; read it, and allow it with trust_remote_code (--trust_remote_code)"
         raise SimpoError(
             f"model_name_or_path: {name!r} does not hold the weights of a {type(model).__name__}: {'; '.join(faults)}; "
-            "name a folder whose config.json and weights belong together"
+            f"{advice}"
         )
+
+
+def needs_own_code(model: PreTrainedModel) -> bool:
+    """Whether ``model`` is one of transformers' own classes although its files name code of theirs."""
+    return type(model).__module__.startswith("transformers.") and bool(getattr(model.config, "auto_map", None))
 
 
 @contextmanager
@@ -277,6 +291,27 @@ def _without_report() -> Iterator[None]:
 
 def _is_no_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
+
+
+def round_weights(folder: Path, dtype: str) -> None:
+    """Round the weights of a saved model or adapter to ``dtype``, file by file, and note it in ``config.json``."""
+    kind, size = getattr(torch, dtype), 0
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = {name: each.to(kind) if each.is_floating_point() else each for name, each in load_file(path).items()}
+        size += sum(each.nbytes for each in tensors.values())
+        replacement = path.with_suffix(".rounded")
+        save_file(tensors, replacement, metadata={"format": "pt"})
+        replacement.replace(path)  # not written in place: what has been read is still mapped from the file
+    for path in folder.glob("*.safetensors.index.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index["metadata"]["total_size"] = size
+        write_text(path, json.dumps(index, indent=2) + "\n")
+    if (path := folder / "config.json").is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if "dtype" in part:
+                part["dtype"] = dtype
+        write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def _loses_softcap(model: PreTrainedModel) -> bool:
