@@ -37,6 +37,7 @@ from simpo.training.memory import OUTSIDE_A_FORWARD, memory_answered, tokens_tha
 from simpo.training.modalities import freeze_unreached
 from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import disable_dropout, load_model
+from simpo.training.quantization import keep_gradients
 from simpo.training.resumable import ResumableTrainer
 from simpo.training.scores import RowFigures, Scores, mean_figures, response_figures, scores_of
 from simpo.training.settings import TrainingSettings
@@ -87,6 +88,7 @@ class PackedTrainer(ResumableTrainer):
         if isinstance(model, PeftModel):
             check_adapter(model)
         freeze_unreached(model)
+        keep_gradients(model)
         if args.disable_dropout:
             disable_dropout(model)
         super().__init__(
