@@ -61,12 +61,13 @@ def find_adapter(name: str, revision: str = "main") -> LoraConfig | None:
         SimpoError: it cannot be read, is no LoRA, or does not name its base model.
     """
     try:
-        if find_adapter_config_file(name, revision=revision) is None:
-            _check_no_adapter_inside(Path(name))
-            return None
-        config = PeftConfig.from_pretrained(name, revision=revision)
+        found = find_adapter_config_file(name, revision=revision)
+        config = None if found is None else PeftConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {_line(error)}") from error
+    if config is None:
+        _check_no_adapter_inside(Path(name))
+        return None
     if not isinstance(config, LoraConfig):
         raise SimpoError(f"model_name_or_path: {name!r} is an adapter of another kind than LoRA ({config.peft_type})")
     if not config.base_model_name_or_path:
@@ -236,9 +237,12 @@ def stored_adapter(name: str, revision: str = "main") -> dict[str, Tensor]:
         SimpoError: the file cannot be read.
     """
     try:
-        return load_file(str(cached_file(name, WEIGHTS_NAME, revision=revision)))
+        stored = load_file(str(cached_file(name, WEIGHTS_NAME, revision=revision)))
     except (OSError, ValueError, SafetensorError) as error:
         raise SimpoError(f"{name}: {WEIGHTS_NAME} cannot be read: {_line(error)}") from error
+    # of a resized vocabulary, peft stores a module that is trained whole a second time, under another name
+    twice = [key for key in stored if ".modules_to_save." in key and key.replace(".modules_to_save", "") in stored]
+    return {key: tensor for key, tensor in stored.items() if key not in twice}
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
