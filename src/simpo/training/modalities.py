@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -12,8 +13,8 @@ from simpo.packing.model import causal_lm
 logger = logging.getLogger(__name__)
 
 
-def unreached_by_text(model: nn.Module) -> dict[str, nn.Module]:
-    """The largest modules of ``model``, by name, that take no part in a forward of text alone.
+def unreached_by_text(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    """The largest parts of ``model``, by name, that take no part in a forward of text alone.
 
     These are the parts of a conditional-generation model outside its language model and its output layer, and a
     language model's own layers of cross-attention to images. None for a model of text alone.
@@ -22,7 +23,7 @@ def unreached_by_text(model: nn.Module) -> dict[str, nn.Module]:
     config = inner.config
     text = config.get_text_config()
     crossing = getattr(text, "cross_attention_layers", None) or []
-    found = {
+    found: dict[str, nn.Module | nn.Parameter] = {
         name: module
         for number in crossing
         for name, module in inner.named_modules()
@@ -35,14 +36,16 @@ def unreached_by_text(model: nn.Module) -> dict[str, nn.Module]:
     return found | dict(_outside(inner, kept, ""))
 
 
-def _outside(module: nn.Module, kept: set[int], prefix: str) -> Any:
+def _outside(module: nn.Module, kept: set[int], prefix: str) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    for name, parameter in module.named_parameters(recurse=False):
+        yield f"{prefix}{name}", parameter
     for name, child in module.named_children():
         inside = {id(one) for one in child.modules()}
         if id(child) in kept:
             continue
         if inside & kept:
             yield from _outside(child, kept, f"{prefix}{name}.")
-        else:
+        elif next(child.parameters(), None) is not None:
             yield f"{prefix}{name}", child
 
 
@@ -52,8 +55,9 @@ def freeze_unreached(model: nn.Module) -> None:
     Such weights get no gradient: DDP waits for one, and weight decay would shrink them.
     """
     names, count = [], 0
-    for name, module in unreached_by_text(model).items():
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for name, part in unreached_by_text(model).items():
+        parameters = [part] if isinstance(part, nn.Parameter) else part.parameters()
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
         if trained:
