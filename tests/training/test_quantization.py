@@ -44,7 +44,9 @@ def quantized(world, **changes) -> PeftModel:
     """The 4-bit model under an adapter that is not at its start."""
     name = str(world / "model")
     torch.manual_seed(0)
-    model = load_model(name, ModelArguments(name, use_peft=True, load_in_4bit=True, lora_r=4, lora_dropout=0, **changes))
+    model = load_model(
+        name, ModelArguments(name, use_peft=True, load_in_4bit=True, lora_r=4, lora_dropout=0, **changes)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -66,7 +68,9 @@ def replace_by_whole_weights(model) -> int:
 
 
 @pytest.mark.parametrize("changes", [{}, {"bnb_4bit_quant_type": "fp4"}, {"use_bnb_nested_quant": True}])
-def test_gradients_are_those_of_the_numbers_that_four_bits_stand_for(changes, world, random_comparisons, naive_logprobs):
+def test_gradients_are_those_of_the_numbers_that_four_bits_stand_for(
+    changes, world, random_comparisons, naive_logprobs
+):
     """Also after scores were computed in evaluation mode, for which bitsandbytes repacks weights on some CPUs."""
     comparisons = random_comparisons((11, (7, 19)), (3, (4, 2)))
     model = quantized(world, **changes)
