@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from simpo import PreferenceTrainer, SimpoError, cli
 from simpo.training.limits import Limits
 from simpo.training.model_arguments import ModelArguments
-from simpo.training.models import load_model
+from simpo.training.models import check_stored, load_model
 from simpo.training.reward_model import load_reward_model
 
 
@@ -70,9 +70,10 @@ MASK = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "model.la
 )
 def test_weights_that_are_not_the_models_are_named(changes, message, variant):
     folder = variant(**changes)
-    with pytest.raises(SimpoError, match=message) as error:
-        load_model(str(folder))
-    assert "\n" not in str(error.value)
+    for load in (load_model, lambda name: check_stored(ModelArguments(name))):
+        with pytest.raises(SimpoError, match=message) as error:
+            load(str(folder))
+        assert "\n" not in str(error.value)
     assert str(folder) in str(error.value)
     with pytest.raises(SimpoError):
         load_reward_model(ModelArguments(str(folder)))

@@ -20,7 +20,7 @@ from simpo.sampling.settings import SamplingSettings
 from simpo.training.device import device
 from simpo.training.identity import model_digest
 from simpo.training.model_arguments import ModelArguments
-from simpo.training.models import load_tokenizer
+from simpo.training.models import check_stored, load_tokenizer
 
 EngineName = Literal["transformers", "vllm"]
 Say = Callable[[str], None]
@@ -58,6 +58,8 @@ class Job:
         """
         tokenizer = load_tokenizer(model.model_name_or_path, model, chat_template=source.chat_template)
         checkpoint = Checkpoint.read(model)
+        if engine == "vllm":
+            check_stored(checkpoint.arguments)
         say(f"model: {model.model_name_or_path} ({checkpoint.arguments.dtype} on {device()}, {engine})")
         settings = settings.resolved(context=checkpoint.context, chunk_size=_chunk_size(engine))
         say("sampling: " + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(settings).items()))

@@ -173,9 +173,19 @@ def _load_base(name: str, adapter: LoraConfig, arguments: ModelArguments) -> Pre
         raise SimpoError(f"model_name_or_path: {name} is an adapter whose base model is missing: {reason}") from error
 
 
-def _load_causal(arguments: ModelArguments) -> PreTrainedModel:
+def check_stored(arguments: ModelArguments) -> None:
+    """Refuse a model whose files are not its own, without reading the weights: for engines that load it themselves.
+
+    Raises:
+        SimpoError: as :func:`load_model`.
+    """
+    adapter = find_adapter(arguments.model_name_or_path, arguments.model_revision)
+    _load_causal(arguments if adapter is None else base_arguments(adapter, arguments), device_map="meta")
+
+
+def _load_causal(arguments: ModelArguments, **options: Any) -> PreTrainedModel:
     config = load_files(AutoConfig, arguments)
-    model, loading = load_weights(_class_for(config), arguments, **loading_options(arguments))
+    model, loading = load_weights(_class_for(config), arguments, **loading_options(arguments), **options)
     if type(model.config) is not type(config):  # transformers reads the language model out of a larger checkpoint
         loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if not _OTHER_MODALITIES.search(key)}
         logger.warning(
