@@ -180,23 +180,19 @@ def _resize_vocabulary(model: PreTrainedModel, stored: Mapping[str, Tensor], nam
     Raises:
         SimpoError: it brings the embeddings of another vocabulary, but not the output layer that belongs to it.
     """
-    layers = {"get_input_embeddings": None, "get_output_embeddings": None}
-    modules = {module: path for path, module in model.named_modules()}
-    for layer in layers:
-        own = getattr(model, layer)()
-        ends = (f"{modules.get(own)}.weight", f"{modules.get(own)}.base_layer.weight")
-        layers[layer] = next((len(tensor) for key, tensor in stored.items() if key.endswith(ends)), None)
-    rows = {count for count in layers.values() if count is not None}
+    names = {module: name for name, module in model.named_modules()}
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    ends = [(f"{names[layer]}.weight", f"{names[layer]}.base_layer.weight") for layer in layers]
+    rows = [next((len(tensor) for key, tensor in stored.items() if key.endswith(end)), 0) for end in ends]
     before = model.config.get_text_config().vocab_size
-    if not rows or rows == {before}:
+    if {*rows} <= {0, before}:
         return
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    if len(rows) > 1 or (None in layers.values() and not tied and model.get_output_embeddings() is not None):
+    if len({*rows} - {0}) > 1 or (0 in rows and not getattr(model.config, "tie_word_embeddings", False)):
         raise SimpoError(
             f"model_name_or_path: {name}: an adapter for {max(rows)} tokens on a model with {before}, without both the "
             "embeddings and the output layer for them; save it with modules_to_save for both"
         )
-    model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+    model.resize_token_embeddings(max(rows), mean_resizing=False)
 
 
 def parts_tied(model: PeftModel) -> bool:
