@@ -44,6 +44,10 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"argument --model: given {len(models)} times, and this command takes {expected}")
         return models + rest
 
+    def add_remote_code(self) -> None:
+        """Add the permission to run code that comes with a model, which is off by default."""
+        self.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+
     def error(self, message: str) -> NoReturn:
         """Raise :class:`SimpoError` with argparse's message."""
         raise SimpoError(f"{message}; {self.prog} --help lists the options")

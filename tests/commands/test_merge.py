@@ -76,6 +76,16 @@ def test_the_type_of_the_weights_is_kept_and_rounded_to_once(base, tmp_path):
         assert torch.equal(parameter, exact.to(torch.bfloat16)), name
 
 
+def test_the_type_of_the_saved_weights_can_be_chosen(base, tmp_path):
+    adapter, merged = write_adapter(base, tmp_path / "adapter"), tmp_path / "merged"
+    assert cli.main(["merge", str(adapter), f"--output_dir={merged}", "--save_dtype=bfloat16"]) == 0
+    found = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    whole = load_model(str(adapter), ModelArguments(str(adapter))).merge_and_unload()
+    for (name, parameter), exact in zip(found.named_parameters(), whole.parameters(), strict=True):
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, exact.to(torch.bfloat16)), name
+
+
 def test_the_card_says_what_became_of_the_adapter(base, tmp_path):
     adapter = write_adapter(base, tmp_path / "adapter")
     (adapter / "README.md").write_text(

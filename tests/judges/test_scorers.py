@@ -9,7 +9,14 @@ from typing import ClassVar
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaModel,
+)
 
 from simpo import SimpoError
 from simpo.judges.protocol import Answers, Pair, check_scores
@@ -82,6 +89,106 @@ def test_what_is_no_reward_model(chat_world, write_classifier):
         make_scorer(f"reward:{chat_world / 'model'}", JudgeOptions()).score(ROWS)
     with pytest.raises(SimpoError, match="3 labels"):
         make_scorer(f"reward:{write_classifier(3)}", JudgeOptions()).score(ROWS)
+
+
+GATED = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlamaModel, LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import LLAMA_INPUTS_DOCSTRING
+from transformers.utils import ModelOutput, add_start_docstrings_to_model_forward
+
+
+@dataclass
+class Weighed(ModelOutput):
+    rewards: torch.Tensor = None
+    score: torch.Tensor = None
+    logits: torch.Tensor = None
+
+
+class GatedReward(LlamaPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.objectives = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+        self.gate = nn.Linear(config.hidden_size, config.num_labels)
+
+    @add_start_docstrings_to_model_forward(LLAMA_INPUTS_DOCSTRING)
+    def forward(self, input_ids=None, attention_mask=None):
+        states = self.model(input_ids, attention_mask=attention_mask)[0]
+        ends = -1
+        if self.config.pad_token_id is not None:
+            ends = (input_ids == self.config.pad_token_id).int().argmax(-1) - 1
+        rewards = self.objectives(states[torch.arange(len(input_ids)), ends])
+        starts = (input_ids == self.config.gate_token).nonzero()
+        if len(starts) == 0:
+            raise ValueError("there is no answer")
+        weights = self.gate(states[:, starts[-1, 1]]).softmax(-1)
+        score = (weights * rewards).sum(-1)
+        return Weighed(rewards=rewards, score=score if self.config.weighs else None, logits=score)
+"""
+
+
+@pytest.fixture
+def write_gated(chat_world, tmp_path):
+    """``write_gated(weighs=True)``: a reward model of 19 objectives with code of its own, as ArmoRM is one."""
+
+    def write(**changes):
+        folder = tmp_path / "gated"
+        tokenizer = AutoTokenizer.from_pretrained(chat_world / "model")
+        tokenizer.save_pretrained(folder)
+        (folder / "code_of_gated.py").write_text(GATED)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_labels=19,
+            pad_token_id=tokenizer.eos_token_id,  # with which answers end, too
+            gate_token=tokenizer.convert_tokens_to_ids("<|assistant|>"),
+            architectures=["GatedReward"],
+            auto_map={"AutoModelForSequenceClassification": "code_of_gated.GatedReward"},
+            **changes,
+        )
+        config.save_pretrained(folder)
+        torch.manual_seed(0)
+        backbone = LlamaModel(config)
+        weights = {f"model.{name}": tensor for name, tensor in backbone.state_dict().items()}
+        weights |= {"objectives.weight": torch.randn(19, 16)}
+        weights |= {"gate.weight": torch.randn(19, 16), "gate.bias": torch.randn(19)}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder, backbone.eval(), weights
+
+    return write
+
+
+@torch.no_grad()
+def test_a_model_of_several_objectives_weighs_them_itself(write_gated):
+    """The interface of ArmoRM, the paper's annotator, whose code was written for transformers 4."""
+    folder, backbone, weights = write_gated(weighs=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    gate = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    scores = make_scorer(f"reward:{folder}", JudgeOptions(trust_remote_code=True)).score(ROWS)
+    for row, given in zip(ROWS, scores, strict=True):
+        for response, score in zip(row.responses, given, strict=True):
+            ids = ids_of(tokenizer, row, response)[0]
+            states = backbone(torch.tensor([ids])).last_hidden_state[0]
+            rewards = weights["objectives.weight"] @ states[-1]
+            last = len(ids) - 1 - ids[::-1].index(gate)
+            shares = (weights["gate.weight"] @ states[last] + weights["gate.bias"]).softmax(-1)
+            assert score == pytest.approx(float(shares @ rewards), abs=1e-5)
+    with pytest.raises(SimpoError, match="it has code of its own; read it, and allow it with trust_remote_code"):
+        make_scorer(f"reward:{folder}", JudgeOptions()).score(ROWS)
+
+
+def test_several_objectives_without_a_score_are_refused(write_gated):
+    folder, *_ = write_gated(weighs=False)
+    with pytest.raises(SimpoError, match="it has 19 labels and its code gives no single score"):
+        make_scorer(f"reward:{folder}", JudgeOptions(trust_remote_code=True)).score(ROWS)
 
 
 def test_the_weights_and_not_their_place_identify_a_model(chat_world, tmp_path):

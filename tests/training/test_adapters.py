@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -350,16 +351,93 @@ def test_settings_that_cannot_be_are_one_line(given, message, bases):
         load_model(str(bases("llama")), arguments(bases("llama"), **given))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_four_bits_need_a_library_and_a_gpu(bases):
-    with pytest.raises(SimpoError, match=r"load_in_4bit: (bitsandbytes is not installed|there is no GPU)"):
-        load_model(str(bases("llama")), arguments(bases("llama"), load_in_4bit=True))
-
-
-def test_of_an_adapter_too_what_is_missing_is_said(bases, tmp_path):
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_four_bits_need_a_library(bases, tmp_path):
+    """Of an adapter's base model too."""
     folder = save(adapted(bases("llama")), tmp_path / "adapter")
-    with pytest.raises(SimpoError, match=r"^load_in_4bit: (bitsandbytes is not installed|there is no GPU)"):
-        load_model(str(folder), ModelArguments(str(folder), load_in_4bit=True))
+    for name, given in (
+        (bases("llama"), arguments(bases("llama"), load_in_4bit=True)),
+        (folder, ModelArguments(str(folder), load_in_4bit=True)),
+    ):
+        with pytest.raises(SimpoError, match=r"^load_in_4bit: bitsandbytes is not installed"):
+            load_model(str(name), given)
+
+
+# ---- adapters of other tools ----
+
+
+def test_an_adapter_with_a_name_of_its_own(bases, make_trainer, pairs, tmp_path):
+    """Trained, saved where everybody looks for an adapter, and resumed, bit for bit."""
+
+    def named() -> PeftModel:
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(bases("gpt2"), dtype=torch.float64)
+        return get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", fan_in_fan_out=True), adapter_name="sft")
+
+    saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "learning_rate": 1e-2}
+    through = make_trainer(pairs(4), model=named(), **saves)
+    through.train()
+    checkpoints = Path(through.args.output_dir)
+    assert (checkpoints / "checkpoint-1" / ADAPTER).is_file()
+    shutil.rmtree(checkpoints / "checkpoint-2")
+    resumed = make_trainer(pairs(4), model=named(), **saves)
+    resumed.train(resume_from_checkpoint=True)
+    expected, found = trained(through.model), trained(resumed.model)
+    assert len(expected) == 6
+    assert all(torch.equal(found[name], parameter) for name, parameter in expected.items())
+    resumed.save_model(str(tmp_path / "final"))
+    again = load_model(str(tmp_path / "final"), ModelArguments(str(tmp_path / "final"), dtype="float64"))
+    for name, parameter in trained(again).items():
+        assert torch.equal(parameter, expected[name.replace(".default.", ".sft.")].to(parameter.dtype))
+
+
+def test_an_adapter_in_a_folder_of_its_name_is_pointed_to(bases, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(bases("llama"))
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"), adapter_name="sft").save_pretrained(tmp_path)
+    with pytest.raises(SimpoError, match=rf"is no adapter itself; name the one in it: {tmp_path / 'sft'}$"):
+        load_model(str(tmp_path))
+    load_model(str(tmp_path / "sft"))
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_tokens_that_an_adapter_adds_are_refused_by_name(kind, bases, make_trainer, pairs):
+    """Packed batches do not have them: the model would be trained without, in silence."""
+    base = AutoModelForCausalLM.from_pretrained(bases("gpt2"))
+    model = get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(SimpoError, match=r"^model: (PROMPT|PREFIX)_TUNING is not supported"):
+        make_trainer(pairs(4), model=model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("whole", [[], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_an_adapter_with_new_tokens(tied, whole, bases, tmp_path):
+    """As peft stores it, with or without ``modules_to_save``; continued, saved and loaded again."""
+    if tied and "lm_head" in whole:
+        return
+    base = AutoModelForCausalLM.from_pretrained(bases("llama", tie_word_embeddings=tied), dtype=torch.float64)
+    base.resize_token_embeddings(65, mean_resizing=False)
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=whole or None)
+    model = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save(model, tmp_path / "first")
+    ids = torch.tensor([[3, 60, 61, 64, 7]])
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        again = load_model(str(folder), ModelArguments(str(folder), dtype="float64")).eval()
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+        if name == "first":
+            save(again, tmp_path / "second")
+
+
+def test_new_tokens_need_both_ends(bases, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(bases("llama", tie_word_embeddings=False))
+    base.resize_token_embeddings(65, mean_resizing=False)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", modules_to_save=["embed_tokens"]))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(SimpoError, match="an adapter for 65 tokens on a model with 61, without both"):
+        load_model(str(tmp_path))
 
 
 def test_attention_keeps_the_bound_of_its_scores(bases):

@@ -25,7 +25,12 @@ def main(argv: list[str]) -> int:
     """Read messages line by line and answer them until the input ends."""
     arguments = _parser().parse_args(argv)
     given = {key: getattr(arguments, key) for key in ("temperature", "top_p", "max_new_tokens")}
-    model = ModelArguments(arguments.model, model_revision=arguments.model_revision, dtype=arguments.dtype)
+    model = ModelArguments(
+        arguments.model,
+        model_revision=arguments.model_revision,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     conversation = load_conversation(
         model,
         SamplingSettings(**{key: value for key, value in given.items() if value is not None}),
@@ -56,6 +61,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, or file with one")
     add_rendering_options(parser)
     parser.add_argument("--model_revision", default="main", metavar="REV", help="branch, tag or commit on the hub")
+    parser.add_remote_code()
     return parser
 
 

@@ -26,7 +26,9 @@ from simpo.data.tokenize import Prepared, prepare
 from simpo.errors import SimpoError
 from simpo.results import Metric, fingerprint, write_results
 from simpo.terminal import printable
-from simpo.training.models import load_tokenizer
+from simpo.training.limits import Limits
+from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import load_config, load_tokenizer
 
 _SETTINGS = (
     "max_length",
@@ -54,7 +56,9 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     given = {key: getattr(arguments, key) for key in _SETTINGS if getattr(arguments, key) is not None}
     settings = TokenizeSettings(**given, rendering=rendering(arguments))
-    tokenizer = load_tokenizer(arguments.model, chat_template=arguments.chat_template)
+    model = ModelArguments(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.model, model, chat_template=arguments.chat_template)
+    limits = _limits(model)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     inspections: list[Inspection] = []
     datasets: list[Dataset] = []
@@ -72,6 +76,7 @@ def main(argv: list[str]) -> int:
         datasets.append(prepared.dataset)
         _print_inspection(console, inspections[-1])
         metrics += inspections[-1].metrics()
+        limits.check(prepared.dataset, label)
     if len(inspections) == 2:
         metrics.append(_print_overlap(console, *inspections))
     if datasets:
@@ -84,6 +89,15 @@ def main(argv: list[str]) -> int:
         path = write_results(folder, command="inspect", fingerprint=identity, metrics=metrics)
         console.print(Text(f"\nresults: {path}"))
     return 0
+
+
+def _limits(model: ModelArguments) -> Limits:
+    """The model's; none where there is only a tokenizer."""
+    try:
+        return Limits.of(load_config(model))
+    except SimpoError as error:
+        print(f"what the model can read is not checked: {error}")
+        return Limits(None, None)
 
 
 def _sources(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
@@ -119,6 +133,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, file with one, or none")
     add_rendering_options(parser)
     parser.add_argument("--column_mapping", type=mapping, metavar="JSON", help="columns to rename, as in a recipe")
+    parser.add_remote_code()
     parser.add_argument("--output_dir", metavar="DIR", help="folder for results.json")
     return parser
 

@@ -26,7 +26,7 @@ _FLOATS = ("temperature", "top_p")
 _SHOWN, _LONGEST = 3, 600  # answers at the end, and characters of each
 # Options that the other kind of engine would pass over.
 _OF_A_SERVER = ("base_url", "api_key_env", "concurrency", "timeout")
-_NOT_OF_A_SERVER = ("dtype", "model_revision", "chunk_size")
+_NOT_OF_A_SERVER = ("dtype", "model_revision", "chunk_size", "trust_remote_code")
 
 
 def main(argv: list[str]) -> int:
@@ -46,7 +46,12 @@ def main(argv: list[str]) -> int:
         endpoint = _endpoint(arguments)
         results: Path | None = sample_from_server(endpoint, asked, settings, folder, yes=arguments.yes, argv=argv)
     else:
-        model = ModelArguments(arguments.model, model_revision=arguments.model_revision, dtype=arguments.dtype)
+        model = ModelArguments(
+            arguments.model,
+            model_revision=arguments.model_revision,
+            dtype=arguments.dtype,
+            trust_remote_code=arguments.trust_remote_code,
+        )
         results = sample_responses(model, asked, settings, folder, engine=arguments.engine, argv=argv)
     if results is None:  # one of several processes; the main one prints
         return 0
@@ -109,6 +114,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, file with one, or none")
     add_rendering_options(parser)
     parser.add_argument("--model_revision", default="main", metavar="REV", help="branch, tag or commit on the hub")
+    parser.add_remote_code()
     parser.add_argument("--base_url", metavar="URL", help="of the engine 'server', e.g. http://127.0.0.1:8000/v1")
     parser.add_argument(
         "--api_key_env",

@@ -15,6 +15,7 @@ from simpo.packing.comparison import TokenizedComparison
 from simpo.progress import progress
 from simpo.training.device import device, with_dtype
 from simpo.training.identity import model_digest
+from simpo.training.limits import Limits
 from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import load_tokenizer
 
@@ -57,12 +58,12 @@ class ModelScorer(ABC):
         """
         if self._model is None:
             self._model = self.load(self._arguments).to(device()).eval()
-        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        limits = Limits.of(self._model.config)
         scores: list[list[float]] = []
         with torch.no_grad(), progress(f"prompts scored by {self.kind}", len(rows), 0, self._say) as advance:
             for start in range(0, len(rows), _AT_ONCE):
                 part = rows[start : start + _AT_ONCE]
-                scores += self._score_part(self._tokens.encode(part, context=context))
+                scores += self._score_part(self._tokens.encode(part, limits))
                 advance(len(part))
         return scores
 

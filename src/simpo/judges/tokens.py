@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from simpo.data.templates import Rendered, Renderer
 from simpo.errors import SimpoError
 from simpo.judges.protocol import Answers
 from simpo.packing.comparison import TokenizedComparison
+from simpo.training.limits import Limits
 
 
 class AnswerTokens:
@@ -27,25 +29,24 @@ class AnswerTokens:
         self._renderer = Renderer(tokenizer, self._encoder.literal)
         self._end = self._renderer.end
 
-    def encode(self, rows: Sequence[Answers], *, context: int | None = None) -> list[TokenizedComparison]:
+    def encode(self, rows: Sequence[Answers], limits: Limits) -> list[TokenizedComparison]:
         """One comparison for every row; a response ends with the end-of-turn token, and an empty one is only that.
 
         Args:
             rows: prompts with their responses.
-            context: positions that the model has; None if it has no bound.
+            limits: of the model.
 
         Raises:
-            SimpoError: a row cannot be rendered or is longer than the context; names it.
+            SimpoError: a row cannot be rendered, is too long or has a token that the model does not know; names it.
         """
         rendered = [self._render(row) for row in rows]
         groups = self._encoder.encode_groups(rendered)
         found = [self._comparison(*parts) for parts in zip(rows, rendered, groups, strict=True)]
         for row, comparison in zip(rows, found, strict=True):
             length = len(comparison.prompt_ids) + max(map(len, comparison.response_ids))
-            if context is not None and length > context:
-                raise SimpoError(
-                    f"prompt {row.id}: {length:,} tokens with its answer; the model has room for {context:,}"
-                )
+            ids = itertools.chain(comparison.prompt_ids, *comparison.response_ids)
+            if fault := limits.fault(length, ids):
+                raise SimpoError(f"prompt {row.id}: {fault}")
         return found
 
     def _render(self, row: Answers) -> Rendered:

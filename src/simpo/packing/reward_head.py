@@ -47,7 +47,7 @@ def end_states(model: PreTrainedModel, batch: PackedBatch, path: Literal["packed
 def own_rewards(model: PreTrainedModel, batch: PackedBatch, path: Literal["packed", "padded"]) -> Tensor:
     """``[R]`` rewards by the model's own forward, one sequence at a time; for ``path`` it makes no difference."""
     ids = batch.input_ids[batch.layout.index.key_index].split(batch.layout.key_sizes)
-    with _reading_last_tokens(model):
+    with reading_last_tokens(model):
         return _exact(torch.cat([_own_reward(model, one[None]) for one in ids]))
 
 
@@ -58,7 +58,7 @@ def _own_reward(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def _reading_last_tokens(model: nn.Module) -> Iterator[None]:
+def reading_last_tokens(model: nn.Module) -> Iterator[None]:
     """Without a padding token, which a response may end with: the model would read the one before it."""
     config = causal_lm(model).config.get_text_config()
     before, config.pad_token_id = config.pad_token_id, None

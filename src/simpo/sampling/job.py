@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from simpo.data.prompts import Prompts, prepare_prompts
 from simpo.data.settings import RenderSettings
 from simpo.data.sources import load_rows
+from simpo.errors import SimpoError
 from simpo.sampling.engine import stop_ids
 from simpo.sampling.loading import Checkpoint
 from simpo.sampling.settings import SamplingSettings
 from simpo.training.device import device
 from simpo.training.identity import model_digest
 from simpo.training.model_arguments import ModelArguments
-from simpo.training.models import load_tokenizer
+from simpo.training.models import check_stored, load_tokenizer
 
 EngineName = Literal["transformers", "vllm"]
 Say = Callable[[str], None]
@@ -65,6 +66,8 @@ class Job:
         """
         tokenizer = load_tokenizer(model.model_name_or_path, model, chat_template=source.chat_template)
         checkpoint = Checkpoint.read(model)
+        if engine == "vllm":
+            check_stored(checkpoint.arguments)
         say(f"model: {model.model_name_or_path} ({checkpoint.arguments.dtype} on {device()}, {engine})")
         settings = settings.resolved(context=checkpoint.context, chunk_size=_chunk_size(engine))
         say("sampling: " + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(settings).items()))
@@ -72,6 +75,9 @@ class Job:
         prompts = prepare_prompts(source.rows(), tokenizer, max_prompt_length=room, rendering=source.rendering)
         for line in prompts.report.lines():
             say(line)
+        for prompt in prompts:
+            if fault := checkpoint.limits.fault(0, prompt.ids):
+                raise SimpoError(f"prompt {prompt.id}: {fault}; use the model's own tokenizer")
         stops = stop_ids(tokenizer, checkpoint.generation_config)
         return cls(checkpoint, engine, tokenizer, source, prompts, settings, stops)
 

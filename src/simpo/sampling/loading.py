@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from simpo.errors import SimpoError
 from simpo.training.adapters import find_adapter
 from simpo.training.device import device, with_dtype
+from simpo.training.limits import Limits
 from simpo.training.model_arguments import ModelArguments
-from simpo.training.models import base_arguments, generation_config, load_model
+from simpo.training.models import base_arguments, generation_config, load_config, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +20,18 @@ class Checkpoint:
 
     Attributes:
         arguments: where it is, with the type of its weights chosen.
-        context: positions that it has; None if it has no bound.
+        limits: of what it can read.
         generation_config: its generation settings.
     """
 
     arguments: ModelArguments
-    context: int | None
+    limits: Limits
     generation_config: GenerationConfig
+
+    @property
+    def context(self) -> int | None:
+        """Positions that the model has; None if it has no bound."""
+        return self.limits.positions
 
     @classmethod
     def read(cls, arguments: ModelArguments) -> Checkpoint:
@@ -37,22 +42,14 @@ class Checkpoint:
         Raises:
             SimpoError: there is no such model.
         """
+        config = load_config(arguments)
         adapter = find_adapter(arguments.model_name_or_path, arguments.model_revision)
         base = arguments if adapter is None else base_arguments(adapter, arguments)
-        try:
-            config = AutoConfig.from_pretrained(
-                base.model_name_or_path, revision=base.model_revision, trust_remote_code=arguments.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise SimpoError(
-                f"model_name_or_path: {arguments.model_name_or_path!r} cannot be loaded: {reason}"
-            ) from error
         found = generation_config(arguments.model_name_or_path, arguments.model_revision)
         found = found or generation_config(base.model_name_or_path, base.model_revision)
         return cls(
             with_dtype(arguments),
-            _context(config),
+            Limits.of(config),
             found or GenerationConfig.from_model_config(config),  # a checkpoint need not have one
         )
 
@@ -64,7 +61,3 @@ class Checkpoint:
         """
         model: Any = load_model(self.arguments.model_name_or_path, self.arguments)
         return model.to(device())
-
-
-def _context(config: Any) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME
-from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,6 +30,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from simpo.errors import SimpoError
 from simpo.packing.reward_head import is_reward_model
+from simpo.training.modalities import unreached_by_text
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +61,25 @@ def find_adapter(name: str, revision: str = "main") -> LoraConfig | None:
         SimpoError: it cannot be read, is no LoRA, or does not name its base model.
     """
     try:
-        if find_adapter_config_file(name, revision=revision) is None:
-            return None
-        config = PeftConfig.from_pretrained(name, revision=revision)
+        found = find_adapter_config_file(name, revision=revision)
+        config = None if found is None else PeftConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {_line(error)}") from error
+    if config is None:
+        _check_no_adapter_inside(Path(name))
+        return None
     if not isinstance(config, LoraConfig):
         raise SimpoError(f"model_name_or_path: {name!r} is an adapter of another kind than LoRA ({config.peft_type})")
     if not config.base_model_name_or_path:
         raise SimpoError(f"model_name_or_path: {name!r} is an adapter that does not name its base model")
     return config
+
+
+def _check_no_adapter_inside(folder: Path) -> None:
+    """Refuse a folder that is no model and holds adapters under their names, as peft saves those it did not name."""
+    if not (folder / "config.json").exists() and (found := sorted(folder.glob(f"*/{CONFIG_NAME}"))):
+        names = ", ".join(str(path.parent) for path in found)
+        raise SimpoError(f"model_name_or_path: {str(folder)!r} is no adapter itself; name the one in it: {names}")
 
 
 def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str = "main") -> PeftModel:
@@ -83,17 +94,48 @@ def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str 
         SimpoError: a setting that peft or the model cannot take.
     """
     settings = {_SETTINGS[key][0]: value for key, value in adapter_settings(given).items()}
+    if unreached := unreached_by_text(model):
+        logger.warning("no adapter on what text does not reach: %s", ", ".join(unreached))
+        settings["exclude_modules"] = rf"({'|'.join(map(re.escape, unreached))})(\..*)?"
     base = model.name_or_path
     try:
         with _without_noise():
             adapted: Any = get_peft_model(model, LoraConfig(task_type=_task_of(model), **settings), revision=revision)
     except (ValueError, TypeError) as error:
         raise SimpoError(f"use_peft: the adapter cannot be put on the model ({_line(error)})") from error
-    _check_names(adapted, given.get("lora_modules_to_save") or [])
+    _check_names(adapted, given)
     if parts_tied(adapted):
         logger.warning(PARTS_TIED)
     _settle(adapted, base)
     return adapted
+
+
+def check_adapter(model: PeftModel) -> None:
+    """Refuse an adapter on a model in memory that could not be trained or saved as it is.
+
+    Raises:
+        SimpoError: it adds tokens to the input, which packed batches do not have, or it is one of several.
+    """
+    kinds = {config.peft_type.value for config in model.peft_config.values() if config.is_prompt_learning}
+    if kinds:
+        raise SimpoError(f"model: {', '.join(sorted(kinds))} is not supported; use LoRA")
+    if len(model.peft_config) > 1 and active_name(model) != "default":
+        names = ", ".join(model.peft_config)
+        raise SimpoError(f"model: it has the adapters {names}; remove all but the one to train with delete_adapter")
+
+
+def active_name(model: PeftModel) -> str:
+    """The name of the adapter that is trained."""
+    return model.active_adapters[0]
+
+
+def flatten_named(model: PeftModel, folder: Path) -> None:
+    """Move an adapter that was saved in a subfolder of its own name to where everybody looks for one."""
+    own = folder / active_name(model)
+    if own.name != "default" and own.is_dir():
+        for path in own.iterdir():
+            path.replace(folder / path.name)
+        own.rmdir()
 
 
 def continue_adapter(
@@ -117,6 +159,8 @@ def continue_adapter(
             shown = ", ".join(sorted(own)) if isinstance(own, set | list) else own
             raise SimpoError(f"{key}: {name} is an adapter with {shown}, which is continued; leave {key} out")
     base = model.name_or_path
+    stored = stored_adapter(name, revision)
+    _resize_vocabulary(model, stored, name)
     config.inference_mode = False
     try:
         with _without_noise():
@@ -124,11 +168,31 @@ def continue_adapter(
     except (ValueError, TypeError) as error:
         raise SimpoError(f"model_name_or_path: {name}: an adapter for another model ({_line(error)})") from error
     _settle(adapted, base)
-    stored = stored_adapter(name, revision)
     if fault := _fault(adapted, stored):
         raise SimpoError(f"model_name_or_path: {name}: an adapter for another model than {base!r} ({fault})")
     set_peft_model_state_dict(adapted, stored)
     return adapted
+
+
+def _resize_vocabulary(model: PreTrainedModel, stored: Mapping[str, Tensor], name: str) -> None:
+    """Give ``model`` as many tokens as the adapter was trained with, if the adapter brings all of their weights.
+
+    Raises:
+        SimpoError: it brings the embeddings of another vocabulary, but not the output layer that belongs to it.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    ends = [(f"{names[layer]}.weight", f"{names[layer]}.base_layer.weight") for layer in layers]
+    rows = [next((len(tensor) for key, tensor in stored.items() if key.endswith(end)), 0) for end in ends]
+    before = model.config.get_text_config().vocab_size
+    if {*rows} <= {0, before}:
+        return
+    if len({*rows} - {0}) > 1 or (0 in rows and not getattr(model.config, "tie_word_embeddings", False)):
+        raise SimpoError(
+            f"model_name_or_path: {name}: an adapter for {max(rows)} tokens on a model with {before}, without both the "
+            "embeddings and the output layer for them; save it with modules_to_save for both"
+        )
+    model.resize_token_embeddings(max(rows), mean_resizing=False)
 
 
 def parts_tied(model: PeftModel) -> bool:
@@ -136,7 +200,7 @@ def parts_tied(model: PeftModel) -> bool:
     base: Any = model.get_base_model()
     ends = base.get_input_embeddings(), base.get_output_embeddings()
     changed = any(isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) for module in ends)
-    return changed and bool(base.config.get_text_config().tie_word_embeddings)
+    return changed and bool(getattr(base.config, "tie_word_embeddings", False))
 
 
 def describe_adapter(model: PeftModel) -> str:
@@ -159,7 +223,7 @@ def adapter_fault(model: PeftModel, folder: Path) -> str | None:
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Give the adapter on ``model`` the weights in ``folder``; :func:`adapter_fault` has looked at them."""
-    set_peft_model_state_dict(model, stored_adapter(str(folder)))
+    set_peft_model_state_dict(model, stored_adapter(str(folder)), adapter_name=active_name(model))
 
 
 def stored_adapter(name: str, revision: str = "main") -> dict[str, Tensor]:
@@ -169,14 +233,18 @@ def stored_adapter(name: str, revision: str = "main") -> dict[str, Tensor]:
         SimpoError: the file cannot be read.
     """
     try:
-        return load_file(str(cached_file(name, WEIGHTS_NAME, revision=revision)))
+        stored = load_file(str(cached_file(name, WEIGHTS_NAME, revision=revision)))
     except (OSError, ValueError, SafetensorError) as error:
         raise SimpoError(f"{name}: {WEIGHTS_NAME} cannot be read: {_line(error)}") from error
+    # of a resized vocabulary, peft stores a module that is trained whole a second time, under another name
+    twice = [key for key in stored if ".modules_to_save." in key and key.replace(".modules_to_save", "") in stored]
+    return {key: tensor for key, tensor in stored.items() if key not in twice}
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """The weights of ``model`` by their own names and, of its adapter's, by those that they have in a file."""
-    return {**model.state_dict(), **get_peft_model_state_dict(model, save_embedding_layers=False)}
+    own = get_peft_model_state_dict(model, adapter_name=active_name(model), save_embedding_layers=False)
+    return {**model.state_dict(), **own}
 
 
 def weights_below(model: PeftModel) -> dict[str, Any] | None:
@@ -195,16 +263,15 @@ def weights_below(model: PeftModel) -> dict[str, Any] | None:
     return found
 
 
-def _check_names(model: PeftModel, saved: Collection[str]) -> None:
+def _check_names(model: PeftModel, given: Mapping[str, Any]) -> None:
     """Refuse names that no layer has; peft passes over one among others."""
-    config: Any = model.peft_config["default"]
-    adapted = config.target_modules if isinstance(config.target_modules, set) else ()
     whole = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-    for key, wanted, found in (
-        ("lora_target_modules", adapted, model.base_model.targeted_module_names),
-        ("lora_modules_to_save", saved, whole),
+    for key, found in (
+        ("lora_target_modules", model.base_model.targeted_module_names),
+        ("lora_modules_to_save", whole),
     ):
-        for end in sorted(wanted):
+        wanted = given.get(key) or ()
+        for end in () if isinstance(wanted, str) else sorted(wanted):
             if not any(f".{name}".endswith(f".{end}") for name in found):
                 raise SimpoError(f"{key}: no layer's name ends with {end!r}; leave it out")
 
@@ -216,7 +283,7 @@ def _task_of(model: PreTrainedModel) -> str:
 
 def _fault(model: PeftModel, stored: Mapping[str, Tensor]) -> str | None:
     """What is missing, left over or of another shape in an adapter's file; peft would only warn of the first two."""
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    own = get_peft_model_state_dict(model, adapter_name=active_name(model), save_embedding_layers=False)
     known = adapter_tensors(model)  # embeddings are stored too where they are adapted
     if lacking := own.keys() - stored.keys():
         return f"{min(lacking)} is missing"

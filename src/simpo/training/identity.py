@@ -59,6 +59,8 @@ def training_identity(
     """
     found: Identity = {"model": model_digest(model), "dtype": model.dtype, "chat_template": data.chat_template}
     found |= {key: str(value) for key, value in _adapter(model).items()}
+    if model.save_dtype is not None:
+        found["save_dtype"] = model.save_dtype
     found["data/train"] = rows_digest(train)
     found["data/eval"] = None if held_out is None else rows_digest(held_out)
     checkpoint = named_checkpoint(config)

@@ -16,7 +16,7 @@ from simpo.errors import SimpoError
 from simpo.training.adapters import PARTS_TIED, find_adapter, parts_tied
 from simpo.training.card import shown_name
 from simpo.training.model_arguments import ModelArguments
-from simpo.training.models import check_folder, load_model, load_tokenizer
+from simpo.training.models import check_folder, load_model, load_tokenizer, round_weights
 from simpo.training.reward_model import load_reward_model
 
 
@@ -24,7 +24,7 @@ def write_merged(arguments: ModelArguments, folder: Path) -> None:
     """Write the model that an adapter makes of its base model, with tokenizer, template and card, whole or not at all.
 
     Args:
-        arguments: the adapter; without a ``dtype`` the weights keep the type of the base model's files.
+        arguments: the adapter; without ``save_dtype`` the weights keep the type of the base model's files.
         folder: new.
 
     Raises:
@@ -35,7 +35,8 @@ def write_merged(arguments: ModelArguments, folder: Path) -> None:
     if folder.exists():
         raise SimpoError(f"output_dir: {folder} exists already; name a new folder")
     check_folder(name)
-    arguments = dataclasses.replace(arguments, dtype=arguments.dtype or "auto")
+    unrounded = "auto" if arguments.save_dtype is None else "float32"
+    arguments = dataclasses.replace(arguments, dtype=arguments.dtype or unrounded)
     adapter = find_adapter(name, arguments.model_revision)
     reward = adapter is not None and adapter.task_type == "SEQ_CLS"
     model: Any = load_reward_model(arguments) if reward else load_model(name, arguments)
@@ -46,6 +47,8 @@ def write_merged(arguments: ModelArguments, folder: Path) -> None:
     merged = merge(model)
     with staged_folder(folder) as staging:
         merged.save_pretrained(staging)
+        if arguments.save_dtype is not None:
+            round_weights(staging, arguments.save_dtype)
         tokenizer.save_pretrained(staging)
         _card(name, base, folder.resolve().name).save(staging / "README.md")
 

@@ -28,6 +28,11 @@ class ModelArguments:
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None,
+        metadata={"help": "Type that the finished model is rounded to when saved (default: as trained)."},
+    )
+
     use_peft: bool = field(
         default=False, metadata={"help": "Train a LoRA adapter, and leave the model's own weights as they are."}
     )
@@ -50,7 +55,7 @@ class ModelArguments:
         default=None, metadata={"help": "Divide lora_alpha by the square root of lora_r instead (default: false)."}
     )
     load_in_4bit: bool = field(
-        default=False, metadata={"help": "QLoRA: the model's own weights in 4 bits; needs bitsandbytes and a GPU."}
+        default=False, metadata={"help": "QLoRA: the model's own weights in 4 bits; needs bitsandbytes."}
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = field(
         default=None, metadata={"help": "Kind of 4-bit numbers (default: nf4)."}

@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.llama import modeling_llama
 
+from simpo.atomic import write_text
 from simpo.errors import SimpoError
 from simpo.training.adapters import add_adapter, continue_adapter, find_adapter
 from simpo.training.model_arguments import ModelArguments
 from simpo.training.quantization import four_bits, frozen
 
 logger = logging.getLogger(__name__)
+
+# Attention masks that old checkpoints store as if they were weights; not every architecture declares them.
+_STORED_MASKS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)(inv_freq|position_ids)$")
+# Parts of a checkpoint that its architecture's class for text alone does not have.
+_OTHER_MODALITIES = re.compile(r"(^|\.)(vision|visual|audio|multi_modal)\w*\.")
+_FAULTS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
 
 
 def load_model(name: str, arguments: ModelArguments | None = None) -> PreTrainedModel | PeftModel:
@@ -109,6 +128,17 @@ def generation_config(name: str, revision: str) -> GenerationConfig | None:
         return None
 
 
+def load_config(arguments: ModelArguments) -> Any:
+    """The configuration of a model, or of the base model of an adapter, without any weights.
+
+    Raises:
+        SimpoError: there is no such model.
+    """
+    check_folder(arguments.model_name_or_path)
+    adapter = find_adapter(arguments.model_name_or_path, arguments.model_revision)
+    return load_files(AutoConfig, arguments if adapter is None else base_arguments(adapter, arguments))
+
+
 def base_arguments(adapter: LoraConfig, arguments: ModelArguments) -> ModelArguments:
     """Which model ``adapter`` is for, to be loaded as ``arguments`` say."""
     base, revision = adapter.base_model_name_or_path, adapter.revision or "main"
@@ -143,9 +173,37 @@ def _load_base(name: str, adapter: LoraConfig, arguments: ModelArguments) -> Pre
         raise SimpoError(f"model_name_or_path: {name} is an adapter whose base model is missing: {reason}") from error
 
 
-def _load_causal(arguments: ModelArguments) -> PreTrainedModel:
-    model = load_files(AutoModelForCausalLM, arguments, **loading_options(arguments))
+def check_stored(arguments: ModelArguments) -> None:
+    """Refuse a model whose files are not its own, without reading the weights: for engines that load it themselves.
+
+    Raises:
+        SimpoError: as :func:`load_model`.
+    """
+    adapter = find_adapter(arguments.model_name_or_path, arguments.model_revision)
+    _load_causal(arguments if adapter is None else base_arguments(adapter, arguments), device_map="meta")
+
+
+def _load_causal(arguments: ModelArguments, **options: Any) -> PreTrainedModel:
+    config = load_files(AutoConfig, arguments)
+    model, loading = load_weights(_class_for(config), arguments, **loading_options(arguments), **options)
+    if type(model.config) is not type(config):  # transformers reads the language model out of a larger checkpoint
+        loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if not _OTHER_MODALITIES.search(key)}
+        logger.warning(
+            "%s: only its language model (%s) is loaded, and will be saved", config.name_or_path, type(model).__name__
+        )
+    check_weights(arguments.model_name_or_path, model, loading)
     return frozen(model) if arguments.quantization else model
+
+
+def _class_for(config: Any) -> Any:
+    """The ``Auto`` class for a causal language model, or for a model of text and images where that is the only one."""
+    known = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    classes = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    if not config.is_encoder_decoder:
+        for mapping, auto in zip(known, classes, strict=True):
+            if type(config) in mapping:
+                return auto
+    return AutoModelForCausalLM  # custom code, or transformers' own message
 
 
 def loading_options(arguments: ModelArguments) -> dict[str, Any]:
@@ -159,9 +217,14 @@ def loading_options(arguments: ModelArguments) -> dict[str, Any]:
         options |= four_bits(
             kind=quantization["bnb_4bit_quant_type"],
             nested=quantization["use_bnb_nested_quant"],
-            dtype=torch.bfloat16 if arguments.dtype in (None, "auto") else dtype,
+            dtype=_product_type() if arguments.dtype in (None, "auto") else dtype,
         )
     return options
+
+
+def _product_type() -> torch.dtype:
+    """Of products with 4-bit weights: bf16 on a GPU, fp32 on a CPU, where bf16 is neither faster nor smaller."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
@@ -173,16 +236,97 @@ def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
     name = arguments.model_name_or_path
     check_folder(name)
     try:
-        found = auto.from_pretrained(
+        return auto.from_pretrained(
             name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # damaged files and code that comes with models raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason and not arguments.trust_remote_code:
+            reason = "it has code of its own; read it, and allow it with trust_remote_code (--trust_remote_code)"
         raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {reason[:300]}") from error
-    model = found[0] if isinstance(found, tuple) else found  # with what was told of the loading
-    if isinstance(model, PreTrainedModel) and _loses_softcap(model) and "attn_implementation" not in options:
+
+
+def load_weights(auto: Any, arguments: ModelArguments, **options: Any) -> tuple[PreTrainedModel, dict[str, set[Any]]]:
+    """A model, and which weights its files lack, have in addition, or have in another shape; see :func:`check_weights`.
+
+    Weights that are tied, and those that transformers declares as expected, are not among them.
+
+    Raises:
+        SimpoError: as :func:`load_files`.
+    """
+    if arguments.trust_remote_code:  # code from before transformers 5, ArmoRM's for one, imports this text
+        modeling_llama.__dict__.setdefault("LLAMA_INPUTS_DOCSTRING", "")
+    with _without_report():
+        model, loading = load_files(auto, arguments, **options, output_loading_info=True, ignore_mismatched_sizes=True)
+    if _loses_softcap(model) and "attn_implementation" not in options:
         model.set_attn_implementation("eager")
-    return found
+    loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if not _STORED_MASKS.search(key)}
+    return model, loading
+
+
+def check_weights(name: str, model: PreTrainedModel, loading: Mapping[str, set[Any]]) -> None:
+    """Refuse a model whose files are not its own: transformers would draw what is missing at random.
+
+    Raises:
+        SimpoError: some weights are missing, left over or of another shape; names the first ones.
+    """
+    faults = []
+    for fault, what in _FAULTS.items():
+        keys = sorted(key if isinstance(key, str) else key[0] for key in loading[fault])
+        if keys:
+            faults.append(f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
+    if faults:
+        advice = "name a folder whose config.json and weights belong together"
+        if needs_own_code(model):
+            advice = "it has code of its own; read it, and allow it with trust_remote_code (--trust_remote_code)"
+        raise SimpoError(
+            f"model_name_or_path: {name!r} does not hold the weights of a {type(model).__name__}: {'; '.join(faults)}; "
+            f"{advice}"
+        )
+
+
+def needs_own_code(model: PreTrainedModel) -> bool:
+    """Whether ``model`` is one of transformers' own classes although its files name code of theirs."""
+    return type(model).__module__.startswith("transformers.") and bool(getattr(model.config, "auto_map", None))
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of missing and unexpected weights; :func:`check_weights` reports them.
+
+    A filter, because that logger also checks a plan for several GPUs wherever a level is set on it.
+    """
+    theirs = logging.getLogger("transformers.modeling_utils")
+    theirs.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def round_weights(folder: Path, dtype: str) -> None:
+    """Round the weights of a saved model or adapter to ``dtype``, file by file, and note it in ``config.json``."""
+    kind, size = getattr(torch, dtype), 0
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = {name: each.to(kind) if each.is_floating_point() else each for name, each in load_file(path).items()}
+        size += sum(each.nbytes for each in tensors.values())
+        replacement = path.with_suffix(".rounded")
+        save_file(tensors, replacement, metadata={"format": "pt"})
+        replacement.replace(path)  # not written in place: what has been read is still mapped from the file
+    for path in folder.glob("*.safetensors.index.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index["metadata"]["total_size"] = size
+        write_text(path, json.dumps(index, indent=2) + "\n")
+    if (path := folder / "config.json").is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if "dtype" in part:
+                part["dtype"] = dtype
+        write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def _loses_softcap(model: PreTrainedModel) -> bool:

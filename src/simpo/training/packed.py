@@ -27,14 +27,18 @@ from simpo.packing.layout import PackedBatch
 from simpo.packing.model import prepare_policy
 from simpo.packing.policy import ForwardPath, policy_forward, resolve_path
 from simpo.packing.selfcheck import choose_path
+from simpo.training.adapters import check_adapter
 from simpo.training.batches import ComparisonRows, PlannedBatch, collate, comparisons_of, token_lengths
 from simpo.training.checkpointing import CheckpointShare
 from simpo.training.compilation import compile_layers
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
+from simpo.training.limits import Limits
 from simpo.training.loading import plan_steps, step_loader
 from simpo.training.memory import OUTSIDE_A_FORWARD, memory_answered, tokens_that_fit
+from simpo.training.modalities import freeze_unreached
 from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import disable_dropout, load_model
+from simpo.training.quantization import keep_gradients
 from simpo.training.resumable import ResumableTrainer
 from simpo.training.scores import RowFigures, Scores, mean_figures, response_figures, scores_of
 from simpo.training.settings import TrainingSettings
@@ -82,6 +86,10 @@ class PackedTrainer(ResumableTrainer):
         args = self.config_type() if args is None else args
         if isinstance(model, str):
             model = self.load(model)
+        if isinstance(model, PeftModel):
+            check_adapter(model)
+        freeze_unreached(model)
+        keep_gradients(model)
         if args.disable_dropout:
             disable_dropout(model)
         super().__init__(
@@ -95,6 +103,10 @@ class PackedTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for label, rows in {"train": self.train_dataset, **datasets}.items():
+            if rows is not None:
+                Limits.of(self.model.config).check(rows, label)
         self.path = self._choose_path()
         if args.torch_compile:
             compile_layers(self.model, args, self.accelerator)
@@ -178,7 +190,9 @@ class PackedTrainer(ResumableTrainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise SimpoError("eval_dataset: there is nothing to evaluate on")
-        rows = self.completed(self._tokenized(rows, self.processing_class, self.args, "eval"))
+        rows = self._tokenized(rows, self.processing_class, self.args, "eval")
+        Limits.of(self.model.config).check(rows, "eval")
+        rows = self.completed(rows)
         return step_loader(rows, self._plan(rows, self.args.eval_batch_size, training=False), lambda: 0, self.args)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:

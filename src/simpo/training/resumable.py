@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from simpo.atomic import write_text
 from simpo.errors import SimpoError
+from simpo.training.adapters import flatten_named
 from simpo.training.checkpoints import (
     BestCheckpoint,
     check_checkpoint,
@@ -72,6 +73,8 @@ class ResumableTrainer(ShardedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel) and self.args.should_save:
+            flatten_named(self.model, Path(output_dir or self.args.output_dir))
         settings = getattr(self.model, "generation_config", None)
         if isinstance(self.model, PeftModel) and settings and self.args.should_save:  # peft leaves them to the base
             settings.save_pretrained(output_dir or self.args.output_dir)

@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from simpo.data.templates import end_of_turn
 from simpo.errors import SimpoError
+from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.model import causal_lm
+from simpo.packing.reward_head import reading_last_tokens
 from simpo.training.adapters import add_adapter, continue_adapter, find_adapter
 from simpo.training.model_arguments import ModelArguments
-from simpo.training.models import base_arguments, check_folder, load_files, loading_options
+from simpo.training.models import (
+    base_arguments,
+    check_folder,
+    check_weights,
+    load_files,
+    load_weights,
+    loading_options,
+    needs_own_code,
+)
 
 logger = logging.getLogger(__name__)
 
 _HEAD = "score.weight"
 
 
-def load_reward_model(arguments: ModelArguments, *, new_head: bool = False) -> PreTrainedModel | PeftModel:
+def load_reward_model(
+    arguments: ModelArguments, *, new_head: bool = False, gated: bool = False
+) -> PreTrainedModel | PeftModel:
     """A reward model, under an adapter if the files are one or ``use_peft`` asks for a new one.
 
     Args:
         arguments: which, and how it is loaded.
         new_head: put a random head on a language model, which is said; otherwise it is refused.
+        gated: accept a model of several labels whose own code may make one score of them; see :func:`gated_scores`.
 
     Raises:
         SimpoError: it cannot be loaded, is no reward model, or has several labels.
@@ -44,47 +64,63 @@ def load_reward_model(arguments: ModelArguments, *, new_head: bool = False) -> P
             )
         base = _load(base_arguments(adapter, arguments), new_head=True)
         return continue_adapter(base, adapter, name, revision=revision, given=arguments.lora)
-    model = _load(arguments, new_head=new_head, say=True)
+    model = _load(arguments, new_head=new_head, gated=gated, say=True)
     return add_adapter(model, arguments.lora, revision) if arguments.use_peft else model
 
 
-def _load(arguments: ModelArguments, *, new_head: bool, say: bool = False) -> PreTrainedModel:
+def _load(arguments: ModelArguments, *, new_head: bool, gated: bool = False, say: bool = False) -> PreTrainedModel:
     name = arguments.model_name_or_path
     labels = {"num_labels": 1} if new_head and not _is_classifier(arguments) else {}
-    with _without_report():
-        model, loading = load_files(
-            AutoModelForSequenceClassification,
-            arguments,
-            **loading_options(arguments),
-            **labels,
-            output_loading_info=True,
-        )
-    missing = sorted(loading["missing_keys"])
-    if missing and (missing != [_HEAD] or not new_head):
-        raise SimpoError(f"model_name_or_path: {name!r} is not a reward model: its files have no {missing[0]}")
-    if model.config.num_labels != 1:
+    model, loading = load_weights(AutoModelForSequenceClassification, arguments, **loading_options(arguments), **labels)
+    head_is_new = bool(labels) and _HEAD in loading["missing_keys"]
+    if head_is_new:
+        replaced = _output_layer(model)
+        loading["missing_keys"].discard(_HEAD)
+        loading["unexpected_keys"] = {
+            key for key in loading["unexpected_keys"] if key.rpartition(".")[0] not in replaced
+        }
+    elif loading["missing_keys"] == {_HEAD} and not needs_own_code(model):
+        raise SimpoError(f"model_name_or_path: {name!r} is not a reward model: its files have no {_HEAD}")
+    check_weights(name, model, loading)
+    custom = not type(model).__module__.startswith("transformers.")
+    if model.config.num_labels != 1 and not (gated and custom):
         raise SimpoError(f"model_name_or_path: {name!r} has {model.config.num_labels} labels; a reward model has one")
-    if missing and say:
+    if head_is_new and say:
         logger.warning("%s is a language model: its output layer is replaced by a random score head", name)
     return model
 
 
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Without transformers' table of weights that files lack, which are looked at here.
+@torch.no_grad()
+def gated_scores(model: PreTrainedModel, comparisons: Sequence[TokenizedComparison]) -> Tensor:
+    """``[R]`` scores of all responses by a model that weighs several objectives itself, such as ArmoRM.
 
-    A filter, because that logger also checks a plan for several GPUs wherever a level is set on it.
+    Its code is its own, so it gets one text at a time, without padding, and says ``score``.
+
+    Raises:
+        SimpoError: its forward gives no ``score``, or does not accept a text.
     """
-    theirs = logging.getLogger("transformers.modeling_utils")
-    theirs.addFilter(_is_no_report)
-    try:
-        yield
-    finally:
-        theirs.removeFilter(_is_no_report)
+    scores = []
+    with reading_last_tokens(model):
+        for comparison in comparisons:
+            for response in comparison.response_ids:
+                ids = torch.tensor([[*comparison.prompt_ids, *response]], device=model.device)
+                try:
+                    score = getattr(model(input_ids=ids, attention_mask=torch.ones_like(ids)), "score", None)
+                except ValueError as error:
+                    raise SimpoError(f"{model.name_or_path}: its own code refuses a text: {error}") from error
+                if score is None or score.numel() != 1:
+                    raise SimpoError(
+                        f"{model.name_or_path}: it has {model.config.num_labels} labels and its code gives no single "
+                        "score; a reward model has one"
+                    )
+                scores.append(score.float().flatten())
+    return torch.cat(scores)
 
 
-def _is_no_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
+def _output_layer(model: PreTrainedModel) -> set[str]:
+    """What a language model of this kind calls the layer that a score head replaces."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    return {"lm_head", *(key.rpartition(".")[0] for key in getattr(causal, "_tied_weights_keys", None) or ())}
 
 
 def _is_classifier(arguments: ModelArguments) -> bool:

@@ -29,7 +29,7 @@ from simpo.training.inputs import DataArguments, load_datasets
 from simpo.training.interruption import StopOnSignal
 from simpo.training.log_lines import log_in_lines
 from simpo.training.model_arguments import ModelArguments
-from simpo.training.models import load_tokenizer
+from simpo.training.models import load_tokenizer, round_weights
 from simpo.training.observer import Observer
 from simpo.training.packed import PackedTrainer
 from simpo.training.refusals import settings_refused, try_optimizer
@@ -84,7 +84,7 @@ def run_training(task: Task, given: Given) -> Path:
         if given.observer is not None:
             given.observer.begin(trainer, again=not folder.changed)
         metrics += _train(task, trainer, held_out, folder)
-        _save_model(trainer, Path(config.output_dir))
+        _save_model(trainer, Path(config.output_dir), given.model.save_dtype)
         if config.process_index == 0:
             write_model_card(Path(config.output_dir), task, given.model, given.data, config, metrics)
             write_results(
@@ -269,11 +269,13 @@ def _score(trainer: PackedTrainer, rows: Dataset, path: Path) -> Scores:
     return scores
 
 
-def _save_model(trainer: PackedTrainer, folder: Path) -> None:
-    """Model, tokenizer and trainer state, each file whole or absent."""
+def _save_model(trainer: PackedTrainer, folder: Path, dtype: str | None) -> None:
+    """Model, rounded to ``dtype`` if there is one, tokenizer and trainer state, each file whole or absent."""
     main, wait = trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone
     name = provisional(folder / ".files")
     with shared_staging(staged_files(folder), name, main=main, wait=wait) as staging:
         trainer.save_model(str(staging))
+        if main and dtype is not None:
+            round_weights(staging, dtype)
         if main:
             trainer.state.save_to_json(str(staging / TRAINER_STATE_NAME))

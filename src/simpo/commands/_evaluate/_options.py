@@ -55,13 +55,19 @@ def add_model_options(parser: ArgumentParser) -> None:
     parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, file with one, or none")
     add_rendering_options(parser)
     parser.add_argument("--model_revision", default="main", metavar="REV", help="branch, tag or commit on the hub")
+    parser.add_remote_code()
 
 
 def answerer(model: str, arguments: argparse.Namespace, defaults: SamplingSettings) -> Answerer:
     """A model that answers as the options say."""
     given = {key: getattr(arguments, key) for key in _SAMPLING_KEYS if getattr(arguments, key) is not None}
     return Answerer(
-        ModelArguments(model, model_revision=arguments.model_revision, dtype=arguments.dtype),
+        ModelArguments(
+            model,
+            model_revision=arguments.model_revision,
+            dtype=arguments.dtype,
+            trust_remote_code=arguments.trust_remote_code,
+        ),
         dataclasses.replace(defaults, **given),
         arguments.chat_template,
         arguments.engine,

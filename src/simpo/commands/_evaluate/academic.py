@@ -22,7 +22,9 @@ def main(argv: list[str]) -> int:
         not arguments.no_chat_template,
     )
     models = [
-        None if name is None else ModelArguments(name, dtype=arguments.dtype)
+        None
+        if name is None
+        else ModelArguments(name, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code)
         for name in (arguments.model, arguments.against)
     ]
     model, against = models
@@ -46,4 +48,5 @@ def _parser() -> ArgumentParser:
     add("--batch_size", default="auto", metavar="N", help="as lm-eval has it (default auto)")
     add("--no_chat_template", action="store_true", help="show items as plain text")
     add("--dtype", metavar="TYPE", help="type of the weights")
+    parser.add_remote_code()
     return parser

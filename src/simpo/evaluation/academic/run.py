@@ -21,7 +21,7 @@ from simpo.training.adapters import find_adapter
 from simpo.training.device import device, with_dtype
 from simpo.training.identity import model_digest
 from simpo.training.model_arguments import ModelArguments
-from simpo.training.models import base_arguments
+from simpo.training.models import base_arguments, check_stored
 
 # Arithmetic, knowledge, truthfulness, following instructions and formats, toxicity, bias.
 TASKS = ("gsm8k", "mmlu", "truthfulqa_mc2", "ifeval", "toxigen", "crows_pairs_english")
@@ -110,6 +110,7 @@ class _LmEval:
             SimpoError: lm-eval cannot do what it is asked for.
         """
         settings = self._settings
+        check_stored(model)
         try:
             output = self._lm_eval.simple_evaluate(
                 model="hf",

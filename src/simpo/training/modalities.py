@@ -1,0 +1,69 @@
+"""Parts of a model that text does not reach: the vision and audio towers of models that also see or hear."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from simpo.packing.model import causal_lm
+
+logger = logging.getLogger(__name__)
+
+
+def unreached_by_text(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    """The largest parts of ``model``, by name, that take no part in a forward of text alone.
+
+    These are the parts of a conditional-generation model outside its language model and its output layer, and a
+    language model's own layers of cross-attention to images. None for a model of text alone.
+    """
+    inner: Any = causal_lm(model)
+    config = inner.config
+    text = config.get_text_config()
+    crossing = getattr(text, "cross_attention_layers", None) or []
+    found: dict[str, nn.Module | nn.Parameter] = {
+        name: module
+        for number in crossing
+        for name, module in inner.named_modules()
+        if name.endswith(f"layers.{number}") and "CrossAttention" in type(module).__name__
+    }
+    if text is config:
+        return found
+    reached = (inner.get_decoder(), inner.get_input_embeddings(), inner.get_output_embeddings())
+    kept = {id(module) for one in reached if one is not None for module in one.modules()}
+    return found | dict(_outside(inner, kept, ""))
+
+
+def _outside(module: nn.Module, kept: set[int], prefix: str) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    for name, parameter in module.named_parameters(recurse=False):
+        yield f"{prefix}{name}", parameter
+    for name, child in module.named_children():
+        inside = {id(one) for one in child.modules()}
+        if id(child) in kept:
+            continue
+        if inside & kept:
+            yield from _outside(child, kept, f"{prefix}{name}.")
+        elif next(child.parameters(), None) is not None:
+            yield f"{prefix}{name}", child
+
+
+def freeze_unreached(model: nn.Module) -> None:
+    """Stop training what text does not reach, and report it.
+
+    Such weights get no gradient: DDP waits for one, and weight decay would shrink them.
+    """
+    names, count = [], 0
+    for name, part in unreached_by_text(model).items():
+        parameters = [part] if isinstance(part, nn.Parameter) else part.parameters()
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        if trained:
+            names.append(name)
+            count += sum(parameter.numel() for parameter in trained)
+    if names:
+        logger.warning(
+            "not trained, because text does not reach it: %s (%s parameters)", ", ".join(names), f"{count:,}"
+        )
