@@ -23,9 +23,9 @@ from simpo.data.tokenize import Prepared
 from simpo.errors import SimpoError
 from simpo.packing.binning import MicroBatch, StepPlan, check_budget
 from simpo.packing.layout import PackedBatch
-from simpo.packing.model import prepare_policy
+from simpo.packing.model import prepare_policy, state_of
 from simpo.packing.policy import ForwardPath, policy_forward, resolve_path
-from simpo.packing.selfcheck import choose_path
+from simpo.packing.selfcheck import choose_path, rows_to_check
 from simpo.training.batches import ComparisonRows, PlannedBatch, collate, comparisons_of, token_lengths
 from simpo.training.checkpointing import CheckpointShare
 from simpo.training.compilation import compile_layers
@@ -192,6 +192,7 @@ class PackedTrainer(ResumableTrainer):
             shuffled=training and self.args.train_sampling_strategy == "random",
             drop_last=training and self.args.dataloader_drop_last,
             weights=self.row_weights(rows),
+            rule=state_of(prepare_policy(self.model)).lengths,
         )
 
     # ---- loss ----
@@ -202,10 +203,16 @@ class PackedTrainer(ResumableTrainer):
         rows = self.train_dataset if self.train_dataset is not None else _first(self.eval_dataset)
         if rows is None:
             return self.args.forward_path
-        sample = PackedBatch.build(comparisons_of(rows, range(min(16, len(rows)))))
+        checked = rows_to_check(model, token_lengths(rows, padded=False).tolist())
+        sample = PackedBatch.build(comparisons_of(rows, checked))
         with self.accelerator.autocast():
             choose_path(model, sample)
         path = resolve_path(model, sample, self.args.forward_path)
+        if path == "padded" and state_of(model).alone and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise SimpoError(
+                f"{'fsdp' if self.is_fsdp_enabled else 'deepspeed'}: {state_of(model).reasons[0]}, and processes that "
+                "share the weights cannot make different numbers of forwards; train without it"
+            )
         packed = self._sum_over_ranks(torch.tensor(int(path == "packed"), device=self.args.device))
         return path if packed in (0, self.args.world_size) else "padded"  # ranks with other plans would wait for ever
 
@@ -263,7 +270,8 @@ class PackedTrainer(ResumableTrainer):
             self._forward_and_backward(model, smaller)
 
         data = self.completed(self.train_dataset)
-        lengths = token_lengths(data, padded=self.path == "padded")
+        rule = state_of(prepare_policy(self.model)).lengths
+        lengths = token_lengths(data, padded=self.path == "padded", rule=rule)
         own = [int(lengths[row]) for row in batch.rows]
         return tokens_that_fit(own, int(lengths.max()), attempt if self.args.world_size == 1 else None)
 
