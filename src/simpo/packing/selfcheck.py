@@ -172,8 +172,8 @@ def _check_padded(model: PreTrainedModel, sample: PackedBatch, expected: Tensor)
     batch = PackedBatch.build([twice]).to(sample.input_ids.device)
     rounding = worst(batch, figures_alone(model, batch, compute))
     difference = worst(sample, alone)
-    _, maximum = _TOLERANCE[_computes_in(model)]
-    if not difference <= min(maximum, rounding_tolerance(float(rounding), _computes_in(model))):  # nor if it is NaN
+    _, maximum = _TOLERANCE[computes_in(model)]
+    if not difference <= min(maximum, rounding_tolerance(float(rounding), computes_in(model))):  # nor if it is NaN
         state_of(model).alone = True
         state_of(model).reasons.append(
             f"padded batches change its numbers by {difference.item():.2g}: where prompts are not shared, every response "
@@ -227,13 +227,13 @@ def _sliding_layers(config: Any, kinds: list[str]) -> int:
 
 
 def _agree(found: Tensor, expected: Tensor, model: nn.Module) -> bool:
-    mean, maximum = _TOLERANCE[_computes_in(model)]
+    mean, maximum = _TOLERANCE[computes_in(model)]
     difference = differences(found, expected, model)
     # written so that a NaN disagrees
     return bool(difference.mean() <= mean) and bool(difference.max() <= maximum)
 
 
-def _computes_in(model: nn.Module) -> torch.dtype:
+def computes_in(model: nn.Module) -> torch.dtype:
     """The type that products are taken in: autocast's, the weights' own, or what weights in 4 bits are expanded to."""
     weight = next(model.parameters())
     if weight.dtype != torch.float32:

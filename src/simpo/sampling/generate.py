@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from simpo.packing.model import causal_lm
+from simpo.packing.model import causal_lm, prepare_policy, state_of
+from simpo.packing.selfcheck import computes_in, rounding_tolerance
 from simpo.sampling.engine import Sampled, stop_ids
-from simpo.sampling.settings import SamplingSettings
+from simpo.sampling.settings import SamplingSettings, derived_seed
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,10 @@ _OURS = {"do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_to
 _OURS |= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache"}
 _OURS |= {"output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"}
 _OURS |= {"cache_implementation", "trust_remote_code"}
+
+# Which prompts are generated from together: all, those of equal length, or none.
+Together = Literal["all", "equal", "none"]
+_CHECKED = 8  # tokens that the check of padded generation looks at
 
 
 class TransformersEngine:
@@ -38,21 +44,89 @@ class TransformersEngine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         self.model = model
+        self._together: Together | None = None
+        self._lengths = state_of(prepare_policy(model)).lengths
+        ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+        self._ordinary_ids = sorted(ordinary & set(range(causal_lm(model).config.get_text_config().vocab_size)))
         self.stop_ids = stop_ids(tokenizer, model.generation_config)
         self._pad_id = self.stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         if ignored := ignored_settings(model.generation_config):
             logger.warning("the checkpoint's generation settings are not used: %s", ", ".join(ignored))
 
     def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
-        """One response to every prompt; see :class:`simpo.sampling.engine.Engine`."""
-        recorder = _Recorder()
-        new = self._new_tokens(prompts, settings, seed, logits_processor=LogitsProcessorList([recorder]))
-        logps = recorder.finish(new)
+        """One response to every prompt; see :class:`simpo.sampling.engine.Engine`.
+
+        The responses are those of every prompt by itself: where padding or other prompts would change them, prompts of
+        equal length are generated from together, or each alone, which is checked once and reported.
+        """
+        groups = self._groups([len(prompt) for prompt in prompts])
+        found: list[Sampled] = [Sampled([], False, None)] * len(prompts)
+        for number, group in enumerate(groups):
+            own = seed if len(groups) == 1 else derived_seed(seed, number)
+            for place, sampled in zip(group, self._generate([prompts[i] for i in group], settings, own), strict=True):
+                found[place] = sampled
+        return found
+
+    def _generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
+        new, logps = self._recorded(prompts, settings, seed)
         ended = [self._until_stop(ids) for ids in new.tolist()]
         return [
             Sampled(ids, finished, sum(row[: len(ids)]))
             for (ids, finished), row in zip(ended, logps.tolist(), strict=True)
         ]
+
+    def _recorded(
+        self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int, *processors: LogitsProcessor
+    ) -> tuple[Tensor, Tensor]:
+        """``[B, N]`` new tokens and their log-probabilities under the model."""
+        recorder = _Recorder()
+        processing = LogitsProcessorList([recorder, *processors])
+        new = self._new_tokens(prompts, settings, seed, logits_processor=processing)
+        return new, recorder.finish(new)
+
+    # ---- which prompts can be generated from together ----
+
+    def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Numbers of the prompts with these ``lengths`` that are generated from together."""
+        if len(lengths) == 1:
+            return [[0]]
+        if self._together is None:
+            self._together, reason = self._check()
+            if self._together != "all":
+                how = "of equal length together" if self._together == "equal" else "one at a time"
+                logger.warning("%s: %s: prompts are generated from %s", type(self.model).__name__, reason, how)
+        if self._together == "all":
+            return [list(range(len(lengths)))]
+        if self._together == "none":
+            return [[number] for number in range(len(lengths))]
+        return [[n for n, size in enumerate(lengths) if size == length] for length in sorted(set(lengths))]
+
+    def _check(self) -> tuple[Together, str]:
+        """Compare generation for several prompts with that for each alone; what is possible, and why no more.
+
+        The prompts are made up, so that the answer is the same for every part of a run. Where the difference shows only
+        beyond thousands of tokens, the configuration is believed instead.
+        """
+        config = causal_lm(self.model).config.get_text_config()
+        longest = min(64, (getattr(config, "max_position_embeddings", None) or 128) - _CHECKED)
+        ids = np.random.default_rng(0).choice(self._ordinary_ids, (3, max(longest, _CHECKED))).tolist()
+        prompts = [ids[0][:5] if longest > 8 else ids[0][:1], ids[1], ids[2]]
+        alone = torch.cat([self._forced([prompt], ids[0]) for prompt in prompts])  # [3, N]
+        dtype = computes_in(self.model)
+        rounding = (self._forced(prompts[1:], ids[0]) - alone[1:]).abs().max().item()
+        if not rounding <= min(1.0, 100 * rounding_tolerance(0.0, dtype)):
+            return "none", f"other prompts in a batch change its log-probabilities by {rounding:.2g}"
+        if self._lengths is not None or getattr(config, "attention_chunk_size", None):
+            return "equal", "its attention depends on a prompt's length, which padding changes"
+        padded = (self._forced(prompts, ids[0]) - alone).abs().max().item()
+        if not padded <= min(1.0, rounding_tolerance(rounding, dtype)):
+            return "equal", f"padding changes its log-probabilities by {padded:.2g}"
+        return "all", ""
+
+    def _forced(self, prompts: Sequence[list[int]], answer: Sequence[int]) -> Tensor:
+        """``[B, N]`` log-probabilities of the first tokens of ``answer`` after each prompt, by ``generate``."""
+        settings = SamplingSettings(temperature=0.0, max_new_tokens=_CHECKED)
+        return self._recorded(prompts, settings, 0, _Forced(answer))[1]
 
     def stream(self, prompt: list[int], settings: SamplingSettings, seed: int, **options: Any) -> Sampled:
         """One response without its log-probability, while it is generated.
@@ -158,3 +232,15 @@ class _Recorder(LogitsProcessor):
     def _choose(self, tokens: Tensor) -> None:
         assert self._last is not None
         self._chosen.append(self._last.gather(1, tokens.to(self._last.device)[:, None]).squeeze(1))
+
+
+class _Forced(LogitsProcessor):
+    """Makes every row continue with the same tokens, one after the other."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = iter(tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, float("-inf"))
+        forced[:, next(self._tokens)] = 0
+        return forced
