@@ -30,6 +30,7 @@ from simpo.training.batches import ComparisonRows, PlannedBatch, collate, compar
 from simpo.training.checkpointing import CheckpointShare
 from simpo.training.compilation import compile_layers
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
+from simpo.training.liger import check_layers
 from simpo.training.loading import plan_steps, step_loader
 from simpo.training.memory import OUTSIDE_A_FORWARD, memory_answered, tokens_that_fit
 from simpo.training.model_arguments import ModelArguments
@@ -83,6 +84,8 @@ class PackedTrainer(ResumableTrainer):
             model = self.load(model)
         if args.disable_dropout:
             disable_dropout(model)
+        if args.use_liger_kernel:
+            check_layers(model, args.liger_kernel_config)
         super().__init__(
             model=model,
             args=args,

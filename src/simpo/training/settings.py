@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 from dataclasses import dataclass, field
@@ -14,12 +13,17 @@ from transformers.training_args import ParallelMode
 
 from simpo.data.settings import TokenizeSettings
 from simpo.errors import SimpoError
+from simpo.training.liger import layers_only
 
 logger = logging.getLogger(__name__)
 
 UNSUPPORTED = {
     "auto_find_batch_size": (False, "a step's rows would change; max_batch_tokens bounds the memory of a forward"),
     "save_only_model": (False, "a run could not be continued from such a checkpoint"),
+    "neftune_noise_alpha": (
+        None,
+        "its noise is scaled by the length of a padded batch, which packed prompts and responses do not have",
+    ),
     "label_smoothing_factor": (0.0, "it smooths class labels; label_smoothing is the preference objectives' own"),
 }
 
@@ -136,8 +140,10 @@ class TrainingSettings(TrainingArguments):
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise SimpoError(f"max_batch_tokens: must be at least 1, not {self.max_batch_tokens}")
         self._check_numbers()
-        if self.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
-            raise SimpoError("use_liger_kernel: liger-kernel is not installed; install it, or leave the key out")
+        if self.use_liger_kernel:
+            self.liger_kernel_config = layers_only(self.liger_kernel_config, self.device)
+        elif self.liger_kernel_config:
+            raise SimpoError("liger_kernel_config: set use_liger_kernel: true, or leave it out")
         if not 0 < self.checkpointed_share <= 1:
             raise SimpoError(f"checkpointed_share: must be above 0 and at most 1, not {self.checkpointed_share}")
         if self.train_sampling_strategy not in ("random", "sequential"):
