@@ -23,7 +23,16 @@ MODELS = {
     "dynamic": ("llama", {"rope_parameters": _DYNAMIC, "max_position_embeddings": BORDER}),
 }
 # short pairs, long pairs, and pairs across the border
-SHAPES = [(4, (5, 3)), (20, (9, 14)), (15, (4, 20)), (3, (4, 4)), (15, (20, 4)), (6, (7, 2)), (2, (1, 40)), (30, (3, 3))]
+SHAPES = [
+    (4, (5, 3)),
+    (20, (9, 14)),
+    (15, (4, 20)),
+    (3, (4, 4)),
+    (15, (20, 4)),
+    (6, (7, 2)),
+    (2, (1, 40)),
+    (30, (3, 3)),
+]
 
 
 @pytest.fixture(params=MODELS)
@@ -52,7 +61,10 @@ def losses(trainer):
 def test_dpo_starts_at_ln_2(model, config, random_comparisons, as_dataset, settings, adapter):
     if adapter:
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
-    if "activation_checkpointing" in settings and "activation_checkpointing" not in hf.TrainingArguments.__annotations__:
+    if (
+        "activation_checkpointing" in settings
+        and "activation_checkpointing" not in hf.TrainingArguments.__annotations__
+    ):
         settings = {key.replace("activation", "gradient"): value for key, value in settings.items()}
     args = config(objective="dpo", beta=0.5, learning_rate=0.0, logging_steps=1, num_train_epochs=2, **settings)
     data = as_dataset(random_comparisons(*SHAPES))
@@ -68,7 +80,9 @@ def test_kto_starts_at_one(model, config, random_comparisons, as_dataset):
 
 
 @pytest.mark.parametrize("objective", ["simpo", "orpo"])
-def test_losses_and_weights_do_not_depend_on_micro_batches(make_model, config, random_comparisons, as_dataset, objective):
+def test_losses_and_weights_do_not_depend_on_micro_batches(
+    make_model, config, random_comparisons, as_dataset, objective
+):
     shapes = [*SHAPES, (10, (5, 20, 9)), (12, (14, 3, 11))]
     scores = [[float(-k) for k in range(len(responses))] for _, responses in shapes]
     data = as_dataset(random_comparisons(*shapes)).add_column("scores", scores)

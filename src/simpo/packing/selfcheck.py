@@ -40,9 +40,10 @@ def choose_path(model: nn.Module, batch: PackedBatch) -> Literal["packed", "padd
     """Decide, once, how ``model`` computes packed batches, and report what could not be taken and why.
 
     The packed path is taken if as many attention calls carry the layout as the model has layers, each with the sliding
-    window that the configuration promises, and its log-probabilities of two comparisons of ``batch`` and a short one agree with
-    those of the model's own forward, one sequence at a time. The fused output layer is checked in the same way, and so
-    are padded batches: where these depend on the rows next to a row, every response has a forward of its own. Of a
+    window that the configuration promises, and its log-probabilities of two comparisons of ``batch`` and a short one
+    agree with those of the model's own forward, one sequence at a time. The fused output layer is checked in the same
+    way, and so are padded batches: where a row's numbers depend on its neighbors, every response has a forward of its
+    own. Of a
     reward model the layer is checked by its rewards, and the path by the hidden states that they are made of: all
     rewards of a layer that knows nothing yet are alike.
     """
@@ -162,22 +163,20 @@ def _check_padded(model: PreTrainedModel, sample: PackedBatch, expected: Tensor)
     """Find out whether padded rows have the numbers that they have alone, up to what any batch changes by rounding."""
     compute = end_states if is_reward_model(model) else token_logprobs
 
-    def worst(batch: PackedBatch, alone: Tensor) -> Tensor:
-        return differences(model(packed_batch=batch, path="padded", compute=compute), alone, model).max()
+    def worst(batch: PackedBatch) -> float:
+        found = model(packed_batch=batch, path="padded", compute=compute)
+        return differences(found, figures_alone(model, batch, compute), model).max().item()
 
-    alone = figures_alone(model, sample, compute)
     # one response twice: no padding, and what is left is rounding
-    longest = max(sample.comparisons, key=lambda comparison: comparison.packed_length)
-    twice = TokenizedComparison(longest.prompt_ids, [longest.response_ids[0]] * 2)
-    batch = PackedBatch.build([twice]).to(sample.input_ids.device)
-    rounding = worst(batch, figures_alone(model, batch, compute))
-    difference = worst(sample, alone)
-    _, maximum = _TOLERANCE[computes_in(model)]
-    if not difference <= min(maximum, rounding_tolerance(float(rounding), computes_in(model))):  # nor if it is NaN
+    first = sample.comparisons[0]
+    twice = PackedBatch.build([TokenizedComparison(first.prompt_ids, first.response_ids[:1] * 2)])
+    rounding, difference = worst(twice.to(sample.input_ids.device)), worst(sample)
+    maximum = _TOLERANCE[computes_in(model)][1]
+    if not difference <= min(maximum, rounding_tolerance(rounding, computes_in(model))):  # written for NaN, too
         state_of(model).alone = True
         state_of(model).reasons.append(
-            f"padded batches change its numbers by {difference.item():.2g}: where prompts are not shared, every response "
-            "has a forward of its own"
+            f"padded batches change its numbers by {difference:.2g}: where prompts are not shared, every response has "
+            "a forward of its own"
         )
 
 

@@ -28,7 +28,6 @@ _OURS |= {"cache_implementation", "trust_remote_code"}
 
 # Which prompts are generated from together: all, those of equal length, or none.
 Together = Literal["all", "equal", "none"]
-_CHECKED = 8  # tokens that the check of padded generation looks at
 
 
 class TransformersEngine:
@@ -44,10 +43,10 @@ class TransformersEngine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         self.model = model
+        self._tokenizer = tokenizer
         self._together: Together | None = None
-        self._lengths = state_of(prepare_policy(model)).lengths
-        ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
-        self._ordinary_ids = sorted(ordinary & set(range(causal_lm(model).config.get_text_config().vocab_size)))
+        self._reported = False
+        self._border = _border(model)
         self.stop_ids = stop_ids(tokenizer, model.generation_config)
         self._pad_id = self.stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         if ignored := ignored_settings(model.generation_config):
@@ -59,7 +58,8 @@ class TransformersEngine:
         The responses are those of every prompt by itself: where padding or other prompts would change them, prompts of
         equal length are generated from together, or each alone, which is checked once and reported.
         """
-        groups = self._groups([len(prompt) for prompt in prompts])
+        assert settings.max_new_tokens is not None
+        groups = self._groups([len(prompt) for prompt in prompts], settings.max_new_tokens)
         found: list[Sampled] = [Sampled([], False, None)] * len(prompts)
         for number, group in enumerate(groups):
             own = seed if len(groups) == 1 else derived_seed(seed, number)
@@ -84,49 +84,58 @@ class TransformersEngine:
         new = self._new_tokens(prompts, settings, seed, logits_processor=processing)
         return new, recorder.finish(new)
 
-    # ---- which prompts can be generated from together ----
+    # ---- which prompts are generated from together ----
 
-    def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
+    def _groups(self, lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
         """Numbers of the prompts with these ``lengths`` that are generated from together."""
         if len(lengths) == 1:
             return [[0]]
         if self._together is None:
             self._together, reason = self._check()
-            if self._together != "all":
-                how = "of equal length together" if self._together == "equal" else "one at a time"
-                logger.warning("%s: %s: prompts are generated from %s", type(self.model).__name__, reason, how)
-        if self._together == "all":
-            return [list(range(len(lengths)))]
+            self._report(self._together, reason)
         if self._together == "none":
             return [[number] for number in range(len(lengths))]
-        return [[n for n, size in enumerate(lengths) if size == length] for length in sorted(set(lengths))]
+        reach, kinds = max(lengths) + max_new_tokens, sorted(set(lengths))
+        if self._together == "equal" or (reach > self._border and len(kinds) > 1):
+            self._report("equal", f"beyond {self._border} tokens its attention depends on padding")
+            return [[n for n, size in enumerate(lengths) if size == length] for length in kinds]
+        return [list(range(len(lengths)))]
+
+    def _report(self, together: Together, reason: str) -> None:
+        """Say once why prompts are not all generated from together."""
+        if together != "all" and not self._reported:
+            how = "in groups of equal length" if together == "equal" else "one at a time"
+            logger.warning("%s: %s: prompts are generated from %s", type(causal_lm(self.model)).__name__, reason, how)
+            self._reported = True
 
     def _check(self) -> tuple[Together, str]:
         """Compare generation for several prompts with that for each alone; what is possible, and why no more.
 
-        The prompts are made up, so that the answer is the same for every part of a run. Where the difference shows only
-        beyond thousands of tokens, the configuration is believed instead.
+        The prompts are made up, so that the answer is the same for every part of a run.
         """
         config = causal_lm(self.model).config.get_text_config()
-        longest = min(64, (getattr(config, "max_position_embeddings", None) or 128) - _CHECKED)
-        ids = np.random.default_rng(0).choice(self._ordinary_ids, (3, max(longest, _CHECKED))).tolist()
-        prompts = [ids[0][:5] if longest > 8 else ids[0][:1], ids[1], ids[2]]
-        alone = torch.cat([self._forced([prompt], ids[0]) for prompt in prompts])  # [3, N]
+        context = getattr(config, "max_position_embeddings", None) or 128
+        count = min(8, max(1, context // 4))
+        longest = max(1, min(64, context - count))
+        ids = set(self._tokenizer.get_vocab().values()) - set(self._tokenizer.added_tokens_decoder)
+        ordinary = sorted(ids & set(range(config.vocab_size))) or list(range(config.vocab_size))
+        answer, *prompts = np.random.default_rng(0).choice(ordinary, (3, max(longest, count))).tolist()
+        prompts = [prompts[0][:longest], prompts[1][:longest], prompts[0][: 1 + longest // 12]]
+
+        def logps(prompts: Sequence[list[int]]) -> Tensor:
+            """``[B, N]`` of the answer's first tokens after each prompt."""
+            settings = SamplingSettings(temperature=0.0, max_new_tokens=count)
+            return self._recorded(prompts, settings, 0, _Forced(answer))[1]
+
+        alone = torch.cat([logps([prompt]) for prompt in prompts])
         dtype = computes_in(self.model)
-        rounding = (self._forced(prompts[1:], ids[0]) - alone[1:]).abs().max().item()
+        rounding = (logps(prompts[:2]) - alone[:2]).abs().max().item()
         if not rounding <= min(1.0, 100 * rounding_tolerance(0.0, dtype)):
             return "none", f"other prompts in a batch change its log-probabilities by {rounding:.2g}"
-        if self._lengths is not None or getattr(config, "attention_chunk_size", None):
-            return "equal", "its attention depends on a prompt's length, which padding changes"
-        padded = (self._forced(prompts, ids[0]) - alone).abs().max().item()
+        padded = (logps(prompts) - alone).abs().max().item()
         if not padded <= min(1.0, rounding_tolerance(rounding, dtype)):
             return "equal", f"padding changes its log-probabilities by {padded:.2g}"
         return "all", ""
-
-    def _forced(self, prompts: Sequence[list[int]], answer: Sequence[int]) -> Tensor:
-        """``[B, N]`` log-probabilities of the first tokens of ``answer`` after each prompt, by ``generate``."""
-        settings = SamplingSettings(temperature=0.0, max_new_tokens=_CHECKED)
-        return self._recorded(prompts, settings, 0, _Forced(answer))[1]
 
     def stream(self, prompt: list[int], settings: SamplingSettings, seed: int, **options: Any) -> Sampled:
         """One response without its log-probability, while it is generated.
@@ -148,6 +157,9 @@ class TransformersEngine:
         ids, mask = left_padded(prompts, self._pad_id)
         with _sampling_mode(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
+            if getattr(causal_lm(self.model), "_is_stateful", False):
+                with torch.no_grad():  # without a cache, so that a state left in its modules by an answer is dropped
+                    self.model(input_ids=ids[:1, -1:].to(device), use_cache=False)
             found = self.model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -170,6 +182,19 @@ class TransformersEngine:
         """A row up to and with the token that ended it, and whether there is one."""
         end = next((place for place, token_id in enumerate(ids, start=1) if token_id in self.stop_ids), None)
         return ids[:end], end is not None
+
+
+def _border(model: PreTrainedModel) -> float:
+    """Tokens up to which padding changes nothing by the configuration; what no check of short prompts would show.
+
+    Beyond it, rotary frequencies depend on the length, for which some models discard their cache, or chunks of
+    attention start where the padding puts them.
+    """
+    rule = state_of(prepare_policy(model)).lengths
+    config = causal_lm(model).config.get_text_config()
+    borders = [getattr(config, "attention_chunk_size", None), getattr(config, "floor_scale", None)]
+    borders += [] if rule is None else [*rule.borders, rule.growth]
+    return min((border for border in borders if border), default=float("inf"))
 
 
 def ignored_settings(generation_config: GenerationConfig | None) -> list[str]:

@@ -5,6 +5,7 @@ Liger's losses replace the model's forward, and the packed batches' own output l
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Mapping
@@ -46,8 +47,7 @@ def check_layers(model: nn.Module, config: Mapping[str, bool]) -> None:
     Raises:
         SimpoError: Liger has no kernels for this type of model, or none of a name in ``config``.
     """
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as appliers
-
+    appliers = importlib.import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
     kind: Any = causal_lm(model).config.model_type
     if kind not in appliers:
         raise SimpoError(f"use_liger_kernel: liger-kernel has no kernels for model type {kind!r}; leave the key out")

@@ -213,8 +213,9 @@ class PackedTrainer(ResumableTrainer):
         path = resolve_path(model, sample, self.args.forward_path)
         if path == "padded" and state_of(model).alone and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise SimpoError(
-                f"{'fsdp' if self.is_fsdp_enabled else 'deepspeed'}: {state_of(model).reasons[0]}, and processes that "
-                "share the weights cannot make different numbers of forwards; train without it"
+                f"{'fsdp' if self.is_fsdp_enabled else 'deepspeed'}: this model computes a row differently next to "
+                "other rows, so every response needs a forward of its own, and processes that share the weights must "
+                "make equally many; train without it"
             )
         packed = self._sum_over_ranks(torch.tensor(int(path == "packed"), device=self.args.device))
         return path if packed in (0, self.args.world_size) else "padded"  # ranks with other plans would wait for ever
