@@ -129,3 +129,15 @@ def test_other_models_are_left_alone(make_model, comparisons):
     choose_path(model, PackedBatch.build(comparisons))
     assert state_of(model).lengths is None
     assert all("forward" not in module.__dict__ for module in model.modules() if hasattr(module, "rope_type"))
+
+
+def test_a_copy_computes_with_its_own_frequencies(make_model, rows):
+    """Copies of a model that has been bound already, as a trainer or a user makes them."""
+    name, changes = MODELS["llama dynamic"]
+    model = make_model(name, **changes).eval()
+    with torch.no_grad():
+        expected = score_responses(model, rows).logp
+        copied = copy.deepcopy(model)
+        model.model.rotary_emb.original_inv_freq.zero_()
+        torch.testing.assert_close(score_responses(copied, rows).logp, expected)
+        assert not torch.allclose(score_responses(model, rows).logp, expected)

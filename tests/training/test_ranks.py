@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from simpo import PreferenceConfig, PreferenceTrainer, SFTConfig, SFTTrainer, SimpoError
 from simpo.packing.model import state_of
@@ -44,6 +45,7 @@ DPO = {"objective": "dpo"}
 KL = {"objective": "dpo", "precompute_ref_log_probs": False, "kl_weight": 0.1}
 LORA = {"lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["c_attn", "c_fc"]}
 KTO = {"objective": "kto", "max_batch_tokens": 40}  # a prompt with a response to another may be longer than a pair
+SHAPE = ("hidden_size", "num_attention_heads", "num_key_value_heads")
 ROPE = {"max_batch_tokens": 110}  # rows with frequencies of their own in one micro-batch
 KINDS = {"pairs": (PreferenceTrainer, PreferenceConfig), "sft": (SFTTrainer, SFTConfig)}
 
@@ -77,6 +79,7 @@ IN_TWO = [
     Job("fsdp-2-lora-kl", shards=True, settings=KL, lora=True),
     Job("ddp-2-rope", "mixed", model="dynamic", settings=ROPE),
     Job("fsdp-2-rope", "mixed", shards=True, model="dynamic", settings=ROPE),
+    Job("fsdp-2-alone", "mixed", shards=True, model="dynamic", settings=ROPE),
     Job("sharded-before"),
     Job("ddp-2-nan", "long", model="poisoned", settings={"max_batch_tokens": 40}),
 ]
@@ -100,6 +103,14 @@ ALONE = [
     Job("one-of-ddp-2", resume="ddp-2/checkpoint-4"),
     Job("one-of-fsdp-2", resume="fsdp-2/checkpoint-4"),
 ]
+
+
+class ByTheLongest(LlamaRotaryEmbedding):
+    """Frequencies by the longest row of a forward, which nothing in the configuration says."""
+
+    def forward(self, x, position_ids):
+        self.attention_scaling = 1.0 if position_ids.max() < 20 else 1.2
+        return super().forward(x, position_ids)
 
 
 class Gradients(TrainerCallback):
@@ -140,6 +151,11 @@ def run(job: Job, folder: Path, world: int) -> dict[str, Any]:
     if job.name == "sharded-before":
         with pytest.raises(SimpoError, match="model: its weights are sharded already"):
             trainer_type(fully_shard(model), args, rows)
+        return {}
+    if job.name == "fsdp-2-alone":
+        model.model.rotary_emb = ByTheLongest(hf.LlamaConfig(**{key: model.config.to_dict()[key] for key in SHAPE}))
+        with pytest.raises(SimpoError, match=r"fsdp: .* a forward of its own"):
+            trainer_type(model, args, rows)
         return {}
     trainer = trainer_type(model, args, rows, eval_dataset=rows, callbacks=[gradients])
     found: dict[str, Any] = {"seen": watch_rows(trainer), "gradients": gradients.steps}

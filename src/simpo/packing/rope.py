@@ -85,18 +85,18 @@ def install(model: nn.Module) -> LengthRule | None:
 
 
 def _rule(module: Any, layer_type: str | None) -> LengthRule | None:
-    """Of one rotary embedding, or of what it has for layers of one type."""
+    """Of one rotary embedding of transformers, or of what it has for layers of one type."""
     kind = getattr(module, "rope_type", None)
     kind = kind.get(layer_type) if isinstance(kind, dict) else kind
     if not isinstance(kind, str):
         return None
-    if "dynamic" in kind:
+    if "dynamic" in kind and hasattr(module, "original_max_seq_len"):
         return LengthRule(growth=int(module.original_max_seq_len))
     if kind != "longrope":
         return None
-    parameters = module.config.rope_parameters
-    parameters = parameters if layer_type is None else parameters[layer_type]
-    return LengthRule(borders=(int(parameters["original_max_position_embeddings"]),))
+    parameters = getattr(module.config, "rope_parameters", None) or {}
+    border = (parameters if layer_type is None else parameters[layer_type]).get("original_max_position_embeddings")
+    return None if border is None else LengthRule(borders=(int(border),))  # None: code of its own
 
 
 def _row_by_row(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -193,7 +193,8 @@ def _border(model: PreTrainedModel) -> float:
     rule = state_of(prepare_policy(model)).lengths
     config = causal_lm(model).config.get_text_config()
     borders = [getattr(config, "attention_chunk_size", None), getattr(config, "floor_scale", None)]
-    borders += [] if rule is None else [*rule.borders, rule.growth]
+    if rule is not None:
+        borders += [*rule.borders, rule.growth, getattr(config, "original_max_position_embeddings", None)]
     return min((border for border in borders if border), default=float("inf"))
 
 

@@ -141,7 +141,7 @@ class TrainingSettings(TrainingArguments):
             raise SimpoError(f"max_batch_tokens: must be at least 1, not {self.max_batch_tokens}")
         self._check_numbers()
         if self.use_liger_kernel:
-            self.liger_kernel_config = layers_only(self.liger_kernel_config, self.device)
+            self.liger_kernel_config = layers_only(self.liger_kernel_config, self.device)  # type: ignore[has-type]
         elif self.liger_kernel_config:
             raise SimpoError("liger_kernel_config: set use_liger_kernel: true, or leave it out")
         if not 0 < self.checkpointed_share <= 1:
