@@ -143,7 +143,8 @@ def _sequence_lengths(position_ids: Tensor) -> Tensor:
 def _forget(module: Any, layer_type: str | None) -> None:
     """Undo what earlier forwards left: ``dynamic`` keeps the frequencies of the longest sequence that it has seen."""
     prefix = "" if layer_type is None else f"{layer_type}_"
-    setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").clone())
+    original, now = (getattr(module, f"{prefix}{name}") for name in ("original_inv_freq", "inv_freq"))
+    setattr(module, f"{prefix}inv_freq", original.to(now.device, copy=True))
     setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
