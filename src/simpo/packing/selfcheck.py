@@ -29,6 +29,7 @@ _TOLERANCE = {
     torch.bfloat16: (5e-2, 1.0),
     torch.float16: (2e-2, 0.5),
 }
+_FIRST = 16  # rows that a sample is chosen from, next to the longest of all
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -51,10 +52,12 @@ def choose_path(model: nn.Module, batch: PackedBatch) -> Literal["packed", "padd
     state = state_of(inner)
     said, state.reasons, state.alone = state.reasons, [], False
     path: Literal["packed", "padded"]
-    sample = _sample(batch).to(next(inner.parameters()).device)
+    # without the longest row of all if the model's own numbers for that are not finite
+    samples = [_sample(chosen).to(next(inner.parameters()).device) for chosen in _candidates(batch)]
     with _evaluating(inner), torch.no_grad():
-        precisions = list(_precisions(inner, sample.input_ids.device))
-        if all(_in_precision(_is_finite, inner, sample, enabled) for enabled in precisions):
+        precisions = list(_precisions(inner, samples[0].input_ids.device))
+        finite = (s for s in samples if all(_in_precision(_is_finite, inner, s, enabled) for enabled in precisions))
+        if (sample := next(finite, None)) is not None:
             path = _judge(inner, state, sample, precisions)
         else:
             path, state.fused_head = "padded", False
@@ -120,18 +123,23 @@ def rows_to_check(model: nn.Module, lengths: Sequence[int]) -> list[int]:
     The check materializes logits, so a row whose logits take more than 2 GiB is not added.
     """
     vocabulary = causal_lm(model).config.get_text_config().vocab_size
-    first = range(min(16, len(lengths)))
+    first = range(min(_FIRST, len(lengths)))
     fitting = [row for row, length in enumerate(lengths) if length * vocabulary * 4 <= 2**31]
     return sorted({*first, max(fitting, key=lambda row: lengths[row], default=0)})
 
 
-def _sample(batch: PackedBatch) -> PackedBatch:
+def _candidates(batch: PackedBatch) -> list[Sequence[TokenizedComparison]]:
+    comparisons = batch.comparisons
+    return [comparisons, comparisons[:_FIRST]] if len(comparisons) > _FIRST else [comparisons]
+
+
+def _sample(comparisons: Sequence[TokenizedComparison]) -> PackedBatch:
     """The two longest comparisons, and next to them a few tokens of the shortest.
 
     Several, so that a leak between comparisons shows; long ones, so that windows matter; a short one, because some
-    models compute it differently next to a long one. Responses are scored whole, whatever the batch scores.
+    models compute it differently next to a long one. Responses are scored whole, whatever a batch scores.
     """
-    ordered = sorted(batch.comparisons, key=lambda comparison: comparison.packed_length)
+    ordered = sorted(comparisons, key=lambda comparison: comparison.packed_length)
     few = TokenizedComparison(ordered[0].prompt_ids[-4:], [response[:4] for response in ordered[0].response_ids])
     return PackedBatch.build([*ordered[-2:], few])
 
