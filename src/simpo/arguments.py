@@ -60,5 +60,5 @@ def mapping(text: str) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"name\": \"value\"}}'")
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as \'{{"name": "value"}}\'')
     return found

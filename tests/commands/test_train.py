@@ -160,6 +160,20 @@ def lines(*rows):
             id="no liger-kernel",
             marks=pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed"),
         ),
+        pytest.param(
+            lines(GOOD),
+            {"use_liger_kernel": True},
+            ["use_liger_kernel", "cpu", "triton"],
+            id="no GPU for liger-kernel",
+            marks=pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed"),
+        ),
+        pytest.param(
+            lines(GOOD),
+            {"liger_kernel_config": '{"rope": true}'},
+            ["liger_kernel_config", "use_liger_kernel"],
+            id="liger_kernel_config alone",
+        ),
+        pytest.param(lines(GOOD), {"neftune_noise_alpha": 5}, ["neftune_noise_alpha", "noise"], id="NEFTune"),
     ],
 )
 def test_mistakes_end_in_one_line(world, tmp_path, monkeypatch, capsys, content, changes, said):

@@ -7,13 +7,15 @@ import logging
 import pytest
 import torch
 import transformers as hf
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaModel, LlamaRotaryEmbedding
 
 from simpo.errors import SimpoError
 from simpo.packing.attention import install, uninstall
+from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import state_of
 from simpo.packing.policy import policy_logprobs
+from simpo.packing.rewards import score_answers
 from simpo.packing.scoring import score_responses
 from simpo.packing.selfcheck import choose_path
 
@@ -310,3 +312,76 @@ def test_weights_that_are_expanded_to_half_precision_are_judged_by_it(computes, 
         layer.mlp.down_proj.__class__ = Expanded
         layer.mlp.down_proj.compute_dtype = computes
     assert choose_path(model, PackedBatch.build(comparisons)) == path
+
+
+# ---- models that compute a row differently next to other rows ----
+
+
+class _ByTheLongest(LlamaRotaryEmbedding):
+    """Frequencies by the longest row of a forward, which nothing in the configuration says."""
+
+    def forward(self, x, position_ids):
+        self.attention_scaling = 1.0 if position_ids.max() < 20 else 1.2
+        return super().forward(x, position_ids)
+
+
+class LongestLlama(hf.LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.rotary_emb = _ByTheLongest(config)
+
+
+class LongestClassifier(hf.LlamaForSequenceClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.rotary_emb = _ByTheLongest(config)
+
+
+@pytest.mark.parametrize("path", ["auto", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_that_looks_at_the_longest_row_computes_each_alone(
+    make_model, random_comparisons, naive_logprobs, caplog, path, dtype
+):
+    """The longest row is the last of many, so that a look at the first ones would not find it."""
+    model = make_model("llama", dtype, kind=LongestLlama).eval()
+    rows = random_comparisons(*[(4, (5, 3))] * 20, (15, (9, 4)), (15, (2, 14)), seed=3)
+    with caplog.at_level(logging.WARNING, "simpo"):
+        found = score_responses(model, rows, path=path).logp
+    assert (state_of(model).path, state_of(model).alone) == ("padded", True)
+    assert any("forward of its own" in record.message for record in caplog.records)
+    expected = torch.stack([logps.sum() for logps in naive_logprobs(model, rows).split(_sizes(rows))])
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=1e-4)
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(5))
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad((found * weight).sum(), parameters),
+        torch.autograd.grad((expected * weight).sum(), parameters),
+        strict=True,
+    ):
+        assert (a - b).abs().max() <= 1e-4 * max(1.0, float(b.abs().max()))
+
+
+def _sizes(rows):
+    return [len(response) for row in rows for response in row.response_ids]
+
+
+def test_a_reward_model_that_looks_at_the_longest_row_computes_each_alone(make_model, random_comparisons):
+    model = make_model("llama", torch.float32, kind=LongestClassifier, num_labels=1).eval()
+    rows = random_comparisons((4, (5, 3)), (15, (9, 4)), (15, (2, 14)), (3, (2, 2)))
+    with torch.no_grad():
+        together = score_answers(model, rows)
+        alone = torch.cat(
+            [score_answers(model, [TokenizedComparison(r.prompt_ids, [y])]) for r in rows for y in r.response_ids]
+        )
+    assert (state_of(model).path, state_of(model).alone) == ("padded", True)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "mistral", "mixtral", "gemma3", "opt", "bloom", "falcon", "mamba", "lfm2"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_not_taken_for_dependence(make_model, comparisons, name, dtype):
+    model = make_model(name, dtype, std=0.1)
+    choose_path(model, PackedBatch.build(comparisons))
+    assert not state_of(model).alone

@@ -1,7 +1,11 @@
 """Sampled tokens against transformers' own unpadded ``generate``, log-probabilities against ``score_responses``."""
 
+import copy
+import logging
+
 import pytest
 import torch
+import transformers as hf
 from peft import LoraConfig, get_peft_model
 
 from simpo import TokenizedComparison, score_responses
@@ -140,3 +144,85 @@ def test_a_model_in_training_samples_as_before(tokenizer):
     score_responses(model, [TokenizedComparison(PROMPTS[0], [[5, 6]])]).logp.sum().backward()
     assert engine.generate(PROMPTS, settings(), seed=3) == plain
     assert model.training
+
+
+# ---- models whose answers depend on padding or on the other prompts of a batch ----
+
+_SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "bos_token_id": 1, "eos_token_id": 1}
+_DECODER = _SIZES | {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+_LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24, "factor": 4.0}
+_LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+_CHUNKED = {"attention_chunk_size": 16, "no_rope_layers": [1, 1, 1, 0], "num_local_experts": 2}
+DEPENDENT = {  # and which prompts can be generated from together
+    "phi3": (hf.Phi3Config, {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 24}, "equal"),
+    "llama": (hf.LlamaConfig, {"rope_parameters": _DYNAMIC, "max_position_embeddings": 24}, "equal"),
+    "llama4": (hf.Llama4TextConfig, _CHUNKED | {"head_dim": 8, "intermediate_size_mlp": 48}, "equal"),
+    "minimax": (hf.MiniMaxConfig, {"head_dim": 8, "num_local_experts": 2, "block_size": 16}, None),
+    "recurrent_gemma": (hf.RecurrentGemmaConfig, {"head_dim": 8, "lru_width": 32, "attention_window_size": 8}, "equal"),
+    "rwkv": (hf.RwkvConfig, {"attention_hidden_size": 32, "context_length": 128}, "none"),
+}
+# short ones, one that crosses 24 tokens while it is answered, and one that starts beyond
+MIXED = [*PROMPTS, list(range(10, 30)), list(range(5, 40)), [6, 7, 8]]
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+@pytest.mark.parametrize("changes", [{"temperature": 0}, {"temperature": 1.0, "top_p": 1.0}])
+def test_answers_are_those_of_every_prompt_alone(name, changes, tokenizer, caplog):
+    kind, changed, together = DEPENDENT[name]
+    base = _SIZES if name == "rwkv" else _DECODER
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(kind(**base | changed)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    untouched = copy.deepcopy(model)
+    with caplog.at_level(logging.WARNING, "simpo"):
+        engine = TransformersEngine(model, tokenizer)
+        found = engine.generate(MIXED, settings(**changes), seed=5)
+        assert engine.generate(MIXED, settings(**changes), seed=5) == found
+    if together is not None:
+        said = [record.message for record in caplog.records if type(model).__name__ in record.message]
+        assert len(said) == 1
+        assert ("of equal length" if together == "equal" else "one at a time") in said[0]
+    for prompt, sampled in zip(MIXED, found, strict=True):
+        alone = copy.deepcopy(untouched)
+        # what it drew is forced on it, so that the log-probabilities are of the same tokens
+        step = iter(sampled.ids)
+        scores = []
+
+        def force(ids, logits, scores=scores, step=step):
+            scores.append(logits.log_softmax(-1))
+            return torch.full_like(logits, float("-inf")).index_fill_(1, torch.tensor([next(step)]), 0.0)
+
+        again = alone.generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=len(sampled.ids),
+            eos_token_id=engine.stop_ids,
+            pad_token_id=0,
+            logits_processor=hf.LogitsProcessorList([force]),
+        )[0, len(prompt) :].tolist()
+        assert again == sampled.ids
+        logps = torch.cat(scores)
+        assert logps.gather(1, torch.tensor(again)[:, None]).sum().item() == pytest.approx(
+            sampled.logp, abs=1e-5, rel=1e-6
+        )
+        if changes["temperature"] == 0:
+            assert logps.argmax(1).tolist() == sampled.ids
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "mixtral", "gemma3", "bloom", "mamba", "lfm2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_others_are_generated_from_together(name, dtype, make_model, tokenizer, caplog):
+    with caplog.at_level(logging.WARNING, "simpo"):
+        TransformersEngine(make_model(name, dtype, std=0.1), tokenizer).generate(PROMPTS, settings(), seed=0)
+    assert not [record for record in caplog.records if "generated from" in record.message]
+
+
+def test_answers_to_one_prompt_differ_where_each_is_generated_alone(tokenizer):
+    torch.manual_seed(0)
+    model = hf.RwkvForCausalLM(hf.RwkvConfig(**_SIZES, attention_hidden_size=32, context_length=128)).eval()
+    found = TransformersEngine(model, tokenizer).generate([[5, 6, 7]] * 4, settings(temperature=1.0), seed=1)
+    assert len({tuple(sampled.ids) for sampled in found}) == 4

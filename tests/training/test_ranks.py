@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from simpo import PreferenceConfig, PreferenceTrainer, SFTConfig, SFTTrainer, SimpoError
 from simpo.packing.model import state_of
@@ -44,6 +45,8 @@ DPO = {"objective": "dpo"}
 KL = {"objective": "dpo", "precompute_ref_log_probs": False, "kl_weight": 0.1}
 LORA = {"lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["c_attn", "c_fc"]}
 KTO = {"objective": "kto", "max_batch_tokens": 40}  # a prompt with a response to another may be longer than a pair
+SHAPE = ("hidden_size", "num_attention_heads", "num_key_value_heads")
+ROPE = {"max_batch_tokens": 110}  # rows with frequencies of their own in one micro-batch
 KINDS = {"pairs": (PreferenceTrainer, PreferenceConfig), "sft": (SFTTrainer, SFTConfig)}
 
 
@@ -74,6 +77,9 @@ IN_TWO = [
     Job("ddp-2-kl", settings=KL),
     Job("fsdp-2-kl", shards=True, settings=KL),
     Job("fsdp-2-lora-kl", shards=True, settings=KL, lora=True),
+    Job("ddp-2-rope", "mixed", model="dynamic", settings=ROPE),
+    Job("fsdp-2-rope", "mixed", shards=True, model="dynamic", settings=ROPE),
+    Job("fsdp-2-alone", "mixed", shards=True, model="dynamic", settings=ROPE),
     Job("sharded-before"),
     Job("ddp-2-nan", "long", model="poisoned", settings={"max_batch_tokens": 40}),
 ]
@@ -91,11 +97,20 @@ ALONE = [
     Job("one-kto", settings=KTO),
     Job("one-lora", settings=DPO, lora=True),
     Job("one-kl", settings=KL),
+    Job("one-rope", "mixed", model="dynamic", settings=ROPE),
     Job("one-lora-kl", settings=KL, lora=True),
     Job("one-lora-of-fsdp-2", settings=DPO, lora=True, resume="fsdp-2-lora/checkpoint-4"),
     Job("one-of-ddp-2", resume="ddp-2/checkpoint-4"),
     Job("one-of-fsdp-2", resume="fsdp-2/checkpoint-4"),
 ]
+
+
+class ByTheLongest(LlamaRotaryEmbedding):
+    """Frequencies by the longest row of a forward, which nothing in the configuration says."""
+
+    def forward(self, x, position_ids):
+        self.attention_scaling = 1.0 if position_ids.max() < 20 else 1.2
+        return super().forward(x, position_ids)
 
 
 class Gradients(TrainerCallback):
@@ -121,7 +136,8 @@ def run(job: Job, folder: Path, world: int) -> dict[str, Any]:
     if world > 1:
         settings |= {"ddp_backend": "gloo"}
     if job.shards:
-        settings |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "GPT2Block"}}
+        layer = "LlamaDecoderLayer" if job.model == "dynamic" else "GPT2Block"
+        settings |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": layer}}
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate's memory of the job before
     args = config_type(output_dir=str(folder / job.name), **settings)
     if job.shards:
@@ -135,6 +151,11 @@ def run(job: Job, folder: Path, world: int) -> dict[str, Any]:
     if job.name == "sharded-before":
         with pytest.raises(SimpoError, match="model: its weights are sharded already"):
             trainer_type(fully_shard(model), args, rows)
+        return {}
+    if job.name == "fsdp-2-alone":
+        model.model.rotary_emb = ByTheLongest(hf.LlamaConfig(**{key: model.config.to_dict()[key] for key in SHAPE}))
+        with pytest.raises(SimpoError, match=r"fsdp: .* a forward of its own"):
+            trainer_type(model, args, rows)
         return {}
     trainer = trainer_type(model, args, rows, eval_dataset=rows, callbacks=[gradients])
     found: dict[str, Any] = {"seen": watch_rows(trainer), "gradients": gradients.steps}
@@ -225,6 +246,10 @@ def done(make_model, pairs, random_comparisons, as_dataset, tmp_path_factory):
     as_dataset(random_comparisons(*shapes)).save_to_disk(folder / "sft")
     long = as_dataset(random_comparisons(*[(4, (5, 6))] * (ROWS - 1), (25, (2, 3))))
     long.save_to_disk(folder / "long")
+    lengths = [(3 + row % 9, (2 + row * 7 % 17, 2 + row * 5 % 23)) for row in range(ROWS)]
+    as_dataset(random_comparisons(*lengths)).save_to_disk(folder / "mixed")
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}  # beyond 16 tokens, of which rows have up to 37
+    make_model("llama", max_position_embeddings=16, rope_parameters=rope).save_pretrained(folder / "dynamic")
     model = make_model("gpt2")
     model.save_pretrained(folder / "model")
     with torch.no_grad():
@@ -274,6 +299,8 @@ def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
         ("ddp-2-kl", "one-kl", 2),
         ("fsdp-2-kl", "one-kl", 2),
         ("fsdp-2-lora-kl", "one-lora-kl", 2),
+        ("ddp-2-rope", "one-rope", 2),
+        ("fsdp-2-rope", "one-rope", 2),
     ],
 )
 def test_ranks_train_as_one_process_does(name, alone, ranks, done):

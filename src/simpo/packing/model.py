@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from simpo.packing import rope
 from simpo.packing.attention import LAYOUT_ARGUMENT
 from simpo.packing.layout import PackedBatch, PaddedRows
 from simpo.packing.logprobs import Head, fused_logprobs
@@ -34,11 +36,15 @@ class PolicyState:
     Attributes:
         path: ``"packed"`` or ``"padded"``, what ``"auto"`` stands for; None before the check.
         fused_head: whether the output layer is understood, so that logits need not be materialised.
+        alone: whether a row's numbers depend on the other rows of a padded batch, so that each is computed by itself.
+        lengths: which rows have the same rotary frequencies, if these depend on a row's length.
         reasons: why a fast path was not taken, in words for the user.
     """
 
     path: Literal["packed", "padded"] | None = None
     fused_head: bool = True
+    alone: bool = False
+    lengths: rope.LengthRule | None = None
     reasons: list[str] = field(default_factory=list)
 
 
@@ -50,7 +56,7 @@ def prepare_policy(model: nn.Module) -> PreTrainedModel:
     if _STATE not in inner.__dict__:
         if "forward" in inner.__dict__:  # a hook of accelerate's, say: it stays around the model's own forward
             inner.__dict__["_simpo_instance_forward"] = inner.forward
-        setattr(inner, _STATE, PolicyState())
+        setattr(inner, _STATE, PolicyState(lengths=rope.install(inner)))
         kind: Any = type(inner)
         inner.forward = MethodType(_forward_of(kind), inner)
     output = _plain_output_layer(inner)
@@ -138,12 +144,31 @@ def _logits_or_other(
     return compute(hidden, replace(head, weight=self.weight, bias=self.bias))
 
 
-def model_inputs(batch: PackedBatch, path: Literal["packed", "padded"]) -> tuple[dict[str, Any], Tensor]:
-    """Keyword arguments for the backbone, and the ``[S]`` scored positions in its flattened output."""
-    if path == "padded":
-        rows = PaddedRows.unpack(batch)
-        return {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "use_cache": False}, rows.scored
-    inputs = {
+def _outputs_at_scored(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    path: Literal["packed", "padded"],
+    forward: Callable[..., Tensor],
+) -> Tensor:
+    """``[S, D]`` what ``forward`` makes, ``[R, L, D]``, at the scored positions of ``batch``."""
+    state = state_of(model)
+    if path == "packed":
+        batch = batch if state.lengths is None else rope.separated(batch, state.lengths)
+        return forward(**_packed_inputs(batch)).flatten(0, 1)[batch.scored]
+    rows = PaddedRows.unpack(batch)
+    if state.alone:
+        each = [ids[None, :size] for ids, size in zip(rows.input_ids, batch.layout.key_sizes, strict=True)]
+        found = [forward(input_ids=ids, use_cache=False)[0] for ids in each]
+        return pad_sequence(found, batch_first=True).flatten(0, 1)[rows.scored]
+    inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "use_cache": False}
+    if state.lengths is not None:  # from the position ids the frequencies are found
+        inputs["position_ids"] = rows.attention_mask.cumsum(dim=1) - 1
+    return forward(**inputs).flatten(0, 1)[rows.scored]
+
+
+def _packed_inputs(batch: PackedBatch) -> dict[str, Any]:
+    """Keyword arguments for the backbone."""
+    return {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.layout.index.positions[None],
         # an already made, four-dimensional mask passes every model by; the layout says what is seen
@@ -151,14 +176,12 @@ def model_inputs(batch: PackedBatch, path: Literal["packed", "padded"]) -> tuple
         "use_cache": False,
         LAYOUT_ARGUMENT: batch.layout,
     }
-    return inputs, batch.scored
 
 
 def scored_states(model: PreTrainedModel, batch: PackedBatch, path: Literal["packed", "padded"]) -> Tensor:
     """``[S, H]`` hidden states that the scored tokens are predicted from."""
-    inputs, scored = model_inputs(batch, path)
-    hidden = backbone(model)(**inputs)[0]  # [1, T, H] or [R, L, H]
-    return hidden.flatten(0, 1)[scored]
+    layers = backbone(model)
+    return _outputs_at_scored(model, batch, path, lambda **inputs: layers(**inputs)[0])
 
 
 def at_output_layer(model: PreTrainedModel, states: Tensor, compute: OfStates) -> Any:
@@ -179,7 +202,8 @@ def token_logprobs(model: PreTrainedModel, batch: PackedBatch, path: Literal["pa
     """The :data:`Computation` of :func:`policy_logprobs`."""
     if plain_head(model) is not None:
         return states_logprobs(model, scored_states(model, batch, path), batch.targets)
-    inputs, scored = model_inputs(batch, path)
-    logits = original_forward(model, **inputs).logits.flatten(0, 1)[scored]  # [S, V]
+    logits = _outputs_at_scored(  # [S, V]
+        model, batch, path, lambda **inputs: original_forward(model, **inputs).logits
+    )
     exact = torch.promote_types(logits.dtype, torch.float32)
     return torch.log_softmax(logits, dim=-1, dtype=exact).gather(-1, batch.targets[:, None]).squeeze(-1)

@@ -10,9 +10,11 @@ from torch import nn
 from simpo.objectives import Responses
 from simpo.packing.binning import fill_in_order
 from simpo.packing.comparison import TokenizedComparison
+from simpo.packing.index import Span
 from simpo.packing.layout import PackedBatch
-from simpo.packing.model import prepare_policy
+from simpo.packing.model import prepare_policy, state_of
 from simpo.packing.policy import ForwardPath, policy_forward, resolve_path
+from simpo.packing.selfcheck import rows_to_check
 
 
 def score_responses(
@@ -54,9 +56,14 @@ def bounded_batches(
     """
     if not comparisons:
         raise ValueError("there is nothing to score: give at least one comparison")
-    path = resolve_path(prepare_policy(model), PackedBatch.build(comparisons[:16]), path)
-    packed = path == "packed"
+    inner = prepare_policy(model)
+    sample = [comparisons[i] for i in rows_to_check(inner, [c.packed_length for c in comparisons])]
+    path = resolve_path(inner, PackedBatch.build(sample), path)
+    packed, rule = path == "packed", state_of(inner).lengths
     lengths = [c.packed_length if packed else c.padded_length for c in comparisons]
+    if packed and rule is not None:  # responses with different rotary frequencies do not share their prompt
+        spans = (Span(len(c.prompt_ids), tuple(map(len, c.response_ids))) for c in comparisons)
+        lengths = [sum(part.total for part in rule.split(span)) for span in spans]
     rows = None if packed else [len(c.response_ids) for c in comparisons]
     for run in fill_in_order(lengths, max_batch_tokens, rows):
         yield PackedBatch.build([comparisons[i] for i in run]), path

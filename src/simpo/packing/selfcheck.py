@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from simpo.packing.attention import UnsupportedAttentionError, install, uninstall
+from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.evidence import differences, figures_alone, own_figures
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import Computation, PolicyState, causal_lm, find_head, prepare_policy, state_of, token_logprobs
@@ -28,6 +29,7 @@ _TOLERANCE = {
     torch.bfloat16: (5e-2, 1.0),
     torch.float16: (2e-2, 0.5),
 }
+_FIRST = 16  # rows that a sample is chosen from, next to the longest of all
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -36,22 +38,26 @@ class NotShareableError(Exception):
 
 
 def choose_path(model: nn.Module, batch: PackedBatch) -> Literal["packed", "padded"]:
-    """Decide, once, how ``model`` computes packed batches, and say what could not be taken and why.
+    """Decide, once, how ``model`` computes packed batches, and report what could not be taken and why.
 
     The packed path is taken if as many attention calls carry the layout as the model has layers, each with the sliding
-    window that the configuration promises, and its log-probabilities of up to two comparisons of ``batch`` agree with
-    those of the model's own forward, one sequence at a time. The fused output layer is checked in the same way. Of a
+    window that the configuration promises, and its log-probabilities of two comparisons of ``batch`` and a short one
+    agree with those of the model's own forward, one sequence at a time. The fused output layer is checked in the same
+    way, and so are padded batches: where a row's numbers depend on its neighbors, every response has a forward of its
+    own. Of a
     reward model the layer is checked by its rewards, and the path by the hidden states that they are made of: all
     rewards of a layer that knows nothing yet are alike.
     """
     inner = prepare_policy(model)
     state = state_of(inner)
-    said, state.reasons = state.reasons, []
+    said, state.reasons, state.alone = state.reasons, [], False
     path: Literal["packed", "padded"]
-    sample = _sample(batch).to(next(inner.parameters()).device)
+    # without the longest row of all if the model's own numbers for that are not finite
+    samples = [_sample(chosen).to(next(inner.parameters()).device) for chosen in _candidates(batch)]
     with _evaluating(inner), torch.no_grad():
-        precisions = list(_precisions(inner, sample.input_ids.device))
-        if all(_in_precision(_is_finite, inner, sample, enabled) for enabled in precisions):
+        precisions = list(_precisions(inner, samples[0].input_ids.device))
+        finite = (s for s in samples if all(_in_precision(_is_finite, inner, s, enabled) for enabled in precisions))
+        if (sample := next(finite, None)) is not None:
             path = _judge(inner, state, sample, precisions)
         else:
             path, state.fused_head = "padded", False
@@ -75,6 +81,9 @@ def _judge(
         state.reasons.append(f"its output layer is not a plain matrix product: {_without_head(inner)}")
         if is_reward_model(inner):
             return "padded"
+    for enabled in precisions:
+        _in_precision(_check_padded, inner, sample, enabled)
+    padded = "computed by itself" if state.alone else "computed with a prompt of its own, padded"
     try:
         install(causal_lm(inner))
         for enabled in precisions:
@@ -82,7 +91,7 @@ def _judge(
         return "packed"
     except (NotShareableError, UnsupportedAttentionError) as error:
         uninstall(causal_lm(inner))
-        state.reasons.append(f"{error}: every response is computed with a prompt of its own, padded")
+        state.reasons.append(f"{error}: every response is {padded}")
         return "padded"
 
 
@@ -108,13 +117,31 @@ def _without_head(model: PreTrainedModel) -> str:
     return "every response has a forward of its own" if is_reward_model(model) else "logits are materialised"
 
 
-def _sample(batch: PackedBatch) -> PackedBatch:
-    """The two longest comparisons: two, so that a leak between comparisons shows; long, so that windows matter.
+def rows_to_check(model: nn.Module, lengths: Sequence[int]) -> list[int]:
+    """Numbers of the rows to choose the self-check's sample from: the first ones and the longest, by their tokens.
 
-    Their responses are scored whole, whatever the batch scores.
+    The check materializes logits, so a row whose logits take more than 2 GiB is not added.
     """
-    longest = sorted(batch.comparisons, key=lambda comparison: comparison.packed_length)[-2:]
-    return PackedBatch.build(longest)
+    vocabulary = causal_lm(model).config.get_text_config().vocab_size
+    first = range(min(_FIRST, len(lengths)))
+    fitting = [row for row, length in enumerate(lengths) if length * vocabulary * 4 <= 2**31]
+    return sorted({*first, max(fitting, key=lambda row: lengths[row], default=0)})
+
+
+def _candidates(batch: PackedBatch) -> list[Sequence[TokenizedComparison]]:
+    comparisons = batch.comparisons
+    return [comparisons, comparisons[:_FIRST]] if len(comparisons) > _FIRST else [comparisons]
+
+
+def _sample(comparisons: Sequence[TokenizedComparison]) -> PackedBatch:
+    """The two longest comparisons, and next to them a few tokens of the shortest.
+
+    Several, so that a leak between comparisons shows; long ones, so that windows matter; a short one, because some
+    models compute it differently next to a long one. Responses are scored whole, whatever a batch scores.
+    """
+    ordered = sorted(comparisons, key=lambda comparison: comparison.packed_length)
+    few = TokenizedComparison(ordered[0].prompt_ids[-4:], [response[:4] for response in ordered[0].response_ids])
+    return PackedBatch.build([*ordered[-2:], few])
 
 
 @contextmanager
@@ -138,6 +165,37 @@ def _head_agrees(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) 
         return False
     state_of(model).fused_head = True  # the forward takes it, one sequence at a time
     return _agree(figures_alone(model, sample, rewards if reward else token_logprobs), expected, model)
+
+
+def _check_padded(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> None:
+    """Find out whether padded rows have the numbers that they have alone, up to what any batch changes by rounding."""
+    compute = end_states if is_reward_model(model) else token_logprobs
+
+    def worst(batch: PackedBatch) -> float:
+        found = model(packed_batch=batch, path="padded", compute=compute)
+        return differences(found, figures_alone(model, batch, compute), model).max().item()
+
+    # one response twice: no padding, and what is left is rounding
+    first = sample.comparisons[0]
+    twice = PackedBatch.build([TokenizedComparison(first.prompt_ids, first.response_ids[:1] * 2)])
+    rounding, difference = worst(twice.to(sample.input_ids.device)), worst(sample)
+    maximum = _TOLERANCE[computes_in(model)][1]
+    if not difference <= min(maximum, rounding_tolerance(rounding, computes_in(model))):  # written for NaN, too
+        state_of(model).alone = True
+        state_of(model).reasons.append(
+            f"padded batches change its numbers by {difference:.2g}: where prompts are not shared, every response has "
+            "a forward of its own"
+        )
+
+
+def rounding_tolerance(rounding: float, dtype: torch.dtype) -> float:
+    """Largest difference between two orders of computing a log-probability, in nats, that is taken for rounding.
+
+    Args:
+        rounding: a difference that can be nothing else.
+        dtype: in which the products are taken.
+    """
+    return max(16 * rounding, 64 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps))
 
 
 def _probe(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> None:
@@ -176,13 +234,13 @@ def _sliding_layers(config: Any, kinds: list[str]) -> int:
 
 
 def _agree(found: Tensor, expected: Tensor, model: nn.Module) -> bool:
-    mean, maximum = _TOLERANCE[_computes_in(model)]
+    mean, maximum = _TOLERANCE[computes_in(model)]
     difference = differences(found, expected, model)
     # written so that a NaN disagrees
     return bool(difference.mean() <= mean) and bool(difference.max() <= maximum)
 
 
-def _computes_in(model: nn.Module) -> torch.dtype:
+def computes_in(model: nn.Module) -> torch.dtype:
     """The type that products are taken in: autocast's, the weights' own, or what weights in 4 bits are expanded to."""
     weight = next(model.parameters())
     if weight.dtype != torch.float32:

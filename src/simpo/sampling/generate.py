@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from simpo.packing.model import causal_lm
+from simpo.packing.model import causal_lm, prepare_policy, state_of
+from simpo.packing.selfcheck import computes_in, rounding_tolerance
 from simpo.sampling.engine import Sampled, stop_ids
-from simpo.sampling.settings import SamplingSettings
+from simpo.sampling.settings import SamplingSettings, derived_seed
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,9 @@ _OURS = {"do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_to
 _OURS |= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache"}
 _OURS |= {"output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"}
 _OURS |= {"cache_implementation", "trust_remote_code"}
+
+# Which prompts are generated from together: all, those of equal length, or none.
+Together = Literal["all", "equal", "none"]
 
 
 class TransformersEngine:
@@ -38,21 +43,99 @@ class TransformersEngine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         self.model = model
+        self._tokenizer = tokenizer
+        self._together: Together | None = None
+        self._reported = False
+        self._border = _border(model)
         self.stop_ids = stop_ids(tokenizer, model.generation_config)
         self._pad_id = self.stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         if ignored := ignored_settings(model.generation_config):
             logger.warning("the checkpoint's generation settings are not used: %s", ", ".join(ignored))
 
     def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
-        """One response to every prompt; see :class:`simpo.sampling.engine.Engine`."""
-        recorder = _Recorder()
-        new = self._new_tokens(prompts, settings, seed, logits_processor=LogitsProcessorList([recorder]))
-        logps = recorder.finish(new)
+        """One response to every prompt; see :class:`simpo.sampling.engine.Engine`.
+
+        The responses are those of every prompt by itself: where padding or other prompts would change them, prompts of
+        equal length are generated from together, or each alone, which is checked once and reported.
+        """
+        assert settings.max_new_tokens is not None
+        groups = self._groups([len(prompt) for prompt in prompts], settings.max_new_tokens)
+        found: list[Sampled] = [Sampled([], False, None)] * len(prompts)
+        for number, group in enumerate(groups):
+            own = seed if len(groups) == 1 else derived_seed(seed, number)
+            for place, sampled in zip(group, self._generate([prompts[i] for i in group], settings, own), strict=True):
+                found[place] = sampled
+        return found
+
+    def _generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
+        new, logps = self._recorded(prompts, settings, seed)
         ended = [self._until_stop(ids) for ids in new.tolist()]
         return [
             Sampled(ids, finished, sum(row[: len(ids)]))
             for (ids, finished), row in zip(ended, logps.tolist(), strict=True)
         ]
+
+    def _recorded(
+        self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int, *processors: LogitsProcessor
+    ) -> tuple[Tensor, Tensor]:
+        """``[B, N]`` new tokens and their log-probabilities under the model."""
+        recorder = _Recorder()
+        processing = LogitsProcessorList([recorder, *processors])
+        new = self._new_tokens(prompts, settings, seed, logits_processor=processing)
+        return new, recorder.finish(new)
+
+    # ---- which prompts are generated from together ----
+
+    def _groups(self, lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+        """Numbers of the prompts with these ``lengths`` that are generated from together."""
+        if len(lengths) == 1:
+            return [[0]]
+        if self._together is None:
+            self._together, reason = self._check()
+            self._report(self._together, reason)
+        if self._together == "none":
+            return [[number] for number in range(len(lengths))]
+        reach, kinds = max(lengths) + max_new_tokens, sorted(set(lengths))
+        if self._together == "equal" or (reach > self._border and len(kinds) > 1):
+            self._report("equal", f"beyond {self._border} tokens its attention depends on padding")
+            return [[n for n, size in enumerate(lengths) if size == length] for length in kinds]
+        return [list(range(len(lengths)))]
+
+    def _report(self, together: Together, reason: str) -> None:
+        """Say once why prompts are not all generated from together."""
+        if together != "all" and not self._reported:
+            how = "in groups of equal length" if together == "equal" else "one at a time"
+            logger.warning("%s: %s: prompts are generated from %s", type(causal_lm(self.model)).__name__, reason, how)
+            self._reported = True
+
+    def _check(self) -> tuple[Together, str]:
+        """Compare generation for several prompts with that for each alone; what is possible, and why no more.
+
+        The prompts are made up, so that the answer is the same for every part of a run.
+        """
+        config = causal_lm(self.model).config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or 128
+        count = min(8, max(1, context // 4))
+        longest = max(1, min(64, context - count))
+        ids = set(self._tokenizer.get_vocab().values()) - set(self._tokenizer.added_tokens_decoder)
+        ordinary = sorted(ids & set(range(config.vocab_size))) or list(range(config.vocab_size))
+        answer, *prompts = np.random.default_rng(0).choice(ordinary, (3, max(longest, count))).tolist()
+        prompts = [prompts[0][:longest], prompts[1][:longest], prompts[0][: 1 + longest // 12]]
+
+        def logps(prompts: Sequence[list[int]]) -> Tensor:
+            """``[B, N]`` of the answer's first tokens after each prompt."""
+            settings = SamplingSettings(temperature=0.0, max_new_tokens=count)
+            return self._recorded(prompts, settings, 0, _Forced(answer))[1]
+
+        alone = torch.cat([logps([prompt]) for prompt in prompts])
+        dtype = computes_in(self.model)
+        rounding = (logps(prompts[:2]) - alone[:2]).abs().max().item()
+        if not rounding <= min(1.0, 100 * rounding_tolerance(0.0, dtype)):
+            return "none", f"other prompts in a batch change its log-probabilities by {rounding:.2g}"
+        padded = (logps(prompts) - alone).abs().max().item()
+        if not padded <= min(1.0, rounding_tolerance(rounding, dtype)):
+            return "equal", f"padding changes its log-probabilities by {padded:.2g}"
+        return "all", ""
 
     def stream(self, prompt: list[int], settings: SamplingSettings, seed: int, **options: Any) -> Sampled:
         """One response without its log-probability, while it is generated.
@@ -74,6 +157,9 @@ class TransformersEngine:
         ids, mask = left_padded(prompts, self._pad_id)
         with _sampling_mode(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
+            if getattr(causal_lm(self.model), "_is_stateful", False):
+                with torch.no_grad():  # without a cache, so that a state left in its modules by an answer is dropped
+                    self.model(input_ids=ids[:1, -1:].to(device), use_cache=False)
             found = self.model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -96,6 +182,20 @@ class TransformersEngine:
         """A row up to and with the token that ended it, and whether there is one."""
         end = next((place for place, token_id in enumerate(ids, start=1) if token_id in self.stop_ids), None)
         return ids[:end], end is not None
+
+
+def _border(model: PreTrainedModel) -> float:
+    """Tokens up to which padding changes nothing by the configuration; what no check of short prompts would show.
+
+    Beyond it, rotary frequencies depend on the length, for which some models discard their cache, or chunks of
+    attention start where the padding puts them.
+    """
+    rule = state_of(prepare_policy(model)).lengths
+    config = causal_lm(model).config.get_text_config()
+    borders = [getattr(config, "attention_chunk_size", None), getattr(config, "floor_scale", None)]
+    if rule is not None:
+        borders += [*rule.borders, rule.growth, getattr(config, "original_max_position_embeddings", None)]
+    return min((border for border in borders if border), default=float("inf"))
 
 
 def ignored_settings(generation_config: GenerationConfig | None) -> list[str]:
@@ -158,3 +258,15 @@ class _Recorder(LogitsProcessor):
     def _choose(self, tokens: Tensor) -> None:
         assert self._last is not None
         self._chosen.append(self._last.gather(1, tokens.to(self._last.device)[:, None]).squeeze(1))
+
+
+class _Forced(LogitsProcessor):
+    """Makes every row continue with the same tokens, one after the other."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = iter(tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, float("-inf"))
+        forced[:, next(self._tokens)] = 0
+        return forced

@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 from simpo.packing.binning import MicroBatch, StepPlan
 from simpo.packing.comparison import TokenizedComparison
 from simpo.packing.layout import PackedBatch
+from simpo.packing.rope import LengthRule
 from simpo.training.rankings import OrderedPairs
 from simpo.training.running_means import widest_type
 
@@ -166,8 +167,11 @@ def _numbers(values: Sequence[float] | None) -> Tensor | None:
     return None if values is None else torch.tensor(values, dtype=torch.float64)
 
 
-def token_lengths(rows: Dataset, *, padded: bool) -> np.ndarray:
-    """``[rows]`` most tokens that a comparison takes in a forward, with its prompt shared or as padded rows."""
+def token_lengths(rows: Dataset, *, padded: bool, rule: LengthRule | None = None) -> np.ndarray:
+    """``[rows]`` most tokens that a comparison takes in a forward, with its prompt shared or as padded rows.
+
+    By ``rule`` responses with different rotary frequencies do not share their prompt.
+    """
     table = rows.with_format("arrow")
     prompt = pc.list_value_length(table["prompt_ids"]).to_numpy()
     responses = table["response_ids"]
@@ -178,6 +182,8 @@ def token_lengths(rows: Dataset, *, padded: bool) -> np.ndarray:
         lengths = count * (prompt + np.maximum.reduceat(sizes, starts))
     else:
         lengths = prompt + np.add.reduceat(sizes, starts)
+        if rule is not None:
+            lengths = lengths + rule.repeated_prompts(prompt, sizes, starts)
     if MISMATCHED_IDS not in rows.column_names:
         return lengths
     return np.maximum(lengths, prompt + pc.list_value_length(table[MISMATCHED_IDS]).to_numpy())

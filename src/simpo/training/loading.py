@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from simpo.packing.binning import StepPlan
+from simpo.packing.rope import LengthRule
 from simpo.training.batches import ComparisonRows, PlanSampler, collate, response_counts, token_lengths
 from simpo.training.settings import TrainingSettings
 
@@ -26,6 +27,7 @@ def plan_steps(
     shuffled: bool,
     drop_last: bool,
     weights: np.ndarray | None,
+    rule: LengthRule | None,
 ) -> StepPlan:
     """The plan that all ranks share.
 
@@ -37,8 +39,9 @@ def plan_steps(
         shuffled: by the seed of ``args``, else in the order of ``rows``.
         drop_last: leave out a last step that is not full.
         weights: ``[rows]`` how much each counts in its step's mean; None for all alike.
+        rule: of a model whose rotary frequencies depend on a row's length.
     """
-    lengths = token_lengths(rows, padded=padded)
+    lengths = token_lengths(rows, padded=padded, rule=rule)
     budget = args.max_batch_tokens
     if budget is None:
         budget = max(_ACCELERATOR_TOKENS if args.device.type != "cpu" else _CPU_TOKENS, int(lengths.max()))

@@ -24,14 +24,15 @@ from simpo.data.tokenize import Prepared
 from simpo.errors import SimpoError
 from simpo.packing.binning import MicroBatch, StepPlan, check_budget
 from simpo.packing.layout import PackedBatch
-from simpo.packing.model import prepare_policy
+from simpo.packing.model import prepare_policy, state_of
 from simpo.packing.policy import ForwardPath, policy_forward, resolve_path
-from simpo.packing.selfcheck import choose_path
+from simpo.packing.selfcheck import choose_path, rows_to_check
 from simpo.training.adapters import check_adapter
 from simpo.training.batches import ComparisonRows, PlannedBatch, collate, comparisons_of, token_lengths
 from simpo.training.checkpointing import CheckpointShare
 from simpo.training.compilation import compile_layers
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
+from simpo.training.liger import check_layers
 from simpo.training.limits import Limits
 from simpo.training.loading import plan_steps, step_loader
 from simpo.training.memory import OUTSIDE_A_FORWARD, memory_answered, tokens_that_fit
@@ -92,6 +93,8 @@ class PackedTrainer(ResumableTrainer):
         keep_gradients(model)
         if args.disable_dropout:
             disable_dropout(model)
+        if args.use_liger_kernel:
+            check_layers(model, args.liger_kernel_config)
         super().__init__(
             model=model,
             args=args,
@@ -208,6 +211,7 @@ class PackedTrainer(ResumableTrainer):
             shuffled=training and self.args.train_sampling_strategy == "random",
             drop_last=training and self.args.dataloader_drop_last,
             weights=self.row_weights(rows),
+            rule=state_of(prepare_policy(self.model)).lengths,
         )
 
     # ---- loss ----
@@ -218,10 +222,17 @@ class PackedTrainer(ResumableTrainer):
         rows = self.train_dataset if self.train_dataset is not None else _first(self.eval_dataset)
         if rows is None:
             return self.args.forward_path
-        sample = PackedBatch.build(comparisons_of(rows, range(min(16, len(rows)))))
+        checked = rows_to_check(model, token_lengths(rows, padded=False).tolist())
+        sample = PackedBatch.build(comparisons_of(rows, checked))
         with self.accelerator.autocast():
             choose_path(model, sample)
         path = resolve_path(model, sample, self.args.forward_path)
+        if path == "padded" and state_of(model).alone and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise SimpoError(
+                f"{'fsdp' if self.is_fsdp_enabled else 'deepspeed'}: this model computes a row differently next to "
+                "other rows, so every response needs a forward of its own, and processes that share the weights must "
+                "make equally many; train without it"
+            )
         packed = self._sum_over_ranks(torch.tensor(int(path == "packed"), device=self.args.device))
         return path if packed in (0, self.args.world_size) else "padded"  # ranks with other plans would wait for ever
 
@@ -279,7 +290,8 @@ class PackedTrainer(ResumableTrainer):
             self._forward_and_backward(model, smaller)
 
         data = self.completed(self.train_dataset)
-        lengths = token_lengths(data, padded=self.path == "padded")
+        rule = state_of(prepare_policy(self.model)).lengths
+        lengths = token_lengths(data, padded=self.path == "padded", rule=rule)
         own = [int(lengths[row]) for row in batch.rows]
         return tokens_that_fit(own, int(lengths.max()), attempt if self.args.world_size == 1 else None)
 

@@ -30,7 +30,7 @@ from simpo.training.identity import rows_digest
 logger = logging.getLogger(__name__)
 
 # Raise it when the same weights and tokens get other log-probabilities.
-_FORMAT = 1
+_FORMAT = 2
 _ROWS = 512  # of a chunk, which is written whole or computed again
 _POLICY = "policy.json"
 # Of a model's and an adapter's configuration: where it comes from and how it is used, but not what it computes.

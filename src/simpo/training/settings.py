@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames, ParallelMode
 
 from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.errors import CombinedError, SimpoError, check_all
+from simpo.training.liger import layers_only
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,10 @@ _NO_LABELS = "batches are packed, and there are no labels or logits to gather"
 UNSUPPORTED = {
     "auto_find_batch_size": (False, "a step's rows would change; max_batch_tokens bounds the memory of a forward"),
     "save_only_model": (False, "a run could not be continued from such a checkpoint"),
+    "neftune_noise_alpha": (
+        None,
+        "its noise is scaled by the length of a padded batch, which packed prompts and responses do not have",
+    ),
     "label_smoothing_factor": (0.0, "it smooths class labels; label_smoothing is the preference objectives' own"),
     "include_num_input_tokens_seen": ("no", "a packed prompt is computed once for all of its responses"),
     "include_for_metrics": ([], _NO_LABELS),
@@ -182,8 +187,10 @@ class TrainingSettings(TrainingArguments):
                 raise SimpoError(f"{key}: must be at least 0 and below 2**32, not {value}")
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise SimpoError(f"max_batch_tokens: must be at least 1, not {self.max_batch_tokens}")
-        if self.use_liger_kernel and find_spec("liger_kernel") is None:
-            raise SimpoError("use_liger_kernel: liger-kernel is not installed; install it, or leave the key out")
+        if self.use_liger_kernel:
+            self.liger_kernel_config = layers_only(self.liger_kernel_config, self.device)  # type: ignore[has-type]
+        elif self.liger_kernel_config:
+            raise SimpoError("liger_kernel_config: set use_liger_kernel: true, or leave it out")
         optimizer = OptimizerNames(self.optim).value
         own = "bnb" in optimizer or optimizer.startswith(("adamw_8bit", "ademamix", "lion", "paged"))
         if own and find_spec("bitsandbytes") is None:
