@@ -133,6 +133,33 @@ def rotate(folder: Path, limit: int | None, *, newest: Path, best: str | None) -
             remove_folder(path)
 
 
+class SaveAfterEpoch(TrainerCallback):
+    """Writes the checkpoint of an epoch's last step, or the run's, after everything else that is due there.
+
+    A run that continues from it has then nothing left to do for that epoch: no evaluation is lost or repeated.
+    """
+
+    def __init__(self) -> None:
+        self._due = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Postpone the checkpoint of an epoch's last step."""
+        self._due = control.should_save and ends_epoch(state)
+        control.should_save = control.should_save and not self._due
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for the checkpoint that was postponed."""
+        control.should_save = control.should_save or self._due
+        self._due = False
+
+
+def ends_epoch(state: TrainerState) -> bool:
+    """Whether the step just taken is the last one of an epoch or of the run, which may end within an epoch."""
+    return (state.epoch or 0.0) % 1 == 0 or state.global_step >= state.max_steps
+
+
 class BestCheckpoint(TrainerCallback):
     """Finds the best checkpoint of a run that is continued again, also where its folder has moved."""
 
