@@ -20,6 +20,7 @@ from simpo.runs.manifest import damage, write_manifest
 from simpo.training.adapters import adapter_fault, holds_adapter
 from simpo.training.renamed import kind_of
 from simpo.training.sharding import stored_tensors
+from simpo.training.zero import shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def check_checkpoint(path: Path, model: nn.Module) -> None:
     here = getattr(getattr(model, "config", None), "model_type", None)
     if (kind := kind_of(path)) not in (None, here):
         raise SimpoError(_another_model(path, f"{kind} there, {here} here"))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: shape_of(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     for name, stored in stored_tensors(path):  # names that are not the model's are looked at when they are loaded
         shape = tuple(stored.get_shape())
         if shapes.get(name, shape) != shape:

@@ -114,6 +114,7 @@ class ResumableTrainer(ShardedTrainer):
             self._saved = step_of(checkpoint)
         self._means.restore(json.loads((checkpoint / _MEANS_NAME).read_text()), main=self.is_world_process_zero())
         saved_by = ranks_of(checkpoint)
+        self.check_engine(checkpoint, saved_by)
         if saved_by not in (0, self.args.world_size) and self.is_world_process_zero():
             logger.warning(
                 "%s is of %d processes and continues on %d: exactly, but for random numbers (dropout)",

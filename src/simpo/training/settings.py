@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from simpo.data.settings import TokenizeSettings
 from simpo.errors import SimpoError
+from simpo.training.zero import read_config, settle_batch
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +91,18 @@ class TrainingSettings(TrainingArguments):
                 "push_to_hub: nothing is uploaded while training; upload the finished folder with 'hf upload'"
             )
             self.push_to_hub = False
+        batch = self.per_device_train_batch_size, self.gradient_accumulation_steps  # type: ignore[has-type]
         self._fold_accumulation()
+        if self.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            self.deepspeed = read_config(self.deepspeed, *batch)
         self.remove_unused_columns = False  # the columns are ours, not the model's
         self.logging_nan_inf_filter = False  # a loss that is not finite must be seen
         # without it transformers takes bf16 on a machine without accelerator for a mistake
         if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
+        if self.deepspeed_plugin is not None and not self.deepspeed:  # the launcher's
+            settle_batch(self.deepspeed_plugin.hf_ds_config.config, *batch)
         if self.n_gpu > 1:
             raise SimpoError(
                 f"{self.n_gpu} GPUs are visible and there is no launcher: start with "
