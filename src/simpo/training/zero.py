@@ -11,6 +11,7 @@ import copy
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,8 +33,12 @@ def read_config(given: str | dict[str, Any] | None, rows: int, accumulation: int
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise SimpoError("deepspeed: not installed; DS_BUILD_OPS=0 pip install --no-build-isolation 'simpo[deepspeed]'")
+    # DeepSpeed calls torch's collectives by their old names
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     if not given:
         return None
+    if "WORLD_SIZE" not in os.environ:
+        raise SimpoError("deepspeed: start with torchrun or accelerate launch, also for one process")
     if isinstance(given, str):
         try:
             given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
@@ -62,6 +67,8 @@ def settle_batch(config: dict[str, Any], rows: int, accumulation: int) -> None:
         if config.get(key, "auto") not in ("auto", value):
             raise SimpoError(f"deepspeed: {key} is {config[key]} there and {value} in the recipe; set it to auto")
         config[key] = "auto"
+    # DeepSpeed knows their product by itself; on a CPU it would compare it before it knows the number of processes
+    del config["train_batch_size"]
 
 
 def settle_deepspeed(accelerator: Accelerator, model: nn.Module) -> None:
