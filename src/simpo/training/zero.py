@@ -26,7 +26,7 @@ from simpo.errors import SimpoError
 
 
 def read_config(given: str | dict[str, Any] | None, rows: int, accumulation: int) -> dict[str, Any] | None:
-    """What a recipe's ``deepspeed`` says (a file, its text or contents), its batch sizes left to the trainer.
+    """What a recipe's ``deepspeed`` says (a file, its text or contents), with batch sizes and precision left to it.
 
     Raises:
         SimpoError: DeepSpeed is not installed, there is no such file, or it is not JSON; or as :func:`settle_batch`.
@@ -46,6 +46,8 @@ def read_config(given: str | dict[str, Any] | None, rows: int, accumulation: int
             raise SimpoError(f"deepspeed: {given!r} is not a file of JSON ({' '.join(str(error).split())})") from error
     config: dict[str, Any] = copy.deepcopy(given)  # type: ignore[arg-type]
     settle_batch(config, rows, accumulation)
+    for precision in ("bf16", "fp16"):  # the recipe's, also where the file leaves it open
+        config.setdefault(precision, {"enabled": "auto"})
     return config
 
 
@@ -89,19 +91,22 @@ def settle_deepspeed(accelerator: Accelerator, model: nn.Module) -> None:
     if getattr(model, "is_loaded_in_4bit", False) and plugin.hf_ds_config.is_zero3():
         raise SimpoError("deepspeed: ZeRO-3 does not partition a base model in 4 bits; use ZeRO-2, or no load_in_4bit")
     whole = [parameter for parameter in model.parameters() if not is_partitioned(parameter)]
-    for parameter in filter(torch.is_floating_point, whole):
-        if parameter.dtype not in (torch.float32, dtype):
-            kinds = tuple(str(kind).removeprefix("torch.") for kind in (parameter.dtype, dtype))
-            raise SimpoError(
-                "dtype: the model has weights in {} and DeepSpeed computes in {}; make them agree (bf16: "
-                "true computes in bfloat16)".format(*kinds)
-            )
-        parameter.data = parameter.data.to(dtype)
+    partitioned = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
+    kinds = {parameter.dtype for parameter in whole if parameter.is_floating_point()}
+    if partitioned:  # while it was loaded, in DeepSpeed's type whatever was asked for
+        kinds |= {getattr(getattr(model, "config", None), "dtype", None) or dtype}
+    if other := kinds - {torch.float32, dtype}:
+        raise SimpoError(
+            f"dtype: the model is in {str(min(other, key=str))[6:]} and DeepSpeed computes in {str(dtype)[6:]} "
+            "(float32 unless bf16: true); make them agree"
+        )
+    for parameter in whole:
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     if plugin.hf_ds_config.is_zero3():
         import deepspeed  # noqa: PLC0415 - an extra
 
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
-        partitioned = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
         if partitioned and whole:  # an adapter on a model that was partitioned while it was loaded
             partitioned[0].convert_to_zero_parameters(param_list=whole)
         elif whole:
