@@ -310,9 +310,11 @@ class PackedTrainer(ResumableTrainer):
             rows = rows_without_gradient(self.model, step, self._loss_of_row) if self.args.world_size == 1 else step
         found = describe_rows(self.train_dataset, rows)
         many = " (all rows of the step: look at the model and the learning rate)" if len(rows) == len(step) > 1 else ""
+        updated = self.is_deepspeed_enabled and what == "gradient"  # its backward has moved the optimizer
+        kept = "the weights were updated, the last checkpoint is unharmed" if updated else "nothing was updated"
         return (
-            f"step {self.state.global_step + 1}: the {what} is not finite; rows: {found}{many}; nothing was updated: "
-            "mend or remove what is named"
+            f"step {self.state.global_step + 1}: the {what} is not finite; rows: {found}{many}; {kept}: "
+            "fix or remove what is named"
         )
 
     def _of_all_ranks(self, rows: list[int]) -> list[int]:
