@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -93,8 +93,9 @@ class TrainingSettings(TrainingArguments):
             self.push_to_hub = False
         batch = self.per_device_train_batch_size, self.gradient_accumulation_steps  # type: ignore[has-type]
         self._fold_accumulation()
-        if self.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            self.deepspeed = read_config(self.deepspeed, *batch)
+        given: Any = self.deepspeed  # type: ignore[has-type]
+        if given or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            self.deepspeed = read_config(given, *batch)
         self.remove_unused_columns = False  # the columns are ours, not the model's
         self.logging_nan_inf_filter = False  # a loss that is not finite must be seen
         # without it transformers takes bf16 on a machine without accelerator for a mistake

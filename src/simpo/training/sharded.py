@@ -39,6 +39,7 @@ class ShardedTrainer(Trainer):
 
     model: Any
     optimizer: Any
+    deepspeed: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
