@@ -149,7 +149,7 @@ def options(world: Path, kind: str, output: Path, rows: int) -> list[str]:
         "reference_cache": output.parent / f"{output.name}-reference",
         "per_device_train_batch_size": rows,
         "max_steps": 5,
-        "learning_rate": 1e20 if kind == "diverging" else 1e-3,
+        "learning_rate": 1e38 if kind == "diverging" else 1e-3,
         "warmup_steps": 1,
         "logging_steps": 1,
         "save_strategy": "steps",
