@@ -149,7 +149,7 @@ def options(world: Path, kind: str, output: Path, rows: int) -> list[str]:
         "reference_cache": output.parent / f"{output.name}-reference",
         "per_device_train_batch_size": rows,
         "max_steps": 5,
-        "learning_rate": 1e38 if kind == "diverging" else 1e-3,
+        "learning_rate": 1e20 if kind == "diverging" else 1e-3,
         "warmup_steps": 1,
         "logging_steps": 1,
         "save_strategy": "steps",
@@ -202,7 +202,7 @@ def test_two_processes_train_as_one(stage, world, alone, tmp_path):
         assert logs(tmp_path / name) == pytest.approx(logs(alone(name)), abs=1e-5, rel=1e-5)
         assert figures(tmp_path / name) == pytest.approx(figures(alone(name)), abs=1e-5, rel=1e-5)
     if "diverging" in runs:
-        assert "step 3: the loss is not finite" in done.stderr
+        assert "step 3: the gradient is not finite" in done.stderr
     if "through-simpo" in runs:
         assert "continues from" in (tmp_path / "simpo" / "log.txt").read_text()
         assert_close(weights(tmp_path / "simpo"), weights(tmp_path / "through-simpo"), rtol=0, atol=0)
