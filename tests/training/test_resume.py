@@ -16,9 +16,11 @@ from transformers import TrainerCallback
 from simpo import cli
 from simpo.errors import InterruptedRun, SimpoError
 from simpo.results import read_results
+from simpo.runs.folder import RunFolder
 from simpo.training import run as workflow
 from simpo.training.checkpoints import checkpoints, last_good_checkpoint
 from simpo.training.interruption import StopOnSignal
+from simpo.training.resumable import ResumableTrainer
 
 _TIMES = ("runtime", "per_second", "preparation_time")
 
@@ -132,6 +134,100 @@ def test_a_killed_run_goes_on_to_the_same_bits(step, through, chat_world, at, tm
     assert same_weights(output, through)
     assert metrics(output) == metrics(through)
     assert figures(output) == figures(through)
+
+
+# What a run does after its last step, in order: what is patched to die, in which module or class.
+ENDING = [
+    (ResumableTrainer, "_complete"),  # the last checkpoint is being written
+    (workflow, "shared_staging"),  # the held-out rows have been scored, and the model is about to be saved
+    (workflow, "write_scores"),
+    (workflow, "write_model_card"),
+    (workflow, "write_results"),
+    (RunFolder, "finish"),
+]
+# Six steps to an epoch: runs that end within one, by their number of steps or of epochs, and at its end.
+MID, FRACTION = {"max_steps": 4, "num_train_epochs": None}, {"num_train_epochs": 1.6}
+EPOCHS = {"eval_strategy": "epoch"}
+KINDS = {
+    "simpo": ("train", MID | EPOCHS),
+    "dpo": ("train", FRACTION | EPOCHS | {"objective": "dpo", "beta": 0.1, "logging_strategy": "epoch"}),
+    "best": (
+        "train",
+        MID
+        | {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": "true"}
+        | {"metric_for_best_model": "rewards/margins", "greater_is_better": "false"},
+    ),
+    "epochs": ("train", EPOCHS | {"num_train_epochs": 1.5, "save_strategy": "epoch"}),
+    "whole": ("train", EPOCHS | {"num_train_epochs": 1}),
+    "lora": ("train", MID | {"use_peft": "true", "lora_r": 2, "lora_target_modules": "c_attn"}),
+    "sft": ("sft", FRACTION | {"dataset_name": "sft.jsonl", "eval_dataset_name": "sft.jsonl"}),
+    "reward": ("reward", MID),
+}
+
+
+def of_kind(world: Path, kind: str, output: Path) -> list[str]:
+    command, changes = KINDS[kind]
+    data = {key: world / changes[key] for key in ("dataset_name", "eval_dataset_name") if key in changes}
+    return [command, *options(world, output, **changes | data)[1:]]
+
+
+def doomed(name, original):
+    """``original`` until the run's last step, then death; earlier checkpoints and scores are written."""
+
+    def call(*args, **kwargs):
+        early = name == "_complete" and args[0].state.global_step < args[0].state.max_steps
+        if early or "held_out_before" in str(args[0]):
+            return original(*args, **kwargs)
+        raise Killed
+
+    return call
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_after_its_last_step_takes_no_other(kind, chat_world, tmp_path, monkeypatch):
+    """Killed at each moment of its ending in turn, and each time started again."""
+    through, output = tmp_path / "through", tmp_path / "run"
+    assert cli.main(of_kind(chat_world, kind, through)) == 0
+    for place, name in ENDING if kind == "simpo" else ENDING[2:5:2]:  # for the others the scores and the results
+        with monkeypatch.context() as patches:
+            patches.setattr(place, name, doomed(name, getattr(place, name)))
+            with pytest.raises(Killed):
+                cli.main(of_kind(chat_world, kind, output))
+    assert cli.main(of_kind(chat_world, kind, output)) == 0
+    stored = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    for folder in ["", *(path.name for path in checkpoints(through))]:
+        assert (output / folder / stored).read_bytes() == (through / folder / stored).read_bytes(), folder
+    assert metrics(output) == metrics(through)
+    assert figures(output) == figures(through)
+    for name in ("held_out_before.jsonl", "held_out_after.jsonl"):
+        assert (output / name).read_bytes() == (through / name).read_bytes()
+
+
+@pytest.mark.parametrize("asked", [{"max_steps": 4}, {"max_steps": 3}])
+def test_a_checkpoint_of_the_last_step_or_beyond(asked, through, chat_world, tmp_path, capsys):
+    """With the last step already taken nothing is trained; beyond it there is no such training."""
+    named = {"resume_from_checkpoint": through / "checkpoint-4", "num_train_epochs": None}
+    output = tmp_path / "run"
+    code = cli.main(options(chat_world, output, **named | asked))
+    if asked["max_steps"] == 4:
+        assert code == 0
+        assert same_weights(output, through / "checkpoint-4")
+        assert {n: v for n, s, v in figures(output)}["train/steps"] == 4
+    else:
+        assert code == 2
+        assert "checkpoint-4 is of step 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", [3, 5])  # the handler acts on the step after: the last one, and the one before
+def test_a_signal_at_the_last_step_loses_no_evaluation(step, chat_world, at, tmp_path):
+    changes = {"max_steps": step + 1, "num_train_epochs": None, "eval_strategy": "epoch"}
+    assert cli.main(options(chat_world, tmp_path / "through", **changes)) == 0
+    patches = at(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli.main(options(chat_world, tmp_path / "run", **changes)) == 143
+    patches.undo()
+    assert cli.main(options(chat_world, tmp_path / "run", **changes)) == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "through")
+    assert same_weights(tmp_path / "run", tmp_path / "through")
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -31,6 +31,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 from simpo.errors import SimpoError
 from simpo.packing.reward_head import is_reward_model
 from simpo.training.modalities import unreached_by_text
+from simpo.training.zero import gathered, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -243,17 +244,19 @@ def stored_adapter(name: str, revision: str = "main") -> dict[str, Tensor]:
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """The weights of ``model`` by their own names and, of its adapter's, by those that they have in a file."""
-    own = get_peft_model_state_dict(model, adapter_name=active_name(model), save_embedding_layers=False)
-    return {**model.state_dict(), **own}
+    weights = model.state_dict(keep_vars=True)
+    own = get_peft_model_state_dict(model, weights, adapter_name=active_name(model), save_embedding_layers=False)
+    return {**weights, **own}
 
 
 def weights_below(model: PeftModel) -> dict[str, Any] | None:
     """The base model's weights by its own names, if the adapter adds nothing to them yet; None if it does."""
     found = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if any(f".{factor}." in name for factor in ("lora_B", "lora_embedding_A")):  # a new adapter's are 0
-            if bool(tensor.any()):
-                return None
+            with gathered(tensor):
+                if bool(tensor.any()):
+                    return None
         elif any(f".{factor}." in name for factor in ("lora_A", "lora_embedding_B")):
             continue
         elif any(f".{adapter}." in f"{name}." for adapter in model.peft_config):  # of another kind
@@ -290,8 +293,8 @@ def _fault(model: PeftModel, stored: Mapping[str, Tensor]) -> str | None:
     if left_over := stored.keys() - known.keys():
         return f"{min(left_over)} has no place here"
     for name, tensor in stored.items():
-        if tensor.shape != known[name].shape:
-            return f"{name} is {list(tensor.shape)} there, {list(known[name].shape)} here"
+        if tuple(tensor.shape) != shape_of(known[name]):
+            return f"{name} is {list(tensor.shape)} there, {list(shape_of(known[name]))} here"
     return None
 
 

@@ -20,6 +20,7 @@ from simpo.runs.manifest import damage, write_manifest
 from simpo.training.adapters import adapter_fault, holds_adapter
 from simpo.training.renamed import kind_of
 from simpo.training.sharding import stored_tensors
+from simpo.training.zero import shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def check_checkpoint(path: Path, model: nn.Module) -> None:
     here = getattr(getattr(model, "config", None), "model_type", None)
     if (kind := kind_of(path)) not in (None, here):
         raise SimpoError(_another_model(path, f"{kind} there, {here} here"))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: shape_of(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     for name, stored in stored_tensors(path):  # names that are not the model's are looked at when they are loaded
         shape = tuple(stored.get_shape())
         if shapes.get(name, shape) != shape:
@@ -131,6 +132,33 @@ def rotate(folder: Path, limit: int | None, *, newest: Path, best: str | None) -
     for path in checkpoints(folder):
         if path.name not in kept:
             remove_folder(path)
+
+
+class SaveAfterEpoch(TrainerCallback):
+    """Writes the checkpoint of an epoch's last step, or the run's, after everything else that is due there.
+
+    A run that continues from it has then nothing left to do for that epoch: no evaluation is lost or repeated.
+    """
+
+    def __init__(self) -> None:
+        self._due = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Postpone the checkpoint of an epoch's last step."""
+        self._due = control.should_save and ends_epoch(state)
+        control.should_save = control.should_save and not self._due
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for the checkpoint that was postponed."""
+        control.should_save = control.should_save or self._due
+        self._due = False
+
+
+def ends_epoch(state: TrainerState) -> bool:
+    """Whether the step just taken is the last one of an epoch or of the run, which may end within an epoch."""
+    return (state.epoch or 0.0) % 1 == 0 or state.global_step >= state.max_steps
 
 
 class BestCheckpoint(TrainerCallback):

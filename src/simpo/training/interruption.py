@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from simpo.errors import InterruptedRun
+from simpo.training.checkpoints import ends_epoch
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -49,16 +50,16 @@ class StopOnSignal(TrainerCallback):
         if self._any_rank():
             self.step = state.global_step
             control.should_training_stop = True
-            control.should_save = _within_epoch(state)  # else after what is due at the epoch's end
+            control.should_save = not ends_epoch(state)  # else after what is due at the epoch's end
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save after an epoch that has ended; keep one that was broken off from being evaluated as if it had."""
         if self.step is None:
             return
-        if _within_epoch(state):
-            control.should_log = control.should_evaluate = control.should_save = False
-        else:
+        if ends_epoch(state):
             control.should_save = True
+        else:
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
@@ -76,7 +77,3 @@ class StopOnSignal(TrainerCallback):
         flag = torch.tensor(self.signum, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
-
-
-def _within_epoch(state: TrainerState) -> bool:
-    return bool((state.epoch or 0.0) % 1)

@@ -224,7 +224,7 @@ class PackedTrainer(ResumableTrainer):
             return self.args.forward_path
         checked = rows_to_check(model, token_lengths(rows, padded=False).tolist())
         sample = PackedBatch.build(comparisons_of(rows, checked))
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.forwards():
             choose_path(model, sample)
         path = resolve_path(model, sample, self.args.forward_path)
         if path == "padded" and state_of(model).alone and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -271,13 +271,15 @@ class PackedTrainer(ResumableTrainer):
                 loss, figures = self._forward_and_backward(model, batch)
             total += loss
             self._means.add(figures, batch.packed.weights)
-            self._step.append((batch, figures[:, 0]))
         return total
 
     def _forward_and_backward(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """Of one micro-batch: its share of the step's loss, and its rows' figures."""
         with self.compute_loss_context_manager():
             loss, figures = self.compute_loss(model, batch, return_outputs=True)
+        self._step.append((batch, figures[:, 0]))
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            self._check_losses()
         self.accelerator.backward(loss)
         return loss.detach(), figures
 
@@ -320,6 +322,12 @@ class PackedTrainer(ResumableTrainer):
             raise SimpoError(self._not_finite())
         return norm
 
+    def _check_losses(self) -> None:
+        """End the run if a loss of the step is not finite: DeepSpeed's last backward of a step moves the optimizer."""
+        bad = sum(len(rows_not_finite(batch.rows, losses)) for batch, losses in self._step)
+        if self._sum_over_ranks(torch.tensor(bad, device=self.args.device)):
+            raise SimpoError(self._not_finite())
+
     def _not_finite(self) -> str:
         """What is wrong with the current step, and with which of its rows; every rank says the same."""
         rows = self._of_all_ranks([row for batch, losses in self._step for row in rows_not_finite(batch.rows, losses)])
@@ -330,9 +338,11 @@ class PackedTrainer(ResumableTrainer):
             rows = rows_without_gradient(self.model, step, self._loss_of_row) if self.args.world_size == 1 else step
         found = describe_rows(self.train_dataset, rows)
         many = " (all rows of the step: look at the model and the learning rate)" if len(rows) == len(step) > 1 else ""
+        updated = self.is_deepspeed_enabled and what == "gradient"  # its backward has moved the optimizer
+        kept = "the weights were updated, the last checkpoint is unharmed" if updated else "nothing was updated"
         return (
-            f"step {self.state.global_step + 1}: the {what} is not finite; rows: {found}{many}; nothing was updated: "
-            "mend or remove what is named"
+            f"step {self.state.global_step + 1}: the {what} is not finite; rows: {found}{many}; {kept}: "
+            "fix or remove what is named"
         )
 
     def _of_all_ranks(self, rows: list[int]) -> list[int]:
@@ -351,9 +361,15 @@ class PackedTrainer(ResumableTrainer):
         What accelerate has once prepared for evaluation it takes for prepared when training starts: it would not be
         wrapped in DDP then, and every rank would train a model of its own.
         """
-        if not self.is_deepspeed_enabled and not self.accelerator._models:
+        if not self.accelerator._models:
             self.accelerator._models.append(self.model)
-        return super().evaluation_loop(*args, **kwargs)
+        with self.forwards():
+            engine = self.deepspeed
+            self.deepspeed = self.model if engine is None else engine  # Trainer would make one that cannot train
+            try:
+                return super().evaluation_loop(*args, **kwargs)
+            finally:
+                self.deepspeed = engine
 
     def prediction_step(
         self,
@@ -377,7 +393,7 @@ class PackedTrainer(ResumableTrainer):
         """``[R]`` float64 figures of all responses of ``rows``, which ``compute`` gives a batch of; all ranks call."""
         plan = self._plan(rows, _SCORED_TOGETHER // self.args.world_size, training=False)
         self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast(), self.forwards():
             own = response_figures(rows, plan, self.args.process_index, compute, self.args.device)
         return self._sum_over_ranks(own)
 

@@ -26,6 +26,7 @@ from simpo.training.adapters import weights_below
 from simpo.training.batches import response_counts
 from simpo.training.finite import describe_rows
 from simpo.training.identity import rows_digest
+from simpo.training.zero import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def policy_fingerprint(model: nn.Module, precision: str) -> str:
     """
     config = getattr(model, "config", None)
     adapters: Any = getattr(model, "peft_config", None) or {}
-    weights = model.state_dict()
+    weights = model.state_dict(keep_vars=True)
     if isinstance(model, PeftModel) and (below := weights_below(model)) is not None:
         weights, adapters = below, {}
     parts = [config] if config is not None else []
@@ -137,9 +138,10 @@ def policy_fingerprint(model: nn.Module, precision: str) -> str:
     digest = hashlib.sha256(json.dumps([_FORMAT, precision, settings], sort_keys=True, default=_plain).encode())
     for name, tensor in sorted(weights.items()):
         if isinstance(tensor, Tensor):
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
-            digest.update(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            with gathered(tensor):
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+                digest.update(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

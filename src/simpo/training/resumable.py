@@ -19,6 +19,7 @@ from simpo.errors import SimpoError
 from simpo.training.adapters import flatten_named
 from simpo.training.checkpoints import (
     BestCheckpoint,
+    SaveAfterEpoch,
     check_checkpoint,
     last_good_checkpoint,
     ranks_of,
@@ -50,6 +51,7 @@ class ResumableTrainer(ShardedTrainer):
         # Kept from Trainer, whose rotation knows no staging and whose last one may remove the newest checkpoint.
         self._save_total_limit: int | None = None
         self.add_callback(BestCheckpoint())
+        self.add_callback(SaveAfterEpoch())
 
     @property
     @abstractmethod
@@ -121,11 +123,22 @@ class ResumableTrainer(ShardedTrainer):
             self._saved = step_of(checkpoint)
         self._means.restore(json.loads((checkpoint / _MEANS_NAME).read_text()), main=self.is_world_process_zero())
         saved_by = ranks_of(checkpoint)
+        self.check_engine(checkpoint, saved_by)
         if saved_by not in (0, self.args.world_size) and self.is_world_process_zero():
             logger.warning(
                 "%s is of %d processes and continues on %d: exactly, but for random numbers (dropout)",
                 *(checkpoint, saved_by, self.args.world_size),
             )
+
+    def _init_training_state(self, max_steps: int, steps: int, epochs: int, checkpoint: str | None, trial: Any) -> Any:
+        """As ``Trainer``'s, which takes one more step after the last one of a run that ends within an epoch."""
+        started = super()._init_training_state(max_steps, steps, epochs, checkpoint, trial)
+        if self.state.global_step > max_steps:
+            raise SimpoError(
+                f"resume_from_checkpoint: {checkpoint} is of step {self.state.global_step}, beyond the last step "
+                f"({max_steps}) of this training; raise max_steps or num_train_epochs, or name an earlier checkpoint"
+            )
+        return (epochs, 0) if self.state.global_step == max_steps else started
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

@@ -9,12 +9,14 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames, ParallelMode
 
 from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.errors import CombinedError, SimpoError, check_all
 from simpo.training.liger import layers_only
+from simpo.training.zero import read_config, settle_batch
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +122,19 @@ class TrainingSettings(TrainingArguments):
                 "push_to_hub: nothing is uploaded while training; upload the finished folder with 'hf upload'"
             )
             self.push_to_hub = False
+        batch = self.per_device_train_batch_size, self.gradient_accumulation_steps  # type: ignore[has-type]
         self._fold_accumulation()
+        given: Any = self.deepspeed  # type: ignore[has-type]
+        if given or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            self.deepspeed = read_config(given, *batch)
         self.remove_unused_columns = False  # the columns are ours, not the model's
         self.logging_nan_inf_filter = False  # a loss that is not finite must be seen
         # without it transformers takes bf16 on a machine without accelerator for a mistake
         if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
+        if self.deepspeed_plugin is not None and not self.deepspeed:  # the launcher's
+            settle_batch(self.deepspeed_plugin.hf_ds_config.config, *batch)
         if self.n_gpu > 1:
             raise SimpoError(
                 f"{self.n_gpu} GPUs are visible and there is no launcher: start with "

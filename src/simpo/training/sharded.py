@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from simpo.errors import SimpoError
 from simpo.training.adapters import load_adapter
 from simpo.training.renamed import is_renamed, load_renamed
 from simpo.training.sharding import (
@@ -22,6 +24,7 @@ from simpo.training.sharding import (
     settle_sharding,
     share_weights,
 )
+from simpo.training.zero import gathered_forwards, settle_deepspeed
 
 
 class ShardedTrainer(Trainer):
@@ -36,9 +39,12 @@ class ShardedTrainer(Trainer):
 
     model: Any
     optimizer: Any
+    deepspeed: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            settle_deepspeed(self.accelerator, self.model)
         settle_sharding(self.accelerator, self.model)
         self._shards = self.accelerator.distributed_type == DistributedType.FSDP
         if self._shards:
@@ -46,6 +52,34 @@ class ShardedTrainer(Trainer):
             self.create_optimizer()  # FSDP2 wants both together
             model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model = self.model_wrapped = model
+
+    def forwards(self) -> AbstractContextManager[None]:
+        """Entered around forwards that may come before training, when no engine of DeepSpeed gathers weights."""
+        before = self.is_deepspeed_enabled and self.deepspeed is None
+        return gathered_forwards(self.model) if before else nullcontext()
+
+    def check_engine(self, checkpoint: Path, saved_by: int) -> None:
+        """Check that this run can load ``checkpoint``: DeepSpeed's have files of its own, and one set per process.
+
+        Raises:
+            SimpoError: it was saved with another engine, ZeRO stage or number of processes (``saved_by``).
+        """
+        theirs = any(checkpoint.glob("global_step*"))
+        if theirs != self.is_deepspeed_enabled:
+            raise SimpoError(
+                f"resume_from_checkpoint: {checkpoint} was saved {'with' if theirs else 'without'} DeepSpeed; continue "
+                "it the same way, or start a new run from its weights (model_name_or_path)"
+            )
+        if theirs and saved_by != self.args.world_size:
+            raise SimpoError(
+                f"resume_from_checkpoint: {checkpoint} was saved by {saved_by} processes, and DeepSpeed cannot "
+                f"continue it on {self.args.world_size}; start {saved_by} processes"
+            )
+        zero3 = any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt"))
+        if theirs and zero3 != (self.accelerator.state.deepspeed_plugin.zero_stage == 3):
+            raise SimpoError(
+                f"resume_from_checkpoint: {checkpoint} is of another ZeRO stage; continue it with that one"
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer``'s; of a sharded model with an adapter only the adapter is gathered."""
@@ -83,7 +117,7 @@ class ShardedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not self._load_by_name(Path(str(self.state.best_model_checkpoint))):
+        if self.is_deepspeed_enabled or not self._load_by_name(Path(str(self.state.best_model_checkpoint))):
             super()._load_best_model()
 
     def _load_by_name(self, folder: Path) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, List, Value
 from torch import Tensor
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from simpo.errors import SimpoError
 from simpo.packing.layout import PackedBatch
@@ -32,9 +31,6 @@ class StartPolicy:
         folder: where its log-probabilities are kept; None: in the Hugging Face cache.
         beside: the key that asks for a copy of the weights that are trained; None if none does, and :meth:`logps` and
             :meth:`states` will not be called.
-
-    Raises:
-        SimpoError: a copy is asked for, and the weights are spread over processes by DeepSpeed.
     """
 
     def __init__(self, trainer: PackedTrainer, folder: str | None, beside: str | None) -> None:
@@ -42,8 +38,6 @@ class StartPolicy:
         self._completed: dict[str, Dataset] = {}
         self._left = False
         if beside is not None:
-            if is_deepspeed_zero3_enabled():
-                raise SimpoError(f"{beside}: a reference beside a model that ZeRO-3 shards is not supported; use fsdp")
             add_reference(trainer.model)
 
     # ---- asked before training ----
@@ -81,8 +75,6 @@ class StartPolicy:
 
     @cached_property
     def _cache(self) -> ReferenceCache:
-        if is_deepspeed_zero3_enabled():
-            raise SimpoError("deepspeed: ZeRO-3 has no whole weights to compute the reference with; use fsdp or ZeRO-2")
         return ReferenceCache(
             None if self._folder is None else Path(self._folder).expanduser(),
             policy_fingerprint(self._trainer.model, self._trainer.accelerator.mixed_precision),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from simpo.training.sharding import reshard
+from simpo.training.zero import exchange_partitions, is_partitioned
 
 _START = "_simpo_start"
 
@@ -20,7 +21,8 @@ def add_reference(model: nn.Module) -> None:
     Call it before anything has been trained or read from a checkpoint, when the model is on its device, and sharded if
     it is going to be: then every rank keeps its shards.
     """
-    setattr(model, _START, [parameter.detach().clone() for parameter in _trained(model)])
+    own = [parameter.ds_tensor if is_partitioned(parameter) else parameter for parameter in _trained(model)]
+    setattr(model, _START, [tensor.detach().clone() for tensor in own])
 
 
 @contextmanager
@@ -49,6 +51,9 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 def _exchange(parameters: list[nn.Parameter], data: list[Tensor]) -> list[Tensor]:
     """Give every parameter its ``data``; returns what gives them back what they had."""
+    if parameters and is_partitioned(parameters[0]):
+        exchange_partitions(parameters, data)
+        return data
     before = [_give(parameter, tensor) for parameter, tensor in zip(parameters, data, strict=True)]
     torch.clear_autocast_cache()  # it knows a weight's half-precision copy by the parameter, not by its data
     return before

@@ -1,0 +1,181 @@
+"""DeepSpeed: its configuration, and weights that ZeRO-3 partitions over processes.
+
+A parameter that ZeRO-3 has partitioned is empty (``ds_tensor`` holds this process's part, ``ds_shape`` its shape) until
+the engine's hooks gather it for a layer's forward. The engine is made when training starts, but the self-check, a
+reference and held-out rows need the model before: :func:`gathered_forwards` lends it such hooks.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import deepspeed_config
+
+from simpo.errors import SimpoError
+
+
+def read_config(given: str | dict[str, Any] | None, rows: int, accumulation: int) -> dict[str, Any] | None:
+    """What a recipe's ``deepspeed`` says (a file, its text or contents), with batch sizes and precision left to it.
+
+    Raises:
+        SimpoError: DeepSpeed is not installed, there is no such file, or it is not JSON; or as :func:`settle_batch`.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise SimpoError("deepspeed: not installed; DS_BUILD_OPS=0 pip install --no-build-isolation 'simpo[deepspeed]'")
+    # DeepSpeed calls torch's collectives by their old names
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    if not given:
+        return None
+    if "WORLD_SIZE" not in os.environ:
+        raise SimpoError("deepspeed: start with torchrun or accelerate launch, also for one process")
+    if isinstance(given, str):
+        try:
+            given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SimpoError(f"deepspeed: {given!r} is not a file of JSON ({' '.join(str(error).split())})") from error
+    config: dict[str, Any] = copy.deepcopy(given)  # type: ignore[arg-type]
+    settle_batch(config, rows, accumulation)
+    for precision in ("bf16", "fp16"):  # the recipe's, also where the file leaves it open
+        config.setdefault(precision, {"enabled": "auto"})
+    return config
+
+
+def settle_batch(config: dict[str, Any], rows: int, accumulation: int) -> None:
+    """Compare the batch sizes that DeepSpeed's ``config`` names with the recipe's, and leave them to the trainer.
+
+    Training takes all rows of a step as one batch, which is not what either says.
+
+    Raises:
+        SimpoError: they differ.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    ours = {
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": rows * accumulation * processes,
+    }
+    for key, value in ours.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise SimpoError(f"deepspeed: {key} is {config[key]} there and {value} in the recipe; set it to auto")
+        config[key] = "auto"
+    # DeepSpeed knows their product by itself; on a CPU it would compare it before it knows the number of processes
+    del config["train_batch_size"]
+
+
+def settle_deepspeed(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give ``model`` the type that DeepSpeed computes in, and partition it now where ZeRO-3 would do so later.
+
+    Whatever is computed before training then has the numbers that training has, and models are saved whole.
+
+    Raises:
+        SimpoError: a precision or kind of parallelism that is not supported, or settings that differ from the recipe's.
+    """
+    plugin: Any = accelerator.state.deepspeed_plugin
+    if plugin.hf_ds_config.mismatches:
+        differing = "; ".join(line.lstrip("- ") for line in plugin.hf_ds_config.mismatches)
+        raise SimpoError(f"deepspeed: its configuration (ds) and the recipe (hf) differ: {differing}")
+    config, dtype = plugin.hf_ds_config.config, plugin.hf_ds_config.dtype()
+    if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
+        raise SimpoError("deepspeed: tensor parallelism (tensor_parallel) is not supported; use ZeRO-3")
+    if getattr(model, "is_loaded_in_4bit", False) and plugin.hf_ds_config.is_zero3():
+        raise SimpoError("deepspeed: ZeRO-3 does not partition a base model in 4 bits; use ZeRO-2, or no load_in_4bit")
+    whole = [parameter for parameter in model.parameters() if not is_partitioned(parameter)]
+    partitioned = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
+    kinds = {parameter.dtype for parameter in whole if parameter.is_floating_point()}
+    if partitioned:  # while it was loaded, in DeepSpeed's type whatever was asked for
+        kinds |= {getattr(getattr(model, "config", None), "dtype", None) or dtype}
+    if other := kinds - {torch.float32, dtype}:
+        raise SimpoError(
+            f"dtype: the model is in {str(min(other, key=str))[6:]} and DeepSpeed computes in {str(dtype)[6:]} "
+            "(float32 unless bf16: true); make them agree"
+        )
+    for parameter in whole:
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    if plugin.hf_ds_config.is_zero3():
+        import deepspeed  # noqa: PLC0415 - an extra
+
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        if partitioned and whole:  # an adapter on a model that was partitioned while it was loaded
+            partitioned[0].convert_to_zero_parameters(param_list=whole)
+        elif whole:
+            deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config(), dtype=dtype)
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 has spread ``parameter`` over processes."""
+    return hasattr(parameter, "ds_id")
+
+
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, also while it is partitioned."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextmanager
+def gathered(*parameters: Tensor) -> Iterator[None]:
+    """Partitioned ``parameters`` are whole while this lasts, for reading; all processes have to call."""
+    absent = [parameter for parameter in parameters if is_partitioned(parameter) and not parameter.numel()]
+    if not absent:
+        yield
+        return
+    import deepspeed  # noqa: PLC0415
+
+    with deepspeed.zero.GatheredParameters(absent):
+        yield
+
+
+@contextmanager
+def gathered_forwards(model: nn.Module) -> Iterator[None]:
+    """Forwards of a partitioned ``model`` that no engine has wrapped gather one layer's weights after the other.
+
+    They are for reading only, and all processes have to call them in the same order. A model that is not partitioned
+    stays as it is.
+    """
+    hooks: list[Any] = []
+    stacks: dict[nn.Module, ExitStack] = {}
+
+    def gather(module: nn.Module, *_: Any) -> None:
+        stacks[module] = ExitStack()
+        stacks[module].enter_context(gathered(*module.parameters(recurse=False)))
+
+    def release(module: nn.Module, *_: Any) -> None:
+        stacks.pop(module).close()
+
+    for module in model.modules():
+        if any(map(is_partitioned, module.parameters(recurse=False))):
+            hooks += [
+                module.register_forward_pre_hook(gather),
+                module.register_forward_hook(release, always_call=True),
+            ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def exchange_partitions(parameters: list[nn.Parameter], others: list[Tensor]) -> None:
+    """Swap the numbers of this process's parts of ``parameters`` with ``others``; all processes have to call."""
+    present = [parameter for parameter in parameters if parameter.numel()]  # small ones stay whole between forwards
+    for parameter in present:
+        parameter.partition()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for parameter, other in zip(parameters, others, strict=True):
+            own = parameter.ds_tensor  # type: ignore[attr-defined]
+            numbers = own.clone()
+            own.copy_(other)
+            other.copy_(numbers)
+    if present:
+        present[0].all_gather(param_list=present)  # type: ignore[attr-defined]

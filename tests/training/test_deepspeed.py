@@ -1,0 +1,230 @@
+"""ZeRO-2 and ZeRO-3 with two processes on a CPU, against one process without DeepSpeed, which has to be installed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoTokenizer
+
+from simpo import SimpoError, cli
+from simpo.results import read_results
+from simpo.training.zero import read_config, settle_batch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+# The contents of the paper's accelerate_configs/deepspeed_zero3.yaml; what differs from it: precision, processes, CPU.
+PAPER = {
+    "compute_environment": "LOCAL_MACHINE",
+    "debug": False,
+    "deepspeed_config": {
+        "deepspeed_multinode_launcher": "standard",
+        "offload_optimizer_device": "none",
+        "offload_param_device": "none",
+        "zero3_init_flag": True,
+        "zero3_save_16bit_model": True,
+        "zero_stage": 3,
+    },
+    "distributed_type": "DEEPSPEED",
+    "downcast_bf16": "no",
+    "machine_rank": 0,
+    "main_training_function": "main",
+    "num_machines": 1,
+    "rdzv_backend": "static",
+    "same_network": True,
+    "tpu_env": [],
+    "tpu_use_cluster": False,
+    "tpu_use_sudo": False,
+} | {"mixed_precision": "no", "num_processes": 2, "use_cpu": True}
+# Without it all weights of a tiny model are small enough to stay whole.
+PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+
+KINDS = {
+    "simpo": ["train"],
+    "dpo": ["train", "--objective=dpo", "--beta=0.1"],
+    "live": ["train", "--objective=dpo", "--beta=0.1", "--precompute_ref_log_probs=false"],
+    "kto": ["train", "--objective=kto", "--beta=0.1", "--precompute_ref_log_probs=false"],
+    "kl": ["train", "--kl_weight=0.1"],
+    "lora": ["train", "--use_peft=true", "--lora_r=2", "--objective=dpo", "--beta=0.1"],
+    "sft": ["sft"],
+    "reward": ["reward"],
+    "diverging": ["train"],
+}
+LAUNCHED = {
+    "zero2": ["through-simpo", "killed-simpo", "simpo", "dpo", "lora"],
+    "zero3": ["through-simpo", "killed-simpo", "simpo", "dpo", "live", "sft"],
+    "partitioned": ["simpo", "live", "kl", "lora", "reward", "diverging"],
+}
+
+# Runs one kind after the other; "killed" ones end after their third step, and the same command then continues them.
+# The operator that DeepSpeed would compile for a minute only makes gloo faster. Objects of an earlier run are collected
+# by all processes at the same time, because DeepSpeed's communicate when they go.
+SCRIPT = """
+import gc, json, os, sys, traceback
+from transformers import TrainerCallback
+from deepspeed.comm import torch as backend
+from simpo import cli
+from simpo.training.packed import PackedTrainer
+
+backend.build_shm_op = lambda: None
+
+class Killed(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+codes, train = {}, PackedTrainer.train
+
+def killed(self, *args, **kwargs):
+    self.add_callback(Killed())
+    return train(self, *args, **kwargs)
+
+for name, options in json.loads(sys.argv[1]).items():
+    if name.startswith("killed"):
+        PackedTrainer.train = killed
+    try:
+        codes[name] = cli.main(options)
+    except (KeyboardInterrupt, SystemExit):
+        codes[name] = 130
+    except Exception:
+        traceback.print_exc()
+        codes[name] = 1
+    PackedTrainer.train = train
+    gc.collect()
+    with open(f"{sys.argv[2]}/codes-{os.environ['RANK']}.json", "w") as file:
+        json.dump(codes, file)
+"""
+
+
+def launch_file(stage: str, folder: Path) -> dict:
+    """The paper's, with another stage, or with a file of DeepSpeed's."""
+    if stage == "zero3":
+        return PAPER
+    if stage == "zero2":
+        return PAPER | {"deepspeed_config": {"zero_stage": 2}}
+    (folder / "zero.json").write_text(json.dumps(PARTITIONED))
+    given = {"deepspeed_config_file": str(folder / "zero.json"), "zero3_init_flag": True}
+    return {key: value for key, value in PAPER.items() if key != "mixed_precision"} | {"deepspeed_config": given}
+
+
+@pytest.fixture(scope="module")
+def world(chat_world, make_model):
+    """The chat world with a Llama, whose output layer has weights of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(chat_world / "model")
+    tokenizer.save_pretrained(chat_world / "llama")
+    make_model("llama", torch.float32, vocab_size=len(tokenizer), pad_token_id=2).save_pretrained(chat_world / "llama")
+    return chat_world
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    """``alone(kind)``: the folder of a run of one process without DeepSpeed."""
+
+    @functools.cache
+    def run(kind: str) -> Path:
+        output = tmp_path_factory.mktemp("alone") / kind
+        assert cli.main(options(world, kind, output, 8)) == 0
+        return output
+
+    return run
+
+
+def options(world: Path, kind: str, output: Path, rows: int) -> list[str]:
+    data = "sft" if kind == "sft" else "train"
+    given = {
+        "model_name_or_path": world / "llama",
+        "dataset_name": world / f"{data}.jsonl",
+        "eval_dataset_name": world / ("sft.jsonl" if kind == "sft" else "test.jsonl"),
+        "output_dir": output,
+        "reference_cache": output.parent / f"{output.name}-reference",
+        "per_device_train_batch_size": rows,
+        "max_steps": 5,
+        "learning_rate": 1e20 if kind == "diverging" else 1e-3,
+        "warmup_steps": 1,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_batch_tokens": 96,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+    }
+    if kind in ("sft", "reward"):
+        del given["reference_cache"]
+    return [*KINDS[kind], *(f"--{key}={value}" for key, value in given.items())]
+
+
+def figures(folder: Path) -> dict[tuple[str, str | None], float]:
+    return {(m.name, m.stage): m.value for m in read_results(folder / "results.json").metrics if m.value is not None}
+
+
+def logs(folder: Path) -> dict[tuple[int, str], float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    wanted = ("loss", "grad_norm", "learning_rate", "eval_loss", "train_loss")
+    return {(line["step"], key): line[key] for line in lines for key in wanted if key in line}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = folder.glob("*model.safetensors")
+    return load_file(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", LAUNCHED)
+def test_two_processes_train_as_one(stage, world, alone, tmp_path):
+    """Losses, gradient norms, held-out figures and saved weights; a killed run continues to the same bits."""
+    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launch_file(stage, tmp_path)))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    runs = {}
+    for name in LAUNCHED[stage]:
+        kind = name.rpartition("-")[2]
+        runs[name] = options(world, kind, tmp_path / name.removeprefix("killed-"), 4)
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "launch.yaml")]
+    command += ["--main_process_port", "0", str(tmp_path / "script.py"), json.dumps(runs), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
+    expected = {name: 130 if name.startswith("killed") else 2 if name == "diverging" else 0 for name in runs}
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"codes-{rank}.json").read_text()) == expected, done.stdout + done.stderr
+    for name in runs.keys() & KINDS.keys() - {"diverging"}:
+        assert_close(weights(tmp_path / name), weights(alone(name)), rtol=0, atol=1e-5)
+        assert logs(tmp_path / name) == pytest.approx(logs(alone(name)), abs=1e-5, rel=1e-5)
+        assert figures(tmp_path / name) == pytest.approx(figures(alone(name)), abs=1e-5, rel=1e-5)
+    if "diverging" in runs:
+        assert "step 3: the gradient is not finite" in done.stderr
+    if "through-simpo" in runs:
+        assert "continues from" in (tmp_path / "simpo" / "log.txt").read_text()
+        assert_close(weights(tmp_path / "simpo"), weights(tmp_path / "through-simpo"), rtol=0, atol=0)
+        assert logs(tmp_path / "simpo") == logs(tmp_path / "through-simpo")
+
+
+def test_batch_sizes_are_the_recipes():
+    """All ways in which a file may name them: what agrees is left to the trainer, what does not is an error."""
+    given = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
+    found = dict(given)
+    settle_batch(found, 2, 4)
+    assert found == dict.fromkeys(given, "auto")
+    for key, value in {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1}.items():
+        with pytest.raises(SimpoError, match=f"{key} is {value}"):
+            settle_batch(given | {key: value}, 2, 4)
+
+
+@pytest.mark.parametrize(("given", "problem"), [("nowhere.json", "nowhere.json"), ("{", "not a file of JSON")])
+def test_a_configuration_that_cannot_be_read(given, problem, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(SimpoError, match=problem):
+        read_config(given, 1, 1)
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(SimpoError, match="start with torchrun"):
+        read_config("{}", 1, 1)
