@@ -83,9 +83,16 @@ def judge_pairs(
 
 
 def order_metrics(judges: Mapping[str, Judge], pairs: int) -> list[Metric]:
-    """How often a judge named another winner when the order of the answers was turned."""
-    return [
-        Metric(f"conflicting_orders/{name}", judge.conflicting, n=pairs)
-        for name, judge in judges.items()
-        if isinstance(judge, PairwiseApiJudge)
-    ]
+    """How often a judge named another winner when the order of the answers was turned.
+
+    And how many replies it gave at its server's default temperature, where it did.
+    """
+    metrics = []
+    for name, judge in judges.items():
+        if isinstance(judge, PairwiseApiJudge):
+            usage = judge.client.usage
+            metrics.append(Metric(f"conflicting_orders/{name}", judge.conflicting, n=pairs))
+            if usage.default_temperature:
+                figure = f"judged_at_default_temperature/{name}"
+                metrics.append(Metric(figure, usage.default_temperature, n=usage.replies))
+    return metrics

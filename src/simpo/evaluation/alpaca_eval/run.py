@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from simpo.evaluation.answers import Answerer
 from simpo.evaluation.asking import ApiJudge, Say
 from simpo.evaluation.once import measure_once
 from simpo.evaluation.rows import file_digest
+from simpo.judges.shown import shown_answers
 from simpo.results import Metric
 from simpo.runs.folder import RunFolder
 
@@ -58,7 +59,7 @@ class AlpacaEval:
         return {
             "benchmark": "alpaca_eval",
             "reference_outputs": file_digest(self.reference),
-            "judge": self.judge.name,
+            **self.judge.identity,
             "judge_prompt": self.prompt.digest,
             "weighted": self.weighted,
         }
@@ -71,7 +72,7 @@ class AlpacaEval:
         ]
 
     def annotate(self, matches: Sequence[Match], say: Say) -> list[Annotation]:
-        """The judge's preference in every match.
+        """The judge's preference in every match; one without enough probability on the names of the answers has none.
 
         Raises:
             SimpoError: the judge cannot be asked, or never gives the log-probabilities that are to be weighed.
@@ -126,9 +127,10 @@ def evaluate_alpaca_eval(
             matches = _sampled(benchmark, reference, answers, run) if isinstance(answers, Answerer) else ready
             assert matches is not None
             write_outputs(folder / OUTPUTS, matches)
-            annotations = benchmark.annotate(matches, run.say)
+            shown, thinking = _shown(matches, benchmark.judge.strip_thinking, run.say)
+            annotations = benchmark.annotate(shown, run.say)
             write_annotations(folder / ANNOTATIONS, annotations)
-            return figures(annotations, baselines, run.say)
+            return figures(annotations, baselines, run.say) + thinking + benchmark.judge.metrics("alpaca_eval")
 
         return measure_once(run, measure)
 
@@ -163,6 +165,14 @@ def _sampled(benchmark: AlpacaEval, reference: Sequence[Output], answerer: Answe
         benchmark.judge.agree_beforehand(benchmark.requests(expected), run.say)
     texts = answerer.answer([output.instruction for output in reference], run.path / "answers")
     return _matches(reference, answerer.name, texts)
+
+
+def _shown(matches: Sequence[Match], strip_thinking: bool, say: Say) -> tuple[list[Match], list[Metric]]:
+    """What the judge is shown, and figures about thinking in it."""
+    answers = [text for match in matches for text in (match.output_1, match.output_2)]
+    texts, metrics = shown_answers(answers, strip_thinking=strip_thinking, name="alpaca_eval/", say=say)
+    pairs = zip(matches, texts[::2], texts[1::2], strict=True)
+    return [replace(match, output_1=theirs, output_2=ours) for match, theirs, ours in pairs], metrics
 
 
 def _matches(reference: Sequence[Output], name: str, texts: Sequence[str]) -> list[Match]:
