@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from simpo.evaluation.alpaca_eval.files import (
     write_annotations,
     write_outputs,
 )
-from simpo.evaluation.alpaca_eval.judge import PairwisePrompt, preferences
+from simpo.evaluation.alpaca_eval.judge import LEAST_MASS, PairwisePrompt, preferences
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.asking import ApiJudge, Say
 from simpo.evaluation.once import measure_once
@@ -79,6 +80,14 @@ class AlpacaEval:
         """
         replies = self.judge.ask_some(self.requests(matches), say, self._check_first if self.weighted else None)
         found = preferences(matches, replies, weighted=self.weighted)
+        unsure = sum(
+            bool(reply and reply.first_token_logprobs) and math.isnan(p)
+            for reply, p in zip(replies, found, strict=True)
+        )
+        if self.weighted and unsure:
+            say(
+                f"note: {unsure} replies have a probability below {LEAST_MASS} of naming an answer, and are no verdicts"
+            )
         texts = [None if reply is None else reply.text for reply in replies]
         return [
             Annotation(match, self.annotator, preference, text)
