@@ -23,7 +23,7 @@ from simpo.evaluation.once import measure_once
 from simpo.evaluation.preferences import preference_metrics
 from simpo.judges.protocol import Judge
 from simpo.judges.registry import JudgeOptions
-from simpo.judges.shown import shown_answers
+from simpo.judges.shown import Shown
 from simpo.results import Metric
 from simpo.runs.folder import RunFolder
 from simpo.runs.signals import stoppable
@@ -111,26 +111,19 @@ def _compare(
     contests: Sequence[Contest], judges: Mapping[str, Judge], arguments: CompareArguments, folder: Path, say: Say
 ) -> list[Metric]:
     """Judge, write down what was judged, and count."""
-    contests, thinking = _shown(contests, arguments.options.strip_thinking, say)
+    show = Shown(arguments.options.strip_thinking)
+    contests = [replace(one, a=_shown(one.a, show), b=_shown(one.b, show)) for one in contests]
     pairs, prompts = meetings(contests)
     say(f"{len(pairs):,} pairs of answers to {len(contests):,} prompts")
     judged = judge_pairs(judges, pairs, prompts, prices=arguments.prices, say=say)
     write_verdicts(folder / VERDICTS, judged)
     write_differences(folder / DIFFERENCES, judged, (arguments.a, arguments.b))
     figures = preference_metrics(judged, arguments.sampled.settings.seed)
-    return figures + order_metrics(judges, len(pairs)) + _side_metrics(contests) + thinking
+    return figures + order_metrics(judges, len(pairs)) + _side_metrics(contests) + show.metrics("", say)
 
 
-def _shown(contests: Sequence[Contest], strip_thinking: bool, say: Say) -> tuple[list[Contest], list[Metric]]:
-    """What judges are shown, and figures about thinking in it."""
-    answers = [text for contest in contests for side in (contest.a, contest.b) for text in side["responses"]]
-    shown, metrics = shown_answers(answers, strip_thinking=strip_thinking, name="", say=say)
-    texts = iter(shown)
-    sides = [
-        [{**side, "responses": [next(texts) for _ in side["responses"]]} for side in (contest.a, contest.b)]
-        for contest in contests
-    ]
-    return [replace(one, a=a, b=b) for one, (a, b) in zip(contests, sides, strict=True)], metrics
+def _shown(record: Mapping[str, Any], show: Shown) -> dict[str, Any]:
+    return {**record, "responses": [show(text) for text in record["responses"]]}
 
 
 def _side_metrics(contests: Sequence[Contest]) -> list[Metric]:

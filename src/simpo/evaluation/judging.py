@@ -87,12 +87,10 @@ def order_metrics(judges: Mapping[str, Judge], pairs: int) -> list[Metric]:
 
     And how many replies it gave at its server's default temperature, where it did.
     """
-    metrics = []
-    for name, judge in judges.items():
-        if isinstance(judge, PairwiseApiJudge):
-            usage = judge.client.usage
-            metrics.append(Metric(f"conflicting_orders/{name}", judge.conflicting, n=pairs))
-            if usage.default_temperature:
-                figure = f"judged_at_default_temperature/{name}"
-                metrics.append(Metric(figure, usage.default_temperature, n=usage.replies))
-    return metrics
+    asked = {name: judge for name, judge in judges.items() if isinstance(judge, PairwiseApiJudge)}
+    conflicting = [Metric(f"conflicting_orders/{name}", judge.conflicting, n=pairs) for name, judge in asked.items()]
+    return conflicting + [
+        Metric(f"judged_at_default_temperature/{name}", count, n=judge.client.usage.replies)
+        for name, judge in asked.items()
+        if (count := judge.client.usage.default_temperature)
+    ]

@@ -14,7 +14,7 @@ from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 from simpo.judges.protocol import Annotator, Answers, check_scores
 from simpo.judges.registry import JudgeOptions, make_annotator
-from simpo.judges.shown import shown_answers
+from simpo.judges.shown import Shown
 from simpo.judges.tournament import TournamentScorer
 from simpo.results import Metric, fingerprint, write_results
 from simpo.runs.folder import RunFolder
@@ -79,10 +79,12 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
         if run.finished:
             run.say(f"{folder} holds this run already, finished")
         else:
-            rows, found = _rows(records, arguments.options.strip_thinking, run)
+            show = Shown(arguments.options.strip_thinking)
+            rows = [Answers(row["id"], row["prompt"], [show(text) for text in row["responses"]]) for row in records]
+            thinking = show.metrics("annotate/", run.say)
             _score(annotator, rows, kept, arguments, run)
             scores = [scores for part in kept for scores in part["scores"]]
-            metrics = _write(records, scores, folder) + found
+            metrics = _write(records, scores, folder) + thinking
             if count := sum(part.get("default_temperature", 0) for part in kept):
                 metrics.append(Metric("annotate/judged_at_default_temperature", count))
             write_results(folder, command="annotate", fingerprint=run.fingerprint, metrics=metrics)
@@ -113,15 +115,6 @@ def read_responses(path: Path) -> list[Record]:
         if not isinstance(responses, list) or not responses or not all(isinstance(text, str) for text in responses):
             raise SimpoError(f"{path}:{number}: responses: expected one or more texts")
     return records
-
-
-def _rows(records: Sequence[Record], strip_thinking: bool, run: RunFolder) -> tuple[list[Answers], list[Metric]]:
-    """What is scored, and figures about thinking in it."""
-    answers = [text for record in records for text in record["responses"]]
-    shown, metrics = shown_answers(answers, strip_thinking=strip_thinking, name="annotate/", say=run.say)
-    texts = iter(shown)
-    rows = [Answers(one["id"], one["prompt"], [next(texts) for _ in one["responses"]]) for one in records]
-    return rows, metrics
 
 
 def _check_messages(prompt: object, where: str) -> None:

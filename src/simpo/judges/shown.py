@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from simpo.results import Metric
 from simpo.thinking import split_thinking
 
 
-def shown_answers(
-    answers: Sequence[str], *, strip_thinking: bool, name: str, say: Callable[[str], None]
-) -> tuple[list[str], list[Metric]]:
-    """What judges are shown of answers, and figures about thinking in them; none where there is none.
+class Shown:
+    """Gives the text of an answer that judges are shown, and counts the thinking in all answers."""
 
-    Args:
-        answers: as they were given.
-        strip_thinking: whether to leave thinking out.
-        name: what the figures' names begin with.
-        say: gets a line if there is thinking.
-    """
-    parts = [split_thinking(answer) for answer in answers]
-    thinking = sum(bool(thought) for thought, _ in parts)
-    if not thinking:
-        return list(answers), []
-    empty = sum(bool(thought) and not answer for thought, answer in parts)
-    done = "which judges are not shown" if strip_thinking else "which judges are shown too: --strip_thinking removes it"
-    say(f"note: {thinking:,} of {len(answers):,} answers begin with thinking, {done}; {empty:,} never end it")
-    counts = {"answers_with_thinking": thinking, "answers_without_end_of_thinking": empty}
-    counts |= {"answers_stripped_of_thinking": thinking * strip_thinking}
-    metrics = [Metric(f"{name}{key}", count, n=len(answers)) for key, count in counts.items()]
-    return [answer for _, answer in parts] if strip_thinking else list(answers), metrics
+    def __init__(self, strip_thinking: bool) -> None:
+        self._strip = strip_thinking
+        self._answers = self._thinking = self._endless = 0
+
+    def __call__(self, answer: str) -> str:
+        """The answer, or what follows its thinking."""
+        thinking, rest = split_thinking(answer)
+        self._answers += 1
+        self._thinking += bool(thinking)
+        self._endless += bool(thinking) and not rest
+        return rest if self._strip else answer
+
+    def metrics(self, name: str, say: Callable[[str], None]) -> list[Metric]:
+        """How many answers had thinking, how many of them nothing else, and from how many it was removed; or nothing.
+
+        Args:
+            name: what the figures' names begin with.
+            say: gets a line if there was thinking.
+        """
+        if not self._thinking:
+            return []
+        done = "judges are not shown it" if self._strip else "judges are shown it: --strip_thinking removes it"
+        say(f"note: {self._thinking:,} of {self._answers:,} answers begin with thinking; {done}")
+        counts = {"with_thinking": self._thinking, "without_end_of_thinking": self._endless}
+        counts |= {"stripped_of_thinking": self._thinking * self._strip}
+        return [Metric(f"{name}answers_{key}", count, n=self._answers) for key, count in counts.items()]

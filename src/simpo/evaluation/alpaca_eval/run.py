@@ -27,7 +27,7 @@ from simpo.evaluation.answers import Answerer
 from simpo.evaluation.asking import ApiJudge, Say
 from simpo.evaluation.once import measure_once
 from simpo.evaluation.rows import file_digest
-from simpo.judges.shown import shown_answers
+from simpo.judges.shown import Shown
 from simpo.results import Metric
 from simpo.runs.folder import RunFolder
 
@@ -136,7 +136,9 @@ def evaluate_alpaca_eval(
             matches = _sampled(benchmark, reference, answers, run) if isinstance(answers, Answerer) else ready
             assert matches is not None
             write_outputs(folder / OUTPUTS, matches)
-            shown, thinking = _shown(matches, benchmark.judge.strip_thinking, run.say)
+            show = Shown(benchmark.judge.strip_thinking)
+            shown = [replace(one, output_1=show(one.output_1), output_2=show(one.output_2)) for one in matches]
+            thinking = show.metrics("alpaca_eval/", run.say)
             annotations = benchmark.annotate(shown, run.say)
             write_annotations(folder / ANNOTATIONS, annotations)
             return figures(annotations, baselines, run.say) + thinking + benchmark.judge.metrics("alpaca_eval")
@@ -174,14 +176,6 @@ def _sampled(benchmark: AlpacaEval, reference: Sequence[Output], answerer: Answe
         benchmark.judge.agree_beforehand(benchmark.requests(expected), run.say)
     texts = answerer.answer([output.instruction for output in reference], run.path / "answers")
     return _matches(reference, answerer.name, texts)
-
-
-def _shown(matches: Sequence[Match], strip_thinking: bool, say: Say) -> tuple[list[Match], list[Metric]]:
-    """What the judge is shown, and figures about thinking in it."""
-    answers = [text for match in matches for text in (match.output_1, match.output_2)]
-    texts, metrics = shown_answers(answers, strip_thinking=strip_thinking, name="alpaca_eval/", say=say)
-    pairs = zip(matches, texts[::2], texts[1::2], strict=True)
-    return [replace(match, output_1=theirs, output_2=ours) for match, theirs, ours in pairs], metrics
 
 
 def _matches(reference: Sequence[Output], name: str, texts: Sequence[str]) -> list[Match]:

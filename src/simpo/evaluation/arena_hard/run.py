@@ -26,7 +26,7 @@ from simpo.evaluation.arena_hard.verdicts import Version, read_verdict
 from simpo.evaluation.asking import ApiJudge, Say
 from simpo.evaluation.once import measure_once
 from simpo.evaluation.rows import file_digest
-from simpo.judges.shown import shown_answers
+from simpo.judges.shown import Shown
 from simpo.results import Metric
 from simpo.runs.folder import RunFolder
 
@@ -141,15 +141,13 @@ def evaluate_arena_hard(
             assert ours is not None
             model = next(iter(ours.values())).model
             write_answers(folder / ANSWERS, questions, model, [ours[question.uid].text for question in questions])
-            strip = benchmark.judge.strip_thinking
-            (ours, our_thinking), (baseline, their_thinking) = (
-                _shown(answers, strip, name, run.say)
-                for answers, name in ((ours, "arena_hard/"), (theirs, "arena_hard/baseline/"))
-            )
+            show = Shown(benchmark.judge.strip_thinking)
+            ours, baseline = _shown(ours, show), _shown(theirs, show)
+            thinking = show.metrics("arena_hard/", run.say)
             judgments = benchmark.play(questions, ours, baseline, run.say)
             write_judgments(folder / JUDGMENTS, judgments)
             found = figures(judgments, ours, baseline, benchmark.version, run.say)
-            return found + our_thinking + their_thinking + benchmark.judge.metrics("arena_hard")
+            return found + thinking + benchmark.judge.metrics("arena_hard")
 
         return measure_once(run, measure)
 
@@ -165,14 +163,10 @@ def _sampled(
     return _answers(questions, answerer.name, texts)
 
 
-def _shown(answers: Answers, strip_thinking: bool, name: str, say: Say) -> tuple[Answers, list[Metric]]:
-    """What the judge is shown, and figures about thinking in it; a text that changed has no known count of tokens."""
-    texts = [answer.text for answer in answers.values()]
-    shown, metrics = shown_answers(texts, strip_thinking=strip_thinking, name=name, say=say)
-    return {
-        uid: answer if answer.text == text else replace(answer, text=text, tokens=None)
-        for (uid, answer), text in zip(answers.items(), shown, strict=True)
-    }, metrics
+def _shown(answers: Answers, show: Shown) -> Answers:
+    """What the judge is shown; a text that has changed has no known number of tokens."""
+    shown = {uid: replace(answer, text=show(answer.text)) for uid, answer in answers.items()}
+    return {uid: new if new == answers[uid] else replace(new, tokens=None) for uid, new in shown.items()}
 
 
 def _answers(questions: Sequence[Question], name: str, texts: Sequence[str]) -> Answers:

@@ -25,10 +25,9 @@ from simpo.evaluation.mt_bench.judge import RatingPrompts
 from simpo.evaluation.mt_bench.ratings import Rating, rating_metrics, read_rating
 from simpo.evaluation.once import measure_once
 from simpo.evaluation.rows import file_digest
-from simpo.judges.shown import shown_answers
+from simpo.judges.shown import Shown
 from simpo.results import Metric
 from simpo.runs.folder import RunFolder
-from simpo.thinking import split_thinking
 
 ANSWERS, JUDGMENTS = "model_answer.jsonl", "model_judgment.jsonl"
 
@@ -133,10 +132,10 @@ def evaluate_mt_bench(
                 assert ready is not None
                 model, turns = ready
             write_answers(folder / ANSWERS, questions, model, turns)
-            said, strip = [text for pair in turns for text in pair], benchmark.judge.strip_thinking
-            shown, thinking = shown_answers(said, strip_thinking=strip, name="mt_bench/", say=run.say)
-            shown_turns = list(zip(shown[::2], shown[1::2], strict=True))
-            ratings, texts = benchmark.rate(questions, shown_turns, run.say)
+            show = Shown(benchmark.judge.strip_thinking)
+            shown = [(show(first), show(second)) for first, second in turns]
+            thinking = show.metrics("mt_bench/", run.say)
+            ratings, texts = benchmark.rate(questions, shown, run.say)
             write_judgments(folder / JUDGMENTS, model, benchmark.judge.name, ratings, texts)
             return figures(ratings, run.say) + thinking + benchmark.judge.metrics("mt_bench")
 
@@ -165,14 +164,14 @@ def _sampled(
     if not (run.path / ANSWERS).exists():
         longest = answerer.stand_in()
         benchmark.judge.agree_beforehand(benchmark.requests(questions, [(longest, longest)] * len(questions)), run.say)
-    strip_thinking = benchmark.judge.strip_thinking
+    show = Shown(benchmark.judge.strip_thinking)
     temperatures = [None if own_temperature else _TEMPERATURES.get(question.category, 0.7) for question in questions]
     asked: list[Asked] = [[{"role": "user", "content": question.turns[0]}] for question in questions]
     first = _answered(asked, temperatures, answerer, run.path / "answers" / "turn-1")
     asked = [
         [
             {"role": "user", "content": question.turns[0]},
-            {"role": "assistant", "content": split_thinking(answer)[1] if strip_thinking else answer},
+            {"role": "assistant", "content": show(answer)},
             {"role": "user", "content": question.turns[1]},
         ]
         for question, answer in zip(questions, first, strict=True)
