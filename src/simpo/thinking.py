@@ -32,24 +32,19 @@ _PARTS = ("<|channel|>", "<|message|>", "<|channel>")
 
 
 def after_thinking(text: str) -> str | None:
-    """A reply without any of its thinking; None if it ends before its thinking does.
+    """What follows the last end of thinking in a reply; None if the reply ends before its thinking does.
 
-    Everything before an end without a beginning is thinking too, because a chat template may write the beginning. A
-    beginning counts wherever it stands, so that nothing that might be thinking is ever read as a verdict.
+    An end needs no beginning, which a chat template may have written, and a beginning counts wherever it stands:
+    nothing that might be thinking, or was written before it, is ever read as a verdict.
     """
-    kept, place, inside = "", 0, None
+    start, inside = 0, None
     for mark in _MARKS.finditer(text):
         kind = str(mark.lastgroup)
         if inside is None and kind.startswith("open"):
-            kept, inside = kept + text[place : mark.start()], kind
-        elif inside is None:
-            kept = ""
-        elif kind == inside.replace("open", "close"):
-            inside = None
-        else:
-            continue
-        place = mark.end()
-    return None if inside is not None else _TURN_END.sub("", kept + text[place:])
+            inside = kind
+        elif inside is None or kind == inside.replace("open", "close"):
+            start, inside = mark.end(), None
+    return None if inside is not None else _TURN_END.sub("", text[start:])
 
 
 def split_thinking(text: str) -> tuple[str, str]:
