@@ -33,7 +33,7 @@ fi
 
 out=$(mktemp -d)
 server=
-trap '[ -z "$server" ] || kill "$server"; rm -rf "$out"' EXIT
+trap '[ -z "$server" ] || kill "$server" 2>"$out/log" || tail -5 "$out/server"; rm -rf "$out"' EXIT
 simpo() { "$python" -m simpo.cli "$@"; }
 "$python" - "$out/prompts.jsonl" <<'END'
 import json
@@ -69,7 +69,8 @@ for wrong in max_model_length=9 gpu_memory_utilization=3 dtype=float16; do
 done
 
 echo "== vllm serve"
-"$environment/bin/vllm" serve "$model" --served-model-name tiny --port "$PORT" --dtype float32 --max-logprobs 5 \
+# What `vllm serve` runs: that command of this build looks for a package called vllm, and does not find it.
+"$python" -m vllm.entrypoints.openai.api_server --model "$model" --served-model-name tiny --port "$PORT" --dtype float32 --max-logprobs 5 \
   --generation-config vllm >"$out/server" 2>&1 &
 server=$!
 url=http://127.0.0.1:$PORT
@@ -100,7 +101,7 @@ END
 judge=(--judge_url "$url/v1" --judge_model tiny --cache "$out/cache" --yes)
 echo "== vllm serve as a judge (of a small model no verdicts are to be expected; they are counted)"
 simpo annotate "$out/sampled" --annotator api "${judge[@]}" --judge_max_tokens 40 --output_dir "$out/annotated" | grep -E "requests sent|unscored"
-simpo compare "$out/own" "$out/greedy" --judge api "${judge[@]}" --judge_max_tokens 40 --output_dir "$out/compared" | grep -E "without_verdict|ties"
+simpo compare "$out/own" "$out/sampled" --judge api "${judge[@]}" --judge_max_tokens 40 --output_dir "$out/compared" | grep -E "without_verdict|ties"
 "$python" - "$out" <<'END'
 import json
 import sys
