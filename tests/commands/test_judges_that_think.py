@@ -1,4 +1,4 @@
-"""Judges that think, refuse parameters or give no verdict, with every command that asks one: used rightly or refused."""
+"""Judges that think, refuse parameters or give no verdict, with every command that asks one: used rightly or not."""
 
 from __future__ import annotations
 

@@ -118,8 +118,8 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, file with one, or none")
     parser.add_argument("--model_revision", default="main", metavar="REV", help="branch, tag or commit on the hub")
-    for name, kind in _OF_VLLM.items():
-        parser.add_argument(f"--{name}", type=kind, metavar="X" if kind is float else "N", help="of the engine 'vllm'")
+    for name, number in _OF_VLLM.items():
+        parser.add_argument(f"--{name}", type=number, metavar="N" if number is int else "X", help="of engine vllm")
     parser.add_argument(
         "--engine_args",
         nargs="+",
