@@ -1,13 +1,23 @@
 """The command line finds commands by their files and ends mistakes in one line."""
 
 import json
+import logging
+import os
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 
 import simpo
 from simpo import commands
-from simpo.cli import main
+from simpo.arguments import ArgumentParser
+from simpo.cli import _Notices, main
+from simpo.commands import reward as reward_command
+from simpo.commands import sft as sft_command
+from simpo.commands import train as train_command
+from simpo.errors import SimpoError
+from simpo.runs.log import LogFile
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"]])
@@ -47,6 +57,118 @@ def test_an_error_cannot_steer_the_terminal(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "\x1b" not in error
+
+
+def test_python_minus_m(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-m", "simpo", "--version"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert found.stdout == f"simpo {simpo.__version__}\n"
+
+
+# A notice of a library before the output, and more output than a pipe holds.
+_WRITER = """
+import logging, sys, types
+from simpo import cli
+
+def main(argv):
+    for number in range(100_000):
+        {write}
+
+sys.modules["simpo.commands.recipe"] = types.SimpleNamespace(main=main)
+cli._quiet_libraries = lambda: None  # which takes seconds
+sys.exit(cli.main(["recipe"]))
+"""
+
+
+@pytest.mark.parametrize("write", ["print(number)", "logging.getLogger('library').warning('notice %d', number)"])
+def test_output_that_nobody_reads_ends_the_command_quietly(write, tmp_path):
+    script = tmp_path / "writer.py"
+    script.write_text(_WRITER.format(write=write))
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
+def test_another_broken_pipe_is_no_closed_output(monkeypatch):
+    from simpo.commands import recipe
+
+    def main_of_recipe(argv):
+        raise BrokenPipeError("a worker is gone")
+
+    monkeypatch.setattr(recipe, "main", main_of_recipe)
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end), os.fdopen(write_end, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(BrokenPipeError, match="a worker is gone"):
+            main(["recipe"])
+
+
+def test_what_libraries_report_below_a_warning_is_kept_and_not_shown(tmp_path, capsys):
+    """As with ``log_level: info``."""
+    library = logging.getLogger("some.library")
+    library.propagate = False
+    library.setLevel(logging.INFO)
+    for handler in (_Notices(), LogFile(tmp_path / "log.txt")):
+        library.addHandler(handler)
+    library.info("hundreds of these")
+    library.warning("one of these")
+    assert capsys.readouterr().out == "note: one of these\n"
+    kept = (tmp_path / "log.txt").read_text()
+    assert "hundreds of these" in kept and "one of these" in kept
+
+
+@pytest.mark.parametrize(
+    "argv", [["m", "p", "--n", "2"], ["p", "--model", "m", "--n=2"], ["--n", "2", "--model_name_or_path=m", "p"]]
+)
+def test_a_model_by_position_or_by_option(argv):
+    parser = ArgumentParser("sample", None)
+    parser.add_argument("model")
+    parser.add_argument("prompts")
+    parser.add_argument("--n", type=int)
+    found = parser.parse_args(argv)
+    assert (found.model, found.prompts, found.n) == ("m", "p", 2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["a", "b", "--model", "m"], "unrecognized arguments"),
+        (["--model", "a", "--model", "b", "p"], "given 2 times"),
+        (["p", "--model"], "expected one argument"),
+    ],
+)
+def test_a_model_that_is_given_twice_or_not_at_all(argv, message):
+    parser = ArgumentParser("sample", None)
+    parser.add_argument("model")
+    parser.add_argument("prompts")
+    with pytest.raises(SimpoError, match=message):
+        parser.parse_args(argv)
+
+
+def test_two_models_keep_their_order():
+    parser = ArgumentParser("compare", None)
+    parser.add_argument("a")
+    parser.add_argument("b")
+    found = parser.parse_args(["--model", "first", "--model=second"])
+    assert (found.a, found.b) == ("first", "second")
+    with pytest.raises(SimpoError, match="given 1 times, and this command takes 2"):  # first or second?
+        parser.parse_args(["first", "--model", "second"])
+
+
+@pytest.mark.parametrize("command", [train_command, sft_command, reward_command])
+@pytest.mark.parametrize(
+    "argv", [["MODEL"], ["--model", "MODEL"], ["--model_name_or_path", "MODEL"], ["recipe.yaml", "MODEL"]]
+)
+def test_a_model_of_a_training_command(command, argv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("learning_rate: 1e-6\n")
+    argv = [word.replace("MODEL", "./nowhere") for word in argv]
+    with pytest.raises(SimpoError, match=r"model_name_or_path: there is no folder './nowhere'"):
+        command.main([*argv, "--dataset_name", "rows.jsonl", "--output_dir", "out"])
 
 
 @pytest.mark.parametrize(

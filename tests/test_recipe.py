@@ -287,7 +287,11 @@ def test_on_a_narrow_terminal_a_meaning_has_lines_of_its_own(capsys, monkeypatch
         ("count: 1\n\trate: 2", "recipe.yaml:2: not YAML: "),
         ("count: !!python/object/apply:os.getpid []", "recipe.yaml:1: not YAML: "),
         ("count: 1\n---\ncount: 2", "recipe.yaml:2: not YAML: "),
-        ("betta: 1\ncont: 2", "recipe.yaml:1: betta: unknown key"),
+        (
+            "betta: 1\nrate: x\ncont: 2",
+            "3 things to change: (1) recipe.yaml:1: betta: unknown key; (2) recipe.yaml:3: cont: unknown key; did you "
+            "mean count?; (3) recipe.yaml:2: rate: 'x' is not a number",
+        ),
         ("rate: 1\ncont: 2", "recipe.yaml:2: cont: unknown key; did you mean count?"),
     ],
 )
@@ -422,19 +426,17 @@ def only_tensorboard(monkeypatch):
 
 
 @pytest.mark.usefixtures("only_tensorboard")
-@pytest.mark.parametrize(
-    ("written", "expected", "dropped"),
-    [
-        ("[wandb, tensorboard]", ["tensorboard"], ["wandb"]),
-        ("wandb", [], ["wandb"]),
-        ("tensorboard", ["tensorboard"], []),
-        ("none", [], []),
-    ],
-)
-def test_integrations_that_are_not_installed_are_dropped(recipe, caplog, written, expected, dropped):
-    _, _, config = parse_training(recipe(f"name: m\nreport_to: {written}"))
-    assert config.report_to == expected
-    assert caplog.messages == [f"recipe.yaml:2: report_to: {name} is not installed and is dropped" for name in dropped]
+def test_a_tracker_that_is_not_installed_is_an_error(recipe):
+    for written, missing in (
+        ("[wandb, tensorboard]", "wandb is"),
+        ("wandb", "wandb is"),
+        ("[wandb, mlflow]", "wandb and mlflow are"),
+    ):
+        message = error(recipe(f"name: m\nreport_to: {written}"), "--use_cpu", types=(Model, Config))
+        assert message == (f"recipe.yaml:2: report_to: {missing} not installed; install it, or set report_to: none")
+    for written, expected in (("tensorboard", ["tensorboard"]), ("none", [])):
+        _, _, config = parse_training(recipe(f"name: m\nreport_to: {written}"))
+        assert config.report_to == expected
 
 
 def test_an_integration_that_does_not_exist_is_an_error(recipe):

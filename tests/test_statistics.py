@@ -13,6 +13,7 @@ from simpo.statistics import (
     mcnemar,
     mean_interval,
     proportion_interval,
+    share_interval,
     weighted_mean_interval,
 )
 
@@ -38,6 +39,37 @@ def test_proportion_solves_the_score_equation():
     for bound in (interval.low, interval.high):
         z = abs(interval.value - bound) / np.sqrt(bound * (1 - bound) / 40)
         assert z == pytest.approx(stats.norm.ppf(0.975), rel=1e-9)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(1, 20), (7, 20), (19, 20), (263, 500)])
+def test_shares_of_zero_and_one_have_wilsons_interval(successes, n):
+    """With Student's quantile and variance, which are those of n - 1 trials."""
+    found = share_interval([1.0] * successes + [0.0] * (n - successes))
+    share, z = successes / n, stats.t.ppf(0.975, n - 1)
+    for bound in (found.low, found.high):  # the score equation
+        assert abs(share - bound) / np.sqrt(bound * (1 - bound) / (n - 1)) == pytest.approx(z, rel=1e-9)
+
+
+def test_shares_stay_between_0_and_1_where_the_symmetric_interval_does_not():
+    values = [1.0, 1.0, 1.0, 1.0, 0.5]
+    assert mean_interval(values).high > 1
+    found = share_interval(values)
+    assert found.value == pytest.approx(0.9)
+    assert 0 < found.low < found.value < found.high < 1
+    opposite = share_interval(1 - np.array(values))
+    assert (opposite.low, opposite.high) == pytest.approx((1 - found.high, 1 - found.low))
+    weighted = share_interval(values, [1.0, 1.0, 1.0, 1.0, 9.0])
+    assert 0 < weighted.low < weighted.value < weighted.high < 1
+    assert (share_interval([0.5, 0.5]).low, share_interval([0.5, 0.5]).high) == (None, None)
+
+
+@pytest.mark.parametrize("chance", [0.05, 0.5, 0.95])
+def test_shares_coverage(chance):
+    n = 40
+    intervals = [share_interval([1.0] * k + [0.0] * (n - k)) for k in range(1, n)]
+    weights = stats.binom.pmf(np.arange(1, n), n, chance)
+    covered = sum(w for w, i in zip(weights, intervals, strict=True) if i.low <= chance <= i.high)
+    assert covered / weights.sum() > 0.93
 
 
 @pytest.mark.parametrize("chance", [0.05, 0.5, 0.8])

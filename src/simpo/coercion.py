@@ -6,17 +6,17 @@ import difflib
 import json
 import math
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from enum import Enum
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """``"; did you mean ...?"`` with the one of ``words`` most like ``word``, or nothing if none is."""
+def nearest(word: str, words: Iterable[str], meaning: Mapping[str, str] | None = None) -> str:
+    """``"; did you mean ...?"`` with the one of ``words`` most like ``word``, or its ``meaning``; empty if none is."""
     close = difflib.get_close_matches(word, sorted(words), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {(meaning or {}).get(close[0], close[0])}?" if close else ""
 
 
 def coerce(value: Any, annotation: Any) -> Any:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -104,6 +104,34 @@ def weighted_mean_interval(values: Sequence[float] | np.ndarray, weights: Sequen
     error = np.sqrt(n / (n - 1) * (w**2 * (x - mean) ** 2).sum()) / w.sum()
     half = float(special.stdtrit(n - 1, _UPPER_TAIL) * error)
     return Interval(mean, mean - half, mean + half, n, "ratio, Student t 95%")
+
+
+def share_interval(
+    values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray | None = None
+) -> Interval:
+    """Interval of the mean of shares from 0 to 1, each of them of one independent item, ``[n]``; it stays in [0, 1].
+
+    As :func:`mean_interval` or, with ``weights``, :func:`weighted_mean_interval`, with the bounds of
+    :func:`share_bounds`.
+    """
+    found = mean_interval(values) if weights is None else weighted_mean_interval(values, weights)
+    if found.low is None:
+        return found
+    low, high = share_bounds(found.value, found.value - found.low)
+    return replace(found, low=low, high=high, method=f"Wilson, {found.method}")
+
+
+def share_bounds(share: float, half: float) -> tuple[float, float]:
+    """Wilson's bounds of a share whose symmetric interval would have the width ``2 * half``; they stay in [0, 1].
+
+    They are those of a proportion in as many trials as give the same standard error. Source: Franco, Little, Louis and
+    Slud, Journal of Survey Statistics and Methodology 7 (2019).
+    """
+    if not 0 < share < 1:
+        return max(0.0, share - half), min(1.0, share + half)
+    k = half**2 / (share * (1 - share))  # Wilson's z**2 / n
+    center, spread = (share + k / 2) / (1 + k), np.sqrt(half**2 + k**2 / 4) / (1 + k)
+    return max(0.0, float(center - spread)), min(1.0, float(center + spread))
 
 
 def bootstrap_interval(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from simpo.cli import main
 from simpo.results import read_results
 from simpo.runs.folder import RunFolder
+from simpo.terminal import printable
 
 QUESTIONS = [f"What is {a} plus {b}?" + " Please." * (a % 4) for a in range(5) for b in range(4)]
 ROWS = [{"prompt": text, "source": number} for number, text in enumerate(QUESTIONS)]
@@ -62,6 +63,10 @@ def test_answers_stand_in_the_order_of_the_prompts_with_their_figures(world, tmp
     assert figures["sample/distinct"].value == sum(len(set(row["responses"])) for row in rows) / 40
     printed = capsys.readouterr().out
     assert f"{40 - ended} responses hit max_new_tokens 8" in printed
+    for row in rows[:3]:
+        assert f"--- prompt {row['id']}\n{row['prompt']}\n--- answer {row['id']}\n" in printed
+        assert printable(row["responses"][0].strip()) in printed
+    assert rows[3]["prompt"] not in printed
     assert "40 of 40 responses" in printed and str(output / "responses.jsonl") in printed and "next:" in printed
     assert [path.name for path in output.iterdir() if path.name.startswith(".chunks")] == []
 

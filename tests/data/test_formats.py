@@ -119,7 +119,7 @@ HI = [user("Hi?"), assistant("A")]
         ({"prompt": PROMPT, "chosen": ["A"], "rejected": HI}, "chosen holds something other than messages"),
         (
             {"chosen": [*PROMPT, {"role": "assistant", "content": [{"type": "text"}]}], "rejected": HI},
-            "chosen has a message whose content is list, not text",
+            "chosen has a content part without text",
         ),
         (
             {"chosen": [*PROMPT, {"role": "assistant", "content": None}], "rejected": HI},

@@ -320,20 +320,22 @@ def test_an_answer_that_the_template_does_not_end(build_tokenizer):
     )
     tokenizer.chat_template = tokenizer.chat_template.replace("loop.last", "loop.last and m['role'] == 'assistant'")
     assert scored_runs(tokenizer, tokenized(tokenizer, {"messages": chat("Hi?", "Yes.")})[0]) == ["Yes.<|endoftext|>"]
-    with pytest.raises(SimpoError, match="train row 0: the chat template does not end every answer"):
-        tokenized(tokenizer, {"messages": chat(*THREE)})
+    rows = tokenized(tokenizer, {"messages": chat(*THREE)})
+    assert [scored_runs(tokenizer, row) for row in rows] == [[f"{text}<|endoftext|>"] for text in THREE[1::2]]
+    assert [row["prompt_ids"] for row in rows] == [fed(tokenizer, chat(*THREE[:turns])) for turns in (1, 3, 5)]
 
 
 def test_a_template_that_writes_the_last_answer_otherwise(build_tokenizer):
-    """As Qwen3's, which writes an empty thought before the last answer only: ids are those of the conversation."""
+    """As Qwen3's, which writes an empty thought before the last answer only: every answer is the last of its row."""
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
         "{% if loop.last and m['role'] == 'assistant' %}{{ '(thought)' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    row = tokenized(tokenizer, {"messages": chat(*THREE[:4])})[0]
-    assert scored_runs(tokenizer, row) == [f"{THREE[1]}<|im_end|>", f"(thought){THREE[3]}<|im_end|>"]
+    rows = tokenized(tokenizer, {"messages": chat(*THREE[:4])})
+    assert [scored_runs(tokenizer, row) for row in rows] == [[f"(thought){text}<|im_end|>"] for text in THREE[1:4:2]]
+    assert [row["prompt_ids"] for row in rows] == [fed(tokenizer, chat(*THREE[:turns])) for turns in (1, 3)]
 
 
 def test_a_prompt_that_is_no_prefix_names_the_row(build_tokenizer):

@@ -12,7 +12,7 @@ from simpo import SimpoError
 from simpo.data.prompts import prompt_id
 from simpo.evaluation.answer_files import read_answer_file
 from simpo.evaluation.head_to_head import Contest, compare_answers, read_contests, win_rate
-from simpo.statistics import mean_interval
+from simpo.statistics import mean_interval, share_interval
 
 
 def test_win_rate_counts_every_meeting_of_a_prompt():
@@ -24,7 +24,7 @@ def test_win_rate_counts_every_meeting_of_a_prompt():
         points = [1.0 if x > y else 0.5 if x == y else 0.0 for x, y in itertools.product(ours, theirs)]
         shares.append(sum(points) / len(points))
     found = win_rate(a, b)
-    assert found == mean_interval(shares)
+    assert found == share_interval(shares)
     assert found.n == 20
     assert win_rate(b, a).value == pytest.approx(1 - found.value)
 

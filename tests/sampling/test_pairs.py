@@ -229,3 +229,11 @@ def test_a_function_must_give_numbers(bad, tmp_path):
     with pytest.raises(SimpoError, match="prompt 0: the scorer gave"):
         pair_responses(file, lambda prompt, response: bad if response == "b" else 1.0, tmp_path / "pairs.jsonl")
     assert not (tmp_path / "pairs.jsonl").exists()
+
+
+@pytest.mark.parametrize("pairs", ["best_worst", "ranking"])
+def test_what_a_prompt_is_rendered_with_stays_with_its_pairs(pairs):
+    context = {"tools": [{"type": "function"}], "chat_template_kwargs": {"enable_thinking": False}}
+    given = record(0, ("a", 1.0), ("b", 0.0)) | context
+    rows, _ = make_pairs([given], PairSettings(pairs=pairs))
+    assert [{key: row[key] for key in context} for row in rows] == [context]

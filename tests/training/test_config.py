@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from importlib.util import find_spec
 
 import pytest
 from transformers import TrainingArguments
@@ -38,7 +39,7 @@ def test_gamma_either_way(given, expected, config):
         ({"gamma_beta_ratio": -1.0}, "gamma_beta_ratio must be >= 0"),
         ({"gamma": -1.0}, "gamma must be >= 0"),
         ({"gamma": 1.0, "gamma_beta_ratio": 0.5}, "gamma and gamma_beta_ratio"),
-        ({"label_smoothing": 0.5}, "label_smoothing must be in"),
+        ({"label_smoothing": 0.5, "objective": "simpo"}, "label_smoothing must be in"),
         ({"link": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
         ({"loss_type": "hinge", "gamma": 1.0, "label_smoothing": 0.1}, "label_smoothing"),
         ({"loss_type": "hinge", "link": "sigmoid"}, "loss_type 'hinge' and link 'sigmoid' disagree"),
@@ -151,6 +152,72 @@ def test_what_a_loss_type_means(given, objective, config):
 def test_what_does_not_go_together_is_named(given, message, config):
     with pytest.raises(SimpoError, match=message):
         config(**given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"beta": 0.1},
+        {"beta": 0.01, "label_smoothing": 0.1},
+        {"label_smoothing": 0.1},
+        {"precompute_ref_log_probs": True},
+        {"precompute_ref_log_probs": False, "beta": 2.0},
+    ],
+)
+def test_an_objective_that_would_be_a_guess_has_to_be_given(given, config):
+    with pytest.raises(SimpoError, match=r"^objective: not given, and .*write objective: dpo"):
+        config(**given)
+    for objective in ("simpo", "dpo"):
+        assert config(**given, objective=objective).objective == objective
+
+
+@pytest.mark.parametrize("given", [{}, {"beta": 2.0}, {"beta": 0.1, "gamma": 0.1}, {"beta": 0.5, "link": "sigmoid"}])
+def test_what_can_only_be_simpo_needs_no_objective(given, config):
+    assert config(**given).objective == dataclasses.replace(config(**given)).objective == "simpo"
+
+
+def test_the_reference_is_computed_once_unless_told_otherwise(config):
+    assert config(objective="dpo").precompute_ref_log_probs is True
+    assert config(objective="dpo", precompute_ref_log_probs=False).precompute_ref_log_probs is False
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("include_num_input_tokens_seen", True),
+        ("include_num_input_tokens_seen", "non_padding"),
+        ("include_for_metrics", ["inputs"]),
+        ("label_names", ["labels"]),
+        ("prediction_loss_only", True),
+        ("batch_eval_metrics", True),
+        ("eval_do_concat_batches", False),
+        ("eval_use_gather_object", True),
+        ("average_tokens_across_devices", False),
+        ("bf16_full_eval", True),
+        ("fp16_full_eval", True),
+        ("torch_empty_cache_steps", 10),
+        ("save_on_each_node", True),
+        ("do_predict", True),
+        ("accelerator_config", {"split_batches": True}),
+    ],
+)
+def test_what_a_packed_trainer_cannot_honor_is_refused_by_name(key, value, config):
+    with pytest.raises(SimpoError, match=rf"^{key}: not supported \("):
+        config(**{key: value})
+    with pytest.raises(SimpoError, match=rf"\(1\) auto_find_batch_size: .*\(2\) {key}: "):
+        config(**{key: value, "auto_find_batch_size": True})
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "paged_adamw_32bit", "adamw_8bit"])
+def test_an_optimizer_that_is_not_installed_is_found_at_once(name, config):
+    with pytest.raises(SimpoError, match=f"optim: {name} needs bitsandbytes"):
+        config(optim=name)
+
+
+def test_keys_that_are_switched_off_are_not_refused(config):
+    args = config(include_num_input_tokens_seen=False, include_for_metrics=[], label_names=[])
+    assert dataclasses.replace(args).max_length == args.max_length
 
 
 def test_an_anchor_without_a_weight_of_its_own(config, monkeypatch):

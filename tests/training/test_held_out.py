@@ -28,7 +28,8 @@ def test_pairs_are_right_or_wrong():
 def test_rankings_may_be_right_in_part():
     found = metrics({"rewards/accuracies": [0, 1, 0]}, {"rewards/accuracies": [1 / 3, 1, 0.5]})
     accuracy = found["eval_rewards/accuracies", "after"]
-    assert (accuracy.value, accuracy.method) == (pytest.approx(11 / 18), "Student t 95%")
+    assert (accuracy.value, accuracy.method) == (pytest.approx(11 / 18), "Wilson, Student t 95%")
+    assert 0 <= accuracy.low < accuracy.high <= 1  # 11/18 + half of the symmetric interval is above 1
     assert ("eval_rewards/accuracies/p_value", None) not in found
 
 

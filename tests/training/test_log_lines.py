@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.trainer_callback import PrinterCallback
 
-from simpo.training.log_lines import LogLines
+from simpo.training.log_lines import LogLines, log_in_lines
 
 
 def test_every_log_is_a_line_with_what_is_left(make_trainer, make_model, pairs):
@@ -31,3 +31,15 @@ def test_every_log_is_a_line_with_what_is_left(make_trainer, make_model, pairs):
     assert "eval_loss" in said[3]
     assert "train_loss" in said[4]
     assert not any("per_second" in line or "runtime" in line for line in said)
+
+
+def test_on_a_terminal_lines_take_the_place_of_dictionaries(make_trainer, pairs, capsys):
+    trainer = make_trainer(pairs(6), per_device_train_batch_size=2, logging_steps=1, disable_tqdm=False)
+    log_in_lines(trainer, print)
+    trainer.train()
+    output, bar = capsys.readouterr()
+    assert [line.partition(",")[0] for line in output.splitlines() if "learning_rate" in line] == [
+        *("step 1 of 3", "step 2 of 3", "step 3 of 3: loss " + output.split("step 3 of 3: loss ")[1].split(",")[0])
+    ]
+    assert "{" not in output + bar
+    assert "3/3" in bar

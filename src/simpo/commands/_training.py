@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -35,9 +36,25 @@ def parse(argv: list[str], config_type: type) -> tuple[ModelArguments, DataArgum
 
 def _parse(argv: list[str], config_type: type, *more: type) -> tuple[Any, ...]:
     """As :func:`parse`, and what the keys of ``more`` dataclasses say."""
-    parts = parse_recipe(argv, (ModelArguments, DataArguments, config_type, *more), replaces=REPLACES)
+    types = (ModelArguments, DataArguments, config_type, *more)
+    parts = parse_recipe(with_model_named(argv), types, replaces=REPLACES)
     check_named(parts[2])
     return parts
+
+
+def recipe_of(argv: list[str]) -> Path | None:
+    """The recipe, if the command line starts with one."""
+    given = bool(argv) and (argv[0].endswith((".yaml", ".yml")) or Path(argv[0]).is_file())
+    return Path(argv[0]) if given else None
+
+
+def with_model_named(argv: list[str]) -> list[str]:
+    """The command line with ``model_name_or_path`` for ``--model`` and for a model in the place before the options."""
+    argv = [re.sub(r"^--model(?=$|=)", "--model_name_or_path", word) for word in argv]
+    place = 0 if recipe_of(argv) is None else 1
+    if len(argv) <= place or argv[place].startswith("-"):
+        return argv
+    return [*argv[:place], "--model_name_or_path", *argv[place:]]
 
 
 def check_named(config: Any) -> None:
@@ -55,8 +72,7 @@ def read(task: Task, config_type: type, argv: list[str]) -> Given:
     model, data, config, *more = _parse(argv, config_type, *([GenerationArguments] if task.generates else []))
     observer = Generations(more[0], model) if more and more[0].eval_generations else None
     config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
-    recipe = Path(argv[0]) if argv and not argv[0].startswith("-") else None
-    return Given(model, data, config, argv, recipe, observer)
+    return Given(model, data, config, argv, recipe_of(argv), observer)
 
 
 def run(task: Task, config_type: type, argv: list[str], *, following: str) -> int:

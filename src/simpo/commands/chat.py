@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from simpo.arguments import ArgumentParser
+from simpo.commands._rendering import add_rendering_options, rendering
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 from simpo.sampling.chat import Conversation, load_conversation
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int:
         SamplingSettings(**{key: value for key, value in given.items() if value is not None}),
         chat_template=arguments.chat_template,
         system=arguments.system,
+        rendering=rendering(arguments),
     )
     print(f"{_RESET} starts a new conversation, {_EXIT} or Ctrl-D ends, Ctrl-C stops an answer")
     for text in _messages():
@@ -52,6 +54,7 @@ def _parser() -> ArgumentParser:
         "--dtype", metavar="TYPE", help="type of the weights (default bfloat16 on an accelerator, float32 on a CPU)"
     )
     parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, or file with one")
+    add_rendering_options(parser)
     parser.add_argument("--model_revision", default="main", metavar="REV", help="branch, tag or commit on the hub")
     return parser
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from simpo.arguments import ArgumentParser
 from simpo.commands._processes import refuse_several
+from simpo.commands._rendering import add_rendering_options, rendering
 from simpo.commands._server import add_judge_options, judge_options, prices_of
 from simpo.evaluation.compare import DIFFERENCES, VERDICTS, CompareArguments, compare
 from simpo.evaluation.contenders import SampledWith
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
                 arguments.engine,
                 arguments.dtype,
                 arguments.trust_remote_code,
+                rendering(arguments),
             ),
             arguments.judge,
             judge_options(arguments),
@@ -71,5 +73,6 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--engine", choices=("transformers", "vllm"), default="transformers", help="what generates (transformers)"
     )
+    add_rendering_options(parser)
     add_judge_options(parser)
     return parser

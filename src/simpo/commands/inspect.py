@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from simpo.arguments import ArgumentParser
+from simpo.commands._rendering import add_rendering_options, rendering
 from simpo.data.answer_sets import PERCENTILES as SCORE_PERCENTILES
 from simpo.data.answer_sets import diversity_metrics, is_sampled, read_answer_sets, score_metrics
 from simpo.data.inspection import PERCENTILES, Example, Inspection, examples, inspect_prepared, overlap
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
     """Print what is in the data and, with ``--output_dir``, write ``results.json``."""
     arguments = _parser().parse_args(argv)
     given = {key: getattr(arguments, key) for key in _SETTINGS if getattr(arguments, key) is not None}
-    settings = TokenizeSettings(**given)
+    settings = TokenizeSettings(**given, rendering=rendering(arguments))
     tokenizer = load_tokenizer(arguments.model, chat_template=arguments.chat_template)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     inspections: list[Inspection] = []
@@ -90,8 +91,8 @@ def _sources(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser("inspect", __doc__)
+    parser.add_argument("model", metavar="MODEL", help="model whose tokenizer and chat template are used (or --model)")
     parser.add_argument("data", metavar="DATA", help="file, folder or hub id")
-    parser.add_argument("--model", required=True, metavar="M", help="model whose tokenizer and chat template are used")
     parser.add_argument("--eval_dataset_name", metavar="TEST", help="a test set, compared with DATA")
     parser.add_argument("--split", default="train", help="split of DATA (default: train); TEST has its test split")
     for key in ("max_length", "max_prompt_length"):
@@ -101,6 +102,7 @@ def _parser() -> ArgumentParser:
     for key in ("paper_tokenization", "auto_insert_empty_system_msg"):
         parser.add_argument(f"--{key}", nargs="?", const=True, type=_truth, metavar="true|false", help="as in a recipe")
     parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, file with one, or none")
+    add_rendering_options(parser)
     parser.add_argument("--output_dir", metavar="DIR", help="folder for results.json")
     return parser
 

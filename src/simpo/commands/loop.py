@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from simpo.commands._processes import refuse_several
-from simpo.commands._training import check_named
+from simpo.commands._training import check_named, recipe_of, with_model_named
 from simpo.loop.report import PLOT, print_report
 from simpo.loop.run import run_loop
 from simpo.loop.settings import LoopRecipe, LoopSettings
@@ -24,11 +24,11 @@ def main(argv: list[str]) -> int:
     """Parse, run the rounds, print their table and what to do next."""
     # Before the configuration is made, which would wait for the others.
     refuse_several("loop", "start it without torchrun, or its stages one by one, simpo sample and simpo train with it")
-    recipe = LoopRecipe(*parse_recipe(argv, RECIPE_TYPES))
+    recipe = LoopRecipe(*parse_recipe(with_model_named(argv), RECIPE_TYPES))
     check_named(recipe.config)
     recipe.config.disable_tqdm = recipe.config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress
     folder = Path(recipe.config.output_dir)
-    model = run_loop(recipe, argv=argv, file=Path(argv[0]) if argv and not argv[0].startswith("-") else None)
+    model = run_loop(recipe, argv=argv, file=recipe_of(argv))
     print_report(folder)
     print(f"plot:  {folder / PLOT}\nmodel: {model}\nnext:  simpo chat {shlex.quote(str(model))}")
     return 0

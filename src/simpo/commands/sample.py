@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from argparse import Namespace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,18 @@ import yaml
 from simpo.arguments import ArgumentParser
 from simpo.client import Endpoint
 from simpo.commands._processes import refuse_several
+from simpo.commands._rendering import add_rendering_options, rendering
 from simpo.errors import SimpoError
+from simpo.judges.protocol import as_text
 from simpo.results import print_results
 from simpo.sampling.run import FILE_NAME, PromptArguments, sample_responses
 from simpo.sampling.server import sample_from_server
 from simpo.sampling.settings import SamplingSettings
+from simpo.terminal import printable
 from simpo.training.model_arguments import ModelArguments
 
 _FLOATS = ("temperature", "top_p")
+_SHOWN, _LONGEST = 3, 600  # answers at the end, and characters of each
 _OF_VLLM = {"max_model_len": int, "gpu_memory_utilization": float, "tensor_parallel_size": int}
 # Options that some engines would ignore, with those that use them.
 _USED_BY = {
@@ -38,7 +44,7 @@ def main(argv: list[str]) -> int:
     keys = [field.name for field in dataclasses.fields(SamplingSettings)]
     given = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
     folder = Path(arguments.output_dir).expanduser()
-    asked = PromptArguments(arguments.prompts, arguments.split, arguments.chat_template)
+    asked = PromptArguments(arguments.prompts, arguments.split, arguments.chat_template, rendering(arguments))
     settings = SamplingSettings(**given)
     if arguments.engine == "server":
         refuse_several("sample --engine server", "start it without torchrun")
@@ -52,11 +58,23 @@ def main(argv: list[str]) -> int:
     if results is None:  # one of several processes; the main one prints
         return 0
     print_results(results)
+    _show(folder / FILE_NAME)
     print(f"responses: {folder / FILE_NAME}")
     print(
         f"next:      python -m json.tool --json-lines --no-ensure-ascii {shlex.quote(str(folder / FILE_NAME))} | less"
     )
     return 0
+
+
+def _show(path: Path) -> None:
+    """The first prompts of the file, each with its first answer."""
+    with path.open(encoding="utf-8") as lines:
+        records = [json.loads(line) for line in islice(lines, _SHOWN)]
+    for record in records:
+        for title, text in (("prompt", as_text(record["prompt"])), ("answer", record["responses"][0])):
+            cut = f" [... {len(text) - _LONGEST:,} more characters]" if len(text) > _LONGEST else ""
+            print(f"--- {title} {record['id']}\n{printable(text[:_LONGEST].strip())}{cut}")
+    print()
 
 
 def _check_used(arguments: Namespace, parser: ArgumentParser) -> None:
@@ -117,6 +135,7 @@ def _parser() -> ArgumentParser:
         "--dtype", metavar="TYPE", help="type of the weights (default bfloat16 on an accelerator, float32 on a CPU)"
     )
     parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, file with one, or none")
+    add_rendering_options(parser)
     parser.add_argument("--model_revision", default="main", metavar="REV", help="branch, tag or commit on the hub")
     for name, number in _OF_VLLM.items():
         parser.add_argument(f"--{name}", type=number, metavar="N" if number is int else "X", help="of engine vllm")

@@ -14,7 +14,7 @@ import yaml
 
 from simpo.arguments import ArgumentParser
 from simpo.commands._processes import refuse_several
-from simpo.commands._training import read
+from simpo.commands._training import read, recipe_of, with_model_named
 from simpo.errors import SimpoError
 from simpo.recipe import annotations_of
 from simpo.sampling.eval_arguments import GenerationArguments
@@ -46,8 +46,8 @@ def main(argv: list[str]) -> int:
 
 def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
     """The sweep, and the recipe's keys as written."""
-    path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
-    options, rest = _parser().parse_known_args(argv if path is None else argv[1:])
+    path = recipe_of(argv)
+    options, rest = _parser().parse_known_args(with_model_named(argv)[0 if path is None else 1 :])
     given = _options(rest)
     axes = read_axes(given, annotations_of((ModelArguments, DataArguments, PreferenceConfig, GenerationArguments)))
     if not axes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -12,10 +12,11 @@ from datasets import Dataset
 from simpo.data.formats import is_number
 from simpo.data.rows import Row, rows_of
 from simpo.results import Metric
-from simpo.statistics import Interval, mean_interval
+from simpo.statistics import Interval, mean_interval, share_interval
 
 PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95}
 _WORDS = 2  # of an n-gram
+_SHARES = ("distinct_answers", "distinct_2", "overlap", "longer_wins")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,16 @@ def diversity_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
         "overlap": _known(mean_overlap(found.responses) for found in sets),
     }
     counts = [Metric(f"{prefix}/prompts", len(sets)), Metric(f"{prefix}/answers", sum(len(x.responses) for x in sets))]
-    return counts + [_metric(f"{prefix}/{name}", mean_interval(values)) for name, values in figures.items() if values]
+    return counts + _intervals(prefix, figures)
+
+
+def _intervals(prefix: str, figures: Mapping[str, Sequence[float]]) -> list[Metric]:
+    """Means over prompts, of figures that some prompt has."""
+    return [
+        _metric(f"{prefix}/{name}", (share_interval if name in _SHARES else mean_interval)(values))
+        for name, values in figures.items()
+        if values
+    ]
 
 
 def score_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
@@ -111,7 +121,7 @@ def score_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
         "worst_score": [min(scores) for scores in some],
         "longer_wins": _known(map(longer_wins, sets)),
     }
-    metrics += [_metric(f"{prefix}/{name}", mean_interval(values)) for name, values in figures.items() if values]
+    metrics += _intervals(prefix, figures)
     values = np.percentile(every, list(PERCENTILES.values()))
     metrics += [
         Metric(f"{prefix}/score/{name}", float(value), n=len(every))

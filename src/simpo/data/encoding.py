@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from simpo.errors import SimpoError
@@ -15,6 +18,7 @@ from simpo.errors import SimpoError
 _ANCHORS = ("", "\n", ".", "a")
 # Ids of context that decoding needs to treat what follows them as a continuation.
 _CONTEXT = 8
+_REASONING_TAGS = ("<think>", "</think>")
 
 
 class Texts(Protocol):
@@ -23,6 +27,7 @@ class Texts(Protocol):
     Attributes:
         texts: as they are rendered.
         marker: set if special-token text stands marked in them (see :class:`LiteralText`).
+        status: entries for the report (:meth:`simpo.data.report.DataReport.of`).
     """
 
     @property
@@ -30,6 +35,9 @@ class Texts(Protocol):
 
     @property
     def marker(self) -> str | None: ...  # noqa: D102
+
+    @property
+    def status(self) -> tuple[str, ...]: ...  # noqa: D102
 
 
 class Encoder:
@@ -46,13 +54,14 @@ class Encoder:
                 "give a model with a tokenizer.json"
             )
         self._tokenizer = tokenizer
-        self._added = {
-            token.content: (token_id, token)
-            for token_id, token in tokenizer.added_tokens_decoder.items()
-            if token.special
-        }
+        added = sorted(
+            tokenizer.added_tokens_decoder.items(), key=lambda item: not item[1].special
+        )  # special ones first
+        structural = _structural(tokenizer)
+        self._added = {token.content: (token_id, token) for token_id, token in added if token.content in structural}
+        self._unsplit = {token.content for _, token in added if token.content in structural and not token.special}
         self._swallowing = {token_id for token_id, token in self._added.values() if token.rstrip}
-        self.literal = LiteralText(list(self._added))
+        self.literal = LiteralText(list(self._added), structural, exempt=_tested(tokenizer))
         bos = tokenizer.bos_token_id
         self.adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
         self._spaces_after_special = self._detect_space_after_special()
@@ -152,9 +161,19 @@ class Encoder:
         return self._encode_one(text, split_special)
 
     def _encode_one(self, text: str, split_special: bool) -> list[int]:
+        if split_special and any(token in text for token in self._unsplit):
+            return self._literal_backend.encode(text, add_special_tokens=False).ids
         return self._tokenizer(
             text, add_special_tokens=False, split_special_tokens=split_special, verbose=False
         ).input_ids
+
+    @cached_property
+    def _literal_backend(self) -> Tokenizer:
+        """The tokenizer without structural tokens: split_special_tokens leaves those that are not special whole."""
+        state = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in self._added]
+        state["padding"] = state["truncation"] = None
+        return Tokenizer.from_str(json.dumps(state))
 
     def _detect_space_after_special(self) -> bool:
         """Whether text after a special token starts anew (legacy sentencepiece puts a space there)."""
@@ -166,26 +185,112 @@ class Encoder:
 
 
 class LiteralText:
-    """Marks special-token text inside messages, so that it stays text once they are rendered."""
+    """Marks token text inside messages, so that it stays text once they are rendered.
 
-    def __init__(self, specials: Sequence[str]) -> None:
+    Args:
+        tokens: text of all structural tokens.
+        structural: the same, and whether the assistant itself may write the token as part of an answer.
+        exempt: tokens that the template looks for at the beginning or end of a message.
+    """
+
+    def __init__(self, tokens: Sequence[str], structural: Mapping[str, bool], exempt: Container[str] = ()) -> None:
         # Longest first: a token may be the beginning of another one.
-        self._specials = sorted(specials, key=len, reverse=True)
-        self._numbers = {text: number for number, text in enumerate(self._specials)}
-        alternatives = "|".join(map(re.escape, self._specials)) or r"(?!)"
-        self.pattern = re.compile(f"({alternatives})")
+        self._tokens = sorted(tokens, key=len, reverse=True)
+        self._numbers = {text: number for number, text in enumerate(self._tokens)}
+        self.pattern = _any_of(self._tokens)
+        self._foreign = _any_of([token for token in self._tokens if token not in exempt])
+        self._answered = _any_of([token for token in self._tokens if not structural[token]])
 
-    def marker_for(self, texts: Sequence[str]) -> str | None:
-        """A private-use character that is in none of the texts; ``None`` if none holds special-token text."""
-        if not any(self.pattern.search(text) for text in texts):
+    def marker_for(self, value: object, *, answers: Sequence[str] = ()) -> str | None:
+        """A private-use character that is in none of the texts; ``None`` if nothing has to be marked.
+
+        Args:
+            value: any JSON value.
+            answers: texts that the assistant wrote.
+        """
+        texts = list(_strings(value))
+        if not any(map(self._foreign.search, texts)) and not any(map(self._answered.search, answers)):
             return None
-        used = set().union(*texts)
-        return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+        used = set().union(*texts, *answers)
+        return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
 
-    def mark(self, text: str, marker: str) -> str:
-        """Replace special-token text by its number between two markers."""
-        return self.pattern.sub(lambda match: f"{marker}{self._numbers[match[0]]}{marker}", text)
+    def mark(self, value: Any, marker: str, *, answer: bool = False) -> Any:
+        """Replace token text in all strings of a JSON value by the token's number between two markers.
+
+        Args:
+            value: any JSON value.
+            marker: of :meth:`marker_for`.
+            answer: whether the assistant wrote it as an answer, which may hold tokens such as ``<think>``.
+        """
+        pattern = self._answered if answer else self._foreign
+        if isinstance(value, str):
+            return pattern.sub(lambda match: f"{marker}{self._numbers[match[0]]}{marker}", value)
+        if isinstance(value, Mapping):
+            return {self.mark(k, marker, answer=answer): self.mark(v, marker, answer=answer) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self.mark(item, marker, answer=answer) for item in value]
+        return value
 
     def restore(self, text: str, marker: str) -> str:
         """Undo :meth:`mark`."""
-        return re.sub(f"{marker}(\\d+){marker}", lambda match: self._specials[int(match[1])], text)
+        return re.sub(f"{marker}(\\d+){marker}", lambda match: self._tokens[int(match[1])], text)
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from (str(key), *_strings(item))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
+    return re.compile(f"({'|'.join(map(re.escape, tokens)) or '(?!)'})")
+
+
+def _structural(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """Text of the added tokens that structure a conversation, and whether the assistant may write them in an answer.
+
+    Structural are special tokens, and others that the chat template itself writes (Qwen's ``<tool_call>``); not words
+    that somebody added to a vocabulary. In an answer, those are the model's own that are not special and neither open
+    nor end a turn, and the tags around its reasoning.
+    """
+    template = str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
+    around_turns = _around_turns(tokenizer)
+    return {
+        token.content: token.content in _REASONING_TAGS or not (token.special or token.content in around_turns)
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special
+        or ((token.content in template or token.content in around_turns) and re.search(r"[^\w\s]", token.content))
+    }
+
+
+def _around_turns(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a template writes around a user's message, in front of the assistant's and after it."""
+    if not tokenizer.chat_template:
+        return ""
+    user, answer = {"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}
+    try:
+        asked = tokenizer.apply_chat_template([user], tokenize=False)
+        whole = tokenizer.apply_chat_template([user, answer], tokenize=False)
+    except Exception:  # the template's faults are reported where it is used
+        return ""
+    header = whole.rpartition("\ue001")[0].removeprefix(asked).rpartition("\ue000")[2]
+    places = [header.find(token.content) for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    first = min((place for place in places if place >= 0), default=len(header))
+    opening = max(
+        (t.content for t in tokenizer.added_tokens_decoder.values() if header.startswith(t.content, first)),
+        key=len,
+        default="",
+    )
+    return asked + opening + whole.rpartition("\ue001")[2]
+
+
+def _tested(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Texts that a template looks for at an end of a message to tell what it is, as Qwen's does for tools' results."""
+    template = str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return set(re.findall(r"""\b(?:starts|ends)with\(['"]([^'"]+)['"]\)""", template)) - special

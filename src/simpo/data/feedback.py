@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from simpo.data.context import CONTEXT_COLUMNS, read_context
 from simpo.data.formats import Comparison, is_comparison, read_responses
 from simpo.data.mapping import TOKENS, Draft, Prepared, already_tokenized, check_rows, prepare_rows
 from simpo.data.messages import kind_of
@@ -74,7 +75,9 @@ def recognise_feedback(row: Mapping[str, Any], where: str) -> tuple[Comparison, 
     if not isinstance(row["label"], bool):
         raise BadRow(f"label is {kind_of(row['label'])}, not a boolean")
     prompt, responses = read_responses(row["prompt"], (row["completion"],), ("completion",))
-    return Comparison(prompt, responses, where, other_columns(row, *_COLUMNS)), row["label"]
+    prompt, found, context = read_context(row, prompt, responses)
+    extra = other_columns(row, *_COLUMNS, *CONTEXT_COLUMNS)
+    return Comparison(prompt, tuple(found), where, extra, context=context), row["label"]
 
 
 def _check_shape(row: Mapping[str, Any]) -> None:
@@ -92,6 +95,6 @@ class _Feedback(Comparisons):
     def check_shape(self, row: Mapping[str, Any]) -> None:
         _check_shape(row)
 
-    def draft(self, row: Mapping[str, Any], where: str) -> Draft[Rendered]:
+    def drafts(self, row: Mapping[str, Any], where: str) -> list[Draft[Rendered]]:
         comparison, label = recognise_feedback(row, where)
-        return Draft(self.renderer.render(comparison), comparison.extra, {"label": label})
+        return [Draft(self.renderer.render(comparison), comparison.extra, {"label": label})]

@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from simpo.data.messages import ASKING, Message, check_text_or_messages, kind_of, read_messages, read_opening
+from simpo.data.context import CONTEXT_COLUMNS, Context, read_context
+from simpo.data.messages import (
+    ASKING,
+    TRAIN,
+    Message,
+    check_text_or_messages,
+    kind_of,
+    read_messages,
+    read_opening,
+    without_train,
+)
 from simpo.data.rows import BadRow, UnknownShape, columns_of, other_columns
 from simpo.data.transcripts import split_transcripts
 
@@ -31,6 +41,7 @@ class Comparison:
         extra: the row's other columns.
         where: where the row comes from, e.g. ``"train.jsonl:12"``.
         scores: of a K-wise row, in the order of ``responses``; None of a pair.
+        context: tools and variables for the chat template.
     """
 
     prompt: str | list[Message]
@@ -38,6 +49,7 @@ class Comparison:
     where: str
     extra: dict[str, Any] = field(default_factory=dict)
     scores: tuple[float, ...] | None = None
+    context: Context = field(default_factory=Context)
 
 
 def recognise(row: Mapping[str, Any], where: str) -> Comparison:
@@ -50,9 +62,12 @@ def recognise(row: Mapping[str, Any], where: str) -> Comparison:
     check_shape(row)
     if "chosen" in row:
         prompt, responses = read_responses(row.get("prompt"), (row["chosen"], row["rejected"]), ("chosen", "rejected"))
-        return Comparison(prompt, responses, where, other_columns(row, "prompt", "chosen", "rejected"))
-    prompt, responses, scores = _ranking(row)
-    return Comparison(prompt, responses, where, other_columns(row, "prompt", "responses", "scores"), scores)
+        used, scores = ("prompt", "chosen", "rejected"), None
+    else:
+        prompt, responses, scores = _ranking(row)
+        used = ("prompt", "responses", "scores")
+    prompt, found, context = read_context(row, prompt, responses)
+    return Comparison(prompt, tuple(found), where, other_columns(row, *used, *CONTEXT_COLUMNS), scores, context)
 
 
 def check_shape(row: Mapping[str, Any]) -> None:
@@ -139,6 +154,10 @@ def _conversation(
     """Message lists: the prompt is what the whole conversations share, then one assistant turn each."""
     opening = read_opening(prompt)
     endings = [read_messages(response, name) for response, name in zip(responses, names, strict=True)]
+    for ending, name in zip(endings, names, strict=True):
+        if not ending[-1].get(TRAIN, True):
+            raise BadRow(f"{name} ends with a message that is not trained on (weight 0 or train false)")
+    endings, opening = [without_train(ending) for ending in endings], without_train(opening)
     conversations = [_whole(prompt, opening, ending) for ending in endings]
     for conversation, name in zip(conversations, names, strict=True):
         if conversation[-1]["role"] != "assistant":

@@ -33,7 +33,7 @@ class Inspection:
         repeated_prompts: comparisons whose prompt occurred before.
         identical: pairs with equal responses, those included that were bad rows for it.
         one_bos: share of prompts with exactly one BOS, at the front; ``None`` if the model has no BOS.
-        ended: share of responses that end with the end-of-turn token and hold it once.
+        ended: share of responses that end with a token that ends a turn and hold it once.
         prompts: digest of every prompt.
     """
 
@@ -75,8 +75,9 @@ def inspect_prepared(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, set
         tokenizer: the one it was prepared with.
         settings: those it was prepared with.
     """
-    end = end_token_id(tokenizer, settings)
-    measured = _Measures(bos=tokenizer.bos_token_id, end=end)
+    # Calls of tools may end with another token than text does.
+    ends = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    measured = _Measures(bos=tokenizer.bos_token_id, ends=ends | {end_token_id(tokenizer, settings)})
     columns = prepared.dataset.select_columns(["prompt_ids", "response_ids"])
     for batch in columns.iter(batch_size=1000):
         for prompt, responses in zip(batch["prompt_ids"], batch["response_ids"], strict=True):
@@ -125,8 +126,8 @@ def _example(row: dict, position: str, tokenizer: PreTrainedTokenizerBase) -> Ex
 class _Measures:
     """Collects the figures in one pass."""
 
-    def __init__(self, *, bos: int | None, end: int) -> None:
-        self._bos, self._end = bos, end
+    def __init__(self, *, bos: int | None, ends: set[int]) -> None:
+        self._bos, self._ends = bos, ends
         self._lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
         self._prompts: list[bytes] = []
         self._comparisons: set[bytes] = set()
@@ -139,7 +140,7 @@ class _Measures:
         self._comparisons.add(_digest(prompt, *responses))
         self._identical += len(set(map(tuple, responses))) < len(responses)
         self._one_bos += prompt[0] == self._bos and prompt.count(self._bos) == 1
-        self._ended += sum(ids[-1] == self._end and ids.count(self._end) == 1 for ids in responses)
+        self._ended += sum(ids[-1] in self._ends and ids.count(ids[-1]) == 1 for ids in responses)
         self._responses += len(responses)
 
     def result(self, report: DataReport) -> Inspection:

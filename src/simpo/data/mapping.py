@@ -15,7 +15,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.encoding import Encoder, Texts
-from simpo.data.report import DataReport, is_used
+from simpo.data.report import DataReport, is_part, is_used
 from simpo.data.rows import WHERE, BadRow, UnknownShape, as_json, rows_of
 from simpo.data.settings import TokenizeSettings
 from simpo.data.templates import Renderer
@@ -25,7 +25,7 @@ TOKENS = List(Value("int32"))
 _TEXT = Value("string")
 _STATUS = "_status"
 # Part of every fingerprint: raise it when the ids made from the same rows and settings change.
-_FORMAT = 3
+_FORMAT = 4
 _BATCH = 256
 _ROWS_LOOKED_AT = 1000
 _SMALL = 2000
@@ -59,13 +59,11 @@ class Draft(Generic[T]):
         rendered: its text.
         extra: its other columns.
         values: of the columns that need no ids.
-        cut: what was cut from it already.
     """
 
     rendered: T
     extra: Mapping[str, Any]
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    cut: tuple[str, ...] = ()
 
 
 class Tokenization(ABC, Generic[T]):
@@ -89,6 +87,7 @@ class Tokenization(ABC, Generic[T]):
         self.renderer = Renderer(
             tokenizer,
             self.encoder.literal,
+            settings.rendering,
             paper=settings.paper_tokenization,
             insert_system=settings.auto_insert_empty_system_msg,
         )
@@ -98,8 +97,8 @@ class Tokenization(ABC, Generic[T]):
         """Look at a row's column names only; raise :class:`UnknownShape` if they are of no accepted shape."""
 
     @abstractmethod
-    def draft(self, row: Mapping[str, Any], where: str) -> Draft[T]:
-        """The text of a row; raises :class:`BadRow`."""
+    def drafts(self, row: Mapping[str, Any], where: str) -> list[Draft[T]]:
+        """The text of each sequence that a row becomes; raises :class:`BadRow`."""
 
     @abstractmethod
     def outcome(self, rendered: T, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
@@ -122,31 +121,32 @@ class Tokenization(ABC, Generic[T]):
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         """Columns of a batch of rows."""
         rows = rows_of(batch, indices, self.label)
-        drafts = [self._checked_draft(row, where) for row, where in rows]
-        ids = iter(self.encoder.encode_groups([draft.rendered for draft in drafts if isinstance(draft, Draft)]))
+        drafts = [(draft, where) for row, where in rows for draft in self._checked_drafts(row, where)]
+        ids = iter(self.encoder.encode_groups([draft.rendered for draft, _ in drafts if isinstance(draft, Draft)]))
         columns: dict[str, list[Any]] = {name: [] for name in (*self.columns, "where", "extra", _STATUS)}
-        for draft, (_, where) in zip(drafts, rows, strict=True):
+        for draft, where in drafts:
             values, status = self._values(draft, next(ids)) if isinstance(draft, Draft) else _bad(draft)
             found = {"extra": "{}", **values, "where": where, _STATUS: status}
             for name, column in columns.items():
                 column.append(found.get(name))
         return columns
 
-    def _checked_draft(self, row: Mapping[str, Any], where: str) -> Draft[T] | BadRow:
+    def _checked_drafts(self, row: Mapping[str, Any], where: str) -> Sequence[Draft[T] | BadRow]:
         try:
-            draft = self.draft(row, where)
-            _check_unicode(draft.rendered.texts)
+            drafts = self.drafts(row, where)
+            for draft in drafts:
+                _check_unicode(draft.rendered.texts)
         except BadRow as bad:
-            return bad
-        return draft
+            return [bad]
+        return drafts
 
     def _values(self, draft: Draft[T], ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
         try:
             values, status = self.outcome(draft.rendered, ids)
         except BadRow as bad:
-            return _bad(bad)
-        if is_used(status):
-            status = [*(f"cut: {what}" for what in draft.cut), *status]
+            values, status = _bad(bad)
+        known = draft.rendered.status if is_used(status) else [s for s in draft.rendered.status if is_part(s)]
+        status = [*known, *status]
         return {**draft.values, **values, "extra": as_json(draft.extra)}, status
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
+from simpo.data.context import CONTEXT_COLUMNS, Context, read_context
 from simpo.data.conversations import read_conversation
 from simpo.data.formats import SHAPES, Comparison, is_comparison, recognise
 from simpo.data.mapping import TOKENS, Draft, Tokenization, check_bad, check_rows, prepare_rows
-from simpo.data.messages import ASKING, Message, kind_of, read_messages
+from simpo.data.messages import ASKING, Message, kind_of, read_messages, without_train
 from simpo.data.report import DataReport
 from simpo.data.rows import BadRow, UnknownShape, columns_of, other_columns, rows_of
-from simpo.data.settings import TokenizeSettings
+from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.templates import Rendered
 from simpo.errors import SimpoError
 
@@ -30,16 +31,19 @@ class PlainPrompt:
     """A prompt to be answered, for a model whose tokenizer is not here.
 
     Attributes:
-        id: the first 16 hexadecimal digits of the SHA-256 of the content's JSON (keys sorted, no white space, UTF-8).
+        id: the first 16 hexadecimal digits of the SHA-256 of the content's JSON (keys sorted, no white space, UTF-8);
+            if the prompt has tools or variables for the chat template, of the JSON of an object with all of them.
         content: text, or messages.
         where: where the row comes from, e.g. ``"train.jsonl:12"``.
         extra: the row's other columns.
+        context: tools and variables for the chat template.
     """
 
     id: str
     content: str | list[Message]
     where: str
     extra: dict[str, Any]
+    context: Context = field(default_factory=Context, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def prepare_prompts(
     *,
     label: str = "prompts",
     max_prompt_length: int | None = None,
+    rendering: RenderSettings | None = None,
 ) -> Prompts:
     """Read the prompts of a data set; a repeated one is kept where it occurs first.
 
@@ -82,6 +87,7 @@ def prepare_prompts(
         tokenizer: a fast tokenizer. If it has a chat template, everything is rendered with it.
         label: names the data set in the report and in messages.
         max_prompt_length: tokens; a longer prompt is dropped, never cut.
+        rendering: how conversations are rendered.
 
     Raises:
         SimpoError: no row of a known shape, too many bad rows, nothing that fits, or a tokenizer or chat
@@ -90,11 +96,13 @@ def prepare_prompts(
     if max_prompt_length is not None and max_prompt_length < 1:
         raise SimpoError(f"max_prompt_length: {max_prompt_length} leaves no room for a prompt")
     check_rows(dataset, label)
-    prepared = prepare_rows(dataset, tokenizer, _Prompts(tokenizer, label, max_prompt_length))
+    prepared = prepare_rows(dataset, tokenizer, _Prompts(tokenizer, label, max_prompt_length, rendering))
     found: dict[str, Prompt] = {}
     for row in prepared.dataset:
         content = json.loads(row["content"])
-        prompt = Prompt(prompt_id(content), content, row["where"], json.loads(row["extra"]), row["ids"])
+        context = Context(**json.loads(row["context"]))
+        extra = json.loads(row["extra"])
+        prompt = Prompt(prompt_id(content, context), content, row["where"], extra, row["ids"], context=context)
         if found.setdefault(prompt.id, prompt) is not prompt:
             prepared.report.drop(REPEATED, prompt.where)
     return Prompts(tuple(found.values()), prepared.report)
@@ -111,13 +119,13 @@ def read_prompts(dataset: Dataset, *, label: str = "prompts") -> tuple[list[Plai
     statuses: list[tuple[str, list[str]]] = []
     for row, where in rows_of(dataset[:], range(len(dataset)), label):
         try:
-            content, extra = recognise_prompt(row, where)
+            content, extra, context = recognise_prompt(row, where)
             if not content:
                 raise BadRow("empty prompt")
         except BadRow as error:
             statuses.append((where, [f"bad: {error.reason}"]))
             continue
-        prompt = PlainPrompt(prompt_id(content), content, where, extra)
+        prompt = PlainPrompt(prompt_id(content, context), content, where, extra, context=context)
         known = found.setdefault(prompt.id, prompt)
         statuses.append((where, [] if known is prompt else [f"dropped: {REPEATED}"]))
     report = DataReport.of(label, statuses, noun=_Prompts.noun)
@@ -125,8 +133,8 @@ def read_prompts(dataset: Dataset, *, label: str = "prompts") -> tuple[list[Plai
     return list(found.values()), report
 
 
-def recognise_prompt(row: Mapping[str, Any], where: str) -> tuple[str | list[Message], dict[str, Any]]:
-    """The prompt of a row of any known shape, and the columns that were not read for it.
+def recognise_prompt(row: Mapping[str, Any], where: str) -> tuple[str | list[Message], dict[str, Any], Context]:
+    """The prompt of a row of any known shape, the columns that were not read for it, and its context.
 
     Columns of a comparison count first, then ``messages``, ``prompt`` and ``instruction``.
 
@@ -136,21 +144,28 @@ def recognise_prompt(row: Mapping[str, Any], where: str) -> tuple[str | list[Mes
     """
     check_prompt_shape(row)
     if is_comparison(row):
-        columns = ("prompt", "chosen", "rejected") if "chosen" in row else ("prompt", "responses", "scores")
-        return recognise(row, where).prompt, other_columns(row, *columns)
+        comparison = recognise(row, where)
+        return comparison.prompt, comparison.extra, comparison.context
+    name, value = _prompt_cell(row)
+    content, _, context = read_context(row, value)
+    return content, other_columns(row, name, *CONTEXT_COLUMNS), context
+
+
+def _prompt_cell(row: Mapping[str, Any]) -> tuple[str, str | list[Message]]:
+    """Name and content of the column that holds the prompt."""
     if "messages" in row:
-        return _asked(read_conversation(row["messages"])), other_columns(row, "messages")
+        return "messages", without_train(_asked(read_conversation(row["messages"])))
     name = "prompt" if "prompt" in row else "instruction"
     value = row[name]
     if name == "instruction" and row.get("input"):
         raise BadRow("an input beside the instruction; write both into a column prompt")
     if isinstance(value, list) and name == "prompt":
-        value = read_messages(value, "prompt")
+        value = without_train(read_messages(value, "prompt"))
         if value[-1]["role"] not in ASKING:
             raise BadRow("the prompt does not end with a user message")
     elif not isinstance(value, str):
         raise BadRow(f"{name} is {kind_of(value)}, not text" + " or messages" * (name == "prompt"))
-    return value, other_columns(row, name)
+    return name, value
 
 
 def check_prompt_shape(row: Mapping[str, Any]) -> None:
@@ -174,20 +189,27 @@ def _asked(messages: list[Message]) -> list[Message]:
 class _Prompts(Tokenization[Rendered]):
     """A row becomes a prompt."""
 
-    columns: ClassVar = {"ids": TOKENS, "content": Value("string")}
+    columns: ClassVar = {"ids": TOKENS, "content": Value("string"), "context": Value("string")}
     noun = "prompts"
     shapes = f"{SHAPES}, {{messages}}, {{prompt}} (a string or messages), {{instruction}}"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, label: str, limit: int | None) -> None:
-        super().__init__(tokenizer, TokenizeSettings(), label)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, label: str, limit: int | None, rendering: RenderSettings | None
+    ) -> None:
+        super().__init__(tokenizer, TokenizeSettings(rendering=rendering or RenderSettings()), label)
         self._limit = limit
 
     def check_shape(self, row: Mapping[str, Any]) -> None:
         check_prompt_shape(row)
 
-    def draft(self, row: Mapping[str, Any], where: str) -> Draft[Rendered]:
-        content, extra = recognise_prompt(row, where)
-        return Draft(self.renderer.render(Comparison(content, (), where)), extra, {"content": json.dumps(content)})
+    def drafts(self, row: Mapping[str, Any], where: str) -> list[Draft[Rendered]]:
+        content, extra, context = recognise_prompt(row, where)
+        rendered = self.renderer.render(Comparison(content, (), where, context=context))
+        values = {
+            "content": json.dumps(content),
+            "context": json.dumps({"tools": context.tools, "kwargs": context.kwargs}),
+        }
+        return [Draft(rendered, extra, values)]
 
     def outcome(self, rendered: Rendered, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
         """Ids with BOS, and whether they are within the limit."""
@@ -205,7 +227,8 @@ class _Prompts(Tokenization[Rendered]):
         return {**super().options(), "max_prompt_length": self._limit}
 
 
-def prompt_id(content: str | list[Message]) -> str:
-    """The id of a prompt's content; see :class:`Prompt`."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+def prompt_id(content: str | list[Message], context: Context = Context()) -> str:  # noqa: B008 - frozen
+    """The id of a prompt; see :class:`PlainPrompt`."""
+    value = {"prompt": content, **context.columns} if context.columns else content
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

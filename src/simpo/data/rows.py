@@ -49,7 +49,17 @@ def rows_of(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], label: s
     if ROW in batch:
         return [(json.loads(text), where) for text, where in zip(batch[ROW], wheres, strict=True)]
     columns = [column for column in batch if column != WHERE]
-    return [({column: batch[column][position] for column in columns}, where) for position, where in enumerate(wheres)]
+    return [
+        ({column: _without_nulls(batch[column][position]) for column in columns}, where)
+        for position, where in enumerate(wheres)
+    ]
+
+
+def _without_nulls(value: Any) -> Any:
+    """A cell without the nulls that Arrow adds to objects of which other rows have more keys."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def other_columns(row: Mapping[str, Any], *used: str) -> Row:

@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from simpo.errors import SimpoError
+
+# What transformers' apply_chat_template takes by these names itself, so that a template never gets them.
+RESERVED_KWARGS = frozenset(
+    (
+        *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+        *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class RenderSettings:
+    """How conversations are rendered with a chat template.
+
+    Attributes:
+        chat_template_kwargs: variables that the chat template gets, e.g. ``{"enable_thinking": False}``; those of a
+            row take precedence.
+        system_message: ``template`` leaves the system message to the chat template, ``fold`` writes it into the first
+            user message, for templates without a system role.
+
+    Raises:
+        SimpoError: a value that is not allowed, named by its key.
+    """
+
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    system_message: str = "template"
+
+    def __post_init__(self) -> None:
+        given = self.chat_template_kwargs
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise SimpoError(f"chat_template_kwargs: {given!r} is not a mapping of names to values")
+        if reserved := sorted(RESERVED_KWARGS & set(given)):
+            raise SimpoError(f"chat_template_kwargs: {reserved[0]!r} is not a variable of the template; leave it out")
+        _check_choice("system_message", self.system_message, ("template", "fold"))
 
 
 @dataclass(frozen=True)
@@ -25,6 +61,7 @@ class TokenizeSettings:
             template knows one.
         on_bad_row: ``skip`` and count bad rows (an error above 1%), or make the first an ``error``.
         num_proc: processes that tokenize; ``None`` is one per core, never more than the data is worth.
+        rendering: how conversations are rendered.
 
     Raises:
         SimpoError: a value that is not allowed, named by its key.
@@ -38,6 +75,7 @@ class TokenizeSettings:
     auto_insert_empty_system_msg: bool = False
     on_bad_row: str = "skip"
     num_proc: int | None = None
+    rendering: RenderSettings = field(default_factory=RenderSettings)
 
     def __post_init__(self) -> None:
         _check_number("max_length", self.max_length, least=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pyarrow.compute as pc
@@ -22,7 +23,7 @@ from simpo.data.mapping import (
 )
 from simpo.data.rows import BadRow
 from simpo.data.settings import TokenizeSettings
-from simpo.data.templates import RenderedTurns
+from simpo.data.templates import EndOfTurn, RenderedTurns
 from simpo.data.truncation import fit_turns
 from simpo.errors import SimpoError
 
@@ -75,10 +76,12 @@ class _Conversations(Tokenization[RenderedTurns]):
     def check_shape(self, row: Mapping[str, Any]) -> None:
         check_conversation_shape(row)
 
-    def draft(self, row: Mapping[str, Any], where: str) -> Draft[RenderedTurns]:
+    def drafts(self, row: Mapping[str, Any], where: str) -> list[Draft[RenderedTurns]]:
         conversation = recognise_conversation(row, where)
-        cut = (UNANSWERED_CUT,) if conversation.unanswered else ()
-        return Draft(self.renderer.render_turns(conversation), conversation.extra, cut=cut)
+        sequences = self.renderer.render_turns(conversation)
+        if conversation.unanswered:
+            sequences[0] = replace(sequences[0], status=(f"cut: {UNANSWERED_CUT}", *sequences[0].status))
+        return [Draft(rendered, conversation.extra) for rendered in sequences]
 
     def outcome(self, rendered: RenderedTurns, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
         """Ids with BOS and end-of-turn tokens, within the limits, and which are scored."""
@@ -100,22 +103,22 @@ class _Conversations(Tokenization[RenderedTurns]):
         An answer's ids are what generation would have to produce after its prompt, and what follows it is as the next
         answer's prompt has it.
         """
-        end_id = self.renderer.end.token_id
         response: list[int] = []
         scored: list[bool] = []
         ends: list[int] = []
         for k, text in enumerate(rendered.answers):
             whole = ids[k + 1]
-            end = self._end_of_answer(whole, rendered.between[k]) if k < len(rendered.between) else len(whole)
-            answer = [*self.encoder.following(ids[k], text, whole[:end], rendered.marker), end_id]
+            mark = rendered.ends[k]
+            end = _end_of_answer(whole, mark, rendered.between[k]) if k < len(rendered.between) else len(whole)
+            answer = [*self.encoder.following(ids[k], text, whole[:end], rendered.marker), mark.token_id]
             rest = whole[end + 1 :]
             response += answer + rest
             scored += [True] * len(answer) + [False] * len(rest)
             ends.append(len(response) - len(rest))
         return response, scored, ends
 
-    def _end_of_answer(self, ids: list[int], between: str) -> int:
-        """Position of the end-of-turn token that ``between`` follows: others may stand in it, after users' turns."""
-        end = self.renderer.end
-        positions = [position for position, token_id in enumerate(ids) if token_id == end.token_id]
-        return positions[-1 - between.count(end.text)]
+
+def _end_of_answer(ids: list[int], end: EndOfTurn, between: str) -> int:
+    """Position of the end-of-turn token that ``between`` follows: others may stand in it, after users' turns."""
+    positions = [position for position, token_id in enumerate(ids) if token_id == end.token_id]
+    return positions[-1 - between.count(end.text)]

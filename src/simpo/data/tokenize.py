@@ -115,16 +115,16 @@ class Comparisons(Tokenization[Rendered]):
     def check_shape(self, row: Mapping[str, Any]) -> None:  # noqa: D102
         check_shape(row)
 
-    def draft(self, row: Mapping[str, Any], where: str) -> Draft[Rendered]:  # noqa: D102
+    def drafts(self, row: Mapping[str, Any], where: str) -> list[Draft[Rendered]]:  # noqa: D102
         comparison = recognise(row, where)
-        return Draft(self.renderer.render(comparison), comparison.extra, {"scores": comparison.scores})
+        return [Draft(self.renderer.render(comparison), comparison.extra, {"scores": comparison.scores})]
 
     def outcome(self, rendered: Rendered, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
         """Ids with BOS and end-of-turn token, within the limits."""
         prompt = self.encoder.one_bos(ids[0])
         responses = [
-            self._ended(self.encoder.following(ids[0], text, whole, rendered.marker))
-            for text, whole in zip(rendered.responses, ids[1:], strict=True)
+            self._ended(self.encoder.following(ids[0], text, whole, rendered.marker), end)
+            for text, whole, end in zip(rendered.responses, ids[1:], rendered.ends, strict=True)
         ]
         if not prompt:
             raise BadRow("empty prompt")
@@ -136,5 +136,6 @@ class Comparisons(Tokenization[Rendered]):
     def nothing_fits(self, mapped: Dataset) -> str:  # noqa: D102
         return shortest(mapped, self.settings, "comparison")
 
-    def _ended(self, response: list[int]) -> list[int]:
-        return response if response[-1:] == [self._end] else [*response, self._end]
+    def _ended(self, response: list[int], end: int) -> list[int]:
+        end = self._end if self.settings.paper_tokenization else end
+        return response if response[-1:] == [end] else [*response, end]

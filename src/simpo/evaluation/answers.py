@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from simpo.atomic import write_text
 from simpo.client import stand_in
 from simpo.data.files import SUFFIXES
 from simpo.data.prompts import Prompts
+from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
 from simpo.results import fingerprint
 from simpo.runs.lines import read_lines
@@ -38,12 +39,14 @@ class Answerer:
         settings: how answers are drawn; one to every question.
         chat_template: template, file with one, or ``none``; None for the model's own.
         engine: what generates.
+        rendering: how conversations are rendered.
     """
 
     model: ModelArguments
     settings: SamplingSettings
     chat_template: str | None = None
     engine: EngineName = "transformers"
+    rendering: RenderSettings = field(default_factory=RenderSettings)
 
     @property
     def name(self) -> str:
@@ -58,6 +61,7 @@ class Answerer:
             "dtype": with_dtype(self.model).dtype,
             "engine": self.engine,
             "chat_template": fingerprint(tokenizer.chat_template),
+            **({} if self.rendering == RenderSettings() else {"rendering": str(self.rendering)}),
             **dataclasses.asdict(self.settings),
             "max_new_tokens": self.longest,
         }
@@ -103,7 +107,7 @@ class Answerer:
         settings = self.settings
         if temperature is not None:
             settings = dataclasses.replace(settings, temperature=temperature)
-        asked = PromptArguments(str(prompts), chat_template=self.chat_template)
+        asked = PromptArguments(str(prompts), chat_template=self.chat_template, rendering=self.rendering)
         self._check_all_fit(questions, asked)
         sample_responses(self.model, asked, settings, folder, engine=self.engine)
         free_memory()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from simpo.data.prompts import read_prompts
+from simpo.data.settings import RenderSettings
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.evaluation.answer_files import Record, read_answer_file
@@ -34,6 +35,7 @@ class SampledWith:
         engine: what generates.
         dtype: type of the weights; None chooses by the device.
         trust_remote_code: run code that comes with a model.
+        rendering: how prompts are rendered.
     """
 
     prompts: str | None
@@ -42,6 +44,7 @@ class SampledWith:
     engine: EngineName = "transformers"
     dtype: str | None = None
     trust_remote_code: bool = False
+    rendering: RenderSettings = field(default_factory=RenderSettings)
 
 
 class Contender(Protocol):
@@ -125,8 +128,9 @@ class _Model:
     def of(cls, name: str, sampled: SampledWith) -> _Model:
         assert sampled.prompts is not None
         model = ModelArguments(name, dtype=sampled.dtype, trust_remote_code=sampled.trust_remote_code)
-        answerer = Answerer(Checkpoint.read(model).arguments, sampled.settings, engine=sampled.engine)
-        return cls(answerer, PromptArguments(sampled.prompts, sampled.split))
+        arguments, rendering = Checkpoint.read(model).arguments, sampled.rendering
+        answerer = Answerer(arguments, sampled.settings, engine=sampled.engine, rendering=rendering)
+        return cls(answerer, PromptArguments(sampled.prompts, sampled.split, rendering=rendering))
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def write_verdicts(path: Path, judged: Judged) -> None:
     lines.keep(0)
     lines.append(
         {
-            **vars(pair),
+            **{"id": pair.id, "prompt": pair.prompt, **pair.context.columns, "a": pair.a, "b": pair.b},
             "verdicts": {name: float(values[index]) for name, values in judged.verdicts.items()},
             "margins": {name: float(values[index]) for name, values in judged.margins.items()},
         }

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from simpo.data.context import context_of
 from simpo.errors import SimpoError
 from simpo.evaluation.answer_files import Record, read_answer_file
 from simpo.judges.protocol import Pair
 from simpo.results import Metric, Stage
-from simpo.statistics import Interval, mean_interval, proportion_interval
+from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval
 
 # A number for one answer to a prompt.
 Figure = Callable[[Any, str], float]
@@ -77,7 +78,7 @@ def meetings(contests: Sequence[Contest]) -> tuple[list[Pair], np.ndarray]:
         for i, a in enumerate(ours):
             for j, b in enumerate(theirs):
                 key = contest.a["id"] if lone else f"{contest.a['id']}/{i}-{j}"
-                pairs.append(Pair(key, contest.prompt, a, b))
+                pairs.append(Pair(key, contest.prompt, a, b, context_of(contest.a)))
                 prompts.append(number)
     return pairs, np.array(prompts)
 
@@ -92,7 +93,7 @@ def win_rate(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Inte
         a: for each prompt, the scores of the one's answers.
         b: the same of the other's.
     """
-    return mean_interval([_share(np.asarray(x), np.asarray(y)) for x, y in zip(a, b, strict=True)])
+    return share_interval([_share(np.asarray(x), np.asarray(y)) for x, y in zip(a, b, strict=True)])
 
 
 def _share(x: np.ndarray, y: np.ndarray) -> float:
@@ -112,8 +113,9 @@ def compare_answers(contests: Sequence[Contest], score: Figure, others: Mapping[
     metrics = [_metric("win_rate", "after", win_rate(ours, theirs))]
     for name, figure in {"score": score, **others}.items():
         for stage, side in SIDES.items():
-            means = [float(np.mean(values)) for values in _values(contests, side, figure)]
-            metrics.append(_metric(name, stage, mean_interval(means)))
+            values = _values(contests, side, figure)
+            interval = share_interval if {x for found in values for x in found} <= {0.0, 1.0} else mean_interval
+            metrics.append(_metric(name, stage, interval([float(np.mean(found)) for found in values])))
     return metrics + sampled_metrics(contests)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from simpo.client import Prices, Usage, agree
 from simpo.data.answer_sets import AnswerSet, diversity_metrics, score_metrics
+from simpo.data.context import context_of
 from simpo.data.messages import read_messages
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
@@ -80,7 +81,10 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
             run.say(f"{folder} holds this run already, finished")
         else:
             show = Shown(arguments.options.strip_thinking)
-            rows = [Answers(row["id"], row["prompt"], [show(text) for text in row["responses"]]) for row in records]
+            rows = [
+                Answers(row["id"], row["prompt"], [show(text) for text in row["responses"]], context_of(row))
+                for row in records
+            ]
             thinking = show.metrics("annotate/", run.say)
             _score(annotator, rows, kept, arguments, run)
             scores = [scores for part in kept for scores in part["scores"]]
@@ -110,16 +114,17 @@ def read_responses(path: Path) -> list[Record]:
         responses = record.get("responses")
         if not isinstance(record.get("id"), str) or not isinstance(record.get("prompt"), str | list):
             raise SimpoError(f"{path}:{number}: no id and prompt; give what simpo sample leaves ({RESPONSES})")
-        if isinstance(record["prompt"], list):
-            _check_messages(record["prompt"], f"{path}:{number}")
+        _check_prompt(record, f"{path}:{number}")
         if not isinstance(responses, list) or not responses or not all(isinstance(text, str) for text in responses):
             raise SimpoError(f"{path}:{number}: responses: expected one or more texts")
     return records
 
 
-def _check_messages(prompt: object, where: str) -> None:
+def _check_prompt(record: Record, where: str) -> None:
     try:
-        read_messages(prompt, "prompt")
+        context_of(record)
+        if isinstance(record["prompt"], list):
+            read_messages(record["prompt"], "prompt")
     except BadRow as error:
         raise SimpoError(f"{where}: {error}") from error
 
@@ -162,7 +167,7 @@ def _best(record: Record) -> Record | None:
     if not scores:
         return None
     place = record["scores"].index(max(scores))
-    return {key: record[key] for key in ("id", "prompt")} | {
+    return {key: record[key] for key in ("id", "prompt", "tools", "chat_template_kwargs") if key in record} | {
         "responses": [record["responses"][place]],
         "scores": [max(scores)],
     }

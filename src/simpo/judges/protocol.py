@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from simpo.data.context import Context
 from simpo.data.messages import Message
 from simpo.errors import SimpoError
 
@@ -30,11 +31,13 @@ class Answers:
         id: of the prompt, for messages.
         prompt: text or messages.
         responses: one or more texts.
+        context: tools and variables for the chat template of a scorer that is a model.
     """
 
     id: str
     prompt: Prompt
     responses: Sequence[str]
+    context: Context = field(default_factory=Context)
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,14 @@ class Pair:
         prompt: text or messages.
         a: the one answer.
         b: the other.
+        context: as of :class:`Answers`.
     """
 
     id: str
     prompt: Prompt
     a: str
     b: str
+    context: Context = field(default_factory=Context)
 
 
 class Scorer(Protocol):

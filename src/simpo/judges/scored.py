@@ -48,13 +48,13 @@ class ScorerJudge:
 
 
 def _key(pair: Pair) -> str:
-    return json.dumps(pair.prompt)
+    return json.dumps([pair.prompt, pair.context.columns])
 
 
 def _answers(group: Sequence[Pair]) -> Answers:
     """The different answers of the pairs of one prompt."""
     texts = dict.fromkeys(text for pair in group for text in (pair.a, pair.b))
-    return Answers(group[0].id, group[0].prompt, tuple(texts))
+    return Answers(group[0].id, group[0].prompt, tuple(texts), group[0].context)
 
 
 def verdict_of(margin: float) -> float:

@@ -53,21 +53,20 @@ class AnswerTokens:
         if not isinstance(row.prompt, str):
             said = [{"role": "assistant", "content": text} for text in said]
         try:
-            return self._renderer.render(Comparison(row.prompt, tuple(said), f"prompt {row.id}"))
+            return self._renderer.render(Comparison(row.prompt, tuple(said), f"prompt {row.id}", context=row.context))
         except BadRow as error:
             raise SimpoError(f"prompt {row.id}: {error}") from error
 
     def _comparison(self, row: Answers, rendered: Rendered, ids: list[list[int]]) -> TokenizedComparison:
         said = iter(
-            self._encoder.following(ids[0], text, whole, rendered.marker)
-            for text, whole in zip(rendered.responses, ids[1:], strict=True)
+            [*self._encoder.following(ids[0], text, whole, rendered.marker), end]
+            for text, whole, end in zip(rendered.responses, ids[1:], rendered.ends, strict=True)
         )
-        responses = [next(said) if self._says_something(text) else [] for text in row.responses]
+        responses = [next(said) if self._says_something(text) else [self._end.token_id] for text in row.responses]
         prompt = self._encoder.one_bos(ids[0])
         if not prompt:
             raise SimpoError(f"prompt {row.id}: empty prompt")
-        end = self._end.token_id
-        return TokenizedComparison(prompt, [ids if ids[-1:] == [end] else [*ids, end] for ids in responses])
+        return TokenizedComparison(prompt, responses)
 
     def _says_something(self, text: str) -> bool:
         return bool(text.replace(self._end.text, "").strip())

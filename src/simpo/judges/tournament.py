@@ -46,7 +46,7 @@ class TournamentScorer:
 
 def _meetings(row: Answers) -> list[Pair]:
     return [
-        Pair(f"{row.id}/{i}-{j}", row.prompt, row.responses[i], row.responses[j])
+        Pair(f"{row.id}/{i}-{j}", row.prompt, row.responses[i], row.responses[j], row.context)
         for i, j in combinations(range(len(row.responses)), 2)
     ]
 

@@ -38,7 +38,7 @@ def drift(answers: Path, start: ModelArguments, asked: PromptArguments) -> Inter
     records = read_lines(answers)
     tokenizer = load_tokenizer(start.model_name_or_path, start, chat_template=asked.chat_template)
     rows = load_rows(asked.prompts, split=asked.split)
-    prompts = {prompt.id: prompt.ids for prompt in prepare_prompts(rows, tokenizer)}
+    prompts = {prompt.id: prompt.ids for prompt in prepare_prompts(rows, tokenizer, rendering=asked.rendering)}
     comparisons = [TokenizedComparison(prompts[record["id"]], record["response_ids"]) for record in records]
     longest = max(max(one.packed_length, one.padded_length) for one in comparisons)
     model = Checkpoint.read(start).load().eval()

@@ -68,18 +68,19 @@ def _judge(recipe: LoopRecipe, options: JudgeOptions, asked: Sequence[Prompt], h
     if options.client is not None:
         options.client.endpoint.api_key()
     if recipe.settings.annotator != "api":
-        rows = [Answers(prompt.id, prompt.content, _invented(2)) for prompt in asked]
+        rows = [Answers(prompt.id, prompt.content, _invented(2), prompt.context) for prompt in asked]
         make_annotator(recipe.settings.annotator, options).score(rows)  # not held while judges are loaded
     for judge in make_judges([name for name in recipe.judges if name != "api"], options).values():
-        judge.compare([Pair(prompt.id, prompt.content, *_invented(2)) for prompt in held_out])
+        a, b = _invented(2)
+        judge.compare([Pair(prompt.id, prompt.content, a, b, prompt.context) for prompt in held_out])
 
 
 def _train(recipe: LoopRecipe, prompts: Sequence[Prompt]) -> None:
     """One step, on rows of the shape that the recipe's pairs have."""
     name, n = recipe.model.model_name_or_path, recipe.sampling.n
     records = [
-        {"id": prompt.id, "prompt": prompt.content, "responses": _invented(n), "scores": list(range(n))}
-        for prompt in prompts
+        {"id": one.id, "prompt": one.content, **one.context.columns, "responses": _invented(n), "scores": [*range(n)]}
+        for one in prompts
     ]
     rows, _ = make_pairs(records, dataclasses.replace(recipe.pairs, min_gap=0.0, max_length_ratio=None))
     with TemporaryDirectory() as folder, settings_refused():

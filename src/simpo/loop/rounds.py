@@ -96,7 +96,7 @@ class Rounds:
         self._announce(number, "the new model answers the held-out prompts and meets the start")
         self._sample(self._sampled(number), self.recipe.held_out, self.recipe.held_out_sampling, folder / "answers")
         sides = str(folder / "answers"), str(self.folder / START)
-        sampled = SampledWith(None, "train", self.recipe.held_out_sampling)
+        sampled = SampledWith(None, "train", self.recipe.held_out_sampling, rendering=self.recipe.held_out.rendering)
         compared = CompareArguments(*sides, sampled, self.recipe.judges, self.options, yes=_AGREED)
         compare(compared, folder / "comparison")
         free_memory()

@@ -89,14 +89,16 @@ class LoopRecipe:
     @property
     def asked(self) -> PromptArguments:
         """What is answered in every round, to be trained on."""
-        return PromptArguments(self.settings.prompts, self.settings.prompts_split, self.settings.chat_template)
+        return self._prompts(self.settings.prompts, self.settings.prompts_split)
 
     @property
     def held_out(self) -> PromptArguments:
         """What every round's model and the start answer, to be compared."""
-        return PromptArguments(
-            self.settings.eval_prompts, self.settings.eval_prompts_split, self.settings.chat_template
-        )
+        return self._prompts(self.settings.eval_prompts, self.settings.eval_prompts_split)
+
+    def _prompts(self, name: str, split: str) -> PromptArguments:
+        rendering = self.config.tokenize_settings.rendering
+        return PromptArguments(name, split, self.settings.chat_template, rendering)
 
     @property
     def held_out_sampling(self) -> SamplingSettings:

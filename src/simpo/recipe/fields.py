@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING
 from typing import Any, get_type_hints
 
 from simpo.coercion import coerce, nearest
-from simpo.errors import SimpoError
+from simpo.errors import CombinedError, SimpoError
 from simpo.recipe.setting import Setting
-
-logger = logging.getLogger(__package__)
 
 
 def annotations_of(classes: Iterable[type]) -> dict[str, Any]:
@@ -42,11 +39,11 @@ def fit(setting: Setting, annotation: Any) -> Any:
         raise SimpoError(f"{setting.label}: {problem}") from error
 
 
-def installed(report_to: str | list[str] | None, label: str) -> str | list[str] | None:
-    """The reporting integrations without those that are not installed, which the Trainer would refuse."""
+def check_installed(report_to: str | list[str] | None, label: str) -> None:
+    """Raise :class:`SimpoError` if an experiment tracker was requested that is unknown or not installed."""
     names = [report_to] if isinstance(report_to, str) else report_to or []
     if not names or names in (["all"], ["none"]):
-        return report_to
+        return
     from transformers import integrations  # noqa: PLC0415  (slow: it looks for every integration)
 
     available = set(integrations.get_available_reporting_integrations())
@@ -56,9 +53,9 @@ def installed(report_to: str | list[str] | None, label: str) -> str | list[str] 
         if name not in integrations.INTEGRATION_TO_CALLBACK:
             hint = nearest(name, integrations.INTEGRATION_TO_CALLBACK)
             raise SimpoError(f"{label}: {name!r} is not a reporting integration of transformers{hint}")
-        if name not in available:
-            logger.warning("%s: %s is not installed and is dropped", label, name)
-    return [name for name in names if name in available]
+    if missing := [name for name in names if name not in available]:
+        verb = "is" if len(missing) == 1 else "are"
+        raise SimpoError(f"{label}: {' and '.join(missing)} {verb} not installed; install it, or set report_to: none")
 
 
 def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting]) -> Any:
@@ -69,6 +66,8 @@ def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting])
             raise SimpoError(f"{field.name} is missing: give it in the recipe or as --{field.name}")
     try:
         return cls(**{field.name: values[field.name] for field in fields if field.name in values})
+    except CombinedError as error:
+        raise CombinedError(*(_located(mistake, settings) for mistake in error.args)) from error
     except (ValueError, ImportError) as error:  # the latter: a key that needs a package
         raise SimpoError(_located(str(error), settings)) from error
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
-from simpo.errors import SimpoError
+from simpo.errors import CombinedError, SimpoError
 from simpo.recipe.command_line import read_command_line
-from simpo.recipe.fields import annotations_of, build, fit, installed
+from simpo.recipe.fields import annotations_of, build, check_installed, fields_of, fit, is_required
 from simpo.recipe.file import read_file
+from simpo.recipe.foreign import paper_settings, unclear_objective
 from simpo.recipe.help import help_text
 from simpo.recipe.setting import Setting
 from simpo.recipe.spellings import Alias, known_spellings, resolve
@@ -28,9 +29,8 @@ def parse_recipe(
 
     The keys are the fields of the dataclasses, and the command line wins over the file. On it ``--key value``
     and ``--key=value`` are the same, ``--flag`` is true, a list is several values or JSON, a mapping is JSON,
-    and ``null`` is None. Older and foreign spellings are mapped; keys that mean nothing any more are dropped,
-    and so are reporting integrations that are not installed. Each is said once, as a warning of the package's
-    logger.
+    and ``null`` is None. Older and foreign spellings are mapped, and keys that mean nothing here are dropped,
+    each with a warning of the package's logger. All mistakes are reported together.
 
     Args:
         argv: the arguments; the recipe, if any, comes first. ``--help`` anywhere prints the keys.
@@ -40,8 +40,9 @@ def parse_recipe(
             they are an error; given in both, those of the command line replace those of the file.
 
     Raises:
-        SimpoError: a file that cannot be read, a key that is unknown, missing or given twice, a value that
-            does not fit, or a ValueError of a dataclass's ``__post_init__``; names the key and the place.
+        SimpoError: a file that cannot be read, keys that are unknown, missing or given twice, values that do not
+            fit, an experiment tracker that is not installed, or a ValueError of a dataclass's ``__post_init__``;
+            names every key with its place.
         SystemExit: with code 0, after ``--help``.
     """
     if {"-h", "--help"} & set(argv):
@@ -53,16 +54,63 @@ def parse_recipe(
 
     annotations = annotations_of(types)
     spellings = {**known_spellings(annotations.keys()), **(aliases or {})}
-    given = {setting.key for setting in (*file, *line)}
+    in_file = {setting.key for setting in file}
+    given = in_file | {setting.key for setting in line}
+    mistakes: list[str] = []
+    if "objective" in annotations:
+        mistakes += unclear_objective({setting.key: setting.value for setting in (*file, *line)})
     settings = _merge(
-        resolve(file, annotations.keys(), spellings, given),
-        resolve(line, annotations.keys(), spellings, given),
+        resolve(file, annotations.keys(), spellings, given, mistakes),
+        resolve(line, annotations.keys(), spellings, given, mistakes),
         replaces or {},
     )
-    values = {key: fit(setting, annotations[key]) for key, setting in settings.items()}
-    if "report_to" in values:
-        values["report_to"] = installed(values["report_to"], settings["report_to"].label)
-    return tuple(build(cls, values, settings) for cls in types)
+    settings |= _implied(path, in_file, given, annotations.keys())
+    values = {}
+    for key, setting in settings.items():
+        try:
+            values[key] = fit(setting, annotations[key])
+            if key == "report_to":
+                check_installed(values[key], setting.label)
+        except SimpoError as error:
+            mistakes.append(str(error))
+            values.pop(key, None)
+    return _build_all(types, values, settings, mistakes)
+
+
+def _implied(path: str | None, in_file: Set[str], given: Set[str], known: Set[str]) -> dict[str, Setting]:
+    """What the paper's own recipe leaves to the paper's code."""
+    found = {key: value for key, value in paper_settings(in_file, given).items() if key in known}
+    if found:
+        shown = ", ".join(f"{key}: {value}" for key, value in found.items())
+        logger.warning(
+            "%s has the keys of the paper's own recipes: texts are tokenized and cut as by the paper's code (%s); set "
+            "these keys to choose otherwise, and chat_template for another than the model's own (the paper's code has "
+            "its own for models with 'mistral' in their name)",
+            *(path, shown),
+        )
+    return {key: Setting(key, value, None, f"{path}: {key}") for key, value in found.items()}
+
+
+def _build_all(
+    types: tuple[type, ...], values: Mapping[str, Any], settings: Mapping[str, Setting], mistakes: list[str]
+) -> tuple[Any, ...]:
+    """An instance of each of ``types``; raises :class:`CombinedError` if there are ``mistakes``, with those found here.
+
+    A required key whose value does not fit is already among the mistakes, and not also missing.
+    """
+    built = []
+    for cls in types:
+        if any(is_required(field) and field.name in settings.keys() - values.keys() for field in fields_of(cls)):
+            continue
+        try:
+            built.append(build(cls, values, settings))
+        except CombinedError as error:
+            mistakes += error.args
+        except SimpoError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise CombinedError(*dict.fromkeys(mistakes))
+    return tuple(built)
 
 
 def _merge(

@@ -16,10 +16,10 @@ def now() -> str:
 
 
 class LogFile(logging.Handler):
-    """Appends lines to a file, and warnings too while it is a handler of a logger."""
+    """Appends lines to a file, and whatever loggers let through while it is a handler of one."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self.setFormatter(logging.Formatter("note: %(message)s"))
         self.path = path
 
@@ -33,7 +33,7 @@ class LogFile(logging.Handler):
             file.write(f"{now()} {masked(line)}\n")
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append a warning; a library's warning does not end the run because it cannot be kept."""
+        """Append a record; a library's message does not end the run because it cannot be kept."""
         try:
             self.write(self.format(record))
         except Exception:

@@ -15,6 +15,7 @@ from transformers.generation import BaseStreamer
 from simpo.data.encoding import Encoder
 from simpo.data.formats import Comparison
 from simpo.data.messages import Message
+from simpo.data.settings import RenderSettings
 from simpo.data.templates import Renderer
 from simpo.errors import SimpoError
 from simpo.sampling.generate import TransformersEngine
@@ -44,7 +45,12 @@ class Reply:
 
 
 def load_conversation(
-    model: ModelArguments, settings: SamplingSettings, *, chat_template: str | None = None, system: str | None = None
+    model: ModelArguments,
+    settings: SamplingSettings,
+    *,
+    chat_template: str | None = None,
+    system: str | None = None,
+    rendering: RenderSettings | None = None,
 ) -> Conversation:
     """A conversation with a model on disk or on the hub.
 
@@ -53,6 +59,7 @@ def load_conversation(
         settings: how answers are drawn.
         chat_template: instead of the tokenizer's own; a template or the path of a file with one.
         system: see :class:`Conversation`.
+        rendering: how the conversation is rendered.
 
     Raises:
         SimpoError: there is no such model, it has no chat template, or nothing ends its turns.
@@ -64,7 +71,7 @@ def load_conversation(
     checkpoint = Checkpoint.read(model)
     settings = settings.resolved(context=checkpoint.context, chunk_size=1)
     engine = TransformersEngine(checkpoint.load(), tokenizer)
-    return Conversation(engine, tokenizer, settings, context=checkpoint.context, system=system)
+    return Conversation(engine, tokenizer, settings, context=checkpoint.context, system=system, rendering=rendering)
 
 
 class Conversation:
@@ -76,6 +83,7 @@ class Conversation:
         settings: how answers are drawn; resolved ones.
         context: positions that the model has; None if it has no bound.
         system: the system message that every conversation starts with.
+        rendering: how the conversation is rendered.
     """
 
     def __init__(
@@ -86,10 +94,11 @@ class Conversation:
         *,
         context: int | None,
         system: str | None = None,
+        rendering: RenderSettings | None = None,
     ) -> None:
         self._engine, self._settings, self._context = engine, settings, context
         self._encoder = Encoder(tokenizer)
-        self._renderer = Renderer(tokenizer, self._encoder.literal)
+        self._renderer = Renderer(tokenizer, self._encoder.literal, rendering)
         self._decoder = ResponseText(tokenizer)
         self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.reset()

@@ -109,7 +109,8 @@ class Generations:
         """Some of the prompts of ``rows`` that have at most ``room`` tokens, by the run's seed, in their order."""
         count = self._arguments.eval_generations
         with self._config.main_process_first(desc="reading held-out prompts"):  # the others find them in the cache
-            known = prepare_prompts(rows, self._tokenizer, label="eval_generations")
+            rendering = self._config.tokenize_settings.rendering
+            known = prepare_prompts(rows, self._tokenizer, label="eval_generations", rendering=rendering)
         found = [prompt for prompt in known if len(prompt.ids) <= room]
         if not found:
             raise SimpoError(

@@ -71,7 +71,7 @@ class EvalJudge:
     def _pairs(self, a: Sequence[str], b: Sequence[str]) -> list[Pair]:
         """Of the first prompts, as many as there are answers."""
         return [
-            Pair(prompt.id, prompt.content, ours, theirs)
+            Pair(prompt.id, prompt.content, ours, theirs, prompt.context)
             for prompt, ours, theirs in zip(self._prompts, a, b, strict=False)
         ]
 

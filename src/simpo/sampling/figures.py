@@ -8,7 +8,7 @@ import numpy as np
 
 from simpo.results import Metric
 from simpo.sampling.engine import Sampled
-from simpo.statistics import Interval, mean_interval, proportion_interval
+from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval
 
 
 def response_metrics(texts: Sequence[Sequence[str]], samples: Sequence[Sequence[Sampled]]) -> list[Metric]:
@@ -33,7 +33,7 @@ def response_metrics(texts: Sequence[Sequence[str]], samples: Sequence[Sequence[
     ]
     if len(texts[0]) > 1:
         distinct = [len(set(answers)) / len(answers) for answers in texts]
-        metrics.append(_metric("sample/distinct", mean_interval(distinct)))
+        metrics.append(_metric("sample/distinct", share_interval(distinct)))
     return metrics
 
 

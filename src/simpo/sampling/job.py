@@ -13,6 +13,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.prompts import Prompts, prepare_prompts
+from simpo.data.settings import RenderSettings
 from simpo.data.sources import load_rows
 from simpo.sampling.engine import stop_ids
 from simpo.sampling.loading import Checkpoint
@@ -28,11 +29,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PromptArguments:
-    """Where the prompts come from (file, folder or hub id, and split), and the template that renders them."""
+    """Where the prompts come from (file, folder or hub id, and split), and how they are rendered."""
 
     prompts: str
     split: str = "train"
     chat_template: str | None = None
+    rendering: RenderSettings = field(default_factory=RenderSettings)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Job:
         settings = settings.resolved(context=context, chunk_size=_chunk_size(engine))
         say("sampling: " + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(settings).items()))
         rows = load_rows(source.prompts, split=source.split)
-        prompts = prepare_prompts(rows, tokenizer, max_prompt_length=_room(context, settings, say))
+        room = _room(context, settings, say)
+        prompts = prepare_prompts(rows, tokenizer, max_prompt_length=room, rendering=source.rendering)
         for line in prompts.report.lines():
             say(line)
         stops = stop_ids(tokenizer, checkpoint.generation_config)

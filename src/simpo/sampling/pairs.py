@@ -171,14 +171,19 @@ def _fault(answers: Sequence[_Answer], settings: PairSettings) -> str | None:
 def _row(record: Mapping[str, Any], answers: Sequence[_Answer], settings: PairSettings) -> Row:
     if settings.pairs == "ranking":
         texts, scores = [answer.text for answer in answers], [answer.score for answer in answers]
-        return {"prompt": record["prompt"], "responses": texts, "scores": scores, "id": record["id"]}
+        return {**_asked(record), "responses": texts, "scores": scores, "id": record["id"]}
     chosen, rejected = answers
     places = f"/{chosen.place}-{rejected.place}" if settings.pairs == "all" else ""
     return {
-        "prompt": record["prompt"],
+        **_asked(record),
         "chosen": chosen.text,
         "rejected": rejected.text,
         "chosen_score": chosen.score,
         "rejected_score": rejected.score,
         "id": record["id"] + places,
     }
+
+
+def _asked(record: Mapping[str, Any]) -> Row:
+    """The prompt, with all that training renders it with."""
+    return {key: record[key] for key in ("prompt", "tools", "chat_template_kwargs") if key in record}

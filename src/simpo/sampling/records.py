@@ -52,6 +52,7 @@ def _row(prompt: Prompt, texts: Sequence[str], answers: Sequence[Sampled]) -> Ma
     return {
         "id": prompt.id,
         "prompt": prompt.content,
+        **prompt.context.columns,
         "responses": list(texts),
         "response_ids": [list(sampled.ids) for sampled in answers],
         "finished": [sampled.finished for sampled in answers],

@@ -11,6 +11,7 @@ from simpo.atomic import remove_folder
 from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, agree
 from simpo.data.answer_sets import AnswerSet, diversity_metrics
 from simpo.data.prompts import PlainPrompt, read_prompts
+from simpo.data.settings import RenderSettings
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.results import Metric, fingerprint, write_results
@@ -56,12 +57,17 @@ def sample_from_server(
     """
     if source.chat_template is not None:
         raise SimpoError("chat_template: a server applies its own; leave it out")
+    if source.rendering != RenderSettings():
+        raise SimpoError("chat_template_kwargs, system_message: a server renders prompts itself; leave them out")
     if settings.top_k:
         raise SimpoError("top_k: OpenAI-compatible servers have none; leave it out or use another engine")
     settings = settings.resolved(context=None, chunk_size=1)
     with stoppable("interrupted; the same command continues"), RunFolder(folder, command="sample") as run:
         endpoint.api_key()
         prompts, report = read_prompts(load_rows(source.prompts, split=source.split))
+        if unsent := next((prompt for prompt in prompts if prompt.context.columns), None):
+            name = next(iter(unsent.context.columns))
+            raise SimpoError(f"{unsent.where}: engine server does not send {name}; use another engine, or leave it out")
         for line in [f"model: {endpoint.model} at {endpoint.base_url}", *report.lines()]:
             run.say(line)
         identity = {

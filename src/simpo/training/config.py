@@ -10,12 +10,13 @@ from typing import Any, get_args
 import torch
 
 from simpo.data.settings import TokenizeSettings
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, check_all
 from simpo.objectives import OBJECTIVES, Objective, Responses
 from simpo.training.settings import TrainingSettings
 
 _DEFAULT = "simpo"
 _SIMPO_ONLY = ("gamma_beta_ratio", "gamma", "link")  # whoever gives one of them means SimPO
+_SIMPO_BETA = 1.0  # the paper's are 2 to 10; those of DPO and its kin are 0.01 to 0.5
 
 
 @dataclass
@@ -36,9 +37,12 @@ class PreferenceSettings(TrainingSettings):
     kl_weight: float = field(
         default=0.0, metadata={"help": "Weight of KL(policy || start model), exact, mean over the response tokens."}
     )
-    precompute_ref_log_probs: bool = field(
-        default=True,
-        metadata={"help": "Compute the reference's log-probabilities once and keep them; false: beside every step."},
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the reference's log-probabilities once and keep them (default: true); false: beside "
+            "every step."
+        },
     )
     reference_cache: str | None = field(
         default=None, metadata={"help": "Folder for the reference's log-probabilities (default: in HF_HOME)."}
@@ -62,6 +66,27 @@ class PreferenceSettings(TrainingSettings):
     def tokenize_settings(self) -> TokenizeSettings:
         """What the data layer needs to know."""
         return replace(super().tokenize_settings, paper_tokenization=self.paper_tokenization)
+
+    def _refuse(self) -> None:
+        check_all(super()._refuse, self._refuse_a_guess)
+
+    def _refuse_a_guess(self) -> None:
+        """Refuse keys that leave open which objective is meant."""
+        if self.objective is not None or self.loss_type is not None:
+            return
+        if any(getattr(self, key, None) is not None for key in _SIMPO_ONLY):
+            return
+        beta = getattr(self, "beta", None)
+        if isinstance(beta, int | float) and 0 < beta < _SIMPO_BETA:
+            raise SimpoError(
+                f"objective: not given, and beta {beta:g} is on DPO's scale (SimPO's is 2 to 10); write objective: "
+                f"dpo or kto with it, orpo with lam: {beta:g} or ipo with tau: {beta:g} in its place, or simpo"
+            )
+        found = "precompute_ref_log_probs" if self.precompute_ref_log_probs is not None else None
+        if beta is None and getattr(self, "label_smoothing", None):
+            found = found or "label_smoothing"
+        if found:
+            raise SimpoError(f"objective: not given, and {found} is not only SimPO's; write objective: dpo, or simpo")
 
     def _resolve_loss_type(self) -> None:
         """Read ``loss_type`` as the objective, or as the link of one."""
@@ -94,10 +119,14 @@ class PreferenceSettings(TrainingSettings):
         self.link = link
 
     def _check(self) -> None:
+        check_all(self._check_objective, super()._check)
+
+    def _check_objective(self) -> None:
         if self.objective not in (None, *OBJECTIVES):
             raise SimpoError(f"objective: {self.objective!r} is unknown; there are {', '.join(OBJECTIVES)}")
         self._resolve_loss_type()
         self.objective = self.objective or _DEFAULT
+        self.precompute_ref_log_probs = self.precompute_ref_log_probs is not False
         try:
             self.hyperparameters  # noqa: B018 - resolving is the check
         except ValueError as error:
@@ -112,7 +141,6 @@ class PreferenceSettings(TrainingSettings):
                 f"sft_weight: objective {self.objective!r} has a term on the chosen response already; leave sft_weight "
                 f"out{remedy}"
             )
-        super()._check()
 
     def _has_anchor(self, hyperparameters: dict[str, Any]) -> bool:
         """Whether the objective's own term on the chosen response counts."""

@@ -11,7 +11,14 @@ from datasets import Dataset
 
 from simpo.results import Metric, Stage
 from simpo.runs.lines import JsonLines
-from simpo.statistics import Interval, mcnemar, mean_interval, proportion_interval, weighted_mean_interval
+from simpo.statistics import (
+    Interval,
+    mcnemar,
+    mean_interval,
+    proportion_interval,
+    share_interval,
+    weighted_mean_interval,
+)
 from simpo.training.scores import WEIGHT, Scores
 
 ACCURACY = "rewards/accuracies"
@@ -58,7 +65,8 @@ def compare_preferences(before: Scores, after: Scores, *, has_reference: bool = 
                 continue
             values = scores[name][about]
             shares = pairs and name == ACCURACY  # else a comparison of several pairs may be right in part
-            found = proportion_interval(int(values.sum()), len(values)) if shares else mean_interval(values)
+            interval = share_interval if name == ACCURACY else mean_interval
+            found = proportion_interval(int(values.sum()), len(values)) if shares else interval(values)
             metrics.append(_metric(f"eval_{name}", stage, found))
     if pairs and not has_reference:
         test = mcnemar(before[ACCURACY].astype(bool), after[ACCURACY].astype(bool))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from simpo.data.mixtures import load_mixture, load_mixture_list
 from simpo.data.sources import load_rows
-from simpo.errors import SimpoError
+from simpo.errors import CombinedError
 
 
 @dataclass
@@ -38,10 +39,19 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         given = [key for key in ("dataset_name", "dataset_mixer", "dataset_mixture") if getattr(self, key) is not None]
+        mistakes = []
         if not given:
-            raise SimpoError("dataset_name: name the data to train on (a hub id, a file or a folder)")
+            mistakes.append("dataset_name: name the data to train on (a hub id, a file or a folder)")
         if len(given) > 1:
-            raise SimpoError(f"{' and '.join(given)}: give one of them")
+            mistakes.append(f"{' and '.join(given)}: give one of them")
+        template = self.chat_template or "none"
+        if "{" not in template and template.strip().lower() != "none" and not Path(template).expanduser().is_file():
+            mistakes.append(
+                f"chat_template: {template[:80]!r} is neither a template nor a file of one; leave it out for the "
+                "tokenizer's own"
+            )
+        if mistakes:
+            raise CombinedError(*mistakes)
 
 
 def load_datasets(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:

@@ -91,6 +91,12 @@ class ResumableTrainer(ShardedTrainer):
         finally:
             self.args.save_total_limit = self._save_total_limit
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As Trainer's, but tied weights are stored once, and the second is not missing."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _starting_point(self, asked: str | bool | None) -> Path | None:
         folder = Path(self.args.output_dir)
         if asked and asked is not True:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from simpo.results import Metric, Stage
-from simpo.statistics import Interval, bootstrap_interval, mean_interval, proportion_interval, weighted_mean_interval
+from simpo.statistics import Interval, bootstrap_interval, proportion_interval, share_interval
 from simpo.training.held_out import ACCURACY, compare_preferences
 from simpo.training.scores import Scores
 
@@ -50,7 +50,7 @@ def _calibration(margins: np.ndarray) -> Iterator[tuple[str, Interval]]:
     """
     there = ~np.isnan(margins)
     wrong = 1 / (1 + np.exp(np.clip(margins, -700, 700)))
-    yield "brier", mean_interval(np.nanmean(wrong**2, axis=1))
+    yield "brier", share_interval(np.nanmean(wrong**2, axis=1))
     confidence = np.maximum(wrong, 1 - wrong)
     bins = np.clip((np.nan_to_num(confidence) - 0.5) * 2 * _BINS, 0, _BINS - 1).astype(int)
     right = margins > 0
@@ -77,5 +77,5 @@ def _share(right: np.ndarray, about: np.ndarray) -> Interval:
         return proportion_interval(int((right & about).sum()), n)
     rows = about.any(1)
     counts = about[rows].sum(1)
-    found = weighted_mean_interval((right & about)[rows].sum(1) / counts, counts)
+    found = share_interval((right & about)[rows].sum(1) / counts, counts)
     return Interval(found.value, found.low, found.high, n, found.method)

@@ -13,7 +13,6 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback
 
 from simpo.atomic import provisional, staged_files
 from simpo.errors import SimpoError
@@ -27,7 +26,7 @@ from simpo.training.held_out import read_scores, write_scores
 from simpo.training.identity import Identity, named_checkpoint, settings_of, training_identity
 from simpo.training.inputs import DataArguments, load_datasets
 from simpo.training.interruption import StopOnSignal
-from simpo.training.log_lines import LogLines
+from simpo.training.log_lines import log_in_lines
 from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import load_tokenizer
 from simpo.training.observer import Observer
@@ -198,9 +197,7 @@ def _train(task: Task, trainer: PackedTrainer, held_out: Dataset | None, folder:
     trainer.add_callback(stop)
     if isinstance(folder, RunFolder):
         trainer.add_callback(_Recorder(folder.metrics))
-        if trainer.args.disable_tqdm:
-            trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(LogLines(folder.say))
+        log_in_lines(trainer, folder.say)
     set_seed(trainer.args.seed)  # whether the held-out rows have just been scored or their scores were read
     with stop:
         outcome = trainer.train(resume_from_checkpoint=_starting_point(trainer, folder))

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from transformers import SchedulerType, TrainingArguments
-from transformers.training_args import ParallelMode
+from transformers.training_args import OptimizerNames, ParallelMode
 
-from simpo.data.settings import TokenizeSettings
-from simpo.errors import SimpoError
+from simpo.data.settings import RenderSettings, TokenizeSettings
+from simpo.errors import CombinedError, SimpoError, check_all
 
 logger = logging.getLogger(__name__)
 
+_NO_LABELS = "batches are packed, and there are no labels or logits to gather"
+# Keys of TrainingArguments that cannot be honored: the only value accepted, and why.
 UNSUPPORTED = {
     "auto_find_batch_size": (False, "a step's rows would change; max_batch_tokens bounds the memory of a forward"),
     "save_only_model": (False, "a run could not be continued from such a checkpoint"),
     "label_smoothing_factor": (0.0, "it smooths class labels; label_smoothing is the preference objectives' own"),
+    "include_num_input_tokens_seen": ("no", "a packed prompt is computed once for all of its responses"),
+    "include_for_metrics": ([], _NO_LABELS),
+    "label_names": (None, _NO_LABELS),
+    "prediction_loss_only": (False, "evaluations report every figure of the objective"),
+    "batch_eval_metrics": (False, _NO_LABELS),
+    "eval_do_concat_batches": (True, _NO_LABELS),
+    "eval_use_gather_object": (False, _NO_LABELS),
+    "average_tokens_across_devices": (True, "a step's loss is always the mean over all processes"),
+    "bf16_full_eval": (False, "an evaluation would convert the weights that are trained; use bf16"),
+    "fp16_full_eval": (False, "an evaluation would convert the weights that are trained; use fp16"),
+    "torch_empty_cache_steps": (None, "max_batch_tokens bounds the memory of a forward"),
+    "enable_jit_checkpoint": (False, "a run that is stopped by a signal saves a checkpoint in any case"),
+    "save_on_each_node": (False, "checkpoints and the model are written once, to a folder that all nodes share"),
+    "parallelism_config": (None, "a model is spread over processes with fsdp or deepspeed"),
+    "do_predict": (False, "held-out rows are scored before and after training; name them with eval_dataset_name"),
 }
 
 # What torch.utils.checkpoint takes by keyword and a recipe can say.
@@ -55,6 +72,14 @@ class TrainingSettings(TrainingArguments):
     auto_insert_empty_system_msg: bool = field(
         default=False, metadata={"help": "Put an empty system message first where the template has a place for one."}
     )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Variables for the chat template, e.g. {enable_thinking: false}; a row's own come first."},
+    )
+    system_message: Literal["template", "fold"] = field(
+        default="template",
+        metadata={"help": "System messages as the template has them, or written into the first user message."},
+    )
     on_bad_row: Literal["skip", "error"] = field(
         default="skip", metadata={"help": "Skip and count bad rows (an error above 1%), or stop at the first."}
     )
@@ -81,9 +106,10 @@ class TrainingSettings(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        for key, (only, why) in UNSUPPORTED.items():
-            if getattr(self, key) != only:
-                raise SimpoError(f"{key}: not supported ({why})")
+        check_all(self._refuse, self._settle)
+
+    def _settle(self) -> None:
+        """Everything but the keys that are refused by name."""
         if self.push_to_hub:  # type: ignore[has-type]
             logger.warning(
                 "push_to_hub: nothing is uploaded while training; upload the finished folder with 'hf upload'"
@@ -105,6 +131,18 @@ class TrainingSettings(TrainingArguments):
             raise SimpoError("fsdp: there is one process and nothing to spread; start with torchrun, or leave it out")
         self._check()
 
+    def _refuse(self) -> None:
+        """Refuse what cannot be honored, before transformers changes it."""
+        refused = []
+        for key, (only, why) in UNSUPPORTED.items():
+            value = getattr(self, key, only)
+            if value != only and (value or only is True):  # false and an empty list switch a key off as well
+                refused.append(f"{key}: not supported ({why})")
+        if isinstance(self.accelerator_config, str | dict):  # an AcceleratorConfig once it has been read
+            refused.append("accelerator_config: not supported (simpo shares the rows of a step among processes itself)")
+        if refused:
+            raise CombinedError(*refused)
+
     @property
     def tokenize_settings(self) -> TokenizeSettings:
         """What the data layer needs to know."""
@@ -116,6 +154,7 @@ class TrainingSettings(TrainingArguments):
             auto_insert_empty_system_msg=self.auto_insert_empty_system_msg,
             on_bad_row=self.on_bad_row,
             num_proc=self.dataset_num_proc,
+            rendering=RenderSettings(self.chat_template_kwargs or {}, self.system_message),
         )
 
     def _fold_accumulation(self) -> None:
@@ -127,6 +166,14 @@ class TrainingSettings(TrainingArguments):
         self.gradient_accumulation_steps = 1
 
     def _check(self) -> None:
+        check_all(
+            self._check_values,
+            self._check_numbers,
+            self._check_checkpointing,
+            lambda: self.tokenize_settings,  # its constructor checks the keys
+        )
+
+    def _check_values(self) -> None:
         if self.forward_path not in ("auto", "packed", "padded"):
             raise SimpoError(f"forward_path: {self.forward_path!r} is not one of 'auto', 'packed', 'padded'")
         for key in ("seed", "data_seed"):
@@ -135,9 +182,12 @@ class TrainingSettings(TrainingArguments):
                 raise SimpoError(f"{key}: must be at least 0 and below 2**32, not {value}")
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise SimpoError(f"max_batch_tokens: must be at least 1, not {self.max_batch_tokens}")
-        self._check_numbers()
-        if self.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        if self.use_liger_kernel and find_spec("liger_kernel") is None:
             raise SimpoError("use_liger_kernel: liger-kernel is not installed; install it, or leave the key out")
+        optimizer = OptimizerNames(self.optim).value
+        own = "bnb" in optimizer or optimizer.startswith(("adamw_8bit", "ademamix", "lion", "paged"))
+        if own and find_spec("bitsandbytes") is None:
+            raise SimpoError(f"optim: {optimizer} needs bitsandbytes, which is not installed; write optim: adamw_torch")
         if not 0 < self.checkpointed_share <= 1:
             raise SimpoError(f"checkpointed_share: must be above 0 and at most 1, not {self.checkpointed_share}")
         if self.train_sampling_strategy not in ("random", "sequential"):
@@ -145,8 +195,6 @@ class TrainingSettings(TrainingArguments):
                 f"train_sampling_strategy: {self.train_sampling_strategy!r} is not needed (micro-batches are balanced "
                 "by tokens in any order); use 'random' or 'sequential'"
             )
-        self._check_checkpointing()
-        self.tokenize_settings  # noqa: B018 - its constructor checks the keys
 
     def _check_numbers(self) -> None:
         """Those that transformers takes as they come, and trains nothing or nonsense with."""

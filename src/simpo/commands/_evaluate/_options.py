@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from simpo.arguments import ArgumentParser
+from simpo.commands._rendering import add_rendering_options, rendering
 from simpo.commands._server import client_of, prices_of
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer, is_outputs_file
@@ -52,6 +53,7 @@ def add_model_options(parser: ArgumentParser) -> None:
     """Add how a model is loaded."""
     parser.add_argument("--dtype", metavar="TYPE", help="type of the weights")
     parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, file with one, or none")
+    add_rendering_options(parser)
     parser.add_argument("--model_revision", default="main", metavar="REV", help="branch, tag or commit on the hub")
 
 
@@ -63,6 +65,7 @@ def answerer(model: str, arguments: argparse.Namespace, defaults: SamplingSettin
         dataclasses.replace(defaults, **given),
         arguments.chat_template,
         arguments.engine,
+        rendering(arguments),
     )
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from simpo.results import Metric, Stage
-from simpo.statistics import mean_interval
+from simpo.statistics import mean_interval, share_bounds
 
 _METHOD = "1.96 standard errors"
+_SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match", "em", "f1", "mc1", "mc2", "pass@1")  # from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,12 @@ def _is_number(value: Any) -> bool:
 
 
 def score_metrics(scores: Mapping[str, Score], stage: Stage | None) -> list[Metric]:
-    """Figures with intervals of 1.96 standard errors to either side."""
+    """Figures with intervals of 1.96 standard errors to either side, those of shares as Wilson's."""
     metrics = []
     for name, score in scores.items():
-        low, high = (None, None) if score.error is None else _around(score.value, score.error)
+        is_share = name.rpartition("/")[2].partition(":")[0] in _SHARES
+        around = share_bounds if is_share else lambda value, half: (value - half, value + half)
+        low, high = (None, None) if score.error is None else around(score.value, 1.96 * score.error)
         method = None if score.error is None else _METHOD
         metrics.append(Metric(f"academic/{name}", score.value, stage, score.n, low, high, method))
     return metrics
@@ -91,9 +94,5 @@ def _difference(name: str, before: Score, after: Score) -> Metric:
         return Metric(name, found.value, None, found.n, found.low, found.high, f"paired, {found.method}")
     if before.error is None or after.error is None:
         return Metric(name, value, None, after.n)
-    low, high = _around(value, math.hypot(before.error, after.error))
-    return Metric(name, value, None, after.n, low, high, f"unpaired, {_METHOD}")
-
-
-def _around(value: float, error: float) -> tuple[float, float]:
-    return value - 1.96 * error, value + 1.96 * error
+    half = 1.96 * math.hypot(before.error, after.error)
+    return Metric(name, value, None, after.n, value - half, value + half, f"unpaired, {_METHOD}")

@@ -12,13 +12,14 @@ from simpo.evaluation.alpaca_eval.length_control import Baselines, length_contro
 from simpo.evaluation.alpaca_eval.win_rate import win_rate
 from simpo.evaluation.asking import Say
 from simpo.results import Metric
+from simpo.statistics import share_bounds
 
 
 def figures(annotations: Sequence[Annotation], baselines: Baselines | None, say: Say) -> list[Metric]:
     """The leaderboard's figures under its names, and how many answers were empty or got no preference.
 
-    Intervals are 1.96 standard errors to either side: of the mean for the win rate, and of the mean of the predicted
-    preferences for the length-controlled one. There are difficulties of all instructions.
+    Intervals are those of 1.96 standard errors, kept within 0 to 100: of the mean for the win rate, and of the mean of
+    the predicted preferences for the length-controlled one. There are difficulties of all instructions.
     """
     found = np.array([annotation.preference for annotation in annotations])
     unparsed = int(np.isnan(found).sum())
@@ -65,5 +66,5 @@ def _controlled(annotations: Sequence[Annotation], found: np.ndarray, baselines:
 def _metric(name: str, value: float, error: float, n: int) -> Metric:
     if math.isnan(error):
         return Metric(f"alpaca_eval/{name}", value, n=n)
-    half = 1.96 * error
-    return Metric(f"alpaca_eval/{name}", value, None, n, value - half, value + half, "1.96 standard errors")
+    low, high = share_bounds(value / 100, 1.96 * error / 100)
+    return Metric(f"alpaca_eval/{name}", value, None, n, 100 * low, 100 * high, "Wilson, 1.96 standard errors")

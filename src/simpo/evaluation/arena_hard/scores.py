@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from simpo.evaluation.arena_hard.verdicts import Version
-from simpo.statistics import Interval, weighted_mean_interval
+from simpo.statistics import Interval, share_interval
 
 _ROUNDS = 100
 _PERCENTILES: dict[Version, tuple[float, float]] = {"v0.1": (2.5, 97.5), "v2": (5, 95)}
@@ -46,6 +46,6 @@ def score_over_prompts(prompts: Sequence[Sequence[float]]) -> Interval:
     Args:
         prompts: the worths of each prompt's battles, at least one each.
     """
-    found = weighted_mean_interval([float(np.mean(worths)) for worths in prompts], [len(worths) for worths in prompts])
+    found = share_interval([float(np.mean(worths)) for worths in prompts], [len(worths) for worths in prompts])
     low, high = (None if bound is None else 100 * bound for bound in (found.low, found.high))
     return Interval(100 * found.value, low, high, found.n, f"over prompts: {found.method}")

@@ -1,0 +1,199 @@
+"""One tokenizer's chat template: what it can render, and in which form it wants messages."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from jinja2 import Environment, TemplateError, meta
+from transformers import PreTrainedTokenizerBase
+
+from simpo.data.context import Context
+from simpo.data.messages import REASONING, Message, reasoning_of
+from simpo.data.rows import BadRow
+from simpo.data.settings import RESERVED_KWARGS, RenderSettings
+from simpo.errors import SimpoError
+
+# Content that no template trims, splits or refuses, to see what a template writes around it.
+SENTINEL = "\uf8ffresponse\uf8ff"
+_SENTINELS = tuple(f"\uf8ff{name}\uf8ff" for name in ("first", "second", "third"))
+NO_SYSTEM_ROLE = (
+    "the chat template has no system role; set system_message: fold, which writes the system message into the first "
+    "user message"
+)
+_BLOCK_TAGS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+# What templates raise themselves, and what Jinja makes of values of types that a template did not expect.
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_NO_CONTENT: tuple[dict[str, Any], ...] = ({"content": ""}, {"content": None}, {})
+
+
+class ChatTemplate:
+    """Renders messages, after bringing them into the form that the template wants.
+
+    The forms are found by rendering messages of known content: templates differ in whether they take content as text or
+    as parts, tool arguments as objects or as JSON text, absent content as ``""``, null or no key at all, and reasoning
+    under which key.
+
+    Args:
+        tokenizer: with a chat template.
+        settings: variables of the template, and what becomes of system messages.
+
+    Raises:
+        SimpoError: a variable that the template never reads.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RenderSettings) -> None:
+        self._tokenizer, self._settings = tokenizer, settings
+        self.source = tokenizer.get_chat_template()
+        if unread := self.unread(settings.chat_template_kwargs):
+            known = ", ".join(sorted(self._variables - {*RESERVED_KWARGS, "raise_exception", "strftime_now"})) or "none"
+            raise SimpoError(f"chat_template_kwargs: the chat template never reads {unread[0]!r}; it reads {known}")
+
+    def render(self, messages: Sequence[Message], context: Context, *, generation_prompt: bool = False) -> str:
+        """The text of messages.
+
+        Raises:
+            BadRow: the template refuses them.
+        """
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(map(self._formed, messages)),
+                tools=context.tools,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **{**self._settings.chat_template_kwargs, **context.kwargs},
+            )
+        except _REFUSALS as error:
+            if messages[0]["role"] == "system" and not self.has_system_role:
+                raise BadRow(NO_SYSTEM_ROLE) from error
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise BadRow(f"the chat template refuses it: {reason}") from error
+
+    def unread(self, kwargs: Mapping[str, Any]) -> list[str]:
+        """Names of variables that the template never reads."""
+        return [name for name in kwargs if name not in self._variables] if kwargs else []
+
+    @cached_property
+    def _variables(self) -> set[str]:
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701 - no HTML
+        return meta.find_undeclared_variables(environment.parse(_BLOCK_TAGS.sub("", self.source)))
+
+    def shows(self, messages: Sequence[Message], texts: Sequence[str], context: Context | None = None) -> bool:
+        """Whether the template renders messages, and the texts are in what it writes."""
+        try:
+            rendered = self.render(messages, context or Context())
+        except BadRow:
+            return False
+        return all(text in rendered for text in texts)
+
+    @cached_property
+    def has_system_role(self) -> bool:
+        """Whether it renders a system message."""
+        first, second, _ = _SENTINELS
+        text = self._plain([{"role": "system", "content": first}, *_asked(second)], parts=self._in_parts)
+        return first in text and second in text
+
+    @cached_property
+    def reads_tools(self) -> bool:
+        """Whether it renders tools."""
+        first, second, _ = _SENTINELS
+        parameters = {"type": "object", "properties": {"a": {"type": "string", "description": "a"}}, "required": ["a"]}
+        tool = {"type": "function", "function": {"name": first, "description": first, "parameters": parameters}}
+        return self.shows(_asked(second), [first], Context([tool]))
+
+    @cached_property
+    def renders_calls(self) -> bool:
+        """Whether it renders tool calls, in one of the forms."""
+        return self._call_form is not None
+
+    @cached_property
+    def reasoning_key(self) -> str | None:
+        """The key under which it reads reasoning; None if there is none."""
+        first, second, third = _SENTINELS
+        for key in REASONING:
+            text = self._plain([*_asked(first), {"role": "assistant", "content": second, key: third}])
+            if second in text and third in text:
+                return key
+        return None
+
+    @cached_property
+    def _in_parts(self) -> bool:
+        """Whether it takes content as a list of parts only, as templates of models with vision may."""
+        first, second, _ = _SENTINELS
+        messages = [*_asked(first), {"role": "assistant", "content": second}]
+        texts = [self._plain(messages, parts=parts) for parts in (False, True)]
+        return second not in texts[0] and second in texts[1]
+
+    def _plain(self, messages: list[Message], *, parts: bool = False) -> str:
+        """The text of messages as they are, or with content as parts; empty if the template refuses them."""
+        messages = list(map(_as_parts, messages)) if parts else messages
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, **self._settings.chat_template_kwargs)
+        except _REFUSALS:
+            return ""
+
+    @cached_property
+    def _call_form(self) -> tuple[bool, dict[str, Any]] | None:
+        """Whether arguments are JSON text, and what stands for content that is absent; None if calls do not appear."""
+        first, second, third = _SENTINELS
+        for as_text in (False, True):
+            for absent in _NO_CONTENT:
+                arguments: Any = {"a": third}
+                function = {"name": second, "arguments": json.dumps(arguments) if as_text else arguments}
+                # Nine letters and digits: Mistral's templates check it.
+                call = {"id": "call00000", "type": "function", "function": function}
+                text = self._plain([*_asked(first), {"role": "assistant", **absent, "tool_calls": [call]}])
+                if second in text and (third in text or json.dumps(third)[1:-1] in text):
+                    return as_text, absent
+        return None
+
+    def _formed(self, message: Message) -> Message:
+        """A message in the form that the template wants."""
+        reasoning = reasoning_of(message)
+        if reasoning and self.reasoning_key is not None and self.reasoning_key not in message:
+            rest = {key: value for key, value in message.items() if key not in REASONING}
+            message = {**rest, self.reasoning_key: reasoning}
+        if "tool_calls" in message and self._call_form is not None:
+            message = _with_calls(message, *self._call_form)
+        return _as_parts(message) if self._in_parts else message
+
+
+def _asked(text: str) -> list[Message]:
+    return [{"role": "user", "content": text}]
+
+
+def _as_parts(message: Message) -> Message:
+    return {**message, "content": [{"type": "text", "text": message.get("content") or ""}]}
+
+
+def _with_calls(message: Message, as_text: bool, absent: Mapping[str, Any]) -> Message:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _arguments(call["function"]["arguments"], as_text)}}
+        for call in message["tool_calls"]
+    ]
+    if message["content"]:
+        return {**message, "tool_calls": calls}
+    rest = {key: value for key, value in message.items() if key != "content"}
+    return {**rest, **absent, "tool_calls": calls}
+
+
+def _arguments(value: str | dict[str, Any], as_text: bool) -> str | dict[str, Any]:
+    """Arguments as JSON text or as an object; text that is no JSON object stays as it is."""
+    if as_text:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    found = as_object(value)
+    return value if found is None else found
+
+
+def as_object(arguments: str | dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a tool call as an object; None of text that is no JSON object."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        found = json.loads(arguments)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,448 @@
+"""What a row says besides its texts reaches the template, is rejected by name, or is counted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from simpo.data.prompts import prepare_prompts
+from simpo.data.settings import RenderSettings
+from simpo.data.sources import load_rows
+from simpo.data.supervised import UNANSWERED_CUT, prepare_sft
+from simpo.data.tokenize import TokenizeSettings, prepare
+from simpo.errors import SimpoError
+
+TOOL_CHAT = (
+    "{% if shout %}{{ '!' }}{% endif %}{% if tools %}{{ '<|im_start|>tools\n' }}"
+    "{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
+    "{% if m.content %}{{ m.content }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function.name }}"
+    "{% for k, v in c.function.arguments.items() %}{{ ' ' + k + '=' + (v | tojson) }}{% endfor %}{{ '</tool_call>' }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TRIMMING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def user(text, **more):
+    return {"role": "user", "content": text, **more}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def call(arguments, **more):
+    return {"type": "function", "function": {"name": "weather", "arguments": arguments}, **more}
+
+
+def pair(chosen="It is 3 C.", **more):
+    chosen = chosen if isinstance(chosen, dict) else assistant(chosen)
+    return {"prompt": [user("Weather?")], "chosen": [chosen], "rejected": [assistant("No idea.")], **more}
+
+
+@pytest.fixture
+def tokenizer(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    tokenizer.add_tokens(
+        [AddedToken(text, special=False) for text in ("<think>", "</think>", "<tool_call>", "</tool_call>")]
+    )
+    tokenizer.chat_template = TOOL_CHAT
+    return tokenizer
+
+
+def json_rows(*rows):
+    return Dataset.from_dict(
+        {"_row": [json.dumps(row) for row in rows], "_where": [f"rows.jsonl:{n}" for n in range(1, len(rows) + 1)]}
+    )
+
+
+def text(tokenizer, ids):
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def fed(tokenizer, messages, **options):
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+
+
+def pairs(tokenizer, *rows, **settings):
+    prepared = prepare(json_rows(*rows), tokenizer, TokenizeSettings(**settings))
+    texts = [
+        (text(tokenizer, row["prompt_ids"]), [text(tokenizer, ids) for ids in row["response_ids"]])
+        for row in prepared.dataset
+    ]
+    return texts, prepared.report
+
+
+def conversations(tokenizer, *rows, **settings):
+    """Prompt and scored text of every sequence, and the report."""
+    prepared = prepare_sft(json_rows(*rows), tokenizer, TokenizeSettings(**settings))
+    texts = [
+        (
+            text(tokenizer, row["prompt_ids"]),
+            text(tokenizer, [i for i, mark in zip(row["response_ids"][0], row["scored"][0], strict=True) if mark]),
+        )
+        for row in prepared.dataset
+    ]
+    return texts, prepared.report
+
+
+# Columns
+
+
+@pytest.mark.parametrize("prompt", ["Hi?", [user("Hi?")], "\n\nHuman: Hi?\n\nAssistant:"], ids=["text", "list", "hh"])
+def test_a_system_column_is_the_system_message(tokenizer, prompt):
+    row = {"system": "Be brief.", "prompt": prompt, "chosen": "Yes.", "rejected": "No."}
+    expected = fed(tokenizer, [{"role": "system", "content": "Be brief."}, user("Hi?")])
+    assert pairs(tokenizer, row)[0] == [(expected, ["Yes.<|im_end|>", "No.<|im_end|>"])]
+    for nothing in ("", None):
+        assert pairs(tokenizer, row | {"system": nothing})[0][0][0] == fed(tokenizer, [user("Hi?")])
+    (prompt,) = prepare_prompts(json_rows({"system": "Be brief.", "prompt": prompt}), tokenizer)
+    assert text(tokenizer, prompt.ids) == expected
+    completion = {"system": "Be brief.", "prompt": "Hi?", "completion": "Yes."}
+    assert conversations(tokenizer, completion)[0] == [(expected, "Yes.<|im_end|>")]
+
+
+def test_a_system_column_and_message_that_are_equal_are_one(tokenizer):
+    system = {"role": "system", "content": "Be brief."}
+    row = pair(system="Be brief.") | {"prompt": [system, user("Hi?")]}
+    assert pairs(tokenizer, row)[0][0][0] == fed(tokenizer, [system, user("Hi?")])
+    with pytest.raises(SimpoError, match=r"rows.jsonl:1: the column system differs"):
+        pairs(tokenizer, row | {"system": "Be long."})
+
+
+@pytest.mark.parametrize("given", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]], ids=["list", "text", "texts"])
+def test_tools_reach_the_template(tokenizer, given):
+    expected = fed(tokenizer, [user("Weather?")], tools=[TOOL])
+    assert "weather" in expected
+    assert pairs(tokenizer, pair(tools=given))[0][0][0] == expected
+    in_message = pair() | {"prompt": [{"role": "system", "content": None, "tools": given}, user("Weather?")]}
+    assert pairs(tokenizer, in_message)[0][0][0] == expected
+    (prompt,) = prepare_prompts(json_rows({"prompt": "Weather?", "tools": given}), tokenizer)
+    assert text(tokenizer, prompt.ids) == expected
+    assert prompt.context.columns == {"tools": [TOOL]}
+
+
+def test_the_same_prompt_with_other_tools_is_another_prompt(tokenizer):
+    rows = json_rows({"prompt": "Hi?"}, {"prompt": "Hi?", "tools": [TOOL]}, {"prompt": "Hi?", "tools": []})
+    found = prepare_prompts(rows, tokenizer)
+    assert len({prompt.id for prompt in found}) == len(found) == 2
+
+
+def test_variables_of_the_row_come_before_those_of_the_recipe(tokenizer):
+    rendering = RenderSettings({"shout": True})
+    found, _ = pairs(tokenizer, pair(), pair(chat_template_kwargs={"shout": False}), rendering=rendering)
+    assert [prompt.startswith("!") for prompt, _ in found] == [True, False]
+    found, _ = pairs(tokenizer, pair(chat_template_kwargs='{"shout": true}'))
+    assert found[0][0].startswith("!")
+
+
+def test_variables_that_the_template_never_reads(tokenizer):
+    with pytest.raises(SimpoError, match=r"^chat_template_kwargs: .* never reads 'shuot'; it reads .*shout"):
+        pairs(tokenizer, pair(), rendering=RenderSettings({"shuot": True}))
+    _, report = pairs(tokenizer, pair(chat_template_kwargs={"shuot": True}))
+    assert report.ignored == {"variable 'shuot', which the chat template never reads": 1}
+    for name in ("tools", "messages", "tokenize"):
+        with pytest.raises(SimpoError, match=rf"^chat_template_kwargs: '{name}'"):
+            RenderSettings({name: True})
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (pair(images=["a.png"]), "column 'images': only text is supported"),
+        (
+            pair({"role": "assistant", "content": [{"type": "image_url", "image_url": "a"}]}),
+            "content part of type 'image_url'",
+        ),
+        (pair(tools="[{"), "tools is text that is not JSON"),
+        (pair(tools={"a": 1}), "tools is dict, not a list"),
+        (pair(system=1), "system is int, not text"),
+        (pair(chat_template_kwargs={"tools": []}), "chat_template_kwargs has 'tools'"),
+        (pair(assistant("Hm.", weight=0)), "chosen ends with a message that is not trained on"),
+        (pair(assistant("Hm.", weight=0.5)), "weight: 0.5; only 0 and 1"),
+        (pair(assistant("Hm.", tool_calls=[{"function": {}}])), "a tool call without the name of a function"),
+    ],
+)
+def test_what_is_not_supported_is_a_bad_row(tokenizer, row, reason):
+    with pytest.raises(SimpoError, match=r"rows.jsonl:1: ") as error:
+        pairs(tokenizer, row)
+    assert reason in str(error.value)
+
+
+def test_columns_and_keys_without_effect_are_counted(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    row = pair(tools=[TOOL], weight=0.3) | {"prompt": [user("Weather?", name="alice")]}
+    found, report = pairs(tokenizer, row)
+    assert found[0][0] == fed(tokenizer, [user("Weather?")])
+    assert report.ignored == {
+        "column 'weight', which has no effect": 1,
+        "tools, which the chat template does not render": 1,
+        "'name' of a message, which the chat template never reads": 1,
+    }
+    assert ("data/train/ignored", 3) in report.metrics()
+
+
+# Tool calls
+
+
+@pytest.mark.parametrize("absent", [{"content": None}, {"content": ""}, {}], ids=["null", "empty", "missing"])
+@pytest.mark.parametrize("arguments", [{"city": "Oslo"}, '{"city": "Oslo"}'], ids=["object", "text"])
+def test_tool_calls_are_answers(tokenizer, absent, arguments):
+    message = {"role": "assistant", **absent, "tool_calls": [call(arguments)]}
+    found, _ = pairs(tokenizer, pair(message))
+    assert found[0][1][0] == '<tool_call>weather city="Oslo"</tool_call><|im_end|>'
+    answered = [user("Weather?"), message, {"role": "tool", "content": "3 C"}, assistant("It is 3 C.")]
+    context = [user("Weather?"), assistant("", tool_calls=[call({"city": "Oslo"})]), answered[2]]
+    found, _ = pairs(tokenizer, pair() | {"prompt": answered[:3]})
+    assert found[0][0] == fed(tokenizer, context)
+    found, _ = conversations(tokenizer, {"messages": answered})
+    assert found[0][1] == '<tool_call>weather city="Oslo"</tool_call><|im_end|>It is 3 C.<|im_end|>'
+
+
+def test_a_template_that_wants_arguments_as_text(tokenizer):
+    tokenizer.chat_template = TOOL_CHAT.replace(
+        "{% for k, v in c.function.arguments.items() %}{{ ' ' + k + '=' + (v | tojson) }}{% endfor %}",
+        "{{ ' ' + c.function.arguments }}",
+    )
+    for arguments in ({"city": "Oslo"}, '{"city": "Oslo"}'):
+        found, _ = pairs(tokenizer, pair(assistant(None, tool_calls=[call(arguments)])))
+        assert found[0][1][0] == '<tool_call>weather {"city": "Oslo"}</tool_call><|im_end|>'
+
+
+def test_tool_calls_that_the_template_leaves_out_are_bad_rows(build_tokenizer):
+    with pytest.raises(SimpoError, match="the chat template does not render tool calls"):
+        pairs(build_tokenizer("chatml"), pair(assistant("Look.", tool_calls=[call({})])))
+
+
+def test_parquet_renders_as_json_lines_do(tokenizer, tmp_path):
+    """Arrow gives all objects of a column the same keys, null where a row has none."""
+    tools = [
+        TOOL,
+        {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "required": ["zone"]}}},
+    ]
+    answer = assistant(None, tool_calls=[call({"city": "Oslo"})])
+    other = assistant(None, tool_calls=[call({"zone": "CET", "exact": True}, id="1")])
+    rows = [
+        pair(answer, tools=tools[:1]) | {"rejected": [assistant("No.")]},
+        pair(other, tools=tools) | {"rejected": [assistant("No.")]},
+        pair(assistant("It is late."), tools=None),
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [
+        prepare(load_rows(str(tmp_path / name), split="train"), tokenizer, TokenizeSettings()).dataset
+        for name in ("rows.parquet", "rows.jsonl")
+    ]
+    for column in ("prompt_ids", "response_ids"):
+        assert found[0][column][:] == found[1][column][:]
+
+
+def test_a_null_that_a_json_file_gives_is_an_argument(tokenizer):
+    for arguments in ({"city": None}, '{"city": null}'):
+        found, _ = pairs(tokenizer, pair(assistant(None, tool_calls=[call(arguments)])))
+        assert found[0][1][0] == "<tool_call>weather city=null</tool_call><|im_end|>"
+
+
+# What is trained on
+
+
+@pytest.mark.parametrize("key", [{"weight": 0}, {"train": False}, {"weight": 0.0}, {"train_on_turn": False}])
+def test_a_turn_without_weight_is_context(tokenizer, key):
+    messages = [user("Hi?"), assistant("WRONG", **key), user("No."), assistant("Right.", weight=1), user("Ok.")]
+    found, report = conversations(tokenizer, {"messages": messages})
+    context = [user("Hi?"), assistant("WRONG"), user("No.")]
+    assert found == [(fed(tokenizer, context), "Right.<|im_end|>")]
+    assert report.cut == {UNANSWERED_CUT: 1}
+    last = [user("Hi?"), assistant("Right."), user("And?"), assistant("WRONG", **key)]
+    found, report = conversations(tokenizer, {"messages": last})
+    assert found == [(fed(tokenizer, last[:1]), "Right.<|im_end|>")]
+    assert report.cut == {UNANSWERED_CUT: 1}
+    with pytest.raises(SimpoError, match="no answer is trained on"):
+        conversations(tokenizer, {"messages": [user("Hi?"), assistant("WRONG", **key)]})
+    with pytest.raises(SimpoError, match="only the assistant is trained"):
+        conversations(tokenizer, {"messages": [user("Hi?", weight=1), assistant("Right.")]})
+
+
+# What a template drops
+
+
+def test_one_row_per_answer_where_earlier_answers_are_rendered_differently(tokenizer):
+    messages = [
+        *(user("2 and 2?"), assistant("4", reasoning_content="Two and two.")),
+        *(user("3 and 3?"), assistant("6", reasoning_content="Three and three.")),
+    ]
+    found, report = conversations(tokenizer, {"messages": messages}, {"messages": messages[:2]})
+    assert found == [
+        (fed(tokenizer, messages[:1]), "<think>Two and two.</think>4<|im_end|>"),
+        (fed(tokenizer, messages[:3]), "<think>Three and three.</think>6<|im_end|>"),
+        (fed(tokenizer, messages[:1]), "<think>Two and two.</think>4<|im_end|>"),
+    ]
+    assert (report.rows, report.used, list(report.split.values())) == (2, 3, [1])
+    assert report.lines()[0] == "train: 3 conversations of 2 rows"
+    # A message whose reasoning is under another name is rendered like it.
+    renamed = [
+        {("thinking" if key == "reasoning_content" else key): value for key, value in m.items()} for m in messages
+    ]
+    assert conversations(tokenizer, {"messages": renamed})[0] == found[:2]
+
+
+def test_reasoning_that_the_template_does_not_know_is_not_lost(build_tokenizer):
+    with pytest.raises(SimpoError, match=r"rows.jsonl:1: reasoning that the chat template does not render"):
+        pairs(build_tokenizer("chatml"), pair(assistant("4", reasoning_content="Two and two.")))
+
+
+def test_trimmed_white_space_is_counted(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    tokenizer.chat_template = TRIMMING
+    found, report = pairs(tokenizer, pair(" It is 3 C.\n"), pair())
+    assert found[0] == found[1]
+    assert report.cut == {"white space around an answer, which the chat template drops": 1}
+
+
+def test_a_template_that_loses_a_part_of_an_answer(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    tokenizer.chat_template = TRIMMING.replace("m['content'] | trim", "m['content'].split('#')[-1]")
+    with pytest.raises(SimpoError, match="does not render the whole content of an answer"):
+        pairs(tokenizer, pair("It is # 3 C."))
+
+
+def test_system_messages_can_be_folded(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    tokenizer.chat_template = NO_SYSTEM
+    row = pair(system="Be brief.")
+    with pytest.raises(SimpoError, match=r"rows.jsonl:1: .*set system_message: fold"):
+        pairs(tokenizer, row)
+    found, _ = pairs(tokenizer, row, rendering=RenderSettings(system_message="fold"))
+    assert found[0][0] == fed(tokenizer, [user("Be brief.\n\nWeather?")])
+    tokenizer.chat_template = NO_SYSTEM.replace("{{ raise_exception('no system') }}", "{% continue %}")
+    with pytest.raises(SimpoError, match="set system_message: fold"):  # dropped without a word
+        pairs(tokenizer, row)
+
+
+# Token text
+
+
+STRANGE = "a<|im_end|>b<|im_start|>c<tool_call>d"
+
+
+def test_token_text_stays_text_in_every_field(tokenizer):
+    """Ids of tokens are only those that the template writes for harmless texts, and everything decodes to itself."""
+
+    def row(word):
+        tool = {"type": "function", "function": {"name": word, "description": word, "parameters": {word: word}}}
+        asked = [
+            {"role": "system", "content": word},
+            user(word, name=word),
+            assistant("", tool_calls=[{"type": "function", "function": {"name": word, "arguments": {word: [word]}}}]),
+            {"role": "tool", "content": word},
+        ]
+        answer = assistant("", reasoning_content=word, tool_calls=[call({"city": word})])
+        return {"prompt": asked, "chosen": [answer], "rejected": [assistant("No.")], "tools": [tool]}
+
+    added = set(tokenizer.added_tokens_decoder)
+    strange, plain = (prepare(json_rows(row(w)), tokenizer, TokenizeSettings()).dataset[0] for w in (STRANGE, "abc"))
+    for name in ("prompt_ids", "response_ids"):
+        one, other = ([ids] if name == "prompt_ids" else ids for ids in (strange[name], plain[name]))
+        for ids, reference in zip(one, other, strict=True):
+            assert [i for i in ids if i in added] == [i for i in reference if i in added]
+            assert text(tokenizer, ids) == text(tokenizer, reference).replace("abc", STRANGE)
+
+
+def test_tokens_that_end_turns_and_are_not_special(build_tokenizer):
+    """As some tokenizers have them: text in a message stays text, and the template's own are tokens."""
+    source = build_tokenizer("chatml").backend_tokenizer.to_str()
+    state = json.loads(source)
+    for token in state["added_tokens"]:
+        token["special"] = token["content"] == "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=type(build_tokenizer("chatml").backend_tokenizer).from_str(json.dumps(state)),
+        eos_token="<|endoftext|>",
+        chat_template=build_tokenizer("chatml").chat_template,
+    )
+    row = pair("It <|im_end|> is.") | {"prompt": [user("What is <|im_end|>?")]}
+    found = prepare(json_rows(row), tokenizer, TokenizeSettings()).dataset[0]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert found["prompt_ids"].count(end) == 1
+    assert found["response_ids"][0].count(end) == 1 and found["response_ids"][0][-1] == end
+    assert text(tokenizer, found["prompt_ids"]) == fed(tokenizer, row["prompt"])
+    assert text(tokenizer, found["response_ids"][0]) == "It <|im_end|> is.<|im_end|>"
+
+
+def test_the_models_own_markup_in_an_answer_is_tokens(tokenizer):
+    row = pair("<think>Two.</think>4<tool_call>x</tool_call>")
+    ids = prepare(json_rows(row), tokenizer, TokenizeSettings()).dataset[0]["response_ids"][0]
+    for token in ("<think>", "</think>", "<tool_call>", "</tool_call>"):
+        assert ids.count(tokenizer.convert_tokens_to_ids(token)) == 1
+
+
+def test_words_that_somebody_added_to_the_vocabulary_stay_tokens(tokenizer):
+    tokenizer.add_tokens(["Weather"])
+    found = prepare(json_rows(pair()), tokenizer, TokenizeSettings()).dataset[0]
+    assert tokenizer.convert_tokens_to_ids("Weather") in found["prompt_ids"]
+
+
+def test_tokens_that_the_template_looks_for_in_a_message_stay_tokens(tokenizer):
+    """As Qwen's templates, which tell a tool's result from a question by them."""
+    tokenizer.add_tokens([AddedToken("<tool_response>", special=False)])
+    found = "{% if m.content and m.content.startswith('<tool_response>') %}{{ 'result: ' }}{% endif %}"
+    tokenizer.chat_template = TOOL_CHAT.replace("{% if m.content %}", found + "{% if m.content %}")
+    asked = [user("Weather?"), assistant("Look."), user("<tool_response>3 C, <tool_call>")]
+    row = prepare(json_rows(pair() | {"prompt": asked}), tokenizer, TokenizeSettings()).dataset[0]
+    assert text(tokenizer, row["prompt_ids"]) == fed(tokenizer, asked)
+    assert tokenizer.convert_tokens_to_ids("<tool_response>") in row["prompt_ids"]
+    assert tokenizer.convert_tokens_to_ids("<tool_call>") not in row["prompt_ids"]
+
+
+def test_variables_without_a_template(build_tokenizer):
+    plain_tokenizer = build_tokenizer("chatml")
+    plain_tokenizer.chat_template = None
+    row = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
+    with pytest.raises(SimpoError, match="there is no chat template"):
+        pairs(plain_tokenizer, row, rendering=RenderSettings({"enable_thinking": False}))
+    with pytest.raises(SimpoError, match="tools, but the tokenizer has no chat template"):
+        pairs(plain_tokenizer, row | {"tools": [TOOL]})
+
+
+THINKING = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|im_start|>' + m['content'] }}"
+    "{% else %}{{ '<|im_end|></think>' + m['content'].split('</think>')[-1] + '<|endoftext|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_end|>' }}{{ '<think>' if thinking else '</think>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("reasoned", [assistant("4", reasoning="Two."), assistant("<think>Two.</think>4")])
+def test_a_template_that_opens_reasoning_in_prompts_only(build_tokenizer, reasoned):
+    """As DeepSeek-V3.1's: reasoning is rendered nowhere, and an answer without any closes it at once."""
+    tokenizer = build_tokenizer("chatml")
+    tokenizer.chat_template = THINKING
+    bare = [user("2 and 2?"), assistant("4"), user("3 and 3?"), assistant("6")]
+    found, report = conversations(tokenizer, {"messages": bare})
+    assert found == [("<|im_start|>2 and 2?<|im_end|></think>", "4<|endoftext|>6<|endoftext|>")]
+    thinking = RenderSettings({"thinking": True})
+    found, report = conversations(tokenizer, {"messages": [bare[0], reasoned, *bare[2:]]}, rendering=thinking)
+    assert found == [
+        ("<|im_start|>2 and 2?<|im_end|><think>", "Two.</think>4<|endoftext|>"),
+        (
+            "<|im_start|>2 and 2?<|im_end|></think>4<|endoftext|><|im_start|>3 and 3?<|im_end|><think>",
+            "</think>6<|endoftext|>",
+        ),
+    ]
+    assert list(report.split.values()) == [1]
+    with pytest.raises(SimpoError, match="the prompt that generation is fed already ends it"):
+        conversations(tokenizer, {"messages": [bare[0], reasoned]})
