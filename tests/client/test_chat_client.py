@@ -394,7 +394,8 @@ def test_keys_come_from_the_environment_and_are_never_shown(monkeypatch, tmp_pat
         ({"base_url": "http://user:password@host/v1"}, "keys come from the environment"),
         ({"base_url": "http://host:port/v1"}, "base_url"),
         ({"base_url": "http://[::1/v1"}, "base_url"),
-        ({"base_url": "http://host/v1?key=x"}, "base_url"),
+        ({"base_url": "http://host/v1?key=gsk_password"}, "keys come from the environment"),
+        ({"base_url": "http://host/v1?api-version=1&subscription-key=gsk_password"}, "keys come from the environment"),
         ({"model": ""}, "model"),
         ({"base_url": "http://\u2603.\u2603/v1"}, "base_url"),
         ({"base_url": "http://xn--/v1"}, "base_url"),
@@ -441,6 +442,150 @@ def test_a_key_at_the_end_of_a_long_error_is_not_cut_and_shown(monkeypatch):
     ):
         client(server, api_key_env="JUDGE_KEY").complete(requests(1))
     assert KEY[:5] not in str(raised.value) and len(str(raised.value)) < 400
+
+
+def unsupported(name, status=400, shape="openai"):
+    """How servers say that they do not take a parameter."""
+    said = {
+        "openai": {
+            "error": {"message": f"Unsupported parameter: '{name}'", "param": name, "code": "unsupported_value"}
+        },
+        "litellm": {
+            "error": {"message": f"litellm.UnsupportedParamsError: x don't support {name}=0.0.", "param": None}
+        },
+        "only": {"error": {"message": f"invalid {name}: only 1 is allowed for this model"}},
+        "pydantic": {"detail": [{"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs"}]},
+    }[shape]
+    return Raw(status, json.dumps(said).encode())
+
+
+@pytest.mark.parametrize(("shape", "status"), [("openai", 400), ("litellm", 400), ("pydantic", 422)])
+def test_a_model_that_takes_neither_max_tokens_nor_a_temperature(shape, status, tmp_path):
+    """Each is refused once; later requests, also of another call, are sent as the server wants them."""
+
+    def newer(body):
+        refused = next((name for name in ("max_tokens", "temperature") if name in body), None)
+        return unsupported(refused, status, shape) if refused else echo(body)
+
+    with ChatServer(newer) as server:
+        ours = client(server, tmp_path, concurrency=1)
+        found = ours.complete(requests(3), despite_refusals=True)
+        assert texts(found) == SAID[:3] and all(reply.default_temperature for reply in found)
+        ours.complete(requests(5), despite_refusals=True)
+        assert len(server.bodies) == 5 + 2 and ours.usage.repeated == 2
+        assert server.bodies[-1].keys() == {"model", "messages", "max_completion_tokens"}
+        assert server.bodies[-1]["max_completion_tokens"] == 5
+        assert ours.usage.default_temperature == 8
+        assert "8 replies at the server's default temperature" in ours.usage.line()
+        again = client(server, tmp_path)  # from the cache, under the same keys
+        assert again.complete(requests(5))[0].default_temperature and again.usage.default_temperature == 5
+        assert len(server.bodies) == 5 + 2
+
+
+def test_a_temperature_that_has_to_be_kept_is_not_left_out():
+    def newer(body):
+        return unsupported("temperature", shape="only") if body.get("temperature", 1) != 1 else echo(body)
+
+    with ChatServer(newer) as server:
+        ours = ChatClient(Endpoint(server.url, "tiny"), None, exact_temperature=True)
+        with pytest.raises(SimpoError, match=r"only 1 is allowed.*ask for --temperature 1"):
+            ours.complete(requests(1))
+        [reply] = ours.complete(requests(1, temperature=1.0))
+        assert reply.text == "SAY 0" and not reply.default_temperature
+
+
+@pytest.mark.parametrize("message", ["max_tokens is too large: 5", "temperature must be in [0, 2]", "no such model"])
+def test_other_refusals_change_nothing(message):
+    refused = Raw(400, json.dumps({"error": {"message": message, "param": "max_tokens"}}).encode())
+    with ChatServer(lambda body: refused) as server:
+        with pytest.raises(SimpoError, match="status 400"):
+            client(server).complete(requests(1))
+        assert len(server.bodies) == 1
+
+
+PARTS = {
+    "text": ([{"type": "text", "text": "one "}, {"type": "text", "text": "two"}], "one two"),
+    "plain": (["one ", "two"], "one two"),
+    "reasoning": ([{"type": "thinking", "thinking": [{"text": "[[B]]"}]}, {"type": "text", "text": "[[A]]"}], "[[A]]"),
+    "refusal": ([{"type": "refusal", "refusal": "I cannot."}], "I cannot."),
+    "none": (None, ""),
+    "empty": ([], ""),
+}
+
+
+@pytest.mark.parametrize(("content", "text"), PARTS.values(), ids=PARTS)
+def test_content_in_parts(content, text):
+    fields = {"reasoning_content": "[[B]]", "reasoning": "[[B]]"}
+
+    def answer(body):
+        found = completion("")
+        found["choices"][0]["message"] |= {"content": content, **fields}
+        return found
+
+    with ChatServer(answer) as server:
+        assert texts(client(server).complete(requests(1))) == [text]
+
+
+@pytest.mark.parametrize(
+    "content", [[{"type": "image_url", "image_url": "x"}], [{"type": "text"}], [7], 7, {"text": "x"}]
+)
+def test_content_that_is_no_text_is_one_line(content):
+    def answer(body):
+        found = completion("")
+        found["choices"][0]["message"]["content"] = content
+        return found
+
+    with ChatServer(answer) as server, pytest.raises(SimpoError, match="not a chat completion"):
+        client(server, attempts=1).complete(requests(1))
+
+
+def test_a_reply_without_usage_has_an_unknown_cost():
+    with ChatServer(lambda body: {**echo(body), "usage": None}) as server:
+        ours = client(server)
+        ours.complete(requests(2))
+    line = ours.usage.line(Prices(1.0, 1.0))
+    assert "at least $0.00" in line and "2 replies came without usage" in line
+
+
+def test_replies_that_were_cut_off_are_counted():
+    def answer(body):
+        found = echo(body)
+        found["choices"][0]["finish_reason"] = "length"
+        return found
+
+    with ChatServer(answer) as server:
+        ours = client(server)
+        assert ours.complete(requests(2))[0].whole_text == ""
+        ours.complete([ChatRequest([{"role": "user", "content": "x"}], 1)])  # one token is all that was asked for
+    assert ours.usage.cut_off == 2 and "2 replies were cut off" in ours.usage.line()
+
+
+URLS = {
+    "http://h/v1": "http://h/v1/chat/completions",
+    "http://h/v1/": "http://h/v1/chat/completions",
+    "http://h/v1/chat/completions": "http://h/v1/chat/completions",
+    "https://x.openai.azure.com/openai/deployments/d?api-version=2024-10-21": (
+        "https://x.openai.azure.com/openai/deployments/d/chat/completions?api-version=2024-10-21"
+    ),
+    "https://x.openai.azure.com/openai/v1/": "https://x.openai.azure.com/openai/v1/chat/completions",
+}
+
+
+@pytest.mark.parametrize(("given", "sent"), URLS.items())
+def test_the_query_of_a_url_is_kept(given, sent):
+    endpoint = Endpoint(given, "m")
+    assert endpoint.url == sent
+    azure = "azure" in given
+    assert endpoint.authorization("k") == ({"api-key": "k"} if azure else {"authorization": "Bearer k"})
+
+
+def test_a_server_with_a_version_in_its_url(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with ChatServer(echo) as server:
+        endpoint = Endpoint(f"{server.url}?api-version=1", "m", api_key_env="JUDGE_KEY")
+        assert texts(ChatClient(endpoint, None).complete(requests(1))) == SAID[:1]
+        assert server.paths == ["/v1/chat/completions?api-version=1"]
+        assert server.keys == [None] and server.headers[0]["api-key"] == KEY
 
 
 def test_in_a_running_event_loop(tmp_path):

@@ -60,14 +60,15 @@ def world(tmp_path_factory, write_chat_model):
 
 @pytest.fixture(scope="module")
 def judge(world):
-    """The model's own probabilities of m and M as its first token, and a text that goes by them."""
+    """The model's own odds of m and M as its first token, together 0.9, and a text that goes by them."""
     model = ModelAnswers(world / "model")
     names = {name: model.tokenizer(name, add_special_tokens=False).input_ids for name in "mM"}
     assert all(len(ids) == 1 for ids in names.values())
 
     def answer(body):
         found = model.first_token_logprobs(body["messages"])
-        logprobs = {name: found[ids[0]].item() for name, ids in names.items()}
+        both = torch.stack([found[ids[0]] for ids in names.values()])
+        logprobs = dict(zip(names, (both.log_softmax(-1) + math.log(0.9)).tolist(), strict=True))
         return completion(max(logprobs, key=logprobs.get), logprobs if body.get("logprobs") else None)
 
     return answer

@@ -46,9 +46,25 @@ def test_the_order_is_drawn_as_the_benchmark_draws_it():
 def test_the_first_token_is_weighed():
     assert weighed({"m": math.log(0.6), "M": math.log(0.2), "The": -5.0}) == pytest.approx(2 - 0.75)
     assert weighed({"m": -0.1, "The": -3.0}) == 1.0
-    assert weighed({"M": -900.0}) == 2.0
-    assert weighed({"m": -1000.0, "M": -1001.0}) == pytest.approx(2 - 1 / (1 + math.exp(-1)))
-    assert math.isnan(weighed({"A": -0.1})) and math.isnan(weighed(None))
+    assert weighed({"M": -0.69}) == 2.0
+    assert math.isnan(weighed({"A": -0.1})) and math.isnan(weighed(None)) and math.isnan(weighed({}))
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "expected"),
+    [
+        ({"<think>": 0.99, "m": 0.004, "M": 0.001}, None),  # about to think
+        ({"m": 0.3, "M": 0.19, "I": 0.5}, None),
+        ({"m": 0.3, "M": 0.21, "I": 0.4}, 2 - 0.3 / 0.51),
+        ({" m": 0.6, "M\n": 0.2, "The": 0.1}, 2 - 0.6 / 0.8),
+        ({"m": 0.02, " m": 0.2, " M": 0.6}, 2 - 0.22 / 0.82),  # too little without the white space
+        ({"m": 0.6, " m": 0.1, "M": 0.2}, 2 - 0.6 / 0.8),  # enough without it: as the benchmark does
+        ({"m": 0.1, "M": 0.1, " ": 0.8}, None),
+    ],
+)
+def test_a_verdict_needs_probability_on_its_names(probabilities, expected):
+    found = weighed({token: math.log(value) for token, value in probabilities.items()})
+    assert math.isnan(found) if expected is None else found == pytest.approx(expected)
 
 
 def test_a_plain_judge_names_an_answer():

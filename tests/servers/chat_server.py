@@ -45,6 +45,8 @@ class ChatServer:
     Attributes:
         bodies: of the requests that came, in their order.
         keys: their ``authorization`` headers.
+        headers: all their headers, with names in lower case.
+        paths: what they asked for, query included.
         times: when they came.
         faults: sent, one a request, before anything is answered.
         most_at_once: requests under way at the same time.
@@ -55,6 +57,8 @@ class ChatServer:
         self.faults = list(faults)
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.times: list[float] = []
         self.most_at_once = self._now = 0
         self._lock = threading.Lock()
@@ -66,11 +70,13 @@ class ChatServer:
         """What clients call the base URL."""
         return f"http://127.0.0.1:{self._http.server_port}/v1"
 
-    def respond(self, body: dict[str, Any], key: str | None) -> Raw:
+    def respond(self, body: dict[str, Any], path: str, headers: dict[str, str]) -> Raw:
         """What one request gets."""
         with self._lock:
             self.bodies.append(body)
-            self.keys.append(key)
+            self.keys.append(headers.get("authorization"))
+            self.headers.append(headers)
+            self.paths.append(path)
             self.times.append(time.monotonic())
             fault = self.faults.pop(0) if self.faults else None
             self._now += 1
@@ -102,8 +108,8 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            raw = server.respond(body, self.headers.get("authorization"))
-            if self.path != "/v1/chat/completions":
+            raw = server.respond(body, self.path, {name.lower(): value for name, value in self.headers.items()})
+            if self.path.partition("?")[0] != "/v1/chat/completions":
                 raw = Raw(404, b'{"error": {"message": "no such path"}}')
             try:
                 self.send_response(raw.status)

@@ -8,6 +8,9 @@ from typing import Any, NoReturn
 
 from simpo.results import fingerprint
 
+# Reasons of servers for ending a reply before the model did.
+_CUT_OFF = ("length", "max_tokens", "model_length", "content_filter")
+
 
 @dataclass(frozen=True)
 class ChatRequest:
@@ -64,6 +67,7 @@ class ChatReply:
         prompt_tokens: tokens of the request; None where the server does not say.
         completion_tokens: tokens of the reply; None where the server does not say.
         refused: why the server would not answer this request, and the text is empty; None if it did.
+        default_temperature: whether the server chose the temperature, because it refused the one that was asked for.
     """
 
     text: str
@@ -72,6 +76,17 @@ class ChatReply:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     refused: str | None = None
+    default_temperature: bool = False
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether it ended before the model had said everything."""
+        return (self.finish_reason or "").lower() in _CUT_OFF
+
+    @property
+    def whole_text(self) -> str:
+        """The text; empty if it was cut off, so that no verdict is read from half a reply."""
+        return "" if self.cut_off else self.text
 
 
 def read_reply(content: bytes) -> ChatReply:
@@ -85,7 +100,7 @@ def read_reply(content: bytes) -> ChatReply:
         raise ValueError(f"an error instead of a completion: {error_text(document)}")
     try:
         choice = document["choices"][0]
-        text = choice["message"].get("content") or ""
+        text = _text(choice["message"].get("content"))
         usage = document.get("usage") or {}
         reply = ChatReply(
             text,
@@ -96,9 +111,30 @@ def read_reply(content: bytes) -> ChatReply:
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"not a chat completion ({type(error).__name__}: {error})") from error
-    if not isinstance(text, str):
-        raise ValueError(f"not a chat completion (its content is of type {type(text).__name__})")
     return reply
+
+
+def _text(content: Any) -> str:
+    """The text of a message, whose content may be a list of parts; parts with reasoning are no part of it.
+
+    Raises:
+        TypeError: it holds something other than text and reasoning.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise TypeError(f"its content is of type {type(content).__name__}")
+    return "".join(_part_text(part) for part in content)
+
+
+def _part_text(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else "text" if isinstance(part, str) else type(part).__name__
+    if kind in ("thinking", "redacted_thinking", "reasoning"):
+        return ""
+    text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else part
+    if kind not in ("text", "output_text", "refusal") or not isinstance(text, str):
+        raise TypeError(f"its content has a part of type {kind!r} without text")
+    return text
 
 
 def error_text(document: Any) -> str:

@@ -13,7 +13,7 @@ from simpo.client.cache import ReplyCache
 from simpo.client.chat import ChatReply, ChatRequest
 from simpo.client.cost import Estimate, Usage
 from simpo.client.endpoint import Endpoint
-from simpo.client.sending import RefusedRequestError, Sender, connections
+from simpo.client.sending import Dialect, RefusedRequestError, Sender, connections
 from simpo.errors import SimpoError
 from simpo.progress import Advance, progress
 
@@ -32,12 +32,13 @@ class ChatClient:
         usage: what was sent and what it used.
     """
 
-    def __init__(self, endpoint: Endpoint, cache: Path | None) -> None:
+    def __init__(self, endpoint: Endpoint, cache: Path | None, *, exact_temperature: bool = False) -> None:
         """Nothing is sent yet.
 
         Args:
             endpoint: where the model is.
             cache: folder of replies, which several processes may share; None keeps none.
+            exact_temperature: fail where the server refuses the temperature, instead of leaving the choice to it.
 
         Raises:
             SimpoError: the cache cannot be read or written.
@@ -45,6 +46,7 @@ class ChatClient:
         self.endpoint = endpoint
         self.usage = Usage()
         self._cache = None if cache is None else ReplyCache(cache, endpoint.model)
+        self._dialect = Dialect(exact_temperature)
         self._answered = False  # whether any request that it was given has been, now or before
 
     def estimate(self, requests: Sequence[ChatRequest]) -> Estimate:
@@ -87,6 +89,8 @@ class ChatClient:
             with progress("replies", len(wanted), len(replies), say or logger.info) as advance:
                 replies |= _run(self._send_all(missing, despite_refusals, advance))
             self._answered = True
+        for key, request in wanted.items():
+            self.usage.note(request, replies[key])
         return [replies[request.key(self.endpoint.model)] for request in requests]
 
     def _by_key(self, requests: Sequence[ChatRequest]) -> dict[str, ChatRequest]:
@@ -101,7 +105,7 @@ class ChatClient:
         first = list(missing)[:TRIED]
         waiting = iter(missing.items())
         async with connections(self.endpoint) as http:
-            sender = Sender(http, self.endpoint)
+            sender = Sender(http, self.endpoint, self._dialect)
 
             async def work() -> None:
                 for key, request in waiting:

@@ -92,6 +92,8 @@ class Usage:
         uncounted: replies that did not say their tokens.
         refused: requests that the server would not answer because of what they hold.
         first_refusal: why, the first time.
+        cut_off: replies that ended before the model did, of those that could have more than one token.
+        default_temperature: replies for which the server chose the temperature, because it refused ours.
     """
 
     sent: int = 0
@@ -102,6 +104,8 @@ class Usage:
     uncounted: int = 0
     refused: int = 0
     first_refusal: str = ""
+    cut_off: int = 0
+    default_temperature: int = 0
 
     def add(self, reply: ChatReply) -> None:
         """Count a reply of the server."""
@@ -112,6 +116,16 @@ class Usage:
             self.prompt_tokens += reply.prompt_tokens
             self.completion_tokens += reply.completion_tokens
 
+    @property
+    def replies(self) -> int:
+        """Requests that have come to an end, refusals included."""
+        return self.sent + self.cached + self.refused
+
+    def note(self, request: ChatRequest, reply: ChatReply) -> None:
+        """Count what is special about a reply, whether it was sent now or before."""
+        self.cut_off += reply.cut_off and request.max_tokens > 1
+        self.default_temperature += reply.default_temperature
+
     def refuse(self, reason: str) -> None:
         """Count a request that was refused."""
         self.refused += 1
@@ -119,15 +133,20 @@ class Usage:
 
     def line(self, prices: Prices | None = None) -> str:
         """In words, with the cost where prices are known."""
-        dollars = "" if prices is None else f", ${prices.dollars(self.prompt_tokens, self.completion_tokens):.2f}"
-        unsaid = f" ({self.uncounted:,} replies did not say their tokens)" if self.uncounted else ""
-        all_asked = self.sent + self.cached + self.refused
+        least = "at least " if self.uncounted else ""
+        dollars = (
+            "" if prices is None else f", {least}${prices.dollars(self.prompt_tokens, self.completion_tokens):.2f}"
+        )
+        unsaid = f" ({self.uncounted:,} replies came without usage: their tokens are unknown)" if self.uncounted else ""
+        notes = f"; {self.cut_off:,} replies were cut off (a longer limit may help)" if self.cut_off else ""
+        if self.default_temperature:
+            notes += f"; {self.default_temperature:,} replies at the server's default temperature: it refuses ours"
         refused = ""
         if self.refused:
-            refused = f"; {self.refused:,} of {all_asked:,} requests refused, the first with {self.first_refusal}"
+            refused = f"; {self.refused:,} of {self.replies:,} requests refused, the first with {self.first_refusal}"
         return (
             f"{self.sent:,} requests sent ({self.repeated:,} attempts repeated), {self.cached:,} answered before; "
-            f"{self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written{dollars}{unsaid}{refused}"
+            f"{self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written{dollars}{unsaid}{notes}{refused}"
         )
 
 

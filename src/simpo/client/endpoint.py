@@ -5,11 +5,15 @@ from __future__ import annotations
 import ipaddress
 import os
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import httpx
 
 from simpo.errors import SimpoError
+from simpo.runs.redaction import is_secret
+
+_AZURE = (".azure.com", ".azure.us", ".azure.cn", ".microsoft.com")
+_COMPLETIONS = "/chat/completions"
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,8 @@ class Endpoint:
     """A model behind an OpenAI-compatible interface.
 
     Attributes:
-        base_url: what stands before ``/chat/completions``, e.g. ``https://api.openai.com/v1``.
+        base_url: what stands before ``/chat/completions``, e.g. ``https://api.openai.com/v1``. A query, such as Azure's
+            ``?api-version=...``, is kept.
         model: its name there.
         api_key_env: environment variable that holds the key; a server on this machine needs none.
         concurrency: requests at a time.
@@ -44,8 +49,10 @@ class Endpoint:
             raise SimpoError(f"base_url: {_bare(self.base_url)!r} is not a URL") from None
         if "@" in parts.netloc:
             raise SimpoError("base_url: a URL with a user or password in it; keys come from the environment")
-        if not usable or parts.query or parts.fragment:
-            raise SimpoError(f"base_url: {self.base_url!r} is not of the form http(s)://host[:port]/path")
+        if any(is_secret(name) or name in ("key", "sig", "code") for name, _ in parse_qsl(parts.query)):
+            raise SimpoError("base_url: a URL with a key in its query; keys come from the environment")
+        if not usable or parts.fragment:
+            raise SimpoError(f"base_url: {self.base_url!r} is not of the form http(s)://host[:port]/path[?query]")
         if not self.model:
             raise SimpoError("model: no name; give the name that the server knows the model by")
         # What else it may be is a key, which is not to be repeated.
@@ -60,7 +67,15 @@ class Endpoint:
     @property
     def url(self) -> str:
         """Where requests are sent."""
-        return f"{self.base_url.rstrip('/')}/chat/completions"
+        parts = urlsplit(self.base_url)
+        path = parts.path.rstrip("/").removesuffix(_COMPLETIONS) + _COMPLETIONS
+        return urlunsplit(parts._replace(path=path))
+
+    def authorization(self, key: str) -> dict[str, str]:
+        """The header that carries the key: ``api-key`` for Azure, which its host or the version in its URL shows."""
+        parts = urlsplit(self.base_url)
+        azure = (parts.hostname or "").endswith(_AZURE) or "api-version" in dict(parse_qsl(parts.query))
+        return {"api-key": key} if azure else {"authorization": f"Bearer {key}"}
 
     @property
     def place(self) -> str:

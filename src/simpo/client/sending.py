@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -24,6 +26,13 @@ _OF_THE_REQUEST = (400, 413, 422)  # too long, filtered, not understood; 401, 40
 # Said with a status that says something else: no wait helps, and no other request would be answered.
 _SPENT = ("insufficient_quota", "billing_hard_limit_reached", "credit balance is too low")
 _LONGEST_REASON = 300  # characters
+# How servers say that a parameter, or its value, is not among those that a model takes.
+_UNSUPPORTED = re.compile(
+    r"unsupported|(?:not|n't)\W+support|not permitted|not allowed|unrecognized|unexpected|deprecated|extra_forbidden"
+    r"|only\W.{0,40}\b(?:allowed|supported|accepted)",
+    re.IGNORECASE,
+)
+_ADAPTABLE = ("max_tokens", "temperature")
 
 
 class RefusedRequestError(SimpoError):
@@ -45,10 +54,20 @@ class _Fault(Exception):  # noqa: N818 - most faults are mended by another attem
         hopeful: whether another one may succeed.
         wait: seconds that the server asks for before it.
         of_the_request: whether it is because of what the request holds.
+        parameter: the one of :data:`_ADAPTABLE` that the server does not take.
     """
 
-    def __init__(self, reason: str, *, hopeful: bool = True, wait: float = 0.0, of_the_request: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        hopeful: bool = True,
+        wait: float = 0.0,
+        of_the_request: bool = False,
+        parameter: str | None = None,
+    ) -> None:
         super().__init__(reason)
+        self.parameter = parameter
         self.hopeful = hopeful
         self.wait = wait
         self.of_the_request = of_the_request
@@ -70,6 +89,35 @@ def connections(endpoint: Endpoint) -> httpx.AsyncClient:
         ) from error
 
 
+@dataclass
+class Dialect:
+    """How a model on a server wants to be asked, as its refusals have shown.
+
+    Newer models of OpenAI take ``max_completion_tokens`` instead of ``max_tokens``, and no temperature but their own.
+
+    Attributes:
+        exact_temperature: never leave out a temperature other than 1, which is the interface's default.
+        refused: parameters that it has refused.
+    """
+
+    exact_temperature: bool = False
+    refused: frozenset[str] = frozenset()
+
+    def spoken(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The body of a request as the server takes it."""
+        body = dict(body)
+        if "max_tokens" in self.refused and "max_tokens" in body:
+            body["max_completion_tokens"] = body.pop("max_tokens")
+        if "temperature" in self.refused and not (self.exact_temperature and body.get("temperature") != 1):
+            body.pop("temperature", None)
+        return body
+
+    def learn(self, parameter: str | None, body: dict[str, Any]) -> bool:
+        """Note that the server refused a parameter of ``body``; whether it can now be asked in another way."""
+        self.refused |= {parameter} if parameter else set()
+        return parameter in body and self.spoken(body) != body
+
+
 class Sender:
     """Sends requests over one connection pool.
 
@@ -77,13 +125,14 @@ class Sender:
         repeated: attempts that failed and were made again.
     """
 
-    def __init__(self, http: httpx.AsyncClient, endpoint: Endpoint) -> None:
+    def __init__(self, http: httpx.AsyncClient, endpoint: Endpoint, dialect: Dialect) -> None:
         """Look the key up.
 
         Raises:
             SimpoError: there is none, and the server needs one.
         """
         self._http, self._endpoint, self._key = http, endpoint, endpoint.api_key()
+        self._dialect = dialect
         self._quiet_until = 0.0  # by the clock of the event loop: the server asked all of us to wait
         self.repeated = 0
 
@@ -97,12 +146,11 @@ class Sender:
             RefusedRequestError: the server will not answer this request (status 400, 413 or 422).
             SimpoError: no reply within the endpoint's attempts, or a refusal that another attempt would not change.
         """
-        body = json.dumps(request.body(self._endpoint.model)).encode()
         waited = 0.0
         for attempt in range(1, self._endpoint.attempts + 1):
             await asyncio.sleep(self._quiet_until - asyncio.get_running_loop().time())
             try:
-                return await self._attempt(body)
+                return await self._adapted(request)
             except _Fault as fault:
                 pause = max(_backoff(attempt), fault.wait)
                 if not fault.hopeful or attempt == self._endpoint.attempts or waited + pause > _PATIENCE:
@@ -115,10 +163,23 @@ class Sender:
                 await asyncio.sleep(pause)
         raise AssertionError("at least one attempt is made")
 
+    async def _adapted(self, request: ChatRequest) -> ChatReply:
+        """Send in the words that the server takes, which a refusal may teach."""
+        while True:
+            body = self._dialect.spoken(request.body(self._endpoint.model))
+            try:
+                reply = await self._attempt(json.dumps(body).encode())
+            except _Fault as fault:
+                if not self._dialect.learn(fault.parameter, body):
+                    raise
+                self.repeated += 1
+            else:
+                return replace(reply, default_temperature=request.temperature != 1 and "temperature" not in body)
+
     async def _attempt(self, body: bytes) -> ChatReply:
         headers = {"content-type": "application/json"}
         if self._key is not None:
-            headers["authorization"] = f"Bearer {self._key}"
+            headers |= self._endpoint.authorization(self._key)
         try:
             async with asyncio.timeout(self._endpoint.timeout):
                 response = await self._http.post(self._endpoint.url, content=body, headers=headers)
@@ -140,6 +201,8 @@ class Sender:
         reason = reason[:_LONGEST_REASON]  # not before, because half a key would not be found
         tries = f" ({attempts} attempts)" if attempts > 1 else ""
         asked = f"; it asks to wait {fault.wait:,.0f} s" if fault.wait > _PATIENCE else ""
+        if fault.parameter == "temperature" and self._dialect.exact_temperature:
+            asked += "; it samples at its own temperature only: ask for --temperature 1"
         message = f"{self._endpoint.place}: {reason}{tries}{asked}"
         return RefusedRequestError(message, reason) if fault.of_the_request else SimpoError(message)
 
@@ -160,7 +223,17 @@ def _refusal(response: httpx.Response) -> _Fault:
         hopeful=(status in _HOPEFUL or status >= 500) and not spent,
         wait=_retry_after(response),
         of_the_request=status in _OF_THE_REQUEST and not spent,
+        parameter=_unsupported(document, response.text) if status in _OF_THE_REQUEST else None,
     )
+
+
+def _unsupported(document: Any, text: str) -> str | None:
+    """The parameter of :data:`_ADAPTABLE` that a refusal is about."""
+    error = document.get("error") if isinstance(document, dict) else None
+    named = error.get("param") if isinstance(error, dict) else None
+    if not _UNSUPPORTED.search(text):
+        return None
+    return next((name for name in _ADAPTABLE if named == name or (not named and re.search(rf"\b{name}\b", text))), None)
 
 
 def _json(response: httpx.Response) -> Any:

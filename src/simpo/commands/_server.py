@@ -43,6 +43,11 @@ def add_server_options(parser: ArgumentParser, *, timeout: float = 60.0) -> None
         help="dollars a million tokens, to say what the judge costs",
     )
     parser.add_argument("--yes", action="store_true", help="send the requests without asking")
+    parser.add_argument(
+        "--strip_thinking",
+        action="store_true",
+        help="show judges the answers without the thinking that they begin with",
+    )
 
 
 def add_judge_options(parser: ArgumentParser) -> None:
@@ -72,6 +77,7 @@ def judge_options(arguments: Namespace) -> JudgeOptions:
         arguments.judge_max_tokens,
         arguments.dtype,
         arguments.trust_remote_code,
+        arguments.strip_thinking,
     )
 
 

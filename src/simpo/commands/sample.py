@@ -8,6 +8,9 @@ import shlex
 from argparse import Namespace
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from simpo.arguments import ArgumentParser, mapping
 from simpo.client import Endpoint
@@ -24,9 +27,13 @@ from simpo.training.model_arguments import ModelArguments
 
 _FLOATS = ("temperature", "top_p")
 _SHOWN, _LONGEST = 3, 600  # answers at the end, and characters of each
-# Options that the other kind of engine would pass over.
-_OF_A_SERVER = ("base_url", "api_key_env", "concurrency", "timeout")
-_NOT_OF_A_SERVER = ("dtype", "model_revision", "chunk_size", "trust_remote_code")
+_OF_VLLM = {"max_model_len": int, "gpu_memory_utilization": float, "tensor_parallel_size": int}
+# Options that some engines would ignore, with those that use them.
+_USED_BY = {
+    **dict.fromkeys(("base_url", "api_key_env", "concurrency", "timeout"), ("server",)),
+    **dict.fromkeys(("dtype", "model_revision", "chunk_size", "trust_remote_code"), ("transformers", "vllm")),
+    **dict.fromkeys(("engine_args", *_OF_VLLM), ("vllm",)),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +59,9 @@ def main(argv: list[str]) -> int:
             dtype=arguments.dtype,
             trust_remote_code=arguments.trust_remote_code,
         )
-        results = sample_responses(model, asked, settings, folder, engine=arguments.engine, argv=argv)
+        results = sample_responses(
+            model, asked, settings, folder, engine=arguments.engine, engine_args=_engine_args(arguments), argv=argv
+        )
     if results is None:  # one of several processes; the main one prints
         return 0
     print_results(results)
@@ -77,9 +86,31 @@ def _show(path: Path) -> None:
 
 def _check_used(arguments: Namespace, parser: ArgumentParser) -> None:
     """Raise :class:`SimpoError` for an option that says nothing to the chosen engine."""
-    for key in _NOT_OF_A_SERVER if arguments.engine == "server" else _OF_A_SERVER:
-        if getattr(arguments, key) != parser.get_default(key):
+    for key, engines in _USED_BY.items():
+        if arguments.engine not in engines and getattr(arguments, key) != parser.get_default(key):
             raise SimpoError(f"--{key}: engine {arguments.engine} does not use it; leave it out")
+
+
+def _engine_args(arguments: Namespace) -> dict[str, Any]:
+    """vLLM's arguments: a JSON object, ``KEY=VALUE`` with values as in YAML, or the options of their own.
+
+    Raises:
+        SimpoError: something else, or one that was given twice.
+    """
+    found: dict[str, Any] = {}
+    own = {key: getattr(arguments, key) for key in _OF_VLLM if getattr(arguments, key) is not None}
+    for text in arguments.engine_args or ():
+        key, equals, value = text.partition("=")
+        try:
+            given = yaml.safe_load(text) if text.startswith("{") else {key: yaml.safe_load(value)}
+        except yaml.YAMLError:
+            given = None
+        if not isinstance(given, dict) or not (equals or text.startswith("{")):
+            raise SimpoError(f"--engine_args: {text!r}: expected KEY=VALUE or a JSON object")
+        if twice := (found | own).keys() & given.keys():
+            raise SimpoError(f"--engine_args: {min(twice)} is given twice")
+        found |= given
+    return found | own
 
 
 def _endpoint(arguments: Namespace) -> Endpoint:
@@ -115,6 +146,14 @@ def _parser() -> ArgumentParser:
     add_rendering_options(parser)
     parser.add_argument("--model_revision", default="main", metavar="REV", help="branch, tag or commit on the hub")
     parser.add_remote_code()
+    for name, number in _OF_VLLM.items():
+        parser.add_argument(f"--{name}", type=number, metavar="N" if number is int else "X", help="of engine vllm")
+    parser.add_argument(
+        "--engine_args",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="other arguments of vLLM's engine, or a JSON object of them",
+    )
     parser.add_argument("--base_url", metavar="URL", help="of the engine 'server', e.g. http://127.0.0.1:8000/v1")
     parser.add_argument(
         "--api_key_env",

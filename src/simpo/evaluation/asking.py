@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from simpo.client import ChatClient, ChatReply, ChatRequest, Prices, agree
 from simpo.client.chat_client import TRIED
+from simpo.results import Metric
 
 Say = Callable[[str], None]
 Check = Callable[[Sequence[ChatReply]], None]
@@ -20,16 +22,29 @@ class ApiJudge:
         client: sends what it is asked.
         prices: of its tokens, where they are known.
         yes: whether the user has agreed.
+        strip_thinking: show it the answers without the thinking that they begin with.
     """
 
     client: ChatClient
     prices: Prices | None = None
     yes: bool = False
+    strip_thinking: bool = False
 
     @property
     def name(self) -> str:
         """The model's name on its server."""
         return self.client.endpoint.model
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it determines the verdicts; what is off is left out, so that earlier runs can be continued."""
+        return {"judge": self.name} | ({"strip_thinking": True} if self.strip_thinking else {})
+
+    def metrics(self, benchmark: str) -> list[Metric]:
+        """How many replies it gave at another temperature than the benchmark's, where it did."""
+        usage = self.client.usage
+        found = Metric(f"{benchmark}/judged_at_default_temperature", usage.default_temperature, n=usage.replies)
+        return [found] if usage.default_temperature else []
 
     def agree_beforehand(self, requests: Sequence[ChatRequest | None], say: Say) -> None:
         """Let the user agree before answers are sampled, which may take long; :meth:`ask` then does not ask again.

@@ -23,6 +23,7 @@ from simpo.evaluation.once import measure_once
 from simpo.evaluation.preferences import preference_metrics
 from simpo.judges.protocol import Judge
 from simpo.judges.registry import JudgeOptions
+from simpo.judges.shown import Shown
 from simpo.results import Metric
 from simpo.runs.folder import RunFolder
 from simpo.runs.signals import stoppable
@@ -94,6 +95,7 @@ def _identity(
     found: dict[str, Any] = {"seed": arguments.sampled.settings.seed}
     for name, side in zip("ab", sides, strict=True):
         found |= {f"{name}/{key}": value for key, value in side.identity.items()}
+    found |= {"strip_thinking": True} if arguments.options.strip_thinking else {}
     for name, judge in judges.items():
         found |= {f"judge {name}/{key}": value for key, value in judge.identity.items()}
     return found
@@ -109,13 +111,19 @@ def _compare(
     contests: Sequence[Contest], judges: Mapping[str, Judge], arguments: CompareArguments, folder: Path, say: Say
 ) -> list[Metric]:
     """Judge, write down what was judged, and count."""
+    show = Shown(arguments.options.strip_thinking)
+    contests = [replace(one, a=_shown(one.a, show), b=_shown(one.b, show)) for one in contests]
     pairs, prompts = meetings(contests)
     say(f"{len(pairs):,} pairs of answers to {len(contests):,} prompts")
     judged = judge_pairs(judges, pairs, prompts, prices=arguments.prices, say=say)
     write_verdicts(folder / VERDICTS, judged)
     write_differences(folder / DIFFERENCES, judged, (arguments.a, arguments.b))
     figures = preference_metrics(judged, arguments.sampled.settings.seed)
-    return figures + order_metrics(judges, len(pairs)) + _side_metrics(contests)
+    return figures + order_metrics(judges, len(pairs)) + _side_metrics(contests) + show.metrics("", say)
+
+
+def _shown(record: Mapping[str, Any], show: Shown) -> dict[str, Any]:
+    return {**record, "responses": [show(text) for text in record["responses"]]}
 
 
 def _side_metrics(contests: Sequence[Contest]) -> list[Metric]:

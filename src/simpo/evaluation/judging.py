@@ -83,9 +83,14 @@ def judge_pairs(
 
 
 def order_metrics(judges: Mapping[str, Judge], pairs: int) -> list[Metric]:
-    """How often a judge named another winner when the order of the answers was turned."""
-    return [
-        Metric(f"conflicting_orders/{name}", judge.conflicting, n=pairs)
-        for name, judge in judges.items()
-        if isinstance(judge, PairwiseApiJudge)
+    """How often a judge named another winner when the order of the answers was turned.
+
+    And how many replies it gave at its server's default temperature, where it did.
+    """
+    asked = {name: judge for name, judge in judges.items() if isinstance(judge, PairwiseApiJudge)}
+    conflicting = [Metric(f"conflicting_orders/{name}", judge.conflicting, n=pairs) for name, judge in asked.items()]
+    return conflicting + [
+        Metric(f"judged_at_default_temperature/{name}", count, n=judge.client.usage.replies)
+        for name, judge in asked.items()
+        if (count := judge.client.usage.default_temperature)
     ]

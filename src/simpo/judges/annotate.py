@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simpo.client import Prices, agree
+from simpo.client import Prices, Usage, agree
 from simpo.data.answer_sets import AnswerSet, diversity_metrics, score_metrics
 from simpo.data.context import context_of
 from simpo.data.messages import read_messages
@@ -15,8 +15,9 @@ from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 from simpo.judges.protocol import Annotator, Answers, check_scores
 from simpo.judges.registry import JudgeOptions, make_annotator
+from simpo.judges.shown import Shown
 from simpo.judges.tournament import TournamentScorer
-from simpo.results import fingerprint, write_results
+from simpo.results import Metric, fingerprint, write_results
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import JsonLines, read_lines, write_lines
 from simpo.runs.signals import stoppable
@@ -72,15 +73,24 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
         # Its own lines would come again with every part; the ones here say how far it is.
         annotator = make_annotator(arguments.annotator, replace(arguments.options, say=lambda line: None))
         run.say(f"annotator: {arguments.annotator}; {len(records):,} prompts")
-        run.begin({"responses": fingerprint(records), **annotator.identity}, argv=argv, accept_changes=None)
+        identity = {"responses": fingerprint(records), **annotator.identity}
+        identity |= {"strip_thinking": True} if arguments.options.strip_thinking else {}
+        run.begin(identity, argv=argv, accept_changes=None)
         kept = JsonLines(folder / ".scores.jsonl")  # a dot-name, which the manifest does not list
         if run.finished:
             run.say(f"{folder} holds this run already, finished")
         else:
-            rows = [Answers(r["id"], r["prompt"], r["responses"], context_of(r)) for r in records]
+            show = Shown(arguments.options.strip_thinking)
+            rows = [
+                Answers(row["id"], row["prompt"], [show(text) for text in row["responses"]], context_of(row))
+                for row in records
+            ]
+            thinking = show.metrics("annotate/", run.say)
             _score(annotator, rows, kept, arguments, run)
             scores = [scores for part in kept for scores in part["scores"]]
-            metrics = _write(records, scores, folder)
+            metrics = _write(records, scores, folder) + thinking
+            if count := sum(part.get("default_temperature", 0) for part in kept):
+                metrics.append(Metric("annotate/judged_at_default_temperature", count))
             write_results(folder, command="annotate", fingerprint=run.fingerprint, metrics=metrics)
             run.finish()
         kept.path.unlink()
@@ -127,16 +137,18 @@ def _score(
         run.say(f"continuing: {done:,} of {len(rows):,} prompts are scored")
     if isinstance(annotator, TournamentScorer):
         agree(annotator.estimate(rows), yes=arguments.yes, say=run.say, prices=arguments.prices)
+    usage = annotator.usage if isinstance(annotator, TournamentScorer) else Usage()
     for start in range(done, len(rows), _AT_ONCE):
         part = rows[start : start + _AT_ONCE]
+        before = usage.default_temperature
         scores = annotator.score(part)
         # No verdict is no score, and not a mistake of the annotator's.
         numbers = [[0.0 if score is None else score for score in given] for given in scores]
         check_scores(numbers, part, str(annotator.identity["judge"]))
-        kept.append([{"scores": scores}])
+        kept.append([{"scores": scores, "default_temperature": usage.default_temperature - before}])
         run.say(f"{start + len(part):,} of {len(rows):,} prompts scored")
     if isinstance(annotator, TournamentScorer):
-        run.say(annotator.usage.line(arguments.prices))
+        run.say(usage.line(arguments.prices))
 
 
 def _write(records: Sequence[Record], scores: Sequence[Scores], folder: Path) -> list[Any]:

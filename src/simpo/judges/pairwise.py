@@ -11,6 +11,7 @@ from typing import Any
 from simpo.client import ChatClient, ChatReply, ChatRequest, Estimate
 from simpo.judges.prompt_files import fill, read_prompt_file
 from simpo.judges.protocol import Pair, Prompt, as_text
+from simpo.thinking import after_thinking
 
 _SHIPPED = resources.files("simpo.judges") / "prompts" / "pairwise.md"
 _PLACES = ("question", "answer_a", "answer_b")
@@ -102,7 +103,7 @@ class PairwiseApiJudge:
 def read_verdict(reply: ChatReply) -> float | None:
     """1 if the first answer wins, 0 if the second, half for a tie; None if the reply has no verdict or was cut off.
 
-    The last verdict counts, because reasons may name others before it.
+    The last verdict after the reply's thinking counts, because reasons may name others before it.
     """
-    found = _VERDICT.findall(reply.text)
-    return _FIRST_WINS[found[-1]] if found and reply.finish_reason != "length" else None
+    found = _VERDICT.findall(after_thinking(reply.whole_text) or "")
+    return _FIRST_WINS[found[-1]] if found else None

@@ -35,6 +35,7 @@ class JudgeOptions:
         max_tokens: longest reply of it.
         dtype: type of a judging model's weights; None chooses by the device.
         trust_remote_code: run code: a function, or what comes with a model.
+        strip_thinking: show judges the answers without the thinking that they begin with.
         say: gets lines of progress.
     """
 
@@ -43,6 +44,7 @@ class JudgeOptions:
     max_tokens: int = 1024
     dtype: str | None = None
     trust_remote_code: bool = False
+    strip_thinking: bool = False
     say: Callable[[str], None] = print
 
 

@@ -7,6 +7,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -54,12 +55,21 @@ class Job:
     prompts: Prompts
     settings: SamplingSettings
     stop_ids: list[int]
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def prepare(
-        cls, model: ModelArguments, source: PromptArguments, settings: SamplingSettings, engine: EngineName, say: Say
+        cls,
+        model: ModelArguments,
+        source: PromptArguments,
+        settings: SamplingSettings,
+        engine: EngineName,
+        say: Say,
+        engine_args: Mapping[str, Any] = MappingProxyType({}),
     ) -> Job:
         """Read everything but the weights, and say what was found.
+
+        ``engine_args`` are vLLM's; a ``max_model_len`` among them limits the model's context.
 
         Raises:
             SimpoError: model, prompts or settings cannot be used.
@@ -69,9 +79,11 @@ class Job:
         if engine == "vllm":
             check_stored(checkpoint.arguments)
         say(f"model: {model.model_name_or_path} ({checkpoint.arguments.dtype} on {device()}, {engine})")
-        settings = settings.resolved(context=checkpoint.context, chunk_size=_chunk_size(engine))
+        limits = (checkpoint.context, engine_args.get("max_model_len"))
+        context = min((limit for limit in limits if isinstance(limit, int)), default=None)
+        settings = settings.resolved(context=context, chunk_size=_chunk_size(engine))
         say("sampling: " + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(settings).items()))
-        room = _room(checkpoint.context, settings, say)
+        room = _room(context, settings, say)
         prompts = prepare_prompts(source.rows(), tokenizer, max_prompt_length=room, rendering=source.rendering)
         for line in prompts.report.lines():
             say(line)
@@ -79,7 +91,7 @@ class Job:
             if fault := checkpoint.limits.fault(0, prompt.ids):
                 raise SimpoError(f"prompt {prompt.id}: {fault}; use the model's own tokenizer")
         stops = stop_ids(tokenizer, checkpoint.generation_config)
-        return cls(checkpoint, engine, tokenizer, source, prompts, settings, stops)
+        return cls(checkpoint, engine, tokenizer, source, prompts, settings, stops, dict(engine_args))
 
     @property
     def ids(self) -> list[list[int]]:
@@ -100,12 +112,15 @@ class Job:
             "prompts": _digest(self.prompts),
             "stop_ids": str(self.stop_ids),
             **dataclasses.asdict(self.settings),
+            **{f"engine_args/{key}": value for key, value in self.engine_args.items()},
         }
 
     def resolved(self) -> dict[str, Any]:
         """All that was given, nothing left open."""
         given = [dataclasses.asdict(part) for part in (self.checkpoint.arguments, self.source, self.settings)]
-        return {"engine": self.engine} | dict(item for part in given for item in part.items())
+        return {"engine": self.engine, "engine_args": self.engine_args} | dict(
+            item for part in given for item in part.items()
+        )
 
 
 def _room(context: int | None, settings: SamplingSettings, say: Say) -> int | None:

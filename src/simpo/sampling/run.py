@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -36,6 +38,7 @@ def sample_responses(
     folder: Path,
     *,
     engine: EngineName = "transformers",
+    engine_args: Mapping[str, Any] = MappingProxyType({}),
     argv: Sequence[str] = (),
 ) -> Path | None:
     """Sample answers to prompts and write ``responses.jsonl`` and ``results.json``.
@@ -49,6 +52,7 @@ def sample_responses(
         settings: how answers are drawn.
         folder: the run's folder.
         engine: what generates; ``"vllm"`` where it is installed.
+        engine_args: of vLLM.
         argv: the command line after the command's name, for the record.
 
     Returns:
@@ -66,7 +70,7 @@ def sample_responses(
         if ranks.size > 1 and engine == "vllm":
             raise SimpoError("engine: vllm takes all GPUs from one process; start it without torchrun")
         with RunFolder(folder, command="sample") as run:
-            job = Job.prepare(model, prompts, settings, engine, run.say)
+            job = Job.prepare(model, prompts, settings, engine, run.say, engine_args)
             ranks.from_main(None if run.finished else job)
             if run.finished:
                 run.begin(job.identity())
@@ -108,7 +112,7 @@ def _lead(ranks: Processes, job: Job, run: RunFolder, argv: Sequence[str]) -> No
 
 def _load(job: Job) -> Engine:
     if job.engine == "vllm":
-        return VllmEngine(job.checkpoint.arguments, job.stop_ids)
+        return VllmEngine(job.checkpoint.arguments, job.stop_ids, job.engine_args)
     return TransformersEngine(job.checkpoint.load(), job.tokenizer)
 
 

@@ -78,11 +78,15 @@ def sample_from_server(
         if run.finished:
             run.say(f"{folder} holds this run already, finished")
         else:
-            client = ChatClient(endpoint, kept)
+            client = ChatClient(endpoint, kept, exact_temperature=True)
             requests = [_request(prompt, number, settings) for prompt in prompts for number in range(settings.n)]
             agree(client.estimate(requests), yes=yes, say=run.say)
             replies = client.complete(requests, say=run.say)
             run.say(client.usage.line())
+            if empty := sum(not reply.text.strip() for reply in replies):
+                run.say(
+                    f"note: {empty:,} answers are empty: the server refused or filtered them, or gave only reasoning"
+                )
             groups = [replies[start : start + settings.n] for start in range(0, len(replies), settings.n)]
             write_lines(folder / FILE_NAME, map(_row, prompts, groups))
             metrics = [Metric(*figure) for figure in report.metrics()] + _metrics(groups)
@@ -117,7 +121,7 @@ def _row(prompt: PlainPrompt, replies: Sequence[ChatReply]) -> dict[str, Any]:
 
 
 def _finished(reply: ChatReply) -> bool:
-    return reply.finish_reason != "length"
+    return not reply.cut_off
 
 
 def _metrics(groups: Sequence[Sequence[ChatReply]]) -> list[Metric]:

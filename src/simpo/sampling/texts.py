@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.templates import end_of_turn
+from simpo.thinking import marks_thinking
 
 # Ids of the prompt that decoding needs to treat what follows them as a continuation.
 _CONTEXT = 8
@@ -16,14 +17,16 @@ _SENTINEL = "\ue000response\ue000"
 class ResponseText:
     """Decodes responses of one tokenizer.
 
-    Special tokens are left out, and so is the white space that the chat template itself writes before and after a
+    Special tokens are left out, except for those that mark thinking, which could not be told from the answer without
+    them. So is the white space that the chat template itself writes before and after a
     message: rendered with the template, the text gives the sampled tokens again.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         end = end_of_turn(tokenizer)
-        self._special = {*tokenizer.all_special_ids, end.token_id}
+        special = {one for one in tokenizer.all_special_ids if not marks_thinking(tokenizer.convert_ids_to_tokens(one))}
+        self._special = special | {end.token_id}
         self._before, self._after = _written_before(tokenizer), end.kept
 
     def decode(self, prompt: Sequence[int], ids: Sequence[int]) -> str:

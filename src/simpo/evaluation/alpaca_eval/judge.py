@@ -13,6 +13,7 @@ from simpo.client import ChatReply, ChatRequest
 from simpo.errors import SimpoError
 from simpo.evaluation.alpaca_eval.files import Match
 from simpo.judges.prompt_files import fill, read_prompt_file
+from simpo.thinking import after_thinking
 
 _SHIPPED = resources.files("simpo.evaluation") / "prompts" / "alpaca_eval.txt"
 _PLACES = ("instruction", "output_1", "output_2")
@@ -20,6 +21,8 @@ _SECTION = re.compile(r"<\|im_start\|>(\w+)\n(.*?)\n?<\|im_end\|>", re.DOTALL)
 
 _FIRST, _SECOND = "m", "M"  # the names of the answers in the order in which they are shown
 _TOP_LOGPROBS = 5
+# Probability that the first token must have of being one of the names: more likely than not, the judge is answering.
+LEAST_MASS = 0.5
 _SEED = 0
 
 
@@ -90,16 +93,19 @@ def preferences(matches: Sequence[Match], replies: Sequence[ChatReply | None], *
 def weighed(logprobs: dict[str, float] | None) -> float:
     """``2 - P(m) / (P(m) + P(M))`` over the first token; a name that is not among the likeliest counts 0.
 
-    NaN where neither is.
+    NaN where the two together have a probability below :data:`LEAST_MASS`: the judge was about to write something else.
+    Where the names alone have less, they count with white space around them as well.
     """
-    first, second = ((logprobs or {}).get(name, -math.inf) for name in (_FIRST, _SECOND))
-    highest = max(first, second)
-    if highest == -math.inf:
-        return math.nan
-    first, second = math.exp(first - highest), math.exp(second - highest)
-    return 2 - first / (first + second)
+    for strip in ("", None):  # nothing, then white space
+        first, second = (
+            sum(math.exp(logprob) for token, logprob in (logprobs or {}).items() if token.strip(strip) == name)
+            for name in (_FIRST, _SECOND)
+        )
+        if first + second >= LEAST_MASS:
+            return 2 - first / (first + second)
+    return math.nan
 
 
 def named(text: str) -> float:
-    """1 or 2 for the name that the judge wrote; NaN where it wrote neither."""
-    return {_FIRST: 1.0, _SECOND: 2.0}.get(text.strip(), math.nan)
+    """1 or 2 for the name that the judge wrote after any thinking; NaN where it wrote neither."""
+    return {_FIRST: 1.0, _SECOND: 2.0}.get((after_thinking(text) or "").strip(), math.nan)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from simpo.evaluation.alpaca_eval.files import (
     write_annotations,
     write_outputs,
 )
-from simpo.evaluation.alpaca_eval.judge import PairwisePrompt, preferences
+from simpo.evaluation.alpaca_eval.judge import LEAST_MASS, PairwisePrompt, preferences
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.asking import ApiJudge, Say
 from simpo.evaluation.once import measure_once
 from simpo.evaluation.rows import file_digest
+from simpo.judges.shown import Shown
 from simpo.results import Metric
 from simpo.runs.folder import RunFolder
 
@@ -58,7 +60,7 @@ class AlpacaEval:
         return {
             "benchmark": "alpaca_eval",
             "reference_outputs": file_digest(self.reference),
-            "judge": self.judge.name,
+            **self.judge.identity,
             "judge_prompt": self.prompt.digest,
             "weighted": self.weighted,
         }
@@ -71,13 +73,21 @@ class AlpacaEval:
         ]
 
     def annotate(self, matches: Sequence[Match], say: Say) -> list[Annotation]:
-        """The judge's preference in every match.
+        """The judge's preference in every match; one without enough probability on the names of the answers has none.
 
         Raises:
             SimpoError: the judge cannot be asked, or never gives the log-probabilities that are to be weighed.
         """
         replies = self.judge.ask_some(self.requests(matches), say, self._check_first if self.weighted else None)
         found = preferences(matches, replies, weighted=self.weighted)
+        unsure = sum(
+            bool(reply and reply.first_token_logprobs) and math.isnan(p)
+            for reply, p in zip(replies, found, strict=True)
+        )
+        if self.weighted and unsure:
+            say(
+                f"note: {unsure} replies have a probability below {LEAST_MASS} of naming an answer, and are no verdicts"
+            )
         texts = [None if reply is None else reply.text for reply in replies]
         return [
             Annotation(match, self.annotator, preference, text)
@@ -126,9 +136,12 @@ def evaluate_alpaca_eval(
             matches = _sampled(benchmark, reference, answers, run) if isinstance(answers, Answerer) else ready
             assert matches is not None
             write_outputs(folder / OUTPUTS, matches)
-            annotations = benchmark.annotate(matches, run.say)
+            show = Shown(benchmark.judge.strip_thinking)
+            shown = [replace(one, output_1=show(one.output_1), output_2=show(one.output_2)) for one in matches]
+            thinking = show.metrics("alpaca_eval/", run.say)
+            annotations = benchmark.annotate(shown, run.say)
             write_annotations(folder / ANNOTATIONS, annotations)
-            return figures(annotations, baselines, run.say)
+            return figures(annotations, baselines, run.say) + thinking + benchmark.judge.metrics("alpaca_eval")
 
         return measure_once(run, measure)
 

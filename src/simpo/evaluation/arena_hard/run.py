@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simpo.client import ChatRequest
+from simpo.client import ChatReply, ChatRequest
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.arena_hard.figures import Answers, figures
@@ -26,6 +26,7 @@ from simpo.evaluation.arena_hard.verdicts import Version, read_verdict
 from simpo.evaluation.asking import ApiJudge, Say
 from simpo.evaluation.once import measure_once
 from simpo.evaluation.rows import file_digest
+from simpo.judges.shown import Shown
 from simpo.results import Metric
 from simpo.runs.folder import RunFolder
 
@@ -56,7 +57,7 @@ class ArenaHard:
             "benchmark": f"arena_hard {self.version}",
             "questions": file_digest(self.questions),
             "baselines": ", ".join(map(file_digest, self.baselines)),
-            "judge": self.judge.name,
+            **self.judge.identity,
             "judge_prompt": self.prompt.digest,
         }
 
@@ -97,16 +98,18 @@ class ArenaHard:
         Raises:
             SimpoError: the judge cannot be asked.
         """
-        texts = [reply.text for reply in self.judge.ask(self.requests(questions, ours, theirs), say)]
+        replies = self.judge.ask(self.requests(questions, ours, theirs), say)
         return [
-            self._judgment(question, ours, theirs, (texts[2 * index], texts[2 * index + 1]))
+            self._judgment(question, ours, theirs, replies[2 * index], replies[2 * index + 1])
             for index, question in enumerate(questions)
         ]
 
-    def _judgment(self, question: Question, ours: Answers, theirs: Answers, texts: tuple[str, str]) -> Judgment:
+    def _judgment(
+        self, question: Question, ours: Answers, theirs: Answers, first: ChatReply, second: ChatReply
+    ) -> Judgment:
         model, baseline = ours[question.uid].model, theirs[question.uid].model
-        verdicts = (read_verdict(texts[0], self.version), read_verdict(texts[1], self.version))
-        return Judgment(question, model, baseline, self.judge.name, texts, verdicts)
+        verdicts = read_verdict(first.whole_text, self.version), read_verdict(second.whole_text, self.version)
+        return Judgment(question, model, baseline, self.judge.name, (first.text, second.text), verdicts)
 
 
 def evaluate_arena_hard(
@@ -138,9 +141,13 @@ def evaluate_arena_hard(
             assert ours is not None
             model = next(iter(ours.values())).model
             write_answers(folder / ANSWERS, questions, model, [ours[question.uid].text for question in questions])
-            judgments = benchmark.play(questions, ours, theirs, run.say)
+            show = Shown(benchmark.judge.strip_thinking)
+            ours, baseline = _shown(ours, show), _shown(theirs, show)
+            thinking = show.metrics("arena_hard/", run.say)
+            judgments = benchmark.play(questions, ours, baseline, run.say)
             write_judgments(folder / JUDGMENTS, judgments)
-            return figures(judgments, ours, theirs, benchmark.version, run.say)
+            found = figures(judgments, ours, baseline, benchmark.version, run.say)
+            return found + thinking + benchmark.judge.metrics("arena_hard")
 
         return measure_once(run, measure)
 
@@ -154,6 +161,12 @@ def _sampled(
         benchmark.judge.agree_beforehand(benchmark.requests(questions, expected, theirs), run.say)
     texts = answerer.answer([question.prompt for question in questions], run.path / "answers")
     return _answers(questions, answerer.name, texts)
+
+
+def _shown(answers: Answers, show: Shown) -> Answers:
+    """What the judge is shown; a text that has changed has no known number of tokens."""
+    shown = {uid: replace(answer, text=show(answer.text)) for uid, answer in answers.items()}
+    return {uid: new if new == answers[uid] else replace(new, tokens=None) for uid, new in shown.items()}
 
 
 def _answers(questions: Sequence[Question], name: str, texts: Sequence[str]) -> Answers:

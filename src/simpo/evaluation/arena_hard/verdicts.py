@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from simpo.thinking import after_thinking
+
 Version = Literal["v0.1", "v2"]
 
 _MARKED = re.compile(r"\[\[([AB<>=]+)\]\]")
@@ -19,8 +21,10 @@ def read_verdict(text: str, version: Version) -> str | None:
     """One of ``A>>B``, ``A>B``, ``A=B``, ``B>A`` and ``B>>A``; None where the judge gave none.
 
     v0.1 takes the verdict in double brackets if there is one only, or the same one several times. v2 takes the last, in
-    any case, in single brackets where there is none in double ones, and written either way round.
+    any case, in single brackets where there is none in double ones, and written either way round. What the judge wrote
+    while it was thinking does not count.
     """
+    text = after_thinking(text) or ""
     if version == "v0.1":
         found = set(_MARKED.findall(text))
         return found.pop() if len(found) == 1 and found <= _WORTH.keys() else None

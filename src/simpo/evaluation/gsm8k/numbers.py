@@ -9,6 +9,7 @@ import re
 from decimal import Decimal
 
 from simpo.errors import SimpoError
+from simpo.thinking import after_thinking
 
 _NUMBER = re.compile(r"(?<![\d.])-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _MARK = "####"
@@ -17,8 +18,9 @@ _MARK = "####"
 def final_number(text: str) -> Decimal | None:
     """The number after the last ``####`` or, where nothing is marked so, the last number; None without any.
 
-    Thousands' commas and dollar signs do not count.
+    Thousands' commas and dollar signs do not count, and neither do numbers in the model's thinking.
     """
+    text = after_thinking(text) or ""
     marked = _NUMBER.findall(text.rpartition(_MARK)[2]) if _MARK in text else []
     found = marked[:1] or _NUMBER.findall(text)[-1:]
     return Decimal(found[0].replace(",", "").replace("$", "")) if found else None

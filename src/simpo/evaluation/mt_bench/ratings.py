@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from simpo.results import Metric
 from simpo.statistics import Interval, mean_interval, weighted_mean_interval
+from simpo.thinking import after_thinking
 
 _MARKED = re.compile(r"\[\[(\d+\.?\d*)\]\]")
 _LOOSELY_MARKED = re.compile(r"\[(\d+\.?\d*)\]")
@@ -27,8 +28,10 @@ class Rating:
 def read_rating(text: str) -> float | None:
     """The first number in double brackets or, where there is none, in single ones; None without either.
 
-    A number above 10 is no rating: single brackets also hold years and references.
+    A number above 10 is no rating: single brackets also hold years and references. Numbers in the judge's thinking do
+    not count.
     """
+    text = after_thinking(text) or ""
     found = _MARKED.search(text) or _LOOSELY_MARKED.search(text)
     return float(found[1]) if found and float(found[1]) <= _BEST else None
 

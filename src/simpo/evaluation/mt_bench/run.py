@@ -25,6 +25,7 @@ from simpo.evaluation.mt_bench.judge import RatingPrompts
 from simpo.evaluation.mt_bench.ratings import Rating, rating_metrics, read_rating
 from simpo.evaluation.once import measure_once
 from simpo.evaluation.rows import file_digest
+from simpo.judges.shown import Shown
 from simpo.results import Metric
 from simpo.runs.folder import RunFolder
 
@@ -65,7 +66,7 @@ class MTBench:
             "benchmark": "mt_bench",
             "questions": file_digest(self.questions),
             "references": None if self.references is None else file_digest(self.references),
-            "judge": self.judge.name,
+            **self.judge.identity,
             "judge_prompt": self.prompts.digest,
         }
 
@@ -83,13 +84,13 @@ class MTBench:
         Raises:
             SimpoError: the judge cannot be asked.
         """
-        texts = [reply.text for reply in self.judge.ask(self.requests(questions, answers), say)]
+        replies = self.judge.ask(self.requests(questions, answers), say)
         turns = [(question, turn) for question in questions for turn in range(1, TURNS + 1)]
         ratings = [
-            Rating(question.question_id, question.category, turn, read_rating(text))
-            for (question, turn), text in zip(turns, texts, strict=True)
+            Rating(question.question_id, question.category, turn, read_rating(reply.whole_text))
+            for (question, turn), reply in zip(turns, replies, strict=True)
         ]
-        return ratings, texts
+        return ratings, [reply.text for reply in replies]
 
 
 def evaluate_mt_bench(
@@ -131,9 +132,12 @@ def evaluate_mt_bench(
                 assert ready is not None
                 model, turns = ready
             write_answers(folder / ANSWERS, questions, model, turns)
-            ratings, texts = benchmark.rate(questions, turns, run.say)
+            show = Shown(benchmark.judge.strip_thinking)
+            shown = [(show(first), show(second)) for first, second in turns]
+            thinking = show.metrics("mt_bench/", run.say)
+            ratings, texts = benchmark.rate(questions, shown, run.say)
             write_judgments(folder / JUDGMENTS, model, benchmark.judge.name, ratings, texts)
-            return figures(ratings, run.say)
+            return figures(ratings, run.say) + thinking + benchmark.judge.metrics("mt_bench")
 
         return measure_once(run, measure)
 
@@ -160,13 +164,14 @@ def _sampled(
     if not (run.path / ANSWERS).exists():
         longest = answerer.stand_in()
         benchmark.judge.agree_beforehand(benchmark.requests(questions, [(longest, longest)] * len(questions)), run.say)
+    show = Shown(benchmark.judge.strip_thinking)
     temperatures = [None if own_temperature else _TEMPERATURES.get(question.category, 0.7) for question in questions]
     asked: list[Asked] = [[{"role": "user", "content": question.turns[0]}] for question in questions]
     first = _answered(asked, temperatures, answerer, run.path / "answers" / "turn-1")
     asked = [
         [
             {"role": "user", "content": question.turns[0]},
-            {"role": "assistant", "content": answer},
+            {"role": "assistant", "content": show(answer)},
             {"role": "user", "content": question.turns[1]},
         ]
         for question, answer in zip(questions, first, strict=True)
