@@ -136,7 +136,9 @@ class Renderer:
         """
         if self._cutter is None:
             return self._as_text(comparison)
-        opening, following, context, marker = self._chat(comparison.prompt, comparison.responses, comparison.context)
+        opening, following, context, marker = self._chat(
+            comparison.prompt, comparison.responses, comparison.context, self._cutter.template
+        )
         prompt = self._cutter.template.render(opening, context, generation_prompt=not self._paper)
         answer = self._cutter.as_paper if self._paper else self._cutter.answer
         answers = [answer(prompt, opening, message, context) for message in following]
@@ -167,8 +169,9 @@ class Renderer:
             )
             text = self._as_text(comparison)
             return [RenderedTurns((text.prompt,), text.responses, (self.end,))]
-        opening, rest, context, marker = self._chat(conversation.prompt, following, conversation.context)
-        messages, template = [*opening, *rest], self._cutter.template
+        template = self._cutter.template
+        opening, rest, context, marker = self._chat(conversation.prompt, following, conversation.context, template)
+        messages = [*opening, *rest]
         answers = []
         for i in [len(opening) + place for place in conversation.scored] or [len(opening)]:
             prompt = template.render(messages[:i], context, generation_prompt=True)
@@ -215,7 +218,9 @@ class Renderer:
         ignored = tuple(f"ignored: column {name!r}" for name in comparison.context.without_effect)
         return Rendered(comparison.prompt, responses, None, (self.end.token_id,) * len(responses), ignored)
 
-    def _chat(self, prompt: str | list[Message], rest: Sequence[Response], context: Context) -> _Chat:
+    def _chat(
+        self, prompt: str | list[Message], rest: Sequence[Response], context: Context, template: ChatTemplate
+    ) -> _Chat:
         """The row's messages and tools, special-token text marked, the system message where it belongs."""
         opening, following = as_messages(prompt, rest)
         following = [
@@ -226,6 +231,8 @@ class Renderer:
         ]
         if self._settings.system_message == "fold":
             opening = _folded(opening)
+        opening = list(map(template.with_arguments, opening))
+        following = list(map(template.with_arguments, following))
         everything = [*opening, *following]
         answers = [message["content"] for message in everything if message["role"] == "assistant"]
         foreign = [_foreign(message) for message in everything]
@@ -239,7 +246,7 @@ class Renderer:
     def _marked(self, messages: list[Message], marker: str) -> list[Message]:
         mark = self._literal.mark
         return [
-            mark(message, marker) | {"content": mark(message["content"], marker, answer=message["role"] == "assistant")}
+            mark(message, marker) | {"content": mark(message["content"], marker, message["role"])}
             for message in messages
         ]
 
