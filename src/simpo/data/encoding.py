@@ -275,24 +275,14 @@ def _structural(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
 
 
 def _around_turns(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a template writes around a user's message, in front of the assistant's and after it."""
+    """What a template writes around a user's and an assistant's message."""
     if not tokenizer.chat_template:
         return ""
-    user, answer = {"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}
+    messages = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue000"}]
     try:
-        asked = tokenizer.apply_chat_template([user], tokenize=False)
-        whole = tokenizer.apply_chat_template([user, answer], tokenize=False)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception:  # the template's faults are reported where it is used
         return ""
-    header = whole.rpartition("\ue001")[0].removeprefix(asked).rpartition("\ue000")[2]
-    places = [header.find(token.content) for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
-    first = min((place for place in places if place >= 0), default=len(header))
-    opening = max(
-        (t.content for t in tokenizer.added_tokens_decoder.values() if header.startswith(t.content, first)),
-        key=len,
-        default="",
-    )
-    return asked + opening + whole.rpartition("\ue001")[2]
 
 
 def _tested(tokenizer: PreTrainedTokenizerBase) -> set[str]:

@@ -70,6 +70,8 @@ def _read_message(item: object, name: str) -> Message | None:
         if message["role"] not in ("system", "developer") and not (calls or any(map(message.get, REASONING))):
             raise BadRow(f"{name} has a message whose content is null, not text")
         content = ""
+    if thoughts and content.lstrip().startswith("<think>"):
+        raise BadRow(f"{name} has a message with {next(iter(thoughts))} whose content has <think> too; leave one out")
     return _with_train({**message, "content": content}, name)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import pairwise, takewhile
 
 from transformers import PreTrainedTokenizerBase
 
@@ -75,15 +74,6 @@ class RenderedTurns:
     def texts(self) -> tuple[str, ...]:
         """The prompts, and the whole conversation without its last end-of-turn token."""
         return (*self.prompts, self.prompts[-1] + self.answers[-1])
-
-
-class _Chat(NamedTuple):
-    """Messages of a row, as the template gets them."""
-
-    opening: list[Message]
-    following: list[Message]
-    context: Context
-    marker: str | None
 
 
 class Renderer:
@@ -220,7 +210,7 @@ class Renderer:
 
     def _chat(
         self, prompt: str | list[Message], rest: Sequence[Response], context: Context, template: ChatTemplate
-    ) -> _Chat:
+    ) -> tuple[list[Message], list[Message], Context, str | None]:
         """The row's messages and tools, special-token text marked, the system message where it belongs."""
         opening, following = as_messages(prompt, rest)
         following = [
@@ -241,7 +231,7 @@ class Renderer:
             context = replace(context, tools=self._literal.mark(context.tools, marker))
         if self._insert_system and opening[0]["role"] != "system":
             opening = [{"role": "system", "content": ""}, *opening]
-        return _Chat(opening, following, context, marker)
+        return opening, following, context, marker
 
     def _marked(self, messages: list[Message], marker: str) -> list[Message]:
         mark = self._literal.mark
@@ -267,15 +257,16 @@ def _foreign(message: Message) -> Message:
 
 
 def _folded(messages: list[Message]) -> list[Message]:
-    """Messages with the system message written into the user's first one.
+    """Messages with the first system messages written into the user's first one.
 
     Raises:
         BadRow: no message of a user follows.
     """
-    if messages[0]["role"] not in ("system", "developer"):
+    system = list(takewhile(lambda message: message["role"] in ("system", "developer"), messages))
+    if not system:
         return messages
-    system, *rest = messages
-    if not rest or rest[0]["role"] != "user":
+    first, *rest = messages[len(system) :] or [{"role": "nobody"}]
+    if first["role"] != "user":
         raise BadRow("a system message that no user message follows, so that it cannot be folded")
-    content = "\n\n".join(text for text in (system["content"], rest[0]["content"]) if text)
-    return [{**rest[0], "content": content}, *rest[1:]]
+    content = "\n\n".join(message["content"] for message in [*system, first] if message["content"])
+    return [{**first, "content": content}, *rest]
