@@ -515,3 +515,24 @@ def test_tokens_that_the_template_looks_for_are_text_inside_a_message(tokenizer)
         (row,) = prepare(json_rows(row), tokenizer, TokenizeSettings()).dataset
         assert row["prompt_ids"].count(tokenizer.convert_tokens_to_ids("<tool_response>")) == count
         assert place in text(tokenizer, row["prompt_ids"])
+
+
+def test_the_papers_tokenization_loses_no_part_of_an_answer_either(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    for answer in (assistant("4", reasoning_content="Two."), assistant("", tool_calls=[call({"city": "Oslo"})])):
+        with pytest.raises(SimpoError, match=r"rows.jsonl:1: .*does not render"):
+            pairs(tokenizer, pair(answer), paper_tokenization=True)
+
+
+def test_all_system_messages_at_the_beginning_are_folded(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    tokenizer.chat_template = NO_SYSTEM
+    rules = [{"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Be kind."}]
+    found, _ = pairs(tokenizer, pair() | {"prompt": [*rules, user("Hi?")]}, rendering=RenderSettings({}, "fold"))
+    assert found[0][0] == fed(tokenizer, [user("Be brief.\n\nBe kind.\n\nHi?")])
+    with pytest.raises(SimpoError, match=r"rows.jsonl:1: a system message that no user message follows"):
+        pairs(
+            tokenizer,
+            pair() | {"prompt": [*rules, {"role": "tool", "content": "3 C"}]},
+            rendering=RenderSettings({}, "fold"),
+        )

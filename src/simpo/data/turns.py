@@ -93,7 +93,8 @@ class AnswerCutter:
         whole = self.template.render([*before, message], context)
         if not whole.startswith(prompt):
             raise BadRow(_NO_PREFIX)
-        return Answer(prompt, whole[len(prompt) :], self._end, whole)
+        text = whole[len(prompt) :]
+        return Answer(prompt, text, self._end, whole, self._check_whole(text, before, message, context))
 
     def _forms(self, message: Message) -> Iterator[Message]:
         """The message, and with its reasoning where the template knows it."""
