@@ -17,12 +17,10 @@ from simpo.data.left_out import left_out
 from simpo.data.messages import Message, reasoning_of
 from simpo.data.rows import BadRow
 from simpo.data.settings import RenderSettings
-from simpo.data.turns import Answer, AnswerCutter, EndOfTurn, end_of_turn
+from simpo.data.turns import AnswerCutter, EndOfTurn, end_of_turn
 from simpo.errors import SimpoError
 
 __all__ = ["EndOfTurn", "Rendered", "RenderedTurns", "Renderer", "end_of_turn"]
-
-_ONE_ROW_EACH = "one row per scored answer, because earlier answers are rendered differently"
 
 
 @dataclass(frozen=True)
@@ -169,32 +167,29 @@ class Renderer:
         ignored = left_out(template, answers[-1].prompt, messages[:i], [messages], context)
         status = tuple(dict.fromkeys((*ignored, *(entry for found in answers for entry in found.status))))
         whole = answers[-1].whole
-        if all(whole.startswith(found.prompt + found.text + found.end.text) for found in answers[:-1]) and (
-            len(answers) == 1 or whole.startswith(answers[-1].prompt)
+        if len(answers) == 1 or (
+            all(whole.startswith(found.prompt + found.text + found.end.text) for found in answers[:-1])
+            and whole.startswith(answers[-1].prompt)
         ):
-            between = [
-                after.prompt[len(found.prompt + found.text) + len(found.end.text) :]
-                for found, after in pairwise(answers)
-            ]
-            return [self._sequence(answers, between, marker, status)]
-        marks = [f"split: {_ONE_ROW_EACH}", *["part: "] * (len(answers) - 1)]
+            sequences, statuses = [answers], [status]
+        else:
+            sequences = [[found] for found in answers]
+            split = "split: one row per scored answer, because earlier answers are rendered differently"
+            statuses = [(split, *status), *(("part: ", *found.status) for found in answers[1:])]
         return [
-            self._sequence([found], (), marker, (mark, *(status if k == 0 else found.status)))
-            for k, (found, mark) in enumerate(zip(answers, marks, strict=True))
+            RenderedTurns(
+                tuple(found.prompt for found in sequence),
+                tuple(found.text for found in sequence),
+                tuple(found.end for found in sequence),
+                tuple(
+                    after.prompt[len(found.prompt + found.text + found.end.text) :]
+                    for found, after in pairwise(sequence)
+                ),
+                marker,
+                entries,
+            )
+            for sequence, entries in zip(sequences, statuses, strict=True)
         ]
-
-    @staticmethod
-    def _sequence(
-        answers: Sequence[Answer], between: Sequence[str], marker: str | None, status: tuple[str, ...]
-    ) -> RenderedTurns:
-        return RenderedTurns(
-            tuple(found.prompt for found in answers),
-            tuple(found.text for found in answers),
-            tuple(found.end for found in answers),
-            tuple(between),
-            marker,
-            status,
-        )
 
     def _as_text(self, comparison: Comparison) -> Rendered:
         if not isinstance(comparison.prompt, str):
@@ -265,8 +260,8 @@ def _folded(messages: list[Message]) -> list[Message]:
     system = list(takewhile(lambda message: message["role"] in ("system", "developer"), messages))
     if not system:
         return messages
-    first, *rest = messages[len(system) :] or [{"role": "nobody"}]
-    if first["role"] != "user":
+    asked = messages[len(system) :]
+    if not asked or asked[0]["role"] != "user":
         raise BadRow("a system message that no user message follows, so that it cannot be folded")
-    content = "\n\n".join(message["content"] for message in [*system, first] if message["content"])
-    return [{**first, "content": content}, *rest]
+    content = "\n\n".join(message["content"] for message in [*system, asked[0]] if message["content"])
+    return [{**asked[0], "content": content}, *asked[1:]]
