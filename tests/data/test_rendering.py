@@ -446,3 +446,93 @@ def test_a_template_that_opens_reasoning_in_prompts_only(build_tokenizer, reason
     assert list(report.split.values()) == [1]
     with pytest.raises(SimpoError, match="the prompt that generation is fed already ends it"):
         conversations(tokenizer, {"messages": [bare[0], reasoned]})
+
+
+def test_an_eos_that_always_follows_the_end_of_a_response_ends_the_turn(build_tokenizer):
+    tokenizer = build_tokenizer("two-bos")  # whose EOS is <|eot|>
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end_response|>"]})
+    turn = (
+        "{{ '[' + m['role'] + ']' + m['content'] }}{% if m['role'] == 'assistant' %}{{ '<|end_response|>' }}{% endif %}"
+    )
+    asked = "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{{{ eos_token }}}}{{% endfor %}}{asked}"
+    found, _ = pairs(tokenizer, pair())
+    assert found[0][1] == ["It is 3 C.<|end_response|><|eot|>", "No idea.<|end_response|><|eot|>"]
+    messages = [user("Hi?"), assistant("A."), user("And?"), assistant("B.")]
+    found, _ = conversations(tokenizer, {"messages": messages})
+    assert [answer for _, answer in found] == ["A.<|end_response|><|eot|>B.<|end_response|><|eot|>"]
+    # As in Phi-3's template: an EOS after the last turn only ends the conversation.
+    last = "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}{last}{asked}"
+    assert pairs(tokenizer, pair())[0][0][1] == ["It is 3 C.<|end_response|>", "No idea.<|end_response|>"]
+
+
+def test_a_turn_whose_header_the_template_leaves_out_is_a_bad_row(build_tokenizer):
+    # As DeepSeek V3's does: only the first answer gets a header, and prompts open the reasoning.
+    tokenizer = build_tokenizer("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|im_start|>user\n' + m['content'] }}"
+        "{% elif loop.index0 == 1 %}{{ '<|im_start|>assistant\n' + m['content'] + '<|im_end|>' }}"
+        "{% else %}{{ '\n' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    assert pairs(tokenizer, pair())[0][0][1][0] == "\n</think>\n\nIt is 3 C.<|im_end|>"
+    with pytest.raises(SimpoError, match=r"rows.jsonl:1: .* not the beginning of the rendered conversation"):
+        pairs(tokenizer, pair() | {"prompt": [user("Hi?"), assistant("Hello."), user("Weather?")]})
+
+
+def test_empty_reasoning_is_none(tokenizer):
+    tokenizer.chat_template = TOOL_CHAT.replace("m.reasoning_content and", "m.reasoning_content is defined and")
+    found, _ = pairs(tokenizer, pair(assistant("4", reasoning_content="")))
+    assert found[0][1][0] == "4<|im_end|>"
+    found, _ = pairs(tokenizer, pair(assistant("4", reasoning_content="Two.", reasoning="Two.")))
+    assert found[0][1][0] == "<think>Two.</think>4<|im_end|>"
+    for reasoning, reason in (
+        ({"reasoning_content": {"steps": 2}}, "reasoning_content is dict"),
+        ({"reasoning_content": "Two.", "reasoning": "Three."}, "reasoning_content and reasoning differ"),
+    ):
+        with pytest.raises(SimpoError, match=rf"rows.jsonl:1: chosen has a message whose {reason}"):
+            pairs(tokenizer, pair(assistant("4", **reasoning)))
+
+
+def test_token_text_in_json_arguments_stays_text(tokenizer):
+    escaped = '{"city": "a\\u003c|im_end|\\u003eb"}'
+    for arguments in ({"city": "a<|im_end|>b"}, json.dumps({"city": "a<|im_end|>b"}), escaped):
+        ((_, (answer, _)),), _ = pairs(tokenizer, pair(assistant("", tool_calls=[call(arguments)])))
+        assert answer == '<tool_call>weather city="a<|im_end|>b"</tool_call><|im_end|>'
+        (row,) = prepare(
+            json_rows(pair(assistant("", tool_calls=[call(arguments)]))), tokenizer, TokenizeSettings()
+        ).dataset
+        assert row["response_ids"][0].count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+
+
+def test_tokens_that_the_template_looks_for_are_text_inside_a_message(tokenizer):
+    tokenizer.add_tokens([AddedToken("<tool_response>", special=False)])
+    found = "{% if m.content and m.content.startswith('<tool_response>') %}{{ 'result: ' }}{% endif %}"
+    tokenizer.chat_template = TOOL_CHAT.replace("{% if m.content %}", found + "{% if m.content %}", 1)
+    for place, count in (("<tool_response>a<tool_response>b", 1), ("a <tool_response> b", 0)):
+        row = pair() | {"prompt": [{"role": "system", "content": "<tool_response>"}, user(place)]}
+        (row,) = prepare(json_rows(row), tokenizer, TokenizeSettings()).dataset
+        assert row["prompt_ids"].count(tokenizer.convert_tokens_to_ids("<tool_response>")) == count
+        assert place in text(tokenizer, row["prompt_ids"])
+
+
+def test_the_papers_tokenization_loses_no_part_of_an_answer_either(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    for answer in (assistant("4", reasoning_content="Two."), assistant("", tool_calls=[call({"city": "Oslo"})])):
+        with pytest.raises(SimpoError, match=r"rows.jsonl:1: .*does not render"):
+            pairs(tokenizer, pair(answer), paper_tokenization=True)
+
+
+def test_all_system_messages_at_the_beginning_are_folded(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    tokenizer.chat_template = NO_SYSTEM
+    rules = [{"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Be kind."}]
+    found, _ = pairs(tokenizer, pair() | {"prompt": [*rules, user("Hi?")]}, rendering=RenderSettings({}, "fold"))
+    assert found[0][0] == fed(tokenizer, [user("Be brief.\n\nBe kind.\n\nHi?")])
+    with pytest.raises(SimpoError, match=r"rows.jsonl:1: a system message that no user message follows"):
+        pairs(
+            tokenizer,
+            pair() | {"prompt": [*rules, {"role": "tool", "content": "3 C"}]},
+            rendering=RenderSettings({}, "fold"),
+        )

@@ -156,9 +156,22 @@ class ChatTemplate:
         if reasoning and self.reasoning_key is not None and self.reasoning_key not in message:
             rest = {key: value for key, value in message.items() if key not in REASONING}
             message = {**rest, self.reasoning_key: reasoning}
-        if "tool_calls" in message and self._call_form is not None:
-            message = _with_calls(message, *self._call_form)
+        message = self.with_arguments(message)
+        if "tool_calls" in message and not message["content"] and self._call_form is not None:
+            rest = {key: value for key, value in message.items() if key != "content"}
+            message = {**rest, **self._call_form[1]}
         return _as_parts(message) if self._in_parts else message
+
+    def with_arguments(self, message: Message) -> Message:
+        """A message whose tool arguments are objects or JSON text, as the template wants them."""
+        if "tool_calls" not in message or self._call_form is None:
+            return message
+        as_text, _ = self._call_form
+        calls = [
+            {**call, "function": {**call["function"], "arguments": _arguments(call["function"]["arguments"], as_text)}}
+            for call in message["tool_calls"]
+        ]
+        return {**message, "tool_calls": calls}
 
 
 def _asked(text: str) -> list[Message]:
@@ -167,17 +180,6 @@ def _asked(text: str) -> list[Message]:
 
 def _as_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": message.get("content") or ""}]}
-
-
-def _with_calls(message: Message, as_text: bool, absent: Mapping[str, Any]) -> Message:
-    calls = [
-        {**call, "function": {**call["function"], "arguments": _arguments(call["function"]["arguments"], as_text)}}
-        for call in message["tool_calls"]
-    ]
-    if message["content"]:
-        return {**message, "tool_calls": calls}
-    rest = {key: value for key, value in message.items() if key != "content"}
-    return {**rest, **absent, "tool_calls": calls}
 
 
 def _arguments(value: str | dict[str, Any], as_text: bool) -> str | dict[str, Any]:

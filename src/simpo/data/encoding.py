@@ -190,7 +190,7 @@ class LiteralText:
     Args:
         tokens: text of all structural tokens.
         structural: the same, and whether the assistant itself may write the token as part of an answer.
-        exempt: tokens that the template looks for at the beginning or end of a message.
+        exempt: tokens that the template looks for at the beginning or end of a user's message.
     """
 
     def __init__(self, tokens: Sequence[str], structural: Mapping[str, bool], exempt: Container[str] = ()) -> None:
@@ -198,7 +198,7 @@ class LiteralText:
         self._tokens = sorted(tokens, key=len, reverse=True)
         self._numbers = {text: number for number, text in enumerate(self._tokens)}
         self.pattern = _any_of(self._tokens)
-        self._foreign = _any_of([token for token in self._tokens if token not in exempt])
+        self._exempt = exempt
         self._answered = _any_of([token for token in self._tokens if not structural[token]])
 
     def marker_for(self, value: object, *, answers: Sequence[str] = ()) -> str | None:
@@ -209,26 +209,32 @@ class LiteralText:
             answers: texts that the assistant wrote.
         """
         texts = list(_strings(value))
-        if not any(map(self._foreign.search, texts)) and not any(map(self._answered.search, answers)):
+        if not any(map(self.pattern.search, texts)) and not any(map(self._answered.search, answers)):
             return None
         used = set().union(*texts, *answers)
         return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
 
-    def mark(self, value: Any, marker: str, *, answer: bool = False) -> Any:
+    def mark(self, value: Any, marker: str, role: str | None = None) -> Any:
         """Replace token text in all strings of a JSON value by the token's number between two markers.
 
         Args:
             value: any JSON value.
             marker: of :meth:`marker_for`.
-            answer: whether the assistant wrote it as an answer, which may hold tokens such as ``<think>``.
+            role: whose message's content it is, if it is one: an assistant's may hold tokens such as ``<think>``.
         """
-        pattern = self._answered if answer else self._foreign
         if isinstance(value, str):
-            return pattern.sub(lambda match: f"{marker}{self._numbers[match[0]]}{marker}", value)
+            pattern = self._answered if role == "assistant" else self.pattern
+
+            def marked(match: re.Match[str]) -> str:
+                if role == "user" and match[0] in self._exempt and (match.start() == 0 or match.end() == len(value)):
+                    return match[0]
+                return f"{marker}{self._numbers[match[0]]}{marker}"
+
+            return pattern.sub(marked, value)
         if isinstance(value, Mapping):
-            return {self.mark(k, marker, answer=answer): self.mark(v, marker, answer=answer) for k, v in value.items()}
+            return {self.mark(key, marker): self.mark(item, marker) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.mark(item, marker, answer=answer) for item in value]
+            return [self.mark(item, marker) for item in value]
         return value
 
     def restore(self, text: str, marker: str) -> str:
@@ -269,24 +275,14 @@ def _structural(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
 
 
 def _around_turns(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a template writes around a user's message, in front of the assistant's and after it."""
+    """What a template writes around a user's and an assistant's message."""
     if not tokenizer.chat_template:
         return ""
-    user, answer = {"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}
+    messages = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue000"}]
     try:
-        asked = tokenizer.apply_chat_template([user], tokenize=False)
-        whole = tokenizer.apply_chat_template([user, answer], tokenize=False)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception:  # the template's faults are reported where it is used
         return ""
-    header = whole.rpartition("\ue001")[0].removeprefix(asked).rpartition("\ue000")[2]
-    places = [header.find(token.content) for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
-    first = min((place for place in places if place >= 0), default=len(header))
-    opening = max(
-        (t.content for t in tokenizer.added_tokens_decoder.values() if header.startswith(t.content, first)),
-        key=len,
-        default="",
-    )
-    return asked + opening + whole.rpartition("\ue001")[2]
 
 
 def _tested(tokenizer: PreTrainedTokenizerBase) -> set[str]:

@@ -51,9 +51,13 @@ def read_messages(value: object, name: str) -> list[Message]:
 def _read_message(item: object, name: str) -> Message | None:
     if not isinstance(item, dict) or not isinstance(item.get("role"), str):
         raise BadRow(f"{name} holds something other than messages (role and content)")
-    message = {key: value for key, value in item.items() if value is not None}
+    message = {key: value for key, value in item.items() if value is not None and not (key in REASONING and not value)}
     if key := next((key for key in _UNSUPPORTED if message.get(key)), None):
         raise BadRow(f"{name} has a message with {key!r}, which is not supported")
+    thoughts = {key: _text(message[key], name, key) for key in REASONING if key in message}
+    if len(set(thoughts.values())) > 1:
+        raise BadRow(f"{name} has a message whose {' and '.join(thoughts)} differ")
+    message |= thoughts
     calls = _read_calls(message.pop("tool_calls", None), message.pop("function_call", None), name)
     if calls:
         message["tool_calls"] = calls
@@ -66,15 +70,17 @@ def _read_message(item: object, name: str) -> Message | None:
         if message["role"] not in ("system", "developer") and not (calls or any(map(message.get, REASONING))):
             raise BadRow(f"{name} has a message whose content is null, not text")
         content = ""
+    if thoughts and content.lstrip().startswith("<think>"):
+        raise BadRow(f"{name} has a message with {next(iter(thoughts))} whose content has <think> too; leave one out")
     return _with_train({**message, "content": content}, name)
 
 
-def _text(content: object, name: str) -> str | None:
-    """Text of a message's content, of which the parts are joined; None if there is none."""
+def _text(content: object, name: str, key: str = "content") -> str | None:
+    """Text of a message's content (or of another key), of which the parts are joined; None if there is none."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise BadRow(f"{name} has a message whose content is {kind_of(content)}, not text")
+        raise BadRow(f"{name} has a message whose {key} is {kind_of(content)}, not text")
     texts = [_part(part, name) for part in content]
     return "".join(texts) if texts else None
 

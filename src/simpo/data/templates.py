@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import pairwise, takewhile
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,12 +17,10 @@ from simpo.data.left_out import left_out
 from simpo.data.messages import Message, reasoning_of
 from simpo.data.rows import BadRow
 from simpo.data.settings import RenderSettings
-from simpo.data.turns import Answer, AnswerCutter, EndOfTurn, end_of_turn
+from simpo.data.turns import AnswerCutter, EndOfTurn, end_of_turn
 from simpo.errors import SimpoError
 
 __all__ = ["EndOfTurn", "Rendered", "RenderedTurns", "Renderer", "end_of_turn"]
-
-_ONE_ROW_EACH = "one row per scored answer, because earlier answers are rendered differently"
 
 
 @dataclass(frozen=True)
@@ -77,15 +74,6 @@ class RenderedTurns:
         return (*self.prompts, self.prompts[-1] + self.answers[-1])
 
 
-class _Chat(NamedTuple):
-    """Messages of a row, as the template gets them."""
-
-    opening: list[Message]
-    following: list[Message]
-    context: Context
-    marker: str | None
-
-
 class Renderer:
     """Renders comparisons and conversations for one tokenizer.
 
@@ -136,7 +124,9 @@ class Renderer:
         """
         if self._cutter is None:
             return self._as_text(comparison)
-        opening, following, context, marker = self._chat(comparison.prompt, comparison.responses, comparison.context)
+        opening, following, context, marker = self._chat(
+            comparison.prompt, comparison.responses, comparison.context, self._cutter.template
+        )
         prompt = self._cutter.template.render(opening, context, generation_prompt=not self._paper)
         answer = self._cutter.as_paper if self._paper else self._cutter.answer
         answers = [answer(prompt, opening, message, context) for message in following]
@@ -167,8 +157,9 @@ class Renderer:
             )
             text = self._as_text(comparison)
             return [RenderedTurns((text.prompt,), text.responses, (self.end,))]
-        opening, rest, context, marker = self._chat(conversation.prompt, following, conversation.context)
-        messages, template = [*opening, *rest], self._cutter.template
+        template = self._cutter.template
+        opening, rest, context, marker = self._chat(conversation.prompt, following, conversation.context, template)
+        messages = [*opening, *rest]
         answers = []
         for i in [len(opening) + place for place in conversation.scored] or [len(opening)]:
             prompt = template.render(messages[:i], context, generation_prompt=True)
@@ -176,32 +167,29 @@ class Renderer:
         ignored = left_out(template, answers[-1].prompt, messages[:i], [messages], context)
         status = tuple(dict.fromkeys((*ignored, *(entry for found in answers for entry in found.status))))
         whole = answers[-1].whole
-        if all(whole.startswith(found.prompt + found.text + found.end.text) for found in answers[:-1]) and (
-            len(answers) == 1 or whole.startswith(answers[-1].prompt)
+        if len(answers) == 1 or (
+            all(whole.startswith(found.prompt + found.text + found.end.text) for found in answers[:-1])
+            and whole.startswith(answers[-1].prompt)
         ):
-            between = [
-                after.prompt[len(found.prompt + found.text) + len(found.end.text) :]
-                for found, after in pairwise(answers)
-            ]
-            return [self._sequence(answers, between, marker, status)]
-        marks = [f"split: {_ONE_ROW_EACH}", *["part: "] * (len(answers) - 1)]
+            sequences, statuses = [answers], [status]
+        else:
+            sequences = [[found] for found in answers]
+            split = "split: one row per scored answer, because earlier answers are rendered differently"
+            statuses = [(split, *status), *(("part: ", *found.status) for found in answers[1:])]
         return [
-            self._sequence([found], (), marker, (mark, *(status if k == 0 else found.status)))
-            for k, (found, mark) in enumerate(zip(answers, marks, strict=True))
+            RenderedTurns(
+                tuple(found.prompt for found in sequence),
+                tuple(found.text for found in sequence),
+                tuple(found.end for found in sequence),
+                tuple(
+                    after.prompt[len(found.prompt + found.text + found.end.text) :]
+                    for found, after in pairwise(sequence)
+                ),
+                marker,
+                entries,
+            )
+            for sequence, entries in zip(sequences, statuses, strict=True)
         ]
-
-    @staticmethod
-    def _sequence(
-        answers: Sequence[Answer], between: Sequence[str], marker: str | None, status: tuple[str, ...]
-    ) -> RenderedTurns:
-        return RenderedTurns(
-            tuple(found.prompt for found in answers),
-            tuple(found.text for found in answers),
-            tuple(found.end for found in answers),
-            tuple(between),
-            marker,
-            status,
-        )
 
     def _as_text(self, comparison: Comparison) -> Rendered:
         if not isinstance(comparison.prompt, str):
@@ -215,7 +203,9 @@ class Renderer:
         ignored = tuple(f"ignored: column {name!r}" for name in comparison.context.without_effect)
         return Rendered(comparison.prompt, responses, None, (self.end.token_id,) * len(responses), ignored)
 
-    def _chat(self, prompt: str | list[Message], rest: Sequence[Response], context: Context) -> _Chat:
+    def _chat(
+        self, prompt: str | list[Message], rest: Sequence[Response], context: Context, template: ChatTemplate
+    ) -> tuple[list[Message], list[Message], Context, str | None]:
         """The row's messages and tools, special-token text marked, the system message where it belongs."""
         opening, following = as_messages(prompt, rest)
         following = [
@@ -226,6 +216,8 @@ class Renderer:
         ]
         if self._settings.system_message == "fold":
             opening = _folded(opening)
+        opening = list(map(template.with_arguments, opening))
+        following = list(map(template.with_arguments, following))
         everything = [*opening, *following]
         answers = [message["content"] for message in everything if message["role"] == "assistant"]
         foreign = [_foreign(message) for message in everything]
@@ -234,12 +226,12 @@ class Renderer:
             context = replace(context, tools=self._literal.mark(context.tools, marker))
         if self._insert_system and opening[0]["role"] != "system":
             opening = [{"role": "system", "content": ""}, *opening]
-        return _Chat(opening, following, context, marker)
+        return opening, following, context, marker
 
     def _marked(self, messages: list[Message], marker: str) -> list[Message]:
         mark = self._literal.mark
         return [
-            mark(message, marker) | {"content": mark(message["content"], marker, answer=message["role"] == "assistant")}
+            mark(message, marker) | {"content": mark(message["content"], marker, message["role"])}
             for message in messages
         ]
 
@@ -260,15 +252,16 @@ def _foreign(message: Message) -> Message:
 
 
 def _folded(messages: list[Message]) -> list[Message]:
-    """Messages with the system message written into the user's first one.
+    """Messages with the first system messages written into the user's first one.
 
     Raises:
         BadRow: no message of a user follows.
     """
-    if messages[0]["role"] not in ("system", "developer"):
+    system = list(takewhile(lambda message: message["role"] in ("system", "developer"), messages))
+    if not system:
         return messages
-    system, *rest = messages
-    if not rest or rest[0]["role"] != "user":
+    asked = messages[len(system) :]
+    if not asked or asked[0]["role"] != "user":
         raise BadRow("a system message that no user message follows, so that it cannot be folded")
-    content = "\n\n".join(text for text in (system["content"], rest[0]["content"]) if text)
-    return [{**rest[0], "content": content}, *rest[1:]]
+    content = "\n\n".join(message["content"] for message in [*system, asked[0]] if message["content"])
+    return [{**asked[0], "content": content}, *asked[1:]]

@@ -93,7 +93,8 @@ class AnswerCutter:
         whole = self.template.render([*before, message], context)
         if not whole.startswith(prompt):
             raise BadRow(_NO_PREFIX)
-        return Answer(prompt, whole[len(prompt) :], self._end, whole)
+        text = whole[len(prompt) :]
+        return Answer(prompt, text, self._end, whole, self._check_whole(text, before, message, context))
 
     def _forms(self, message: Message) -> Iterator[Message]:
         """The message, and with its reasoning where the template knows it."""
@@ -146,9 +147,17 @@ class AnswerCutter:
         asked = self.template.render(before, context)
         opening = header.removeprefix(asked)
         place = whole.rfind(opening, 0, len(shared))
-        if opening == header or not opening.strip() or place < 0:
+        body = whole[place + len(opening) :]
+        # The header that was found may be an earlier turn's: what follows this turn's is the same after any question.
+        asking = [*before[:-1], {**before[-1], "content": SENTINEL}]
+        if (
+            opening == header
+            or not opening.strip()
+            or place < 0
+            or not self.template.render([*asking, message], context).endswith(opening + body)
+        ):
             raise BadRow(_NO_PREFIX)
-        return whole[place + len(opening) :]
+        return body
 
     def _ended(self, rest: str, before: list[Message], message: Message, context: Context) -> tuple[str, EndOfTurn]:
         """An answer without what ends it, and what does: calls of tools may end with another token than text does."""
@@ -230,6 +239,8 @@ class AnswerCutter:
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
     """What ends a response: the first special token after a rendered response, else the tokenizer's EOS.
 
+    Where the EOS directly follows that token in every turn, as in Command R7B's template, the EOS ends the response.
+
     Raises:
         SimpoError: there is neither, or the template does not render a user's and an assistant's message.
     """
@@ -242,17 +253,21 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
     ]
     if found:
         *_, text, token_id = min(found)
+        eos = tokenizer.eos_token
+        if eos and text + eos in tail and text + eos in _tail(tokenizer, {"role": "user", "content": "user"}):
+            text, token_id = eos, tokenizer.eos_token_id
         return EndOfTurn(token_id, text, tail)
     if tokenizer.eos_token_id is None:
         raise SimpoError("the tokenizer has no EOS and its chat template ends no turn; set an eos_token")
     return EndOfTurn(tokenizer.eos_token_id, tokenizer.eos_token, tail)
 
 
-def _tail(tokenizer: PreTrainedTokenizerBase) -> str:
+def _tail(tokenizer: PreTrainedTokenizerBase, *following: Message) -> str:
+    """What a template writes after the content of an assistant's message, which others may follow."""
     template = ChatTemplate(tokenizer, RenderSettings())
     messages = [{"role": "user", "content": "user"}, {"role": "assistant", "content": SENTINEL}]
     try:
-        text = template.render(messages, Context())
+        text = template.render([*messages, *following], Context())
     except BadRow as refused:
         raise SimpoError(f"a user and an assistant message: {refused.reason}") from refused
     if SENTINEL not in text:
