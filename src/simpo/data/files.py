@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import IO, Any
 
 import datasets
+import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
@@ -83,11 +84,13 @@ def _load_columnar(path: Path, label: str, kind: str, digest: str) -> Dataset:
     if kind == "arrow" and not _tail(path).endswith(_ARROW_ENDS):  # a stream cut between two batches reads as whole
         raise SimpoError(f"{path}: not a readable arrow file: it does not end as one does")
     try:
-        dataset = load_dataset(kind, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache))
+        empty = kind == "parquet" and not pq.read_metadata(path).num_rows  # which the builder cannot read
+        if not empty:
+            dataset = load_dataset(kind, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache))
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise SimpoError(f"{path}: not a readable {kind} file: {reason[0]}") from error
-    if not len(dataset):
+    if empty or not len(dataset):
         raise SimpoError(f"{path}: no rows")
     return add_where(dataset, label, digest)
 
@@ -171,6 +174,8 @@ def _check_header(header: list[str], path: str) -> None:
     repeated = [name for name in header if header.count(name) > 1]
     if repeated:
         raise SimpoError(f"{path}:1: the header has the column {repeated[0]!r} more than once; rename one of them")
+    if padded := [name for name in header if name != name.strip()]:
+        raise SimpoError(f"{path}:1: the column name {padded[0]!r} has white space around it; remove it")
     other = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
     if other:
         raise SimpoError(f"{path}:1: the fields are separated by {other!r}; save the file with commas")
@@ -178,7 +183,7 @@ def _check_header(header: list[str], path: str) -> None:
 
 def _list_items(file: IO[str], path: str, label: str) -> Iterator[tuple[object, str]]:
     try:
-        items = json.load(file)
+        items = json.load(file, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise SimpoError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
     except (ValueError, RecursionError) as error:
@@ -192,7 +197,7 @@ def _lines(file: IO[str], path: str, label: str) -> Iterator[tuple[object, str]]
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise SimpoError(
                 f"{path}:{number}: not JSON: {error.msg} (column {error.colno}); "
@@ -201,6 +206,14 @@ def _lines(file: IO[str], path: str, label: str) -> Iterator[tuple[object, str]]
         except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets in one another
             raise SimpoError(f"{path}:{number}: JSON that is not read: {error}") from error
         yield row, f"{label}:{number}"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
 
 
 def _open_text(path: Path) -> IO[str]:

@@ -69,9 +69,8 @@ def _by_sign(value: Any) -> int | None:
 
 
 def _by_name(value: Any) -> int | None:
-    if str(value).startswith("tie"):
-        return None
-    return {"model_a": 0, "a": 0, "model_b": 1, "b": 1}[str(value).lower()]
+    name = str(value).strip().lower()
+    return None if name.startswith("tie") else {"model_a": 0, "a": 0, "model_b": 1, "b": 1, "both_bad": None}[name]
 
 
 # Two columns of responses and the one that says which is better, and how it says so: 0, 1 or None for neither.
@@ -82,6 +81,8 @@ _VERDICTS: dict[tuple[str, str, str], Callable[[Any], int | None]] = {
     ("response_a", "response_b", "winner"): _by_name,
     ("conversation_a", "conversation_b", "winner"): _by_name,
 }
+# Labels of feedback: columnar files hold them as numbers, and CSV files as text.
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 # Keys that tell a message, of either kind, or a part of its content.
 _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"}, {"type", "text"})
 # A message list, or one message, written as text by JSON, Python or numpy, perhaps inside a string of JSON.
@@ -104,7 +105,7 @@ def canonical(row: Mapping[str, Any], *, answers: bool = True) -> tuple[Row, str
         _decode(found, name, notes)
     read_pair = partial(_read_pair, answers=answers)
     steps: list[Callable[[Row], str | None]] = [_read_system, read_pair, _read_conversation, _read_question]
-    notes += [note for step in (*steps, *([_read_answer] if answers else [])) if (note := step(found))]
+    notes += [note for step in (*steps, *([_read_answer, _read_label] if answers else [])) if (note := step(found))]
     return found, "; ".join(dict.fromkeys(notes)) or None
 
 
@@ -303,8 +304,8 @@ def _read_conversation(row: Row) -> str | None:
     """Conversations of other names: the prompt of a comparison, or all that is to be learned."""
     name = _only(row, ("conversations", "conversation", *(("messages",) if row.get("conversations") else ())))
     if name is None:
-        # Text that answers a conversation.
-        if row.get("prompt") is None and row.get("messages") and isinstance(row.get("chosen"), str):
+        # The answers to a conversation.
+        if row.get("prompt") is None and row.get("messages") and _is_answer(row.get("chosen")):
             row["prompt"] = row.pop("messages")
             return "messages as prompt"
         return None
@@ -313,6 +314,11 @@ def _read_conversation(row: Row) -> str | None:
         return None
     row["prompt" if known else "messages"] = row.pop(name)
     return f"{name} as {'prompt' if known else 'messages'}"
+
+
+def _is_answer(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(value, str) or (isinstance(first, dict) and first.get("role") == "assistant")
 
 
 def _read_question(row: Row) -> str | None:
@@ -353,3 +359,24 @@ def _read_answer(row: Row) -> str | None:
         )
     row["completion"] = row.pop(name)
     return f"{name} as completion"
+
+
+def _read_label(row: Row) -> str | None:
+    """LLaMA-Factory's feedback: the name of the label, and a conversation whose last answer is judged."""
+    if row.get("label") is None and read_label(row.get("kto_tag")) is not None:
+        row["label"] = row.pop("kto_tag")
+    messages = row.get("messages")
+    if read_label(row.get("label")) is None or row.get("prompt") is not None or _is_comparison(row):
+        return None
+    if not isinstance(messages, list):
+        return None
+    if not _is_answer(messages[-1:]):
+        raise BadRow("label judges messages that do not end with the assistant's")
+    row["prompt"], row["completion"] = messages[:-1], messages[-1:]
+    del row["messages"]
+    return "messages with a label as prompt and completion"
+
+
+def read_label(value: object) -> bool | None:
+    """Whether a label says that a response is desirable; None if it says neither."""
+    return _LABELS.get(str(value).strip().lower())

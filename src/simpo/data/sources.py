@@ -99,15 +99,19 @@ def _looks_like_a_path(name: str) -> bool:
 def _load_folder(folder: Path, split: str) -> Dataset:
     if _is_saved(folder):
         return _load_saved(folder, split)
+    if not _data_files(folder) and (folder / "data").is_dir():  # a copy of a hub repository
+        folder /= "data"
     if (folder / split).is_dir():
-        folder = folder / split
+        folder /= split
         if _is_saved(folder):
             return _load_saved(folder, split)
         chosen = _data_files(folder)
     else:
         chosen = _files_of_split(folder, split)
     if not chosen:
-        raise SimpoError(f"{folder}: no data files in this folder; known are {KINDS}")
+        inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+        has = f"it has the folders {inside}" if inside else f"known are {KINDS}"
+        raise SimpoError(f"{folder}: no data files in this folder for split {split!r}; {has}")
     return concatenate([load_file(path, path.name) for path in chosen])
 
 
@@ -116,7 +120,8 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    visible = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in visible if path.name.endswith(SUFFIXES))
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
