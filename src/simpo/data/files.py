@@ -27,10 +27,8 @@ from datasets.exceptions import DatasetGenerationError
 from simpo.data.rows import JSON_FEATURES, ROW, WHERE, Row, as_json
 from simpo.errors import SimpoError
 
-_JSON = (".jsonl", ".json")
-_COMPRESSION = ("", ".gz", ".zst")
-_COLUMNAR = {".parquet": "parquet", ".arrow": "arrow"}
-SUFFIXES = (*(kind + packed for kind in _JSON for packed in _COMPRESSION), ".csv", *_COLUMNAR)
+_COLUMNAR = (".parquet", ".arrow")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".csv", *_COLUMNAR)
 KINDS = ".jsonl[.gz|.zst], .json[.gz|.zst], .parquet, .csv, .arrow"
 # Part of every cache key: raise it when the rows made from the same file change.
 _FORMAT = "2"
@@ -49,13 +47,10 @@ def load_file(path: Path, label: str) -> Dataset:
     Raises:
         SimpoError: the file is of another kind, empty, or not what its suffix says.
     """
-    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
-    if suffix is None:
+    if not path.name.endswith(SUFFIXES):
         raise SimpoError(f"{path}: unknown kind of file; known are {KINDS}")
     digest = content_digest([path], label)
-    if suffix in _COLUMNAR:
-        return _load_columnar(path, label, _COLUMNAR[suffix], digest)
-    return _load_generated(path, label, digest)
+    return (_load_columnar if path.suffix in _COLUMNAR else _load_generated)(path, label, digest)
 
 
 def content_digest(paths: list[Path], label: str) -> str:
@@ -78,7 +73,8 @@ def add_where(dataset: Dataset, label: str, digest: str) -> Dataset:
     return dataset.add_column(WHERE, where, new_fingerprint=digest)
 
 
-def _load_columnar(path: Path, label: str, kind: str, digest: str) -> Dataset:
+def _load_columnar(path: Path, label: str, digest: str) -> Dataset:
+    kind = path.suffix.removeprefix(".")
     # The builders' own cache goes by path and modification time; a folder per content is safe.
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "simpo" / digest
     if kind == "arrow" and not _tail(path).endswith(_ARROW_ENDS):  # a stream cut between two batches reads as whole
@@ -182,30 +178,26 @@ def _check_header(header: list[str], path: str) -> None:
 
 
 def _list_items(file: IO[str], path: str, label: str) -> Iterator[tuple[object, str]]:
-    try:
-        items = json.load(file, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        raise SimpoError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise SimpoError(f"{path}: JSON that is not read: {error}") from error
-    for index, item in enumerate(items):
+    for index, item in enumerate(_parsed(file.read(), path, 1)):
         yield item, f"{label}[{index}]"
 
 
 def _lines(file: IO[str], path: str, label: str) -> Iterator[tuple[object, str]]:
     for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, object_pairs_hook=_object)
-        except json.JSONDecodeError as error:
-            raise SimpoError(
-                f"{path}:{number}: not JSON: {error.msg} (column {error.colno}); "
-                "the file holds one object a line, or one list of objects"
-            ) from error
-        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets in one another
-            raise SimpoError(f"{path}:{number}: JSON that is not read: {error}") from error
-        yield row, f"{label}:{number}"
+        if line.strip():
+            yield _parsed(line.rstrip(), path, number), f"{label}:{number}"
+
+
+def _parsed(text: str, path: str, first_line: int) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise SimpoError(
+            f"{path}:{first_line - 1 + error.lineno}: not JSON: {error.msg} (column {error.colno}); "
+            "the file holds one object a line, or one list of objects"
+        ) from error
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets in one another
+        raise SimpoError(f"{path}:{first_line}: JSON that is not read: {error}") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:

@@ -14,7 +14,6 @@ import re
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -73,8 +72,9 @@ def _by_name(value: Any) -> int | None:
     return None if name.startswith("tie") else {"model_a": 0, "a": 0, "model_b": 1, "b": 1, "both_bad": None}[name]
 
 
+_OPENAI = ("input", "preferred_output", "non_preferred_output")
 # Two columns of responses and the one that says which is better, and how it says so: 0, 1 or None for neither.
-_VERDICTS: dict[tuple[str, str, str], Callable[[Any], int | None]] = {
+_VERDICTS: dict[tuple[str, ...], Callable[[Any], int | None]] = {
     ("response_0", "response_1", "better_response_id"): _by_number,
     ("response1", "response2", "overall_preference"): _by_sign,
     ("response_1", "response_2", "preference_strength"): _by_sign,
@@ -103,10 +103,10 @@ def canonical(row: Mapping[str, Any], *, answers: bool = True) -> tuple[Row, str
     notes: list[str] = []
     for name in found:
         _decode(found, name, notes)
-    read_pair = partial(_read_pair, answers=answers)
-    steps: list[Callable[[Row], str | None]] = [_read_system, read_pair, _read_conversation, _read_question]
-    notes += [note for step in (*steps, *([_read_answer, _read_label] if answers else [])) if (note := step(found))]
-    return found, "; ".join(dict.fromkeys(notes)) or None
+    read = [_read_system(found), _read_pair(found, answers=answers), _read_conversation(found), _read_question(found)]
+    if answers:
+        read += [_read_answer(found), _read_label(found)]
+    return found, "; ".join(dict.fromkeys([*notes, *filter(None, read)])) or None
 
 
 def canonical_rows(dataset: Dataset) -> Iterator[Row]:
@@ -224,8 +224,12 @@ def _read_system(row: Row) -> str | None:
     return f"{name} as system"
 
 
+def _present(row: Row) -> set[str]:
+    return {name for name, value in row.items() if value is not None}
+
+
 def _is_comparison(row: Row) -> bool:
-    present = {name for name, value in row.items() if value is not None}
+    present = _present(row)
     return {"chosen", "rejected"} <= present or {"responses", "scores"} <= present
 
 
@@ -233,22 +237,19 @@ def _read_pair(row: Row, *, answers: bool) -> str | None:
     """Comparisons whose responses have other names, or stand in a list with their scores."""
     if _is_comparison(row):
         return None
-    present = {name for name, value in row.items() if value is not None}
-    readers: dict[tuple[str, ...], Callable[[Row], None]] = {
-        ("input", "preferred_output", "non_preferred_output"): _read_openai,
-        **{names: partial(_read_verdict, names=names, answers=answers) for names in _VERDICTS},
-        **{
-            (name,): partial(_read_scored, name=name)
-            for name in ("completions", "answers")
-            if _is_scored(row.get(name))
-        },
-    }
-    fitting = [names for names in readers if set(names) <= present]
+    fitting: list[tuple[str, ...]] = [names for names in (_OPENAI, *_VERDICTS) if set(names) <= _present(row)]
+    fitting += [(name,) for name in ("completions", "answers") if _is_scored(row.get(name))]
     if len(fitting) > 1:
         raise BadRow(f"ambiguous columns {' and '.join('(' + ', '.join(names) + ')' for names in fitting)}")
     if not fitting:
         return None
-    readers[fitting[0]](row)
+    match fitting[0]:
+        case (name,):
+            _read_scored(row, name)
+        case names if names == _OPENAI:
+            _read_openai(row)
+        case names:
+            _read_verdict(row, names, answers=answers)
     return f"comparison from {', '.join(fitting[0])}"
 
 
@@ -263,7 +264,7 @@ def _read_openai(row: Row) -> None:
     row["prompt"] = given["messages"]
 
 
-def _read_verdict(row: Row, names: tuple[str, str, str], *, answers: bool) -> None:
+def _read_verdict(row: Row, names: tuple[str, ...], *, answers: bool) -> None:
     if "prompt" not in row and isinstance(row.get("context"), str | list):
         row["prompt"] = row.pop("context")
     if not answers and "prompt" in row:
@@ -284,7 +285,7 @@ def _is_scored(value: object) -> bool:
 
 def _keys_of(item: object) -> tuple[str | None, str | None]:
     """The keys of a response and of its score."""
-    present = {key for key, value in item.items() if value is not None} if isinstance(item, dict) else set()
+    present = _present(item) if isinstance(item, dict) else set()
     text, score = (next((key for key in keys if key in present), None) for keys in (_RESPONSE_KEYS, _SCORE_KEYS))
     return text, score
 
@@ -346,7 +347,7 @@ def _read_question(row: Row) -> str | None:
 
 
 def _read_answer(row: Row) -> str | None:
-    known = {"completion", "messages", "responses"} & {name for name, value in row.items() if value is not None}
+    known = {"completion", "messages", "responses"} & _present(row)
     if row.get("prompt") is None or known or _is_comparison(row):
         return None
     name = _only(row, _ANSWERS)

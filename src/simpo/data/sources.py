@@ -45,7 +45,7 @@ def load_rows(
     path = _path(name)
     if _exists(path):
         rows = _sliced(lambda base: _load_local(path, base, any_split=any_split), split, name)
-    elif _looks_like_a_path(name):
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or _FILE_SUFFIX.search(name):
         pattern = "; a path is taken literally, not as a pattern" if set(name) & set("*?[") else ""
         raise SimpoError(f"{name}: file not found{pattern}; give {KINDS}, a folder or a hub id (org/name)")
     else:
@@ -90,10 +90,6 @@ def _load_local(path: Path, split: str, *, any_split: bool) -> Dataset:
             "e.g. train[:90%] and train[90%:], or another file"
         )
     return load_file(path, path.name) if path.is_file() else _load_folder(path, split)
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(_FILE_SUFFIX.search(name))
 
 
 def _load_folder(folder: Path, split: str) -> Dataset:
@@ -173,12 +169,8 @@ def _load_from_hub(name: str, split: str, config: str | None) -> Dataset:
     label = f"{name}[{split}]"
     if not len(dataset):
         raise SimpoError(f"{label}: no rows")
-    return add_where(dataset, label, _hub_digest(dataset, label, config))
-
-
-def _hub_digest(dataset: Dataset, label: str, config: str | None) -> str:
-    """Fingerprint of the downloaded rows; the builder's own tells configurations and revisions apart."""
-    return content_digest([], f"{label}\0{config}\0{dataset._fingerprint}")
+    # The builder's own fingerprint tells configurations and revisions apart.
+    return add_where(dataset, label, content_digest([], f"{label}\0{config}\0{dataset._fingerprint}"))
 
 
 def _first_line(error: BaseException) -> str:
