@@ -55,6 +55,7 @@ def _keep_stderr_for_errors() -> None:
     """Notices go to stdout."""
     logging.basicConfig(handlers=[_Notices()], level=logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # ten lines of retries; the error says enough
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # damaged files; the error says it
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import: an optional kernel is missing
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log that is read while the run goes on

@@ -137,7 +137,7 @@ def test_mistakes(changes, message, chat_world, judged, tmp_path, capsys):
         "equal": [{"prompt": "p", "responses": ["a", "b"], "scores": [1, 1]}] * 3,
         "missing": [{"prompt": "p", "responses": ["a", "b"]}] * 3,
         "same": [{"prompt": "p", "chosen": "yes", "rejected": "no"}] * 3,
-        "tagged": [{"instruction": "p", "output": "a", "kto_tag": True}] * 3,
+        "tagged": [{"instruction": "p", "output": "a", "liked": True}] * 3,
     }
     files = {name: write(tmp_path / f"{name}.jsonl", rows) for name, rows in made.items()} | {"judged": judged}
     name = changes.get("dataset_name")

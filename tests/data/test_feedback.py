@@ -9,7 +9,9 @@ from datasets import Dataset
 
 from simpo.data.feedback import is_feedback, prepare_feedback, recognise_feedback
 from simpo.data.rows import BadRow
+from simpo.data.shapes import canonical
 from simpo.data.sources import load_rows
+from simpo.data.supervised import prepare_sft
 from simpo.data.tokenize import TokenizeSettings, prepare
 from simpo.errors import SimpoError
 
@@ -49,17 +51,17 @@ def test_columns_and_report(build_tokenizer):
     assert prepare_feedback(prepared.dataset, None, TokenizeSettings()).dataset is prepared.dataset
 
 
-@pytest.mark.parametrize(("label", "kind"), [(2, "int"), (0.5, "float"), ("yes", "str"), (None, "null")])
-def test_a_label_is_a_boolean(label, kind, build_tokenizer, tmp_path):
+@pytest.mark.parametrize("label", [2, -1, 0.5, "yes", None])
+def test_a_label_is_a_boolean(label, build_tokenizer, tmp_path):
     """Also where JSON rows have others: a bad row, counted and named."""
-    with pytest.raises(BadRow, match=f"label is {kind}, not a boolean"):
+    with pytest.raises(BadRow, match="label is neither true nor false"):
         recognise_feedback({"prompt": "p", "completion": "c", "label": label}, "")
     rows = [*feedback(99), {"prompt": "The answer is:", "completion": "no", "label": label}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = prepare_feedback(load_rows(str(path), split="train"), build_tokenizer("chatml"), TokenizeSettings()).report
-    assert report.bad == {f"label is {kind}, not a boolean": 1}
-    assert report.examples == {f"label is {kind}, not a boolean": ["rows.jsonl:100"]}
+    assert report.bad == {"label is neither true nor false (1 or 0)": 1}
+    assert report.examples == {"label is neither true nor false (1 or 0)": ["rows.jsonl:100"]}
 
 
 @pytest.mark.parametrize(
@@ -88,3 +90,21 @@ def test_what_is_feedback(tmp_path):
     assert is_feedback(load_rows(str(path), split="train"))
     for row in ({"prompt": "p", "completion": "c"}, {"prompt": "p", "chosen": "c", "rejected": "d", "label": True}):
         assert not is_feedback(Dataset.from_list([row]))
+
+
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+def test_a_conversation_with_a_label_is_feedback_and_never_trained_on_as_it_is(name, build_tokenizer):
+    """LLaMA-Factory's shape: its undesirable answers would be learned otherwise."""
+    answers = [("yes", True), ("no", False)]
+    turns = [[{"role": "user", "content": "p"}, {"role": "assistant", "content": text}] for text, _ in answers]
+    rows = Dataset.from_list([{"messages": turn, name: label} for turn, (_, label) in zip(turns, answers, strict=True)])
+    plain = Dataset.from_list([{"prompt": "p", "completion": text, "label": label} for text, label in answers])
+    tokenizer = build_tokenizer("chatml")
+    assert is_feedback(rows)
+    found, expected = (prepare_feedback(each, tokenizer, TokenizeSettings()).dataset for each in (rows, plain))
+    columns = ["prompt_ids", "response_ids", "label"]
+    assert found.select_columns(columns)[:] == expected.select_columns(columns)[:]
+    with pytest.raises(BadRow, match="label judges messages that do not end with the assistant's"):
+        recognise_feedback(canonical({"messages": turns[0] + USER, name: True})[0], "")
+    with pytest.raises(SimpoError, match="unpaired feedback, not only what is to be learnt"):
+        prepare_sft(rows, tokenizer, TokenizeSettings())

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from simpo.data.inspection import examples, inspect_prepared, overlap
+from simpo.data.inspection import examples, inspect_prepared, shared_rows
 from simpo.data.report import DataReport
 from simpo.data.tokenize import Prepared, TokenizeSettings, prepare
 
@@ -17,14 +17,18 @@ class Ids:
     chat_template, added_tokens_decoder = None, {}
 
 
-def inspect(*rows, bad=None):
+def tokenized(*rows):
     columns = {
         "prompt_ids": [prompt for prompt, *_ in rows],
         "response_ids": [list(responses) for _, *responses in rows],
         "where": [f"row {number}" for number in range(len(rows))],
     }
+    return Dataset.from_dict(columns)
+
+
+def inspect(*rows, bad=None):
     report = DataReport("train", rows=len(rows), used=len(rows), bad=bad or {})
-    return inspect_prepared(Prepared(Dataset.from_dict(columns), report), Ids(), TokenizeSettings())
+    return inspect_prepared(Prepared(tokenized(*rows), report), Ids(), TokenizeSettings())
 
 
 def test_lengths_and_length_bias():
@@ -57,9 +61,9 @@ def test_special_tokens():
 
 
 def test_overlap_counts_test_comparisons():
-    train = inspect(([BOS, 2], [5, END], [6, END]), ([BOS, 3], [5, END], [6, END]))
-    test = inspect(([BOS, 3], [7, END], [8, END]), ([BOS, 3], [7, END], [9, END]), ([BOS, 4], [7, END], [8, END]))
-    assert overlap(train, test) == 2
+    train = tokenized(([BOS, 2], [5, END], [6, END]), ([BOS, 3], [5, END], [6, END]))
+    test = tokenized(([BOS, 3], [5, END], [6, END]), ([BOS, 3], [7, END], [9, END]), ([BOS, 4], [7, END], [8, END]))
+    assert shared_rows(train, test) == (1, 2)
 
 
 def test_examples_of_data_that_the_user_tokenized(build_tokenizer):

@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset
 
 from simpo.data.feedback import prepare_feedback
+from simpo.data.formats import recognise
 from simpo.data.prompts import prepare_prompts, read_prompts
 from simpo.data.rows import BadRow
 from simpo.data.shapes import canonical, parse_text
@@ -74,6 +75,10 @@ COMPARISONS = {
         {"chosen": chat("Hi?", "yes"), "rejected": chat("Hi?", "no")},
     ),
     "messages as prompt": ({"messages": chat("Hi?"), **PAIR}, {"prompt": chat("Hi?"), **PAIR}),
+    "messages as prompt of messages": (
+        {"messages": chat("Hi?"), "chosen": chat("yes", first="assistant")[0], "rejected": "no"},
+        {"prompt": chat("Hi?"), "chosen": chat("yes", first="assistant")[0], "rejected": "no"},
+    ),
     "UltraFeedback": (
         {
             "instruction": "Hi?",
@@ -121,6 +126,19 @@ def test_comparisons(name):
         ({"question": "Hi?", "query": "", "output": ""}, {"prompt": "Hi?", "query": "", "completion": ""}),
         ({"prompt": "Hi?", "answer": "yes", "label": 1}, {"prompt": "Hi?", "completion": "yes", "label": 1}),
         ({"input": "Hi?", "output": "yes"}, {"prompt": "Hi?", "completion": "yes"}),
+        (
+            {"messages": chat("Hi?", "yes"), "label": False},
+            {"prompt": chat("Hi?"), "completion": chat("yes", first="assistant"), "label": False},
+        ),
+        (
+            {"conversations": sharegpt("a", "b", "c", "d"), "kto_tag": True},
+            {"prompt": chat("a", "b", "c"), "completion": chat("d", first="assistant"), "label": True},
+        ),
+        (
+            {"instruction": "Hi?", "input": "", "output": "yes", "kto_tag": "1"},
+            {"prompt": "Hi?", "input": "", "completion": "yes", "label": "1"},
+        ),
+        ({"messages": chat("Hi?", "yes"), "label": "math"}, {"messages": chat("Hi?", "yes"), "label": "math"}),
         ({"conversations": sharegpt("Hi?", "yes", "a", "b")}, {"messages": chat("Hi?", "yes", "a", "b")}),
         ({"conversation": chat("Hi?", "yes")}, {"messages": chat("Hi?", "yes")}),
         ({"messages": sharegpt("Hi?", "yes", roles=("user", "assistant"))}, {"messages": chat("Hi?", "yes")}),
@@ -181,6 +199,7 @@ def test_rows_that_are_known_stay_as_they_are(row):
         ({**COMPARISONS["HelpSteer3"][0], "overall_preference": 0}, "overall_preference is a tie"),
         ({**COMPARISONS["HelpSteer3"][0], "overall_preference": float("nan")}, "overall_preference does not say"),
         ({**COMPARISONS["Arena"][0], "winner": "tie (bothbad)"}, "winner is a tie"),
+        ({**COMPARISONS["Arena"][0], "winner": "both_bad"}, "winner is a tie"),
         ({**COMPARISONS["SafeRLHF"][0], "better_response_id": -1}, "better_response_id does not say"),
         ({"prompt": "p", "response": "r", "helpfulness": 4, "correctness": 4}, "one response a row, rated by helpf"),
         ({"instruction": "q", "context": "A text.", "response": "r"}, "column context next to instruction"),
@@ -314,6 +333,7 @@ def test_quotes_line_breaks_and_byte_order_marks_in_csv(tmp_path):
         ('prompt,chosen\na,"b"c\n', r"a\.csv:2: not a readable csv file"),
         (b"prompt,chosen\na,\xff\n", r"a\.csv: cannot be read: .*UTF-8"),
         ("prompt,chosen\n", r"a\.csv: no rows"),
+        ("prompt, chosen\na, b\n", r"a\.csv:1: the column name ' chosen' has white space around it"),
     ],
 )
 def test_csv_files_that_are_not_tables(tmp_path, text, message):
@@ -392,10 +412,19 @@ def test_transcripts_with_any_white_space(turn, build_tokenizer):
 def test_transcripts_that_go_on_differently_are_bad_rows():
     start = "\n\nHuman: a\n\nAssistant:"
     row = {"chosen": f"{start} b\n\nHuman: c\n\nAssistant: d", "rejected": f"{start} e"}
-    from simpo.data.formats import recognise
-
     with pytest.raises(BadRow, match="differ in more than their last answer"):
         recognise(row, "here")
+
+
+@pytest.mark.parametrize("opening", ["Be nice.\n\nHuman: a", "User: a", "\n\nUSER: a"])
+def test_transcripts_that_start_with_something_else_are_bad_rows(opening, build_tokenizer):
+    """They cannot be split into turns, and would become one user message that ends with the cue."""
+    rows = Dataset.from_list([{name: f"{opening}\n\nAssistant: {text}" for name, text in PAIR.items()}])
+    tokenizer = build_tokenizer("chatml")
+    with pytest.raises(SimpoError, match="chosen is rendered with a chat template already"):
+        prepare(rows, tokenizer, TokenizeSettings())
+    tokenizer.chat_template = None
+    assert prepare(rows, tokenizer, TokenizeSettings()).report.used == 1
 
 
 # ---- rendered texts ----
@@ -409,6 +438,8 @@ RENDERED = {
     "deepseek": "<\uff5cbegin\u2581of\u2581sentence\uff5c><\uff5cUser\uff5c>Hi?<\uff5cAssistant\uff5c>",
     "preamble": "A chat.\n\nHuman: Hi?\n\nAssistant:",
     "gpt-oss": "<|start|>user<|message|>Hi?<|end|><|start|>assistant",
+    "alpaca": "Below is an instruction.\n\n### Instruction:\nHi?\n\n### Response:\n",
+    "vicuna": "A chat between a user and an assistant. USER: Hi? ASSISTANT:",
 }
 
 

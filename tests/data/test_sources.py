@@ -5,6 +5,8 @@ import json
 import os
 
 import datasets
+import numpy as np
+import pandas as pd
 import pytest
 import zstandard
 from datasets import Dataset, DatasetDict
@@ -328,9 +330,15 @@ def test_a_name_that_is_too_long():
 
 
 def test_rows_given_in_python():
-    assert as_dataset(FLAT, "train_dataset")[:] == Dataset.from_list(FLAT)[:]
-    rows = Dataset.from_list(FLAT)
-    assert as_dataset(rows, "train_dataset") is rows
+    """Every column of every row is kept, also one that the first row does not have, or of another type."""
+    rows = [{"a": 1, "tools": [{"x": None}]}, {"a": "one", "system": "s", "scores": np.array([1.0, 2.0])}]
+    found = as_dataset(rows, "train_dataset")
+    expected = [rows[0], rows[1] | {"scores": [1.0, 2.0]}]
+    assert rows_of(found[:], range(2), "") == list(zip(expected, ["train_dataset[0]", "train_dataset[1]"], strict=True))
+    whole = Dataset.from_list(FLAT)
+    assert as_dataset(whole, "train_dataset") is whole
+    tokenized = [{"prompt_ids": [1], "response_ids": [[2], [3]]}]
+    assert as_dataset(tokenized, "train_dataset")[:] == Dataset.from_list(tokenized)[:]
 
 
 @pytest.mark.parametrize(
@@ -341,7 +349,7 @@ def test_rows_given_in_python():
         ({"prompt": ["p"]}, "train_dataset: a dict; pass a datasets.Dataset"),
         ("train.jsonl", "train_dataset: a str; pass a datasets.Dataset"),
         ([1, 2], "train_dataset: a list; pass a datasets.Dataset"),
-        ([{"a": 1}, {"a": "x"}], "train_dataset: rows whose columns differ in type"),
+        (pd.DataFrame(FLAT), "train_dataset: a DataFrame; pass a datasets.Dataset"),
     ],
 )
 def test_what_is_no_data_set(rows, message):
@@ -355,3 +363,38 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
     with pytest.raises(SimpoError, match="file: the cache cannot be written: "):
         load(path)
+
+
+def test_hidden_files_are_not_data(tmp_path):
+    write_lines(tmp_path / "train.jsonl", FLAT)
+    write_lines(tmp_path / "._train.jsonl", FLAT)
+    assert len(load(tmp_path)) == len(FLAT)
+
+
+def test_a_copy_of_a_hub_repository(tmp_path):
+    (tmp_path / "data").mkdir()
+    for split, count in (("train", 2), ("test", 1)):
+        pd.DataFrame(FLAT[:1] * count).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    assert (len(load(tmp_path)), len(load(tmp_path, "test"))) == (2, 1)
+    with pytest.raises(SimpoError, match="data: no file of split 'dev' in this folder"):
+        load(tmp_path, "dev")
+
+
+def test_a_folder_names_its_folders(tmp_path):
+    (tmp_path / "train").mkdir()
+    write_lines(tmp_path / "train" / "a.jsonl", FLAT)
+    with pytest.raises(SimpoError, match="no data files in this folder for split 'dev'; it has the folders train"):
+        load(tmp_path, "dev")
+
+
+def test_a_parquet_file_without_rows(tmp_path):
+    pd.DataFrame({"prompt": pd.Series([], dtype=str)}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(SimpoError, match=r"a\.parquet: no rows"):
+        load(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("a.jsonl", "{}\n"), ("a.json", "[{}]")])
+def test_a_key_that_an_object_has_twice(name, pattern, tmp_path):
+    (tmp_path / name).write_text(pattern.replace("{}", '{"chosen": "a", "chosen": "b"}'))
+    with pytest.raises(SimpoError, match=r"a\.jsonl?.*: an object has the key 'chosen' twice"):
+        load(tmp_path / name)

@@ -131,6 +131,17 @@ def test_losses_and_gradients_are_those_of_the_definition(settings, terms, path,
     assert gradients.steps[0]["score.weight"].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(("margin", "noted"), [("none", True), ("column", False)])
+def test_a_margin_that_is_not_used_is_reported(margin, noted, rankings, tmp_path):
+    args = RewardConfig(**QUIET, output_dir=str(tmp_path), margin=margin)
+    prepared = RewardTrainer.prepare(rankings.select([0, 2]), None, args, "train")
+    assert any("the column margin is not used" in notice for notice in prepared.report.notices) == noted
+    plain = RewardTrainer.prepare(
+        rankings.remove_columns("extra"), None, RewardConfig(**QUIET, output_dir=str(tmp_path)), "train"
+    )
+    assert not any("margin" in notice for notice in plain.report.notices)
+
+
 def test_margins_of_a_column(make_reward_trainer, rankings):
     pairs = rankings.select([0, 2])
     trainer = make_reward_trainer(pairs, margin="column", max_steps=1, logging_steps=1, per_device_train_batch_size=2)

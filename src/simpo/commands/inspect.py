@@ -17,7 +17,7 @@ from simpo.data.answer_sets import PERCENTILES as SCORE_PERCENTILES
 from simpo.data.answer_sets import diversity_metrics, is_sampled, read_answer_sets, score_metrics
 from simpo.data.feedback import is_feedback, prepare_feedback
 from simpo.data.formats import is_comparison
-from simpo.data.inspection import PERCENTILES, Example, Inspection, examples, inspect_prepared, overlap
+from simpo.data.inspection import PERCENTILES, Example, Inspection, examples, inspect_prepared, shared_rows
 from simpo.data.settings import TokenizeSettings
 from simpo.data.shapes import first_canonical
 from simpo.data.sources import load_rows
@@ -60,7 +60,6 @@ def main(argv: list[str]) -> int:
     tokenizer = load_tokenizer(arguments.model, model, chat_template=arguments.chat_template)
     limits = _limits(model)
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    inspections: list[Inspection] = []
     datasets: list[Dataset] = []
     metrics: list[Metric] = []
     sources: list[str] = []
@@ -72,13 +71,17 @@ def main(argv: list[str]) -> int:
             console.print(Text("These are answers, not comparisons yet: simpo annotate and simpo pair make them.\n"))
             continue
         prepared = _preparer(rows)(rows, tokenizer, settings, label=label)
-        inspections.append(inspect_prepared(prepared, tokenizer, settings))
+        inspection = inspect_prepared(prepared, tokenizer, settings)
         datasets.append(prepared.dataset)
-        _print_inspection(console, inspections[-1])
-        metrics += inspections[-1].metrics()
+        _print_inspection(console, inspection)
+        metrics += inspection.metrics()
         limits.check(prepared.dataset, label)
-    if len(inspections) == 2:
-        metrics.append(_print_overlap(console, *inspections))
+    if len(datasets) == 2:
+        _, shared = shared_rows(*datasets)
+        count = len(datasets[1])
+        of = f"{shared:,} of {count:,} eval {prepared.report.noun} ({shared / count:.1%})"
+        console.print(Text(f"{of} have a training prompt\n"))
+        metrics.append(Metric("data/eval/prompts_in_train", shared, n=count))
     if datasets:
         _print_examples(console, examples(datasets[0], tokenizer))
     if arguments.output_dir:
@@ -200,15 +203,6 @@ def _span(counts: Sequence[int]) -> str:
 def _shown(metric: Metric) -> str:
     bounds = "" if metric.low is None or metric.high is None else f" [{metric.low:.3g}, {metric.high:.3g}]"
     return f"{metric.value:.4g}{bounds}"
-
-
-def _print_overlap(console: Console, train: Inspection, test: Inspection) -> Metric:
-    shared = overlap(train, test)
-    count = test.report.used
-    console.print(
-        Text(f"{shared:,} of {count:,} eval {test.report.noun} ({shared / count:.1%}) have a training prompt\n")
-    )
-    return Metric("data/eval/prompts_in_train", shared, n=count)
 
 
 def _print_examples(console: Console, shown: list[Example]) -> None:

@@ -13,7 +13,7 @@ from simpo.data.formats import is_number
 from simpo.data.rows import Row
 from simpo.data.shapes import canonical_rows, first_canonical
 from simpo.results import Metric
-from simpo.statistics import Interval, mean_interval, share_interval
+from simpo.statistics import mean_interval, share_interval
 
 PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95}
 _WORDS = 2  # of an n-gram
@@ -100,11 +100,12 @@ def diversity_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
 
 def _intervals(prefix: str, figures: Mapping[str, Sequence[float]]) -> list[Metric]:
     """Means over prompts, of figures that some prompt has."""
-    return [
-        _metric(f"{prefix}/{name}", (share_interval if name in _SHARES else mean_interval)(values))
-        for name, values in figures.items()
-        if values
-    ]
+    metrics = []
+    for name, values in figures.items():
+        if values:
+            found = (share_interval if name in _SHARES else mean_interval)(values)
+            metrics.append(Metric(f"{prefix}/{name}", found.value, None, found.n, found.low, found.high, found.method))
+    return metrics
 
 
 def score_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
@@ -160,7 +161,3 @@ def _overlap(a: str, b: str) -> float:
 
 def _known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
-
-
-def _metric(name: str, found: Interval) -> Metric:
-    return Metric(name, found.value, None, found.n, found.low, found.high, found.method)

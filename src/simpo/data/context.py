@@ -16,7 +16,7 @@ from simpo.data.transcripts import is_transcript, turns
 CONTEXT_COLUMNS = ("system", "tools", "chat_template_kwargs")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Columns that mean something to other toolkits' training and have no effect here.
-_WITHOUT_EFFECT = ("weight", "sample_weight", "functions", "documents")
+_WITHOUT_EFFECT = ("weight", "sample_weight", "label_probability", "functions", "documents", "context", "history")
 
 
 @dataclass(frozen=True)

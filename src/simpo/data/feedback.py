@@ -12,18 +12,15 @@ from transformers import PreTrainedTokenizerBase
 from simpo.data.context import CONTEXT_COLUMNS, read_context
 from simpo.data.formats import Comparison, is_comparison, read_responses
 from simpo.data.mapping import TOKENS, Draft, Prepared, already_tokenized, check_rows, prepare_rows
-from simpo.data.messages import kind_of
 from simpo.data.rows import BadRow, UnknownShape, columns_of, other_columns
 from simpo.data.settings import TokenizeSettings
-from simpo.data.shapes import first_canonical
+from simpo.data.shapes import first_canonical, read_label
 from simpo.data.templates import Rendered
 from simpo.data.tokenize import Comparisons
 from simpo.errors import SimpoError
 
 FEEDBACK_SHAPES = "{prompt, completion, label} (strings or message lists, with true or false, or 1 or 0)"
 _COLUMNS = {"prompt", "completion", "label"}
-# Columnar files hold labels as numbers, and CSV files as text.
-_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def is_feedback(dataset: Dataset) -> bool:
@@ -75,9 +72,9 @@ def recognise_feedback(row: Mapping[str, Any], where: str) -> tuple[Comparison, 
         BadRow: they are of this one, but their values are not.
     """
     _check_shape(row)
-    label = _LABELS.get(str(row["label"]).strip().lower())
+    label = read_label(row["label"])
     if label is None:
-        raise BadRow(f"label is {kind_of(row['label'])}, not a boolean")
+        raise BadRow("label is neither true nor false (1 or 0)")
     prompt, responses = read_responses(row["prompt"], (row["completion"],), ("completion",))
     prompt, found, context = read_context(row, prompt, responses)
     extra = other_columns(row, *_COLUMNS, *CONTEXT_COLUMNS)

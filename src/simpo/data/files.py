@@ -20,16 +20,15 @@ from types import ModuleType
 from typing import IO, Any
 
 import datasets
+import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from simpo.data.rows import JSON_FEATURES, ROW, WHERE, Row, as_json
 from simpo.errors import SimpoError
 
-_JSON = (".jsonl", ".json")
-_COMPRESSION = ("", ".gz", ".zst")
-_COLUMNAR = {".parquet": "parquet", ".arrow": "arrow"}
-SUFFIXES = (*(kind + packed for kind in _JSON for packed in _COMPRESSION), ".csv", *_COLUMNAR)
+_COLUMNAR = (".parquet", ".arrow")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".csv", *_COLUMNAR)
 KINDS = ".jsonl[.gz|.zst], .json[.gz|.zst], .parquet, .csv, .arrow"
 # Part of every cache key: raise it when the rows made from the same file change.
 _FORMAT = "2"
@@ -48,13 +47,10 @@ def load_file(path: Path, label: str) -> Dataset:
     Raises:
         SimpoError: the file is of another kind, empty, or not what its suffix says.
     """
-    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
-    if suffix is None:
+    if not path.name.endswith(SUFFIXES):
         raise SimpoError(f"{path}: unknown kind of file; known are {KINDS}")
     digest = content_digest([path], label)
-    if suffix in _COLUMNAR:
-        return _load_columnar(path, label, _COLUMNAR[suffix], digest)
-    return _load_generated(path, label, digest)
+    return (_load_columnar if path.suffix in _COLUMNAR else _load_generated)(path, label, digest)
 
 
 def content_digest(paths: list[Path], label: str) -> str:
@@ -77,17 +73,20 @@ def add_where(dataset: Dataset, label: str, digest: str) -> Dataset:
     return dataset.add_column(WHERE, where, new_fingerprint=digest)
 
 
-def _load_columnar(path: Path, label: str, kind: str, digest: str) -> Dataset:
+def _load_columnar(path: Path, label: str, digest: str) -> Dataset:
+    kind = path.suffix.removeprefix(".")
     # The builders' own cache goes by path and modification time; a folder per content is safe.
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "simpo" / digest
     if kind == "arrow" and not _tail(path).endswith(_ARROW_ENDS):  # a stream cut between two batches reads as whole
         raise SimpoError(f"{path}: not a readable arrow file: it does not end as one does")
     try:
-        dataset = load_dataset(kind, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache))
+        empty = kind == "parquet" and not pq.read_metadata(path).num_rows  # which the builder cannot read
+        if not empty:
+            dataset = load_dataset(kind, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache))
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise SimpoError(f"{path}: not a readable {kind} file: {reason[0]}") from error
-    if not len(dataset):
+    if empty or not len(dataset):
         raise SimpoError(f"{path}: no rows")
     return add_where(dataset, label, digest)
 
@@ -171,36 +170,42 @@ def _check_header(header: list[str], path: str) -> None:
     repeated = [name for name in header if header.count(name) > 1]
     if repeated:
         raise SimpoError(f"{path}:1: the header has the column {repeated[0]!r} more than once; rename one of them")
+    if padded := [name for name in header if name != name.strip()]:
+        raise SimpoError(f"{path}:1: the column name {padded[0]!r} has white space around it; remove it")
     other = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
     if other:
         raise SimpoError(f"{path}:1: the fields are separated by {other!r}; save the file with commas")
 
 
 def _list_items(file: IO[str], path: str, label: str) -> Iterator[tuple[object, str]]:
-    try:
-        items = json.load(file)
-    except json.JSONDecodeError as error:
-        raise SimpoError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise SimpoError(f"{path}: JSON that is not read: {error}") from error
-    for index, item in enumerate(items):
+    for index, item in enumerate(_parsed(file.read(), path, 1)):
         yield item, f"{label}[{index}]"
 
 
 def _lines(file: IO[str], path: str, label: str) -> Iterator[tuple[object, str]]:
     for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SimpoError(
-                f"{path}:{number}: not JSON: {error.msg} (column {error.colno}); "
-                "the file holds one object a line, or one list of objects"
-            ) from error
-        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets in one another
-            raise SimpoError(f"{path}:{number}: JSON that is not read: {error}") from error
-        yield row, f"{label}:{number}"
+        if line.strip():
+            yield _parsed(line.rstrip(), path, number), f"{label}:{number}"
+
+
+def _parsed(text: str, path: str, first_line: int) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise SimpoError(
+            f"{path}:{first_line - 1 + error.lineno}: not JSON: {error.msg} (column {error.colno}); "
+            "the file holds one object a line, or one list of objects"
+        ) from error
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets in one another
+        raise SimpoError(f"{path}:{first_line}: JSON that is not read: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
 
 
 def _open_text(path: Path) -> IO[str]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -37,7 +36,6 @@ class Inspection:
         identical: pairs with equal responses, those included that were bad rows for it.
         one_bos: share of prompts with exactly one BOS, at the front; ``None`` if the model has no BOS.
         ended: share of responses that end with a token that ends a turn and hold it once.
-        prompts: digest of every prompt.
     """
 
     report: DataReport
@@ -49,18 +47,13 @@ class Inspection:
     identical: int
     one_bos: float | None
     ended: float
-    prompts: Sequence[bytes]
 
     def metrics(self) -> list[Metric]:
         """All figures for the results, the report's included."""
         count = self.report.used
         prefix = f"data/{self.report.label}"
         shares = {"chosen_longer": self.longer, "ties": self.ties, "one_bos": self.one_bos, "ended": self.ended}
-        counts = {
-            "repeated": self.repeated,
-            "repeated_prompts": self.repeated_prompts,
-            "identical": self.identical,
-        }
+        counts = {"repeated": self.repeated, "repeated_prompts": self.repeated_prompts, "identical": self.identical}
         metrics = [Metric(name, value) for name, value in self.report.metrics()]
         metrics += [
             Metric(f"{prefix}/tokens/{part}/{name}", value, n=count)
@@ -85,13 +78,8 @@ def inspect_prepared(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, set
     for batch in columns.iter(batch_size=1000):
         for prompt, responses in zip(batch["prompt_ids"], batch["response_ids"], strict=True):
             measured.add(prompt, responses)
-    return measured.result(prepared.report)
-
-
-def overlap(train: Inspection, test: Inspection) -> int:
-    """Number of test comparisons whose prompt is a training prompt too."""
-    known = set(train.prompts)
-    return sum(prompt in known for prompt in test.prompts)
+    known_rows, known_prompts = map(set, zip(*_digests(prepared.dataset), strict=True))
+    return measured.result(prepared.report, different=len(known_rows), prompts=len(known_prompts))
 
 
 def shared_rows(train: Dataset, held_out: Dataset) -> tuple[int, int]:
@@ -159,8 +147,6 @@ class _Measures:
     def __init__(self, *, bos: int | None, ends: set[int]) -> None:
         self._bos, self._ends = bos, ends
         self._lengths: dict[str, list[int]] = defaultdict(list)
-        self._prompts: list[bytes] = []
-        self._comparisons: set[bytes] = set()
         self._identical = self._one_bos = self._ended = self._responses = 0
 
     def add(self, prompt: list[int], responses: list[list[int]]) -> None:
@@ -168,15 +154,13 @@ class _Measures:
         parts = {"response": responses[0]} if single else {"chosen": responses[0], "rejected": responses[-1]}
         for part, ids in {"prompt": prompt, **parts}.items():
             self._lengths[part].append(len(ids))
-        self._prompts.append(_digest(prompt))
-        self._comparisons.add(_digest(prompt, *responses))
         self._identical += len(set(map(tuple, responses))) < len(responses)
         self._one_bos += prompt[0] == self._bos and prompt.count(self._bos) == 1
         self._ended += sum(ids[-1] in self._ends and (single or ids.count(ids[-1]) == 1) for ids in responses)
         self._responses += len(responses)
 
-    def result(self, report: DataReport) -> Inspection:
-        count = len(self._prompts)
+    def result(self, report: DataReport, *, different: int, prompts: int) -> Inspection:
+        count = len(self._lengths["prompt"])
         lengths = {part: np.array(values) for part, values in self._lengths.items()}
         chosen, rejected = lengths.get("chosen"), lengths.get("rejected")
         return Inspection(
@@ -184,12 +168,11 @@ class _Measures:
             lengths={part: _percentiles(values) for part, values in lengths.items()},
             longer=None if chosen is None or rejected is None else float(np.mean(chosen > rejected)),
             ties=None if chosen is None or rejected is None else float(np.mean(chosen == rejected)),
-            repeated=count - len(self._comparisons),
-            repeated_prompts=count - len(set(self._prompts)),
+            repeated=count - different,
+            repeated_prompts=count - prompts,
             identical=self._identical + report.bad.get("identical responses", 0),
             one_bos=None if self._bos is None else self._one_bos / count,
             ended=self._ended / self._responses,
-            prompts=self._prompts,
         )
 
 
@@ -197,11 +180,3 @@ def _percentiles(values: np.ndarray) -> dict[str, int]:
     """Percentiles that are lengths of some text, not means of two."""
     found = np.percentile(values, list(PERCENTILES.values()), method="inverted_cdf")
     return {name: int(value) for name, value in zip(PERCENTILES, found, strict=True)}
-
-
-def _digest(*texts: list[int]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for ids in texts:
-        # Ids are not negative, so -1 tells where one text ends.
-        digest.update(array("i", [*ids, -1]).tobytes())
-    return digest.digest()

@@ -27,7 +27,7 @@ TOKENS = List(Value("int32"))
 _TEXT = Value("string")
 _STATUS = "_status"
 # Part of every fingerprint: raise it when the ids made from the same rows and settings change.
-_FORMAT = 5
+_FORMAT = 6
 _BATCH = 256
 _ROWS_LOOKED_AT = 1000
 _SMALL = 2000

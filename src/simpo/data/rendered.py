@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.rows import BadRow
-from simpo.data.transcripts import is_transcript
+from simpo.data.transcripts import is_transcript, is_whole_transcript
 
 # How the turns of the common families of templates begin: ChatML, Llama 2 and 3, Gemma, Phi, DeepSeek, Command R, GLM,
 # gpt-oss, Nemotron. A lone <s> may be HTML.
@@ -21,7 +21,8 @@ _OPENING = re.compile(
     r"|<\|START_OF_TURN_TOKEN\|>"
     r"|<\|start\|>\w|<\|start_of_role\|>|<extra_id_[01]>|<bos>)"
 )
-_WAITING = re.compile(r"\n\s*(### )?Assistant:\s*\Z")
+_WAITING = re.compile(r"(\n\s*(### ?)?Assistant:|### Response:|\bASSISTANT:)\s*\Z")
+_CUE = re.compile(r"\n\s*Assistant:")
 _USER = "\ue000user\ue000"
 _COLUMNS = ("prompt", "chosen", "rejected", "completion", "responses", "messages")
 
@@ -50,6 +51,8 @@ def check_not_rendered(row: Mapping[str, Any], frame: tuple[str, str] | None = N
             framed = frame is not None and frame[0] in text and text.rstrip().endswith(frame[1])
             # A transcript that starts with something else, such as instructions, is not split into its turns.
             unsplit = name == "prompt" and _WAITING.search(text) and not is_transcript(text)
+            if row.get("prompt") is None and text is row[name] and _CUE.search(text):
+                unsplit = not is_whole_transcript(text)
             if framed or unsplit or _OPENING.match(text):
                 raise BadRow(
                     f"{name} is rendered with a chat template already: give the plain text or messages, or set "

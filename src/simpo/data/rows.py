@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
 from datasets import (
     Dataset,
     DatasetDict,
@@ -96,10 +96,11 @@ def as_dataset(rows: object, name: str) -> Dataset:
         )
     if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
         raise SimpoError(f"{name}: a {type(rows).__name__}; pass a datasets.Dataset or a list of dictionaries")
-    try:
+    if rows and all("prompt_ids" in row for row in rows):
         return Dataset.from_list(list(rows))
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SimpoError(f"{name}: rows whose columns differ in type: {str(error).splitlines()[0]}") from error
+    # JSON rows, because Dataset.from_list drops every column that the first row does not have.
+    wheres = [f"{name}[{index}]" for index in range(len(rows))]
+    return Dataset.from_dict({ROW: [as_json(row) for row in rows], WHERE: wheres}, features=JSON_FEATURES)
 
 
 def other_columns(row: Mapping[str, Any], *used: str) -> Row:
@@ -117,13 +118,13 @@ def as_json(value: object) -> str:
 
     ASCII only, because Arrow refuses the lone surrogates that JSON may hold.
     """
-    return json.dumps(value, default=_as_text)
+    return json.dumps(value, default=_as_json_type)
 
 
-def _as_text(value: object) -> str:
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode("ascii")
-    return str(value)
+def _as_json_type(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return base64.b64encode(value).decode("ascii") if isinstance(value, bytes) else str(value)
 
 
 def concatenate(datasets: Sequence[Dataset]) -> Dataset:

@@ -14,7 +14,6 @@ import re
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -69,19 +68,21 @@ def _by_sign(value: Any) -> int | None:
 
 
 def _by_name(value: Any) -> int | None:
-    if str(value).startswith("tie"):
-        return None
-    return {"model_a": 0, "a": 0, "model_b": 1, "b": 1}[str(value).lower()]
+    name = str(value).strip().lower()
+    return None if name.startswith("tie") else {"model_a": 0, "a": 0, "model_b": 1, "b": 1, "both_bad": None}[name]
 
 
+_OPENAI = ("input", "preferred_output", "non_preferred_output")
 # Two columns of responses and the one that says which is better, and how it says so: 0, 1 or None for neither.
-_VERDICTS: dict[tuple[str, str, str], Callable[[Any], int | None]] = {
+_VERDICTS: dict[tuple[str, ...], Callable[[Any], int | None]] = {
     ("response_0", "response_1", "better_response_id"): _by_number,
     ("response1", "response2", "overall_preference"): _by_sign,
     ("response_1", "response_2", "preference_strength"): _by_sign,
     ("response_a", "response_b", "winner"): _by_name,
     ("conversation_a", "conversation_b", "winner"): _by_name,
 }
+# Labels of feedback: columnar files hold them as numbers, and CSV files as text.
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 # Keys that tell a message, of either kind, or a part of its content.
 _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"}, {"type", "text"})
 # A message list, or one message, written as text by JSON, Python or numpy, perhaps inside a string of JSON.
@@ -102,10 +103,10 @@ def canonical(row: Mapping[str, Any], *, answers: bool = True) -> tuple[Row, str
     notes: list[str] = []
     for name in found:
         _decode(found, name, notes)
-    read_pair = partial(_read_pair, answers=answers)
-    steps: list[Callable[[Row], str | None]] = [_read_system, read_pair, _read_conversation, _read_question]
-    notes += [note for step in (*steps, *([_read_answer] if answers else [])) if (note := step(found))]
-    return found, "; ".join(dict.fromkeys(notes)) or None
+    read = [_read_system(found), _read_pair(found, answers=answers), _read_conversation(found), _read_question(found)]
+    if answers:
+        read += [_read_answer(found), _read_label(found)]
+    return found, "; ".join(dict.fromkeys([*notes, *filter(None, read)])) or None
 
 
 def canonical_rows(dataset: Dataset) -> Iterator[Row]:
@@ -223,8 +224,12 @@ def _read_system(row: Row) -> str | None:
     return f"{name} as system"
 
 
+def _present(row: Row) -> set[str]:
+    return {name for name, value in row.items() if value is not None}
+
+
 def _is_comparison(row: Row) -> bool:
-    present = {name for name, value in row.items() if value is not None}
+    present = _present(row)
     return {"chosen", "rejected"} <= present or {"responses", "scores"} <= present
 
 
@@ -232,22 +237,19 @@ def _read_pair(row: Row, *, answers: bool) -> str | None:
     """Comparisons whose responses have other names, or stand in a list with their scores."""
     if _is_comparison(row):
         return None
-    present = {name for name, value in row.items() if value is not None}
-    readers: dict[tuple[str, ...], Callable[[Row], None]] = {
-        ("input", "preferred_output", "non_preferred_output"): _read_openai,
-        **{names: partial(_read_verdict, names=names, answers=answers) for names in _VERDICTS},
-        **{
-            (name,): partial(_read_scored, name=name)
-            for name in ("completions", "answers")
-            if _is_scored(row.get(name))
-        },
-    }
-    fitting = [names for names in readers if set(names) <= present]
+    fitting: list[tuple[str, ...]] = [names for names in (_OPENAI, *_VERDICTS) if set(names) <= _present(row)]
+    fitting += [(name,) for name in ("completions", "answers") if _is_scored(row.get(name))]
     if len(fitting) > 1:
         raise BadRow(f"ambiguous columns {' and '.join('(' + ', '.join(names) + ')' for names in fitting)}")
     if not fitting:
         return None
-    readers[fitting[0]](row)
+    match fitting[0]:
+        case (name,):
+            _read_scored(row, name)
+        case names if names == _OPENAI:
+            _read_openai(row)
+        case names:
+            _read_verdict(row, names, answers=answers)
     return f"comparison from {', '.join(fitting[0])}"
 
 
@@ -262,7 +264,7 @@ def _read_openai(row: Row) -> None:
     row["prompt"] = given["messages"]
 
 
-def _read_verdict(row: Row, names: tuple[str, str, str], *, answers: bool) -> None:
+def _read_verdict(row: Row, names: tuple[str, ...], *, answers: bool) -> None:
     if "prompt" not in row and isinstance(row.get("context"), str | list):
         row["prompt"] = row.pop("context")
     if not answers and "prompt" in row:
@@ -283,7 +285,7 @@ def _is_scored(value: object) -> bool:
 
 def _keys_of(item: object) -> tuple[str | None, str | None]:
     """The keys of a response and of its score."""
-    present = {key for key, value in item.items() if value is not None} if isinstance(item, dict) else set()
+    present = _present(item) if isinstance(item, dict) else set()
     text, score = (next((key for key in keys if key in present), None) for keys in (_RESPONSE_KEYS, _SCORE_KEYS))
     return text, score
 
@@ -303,8 +305,8 @@ def _read_conversation(row: Row) -> str | None:
     """Conversations of other names: the prompt of a comparison, or all that is to be learned."""
     name = _only(row, ("conversations", "conversation", *(("messages",) if row.get("conversations") else ())))
     if name is None:
-        # Text that answers a conversation.
-        if row.get("prompt") is None and row.get("messages") and isinstance(row.get("chosen"), str):
+        # The answers to a conversation.
+        if row.get("prompt") is None and row.get("messages") and _is_answer(row.get("chosen")):
             row["prompt"] = row.pop("messages")
             return "messages as prompt"
         return None
@@ -313,6 +315,11 @@ def _read_conversation(row: Row) -> str | None:
         return None
     row["prompt" if known else "messages"] = row.pop(name)
     return f"{name} as {'prompt' if known else 'messages'}"
+
+
+def _is_answer(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(value, str) or (isinstance(first, dict) and first.get("role") == "assistant")
 
 
 def _read_question(row: Row) -> str | None:
@@ -340,7 +347,7 @@ def _read_question(row: Row) -> str | None:
 
 
 def _read_answer(row: Row) -> str | None:
-    known = {"completion", "messages", "responses"} & {name for name, value in row.items() if value is not None}
+    known = {"completion", "messages", "responses"} & _present(row)
     if row.get("prompt") is None or known or _is_comparison(row):
         return None
     name = _only(row, _ANSWERS)
@@ -353,3 +360,24 @@ def _read_answer(row: Row) -> str | None:
         )
     row["completion"] = row.pop(name)
     return f"{name} as completion"
+
+
+def _read_label(row: Row) -> str | None:
+    """LLaMA-Factory's feedback: the name of the label, and a conversation whose last answer is judged."""
+    if row.get("label") is None and read_label(row.get("kto_tag")) is not None:
+        row["label"] = row.pop("kto_tag")
+    messages = row.get("messages")
+    if read_label(row.get("label")) is None or row.get("prompt") is not None or _is_comparison(row):
+        return None
+    if not isinstance(messages, list):
+        return None
+    if not _is_answer(messages[-1:]):
+        raise BadRow("label judges messages that do not end with the assistant's")
+    row["prompt"], row["completion"] = messages[:-1], messages[-1:]
+    del row["messages"]
+    return "messages with a label as prompt and completion"
+
+
+def read_label(value: object) -> bool | None:
+    """Whether a label says that a response is desirable; None if it says neither."""
+    return _LABELS.get(str(value).strip().lower())

@@ -45,7 +45,7 @@ def load_rows(
     path = _path(name)
     if _exists(path):
         rows = _sliced(lambda base: _load_local(path, base, any_split=any_split), split, name)
-    elif _looks_like_a_path(name):
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or _FILE_SUFFIX.search(name):
         pattern = "; a path is taken literally, not as a pattern" if set(name) & set("*?[") else ""
         raise SimpoError(f"{name}: file not found{pattern}; give {KINDS}, a folder or a hub id (org/name)")
     else:
@@ -92,22 +92,22 @@ def _load_local(path: Path, split: str, *, any_split: bool) -> Dataset:
     return load_file(path, path.name) if path.is_file() else _load_folder(path, split)
 
 
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(_FILE_SUFFIX.search(name))
-
-
 def _load_folder(folder: Path, split: str) -> Dataset:
     if _is_saved(folder):
         return _load_saved(folder, split)
+    if not _data_files(folder) and (folder / "data").is_dir():  # a copy of a hub repository
+        folder /= "data"
     if (folder / split).is_dir():
-        folder = folder / split
+        folder /= split
         if _is_saved(folder):
             return _load_saved(folder, split)
         chosen = _data_files(folder)
     else:
         chosen = _files_of_split(folder, split)
     if not chosen:
-        raise SimpoError(f"{folder}: no data files in this folder; known are {KINDS}")
+        inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+        has = f"it has the folders {inside}" if inside else f"known are {KINDS}"
+        raise SimpoError(f"{folder}: no data files in this folder for split {split!r}; {has}")
     return concatenate([load_file(path, path.name) for path in chosen])
 
 
@@ -116,7 +116,8 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    visible = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in visible if path.name.endswith(SUFFIXES))
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
@@ -168,12 +169,8 @@ def _load_from_hub(name: str, split: str, config: str | None) -> Dataset:
     label = f"{name}[{split}]"
     if not len(dataset):
         raise SimpoError(f"{label}: no rows")
-    return add_where(dataset, label, _hub_digest(dataset, label, config))
-
-
-def _hub_digest(dataset: Dataset, label: str, config: str | None) -> str:
-    """Fingerprint of the downloaded rows; the builder's own tells configurations and revisions apart."""
-    return content_digest([], f"{label}\0{config}\0{dataset._fingerprint}")
+    # The builder's own fingerprint tells configurations and revisions apart.
+    return add_where(dataset, label, content_digest([], f"{label}\0{config}\0{dataset._fingerprint}"))
 
 
 def _first_line(error: BaseException) -> str:

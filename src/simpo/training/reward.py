@@ -98,6 +98,9 @@ class RewardTrainer(PackedTrainer):
             raise SimpoError(f"{label}: single responses with labels; a reward model is trained on comparisons")
         prepared = prepare(dataset, tokenizer, args.tokenize_settings, label=label)
         check_rankings(prepared.dataset, label)
+        extras = prepared.dataset["extra"] if "extra" in prepared.dataset.column_names else ()
+        if args.margin == "none" and any('"margin"' in extra and "margin" in json.loads(extra) for extra in extras):
+            prepared.report.notices.append("the column margin is not used; margin: column subtracts it in the loss")
         return replace(prepared, dataset=_with_levels(prepared.dataset, args.margin, label))
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
