@@ -329,7 +329,9 @@ def test_keys_of_another_toolkit_require_an_objective_and_keys_given_twice_do_no
         *("gradient_checkpointing", "objective", "tokenizer_name", "with_tracking", "checkpointing_steps"),
     ]
     assert caught.value.args[0] == "recipe.yaml:9: gradient_checkpointing: already given on line 3"
-    kept = [line for line in UNSAID.splitlines() if not line.startswith(("gradient", "tokenizer_name", "with_", "check"))]
+    kept = [
+        line for line in UNSAID.splitlines() if not line.startswith(("gradient", "tokenizer_name", "with_", "check"))
+    ]
     _, _, config = parse([recipe("\n".join([*kept, "objective: dpo"]))], PreferenceConfig)
     assert (config.objective, config.num_train_epochs, config.save_total_limit) == ("dpo", 3, 3)
 
@@ -341,7 +343,7 @@ def test_keys_of_another_toolkit_require_an_objective_and_keys_given_twice_do_no
         ("use_qlora: true\nuse_lora: true", "load_in_4bit", True),
         ("rlhf_type: kto", "objective", "kto"),
         ("train_type: lora", "use_peft", True),
-        ("target_modules: all-linear\nuse_peft: true", "lora_target_modules", "all-linear"),
+        ("target_modules: all-linear\nuse_peft: true", "lora_target_modules", ["all-linear"]),
         ("max_norm: 0.5", "max_grad_norm", 0.5),
         ("max_ckpt_num: 2", "save_total_limit", 2),
         ("wandb_run_name: mine", "run_name", "mine"),
