@@ -296,8 +296,9 @@ def test_ipo_of_other_toolkits_averages(recipe):
 
 
 def test_flags_of_openrlhf(tmp_path):
-    argv = "--pretrain org/model --dataset_name org/pairs --max_len 1024 --micro_train_batch_size 2 --beta 2 --objective simpo"
-    argv += f" --save_path {tmp_path} --lr_scheduler linear --l2 0.1 --packing_samples --lr_warmup_ratio 0.03"
+    argv = "--pretrain org/model --dataset_name org/pairs --max_len 1024 --micro_train_batch_size 2 --beta 2"
+    argv += f" --objective simpo --save_path {tmp_path}"
+    argv += " --lr_scheduler linear --l2 0.1 --packing_samples --lr_warmup_ratio 0.03"
     model, _, config = parse([*argv.split(), "--use_cpu"], PreferenceConfig)
     assert (model.model_name_or_path, config.max_length, config.per_device_train_batch_size) == ("org/model", 1024, 2)
     assert (config.weight_decay, config.warmup_steps, config.objective) == (0.1, 0.03, "simpo")

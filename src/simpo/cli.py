@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpo import __version__, commands
+from simpo.coercion import nearest
 from simpo.errors import InterruptedRun, SimpoError
 from simpo.terminal import printable
 
@@ -56,6 +57,8 @@ def _keep_stderr_for_errors() -> None:
     logging.basicConfig(handlers=[_Notices()], level=logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # ten lines of retries; the error says enough
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import: an optional kernel is missing
+    # On import, where it is only installed; it sets its logger's level itself.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log that is read while the run goes on
 
@@ -106,7 +109,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in command_names():
-        raise SimpoError(f"unknown command {name!r}; the commands are {', '.join(command_names())}")
+        hint = nearest(name, command_names()) or f"; the commands are {', '.join(command_names())}"
+        raise SimpoError(f"unknown command {name!r}{hint}")
     _keep_stderr_for_errors()
     command = importlib.import_module(f"simpo.commands.{name}")
     _quiet_libraries()

@@ -54,6 +54,8 @@ def read_file(path: str, mistakes: list[str]) -> list[Setting]:
     Raises:
         SimpoError: the file cannot be read or is not a mapping.
     """
+    if path.endswith((".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")):
+        raise SimpoError(f"{path}: a file of data and not a recipe; name it with --dataset_name {path}")
     try:
         loader = _Loader(Path(path).read_text(encoding="utf-8"))
         loader.name = path
