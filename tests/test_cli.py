@@ -137,7 +137,7 @@ def test_a_model_by_position_or_by_option(argv):
     ("argv", "message"),
     [
         (["a", "b", "--model", "m"], "unrecognized arguments"),
-        (["--model", "a", "--model", "b", "p"], "given 2 times"),
+        (["--model", "a", "--model", "b", "p"], "takes 1, not 2"),
         (["p", "--model"], "expected one argument"),
     ],
 )
@@ -155,7 +155,7 @@ def test_two_models_keep_their_order():
     parser.add_argument("b")
     found = parser.parse_args(["--model", "first", "--model=second"])
     assert (found.a, found.b) == ("first", "second")
-    with pytest.raises(SimpoError, match="given 1 times, and this command takes 2"):  # first or second?
+    with pytest.raises(SimpoError, match="takes 2, not 1"):  # first or second?
         parser.parse_args(["first", "--model", "second"])
 
 

@@ -57,8 +57,6 @@ def _keep_stderr_for_errors() -> None:
     logging.basicConfig(handlers=[_Notices()], level=logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # ten lines of retries; the error says enough
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import: an optional kernel is missing
-    # On import, where it is only installed; it sets its logger's level itself.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log that is read while the run goes on
 

@@ -164,7 +164,7 @@ def is_off(value: Any) -> bool:
     return value in ([], {}) or (value is not True and (value.lower() if isinstance(value, str) else value) in _OFF)
 
 
-def by_value(key: str, value: Any) -> Mapping[str, Any]:
+def by_value(key: str, value: Any, given: Set[str]) -> Mapping[str, Any]:
     """What a key of :data:`VALUES` means with ``value``.
 
     Raises:
