@@ -186,3 +186,21 @@ def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["inspect", "pairs.jsonl", "org/model"], "pairs.jsonl is a file of data, and the model comes first"),
+        (["inspect", "pairs.parquet"], "pairs.parquet is a file of data, and the model comes first"),
+        (["sample", "prompts.csv", "org/model", "--output_dir=o"], "prompts.csv is a file of data"),
+        (["train", "pairs.jsonl", "--output_dir=o"], "name it with --dataset_name pairs.jsonl"),
+        (["trian"], "did you mean train?"),
+    ],
+)
+def test_data_in_the_place_of_a_model_or_a_recipe_is_named(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

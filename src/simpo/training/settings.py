@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _NO_LABELS = "batches are packed, and there are no labels or logits to gather"
 # Keys of TrainingArguments that cannot be honored: the only value accepted, and why.
-UNSUPPORTED = {
+UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (False, "a step's rows would change; max_batch_tokens bounds the memory of a forward"),
     "save_only_model": (False, "a run could not be continued from such a checkpoint"),
     "neftune_noise_alpha": (
