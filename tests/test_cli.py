@@ -137,7 +137,7 @@ def test_a_model_by_position_or_by_option(argv):
     ("argv", "message"),
     [
         (["a", "b", "--model", "m"], "unrecognized arguments"),
-        (["--model", "a", "--model", "b", "p"], "given 2 times"),
+        (["--model", "a", "--model", "b", "p"], "takes 1, not 2"),
         (["p", "--model"], "expected one argument"),
     ],
 )
@@ -155,7 +155,7 @@ def test_two_models_keep_their_order():
     parser.add_argument("b")
     found = parser.parse_args(["--model", "first", "--model=second"])
     assert (found.a, found.b) == ("first", "second")
-    with pytest.raises(SimpoError, match="given 1 times, and this command takes 2"):  # first or second?
+    with pytest.raises(SimpoError, match="takes 2, not 1"):  # first or second?
         parser.parse_args(["first", "--model", "second"])
 
 
@@ -186,3 +186,21 @@ def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["inspect", "pairs.jsonl", "org/model"], "pairs.jsonl is a file of data, and the model comes first"),
+        (["inspect", "pairs.parquet"], "pairs.parquet is a file of data, and the model comes first"),
+        (["sample", "prompts.csv", "org/model", "--output_dir=o"], "prompts.csv is a file of data"),
+        (["train", "pairs.jsonl", "--output_dir=o"], "name it with --dataset_name pairs.jsonl"),
+        (["trian"], "did you mean train?"),
+    ],
+)
+def test_data_in_the_place_of_a_model_or_a_recipe_is_named(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

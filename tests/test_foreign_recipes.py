@@ -297,10 +297,65 @@ def test_ipo_of_other_toolkits_averages(recipe):
 
 def test_flags_of_openrlhf(tmp_path):
     argv = "--pretrain org/model --dataset_name org/pairs --max_len 1024 --micro_train_batch_size 2 --beta 2"
-    argv += f" --save_path {tmp_path} --lr_scheduler linear --l2 0.1 --packing_samples --lr_warmup_ratio 0.03"
+    argv += f" --objective simpo --save_path {tmp_path}"
+    argv += " --lr_scheduler linear --l2 0.1 --packing_samples --lr_warmup_ratio 0.03"
     model, _, config = parse([*argv.split(), "--use_cpu"], PreferenceConfig)
     assert (model.model_name_or_path, config.max_length, config.per_device_train_batch_size) == ("org/model", 1024, 2)
     assert (config.weight_decay, config.warmup_steps, config.objective) == (0.1, 0.03, "simpo")
+
+
+# As in open-instruct's configs/train_configs/dpo: neither the objective nor its beta is said, and one key comes twice.
+UNSAID = """
+model_name_or_path: org/model
+gradient_checkpointing: true
+tokenizer_name: org/model
+use_slow_tokenizer: true
+dataset_name: org/pairs
+max_seq_length: 2048
+num_epochs: 3
+gradient_checkpointing: true
+with_tracking: true
+checkpointing_steps: 1000
+keep_last_n_checkpoints: 3
+output_dir: out
+use_cpu: true
+"""
+
+
+def test_keys_of_another_toolkit_require_an_objective_and_keys_given_twice_do_not_hide_other_mistakes(recipe):
+    with pytest.raises(SimpoError) as caught:
+        parse([recipe(UNSAID)], PreferenceConfig)
+    named = [re.sub(r"^recipe.yaml:\d+: ", "", mistake).split(":")[0] for mistake in caught.value.args]
+    assert named == [
+        *("gradient_checkpointing", "objective", "tokenizer_name", "with_tracking", "checkpointing_steps"),
+    ]
+    assert caught.value.args[0] == "recipe.yaml:9: gradient_checkpointing: already given on line 3"
+    kept = [
+        line for line in UNSAID.splitlines() if not line.startswith(("gradient", "tokenizer_name", "with_", "check"))
+    ]
+    _, _, config = parse([recipe("\n".join([*kept, "objective: dpo"]))], PreferenceConfig)
+    assert (config.objective, config.num_train_epochs, config.save_total_limit) == ("dpo", 3, 3)
+
+
+@pytest.mark.parametrize(
+    "line, field, expected",
+    [
+        ("use_lora: true", "use_peft", True),
+        ("use_qlora: true\nuse_lora: true", "load_in_4bit", True),
+        ("rlhf_type: kto", "objective", "kto"),
+        ("train_type: lora", "use_peft", True),
+        ("target_modules: all-linear\nuse_peft: true", "lora_target_modules", ["all-linear"]),
+        ("max_norm: 0.5", "max_grad_norm", 0.5),
+        ("max_ckpt_num: 2", "save_total_limit", 2),
+        ("wandb_run_name: mine", "run_name", "mine"),
+    ],
+)
+def test_keys_with_a_counterpart_are_translated(recipe, line, field, expected):
+    text = f"model_name_or_path: org/model\ndataset_name: org/pairs\noutput_dir: out\nuse_cpu: true\n{line}\n"
+    if "rlhf_type" not in line:
+        text += "objective: dpo\n"
+    parts = parse([recipe(text)], PreferenceConfig)
+    assert [getattr(part, field) for part in parts if hasattr(part, field)] == [expected]
 
 
 # --- The paper's own recipes --------------------------------------------------------------------------------

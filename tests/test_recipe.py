@@ -158,7 +158,7 @@ def test_file_and_command_line_read_a_value_alike(recipe, key, written, expected
     [
         ("rate", "abc", "'abc' is not a number"),
         ("rate", "nan", "'nan' is not a number"),
-        ("rate", "null", "null is not a number"),
+        ("rate", "null", "null is not a number; leave the key out for its default"),
         ("count", "1.5", "'1.5' is not a whole number"),
         ("count", "true", "'true' is not a whole number"),
         ("flag", "maybe", "'maybe' is not true or false"),
@@ -433,7 +433,9 @@ def test_a_tracker_that_is_not_installed_is_an_error(recipe):
         ("[wandb, mlflow]", "wandb and mlflow are"),
     ):
         message = error(recipe(f"name: m\nreport_to: {written}"), "--use_cpu", types=(Model, Config))
-        assert message == (f"recipe.yaml:2: report_to: {missing} not installed; install it, or set report_to: none")
+        pronoun = "them" if "and" in missing.split() else "it"
+        remedy = f"install {pronoun}, or set report_to: none"
+        assert message == f"recipe.yaml:2: report_to: {missing} not installed; {remedy}"
     for written, expected in (("tensorboard", ["tensorboard"]), ("none", [])):
         _, _, config = parse_training(recipe(f"name: m\nreport_to: {written}"))
         assert config.report_to == expected

@@ -11,6 +11,7 @@ from simpo.errors import SimpoError
 
 _MODELS = ("model", "adapter", "a", "b")  # arguments that name a model by their position
 _OPTIONS = ("--model", "--model_name_or_path")
+_DATA = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".gz", ".zst")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -29,6 +30,12 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(args if args is None else self._models_first(list(args)), namespace)
 
     def _models_first(self, words: list[str]) -> list[str]:
+        place = next(
+            (action.metavar or action.dest.upper() for action in self._actions if not action.option_strings), ""
+        )
+        named = any(word.partition("=")[0] in _OPTIONS for word in words)
+        if place == "MODEL" and not named and words and words[0].endswith(_DATA):
+            self.error(f"argument MODEL: {words[0]} is a file of data, and the model comes first, or as --model MODEL")
         expected = sum(action.dest in _MODELS and not action.option_strings for action in self._actions)
         models: list[str] = []
         rest: list[str] = []
@@ -41,7 +48,7 @@ class ArgumentParser(argparse.ArgumentParser):
             else:
                 self.error(f"argument {option}: expected one argument")
         if models and len(models) != expected:
-            self.error(f"argument --model: given {len(models)} times, and this command takes {expected}")
+            self.error(f"argument --model: this command takes {expected}, not {len(models)}")
         return models + rest
 
     def add_remote_code(self) -> None:

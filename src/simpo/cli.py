@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpo import __version__, commands
+from simpo.coercion import nearest
 from simpo.errors import InterruptedRun, SimpoError
 from simpo.terminal import printable
 
@@ -107,7 +108,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in command_names():
-        raise SimpoError(f"unknown command {name!r}; the commands are {', '.join(command_names())}")
+        hint = nearest(name, command_names()) or f"; the commands are {', '.join(command_names())}"
+        raise SimpoError(f"unknown command {name!r}{hint}")
     _keep_stderr_for_errors()
     command = importlib.import_module(f"simpo.commands.{name}")
     _quiet_libraries()

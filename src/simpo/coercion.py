@@ -38,7 +38,8 @@ def coerce(value: Any, annotation: Any) -> Any:
             return _read(value, member)
     shown = "null" if value is None else reprlib.repr(value)
     hint = "".join(nearest(str(value), map(str, _choices(member))) for member in members if _choices(member))
-    raise ValueError(f"{shown} is not {describe(annotation)}{hint}")
+    remedy = "; leave the key out for its default" if value is None else hint
+    raise ValueError(f"{shown} is not {describe(annotation)}{remedy}")
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

@@ -159,3 +159,33 @@ def test_thinking_in_answers_is_stripped_if_asked_and_recorded(name, commands, t
     assert code == 0 and shown and not any("<think>" in text or "Hm." in text for text in shown)
     assert found[f"{key}answers_stripped_of_thinking"].value == 2
     assert json.loads((tmp_path / "again/run/run.json").read_text())["identity"]["strip_thinking"] is True
+
+
+@pytest.mark.parametrize("name", ["plain", "mt", "arena"])
+def test_a_judge_that_thinks_within_its_limit_gives_verdicts_with_a_higher_one(name, commands, tmp_path, capsys):
+    reply = THINKING + {"plain": "M", "mt": "Rating: [[8]]", "arena": "[[A=B]]"}[name]
+
+    def limited(body):  # as servers do: the thinking counts
+        if body["max_tokens"] >= 20000:
+            return completion(reply)
+        found = completion(reply[:20])
+        found["choices"][0]["finish_reason"] = "length"
+        return found
+
+    count = {"plain": "alpaca_eval/without_preference", "mt": "mt_bench/without_rating"}
+    count |= {"arena": "arena_hard/math/games_without_verdict"}
+    code, found, _ = run(commands[name], limited, tmp_path)
+    assert code == 0 and found[count[name]].value == found[count[name]].n
+    assert name != "plain" or "--judge_max_tokens" in capsys.readouterr().out
+    (tmp_path / "again").mkdir()
+    code, found, _ = run(commands[name], limited, tmp_path / "again", "--judge_max_tokens=20000")
+    assert code == 0 and found[count[name]].value == 0
+    assert json.loads((tmp_path / "again/run/run.json").read_text())["identity"]["judge_max_tokens"] == 20000
+
+
+@pytest.mark.parametrize("logprob", ["-0.1", None, 5.0])
+def test_log_probabilities_that_are_none_are_never_weighed(logprob, commands, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("simpo.client.sending._FIRST_WAIT", 0.0)
+    code, found, _ = run(commands["weighted"], lambda body: completion("m", {"m": logprob, "M": -3.0}), tmp_path)
+    assert (code, found) == (2, {})
+    assert f"a log-probability of {logprob!r}" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from simpo.results import fingerprint
 
 # Reasons of servers for ending a reply before the model did.
+_ROUNDING = 1e-3  # a log-probability may be above 0 by this much
 _CUT_OFF = ("length", "max_tokens", "model_length", "content_filter")
 
 
@@ -158,5 +159,8 @@ def _first_token(logprobs: Any) -> dict[str, float] | None:
         return None
     found: dict[str, float] = {}
     for candidate in tokens[0].get("top_logprobs") or ():
-        found.setdefault(candidate["token"], float(candidate["logprob"]))  # the likelier of two alike comes first
+        logprob = candidate["logprob"]
+        if not isinstance(logprob, int | float) or logprob > _ROUNDING:
+            raise ValueError(f"a log-probability of {logprob!r}")
+        found.setdefault(candidate["token"], min(0.0, float(logprob)))  # the likelier of two alike comes first
     return found or None

@@ -12,12 +12,13 @@ from simpo.errors import SimpoError
 from simpo.judges.registry import JudgeOptions
 
 
-def add_server_options(parser: ArgumentParser, *, timeout: float = 60.0) -> None:
+def add_server_options(parser: ArgumentParser, *, timeout: float = 60.0, max_tokens: int | None = None) -> None:
     """Where the judge is, what it costs, and whether the user agrees.
 
     Args:
         parser: gets the options.
         timeout: seconds that a reply may take unless told otherwise.
+        max_tokens: the longest reply unless told otherwise; None for the benchmark's own limit.
     """
     parser.add_argument("--judge_url", metavar="URL", help="server of the judge, e.g. https://api.openai.com/v1")
     parser.add_argument("--judge_model", metavar="NAME", help="the judge's name on that server")
@@ -30,6 +31,10 @@ def add_server_options(parser: ArgumentParser, *, timeout: float = 60.0) -> None
     parser.add_argument("--judge_concurrency", type=int, default=8, metavar="N", help="requests at a time (default 8)")
     parser.add_argument(
         "--judge_timeout", type=float, default=timeout, metavar="S", help=f"seconds a reply (default {timeout:g})"
+    )
+    usual = max_tokens or "the benchmark's; a judge that thinks needs more"
+    parser.add_argument(
+        "--judge_max_tokens", type=int, default=max_tokens, metavar="N", help=f"longest reply (default {usual})"
     )
     cache = str(default_cache()).replace("%", "%%")
     parser.add_argument(
@@ -58,11 +63,8 @@ def add_judge_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run a judge's function, and code that comes with models"
     )
-    add_server_options(parser)
+    add_server_options(parser, max_tokens=1024)
     parser.add_argument("--judge_prompt", metavar="FILE", help="a judge prompt instead of the one that comes along")
-    parser.add_argument(
-        "--judge_max_tokens", type=int, default=1024, metavar="N", help="longest reply of the judge (default 1024)"
-    )
 
 
 def judge_options(arguments: Namespace) -> JudgeOptions:

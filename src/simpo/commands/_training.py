@@ -28,14 +28,8 @@ REPLACES = {
 }
 
 
-def parse(argv: list[str], config_type: type) -> tuple[ModelArguments, DataArguments, Any]:
-    """Model, data and configuration of a training recipe and command line."""
-    model, data, config = _parse(argv, config_type)
-    return model, data, config
-
-
-def _parse(argv: list[str], config_type: type, *more: type) -> tuple[Any, ...]:
-    """As :func:`parse`, and what the keys of ``more`` dataclasses say."""
+def parse(argv: list[str], config_type: type, *more: type) -> tuple[Any, ...]:
+    """Model, data and configuration of a training recipe and command line, and what ``more`` dataclasses have."""
     types = (ModelArguments, DataArguments, config_type, *more)
     parts = parse_recipe(with_model_named(argv), types, replaces=REPLACES)
     check_named(parts[2])
@@ -69,7 +63,7 @@ def check_named(config: Any) -> None:
 
 def read(task: Task, config_type: type, argv: list[str]) -> Given:
     """What a training recipe and command line give, all of it."""
-    model, data, config, *more = _parse(argv, config_type, *([GenerationArguments] if task.generates else []))
+    model, data, config, *more = parse(argv, config_type, *([GenerationArguments] if task.generates else []))
     observer = Generations(more[0], model) if more and more[0].eval_generations else None
     config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
     return Given(model, data, config, argv, recipe_of(argv), observer)

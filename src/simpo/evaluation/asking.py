@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from simpo.client import ChatClient, ChatReply, ChatRequest, Prices, agree
@@ -23,12 +23,14 @@ class ApiJudge:
         prices: of its tokens, where they are known.
         yes: whether the user has agreed.
         strip_thinking: show it the answers without the thinking that they begin with.
+        max_tokens: longest reply; None for the benchmark's own limit.
     """
 
     client: ChatClient
     prices: Prices | None = None
     yes: bool = False
     strip_thinking: bool = False
+    max_tokens: int | None = None
 
     @property
     def name(self) -> str:
@@ -38,7 +40,8 @@ class ApiJudge:
     @property
     def identity(self) -> dict[str, Any]:
         """What of it determines the verdicts; what is off is left out, so that earlier runs can be continued."""
-        return {"judge": self.name} | ({"strip_thinking": True} if self.strip_thinking else {})
+        given = {"strip_thinking": self.strip_thinking, "judge_max_tokens": self.max_tokens}
+        return {"judge": self.name} | {key: value for key, value in given.items() if value}
 
     def metrics(self, benchmark: str) -> list[Metric]:
         """How many replies it gave at another temperature than the benchmark's, where it did."""
@@ -56,7 +59,7 @@ class ApiJudge:
         Raises:
             SimpoError: the user does not agree, or cannot be asked.
         """
-        wanted = [request for request in requests if request is not None]
+        wanted = self._limited([request for request in requests if request is not None])
         agree(
             self.client.estimate(wanted),
             yes=self.yes,
@@ -77,6 +80,7 @@ class ApiJudge:
             SimpoError: the user does not agree, a request finally failed, the first ones were all refused, or as
                 ``check_first``.
         """
+        requests = self._limited(requests)
         agree(self.client.estimate(requests), yes=self.yes, say=say, prices=self.prices)
         few = 0 if check_first is None else max(TRIED, self.client.endpoint.concurrency)
         replies = self.client.complete(requests[:few], despite_refusals=True)
@@ -85,6 +89,12 @@ class ApiJudge:
         replies += self.client.complete(requests[few:], despite_refusals=True, say=say)
         say(self.client.usage.line(self.prices))
         return replies
+
+    def _limited(self, requests: Sequence[ChatRequest]) -> list[ChatRequest]:
+        """The requests with the longest reply that the user allows."""
+        if self.max_tokens is None:
+            return list(requests)
+        return [replace(request, max_tokens=self.max_tokens) for request in requests]
 
     def ask_some(
         self, requests: Sequence[ChatRequest | None], say: Say, check_first: Check | None = None

@@ -54,8 +54,10 @@ def check_installed(report_to: str | list[str] | None, label: str) -> None:
             hint = nearest(name, integrations.INTEGRATION_TO_CALLBACK)
             raise SimpoError(f"{label}: {name!r} is not a reporting integration of transformers{hint}")
     if missing := [name for name in names if name not in available]:
-        verb = "is" if len(missing) == 1 else "are"
-        raise SimpoError(f"{label}: {' and '.join(missing)} {verb} not installed; install it, or set report_to: none")
+        verb, pronoun = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise SimpoError(
+            f"{label}: {' and '.join(missing)} {verb} not installed; install {pronoun}, or set report_to: none"
+        )
 
 
 def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting]) -> Any:

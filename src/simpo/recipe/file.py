@@ -14,7 +14,15 @@ from simpo.recipe.setting import Setting
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its traps: no key twice, a key or a date is text, ``1e-6`` is a number."""
+    """YAML without its traps: no key twice, a key or a date is text, ``1e-6`` is a number.
+
+    Attributes:
+        mistakes: the keys that are given twice.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.mistakes: list[str] = []
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -24,8 +32,8 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise SimpoError(f"{self.name}:{line}: a key must be text")
             if key.value in lines:
-                raise SimpoError(f"{self.name}:{line}: {key.value}: already given on line {lines[key.value]}")
-            lines[key.value] = line
+                self.mistakes.append(f"{self.name}:{line}: {key.value}: already given on line {lines[key.value]}")
+            lines.setdefault(key.value, line)
             if key.tag != "tag:yaml.org,2002:merge":
                 key.tag = "tag:yaml.org,2002:str"
         return node
@@ -40,12 +48,20 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_file(path: str) -> list[Setting]:
-    """The keys of a recipe with their lines; raises :class:`SimpoError` if it cannot be read or is no mapping."""
+def read_file(path: str, mistakes: list[str]) -> list[Setting]:
+    """The keys of a recipe with their lines; those that are given twice are added to ``mistakes``.
+
+    Raises:
+        SimpoError: the file cannot be read or is not a mapping.
+    """
+    if path.endswith((".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")):
+        raise SimpoError(f"{path}: a file of data and not a recipe; name it with --dataset_name {path}")
     try:
         loader = _Loader(Path(path).read_text(encoding="utf-8"))
         loader.name = path
-        return list(_settings(loader, path))
+        settings = list(_settings(loader, path))
+        mistakes += loader.mistakes
+        return settings
     except OSError as error:
         raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -13,7 +13,6 @@ from typing import Any
 RENAMED = {
     **dict.fromkeys(("model", "model_name", "base_model", "pretrain"), "model_name_or_path"),
     **dict.fromkeys(("pref_beta", "rl_beta", "dpo_beta"), "beta"),
-    **dict.fromkeys(("dpo_label_smoothing",), "label_smoothing"),
     **dict.fromkeys(("cutoff_len", "sequence_len", "max_len"), "max_length"),
     **dict.fromkeys(("micro_batch_size", "micro_train_batch_size"), "per_device_train_batch_size"),
     **dict.fromkeys(("num_epochs", "max_epochs", "epochs"), "num_train_epochs"),
@@ -21,6 +20,9 @@ RENAMED = {
     **dict.fromkeys(("kto_undesirable_weight", "kto_rejected_weight"), "undesirable_weight"),
     **dict.fromkeys(("dataset_path", "data_path", "train_file"), "dataset_name"),
     **dict.fromkeys(("bnb_4bit_use_double_quant", "double_quantization"), "use_bnb_nested_quant"),
+    **dict.fromkeys(("keep_last_n_checkpoints", "max_ckpt_num"), "save_total_limit"),
+    **dict.fromkeys(("wandb_name", "wandb_run_name"), "run_name"),
+    "dpo_label_smoothing": "label_smoothing",
     "simpo_gamma": "gamma",
     "dpo_gamma_beta_ratio": "gamma_beta_ratio",
     "orpo_alpha": "lam",
@@ -33,7 +35,9 @@ RENAMED = {
     "l2": "weight_decay",
     "lr_warmup_ratio": "warmup_ratio",
     "save_path": "output_dir",
-    "wandb_name": "run_name",
+    "max_norm": "max_grad_norm",
+    "use_lora": "use_peft",
+    "target_modules": "lora_target_modules",
     "load_best_model": "load_best_model_at_end",
     "enable_liger_kernel": "use_liger_kernel",
     "quantization_type": "bnb_4bit_quant_type",
@@ -44,7 +48,9 @@ RENAMED = {
 DROPPED = (
     *("overwrite_cache", "dataset_prepared_path", "plot_loss", "strict", "lora_task_type", "use_logits_to_keep"),
     *("sample_packing", "eval_sample_packing", "pad_to_sequence_len", "packing_samples", "no_remove_unused_columns"),
-    *("model_type", "tokenizer_type", "label_pad_token_id", "padding_value"),
+    *("model_type", "tokenizer_type", "label_pad_token_id", "padding_value", "use_slow_tokenizer", "overlap_comm"),
+    *("packing", "packing_strategy", "eval_packing", "padding_side", "try_launch_beaker_eval_jobs"),
+    *("hf_metadata_dataset", "dataset_mix_dir", "eval_table_size", "eval_table_max_new_tokens"),
 )
 
 _DPO, _SIMPO, _ORPO, _KTO = ({"objective": name} for name in ("dpo", "simpo", "orpo", "kto"))
@@ -52,14 +58,18 @@ _IPO = {"objective": "ipo", "length_normalized": "true"}
 _FLASH = {"attn_implementation": "flash_attention_2"}
 # Another toolkit's key: what its values mean here.
 VALUES: dict[str, dict[str, Mapping[str, Any]]] = {
-    "rl": {"dpo": _DPO, "simpo": _SIMPO, "orpo": _ORPO, "kto": _KTO, "ipo": _IPO},
+    **{key: {"dpo": _DPO, "simpo": _SIMPO, "orpo": _ORPO, "kto": _KTO, "ipo": _IPO} for key in ("rl", "rlhf_type")},
     "pref_loss": {"sigmoid": _DPO, "simpo": _SIMPO, "orpo": _ORPO, "ipo": _IPO},
     "dpo_loss_type": {"dpo": _DPO, "simpo": _SIMPO, "dpo_norm": {"objective": "dpo_norm"}},
     "trainer_type": {"dpo": _DPO, "simpo": _SIMPO, "orpo": _ORPO, "kto": _KTO},
-    "finetuning_type": {"lora": {"use_peft": "true"}, "full": {}},
+    **{key: {"lora": {"use_peft": "true"}, "full": {}} for key in ("finetuning_type", "train_type", "tuner_type")},
     "adapter": {"lora": {"use_peft": "true"}, "qlora": {"use_peft": "true", "load_in_4bit": "true"}},
+    "use_qlora": {"true": {"use_peft": "true", "load_in_4bit": "true"}, "false": {}},
     "lora_target_linear": {"true": {"lora_target_modules": "all-linear"}, "false": {}},
     "quantization_bit": {"4": {"load_in_4bit": "true"}},
+    "assistant_only_loss": {"true": {}},
+    "train_on_inputs": {"false": {}},
+    "mask_prompt": {"true": {}},
     "f_divergence_type": {"reverse_kl": {}},
     "flash_attention": {"true": _FLASH, "false": {}},
     "use_flash_attn": {"true": _FLASH, "false": {}},
@@ -98,10 +108,14 @@ ADVICE = {
     ),
     "evals_per_epoch": _PER_EPOCH.format("eval"),
     "saves_per_epoch": _PER_EPOCH.format("save"),
-    "max_samples": "write a slice as the split, dataset_train_split: 'train[:1000]'",
+    **dict.fromkeys(
+        ("max_samples", "max_train_samples"), "write a slice as the split, dataset_train_split: 'train[:1000]'"
+    ),
     "max_completion_length": "responses are never cut separately; leave it out, max_length bounds prompt and response",
-    "special_tokens": "set them in the model's tokenizer; leave it out",
-    "tokenizer_name_or_path": "the tokenizer is the model's own; save it in the model's folder and leave this out",
+    **dict.fromkeys(
+        ("special_tokens", "eos_token", "pad_token", "add_bos", "tokenizer_name", "tokenizer_name_or_path"),
+        "the tokenizer is the model's own: change it in the model's folder, and leave this out",
+    ),
     "image_max_pixels": "only text is trained; leave it out",
     "video_max_pixels": "only text is trained; leave it out",
     "load_in_8bit": "write load_in_4bit: true, or leave it out; a base model in 8 bits is not supported",
@@ -109,18 +123,39 @@ ADVICE = {
     "config": "name the recipe without an option, before all others: RECIPE.yaml --key value",
     "env": "set environment variables in the shell; leave it out",
     "use_dora": "only plain LoRA is trained; leave it out",
-    "streaming": "data sets are read as a whole; leave it out",
+    **dict.fromkeys(("streaming", "dataset_streaming"), "data sets are read as a whole; leave it out"),
+    **dict.fromkeys(
+        ("chosen_key", "rejected_key", "prompt_key", "input_key", "output_key", "field_messages", "dataset_kwargs"),
+        "write column_mapping, e.g. {chosen: better, rejected: worse}, where the data has other names for its columns",
+    ),
+    **dict.fromkeys(
+        ("dataset_probs", "split_dataset_ratio", "interleave_probs", "mix_strategy"),
+        "write dataset_mixture with weights",
+    ),
+    **dict.fromkeys(
+        ("zero_stage", "adam_offload"), "write deepspeed with a configuration file, or give one to accelerate launch"
+    ),
+    "with_tracking": "write report_to: wandb (or another tracker), or leave it out",
+    "checkpointing_steps": "write save_steps with save_strategy: steps, or save_strategy: epoch",
+    "adam_betas": "write adam_beta1 and adam_beta2",
+    "kl_loss_coef": "write kl_weight, the weight of KL(policy || start model); leave it out where it is 0",
+    "aux_loss_coef": "a mixture of experts is trained without its balancing loss; leave it out",
+    "ipo": "write objective: ipo with tau, which is beta there",
+    "early_stopping_patience": "a run ends after num_train_epochs or max_steps; load_best_model_at_end keeps the best",
+    "group_by_length": "micro-batches are balanced by tokens in any order of the rows; leave it out",
+    **dict.fromkeys(("is_encoder_decoder", "lora_fan_in_fan_out"), "not supported; leave it out"),
+    **dict.fromkeys(
+        ("xformers_attention", "sdp_attention", "eager_attention"),
+        "write attn_implementation: flash_attention_2, sdpa or eager",
+    ),
     "generate_during_eval": "write eval_generations: true",
 }
-# Keys that only objectives other than SimPO have, and keys of which one says the objective.
-_SUGGEST_ANOTHER = (
-    *("ref_model", "ref_pretrain", "reference_model_path", "sync_ref_model", "force_use_ref_model", "reference_free"),
-    *("cpo_alpha", "rpo_alpha", "nll_loss_coef", "f_divergence_type", "orpo_alpha", "dpo_beta", "dpo_label_smoothing"),
-)
+# Keys of which one says the objective, and spellings that are not peculiar to another toolkit.
 _SAY_THE_OBJECTIVE = {
-    *("objective", "loss_type", "stage", "rl", "pref_loss", "dpo_loss_type", "trainer_type", "link"),
+    *("objective", "loss_type", "stage", "rl", "rlhf_type", "pref_loss", "dpo_loss_type", "trainer_type", "link"),
     *("gamma", "gamma_beta_ratio", "simpo_gamma", "dpo_gamma_beta_ratio"),
 }
+_COMMON = {"model", "model_name", "lr", "epochs", "optimizer", "batch_size", "config", "env"}
 _OFF = (None, "false", "no", "off", "0", "0.0", "none", "")
 
 
@@ -129,7 +164,7 @@ def is_off(value: Any) -> bool:
     return value in ([], {}) or (value is not True and (value.lower() if isinstance(value, str) else value) in _OFF)
 
 
-def by_value(key: str, value: Any) -> Mapping[str, Any]:
+def by_value(key: str, value: Any, given: Set[str]) -> Mapping[str, Any]:
     """What a key of :data:`VALUES` means with ``value``.
 
     Raises:
@@ -172,11 +207,15 @@ def stage(value: Any, given: Set[str], known: Set[str]) -> Mapping[str, Any]:
 
 
 def unclear_objective(given: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with recipes whose keys, ``given`` with their values, are of an objective that they do not name."""
-    if not _SAY_THE_OBJECTIVE & given.keys():
-        for key in (key for key in _SUGGEST_ANOTHER if not is_off(given.get(key))):
-            yield f"objective: not given, and {key} is not SimPO's; write objective: dpo, or which one is meant"
-            return
+    """What is wrong with a recipe that names no objective and has keys of toolkits that train DPO and others.
+
+    Args:
+        given: the keys with their values.
+    """
+    theirs = {*RENAMED, *VALUES, *ADVICE, *DROPPED, "lora_target", "lora_rank"} - _COMMON
+    found = next((key for key, value in given.items() if key in theirs and not is_off(value)), None)
+    if found and not _SAY_THE_OBJECTIVE & given.keys():
+        yield f"objective: not given, and {found} is another toolkit's key; write objective: dpo, or which one is meant"
 
 
 def paper_settings(file: Set[str], given: Set[str]) -> dict[str, Any]:

@@ -49,14 +49,14 @@ def parse_recipe(
         print(help_text(types))
         raise SystemExit(0)
     path = argv[0] if argv and not argv[0].startswith("-") else None
-    file = read_file(path) if path is not None else []
+    mistakes: list[str] = []
+    file = read_file(path, mistakes) if path is not None else []
     line = read_command_line(argv if path is None else argv[1:])
 
     annotations = annotations_of(types)
     spellings = {**known_spellings(annotations.keys()), **(aliases or {})}
     in_file = {setting.key for setting in file}
     given = in_file | {setting.key for setting in line}
-    mistakes: list[str] = []
     if "objective" in annotations:
         mistakes += unclear_objective({setting.key: setting.value for setting in (*file, *line)})
     settings = _merge(

@@ -40,7 +40,7 @@ def known_spellings(known: Set[str]) -> dict[str, Alias]:
     """How keys are read that are none of the ``known`` ones."""
     spellings: dict[str, Alias] = {key: lambda value, given: {} for key in (*_MEANINGLESS, *foreign.DROPPED)}
     spellings |= {key: partial(_refused, advice) for key, advice in foreign.ADVICE.items()}
-    spellings |= {key: partial(_by_value, key) for key in foreign.VALUES}
+    spellings |= {key: partial(foreign.by_value, key) for key in foreign.VALUES}
     spellings |= {"lora_target": foreign.lora_target, "lora_rank": foreign.lora_rank}
     spellings |= {"stage": partial(foreign.stage, known=known)}
     spellings |= {"warmup_ratio": _warmup_ratio, "use_flash_attention_2": _use_flash_attention_2}
@@ -57,10 +57,6 @@ def _refused(advice: str, value: Any, given: Set[str]) -> dict[str, Any]:
     if not foreign.is_off(value):
         raise ValueError(advice)
     return {}
-
-
-def _by_value(key: str, value: Any, given: Set[str]) -> Mapping[str, Any]:
-    return foreign.by_value(key, value)
 
 
 def _warmup_ratio(value: Any, given: Set[str]) -> dict[str, Any]:

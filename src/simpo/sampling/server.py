@@ -114,18 +114,14 @@ def _row(prompt: PlainPrompt, replies: Sequence[ChatReply]) -> dict[str, Any]:
         "id": prompt.id,
         "prompt": prompt.content,
         "responses": [reply.text for reply in replies],
-        "finished": [_finished(reply) for reply in replies],
+        "finished": [not reply.cut_off for reply in replies],
         "where": prompt.where,
         "extra": prompt.extra,
     }
 
 
-def _finished(reply: ChatReply) -> bool:
-    return not reply.cut_off
-
-
 def _metrics(groups: Sequence[Sequence[ChatReply]]) -> list[Metric]:
-    ended = [_finished(reply) for replies in groups for reply in replies]
+    ended = [not reply.cut_off for replies in groups for reply in replies]
     share = proportion_interval(sum(ended), len(ended))
     return [
         *diversity_metrics("sample", [AnswerSet([reply.text for reply in replies]) for replies in groups]),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import deepspeed_config
 
 from simpo.errors import SimpoError
+
+# Accelerate imports DeepSpeed wherever it is installed, and the import warns where there is no accelerator.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def read_config(given: str | dict[str, Any] | None, rows: int, accumulation: int) -> dict[str, Any] | None:

@@ -99,7 +99,10 @@ def api_judge(arguments: argparse.Namespace) -> ApiJudge:
     if client is None:
         raise SimpoError("this benchmark needs a judge: name it with --judge_url and --judge_model")
     client.endpoint.api_key()  # that it is missing is said before answers are sampled
-    return ApiJudge(client, prices_of(arguments), arguments.yes, arguments.strip_thinking)
+    longest = arguments.judge_max_tokens
+    if longest is not None and longest < 1:
+        raise SimpoError(f"judge_max_tokens: must be at least 1, not {longest}")
+    return ApiJudge(client, prices_of(arguments), arguments.yes, arguments.strip_thinking, longest)
 
 
 def existing(path: str | None, option: str) -> Path | None:

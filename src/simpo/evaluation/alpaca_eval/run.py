@@ -86,7 +86,14 @@ class AlpacaEval:
         )
         if self.weighted and unsure:
             say(
-                f"note: {unsure} replies have a probability below {LEAST_MASS} of naming an answer, and are no verdicts"
+                f"note: {unsure} replies have a probability below {LEAST_MASS} of naming an answer, and are no "
+                "verdicts; a judge that thinks first needs --plain and --judge_max_tokens"
+            )
+        cut = sum(bool(reply and reply.cut_off) and math.isnan(p) for reply, p in zip(replies, found, strict=True))
+        if not self.weighted and cut:
+            say(
+                f"note: {cut} replies were cut off before they named an answer; a judge that thinks first needs a "
+                "higher --judge_max_tokens"
             )
         texts = [None if reply is None else reply.text for reply in replies]
         return [
