@@ -133,7 +133,7 @@ def test_accumulation_is_batch_size(per_device, accumulation, make_trainer, pair
         ({"beta": 5.0, "gamma": 0.3}, lambda c, r: -torch.nn.functional.logsigmoid(5 * (c - r) - 0.3)),
         ({"link": "hinge"}, lambda c, r: torch.relu(1 - (2 * (c - r) - 1))),
         (
-            {"label_smoothing": 0.2},
+            {"label_smoothing": 0.2, "beta": 2.0},
             lambda c, r: -0.8 * (2 * (c - r) - 1).sigmoid().log() - 0.2 * (1 - 2 * (c - r)).sigmoid().log(),
         ),
         ({"sft_weight": 0.7}, lambda c, r: -torch.nn.functional.logsigmoid(2 * (c - r) - 1) - 0.7 * c),
@@ -266,7 +266,7 @@ def test_lengths_of_rows(view, random_comparisons, as_dataset):
 
 def test_the_budgets_default_takes_the_longest_row(make_trainer, make_model, random_comparisons, as_dataset):
     rows = as_dataset(random_comparisons((900, (700, 800)), (3, (2, 2))))
-    model = make_model("llama", torch.float32)
+    model = make_model("llama", torch.float32, max_position_embeddings=2048)
     trainer = make_trainer(rows, model=model, per_device_train_batch_size=2, learning_rate=0.0)
     seen, _ = watch(trainer)
     trainer.train()
