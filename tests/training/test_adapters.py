@@ -336,8 +336,14 @@ def test_an_adapter_that_cannot_be_used_is_one_line(spoil, message, bases, tmp_p
         ({"use_peft": False}, "lora_r: only an adapter takes it; set use_peft: true"),
         ({"use_peft": False, "lora_r": None, "load_in_4bit": True}, "load_in_4bit: only an adapter takes it"),
         ({"lora_target_modules": ["no_such_layer"]}, "use_peft: the adapter cannot be put on .*no_such_layer"),
-        ({"lora_target_modules": ["q_proj", "proj"]}, "lora_target_modules: no layer's name ends with 'proj'"),
-        ({"lora_modules_to_save": ["lm_haed"]}, "lora_modules_to_save: no layer's name ends with 'lm_haed'"),
+        (
+            {"lora_target_modules": ["q_proj", "proj"]},
+            "lora_target_modules: no suitable layer's name ends with 'proj'",
+        ),
+        (
+            {"lora_modules_to_save": ["lm_haed"]},
+            "lora_modules_to_save: no suitable layer's name ends with 'lm_haed'",
+        ),
         ({"lora_r": 0}, "lora_r: must be at least 1, not 0"),
         ({"lora_alpha": 0}, "lora_alpha: must be at least 1, not 0"),
         ({"lora_dropout": -0.1}, "lora_dropout: must be at least 0 and below 1, not -0.1"),

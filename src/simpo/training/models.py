@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _STORED_MASKS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)(inv_freq|position_ids)$")
 # Parts of a checkpoint that its architecture's class for text alone does not have.
 _OTHER_MODALITIES = re.compile(r"(^|\.)(vision|visual|audio|multi_modal)\w*\.")
+_OWN_CODE = "it has code of its own; read it, and allow it with trust_remote_code (--trust_remote_code)"
 _FAULTS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
 
 
@@ -242,7 +243,9 @@ def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
     except Exception as error:  # damaged files and code that comes with models raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in reason and not arguments.trust_remote_code:
-            reason = "it has code of its own; read it, and allow it with trust_remote_code (--trust_remote_code)"
+            reason = _OWN_CODE
+        elif "Unrecognized configuration class" in reason:
+            reason = f"transformers has no {auto.__name__.removeprefix('Auto')} for models of its type"
         raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {reason[:300]}") from error
 
 
@@ -278,7 +281,7 @@ def check_weights(name: str, model: PreTrainedModel, loading: Mapping[str, set[A
     if faults:
         advice = "name a folder whose config.json and weights belong together"
         if needs_own_code(model):
-            advice = "it has code of its own; read it, and allow it with trust_remote_code (--trust_remote_code)"
+            advice = _OWN_CODE
         raise SimpoError(
             f"model_name_or_path: {name!r} does not hold the weights of a {type(model).__name__}: {'; '.join(faults)}; "
             f"{advice}"
