@@ -61,9 +61,9 @@ KINDS = {
     "diverging": ["train"],
 }
 LAUNCHED = {
-    "zero2": ["through-simpo", "killed-simpo", "simpo", "dpo", "lora"],
-    "zero3": ["through-simpo", "killed-simpo", "simpo", "dpo", "live", "sft"],
-    "partitioned": ["simpo", "live", "kl", "lora", "reward", "diverging"],
+    "zero2": ["through-simpo", "killed-simpo", "simpo", "lora"],
+    "zero3": ["through-simpo", "killed-simpo", "simpo", "dpo", "sft"],
+    "partitioned": ["live", "kl", "lora", "reward", "diverging"],
 }
 
 # Runs one kind after the other; "killed" ones end after their third step, and the same command then continues them.
