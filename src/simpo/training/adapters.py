@@ -127,12 +127,9 @@ def _unlike_linear(model: PreTrainedModel) -> list[str]:
     ]
     names = [name for name, kind in own if kind.forward is not nn.Linear.forward]
     if names:
-        logger.warning("no adapter on %d layers that are not plain linear ones: %s", len(names), _short(names))
+        kinds = sorted({name.rpartition(".")[2] for name in names})
+        logger.warning("no adapter on layers that are not plain linear ones: %s", ", ".join(kinds))
     return names
-
-
-def _short(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def check_adapter(model: PeftModel) -> None:

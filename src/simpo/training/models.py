@@ -135,9 +135,14 @@ def load_config(arguments: ModelArguments) -> Any:
     Raises:
         SimpoError: there is no such model.
     """
+    return load_files(AutoConfig, below_adapter(arguments))
+
+
+def below_adapter(arguments: ModelArguments) -> ModelArguments:
+    """``arguments`` for the base model if they name an adapter; the same for any other model."""
     check_folder(arguments.model_name_or_path)
     adapter = find_adapter(arguments.model_name_or_path, arguments.model_revision)
-    return load_files(AutoConfig, arguments if adapter is None else base_arguments(adapter, arguments))
+    return arguments if adapter is None else base_arguments(adapter, arguments)
 
 
 def base_arguments(adapter: LoraConfig, arguments: ModelArguments) -> ModelArguments:
@@ -180,8 +185,7 @@ def check_stored(arguments: ModelArguments) -> None:
     Raises:
         SimpoError: as :func:`load_model`.
     """
-    adapter = find_adapter(arguments.model_name_or_path, arguments.model_revision)
-    _load_causal(arguments if adapter is None else base_arguments(adapter, arguments), device_map="meta")
+    _load_causal(below_adapter(arguments), device_map="meta")
 
 
 def _load_causal(arguments: ModelArguments, **options: Any) -> PreTrainedModel:
