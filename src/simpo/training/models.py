@@ -75,7 +75,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with ``chat_template`` (a template, the path of a file with one, or ``"none"``).
 
-    Of an adapter that was saved without one, its base model's, which is said.
+    An adapter that was saved without one gets its base model's, which is reported.
 
     Raises:
         SimpoError: there is no such tokenizer, or no such template file.
@@ -112,7 +112,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _attention(asked: str | None) -> str | None:
-    """``asked`` where it is installed; packed batches do not need it, so its absence is said and no error."""
+    """``asked`` where it is installed; packed batches do not need it, so its absence is reported and is no error."""
     if asked is not None and asked.startswith("flash_attention"):
         package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(asked, asked)
         if importlib.util.find_spec(package) is None or not torch.cuda.is_available():

@@ -47,7 +47,7 @@ def load_reward_model(
 
     Args:
         arguments: which, and how it is loaded.
-        new_head: put a random head on a language model, which is said; otherwise it is refused.
+        new_head: put a random head on a language model, and report it; otherwise it is refused.
         gated: accept a model of several labels whose own code may make one score of them; see :func:`gated_scores`.
 
     Raises:
