@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from itertools import combinations
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.servers.chat_server import ChatServer, Raw, completion
 
 from simpo.cli import main
@@ -112,6 +114,17 @@ def test_a_policys_log_probabilities(sampled, chat_world):
     assert main(command(sampled, name)) == 0
     [expected] = make_scorer(name, JudgeOptions()).score([Answers("i0", "What is 1 and 2?", ("3.", "4."))])
     assert read_lines(sampled / "out/annotated.jsonl")[0]["scores"] == expected
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_folder(sampled, chat_world, capsys, tmp_path):
+    shutil.copytree(chat_world / "model", tmp_path / "broken")
+    weights = load_file(tmp_path / "broken/model.safetensors")
+    weights.pop(lost := min(weights))
+    save_file(weights, tmp_path / "broken/model.safetensors", metadata={"format": "pt"})
+    assert main(command(sampled, f"logp:{tmp_path / 'broken'}")) == 2
+    printed = capsys.readouterr().err
+    assert f"1 missing ({lost})" in printed and printed.count("\n") == 1
+    assert not (sampled / "out").exists()
 
 
 def test_a_judge_of_pairs(sampled):

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from simpo import score_responses
 from simpo.errors import SimpoError
@@ -336,8 +336,14 @@ def test_an_adapter_that_cannot_be_used_is_one_line(spoil, message, bases, tmp_p
         ({"use_peft": False}, "lora_r: only an adapter takes it; set use_peft: true"),
         ({"use_peft": False, "lora_r": None, "load_in_4bit": True}, "load_in_4bit: only an adapter takes it"),
         ({"lora_target_modules": ["no_such_layer"]}, "use_peft: the adapter cannot be put on .*no_such_layer"),
-        ({"lora_target_modules": ["q_proj", "proj"]}, "lora_target_modules: no layer's name ends with 'proj'"),
-        ({"lora_modules_to_save": ["lm_haed"]}, "lora_modules_to_save: no layer's name ends with 'lm_haed'"),
+        (
+            {"lora_target_modules": ["q_proj", "proj"]},
+            "lora_target_modules: no suitable layer's name ends with 'proj'",
+        ),
+        (
+            {"lora_modules_to_save": ["lm_haed"]},
+            "lora_modules_to_save: no suitable layer's name ends with 'lm_haed'",
+        ),
         ({"lora_r": 0}, "lora_r: must be at least 1, not 0"),
         ({"lora_alpha": 0}, "lora_alpha: must be at least 1, not 0"),
         ({"lora_dropout": -0.1}, "lora_dropout: must be at least 0 and below 1, not -0.1"),
@@ -349,6 +355,26 @@ def test_an_adapter_that_cannot_be_used_is_one_line(spoil, message, bases, tmp_p
 def test_settings_that_cannot_be_are_one_line(given, message, bases):
     with pytest.raises(SimpoError, match=message):
         load_model(str(bases("llama")), arguments(bases("llama"), **given))
+
+
+def test_experts_take_no_dropout(bases):
+    with pytest.raises(SimpoError, match=r"lora_dropout != 0\.\); set lora_dropout: 0"):
+        load_model(str(bases("mixtral")), arguments(bases("mixtral")))
+
+
+def test_a_router_of_its_own_kind_has_no_adapter(tmp_path, caplog):
+    """Llama 4's is a linear layer whose forward returns two tensors."""
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    AutoModelForCausalLM.from_config(Llama4TextConfig(**sizes)).save_pretrained(tmp_path)
+    adapted = load_model(str(tmp_path), ModelArguments(str(tmp_path), use_peft=True))
+    names = {name.rpartition(".")[2] for name in adapted.base_model.targeted_module_names}
+    assert {"q_proj", "o_proj", "gate_proj"} <= names and "router" not in names
+    assert any("router" in record.message for record in caplog.records)
+    adapted(input_ids=torch.tensor([[3, 4, 5]]))
+    asked = ModelArguments(str(tmp_path), use_peft=True, lora_target_modules=["q_proj", "router"])
+    with pytest.raises(SimpoError, match="lora_target_modules: no suitable layer's name ends with 'router'"):
+        load_model(str(tmp_path), asked)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")

@@ -56,14 +56,14 @@ KINDS = {
     "kto": ["train", "--objective=kto", "--beta=0.1", "--precompute_ref_log_probs=false"],
     "kl": ["train", "--kl_weight=0.1"],
     "lora": ["train", "--use_peft=true", "--lora_r=2", "--objective=dpo", "--beta=0.1"],
-    "sft": ["sft"],
+    "sft": ["sft", "--dataset_train_split=train[:16]", "--dataset_test_split=train[16:]"],
     "reward": ["reward"],
     "diverging": ["train"],
 }
 LAUNCHED = {
-    "zero2": ["through-simpo", "killed-simpo", "simpo", "dpo", "lora"],
-    "zero3": ["through-simpo", "killed-simpo", "simpo", "dpo", "live", "sft"],
-    "partitioned": ["simpo", "live", "kl", "lora", "reward", "diverging"],
+    "zero2": ["through-simpo", "killed-simpo", "simpo", "lora"],
+    "zero3": ["through-simpo", "killed-simpo", "simpo", "dpo", "sft"],
+    "partitioned": ["live", "kl", "lora", "reward", "diverging"],
 }
 
 # Runs one kind after the other; "killed" ones end after their third step, and the same command then continues them.
@@ -140,11 +140,10 @@ def alone(world, tmp_path_factory):
 
 
 def options(world: Path, kind: str, output: Path, rows: int) -> list[str]:
-    data = "sft" if kind == "sft" else "train"
     given = {
         "model_name_or_path": world / "llama",
-        "dataset_name": world / f"{data}.jsonl",
-        "eval_dataset_name": world / ("sft.jsonl" if kind == "sft" else "test.jsonl"),
+        "dataset_name": world / ("sft.jsonl" if kind == "sft" else "train.jsonl"),
+        "eval_dataset_name": world / "test.jsonl",
         "output_dir": output,
         "reference_cache": output.parent / f"{output.name}-reference",
         "per_device_train_batch_size": rows,
@@ -160,6 +159,8 @@ def options(world: Path, kind: str, output: Path, rows: int) -> list[str]:
     }
     if kind in ("sft", "reward"):
         del given["reference_cache"]
+    if kind == "sft":
+        del given["eval_dataset_name"]
     return [*KINDS[kind], *(f"--{key}={value}" for key, value in given.items())]
 
 

@@ -92,6 +92,13 @@ def test_tied_weights_are_stored_once(make_model, tmp_path):
     load_model(str(tmp_path))
 
 
+def test_an_output_layer_under_another_name_in_its_file(make_model, tmp_path):
+    make_model("gpt_neox").save_pretrained(tmp_path)
+    assert "embed_out.weight" in load_file(tmp_path / "model.safetensors")
+    load_model(str(tmp_path))
+    load_reward_model(ModelArguments(str(tmp_path)), new_head=True)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_reward_model_is_no_policy_and_a_language_model_no_judge(tied, make_model, tmp_path):
     make_model("qwen2", tie_word_embeddings=tied).save_pretrained(tmp_path / "lm")

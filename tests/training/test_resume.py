@@ -160,14 +160,19 @@ KINDS = {
     "epochs": ("train", EPOCHS | {"num_train_epochs": 1.5, "save_strategy": "epoch"}),
     "whole": ("train", EPOCHS | {"num_train_epochs": 1}),
     "lora": ("train", MID | {"use_peft": "true", "lora_r": 2, "lora_target_modules": "c_attn"}),
-    "sft": ("sft", FRACTION | {"dataset_name": "sft.jsonl", "eval_dataset_name": "sft.jsonl"}),
+    "sft": (
+        "sft",
+        FRACTION
+        | {"dataset_name": "sft.jsonl", "eval_dataset_name": None}
+        | {"dataset_train_split": "train[:20]", "dataset_test_split": "train[20:]"},
+    ),
     "reward": ("reward", MID),
 }
 
 
 def of_kind(world: Path, kind: str, output: Path) -> list[str]:
     command, changes = KINDS[kind]
-    data = {key: world / changes[key] for key in ("dataset_name", "eval_dataset_name") if key in changes}
+    data = {"dataset_name": world / changes["dataset_name"]} if "dataset_name" in changes else {}
     return [command, *options(world, output, **changes | data)[1:]]
 
 
@@ -335,9 +340,11 @@ def test_another_run_is_not_continued(change, through, chat_world, at, tmp_path,
     with pytest.raises(Killed):
         cli.main(options(chat_world, output))
     patches.undo()
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join((chat_world / "train.jsonl").open().readlines()[:-1]))
     changes = {
         "recipe": {"beta": 5.0},
-        "data": {"dataset_name": chat_world / "test.jsonl"},
+        "data": {"dataset_name": fewer},
         "model": {"model_name_or_path": through},
     }[change]
     capsys.readouterr()

@@ -13,6 +13,7 @@ from simpo.data.context import context_of
 from simpo.data.messages import read_messages
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
+from simpo.judges.models import ModelScorer
 from simpo.judges.protocol import Annotator, Answers, check_scores
 from simpo.judges.registry import JudgeOptions, make_annotator
 from simpo.judges.shown import Shown
@@ -75,6 +76,8 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
         run.say(f"annotator: {arguments.annotator}; {len(records):,} prompts")
         identity = {"responses": fingerprint(records), **annotator.identity}
         identity |= {"strip_thinking": True} if arguments.options.strip_thinking else {}
+        if isinstance(annotator, ModelScorer) and not run.finished:
+            annotator.open()  # before begin(): a model that cannot be loaded leaves no folder behind
         run.begin(identity, argv=argv, accept_changes=None)
         kept = JsonLines(folder / ".scores.jsonl")  # a dot-name, which the manifest does not list
         if run.finished:

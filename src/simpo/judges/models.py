@@ -50,14 +50,22 @@ class ModelScorer(ABC):
         """Digest and type of the weights."""
         return {"judge": self.kind, "model": model_digest(self._arguments), "dtype": self._arguments.dtype}
 
+    def open(self) -> None:
+        """Load the weights, unless that is done.
+
+        Raises:
+            SimpoError: the model cannot be loaded.
+        """
+        if self._model is None:
+            self._model = self.load(self._arguments).to(device()).eval()
+
     def score(self, rows: Sequence[Answers]) -> list[list[float]]:
         """The model's scores.
 
         Raises:
             SimpoError: the model cannot be loaded, or a row cannot be read by it.
         """
-        if self._model is None:
-            self._model = self.load(self._arguments).to(device()).eval()
+        self.open()
         limits = Limits.of(self._model.config)
         scores: list[list[float]] = []
         with torch.no_grad(), progress(f"prompts scored by {self.kind}", len(rows), 0, self._say) as advance:

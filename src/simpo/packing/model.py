@@ -54,7 +54,7 @@ def prepare_policy(model: nn.Module) -> PreTrainedModel:
     while (wrapped := _wrapped_by(inner)) is not None:
         inner = wrapped
     if _STATE not in inner.__dict__:
-        if "forward" in inner.__dict__:  # a hook of accelerate's, say: it stays around the model's own forward
+        if "forward" in inner.__dict__:  # a hook, such as accelerate's, that wraps the model's own forward
             inner.__dict__["_simpo_instance_forward"] = inner.forward
         setattr(inner, _STATE, PolicyState(lengths=rope.install(inner)))
         kind: Any = type(inner)

@@ -109,7 +109,7 @@ class TransformersEngine:
             self._reported = True
 
     def _check(self) -> tuple[Together, str]:
-        """Compare generation for several prompts with that for each alone; what is possible, and why no more.
+        """Compare generation for several prompts with that for each alone: which prompts can go together, and why.
 
         The prompts are made up, so that the answer is the same for every part of a run.
         """

@@ -7,11 +7,10 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from simpo.training.adapters import find_adapter
 from simpo.training.device import device, with_dtype
 from simpo.training.limits import Limits
 from simpo.training.model_arguments import ModelArguments
-from simpo.training.models import base_arguments, generation_config, load_config, load_model
+from simpo.training.models import below_adapter, generation_config, load_config, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +42,7 @@ class Checkpoint:
             SimpoError: there is no such model.
         """
         config = load_config(arguments)
-        adapter = find_adapter(arguments.model_name_or_path, arguments.model_revision)
-        base = arguments if adapter is None else base_arguments(adapter, arguments)
+        base = below_adapter(arguments)
         found = generation_config(arguments.model_name_or_path, arguments.model_revision)
         found = found or generation_config(base.model_name_or_path, base.model_revision)
         return cls(

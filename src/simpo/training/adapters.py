@@ -24,7 +24,7 @@ from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
@@ -95,20 +95,41 @@ def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str 
         SimpoError: a setting that peft or the model cannot take.
     """
     settings = {_SETTINGS[key][0]: value for key, value in adapter_settings(given).items()}
-    if unreached := unreached_by_text(model):
-        logger.warning("no adapter on what text does not reach: %s", ", ".join(unreached))
-        settings["exclude_modules"] = rf"({'|'.join(map(re.escape, unreached))})(\..*)?"
+    left_out = list(unreached_by_text(model))
+    if left_out:
+        logger.warning("no adapter on what text does not reach: %s", ", ".join(left_out))
+    left_out += _unlike_linear(model)
+    if left_out:
+        settings["exclude_modules"] = rf"({'|'.join(map(re.escape, left_out))})(\..*)?"
     base = model.name_or_path
     try:
         with _without_noise():
             adapted: Any = get_peft_model(model, LoraConfig(task_type=_task_of(model), **settings), revision=revision)
     except (ValueError, TypeError) as error:
-        raise SimpoError(f"use_peft: the adapter cannot be put on the model ({_line(error)})") from error
+        advice = "; set lora_dropout: 0" if "lora_dropout" in str(error) else ""  # on experts of a mixture
+        raise SimpoError(f"use_peft: the adapter cannot be put on the model ({_line(error)}){advice}") from error
     _check_names(adapted, given)
     if parts_tied(adapted):
         logger.warning(PARTS_TIED)
     _settle(adapted, base)
     return adapted
+
+
+def _unlike_linear(model: PreTrainedModel) -> list[str]:
+    """Names of layers that the model's own code derives from linear ones with another forward, such as a router.
+
+    An adapter would add to their output what need not be one tensor. Others derive linear layers too (4 bits, FSDP).
+    """
+    own = [
+        (name, type(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__module__ == type(model).__module__
+    ]
+    names = [name for name, kind in own if kind.forward is not nn.Linear.forward]
+    if names:
+        kinds = sorted({name.rpartition(".")[2] for name in names})
+        logger.warning("no adapter on layers that are not plain linear ones: %s", ", ".join(kinds))
+    return names
 
 
 def check_adapter(model: PeftModel) -> None:
@@ -276,7 +297,7 @@ def _check_names(model: PeftModel, given: Mapping[str, Any]) -> None:
         wanted = given.get(key) or ()
         for end in () if isinstance(wanted, str) else sorted(wanted):
             if not any(f".{name}".endswith(f".{end}") for name in found):
-                raise SimpoError(f"{key}: no layer's name ends with {end!r}; leave it out")
+                raise SimpoError(f"{key}: no suitable layer's name ends with {end!r}; leave it out")
 
 
 def _task_of(model: PreTrainedModel) -> str:

@@ -11,10 +11,10 @@ from huggingface_hub import ModelCard, ModelCardData
 import simpo
 from simpo.atomic import write_text
 from simpo.results import Metric
-from simpo.training.adapters import adapter_settings, find_adapter, holds_adapter
+from simpo.training.adapters import adapter_settings, holds_adapter
 from simpo.training.inputs import DataArguments
 from simpo.training.model_arguments import ModelArguments
-from simpo.training.models import base_arguments
+from simpo.training.models import below_adapter
 from simpo.training.tasks import Task
 
 _SETTINGS = (
@@ -77,8 +77,7 @@ def write_model_card(
 
 def _base_model(model: ModelArguments) -> str | None:
     """Its name on the hub, of an adapter that is continued its base model's; None if it is not there."""
-    adapter = find_adapter(model.model_name_or_path, model.model_revision)
-    name = model.model_name_or_path if adapter is None else base_arguments(adapter, model).model_name_or_path
+    name = below_adapter(model).model_name_or_path
     return None if Path(name).exists() else name
 
 

@@ -49,7 +49,7 @@ class ModelArguments:
         metadata={"help": "Ends of the names of the layers that get one (default: every linear layer but the output)."},
     )
     lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Ends of the names of modules that are trained whole, beside the adapter."}
+        default=None, metadata={"help": "Ends of the names of modules that are trained whole, next to the adapter."}
     )
     use_rslora: bool | None = field(
         default=None, metadata={"help": "Divide lora_alpha by the square root of lora_r instead (default: false)."}

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _STORED_MASKS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)(inv_freq|position_ids)$")
 # Parts of a checkpoint that its architecture's class for text alone does not have.
 _OTHER_MODALITIES = re.compile(r"(^|\.)(vision|visual|audio|multi_modal)\w*\.")
+_OWN_CODE = "it has code of its own; read it, and allow it with trust_remote_code (--trust_remote_code)"
 _FAULTS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
 
 
@@ -74,7 +75,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with ``chat_template`` (a template, the path of a file with one, or ``"none"``).
 
-    Of an adapter that was saved without one, its base model's, which is said.
+    An adapter that was saved without one gets its base model's, which is reported.
 
     Raises:
         SimpoError: there is no such tokenizer, or no such template file.
@@ -111,7 +112,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _attention(asked: str | None) -> str | None:
-    """``asked`` where it is installed; packed batches do not need it, so its absence is said and no error."""
+    """``asked`` where it is installed; packed batches do not need it, so its absence is reported and is no error."""
     if asked is not None and asked.startswith("flash_attention"):
         package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(asked, asked)
         if importlib.util.find_spec(package) is None or not torch.cuda.is_available():
@@ -134,9 +135,14 @@ def load_config(arguments: ModelArguments) -> Any:
     Raises:
         SimpoError: there is no such model.
     """
+    return load_files(AutoConfig, below_adapter(arguments))
+
+
+def below_adapter(arguments: ModelArguments) -> ModelArguments:
+    """``arguments`` for the base model if they name an adapter; the same for any other model."""
     check_folder(arguments.model_name_or_path)
     adapter = find_adapter(arguments.model_name_or_path, arguments.model_revision)
-    return load_files(AutoConfig, arguments if adapter is None else base_arguments(adapter, arguments))
+    return arguments if adapter is None else base_arguments(adapter, arguments)
 
 
 def base_arguments(adapter: LoraConfig, arguments: ModelArguments) -> ModelArguments:
@@ -179,8 +185,7 @@ def check_stored(arguments: ModelArguments) -> None:
     Raises:
         SimpoError: as :func:`load_model`.
     """
-    adapter = find_adapter(arguments.model_name_or_path, arguments.model_revision)
-    _load_causal(arguments if adapter is None else base_arguments(adapter, arguments), device_map="meta")
+    _load_causal(below_adapter(arguments), device_map="meta")
 
 
 def _load_causal(arguments: ModelArguments, **options: Any) -> PreTrainedModel:
@@ -242,7 +247,9 @@ def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
     except Exception as error:  # damaged files and code that comes with models raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in reason and not arguments.trust_remote_code:
-            reason = "it has code of its own; read it, and allow it with trust_remote_code (--trust_remote_code)"
+            reason = _OWN_CODE
+        elif "Unrecognized configuration class" in reason:
+            reason = f"transformers has no {auto.__name__.removeprefix('Auto')} for models of its type"
         raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {reason[:300]}") from error
 
 
@@ -278,7 +285,7 @@ def check_weights(name: str, model: PreTrainedModel, loading: Mapping[str, set[A
     if faults:
         advice = "name a folder whose config.json and weights belong together"
         if needs_own_code(model):
-            advice = "it has code of its own; read it, and allow it with trust_remote_code (--trust_remote_code)"
+            advice = _OWN_CODE
         raise SimpoError(
             f"model_name_or_path: {name!r} does not hold the weights of a {type(model).__name__}: {'; '.join(faults)}; "
             f"{advice}"

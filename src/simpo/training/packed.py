@@ -166,7 +166,7 @@ class PackedTrainer(ResumableTrainer):
             raise SimpoError("processing_class: give the tokenizer, or tokenized data")
         prepared = cls.prepare(dataset, tokenizer, args, label)
         rows, report = prepared.dataset, prepared.report
-        if report.used < report.rows or report.cut or report.read:  # nothing is left out unsaid
+        if report.used < report.rows or report.cut or report.read:  # nothing is left out silently
             logger.warning("\n".join(report.lines()))
         if args.max_batch_tokens is not None:  # checked here, before anything is written
             check_budget(token_lengths(rows, padded=args.forward_path == "padded"), args.max_batch_tokens)

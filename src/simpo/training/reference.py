@@ -110,7 +110,7 @@ class ReferenceCache:
             owners = np.repeat(np.arange(len(rows)), response_counts(rows))
             bad = sorted({int(row) for row, logp in zip(owners, logps, strict=True) if not math.isfinite(logp)})
             raise SimpoError(
-                f"the reference's log-probability is not finite; rows: {describe_rows(rows, bad)}; mend or remove them"
+                f"the reference's log-probability is not finite; rows: {describe_rows(rows, bad)}; fix or remove them"
             )
         return logps
 

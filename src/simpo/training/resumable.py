@@ -144,7 +144,7 @@ class ResumableTrainer(ShardedTrainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place, list its files with sizes and hashes, and only then rename it."""
+        """Write a checkpoint next to its final place, list its files with sizes and hashes, and only then rename it."""
         folder = Path(self._get_output_dir(trial))
         final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         main = self.is_world_process_zero()

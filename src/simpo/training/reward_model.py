@@ -37,6 +37,7 @@ from simpo.training.models import (
 logger = logging.getLogger(__name__)
 
 _HEAD = "score.weight"
+_OUTPUT_LAYERS = {"lm_head", "embed_out", "unembed", "head"}  # in files; classes have the first name
 
 
 def load_reward_model(
@@ -46,7 +47,7 @@ def load_reward_model(
 
     Args:
         arguments: which, and how it is loaded.
-        new_head: put a random head on a language model, which is said; otherwise it is refused.
+        new_head: put a random head on a language model, and report it; otherwise it is refused.
         gated: accept a model of several labels whose own code may make one score of them; see :func:`gated_scores`.
 
     Raises:
@@ -74,11 +75,8 @@ def _load(arguments: ModelArguments, *, new_head: bool, gated: bool = False, say
     model, loading = load_weights(AutoModelForSequenceClassification, arguments, **loading_options(arguments), **labels)
     head_is_new = bool(labels) and _HEAD in loading["missing_keys"]
     if head_is_new:
-        replaced = _output_layer(model)
         loading["missing_keys"].discard(_HEAD)
-        loading["unexpected_keys"] = {
-            key for key in loading["unexpected_keys"] if key.rpartition(".")[0] not in replaced
-        }
+        loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if not _in_output_layer(model, key)}
     elif loading["missing_keys"] == {_HEAD} and not needs_own_code(model):
         raise SimpoError(f"model_name_or_path: {name!r} is not a reward model: its files have no {_HEAD}")
     check_weights(name, model, loading)
@@ -117,10 +115,12 @@ def gated_scores(model: PreTrainedModel, comparisons: Sequence[TokenizedComparis
     return torch.cat(scores)
 
 
-def _output_layer(model: PreTrainedModel) -> set[str]:
-    """What a language model of this kind calls the layer that a score head replaces."""
+def _in_output_layer(model: PreTrainedModel, key: str) -> bool:
+    """Whether ``key`` is a weight of the layer that a score head replaces in a language model of this kind."""
+    module = key.rpartition(".")[0]
     causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
-    return {"lm_head", *(key.rpartition(".")[0] for key in getattr(causal, "_tied_weights_keys", None) or ())}
+    tied = {tied.rpartition(".")[0] for tied in getattr(causal, "_tied_weights_keys", None) or ()}
+    return module in tied or module.rpartition(".")[2] in _OUTPUT_LAYERS
 
 
 def _is_classifier(arguments: ModelArguments) -> bool:

@@ -17,11 +17,10 @@ from simpo.evaluation.academic.scores import Score, differences, read_scores, sc
 from simpo.evaluation.once import measure_once
 from simpo.results import Metric
 from simpo.runs.folder import RunFolder
-from simpo.training.adapters import find_adapter
 from simpo.training.device import device, with_dtype
 from simpo.training.identity import model_digest
 from simpo.training.model_arguments import ModelArguments
-from simpo.training.models import base_arguments, check_stored
+from simpo.training.models import below_adapter, check_stored
 
 # Arithmetic, knowledge, truthfulness, following instructions and formats, toxicity, bias.
 TASKS = ("gsm8k", "mmlu", "truthfulqa_mc2", "ifeval", "toxigen", "crows_pairs_english")
@@ -131,15 +130,14 @@ class _LmEval:
 
 
 def _model_args(model: ModelArguments) -> dict[str, Any]:
-    adapter = find_adapter(model.model_name_or_path, model.model_revision)
-    base = model if adapter is None else base_arguments(adapter, model)
+    base = below_adapter(model)
     given = {
         "pretrained": base.model_name_or_path,
         "revision": base.model_revision,
         "dtype": with_dtype(model).dtype,
         "trust_remote_code": model.trust_remote_code,
     }
-    own = {} if adapter is None else {"peft": model.model_name_or_path, "tokenizer": model.model_name_or_path}
+    own = {} if base is model else {"peft": model.model_name_or_path, "tokenizer": model.model_name_or_path}
     return given | own
 
 
