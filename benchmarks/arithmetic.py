@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from simpo.packing.comparison import TokenizedComparison
+from simpo.packing.layout import TokenizedComparison
 
 
 class Product(NamedTuple):

@@ -22,7 +22,7 @@ fi
 import sys
 from pathlib import Path
 
-from simpo.world.model import write_model
+from simpo.world.pairs import write_model
 from simpo.world.pairs import write_pairs
 
 folder = Path(sys.argv[1])

@@ -22,8 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.best_of_n import best_of_n, best_of_n_kl
 from simpo import cli
-from simpo.analysis.plots import STYLE, save
-from simpo.analysis.rounds import COLOURS, line
+from simpo.analysis.plots import COLOURS, STYLE, line, save
 from simpo.data.prompts import prepare_prompts
 from simpo.data.sources import load_rows
 from simpo.runs.lines import read_lines, write_lines

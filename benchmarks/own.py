@@ -13,14 +13,12 @@ from torch import Tensor
 
 from benchmarks.entrants import Entrant
 from benchmarks.setting import BETA, GAMMA, Setting, load_comparisons, training_arguments
-from simpo.packing.binning import StepPlan
-from simpo.packing.comparison import TokenizedComparison
-from simpo.packing.layout import PackedBatch
+from simpo.packing.batching import StepPlan
+from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import prepare_policy
 from simpo.packing.policy import policy_forward
 from simpo.packing.selfcheck import choose_path
-from simpo.training.config import PreferenceConfig
-from simpo.training.trainer import PreferenceTrainer
+from simpo.training.trainer import PreferenceConfig, PreferenceTrainer
 
 
 def simpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -> Any:

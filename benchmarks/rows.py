@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpo.packing.comparison import TokenizedComparison
+from simpo.packing.layout import TokenizedComparison
 
 CUE = "\n\nAssistant:"
 END = "<|endoftext|>"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import Row, tokenize
-from simpo.packing.comparison import TokenizedComparison
+from simpo.packing.layout import TokenizedComparison
 
 BETA, GAMMA = 2.0, 1.0  # of SimPO; DPO's beta has no influence on speed
 # Sizes of Llama models: hidden, layers, heads, key-value heads, intermediate, vocabulary, tied.

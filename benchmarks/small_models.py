@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, PreTrainedModel
 
-from simpo.packing.comparison import TokenizedComparison
+from simpo.packing.layout import TokenizedComparison
 
 VOCABULARY = 1003
 WINDOW = 48

@@ -21,7 +21,7 @@ from benchmarks.own import Loop, planned_batches, simpo_trainer
 from benchmarks.peers import liger_trainer, trl_cpo_trainer, trl_dpo_trainer
 from benchmarks.products import seconds_of
 from benchmarks.setting import Setting, build_model, load_comparisons
-from simpo.packing.comparison import TokenizedComparison
+from simpo.packing.layout import TokenizedComparison
 
 TRAINERS = {"simpo": simpo_trainer, "trl cpo": trl_cpo_trainer, "trl dpo": trl_dpo_trainer, "liger": liger_trainer}
 

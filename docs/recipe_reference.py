@@ -15,15 +15,13 @@ from simpo.coercion import describe
 from simpo.loop.settings import LoopSettings
 from simpo.objectives import OBJECTIVES, Objective
 from simpo.recipe import annotations_of, fields_of
-from simpo.sampling.eval_arguments import GenerationArguments
+from simpo.sampling.during_training import GenerationArguments
 from simpo.sampling.pairs import PairSettings
 from simpo.sampling.settings import SamplingSettings
-from simpo.training.config import PreferenceConfig, PreferenceSettings
-from simpo.training.inputs import DataArguments
-from simpo.training.model_arguments import ModelArguments
 from simpo.training.reward import RewardConfig
-from simpo.training.settings import UNSUPPORTED, TrainingSettings
+from simpo.training.settings import UNSUPPORTED, DataArguments, ModelArguments, TrainingSettings
 from simpo.training.sft import SFTConfig
+from simpo.training.trainer import PreferenceConfig, PreferenceSettings
 
 PAGE = Path(__file__).with_name("recipe-reference.md")
 

@@ -17,8 +17,8 @@ import transformers as hf
 from torch import Tensor
 
 import simpo.packing.selfcheck  # noqa: F401 - see float64_everywhere
-from simpo.packing.comparison import TokenizedComparison
-from simpo.world.model import make_tokenizer
+from simpo.packing.layout import TokenizedComparison
+from simpo.world.pairs import make_tokenizer
 
 # Started in the background, as some CI systems do, the tests and the processes that they start would ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

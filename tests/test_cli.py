@@ -11,8 +11,8 @@ import pytest
 
 import simpo
 from simpo import commands
-from simpo.arguments import ArgumentParser
 from simpo.cli import _Notices, main
+from simpo.coercion import ArgumentParser
 from simpo.commands import reward as reward_command
 from simpo.commands import sft as sft_command
 from simpo.commands import train as train_command

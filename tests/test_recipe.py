@@ -15,9 +15,9 @@ from transformers import integrations as transformers_integrations
 from simpo.commands._training import parse
 from simpo.errors import SimpoError
 from simpo.recipe import parse_recipe
-from simpo.training.config import PreferenceConfig
 from simpo.training.reward import RewardConfig
 from simpo.training.sft import SFTConfig
+from simpo.training.trainer import PreferenceConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 

@@ -12,12 +12,12 @@ _PUBLIC = {
     "Responses": "simpo.objectives",
     "OBJECTIVES": "simpo.objectives",
     "Objective": "simpo.objectives",
-    "TokenizedComparison": "simpo.packing.comparison",
+    "TokenizedComparison": "simpo.packing.layout",
     "PackedBatch": "simpo.packing.layout",
     "policy_forward": "simpo.packing.policy",
     "score_responses": "simpo.packing.scoring",
-    "score_answers": "simpo.packing.rewards",
-    "PreferenceConfig": "simpo.training.config",
+    "score_answers": "simpo.packing.scoring",
+    "PreferenceConfig": "simpo.training.trainer",
     "PreferenceTrainer": "simpo.training.trainer",
     "SFTConfig": "simpo.training.sft",
     "SFTTrainer": "simpo.training.sft",
@@ -29,15 +29,12 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from simpo.errors import SimpoError
     from simpo.objectives import OBJECTIVES, Objective, Responses
-    from simpo.packing.comparison import TokenizedComparison
-    from simpo.packing.layout import PackedBatch
+    from simpo.packing.layout import PackedBatch, TokenizedComparison
     from simpo.packing.policy import policy_forward
-    from simpo.packing.rewards import score_answers
-    from simpo.packing.scoring import score_responses
-    from simpo.training.config import PreferenceConfig
+    from simpo.packing.scoring import score_answers, score_responses
     from simpo.training.reward import RewardConfig, RewardTrainer
     from simpo.training.sft import SFTConfig, SFTTrainer
-    from simpo.training.trainer import PreferenceTrainer
+    from simpo.training.trainer import PreferenceConfig, PreferenceTrainer
 
 __all__ = [
     "OBJECTIVES",

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from simpo.analysis import effects
-from simpo.analysis.effects import plot_effects
+from simpo.analysis import plots
+from simpo.analysis.plots import plot_effects
 from simpo.statistics import Interval
 
 
@@ -27,8 +27,8 @@ TRIALS = {
 def drawn(monkeypatch) -> list[Figure]:
     """The figures that are saved."""
     figures: list[Figure] = []
-    save = effects.save
-    monkeypatch.setattr(effects, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
     return figures
 
 

@@ -10,8 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from simpo.packing import logprobs
-from simpo.packing.comparison import TokenizedComparison
-from simpo.packing.layout import PackedBatch, PaddedRows
+from simpo.packing.layout import PackedBatch, PaddedRows, TokenizedComparison
 from simpo.packing.policy import policy_logprobs
 from simpo.packing.selfcheck import choose_path
 

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import compare_objectives
 from simpo.errors import SimpoError
-from simpo.world.model import write_model
-from simpo.world.pairs import make_pairs, write_pairs
+from simpo.world.pairs import make_pairs, write_model, write_pairs
 
 FOUND = Measured(0.7, 0.75, 0.6, 0.9, 16, 0.5, -0.1, -0.2, 0.01, 0.3, 500.0)
 

@@ -16,7 +16,7 @@ import pytest
 from tests.servers.chat_server import ChatServer, Raw, completion
 
 from simpo import SimpoError
-from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, Prices, agree, sending, stand_in
+from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, Prices, agree, chat_client, stand_in
 
 KEY = "a-secret-that-nobody-may-see"
 
@@ -24,7 +24,7 @@ KEY = "a-secret-that-nobody-may-see"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short waits, and no key of the machine's own."""
-    monkeypatch.setattr(sending, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(chat_client, "_FIRST_WAIT", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -160,7 +160,7 @@ def test_a_wait_that_is_too_long_is_an_error():
 
 
 def test_attempts_are_bounded_and_waits_grow(tmp_path, monkeypatch):
-    monkeypatch.setattr(sending, "_FIRST_WAIT", 0.08)
+    monkeypatch.setattr(chat_client, "_FIRST_WAIT", 0.08)
     with ChatServer(lambda body: Raw(500, b'{"error": {"message": "broken"}}')) as server:
         ours = client(server, tmp_path, attempts=3)
         with pytest.raises(SimpoError) as raised:
@@ -173,9 +173,9 @@ def test_attempts_are_bounded_and_waits_grow(tmp_path, monkeypatch):
 
 
 def test_no_wait_is_longer_than_half_a_minute(monkeypatch):
-    monkeypatch.setattr(sending, "_FIRST_WAIT", 1.0)
+    monkeypatch.setattr(chat_client, "_FIRST_WAIT", 1.0)
     for attempt, longest in ((1, 1), (2, 2), (5, 16), (6, 30), (20, 30)):
-        waits = [sending._backoff(attempt) for _ in range(100)]
+        waits = [chat_client._backoff(attempt) for _ in range(100)]
         assert longest / 2 <= min(waits) < max(waits) <= longest
 
 
@@ -327,7 +327,7 @@ def test_a_torn_last_line_and_a_damaged_one_are_ignored_and_counted(tmp_path, ca
 
 
 def _complete(url, cache, count):
-    sending._FIRST_WAIT = 0.01
+    chat_client._FIRST_WAIT = 0.01
     ChatClient(Endpoint(url, "tiny", concurrency=4), cache).complete(requests(count))
 
 
@@ -435,7 +435,7 @@ def test_an_environment_that_cannot_be_used_is_one_line(monkeypatch, variable, v
 
 def test_a_key_at_the_end_of_a_long_error_is_not_cut_and_shown(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    text = "x" * (sending._LONGEST_REASON - len("status 401: ") - 9) + KEY
+    text = "x" * (chat_client._LONGEST_REASON - len("status 401: ") - 9) + KEY
     with (
         ChatServer(lambda body: Raw(401, text.encode())) as server,
         pytest.raises(SimpoError, match="status 401") as raised,

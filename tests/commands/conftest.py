@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from simpo.world.model import make_model, make_tokenizer
+from simpo.world.pairs import make_model, make_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,7 @@ from simpo.judges.protocol import Answers
 from simpo.judges.registry import JudgeOptions, make_scorer
 from simpo.results import read_results
 from simpo.runs.lines import read_lines
-from simpo.world.answers import draw_answer
-from simpo.world.judge import judge
+from simpo.world.judge import draw_answer, judge
 from simpo.world.pairs import make_prompts
 from simpo.world.questions import read_question
 
@@ -86,7 +85,7 @@ def test_a_run_that_was_killed_goes_on(sampled, monkeypatch):
     assert main(command(sampled, "exact")) == 0
     with monkeypatch.context() as patch:
         scored = iter([*[[[float(judge(row["prompt"], text)) for text in row["responses"]] for row in rows()[:5]]]])
-        patch.setattr("simpo.judges.exact.ExactScorer.score", lambda self, part: next(scored))
+        patch.setattr("simpo.judges.scored.ExactScorer.score", lambda self, part: next(scored))
         with pytest.raises(StopIteration):  # what no command foresees
             main(command(sampled, "exact", output="killed"))
     assert not (sampled / "killed/annotated.jsonl").exists()

@@ -18,11 +18,10 @@ from tests.servers.model_answers import ModelAnswers
 from tests.servers.transformers_serve import transformers_serve
 
 from simpo.cli import main
-from simpo.client import sending
+from simpo.client import chat_client
 from simpo.results import read_results
 from simpo.runs.lines import read_lines
-from simpo.world.answers import draw_answer, full_answer
-from simpo.world.judge import judge
+from simpo.world.judge import draw_answer, full_answer, judge
 from simpo.world.pairs import make_prompts
 from simpo.world.questions import read_question
 
@@ -35,7 +34,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    monkeypatch.setattr(sending, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(chat_client, "_FIRST_WAIT", 0.01)
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo import cli
-from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import load_model
+from simpo.training.settings import ModelArguments
 
 TEXTS = ["Which colour is grass?", "Grass is green.", "What does a dog do?"] * 4
 

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.cli import main
 from simpo.results import read_results
-from simpo.world.model import write_model
-from simpo.world.pairs import write_pairs
+from simpo.world.pairs import write_model, write_pairs
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch.nn import functional as F
 
-from simpo.world.model import make_tokenizer
+from simpo.world.pairs import make_tokenizer
 
 
 @pytest.fixture(autouse=True)

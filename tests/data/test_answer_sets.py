@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from simpo.data.answer_sets import (
+from simpo.data.inspection import (
     AnswerSet,
     distinct_ngrams,
     diversity_metrics,

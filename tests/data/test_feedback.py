@@ -7,12 +7,17 @@ import json
 import pytest
 from datasets import Dataset
 
-from simpo.data.feedback import is_feedback, prepare_feedback, recognise_feedback
 from simpo.data.rows import BadRow
 from simpo.data.shapes import canonical
 from simpo.data.sources import load_rows
-from simpo.data.supervised import prepare_sft
-from simpo.data.tokenize import TokenizeSettings, prepare
+from simpo.data.tokenize import (
+    TokenizeSettings,
+    is_feedback,
+    prepare,
+    prepare_feedback,
+    prepare_sft,
+    recognise_feedback,
+)
 from simpo.errors import SimpoError
 
 USER = [{"role": "user", "content": "The answer is:"}]

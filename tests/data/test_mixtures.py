@@ -6,8 +6,8 @@ import pytest
 from datasets import Dataset, concatenate_datasets
 
 from simpo.data import mapping
-from simpo.data.mixtures import load_mixture, load_mixture_list
 from simpo.data.rows import rows_of
+from simpo.data.sources import load_mixture, load_mixture_list
 from simpo.data.tokenize import TokenizeSettings, prepare
 from simpo.errors import SimpoError
 

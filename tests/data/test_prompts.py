@@ -10,8 +10,7 @@ from datasets import Dataset
 
 from simpo.data.prompts import OVERLONG_PROMPT, REPEATED, prepare_prompts, read_prompts
 from simpo.data.sources import load_rows
-from simpo.data.supervised import prepare_sft
-from simpo.data.tokenize import TokenizeSettings, prepare
+from simpo.data.tokenize import TokenizeSettings, prepare, prepare_sft
 from simpo.errors import SimpoError
 
 HI = "How do I wrap a present?"

@@ -11,8 +11,7 @@ from datasets import Dataset
 
 from simpo.data.prompts import prepare_prompts
 from simpo.data.sources import load_rows
-from simpo.data.supervised import prepare_sft
-from simpo.data.tokenize import TokenizeSettings, prepare
+from simpo.data.tokenize import TokenizeSettings, prepare, prepare_sft
 
 DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 PREFERENCES = DATA / "preferences"

@@ -22,8 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from simpo.data.settings import TokenizeSettings
-from simpo.data.supervised import _Conversations
-from simpo.data.tokenize import Comparisons
+from simpo.data.tokenize import Comparisons, _Conversations
 
 SPEC = importlib.util.find_spec("trl")
 FOLDER = Path(SPEC.origin).parent / "chat_templates" if SPEC and SPEC.origin else Path("absent")

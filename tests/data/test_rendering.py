@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from simpo.data.prompts import prepare_prompts
 from simpo.data.settings import RenderSettings
 from simpo.data.sources import load_rows
-from simpo.data.supervised import UNANSWERED_CUT, prepare_sft
-from simpo.data.tokenize import TokenizeSettings, prepare
+from simpo.data.tokenize import UNANSWERED_CUT, TokenizeSettings, prepare, prepare_sft
 from simpo.errors import SimpoError
 
 TOOL_CHAT = (

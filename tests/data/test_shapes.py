@@ -9,14 +9,12 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from simpo.data.feedback import prepare_feedback
 from simpo.data.formats import recognise
 from simpo.data.prompts import prepare_prompts, read_prompts
 from simpo.data.rows import BadRow
 from simpo.data.shapes import canonical, parse_text
 from simpo.data.sources import load_rows
-from simpo.data.supervised import prepare_sft
-from simpo.data.tokenize import TokenizeSettings, prepare
+from simpo.data.tokenize import TokenizeSettings, prepare, prepare_feedback, prepare_sft
 from simpo.errors import SimpoError
 
 PAIR = {"chosen": "yes", "rejected": "no"}

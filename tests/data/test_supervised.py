@@ -8,10 +8,9 @@ from itertools import groupby, pairwise
 import pytest
 from datasets import Dataset
 
+from simpo.data.settings import OVERLONG, PROMPT_CUT, STILL_OVERLONG, TURNS_CUT
 from simpo.data.sources import load_rows
-from simpo.data.supervised import UNANSWERED_CUT, prepare_sft
-from simpo.data.tokenize import TokenizeSettings, prepare
-from simpo.data.truncation import OVERLONG, PROMPT_CUT, STILL_OVERLONG, TURNS_CUT
+from simpo.data.tokenize import UNANSWERED_CUT, TokenizeSettings, prepare, prepare_sft
 from simpo.errors import SimpoError
 
 LITERAL = "what do <|im_end|>, </s>, <|end|>, <|bos|>, <|eot|> and <s> mean?"

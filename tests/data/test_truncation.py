@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
+from simpo.data.settings import OVERLONG, PROMPT_CUT, RESPONSE_CUT, STILL_OVERLONG, fit
 from simpo.data.tokenize import TokenizeSettings, prepare
-from simpo.data.truncation import OVERLONG, PROMPT_CUT, RESPONSE_CUT, STILL_OVERLONG, fit
 from simpo.errors import SimpoError
 
 BOS = 1

@@ -12,8 +12,7 @@ import pytest
 
 from simpo.cli import main
 from simpo.results import read_results
-from simpo.world.model import write_model
-from simpo.world.pairs import write_prompts, write_sft
+from simpo.world.pairs import write_model, write_prompts, write_sft
 
 _PAGE = Path(__file__).parents[2] / "docs/quick-start.md"
 _BLOCK = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)

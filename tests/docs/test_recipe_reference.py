@@ -10,11 +10,10 @@ import pytest
 import transformers
 from transformers import TrainingArguments
 
-from simpo.training.config import PreferenceConfig
-from simpo.training.inputs import DataArguments
-from simpo.training.model_arguments import ModelArguments
 from simpo.training.reward import RewardConfig
+from simpo.training.settings import DataArguments, ModelArguments
 from simpo.training.sft import SFTConfig
+from simpo.training.trainer import PreferenceConfig
 
 _ROOT = Path(__file__).parents[2]
 _SCRIPT = _ROOT / "docs/recipe_reference.py"

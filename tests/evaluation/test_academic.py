@@ -11,11 +11,10 @@ import pytest
 from scipy.stats import binomtest
 
 from simpo import SimpoError
-from simpo.evaluation.academic.run import AcademicSettings, evaluate_academic
-from simpo.evaluation.academic.scores import differences, read_scores, score_metrics
+from simpo.evaluation.academic.run import AcademicSettings, differences, evaluate_academic, read_scores, score_metrics
 from simpo.results import read_results
 from simpo.statistics import mean_interval
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.settings import ModelArguments
 
 
 def output(right, perplexity=12.0):

@@ -11,18 +11,18 @@ import pytest
 
 from simpo import SimpoError
 from simpo.client import ChatReply
-from simpo.evaluation.alpaca_eval.baselines import LengthControl, read_baselines
-from simpo.evaluation.alpaca_eval.figures import figures
 from simpo.evaluation.alpaca_eval.files import (
     Annotation,
+    LengthControl,
     Match,
     match_outputs,
     read_annotations,
+    read_baselines,
     read_outputs,
     write_annotations,
     write_outputs,
 )
-from simpo.evaluation.alpaca_eval.judge import PairwisePrompt, named, preferences, switched, weighed
+from simpo.evaluation.alpaca_eval.run import PairwisePrompt, figures, named, preferences, switched, weighed
 
 QUESTIONS = [f"Question {number}?" for number in range(12)]
 

@@ -12,11 +12,17 @@ from scipy.special import expit
 from simpo import SimpoError
 from simpo.evaluation.arena_hard.figures import figures
 from simpo.evaluation.arena_hard.files import Answer, Judgment, Question, read_answers, read_questions, write_answers
-from simpo.evaluation.arena_hard.judge import ArenaPrompt
-from simpo.evaluation.arena_hard.run import ArenaHard
-from simpo.evaluation.arena_hard.scores import score, score_over_prompts
-from simpo.evaluation.arena_hard.style import Style, style_controlled, style_differences, style_of
-from simpo.evaluation.arena_hard.verdicts import battles, read_verdict
+from simpo.evaluation.arena_hard.run import ArenaHard, ArenaPrompt
+from simpo.evaluation.arena_hard.scores import (
+    Style,
+    battles,
+    read_verdict,
+    score,
+    score_over_prompts,
+    style_controlled,
+    style_differences,
+    style_of,
+)
 
 
 @pytest.mark.parametrize(

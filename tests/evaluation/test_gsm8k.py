@@ -8,8 +8,7 @@ from decimal import Decimal
 import pytest
 
 from simpo import SimpoError
-from simpo.evaluation.gsm8k.numbers import final_number, reference_number
-from simpo.evaluation.gsm8k.run import read_problems
+from simpo.evaluation.gsm8k.run import final_number, read_problems, reference_number
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from simpo.evaluation.alpaca_eval.baselines import read_baselines
-from simpo.evaluation.alpaca_eval.length_control import (
+from simpo.evaluation.alpaca_eval.files import read_baselines
+from simpo.evaluation.alpaca_eval.win_rate import (
     STRENGTHS,
     Baselines,
     cross_validated_strength,
     folds,
     length_controlled,
     predicted_preferences,
+    win_rate,
 )
-from simpo.evaluation.alpaca_eval.win_rate import win_rate
-from simpo.evaluation.logistic import fit_logistic
+from simpo.evaluation.preferences import fit_logistic
 
 _DATA = Path(__file__).resolve().parents[2] / "../shared/data/alpaca_eval"
 published = pytest.mark.skipif(not _DATA.is_dir(), reason="the leaderboard's data is not here")

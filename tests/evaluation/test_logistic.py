@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from simpo.evaluation.logistic import fit_logistic, is_determined, log_loss
+from simpo.evaluation.preferences import fit_logistic, is_determined, log_loss
 
 
 @pytest.fixture

@@ -7,10 +7,16 @@ import json
 import pytest
 
 from simpo import SimpoError
-from simpo.evaluation.mt_bench.files import read_answers, read_questions, write_answers, write_judgments
-from simpo.evaluation.mt_bench.judge import RatingPrompts
-from simpo.evaluation.mt_bench.ratings import Rating, rating_metrics, read_rating
-from simpo.evaluation.mt_bench.run import figures
+from simpo.evaluation.mt_bench.files import (
+    Rating,
+    rating_metrics,
+    read_answers,
+    read_questions,
+    read_rating,
+    write_answers,
+    write_judgments,
+)
+from simpo.evaluation.mt_bench.run import RatingPrompts, figures
 
 
 @pytest.mark.parametrize(

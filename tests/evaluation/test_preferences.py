@@ -9,13 +9,12 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
-from simpo.evaluation.differences import widest_differences, write_differences, write_verdicts
-from simpo.evaluation.length_control import length_controlled_win_rate
-from simpo.evaluation.preferences import Judged, preference_metrics, win_rate_over_prompts
+from simpo.evaluation.compare import widest_differences, write_differences, write_verdicts
+from simpo.evaluation.preferences import Judged, length_controlled_win_rate, preference_metrics, win_rate_over_prompts
 from simpo.judges.protocol import Pair
 from simpo.judges.registry import JudgeOptions, make_judge
 from simpo.runs.lines import read_lines
-from simpo.world.answers import draw_answer, full_answer
+from simpo.world.judge import draw_answer, full_answer
 from simpo.world.questions import draw_question
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from simpo.evaluation.markdown import write_markdown
-from simpo.evaluation.published import published_rows, published_table
+from simpo.evaluation.answers import published_rows, published_table, write_markdown
 from simpo.results import Metric, write_results
-from simpo.runs.record import RunRecord
+from simpo.runs.folder import RunRecord
 
 
 def test_figures_that_the_paper_and_its_repository_state():

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from simpo.client import ChatReply
-from simpo.evaluation.alpaca_eval.judge import named
-from simpo.evaluation.arena_hard.verdicts import read_verdict as arena_verdict
-from simpo.evaluation.gsm8k.numbers import final_number
-from simpo.evaluation.mt_bench.ratings import read_rating
+from simpo.evaluation.alpaca_eval.run import named
+from simpo.evaluation.arena_hard.scores import read_verdict as arena_verdict
+from simpo.evaluation.gsm8k.run import final_number
+from simpo.evaluation.mt_bench.files import read_rating
+from simpo.judges.annotate import Shown
 from simpo.judges.pairwise import read_verdict
-from simpo.judges.shown import Shown
-from simpo.sampling.texts import ResponseText
+from simpo.sampling.generate import ResponseText
 from simpo.thinking import after_thinking, split_thinking
-from simpo.world.model import make_tokenizer
+from simpo.world.pairs import make_tokenizer
 
 # Replies with thinking @ and conclusion $, in the marks of many models.
 WHOLE = {

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.cli import main
 from simpo.commands.loop import RECIPE_TYPES
-from simpo.loop.drift import drift
+from simpo.loop.rounds import drift
 from simpo.loop.settings import LoopRecipe
 from simpo.recipe import parse_recipe
 from simpo.results import read_results
 from simpo.runs.lines import read_lines
 from simpo.runs.manifest import damage
 from simpo.sampling.run import PromptArguments
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.settings import ModelArguments
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {

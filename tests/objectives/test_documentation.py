@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from tests.objectives.test_closed_forms import PAIRS, Golden, side
 
-from simpo.objectives import OBJECTIVES, Objective, reference_based
+from simpo.objectives import OBJECTIVES, preference
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = (DOCS / "objectives.md").read_text(encoding="utf-8")
@@ -44,9 +43,9 @@ def test_the_example_of_a_new_row(monkeypatch):
     page = (DOCS / "adding-an-objective.md").read_text(encoding="utf-8")
     function, row, closed_form, entry = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     (recipe,) = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    room = dict(vars(reference_based))
-    exec(function, room)
-    row = eval(row, {"Objective": Objective, "reference_based": SimpleNamespace(**room)})
+    module = dict(vars(preference))
+    exec(function, module)
+    row = eval(row, module)
     tests = {"Golden": Golden}
     exec(closed_form, tests)
     ((name, golden),) = eval("{" + entry + "}", tests).items()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from simpo.objectives import OBJECTIVES, Responses
-from simpo.objectives.hyperparameters import read_signature
+from simpo.objectives.objective import read_signature
 
 SIMPO = OBJECTIVES["simpo"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from simpo.errors import SimpoError
-from simpo.packing.binning import StepPlan, check_budget, fill_in_order
+from simpo.packing.batching import StepPlan, check_budget, fill_in_order
 
 WORLDS = [1, 2, 3, 4]
 

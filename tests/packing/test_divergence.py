@@ -7,8 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simpo.packing.divergence import fused_kl
-from simpo.packing.logprobs import Head
+from simpo.packing.logprobs import Head, fused_kl
 
 ROWS, WIDTH, VOCABULARY = 7, 8, 37
 CHUNKS = {"a row at a time": 1, "three rows": 3 * VOCABULARY * 8, "all rows": None}

@@ -10,9 +10,8 @@ from torch.nn.attention import varlen as torch_varlen
 
 from simpo.packing import kernels
 from simpo.packing.attention import UnsupportedAttentionError, shared_prefix_attention
-from simpo.packing.index import Span
-from simpo.packing.layout import AttentionLayout
-from simpo.packing.segments import AttentionStyle, by_segment
+from simpo.packing.kernels import AttentionStyle, by_segment
+from simpo.packing.layout import AttentionLayout, Span
 
 LAYOUT = AttentionLayout((Span(5, (3, 9)), Span(1, (1, 2, 1)), Span(12, (4,))))
 HEADS, WIDTH, SCALE = 4, 16, 0.3

@@ -7,9 +7,7 @@ import random
 import pytest
 import torch
 
-from simpo.packing.comparison import TokenizedComparison
-from simpo.packing.index import Span
-from simpo.packing.layout import AttentionLayout, PackedBatch, PaddedRows
+from simpo.packing.layout import AttentionLayout, PackedBatch, PaddedRows, Span, TokenizedComparison
 
 
 def random_batch(seed: int) -> list[TokenizedComparison]:

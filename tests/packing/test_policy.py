@@ -10,8 +10,7 @@ import torch
 import transformers as hf
 
 from simpo.packing import attention
-from simpo.packing.comparison import TokenizedComparison
-from simpo.packing.layout import PackedBatch
+from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import prepare_policy, state_of
 from simpo.packing.policy import policy_forward, policy_logprobs
 

@@ -12,9 +12,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from simpo.errors import SimpoError
 from simpo.packing.layout import PackedBatch
-from simpo.packing.model import state_of
-from simpo.packing.reward_head import is_reward_model
-from simpo.packing.rewards import reward_forward, score_answers
+from simpo.packing.model import is_reward_model, state_of
+from simpo.packing.scoring import reward_forward, score_answers
 
 KINDS = {
     "llama": hf.LlamaForSequenceClassification,

@@ -8,9 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from simpo.packing.comparison import TokenizedComparison
-from simpo.packing.index import Span
-from simpo.packing.layout import PackedBatch
+from simpo.packing.layout import PackedBatch, Span, TokenizedComparison
 from simpo.packing.model import state_of
 from simpo.packing.policy import policy_forward, policy_logprobs
 from simpo.packing.rope import LengthRule

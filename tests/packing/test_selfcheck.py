@@ -11,12 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 
 from simpo.errors import SimpoError
 from simpo.packing.attention import install, uninstall
-from simpo.packing.comparison import TokenizedComparison
-from simpo.packing.layout import PackedBatch
+from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import state_of
 from simpo.packing.policy import policy_logprobs
-from simpo.packing.rewards import score_answers
-from simpo.packing.scoring import score_responses
+from simpo.packing.scoring import score_answers, score_responses
 from simpo.packing.selfcheck import choose_path
 
 NOT_SHAREABLE = ["mamba", "falcon", "bloom", "stablelm", "lfm2"]

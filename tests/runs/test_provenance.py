@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from simpo.runs.provenance import environment
+from simpo.runs.manifest import environment
 
 
 def git(folder, *arguments):
@@ -64,7 +64,7 @@ def test_nobody_is_named(tmp_path, monkeypatch):
 
 def test_torch_is_not_imported():
     code = (
-        "import sys, simpo.runs.folder, simpo.runs.provenance as p; p.environment(); "
+        "import sys, simpo.runs.folder, simpo.runs.manifest as p; p.environment(); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

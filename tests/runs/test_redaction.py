@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from simpo.runs.redaction import REDACTED, is_secret, masked, redact, redact_arguments, redact_yaml
+from simpo.runs.log import REDACTED, is_secret, masked, redact, redact_arguments, redact_yaml
 
 HF = "hf_" + "aB3" * 11 + "x"
 SK = "sk-proj-" + "Zz9_" * 6

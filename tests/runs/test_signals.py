@@ -10,7 +10,7 @@ import time
 import pytest
 
 from simpo.errors import InterruptedRun
-from simpo.runs.signals import stoppable
+from simpo.runs.lines import stoppable
 
 
 def signalled(signum: signal.Signals) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from simpo.sampling.chunks import gather, missing_chunks, plan_chunks, sample_chunks
-from simpo.sampling.engine import Sampled
+from simpo.sampling.generate import Sampled
 from simpo.sampling.settings import SamplingSettings
 
 PROMPTS = [[number] * (1 + number * 7 % 5) for number in range(11)]

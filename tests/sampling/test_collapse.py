@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from simpo.sampling.collapse import AnswerFigures, signs_of_collapse
-from simpo.sampling.engine import Sampled
+from simpo.sampling.during_training import AnswerFigures, signs_of_collapse
+from simpo.sampling.generate import Sampled
 
 GOOD = AnswerFigures(length=20.0, end_of_turn_rate=0.9, distinct_2=0.95)
 

@@ -15,13 +15,12 @@ from tests.servers.chat_server import ChatServer, Raw, completion
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from simpo import cli
-from simpo.sampling.eval_judging import evaluations
+from simpo.sampling.during_training import evaluations
 from simpo.sampling.generate import TransformersEngine
 from simpo.training import run as workflow
-from simpo.training.config import PreferenceConfig
+from simpo.training.trainer import PreferenceConfig
 from simpo.world.judge import judge
-from simpo.world.model import write_model
-from simpo.world.pairs import make_prompts, write_pairs
+from simpo.world.pairs import make_prompts, write_model, write_pairs
 
 STEPS, EVERY, PROMPTS, LONGEST = 6, 2, 5, 48
 NAMES = ("length", "end_of_turn_rate", "distinct_2", "win_rate")

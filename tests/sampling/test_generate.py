@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from simpo import TokenizedComparison, score_responses
 from simpo.sampling.generate import TransformersEngine, ignored_settings
 from simpo.sampling.settings import SamplingSettings
-from simpo.world.model import make_model as make_world_model
-from simpo.world.model import make_tokenizer
+from simpo.world.pairs import make_model as make_world_model
+from simpo.world.pairs import make_tokenizer
 
 PROMPTS = [[5, 6, 7], [9] * 11, [4], [8, 3, 8, 3, 8, 3]]
 

@@ -11,7 +11,6 @@ import pytest
 from simpo import SimpoError
 from simpo.cli import main
 from simpo.results import read_results
-from simpo.sampling.pairing import pair_responses
 from simpo.sampling.pairs import (
     ALIKE,
     CLOSE,
@@ -23,6 +22,7 @@ from simpo.sampling.pairs import (
     UNSCORED,
     PairSettings,
     make_pairs,
+    pair_responses,
 )
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from simpo import SimpoError, cli
+from simpo.sampling.chunks import Processes
 from simpo.sampling.generate import TransformersEngine
-from simpo.sampling.processes import Processes
 
 # A run from the beginning, one that a single process began, and one in which process 1 meets a mistake.
 SCRIPT = """

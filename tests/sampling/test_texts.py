@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from simpo.sampling.texts import ResponseText
-from simpo.world.model import make_tokenizer
+from simpo.sampling.generate import ResponseText
+from simpo.world.pairs import make_tokenizer
 
 SPACED = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"

@@ -10,11 +10,11 @@ from peft import LoraConfig
 
 from simpo.cli import main
 from simpo.errors import SimpoError
-from simpo.sampling.engine import Sampled
-from simpo.sampling.job import Job, PromptArguments
+from simpo.sampling.generate import Sampled
+from simpo.sampling.run import Job, PromptArguments
 from simpo.sampling.settings import SamplingSettings
 from simpo.sampling.vllm import VllmEngine
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.settings import ModelArguments
 
 STOP = 9
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simpo.world.model import write_model
-from simpo.world.pairs import write_pairs
+from simpo.world.pairs import write_model, write_pairs
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,9 @@ from simpo.cli import main
 from simpo.commands._training import parse
 from simpo.objectives import OBJECTIVES
 from simpo.results import read_results
-from simpo.search.published import PAPER_SETTINGS, SEARCHED, SETTINGS
-from simpo.search.recipes import compose_recipe
-from simpo.training.config import PreferenceConfig
-from simpo.world.model import write_model
-from simpo.world.pairs import write_pairs
+from simpo.search.recipes import PAPER_SETTINGS, SEARCHED, SETTINGS, compose_recipe
+from simpo.training.trainer import PreferenceConfig
+from simpo.world.pairs import write_model, write_pairs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from simpo import PreferenceConfig, PreferenceTrainer, Responses
-from simpo.packing.comparison import TokenizedComparison
+from simpo.packing.layout import TokenizedComparison
 
 
 @pytest.fixture(scope="session")

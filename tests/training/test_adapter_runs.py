@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from simpo import OBJECTIVES, PreferenceConfig, PreferenceTrainer, TokenizedComparison, cli, score_responses
 from simpo.terminal import printable
 from simpo.training import run as workflow
-from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import load_model, load_tokenizer
+from simpo.training.settings import ModelArguments
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 ADAPTER = "adapter_model.safetensors"

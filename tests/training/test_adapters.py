@@ -22,10 +22,10 @@ from simpo.packing.layout import PackedBatch
 from simpo.packing.model import state_of
 from simpo.packing.policy import policy_forward, policy_logprobs
 from simpo.training.identity import model_digest
-from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import disable_dropout, load_model, load_tokenizer
+from simpo.training.reference import add_reference, reference_of
+from simpo.training.settings import ModelArguments
 from simpo.training.sharding import settle_sharding
-from simpo.training.start_weights import add_reference, reference_of
 
 ADAPTER = "adapter_model.safetensors"
 

@@ -11,11 +11,10 @@ from torch.nn.attention import varlen as torch_varlen
 
 from simpo.errors import SimpoError
 from simpo.packing import kernels
-from simpo.packing.comparison import TokenizedComparison
-from simpo.packing.layout import PackedBatch
+from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import prepare_policy, state_of
 from simpo.packing.policy import policy_logprobs
-from simpo.training.compilation import compile_layers
+from simpo.training.memory import compile_layers
 
 
 @pytest.fixture(autouse=True)

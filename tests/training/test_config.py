@@ -11,7 +11,7 @@ import pytest
 from transformers import TrainingArguments
 
 from simpo import OBJECTIVES, PreferenceConfig, SimpoError
-from simpo.training.config import hyperparameter_names
+from simpo.training.trainer import hyperparameter_names
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from simpo.training.device import device, with_dtype
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.models import device, with_dtype
+from simpo.training.settings import ModelArguments
 
 
 def test_the_type_follows_the_device_unless_it_is_given(monkeypatch):

@@ -11,7 +11,7 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 
 from simpo import PreferenceTrainer, score_answers
-from simpo.packing.comparison import TokenizedComparison
+from simpo.packing.layout import TokenizedComparison
 from simpo.training.reward import RewardConfig, RewardTrainer
 
 BORDER = 24

@@ -17,9 +17,9 @@ from simpo import cli
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import state_of
 from simpo.packing.policy import policy_logprobs
-from simpo.training.modalities import freeze_unreached, unreached_by_text
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.adapters import freeze_unreached, unreached_by_text
 from simpo.training.models import load_model
+from simpo.training.settings import ModelArguments
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 16, "patch_size": 8}

@@ -15,9 +15,9 @@ from transformers import AutoModelForSequenceClassification
 
 from simpo import PreferenceTrainer, SimpoError, cli
 from simpo.training.limits import Limits
-from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import check_stored, load_model
-from simpo.training.reward_model import load_reward_model
+from simpo.training.reward import load_reward_model
+from simpo.training.settings import ModelArguments
 
 
 @pytest.fixture(scope="module")

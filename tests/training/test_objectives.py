@@ -13,7 +13,7 @@ from datasets import Dataset, List, Value
 
 from simpo import OBJECTIVES, Responses, SimpoError
 from simpo.training.batches import MISMATCHED_IDS, MISMATCHED_REF_LOGP, REF_LOGPS
-from simpo.training.reference_point import with_mismatched
+from simpo.training.reference import with_mismatched
 
 MAX_LENGTH = 2048
 RATE = 1e-3

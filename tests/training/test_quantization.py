@@ -14,8 +14,8 @@ from simpo.packing.layout import PackedBatch
 from simpo.packing.model import state_of
 from simpo.packing.policy import policy_logprobs
 from simpo.training import run as workflow
-from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import load_model
+from simpo.training.settings import ModelArguments
 
 bnb = pytest.importorskip("bitsandbytes")
 ADAPTER = "adapter_model.safetensors"

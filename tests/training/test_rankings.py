@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simpo.training.rankings import OrderedPairs
+from simpo.training.batches import OrderedPairs
 
 COUNTS = [2, 4, 1, 3]
 SCORES = [2.0, 1.0, 5.0, 5.0, 3.0, 0.0, 1.0, 2.0, 2.0, 1.0]

@@ -18,9 +18,7 @@ from simpo.errors import InterruptedRun, SimpoError
 from simpo.results import read_results
 from simpo.runs.folder import RunFolder
 from simpo.training import run as workflow
-from simpo.training.checkpoints import checkpoints, last_good_checkpoint
-from simpo.training.interruption import StopOnSignal
-from simpo.training.resumable import ResumableTrainer
+from simpo.training.checkpoints import ResumableTrainer, StopOnSignal, checkpoints, last_good_checkpoint
 
 _TIMES = ("runtime", "per_second", "preparation_time")
 

@@ -25,9 +25,8 @@ from simpo.judges.protocol import Answers
 from simpo.judges.registry import JudgeOptions, make_scorer
 from simpo.results import read_results
 from simpo.training.identity import rows_digest
-from simpo.training.model_arguments import ModelArguments
-from simpo.training.reward import RewardConfig, RewardTrainer
-from simpo.training.reward_model import load_reward_model, settle_padding
+from simpo.training.reward import RewardConfig, RewardTrainer, load_reward_model, settle_padding
+from simpo.training.settings import ModelArguments
 
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
 PLAIN = {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0}

@@ -11,8 +11,8 @@ import torch
 from datasets import DatasetDict
 
 from simpo import OBJECTIVES, PreferenceTrainer, SimpoError
-from simpo.training.metrics import NAMES
 from simpo.training.models import disable_dropout
+from simpo.training.trainer import NAMES
 
 
 def naive_metrics(naive_pairs, model, rows, beta: float = 2.0, gamma: float = 1.0) -> dict[str, np.ndarray]:

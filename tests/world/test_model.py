@@ -5,8 +5,7 @@ import hashlib
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from simpo.world.model import world_tokenizer, write_model
-from simpo.world.pairs import make_sft
+from simpo.world.pairs import make_sft, world_tokenizer, write_model
 
 STRANGE = ["", " ", "Où?", "日本語", "😀\n\t", "\x00\x1b[0m", "The  sum is 7 . ", "don't", "ﬀ é"]
 

@@ -6,8 +6,7 @@ from random import Random
 
 import pytest
 
-from simpo.world.answers import draw_answer, full_answer
-from simpo.world.judge import correct, judge
+from simpo.world.judge import correct, draw_answer, full_answer, judge
 from simpo.world.questions import KINDS, draw_question, is_held_out, read_question
 
 

@@ -1,8 +1,7 @@
 """Requests to servers with an OpenAI-compatible interface."""
 
-from simpo.client.chat import ChatReply, ChatRequest
+from simpo.client.chat import ChatReply, ChatRequest, Endpoint
 from simpo.client.chat_client import ChatClient
 from simpo.client.cost import Estimate, Prices, Usage, agree, stand_in
-from simpo.client.endpoint import Endpoint
 
 __all__ = ["ChatClient", "ChatReply", "ChatRequest", "Endpoint", "Estimate", "Prices", "Usage", "agree", "stand_in"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from simpo.arguments import ArgumentParser
 from simpo.client import ChatClient, Endpoint, Prices
 from simpo.client.cache import default_cache
+from simpo.coercion import ArgumentParser
 from simpo.errors import SimpoError
 from simpo.judges.registry import JudgeOptions
 

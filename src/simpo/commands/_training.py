@@ -11,11 +11,9 @@ from typing import Any
 from simpo.errors import SimpoError
 from simpo.recipe import parse_recipe
 from simpo.results import print_results
-from simpo.sampling.during_training import Generations
-from simpo.sampling.eval_arguments import GenerationArguments
-from simpo.training.inputs import DataArguments
-from simpo.training.model_arguments import ModelArguments
+from simpo.sampling.during_training import GenerationArguments, Generations
 from simpo.training.run import Given, run_training
+from simpo.training.settings import DataArguments, ModelArguments
 from simpo.training.tasks import Task
 
 # What transformers calls the folder if nobody does.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from simpo.arguments import ArgumentParser
+from simpo.coercion import ArgumentParser
 from simpo.commands._processes import refuse_several
 from simpo.commands._server import add_judge_options, judge_options, prices_of
 from simpo.judges.annotate import BEST, FILE_NAME, AnnotateArguments, annotate

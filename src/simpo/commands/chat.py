@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from simpo.arguments import ArgumentParser
+from simpo.coercion import ArgumentParser
 from simpo.commands._rendering import add_rendering_options, rendering
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 from simpo.sampling.chat import Conversation, load_conversation
 from simpo.sampling.settings import SamplingSettings
 from simpo.terminal import printable
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.settings import ModelArguments
 
 _RESET, _EXIT = "/reset", "/exit"
 

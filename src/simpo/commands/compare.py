@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simpo.arguments import ArgumentParser
+from simpo.coercion import ArgumentParser
 from simpo.commands._processes import refuse_several
 from simpo.commands._rendering import add_rendering_options, rendering
 from simpo.commands._server import add_judge_options, judge_options, prices_of
 from simpo.evaluation.compare import DIFFERENCES, VERDICTS, CompareArguments, compare
-from simpo.evaluation.contenders import SampledWith
+from simpo.evaluation.head_to_head import SampledWith
 from simpo.judges.registry import JUDGES
 from simpo.results import Stage, print_results
 from simpo.sampling.settings import SamplingSettings

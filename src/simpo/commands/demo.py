@@ -14,21 +14,18 @@ from rich.console import Console
 from rich.text import Text
 
 from simpo.analysis.plots import plot_lengths, plot_rates, plot_training
-from simpo.arguments import ArgumentParser
+from simpo.coercion import ArgumentParser
 from simpo.commands import sample, sft, train
 from simpo.errors import SimpoError
 from simpo.evaluation.head_to_head import Contest, compare_answers, read_contests
 from simpo.results import Metric, Stage, print_results, write_results
-from simpo.runs.folder import RunFolder
+from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.lines import read_lines
-from simpo.runs.record import RunRecord
-from simpo.sampling.pairing import pair_responses
-from simpo.sampling.pairs import PairSettings
+from simpo.sampling.pairs import PairSettings, pair_responses
 from simpo.statistics import Interval
 from simpo.terminal import printable
 from simpo.world.judge import correct, judge
-from simpo.world.model import write_model
-from simpo.world.pairs import write_prompts, write_sft
+from simpo.world.pairs import write_model, write_prompts, write_sft
 
 _SFT_ROWS, _PROMPTS, _HELD_OUT = 24_000, 1_000, 300
 _SFT = {"learning_rate": 2e-3, "per_device_train_batch_size": 16, "max_length": 128, "logging_steps": 100}

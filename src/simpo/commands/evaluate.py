@@ -8,7 +8,7 @@ import pkgutil
 from simpo.commands import _evaluate
 from simpo.commands._processes import refuse_several
 from simpo.errors import SimpoError
-from simpo.runs.signals import stoppable
+from simpo.runs.lines import stoppable
 
 
 def benchmark_names() -> list[str]:

@@ -11,24 +11,32 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from simpo.arguments import ArgumentParser, mapping
+from simpo.coercion import ArgumentParser, mapping
 from simpo.commands._rendering import add_rendering_options, rendering
-from simpo.data.answer_sets import PERCENTILES as SCORE_PERCENTILES
-from simpo.data.answer_sets import diversity_metrics, is_sampled, read_answer_sets, score_metrics
-from simpo.data.feedback import is_feedback, prepare_feedback
 from simpo.data.formats import is_comparison
-from simpo.data.inspection import PERCENTILES, Example, Inspection, examples, inspect_prepared, shared_rows
+from simpo.data.inspection import (
+    PERCENTILES,
+    SCORE_PERCENTILES,
+    Example,
+    Inspection,
+    diversity_metrics,
+    examples,
+    inspect_prepared,
+    is_sampled,
+    read_answer_sets,
+    score_metrics,
+    shared_rows,
+)
 from simpo.data.settings import TokenizeSettings
 from simpo.data.shapes import first_canonical
 from simpo.data.sources import load_rows
-from simpo.data.supervised import prepare_sft
-from simpo.data.tokenize import Prepared, prepare
+from simpo.data.tokenize import Prepared, is_feedback, prepare, prepare_feedback, prepare_sft
 from simpo.errors import SimpoError
 from simpo.results import Metric, fingerprint, write_results
 from simpo.terminal import printable
 from simpo.training.limits import Limits
-from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import load_config, load_tokenizer
+from simpo.training.settings import ModelArguments
 
 _SETTINGS = (
     "max_length",

@@ -14,8 +14,8 @@ from simpo.loop.settings import LoopRecipe, LoopSettings
 from simpo.recipe import parse_recipe
 from simpo.sampling.pairs import PairSettings
 from simpo.sampling.settings import SamplingSettings
-from simpo.training.config import PreferenceConfig
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.settings import ModelArguments
+from simpo.training.trainer import PreferenceConfig
 
 RECIPE_TYPES = (LoopSettings, SamplingSettings, PairSettings, ModelArguments, PreferenceConfig)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from simpo.arguments import ArgumentParser
+from simpo.coercion import ArgumentParser
 from simpo.commands._processes import refuse_several
 from simpo.training.merging import write_merged
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.settings import ModelArguments
 
 
 def main(argv: list[str]) -> int:

@@ -6,11 +6,10 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from simpo.arguments import ArgumentParser
+from simpo.coercion import ArgumentParser
 from simpo.commands._processes import refuse_several
 from simpo.results import print_results
-from simpo.sampling.pairing import FILE_NAME, pair_annotated
-from simpo.sampling.pairs import KINDS, PairSettings
+from simpo.sampling.pairs import FILE_NAME, KINDS, PairSettings, pair_annotated
 
 
 def main(argv: list[str]) -> int:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from simpo.arguments import ArgumentParser
 from simpo.atomic import write_text
+from simpo.coercion import ArgumentParser
 from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES
-from simpo.search.published import SETTINGS
-from simpo.search.recipes import compose_recipe
+from simpo.search.recipes import SETTINGS, compose_recipe
 
 
 def main(argv: list[str]) -> int:

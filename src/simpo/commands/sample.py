@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from simpo.arguments import ArgumentParser, mapping
 from simpo.client import Endpoint
+from simpo.coercion import ArgumentParser, mapping
 from simpo.commands._processes import refuse_several
 from simpo.commands._rendering import add_rendering_options, rendering
 from simpo.errors import SimpoError
@@ -23,7 +23,7 @@ from simpo.sampling.run import FILE_NAME, PromptArguments, sample_responses
 from simpo.sampling.server import sample_from_server
 from simpo.sampling.settings import SamplingSettings
 from simpo.terminal import printable
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.settings import ModelArguments
 
 _FLOATS = ("temperature", "top_p")
 _SHOWN, _LONGEST = 3, 600  # answers at the end, and characters of each

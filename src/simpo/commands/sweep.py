@@ -12,19 +12,18 @@ from typing import Any
 
 import yaml
 
-from simpo.arguments import ArgumentParser
+from simpo.coercion import ArgumentParser
 from simpo.commands._processes import refuse_several
 from simpo.commands._training import read, recipe_of, with_model_named
 from simpo.errors import SimpoError
 from simpo.recipe import annotations_of
-from simpo.sampling.eval_arguments import GenerationArguments
+from simpo.sampling.during_training import GenerationArguments
 from simpo.search.space import Choices, combinations, read_axes
 from simpo.search.study import load_optuna
 from simpo.search.sweep import BEST, EFFECTS, SMALLER_IS_BETTER, Sweep, print_sweep, run_sweep
-from simpo.training.config import PreferenceConfig
-from simpo.training.inputs import DataArguments
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.settings import DataArguments, ModelArguments
 from simpo.training.tasks import PREFERENCES
+from simpo.training.trainer import PreferenceConfig
 
 _TPE_TRIALS = 20
 _METRICS = [name.removeprefix("eval_") for name in SMALLER_IS_BETTER]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from simpo.commands._training import run
-from simpo.training.config import PreferenceConfig
 from simpo.training.tasks import PREFERENCES
+from simpo.training.trainer import PreferenceConfig
 
 
 def main(argv: list[str]) -> int:

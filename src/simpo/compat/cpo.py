@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from simpo.compat.config import PortedConfig
-from simpo.compat.trainer import PortedTrainer
+from simpo.compat.trainer import PortedConfig, PortedTrainer
 from simpo.errors import SimpoError
 
 logger = logging.getLogger(__name__)

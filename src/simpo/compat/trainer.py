@@ -1,23 +1,198 @@
-"""The trainer behind the names of TRL and of the paper's code: their arguments, data and SFT term."""
+"""Trainers and configurations under the names of TRL and of the paper's code."""
 
 from __future__ import annotations
 
 import copy
+import logging
 import math
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, Value
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SchedulerType,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
-from simpo.compat.config import PortedConfig
-from simpo.compat.models import model_for, tokenizer_of
 from simpo.data.tokenize import Prepared
 from simpo.errors import SimpoError
 from simpo.objectives import Responses, sft_term
 from simpo.training.batches import PlannedBatch
-from simpo.training.trainer import PreferenceTrainer
+from simpo.training.models import load_model, load_tokenizer
+from simpo.training.settings import ModelArguments
+from simpo.training.trainer import PreferenceConfig, PreferenceTrainer
+
+# ---- What the configurations of TRL and of the paper's code have in common.
+
+
+logger = logging.getLogger(__name__)
+
+
+_NOT_SUPPORTED = {
+    "generate_during_eval": "sample from a checkpoint afterwards; set it to False",
+    "is_encoder_decoder": "only causal language models are trained; leave it out",
+}
+
+
+# Key, the value that says nothing, and why any other one changes nothing.
+_MEANINGLESS = (
+    ("max_completion_length", None, "it limits encoder-decoder models only"),
+    ("max_target_length", None, "it limits encoder-decoder models only"),
+    ("label_pad_token_id", -100, "no labels are made"),
+    ("padding_value", None, "padding is never scored"),
+)
+
+
+# What the paper's models were trained with, and from where on models were seen to repeat themselves.
+_BETA, _RATIO = (2.0, 10.0), (0.1, 0.8)
+
+
+_COLLAPSE = 1e-5
+
+
+@dataclass
+class PortedConfig(PreferenceConfig):  # type: ignore[misc, valid-type]
+    """Keys and defaults of both: those of ``TrainingArguments``, from which they are made.
+
+    Raises:
+        SimpoError: a key that cannot be honoured; the message names it.
+    """
+
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the pairs."})
+    lr_scheduler_type: SchedulerType | str = field(default="linear", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(default=0, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
+    max_completion_length: int | None = field(default=None, metadata={"help": "Means nothing here."})
+    label_pad_token_id: int = field(default=-100, metadata={"help": "Means nothing here."})
+    padding_value: int | None = field(default=None, metadata={"help": "Means nothing here."})
+    generate_during_eval: bool = field(default=False, metadata={"help": "Not supported."})
+    is_encoder_decoder: bool | None = field(default=None, metadata={"help": "Not supported."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "How a model that is given by name is loaded."}
+    )
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        for key, why in _NOT_SUPPORTED.items():
+            if getattr(self, key):
+                raise SimpoError(f"{key}: not supported ({why})")
+        for key, silent, why in _MEANINGLESS:
+            if getattr(self, key, silent) != silent:
+                logger.warning("%s means nothing here: %s", key, why)
+        accumulated = self.gradient_accumulation_steps > 1
+        super().__post_init__()
+        for line in self._departures(accumulated):
+            logger.warning(line)
+
+    def _departures(self, accumulated: bool) -> list[str]:
+        """Where the settings are not the paper's SimPO, or not what the original would compute from them."""
+        lines = []
+        if self.objective == "simpo":
+            beta, ratio = self.hyperparameters["beta"], self.hyperparameters["gamma_beta_ratio"]
+            if not _BETA[0] <= beta <= _BETA[1]:
+                lines.append(f"beta {beta:g} is used, but it is not SimPO's: the paper's {_span(_BETA)}")
+            if not _RATIO[0] <= ratio <= _RATIO[1]:
+                lines.append(f"gamma is {ratio:g} times beta: the paper's gamma/beta {_span(_RATIO)}")
+        if self.sft_weight:
+            lines.append(f"an SFT term of weight {self.sft_weight:g} is added: pure SimPO has none (weight 0)")
+            if accumulated or self.world_size > 1:
+                lines.append(
+                    "the SFT term is the mean over the chosen tokens of a whole optimizer step; the original takes "
+                    "the mean of each device batch"
+                )
+        if self.learning_rate >= _COLLAPSE:
+            lines.append(f"learning_rate {self.learning_rate:g}: models were seen to collapse from {_COLLAPSE:g} on")
+        return lines
+
+
+def _span(bounds: tuple[float, float]) -> str:
+    return f"is between {bounds[0]:g} and {bounds[1]:g}"
+
+
+# ---- Models as TRL's and the paper's trainers take them: by name, or with an adapter to be put on.
+
+
+# model_init_kwargs -> ours
+_KEYS = {
+    "revision": "model_revision",
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "attn_implementation": "attn_implementation",
+    "trust_remote_code": "trust_remote_code",
+}
+
+
+# Training uses no cache, and Trainer places the model.
+_NO_EFFECT = {"use_cache": (True, False, None), "device_map": ("auto", None), "quantization_config": (None,)}
+
+
+def model_for(model: PreTrainedModel | str | None, config: PortedConfig, peft_config: Any = None) -> PreTrainedModel:
+    """``model``, or the one of that name, with an adapter on it if there is a ``peft_config``.
+
+    A model that is loaded has fp32 weights unless ``config.model_init_kwargs`` has a ``dtype``.
+
+    Raises:
+        SimpoError: there is no model, it cannot be loaded or trained, or an adapter cannot be put on it.
+    """
+    if model is None:
+        raise SimpoError("model: give a model, or the name or folder of one")
+    if isinstance(model, str):
+        model = load_model(model, _arguments(model, config))
+    elif config.model_init_kwargs:
+        raise SimpoError("model_init_kwargs: the model is loaded already; give its name, or leave them out")
+    _check(model)
+    return model if peft_config is None else _with_adapter(model, peft_config)
+
+
+def tokenizer_of(model: PreTrainedModel, config: PortedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with ``model``; raises :class:`SimpoError` if the model was never saved."""
+    name = model.config.name_or_path
+    if not name:
+        raise SimpoError("processing_class: the model has no name to find its tokenizer by; give the tokenizer")
+    return load_tokenizer(name, _arguments(name, config))
+
+
+def _check(model: PreTrainedModel) -> None:
+    if model.config.is_encoder_decoder:
+        raise SimpoError("model: an encoder-decoder; only causal language models are trained")
+    if getattr(model.config, "output_router_logits", False) and getattr(model.config, "router_aux_loss_coef", 0.0):
+        raise SimpoError(
+            "output_router_logits: the loss that balances experts is not added; set model.config's to False"
+        )
+
+
+def _with_adapter(model: PreTrainedModel, peft_config: Any) -> PeftModel:
+    if not isinstance(peft_config, PeftConfig):
+        raise SimpoError(f"peft_config: a {type(peft_config).__name__} instead of one of peft's, such as LoraConfig")
+    if isinstance(model, PeftModel):
+        raise SimpoError("peft_config: the model has an adapter already; give that model alone, or merge it first")
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        raise SimpoError(
+            "peft_config: not for quantized models; call peft's prepare_model_for_kbit_training and get_peft_model "
+            "and give their result"
+        )
+    return get_peft_model(model, peft_config)
+
+
+def _arguments(name: str, config: PortedConfig) -> ModelArguments:
+    found: dict[str, Any] = {"trust_remote_code": getattr(config, "trust_remote_code", False)}
+    given: Any = config.model_init_kwargs or {}
+    for key, value in given.items():
+        if key in _KEYS:
+            found[_KEYS[key]] = value
+        elif value not in _NO_EFFECT.get(key, ()):
+            raise SimpoError(f"model_init_kwargs: {key!r} is not supported; load the model yourself and give it")
+    if found.get("dtype") is not None:
+        found["dtype"] = str(found["dtype"]).removeprefix("torch.")
+    return ModelArguments(name, **{key: value for key, value in found.items() if value is not None})
+
 
 _REFUSED = {
     "data_collator": "batches are packed, not padded, so there is nothing to collate",

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from simpo.data.messages import Message, kind_of
+from simpo.data.messages import Message, is_transcript, kind_of, turns
 from simpo.data.rows import BadRow
 from simpo.data.settings import RESERVED_KWARGS
-from simpo.data.transcripts import is_transcript, turns
 
 # Columns that are applied, and so are not among a row's other columns.
 CONTEXT_COLUMNS = ("system", "tools", "chat_template_kwargs")

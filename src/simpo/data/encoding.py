@@ -27,7 +27,7 @@ class Texts(Protocol):
     Attributes:
         texts: as they are rendered.
         marker: set if special-token text stands marked in them (see :class:`LiteralText`).
-        status: entries for the report (:meth:`simpo.data.report.DataReport.of`).
+        status: entries for the report (:meth:`simpo.data.mapping.DataReport.of`).
     """
 
     @property

@@ -12,12 +12,10 @@ from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.context import CONTEXT_COLUMNS, Context, read_context
-from simpo.data.conversations import read_conversation
-from simpo.data.formats import SHAPES, Comparison, is_comparison, recognise
-from simpo.data.mapping import TOKENS, Draft, Tokenization, check_bad, check_rows, prepare_rows
+from simpo.data.formats import SHAPES, Comparison, is_comparison, read_conversation, recognise
+from simpo.data.mapping import TOKENS, DataReport, Draft, Tokenization, check_bad, check_rows, prepare_rows
 from simpo.data.messages import ASKING, Message, kind_of, read_messages, without_train
 from simpo.data.rendered import check_not_rendered
-from simpo.data.report import DataReport
 from simpo.data.rows import BadRow, UnknownShape, columns_of, other_columns, rows_of
 from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.shapes import canonical

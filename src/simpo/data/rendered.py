@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from simpo.data.messages import is_transcript, is_whole_transcript
 from simpo.data.rows import BadRow
-from simpo.data.transcripts import is_transcript, is_whole_transcript
 
 # How the turns of the common families of templates begin: ChatML, Llama 2 and 3, Gemma, Phi, DeepSeek, Command R, GLM,
 # gpt-oss, Nemotron. A lone <s> may be HTML.

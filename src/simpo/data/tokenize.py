@@ -1,4 +1,4 @@
-"""Comparisons to token ids: one ``datasets.Dataset`` of prompts with their responses, best first."""
+"""Comparisons, single judged responses and conversations to token ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ import pyarrow.compute as pc
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.formats import SHAPES, check_shape, recognise
+from simpo.data.context import CONTEXT_COLUMNS, read_context
+from simpo.data.formats import (
+    CONVERSATION_SHAPES,
+    SHAPES,
+    Comparison,
+    check_conversation_shape,
+    check_shape,
+    is_comparison,
+    read_responses,
+    recognise,
+    recognise_conversation,
+)
 from simpo.data.mapping import (
     TOKENS,
     Draft,
@@ -22,10 +33,10 @@ from simpo.data.mapping import (
     prepare_rows,
     shortest,
 )
-from simpo.data.rows import BadRow
-from simpo.data.settings import TokenizeSettings
-from simpo.data.templates import Rendered, end_of_turn
-from simpo.data.truncation import fit
+from simpo.data.rows import BadRow, UnknownShape, columns_of, other_columns
+from simpo.data.settings import TokenizeSettings, fit, fit_turns
+from simpo.data.shapes import first_canonical, read_label
+from simpo.data.templates import EndOfTurn, Rendered, RenderedTurns, end_of_turn
 from simpo.errors import SimpoError
 
 __all__ = ["Comparisons", "Prepared", "TokenizeSettings", "check_rankings", "end_token_id", "prepare"]
@@ -139,3 +150,191 @@ class Comparisons(Tokenization[Rendered]):
     def _ended(self, response: list[int], end: int) -> list[int]:
         end = self._end if self.settings.paper_tokenization else end
         return response if response[-1:] == [end] else [*response, end]
+
+
+# ---- Unpaired feedback: single responses with a label, desirable or not, to token ids.
+
+
+FEEDBACK_SHAPES = "{prompt, completion, label} (strings or message lists, with true or false, or 1 or 0)"
+
+
+_COLUMNS = {"prompt", "completion", "label"}
+
+
+def is_feedback(dataset: Dataset) -> bool:
+    """Whether a data set, tokenized or not, has unpaired feedback, as its columns or its first row tell."""
+    if "prompt_ids" in dataset.column_names or not len(dataset):
+        return "label" in dataset.column_names
+    row = first_canonical(dataset)
+    return set(row) >= _COLUMNS and not is_comparison(row)
+
+
+def prepare_feedback(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, *, label: str = "train"
+) -> Prepared:
+    """Tokenize single responses with labels; the result is cached with the data set and has the column ``label``.
+
+    Args:
+        dataset: rows as :func:`simpo.data.sources.load_rows` gives them, or any data set with the same columns. One
+            that has ``prompt_ids`` and ``response_ids`` is returned as it is.
+        tokenizer: a fast tokenizer. If it has a chat template, everything is rendered with it.
+        settings: lengths, truncation and how to treat bad rows.
+        label: names the data set in the report and in messages.
+
+    Raises:
+        SimpoError: no row of a known shape, too many bad rows, nothing that fits, labels that are all alike, or a
+            tokenizer or chat template that cannot serve.
+    """
+    check_rows(dataset, label)
+    prepared = already_tokenized(dataset, label, _Feedback.noun)
+    if prepared is None:
+        prepared = prepare_rows(dataset, tokenizer, _Feedback(tokenizer, settings, label))
+    _check_labels(prepared.dataset, label)
+    return prepared
+
+
+def _check_labels(rows: Dataset, label: str) -> None:
+    found = pc.unique(rows.with_format("arrow")["label"]).to_pylist()
+    if len(found) < 2:
+        raise SimpoError(
+            f"{label}: the label of every row is {str(found[0]).lower()}; desirable (true) and undesirable (false) "
+            "responses are needed"
+        )
+
+
+def recognise_feedback(row: Mapping[str, Any], where: str) -> tuple[Comparison, bool]:
+    """A prompt with its one response, and whether that is desirable.
+
+    Raises:
+        UnknownShape: the row's columns are of another shape.
+        BadRow: they are of this one, but their values are not.
+    """
+    _check_shape(row)
+    label = read_label(row["label"])
+    if label is None:
+        raise BadRow("label is neither true nor false (1 or 0)")
+    prompt, responses = read_responses(row["prompt"], (row["completion"],), ("completion",))
+    prompt, found, context = read_context(row, prompt, responses)
+    extra = other_columns(row, *_COLUMNS, *CONTEXT_COLUMNS)
+    return Comparison(prompt, tuple(found), where, extra, context=context), label
+
+
+def _check_shape(row: Mapping[str, Any]) -> None:
+    if not set(row) >= _COLUMNS:
+        raise UnknownShape(f"no recognised shape: columns {columns_of(row)}")
+
+
+class _Feedback(Comparisons):
+    """A row becomes a prompt, one response and a label."""
+
+    columns: ClassVar = {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "label": Value("bool")}
+    noun = "judged responses"
+    shapes = FEEDBACK_SHAPES
+
+    def check_shape(self, row: Mapping[str, Any]) -> None:
+        _check_shape(row)
+
+    def drafts(self, row: Mapping[str, Any], where: str) -> list[Draft[Rendered]]:
+        comparison, label = recognise_feedback(row, where)
+        return [Draft(self.renderer.render(comparison), comparison.extra, {"label": label})]
+
+
+# ---- Conversations to token ids for supervised fine-tuning: the assistant's turns are scored, nothing else
+# is.
+
+
+UNANSWERED_CUT = "messages after the last answer"
+
+
+def prepare_sft(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, *, label: str = "train"
+) -> Prepared:
+    """Tokenize a data set of conversations; the result is cached with the data set.
+
+    A conversation is one prompt, what generation would be fed for its first answer, and one response, all the rest up
+    to the end of its last answer. The column ``scored`` marks the tokens of the answers, with their end-of-turn tokens.
+
+    Args:
+        dataset: rows as :func:`simpo.data.sources.load_rows` gives them, or any data set with the same
+            columns. One that has ``prompt_ids`` and ``response_ids`` is returned as it is.
+        tokenizer: a fast tokenizer. If it has a chat template, everything is rendered with it.
+        settings: lengths, truncation and how to treat bad rows.
+        label: names the data set in the report and in messages.
+
+    Raises:
+        SimpoError: a setting that is for comparisons only, no row of a known shape, too many bad rows, nothing that
+            fits, or a tokenizer or chat template that cannot serve.
+    """
+    if settings.truncation == "paper":
+        raise SimpoError("truncation: 'paper' is for comparisons, not for supervised fine-tuning; set prompt or drop")
+    if settings.paper_tokenization:
+        raise SimpoError("paper_tokenization: for comparisons, not for supervised fine-tuning; leave it out")
+    check_rows(dataset, label)
+    if (found := already_tokenized(dataset, label, _Conversations.noun)) is not None:
+        _check_one_response(dataset, label)
+        return found
+    return prepare_rows(dataset, tokenizer, _Conversations(tokenizer, settings, label))
+
+
+def _check_one_response(dataset: Dataset, label: str) -> None:
+    most = pc.max(pc.list_value_length(dataset.with_format("arrow")["response_ids"])).as_py()
+    if most != 1:
+        raise SimpoError(f"{label}: tokenized comparisons with up to {most} responses (simpo train), not conversations")
+
+
+class _Conversations(Tokenization[RenderedTurns]):
+    """A row becomes a prompt and one response, of which the answers are scored."""
+
+    columns: ClassVar = {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "scored": List(List(Value("bool")))}
+    noun = "conversations"
+    shapes = CONVERSATION_SHAPES
+
+    def check_shape(self, row: Mapping[str, Any]) -> None:
+        check_conversation_shape(row)
+
+    def drafts(self, row: Mapping[str, Any], where: str) -> list[Draft[RenderedTurns]]:
+        conversation = recognise_conversation(row, where)
+        sequences = self.renderer.render_turns(conversation)
+        if conversation.unanswered:
+            sequences[0] = replace(sequences[0], status=(f"cut: {UNANSWERED_CUT}", *sequences[0].status))
+        return [Draft(rendered, conversation.extra) for rendered in sequences]
+
+    def outcome(self, rendered: RenderedTurns, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
+        """Ids with BOS and end-of-turn tokens, within the limits, and which are scored."""
+        prompt = self.encoder.one_bos(ids[0])
+        if not prompt:
+            raise BadRow("empty prompt")
+        response, scored, ends = self._response(rendered, ids)
+        fitted = fit_turns(prompt, response, ends, self.settings, self.bos)
+        kept = fitted.responses[0]
+        values = {"prompt_ids": fitted.prompt, "response_ids": [kept], "scored": [scored[: len(kept)]]}
+        return values, fitted.status
+
+    def nothing_fits(self, mapped: Dataset) -> str:
+        return shortest(mapped, self.settings, "conversation")
+
+    def _response(self, rendered: RenderedTurns, ids: list[list[int]]) -> tuple[list[int], list[bool], list[int]]:
+        """Ids of all that follows the prompt, which are scored, and how many there are up to the end of each answer.
+
+        An answer's ids are what generation would have to produce after its prompt, and what follows it is as the next
+        answer's prompt has it.
+        """
+        response: list[int] = []
+        scored: list[bool] = []
+        ends: list[int] = []
+        for k, text in enumerate(rendered.answers):
+            whole = ids[k + 1]
+            mark = rendered.ends[k]
+            end = _end_of_answer(whole, mark, rendered.between[k]) if k < len(rendered.between) else len(whole)
+            answer = [*self.encoder.following(ids[k], text, whole[:end], rendered.marker), mark.token_id]
+            rest = whole[end + 1 :]
+            response += answer + rest
+            scored += [True] * len(answer) + [False] * len(rest)
+            ends.append(len(response) - len(rest))
+        return response, scored, ends
+
+
+def _end_of_answer(ids: list[int], end: EndOfTurn, between: str) -> int:
+    """Position of the end-of-turn token that ``between`` follows: others may stand in it, after users' turns."""
+    positions = [position for position, token_id in enumerate(ids) if token_id == end.token_id]
+    return positions[-1 - between.count(end.text)]

@@ -1,30 +1,36 @@
-"""A model's answers to a benchmark's questions."""
+"""A model's answers to a benchmark's questions, a judge's replies, and how results are shown."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
 from simpo.atomic import write_text
-from simpo.client import stand_in
+from simpo.client import ChatClient, ChatReply, ChatRequest, Prices, agree, stand_in
+from simpo.client.chat_client import TRIED
 from simpo.data.files import SUFFIXES
 from simpo.data.prompts import Prompts
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
-from simpo.results import fingerprint
+from simpo.results import FILE_NAME as RESULTS
+from simpo.results import Metric, fingerprint, read_results, write_results
+from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.lines import read_lines
-from simpo.sampling.job import Job
-from simpo.sampling.loading import Checkpoint
-from simpo.sampling.run import FILE_NAME, EngineName, PromptArguments, sample_responses
+from simpo.sampling.run import FILE_NAME, Checkpoint, EngineName, Job, PromptArguments, sample_responses
 from simpo.sampling.settings import SamplingSettings
-from simpo.training.device import free_memory, with_dtype
 from simpo.training.identity import model_digest
-from simpo.training.model_arguments import ModelArguments
-from simpo.training.models import load_tokenizer
+from simpo.training.models import free_memory, load_tokenizer, with_dtype
+from simpo.training.settings import ModelArguments
 
 # A text, or messages.
 Question = str | list[dict[str, str]]
@@ -132,3 +138,210 @@ def _key(question: object) -> str:
 def is_outputs_file(name: str) -> bool:
     """Whether a command was given a file of answers and not a model."""
     return name.endswith(SUFFIXES)
+
+
+# ---- A judge behind an API: asked after the user has agreed to what it will cost.
+
+
+Say = Callable[[str], None]
+
+
+Check = Callable[[Sequence[ChatReply]], None]
+
+
+@dataclass
+class ApiJudge:
+    """A model that judges.
+
+    Attributes:
+        client: sends what it is asked.
+        prices: of its tokens, where they are known.
+        yes: whether the user has agreed.
+        strip_thinking: show it the answers without the thinking that they begin with.
+        max_tokens: longest reply; None for the benchmark's own limit.
+    """
+
+    client: ChatClient
+    prices: Prices | None = None
+    yes: bool = False
+    strip_thinking: bool = False
+    max_tokens: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's name on its server."""
+        return self.client.endpoint.model
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it determines the verdicts; what is off is left out, so that earlier runs can be continued."""
+        given = {"strip_thinking": self.strip_thinking, "judge_max_tokens": self.max_tokens}
+        return {"judge": self.name} | {key: value for key, value in given.items() if value}
+
+    def metrics(self, benchmark: str) -> list[Metric]:
+        """How many replies it gave at another temperature than the benchmark's, where it did."""
+        usage = self.client.usage
+        found = Metric(f"{benchmark}/judged_at_default_temperature", usage.default_temperature, n=usage.replies)
+        return [found] if usage.default_temperature else []
+
+    def agree_beforehand(self, requests: Sequence[ChatRequest | None], say: Say) -> None:
+        """Let the user agree before answers are sampled, which may take long; :meth:`ask` then does not ask again.
+
+        Args:
+            requests: with answers as long as they may be; None where there will be nothing to ask.
+            say: gets the line.
+
+        Raises:
+            SimpoError: the user does not agree, or cannot be asked.
+        """
+        wanted = self._limited([request for request in requests if request is not None])
+        agree(
+            self.client.estimate(wanted),
+            yes=self.yes,
+            say=lambda line: say(f"the judge, with answers as long as they may be: {line}"),
+            prices=self.prices,
+        )
+        self.yes = True
+
+    def ask(self, requests: Sequence[ChatRequest], say: Say, check_first: Check | None = None) -> list[ChatReply]:
+        """The replies in the order of the requests, and what they took.
+
+        Args:
+            requests: what is asked.
+            say: gets lines of progress.
+            check_first: gets the first few replies before more is sent, and raises if they will not do.
+
+        Raises:
+            SimpoError: the user does not agree, a request finally failed, the first ones were all refused, or as
+                ``check_first``.
+        """
+        requests = self._limited(requests)
+        agree(self.client.estimate(requests), yes=self.yes, say=say, prices=self.prices)
+        few = 0 if check_first is None else max(TRIED, self.client.endpoint.concurrency)
+        replies = self.client.complete(requests[:few], despite_refusals=True)
+        if check_first is not None and replies:
+            check_first(replies)
+        replies += self.client.complete(requests[few:], despite_refusals=True, say=say)
+        say(self.client.usage.line(self.prices))
+        return replies
+
+    def _limited(self, requests: Sequence[ChatRequest]) -> list[ChatRequest]:
+        """The requests with the longest reply that the user allows."""
+        if self.max_tokens is None:
+            return list(requests)
+        return [replace(request, max_tokens=self.max_tokens) for request in requests]
+
+    def ask_some(
+        self, requests: Sequence[ChatRequest | None], say: Say, check_first: Check | None = None
+    ) -> list[ChatReply | None]:
+        """As :meth:`ask`; where there is nothing to ask the reply is None."""
+        replies = iter(self.ask([request for request in requests if request is not None], say, check_first))
+        return [None if request is None else next(replies) for request in requests]
+
+
+# ---- An evaluation is measured once: a finished run is left as it is, and that is said.
+
+
+def measure_once(run: RunFolder, measure: Callable[[], list[Metric]]) -> Path:
+    """Measure, write ``results.json`` and finish the run, unless it was finished before.
+
+    Args:
+        run: after its :meth:`~simpo.runs.folder.RunFolder.begin`.
+        measure: gives the figures.
+
+    Returns:
+        The path of ``results.json``.
+    """
+    if run.finished:
+        run.say(f"{run.path} holds this run already, finished; nothing was computed")
+    else:
+        write_results(run.path, command=run.command, fingerprint=run.fingerprint, metrics=measure())
+        run.finish()
+    return run.path / RESULTS
+
+
+# ---- What others measured: the paper's models on the same benchmarks, to stand beside one's own figures.
+
+
+SOURCE = "princeton-nlp/SimPO, README.md: judge gpt-4-1106-preview; GSM8K and MMLU by ZeroEval"
+
+
+# Methods that are shown on a terminal; an export has all.
+_SHOWN = ("SFT", "DPO", "SimPO")
+
+
+# Columns by benchmark, and what they are called.
+_COLUMNS = {
+    "alpaca_eval": {"alpaca_eval_lc": "LC win rate", "alpaca_eval_wr": "win rate", "alpaca_eval_length": "length"},
+    "arena_hard": {"arena_hard": "Arena-Hard v0.1"},
+    "gsm8k": {"gsm8k": "GSM8K"},
+    "academic": {"gsm8k": "GSM8K", "mmlu": "MMLU"},
+}
+
+
+def published_rows(benchmark: str) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the published figures of a benchmark; no rows where nothing is published."""
+    columns = _COLUMNS.get(benchmark, {})
+    text = (resources.files("simpo.evaluation") / "published.csv").read_text(encoding="utf-8")
+    rows = [
+        [row["setting"], row["method"], row["model"], *(row[column] for column in columns)]
+        for row in csv.DictReader(text.splitlines())
+        if any(row[column] for column in columns)
+    ]
+    return ["setting", "method", "model", *columns.values()], rows
+
+
+def published_table(benchmark: str) -> Table | None:
+    """The figures of the main methods for a terminal; None where there are none."""
+    (setting, method, _, *columns), rows = published_rows(benchmark)
+    if not rows:
+        return None
+    table = Table(setting, method, title="published", caption=Text(SOURCE), box=SIMPLE_HEAD)
+    for heading in columns:
+        table.add_column(heading, no_wrap=True, justify="right")
+    for row in rows:
+        if row[1] in _SHOWN:
+            table.add_row(*map(Text, (row[0], row[1], *row[3:])))
+    return table
+
+
+# ---- Figures of an evaluation, and what others published, as Markdown.
+
+
+def write_markdown(results: Path, benchmark: str, model: str, path: Path) -> None:
+    """Write the figures of a run, who judged, and the published figures to a Markdown file.
+
+    Args:
+        results: the run's ``results.json``, beside its ``run.json``.
+        benchmark: its name on the command line.
+        model: what the heading calls the model.
+        path: the file to write.
+
+    Raises:
+        SimpoError: the results cannot be read, or the file cannot be written.
+    """
+    found = read_results(results)
+    own = [_cells(metric) for metric in found.metrics]
+    parts = [f"## {model} on {benchmark}", _table(["metric", "stage", "value", "interval", "n"], own)]
+    identity = RunRecord.read(results.parent).identity
+    if "judge" in identity:
+        parts.append(f"Judge: {identity['judge']}")
+    if "judge_prompt" in identity:
+        parts.append(f"SHA-256 of the judge prompt: `{identity['judge_prompt']}`")
+    headings, rows = published_rows(benchmark)
+    if rows:
+        parts += [f"Published ({SOURCE}):", _table(headings, rows)]
+    write_text(path, "\n\n".join([*parts, f"Fingerprint of the run: `{found.fingerprint}`"]) + "\n")
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _cells(metric: Metric) -> list[str]:
+    interval = ""
+    if metric.low is not None and metric.high is not None:
+        interval = f"{metric.low:.4g} to {metric.high:.4g} ({metric.method})"
+    value = "-" if metric.value is None else f"{metric.value:.4g}"
+    return [metric.name, metric.stage or "", value, interval, "" if metric.n is None else str(metric.n)]

@@ -1,36 +1,210 @@
-"""The workflow behind ``simpo compare``: two models or their answers, and judges that say which one is better."""
+"""``simpo compare``: two models or their answers, any judges, and where the judges differ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simpo.client import Prices
-from simpo.evaluation.contenders import Contender, SampledWith, contenders
-from simpo.evaluation.differences import write_differences, write_verdicts
+import numpy as np
+
+from simpo.atomic import write_text
+from simpo.client import Prices, agree
+from simpo.errors import SimpoError
+from simpo.evaluation.answers import measure_once
 from simpo.evaluation.head_to_head import (
+    Contender,
     Contest,
+    SampledWith,
+    contenders,
     match_answers,
     meetings,
     read_contests,
     sampled_metrics,
     text_metrics,
 )
-from simpo.evaluation.judging import agree_to, judge_pairs, make_judges, order_metrics
-from simpo.evaluation.once import measure_once
-from simpo.evaluation.preferences import preference_metrics
-from simpo.judges.protocol import Judge
-from simpo.judges.registry import JudgeOptions
-from simpo.judges.shown import Shown
+from simpo.evaluation.preferences import Judged, preference_metrics
+from simpo.judges.annotate import Shown
+from simpo.judges.pairwise import PairwiseApiJudge
+from simpo.judges.protocol import Judge, Pair, as_text
+from simpo.judges.registry import JudgeOptions, make_judge
+from simpo.judges.scored import ScorerJudge, verdict_of
 from simpo.results import Metric
 from simpo.runs.folder import RunFolder
-from simpo.runs.signals import stoppable
+from simpo.runs.lines import JsonLines, stoppable
+from simpo.terminal import printable
 
-VERDICTS, DIFFERENCES = "verdicts.jsonl", "differences.md"
+# ---- What judges said, written down: every pair for programs, the clearest ones for people.
+
+
+_SHOWN = 10
+
+
+def write_verdicts(path: Path, judged: Judged) -> None:
+    """Write every pair with its answers, verdicts (null where there is none) and margins as JSON lines."""
+    lines = JsonLines(path)
+    lines.keep(0)
+    lines.append(
+        {
+            **{"id": pair.id, "prompt": pair.prompt, **pair.context.columns, "a": pair.a, "b": pair.b},
+            "verdicts": {name: float(values[index]) for name, values in judged.verdicts.items()},
+            "margins": {name: float(values[index]) for name, values in judged.margins.items()},
+        }
+        for index, pair in enumerate(judged.pairs)
+    )
+
+
+def widest_differences(judged: Judged) -> list[int]:
+    """The pairs with the clearest verdicts, one of a prompt at most, the clearest first.
+
+    How clear is how far the judges' mean verdict is from a tie, no verdict being one; between equals the first judge
+    with scores decides, by how far its scores are apart.
+    """
+    clear = np.abs(np.mean([np.nan_to_num(verdicts - 0.5) for verdicts in judged.verdicts.values()], axis=0))
+    apart = np.abs(next(iter(judged.margins.values()), np.zeros(len(clear))))
+    chosen: dict[int, int] = {}  # prompt -> its clearest pair
+    for index in np.lexsort((-apart, -clear)):
+        if clear[index] > 0:
+            chosen.setdefault(int(judged.prompts[index]), int(index))
+    return list(chosen.values())[:_SHOWN]
+
+
+def write_differences(path: Path, judged: Judged, names: tuple[str, str]) -> None:
+    """Write :func:`widest_differences` as Markdown.
+
+    Args:
+        path: the file.
+        judged: pairs and verdicts.
+        names: of the models.
+    """
+    chosen = widest_differences(judged)
+    parts = [f"# Where A ({names[0]}) and B ({names[1]}) differ most\n"]
+    if not chosen:
+        parts.append("No verdict for either.\n")
+    for index in chosen:
+        parts += _section(judged.pairs[index], _verdicts(index, judged))
+    write_text(path, "\n".join(parts))
+
+
+def _verdicts(index: int, judged: Judged) -> Iterable[str]:
+    for judge, verdicts in judged.verdicts.items():
+        apart = f" (scores {judged.margins[judge][index]:+.4g})" if judge in judged.margins else ""
+        yield f"{judge}: {_said(verdicts[index])}{apart}"
+
+
+def _said(verdict: float) -> str:
+    if np.isnan(verdict):
+        return "no verdict"
+    if verdict == 0.5:
+        return "tie"
+    return "A better" if verdict > 0.5 else "B better"
+
+
+def _section(pair: Pair, verdicts: Iterable[str]) -> list[str]:
+    return [
+        f"## {pair.id}\n",
+        "; ".join(verdicts) + "\n",
+        *_quoted("Prompt", as_text(pair.prompt)),
+        *_quoted("A", pair.a),
+        *_quoted("B", pair.b),
+    ]
+
+
+def _quoted(title: str, text: str) -> list[str]:
+    """As it is, between fences that are longer than any in it."""
+    text = printable(text)
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"**{title}**\n", f"{fence}text", text, f"{fence}\n"]
+
+
+# ---- Several judges, the same pairs of answers: what they cost, and what they say.
+
 
 Say = Callable[[str], None]
+
+
+def make_judges(names: Sequence[str], options: JudgeOptions) -> dict[str, Judge]:
+    """Judges by the names that results call them: their kinds, numbered where one occurs again.
+
+    Args:
+        names: as :func:`simpo.judges.registry.make_judge` takes them.
+        options: what they need.
+
+    Raises:
+        SimpoError: one is named twice or cannot be had.
+    """
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise SimpoError(f"judge {repeated[0]!r} is named twice")
+    found: dict[str, Judge] = {}
+    for name in names:
+        kind = name.partition(":")[0]
+        count = sum(other.partition("-")[0] == kind for other in found)
+        found[f"{kind}-{count + 1}" if count else kind] = make_judge(name, options)
+    return found
+
+
+def agree_to(judges: Mapping[str, Judge], pairs: Sequence[Pair], *, yes: bool, prices: Prices | None, say: Say) -> None:
+    """Ask the user about what judges will send; see :func:`simpo.client.agree`.
+
+    Raises:
+        SimpoError: the user does not agree, or cannot be asked.
+    """
+    for judge in judges.values():
+        if isinstance(judge, PairwiseApiJudge):
+            agree(judge.estimate(pairs), yes=yes, say=say, prices=prices)
+
+
+def judge_pairs(
+    judges: Mapping[str, Judge], pairs: Sequence[Pair], prompts: np.ndarray, *, prices: Prices | None, say: Say
+) -> Judged:
+    """Every judge's verdicts, and the differences of scores of those that score.
+
+    Args:
+        judges: by name.
+        pairs: what they judge.
+        prompts: for every pair the number of its prompt, ``[P]``.
+        prices: of an API judge's tokens, where they are known.
+        say: gets what judges took, and how many pairs are without a verdict.
+
+    Raises:
+        SimpoError: a judge failed.
+    """
+    judged = Judged(pairs, prompts)
+    for name, judge in judges.items():
+        say(f"judge {name}")
+        if isinstance(judge, ScorerJudge):
+            judged.margins[name] = np.array(judge.margins(pairs))
+            found: list[float | None] = [verdict_of(margin) for margin in judged.margins[name]]
+        else:
+            found = judge.compare(pairs)
+        judged.verdicts[name] = np.array(found, dtype=np.float64)  # None becomes NaN
+        if isinstance(judge, PairwiseApiJudge):
+            say(judge.client.usage.line(prices))
+        if missing := int(np.isnan(judged.verdicts[name]).sum()):
+            say(f"note: judge {name} gave no verdict on {missing:,} of {len(pairs):,} pairs; they do not count")
+    return judged
+
+
+def order_metrics(judges: Mapping[str, Judge], pairs: int) -> list[Metric]:
+    """How often a judge named another winner when the order of the answers was turned.
+
+    And how many replies it gave at its server's default temperature, where it did.
+    """
+    asked = {name: judge for name, judge in judges.items() if isinstance(judge, PairwiseApiJudge)}
+    conflicting = [Metric(f"conflicting_orders/{name}", judge.conflicting, n=pairs) for name, judge in asked.items()]
+    return conflicting + [
+        Metric(f"judged_at_default_temperature/{name}", count, n=judge.client.usage.replies)
+        for name, judge in asked.items()
+        if (count := judge.client.usage.default_temperature)
+    ]
+
+
+VERDICTS, DIFFERENCES = "verdicts.jsonl", "differences.md"
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,31 @@
-"""Two models' answers to the same prompts, side by side."""
+"""Two models' answers to the same prompts, sampled or read from files, side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from simpo.data.context import context_of
+from simpo.data.prompts import read_prompts
+from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
-from simpo.evaluation.answer_files import Record, read_answer_file
+from simpo.evaluation.answers import Answerer, is_outputs_file
+from simpo.evaluation.rows import Record, file_digest, read_answer_file
 from simpo.judges.protocol import Pair
-from simpo.results import Metric, Stage
+from simpo.results import Metric, Stage, fingerprint
+from simpo.sampling.run import FILE_NAME, Checkpoint, EngineName, PromptArguments, sample_responses
+from simpo.sampling.settings import SamplingSettings
 from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval
+from simpo.training.models import free_memory
+from simpo.training.settings import ModelArguments
 
 # A number for one answer to a prompt.
 Figure = Callable[[Any, str], float]
+
 
 # Model ``a`` is compared with the baseline ``b``.
 SIDES: dict[Stage, str] = {"before": "b", "after": "a"}
@@ -151,3 +159,137 @@ def _values(contests: Sequence[Contest], side: str, figure: Figure) -> list[list
 
 def _metric(name: str, stage: Stage, found: Interval) -> Metric:
     return Metric(name, found.value, stage, found.n, found.low, found.high, found.method)
+
+
+# ---- What is compared: a model that will be sampled, or answers that are there.
+
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SampledWith:
+    """How models answer.
+
+    Attributes:
+        prompts: what they are asked; None for the prompts of the answers that they are compared with.
+        split: of the prompts.
+        settings: how answers are drawn.
+        engine: what generates.
+        dtype: type of the weights; None chooses by the device.
+        trust_remote_code: run code that comes with a model.
+        rendering: how prompts are rendered.
+    """
+
+    prompts: str | None
+    split: str
+    settings: SamplingSettings
+    engine: EngineName = "transformers"
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    rendering: RenderSettings = field(default_factory=RenderSettings)
+
+
+class Contender(Protocol):
+    """One side of a comparison."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines its answers, as JSON values."""
+        ...
+
+    def answers(self, folder: Path, say: Say) -> Path:
+        """A file of its answers, made in ``folder`` if need be.
+
+        Raises:
+            SimpoError: they cannot be made.
+        """
+        ...
+
+    def expected(self, folder: Path) -> dict[str, Record]:
+        """Its answers by the prompts' ids; where they are not there yet, texts as long as they may be.
+
+        Raises:
+            SimpoError: the prompts cannot be read, or the model has no room for any of them.
+        """
+        ...
+
+
+def contenders(a: str, b: str, sampled: SampledWith) -> tuple[Contender, Contender]:
+    """Both sides: a file of answers, the folder of a run of ``simpo sample``, or else a model.
+
+    Raises:
+        SimpoError: a side cannot be used, or it is not said what models are to be asked.
+    """
+    files = [_answer_file(name) for name in (a, b)]
+    given = next((str(path) for path in files if path is not None), None)
+    if None not in files and sampled.prompts is not None:
+        raise SimpoError("prompts: both sides are answers, which have their own; leave --prompts out")
+    if sampled.prompts is None:
+        if given is None:
+            raise SimpoError("prompts: name what the models are to be asked with --prompts")
+        sampled = replace(sampled, prompts=given, split="train")
+    first, second = (
+        _Model.of(name, sampled) if path is None else _File.of(path) for name, path in zip((a, b), files, strict=True)
+    )
+    return first, second
+
+
+def _answer_file(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    if (path / FILE_NAME).is_file():
+        return path / FILE_NAME
+    return path if path.is_file() or is_outputs_file(name) else None
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+
+    @classmethod
+    def of(cls, path: Path) -> _File:
+        read_answer_file(path)
+        return cls(path)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"answers": file_digest(self.path)}
+
+    def answers(self, folder: Path, say: Say) -> Path:
+        return self.path
+
+    def expected(self, folder: Path) -> dict[str, Record]:
+        return read_answer_file(self.path)
+
+
+@dataclass(frozen=True)
+class _Model:
+    answerer: Answerer
+    prompts: PromptArguments
+
+    @classmethod
+    def of(cls, name: str, sampled: SampledWith) -> _Model:
+        assert sampled.prompts is not None
+        model = ModelArguments(name, dtype=sampled.dtype, trust_remote_code=sampled.trust_remote_code)
+        arguments, rendering = Checkpoint.read(model).arguments, sampled.rendering
+        answerer = Answerer(arguments, sampled.settings, engine=sampled.engine, rendering=rendering)
+        return cls(answerer, PromptArguments(sampled.prompts, sampled.split, rendering=rendering))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        prompts, _ = read_prompts(self.prompts.rows())
+        return self.answerer.identity() | {"prompts": fingerprint([prompt.id for prompt in prompts])}
+
+    def answers(self, folder: Path, say: Say) -> Path:
+        model = self.answerer.model
+        say(f"answers of {folder.name.upper()}, {model.model_name_or_path}:")
+        sample_responses(model, self.prompts, self.answerer.settings, folder, engine=self.answerer.engine)
+        free_memory()
+        return folder / FILE_NAME
+
+    def expected(self, folder: Path) -> dict[str, Record]:
+        if (folder / FILE_NAME).exists():
+            return read_answer_file(folder / FILE_NAME)
+        responses = [self.answerer.stand_in(f"{folder.name}{i}") for i in range(self.answerer.settings.n)]
+        prompts = self.answerer.fitting(self.prompts)
+        return {one.id: {"id": one.id, "prompt": one.content, "responses": responses} for one in prompts}

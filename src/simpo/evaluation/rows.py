@@ -1,4 +1,4 @@
-"""Rows of the benchmarks' files, each with where it stands, and their cells with what is wrong with them."""
+"""Rows of the benchmarks' files and of answer files, with error messages that name the row and the cell."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from simpo.atomic import write_text
-from simpo.data.rows import Row, rows_of
+from simpo.data.messages import Message, read_messages
+from simpo.data.prompts import prompt_id
+from simpo.data.rows import BadRow, Row, rows_of
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 
@@ -125,3 +127,43 @@ def hub_file(repository: str, name: str, option: str) -> Path:
 def write_json_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write a file of JSON objects, one a line, whole or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+# ---- Files of answers: what ``simpo sample`` writes, and AlpacaEval's ``model_outputs.json``.
+
+
+Record = dict[str, Any]
+
+
+def read_answer_file(path: Path) -> dict[str, Record]:
+    """Prompts with their answers by the prompts' ids, in the order of the file.
+
+    Rows are ``{id, prompt, responses}`` with whatever else ``simpo sample`` stores, or ``{instruction, output}``. An
+    answer may be empty.
+
+    Raises:
+        SimpoError: the file cannot be read, a row is neither, or a prompt occurs twice.
+    """
+    found = [(_record(row, where), where) for row, where in read_rows(path)]
+    check_unique(((record["id"], where) for record, where in found), "prompt")
+    return {record["id"]: record for record, _ in found}
+
+
+def _record(row: Row, where: str) -> Record:
+    if "instruction" in row and "output" in row:
+        instruction = text_in(row, "instruction", where)
+        return {"id": prompt_id(instruction), "prompt": instruction, "responses": [text_in(row, "output", where)]}
+    text_in(row, "id", where)
+    responses = list_in(row, "responses", where)
+    if not responses or not all(isinstance(response, str) for response in responses):
+        raise SimpoError(f"{where}: responses: expected one or more texts")
+    return row | {"prompt": _prompt(row.get("prompt"), where)}
+
+
+def _prompt(value: object, where: str) -> str | list[Message]:
+    if isinstance(value, str):
+        return value
+    try:
+        return read_messages(value, "prompt")
+    except BadRow as error:
+        raise SimpoError(f"{where}: {error.reason}") from error

@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from simpo.client import Prices, Usage, agree
-from simpo.data.answer_sets import AnswerSet, diversity_metrics, score_metrics
 from simpo.data.context import context_of
+from simpo.data.inspection import AnswerSet, diversity_metrics, score_metrics
 from simpo.data.messages import read_messages
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 from simpo.judges.models import ModelScorer
+from simpo.judges.pairwise import TournamentScorer
 from simpo.judges.protocol import Annotator, Answers, check_scores
 from simpo.judges.registry import JudgeOptions, make_annotator
-from simpo.judges.shown import Shown
-from simpo.judges.tournament import TournamentScorer
 from simpo.results import Metric, fingerprint, write_results
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import JsonLines, read_lines, write_lines
-from simpo.runs.signals import stoppable
+from simpo.runs.lines import JsonLines, read_lines, stoppable, write_lines
+from simpo.thinking import split_thinking
+
+# ---- The answers that judges are shown: as they are, or without the thinking that they begin with.
+
+
+class Shown:
+    """Gives the text of an answer that judges are shown, and counts the thinking in all answers."""
+
+    def __init__(self, strip_thinking: bool) -> None:
+        self._strip = strip_thinking
+        self._answers = self._thinking = self._endless = 0
+
+    def __call__(self, answer: str) -> str:
+        """The answer, or what follows its thinking."""
+        thinking, rest = split_thinking(answer)
+        self._answers += 1
+        self._thinking += bool(thinking)
+        self._endless += bool(thinking) and not rest
+        return rest if self._strip else answer
+
+    def metrics(self, name: str, say: Callable[[str], None]) -> list[Metric]:
+        """How many answers had thinking, how many of them nothing else, and from how many it was removed; or nothing.
+
+        Args:
+            name: what the figures' names begin with.
+            say: gets a line if there was thinking.
+        """
+        if not self._thinking:
+            return []
+        done = "judges are not shown it" if self._strip else "judges are shown it: --strip_thinking removes it"
+        say(f"note: {self._thinking:,} of {self._answers:,} answers begin with thinking; {done}")
+        counts = {"with_thinking": self._thinking, "without_end_of_thinking": self._endless}
+        counts |= {"stripped_of_thinking": self._thinking * self._strip}
+        return [Metric(f"{name}answers_{key}", count, n=self._answers) for key, count in counts.items()]
+
 
 RESPONSES, FILE_NAME, BEST = "responses.jsonl", "annotated.jsonl", "best.jsonl"
 
+
 _AT_ONCE = 256  # prompts that are scored, and stored, together
 
+
 Record = dict[str, Any]
+
+
 Scores = list[float | None]
 
 

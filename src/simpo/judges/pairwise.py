@@ -1,22 +1,68 @@
-"""A language model behind a server as a judge of pairs."""
+"""A language model behind a server as a judge of pairs, or in a tournament as a scorer of single answers."""
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from simpo.client import ChatClient, ChatReply, ChatRequest, Estimate
-from simpo.judges.prompt_files import fill, read_prompt_file
-from simpo.judges.protocol import Pair, Prompt, as_text
+from simpo.client import ChatClient, ChatReply, ChatRequest, Estimate, Usage
+from simpo.errors import SimpoError
+from simpo.judges.protocol import Answers, Pair, Prompt, as_text
 from simpo.thinking import after_thinking
 
+# ---- Judge prompts in files: which one is used is part of a result.
+
+
+class PromptFile(NamedTuple):
+    """A prompt's text, and the SHA-256 of its file."""
+
+    text: str
+    digest: str
+
+
+def read_prompt_file(path: Path | None, shipped: Traversable, places: Iterable[str]) -> PromptFile:
+    """Read a prompt that has a place ``{name}`` for every value.
+
+    Args:
+        path: the user's file; None for the one that comes with the package.
+        shipped: that one.
+        places: names of the values.
+
+    Raises:
+        SimpoError: the file cannot be read, or lacks a place.
+    """
+    try:
+        content = shipped.read_bytes() if path is None else path.read_bytes()
+        text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SimpoError(f"{path}: the judge prompt cannot be read: {error}") from error
+    for name in places:
+        if f"{{{name}}}" not in text:
+            raise SimpoError(f"{path}: the judge prompt has no place {{{name}}}")
+    return PromptFile(text, hashlib.sha256(content).hexdigest())
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Put values into ``{name}`` places; whatever else is in braces stays, and values are not looked into."""
+    names = "|".join(map(re.escape, values))
+    return re.sub(rf"\{{({names})\}}", lambda place: values[place[1]], template)
+
+
 _SHIPPED = resources.files("simpo.judges") / "prompts" / "pairwise.md"
+
+
 _PLACES = ("question", "answer_a", "answer_b")
 
+
 _VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
+
+
 _FIRST_WINS = {"A": 1.0, "B": 0.0, "C": 0.5}
 
 
@@ -107,3 +153,56 @@ def read_verdict(reply: ChatReply) -> float | None:
     """
     found = _VERDICT.findall(after_thinking(reply.whole_text) or "")
     return _FIRST_WINS[found[-1]] if found else None
+
+
+# ---- A judge of pairs as a scorer: every answer to a prompt meets every other.
+
+
+class TournamentScorer:
+    """Scores an answer with its mean probability of winning against the prompt's other answers, from 0 to 1.
+
+    A meeting without a verdict does not count; an answer without any verdict has no score. A lone answer has none.
+    """
+
+    def __init__(self, judge: PairwiseApiJudge) -> None:
+        self._judge = judge
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The judge's."""
+        return {**self._judge.identity, "judge": "api"}
+
+    @property
+    def usage(self) -> Usage:
+        """What the judge has sent so far."""
+        return self._judge.client.usage
+
+    def estimate(self, rows: Sequence[Answers]) -> Estimate:
+        """What :meth:`score` would send."""
+        return self._judge.estimate([pair for row in rows for pair in _meetings(row)])
+
+    def score(self, rows: Sequence[Answers]) -> list[list[float | None]]:
+        """Mean win probabilities.
+
+        Raises:
+            SimpoError: as the judge.
+        """
+        verdicts = iter(self._judge.compare([pair for row in rows for pair in _meetings(row)]))
+        return [_means(len(row.responses), [next(verdicts) for _ in _meetings(row)]) for row in rows]
+
+
+def _meetings(row: Answers) -> list[Pair]:
+    return [
+        Pair(f"{row.id}/{i}-{j}", row.prompt, row.responses[i], row.responses[j], row.context)
+        for i, j in combinations(range(len(row.responses)), 2)
+    ]
+
+
+def _means(count: int, verdicts: Sequence[float | None]) -> list[float | None]:
+    """Of every answer, from the verdicts on all meetings."""
+    won: list[list[float]] = [[] for _ in range(count)]
+    for (i, j), verdict in zip(combinations(range(count), 2), verdicts, strict=True):
+        if verdict is not None:
+            won[i].append(verdict)
+            won[j].append(1 - verdict)
+    return [sum(shares) / len(shares) if shares else None for shares in won]

@@ -9,16 +9,11 @@ from pathlib import Path
 from simpo.client import ChatClient
 from simpo.coercion import nearest
 from simpo.errors import SimpoError
-from simpo.judges.exact import ExactScorer
-from simpo.judges.function import FunctionScorer
-from simpo.judges.human import HumanJudge
-from simpo.judges.pairwise import PairwiseApiJudge
-from simpo.judges.policy import LogpScorer
+from simpo.judges.models import LogpScorer, RewardModelScorer
+from simpo.judges.pairwise import PairwiseApiJudge, TournamentScorer
 from simpo.judges.protocol import Annotator, Judge, Scorer
-from simpo.judges.reward_model import RewardModelScorer
-from simpo.judges.scored import ScorerJudge
-from simpo.judges.tournament import TournamentScorer
-from simpo.training.model_arguments import ModelArguments
+from simpo.judges.scored import ExactScorer, FunctionScorer, HumanJudge, ScorerJudge
+from simpo.training.settings import ModelArguments
 
 SCORERS = "exact, function:MODULE:NAME, reward:MODEL, logp:MODEL"
 JUDGES = f"{SCORERS}, human:FILE, api"

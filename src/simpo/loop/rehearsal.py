@@ -13,18 +13,17 @@ from transformers.trainer_callback import PrinterCallback
 
 from simpo.data.prompts import Prompt
 from simpo.data.sources import load_rows
-from simpo.evaluation.judging import make_judges
+from simpo.evaluation.compare import make_judges
 from simpo.judges.protocol import Answers, Pair
 from simpo.judges.registry import JudgeOptions, make_annotator
 from simpo.loop.settings import LoopRecipe, as_it_is
 from simpo.runs.lines import write_lines
-from simpo.sampling.job import Job, Say
-from simpo.sampling.pairing import FILE_NAME as PAIRS
+from simpo.sampling.pairs import FILE_NAME as PAIRS
 from simpo.sampling.pairs import make_pairs
+from simpo.sampling.run import Job, Say
 from simpo.sampling.vllm import load_vllm
-from simpo.training.device import free_memory
-from simpo.training.models import load_tokenizer
-from simpo.training.refusals import settings_refused
+from simpo.training.models import free_memory, load_tokenizer
+from simpo.training.settings import settings_refused
 from simpo.training.tasks import PREFERENCES
 
 _PROMPTS = 2  # what objectives with mismatched answers need

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from simpo.analysis.rounds import plot_rounds
+from simpo.analysis.plots import plot_rounds
 from simpo.results import FILE_NAME, Metric, print_whole, read_results, write_results
 from simpo.statistics import Interval
 

@@ -1,4 +1,4 @@
-"""One round: the last model answers, its answers are scored and paired, a new model is trained and meets the start."""
+"""One round: answers are sampled, scored and paired, a model is trained, and compared with the start."""
 
 from __future__ import annotations
 
@@ -8,28 +8,71 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from simpo.data.prompts import prepare_prompts
 from simpo.evaluation.compare import CompareArguments, compare
-from simpo.evaluation.contenders import SampledWith
+from simpo.evaluation.head_to_head import SampledWith
 from simpo.judges.annotate import AnnotateArguments, annotate
 from simpo.judges.registry import JudgeOptions
-from simpo.loop.drift import drift
 from simpo.loop.record import Stage, write_round
 from simpo.loop.settings import LoopRecipe, as_it_is
+from simpo.packing.layout import TokenizedComparison
+from simpo.packing.scoring import score_responses
 from simpo.results import FILE_NAME as RESULTS
 from simpo.results import Metric, read_results, write_results
-from simpo.sampling.pairing import FILE_NAME as PAIRS
-from simpo.sampling.pairing import pair_annotated
+from simpo.runs.lines import read_lines
+from simpo.sampling.pairs import FILE_NAME as PAIRS
+from simpo.sampling.pairs import pair_annotated
 from simpo.sampling.run import FILE_NAME as RESPONSES
-from simpo.sampling.run import PromptArguments, sample_responses
+from simpo.sampling.run import Checkpoint, PromptArguments, sample_responses
 from simpo.sampling.settings import SamplingSettings, derived_seed
-from simpo.training.device import free_memory
-from simpo.training.inputs import DataArguments
-from simpo.training.model_arguments import ModelArguments
+from simpo.statistics import Interval, mean_interval
+from simpo.training.models import free_memory, load_tokenizer
 from simpo.training.run import Given, run_training
+from simpo.training.settings import DataArguments, ModelArguments
 from simpo.training.tasks import PREFERENCES
 
+# ---- How far a model has moved from another, measured on its own answers.
+
+
+_BATCH_TOKENS = 16384
+
+
+def drift(answers: Path, start: ModelArguments, asked: PromptArguments) -> Interval:
+    """Mean of ``log pi(y | x) - log pi_start(y | x)`` over answers ``y`` of ``pi``, in nats; interval over prompts.
+
+    An unbiased estimate of KL(pi || pi_start) where the answers are drawn at temperature 1 from the whole distribution;
+    with other settings a measure of the same kind for what is sampled then.
+
+    Args:
+        answers: ``responses.jsonl`` of the model that has moved, with token ids and log-probabilities.
+        start: the model that it is measured from.
+        asked: what the answers answer.
+
+    Raises:
+        SimpoError: the file, the prompts or the model cannot be read.
+    """
+    records = read_lines(answers)
+    tokenizer = load_tokenizer(start.model_name_or_path, start, chat_template=asked.chat_template)
+    rows = asked.rows()
+    prompts = {prompt.id: prompt.ids for prompt in prepare_prompts(rows, tokenizer, rendering=asked.rendering)}
+    comparisons = [TokenizedComparison(prompts[record["id"]], record["response_ids"]) for record in records]
+    longest = max(max(one.packed_length, one.padded_length) for one in comparisons)
+    model = Checkpoint.read(start).load().eval()
+    with torch.no_grad():
+        logps = score_responses(model, comparisons, max_batch_tokens=max(_BATCH_TOKENS, longest)).logp.tolist()
+    there = iter(logps)
+    ratios = [np.mean([here - next(there) for here in record["logps"]]) for record in records]
+    return mean_interval(np.array(ratios))
+
+
 START = "start-answers"
+
+
 _AGREED = True  # what a server will be sent was agreed to before the first round
+
 
 Say = Callable[[str], None]
 

@@ -1,31 +1,69 @@
-"""The workflow behind ``simpo loop``: rounds, each from the last one's model, until all are done or one goes wrong."""
+"""``simpo loop``: rounds, each from the last one's model, until all are done or one goes wrong."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from simpo.client import ChatClient, Endpoint
+from simpo.client import ChatClient, Endpoint, agree
 from simpo.client.cache import default_cache
-from simpo.data.prompts import read_prompts
+from simpo.data.prompts import PlainPrompt, read_prompts
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
-from simpo.evaluation.judging import make_judges
-from simpo.judges.registry import JudgeOptions, check_judges_anew, make_annotator
+from simpo.evaluation.answers import Answerer
+from simpo.evaluation.compare import make_judges
+from simpo.judges.pairwise import PairwiseApiJudge, TournamentScorer
+from simpo.judges.protocol import Answers, Pair
+from simpo.judges.registry import JudgeOptions, check_judges_anew, make_annotator, make_judge
 from simpo.loop import record
-from simpo.loop.agreement import agree_to_rounds
 from simpo.loop.rehearsal import rehearse
 from simpo.loop.report import kl, win_rate, write_report
-from simpo.loop.rounds import Rounds, Say
-from simpo.loop.settings import LoopRecipe, LoopSettings
+from simpo.loop.rounds import Rounds
+from simpo.loop.settings import LoopRecipe, LoopSettings, as_it_is
 from simpo.results import FILE_NAME, Metric, read_results
 from simpo.runs.folder import RunFolder
-from simpo.runs.signals import stoppable
+from simpo.runs.lines import stoppable
+from simpo.sampling.run import PromptArguments, Say
 from simpo.training.identity import model_digest, settings_identity, settings_of
+
+# ---- What judges behind a server will be sent in all rounds, which the user is asked about once, before the
+# first.
+
+
+def agree_to_rounds(recipe: LoopRecipe, options: JudgeOptions, rounds: int, say: Say) -> None:
+    """Ask the user about the requests of so many rounds, estimated with answers as long as they may be.
+
+    Args:
+        recipe: of the loop.
+        options: what annotator and judges need.
+        rounds: how many are left.
+        say: gets what will be sent.
+
+    Raises:
+        SimpoError: the user does not agree, or cannot be asked; nothing has been computed.
+    """
+    annotator = make_annotator(recipe.settings.annotator, options)
+    judges = [make_judge(name, options) for name in recipe.judges]
+    answerer = Answerer(as_it_is(recipe.model), recipe.sampling)
+    if isinstance(annotator, TournamentScorer):
+        answers = [answerer.stand_in(f"a{k}") for k in range(recipe.sampling.n)]
+        rows = [Answers(prompt.id, prompt.content, answers) for prompt in _prompts(recipe.asked)]
+        agree(annotator.estimate(rows) * rounds, yes=recipe.settings.yes, say=say)
+    for judge in judges:
+        if isinstance(judge, PairwiseApiJudge):
+            a, b = ([answerer.stand_in(f"{side}{k}") for k in range(recipe.settings.eval_n)] for side in "ab")
+            pairs = [Pair(p.id, p.content, *two) for p in _prompts(recipe.held_out) for two in product(a, b)]
+            agree(judge.estimate(pairs) * rounds, yes=recipe.settings.yes, say=say)
+
+
+def _prompts(source: PromptArguments) -> list[PlainPrompt]:
+    return read_prompts(source.rows())[0]
+
 
 # Keys that change nothing that is computed, or only how far it goes.
 _NO_INFLUENCE = ("yes", "judge_url", "judge_key_env", "rounds")

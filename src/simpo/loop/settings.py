@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from simpo.errors import SimpoError
-from simpo.sampling.job import PromptArguments
 from simpo.sampling.pairs import PairSettings
+from simpo.sampling.run import PromptArguments
 from simpo.sampling.settings import SamplingSettings, derived_seed
 from simpo.training.identity import named_checkpoint
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.settings import ModelArguments
 
 
 @dataclass

@@ -1,9 +1,6 @@
 """Preference objectives: pure functions of log-probabilities, and the table that names them. Imports torch only."""
 
-from simpo.objectives.kto import reference_point
-from simpo.objectives.likelihood import sft_term
-from simpo.objectives.objective import Objective
-from simpo.objectives.registry import OBJECTIVES
-from simpo.objectives.responses import Responses
+from simpo.objectives.objective import Objective, Responses
+from simpo.objectives.preference import OBJECTIVES, reference_point, sft_term
 
 __all__ = ["OBJECTIVES", "Objective", "Responses", "reference_point", "sft_term"]

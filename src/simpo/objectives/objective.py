@@ -1,22 +1,167 @@
-"""A row of the table of objectives: what trainers, recipes and documentation know of it."""
+"""An objective: its functions, its hyperparameters, and the responses that it is given."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from simpo.objectives.hyperparameters import Hyperparameter, read_signature
-from simpo.objectives.responses import Responses
+# ---- Hyperparameters as a function's keyword-only signature declares them: names, types, defaults, bounds.
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The values that a hyperparameter may take: a phrase for the user and the test behind it."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+Finite = Annotated[float, Bound("must be finite", math.isfinite)]
+
+
+Positive = Annotated[float, Bound("must be > 0", lambda value: value > 0)]
+
+
+NonNegative = Annotated[float, Bound("must be >= 0", lambda value: value >= 0)]
+
+
+Smoothing = Annotated[float, Bound("must be in [0, 0.5)", lambda value: 0 <= value < 0.5)]
+
+
+Context = Tensor | float
+
+
+"""Of a keyword-only parameter that is computed from the batch, such as KTO's ``z_ref``: no hyperparameter."""
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """One keyword-only parameter of an objective.
+
+    Attributes:
+        name: as in the signature and in recipes.
+        type: ``float``, ``bool``, ``int`` or a ``Literal`` of strings.
+        default: what holds when a recipe says nothing.
+        bound: the values allowed, where there is a limit.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    bound: Bound | None = None
+
+    def check(self, value: Any) -> None:
+        """Raise ``ValueError`` naming the key if ``value`` is not one that this hyperparameter may take."""
+        if typing.get_origin(self.type) is Literal:
+            allowed = typing.get_args(self.type)
+            if value not in allowed:
+                raise ValueError(f"{self.name}: {value!r} is not one of {', '.join(map(repr, allowed))}")
+            return
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if self.type is float and not number:
+            raise ValueError(f"{self.name}: {value!r} is not a number")
+        if self.type is bool and not isinstance(value, bool):
+            raise ValueError(f"{self.name}: {value!r} is not true or false")
+        if number and math.isinf(value):
+            raise ValueError(f"{self.name} must be finite, not {value!r}")
+        if self.bound is not None and not self.bound.holds(value):  # NaN fails every bound
+            raise ValueError(f"{self.name} {self.bound.text}, not {value!r}")
+
+
+def read_signature(function: Callable[..., Any]) -> dict[str, Hyperparameter]:
+    """The hyperparameters of ``function``, by name, in their order: its keyword-only parameters but ``Context``."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    found = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        hint, bound = hints[parameter.name], None
+        if hint == Context:
+            continue
+        if typing.get_origin(hint) is Annotated:
+            hint, *marks = typing.get_args(hint)
+            bound = next((mark for mark in marks if isinstance(mark, Bound)), None)
+        found[parameter.name] = Hyperparameter(parameter.name, hint, parameter.default, bound)
+    return found
+
+
+# ---- What an objective sees of a response: its log-probability and its length.
+
+
+# How far from 0 an average log-probability is at least, for its odds: less than one that has not been rounded to 0.
+_CERTAIN = 1e-12
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Log-probabilities of ``B`` responses.
+
+    Attributes:
+        logp: ``[B]`` sum over the scored tokens of ``log pi(y_t | x, y_<t)``, in nats.
+        length: ``[B]`` number of scored tokens ``|y|``, the end-of-turn token included.
+        ref_logp: ``[B]`` the same sum under the reference policy, for objectives that need one.
+    """
+
+    logp: Tensor
+    length: Tensor
+    ref_logp: Tensor | None = None
+
+    @property
+    def avg(self) -> Tensor:
+        """``[B]`` average log-probability of a token, ``logp / |y|``: SimPO's reward over beta (eq. 4)."""
+        return self.logp / self.length
+
+    @property
+    def ratio(self) -> Tensor:
+        """``[B]`` ``log pi(y|x) - log pi_ref(y|x)``.
+
+        Raises:
+            ValueError: there is no ``ref_logp``.
+        """
+        if self.ref_logp is None:
+            raise ValueError("this objective compares the policy with a reference, and ref_logp is missing")
+        return self.logp - self.ref_logp
+
+    @property
+    def avg_ratio(self) -> Tensor:
+        """``[B]`` ``ratio / |y|``: the log-ratio of an average token.
+
+        Raises:
+            ValueError: there is no ``ref_logp``.
+        """
+        return self.ratio / self.length
+
+    @property
+    def log_odds(self) -> Tensor:
+        """``[B]`` ``log(p / (1 - p))`` of the geometric-mean token probability ``p = exp(avg)`` (ORPO, eq. 4).
+
+        Stable over the whole range: ``1 - exp(avg)`` is taken by ``expm1`` near ``avg = 0`` and by ``log1p``
+        far from it, and neither branch feeds an infinite gradient into the other. An average that rounds to 0, where
+        odds and slope are infinite, is taken for ``-1e-12``.
+        """
+        avg = self.avg
+        avg = avg - (avg + _CERTAIN).clamp(min=0).detach()  # the slope with respect to it stays 1
+        near_zero = avg > -math.log(2.0)
+        # each branch gets a harmless argument where the other one is taken: 0 * inf would be NaN in backward
+        small = torch.where(near_zero, avg, torch.full_like(avg, -1.0))
+        large = torch.where(near_zero, torch.full_like(avg, -1.0), avg)
+        log_one_minus_p = torch.where(near_zero, (-torch.expm1(small)).log(), torch.log1p(-large.exp()))
+        return avg - log_one_minus_p
+
 
 OBJECTIVES: dict[str, Objective] = {}
-"""The table, by name; :mod:`simpo.objectives.registry` fills it."""
+
+
+"""The table, by name; :mod:`simpo.objectives.preference` fills it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Shared-prefix attention: every response sees its prompt and itself, and the prompt is computed once.
+"""Shared-prefix attention: registration with transformers, and the operator that compiled layers contain.
 
 Registered with transformers' attention and mask interfaces. The layout arrives as a forward keyword argument, because a
 side channel would be gone when gradient checkpointing recomputes a layer. A call without a layout goes to the
@@ -19,13 +19,110 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from simpo.packing import kernels
-from simpo.packing.layout import AttentionLayout
-from simpo.packing.operator import by_segment_operator
-from simpo.packing.segments import AttentionStyle, by_segment
+from simpo.packing.kernels import AttentionStyle, by_segment
+from simpo.packing.layout import AttentionLayout, LayoutIndex
+
+# ---- Attention by segments as an operator of PyTorch, which ``torch.compile`` takes as it is.
+
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor[] index, float scale, int? window, float? softcap"
+)
+
+
+def by_segment_operator(
+    query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle
+) -> Tensor:
+    """:func:`~simpo.packing.kernels.by_segment`, without dropout, for compiled graphs.
+
+    Backward computes the attention again: an operator cannot keep what PyTorch's own attention keeps for backward.
+    """
+    return _forward(query, key, value, style.sinks, list(layout.index), style.scale, style.window, style.softcap)
+
+
+@torch.library.custom_op(
+    "simpo::attention_by_segment",
+    mutates_args=(),
+    schema=f"({_INPUTS}) -> Tensor",
+)
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    index: list[Tensor],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    layout = AttentionLayout.of_index(LayoutIndex(*index))
+    return by_segment(query, key, value, layout, AttentionStyle(scale, window, softcap, sinks)).contiguous()
+
+
+@_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+@torch.library.custom_op(
+    "simpo::attention_by_segment_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_INPUTS}) -> Tensor[]",
+)
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    index: list[Tensor],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> list[Tensor]:
+    """Gradients of query, key, value and, where there are some, sinks."""
+    layout = AttentionLayout.of_index(LayoutIndex(*index))
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
+        return by_segment(query, key, value, layout, AttentionStyle(scale, window, softcap, sinks))
+
+    # not autograd.grad, which is switched off inside an operator
+    _, pull = torch.func.vjp(attention, *_given(query, key, value, sinks))
+    return [gradient.contiguous() for gradient in pull(grad)]
+
+
+@_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *_: Any) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _given(query, key, value, sinks)]
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, sinks, index, *ctx.style = inputs
+    ctx.save_for_backward(query, key, value, sinks, *index)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    query, key, value, sinks, *index = ctx.saved_tensors
+    d_query, d_key, d_value, *d_sinks = _backward(grad, query, key, value, sinks, index, *ctx.style)
+    return d_query, d_key, d_value, (d_sinks[0] if d_sinks else None), [None] * len(index), None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
 
 PREFIX = "simpo_"
+
+
 LAYOUT_ARGUMENT = "attention_layout"
+
+
 _OWN = "_simpo_own_attention"
+
+
 # What attention implementations are handed that changes nothing in training without a cache.
 _IGNORED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "cache"}
 
@@ -136,7 +233,7 @@ def shared_prefix_attention(
 
 
 def _definition(style: AttentionStyle) -> kernels.Kernel:
-    """:func:`~simpo.packing.segments.by_segment`, in a form that a graph being compiled can hold."""
+    """:func:`~simpo.packing.kernels.by_segment`, in a form that a graph being compiled can hold."""
     if not torch.compiler.is_compiling():
         return by_segment
     return _by_segment_outside if style.dropout else by_segment_operator

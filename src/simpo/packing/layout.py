@@ -1,4 +1,4 @@
-"""A micro-batch of comparisons as one flat sequence, and what attention must know of it.
+"""A micro-batch of comparisons as one flat sequence, and its layout as integer tensors for attention.
 
 Each comparison is laid out as ``prompt | response 0 | response 1 | ...`` and comparisons follow one another. Position
 ids restart at ``len(prompt)`` for every response, so that each one is where generation would put it.
@@ -10,14 +10,147 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from simpo.packing.comparison import TokenizedComparison
-from simpo.packing.index import LayoutIndex, Span, ranges
+# ---- One comparison as token ids: a prompt and its K responses.
+
+
+@dataclass(frozen=True)
+class TokenizedComparison:
+    """One prompt with K responses, stored and computed once.
+
+    A preference pair has K = 2 (chosen first), a ranking K > 2 (best first), a demonstration K = 1.
+
+    Attributes:
+        prompt_ids: at least one token; what generation would be fed.
+        response_ids: K lists of at least one token each.
+        scored: for each response which of its tokens are scored, at least one; ``None`` is all. In a conversation of
+            several turns the response is all that follows the prompt, later turns of the user included.
+
+    Raises:
+        ValueError: an empty prompt, no response, an empty response, or ``scored`` of another shape or without a token.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+    scored: list[list[bool]] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError("prompt_ids is empty: a response's first token needs a token before it")
+        if not self.response_ids:
+            raise ValueError("response_ids is empty: a comparison has at least one response")
+        for k, response in enumerate(self.response_ids):
+            if not response:
+                raise ValueError(f"response_ids[{k}] is empty: its average log-probability would be 0 / 0")
+        if self.scored is not None:
+            self._check_scored(self.scored)
+
+    def _check_scored(self, scored: list[list[bool]]) -> None:
+        if len(scored) != len(self.response_ids):
+            raise ValueError(f"scored: {len(scored)} masks for {len(self.response_ids)} responses")
+        for k, (mask, response) in enumerate(zip(scored, self.response_ids, strict=True)):
+            if len(mask) != len(response):
+                raise ValueError(f"scored[{k}] has {len(mask)} entries for {len(response)} tokens")
+            if not any(mask):
+                raise ValueError(f"scored[{k}] leaves no token: its average log-probability would be 0 / 0")
+
+    @property
+    def packed_length(self) -> int:
+        """Tokens of the comparison when the prompt is stored once."""
+        return len(self.prompt_ids) + sum(map(len, self.response_ids))
+
+    @property
+    def padded_length(self) -> int:
+        """Tokens of the comparison as K padded rows, each with a prompt of its own."""
+        return len(self.response_ids) * (len(self.prompt_ids) + max(map(len, self.response_ids)))
+
+
+# ---- The lengths of packed comparisons, and the same in integer tensors.
+
+
+class Span(NamedTuple):
+    """Lengths, in tokens, of one comparison's parts."""
+
+    prompt: int
+    responses: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Tokens of the whole comparison."""
+        return self.prompt + sum(self.responses)
+
+
+class LayoutIndex(NamedTuple):
+    """A layout in integer tensors: all that kernels and compiled graphs look at.
+
+    Attributes:
+        sizes: for every comparison ``K``, then the lengths of its prompt and ``K`` responses; stays on the CPU.
+        positions: ``[T]`` position of a token in ``prompt ++ its response``.
+        comparison_of: ``[T]`` which comparison a token belongs to.
+        part_of: ``[T]`` 0 for a prompt's token, k + 1 for one of response k.
+        key_index: ``[sum(key_sizes)]`` flat positions of all segments' keys, one segment after the other.
+        cu_seqlens_q: ``[segments + 1]`` int32 cumulative query lengths.
+        cu_seqlens_k: ``[segments + 1]`` int32 cumulative key lengths.
+    """
+
+    sizes: Tensor
+    positions: Tensor
+    comparison_of: Tensor
+    part_of: Tensor
+    key_index: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> LayoutIndex:
+        """Of comparisons with these lengths, on the CPU."""
+        parts = np.array([size for span in spans for size in (span.prompt, *span.responses)])
+        counts = np.array([1 + len(span.responses) for span in spans])  # parts of each comparison
+        first = np.cumsum(counts) - counts  # each comparison's prompt, as a part
+        starts = np.cumsum(parts) - parts
+        part_of = np.arange(len(parts)) - np.repeat(first, counts)
+        comparison_of = np.repeat(np.arange(len(spans)), counts)
+        # where a part starts in ``prompt ++ response``: 0 for a prompt, after its prompt for a response
+        offsets = np.where(part_of == 0, 0, parts[first][comparison_of])
+        responses = np.flatnonzero(part_of)  # the segments, as parts
+        prompts = first[comparison_of[responses]]
+        keys = np.stack([prompts, responses], axis=1).ravel()  # the parts that the segments' keys are
+        first_of_its_prompt = part_of[responses] == 1
+        return cls(
+            sizes=torch.tensor(
+                [size for span in spans for size in (len(span.responses), span.prompt, *span.responses)]
+            ),
+            positions=ranges(offsets, parts),
+            comparison_of=torch.from_numpy(np.repeat(comparison_of, parts)),
+            part_of=torch.from_numpy(np.repeat(part_of, parts)),
+            key_index=ranges(starts[keys], parts[keys]),
+            cu_seqlens_q=_cumulative(parts[responses] + first_of_its_prompt * parts[prompts]),
+            cu_seqlens_k=_cumulative(parts[responses] + parts[prompts]),
+        )
+
+    def to(self, device: torch.device) -> LayoutIndex:
+        """The tensors on ``device``, but for ``sizes``."""
+        sizes, *others = self
+        return LayoutIndex(sizes, *(tensor.to(device, non_blocking=True) for tensor in others))
+
+    def pin_memory(self) -> LayoutIndex:
+        """The tensors in page-locked memory."""
+        return LayoutIndex(*(tensor.pin_memory() for tensor in self))
+
+
+def ranges(starts: np.ndarray, sizes: np.ndarray) -> Tensor:
+    """``[sum(sizes)]`` ranges of these starts and sizes, one after the other."""
+    before = np.cumsum(sizes) - sizes
+    return torch.from_numpy(np.arange(sizes.sum()) + np.repeat(starts - before, sizes))
+
+
+def _cumulative(sizes: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from simpo.errors import SimpoError
 from simpo.objectives import Responses
-from simpo.packing.divergence import fused_kl
 from simpo.packing.layout import PackedBatch
-from simpo.packing.logprobs import Head, fused_logprobs
+from simpo.packing.logprobs import Head, fused_kl, fused_logprobs
 from simpo.packing.model import at_output_layer, plain_head, scored_states
 from simpo.packing.policy import ForwardPath, inside_forward, responses_of
 

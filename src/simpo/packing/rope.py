@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simpo.packing.index import Span
-from simpo.packing.layout import AttentionLayout, PackedBatch
+from simpo.packing.layout import AttentionLayout, PackedBatch, Span
 
 _INSTANCE_FORWARD = "_simpo_instance_forward"
 

@@ -6,7 +6,7 @@ line, and every mistake can say where it was made.
 """
 
 from simpo.recipe.fields import annotations_of, fields_of
+from simpo.recipe.foreign import Alias
 from simpo.recipe.parse import parse_recipe
-from simpo.recipe.spellings import Alias
 
 __all__ = ["Alias", "annotations_of", "fields_of", "parse_recipe"]

@@ -1,16 +1,38 @@
-"""Fields of dataclasses as keys of a recipe: their types, what fits them, and what is required."""
+"""Dataclass fields as keys of a recipe: values and where they were given, types, required keys, help."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
+import shutil
+import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING
+from dataclasses import MISSING, dataclass
+from enum import Enum
 from typing import Any, get_type_hints
 
-from simpo.coercion import coerce, nearest
+from simpo.coercion import coerce, describe, nearest
 from simpo.errors import CombinedError, SimpoError
-from simpo.recipe.setting import Setting
+
+# ---- A value that somebody gave, in a file or on the command line, and where.
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value that was given for a field.
+
+    Attributes:
+        key: the field.
+        value: text, None, a list of these or, from the file, a mapping; True for an option without a value.
+        place: where in the file it was given, ``recipe.yaml:12``; None for the command line.
+        label: place and key as written, in front of what is wrong: ``recipe.yaml:12: beta`` or ``--beta``.
+    """
+
+    key: str
+    value: Any
+    place: str | None
+    label: str
 
 
 def annotations_of(classes: Iterable[type]) -> dict[str, Any]:
@@ -85,3 +107,43 @@ def _located(message: str, settings: Mapping[str, Setting]) -> str:
     first = next(named, None)
     text = " ".join(message.split())
     return text if first is None or first.place is None else f"{first.place}: {text}"
+
+
+# ---- What ``--help`` says of a recipe's keys.
+
+
+_INDENT = 6 * " "
+
+
+_MEANING = 40  # columns that a meaning is told in
+
+
+def help_text(classes: Iterable[type]) -> str:
+    """A field with its type, default and meaning, under the class that declares it."""
+    width = shutil.get_terminal_size((140, 24)).columns
+    lines = ["arguments: [RECIPE.yaml] [--key value ...]   (the recipe has the same keys)"]
+    for cls in classes:
+        annotations = annotations_of([cls])
+        remaining = {field.name: field for field in fields_of(cls)}
+        for base in cls.__mro__:
+            own = [remaining.pop(name) for name in inspect.get_annotations(base) if name in remaining]
+            lines += ["", base.__name__] if own else []
+            for field in own:
+                lines += _help_lines(field, annotations[field.name], width)
+    return "\n".join(lines)
+
+
+def _help_lines(field: dataclasses.Field, annotation: Any, width: int) -> list[str]:
+    """One line where the terminal has room for a meaning, else the meaning below."""
+    meaning = " ".join(field.metadata.get("help", "").split()).split(". ")[0]
+    head = f"  {field.name:<30}  {describe(annotation):<24.24}  {_default(field):<16.16}  "
+    if width >= len(head) + _MEANING:
+        return [f"{head}{meaning}"[:width].rstrip()]
+    return [head[:width].rstrip(), *textwrap.wrap(meaning, width, initial_indent=_INDENT, subsequent_indent=_INDENT)]
+
+
+def _default(field: dataclasses.Field) -> str:
+    if is_required(field):
+        return "required"
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return str(default.value if isinstance(default, Enum) else default)

@@ -18,12 +18,11 @@ from simpo.data.messages import Message
 from simpo.data.settings import RenderSettings
 from simpo.data.templates import Renderer
 from simpo.errors import SimpoError
-from simpo.sampling.generate import TransformersEngine
-from simpo.sampling.loading import Checkpoint
+from simpo.sampling.generate import ResponseText, TransformersEngine
+from simpo.sampling.run import Checkpoint
 from simpo.sampling.settings import SamplingSettings
-from simpo.sampling.texts import ResponseText
-from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import load_tokenizer
+from simpo.training.settings import ModelArguments
 
 Write = Callable[[str], None]
 

@@ -1,4 +1,4 @@
-"""``eval_generations``: a model in training answers held-out prompts at every evaluation."""
+"""``eval_generations``: a model in training answers held-out prompts, which are judged and checked for collapse."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import dataclasses
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +19,228 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from simpo.client import ChatClient, Endpoint, agree, stand_in
+from simpo.client.cache import default_cache
 from simpo.data.prompts import Prompt, prepare_prompts
 from simpo.errors import SimpoError
+from simpo.judges.pairwise import PairwiseApiJudge
+from simpo.judges.protocol import Judge, Pair
+from simpo.judges.registry import ANNOTATORS, JudgeOptions, check_judges_anew, make_judge
 from simpo.runs.lines import read_lines
-from simpo.sampling.chunks import gather, missing_chunks, sample_chunks
-from simpo.sampling.collapse import AnswerFigures, signs_of_collapse
-from simpo.sampling.engine import Sampled
-from simpo.sampling.eval_arguments import GenerationArguments, Say
-from simpo.sampling.eval_judging import EvalJudge, evaluations
-from simpo.sampling.generate import TransformersEngine
-from simpo.sampling.loading import Checkpoint
-from simpo.sampling.records import read_samples, response_texts, write_responses
+from simpo.sampling.chunks import gather, missing_chunks, read_samples, response_texts, sample_chunks, write_responses
+from simpo.sampling.generate import Sampled, TransformersEngine
+from simpo.sampling.run import Checkpoint
 from simpo.sampling.settings import SamplingSettings
-from simpo.training.model_arguments import ModelArguments
 from simpo.training.packed import PackedTrainer
-from simpo.training.settings import TrainingSettings
+from simpo.training.settings import ModelArguments, TrainingSettings
+
+# ---- Whether a model that is being trained still answers: figures of its answers, and bounds against the
+# start model's.
+
+
+# Bounds of ours, wide enough for what good training does to answers; see docs/metrics.md.
+_SHARE = 0.5  # of the start's end-of-turn rate and distinct-2
+
+
+_LEAST_FALL = 0.25  # of the end-of-turn rate, so that one answer of a few is not enough
+
+
+_TIMES = 2.0  # the longer of the start's answers and the held-out responses
+
+
+@dataclass(frozen=True)
+class AnswerFigures:
+    """Figures of one answer to each of several prompts.
+
+    Attributes:
+        length: mean number of tokens, the one that ended the answer included.
+        end_of_turn_rate: share of answers that ended by themselves.
+        distinct_2: share of an answer's pairs of neighbouring tokens that are different ones (distinct-n with n = 2:
+            Li et al. 2016, arXiv 1510.03055), each answer by itself, mean over the answers that have such a pair; NaN
+            if none has.
+    """
+
+    length: float
+    end_of_turn_rate: float
+    distinct_2: float
+
+    @classmethod
+    def of(cls, answers: Sequence[Sampled]) -> AnswerFigures:
+        """Of at least one answer."""
+        bigrams = [list(pairwise(answer.ids)) for answer in answers if len(answer.ids) > 1]
+        return cls(
+            sum(len(answer.ids) for answer in answers) / len(answers),
+            sum(answer.finished for answer in answers) / len(answers),
+            sum(len(set(found)) / len(found) for found in bigrams) / len(bigrams) if bigrams else math.nan,
+        )
+
+    def line(self) -> str:
+        """In words."""
+        return ", ".join(f"{name} {value:.4g}" for name, value in dataclasses.asdict(self).items())
+
+
+def signs_of_collapse(now: AnswerFigures, start: AnswerFigures, expected_length: float) -> list[str]:
+    """Figures that are out of bounds, each in words; none for a model that answers as before, or better.
+
+    Args:
+        now: of the model in training.
+        start: of the model that training started from, on the same prompts.
+        expected_length: mean tokens of the held-out responses, which fine-tuning may well lengthen answers to.
+    """
+    fall = start.end_of_turn_rate - now.end_of_turn_rate
+    out_of_bounds = {
+        "end_of_turn_rate": now.end_of_turn_rate < _SHARE * start.end_of_turn_rate and fall > _LEAST_FALL,
+        "length": now.length > _TIMES * max(start.length, expected_length),
+        "distinct_2": now.distinct_2 < _SHARE * start.distinct_2,
+    }
+    return [
+        f"{name} {getattr(start, name):.3g} -> {getattr(now, name):.3g}" for name, out in out_of_bounds.items() if out
+    ]
+
+
+# ---- Keys of a training recipe about answers to held-out prompts.
+
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class GenerationArguments:
+    """Answers to held-out prompts at every evaluation, and who compares them with the start model's."""
+
+    eval_generations: int = field(
+        default=0, metadata={"help": "Held-out prompts that are answered at every evaluation; 0 is off."}
+    )
+    eval_judge: str | None = field(
+        default=None, metadata={"help": f"Judge of those answers against the start model's: {ANNOTATORS}."}
+    )
+    eval_judge_url: str | None = field(
+        default=None, metadata={"help": "Server of eval_judge api; its key is in OPENAI_API_KEY."}
+    )
+    eval_judge_model: str | None = field(default=None, metadata={"help": "That judge's name on the server."})
+    yes: bool = field(default=False, metadata={"help": "Send requests of eval_judge api without asking."})
+
+    def __post_init__(self) -> None:
+        server = (self.eval_judge_url, self.eval_judge_model)
+        if self.eval_generations < 0:
+            raise SimpoError(f"eval_generations: must be at least 0, not {self.eval_generations}")
+        if self.eval_judge is not None and not self.eval_generations:
+            raise SimpoError("eval_judge: there is nothing to judge; set eval_generations")
+        if self.eval_judge == "api" and None in server:
+            raise SimpoError("eval_judge: api needs eval_judge_url and eval_judge_model")
+        if self.eval_judge != "api" and server != (None, None):
+            raise SimpoError("eval_judge_url and eval_judge_model: of eval_judge api alone")
+        if self.yes and self.eval_judge != "api":
+            raise SimpoError("yes: there is nothing to agree to without eval_judge api; leave it out")
+
+    def judge(self, *, trust_remote_code: bool, say: Say) -> Judge | None:
+        """The judge, if one is named.
+
+        Args:
+            trust_remote_code: run a function, or code that comes with a model.
+            say: gets lines of progress.
+
+        Raises:
+            SimpoError: there is none of that name, or something that it needs is missing.
+        """
+        if self.eval_judge is None:
+            return None
+        try:
+            check_judges_anew(self.eval_judge)
+            client = None
+            if self.eval_judge_url is not None and self.eval_judge_model is not None:
+                client = ChatClient(Endpoint(self.eval_judge_url, self.eval_judge_model), default_cache())
+            options = JudgeOptions(client, trust_remote_code=trust_remote_code, say=say)
+            return make_judge(self.eval_judge, options)
+        except SimpoError as error:
+            raise SimpoError(f"eval_judge: {error}") from error
+
+
+# ---- ``eval_judge``: how a model in training compares with the start model, by a judge.
+
 
 logger = logging.getLogger(__name__)
 
+
+_TRIED = 4  # pairs, so that one that a server refuses is not taken for all
+
+
+class EvalJudge:
+    """A judge of one answer to each of the same prompts, at every evaluation."""
+
+    def __init__(self, judge: Judge, prompts: Sequence[Prompt], say: Say) -> None:
+        self._judge, self._prompts, self._say = judge, prompts, say
+
+    def agree(self, evaluations: int, longest: int, *, yes: bool) -> None:
+        """Let the user agree to what a judge behind a server may cost.
+
+        Args:
+            evaluations: how often it will judge, at most.
+            longest: tokens that an answer may have.
+            yes: the user has agreed beforehand.
+
+        Raises:
+            SimpoError: the user does not agree, or cannot be asked.
+        """
+        if isinstance(self._judge, PairwiseApiJudge):
+            answers = [[stand_in(longest, name)] * len(self._prompts) for name in "ab"]
+            agree(
+                self._judge.estimate(self._pairs(*answers)) * evaluations,
+                yes=yes,
+                say=lambda line: self._say(f"eval_judge, at {evaluations:,} evaluations: {line}"),
+            )
+
+    def try_on(self, answers: Sequence[str]) -> None:
+        """Judge a few answers, beside themselves with something added: like ones no server would be asked about.
+
+        Raises:
+            SimpoError: they cannot be judged.
+        """
+        few = answers[:_TRIED]
+        self._judge.compare(self._pairs(few, [f"{answer} ." for answer in few]))
+
+    def win_rate(self, answers: Sequence[str], start: Sequence[str], step: int) -> float:
+        """Mean verdict over the prompts that have one; NaN if none has, or the judge fails, which ends no training."""
+        try:
+            verdicts = self._judge.compare(self._pairs(answers, start))
+        except SimpoError as error:
+            logger.warning("step %d: no win rate: %s", step, error)
+            return math.nan
+        if isinstance(self._judge, PairwiseApiJudge):
+            self._say(self._judge.client.usage.line())
+        given = [verdict for verdict in verdicts if verdict is not None]
+        if len(given) < len(verdicts):
+            missing = len(verdicts) - len(given)
+            logger.warning("step %d: eval_judge gave no verdict on %d of %d prompts", step, missing, len(verdicts))
+        return sum(given) / len(given) if given else math.nan
+
+    def _pairs(self, a: Sequence[str], b: Sequence[str]) -> list[Pair]:
+        """Of the first prompts, as many as there are answers."""
+        return [
+            Pair(prompt.id, prompt.content, ours, theirs, prompt.context)
+            for prompt, ours, theirs in zip(self._prompts, a, b, strict=False)
+        ]
+
+
+def evaluations(config: TrainingSettings, rows: int) -> int:
+    """How often a training of so many rows evaluates, at most."""
+    an_epoch = math.ceil(rows / (config.per_device_train_batch_size * config.world_size))
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * an_epoch)
+    every = an_epoch
+    if config.eval_strategy == "steps":
+        assert config.eval_steps is not None  # the configuration has filled it in
+        every = math.ceil(config.eval_steps if config.eval_steps >= 1 else config.eval_steps * steps)
+    return math.ceil(steps / every) + config.eval_on_start
+
+
 FOLDER, START = "generations", "start.jsonl"
+
+
 _AT_ONCE = 32  # answers that are generated together
 
 
 class Generations:
-    """Looks on while a language model is trained, as :class:`simpo.training.observer.Observer`.
+    """Looks on while a language model is trained, as :class:`simpo.training.run.Observer`.
 
     Every evaluation also has the figures of one greedy answer to each of the same held-out prompts, and with a judge
     the win rate against the start model's answers. The answers are files in ``generations``, as ``simpo sample`` writes

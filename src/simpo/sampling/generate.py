@@ -1,30 +1,89 @@
-"""The engine on transformers' ``generate``."""
+"""The protocol of sampling engines, texts of token ids, and the engine on transformers' ``generate``."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from simpo.data.templates import end_of_turn
 from simpo.packing.model import causal_lm, prepare_policy, state_of
 from simpo.packing.selfcheck import computes_in, rounding_tolerance
-from simpo.sampling.engine import Sampled, stop_ids
 from simpo.sampling.settings import SamplingSettings, derived_seed
+from simpo.thinking import marks_thinking
+
+# ---- What generates: prompts as token ids in, sampled token ids out.
+
+
+class Sampled(NamedTuple):
+    """One sampled response.
+
+    Attributes:
+        ids: its tokens, the one that ended it included.
+        finished: whether it ended; False where ``max_new_tokens`` was hit.
+        logp: sum over ``ids`` of the model's own log-probability (temperature 1, nothing left out), in nats; None where
+            it was not asked for.
+    """
+
+    ids: list[int]
+    finished: bool
+    logp: float | None
+
+
+class Engine(Protocol):
+    """A model that can be sampled from."""
+
+    def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
+        """One response to every prompt, in their order.
+
+        Args:
+            prompts: token ids, BOS and assistant header included; the same prompt may occur several times.
+            settings: resolved ones.
+            seed: with the prompts and the settings, determines the responses.
+        """
+        ...
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
+    """The tokens that end a response: the template's end of turn, EOS, and those that the checkpoint names.
+
+    Raises:
+        SimpoError: as :func:`simpo.data.templates.end_of_turn`.
+    """
+    named = getattr(generation_config, "eos_token_id", None)
+    found = {end_of_turn(tokenizer).token_id, tokenizer.eos_token_id}
+    found |= set(named) if isinstance(named, list) else {named}
+    return sorted(token_id for token_id in found if token_id is not None)
+
 
 logger = logging.getLogger(__name__)
 
+
 # Keys of a checkpoint's generation configuration that the settings replace or that do not change what is sampled.
 _OURS = {"do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens"}
+
+
 _OURS |= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache"}
+
+
 _OURS |= {"output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"}
+
+
 _OURS |= {"cache_implementation", "trust_remote_code"}
+
 
 # Which prompts are generated from together: all, those of equal length, or none.
 Together = Literal["all", "equal", "none"]
@@ -53,7 +112,7 @@ class TransformersEngine:
             logger.warning("the checkpoint's generation settings are not used: %s", ", ".join(ignored))
 
     def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
-        """One response to every prompt; see :class:`simpo.sampling.engine.Engine`.
+        """One response to every prompt; see :class:`simpo.sampling.generate.Engine`.
 
         The responses are those of every prompt by itself: where padding or other prompts would change them, prompts of
         equal length are generated from together, or each alone, which is checked once and reported.
@@ -270,3 +329,50 @@ class _Forced(LogitsProcessor):
         forced = torch.full_like(scores, float("-inf"))
         forced[:, next(self._tokens)] = 0
         return forced
+
+
+# ---- Sampled token ids to the text that the model meant as its message.
+
+
+# Ids of the prompt that decoding needs to treat what follows them as a continuation.
+_CONTEXT = 8
+
+
+_SENTINEL = "\ue000response\ue000"
+
+
+class ResponseText:
+    """Decodes responses of one tokenizer.
+
+    Special tokens are left out, except for those that mark thinking, which could not be told from the answer without
+    them. So is the white space that the chat template itself writes before and after a
+    message: rendered with the template, the text gives the sampled tokens again.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        end = end_of_turn(tokenizer)
+        special = {one for one in tokenizer.all_special_ids if not marks_thinking(tokenizer.convert_ids_to_tokens(one))}
+        self._special = special | {end.token_id}
+        self._before, self._after = _written_before(tokenizer), end.kept
+
+    def decode(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """Text of the response ``ids`` to ``prompt``."""
+        # In its context, because a decoder may strip the space that a text starts with.
+        context = list(prompt[-_CONTEXT:])
+        kept = [token_id for token_id in ids if token_id not in self._special]
+        text = self._text(context + kept)[len(self._text(context)) :]
+        return text.removeprefix(self._before).removesuffix(self._after)
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _written_before(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes between the prompt that generation is fed and the assistant's message."""
+    if not tokenizer.chat_template:
+        return ""
+    user = {"role": "user", "content": "user"}
+    prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([user, {"role": "assistant", "content": _SENTINEL}], tokenize=False)
+    return whole.removeprefix(prompt).partition(_SENTINEL)[0] if whole.startswith(prompt) else ""

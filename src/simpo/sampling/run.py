@@ -1,32 +1,270 @@
-"""The workflow behind ``simpo sample``: a model and prompts in, responses out, however often it was killed between."""
+"""``simpo sample``: a model and prompts in, responses out, resumable after any kill."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from datasets import Dataset
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from simpo.data.prompts import Prompts, prepare_prompts
+from simpo.data.settings import RenderSettings
+from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.progress import Advance, progress
 from simpo.results import Metric, write_results
 from simpo.runs.folder import RunFolder
-from simpo.runs.signals import stoppable
-from simpo.sampling.chunk_files import ChunkFiles
-from simpo.sampling.chunks import Chunk, gather, missing_chunks, sample_chunks
-from simpo.sampling.engine import Engine, Sampled
-from simpo.sampling.figures import response_metrics
-from simpo.sampling.generate import TransformersEngine
-from simpo.sampling.job import EngineName, Job, PromptArguments, Say
-from simpo.sampling.processes import Processes, joined_processes
-from simpo.sampling.records import response_texts, write_responses
+from simpo.runs.lines import stoppable
+from simpo.sampling.chunks import (
+    Chunk,
+    ChunkFiles,
+    Processes,
+    gather,
+    joined_processes,
+    missing_chunks,
+    response_texts,
+    sample_chunks,
+    write_responses,
+)
+from simpo.sampling.generate import Engine, Sampled, TransformersEngine, stop_ids
 from simpo.sampling.settings import SamplingSettings
 from simpo.sampling.vllm import VllmEngine
-from simpo.training.model_arguments import ModelArguments
+from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval
+from simpo.training.identity import model_digest
+from simpo.training.limits import Limits
+from simpo.training.models import (
+    below_adapter,
+    check_stored,
+    device,
+    generation_config,
+    load_config,
+    load_model,
+    load_tokenizer,
+    with_dtype,
+)
+from simpo.training.settings import ModelArguments
+
+# ---- Figures of sampled responses.
+
+
+def response_metrics(texts: Sequence[Sequence[str]], samples: Sequence[Sequence[Sampled]]) -> list[Metric]:
+    """Number, lengths and ends of the responses.
+
+    Answers to one prompt are alike, so the intervals of lengths are those of the prompts' means.
+
+    Args:
+        texts: the responses to every prompt; as many to each.
+        samples: the same as they were sampled.
+    """
+    ended = [sampled.finished for answers in samples for sampled in answers]
+    tokens = [float(np.mean([len(sampled.ids) for sampled in answers])) for answers in samples]
+    characters = [float(np.mean([len(text) for text in answers])) for answers in texts]
+    metrics = [
+        Metric("sample/prompts", len(samples)),
+        Metric("sample/responses", len(ended)),
+        _metric("sample/tokens", mean_interval(tokens)),
+        _metric("sample/characters", mean_interval(characters)),
+        _metric("sample/ended", proportion_interval(sum(ended), len(ended))),
+        Metric("sample/hit_max_new_tokens", len(ended) - sum(ended), n=len(ended)),
+    ]
+    if len(texts[0]) > 1:
+        distinct = [len(set(answers)) / len(answers) for answers in texts]
+        metrics.append(_metric("sample/distinct", share_interval(distinct)))
+    return metrics
+
+
+def _metric(name: str, found: Interval) -> Metric:
+    return Metric(name, found.value, None, found.n, found.low, found.high, found.method)
+
+
+# ---- Models for sampling: where they run, in which type, and how long a context they have.
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a model before its weights are read.
+
+    Attributes:
+        arguments: where it is, with the type of its weights chosen.
+        limits: of what it can read.
+        generation_config: its generation settings.
+    """
+
+    arguments: ModelArguments
+    limits: Limits
+    generation_config: GenerationConfig
+
+    @property
+    def context(self) -> int | None:
+        """Positions that the model has; None if it has no bound."""
+        return self.limits.positions
+
+    @classmethod
+    def read(cls, arguments: ModelArguments) -> Checkpoint:
+        """Look at a model on disk or on the hub.
+
+        Weights are bf16 on an accelerator and fp32 on a CPU unless ``dtype`` says otherwise.
+
+        Raises:
+            SimpoError: there is no such model.
+        """
+        config = load_config(arguments)
+        base = below_adapter(arguments)
+        found = generation_config(arguments.model_name_or_path, arguments.model_revision)
+        found = found or generation_config(base.model_name_or_path, base.model_revision)
+        return cls(
+            with_dtype(arguments),
+            Limits.of(config),
+            found or GenerationConfig.from_model_config(config),  # a checkpoint need not have one
+        )
+
+    def load(self) -> PreTrainedModel:
+        """The model, on the accelerator if there is one.
+
+        Raises:
+            SimpoError: it cannot be loaded.
+        """
+        model: Any = load_model(self.arguments.model_name_or_path, self.arguments)
+        return model.to(device())
+
+
+# ---- What a sampling run is made of: model, prompts and settings, read and checked before the weights are.
+
+
+EngineName = Literal["transformers", "vllm"]
+
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PromptArguments:
+    """Where the prompts come from (file, folder or hub id, split, renamed columns), and how they are rendered."""
+
+    prompts: str
+    split: str = "train"
+    chat_template: str | None = None
+    column_mapping: Mapping[str, str] | None = None
+    rendering: RenderSettings = field(default_factory=RenderSettings)
+
+    def rows(self) -> Dataset:
+        """The rows that hold the prompts."""
+        return load_rows(self.prompts, split=self.split, column_mapping=self.column_mapping)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that determines the responses, with nothing left open."""
+
+    checkpoint: Checkpoint
+    engine: EngineName
+    tokenizer: PreTrainedTokenizerBase
+    source: PromptArguments
+    prompts: Prompts
+    settings: SamplingSettings
+    stop_ids: list[int]
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(
+        cls,
+        model: ModelArguments,
+        source: PromptArguments,
+        settings: SamplingSettings,
+        engine: EngineName,
+        say: Say,
+        engine_args: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Job:
+        """Read everything but the weights, and say what was found.
+
+        ``engine_args`` are vLLM's; a ``max_model_len`` among them limits the model's context.
+
+        Raises:
+            SimpoError: model, prompts or settings cannot be used.
+        """
+        tokenizer = load_tokenizer(model.model_name_or_path, model, chat_template=source.chat_template)
+        checkpoint = Checkpoint.read(model)
+        if engine == "vllm":
+            check_stored(checkpoint.arguments)
+        say(f"model: {model.model_name_or_path} ({checkpoint.arguments.dtype} on {device()}, {engine})")
+        limits = (checkpoint.context, engine_args.get("max_model_len"))
+        context = min((limit for limit in limits if isinstance(limit, int)), default=None)
+        settings = settings.resolved(context=context, chunk_size=_chunk_size(engine))
+        say("sampling: " + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(settings).items()))
+        room = _room(context, settings, say)
+        prompts = prepare_prompts(source.rows(), tokenizer, max_prompt_length=room, rendering=source.rendering)
+        for line in prompts.report.lines():
+            say(line)
+        for prompt in prompts:
+            if fault := checkpoint.limits.fault(0, prompt.ids):
+                raise SimpoError(f"prompt {prompt.id}: {fault}; use the model's own tokenizer")
+        stops = stop_ids(tokenizer, checkpoint.generation_config)
+        return cls(checkpoint, engine, tokenizer, source, prompts, settings, stops, dict(engine_args))
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """Token ids of every prompt."""
+        return [prompt.ids for prompt in self.prompts]
+
+    @property
+    def total(self) -> int:
+        """Responses in all."""
+        return len(self.prompts) * self.settings.n
+
+    def identity(self) -> dict[str, Any]:
+        """What the responses depend on, as :meth:`simpo.runs.folder.RunFolder.begin` takes it."""
+        return {
+            "model": model_digest(self.checkpoint.arguments),
+            "dtype": self.checkpoint.arguments.dtype,
+            "engine": self.engine,
+            "prompts": _digest(self.prompts),
+            "stop_ids": str(self.stop_ids),
+            **dataclasses.asdict(self.settings),
+            **{f"engine_args/{key}": value for key, value in self.engine_args.items()},
+        }
+
+    def resolved(self) -> dict[str, Any]:
+        """All that was given, nothing left open."""
+        given = [dataclasses.asdict(part) for part in (self.checkpoint.arguments, self.source, self.settings)]
+        return {"engine": self.engine, "engine_args": self.engine_args} | dict(
+            item for part in given for item in part.items()
+        )
+
+
+def _room(context: int | None, settings: SamplingSettings, say: Say) -> int | None:
+    """Tokens that a prompt may have."""
+    assert settings.max_new_tokens is not None
+    if context is None:
+        return None
+    room = context - settings.max_new_tokens
+    say(f"the model's context of {context:,} tokens leaves {room:,} to a prompt (max_prompt_length)")
+    return room
+
+
+def _chunk_size(engine: EngineName) -> int:
+    if engine == "vllm":  # which makes batches of its own
+        return 1024
+    return 32 if device().type == "cpu" else 64
+
+
+def _digest(prompts: Prompts) -> str:
+    """Of ids and tokens, in their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(prompt.id.encode() + array("q", [*prompt.ids, -1]).tobytes())
+    return digest.hexdigest()
+
 
 FILE_NAME = "responses.jsonl"
 

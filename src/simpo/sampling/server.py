@@ -9,16 +9,14 @@ from typing import Any
 
 from simpo.atomic import remove_folder
 from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, agree
-from simpo.data.answer_sets import AnswerSet, diversity_metrics
+from simpo.data.inspection import AnswerSet, diversity_metrics
 from simpo.data.prompts import PlainPrompt, read_prompts
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
 from simpo.results import Metric, fingerprint, write_results
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import write_lines
-from simpo.runs.signals import stoppable
-from simpo.sampling.job import PromptArguments
-from simpo.sampling.run import FILE_NAME
+from simpo.runs.lines import stoppable, write_lines
+from simpo.sampling.run import FILE_NAME, PromptArguments
 from simpo.sampling.settings import SamplingSettings, derived_seed
 from simpo.statistics import proportion_interval
 

@@ -11,10 +11,10 @@ import torch
 
 from simpo.coercion import nearest
 from simpo.errors import SimpoError
-from simpo.sampling.engine import Sampled
+from simpo.sampling.generate import Sampled
 from simpo.sampling.settings import SamplingSettings, derived_seed
 from simpo.training.adapters import find_adapter
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.settings import ModelArguments
 
 # Engine arguments that follow from the command's own options, or that sampling depends on.
 _FIXED = (
@@ -88,7 +88,7 @@ class VllmEngine:
             raise SimpoError(f"engine: vLLM cannot start with {given}: {reason}") from error
 
     def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
-        """One response to every prompt; see :class:`simpo.sampling.engine.Engine`."""
+        """One response to every prompt; see :class:`simpo.sampling.generate.Engine`."""
         found = self._llm.generate(
             [self._vllm.TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
             [self._parameters(settings, derived_seed(seed, number)) for number in range(len(prompts))],

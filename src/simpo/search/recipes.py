@@ -1,13 +1,170 @@
-"""A complete recipe for any objective in any of the paper's settings, every hyperparameter with where it comes from."""
+"""A complete recipe for any objective in any of the paper's settings, and the published values behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from simpo.coercion import nearest
 from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES
-from simpo.search.published import LEARNING_RATE, PUBLISHED, SEARCHED, SETTINGS, TINY, Searched, Setting
+
+# ---- Hyperparameters of the paper's comparison: what is published, what was searched over, and in which
+# settings.
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A start model with its preference data.
+
+    Attributes:
+        name: as on the command line.
+        stem: the recipe's name, with a place for the objective's.
+        title: model and data in a few words.
+        model: hub name or folder.
+        data: lines of YAML that name the data.
+        max_length: longest prompt with response, in tokens.
+        max_prompt_length: what an overlong prompt is cut to; None for the default.
+    """
+
+    name: str
+    stem: str
+    title: str
+    model: str
+    data: str
+    max_length: int
+    max_prompt_length: int | None
+
+
+def _table(*settings: Setting) -> dict[str, Setting]:
+    return {setting.name: setting for setting in settings}
+
+
+PAPER_SETTINGS = _table(
+    Setting(
+        "mistral-base",
+        "mistral-7b-base-{}",
+        "Mistral-7B base after SFT on UltraChat (Zephyr's SFT model), offline UltraFeedback pairs",
+        "alignment-handbook/zephyr-7b-sft-full",
+        "dataset_mixer: {HuggingFaceH4/ultrafeedback_binarized: 1.0}\n"
+        "dataset_splits: [train_prefs, test_prefs]\n"
+        "auto_insert_empty_system_msg: true  # this template shows one, and the paper's code then puts it first",
+        1024,  # the authors' file; the paper says 2048
+        512,
+    ),
+    Setting(
+        "mistral-instruct",
+        "mistral-7b-instruct-{}",
+        "Mistral-7B-Instruct-v0.2, its own answers to UltraFeedback prompts ranked by PairRM",
+        "mistralai/Mistral-7B-Instruct-v0.2",
+        "dataset_mixer: {princeton-nlp/mistral-instruct-ultrafeedback: 1.0}\ndataset_splits: [train, test]",
+        2048,
+        1800,
+    ),
+    Setting(
+        "llama3-base",
+        "llama-3-8b-base-{}",
+        "Llama-3-8B base after SFT on UltraChat, offline UltraFeedback pairs",
+        "princeton-nlp/Llama-3-Base-8B-SFT",
+        "dataset_mixer: {HuggingFaceH4/ultrafeedback_binarized: 1.0}\ndataset_splits: [train_prefs, test_prefs]",
+        2048,
+        1800,
+    ),
+    Setting(
+        "llama3-instruct",
+        "llama-3-8b-instruct-{}",
+        "Llama-3-8B-Instruct, its own answers to UltraFeedback prompts ranked by PairRM",
+        "meta-llama/Meta-Llama-3-8B-Instruct",
+        "dataset_mixer: {princeton-nlp/llama3-ultrafeedback: 1.0}\ndataset_splits: [train, test]",
+        2048,
+        1800,
+    ),
+    Setting(
+        "llama3-instruct-v0.2",
+        "llama-3-8b-instruct-{}-v2",
+        "Llama-3-8B-Instruct v0.2, its own answers to UltraFeedback prompts scored by ArmoRM",
+        "meta-llama/Meta-Llama-3-8B-Instruct",
+        "dataset_mixer: {princeton-nlp/llama3-ultrafeedback-armorm: 1.0}\ndataset_splits: [train, test]",
+        2048,
+        1800,
+    ),
+    Setting(
+        "gemma2",
+        "gemma-2-9b-it-{}",
+        "Gemma-2-9B-it, its own answers to UltraFeedback prompts scored by ArmoRM",
+        "google/gemma-2-9b-it",
+        "dataset_mixer: {princeton-nlp/gemma2-ultrafeedback-armorm: 1.0}\ndataset_splits: [train, test]",
+        2048,
+        1800,
+    ),
+)
+
+
+TINY = Setting(
+    "tiny",
+    "tiny-{}",
+    "the built-in tiny world: the model and the pairs that 'simpo demo --output_dir runs/demo-1' leaves",
+    "runs/demo-1/sft",
+    "dataset_name: runs/demo-1/pairs.jsonl\neval_dataset_name: runs/demo-1/held-out-pairs.jsonl",
+    128,
+    None,
+)
+
+
+SETTINGS = PAPER_SETTINGS | {TINY.name: TINY}
+
+
+# Best values, by objective and setting.
+PUBLISHED: Mapping[str, Mapping[str, Mapping[str, float]]] = {
+    "simpo": {
+        "mistral-base": {"beta": 2.0, "gamma_beta_ratio": 0.8, "learning_rate": 3e-7},
+        "mistral-instruct": {"beta": 2.5, "gamma_beta_ratio": 0.1, "learning_rate": 5e-7},
+        "llama3-base": {"beta": 2.0, "gamma_beta_ratio": 0.5, "learning_rate": 6e-7},
+        "llama3-instruct": {"beta": 2.5, "gamma_beta_ratio": 0.55, "learning_rate": 1e-6},
+        "llama3-instruct-v0.2": {"beta": 10.0, "gamma_beta_ratio": 0.3, "learning_rate": 1e-6},
+        "gemma2": {"beta": 10.0, "gamma_beta_ratio": 0.5, "learning_rate": 8e-7},
+    },
+    "dpo": {
+        "mistral-base": {"beta": 0.01, "learning_rate": 5e-7},
+        "mistral-instruct": {"beta": 0.01, "learning_rate": 5e-7},
+        "llama3-base": {"beta": 0.01, "learning_rate": 5e-7},
+        "llama3-instruct": {"beta": 0.01, "learning_rate": 7e-7},
+        "llama3-instruct-v0.2": {"beta": 0.01, "learning_rate": 3e-7},
+        "gemma2": {"beta": 0.01, "learning_rate": 5e-7},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The values that the paper's authors tried or advise, and the one to start from, which is our choice."""
+
+    values: tuple[float, ...]
+    start: float
+
+
+# Of every objective, where nothing better is published for the setting: the grid that the README advises.
+LEARNING_RATE = Searched((3e-7, 5e-7, 8e-7, 1e-6), start=5e-7)
+
+
+# By objective and hyperparameter. Where the scale is DPO's, the start is what was best for DPO in every setting.
+_DPO_BETA = Searched((0.01, 0.05, 0.1), start=0.01)
+
+
+SEARCHED: Mapping[str, Mapping[str, Searched]] = {
+    "dpo": {"beta": _DPO_BETA},
+    "ipo": {"tau": Searched((0.01, 0.1, 0.5, 1.0), start=0.1)},
+    "cpo": {"beta": Searched((0.01, 0.05, 0.1), start=0.05)},
+    "kto": {"beta": _DPO_BETA},
+    "orpo": {"lam": Searched((0.1, 0.5, 1.0, 2.0), start=0.5)},
+    "r_dpo": {"beta": _DPO_BETA, "alpha": Searched((0.05, 0.1, 0.5, 1.0), start=0.1)},
+    "slic_hf": {
+        "delta": Searched((0.1, 0.5, 1.0, 2.0), start=1.0),
+        "lam": Searched((0.1, 0.5, 1.0, 10.0), start=0.5),
+    },
+    "rrhf": {"lam": Searched((0.1, 0.5, 1.0, 10.0), start=0.5)},
+}
+
 
 _WHOLE = """\
 # {objective} ({paper}):
@@ -30,12 +187,14 @@ model_name_or_path: {model}
 
 {training}"""
 
+
 _PAPER_ARITHMETIC = """\
 dtype: float32  # at these learning rates an update is smaller than the spacing of bfloat16 weights
 bf16: true
 activation_checkpointing: true
 activation_checkpointing_kwargs: {use_reentrant: false}
 """
+
 
 _PAPER_TRAINING = """\
 # Tokens, as the paper's code made them: the assistant header is scored with the response, and a pair that is too long
@@ -62,6 +221,7 @@ save_strategy: "no"
 run_name: {name}
 """
 
+
 _TINY_TRAINING = """\
 max_length: {max_length}
 per_device_train_batch_size: 16
@@ -72,8 +232,11 @@ save_strategy: "no"
 report_to: none
 """
 
+
 # Options of a loss rather than knobs: a recipe sets them where they are wanted.
 _OPTIONS = ("label_smoothing", "link", "length_normalized")
+
+
 # A model this small wants far larger ones than the paper's; of simpo sweep on the tiny world's pairs.
 _TINY_LEARNING_RATE = 1e-4
 
@@ -83,7 +246,7 @@ def compose_recipe(objective: str, setting: str) -> str:
 
     Args:
         objective: a row of the table of objectives.
-        setting: one of :data:`~simpo.search.published.SETTINGS`.
+        setting: one of :data:`~simpo.search.recipes.SETTINGS`.
 
     Raises:
         SimpoError: an objective or setting that is unknown.

@@ -16,7 +16,7 @@ from rich.text import Text
 from simpo.atomic import write_text
 from simpo.errors import SimpoError
 from simpo.results import FILE_NAME, Metric, print_whole, read_results
-from simpo.runs.redaction import redact
+from simpo.runs.log import redact
 from simpo.search.space import Axis, shown
 from simpo.search.study import Tried
 

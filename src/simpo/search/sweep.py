@@ -9,17 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpo.analysis.effects import plot_effects
+from simpo.analysis.plots import plot_effects
 from simpo.errors import SimpoError
 from simpo.results import FILE_NAME, Metric, write_results
-from simpo.runs.folder import FolderInUseError, RunFolder
-from simpo.runs.record import RunRecord
+from simpo.runs.folder import FolderInUseError, RunFolder, RunRecord
 from simpo.search.report import print_table, rank, sweep_metrics, write_best
 from simpo.search.space import Axis, Values, combinations, one_at_a_time, shown
 from simpo.search.study import Claim, Sampler, Study, Tried
 from simpo.search.trial import WIN_RATE, Failed, Pruned, read_metric, run_trial
 from simpo.statistics import Interval
-from simpo.training.device import free_memory
+from simpo.training.models import free_memory
 from simpo.training.run import Given
 from simpo.training.tasks import PREFERENCES
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from simpo.errors import SimpoError
 from simpo.results import FILE_NAME, Metric, read_results
-from simpo.runs import record
+from simpo.runs.folder import FILE_NAME as RECORD
 from simpo.runs.lines import read_lines
 from simpo.search.study import Claim
 from simpo.training.run import Given, run_training
@@ -51,7 +51,7 @@ def run_trial(task: Task, given: Given, folder: Path, metric: str, *, prune: Cla
         raise Failed(f"out of memory: {' '.join(str(error).split())[:200]}") from error
     except SimpoError as error:
         # What the disk, the hub or a file refuses has a cause, and would be in the next trial's way too.
-        if error.__cause__ is not None or not (folder / record.FILE_NAME).exists():
+        if error.__cause__ is not None or not (folder / RECORD).exists():
             raise
         raise Failed(str(error)) from error
     return read_metric(folder, metric)

@@ -1,15 +1,18 @@
-"""LoRA adapters: put on a model, and read from files strictly."""
+"""LoRA adapters, 4-bit base models, and the parts of a model that text cannot reach."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
+from accelerate import PartialState
 from peft import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     LoraConfig,
@@ -17,6 +20,7 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,15 +29,74 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
 from simpo.errors import SimpoError
-from simpo.packing.reward_head import is_reward_model
-from simpo.training.modalities import unreached_by_text
+from simpo.packing.model import causal_lm, is_reward_model
 from simpo.training.zero import gathered, shape_of
 
+# ---- Parts of a model that text does not reach: the vision and audio towers of models that also see or hear.
+
+
 logger = logging.getLogger(__name__)
+
+
+def unreached_by_text(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    """The largest parts of ``model``, by name, that take no part in a forward of text alone.
+
+    These are the parts of a conditional-generation model outside its language model and its output layer, and a
+    language model's own layers of cross-attention to images. None for a model of text alone.
+    """
+    inner: Any = causal_lm(model)
+    config = inner.config
+    text = config.get_text_config()
+    crossing = getattr(text, "cross_attention_layers", None) or []
+    found: dict[str, nn.Module | nn.Parameter] = {
+        name: module
+        for number in crossing
+        for name, module in inner.named_modules()
+        if name.endswith(f"layers.{number}") and "CrossAttention" in type(module).__name__
+    }
+    if text is config:
+        return found
+    reached = (inner.get_decoder(), inner.get_input_embeddings(), inner.get_output_embeddings())
+    kept = {id(module) for one in reached if one is not None for module in one.modules()}
+    return found | dict(_outside(inner, kept, ""))
+
+
+def _outside(module: nn.Module, kept: set[int], prefix: str) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    for name, parameter in module.named_parameters(recurse=False):
+        yield f"{prefix}{name}", parameter
+    for name, child in module.named_children():
+        inside = {id(one) for one in child.modules()}
+        if id(child) in kept:
+            continue
+        if inside & kept:
+            yield from _outside(child, kept, f"{prefix}{name}.")
+        elif next(child.parameters(), None) is not None:
+            yield f"{prefix}{name}", child
+
+
+def freeze_unreached(model: nn.Module) -> None:
+    """Stop training what text does not reach, and report it.
+
+    Such weights get no gradient: DDP waits for one, and weight decay would shrink them.
+    """
+    names, count = [], 0
+    for name, part in unreached_by_text(model).items():
+        parameters = [part] if isinstance(part, nn.Parameter) else part.parameters()
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        if trained:
+            names.append(name)
+            count += sum(parameter.numel() for parameter in trained)
+    if names:
+        logger.warning(
+            "not trained, because text does not reach it: %s (%s parameters)", ", ".join(names), f"{count:,}"
+        )
+
 
 # What recipes call an adapter's settings: what peft calls them, and the default.
 _SETTINGS: dict[str, tuple[str, Any]] = {
@@ -44,6 +107,8 @@ _SETTINGS: dict[str, tuple[str, Any]] = {
     "lora_modules_to_save": ("modules_to_save", None),
     "use_rslora": ("use_rslora", False),
 }
+
+
 PARTS_TIED = (
     "the adapter changes the embeddings or the output layer, which are one matrix in this model: it can be used, but "
     "not merged"
@@ -342,3 +407,46 @@ def _without_noise() -> Iterator[None]:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
+
+
+# ---- Base models in 4 bits, for adapters to be trained on (QLoRA, arXiv 2305.14314).
+
+
+def four_bits(*, kind: Literal["nf4", "fp4"], nested: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that load a model in 4 bits a weight onto this process's GPU, or the CPU.
+
+    Args:
+        kind: of 4-bit numbers.
+        nested: whether their scales are quantized too.
+        dtype: that weights are expanded to for a product.
+
+    Raises:
+        SimpoError: bitsandbytes is missing.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SimpoError("load_in_4bit: bitsandbytes is not installed; pip install 'simpo[qlora]'")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=nested,
+    )
+    place = PartialState().local_process_index if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": config, "device_map": {"": place}}
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Keep 4-bit layers on a CPU from repacking their weights for inference.
+
+    On CPUs with AVX512-BF16, bitsandbytes does so at a layer's first forward in evaluation mode, for good: from then on
+    products are rounded to bf16, and gradients do not pass through them, without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """A quantized model ready for an adapter, with what is not quantized (norms, embeddings, output layer) in fp32."""
+    keep_gradients(model)
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

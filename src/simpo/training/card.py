@@ -12,9 +12,8 @@ import simpo
 from simpo.atomic import write_text
 from simpo.results import Metric
 from simpo.training.adapters import adapter_settings, holds_adapter
-from simpo.training.inputs import DataArguments
-from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import below_adapter
+from simpo.training.settings import DataArguments, ModelArguments
 from simpo.training.tasks import Task
 
 _SETTINGS = (

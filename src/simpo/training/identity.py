@@ -15,9 +15,8 @@ from datasets import Dataset
 from simpo.runs import manifest
 from simpo.training.adapters import adapter_settings, find_adapter
 from simpo.training.batches import LEVELS
-from simpo.training.inputs import DataArguments
-from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import base_arguments
+from simpo.training.settings import DataArguments, ModelArguments
 
 # Keys of a configuration that change what is shown, stored or kept of a run, but not what it computes.
 _NO_INFLUENCE = {

@@ -1,4 +1,4 @@
-"""Memory that runs out, answered with the setting that fits."""
+"""Advice when memory runs out, and ``torch_compile`` for all lengths at once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
+from torch import nn
+from transformers import TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from simpo.errors import SimpoError
 
 _CPU_MESSAGE = "can't allocate memory"  # of PyTorch's allocator, which has no exception of its own for it
+
+
 _SPARE = 0.8  # of what has fitted: other batches are cut otherwise, and freed memory is not always in one piece
+
+
 OUTSIDE_A_FORWARD = (
     "optim: memory ran out outside a micro-batch's forward and backward, where the optimizer's states are made; choose "
     "a smaller one (adamw_torch_8bit, adafactor) or share the states out over GPUs (recipes/launch)"
@@ -90,3 +99,28 @@ def _release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+# ---- ``torch_compile``: the model's layers compiled, each by itself and once for all lengths.
+
+
+# Graphs of one function: transformers' layers of all kinds share one, each with and without gradients.
+_MOST_GRAPHS = 64
+
+
+def compile_layers(model: nn.Module, args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Compile the layers of ``model`` in place, and keep ``accelerator`` from compiling the whole.
+
+    Layers of one kind share their compiled code, for any number of tokens. The rest of the forward looks at a batch's
+    lengths in Python, and compiled it would be compiled again for every batch.
+
+    Raises:
+        SimpoError: the model has no layers of transformers' own kind.
+    """
+    accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise SimpoError(f"torch_compile: {type(model).__name__} has no layers that could be compiled; set it to false")
+    torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    for layer in layers:
+        layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)

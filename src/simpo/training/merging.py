@@ -15,9 +15,9 @@ from simpo.atomic import staged_folder
 from simpo.errors import SimpoError
 from simpo.training.adapters import PARTS_TIED, find_adapter, parts_tied
 from simpo.training.card import shown_name
-from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import check_folder, load_model, load_tokenizer, round_weights
-from simpo.training.reward_model import load_reward_model
+from simpo.training.reward import load_reward_model
+from simpo.training.settings import ModelArguments
 
 
 def write_merged(arguments: ModelArguments, folder: Path) -> None:

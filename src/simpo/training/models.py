@@ -1,8 +1,9 @@
-"""Models and tokenizers, from the hub or a folder."""
+"""Models and tokenizers from the hub or a folder, and the device they run on."""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import logging
@@ -33,17 +34,23 @@ from transformers.models.llama import modeling_llama
 
 from simpo.atomic import write_text
 from simpo.errors import SimpoError
-from simpo.training.adapters import add_adapter, continue_adapter, find_adapter
-from simpo.training.model_arguments import ModelArguments
-from simpo.training.quantization import four_bits, frozen
+from simpo.training.adapters import add_adapter, continue_adapter, find_adapter, four_bits, frozen
+from simpo.training.settings import ModelArguments
 
 logger = logging.getLogger(__name__)
 
+
 # Attention masks that old checkpoints store as if they were weights; not every architecture declares them.
 _STORED_MASKS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)(inv_freq|position_ids)$")
+
+
 # Parts of a checkpoint that its architecture's class for text alone does not have.
 _OTHER_MODALITIES = re.compile(r"(^|\.)(vision|visual|audio|multi_modal)\w*\.")
+
+
 _OWN_CODE = "it has code of its own; read it, and allow it with trust_remote_code (--trust_remote_code)"
+
+
 _FAULTS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
 
 
@@ -350,3 +357,25 @@ def check_folder(name: str) -> None:
     """
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise SimpoError(f"model_name_or_path: there is no folder {name!r}")
+
+
+# ---- Where models that are not trained run, in which type, and what is left of their memory.
+
+
+def device() -> torch.device:
+    """The accelerator, or the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
+def with_dtype(model: ModelArguments) -> ModelArguments:
+    """The arguments with the type of the weights chosen: bf16 on an accelerator and fp32 on a CPU, unless given."""
+    chosen = model.dtype or ("float32" if device().type == "cpu" else "bfloat16")
+    return dataclasses.replace(model, dtype=chosen)
+
+
+def free_memory() -> None:
+    """Of models that are not needed any more; trainers and models refer to one another."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

@@ -18,34 +18,63 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from simpo.data.rows import as_dataset
 from simpo.data.tokenize import Prepared
 from simpo.errors import SimpoError
-from simpo.packing.binning import MicroBatch, StepPlan, check_budget
+from simpo.packing.batching import MicroBatch, StepPlan, check_budget
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import prepare_policy, state_of
 from simpo.packing.policy import ForwardPath, policy_forward, resolve_path
 from simpo.packing.selfcheck import choose_path, rows_to_check
-from simpo.training.adapters import check_adapter
-from simpo.training.batches import ComparisonRows, PlannedBatch, collate, comparisons_of, token_lengths
-from simpo.training.checkpointing import CheckpointShare
-from simpo.training.compilation import compile_layers
+from simpo.training.adapters import check_adapter, freeze_unreached, keep_gradients
+from simpo.training.batches import (
+    ComparisonRows,
+    PlannedBatch,
+    RowFigures,
+    Scores,
+    collate,
+    comparisons_of,
+    mean_figures,
+    plan_steps,
+    response_figures,
+    scores_of,
+    step_loader,
+    token_lengths,
+)
+from simpo.training.checkpoints import ResumableTrainer
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
 from simpo.training.liger import check_layers
 from simpo.training.limits import Limits
-from simpo.training.loading import plan_steps, step_loader
-from simpo.training.memory import OUTSIDE_A_FORWARD, memory_answered, tokens_that_fit
-from simpo.training.modalities import freeze_unreached
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.memory import OUTSIDE_A_FORWARD, compile_layers, memory_answered, tokens_that_fit
 from simpo.training.models import disable_dropout, load_model
-from simpo.training.quantization import keep_gradients
-from simpo.training.resumable import ResumableTrainer
-from simpo.training.scores import RowFigures, Scores, mean_figures, response_figures, scores_of
-from simpo.training.settings import TrainingSettings
+from simpo.training.settings import ModelArguments, TrainingSettings
 from simpo.training.sharding import sharded
 
+# ---- Activation checkpointing of some of the layers: memory is bought with arithmetic only as far as it is
+# needed.
+
+
+class CheckpointShare(TrainerCallback):
+    """Leaves ``activation_checkpointing`` on for ``share`` of the layers, spread evenly.
+
+    A layer without it keeps its activations, and its forward is not computed again in backward.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+
+    def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Called after ``Trainer`` has switched it on for all."""
+        layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        for number, layer in enumerate(layers):
+            chosen = int((number + 1) * self._share) > int(number * self._share)
+            layer.gradient_checkpointing = layer.gradient_checkpointing and chosen
+
+
 logger = logging.getLogger(__name__)
+
 
 _SCORED_TOGETHER = 512  # rows that micro-batches are filled from
 

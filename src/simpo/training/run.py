@@ -1,40 +1,143 @@
-"""The workflow of a training command: data and model in, a better model and its figures out, in a run folder."""
+"""The workflow of ``simpo train``, ``simpo sft`` and ``simpo reward``, with its log lines and observers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from simpo.atomic import provisional, staged_files
 from simpo.data.inspection import shared_rows
 from simpo.errors import SimpoError
+from simpo.progress import duration
 from simpo.results import FILE_NAME, Metric, write_results
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import JsonLines
 from simpo.training.adapters import describe_adapter
+from simpo.training.batches import Scores
 from simpo.training.card import write_model_card
-from simpo.training.checkpoints import check_whole, last_good_checkpoint, shared_staging
+from simpo.training.checkpoints import StopOnSignal, check_whole, last_good_checkpoint, shared_staging
 from simpo.training.held_out import read_scores, write_scores
 from simpo.training.identity import Identity, named_checkpoint, settings_of, training_identity
-from simpo.training.inputs import DataArguments, load_datasets
-from simpo.training.interruption import StopOnSignal
-from simpo.training.log_lines import log_in_lines
-from simpo.training.model_arguments import ModelArguments
 from simpo.training.models import load_tokenizer, round_weights
-from simpo.training.observer import Observer
 from simpo.training.packed import PackedTrainer
-from simpo.training.refusals import settings_refused, try_optimizer
-from simpo.training.scores import Scores
+from simpo.training.settings import (
+    DataArguments,
+    ModelArguments,
+    TrainingSettings,
+    load_datasets,
+    settings_refused,
+    try_optimizer,
+)
 from simpo.training.tasks import Task
+
+# ---- What training logs, a line each, with the time that is left.
+
+
+# Of an evaluation or of the whole training: how long it took, in four ways.
+_TIMES = ("_runtime", "_per_second", "_preparation_time", "total_flos")
+
+
+def log_in_lines(trainer: Any, say: Callable[[str], None]) -> None:
+    """Report a trainer's logs as lines, below which its progress bar stays if it has one, in place of dictionaries."""
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_Bar)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(LogLines(say))
+
+
+class _Bar(ProgressCallback):
+    """The progress bar alone."""
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The line is written by :class:`LogLines`."""
+
+
+class LogLines(TrainerCallback):
+    """Says every log of the trainer."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._begun = 0.0
+        self._first_step = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._begun, self._first_step = time.monotonic(), state.global_step
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any], **kwargs: Any
+    ) -> None:
+        """Say one log."""
+        figures = {key: value for key, value in logs.items() if key != "epoch" and not key.endswith(_TIMES)}
+        shown = ", ".join(f"{key} {_shown(value)}" for key, value in figures.items())
+        if state.is_world_process_zero and shown:
+            with tqdm.external_write_mode():  # clears a bar for as long as the line is written
+                self._say(f"step {state.global_step:,} of {state.max_steps:,}{self._left(state)}: {shown}")
+
+    def _left(self, state: TrainerState) -> str:
+        done, left = state.global_step - self._first_step, state.max_steps - state.global_step
+        return f", about {duration((time.monotonic() - self._begun) / done * left)} left" if done and left else ""
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ---- What looks on while a model is trained.
+
+
+class Observer(Protocol):
+    """Adds figures to a training's evaluations and leaves weights and random numbers as they are."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Its keys of the recipe, which are part of the run's identity."""
+        ...
+
+    def prepare(
+        self,
+        config: TrainingSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Dataset | None,
+        say: Callable[[str], None],
+    ) -> None:
+        """Everything that can fail before weights are read and anything is written; all ranks call.
+
+        Args:
+            config: of the training.
+            tokenizer: of the model.
+            rows: the held-out rows as they were read; None if there are none.
+            say: gets lines for the user.
+
+        Raises:
+            SimpoError: it cannot look on at this training.
+        """
+        ...
+
+    def begin(self, trainer: PackedTrainer, *, again: bool) -> None:
+        """See the start model, and join the trainer's evaluations, before the first step; all ranks call.
+
+        Args:
+            trainer: with the start model.
+            again: whether the run folder may hold what was found at an earlier start of the same run.
+
+        Raises:
+            SimpoError: the start model's figures cannot be had.
+        """
+        ...
+
 
 _SCORES = {"before": "held_out_before.jsonl", "after": "held_out_after.jsonl"}
 

@@ -1,26 +1,36 @@
-"""What every training run here has in common: transformers' ``TrainingArguments`` and what packed batches add."""
+"""Keys of every kind of training: data, models, ``TrainingArguments``, and what packed batches add."""
 
 from __future__ import annotations
 
 import logging
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
+from datasets import Dataset
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames, ParallelMode
 
 from simpo.data.settings import RenderSettings, TokenizeSettings
+from simpo.data.sources import load_mixture, load_mixture_list, load_rows
 from simpo.errors import CombinedError, SimpoError, check_all
 from simpo.training.liger import layers_only
 from simpo.training.zero import read_config, settle_batch
 
 logger = logging.getLogger(__name__)
 
+
 _NO_LABELS = "batches are packed, and there are no labels or logits to gather"
+
+
 # Keys of TrainingArguments that cannot be honored: the only value accepted, and why.
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (False, "a step's rows would change; max_batch_tokens bounds the memory of a forward"),
@@ -46,6 +56,7 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "parallelism_config": (None, "a model is spread over processes with fsdp or deepspeed"),
     "do_predict": (False, "held-out rows are scored before and after training; name them with eval_dataset_name"),
 }
+
 
 # What torch.utils.checkpoint takes by keyword and a recipe can say.
 _CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "debug")
@@ -226,3 +237,208 @@ class TrainingSettings(TrainingArguments):
         if unknown := [name for name in given if name not in _CHECKPOINTING]:
             known = ", ".join(_CHECKPOINTING)
             raise SimpoError(f"gradient_checkpointing_kwargs: {unknown[0]!r} is none of {known}")
+
+
+# ---- Which data a run trains and is evaluated on.
+
+
+@dataclass
+class DataArguments:
+    """Where the rows come from: one data set, or the paper's ``dataset_mixer``, or alignment-handbook's mixture."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, file or folder of the training data."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split of dataset_name to train on, or a slice such as train[:90%]."}
+    )
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Hub id, file or folder of held-out data."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Held-out split, of eval_dataset_name (default test) or else dataset_name."}
+    )
+    dataset_mixer: dict[str, float] | None = field(
+        default=None, metadata={"help": "Data sets, and the fraction of each one's training split that is used."}
+    )
+    dataset_splits: list[str] | None = field(default=None, metadata={"help": "Splits of dataset_mixer's data sets."})
+    dataset_configs: list[str] | None = field(default=None, metadata={"help": "Their configurations, in that order."})
+    dataset_mixture: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Data sets with weights, as alignment-handbook gives them."}
+    )
+    column_mapping: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Columns to rename, e.g. {instruction: prompt, good: chosen, bad: rejected}."},
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "A chat template, a file with one, or none for raw text (default: the tokenizer's own)."},
+    )
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("dataset_name", "dataset_mixer", "dataset_mixture") if getattr(self, key) is not None]
+        mistakes = []
+        if not given:
+            mistakes.append("dataset_name: name the data to train on (a hub id, a file or a folder)")
+        if len(given) > 1:
+            mistakes.append(f"{' and '.join(given)}: give one of them")
+        template = self.chat_template or "none"
+        if "{" not in template and template.strip().lower() != "none" and not Path(template).expanduser().is_file():
+            mistakes.append(
+                f"chat_template: {template[:80]!r} is neither a template nor a file of one; leave it out for the "
+                "tokenizer's own"
+            )
+        if mistakes:
+            raise CombinedError(*mistakes)
+
+
+def load_datasets(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
+    """Training rows, and held-out rows where the arguments name some; raw, in any shape.
+
+    Raises:
+        SimpoError: a data set, split or file that is not there or cannot be read.
+    """
+    train, held_out = _training_rows(arguments)
+    if arguments.eval_dataset_name is not None:
+        held_out = load_rows(
+            arguments.eval_dataset_name,
+            split=arguments.dataset_test_split or "test",
+            column_mapping=arguments.column_mapping,
+            any_split=True,
+        )
+    return train, held_out
+
+
+def _training_rows(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
+    mapping = arguments.column_mapping
+    if arguments.dataset_mixer is not None:
+        splits = arguments.dataset_splits or ["train", "test"]
+        return load_mixture(arguments.dataset_mixer, splits, arguments.dataset_configs, mapping)
+    if arguments.dataset_mixture is not None:
+        return load_mixture_list(arguments.dataset_mixture, mapping)
+    load = partial(load_rows, str(arguments.dataset_name), config=arguments.dataset_config, column_mapping=mapping)
+    train = load(split=arguments.dataset_train_split)
+    if arguments.eval_dataset_name is None and arguments.dataset_test_split is not None:
+        return train, load(split=arguments.dataset_test_split)
+    return train, None
+
+
+# ---- Keys of a recipe about the model and the adapter that is trained on it.
+
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+# Keys of a base model in 4 bits, and their defaults.
+_QUANTIZATION: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": False}
+
+
+@dataclass
+class ModelArguments:
+    """Which model, how it is loaded, and the adapter that is trained on it."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub name or folder of the model that training starts from."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "Type of the weights: float32 (default), bfloat16, float16, or auto for the files' own."},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention outside packed batches (generation); packed ones choose theirs."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None,
+        metadata={"help": "Type that the finished model is rounded to when saved (default: as trained)."},
+    )
+
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train a LoRA adapter, and leave the model's own weights as they are."}
+    )
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter (default: 16)."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "The adapter's output is multiplied by lora_alpha / lora_r (default: 32)."}
+    )
+    lora_dropout: float | None = field(
+        default=None,
+        metadata={"help": "Dropout before the adapter (default: 0.05); none unless disable_dropout is false."},
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Ends of the names of the layers that get one (default: every linear layer but the output)."},
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Ends of the names of modules that are trained whole, next to the adapter."}
+    )
+    use_rslora: bool | None = field(
+        default=None, metadata={"help": "Divide lora_alpha by the square root of lora_r instead (default: false)."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the model's own weights in 4 bits; needs bitsandbytes."}
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = field(
+        default=None, metadata={"help": "Kind of 4-bit numbers (default: nf4)."}
+    )
+    use_bnb_nested_quant: bool | None = field(
+        default=None, metadata={"help": "Store the scales of 4-bit numbers in 8 bits as well (default: false)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.model_name_or_path.startswith("~"):
+            self.model_name_or_path = os.path.expanduser(self.model_name_or_path)  # noqa: PTH111 - no error for ~nobody
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise SimpoError(f"dtype: {self.dtype!r} is not one of {', '.join(_DTYPES)}")
+        for key in ("lora_r", "lora_alpha"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise SimpoError(f"{key}: must be at least 1, not {value}")
+        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
+            raise SimpoError(f"lora_dropout: must be at least 0 and below 1, not {self.lora_dropout}")
+        for key in _QUANTIZATION:
+            if getattr(self, key) is not None and not self.load_in_4bit:
+                raise SimpoError(f"{key}: only a model in 4 bits takes it; set load_in_4bit: true, or leave it out")
+
+    @property
+    def lora(self) -> dict[str, Any]:
+        """The adapter's settings that were given."""
+        keys = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora")
+        given = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
+        if self.lora_target_modules == ["all-linear"]:  # a word of peft's, and the default
+            given["lora_target_modules"] = "all-linear"
+        return given
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """How the weights of the base model are quantized, if they are."""
+        if not self.load_in_4bit:
+            return {}
+        given = {key: getattr(self, key) for key in _QUANTIZATION if getattr(self, key) is not None}
+        return {"load_in_4bit": True, **_QUANTIZATION, **given}
+
+
+# ---- What transformers, accelerate or an optimizer has to say of settings that are theirs, before anything is
+# begun.
+
+
+@contextmanager
+def settings_refused() -> Iterator[None]:
+    """Make one line of an error while settings are put to use; keep it to calls in which nothing else can be wrong."""
+    try:
+        yield
+    except SimpoError:
+        raise
+    except (ImportError, ValueError, TypeError) as error:
+        raise SimpoError(f"training is impossible with these settings: {' '.join(str(error).split())[:300]}") from error
+
+
+def try_optimizer(trainer: Any) -> None:
+    """Make optimizer and schedule, which training will make again, and throw them away.
+
+    Args:
+        trainer: a ``Trainer`` that has not trained; one that has an optimizer already is left alone.
+
+    Raises:
+        SimpoError: they cannot be made with the settings.
+    """
+    if trainer.optimizer is not None or trainer.is_deepspeed_enabled:
+        return
+    with settings_refused():
+        trainer.create_optimizer_and_scheduler(num_training_steps=2)
+    trainer.optimizer = trainer.lr_scheduler = None

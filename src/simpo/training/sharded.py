@@ -15,10 +15,11 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from simpo.errors import SimpoError
 from simpo.training.adapters import load_adapter
-from simpo.training.renamed import is_renamed, load_renamed
 from simpo.training.sharding import (
     gathered_state,
     gathered_weights,
+    is_renamed,
+    load_renamed,
     load_state,
     load_weights,
     settle_sharding,

@@ -1,4 +1,4 @@
-"""Weights and optimizer states that FSDP2 shards over ranks, to and from files as one process would write them.
+"""FSDP2's sharded weights and optimizer states to and from ordinary files.
 
 Because the files are ordinary, a checkpoint of any number of ranks, sharded or not, continues on any other.
 """
@@ -6,6 +6,7 @@ Because the files are ordinary, a checkpoint of any number of ranks, sharded or 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from simpo.errors import SimpoError
 from simpo.training.adapters import adapter_tensors, stored_adapter
@@ -175,3 +177,36 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _layout(tensor: Tensor) -> Any:
     return (tensor.shape, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else tensor.shape
+
+
+# ---- Checkpoints whose weights have other names than the model's: transformers saves the experts of mixtures
+# apart.
+
+
+def is_renamed(folder: Path, model: nn.Module) -> bool:
+    """Whether ``folder`` has weights of which ``model`` knows nothing by their names."""
+    known = model.state_dict().keys()
+    return any(name not in known for name, _ in stored_tensors(folder))
+
+
+def load_renamed(folder: Path, model: PreTrainedModel) -> None:
+    """Give ``model`` the weights of ``folder`` as transformers loads them, which takes the room of a second model.
+
+    Raises:
+        SimpoError: they are of another model.
+    """
+    kind: Any = type(model)
+    loaded, report = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype, output_loading_info=True)
+    try:
+        if any(report[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+            raise RuntimeError("weights are missing or left over")
+        model.load_state_dict(loaded.state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SimpoError(f"resume_from_checkpoint: {folder} is of another model ({reason})") from error
+
+
+def kind_of(folder: Path) -> str | None:
+    """The architecture that the checkpoint's ``config.json`` names, if it has one: ``llama``, ``mixtral``, ..."""
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("model_type") if path.is_file() else None

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from simpo.results import Metric
-from simpo.training.held_out import compare_conversations, compare_preferences
+from simpo.training.batches import Scores
+from simpo.training.held_out import compare_conversations, compare_preferences, compare_rewards
 from simpo.training.packed import PackedTrainer
 from simpo.training.reward import RewardTrainer
-from simpo.training.reward_figures import compare_rewards
-from simpo.training.scores import Scores
 from simpo.training.sft import SFTTrainer
 from simpo.training.trainer import PreferenceTrainer
 

@@ -8,17 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from simpo.arguments import ArgumentParser
+from simpo.coercion import ArgumentParser
 from simpo.commands._rendering import add_rendering_options, rendering
 from simpo.commands._server import client_of, prices_of
 from simpo.errors import SimpoError
-from simpo.evaluation.answers import Answerer, is_outputs_file
-from simpo.evaluation.asking import ApiJudge
-from simpo.evaluation.markdown import write_markdown
-from simpo.evaluation.published import published_table
+from simpo.evaluation.answers import Answerer, ApiJudge, is_outputs_file, published_table, write_markdown
 from simpo.results import print_results, print_whole
 from simpo.sampling.settings import SamplingSettings
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.settings import ModelArguments
 
 _SAMPLING_KEYS = ("temperature", "top_p", "max_new_tokens", "seed", "chunk_size")
 

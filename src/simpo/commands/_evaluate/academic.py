@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simpo.arguments import ArgumentParser
+from simpo.coercion import ArgumentParser
 from simpo.commands._evaluate._options import add_run_options, show
 from simpo.evaluation.academic.run import TASKS, AcademicSettings, evaluate_academic
-from simpo.training.model_arguments import ModelArguments
+from simpo.training.settings import ModelArguments
 
 
 def main(argv: list[str]) -> int:

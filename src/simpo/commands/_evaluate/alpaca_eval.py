@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from simpo.arguments import ArgumentParser
+from simpo.coercion import ArgumentParser
 from simpo.commands._evaluate._options import (
     add_run_options,
     add_sampling_options,
@@ -16,10 +16,8 @@ from simpo.commands._evaluate._options import (
 )
 from simpo.commands._server import add_server_options
 from simpo.errors import SimpoError
-from simpo.evaluation.alpaca_eval.baselines import LengthControl
-from simpo.evaluation.alpaca_eval.files import reference_file
-from simpo.evaluation.alpaca_eval.judge import PairwisePrompt
-from simpo.evaluation.alpaca_eval.run import AlpacaEval, evaluate_alpaca_eval, recount_alpaca_eval
+from simpo.evaluation.alpaca_eval.files import LengthControl, reference_file
+from simpo.evaluation.alpaca_eval.run import AlpacaEval, PairwisePrompt, evaluate_alpaca_eval, recount_alpaca_eval
 from simpo.sampling.settings import SamplingSettings
 
 _DEFAULTS = SamplingSettings(temperature=0.7, top_p=1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simpo.arguments import ArgumentParser
+from simpo.coercion import ArgumentParser
 from simpo.commands._evaluate._options import (
     add_run_options,
     add_sampling_options,
@@ -14,8 +14,7 @@ from simpo.commands._evaluate._options import (
     show,
 )
 from simpo.commands._server import add_server_options
-from simpo.evaluation.arena_hard.judge import ArenaPrompt
-from simpo.evaluation.arena_hard.run import ArenaHard, evaluate_arena_hard
+from simpo.evaluation.arena_hard.run import ArenaHard, ArenaPrompt, evaluate_arena_hard
 from simpo.sampling.settings import SamplingSettings
 
 _DEFAULTS = SamplingSettings(temperature=0.0, top_p=1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simpo.arguments import ArgumentParser
+from simpo.coercion import ArgumentParser
 from simpo.commands._evaluate._options import add_run_options, add_sampling_options, answerer, show
 from simpo.evaluation.gsm8k.run import evaluate_gsm8k, read_problems
 from simpo.sampling.settings import SamplingSettings

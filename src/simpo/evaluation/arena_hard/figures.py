@@ -6,11 +6,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from simpo.evaluation.answers import Say
 from simpo.evaluation.arena_hard.files import Answer, Judgment
-from simpo.evaluation.arena_hard.scores import score, score_over_prompts
-from simpo.evaluation.arena_hard.style import Style, style_controlled, style_differences, style_of
-from simpo.evaluation.arena_hard.verdicts import Version, battles
-from simpo.evaluation.asking import Say
+from simpo.evaluation.arena_hard.scores import (
+    Style,
+    Version,
+    battles,
+    score,
+    score_over_prompts,
+    style_controlled,
+    style_differences,
+    style_of,
+)
 from simpo.results import Metric
 
 Answers = Mapping[str, Answer]  # by uid

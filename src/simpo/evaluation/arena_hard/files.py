@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simpo.data.rows import Row
 from simpo.errors import SimpoError
-from simpo.evaluation.arena_hard.verdicts import Version
+from simpo.evaluation.arena_hard.scores import Version
 from simpo.evaluation.rows import check_same, check_unique, list_in, read_rows, text_in, write_json_lines
 
 V01 = "arena-hard-v0.1"  # its one category

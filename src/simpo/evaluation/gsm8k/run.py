@@ -1,7 +1,8 @@
-"""The workflow behind ``simpo evaluate gsm8k``."""
+"""``simpo evaluate gsm8k``: answers, and the number that each one gives."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -11,15 +12,47 @@ import numpy as np
 from simpo.data.rows import rows_of
 from simpo.data.sources import has_one_split, load_rows
 from simpo.errors import SimpoError
-from simpo.evaluation.answers import Answerer
-from simpo.evaluation.gsm8k.numbers import final_number, reference_number
-from simpo.evaluation.once import measure_once
+from simpo.evaluation.answers import Answerer, measure_once
 from simpo.evaluation.rows import text_in
 from simpo.results import Metric, Stage, fingerprint
 from simpo.runs.folder import RunFolder
 from simpo.statistics import mean_interval, proportion_interval
+from simpo.thinking import after_thinking
+
+# ---- The number that a text ends in.
+
+
+_NUMBER = re.compile(r"(?<![\d.])-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+
+
+_MARK = "####"
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number after the last ``####`` or, where nothing is marked so, the last number; None without any.
+
+    Thousands' commas and dollar signs do not count, and neither do numbers in the model's thinking.
+    """
+    text = after_thinking(text) or ""
+    marked = _NUMBER.findall(text.rpartition(_MARK)[2]) if _MARK in text else []
+    found = marked[:1] or _NUMBER.findall(text)[-1:]
+    return Decimal(found[0].replace(",", "").replace("$", "")) if found else None
+
+
+def reference_number(answer: str, where: str) -> Decimal:
+    """The number that a row's reference answer ends in.
+
+    Raises:
+        SimpoError: it has none.
+    """
+    found = final_number(answer) if _MARK in answer else None
+    if found is None:
+        raise SimpoError(f"{where}: answer: no number after {_MARK}")
+    return found
+
 
 _ASKED = "{}\n\nThink step by step. End with a line that has nothing but #### and the number, like this: #### 42"
+
 
 Problem = tuple[str, Decimal]
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from simpo.errors import SimpoError
 
+# ---- Which comparisons an optimizer step takes, and how they are split over ranks and micro-batches.
+
 
 class MicroBatch(NamedTuple):
     """Rows that one forward takes, and their weights in the loss (0 for a filler)."""
