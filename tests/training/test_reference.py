@@ -147,7 +147,7 @@ def test_a_reference_that_is_not_finite_is_named(counted, random_comparisons, as
     with torch.no_grad():
         model.transformer.wpe.weight[22] = torch.nan  # only the last row comes so far, and no check looks at it
     rows = as_dataset(random_comparisons(*[(4, (5, 6))] * 18, (25, (2, 3))))
-    with pytest.raises(SimpoError, match="the reference's log-probability is not finite; rows: made up:18; mend"):
+    with pytest.raises(SimpoError, match="the reference's log-probability is not finite; rows: made up:18; fix"):
         counted(rows, model=model)[0].train()
 
 

@@ -111,6 +111,7 @@ def staged_checkpoint(final: Path, *, main: bool, wait: Callable[[], None]) -> I
         remove_folder(final)
     with shared_staging(staged_folder(final), provisional(final), main=main, wait=wait) as partial:
         yield partial
+        wait()  # the other processes may still be writing their random states
         if main:
             written = partial / final.name
             for path in written.iterdir():
