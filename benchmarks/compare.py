@@ -1,4 +1,4 @@
-"""Pairs per second, memory and losses of simpo beside its peers, beside itself, and beside counted arithmetic.
+"""Pairs per second, memory and losses of simpo compared with its peers, with itself, and with counted arithmetic.
 
 All train the same model on the same token ids in the same precision, with the same optimizer, as many pairs an
 optimizer step. Every run has a process of its own, and the entrants take turns over several rounds, so that a change of
@@ -59,7 +59,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     families = "; ".join(f"{name}: {text}" for name, text in FAMILIES.items())
-    parser = argparse.ArgumentParser(prog="compare", description="simpo beside its peers, in one run.")
+    parser = argparse.ArgumentParser(prog="compare", description="simpo compared with its peers, in one run.")
     parser.add_argument(
         "--families", nargs="+", choices=FAMILIES, default=["simpo", "padded", "trl-cpo"], help=families
     )
@@ -72,7 +72,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=32, help="comparisons measured; a step more comes first")
     parser.add_argument("--pairs-per-step", type=int, default=8, help="comparisons of an optimizer step")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[], help="the peers' per-device batches")
-    parser.add_argument("--max-batch-tokens", type=int, nargs="+", default=[], help="simpo's beside its default")
+    parser.add_argument(
+        "--max-batch-tokens", type=int, nargs="+", default=[], help="simpo's, in addition to its default"
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32", help="type of the weights")
     parser.add_argument("--optimizer", default="adamw_torch_fused", help="transformers' optim")

@@ -179,7 +179,7 @@ def _run(budget: Budget, objective: str, rate: str) -> Measured | str:
 
 
 def report(runs: Mapping[tuple[str, str], Measured | str], rows: int) -> Iterator[str]:
-    """The table in Markdown: every objective at its best learning rate, and what became of those that failed."""
+    """The table in Markdown: every objective at its best learning rate, and those that failed."""
     finished: dict[str, dict[str, Measured]] = {}
     for (objective, rate), found in runs.items():
         if isinstance(found, Measured):

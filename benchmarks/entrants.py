@@ -46,7 +46,7 @@ FAMILIES = {
     "simpo": "simpo's trainer, at its default budget and at every --max-batch-tokens",
     "compiled": "simpo's trainer with torch_compile",
     "padded": "simpo's fallback for models that cannot share prompts",
-    "dpo": "simpo's trainer with the DPO loss, reference cached and beside it",
+    "dpo": "simpo's trainer with the DPO loss, with a cached and with a live reference",
     "sharing": "simpo's forward in a bare loop, and the same with every response packed alone; any K",
     "trl-cpo": "TRL's CPO trainer with the SimPO loss",
     "trl-dpo": "TRL's DPO trainer, plain and with precomputed reference",
@@ -61,7 +61,7 @@ def entrants(family: str, setting: Setting, budgets: list[int], micro_batches: l
     Args:
         family: which.
         setting: pairs of a step.
-        budgets: simpo's ``max_batch_tokens`` beside its default.
+        budgets: simpo's ``max_batch_tokens``, in addition to its default.
         micro_batches: the peers' per-device batches; all that divide the step if there are none.
     """
     step = setting.pairs_per_step

@@ -188,7 +188,7 @@ def _plot_best_of_n(path: Path, best: dict[str, dict[str, list[Interval]]]) -> N
 
 
 def _plot_rounds(path: Path, curves: dict[str, list[dict[str, object]]]) -> None:
-    """A line a temperature through the rounds; the rounds' numbers beside the points of temperature 1."""
+    """A line a temperature through the rounds; the rounds' numbers next to the points of temperature 1."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 7), layout="constrained")
         grid = figure.subplots(len(curves), 2, squeeze=False, sharex="row")

@@ -116,7 +116,7 @@ def _scores_only_responses() -> bool:
 
 
 def _with_reference(forwards: list[Forward], entrant: Entrant, shape: Shape) -> int:
-    """Operations of all ``forwards``; of a reference beside them, forward only."""
+    """Operations of all ``forwards``; of a live reference, forward only."""
     total = sum(forward.visible_flops(shape) for forward in forwards)
     if entrant.objective == "dpo" and not entrant.precomputed:
         total += sum(replace(forward, recomputed=0).visible_flops(shape) for forward in forwards) // 3

@@ -1,4 +1,4 @@
-"""Writes recipe-reference.md beside itself from what the code declares: python docs/recipe_reference.py"""
+"""Writes recipe-reference.md next to itself from what the code declares: python docs/recipe_reference.py"""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def page() -> str:
             "",
             "## On-policy rounds",
             "",
-            "Of `simpo loop`, beside those of the model, the objective and training: [On-policy rounds](on-policy.md).",
+            "Keys of `simpo loop`, next to those of the model, the objective and training: [On-policy rounds](on-policy.md).",
             "",
             *_table(LoopSettings, _names(LoopSettings)),
             "",

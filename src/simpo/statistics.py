@@ -139,7 +139,7 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile bootstrap interval of a figure that is a function of sums over independent items.
 
-    Items are drawn anew with replacement, each with all that belongs to it, so that what is alike within an item
+    Items are resampled with replacement, each with all that belongs to it, so that what is alike within an item
     does not count as many observations. Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993),
     section 13.3.
 

@@ -121,9 +121,9 @@ def test_another_objective_finds_the_reference(chat_world, tmp_path):
         ({"dataset_name": "alike", "objective": "kto"}, "train: the label of every row is true"),
         (
             {"dataset_name": "numbers", "objective": "kto"},
-            "rows are bad, more than 1%; mend them (numbers.jsonl:1: label",
+            "rows are bad, more than 1%; fix them (numbers.jsonl:1: label",
         ),
-        ({"dataset_name": "equal"}, "rows are bad, more than 1%; mend them (equal.jsonl:1: all scores are equal"),
+        ({"dataset_name": "equal"}, "rows are bad, more than 1%; fix them (equal.jsonl:1: all scores are equal"),
         ({"dataset_name": "missing"}, "responses without scores, which say how they are ranked"),
         ({"dataset_name": "same", "objective": "kto"}, "train: all prompts are the same"),
         ({"dataset_name": "tagged", "objective": "kto"}, "for objective kto also {prompt, completion, label}"),

@@ -50,7 +50,7 @@ def test_bad_rows_are_skipped_counted_and_named(chatml, row, reason):
     prepared = prepare(rows_with([row], 100), chatml, TokenizeSettings())
     assert len(prepared.dataset) == prepared.report.used == 99
     assert prepared.report.bad == {reason: 1} and prepared.report.examples == {reason: ["train row 0"]}
-    with pytest.raises(SimpoError, match=f"^train row 0: {reason}; mend the row"):
+    with pytest.raises(SimpoError, match=f"^train row 0: {reason}; fix the row"):
         prepare(rows_with([row], 100), chatml, TokenizeSettings(on_bad_row="error"))
     with pytest.raises(SimpoError, match=rf"^train: 1 of 99 rows are bad, more than 1%.*\(train row 0: {reason}\)"):
         prepare(rows_with([row], 99), chatml, TokenizeSettings())

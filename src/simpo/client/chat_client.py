@@ -68,7 +68,7 @@ class RefusedRequestError(SimpoError):
         self.reason = reason
 
 
-class _Fault(Exception):  # noqa: N818 - most faults are mended by another attempt
+class _Fault(Exception):  # noqa: N818 - most faults disappear with another attempt
     """An attempt failed.
 
     Attributes:

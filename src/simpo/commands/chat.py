@@ -1,4 +1,4 @@
-"""Talk with a model in the terminal: simpo chat MODEL; /reset starts anew, /exit or Ctrl-D ends"""
+"""Talk with a model in the terminal: simpo chat MODEL; /reset starts over, /exit or Ctrl-D ends"""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class CPOConfig(PortedConfig):
         self.gamma = None if self.objective == "cpo" else self.simpo_gamma
         self.alpha = self.alpha if self.objective == "alphapo" else None
         if self.objective == "cpo":
-            self.lam = 0.0  # the SFT term is added beside the row, as a mean over tokens
+            self.lam = 0.0  # the SFT term is added to the row's loss, as a mean over tokens
             self.label_smoothing = self.label_smoothing or None  # type: ignore[assignment]
         if self.max_length is None:
             logger.warning("max_length is not set: %d, as in TRL", _LENGTH_IF_NONE)

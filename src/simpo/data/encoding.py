@@ -133,7 +133,7 @@ class Encoder:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _as_tokenizer_strips(self, pieces: list[str], index: int) -> str:
-        """A piece without the white space that the special tokens beside it swallow (Phi-3's do)."""
+        """A piece without the white space that the special tokens next to it swallow (Phi-3's do)."""
         piece = pieces[index]
         if index > 0 and self._added[pieces[index - 1]][1].rstrip:
             piece = piece.lstrip()
@@ -176,7 +176,7 @@ class Encoder:
         return Tokenizer.from_str(json.dumps(state))
 
     def _detect_space_after_special(self) -> bool:
-        """Whether text after a special token starts anew (legacy sentencepiece puts a space there)."""
+        """Whether text after a special token starts afresh (legacy sentencepiece puts a space there)."""
         if not self._added:
             return False
         special, (special_id, _) = next(iter(self._added.items()))

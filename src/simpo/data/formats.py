@@ -181,7 +181,7 @@ def _whole(prompt: object, opening: list[Message], messages: list[Message]) -> l
     if messages[0]["role"] == "assistant" or opening[-1]["role"] == "system":
         return opening + messages
     if isinstance(prompt, str):
-        # UltraFeedback-binarized: the text beside the transcripts only names what they share.
+        # UltraFeedback-binarized: the text next to the transcripts only names what they share.
         return messages
     raise BadRow("the conversations do not start with the prompt")
 

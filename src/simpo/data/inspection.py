@@ -31,7 +31,7 @@ class Inspection:
     ``rejected`` the last; single responses (conversations, feedback) have one part ``response``.
 
     Attributes:
-        report: what became of every row.
+        report: what happened to every row.
         lengths: ``prompt``, ``chosen`` and ``rejected``, or ``response`` -> percentile -> tokens.
         longer: share of comparisons whose chosen response has more tokens; ``None`` of single responses.
         ties: share whose responses have as many; ``None`` of single responses.

@@ -182,7 +182,7 @@ class Prepared:
             int32, best first), ``where`` and ``extra`` (a JSON object of the row's other columns). Conversations
             for supervised fine-tuning also have ``scored`` (list of lists of bool, as long as ``response_ids``), K-wise
             comparisons ``scores`` (list of float, descending) and single responses ``label`` (bool).
-        report: what became of every row.
+        report: what happened to every row.
     """
 
     dataset: Dataset
@@ -259,7 +259,7 @@ class Tokenization(ABC, Generic[T]):
         """Why no row is left, where all are too long."""
 
     def options(self) -> dict[str, Any]:
-        """What the outcome depends on, beside rows and tokenizer."""
+        """What the outcome depends on, in addition to rows and tokenizer."""
         options = dataclasses.asdict(self.settings)
         del options["on_bad_row"], options["num_proc"]  # about what is done with the outcome
         return options
@@ -424,10 +424,10 @@ def check_bad(report: DataReport, statuses: Sequence[tuple[str, list[str]]], set
         if entry.startswith("bad: ")
     ]
     if bad and settings.on_bad_row == "error":
-        raise SimpoError(f"{bad[0]}; mend the row, or set on_bad_row: skip")
+        raise SimpoError(f"{bad[0]}; fix the row, or set on_bad_row: skip")
     if len(bad) * 100 > report.rows:
         named = "; ".join(bad[:_NAMED_BAD_ROWS]) + ("; ..." if len(bad) > _NAMED_BAD_ROWS else "")
-        raise SimpoError(f"{report.label}: {len(bad)} of {report.rows} rows are bad, more than 1%; mend them ({named})")
+        raise SimpoError(f"{report.label}: {len(bad)} of {report.rows} rows are bad, more than 1%; fix them ({named})")
 
 
 def _processes(rows: int, wanted: int | None) -> int | None:

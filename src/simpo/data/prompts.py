@@ -59,7 +59,7 @@ class Prompt(PlainPrompt):
 
 @dataclass(frozen=True)
 class Prompts:
-    """Different prompts in the order of the data, and what became of every row."""
+    """Different prompts in the order of the data, and what happened to every row."""
 
     prompts: tuple[Prompt, ...]
     report: DataReport
@@ -109,7 +109,7 @@ def prepare_prompts(
 
 
 def read_prompts(dataset: Dataset, *, label: str = "prompts") -> tuple[list[PlainPrompt], DataReport]:
-    """As :func:`prepare_prompts`, without a tokenizer: different prompts, and what became of every row.
+    """As :func:`prepare_prompts`, without a tokenizer: different prompts, and what happened to every row.
 
     Raises:
         SimpoError: no rows, or too many that are no prompts.

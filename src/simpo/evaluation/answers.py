@@ -88,7 +88,7 @@ class Answerer:
         return stand_in(self.longest, name)
 
     def fitting(self, source: PromptArguments) -> Prompts:
-        """The prompts that will be answered: those for which the model's context has room, beside the longest answer.
+        """The prompts that will be answered: those that fit the model's context together with the longest answer.
 
         Raises:
             SimpoError: they cannot be read, or there is no room for any.
@@ -126,7 +126,7 @@ class Answerer:
         if missing:
             raise SimpoError(
                 f"{self.model.model_name_or_path}: its context has no room for {len(missing)} of {len(questions)} "
-                f"questions beside an answer of {self.longest:,} tokens; set a smaller max_new_tokens; the first is "
+                f"questions and an answer of {self.longest:,} tokens; set a smaller max_new_tokens; the first is "
                 f"{str(missing[0])!r:.80}"
             )
 
@@ -260,7 +260,7 @@ def measure_once(run: RunFolder, measure: Callable[[], list[Metric]]) -> Path:
     return run.path / RESULTS
 
 
-# ---- What others measured: the paper's models on the same benchmarks, to stand beside one's own figures.
+# ---- What others measured: the paper's models on the same benchmarks, to compare one's own metrics with.
 
 
 SOURCE = "princeton-nlp/SimPO, README.md: judge gpt-4-1106-preview; GSM8K and MMLU by ZeroEval"
@@ -312,7 +312,7 @@ def write_markdown(results: Path, benchmark: str, model: str, path: Path) -> Non
     """Write the figures of a run, who judged, and the published figures to a Markdown file.
 
     Args:
-        results: the run's ``results.json``, beside its ``run.json``.
+        results: the run's ``results.json``, next to its ``run.json``.
         benchmark: its name on the command line.
         model: what the heading calls the model.
         path: the file to write.

@@ -22,7 +22,7 @@ ANNOTATORS = f"{SCORERS}, api"
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """What judges need besides their names.
+    """What judges need in addition to their names.
 
     Attributes:
         client: whom ``api`` asks; None if no server was named.

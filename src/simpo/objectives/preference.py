@@ -39,7 +39,7 @@ def nll_term(w: Responses, *, lam: NonNegative = 1.0) -> Tensor:
 
 
 def sft_term(w: Responses) -> Tensor:
-    """Anchor on the chosen response, ``[B]``: ``-w.avg``; weighted by ``sft_weight`` beside any row.
+    """Anchor on the chosen response, ``[B]``: ``-w.avg``; weighted by ``sft_weight``, in addition to any row.
 
     With SimPO it gives CPO-SimPO. Each pair counts alike here; the repository of the SimPO paper averages over the
     tokens of the device batch instead, which lets the longest responses dominate and depends on how a step is split.
@@ -65,7 +65,7 @@ def simpo(
     """SimPO, ``[B]``: ``-log sigmoid(beta * (w.avg - l.avg) - gamma)`` with ``gamma = beta * gamma_beta_ratio``.
 
     Meng, Xia, Chen 2024, arXiv 2405.14734, equation 6. ``link="hinge"`` is the ``relu(1 - margin)`` of the paper's
-    repository; it has no probability of a wrong label, so ``label_smoothing`` is refused beside it.
+    repository; it has no probability of a wrong label, so ``label_smoothing`` is refused with it.
 
     Raises:
         ValueError: ``label_smoothing`` with the hinge link.
@@ -140,7 +140,7 @@ def cpo_reward(y: Responses, *, beta: float) -> Tensor:
 def orpo(w: Responses, l: Responses, *, lam: NonNegative = 0.1) -> Tensor:
     """ORPO's pair term, ``[B]``: ``-lam * log sigmoid(w.log_odds - l.log_odds)``; the anchor is ``-w.avg``.
 
-    Hong, Lee, Thorne 2024, arXiv 2403.07691, equations 6 and 7. The pair term is a penalty beside supervised
+    Hong, Lee, Thorne 2024, arXiv 2403.07691, equations 6 and 7. The pair term is a penalty in addition to supervised
     fine-tuning and no likelihood of labels, hence no ``label_smoothing``.
     """
     return -lam * F.logsigmoid(w.log_odds - l.log_odds)

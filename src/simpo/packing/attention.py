@@ -239,5 +239,5 @@ def _definition(style: AttentionStyle) -> kernels.Kernel:
     return _by_segment_outside if style.dropout else by_segment_operator
 
 
-# for dropout: what it drew in forward would be drawn anew in the operator's backward
+# for dropout: what it drew in forward would be drawn again in the operator's backward
 _by_segment_outside = torch.compiler.disable(by_segment)

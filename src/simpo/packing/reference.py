@@ -1,4 +1,4 @@
-"""A reference's hidden states beside the policy's forward, and how far the policy has moved from them."""
+"""A reference's hidden states computed alongside the policy's forward, and how far the policy has moved from them."""
 
 from __future__ import annotations
 

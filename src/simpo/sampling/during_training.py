@@ -191,7 +191,7 @@ class EvalJudge:
             )
 
     def try_on(self, answers: Sequence[str]) -> None:
-        """Judge a few answers, beside themselves with something added: like ones no server would be asked about.
+        """Judge a few answers against themselves with something added: like ones no server would be asked about.
 
         Raises:
             SimpoError: they cannot be judged.
@@ -417,7 +417,7 @@ class Generations:
 
     @contextmanager
     def _untouched_randomness(self) -> Iterator[None]:
-        """What judges and models draw, or seed, is drawn beside the training."""
+        """What judges and models draw, or seed, is drawn apart from the training."""
         device = self._config.device
         python, arrays = random.getstate(), np.random.get_state()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

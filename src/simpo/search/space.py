@@ -172,7 +172,7 @@ def combinations(axes: Sequence[Axis]) -> Iterator[Values]:
 
 
 def one_at_a_time(axes: Sequence[Axis]) -> Iterator[Values]:
-    """Every probe of each axis, beside the first ones of the others."""
+    """Every probe of each axis, combined with the first ones of the others."""
     first = {axis.key: axis.probes()[0] for axis in axes}
     for axis in axes:
         for value in axis.probes():

@@ -1,4 +1,4 @@
-"""The trials of a sweep in SQLite, through Optuna: who takes which, and what became of it."""
+"""The trials of a sweep in SQLite, through Optuna: who runs which, and how it ended."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load_optuna() -> Any:
 
 @dataclass(frozen=True)
 class Tried:
-    """A trial and what became of it.
+    """A trial and how it ended.
 
     Attributes:
         number: from 0 on; its folder is named after it.

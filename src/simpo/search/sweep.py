@@ -193,7 +193,7 @@ def _run_trials(sweep: Sweep, study: Study, say: Say, *, leading: bool) -> None:
 
 
 def _settle(sweep: Sweep, study: Study, claim: Claim, say: Say) -> None:
-    """Run one trial and put down what became of it; whatever ends this process leaves the trial to the next one."""
+    """Run one trial and record how it ended; whatever ends this process leaves the trial to the next one."""
     name = f"trial {claim.number} ({shown(claim.values)})"
     same = _same(study, claim)
     if same is not None and same.value is not None:

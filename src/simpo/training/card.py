@@ -1,4 +1,4 @@
-"""The model card that is saved beside a trained model."""
+"""The model card that is saved with a trained model."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def _calibration(margins: np.ndarray) -> Iterator[tuple[str, Interval]]:
 
     The Brier score (1950) is the mean of ``(1 - p)**2``: 0 at best, 0.25 for who always says 0.5. The expected
     calibration error is the mean difference of confidence and accuracy over the bins (Guo et al. 2017, arXiv
-    1706.04599, equation 3), its rows drawn anew for its interval. Confidence is that in the higher reward.
+    1706.04599, equation 3), its rows resampled for its interval. Confidence is that in the higher reward.
     """
     there = ~np.isnan(margins)
     wrong = 1 / (1 + np.exp(np.clip(margins, -700, 700)))

@@ -263,7 +263,7 @@ class PackedTrainer(ResumableTrainer):
                 "make equally many; train without it"
             )
         packed = self._sum_over_ranks(torch.tensor(int(path == "packed"), device=self.args.device))
-        return path if packed in (0, self.args.world_size) else "padded"  # ranks with other plans would wait for ever
+        return path if packed in (0, self.args.world_size) else "padded"  # ranks with other plans would wait forever
 
     def compute_loss(  # noqa: D102 - documented by Trainer
         self,

@@ -265,7 +265,7 @@ def mismatched_rows(rows: Dataset) -> Dataset:
     return Dataset(pa.table({"prompt_ids": table["prompt_ids"], "response_ids": alone}))
 
 
-# ---- The weights that training started from, beside those that are trained: both change places for a while.
+# ---- The weights that training started from, next to those that are trained: the two are swapped for a while.
 
 
 _START = "_simpo_start"
@@ -327,7 +327,7 @@ def _give(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
     return before
 
 
-# ---- The reference: the policy that training starts from, asked before its weights move, or kept beside them.
+# ---- The reference: the policy that training starts from, asked before its weights change, or kept next to them.
 
 
 class StartPolicy:
@@ -401,7 +401,7 @@ class StartPolicy:
     def _share(self, value: Any) -> Any:
         return broadcast_object_list([value])[0] if self._trainer.args.world_size > 1 else value
 
-    # ---- beside the model ----
+    # ---- a copy of the weights next to the model ----
 
     def logps(self, packed: PackedBatch) -> Tensor:
         """``[R]`` its log-probabilities of the responses of ``packed``."""

@@ -59,7 +59,7 @@ class PreferenceSettings(TrainingSettings):
     precompute_ref_log_probs: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute the reference's log-probabilities once and keep them (default: true); false: beside "
+            "help": "Compute the reference's log-probabilities once and keep them (default: true); false: at "
             "every step."
         },
     )
