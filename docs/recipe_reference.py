@@ -107,7 +107,7 @@ def page() -> str:
             "",
             "## On-policy rounds",
             "",
-            "Keys of `simpo loop`, next to those of the model, the objective and training: [On-policy rounds](on-policy.md).",
+            "Keys of `simpo loop`, next to those of model, objective and training: [On-policy rounds](on-policy.md).",
             "",
             *_table(LoopSettings, _names(LoopSettings)),
             "",
