@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging import version
 
 from simpo.packing.layout import PackedBatch, Span, TokenizedComparison
 from simpo.packing.model import state_of
@@ -48,6 +50,8 @@ SHAPES = [(4, (5, 3)), (20, (9, 14)), (15, (4, 20)), (15, (20, 4)), (14, (10, 11
 @pytest.fixture(params=MODELS)
 def model(request, make_model):
     name, changes = MODELS[request.param]
+    if name == "gemma3" and version.parse(transformers.__version__) < version.parse("5.23"):
+        pytest.skip("longrope per type of layer fails inside transformers 5.17, with or without this package")
     return make_model(name, **changes).eval()
 
 
