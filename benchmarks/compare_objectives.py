@@ -57,7 +57,7 @@ class Budget:
     threads: int
 
     def arguments(self, objective: str, rate: str) -> list[str]:
-        """Of ``simpo train``."""
+        """The command line of ``simpo train``."""
         given = {
             "model_name_or_path": self.model,
             "dataset_name": self.train,

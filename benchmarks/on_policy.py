@@ -54,7 +54,7 @@ class Place:
 
     @property
     def annotators(self) -> dict[str, str]:
-        """Of both judges, as ``--annotator`` takes them."""
+        """The names of both judges, as ``--annotator`` takes them."""
         return dict(zip(_JUDGES, ("exact", f"reward:{self.folder / 'reward'}"), strict=True))
 
     def scores(self, responses: Path, name: str) -> dict[str, np.ndarray]:
@@ -67,9 +67,9 @@ class Place:
         return found
 
 
-def simpo(*words: object) -> None:
-    """Run a command; a mistake ends this program with its line."""
-    if code := cli.main([str(word) for word in words]):
+def simpo(*arguments: object) -> None:
+    """Run a command; if it fails, exit with its exit code."""
+    if code := cli.main([str(argument) for argument in arguments]):
         raise SystemExit(code)
 
 

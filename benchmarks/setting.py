@@ -63,7 +63,7 @@ class Setting:
 
     @property
     def vocabulary(self) -> int:
-        """Of the model."""
+        """Size of the model's vocabulary."""
         return MODELS[self.model][5]
 
 

@@ -179,7 +179,7 @@ _NO_ROOM = 1 << 20  # bytes; a disk that has less left is why a write failed
 
 
 def _fault(error: Exception, path: Path) -> str | None:
-    """What is wrong with the disk, in words; None if ``error`` is about something else."""
+    """Describe the fault of the disk behind ``error``; None if the error has another cause."""
     text = str(error)
     found = _OS_ERROR.search(text)
     if isinstance(error, ConnectionError | TimeoutError):

@@ -168,7 +168,7 @@ _WORDS = {
 
 
 def describe(annotation: Any) -> str:
-    """What fits, in words: the end of "'abc' is not ..."."""
+    """Describe the accepted values, to complete the sentence "'abc' is not ..."."""
     return " or ".join(_describe_one(member) for member in _members(annotation) if member is not type(None))
 
 

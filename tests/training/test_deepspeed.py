@@ -61,8 +61,8 @@ KINDS = {
     "diverging": ["train"],
 }
 LAUNCHED = {
-    "zero2": ["through-simpo", "killed-simpo", "simpo", "lora"],
-    "zero3": ["through-simpo", "killed-simpo", "simpo", "dpo", "sft"],
+    "zero2": ["through-simpo", "killed-simpo", "simpo", "dpo", "live", "lora"],
+    "zero3": ["through-simpo", "killed-simpo", "simpo", "dpo", "live", "sft"],
     "partitioned": ["live", "kl", "lora", "reward", "diverging"],
 }
 

@@ -37,7 +37,7 @@ class Prices:
                 raise SimpoError(f"prices: {price:g} dollars a million tokens is no price")
 
     def dollars(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """Of so many tokens."""
+        """The price of these numbers of tokens, in dollars."""
         return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
 
 
@@ -46,10 +46,10 @@ class Estimate:
     """What is about to be sent.
 
     Attributes:
-        requests: that will be sent.
-        cached: that will not, because their replies are there.
-        prompt_tokens: of the requests, about: four characters each.
-        completion_tokens: of the replies, at most.
+        requests: number of requests that will be sent.
+        cached: number of requests whose replies are in the cache.
+        prompt_tokens: approximate tokens of the requests, at four characters each.
+        completion_tokens: the largest possible number of tokens of the replies.
     """
 
     requests: int
@@ -59,7 +59,7 @@ class Estimate:
 
     @classmethod
     def of(cls, missing: Iterable[ChatRequest], cached: int) -> Self:
-        """Of the requests whose replies are not there."""
+        """Estimate for requests that are not cached."""
         sent = list(missing)
         characters = sum(len(message["content"]) for request in sent for message in request.messages)
         longest = sum(request.max_tokens for request in sent)
@@ -69,7 +69,7 @@ class Estimate:
         return Estimate(*(times * count for count in astuple(self)))
 
     def line(self, prices: Prices | None = None) -> str:
-        """In words, with the cost where prices are known."""
+        """Format the counts as one line, with the cost if prices are given."""
         dollars = ""
         if prices is not None:
             dollars = f", at most ${prices.dollars(self.prompt_tokens, self.completion_tokens):.2f}"
@@ -132,7 +132,7 @@ class Usage:
         self.first_refusal = self.first_refusal or reason
 
     def line(self, prices: Prices | None = None) -> str:
-        """In words, with the cost where prices are known."""
+        """Format the counts as one line, with the cost if prices are given."""
         least = "at least " if self.uncounted else ""
         dollars = (
             "" if prices is None else f", {least}${prices.dollars(self.prompt_tokens, self.completion_tokens):.2f}"

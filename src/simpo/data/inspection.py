@@ -94,7 +94,7 @@ def shared_rows(train: Dataset, held_out: Dataset) -> tuple[int, int]:
 
 
 def _digests(rows: Dataset) -> Iterator[tuple[bytes, bytes]]:
-    """Of every row, prompt with responses and the prompt; through Arrow, because training data may be large."""
+    """Digests of each row (prompt with responses) and of its prompt; through Arrow, because data sets may be large."""
     for batch in rows.with_format("arrow").select_columns(["prompt_ids", "response_ids"]).iter(batch_size=1000):
         for prompt, responses in zip(batch["prompt_ids"], batch["response_ids"], strict=True):
             digests = []
@@ -321,7 +321,7 @@ def _answers(row: Row) -> AnswerSet:
 
 
 def _text(response: object) -> str:
-    """Of a response that is text, a message, or messages, the last of which counts."""
+    """The text of a response: a string, a message, or the last of several messages."""
     if isinstance(response, list) and response:
         response = response[-1]
     return str(response.get("content")) if isinstance(response, dict) else str(response)

@@ -85,7 +85,7 @@ def _is_rendered(
 
 
 def _unread_keys(template: ChatTemplate, messages: Sequence[Message], context: Context) -> Iterator[str]:
-    """Of the messages' keys without a usual meaning those that change nothing in the rendered text."""
+    """Keys of messages that have no usual meaning and do not change the rendered text."""
     for place, message in enumerate(messages):
         for key, value in message.items():
             if key in _USUAL_KEYS or value in ("", [], {}):

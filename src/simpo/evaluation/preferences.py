@@ -97,7 +97,7 @@ def is_determined(x: np.ndarray, w: np.ndarray, weights: np.ndarray | None = Non
 
 
 def log_loss(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Of every row, ``[N]``: ``log(1 + exp(x_i w)) - y_i x_i w``."""
+    """The logistic loss of every row, ``[N]``: ``log(1 + exp(x_i w)) - y_i x_i w``."""
     z = x @ w
     return np.logaddexp(0, z) - y * z
 

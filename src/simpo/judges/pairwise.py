@@ -199,7 +199,7 @@ def _meetings(row: Answers) -> list[Pair]:
 
 
 def _means(count: int, verdicts: Sequence[float | None]) -> list[float | None]:
-    """Of every answer, from the verdicts on all meetings."""
+    """The score of every answer: its share of wins in the comparisons with all others."""
     won: list[list[float]] = [[] for _ in range(count)]
     for (i, j), verdict in zip(combinations(range(count), 2), verdicts, strict=True):
         if verdict is not None:

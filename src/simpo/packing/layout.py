@@ -108,7 +108,7 @@ class LayoutIndex(NamedTuple):
 
     @classmethod
     def of(cls, spans: Sequence[Span]) -> LayoutIndex:
-        """Of comparisons with these lengths, on the CPU."""
+        """The index of comparisons with these lengths, on the CPU."""
         parts = np.array([size for span in spans for size in (span.prompt, *span.responses)])
         counts = np.array([1 + len(span.responses) for span in spans])  # parts of each comparison
         first = np.cumsum(counts) - counts  # each comparison's prompt, as a part

@@ -84,7 +84,7 @@ def install(model: nn.Module) -> LengthRule | None:
 
 
 def _rule(module: Any, layer_type: str | None) -> LengthRule | None:
-    """Of one rotary embedding of transformers, or of what it has for layers of one type."""
+    """The rule of one rotary embedding of transformers, or of its part for one type of layer; None without one."""
     kind = getattr(module, "rope_type", None)
     kind = kind.get(layer_type) if isinstance(kind, dict) else kind
     if not isinstance(kind, str):

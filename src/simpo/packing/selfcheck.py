@@ -74,7 +74,7 @@ def _sequences(batch: PackedBatch) -> Iterator[tuple[Tensor, slice]]:
 
 
 def differences(found: Tensor, expected: Tensor, model: nn.Module) -> Tensor:
-    """Of log-probabilities in nats, of hidden states relative to their length, of rewards to the largest above 1."""
+    """Differences: log-probabilities in nats, hidden states relative to their norm, rewards to max(largest, 1)."""
     if expected.dim() == 2:
         return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     scale = expected.abs().max().clamp(min=1) if is_reward_model(model) else 1

@@ -100,11 +100,11 @@ class RunRecord:
 
     @property
     def fingerprint(self) -> str:
-        """Of the identity; see :func:`simpo.results.fingerprint`."""
+        """The fingerprint of the identity; see :func:`simpo.results.fingerprint`."""
         return fingerprint(self.identity)
 
     def differences(self, identity: Mapping[str, Any]) -> list[str]:
-        """The keys in which another identity differs, each with both values, in words."""
+        """The keys in which another identity differs, each with both values, as text."""
         return [_difference(key, there, here) for key, (there, here) in self._pairs(identity).items()]
 
     def change(self, identity: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ class AnswerFigures:
 
     @classmethod
     def of(cls, answers: Sequence[Sampled]) -> AnswerFigures:
-        """Of at least one answer."""
+        """The figures of at least one answer."""
         bigrams = [list(pairwise(answer.ids)) for answer in answers if len(answer.ids) > 1]
         return cls(
             sum(len(answer.ids) for answer in answers) / len(answers),
@@ -75,7 +75,7 @@ class AnswerFigures:
         )
 
     def line(self) -> str:
-        """In words."""
+        """Format the settings as one line."""
         return ", ".join(f"{name} {value:.4g}" for name, value in dataclasses.asdict(self).items())
 
 
@@ -215,7 +215,7 @@ class EvalJudge:
         return sum(given) / len(given) if given else math.nan
 
     def _pairs(self, a: Sequence[str], b: Sequence[str]) -> list[Pair]:
-        """Of the first prompts, as many as there are answers."""
+        """Pairs of answers to the first prompts, as many as there are answers."""
         return [
             Pair(prompt.id, prompt.content, ours, theirs, prompt.context)
             for prompt, ours, theirs in zip(self._prompts, a, b, strict=False)

@@ -259,7 +259,7 @@ def _chunk_size(engine: EngineName) -> int:
 
 
 def _digest(prompts: Prompts) -> str:
-    """Of ids and tokens, in their order."""
+    """Digest of the prompts' ids and tokens, in their order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(prompt.id.encode() + array("q", [*prompt.ids, -1]).tobytes())
@@ -379,7 +379,7 @@ def _generate(
 
 
 def _progress(job: Job, ranks: Processes, count: int, say: Say | None) -> AbstractContextManager[Advance]:
-    """Of this process's share."""
+    """Progress of this process's share."""
     if say is None:
         return nullcontext(lambda count: None)
     if ranks.size == 1:

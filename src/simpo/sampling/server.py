@@ -52,19 +52,12 @@ def sample_from_server(
         SimpoError: something that the user gave cannot be used, the user does not agree, or the server refuses.
         InterruptedRun: the user stopped it; what was received is kept.
     """
-    if source.chat_template is not None:
-        raise SimpoError("chat_template: a server applies its own; leave it out")
-    if source.rendering != RenderSettings():
-        raise SimpoError("chat_template_kwargs, system_message: a server renders prompts itself; leave them out")
-    if settings.top_k:
-        raise SimpoError("top_k: OpenAI-compatible servers have none; leave it out or use another engine")
+    _check_supported(source, settings)
     settings = settings.resolved(context=None, chunk_size=1)
     with stoppable("interrupted; the same command continues"), RunFolder(folder, command="sample") as run:
         endpoint.api_key()
         prompts, report = read_prompts(source.rows())
-        if unsent := next((prompt for prompt in prompts if prompt.context.columns), None):
-            name = next(iter(unsent.context.columns))
-            raise SimpoError(f"{unsent.where}: engine server does not send {name}; use another engine, or leave it out")
+        _check_sendable(prompts)
         for line in [f"model: {endpoint.model} at {endpoint.base_url}", *report.lines()]:
             run.say(line)
         identity = {
@@ -93,6 +86,23 @@ def sample_from_server(
         if kept.exists():
             remove_folder(kept)
     return folder / "results.json"
+
+
+def _check_supported(source: PromptArguments, settings: SamplingSettings) -> None:
+    """Raise :class:`SimpoError` for a setting that a server does not take."""
+    if source.chat_template is not None:
+        raise SimpoError("chat_template: a server applies its own; leave it out")
+    if source.rendering != RenderSettings():
+        raise SimpoError("chat_template_kwargs, system_message: a server renders prompts itself; leave them out")
+    if settings.top_k:
+        raise SimpoError("top_k: OpenAI-compatible servers have none; leave it out or use another engine")
+
+
+def _check_sendable(prompts: Sequence[PlainPrompt]) -> None:
+    """Raise :class:`SimpoError` for a prompt with tools or template variables, which are not sent."""
+    if unsent := next((prompt for prompt in prompts if prompt.context.columns), None):
+        name = next(iter(unsent.context.columns))
+        raise SimpoError(f"{unsent.where}: engine server does not send {name}; use another engine, or leave it out")
 
 
 def _request(prompt: PlainPrompt, number: int, settings: SamplingSettings) -> ChatRequest:

@@ -149,7 +149,7 @@ class Study:
         return running, any(trial.state == states.WAITING for trial in trials), len(trials)
 
     def _new_sampler(self, number: int) -> Any:
-        """Of one trial: seeded by its number, so that neither processes nor restarts repeat one another's draws."""
+        """A trial's sampler, seeded by its number, so that processes and restarts do not repeat each other's draws."""
         if self._sampler == "grid":
             return self._optuna.samplers.RandomSampler()  # never asked: the values are laid down
         with warnings.catch_warnings():

@@ -72,7 +72,7 @@ class Sweep:
         return SMALLER_IS_BETTER[self.metric]
 
     def arguments(self, values: Values, folder: Path) -> list[str]:
-        """Of ``simpo train`` for a trial."""
+        """The command line of ``simpo train`` for a trial."""
         fixed = [word for key, texts in self.fixed.items() for word in (f"--{key}", *texts)]
         varied = [f"--{key}={value}" for key, value in values.items()]
         recipe = [] if self.recipe is None else [str(self.recipe)]

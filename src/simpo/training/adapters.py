@@ -291,7 +291,7 @@ def parts_tied(model: PeftModel) -> bool:
 
 
 def describe_adapter(model: PeftModel) -> str:
-    """How much of ``model`` is trained, in words."""
+    """How many of the parameters of ``model`` are trained, as text."""
     trained, total = model.get_nb_trainable_parameters()
     return f"adapter: {trained:,} of {total:,} parameters are trained"
 
@@ -302,7 +302,7 @@ def holds_adapter(folder: Path) -> bool:
 
 
 def adapter_fault(model: PeftModel, folder: Path) -> str | None:
-    """Why ``folder`` does not hold an adapter of ``model``'s shape, in words; None if it does."""
+    """Why ``folder`` does not hold an adapter of ``model``'s shape, as text; None if it does."""
     if not holds_adapter(folder):
         return "a whole model there, an adapter here"
     return _fault(model, stored_adapter(str(folder)))

@@ -28,7 +28,7 @@ def rows_without_gradient(model: nn.Module, rows: Iterable[int], loss_of: Callab
 
 
 def describe_rows(dataset: Dataset, rows: Sequence[int]) -> str:
-    """Where ``rows`` come from, in words: the first few by file and line."""
+    """Where ``rows`` come from, as text: the first few by file and line."""
     known = "where" in dataset.column_names
     named = [dataset[row]["where"] if known else f"row {row}" for row in rows[:_NAMED]]
     return ", ".join(named) + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")

@@ -178,7 +178,7 @@ def _error(sums: np.ndarray) -> np.ndarray:
 
 
 def _share(right: np.ndarray, about: np.ndarray) -> Interval:
-    """Of the pairs ``about``, ``[rows, N]``, those that are ``right``; pairs of one row are not independent."""
+    """The share of the pairs ``about``, ``[rows, N]``, that are ``right``; pairs of one row are not independent."""
     n = int(about.sum())
     if not n:
         return Interval(np.nan, None, None, 0, "")

@@ -34,7 +34,7 @@ class Limits:
         return cls(_positions(text), getattr(text, "vocab_size", None))
 
     def fault(self, length: int, ids: Iterable[int] = ()) -> str | None:
-        """Why a model cannot read a prompt and answer of ``length`` tokens with these ids, in words; None if it can."""
+        """Why a model cannot read a prompt and answer of ``length`` tokens with these ids, as text; None if it can."""
         if self.positions is not None and length > self.positions:
             return f"{length:,} tokens with its answer; the model has room for {self.positions:,}"
         if self.embeddings is not None:
@@ -67,7 +67,7 @@ class Limits:
 
 
 def _positions(text: Any) -> int | None:
-    """Of the configuration of a language model."""
+    """The number of positions in a language model's configuration; None if there is no limit."""
     limit = getattr(text, "max_position_embeddings", None)
     ropes = getattr(text, "rope_parameters", None) or {}
     ropes = [ropes] if "rope_type" in ropes else [one for one in ropes.values() if isinstance(one, dict)]

@@ -235,7 +235,7 @@ def loading_options(arguments: ModelArguments) -> dict[str, Any]:
 
 
 def _product_type() -> torch.dtype:
-    """Of products with 4-bit weights: bf16 on a GPU, fp32 on a CPU, where bf16 is neither faster nor smaller."""
+    """The type that 4-bit weights are multiplied in: bf16 on a GPU, fp32 on a CPU, where bf16 gains nothing."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
@@ -375,7 +375,7 @@ def with_dtype(model: ModelArguments) -> ModelArguments:
 
 
 def free_memory() -> None:
-    """Of models that are not needed any more; trainers and models refer to one another."""
+    """Free the memory of models that are no longer needed; trainers and models refer to one another."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()

@@ -303,7 +303,7 @@ class PackedTrainer(ResumableTrainer):
         return total
 
     def _forward_and_backward(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """Of one micro-batch: its share of the step's loss, and its rows' figures."""
+        """Run one micro-batch; returns its share of the step's loss, ``[]``, and its rows' metrics."""
         with self.compute_loss_context_manager():
             loss, figures = self.compute_loss(model, batch, return_outputs=True)
         self._step.append((batch, figures[:, 0]))
@@ -337,7 +337,7 @@ class PackedTrainer(ResumableTrainer):
             yield
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of one step on this rank: 6 a token and weight outside the embeddings, as transformers counts them."""
+        """FLOPs of one step on this rank, as transformers counts them: 6 per token and non-embedding weight."""
         tokens = sum(batch.packed.tokens for batch in inputs["micro_batches"])
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
 

@@ -427,7 +427,7 @@ class PreferenceTrainer(PackedTrainer):
         return losses, torch.cat([losses.detach()[:, None], figures], dim=1)
 
     def _unpaired_figures(self, y: Responses, labels: Tensor, context: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Of responses that are judged alone; an SFT term is that of the desirable ones."""
+        """Losses and metrics of responses that are judged alone; the SFT term applies to the desirable ones."""
         assert self.row.unpaired is not None
         losses = self.row.unpaired(y, labels, **context)
         if self.args.sft_weight:

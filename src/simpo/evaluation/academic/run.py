@@ -196,7 +196,7 @@ class _LmEval:
             raise SimpoError(f"tasks: lm-eval knows no {', '.join(unknown)}; lm-eval ls tasks lists its names")
 
     def scores(self, model: ModelArguments) -> dict[str, Score]:
-        """Of a model, or an adapter on its base.
+        """The scores of a model, or of an adapter on its base.
 
         Raises:
             SimpoError: lm-eval cannot do what it is asked for.

@@ -60,7 +60,7 @@ def win_rate(preferences: np.ndarray) -> WinRate:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of ``values`` ``[N]``; NaN of a single one."""
+    """The standard error of the mean of ``values``, ``[N]``; NaN for a single value."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 

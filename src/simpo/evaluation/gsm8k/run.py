@@ -139,7 +139,7 @@ def _figures(problems: Sequence[Problem], numbers: Sequence[Decimal | None], sta
 def _difference(
     problems: Sequence[Problem], before: Sequence[Decimal | None], after: Sequence[Decimal | None]
 ) -> Metric:
-    """Of the accuracies, after minus before, problem by problem."""
+    """The change of accuracy, after minus before, paired by problem."""
     difference = _right(problems, after).astype(float) - _right(problems, before)
     found = mean_interval(difference)
     return Metric("gsm8k/difference", found.value, None, found.n, found.low, found.high, f"paired, {found.method}")
