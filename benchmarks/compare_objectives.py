@@ -22,14 +22,14 @@ from pathlib import Path
 import datasets
 
 from benchmarks.objective_runs import FILE_NAME, Measured
-from simpo.atomic import write_text
 from simpo.data.rows import rows_of
 from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
 from simpo.data.tokenize import prepare
 from simpo.errors import SimpoError
+from simpo.models.loading import load_tokenizer
 from simpo.objectives import OBJECTIVES
-from simpo.training.models import load_tokenizer
+from simpo.runs.atomic import write_text
 
 ROOT = Path(__file__).parents[1]
 _LOOK = 8  # times as many pairs are looked at as are wanted

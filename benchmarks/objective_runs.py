@@ -14,22 +14,22 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks.memory import peak_mib
-from simpo.commands._training import parse
+from simpo.cli._training import parse
+from simpo.models.loading import load_model, load_tokenizer
 from simpo.packing.batching import fill_in_order
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import prepare_policy, states_logprobs
 from simpo.packing.policy import responses_of
 from simpo.packing.reference import divergence_forward, reference_states
 from simpo.runs.lines import JsonLines
-from simpo.search.trial import watched
 from simpo.statistics import proportion_interval
 from simpo.training.batches import comparisons_of
 from simpo.training.held_out import ACCURACY
-from simpo.training.models import load_model, load_tokenizer
 from simpo.training.run import Given, run_training
 from simpo.training.settings import load_datasets
 from simpo.training.tasks import PREFERENCES
 from simpo.training.trainer import PreferenceConfig
+from simpo.workflows.sweep.trial import watched
 
 FILE_NAME = "measured.json"
 _TOKENS = 4096  # of a forward when the held-out pairs are scored

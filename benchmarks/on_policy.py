@@ -25,9 +25,9 @@ from simpo import cli
 from simpo.analysis.plots import COLOURS, STYLE, line, save
 from simpo.data.prompts import prepare_prompts
 from simpo.data.sources import load_rows
+from simpo.models.loading import load_tokenizer
 from simpo.runs.lines import read_lines, write_lines
 from simpo.statistics import Interval, mean_interval
-from simpo.training.models import load_tokenizer
 
 _RECIPE = Path(__file__).parents[1] / "recipes/loop/tiny.yaml"
 _DRAWN = ["--temperature=1", "--top_p=1", "--max_new_tokens=48", "--chunk_size=128"]

@@ -11,17 +11,18 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from simpo.coercion import describe
-from simpo.loop.settings import LoopSettings
+from simpo.config import annotations_of, fields_of
+from simpo.config.coercion import describe
+from simpo.evaluation.during_training import GenerationArguments
+from simpo.generation.settings import SamplingSettings
+from simpo.models.settings import ModelArguments
 from simpo.objectives import OBJECTIVES, Objective
-from simpo.recipe import annotations_of, fields_of
-from simpo.sampling.during_training import GenerationArguments
-from simpo.sampling.pairs import PairSettings
-from simpo.sampling.settings import SamplingSettings
 from simpo.training.reward import RewardConfig
-from simpo.training.settings import UNSUPPORTED, DataArguments, ModelArguments, TrainingSettings
+from simpo.training.settings import UNSUPPORTED, DataArguments, TrainingSettings
 from simpo.training.sft import SFTConfig
 from simpo.training.trainer import PreferenceConfig, PreferenceSettings
+from simpo.workflows.loop.settings import LoopSettings
+from simpo.workflows.pair import PairSettings
 
 PAGE = Path(__file__).with_name("recipe-reference.md")
 

@@ -10,12 +10,12 @@ import sys
 import pytest
 
 import simpo
-from simpo import commands
+from simpo import cli as commands
 from simpo.cli import _Notices, main
-from simpo.coercion import ArgumentParser
-from simpo.commands import reward as reward_command
-from simpo.commands import sft as sft_command
-from simpo.commands import train as train_command
+from simpo.cli import reward as reward_command
+from simpo.cli import sft as sft_command
+from simpo.cli import train as train_command
+from simpo.config.coercion import ArgumentParser
 from simpo.errors import SimpoError
 from simpo.runs.log import LogFile
 
@@ -75,7 +75,7 @@ def main(argv):
     for number in range(100_000):
         {write}
 
-sys.modules["simpo.commands.recipe"] = types.SimpleNamespace(main=main)
+sys.modules["simpo.cli.recipe"] = types.SimpleNamespace(main=main)
 cli._quiet_libraries = lambda: None  # which takes seconds
 sys.exit(cli.main(["recipe"]))
 """
@@ -94,7 +94,7 @@ def test_output_that_nobody_reads_ends_the_command_quietly(write, tmp_path):
 
 
 def test_another_broken_pipe_is_no_closed_output(monkeypatch):
-    from simpo.commands import recipe
+    from simpo.cli import recipe
 
     def main_of_recipe(argv):
         raise BrokenPipeError("a worker is gone")

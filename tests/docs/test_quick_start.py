@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from simpo.cli import main
-from simpo.results import read_results
+from simpo.runs.results import read_results
 from simpo.world.pairs import write_model, write_prompts, write_sft
 
 _PAGE = Path(__file__).parents[2] / "docs/quick-start.md"

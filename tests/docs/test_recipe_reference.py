@@ -10,8 +10,9 @@ import pytest
 import transformers
 from transformers import TrainingArguments
 
+from simpo.models.settings import ModelArguments
 from simpo.training.reward import RewardConfig
-from simpo.training.settings import DataArguments, ModelArguments
+from simpo.training.settings import DataArguments
 from simpo.training.sft import SFTConfig
 from simpo.training.trainer import PreferenceConfig
 

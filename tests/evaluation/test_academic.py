@@ -12,9 +12,9 @@ from scipy.stats import binomtest
 
 from simpo import SimpoError
 from simpo.evaluation.academic.run import AcademicSettings, differences, evaluate_academic, read_scores, score_metrics
-from simpo.results import read_results
+from simpo.models.settings import ModelArguments
+from simpo.runs.results import read_results
 from simpo.statistics import mean_interval
-from simpo.training.settings import ModelArguments
 
 
 def output(right, perplexity=12.0):

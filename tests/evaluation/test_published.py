@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from simpo.evaluation.answers import published_rows, published_table, write_markdown
-from simpo.results import Metric, write_results
 from simpo.runs.folder import RunRecord
+from simpo.runs.results import Metric, write_results
 
 
 def test_figures_that_the_paper_and_its_repository_state():

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from simpo.atomic import disk_errors, provisional, remove_folder, staged_files, staged_folder, sweep, write_text
 from simpo.errors import SimpoError
+from simpo.runs.atomic import disk_errors, provisional, remove_folder, staged_files, staged_folder, sweep, write_text
 
 FULL = "no space left on the disk; free some and run the same command again: nothing earlier was damaged"
 
@@ -135,7 +135,7 @@ def test_sweep_takes_leftovers_only(tmp_path):
 STAGING = """
 import sys
 from pathlib import Path
-from simpo.atomic import remove_folder, staged_folder, write_text
+from simpo.runs.atomic import remove_folder, staged_folder, write_text
 folder = Path(sys.argv[1])
 print("ready", flush=True)
 for i in range(10**9):

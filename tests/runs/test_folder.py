@@ -17,9 +17,9 @@ import pytest
 import yaml
 
 from simpo.errors import SimpoError
-from simpo.results import fingerprint
 from simpo.runs.folder import RunFolder
 from simpo.runs.manifest import damage
+from simpo.runs.results import fingerprint
 
 IDENTITY = {"learning_rate": 1e-6, "layers": [1, 2], "data/train": "a" * 64, "model": "tiny"}
 

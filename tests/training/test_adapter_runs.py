@@ -14,10 +14,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo import OBJECTIVES, PreferenceConfig, PreferenceTrainer, TokenizedComparison, cli, score_responses
-from simpo.terminal import printable
+from simpo.models.loading import load_model, load_tokenizer
+from simpo.models.settings import ModelArguments
+from simpo.runs.terminal import printable
 from simpo.training import run as workflow
-from simpo.training.models import load_model, load_tokenizer
-from simpo.training.settings import ModelArguments
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 ADAPTER = "adapter_model.safetensors"

@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from simpo import score_responses
 from simpo.errors import SimpoError
+from simpo.models.identity import model_digest
+from simpo.models.loading import disable_dropout, load_model, load_tokenizer
+from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import state_of
 from simpo.packing.policy import policy_forward, policy_logprobs
-from simpo.training.identity import model_digest
-from simpo.training.models import disable_dropout, load_model, load_tokenizer
 from simpo.training.reference import add_reference, reference_of
-from simpo.training.settings import ModelArguments
 from simpo.training.sharding import settle_sharding
 
 ADAPTER = "adapter_model.safetensors"

@@ -18,8 +18,8 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer
 
 from simpo import SimpoError, cli
-from simpo.results import read_results
-from simpo.training.zero import read_config, settle_batch
+from simpo.models.zero import read_config, settle_batch
+from simpo.runs.results import read_results
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 

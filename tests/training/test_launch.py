@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from simpo import cli
-from simpo.results import read_results
+from simpo.runs.results import read_results
 
 LAUNCH = Path(__file__).resolve().parents[2] / "recipes" / "launch"
 

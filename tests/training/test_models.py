@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from simpo import PreferenceTrainer, SimpoError, cli
-from simpo.training.limits import Limits
-from simpo.training.models import check_stored, load_model
-from simpo.training.reward import load_reward_model
-from simpo.training.settings import ModelArguments
+from simpo.models.limits import Limits
+from simpo.models.loading import check_stored, load_model
+from simpo.models.reward import load_reward_model
+from simpo.models.settings import ModelArguments
+from simpo.training.limits import check_rows
 
 
 @pytest.fixture(scope="module")
@@ -195,15 +196,15 @@ def test_positions(config, positions):
 
 def test_a_row_longer_than_the_positions_is_named():
     limits = Limits(20, 100)
-    limits.check(rows_of((10, (10, 3)), (19, (1, 1))), "train")
+    check_rows(limits, rows_of((10, (10, 3)), (19, (1, 1))), "train")
     with pytest.raises(SimpoError, match=r"train: file\.jsonl:2: 21 tokens .* 20; set max_length to 20 or less"):
-        limits.check(rows_of((10, (10, 3)), (11, (3, 10))), "train")
+        check_rows(limits, rows_of((10, (10, 3)), (11, (3, 10))), "train")
 
 
 @pytest.mark.parametrize("token", [100, 99999, -7])
 def test_a_row_with_an_unknown_token_is_named(token):
     with pytest.raises(SimpoError, match=rf"eval: file\.jsonl:1: token id {token}; .* 0 to 99"):
-        Limits(None, 100).check(rows_of((3, (4, 2)), token=token), "eval")
+        check_rows(Limits(None, 100), rows_of((3, (4, 2)), token=token), "eval")
 
 
 @pytest.mark.parametrize("shapes", [((3, (4, 2)), (120, (9, 3))), ((120, (9, 3)),)])

@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from simpo import PreferenceConfig, PreferenceTrainer, SFTConfig, SFTTrainer, SimpoError
+from simpo.models.adapters import add_adapter
 from simpo.packing.model import state_of
-from simpo.training.adapters import add_adapter
 from simpo.training.checkpoints import check_checkpoint
 
 ROWS, ROWS_PER_STEP, STEPS = 19, 8, 6  # two epochs, whose last steps have 3 rows: fewer than 4 ranks

@@ -8,8 +8,8 @@ from huggingface_hub import constants
 from torch.profiler import ProfilerActivity, profile
 
 from simpo import SimpoError
+from simpo.models.adapters import add_adapter
 from simpo.training import reference
-from simpo.training.adapters import add_adapter
 from simpo.training.batches import REF_LOGPS
 from simpo.training.reference import policy_fingerprint
 

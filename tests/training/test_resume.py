@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 from simpo import cli
 from simpo.errors import InterruptedRun, SimpoError
-from simpo.results import read_results
 from simpo.runs.folder import RunFolder
+from simpo.runs.results import read_results
 from simpo.training import run as workflow
 from simpo.training.checkpoints import ResumableTrainer, StopOnSignal, checkpoints, last_good_checkpoint
 

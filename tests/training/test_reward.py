@@ -21,12 +21,13 @@ from transformers import (
 )
 
 from simpo import SimpoError, cli
-from simpo.judges.protocol import Answers
-from simpo.judges.registry import JudgeOptions, make_scorer
-from simpo.results import read_results
+from simpo.judging.protocol import Answers
+from simpo.judging.registry import JudgeOptions, make_scorer
+from simpo.models.reward import load_reward_model, settle_padding
+from simpo.models.settings import ModelArguments
+from simpo.runs.results import read_results
 from simpo.training.identity import rows_digest
-from simpo.training.reward import RewardConfig, RewardTrainer, load_reward_model, settle_padding
-from simpo.training.settings import ModelArguments
+from simpo.training.reward import RewardConfig, RewardTrainer
 
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
 PLAIN = {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 
 from simpo import SFTConfig, SFTTrainer, SimpoError, cli
-from simpo.results import read_results
+from simpo.runs.results import read_results
 from simpo.statistics import weighted_mean_interval
 from simpo.training.sft import scored_tokens
 

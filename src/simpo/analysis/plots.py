@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simpo.atomic import disk_errors, staged_files
+from simpo.runs.atomic import disk_errors, staged_files
 from simpo.statistics import Interval
 
 # Colours that stay apart for colour-blind readers and in grey (Okabe and Ito 2008).

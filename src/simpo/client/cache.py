@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from simpo.atomic import disk_errors
 from simpo.client.chat import ChatReply
+from simpo.runs.atomic import disk_errors
 
 logger = logging.getLogger(__name__)
 

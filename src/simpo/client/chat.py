@@ -12,8 +12,8 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 import httpx
 
 from simpo.errors import SimpoError
-from simpo.results import fingerprint
 from simpo.runs.log import is_secret
+from simpo.runs.results import fingerprint
 
 # Reasons of servers for ending a reply before the model did.
 _ROUNDING = 1e-3  # a log-probability may be above 0 by this much

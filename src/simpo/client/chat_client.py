@@ -22,8 +22,8 @@ from simpo.client.cache import ReplyCache
 from simpo.client.chat import ChatReply, ChatRequest, Endpoint, error_text, read_reply
 from simpo.client.cost import Estimate, Usage
 from simpo.errors import SimpoError
-from simpo.progress import Advance, progress
 from simpo.runs.log import REDACTED, masked
+from simpo.runs.progress import Advance, progress
 
 # ---- One request to a server, sent until it is answered or there is no hope.
 

@@ -23,10 +23,10 @@ from transformers import (
 
 from simpo.data.tokenize import Prepared
 from simpo.errors import SimpoError
+from simpo.models.loading import load_model, load_tokenizer
+from simpo.models.settings import ModelArguments
 from simpo.objectives import Responses, sft_term
 from simpo.training.batches import PlannedBatch
-from simpo.training.models import load_model, load_tokenizer
-from simpo.training.settings import ModelArguments
 from simpo.training.trainer import PreferenceConfig, PreferenceTrainer
 
 # ---- What the configurations of TRL and of the paper's code have in common.

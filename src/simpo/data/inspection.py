@@ -19,7 +19,7 @@ from simpo.data.rows import Row
 from simpo.data.settings import TokenizeSettings
 from simpo.data.shapes import canonical_rows, first_canonical
 from simpo.data.tokenize import Prepared, end_token_id
-from simpo.results import Metric
+from simpo.runs.results import Metric
 from simpo.statistics import mean_interval, share_interval
 
 PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "max": 100}

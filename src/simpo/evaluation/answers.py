@@ -15,22 +15,22 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from simpo.atomic import write_text
 from simpo.client import ChatClient, ChatReply, ChatRequest, Prices, agree, stand_in
 from simpo.client.chat_client import TRIED
 from simpo.data.files import SUFFIXES
 from simpo.data.prompts import Prompts
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
-from simpo.results import FILE_NAME as RESULTS
-from simpo.results import Metric, fingerprint, read_results, write_results
+from simpo.generation.sample import FILE_NAME, EngineName, Job, PromptArguments, sample_responses
+from simpo.generation.settings import SamplingSettings
+from simpo.models.identity import model_digest
+from simpo.models.loading import Checkpoint, free_memory, load_tokenizer, with_dtype
+from simpo.models.settings import ModelArguments
+from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.lines import read_lines
-from simpo.sampling.run import FILE_NAME, Checkpoint, EngineName, Job, PromptArguments, sample_responses
-from simpo.sampling.settings import SamplingSettings
-from simpo.training.identity import model_digest
-from simpo.training.models import free_memory, load_tokenizer, with_dtype
-from simpo.training.settings import ModelArguments
+from simpo.runs.results import FILE_NAME as RESULTS
+from simpo.runs.results import Metric, fingerprint, read_results, write_results
 
 # A text, or messages.
 Question = str | list[dict[str, str]]

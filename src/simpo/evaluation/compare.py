@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from simpo.atomic import write_text
 from simpo.client import Prices, agree
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import measure_once
@@ -27,15 +26,16 @@ from simpo.evaluation.head_to_head import (
     text_metrics,
 )
 from simpo.evaluation.preferences import Judged, preference_metrics
-from simpo.judges.annotate import Shown
-from simpo.judges.pairwise import PairwiseApiJudge
-from simpo.judges.protocol import Judge, Pair, as_text
-from simpo.judges.registry import JudgeOptions, make_judge
-from simpo.judges.scored import ScorerJudge, verdict_of
-from simpo.results import Metric
+from simpo.judging.annotate import Shown
+from simpo.judging.pairwise import PairwiseApiJudge
+from simpo.judging.protocol import Judge, Pair, as_text
+from simpo.judging.registry import JudgeOptions, make_judge
+from simpo.judging.scored import ScorerJudge, verdict_of
+from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import JsonLines, stoppable
-from simpo.terminal import printable
+from simpo.runs.results import Metric
+from simpo.runs.terminal import printable
 
 # ---- What judges said, written down: every pair for programs, the clearest ones for people.
 
@@ -131,7 +131,7 @@ def make_judges(names: Sequence[str], options: JudgeOptions) -> dict[str, Judge]
     """Judges by the names that results call them: their kinds, numbered where one occurs again.
 
     Args:
-        names: as :func:`simpo.judges.registry.make_judge` takes them.
+        names: as :func:`simpo.judging.registry.make_judge` takes them.
         options: what they need.
 
     Raises:
@@ -215,7 +215,7 @@ class CompareArguments:
         a: the model, or its answers, whose win rate is measured.
         b: what it is compared with.
         sampled: how models answer.
-        judges: names as :func:`simpo.judges.registry.make_judge` takes them.
+        judges: names as :func:`simpo.judging.registry.make_judge` takes them.
         options: what judges need.
         prices: of the API judge's tokens, where they are known.
         yes: whether the user agrees to its cost beforehand.

@@ -15,13 +15,13 @@ from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer, is_outputs_file
 from simpo.evaluation.rows import Record, file_digest, read_answer_file
-from simpo.judges.protocol import Pair
-from simpo.results import Metric, Stage, fingerprint
-from simpo.sampling.run import FILE_NAME, Checkpoint, EngineName, PromptArguments, sample_responses
-from simpo.sampling.settings import SamplingSettings
+from simpo.generation.sample import FILE_NAME, EngineName, PromptArguments, sample_responses
+from simpo.generation.settings import SamplingSettings
+from simpo.judging.protocol import Pair
+from simpo.models.loading import Checkpoint, free_memory
+from simpo.models.settings import ModelArguments
+from simpo.runs.results import Metric, Stage, fingerprint
 from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval
-from simpo.training.models import free_memory
-from simpo.training.settings import ModelArguments
 
 # A number for one answer to a prompt.
 Figure = Callable[[Any, str], float]

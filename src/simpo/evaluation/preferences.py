@@ -9,8 +9,8 @@ from itertools import combinations
 import numpy as np
 from scipy.special import expit, stdtrit
 
-from simpo.judges.protocol import Pair
-from simpo.results import Metric
+from simpo.judging.protocol import Pair
+from simpo.runs.results import Metric
 from simpo.statistics import Interval, bootstrap_interval, cohen_kappa
 
 # ---- Logistic regression with soft labels, weights and, if asked for, an L1 penalty; solved to full

@@ -11,12 +11,12 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from simpo.atomic import write_text
 from simpo.data.messages import Message, read_messages
 from simpo.data.prompts import prompt_id
 from simpo.data.rows import BadRow, Row, rows_of
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
+from simpo.runs.atomic import write_text
 
 
 def read_rows(path: str | Path) -> list[tuple[Row, str]]:

@@ -18,14 +18,14 @@ from typing import Any, Literal, Self
 import yaml
 from filelock import FileLock, Timeout
 
-from simpo.atomic import disk_errors, sweep, write_text
 from simpo.errors import SimpoError
-from simpo.results import fingerprint
 from simpo.runs import manifest
+from simpo.runs.atomic import disk_errors, sweep, write_text
 from simpo.runs.lines import JsonLines
 from simpo.runs.log import LogFile, masked, now, redact, redact_arguments, redact_yaml
 from simpo.runs.manifest import environment
-from simpo.terminal import printable
+from simpo.runs.results import fingerprint
+from simpo.runs.terminal import printable
 
 # ---- ``run.json``: which command ran here, what determines its result, when it started and whether it
 # finished.
@@ -100,7 +100,7 @@ class RunRecord:
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of the identity; see :func:`simpo.results.fingerprint`."""
+        """The fingerprint of the identity; see :func:`simpo.runs.results.fingerprint`."""
         return fingerprint(self.identity)
 
     def differences(self, identity: Mapping[str, Any]) -> list[str]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from simpo.atomic import disk_errors, sync, write_text
 from simpo.errors import InterruptedRun, SimpoError
+from simpo.runs.atomic import disk_errors, sync, write_text
 
 logger = logging.getLogger(__name__)
 

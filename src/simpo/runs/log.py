@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from simpo.atomic import disk_errors
+from simpo.runs.atomic import disk_errors
 
 # ---- Secrets out of what is kept: mappings, YAML, command lines and any text.
 

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from simpo.atomic import disk_errors, write_text
+from simpo.runs.atomic import disk_errors, write_text
 
 FILE_NAME = "manifest.json"
 

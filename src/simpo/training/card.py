@@ -9,11 +9,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 import simpo
-from simpo.atomic import write_text
-from simpo.results import Metric
-from simpo.training.adapters import adapter_settings, holds_adapter
-from simpo.training.models import below_adapter
-from simpo.training.settings import DataArguments, ModelArguments
+from simpo.models.adapters import adapter_settings, holds_adapter
+from simpo.models.loading import below_adapter
+from simpo.models.settings import ModelArguments
+from simpo.runs.atomic import write_text
+from simpo.runs.results import Metric
+from simpo.training.settings import DataArguments
 from simpo.training.tasks import Task
 
 _SETTINGS = (

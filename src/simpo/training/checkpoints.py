@@ -23,14 +23,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from simpo.atomic import disk_errors, provisional, remove_folder, staged_folder, write_text
 from simpo.errors import InterruptedRun, SimpoError
+from simpo.models.adapters import adapter_fault, flatten_named, holds_adapter
+from simpo.models.zero import shape_of
+from simpo.runs.atomic import disk_errors, provisional, remove_folder, staged_folder, write_text
 from simpo.runs.manifest import damage, write_manifest
-from simpo.training.adapters import adapter_fault, flatten_named, holds_adapter
 from simpo.training.batches import RunningMeans
 from simpo.training.sharded import ShardedTrainer
 from simpo.training.sharding import kind_of, reshard, stored_tensors
-from simpo.training.zero import shape_of
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from simpo.results import Metric, Stage
 from simpo.runs.lines import JsonLines
+from simpo.runs.results import Metric, Stage
 from simpo.statistics import (
     Interval,
     bootstrap_interval,

@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from simpo.models.adapters import adapter_settings
+from simpo.models.identity import file_digest, model_digest
+from simpo.models.settings import ModelArguments
 from simpo.runs import manifest
-from simpo.training.adapters import adapter_settings, find_adapter
 from simpo.training.batches import LEVELS
-from simpo.training.models import base_arguments
-from simpo.training.settings import DataArguments, ModelArguments
+from simpo.training.settings import DataArguments
 
 # Keys of a configuration that change what is shown, stored or kept of a run, but not what it computes.
 _NO_INFLUENCE = {
@@ -63,7 +64,7 @@ def training_identity(
     found["data/train"] = rows_digest(train)
     found["data/eval"] = None if held_out is None else rows_digest(held_out)
     checkpoint = named_checkpoint(config)
-    found["resume_from_checkpoint"] = None if checkpoint is None else _digest(Path(checkpoint) / manifest.FILE_NAME)
+    found["resume_from_checkpoint"] = None if checkpoint is None else file_digest(Path(checkpoint) / manifest.FILE_NAME)
     return found | settings_identity(config)
 
 
@@ -108,26 +109,6 @@ def _add_lists(digest: Any, column: pa.ChunkedArray) -> None:
         digest.update(pc.list_value_length(column).cast(pa.int64()).to_numpy().tobytes())
         column = pc.list_flatten(column)
     digest.update(column.cast(pa.int64()).to_numpy().tobytes())
-
-
-def model_digest(model: ModelArguments) -> str:
-    """SHA-256 of a local model's weights and configuration, and of an adapter's base model; of a hub model its name."""
-    folder = Path(model.model_name_or_path)
-    files = sorted(
-        path for pattern in ("*.safetensors", "config.json", "adapter_config.json") for path in folder.glob(pattern)
-    )
-    if not files:
-        return f"{model.model_name_or_path}@{model.model_revision}"
-    digests = [_digest(path) for path in files]
-    adapter = find_adapter(model.model_name_or_path, model.model_revision)
-    if adapter is not None:
-        digests.append(model_digest(base_arguments(adapter, model)))
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def settings_of(*arguments: Any) -> dict[str, Any]:

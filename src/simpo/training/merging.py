@@ -11,13 +11,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 import simpo
-from simpo.atomic import staged_folder
 from simpo.errors import SimpoError
-from simpo.training.adapters import PARTS_TIED, find_adapter, parts_tied
+from simpo.models.adapters import PARTS_TIED, find_adapter, parts_tied
+from simpo.models.loading import check_folder, load_model, load_tokenizer, round_weights
+from simpo.models.reward import load_reward_model
+from simpo.models.settings import ModelArguments
+from simpo.runs.atomic import staged_folder
 from simpo.training.card import shown_name
-from simpo.training.models import check_folder, load_model, load_tokenizer, round_weights
-from simpo.training.reward import load_reward_model
-from simpo.training.settings import ModelArguments
 
 
 def write_merged(arguments: ModelArguments, folder: Path) -> None:

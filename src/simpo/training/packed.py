@@ -23,12 +23,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from simpo.data.rows import as_dataset
 from simpo.data.tokenize import Prepared
 from simpo.errors import SimpoError
+from simpo.models.adapters import check_adapter, freeze_unreached, keep_gradients
+from simpo.models.liger import check_layers
+from simpo.models.limits import Limits
+from simpo.models.loading import disable_dropout, load_model
+from simpo.models.settings import ModelArguments
 from simpo.packing.batching import MicroBatch, StepPlan, check_budget
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import prepare_policy, state_of
 from simpo.packing.policy import ForwardPath, policy_forward, resolve_path
 from simpo.packing.selfcheck import choose_path, rows_to_check
-from simpo.training.adapters import check_adapter, freeze_unreached, keep_gradients
 from simpo.training.batches import (
     ComparisonRows,
     PlannedBatch,
@@ -45,11 +49,9 @@ from simpo.training.batches import (
 )
 from simpo.training.checkpoints import ResumableTrainer
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
-from simpo.training.liger import check_layers
-from simpo.training.limits import Limits
+from simpo.training.limits import check_rows
 from simpo.training.memory import OUTSIDE_A_FORWARD, compile_layers, memory_answered, tokens_that_fit
-from simpo.training.models import disable_dropout, load_model
-from simpo.training.settings import ModelArguments, TrainingSettings
+from simpo.training.settings import TrainingSettings
 from simpo.training.sharding import sharded
 
 # ---- Activation checkpointing of some of the layers: memory is bought with arithmetic only as far as it is
@@ -138,7 +140,7 @@ class PackedTrainer(ResumableTrainer):
         datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for label, rows in {"train": self.train_dataset, **datasets}.items():
             if rows is not None:
-                Limits.of(self.model.config).check(rows, label)
+                check_rows(Limits.of(self.model.config), rows, label)
         self.path = self._choose_path()
         if args.torch_compile:
             compile_layers(self.model, args, self.accelerator)
@@ -223,7 +225,7 @@ class PackedTrainer(ResumableTrainer):
         if rows is None:
             raise SimpoError("eval_dataset: there is nothing to evaluate on")
         rows = self._tokenized(rows, self.processing_class, self.args, "eval")
-        Limits.of(self.model.config).check(rows, "eval")
+        check_rows(Limits.of(self.model.config), rows, "eval")
         rows = self.completed(rows)
         return step_loader(rows, self._plan(rows, self.args.eval_batch_size, training=False), lambda: 0, self.args)
 

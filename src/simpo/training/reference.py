@@ -23,20 +23,20 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from simpo.atomic import write_text
 from simpo.data.mapping import TOKENS
 from simpo.errors import SimpoError
+from simpo.models.adapters import weights_below
+from simpo.models.zero import exchange_partitions, gathered, is_partitioned
 from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import policy_forward
 from simpo.packing.reference import ReferenceStates, reference_states
-from simpo.progress import Advance, progress
-from simpo.training.adapters import weights_below
+from simpo.runs.atomic import write_text
+from simpo.runs.progress import Advance, progress
 from simpo.training.batches import MISMATCHED_IDS, MISMATCHED_REF_LOGP, REF_LOGPS, response_counts
 from simpo.training.finite import describe_rows
 from simpo.training.identity import rows_digest
 from simpo.training.packed import PackedTrainer
 from simpo.training.sharding import reshard
-from simpo.training.zero import exchange_partitions, gathered, is_partitioned
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,151 +16,28 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from simpo.data.templates import end_of_turn
 from simpo.data.tokenize import Prepared, check_rankings, is_feedback, prepare
 from simpo.errors import SimpoError
+from simpo.models.reward import load_reward_model, settle_padding
+from simpo.models.settings import ModelArguments
 from simpo.objectives.reward import bradley_terry, centring
 from simpo.packing.batching import MicroBatch
-from simpo.packing.layout import TokenizedComparison
-from simpo.packing.model import causal_lm, is_reward_model, reading_last_tokens
+from simpo.packing.model import is_reward_model
 from simpo.packing.scoring import reward_forward
-from simpo.training.adapters import add_adapter, continue_adapter, find_adapter
 from simpo.training.batches import LEVELS, WEIGHT, ComparisonRows, PlannedBatch, Scores, response_counts
 from simpo.training.held_out import LENGTHS, MARGINS
-from simpo.training.models import (
-    base_arguments,
-    check_folder,
-    check_weights,
-    load_files,
-    load_weights,
-    loading_options,
-    needs_own_code,
-)
 from simpo.training.packed import PackedTrainer
-from simpo.training.settings import ModelArguments, TrainingSettings
+from simpo.training.settings import TrainingSettings
 
 # ---- Reward models: sequence classifiers of transformers with one label, from files or on top of a language
 # model.
 
 
 logger = logging.getLogger(__name__)
-
-
-_HEAD = "score.weight"
-
-
-_OUTPUT_LAYERS = {"lm_head", "embed_out", "unembed", "head"}  # in files; classes have the first name
-
-
-def load_reward_model(
-    arguments: ModelArguments, *, new_head: bool = False, gated: bool = False
-) -> PreTrainedModel | PeftModel:
-    """A reward model, under an adapter if the files are one or ``use_peft`` asks for a new one.
-
-    Args:
-        arguments: which, and how it is loaded.
-        new_head: put a random head on a language model, and report it; otherwise it is refused.
-        gated: accept a model of several labels whose own code may make one score of them; see :func:`gated_scores`.
-
-    Raises:
-        SimpoError: it cannot be loaded, is no reward model, or has several labels.
-    """
-    name, revision = arguments.model_name_or_path, arguments.model_revision
-    if arguments.load_in_4bit:
-        raise SimpoError("load_in_4bit: not supported for reward models; leave it out")
-    check_folder(name)
-    adapter = find_adapter(name, revision)
-    if adapter is not None:
-        if adapter.task_type != "SEQ_CLS":
-            raise SimpoError(
-                f"model_name_or_path: {name} is a language model's adapter; merge it first: simpo merge {name}"
-            )
-        base = _load(base_arguments(adapter, arguments), new_head=True)
-        return continue_adapter(base, adapter, name, revision=revision, given=arguments.lora)
-    model = _load(arguments, new_head=new_head, gated=gated, say=True)
-    return add_adapter(model, arguments.lora, revision) if arguments.use_peft else model
-
-
-def _load(arguments: ModelArguments, *, new_head: bool, gated: bool = False, say: bool = False) -> PreTrainedModel:
-    name = arguments.model_name_or_path
-    labels = {"num_labels": 1} if new_head and not _is_classifier(arguments) else {}
-    model, loading = load_weights(AutoModelForSequenceClassification, arguments, **loading_options(arguments), **labels)
-    head_is_new = bool(labels) and _HEAD in loading["missing_keys"]
-    if head_is_new:
-        loading["missing_keys"].discard(_HEAD)
-        loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if not _in_output_layer(model, key)}
-    elif loading["missing_keys"] == {_HEAD} and not needs_own_code(model):
-        raise SimpoError(f"model_name_or_path: {name!r} is not a reward model: its files have no {_HEAD}")
-    check_weights(name, model, loading)
-    custom = not type(model).__module__.startswith("transformers.")
-    if model.config.num_labels != 1 and not (gated and custom):
-        raise SimpoError(f"model_name_or_path: {name!r} has {model.config.num_labels} labels; a reward model has one")
-    if head_is_new and say:
-        logger.warning("%s is a language model: its output layer is replaced by a random score head", name)
-    return model
-
-
-@torch.no_grad()
-def gated_scores(model: PreTrainedModel, comparisons: Sequence[TokenizedComparison]) -> Tensor:
-    """``[R]`` scores of all responses by a model that weighs several objectives itself, such as ArmoRM.
-
-    Its code is its own, so it gets one text at a time, without padding, and says ``score``.
-
-    Raises:
-        SimpoError: its forward gives no ``score``, or does not accept a text.
-    """
-    scores = []
-    with reading_last_tokens(model):
-        for comparison in comparisons:
-            for response in comparison.response_ids:
-                ids = torch.tensor([[*comparison.prompt_ids, *response]], device=model.device)
-                try:
-                    score = getattr(model(input_ids=ids, attention_mask=torch.ones_like(ids)), "score", None)
-                except ValueError as error:
-                    raise SimpoError(f"{model.name_or_path}: its own code refuses a text: {error}") from error
-                if score is None or score.numel() != 1:
-                    raise SimpoError(
-                        f"{model.name_or_path}: it has {model.config.num_labels} labels and its code gives no single "
-                        "score; a reward model has one"
-                    )
-                scores.append(score.float().flatten())
-    return torch.cat(scores)
-
-
-def _in_output_layer(model: PreTrainedModel, key: str) -> bool:
-    """Whether ``key`` is a weight of the layer that a score head replaces in a language model of this kind."""
-    module = key.rpartition(".")[0]
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
-    tied = {tied.rpartition(".")[0] for tied in getattr(causal, "_tied_weights_keys", None) or ()}
-    return module in tied or module.rpartition(".")[2] in _OUTPUT_LAYERS
-
-
-def _is_classifier(arguments: ModelArguments) -> bool:
-    kinds = load_files(AutoConfig, arguments).architectures or []
-    return any(kind.endswith("ForSequenceClassification") for kind in kinds)
-
-
-def settle_padding(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let plain transformers read rewards where they are trained, also of a padded batch.
-
-    It reads them at the last token that is no padding, which must not be the end-of-turn token. Where the tokenizer
-    pads with that one, another special token becomes the padding, of the tokenizer too; where it has no other, the
-    model gets none, and plain transformers refuses to score several sequences at a time.
-    """
-    config: Any = causal_lm(model).config.get_text_config()
-    end = end_of_turn(tokenizer).token_id
-    others = [token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) != end]
-    if tokenizer.pad_token_id in (None, end) and others:
-        tokenizer.pad_token = others[0]
-        logger.warning("the tokenizer pads with %s from now on: rewards are read at the end-of-turn token", others[0])
-    config.pad_token_id = None if tokenizer.pad_token_id == end else tokenizer.pad_token_id
 
 
 _SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))  # as data sets call them

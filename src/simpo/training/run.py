@@ -17,29 +17,23 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from simpo.atomic import provisional, staged_files
 from simpo.data.inspection import shared_rows
 from simpo.errors import SimpoError
-from simpo.progress import duration
-from simpo.results import FILE_NAME, Metric, write_results
+from simpo.models.adapters import describe_adapter
+from simpo.models.loading import load_tokenizer, round_weights
+from simpo.models.settings import ModelArguments
+from simpo.runs.atomic import provisional, staged_files
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import JsonLines
-from simpo.training.adapters import describe_adapter
+from simpo.runs.progress import duration
+from simpo.runs.results import FILE_NAME, Metric, write_results
 from simpo.training.batches import Scores
 from simpo.training.card import write_model_card
 from simpo.training.checkpoints import StopOnSignal, check_whole, last_good_checkpoint, shared_staging
 from simpo.training.held_out import read_scores, write_scores
 from simpo.training.identity import Identity, named_checkpoint, settings_of, training_identity
-from simpo.training.models import load_tokenizer, round_weights
 from simpo.training.packed import PackedTrainer
-from simpo.training.settings import (
-    DataArguments,
-    ModelArguments,
-    TrainingSettings,
-    load_datasets,
-    settings_refused,
-    try_optimizer,
-)
+from simpo.training.settings import DataArguments, TrainingSettings, load_datasets, settings_refused, try_optimizer
 from simpo.training.tasks import Task
 
 # ---- What training logs, a line each, with the time that is left.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +21,8 @@ from transformers.training_args import OptimizerNames, ParallelMode
 from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.sources import load_mixture, load_mixture_list, load_rows
 from simpo.errors import CombinedError, SimpoError, check_all
-from simpo.training.liger import layers_only
-from simpo.training.zero import read_config, settle_batch
+from simpo.models.liger import layers_only
+from simpo.models.zero import read_config, settle_batch
 
 logger = logging.getLogger(__name__)
 
@@ -321,96 +320,6 @@ def _training_rows(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
 
 
 # ---- Keys of a recipe about the model and the adapter that is trained on it.
-
-
-_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-
-
-# Keys of a base model in 4 bits, and their defaults.
-_QUANTIZATION: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": False}
-
-
-@dataclass
-class ModelArguments:
-    """Which model, how it is loaded, and the adapter that is trained on it."""
-
-    model_name_or_path: str = field(metadata={"help": "Hub name or folder of the model that training starts from."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
-    dtype: str | None = field(
-        default=None,
-        metadata={"help": "Type of the weights: float32 (default), bfloat16, float16, or auto for the files' own."},
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention outside packed batches (generation); packed ones choose theirs."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-
-    save_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None,
-        metadata={"help": "Type that the finished model is rounded to when saved (default: as trained)."},
-    )
-
-    use_peft: bool = field(
-        default=False, metadata={"help": "Train a LoRA adapter, and leave the model's own weights as they are."}
-    )
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter (default: 16)."})
-    lora_alpha: int | None = field(
-        default=None, metadata={"help": "The adapter's output is multiplied by lora_alpha / lora_r (default: 32)."}
-    )
-    lora_dropout: float | None = field(
-        default=None,
-        metadata={"help": "Dropout before the adapter (default: 0.05); none unless disable_dropout is false."},
-    )
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Ends of the names of the layers that get one (default: every linear layer but the output)."},
-    )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Ends of the names of modules that are trained whole, next to the adapter."}
-    )
-    use_rslora: bool | None = field(
-        default=None, metadata={"help": "Divide lora_alpha by the square root of lora_r instead (default: false)."}
-    )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "QLoRA: the model's own weights in 4 bits; needs bitsandbytes."}
-    )
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = field(
-        default=None, metadata={"help": "Kind of 4-bit numbers (default: nf4)."}
-    )
-    use_bnb_nested_quant: bool | None = field(
-        default=None, metadata={"help": "Store the scales of 4-bit numbers in 8 bits as well (default: false)."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.model_name_or_path.startswith("~"):
-            self.model_name_or_path = os.path.expanduser(self.model_name_or_path)  # noqa: PTH111 - no error for ~nobody
-        if self.dtype is not None and self.dtype not in _DTYPES:
-            raise SimpoError(f"dtype: {self.dtype!r} is not one of {', '.join(_DTYPES)}")
-        for key in ("lora_r", "lora_alpha"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise SimpoError(f"{key}: must be at least 1, not {value}")
-        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
-            raise SimpoError(f"lora_dropout: must be at least 0 and below 1, not {self.lora_dropout}")
-        for key in _QUANTIZATION:
-            if getattr(self, key) is not None and not self.load_in_4bit:
-                raise SimpoError(f"{key}: only a model in 4 bits takes it; set load_in_4bit: true, or leave it out")
-
-    @property
-    def lora(self) -> dict[str, Any]:
-        """The adapter's settings that were given."""
-        keys = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora")
-        given = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
-        if self.lora_target_modules == ["all-linear"]:  # a word of peft's, and the default
-            given["lora_target_modules"] = "all-linear"
-        return given
-
-    @property
-    def quantization(self) -> dict[str, Any]:
-        """How the weights of the base model are quantized, if they are."""
-        if not self.load_in_4bit:
-            return {}
-        given = {key: getattr(self, key) for key in _QUANTIZATION if getattr(self, key) is not None}
-        return {"load_in_4bit": True, **_QUANTIZATION, **given}
 
 
 # ---- What transformers, accelerate or an optimizer has to say of settings that are theirs, before anything is

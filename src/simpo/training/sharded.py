@@ -14,7 +14,8 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from simpo.errors import SimpoError
-from simpo.training.adapters import load_adapter
+from simpo.models.adapters import load_adapter
+from simpo.models.zero import gathered_forwards, settle_deepspeed
 from simpo.training.sharding import (
     gathered_state,
     gathered_weights,
@@ -25,7 +26,6 @@ from simpo.training.sharding import (
     settle_sharding,
     share_weights,
 )
-from simpo.training.zero import gathered_forwards, settle_deepspeed
 
 
 class ShardedTrainer(Trainer):

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from simpo.errors import SimpoError
-from simpo.training.adapters import adapter_tensors, stored_adapter
+from simpo.models.adapters import adapter_tensors, stored_adapter
 
 
 def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from simpo.results import Metric
+from simpo.runs.results import Metric
 from simpo.training.batches import Scores
 from simpo.training.held_out import compare_conversations, compare_preferences, compare_rewards
 from simpo.training.packed import PackedTrainer

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from simpo.atomic import staged_folder, write_text
 from simpo.errors import SimpoError
+from simpo.runs.atomic import staged_folder, write_text
 from simpo.world.judge import draw_answer, judge
 from simpo.world.questions import draw_question
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from simpo.atomic import write_text
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import measure_once
-from simpo.results import Metric, Stage
+from simpo.models.identity import model_digest
+from simpo.models.loading import below_adapter, check_stored, device, with_dtype
+from simpo.models.settings import ModelArguments
+from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder
+from simpo.runs.results import Metric, Stage
 from simpo.statistics import mean_interval, share_bounds
-from simpo.training.identity import model_digest
-from simpo.training.models import below_adapter, check_stored, device, with_dtype
-from simpo.training.settings import ModelArguments
 
 # ---- lm-eval's results, and the differences between two models' with what they are worth.
 

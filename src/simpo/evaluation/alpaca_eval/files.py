@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from simpo.atomic import write_text
 from simpo.data.formats import is_number
 from simpo.data.rows import Row
 from simpo.errors import SimpoError
 from simpo.evaluation.alpaca_eval.win_rate import Baselines
 from simpo.evaluation.rows import check_same, check_unique, file_digest, hub_file, read_rows, text_in
+from simpo.runs.atomic import write_text
 
 REPOSITORY = "tatsu-lab/alpaca_eval"
 

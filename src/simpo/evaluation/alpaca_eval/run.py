@@ -29,12 +29,12 @@ from simpo.evaluation.alpaca_eval.files import (
 from simpo.evaluation.alpaca_eval.win_rate import Baselines, length_controlled, win_rate
 from simpo.evaluation.answers import Answerer, ApiJudge, Say, measure_once
 from simpo.evaluation.rows import file_digest
-from simpo.judges.annotate import Shown
-from simpo.judges.pairwise import fill, read_prompt_file
-from simpo.results import Metric
+from simpo.generation.thinking import after_thinking
+from simpo.judging.annotate import Shown
+from simpo.judging.pairwise import fill, read_prompt_file
 from simpo.runs.folder import RunFolder
+from simpo.runs.results import Metric
 from simpo.statistics import share_bounds
-from simpo.thinking import after_thinking
 
 # ---- Annotations -> the leaderboard's figures.
 

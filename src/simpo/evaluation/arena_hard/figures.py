@@ -18,7 +18,7 @@ from simpo.evaluation.arena_hard.scores import (
     style_differences,
     style_of,
 )
-from simpo.results import Metric
+from simpo.runs.results import Metric
 
 Answers = Mapping[str, Answer]  # by uid
 

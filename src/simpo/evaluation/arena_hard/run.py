@@ -26,10 +26,10 @@ from simpo.evaluation.arena_hard.files import (
 )
 from simpo.evaluation.arena_hard.scores import Version, read_verdict
 from simpo.evaluation.rows import file_digest
-from simpo.judges.annotate import Shown
-from simpo.judges.pairwise import fill, read_prompt_file
-from simpo.results import Metric
+from simpo.judging.annotate import Shown
+from simpo.judging.pairwise import fill, read_prompt_file
 from simpo.runs.folder import RunFolder
+from simpo.runs.results import Metric
 
 # ---- What Arena-Hard's judge is asked.
 

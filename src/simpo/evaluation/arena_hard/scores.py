@@ -15,8 +15,8 @@ import numpy as np
 from scipy.special import expit
 
 from simpo.evaluation.preferences import fit_logistic, is_determined
+from simpo.generation.thinking import after_thinking
 from simpo.statistics import Interval, share_interval
-from simpo.thinking import after_thinking
 
 # ---- Verdicts in a judge's words, and the battles that they count as.
 

@@ -14,10 +14,10 @@ from simpo.data.sources import has_one_split, load_rows
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer, measure_once
 from simpo.evaluation.rows import text_in
-from simpo.results import Metric, Stage, fingerprint
+from simpo.generation.thinking import after_thinking
 from simpo.runs.folder import RunFolder
+from simpo.runs.results import Metric, Stage, fingerprint
 from simpo.statistics import mean_interval, proportion_interval
-from simpo.thinking import after_thinking
 
 # ---- The number that a text ends in.
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from simpo.data.rows import Row
 from simpo.errors import SimpoError
 from simpo.evaluation.rows import check_same, check_unique, list_in, read_rows, text_in, write_json_lines
-from simpo.results import Metric
+from simpo.generation.thinking import after_thinking
+from simpo.runs.results import Metric
 from simpo.statistics import Interval, mean_interval, weighted_mean_interval
-from simpo.thinking import after_thinking
 
 # ---- Ratings in a judge's words, and their means.
 

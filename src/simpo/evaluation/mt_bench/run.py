@@ -27,10 +27,10 @@ from simpo.evaluation.mt_bench.files import (
     write_judgments,
 )
 from simpo.evaluation.rows import file_digest, text_in
-from simpo.judges.annotate import Shown
-from simpo.judges.pairwise import fill, read_prompt_file
-from simpo.results import Metric
+from simpo.judging.annotate import Shown
+from simpo.judging.pairwise import fill, read_prompt_file
 from simpo.runs.folder import RunFolder
+from simpo.runs.results import Metric
 
 # ---- What MT-Bench's judge is asked about a turn.
 

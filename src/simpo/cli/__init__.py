@@ -1,0 +1,131 @@
+"""The command line: find the command, run it, and end a user's mistake in one line."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import logging
+import os
+import pkgutil
+import select
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from simpo import __version__
+from simpo.config.coercion import nearest
+from simpo.errors import InterruptedRun, SimpoError
+from simpo.runs.terminal import printable
+
+
+def command_names() -> list[str]:
+    """Names of the commands: the public modules of :mod:`simpo.cli`."""
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+def _overview() -> str:
+    lines = ["usage: simpo COMMAND [ARGUMENT ...]   (simpo COMMAND --help says more)", "", "commands:"]
+    lines += [f"  {name:<10} {_summary(name)}" for name in command_names()]
+    return "\n".join(lines)
+
+
+def _summary(name: str) -> str:
+    """First line of a command's docstring, read without the import, which takes seconds."""
+    (source,) = (path for folder in __path__ for path in Path(folder).glob(f"{name}.py"))
+    return (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+class _Notices(logging.StreamHandler):
+    """Warnings; what libraries report at a lower level (``log_level``) is only kept in the run's ``log.txt``."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+        self.setLevel(logging.WARNING)
+        self.setFormatter(logging.Formatter("note: %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Let a closed pipe end the command instead of printing a traceback for every notice."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            raise  # noqa: PLE0704 - called while the exception is handled
+        super().handleError(record)
+
+
+def _keep_stderr_for_errors() -> None:
+    """Notices go to stdout."""
+    logging.basicConfig(handlers=[_Notices()], level=logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # ten lines of retries; the error says enough
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # damaged files; the error says it
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import: an optional kernel is missing
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log that is read while the run goes on
+
+
+def _quiet_libraries() -> None:
+    """What libraries report is a notice as well, and progress bars are drawn on terminals only."""
+    import datasets  # noqa: PLC0415 - slow, and every command but the overview has imported it anyway
+    import transformers  # noqa: PLC0415
+
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``simpo COMMAND ...`` and return its exit code.
+
+    0 done, 2 a user's mistake, 130 or 143 stopped by a signal, 141 the reader of the output is gone.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except SimpoError as error:
+        print(f"simpo: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2
+    except InterruptedRun as stop:
+        print(f"simpo: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("simpo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        return 141
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"simpo {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in command_names():
+        hint = nearest(name, command_names()) or f"; the commands are {', '.join(command_names())}"
+        raise SimpoError(f"unknown command {name!r}{hint}")
+    _keep_stderr_for_errors()
+    command = importlib.import_module(f"simpo.cli.{name}")
+    _quiet_libraries()
+    return command.main(rest)
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads standard output any longer, as after ``| head``; it then leads nowhere."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # so that nothing fails when the interpreter flushes
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

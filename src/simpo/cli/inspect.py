@@ -1,0 +1,252 @@
+"""Look at data as a model would read it: lengths, biases, duplicates, what is cut or dropped."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from simpo.cli._rendering import add_rendering_options, rendering
+from simpo.config.coercion import ArgumentParser, mapping
+from simpo.data.formats import is_comparison
+from simpo.data.inspection import (
+    PERCENTILES,
+    SCORE_PERCENTILES,
+    Example,
+    Inspection,
+    diversity_metrics,
+    examples,
+    inspect_prepared,
+    is_sampled,
+    read_answer_sets,
+    score_metrics,
+    shared_rows,
+)
+from simpo.data.settings import TokenizeSettings
+from simpo.data.shapes import first_canonical
+from simpo.data.sources import load_rows
+from simpo.data.tokenize import Prepared, is_feedback, prepare, prepare_feedback, prepare_sft
+from simpo.errors import SimpoError
+from simpo.models.limits import Limits
+from simpo.models.loading import load_config, load_tokenizer
+from simpo.models.settings import ModelArguments
+from simpo.runs.results import Metric, fingerprint, write_results
+from simpo.runs.terminal import printable
+from simpo.training.limits import check_rows
+
+_SETTINGS = (
+    "max_length",
+    "max_prompt_length",
+    "truncation",
+    "truncation_mode",
+    "paper_tokenization",
+    "auto_insert_empty_system_msg",
+)
+# Figures of several answers to a prompt: title, and what is measured.
+_ANSWER_FIGURES = {
+    "characters": ("length", "characters"),
+    "distinct_answers": ("different answers", "of a prompt's answers"),
+    "distinct_2": ("different word pairs", "of all in a prompt's answers (distinct-2)"),
+    "overlap": ("overlap of two answers", "of their word pairs are in both"),
+    "score": ("mean score", ""),
+    "longer_wins": ("longer has the higher score", "of a prompt's pairs of answers"),
+}
+# Characters of an example's text that are shown; the middle of a longer one is left out.
+_SHOWN = 600
+
+
+def main(argv: list[str]) -> int:
+    """Print what is in the data and, with ``--output_dir``, write ``results.json``."""
+    arguments = _parser().parse_args(argv)
+    given = {key: getattr(arguments, key) for key in _SETTINGS if getattr(arguments, key) is not None}
+    settings = TokenizeSettings(**given, rendering=rendering(arguments))
+    model = ModelArguments(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.model, model, chat_template=arguments.chat_template)
+    limits = _limits(model)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    datasets: list[Dataset] = []
+    metrics: list[Metric] = []
+    sources: list[str] = []
+    for label, name, split in _sources(arguments):
+        rows = load_rows(name, split=split, column_mapping=arguments.column_mapping, any_split=label == "eval")
+        sources.append(rows._fingerprint)
+        metrics += _print_answers(console, rows, label)
+        if is_sampled(rows):
+            console.print(Text("These are answers, not comparisons yet: simpo annotate and simpo pair make them.\n"))
+            continue
+        prepared = _preparer(rows)(rows, tokenizer, settings, label=label)
+        inspection = inspect_prepared(prepared, tokenizer, settings)
+        datasets.append(prepared.dataset)
+        _print_inspection(console, inspection)
+        metrics += inspection.metrics()
+        check_rows(limits, prepared.dataset, label)
+    if len(datasets) == 2:
+        _, shared = shared_rows(*datasets)
+        count = len(datasets[1])
+        of = f"{shared:,} of {count:,} eval {prepared.report.noun} ({shared / count:.1%})"
+        console.print(Text(f"{of} have a training prompt\n"))
+        metrics.append(Metric("data/eval/prompts_in_train", shared, n=count))
+    if datasets:
+        _print_examples(console, examples(datasets[0], tokenizer))
+    if arguments.output_dir:
+        identity = fingerprint(sources, [dataset._fingerprint for dataset in datasets])
+        folder = Path(arguments.output_dir).expanduser()
+        if (folder / "run.json").exists():
+            raise SimpoError(f"output_dir: {folder} holds a run; name another folder")
+        path = write_results(folder, command="inspect", fingerprint=identity, metrics=metrics)
+        console.print(Text(f"\nresults: {path}"))
+    return 0
+
+
+def _limits(model: ModelArguments) -> Limits:
+    """The model's; none where there is only a tokenizer."""
+    try:
+        return Limits.of(load_config(model))
+    except SimpoError as error:
+        print(f"what the model can read is not checked: {error}")
+        return Limits(None, None)
+
+
+def _sources(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """Label, name and split of the data sets; the test set's split is named as the training one's."""
+    yield "train", arguments.data, arguments.split
+    if arguments.eval_dataset_name:
+        yield "eval", arguments.eval_dataset_name, arguments.split.replace("train", "test")
+
+
+def _preparer(rows: Dataset) -> Callable[..., Prepared]:
+    """What tokenizes rows of this kind."""
+    if is_feedback(rows):
+        return prepare_feedback
+    if "scored" in rows.column_names:
+        return prepare_sft
+    row = first_canonical(rows)
+    conversation = "messages" in row or {"prompt", "completion"} <= set(row)
+    return prepare_sft if conversation and not is_comparison(row) else prepare
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("inspect", __doc__)
+    parser.add_argument("model", metavar="MODEL", help="model whose tokenizer and chat template are used (or --model)")
+    parser.add_argument("data", metavar="DATA", help="file, folder or hub id")
+    parser.add_argument("--eval_dataset_name", metavar="TEST", help="a test set, compared with DATA")
+    parser.add_argument("--split", default="train", help="split of DATA (default: train); TEST has its test split")
+    for key in ("max_length", "max_prompt_length"):
+        parser.add_argument(f"--{key}", type=int, metavar="N", help="as in a recipe")
+    for key in ("truncation", "truncation_mode"):
+        parser.add_argument(f"--{key}", metavar="HOW", help="as in a recipe")
+    for key in ("paper_tokenization", "auto_insert_empty_system_msg"):
+        parser.add_argument(f"--{key}", nargs="?", const=True, type=_truth, metavar="true|false", help="as in a recipe")
+    parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, file with one, or none")
+    add_rendering_options(parser)
+    parser.add_argument("--column_mapping", type=mapping, metavar="JSON", help="columns to rename, as in a recipe")
+    parser.add_remote_code()
+    parser.add_argument("--output_dir", metavar="DIR", help="folder for results.json")
+    return parser
+
+
+def _truth(text: str) -> bool:
+    known = {"true": True, "false": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return known[text.lower()]
+
+
+def _print_inspection(console: Console, inspection: Inspection) -> None:
+    for line in inspection.report.lines():
+        console.print(Text(printable(line)))
+    table = Table("tokens", box=None, header_style="bold")
+    for name in PERCENTILES:
+        table.add_column(name, justify="right")
+    for part, values in inspection.lengths.items():
+        table.add_row(part, *(f"{value:,}" for value in values.values()))
+    console.print(table)
+    bos = "the tokenizer has none" if inspection.one_bos is None else f"{inspection.one_bos:.1%} of prompts"
+    noun = inspection.report.noun
+    figures = {
+        "repeated": f"{inspection.repeated:,} {noun}; {inspection.repeated_prompts:,} have a prompt seen before",
+        "exactly one BOS, in front": bos,
+        "one end of turn, at the end": f"{inspection.ended:.1%} of responses",
+    }
+    if inspection.longer is not None:
+        longer = f"{inspection.longer:.1%} of {noun}; as long as rejected in {inspection.ties:.1%}"
+        figures = {"chosen longer": longer, "identical responses": f"{inspection.identical:,} {noun}"} | figures
+    for name, figure in figures.items():
+        console.print(Text(f"{name:<28} {figure}"))
+    console.print()
+
+
+def _print_answers(console: Console, rows: Dataset, label: str) -> list[Metric]:
+    """How different the answers to a prompt are, and their scores, if the rows have several answers."""
+    sets = read_answer_sets(rows)
+    if not sets:
+        return []
+    prefix = f"data/{label}/answers"
+    metrics = diversity_metrics(prefix, sets)
+    if any(found.scores for found in sets):
+        metrics += score_metrics(prefix, sets)
+    figures = {metric.name.removeprefix(f"{prefix}/"): metric for metric in metrics}
+    answers = [len(found.responses) for found in sets]
+    console.print(Text(f"{label}: {sum(answers):,} answers to {len(sets):,} prompts, {_span(answers)} to each"))
+    for name, (title, what) in _ANSWER_FIGURES.items():
+        if name in figures:
+            console.print(Text(f"{title:<28} {_shown(figures[name])} {what}"))
+    if "score" in figures:
+        spread = ", ".join(f"{name} {figures[f'score/{name}'].value:.4g}" for name in SCORE_PERCENTILES)
+        console.print(Text(f"{'scores':<28} {spread}"))
+        console.print(Text(f"{'all equally good':<28} {figures['all_equal'].value:,.0f} prompts"))
+        console.print(Text(f"{'without a score':<28} {figures['unscored'].value:,.0f} answers"))
+    console.print()
+    return metrics
+
+
+def _span(counts: Sequence[int]) -> str:
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
+def _shown(metric: Metric) -> str:
+    bounds = "" if metric.low is None or metric.high is None else f" [{metric.low:.3g}, {metric.high:.3g}]"
+    return f"{metric.value:.4g}{bounds}"
+
+
+def _print_examples(console: Console, shown: list[Example]) -> None:
+    # Without colours the marks alone say what is scored.
+    coloured = console.color_system is not None and not console.no_color
+    opening, closing = ("", "") if coloured else (">>>", "<<<")
+    how = "highlighted" if coloured else f"between {opening} and {closing}"
+    console.print(Text(f"Examples; the scored tokens are {how}."))
+    for example in shown:
+        console.print(Text(f"\n--- {printable(example.where)}", style="bold"))
+        console.print(Text(_shortened(example.prompt), style="dim"))
+        if example.spans:
+            _print_spans(console, example, opening, closing)
+            continue
+        for rank, response in enumerate(example.responses):
+            style = "black on green" if rank == 0 else "black on yellow"
+            single = len(example.responses) == 1
+            text = Text("response: " if single else "chosen: " if rank == 0 else "rejected: ")
+            text.append(f"{opening}{_shortened(response)}{closing}", style=style)
+            console.print(text)
+
+
+def _print_spans(console: Console, example: Example, opening: str, closing: str) -> None:
+    """The response of a conversation, of which only the answers are scored."""
+    text = Text("response: ")
+    for span, scored in example.spans:
+        if scored:
+            text.append(f"{opening}{_shortened(span)}{closing}", style="black on green")
+        else:
+            text.append(_shortened(span), style="dim")
+    console.print(text)
+
+
+def _shortened(text: str) -> str:
+    if len(text) > _SHOWN:
+        half = _SHOWN // 2
+        text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+    return printable(text)

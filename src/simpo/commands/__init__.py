@@ -1,1 +1,0 @@
-"""One module a command; a module is a command by being in this folder."""

@@ -1,0 +1,244 @@
+"""From a YAML file and a command line to dataclasses."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from simpo.config.fields import Setting, annotations_of, build, check_installed, fields_of, fit, help_text, is_required
+from simpo.config.foreign import Alias, known_spellings, paper_settings, resolve, unclear_objective
+from simpo.errors import CombinedError, SimpoError
+
+# ---- The settings of a command line.
+
+
+def read_command_line(arguments: list[str]) -> list[Setting]:
+    """``--key value ...`` and ``--key=value``, in their order; raises :class:`SimpoError` at a value without a key."""
+    given: dict[str, list[str]] = {}
+    values: list[str] | None = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            values = given.setdefault(name.replace("-", "_"), [])
+            if equals:
+                values.append(value)
+        elif values is None:
+            raise SimpoError(f"{argument}: expected [RECIPE.yaml] [--key value ...]")
+        else:
+            values.append(argument)
+    return [Setting(key, _option_value(values), None, f"--{key}") for key, values in given.items()]
+
+
+def _option_value(values: list[str]) -> Any:
+    if not values:
+        return True
+    plain = [None if value == "null" else value for value in values]
+    return plain[0] if len(plain) == 1 else plain
+
+
+# ---- The settings of a YAML file.
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its traps: no key twice, a key or a date is text, ``1e-6`` is a number.
+
+    Attributes:
+        mistakes: the keys that are given twice.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.mistakes: list[str] = []
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise SimpoError(f"{self.name}:{line}: a key must be text")
+            if key.value in lines:
+                self.mistakes.append(f"{self.name}:{line}: {key.value}: already given on line {lines[key.value]}")
+            lines.setdefault(key.value, line)
+            if key.tag != "tag:yaml.org,2002:merge":
+                key.tag = "tag:yaml.org,2002:str"
+        return node
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_file(path: str, mistakes: list[str]) -> list[Setting]:
+    """The keys of a recipe with their lines; those that are given twice are added to ``mistakes``.
+
+    Raises:
+        SimpoError: the file cannot be read or is not a mapping.
+    """
+    if path.endswith((".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")):
+        raise SimpoError(f"{path}: a file of data and not a recipe; name it with --dataset_name {path}")
+    try:
+        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        loader.name = path
+        settings = list(_settings(loader, path))
+        mistakes += loader.mistakes
+        return settings
+    except OSError as error:
+        raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SimpoError(f"{path}: not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = path if mark is None else f"{path}:{mark.line + 1}"
+        raise SimpoError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
+
+
+def _settings(loader: _Loader, path: str) -> Iterator[Setting]:
+    node = loader.get_single_node()
+    if node is None:
+        return
+    if not isinstance(node, yaml.MappingNode):
+        raise SimpoError(f"{path}:{node.start_mark.line + 1}: a recipe is a mapping of keys to values")
+    loader.flatten_mapping(node)  # merge keys (<<); what they bring comes first, so that own keys win
+    found = {}
+    for key, value in node.value:
+        place = f"{path}:{key.start_mark.line + 1}"
+        found[key.value] = Setting(key.value, _plain(loader, value), place, f"{place}: {key.value}")
+    yield from found.values()
+
+
+def _plain(loader: _Loader, node: yaml.Node) -> Any:
+    """A scalar as its text (None for null), a list of these, or a mapping, its values typed by YAML."""
+    value = loader.construct_object(node, deep=True)  # in any case, because it refuses what is unsafe
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(loader, item) for item in node.value]
+    return node.value if isinstance(node, yaml.ScalarNode) and value is not None else value
+
+
+logger = logging.getLogger(__package__)
+
+
+def parse_recipe(
+    argv: list[str],
+    types: tuple[type, ...],
+    *,
+    aliases: Mapping[str, Alias] | None = None,
+    replaces: Mapping[str, tuple[str, ...]] | None = None,
+) -> tuple[Any, ...]:
+    """Read ``[RECIPE.yaml] [--key value ...]`` into one instance of each of ``types``.
+
+    The keys are the fields of the dataclasses, and the command line wins over the file. On it ``--key value``
+    and ``--key=value`` are the same, ``--flag`` is true, a list is several values or JSON, a mapping is JSON,
+    and ``null`` is None. Older and foreign spellings are mapped, and keys that mean nothing here are dropped,
+    each with a warning of the package's logger. All mistakes are reported together.
+
+    Args:
+        argv: the arguments; the recipe, if any, comes first. ``--help`` anywhere prints the keys.
+        types: dataclasses; their fields' annotations say what fits.
+        aliases: further spellings, see :data:`~simpo.config.foreign.Alias`.
+        replaces: keys that exclude one another: a key and the others that say the same. Given in one place,
+            they are an error; given in both, those of the command line replace those of the file.
+
+    Raises:
+        SimpoError: a file that cannot be read, keys that are unknown, missing or given twice, values that do not
+            fit, an experiment tracker that is not installed, or a ValueError of a dataclass's ``__post_init__``;
+            names every key with its place.
+        SystemExit: with code 0, after ``--help``.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(help_text(types))
+        raise SystemExit(0)
+    path = argv[0] if argv and not argv[0].startswith("-") else None
+    mistakes: list[str] = []
+    file = read_file(path, mistakes) if path is not None else []
+    line = read_command_line(argv if path is None else argv[1:])
+
+    annotations = annotations_of(types)
+    spellings = {**known_spellings(annotations.keys()), **(aliases or {})}
+    in_file = {setting.key for setting in file}
+    given = in_file | {setting.key for setting in line}
+    if "objective" in annotations:
+        mistakes += unclear_objective({setting.key: setting.value for setting in (*file, *line)})
+    settings = _merge(
+        resolve(file, annotations.keys(), spellings, given, mistakes),
+        resolve(line, annotations.keys(), spellings, given, mistakes),
+        replaces or {},
+    )
+    settings |= _implied(path, in_file, given, annotations.keys())
+    values = {}
+    for key, setting in settings.items():
+        try:
+            values[key] = fit(setting, annotations[key])
+            if key == "report_to":
+                check_installed(values[key], setting.label)
+        except SimpoError as error:
+            mistakes.append(str(error))
+            values.pop(key, None)
+    return _build_all(types, values, settings, mistakes)
+
+
+def _implied(path: str | None, in_file: Set[str], given: Set[str], known: Set[str]) -> dict[str, Setting]:
+    """What the paper's own recipe leaves to the paper's code."""
+    found = {key: value for key, value in paper_settings(in_file, given).items() if key in known}
+    if found:
+        shown = ", ".join(f"{key}: {value}" for key, value in found.items())
+        logger.warning(
+            "%s has the keys of the paper's own recipes: texts are tokenized and cut as by the paper's code (%s); set "
+            "these keys to choose otherwise, and chat_template for another than the model's own (the paper's code has "
+            "its own for models with 'mistral' in their name)",
+            *(path, shown),
+        )
+    return {key: Setting(key, value, None, f"{path}: {key}") for key, value in found.items()}
+
+
+def _build_all(
+    types: tuple[type, ...], values: Mapping[str, Any], settings: Mapping[str, Setting], mistakes: list[str]
+) -> tuple[Any, ...]:
+    """An instance of each of ``types``; raises :class:`CombinedError` if there are ``mistakes``, with those found here.
+
+    A required key whose value does not fit is already among the mistakes, and not also missing.
+    """
+    built = []
+    for cls in types:
+        if any(is_required(field) and field.name in settings.keys() - values.keys() for field in fields_of(cls)):
+            continue
+        try:
+            built.append(build(cls, values, settings))
+        except CombinedError as error:
+            mistakes += error.args
+        except SimpoError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise CombinedError(*dict.fromkeys(mistakes))
+    return tuple(built)
+
+
+def _merge(
+    file: dict[str, Setting], line: dict[str, Setting], replaces: Mapping[str, tuple[str, ...]]
+) -> dict[str, Setting]:
+    """The command line over the file, without those of the file that it replaces."""
+    replaced: dict[str, str] = {}
+    for one, other in ((key, other) for key, others in replaces.items() for other in others):
+        for place in (file, line):
+            if one in place and other in place:
+                raise SimpoError(f"{place[one].label}: cannot be given together with {place[other].label}")
+        if one in line:
+            replaced[other] = one
+        if other in line:
+            replaced[one] = other
+    for key, by in replaced.items():
+        if key in file:
+            logger.warning("%s is replaced by %s", file[key].label, line[by].label)
+    return {key: setting for key, setting in file.items() if key not in replaced} | line

@@ -1,0 +1,137 @@
+"""Sampling from a model behind an OpenAI-compatible server: texts only, and nothing is asked twice."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, agree
+from simpo.data.inspection import AnswerSet, diversity_metrics
+from simpo.data.prompts import PlainPrompt, read_prompts
+from simpo.data.settings import RenderSettings
+from simpo.errors import SimpoError
+from simpo.generation.sample import FILE_NAME, PromptArguments
+from simpo.generation.settings import SamplingSettings, derived_seed
+from simpo.runs.atomic import remove_folder
+from simpo.runs.folder import RunFolder
+from simpo.runs.lines import stoppable, write_lines
+from simpo.runs.results import Metric, fingerprint, write_results
+from simpo.statistics import proportion_interval
+
+_SEEDS = 1 << 31  # as far as all servers count
+
+
+def sample_from_server(
+    endpoint: Endpoint,
+    source: PromptArguments,
+    settings: SamplingSettings,
+    folder: Path,
+    *,
+    yes: bool = False,
+    argv: Sequence[str] = (),
+) -> Path:
+    """Ask for answers to prompts and write ``responses.jsonl`` and ``results.json``.
+
+    Every reply is kept as soon as it has come, so that the same call, after a failure or a kill, asks for what is
+    missing. Rows have neither token ids nor log-probabilities; the server applies its own chat template.
+
+    Args:
+        endpoint: the model.
+        source: what is asked.
+        settings: how answers are drawn; each has a seed of its own, made from theirs, the prompt and its number.
+        folder: the run's folder.
+        yes: whether the user agrees beforehand to what is sent.
+        argv: the command line after the command's name, for the record.
+
+    Returns:
+        The path of ``results.json``.
+
+    Raises:
+        SimpoError: something that the user gave cannot be used, the user does not agree, or the server refuses.
+        InterruptedRun: the user stopped it; what was received is kept.
+    """
+    _check_supported(source, settings)
+    settings = settings.resolved(context=None, chunk_size=1)
+    with stoppable("interrupted; the same command continues"), RunFolder(folder, command="sample") as run:
+        endpoint.api_key()
+        prompts, report = read_prompts(source.rows())
+        _check_sendable(prompts)
+        for line in [f"model: {endpoint.model} at {endpoint.base_url}", *report.lines()]:
+            run.say(line)
+        identity = {
+            **{"model": endpoint.model, "engine": "server", "prompts": fingerprint([prompt.id for prompt in prompts])},
+            **dataclasses.asdict(settings),
+        }
+        run.begin(identity, argv=argv, accept_changes=None)
+        kept = folder / ".replies"
+        if run.finished:
+            run.say(f"{folder} holds this run already, finished")
+        else:
+            client = ChatClient(endpoint, kept, exact_temperature=True)
+            requests = [_request(prompt, number, settings) for prompt in prompts for number in range(settings.n)]
+            agree(client.estimate(requests), yes=yes, say=run.say)
+            replies = client.complete(requests, say=run.say)
+            run.say(client.usage.line())
+            if empty := sum(not reply.text.strip() for reply in replies):
+                run.say(
+                    f"note: {empty:,} answers are empty: the server refused or filtered them, or gave only reasoning"
+                )
+            groups = [replies[start : start + settings.n] for start in range(0, len(replies), settings.n)]
+            write_lines(folder / FILE_NAME, map(_row, prompts, groups))
+            metrics = [Metric(*figure) for figure in report.metrics()] + _metrics(groups)
+            write_results(folder, command="sample", fingerprint=run.fingerprint, metrics=metrics)
+            run.finish()
+        if kept.exists():
+            remove_folder(kept)
+    return folder / "results.json"
+
+
+def _check_supported(source: PromptArguments, settings: SamplingSettings) -> None:
+    """Raise :class:`SimpoError` for a setting that a server does not take."""
+    if source.chat_template is not None:
+        raise SimpoError("chat_template: a server applies its own; leave it out")
+    if source.rendering != RenderSettings():
+        raise SimpoError("chat_template_kwargs, system_message: a server renders prompts itself; leave them out")
+    if settings.top_k:
+        raise SimpoError("top_k: OpenAI-compatible servers have none; leave it out or use another engine")
+
+
+def _check_sendable(prompts: Sequence[PlainPrompt]) -> None:
+    """Raise :class:`SimpoError` for a prompt with tools or template variables, which are not sent."""
+    if unsent := next((prompt for prompt in prompts if prompt.context.columns), None):
+        name = next(iter(unsent.context.columns))
+        raise SimpoError(f"{unsent.where}: engine server does not send {name}; use another engine, or leave it out")
+
+
+def _request(prompt: PlainPrompt, number: int, settings: SamplingSettings) -> ChatRequest:
+    content = prompt.content
+    assert settings.max_new_tokens is not None
+    return ChatRequest(
+        [{"role": "user", "content": content}] if isinstance(content, str) else content,
+        settings.max_new_tokens,
+        settings.temperature,
+        seed=None if settings.greedy else derived_seed(settings.seed, int(prompt.id, 16), number) % _SEEDS,
+        top_p=None if settings.top_p == 1 or settings.greedy else settings.top_p,
+    )
+
+
+def _row(prompt: PlainPrompt, replies: Sequence[ChatReply]) -> dict[str, Any]:
+    return {
+        "id": prompt.id,
+        "prompt": prompt.content,
+        "responses": [reply.text for reply in replies],
+        "finished": [not reply.cut_off for reply in replies],
+        "where": prompt.where,
+        "extra": prompt.extra,
+    }
+
+
+def _metrics(groups: Sequence[Sequence[ChatReply]]) -> list[Metric]:
+    ended = [not reply.cut_off for replies in groups for reply in replies]
+    share = proportion_interval(sum(ended), len(ended))
+    return [
+        *diversity_metrics("sample", [AnswerSet([reply.text for reply in replies]) for replies in groups]),
+        Metric("sample/ended", share.value, None, share.n, share.low, share.high, share.method),
+    ]

@@ -1,0 +1,114 @@
+"""The engine on vLLM, where it is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from simpo.config.coercion import nearest
+from simpo.errors import SimpoError
+from simpo.generation.engine import Sampled
+from simpo.generation.settings import SamplingSettings, derived_seed
+from simpo.models.adapters import find_adapter
+from simpo.models.settings import ModelArguments
+
+# Engine arguments that follow from the command's own options, or that sampling depends on.
+_FIXED = (
+    "model",
+    "tokenizer",
+    "revision",
+    "trust_remote_code",
+    "dtype",
+    "generation_config",
+    "logprobs_mode",
+    "runner",
+)
+
+
+def load_vllm(model: ModelArguments) -> Any:
+    """The package, for a model that it can take.
+
+    Raises:
+        SimpoError: vLLM is not installed, or the model is an adapter.
+    """
+    try:
+        import vllm  # noqa: PLC0415 - an optional dependency
+    except ImportError as error:
+        raise SimpoError("engine: vLLM is not installed; pip install 'simpo[vllm]'") from error
+    if find_adapter(model.model_name_or_path, model.model_revision) is not None:
+        raise SimpoError("engine: vLLM takes whole models here; 'simpo merge' the adapter first")
+    return vllm
+
+
+def _check_engine_args(vllm: Any, engine_args: Mapping[str, Any]) -> None:
+    """Raise :class:`SimpoError` for names that vLLM does not know, or that are not free."""
+    known = [field.name for field in dataclasses.fields(vllm.EngineArgs)]
+    for name in engine_args:
+        if name in _FIXED:
+            raise SimpoError(f"engine_args: {name}: is set by simpo and its own options; leave it out")
+        if name not in known:
+            raise SimpoError(f"engine_args: vLLM {vllm.__version__} has no {name!r}{nearest(name, known)}")
+
+
+class VllmEngine:
+    """Samples with vLLM on all GPUs of this machine.
+
+    Args:
+        model: which model; vLLM loads it itself.
+        stop_ids: the tokens that end a response.
+        engine_args: further arguments of ``vllm.EngineArgs``, such as ``max_model_len``.
+
+    Raises:
+        SimpoError: as :func:`load_vllm`; an argument that vLLM does not have or cannot use; or it cannot start.
+    """
+
+    def __init__(
+        self, model: ModelArguments, stop_ids: list[int], engine_args: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        self._vllm = load_vllm(model)
+        _check_engine_args(self._vllm, engine_args)
+        self._stop_ids = stop_ids
+        given: dict[str, Any] = {"tensor_parallel_size": max(1, torch.cuda.device_count())} | dict(engine_args)
+        try:
+            self._llm = self._vllm.LLM(
+                model=model.model_name_or_path,
+                revision=model.model_revision,
+                trust_remote_code=model.trust_remote_code,
+                dtype=model.dtype,
+                generation_config="vllm",  # nothing of the checkpoint's own sampling
+                logprobs_mode="raw_logprobs",
+                **given,
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise SimpoError(f"engine: vLLM cannot start with {given}: {reason}") from error
+
+    def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
+        """One response to every prompt; see :class:`simpo.generation.engine.Engine`."""
+        found = self._llm.generate(
+            [self._vllm.TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
+            [self._parameters(settings, derived_seed(seed, number)) for number in range(len(prompts))],
+            use_tqdm=False,
+        )
+        return [self._sampled(request.outputs[0]) for request in found]
+
+    def _parameters(self, settings: SamplingSettings, seed: int) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            max_tokens=settings.max_new_tokens,
+            seed=seed,
+            stop_token_ids=self._stop_ids,
+            logprobs=0,  # of the sampled token only
+            detokenize=False,
+        )
+
+    def _sampled(self, output: Any) -> Sampled:
+        ids = list(output.token_ids)
+        logp = sum(step[token_id].logprob for step, token_id in zip(output.logprobs, ids, strict=True))
+        return Sampled(ids, output.finish_reason == "stop", float(logp))

@@ -1,0 +1,104 @@
+"""Judges and scorers by the names that the command line gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpo.client import ChatClient
+from simpo.config.coercion import nearest
+from simpo.errors import SimpoError
+from simpo.judging.models import LogpScorer, RewardModelScorer
+from simpo.judging.pairwise import PairwiseApiJudge, TournamentScorer
+from simpo.judging.protocol import Annotator, Judge, Scorer
+from simpo.judging.scored import ExactScorer, FunctionScorer, HumanJudge, ScorerJudge
+from simpo.models.settings import ModelArguments
+
+SCORERS = "exact, function:MODULE:NAME, reward:MODEL, logp:MODEL"
+JUDGES = f"{SCORERS}, human:FILE, api"
+ANNOTATORS = f"{SCORERS}, api"
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """What judges need in addition to their names.
+
+    Attributes:
+        client: whom ``api`` asks; None if no server was named.
+        prompt: file of its judge prompt; None for the one that comes with the package.
+        max_tokens: longest reply of it.
+        dtype: type of a judging model's weights; None chooses by the device.
+        trust_remote_code: run code: a function, or what comes with a model.
+        strip_thinking: show judges the answers without the thinking that they begin with.
+        say: gets lines of progress.
+    """
+
+    client: ChatClient | None = None
+    prompt: Path | None = None
+    max_tokens: int = 1024
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    strip_thinking: bool = False
+    say: Callable[[str], None] = print
+
+
+def make_judge(name: str, options: JudgeOptions) -> Judge:
+    """The judge of that name; any scorer is one.
+
+    Raises:
+        SimpoError: there is none, or something that it needs is missing.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "human" and rest:
+        return HumanJudge(Path(rest).expanduser())
+    if name == "api":
+        return _api(options)
+    return ScorerJudge(make_scorer(name, options, known=JUDGES))
+
+
+def check_judges_anew(name: str) -> None:
+    """Refuse a judge that has verdicts on one set of answers only, for answers that are new at every time.
+
+    Raises:
+        SimpoError: it is such a judge.
+    """
+    if name.partition(":")[0] == "human":
+        raise SimpoError(f"{name}: its verdicts are on other answers; new ones can be judged by {ANNOTATORS}")
+
+
+def make_annotator(name: str, options: JudgeOptions) -> Annotator:
+    """What scores responses under that name: a scorer, or ``api``, a judge of pairs that every two of them meet before.
+
+    Raises:
+        SimpoError: there is none, or something that it needs is missing.
+    """
+    return TournamentScorer(_api(options)) if name == "api" else make_scorer(name, options, known=ANNOTATORS)
+
+
+def _api(options: JudgeOptions) -> PairwiseApiJudge:
+    if options.client is None:
+        raise SimpoError("judge api: name the server and the model with --judge_url and --judge_model")
+    return PairwiseApiJudge(options.client, prompt=options.prompt, max_tokens=options.max_tokens, say=options.say)
+
+
+def make_scorer(name: str, options: JudgeOptions, *, known: str = SCORERS) -> Scorer:
+    """The scorer of that name.
+
+    Args:
+        name: as the command line gives it.
+        options: what it may need.
+        known: names for the message.
+
+    Raises:
+        SimpoError: there is none, or something that it needs is missing.
+    """
+    kind, _, rest = name.partition(":")
+    if name == "exact":
+        return ExactScorer()
+    if kind == "function" and rest:
+        return FunctionScorer(rest, trust_remote_code=options.trust_remote_code)
+    if kind in ("reward", "logp") and rest:
+        model = ModelArguments(rest, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+        return (RewardModelScorer if kind == "reward" else LogpScorer)(model, options.say)
+    raise SimpoError(f"judge {name!r} is not known{nearest(name, known.split(', '))}; the judges are {known}")

@@ -1,0 +1,1 @@
+"""What a command does: sample, annotate, pair, loop, sweep."""

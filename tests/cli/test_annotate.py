@@ -1,0 +1,268 @@
+"""``simpo annotate``: every annotator on real answers, killed runs, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from itertools import combinations
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tests.servers.chat_server import ChatServer, Raw, completion
+
+from simpo.cli import main
+from simpo.judging import annotate as annotation
+from simpo.judging.protocol import Answers
+from simpo.judging.registry import JudgeOptions, make_scorer
+from simpo.runs.lines import read_lines
+from simpo.runs.results import read_results
+from simpo.world.judge import draw_answer, judge
+from simpo.world.pairs import make_prompts
+from simpo.world.questions import read_question
+
+PROMPTS = [row["prompt"] for row in make_prompts(12, seed=3)]
+
+
+def rows(n=4):
+    rng = random.Random(0)
+    return [
+        {"id": f"i{number}", "prompt": prompt, "responses": [draw_answer(read_question(prompt), rng) for _ in range(n)]}
+        | {"finished": [True] * n, "where": f"p.jsonl:{number}"}
+        for number, prompt in enumerate(PROMPTS)
+    ]
+
+
+@pytest.fixture
+def sampled(tmp_path):
+    """A folder with ``responses.jsonl``."""
+    write(tmp_path / "sampled/responses.jsonl", rows())
+    return tmp_path
+
+
+def write(path, records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in records))
+
+
+def command(folder, annotator, *options, output="out"):
+    return ["annotate", str(folder / "sampled"), "--annotator", annotator, f"--output_dir={folder / output}", *options]
+
+
+def figures(folder):
+    return {metric.name: metric for metric in read_results(folder / "results.json").metrics}
+
+
+def test_the_exact_judge(sampled, capsys):
+    assert main(command(sampled, "exact")) == 0
+    found = read_lines(sampled / "out/annotated.jsonl")
+    for row, given in zip(found, rows(), strict=True):
+        scores = [judge(row["prompt"], text) for text in row["responses"]]
+        assert row == given | {"scores": scores}
+    for best, row in zip(read_lines(sampled / "out/best.jsonl"), found, strict=True):
+        place = row["scores"].index(max(row["scores"]))
+        assert best == {
+            **{"id": row["id"], "prompt": row["prompt"]},
+            **{"responses": [row["responses"][place]], "scores": [max(row["scores"])]},
+        }
+    wins = []
+    for row in found:
+        answers = combinations(zip(row["responses"], row["scores"], strict=True), 2)
+        clear = [(len(a) > len(b)) == (x > y) for (a, x), (b, y) in answers if len(a) != len(b) and x != y]
+        wins += [sum(clear) / len(clear)] if clear else []
+    measured = figures(sampled / "out")
+    assert measured["annotate/longer_wins"].value == pytest.approx(sum(wins) / len(wins))
+    assert measured["annotate/best_score"].value == pytest.approx(sum(max(row["scores"]) for row in found) / 12)
+    assert (measured["annotate/unscored"].value, measured["annotate/score/p50"].n) == (0, 48)
+    printed = capsys.readouterr().out
+    assert "12 of 12 prompts scored" in printed and "annotate/longer_wins" in printed
+
+
+def test_a_run_that_was_killed_goes_on(sampled, monkeypatch):
+    """Parts that are there are not scored again, and the files are the same."""
+    monkeypatch.setattr(annotation, "_AT_ONCE", 5)
+    assert main(command(sampled, "exact")) == 0
+    with monkeypatch.context() as patch:
+        scored = iter([*[[[float(judge(row["prompt"], text)) for text in row["responses"]] for row in rows()[:5]]]])
+        patch.setattr("simpo.judging.scored.ExactScorer.score", lambda self, part: next(scored))
+        with pytest.raises(StopIteration):  # what no command foresees
+            main(command(sampled, "exact", output="killed"))
+    assert not (sampled / "killed/annotated.jsonl").exists()
+    with (sampled / "killed/.scores.jsonl").open("a") as file:
+        file.write('{"scores": [[1.')  # as a kill leaves it
+    assert main(command(sampled, "exact", output="killed")) == 0
+    for name in ("annotated.jsonl", "best.jsonl", "results.json"):
+        assert (sampled / "out" / name).read_bytes() == (sampled / "killed" / name).read_bytes()
+    assert not list((sampled / "killed").glob(".scores*"))
+
+
+def test_another_annotator_needs_another_folder(sampled, capsys):
+    assert main(command(sampled, "exact")) == 0
+    before = (sampled / "out/annotated.jsonl").stat().st_mtime_ns
+    assert main(command(sampled, "exact")) == 0
+    assert (sampled / "out/annotated.jsonl").stat().st_mtime_ns == before
+    write(sampled / "sampled/responses.jsonl", rows()[:6])
+    assert main(command(sampled, "exact")) == 2
+    assert "responses: other contents" in capsys.readouterr().err
+
+
+def test_a_policys_log_probabilities(sampled, chat_world):
+    write(sampled / "sampled/responses.jsonl", [rows(2)[0] | {"prompt": "What is 1 and 2?", "responses": ["3.", "4."]}])
+    name = f"logp:{chat_world / 'model'}"
+    assert main(command(sampled, name)) == 0
+    [expected] = make_scorer(name, JudgeOptions()).score([Answers("i0", "What is 1 and 2?", ("3.", "4."))])
+    assert read_lines(sampled / "out/annotated.jsonl")[0]["scores"] == expected
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_folder(sampled, chat_world, capsys, tmp_path):
+    shutil.copytree(chat_world / "model", tmp_path / "broken")
+    weights = load_file(tmp_path / "broken/model.safetensors")
+    weights.pop(lost := min(weights))
+    save_file(weights, tmp_path / "broken/model.safetensors", metadata={"format": "pt"})
+    assert main(command(sampled, f"logp:{tmp_path / 'broken'}")) == 2
+    printed = capsys.readouterr().err
+    assert f"1 missing ({lost})" in printed and printed.count("\n") == 1
+    assert not (sampled / "out").exists()
+
+
+def test_a_judge_of_pairs(sampled):
+    """The score is the mean probability of winning against the others; no verdict is no meeting, not a loss."""
+    texts = ["gold", "silver", "bronze", "unspeakable", "silver"]
+    ranks = {"gold": 3, "silver": 2, "bronze": 1}
+    write(sampled / "sampled/responses.jsonl", [{"id": "a", "prompt": "q", "responses": texts}])
+
+    def answer(body):
+        first, second = re.findall(r"<answer_[AB]>\n(.*?)\n</answer_", body["messages"][0]["content"], re.DOTALL)
+        if "unspeakable" in (first, second):
+            return completion("I would rather not.")
+        return completion(f"[[{'A' if ranks[first] > ranks[second] else 'B'}]]")
+
+    with ChatServer(answer, faults=[Raw(500), Raw(429, headers={"Retry-After": "0"})]) as server:
+        options = [f"--judge_url={server.url}", "--judge_model=tiny", f"--cache={sampled / 'cache'}"]
+        assert main(command(sampled, "api", *options)) == 2  # nobody is there to agree to the cost
+        assert not server.bodies
+        assert main(command(sampled, "api", *options, "--yes")) == 0
+        asked = len(server.bodies)
+        assert main(command(sampled, "api", *options, "--yes", output="again")) == 0
+        assert len(server.bodies) == asked
+    [row] = read_lines(sampled / "out/annotated.jsonl")
+    # silver: lost to gold, beat bronze, tied with itself
+    assert row["scores"] == [1.0, 0.5, 0.0, None, 0.5]
+    assert (sampled / "out/annotated.jsonl").read_bytes() == (sampled / "again/annotated.jsonl").read_bytes()
+    assert figures(sampled / "out")["annotate/unscored"].value == 1
+    assert main(["pair", str(sampled / "out"), f"--output_dir={sampled / 'pairs'}"]) == 0
+    assert [(row["chosen"], row["rejected"]) for row in read_lines(sampled / "pairs/pairs.jsonl")] == [
+        ("gold", "bronze")
+    ]
+
+
+def test_a_refused_request_is_no_meeting(sampled, capsys, monkeypatch):
+    """Also where only refused ones are left after a kill, in a part of its own."""
+    monkeypatch.setattr(annotation, "_AT_ONCE", 2)
+    records = [{"id": name, "prompt": name, "responses": ["gold.", "tin."]} for name in ("one", "two", "long")]
+    write(sampled / "sampled/responses.jsonl", records)
+
+    def answer(body):
+        text = body["messages"][0]["content"]
+        if "<request>\nlong\n</request>" in text:
+            return Raw(400, b'{"error": {"message": "too long"}}')
+        return completion(f"[[{'A' if text.index('gold.') < text.index('tin.') else 'B'}]]")
+
+    with ChatServer(answer) as server:
+        options = [f"--judge_url={server.url}", "--judge_model=tiny", f"--cache={sampled / 'cache'}", "--yes"]
+        assert main(command(sampled, "api", *options)) == 0
+        assert "2 of 6 requests refused, the first with status 400: too long" in capsys.readouterr().out
+        (sampled / "killed").mkdir()
+        for name in ("run.json", ".scores.jsonl"):
+            (sampled / "killed" / name).touch()
+        record = json.loads((sampled / "out/run.json").read_text())
+        (sampled / "killed/run.json").write_text(json.dumps(record | {"status": "running", "finished": None}))
+        write(sampled / "killed/.scores.jsonl", [{"scores": [[1.0, 0.0], [1.0, 0.0]]}])
+        assert main(command(sampled, "api", *options, output="killed")) == 0
+    assert [row["scores"] for row in read_lines(sampled / "out/annotated.jsonl")] == [[1, 0], [1, 0], [None, None]]
+    for name in ("annotated.jsonl", "best.jsonl", "results.json"):
+        assert (sampled / "out" / name).read_bytes() == (sampled / "killed" / name).read_bytes()
+
+
+def test_nobody_may_share_an_annotation(sampled, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command(sampled, "exact")) == 2
+    error = capsys.readouterr().err
+    assert "simpo annotate runs in one process" in error and error.count("\n") == 1
+    assert not (sampled / "out").exists()
+
+
+def test_a_server_that_refuses_loses_nothing(sampled, capsys):
+    with ChatServer(lambda body: completion("[[A]]"), faults=[]) as server:
+        options = [f"--judge_url={server.url}", "--judge_model=tiny", f"--cache={sampled / 'cache'}", "--yes"]
+        server.faults += [Raw(401, b'{"error": {"message": "who are you?"}}')]
+        assert main(command(sampled, "api", *options, "--judge_concurrency=1")) == 2
+        printed = capsys.readouterr().err
+        assert "401" in printed and printed.count("\n") == 1
+        assert main(command(sampled, "api", *options)) == 0
+
+
+def test_a_key_that_is_missing_is_named(sampled, capsys, monkeypatch):
+    monkeypatch.delenv("MY_KEY", raising=False)
+    options = ["--judge_url=https://judge.invalid/v1", "--judge_model=m", "--judge_key_env=MY_KEY", "--yes"]
+    assert main(command(sampled, "api", *options)) == 2
+    printed = capsys.readouterr().err
+    assert "set the environment variable MY_KEY" in printed and printed.count("\n") == 1
+    assert not (sampled / "out").exists()
+
+
+SCORERS = """
+def nan(prompt, response): return float("nan")
+def words(prompt, response): return "many"
+def length(prompt, response): return len(response)
+"""
+
+
+@pytest.mark.parametrize(
+    ("annotator", "options", "said"),
+    [
+        (
+            "function:scorers_of_test:nan",
+            ["--trust_remote_code"],
+            "prompt i0: [nan, nan, nan, nan]",
+        ),
+        ("function:scorers_of_test:words", ["--trust_remote_code"], "prompt i0: ValueError"),
+        ("function:scorers_of_test:length", [], "allow it with --trust_remote_code"),
+        ("api", [], "--judge_url and --judge_model"),
+        ("exakt", [], "did you mean exact?"),
+        ("human:x.jsonl", [], "not known"),
+    ],
+)
+def test_annotators_that_cannot_serve(annotator, options, said, sampled, capsys, monkeypatch):
+    (sampled / "scorers_of_test.py").write_text(SCORERS)
+    monkeypatch.chdir(sampled)
+    assert main(command(sampled, annotator, *options)) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "responses.jsonl: cannot be read"),
+        ("", "responses.jsonl: no rows"),
+        ('{"prompt": "p"}\n', "responses.jsonl:1: no id and prompt"),
+        (
+            '{"id": "1", "prompt": [1], "responses": ["a"]}\n',
+            "responses.jsonl:1: prompt holds something other than mess",
+        ),
+        ('{"id": "1", "prompt": [], "responses": ["a"]}\n', "responses.jsonl:1: prompt has no messages"),
+        ('{"id": "1", "prompt": "p", "responses": []}\n', "responses.jsonl:1: responses: expected one or more texts"),
+        ('{"id": "1", "prompt": "p", "responses": ["a"]}\n{"id', "responses.jsonl:2: a torn line"),
+        ('{"id": "1", "prompt": "Who?", "responses": ["a"]}\n', "exact: prompt 1:"),
+    ],
+)
+def test_responses_that_cannot_be_annotated(content, said, tmp_path, capsys):
+    (tmp_path / "sampled").mkdir()
+    if content is not None:
+        (tmp_path / "sampled/responses.jsonl").write_text(content)
+    assert main(command(tmp_path, "exact")) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("\n") == 1
+    assert not (tmp_path / "out/annotated.jsonl").exists()

@@ -1,0 +1,131 @@
+"""``simpo chat`` with piped input, against the answers of transformers' own ``generate``."""
+
+import io
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from simpo.cli import chat, main
+
+TEXTS = ["Which colour is grass?", "Grass is green.", "What does a dog do?"] * 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, write_chat_model):
+    """A tiny chat model with 128 positions."""
+    folder = tmp_path_factory.mktemp("model")
+    write_chat_model(folder, TEXTS, 128)
+    return folder
+
+
+@pytest.fixture
+def talk(folder, monkeypatch, capsys):
+    """``talk(*lines, **options)``: exit code, and what was printed on both streams."""
+
+    def run(*lines, model=folder, **options):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        given = {"temperature": 0, "max_new_tokens": 12} | options
+        code = main(["chat", str(model), *(f"--{key}={value}" for key, value in given.items())])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def expected(folder):
+    """``expected(*turns, system=None)``: the greedy answers, each turn with all before it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def answers(*turns, system=None):
+        messages = [{"role": "system", "content": system}] if system else []
+        found = []
+        for turn in turns:
+            messages.append({"role": "user", "content": turn})
+            prompt = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            ids = model.generate(**prompt, do_sample=False, max_new_tokens=12)[0, prompt["input_ids"].shape[1] :]
+            found.append(tokenizer.decode(ids, skip_special_tokens=True))
+            messages.append({"role": "assistant", "content": found[-1]})
+        return found
+
+    return answers
+
+
+def shown(text):
+    return chat.printable(text.replace("\t", "    "))
+
+
+def test_every_answer_sees_the_turns_before_it(talk, expected):
+    turns = ("Which colour is grass?", "What does a dog do?")
+    code, out, _ = talk(*turns)
+    first, second = expected(*turns)
+    assert code == 0
+    assert shown(first) in out and shown(second) in out.partition(shown(first))[2]
+    assert expected(turns[1])[0] != second
+    assert "[stopped at max_new_tokens 12]" in out
+
+
+def test_reset_forgets_them(talk, expected):
+    _, out, _ = talk("Which colour is grass?", "/reset", "What does a dog do?")
+    assert shown(expected("What does a dog do?")[0]) in out.partition("[new conversation]")[2]
+
+
+def test_exit_and_empty_lines(talk):
+    code, out, _ = talk("", "  ", "/exit", "Which colour is grass?")
+    assert code == 0 and out.count("\n") == 1
+
+
+def test_the_system_message_is_first_and_stays(talk, expected):
+    _, out, _ = talk("What does a dog do?", "/reset", "What does a dog do?", system="Bark.")
+    answer = shown(expected("What does a dog do?", system="Bark.")[0])
+    assert out.count(answer) == 2 and answer != shown(expected("What does a dog do?")[0])
+
+
+def test_a_full_context_is_said(talk):
+    code, out, _ = talk(*["Which colour is grass?"] * 8, "/reset", "What does a dog do?")
+    assert code == 0
+    full = out.index("[the model's context of 128 tokens is full; /reset starts a new conversation]")
+    assert out.index("[stopped at max_new_tokens 12]") < full
+    assert "[stopped at max_new_tokens 12]" in out.partition("[new conversation]")[2]
+
+
+def test_a_model_cannot_steer_the_terminal(talk, monkeypatch):
+    decode = "simpo.generation.engine.ResponseText.decode"
+    monkeypatch.setattr(decode, lambda self, prompt, ids: "\x1b[2Jred\tone\r"[: len(ids)])
+    _, out, _ = talk("Which colour is grass?")
+    assert "\\x1b[2Jred    one\\r\n" in out and "\x1b" not in out and "\r" not in out
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(talk, monkeypatch):
+    pieces = []
+
+    def show(piece):
+        pieces.append(piece)
+        if len(pieces) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(chat, "_show", show)
+    assert threading.current_thread() is threading.main_thread()
+    code, out, _ = talk("Which colour is grass?", "What does a dog do?")
+    assert code == 0
+    assert out.count("[stopped]") == 1 and out.count("[stopped at max_new_tokens 12]") == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_mistakes_end_in_one_line(talk, folder, tmp_path):
+    for options, said in (
+        ({"chat_template": "none"}, "no chat template; give one with chat_template"),
+        ({"temperature": -1}, "temperature: must be"),
+        ({"max_new_tokens": 128}, "context of 128"),
+        ({"model": "./nowhere"}, "./nowhere"),
+        ({"chat_template": "{{ raise_exception('users only') }}"}, "users only"),
+    ):
+        code, _, error = talk("Hi", **options)
+        assert code == 2 and error.count("\n") == 1 and said in error, error

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from simpo import cli
+from simpo.cli import inspect
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+ROWS = [{"prompt": f"question {number}", "chosen": "a longer answer", "rejected": "short"} for number in range(4)]
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A folder with a tokenizer of single bytes."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", chat_template=TEMPLATE
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def write(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write(tmp_path / "train.jsonl", ROWS)
+
+
+def test_figures_are_printed_and_written(model, data, tmp_path, capsys):
+    test = write(tmp_path / "test.jsonl", [{**ROWS[0], "chosen": "other"}, {**ROWS[0], "prompt": "new"}])
+    options = ["--model", model, "--eval_dataset_name", test, "--output_dir", str(tmp_path / "out")]
+    assert inspect.main([data, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 4 comparisons of 4 rows" in printed
+    assert "chosen longer                100.0% of comparisons; as long as rejected in 0.0%" in printed
+    assert "1 of 2 eval comparisons (50.0%) have a training prompt" in printed
+    assert (
+        "<bos>[user]question 0<eos>[assistant]\nchosen: >>>a longer answer<eos><<<\nrejected: >>>short<eos><<<"
+        in printed
+    )
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    figures = {metric["name"]: metric["value"] for metric in results["metrics"]}
+    assert results["command"] == "inspect"
+    # One token a byte: the bytes of the answers and the end of turn.
+    assert figures["data/train/tokens/chosen/max"] == len("a longer answer") + 1
+    assert figures["data/train/tokens/prompt/p50"] == len("[user]question 0[assistant]") + 2
+    assert figures["data/eval/prompts_in_train"] == 1 and figures["data/eval/ties"] == 0.5
+
+
+def test_what_would_be_dropped_and_cut_is_said(model, tmp_path, capsys):
+    rows = [*ROWS, {**ROWS[0], "prompt": "q" * 200}, {**ROWS[0], "chosen": "c" * 200}]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert inspect.main([path, "--model", model, "--max_length=100", "--max_prompt_length=40"]) == 0
+    printed = capsys.readouterr().out
+    assert "cut 1: prompt cut to max_prompt_length (a.jsonl:5)" in printed
+    assert "dropped 1: longer than max_length even if its prompt is cut (a.jsonl:6)" in printed
+
+
+def test_options_reach_the_tokenization(model, data, capsys):
+    assert inspect.main([data, "--model", model, "--paper_tokenization", "true"]) == 0
+    assert "chosen: >>>[assistant]a longer answer<eos><<<" in capsys.readouterr().out
+    assert inspect.main([data, "--model", model, "--chat_template", "none"]) == 0
+    assert "question 0\nchosen: >>>a longer answer<eos><<<" in capsys.readouterr().out
+
+
+def test_data_cannot_steer_the_terminal(model, tmp_path, capsys):
+    path = write(
+        tmp_path / "a.jsonl", [{"prompt": "[red]\x1b[2J\u202e", "chosen": "[/bold] a\r", "rejected": "b\n\x07c"}]
+    )
+    assert inspect.main([path, "--model", model]) == 0
+    printed = capsys.readouterr().out
+    assert r"[red]\x1b[2J\u202e" in printed and r">>>[/bold] a\r<eos><<<" in printed and "b\n\\x07c" in printed
+
+
+def test_long_examples_say_what_is_left_out(model, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{**ROWS[0], "chosen": "c" * 1000}])
+    assert inspect.main([path, "--model", model]) == 0
+    assert f">>>{'c' * 300} [... 405 characters ...] {'c' * 295}<eos><<<" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--truncation", "cut"], "truncation: 'cut' is not one of prompt, drop, paper"),
+        (["--max_length", "many"], "argument --max_length: invalid int value: 'many'; simpo inspect --help"),
+        (["--paper_tokenization", "maybe"], "'maybe' is not true or false"),
+        (["--lenght", "3"], "unrecognized arguments: --lenght 3"),
+        (["--max_length", "8"], "train: no comparison fits max_length 8"),
+    ],
+)
+def test_mistakes_end_in_one_line(model, data, capsys, options, message):
+    assert cli.main(["inspect", data, "--model", model, *options]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("simpo: error: ") and message in last
+
+
+def test_missing_file(model, capsys):
+    assert cli.main(["inspect", "nowhere.jsonl", "--model", model]) == 2
+    assert "nowhere.jsonl: file not found" in capsys.readouterr().err
+
+
+SAMPLED = [
+    {"id": "a", "prompt": "q", "responses": ["one two three", "one two four", "one two three"], "finished": [True] * 3},
+    {"id": "b", "prompt": "r", "responses": ["yes", "no"], "finished": [True, False]},
+]
+
+
+def test_sampled_answers(model, tmp_path, capsys):
+    """What simpo sample leaves, and what simpo annotate makes of it: figures, although nothing can be compared yet."""
+    path = write(tmp_path / "responses.jsonl", SAMPLED)
+    assert inspect.main([path, "--model", model, "--output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 5 answers to 2 prompts, 2 to 3 to each" in printed
+    assert "not comparisons yet" in printed and "scores" not in printed
+    scored = [row | {"scores": [1.0, None, 1.0][: len(row["responses"])]} for row in SAMPLED]
+    path = write(tmp_path / "annotated.jsonl", scored)
+    assert inspect.main([path, "--model", model, "--output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "all equally good             2 prompts" in printed and "without a score              2 answers" in printed
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    figures = {metric["name"]: metric["value"] for metric in results["metrics"]}
+    assert figures["data/train/answers/distinct_answers"] == pytest.approx((2 / 3 + 1) / 2)
+    assert figures["data/train/answers/distinct_2"] == pytest.approx(3 / 6)
+    # Two thirds of two pairs and the whole of the third; the two words of the other prompt are different.
+    assert figures["data/train/answers/overlap"] == pytest.approx(((1 / 3 + 1 + 1 / 3) / 3 + 0) / 2)
+
+
+@pytest.mark.parametrize("scores", [[1, "x"], [1, [2]], [1, float("nan")]])
+def test_scores_that_are_no_numbers(scores, model, tmp_path, capsys):
+    rows = [{"prompt": "p", "responses": ["a", "b"], "scores": scores}]
+    assert cli.main(["inspect", write(tmp_path / "k.jsonl", rows), "--model", model]) == 2
+    printed = capsys.readouterr()
+    assert "k.jsonl:1: a score is not a number" in printed.err and printed.err.count("\n") == 1
+    assert "nan" not in printed.out
+
+
+def test_rankings(model, tmp_path, capsys):
+    """K-wise rows are measured as answers and inspected as comparisons."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"q {n}"}], "responses": answers, "scores": [3.0, 1.0, 2.0]}
+        for n, answers in enumerate(
+            [["a long one", "b", "c d"], [[{"role": "assistant", "content": t}] for t in "xyz"]]
+        )
+    ]
+    assert inspect.main([write(tmp_path / "k.jsonl", rows), "--model", model]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 6 answers to 2 prompts, 3 to each" in printed
+    assert "longer has the higher score  1 of a prompt's pairs" in printed
+    assert "train: 2 comparisons of 2 rows" in printed
+
+
+def test_conversations_are_shown_as_they_are_learned(model, tmp_path, capsys):
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
+    rows.append({"instruction": "Add.", "input": "1", "output": "2"})
+    options = ["--model", model, "--output_dir", str(tmp_path / "out")]
+    assert inspect.main([write(tmp_path / "a.jsonl", rows), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 2 conversations of 2 rows" in printed
+    assert "recognized 1: instruction and input as prompt; output as completion (a.jsonl:2)" in printed
+    assert "response: >>>two<eos><<<[user]three<eos>[assistant]>>>four<eos><<<" in printed
+    assert "[user]Add.\n\n1<eos>[assistant]\nresponse: >>>2<eos><<<" in printed and "rejected" not in printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    figures = {metric["name"]: metric["value"] for metric in results["metrics"]}
+    assert figures["data/train/tokens/response/p5"] == 2 and figures["data/train/ended"] == 1
+
+
+def test_feedback_with_renamed_columns(model, tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("ask,text,label\na,b,1\nc,d,0\n")
+    options = ["--model", model, "--column_mapping", '{"ask": "prompt", "text": "completion"}']
+    assert inspect.main([str(tmp_path / "a.csv"), *options]) == 0
+    assert "train: 2 judged responses of 2 rows" in capsys.readouterr().out
+    assert cli.main(["inspect", str(tmp_path / "a.csv"), "--model", model, "--column_mapping", "ask=prompt"]) == 2
+    assert "column_mapping: " in capsys.readouterr().err
+
+
+def test_splits_of_one_file_for_inspection(model, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    assert inspect.main([path, "--model", model, "--split", "train[:1]"]) == 0
+    assert "train: 1 comparisons of 1 rows" in capsys.readouterr().out
+    assert cli.main(["inspect", path, "--model", model, "--split", "test"]) == 2
+    assert "no split 'test'" in capsys.readouterr().err

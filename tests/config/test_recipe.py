@@ -1,0 +1,511 @@
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from transformers import TrainingArguments
+from transformers import integrations as transformers_integrations
+
+from simpo.cli._training import parse
+from simpo.config import parse_recipe
+from simpo.errors import SimpoError
+from simpo.training.reward import RewardConfig
+from simpo.training.sft import SFTConfig
+from simpo.training.trainer import PreferenceConfig
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+# Setting: beta, gamma/beta, learning rate, longest sequence (paper, appendix; the authors' repository).
+PAPER = {
+    "mistral-7b-base-simpo": (2.0, 0.8, 3e-7, 1024),
+    "mistral-7b-instruct-simpo": (2.5, 0.1, 5e-7, 2048),
+    "llama-3-8b-base-simpo": (2.0, 0.5, 6e-7, 2048),
+    "llama-3-8b-instruct-simpo": (2.5, 0.55, 1e-6, 2048),
+    "llama-3-8b-instruct-simpo-v2": (10.0, 0.3, 1e-6, 2048),
+    "gemma-2-9b-it-simpo": (10.0, 0.5, 8e-7, 2048),
+}
+
+
+class Color(Enum):
+    RED = "red"
+    NONE = "no"
+
+
+@dataclass
+class Model:
+    name: str
+    dtype: str | None = None
+    attn_implementation: str | None = None
+
+
+@dataclass
+class Data:
+    dataset_name: str | None = field(default=None, metadata={"help": "Where the data are. A hub id or a file."})
+    dataset_mixer: dict[str, float] | None = None
+    dataset_splits: list[str] | None = None
+    dataset_num_proc: int | None = None
+    chat_template: str | None = None
+
+
+@dataclass
+class Values:
+    flag: bool = False
+    count: int = 0
+    rate: float = 0.5
+    text: str = "text"
+    maybe: float | None = 1.0
+    color: Color = Color.RED
+    loose_color: Color | str = Color.RED
+    mode: Literal["a", "b"] = "a"
+    level: Literal[1, 2] = 1
+    names: list[str] = field(default_factory=list)
+    counts: list[int] | None = None
+    weights: dict[str, float] | None = None
+    config: dict[str, Any] | str | None = None
+    target: str | list[str] | None = None
+    logged: str | bool = "no"
+
+    def __post_init__(self):
+        if self.count < 0:
+            raise ValueError("count must not be\n  negative")
+        if self.rate < 0:
+            raise SimpoError("rate must not be negative")
+
+
+@dataclass
+class Config(TrainingArguments):
+    beta: float = 2.0
+    max_length: int = 2048
+
+
+REPLACES = {"dataset_name": ("dataset_mixer", "dataset_splits")}
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text):
+        Path("recipe.yaml").write_text(text, encoding="utf-8")
+        return "recipe.yaml"
+
+    return write
+
+
+def values(*argv):
+    return parse_recipe(list(argv), (Values,))[0]
+
+
+def error(*argv, types=(Values,), **options):
+    with pytest.raises(SimpoError) as caught:
+        parse_recipe(list(argv), types, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- Values -------------------------------------------------------------------------------------------------
+
+# Field, what is written (in YAML and on the command line alike), what it becomes.
+SCALARS = [
+    ("flag", "true", True),
+    ("flag", "No", False),
+    ("count", "12", 12),
+    ("count", "1e3", 1000),
+    ("count", "9007199254740993", 9007199254740993),
+    ("rate", "1e-6", 1e-6),
+    ("rate", "3", 3.0),
+    ("rate", "8.0e-7", 8e-7),
+    ("text", "007", "007"),
+    ("text", "no", "no"),
+    ("text", "2024-06-01", "2024-06-01"),
+    ("maybe", "null", None),
+    ("maybe", "0.25", 0.25),
+    ("color", "red", Color.RED),
+    ("color", "no", Color.NONE),
+    ("loose_color", "no", Color.NONE),
+    ("mode", "b", "b"),
+    ("level", "2", 2),
+    ("names", "one", ["one"]),
+    ("counts", "null", None),
+    ("counts", "[1, 2]", [1, 2]),
+    ("names", '["x", "y"]', ["x", "y"]),
+    ("weights", '{"x": 1, "y": 1e-1}', {"x": 1.0, "y": 0.1}),
+    ("config", '{"rate": 1e-7, "deep": {"on": true}}', {"rate": 1e-7, "deep": {"on": True}}),
+    ("config", "settings.json", "settings.json"),
+    ("target", "all-linear", "all-linear"),
+    ("target", '["q", "v"]', ["q", "v"]),
+    ("logged", "true", True),
+    ("logged", "all", "all"),
+]
+
+
+@pytest.mark.parametrize(("key", "written", "expected"), SCALARS)
+def test_file_and_command_line_read_a_value_alike(recipe, key, written, expected):
+    from_file = getattr(values(recipe(f"{key}: {written}")), key)
+    from_line = getattr(values(f"--{key}", written), key)
+    assert from_file == from_line == expected
+    assert type(from_file) is type(from_line) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "reason"),
+    [
+        ("rate", "abc", "'abc' is not a number"),
+        ("rate", "nan", "'nan' is not a number"),
+        ("rate", "null", "null is not a number; leave the key out for its default"),
+        ("count", "1.5", "'1.5' is not a whole number"),
+        ("count", "true", "'true' is not a whole number"),
+        ("flag", "maybe", "'maybe' is not true or false"),
+        ("text", "[a, b]", None),
+        ("color", "rad", "'rad' is not one of red, no; did you mean red?"),
+        ("loose_color", "blue", "'blue' is not one of red, no"),
+        ("mode", "c", "'c' is not one of a, b"),
+        ("counts", "[1, x]", None),
+        ("counts", '["x"]', "['x'] is not a list, each item a whole number"),
+        ("weights", "abc", "'abc' is not a mapping, each value a number"),
+        ("weights", '{"x": "y"}', "{'x': 'y'} is not a mapping, each value a number"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_with_its_place(recipe, key, written, reason):
+    from_file = error(recipe(f"# a comment\n\n{key}: {written}"))
+    assert from_file.startswith(f"recipe.yaml:3: {key}: ")
+    if reason:
+        assert from_file == f"recipe.yaml:3: {key}: {reason}"
+        assert error(f"--{key}", written) == f"--{key}: {reason}"
+
+
+def test_yaml_lists_and_mappings(recipe):
+    read = values(recipe("names:\n- no\n- 1.0\ncounts: [1, 2]\nconfig: {rate: 1e-7, when: 2024-06-01, on: true}\n"))
+    assert read.names == ["no", "1.0"]
+    assert read.counts == [1, 2]
+    assert read.config == {"rate": 1e-7, "when": "2024-06-01", "on": True}
+
+
+def test_text_of_several_lines_stays_verbatim(recipe):
+    template = "{% for m in messages %}\n  {{ m['content'] }}\\n\n{% endfor %}\n"
+    block = "chat_template: |\n" + "".join(f"  {line}\n" for line in template.splitlines())
+    assert parse_recipe([recipe(block)], (Data,))[0].chat_template == template
+    quoted = f"chat_template: {json.dumps(template)}"
+    assert parse_recipe([recipe(quoted)], (Data,))[0].chat_template == template
+
+
+def test_a_quoted_null_is_text(recipe):
+    assert values(recipe("text: 'null'")).text == "null"
+
+
+# --- The command line ---------------------------------------------------------------------------------------
+
+
+def test_ways_to_write_an_option():
+    read = values("--flag", "--rate=0.25", "--names", "a", "b", "--names", "c", "--counts", "-1", "2", "--text=")
+    assert (read.flag, read.rate, read.names, read.counts, read.text) == (
+        True,
+        0.25,
+        ["a", "b", "c"],
+        [-1, 2],
+        "",
+    )
+    assert parse_recipe(["--dataset-num-proc", "3"], (Data,))[0].dataset_num_proc == 3
+
+
+def test_the_command_line_wins(recipe):
+    path = recipe("count: 1\nrate: 0.1\nweights: {x: 1}")
+    read = values(path, "--count", "2", "--weights", '{"y": 2}')
+    assert (read.count, read.rate, read.weights) == (2, 0.1, {"y": 2.0})
+
+
+def test_nothing_given_leaves_the_defaults(recipe):
+    assert values() == values(recipe("# nothing yet\n")) == Values()
+
+
+def test_the_types_share_the_keys(recipe):
+    path = recipe("name: m\ndataset_num_proc: 2")
+    assert parse_recipe([path], (Model, Data)) == (Model("m"), Data(dataset_num_proc=2))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rate"], "--rate: a value is missing"),
+        (["--rate", "1", "2"], "--rate: ['1', '2'] is not a number"),
+        (["--rat", "1"], "--rat: unknown key; did you mean rate?"),
+        (["-r", "1"], "-r: expected [RECIPE.yaml] [--key value ...]"),
+        (["nowhere.yaml"], "nowhere.yaml: cannot be read: No such file or directory"),
+    ],
+)
+def test_mistakes_on_the_command_line(argv, message):
+    assert error(*argv) == message
+
+
+def test_a_missing_key_is_named(recipe):
+    expected = "name is missing: give it in the recipe or as --name"
+    assert error(recipe("dtype: float32"), types=(Model,)) == expected
+
+
+def test_help_lists_the_keys_and_ends_well(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    with pytest.raises(SystemExit) as caught:
+        parse_recipe(["recipe.yaml", "--help"], (Model, Data, Config))
+    assert caught.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: " ".join(line.split()) for line in lines if line.startswith("  ")}
+    assert rows["name"] == "name text required"
+    assert rows["dataset_name"] == "dataset_name text None Where the data are"
+    assert rows["eval_strategy"].startswith("eval_strategy one of no, steps, epoch no When to run evaluation")
+    assert lines.index("Config") < lines.index("TrainingArguments")
+    assert len(lines) < 150
+
+
+def test_on_a_narrow_terminal_a_meaning_has_lines_of_its_own(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse_recipe(["--help"], (Data, Config))
+    lines = capsys.readouterr().out.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("  dataset_name"))
+    assert lines[place + 1].strip() == "Where the data are"
+    assert max(map(len, lines)) <= 80
+
+
+# --- The file -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("count: 1\nrate: 2\ncount: 3", "recipe.yaml:3: count: already given on line 1"),
+        ("weights:\n  x: 1\n  x: 2", "recipe.yaml:3: x: already given on line 2"),
+        ("- count\n- rate", "recipe.yaml:1: a recipe is a mapping of keys to values"),
+        ("just text", "recipe.yaml:1: a recipe is a mapping of keys to values"),
+        ("count: 1\n[1, 2]: 3", "recipe.yaml:2: a key must be text"),
+        ("count: 1\nrate: [1,\n", "recipe.yaml:3: not YAML: "),
+        ("count: 1\n\trate: 2", "recipe.yaml:2: not YAML: "),
+        ("count: !!python/object/apply:os.getpid []", "recipe.yaml:1: not YAML: "),
+        ("count: 1\n---\ncount: 2", "recipe.yaml:2: not YAML: "),
+        (
+            "betta: 1\nrate: x\ncont: 2",
+            "3 things to change: (1) recipe.yaml:1: betta: unknown key; (2) recipe.yaml:3: cont: unknown key; did you "
+            "mean count?; (3) recipe.yaml:2: rate: 'x' is not a number",
+        ),
+        ("rate: 1\ncont: 2", "recipe.yaml:2: cont: unknown key; did you mean count?"),
+    ],
+)
+def test_mistakes_in_the_file(recipe, text, message):
+    assert error(recipe(text)).startswith(message)
+
+
+def test_bytes_that_are_no_text(recipe):
+    path = recipe("")
+    Path(path).write_bytes(b"text: \xff\xfe")
+    assert error(path) == "recipe.yaml: not UTF-8 text"
+
+
+def test_merge_keys_bring_defaults(recipe):
+    path = recipe("config: &base {count: 5, rate: 0.25}\n<<: *base\nrate: 0.75")
+    assert (values(path).count, values(path).rate) == (5, 0.75)
+
+
+# --- Spellings ----------------------------------------------------------------------------------------------
+
+
+def parse_training(*argv):
+    return parse_recipe([*argv, "--use_cpu", "--output_dir", "out"], (Model, Data, Config))
+
+
+def test_older_spellings_are_mapped_each_with_a_notice(recipe, caplog):
+    path = recipe(
+        "name: m\ntorch_dtype: bfloat16\npreprocessing_num_workers: 12\nevaluation_strategy: steps\n"
+        "max_seq_length: 512\nwarmup_ratio: 0.1\nhub_model_revision: v1\nuse_flash_attention_2: true\n"
+    )
+    with caplog.at_level(logging.WARNING, "simpo.config"):
+        model, data, config = parse_training(path)
+    assert (model.dtype, model.attn_implementation) == ("bfloat16", "flash_attention_2")
+    assert (data.dataset_num_proc, config.max_length, config.hub_revision) == (12, 512, "v1")
+    assert (config.eval_strategy.value, config.warmup_steps) == ("steps", 0.1)
+    assert caplog.messages == [
+        "recipe.yaml:2: torch_dtype is read as dtype",
+        "recipe.yaml:3: preprocessing_num_workers is read as dataset_num_proc",
+        "recipe.yaml:4: evaluation_strategy is read as eval_strategy",
+        "recipe.yaml:5: max_seq_length is read as max_length",
+        "recipe.yaml:6: warmup_ratio is read as warmup_steps: 0.1",
+        "recipe.yaml:7: hub_model_revision is read as hub_revision",
+        "recipe.yaml:8: use_flash_attention_2 is read as attn_implementation: flash_attention_2",
+    ]
+
+
+@pytest.mark.parametrize("key", ["overwrite_output_dir", "save_safetensors", "logging_dir", "padding_free"])
+def test_keys_that_mean_nothing_are_dropped_with_a_notice(caplog, key):
+    parse_training("--name", "m", f"--{key}", "true")
+    assert caplog.messages == [f"--{key} means nothing here and is dropped"]
+
+
+def test_gradient_checkpointing_has_one_meaning_under_both_names(recipe):
+    path = recipe("name: m\nactivation_checkpointing: true\nactivation_checkpointing_kwargs: {use_reentrant: false}")
+    _, _, config = parse_training(path)
+    assert config.gradient_checkpointing is True
+    assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    _, _, config = parse_training(path, "--gradient_checkpointing", "false")
+    assert config.gradient_checkpointing is False
+
+
+def test_both_spellings_in_one_place_are_an_error(recipe):
+    path = recipe("name: m\ntorch_dtype: float16\ndtype: float32")
+    assert error(path, types=(Model,)) == "recipe.yaml:3: dtype: the same as recipe.yaml:2: torch_dtype"
+    path = recipe("warmup_steps: 10\nwarmup_ratio: 0.1")
+    assert error(path, types=(Config,)) == "recipe.yaml:2: warmup_ratio: the same as recipe.yaml:1: warmup_steps"
+
+
+def test_both_spellings_in_two_places_are_an_override(recipe):
+    path = recipe("name: m\ntorch_dtype: float16")
+    assert parse_recipe([path, "--dtype", "float32"], (Model,))[0].dtype == "float32"
+
+
+def test_a_ratio_is_not_read_as_a_count_of_steps(recipe):
+    path = recipe("warmup_ratio: 1.0")
+    expected = "recipe.yaml:1: warmup_ratio: 1.0 is not a share of the steps, which is below 1"
+    assert error(path, types=(Config,)) == expected
+
+
+def test_a_spelling_that_the_types_lack_is_unknown():
+    assert error("--evaluation_strategy", "steps") == "--evaluation_strategy: unknown key"
+
+
+def test_the_caller_adds_spellings(recipe, caplog):
+    def loss_type(value, given):
+        return {"mode": value} if "rate" in given else {"text": value}
+
+    aliases = {"loss_type": loss_type, "pace": "rate"}
+    (read,) = parse_recipe([recipe("loss_type: b"), "--rate", "1"], (Values,), aliases=aliases)
+    assert (read.mode, read.text) == ("b", "text")
+    (read,) = parse_recipe([recipe("loss_type: b"), "--pace", "1"], (Values,), aliases=aliases)
+    assert (read.mode, read.text, read.rate) == ("a", "b", 1.0)
+    assert caplog.messages[-2:] == ["recipe.yaml:1: loss_type is read as text: b", "--pace is read as rate"]
+
+
+# --- Keys that exclude one another --------------------------------------------------------------------------
+
+
+def test_the_command_line_replaces_the_other_source_of_data(recipe, caplog):
+    path = recipe("dataset_mixer: {a: 1.0}\ndataset_splits: [train, test]")
+    (data,) = parse_recipe([path, "--dataset_name", "mine"], (Data,), replaces=REPLACES)
+    assert (data.dataset_name, data.dataset_mixer, data.dataset_splits) == ("mine", None, None)
+    assert caplog.messages == [
+        "recipe.yaml:1: dataset_mixer is replaced by --dataset_name",
+        "recipe.yaml:2: dataset_splits is replaced by --dataset_name",
+    ]
+    (data,) = parse_recipe([recipe("dataset_name: theirs"), "--dataset_mixer", '{"b": 1}'], (Data,), replaces=REPLACES)
+    assert (data.dataset_name, data.dataset_mixer) == (None, {"b": 1.0})
+
+
+def test_two_sources_of_data_in_one_place_are_an_error(recipe):
+    path = recipe("dataset_mixer: {a: 1.0}\ndataset_name: mine")
+    expected = "recipe.yaml:2: dataset_name: cannot be given together with recipe.yaml:1: dataset_mixer"
+    assert error(path, types=(Data,), replaces=REPLACES) == expected
+    argv = ["--dataset_name", "mine", "--dataset_splits", "train"]
+    expected = "--dataset_name: cannot be given together with --dataset_splits"
+    assert error(*argv, types=(Data,), replaces=REPLACES) == expected
+
+
+def test_keys_of_one_group_go_together(recipe):
+    path = recipe("dataset_mixer: {a: 1.0}\ndataset_splits: [train, test]")
+    (data,) = parse_recipe([path, "--dataset_splits", "dev"], (Data,), replaces=REPLACES)
+    assert (data.dataset_mixer, data.dataset_splits) == ({"a": 1.0}, ["dev"])
+
+
+# --- TrainingArguments --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def only_tensorboard(monkeypatch):
+    monkeypatch.setattr(transformers_integrations, "get_available_reporting_integrations", lambda: ["tensorboard"])
+
+
+@pytest.mark.usefixtures("only_tensorboard")
+def test_a_tracker_that_is_not_installed_is_an_error(recipe):
+    for written, missing in (
+        ("[wandb, tensorboard]", "wandb is"),
+        ("wandb", "wandb is"),
+        ("[wandb, mlflow]", "wandb and mlflow are"),
+    ):
+        message = error(recipe(f"name: m\nreport_to: {written}"), "--use_cpu", types=(Model, Config))
+        pronoun = "them" if "and" in missing.split() else "it"
+        remedy = f"install {pronoun}, or set report_to: none"
+        assert message == f"recipe.yaml:2: report_to: {missing} not installed; {remedy}"
+    for written, expected in (("tensorboard", ["tensorboard"]), ("none", [])):
+        _, _, config = parse_training(recipe(f"name: m\nreport_to: {written}"))
+        assert config.report_to == expected
+
+
+def test_an_integration_that_does_not_exist_is_an_error(recipe):
+    message = error(recipe("report_to: wandbb"), types=(Config,))
+    assert message.startswith("recipe.yaml:1: report_to: 'wandbb' is not a reporting integration")
+    assert message.endswith("; did you mean wandb?")
+
+
+def test_training_arguments_take_what_yaml_users_write(recipe):
+    path = recipe(
+        "name: m\nsave_strategy: no\nlearning_rate: 1e-6\nlr_scheduler_type: cosine_with_min_lr\n"
+        "lr_scheduler_kwargs: {min_lr: 1e-7}\noptim: adamw_torch\nsave_steps: 0.5\nfsdp: false\ndebug: ''\n"
+    )
+    _, _, config = parse_training(path)
+    assert (config.save_strategy.value, config.learning_rate, config.save_steps) == ("no", 1e-6, 0.5)
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-7}
+    assert config.fsdp is False
+
+
+def test_a_value_of_an_enumeration_is_checked_before_transformers_does(recipe):
+    message = error(recipe("\nlr_scheduler_type: cosin"), types=(Config,))
+    assert message.startswith("recipe.yaml:2: lr_scheduler_type: 'cosin' is not one of linear, cosine, ")
+    assert message.endswith("; did you mean cosine?")
+
+
+# --- What the dataclasses refuse ----------------------------------------------------------------------------
+
+
+def test_a_refusal_is_one_line_with_the_place_of_the_key(recipe):
+    assert error(recipe("rate: 1\ncount: -1")) == "recipe.yaml:2: count must not be negative"
+    assert error("--count", "-1") == "count must not be negative"
+    assert error(recipe("rate: -1")) == "recipe.yaml:1: rate must not be negative"
+
+
+def test_a_refusal_by_transformers_has_the_place_as_well(recipe):
+    message = error(recipe("output_dir: out\nlogging_steps: 0"), "--use_cpu", types=(Config,))
+    assert message.startswith("recipe.yaml:2: logging strategy")
+    assert message.endswith("requires non-zero --logging_steps")
+
+
+def test_a_refusal_that_names_no_key_stands_alone():
+    @dataclass
+    class Stubborn:
+        rate: float = 1.0
+
+        def __post_init__(self):
+            raise ValueError("not today")
+
+    assert error("--rate", "2", types=(Stubborn,)) == "not today"
+
+
+# --- The recipes of this repository -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_parse(path, tmp_path, caplog):
+    kind = SFTConfig if path.stem.endswith("-sft") else PreferenceConfig
+    kind = RewardConfig if path.stem.startswith("reward-") else kind
+    _, _, config = parse([str(path), "--use_cpu", "--output_dir", str(tmp_path)], kind)
+    assert isinstance(config, kind)
+    # Older transformers know activation_checkpointing as gradient_checkpointing, which is worth a notice.
+    assert [message for message in caplog.messages if "checkpointing" not in message] == []
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_settings_have_the_papers_values(name):
+    settings = yaml.safe_load((Path(__file__).parents[2] / "recipes" / f"{name}.yaml").read_text())
+    keys = ("beta", "gamma_beta_ratio", "learning_rate", "max_length")
+    assert tuple(settings[key] for key in keys) == PAPER[name]
+    assert settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * 4 == 128

@@ -1,0 +1,115 @@
+"""``torchrun -m simpo.cli sample`` with two processes: the bytes of one, and failures that end both."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpo import SimpoError, cli
+from simpo.generation.chunks import Processes
+from simpo.generation.engine import TransformersEngine
+
+# A run from the beginning, one that a single process began, and one in which process 1 meets a mistake.
+SCRIPT = """
+import os, sys
+from simpo import SimpoError, cli
+from simpo.generation import generate
+
+rank, folder, options = os.environ["RANK"], sys.argv[1], sys.argv[2:]
+calls, answer = [], generate.TransformersEngine.generate
+
+def counted(self, *args):
+    calls.append(1)
+    if rank == "1" and sabotaged and len(calls) > 1:
+        raise SimpoError("planted: the mistake of one process")
+    return answer(self, *args)
+
+generate.TransformersEngine.generate = counted
+for name, sabotaged in (("together", False), ("begun", False), ("failing", True)):
+    calls.clear()
+    code = cli.main([*options, f"--output_dir={folder}/{name}"])
+    print(f"process {rank}: {name} ended with {code} after {len(calls)} chunks", flush=True)
+sys.exit(code)
+"""
+
+
+def options(world: Path, **changes: object) -> list[str]:
+    given = {"n": 2, "max_new_tokens": 6, "chunk_size": 4, "temperature": 1.0} | changes
+    return ["sample", str(world / "model"), str(world / "train.jsonl"), *(f"--{k}={v}" for k, v in given.items())]
+
+
+@pytest.fixture(scope="module")
+def alone(chat_world, tmp_path_factory):
+    """A run of one process, 12 chunks."""
+    folder = tmp_path_factory.mktemp("alone")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun's
+    assert cli.main(options(chat_world, output_dir=folder / "whole")) == 0
+    torch.set_num_threads(threads)
+    return folder / "whole"
+
+
+def bytes_of(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in ("responses.jsonl", "results.json")]
+
+
+def begin(world: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave a run of one process after five chunks."""
+    calls, answer = [], TransformersEngine.generate
+
+    def stopped(self, *args):
+        calls.append(1)
+        if len(calls) > 5:
+            raise SimpoError("planted: enough")
+        return answer(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "generate", stopped)
+        assert cli.main(options(world, output_dir=output)) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(chat_world, alone, tmp_path, monkeypatch):
+    begin(chat_world, tmp_path / "begun", monkeypatch)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]  # --n is ours
+    start = time.monotonic()
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py"), str(tmp_path), *options(chat_world)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert time.monotonic() - start < 100  # no hang
+    said = done.stdout
+    for rank in (0, 1):
+        assert f"process {rank}: together ended with 0 after 6 chunks" in said, done.stderr
+    assert "process 0: begun ended with 0 after 4 chunks" in said
+    assert "process 1: begun ended with 0 after 3 chunks" in said
+    assert said.count("continuing: 20 of 48 responses are there") == 1
+    assert said.count(f"responses: {tmp_path}/together/responses.jsonl") == 1  # by one process
+    assert bytes_of(tmp_path / "together") == bytes_of(tmp_path / "begun") == bytes_of(alone)
+    assert not list((tmp_path / "together").glob(".chunks-*"))
+
+    assert done.returncode != 0
+    assert done.stderr.count("simpo: error: planted: the mistake of one process") == 1
+    assert done.stderr.count("Traceback") == 1  # torchrun's
+    left = [len((tmp_path / "failing" / f".chunks-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
+    assert left[0] > 0 and left[1] == 1
+    assert cli.main([*options(chat_world), f"--output_dir={tmp_path}/failing"]) == 0  # one process goes on
+    assert bytes_of(tmp_path / "failing") == bytes_of(alone)
+
+
+def test_vllm_shares_nothing(chat_world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("simpo.generation.sample.joined_processes", lambda: Processes(0, 2))
+    assert cli.main(options(chat_world, engine="vllm", output_dir=tmp_path / "out")) == 2
+    assert "engine: vllm takes all GPUs from one process" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,163 @@
+"""What is asked of vLLM and read from its answers, with a stand-in; benchmarks/vllm_cpu.sh runs the real engine."""
+
+import dataclasses
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from peft import LoraConfig
+
+from simpo.cli import main
+from simpo.errors import SimpoError
+from simpo.generation.engine import Sampled
+from simpo.generation.sample import Job, PromptArguments
+from simpo.generation.settings import SamplingSettings
+from simpo.generation.vllm import VllmEngine
+from simpo.models.settings import ModelArguments
+
+STOP = 9
+
+
+class LLM:
+    """Answers every prompt with itself backwards and a stop token, if there is room for it."""
+
+    def __init__(self, **options):
+        if options.get("gpu_memory_utilization", 0) > 1:
+            raise ValueError("1 validation error:\n must be at most 1")
+        if options["tensor_parallel_size"] > 8:
+            raise RuntimeError("Engine core initialization failed")
+        self.options = options
+
+    def generate(self, prompts, parameters, *, use_tqdm):
+        assert not use_tqdm
+        self.seeds = [wanted.seed for wanted in parameters]
+        return [self._answer(p["prompt_token_ids"], w) for p, w in zip(prompts, parameters, strict=True)]
+
+    def _answer(self, prompt, wanted):
+        assert wanted.stop_token_ids == [STOP] and wanted.logprobs == 0
+        ids = [*reversed(prompt), STOP]
+        reason = "stop" if len(ids) <= wanted.max_tokens else "length"
+        ids = ids[: wanted.max_tokens]
+        logprobs = [{token_id: SimpleNamespace(logprob=-token_id / 10)} for token_id in ids]
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason=reason)])
+
+
+@dataclasses.dataclass
+class EngineArgs:
+    """A few of the real ones."""
+
+    model: str = ""
+    dtype: str = ""
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    def namespace(**values):
+        return SimpleNamespace(**values)
+
+    module = namespace(LLM=LLM, SamplingParams=namespace, TokensPrompt=dict, EngineArgs=EngineArgs, __version__="0.0")
+    monkeypatch.setitem(sys.modules, "vllm", module)
+
+
+@pytest.fixture
+def engine(vllm):
+    return VllmEngine(ModelArguments("some/model", dtype="bfloat16"), [STOP])
+
+
+def test_answers_of_vllm(engine):
+    settings = SamplingSettings(max_new_tokens=3)
+    first, second = engine.generate([[1, 2], [3, 4, 5]], settings, seed=7)
+    assert first == Sampled([2, 1, STOP], True, pytest.approx(-1.2))
+    assert second == Sampled([5, 4, 3], False, pytest.approx(-1.2))
+
+
+def test_every_request_has_a_seed_of_its_own(engine):
+    settings = SamplingSettings(max_new_tokens=3)
+    engine.generate([[1]] * 4, settings, seed=7)
+    seeds = engine._llm.seeds
+    assert len(set(seeds)) == 4
+    engine.generate([[1]] * 2, settings, seed=7)
+    assert engine._llm.seeds == seeds[:2]
+
+
+def test_the_checkpoints_own_sampling_is_not_asked_for(engine):
+    assert engine._llm.options["generation_config"] == "vllm"
+    assert engine._llm.options["dtype"] == "bfloat16"
+
+
+def test_an_adapter_is_to_be_merged_first(engine, tmp_path):
+    LoraConfig(base_model_name_or_path="some/model").save_pretrained(tmp_path)
+    with pytest.raises(SimpoError, match="'simpo merge' the adapter first"):
+        VllmEngine(ModelArguments(str(tmp_path)), [STOP])
+
+
+def test_without_vllm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(SimpoError, match=r"vLLM is not installed; pip install 'simpo\[vllm\]'"):
+        VllmEngine(ModelArguments("some/model"), [STOP])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_model_length": 9}, "engine_args: vLLM 0.0 has no 'max_model_length'; did you mean max_model_len?"),
+        ({"dtype": "float16"}, "engine_args: dtype: is set by simpo"),
+        ({"gpu_memory_utilization": 3.0}, "must be at most 1"),
+        ({"tensor_parallel_size": 16}, "'tensor_parallel_size': 16.*Engine core initialization failed"),
+    ],
+)
+def test_engine_arguments_that_cannot_be_used_are_one_line(vllm, given, said):
+    with pytest.raises(SimpoError, match=said) as raised:
+        VllmEngine(ModelArguments("some/model", dtype="bfloat16"), [STOP], given)
+    assert "\n" not in str(raised.value)
+
+
+def sample(chat_world, tmp_path, *options):
+    """``simpo sample``, and what vLLM was started with."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "What is 1 and 2?"}) + "\n")
+    return main(["sample", str(chat_world / "model"), str(prompts), f"--output_dir={tmp_path / 'out'}", *options])
+
+
+def test_engine_arguments_of_the_command_reach_vllm_and_the_record(vllm, chat_world, tmp_path, monkeypatch):
+    started = []
+
+    class Seen(LLM):
+        def __init__(self, **options):
+            started.append(options)
+            raise ValueError("enough")
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", Seen)
+    options = ["--max_model_len=64", "--engine_args", "enforce_eager=True", '{"gpu_memory_utilization": 0.5}']
+    assert sample(chat_world, tmp_path, "--engine=vllm", *options) == 2
+    given = {"max_model_len": 64, "enforce_eager": True, "gpu_memory_utilization": 0.5}
+    assert started[0].items() >= given.items()
+    settings = SamplingSettings(max_new_tokens=8)
+    source = PromptArguments(str(tmp_path / "prompts.jsonl"))
+    model = ModelArguments(str(chat_world / "model"))
+    job = Job.prepare(model, source, settings, "vllm", lambda line: None, given)
+    assert {key: job.identity()[f"engine_args/{key}"] for key in given} == given
+    with pytest.raises(SimpoError, match="max_new_tokens: 64 leave no room"):
+        Job.prepare(model, source, SamplingSettings(max_new_tokens=64), "vllm", lambda line: None, given)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--max_model_len=64"], "--max_model_len: engine transformers does not use it"),
+        (["--engine_args", "enforce_eager=true"], "--engine_args: engine transformers does not use it"),
+        (["--engine=vllm", "--engine_args", "enforce_eager"], "'enforce_eager': expected KEY=VALUE or a JSON object"),
+        (["--engine=vllm", "--engine_args", "{1, 2"], "expected KEY=VALUE or a JSON object"),
+        (["--engine=vllm", "--max_model_len=64", "--engine_args", "max_model_len=8"], "max_model_len is given twice"),
+    ],
+)
+def test_engine_arguments_that_are_mistakes(options, said, vllm, chat_world, tmp_path, capsys):
+    assert sample(chat_world, tmp_path, *options) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,17 @@
+"""The type of weights that nobody named."""
+
+from __future__ import annotations
+
+import torch
+
+from simpo.models.loading import device, with_dtype
+from simpo.models.settings import ModelArguments
+
+
+def test_the_type_follows_the_device_unless_it_is_given(monkeypatch):
+    assert with_dtype(ModelArguments("m", dtype="float16")).dtype == "float16"
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    assert (device(), with_dtype(ModelArguments("m")).dtype) == (torch.device("cpu"), "float32")
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: gpu)
+    assert (device(), with_dtype(ModelArguments("m")).dtype) == (gpu, "bfloat16")

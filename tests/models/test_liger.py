@@ -1,0 +1,57 @@
+"""Which of Liger's kernels are used; that it runs needs a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from simpo.errors import SimpoError
+from simpo.models import liger
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Whether or not Liger and triton are."""
+    found = importlib.util.find_spec
+    fakes = ("liger_kernel", "triton")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name in fakes or found(name, *rest))
+
+    def apply_to_llama(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, swiglu=True, model=None):
+        pass
+
+    patches = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": apply_to_llama})
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patches)
+
+
+def test_losses_are_off_and_layers_as_given(installed):
+    off = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    assert liger.layers_only(None, GPU) == off
+    assert liger.layers_only({"rope": False, "cross_entropy": False}, GPU) == {"rope": False} | off
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "fused_linear_cross_entropy"])
+def test_a_loss_is_refused(installed, loss):
+    with pytest.raises(SimpoError, match=f"liger_kernel_config: {loss}"):
+        liger.layers_only({loss: True}, GPU)
+
+
+def test_a_cpu_is_refused(installed):
+    with pytest.raises(SimpoError, match=r"use_liger_kernel: .*cpu"):
+        liger.layers_only(None, CPU)
+
+
+def test_what_liger_would_pass_over_is_refused(installed, make_model):
+    config = liger.layers_only({"rope": False, "swiglu": True}, GPU)
+    liger.check_layers(make_model("llama"), config)
+    with pytest.raises(SimpoError, match=r"use_liger_kernel: .*'gpt2'"):
+        liger.check_layers(make_model("gpt2"), config)
+    with pytest.raises(SimpoError, match=r"liger_kernel_config: 'geglu' is none of rope, swiglu"):
+        liger.check_layers(make_model("llama"), config | {"geglu": True})

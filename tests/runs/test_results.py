@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import stat
+import subprocess
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from simpo.errors import SimpoError
+from simpo.runs.results import Metric, fingerprint, print_results, read_results, write_results
+from simpo.statistics import proportion_interval
+
+METRICS = [
+    Metric("win_rate", stage="before", **asdict(proportion_interval(50, 200))),
+    Metric("win_rate", stage="after", **asdict(proportion_interval(90, 200))),
+    Metric("pairs", 4000),
+]
+
+
+def write(folder, metrics=METRICS):
+    return write_results(folder, command="train", fingerprint="f00d", metrics=metrics)
+
+
+def printed(path, width=100):
+    stream = io.StringIO()
+    print_results(path, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def test_the_file_has_the_fixed_schema(tmp_path):
+    path = write(tmp_path, [Metric("accuracy", 0.5, "after", n=2, low=0.1, high=0.9, method="m"), Metric("x", 1)])
+    assert path == tmp_path / "results.json"
+    assert json.loads(path.read_text()) == {
+        "schema": 1,
+        "command": "train",
+        "fingerprint": "f00d",
+        "metrics": [
+            {
+                "name": "accuracy",
+                "stage": "after",
+                "value": 0.5,
+                "n": 2,
+                "low": 0.1,
+                "high": 0.9,
+                "method": "m",
+            },
+            {"name": "x", "stage": None, "value": 1.0, "n": None, "low": None, "high": None, "method": None},
+        ],
+    }
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    read = read_results(write(tmp_path))
+    assert (read.command, read.fingerprint, read.metrics) == ("train", "f00d", METRICS)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    path = write(tmp_path, [Metric("a", np.float32(0.5), n=np.int64(3), low=np.float64(0.25))])
+    assert read_results(path).metrics == [Metric("a", 0.5, n=3, low=0.25)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), None])
+def test_what_is_not_finite_is_null(tmp_path, value):
+    path = write(tmp_path, [Metric("loss", value, low=value, high=1.0)])
+    assert read_results(path).metrics == [Metric("loss", None, low=None, high=1.0)]
+    assert "NaN" not in path.read_text()
+
+
+def test_writing_makes_the_folder_and_leaves_one_readable_file(tmp_path):
+    path = write(tmp_path / "a" / "b")
+    write(tmp_path / "a" / "b")
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(ordinary.stat().st_mode)
+
+
+def test_a_crash_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
+    old = write(tmp_path).read_text()
+
+    def crash(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, [Metric("other", 1)])
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+    assert (tmp_path / "results.json").read_text() == old
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SimpoError, match=r"file/results\.json: cannot be written"):
+        write(tmp_path / "file")
+
+
+def test_a_metric_cannot_occur_twice(tmp_path):
+    with pytest.raises(ValueError, match=r"metric pairs \(value\) occurs twice"):
+        write(tmp_path, [Metric("pairs", 1), Metric("loss", 2, "after"), Metric("pairs", 3)])
+
+
+def _without(key):
+    return lambda document: document.pop(key)
+
+
+def _with(key, value):
+    return lambda document: document.update({key: value})
+
+
+def _metric_with(key, value):
+    return lambda document: document["metrics"][1].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (_without("fingerprint"), "results.json: fingerprint: missing"),
+        (_with("schema", 2), "results.json: schema: expected 1, got 2"),
+        (_with("command", None), "results.json: command: expected text, got None"),
+        (_with("metrics", {}), "results.json: metrics: expected a list, got {}"),
+        (_with("extra", 1), "results.json: extra: unknown key"),
+        (_with("metrics", [3]), "results.json: metrics[0]: expected an object, got 3"),
+        (_metric_with("name", None), "results.json: metrics[1].name: expected text, got None"),
+        (_metric_with("stage", "during"), "results.json: metrics[1].stage: expected before, after or null"),
+        (
+            _metric_with("value", "0.5"),
+            "results.json: metrics[1].value: expected a number or null, got '0.5'",
+        ),
+        (_metric_with("value", True), "results.json: metrics[1].value: expected a number or null, got True"),
+        (_metric_with("n", 1.5), "results.json: metrics[1].n: expected a whole number or null, got 1.5"),
+        (_metric_with("unit", "%"), "results.json: metrics[1].unit: unknown key"),
+        (_metric_with("stage", "before"), "results.json: metrics: win_rate (before) occurs twice"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_key(tmp_path, break_it, message):
+    path = write(tmp_path)
+    document = json.loads(path.read_text())
+    break_it(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(SimpoError) as caught:
+        read_results(path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n"schema": 1,\n}', "results.json:3: not JSON"),
+        ('{"schema": NaN}', "NaN is not JSON"),
+        ("[]", "results.json: expected an object, got []"),
+    ],
+)
+def test_a_file_that_is_no_results_is_named(tmp_path, text, message):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(SimpoError) as caught:
+        read_results(path)
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(SimpoError, match=r"results\.json: cannot be read: No such file"):
+        read_results(tmp_path / "results.json")
+
+
+def test_stages_stand_side_by_side_with_their_intervals(tmp_path):
+    lines = printed(write(tmp_path)).splitlines()
+    heading = next(line for line in lines if "before" in line)
+    assert heading.index("metric") < heading.index("before") < heading.index("after")
+    row = next(line for line in lines if "win_rate" in line)
+    assert row.index("0.25 [0.195, 0.314]") < row.index("0.45 [0.383, 0.519]")
+    assert any("methods: Wilson 95%; n = 200" in line for line in lines)
+    assert any("pairs" in line and "4000" in line for line in lines)
+
+
+def test_without_stages_the_table_is_plain(tmp_path):
+    text = printed(write(tmp_path, [Metric("[bold]odd[/bold] name", None), Metric("loss", 0.69314718)]))
+    assert "before" not in text
+    assert "after" not in text
+    assert "[bold]odd[/bold] name" in text
+    assert "0.6931" in text
+
+
+def test_different_counts_are_both_shown(tmp_path):
+    text = printed(write(tmp_path, [Metric("a", 1, "before", n=500), Metric("a", 2, "after", n=480)]))
+    assert "500 / 480" in text
+
+
+def test_fingerprint_is_the_hash_of_canonical_json():
+    expected = hashlib.sha256(b'[{"a":1,"b":[0.5,"x",null]},"seed"]').hexdigest()
+    assert fingerprint({"b": (0.5, "x", None), "a": 1}, "seed") == expected
+
+
+def test_fingerprint_tells_parts_apart():
+    assert len({fingerprint("ab", "c"), fingerprint("a", "bc"), fingerprint("abc"), fingerprint(["ab", "c"])}) == 4
+
+
+def test_fingerprint_is_the_same_in_another_process():
+    code = "from simpo.runs.results import fingerprint; print(fingerprint({'z': 1, 'a': {'y': 2, 'x': 'ü'}}))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == fingerprint({"a": {"x": "ü", "y": 2}, "z": 1})
+
+
+@pytest.mark.parametrize("part", [object(), {1, 2}, float("nan")])
+def test_fingerprint_refuses_what_has_no_canonical_form(part):
+    with pytest.raises((TypeError, ValueError)):
+        fingerprint(part)
+
+
+def test_stages_can_have_names_of_their_own(tmp_path):
+    metrics = [
+        Metric("win_rate", 0.7, "after", 10),
+        Metric("correct", 0.4, "before", 10),
+        Metric("correct", 0.6, "after", 10),
+    ]
+    path = write_results(tmp_path, command="demo", fingerprint="0", metrics=metrics)
+    console = Console(file=io.StringIO(), width=100)
+    print_results(path, console, headings={"before": "SFT", "after": "SimPO"})
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["metric", "SFT", "SimPO"] in lines
+    assert ["correct", "0.4", "0.6"] in lines
+    assert ["win_rate", "0.7"] in lines
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_no_figure_is_cropped(width, tmp_path):
+    metrics = [
+        Metric("eval_rewards/accuracies", -0.09551, stage, 10, -0.2751, -0.08123) for stage in ("before", "after")
+    ]
+    path = write_results(tmp_path, command="train", fingerprint="0", metrics=metrics)
+    console = Console(file=io.StringIO(), width=width)
+    print_results(path, console)
+    assert console.file.getvalue().count("-0.09551 [-0.275, -0.0812]") == 2
+    assert "eval_rewards/accuracies" in console.file.getvalue()

@@ -1,0 +1,42 @@
+"""What a sweep says of its outcome: how sure the choice is, and where to look further."""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from simpo.runs.results import Metric, write_results
+from simpo.workflows.sweep.report import print_table
+from simpo.workflows.sweep.space import Choices
+from simpo.workflows.sweep.study import Tried
+
+ACCURACY = "eval_rewards/accuracies"
+
+
+def said(folder, results: dict[str, tuple[float, float, float]]) -> str:
+    """What is printed of trials with these learning rates and results."""
+    tried = [
+        Tried(number, "finished", {"learning_rate": rate}, result[0])
+        for number, (rate, result) in enumerate(results.items())
+    ]
+    metrics = [
+        Metric(f"trials/{number:03d}/{ACCURACY}", value, None, 100, low, high, "Wilson 95%")
+        for number, (value, low, high) in sorted(enumerate(results.values()), key=lambda item: -item[1][0])
+    ]
+    write_results(folder, command="sweep", fingerprint="f", metrics=metrics)
+    console = Console(record=True, width=200)
+    print_table(folder, tried, (Choices("learning_rate", tuple(results)),), ACCURACY, console)
+    return console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("others", "further"),
+    [
+        ((0.5, 0.4, 0.6), True),
+        ((0.65, 0.55, 0.75), False),  # within the best one's interval, where it may be chance which is the best
+    ],
+)
+def test_an_end_that_is_the_best_is_a_reason_to_look_further(others, further, tmp_path, capsys):
+    text = said(tmp_path, {"1e-6": (0.7, 0.6, 0.8), "3e-6": others, "1e-5": others})
+    assert ("learning_rate: the best, 1e-6, is the smallest that was tried; try smaller ones too" in text) == further
+    assert ("2 of the other 2 finished trials lie within the interval of the best" in text) == (not further)

@@ -1,0 +1,313 @@
+"""``simpo sweep``: trials are ordinary runs, whatever ends a process costs none, and the best one is found."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+
+import matplotlib.image
+import optuna
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+
+from simpo.cli import main
+from simpo.errors import SimpoError
+from simpo.runs.lines import read_lines
+from simpo.runs.results import read_results
+from simpo.training.packed import PackedTrainer
+from simpo.workflows.sweep.report import rank
+from simpo.workflows.sweep.study import Study, Tried
+
+# A forked process has imported everything already, so that a kill falls into a trial and not into imports.
+FORK = multiprocessing.get_context("fork")
+METRIC = "eval_rewards/accuracies"
+WIN_RATE = "eval_generations/win_rate"
+RATES = ("1e-5", "1e-3", "1e-2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_garbage():
+    """accelerate collects garbage after every training, which takes longer than such a training."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def sweep(world, output, *more, rates=RATES):
+    return [
+        "sweep",
+        str(world / "recipe.yaml"),
+        f"--learning_rate={','.join(rates)}",
+        "--output_dir",
+        str(output),
+        *more,
+    ]
+
+
+def figures(folder):
+    return {metric.name: metric for metric in read_results(folder / "results.json").metrics}
+
+
+def record(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_trials_are_ordinary_runs_and_the_best_is_found(world, tmp_path, capsys):
+    output = tmp_path / "sweep"
+    argv = sweep(world, output, "--gamma_beta_ratio", "0.3,0.5", rates=RATES[1:])
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    found = figures(output)
+    trials = {number: figures(output / f"trials/{number:03d}")[METRIC] for number in range(4)}
+    for number, metric in trials.items():
+        assert found[f"trials/{number:03d}/{METRIC}"].value == metric.value
+        assert found[f"trials/{number:03d}/{METRIC}"].low == metric.low
+        assert record(output / f"trials/{number:03d}")["command"] == "train"
+        assert "# a comment" in (output / f"trials/{number:03d}/recipe.yaml").read_text()
+    best = int(found["best/trial"].value)
+    assert found[f"best/{METRIC}"].value == max(metric.value for metric in trials.values())
+    rows = [int(words[0]) for words in map(str.split, printed.splitlines()) if words[1:2] and words[1] in RATES]
+    assert rows == sorted(trials, key=lambda number: (-trials[number].value, number))  # the table, best first
+    assert matplotlib.image.imread(output / "effects.png").size
+
+    recipe = yaml.safe_load((output / "best.yaml").read_text())
+    rate, ratio = RATES[1:][best // 2], (0.3, 0.5)[best % 2]
+    assert (float(recipe["learning_rate"]), recipe["gamma_beta_ratio"], recipe["beta"]) == (float(rate), ratio, 2.5)
+    assert main(["train", str(output / "best.yaml"), "--output_dir", str(tmp_path / "again")]) == 0
+    weights = [
+        (folder / "model.safetensors").read_bytes() for folder in (tmp_path / "again", output / f"trials/{best:03d}")
+    ]
+    assert weights[0] == weights[1]
+
+    capsys.readouterr()
+    assert main(argv) == 0  # finished: the table and nothing else
+    again = capsys.readouterr().out
+    assert "step" not in again
+    assert again.strip() in printed
+    assert main([*argv, "--beta", "2"]) == 2
+    assert "with other settings (beta:" in capsys.readouterr().err
+
+
+def alive() -> int:
+    """Trainers and models in memory."""
+    return sum(issubclass(type(thing), PackedTrainer | torch.nn.Module) for thing in gc.get_objects())
+
+
+def test_a_trial_that_diverges_is_put_down_and_the_sweep_goes_on(world, tmp_path, capsys):
+    output = tmp_path / "sweep"
+    gc.collect()
+    before = alive()
+    assert main(sweep(world, output, rates=("1e30", "1e-4"))) == 0
+    assert alive() <= before  # memory is free after a trial, also after one that failed
+    found = figures(output)
+    assert [found[f"trials/{state}"].value for state in ("finished", "pruned", "failed")] == [1, 0, 1]
+    assert f"trials/000/{METRIC}" not in found
+    printed = capsys.readouterr().out
+    assert "trial 0 failed: step" in printed
+    assert "not finite" in printed
+    assert not (output / "trials/000/model.safetensors").exists()
+
+
+def test_trials_below_the_median_are_pruned(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(optuna.pruners, "MedianPruner", partial(optuna.pruners.MedianPruner, n_startup_trials=1))
+    output = tmp_path / "sweep"
+    more = ("--prune", "--eval_strategy", "steps", "--eval_steps", "2", "--metric", "rewards/margins")
+    assert main(sweep(world, output, *more, rates=("5e-3", "1e-9"))) == 0
+    found = figures(output)
+    assert [found[f"trials/{state}"].value for state in ("finished", "pruned")] == [1, 1]
+    assert record(output / "trials/001")["status"] == "running"
+    assert "best/eval_rewards/margins" in found
+
+
+def test_answers_that_are_judged_can_be_compared(world, tmp_path):
+    """At the last evaluation: the ordinary figures are of held-out pairs after training."""
+    output = tmp_path / "sweep"
+    judged = ("--eval_generations", "2", "--eval_judge", "exact", "--eval_strategy", "epoch")
+    more = ("--metric", "generations/win_rate", "--prune", "--sampler", "tpe", "--trials", "1")
+    assert main(sweep(world, output, *judged, *more)) == 0
+    logged = [line[WIN_RATE] for line in read_lines(output / "trials/000/metrics.jsonl") if WIN_RATE in line]
+    assert figures(output)[f"best/{WIN_RATE}"].value == logged[-1]
+    assert (output / "trials/000/generations/step-4.jsonl").exists()
+
+
+def test_tpe_draws_and_repeats_nothing(world, tmp_path, capsys):
+    output = tmp_path / "sweep"
+    argv = sweep(world, output, "--sampler", "tpe", "--trials", "4", rates=("1e-3", "1e-4"))
+    assert main(argv) == 0
+    found = figures(output)
+    assert found["trials/finished"].value == len(list((output / "trials").glob("*/run.json"))) <= 2
+    assert "not run again" in capsys.readouterr().out
+
+
+def _child(argv: list[str]) -> None:
+    torch.set_num_threads(1)
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        code = main(argv)
+    sys.exit(code)
+
+
+def _start(argv):
+    process = FORK.Process(target=_child, args=(argv,))
+    process.start()
+    return process
+
+
+def _wait_for(path: Path, process) -> None:
+    while not path.exists() and process.is_alive():
+        time.sleep(0.005)
+
+
+def test_killed_and_started_again_every_trial_counts_once(world, tmp_path):
+    alone = tmp_path / "alone"
+    more = ("--save_strategy", "steps", "--save_steps", "1")
+    recipe = str(world / "recipe.yaml")
+    assert main(["train", recipe, "--learning_rate", RATES[1], "--output_dir", str(alone), *more]) == 0
+    output = tmp_path / "killed"
+    argv = sweep(world, output, *more, rates=RATES[:2])
+    process = _start(argv)
+    _wait_for(output / "trials/001/checkpoint-2", process)
+    process.kill()
+    process.join()
+    assert process.exitcode == -9
+    first = record(output / "trials/000")
+    assert main(argv) == 0
+    assert record(output / "trials/000") == first  # kept
+    assert "continues from" in (output / "trials/001/log.txt").read_text()
+    assert len(list((output / "trials").glob("[0-9]*"))) == 2
+    assert figures(output)[f"trials/001/{METRIC}"].value == figures(alone)[METRIC].value
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (alone, output / "trials/001")]
+    assert weights[0] == weights[1]
+
+
+def test_two_processes_share_the_trials_and_another_sweep_is_refused(world, tmp_path, capsys):
+    output = tmp_path / "sweep"
+    rates = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "1e-2")  # enough for the later process to find some left
+    argv = sweep(world, output, rates=rates)
+    processes = [_start(argv) for _ in range(2)]
+    _wait_for(output / "trials/000/run.json", processes[0])
+    assert main(sweep(world, output, rates=RATES[:2])) == 2
+    assert "in use by a sweep with other settings (axis learning_rate" in capsys.readouterr().err
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert figures(output)["trials/finished"].value == len(rates)
+    folders = sorted((output / "trials").glob("[0-9]*"))
+    assert [folder.name for folder in folders] == [f"{number:03d}" for number in range(len(rates))]
+    assert all(len(record(folder)["starts"]) == 1 for folder in folders)  # each by one of the two
+    environments = {(folder / ".lock.pid").read_text() for folder in folders}
+    assert len(environments) == 2  # and both had some
+    assert record(output)["status"] == "finished"
+
+
+def test_a_leader_that_has_not_begun_yet_is_waited_for_but_not_for_ever(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("simpo.workflows.sweep.run._PATIENCE", 0.2)
+    output = tmp_path / "sweep"
+    output.mkdir()
+    with FileLock(output / ".lock"):
+        assert main(sweep(world, output)) == 2
+    assert "in use by a process that has begun no sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "nothing is varied"),
+        (["--learning_rat", "1e-3,1e-4"], "learning_rat: unknown key; did you mean learning_rate?"),
+        (["--bta", "2", "--learning_rate", "1e-3,1e-4"], "bta: unknown key; did you mean beta?"),
+        (["--beta", "2,x"], "--beta: 'x' is not a number"),
+        (["--beta", "2,-1"], "beta must be > 0"),
+        (["--beta", "1..4"], "--sampler tpe"),
+        (["--beta", "1,4", "--trials", "1"], "all its combinations, here 2"),
+        (["--beta", "1,4", "--sampler", "tpe", "--trials", "0"], "--trials: must be at least 1"),
+        (["--beta", "1,4", "--metric", "win_rate"], "--metric: 'win_rate'"),
+        (["--beta", "1,4", "--prune"], "eval_strategy: steps"),
+        (["--beta", "1,4", "--eval_dataset_name", "null"], "name held-out pairs"),
+        (["--beta", "1,4", "--metric", "generations/win_rate"], "set eval_generations and eval_judge"),
+        (["--beta", "1,4", "--eval_generations", "2"], "eval_generations: there are no evaluations"),
+        (["--tau", "1,4"], "tau is not a hyperparameter of objective 'simpo' (it belongs to ipo)"),
+        (["--objective", "simpo,dpo", "--gamma_beta_ratio", "0.5"], "not a hyperparameter of objective 'dpo'"),
+        (["--beta", "1,4", "--dataset_name", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_anything_runs(world, tmp_path, capsys, more, said):
+    output = tmp_path / "sweep"
+    assert main(["sweep", str(world / "recipe.yaml"), "--output_dir", str(output), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+    assert not list(output.glob("trials/[0-9]*"))
+
+
+def test_a_metric_that_the_rows_do_not_have_is_refused_before_anything_is_trained(world, tmp_path, capsys):
+    pairs = map(json.loads, (world / "test.jsonl").read_text().splitlines())
+    rows = [
+        {"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen"}
+        for pair in pairs
+        for key in ("chosen", "rejected")
+    ]
+    judged = tmp_path / "judged.jsonl"
+    judged.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # Not of itself: a run whose held-out rows are all training rows is refused.
+    slices = ("--dataset_train_split=train[:50%]", "--dataset_test_split=train[50%:]")
+    names = (f"--dataset_name={judged}", f"--eval_dataset_name={judged}", *slices, "--objective=kto", "--beta=0.1")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((world / "recipe.yaml").read_text().replace("objective: simpo\nbeta: 2.5\n", ""))
+    argv = ["sweep", str(recipe), *names, "--learning_rate=1e-3,1e-4", f"--output_dir={tmp_path / 'sweep'}"]
+    assert main(argv) == 2
+    assert "--metric: these rows have no eval_rewards/accuracies; there are eval_loss" in capsys.readouterr().err
+    assert not list((tmp_path / "sweep/trials").glob("[0-9]*/run.json"))
+
+
+def test_after_a_mistake_in_the_data_the_same_command_goes_on(world, tmp_path):
+    argv = sweep(world, tmp_path / "sweep", "--dataset_name", str(tmp_path / "pairs.jsonl"))
+    argv += ["--sampler", "tpe", "--trials", "1"]
+    assert main(argv) == 2
+    (tmp_path / "pairs.jsonl").write_text((world / "train.jsonl").read_text())
+    assert main(argv) == 0
+    assert figures(tmp_path / "sweep")["trials/finished"].value == 1
+
+
+def test_a_launcher_is_refused(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(sweep(world, tmp_path / "sweep")) == 2
+    error = capsys.readouterr().err
+    assert "simpo sweep runs in one process" in error and error.count("\n") == 1
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_without_optuna_it_says_what_to_install(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert main(sweep(world, tmp_path / "sweep")) == 2
+    assert "pip install 'simpo[sweep]'" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_no_trial_that_finishes_is_a_mistake():
+    tried = [Tried(0, "pruned", {}), Tried(1, "failed", {}, reason="step 1: the loss is not finite")]
+    with pytest.raises(SimpoError, match="none of the 2 trials has finished; trial 1: step 1"):
+        rank(tried, smaller_is_better=False)
+
+
+def test_the_smallest_may_be_the_best_and_of_equals_the_first():
+    tried = [Tried(number, "finished", {}, value) for number, value in enumerate((0.5, 0.2, 0.2))]
+    repeated = Tried(3, "finished", {}, 0.1, same_as=1)
+    assert [trial.number for trial in rank([*tried, repeated], smaller_is_better=True)] == [1, 2, 0]
+    assert [trial.number for trial in rank([*tried, repeated], smaller_is_better=False)] == [0, 1, 2]
+
+
+def test_the_folder_is_the_recipes_with_sweep_behind_it(world, monkeypatch):
+    opened = []
+    monkeypatch.setattr(Study, "__init__", lambda self, folder, *rest, **more: (opened.append(folder), sys.exit(0)))
+    with pytest.raises(SystemExit):
+        main(["sweep", str(world / "recipe.yaml"), "--beta", "1,2"])
+    assert opened == [world / "out-sweep"]
