@@ -25,7 +25,7 @@ from simpo.runs.lines import JsonLines
 from simpo.statistics import proportion_interval
 from simpo.training.batches import comparisons_of
 from simpo.training.held_out import ACCURACY
-from simpo.training.run import Given, run_training
+from simpo.training.run import TrainingJob, run_training
 from simpo.training.settings import load_datasets
 from simpo.training.tasks import PREFERENCES
 from simpo.training.trainer import PreferenceConfig
@@ -92,7 +92,7 @@ def work(argv: list[str], tuning: int) -> None:
         argv: the arguments.
         tuning: so many of the first held-out pairs choose the learning rate; the others are reported.
     """
-    given = Given(*parse(argv, PreferenceConfig), argv)
+    given = TrainingJob(*parse(argv, PreferenceConfig), argv)
     given.config.disable_tqdm = True
     clock = _Clock()
     results = run_training(watched(PREFERENCES, clock), given)
@@ -118,7 +118,7 @@ def work(argv: list[str], tuning: int) -> None:
 
 
 @torch.no_grad()
-def _moved(given: Given, folder: Path, tuning: int) -> tuple[float, float, float]:
+def _moved(given: TrainingJob, folder: Path, tuning: int) -> tuple[float, float, float]:
     """Changes of the chosen and rejected responses' averages and the KL, see :class:`Measured`."""
     name, device = given.model.model_name_or_path, given.config.device
     tokenizer = load_tokenizer(name, given.model, chat_template=given.data.chat_template)

@@ -16,7 +16,7 @@ import pytest
 from tests.servers.chat_server import ChatServer, Raw, completion
 
 from simpo import SimpoError
-from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, Prices, agree, chat_client, stand_in
+from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, Prices, chat_client, confirm_cost, stand_in
 
 KEY = "a-secret-that-nobody-may-see"
 
@@ -611,10 +611,10 @@ def test_cost_before_and_after(monkeypatch):
         ours.complete(requests(10))
     assert "70 tokens read, 30 written, $0.00" in ours.usage.line(prices)
     said = []
-    agree(estimate, yes=True, say=said.append)
+    confirm_cost(estimate, yes=True, log=said.append)
     monkeypatch.setattr("sys.stdin", io.StringIO("y"))
     with pytest.raises(SimpoError, match="--yes"):  # not a terminal
-        agree(estimate, yes=False, say=said.append)
+        confirm_cost(estimate, yes=False, log=said.append)
     assert len(said) == 2
     with pytest.raises(SimpoError, match="prices"):
         Prices(-1, 0)

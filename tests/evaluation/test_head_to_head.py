@@ -10,7 +10,7 @@ import pytest
 
 from simpo import SimpoError
 from simpo.data.prompts import prompt_id
-from simpo.evaluation.head_to_head import Contest, compare_answers, read_contests, win_rate
+from simpo.evaluation.head_to_head import PromptAnswers, compare_answers, read_contests, win_rate
 from simpo.evaluation.rows import read_answer_file
 from simpo.statistics import mean_interval, share_interval
 
@@ -96,8 +96,8 @@ def test_figures_of_both_models():
         return {"responses": list(answers), "response_ids": [[0] * len(a) for a in answers], "finished": list(finished)}
 
     contests = [
-        Contest("p", a=side("x", "xx"), b=side("xxx", "x", finished=(True, False))),
-        Contest("q", a=side("xxxx", "xx"), b=side("x", "x")),
+        PromptAnswers("p", a=side("x", "xx"), b=side("xxx", "x", finished=(True, False))),
+        PromptAnswers("q", a=side("xxxx", "xx"), b=side("x", "x")),
     ]
     found = {
         (m.name, m.stage): m for m in compare_answers(contests, lambda p, t: len(t), {"is_q": lambda p, t: p == "q"})

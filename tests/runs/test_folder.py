@@ -48,7 +48,7 @@ def test_nothing_is_written_before_begin(tmp_path, capsys):
     with RunFolder(tmp_path / "runs" / "a", command="train") as folder:
         assert not folder.finished
         assert not folder.resuming
-        folder.say("hello")
+        folder.log("hello")
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == "hello\n"
 
@@ -57,10 +57,10 @@ def test_a_run_from_start_to_manifest(tmp_path, capsys):
     path = tmp_path / "runs" / "a"
     before = datetime.now(UTC) - timedelta(seconds=1)
     with RunFolder(path, command="train") as folder:
-        folder.say("objective: simpo")
+        folder.log("objective: simpo")
         folder.begin(IDENTITY, argv=["--beta", "2"], resolved={"beta": 2.0})
         folder.metrics.append([{"step": 1, "loss": 0.5}])
-        folder.say("done")
+        folder.log("done")
         (path / "model.safetensors").write_bytes(b"weights")
         (path / "checkpoint-1").mkdir()
         (path / "checkpoint-1" / "optimizer.pt").touch()
@@ -68,7 +68,7 @@ def test_a_run_from_start_to_manifest(tmp_path, capsys):
         assert not folder.finished
         folder.finish()
         assert folder.finished
-        folder.say("after the end")
+        folder.log("after the end")
     assert capsys.readouterr().out.splitlines() == ["objective: simpo", "done", "after the end"]
 
     kept = record(path)
@@ -294,7 +294,7 @@ def test_warnings_are_in_the_log_while_the_run_lasts(tmp_path, capsys):
         folder.begin(IDENTITY)
         logger.warning("%s is not installed", "wandb")
         logger.info("not a warning")
-        folder.say(f"with {token}")
+        folder.log(f"with {token}")
     logger.warning("too late")
     lines = [line.split(" ", 1)[1] for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert lines == ["note: wandb is not installed", "with <redacted>"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from simpo.errors import SimpoError
-from simpo.training.memory import memory_answered, tokens_that_fit
+from simpo.training.memory import explain_oom, tokens_that_fit
 
 # Trains on rows of 250 tokens in a process that may take so many MiB more than it has when training starts: with
 # micro-batches of so many tokens, and then with what the error names.
@@ -96,7 +96,7 @@ def test_not_even_the_longest_row(lengths, said):
 
 
 def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match="shapes"), memory_answered(lambda: "advice"):
+    with pytest.raises(RuntimeError, match="shapes"), explain_oom(lambda: "advice"):
         raise RuntimeError("shapes do not match")
 
 
@@ -113,5 +113,5 @@ def test_what_had_been_computed_is_freed_first(error):
         assert activation
         raise error
 
-    with pytest.raises(SimpoError, match=r"^freed$"), memory_answered(lambda: " ".join(alive)):
+    with pytest.raises(SimpoError, match=r"^freed$"), explain_oom(lambda: " ".join(alive)):
         forward()

@@ -8,7 +8,7 @@ from rich.console import Console
 from simpo.runs.results import Metric, write_results
 from simpo.workflows.sweep.report import print_table
 from simpo.workflows.sweep.space import Choices
-from simpo.workflows.sweep.study import Tried
+from simpo.workflows.sweep.study import TrialResult
 
 ACCURACY = "eval_rewards/accuracies"
 
@@ -16,7 +16,7 @@ ACCURACY = "eval_rewards/accuracies"
 def said(folder, results: dict[str, tuple[float, float, float]]) -> str:
     """What is printed of trials with these learning rates and results."""
     tried = [
-        Tried(number, "finished", {"learning_rate": rate}, result[0])
+        TrialResult(number, "finished", {"learning_rate": rate}, result[0])
         for number, (rate, result) in enumerate(results.items())
     ]
     metrics = [

@@ -25,7 +25,7 @@ from simpo.runs.lines import read_lines
 from simpo.runs.results import read_results
 from simpo.training.packed import PackedTrainer
 from simpo.workflows.sweep.report import rank
-from simpo.workflows.sweep.study import Study, Tried
+from simpo.workflows.sweep.study import Study, TrialResult
 
 # A forked process has imported everything already, so that a kill falls into a trial and not into imports.
 FORK = multiprocessing.get_context("fork")
@@ -293,14 +293,14 @@ def test_without_optuna_it_says_what_to_install(world, tmp_path, monkeypatch, ca
 
 
 def test_no_trial_that_finishes_is_a_mistake():
-    tried = [Tried(0, "pruned", {}), Tried(1, "failed", {}, reason="step 1: the loss is not finite")]
+    tried = [TrialResult(0, "pruned", {}), TrialResult(1, "failed", {}, reason="step 1: the loss is not finite")]
     with pytest.raises(SimpoError, match="none of the 2 trials has finished; trial 1: step 1"):
         rank(tried, smaller_is_better=False)
 
 
 def test_the_smallest_may_be_the_best_and_of_equals_the_first():
-    tried = [Tried(number, "finished", {}, value) for number, value in enumerate((0.5, 0.2, 0.2))]
-    repeated = Tried(3, "finished", {}, 0.1, same_as=1)
+    tried = [TrialResult(number, "finished", {}, value) for number, value in enumerate((0.5, 0.2, 0.2))]
+    repeated = TrialResult(3, "finished", {}, 0.1, same_as=1)
     assert [trial.number for trial in rank([*tried, repeated], smaller_is_better=True)] == [1, 2, 0]
     assert [trial.number for trial in rank([*tried, repeated], smaller_is_better=False)] == [0, 1, 2]
 

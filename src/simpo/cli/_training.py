@@ -13,7 +13,7 @@ from simpo.errors import SimpoError
 from simpo.evaluation.during_training import GenerationArguments, Generations
 from simpo.models.settings import ModelArguments
 from simpo.runs.results import print_results
-from simpo.training.run import Given, run_training
+from simpo.training.run import TrainingJob, run_training
 from simpo.training.settings import DataArguments
 from simpo.training.tasks import Task
 
@@ -60,12 +60,12 @@ def check_named(config: Any) -> None:
         raise SimpoError("output_dir is missing: give it in the recipe or as --output_dir")
 
 
-def read(task: Task, config_type: type, argv: list[str]) -> Given:
+def read(task: Task, config_type: type, argv: list[str]) -> TrainingJob:
     """What a training recipe and command line give, all of it."""
     model, data, config, *more = parse(argv, config_type, *([GenerationArguments] if task.generates else []))
     observer = Generations(more[0], model) if more and more[0].eval_generations else None
     config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
-    return Given(model, data, config, argv, recipe_of(argv), observer)
+    return TrainingJob(model, data, config, argv, recipe_of(argv), observer)
 
 
 def run(task: Task, config_type: type, argv: list[str], *, following: str) -> int:

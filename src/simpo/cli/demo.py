@@ -17,7 +17,7 @@ from simpo.analysis.plots import plot_lengths, plot_rates, plot_training
 from simpo.cli import sample, sft, train
 from simpo.config.coercion import ArgumentParser
 from simpo.errors import SimpoError
-from simpo.evaluation.head_to_head import Contest, compare_answers, read_contests
+from simpo.evaluation.head_to_head import PromptAnswers, compare_answers, read_contests
 from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.lines import read_lines
 from simpo.runs.results import Metric, Stage, print_results, write_results
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     with RunFolder(folder, command="demo") as run:
         run.begin(identity, argv=argv, accept_changes=None)
         if not run.finished:
-            _align(folder, arguments.seed, run.say)
+            _align(folder, arguments.seed, run.log)
             contests = read_contests(folder / "simpo-answers/responses.jsonl", folder / "sft-answers/responses.jsonl")
             metrics = compare_answers(contests, judge, {"correct": correct})
             write_results(folder, command="demo", fingerprint=run.fingerprint, metrics=metrics)
@@ -91,56 +91,56 @@ def _own_folder(identity: dict[str, Any]) -> Path:
     return path
 
 
-def _align(folder: Path, seed: int, say: Callable[[str], None]) -> None:
+def _align(folder: Path, seed: int, log: Callable[[str], None]) -> None:
     """All stages; each is its own run, so that a demo that was stopped goes on where it was."""
     if not (folder / "start").exists():  # whole or absent
         write_model(folder / "start", seed)
     write_sft(folder / "sft.jsonl", _SFT_ROWS, seed)  # always the same, so that writing them again changes nothing
     write_prompts(folder / "prompts.jsonl", _PROMPTS, seed)
     write_prompts(folder / "held-out.jsonl", _HELD_OUT, seed, held_out=True)
-    say(f"1. A small random model and the tiny world's demonstrations and prompts are in {folder}")
-    say("2. It learns to answer from demonstrations, not all of which are good:")
+    log(f"1. A small random model and the tiny world's demonstrations and prompts are in {folder}")
+    log("2. It learns to answer from demonstrations, not all of which are good:")
     data = {"dataset_name": folder / "sft.jsonl", "model_name_or_path": folder / "start"}
-    _command(say, sft, data | {"output_dir": folder / "sft", "seed": seed, "save_strategy": "no"} | _SFT)
-    say("3. It answers training prompts, several times each:")
-    _sample(say, folder, "sft", "prompts.jsonl", "samples", _SAMPLES | {"seed": seed})
-    say("4. The world's exact judge scores every answer; the best and the worst of a prompt make a pair:")
+    _command(log, sft, data | {"output_dir": folder / "sft", "seed": seed, "save_strategy": "no"} | _SFT)
+    log("3. It answers training prompts, several times each:")
+    _sample(log, folder, "sft", "prompts.jsonl", "samples", _SAMPLES | {"seed": seed})
+    log("4. The world's exact judge scores every answer; the best and the worst of a prompt make a pair:")
     cut_too = PairSettings(keep_unfinished=True)  # an exact judge knows them for what they are
     report = pair_responses(folder / "samples/responses.jsonl", judge, folder / "pairs.jsonl", cut_too)
     for line in report.lines():
-        say(f"   {line}")
-    say("5. SimPO learns from the pairs:")
+        log(f"   {line}")
+    log("5. SimPO learns from the pairs:")
     data = {"dataset_name": folder / "pairs.jsonl", "model_name_or_path": folder / "sft"}
-    _command(say, train, data | {"output_dir": folder / "simpo", "seed": seed, "save_strategy": "no"} | _SIMPO)
-    say("6. Both models answer prompts that neither has seen:")
+    _command(log, train, data | {"output_dir": folder / "simpo", "seed": seed, "save_strategy": "no"} | _SIMPO)
+    log("6. Both models answer prompts that neither has seen:")
     for model in ("sft", "simpo"):
-        _sample(say, folder, model, "held-out.jsonl", f"{model}-answers", _ANSWERS | {"seed": seed + 1})
+        _sample(log, folder, model, "held-out.jsonl", f"{model}-answers", _ANSWERS | {"seed": seed + 1})
     held_out = folder / "held-out-pairs.jsonl"  # for other recipes
     pair_responses(folder / "sft-answers/responses.jsonl", judge, held_out, cut_too)
 
 
 def _sample(
-    say: Callable[[str], None], folder: Path, model: str, prompts: str, output: str, options: dict[str, Any]
+    log: Callable[[str], None], folder: Path, model: str, prompts: str, output: str, options: dict[str, Any]
 ) -> None:
-    _command(say, sample, {"output_dir": folder / output} | options, [str(folder / model), str(folder / prompts)])
+    _command(log, sample, {"output_dir": folder / output} | options, [str(folder / model), str(folder / prompts)])
 
 
-def _command(say: Callable[[str], None], command: Any, options: dict[str, Any], positional: Sequence[str] = ()) -> None:
+def _command(log: Callable[[str], None], command: Any, options: dict[str, Any], positional: Sequence[str] = ()) -> None:
     """Run one of simpo's commands as from the command line."""
     argv = [*positional, *(text for key, value in options.items() for text in (f"--{key}", str(value)))]
-    say(f"   simpo {command.__name__.rpartition('.')[2]} {shlex.join(argv)}")
+    log(f"   simpo {command.__name__.rpartition('.')[2]} {shlex.join(argv)}")
     code = command.main(argv)
     assert code == 0, code
 
 
-def _plot(folder: Path, contests: Sequence[Contest], metrics: Sequence[Metric]) -> None:
+def _plot(folder: Path, contests: Sequence[PromptAnswers], metrics: Sequence[Metric]) -> None:
     names = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
     plot_training(folder / "training.png", read_lines(folder / "simpo/metrics.jsonl"), names, "SimPO on its own pairs")
     found = {(metric.name, metric.stage): metric for metric in metrics}
-    wins = _interval(found["win_rate", "after"])
+    wins = found["win_rate", "after"].interval
     rates = {"win rate": {"SFT": _opposite(wins), "SimPO": wins}}
     for name, label in (("correct", "correct"), ("end_of_turn_rate", "ended")):
-        rates[label] = {_HEADINGS[stage]: _interval(found[name, stage]) for stage in ("before", "after")}
+        rates[label] = {_HEADINGS[stage]: found[name, stage].interval for stage in ("before", "after")}
     plot_rates(folder / "rates.png", rates, "Answers to held-out prompts", even="win rate")
     sides = {"SFT": [contest.b for contest in contests], "SimPO": [contest.a for contest in contests]}
     lengths = {
@@ -149,17 +149,12 @@ def _plot(folder: Path, contests: Sequence[Contest], metrics: Sequence[Metric]) 
     plot_lengths(folder / "lengths.png", lengths, "Length of answers to held-out prompts")
 
 
-def _interval(metric: Metric) -> Interval:
-    assert metric.value is not None and metric.n is not None and metric.method is not None
-    return Interval(metric.value, metric.low, metric.high, metric.n, metric.method)
-
-
 def _opposite(share: Interval) -> Interval:
     low, high = (None if bound is None else 1 - bound for bound in (share.high, share.low))
     return Interval(1 - share.value, low, high, share.n, share.method)
 
 
-def _show(contests: Sequence[Contest]) -> None:
+def _show(contests: Sequence[PromptAnswers]) -> None:
     """The first prompts of the file with both models' first answers."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(Text(f"The first {_SHOWN} held-out prompts with the first answer of each model:"))

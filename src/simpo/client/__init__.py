@@ -2,6 +2,16 @@
 
 from simpo.client.chat import ChatReply, ChatRequest, Endpoint
 from simpo.client.chat_client import ChatClient
-from simpo.client.cost import Estimate, Prices, Usage, agree, stand_in
+from simpo.client.cost import Estimate, Prices, Usage, confirm_cost, stand_in
 
-__all__ = ["ChatClient", "ChatReply", "ChatRequest", "Endpoint", "Estimate", "Prices", "Usage", "agree", "stand_in"]
+__all__ = [
+    "ChatClient",
+    "ChatReply",
+    "ChatRequest",
+    "Endpoint",
+    "Estimate",
+    "Prices",
+    "Usage",
+    "confirm_cost",
+    "stand_in",
+]

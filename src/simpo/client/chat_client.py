@@ -320,7 +320,7 @@ class ChatClient:
         requests: Sequence[ChatRequest],
         *,
         despite_refusals: bool = False,
-        say: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> list[ChatReply]:
         """The replies, in the order of the requests.
 
@@ -331,7 +331,7 @@ class ChatClient:
             requests: what is asked; one that occurs twice is sent once.
             despite_refusals: go on after a request that the server refuses because of what it holds (status 400, 413 or
                 422): its reply has no text and says why in ``refused``; it is counted in ``usage`` and not kept.
-            say: gets lines of progress.
+            log: called with lines of progress.
 
         Raises:
             SimpoError: a request was refused or not answered after all attempts (those that were under way are
@@ -345,7 +345,7 @@ class ChatClient:
         self._answered = self._answered or bool(replies)
         missing = {key: request for key, request in wanted.items() if key not in replies}
         if missing:
-            with progress("replies", len(wanted), len(replies), say or logger.info) as advance:
+            with progress("replies", len(wanted), len(replies), log or logger.info) as advance:
                 replies |= _run(self._send_all(missing, despite_refusals, advance))
             self._answered = True
         for key, request in wanted.items():

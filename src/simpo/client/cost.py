@@ -150,19 +150,19 @@ class Usage:
         )
 
 
-def agree(estimate: Estimate, *, yes: bool, say: Callable[[str], None], prices: Prices | None = None) -> None:
+def confirm_cost(estimate: Estimate, *, yes: bool, log: Callable[[str], None], prices: Prices | None = None) -> None:
     """Say what is about to be sent, and go on if the user agrees; nothing to send needs no agreement.
 
     Args:
         estimate: of all requests.
         yes: the user has agreed beforehand (``--yes``).
-        say: gets the line.
+        log: called with the line.
         prices: of the model, where they are known.
 
     Raises:
         SimpoError: the user does not agree, or cannot be asked.
     """
-    say(estimate.line(prices))
+    log(estimate.line(prices))
     if yes or not estimate.requests:
         return
     if sys.stdin is None or not sys.stdin.isatty():

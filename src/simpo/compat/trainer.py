@@ -296,9 +296,9 @@ class PortedTrainer(PreferenceTrainer):
         self._note_lengths(inputs["micro_batches"])
         return super().prediction_step(model, inputs, *args, **kwargs)
 
-    def row_figures(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+    def loss_and_metrics(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """As in the base, with a pair's SFT term weighted by its chosen response's share of the step's tokens."""
-        losses, figures = super().row_figures(y, batch)
+        losses, figures = super().loss_and_metrics(y, batch)
         if self.args.sft_weight:
             w = Responses(y.logp[batch.pairs.best], y.length[batch.pairs.best])
             share = w.length / self._mean_chosen_length  # 1 on average

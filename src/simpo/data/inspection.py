@@ -283,7 +283,7 @@ def _intervals(prefix: str, figures: Mapping[str, Sequence[float]]) -> list[Metr
     for name, values in figures.items():
         if values:
             found = (share_interval if name in _SHARES else mean_interval)(values)
-            metrics.append(Metric(f"{prefix}/{name}", found.value, None, found.n, found.low, found.high, found.method))
+            metrics.append(Metric.of(f"{prefix}/{name}", found))
     return metrics
 
 

@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from simpo.client import ChatClient, ChatReply, ChatRequest, Prices, agree, stand_in
+from simpo.client import ChatClient, ChatReply, ChatRequest, Prices, confirm_cost, stand_in
 from simpo.client.chat_client import TRIED
 from simpo.data.files import SUFFIXES
 from simpo.data.prompts import Prompts
@@ -143,7 +143,7 @@ def is_outputs_file(name: str) -> bool:
 # ---- A judge behind an API: asked after the user has agreed to what it will cost.
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 Check = Callable[[Sequence[ChatReply]], None]
@@ -184,31 +184,31 @@ class ApiJudge:
         found = Metric(f"{benchmark}/judged_at_default_temperature", usage.default_temperature, n=usage.replies)
         return [found] if usage.default_temperature else []
 
-    def agree_beforehand(self, requests: Sequence[ChatRequest | None], say: Say) -> None:
+    def agree_beforehand(self, requests: Sequence[ChatRequest | None], log: Log) -> None:
         """Let the user agree before answers are sampled, which may take long; :meth:`ask` then does not ask again.
 
         Args:
             requests: with answers as long as they may be; None where there will be nothing to ask.
-            say: gets the line.
+            log: called with the line.
 
         Raises:
             SimpoError: the user does not agree, or cannot be asked.
         """
         wanted = self._limited([request for request in requests if request is not None])
-        agree(
+        confirm_cost(
             self.client.estimate(wanted),
             yes=self.yes,
-            say=lambda line: say(f"the judge, with answers as long as they may be: {line}"),
+            log=lambda line: log(f"the judge, with answers as long as they may be: {line}"),
             prices=self.prices,
         )
         self.yes = True
 
-    def ask(self, requests: Sequence[ChatRequest], say: Say, check_first: Check | None = None) -> list[ChatReply]:
+    def ask(self, requests: Sequence[ChatRequest], log: Log, check_first: Check | None = None) -> list[ChatReply]:
         """The replies in the order of the requests, and what they took.
 
         Args:
             requests: what is asked.
-            say: gets lines of progress.
+            log: called with lines of progress.
             check_first: gets the first few replies before more is sent, and raises if they will not do.
 
         Raises:
@@ -216,13 +216,13 @@ class ApiJudge:
                 ``check_first``.
         """
         requests = self._limited(requests)
-        agree(self.client.estimate(requests), yes=self.yes, say=say, prices=self.prices)
+        confirm_cost(self.client.estimate(requests), yes=self.yes, log=log, prices=self.prices)
         few = 0 if check_first is None else max(TRIED, self.client.endpoint.concurrency)
         replies = self.client.complete(requests[:few], despite_refusals=True)
         if check_first is not None and replies:
             check_first(replies)
-        replies += self.client.complete(requests[few:], despite_refusals=True, say=say)
-        say(self.client.usage.line(self.prices))
+        replies += self.client.complete(requests[few:], despite_refusals=True, log=log)
+        log(self.client.usage.line(self.prices))
         return replies
 
     def _limited(self, requests: Sequence[ChatRequest]) -> list[ChatRequest]:
@@ -232,10 +232,10 @@ class ApiJudge:
         return [replace(request, max_tokens=self.max_tokens) for request in requests]
 
     def ask_some(
-        self, requests: Sequence[ChatRequest | None], say: Say, check_first: Check | None = None
+        self, requests: Sequence[ChatRequest | None], log: Log, check_first: Check | None = None
     ) -> list[ChatReply | None]:
         """As :meth:`ask`; where there is nothing to ask the reply is None."""
-        replies = iter(self.ask([request for request in requests if request is not None], say, check_first))
+        replies = iter(self.ask([request for request in requests if request is not None], log, check_first))
         return [None if request is None else next(replies) for request in requests]
 
 
@@ -253,7 +253,7 @@ def measure_once(run: RunFolder, measure: Callable[[], list[Metric]]) -> Path:
         The path of ``results.json``.
     """
     if run.finished:
-        run.say(f"{run.path} holds this run already, finished; nothing was computed")
+        run.log(f"{run.path} holds this run already, finished; nothing was computed")
     else:
         write_results(run.path, command=run.command, fingerprint=run.fingerprint, metrics=measure())
         run.finish()

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from simpo.client import Prices, agree
+from simpo.client import Prices, confirm_cost
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import measure_once
 from simpo.evaluation.head_to_head import (
-    Contender,
-    Contest,
+    PromptAnswers,
     SampledWith,
+    Side,
     contenders,
     match_answers,
     meetings,
@@ -124,7 +124,7 @@ def _quoted(title: str, text: str) -> list[str]:
 # ---- Several judges, the same pairs of answers: what they cost, and what they say.
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def make_judges(names: Sequence[str], options: JudgeOptions) -> dict[str, Judge]:
@@ -148,19 +148,19 @@ def make_judges(names: Sequence[str], options: JudgeOptions) -> dict[str, Judge]
     return found
 
 
-def agree_to(judges: Mapping[str, Judge], pairs: Sequence[Pair], *, yes: bool, prices: Prices | None, say: Say) -> None:
-    """Ask the user about what judges will send; see :func:`simpo.client.agree`.
+def agree_to(judges: Mapping[str, Judge], pairs: Sequence[Pair], *, yes: bool, prices: Prices | None, log: Log) -> None:
+    """Ask the user about what judges will send; see :func:`simpo.client.confirm_cost`.
 
     Raises:
         SimpoError: the user does not agree, or cannot be asked.
     """
     for judge in judges.values():
         if isinstance(judge, PairwiseApiJudge):
-            agree(judge.estimate(pairs), yes=yes, say=say, prices=prices)
+            confirm_cost(judge.estimate(pairs), yes=yes, log=log, prices=prices)
 
 
 def judge_pairs(
-    judges: Mapping[str, Judge], pairs: Sequence[Pair], prompts: np.ndarray, *, prices: Prices | None, say: Say
+    judges: Mapping[str, Judge], pairs: Sequence[Pair], prompts: np.ndarray, *, prices: Prices | None, log: Log
 ) -> Judged:
     """Every judge's verdicts, and the differences of scores of those that score.
 
@@ -169,14 +169,14 @@ def judge_pairs(
         pairs: what they judge.
         prompts: for every pair the number of its prompt, ``[P]``.
         prices: of an API judge's tokens, where they are known.
-        say: gets what judges took, and how many pairs are without a verdict.
+        log: called with what judges took, and how many pairs are without a verdict.
 
     Raises:
         SimpoError: a judge failed.
     """
     judged = Judged(pairs, prompts)
     for name, judge in judges.items():
-        say(f"judge {name}")
+        log(f"judge {name}")
         if isinstance(judge, ScorerJudge):
             judged.margins[name] = np.array(judge.margins(pairs))
             found: list[float | None] = [verdict_of(margin) for margin in judged.margins[name]]
@@ -184,9 +184,9 @@ def judge_pairs(
             found = judge.compare(pairs)
         judged.verdicts[name] = np.array(found, dtype=np.float64)  # None becomes NaN
         if isinstance(judge, PairwiseApiJudge):
-            say(judge.client.usage.line(prices))
+            log(judge.client.usage.line(prices))
         if missing := int(np.isnan(judged.verdicts[name]).sum()):
-            say(f"note: judge {name} gave no verdict on {missing:,} of {len(pairs):,} pairs; they do not count")
+            log(f"note: judge {name} gave no verdict on {missing:,} of {len(pairs):,} pairs; they do not count")
     return judged
 
 
@@ -251,21 +251,19 @@ def compare(arguments: CompareArguments, folder: Path, *, argv: Sequence[str] = 
     """
     with stoppable("interrupted; the same command continues"), RunFolder(folder, command="compare") as run:
         sides = contenders(arguments.a, arguments.b, arguments.sampled)
-        judges = make_judges(arguments.judges, replace(arguments.options, say=run.say))
+        judges = make_judges(arguments.judges, replace(arguments.options, log=run.log))
         run.begin(_identity(sides, judges, arguments), argv=argv, accept_changes=None)
 
         def measure() -> list[Metric]:
             pairs, _ = meetings(_expected(sides, arguments, folder))
-            agree_to(judges, pairs, yes=arguments.yes, prices=arguments.prices, say=run.say)
-            files = [side.answers(folder / name, run.say) for name, side in zip("ab", sides, strict=True)]
-            return _compare(read_contests(*files), judges, arguments, folder, run.say)
+            agree_to(judges, pairs, yes=arguments.yes, prices=arguments.prices, log=run.log)
+            files = [side.answers(folder / name, run.log) for name, side in zip("ab", sides, strict=True)]
+            return _compare(read_contests(*files), judges, arguments, folder, run.log)
 
         return measure_once(run, measure)
 
 
-def _identity(
-    sides: tuple[Contender, Contender], judges: Mapping[str, Judge], arguments: CompareArguments
-) -> dict[str, Any]:
+def _identity(sides: tuple[Side, Side], judges: Mapping[str, Judge], arguments: CompareArguments) -> dict[str, Any]:
     found: dict[str, Any] = {"seed": arguments.sampled.settings.seed}
     for name, side in zip("ab", sides, strict=True):
         found |= {f"{name}/{key}": value for key, value in side.identity.items()}
@@ -275,32 +273,32 @@ def _identity(
     return found
 
 
-def _expected(sides: tuple[Contender, Contender], arguments: CompareArguments, folder: Path) -> list[Contest]:
+def _expected(sides: tuple[Side, Side], arguments: CompareArguments, folder: Path) -> list[PromptAnswers]:
     """What will be judged, with answers that are not there yet as long as they may be; that it can be shows here."""
     a, b = (side.expected(folder / name) for name, side in zip("ab", sides, strict=True))
     return match_answers(a, b, f"{arguments.a} and {arguments.b}")
 
 
 def _compare(
-    contests: Sequence[Contest], judges: Mapping[str, Judge], arguments: CompareArguments, folder: Path, say: Say
+    contests: Sequence[PromptAnswers], judges: Mapping[str, Judge], arguments: CompareArguments, folder: Path, log: Log
 ) -> list[Metric]:
     """Judge, write down what was judged, and count."""
     show = Shown(arguments.options.strip_thinking)
     contests = [replace(one, a=_shown(one.a, show), b=_shown(one.b, show)) for one in contests]
     pairs, prompts = meetings(contests)
-    say(f"{len(pairs):,} pairs of answers to {len(contests):,} prompts")
-    judged = judge_pairs(judges, pairs, prompts, prices=arguments.prices, say=say)
+    log(f"{len(pairs):,} pairs of answers to {len(contests):,} prompts")
+    judged = judge_pairs(judges, pairs, prompts, prices=arguments.prices, log=log)
     write_verdicts(folder / VERDICTS, judged)
     write_differences(folder / DIFFERENCES, judged, (arguments.a, arguments.b))
     figures = preference_metrics(judged, arguments.sampled.settings.seed)
-    return figures + order_metrics(judges, len(pairs)) + _side_metrics(contests) + show.metrics("", say)
+    return figures + order_metrics(judges, len(pairs)) + _side_metrics(contests) + show.metrics("", log)
 
 
 def _shown(record: Mapping[str, Any], show: Shown) -> dict[str, Any]:
     return {**record, "responses": [show(text) for text in record["responses"]]}
 
 
-def _side_metrics(contests: Sequence[Contest]) -> list[Metric]:
+def _side_metrics(contests: Sequence[PromptAnswers]) -> list[Metric]:
     records = (record for contest in contests for record in (contest.a, contest.b))
     sampled = all({"response_ids", "finished"} <= record.keys() for record in records)
     return text_metrics(contests) + (sampled_metrics(contests) if sampled else [])

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from simpo.client import ChatClient, Endpoint, agree, stand_in
+from simpo.client import ChatClient, Endpoint, confirm_cost, stand_in
 from simpo.client.cache import default_cache
 from simpo.data.prompts import Prompt, prepare_prompts
 from simpo.errors import SimpoError
@@ -102,7 +102,7 @@ def signs_of_collapse(now: AnswerFigures, start: AnswerFigures, expected_length:
 # ---- Keys of a training recipe about answers to held-out prompts.
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass
@@ -134,12 +134,12 @@ class GenerationArguments:
         if self.yes and self.eval_judge != "api":
             raise SimpoError("yes: there is nothing to agree to without eval_judge api; leave it out")
 
-    def judge(self, *, trust_remote_code: bool, say: Say) -> Judge | None:
+    def judge(self, *, trust_remote_code: bool, log: Log) -> Judge | None:
         """The judge, if one is named.
 
         Args:
             trust_remote_code: run a function, or code that comes with a model.
-            say: gets lines of progress.
+            log: called with lines of progress.
 
         Raises:
             SimpoError: there is none of that name, or something that it needs is missing.
@@ -151,7 +151,7 @@ class GenerationArguments:
             client = None
             if self.eval_judge_url is not None and self.eval_judge_model is not None:
                 client = ChatClient(Endpoint(self.eval_judge_url, self.eval_judge_model), default_cache())
-            options = JudgeOptions(client, trust_remote_code=trust_remote_code, say=say)
+            options = JudgeOptions(client, trust_remote_code=trust_remote_code, log=log)
             return make_judge(self.eval_judge, options)
         except SimpoError as error:
             raise SimpoError(f"eval_judge: {error}") from error
@@ -169,10 +169,10 @@ _TRIED = 4  # pairs, so that one that a server refuses is not taken for all
 class EvalJudge:
     """A judge of one answer to each of the same prompts, at every evaluation."""
 
-    def __init__(self, judge: Judge, prompts: Sequence[Prompt], say: Say) -> None:
-        self._judge, self._prompts, self._say = judge, prompts, say
+    def __init__(self, judge: Judge, prompts: Sequence[Prompt], log: Log) -> None:
+        self._judge, self._prompts, self._log = judge, prompts, log
 
-    def agree(self, evaluations: int, longest: int, *, yes: bool) -> None:
+    def confirm_cost(self, evaluations: int, longest: int, *, yes: bool) -> None:
         """Let the user agree to what a judge behind a server may cost.
 
         Args:
@@ -185,10 +185,10 @@ class EvalJudge:
         """
         if isinstance(self._judge, PairwiseApiJudge):
             answers = [[stand_in(longest, name)] * len(self._prompts) for name in "ab"]
-            agree(
+            confirm_cost(
                 self._judge.estimate(self._pairs(*answers)) * evaluations,
                 yes=yes,
-                say=lambda line: self._say(f"eval_judge, at {evaluations:,} evaluations: {line}"),
+                log=lambda line: self._log(f"eval_judge, at {evaluations:,} evaluations: {line}"),
             )
 
     def try_on(self, answers: Sequence[str]) -> None:
@@ -208,7 +208,7 @@ class EvalJudge:
             logger.warning("step %d: no win rate: %s", step, error)
             return math.nan
         if isinstance(self._judge, PairwiseApiJudge):
-            self._say(self._judge.client.usage.line())
+            self._log(self._judge.client.usage.line())
         given = [verdict for verdict in verdicts if verdict is not None]
         if len(given) < len(verdicts):
             missing = len(verdicts) - len(given)
@@ -254,7 +254,7 @@ class Generations:
 
     _config: TrainingSettings
     _tokenizer: PreTrainedTokenizerBase
-    _say: Say
+    _log: Log
     _judge: EvalJudge | None
     _sampling: SamplingSettings
     _prompts: list[Prompt]
@@ -279,7 +279,7 @@ class Generations:
         return {key: value for key, value in dataclasses.asdict(self._arguments).items() if key != "yes"}
 
     def prepare(
-        self, config: TrainingSettings, tokenizer: PreTrainedTokenizerBase, rows: Dataset | None, say: Say
+        self, config: TrainingSettings, tokenizer: PreTrainedTokenizerBase, rows: Dataset | None, log: Log
     ) -> None:
         """Choose the prompts and the judge.
 
@@ -297,14 +297,14 @@ class Generations:
                 "eval_generations: not possible with FSDP or DeepSpeed, which spread the weights over the processes; "
                 "set it to 0 and use simpo compare after training"
             )
-        self._config, self._tokenizer, self._say = config, tokenizer, say
-        judge = self._arguments.judge(trust_remote_code=self._model.trust_remote_code, say=say)
+        self._config, self._tokenizer, self._log = config, tokenizer, log
+        judge = self._arguments.judge(trust_remote_code=self._model.trust_remote_code, log=log)
         context = min(Checkpoint.read(self._model).context or config.max_length, config.max_length)
         chunk_size = min(_AT_ONCE, math.ceil(self._arguments.eval_generations / config.world_size))
         self._sampling = SamplingSettings(temperature=0.0).resolved(context=context, chunk_size=chunk_size)
         assert self._sampling.max_new_tokens is not None
         self._prompts = self._chosen(rows, context - self._sampling.max_new_tokens)
-        self._judge = None if judge is None else EvalJudge(judge, self._prompts, say)
+        self._judge = None if judge is None else EvalJudge(judge, self._prompts, log)
 
     def _chosen(self, rows: Dataset, room: int) -> list[Prompt]:
         """Some of the prompts of ``rows`` that have at most ``room`` tokens, by the run's seed, in their order."""
@@ -320,7 +320,7 @@ class Generations:
             )
         few = f" (there are no more of at most {room:,} tokens)" if len(found) < count else ""
         chosen = np.random.default_rng(self._config.seed).permutation(len(found))[:count]
-        self._say(
+        self._log(
             f"eval_generations: {len(chosen):,} held-out prompts{few} are answered at every evaluation, in at most "
             f"{self._sampling.max_new_tokens:,} tokens"
         )
@@ -336,7 +336,7 @@ class Generations:
         if self._main and self._judge is not None:
             assert self._sampling.max_new_tokens is not None
             count = evaluations(self._config, len(trainer.train_dataset))
-            self._judge.agree(count, self._sampling.max_new_tokens, yes=self._arguments.yes)
+            self._judge.confirm_cost(count, self._sampling.max_new_tokens, yes=self._arguments.yes)
         self._engine = TransformersEngine(trainer.model, self._tokenizer)
         responses = trainer.eval_dataset["response_ids"]
         self._expected_length = sum(len(several[0]) for several in responses) / len(responses)
@@ -347,7 +347,7 @@ class Generations:
             if self._main:
                 if stored is None:
                     write_responses(path, self._prompts, self._texts(self._start), self._start)
-                self._say(f"the start model's answers: {self._figures_of(self._start).line()} ({path})")
+                self._log(f"the start model's answers: {self._figures_of(self._start).line()} ({path})")
                 if self._judge is not None:
                     self._judge.try_on(self._answers(self._start))
         compute_metrics = trainer.compute_metrics

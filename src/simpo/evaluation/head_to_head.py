@@ -32,7 +32,7 @@ SIDES: dict[Stage, str] = {"before": "b", "after": "a"}
 
 
 @dataclass(frozen=True)
-class Contest:
+class PromptAnswers:
     """Both models' answers to one prompt; model ``a`` is compared with the baseline ``b``.
 
     Attributes:
@@ -46,7 +46,7 @@ class Contest:
     b: Mapping[str, Any]
 
 
-def read_contests(a: Path, b: Path) -> list[Contest]:
+def read_contests(a: Path, b: Path) -> list[PromptAnswers]:
     """Pair two files of answers by prompt, in the order of the first.
 
     Raises:
@@ -55,7 +55,7 @@ def read_contests(a: Path, b: Path) -> list[Contest]:
     return match_answers(read_answer_file(a), read_answer_file(b), f"{a} and {b}")
 
 
-def match_answers(a: Mapping[str, Record], b: Mapping[str, Record], names: str) -> list[Contest]:
+def match_answers(a: Mapping[str, Record], b: Mapping[str, Record], names: str) -> list[PromptAnswers]:
     """Pair answers by prompt, in the order of the first.
 
     Args:
@@ -74,10 +74,10 @@ def match_answers(a: Mapping[str, Record], b: Mapping[str, Record], names: str) 
     other = next((key for key, record in a.items() if record["prompt"] != b[key]["prompt"]), None)
     if other is not None:
         raise SimpoError(f"{names}: id {other!r} is another prompt in each; let both answer the same ones")
-    return [Contest(record["prompt"], record, b[key]) for key, record in a.items()]
+    return [PromptAnswers(record["prompt"], record, b[key]) for key, record in a.items()]
 
 
-def meetings(contests: Sequence[Contest]) -> tuple[list[Pair], np.ndarray]:
+def meetings(contests: Sequence[PromptAnswers]) -> tuple[list[Pair], np.ndarray]:
     """Every answer of the one with every answer of the other to the same prompt, and the number of the prompt."""
     pairs, prompts = [], []
     for number, contest in enumerate(contests):
@@ -109,7 +109,7 @@ def _share(x: np.ndarray, y: np.ndarray) -> float:
     return float(((difference > 0) + 0.5 * (difference == 0)).mean())
 
 
-def compare_answers(contests: Sequence[Contest], score: Figure, others: Mapping[str, Figure]) -> list[Metric]:
+def compare_answers(contests: Sequence[PromptAnswers], score: Figure, others: Mapping[str, Figure]) -> list[Metric]:
     """Figures of the baseline ("before") and of the model ("after"), and the model's win rate, over prompts.
 
     Args:
@@ -127,7 +127,7 @@ def compare_answers(contests: Sequence[Contest], score: Figure, others: Mapping[
     return metrics + sampled_metrics(contests)
 
 
-def sampled_metrics(contests: Sequence[Contest]) -> list[Metric]:
+def sampled_metrics(contests: Sequence[PromptAnswers]) -> list[Metric]:
     """How long sampled answers are in tokens, over prompts, and how many ended, over answers."""
     metrics = []
     for stage, side in SIDES.items():
@@ -139,7 +139,7 @@ def sampled_metrics(contests: Sequence[Contest]) -> list[Metric]:
     return metrics
 
 
-def text_metrics(contests: Sequence[Contest]) -> list[Metric]:
+def text_metrics(contests: Sequence[PromptAnswers]) -> list[Metric]:
     """How long answers are in characters, over prompts, and how many are empty."""
     metrics = []
     for stage, side in SIDES.items():
@@ -151,20 +151,20 @@ def text_metrics(contests: Sequence[Contest]) -> list[Metric]:
     return metrics
 
 
-def _values(contests: Sequence[Contest], side: str, figure: Figure) -> list[list[float]]:
+def _values(contests: Sequence[PromptAnswers], side: str, figure: Figure) -> list[list[float]]:
     return [
         [float(figure(contest.prompt, text)) for text in getattr(contest, side)["responses"]] for contest in contests
     ]
 
 
 def _metric(name: str, stage: Stage, found: Interval) -> Metric:
-    return Metric(name, found.value, stage, found.n, found.low, found.high, found.method)
+    return Metric.of(name, found, stage)
 
 
 # ---- What is compared: a model that will be sampled, or answers that are there.
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class SampledWith:
     rendering: RenderSettings = field(default_factory=RenderSettings)
 
 
-class Contender(Protocol):
+class Side(Protocol):
     """One side of a comparison."""
 
     @property
@@ -198,7 +198,7 @@ class Contender(Protocol):
         """What determines its answers, as JSON values."""
         ...
 
-    def answers(self, folder: Path, say: Say) -> Path:
+    def answers(self, folder: Path, log: Log) -> Path:
         """A file of its answers, made in ``folder`` if need be.
 
         Raises:
@@ -215,7 +215,7 @@ class Contender(Protocol):
         ...
 
 
-def contenders(a: str, b: str, sampled: SampledWith) -> tuple[Contender, Contender]:
+def contenders(a: str, b: str, sampled: SampledWith) -> tuple[Side, Side]:
     """Both sides: a file of answers, the folder of a run of ``simpo sample``, or else a model.
 
     Raises:
@@ -255,7 +255,7 @@ class _File:
     def identity(self) -> dict[str, Any]:
         return {"answers": file_digest(self.path)}
 
-    def answers(self, folder: Path, say: Say) -> Path:
+    def answers(self, folder: Path, log: Log) -> Path:
         return self.path
 
     def expected(self, folder: Path) -> dict[str, Record]:
@@ -280,9 +280,9 @@ class _Model:
         prompts, _ = read_prompts(self.prompts.rows())
         return self.answerer.identity() | {"prompts": fingerprint([prompt.id for prompt in prompts])}
 
-    def answers(self, folder: Path, say: Say) -> Path:
+    def answers(self, folder: Path, log: Log) -> Path:
         model = self.answerer.model
-        say(f"answers of {folder.name.upper()}, {model.model_name_or_path}:")
+        log(f"answers of {folder.name.upper()}, {model.model_name_or_path}:")
         sample_responses(model, self.prompts, self.answerer.settings, folder, engine=self.answerer.engine)
         free_memory()
         return folder / FILE_NAME

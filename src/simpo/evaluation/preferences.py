@@ -274,4 +274,4 @@ def _kappa(tables: np.ndarray) -> np.ndarray:
 def _metric(name: str, found: Interval | None) -> Metric:
     if found is None:
         return Metric(name, None)
-    return Metric(name, found.value, None, found.n, found.low, found.high, found.method)
+    return Metric.of(name, found)

@@ -80,7 +80,7 @@ def response_metrics(texts: Sequence[Sequence[str]], samples: Sequence[Sequence[
 
 
 def _metric(name: str, found: Interval) -> Metric:
-    return Metric(name, found.value, None, found.n, found.low, found.high, found.method)
+    return Metric.of(name, found)
 
 
 # ---- Models for sampling: where they run, in which type, and how long a context they have.
@@ -92,7 +92,7 @@ def _metric(name: str, found: Interval) -> Metric:
 EngineName = Literal["transformers", "vllm"]
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Job:
         source: PromptArguments,
         settings: SamplingSettings,
         engine: EngineName,
-        say: Say,
+        log: Log,
         engine_args: Mapping[str, Any] = MappingProxyType({}),
     ) -> Job:
         """Read everything but the weights, and say what was found.
@@ -144,15 +144,15 @@ class Job:
         checkpoint = Checkpoint.read(model)
         if engine == "vllm":
             check_stored(checkpoint.arguments)
-        say(f"model: {model.model_name_or_path} ({checkpoint.arguments.dtype} on {device()}, {engine})")
+        log(f"model: {model.model_name_or_path} ({checkpoint.arguments.dtype} on {device()}, {engine})")
         limits = (checkpoint.context, engine_args.get("max_model_len"))
         context = min((limit for limit in limits if isinstance(limit, int)), default=None)
         settings = settings.resolved(context=context, chunk_size=_chunk_size(engine))
-        say("sampling: " + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(settings).items()))
-        room = _room(context, settings, say)
+        log("sampling: " + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(settings).items()))
+        room = _room(context, settings, log)
         prompts = prepare_prompts(source.rows(), tokenizer, max_prompt_length=room, rendering=source.rendering)
         for line in prompts.report.lines():
-            say(line)
+            log(line)
         for prompt in prompts:
             if fault := checkpoint.limits.fault(0, prompt.ids):
                 raise SimpoError(f"prompt {prompt.id}: {fault}; use the model's own tokenizer")
@@ -189,13 +189,13 @@ class Job:
         )
 
 
-def _room(context: int | None, settings: SamplingSettings, say: Say) -> int | None:
+def _room(context: int | None, settings: SamplingSettings, log: Log) -> int | None:
     """Tokens that a prompt may have."""
     assert settings.max_new_tokens is not None
     if context is None:
         return None
     room = context - settings.max_new_tokens
-    say(f"the model's context of {context:,} tokens leaves {room:,} to a prompt (max_prompt_length)")
+    log(f"the model's context of {context:,} tokens leaves {room:,} to a prompt (max_prompt_length)")
     return room
 
 
@@ -255,11 +255,11 @@ def sample_responses(
         if ranks.size > 1 and engine == "vllm":
             raise SimpoError("engine: vllm takes all GPUs from one process; start it without torchrun")
         with RunFolder(folder, command="sample") as run:
-            job = Job.prepare(model, prompts, settings, engine, run.say, engine_args)
+            job = Job.prepare(model, prompts, settings, engine, run.log, engine_args)
             ranks.from_main(None if run.finished else job)
             if run.finished:
                 run.begin(job.identity())
-                run.say(f"{folder} holds this run already, finished")
+                run.log(f"{folder} holds this run already, finished")
             else:
                 _lead(ranks, job, run, argv)
             ChunkFiles(folder).remove()
@@ -283,14 +283,14 @@ def _lead(ranks: Processes, job: Job, run: RunFolder, argv: Sequence[str]) -> No
     chunks = ChunkFiles(run.path)
     done = {record["chunk"]: len(record["samples"]) for record in chunks.records()}
     if done:
-        run.say(f"continuing: {sum(done.values()):,} of {job.total:,} responses are there")
+        run.log(f"continuing: {sum(done.values()):,} of {job.total:,} responses are there")
     missing = ranks.from_main(missing_chunks(job.ids, job.settings, done))
-    _generate(generator, job, ranks, run.path, missing, run.say)
+    _generate(generator, job, ranks, run.path, missing, run.log)
     ranks.wait()
     samples = gather(chunks.records(), len(job.prompts))
     if sum(map(len, samples)) < job.total:
         raise SimpoError(f"output_dir: {run.path} lacks what other processes wrote; name a folder that all share")
-    metrics = _write_responses(job, samples, run.path, run.say)
+    metrics = _write_responses(job, samples, run.path, run.log)
     write_results(run.path, command="sample", fingerprint=run.fingerprint, metrics=metrics)
     run.finish()
 
@@ -307,14 +307,14 @@ def _generate(
     ranks: Processes,
     folder: Path,
     missing: Sequence[tuple[int, Chunk]],
-    say: Say | None = None,
+    log: Log | None = None,
 ) -> None:
     """Make and store this process's share of the ``missing`` chunks; the main one says how far it has come."""
     share = missing[ranks.rank :: ranks.size]
     mine = ChunkFiles(folder).mine(ranks.rank)
     count = sum(len(chunk) for _, chunk in share)
     try:
-        with _progress(job, ranks, count, say) as advance:
+        with _progress(job, ranks, count, log) as advance:
             for record in sample_chunks(engine, job.ids, job.settings, share):
                 mine.append([record])
                 advance(len(record["samples"]))
@@ -325,21 +325,21 @@ def _generate(
         ) from error
 
 
-def _progress(job: Job, ranks: Processes, count: int, say: Say | None) -> AbstractContextManager[Advance]:
+def _progress(job: Job, ranks: Processes, count: int, log: Log | None) -> AbstractContextManager[Advance]:
     """Progress of this process's share."""
-    if say is None:
+    if log is None:
         return nullcontext(lambda count: None)
     if ranks.size == 1:
-        return progress("responses", job.total, job.total - count, say)
-    return progress(f"responses of the first of {ranks.size} processes", count, 0, say)
+        return progress("responses", job.total, job.total - count, log)
+    return progress(f"responses of the first of {ranks.size} processes", count, 0, log)
 
 
-def _write_responses(job: Job, samples: Sequence[Sequence[Sampled]], folder: Path, say: Say) -> list[Metric]:
+def _write_responses(job: Job, samples: Sequence[Sequence[Sampled]], folder: Path, log: Log) -> list[Metric]:
     """Write the responses in the order of the prompts; their figures."""
     texts = response_texts(job.tokenizer, job.prompts.prompts, samples)
     write_responses(folder / FILE_NAME, job.prompts.prompts, texts, samples)
     unfinished = sum(not sampled.finished for answers in samples for sampled in answers)
     if unfinished:
         limit = job.settings.max_new_tokens
-        say(f"note: {unfinished:,} responses hit max_new_tokens {limit:,} before they ended (finished: false)")
+        log(f"note: {unfinished:,} responses hit max_new_tokens {limit:,} before they ended (finished: false)")
     return [Metric(*figure) for figure in job.prompts.report.metrics()] + response_metrics(texts, samples)

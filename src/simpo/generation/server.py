@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, agree
+from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, confirm_cost
 from simpo.data.inspection import AnswerSet, diversity_metrics
 from simpo.data.prompts import PlainPrompt, read_prompts
 from simpo.data.settings import RenderSettings
@@ -59,7 +59,7 @@ def sample_from_server(
         prompts, report = read_prompts(source.rows())
         _check_sendable(prompts)
         for line in [f"model: {endpoint.model} at {endpoint.base_url}", *report.lines()]:
-            run.say(line)
+            run.log(line)
         identity = {
             **{"model": endpoint.model, "engine": "server", "prompts": fingerprint([prompt.id for prompt in prompts])},
             **dataclasses.asdict(settings),
@@ -67,15 +67,15 @@ def sample_from_server(
         run.begin(identity, argv=argv, accept_changes=None)
         kept = folder / ".replies"
         if run.finished:
-            run.say(f"{folder} holds this run already, finished")
+            run.log(f"{folder} holds this run already, finished")
         else:
             client = ChatClient(endpoint, kept, exact_temperature=True)
             requests = [_request(prompt, number, settings) for prompt in prompts for number in range(settings.n)]
-            agree(client.estimate(requests), yes=yes, say=run.say)
-            replies = client.complete(requests, say=run.say)
-            run.say(client.usage.line())
+            confirm_cost(client.estimate(requests), yes=yes, log=run.log)
+            replies = client.complete(requests, log=run.log)
+            run.log(client.usage.line())
             if empty := sum(not reply.text.strip() for reply in replies):
-                run.say(
+                run.log(
                     f"note: {empty:,} answers are empty: the server refused or filtered them, or gave only reasoning"
                 )
             groups = [replies[start : start + settings.n] for start in range(0, len(replies), settings.n)]
@@ -133,5 +133,5 @@ def _metrics(groups: Sequence[Sequence[ChatReply]]) -> list[Metric]:
     share = proportion_interval(sum(ended), len(ended))
     return [
         *diversity_metrics("sample", [AnswerSet([reply.text for reply in replies]) for replies in groups]),
-        Metric("sample/ended", share.value, None, share.n, share.low, share.high, share.method),
+        Metric.of("sample/ended", share),
     ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simpo.client import Prices, Usage, agree
+from simpo.client import Prices, Usage, confirm_cost
 from simpo.data.context import context_of
 from simpo.data.inspection import AnswerSet, diversity_metrics, score_metrics
 from simpo.data.messages import read_messages
@@ -40,17 +40,17 @@ class Shown:
         self._endless += bool(thinking) and not rest
         return rest if self._strip else answer
 
-    def metrics(self, name: str, say: Callable[[str], None]) -> list[Metric]:
+    def metrics(self, name: str, log: Callable[[str], None]) -> list[Metric]:
         """How many answers had thinking, how many of them nothing else, and from how many it was removed; or nothing.
 
         Args:
             name: what the figures' names begin with.
-            say: gets a line if there was thinking.
+            log: called with a line if there was thinking.
         """
         if not self._thinking:
             return []
         done = "judges are not shown it" if self._strip else "judges are shown it: --strip_thinking removes it"
-        say(f"note: {self._thinking:,} of {self._answers:,} answers begin with thinking; {done}")
+        log(f"note: {self._thinking:,} of {self._answers:,} answers begin with thinking; {done}")
         counts = {"with_thinking": self._thinking, "without_end_of_thinking": self._endless}
         counts |= {"stripped_of_thinking": self._thinking * self._strip}
         return [Metric(f"{name}answers_{key}", count, n=self._answers) for key, count in counts.items()]
@@ -109,8 +109,8 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
     with stoppable("interrupted; the same command continues"), RunFolder(folder, command="annotate") as run:
         records = read_responses(arguments.responses)
         # Its own lines would come again with every part; the ones here say how far it is.
-        annotator = make_annotator(arguments.annotator, replace(arguments.options, say=lambda line: None))
-        run.say(f"annotator: {arguments.annotator}; {len(records):,} prompts")
+        annotator = make_annotator(arguments.annotator, replace(arguments.options, log=lambda line: None))
+        run.log(f"annotator: {arguments.annotator}; {len(records):,} prompts")
         identity = {"responses": fingerprint(records), **annotator.identity}
         identity |= {"strip_thinking": True} if arguments.options.strip_thinking else {}
         if isinstance(annotator, ModelScorer) and not run.finished:
@@ -118,14 +118,14 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
         run.begin(identity, argv=argv, accept_changes=None)
         kept = JsonLines(folder / ".scores.jsonl")  # a dot-name, which the manifest does not list
         if run.finished:
-            run.say(f"{folder} holds this run already, finished")
+            run.log(f"{folder} holds this run already, finished")
         else:
             show = Shown(arguments.options.strip_thinking)
             rows = [
                 Answers(row["id"], row["prompt"], [show(text) for text in row["responses"]], context_of(row))
                 for row in records
             ]
-            thinking = show.metrics("annotate/", run.say)
+            thinking = show.metrics("annotate/", run.log)
             _score(annotator, rows, kept, arguments, run)
             scores = [scores for part in kept for scores in part["scores"]]
             metrics = _write(records, scores, folder) + thinking
@@ -174,9 +174,9 @@ def _score(
 ) -> None:
     """Score what is not there yet, in parts that do not depend on where a former run stopped."""
     if done := sum(len(part["scores"]) for part in kept):
-        run.say(f"continuing: {done:,} of {len(rows):,} prompts are scored")
+        run.log(f"continuing: {done:,} of {len(rows):,} prompts are scored")
     if isinstance(annotator, TournamentScorer):
-        agree(annotator.estimate(rows), yes=arguments.yes, say=run.say, prices=arguments.prices)
+        confirm_cost(annotator.estimate(rows), yes=arguments.yes, log=run.log, prices=arguments.prices)
     usage = annotator.usage if isinstance(annotator, TournamentScorer) else Usage()
     for start in range(done, len(rows), _AT_ONCE):
         part = rows[start : start + _AT_ONCE]
@@ -186,9 +186,9 @@ def _score(
         numbers = [[0.0 if score is None else score for score in given] for given in scores]
         check_scores(numbers, part, str(annotator.identity["judge"]))
         kept.append([{"scores": scores, "default_temperature": usage.default_temperature - before}])
-        run.say(f"{start + len(part):,} of {len(rows):,} prompts scored")
+        run.log(f"{start + len(part):,} of {len(rows):,} prompts scored")
     if isinstance(annotator, TournamentScorer):
-        run.say(usage.line(arguments.prices))
+        run.log(usage.line(arguments.prices))
 
 
 def _write(records: Sequence[Record], scores: Sequence[Scores], folder: Path) -> list[Any]:

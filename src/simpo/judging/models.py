@@ -97,21 +97,21 @@ class ModelScorer(ABC):
 
     kind: ClassVar[str]
 
-    def __init__(self, model: ModelArguments, say: Callable[[str], None]) -> None:
+    def __init__(self, model: ModelArguments, log: Callable[[str], None]) -> None:
         """Read the tokenizer; the weights follow with the first scores.
 
         Weights are bf16 on an accelerator and fp32 on a CPU unless ``dtype`` says otherwise.
 
         Args:
             model: which.
-            say: gets lines of progress.
+            log: called with lines of progress.
 
         Raises:
             SimpoError: there is no such model.
         """
         self._arguments = with_dtype(model)
         self._tokens = AnswerTokens(load_tokenizer(model.model_name_or_path, model))
-        self._say = say
+        self._log = log
         self._model: Any = None
 
     @property
@@ -137,7 +137,7 @@ class ModelScorer(ABC):
         self.open()
         limits = Limits.of(self._model.config)
         scores: list[list[float]] = []
-        with torch.no_grad(), progress(f"prompts scored by {self.kind}", len(rows), 0, self._say) as advance:
+        with torch.no_grad(), progress(f"prompts scored by {self.kind}", len(rows), 0, self._log) as advance:
             for start in range(0, len(rows), _AT_ONCE):
                 part = rows[start : start + _AT_ONCE]
                 scores += self._score_part(self._tokens.encode(part, limits))

@@ -84,7 +84,7 @@ class PairwiseApiJudge:
         *,
         prompt: Path | None = None,
         max_tokens: int = 1024,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ) -> None:
         """Nothing is asked yet.
 
@@ -93,7 +93,7 @@ class PairwiseApiJudge:
             prompt: file of a judge prompt with places ``{question}``, ``{answer_a}`` and ``{answer_b}``; None for the
                 one that comes with the package.
             max_tokens: longest reply; one that is cut off has no verdict.
-            say: gets lines of progress.
+            log: called with lines of progress.
 
         Raises:
             SimpoError: the prompt cannot be read, or there is no key.
@@ -103,7 +103,7 @@ class PairwiseApiJudge:
         self.conflicting = 0
         self._prompt = read_prompt_file(prompt, _SHIPPED, _PLACES)
         self._max_tokens = max_tokens
-        self._say = say
+        self._log = log
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class PairwiseApiJudge:
         Raises:
             SimpoError: as :meth:`simpo.client.ChatClient.complete`.
         """
-        replies = iter(self.client.complete(self._requests(pairs), despite_refusals=True, say=self._say))
+        replies = iter(self.client.complete(self._requests(pairs), despite_refusals=True, log=self._log))
         return [0.5 if pair.a == pair.b else self._verdict(next(replies), next(replies)) for pair in pairs]
 
     def _verdict(self, a_first: ChatReply, b_first: ChatReply) -> float | None:

@@ -31,7 +31,7 @@ class JudgeOptions:
         dtype: type of a judging model's weights; None chooses by the device.
         trust_remote_code: run code: a function, or what comes with a model.
         strip_thinking: show judges the answers without the thinking that they begin with.
-        say: gets lines of progress.
+        log: called with lines of progress.
     """
 
     client: ChatClient | None = None
@@ -40,7 +40,7 @@ class JudgeOptions:
     dtype: str | None = None
     trust_remote_code: bool = False
     strip_thinking: bool = False
-    say: Callable[[str], None] = print
+    log: Callable[[str], None] = print
 
 
 def make_judge(name: str, options: JudgeOptions) -> Judge:
@@ -79,7 +79,7 @@ def make_annotator(name: str, options: JudgeOptions) -> Annotator:
 def _api(options: JudgeOptions) -> PairwiseApiJudge:
     if options.client is None:
         raise SimpoError("judge api: name the server and the model with --judge_url and --judge_model")
-    return PairwiseApiJudge(options.client, prompt=options.prompt, max_tokens=options.max_tokens, say=options.say)
+    return PairwiseApiJudge(options.client, prompt=options.prompt, max_tokens=options.max_tokens, log=options.log)
 
 
 def make_scorer(name: str, options: JudgeOptions, *, known: str = SCORERS) -> Scorer:
@@ -100,5 +100,5 @@ def make_scorer(name: str, options: JudgeOptions, *, known: str = SCORERS) -> Sc
         return FunctionScorer(rest, trust_remote_code=options.trust_remote_code)
     if kind in ("reward", "logp") and rest:
         model = ModelArguments(rest, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
-        return (RewardModelScorer if kind == "reward" else LogpScorer)(model, options.say)
+        return (RewardModelScorer if kind == "reward" else LogpScorer)(model, options.log)
     raise SimpoError(f"judge {name!r} is not known{nearest(name, known.split(', '))}; the judges are {known}")

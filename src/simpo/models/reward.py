@@ -67,11 +67,11 @@ def load_reward_model(
             )
         base = _load(base_arguments(adapter, arguments), new_head=True)
         return continue_adapter(base, adapter, name, revision=revision, given=arguments.lora)
-    model = _load(arguments, new_head=new_head, gated=gated, say=True)
+    model = _load(arguments, new_head=new_head, gated=gated, log=True)
     return add_adapter(model, arguments.lora, revision) if arguments.use_peft else model
 
 
-def _load(arguments: ModelArguments, *, new_head: bool, gated: bool = False, say: bool = False) -> PreTrainedModel:
+def _load(arguments: ModelArguments, *, new_head: bool, gated: bool = False, log: bool = False) -> PreTrainedModel:
     name = arguments.model_name_or_path
     labels = {"num_labels": 1} if new_head and not _is_classifier(arguments) else {}
     model, loading = load_weights(AutoModelForSequenceClassification, arguments, **loading_options(arguments), **labels)
@@ -85,7 +85,7 @@ def _load(arguments: ModelArguments, *, new_head: bool, gated: bool = False, say
     custom = not type(model).__module__.startswith("transformers.")
     if model.config.num_labels != 1 and not (gated and custom):
         raise SimpoError(f"model_name_or_path: {name!r} has {model.config.num_labels} labels; a reward model has one")
-    if head_is_new and say:
+    if head_is_new and log:
         logger.warning("%s is a language model: its output layer is replaced by a random score head", name)
     return model
 

@@ -33,14 +33,14 @@ from simpo.packing.model import (
 # too far.
 
 
-def own_figures(model: PreTrainedModel, sample: PackedBatch) -> Tensor:
+def model_outputs(model: PreTrainedModel, sample: PackedBatch) -> Tensor:
     """What the model's own forward says, one sequence at a time: rewards, ``[R]``, or log-probabilities, ``[S]``."""
     if is_reward_model(model):
         return model(packed_batch=sample, path="padded", compute=own_rewards)
     return naive_logprobs(model, sample)
 
 
-def figures_alone(model: PreTrainedModel, sample: PackedBatch, compute: Computation) -> Tensor:
+def unpacked_outputs(model: PreTrainedModel, sample: PackedBatch, compute: Computation) -> Tensor:
     """What ``compute`` makes of every response of ``sample``, each in a forward of its own."""
     alone = (
         PackedBatch.build([TokenizedComparison(comparison.prompt_ids, [response])])
@@ -177,7 +177,7 @@ def _precisions(model: nn.Module, device: torch.device) -> Iterator[bool]:
 def _in_precision(check: Callable[..., Any], model: PreTrainedModel, sample: PackedBatch, enabled: bool) -> Any:
     kind = sample.input_ids.device.type
     with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=enabled):
-        return check(model, sample, own_figures(model, sample))
+        return check(model, sample, model_outputs(model, sample))
 
 
 def _without_head(model: PreTrainedModel) -> str:
@@ -231,7 +231,7 @@ def _head_agrees(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) 
     if (score_head(model) if reward else find_head(model)) is None:
         return False
     state_of(model).fused_head = True  # the forward takes it, one sequence at a time
-    return _agree(figures_alone(model, sample, rewards if reward else token_logprobs), expected, model)
+    return _agree(unpacked_outputs(model, sample, rewards if reward else token_logprobs), expected, model)
 
 
 def _check_padded(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> None:
@@ -240,7 +240,7 @@ def _check_padded(model: PreTrainedModel, sample: PackedBatch, expected: Tensor)
 
     def worst(batch: PackedBatch) -> float:
         found = model(packed_batch=batch, path="padded", compute=compute)
-        return differences(found, figures_alone(model, batch, compute), model).max().item()
+        return differences(found, unpacked_outputs(model, batch, compute), model).max().item()
 
     # one response twice: no padding, and what is left is rounding
     first = sample.comparisons[0]
@@ -274,7 +274,7 @@ def _probe(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> Non
     probing = sample.probing()
     compute: Computation = token_logprobs
     if is_reward_model(model):
-        compute, expected = end_states, figures_alone(model, sample, end_states)
+        compute, expected = end_states, unpacked_outputs(model, sample, end_states)
     try:
         found = model(packed_batch=probing, path="packed", compute=compute)
     except Exception as error:  # whatever a foreign forward raises, it means the same

@@ -245,9 +245,9 @@ class RunFolder:
         self.metrics = JsonLines(self.path / "metrics.jsonl")
         self._open_log()
         if changed:
-            self.say(f"continued with other settings: {'; '.join(changed)}")
+            self.log(f"continued with other settings: {'; '.join(changed)}")
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Print a line and keep it in ``log.txt``, without access tokens."""
         print(printable(masked(line)))
         if self._log is None:

@@ -15,21 +15,21 @@ _LINES = 10
 
 
 @contextmanager
-def progress(what: str, total: int, done: int, say: Callable[[str], None]) -> Iterator[Advance]:
+def progress(what: str, total: int, done: int, log: Callable[[str], None]) -> Iterator[Advance]:
     """Report progress while the body runs.
 
     Args:
         what: of what there are ``total``.
         total: in all.
         done: there already, and no measure of the speed.
-        say: gets the lines where standard error is no terminal.
+        log: called with the lines where standard error is no terminal.
 
     Yields:
         A function to call with the number of those that were done since its last call.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(what, total, done, say).advance
+        yield _Lines(what, total, done, log).advance
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -38,8 +38,8 @@ def progress(what: str, total: int, done: int, say: Callable[[str], None]) -> It
 
 
 class _Lines:
-    def __init__(self, what: str, total: int, done: int, say: Callable[[str], None]) -> None:
-        self._what, self._total, self._done, self._say = what, total, done, say
+    def __init__(self, what: str, total: int, done: int, log: Callable[[str], None]) -> None:
+        self._what, self._total, self._done, self._log = what, total, done, log
         self._before = self._said = done
         self._start = time.monotonic()
 
@@ -49,7 +49,7 @@ class _Lines:
             self._said = self._done
             speed = (time.monotonic() - self._start) / (self._done - self._before)
             left = f", about {duration(speed * (self._total - self._done))} left" if self._done < self._total else ""
-            self._say(f"{self._done:,} of {self._total:,} {self._what}{left}")
+            self._log(f"{self._done:,} of {self._total:,} {self._what}{left}")
 
 
 def duration(seconds: float) -> str:

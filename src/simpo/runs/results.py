@@ -18,6 +18,7 @@ from rich.text import Text
 
 from simpo.errors import SimpoError
 from simpo.runs.atomic import write_text
+from simpo.statistics import Interval
 
 FILE_NAME = "results.json"
 SCHEMA = 1
@@ -50,6 +51,17 @@ class Metric:
     low: float | None = None
     high: float | None = None
     method: str | None = None
+
+    @classmethod
+    def of(cls, name: str, found: Interval, stage: Stage | None = None, *, method: str | None = None) -> Metric:
+        """A metric with an interval; ``method`` replaces the interval's own description of how it was found."""
+        return cls(name, found.value, stage, found.n, found.low, found.high, method or found.method)
+
+    @property
+    def interval(self) -> Interval:
+        """The value with its interval, of a metric that has a value."""
+        assert self.value is not None
+        return Interval(self.value, self.low, self.high, self.n or 0, self.method or "")
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def _stages(before: Scores, after: Scores) -> Iterator[tuple[Stage, Scores]]:
 
 
 def _metric(name: str, stage: Stage, found: Interval) -> Metric:
-    return Metric(name, found.value, stage, found.n, found.low, found.high, found.method)
+    return Metric.of(name, found, stage)
 
 
 def _exponential(found: Interval) -> Interval:
@@ -136,7 +136,7 @@ def compare_rewards(before: Scores, after: Scores) -> list[Metric]:
     for stage, scores in stages:
         margins, lengths = scores[MARGINS], scores[LENGTHS]
         for name, found in [*_by_length(margins, lengths), *_calibration(margins)]:
-            metrics.append(Metric(f"eval_{name}", found.value, stage, found.n, found.low, found.high, found.method))
+            metrics.append(Metric.of(f"eval_{name}", found, stage))
     return metrics
 
 

@@ -29,7 +29,7 @@ OUTSIDE_A_FORWARD = (
 
 
 @contextmanager
-def memory_answered(advise: Callable[[], str]) -> Iterator[None]:
+def explain_oom(advise: Callable[[], str]) -> Iterator[None]:
     """Turn memory that runs out inside into what ``advise`` says once it has been freed.
 
     Raises:
@@ -83,7 +83,7 @@ def _filled(lengths: Sequence[int], budget: int) -> list[int]:
 
 def _fits(attempt: Callable[[list[int]], None], rows: list[int]) -> bool:
     try:
-        with memory_answered(lambda: ""):
+        with explain_oom(lambda: ""):
             attempt(rows)
     except SimpoError:
         return False

@@ -50,7 +50,7 @@ from simpo.training.batches import (
 from simpo.training.checkpoints import ResumableTrainer
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
 from simpo.training.limits import check_rows
-from simpo.training.memory import OUTSIDE_A_FORWARD, compile_layers, memory_answered, tokens_that_fit
+from simpo.training.memory import OUTSIDE_A_FORWARD, compile_layers, explain_oom, tokens_that_fit
 from simpo.training.settings import TrainingSettings
 from simpo.training.sharding import sharded
 
@@ -161,7 +161,7 @@ class PackedTrainer(ResumableTrainer):
         """Tokenize ``dataset`` for this kind of training; raises :class:`SimpoError` if it is not for it."""
 
     @abstractmethod
-    def row_figures(self, y: Any, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+    def loss_and_metrics(self, y: Any, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """Losses, ``[C]``, and detached figures, ``[C, len(metric_names)]``, of ``batch``.
 
         What the model says of its responses, ``y``, is :class:`~simpo.objectives.Responses` unless
@@ -181,8 +181,8 @@ class PackedTrainer(ResumableTrainer):
         """What has to be known of all micro-batches of a step before its first forward."""
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """One forward: losses and figures of ``batch`` as of :meth:`row_figures`."""
-        return self.row_figures(policy_forward(model, batch.packed, path=self.path), batch)
+        """One forward: losses and figures of ``batch`` as of :meth:`loss_and_metrics`."""
+        return self.loss_and_metrics(policy_forward(model, batch.packed, path=self.path), batch)
 
     # ---- data ----
 
@@ -282,7 +282,7 @@ class PackedTrainer(ResumableTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As its base's; memory that runs out is answered with a setting."""
-        with memory_answered(lambda: OUTSIDE_A_FORWARD):
+        with explain_oom(lambda: OUTSIDE_A_FORWARD):
             return super().train(*args, **kwargs)
 
     def training_step(
@@ -298,7 +298,7 @@ class PackedTrainer(ResumableTrainer):
         self.before_step(model, batches)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with self._gradient_sync(model, last=last), memory_answered(partial(self._what_fits, model, batch)):
+            with self._gradient_sync(model, last=last), explain_oom(partial(self._what_fits, model, batch)):
                 loss, figures = self._forward_and_backward(model, batch)
             total += loss
             self._means.add(figures, batch.packed.weights)

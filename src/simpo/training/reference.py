@@ -330,7 +330,7 @@ def _give(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
 # ---- The reference: the policy that training starts from, asked before its weights change, or kept next to them.
 
 
-class StartPolicy:
+class ReferenceModel:
     """A trainer's model as it is when this is made, its adapter included.
 
     Args:

@@ -116,9 +116,9 @@ class RewardTrainer(PackedTrainer):
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """One forward: losses and figures of ``batch``."""
-        return self.row_figures(reward_forward(model, batch.packed, path=self.path), batch)
+        return self.loss_and_metrics(reward_forward(model, batch.packed, path=self.path), batch)
 
-    def row_figures(self, y: Tensor, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+    def loss_and_metrics(self, y: Tensor, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """Losses, ``[C]``, and figures of comparisons whose responses have the rewards ``y``, ``[R]``."""
         pairs = batch.pairs
         chosen, rejected = y[pairs.better], y[pairs.worse]
@@ -138,7 +138,7 @@ class RewardTrainer(PackedTrainer):
         rewards = self.of_responses(rows, lambda batch: reward_forward(self.model, batch, path=self.path)).cpu()
         figures, margins, lengths = [], [], []
         for batch, y in _parts(rows, rewards):
-            figures.append(self.row_figures(y, batch)[1])
+            figures.append(self.loss_and_metrics(y, batch)[1])
             pairs = batch.pairs
             counts = torch.bincount(pairs.comparison, minlength=len(batch.rows)).tolist()
             margins += (y[pairs.better] - y[pairs.worse]).split(counts)

@@ -43,12 +43,12 @@ from simpo.training.tasks import Task
 _TIMES = ("_runtime", "_per_second", "_preparation_time", "total_flos")
 
 
-def log_in_lines(trainer: Any, say: Callable[[str], None]) -> None:
+def log_in_lines(trainer: Any, log: Callable[[str], None]) -> None:
     """Report a trainer's logs as lines, below which its progress bar stays if it has one, in place of dictionaries."""
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Bar)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(LogLines(say))
+    trainer.add_callback(LogLines(log))
 
 
 class _Bar(ProgressCallback):
@@ -61,8 +61,8 @@ class _Bar(ProgressCallback):
 class LogLines(TrainerCallback):
     """Says every log of the trainer."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
         self._begun = 0.0
         self._first_step = 0
 
@@ -78,7 +78,7 @@ class LogLines(TrainerCallback):
         shown = ", ".join(f"{key} {_shown(value)}" for key, value in figures.items())
         if state.is_world_process_zero and shown:
             with tqdm.external_write_mode():  # clears a bar for as long as the line is written
-                self._say(f"step {state.global_step:,} of {state.max_steps:,}{self._left(state)}: {shown}")
+                self._log(f"step {state.global_step:,} of {state.max_steps:,}{self._left(state)}: {shown}")
 
     def _left(self, state: TrainerState) -> str:
         done, left = state.global_step - self._first_step, state.max_steps - state.global_step
@@ -105,7 +105,7 @@ class Observer(Protocol):
         config: TrainingSettings,
         tokenizer: PreTrainedTokenizerBase,
         rows: Dataset | None,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         """Everything that can fail before weights are read and anything is written; all ranks call.
 
@@ -113,7 +113,7 @@ class Observer(Protocol):
             config: of the training.
             tokenizer: of the model.
             rows: the held-out rows as they were read; None if there are none.
-            say: gets lines for the user.
+            log: called with lines for the user.
 
         Raises:
             SimpoError: it cannot look on at this training.
@@ -137,7 +137,7 @@ _SCORES = {"before": "held_out_before.jsonl", "after": "held_out_after.jsonl"}
 
 
 @dataclass(frozen=True)
-class Given:
+class TrainingJob:
     """What the user gave: the recipe's parts, the command line and file that they were read from, and who looks on."""
 
     model: ModelArguments
@@ -148,7 +148,7 @@ class Given:
     observer: Observer | None = None
 
 
-def run_training(task: Task, given: Given) -> Path:
+def run_training(task: Task, given: TrainingJob) -> Path:
     """Train in a run folder: the same call continues a killed run and leaves a finished one as it is.
 
     Held-out rows, where there are some, are scored before and after. The folder gets the model, tokenizer, template,
@@ -166,7 +166,7 @@ def run_training(task: Task, given: Given) -> Path:
         logging.getLogger("simpo").setLevel(logging.ERROR)  # what all ranks notice, the main one says
     results = Path(config.output_dir) / FILE_NAME
     with RunFolder(config.output_dir, command=task.command) if config.process_index == 0 else _NoFolder() as folder:
-        folder.say(task.describe(config))
+        folder.log(task.describe(config))
         trainer, metrics, held_out, identity = _prepare(task, given, folder)
         folder.begin(
             identity,
@@ -176,7 +176,7 @@ def run_training(task: Task, given: Given) -> Path:
             accept_changes=config.accept_changes,
         )
         if _from_main(folder.finished, config):
-            folder.say(f"{config.output_dir} holds this run, finished")
+            folder.log(f"{config.output_dir} holds this run, finished")
             return results
         if given.observer is not None:
             given.observer.begin(trainer, again=not folder.changed)
@@ -204,7 +204,7 @@ class _NoFolder:
     def __exit__(self, *error: object) -> None:
         """There is nothing to close."""
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """The main rank says it."""
 
     def begin(self, identity: Identity, **record: Any) -> None:
@@ -220,7 +220,7 @@ def _from_main(value: Any, config: Any) -> Any:
 
 
 def _prepare(
-    task: Task, given: Given, folder: RunFolder | _NoFolder
+    task: Task, given: TrainingJob, folder: RunFolder | _NoFolder
 ) -> tuple[PackedTrainer, list[Metric], Dataset | None, Identity]:
     """Everything that can fail before the first write: the trainer, data figures, held-out rows, and the identity."""
     config = given.config
@@ -233,17 +233,17 @@ def _prepare(
             if rows is not None:
                 prepared = task.trainer.prepare(rows, tokenizer, config, label)
                 for line in prepared.report.lines():
-                    folder.say(line)
+                    folder.log(line)
                 metrics += [Metric(name, value) for name, value in prepared.report.metrics()]
                 datasets[label] = prepared.dataset
     held_out = datasets.get("eval")
     if held_out is not None:
         metrics += _shared(datasets["train"], held_out, task.rows, folder)
     if held_out is None and (config.eval_strategy != "no" or config.do_eval):
-        folder.say(f"no held-out {task.rows} are named (eval_dataset_name): training without evaluation")
+        folder.log(f"no held-out {task.rows} are named (eval_dataset_name): training without evaluation")
         config.eval_strategy, config.do_eval = type(config.eval_strategy)("no"), False
     if given.observer is not None:
-        given.observer.prepare(config, tokenizer, raw["eval"], folder.say)
+        given.observer.prepare(config, tokenizer, raw["eval"], folder.log)
     checkpoint = named_checkpoint(config)
     if checkpoint is not None:
         check_whole(Path(checkpoint))
@@ -262,9 +262,9 @@ def _prepare(
         )
     try_optimizer(trainer)
     if isinstance(trainer.model, PeftModel):
-        folder.say(describe_adapter(trainer.model))
+        folder.log(describe_adapter(trainer.model))
         if config.disable_dropout and given.model.lora.get("lora_dropout"):
-            folder.say("lora_dropout: has no effect while disable_dropout is true, its default")
+            folder.log("lora_dropout: has no effect while disable_dropout is true, its default")
     return trainer, metrics, held_out, identity
 
 
@@ -282,14 +282,14 @@ def _shared(train: Dataset, held_out: Dataset, noun: str, folder: RunFolder | _N
             "e.g. dataset_train_split: train[:90%] and dataset_test_split: train[90%:]"
         )
     if prompts:
-        folder.say(
+        folder.log(
             f"eval: {rows:,} of {count:,} held-out {noun} are training {noun}, and {prompts:,} have a prompt of one"
         )
     found = {"rows_in_train": rows, "prompts_in_train": prompts}
     return [Metric(f"data/eval/{name}", value, n=count) for name, value in found.items()]
 
 
-def _observed(given: Given) -> dict[str, Any]:
+def _observed(given: TrainingJob) -> dict[str, Any]:
     """The keys of who looks on."""
     return {} if given.observer is None else dict(given.observer.settings)
 
@@ -318,7 +318,7 @@ def _train(task: Task, trainer: PackedTrainer, held_out: Dataset | None, folder:
     trainer.add_callback(stop)
     if isinstance(folder, RunFolder):
         trainer.add_callback(_Recorder(folder.metrics))
-        log_in_lines(trainer, folder.say)
+        log_in_lines(trainer, folder.log)
     set_seed(trainer.args.seed)  # whether the held-out rows have just been scored or their scores were read
     with stop:
         outcome = trainer.train(resume_from_checkpoint=_starting_point(trainer, folder))
@@ -333,10 +333,10 @@ def _starting_point(trainer: PackedTrainer, folder: RunFolder | _NoFolder) -> st
     found = last_good_checkpoint(Path(trainer.args.output_dir)) if isinstance(folder, RunFolder) else None
     found = _from_main(found, trainer.args)
     if found is not None:
-        folder.say(f"continues from {found}")
+        folder.log(f"continues from {found}")
         return str(found)
     if isinstance(folder, RunFolder) and folder.resuming:
-        folder.say("no checkpoint had been saved: starting from the beginning")
+        folder.log("no checkpoint had been saved: starting from the beginning")
     return named_checkpoint(trainer.args)
 
 

@@ -66,7 +66,7 @@ class SFTTrainer(PackedTrainer):
         """``[rows]`` scored tokens."""
         return scored_tokens(rows)
 
-    def row_figures(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+    def loss_and_metrics(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """Losses, ``[C]``, and figures, ``[C, 1]``, of ``C`` conversations."""
         losses = -y.avg
         return losses, losses.detach()[:, None]

@@ -23,7 +23,7 @@ from simpo.packing.policy import policy_forward
 from simpo.packing.reference import divergence_forward, mean_by_comparison
 from simpo.training.batches import MISMATCHED_REF_LOGP, PlannedBatch, widest_type
 from simpo.training.packed import PackedTrainer
-from simpo.training.reference import StartPolicy, mismatched_rows, with_mismatched
+from simpo.training.reference import ReferenceModel, mismatched_rows, with_mismatched
 from simpo.training.settings import TrainingSettings
 
 # ---- The configuration of a preference run: the objective and its hyperparameters.
@@ -291,7 +291,7 @@ class PreferenceTrainer(PackedTrainer):
         beside = "kl_weight" if self.args.kl_weight else None
         if self.row.needs_reference and not self._precomputed:
             beside = "precompute_ref_log_probs"
-        self._reference = StartPolicy(self, self.args.reference_cache, beside)
+        self._reference = ReferenceModel(self, self.args.reference_cache, beside)
         if self._precomputed and self.args.reference_cache is not None:
             self._reference.open_cache()
 
@@ -404,12 +404,12 @@ class PreferenceTrainer(PackedTrainer):
         """With KL(policy || reference), the mean over the scored tokens of a comparison, added and logged."""
         reference = self._reference.states(batch.packed)
         y, divergence = divergence_forward(model, batch.packed, reference, path=self.path)
-        losses, figures = self.row_figures(y, batch)
+        losses, figures = self.loss_and_metrics(y, batch)
         kl = mean_by_comparison(batch.packed, divergence)  # [C]
         losses = losses + self.args.kl_weight * kl
         return losses, torch.cat([losses.detach()[:, None], figures[:, 1:], kl.detach()[:, None]], dim=1)
 
-    def row_figures(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+    def loss_and_metrics(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """Losses, ``[C]``, and figures of comparisons or of responses that are judged alone."""
         context = self.hyperparameters | ({"z_ref": self._z_ref} if self.row.needs_z_ref else {})
         if batch.ref_logps is not None:

@@ -237,11 +237,11 @@ def pair_annotated(annotated: Path, settings: PairSettings, folder: Path, *, arg
         records = _read(path)
         rows, report = make_pairs(records, settings)
         for line in report.lines():
-            run.say(line)
+            run.log(line)
         _check_any(rows, report, path)
         run.begin({"annotated": fingerprint(records), **dataclasses.asdict(settings)}, argv=argv, accept_changes=None)
         if run.finished:
-            run.say(f"{folder} holds this run already, finished")
+            run.log(f"{folder} holds this run already, finished")
         else:
             write_lines(folder / FILE_NAME, rows)
             metrics = _metrics(rows, report)
@@ -310,13 +310,11 @@ def _metrics(rows: Sequence[Row], report: PairReport) -> list[Metric]:
     metrics = [Metric("pair/prompts", report.prompts), Metric("pair/rows", report.rows)]
     metrics += [Metric(f"pair/dropped/{_slug(reason)}", count) for reason, count in report.dropped.items()]
     gap = mean_interval([_gap(row) for row in rows])
-    metrics.append(Metric("pair/score_gap", gap.value, None, gap.n, gap.low, gap.high, gap.method))
+    metrics.append(Metric.of("pair/score_gap", gap))
     if "chosen" in rows[0]:
         lengths = np.array([[len(row["chosen"]), len(row["rejected"])] for row in rows])
         longer = proportion_interval(int((lengths[:, 0] > lengths[:, 1]).sum()), len(rows))
-        metrics.append(
-            Metric("pair/chosen_longer", longer.value, None, longer.n, longer.low, longer.high, longer.method)
-        )
+        metrics.append(Metric.of("pair/chosen_longer", longer))
         for name, values in zip(("chosen", "rejected"), lengths.T, strict=True):
             metrics.append(Metric(f"pair/{name}_characters", float(values.mean()), n=len(rows)))
     return metrics

@@ -108,7 +108,7 @@ def _difference(name: str, before: Score, after: Score) -> Metric:
     value = after.value - before.value
     if before.items and before.items.keys() == after.items.keys():
         found = mean_interval([after.items[key] - before.items[key] for key in before.items])
-        return Metric(name, found.value, None, found.n, found.low, found.high, f"paired, {found.method}")
+        return Metric.of(name, found, method=f"paired, {found.method}")
     if before.error is None or after.error is None:
         return Metric(name, value, None, after.n)
     half = 1.96 * math.hypot(before.error, after.error)

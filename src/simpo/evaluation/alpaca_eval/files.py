@@ -193,13 +193,13 @@ class LengthControl:
     gamed: str | None = None
     difficulty: str | None = None
 
-    def read(self, count: int, say: Callable[[str], None]) -> Baselines | None:
+    def read(self, count: int, log: Callable[[str], None]) -> Baselines | None:
         """What the length-controlled win rate needs; None, and a line that says so, where the hub has to give it and
         cannot.
 
         Args:
             count: of the instructions.
-            say: gets that line, and one where there are difficulties of more instructions.
+            log: called with that line, and one where there are difficulties of more instructions.
 
         Raises:
             SimpoError: a file that was given cannot be used, or has difficulties of fewer instructions.
@@ -209,14 +209,14 @@ class LengthControl:
         except SimpoError as error:
             if self.gamed is not None:
                 raise
-            say(f"note: no length-controlled win rate: {error}; --annotations computes it later")
+            log(f"note: no length-controlled win rate: {error}; --annotations computes it later")
             return None
         if count > len(found.difficulties):
             raise SimpoError(
                 f"{count} instructions, but difficulties of {len(found.difficulties)}: give the benchmark's"
             )
         if count < len(found.difficulties):
-            say(
+            log(
                 f"note: difficulties of {len(found.difficulties)} instructions are looked up by position: the "
                 f"length-controlled win rate is right only if the {count} are the benchmark's first, in its order"
             )

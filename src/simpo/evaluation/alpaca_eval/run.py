@@ -27,7 +27,7 @@ from simpo.evaluation.alpaca_eval.files import (
     write_outputs,
 )
 from simpo.evaluation.alpaca_eval.win_rate import Baselines, length_controlled, win_rate
-from simpo.evaluation.answers import Answerer, ApiJudge, Say, measure_once
+from simpo.evaluation.answers import Answerer, ApiJudge, Log, measure_once
 from simpo.evaluation.rows import file_digest
 from simpo.generation.thinking import after_thinking
 from simpo.judging.annotate import Shown
@@ -39,7 +39,7 @@ from simpo.statistics import share_bounds
 # ---- Annotations -> the leaderboard's figures.
 
 
-def figures(annotations: Sequence[Annotation], baselines: Baselines | None, say: Say) -> list[Metric]:
+def figures(annotations: Sequence[Annotation], baselines: Baselines | None, log: Log) -> list[Metric]:
     """The leaderboard's figures under its names, and how many answers were empty or got no preference.
 
     Intervals are those of 1.96 standard errors, kept within 0 to 100: of the mean for the win rate, and of the mean of
@@ -50,9 +50,9 @@ def figures(annotations: Sequence[Annotation], baselines: Baselines | None, say:
     ours = [annotation.match.output_2 for annotation in annotations]
     empty = sum(not text.strip() for text in ours)
     if unparsed:
-        say(f"note: {unparsed} of {len(found)} answers got no preference and are left out")
+        log(f"note: {unparsed} of {len(found)} answers got no preference and are left out")
     if empty:
-        say(f"note: {empty} of {len(found)} answers are empty; they were judged like any other")
+        log(f"note: {empty} of {len(found)} answers are empty; they were judged like any other")
     judged = unparsed < len(found)
     return [
         *(_controlled(annotations, found, baselines) if judged and baselines is not None else ()),
@@ -245,26 +245,26 @@ class AlpacaEval:
             for match in matches
         ]
 
-    def annotate(self, matches: Sequence[Match], say: Say) -> list[Annotation]:
+    def annotate(self, matches: Sequence[Match], log: Log) -> list[Annotation]:
         """The judge's preference in every match; one without enough probability on the names of the answers has none.
 
         Raises:
             SimpoError: the judge cannot be asked, or never gives the log-probabilities that are to be weighed.
         """
-        replies = self.judge.ask_some(self.requests(matches), say, self._check_first if self.weighted else None)
+        replies = self.judge.ask_some(self.requests(matches), log, self._check_first if self.weighted else None)
         found = preferences(matches, replies, weighted=self.weighted)
         unsure = sum(
             bool(reply and reply.first_token_logprobs) and math.isnan(p)
             for reply, p in zip(replies, found, strict=True)
         )
         if self.weighted and unsure:
-            say(
+            log(
                 f"note: {unsure} replies have a probability below {LEAST_MASS} of naming an answer, and are no "
                 "verdicts; a judge that thinks first needs --plain and --judge_max_tokens"
             )
         cut = sum(bool(reply and reply.cut_off) and math.isnan(p) for reply, p in zip(replies, found, strict=True))
         if not self.weighted and cut:
-            say(
+            log(
                 f"note: {cut} replies were cut off before they named an answer; a judge that thinks first needs a "
                 "higher --judge_max_tokens"
             )
@@ -309,7 +309,7 @@ def evaluate_alpaca_eval(
         reference = read_outputs(benchmark.reference)
         ready = match_outputs(reference, read_outputs(answers), str(answers)) if isinstance(answers, Path) else None
         identity = {"outputs": file_digest(answers)} if isinstance(answers, Path) else answers.identity()
-        baselines = length_control.read(len(reference), run.say)  # before anything is sent
+        baselines = length_control.read(len(reference), run.log)  # before anything is sent
         run.begin(benchmark.identity() | length_control.identity() | identity, argv=argv, accept_changes=None)
 
         def measure() -> list[Metric]:
@@ -318,10 +318,10 @@ def evaluate_alpaca_eval(
             write_outputs(folder / OUTPUTS, matches)
             show = Shown(benchmark.judge.strip_thinking)
             shown = [replace(one, output_1=show(one.output_1), output_2=show(one.output_2)) for one in matches]
-            thinking = show.metrics("alpaca_eval/", run.say)
-            annotations = benchmark.annotate(shown, run.say)
+            thinking = show.metrics("alpaca_eval/", run.log)
+            annotations = benchmark.annotate(shown, run.log)
             write_annotations(folder / ANNOTATIONS, annotations)
-            return figures(annotations, baselines, run.say) + thinking + benchmark.judge.metrics("alpaca_eval")
+            return figures(annotations, baselines, run.log) + thinking + benchmark.judge.metrics("alpaca_eval")
 
         return measure_once(run, measure)
 
@@ -344,16 +344,16 @@ def recount_alpaca_eval(
             "annotations": file_digest(annotations),
             "judge": ", ".join(sorted({row.annotator for row in rows})),
         }
-        baselines = length_control.read(len(rows), run.say)
+        baselines = length_control.read(len(rows), run.log)
         run.begin(identity | length_control.identity(), argv=argv, accept_changes=None)
-        return measure_once(run, lambda: figures(rows, baselines, run.say))
+        return measure_once(run, lambda: figures(rows, baselines, run.log))
 
 
 def _sampled(benchmark: AlpacaEval, reference: Sequence[Output], answerer: Answerer, run: RunFolder) -> list[Match]:
     """The model's answers, once the user has agreed to what judging them may cost."""
     if not (run.path / OUTPUTS).exists():
         expected = _matches(reference, answerer.name, [answerer.stand_in()] * len(reference))
-        benchmark.judge.agree_beforehand(benchmark.requests(expected), run.say)
+        benchmark.judge.agree_beforehand(benchmark.requests(expected), run.log)
     texts = answerer.answer([output.instruction for output in reference], run.path / "answers")
     return _matches(reference, answerer.name, texts)
 

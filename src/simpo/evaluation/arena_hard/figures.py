@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from simpo.evaluation.answers import Say
+from simpo.evaluation.answers import Log
 from simpo.evaluation.arena_hard.files import Answer, Judgment
 from simpo.evaluation.arena_hard.scores import (
     Style,
@@ -23,7 +23,7 @@ from simpo.runs.results import Metric
 Answers = Mapping[str, Answer]  # by uid
 
 
-def figures(judgments: Sequence[Judgment], ours: Answers, theirs: Answers, version: Version, say: Say) -> list[Metric]:
+def figures(judgments: Sequence[Judgment], ours: Answers, theirs: Answers, version: Version, log: Log) -> list[Metric]:
     """Scores by category in percent, as the benchmark has them, over prompts, and in the baseline's style."""
     metrics = []
     for category in dict.fromkeys(judgment.question.category for judgment in judgments):
@@ -37,7 +37,7 @@ def figures(judgments: Sequence[Judgment], ours: Answers, theirs: Answers, versi
         metrics.append(Metric(f"arena_hard/{category}/games_without_verdict", missing, n=2 * len(found)))
         if missing:
             left_out = len(found) - len(counted)
-            say(f"note: {category}: {missing} games have no verdict; {left_out} prompts are left out for that")
+            log(f"note: {category}: {missing} games have no verdict; {left_out} prompts are left out for that")
     return metrics
 
 
@@ -57,10 +57,7 @@ def _category(
     intervals = {"score": score(prompts, version), "score_over_prompts": score_over_prompts(prompts)}
     lengths = [len(ours[judgment.question.uid].text) for judgment, _ in counted]
     return [
-        *(
-            Metric(f"arena_hard/{category}/{name}", found.value, None, found.n, found.low, found.high, found.method)
-            for name, found in intervals.items()
-        ),
+        *(Metric.of(f"arena_hard/{category}/{name}", found) for name, found in intervals.items()),
         Metric(f"arena_hard/{category}/score_in_baseline_style", float(styled.at_equal[0]), n=len(prompts)),
         Metric(f"arena_hard/{category}/avg_length", float(np.mean(lengths)), n=len(lengths)),
     ]

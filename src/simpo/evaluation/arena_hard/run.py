@@ -12,7 +12,7 @@ import yaml
 
 from simpo.client import ChatReply, ChatRequest
 from simpo.errors import SimpoError
-from simpo.evaluation.answers import Answerer, ApiJudge, Say, measure_once
+from simpo.evaluation.answers import Answerer, ApiJudge, Log, measure_once
 from simpo.evaluation.arena_hard.figures import Answers, figures
 from simpo.evaluation.arena_hard.files import (
     BASELINES,
@@ -124,7 +124,7 @@ class ArenaHard:
             "judge_prompt": self.prompt.digest,
         }
 
-    def read_baselines(self, questions: Sequence[Question], say: Say) -> Answers:
+    def read_baselines(self, questions: Sequence[Question], log: Log) -> Answers:
         """The baseline's answer to each question; by category, if there are several files.
 
         Raises:
@@ -135,7 +135,7 @@ class ArenaHard:
             for category in dict.fromkeys(question.category for question in questions):
                 used = {found[question.uid].model for question in questions if question.category == category}
                 if used != {BASELINES.get(category)}:
-                    say(f"note: the baseline of {category} is {', '.join(sorted(used))}, not the benchmark's")
+                    log(f"note: the baseline of {category} is {', '.join(sorted(used))}, not the benchmark's")
             return found
         files = [read_answers(path, questions) for path in self.baselines]
         by_model = {answer.model: answers for answers in files for answer in answers.values()}
@@ -155,13 +155,13 @@ class ArenaHard:
             )
         ]
 
-    def play(self, questions: Sequence[Question], ours: Answers, theirs: Answers, say: Say) -> list[Judgment]:
+    def play(self, questions: Sequence[Question], ours: Answers, theirs: Answers, log: Log) -> list[Judgment]:
         """Judge both games of every question.
 
         Raises:
             SimpoError: the judge cannot be asked.
         """
-        replies = self.judge.ask(self.requests(questions, ours, theirs), say)
+        replies = self.judge.ask(self.requests(questions, ours, theirs), log)
         return [
             self._judgment(question, ours, theirs, replies[2 * index], replies[2 * index + 1])
             for index, question in enumerate(questions)
@@ -194,7 +194,7 @@ def evaluate_arena_hard(
     """
     with RunFolder(folder, command="evaluate") as run:
         questions = read_questions(benchmark.questions, benchmark.version)
-        theirs = benchmark.read_baselines(questions, run.say)
+        theirs = benchmark.read_baselines(questions, run.log)
         ready = read_answers(answers, questions) if isinstance(answers, Path) else None
         identity = {"outputs": file_digest(answers)} if isinstance(answers, Path) else answers.identity()
         run.begin(benchmark.identity() | identity, argv=argv, accept_changes=None)
@@ -206,10 +206,10 @@ def evaluate_arena_hard(
             write_answers(folder / ANSWERS, questions, model, [ours[question.uid].text for question in questions])
             show = Shown(benchmark.judge.strip_thinking)
             ours, baseline = _shown(ours, show), _shown(theirs, show)
-            thinking = show.metrics("arena_hard/", run.say)
-            judgments = benchmark.play(questions, ours, baseline, run.say)
+            thinking = show.metrics("arena_hard/", run.log)
+            judgments = benchmark.play(questions, ours, baseline, run.log)
             write_judgments(folder / JUDGMENTS, judgments)
-            found = figures(judgments, ours, baseline, benchmark.version, run.say)
+            found = figures(judgments, ours, baseline, benchmark.version, run.log)
             return found + thinking + benchmark.judge.metrics("arena_hard")
 
         return measure_once(run, measure)
@@ -221,7 +221,7 @@ def _sampled(
     """The model's answers, once the user has agreed to what judging them may cost."""
     if not (run.path / ANSWERS).exists():
         expected = _answers(questions, answerer.name, [answerer.stand_in()] * len(questions))
-        benchmark.judge.agree_beforehand(benchmark.requests(questions, expected, theirs), run.say)
+        benchmark.judge.agree_beforehand(benchmark.requests(questions, expected, theirs), run.log)
     texts = answerer.answer([question.prompt for question in questions], run.path / "answers")
     return _answers(questions, answerer.name, texts)
 

@@ -131,7 +131,7 @@ def _figures(problems: Sequence[Problem], numbers: Sequence[Decimal | None], sta
     right = _right(problems, numbers)
     found = proportion_interval(int(right.sum()), len(right))
     return [
-        Metric("gsm8k/accuracy", found.value, stage, found.n, found.low, found.high, found.method),
+        Metric.of("gsm8k/accuracy", found, stage),
         Metric("gsm8k/without_number", sum(number is None for number in numbers), stage, len(numbers)),
     ]
 
@@ -142,4 +142,4 @@ def _difference(
     """The change of accuracy, after minus before, paired by problem."""
     difference = _right(problems, after).astype(float) - _right(problems, before)
     found = mean_interval(difference)
-    return Metric("gsm8k/difference", found.value, None, found.n, found.low, found.high, f"paired, {found.method}")
+    return Metric.of("gsm8k/difference", found, method=f"paired, {found.method}")

@@ -72,7 +72,7 @@ def _pooled(ratings: Sequence[Rating]) -> Interval:
 
 
 def _metric(name: str, found: Interval) -> Metric:
-    return Metric(f"mt_bench/{name}", found.value, None, found.n, found.low, found.high, found.method)
+    return Metric.of(f"mt_bench/{name}", found)
 
 
 TURNS = 2

@@ -11,7 +11,7 @@ from typing import Any
 
 from simpo.client import ChatRequest
 from simpo.errors import SimpoError
-from simpo.evaluation.answers import Answerer, ApiJudge, Say, measure_once
+from simpo.evaluation.answers import Answerer, ApiJudge, Log, measure_once
 from simpo.evaluation.answers import Question as Asked
 from simpo.evaluation.mt_bench.files import (
     REFERENCED,
@@ -149,13 +149,13 @@ class MTBench:
             for turn in range(1, TURNS + 1)
         ]
 
-    def rate(self, questions: Sequence[Question], answers: Sequence[Turns], say: Say) -> tuple[list[Rating], list[str]]:
+    def rate(self, questions: Sequence[Question], answers: Sequence[Turns], log: Log) -> tuple[list[Rating], list[str]]:
         """A rating of each turn of each conversation, and what the judge wrote.
 
         Raises:
             SimpoError: the judge cannot be asked.
         """
-        replies = self.judge.ask(self.requests(questions, answers), say)
+        replies = self.judge.ask(self.requests(questions, answers), log)
         turns = [(question, turn) for question in questions for turn in range(1, TURNS + 1)]
         ratings = [
             Rating(question.question_id, question.category, turn, read_rating(reply.whole_text))
@@ -196,7 +196,7 @@ def evaluate_mt_bench(
         run.begin(benchmark.identity() | identity, argv=argv, accept_changes=None)
 
         def measure() -> list[Metric]:
-            _say_missing_references(questions, run.say)
+            _say_missing_references(questions, run.log)
             if isinstance(answers, Answerer):
                 model, turns = answers.name, _sampled(benchmark, questions, answers, run, own_temperature)
             else:
@@ -205,26 +205,26 @@ def evaluate_mt_bench(
             write_answers(folder / ANSWERS, questions, model, turns)
             show = Shown(benchmark.judge.strip_thinking)
             shown = [(show(first), show(second)) for first, second in turns]
-            thinking = show.metrics("mt_bench/", run.say)
-            ratings, texts = benchmark.rate(questions, shown, run.say)
+            thinking = show.metrics("mt_bench/", run.log)
+            ratings, texts = benchmark.rate(questions, shown, run.log)
             write_judgments(folder / JUDGMENTS, model, benchmark.judge.name, ratings, texts)
-            return figures(ratings, run.say) + thinking + benchmark.judge.metrics("mt_bench")
+            return figures(ratings, run.log) + thinking + benchmark.judge.metrics("mt_bench")
 
         return measure_once(run, measure)
 
 
-def _say_missing_references(questions: Sequence[Question], say: Say) -> None:
+def _say_missing_references(questions: Sequence[Question], log: Log) -> None:
     wanted = [question for question in questions if question.category in REFERENCED]
     missing = sum(question.reference is None for question in wanted)
     if missing:
-        say(f"note: {missing} of {len(wanted)} questions of {', '.join(REFERENCED)} have no reference answer")
+        log(f"note: {missing} of {len(wanted)} questions of {', '.join(REFERENCED)} have no reference answer")
 
 
-def figures(ratings: Sequence[Rating], say: Say) -> list[Metric]:
+def figures(ratings: Sequence[Rating], log: Log) -> list[Metric]:
     """Averages, and how many turns got no rating."""
     missing = sum(rating.score is None for rating in ratings)
     if missing:
-        say(f"note: {missing} of {len(ratings)} turns got no rating and are left out")
+        log(f"note: {missing} of {len(ratings)} turns got no rating and are left out")
     return rating_metrics(ratings)
 
 
@@ -234,7 +234,7 @@ def _sampled(
     """Both turns, once the user has agreed; the second is asked with the first and its answer before it."""
     if not (run.path / ANSWERS).exists():
         longest = answerer.stand_in()
-        benchmark.judge.agree_beforehand(benchmark.requests(questions, [(longest, longest)] * len(questions)), run.say)
+        benchmark.judge.agree_beforehand(benchmark.requests(questions, [(longest, longest)] * len(questions)), run.log)
     show = Shown(benchmark.judge.strip_thinking)
     temperatures = [None if own_temperature else _TEMPERATURES.get(question.category, 0.7) for question in questions]
     asked: list[Asked] = [[{"role": "user", "content": question.turns[0]}] for question in questions]

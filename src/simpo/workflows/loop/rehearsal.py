@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 from simpo.data.prompts import Prompt
 from simpo.data.sources import load_rows
 from simpo.evaluation.compare import make_judges
-from simpo.generation.sample import Job, Say
+from simpo.generation.sample import Job, Log
 from simpo.generation.vllm import load_vllm
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import JudgeOptions, make_annotator
@@ -29,7 +29,7 @@ from simpo.workflows.pair import make_pairs
 _PROMPTS = 2  # what objectives with mismatched answers need
 
 
-def rehearse(recipe: LoopRecipe, options: JudgeOptions, say: Say) -> None:
+def rehearse(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
     """Find now what would otherwise end the first round after hours of sampling.
 
     Both sets of prompts are read and rendered. Annotator and judges score invented answers to the shortest prompts; one
@@ -39,12 +39,12 @@ def rehearse(recipe: LoopRecipe, options: JudgeOptions, say: Say) -> None:
     Args:
         recipe: of the loop.
         options: what annotator and judges need.
-        say: gets a line.
+        log: called with a line.
 
     Raises:
         SimpoError: as the stages.
     """
-    say(f"trying all stages on {_PROMPTS} prompts with invented answers")
+    log(f"trying all stages on {_PROMPTS} prompts with invented answers")
     start = as_it_is(recipe.model)
     if recipe.settings.engine == "vllm":
         load_vllm(start)
@@ -53,7 +53,7 @@ def rehearse(recipe: LoopRecipe, options: JudgeOptions, say: Say) -> None:
         for source, settings in ((recipe.asked, recipe.sampling), (recipe.held_out, recipe.held_out_sampling))
     ]
     asked, held_out = (sorted(job.prompts, key=lambda prompt: len(prompt.ids))[:_PROMPTS] for job in jobs)
-    _judge(recipe, dataclasses.replace(options, say=_silent), asked, held_out)
+    _judge(recipe, dataclasses.replace(options, log=_silent), asked, held_out)
     free_memory()
     _train(recipe, asked)
     free_memory()

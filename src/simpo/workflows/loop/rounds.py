@@ -27,7 +27,7 @@ from simpo.runs.lines import read_lines
 from simpo.runs.results import FILE_NAME as RESULTS
 from simpo.runs.results import Metric, read_results, write_results
 from simpo.statistics import Interval, mean_interval
-from simpo.training.run import Given, run_training
+from simpo.training.run import TrainingJob, run_training
 from simpo.training.settings import DataArguments
 from simpo.training.tasks import PREFERENCES
 from simpo.workflows.loop.record import Stage, write_round
@@ -75,7 +75,7 @@ START = "start-answers"
 _AGREED = True  # what a server will be sent was agreed to before the first round
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ class Rounds:
         recipe: of the loop.
         options: what annotator and judges need.
         fingerprint: of the loop.
-        say: gets a line for every stage.
+        log: called with a line for every stage.
     """
 
     folder: Path
     recipe: LoopRecipe
     options: JudgeOptions
     fingerprint: str
-    say: Say
+    log: Log
 
     def model(self, number: int) -> Path:
         """Folder of a round's model."""
@@ -102,7 +102,7 @@ class Rounds:
 
     def answer_from_start(self) -> None:
         """The start model's answers to the held-out prompts."""
-        self.say("the start answers the held-out prompts")
+        self.log("the start answers the held-out prompts")
         self._sample(self._sampled(0), self.recipe.held_out, self.recipe.held_out_sampling, self.folder / START)
 
     def run(self, number: int) -> list[Metric]:
@@ -160,7 +160,7 @@ class Rounds:
         return {name: Stage(folder / name, given) for name, given in inputs.items()}
 
     def _announce(self, number: int, what: str) -> None:
-        self.say(f"round {number} of {self.recipe.settings.rounds}: {what}")
+        self.log(f"round {number} of {self.recipe.settings.rounds}: {what}")
 
     def _arguments(self, number: int) -> ModelArguments:
         """A round's model as training takes it; the start before the first."""
@@ -181,12 +181,12 @@ class Rounds:
         config = copy.deepcopy(self.recipe.config)
         config.output_dir = str(self.model(number))
         data = DataArguments(dataset_name=str(pairs), chat_template=self.recipe.settings.chat_template)
-        run_training(PREFERENCES, Given(self._arguments(number - 1), data, config))
+        run_training(PREFERENCES, TrainingJob(self._arguments(number - 1), data, config))
         free_memory()
 
     def _drift(self, answers: Path) -> Metric:
         found = drift(answers / RESPONSES, self._sampled(0), self.recipe.held_out)
-        return Metric("kl", found.value, None, found.n, found.low, found.high, found.method)
+        return Metric.of("kl", found)
 
 
 def _rows(folder: Path) -> Metric:

@@ -10,14 +10,14 @@ from typing import Any
 
 from datasets import Dataset
 
-from simpo.client import ChatClient, Endpoint, agree
+from simpo.client import ChatClient, Endpoint, confirm_cost
 from simpo.client.cache import default_cache
 from simpo.data.prompts import PlainPrompt, read_prompts
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.compare import make_judges
-from simpo.generation.sample import PromptArguments, Say
+from simpo.generation.sample import Log, PromptArguments
 from simpo.judging.pairwise import PairwiseApiJudge, TournamentScorer
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import JudgeOptions, check_judges_anew, make_annotator, make_judge
@@ -36,14 +36,14 @@ from simpo.workflows.loop.settings import LoopRecipe, LoopSettings, as_it_is
 # first.
 
 
-def agree_to_rounds(recipe: LoopRecipe, options: JudgeOptions, rounds: int, say: Say) -> None:
+def agree_to_rounds(recipe: LoopRecipe, options: JudgeOptions, rounds: int, log: Log) -> None:
     """Ask the user about the requests of so many rounds, estimated with answers as long as they may be.
 
     Args:
         recipe: of the loop.
         options: what annotator and judges need.
         rounds: how many are left.
-        say: gets what will be sent.
+        log: called with what will be sent.
 
     Raises:
         SimpoError: the user does not agree, or cannot be asked; nothing has been computed.
@@ -54,12 +54,12 @@ def agree_to_rounds(recipe: LoopRecipe, options: JudgeOptions, rounds: int, say:
     if isinstance(annotator, TournamentScorer):
         answers = [answerer.stand_in(f"a{k}") for k in range(recipe.sampling.n)]
         rows = [Answers(prompt.id, prompt.content, answers) for prompt in _prompts(recipe.asked)]
-        agree(annotator.estimate(rows) * rounds, yes=recipe.settings.yes, say=say)
+        confirm_cost(annotator.estimate(rows) * rounds, yes=recipe.settings.yes, log=log)
     for judge in judges:
         if isinstance(judge, PairwiseApiJudge):
             a, b = ([answerer.stand_in(f"{side}{k}") for k in range(recipe.settings.eval_n)] for side in "ab")
             pairs = [Pair(p.id, p.content, *two) for p in _prompts(recipe.held_out) for two in product(a, b)]
-            agree(judge.estimate(pairs) * rounds, yes=recipe.settings.yes, say=say)
+            confirm_cost(judge.estimate(pairs) * rounds, yes=recipe.settings.yes, log=log)
 
 
 def _prompts(source: PromptArguments) -> list[PlainPrompt]:
@@ -97,10 +97,10 @@ def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None 
             if _goes_on(folder, recipe.settings.rounds):
                 run.reopen()
         elif not run.resuming:
-            rehearse(recipe, options, run.say)
+            rehearse(recipe, options, run.log)
         if not run.finished:
             done = sum(1 for _ in folder.glob(f"round-*/{record.FILE_NAME}"))
-            agree_to_rounds(recipe, options, recipe.settings.rounds - done, run.say)
+            agree_to_rounds(recipe, options, recipe.settings.rounds - done, run.log)
         run.begin(
             identity,
             argv=argv,
@@ -108,9 +108,9 @@ def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None 
             resolved=settings_of(*(getattr(recipe, part.name) for part in dataclasses.fields(recipe))),
             accept_changes=None,
         )
-        rounds = Rounds(folder, recipe, options, run.fingerprint, run.say)
+        rounds = Rounds(folder, recipe, options, run.fingerprint, run.log)
         if run.finished:
-            run.say(f"{folder} holds this loop already, finished{_stopped(folder)}")
+            run.log(f"{folder} holds this loop already, finished{_stopped(folder)}")
         else:
             found, last_good = _run_rounds(rounds)
             write_report(folder, found, fingerprint=run.fingerprint, last_good=last_good)
@@ -148,16 +148,16 @@ def _stopped(folder: Path) -> str:
 def _run_rounds(rounds: Rounds) -> tuple[dict[int, list[Metric]], int]:
     """Figures of every round, and the last one that no stop criterion refused."""
     found: dict[int, list[Metric]] = {}
-    _say_shared(_rows(rounds.recipe.settings), rounds.say)
+    _say_shared(_rows(rounds.recipe.settings), rounds.log)
     rounds.answer_from_start()
     for number in range(1, rounds.recipe.settings.rounds + 1):
         folder = rounds.folder / f"round-{number}"
         done = (folder / record.FILE_NAME).exists()
         found[number] = read_results(folder / FILE_NAME).metrics if done else rounds.run(number)
         rate, moved = win_rate(found[number]), kl(found[number])
-        rounds.say(f"round {number}: {_said(rate)}, KL {_said(moved)}")
+        rounds.log(f"round {number}: {_said(rate)}, KL {_said(moved)}")
         if reason := _stop(rounds.recipe.settings, rate, moved):
-            rounds.say(f"stopped after round {number}: {reason}")
+            rounds.log(f"stopped after round {number}: {reason}")
             return found, number - 1
     return found, len(found)
 
@@ -185,11 +185,11 @@ def _rows(settings: LoopSettings) -> dict[str, Dataset]:
     }
 
 
-def _say_shared(rows: Mapping[str, Dataset], say: Say) -> None:
+def _say_shared(rows: Mapping[str, Dataset], log: Log) -> None:
     """Say how many held-out prompts are trained on too."""
     asked, held_out = ({prompt.id for prompt in read_prompts(found)[0]} for found in rows.values())
     if shared := len(asked & held_out):
-        say(f"note: {shared:,} of {len(held_out):,} eval_prompts are among prompts, which are trained on")
+        log(f"note: {shared:,} of {len(held_out):,} eval_prompts are among prompts, which are trained on")
 
 
 def _options(recipe: LoopRecipe) -> JudgeOptions:

@@ -18,10 +18,10 @@ from simpo.runs.atomic import write_text
 from simpo.runs.log import redact
 from simpo.runs.results import FILE_NAME, Metric, print_whole, read_results
 from simpo.workflows.sweep.space import Axis, shown
-from simpo.workflows.sweep.study import Tried
+from simpo.workflows.sweep.study import TrialResult
 
 
-def rank(tried: Sequence[Tried], *, smaller_is_better: bool) -> list[Tried]:
+def rank(tried: Sequence[TrialResult], *, smaller_is_better: bool) -> list[TrialResult]:
     """The finished trials, the best first; of equals the one with the lowest number. Repeated ones are left out.
 
     Raises:
@@ -35,7 +35,9 @@ def rank(tried: Sequence[Tried], *, smaller_is_better: bool) -> list[Tried]:
     return sorted(finished, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
 
 
-def sweep_metrics(tried: Sequence[Tried], found: Mapping[int, Metric], *, smaller_is_better: bool) -> list[Metric]:
+def sweep_metrics(
+    tried: Sequence[TrialResult], found: Mapping[int, Metric], *, smaller_is_better: bool
+) -> list[Metric]:
     """How many trials ended how, the best one, and every finished trial's figure, the best first.
 
     Args:
@@ -55,16 +57,16 @@ def sweep_metrics(tried: Sequence[Tried], found: Mapping[int, Metric], *, smalle
     ]
 
 
-def _of_trial(trial: Tried, metric: Metric) -> Metric:
+def _of_trial(trial: TrialResult, metric: Metric) -> Metric:
     return dataclasses.replace(metric, name=f"{_folder(trial)}/{metric.name}", stage=None)
 
 
-def _folder(trial: Tried) -> str:
+def _folder(trial: TrialResult) -> str:
     return f"trials/{trial.number:03d}"
 
 
 def write_best(
-    path: Path, best: Tried, metric: Metric, recipe: Mapping[str, Any], fixed: Mapping[str, Sequence[str]]
+    path: Path, best: TrialResult, metric: Metric, recipe: Mapping[str, Any], fixed: Mapping[str, Sequence[str]]
 ) -> None:
     """The recipe with the best trial's values, without an output folder, and without secrets.
 
@@ -90,7 +92,7 @@ def _plain(texts: Sequence[str]) -> Any:
 
 
 def print_table(
-    folder: Path, tried: Sequence[Tried], axes: Sequence[Axis], metric: str, console: Console | None = None
+    folder: Path, tried: Sequence[TrialResult], axes: Sequence[Axis], metric: str, console: Console | None = None
 ) -> None:
     """Print all trials, the best first, with the figures of ``folder/results.json``, and what to think of them."""
     figures = {found.name: found for found in read_results(folder / FILE_NAME).metrics}
@@ -110,7 +112,7 @@ def print_table(
         console.print(Text(line), soft_wrap=True)
 
 
-def _cells(trial: Tried, axes: Sequence[Axis], figure: str) -> list[Text]:
+def _cells(trial: TrialResult, axes: Sequence[Axis], figure: str) -> list[Text]:
     # Text, so that rich does not take brackets for its markup.
     return [Text(cell) for cell in (str(trial.number), *(trial.values.get(axis.key, "") for axis in axes), figure)]
 
@@ -120,7 +122,7 @@ def _shown(metric: Metric) -> str:
     return f"{metric.value:.4g}{interval}"
 
 
-def _remarks(ranked: Sequence[tuple[Tried, Metric]], axes: Sequence[Axis]) -> Iterator[str]:
+def _remarks(ranked: Sequence[tuple[TrialResult, Metric]], axes: Sequence[Axis]) -> Iterator[str]:
     """How sure the choice is, and where to look further."""
     best, figure = ranked[0]
     if figure.low is not None and figure.high is not None:
@@ -143,7 +145,7 @@ def _may_be_equal(best: Metric, value: float) -> bool:
     return value == best.value or (best.low is not None and best.high is not None and best.low <= value <= best.high)
 
 
-def _fates(tried: Sequence[Tried]) -> Iterator[str]:
+def _fates(tried: Sequence[TrialResult]) -> Iterator[str]:
     """What became of the trials without a figure of their own."""
     for trial in tried:
         if trial.state == "failed":

@@ -13,13 +13,12 @@ from simpo.analysis.plots import plot_effects
 from simpo.errors import SimpoError
 from simpo.models.loading import free_memory
 from simpo.runs.folder import FolderInUseError, RunFolder, RunRecord
-from simpo.runs.results import FILE_NAME, Metric, write_results
-from simpo.statistics import Interval
-from simpo.training.run import Given
+from simpo.runs.results import FILE_NAME, write_results
+from simpo.training.run import TrainingJob
 from simpo.training.tasks import PREFERENCES
 from simpo.workflows.sweep.report import print_table, rank, sweep_metrics, write_best
 from simpo.workflows.sweep.space import Axis, Values, combinations, one_at_a_time, shown
-from simpo.workflows.sweep.study import Claim, Sampler, Study, Tried
+from simpo.workflows.sweep.study import Sampler, Study, TrialLease, TrialResult
 from simpo.workflows.sweep.trial import WIN_RATE, Failed, Pruned, read_metric, run_trial
 
 BEST, EFFECTS = "best.yaml", "effects.png"
@@ -35,7 +34,7 @@ _COMMAND = "sweep"
 _PAUSE = 1.0  # seconds between looks at the trials of other processes
 _PATIENCE = 30.0  # seconds for a leader to say what it leads
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Sweep:
     sampler: Sampler
     trials: int
     prune: bool
-    read: Callable[[list[str]], Given]
+    read: Callable[[list[str]], TrainingJob]
     argv: Sequence[str] = ()
 
     @property
@@ -115,8 +114,8 @@ def run_sweep(sweep: Sweep, recipe: Mapping[str, Any]) -> Path | None:
         else:
             if not folder.finished:
                 study = _open(sweep)
-                folder.say(f"{sweep.trials} trials ({sweep.sampler}): {'; '.join(map(str, sweep.axes))}")
-                _run_trials(sweep, study, folder.say, leading=True)
+                folder.log(f"{sweep.trials} trials ({sweep.sampler}): {'; '.join(map(str, sweep.axes))}")
+                _run_trials(sweep, study, folder.log, leading=True)
                 _report(sweep, study, recipe, folder.fingerprint)
                 folder.finish()
             return sweep.folder / FILE_NAME
@@ -173,14 +172,14 @@ def _leaders_record(folder: Path) -> RunRecord:
     raise SimpoError(f"output_dir: {folder} is in use by a process that has begun no sweep; name a new folder")
 
 
-def _run_trials(sweep: Sweep, study: Study, say: Say, *, leading: bool) -> None:
+def _run_trials(sweep: Sweep, study: Study, log: Log, *, leading: bool) -> None:
     """Take trials until none is left; the leader also waits for those of others, and takes them over if these die."""
     waiting = False
     while True:
         claim = study.claim()
         if claim is not None:
             waiting = False
-            _settle(sweep, study, claim, say)
+            _settle(sweep, study, claim, log)
             free_memory()  # after what the trial raised has been dealt with
             continue
         running = [tried.number for tried in study.tried() if tried.state == "running"]
@@ -188,39 +187,39 @@ def _run_trials(sweep: Sweep, study: Study, say: Say, *, leading: bool) -> None:
             return
         if not waiting:
             waiting = True
-            say(f"waiting for {len(running)} trials of other processes")
+            log(f"waiting for {len(running)} trials of other processes")
         time.sleep(_PAUSE)
 
 
-def _settle(sweep: Sweep, study: Study, claim: Claim, say: Say) -> None:
+def _settle(sweep: Sweep, study: Study, claim: TrialLease, log: Log) -> None:
     """Run one trial and record how it ended; whatever ends this process leaves the trial to the next one."""
     name = f"trial {claim.number} ({shown(claim.values)})"
     same = _same(study, claim)
     if same is not None and same.value is not None:
-        say(f"{name}: as trial {same.number}")
+        log(f"{name}: as trial {same.number}")
         study.finish(claim, same.value, same_as=same.number)
         return
     folder = study.trial_folder(claim.number)
-    say(f"{name} in {folder}")
+    log(f"{name} in {folder}")
     try:
         given = sweep.read(sweep.arguments(claim.values, folder))
         found = run_trial(PREFERENCES, given, folder, sweep.metric, prune=claim if sweep.prune else None)
     except Pruned as stop:
         study.prune(claim)
-        say(f"{name}: pruned {stop}")
+        log(f"{name}: pruned {stop}")
     except Failed as failure:
         study.fail(claim, str(failure))
-        say(f"{name}: failed: {failure}")
+        log(f"{name}: failed: {failure}")
     except BaseException:
         claim.release()
         raise
     else:
         assert found.value is not None
         study.finish(claim, found.value)
-        say(f"{name}: {sweep.metric} {found.value:.4g}")
+        log(f"{name}: {sweep.metric} {found.value:.4g}")
 
 
-def _same(study: Study, claim: Claim) -> Tried | None:
+def _same(study: Study, claim: TrialLease) -> TrialResult | None:
     """The finished trial that has the same values, if TPE has drawn them before."""
     finished = (trial for trial in study.tried() if trial.value is not None and trial.same_as is None)
     return next((trial for trial in finished if trial.values == claim.values), None)
@@ -234,7 +233,7 @@ def _report(sweep: Sweep, study: Study, recipe: Mapping[str, Any], fingerprint: 
     best = ranked[0]
     write_best(sweep.folder / BEST, best, found[best.number], recipe, sweep.fixed)
     effects = {
-        axis.key: [(trial.values[axis.key], _interval(found[trial.number])) for trial in ranked] for axis in sweep.axes
+        axis.key: [(trial.values[axis.key], found[trial.number].interval) for trial in ranked] for axis in sweep.axes
     }
     plot_effects(
         sweep.folder / EFFECTS,
@@ -252,8 +251,3 @@ def print_sweep(sweep: Sweep) -> Path:
     tried = study.tried()
     print_table(sweep.folder, tried, sweep.axes, sweep.metric)
     return study.trial_folder(rank(tried, smaller_is_better=sweep.smaller_is_better)[0].number)
-
-
-def _interval(metric: Metric) -> Interval:
-    assert metric.value is not None, "of a trial that has finished"
-    return Interval(metric.value, metric.low, metric.high, metric.n or 0, metric.method or "")

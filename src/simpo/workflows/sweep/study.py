@@ -36,7 +36,7 @@ def load_optuna() -> Any:
 
 
 @dataclass(frozen=True)
-class Tried:
+class TrialResult:
     """A trial and how it ended.
 
     Attributes:
@@ -57,7 +57,7 @@ class Tried:
 
 
 @dataclass
-class Claim:
+class TrialLease:
     """A trial that is this process's until it is released; the kernel releases what a killed process held.
 
     Attributes:
@@ -125,7 +125,7 @@ class Study:
         """Where a trial trains."""
         return self._folder / "trials" / f"{number:03d}"
 
-    def claim(self) -> Claim | None:
+    def claim(self) -> TrialLease | None:
         """Take a trial that a killed process left, or else the next; None if there is none to take."""
         with self._lock:
             running, waiting, count = self._census()
@@ -164,23 +164,23 @@ class Study:
             return None
         return lock
 
-    def _claim(self, trial: Any, lock: FileLock) -> Claim:
+    def _claim(self, trial: Any, lock: FileLock) -> TrialLease:
         values = {axis.key: axis.suggest(trial) for axis in self._axes}
-        return Claim(trial.number, values, trial, lock, self._lock)
+        return TrialLease(trial.number, values, trial, lock, self._lock)
 
-    def finish(self, claim: Claim, value: float, *, same_as: int | None = None) -> None:
+    def finish(self, claim: TrialLease, value: float, *, same_as: int | None = None) -> None:
         """The trial has its value, if need be from another one."""
         self._settle(claim, value, same_as=same_as)
 
-    def prune(self, claim: Claim) -> None:
+    def prune(self, claim: TrialLease) -> None:
         """The trial was broken off because others did better by then."""
         self._settle(claim, state=self._optuna.trial.TrialState.PRUNED)
 
-    def fail(self, claim: Claim, reason: str) -> None:
+    def fail(self, claim: TrialLease, reason: str) -> None:
         """The trial cannot be finished."""
         self._settle(claim, state=self._optuna.trial.TrialState.FAIL, reason=reason)
 
-    def _settle(self, claim: Claim, value: float | None = None, state: Any = None, **notes: Any) -> None:
+    def _settle(self, claim: TrialLease, value: float | None = None, state: Any = None, **notes: Any) -> None:
         # Under the study's lock, so that who looks for trials of killed processes sees this one taken or settled.
         with self._lock:
             for name, note in notes.items():
@@ -188,10 +188,10 @@ class Study:
             self._study.tell(claim.trial, value, state)
         claim.release()
 
-    def tried(self) -> list[Tried]:
+    def tried(self) -> list[TrialResult]:
         """All trials by their numbers."""
         return [
-            Tried(
+            TrialResult(
                 trial.number,
                 _STATES[trial.state.name],
                 {key: str(value) for key, value in trial.params.items()},

@@ -13,9 +13,9 @@ from simpo.errors import SimpoError
 from simpo.runs.folder import FILE_NAME as RECORD
 from simpo.runs.lines import read_lines
 from simpo.runs.results import FILE_NAME, Metric, read_results
-from simpo.training.run import Given, run_training
+from simpo.training.run import TrainingJob, run_training
 from simpo.training.tasks import Task
-from simpo.workflows.sweep.study import Claim
+from simpo.workflows.sweep.study import TrialLease
 
 WIN_RATE = "eval_generations/win_rate"  # of evaluations while training alone
 _LOGS = "metrics.jsonl"
@@ -29,7 +29,7 @@ class Failed(Exception):  # noqa: N818 - a result like others
     """The trial cannot be finished, for a reason of its own; the message says which."""
 
 
-def run_trial(task: Task, given: Given, folder: Path, metric: str, *, prune: Claim | None = None) -> Metric:
+def run_trial(task: Task, given: TrainingJob, folder: Path, metric: str, *, prune: TrialLease | None = None) -> Metric:
     """Train in ``folder``, or continue there, and read the held-out metric after training.
 
     Args:
@@ -110,7 +110,7 @@ def _compared(task: Task, metric: str) -> Task:
 class _Report(TrainerCallback):
     """Tells a sweep of every evaluation, and ends the training where it says so."""
 
-    def __init__(self, claim: Claim, metric: str) -> None:
+    def __init__(self, claim: TrialLease, metric: str) -> None:
         self._claim, self._metric = claim, metric
 
     def on_evaluate(
