@@ -353,7 +353,7 @@ def test_other_prompts_are_another_run(models, tmp_path, capsys):
     options = [f"--prompts={prompts}", "--judge=exact", "--max_new_tokens=4", f"--output_dir={tmp_path / 'out'}"]
     assert main(["compare", model, model, *options]) == 0
     assert main(["compare", model, model, *options]) == 0
-    assert "holds this run already" in capsys.readouterr().out
+    assert "already holds this run" in capsys.readouterr().out
     prompts.write_text("".join(lines[1:]))
     assert main(["compare", model, model, *options]) == 2
     assert "a/prompts: other contents" in capsys.readouterr().err

@@ -205,7 +205,7 @@ DIFFERENCES = (
 def test_other_settings_are_refused_with_all_differences(tmp_path):
     begin(tmp_path).close()
     with pytest.raises(SimpoError) as caught:
-        begin(tmp_path, OTHER)
+        begin(tmp_path, OTHER, accept_changes=False)
     assert str(caught.value) == (
         f"output_dir: {tmp_path} holds a run with other settings ({DIFFERENCES}); "
         "give the same ones or name a new folder, or continue anyway with accept_changes: true"

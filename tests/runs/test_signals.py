@@ -10,7 +10,7 @@ import time
 import pytest
 
 from simpo.errors import InterruptedRun
-from simpo.runs.lines import stoppable
+from simpo.runs.signals import stoppable
 
 
 def signalled(signum: signal.Signals) -> None:

@@ -20,7 +20,7 @@ from simpo.errors import SimpoError
 from simpo.evaluation.head_to_head import PromptAnswers, compare_answers, read_contests
 from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.lines import read_lines
-from simpo.runs.results import Metric, Stage, print_results, write_results
+from simpo.runs.results import Metric, Stage, print_results
 from simpo.runs.terminal import printable
 from simpo.statistics import Interval
 from simpo.workflows.pair import PairSettings, pair_responses
@@ -59,14 +59,16 @@ def main(argv: list[str]) -> int:
     identity = {"seed": arguments.seed}
     folder = _own_folder(identity) if arguments.output_dir is None else Path(arguments.output_dir).expanduser()
     with RunFolder(folder, command="demo") as run:
-        run.begin(identity, argv=argv, accept_changes=None)
-        if not run.finished:
+        run.begin(identity, argv=argv)
+
+        def align() -> list[Metric]:
             _align(folder, arguments.seed, run.log)
             contests = read_contests(folder / "simpo-answers/responses.jsonl", folder / "sft-answers/responses.jsonl")
             metrics = compare_answers(contests, judge, {"correct": correct})
-            write_results(folder, command="demo", fingerprint=run.fingerprint, metrics=metrics)
             _plot(folder, contests, metrics)
-            run.finish()
+            return metrics
+
+        run.complete(align)
     print(
         f"Fresh answers to {_HELD_OUT} held-out prompts, {_ANSWERS['n']} of each model to a prompt. The exact judge's "
         "score goes from 0 to 10; an answer is correct if all that it says is right and nothing is missing."

@@ -8,7 +8,7 @@ import pkgutil
 from simpo.cli import _evaluate
 from simpo.cli._processes import refuse_several
 from simpo.errors import SimpoError
-from simpo.runs.lines import stoppable
+from simpo.runs.signals import stoppable
 
 
 def benchmark_names() -> list[str]:
@@ -29,5 +29,5 @@ def main(argv: list[str]) -> int:
     if argv[0] not in names:
         raise SimpoError(f"unknown benchmark {argv[0]!r}; the benchmarks are {', '.join(names)}")
     refuse_several("evaluate", "start it without torchrun")
-    with stoppable("interrupted; the same command continues"):
+    with stoppable():
         return importlib.import_module(f"simpo.cli._evaluate.{argv[0]}").main(argv[1:])

@@ -27,10 +27,10 @@ from simpo.models.identity import model_digest
 from simpo.models.loading import Checkpoint, free_memory, load_tokenizer, with_dtype
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import write_text
-from simpo.runs.folder import RunFolder, RunRecord
+from simpo.runs.folder import RunRecord
 from simpo.runs.lines import read_lines
-from simpo.runs.results import FILE_NAME as RESULTS
-from simpo.runs.results import Metric, fingerprint, read_results, write_results
+from simpo.runs.log import Log
+from simpo.runs.results import Metric, fingerprint, read_results
 
 # A text, or messages.
 Question = str | list[dict[str, str]]
@@ -142,10 +142,6 @@ def is_outputs_file(name: str) -> bool:
 
 # ---- A judge behind an API: asked after the user has agreed to what it will cost.
 
-
-Log = Callable[[str], None]
-
-
 Check = Callable[[Sequence[ChatReply]], None]
 
 
@@ -237,27 +233,6 @@ class ApiJudge:
         """As :meth:`ask`; where there is nothing to ask the reply is None."""
         replies = iter(self.ask([request for request in requests if request is not None], log, check_first))
         return [None if request is None else next(replies) for request in requests]
-
-
-# ---- An evaluation is measured once: a finished run is left as it is, and that is said.
-
-
-def measure_once(run: RunFolder, measure: Callable[[], list[Metric]]) -> Path:
-    """Measure, write ``results.json`` and finish the run, unless it was finished before.
-
-    Args:
-        run: after its :meth:`~simpo.runs.folder.RunFolder.begin`.
-        measure: gives the figures.
-
-    Returns:
-        The path of ``results.json``.
-    """
-    if run.finished:
-        run.log(f"{run.path} holds this run already, finished; nothing was computed")
-    else:
-        write_results(run.path, command=run.command, fingerprint=run.fingerprint, metrics=measure())
-        run.finish()
-    return run.path / RESULTS
 
 
 # ---- What others measured: the paper's models on the same benchmarks, to compare one's own metrics with.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import numpy as np
 
 from simpo.client import Prices, confirm_cost
 from simpo.errors import SimpoError
-from simpo.evaluation.answers import measure_once
 from simpo.evaluation.head_to_head import (
     PromptAnswers,
     SampledWith,
@@ -33,8 +32,10 @@ from simpo.judging.registry import JudgeOptions, make_judge
 from simpo.judging.scored import ScorerJudge, verdict_of
 from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import JsonLines, stoppable
+from simpo.runs.lines import JsonLines
+from simpo.runs.log import Log
 from simpo.runs.results import Metric
+from simpo.runs.signals import stoppable
 from simpo.runs.terminal import printable
 
 # ---- What judges said, written down: every pair for programs, the clearest ones for people.
@@ -122,9 +123,6 @@ def _quoted(title: str, text: str) -> list[str]:
 
 
 # ---- Several judges, the same pairs of answers: what they cost, and what they say.
-
-
-Log = Callable[[str], None]
 
 
 def make_judges(names: Sequence[str], options: JudgeOptions) -> dict[str, Judge]:
@@ -249,10 +247,10 @@ def compare(arguments: CompareArguments, folder: Path, *, argv: Sequence[str] = 
         SimpoError: something that the user gave cannot be used, or the user does not agree to what a judge costs.
         InterruptedRun: the user stopped it.
     """
-    with stoppable("interrupted; the same command continues"), RunFolder(folder, command="compare") as run:
+    with stoppable(), RunFolder(folder, command="compare") as run:
         sides = contenders(arguments.a, arguments.b, arguments.sampled)
         judges = make_judges(arguments.judges, replace(arguments.options, log=run.log))
-        run.begin(_identity(sides, judges, arguments), argv=argv, accept_changes=None)
+        run.begin(_identity(sides, judges, arguments), argv=argv)
 
         def measure() -> list[Metric]:
             pairs, _ = meetings(_expected(sides, arguments, folder))
@@ -260,7 +258,7 @@ def compare(arguments: CompareArguments, folder: Path, *, argv: Sequence[str] = 
             files = [side.answers(folder / name, run.log) for name, side in zip("ab", sides, strict=True)]
             return _compare(read_contests(*files), judges, arguments, folder, run.log)
 
-        return measure_once(run, measure)
+        return run.complete(measure)
 
 
 def _identity(sides: tuple[Side, Side], judges: Mapping[str, Judge], arguments: CompareArguments) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -30,8 +30,10 @@ from simpo.judging.pairwise import PairwiseApiJudge
 from simpo.judging.protocol import Judge, Pair
 from simpo.judging.registry import ANNOTATORS, JudgeOptions, check_judges_anew, make_judge
 from simpo.models.loading import Checkpoint
+from simpo.models.processes import from_main
 from simpo.models.settings import ModelArguments
 from simpo.runs.lines import read_lines
+from simpo.runs.log import Log
 from simpo.training.packed import PackedTrainer
 from simpo.training.settings import TrainingSettings
 
@@ -100,9 +102,6 @@ def signs_of_collapse(now: AnswerFigures, start: AnswerFigures, expected_length:
 
 
 # ---- Keys of a training recipe about answers to held-out prompts.
-
-
-Log = Callable[[str], None]
 
 
 @dataclass
@@ -342,7 +341,7 @@ class Generations:
         self._expected_length = sum(len(several[0]) for several in responses) / len(responses)
         path = self._folder / START
         with self._untouched_randomness():
-            stored = self._from_main(self._stored(path) if again and self._main else None)
+            stored = from_main(self._stored(path) if again and self._main else None)
             self._start = self._samples() if stored is None else stored
             if self._main:
                 if stored is None:
@@ -365,7 +364,7 @@ class Generations:
             return {}
         with self._untouched_randomness():
             samples = self._samples()
-            return self._from_main(self._seen(samples) if self._main else None)
+            return from_main(self._seen(samples) if self._main else None)
 
     def _seen(self, samples: list[list[Sampled]]) -> dict[str, float]:
         """Write the answers down, compare them with the start model's, and warn of a collapse."""
@@ -412,9 +411,6 @@ class Generations:
     @property
     def _main(self) -> bool:
         return self._config.process_index == 0
-
-    def _from_main(self, value: Any) -> Any:
-        return value if self._config.world_size == 1 else broadcast_object_list([value])[0]
 
     @contextmanager
     def _untouched_randomness(self) -> Iterator[None]:

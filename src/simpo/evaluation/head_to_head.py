@@ -20,6 +20,7 @@ from simpo.generation.settings import SamplingSettings
 from simpo.judging.protocol import Pair
 from simpo.models.loading import Checkpoint, free_memory
 from simpo.models.settings import ModelArguments
+from simpo.runs.log import Log
 from simpo.runs.results import Metric, Stage, fingerprint
 from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval
 
@@ -118,12 +119,12 @@ def compare_answers(contests: Sequence[PromptAnswers], score: Figure, others: Ma
         others: further figures by name.
     """
     ours, theirs = (_values(contests, side, score) for side in ("a", "b"))
-    metrics = [_metric("win_rate", "after", win_rate(ours, theirs))]
+    metrics = [Metric.of("win_rate", win_rate(ours, theirs), "after")]
     for name, figure in {"score": score, **others}.items():
         for stage, side in SIDES.items():
             values = _values(contests, side, figure)
             interval = share_interval if {x for found in values for x in found} <= {0.0, 1.0} else mean_interval
-            metrics.append(_metric(name, stage, interval([float(np.mean(found)) for found in values])))
+            metrics.append(Metric.of(name, interval([float(np.mean(found)) for found in values]), stage))
     return metrics + sampled_metrics(contests)
 
 
@@ -134,8 +135,8 @@ def sampled_metrics(contests: Sequence[PromptAnswers]) -> list[Metric]:
         records = [getattr(contest, side) for contest in contests]
         lengths = [float(np.mean([len(ids) for ids in record["response_ids"]])) for record in records]
         ended = [finished for record in records for finished in record["finished"]]
-        metrics.append(_metric("response_tokens", stage, mean_interval(lengths)))
-        metrics.append(_metric("end_of_turn_rate", stage, proportion_interval(sum(ended), len(ended))))
+        metrics.append(Metric.of("response_tokens", mean_interval(lengths), stage))
+        metrics.append(Metric.of("end_of_turn_rate", proportion_interval(sum(ended), len(ended)), stage))
     return metrics
 
 
@@ -146,7 +147,7 @@ def text_metrics(contests: Sequence[PromptAnswers]) -> list[Metric]:
         answers = [getattr(contest, side)["responses"] for contest in contests]
         lengths = [float(np.mean([len(text) for text in texts])) for texts in answers]
         empty = [not text.strip() for texts in answers for text in texts]
-        metrics.append(_metric("response_characters", stage, mean_interval(lengths)))
+        metrics.append(Metric.of("response_characters", mean_interval(lengths), stage))
         metrics.append(Metric("empty_responses", sum(empty), stage, len(empty)))
     return metrics
 
@@ -157,14 +158,7 @@ def _values(contests: Sequence[PromptAnswers], side: str, figure: Figure) -> lis
     ]
 
 
-def _metric(name: str, stage: Stage, found: Interval) -> Metric:
-    return Metric.of(name, found, stage)
-
-
 # ---- What is compared: a model that will be sampled, or answers that are there.
-
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -249,8 +249,8 @@ def _agreement_metrics(
     tables = np.zeros((prompt.max() + 1, 9))
     np.add.at(tables, (prompt, said), 1.0)
     return [
-        _metric(f"agreement/{name}", bootstrap_interval(tables, _agreement, seed=seed)),
-        _metric(f"kappa/{name}", bootstrap_interval(tables, _kappa, seed=seed)),
+        Metric.of(f"agreement/{name}", bootstrap_interval(tables, _agreement, seed=seed)),
+        Metric.of(f"kappa/{name}", bootstrap_interval(tables, _kappa, seed=seed)),
     ]
 
 

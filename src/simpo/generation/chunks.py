@@ -24,6 +24,7 @@ from simpo.data.prompts import Prompt
 from simpo.errors import SimpoError
 from simpo.generation.engine import Engine, ResponseText, Sampled
 from simpo.generation.settings import SamplingSettings, derived_seed
+from simpo.models.processes import from_main
 from simpo.runs.atomic import staged_files
 from simpo.runs.lines import JsonLines
 
@@ -179,12 +180,8 @@ class Processes:
         Raises:
             SimpoError: another process has ended.
         """
-        if self.size == 1:
-            return value
-        values = [value]
         with _peers():
-            dist.broadcast_object_list(values, group=self.group)
-        return values[0]
+            return from_main(value, self.group)
 
     def wait(self) -> None:
         """Return when every process has called it.

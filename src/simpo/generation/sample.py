@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,10 +45,11 @@ from simpo.models.loading import (
 )
 from simpo.models.settings import ModelArguments
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import stoppable
+from simpo.runs.log import Log
 from simpo.runs.progress import Advance, progress
-from simpo.runs.results import Metric, write_results
-from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval
+from simpo.runs.results import Metric
+from simpo.runs.signals import stoppable
+from simpo.statistics import mean_interval, proportion_interval, share_interval
 
 # ---- Figures of sampled responses.
 
@@ -68,31 +69,21 @@ def response_metrics(texts: Sequence[Sequence[str]], samples: Sequence[Sequence[
     metrics = [
         Metric("sample/prompts", len(samples)),
         Metric("sample/responses", len(ended)),
-        _metric("sample/tokens", mean_interval(tokens)),
-        _metric("sample/characters", mean_interval(characters)),
-        _metric("sample/ended", proportion_interval(sum(ended), len(ended))),
+        Metric.of("sample/tokens", mean_interval(tokens)),
+        Metric.of("sample/characters", mean_interval(characters)),
+        Metric.of("sample/ended", proportion_interval(sum(ended), len(ended))),
         Metric("sample/hit_max_new_tokens", len(ended) - sum(ended), n=len(ended)),
     ]
     if len(texts[0]) > 1:
         distinct = [len(set(answers)) / len(answers) for answers in texts]
-        metrics.append(_metric("sample/distinct", share_interval(distinct)))
+        metrics.append(Metric.of("sample/distinct", share_interval(distinct)))
     return metrics
-
-
-def _metric(name: str, found: Interval) -> Metric:
-    return Metric.of(name, found)
-
-
-# ---- Models for sampling: where they run, in which type, and how long a context they have.
 
 
 # ---- What a sampling run is made of: model, prompts and settings, read and checked before the weights are.
 
 
 EngineName = Literal["transformers", "vllm"]
-
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -247,7 +238,7 @@ def sample_responses(
         SimpoError: something that the user gave cannot be used, or the disk or the memory is full.
         InterruptedRun: the user stopped it; whole chunks are kept.
     """
-    with stoppable("interrupted; the same command continues"):
+    with stoppable():
         ranks = joined_processes()
         if not ranks.main:
             _follow(ranks, folder)
@@ -257,13 +248,11 @@ def sample_responses(
         with RunFolder(folder, command="sample") as run:
             job = Job.prepare(model, prompts, settings, engine, run.log, engine_args)
             ranks.from_main(None if run.finished else job)
-            if run.finished:
-                run.begin(job.identity())
-                run.log(f"{folder} holds this run already, finished")
-            else:
-                _lead(ranks, job, run, argv)
+            generator = None if run.finished else _load(job)  # before the folder is written
+            run.begin(job.identity(), argv=argv, resolved=job.resolved())
+            results = run.complete(lambda: _lead(ranks, generator, job, run))
             ChunkFiles(folder).remove()
-        return folder / "results.json"
+        return results
 
 
 def _follow(ranks: Processes, folder: Path) -> None:
@@ -276,10 +265,9 @@ def _follow(ranks: Processes, folder: Path) -> None:
         ranks.wait()
 
 
-def _lead(ranks: Processes, job: Job, run: RunFolder, argv: Sequence[str]) -> None:
+def _lead(ranks: Processes, generator: Engine | None, job: Job, run: RunFolder) -> list[Metric]:
     """What the main process does."""
-    generator = _load(job)
-    run.begin(job.identity(), argv=argv, resolved=job.resolved(), accept_changes=None)
+    assert generator is not None
     chunks = ChunkFiles(run.path)
     done = {record["chunk"]: len(record["samples"]) for record in chunks.records()}
     if done:
@@ -290,9 +278,7 @@ def _lead(ranks: Processes, job: Job, run: RunFolder, argv: Sequence[str]) -> No
     samples = gather(chunks.records(), len(job.prompts))
     if sum(map(len, samples)) < job.total:
         raise SimpoError(f"output_dir: {run.path} lacks what other processes wrote; name a folder that all share")
-    metrics = _write_responses(job, samples, run.path, run.log)
-    write_results(run.path, command="sample", fingerprint=run.fingerprint, metrics=metrics)
-    run.finish()
+    return _write_responses(job, samples, run.path, run.log)
 
 
 def _load(job: Job) -> Engine:

@@ -16,8 +16,9 @@ from simpo.generation.sample import FILE_NAME, PromptArguments
 from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.runs.atomic import remove_folder
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import stoppable, write_lines
-from simpo.runs.results import Metric, fingerprint, write_results
+from simpo.runs.lines import write_lines
+from simpo.runs.results import Metric, fingerprint
+from simpo.runs.signals import stoppable
 from simpo.statistics import proportion_interval
 
 _SEEDS = 1 << 31  # as far as all servers count
@@ -54,7 +55,7 @@ def sample_from_server(
     """
     _check_supported(source, settings)
     settings = settings.resolved(context=None, chunk_size=1)
-    with stoppable("interrupted; the same command continues"), RunFolder(folder, command="sample") as run:
+    with stoppable(), RunFolder(folder, command="sample") as run:
         endpoint.api_key()
         prompts, report = read_prompts(source.rows())
         _check_sendable(prompts)
@@ -64,11 +65,10 @@ def sample_from_server(
             **{"model": endpoint.model, "engine": "server", "prompts": fingerprint([prompt.id for prompt in prompts])},
             **dataclasses.asdict(settings),
         }
-        run.begin(identity, argv=argv, accept_changes=None)
+        run.begin(identity, argv=argv)
         kept = folder / ".replies"
-        if run.finished:
-            run.log(f"{folder} holds this run already, finished")
-        else:
+
+        def ask() -> list[Metric]:
             client = ChatClient(endpoint, kept, exact_temperature=True)
             requests = [_request(prompt, number, settings) for prompt in prompts for number in range(settings.n)]
             confirm_cost(client.estimate(requests), yes=yes, log=run.log)
@@ -80,12 +80,12 @@ def sample_from_server(
                 )
             groups = [replies[start : start + settings.n] for start in range(0, len(replies), settings.n)]
             write_lines(folder / FILE_NAME, map(_row, prompts, groups))
-            metrics = [Metric(*figure) for figure in report.metrics()] + _metrics(groups)
-            write_results(folder, command="sample", fingerprint=run.fingerprint, metrics=metrics)
-            run.finish()
+            return [Metric(*figure) for figure in report.metrics()] + _metrics(groups)
+
+        results = run.complete(ask)
         if kept.exists():
             remove_folder(kept)
-    return folder / "results.json"
+    return results
 
 
 def _check_supported(source: PromptArguments, settings: SamplingSettings) -> None:

@@ -19,8 +19,9 @@ from simpo.judging.pairwise import TournamentScorer
 from simpo.judging.protocol import Annotator, Answers, check_scores
 from simpo.judging.registry import JudgeOptions, make_annotator
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import JsonLines, read_lines, stoppable, write_lines
-from simpo.runs.results import Metric, fingerprint, write_results
+from simpo.runs.lines import JsonLines, read_lines, write_lines
+from simpo.runs.results import Metric, fingerprint
+from simpo.runs.signals import stoppable
 
 # ---- The answers that judges are shown: as they are, or without the thinking that they begin with.
 
@@ -106,7 +107,7 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
             user does not agree to what it costs.
         InterruptedRun: the user stopped it; what was scored is kept.
     """
-    with stoppable("interrupted; the same command continues"), RunFolder(folder, command="annotate") as run:
+    with stoppable(), RunFolder(folder, command="annotate") as run:
         records = read_responses(arguments.responses)
         # Its own lines would come again with every part; the ones here say how far it is.
         annotator = make_annotator(arguments.annotator, replace(arguments.options, log=lambda line: None))
@@ -115,11 +116,10 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
         identity |= {"strip_thinking": True} if arguments.options.strip_thinking else {}
         if isinstance(annotator, ModelScorer) and not run.finished:
             annotator.open()  # before begin(): a model that cannot be loaded leaves no folder behind
-        run.begin(identity, argv=argv, accept_changes=None)
-        kept = JsonLines(folder / ".scores.jsonl")  # a dot-name, which the manifest does not list
-        if run.finished:
-            run.log(f"{folder} holds this run already, finished")
-        else:
+        run.begin(identity, argv=argv)
+        kept = JsonLines(folder / ".scores.jsonl")  # the manifest does not list names with a leading dot
+
+        def score() -> list[Metric]:
             show = Shown(arguments.options.strip_thinking)
             rows = [
                 Answers(row["id"], row["prompt"], [show(text) for text in row["responses"]], context_of(row))
@@ -131,10 +131,11 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
             metrics = _write(records, scores, folder) + thinking
             if count := sum(part.get("default_temperature", 0) for part in kept):
                 metrics.append(Metric("annotate/judged_at_default_temperature", count))
-            write_results(folder, command="annotate", fingerprint=run.fingerprint, metrics=metrics)
-            run.finish()
+            return metrics
+
+        results = run.complete(score)
         kept.path.unlink()
-    return folder / "results.json"
+    return results
 
 
 def read_responses(path: Path) -> list[Record]:

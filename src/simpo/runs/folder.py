@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -24,7 +24,8 @@ from simpo.runs.atomic import disk_errors, sweep, write_text
 from simpo.runs.lines import JsonLines
 from simpo.runs.log import LogFile, masked, now, redact, redact_arguments, redact_yaml
 from simpo.runs.manifest import environment
-from simpo.runs.results import fingerprint
+from simpo.runs.results import FILE_NAME as RESULTS
+from simpo.runs.results import Metric, fingerprint, write_results
 from simpo.runs.terminal import printable
 
 # ---- ``run.json``: which command ran here, what determines its result, when it started and whether it
@@ -160,21 +161,22 @@ class RunFolder:
     It holds ``run.json`` (see :class:`~simpo.runs.folder.RunRecord`), ``recipe.yaml`` (as given, under the command
     line), ``recipe.resolved.yaml`` (all keys), ``environment.json``, ``log.txt``, ``metrics.jsonl``, what the command
     makes, and at the end ``manifest.json``. What was given and the environment are those of the last start.
-    In a run of several processes only the first has a RunFolder.
+    In a run of several processes only the first one writes.
 
     Attributes:
         path: the folder.
         command: the command that it is for.
+        writes: False for the other processes of a run, whose RunFolder reads, locks, writes and logs nothing.
         resuming: whether it held an unfinished run of this command.
         changed: whether it goes on with another identity, from :meth:`begin` on.
         fingerprint: SHA-256 of the identity, from :meth:`begin` on.
         metrics: ``metrics.jsonl``, from :meth:`begin` on.
     """
 
-    fingerprint: str
+    fingerprint = ""
     metrics: JsonLines
 
-    def __init__(self, path: Path | str, *, command: str) -> None:
+    def __init__(self, path: Path | str, *, command: str, writes: bool = True) -> None:
         """Look at the folder, and if it holds a run take it.
 
         Raises:
@@ -183,18 +185,22 @@ class RunFolder:
         """
         self.path = Path(path)
         self.command = command
+        self.writes = writes
         self._lock: FileLock | None = None
         self._log: LogFile | None = None
         self._said: list[str] = []  # before there is a log
-        with disk_errors(f"output_dir: {self.path}"):
-            _check_usable(self.path)
-            self._absent = not self.path.exists()
-            self._record = self._look()
-        if self._record is not None:
-            self._take()
-            self._record = self._look()  # it may have been finished before it was free
-        self.resuming = self._record is not None and not self.finished
+        self._record: RunRecord | None = None
+        self._absent = False
         self.changed = False
+        if writes:
+            with disk_errors(f"output_dir: {self.path}"):
+                _check_usable(self.path)
+                self._absent = not self.path.exists()
+                self._record = self._look()
+            if self._record is not None:
+                self._take()
+                self._record = self._look()  # it may have been finished before it was free
+        self.resuming = self._record is not None and not self.finished
 
     @property
     def finished(self) -> bool:
@@ -213,7 +219,7 @@ class RunFolder:
         argv: Sequence[str] = (),
         recipe: Path | None = None,
         resolved: Mapping[str, Any] | None = None,
-        accept_changes: bool | None = False,
+        accept_changes: bool | None = None,
     ) -> None:
         """Write what the run is, or compare it with what is there; in a finished run only compare.
 
@@ -229,6 +235,8 @@ class RunFolder:
             SimpoError: the folder holds a run with another identity, cannot be written, or was taken in between
                 (:class:`FolderInUseError`).
         """
+        if not self.writes:
+            return
         if self._lock is None:
             self._take()
             if self._look() is not None:
@@ -249,11 +257,31 @@ class RunFolder:
 
     def log(self, line: str) -> None:
         """Print a line and keep it in ``log.txt``, without access tokens."""
+        if not self.writes:
+            return
         print(printable(masked(line)))
         if self._log is None:
             self._said.append(line)
         else:
             self._log.write(line)
+
+    def complete(self, compute: Callable[[], Sequence[Metric]]) -> Path:
+        """Compute the metrics, write ``results.json`` and finish; a finished run is left as it is.
+
+        Args:
+            compute: does the work of the run and returns its metrics; called after :meth:`begin`.
+
+        Returns:
+            The path of ``results.json``.
+        """
+        if self.finished:
+            self.log(f"{self.path} already holds this run, finished: nothing was computed")
+            return self.path / RESULTS
+        metrics = compute()
+        if self.writes:
+            write_results(self.path, command=self.command, fingerprint=self.fingerprint, metrics=metrics)
+        self.finish()
+        return self.path / RESULTS
 
     def finish(self) -> None:
         """Write the manifest and, last of all, that the run has finished.
@@ -261,6 +289,8 @@ class RunFolder:
         Raises:
             SimpoError: the folder cannot be written.
         """
+        if not self.writes:
+            return
         assert self._record is not None, "begin() comes first"
         manifest.write_manifest(self.path, exclude=_UNLISTED)
         self._record.status, self._record.finished = "finished", now()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from simpo.runs.atomic import disk_errors
+
+Log = Callable[[str], None]  # called with lines for the user
 
 # ---- Secrets out of what is kept: mappings, YAML, command lines and any text.
 

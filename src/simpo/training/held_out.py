@@ -70,7 +70,7 @@ def compare_preferences(before: Scores, after: Scores, *, has_reference: bool = 
             shares = pairs and name == ACCURACY  # else a comparison of several pairs may be right in part
             interval = share_interval if name == ACCURACY else mean_interval
             found = proportion_interval(int(values.sum()), len(values)) if shares else interval(values)
-            metrics.append(_metric(f"eval_{name}", stage, found))
+            metrics.append(Metric.of(f"eval_{name}", found, stage))
     if pairs and not has_reference:
         test = mcnemar(before[ACCURACY].astype(bool), after[ACCURACY].astype(bool))
         metrics.append(Metric(f"eval_{ACCURACY}/p_value", test.p, n=len(before[ACCURACY]), method="McNemar, one-sided"))
@@ -96,17 +96,13 @@ def compare_conversations(before: Scores, after: Scores) -> list[Metric]:
     losses = [
         (stage, weighted_mean_interval(scores["loss"], scores[WEIGHT])) for stage, scores in _stages(before, after)
     ]
-    metrics = [_metric("eval_loss", stage, found) for stage, found in losses]
-    return metrics + [_metric("eval_perplexity", stage, _exponential(found)) for stage, found in losses]
+    metrics = [Metric.of("eval_loss", found, stage) for stage, found in losses]
+    return metrics + [Metric.of("eval_perplexity", _exponential(found), stage) for stage, found in losses]
 
 
 def _stages(before: Scores, after: Scores) -> Iterator[tuple[Stage, Scores]]:
     yield "before", before
     yield "after", after
-
-
-def _metric(name: str, stage: Stage, found: Interval) -> Metric:
-    return Metric.of(name, found, stage)
 
 
 def _exponential(found: Interval) -> Interval:

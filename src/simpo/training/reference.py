@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, List, Value
 from huggingface_hub import constants
 from peft import PeftModel
@@ -26,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from simpo.data.mapping import TOKENS
 from simpo.errors import SimpoError
 from simpo.models.adapters import weights_below
+from simpo.models.processes import from_main
 from simpo.models.zero import exchange_partitions, gathered, is_partitioned
 from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import policy_forward
@@ -387,7 +387,7 @@ class ReferenceModel:
             policy_fingerprint(self._trainer.model, self._trainer.accelerator.mixed_precision),
             compute=self._compute,
             main=self._trainer.is_world_process_zero(),
-            share=self._share,
+            share=from_main,
         )
 
     def _compute(self, rows: Dataset) -> Tensor:
@@ -397,9 +397,6 @@ class ReferenceModel:
                 "them from the start, or set precompute_ref_log_probs: false"
             )
         return self._trainer.response_logps(rows)
-
-    def _share(self, value: Any) -> Any:
-        return broadcast_object_list([value])[0] if self._trainer.args.world_size > 1 else value
 
     # ---- a copy of the weights next to the model ----
 

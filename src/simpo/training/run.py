@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
@@ -21,6 +21,7 @@ from simpo.data.inspection import shared_rows
 from simpo.errors import SimpoError
 from simpo.models.adapters import describe_adapter
 from simpo.models.loading import load_tokenizer, round_weights
+from simpo.models.processes import from_main
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import provisional, staged_files
 from simpo.runs.folder import RunFolder
@@ -165,7 +166,7 @@ def run_training(task: Task, given: TrainingJob) -> Path:
     if config.process_index:
         logging.getLogger("simpo").setLevel(logging.ERROR)  # what all ranks notice, the main one says
     results = Path(config.output_dir) / FILE_NAME
-    with RunFolder(config.output_dir, command=task.command) if config.process_index == 0 else _NoFolder() as folder:
+    with RunFolder(config.output_dir, command=task.command, writes=config.process_index == 0) as folder:
         folder.log(task.describe(config))
         trainer, metrics, held_out, identity = _prepare(task, given, folder)
         folder.begin(
@@ -175,7 +176,7 @@ def run_training(task: Task, given: TrainingJob) -> Path:
             resolved=settings_of(given.model, given.data, config) | _observed(given),
             accept_changes=config.accept_changes,
         )
-        if _from_main(folder.finished, config):
+        if from_main(folder.finished):
             folder.log(f"{config.output_dir} holds this run, finished")
             return results
         if given.observer is not None:
@@ -191,36 +192,8 @@ def run_training(task: Task, given: TrainingJob) -> Path:
     return results
 
 
-class _NoFolder:
-    """The run folder of the ranks that write nothing."""
-
-    finished = False
-    changed = False
-    fingerprint = ""
-
-    def __enter__(self) -> _NoFolder:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """There is nothing to close."""
-
-    def log(self, line: str) -> None:
-        """The main rank says it."""
-
-    def begin(self, identity: Identity, **record: Any) -> None:
-        """The main rank keeps the record."""
-
-    def finish(self) -> None:
-        """The main rank does."""
-
-
-def _from_main(value: Any, config: Any) -> Any:
-    """The main rank's ``value``, on every rank."""
-    return value if config.world_size == 1 else broadcast_object_list([value])[0]
-
-
 def _prepare(
-    task: Task, given: TrainingJob, folder: RunFolder | _NoFolder
+    task: Task, given: TrainingJob, folder: RunFolder
 ) -> tuple[PackedTrainer, list[Metric], Dataset | None, Identity]:
     """Everything that can fail before the first write: the trainer, data figures, held-out rows, and the identity."""
     config = given.config
@@ -268,7 +241,7 @@ def _prepare(
     return trainer, metrics, held_out, identity
 
 
-def _shared(train: Dataset, held_out: Dataset, noun: str, folder: RunFolder | _NoFolder) -> list[Metric]:
+def _shared(train: Dataset, held_out: Dataset, noun: str, folder: RunFolder) -> list[Metric]:
     """How many held-out rows are training rows, which is said.
 
     Raises:
@@ -306,17 +279,17 @@ def _check_ranks_agree(identity: Identity, config: Any) -> None:
                 )
 
 
-def _train(task: Task, trainer: PackedTrainer, held_out: Dataset | None, folder: RunFolder | _NoFolder) -> list[Metric]:
+def _train(task: Task, trainer: PackedTrainer, held_out: Dataset | None, folder: RunFolder) -> list[Metric]:
     """Train, from the newest whole checkpoint if there is one; the figures of training and held-out rows."""
     output_dir = Path(trainer.args.output_dir)
     before = None
     if held_out is not None:  # once, also of a killed run
         stored = None if folder.changed else read_scores(output_dir / _SCORES["before"], len(held_out))
-        before = _from_main(stored, trainer.args)
+        before = from_main(stored)
         before = before or _score(trainer, held_out, output_dir / _SCORES["before"])
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    if isinstance(folder, RunFolder):
+    if folder.writes:
         trainer.add_callback(_Recorder(folder.metrics))
         log_in_lines(trainer, folder.log)
     set_seed(trainer.args.seed)  # whether the held-out rows have just been scored or their scores were read
@@ -328,14 +301,13 @@ def _train(task: Task, trainer: PackedTrainer, held_out: Dataset | None, folder:
     return metrics
 
 
-def _starting_point(trainer: PackedTrainer, folder: RunFolder | _NoFolder) -> str | None:
+def _starting_point(trainer: PackedTrainer, folder: RunFolder) -> str | None:
     """The newest whole checkpoint of this run, or the one that the recipe names, or None for the start model."""
-    found = last_good_checkpoint(Path(trainer.args.output_dir)) if isinstance(folder, RunFolder) else None
-    found = _from_main(found, trainer.args)
+    found = from_main(last_good_checkpoint(Path(trainer.args.output_dir)) if folder.writes else None)
     if found is not None:
         folder.log(f"continues from {found}")
         return str(found)
-    if isinstance(folder, RunFolder) and folder.resuming:
+    if folder.resuming:
         folder.log("no checkpoint had been saved: starting from the beginning")
     return named_checkpoint(trainer.args)
 

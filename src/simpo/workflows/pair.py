@@ -21,7 +21,7 @@ from simpo.judging.annotate import FILE_NAME as ANNOTATED
 from simpo.judging.annotate import read_responses
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import write_lines
-from simpo.runs.results import Metric, fingerprint, write_results
+from simpo.runs.results import Metric, fingerprint
 from simpo.statistics import mean_interval, proportion_interval
 
 PairKind = Literal["best_worst", "all", "best_random", "ranking"]
@@ -239,15 +239,13 @@ def pair_annotated(annotated: Path, settings: PairSettings, folder: Path, *, arg
         for line in report.lines():
             run.log(line)
         _check_any(rows, report, path)
-        run.begin({"annotated": fingerprint(records), **dataclasses.asdict(settings)}, argv=argv, accept_changes=None)
-        if run.finished:
-            run.log(f"{folder} holds this run already, finished")
-        else:
+        run.begin({"annotated": fingerprint(records), **dataclasses.asdict(settings)}, argv=argv)
+
+        def write() -> list[Metric]:
             write_lines(folder / FILE_NAME, rows)
-            metrics = _metrics(rows, report)
-            write_results(folder, command="pair", fingerprint=run.fingerprint, metrics=metrics)
-            run.finish()
-    return folder / "results.json"
+            return _metrics(rows, report)
+
+        return run.complete(write)
 
 
 def pair_responses(

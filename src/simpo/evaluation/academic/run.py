@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from simpo.errors import SimpoError
-from simpo.evaluation.answers import measure_once
 from simpo.models.identity import model_digest
 from simpo.models.loading import below_adapter, check_stored, device, with_dtype
 from simpo.models.settings import ModelArguments
@@ -169,8 +168,8 @@ def evaluate_academic(
         identity |= dataclasses.asdict(settings) | {"lm_eval": metadata.version("lm-eval")}
         if against is not None:
             identity["against"] = model_digest(against)
-        run.begin(identity, argv=argv, accept_changes=None)
-        return measure_once(run, lambda: _measure(lm_eval, model, against, folder))
+        run.begin(identity, argv=argv)
+        return run.complete(lambda: _measure(lm_eval, model, against, folder))
 
 
 def _measure(lm_eval: _LmEval, model: ModelArguments, against: ModelArguments | None, folder: Path) -> list[Metric]:

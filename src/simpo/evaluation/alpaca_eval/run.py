@@ -27,12 +27,13 @@ from simpo.evaluation.alpaca_eval.files import (
     write_outputs,
 )
 from simpo.evaluation.alpaca_eval.win_rate import Baselines, length_controlled, win_rate
-from simpo.evaluation.answers import Answerer, ApiJudge, Log, measure_once
+from simpo.evaluation.answers import Answerer, ApiJudge
 from simpo.evaluation.rows import file_digest
 from simpo.generation.thinking import after_thinking
 from simpo.judging.annotate import Shown
 from simpo.judging.pairwise import fill, read_prompt_file
 from simpo.runs.folder import RunFolder
+from simpo.runs.log import Log
 from simpo.runs.results import Metric
 from simpo.statistics import share_bounds
 
@@ -310,7 +311,7 @@ def evaluate_alpaca_eval(
         ready = match_outputs(reference, read_outputs(answers), str(answers)) if isinstance(answers, Path) else None
         identity = {"outputs": file_digest(answers)} if isinstance(answers, Path) else answers.identity()
         baselines = length_control.read(len(reference), run.log)  # before anything is sent
-        run.begin(benchmark.identity() | length_control.identity() | identity, argv=argv, accept_changes=None)
+        run.begin(benchmark.identity() | length_control.identity() | identity, argv=argv)
 
         def measure() -> list[Metric]:
             matches = _sampled(benchmark, reference, answers, run) if isinstance(answers, Answerer) else ready
@@ -323,7 +324,7 @@ def evaluate_alpaca_eval(
             write_annotations(folder / ANNOTATIONS, annotations)
             return figures(annotations, baselines, run.log) + thinking + benchmark.judge.metrics("alpaca_eval")
 
-        return measure_once(run, measure)
+        return run.complete(measure)
 
 
 def recount_alpaca_eval(
@@ -345,8 +346,8 @@ def recount_alpaca_eval(
             "judge": ", ".join(sorted({row.annotator for row in rows})),
         }
         baselines = length_control.read(len(rows), run.log)
-        run.begin(identity | length_control.identity(), argv=argv, accept_changes=None)
-        return measure_once(run, lambda: figures(rows, baselines, run.log))
+        run.begin(identity | length_control.identity(), argv=argv)
+        return run.complete(lambda: figures(rows, baselines, run.log))
 
 
 def _sampled(benchmark: AlpacaEval, reference: Sequence[Output], answerer: Answerer, run: RunFolder) -> list[Match]:

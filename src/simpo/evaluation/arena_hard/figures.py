@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from simpo.evaluation.answers import Log
 from simpo.evaluation.arena_hard.files import Answer, Judgment
 from simpo.evaluation.arena_hard.scores import (
     Style,
@@ -18,6 +17,7 @@ from simpo.evaluation.arena_hard.scores import (
     style_differences,
     style_of,
 )
+from simpo.runs.log import Log
 from simpo.runs.results import Metric
 
 Answers = Mapping[str, Answer]  # by uid

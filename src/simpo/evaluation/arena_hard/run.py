@@ -12,7 +12,7 @@ import yaml
 
 from simpo.client import ChatReply, ChatRequest
 from simpo.errors import SimpoError
-from simpo.evaluation.answers import Answerer, ApiJudge, Log, measure_once
+from simpo.evaluation.answers import Answerer, ApiJudge
 from simpo.evaluation.arena_hard.figures import Answers, figures
 from simpo.evaluation.arena_hard.files import (
     BASELINES,
@@ -29,6 +29,7 @@ from simpo.evaluation.rows import file_digest
 from simpo.judging.annotate import Shown
 from simpo.judging.pairwise import fill, read_prompt_file
 from simpo.runs.folder import RunFolder
+from simpo.runs.log import Log
 from simpo.runs.results import Metric
 
 # ---- What Arena-Hard's judge is asked.
@@ -197,7 +198,7 @@ def evaluate_arena_hard(
         theirs = benchmark.read_baselines(questions, run.log)
         ready = read_answers(answers, questions) if isinstance(answers, Path) else None
         identity = {"outputs": file_digest(answers)} if isinstance(answers, Path) else answers.identity()
-        run.begin(benchmark.identity() | identity, argv=argv, accept_changes=None)
+        run.begin(benchmark.identity() | identity, argv=argv)
 
         def measure() -> list[Metric]:
             ours = _sampled(benchmark, questions, theirs, answers, run) if isinstance(answers, Answerer) else ready
@@ -212,7 +213,7 @@ def evaluate_arena_hard(
             found = figures(judgments, ours, baseline, benchmark.version, run.log)
             return found + thinking + benchmark.judge.metrics("arena_hard")
 
-        return measure_once(run, measure)
+        return run.complete(measure)
 
 
 def _sampled(

@@ -12,7 +12,7 @@ import numpy as np
 from simpo.data.rows import rows_of
 from simpo.data.sources import has_one_split, load_rows
 from simpo.errors import SimpoError
-from simpo.evaluation.answers import Answerer, measure_once
+from simpo.evaluation.answers import Answerer
 from simpo.evaluation.rows import text_in
 from simpo.generation.thinking import after_thinking
 from simpo.runs.folder import RunFolder
@@ -106,8 +106,8 @@ def evaluate_gsm8k(
         identity |= model.identity()
         if against is not None:
             identity |= {f"against/{key}": value for key, value in against.identity().items()}
-        run.begin(identity, argv=argv, accept_changes=None)
-        return measure_once(run, lambda: _measure(problems, model, against, folder))
+        run.begin(identity, argv=argv)
+        return run.complete(lambda: _measure(problems, model, against, folder))
 
 
 def _measure(problems: Sequence[Problem], model: Answerer, against: Answerer | None, folder: Path) -> list[Metric]:

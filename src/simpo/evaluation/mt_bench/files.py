@@ -53,12 +53,13 @@ def rating_metrics(ratings: Sequence[Rating]) -> list[Metric]:
     Turns of one conversation are not independent: in pooled means a conversation is one observation.
     """
     rated = [rating for rating in ratings if rating.score is not None]
-    metrics = [_metric("average", _pooled(rated)) if rated else Metric("mt_bench/average", None, n=0)]
+    metrics = [Metric.of("mt_bench/average", _pooled(rated)) if rated else Metric("mt_bench/average", None, n=0)]
     for turn in sorted({rating.turn for rating in rated}):
         scores = [rating.score for rating in rated if rating.turn == turn and rating.score is not None]
-        metrics.append(_metric(f"turn_{turn}", mean_interval(scores)))
+        metrics.append(Metric.of(f"mt_bench/turn_{turn}", mean_interval(scores)))
     for category in dict.fromkeys(rating.category for rating in rated):
-        metrics.append(_metric(category, _pooled([rating for rating in rated if rating.category == category])))
+        own = [rating for rating in rated if rating.category == category]
+        metrics.append(Metric.of(f"mt_bench/{category}", _pooled(own)))
     return [*metrics, Metric("mt_bench/without_rating", len(ratings) - len(rated), n=len(ratings))]
 
 
@@ -69,10 +70,6 @@ def _pooled(ratings: Sequence[Rating]) -> Interval:
             scores.setdefault(rating.question_id, []).append(rating.score)
     means = [sum(found) / len(found) for found in scores.values()]
     return weighted_mean_interval(means, [len(found) for found in scores.values()])
-
-
-def _metric(name: str, found: Interval) -> Metric:
-    return Metric.of(f"mt_bench/{name}", found)
 
 
 TURNS = 2

@@ -11,7 +11,7 @@ from typing import Any
 
 from simpo.client import ChatRequest
 from simpo.errors import SimpoError
-from simpo.evaluation.answers import Answerer, ApiJudge, Log, measure_once
+from simpo.evaluation.answers import Answerer, ApiJudge
 from simpo.evaluation.answers import Question as Asked
 from simpo.evaluation.mt_bench.files import (
     REFERENCED,
@@ -30,6 +30,7 @@ from simpo.evaluation.rows import file_digest, text_in
 from simpo.judging.annotate import Shown
 from simpo.judging.pairwise import fill, read_prompt_file
 from simpo.runs.folder import RunFolder
+from simpo.runs.log import Log
 from simpo.runs.results import Metric
 
 # ---- What MT-Bench's judge is asked about a turn.
@@ -193,7 +194,7 @@ def evaluate_mt_bench(
             ready, identity = read_answers(answers, questions), {"outputs": file_digest(answers)}
         else:
             ready, identity = None, answers.identity() | {"own_temperature": own_temperature}
-        run.begin(benchmark.identity() | identity, argv=argv, accept_changes=None)
+        run.begin(benchmark.identity() | identity, argv=argv)
 
         def measure() -> list[Metric]:
             _say_missing_references(questions, run.log)
@@ -210,7 +211,7 @@ def evaluate_mt_bench(
             write_judgments(folder / JUDGMENTS, model, benchmark.judge.name, ratings, texts)
             return figures(ratings, run.log) + thinking + benchmark.judge.metrics("mt_bench")
 
-        return measure_once(run, measure)
+        return run.complete(measure)
 
 
 def _say_missing_references(questions: Sequence[Question], log: Log) -> None:

@@ -14,12 +14,13 @@ from transformers.trainer_callback import PrinterCallback
 from simpo.data.prompts import Prompt
 from simpo.data.sources import load_rows
 from simpo.evaluation.compare import make_judges
-from simpo.generation.sample import Job, Log
+from simpo.generation.sample import Job
 from simpo.generation.vllm import load_vllm
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import JudgeOptions, make_annotator
 from simpo.models.loading import free_memory, load_tokenizer
 from simpo.runs.lines import write_lines
+from simpo.runs.log import Log
 from simpo.training.settings import settings_refused
 from simpo.training.tasks import PREFERENCES
 from simpo.workflows.loop.settings import LoopRecipe, as_it_is

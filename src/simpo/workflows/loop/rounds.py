@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from simpo.models.settings import ModelArguments
 from simpo.packing.layout import TokenizedComparison
 from simpo.packing.scoring import score_responses
 from simpo.runs.lines import read_lines
+from simpo.runs.log import Log
 from simpo.runs.results import FILE_NAME as RESULTS
 from simpo.runs.results import Metric, read_results, write_results
 from simpo.statistics import Interval, mean_interval
@@ -73,9 +73,6 @@ START = "start-answers"
 
 
 _AGREED = True  # what a server will be sent was agreed to before the first round
-
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)

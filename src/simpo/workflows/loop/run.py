@@ -17,14 +17,15 @@ from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.compare import make_judges
-from simpo.generation.sample import Log, PromptArguments
+from simpo.generation.sample import PromptArguments
 from simpo.judging.pairwise import PairwiseApiJudge, TournamentScorer
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import JudgeOptions, check_judges_anew, make_annotator, make_judge
 from simpo.models.identity import model_digest
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import stoppable
+from simpo.runs.log import Log
 from simpo.runs.results import FILE_NAME, Metric, read_results
+from simpo.runs.signals import stoppable
 from simpo.training.identity import settings_identity, settings_of
 from simpo.workflows.loop import record
 from simpo.workflows.loop.rehearsal import rehearse
@@ -89,7 +90,7 @@ def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None 
         InterruptedRun: a signal came; what was done is kept.
     """
     folder = Path(recipe.config.output_dir)
-    with stoppable("interrupted; the same command continues"), RunFolder(folder, command="loop") as run:
+    with stoppable(), RunFolder(folder, command="loop") as run:
         options = _options(recipe)
         identity = _identity(recipe, options)
         _check_rounds(folder, recipe.settings.rounds)
@@ -106,7 +107,6 @@ def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None 
             argv=argv,
             recipe=file,
             resolved=settings_of(*(getattr(recipe, part.name) for part in dataclasses.fields(recipe))),
-            accept_changes=None,
         )
         rounds = Rounds(folder, recipe, options, run.fingerprint, run.log)
         if run.finished:

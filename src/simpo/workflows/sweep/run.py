@@ -13,6 +13,7 @@ from simpo.analysis.plots import plot_effects
 from simpo.errors import SimpoError
 from simpo.models.loading import free_memory
 from simpo.runs.folder import FolderInUseError, RunFolder, RunRecord
+from simpo.runs.log import Log
 from simpo.runs.results import FILE_NAME, write_results
 from simpo.training.run import TrainingJob
 from simpo.training.tasks import PREFERENCES
@@ -33,8 +34,6 @@ SMALLER_IS_BETTER = {
 _COMMAND = "sweep"
 _PAUSE = 1.0  # seconds between looks at the trials of other processes
 _PATIENCE = 30.0  # seconds for a leader to say what it leads
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def run_sweep(sweep: Sweep, recipe: Mapping[str, Any]) -> Path | None:
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(RunFolder(sweep.folder, command=_COMMAND))
-            folder.begin(identity, argv=sweep.argv, recipe=sweep.recipe, accept_changes=None)
+            folder.begin(identity, argv=sweep.argv, recipe=sweep.recipe)
         except FolderInUseError:
             pass
         else:
