@@ -81,7 +81,7 @@ def test_the_exact_judge(sampled, capsys):
 
 def test_a_run_that_was_killed_goes_on(sampled, monkeypatch):
     """Parts that are there are not scored again, and the files are the same."""
-    monkeypatch.setattr(annotation, "_AT_ONCE", 5)
+    monkeypatch.setattr(annotation, "_PROMPTS_PER_PART", 5)
     assert main(command(sampled, "exact")) == 0
     with monkeypatch.context() as patch:
         scored = iter([*[[[float(judge(row["prompt"], text)) for text in row["responses"]] for row in rows()[:5]]]])
@@ -159,7 +159,7 @@ def test_a_judge_of_pairs(sampled):
 
 def test_a_refused_request_is_no_meeting(sampled, capsys, monkeypatch):
     """Also where only refused ones are left after a kill, in a part of its own."""
-    monkeypatch.setattr(annotation, "_AT_ONCE", 2)
+    monkeypatch.setattr(annotation, "_PROMPTS_PER_PART", 2)
     records = [{"id": name, "prompt": name, "responses": ["gold.", "tin."]} for name in ("one", "two", "long")]
     write(sampled / "sampled/responses.jsonl", records)
 

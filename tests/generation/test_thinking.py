@@ -11,8 +11,8 @@ from simpo.evaluation.gsm8k.run import final_number
 from simpo.evaluation.mt_bench.files import read_rating
 from simpo.generation.engine import ResponseText
 from simpo.generation.thinking import after_thinking, split_thinking
-from simpo.judging.annotate import Shown
 from simpo.judging.pairwise import read_verdict
+from simpo.judging.presentation import ShownAnswers
 from simpo.world.pairs import make_tokenizer
 
 # Replies with thinking @ and conclusion $, in the marks of many models.
@@ -115,14 +115,14 @@ def test_answers_without_the_thinking_that_they_begin_with(form):
 )
 def test_answers_about_thinking_are_left_as_they_are(text):
     assert split_thinking(text) == ("", text)
-    assert Shown(True)(text) == text
+    assert ShownAnswers(True)(text) == text
 
 
 def test_thinking_in_answers_is_counted_and_said():
     texts = ["<think>a</think> one", "two", "<think>never", "x</think>three"]
     said = []
     for strip, expected in ((True, ["one", "two", "", "three"]), (False, texts)):
-        show = Shown(strip)
+        show = ShownAnswers(strip)
         assert [show(text) for text in texts] == expected
         found = {metric.name: (metric.value, metric.n) for metric in show.metrics("x/", said.append)}
         assert found == {
@@ -131,7 +131,7 @@ def test_thinking_in_answers_is_counted_and_said():
             "x/answers_stripped_of_thinking": (3 * strip, 4),
         }
     assert len(said) == 2 and all("3 of 4 answers" in line for line in said) and "--strip_thinking" in said[1]
-    show = Shown(False)
+    show = ShownAnswers(False)
     show("plain")
     assert show.metrics("x/", said.append) == [] and len(said) == 2
 

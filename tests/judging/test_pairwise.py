@@ -109,9 +109,9 @@ def test_a_prompt_of_the_users(tmp_path):
     with ChatServer(fair) as server:
         own, ours = judge_at(server, prompt=path), judge_at(server)
         assert own.identity["prompt"] != ours.identity["prompt"]
-        assert own._request("q", "1", "2").messages[0]["content"] == "q? A: 1 B: 2 {other}"
+        assert own.requests([Pair("1", "q", "1", "2")])[0].messages[0]["content"] == "q? A: 1 B: 2 {other}"
         path.write_text("{question} {answer_a}")
-        with pytest.raises(SimpoError, match=r"prompt\.md: the judge prompt has no place \{answer_b\}"):
+        with pytest.raises(SimpoError, match=r"prompt\.md: .*\{answer_b\}"):
             judge_at(server, prompt=path)
         with pytest.raises(SimpoError, match="nowhere: the judge prompt cannot be read"):
             judge_at(server, prompt=tmp_path / "nowhere")

@@ -301,7 +301,7 @@ def test_human_verdicts(tmp_path):
     )
     pairs = [Pair(key, "q", "1", "2") for key in "zyxw"]
     assert judge.compare(pairs) == [0.5, 0.0, 1.0, None]
-    with pytest.raises(SimpoError, match=r"none of its ids .* look like 'w'"):
+    with pytest.raises(SimpoError, match=r"verdicts\.jsonl: none of its ids .* 'w'"):
         judge.compare(pairs[3:])
     with pytest.raises(SimpoError, match=r"verdicts\.jsonl:2: id 'x' occurs twice"):
         write_verdicts(path, {"id": "x", "winner": "a"}, {"id": "x", "winner": "b"})

@@ -20,7 +20,7 @@ from simpo.errors import SimpoError
 from simpo.generation.sample import FILE_NAME, PromptArguments, sample_responses
 from simpo.generation.server import sample_from_server
 from simpo.generation.settings import SamplingSettings
-from simpo.judging.protocol import as_text
+from simpo.judging.presentation import as_text
 from simpo.models.settings import ModelArguments
 from simpo.runs.results import print_results
 from simpo.runs.terminal import printable

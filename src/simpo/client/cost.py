@@ -52,10 +52,10 @@ class Estimate:
         completion_tokens: the largest possible number of tokens of the replies.
     """
 
-    requests: int
-    cached: int
-    prompt_tokens: int
-    completion_tokens: int
+    requests: int = 0
+    cached: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
     @classmethod
     def of(cls, missing: Iterable[ChatRequest], cached: int) -> Self:
@@ -162,7 +162,8 @@ def confirm_cost(estimate: Estimate, *, yes: bool, log: Callable[[str], None], p
     Raises:
         SimpoError: the user does not agree, or cannot be asked.
     """
-    log(estimate.line(prices))
+    if estimate.requests or estimate.cached:
+        log(estimate.line(prices))
     if yes or not estimate.requests:
         return
     if sys.stdin is None or not sys.stdin.isatty():

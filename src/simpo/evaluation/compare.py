@@ -25,11 +25,10 @@ from simpo.evaluation.head_to_head import (
     text_metrics,
 )
 from simpo.evaluation.preferences import Judged, preference_metrics
-from simpo.judging.annotate import Shown
-from simpo.judging.pairwise import PairwiseApiJudge
-from simpo.judging.protocol import Judge, Pair, as_text
+from simpo.judging.presentation import ShownAnswers, as_text
+from simpo.judging.protocol import Judge, Pair
 from simpo.judging.registry import JudgeOptions, make_judge
-from simpo.judging.scored import ScorerJudge, verdict_of
+from simpo.judging.scored import verdict_of
 from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import JsonLines
@@ -153,8 +152,7 @@ def agree_to(judges: Mapping[str, Judge], pairs: Sequence[Pair], *, yes: bool, p
         SimpoError: the user does not agree, or cannot be asked.
     """
     for judge in judges.values():
-        if isinstance(judge, PairwiseApiJudge):
-            confirm_cost(judge.estimate(pairs), yes=yes, log=log, prices=prices)
+        confirm_cost(judge.estimate(pairs), yes=yes, log=log, prices=prices)
 
 
 def judge_pairs(
@@ -175,14 +173,15 @@ def judge_pairs(
     judged = Judged(pairs, prompts)
     for name, judge in judges.items():
         log(f"judge {name}")
-        if isinstance(judge, ScorerJudge):
-            judged.margins[name] = np.array(judge.margins(pairs))
-            found: list[float | None] = [verdict_of(margin) for margin in judged.margins[name]]
-        else:
+        margins = judge.margins(pairs)
+        if margins is None:
             found = judge.compare(pairs)
+        else:
+            judged.margins[name] = np.array(margins)
+            found = [verdict_of(margin) for margin in margins]
         judged.verdicts[name] = np.array(found, dtype=np.float64)  # None becomes NaN
-        if isinstance(judge, PairwiseApiJudge):
-            log(judge.client.usage.line(prices))
+        if judge.usage is not None:
+            log(judge.usage.line(prices))
         if missing := int(np.isnan(judged.verdicts[name]).sum()):
             log(f"note: judge {name} gave no verdict on {missing:,} of {len(pairs):,} pairs; they do not count")
     return judged
@@ -193,12 +192,12 @@ def order_metrics(judges: Mapping[str, Judge], pairs: int) -> list[Metric]:
 
     And how many replies it gave at its server's default temperature, where it did.
     """
-    asked = {name: judge for name, judge in judges.items() if isinstance(judge, PairwiseApiJudge)}
-    conflicting = [Metric(f"conflicting_orders/{name}", judge.conflicting, n=pairs) for name, judge in asked.items()]
+    usages = {name: judge.usage for name, judge in judges.items() if judge.usage is not None}
+    conflicting = [Metric(f"conflicting_orders/{name}", judges[name].conflicting, n=pairs) for name in usages]
     return conflicting + [
-        Metric(f"judged_at_default_temperature/{name}", count, n=judge.client.usage.replies)
-        for name, judge in asked.items()
-        if (count := judge.client.usage.default_temperature)
+        Metric(f"judged_at_default_temperature/{name}", usage.default_temperature, n=usage.replies)
+        for name, usage in usages.items()
+        if usage.default_temperature
     ]
 
 
@@ -281,7 +280,7 @@ def _compare(
     contests: Sequence[PromptAnswers], judges: Mapping[str, Judge], arguments: CompareArguments, folder: Path, log: Log
 ) -> list[Metric]:
     """Judge, write down what was judged, and count."""
-    show = Shown(arguments.options.strip_thinking)
+    show = ShownAnswers(arguments.options.strip_thinking)
     contests = [replace(one, a=_shown(one.a, show), b=_shown(one.b, show)) for one in contests]
     pairs, prompts = meetings(contests)
     log(f"{len(pairs):,} pairs of answers to {len(contests):,} prompts")
@@ -292,7 +291,7 @@ def _compare(
     return figures + order_metrics(judges, len(pairs)) + _side_metrics(contests) + show.metrics("", log)
 
 
-def _shown(record: Mapping[str, Any], show: Shown) -> dict[str, Any]:
+def _shown(record: Mapping[str, Any], show: ShownAnswers) -> dict[str, Any]:
     return {**record, "responses": [show(text) for text in record["responses"]]}
 
 

@@ -26,7 +26,6 @@ from simpo.errors import SimpoError
 from simpo.generation.chunks import gather, missing_chunks, read_samples, response_texts, sample_chunks, write_responses
 from simpo.generation.engine import Sampled, TransformersEngine
 from simpo.generation.settings import SamplingSettings
-from simpo.judging.pairwise import PairwiseApiJudge
 from simpo.judging.protocol import Judge, Pair
 from simpo.judging.registry import ANNOTATORS, JudgeOptions, check_judges_anew, make_judge
 from simpo.models.loading import Checkpoint
@@ -182,13 +181,12 @@ class EvalJudge:
         Raises:
             SimpoError: the user does not agree, or cannot be asked.
         """
-        if isinstance(self._judge, PairwiseApiJudge):
-            answers = [[stand_in(longest, name)] * len(self._prompts) for name in "ab"]
-            confirm_cost(
-                self._judge.estimate(self._pairs(*answers)) * evaluations,
-                yes=yes,
-                log=lambda line: self._log(f"eval_judge, at {evaluations:,} evaluations: {line}"),
-            )
+        answers = [[stand_in(longest, name)] * len(self._prompts) for name in "ab"]
+        confirm_cost(
+            self._judge.estimate(self._pairs(*answers)) * evaluations,
+            yes=yes,
+            log=lambda line: self._log(f"eval_judge, at {evaluations:,} evaluations: {line}"),
+        )
 
     def try_on(self, answers: Sequence[str]) -> None:
         """Judge a few answers against themselves with something added: like ones no server would be asked about.
@@ -206,8 +204,8 @@ class EvalJudge:
         except SimpoError as error:
             logger.warning("step %d: no win rate: %s", step, error)
             return math.nan
-        if isinstance(self._judge, PairwiseApiJudge):
-            self._log(self._judge.client.usage.line())
+        if self._judge.usage is not None:
+            self._log(self._judge.usage.line())
         given = [verdict for verdict in verdicts if verdict is not None]
         if len(given) < len(verdicts):
             missing = len(verdicts) - len(given)

@@ -1,1 +1,1 @@
-"""What says how good an answer is: scorers of one answer and judges of two, each behind one protocol."""
+"""Scorers of single answers and judges of pairs: how good an answer is."""

@@ -1,9 +1,9 @@
-"""Models as scorers: a policy's log-probabilities, a reward model's rewards."""
+"""Models as scorers: the log-probabilities of a language model, the rewards of a reward model."""
 
 from __future__ import annotations
 
 import itertools
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from simpo.data.formats import Comparison, Response
 from simpo.data.rows import BadRow
 from simpo.data.templates import Rendered, Renderer
 from simpo.errors import SimpoError
-from simpo.judging.protocol import Answers
+from simpo.judging.protocol import Answers, Scorer
 from simpo.models.identity import model_digest
 from simpo.models.limits import Limits
 from simpo.models.loading import device, load_model, load_tokenizer, with_dtype
@@ -26,15 +26,15 @@ from simpo.packing.layout import TokenizedComparison
 from simpo.packing.scoring import score_answers, score_responses
 from simpo.runs.progress import progress
 
-# ---- Answers as token ids, as training would read them: through the chat template, under the token
-# invariants.
+_PROMPTS_PER_PART = 64  # between two updates of the progress
+_BATCH_TOKENS = 16384
 
 
 class AnswerTokens:
-    """Encodes answers for one tokenizer.
+    """Encodes answers for one tokenizer, through the chat template and under the same invariants as training data.
 
     Raises:
-        SimpoError: the tokenizer or its chat template cannot serve.
+        SimpoError: the tokenizer or its chat template cannot be used.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -43,14 +43,11 @@ class AnswerTokens:
         self._end = self._renderer.end
 
     def encode(self, rows: Sequence[Answers], limits: Limits) -> list[TokenizedComparison]:
-        """One comparison for every row; a response ends with the end-of-turn token, and an empty one is only that.
-
-        Args:
-            rows: prompts with their responses.
-            limits: of the model.
+        """One comparison per row; a response ends with the end-of-turn token, and an empty one consists of only that.
 
         Raises:
-            SimpoError: a row cannot be rendered, is too long or has a token that the model does not know; names it.
+            SimpoError: a row cannot be rendered, exceeds the model's ``limits`` in length, or has a token that the
+                model does not have; names the row.
         """
         rendered = [self._render(row) for row in rows]
         groups = self._encoder.encode_groups(rendered)
@@ -63,48 +60,40 @@ class AnswerTokens:
         return found
 
     def _render(self, row: Answers) -> Rendered:
-        said: list[Response] = [text for text in row.responses if self._says_something(text)]
+        responses: list[Response] = [text for text in row.responses if not self._is_empty(text)]
         if not isinstance(row.prompt, str):
-            said = [{"role": "assistant", "content": text} for text in said]
+            responses = [{"role": "assistant", "content": text} for text in responses]
         try:
-            return self._renderer.render(Comparison(row.prompt, tuple(said), f"prompt {row.id}", context=row.context))
+            comparison = Comparison(row.prompt, tuple(responses), f"prompt {row.id}", context=row.context)
+            return self._renderer.render(comparison)
         except BadRow as error:
             raise SimpoError(f"prompt {row.id}: {error}") from error
 
     def _comparison(self, row: Answers, rendered: Rendered, ids: list[list[int]]) -> TokenizedComparison:
-        said = iter(
+        """Combine the encoded responses with the empty ones, which were not rendered."""
+        encoded = iter(
             [*self._encoder.following(ids[0], text, whole, rendered.marker), end]
             for text, whole, end in zip(rendered.responses, ids[1:], rendered.ends, strict=True)
         )
-        responses = [next(said) if self._says_something(text) else [self._end.token_id] for text in row.responses]
+        responses = [[self._end.token_id] if self._is_empty(text) else next(encoded) for text in row.responses]
         prompt = self._encoder.one_bos(ids[0])
         if not prompt:
             raise SimpoError(f"prompt {row.id}: empty prompt")
         return TokenizedComparison(prompt, responses)
 
-    def _says_something(self, text: str) -> bool:
-        return bool(text.replace(self._end.text, "").strip())
+    def _is_empty(self, text: str) -> bool:
+        return not text.replace(self._end.text, "").strip()
 
 
-_AT_ONCE = 64  # prompts between two looks at the progress
-
-
-_BATCH_TOKENS = 16384
-
-
-class ModelScorer(ABC):
-    """A model as a scorer."""
+class ModelScorer(Scorer):
+    """A model as a scorer; ``kind`` is its name on the command line."""
 
     kind: ClassVar[str]
 
     def __init__(self, model: ModelArguments, log: Callable[[str], None]) -> None:
-        """Read the tokenizer; the weights follow with the first scores.
+        """Load the tokenizer; the weights follow with :meth:`prepare` or the first scores.
 
-        Weights are bf16 on an accelerator and fp32 on a CPU unless ``dtype`` says otherwise.
-
-        Args:
-            model: which.
-            log: called with lines of progress.
+        Weights are bf16 on an accelerator and fp32 on a CPU, unless ``dtype`` is given.
 
         Raises:
             SimpoError: there is no such model.
@@ -119,8 +108,8 @@ class ModelScorer(ABC):
         """Digest and type of the weights."""
         return {"judge": self.kind, "model": model_digest(self._arguments), "dtype": self._arguments.dtype}
 
-    def open(self) -> None:
-        """Load the weights, unless that is done.
+    def prepare(self) -> None:
+        """Load the weights unless they are loaded.
 
         Raises:
             SimpoError: the model cannot be loaded.
@@ -132,49 +121,44 @@ class ModelScorer(ABC):
         """The model's scores.
 
         Raises:
-            SimpoError: the model cannot be loaded, or a row cannot be read by it.
+            SimpoError: the model cannot be loaded, or a row does not fit it.
         """
-        self.open()
+        self.prepare()
         limits = Limits.of(self._model.config)
         scores: list[list[float]] = []
         with torch.no_grad(), progress(f"prompts scored by {self.kind}", len(rows), 0, self._log) as advance:
-            for start in range(0, len(rows), _AT_ONCE):
-                part = rows[start : start + _AT_ONCE]
-                scores += self._score_part(self._tokens.encode(part, limits))
+            for start in range(0, len(rows), _PROMPTS_PER_PART):
+                part = rows[start : start + _PROMPTS_PER_PART]
+                comparisons = self._tokens.encode(part, limits)
+                longest = max(max(one.packed_length, one.padded_length) for one in comparisons)
+                flat = iter(self.flat_scores(self._model, comparisons, max(_BATCH_TOKENS, longest)).tolist())
+                scores += [[next(flat) for _ in one.response_ids] for one in comparisons]
                 advance(len(part))
         return scores
 
     @abstractmethod
     def load(self, arguments: ModelArguments) -> Any:
-        """The model.
+        """Load the model.
 
         Raises:
-            SimpoError: it cannot be loaded, or is of another kind.
+            SimpoError: it cannot be loaded, or is a model of another kind.
         """
 
     @abstractmethod
     def flat_scores(self, model: Any, comparisons: Sequence[TokenizedComparison], max_batch_tokens: int) -> Tensor:
-        """``[R]`` one number for every response of every comparison, in forwards of at most so many tokens."""
-
-    def _score_part(self, comparisons: Sequence[TokenizedComparison]) -> list[list[float]]:
-        longest = max(max(one.packed_length, one.padded_length) for one in comparisons)
-        scores = iter(self.flat_scores(self._model, comparisons, max(_BATCH_TOKENS, longest)).tolist())
-        return [[next(scores) for _ in one.response_ids] for one in comparisons]
-
-
-# ---- A language model as a scorer: how likely it finds an answer, token by token.
+        """``[R]`` one number per response, comparison by comparison, in batches of at most so many tokens."""
 
 
 class LogpScorer(ModelScorer):
     """Scores an answer with its mean log-probability per token, the end-of-turn token included, in nats.
 
-    That is SimPO's reward divided by beta.
+    This is SimPO's reward divided by beta.
     """
 
     kind: ClassVar[str] = "logp"
 
     def load(self, arguments: ModelArguments) -> Any:
-        """The language model.
+        """Load the language model.
 
         Raises:
             SimpoError: it cannot be loaded.
@@ -186,22 +170,19 @@ class LogpScorer(ModelScorer):
         return score_responses(model, comparisons, max_batch_tokens=max_batch_tokens).avg
 
 
-# ---- A reward model as a scorer: a language model with one number for an output.
-
-
 class RewardModelScorer(ModelScorer):
     """Scores an answer with a sequence classifier of one label, read at the end-of-turn token.
 
-    A model of several labels, such as ArmoRM, is asked for its own ``score``, which its code makes of them.
+    For a model with several labels, such as ArmoRM, the ``score`` that its own code computes from them is used.
     """
 
     kind: ClassVar[str] = "reward"
 
     def load(self, arguments: ModelArguments) -> Any:
-        """The reward model, an adapter included.
+        """Load the reward model, including an adapter.
 
         Raises:
-            SimpoError: it cannot be loaded, lacks the weights of a head, or has several labels.
+            SimpoError: it cannot be loaded, lacks the weights of a head, or has several labels and no code of its own.
         """
         try:
             return load_reward_model(arguments, gated=True)

@@ -1,12 +1,14 @@
-"""What is judged, and what a judge and a scorer can do."""
+"""What judges and scorers receive, and the two interfaces that they implement."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+from simpo.client import Estimate, Usage
 from simpo.data.context import Context
 from simpo.data.messages import Message
 from simpo.errors import SimpoError
@@ -14,23 +16,14 @@ from simpo.errors import SimpoError
 Prompt = str | list[Message]
 
 
-def as_text(prompt: Prompt) -> str:
-    """A prompt to be read: a lone message is its text, a conversation names who speaks."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-
-
 @dataclass(frozen=True)
 class Answers:
-    """A prompt and answers to it.
+    """A prompt with one or more responses.
 
     Attributes:
-        id: of the prompt, for messages.
+        id: the prompt's id, for error messages.
         prompt: text or messages.
-        responses: one or more texts.
+        responses: the texts to score.
         context: tools and variables for the chat template of a scorer that is a model.
     """
 
@@ -42,14 +35,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and two answers to it.
+    """A prompt with two responses, ``a`` and ``b``.
 
     Attributes:
-        id: of the pair: the prompt's, unless the prompt has several pairs.
+        id: the prompt's id, unless the prompt has several pairs.
         prompt: text or messages.
-        a: the one answer.
-        b: the other.
-        context: as of :class:`Answers`.
+        a: the first response.
+        b: the second response.
+        context: as in :class:`Answers`.
     """
 
     id: str
@@ -59,63 +52,81 @@ class Pair:
     context: Context = field(default_factory=Context)
 
 
-class Scorer(Protocol):
-    """Says of single answers how good they are."""
+class Scorer(ABC):
+    """Scores single responses; the higher the score, the better the response."""
 
     @property
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What determines the scores, as JSON values."""
-        ...
+        """Everything that determines the scores, as JSON values."""
 
-    def score(self, rows: Sequence[Answers]) -> list[list[float]]:
-        """One list for every prompt, with a number for every response; the higher, the better.
+    @abstractmethod
+    def score(self, rows: Sequence[Answers]) -> Sequence[Sequence[float | None]]:
+        """One list per prompt with one score per response; None where no score could be determined.
 
         Raises:
             SimpoError: a row cannot be scored; names it.
         """
-        ...
 
+    def prepare(self) -> None:  # noqa: B027 - optional
+        """Load what scoring needs, so that a mistake shows before a run folder is created."""
 
-class Annotator(Protocol):
-    """A scorer that may leave answers without a score; every :class:`Scorer` is one."""
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What determines the scores, as JSON values."""
-        ...
-
-    def score(self, rows: Sequence[Answers]) -> Sequence[Sequence[float | None]]:
-        """As :meth:`Scorer.score`; None for an answer of which nothing could be said."""
-        ...
-
-
-class Judge(Protocol):
-    """Says of two answers which one is better."""
+    def estimate(self, rows: Sequence[Answers]) -> Estimate:
+        """The requests that :meth:`score` would send to a server."""
+        return Estimate()
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What determines the verdicts, as JSON values."""
-        ...
+    def usage(self) -> Usage | None:
+        """The requests sent so far; None for a scorer that does not use a server."""
+        return None
 
+
+class Judge(ABC):
+    """Decides which of two responses is better.
+
+    Attributes:
+        conflicting: pairs for which the judge named another winner after the responses were swapped.
+    """
+
+    conflicting = 0
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Everything that determines the verdicts, as JSON values."""
+
+    @abstractmethod
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """For every pair the probability that ``a`` is better, a tie being half; None where there is no verdict.
+        """The probability that ``a`` is better for every pair, 0.5 for a tie; None where there is no verdict.
 
         Raises:
             SimpoError: the pairs cannot be judged.
         """
-        ...
+
+    def margins(self, pairs: Sequence[Pair]) -> list[float] | None:
+        """By how much the score of ``a`` exceeds the score of ``b``; None for a judge without scores."""
+        return None
+
+    def estimate(self, pairs: Sequence[Pair]) -> Estimate:
+        """The requests that :meth:`compare` would send to a server."""
+        return Estimate()
+
+    @property
+    def usage(self) -> Usage | None:
+        """The requests sent so far; None for a judge that does not use a server."""
+        return None
 
 
-def check_scores(scores: Sequence[Sequence[float]], rows: Sequence[Answers], scorer: str) -> None:
-    """Look at what a scorer gave.
+def check_scores(scores: Sequence[Sequence[float | None]], rows: Sequence[Answers], scorer: str) -> None:
+    """Check that a scorer returned one finite number, or None, for every response.
 
     Raises:
-        SimpoError: not one finite number for every response; names the scorer and the prompt.
+        SimpoError: it did not; names the scorer and the prompt.
     """
     if len(scores) != len(rows):
         raise SimpoError(f"{scorer}: {len(scores)} lists of scores for {len(rows)} prompts")
     for row, given in zip(rows, scores, strict=True):
         if len(given) != len(row.responses):
             raise SimpoError(f"{scorer}: prompt {row.id}: {len(given)} scores for {len(row.responses)} responses")
-        if not all(map(math.isfinite, given)):
+        if not all(score is None or math.isfinite(score) for score in given):
             raise SimpoError(f"{scorer}: prompt {row.id}: {given} are not all numbers")

@@ -11,7 +11,7 @@ from simpo.config.coercion import nearest
 from simpo.errors import SimpoError
 from simpo.judging.models import LogpScorer, RewardModelScorer
 from simpo.judging.pairwise import PairwiseApiJudge, TournamentScorer
-from simpo.judging.protocol import Annotator, Judge, Scorer
+from simpo.judging.protocol import Judge, Scorer
 from simpo.judging.scored import ExactScorer, FunctionScorer, HumanJudge, ScorerJudge
 from simpo.models.settings import ModelArguments
 
@@ -25,13 +25,13 @@ class JudgeOptions:
     """What judges need in addition to their names.
 
     Attributes:
-        client: whom ``api`` asks; None if no server was named.
-        prompt: file of its judge prompt; None for the one that comes with the package.
-        max_tokens: longest reply of it.
+        client: sends the requests of the judge ``api``; None if no server was named.
+        prompt: file with its judge prompt; None for the one in the package.
+        max_tokens: longest reply of ``api``.
         dtype: type of a judging model's weights; None chooses by the device.
-        trust_remote_code: run code: a function, or what comes with a model.
+        trust_remote_code: run code: a function, or code that comes with a model.
         strip_thinking: show judges the answers without the thinking that they begin with.
-        log: called with lines of progress.
+        log: receives lines of progress.
     """
 
     client: ChatClient | None = None
@@ -44,7 +44,7 @@ class JudgeOptions:
 
 
 def make_judge(name: str, options: JudgeOptions) -> Judge:
-    """The judge of that name; any scorer is one.
+    """The judge with this name; every scorer is also a judge.
 
     Raises:
         SimpoError: there is none, or something that it needs is missing.
@@ -58,17 +58,19 @@ def make_judge(name: str, options: JudgeOptions) -> Judge:
 
 
 def check_judges_anew(name: str) -> None:
-    """Refuse a judge that has verdicts on one set of answers only, for answers that are new at every time.
+    """Reject a judge whose verdicts belong to one fixed set of answers, where every run has new answers.
 
     Raises:
         SimpoError: it is such a judge.
     """
     if name.partition(":")[0] == "human":
-        raise SimpoError(f"{name}: its verdicts are on other answers; new ones can be judged by {ANNOTATORS}")
+        raise SimpoError(
+            f"{name}: its verdicts belong to other answers; new answers can be judged by one of {ANNOTATORS}"
+        )
 
 
-def make_annotator(name: str, options: JudgeOptions) -> Annotator:
-    """What scores responses under that name: a scorer, or ``api``, a judge of pairs that every two of them meet before.
+def make_annotator(name: str, options: JudgeOptions) -> Scorer:
+    """A scorer by its name, or ``api``: a judge that compares every two answers to a prompt.
 
     Raises:
         SimpoError: there is none, or something that it needs is missing.
@@ -83,12 +85,7 @@ def _api(options: JudgeOptions) -> PairwiseApiJudge:
 
 
 def make_scorer(name: str, options: JudgeOptions, *, known: str = SCORERS) -> Scorer:
-    """The scorer of that name.
-
-    Args:
-        name: as the command line gives it.
-        options: what it may need.
-        known: names for the message.
+    """The scorer with this name; ``known`` are the names that an error message lists.
 
     Raises:
         SimpoError: there is none, or something that it needs is missing.

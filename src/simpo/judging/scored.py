@@ -1,4 +1,4 @@
-"""Scorers as judges (the higher score wins): exact rules, a Python function, human verdicts."""
+"""Scorers as judges (the higher score wins): exact rules, a Python function; and verdicts of people from a file."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from simpo.data.messages import Message
-from simpo.data.rows import Row, rows_of
+from simpo.data.rows import rows_of
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
-from simpo.judging.protocol import Answers, Pair, Scorer, check_scores
+from simpo.judging.protocol import Answers, Judge, Pair, Scorer, check_scores
 from simpo.runs.results import fingerprint
 from simpo.world.judge import judge
 
 
-class ScorerJudge:
-    """Compares two answers by their scores, which do not depend on the order in which the answers stand."""
+class ScorerJudge(Judge):
+    """Compares two answers by their scores, which do not depend on the order of the answers."""
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The scorer's."""
+        """The scorer's identity."""
         return self._scorer.identity
 
     def margins(self, pairs: Sequence[Pair]) -> list[float]:
-        """By how much the score of ``a`` is above that of ``b``; an answer in several pairs is scored once.
+        """By how much the score of ``a`` exceeds the score of ``b``; an answer in several pairs is scored once.
 
         Raises:
             SimpoError: as the scorer, or its scores are not numbers.
@@ -40,43 +40,38 @@ class ScorerJudge:
         groups: dict[str, list[Pair]] = {}
         for pair in pairs:
             groups.setdefault(_key(pair), []).append(pair)
-        rows = [_answers(group) for group in groups.values()]
+        rows = []
+        for group in groups.values():
+            texts = dict.fromkeys(text for pair in group for text in (pair.a, pair.b))
+            rows.append(Answers(group[0].id, group[0].prompt, tuple(texts), group[0].context))
         given = self._scorer.score(rows)
         check_scores(given, rows, str(self.identity["judge"]))
-        scores = {
+        scores: dict[str, dict[str, Any]] = {
             key: dict(zip(row.responses, values, strict=True))
             for key, row, values in zip(groups, rows, given, strict=True)
         }
         return [scores[_key(pair)][pair.a] - scores[_key(pair)][pair.b] for pair in pairs]
 
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """1, 0, or half for equal scores.
+        """1, 0, or 0.5 for equal scores.
 
         Raises:
-            SimpoError: as :meth:`margins`.
+            SimpoError: see :meth:`margins`.
         """
         return [verdict_of(margin) for margin in self.margins(pairs)]
 
 
 def _key(pair: Pair) -> str:
+    """Identifies a prompt with its context: the answers to it are scored together."""
     return json.dumps([pair.prompt, pair.context.columns])
 
 
-def _answers(group: Sequence[Pair]) -> Answers:
-    """The different answers of the pairs of one prompt."""
-    texts = dict.fromkeys(text for pair in group for text in (pair.a, pair.b))
-    return Answers(group[0].id, group[0].prompt, tuple(texts), group[0].context)
-
-
 def verdict_of(margin: float) -> float:
-    """Who wins by a margin."""
+    """The verdict for a difference of scores."""
     return 0.5 if margin == 0 else float(margin > 0)
 
 
-# ---- The tiny world's exact judge.
-
-
-class ExactScorer:
+class ExactScorer(Scorer):
     """Scores answers to questions of the tiny world, from 0 to 10; see :func:`simpo.world.judge.judge`."""
 
     identity: ClassVar[dict[str, Any]] = {"judge": "exact"}
@@ -87,24 +82,20 @@ class ExactScorer:
         Raises:
             SimpoError: a prompt is not a question of the world.
         """
-        return [_scores(row) for row in rows]
+        scores = []
+        for row in rows:
+            try:
+                scores.append([judge(row.prompt, response) for response in row.responses])
+            except SimpoError as error:
+                raise SimpoError(f"exact: prompt {row.id}: {error}") from error
+        return scores
 
 
-def _scores(row: Answers) -> list[float]:
-    try:
-        return [judge(row.prompt, response) for response in row.responses]
-    except SimpoError as error:
-        raise SimpoError(f"exact: prompt {row.id}: {error}") from error
-
-
-# ---- A Python function of the user's as a scorer.
-
-
-class FunctionScorer:
-    """Scores with ``function(prompt, response) -> float``, named ``module:function``."""
+class FunctionScorer(Scorer):
+    """Scores with a user's ``function(prompt, response) -> float``, named ``module:function``."""
 
     def __init__(self, name: str, *, trust_remote_code: bool) -> None:
-        """Import the module, from the working directory too.
+        """Import the module, also from the working directory.
 
         Raises:
             SimpoError: running code was not allowed, or there is no such function.
@@ -116,10 +107,10 @@ class FunctionScorer:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The name, and the SHA-256 of the file that the function is in."""
+        """The name, and the SHA-256 of the file that defines the function."""
         try:
             source = Path(inspect.getfile(inspect.unwrap(self._function))).read_bytes()
-        except (TypeError, OSError):  # a function without a file, such as one of C
+        except (TypeError, OSError):  # a function without a file, such as one written in C
             source = b""
         return {"judge": f"function:{self._name}", "code": hashlib.sha256(source).hexdigest()}
 
@@ -127,7 +118,7 @@ class FunctionScorer:
         """The function's values.
 
         Raises:
-            SimpoError: the function raised, or gave something else than a number.
+            SimpoError: the function raised an error, or returned something other than a number.
         """
         return [[self._call(row, response) for response in row.responses] for row in rows]
 
@@ -142,7 +133,7 @@ def _import(name: str) -> Callable[[str | list[Message], str], Any]:
     module, _, function = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.append(here)  # last, so that nothing installed is hidden by it
+        sys.path.append(here)  # last, so that it hides no installed package
     try:
         found = getattr(importlib.import_module(module), function, None)
     except Exception as error:
@@ -152,29 +143,28 @@ def _import(name: str) -> Callable[[str | list[Message], str], Any]:
     return found
 
 
-# ---- Verdicts that people gave, from a file.
-
-
-_VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}
-
-
-class HumanJudge:
-    """Looks verdicts up: rows ``{id, winner}``, whose winner is ``a``, ``b`` or ``tie``."""
+class HumanJudge(Judge):
+    """Looks up verdicts in a file with rows ``{id, winner}``, where ``winner`` is ``a``, ``b`` or ``tie``."""
 
     def __init__(self, path: Path) -> None:
         """Read the file.
 
         Raises:
-            SimpoError: it cannot be read, a row is no verdict, or an id occurs twice.
+            SimpoError: it cannot be read, a row is not a verdict, or an id occurs twice.
         """
         self._path = path
         rows = load_rows(str(path), split="train")
         self._verdicts: dict[str, float] = {}
+        values = {"a": 1.0, "b": 0.0, "tie": 0.5}
         for row, where in rows_of(rows[:], range(len(rows)), path.name):
-            key, verdict = _verdict(row, where)
+            key, winner = row.get("id"), row.get("winner")
+            if not isinstance(key, str):
+                raise SimpoError(f"{where}: no id; a verdict is {{id, winner}}")
+            if not isinstance(winner, str) or winner not in values:
+                raise SimpoError(f"{where}: winner: expected a, b or tie, got {winner!r}")
             if key in self._verdicts:
                 raise SimpoError(f"{where}: id {key!r} occurs twice; give one verdict each")
-            self._verdicts[key] = verdict
+            self._verdicts[key] = values[winner]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -185,19 +175,10 @@ class HumanJudge:
         """The verdicts; None for a pair that nobody judged.
 
         Raises:
-            SimpoError: nobody judged any.
+            SimpoError: nobody judged any of the pairs.
         """
         found = [self._verdicts.get(pair.id) for pair in pairs]
         if all(verdict is None for verdict in found):
             example = pairs[0].id if pairs else "none"
-            raise SimpoError(f"{self._path}: none of its ids is that of a pair; the pairs' look like {example!r}")
+            raise SimpoError(f"{self._path}: none of its ids is the id of a pair; pairs have ids such as {example!r}")
         return found
-
-
-def _verdict(row: Row, where: str) -> tuple[str, float]:
-    key, winner = row.get("id"), row.get("winner")
-    if not isinstance(key, str):
-        raise SimpoError(f"{where}: no id; a verdict is {{id, winner}}")
-    if not isinstance(winner, str) or winner not in _VERDICTS:
-        raise SimpoError(f"{where}: winner: expected a, b or tie, got {winner!r}")
-    return key, _VERDICTS[winner]

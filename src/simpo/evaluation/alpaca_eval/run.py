@@ -30,8 +30,7 @@ from simpo.evaluation.alpaca_eval.win_rate import Baselines, length_controlled, 
 from simpo.evaluation.answers import Answerer, ApiJudge
 from simpo.evaluation.rows import file_digest
 from simpo.generation.thinking import after_thinking
-from simpo.judging.annotate import Shown
-from simpo.judging.pairwise import fill, read_prompt_file
+from simpo.judging.presentation import ShownAnswers, fill, read_prompt_file
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.results import Metric
@@ -317,7 +316,7 @@ def evaluate_alpaca_eval(
             matches = _sampled(benchmark, reference, answers, run) if isinstance(answers, Answerer) else ready
             assert matches is not None
             write_outputs(folder / OUTPUTS, matches)
-            show = Shown(benchmark.judge.strip_thinking)
+            show = ShownAnswers(benchmark.judge.strip_thinking)
             shown = [replace(one, output_1=show(one.output_1), output_2=show(one.output_2)) for one in matches]
             thinking = show.metrics("alpaca_eval/", run.log)
             annotations = benchmark.annotate(shown, run.log)

@@ -26,8 +26,7 @@ from simpo.evaluation.arena_hard.files import (
 )
 from simpo.evaluation.arena_hard.scores import Version, read_verdict
 from simpo.evaluation.rows import file_digest
-from simpo.judging.annotate import Shown
-from simpo.judging.pairwise import fill, read_prompt_file
+from simpo.judging.presentation import ShownAnswers, fill, read_prompt_file
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.results import Metric
@@ -205,7 +204,7 @@ def evaluate_arena_hard(
             assert ours is not None
             model = next(iter(ours.values())).model
             write_answers(folder / ANSWERS, questions, model, [ours[question.uid].text for question in questions])
-            show = Shown(benchmark.judge.strip_thinking)
+            show = ShownAnswers(benchmark.judge.strip_thinking)
             ours, baseline = _shown(ours, show), _shown(theirs, show)
             thinking = show.metrics("arena_hard/", run.log)
             judgments = benchmark.play(questions, ours, baseline, run.log)
@@ -227,7 +226,7 @@ def _sampled(
     return _answers(questions, answerer.name, texts)
 
 
-def _shown(answers: Answers, show: Shown) -> Answers:
+def _shown(answers: Answers, show: ShownAnswers) -> Answers:
     """What the judge is shown; a text that has changed has no known number of tokens."""
     shown = {uid: replace(answer, text=show(answer.text)) for uid, answer in answers.items()}
     return {uid: new if new == answers[uid] else replace(new, tokens=None) for uid, new in shown.items()}

@@ -27,8 +27,7 @@ from simpo.evaluation.mt_bench.files import (
     write_judgments,
 )
 from simpo.evaluation.rows import file_digest, text_in
-from simpo.judging.annotate import Shown
-from simpo.judging.pairwise import fill, read_prompt_file
+from simpo.judging.presentation import ShownAnswers, fill, read_prompt_file
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.results import Metric
@@ -204,7 +203,7 @@ def evaluate_mt_bench(
                 assert ready is not None
                 model, turns = ready
             write_answers(folder / ANSWERS, questions, model, turns)
-            show = Shown(benchmark.judge.strip_thinking)
+            show = ShownAnswers(benchmark.judge.strip_thinking)
             shown = [(show(first), show(second)) for first, second in turns]
             thinking = show.metrics("mt_bench/", run.log)
             ratings, texts = benchmark.rate(questions, shown, run.log)
@@ -236,7 +235,7 @@ def _sampled(
     if not (run.path / ANSWERS).exists():
         longest = answerer.stand_in()
         benchmark.judge.agree_beforehand(benchmark.requests(questions, [(longest, longest)] * len(questions)), run.log)
-    show = Shown(benchmark.judge.strip_thinking)
+    show = ShownAnswers(benchmark.judge.strip_thinking)
     temperatures = [None if own_temperature else _TEMPERATURES.get(question.category, 0.7) for question in questions]
     asked: list[Asked] = [[{"role": "user", "content": question.turns[0]}] for question in questions]
     first = _answered(asked, temperatures, answerer, run.path / "answers" / "turn-1")

@@ -18,7 +18,6 @@ from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.compare import make_judges
 from simpo.generation.sample import PromptArguments
-from simpo.judging.pairwise import PairwiseApiJudge, TournamentScorer
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import JudgeOptions, check_judges_anew, make_annotator, make_judge
 from simpo.models.identity import model_digest
@@ -52,15 +51,13 @@ def agree_to_rounds(recipe: LoopRecipe, options: JudgeOptions, rounds: int, log:
     annotator = make_annotator(recipe.settings.annotator, options)
     judges = [make_judge(name, options) for name in recipe.judges]
     answerer = Answerer(as_it_is(recipe.model), recipe.sampling)
-    if isinstance(annotator, TournamentScorer):
-        answers = [answerer.stand_in(f"a{k}") for k in range(recipe.sampling.n)]
-        rows = [Answers(prompt.id, prompt.content, answers) for prompt in _prompts(recipe.asked)]
-        confirm_cost(annotator.estimate(rows) * rounds, yes=recipe.settings.yes, log=log)
+    answers = [answerer.stand_in(f"a{k}") for k in range(recipe.sampling.n)]
+    rows = [Answers(prompt.id, prompt.content, answers) for prompt in _prompts(recipe.asked)]
+    confirm_cost(annotator.estimate(rows) * rounds, yes=recipe.settings.yes, log=log)
+    a, b = ([answerer.stand_in(f"{side}{k}") for k in range(recipe.settings.eval_n)] for side in "ab")
+    pairs = [Pair(p.id, p.content, *two) for p in _prompts(recipe.held_out) for two in product(a, b)]
     for judge in judges:
-        if isinstance(judge, PairwiseApiJudge):
-            a, b = ([answerer.stand_in(f"{side}{k}") for k in range(recipe.settings.eval_n)] for side in "ab")
-            pairs = [Pair(p.id, p.content, *two) for p in _prompts(recipe.held_out) for two in product(a, b)]
-            confirm_cost(judge.estimate(pairs) * rounds, yes=recipe.settings.yes, log=log)
+        confirm_cost(judge.estimate(pairs) * rounds, yes=recipe.settings.yes, log=log)
 
 
 def _prompts(source: PromptArguments) -> list[PlainPrompt]:
