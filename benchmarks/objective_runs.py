@@ -29,7 +29,6 @@ from simpo.training.run import TrainingJob, run_training
 from simpo.training.settings import load_datasets
 from simpo.training.tasks import PREFERENCES
 from simpo.training.trainer import PreferenceConfig
-from simpo.workflows.sweep.trial import watched
 
 FILE_NAME = "measured.json"
 _TOKENS = 4096  # of a forward when the held-out pairs are scored
@@ -92,10 +91,10 @@ def work(argv: list[str], tuning: int) -> None:
         argv: the arguments.
         tuning: so many of the first held-out pairs choose the learning rate; the others are reported.
     """
-    given = TrainingJob(*parse(argv, PreferenceConfig), argv)
-    given.config.disable_tqdm = True
     clock = _Clock()
-    results = run_training(watched(PREFERENCES, clock), given)
+    given = TrainingJob(*parse(argv, PreferenceConfig), argv, callbacks=[clock])
+    given.config.disable_tqdm = True
+    results = run_training(PREFERENCES, given)
     peak = peak_mib(given.config.device.type)
     pairs = JsonLines(results.parent / "held_out_after.jsonl").read()
     correct = [pair[ACCURACY] for pair in pairs]

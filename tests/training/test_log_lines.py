@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.trainer_callback import PrinterCallback
 
-from simpo.training.run import LogLines, log_in_lines
+from simpo.training.callbacks import LogLines, log_in_lines
 
 
 def test_every_log_is_a_line_with_what_is_left(make_trainer, make_model, pairs):

@@ -63,9 +63,9 @@ def check_named(config: Any) -> None:
 def read(task: Task, config_type: type, argv: list[str]) -> TrainingJob:
     """What a training recipe and command line give, all of it."""
     model, data, config, *more = parse(argv, config_type, *([GenerationArguments] if task.generates else []))
-    observer = Generations(more[0], model) if more and more[0].eval_generations else None
+    callbacks = [Generations(more[0], model)] if more and more[0].eval_generations else []
     config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
-    return TrainingJob(model, data, config, argv, recipe_of(argv), observer)
+    return TrainingJob(model, data, config, argv, recipe_of(argv), callbacks)
 
 
 def run(task: Task, config_type: type, argv: list[str], *, following: str) -> int:

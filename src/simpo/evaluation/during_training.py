@@ -33,6 +33,7 @@ from simpo.models.processes import from_main
 from simpo.models.settings import ModelArguments
 from simpo.runs.lines import read_lines
 from simpo.runs.log import Log
+from simpo.training.callbacks import RunCallback
 from simpo.training.packed import PackedTrainer
 from simpo.training.settings import TrainingSettings
 
@@ -237,8 +238,8 @@ FOLDER, START = "generations", "start.jsonl"
 _AT_ONCE = 32  # answers that are generated together
 
 
-class Generations:
-    """Looks on while a language model is trained, as :class:`simpo.training.run.Observer`.
+class Generations(RunCallback):
+    """Answers held-out prompts at every evaluation while a language model is trained.
 
     Every evaluation also has the figures of one greedy answer to each of the same held-out prompts, and with a judge
     the win rate against the start model's answers. The answers are files in ``generations``, as ``simpo sample`` writes
@@ -323,7 +324,7 @@ class Generations:
         )
         return [found[number] for number in sorted(chosen)]
 
-    def begin(self, trainer: PackedTrainer, *, again: bool) -> None:
+    def before_training(self, trainer: PackedTrainer, *, resumed: bool) -> None:
         """Let the start model answer, or read what it answered at an earlier start of this run, and try the judge.
 
         Raises:
@@ -339,7 +340,7 @@ class Generations:
         self._expected_length = sum(len(several[0]) for several in responses) / len(responses)
         path = self._folder / START
         with self._untouched_randomness():
-            stored = from_main(self._stored(path) if again and self._main else None)
+            stored = from_main(self._stored(path) if resumed and self._main else None)
             self._start = self._samples() if stored is None else stored
             if self._main:
                 if stored is None:
@@ -347,8 +348,6 @@ class Generations:
                 self._log(f"the start model's answers: {self._figures_of(self._start).line()} ({path})")
                 if self._judge is not None:
                     self._judge.try_on(self._answers(self._start))
-        compute_metrics = trainer.compute_metrics
-        trainer.compute_metrics = lambda scores: compute_metrics(scores) | self._figures()
 
     def _stored(self, path: Path) -> list[list[Sampled]] | None:
         """The start model's answers, if they are there, to these prompts."""
@@ -356,10 +355,8 @@ class Generations:
         ours = [row["id"] for row in rows] == [prompt.id for prompt in self._prompts]
         return read_samples(rows) if ours else None
 
-    def _figures(self) -> dict[str, float]:
-        """What an evaluation while training logs, on every process; nothing before and after."""
-        if not self._trainer.is_in_train:
-            return {}
+    def evaluate(self, trainer: PackedTrainer) -> dict[str, float]:
+        """Metrics of the current answers, on every process."""
         with self._untouched_randomness():
             samples = self._samples()
             return from_main(self._seen(samples) if self._main else None)

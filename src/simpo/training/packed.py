@@ -47,6 +47,7 @@ from simpo.training.batches import (
     step_loader,
     token_lengths,
 )
+from simpo.training.callbacks import RunCallback
 from simpo.training.checkpoints import ResumableTrainer
 from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
 from simpo.training.limits import check_rows
@@ -434,7 +435,11 @@ class PackedTrainer(ResumableTrainer):
         return scores_of(output.predictions, output.label_ids, self.metric_names)
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        return mean_figures(prediction.predictions, prediction.label_ids, self.metric_names)
+        metrics = mean_figures(prediction.predictions, prediction.label_ids, self.metric_names)
+        for callback in self.callback_handler.callbacks if self.is_in_train else ():
+            if isinstance(callback, RunCallback):
+                metrics |= callback.evaluate(self)
+        return metrics
 
 
 def _each(dataset: Any, function: Callable[[Dataset, str], Any]) -> Any:

@@ -1,21 +1,18 @@
-"""The workflow of ``simpo train``, ``simpo sft`` and ``simpo reward``, with its log lines and observers."""
+"""The workflow of ``simpo train``, ``simpo sft`` and ``simpo reward``: one run in one folder."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from simpo.data.inspection import shared_rows
 from simpo.errors import SimpoError
@@ -25,128 +22,30 @@ from simpo.models.processes import from_main
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import provisional, staged_files
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import JsonLines
-from simpo.runs.progress import duration
 from simpo.runs.results import FILE_NAME, Metric, write_results
 from simpo.training.batches import Scores
+from simpo.training.callbacks import MetricsFile, RunCallback, log_in_lines
 from simpo.training.card import write_model_card
 from simpo.training.checkpoints import StopOnSignal, check_whole, last_good_checkpoint, shared_staging
 from simpo.training.held_out import read_scores, write_scores
 from simpo.training.identity import Identity, named_checkpoint, settings_of, training_identity
 from simpo.training.packed import PackedTrainer
-from simpo.training.settings import DataArguments, TrainingSettings, load_datasets, settings_refused, try_optimizer
+from simpo.training.settings import DataArguments, load_datasets, settings_refused, try_optimizer
 from simpo.training.tasks import Task
-
-# ---- What training logs, a line each, with the time that is left.
-
-
-# Of an evaluation or of the whole training: how long it took, in four ways.
-_TIMES = ("_runtime", "_per_second", "_preparation_time", "total_flos")
-
-
-def log_in_lines(trainer: Any, log: Callable[[str], None]) -> None:
-    """Report a trainer's logs as lines, below which its progress bar stays if it has one, in place of dictionaries."""
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(_Bar)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(LogLines(log))
-
-
-class _Bar(ProgressCallback):
-    """The progress bar alone."""
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The line is written by :class:`LogLines`."""
-
-
-class LogLines(TrainerCallback):
-    """Says every log of the trainer."""
-
-    def __init__(self, log: Callable[[str], None]) -> None:
-        self._log = log
-        self._begun = 0.0
-        self._first_step = 0
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start the clock."""
-        self._begun, self._first_step = time.monotonic(), state.global_step
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any], **kwargs: Any
-    ) -> None:
-        """Say one log."""
-        figures = {key: value for key, value in logs.items() if key != "epoch" and not key.endswith(_TIMES)}
-        shown = ", ".join(f"{key} {_shown(value)}" for key, value in figures.items())
-        if state.is_world_process_zero and shown:
-            with tqdm.external_write_mode():  # clears a bar for as long as the line is written
-                self._log(f"step {state.global_step:,} of {state.max_steps:,}{self._left(state)}: {shown}")
-
-    def _left(self, state: TrainerState) -> str:
-        done, left = state.global_step - self._first_step, state.max_steps - state.global_step
-        return f", about {duration((time.monotonic() - self._begun) / done * left)} left" if done and left else ""
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-# ---- What looks on while a model is trained.
-
-
-class Observer(Protocol):
-    """Adds figures to a training's evaluations and leaves weights and random numbers as they are."""
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """Its keys of the recipe, which are part of the run's identity."""
-        ...
-
-    def prepare(
-        self,
-        config: TrainingSettings,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: Dataset | None,
-        log: Callable[[str], None],
-    ) -> None:
-        """Everything that can fail before weights are read and anything is written; all ranks call.
-
-        Args:
-            config: of the training.
-            tokenizer: of the model.
-            rows: the held-out rows as they were read; None if there are none.
-            log: called with lines for the user.
-
-        Raises:
-            SimpoError: it cannot look on at this training.
-        """
-        ...
-
-    def begin(self, trainer: PackedTrainer, *, again: bool) -> None:
-        """See the start model, and join the trainer's evaluations, before the first step; all ranks call.
-
-        Args:
-            trainer: with the start model.
-            again: whether the run folder may hold what was found at an earlier start of the same run.
-
-        Raises:
-            SimpoError: the start model's figures cannot be had.
-        """
-        ...
-
 
 _SCORES = {"before": "held_out_before.jsonl", "after": "held_out_after.jsonl"}
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What the user gave: the recipe's parts, the command line and file that they were read from, and who looks on."""
+    """One training: the recipe's parts, the command line and file that they were read from, and callbacks."""
 
     model: ModelArguments
     data: DataArguments
     config: Any
     argv: Sequence[str] = ()
     recipe: Path | None = None
-    observer: Observer | None = None
+    callbacks: Sequence[TrainerCallback] = ()
 
 
 def run_training(task: Task, given: TrainingJob) -> Path:
@@ -173,14 +72,14 @@ def run_training(task: Task, given: TrainingJob) -> Path:
             identity,
             argv=given.argv,
             recipe=given.recipe,
-            resolved=settings_of(given.model, given.data, config) | _observed(given),
+            resolved=settings_of(given.model, given.data, config) | _callback_settings(given),
             accept_changes=config.accept_changes,
         )
         if from_main(folder.finished):
             folder.log(f"{config.output_dir} holds this run, finished")
             return results
-        if given.observer is not None:
-            given.observer.begin(trainer, again=not folder.changed)
+        for callback in _run_callbacks(given):
+            callback.before_training(trainer, resumed=not folder.changed)
         metrics += _train(task, trainer, held_out, folder)
         _save_model(trainer, Path(config.output_dir), given.model.save_dtype)
         if config.process_index == 0:
@@ -215,13 +114,13 @@ def _prepare(
     if held_out is None and (config.eval_strategy != "no" or config.do_eval):
         folder.log(f"no held-out {task.rows} are named (eval_dataset_name): training without evaluation")
         config.eval_strategy, config.do_eval = type(config.eval_strategy)("no"), False
-    if given.observer is not None:
-        given.observer.prepare(config, tokenizer, raw["eval"], folder.log)
+    for callback in _run_callbacks(given):
+        callback.prepare(config, tokenizer, raw["eval"], folder.log)
     checkpoint = named_checkpoint(config)
     if checkpoint is not None:
         check_whole(Path(checkpoint))
     identity = training_identity(given.model, given.data, config, datasets["train"], held_out)
-    identity |= {key: str(value) for key, value in _observed(given).items()}
+    identity |= {key: str(value) for key, value in _callback_settings(given).items()}
     _check_ranks_agree(identity, config)
     set_seed(config.seed)  # a new adapter's first weights are drawn
     model = task.trainer.load(name, given.model)
@@ -232,7 +131,10 @@ def _prepare(
             train_dataset=datasets["train"],
             eval_dataset=held_out,
             processing_class=tokenizer,
+            callbacks=list(given.callbacks),
         )
+    for callback in _run_callbacks(given):
+        callback.check_trainer(trainer)
     try_optimizer(trainer)
     if isinstance(trainer.model, PeftModel):
         folder.log(describe_adapter(trainer.model))
@@ -262,9 +164,12 @@ def _shared(train: Dataset, held_out: Dataset, noun: str, folder: RunFolder) -> 
     return [Metric(f"data/eval/{name}", value, n=count) for name, value in found.items()]
 
 
-def _observed(given: TrainingJob) -> dict[str, Any]:
-    """The keys of who looks on."""
-    return {} if given.observer is None else dict(given.observer.settings)
+def _run_callbacks(given: TrainingJob) -> list[RunCallback]:
+    return [callback for callback in given.callbacks if isinstance(callback, RunCallback)]
+
+
+def _callback_settings(given: TrainingJob) -> dict[str, Any]:
+    return {key: value for callback in _run_callbacks(given) for key, value in callback.settings.items()}
 
 
 def _check_ranks_agree(identity: Identity, config: Any) -> None:
@@ -290,7 +195,7 @@ def _train(task: Task, trainer: PackedTrainer, held_out: Dataset | None, folder:
     stop = StopOnSignal()
     trainer.add_callback(stop)
     if folder.writes:
-        trainer.add_callback(_Recorder(folder.metrics))
+        trainer.add_callback(MetricsFile(folder.metrics))
         log_in_lines(trainer, folder.log)
     set_seed(trainer.args.seed)  # whether the held-out rows have just been scored or their scores were read
     with stop:
@@ -310,24 +215,6 @@ def _starting_point(trainer: PackedTrainer, folder: RunFolder) -> str | None:
     if folder.resuming:
         folder.log("no checkpoint had been saved: starting from the beginning")
     return named_checkpoint(trainer.args)
-
-
-class _Recorder(TrainerCallback):
-    """Writes every log of the trainer to ``metrics.jsonl``, without those that a resumed run is about to repeat."""
-
-    def __init__(self, lines: JsonLines) -> None:
-        self._lines = lines
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Drop what was logged after the checkpoint that training continues from."""
-        kept = [line["step"] <= state.global_step and "train_runtime" not in line for line in self._lines]
-        self._lines.keep(kept.index(False) if False in kept else len(kept))
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
-        """Append one log."""
-        self._lines.append([{"step": state.global_step, "epoch": state.epoch, **logs}])
 
 
 def _score(trainer: PackedTrainer, rows: Dataset, path: Path) -> Scores:

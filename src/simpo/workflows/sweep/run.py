@@ -146,7 +146,8 @@ def _check(sweep: Sweep) -> None:
         data = given.data
         if not (data.eval_dataset_name or data.dataset_test_split or data.dataset_mixer or data.dataset_mixture):
             raise SimpoError("eval_dataset_name: name held-out pairs, which the trials are compared on")
-        if sweep.metric == WIN_RATE and (given.observer is None or given.observer.settings["eval_judge"] is None):
+        judged = any(getattr(callback, "settings", {}).get("eval_judge") for callback in given.callbacks)
+        if sweep.metric == WIN_RATE and not judged:
             raise SimpoError(f"--metric: {WIN_RATE} is of answers that are judged; set eval_generations and eval_judge")
         if sweep.prune and given.config.eval_strategy == "no":
             raise SimpoError("--prune looks at evaluations while training: set eval_strategy: steps and eval_steps")

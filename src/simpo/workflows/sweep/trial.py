@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from simpo.errors import SimpoError
 from simpo.runs.folder import FILE_NAME as RECORD
 from simpo.runs.lines import read_lines
 from simpo.runs.results import FILE_NAME, Metric, read_results
+from simpo.training.callbacks import RunCallback
 from simpo.training.run import TrainingJob, run_training
 from simpo.training.tasks import Task
 from simpo.workflows.sweep.study import TrialLease
@@ -44,9 +45,9 @@ def run_trial(task: Task, given: TrainingJob, folder: Path, metric: str, *, prun
         Failed: the training or its result is of no use, and that is the trial's own doing.
         SimpoError: something outside the trial is in the way (data, model, disk), or the folder was never begun.
     """
-    task = _compared(task, metric)
+    callbacks = [*given.callbacks, _CheckMetric(metric), *([] if prune is None else [_Report(prune, metric)])]
     try:
-        run_training(task if prune is None else watched(task, _Report(prune, metric)), given)
+        run_training(task, dataclasses.replace(given, callbacks=callbacks))
     except torch.OutOfMemoryError as error:
         raise Failed(f"out of memory: {' '.join(str(error).split())[:200]}") from error
     except SimpoError as error:
@@ -81,30 +82,19 @@ def _last_evaluation(folder: Path, name: str) -> Metric:
     return Metric(name, values[-1])
 
 
-def watched(task: Task, callback: TrainerCallback) -> Task:
-    """The task with a trainer that has one more callback."""
+class _CheckMetric(RunCallback):
+    """Checks, before anything is written, that the trial's evaluations have the metric of the sweep."""
 
-    class Watched(task.trainer):  # type: ignore[name-defined,misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.add_callback(callback)
+    def __init__(self, metric: str) -> None:
+        self._metric = metric
 
-    return dataclasses.replace(task, trainer=Watched)
-
-
-def _compared(task: Task, metric: str) -> Task:
-    """The task with a trainer that looks, before anything is written, whether its evaluations have ``metric``."""
-
-    class Compared(task.trainer):  # type: ignore[name-defined,misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            if self.eval_dataset is None:
-                raise SimpoError("eval_dataset_name: name held-out pairs, which the trials are compared on")
-            known = [f"eval_{name}" for name in self.metric_names]
-            if metric not in (*known, WIN_RATE):
-                raise SimpoError(f"--metric: these rows have no {metric}; there are {', '.join(known)}")
-
-    return dataclasses.replace(task, trainer=Compared)
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Raise :class:`SimpoError` if they do not."""
+        if trainer.eval_dataset is None:
+            raise SimpoError("eval_dataset_name: name held-out pairs, which the trials are compared on")
+        known = [f"eval_{name}" for name in trainer.metric_names]
+        if self._metric not in (*known, WIN_RATE):
+            raise SimpoError(f"--metric: these rows have no {self._metric}; there are {', '.join(known)}")
 
 
 class _Report(TrainerCallback):
