@@ -20,7 +20,7 @@ from simpo.objectives import OBJECTIVES, Objective
 from simpo.training.reward import RewardConfig
 from simpo.training.settings import UNSUPPORTED, DataArguments, TrainingSettings
 from simpo.training.sft import SFTConfig
-from simpo.training.trainer import PreferenceConfig, PreferenceSettings
+from simpo.training.trainer import PreferenceConfig, hyperparameter_names
 from simpo.workflows.loop.settings import LoopSettings
 from simpo.workflows.pair import PairSettings
 
@@ -91,7 +91,9 @@ def page() -> str:
             "",
             "Of `simpo train` only. Which values to choose: [Choosing hyperparameters](choosing-hyperparameters.md).",
             "",
-            *_table(PreferenceSettings, [n for n in _own(PreferenceSettings) if n not in inherited]),
+            *_table(
+                PreferenceConfig, [n for n in _own(PreferenceConfig) if n not in {*inherited, *hyperparameter_names()}]
+            ),
             *(line for row in OBJECTIVES.values() for line in _objective(row)),
             "",
             "## Reward models",
@@ -150,16 +152,16 @@ def _table(cls: type, names: Sequence[str]) -> list[str]:
 
 
 def _objective(row: Objective) -> list[str]:
-    """The loss, in the words of its own function, and its hyperparameters."""
-    summary = str(row.pair.__doc__).partition("\n")[0].replace("``", "`")
+    """The loss, in the words of its docstring, and its hyperparameters."""
+    summary = str(row.__doc__).partition("\n")[0].replace("``", "`")
     rows = [
-        (f"`{name}`", describe(known.type), _value(known.default), known.bound.text if known.bound else "")
+        (f"`{name}`", describe(known.type), _value(known.default), known.bound.text if known.bound else "", known.help)
         for name, known in row.hyperparameters.items()
     ]
     for name, spelling in row.spellings.items():
         kind = describe(row.hyperparameters[spelling.of].type)
-        rows.append((f"`{name}`", kind, "", f"another way to give `{spelling.of}`"))
-    table = _markdown(("key", "takes", "default", ""), rows) if rows else ["It has no hyperparameters."]
+        rows.append((f"`{name}`", kind, "", "", f"Another way to give `{spelling.of}`."))
+    table = _markdown(("key", "takes", "default", "", "meaning"), rows) if rows else ["It has no hyperparameters."]
     return ["", f"### `{row.name}`", "", summary, f"({row.paper})", "", *table]
 
 

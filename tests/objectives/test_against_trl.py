@@ -75,7 +75,9 @@ def test_cpos_pair_term(pairs, label_smoothing):
     is the sum over the response's tokens, pair by pair."""
     theirs, rewards = cpo_loss(*pairs, False, loss_type="sigmoid", beta=0.1, label_smoothing=label_smoothing)
     row = OBJECTIVES["cpo"]
-    torch.testing.assert_close(row.pair(*pairs, beta=0.1, label_smoothing=label_smoothing), theirs, **TOLERANCE)
+    torch.testing.assert_close(
+        row.with_hyperparameters(beta=0.1, label_smoothing=label_smoothing).pair(*pairs), theirs, **TOLERANCE
+    )
     for side, reward in zip(pairs, rewards, strict=True):
         torch.testing.assert_close(row.reward(side, beta=0.1), reward, **TOLERANCE)
 
@@ -86,7 +88,7 @@ def test_hinges(pairs, link):
     SLiC-HF's with delta 1 at beta 1."""
     theirs, _ = cpo_loss(*pairs, link == "simpo", loss_type="hinge", beta=1.0)
     settings = {"link": "hinge", "beta": 1.0, "gamma_beta_ratio": 0.0} if link == "simpo" else {"delta": 1.0}
-    torch.testing.assert_close(OBJECTIVES[link].pair(*pairs, **settings), theirs, **TOLERANCE)
+    torch.testing.assert_close(OBJECTIVES[link].with_hyperparameters(**settings).pair(*pairs), theirs, **TOLERANCE)
 
 
 def test_orpo(pairs):
@@ -97,7 +99,7 @@ def test_orpo(pairs):
     w, y = pairs
     losses, *rewards, _, log_odds = bare(ORPOTrainer, beta=0.1).odds_ratio_loss(w.avg, y.avg)
     row = OBJECTIVES["orpo"]
-    torch.testing.assert_close(row.pair(w, y, lam=0.1), -losses.double(), **TOLERANCE)
+    torch.testing.assert_close(row.with_hyperparameters(lam=0.1).pair(w, y), -losses.double(), **TOLERANCE)
     torch.testing.assert_close((row.reward(w) - row.reward(y)).mean(), log_odds.double(), **TOLERANCE)
     torch.testing.assert_close(row.anchor(w), sft_term(w))
     assert torch.equal(rewards[0] > rewards[1], row.reward(w) > row.reward(y))
@@ -185,5 +187,7 @@ def test_kto(pairs, mismatched):
     torch.testing.assert_close(OBJECTIVES["kto"].loss(w, y, z_ref=z_ref, **settings).mean() / 2, theirs, **TOLERANCE)
     both = Responses(logp, length, ref)
     torch.testing.assert_close(
-        OBJECTIVES["kto"].unpaired(both, label, z_ref=z_ref, **settings).mean(), theirs, **TOLERANCE
+        OBJECTIVES["kto"].with_hyperparameters(**settings).unpaired(both, label, z_ref=z_ref).mean(),
+        theirs,
+        **TOLERANCE,
     )

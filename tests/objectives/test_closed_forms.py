@@ -181,7 +181,7 @@ def side(points) -> Responses:
 
 
 def context(name: str) -> dict:
-    return {"z_ref": torch.tensor(Z_REF, dtype=torch.float64)} if OBJECTIVES[name].needs_z_ref else {}
+    return {"z_ref": torch.tensor(Z_REF, dtype=torch.float64)} if "z_ref" in OBJECTIVES[name].needs else {}
 
 
 def test_every_row_has_a_closed_form():
@@ -213,9 +213,10 @@ def test_rewards(name, settings):
 def test_pair_and_anchor_are_the_loss(name, settings):
     row = OBJECTIVES[name]
     w, y = (side(points) for points in zip(*PAIRS, strict=True))
-    losses = row.pair(w, y, **settings, **context(name))
-    if row.anchor is not None:
-        losses = losses + row.anchor(w, **settings)
+    objective = row.with_hyperparameters(**settings)
+    losses, anchor = objective.pair(w, y, **context(name)), objective.anchor(w)
+    if anchor is not None:
+        losses = losses + anchor
     assert torch.equal(losses, row.loss(w, y, **settings, **context(name)))
 
 

@@ -7,8 +7,7 @@ import torch
 
 from simpo.objectives import OBJECTIVES, Responses, reference_point
 
-KTO = OBJECTIVES["kto"]
-SETTINGS = {"beta": 0.2, "lam_w": 1.33, "lam_l": 0.5}
+KTO = OBJECTIVES["kto"].with_hyperparameters(beta=0.2, lam_w=1.33, lam_l=0.5)
 
 
 def responses(*ratios: float) -> Responses:
@@ -28,17 +27,17 @@ def test_reference_point(mean, expected):
 def test_a_pair_is_its_two_responses():
     w, y, z_ref = responses(2.0, -1.0, 0.3), responses(-2.0, 1.5, 0.3), torch.tensor(0.25, dtype=torch.float64)
     every = torch.tensor([True] * 3)
-    apart = [KTO.unpaired(s, label, z_ref=z_ref, **SETTINGS) for s, label in ((w, every), (y, ~every))]
-    torch.testing.assert_close(KTO.loss(w, y, z_ref=z_ref, **SETTINGS), apart[0] + apart[1], rtol=1e-14, atol=0)
+    apart = [KTO.unpaired(s, label, z_ref=z_ref) for s, label in ((w, every), (y, ~every))]
+    torch.testing.assert_close(KTO.loss(w, y, z_ref=z_ref), apart[0] + apart[1], rtol=1e-14, atol=0)
     mixed = responses(2.0, 1.5, 0.3)
     label = torch.tensor([True, False, True])
-    expected = torch.where(label, KTO.unpaired(mixed, every, **SETTINGS), KTO.unpaired(mixed, ~every, **SETTINGS))
-    assert torch.equal(KTO.unpaired(mixed, label, **SETTINGS), expected)
+    expected = torch.where(label, KTO.unpaired(mixed, every), KTO.unpaired(mixed, ~every))
+    assert torch.equal(KTO.unpaired(mixed, label), expected)
 
 
 def test_labels_point_opposite_ways():
     y = responses(-0.4, -0.4)
-    losses = KTO.unpaired(y, torch.tensor([True, False]), z_ref=torch.tensor(0.1, dtype=torch.float64), **SETTINGS)
+    losses = KTO.unpaired(y, torch.tensor([True, False]), z_ref=torch.tensor(0.1, dtype=torch.float64))
     (gradient,) = torch.autograd.grad(losses.sum(), y.logp)
     slope = torch.sigmoid(torch.tensor(-0.18, dtype=torch.float64))
     slope = 0.2 * slope * (1 - slope)  # the same for both: the sigmoid is symmetric

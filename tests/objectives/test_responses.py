@@ -61,7 +61,7 @@ def test_orpo_of_certain_responses(dtype):
     row, length = OBJECTIVES["orpo"], torch.ones(2, dtype=dtype)
     certain, other = (torch.tensor([avg, 0.0], dtype=dtype, requires_grad=True) for avg in (0.0, -2.0))
     for w, l in ((certain, other), (other, certain)):  # noqa: E741
-        losses = row.pair(Responses(w, length), Responses(l, length), lam=0.5)
+        losses = row.with_hyperparameters(lam=0.5).pair(Responses(w, length), Responses(l, length))
         gradients = torch.autograd.grad(losses.sum(), (w, l))
         assert losses.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
         assert (gradients[0] < 0).all() and (gradients[1] > 0).all()

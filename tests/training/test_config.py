@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 from importlib.util import find_spec
+from typing import get_type_hints
 
 import pytest
 from transformers import TrainingArguments
@@ -98,8 +99,13 @@ def test_what_transformers_must_not_decide(config):
 
 def test_every_hyperparameter_of_every_row_is_a_key():
     keys = {field.name for field in dataclasses.fields(PreferenceConfig)}
+    hints = get_type_hints(PreferenceConfig)
     for row in OBJECTIVES.values():
         assert {*row.hyperparameters, *row.spellings} <= set(hyperparameter_names()) <= keys
+        kinds = {name: known.type for name, known in row.hyperparameters.items()}
+        kinds |= {name: row.hyperparameters[spelling.of].type for name, spelling in row.spellings.items()}
+        for name, kind in kinds.items():
+            assert hints[name] == kind | None
 
 
 def test_it_serialises(config):
@@ -221,8 +227,13 @@ def test_keys_that_are_switched_off_are_not_refused(config):
 
 
 def test_an_anchor_without_a_weight_of_its_own(config, monkeypatch):
-    row = dataclasses.replace(OBJECTIVES["simpo"], name="anchored", anchor_term=lambda w: -w.avg)
-    monkeypatch.setitem(OBJECTIVES, "anchored", row)
+    class Anchored(type(OBJECTIVES["simpo"])):
+        name = "anchored"
+
+        def anchor(self, w):
+            return -w.avg
+
+    monkeypatch.setitem(OBJECTIVES, "anchored", Anchored())
     with pytest.raises(SimpoError, match=r"objective 'anchored' has a term .* leave sft_weight out$"):
         config(objective="anchored", sft_weight=0.1)
 

@@ -66,9 +66,8 @@ def assert_alike(found, expected):
 
 
 def context(row, mismatched: Responses) -> dict:
-    """All hyperparameters with their defaults, and KTO's reference point."""
-    values = row.resolve({})
-    return values | ({"z_ref": values["beta"] * mismatched.ratio.mean().clamp(min=0)} if row.needs_z_ref else {})
+    """KTO's reference point."""
+    return {"z_ref": row.beta * mismatched.ratio.mean().clamp(min=0)} if "z_ref" in row.needs else {}
 
 
 def pair_loss(name: str):
@@ -131,8 +130,9 @@ def test_rankings_are_the_mean_over_ordered_pairs(name, rankings, make_trainer, 
         for start, couples in zip(starts, ordered, strict=True):
             better, worse = ([start + couple[side] for couple in couples] for side in (0, 1))
             losses.append(row.pair(taken(y, better), taken(y, worse), **values).mean())
-            if row.anchor is not None:
-                losses[-1] = losses[-1] + row.anchor(taken(y, [start]), **values)[0]
+            anchor = row.anchor(taken(y, [start]))
+            if anchor is not None:
+                losses[-1] = losses[-1] + anchor[0]
         return torch.stack(losses).mean()
 
     expected = train_naively(rankings, model, naive_responses, loss)
@@ -172,7 +172,7 @@ def test_single_responses_train_as_the_formula_says(judged, make_trainer, make_m
     row, model, label = OBJECTIVES["kto"], make_model("gpt2"), torch.tensor(judged["label"][:])
 
     def loss(y: Responses, mismatched: Responses):
-        losses = row.unpaired(y, label, **context(row, mismatched) | {"lam_w": 1.5})
+        losses = row.with_hyperparameters(lam_w=1.5).unpaired(y, label, **context(row, mismatched))
         return (losses + 0.1 * torch.where(label, -y.avg, 0)).mean()
 
     expected = train_naively(judged, model, naive_responses, loss)

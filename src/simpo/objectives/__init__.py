@@ -1,6 +1,7 @@
 """Preference objectives: pure functions of log-probabilities, and the table that names them. Imports torch only."""
 
-from simpo.objectives.objective import Objective, Responses
+from simpo.objectives.objective import Objective
 from simpo.objectives.preference import OBJECTIVES, reference_point, sft_term
+from simpo.objectives.responses import Responses
 
 __all__ = ["OBJECTIVES", "Objective", "Responses", "reference_point", "sft_term"]

@@ -1,28 +1,36 @@
-"""The preference objectives: losses and rewards as in their papers, and the table ``OBJECTIVES``."""
+"""The preference objectives, one class each: losses and rewards as in their papers."""
 
-# ruff: noqa: E741 - the papers write w and l for the chosen and the rejected response
+# ruff: noqa: D102, E741 - the base class documents the methods; the papers write w and l for chosen and rejected
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from simpo.objectives.objective import (
+    BELOW_HALF,
+    FINITE,
+    NON_NEGATIVE,
     OBJECTIVES,
-    Context,
-    Finite,
-    NonNegative,
+    POSITIVE,
     Objective,
-    Positive,
-    Responses,
-    Smoothing,
     Spelling,
 )
+from simpo.objectives.responses import Responses
 
-# ---- The terms that several objectives share: the likelihood of a label, and that of the chosen response.
+# ---- What several objectives share.
+
+Beta = Annotated[float, POSITIVE, "Scale of the implicit reward."]
+GammaBetaRatio = Annotated[float, NON_NEGATIVE, "Margin that the loss asks for between the rewards, in units of beta."]
+LabelSmoothing = Annotated[float, BELOW_HALF, "Probability that a label is wrong."]
+Link = Annotated[Literal["sigmoid", "hinge"], "Loss of a margin: -log sigmoid(margin), or relu(1 - margin)."]
+AnchorWeight = Annotated[float, NON_NEGATIVE, "Weight of the chosen response's negative log-likelihood."]
+
+_GAMMA = {"gamma": Spelling("gamma_beta_ratio", lambda gamma, values: gamma / values["beta"])}
 
 
 def preference_nll(margin: Tensor, label_smoothing: float) -> Tensor:
@@ -33,380 +41,308 @@ def preference_nll(margin: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
-def nll_term(w: Responses, *, lam: NonNegative = 1.0) -> Tensor:
-    """Anchor on the chosen response, ``[B]``: ``-lam * w.logp``, a sum over its tokens."""
-    return -lam * w.logp
-
-
 def sft_term(w: Responses) -> Tensor:
-    """Anchor on the chosen response, ``[B]``: ``-w.avg``; weighted by ``sft_weight``, in addition to any row.
+    """``[B]`` ``-w.avg``: the term that ``sft_weight`` adds to any objective.
 
-    With SimPO it gives CPO-SimPO. Each pair counts alike here; the repository of the SimPO paper averages over the
+    With SimPO it gives CPO-SimPO. Every pair counts equally here; the repository of the SimPO paper averages over the
     tokens of the device batch instead, which lets the longest responses dominate and depends on how a step is split.
     """
     return -w.avg
 
 
-# ---- Objectives that look at the policy alone, one function a row of the table; each reads like its paper.
+# ---- Objectives that look at the policy alone.
 
 
-Link = Literal["sigmoid", "hinge"]
-
-
-def simpo(
-    w: Responses,
-    l: Responses,
-    *,
-    beta: Positive = 2.0,
-    gamma_beta_ratio: NonNegative = 0.5,
-    link: Link = "sigmoid",
-    label_smoothing: Smoothing = 0.0,
-) -> Tensor:
+@dataclass(frozen=True)
+class SimPO(Objective):
     """SimPO, ``[B]``: ``-log sigmoid(beta * (w.avg - l.avg) - gamma)`` with ``gamma = beta * gamma_beta_ratio``.
 
-    Meng, Xia, Chen 2024, arXiv 2405.14734, equation 6. ``link="hinge"`` is the ``relu(1 - margin)`` of the paper's
-    repository; it has no probability of a wrong label, so ``label_smoothing`` is refused with it.
-
-    Raises:
-        ValueError: ``label_smoothing`` with the hinge link.
+    ``link="hinge"`` is the ``relu(1 - margin)`` of the paper's repository; it has no probability of a wrong label, so
+    ``label_smoothing`` is rejected with it.
     """
-    margin = beta * (w.avg - l.avg - gamma_beta_ratio)
-    if link == "hinge":
-        if label_smoothing:
+
+    name = "simpo"
+    paper = "Meng, Xia, Chen 2024, arXiv 2405.14734, eq. 6"
+    average_logps = True
+    spellings = _GAMMA
+    beta: Beta = 2.0
+    gamma_beta_ratio: GammaBetaRatio = 0.5
+    link: Link = "sigmoid"
+    label_smoothing: LabelSmoothing = 0.0
+
+    def __post_init__(self) -> None:
+        if self.link == "hinge" and self.label_smoothing:
             raise ValueError("label_smoothing is defined for link 'sigmoid', not for 'hinge'; set it to 0")
-        return torch.relu(1 - margin)
-    return preference_nll(margin, label_smoothing)
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        margin = self.beta * (w.avg - l.avg - self.gamma_beta_ratio)
+        return torch.relu(1 - margin) if self.link == "hinge" else preference_nll(margin, self.label_smoothing)
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return self.beta * y.avg  # equation 4 of the paper
 
 
-def simpo_reward(y: Responses, *, beta: float) -> Tensor:
-    """SimPO's implicit reward, ``[B]``: ``beta * avg`` (equation 4 of the paper)."""
-    return beta * y.avg
-
-
-def alphapo(
-    w: Responses,
-    l: Responses,
-    *,
-    alpha: Finite = 0.25,
-    beta: Positive = 2.5,
-    gamma_beta_ratio: NonNegative = 0.1,
-    label_smoothing: Smoothing = 0.0,
-) -> Tensor:
+@dataclass(frozen=True)
+class AlphaPO(Objective):
     """AlphaPO, ``[B]``: ``-log sigmoid(r(w) - r(l) - gamma)`` with ``r(y) = beta * (1 - exp(-alpha * y.avg)) / alpha``.
 
-    Gupta et al. 2025, arXiv 2501.03884; defaults of its Mistral-Instruct run. ``alpha = 0`` is SimPO, the limit.
+    The defaults are those of the paper's Mistral-Instruct run. ``alpha = 0`` is SimPO, the limit.
     """
-    rewards = [alphapo_reward(y, alpha=alpha, beta=beta) for y in (w, l)]
-    return preference_nll(rewards[0] - rewards[1] - beta * gamma_beta_ratio, label_smoothing)
+
+    name = "alphapo"
+    paper = "Gupta et al. 2025, arXiv 2501.03884"
+    average_logps = True
+    spellings = _GAMMA
+    alpha: Annotated[float, FINITE, "Curvature of the reward; 0 is SimPO's reward."] = 0.25
+    beta: Beta = 2.5
+    gamma_beta_ratio: GammaBetaRatio = 0.1
+    label_smoothing: LabelSmoothing = 0.0
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        margin = self.implicit_reward(w) - self.implicit_reward(l) - self.beta * self.gamma_beta_ratio
+        return preference_nll(margin, self.label_smoothing)
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return self.beta * (y.avg if self.alpha == 0 else -torch.expm1(-self.alpha * y.avg) / self.alpha)
 
 
-def alphapo_reward(y: Responses, *, alpha: float, beta: float) -> Tensor:
-    """AlphaPO's implicit reward, ``[B]``: ``beta * (1 - p ** -alpha) / alpha`` with ``p = exp(avg)``."""
-    return beta * (y.avg if alpha == 0 else -torch.expm1(-alpha * y.avg) / alpha)
+@dataclass(frozen=True)
+class SimPER(Objective):
+    """SimPER, ``[B]``: ``exp(l.avg) - exp(w.avg)``, the difference of inverse perplexities."""
+
+    name = "simper"
+    paper = "Xiao et al. 2025, arXiv 2502.00883"
+    average_logps = True
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        return self.implicit_reward(l) - self.implicit_reward(w)
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return y.avg.exp()  # one over the response's perplexity
 
 
-def simper(w: Responses, l: Responses) -> Tensor:
-    """SimPER, ``[B]``: ``exp(l.avg) - exp(w.avg)``, the difference of inverse perplexities.
+@dataclass(frozen=True)
+class CPO(Objective):
+    """CPO's pair term, ``[B]``: ``-log sigmoid(beta * (w.logp - l.logp))``; the anchor is ``-lam * w.logp``."""
 
-    Xiao et al. 2025, arXiv 2502.00883.
-    """
-    return simper_reward(l) - simper_reward(w)
+    name = "cpo"
+    paper = "Xu et al. 2024, arXiv 2401.08417, eq. 3"
+    beta: Beta = 0.1
+    label_smoothing: LabelSmoothing = 0.0
+    lam: AnchorWeight = 1.0
 
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        return preference_nll(self.beta * (w.logp - l.logp), self.label_smoothing)
 
-def simper_reward(y: Responses) -> Tensor:
-    """SimPER's reward, ``[B]``: ``exp(avg)``, one over the response's perplexity."""
-    return y.avg.exp()
+    def anchor(self, w: Responses) -> Tensor:
+        return -self.lam * w.logp
 
-
-def cpo(
-    w: Responses,
-    l: Responses,
-    *,
-    beta: Positive = 0.1,
-    label_smoothing: Smoothing = 0.0,
-) -> Tensor:
-    """CPO's pair term, ``[B]``: ``-log sigmoid(beta * (w.logp - l.logp))``; the anchor is ``-lam * w.logp``.
-
-    Xu et al. 2024, arXiv 2401.08417, equation 3.
-    """
-    return preference_nll(beta * (w.logp - l.logp), label_smoothing)
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return self.beta * y.logp  # DPO's with a uniform reference
 
 
-def cpo_reward(y: Responses, *, beta: float) -> Tensor:
-    """CPO's implicit reward, ``[B]``: ``beta * logp``, DPO's with a uniform reference."""
-    return beta * y.logp
-
-
-def orpo(w: Responses, l: Responses, *, lam: NonNegative = 0.1) -> Tensor:
+@dataclass(frozen=True)
+class ORPO(Objective):
     """ORPO's pair term, ``[B]``: ``-lam * log sigmoid(w.log_odds - l.log_odds)``; the anchor is ``-w.avg``.
 
-    Hong, Lee, Thorne 2024, arXiv 2403.07691, equations 6 and 7. The pair term is a penalty in addition to supervised
-    fine-tuning and no likelihood of labels, hence no ``label_smoothing``.
+    The pair term is a penalty in addition to supervised fine-tuning and no likelihood of labels, hence there is no
+    ``label_smoothing``.
     """
-    return -lam * F.logsigmoid(w.log_odds - l.log_odds)
+
+    name = "orpo"
+    paper = "Hong, Lee, Thorne 2024, arXiv 2403.07691, eqs. 6 and 7"
+    average_logps = True
+    lam: Annotated[float, NON_NEGATIVE, "Weight of the odds-ratio term."] = 0.1
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        return -self.lam * F.logsigmoid(w.log_odds - l.log_odds)
+
+    def anchor(self, w: Responses) -> Tensor:
+        return -w.avg
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return y.log_odds  # what the sigmoid compares
 
 
-def orpo_reward(y: Responses) -> Tensor:
-    """ORPO's reward, ``[B]``: ``log_odds``, what the sigmoid compares."""
-    return y.log_odds
-
-
-def slic_hf(w: Responses, l: Responses, *, delta: NonNegative = 1.0) -> Tensor:
+@dataclass(frozen=True)
+class SLiCHF(Objective):
     """SLiC-HF's pair term, ``[B]``: ``relu(delta - w.logp + l.logp)``; the anchor is ``-lam * w.logp``.
 
-    Zhao et al. 2023, arXiv 2305.10425, which anchors on the target of its fine-tuning data; data of pairs have none,
-    and the chosen response takes its place, as in the table of the SimPO paper.
+    The paper anchors on the target of its fine-tuning data. Preference pairs have none, and the chosen response takes
+    its place, as in the table of the SimPO paper.
     """
-    return torch.relu(delta - w.logp + l.logp)
+
+    name = "slic_hf"
+    paper = "Zhao et al. 2023, arXiv 2305.10425"
+    delta: Annotated[float, NON_NEGATIVE, "Margin between the log-probabilities that the loss asks for, in nats."] = 1.0
+    lam: AnchorWeight = 1.0
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        return torch.relu(self.delta - w.logp + l.logp)
+
+    def anchor(self, w: Responses) -> Tensor:
+        return -self.lam * w.logp
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return y.logp  # what the margin compares
 
 
-def slic_hf_reward(y: Responses) -> Tensor:
-    """SLiC-HF's score, ``[B]``: ``logp``, what the margin compares."""
-    return y.logp
-
-
-def rrhf(w: Responses, l: Responses) -> Tensor:
+@dataclass(frozen=True)
+class RRHF(Objective):
     """RRHF's pair term, ``[B]``: ``relu(l.avg - w.avg)``; the anchor is ``-lam * w.logp``.
 
-    Yuan et al. 2023, arXiv 2304.05302. ``lam``, 1 there, is from the table of the SimPO paper.
+    ``lam``, which is 1 in the RRHF paper, is from the table of the SimPO paper.
     """
-    return torch.relu(l.avg - w.avg)
+
+    name = "rrhf"
+    paper = "Yuan et al. 2023, arXiv 2304.05302"
+    average_logps = True
+    lam: AnchorWeight = 1.0
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        return torch.relu(l.avg - w.avg)
+
+    def anchor(self, w: Responses) -> Tensor:
+        return -self.lam * w.logp
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return y.avg  # what the ranking compares
 
 
-def rrhf_reward(y: Responses) -> Tensor:
-    """RRHF's score, ``[B]``: ``avg``, what the ranking compares."""
-    return y.avg
+# ---- Objectives that compare the policy with a reference.
 
 
-# ---- Objectives that compare the policy with a reference, one function a row of the table; conventions as in
-# :mod:`simpo.objectives.preference`. All need ``ref_logp``.
+@dataclass(frozen=True)
+class DPO(Objective):
+    """DPO, ``[B]``: ``-log sigmoid(beta * (w.ratio - l.ratio))``."""
+
+    name = "dpo"
+    paper = "Rafailov et al. 2023, arXiv 2305.18290, eq. 7"
+    needs = ("reference",)
+    beta: Beta = 0.1
+    label_smoothing: LabelSmoothing = 0.0
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        return preference_nll(self.beta * (w.ratio - l.ratio), self.label_smoothing)
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return self.beta * y.ratio
 
 
-def dpo(w: Responses, l: Responses, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.0) -> Tensor:
-    """DPO, ``[B]``: ``-log sigmoid(beta * (w.ratio - l.ratio))``.
+@dataclass(frozen=True)
+class NormalizedDPO(DPO):
+    """Length-normalised DPO, ``[B]``: ``-log sigmoid(beta * (w.avg_ratio - l.avg_ratio))``, with the beta of Tulu 3."""
 
-    Rafailov et al. 2023, arXiv 2305.18290, equation 7.
-    """
-    return preference_nll(beta * (w.ratio - l.ratio), label_smoothing)
+    name = "dpo_norm"
+    paper = "Lambert et al. 2024, arXiv 2411.15124"
+    average_logps = True
+    beta: Beta = 5.0
 
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        return preference_nll(self.beta * (w.avg_ratio - l.avg_ratio), self.label_smoothing)
 
-def dpo_reward(y: Responses, *, beta: float) -> Tensor:
-    """The implicit reward of DPO and its kin, ``[B]``: ``beta * ratio``."""
-    return beta * y.ratio
-
-
-def dpo_norm(w: Responses, l: Responses, *, beta: Positive = 5.0, label_smoothing: Smoothing = 0.0) -> Tensor:
-    """Length-normalised DPO, ``[B]``: ``-log sigmoid(beta * (w.avg_ratio - l.avg_ratio))``.
-
-    Lambert et al. 2024 (Tulu 3), arXiv 2411.15124, whose beta is the default.
-    """
-    return preference_nll(beta * (w.avg_ratio - l.avg_ratio), label_smoothing)
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return self.beta * y.avg_ratio
 
 
-def dpo_norm_reward(y: Responses, *, beta: float) -> Tensor:
-    """Length-normalised DPO's implicit reward, ``[B]``: ``beta * avg_ratio``."""
-    return beta * y.avg_ratio
-
-
-def ipo(w: Responses, l: Responses, *, tau: Positive = 0.1, length_normalized: bool = False) -> Tensor:
-    """IPO, ``[B]``: ``(w.ratio - l.ratio - 1 / (2 * tau)) ** 2``.
-
-    Azar et al. 2023, arXiv 2310.12036, equation 17. The paper sums over tokens; ``length_normalized=True`` takes each
-    response's average instead, as its authors advise for language models.
-    """
-    gap = w.avg_ratio - l.avg_ratio if length_normalized else w.ratio - l.ratio
-    return (gap - 1 / (2 * tau)).square()
-
-
-def ipo_reward(y: Responses, *, tau: float, length_normalized: bool) -> Tensor:
-    """IPO's implicit reward, ``[B]``: ``tau * ratio``, the average where lengths are normalised."""
-    return tau * (y.avg_ratio if length_normalized else y.ratio)
-
-
-def r_dpo(
-    w: Responses,
-    l: Responses,
-    *,
-    beta: Positive = 0.1,
-    alpha: NonNegative = 0.05,
-    label_smoothing: Smoothing = 0.0,
-) -> Tensor:
+@dataclass(frozen=True)
+class RDPO(DPO):
     """R-DPO, ``[B]``: ``-log sigmoid(beta * (w.ratio - l.ratio) + alpha * (w.length - l.length))``.
 
-    Park et al. 2024, arXiv 2403.19159. A pair whose chosen response is the longer one counts as partly won before
-    training, so that it teaches less; with the opposite sign, which is also in print, it would teach more. The reward
-    is DPO's: lengths do not change in training, and with them the accuracy would tell of the data.
+    A pair whose chosen response is the longer one counts as partly won before training, so that it teaches less; with
+    the opposite sign, which is also in print, it would teach more. The reward is DPO's: training does not change the
+    lengths, and with them the accuracy would describe the data.
     """
-    margin = beta * (w.ratio - l.ratio) + alpha * (w.length - l.length)
-    return preference_nll(margin, label_smoothing)
+
+    name = "r_dpo"
+    paper = "Park et al. 2024, arXiv 2403.19159"
+    alpha: Annotated[float, NON_NEGATIVE, "Weight of the difference between the lengths."] = 0.05
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        margin = self.beta * (w.ratio - l.ratio) + self.alpha * (w.length - l.length)
+        return preference_nll(margin, self.label_smoothing)
 
 
-def dpop(
-    w: Responses,
-    l: Responses,
-    *,
-    beta: Positive = 0.3,
-    lam: NonNegative = 50.0,
-    label_smoothing: Smoothing = 0.0,
-) -> Tensor:
+@dataclass(frozen=True)
+class DPOP(DPO):
     """DPO-Positive, ``[B]``: ``-log sigmoid(beta * (w.ratio - l.ratio - lam * relu(-w.ratio)))``.
 
-    Pal et al. 2024 (Smaug), arXiv 2402.13228, section 5 for the defaults. The penalty acts while the chosen response
-    is less likely than under the reference.
+    The penalty acts while the chosen response is less likely than under the reference. The defaults are in section 5
+    of the paper.
     """
-    margin = beta * (w.ratio - l.ratio - lam * torch.relu(-w.ratio))
-    return preference_nll(margin, label_smoothing)
+
+    name = "dpop"
+    paper = "Pal et al. 2024, arXiv 2402.13228"
+    beta: Beta = 0.3
+    lam: Annotated[float, NON_NEGATIVE, "Weight of the penalty where the chosen response lost probability."] = 50.0
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        margin = self.beta * (w.ratio - l.ratio - self.lam * torch.relu(-w.ratio))
+        return preference_nll(margin, self.label_smoothing)
 
 
-# ---- KTO: desirable and undesirable responses against a reference point, paired or one at a time.
+@dataclass(frozen=True)
+class IPO(Objective):
+    """IPO, ``[B]``: ``(w.ratio - l.ratio - 1 / (2 * tau)) ** 2``.
+
+    The paper sums over tokens; ``length_normalized=True`` uses each response's average instead, as its authors advise
+    for language models.
+    """
+
+    name = "ipo"
+    paper = "Azar et al. 2023, arXiv 2310.12036, eq. 17"
+    needs = ("reference",)
+    tau: Annotated[float, POSITIVE, "Strength of the regularization; the loss asks for a margin of 1 / (2 tau)."] = 0.1
+    length_normalized: Annotated[bool, "Divide a response's log-ratio by its length."] = False
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        gap = w.avg_ratio - l.avg_ratio if self.length_normalized else w.ratio - l.ratio
+        return (gap - 1 / (2 * self.tau)).square()
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return self.tau * (y.avg_ratio if self.length_normalized else y.ratio)
 
 
-def kto(
-    w: Responses,
-    l: Responses,
-    *,
-    beta: Positive = 0.1,
-    lam_w: NonNegative = 1.0,
-    lam_l: NonNegative = 1.0,
-    z_ref: Context = 0.0,
-) -> Tensor:
+@dataclass(frozen=True)
+class KTO(Objective):
     """KTO, ``[B]``: ``lam_w * sigmoid(z_ref - beta * w.ratio) + lam_l * sigmoid(beta * l.ratio - z_ref)``.
 
-    Ethayarajh et al. 2024, arXiv 2402.01306, equation 7, with ``1 - sigmoid(x)`` written as ``sigmoid(-x)``. The table
-    of the SimPO paper prints the second term with the opposite sign, which would raise rejected responses. ``z_ref``
-    ``[]`` is the :func:`reference_point` of the optimizer step; 0 is its value while the policy is the reference.
+    ``1 - sigmoid(x)`` is written as ``sigmoid(-x)``. The table of the SimPO paper prints the second term with the
+    opposite sign, which would raise rejected responses. ``z_ref`` ``[]`` is the :func:`reference_point` of the
+    optimizer step; 0 is its value while the policy is the reference.
     """
-    return lam_w * torch.sigmoid(z_ref - beta * w.ratio) + lam_l * torch.sigmoid(beta * l.ratio - z_ref)
 
+    name = "kto"
+    paper = "Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7"
+    needs = ("reference", "z_ref")
+    takes_unpaired = True
+    spellings = {"desirable_weight": Spelling("lam_w"), "undesirable_weight": Spelling("lam_l")}  # noqa: RUF012
+    beta: Beta = 0.1
+    lam_w: Annotated[float, NON_NEGATIVE, "Weight of chosen (desirable) responses."] = 1.0
+    lam_l: Annotated[float, NON_NEGATIVE, "Weight of rejected (undesirable) responses."] = 1.0
 
-def kto_unpaired(
-    y: Responses, label: Tensor, *, beta: float, lam_w: float, lam_l: float, z_ref: Tensor | float
-) -> Tensor:
-    """KTO on single responses, ``[B]``: the first term of :func:`kto` where ``label`` ``[B]`` is True, else the second.
+    def pair(self, w: Responses, l: Responses, z_ref: Tensor | float = 0.0) -> Tensor:
+        desirable = self.lam_w * torch.sigmoid(z_ref - self.beta * w.ratio)
+        return desirable + self.lam_l * torch.sigmoid(self.beta * l.ratio - z_ref)
 
-    ``label`` is of type bool: whether the response is desirable.
-    """
-    below = z_ref - beta * y.ratio
-    return torch.where(label, lam_w * torch.sigmoid(below), lam_l * torch.sigmoid(-below))
+    def unpaired(self, y: Responses, label: Tensor, z_ref: Tensor | float = 0.0) -> Tensor:
+        below = z_ref - self.beta * y.ratio
+        return torch.where(label, self.lam_w * torch.sigmoid(below), self.lam_l * torch.sigmoid(-below))
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return self.beta * y.ratio
 
 
 def reference_point(mean_ratio: Tensor, beta: float) -> Tensor:
     """KTO's ``z_ref``, ``[]``: ``beta * max(mean_ratio, 0)``, detached.
 
     Args:
-        mean_ratio: ``[]`` mean of ``ratio`` over responses that belong to other prompts than those they are scored
-            after, over the whole optimizer step; an estimate of KL(policy || reference), hence never below 0.
-        beta: the row's hyperparameter.
+        mean_ratio: ``[]`` mean of ``ratio`` over responses to other prompts than those they are scored after, over the
+            whole optimizer step; an estimate of KL(policy || reference), hence never below 0.
+        beta: KTO's hyperparameter.
     """
     return beta * mean_ratio.detach().clamp(min=0)
 
 
-# ---- The table of objectives.
-
-
-_GAMMA = {"gamma": Spelling("gamma_beta_ratio", lambda gamma, values: gamma / values["beta"])}
-
-
-_ROWS = (
-    Objective(
-        "simpo",
-        simpo,
-        simpo_reward,
-        paper="Meng, Xia, Chen 2024, arXiv 2405.14734, eq. 6",
-        length_normalized=True,
-        spellings=_GAMMA,
-    ),
-    Objective(
-        "dpo",
-        dpo,
-        dpo_reward,
-        paper="Rafailov et al. 2023, arXiv 2305.18290, eq. 7",
-        needs_reference=True,
-    ),
-    Objective(
-        "ipo",
-        ipo,
-        ipo_reward,
-        paper="Azar et al. 2023, arXiv 2310.12036, eq. 17",
-        needs_reference=True,
-    ),
-    Objective(
-        "cpo",
-        cpo,
-        cpo_reward,
-        paper="Xu et al. 2024, arXiv 2401.08417, eq. 3",
-        anchor_term=nll_term,
-    ),
-    Objective(
-        "kto",
-        kto,
-        dpo_reward,
-        paper="Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7",
-        unpaired_term=kto_unpaired,
-        needs_reference=True,
-        spellings={"desirable_weight": Spelling("lam_w"), "undesirable_weight": Spelling("lam_l")},
-    ),
-    Objective(
-        "orpo",
-        orpo,
-        orpo_reward,
-        paper="Hong, Lee, Thorne 2024, arXiv 2403.07691, eqs. 6 and 7",
-        anchor_term=sft_term,
-        length_normalized=True,
-    ),
-    Objective(
-        "r_dpo",
-        r_dpo,
-        dpo_reward,
-        paper="Park et al. 2024, arXiv 2403.19159",
-        needs_reference=True,
-    ),
-    Objective(
-        "slic_hf",
-        slic_hf,
-        slic_hf_reward,
-        paper="Zhao et al. 2023, arXiv 2305.10425",
-        anchor_term=nll_term,
-    ),
-    Objective(
-        "rrhf",
-        rrhf,
-        rrhf_reward,
-        paper="Yuan et al. 2023, arXiv 2304.05302",
-        anchor_term=nll_term,
-        length_normalized=True,
-    ),
-    Objective(
-        "dpo_norm",
-        dpo_norm,
-        dpo_norm_reward,
-        paper="Lambert et al. 2024, arXiv 2411.15124",
-        needs_reference=True,
-        length_normalized=True,
-    ),
-    Objective(
-        "alphapo",
-        alphapo,
-        alphapo_reward,
-        paper="Gupta et al. 2025, arXiv 2501.03884",
-        length_normalized=True,
-        spellings=_GAMMA,
-    ),
-    Objective(
-        "simper",
-        simper,
-        simper_reward,
-        paper="Xiao et al. 2025, arXiv 2502.00883",
-        length_normalized=True,
-    ),
-    Objective(
-        "dpop",
-        dpop,
-        dpo_reward,
-        paper="Pal et al. 2024, arXiv 2402.13228",
-        needs_reference=True,
-    ),
-)
-
-
-OBJECTIVES.update({row.name: row for row in _ROWS})
+_ALL = (SimPO, DPO, IPO, CPO, KTO, ORPO, RDPO, SLiCHF, RRHF, NormalizedDPO, AlphaPO, SimPER, DPOP)
+OBJECTIVES.update({objective.name: objective() for objective in _ALL})

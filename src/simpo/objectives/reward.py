@@ -1,4 +1,4 @@
-"""Losses of reward models, which give a prompt and a response one number, the reward."""
+"""Losses of reward models, which assign one number to a prompt with a response."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
 
 
 def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """``[N]`` ``(chosen + rejected)**2``, which draws rewards to a mean of 0.
+    """``[N]`` ``(chosen + rejected)**2``, which pulls the mean reward towards 0.
 
-    The preferences say nothing of a constant that is added to all rewards. Eisenstein et al. 2023, arXiv 2312.09244.
+    Preferences do not determine a constant that is added to all rewards. Eisenstein et al. 2023, arXiv 2312.09244.
     """
     return (chosen + rejected) ** 2

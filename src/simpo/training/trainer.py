@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from datasets import Dataset
@@ -38,14 +38,40 @@ _SIMPO_ONLY = ("gamma_beta_ratio", "gamma", "link")  # whoever gives one of them
 _SIMPO_BETA = 1.0  # the paper's are 2 to 10; those of DPO and its kin are 0.01 to 0.5
 
 
+def _hyperparameter(name: str) -> Any:
+    """The field of ``PreferenceConfig`` for a hyperparameter, whose help the objectives give."""
+    uses: dict[str, list[str]] = {}  # by meaning: the same name may mean different things to different objectives
+    for row in OBJECTIVES.values():
+        if name in row.hyperparameters:
+            known = row.hyperparameters[name]
+            uses.setdefault(known.help, []).append(f"{row.name} {known.default}")
+        elif name in row.spellings:
+            uses.setdefault(f"Another way to give {row.spellings[name].of}.", []).append(row.name)
+    return field(
+        default=None, metadata={"help": " ".join(f"{text} ({', '.join(rows)})" for text, rows in uses.items())}
+    )
+
+
 @dataclass
-class PreferenceSettings(TrainingSettings):
-    """Everything of :class:`PreferenceConfig` but the objectives' hyperparameters, which the registry declares."""
+class PreferenceConfig(TrainingSettings):
+    """Configuration of a preference run.
+
+    All keys of ``transformers.TrainingArguments``, those of :class:`~simpo.training.settings.TrainingSettings`, and the
+    hyperparameters of the objectives (``beta``, ``gamma_beta_ratio``, ...), where None stands for the objective's own
+    default.
+
+    Pairs per optimizer step are ``per_device_train_batch_size * gradient_accumulation_steps * world_size``, as
+    everywhere in transformers; the first two are folded into one, because micro-batches are cut by
+    ``max_batch_tokens``.
+
+    Raises:
+        SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
+    """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate; the paper's are 3e-7 to 1e-6."})
 
     objective: str | None = field(
-        default=None, metadata={"help": "The loss: a row of the table of objectives (default: simpo)."}
+        default=None, metadata={"help": f"The loss: one of {', '.join(OBJECTIVES)} (default: simpo)."}
     )
     loss_type: str | None = field(
         default=None, metadata={"help": "Alias for link (in the paper's recipes) or objective (in TRL's)."}
@@ -70,9 +96,24 @@ class PreferenceSettings(TrainingSettings):
         default=False, metadata={"help": "Score the assistant header with the response, as the paper's code does."}
     )
 
+    beta: float | None = _hyperparameter("beta")
+    gamma_beta_ratio: float | None = _hyperparameter("gamma_beta_ratio")
+    gamma: float | None = _hyperparameter("gamma")
+    link: Literal["sigmoid", "hinge"] | None = _hyperparameter("link")
+    label_smoothing: float | None = _hyperparameter("label_smoothing")
+    tau: float | None = _hyperparameter("tau")
+    length_normalized: bool | None = _hyperparameter("length_normalized")
+    lam: float | None = _hyperparameter("lam")
+    lam_w: float | None = _hyperparameter("lam_w")
+    lam_l: float | None = _hyperparameter("lam_l")
+    desirable_weight: float | None = _hyperparameter("desirable_weight")
+    undesirable_weight: float | None = _hyperparameter("undesirable_weight")
+    alpha: float | None = _hyperparameter("alpha")
+    delta: float | None = _hyperparameter("delta")
+
     @property
     def row(self) -> Objective:
-        """The chosen objective."""
+        """The chosen objective with its default hyperparameters."""
         return OBJECTIVES[str(self.objective)]
 
     @property
@@ -93,16 +134,16 @@ class PreferenceSettings(TrainingSettings):
         """Refuse keys that leave open which objective is meant."""
         if self.objective is not None or self.loss_type is not None:
             return
-        if any(getattr(self, key, None) is not None for key in _SIMPO_ONLY):
+        if any(getattr(self, key) is not None for key in _SIMPO_ONLY):
             return
-        beta = getattr(self, "beta", None)
+        beta = self.beta
         if isinstance(beta, int | float) and 0 < beta < _SIMPO_BETA:
             raise SimpoError(
                 f"objective: not given, and beta {beta:g} is on DPO's scale (SimPO's is 2 to 10); write objective: "
                 f"dpo or kto with it, orpo with lam: {beta:g} or ipo with tau: {beta:g} in its place, or simpo"
             )
         found = "precompute_ref_log_probs" if self.precompute_ref_log_probs is not None else None
-        if beta is None and getattr(self, "label_smoothing", None):
+        if beta is None and self.label_smoothing:
             found = found or "label_smoothing"
         if found:
             raise SimpoError(f"objective: not given, and {found} is not only SimPO's; write objective: dpo, or simpo")
@@ -132,10 +173,9 @@ class PreferenceSettings(TrainingSettings):
             return  # the only one that it has
         if "link" not in keys:
             raise SimpoError(f"loss_type: {link!r} is no objective and no link of objective {name!r}")
-        given = getattr(self, "link", None)
-        if given not in (None, link):
-            raise SimpoError(f"loss_type {link!r} and link {given!r} disagree; give one of them")
-        self.link = link
+        if self.link not in (None, link):
+            raise SimpoError(f"loss_type {link!r} and link {self.link!r} disagree; give one of them")
+        self.link = link  # type: ignore[assignment]
 
     def _check(self) -> None:
         check_all(self._check_objective, super()._check)
@@ -163,10 +203,9 @@ class PreferenceSettings(TrainingSettings):
 
     def _has_anchor(self, hyperparameters: dict[str, Any]) -> bool:
         """Whether the objective's own term on the chosen response counts."""
-        if self.row.anchor is None:
-            return False
         response = Responses(torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([-1.0]))
-        return bool(self.row.anchor(response, **hyperparameters).any())
+        anchor = self.row.with_hyperparameters(**hyperparameters).anchor(response)
+        return anchor is not None and bool(anchor.any())
 
 
 def _links() -> tuple[str, ...]:
@@ -177,52 +216,7 @@ def _links() -> tuple[str, ...]:
 
 def hyperparameter_names() -> list[str]:
     """Every name under which some objective's hyperparameter can be given."""
-    return list(_hyperparameter_types())
-
-
-def _hyperparameter_types() -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for row in OBJECTIVES.values():
-        found |= {name: parameter.type for name, parameter in row.hyperparameters.items()}
-        found |= {name: row.hyperparameters[spelling.of].type for name, spelling in row.spellings.items()}
-    return found
-
-
-def _help(name: str) -> str:
-    rows = [
-        f"{row.name} (default {row.hyperparameters[name].default})" if name in row.hyperparameters else row.name
-        for row in OBJECTIVES.values()
-        if name in row.hyperparameters or name in row.spellings
-    ]
-    return "Hyperparameter of " + ", ".join(rows) + "."
-
-
-PreferenceConfig = make_dataclass(
-    "PreferenceConfig",
-    [
-        (name, kind | None, field(default=None, metadata={"help": _help(name)}))
-        for name, kind in _hyperparameter_types().items()
-    ],
-    bases=(PreferenceSettings,),
-)
-
-
-PreferenceConfig.__module__ = __name__  # so that it pickles
-
-
-PreferenceConfig.__doc__ = """Configuration of a preference run.
-
-All keys of ``transformers.TrainingArguments``, those of :class:`~simpo.training.settings.TrainingSettings` and
-:class:`PreferenceSettings`, and the hyperparameters of the
-objectives (``beta``, ``gamma_beta_ratio``, ...), whose names, types and defaults the registry declares; None stands for
-the objective's own default.
-
-Pairs per optimizer step are ``per_device_train_batch_size * gradient_accumulation_steps * world_size``, as everywhere
-in transformers; the first two are folded into one, because micro-batches are cut by ``max_batch_tokens``.
-
-Raises:
-    SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
-"""
+    return list(dict.fromkeys(name for row in OBJECTIVES.values() for name in (*row.hyperparameters, *row.spellings)))
 
 
 # ---- What is logged of a batch of comparisons, under the names that people's dashboards have.
@@ -245,32 +239,31 @@ UNPAIRED_NAMES = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", 
 KL = "kl"
 
 
-def pair_metrics(objective: Objective, hyperparameters: Mapping[str, Any], w: Responses, l: Responses) -> Tensor:  # noqa: E741
+def pair_metrics(objective: Objective, w: Responses, l: Responses) -> Tensor:  # noqa: E741
     """``[B, 6]`` figures of ``B`` pairs, detached: those of :data:`NAMES` but the loss.
 
     ``logps/*`` are averages over a response's tokens for length-normalised objectives and sums for the others, as in
     the curves of the paper.
     """
-    chosen = objective.reward(w, **hyperparameters)
-    rejected = objective.reward(l, **hyperparameters)
+    chosen, rejected = objective.reward(w), objective.reward(l)
     right = (chosen > rejected).to(chosen.dtype)
     columns = (chosen, rejected, right, chosen - rejected, _logged(objective, w), _logged(objective, l))
     return torch.stack(columns, dim=-1).detach()
 
 
-def unpaired_metrics(objective: Objective, hyperparameters: Mapping[str, Any], y: Responses, label: Tensor) -> Tensor:
+def unpaired_metrics(objective: Objective, y: Responses, label: Tensor) -> Tensor:
     """``[B, 4]`` figures of ``B`` responses that are judged alone, detached: :data:`UNPAIRED_NAMES` but the loss.
 
     A desirable response (``label`` ``[B]``) has those of chosen ones, an undesirable one those of rejected ones; the
     others are NaN.
     """
-    figures = (objective.reward(y, **hyperparameters), _logged(objective, y))
+    figures = (objective.reward(y), _logged(objective, y))
     columns = [values.masked_fill(hidden, torch.nan) for values in figures for hidden in (~label, label)]
     return torch.stack(columns, dim=-1).detach()
 
 
 def _logged(objective: Objective, y: Responses) -> Tensor:
-    return y.avg if objective.length_normalized else y.logp
+    return y.avg if objective.average_logps else y.logp
 
 
 class PreferenceTrainer(PackedTrainer):
@@ -287,9 +280,9 @@ class PreferenceTrainer(PackedTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._z_ref = torch.zeros(())
-        self._precomputed = self.row.needs_reference and self.args.precompute_ref_log_probs
+        self._precomputed = self.objective.needs_reference and self.args.precompute_ref_log_probs
         beside = "kl_weight" if self.args.kl_weight else None
-        if self.row.needs_reference and not self._precomputed:
+        if self.objective.needs_reference and not self._precomputed:
             beside = "precompute_ref_log_probs"
         self._reference = ReferenceModel(self, self.args.reference_cache, beside)
         if self._precomputed and self.args.reference_cache is not None:
@@ -302,14 +295,9 @@ class PreferenceTrainer(PackedTrainer):
         return (*names, KL) if self.args.kl_weight else names
 
     @cached_property
-    def row(self) -> Objective:
-        """The configured objective."""
-        return self.args.row
-
-    @cached_property
-    def hyperparameters(self) -> dict[str, Any]:
-        """Its hyperparameters, defaults filled in."""
-        return self.args.hyperparameters
+    def objective(self) -> Objective:
+        """The objective with its hyperparameters."""
+        return self.args.row.with_hyperparameters(**self.args.hyperparameters)
 
     @cached_property
     def _unpaired(self) -> bool:
@@ -328,8 +316,8 @@ class PreferenceTrainer(PackedTrainer):
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
         """Tokenize comparisons, or single responses with labels; for KTO with the column ``mismatched_ids``."""
         if is_feedback(dataset):
-            if args.row.unpaired is None:
-                takers = ", ".join(name for name, row in OBJECTIVES.items() if row.unpaired is not None)
+            if not args.row.takes_unpaired:
+                takers = ", ".join(name for name, row in OBJECTIVES.items() if row.takes_unpaired)
                 raise SimpoError(
                     f"{label}: single responses with labels, and {args.objective!r} is trained on pairs; unpaired "
                     f"feedback is for objective {takers}"
@@ -338,7 +326,7 @@ class PreferenceTrainer(PackedTrainer):
         else:
             prepared = prepare(dataset, tokenizer, args.tokenize_settings, label=label)
             check_rankings(prepared.dataset, label)
-        if not args.row.needs_z_ref:
+        if "z_ref" not in args.row.needs:
             return prepared
         return replace(prepared, dataset=with_mismatched(prepared.dataset, args.max_length, label))
 
@@ -361,7 +349,7 @@ class PreferenceTrainer(PackedTrainer):
 
     def before_step(self, model: nn.Module, batches: Sequence[PlannedBatch]) -> None:
         """KTO: estimate the reference point from all micro-batches of the step, over all ranks."""
-        if not self.row.needs_z_ref:
+        if "z_ref" not in self.objective.needs:
             return
         total = torch.zeros((), dtype=widest_type(self.args.device), device=self.args.device)
         for batch in (batch.to(self.args.device) for batch in batches):
@@ -376,7 +364,7 @@ class PreferenceTrainer(PackedTrainer):
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """As the base's; KTO's reference point is that of all rows that are evaluated."""
-        if self.row.needs_z_ref:
+        if "z_ref" in self.objective.needs:
             rows = dataloader.dataset.rows
             mismatched = mismatched_rows(rows)
             if self._precomputed:
@@ -388,13 +376,13 @@ class PreferenceTrainer(PackedTrainer):
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _settle_reference_point(self, mean_ratio: Tensor) -> None:
-        self._z_ref = reference_point(mean_ratio, self.hyperparameters["beta"])
+        self._z_ref = reference_point(mean_ratio, self.args.hyperparameters["beta"])
 
     # ---- loss ----
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """As the base's, with the reference where one is needed."""
-        if self.row.needs_reference and batch.ref_logps is None:
+        if self.objective.needs_reference and batch.ref_logps is None:
             batch = batch._replace(ref_logps=self._reference.logps(batch.packed))
         if self.args.kl_weight:
             return self._penalised_rows(model, batch)
@@ -411,28 +399,28 @@ class PreferenceTrainer(PackedTrainer):
 
     def loss_and_metrics(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """Losses, ``[C]``, and figures of comparisons or of responses that are judged alone."""
-        context = self.hyperparameters | ({"z_ref": self._z_ref} if self.row.needs_z_ref else {})
+        context = {"z_ref": self._z_ref} if "z_ref" in self.objective.needs else {}
         if batch.ref_logps is not None:
             y = replace(y, ref_logp=batch.ref_logps.to(y.logp))
         if batch.labels is not None:
             return self._unpaired_figures(y, batch.labels, context)
         pairs = batch.pairs
         w, l, best = (_taken(y, index) for index in (pairs.better, pairs.worse, pairs.best))  # noqa: E741
-        losses = pairs.mean(self.row.pair(w, l, **context))
-        if self.row.anchor is not None:
-            losses = losses + self.row.anchor(best, **context)
+        losses = pairs.mean(self.objective.pair(w, l, **context))
+        anchor = self.objective.anchor(best)
+        if anchor is not None:
+            losses = losses + anchor
         if self.args.sft_weight:
             losses = losses + self.args.sft_weight * sft_term(best)
-        figures = pairs.mean(pair_metrics(self.row, self.hyperparameters, w, l))
+        figures = pairs.mean(pair_metrics(self.objective, w, l))
         return losses, torch.cat([losses.detach()[:, None], figures], dim=1)
 
     def _unpaired_figures(self, y: Responses, labels: Tensor, context: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Losses and metrics of responses that are judged alone; the SFT term applies to the desirable ones."""
-        assert self.row.unpaired is not None
-        losses = self.row.unpaired(y, labels, **context)
+        losses = self.objective.unpaired(y, labels, **context)
         if self.args.sft_weight:
             losses = losses + self.args.sft_weight * sft_term(y).masked_fill(~labels, 0)
-        figures = unpaired_metrics(self.row, self.hyperparameters, y, labels)
+        figures = unpaired_metrics(self.objective, y, labels)
         return losses, torch.cat([losses.detach()[:, None], figures], dim=1)
 
 
