@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from simpo.config import annotations_of, fields_of
+from simpo.config import Key, keys_of
 from simpo.config.coercion import describe
 from simpo.evaluation.during_training import GenerationArguments
 from simpo.generation.settings import SamplingSettings
@@ -63,7 +63,7 @@ _COMMON = {
 
 def page() -> str:
     """The whole page, in Markdown."""
-    inherited = {field.name for field in fields_of(TrainingArguments)}
+    inherited = keys_of([TrainingArguments]).keys()
     return "\n".join(
         [
             "# Recipe reference",
@@ -134,7 +134,7 @@ def page() -> str:
 
 
 def _names(cls: type) -> list[str]:
-    return [field.name for field in fields_of(cls)]
+    return list(keys_of([cls]))
 
 
 def _own(cls: type) -> list[str]:
@@ -143,11 +143,10 @@ def _own(cls: type) -> list[str]:
 
 
 def _table(cls: type, names: Sequence[str]) -> list[str]:
-    annotations = annotations_of([cls])
-    fields = {field.name: field for field in fields_of(cls)}
+    keys = keys_of([cls])
     return _markdown(
         ("key", "takes", "default", "meaning"),
-        ((f"`{n}`", describe(annotations[n]), _default(fields[n]), fields[n].metadata["help"]) for n in names),
+        ((f"`{n}`", describe(keys[n].annotation), _default(keys[n]), keys[n].help) for n in names),
     )
 
 
@@ -167,7 +166,7 @@ def _objective(row: Objective) -> list[str]:
 
 def _training_table() -> list[str]:
     train, sft, reward, theirs = (
-        {field.name: _default(field) for field in fields_of(cls) if field.name in _COMMON}
+        {name: _default(key) for name, key in keys_of([cls]).items() if name in _COMMON}
         for cls in (PreferenceConfig, SFTConfig, RewardConfig, TrainingArguments)
     )
     rows = []
@@ -178,8 +177,8 @@ def _training_table() -> list[str]:
     return _markdown(("key", "default", "transformers'", "meaning"), rows)
 
 
-def _default(field: dataclasses.Field) -> str:
-    return "**required**" if field.default is dataclasses.MISSING else _value(field.default)
+def _default(key: Key) -> str:
+    return "**required**" if key.default is dataclasses.MISSING else _value(key.default)
 
 
 def _value(value: Any) -> str:

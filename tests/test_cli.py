@@ -15,7 +15,7 @@ from simpo.cli import _Notices, main
 from simpo.cli import reward as reward_command
 from simpo.cli import sft as sft_command
 from simpo.cli import train as train_command
-from simpo.config.coercion import ArgumentParser
+from simpo.config.arguments import ArgumentParser
 from simpo.errors import SimpoError
 from simpo.runs.log import LogFile
 

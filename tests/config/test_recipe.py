@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import TrainingArguments
 from transformers import integrations as transformers_integrations
 
 from simpo.cli._training import parse
-from simpo.config import parse_recipe
+from simpo.config import parse_settings
 from simpo.errors import SimpoError
 from simpo.training.reward import RewardConfig
 from simpo.training.sft import SFTConfig
@@ -84,6 +85,28 @@ class Config(TrainingArguments):
     max_length: int = 2048
 
 
+@dataclass(frozen=True)
+class Sub:
+    rate: float = 0.5
+    names: list[str] | None = None
+    hidden: int = 0
+
+
+@dataclass
+class Placed:
+    """A command with arguments by position, and settings of another dataclass with other defaults."""
+
+    model: str = field(metadata={"positional": "MODEL"})
+    data: str = field(metadata={"positional": "DATA"})
+    sub: Sub = field(default=Sub(rate=2.0, hidden=7), metadata={"without": ["hidden"]})
+    judge: list[str] = field(default_factory=list, metadata={"repeat": True})
+    flag: bool = False
+    count: int = 0
+    prices: tuple[float, float] | None = None
+    where: Path | None = None
+    extra: list[str] | None = None
+
+
 REPLACES = {"dataset_name": ("dataset_mixer", "dataset_splits")}
 
 
@@ -99,12 +122,12 @@ def recipe(tmp_path, monkeypatch):
 
 
 def values(*argv):
-    return parse_recipe(list(argv), (Values,))[0]
+    return parse_settings(list(argv), (Values,))[0]
 
 
 def error(*argv, types=(Values,), **options):
     with pytest.raises(SimpoError) as caught:
-        parse_recipe(list(argv), types, **options)
+        parse_settings(list(argv), types, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -190,9 +213,9 @@ def test_yaml_lists_and_mappings(recipe):
 def test_text_of_several_lines_stays_verbatim(recipe):
     template = "{% for m in messages %}\n  {{ m['content'] }}\\n\n{% endfor %}\n"
     block = "chat_template: |\n" + "".join(f"  {line}\n" for line in template.splitlines())
-    assert parse_recipe([recipe(block)], (Data,))[0].chat_template == template
+    assert parse_settings([recipe(block)], (Data,))[0].chat_template == template
     quoted = f"chat_template: {json.dumps(template)}"
-    assert parse_recipe([recipe(quoted)], (Data,))[0].chat_template == template
+    assert parse_settings([recipe(quoted)], (Data,))[0].chat_template == template
 
 
 def test_a_quoted_null_is_text(recipe):
@@ -211,7 +234,7 @@ def test_ways_to_write_an_option():
         [-1, 2],
         "",
     )
-    assert parse_recipe(["--dataset-num-proc", "3"], (Data,))[0].dataset_num_proc == 3
+    assert parse_settings(["--dataset-num-proc", "3"], (Data,))[0].dataset_num_proc == 3
 
 
 def test_the_command_line_wins(recipe):
@@ -226,7 +249,7 @@ def test_nothing_given_leaves_the_defaults(recipe):
 
 def test_the_types_share_the_keys(recipe):
     path = recipe("name: m\ndataset_num_proc: 2")
-    assert parse_recipe([path], (Model, Data)) == (Model("m"), Data(dataset_num_proc=2))
+    assert parse_settings([path], (Model, Data)) == (Model("m"), Data(dataset_num_proc=2))
 
 
 @pytest.mark.parametrize(
@@ -248,28 +271,96 @@ def test_a_missing_key_is_named(recipe):
     assert error(recipe("dtype: float32"), types=(Model,)) == expected
 
 
-def test_help_lists_the_keys_and_ends_well(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "140")
+def help_of(capsys, *types):
     with pytest.raises(SystemExit) as caught:
-        parse_recipe(["recipe.yaml", "--help"], (Model, Data, Config))
+        parse_settings(["recipe.yaml", "--help"], types, command="align", about="Align it.\n\nexamples:\n  simpo align")
     assert caught.value.code == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = {line.split()[0]: " ".join(line.split()) for line in lines if line.startswith("  ")}
-    assert rows["name"] == "name text required"
-    assert rows["dataset_name"] == "dataset_name text None Where the data are"
-    assert rows["eval_strategy"].startswith("eval_strategy one of no, steps, epoch no When to run evaluation")
-    assert lines.index("Config") < lines.index("TrainingArguments")
-    assert len(lines) < 150
+    return capsys.readouterr().out
 
 
-def test_on_a_narrow_terminal_a_meaning_has_lines_of_its_own(capsys, monkeypatch):
+def test_help_lists_the_keys_with_meaning_choices_and_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = help_of(capsys, Placed, Data, Config)
+    lines = text.splitlines()
+    assert lines[0] == "usage: simpo align [RECIPE.yaml] MODEL DATA [--key value ...]"
+    assert lines[2:5] == ["Align it.", "", "examples:"]
+    entries = {entry.split()[0]: " ".join(entry.split()) for entry in re.split(r"\n  (?=--|[A-Z]+,)", text)}
+    assert entries["MODEL,"] == "MODEL, --model [text; required]"
+    assert entries["--dataset_name"] == "--dataset_name Where the data are. A hub id or a file. [text]"
+    assert "[one of no, steps, epoch; default no]" in entries["--eval_strategy"]
+    assert "transformers' TrainingArguments:" in lines
+
+
+def test_help_fits_a_narrow_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        parse_recipe(["--help"], (Data, Config))
-    lines = capsys.readouterr().out.splitlines()
-    place = next(number for number, line in enumerate(lines) if line.startswith("  dataset_name"))
-    assert lines[place + 1].strip() == "Where the data are"
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, help_of(capsys, Data, Config).splitlines()[8:])) <= 80
+
+
+# --- Arguments by position, and settings inside settings ------------------------------------------------------
+
+
+def placed(*argv):
+    return parse_settings(list(argv), (Placed,))[0]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["m", "d", "--count", "2"],
+        ["d", "--model", "m", "--count=2"],
+        ["--count", "2", "--model_name_or_path=m", "d"],
+        ["--count", "2", "m", "d"],
+        ["m", "--count", "2", "d"],
+        ["--data", "d", "m", "--count", "2"],
+    ],
+)
+def test_ways_to_give_an_argument_by_position(argv):
+    found = placed(*argv)
+    assert (found.model, found.data, found.count) == ("m", "d", 2)
+
+
+def test_options_leave_the_words_that_they_do_not_need():
+    found = placed("--flag", "m", "--judge", "one", "--prices", "1", "2", "d", "--judge=two", "--extra", "x", "y")
+    assert (found.model, found.data, found.flag, found.judge) == ("m", "d", True, ["one", "two"])
+    assert (found.prices, found.extra) == ((1.0, 2.0), ["x", "y"])
+    assert placed("--flag", "false", "m", "d").flag is False
+
+
+def test_settings_inside_settings_have_flat_keys_and_their_own_defaults(recipe):
+    assert placed("m", "d").sub == Sub(rate=2.0, hidden=7)
+    assert placed(recipe("rate: 3"), "m", "d", "--names", "x", "y").sub == Sub(3.0, ["x", "y"], 7)
+    assert "--hidden: unknown key" in error("m", "d", "--hidden", "1", types=(Placed,))
+
+
+def test_a_path_of_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert placed("m", "d", "--where", "~/x").where == Path("/somewhere/x")
+
+
+def test_arguments_by_position_can_be_in_the_file(recipe):
+    path = recipe("model: m\ndata: d")
+    found = [placed(*argv) for argv in ([path], [path, "x", "y"], [path, "--data", "y"])]
+    assert [(one.model, one.data) for one in found] == [("m", "d"), ("x", "y"), ("m", "y")]
+    assert placed(recipe("model: m"), "--count", "1", "y").data == "y"
+    assert placed(recipe("model: m"), "y").data == "y"
+    message = error(recipe("model: m\ndata: d"), "--count", "1", "y", types=(Placed,))
+    assert message.startswith("--count: ['1', 'y'] is not")
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["m"], ["data is missing"]),
+        (["a", "b", "c"], ["c: expected", "MODEL DATA"]),
+        (["a", "b", "--model", "m"], ["b: expected", "MODEL DATA"]),
+        (["d", "--model"], ["--model: a value is missing"]),
+        (["m", "d", "--prices", "1"], ["--prices: '1' is not a list of a number, a number"]),
+        (["rows.jsonl", "m"], ["rows.jsonl is a file of data", "model comes first"]),
+    ],
+)
+def test_mistakes_with_arguments_by_position(argv, parts):
+    message = error(*argv, types=(Placed,))
+    assert all(part in message for part in parts)
 
 
 # --- The file -----------------------------------------------------------------------------------------------
@@ -314,7 +405,7 @@ def test_merge_keys_bring_defaults(recipe):
 
 
 def parse_training(*argv):
-    return parse_recipe([*argv, "--use_cpu", "--output_dir", "out"], (Model, Data, Config))
+    return parse_settings([*argv, "--use_cpu", "--output_dir", "out"], (Model, Data, Config))
 
 
 def test_older_spellings_are_mapped_each_with_a_notice(recipe, caplog):
@@ -362,7 +453,7 @@ def test_both_spellings_in_one_place_are_an_error(recipe):
 
 def test_both_spellings_in_two_places_are_an_override(recipe):
     path = recipe("name: m\ntorch_dtype: float16")
-    assert parse_recipe([path, "--dtype", "float32"], (Model,))[0].dtype == "float32"
+    assert parse_settings([path, "--dtype", "float32"], (Model,))[0].dtype == "float32"
 
 
 def test_a_ratio_is_not_read_as_a_count_of_steps(recipe):
@@ -375,30 +466,20 @@ def test_a_spelling_that_the_types_lack_is_unknown():
     assert error("--evaluation_strategy", "steps") == "--evaluation_strategy: unknown key"
 
 
-def test_the_caller_adds_spellings(recipe, caplog):
-    def loss_type(value, given):
-        return {"mode": value} if "rate" in given else {"text": value}
-
-    aliases = {"loss_type": loss_type, "pace": "rate"}
-    (read,) = parse_recipe([recipe("loss_type: b"), "--rate", "1"], (Values,), aliases=aliases)
-    assert (read.mode, read.text) == ("b", "text")
-    (read,) = parse_recipe([recipe("loss_type: b"), "--pace", "1"], (Values,), aliases=aliases)
-    assert (read.mode, read.text, read.rate) == ("a", "b", 1.0)
-    assert caplog.messages[-2:] == ["recipe.yaml:1: loss_type is read as text: b", "--pace is read as rate"]
-
-
 # --- Keys that exclude one another --------------------------------------------------------------------------
 
 
 def test_the_command_line_replaces_the_other_source_of_data(recipe, caplog):
     path = recipe("dataset_mixer: {a: 1.0}\ndataset_splits: [train, test]")
-    (data,) = parse_recipe([path, "--dataset_name", "mine"], (Data,), replaces=REPLACES)
+    (data,) = parse_settings([path, "--dataset_name", "mine"], (Data,), replaces=REPLACES)
     assert (data.dataset_name, data.dataset_mixer, data.dataset_splits) == ("mine", None, None)
     assert caplog.messages == [
         "recipe.yaml:1: dataset_mixer is replaced by --dataset_name",
         "recipe.yaml:2: dataset_splits is replaced by --dataset_name",
     ]
-    (data,) = parse_recipe([recipe("dataset_name: theirs"), "--dataset_mixer", '{"b": 1}'], (Data,), replaces=REPLACES)
+    (data,) = parse_settings(
+        [recipe("dataset_name: theirs"), "--dataset_mixer", '{"b": 1}'], (Data,), replaces=REPLACES
+    )
     assert (data.dataset_name, data.dataset_mixer) == (None, {"b": 1.0})
 
 
@@ -413,7 +494,7 @@ def test_two_sources_of_data_in_one_place_are_an_error(recipe):
 
 def test_keys_of_one_group_go_together(recipe):
     path = recipe("dataset_mixer: {a: 1.0}\ndataset_splits: [train, test]")
-    (data,) = parse_recipe([path, "--dataset_splits", "dev"], (Data,), replaces=REPLACES)
+    (data,) = parse_settings([path, "--dataset_splits", "dev"], (Data,), replaces=REPLACES)
     assert (data.dataset_mixer, data.dataset_splits) == ({"a": 1.0}, ["dev"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from simpo.config.coercion import mapping
+from simpo.config.arguments import mapping
 from simpo.data.settings import RenderSettings
 
 

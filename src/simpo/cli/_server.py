@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simpo.client import ChatClient, Endpoint, Prices
 from simpo.client.cache import default_cache
-from simpo.config.coercion import ArgumentParser
+from simpo.config.arguments import ArgumentParser
 from simpo.errors import SimpoError
 from simpo.judging.registry import JudgeOptions
 

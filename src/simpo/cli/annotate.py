@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simpo.cli._processes import refuse_several
 from simpo.cli._server import add_judge_options, judge_options, prices_of
-from simpo.config.coercion import ArgumentParser
+from simpo.config.arguments import ArgumentParser
 from simpo.judging.annotate import BEST, FILE_NAME, AnnotateArguments, annotate
 from simpo.judging.registry import ANNOTATORS
 from simpo.runs.results import print_results

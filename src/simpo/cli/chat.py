@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from simpo.cli._rendering import add_rendering_options, rendering
-from simpo.config.coercion import ArgumentParser
+from simpo.config.arguments import ArgumentParser
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 from simpo.generation.conversation import Conversation, load_conversation

@@ -7,7 +7,7 @@ from pathlib import Path
 from simpo.cli._processes import refuse_several
 from simpo.cli._rendering import add_rendering_options, rendering
 from simpo.cli._server import add_judge_options, judge_options, prices_of
-from simpo.config.coercion import ArgumentParser
+from simpo.config.arguments import ArgumentParser
 from simpo.evaluation.compare import DIFFERENCES, VERDICTS, CompareArguments, compare
 from simpo.evaluation.head_to_head import SampledWith
 from simpo.generation.settings import SamplingSettings

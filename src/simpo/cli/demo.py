@@ -15,7 +15,7 @@ from rich.text import Text
 
 from simpo.analysis.plots import plot_lengths, plot_rates, plot_training
 from simpo.cli import sample, sft, train
-from simpo.config.coercion import ArgumentParser
+from simpo.config.arguments import ArgumentParser
 from simpo.errors import SimpoError
 from simpo.evaluation.head_to_head import PromptAnswers, compare_answers, read_contests
 from simpo.runs.folder import RunFolder, RunRecord

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from simpo.cli._rendering import add_rendering_options, rendering
-from simpo.config.coercion import ArgumentParser, mapping
+from simpo.config.arguments import ArgumentParser, mapping
 from simpo.data.formats import is_comparison
 from simpo.data.inspection import (
     PERCENTILES,

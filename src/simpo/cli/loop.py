@@ -1,4 +1,9 @@
-"""Sample, annotate, pair and train, round after round: simpo loop RECIPE.yaml [--key value ...]"""
+"""Sample, annotate, pair and train, round after round.
+
+examples:
+  simpo loop recipes/llama-3-8b-loop.yaml --output_dir outputs/loop
+  simpo loop recipes/llama-3-8b-loop.yaml --rounds 5 --stop_win_rate 0.5
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,8 @@ import sys
 from pathlib import Path
 
 from simpo.cli._processes import refuse_several
-from simpo.cli._training import check_named, recipe_of, with_model_named
-from simpo.config import parse_recipe
+from simpo.cli._training import check_named, recipe_of
+from simpo.config import parse_settings
 from simpo.generation.settings import SamplingSettings
 from simpo.models.settings import ModelArguments
 from simpo.training.trainer import PreferenceConfig
@@ -24,7 +29,7 @@ def main(argv: list[str]) -> int:
     """Parse, run the rounds, print their table and what to do next."""
     # Before the configuration is made, which would wait for the others.
     refuse_several("loop", "start it without torchrun, or its stages one by one, simpo sample and simpo train with it")
-    recipe = LoopRecipe(*parse_recipe(with_model_named(argv), RECIPE_TYPES))
+    recipe = LoopRecipe(*parse_settings(argv, RECIPE_TYPES, command="loop", about=__doc__))
     check_named(recipe.config)
     recipe.config.disable_tqdm = recipe.config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress
     folder = Path(recipe.config.output_dir)

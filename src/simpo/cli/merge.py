@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from simpo.cli._processes import refuse_several
-from simpo.config.coercion import ArgumentParser
+from simpo.config.arguments import ArgumentParser
 from simpo.models.settings import ModelArguments
 from simpo.training.merging import write_merged
 

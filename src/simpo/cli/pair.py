@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from simpo.cli._processes import refuse_several
-from simpo.config.coercion import ArgumentParser
+from simpo.config.arguments import ArgumentParser
 from simpo.runs.results import print_results
 from simpo.workflows.pair import FILE_NAME, KINDS, PairSettings, pair_annotated
 

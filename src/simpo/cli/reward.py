@@ -1,4 +1,9 @@
-"""Train a reward model on comparisons: simpo reward [RECIPE.yaml] [--key value ...]"""
+"""Train a reward model on comparisons.
+
+examples:
+  simpo reward recipes/reward-llama-3-8b-instruct.yaml --output_dir outputs/reward
+  simpo reward org/model --dataset_name pairs.jsonl --learning_rate 9e-6 --output_dir outputs/reward
+"""
 
 from __future__ import annotations
 
@@ -9,4 +14,5 @@ from simpo.training.tasks import REWARDS
 
 def main(argv: list[str]) -> int:
     """Parse, train, print the table of results and what to do next."""
-    return run(REWARDS, RewardConfig, argv, following="simpo annotate RESPONSES --annotator reward:{folder}")
+    following = "simpo annotate RESPONSES --annotator reward:{folder}"
+    return run(REWARDS, RewardConfig, argv, about=__doc__, following=following)

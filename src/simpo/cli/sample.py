@@ -15,7 +15,7 @@ import yaml
 from simpo.cli._processes import refuse_several
 from simpo.cli._rendering import add_rendering_options, rendering
 from simpo.client import Endpoint
-from simpo.config.coercion import ArgumentParser, mapping
+from simpo.config.arguments import ArgumentParser, mapping
 from simpo.errors import SimpoError
 from simpo.generation.sample import FILE_NAME, PromptArguments, sample_responses
 from simpo.generation.server import sample_from_server

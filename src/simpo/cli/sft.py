@@ -1,4 +1,9 @@
-"""Fine-tune a model on demonstrations: simpo sft [RECIPE.yaml] [--key value ...]"""
+"""Fine-tune a model on demonstrations.
+
+examples:
+  simpo sft recipes/llama-3-8b-base-sft.yaml --output_dir outputs/sft
+  simpo sft org/model --dataset_name conversations.jsonl --max_length 2048 --output_dir outputs/sft
+"""
 
 from __future__ import annotations
 
@@ -9,4 +14,5 @@ from simpo.training.tasks import SUPERVISED
 
 def main(argv: list[str]) -> int:
     """Parse, train, print the table of results and what to do next."""
-    return run(SUPERVISED, SFTConfig, argv, following="simpo train --model_name_or_path {folder} --dataset_name PAIRS")
+    following = "simpo train --model_name_or_path {folder} --dataset_name PAIRS"
+    return run(SUPERVISED, SFTConfig, argv, about=__doc__, following=following)

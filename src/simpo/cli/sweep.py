@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,9 @@ from typing import Any
 import yaml
 
 from simpo.cli._processes import refuse_several
-from simpo.cli._training import read, recipe_of, with_model_named
-from simpo.config import annotations_of
-from simpo.config.coercion import ArgumentParser
+from simpo.cli._training import read, recipe_of
+from simpo.config import keys_of
+from simpo.config.arguments import ArgumentParser
 from simpo.errors import SimpoError
 from simpo.evaluation.during_training import GenerationArguments
 from simpo.models.settings import ModelArguments
@@ -47,9 +48,10 @@ def main(argv: list[str]) -> int:
 def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
     """The sweep, and the recipe's keys as written."""
     path = recipe_of(argv)
-    options, rest = _parser().parse_known_args(with_model_named(argv)[0 if path is None else 1 :])
+    options, rest = _parser().parse_known_args(_with_model_named(argv[0 if path is None else 1 :]))
     given = _options(rest)
-    axes = read_axes(given, annotations_of((ModelArguments, DataArguments, PreferenceConfig, GenerationArguments)))
+    keys = keys_of((ModelArguments, DataArguments, PreferenceConfig, GenerationArguments))
+    axes = read_axes(given, {name: key.annotation for name, key in keys.items()})
     if not axes:
         raise SimpoError("nothing is varied: give a key several values, as in --learning_rate 3e-7,5e-7,1e-6")
     recipe = {} if path is None else _keys(path)
@@ -66,6 +68,12 @@ def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
         argv=argv,
     )
     return sweep, recipe
+
+
+def _with_model_named(argv: list[str]) -> list[str]:
+    """The arguments with ``--model_name_or_path`` for ``--model`` and for a model before the options."""
+    argv = [re.sub(r"^--model(?=$|=)", "--model_name_or_path", word) for word in argv]
+    return ["--model_name_or_path", *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def _keys(path: Path) -> dict[str, Any]:

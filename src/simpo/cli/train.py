@@ -1,4 +1,9 @@
-"""Train a model on preference pairs: simpo train [RECIPE.yaml] [--key value ...]"""
+"""Train a model on preference pairs.
+
+examples:
+  simpo train recipes/llama-3-8b-base-simpo.yaml --output_dir outputs/llama-3-simpo
+  simpo train org/model --dataset_name pairs.jsonl --objective dpo --beta 0.1 --output_dir outputs/dpo
+"""
 
 from __future__ import annotations
 
@@ -9,4 +14,4 @@ from simpo.training.trainer import PreferenceConfig
 
 def main(argv: list[str]) -> int:
     """Parse, train, print the table of results and what to do next."""
-    return run(PREFERENCES, PreferenceConfig, argv, following="simpo chat {folder}")
+    return run(PREFERENCES, PreferenceConfig, argv, about=__doc__, following="simpo chat {folder}")

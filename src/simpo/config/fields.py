@@ -1,32 +1,40 @@
-"""Dataclass fields as keys of a recipe: values and where they were given, types, required keys, help."""
+"""Dataclass fields as settings: how they are declared, their types and defaults, and instances made of values.
+
+A setting is a field of a dataclass, next to what it configures. Its ``metadata`` can have:
+
+- ``help``: the meaning, in a sentence.
+- ``positional``: how help calls the value, such as ``MODEL``, if it can also be given without ``--key``.
+- ``repeat``: True for a list whose option takes one word and is repeated for several.
+
+A command combines dataclasses: as fields of its own dataclass, whose keys are then keys of the command. The default of
+such a field is an instance whose values are the defaults of the keys, and its ``metadata`` can have:
+
+- ``only``: the keys that the command has, if it does not have them all.
+- ``without``: keys that the command does not have.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import re
-import shutil
-import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
-from enum import Enum
 from typing import Any, get_type_hints
 
-from simpo.config.coercion import coerce, describe, nearest
+from simpo.config.coercion import coerce, nearest
 from simpo.errors import CombinedError, SimpoError
-
-# ---- A value that somebody gave, in a file or on the command line, and where.
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value that was given for a field.
+    """A value that was given for a key.
 
     Attributes:
-        key: the field.
+        key: the key.
         value: text, None, a list of these or, from the file, a mapping; True for an option without a value.
-        place: where in the file it was given, ``recipe.yaml:12``; None for the command line.
-        label: place and key as written, in front of what is wrong: ``recipe.yaml:12: beta`` or ``--beta``.
+        place: the place in the file, ``recipe.yaml:12``; None for the command line.
+        label: place and key as written, the start of an error: ``recipe.yaml:12: beta`` or ``--beta``.
     """
 
     key: str
@@ -35,30 +43,120 @@ class Setting:
     label: str
 
 
-def annotations_of(classes: Iterable[type]) -> dict[str, Any]:
-    """The type of every key of dataclasses, as values are fitted to it."""
-    annotations = {}
+@dataclass(frozen=True)
+class Key:
+    """A setting as a dataclass field declares it.
+
+    Attributes:
+        name: the field's name, in a recipe and after ``--``.
+        annotation: the type that values are converted to.
+        default: ``dataclasses.MISSING`` if a value is required.
+        help: the meaning; empty if the field declares none.
+        positional: empty for a key that can only be given as ``--name``.
+        repeat: whether the option is repeated for several values.
+        owner: the dataclass that declares the field.
+    """
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str
+    positional: str
+    repeat: bool
+    owner: type
+
+
+def keys_of(classes: Iterable[type]) -> dict[str, Key]:
+    """The keys of dataclasses and of the dataclasses that are their fields; the first declaration of a key counts."""
+    keys: dict[str, Key] = {}
     for cls in classes:
-        hints = get_type_hints(cls)
-        for field in fields_of(cls):
-            # transformers annotates fsdp as text and says in argparse's words that it may be a flag as well.
-            flag = field.metadata.get("const") is True
-            annotations[field.name] = hints[field.name] | bool if flag else hints[field.name]
-    return annotations
+        for key in _keys(cls, None):
+            keys.setdefault(key.name, key)
+    return keys
 
 
-def fields_of(cls: type) -> list[dataclasses.Field]:
-    """The fields of a dataclass that a recipe can set."""
-    return [field for field in dataclasses.fields(cls) if field.init]
+def _keys(cls: type, defaults: Any) -> Iterator[Key]:
+    hints = get_type_hints(cls)
+    for declared in _settable(cls):
+        annotation, metadata = hints[declared.name], declared.metadata
+        default = _default(declared) if defaults is None else getattr(defaults, declared.name)
+        if dataclasses.is_dataclass(annotation):
+            yield from (
+                key
+                for key in _keys(annotation, None if default is MISSING else default)  # type: ignore[arg-type]
+                if _is_included(key.name, metadata)
+            )
+            continue
+        # transformers annotates fsdp as text and declares in argparse's terms that it may be a flag as well.
+        annotation = annotation | bool if metadata.get("const") is True else annotation
+        owner = next(base for base in cls.__mro__ if declared.name in inspect.get_annotations(base))
+        help_text = " ".join(metadata.get("help", "").split())
+        positional, repeat = metadata.get("positional", ""), metadata.get("repeat", False)
+        yield Key(declared.name, annotation, default, help_text, positional, repeat, owner)
+
+
+def _settable(cls: type) -> list[dataclasses.Field]:
+    return [declared for declared in dataclasses.fields(cls) if declared.init]
+
+
+def _is_included(name: str, metadata: Mapping[str, Any]) -> bool:
+    only = metadata.get("only")
+    return (not only or name in only) and name not in metadata.get("without", ())
+
+
+def _default(declared: dataclasses.Field) -> Any:
+    return declared.default if declared.default_factory is MISSING else declared.default_factory()
 
 
 def fit(setting: Setting, annotation: Any) -> Any:
-    """The setting's value as its field is annotated; raises :class:`SimpoError` where it does not fit."""
+    """The setting's value converted to its field's type; raises :class:`SimpoError` if it does not fit."""
     try:
         return coerce(setting.value, annotation)
     except ValueError as error:
         problem = "a value is missing" if setting.value is True else str(error)
         raise SimpoError(f"{setting.label}: {problem}") from error
+
+
+def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting], defaults: Any = None) -> Any:
+    """An instance of ``cls`` from ``values`` by key.
+
+    Args:
+        cls: the dataclass.
+        values: the converted values.
+        settings: where they were given, for errors.
+        defaults: an instance of ``cls`` that provides what ``values`` lacks.
+
+    Raises:
+        SimpoError: a required key is missing, or the dataclass refuses a value.
+    """
+    hints = get_type_hints(cls)
+    arguments = {}
+    for declared in _settable(cls):
+        name, annotation = declared.name, hints[declared.name]
+        default = _default(declared) if defaults is None else getattr(defaults, name)
+        if dataclasses.is_dataclass(annotation):
+            own = {key: value for key, value in values.items() if _is_included(key, declared.metadata)}
+            arguments[name] = build(annotation, own, settings, None if default is MISSING else default)  # type: ignore[arg-type]
+        elif name in values:
+            arguments[name] = values[name]
+        elif default is MISSING:
+            raise SimpoError(f"{name} is missing: give it in the recipe or as --{name}")
+        elif defaults is not None:
+            arguments[name] = default
+    try:
+        return cls(**arguments)
+    except CombinedError as error:
+        raise CombinedError(*(_located(mistake, settings) for mistake in error.args)) from error
+    except (ValueError, ImportError) as error:  # the latter: a key that needs a package
+        raise SimpoError(_located(str(error), settings)) from error
+
+
+def _located(message: str, settings: Mapping[str, Setting]) -> str:
+    """The message in one line, after the place of the first setting that it names, if that is in the file."""
+    named = (settings[word] for word in re.findall(r"\w+", message) if word in settings)
+    first = next(named, None)
+    text = " ".join(message.split())
+    return text if first is None or first.place is None else f"{first.place}: {text}"
 
 
 def check_installed(report_to: str | list[str] | None, label: str) -> None:
@@ -80,70 +178,3 @@ def check_installed(report_to: str | list[str] | None, label: str) -> None:
         raise SimpoError(
             f"{label}: {' and '.join(missing)} {verb} not installed; install {pronoun}, or set report_to: none"
         )
-
-
-def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting]) -> Any:
-    """An instance of ``cls`` with its own of ``values``; raises :class:`SimpoError` if one is missing or refused."""
-    fields = fields_of(cls)
-    for field in fields:
-        if is_required(field) and field.name not in values:
-            raise SimpoError(f"{field.name} is missing: give it in the recipe or as --{field.name}")
-    try:
-        return cls(**{field.name: values[field.name] for field in fields if field.name in values})
-    except CombinedError as error:
-        raise CombinedError(*(_located(mistake, settings) for mistake in error.args)) from error
-    except (ValueError, ImportError) as error:  # the latter: a key that needs a package
-        raise SimpoError(_located(str(error), settings)) from error
-
-
-def is_required(field: dataclasses.Field) -> bool:
-    """Whether a field has no default."""
-    return field.default is MISSING and field.default_factory is MISSING
-
-
-def _located(message: str, settings: Mapping[str, Setting]) -> str:
-    """The message in one line, after the place of the first setting that it names, if that is in the file."""
-    named = (settings[word] for word in re.findall(r"\w+", message) if word in settings)
-    first = next(named, None)
-    text = " ".join(message.split())
-    return text if first is None or first.place is None else f"{first.place}: {text}"
-
-
-# ---- What ``--help`` says of a recipe's keys.
-
-
-_INDENT = 6 * " "
-
-
-_MEANING = 40  # columns that a meaning is told in
-
-
-def help_text(classes: Iterable[type]) -> str:
-    """A field with its type, default and meaning, under the class that declares it."""
-    width = shutil.get_terminal_size((140, 24)).columns
-    lines = ["arguments: [RECIPE.yaml] [--key value ...]   (the recipe has the same keys)"]
-    for cls in classes:
-        annotations = annotations_of([cls])
-        remaining = {field.name: field for field in fields_of(cls)}
-        for base in cls.__mro__:
-            own = [remaining.pop(name) for name in inspect.get_annotations(base) if name in remaining]
-            lines += ["", base.__name__] if own else []
-            for field in own:
-                lines += _help_lines(field, annotations[field.name], width)
-    return "\n".join(lines)
-
-
-def _help_lines(field: dataclasses.Field, annotation: Any, width: int) -> list[str]:
-    """One line where the terminal has room for a meaning, else the meaning below."""
-    meaning = " ".join(field.metadata.get("help", "").split()).split(". ")[0]
-    head = f"  {field.name:<30}  {describe(annotation):<24.24}  {_default(field):<16.16}  "
-    if width >= len(head) + _MEANING:
-        return [f"{head}{meaning}"[:width].rstrip()]
-    return [head[:width].rstrip(), *textwrap.wrap(meaning, width, initial_indent=_INDENT, subsequent_indent=_INDENT)]
-
-
-def _default(field: dataclasses.Field) -> str:
-    if is_required(field):
-        return "required"
-    default = field.default if field.default_factory is MISSING else field.default_factory()
-    return str(default.value if isinstance(default, Enum) else default)

@@ -5,43 +5,19 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping, Set
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from simpo.config.fields import Setting, annotations_of, build, check_installed, fields_of, fit, help_text, is_required
-from simpo.config.foreign import Alias, known_spellings, paper_settings, resolve, unclear_objective
+from simpo.config.command_line import read_command_line, split_recipe
+from simpo.config.fields import Setting, build, check_installed, fit, keys_of
+from simpo.config.foreign import known_spellings, paper_settings, resolve, unclear_objective
+from simpo.config.help import help_text
 from simpo.errors import CombinedError, SimpoError
 
-# ---- The settings of a command line.
-
-
-def read_command_line(arguments: list[str]) -> list[Setting]:
-    """``--key value ...`` and ``--key=value``, in their order; raises :class:`SimpoError` at a value without a key."""
-    given: dict[str, list[str]] = {}
-    values: list[str] | None = None
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            values = given.setdefault(name.replace("-", "_"), [])
-            if equals:
-                values.append(value)
-        elif values is None:
-            raise SimpoError(f"{argument}: expected [RECIPE.yaml] [--key value ...]")
-        else:
-            values.append(argument)
-    return [Setting(key, _option_value(values), None, f"--{key}") for key, values in given.items()]
-
-
-def _option_value(values: list[str]) -> Any:
-    if not values:
-        return True
-    plain = [None if value == "null" else value for value in values]
-    return plain[0] if len(plain) == 1 else plain
-
-
-# ---- The settings of a YAML file.
+logger = logging.getLogger(__package__)
 
 
 class _Loader(yaml.SafeLoader):
@@ -87,8 +63,6 @@ def read_file(path: str, mistakes: list[str]) -> list[Setting]:
     Raises:
         SimpoError: the file cannot be read or is not a mapping.
     """
-    if path.endswith((".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")):
-        raise SimpoError(f"{path}: a file of data and not a recipe; name it with --dataset_name {path}")
     try:
         loader = _Loader(Path(path).read_text(encoding="utf-8"))
         loader.name = path
@@ -127,28 +101,28 @@ def _plain(loader: _Loader, node: yaml.Node) -> Any:
     return node.value if isinstance(node, yaml.ScalarNode) and value is not None else value
 
 
-logger = logging.getLogger(__package__)
-
-
-def parse_recipe(
+def parse_settings(
     argv: list[str],
     types: tuple[type, ...],
     *,
-    aliases: Mapping[str, Alias] | None = None,
+    command: str = "",
+    about: str | None = None,
     replaces: Mapping[str, tuple[str, ...]] | None = None,
 ) -> tuple[Any, ...]:
-    """Read ``[RECIPE.yaml] [--key value ...]`` into one instance of each of ``types``.
+    """Read a command's settings from a YAML file, the command line, or both, into one instance of each of ``types``.
 
-    The keys are the fields of the dataclasses, and the command line wins over the file. On it ``--key value``
-    and ``--key=value`` are the same, ``--flag`` is true, a list is several values or JSON, a mapping is JSON,
-    and ``null`` is None. Older and foreign spellings are mapped, and keys that mean nothing here are dropped,
-    each with a warning of the package's logger. All mistakes are reported together.
+    The keys are the fields of the dataclasses, and of dataclasses that are their fields (see :mod:`.fields` for what
+    a field can declare). The command line takes precedence over the file. On it ``--key value`` and ``--key=value``
+    are the same, ``--flag`` is true, a list is several values or JSON, a mapping is JSON, and ``null`` is None. Older
+    and foreign spellings are translated, and keys that mean nothing here are dropped, each with a warning of the
+    package's logger. All mistakes are reported together.
 
     Args:
-        argv: the arguments; the recipe, if any, comes first. ``--help`` anywhere prints the keys.
-        types: dataclasses; their fields' annotations say what fits.
-        aliases: further spellings, see :data:`~simpo.config.foreign.Alias`.
-        replaces: keys that exclude one another: a key and the others that say the same. Given in one place,
+        argv: the arguments; the recipe, if any, comes first. ``--help`` anywhere prints the help.
+        types: dataclasses; the annotations of their fields determine the values that fit.
+        command: the command's name, for the help.
+        about: what the command does, with examples, for the help: usually its module's docstring.
+        replaces: keys that exclude one another: a key and the others with the same meaning. Given in one place,
             they are an error; given in both, those of the command line replace those of the file.
 
     Raises:
@@ -158,39 +132,39 @@ def parse_recipe(
         SystemExit: with code 0, after ``--help``.
     """
     if {"-h", "--help"} & set(argv):
-        print(help_text(types))
+        print(help_text(command, about or "", types))
         raise SystemExit(0)
-    path = argv[0] if argv and not argv[0].startswith("-") else None
+    keys = keys_of(types)
     mistakes: list[str] = []
-    file = read_file(path, mistakes) if path is not None else []
-    line = read_command_line(argv if path is None else argv[1:])
-
-    annotations = annotations_of(types)
-    spellings = {**known_spellings(annotations.keys()), **(aliases or {})}
+    path, arguments = split_recipe(argv, keys)
+    file = [] if path is None else read_file(path, mistakes)
     in_file = {setting.key for setting in file}
+    line = read_command_line(arguments, keys, in_file)
+
+    spellings = known_spellings(keys.keys())
     given = in_file | {setting.key for setting in line}
-    if "objective" in annotations:
+    if "objective" in keys:
         mistakes += unclear_objective({setting.key: setting.value for setting in (*file, *line)})
     settings = _merge(
-        resolve(file, annotations.keys(), spellings, given, mistakes),
-        resolve(line, annotations.keys(), spellings, given, mistakes),
+        resolve(file, keys.keys(), spellings, given, mistakes),
+        resolve(line, keys.keys(), spellings, given, mistakes),
         replaces or {},
     )
-    settings |= _implied(path, in_file, given, annotations.keys())
+    settings |= _implied(path, in_file, given, keys.keys())
     values = {}
-    for key, setting in settings.items():
+    for name, setting in settings.items():
         try:
-            values[key] = fit(setting, annotations[key])
-            if key == "report_to":
-                check_installed(values[key], setting.label)
+            values[name] = fit(setting, keys[name].annotation)
+            if name == "report_to":
+                check_installed(values[name], setting.label)
         except SimpoError as error:
             mistakes.append(str(error))
-            values.pop(key, None)
+            values.pop(name, None)
     return _build_all(types, values, settings, mistakes)
 
 
 def _implied(path: str | None, in_file: Set[str], given: Set[str], known: Set[str]) -> dict[str, Setting]:
-    """What the paper's own recipe leaves to the paper's code."""
+    """Settings that the paper's own recipes do not contain because the paper's code always does so."""
     found = {key: value for key, value in paper_settings(in_file, given).items() if key in known}
     if found:
         shown = ", ".join(f"{key}: {value}" for key, value in found.items())
@@ -212,7 +186,8 @@ def _build_all(
     """
     built = []
     for cls in types:
-        if any(is_required(field) and field.name in settings.keys() - values.keys() for field in fields_of(cls)):
+        unfit = settings.keys() - values.keys()
+        if any(key.default is MISSING and key.name in unfit for key in keys_of([cls]).values()):
             continue
         try:
             built.append(build(cls, values, settings))

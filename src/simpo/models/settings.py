@@ -19,7 +19,7 @@ _QUANTIZATION: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "use_bnb_nested_q
 class ModelArguments:
     """Which model, how it is loaded, and the adapter that is trained on it."""
 
-    model_name_or_path: str = field(metadata={"help": "Hub name or folder of the model that training starts from."})
+    model_name_or_path: str = field(metadata={"help": "Hub name or folder of the model.", "positional": "MODEL"})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
     dtype: str | None = field(
         default=None,

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from simpo.cli._rendering import add_rendering_options, rendering
 from simpo.cli._server import client_of, prices_of
-from simpo.config.coercion import ArgumentParser
+from simpo.config.arguments import ArgumentParser
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer, ApiJudge, is_outputs_file, published_table, write_markdown
 from simpo.generation.settings import SamplingSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from simpo.cli._evaluate._options import add_run_options, show
-from simpo.config.coercion import ArgumentParser
+from simpo.config.arguments import ArgumentParser
 from simpo.evaluation.academic.run import TASKS, AcademicSettings, evaluate_academic
 from simpo.models.settings import ModelArguments
 

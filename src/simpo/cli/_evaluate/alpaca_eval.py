@@ -14,7 +14,7 @@ from simpo.cli._evaluate._options import (
     show,
 )
 from simpo.cli._server import add_server_options
-from simpo.config.coercion import ArgumentParser
+from simpo.config.arguments import ArgumentParser
 from simpo.errors import SimpoError
 from simpo.evaluation.alpaca_eval.files import LengthControl, reference_file
 from simpo.evaluation.alpaca_eval.run import AlpacaEval, PairwisePrompt, evaluate_alpaca_eval, recount_alpaca_eval

@@ -13,7 +13,7 @@ from simpo.cli._evaluate._options import (
     show,
 )
 from simpo.cli._server import add_server_options
-from simpo.config.coercion import ArgumentParser
+from simpo.config.arguments import ArgumentParser
 from simpo.evaluation.arena_hard.run import ArenaHard, ArenaPrompt, evaluate_arena_hard
 from simpo.generation.settings import SamplingSettings
 

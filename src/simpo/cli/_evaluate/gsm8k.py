@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from simpo.cli._evaluate._options import add_run_options, add_sampling_options, answerer, show
-from simpo.config.coercion import ArgumentParser
+from simpo.config.arguments import ArgumentParser
 from simpo.evaluation.gsm8k.run import evaluate_gsm8k, read_problems
 from simpo.generation.settings import SamplingSettings
 

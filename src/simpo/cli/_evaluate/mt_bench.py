@@ -13,7 +13,7 @@ from simpo.cli._evaluate._options import (
     show,
 )
 from simpo.cli._server import add_server_options
-from simpo.config.coercion import ArgumentParser
+from simpo.config.arguments import ArgumentParser
 from simpo.evaluation.mt_bench.run import MTBench, RatingPrompts, evaluate_mt_bench
 from simpo.generation.settings import SamplingSettings
 
