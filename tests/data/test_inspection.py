@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from simpo.data.inspection import examples, inspect_prepared, shared_rows
-from simpo.data.mapping import DataReport
+from simpo.data.rows import DataReport
 from simpo.data.tokenize import Prepared, TokenizeSettings, prepare
 
 BOS, END = 0, 1

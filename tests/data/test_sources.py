@@ -81,7 +81,7 @@ def test_a_changed_file_never_gives_old_rows(tmp_path, kind):
 def test_unchanged_file_is_read_once(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "a.jsonl")
     first = load(path)
-    monkeypatch.setattr("simpo.data.files._open_text", None)
+    monkeypatch.setattr("simpo.data.sources._open_text", None)
     assert load(path) == first
 
 
@@ -126,7 +126,7 @@ def test_saved_folders(tmp_path):
 
 
 BROKEN = [
-    ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: not JSON: .*one object a line"),
+    ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: not JSON: .*one object per line"),
     ("a.jsonl", b'{"a": 1}\n3\n', r"a\.jsonl:2: not a JSON object"),
     ("a.jsonl", b"\xff\xfe{}", r"a\.jsonl: cannot be read: .*utf-8"),
     ("a.jsonl", b"\n", r"a\.jsonl: no rows"),

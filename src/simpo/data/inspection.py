@@ -14,8 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.formats import is_number
-from simpo.data.mapping import DataReport
-from simpo.data.rows import Row
+from simpo.data.rows import DataReport, Row
 from simpo.data.settings import TokenizeSettings
 from simpo.data.shapes import canonical_rows, first_canonical
 from simpo.data.tokenize import Prepared, end_token_id

@@ -1,17 +1,19 @@
-"""The rows of a data set, in either of two representations.
+"""The rows of a data set as they are stored, and the report of what happened to each of them.
 
-JSON sources are kept as two string columns, the row's JSON text and where it came from, because rows of
-one file may have different columns and types, which Arrow columns cannot hold. Columnar sources (parquet,
-csv, arrow, hub) keep their columns and gain the one that says where a row came from. :func:`rows_of` turns
-a batch of either into dictionaries.
+JSON sources are kept as two string columns, the row's JSON text and its source, because rows of one file may have
+different columns and types, which Arrow columns cannot hold. Columnar sources (parquet, csv, arrow, hub) keep their
+columns and gain the one that names the source. :func:`rows_of` turns a batch of either into dictionaries.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 from datasets import (
@@ -35,7 +37,7 @@ Row = dict[str, Any]
 
 
 class BadRow(Exception):  # noqa: N818 - it is counted, not shown as an error
-    """A row that cannot be used. ``reason`` says why, without what differs from row to row: it is counted."""
+    """A row that cannot be used. ``reason`` is the same for all rows with the same fault, because it is counted."""
 
     kind = "bad"
 
@@ -45,22 +47,22 @@ class BadRow(Exception):  # noqa: N818 - it is counted, not shown as an error
 
 
 class Tie(BadRow):
-    """A row that says that neither of two responses is better: sound, and of no use. It is dropped."""
+    """A row that prefers neither of two responses; it is valid but teaches nothing, so it is dropped."""
 
     kind = "dropped"
 
 
 class UnknownShape(BadRow):
-    """The row's columns are those of no known shape."""
+    """A row whose columns match no known shape."""
 
 
 def rows_of(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], label: str) -> list[tuple[Row, str]]:
     """Turn a batch of a data set into ``(row, where)`` pairs.
 
     Args:
-        batch: column name -> values, as ``Dataset.map(batched=True)`` hands it over.
+        batch: column name -> values, as ``Dataset.map(batched=True)`` passes it.
         indices: the rows' positions in the data set.
-        label: names the data set where its rows do not say themselves where they come from.
+        label: names the data set if its rows do not name their source.
     """
     wheres = batch.get(WHERE) or [f"{label} row {index}" for index in indices]
     if ROW in batch and WHERE in batch:
@@ -73,7 +75,7 @@ def rows_of(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], label: s
 
 
 def _without_nulls(value: Any) -> Any:
-    """A cell without the nulls that Arrow adds to objects of which other rows have more keys."""
+    """A cell without the nulls that Arrow adds to objects if other rows have more keys."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -92,7 +94,7 @@ def as_dataset(rows: object, name: str) -> Dataset:
         raise SimpoError(f"{name}: a {type(rows).__name__} with the splits {splits}; pass one of them, dataset[split]")
     if isinstance(rows, IterableDataset):
         raise SimpoError(
-            f"{name}: a streaming data set; pass Dataset.from_list(list(dataset.take(n))) or load it whole"
+            f"{name}: a streaming data set; pass Dataset.from_list(list(dataset.take(n))) or load it completely"
         )
     if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
         raise SimpoError(f"{name}: a {type(rows).__name__}; pass a datasets.Dataset or a list of dictionaries")
@@ -101,6 +103,18 @@ def as_dataset(rows: object, name: str) -> Dataset:
     # JSON rows, because Dataset.from_list drops every column that the first row does not have.
     wheres = [f"{name}[{index}]" for index in range(len(rows))]
     return Dataset.from_dict({ROW: [as_json(row) for row in rows], WHERE: wheres}, features=JSON_FEATURES)
+
+
+def with_where(dataset: Dataset, label: str, digest: str) -> Dataset:
+    """Add the column that names the source of each row of a columnar data set: ``label row index``.
+
+    Raises:
+        SimpoError: the data set has a column of that name.
+    """
+    if taken := {ROW, WHERE} & set(dataset.column_names):
+        raise SimpoError(f"{label}: the column name {taken.pop()!r} is used internally; rename the column")
+    where = [f"{label} row {index}" for index in range(len(dataset))]
+    return dataset.add_column(WHERE, where, new_fingerprint=digest)
 
 
 def other_columns(row: Mapping[str, Any], *used: str) -> Row:
@@ -114,26 +128,43 @@ def columns_of(row: Mapping[str, Any]) -> str:
 
 
 def as_json(value: object) -> str:
-    """JSON text of any cell; what JSON has no type for (dates, decimals) is written as its text.
+    """JSON text of any cell; values that JSON has no type for (dates, decimals) become text.
 
     ASCII only, because Arrow refuses the lone surrogates that JSON may hold.
     """
-    return json.dumps(value, default=_as_json_type)
 
+    def convert(value: Any) -> Any:
+        if isinstance(value, np.ndarray | np.generic):
+            return value.tolist()
+        return base64.b64encode(value).decode("ascii") if isinstance(value, bytes) else str(value)
 
-def _as_json_type(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    return base64.b64encode(value).decode("ascii") if isinstance(value, bytes) else str(value)
+    return json.dumps(value, default=convert)
 
 
 def concatenate(datasets: Sequence[Dataset]) -> Dataset:
-    """Concatenate data sets of either representation; where their columns differ, all become JSON rows."""
+    """Concatenate data sets of either representation; if their columns differ, all become JSON rows."""
     if len(datasets) == 1:
         return datasets[0]
     if any(dataset.features != datasets[0].features for dataset in datasets):
         datasets = [_as_json_rows(dataset) for dataset in datasets]
     return concatenate_datasets(list(datasets))
+
+
+def _as_json_rows(dataset: Dataset) -> Dataset:
+    if ROW in dataset.column_names:
+        return dataset
+
+    def batch_as_json(batch: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
+        pairs = rows_of(batch, range(len(batch[WHERE])), label="")
+        return {ROW: [as_json(row) for row, _ in pairs], WHERE: [where for _, where in pairs]}
+
+    return dataset.map(
+        batch_as_json,
+        batched=True,
+        remove_columns=[column for column in dataset.column_names if column != WHERE],
+        features=JSON_FEATURES,
+        desc="Rows as JSON",
+    )
 
 
 def select_columns(dataset: Dataset, columns: Sequence[str], label: str) -> Dataset:
@@ -149,6 +180,13 @@ def select_columns(dataset: Dataset, columns: Sequence[str], label: str) -> Data
         found = ", ".join(column for column in dataset.column_names if column != WHERE)
         raise SimpoError(f"dataset_mixture: {label} has no column {missing[0]!r}; it has {found}")
     return dataset.select_columns([*columns, WHERE])
+
+
+def _select_keys(row: Row, columns: list[str]) -> Row:
+    values = json.loads(row[ROW])
+    if missing := [column for column in columns if column not in values]:
+        raise SimpoError(f"dataset_mixture: {row[WHERE]} has no column {missing[0]!r}")
+    return {ROW: as_json({column: values[column] for column in columns})}
 
 
 def rename_columns(dataset: Dataset, mapping: Mapping[str, str], name: str) -> Dataset:
@@ -177,26 +215,107 @@ def _rename_keys(row: Row, mapping: dict[str, str]) -> Row:
     return {ROW: as_json({mapping.get(column, column): value for column, value in json.loads(row[ROW]).items()})}
 
 
-def _select_keys(row: Row, columns: list[str]) -> Row:
-    values = json.loads(row[ROW])
-    missing = [column for column in columns if column not in values]
-    if missing:
-        raise SimpoError(f"dataset_mixture: {row[WHERE]} has no column {missing[0]!r}")
-    return {ROW: as_json({column: values[column] for column in columns})}
+# ---- The report.
+
+# How many rows are named for each reason.
+_EXAMPLES = 3
+# Marks all sequences but the first of a row that became several, so that the row is counted once.
+PART = "part: "
 
 
-def _as_json_rows(dataset: Dataset) -> Dataset:
-    if ROW in dataset.column_names:
-        return dataset
-    return dataset.map(
-        _batch_as_json,
-        batched=True,
-        remove_columns=[column for column in dataset.column_names if column != WHERE],
-        features=JSON_FEATURES,
-        desc="Rows as JSON",
-    )
+@dataclass
+class DataReport:
+    """Counts of what happened to the rows of one data set.
+
+    Attributes:
+        label: what the data set is for, e.g. ``"train"``.
+        rows: rows found.
+        used: rows (or sequences, of rows that became several) that are kept.
+        bad: reason -> rows that could not be used.
+        dropped: reason -> rows that could be used and are not, e.g. because they are too long.
+        cut: what -> rows that were cut and are used.
+        split: why -> rows that became several.
+        ignored: what -> rows that are used without it.
+        read: columns of another shape -> rows that were read from them.
+        examples: reason -> where its first few rows come from.
+        notices: remarks that are not counts.
+        noun: what the rows become, in the plural.
+    """
+
+    label: str
+    rows: int
+    used: int
+    bad: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
+    split: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    read: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    noun: str = "comparisons"
+
+    @classmethod
+    def of(cls, label: str, statuses: Iterable[tuple[str, list[str]]], noun: str = "comparisons") -> Self:
+        """Count statuses.
+
+        Args:
+            label: of the data set.
+            statuses: for each row its source and what happened to it, as ``"bad: reason"``, ``"dropped: reason"``,
+                ``"cut: what"``, ``"split: why"``, ``"ignored: what"`` or ``"read: columns"``; an empty list for a row
+                that is used as it is. If a row became several sequences, each has an entry, all but the first with
+                :data:`PART`.
+            noun: what the rows become, in the plural.
+        """
+        report = cls(label, rows=0, used=0, noun=noun)
+        for where, entries in statuses:
+            report.rows += PART not in entries
+            report.used += is_used(entries)
+            for entry in entries:
+                report._count(entry, where)
+        return report
+
+    @property
+    def _counts(self) -> dict[str, dict[str, int]]:
+        return {kind: getattr(self, kind) for kind in ("bad", "dropped", "cut", "split", "ignored", "read")}
+
+    def drop(self, reason: str, where: str) -> None:
+        """Count a row that was used so far as dropped."""
+        self.used -= 1
+        self._count(f"dropped: {reason}", where)
+
+    def _count(self, entry: str, where: str) -> None:
+        if entry == PART:
+            return
+        kind, _, reason = entry.partition(": ")
+        counts = self._counts[kind]
+        counts[reason] = counts.get(reason, 0) + 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(where)
+
+    def lines(self) -> list[str]:
+        """The report as text, one line per entry."""
+        lines = [f"{self.label}: {self.used:,} {self.noun} of {self.rows:,} rows"]
+        for kind, counts in self._counts.items():
+            shown = {"bad": "skipped", "read": "recognized"}.get(kind, kind)
+            for reason, count in counts.items():
+                examples = self.examples[reason]
+                more = ", ..." if count > len(examples) else ""
+                lines.append(f"  {shown} {count:,}: {reason} ({', '.join(examples)}{more})")
+        return lines + [f"  note: {notice}" for notice in self.notices]
+
+    def metrics(self) -> list[tuple[str, float]]:
+        """Names and values for the results: totals, and one for each reason."""
+        metrics = Counter({"rows": self.rows, "used": self.used})
+        for kind, counts in self._counts.items():
+            metrics[kind] = sum(counts.values())
+            for reason, count in counts.items():
+                slug = re.sub(r"[^a-z0-9]+", "_", reason.lower()).strip("_")
+                metrics[f"{kind}/{slug}"] += count
+        return [(f"data/{self.label}/{name}", value) for name, value in metrics.items()]
 
 
-def _batch_as_json(batch: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
-    pairs = rows_of(batch, range(len(batch[WHERE])), label="")
-    return {ROW: [as_json(row) for row, _ in pairs], WHERE: [where for _, where in pairs]}
+def is_used(entries: list[str]) -> bool:
+    """Whether a row with these status entries is kept."""
+    return not any(entry.startswith(("bad: ", "dropped: ")) for entry in entries)

@@ -1,24 +1,41 @@
-"""Data sets by name (a file, a folder or a hub id), and mixtures of several."""
+"""Data sets by name: a file, a folder or a hub id, and mixtures of several.
+
+Files are JSON and JSON lines (plain, gzip, zstandard), parquet, csv and arrow. Rows that were read are cached under the
+SHA-256 of the file's content, so a changed file never gives old rows.
+"""
 
 from __future__ import annotations
 
+import csv
+import glob
+import gzip
+import hashlib
+import importlib
+import io
+import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import datasets
-from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, load_dataset, load_from_disk
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
-from simpo.data.files import KINDS, SUFFIXES, add_where, content_digest, load_file
-from simpo.data.rows import concatenate, rename_columns, select_columns
+from simpo.data.rows import JSON_FEATURES, ROW, WHERE, as_json, concatenate, rename_columns, select_columns, with_where
 from simpo.errors import SimpoError
 
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".csv", ".parquet", ".arrow")
+_KINDS = ".jsonl[.gz|.zst], .json[.gz|.zst], .parquet, .csv, .arrow"
+# Part of every cache key: raise it when the rows made from the same file change.
+_FORMAT = "2"
+# How an Arrow stream and an Arrow file end.
+_ARROW_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")
 # Suffixes that no hub id ends in: a name with one of them is meant as a file.
 _FILE_SUFFIX = re.compile(r"\.(jsonl?|parquet|csv|tsv|arrow|txt|gz|zst|bz2|xz|zip|ya?ml)$")
-
-
 _SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -40,17 +57,21 @@ def load_rows(
             A single file, or folder of one saved data set, is the split ``train`` and those that its name contains.
         config: configuration of a hub data set.
         column_mapping: old name -> new name of columns, as of ``Dataset.rename_columns``.
-        any_split: a single file is whatever split is asked for, because its use says what it is.
+        any_split: take a single file as any split, because the caller knows what it is for.
 
     Raises:
         SimpoError: no such file, folder, split, column or hub data set, or one that cannot be read.
     """
     path = _path(name)
-    if _exists(path):
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that is too long
+        raise SimpoError(f"{str(path)[:60]}...: cannot be looked up: {error.strerror}") from error
+    if exists:
         rows = _sliced(lambda base: _load_local(path, base, any_split=any_split), split, name)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or _FILE_SUFFIX.search(name):
         pattern = "; a path is taken literally, not as a pattern" if set(name) & set("*?[") else ""
-        raise SimpoError(f"{name}: file not found{pattern}; give {KINDS}, a folder or a hub id (org/name)")
+        raise SimpoError(f"{name}: file not found{pattern}; give {_KINDS}, a folder or a hub id (org/name)")
     else:
         rows = _load_from_hub(name, split, config)
     return rename_columns(rows, column_mapping, name) if column_mapping else rows
@@ -62,11 +83,8 @@ def has_one_split(name: str) -> bool:
     return path.is_file() or (path / "state.json").is_file()
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError as error:  # a name that is too long
-        raise SimpoError(f"{str(path)[:60]}...: cannot be looked up: {error.strerror}") from error
+def _path(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for ~nobody
 
 
 def _sliced(load: Callable[[str], Dataset], split: str, name: str) -> Dataset:
@@ -92,26 +110,24 @@ def _load_local(path: Path, split: str, *, any_split: bool) -> Dataset:
             f"{path}: no split {split!r}; a single file has only the split 'train': name a slice of it, "
             "e.g. train[:90%] and train[90%:], or another file"
         )
-    return load_file(path, path.name) if path.is_file() else _load_folder(path, split)
-
-
-def _load_folder(folder: Path, split: str) -> Dataset:
-    if _is_saved(folder):
-        return _load_saved(folder, split)
-    if not _data_files(folder) and (folder / "data").is_dir():  # a copy of a hub repository
-        folder /= "data"
-    if (folder / split).is_dir():
+    if path.is_file():
+        return _load_file(path)
+    folder = path
+    if not _is_saved(folder):
+        if not _data_files(folder) and (folder / "data").is_dir():  # a copy of a hub repository
+            folder /= "data"
+        if not (folder / split).is_dir():
+            return _load_files(_files_of_split(folder, split), folder, split)
         folder /= split
-        if _is_saved(folder):
-            return _load_saved(folder, split)
-        chosen = _data_files(folder)
-    else:
-        chosen = _files_of_split(folder, split)
-    if not chosen:
+    return _load_saved(folder, split) if _is_saved(folder) else _load_files(_data_files(folder), folder, split)
+
+
+def _load_files(files: list[Path], folder: Path, split: str) -> Dataset:
+    if not files:
         inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-        has = f"it has the folders {inside}" if inside else f"known are {KINDS}"
+        has = f"it has the folders {inside}" if inside else f"known are {_KINDS}"
         raise SimpoError(f"{folder}: no data files in this folder for split {split!r}; {has}")
-    return concatenate([load_file(path, path.name) for path in chosen])
+    return concatenate(list(map(_load_file, files)))
 
 
 def _is_saved(folder: Path) -> bool:
@@ -131,8 +147,9 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
         return chosen
     if "train" in split and not any(_names_split(path, word) for path in files for word in _SPLIT_WORDS):
         return files
-    names = ", ".join(path.name for path in files[:5])
-    raise SimpoError(f"{folder}: no file of split {split!r} in this folder; it has {names}")
+    raise SimpoError(
+        f"{folder}: no file of split {split!r} in this folder; it has {', '.join(path.name for path in files[:5])}"
+    )
 
 
 def _names_split(path: Path, split: str) -> bool:
@@ -153,48 +170,215 @@ def _load_saved(folder: Path, split: str) -> Dataset:
         label, saved = f"{folder.name}[{split}]", saved[split]
     if not len(saved):
         raise SimpoError(f"{label}: no rows")
-    # Rows that were tokenized before they were saved say where they come from already.
+    # Rows that were tokenized before they were saved already name their source.
     if {"prompt_ids", "response_ids"} <= set(saved.column_names):
         return saved
-    return add_where(saved, label, content_digest([Path(f["filename"]) for f in saved.cache_files], label))
+    return with_where(saved, label, _digest([Path(f["filename"]) for f in saved.cache_files], label))
 
 
 def _load_from_hub(name: str, split: str, config: str | None) -> Dataset:
     try:
-        dataset = load_dataset(name, config, split=split)
+        dataset: Any = load_dataset(name, config, split=split)
     except Exception as error:
         offline = " (offline mode is on)" if datasets.config.HF_HUB_OFFLINE else ""
         raise SimpoError(
             f"{name}: neither a file or folder here nor a hub data set that can be loaded{offline}: "
             f"{_first_line(error)}"
         ) from error
-    assert not isinstance(dataset, IterableDataset)
     label = f"{name}[{split}]"
     if not len(dataset):
         raise SimpoError(f"{label}: no rows")
     # The builder's own fingerprint tells configurations and revisions apart.
-    return add_where(dataset, label, content_digest([], f"{label}\0{config}\0{dataset._fingerprint}"))
+    return with_where(dataset, label, _digest([], f"{label}\0{config}\0{dataset._fingerprint}"))
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _path(name: str) -> Path:
-    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for ~nobody
+# ---- One file.
+
+
+def _load_file(path: Path) -> Dataset:
+    """Rows of one file.
+
+    A row is called ``file:line`` if it is from JSON lines, ``file[index]`` from a JSON list and ``file row index`` from
+    other kinds. Cells of CSV files are text.
+    """
+    if not path.name.endswith(SUFFIXES):
+        raise SimpoError(f"{path}: unknown kind of file; known are {_KINDS}")
+    digest = _digest([path], path.name)
+    if path.suffix in (".parquet", ".arrow"):
+        return _load_columnar(path, digest)
+    try:
+        return Dataset.from_generator(
+            _csv_rows if path.suffix == ".csv" else _json_rows,
+            features=JSON_FEATURES,
+            gen_kwargs={"path": path},
+            fingerprint=digest,
+        )
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, SimpoError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise SimpoError(f"{datasets.config.HF_DATASETS_CACHE}: the cache cannot be written: {cause}") from error
+        raise
+
+
+def _digest(paths: list[Path], label: str) -> str:
+    """Fingerprint of what the files hold and of the label that their rows carry."""
+    digest = hashlib.sha256(f"{_FORMAT}\0{label}\0".encode())
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()[:32]
+
+
+def _load_columnar(path: Path, digest: str) -> Dataset:
+    kind = path.suffix.removeprefix(".")
+    if kind == "arrow":
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, io.SEEK_END) - 8))
+            if not file.read().endswith(_ARROW_ENDS):  # a stream cut between two batches would read as complete
+                raise SimpoError(f"{path}: not a readable arrow file: it does not end as one does")
+    # The builders key their own cache by path and modification time; a folder per content is safe.
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "simpo" / digest
+    try:
+        empty = kind == "parquet" and not pq.read_metadata(path).num_rows  # which the builder cannot read
+        if not empty:
+            dataset = load_dataset(kind, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache))
+    except Exception as error:
+        reason = _first_line(error.__cause__ or error)
+        raise SimpoError(f"{path}: not a readable {kind} file: {reason}") from error
+    if empty or not len(dataset):
+        raise SimpoError(f"{path}: no rows")
+    return with_where(dataset, path.name, digest)
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, str]]:
+    """Yield the rows of a JSON file: a list of objects if it starts with ``[``, else one object per line."""
+    count = 0
+    damaged: tuple[type[Exception], ...] = (OSError, EOFError, UnicodeDecodeError, zlib.error)
+    try:
+        if path.suffix == ".zst":
+            damaged = (*damaged, _zstandard(path).ZstdError)
+            _check_frames(path)
+        with _open_text(path) as file:
+            is_list = next((text for line in file if (text := line.strip())), "").startswith("[")
+        with _open_text(path) as file:
+            items: Iterator[tuple[str, Any]]
+            if is_list:
+                items = ((f"{path.name}[{index}]", item) for index, item in enumerate(_parsed(file.read(), path, 1)))
+            else:
+                lines = ((number, line.rstrip()) for number, line in enumerate(file, start=1) if line.strip())
+                items = ((f"{path.name}:{number}", _parsed(line, path, number)) for number, line in lines)
+            for where, row in items:
+                if not isinstance(row, dict):
+                    raise SimpoError(f"{where}: not a JSON object; a row is an object of named columns")
+                count += 1
+                yield {ROW: as_json(row), WHERE: where}
+    except damaged as error:
+        raise SimpoError(f"{path}: cannot be read: {error}") from error
+    if not count:
+        raise SimpoError(f"{path}: no rows")
+
+
+def _parsed(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise SimpoError(
+            f"{path}:{first_line - 1 + error.lineno}: not JSON: {error.msg} (column {error.colno}); "
+            "the file holds one object per line, or one list of objects"
+        ) from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, or thousands of nested brackets
+        raise SimpoError(f"{path}:{first_line}: JSON that cannot be read: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+def _open_text(path: Path) -> IO[str]:
+    # utf-8-sig: files written on Windows may start with a byte order mark.
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    if path.suffix == ".zst":
+        return _zstandard(path).open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+def _check_frames(path: Path) -> None:
+    """Raise EOFError for a file that ends within a frame, which the library's reader takes for the end."""
+    new = _zstandard(path).ZstdDecompressor().decompressobj
+    frame, complete = new(), True
+    with path.open("rb") as file:
+        while packed := file.read(2**16):
+            while packed:
+                frame.decompress(packed)
+                complete, packed = frame.eof, frame.unused_data
+                if complete:
+                    frame = new()
+    if not complete:
+        raise EOFError("the file ends within compressed data")
+
+
+def _zstandard(path: Path) -> Any:
+    try:
+        return importlib.import_module("zstandard")
+    except ImportError as error:
+        raise SimpoError(f"{path}: reading .zst needs zstandard: pip install 'simpo[zstd]'") from error
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, str]]:
+    """Yield the rows of a CSV file (RFC 4180); every cell stays text."""
+    csv.field_size_limit(2**31 - 1)
+    count = before = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, strict=True)
+            header = next(lines, [])
+            _check_header(header, path)
+            before = lines.line_num
+            for cells in lines:
+                start, before = before + 1, lines.line_num
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise SimpoError(
+                        f"{path}:{start}: {len(cells)} fields, but the header has {len(header)} "
+                        f"({', '.join(header)}); quote fields that contain commas"
+                    )
+                yield {ROW: as_json(dict(zip(header, cells, strict=True))), WHERE: f"{path.name} row {count}"}
+                count += 1
+    except csv.Error as error:
+        raise SimpoError(f"{path}:{before + 1}: not a readable csv file: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SimpoError(f"{path}: cannot be read: {error}; a CSV file is UTF-8 text") from error
+    if not count:
+        raise SimpoError(f"{path}: no rows")
+
+
+def _check_header(header: list[str], path: Path) -> None:
+    if not header:
+        raise SimpoError(f"{path}: not a readable csv file: no header in its first line")
+    if repeated := [name for name in header if header.count(name) > 1]:
+        raise SimpoError(f"{path}:1: the header has the column {repeated[0]!r} more than once; rename one of them")
+    if padded := [name for name in header if name != name.strip()]:
+        raise SimpoError(f"{path}:1: the column name {padded[0]!r} has white space around it; remove it")
+    if other := next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None):
+        raise SimpoError(f"{path}:1: the fields are separated by {other!r}; save the file with commas")
 
 
 # ---- Several data sets as one, with the meaning that alignment-handbook's recipes give to these keys.
-
-
-_MIXER_SEED = 42
-
-
-_MIXTURE_KEYS = ("datasets", "seed", "test_split_size")
-
-
-_ENTRY_KEYS = ("id", "config", "split", "columns", "weight")
 
 
 def load_mixture(
@@ -206,8 +390,8 @@ def load_mixture(
     """Load ``dataset_mixer`` with ``dataset_splits``, as the paper's recipes write them.
 
     Args:
-        mixer: data set (see :func:`simpo.data.sources.load_rows`) -> fraction of its training rows to take,
-            the first ``int(fraction * rows)``.
+        mixer: data set (see :func:`load_rows`) -> fraction of its training rows to take, the first
+            ``int(fraction * rows)``.
         splits: a split whose name contains ``train`` is for training, one with ``test`` for evaluation,
             which is never subsampled.
         configs: configuration of each hub data set.
@@ -229,18 +413,24 @@ def load_mixture(
     if not any("train" in split for split in splits):
         raise SimpoError("dataset_splits: no split with 'train' in its name")
     training, evaluation = [], []
+    whole_splits = any("[" not in split for split in splits)
     for (name, fraction), config in zip(mixer.items(), configs or [None] * len(mixer), strict=True):
         _check_fraction("dataset_mixer", name, fraction)
+        if len(splits) > 1 and whole_splits and has_one_split(name):
+            raise SimpoError(  # its rows would be taken for training and again for evaluation
+                f"dataset_mixer: {name} is one file and cannot be split {' and '.join(splits)}; give a folder "
+                "with one file per split, or set dataset_splits: [train]"
+            )
         for split in splits:
-            rows = _load_split(name, split, config, splits, column_mapping)
+            rows = load_rows(name, split=split, config=config, column_mapping=column_mapping, any_split=True)
             if "train" in split:
                 training.append(rows.select(range(int(fraction * len(rows)))))
             else:
                 evaluation.append(rows)
-    train = concatenate(training).shuffle(seed=_MIXER_SEED)
+    train = concatenate(training).shuffle(seed=42)
     if not len(train):
         raise SimpoError("dataset_mixer: the fractions leave no training row; make them larger")
-    return train, concatenate(evaluation).shuffle(seed=_MIXER_SEED) if evaluation else None
+    return train, concatenate(evaluation).shuffle(seed=42) if evaluation else None
 
 
 def load_mixture_list(
@@ -256,55 +446,39 @@ def load_mixture_list(
 
     Returns:
         Training rows and, with ``test_split_size``, evaluation rows. Each data set is shuffled before its
-        fraction ``weight`` is taken, and the whole again.
+        fraction ``weight`` is taken, and so are all rows together.
 
     Raises:
         SimpoError: an unknown key, a wrong value, or a data set that cannot be loaded.
     """
-    _check_keys("dataset_mixture", mixture, _MIXTURE_KEYS, needed="datasets")
+    _check_keys(mixture, ("datasets", "seed", "test_split_size"), needed="datasets")
     entries = mixture["datasets"]
     if not isinstance(entries, list) or not entries:
         raise SimpoError("dataset_mixture: 'datasets' is not a list of {id, config, split, columns, weight}")
     seed = mixture.get("seed", 0)
     if not isinstance(seed, int):
         raise SimpoError(f"dataset_mixture: seed {seed!r} is not a whole number")
-    rows = concatenate([_load_entry(entry, seed, column_mapping) for entry in entries]).shuffle(seed=seed)
+    parts = []
+    for entry in entries:
+        _check_keys(entry, ("id", "config", "split", "columns", "weight"), needed="id")
+        name, split = entry["id"], entry.get("split") or "train"
+        rows = load_rows(name, split=split, config=entry.get("config"), column_mapping=column_mapping)
+        if entry.get("columns") is not None:
+            rows = select_columns(rows, entry["columns"], name)
+        weight = 1.0 if entry.get("weight") is None else entry["weight"]
+        _check_fraction("dataset_mixture", name, weight)
+        parts.append(rows.shuffle(seed=seed).select(range(int(len(rows) * weight))))
+    rows = concatenate(parts).shuffle(seed=seed)
     if not len(rows):
         raise SimpoError("dataset_mixture: the weights leave no row; make them larger")
     size = mixture.get("test_split_size")
     if size is None:
         return rows, None
     try:
-        parts = rows.train_test_split(test_size=size, seed=seed)
+        split_rows = rows.train_test_split(test_size=size, seed=seed)
     except (ValueError, TypeError) as error:
         raise SimpoError(f"dataset_mixture: test_split_size {size!r} does not split {len(rows)} rows") from error
-    return parts["train"], parts["test"]
-
-
-def _load_split(
-    name: str, split: str, config: str | None, splits: Sequence[str], column_mapping: Mapping[str, str] | None
-) -> Dataset:
-    """One split; a single file must not be taken for training and again for evaluation."""
-    whole = [split for split in splits if "[" not in split]
-    if len(splits) > 1 and whole and has_one_split(name):
-        raise SimpoError(
-            f"dataset_mixer: {name} is one file and cannot be split {' and '.join(splits)}; give a folder "
-            "with a file a split, or set dataset_splits: [train]"
-        )
-    return load_rows(name, split=split, config=config, column_mapping=column_mapping, any_split=True)
-
-
-def _load_entry(entry: Mapping[str, Any], seed: int, column_mapping: Mapping[str, str] | None) -> Dataset:
-    _check_keys("dataset_mixture", entry, _ENTRY_KEYS, needed="id")
-    name, weight = entry["id"], entry.get("weight")
-    rows = load_rows(
-        name, split=entry.get("split") or "train", config=entry.get("config"), column_mapping=column_mapping
-    )
-    if entry.get("columns") is not None:
-        rows = select_columns(rows, entry["columns"], name)
-    weight = 1.0 if weight is None else weight
-    _check_fraction("dataset_mixture", name, weight)
-    return rows.shuffle(seed=seed).select(range(int(len(rows) * weight)))
+    return split_rows["train"], split_rows["test"]
 
 
 def _check_fraction(key: str, name: str, fraction: object) -> None:
@@ -312,9 +486,8 @@ def _check_fraction(key: str, name: str, fraction: object) -> None:
         raise SimpoError(f"{key}: {name}: {fraction!r} is not a fraction between 0 and 1")
 
 
-def _check_keys(key: str, value: object, known: Sequence[str], *, needed: str) -> None:
+def _check_keys(value: object, known: Sequence[str], *, needed: str) -> None:
     if not isinstance(value, Mapping) or needed not in value:
-        raise SimpoError(f"{key}: {value!r} is not a mapping with {needed!r}")
-    unknown = [name for name in value if name not in known]
-    if unknown:
-        raise SimpoError(f"{key}: unknown key {unknown[0]!r}; known are {', '.join(known)}")
+        raise SimpoError(f"dataset_mixture: {value!r} is not a mapping with {needed!r}")
+    if unknown := [name for name in value if name not in known]:
+        raise SimpoError(f"dataset_mixture: unknown key {unknown[0]!r}; known are {', '.join(known)}")

@@ -17,9 +17,9 @@ from rich.text import Text
 
 from simpo.client import ChatClient, ChatReply, ChatRequest, Prices, confirm_cost, stand_in
 from simpo.client.chat_client import TRIED
-from simpo.data.files import SUFFIXES
 from simpo.data.prompts import Prompts
 from simpo.data.settings import RenderSettings
+from simpo.data.sources import SUFFIXES
 from simpo.errors import SimpoError
 from simpo.generation.sample import FILE_NAME, EngineName, Job, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings
