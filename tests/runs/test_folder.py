@@ -357,7 +357,7 @@ import sys
 from simpo.runs.folder import RunFolder
 print("ready", flush=True)
 with RunFolder(sys.argv[1], command="train") as folder:
-    folder.say("started")
+    folder.log("started")
     folder.begin({"a": 1}, resolved={"a": 1})
     while True:
         folder.finish()

@@ -96,7 +96,10 @@ def test_command_lines(given, kept):
         ("hub_token: s3cr3t  # mine\nbeta: 2.0\n", f"hub_token: {REDACTED}  # mine\nbeta: 2.0\n"),
         ("'api_key' : \"s3cr3t and more\"\n", f"'api_key' : {REDACTED}\n"),
         ("token: |\n  s3cr3t\n  more\nbeta: 2\n", f"token: {REDACTED}\nbeta: 2\n"),
-        ("token:\n  s3cr3t\nbeta: 2\n", f"token:\n  {REDACTED}\nbeta: 2\n"),
+        ("token:\n  s3cr3t\nbeta: 2\n", f"token: {REDACTED}\nbeta: 2\n"),
+        ("# mine\ntoken:\n- s3cr3t\nbeta: 2\n", f"token: {REDACTED}\nbeta: 2\n"),  # rewritten without the comment
+        ('token: "s3cr3t\n  s3cr3t"\nbeta: 2\n', f"token: {REDACTED}\nbeta: 2\n"),
+        ("a: &a |\n  s3cr3t\n  s3cr3t\nb: {token: *a}\n", f"a: {REDACTED}\nb:\n  token: {REDACTED}\n"),
         ("a: {password: s3cr3t, b: 1}\n", f"a: {{password: {REDACTED}, b: 1}}\n"),
         ("- token: [s3cr3t, more]\n- x\n", f"- token: {REDACTED}\n- x\n"),
         (
@@ -104,7 +107,7 @@ def test_command_lines(given, kept):
             f"# hub_token: {REDACTED}\nbeta: 2 # --hub_token={REDACTED}\n",
         ),
         ("a: &a s3cr3t\ntoken: *a\n", f"a: {REDACTED}\ntoken: {REDACTED}\n"),
-        ("a: &a [*a]\ntoken: s3cr3t\n", f"a: &a [*a]\ntoken: {REDACTED}\n"),
+        ("a: &a [*a]\ntoken: s3cr3t\n", "# not kept, because it contains itself\n"),
         ("hub_token:\nlearning_rate: 1e-6\n", None),
         ("hub_token: null\ntoken: true\neos_token: <eos>\n", None),
         ("a: [1,\n", None),

@@ -6,8 +6,6 @@ import io
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 
 from simpo.cli._rendering import add_rendering_options, rendering
 from simpo.config.arguments import ArgumentParser
@@ -16,6 +14,7 @@ from simpo.errors import SimpoError
 from simpo.generation.conversation import Conversation, load_conversation
 from simpo.generation.settings import SamplingSettings
 from simpo.models.settings import ModelArguments
+from simpo.runs.signals import noted
 from simpo.runs.terminal import printable
 
 _RESET, _EXIT = "/reset", "/exit"
@@ -83,7 +82,7 @@ def _messages() -> Iterator[str]:
 
 
 def _answer(conversation: Conversation, text: str) -> None:
-    with _interruptible() as interrupted:
+    with noted(signal.SIGINT) as interrupted:
         try:
             reply = conversation.answer(text, _show, lambda: bool(interrupted))
         except BadRow as bad:
@@ -97,19 +96,3 @@ def _answer(conversation: Conversation, text: str) -> None:
 def _show(piece: str) -> None:
     # Tabs are common in code; spaces do not depend on the terminal.
     print(printable(piece.replace("\t", "    ")), end="", flush=True)
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C is noted in; the second one interrupts as ever."""
-    noted: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        noted.append(signum)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)

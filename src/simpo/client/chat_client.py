@@ -23,7 +23,7 @@ from simpo.client.chat import ChatReply, ChatRequest, Endpoint, error_text, read
 from simpo.client.cost import Estimate, Usage
 from simpo.errors import SimpoError
 from simpo.runs.log import REDACTED, masked
-from simpo.runs.progress import Advance, progress
+from simpo.runs.terminal import Advance, progress
 
 # ---- One request to a server, sent until it is answered or there is no hope.
 

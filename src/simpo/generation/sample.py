@@ -46,9 +46,9 @@ from simpo.models.loading import (
 from simpo.models.settings import ModelArguments
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
-from simpo.runs.progress import Advance, progress
 from simpo.runs.results import Metric
 from simpo.runs.signals import stoppable
+from simpo.runs.terminal import Advance, progress
 from simpo.statistics import mean_interval, proportion_interval, share_interval
 
 # ---- Figures of sampled responses.

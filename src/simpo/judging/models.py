@@ -24,7 +24,7 @@ from simpo.models.reward import gated_scores, load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import TokenizedComparison
 from simpo.packing.scoring import score_answers, score_responses
-from simpo.runs.progress import progress
+from simpo.runs.terminal import progress
 
 _PROMPTS_PER_PART = 64  # between two updates of the progress
 _BATCH_TOKENS = 16384

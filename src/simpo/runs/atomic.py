@@ -12,18 +12,27 @@ from pathlib import Path
 
 from simpo.errors import SimpoError
 
-# What is not whole yet, or no longer, has a name of the form `.NAME.partial` or `.NAME.removed`.
+# What is not whole has a name of the form `.NAME.partial` (not yet) or `.NAME.removed` (no longer).
 _PARTIAL, _REMOVED = "partial", "removed"
+
+# Failed writes that are not an OSError. safetensors: "I/O error: No space left on device (os error 28)". torch:
+# "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534" or "write(): fd 3 failed with No space ...".
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_TORCH_WRITER = re.compile(r"inline_container|PytorchStreamWriter|iostream error|write\(\): fd")
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_ROOM = 1 << 20  # bytes; with less than this left, a write that failed for no stated reason failed for lack of space
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``path`` in UTF-8, its folder if need be; after a crash it is the old file or the new one.
+    """Write ``path`` in UTF-8, and create its folder; after a crash it is the old file or the new one.
 
     Raises:
         SimpoError: it cannot be written; see :func:`disk_errors`.
     """
     # In the same folder, because a rename is atomic only within one file system.
-    temporary = _beside(path, f"{os.getpid()}.{_PARTIAL}")
+    temporary = _hidden(path, f"{os.getpid()}.{_PARTIAL}")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -41,16 +50,16 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
-    """An empty folder to fill, which gets the name ``final`` when all is in it and on the disk.
+    """An empty folder to fill, which is renamed to ``final`` when its contents are on the disk.
 
     Yields:
-        The folder under its provisional name. It is removed if what fills it raises; what a killed process left of
-        it is removed by the next one or by :func:`sweep`.
+        The folder under its provisional name. It is removed if the body raises; what a killed process left is removed
+        by the next call or by :func:`sweep`.
 
     Raises:
-        FileExistsError: there is a ``final`` already.
-        SimpoError: the disk is full or the folder cannot be written, also where what fills the folder raised
-            that; see :func:`disk_errors`.
+        FileExistsError: ``final`` exists.
+        SimpoError: the disk is full or the folder cannot be written, also when the body raised that; see
+            :func:`disk_errors`.
     """
     if final.exists():
         raise FileExistsError(f"{final} exists already")
@@ -59,7 +68,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
         _delete(partial)
         partial.mkdir(parents=True)
     try:
-        with disk_errors(final):  # inside, so that a full disk is looked at while it is still full
+        with disk_errors(final):  # inside, so that a full disk is examined while it is still full
             yield partial
             for path in partial.rglob("*"):
                 if path.is_file() or path.is_dir():
@@ -74,12 +83,9 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_files(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, whose files move into ``folder`` one by one, each whole, when all are on the disk.
+    """An empty folder to fill, whose files move into ``folder`` one by one when all are on the disk.
 
-    Files that ``folder`` has of the same names are replaced, others stay.
-
-    Yields:
-        A folder inside ``folder``; it is removed if what fills it raises.
+    They replace files of the same names; other files stay. The folder that is yielded is removed if the body raises.
 
     Raises:
         SimpoError: the disk is full or the folder cannot be written; see :func:`disk_errors`.
@@ -96,27 +102,27 @@ def staged_files(folder: Path) -> Iterator[Path]:
 
 
 def provisional(final: Path) -> Path:
-    """The name that :func:`staged_folder` yields for ``final``."""
-    return _beside(final, _PARTIAL)
+    """The name of the folder that :func:`staged_folder` yields for ``final``."""
+    return _hidden(final, _PARTIAL)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder; nobody ever sees half of it under its name.
+    """Remove a folder, so that no part of it is ever seen under its name.
 
     Raises:
         SimpoError: it cannot be removed; see :func:`disk_errors`.
     """
-    aside = _beside(path, _REMOVED)
+    renamed = _hidden(path, _REMOVED)
     with disk_errors(path):
-        _delete(aside)
-        path.rename(aside)
-        _delete(aside)
+        _delete(renamed)
+        path.rename(renamed)
+        _delete(renamed)
 
 
 def sweep(parent: Path) -> None:
-    """Remove what killed processes left half written or half removed in ``parent``.
+    """Remove what killed processes left incomplete in ``parent``.
 
-    Only for the one process that writes there: it takes the unfinished work of a living one for a dead one's.
+    Only for the one process that writes there: the unfinished work of a living process looks the same.
 
     Raises:
         SimpoError: it cannot be removed; see :func:`disk_errors`.
@@ -139,7 +145,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _beside(path: Path, kind: str) -> Path:
+def _hidden(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}")
 
 
@@ -152,7 +158,7 @@ def _delete(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
-    """Make what writing to a disk fails with one line about ``path``.
+    """Turn failed writes into one line about ``path``.
 
     Raises:
         SimpoError: instead of an ``OSError``, and of what safetensors and torch raise when a write fails.
@@ -168,18 +174,8 @@ def disk_errors(path: Path | str) -> Iterator[None]:
         raise SimpoError(f"{path}: {fault}") from error
 
 
-# Failed writes that are no OSError. safetensors: "I/O error: No space left on device (os error 28)". torch:
-# "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534" or "write(): fd 3 failed with No space ...".
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
-_TORCH_WRITER = re.compile(r"inline_container|PytorchStreamWriter|iostream error|write\(\): fd")
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NO_ROOM = 1 << 20  # bytes; a disk that has less left is why a write failed
-
-
 def _fault(error: Exception, path: Path) -> str | None:
-    """Describe the fault of the disk behind ``error``; None if the error has another cause."""
+    """Describe the disk's fault behind ``error``; None if the error has another cause."""
     text = str(error)
     found = _OS_ERROR.search(text)
     if isinstance(error, ConnectionError | TimeoutError):
@@ -190,16 +186,13 @@ def _fault(error: Exception, path: Path) -> str | None:
         code = int(found[1]) if found else None
     else:
         return None
-    # numpy's OSError and torch's errors do not say why.
-    if code in _FULL or os.strerror(errno.ENOSPC) in text or (code is None and _room(path) < _NO_ROOM):
+    full = code in _FULL or os.strerror(errno.ENOSPC) in text
+    if code is None and not full:  # numpy's OSError and torch's errors do not state the reason
+        existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        full = shutil.disk_usage(existing).free < _NO_ROOM
+    if full:
         return "no space left on the disk; free some and run the same command again: nothing earlier was damaged"
     reason = os.strerror(code) if code else text.partition("\n")[0]
     if code in _FORBIDDEN:
         return f"cannot be written ({reason}); make it writable or name another folder"
     return f"cannot be written: {reason}"
-
-
-def _room(path: Path) -> int:
-    """Bytes free where ``path`` is or would be."""
-    existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    return shutil.disk_usage(existing).free

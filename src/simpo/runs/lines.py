@@ -18,16 +18,16 @@ logger = logging.getLogger(__name__)
 
 
 class JsonLines:
-    """An append-only file of JSON objects, one a line; ``len()`` is their number.
+    """An append-only file of JSON objects, one per line; ``len()`` is their number.
 
-    Opening it drops a last line that a killed process left torn. One process may write at a time.
+    Opening it drops a last line that a killed process left incomplete. One process may write at a time.
 
     Attributes:
         path: the file.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open ``path``, or make it and its folder.
+        """Open ``path``, or create it and its folder.
 
         Raises:
             SimpoError: a line before the last is damaged, or the file cannot be written.
@@ -37,9 +37,9 @@ class JsonLines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
             sync(self.path.parent)
-            self._ends, torn = _scan(self.path)  # _ends: bytes from the file's start to the end of each record
+            self._ends, torn = _scan(self.path)  # _ends: bytes from the start of the file to the end of each record
             if torn:
-                logger.warning("%s: a damaged last line, which a kill leaves, is dropped", self.path)
+                logger.warning("%s: dropped an incomplete last line, which a killed process had left", self.path)
                 self._truncate()
 
     def __len__(self) -> int:
@@ -57,10 +57,10 @@ class JsonLines:
         """Add records and return when they are on the disk.
 
         JSON has no NaN and no infinities: such a number is stored as null, so that a run that diverged still has
-        its other figures.
+        its other metrics.
 
         Raises:
-            SimpoError: the disk is full or the file cannot be written; it holds what it held before.
+            SimpoError: the disk is full or the file cannot be written; its contents stay as they were.
         """
         lines = [_line(record) for record in records]
         with disk_errors(self.path):
@@ -70,17 +70,17 @@ class JsonLines:
                     file.flush()
                     os.fsync(file.fileno())
             except BaseException:
-                with suppress(OSError):  # the first error says more
+                with suppress(OSError):  # the first error is the one to report
                     self._truncate()
                 raise
         for line in lines:
             self._ends.append(self._end + len(line))
 
     def keep(self, count: int) -> None:
-        """Drop all records but the first ``count``, as a run does that goes on from an earlier point.
+        """Drop all records after the first ``count``, for a run that resumes from an earlier point.
 
         Raises:
-            ValueError: there are not as many.
+            ValueError: there are fewer.
             SimpoError: the file cannot be written.
         """
         if not 0 <= count <= len(self):
@@ -102,12 +102,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a finished file, which is left as it is.
 
     Raises:
-        SimpoError: there is no such file, it cannot be read, or a line of it is not a JSON object.
+        SimpoError: there is no such file, it cannot be read, or one of its lines is not a JSON object.
     """
     try:
         ends, torn = _scan(path)
         if torn:
-            raise SimpoError(f"{path}:{len(ends) + 1}: a torn line; run the command that writes this file again")
+            raise SimpoError(f"{path}:{len(ends) + 1}: incomplete line; run the command that writes this file again")
         with path.open("rb") as file:
             return [json.loads(line) for line in file]
     except OSError as error:
@@ -125,7 +125,7 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 def _line(record: Mapping[str, Any]) -> bytes:
     text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair as JSON's own \udXXX
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair becomes JSON's own \udXXX
 
 
 def _finite(value: Any) -> Any:
@@ -137,23 +137,20 @@ def _finite(value: Any) -> Any:
 
 
 def _scan(path: Path) -> tuple[list[int], bool]:
-    """Where each record ends, in bytes, and whether a torn line follows the last."""
+    """Where each record ends, in bytes, and whether an incomplete line follows the last."""
     ends: list[int] = []
     end, size = 0, path.stat().st_size
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             end += len(line)
-            if line.endswith(b"\n") and _is_record(line):
+            try:
+                whole = line.endswith(b"\n") and isinstance(json.loads(line), dict)
+            except ValueError:
+                whole = False
+            if whole:
                 ends.append(end)
             elif end == size:
                 return ends, True
             else:
                 raise SimpoError(f"{path}:{number}: not a JSON object; restore the file or name a new folder")
     return ends, False
-
-
-def _is_record(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False

@@ -1,10 +1,10 @@
-"""``log.txt``: everything that a command reports, with the time and without secrets."""
+"""``log.txt`` with everything that a command reports, and the removal of secrets from all that is stored."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,15 @@ from simpo.runs.atomic import disk_errors
 
 Log = Callable[[str], None]  # called with lines for the user
 
-# ---- Secrets out of what is kept: mappings, YAML, command lines and any text.
-
-
 REDACTED = "<redacted>"
 
-
 _SECRET = re.compile(r"(.*_)?(token|secret|password)|.*_key|apikey")
-
-
-# Tokens of a tokenizer, and figures per token.
+# Tokens of a tokenizer, and metrics per token.
 _HARMLESS = re.compile(r"(.*_)?(bos|eos|pad|unk|sep|cls|mask|image|audio|video|turn|special|per)_token")
-
-
-# Keys of Hugging Face and of OpenAI-like services, wherever they stand.
+# Keys of Hugging Face and of OpenAI-like services, wherever they occur.
 _LITERAL = re.compile(r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})")
-
-
-# `key: value` or `key=value` on one line, such as a comment holds; a value is quoted or one word.
+# `key: value` or `key=value` on one line, also in a comment; a value is quoted or one word.
 _ASSIGNMENT = re.compile(r"""(?<![\w-])([\w-]+)(["']?[ \t]*[:=][ \t]*)("[^"\n]*"|'[^'\n]*'|[^\s,{}\[\]#][^\s,}\]]*)""")
-
-
-_NO_SECRETS = ("null", "~", "true", "false")
 
 
 def is_secret(key: str) -> bool:
@@ -50,20 +37,24 @@ def masked(text: str) -> str:
     return _LITERAL.sub(REDACTED, text)
 
 
-def redacted(key: str, value: Any) -> Any:
-    """The value of a key, without secrets; None, true and false stay, because they tell none."""
-    if is_secret(key) and value is not None and not isinstance(value, bool):
+def redact(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping, and those in it, without secrets; None, true and false stay, because they reveal nothing."""
+    return {key: _redacted(str(key), value) for key, value in mapping.items()}
+
+
+def _redacted(key: str, value: Any, secrets: Collection[Any] = ()) -> Any:
+    """The value of a key without secrets and without values that are equal to one of ``secrets``."""
+    if value is None or isinstance(value, bool):
+        return value
+    if is_secret(key):
         return REDACTED
     if isinstance(value, Mapping):
-        return redact(value)
+        return {name: _redacted(str(name), item, secrets) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted(key, item) for item in value]
+        return [_redacted(key, item, secrets) for item in value]
+    if value in secrets:
+        return REDACTED
     return masked(value) if isinstance(value, str) else value
-
-
-def redact(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping, and those in it, without secrets."""
-    return {key: redacted(str(key), value) for key, value in mapping.items()}
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
@@ -81,48 +72,47 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def redact_yaml(text: str) -> str:
-    """The text of a YAML file without secrets, its comments and layout as they are."""
-    for start, end in sorted(set(_secret_spans(text)), reverse=True):
-        value = text[start:end].rstrip()  # the end of a block is the start of what follows
-        text = text[:start] + REDACTED + text[start + len(value) :]
-    return _redact_line(text)
+    """The text of a YAML file without secrets.
+
+    Comments and layout are kept if every secret is the value of its key on one line. Otherwise (blocks, lists, aliases)
+    the file is written anew from its contents.
+    """
+    kept = _redact_line(text)
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return kept
+    try:
+        clean = _redacted("", document, list(_secrets(document)))
+    except RecursionError:
+        return "# not kept, because it contains itself\n"
+    try:
+        if yaml.safe_load(kept) == clean:
+            return kept
+    except yaml.YAMLError:
+        pass  # a masked value left the rest of its block behind
+    return yaml.safe_dump(clean, sort_keys=False, allow_unicode=True)
+
+
+def _secrets(value: Any, secret: bool = False) -> Iterator[Any]:
+    """All values under secret keys."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _secrets(item, secret or is_secret(str(key)))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _secrets(item, secret)
+    elif secret and value is not None and not isinstance(value, bool):
+        yield value
 
 
 def _redact_line(text: str) -> str:
-    return masked(_ASSIGNMENT.sub(_assignment, text))
+    def mask(match: re.Match[str]) -> str:
+        key, sign, value = match.groups()
+        harmless = not is_secret(key) or value.lower() in ("null", "~", "true", "false")
+        return match[0] if harmless else f"{key}{sign}{REDACTED}"
 
-
-def _secret_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Where values of secret keys stand, also those of several lines."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
-        return
-    open_nodes = [root] if root else []
-    seen: set[int] = set()  # aliases lead to one node in several ways, even back to itself
-    while open_nodes:
-        node = open_nodes.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            open_nodes += node.value
-        elif isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                if isinstance(key, yaml.ScalarNode) and is_secret(key.value) and not _tells_nothing(value):
-                    yield value.start_mark.index, value.end_mark.index
-                else:
-                    open_nodes.append(value)
-
-
-def _tells_nothing(node: yaml.Node) -> bool:
-    return node.tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:bool")
-
-
-def _assignment(match: re.Match[str]) -> str:
-    key, sign, value = match.groups()
-    harmless = not is_secret(key) or value.lower() in _NO_SECRETS
-    return match[0] if harmless else f"{key}{sign}{REDACTED}"
+    return masked(_ASSIGNMENT.sub(mask, text))
 
 
 def now() -> str:
@@ -131,7 +121,7 @@ def now() -> str:
 
 
 class LogFile(logging.Handler):
-    """Appends lines to a file, and whatever loggers let through while it is a handler of one."""
+    """Appends lines to a file, and the records of loggers that it is a handler of."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -148,7 +138,7 @@ class LogFile(logging.Handler):
             file.write(f"{now()} {masked(line)}\n")
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append a record; a library's message does not end the run because it cannot be kept."""
+        """Append a record; a library's message that cannot be stored does not end the run."""
         try:
             self.write(self.format(record))
         except Exception:

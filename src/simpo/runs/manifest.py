@@ -1,4 +1,4 @@
-"""``manifest.json`` (sizes and hashes of a folder's files), and the versions that made them."""
+"""``manifest.json`` (sizes and hashes of a folder's files), and what a command ran on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from fnmatch import fnmatch
 from importlib import metadata
@@ -17,9 +17,16 @@ from typing import Any
 from simpo.runs.atomic import disk_errors, write_text
 
 FILE_NAME = "manifest.json"
-
-
 SCHEMA = 1
+
+_PACKAGES = ("simpo", "torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "safetensors", "numpy")
+_PATIENCE = 10  # seconds for another program's answer
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:
@@ -27,7 +34,7 @@ def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:
 
     Args:
         folder: of finished files.
-        exclude: patterns of names in ``folder`` (``*`` and ``?``) that are left out with all that is below them.
+        exclude: patterns (``*`` and ``?``) of names in ``folder`` that are left out, with all that is below them.
 
     Raises:
         SimpoError: the manifest cannot be written, or a file cannot be read.
@@ -35,7 +42,7 @@ def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:
     with disk_errors(folder / FILE_NAME):
         names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         files = [
-            {"path": name.as_posix(), "bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
+            {"path": name.as_posix(), "bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
             for name in sorted(names, key=Path.as_posix)
             if not any(fnmatch(name.parts[0], pattern) for pattern in (FILE_NAME, *exclude))
         ]
@@ -43,9 +50,9 @@ def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """The first fault of a folder's files against its manifest, in words; None if all are as they were written.
+    """The first difference of a folder's files from its manifest, as text; None if all are as they were written.
 
-    Files that the manifest does not list are not looked at. Sizes come first, because hashing takes long.
+    Files that the manifest does not list are ignored. Sizes are compared first, because hashing takes long.
     """
     try:
         files = read_manifest(folder)
@@ -53,11 +60,24 @@ def damage(folder: Path) -> str | None:
         return f"no {FILE_NAME}"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{FILE_NAME}: not readable"
-    for find in (_misplaced, _resized, _changed):
-        for name, size, digest in files:
-            if fault := find(folder, name, size, digest):
-                return f"{name}: {fault}"
-    return None
+    return next(_differences(folder, files), None)
+
+
+def _differences(folder: Path, files: list[tuple[str, int, str]]) -> Iterator[str]:
+    for name, _, _ in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            yield f"{name}: not in this folder"
+    for name, size, _ in files:
+        if not (folder / name).is_file():
+            yield f"{name}: missing"
+        elif (found := (folder / name).stat().st_size) != size:
+            yield f"{name}: {found:,} bytes instead of {size:,}"
+    for name, _, digest in files:
+        try:
+            if file_digest(folder / name) != digest:
+                yield f"{name}: contents changed (sha256)"
+        except OSError as error:
+            yield f"{name}: cannot be read: {error.strerror}"
 
 
 def read_manifest(folder: Path) -> list[tuple[str, int, str]]:
@@ -73,59 +93,28 @@ def read_manifest(folder: Path) -> list[tuple[str, int, str]]:
     return [(str(file["path"]), int(file["bytes"]), str(file["sha256"])) for file in document["files"]]
 
 
-def _misplaced(folder: Path, name: str, size: int, digest: str) -> str | None:
-    path = PurePosixPath(name)
-    return "not in this folder" if path.is_absolute() or ".." in path.parts else None
-
-
-def _resized(folder: Path, name: str, size: int, digest: str) -> str | None:
-    path = folder / name
-    if not path.is_file():
-        return "missing"
-    found = path.stat().st_size
-    return None if found == size else f"{found:,} bytes instead of {size:,}"
-
-
-def _changed(folder: Path, name: str, size: int, digest: str) -> str | None:
-    try:
-        return None if _digest(folder / name) == digest else "contents changed (sha256)"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---- What a command ran on: versions, machine and the state of the code, nothing that names a person or a
-# host.
-
-
-_PACKAGES = ("simpo", "torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "safetensors", "numpy")
-
-
-_PATIENCE = 10  # seconds for another program's answer
-
-
 def environment() -> dict[str, Any]:
-    """Versions, processors, memory and the working directory's git state, as JSON values.
+    """Versions, processors, memory and the working directory's git state; nothing that names a person or a host.
 
     It neither imports torch nor starts CUDA, which no process could fork after.
 
     Returns:
-        ``python``, ``platform``, ``packages`` (name -> version, None if absent), ``cpu`` (``model``, usable
-        ``cores``), ``ram_bytes``, ``gpus`` (names of the machine's NVIDIA GPUs), and ``git`` (``commit`` and
+        JSON values: ``python``, ``platform``, ``packages`` (name -> version, None if absent), ``cpu`` (``model``,
+        usable ``cores``), ``ram_bytes``, ``gpus`` (names of the machine's NVIDIA GPUs), and ``git`` (``commit`` and
         whether tracked files are ``dirty``; None outside a repository).
     """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    commit = _output("git", "rev-parse", "HEAD")
+    # Without the index lock, which another git may hold, and without the folders that runs add.
+    changes = _output("git", "--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "cpu": {"model": _cpu_model(), "cores": _usable_cores()},
+        "cpu": {"model": _cpu_model(), "cores": cores},
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": (_answer("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines(),
-        "git": _git(),
+        "gpus": (_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines(),
+        "git": None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)},
     }
 
 
@@ -143,19 +132,8 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _usable_cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _git() -> dict[str, Any] | None:
-    commit = _answer("git", "rev-parse", "HEAD")
-    # Without the index lock, in which another git may be at work, and without the folders that runs add.
-    changes = _answer("git", "--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
-    return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
-
-
-def _answer(*command: str) -> str | None:
-    """What another program prints; None if it is not there, fails or takes too long."""
+def _output(*command: str) -> str | None:
+    """The output of another program; None if it is missing, fails or takes too long."""
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True)  # noqa: S603
         return done.stdout.strip()

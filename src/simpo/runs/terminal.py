@@ -1,13 +1,65 @@
-"""What may be shown on a terminal."""
+"""Text and progress on a terminal."""
 
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-# Control characters but line breaks, and those that turn the direction of what follows them.
+Advance = Callable[[int], None]
+
+_LINES = 10  # of progress, where there is no terminal for a bar
+# Control characters except line breaks, and those that change the direction of the text that follows.
 _UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Text whose control characters are spelled out, so that data and models cannot steer the terminal."""
+    """Text with its control characters escaped, so that data and models cannot control the terminal."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+@contextmanager
+def progress(what: str, total: int, done: int, log: Callable[[str], None]) -> Iterator[Advance]:
+    """Show the progress of the body: a bar on a terminal, otherwise a line for every tenth.
+
+    Args:
+        what: the name of the items.
+        total: number of items.
+        done: items that were done before, which do not count for the speed.
+        log: called with the lines where standard error is not a terminal.
+
+    Yields:
+        A function to call with the number of items done since its last call.
+    """
+    # Imported here, because the commands that only need printable() should start quickly.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(what, total=total, completed=done)
+            yield lambda count: bar.advance(task, count)
+        return
+    start, current = time.monotonic(), done
+
+    def advance(count: int) -> None:
+        nonlocal current
+        before, current = current, current + count
+        if current * _LINES // total > before * _LINES // total:
+            seconds_each = (time.monotonic() - start) / (current - done)
+            left = f", about {duration(seconds_each * (total - current))} left" if current < total else ""
+            log(f"{current:,} of {total:,} {what}{left}")
+
+    yield advance
+
+
+def duration(seconds: float) -> str:
+    """A time span in its two largest units: ``2 h 5 min``, ``3 min 20 s``, ``7 s``."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from simpo.runs.lines import JsonLines
 from simpo.runs.log import Log
-from simpo.runs.progress import duration
+from simpo.runs.terminal import duration
 
 
 class RunCallback(TrainerCallback):

@@ -7,12 +7,11 @@ import logging
 import math
 import re
 import signal
-import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from simpo.models.adapters import adapter_fault, flatten_named, holds_adapter
 from simpo.models.zero import shape_of
 from simpo.runs.atomic import disk_errors, provisional, remove_folder, staged_folder, write_text
 from simpo.runs.manifest import damage, write_manifest
+from simpo.runs.signals import noted
 from simpo.training.batches import RunningMeans
 from simpo.training.sharded import ShardedTrainer
 from simpo.training.sharding import kind_of, reshard, stored_tensors
@@ -333,9 +333,6 @@ class ResumableTrainer(ShardedTrainer):
 # ---- SIGTERM and SIGINT during training: finish the step, save, stop.
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
 class StopOnSignal(TrainerCallback):
     """Ends training with a checkpoint after the step in which a signal came; a second signal ends it at once.
 
@@ -343,20 +340,23 @@ class StopOnSignal(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.signum = 0
         self.step: int | None = None
-        self._before: dict[int, Any] = {}
+        self._received: list[int] = []
+        self._handlers = ExitStack()
+
+    @property
+    def signum(self) -> int:
+        """The signal that this process received; 0 for none."""
+        return self._received[0] if self._received else 0
 
     def __enter__(self) -> StopOnSignal:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            heard = [signum for signum in _SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]  # nohup ignores some
-            self._before = {signum: signal.signal(signum, self._note) for signum in heard}
+        self._received = self._handlers.enter_context(noted(signal.SIGINT, signal.SIGTERM))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._put_back()
+        self._handlers.close()
         if error is None and self.step is not None:
             name = signal.Signals(self.signum).name if self.signum else "a signal to another process"
             raise InterruptedRun(
@@ -379,15 +379,6 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
         else:
             control.should_log = control.should_evaluate = control.should_save = False
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        self._put_back()
-
-    def _put_back(self) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-        self._before = {}
 
     def _any_rank(self) -> bool:
         if not (dist.is_available() and dist.is_initialized()):

@@ -31,7 +31,7 @@ from simpo.packing.layout import PackedBatch
 from simpo.packing.policy import policy_forward
 from simpo.packing.reference import ReferenceStates, reference_states
 from simpo.runs.atomic import write_text
-from simpo.runs.progress import Advance, progress
+from simpo.runs.terminal import Advance, progress
 from simpo.training.batches import MISMATCHED_IDS, MISMATCHED_REF_LOGP, REF_LOGPS, response_counts
 from simpo.training.finite import describe_rows
 from simpo.training.identity import rows_digest

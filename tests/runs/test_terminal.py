@@ -1,7 +1,7 @@
 import pytest
 
-from simpo.runs import progress as module
-from simpo.runs.progress import duration, progress
+from simpo.runs import terminal as module
+from simpo.runs.terminal import duration, progress
 
 
 def test_a_line_every_tenth_with_the_time_left(monkeypatch):
