@@ -1,39 +1,229 @@
-"""A model's answers to a benchmark's questions, a judge's replies, and how results are shown."""
+"""Answers of models: read from files, or sampled."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
-
-from simpo.client import ChatClient, ChatReply, ChatRequest, Prices, confirm_cost, stand_in
-from simpo.client.chat_client import TRIED
-from simpo.data.prompts import Prompts
-from simpo.data.settings import RenderSettings
+from simpo.client import stand_in
 from simpo.data.sources import SUFFIXES
+from simpo.data.messages import read_messages
+from simpo.data.prompts import Prompts, prompt_id
+from simpo.data.rows import BadRow, Row, rows_of
+from simpo.data.settings import RenderSettings
+from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.generation.sample import FILE_NAME, EngineName, Job, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings
+from simpo.judging.presentation import ShownAnswers
 from simpo.models.identity import model_digest
 from simpo.models.loading import Checkpoint, free_memory, load_tokenizer, with_dtype
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import write_text
-from simpo.runs.folder import RunRecord
 from simpo.runs.lines import read_lines
-from simpo.runs.log import Log
-from simpo.runs.results import Metric, fingerprint, read_results
+from simpo.runs.results import fingerprint
 
-# A text, or messages.
-Question = str | list[dict[str, str]]
+T = TypeVar("T")
+Record = dict[str, Any]
+
+# ---- Rows of files, with error messages that name the row and the cell.
+
+
+def read_rows(path: str | Path) -> list[tuple[Row, str]]:
+    """The rows of a file (``.jsonl[.gz]``, ``.json[.gz]``, ``.csv``, ``.parquet``), each with its place for messages.
+
+    Raises:
+        SimpoError: there is no such file, or it cannot be read.
+    """
+    dataset = load_rows(str(Path(path).expanduser().resolve()), split="train")
+    return rows_of(dataset[:], range(len(dataset)), Path(path).name)
+
+
+def text_in(row: Row, key: str, where: str) -> str:
+    """A cell that must hold text."""
+    return _cell(row, key, where, str, "text")
+
+
+def list_in(row: Row, key: str, where: str) -> list[Any]:
+    """A cell that must hold a list."""
+    return _cell(row, key, where, list, "a list")
+
+
+def _cell(row: Row, key: str, where: str, kind: type, name: str) -> Any:
+    if key not in row:
+        raise SimpoError(f"{where}: no {key!r}; it has {', '.join(sorted(row)) or 'no columns'}")
+    if not isinstance(row[key], kind):
+        raise SimpoError(f"{where}: {key}: expected {name}, got {row[key]!r:.60}")
+    return row[key]
+
+
+def read_by_key(
+    path: str | Path, key_name: str, parse: Callable[[Row, str], tuple[Any, T]]
+) -> dict[Any, tuple[T, str]]:
+    """Read a file whose rows each have a key of their own.
+
+    Args:
+        path: the file.
+        key_name: what messages call the key.
+        parse: gives the key and the value of a row, and takes its place for messages.
+
+    Returns:
+        Value and place of every row by its key, in the order of the file.
+
+    Raises:
+        SimpoError: the file cannot be read, or a key occurs twice.
+    """
+    found: dict[Any, tuple[T, str]] = {}
+    for row, where in read_rows(path):
+        key, value = parse(row, where)
+        if key in found:
+            raise SimpoError(f"{where}: {key_name} {str(key)!r:.80} occurs twice, first at {found[key][1]}")
+        found[key] = value, where
+    return found
+
+
+def read_answers(
+    path: str | Path, key_name: str, parse: Callable[[Row, str], tuple[Any, T]], questions: Mapping[Any, str]
+) -> list[T]:
+    """Read the answers to given questions, in the order of the questions.
+
+    Args:
+        path: the file.
+        key_name: what messages call the key of a question.
+        parse: gives the key and the answer of a row.
+        questions: the place of every question by its key.
+
+    Raises:
+        SimpoError: an answer is to another question, a question has no answer, or as :func:`read_by_key`.
+    """
+    found = read_by_key(path, key_name, parse)
+    unknown = [key for key in found if key not in questions]
+    if unknown:
+        raise SimpoError(
+            f"{found[unknown[0]][1]}: {len(unknown)} of {len(found)} answers are to other questions than the "
+            f"benchmark's; the first has {key_name} {str(unknown[0])!r:.80}"
+        )
+    missing = [key for key in questions if key not in found]
+    if missing:
+        raise SimpoError(
+            f"{path}: {len(missing)} of {len(questions)} questions have no answer; the first is "
+            f"{questions[missing[0]]} ({key_name} {str(missing[0])!r:.80})"
+        )
+    return [found[key][0] for key in questions]
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def is_answer_file(name: str) -> bool:
+    """Whether a command was given a file of answers instead of a model."""
+    return name.endswith(SUFFIXES)
+
+
+def read_answer_file(path: Path) -> dict[str, Record]:
+    """Prompts with their answers by the prompts' ids, in the order of the file.
+
+    Rows are ``{id, prompt, responses}`` with whatever else ``simpo sample`` stores, or AlpacaEval's ``{instruction,
+    output}``. An answer may be empty.
+
+    Raises:
+        SimpoError: the file cannot be read, a row is neither, or a prompt occurs twice.
+    """
+    return {key: record for key, (record, _) in read_by_key(path, "prompt", _record).items()}
+
+
+def _record(row: Row, where: str) -> tuple[str, Record]:
+    if "instruction" in row and "output" in row:
+        prompt = text_in(row, "instruction", where)
+        return prompt_id(prompt), {
+            "id": prompt_id(prompt),
+            "prompt": prompt,
+            "responses": [text_in(row, "output", where)],
+        }
+    key = text_in(row, "id", where)
+    responses = list_in(row, "responses", where)
+    if not responses or not all(isinstance(response, str) for response in responses):
+        raise SimpoError(f"{where}: responses: expected one or more texts")
+    prompt = row.get("prompt")
+    try:
+        return key, row | {"prompt": prompt if isinstance(prompt, str) else read_messages(prompt, "prompt")}
+    except BadRow as error:
+        raise SimpoError(f"{where}: {error.reason}") from error
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a JSON array or, if the name ends in ``.jsonl``, JSON lines."""
+    if path.suffix == ".jsonl":
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    else:
+        write_text(path, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+
+
+# ---- Questions and answers of benchmarks.
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer to a question.
+
+    Attributes:
+        model: the name of the model.
+        turns: the text of every turn.
+        tokens: length by the benchmark's tokenizer; None where the file does not say.
+    """
+
+    model: str
+    turns: tuple[str, ...]
+    tokens: int | None = None
+
+    @property
+    def text(self) -> str:
+        """The text of the first turn, for benchmarks that have only one."""
+        return self.turns[0]
+
+    def shown(self, show: ShownAnswers) -> Answer:
+        """The answer as the judge is shown it; a text that has changed has no known number of tokens."""
+        turns = tuple(show(text) for text in self.turns)
+        return self if turns == self.turns else replace(self, turns=turns, tokens=None)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of a benchmark.
+
+    Attributes:
+        key: what identifies it.
+        turns: what the user writes in every turn.
+        where: its place in a file, for messages.
+        category: its kind; None where there is none.
+        reference: what the judge compares answers with: the baseline's answer, or a correct one.
+    """
+
+    key: Any
+    turns: tuple[str, ...]
+    where: str
+    category: str | None = None
+    reference: Answer | None = None
+
+    @property
+    def baseline(self) -> Answer:
+        """The reference, for benchmarks in which every question has one."""
+        assert self.reference is not None
+        return self.reference
+
+
+# ---- Answers that are sampled.
 
 
 @dataclass(frozen=True)
@@ -41,9 +231,9 @@ class Answerer:
     """A model and how it answers.
 
     Attributes:
-        model: which.
-        settings: how answers are drawn; one to every question.
-        chat_template: template, file with one, or ``none``; None for the model's own.
+        model: the model.
+        settings: how answers are drawn.
+        chat_template: a template, a file with one, or ``none``; None for the model's own.
         engine: what generates.
         rendering: how conversations are rendered.
     """
@@ -56,8 +246,19 @@ class Answerer:
 
     @property
     def name(self) -> str:
-        """What results call the model: the last part of its name."""
+        """The name of the model in results: the last part of its path."""
         return Path(self.model.model_name_or_path).name
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The most tokens of an answer.
+
+        Raises:
+            SimpoError: there is no such model, or its context leaves no room for a prompt.
+        """
+        resolved = self.settings.resolved(context=Checkpoint.read(self.model).context, chunk_size=1)
+        assert resolved.max_new_tokens is not None
+        return resolved.max_new_tokens
 
     def identity(self) -> dict[str, Any]:
         """What determines the answers: weights, template, settings."""
@@ -69,254 +270,57 @@ class Answerer:
             "chat_template": fingerprint(tokenizer.chat_template),
             **({} if self.rendering == RenderSettings() else {"rendering": str(self.rendering)}),
             **dataclasses.asdict(self.settings),
-            "max_new_tokens": self.longest,
+            "max_new_tokens": self.max_new_tokens,
         }
 
-    @property
-    def longest(self) -> int:
-        """Tokens that an answer may have.
-
-        Raises:
-            SimpoError: there is no such model, or its context leaves no room for a prompt.
-        """
-        resolved = self.settings.resolved(context=Checkpoint.read(self.model).context, chunk_size=1)
-        assert resolved.max_new_tokens is not None
-        return resolved.max_new_tokens
-
     def stand_in(self, name: str = "") -> str:
-        """A text as long as an answer may be, to estimate what judging will cost; with another name another one."""
-        return stand_in(self.longest, name)
+        """A text as long as an answer may be, to estimate the cost of judging; different names give different texts."""
+        return stand_in(self.max_new_tokens, name)
 
     def fitting(self, source: PromptArguments) -> Prompts:
-        """The prompts that will be answered: those that fit the model's context together with the longest answer.
+        """The prompts that will be answered: those that leave room for an answer in the model's context.
 
         Raises:
             SimpoError: they cannot be read, or there is no room for any.
         """
         return Job.prepare(self.model, source, self.settings, self.engine, lambda line: None).prompts
 
-    def answer(self, questions: Sequence[Question], folder: Path, *, temperature: float | None = None) -> list[str]:
-        """One answer to every question, in their order.
+    def answer(
+        self, questions: Sequence[str | list[dict[str, str]]], folder: Path, *, temperature: float | None = None
+    ) -> list[str]:
+        """Sample one answer to every question.
 
         Args:
-            questions: one that occurs twice is answered once.
-            folder: of the sampling run, which goes on where it was.
-            temperature: instead of the settings' own.
+            questions: texts or conversations; one that occurs twice is answered once.
+            folder: of the sampling run, which is continued if it was stopped.
+            temperature: replaces the one in the settings.
+
+        Returns:
+            The answers in the order of the questions.
 
         Raises:
-            SimpoError: as ``simpo sample``, or a question does not fit the model's context, which shows before anything
-                is sampled.
+            SimpoError: as ``simpo sample``; or, before anything is sampled, a question does not fit the context.
         """
         prompts = folder.with_name(f"{folder.name}-questions.jsonl")
         prompts.parent.mkdir(parents=True, exist_ok=True)
         write_text(prompts, "".join(json.dumps({"prompt": question}) + "\n" for question in questions))
+        source = PromptArguments(str(prompts), chat_template=self.chat_template, rendering=self.rendering)
+        fitting = {_key(prompt.content) for prompt in self.fitting(source)}
+        too_long = [question for question in questions if _key(question) not in fitting]
+        if too_long:
+            raise SimpoError(
+                f"{self.model.model_name_or_path}: its context has no room for {len(too_long)} of {len(questions)} "
+                f"questions and an answer of {self.max_new_tokens:,} tokens; set a smaller max_new_tokens; the first "
+                f"is {str(too_long[0])!r:.80}"
+            )
         settings = self.settings
         if temperature is not None:
             settings = dataclasses.replace(settings, temperature=temperature)
-        asked = PromptArguments(str(prompts), chat_template=self.chat_template, rendering=self.rendering)
-        self._check_all_fit(questions, asked)
-        sample_responses(self.model, asked, settings, folder, engine=self.engine)
+        sample_responses(self.model, source, settings, folder, engine=self.engine)
         free_memory()
         found = {_key(record["prompt"]): record["responses"][0] for record in read_lines(folder / FILE_NAME)}
         return [found[_key(question)] for question in questions]
 
-    def _check_all_fit(self, questions: Sequence[Question], source: PromptArguments) -> None:
-        fitting = {_key(prompt.content) for prompt in self.fitting(source)}
-        missing = [question for question in questions if _key(question) not in fitting]
-        if missing:
-            raise SimpoError(
-                f"{self.model.model_name_or_path}: its context has no room for {len(missing)} of {len(questions)} "
-                f"questions and an answer of {self.longest:,} tokens; set a smaller max_new_tokens; the first is "
-                f"{str(missing[0])!r:.80}"
-            )
-
 
 def _key(question: object) -> str:
     return json.dumps(question, sort_keys=True)
-
-
-def is_outputs_file(name: str) -> bool:
-    """Whether a command was given a file of answers and not a model."""
-    return name.endswith(SUFFIXES)
-
-
-# ---- A judge behind an API: asked after the user has agreed to what it will cost.
-
-Check = Callable[[Sequence[ChatReply]], None]
-
-
-@dataclass
-class ApiJudge:
-    """A model that judges.
-
-    Attributes:
-        client: sends what it is asked.
-        prices: of its tokens, where they are known.
-        yes: whether the user has agreed.
-        strip_thinking: show it the answers without the thinking that they begin with.
-        max_tokens: longest reply; None for the benchmark's own limit.
-    """
-
-    client: ChatClient
-    prices: Prices | None = None
-    yes: bool = False
-    strip_thinking: bool = False
-    max_tokens: int | None = None
-
-    @property
-    def name(self) -> str:
-        """The model's name on its server."""
-        return self.client.endpoint.model
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What of it determines the verdicts; what is off is left out, so that earlier runs can be continued."""
-        given = {"strip_thinking": self.strip_thinking, "judge_max_tokens": self.max_tokens}
-        return {"judge": self.name} | {key: value for key, value in given.items() if value}
-
-    def metrics(self, benchmark: str) -> list[Metric]:
-        """How many replies it gave at another temperature than the benchmark's, where it did."""
-        usage = self.client.usage
-        found = Metric(f"{benchmark}/judged_at_default_temperature", usage.default_temperature, n=usage.replies)
-        return [found] if usage.default_temperature else []
-
-    def agree_beforehand(self, requests: Sequence[ChatRequest | None], log: Log) -> None:
-        """Let the user agree before answers are sampled, which may take long; :meth:`ask` then does not ask again.
-
-        Args:
-            requests: with answers as long as they may be; None where there will be nothing to ask.
-            log: called with the line.
-
-        Raises:
-            SimpoError: the user does not agree, or cannot be asked.
-        """
-        wanted = self._limited([request for request in requests if request is not None])
-        confirm_cost(
-            self.client.estimate(wanted),
-            yes=self.yes,
-            log=lambda line: log(f"the judge, with answers as long as they may be: {line}"),
-            prices=self.prices,
-        )
-        self.yes = True
-
-    def ask(self, requests: Sequence[ChatRequest], log: Log, check_first: Check | None = None) -> list[ChatReply]:
-        """The replies in the order of the requests, and what they took.
-
-        Args:
-            requests: what is asked.
-            log: called with lines of progress.
-            check_first: gets the first few replies before more is sent, and raises if they will not do.
-
-        Raises:
-            SimpoError: the user does not agree, a request finally failed, the first ones were all refused, or as
-                ``check_first``.
-        """
-        requests = self._limited(requests)
-        confirm_cost(self.client.estimate(requests), yes=self.yes, log=log, prices=self.prices)
-        few = 0 if check_first is None else max(TRIED, self.client.endpoint.concurrency)
-        replies = self.client.complete(requests[:few], despite_refusals=True)
-        if check_first is not None and replies:
-            check_first(replies)
-        replies += self.client.complete(requests[few:], despite_refusals=True, log=log)
-        log(self.client.usage.line(self.prices))
-        return replies
-
-    def _limited(self, requests: Sequence[ChatRequest]) -> list[ChatRequest]:
-        """The requests with the longest reply that the user allows."""
-        if self.max_tokens is None:
-            return list(requests)
-        return [replace(request, max_tokens=self.max_tokens) for request in requests]
-
-    def ask_some(
-        self, requests: Sequence[ChatRequest | None], log: Log, check_first: Check | None = None
-    ) -> list[ChatReply | None]:
-        """As :meth:`ask`; where there is nothing to ask the reply is None."""
-        replies = iter(self.ask([request for request in requests if request is not None], log, check_first))
-        return [None if request is None else next(replies) for request in requests]
-
-
-# ---- What others measured: the paper's models on the same benchmarks, to compare one's own metrics with.
-
-
-SOURCE = "princeton-nlp/SimPO, README.md: judge gpt-4-1106-preview; GSM8K and MMLU by ZeroEval"
-
-
-# Methods that are shown on a terminal; an export has all.
-_SHOWN = ("SFT", "DPO", "SimPO")
-
-
-# Columns by benchmark, and what they are called.
-_COLUMNS = {
-    "alpaca_eval": {"alpaca_eval_lc": "LC win rate", "alpaca_eval_wr": "win rate", "alpaca_eval_length": "length"},
-    "arena_hard": {"arena_hard": "Arena-Hard v0.1"},
-    "gsm8k": {"gsm8k": "GSM8K"},
-    "academic": {"gsm8k": "GSM8K", "mmlu": "MMLU"},
-}
-
-
-def published_rows(benchmark: str) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the published figures of a benchmark; no rows where nothing is published."""
-    columns = _COLUMNS.get(benchmark, {})
-    text = (resources.files("simpo.evaluation") / "published.csv").read_text(encoding="utf-8")
-    rows = [
-        [row["setting"], row["method"], row["model"], *(row[column] for column in columns)]
-        for row in csv.DictReader(text.splitlines())
-        if any(row[column] for column in columns)
-    ]
-    return ["setting", "method", "model", *columns.values()], rows
-
-
-def published_table(benchmark: str) -> Table | None:
-    """The figures of the main methods for a terminal; None where there are none."""
-    (setting, method, _, *columns), rows = published_rows(benchmark)
-    if not rows:
-        return None
-    table = Table(setting, method, title="published", caption=Text(SOURCE), box=SIMPLE_HEAD)
-    for heading in columns:
-        table.add_column(heading, no_wrap=True, justify="right")
-    for row in rows:
-        if row[1] in _SHOWN:
-            table.add_row(*map(Text, (row[0], row[1], *row[3:])))
-    return table
-
-
-# ---- Figures of an evaluation, and what others published, as Markdown.
-
-
-def write_markdown(results: Path, benchmark: str, model: str, path: Path) -> None:
-    """Write the figures of a run, who judged, and the published figures to a Markdown file.
-
-    Args:
-        results: the run's ``results.json``, next to its ``run.json``.
-        benchmark: its name on the command line.
-        model: what the heading calls the model.
-        path: the file to write.
-
-    Raises:
-        SimpoError: the results cannot be read, or the file cannot be written.
-    """
-    found = read_results(results)
-    own = [_cells(metric) for metric in found.metrics]
-    parts = [f"## {model} on {benchmark}", _table(["metric", "stage", "value", "interval", "n"], own)]
-    identity = RunRecord.read(results.parent).identity
-    if "judge" in identity:
-        parts.append(f"Judge: {identity['judge']}")
-    if "judge_prompt" in identity:
-        parts.append(f"SHA-256 of the judge prompt: `{identity['judge_prompt']}`")
-    headings, rows = published_rows(benchmark)
-    if rows:
-        parts += [f"Published ({SOURCE}):", _table(headings, rows)]
-    write_text(path, "\n\n".join([*parts, f"Fingerprint of the run: `{found.fingerprint}`"]) + "\n")
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def _cells(metric: Metric) -> list[str]:
-    interval = ""
-    if metric.low is not None and metric.high is not None:
-        interval = f"{metric.low:.4g} to {metric.high:.4g} ({metric.method})"
-    value = "-" if metric.value is None else f"{metric.value:.4g}"
-    return [metric.name, metric.stage or "", value, interval, "" if metric.n is None else str(metric.n)]

@@ -1,0 +1,327 @@
+"""Benchmarks with right and wrong answers, before and after alignment: lm-eval's, and GSM8K by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simpo.data.rows import rows_of
+from simpo.data.sources import has_one_split, load_rows
+from simpo.errors import SimpoError
+from simpo.evaluation.answers import Answerer, text_in
+from simpo.evaluation.runner import AnswerSettings, RunSettings, setting
+from simpo.generation.thinking import after_thinking
+from simpo.models.identity import model_digest
+from simpo.models.loading import below_adapter, check_stored, device, with_dtype
+from simpo.models.settings import ModelArguments
+from simpo.runs.atomic import write_text
+from simpo.runs.folder import RunFolder
+from simpo.runs.log import Log
+from simpo.runs.results import Metric, Stage, fingerprint
+from simpo.statistics import mean_interval, proportion_interval, share_bounds
+
+# ---- lm-eval.
+
+# Arithmetic, knowledge, truthfulness, following instructions and formats, toxicity, bias.
+TASKS = ("gsm8k", "mmlu", "truthfulqa_mc2", "ifeval", "toxigen", "crows_pairs_english")
+_SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match", "em", "f1", "mc1", "mc2", "pass@1")  # from 0 to 1
+_METHOD = "1.96 standard errors"
+
+
+@dataclass(kw_only=True)
+class AcademicSettings(RunSettings):
+    """lm-eval's tasks on a model, and on the model that it was made from."""
+
+    model: str = field(metadata={"help": "Hub name or folder of the model."})
+    against: str | None = setting(None, "The model that it was made from, for the differences.")
+    tasks: str = setting(",".join(TASKS), "lm-eval's names of tasks, or paths of task files, separated by commas.")
+    task_folder: str | None = setting(None, "Folder with task files of your own.")
+    num_fewshot: int | None = setting(None, "Examples before each item (default: the task's).")
+    limit: int | None = setting(None, "Items of each task, for a trial (default: all).")
+    batch_size: str = setting("auto", "Batch size of lm-eval, a number or auto.")
+    no_chat_template: bool = setting(False, "Show items as plain text instead of a user's messages.")
+
+    def benchmark(self, log: Log) -> Academic:
+        """The benchmark; raises :class:`SimpoError` if lm-eval is not installed or does not know a task."""
+        return Academic(self)
+
+
+class Academic:
+    """Runs lm-eval; the scores of a model are stored in the folder of the run and not computed again."""
+
+    def __init__(self, settings: AcademicSettings) -> None:
+        try:
+            self._lm_eval: Any = importlib.import_module("lm_eval")
+        except ImportError as error:
+            raise SimpoError("academic benchmarks need lm-eval: pip install 'simpo[academic]'") from error
+        self._settings = settings
+        self._task_names = settings.tasks.split(",")
+        self._tasks = importlib.import_module("lm_eval.tasks").TaskManager(include_path=settings.task_folder)
+        unknown = [
+            name for name in self._task_names if not self._tasks.match_tasks([name]) and not Path(name).is_file()
+        ]
+        if unknown:
+            raise SimpoError(f"tasks: lm-eval has no {', '.join(unknown)}; lm-eval ls tasks lists its names")
+        self._model = self._arguments(settings.model)
+        self._against = None if settings.against is None else self._arguments(settings.against)
+
+    def _arguments(self, model: str) -> ModelArguments:
+        return ModelArguments(model, dtype=self._settings.dtype, trust_remote_code=self._settings.trust_remote_code)
+
+    def identity(self) -> dict[str, Any]:
+        """The models and what lm-eval is asked for."""
+        settings = self._settings
+        found = {
+            "benchmark": "academic",
+            "model": model_digest(self._model),
+            "dtype": with_dtype(self._model).dtype,
+            "tasks": self._task_names,
+            **{key: getattr(settings, key) for key in ("task_folder", "num_fewshot", "limit", "batch_size")},
+            "apply_chat_template": not settings.no_chat_template,
+            "lm_eval": metadata.version("lm-eval"),
+        }
+        return found if self._against is None else found | {"against": model_digest(self._against)}
+
+    def measure(self, run: RunFolder) -> list[Metric]:
+        """Score one model, or both and their differences."""
+        before = None if self._against is None else self._scores(self._against, run.path / "scores-before.json")
+        after = self._scores(self._model, run.path / "scores-after.json")
+        if before is None:
+            return score_metrics(after, None)
+        return score_metrics(before, "before") + score_metrics(after, "after") + differences(before, after)
+
+    def _scores(self, model: ModelArguments, path: Path) -> dict[str, Score]:
+        """The scores in the file, which is written first if it does not exist."""
+        if not path.exists():
+            scores = read_scores(self._evaluate(model))
+            write_text(path, json.dumps({name: dataclasses.asdict(score) for name, score in scores.items()}) + "\n")
+        return {name: Score(**score) for name, score in json.loads(path.read_text(encoding="utf-8")).items()}
+
+    def _evaluate(self, model: ModelArguments) -> Mapping[str, Any]:
+        """Run lm-eval on a model, or on an adapter and its base."""
+        check_stored(model)
+        base = below_adapter(model)
+        model_args = {
+            "pretrained": base.model_name_or_path,
+            "revision": base.model_revision,
+            "dtype": with_dtype(model).dtype,
+            "trust_remote_code": model.trust_remote_code,
+        }
+        if base is not model:
+            model_args |= {"peft": model.model_name_or_path, "tokenizer": model.model_name_or_path}
+        settings = self._settings
+        try:
+            return self._lm_eval.simple_evaluate(
+                model="hf",
+                model_args=model_args,
+                tasks=self._task_names,
+                task_manager=self._tasks,
+                num_fewshot=settings.num_fewshot,
+                limit=settings.limit,
+                batch_size=settings.batch_size,
+                device=str(device()),
+                apply_chat_template=not settings.no_chat_template,
+                log_samples=True,
+            )
+        except (ValueError, KeyError, OSError, ImportError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise SimpoError(f"lm-eval: {model.model_name_or_path}: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task.
+
+    Attributes:
+        value: of the metric.
+        error: its standard error; None where lm-eval gives none.
+        n: number of items; None for a group of tasks.
+        items: the value of every item by its number, where the metric is their mean; otherwise empty.
+    """
+
+    value: float
+    error: float | None
+    n: int | None
+    items: dict[str, float]
+
+
+def read_scores(output: Mapping[str, Any]) -> dict[str, Score]:
+    """Scores by ``task/metric``, or ``task/metric:filter`` where the answers are filtered.
+
+    Args:
+        output: what ``lm_eval.simple_evaluate`` returns: ``results`` and, where they were requested, ``samples`` and
+            ``n-samples``.
+    """
+    found = {}
+    for task, results in output["results"].items():
+        for key, value in results.items():
+            metric, _, rule = key.partition(",")
+            if not rule or metric.endswith("_stderr") or not _is_number(value):
+                continue
+            error = results.get(f"{metric}_stderr,{rule}")
+            items = _items(output.get("samples", {}).get(task, ()), metric, rule)
+            if items and not math.isclose(np.mean(list(items.values())), value, abs_tol=1e-9):
+                items = {}  # the metric is not their mean
+            name = f"{task}/{metric}" if rule == "none" else f"{task}/{metric}:{rule}"
+            n = output.get("n-samples", {}).get(task, {}).get("effective")
+            found[name] = Score(float(value), float(error) if _is_number(error) else None, n, items)
+    return found
+
+
+def _items(samples: Sequence[Mapping[str, Any]], metric: str, rule: str) -> dict[str, float]:
+    rows = [sample for sample in samples if sample.get("filter", "none") == rule]
+    if not all(_is_number(row.get(metric)) or isinstance(row.get(metric), bool) for row in rows):
+        return {}
+    return {str(row["doc_id"]): float(row[metric]) for row in rows}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def score_metrics(scores: Mapping[str, Score], stage: Stage | None) -> list[Metric]:
+    """Scores with intervals of 1.96 standard errors; those of shares are Wilson's and stay in [0, 1]."""
+    metrics = []
+    for name, score in scores.items():
+        low = high = method = None
+        if score.error is not None:
+            half, method = 1.96 * score.error, _METHOD
+            is_share = name.rpartition("/")[2].partition(":")[0] in _SHARES
+            low, high = share_bounds(score.value, half) if is_share else (score.value - half, score.value + half)
+        metrics.append(Metric(f"academic/{name}", score.value, stage, score.n, low, high, method))
+    return metrics
+
+
+def differences(before: Mapping[str, Score], after: Mapping[str, Score]) -> list[Metric]:
+    """After minus before, for the scores that both have.
+
+    Where both have items the interval is paired, because the same items are hard for both models. Otherwise it comes
+    from the two standard errors, and is wider than necessary.
+    """
+    metrics = []
+    for key in (key for key in before if key in after):
+        first, second, name = before[key], after[key], f"academic/{key}/difference"
+        value = second.value - first.value
+        if first.items and first.items.keys() == second.items.keys():
+            found = mean_interval([second.items[item] - first.items[item] for item in first.items])
+            metrics.append(Metric.of(name, found, method=f"paired, {found.method}"))
+        elif first.error is None or second.error is None:
+            metrics.append(Metric(name, value, None, second.n))
+        else:
+            half = 1.96 * math.hypot(first.error, second.error)
+            metrics.append(Metric(name, value, None, second.n, value - half, value + half, f"unpaired, {_METHOD}"))
+    return metrics
+
+
+# ---- GSM8K.
+
+_NUMBER = re.compile(r"(?<![\d.])-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+_MARK = "####"
+_PROMPT = "{}\n\nThink step by step. End with a line that has nothing but #### and the number, like this: #### 42"
+
+# A question and the number that answers it.
+Problem = tuple[str, Decimal]
+
+
+@dataclass(kw_only=True)
+class Gsm8kSettings(AnswerSettings):
+    """GSM8K by exact match, on a model and on the model that it was made from."""
+
+    model: str = field(metadata={"help": "Hub name or folder of the model."})
+    against: str | None = setting(None, "The model that it was made from, for the difference.")
+    data: str = setting("openai/gsm8k", "File with rows of question and answer, or a hub data set.")
+    split: str = setting("test", "Split of a hub data set.")
+    limit: int | None = setting(None, "Only the first so many problems (default: all).")
+    temperature: float | None = setting(0.0, "Divides the logits; 0 is greedy.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit is not None and self.limit < 1:
+            raise SimpoError(f"limit: must be at least 1, not {self.limit}")
+
+    def benchmark(self, log: Log) -> Gsm8k:
+        """The benchmark; raises :class:`SimpoError` if the problems cannot be read."""
+        against = None if self.against is None else self.answerer(self.against)
+        return Gsm8k(read_problems(self.data, self.split, self.limit), self.answerer(self.model), against)
+
+
+@dataclass(frozen=True)
+class Gsm8k:
+    """Samples answers and counts the correct ones."""
+
+    problems: Sequence[Problem]
+    model: Answerer
+    against: Answerer | None
+
+    def identity(self) -> dict[str, Any]:
+        """The problems and the models."""
+        problems = fingerprint([[question, str(number)] for question, number in self.problems])
+        found = {"benchmark": "gsm8k", "problems": problems, **self.model.identity()}
+        if self.against is not None:
+            found |= {f"against/{key}": value for key, value in self.against.identity().items()}
+        return found
+
+    def measure(self, run: RunFolder) -> list[Metric]:
+        """The accuracy of one model, or of both and the difference, paired by problem."""
+        if self.against is None:
+            return self._accuracy(self.model, run.path / "answers", None)[0]
+        before, was_right = self._accuracy(self.against, run.path / "answers-against", "before")
+        after, is_right = self._accuracy(self.model, run.path / "answers", "after")
+        found = mean_interval(is_right.astype(float) - was_right)
+        return [*before, *after, Metric.of("gsm8k/difference", found, method=f"paired, {found.method}")]
+
+    def _accuracy(self, model: Answerer, folder: Path, stage: Stage | None) -> tuple[list[Metric], np.ndarray]:
+        """The metrics of a model, and whether its answer to each problem is right."""
+        texts = model.answer([_PROMPT.format(question) for question, _ in self.problems], folder)
+        numbers = [final_number(text) for text in texts]
+        right = np.array([found == number for (_, number), found in zip(self.problems, numbers, strict=True)])
+        metrics = [
+            Metric.of("gsm8k/accuracy", proportion_interval(int(right.sum()), len(right)), stage),
+            Metric("gsm8k/without_number", sum(number is None for number in numbers), stage, len(numbers)),
+        ]
+        return metrics, right
+
+
+def read_problems(data: str, split: str, limit: int | None) -> list[Problem]:
+    """Questions and the numbers that answer them.
+
+    Args:
+        data: file of ``{question, answer}`` rows, or a hub data set.
+        split: of a hub data set.
+        limit: how many of the first rows to take; all if None.
+
+    Raises:
+        SimpoError: they cannot be read, or an answer has no number after ``####``.
+    """
+    dataset = load_rows(data, split=split, config=None if has_one_split(data) else "main", any_split=True)
+    dataset = dataset.select(range(min(limit or len(dataset), len(dataset))))
+    problems = []
+    for row, where in rows_of(dataset[:], range(len(dataset)), data):
+        question, answer = text_in(row, "question", where), text_in(row, "answer", where)
+        number = final_number(answer) if _MARK in answer else None
+        if number is None:
+            raise SimpoError(f"{where}: answer: no number after {_MARK}")
+        problems.append((question, number))
+    return problems
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number after the last ``####`` or, where there is none, the last number; None without any.
+
+    Thousands separators and dollar signs are ignored, and so are numbers in the model's thinking.
+    """
+    text = after_thinking(text) or ""
+    marked = _NUMBER.findall(text.rpartition(_MARK)[2]) if _MARK in text else []
+    found = marked[:1] or _NUMBER.findall(text)[-1:]
+    return Decimal(found[0].replace(",", "").replace("$", "")) if found else None

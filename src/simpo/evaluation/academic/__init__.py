@@ -1,1 +1,0 @@
-"""Academic benchmarks by lm-eval: what alignment costs elsewhere."""

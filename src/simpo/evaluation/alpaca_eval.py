@@ -1,0 +1,458 @@
+"""AlpacaEval 2: win rates over gpt4_1106_preview by a weighted pairwise judge, raw and length-controlled."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from simpo.client import ChatReply, ChatRequest
+from simpo.data.rows import Row
+from simpo.errors import SimpoError
+from simpo.evaluation.leaderboards import Baselines, length_controlled, win_rate
+from simpo.evaluation.answers import Answer, Question, file_digest, read_by_key, read_rows, text_in, write_rows
+from simpo.evaluation.runner import Benchmark, JudgedBenchmark, JudgedSettings, check_file, setting
+from simpo.generation.thinking import after_thinking
+from simpo.judging.presentation import fill, read_prompt_file
+from simpo.runs.folder import RunFolder
+from simpo.runs.log import Log
+from simpo.runs.results import Metric
+from simpo.statistics import share_bounds
+
+REPOSITORY = "tatsu-lab/alpaca_eval"
+
+
+@dataclass(kw_only=True)
+class AlpacaEvalSettings(JudgedSettings):
+    """AlpacaEval 2: a model or a file of its outputs, or annotations with what was judged before."""
+
+    model: str | None = setting(None, "Hub name or folder of the model, or a file of its outputs.")
+    annotations: str | None = setting(None, "Compute the metrics of this annotations.json instead of judging a model.")
+    reference_outputs: str | None = setting(None, "Instructions and the baseline's outputs (default: the hub's).")
+    gamed: str | None = setting(None, "df_gamed.csv: the gamed baselines (default: the hub's).")
+    difficulty: str | None = setting(None, "instruction_difficulty.csv (default: what the gamed baselines have).")
+    plain: bool = setting(False, "For a judge without log-probabilities: it names the better answer.")
+
+    def __post_init__(self) -> None:
+        for key in ("gamed", "difficulty", "annotations", "reference_outputs"):
+            check_file(key, getattr(self, key))
+        if (self.model is None) == (self.annotations is None):
+            raise SimpoError("give either a model or file of outputs, or --annotations with what was judged")
+        super().__post_init__()
+
+    def benchmark(self, log: Log) -> Benchmark:
+        """The benchmark; raises :class:`SimpoError` if a file cannot be used."""
+        return AlpacaEval(self, log) if self.annotations is None else AnnotatedBefore(self, log)
+
+    def length_control(self, count: int, log: Log) -> Baselines | None:
+        """What the length-controlled win rate of ``count`` instructions needs.
+
+        None, and a line in the log, where the hub does not provide it.
+
+        Raises:
+            SimpoError: a file that was given cannot be used, or has difficulties of fewer instructions.
+        """
+        try:
+            found = read_baselines(self.gamed, self.difficulty)
+        except SimpoError as error:
+            if self.gamed is not None:
+                raise
+            log(f"note: no length-controlled win rate: {error}; --annotations computes it later")
+            return None
+        available = len(found.difficulties)
+        if count > available:
+            raise SimpoError(f"{count} instructions, but difficulties of {available}: give the benchmark's")
+        if count < available:
+            log(
+                f"note: difficulties of {available} instructions are looked up by position: the length-controlled win "
+                f"rate is correct only if the {count} are the benchmark's first, in its order"
+            )
+        return found
+
+    def length_control_identity(self) -> dict[str, Any]:
+        """What determines the correction of given preferences; files from the hub are None."""
+        return {
+            key: None if (path := getattr(self, key)) is None else file_digest(path) for key in ("gamed", "difficulty")
+        }
+
+
+# ---- The benchmark.
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """The baseline's answer, the model's, and the judge's verdict.
+
+    Attributes:
+        question: with the baseline's answer.
+        answer: the model's.
+        annotator: the judge.
+        preference: in [1, 2], 2 where the model is preferred; NaN where there is none.
+        raw_completion: what the judge wrote; None if it was not asked.
+    """
+
+    question: Question
+    answer: Answer
+    annotator: str
+    preference: float
+    raw_completion: str | None = None
+
+
+class AlpacaEval(JudgedBenchmark):
+    """A pairwise judge compares the model's answers with the baseline's."""
+
+    name = "alpaca_eval"
+    key_name = "instruction"
+    answer_file = "model_outputs.json"
+
+    def __init__(self, settings: AlpacaEvalSettings, log: Log) -> None:
+        judge = settings.judge()
+        self._prompt = PairwisePrompt(settings.judge_prompt)
+        reference = settings.reference_outputs
+        if reference is None:
+            reference = hub_file("alpaca_eval_gpt4_baseline.json", "--reference_outputs")
+        self._reference, self._weighted = reference, not settings.plain
+        questions = read_reference(reference)
+        self._baselines = settings.length_control(len(questions), log)
+        self._length_control = settings.length_control_identity()
+        super().__init__(settings, judge, questions, self._prompt.digest)
+
+    def own_identity(self) -> dict[str, Any]:
+        """The baseline's outputs, how preferences are read, and the files of the length control."""
+        return {
+            "benchmark": self.name,
+            "reference_outputs": file_digest(self._reference),
+            "weighted": self._weighted,
+            **self._length_control,
+        }
+
+    @classmethod
+    def parse_answer(cls, row: Row, where: str) -> tuple[str, Answer]:
+        """Read a row of ``model_outputs.json``."""
+        return text_in(row, "instruction", where), _output(row, where)
+
+    def answer_row(self, question: Question, answer: Answer) -> Row:
+        """A row of ``model_outputs.json``."""
+        return {
+            "dataset": question.category,
+            "instruction": question.key,
+            "output": answer.text,
+            "generator": answer.model,
+        }
+
+    def requests(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[ChatRequest | None]:
+        """A request for every pair; identical answers are a draw, and nothing is asked."""
+        return [
+            None
+            if question.baseline.text == answer.text
+            else self._prompt.request(question.key, question.baseline.text, answer.text, weighted=self._weighted)
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+
+    def judge_answers(self, questions: Sequence[Question], answers: Sequence[Answer], run: RunFolder) -> list[Metric]:
+        """Ask the judge, write ``annotations.json``, and compute the leaderboard's metrics."""
+        check_first = self._check_logprobs if self._weighted else None
+        replies = self.judge.ask(self.requests(questions, answers), run.log, check_first)
+        found = [
+            preference(question.key, reply, weighted=self._weighted)
+            for question, reply in zip(questions, replies, strict=True)
+        ]
+        without = [reply for reply, value in zip(replies, found, strict=True) if reply and math.isnan(value)]
+        if self._weighted and (unsure := sum(bool(reply.first_token_logprobs) for reply in without)):
+            run.log(
+                f"note: {unsure} replies have a probability below {LEAST_MASS} of naming an answer and are not "
+                "verdicts; a judge that thinks first needs --plain and --judge_max_tokens"
+            )
+        if not self._weighted and (cut := sum(reply.cut_off for reply in without)):
+            run.log(
+                f"note: {cut} replies were cut off before they named an answer; a judge that thinks first needs a "
+                "higher --judge_max_tokens"
+            )
+        annotator = f"{'weighted' if self._weighted else 'plain'}_{self.judge.name}"
+        annotations = [
+            Annotation(question, answer, annotator, value, None if reply is None else reply.text)
+            for question, answer, value, reply in zip(questions, answers, found, replies, strict=True)
+        ]
+        write_annotations(run.path / "annotations.json", annotations)
+        return leaderboard_metrics(annotations, self._baselines, run.log)
+
+    def _check_logprobs(self, replies: Sequence[ChatReply]) -> None:
+        if not any(reply.first_token_logprobs for reply in replies):
+            raise SimpoError(
+                f"{self.judge.client.endpoint.base_url}: the server gives no log-probabilities; use one that does, and "
+                "another --cache, or the judge without them: --plain"
+            )
+
+
+class AnnotatedBefore:
+    """The metrics of annotations that exist; nothing is judged."""
+
+    def __init__(self, settings: AlpacaEvalSettings, log: Log) -> None:
+        assert settings.annotations is not None
+        self._annotations = read_annotations(settings.annotations)
+        self._baselines = settings.length_control(len(self._annotations), log)
+        self._identity = {
+            "benchmark": "alpaca_eval",
+            "annotations": file_digest(settings.annotations),
+            "judge": ", ".join(sorted({annotation.annotator for annotation in self._annotations})),
+            **settings.length_control_identity(),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """The files of annotations and of the length control."""
+        return self._identity
+
+    def measure(self, run: RunFolder) -> list[Metric]:
+        """Compute the leaderboard's metrics."""
+        return leaderboard_metrics(self._annotations, self._baselines, run.log)
+
+
+# ---- The pairwise judge: which answer is shown first, what is asked, and what the reply means.
+
+_SECTION = re.compile(r"<\|im_start\|>(\w+)\n(.*?)\n?<\|im_end\|>", re.DOTALL)
+# The names of the answers in the order in which they are shown.
+_FIRST, _SECOND = "m", "M"
+_TOP_LOGPROBS = 5
+# Least probability of the two names together. With less, the judge was about to write something else.
+LEAST_MASS = 0.5
+
+
+def switched(instruction: str) -> bool:
+    """Whether the model's answer is shown first; drawn from the instruction exactly as the benchmark draws it."""
+    return random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]  # noqa: S311
+
+
+class PairwisePrompt:
+    """A judge prompt with places ``{instruction}``, ``{output_1}`` and ``{output_2}``.
+
+    Messages are marked ``<|im_start|>role ... <|im_end|>``, as in the benchmark's own file; a text without marks is one
+    user message. The shipped prompt is used if no path is given.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        shipped = resources.files("simpo.evaluation") / "prompts" / "alpaca_eval.txt"
+        own = None if path is None else Path(path).expanduser()
+        text, self.digest = read_prompt_file(own, shipped, ("instruction", "output_1", "output_2"))
+        marked = _SECTION.findall(text)
+        if marked and _SECTION.sub("", text).strip():
+            raise SimpoError(
+                f"{path}: the judge prompt has text outside its messages (<|im_start|>role ... <|im_end|>)"
+            )
+        for role, _ in marked:
+            if role not in ("system", "user", "assistant"):
+                raise SimpoError(f"{path}: {role!r} is not a role; use system, user or assistant")
+        sections = marked or [("user", text.strip())]
+        self._messages = [{"role": role, "content": content} for role, content in sections]
+
+    def request(self, instruction: str, baseline: str, answer: str, *, weighted: bool) -> ChatRequest:
+        """Ask about two answers in the order drawn.
+
+        The weighted judge writes one token, whose alternatives are weighed; the plain one is greedy.
+        """
+        first, second = (answer, baseline) if switched(instruction) else (baseline, answer)
+        values = {"instruction": instruction, "output_1": first, "output_2": second}
+        messages = [message | {"content": fill(message["content"], values)} for message in self._messages]
+        if weighted:
+            return ChatRequest(messages, max_tokens=1, temperature=1.0, top_logprobs=_TOP_LOGPROBS)
+        return ChatRequest(messages, max_tokens=1)
+
+
+def preference(instruction: str, reply: ChatReply | None, *, weighted: bool) -> float:
+    """The preference in [1, 2], 2 where the model's answer wins; NaN where the judge gave none.
+
+    Without a reply the answers are identical, which is a draw.
+    """
+    if reply is None:
+        return 1.5
+    shown = weighted_preference(reply.first_token_logprobs) if weighted else plain_preference(reply.text)
+    return 3 - shown if switched(instruction) else shown
+
+
+def weighted_preference(logprobs: dict[str, float] | None) -> float:
+    """``2 - P(m) / (P(m) + P(M))`` over the first token; a name that is not among the most likely tokens counts 0.
+
+    NaN where the two together have a probability below :data:`LEAST_MASS`. Names with white space around them count
+    only where the bare ones have less than that.
+    """
+    for strip in ("", None):  # nothing, then white space
+        first, second = (
+            sum(math.exp(logprob) for token, logprob in (logprobs or {}).items() if token.strip(strip) == name)
+            for name in (_FIRST, _SECOND)
+        )
+        if first + second >= LEAST_MASS:
+            return 2 - first / (first + second)
+    return math.nan
+
+
+def plain_preference(text: str) -> float:
+    """1 or 2 for the name that the judge wrote after any thinking; NaN where it wrote neither."""
+    return {_FIRST: 1.0, _SECOND: 2.0}.get((after_thinking(text) or "").strip(), math.nan)
+
+
+# ---- Metrics.
+
+
+def leaderboard_metrics(annotations: Sequence[Annotation], baselines: Baselines | None, log: Log) -> list[Metric]:
+    """The leaderboard's metrics under its names, and how many answers were empty or got no preference.
+
+    Intervals are those of 1.96 standard errors, kept within 0 to 100.
+    """
+    preferences = np.array([annotation.preference for annotation in annotations])
+    theirs = [annotation.question.baseline.text for annotation in annotations]
+    ours = [annotation.answer.text for annotation in annotations]
+    total, without = len(preferences), int(np.isnan(preferences).sum())
+    empty = sum(not text.strip() for text in ours)
+    if without:
+        log(f"note: {without} of {total} answers got no preference and are left out")
+    if empty:
+        log(f"note: {empty} of {total} answers are empty; they were judged like any other")
+
+    metrics = []
+    if without == total:
+        metrics.append(Metric("alpaca_eval/win_rate", None, n=0))
+    else:
+        if baselines is not None:
+            lengths = [np.array([len(text) for text in texts]) for texts in (theirs, ours)]
+            controlled = length_controlled(preferences, *lengths, baselines)
+            metrics += [
+                _with_interval("length_controlled_winrate", controlled.win_rate, controlled.standard_error, total),
+                Metric("alpaca_eval/lc_standard_error", controlled.standard_error, n=total),
+            ]
+        raw = win_rate(preferences)
+        metrics += [
+            _with_interval("win_rate", raw.win_rate, raw.standard_error, raw.n),
+            Metric("alpaca_eval/standard_error", raw.standard_error, n=raw.n),
+            Metric("alpaca_eval/discrete_win_rate", raw.discrete_win_rate, n=raw.n),
+            Metric("alpaca_eval/n_wins", raw.wins, n=raw.n),
+            Metric("alpaca_eval/n_draws", raw.draws, n=raw.n),
+            Metric("alpaca_eval/n_wins_base", raw.losses, n=raw.n),
+        ]
+    return [
+        *metrics,
+        Metric("alpaca_eval/avg_length", int(np.mean([len(text) for text in ours])), n=total),
+        Metric("alpaca_eval/without_preference", without, n=total),
+        Metric("alpaca_eval/empty_answers", empty, n=total),
+    ]
+
+
+def _with_interval(name: str, value: float, error: float, n: int) -> Metric:
+    """A percentage with the interval of 1.96 standard errors; none where the error is NaN."""
+    if math.isnan(error):
+        return Metric(f"alpaca_eval/{name}", value, n=n)
+    low, high = share_bounds(value / 100, 1.96 * error / 100)
+    return Metric(f"alpaca_eval/{name}", value, None, n, 100 * low, 100 * high, "Wilson, 1.96 standard errors")
+
+
+# ---- Files.
+
+
+def hub_file(name: str, option: str) -> str:
+    """A file of the benchmark on the hub, from the cache if it is there; an error names the option for a local one."""
+    try:
+        return hf_hub_download(REPOSITORY, name, repo_type="dataset")
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise SimpoError(
+            f"{REPOSITORY}: {name} cannot be downloaded from the hub ({reason}); give it with {option}"
+        ) from error
+
+
+def read_reference(path: str | Path) -> list[Question]:
+    """The instructions with the baseline's outputs ``{instruction, output, generator, dataset}``."""
+
+    def parse(row: Row, where: str) -> tuple[str, Question]:
+        instruction = text_in(row, "instruction", where)
+        reference = _output(row, where)
+        return instruction, Question(instruction, (instruction,), where, row.get("dataset"), reference)
+
+    return [question for question, _ in read_by_key(path, "instruction", parse).values()]
+
+
+def _output(row: Row, where: str) -> Answer:
+    return Answer(str(row.get("generator") or "model"), (text_in(row, "output", where),))
+
+
+def read_annotations(path: str | Path) -> list[Annotation]:
+    """Annotations in their order; a preference of 0, which older versions write for a draw, is 1.5."""
+
+    def parse(row: Row, where: str) -> tuple[str, Annotation]:
+        instruction = text_in(row, "instruction", where)
+        value = row.get("preference")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and (value == 0 or 1 <= value <= 2)):
+            raise SimpoError(f"{where}: preference: expected a number from 1 to 2, got {value!r:.60}")
+        baseline = Answer(str(row.get("generator_1") or "baseline"), (text_in(row, "output_1", where),))
+        model = str(row.get("generator_2") or row.get("generator") or "model")
+        return instruction, Annotation(
+            Question(instruction, (instruction,), where, row.get("dataset"), baseline),
+            Answer(model, (text_in(row, "output_2", where),)),
+            str(row.get("annotator") or "unknown"),
+            math.nan if value is None else float(value) or 1.5,
+        )
+
+    return [annotation for annotation, _ in read_by_key(path, "instruction", parse).values()]
+
+
+def write_annotations(path: Path, annotations: Sequence[Annotation]) -> None:
+    """Write ``annotations.json``; a preference that is missing is null."""
+    rows = [
+        {
+            "instruction": annotation.question.key,
+            "dataset": annotation.question.category,
+            "output_1": annotation.question.baseline.text,
+            "generator_1": annotation.question.baseline.model,
+            "output_2": annotation.answer.text,
+            "generator_2": annotation.answer.model,
+            "annotator": annotation.annotator,
+            "preference": None if math.isnan(annotation.preference) else annotation.preference,
+            "raw_completion": annotation.raw_completion,
+        }
+        for annotation in annotations
+    ]
+    write_rows(path, rows)
+
+
+def read_baselines(gamed: str | Path | None, difficulty: str | Path | None) -> Baselines:
+    """The gamed baselines and the difficulties, from the hub where they are not given.
+
+    The gamed file's columns are ``index``, ``std_delta_len``, ``instruction_difficulty`` and a preference in [0, 1],
+    whose name starts with ``preference``. It has the difficulties too, which a file of ``index`` and
+    ``instruction_difficulty`` may replace.
+
+    Raises:
+        SimpoError: a file cannot be read, or lacks a column.
+    """
+    rows = read_rows(hub_file("df_gamed.csv", "--gamed") if gamed is None else gamed)
+    columns = ("std_delta_len", "instruction_difficulty", "preference")
+    numbers = np.array([[_number(row, name, where) for name in columns] for row, where in rows])
+    length, difficulties, y = numbers.T
+    outside = (y < 0) | (y > 1)
+    if outside.any():
+        raise SimpoError(f"{rows[int(outside.argmax())][1]}: preference: expected a number from 0 to 1")
+    own = rows if difficulty is None else read_rows(difficulty)
+    by_index = {int(_number(row, "index", where)): _number(row, "instruction_difficulty", where) for row, where in own}
+    if sorted(by_index) != list(range(len(by_index))):
+        raise SimpoError(f"{own[0][1]}: index: the {len(by_index)} instructions are not numbered from 0 on")
+    x = np.column_stack([np.tanh(length), difficulties, np.zeros(len(y))])
+    return Baselines(np.array([by_index[index] for index in range(len(by_index))]), x, y)
+
+
+def _number(row: Row, name: str, where: str) -> float:
+    """A finite number; cells of CSV files are text."""
+    key = next((key for key in row if key == name or (name == "preference" and key.startswith(name))), None)
+    try:
+        value = float(row[key]) if key is not None and not isinstance(row[key], bool) else math.nan
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise SimpoError(f"{where}: no number {name!r}; it has {', '.join(sorted(row))}")
+    return value

@@ -1,0 +1,361 @@
+"""Arena-Hard v0.1 and v2: a judge compares the answer to every prompt with a baseline's, in two games."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from simpo.client import ChatRequest
+from simpo.data.rows import Row
+from simpo.errors import SimpoError
+from simpo.evaluation.answers import (
+    Answer,
+    Question,
+    file_digest,
+    list_in,
+    read_answers,
+    read_by_key,
+    text_in,
+    write_rows,
+)
+from simpo.evaluation.leaderboards import (
+    Version,
+    bootstrap_score,
+    score_over_prompts,
+    style_controlled,
+    style_differences,
+    style_of,
+)
+from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings, check_file, setting
+from simpo.generation.thinking import after_thinking
+from simpo.judging.presentation import fill, read_prompt_file
+from simpo.runs.folder import RunFolder
+from simpo.runs.log import Log
+from simpo.runs.results import Metric
+
+_V01 = "arena-hard-v0.1"  # the one category of v0.1
+_O3_MINI = "o3-mini-2025-01-31"
+# The baseline of every category.
+BASELINES = {
+    _V01: "gpt-4-0314",
+    "hard_prompt": _O3_MINI,
+    "coding": _O3_MINI,
+    "math": _O3_MINI,
+    "creative_writing": "gemini-2.0-flash-001",
+}
+
+
+@dataclass(kw_only=True)
+class ArenaHardSettings(JudgedSettings):
+    """Arena-Hard: a model or a file of its answers, in two games per prompt against the baseline."""
+
+    version: Version = setting("v0.1", "Version of the benchmark; v0.1 is the paper's.")
+    questions: str = field(metadata={"help": "The benchmark's question.jsonl."})
+    baseline: list[str] = field(metadata={"help": "Files with the baseline's answers; v2 has two."})
+    temperature: float | None = setting(0.0, "Divides the logits; 0 is greedy.")
+    judge_timeout: float = setting(600.0, "Seconds that a reply may take.")
+    judge_prompt: str | None = setting(None, "YAML with system_prompt and prompt_template (default: ours).")
+
+    def __post_init__(self) -> None:
+        check_file("questions", self.questions)
+        for path in self.baseline:
+            check_file("baseline", path)
+        super().__post_init__()
+
+    def benchmark(self, log: Log) -> ArenaHard:
+        """The benchmark; raises :class:`SimpoError` if a file cannot be used."""
+        return ArenaHard(self, log)
+
+
+# ---- The benchmark.
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """The two games of a question.
+
+    Attributes:
+        question: with the baseline's answer, which is shown first in the first game.
+        answer: the model's, which is shown first in the second game.
+        texts: what the judge wrote.
+        verdicts: what that means; None where there is no verdict.
+    """
+
+    question: Question
+    answer: Answer
+    texts: tuple[str, str]
+    verdicts: tuple[str | None, str | None]
+
+
+class ArenaHard(JudgedBenchmark):
+    """A judge compares the model's answers with the baseline's, each being shown first once."""
+
+    name = "arena_hard"
+    key_name = "uid"
+    answer_file = "model_answer.jsonl"
+
+    def __init__(self, settings: ArenaHardSettings, log: Log) -> None:
+        self._version, self._files = settings.version, (settings.questions, *settings.baseline)
+        judge = settings.judge()
+        self._prompt = ArenaPrompt(settings.judge_prompt)
+        questions = with_baselines(read_questions(settings.questions, settings.version), settings.baseline, log)
+        super().__init__(settings, judge, questions, self._prompt.digest)
+
+    def own_identity(self) -> dict[str, Any]:
+        """The version and its files."""
+        questions, *baselines = map(file_digest, self._files)
+        return {
+            "benchmark": f"{self.name} {self._version}",
+            "questions": questions,
+            "baselines": ", ".join(baselines),
+        }
+
+    @classmethod
+    def parse_answer(cls, row: Row, where: str) -> tuple[str, Answer]:
+        """Read a row ``{uid, model, messages}``, or v0.1's earlier ``{question_id, model_id, choices}``."""
+        try:
+            if "choices" in row:
+                turn = row["choices"][0]["turns"][0]
+                model, text, tokens = text_in(row, "model_id", where), turn["content"], turn.get("token_len")
+            else:
+                content = row["messages"][-1]["content"]
+                model, text = text_in(row, "model", where), content["answer"] if isinstance(content, dict) else content
+                tokens = (row.get("metadata") or {}).get("token_len")
+        except (KeyError, IndexError, TypeError) as error:
+            raise SimpoError(
+                f"{where}: not an answer of the benchmark ({type(error).__name__}: {error}): it has uid, model and "
+                "messages"
+            ) from error
+        if not isinstance(text, str):
+            raise SimpoError(f"{where}: answer: expected text, got {text!r:.60}")
+        return _uid(row, where), Answer(model, (text,), tokens)
+
+    def answer_row(self, question: Question, answer: Answer) -> Row:
+        """A row ``{uid, model, messages}``."""
+        return {
+            "uid": question.key,
+            "model": answer.model,
+            "messages": [
+                {"role": "user", "content": question.turns[0]},
+                {"role": "assistant", "content": {"answer": answer.text}},
+            ],
+        }
+
+    def requests(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[ChatRequest]:
+        """Both games of every question: the baseline's answer first, then the model's."""
+        return [
+            self._prompt.request(question, first.text, second.text, self._version)
+            for question, answer in zip(questions, answers, strict=True)
+            for first, second in ((question.baseline, answer), (answer, question.baseline))
+        ]
+
+    def judge_answers(self, questions: Sequence[Question], answers: Sequence[Answer], run: RunFolder) -> list[Metric]:
+        """Ask the judge, write ``model_judgment.jsonl``, and compute scores by category."""
+        replies = iter(self.judge.ask(self.requests(questions, answers), run.log))
+        judgments = []
+        for question, answer in zip(questions, answers, strict=True):
+            first, second = next(replies), next(replies)
+            assert first is not None and second is not None
+            verdicts = read_verdict(first.whole_text, self._version), read_verdict(second.whole_text, self._version)
+            judgments.append(Judgment(question, answer, (first.text, second.text), verdicts))
+        rows = [
+            {
+                "uid": judgment.question.key,
+                "category": judgment.question.category,
+                "judge": self.judge.name,
+                "model": judgment.answer.model,
+                "baseline": judgment.question.baseline.model,
+                "games": [
+                    {"score": verdict, "judgment": {"answer": text}}
+                    for verdict, text in zip(judgment.verdicts, judgment.texts, strict=True)
+                ],
+            }
+            for judgment in judgments
+        ]
+        write_rows(run.path / "model_judgment.jsonl", rows)
+        return category_metrics(judgments, self._version, run.log)
+
+
+class ArenaPrompt:
+    """A judge prompt: YAML with ``system_prompt`` and ``prompt_template``, as the benchmark's settings have them.
+
+    The template has places ``{QUESTION}``, ``{ANSWER_A}`` and ``{ANSWER_B}`` (v2) or ``{question_1}``, ``{answer_1}``
+    and ``{answer_2}`` (v0.1). ``system_prompts`` may have other system prompts by category. The shipped prompt is used
+    if no path is given.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        shipped = resources.files("simpo.evaluation") / "prompts" / "arena_hard.yaml"
+        text, self.digest = read_prompt_file(None if path is None else Path(path).expanduser(), shipped, ())
+        try:
+            found = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SimpoError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from error
+        settings = found if isinstance(found, dict) else {}
+        template, system = settings.get("prompt_template"), settings.get("system_prompt")
+        if isinstance(template, list) and template:
+            template = template[0]
+        if not isinstance(template, str) or not isinstance(system, str):
+            raise SimpoError(f"{path}: a judge prompt of Arena-Hard has system_prompt and prompt_template")
+        for names in (("QUESTION", "question_1"), ("ANSWER_A", "answer_1"), ("ANSWER_B", "answer_2")):
+            if not any(f"{{{name}}}" in template for name in names):
+                raise SimpoError(f"{path}: prompt_template has no place {{{names[0]}}}")
+        self._template, self._system = template, system
+        self._by_category: dict[str | None, str] = settings.get("system_prompts") or {}
+        if not isinstance(self._by_category, dict) or not all(isinstance(x, str) for x in self._by_category.values()):
+            raise SimpoError(f"{path}: system_prompts: expected a text for each category")
+
+    def request(self, question: Question, first: str, second: str, version: Version) -> ChatRequest:
+        """Ask about two answers in the order in which they are shown."""
+        text = question.turns[0]
+        values = {"QUESTION": text, "ANSWER_A": first, "ANSWER_B": second}
+        values |= {"question_1": text, "answer_1": first, "answer_2": second}
+        messages = [
+            {"role": "system", "content": self._by_category.get(question.category, self._system)},
+            {"role": "user", "content": fill(self._template, values)},
+        ]
+        return ChatRequest(messages, max_tokens=4096 if version == "v0.1" else 16000)
+
+
+# ---- Files.
+
+
+def read_questions(path: str | Path, version: Version) -> list[Question]:
+    """Questions ``{uid, category, prompt}``, or v0.1's earlier ``{question_id, category, turns: [{content}]}``.
+
+    Raises:
+        SimpoError: the file cannot be read, a uid occurs twice, or it is of the other version.
+    """
+
+    def parse(row: Row, where: str) -> tuple[str, Question]:
+        category = text_in(row, "category", where)
+        of = "v0.1" if category == _V01 else "v2"
+        if of != version:
+            raise SimpoError(f"{where}: category {category!r} is one of {of}, not of {version}; give --version {of}")
+        if "turns" not in row:
+            prompt = text_in(row, "prompt", where)
+        else:
+            turns = list_in(row, "turns", where)
+            if not turns or not isinstance(turns[0], dict):
+                raise SimpoError(f"{where}: turns: expected a list with the user's message, got {turns!r:.60}")
+            prompt = text_in(turns[0], "content", f"{where}: turns")
+        return _uid(row, where), Question(_uid(row, where), (prompt,), where, category)
+
+    return [question for question, _ in read_by_key(path, "uid", parse).values()]
+
+
+def _uid(row: Row, where: str) -> str:
+    return text_in(row, "uid" if "uid" in row else "question_id", where)
+
+
+def with_baselines(questions: Sequence[Question], files: Sequence[str | Path], log: Log) -> list[Question]:
+    """The questions with the baseline's answers; from several files, each category takes that of its baseline.
+
+    Raises:
+        SimpoError: a file cannot be used, or none is of the baseline of a category.
+    """
+    places = {question.key: question.where for question in questions}
+    read = [read_answers(path, "uid", ArenaHard.parse_answer, places) for path in files]
+    if len(read) == 1:
+        found = [replace(question, reference=answer) for question, answer in zip(questions, read[0], strict=True)]
+        for category in dict.fromkeys(question.category for question in questions):
+            used = {question.baseline.model for question in found if question.category == category}
+            if used != {BASELINES.get(str(category))}:
+                log(f"note: the baseline of {category} is {', '.join(sorted(used))}, not the benchmark's")
+        return found
+    by_model = {answer.model: answers for answers in read for answer in answers}
+    missing = {BASELINES.get(str(question.category), "") for question in questions} - by_model.keys()
+    if missing:
+        raise SimpoError(f"baseline: none of the files is of {', '.join(sorted(missing))}")
+    return [
+        replace(question, reference=by_model[BASELINES[str(question.category)]][index])
+        for index, question in enumerate(questions)
+    ]
+
+
+# ---- Verdicts, the battles that they count as, and metrics.
+
+_MARKED = re.compile(r"\[\[([AB<>=]+)\]\]")
+_LOOSELY_MARKED = re.compile(r"\[([AB<>=]+)\]")
+_STRONG = 3  # battles that a strong verdict counts as
+# What each verdict is worth to the answer that is shown first, and the number of battles.
+_WORTH = {"A>>B": (1.0, _STRONG), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, _STRONG)}
+_REVERSED = {"B<<A": "A>>B", "B<A": "A>B", "B=A": "A=B", "A<B": "B>A", "A<<B": "B>>A"}
+
+
+def read_verdict(text: str, version: Version) -> str | None:
+    """One of ``A>>B``, ``A>B``, ``A=B``, ``B>A`` and ``B>>A``; None where the judge gave none.
+
+    v0.1 takes the verdict in double brackets if there is only one, or the same one several times. v2 takes the last, in
+    any case, in single brackets where there is none in double ones, and in either direction. What the judge wrote
+    while thinking does not count.
+    """
+    text = after_thinking(text) or ""
+    if version == "v0.1":
+        found = set(_MARKED.findall(text))
+        return found.pop() if len(found) == 1 and found <= _WORTH.keys() else None
+    matches = _MARKED.findall(text.upper()) or _LOOSELY_MARKED.findall(text.upper())
+    last = matches[-1] if matches else ""
+    verdict = _REVERSED.get(last, last)
+    return verdict if verdict in _WORTH else None
+
+
+def battles(first: str | None, second: str | None, version: Version) -> list[float]:
+    """What a prompt's games are worth to the model, a number in [0, 1] for each battle.
+
+    Args:
+        first: verdict of the game in which the baseline is shown first.
+        second: verdict of the game in which the model is shown first.
+        version: v0.1 counts a game whose counterpart has no verdict, v2 does not.
+    """
+    if version == "v2" and (first is None or second is None):
+        return []
+    found = []
+    for verdict, model_first in ((first, False), (second, True)):
+        if verdict is not None:
+            worth, count = _WORTH[verdict]
+            found += [worth if model_first else 1 - worth] * count
+    return found
+
+
+def category_metrics(judgments: Sequence[Judgment], version: Version, log: Log) -> list[Metric]:
+    """Scores by category in percent: the benchmark's, over prompts, and in the baseline's style."""
+    metrics = []
+    for category in dict.fromkeys(judgment.question.category for judgment in judgments):
+        played = [judgment for judgment in judgments if judgment.question.category == category]
+        counted = [(judgment, worths) for judgment in played if (worths := battles(*judgment.verdicts, version))]
+        name = f"arena_hard/{category}"
+        if counted:
+            prompts = [worths for _, worths in counted]
+            lengths = [len(judgment.answer.text) for judgment, _ in counted]
+            metrics += [
+                Metric.of(f"{name}/score", bootstrap_score(prompts, version)),
+                Metric.of(f"{name}/score_over_prompts", score_over_prompts(prompts)),
+                Metric(f"{name}/score_in_baseline_style", _score_in_baseline_style(counted), n=len(prompts)),
+                Metric(f"{name}/avg_length", float(np.mean(lengths)), n=len(lengths)),
+            ]
+        else:
+            metrics.append(Metric(f"{name}/score", None, n=0))
+        missing = sum(verdict is None for judgment in played for verdict in judgment.verdicts)
+        metrics.append(Metric(f"{name}/games_without_verdict", missing, n=2 * len(played)))
+        if missing:
+            left_out = len(played) - len(counted)
+            log(f"note: {category}: {missing} games have no verdict; {left_out} prompts are left out for that reason")
+    return metrics
+
+
+def _score_in_baseline_style(counted: Sequence[tuple[Judgment, list[float]]]) -> float:
+    """Lengths are in tokens where every answer has them; otherwise all are in characters, to be comparable."""
+    pairs = [(judgment.answer, judgment.question.baseline) for judgment, worths in counted for _ in worths]
+    known = all(answer.tokens is not None for pair in pairs for answer in pair)
+    styles = ([style_of(answer.text, answer.tokens if known else None) for answer in side] for side in zip(*pairs, strict=True))
+    worths = np.array([worth for _, worths in counted for worth in worths])
+    models = np.zeros(len(worths), dtype=np.int64)  # only one
+    return float(style_controlled(models, worths, style_differences(*styles)).at_equal[0])

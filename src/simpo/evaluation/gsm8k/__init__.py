@@ -1,1 +1,0 @@
-"""GSM8K by exact match: a quick look at what alignment did to arithmetic."""

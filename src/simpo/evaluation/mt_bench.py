@@ -1,0 +1,317 @@
+"""MT-Bench: a judge rates both turns of 80 conversations from 1 to 10."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from simpo.client import ChatRequest
+from simpo.data.rows import Row
+from simpo.errors import SimpoError
+from simpo.evaluation.answers import (
+    Answer,
+    Answerer,
+    Question,
+    file_digest,
+    list_in,
+    read_by_key,
+    text_in,
+    write_rows,
+)
+from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings, check_file, setting
+from simpo.generation.thinking import after_thinking
+from simpo.judging.presentation import ShownAnswers
+from simpo.judging.presentation import fill, read_prompt_file
+from simpo.runs.folder import RunFolder
+from simpo.runs.log import Log
+from simpo.runs.results import Metric
+from simpo.statistics import mean_interval, weighted_mean_interval
+
+TURNS = 2
+# Categories whose answers are right or wrong: the judge is shown a reference.
+REFERENCED = ("math", "reasoning", "coding")
+# The benchmark's temperatures; other categories have 0.7.
+_TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
+
+
+@dataclass(kw_only=True)
+class MTBenchSettings(JudgedSettings):
+    """MT-Bench: both turns of a model or of a file of its answers, rated."""
+
+    questions: str = field(metadata={"help": "The benchmark's question.jsonl."})
+    references: str | None = setting(None, "File of reference answers, instead of those in the questions.")
+    temperature: float | None = setting(None, "0 is greedy (default: 0, 0.1 or 0.7 by category, as the benchmark).")
+    max_new_tokens: int | None = setting(1024, "Longest answer in tokens.")
+    judge_prompt: str | None = setting(None, "judge_prompts.jsonl (default: ours).")
+
+    def __post_init__(self) -> None:
+        check_file("questions", self.questions)
+        check_file("references", self.references)
+        super().__post_init__()
+
+    def benchmark(self, log: Log) -> MTBench:
+        """The benchmark; raises :class:`SimpoError` if a file cannot be used."""
+        return MTBench(self, log)
+
+
+class MTBench(JudgedBenchmark):
+    """A judge rates every turn by itself."""
+
+    name = "mt_bench"
+    key_name = "question_id"
+    answer_file = "model_answer.jsonl"
+    compares = False
+
+    def __init__(self, settings: MTBenchSettings, log: Log) -> None:
+        judge = settings.judge()
+        self._prompts = RatingPrompts(settings.judge_prompt)
+        self._questions, self._references = settings.questions, settings.references
+        super().__init__(
+            settings, judge, read_questions(settings.questions, settings.references), self._prompts.digest
+        )
+
+    def own_identity(self) -> dict[str, Any]:
+        """The benchmark's files, and where temperatures come from."""
+        found = {
+            "benchmark": self.name,
+            "questions": file_digest(self._questions),
+            "references": None if self._references is None else file_digest(self._references),
+        }
+        return found if self.answerer is None else found | {"own_temperature": self.settings.temperature is not None}
+
+    @classmethod
+    def parse_answer(cls, row: Row, where: str) -> tuple[int, Answer]:
+        """Read a row ``{question_id, model_id, choices: [{turns}]}``."""
+        choices = list_in(row, "choices", where)
+        if not choices or not isinstance(choices[0], dict):
+            raise SimpoError(f"{where}: choices: expected a list with an answer, got {choices!r:.60}")
+        turns = _two_turns(choices[0], "turns", where)
+        return _number(row, where), Answer(str(row.get("model_id") or "model"), turns)
+
+    def answer_row(self, question: Question, answer: Answer) -> Row:
+        """A row ``{question_id, model_id, choices: [{turns}]}``."""
+        choices = [{"index": 0, "turns": list(answer.turns)}]
+        return {"question_id": question.key, "model_id": answer.model, "choices": choices}
+
+    def sample(self, answerer: Answerer, folder: Path) -> list[tuple[str, ...]]:
+        """Sample both turns; the first turn and its answer precede the second."""
+        show = ShownAnswers(self.settings.strip_thinking)
+        conversations = [[{"role": "user", "content": question.turns[0]}] for question in self.questions]
+        first = self._sample_turn(answerer, conversations, folder / "turn-1")
+        for conversation, question, answer in zip(conversations, self.questions, first, strict=True):
+            conversation.append({"role": "assistant", "content": show(answer)})
+            conversation.append({"role": "user", "content": question.turns[1]})
+        second = self._sample_turn(answerer, conversations, folder / "turn-2")
+        return list(zip(first, second, strict=True))
+
+    def _sample_turn(
+        self, answerer: Answerer, conversations: Sequence[list[dict[str, str]]], folder: Path
+    ) -> list[str]:
+        """Sample at the temperatures of the categories, in one sampling run for each of them."""
+        if self.settings.temperature is not None:
+            return answerer.answer(conversations, folder)
+        temperatures = [_TEMPERATURES.get(str(question.category), 0.7) for question in self.questions]
+        answers = [""] * len(conversations)
+        for temperature in dict.fromkeys(temperatures):
+            places = [place for place, other in enumerate(temperatures) if other == temperature]
+            name = folder.with_name(f"{folder.name}-at-{temperature}")
+            found = answerer.answer([conversations[place] for place in places], name, temperature=temperature)
+            for place, text in zip(places, found, strict=True):
+                answers[place] = text
+        return answers
+
+    def requests(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[ChatRequest]:
+        """A request for every turn of every conversation."""
+        return [
+            self._prompts.request(question, answer, turn)
+            for question, answer in zip(questions, answers, strict=True)
+            for turn in range(1, TURNS + 1)
+        ]
+
+    def measure(self, run: RunFolder) -> list[Metric]:
+        """As every benchmark with a judge, after a note about missing references."""
+        wanted = [question for question in self.questions if question.category in REFERENCED]
+        if missing := sum(question.reference is None for question in wanted):
+            run.log(f"note: {missing} of {len(wanted)} questions of {', '.join(REFERENCED)} have no reference answer")
+        return super().measure(run)
+
+    def judge_answers(self, questions: Sequence[Question], answers: Sequence[Answer], run: RunFolder) -> list[Metric]:
+        """Ask the judge, write ``model_judgment.jsonl`` (a score of -1 is none), and average the ratings."""
+        replies = iter(self.judge.ask(self.requests(questions, answers), run.log))
+        ratings, rows = [], []
+        for question, answer in zip(questions, answers, strict=True):
+            for turn in range(1, TURNS + 1):
+                reply = next(replies)
+                assert reply is not None
+                rating = Rating(question.key, str(question.category), turn, read_rating(reply.whole_text))
+                ratings.append(rating)
+                rows.append(
+                    {
+                        "question_id": question.key,
+                        "model": answer.model,
+                        "judge": self.judge.name,
+                        "judgment": reply.text,
+                        "score": -1 if rating.score is None else rating.score,
+                        "turn": turn,
+                    }
+                )
+        write_rows(run.path / "model_judgment.jsonl", rows)
+        return rating_metrics(ratings, run.log)
+
+
+# ---- What the judge is asked about a turn.
+
+# The names of the prompts by whether there is a reference and by turn, with the places that they need.
+_PROMPTS = {
+    (False, 1): ("single-v1", ("question", "answer")),
+    (False, 2): ("single-v1-multi-turn", ("question_1", "answer_1", "question_2", "answer_2")),
+    (True, 1): ("single-math-v1", ("question", "answer", "ref_answer_1")),
+    (True, 2): (
+        "single-math-v1-multi-turn",
+        ("question_1", "answer_1", "question_2", "answer_2", "ref_answer_1", "ref_answer_2"),
+    ),
+}
+
+
+class RatingPrompts:
+    """The four judge prompts: JSON lines ``{name, system_prompt, prompt_template}``, as in the benchmark's own file.
+
+    The shipped prompts are used if no path is given.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        shipped = resources.files("simpo.evaluation") / "prompts" / "mt_bench.jsonl"
+        text, self.digest = read_prompt_file(None if path is None else Path(path).expanduser(), shipped, ())
+        try:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            named = {text_in(row, "name", f"{path}"): row for row in rows}
+        except (ValueError, TypeError) as error:
+            raise SimpoError(f"{path}: not judge prompts of MT-Bench ({type(error).__name__}: {error})") from error
+        self._prompts = {
+            name: tuple(text_in(row, key, f"{path}: {name}") for key in ("system_prompt", "prompt_template"))
+            for name, row in named.items()
+        }
+        for name, places in _PROMPTS.values():
+            for place in places:
+                if f"{{{place}}}" not in self._prompts.get(name, ("", ""))[1]:
+                    raise SimpoError(f"{path}: the judge prompt {name} is missing, or has no place {{{place}}}")
+
+    def request(self, question: Question, answer: Answer, turn: int) -> ChatRequest:
+        """Ask about the first turn (1) or, with the first before it, the second (2)."""
+        values = {"question": question.turns[0], "answer": answer.turns[0]}
+        for number in range(TURNS):
+            values[f"question_{number + 1}"] = question.turns[number]
+            values[f"answer_{number + 1}"] = answer.turns[number]
+            if question.reference is not None:
+                values[f"ref_answer_{number + 1}"] = question.reference.turns[number]
+        system, template = self._prompts[_PROMPTS[question.reference is not None, turn][0]]
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": fill(template, values)}]
+        return ChatRequest(messages, max_tokens=2048)
+
+
+# ---- Ratings in a judge's words, and their means.
+
+_MARKED = re.compile(r"\[\[(\d+\.?\d*)\]\]")
+_LOOSELY_MARKED = re.compile(r"\[(\d+\.?\d*)\]")
+_BEST = 10
+
+
+@dataclass(frozen=True)
+class Rating:
+    """The judge's rating of a turn; ``score`` is None where it gave none."""
+
+    question_id: int
+    category: str
+    turn: int
+    score: float | None
+
+
+def read_rating(text: str) -> float | None:
+    """The first number in double brackets or, where there is none, in single ones; None without either.
+
+    A number above 10 is not a rating, because single brackets also hold years and references. Numbers in the judge's
+    thinking do not count.
+    """
+    text = after_thinking(text) or ""
+    found = _MARKED.search(text) or _LOOSELY_MARKED.search(text)
+    return float(found[1]) if found and float(found[1]) <= _BEST else None
+
+
+def rating_metrics(ratings: Sequence[Rating], log: Log) -> list[Metric]:
+    """Means by turn and by category, and the pooled mean of all turns.
+
+    The turns of a conversation are not independent: in pooled means a conversation is one observation.
+    """
+    rated = [rating for rating in ratings if rating.score is not None]
+    missing = len(ratings) - len(rated)
+    if missing:
+        log(f"note: {missing} of {len(ratings)} turns got no rating and are left out")
+    metrics = [_pooled("average", rated) if rated else Metric("mt_bench/average", None, n=0)]
+    for turn in sorted({rating.turn for rating in rated}):
+        scores = [rating.score for rating in rated if rating.turn == turn and rating.score is not None]
+        metrics.append(Metric.of(f"mt_bench/turn_{turn}", mean_interval(scores)))
+    for category in dict.fromkeys(rating.category for rating in rated):
+        metrics.append(_pooled(category, [rating for rating in rated if rating.category == category]))
+    return [*metrics, Metric("mt_bench/without_rating", missing, n=len(ratings))]
+
+
+def _pooled(name: str, ratings: Sequence[Rating]) -> Metric:
+    scores: dict[int, list[float]] = {}
+    for rating in ratings:
+        if rating.score is not None:
+            scores.setdefault(rating.question_id, []).append(rating.score)
+    means = [sum(found) / len(found) for found in scores.values()]
+    return Metric.of(f"mt_bench/{name}", weighted_mean_interval(means, [len(found) for found in scores.values()]))
+
+
+# ---- Files.
+
+
+def read_questions(path: str | Path, references: str | Path | None) -> list[Question]:
+    """Questions ``{question_id, category, turns, reference}``; references are used in :data:`REFERENCED` only.
+
+    Args:
+        path: file of the questions.
+        references: file of reference answers, in the form of a model's, which replace the questions' own.
+
+    Raises:
+        SimpoError: a file cannot be read, a question occurs twice, or a reference is to none of them.
+    """
+
+    def parse(row: Row, where: str) -> tuple[int, Question]:
+        number, category = _number(row, where), text_in(row, "category", where)
+        reference = None
+        if category in REFERENCED and references is None and row.get("reference"):
+            reference = Answer("reference", _two_turns(row, "reference", where))
+        return number, Question(number, _two_turns(row, "turns", where), where, category, reference)
+
+    questions = [question for question, _ in read_by_key(path, "question_id", parse).values()]
+    if references is None:
+        return questions
+    found = {number: answer for number, (answer, _) in read_by_key(references, "question_id", MTBench.parse_answer).items()}
+    unknown = found.keys() - {question.key for question in questions}
+    if unknown:
+        raise SimpoError(f"{references}: {len(unknown)} references are to other questions, the first to {min(unknown)}")
+    return [
+        replace(question, reference=found.get(question.key)) if question.category in REFERENCED else question
+        for question in questions
+    ]
+
+
+def _number(row: Row, where: str) -> int:
+    number = row.get("question_id")
+    if not isinstance(number, int):
+        raise SimpoError(f"{where}: question_id: expected a whole number, got {number!r:.60}")
+    return number
+
+
+def _two_turns(row: Row, key: str, where: str) -> tuple[str, ...]:
+    texts = list_in(row, key, where)
+    if len(texts) != TURNS or not all(isinstance(text, str) for text in texts):
+        raise SimpoError(f"{where}: {key}: expected {TURNS} texts, got {len(texts)} of {texts!r:.60}")
+    return tuple(texts)

@@ -1,1 +1,0 @@
-"""MT-Bench: a judge rates both turns of 80 conversations."""
