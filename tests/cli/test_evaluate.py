@@ -377,8 +377,8 @@ def test_gsm8k_before_and_after(world, tmp_path):
             ["alpaca_eval", "{}/none.json", "--judge_url=http://127.0.0.1:1", "--judge_model=j"],
             "no such file of answers",
         ),
-        (["alpaca_eval", "m", "--gamed={}/none.csv"], "--gamed: {}/none.csv: there is no such file"),
-        (["arena_hard", "m", "--questions={}/none", "--baseline=x"], "--questions: {}/none: there is no such file"),
+        (["alpaca_eval", "m", "--gamed={}/none.csv"], "gamed: {}/none.csv: there is no such file"),
+        (["arena_hard", "m", "--questions={}/none", "--baseline=x"], "questions: {}/none: there is no such file"),
         (
             ["gsm8k", "{}/model", "--data={}/outputs.jsonl"],
             "outputs.jsonl:1: no 'question'; it has instruction, output",

@@ -11,24 +11,37 @@ import pytest
 
 from simpo import SimpoError
 from simpo.client import ChatReply
-from simpo.evaluation.alpaca_eval.files import (
+from simpo.evaluation.alpaca_eval import (
+    AlpacaEval,
+    AlpacaEvalSettings,
     Annotation,
-    LengthControl,
-    Match,
-    match_outputs,
+    PairwisePrompt,
+    leaderboard_metrics,
+    plain_preference,
+    preference,
     read_annotations,
     read_baselines,
-    read_outputs,
+    read_reference,
+    switched,
+    weighted_preference,
     write_annotations,
-    write_outputs,
 )
-from simpo.evaluation.alpaca_eval.run import PairwisePrompt, figures, named, preferences, switched, weighed
+from simpo.evaluation.answers import Answer, Question, read_answers, write_rows
 
 QUESTIONS = [f"Question {number}?" for number in range(12)]
 
 
-def match(instruction, first="ours", second="theirs"):
-    return Match(instruction, "helpful_base", first, "gpt4_1106_preview", second, "mine")
+def question(instruction, baseline="theirs"):
+    reference = Answer("gpt4_1106_preview", (baseline,))
+    return Question(instruction, (instruction,), "reference.json[0]", "helpful_base", reference)
+
+
+def annotation(instruction, baseline, text, preference, raw=None):
+    return Annotation(question(instruction, baseline), Answer("mine", (text,)), "judge", preference, raw)
+
+
+def read_outputs(path, questions):
+    return read_answers(path, "instruction", AlpacaEval.parse_answer, {one.key: one.where for one in questions})
 
 
 def write(path, rows):
@@ -44,10 +57,14 @@ def test_the_order_is_drawn_as_the_benchmark_draws_it():
 
 
 def test_the_first_token_is_weighed():
-    assert weighed({"m": math.log(0.6), "M": math.log(0.2), "The": -5.0}) == pytest.approx(2 - 0.75)
-    assert weighed({"m": -0.1, "The": -3.0}) == 1.0
-    assert weighed({"M": -0.69}) == 2.0
-    assert math.isnan(weighed({"A": -0.1})) and math.isnan(weighed(None)) and math.isnan(weighed({}))
+    assert weighted_preference({"m": math.log(0.6), "M": math.log(0.2), "The": -5.0}) == pytest.approx(2 - 0.75)
+    assert weighted_preference({"m": -0.1, "The": -3.0}) == 1.0
+    assert weighted_preference({"M": -0.69}) == 2.0
+    assert (
+        math.isnan(weighted_preference({"A": -0.1}))
+        and math.isnan(weighted_preference(None))
+        and math.isnan(weighted_preference({}))
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,76 +80,70 @@ def test_the_first_token_is_weighed():
     ],
 )
 def test_a_verdict_needs_probability_on_its_names(probabilities, expected):
-    found = weighed({token: math.log(value) for token, value in probabilities.items()})
+    found = weighted_preference({token: math.log(value) for token, value in probabilities.items()})
     assert math.isnan(found) if expected is None else found == pytest.approx(expected)
 
 
 def test_a_plain_judge_names_an_answer():
-    assert [named("m"), named(" M\n")] == [1.0, 2.0]
-    assert math.isnan(named("both")) and math.isnan(named(""))
+    assert [plain_preference("m"), plain_preference(" M\n")] == [1.0, 2.0]
+    assert math.isnan(plain_preference("both")) and math.isnan(plain_preference(""))
 
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_a_verdict_is_turned_back_where_the_order_was(weighted):
     """The judge prefers the model's answer wherever it stands, then whatever stands first."""
-    matches = [match(question) for question in QUESTIONS]
-    fair = []
-    for each in matches:
-        name = "m" if switched(each.instruction) else "M"
-        fair.append(ChatReply(name, {name: -0.0, "m" if name == "M" else "M": -math.inf}))
-    assert preferences(matches, fair, weighted=weighted) == [2.0] * len(matches)
-    first = [ChatReply("m", {"m": 0.0})] * len(matches)
-    turned = preferences(matches, first, weighted=weighted)
-    assert turned == [2.0 if switched(question) else 1.0 for question in QUESTIONS]
-    lost = [ChatReply("?", None), None, *fair[2:]]
-    found = preferences(matches, lost, weighted=weighted)
-    assert math.isnan(found[0]) and found[1] == 1.5 and found[2:] == [2.0] * (len(matches) - 2)
+    for instruction in QUESTIONS:
+        name = "m" if switched(instruction) else "M"
+        fair = ChatReply(name, {name: -0.0, "m" if name == "M" else "M": -math.inf})
+        assert preference(instruction, fair, weighted=weighted) == 2
+        turned = preference(instruction, ChatReply("m", {"m": 0.0}), weighted=weighted)
+        assert turned == (2 if switched(instruction) else 1)
+    assert math.isnan(preference("q", ChatReply("?", None), weighted=weighted))
+    assert preference("q", None, weighted=weighted) == 1.5
 
 
 def test_a_request_shows_both_answers_in_the_drawn_order():
     prompt = PairwisePrompt(None)
-    for question in QUESTIONS:
-        request = prompt.request(match(question, "one {output_2}", "two"), weighted=True)
+    for instruction in QUESTIONS:
+        request = prompt.request(instruction, "one {output_2}", "two", weighted=True)
         assert [message["role"] for message in request.messages] == ["system", "user"]
         text = request.messages[1]["content"]
-        assert question in text
-        assert (text.index("two") < text.index("one {output_2}")) is switched(question)
+        assert instruction in text
+        assert (text.index("two") < text.index("one {output_2}")) is switched(instruction)
         assert (request.max_tokens, request.temperature, request.top_logprobs) == (1, 1.0, 5)
-    assert prompt.request(match("a"), weighted=False).top_logprobs is None
+    assert prompt.request("a", "1", "2", weighted=False).top_logprobs is None
 
 
 def test_a_prompt_of_ones_own(tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text('Which? {"q": """{instruction}"""} {output_1} or {output_2} {else}')
-    request = PairwisePrompt(file).request(match("Q", "A", "A"), weighted=True)
+    request = PairwisePrompt(str(file)).request("Q", "A", "A", weighted=True)
     assert request.messages == [{"role": "user", "content": 'Which? {"q": """Q"""} A or A {else}'}]
-    assert PairwisePrompt(file).digest != PairwisePrompt(None).digest
+    assert PairwisePrompt(str(file)).digest != PairwisePrompt(None).digest
     file.write_text("{instruction} {output_1}")
     with pytest.raises(SimpoError, match=r"no place {output_2}"):
-        PairwisePrompt(file)
+        PairwisePrompt(str(file))
     file.write_text("<|im_start|>judge\n{instruction} {output_1} {output_2}\n<|im_end|>")
     with pytest.raises(SimpoError, match="'judge' is not a role"):
-        PairwisePrompt(file)
+        PairwisePrompt(str(file))
     file.write_text("{instruction} {output_1} {output_2}\n<|im_start|>user\nWhich?\n<|im_end|>")
     with pytest.raises(SimpoError, match="text outside its messages"):
-        PairwisePrompt(file)
+        PairwisePrompt(str(file))
 
 
 def test_files_travel_both_ways(tmp_path):
-    matches = [match("a", "1", "2"), match("b", "x", "")]
-    write_outputs(tmp_path / "model_outputs.json", matches)
-    outputs = read_outputs(tmp_path / "model_outputs.json")
-    assert [(o.instruction, o.output, o.generator, o.dataset) for o in outputs] == [
-        ("a", "2", "mine", "helpful_base"),
-        ("b", "", "mine", "helpful_base"),
-    ]
-    annotations = [Annotation(matches[0], "judge", 1.25, "m"), Annotation(matches[1], "judge", math.nan, "?")]
+    annotations = [annotation("a", "1", "2", 1.25, "m"), annotation("b", "x", "", math.nan, "?")]
+    outputs = tmp_path / "model_outputs.json"
+    write_rows(outputs, [AlpacaEval.answer_row(one.question, one.answer) for one in annotations])
+    assert read_outputs(outputs, [one.question for one in annotations]) == [one.answer for one in annotations]
+    assert [one.category for one in read_reference(outputs)] == ["helpful_base"] * 2
     write_annotations(tmp_path / "annotations.json", annotations)
     rows = json.loads((tmp_path / "annotations.json").read_text())
     assert [row["preference"] for row in rows] == [1.25, None]
     assert {"instruction", "output_1", "output_2", "generator_1", "generator_2", "annotator"} <= rows[0].keys()
     back = read_annotations(tmp_path / "annotations.json")
-    assert [row.match for row in back] == matches
+    answers = [(one.question.key, one.question.reference, one.answer) for one in annotations]
+    assert [(one.question.key, one.question.reference, one.answer) for one in back] == answers
     assert back[0].preference == 1.25 and math.isnan(back[1].preference)
 
 
@@ -155,9 +166,9 @@ ROW = {"instruction": "a", "output": "1"}
     ],
 )
 def test_outputs_that_are_not_the_benchmarks(tmp_path, rows, said):
-    reference = read_outputs(write(tmp_path / "reference.json", [ROW, ROW | {"instruction": "b"}]))
+    reference = read_reference(write(tmp_path / "reference.json", [ROW, ROW | {"instruction": "b"}]))
     with pytest.raises(SimpoError, match=said):
-        match_outputs(reference, read_outputs(write(tmp_path / "outputs.json", rows)), "outputs.json")
+        read_outputs(write(tmp_path / "outputs.json", rows), reference)
 
 
 @pytest.mark.parametrize("value", [3, 0.5, "m", True])
@@ -191,27 +202,41 @@ def test_difficulties_of_other_instructions_are_refused_or_said(tmp_path):
     (tmp_path / "gamed.csv").write_text(
         "index,std_delta_len,instruction_difficulty,preference\n0,1.0,0.5,0.8\n1,0.2,-2.0,0.1\n"
     )
-    control, said = LengthControl(str(tmp_path / "gamed.csv")), []
-    assert len(control.read(2, said.append).difficulties) == 2 and not said
-    control.read(1, said.append)
-    assert len(said) == 1 and "looked up by position" in said[0]
+    settings = AlpacaEvalSettings(model="m", output_dir="out", gamed=str(tmp_path / "gamed.csv"))
+    said = []
+    assert len(settings.length_control(2, said.append).difficulties) == 2 and not said
+    settings.length_control(1, said.append)
+    assert len(said) == 1 and "by position" in said[0]
     with pytest.raises(SimpoError, match="3 instructions, but difficulties of 2"):
-        control.read(3, said.append)
+        settings.length_control(3, said.append)
 
 
 def test_what_is_missing_or_empty_is_counted():
     found = [
-        Annotation(match(question, "theirs", text), "judge", value)
-        for question, text, value in zip(
+        annotation(instruction, "theirs", text, value)
+        for instruction, text, value in zip(
             QUESTIONS, ["ours", "", " ", "abcdef"], [2.0, 1.0, math.nan, 1.5], strict=False
         )
     ]
     said = []
-    metrics = {metric.name.removeprefix("alpaca_eval/"): metric for metric in figures(found, None, said.append)}
+    metrics = {
+        metric.name.removeprefix("alpaca_eval/"): metric for metric in leaderboard_metrics(found, None, said.append)
+    }
     assert metrics["win_rate"].value == pytest.approx(50) and metrics["win_rate"].n == 3
     assert metrics["without_preference"].value == 1 and metrics["empty_answers"].value == 2
     assert metrics["avg_length"].value == int((4 + 0 + 1 + 6) / 4) == 2
     assert "length_controlled_winrate" not in metrics
     assert [line.split()[1] for line in said] == ["1", "2"]
-    (nothing, *_) = figures(found[2:3], None, said.append)
+    (nothing, *_) = leaderboard_metrics(found[2:3], None, said.append)
     assert (nothing.name, nothing.value, nothing.n) == ("alpaca_eval/win_rate", None, 0)
+
+
+def test_the_interval_of_a_win_rate_is_wilsons_with_1_96_standard_errors():
+    """A share of 0.6 with the standard error of n trials has the Wilson interval of n trials."""
+    found = [annotation(text, "theirs", "ours", value) for text, value in zip("abcde", [2, 2, 2, 1, 1], strict=True)]
+    metric = next(one for one in leaderboard_metrics(found, None, print) if one.name == "alpaca_eval/win_rate")
+    trials = 0.6 * 0.4 / (np.std([1, 1, 1, 0, 0], ddof=1) ** 2 / 5)
+    z = 1.96
+    centre = (0.6 + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * math.sqrt(0.24 / trials + z**2 / (4 * trials**2))
+    assert (metric.low, metric.high) == pytest.approx((100 * (centre - half), 100 * (centre + half)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,14 +11,20 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from simpo import SimpoError
-from simpo.evaluation.arena_hard.figures import figures
-from simpo.evaluation.arena_hard.files import Answer, Judgment, Question, read_answers, read_questions, write_answers
-from simpo.evaluation.arena_hard.run import ArenaHard, ArenaPrompt
-from simpo.evaluation.arena_hard.scores import (
-    Style,
+from simpo.evaluation.answers import Answer, Question, read_answers, write_rows
+from simpo.evaluation.arena_hard import (
+    ArenaHard,
+    ArenaPrompt,
+    Judgment,
     battles,
+    category_metrics,
+    read_questions,
     read_verdict,
-    score,
+    with_baselines,
+)
+from simpo.evaluation.leaderboards import (
+    Style,
+    bootstrap_score,
     score_over_prompts,
     style_controlled,
     style_differences,
@@ -79,7 +86,7 @@ def test_the_mean_is_what_bradley_terry_fits():
 
     fitted = minimize(loss, np.zeros(4), jac=True, method="BFGS", options={"gtol": 1e-9}).x
     for board, strength in zip(boards, fitted[:3] - fitted[3], strict=True):
-        assert score(board, "v0.1").value == pytest.approx(100 * expit(strength), abs=1e-4)
+        assert bootstrap_score(board, "v0.1").value == pytest.approx(100 * expit(strength), abs=1e-4)
         assert score_over_prompts(board).value / 100 == pytest.approx(expit(strength), abs=1e-6)
 
 
@@ -87,7 +94,7 @@ def test_bootstrap_intervals_are_percentiles_of_its_means():
     board = drawn(np.random.default_rng(1), 40, 0.3)
     worths = np.concatenate(board)
     means = worths[np.random.default_rng(7).integers(len(worths), size=(100, len(worths)))].mean(axis=1)
-    old, new = score(board, "v0.1", seed=7), score(board, "v2", seed=7)
+    old, new = bootstrap_score(board, "v0.1", seed=7), bootstrap_score(board, "v2", seed=7)
     assert (old.low, old.high) == pytest.approx(tuple(100 * np.percentile(means, [2.5, 97.5])))
     assert (new.low, new.high) == pytest.approx(tuple(100 * np.percentile(means, [5, 95])))
     assert (old.value, new.value) == pytest.approx((100 * worths.mean(), 100 * means.mean()))
@@ -100,7 +107,7 @@ def test_coverage_of_both_intervals():
     boards = [drawn(rng, 120, 0.4) for _ in range(1000)]
     over_prompts = [score_over_prompts(board) for board in boards]
     assert 930 <= sum(found.low <= truth <= found.high for found in over_prompts) <= 970
-    over_battles = [score(board, "v0.1", seed=run) for run, board in enumerate(boards[:300])]
+    over_battles = [bootstrap_score(board, "v0.1", seed=run) for run, board in enumerate(boards[:300])]
     assert sum(found.low <= truth <= found.high for found in over_battles) < 0.85 * 300
 
 
@@ -109,7 +116,7 @@ def test_battles_that_are_independent_are_covered():
     boards = (rng.uniform(size=(1000, 300)) < 0.6).astype(float)
     covered = 0
     for run, board in enumerate(boards):
-        found = score(board[:, None], "v0.1", seed=run)
+        found = bootstrap_score(board[:, None], "v0.1", seed=run)
         covered += found.low <= 60 <= found.high
     assert 920 <= covered <= 970
 
@@ -149,6 +156,14 @@ def test_where_style_explains_everything_nothing_is_said_of_equal_style():
     assert np.isnan(style_controlled(models, np.ones(50), features).at_equal).all()
 
 
+def asked(key, category, prompt="P"):
+    return Question(key, (prompt,), f"q:{key}", category)
+
+
+def read(path, questions):
+    return read_answers(path, "uid", ArenaHard.parse_answer, {question.key: question.where for question in questions})
+
+
 def lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -160,16 +175,15 @@ def test_files_of_both_forms(tmp_path):
         tmp_path / "old.jsonl", [{"question_id": "a", "category": "arena-hard-v0.1", "turns": [{"content": "P"}]}]
     )
     (question,) = read_questions(new, "v2")
-    assert (question.uid, question.category, question.prompt) == ("a", "math", "P")
+    assert (question.key, question.category, question.turns) == ("a", "math", ("P",))
     (other,) = read_questions(old, "v0.1")
-    assert (other.uid, other.category, other.prompt) == ("a", "arena-hard-v0.1", "P")
-    write_answers(tmp_path / "answers.jsonl", [question], "mine", ["text"])
-    assert read_answers(tmp_path / "answers.jsonl", [question])["a"].text == "text"
+    assert (other.key, other.category, other.turns) == ("a", "arena-hard-v0.1", ("P",))
+    write_rows(tmp_path / "answers.jsonl", [ArenaHard.answer_row(question, Answer("mine", ("text",)))])
+    assert read(tmp_path / "answers.jsonl", [question]) == [Answer("mine", ("text",))]
     row = {"question_id": "a", "model_id": "mine", "choices": [{"turns": [{"content": "text", "token_len": 7}]}]}
-    found = read_answers(lines(tmp_path / "old-answers.jsonl", [row]), [question])["a"]
-    assert (found.model, found.text, found.tokens) == ("mine", "text", 7)
+    assert read(lines(tmp_path / "old-answers.jsonl", [row]), [question]) == [Answer("mine", ("text",), 7)]
     with pytest.raises(SimpoError, match=r"answers.jsonl:1: not an answer of the benchmark"):
-        read_answers(lines(tmp_path / "answers.jsonl", [{"uid": "a", "model": "m", "messages": []}]), [question])
+        read(lines(tmp_path / "answers.jsonl", [{"uid": "a", "model": "m", "messages": []}]), [question])
     for file, version, right in ((old, "v2", r"v0\.1"), (new, "v0.1", "v2")):
         with pytest.raises(SimpoError, match=f"not of {version}; give --version {right}"):
             read_questions(file, version)
@@ -192,63 +206,66 @@ def test_questions_that_are_not_the_benchmarks(tmp_path, turns):
 )
 def test_no_answer_is_not_a_text(tmp_path, row):
     with pytest.raises(SimpoError, match=r"answers.jsonl:1: answer: expected text, got None"):
-        read_answers(lines(tmp_path / "answers.jsonl", [row]), [Question("a", "math", "P", "q:1")])
+        read(lines(tmp_path / "answers.jsonl", [row]), [asked("a", "math")])
 
 
 def test_a_baseline_that_is_not_the_categorys_is_said(tmp_path):
-    questions = [Question("a", "math", "P", "q:1"), Question("b", "creative_writing", "P", "q:2")]
-    file = tmp_path / "o3-mini-2025-01-31.jsonl"
-    write_answers(file, questions, "o3-mini-2025-01-31", ["x", "y"])
-    said = []
-    ArenaHard(None, None, "v2", file, [file]).read_baselines(questions, said.append)
-    assert said == ["note: the baseline of creative_writing is o3-mini-2025-01-31, not the benchmark's"]
-    with pytest.raises(SimpoError, match=r"none of the files is of gemini-2.0-flash-001"):
-        ArenaHard(None, None, "v2", file, [file, file]).read_baselines(questions, said.append)
+    questions = [asked("a", "math"), asked("b", "creative_writing")]
+    files = {}
+    for model in ("o3-mini-2025-01-31", "gemini-2.0-flash-001"):
+        files[model] = tmp_path / f"{model}.jsonl"
+        write_rows(files[model], [ArenaHard.answer_row(one, Answer(model, (one.key,))) for one in questions])
+    o3, gemini, said = *files.values(), []
+    found = with_baselines(questions, [o3], said.append)
+    assert [one.baseline.model for one in found] == ["o3-mini-2025-01-31"] * 2
+    assert len(said) == 1 and "creative_writing is o3-mini-2025-01-31" in said[0]
+    found = with_baselines(questions, [gemini, o3], said.append)
+    expected = [("o3-mini-2025-01-31", "a"), ("gemini-2.0-flash-001", "b")]
+    assert [(one.baseline.model, one.baseline.text) for one in found] == expected and len(said) == 1
+    with pytest.raises(SimpoError, match=r"^baseline: .*gemini-2.0-flash-001"):
+        with_baselines(questions, [o3, o3], said.append)
 
 
 def test_figures_by_category_and_what_is_left_out():
-    questions = [Question(str(i), "math" if i < 3 else "coding", "P", f"q:{i}") for i in range(5)]
+    base = Answer("base", ("text",))
+    questions = [replace(asked(str(i), "math" if i < 3 else "coding"), reference=base) for i in range(5)]
     verdicts = [("B>A", "A>B"), ("A=B", "A=B"), (None, "A>B"), ("A>>B", "B>>A"), ("A>B", "A>B")]
     judgments = [
-        Judgment(question, "mine", "base", "judge", ("", ""), found)
+        Judgment(question, Answer("mine", ("text" * 2,)), ("", ""), found)
         for question, found in zip(questions, verdicts, strict=True)
     ]
-    ours, theirs = (
-        {question.uid: Answer(question.uid, name, "text" * length, None, "") for question in questions}
-        for name, length in (("mine", 2), ("base", 1))
-    )
     said = []
-    metrics = {metric.name: metric for metric in figures(judgments, ours, theirs, "v0.1", said.append)}
+    metrics = {metric.name: metric for metric in category_metrics(judgments, "v0.1", said.append)}
     assert metrics["arena_hard/math/score"].value == pytest.approx(100 * (1 + 1 + 0.5 + 0.5 + 1) / 5)
     assert metrics["arena_hard/coding/score"].value == pytest.approx(100 * 1 / 8)
     assert metrics["arena_hard/math/games_without_verdict"].value == 1 and len(said) == 1
-    newer = {metric.name: metric for metric in figures(judgments, ours, theirs, "v2", said.append)}
+    newer = {metric.name: metric for metric in category_metrics(judgments, "v2", said.append)}
     assert newer["arena_hard/math/score_over_prompts"].value == pytest.approx(75)
-    (nothing, missing) = figures(judgments[2:3], ours, theirs, "v2", said.append)
+    (nothing, missing) = category_metrics(judgments[2:3], "v2", said.append)
     assert (nothing.value, nothing.n, missing.value) == (None, 0, 1)
     assert newer["arena_hard/math/score"].n == 2 and newer["arena_hard/math/avg_length"].value == 8
 
 
 def test_prompts_of_both_versions(tmp_path):
     shipped = ArenaPrompt(None)
-    plain = shipped.request("Q", "math", ("one", "two"), "v0.1")
+    plain = shipped.request(asked("a", "math", "Q"), "one", "two", "v0.1")
     assert [message["role"] for message in plain.messages] == ["system", "user"] and plain.temperature == 0
     text = plain.messages[1]["content"]
     assert text.index("Q") < text.index("one") < text.index("two")
-    written = shipped.request("Q", "creative_writing", ("one", "two"), "v2")
+    written = shipped.request(asked("a", "creative_writing", "Q"), "one", "two", "v2")
     assert written.messages[0] != plain.messages[0] and written.max_tokens > plain.max_tokens
     file = tmp_path / "judge.yaml"
     file.write_text("system_prompt: Judge.\nprompt_template:\n- '{question_1}|{answer_1}|{answer_2}'\n")
-    assert ArenaPrompt(file).request("Q", "math", ("a", "b"), "v0.1").messages[1]["content"] == "Q|a|b"
+    assert ArenaPrompt(str(file)).request(asked("a", "math", "Q"), "a", "b", "v0.1").messages[1]["content"] == "Q|a|b"
     for text, said in (("a: [", "not YAML"), ("a: b", "has system_prompt"), ("text", "has system_prompt")):
         file.write_text(text)
         with pytest.raises(SimpoError, match=said):
-            ArenaPrompt(file)
+            ArenaPrompt(str(file))
     whole = "system_prompt: x\nprompt_template: '{QUESTION} {ANSWER_A} {ANSWER_B}'\nsystem_prompts: "
     for given in ("[math]", "{math: 3}"):
         file.write_text(whole + given)
         with pytest.raises(SimpoError, match="system_prompts: expected a text for each category"):
-            ArenaPrompt(file)
+            ArenaPrompt(str(file))
     file.write_text("system_prompt: x\nprompt_template: '{QUESTION} {ANSWER_A}'")
     with pytest.raises(SimpoError, match=r"no place {ANSWER_B}"):
-        ArenaPrompt(file)
+        ArenaPrompt(str(file))

@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from simpo import SimpoError
-from simpo.evaluation.gsm8k.run import final_number, read_problems, reference_number
+from simpo.evaluation.academic import Gsm8kSettings, final_number, read_problems
 
 
 @pytest.mark.parametrize(
@@ -33,12 +33,6 @@ def test_the_number_that_a_text_ends_in(text, number):
     assert found == (None if number is None else Decimal(number))
 
 
-def test_references_need_their_mark():
-    assert reference_number("So it is <<2*3=6>>6.\n#### 1,006", "x") == 1006
-    with pytest.raises(SimpoError, match=r"rows:3: answer: no number after ####"):
-        reference_number("6", "rows:3")
-
-
 def test_problems_from_a_file(tmp_path):
     rows = [{"question": f"q{number}", "answer": f"#### {number}"} for number in range(4)]
     file = tmp_path / "test.jsonl"
@@ -46,5 +40,11 @@ def test_problems_from_a_file(tmp_path):
     assert read_problems(str(file), "test", 2) == [("q0", Decimal(0)), ("q1", Decimal(1))]
     assert len(read_problems(str(file), "test", None)) == 4
     for limit in (0, -1):
-        with pytest.raises(SimpoError, match=f"limit: must be at least 1, not {limit}"):
-            read_problems(str(file), "test", limit)
+        with pytest.raises(SimpoError, match=f"^limit: .*{limit}"):
+            Gsm8kSettings(model="m", output_dir="out", limit=limit)
+    file.write_text(
+        '{"question": "q", "answer": "So it is <<2*3=6>>6.\\n#### 1,006"}\n{"question": "q", "answer": "6"}\n'
+    )
+    assert read_problems(str(file), "test", 1) == [("q", Decimal(1006))]
+    with pytest.raises(SimpoError, match=r"test.jsonl:2: answer: .*####"):
+        read_problems(str(file), "test", None)

@@ -10,8 +10,8 @@ import pytest
 
 from simpo import SimpoError
 from simpo.data.prompts import prompt_id
+from simpo.evaluation.answers import read_answer_file
 from simpo.evaluation.head_to_head import PromptAnswers, compare_answers, read_contests, win_rate
-from simpo.evaluation.rows import read_answer_file
 from simpo.statistics import mean_interval, share_interval
 
 

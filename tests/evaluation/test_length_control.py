@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from simpo.evaluation.alpaca_eval.files import read_baselines
-from simpo.evaluation.alpaca_eval.win_rate import (
+from simpo.evaluation.alpaca_eval import read_baselines
+from simpo.evaluation.leaderboards import (
     STRENGTHS,
     Baselines,
     cross_validated_strength,
@@ -34,7 +34,7 @@ def test_win_rates_by_their_definition():
     assert found.standard_error == pytest.approx(100 * np.std(shares, ddof=1) / 5**0.5)
     assert (found.wins, found.draws, found.losses) == (2, 1, 2)
     assert found.discrete_win_rate == pytest.approx(100 * 2.5 / 5)
-    with pytest.raises(ValueError, match="no preference"):
+    with pytest.raises(ValueError, match="preference"):
         win_rate(np.array([np.nan]))
 
 

@@ -7,16 +7,8 @@ import json
 import pytest
 
 from simpo import SimpoError
-from simpo.evaluation.mt_bench.files import (
-    Rating,
-    rating_metrics,
-    read_answers,
-    read_questions,
-    read_rating,
-    write_answers,
-    write_judgments,
-)
-from simpo.evaluation.mt_bench.run import RatingPrompts, figures
+from simpo.evaluation.answers import Answer, read_answers, write_rows
+from simpo.evaluation.mt_bench import MTBench, Rating, RatingPrompts, rating_metrics, read_questions, read_rating
 
 
 @pytest.mark.parametrize(
@@ -43,7 +35,9 @@ def test_averages_by_their_definition():
         for (number, category), scores in given.items()
         for turn, score in enumerate(scores, start=1)
     ]
-    found = {metric.name.removeprefix("mt_bench/"): metric for metric in rating_metrics(ratings)}
+    said = []
+    found = {metric.name.removeprefix("mt_bench/"): metric for metric in rating_metrics(ratings, said.append)}
+    assert len(said) == 1 and "1 of 6" in said[0]
     assert found["turn_1"].value == pytest.approx((8 + 6 + 10) / 3)
     assert found["turn_2"].value == pytest.approx((4 + 9) / 2)
     assert found["average"].value == pytest.approx((8 + 4 + 6 + 10 + 9) / 5)
@@ -51,9 +45,7 @@ def test_averages_by_their_definition():
     assert found["writing"].value == pytest.approx(9.5)
     assert (found["average"].n, found["turn_2"].n, found["without_rating"].value) == (3, 2, 1)
     assert found["average"].low < found["average"].value < found["average"].high
-    said = []
-    assert figures(ratings, said.append) == rating_metrics(ratings) and said[0].startswith("note: 1 of 6")
-    (nothing, missing) = figures(ratings[3:4], said.append)
+    (nothing, missing) = rating_metrics(ratings[3:4], said.append)
     assert (nothing.value, nothing.n, missing.value) == (None, 0, 1)
 
 
@@ -64,6 +56,11 @@ QUESTIONS = [
 ]
 
 
+def read(path, questions):
+    places = {question.key: question.where for question in questions}
+    return read_answers(path, "question_id", MTBench.parse_answer, places)
+
+
 def lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -71,23 +68,21 @@ def lines(path, rows):
 
 def test_references_count_where_answers_are_right_or_wrong(tmp_path):
     file = lines(tmp_path / "question.jsonl", QUESTIONS)
-    assert [question.reference for question in read_questions(file, None)] == [None, ("r1", "r2"), None]
+    references = [question.reference for question in read_questions(file, None)]
+    assert [one and one.turns for one in references] == [None, ("r1", "r2"), None]
     other = [{"question_id": 121, "choices": [{"turns": ["x1", "x2"]}]}]
     found = read_questions(file, lines(tmp_path / "reference.jsonl", other))
-    assert [question.reference for question in found] == [None, None, ("x1", "x2")]
+    assert [one.reference and one.reference.turns for one in found] == [None, None, ("x1", "x2")]
     with pytest.raises(SimpoError, match="1 references are to other questions, the first to 7"):
         read_questions(file, lines(tmp_path / "reference.jsonl", [other[0] | {"question_id": 7}]))
 
 
 def test_files_travel_both_ways(tmp_path):
     questions = read_questions(lines(tmp_path / "question.jsonl", QUESTIONS), None)
-    turns = [("a", "b"), ("c", "d"), ("e", "")]
-    write_answers(tmp_path / "answers.jsonl", questions, "mine", turns)
-    assert read_answers(tmp_path / "answers.jsonl", questions) == ("mine", turns)
-    ratings = [Rating(81, "writing", 1, 7.0), Rating(81, "writing", 2, None)]
-    write_judgments(tmp_path / "judgments.jsonl", "mine", "judge", ratings, ["[[7]]", "?"])
-    rows = [json.loads(line) for line in (tmp_path / "judgments.jsonl").read_text().splitlines()]
-    assert [(row["question_id"], row["turn"], row["score"]) for row in rows] == [(81, 1, 7.0), (81, 2, -1)]
+    answers = [Answer("mine", turns) for turns in (("a", "b"), ("c", "d"), ("e", ""))]
+    rows = [MTBench.answer_row(*pair) for pair in zip(questions, answers, strict=True)]
+    write_rows(tmp_path / "answers.jsonl", rows)
+    assert read(tmp_path / "answers.jsonl", questions) == answers
 
 
 @pytest.mark.parametrize(
@@ -103,29 +98,29 @@ def test_files_travel_both_ways(tmp_path):
 def test_answers_that_are_not_the_benchmarks(tmp_path, rows, said):
     questions = read_questions(lines(tmp_path / "question.jsonl", QUESTIONS), None)
     with pytest.raises(SimpoError, match=said):
-        read_answers(lines(tmp_path / "answers.jsonl", rows), questions)
+        read(lines(tmp_path / "answers.jsonl", rows), questions)
 
 
 def test_the_judge_sees_the_turns_and_the_reference(tmp_path):
     writing, math, _ = read_questions(lines(tmp_path / "question.jsonl", QUESTIONS), None)
-    prompts = RatingPrompts(None)
-    first = prompts.request(writing, ("A1", "A2"), 1).messages[1]["content"]
+    prompts, answer = RatingPrompts(None), Answer("mine", ("A1", "A2"))
+    first = prompts.request(writing, answer, 1).messages[1]["content"]
     assert "w1" in first and "A1" in first and "w2" not in first and "A2" not in first
-    second = prompts.request(writing, ("A1", "A2"), 2).messages[1]["content"]
+    second = prompts.request(writing, answer, 2).messages[1]["content"]
     assert second.index("w1") < second.index("A1") < second.index("w2") < second.index("A2")
-    guided = prompts.request(math, ("A1", "A2"), 2)
+    guided = prompts.request(math, answer, 2)
     assert "r1" in guided.messages[1]["content"] and "r2" in guided.messages[1]["content"]
-    assert guided.temperature == 0 and "r1" in prompts.request(math, ("A1", "A2"), 1).messages[1]["content"]
+    assert guided.temperature == 0 and "r1" in prompts.request(math, answer, 1).messages[1]["content"]
 
 
 def test_prompts_of_ones_own(tmp_path):
     file = tmp_path / "judge_prompts.jsonl"
     file.write_text('{"name": "single-v1", "system_prompt": "s", "prompt_template": "{question}{answer}"}\n')
     with pytest.raises(SimpoError, match="the judge prompt single-v1-multi-turn is missing"):
-        RatingPrompts(file)
+        RatingPrompts(str(file))
     file.write_text('{"name": "single-v1", "system_prompt": 1, "prompt_template": "x"}\n')
     with pytest.raises(SimpoError, match="single-v1: system_prompt: expected text, got 1"):
-        RatingPrompts(file)
+        RatingPrompts(str(file))
     file.write_text("no\n")
     with pytest.raises(SimpoError, match="not judge prompts of MT-Bench"):
-        RatingPrompts(file)
+        RatingPrompts(str(file))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from simpo.client import ChatReply
-from simpo.evaluation.alpaca_eval.run import named
-from simpo.evaluation.arena_hard.scores import read_verdict as arena_verdict
-from simpo.evaluation.gsm8k.run import final_number
-from simpo.evaluation.mt_bench.files import read_rating
+from simpo.evaluation.academic import final_number
+from simpo.evaluation.alpaca_eval import plain_preference
+from simpo.evaluation.arena_hard import read_verdict as arena_verdict
+from simpo.evaluation.mt_bench import read_rating
 from simpo.generation.engine import ResponseText
 from simpo.generation.thinking import after_thinking, split_thinking
 from simpo.judging.pairwise import read_verdict
@@ -60,7 +60,7 @@ READERS = {
     "arena v0.1": (lambda text: arena_verdict(text, "v0.1"), "Hm: [[B>A]]", "[[A>>B]]", "A>>B"),
     "arena v2": (lambda text: arena_verdict(text, "v2"), "Hm: [[B>A]]", "[[A>>B]]", "A>>B"),
     "mt_bench": (read_rating, "Hm: [[3]] or [2]", "Rating: [[8]]", 8.0),
-    "alpaca_eval": (lambda text: {1.0: "m", 2.0: "M"}.get(named(text)), "M", "m", "m"),
+    "alpaca_eval": (lambda text: {1.0: "m", 2.0: "M"}.get(plain_preference(text)), "M", "m", "m"),
     "gsm8k": (final_number, "Hm, 4. #### 5", "#### 6", 6),
 }
 

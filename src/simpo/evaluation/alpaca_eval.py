@@ -18,8 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from simpo.client import ChatReply, ChatRequest
 from simpo.data.rows import Row
 from simpo.errors import SimpoError
-from simpo.evaluation.leaderboards import Baselines, length_controlled, win_rate
 from simpo.evaluation.answers import Answer, Question, file_digest, read_by_key, read_rows, text_in, write_rows
+from simpo.evaluation.leaderboards import Baselines, length_controlled, win_rate
 from simpo.evaluation.runner import Benchmark, JudgedBenchmark, JudgedSettings, check_file, setting
 from simpo.generation.thinking import after_thinking
 from simpo.judging.presentation import fill, read_prompt_file
@@ -140,7 +140,8 @@ class AlpacaEval(JudgedBenchmark):
         """Read a row of ``model_outputs.json``."""
         return text_in(row, "instruction", where), _output(row, where)
 
-    def answer_row(self, question: Question, answer: Answer) -> Row:
+    @classmethod
+    def answer_row(cls, question: Question, answer: Answer) -> Row:
         """A row of ``model_outputs.json``."""
         return {
             "dataset": question.category,
@@ -321,8 +322,8 @@ def leaderboard_metrics(annotations: Sequence[Annotation], baselines: Baselines 
         metrics.append(Metric("alpaca_eval/win_rate", None, n=0))
     else:
         if baselines is not None:
-            lengths = [np.array([len(text) for text in texts]) for texts in (theirs, ours)]
-            controlled = length_controlled(preferences, *lengths, baselines)
+            their_lengths, our_lengths = (np.array([len(text) for text in texts]) for texts in (theirs, ours))
+            controlled = length_controlled(preferences, their_lengths, our_lengths, baselines)
             metrics += [
                 _with_interval("length_controlled_winrate", controlled.win_rate, controlled.standard_error, total),
                 Metric("alpaca_eval/lc_standard_error", controlled.standard_error, n=total),

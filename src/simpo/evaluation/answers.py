@@ -145,12 +145,9 @@ def read_answer_file(path: Path) -> dict[str, Record]:
 
 def _record(row: Row, where: str) -> tuple[str, Record]:
     if "instruction" in row and "output" in row:
-        prompt = text_in(row, "instruction", where)
-        return prompt_id(prompt), {
-            "id": prompt_id(prompt),
-            "prompt": prompt,
-            "responses": [text_in(row, "output", where)],
-        }
+        instruction, output = text_in(row, "instruction", where), text_in(row, "output", where)
+        key = prompt_id(instruction)
+        return key, {"id": key, "prompt": instruction, "responses": [output]}
     key = text_in(row, "id", where)
     responses = list_in(row, "responses", where)
     if not responses or not all(isinstance(response, str) for response in responses):

@@ -137,7 +137,8 @@ class ArenaHard(JudgedBenchmark):
             raise SimpoError(f"{where}: answer: expected text, got {text!r:.60}")
         return _uid(row, where), Answer(model, (text,), tokens)
 
-    def answer_row(self, question: Question, answer: Answer) -> Row:
+    @classmethod
+    def answer_row(cls, question: Question, answer: Answer) -> Row:
         """A row ``{uid, model, messages}``."""
         return {
             "uid": question.key,
@@ -355,7 +356,10 @@ def _score_in_baseline_style(counted: Sequence[tuple[Judgment, list[float]]]) ->
     """Lengths are in tokens where every answer has them; otherwise all are in characters, to be comparable."""
     pairs = [(judgment.answer, judgment.question.baseline) for judgment, worths in counted for _ in worths]
     known = all(answer.tokens is not None for pair in pairs for answer in pair)
-    styles = ([style_of(answer.text, answer.tokens if known else None) for answer in side] for side in zip(*pairs, strict=True))
+    styles = (
+        [style_of(answer.text, answer.tokens if known else None) for answer in side]
+        for side in zip(*pairs, strict=True)
+    )
     worths = np.array([worth for _, worths in counted for worth in worths])
     models = np.zeros(len(worths), dtype=np.int64)  # only one
     return float(style_controlled(models, worths, style_differences(*styles)).at_equal[0])

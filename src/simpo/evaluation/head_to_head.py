@@ -13,8 +13,7 @@ from simpo.data.context import context_of
 from simpo.data.prompts import read_prompts
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
-from simpo.evaluation.answers import Answerer, is_outputs_file
-from simpo.evaluation.rows import Record, file_digest, read_answer_file
+from simpo.evaluation.answers import Answerer, Record, file_digest, is_answer_file, read_answer_file
 from simpo.generation.sample import FILE_NAME, EngineName, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.protocol import Pair
@@ -233,7 +232,7 @@ def _answer_file(name: str) -> Path | None:
     path = Path(name).expanduser()
     if (path / FILE_NAME).is_file():
         return path / FILE_NAME
-    return path if path.is_file() or is_outputs_file(name) else None
+    return path if path.is_file() or is_answer_file(name) else None
 
 
 @dataclass(frozen=True)

@@ -176,8 +176,8 @@ def folds(n: int) -> Iterator[np.ndarray]:
 
 # ---- Arena-Hard's scores.
 #
-# The benchmark fits Bradley-Terry strengths by unpenalized logistic regression. Because every battle has the baseline on
-# one side, a model's fitted chance to win is the mean worth of its battles, which is what is computed here.
+# The benchmark fits Bradley-Terry strengths by unpenalized logistic regression. Every battle has the baseline on one
+# side, and therefore a model's fitted chance to win is the mean worth of its battles, which is what is computed here.
 
 Version = Literal["v0.1", "v2"]
 

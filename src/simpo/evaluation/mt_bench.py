@@ -71,9 +71,7 @@ class MTBench(JudgedBenchmark):
         judge = settings.judge()
         self._prompts = RatingPrompts(settings.judge_prompt)
         self._questions, self._references = settings.questions, settings.references
-        super().__init__(
-            settings, judge, read_questions(settings.questions, settings.references), self._prompts.digest
-        )
+        super().__init__(settings, judge, read_questions(settings.questions, settings.references), self._prompts.digest)
 
     def own_identity(self) -> dict[str, Any]:
         """The benchmark's files, and where temperatures come from."""
@@ -93,7 +91,8 @@ class MTBench(JudgedBenchmark):
         turns = _two_turns(choices[0], "turns", where)
         return _number(row, where), Answer(str(row.get("model_id") or "model"), turns)
 
-    def answer_row(self, question: Question, answer: Answer) -> Row:
+    @classmethod
+    def answer_row(cls, question: Question, answer: Answer) -> Row:
         """A row ``{question_id, model_id, choices: [{turns}]}``."""
         choices = [{"index": 0, "turns": list(answer.turns)}]
         return {"question_id": question.key, "model_id": answer.model, "choices": choices}
@@ -293,7 +292,9 @@ def read_questions(path: str | Path, references: str | Path | None) -> list[Ques
     questions = [question for question, _ in read_by_key(path, "question_id", parse).values()]
     if references is None:
         return questions
-    found = {number: answer for number, (answer, _) in read_by_key(references, "question_id", MTBench.parse_answer).items()}
+    found = {
+        number: answer for number, (answer, _) in read_by_key(references, "question_id", MTBench.parse_answer).items()
+    }
     unknown = found.keys() - {question.key for question in questions}
     if unknown:
         raise SimpoError(f"{references}: {len(unknown)} references are to other questions, the first to {min(unknown)}")

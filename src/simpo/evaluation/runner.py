@@ -365,8 +365,9 @@ class JudgedBenchmark(ABC):
     def parse_answer(cls, row: Row, where: str) -> tuple[Any, Answer]:
         """The key of the question and the answer in a row of a file of answers."""
 
+    @classmethod
     @abstractmethod
-    def answer_row(self, question: Question, answer: Answer) -> Row:
+    def answer_row(cls, question: Question, answer: Answer) -> Row:
         """The row of a file of answers."""
 
     @abstractmethod

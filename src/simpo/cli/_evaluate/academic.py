@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from simpo.cli._evaluate._options import add_run_options, show
+from simpo.cli._evaluate._options import add_run_options, run
 from simpo.config.arguments import ArgumentParser
-from simpo.evaluation.academic.run import TASKS, AcademicSettings, evaluate_academic
-from simpo.models.settings import ModelArguments
+from simpo.evaluation.academic import TASKS
 
 
 def main(argv: list[str]) -> int:
     """Run the tasks on one model, or on two and compare."""
-    arguments = _parser().parse_args(argv)
-    settings = AcademicSettings(
-        tuple(arguments.tasks.split(",")),
-        arguments.task_folder,
-        arguments.num_fewshot,
-        arguments.limit,
-        arguments.batch_size,
-        not arguments.no_chat_template,
-    )
-    models = [
-        None
-        if name is None
-        else ModelArguments(name, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code)
-        for name in (arguments.model, arguments.against)
-    ]
-    model, against = models
-    assert model is not None
-    folder = Path(arguments.output_dir).expanduser()
-    results = evaluate_academic(model, against, settings, folder, argv=["academic", *argv])
-    show(results, "academic", arguments)
-    return 0
+    return run("academic", _parser(), argv)
 
 
 def _parser() -> ArgumentParser:

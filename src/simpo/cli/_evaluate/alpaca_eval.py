@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-from simpo.cli._evaluate._options import (
-    add_run_options,
-    add_sampling_options,
-    answers,
-    api_judge,
-    existing,
-    show,
-)
+from simpo.cli._evaluate._options import add_run_options, add_sampling_options, run
 from simpo.cli._server import add_server_options
 from simpo.config.arguments import ArgumentParser
-from simpo.errors import SimpoError
-from simpo.evaluation.alpaca_eval.files import LengthControl, reference_file
-from simpo.evaluation.alpaca_eval.run import AlpacaEval, PairwisePrompt, evaluate_alpaca_eval, recount_alpaca_eval
 from simpo.generation.settings import SamplingSettings
 
 _DEFAULTS = SamplingSettings(temperature=0.7, top_p=1.0)
@@ -25,30 +12,7 @@ _DEFAULTS = SamplingSettings(temperature=0.7, top_p=1.0)
 
 def main(argv: list[str]) -> int:
     """Answer, judge and count, or count what was judged."""
-    arguments = _parser().parse_args(argv)
-    existing(arguments.gamed, "--gamed")
-    existing(arguments.difficulty, "--difficulty")
-    control = LengthControl(arguments.gamed, arguments.difficulty)
-    folder = Path(arguments.output_dir).expanduser()
-    annotations = existing(arguments.annotations, "--annotations")
-    given = ["alpaca_eval", *argv]
-    if annotations is not None and arguments.model is None:
-        results = recount_alpaca_eval(annotations, control, folder, argv=given)
-    elif annotations is None and arguments.model is not None:
-        results = evaluate_alpaca_eval(
-            _benchmark(arguments), answers(arguments, _DEFAULTS), control, folder, argv=given
-        )
-    else:
-        raise SimpoError("give either a model or file of outputs, or --annotations with what was judged")
-    show(results, "alpaca_eval", arguments)
-    return 0
-
-
-def _benchmark(arguments: argparse.Namespace) -> AlpacaEval:
-    judge = api_judge(arguments)
-    prompt = PairwisePrompt(existing(arguments.judge_prompt, "--judge_prompt"))
-    reference = existing(arguments.reference_outputs, "--reference_outputs") or reference_file()
-    return AlpacaEval(judge, prompt, reference, not arguments.plain)
+    return run("alpaca_eval", _parser(), argv)
 
 
 def _parser() -> ArgumentParser:

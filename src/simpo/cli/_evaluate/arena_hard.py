@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from simpo.cli._evaluate._options import (
-    add_run_options,
-    add_sampling_options,
-    answers,
-    api_judge,
-    existing,
-    show,
-)
+from simpo.cli._evaluate._options import add_run_options, add_sampling_options, run
 from simpo.cli._server import add_server_options
 from simpo.config.arguments import ArgumentParser
-from simpo.evaluation.arena_hard.run import ArenaHard, ArenaPrompt, evaluate_arena_hard
 from simpo.generation.settings import SamplingSettings
 
 _DEFAULTS = SamplingSettings(temperature=0.0, top_p=1.0)
@@ -22,20 +12,7 @@ _DEFAULTS = SamplingSettings(temperature=0.0, top_p=1.0)
 
 def main(argv: list[str]) -> int:
     """Answer, judge and count."""
-    arguments = _parser().parse_args(argv)
-    questions = existing(arguments.questions, "--questions")
-    assert questions is not None
-    benchmark = ArenaHard(
-        api_judge(arguments),
-        ArenaPrompt(existing(arguments.judge_prompt, "--judge_prompt")),
-        arguments.version,
-        questions,
-        [path for name in arguments.baseline if (path := existing(name, "--baseline"))],
-    )
-    folder = Path(arguments.output_dir).expanduser()
-    results = evaluate_arena_hard(benchmark, answers(arguments, _DEFAULTS), folder, argv=["arena_hard", *argv])
-    show(results, "arena_hard", arguments)
-    return 0
+    return run("arena_hard", _parser(), argv)
 
 
 def _parser() -> ArgumentParser:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from simpo.cli._evaluate._options import add_run_options, add_sampling_options, answerer, show
+from simpo.cli._evaluate._options import add_run_options, add_sampling_options, run
 from simpo.config.arguments import ArgumentParser
-from simpo.evaluation.gsm8k.run import evaluate_gsm8k, read_problems
 from simpo.generation.settings import SamplingSettings
 
 _DEFAULTS = SamplingSettings(temperature=0.0, top_p=1.0)
@@ -14,16 +11,7 @@ _DEFAULTS = SamplingSettings(temperature=0.0, top_p=1.0)
 
 def main(argv: list[str]) -> int:
     """Answer and count."""
-    arguments = _parser().parse_args(argv)
-    results = evaluate_gsm8k(
-        read_problems(arguments.data, arguments.split, arguments.limit),
-        answerer(arguments.model, arguments, _DEFAULTS),
-        None if arguments.against is None else answerer(arguments.against, arguments, _DEFAULTS),
-        Path(arguments.output_dir).expanduser(),
-        argv=["gsm8k", *argv],
-    )
-    show(results, "gsm8k", arguments)
-    return 0
+    return run("gsm8k", _parser(), argv)
 
 
 def _parser() -> ArgumentParser:

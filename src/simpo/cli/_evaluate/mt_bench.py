@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from simpo.cli._evaluate._options import (
-    add_run_options,
-    add_sampling_options,
-    answers,
-    api_judge,
-    existing,
-    show,
-)
+from simpo.cli._evaluate._options import add_run_options, add_sampling_options, run
 from simpo.cli._server import add_server_options
 from simpo.config.arguments import ArgumentParser
-from simpo.evaluation.mt_bench.run import MTBench, RatingPrompts, evaluate_mt_bench
 from simpo.generation.settings import SamplingSettings
 
 _DEFAULTS = SamplingSettings(temperature=0.7, top_p=1.0, max_new_tokens=1024)
@@ -22,24 +12,7 @@ _DEFAULTS = SamplingSettings(temperature=0.7, top_p=1.0, max_new_tokens=1024)
 
 def main(argv: list[str]) -> int:
     """Answer, rate and average."""
-    arguments = _parser().parse_args(argv)
-    questions = existing(arguments.questions, "--questions")
-    assert questions is not None
-    benchmark = MTBench(
-        api_judge(arguments),
-        RatingPrompts(existing(arguments.judge_prompt, "--judge_prompt")),
-        questions,
-        existing(arguments.references, "--references"),
-    )
-    results = evaluate_mt_bench(
-        benchmark,
-        answers(arguments, _DEFAULTS),
-        Path(arguments.output_dir).expanduser(),
-        own_temperature=arguments.temperature is not None,
-        argv=["mt_bench", *argv],
-    )
-    show(results, "mt_bench", arguments)
-    return 0
+    return run("mt_bench", _parser(), argv)
 
 
 def _parser() -> ArgumentParser:
