@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from simpo.client import stand_in
-from simpo.data.sources import SUFFIXES
 from simpo.data.messages import read_messages
 from simpo.data.prompts import Prompts, prompt_id
 from simpo.data.rows import BadRow, Row, rows_of
 from simpo.data.settings import RenderSettings
-from simpo.data.sources import load_rows
+from simpo.data.sources import SUFFIXES, load_rows
 from simpo.errors import SimpoError
 from simpo.generation.sample import FILE_NAME, EngineName, Job, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings

@@ -207,7 +207,7 @@ class ArenaPrompt:
             raise SimpoError(f"{path}: a judge prompt of Arena-Hard has system_prompt and prompt_template")
         for names in (("QUESTION", "question_1"), ("ANSWER_A", "answer_1"), ("ANSWER_B", "answer_2")):
             if not any(f"{{{name}}}" in template for name in names):
-                raise SimpoError(f"{path}: prompt_template has no place {{{names[0]}}}")
+                raise SimpoError(f"{path}: prompt_template lacks the placeholder {{{names[0]}}}")
         self._template, self._system = template, system
         self._by_category: dict[str | None, str] = settings.get("system_prompts") or {}
         if not isinstance(self._by_category, dict) or not all(isinstance(x, str) for x in self._by_category.values()):

@@ -25,8 +25,7 @@ from simpo.evaluation.answers import (
 )
 from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings, check_file, setting
 from simpo.generation.thinking import after_thinking
-from simpo.judging.presentation import ShownAnswers
-from simpo.judging.presentation import fill, read_prompt_file
+from simpo.judging.presentation import ShownAnswers, fill, read_prompt_file
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.results import Metric
@@ -198,7 +197,7 @@ class RatingPrompts:
         for name, places in _PROMPTS.values():
             for place in places:
                 if f"{{{place}}}" not in self._prompts.get(name, ("", ""))[1]:
-                    raise SimpoError(f"{path}: the judge prompt {name} is missing, or has no place {{{place}}}")
+                    raise SimpoError(f"{path}: the judge prompt {name} is missing, or lacks the placeholder {{{place}}}")
 
     def request(self, question: Question, answer: Answer, turn: int) -> ChatRequest:
         """Ask about the first turn (1) or, with the first before it, the second (2)."""
