@@ -121,7 +121,7 @@ def test_a_prompt_of_ones_own(tmp_path):
     assert request.messages == [{"role": "user", "content": 'Which? {"q": """Q"""} A or A {else}'}]
     assert PairwisePrompt(str(file)).digest != PairwisePrompt(None).digest
     file.write_text("{instruction} {output_1}")
-    with pytest.raises(SimpoError, match="{output_2}"):
+    with pytest.raises(SimpoError, match=r"{output_2}"):
         PairwisePrompt(str(file))
     file.write_text("<|im_start|>judge\n{instruction} {output_1} {output_2}\n<|im_end|>")
     with pytest.raises(SimpoError, match="'judge' is not a role"):

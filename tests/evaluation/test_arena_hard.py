@@ -267,5 +267,5 @@ def test_prompts_of_both_versions(tmp_path):
         with pytest.raises(SimpoError, match="system_prompts: expected a text for each category"):
             ArenaPrompt(str(file))
     file.write_text("system_prompt: x\nprompt_template: '{QUESTION} {ANSWER_A}'")
-    with pytest.raises(SimpoError, match="{ANSWER_B}"):
+    with pytest.raises(SimpoError, match=r"{ANSWER_B}"):
         ArenaPrompt(str(file))

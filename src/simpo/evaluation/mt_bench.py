@@ -197,7 +197,7 @@ class RatingPrompts:
         for name, places in _PROMPTS.values():
             for place in places:
                 if f"{{{place}}}" not in self._prompts.get(name, ("", ""))[1]:
-                    raise SimpoError(f"{path}: the judge prompt {name} is missing, or lacks the placeholder {{{place}}}")
+                    raise SimpoError(f"{path}: the judge prompt {name} is missing or lacks {{{place}}}")
 
     def request(self, question: Question, answer: Answer, turn: int) -> ChatRequest:
         """Ask about the first turn (1) or, with the first before it, the second (2)."""
