@@ -7,8 +7,10 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import sys
 import time
+from contextlib import closing, suppress
 from multiprocessing import get_context
 from random import Random
 
@@ -18,7 +20,6 @@ from tests.servers.model_answers import ModelAnswers
 from tests.servers.transformers_serve import transformers_serve
 
 from simpo.cli import main
-from simpo.client import chat_client
 from simpo.runs.lines import read_lines
 from simpo.runs.results import read_results
 from simpo.world.judge import draw_answer, full_answer, judge
@@ -34,7 +35,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    monkeypatch.setattr(chat_client, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 @pytest.fixture
@@ -226,6 +227,15 @@ def test_a_real_model_judges(models, answers, capsys):
     assert f"judge api gave no verdict on {different} of 30 pairs" in capsys.readouterr().out
 
 
+def stored_replies(folder):
+    """How many replies the databases in a folder have."""
+    count = 0
+    for path in folder.rglob("*.sqlite3"):
+        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(path)) as database:  # it has no table yet
+            count += database.execute("SELECT count(*) FROM replies").fetchone()[0]
+    return count
+
+
 @pytest.mark.slow
 def test_the_server_of_transformers(models, answers):
     """The whole way: sample from a model, judge with it over HTTP, killed in between, and a second time for nothing."""
@@ -238,7 +248,7 @@ def test_the_server_of_transformers(models, answers):
         assert main([*sample, "--max_new_tokens=8", "--seed=1"]) == 0
         process = get_context("fork").Process(target=lambda: sys.exit(main(line)))
         process.start()
-        while process.is_alive() and not sum(path.stat().st_size for path in (answers / "cache").rglob("*.jsonl")):
+        while process.is_alive() and not stored_replies(answers / "cache"):
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
         process.join()

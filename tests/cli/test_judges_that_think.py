@@ -185,7 +185,7 @@ def test_a_judge_that_thinks_within_its_limit_gives_verdicts_with_a_higher_one(n
 
 @pytest.mark.parametrize("logprob", ["-0.1", None, 5.0])
 def test_log_probabilities_that_are_none_are_never_weighed(logprob, commands, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("simpo.client.chat_client._FIRST_WAIT", 0.0)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0)
     code, found, _ = run(commands["weighted"], lambda body: completion("m", {"m": logprob, "M": -3.0}), tmp_path)
     assert (code, found) == (2, {})
     assert f"a log-probability of {logprob!r}" in capsys.readouterr().err

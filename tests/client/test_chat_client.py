@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import itertools
 import json
@@ -10,13 +11,15 @@ import multiprocessing
 import os
 import signal
 import socket
+import sqlite3
 import time
 
 import pytest
+from openai import _base_client
 from tests.servers.chat_server import ChatServer, Raw, completion
 
 from simpo import SimpoError
-from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, Prices, chat_client, confirm_cost, stand_in
+from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, Prices, confirm_cost, sending, stand_in
 
 KEY = "a-secret-that-nobody-may-see"
 
@@ -24,7 +27,7 @@ KEY = "a-secret-that-nobody-may-see"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short waits, and no key of the machine's own."""
-    monkeypatch.setattr(chat_client, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -160,23 +163,16 @@ def test_a_wait_that_is_too_long_is_an_error():
 
 
 def test_attempts_are_bounded_and_waits_grow(tmp_path, monkeypatch):
-    monkeypatch.setattr(chat_client, "_FIRST_WAIT", 0.08)
+    monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.08)
     with ChatServer(lambda body: Raw(500, b'{"error": {"message": "broken"}}')) as server:
         ours = client(server, tmp_path, attempts=3)
         with pytest.raises(SimpoError) as raised:
             ours.complete(requests(1))
     assert len(server.bodies) == 3
     first, second = server.times[1] - server.times[0], server.times[2] - server.times[1]
-    assert first >= 0.04 and second >= 0.08
+    assert first >= 0.06 and second >= 0.12
     said = str(raised.value)
     assert server.url in said and "'tiny'" in said and "status 500: broken" in said and "3 attempts" in said
-
-
-def test_no_wait_is_longer_than_half_a_minute(monkeypatch):
-    monkeypatch.setattr(chat_client, "_FIRST_WAIT", 1.0)
-    for attempt, longest in ((1, 1), (2, 2), (5, 16), (6, 30), (20, 30)):
-        waits = [chat_client._backoff(attempt) for _ in range(100)]
-        assert longest / 2 <= min(waits) < max(waits) <= longest
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
@@ -313,21 +309,74 @@ def test_the_same_request_twice_is_sent_once():
     assert len(server.bodies) == 3
 
 
-def test_a_torn_last_line_and_a_damaged_one_are_ignored_and_counted(tmp_path, caplog):
+def database(folder):
+    [path] = folder.glob("*.sqlite3")
+    return path
+
+
+def test_a_damaged_reply_is_requested_again(tmp_path, caplog):
     with ChatServer(echo) as server:
         client(server, tmp_path, concurrency=1).complete(requests(5))
-        [path] = tmp_path.glob("*.jsonl")
-        lines = path.read_bytes().splitlines(keepends=True)
-        path.write_bytes(b"".join([lines[0], b"\x00\xff\n", *lines[2:4], lines[4][:-9]]))
+        with sqlite3.connect(database(tmp_path)) as connection:
+            connection.execute("UPDATE replies SET reply = substr(reply, 1, 9) WHERE rowid = 2")
+        connection.close()
         ours = client(server, tmp_path)
-        assert "2 damaged lines are ignored" in caplog.text
         assert texts(ours.complete(requests(5))) == SAID[:5]
-        assert ours.usage.cached == 3 and len(server.bodies) == 7
+        assert caplog.text.count("damaged reply") == 1 and database(tmp_path).name in caplog.text
+        assert ours.usage.cached == 4 and len(server.bodies) == 6
         assert client(server, tmp_path).estimate(requests(5)).cached == 5
 
 
+@pytest.mark.parametrize("start", [0, 20_000])
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_damaged_database_is_kept_and_replaced(start, opened, tmp_path, caplog):
+    """What can be read of it is recovered; the rest is requested again."""
+    long = "x" * 1000
+    with ChatServer(lambda body: completion(body["messages"][0]["content"] + long)) as server:
+        client(server, tmp_path, concurrency=1).complete(requests(40))
+        gc.collect()  # closes the connection, which moves all changes into the database's file
+        path = database(tmp_path)
+        ours = client(server, tmp_path) if opened else None
+        with path.open("r+b") as file:
+            file.seek(start)
+            file.write(b"\xff" * 8192)
+        damaged = path.read_bytes()
+        ours = ours or client(server, tmp_path)
+        assert texts(ours.complete(requests(40))) == [f"say {i}{long}" for i in range(40)]
+        assert caplog.text.count("damaged") >= 1 and path.name in caplog.text
+        [aside] = tmp_path.glob("*.damaged-1")
+        assert aside.read_bytes() == damaged
+        assert len(server.bodies) < 80 or start == 0
+        assert client(server, tmp_path).estimate(requests(40)).cached > 35
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SimpoError, match="file"):
+        ChatClient(Endpoint("http://127.0.0.1:9/v1", "tiny"), tmp_path / "file")
+    ChatClient(Endpoint("http://127.0.0.1:9/v1", "tiny"), tmp_path)
+    path = database(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(SimpoError, match=path.name):
+        ChatClient(Endpoint("http://127.0.0.1:9/v1", "tiny"), tmp_path)
+
+
+def test_files_of_earlier_versions_are_imported_once(tmp_path, caplog):
+    """JSON lines: two replies, a damaged line and one that a kill has torn."""
+    with ChatServer(echo) as server:
+        client(server, tmp_path)
+        earlier = database(tmp_path).with_suffix(".jsonl")
+        lines = [json.dumps({"key": request.key("tiny"), "reply": {"text": "paid"}}) for request in requests(3)]
+        earlier.write_bytes("\n".join([lines[0], lines[1], "\x00", lines[2][:-9]]).encode())
+        ours = client(server, tmp_path)
+        assert "2 replies of an earlier version" in caplog.text and "2 damaged lines" in caplog.text
+        assert texts(ours.complete(requests(3))) == ["paid", "paid", "SAY 2"]
+        assert not earlier.exists() and earlier.with_suffix(".jsonl.imported").exists()
+
+
 def _complete(url, cache, count):
-    chat_client._FIRST_WAIT = 0.01
+    _base_client.INITIAL_RETRY_DELAY = 0.01
     ChatClient(Endpoint(url, "tiny", concurrency=4), cache).complete(requests(count))
 
 
@@ -349,9 +398,10 @@ def test_two_processes_share_a_cache(tmp_path):
         sent = len(server.bodies)
         replies = client(server, tmp_path).complete(requests(60))
         assert len(server.bodies) == sent <= 120
-    lines = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
-    assert len({line["key"] for line in lines}) == len(lines) == 60
-    assert {line["reply"]["text"] for line in lines} == set(texts(replies))
+    with sqlite3.connect(database(tmp_path)) as connection:
+        rows = connection.execute("SELECT key, reply FROM replies").fetchall()
+    assert len({key for key, _ in rows}) == len(rows) == 60
+    assert {json.loads(reply)["text"] for _, reply in rows} == set(texts(replies))
 
 
 def test_a_kill_loses_at_most_what_was_under_way(tmp_path):
@@ -417,7 +467,7 @@ HOSTS = {"127.0.0.1": True, "localhost": True, "[::1]": True, "127.9.9.9": True,
 
 @pytest.mark.parametrize(("host", "local"), HOSTS.items())
 def test_which_servers_are_on_this_machine(host, local):
-    assert Endpoint(f"http://{host}:8000/v1", "m").local == local
+    assert Endpoint(f"http://{host}:8000/v1", "m").is_local == local
 
 
 @pytest.mark.parametrize(
@@ -435,7 +485,7 @@ def test_an_environment_that_cannot_be_used_is_one_line(monkeypatch, variable, v
 
 def test_a_key_at_the_end_of_a_long_error_is_not_cut_and_shown(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    text = "x" * (chat_client._LONGEST_REASON - len("status 401: ") - 9) + KEY
+    text = "x" * (sending._LONGEST_REASON - len("status 401: ") - 9) + KEY
     with (
         ChatServer(lambda body: Raw(401, text.encode())) as server,
         pytest.raises(SimpoError, match="status 401") as raised,
@@ -576,7 +626,7 @@ def test_the_query_of_a_url_is_kept(given, sent):
     endpoint = Endpoint(given, "m")
     assert endpoint.url == sent
     azure = "azure" in given
-    assert endpoint.authorization("k") == ({"api-key": "k"} if azure else {"authorization": "Bearer k"})
+    assert endpoint.authorization("k") == ({"api-key": "k"} if azure else {"Authorization": "Bearer k"})
 
 
 def test_a_server_with_a_version_in_its_url(monkeypatch):

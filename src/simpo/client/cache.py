@@ -1,125 +1,172 @@
-"""Replies on the disk, found by what was asked: a request that was answered once is not sent again."""
+"""Replies on disk, keyed by their requests: a request that was answered once is not sent again."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
+import sqlite3
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
 
 from simpo.client.chat import ChatReply
+from simpo.errors import SimpoError
 from simpo.runs.atomic import disk_errors
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 
 def default_cache() -> Path:
-    """The user's own folder of replies, ``~/.cache/simpo/replies`` unless ``XDG_CACHE_HOME`` says otherwise."""
+    """The user's cache folder, ``~/.cache/simpo/replies`` unless ``XDG_CACHE_HOME`` names another place."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - needs no home
     return Path(home) / "simpo" / "replies"
 
 
 class ReplyCache:
-    """One model's replies in a folder, as JSON lines that are only ever appended.
+    """One model's replies in an SQLite database, which several processes may share.
 
-    Several processes may share it: each line is written whole under a lock, and what others wrote is read before
-    anything is sent or written. A line that a killed process left torn is dropped; a damaged one counts as absent.
+    A damaged database is moved aside, and the replies that can still be read from it are kept. A damaged reply counts
+    as missing. Files of JSON lines, which earlier versions wrote, are read once and renamed.
 
     Attributes:
-        path: the file.
-        damaged: lines that could not be read.
+        path: the database.
     """
 
     def __init__(self, folder: Path, model: str) -> None:
-        """Open the file of ``model``, or make it and its folder.
+        """Open the database of ``model``, or create it and its folder.
 
         Raises:
             SimpoError: it cannot be read or written.
         """
         name = re.sub(r"[^A-Za-z0-9.]+", "-", model)[-60:].strip("-.")
-        self.path = folder / f"{name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}.jsonl"
-        self.damaged = 0
-        self._places: dict[str, int] = {}  # key -> where its line starts, in bytes
-        self._end = 0  # of the whole lines that were read
+        self.path = folder / f"{name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}.sqlite3"
+        self._lock = FileLock(self.path.with_suffix(".lock"))
+        self._database: sqlite3.Connection | None = None
+        self._unreadable: set[str] = set()
         with disk_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
-            self._lock = FileLock(self.path.with_suffix(".lock"))
             with self._lock:
-                self._read_on()
-                self._drop_torn()
-        if self.damaged:
-            logger.warning("%s: %d damaged lines are ignored", self.path, self.damaged)
+                self._use(lambda database: None)
+                earlier = self.path.with_suffix(".jsonl")
+                if earlier.exists():
+                    self._import(earlier)
 
     def get(self, key: str) -> ChatReply | None:
-        """The reply to a request, whoever of those that share the cache received it."""
-        with disk_errors(self.path):
-            if key not in self._places:
-                self._read_on()
-            if key not in self._places:
-                return None
-            with self.path.open("rb") as file:
-                file.seek(self._places[key])
-                return ChatReply(**json.loads(file.readline())["reply"])
+        """The reply to a request, whichever process stored it."""
+        query = "SELECT reply FROM replies WHERE key = ?"
+        row = self._use(lambda database: database.execute(query, (key,)).fetchone())
+        if row is None:
+            return None
+        reply = _parse(row[0])
+        if reply is None and key not in self._unreadable:
+            logger.warning("%s: a damaged reply is ignored; its request will be sent again", self.path)
+            self._unreadable.add(key)
+        return reply
 
     def put(self, key: str, reply: ChatReply) -> ChatReply:
-        """Keep a reply and return when it is on the disk.
+        """Store a reply and return once it is on disk.
 
         Returns:
-            What is kept: the earlier reply, if another process received one in the meantime.
+            The stored reply: an earlier one if another process received one in the meantime.
 
         Raises:
-            SimpoError: the disk is full or the file cannot be written; it holds what it held before.
+            SimpoError: the disk is full or the database cannot be written; it keeps its earlier replies.
         """
-        with disk_errors(self.path), self._lock:
-            self._read_on()
-            self._drop_torn()
-            if key not in self._places:
-                self._append(json.dumps({"key": key, "reply": dataclasses.asdict(reply)}).encode() + b"\n")
-                self._read_on()
-        kept = self.get(key)
-        assert kept is not None
-        return kept
+        self._insert([(key, json.dumps(dataclasses.asdict(reply)).encode())], replace=key in self._unreadable)
+        return self.get(key) or reply
 
-    def _read_on(self) -> None:
-        """Note the lines that were appended since the last look; a last one without its end is not there yet."""
-        if self.path.stat().st_size == self._end:
+    def _insert(self, rows: Sequence[tuple[str, bytes]], *, replace: bool = False) -> None:
+        def insert(database: sqlite3.Connection) -> None:
+            with database:  # one transaction
+                database.executemany(
+                    f"INSERT OR {'REPLACE' if replace else 'IGNORE'} INTO replies VALUES (?, ?)",  # noqa: S608
+                    rows,
+                )
+
+        self._use(insert)
+
+    def _use(self, action: Callable[[sqlite3.Connection], Result]) -> Result:
+        """Call ``action`` with the open database, a second time with a new one if the first is damaged."""
+        try:
+            try:
+                return action(self._connection())
+            except sqlite3.DatabaseError as error:
+                name = getattr(error, "sqlite_errorname", "")
+                if not name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+                    raise
+                with self._lock:
+                    self._replace_damaged()
+                return action(self._connection())
+        except sqlite3.Error as error:
+            raise SimpoError(f"{self.path}: the cache of replies cannot be used: {error}") from error
+
+    def _connection(self) -> sqlite3.Connection:
+        if self._database is None:
+            with self._lock:  # SQLite does not wait for another process that changes the journal mode
+                database = _connect(self.path)
+                self._inode = self.path.stat().st_ino
+                database.execute("PRAGMA journal_mode = WAL")
+                database.execute("PRAGMA synchronous = FULL")  # a reply that was paid for survives a power failure
+                database.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply BLOB NOT NULL)")
+                self._database = database
+        return self._database
+
+    def _replace_damaged(self) -> None:
+        """Move a damaged database aside and copy its readable replies to a new one."""
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+        if self.path.stat().st_ino != self._inode:  # another process has replaced it already
             return
-        with self.path.open("rb") as file:
-            file.seek(self._end)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._note(line)
-                self._end += len(line)
+        rows: dict[str, bytes] = {}
+        query = "SELECT key, reply FROM replies ORDER BY rowid"
+        for order in (query, f"{query} DESC"):  # from both ends, up to the damage
+            with suppress(sqlite3.DatabaseError):
+                rows.update(row for row in _connect(self.path).execute(order) if _parse(row[1]) is not None)
+        number = next(n for n in itertools.count(1) if not self.path.with_suffix(f".damaged-{n}").exists())
+        aside = self.path.with_suffix(f".damaged-{number}")
+        for ending in ("-wal", "-shm", ""):
+            with suppress(FileNotFoundError):
+                Path(f"{self.path}{ending}").rename(f"{aside}{ending}")
+        logger.warning(
+            "%s: damaged, and kept as %s; %d replies were recovered, requests for others will be sent again",
+            *(self.path, aside.name, len(rows)),
+        )
+        self._insert([*rows.items()])
 
-    def _note(self, line: bytes) -> None:
-        try:
-            record = json.loads(line)
-            ChatReply(**record["reply"])
-            self._places.setdefault(record["key"], self._end)
-        except (ValueError, KeyError, TypeError):
-            self.damaged += 1
+    def _import(self, earlier: Path) -> None:
+        """Read the JSON lines of an earlier version, and rename the file so that it is read once."""
+        rows, damaged = [], 0
+        for line in earlier.read_bytes().splitlines():
+            try:
+                record = json.loads(line)
+                reply = ChatReply(**record["reply"])
+                rows.append((str(record["key"]), json.dumps(dataclasses.asdict(reply)).encode()))
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+        self._insert(rows)
+        earlier.rename(f"{earlier}.imported")
+        text = f"; {damaged} damaged lines are ignored" if damaged else ""
+        logger.warning("%s: %d replies of an earlier version were imported%s", self.path, len(rows), text)
 
-    def _drop_torn(self) -> None:
-        """Under the lock, what follows the last whole line is nobody's work in progress."""
-        if self.path.stat().st_size > self._end:
-            os.truncate(self.path, self._end)
-            self.damaged += 1
 
-    def _append(self, line: bytes) -> None:
-        try:
-            with self.path.open("ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            with suppress(OSError):  # the first error says more
-                os.truncate(self.path, self._end)
-            raise
+def _parse(content: bytes) -> ChatReply | None:
+    try:
+        return ChatReply(**json.loads(content))
+    except (ValueError, TypeError):
+        return None
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # Another thread may send the requests, but no two use the connection at once. The timeout is for locks.
+    return sqlite3.connect(path, timeout=60.0, check_same_thread=False)

@@ -1,4 +1,4 @@
-"""Chat requests and replies: how they look on the wire, where they are sent, and with which key."""
+"""Chat requests and replies as they are sent over HTTP, and the endpoint that they are sent to."""
 
 from __future__ import annotations
 
@@ -15,23 +15,17 @@ from simpo.errors import SimpoError
 from simpo.runs.log import is_secret
 from simpo.runs.results import fingerprint
 
-# Reasons of servers for ending a reply before the model did.
-_ROUNDING = 1e-3  # a log-probability may be above 0 by this much
-
-
-_CUT_OFF = ("length", "max_tokens", "model_length", "content_filter")
-
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """What a model is asked.
+    """One request to a chat model.
 
     Attributes:
-        messages: the conversation, each with ``role`` and ``content``.
+        messages: the conversation, each message with ``role`` and ``content``.
         max_tokens: longest reply.
-        temperature: of sampling; 0 is greedy.
+        temperature: sampling temperature; 0 is greedy.
         top_logprobs: how many of the likeliest first tokens to report with their log-probabilities; None for none.
-        seed: of sampling, where the server takes one.
+        seed: sampling seed, for servers that accept one.
         top_p: draw from the smallest set of tokens with this probability; None leaves it to the server.
     """
 
@@ -43,7 +37,7 @@ class ChatRequest:
     top_p: float | None = None
 
     def body(self, model: str) -> dict[str, Any]:
-        """What is sent to a server, as JSON."""
+        """The JSON body that is sent to the server."""
         body: dict[str, Any] = {
             "model": model,
             "messages": self.messages,
@@ -52,32 +46,26 @@ class ChatRequest:
         }
         if self.top_logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": self.top_logprobs}
-        for name in ("seed", "top_p"):
-            if getattr(self, name) is not None:
-                body[name] = getattr(self, name)
-        return body
+        return body | {name: value for name in ("seed", "top_p") if (value := getattr(self, name)) is not None}
 
     def key(self, model: str) -> str:
-        """SHA-256 of what is asked and of whom."""
+        """SHA-256 of the body: identifies the request in the cache."""
         return fingerprint(self.body(model))
-
-    def __hash__(self) -> int:
-        return hash(self.key(""))
 
 
 @dataclass(frozen=True)
 class ChatReply:
-    """What a model answered.
+    """A model's reply.
 
     Attributes:
-        text: of the message; empty if it has none.
-        first_token_logprobs: the likeliest first tokens with their log-probabilities in nats; None where they were
-            not asked for or the server does not give them.
-        finish_reason: why it ended, in the server's word.
-        prompt_tokens: tokens of the request; None where the server does not say.
-        completion_tokens: tokens of the reply; None where the server does not say.
-        refused: why the server would not answer this request, and the text is empty; None if it did.
-        default_temperature: whether the server chose the temperature, because it refused the one that was asked for.
+        text: content of the message; may be empty.
+        first_token_logprobs: the likeliest first tokens with their log-probabilities in nats; None if they were not
+            requested or the server does not report them.
+        finish_reason: why the reply ended, as the server names it.
+        prompt_tokens: tokens of the request; None if the server does not report them.
+        completion_tokens: tokens of the reply; None if the server does not report them.
+        refused: why the server refused this request, in which case the text is empty; None if it did not.
+        default_temperature: the server used its own temperature, because it refused the requested one.
     """
 
     text: str
@@ -90,76 +78,67 @@ class ChatReply:
 
     @property
     def cut_off(self) -> bool:
-        """Whether it ended before the model had said everything."""
-        return (self.finish_reason or "").lower() in _CUT_OFF
+        """Whether the server ended the reply before the model did."""
+        return (self.finish_reason or "").lower() in ("length", "max_tokens", "model_length", "content_filter")
 
     @property
     def whole_text(self) -> str:
-        """The text; empty if it was cut off, so that no verdict is read from half a reply."""
+        """The text; empty if it was cut off, so that no verdict is read from an incomplete reply."""
         return "" if self.cut_off else self.text
 
 
 def read_reply(content: bytes) -> ChatReply:
-    """The reply in the body of a server's response.
+    """Parse the body of a server's response.
 
     Raises:
-        ValueError: it is not JSON, or not a chat completion; says what is wrong in a few words.
+        ValueError: it is not JSON, or not a chat completion; the message says why.
     """
-    document = json.loads(content, parse_constant=_refuse)
+    document = json.loads(content, parse_constant=_refuse_constant)
     if isinstance(document, dict) and document.get("error"):
         raise ValueError(f"an error instead of a completion: {error_text(document)}")
     try:
         choice = document["choices"][0]
         text = _text(choice["message"].get("content"))
         usage = document.get("usage") or {}
-        reply = ChatReply(
+        prompt, completion = (usage.get(f"{part}_tokens") for part in ("prompt", "completion"))
+        return ChatReply(
             text,
             _first_token(choice.get("logprobs")),
             choice.get("finish_reason"),
-            _count(usage.get("prompt_tokens")),
-            _count(usage.get("completion_tokens")),
+            prompt if isinstance(prompt, int) else None,
+            completion if isinstance(completion, int) else None,
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"not a chat completion ({type(error).__name__}: {error})") from error
-    return reply
+
+
+def error_text(document: Any) -> str:
+    """The error message in a server's response, on one line."""
+    message = document.get("error", document) if isinstance(document, dict) else document
+    message = message.get("message", message) if isinstance(message, dict) else message
+    return " ".join(str(message).split())
 
 
 def _text(content: Any) -> str:
-    """The text of a message, whose content may be a list of parts; parts with reasoning are no part of it.
+    """The text of a message, whose content may be a list of parts; parts with reasoning are left out.
 
     Raises:
-        TypeError: it holds something other than text and reasoning.
+        TypeError: it contains something other than text and reasoning.
     """
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
         raise TypeError(f"its content is of type {type(content).__name__}")
-    return "".join(_part_text(part) for part in content)
-
-
-def _part_text(part: Any) -> str:
-    kind = part.get("type") if isinstance(part, dict) else "text" if isinstance(part, str) else type(part).__name__
-    if kind in ("thinking", "redacted_thinking", "reasoning"):
-        return ""
-    text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else part
-    if kind not in ("text", "output_text", "refusal") or not isinstance(text, str):
-        raise TypeError(f"its content has a part of type {kind!r} without text")
-    return text
-
-
-def error_text(document: Any) -> str:
-    """What a server says went wrong, in one line."""
-    said = document.get("error", document) if isinstance(document, dict) else document
-    said = said.get("message", said) if isinstance(said, dict) else said
-    return " ".join(str(said).split())
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else "text" if isinstance(part, str) else type(part).__name__
+        if kind in ("thinking", "redacted_thinking", "reasoning"):
+            continue
+        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else part
+        if kind not in ("text", "output_text", "refusal") or not isinstance(text, str):
+            raise TypeError(f"its content has a part of type {kind!r} without text")
+        texts.append(text)
+    return "".join(texts)
 
 
 def _first_token(logprobs: Any) -> dict[str, float] | None:
@@ -169,19 +148,15 @@ def _first_token(logprobs: Any) -> dict[str, float] | None:
     found: dict[str, float] = {}
     for candidate in tokens[0].get("top_logprobs") or ():
         logprob = candidate["logprob"]
-        if not isinstance(logprob, int | float) or logprob > _ROUNDING:
+        if not isinstance(logprob, int | float) or logprob > 1e-3:  # some servers round to slightly above 0
             raise ValueError(f"a log-probability of {logprob!r}")
-        found.setdefault(candidate["token"], min(0.0, float(logprob)))  # the likelier of two alike comes first
+        # Different tokens may have the same text; the likelier one comes first.
+        found.setdefault(candidate["token"], min(0.0, float(logprob)))
     return found or None
 
 
-# ---- Where chat requests go, and the key that goes with them.
-
-
-_AZURE = (".azure.com", ".azure.us", ".azure.cn", ".microsoft.com")
-
-
-_COMPLETIONS = "/chat/completions"
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
 
 
 @dataclass(frozen=True)
@@ -189,12 +164,12 @@ class Endpoint:
     """A model behind an OpenAI-compatible interface.
 
     Attributes:
-        base_url: what stands before ``/chat/completions``, e.g. ``https://api.openai.com/v1``. A query, such as Azure's
+        base_url: everything before ``/chat/completions``, e.g. ``https://api.openai.com/v1``. A query, such as Azure's
             ``?api-version=...``, is kept.
-        model: its name there.
-        api_key_env: environment variable that holds the key; a server on this machine needs none.
+        model: the model's name on the server.
+        api_key_env: environment variable with the key; a server on this machine needs none.
         concurrency: requests at a time.
-        timeout: seconds that one attempt may take, from the connection to the last byte.
+        timeout: seconds for one attempt, from the connection to the last byte.
         attempts: how often a request is sent at most.
 
     Raises:
@@ -206,52 +181,50 @@ class Endpoint:
     api_key_env: str = "OPENAI_API_KEY"
     concurrency: int = 8
     timeout: float = 60.0
-    attempts: int = 6
+    attempts: int = 8  # with openai's waits, half a minute in all
 
     def __post_init__(self) -> None:
+        # What stands before an @ may be a password and must not be repeated.
+        shown = self.base_url.rpartition("@")[2]
         try:
             parts = urlsplit(self.base_url)
-            # httpx is who will read it, and is stricter with names of hosts.
+            # httpx, which will use the URL, is stricter about host names than urllib.
             usable = parts.scheme in ("http", "https") and bool(httpx.URL(self.base_url).host) and parts.port != 0
         except (ValueError, httpx.InvalidURL):
-            raise SimpoError(f"base_url: {_bare(self.base_url)!r} is not a URL") from None
+            raise SimpoError(f"base_url: {shown!r} is not a URL") from None
         if "@" in parts.netloc:
             raise SimpoError("base_url: a URL with a user or password in it; keys come from the environment")
         if any(is_secret(name) or name in ("key", "sig", "code") for name, _ in parse_qsl(parts.query)):
             raise SimpoError("base_url: a URL with a key in its query; keys come from the environment")
         if not usable or parts.fragment:
-            raise SimpoError(f"base_url: {self.base_url!r} is not of the form http(s)://host[:port]/path[?query]")
+            raise SimpoError(f"base_url: {shown!r} is not of the form http(s)://host[:port]/path[?query]")
         if not self.model:
-            raise SimpoError("model: no name; give the name that the server knows the model by")
-        # What else it may be is a key, which is not to be repeated.
+            raise SimpoError("model: no name; give the model's name on the server")
+        # A value of another form may be the key itself, so it is not repeated.
         if not (self.api_key_env.isidentifier() and self.api_key_env.isupper()):
-            raise SimpoError("api_key_env: give not the key but the name, in capitals, of the variable that holds it")
-        for key, least in (("concurrency", 1), ("attempts", 1)):
-            if getattr(self, key) < least:
-                raise SimpoError(f"{key}: must be at least {least}, not {getattr(self, key)}")
+            raise SimpoError(
+                "api_key_env: give the name, in capitals, of the environment variable that holds the key, not the key"
+            )
+        for key in ("concurrency", "attempts"):
+            if getattr(self, key) < 1:
+                raise SimpoError(f"{key}: must be at least 1, not {getattr(self, key)}")
         if not self.timeout > 0:
             raise SimpoError(f"timeout: must be above 0 seconds, not {self.timeout}")
 
     @property
     def url(self) -> str:
-        """Where requests are sent."""
+        """The URL that requests are sent to."""
         parts = urlsplit(self.base_url)
-        path = parts.path.rstrip("/").removesuffix(_COMPLETIONS) + _COMPLETIONS
+        path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         return urlunsplit(parts._replace(path=path))
 
-    def authorization(self, key: str) -> dict[str, str]:
-        """The header that carries the key: ``api-key`` for Azure, which its host or the version in its URL shows."""
-        parts = urlsplit(self.base_url)
-        azure = (parts.hostname or "").endswith(_AZURE) or "api-version" in dict(parse_qsl(parts.query))
-        return {"api-key": key} if azure else {"authorization": f"Bearer {key}"}
-
     @property
-    def place(self) -> str:
+    def label(self) -> str:
         """Server and model, for messages."""
         return f"{self.url}: model {self.model!r}"
 
     @property
-    def local(self) -> bool:
+    def is_local(self) -> bool:
         """Whether the server is on this machine."""
         host = urlsplit(self.base_url).hostname or ""
         try:
@@ -263,16 +236,18 @@ class Endpoint:
         """The key; None if there is none and none is needed.
 
         Raises:
-            SimpoError: the server is elsewhere and the variable is not set, or what it holds is no key.
+            SimpoError: the server is on another machine and the variable is not set, or its value is not a key.
         """
         key = os.environ.get(self.api_key_env, "").strip()
-        if not key and not self.local:
+        if not key and not self.is_local:
             raise SimpoError(f"{self.url}: no key: set the environment variable {self.api_key_env}")
         if not (key.isascii() and key.isprintable()):
             raise SimpoError(f"{self.api_key_env}: the environment variable holds characters that no key has")
         return key or None
 
-
-def _bare(url: str) -> str:
-    """A URL without a user and password."""
-    return url.rpartition("@")[2]
+    def authorization(self, key: str) -> dict[str, str]:
+        """The header that carries the key: ``api-key`` for Azure, recognized by its host or version in the URL."""
+        parts = urlsplit(self.base_url)
+        hosts = (".azure.com", ".azure.us", ".azure.cn", ".microsoft.com")
+        azure = (parts.hostname or "").endswith(hosts) or "api-version" in dict(parse_qsl(parts.query))
+        return {"api-key": key} if azure else {"Authorization": f"Bearer {key}"}
