@@ -8,8 +8,7 @@ from simpo.cli._processes import refuse_several
 from simpo.cli._rendering import add_rendering_options, rendering
 from simpo.cli._server import add_judge_options, judge_options, prices_of
 from simpo.config.arguments import ArgumentParser
-from simpo.evaluation.compare import DIFFERENCES, VERDICTS, CompareArguments, compare
-from simpo.evaluation.head_to_head import SampledWith
+from simpo.evaluation.compare import DIFFERENCES, VERDICTS, CompareArguments, SampledWith, compare
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.registry import JUDGES
 from simpo.runs.results import Stage, print_results

@@ -17,7 +17,7 @@ from simpo.analysis.plots import plot_lengths, plot_rates, plot_training
 from simpo.cli import sample, sft, train
 from simpo.config.arguments import ArgumentParser
 from simpo.errors import SimpoError
-from simpo.evaluation.head_to_head import PromptAnswers, compare_answers, read_contests
+from simpo.evaluation.compare import PromptAnswers, compare_answers, read_matched
 from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.lines import read_lines
 from simpo.runs.results import Metric, Stage, print_results
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
         def align() -> list[Metric]:
             _align(folder, arguments.seed, run.log)
-            contests = read_contests(folder / "simpo-answers/responses.jsonl", folder / "sft-answers/responses.jsonl")
+            contests = read_matched(folder / "simpo-answers/responses.jsonl", folder / "sft-answers/responses.jsonl")
             metrics = compare_answers(contests, judge, {"correct": correct})
             _plot(folder, contests, metrics)
             return metrics
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         "score goes from 0 to 10; an answer is correct if all that it says is right and nothing is missing."
     )
     print_results(folder / "results.json", headings=_HEADINGS)
-    _show(read_contests(folder / "simpo-answers/responses.jsonl", folder / "sft-answers/responses.jsonl"))
+    _show(read_matched(folder / "simpo-answers/responses.jsonl", folder / "sft-answers/responses.jsonl"))
     print(f"\nplots: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
     print(f"next:  simpo chat {shlex.quote(str(folder / 'simpo'))}")
     return 0

@@ -1,138 +1,300 @@
-"""``simpo compare``: two models or their answers, any judges, and where the judges differ."""
+"""``simpo compare``: two models or their answers, judged by any judges, and where the judges differ."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from simpo.client import Prices, confirm_cost
+from simpo.data.context import context_of
+from simpo.data.prompts import read_prompts
+from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
-from simpo.evaluation.head_to_head import (
-    PromptAnswers,
-    SampledWith,
-    Side,
-    contenders,
-    match_answers,
-    meetings,
-    read_contests,
-    sampled_metrics,
-    text_metrics,
-)
+from simpo.evaluation.answers import Answerer, Record, file_digest, is_answer_file, read_answer_file
 from simpo.evaluation.preferences import Judged, preference_metrics
+from simpo.generation.sample import FILE_NAME, EngineName, PromptArguments, sample_responses
+from simpo.generation.settings import SamplingSettings
 from simpo.judging.presentation import ShownAnswers, as_text
 from simpo.judging.protocol import Judge, Pair
 from simpo.judging.registry import JudgeOptions, make_judge
 from simpo.judging.scored import verdict_of
+from simpo.models.loading import Checkpoint, free_memory
+from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import JsonLines
+from simpo.runs.lines import write_lines
 from simpo.runs.log import Log
-from simpo.runs.results import Metric
+from simpo.runs.results import Metric, Stage, fingerprint
 from simpo.runs.signals import stoppable
 from simpo.runs.terminal import printable
+from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval
 
-# ---- What judges said, written down: every pair for programs, the clearest ones for people.
+VERDICTS, DIFFERENCES = "verdicts.jsonl", "differences.md"
+_LISTED = 10  # pairs in the list of differences
 
-
-_SHOWN = 10
-
-
-def write_verdicts(path: Path, judged: Judged) -> None:
-    """Write every pair with its answers, verdicts (null where there is none) and margins as JSON lines."""
-    lines = JsonLines(path)
-    lines.keep(0)
-    lines.append(
-        {
-            **{"id": pair.id, "prompt": pair.prompt, **pair.context.columns, "a": pair.a, "b": pair.b},
-            "verdicts": {name: float(values[index]) for name, values in judged.verdicts.items()},
-            "margins": {name: float(values[index]) for name, values in judged.margins.items()},
-        }
-        for index, pair in enumerate(judged.pairs)
-    )
+# Gives a number for an answer to a prompt.
+Scoring = Callable[[Any, str], float]
+# Model a is compared with the baseline b.
+SIDES: dict[Stage, str] = {"before": "b", "after": "a"}
 
 
-def widest_differences(judged: Judged) -> list[int]:
-    """The pairs with the clearest verdicts, one of a prompt at most, the clearest first.
+@dataclass(frozen=True)
+class SampledWith:
+    """How models answer.
 
-    How clear is how far the judges' mean verdict is from a tie, no verdict being one; between equals the first judge
-    with scores decides, by how far its scores are apart.
+    Attributes:
+        prompts: file, folder or hub id; None for the prompts of the answers that the model is compared with.
+        split: of the prompts.
+        settings: how answers are drawn.
+        engine: what generates.
+        dtype: type of the weights; None chooses by the device.
+        trust_remote_code: run code that comes with a model.
+        rendering: how prompts are rendered.
     """
-    clear = np.abs(np.mean([np.nan_to_num(verdicts - 0.5) for verdicts in judged.verdicts.values()], axis=0))
-    apart = np.abs(next(iter(judged.margins.values()), np.zeros(len(clear))))
-    chosen: dict[int, int] = {}  # prompt -> its clearest pair
-    for index in np.lexsort((-apart, -clear)):
-        if clear[index] > 0:
-            chosen.setdefault(int(judged.prompts[index]), int(index))
-    return list(chosen.values())[:_SHOWN]
+
+    prompts: str | None
+    split: str
+    settings: SamplingSettings
+    engine: EngineName = "transformers"
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    rendering: RenderSettings = field(default_factory=RenderSettings)
 
 
-def write_differences(path: Path, judged: Judged, names: tuple[str, str]) -> None:
-    """Write :func:`widest_differences` as Markdown.
+@dataclass(frozen=True)
+class CompareArguments:
+    """What is compared, and by whom.
+
+    Attributes:
+        a: the model, or its answers (a file, or the folder of a run of ``simpo sample``), whose win rate is measured.
+        b: what it is compared with.
+        sampled: how models answer.
+        judges: names as :func:`simpo.judging.registry.make_judge` takes them.
+        options: what the judges need.
+        prices: of the API judge's tokens, where they are known.
+        yes: whether the user has confirmed the cost beforehand.
+    """
+
+    a: str
+    b: str
+    sampled: SampledWith
+    judges: Sequence[str]
+    options: JudgeOptions
+    prices: Prices | None = None
+    yes: bool = False
+
+
+def compare(arguments: CompareArguments, folder: Path, *, argv: Sequence[str] = ()) -> Path:
+    """Sample answers where needed, and judge every answer of ``a`` against every answer of ``b``.
+
+    The cost of an API judge is confirmed before anything is sampled. A run that was killed is continued by the same
+    call: samples are in the folder, replies of an API in its cache; other judges judge again.
 
     Args:
-        path: the file.
-        judged: pairs and verdicts.
-        names: of the models.
+        arguments: what is compared, and by whom.
+        folder: of the run; gets ``verdicts.jsonl``, ``differences.md`` and ``results.json``.
+        argv: the command line after the command's name, for the record.
+
+    Returns:
+        The path of ``results.json``.
+
+    Raises:
+        SimpoError: something that the user gave cannot be used, or the user does not confirm the cost of a judge.
+        InterruptedRun: the user stopped it.
     """
-    chosen = widest_differences(judged)
-    parts = [f"# Where A ({names[0]}) and B ({names[1]}) differ most\n"]
-    if not chosen:
-        parts.append("No verdict for either.\n")
-    for index in chosen:
-        parts += _section(judged.pairs[index], _verdicts(index, judged))
-    write_text(path, "\n".join(parts))
+    with stoppable(), RunFolder(folder, command="compare") as run:
+        sides = read_sides(arguments)
+        judges = make_judges(arguments.judges, replace(arguments.options, log=run.log))
+        identity: dict[str, Any] = {"seed": arguments.sampled.settings.seed}
+        for side in sides:
+            identity |= {f"{side.name}/{key}": value for key, value in side.identity().items()}
+        identity |= {"strip_thinking": True} if arguments.options.strip_thinking else {}
+        for name, judge in judges.items():
+            identity |= {f"judge {name}/{key}": value for key, value in judge.identity.items()}
+        run.begin(identity, argv=argv)
+
+        def measure() -> list[Metric]:
+            expected = (side.expected_answers(folder) for side in sides)
+            pairs, _ = all_pairs(match_answers(*expected, f"{arguments.a} and {arguments.b}"))
+            for judge in judges.values():
+                confirm_cost(judge.estimate(pairs), yes=arguments.yes, log=run.log, prices=arguments.prices)
+            answers = read_matched(*(side.answers(folder, run.log) for side in sides))
+            return _judge_answers(answers, judges, arguments, folder, run.log)
+
+        return run.complete(measure)
 
 
-def _verdicts(index: int, judged: Judged) -> Iterable[str]:
-    for judge, verdicts in judged.verdicts.items():
-        apart = f" (scores {judged.margins[judge][index]:+.4g})" if judge in judged.margins else ""
-        yield f"{judge}: {_said(verdicts[index])}{apart}"
+def _judge_answers(
+    answers: Sequence[PromptAnswers], judges: Mapping[str, Judge], arguments: CompareArguments, folder: Path, log: Log
+) -> list[Metric]:
+    show = ShownAnswers(arguments.options.strip_thinking)
+    answers = [replace(one, a=_shown(one.a, show), b=_shown(one.b, show)) for one in answers]
+    pairs, prompts = all_pairs(answers)
+    log(f"{len(pairs):,} pairs of answers to {len(answers):,} prompts")
+    judged = judge_pairs(judges, pairs, prompts, prices=arguments.prices, log=log)
+    write_verdicts(folder / VERDICTS, judged)
+    write_differences(folder / DIFFERENCES, judged, (arguments.a, arguments.b))
+    metrics = preference_metrics(judged, arguments.sampled.settings.seed) + judge_metrics(judges, len(pairs))
+    metrics += text_metrics(answers)
+    if all({"response_ids", "finished"} <= record.keys() for one in answers for record in (one.a, one.b)):
+        metrics += sampled_metrics(answers)
+    return metrics + show.metrics("", log)
 
 
-def _said(verdict: float) -> str:
-    if np.isnan(verdict):
-        return "no verdict"
-    if verdict == 0.5:
-        return "tie"
-    return "A better" if verdict > 0.5 else "B better"
+def _shown(record: Mapping[str, Any], show: ShownAnswers) -> dict[str, Any]:
+    return {**record, "responses": [show(text) for text in record["responses"]]}
 
 
-def _section(pair: Pair, verdicts: Iterable[str]) -> list[str]:
-    return [
-        f"## {pair.id}\n",
-        "; ".join(verdicts) + "\n",
-        *_quoted("Prompt", as_text(pair.prompt)),
-        *_quoted("A", pair.a),
-        *_quoted("B", pair.b),
-    ]
+# ---- What is compared: a model that is sampled, or a file of answers.
 
 
-def _quoted(title: str, text: str) -> list[str]:
-    """As it is, between fences that are longer than any in it."""
-    text = printable(text)
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return [f"**{title}**\n", f"{fence}text", text, f"{fence}\n"]
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Attributes:
+        name: ``a`` or ``b``; a model's answers are sampled in the subfolder of this name.
+        file: the file of answers; None for a model.
+        answerer: the model; None for a file.
+        prompts: what the model answers.
+    """
+
+    name: str
+    file: Path | None
+    answerer: Answerer | None = None
+    prompts: PromptArguments | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the answers, as JSON values."""
+        if self.file is not None:
+            return {"answers": file_digest(self.file)}
+        assert self.answerer is not None and self.prompts is not None
+        prompts, _ = read_prompts(self.prompts.rows())
+        return self.answerer.identity() | {"prompts": fingerprint([prompt.id for prompt in prompts])}
+
+    def answers(self, folder: Path, log: Log) -> Path:
+        """The file of the answers, which are sampled first if necessary."""
+        if self.file is not None:
+            return self.file
+        assert self.answerer is not None and self.prompts is not None
+        model, settings, folder = self.answerer.model, self.answerer.settings, folder / self.name
+        log(f"answers of {self.name.upper()}, {model.model_name_or_path}:")
+        sample_responses(model, self.prompts, settings, folder, engine=self.answerer.engine)
+        free_memory()
+        return folder / FILE_NAME
+
+    def expected_answers(self, folder: Path) -> dict[str, Record]:
+        """The answers by the prompts' ids; texts of the greatest possible length if they have not been sampled."""
+        file = self.file or folder / self.name / FILE_NAME
+        if file.exists():
+            return read_answer_file(file)
+        assert self.answerer is not None and self.prompts is not None
+        responses = [self.answerer.stand_in(f"{self.name}{i}") for i in range(self.answerer.settings.n)]
+        prompts = self.answerer.fitting(self.prompts)
+        return {prompt.id: {"id": prompt.id, "prompt": prompt.content, "responses": responses} for prompt in prompts}
 
 
-# ---- Several judges, the same pairs of answers: what they cost, and what they say.
+def read_sides(arguments: CompareArguments) -> tuple[Side, Side]:
+    """Both sides: a file of answers, the folder of a run of ``simpo sample``, or else a model.
+
+    Raises:
+        SimpoError: a side cannot be used, or prompts are missing or not needed.
+    """
+    names, sampled = (arguments.a, arguments.b), arguments.sampled
+    files: list[Path | None] = []
+    for name in names:
+        path = Path(name).expanduser()
+        path = path / FILE_NAME if (path / FILE_NAME).is_file() else path
+        files.append(path if path.is_file() or is_answer_file(name) else None)
+    given = next((path for path in files if path is not None), None)
+    if None not in files and sampled.prompts is not None:
+        raise SimpoError("prompts: both sides are answers, which have prompts of their own; leave --prompts out")
+    if sampled.prompts is None and given is None:
+        raise SimpoError("prompts: name the prompts that the models answer with --prompts")
+    source, split = (str(given), "train") if sampled.prompts is None else (sampled.prompts, sampled.split)
+    sides = []
+    for side, name, file in zip("ab", names, files, strict=True):
+        if file is not None:
+            read_answer_file(file)  # so that a mistake in it shows before anything is sampled
+            sides.append(Side(side, file))
+            continue
+        model = ModelArguments(name, dtype=sampled.dtype, trust_remote_code=sampled.trust_remote_code)
+        arguments, rendering = Checkpoint.read(model).arguments, sampled.rendering
+        answerer = Answerer(arguments, sampled.settings, engine=sampled.engine, rendering=rendering)
+        sides.append(Side(side, None, answerer, PromptArguments(source, split, rendering=rendering)))
+    first, second = sides
+    return first, second
+
+
+@dataclass(frozen=True)
+class PromptAnswers:
+    """Both models' answers to one prompt; model ``a`` is compared with the baseline ``b``.
+
+    Attributes:
+        prompt: text or messages.
+        a: one or more answers of ``a``, as ``simpo sample`` stores them.
+        b: the answers of ``b``.
+    """
+
+    prompt: Any
+    a: Mapping[str, Any]
+    b: Mapping[str, Any]
+
+
+def read_matched(a: Path, b: Path) -> list[PromptAnswers]:
+    """Match two files of answers by prompt, as :func:`match_answers`."""
+    return match_answers(read_answer_file(a), read_answer_file(b), f"{a} and {b}")
+
+
+def match_answers(a: Mapping[str, Record], b: Mapping[str, Record], names: str) -> list[PromptAnswers]:
+    """Match answers by prompt, in the order of the first.
+
+    Args:
+        a: the answers of one side by the prompts' ids.
+        b: the answers of the other side.
+        names: of both, for messages.
+
+    Raises:
+        SimpoError: they are not about the same prompts, or one id belongs to two prompts.
+    """
+    if a.keys() != b.keys():
+        raise SimpoError(
+            f"{names}: {len(a.keys() ^ b.keys())} prompts are in only one of them; let both answer the same prompts (a "
+            "model leaves out those for which its context has no room)"
+        )
+    other = next((key for key, record in a.items() if record["prompt"] != b[key]["prompt"]), None)
+    if other is not None:
+        raise SimpoError(f"{names}: id {other!r} belongs to different prompts; let both answer the same prompts")
+    return [PromptAnswers(record["prompt"], record, b[key]) for key, record in a.items()]
+
+
+def all_pairs(answers: Sequence[PromptAnswers]) -> tuple[list[Pair], np.ndarray]:
+    """Every answer of ``a`` with every answer of ``b`` to the same prompt, and the number of the prompt, ``[P]``."""
+    pairs, prompts = [], []
+    for number, one in enumerate(answers):
+        single = len(one.a["responses"]) == len(one.b["responses"]) == 1
+        for i, a in enumerate(one.a["responses"]):
+            for j, b in enumerate(one.b["responses"]):
+                key = one.a["id"] if single else f"{one.a['id']}/{i}-{j}"
+                pairs.append(Pair(key, one.prompt, a, b, context_of(one.a)))
+                prompts.append(number)
+    return pairs, np.array(prompts)
+
+
+# ---- Judges.
 
 
 def make_judges(names: Sequence[str], options: JudgeOptions) -> dict[str, Judge]:
-    """Judges by the names that results call them: their kinds, numbered where one occurs again.
-
-    Args:
-        names: as :func:`simpo.judging.registry.make_judge` takes them.
-        options: what they need.
+    """Judges by the names that results use: their kinds, with a number where a kind is repeated.
 
     Raises:
-        SimpoError: one is named twice or cannot be had.
+        SimpoError: a judge is named twice or cannot be made.
     """
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
@@ -145,30 +307,17 @@ def make_judges(names: Sequence[str], options: JudgeOptions) -> dict[str, Judge]
     return found
 
 
-def agree_to(judges: Mapping[str, Judge], pairs: Sequence[Pair], *, yes: bool, prices: Prices | None, log: Log) -> None:
-    """Ask the user about what judges will send; see :func:`simpo.client.confirm_cost`.
-
-    Raises:
-        SimpoError: the user does not agree, or cannot be asked.
-    """
-    for judge in judges.values():
-        confirm_cost(judge.estimate(pairs), yes=yes, log=log, prices=prices)
-
-
 def judge_pairs(
     judges: Mapping[str, Judge], pairs: Sequence[Pair], prompts: np.ndarray, *, prices: Prices | None, log: Log
 ) -> Judged:
-    """Every judge's verdicts, and the differences of scores of those that score.
+    """Every judge's verdicts, and the differences in scores for judges that score.
 
     Args:
         judges: by name.
         pairs: what they judge.
-        prompts: for every pair the number of its prompt, ``[P]``.
+        prompts: the number of the prompt of every pair, ``[P]``.
         prices: of an API judge's tokens, where they are known.
-        log: called with what judges took, and how many pairs are without a verdict.
-
-    Raises:
-        SimpoError: a judge failed.
+        log: called with the usage, and the number of pairs without a verdict.
     """
     judged = Judged(pairs, prompts)
     for name, judge in judges.items():
@@ -187,11 +336,8 @@ def judge_pairs(
     return judged
 
 
-def order_metrics(judges: Mapping[str, Judge], pairs: int) -> list[Metric]:
-    """How often a judge named another winner when the order of the answers was turned.
-
-    And how many replies it gave at its server's default temperature, where it did.
-    """
+def judge_metrics(judges: Mapping[str, Judge], pairs: int) -> list[Metric]:
+    """How often an API judge contradicted itself when the answers were swapped, or chose its own temperature."""
     usages = {name: judge.usage for name, judge in judges.items() if judge.usage is not None}
     conflicting = [Metric(f"conflicting_orders/{name}", judges[name].conflicting, n=pairs) for name in usages]
     return conflicting + [
@@ -201,101 +347,121 @@ def order_metrics(judges: Mapping[str, Judge], pairs: int) -> list[Metric]:
     ]
 
 
-VERDICTS, DIFFERENCES = "verdicts.jsonl", "differences.md"
+# ---- Metrics of both models' answers.
 
 
-@dataclass(frozen=True)
-class CompareArguments:
-    """What is compared, and by whom.
-
-    Attributes:
-        a: the model, or its answers, whose win rate is measured.
-        b: what it is compared with.
-        sampled: how models answer.
-        judges: names as :func:`simpo.judging.registry.make_judge` takes them.
-        options: what judges need.
-        prices: of the API judge's tokens, where they are known.
-        yes: whether the user agrees to its cost beforehand.
-    """
-
-    a: str
-    b: str
-    sampled: SampledWith
-    judges: Sequence[str]
-    options: JudgeOptions
-    prices: Prices | None = None
-    yes: bool = False
-
-
-def compare(arguments: CompareArguments, folder: Path, *, argv: Sequence[str] = ()) -> Path:
-    """Sample what is to be sampled, judge every answer of the one against every answer of the other, count.
-
-    What an API judge may cost is agreed to before anything is sampled. Writes ``verdicts.jsonl``, ``differences.md``
-    and ``results.json``. A run that was killed is continued by the same call: samples are in the folder, replies of an
-    API in its cache; other judges judge again.
+def compare_answers(answers: Sequence[PromptAnswers], score: Scoring, others: Mapping[str, Scoring]) -> list[Metric]:
+    """Metrics of the baseline ("before") and of the model ("after"), and the model's win rate, over prompts.
 
     Args:
-        arguments: what is compared, and by whom.
-        folder: the run's folder.
-        argv: the command line after the command's name, for the record.
-
-    Returns:
-        The path of ``results.json``.
-
-    Raises:
-        SimpoError: something that the user gave cannot be used, or the user does not agree to what a judge costs.
-        InterruptedRun: the user stopped it.
+        answers: ``a`` is the model, ``b`` the baseline.
+        score: decides who wins; the higher, the better.
+        others: further metrics by name.
     """
-    with stoppable(), RunFolder(folder, command="compare") as run:
-        sides = contenders(arguments.a, arguments.b, arguments.sampled)
-        judges = make_judges(arguments.judges, replace(arguments.options, log=run.log))
-        run.begin(_identity(sides, judges, arguments), argv=argv)
 
-        def measure() -> list[Metric]:
-            pairs, _ = meetings(_expected(sides, arguments, folder))
-            agree_to(judges, pairs, yes=arguments.yes, prices=arguments.prices, log=run.log)
-            files = [side.answers(folder / name, run.log) for name, side in zip("ab", sides, strict=True)]
-            return _compare(read_contests(*files), judges, arguments, folder, run.log)
+    def values(side: str, scoring: Scoring) -> list[list[float]]:
+        return [[float(scoring(one.prompt, text)) for text in getattr(one, side)["responses"]] for one in answers]
 
-        return run.complete(measure)
-
-
-def _identity(sides: tuple[Side, Side], judges: Mapping[str, Judge], arguments: CompareArguments) -> dict[str, Any]:
-    found: dict[str, Any] = {"seed": arguments.sampled.settings.seed}
-    for name, side in zip("ab", sides, strict=True):
-        found |= {f"{name}/{key}": value for key, value in side.identity.items()}
-    found |= {"strip_thinking": True} if arguments.options.strip_thinking else {}
-    for name, judge in judges.items():
-        found |= {f"judge {name}/{key}": value for key, value in judge.identity.items()}
-    return found
+    metrics = [Metric.of("win_rate", win_rate(values("a", score), values("b", score)), "after")]
+    for name, scoring in {"score": score, **others}.items():
+        for stage, side in SIDES.items():
+            found = values(side, scoring)
+            interval = share_interval if {x for several in found for x in several} <= {0.0, 1.0} else mean_interval
+            metrics.append(Metric.of(name, interval([float(np.mean(several)) for several in found]), stage))
+    return metrics + sampled_metrics(answers)
 
 
-def _expected(sides: tuple[Side, Side], arguments: CompareArguments, folder: Path) -> list[PromptAnswers]:
-    """What will be judged, with answers that are not there yet as long as they may be; that it can be shows here."""
-    a, b = (side.expected(folder / name) for name, side in zip("ab", sides, strict=True))
-    return match_answers(a, b, f"{arguments.a} and {arguments.b}")
+def win_rate(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Interval:
+    """Share of comparisons that ``a`` wins, ties counting half, with an interval over prompts.
+
+    Every answer of ``a`` is compared with every answer of ``b`` to the same prompt. A prompt's share is one
+    observation, because answers to one prompt are not independent.
+
+    Args:
+        a: for each prompt, the scores of the answers of ``a``.
+        b: for each prompt, the scores of the answers of ``b``.
+    """
+    shares = []
+    for ours, theirs in zip(a, b, strict=True):
+        difference = np.subtract.outer(np.asarray(ours), np.asarray(theirs))
+        shares.append(float(((difference > 0) + 0.5 * (difference == 0)).mean()))
+    return share_interval(shares)
 
 
-def _compare(
-    contests: Sequence[PromptAnswers], judges: Mapping[str, Judge], arguments: CompareArguments, folder: Path, log: Log
-) -> list[Metric]:
-    """Judge, write down what was judged, and count."""
-    show = ShownAnswers(arguments.options.strip_thinking)
-    contests = [replace(one, a=_shown(one.a, show), b=_shown(one.b, show)) for one in contests]
-    pairs, prompts = meetings(contests)
-    log(f"{len(pairs):,} pairs of answers to {len(contests):,} prompts")
-    judged = judge_pairs(judges, pairs, prompts, prices=arguments.prices, log=log)
-    write_verdicts(folder / VERDICTS, judged)
-    write_differences(folder / DIFFERENCES, judged, (arguments.a, arguments.b))
-    figures = preference_metrics(judged, arguments.sampled.settings.seed)
-    return figures + order_metrics(judges, len(pairs)) + _side_metrics(contests) + show.metrics("", log)
+def sampled_metrics(answers: Sequence[PromptAnswers]) -> list[Metric]:
+    """Length of sampled answers in tokens, over prompts, and the share that ended, over answers."""
+    metrics = []
+    for stage, side in SIDES.items():
+        records = [getattr(one, side) for one in answers]
+        lengths = [float(np.mean([len(ids) for ids in record["response_ids"]])) for record in records]
+        ended = [finished for record in records for finished in record["finished"]]
+        metrics.append(Metric.of("response_tokens", mean_interval(lengths), stage))
+        metrics.append(Metric.of("end_of_turn_rate", proportion_interval(sum(ended), len(ended)), stage))
+    return metrics
 
 
-def _shown(record: Mapping[str, Any], show: ShownAnswers) -> dict[str, Any]:
-    return {**record, "responses": [show(text) for text in record["responses"]]}
+def text_metrics(answers: Sequence[PromptAnswers]) -> list[Metric]:
+    """Length of answers in characters, over prompts, and the number of empty ones."""
+    metrics = []
+    for stage, side in SIDES.items():
+        texts = [getattr(one, side)["responses"] for one in answers]
+        lengths = [float(np.mean([len(text) for text in several])) for several in texts]
+        empty = [not text.strip() for several in texts for text in several]
+        metrics.append(Metric.of("response_characters", mean_interval(lengths), stage))
+        metrics.append(Metric("empty_responses", sum(empty), stage, len(empty)))
+    return metrics
 
 
-def _side_metrics(contests: Sequence[PromptAnswers]) -> list[Metric]:
-    records = (record for contest in contests for record in (contest.a, contest.b))
-    sampled = all({"response_ids", "finished"} <= record.keys() for record in records)
-    return text_metrics(contests) + (sampled_metrics(contests) if sampled else [])
+# ---- Verdicts in files: all of them for programs, the clearest ones for people.
+
+
+def write_verdicts(path: Path, judged: Judged) -> None:
+    """Write every pair with its answers, verdicts (null where there is none) and margins as JSON lines."""
+    rows = (
+        {
+            **{"id": pair.id, "prompt": pair.prompt, **pair.context.columns, "a": pair.a, "b": pair.b},
+            "verdicts": {name: float(values[index]) for name, values in judged.verdicts.items()},
+            "margins": {name: float(values[index]) for name, values in judged.margins.items()},
+        }
+        for index, pair in enumerate(judged.pairs)
+    )
+    write_lines(path, rows)
+
+
+def widest_differences(judged: Judged) -> list[int]:
+    """The pairs with the clearest verdicts, at most one per prompt, the clearest first.
+
+    The judges' mean verdict is the clearer, the farther it is from a tie; a missing verdict counts as a tie. Among
+    equals, the difference in scores of the first judge that scores decides.
+    """
+    clear = np.abs(np.mean([np.nan_to_num(verdicts - 0.5) for verdicts in judged.verdicts.values()], axis=0))
+    apart = np.abs(next(iter(judged.margins.values()), np.zeros(len(clear))))
+    chosen: dict[int, int] = {}  # prompt -> its clearest pair
+    for index in np.lexsort((-apart, -clear)):
+        if clear[index] > 0:
+            chosen.setdefault(int(judged.prompts[index]), int(index))
+    return list(chosen.values())[:_LISTED]
+
+
+def write_differences(path: Path, judged: Judged, names: tuple[str, str]) -> None:
+    """Write :func:`widest_differences` between the models with these names as Markdown."""
+    chosen = widest_differences(judged)
+    parts = [f"# Where A ({names[0]}) and B ({names[1]}) differ most\n"]
+    if not chosen:
+        parts.append("No verdict for either.\n")
+    for index in chosen:
+        verdicts = []
+        for judge, values in judged.verdicts.items():
+            verdict = values[index]
+            winner = "A better" if verdict > 0.5 else "B better"
+            text = "no verdict" if np.isnan(verdict) else "tie" if verdict == 0.5 else winner
+            scores = f" (scores {judged.margins[judge][index]:+.4g})" if judge in judged.margins else ""
+            verdicts.append(f"{judge}: {text}{scores}")
+        pair = judged.pairs[index]
+        parts += [f"## {pair.id}\n", "; ".join(verdicts) + "\n"]
+        for title, text in (("Prompt", as_text(pair.prompt)), ("A", pair.a), ("B", pair.b)):
+            text = printable(text)  # noqa: PLW2901
+            # The fence is longer than any in the text, so that the text cannot close it.
+            fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+            parts += [f"**{title}**\n", f"{fence}text", text, f"{fence}\n"]
+    write_text(path, "\n".join(parts))

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from simpo.data.prompts import prepare_prompts
-from simpo.evaluation.compare import CompareArguments, compare
-from simpo.evaluation.head_to_head import SampledWith
+from simpo.evaluation.compare import CompareArguments, SampledWith, compare
 from simpo.generation.sample import FILE_NAME as RESPONSES
 from simpo.generation.sample import PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings, derived_seed

@@ -11,7 +11,7 @@ import pytest
 from simpo import SimpoError
 from simpo.data.prompts import prompt_id
 from simpo.evaluation.answers import read_answer_file
-from simpo.evaluation.head_to_head import PromptAnswers, compare_answers, read_contests, win_rate
+from simpo.evaluation.compare import PromptAnswers, compare_answers, read_matched, win_rate
 from simpo.statistics import mean_interval, share_interval
 
 
@@ -43,18 +43,18 @@ def write_answers(folder, name, ids):
 
 def test_answers_are_paired_by_prompt(tmp_path):
     a, b = write_answers(tmp_path, "a", "xyz"), write_answers(tmp_path, "b", "zxy")
-    contests = read_contests(a, b)
+    contests = read_matched(a, b)
     assert [(c.prompt, c.a["responses"], c.b["responses"]) for c in contests] == [
         (f"p{key}", [f"a{key}"], [f"b{key}"]) for key in "xyz"
     ]
-    with pytest.raises(SimpoError, match="2 prompts are in one of them only"):
-        read_contests(a, write_answers(tmp_path, "c", "xyw"))
+    with pytest.raises(SimpoError, match="2 prompts"):
+        read_matched(a, write_answers(tmp_path, "c", "xyw"))
     other = write_answers(tmp_path, "d", "xyz")
     other.write_text(other.read_text().replace('"py"', '"another question"'))
-    with pytest.raises(SimpoError, match=r"id 'y' is another prompt in each"):
-        read_contests(a, other)
+    with pytest.raises(SimpoError, match=r"id 'y'"):
+        read_matched(a, other)
     with pytest.raises(SimpoError, match=r"nowhere\.jsonl: file not found"):
-        read_contests(a, tmp_path / "nowhere.jsonl")
+        read_matched(a, tmp_path / "nowhere.jsonl")
 
 
 def test_files_of_both_kinds_are_about_the_same_prompts(tmp_path):
@@ -64,7 +64,7 @@ def test_files_of_both_kinds_are_about_the_same_prompts(tmp_path):
     sampled = tmp_path / "responses.jsonl"
     row = {"id": prompt_id("What is 1?"), "prompt": "What is 1?", "responses": ["One.", "It is 1."]}
     sampled.write_text(json.dumps(row) + "\n")
-    [contest] = read_contests(sampled, outputs)
+    [contest] = read_matched(sampled, outputs)
     assert (contest.a["responses"], contest.b["responses"]) == (["One.", "It is 1."], [""])
 
 
