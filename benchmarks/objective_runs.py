@@ -17,10 +17,10 @@ from benchmarks.memory import peak_mib
 from simpo.cli._training import parse
 from simpo.models.loading import load_model, load_tokenizer
 from simpo.packing.batching import fill_in_order
+from simpo.packing.forward import divergence_forward, reference_states, responses_of
 from simpo.packing.layout import PackedBatch
-from simpo.packing.model import prepare_policy, states_logprobs
-from simpo.packing.policy import responses_of
-from simpo.packing.reference import divergence_forward, reference_states
+from simpo.packing.logprobs import fused_logprobs
+from simpo.packing.model import prepare_policy
 from simpo.runs.lines import JsonLines
 from simpo.statistics import proportion_interval
 from simpo.training.batches import comparisons_of
@@ -129,7 +129,7 @@ def _moved(given: TrainingJob, folder: Path, tuning: int) -> tuple[float, float,
     for run in fill_in_order([c.packed_length for c in comparisons], _TOKENS):
         batch = PackedBatch.build([comparisons[i] for i in run])
         states = reference_states(start, batch)
-        before = responses_of(batch, states_logprobs(start, states.hidden, batch.targets))
+        before = responses_of(batch, fused_logprobs(states.hidden, states.head, batch.targets))
         after, kl = divergence_forward(trained, batch, states)
         changes.append(after.avg - before.avg)
         divergences.append(kl)

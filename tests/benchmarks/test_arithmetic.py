@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from simpo.packing import logprobs
+from simpo.packing.forward import policy_logprobs
 from simpo.packing.layout import PackedBatch, PaddedRows, TokenizedComparison
-from simpo.packing.policy import policy_logprobs
 from simpo.packing.selfcheck import choose_path
 
 COMPARISONS = [

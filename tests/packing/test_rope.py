@@ -10,11 +10,10 @@ import transformers
 from datasets import Dataset
 from packaging import version
 
+from simpo.packing.forward import policy_forward, policy_logprobs, score_responses
 from simpo.packing.layout import PackedBatch, Span, TokenizedComparison
 from simpo.packing.model import state_of
-from simpo.packing.policy import policy_forward, policy_logprobs
 from simpo.packing.rope import LengthRule
-from simpo.packing.scoring import score_responses
 from simpo.packing.selfcheck import choose_path
 from simpo.training.batches import token_lengths
 

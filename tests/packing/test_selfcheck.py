@@ -11,11 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 
 from simpo.errors import SimpoError
 from simpo.packing.attention import install, uninstall
+from simpo.packing.forward import policy_logprobs, score_answers, score_responses
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import state_of
-from simpo.packing.policy import policy_logprobs
-from simpo.packing.scoring import score_answers, score_responses
-from simpo.packing.selfcheck import choose_path
+from simpo.packing.selfcheck import choose_path, rows_to_check
 
 NOT_SHAREABLE = ["mamba", "falcon", "bloom", "stablelm", "lfm2"]
 
@@ -68,6 +67,18 @@ def test_shareable_models_are_not_talked_about(make_model, comparisons, caplog):
     with caplog.at_level(logging.WARNING, "simpo"):
         policy_logprobs(make_model("llama"), PackedBatch.build(comparisons))
     assert not caplog.records
+
+
+def test_a_row_that_is_too_long_to_be_checked_is_logged(make_model, caplog):
+    """The check materializes logits, which for the longest row must not take more than 2 GiB."""
+    model = make_model("llama")
+    limit = 2**31 // (4 * model.config.vocab_size)
+    lengths = [5] * 20 + [limit, limit + 1]
+    with caplog.at_level(logging.WARNING, "simpo"):
+        assert rows_to_check(model, lengths[:-1])[-2:] == [15, 20]
+        assert not caplog.records
+        assert rows_to_check(model, lengths) == [*range(16), 20]
+    assert f"row 21, {limit + 1} tokens" in caplog.text
 
 
 # ---- models that lie ----

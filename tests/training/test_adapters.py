@@ -21,9 +21,9 @@ from simpo.errors import SimpoError
 from simpo.models.identity import model_digest
 from simpo.models.loading import disable_dropout, load_model, load_tokenizer
 from simpo.models.settings import ModelArguments
+from simpo.packing.forward import policy_forward, policy_logprobs
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import state_of
-from simpo.packing.policy import policy_forward, policy_logprobs
 from simpo.training.reference import add_reference, reference_of
 from simpo.training.sharding import settle_sharding
 

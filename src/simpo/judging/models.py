@@ -22,8 +22,8 @@ from simpo.models.limits import Limits
 from simpo.models.loading import device, load_model, load_tokenizer, with_dtype
 from simpo.models.reward import gated_scores, load_reward_model
 from simpo.models.settings import ModelArguments
+from simpo.packing.forward import score_answers, score_responses
 from simpo.packing.layout import TokenizedComparison
-from simpo.packing.scoring import score_answers, score_responses
 from simpo.runs.terminal import progress
 
 _PROMPTS_PER_PART = 64  # between two updates of the progress

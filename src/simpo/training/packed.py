@@ -29,9 +29,9 @@ from simpo.models.limits import Limits
 from simpo.models.loading import disable_dropout, load_model
 from simpo.models.settings import ModelArguments
 from simpo.packing.batching import MicroBatch, StepPlan, check_budget
+from simpo.packing.forward import ForwardPath, policy_forward, resolve_path
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import prepare_policy, state_of
-from simpo.packing.policy import ForwardPath, policy_forward, resolve_path
 from simpo.packing.selfcheck import choose_path, rows_to_check
 from simpo.training.batches import (
     ComparisonRows,

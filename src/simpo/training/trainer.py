@@ -19,8 +19,7 @@ from simpo.data.settings import TokenizeSettings
 from simpo.data.tokenize import Prepared, check_rankings, is_feedback, prepare, prepare_feedback
 from simpo.errors import SimpoError, check_all
 from simpo.objectives import OBJECTIVES, Objective, Responses, reference_point, sft_term
-from simpo.packing.policy import policy_forward
-from simpo.packing.reference import divergence_forward, mean_by_comparison
+from simpo.packing.forward import divergence_forward, mean_by_comparison, policy_forward
 from simpo.training.batches import MISMATCHED_REF_LOGP, PlannedBatch, widest_type
 from simpo.training.packed import PackedTrainer
 from simpo.training.reference import ReferenceModel, mismatched_rows, with_mismatched
@@ -48,7 +47,8 @@ def _hyperparameter(name: str) -> Any:
         elif name in row.spellings:
             uses.setdefault(f"Another way to give {row.spellings[name].of}.", []).append(row.name)
     return field(
-        default=None, metadata={"help": " ".join(f"{text} ({', '.join(rows)})" for text, rows in uses.items())}
+        default=None,
+        metadata={"help": " ".join(f"{text.removesuffix('.')} ({', '.join(rows)})." for text, rows in uses.items())},
     )
 
 

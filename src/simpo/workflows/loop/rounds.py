@@ -19,8 +19,8 @@ from simpo.judging.annotate import AnnotateArguments, annotate
 from simpo.judging.registry import JudgeOptions
 from simpo.models.loading import Checkpoint, free_memory, load_tokenizer
 from simpo.models.settings import ModelArguments
+from simpo.packing.forward import score_responses
 from simpo.packing.layout import TokenizedComparison
-from simpo.packing.scoring import score_responses
 from simpo.runs.lines import read_lines
 from simpo.runs.log import Log
 from simpo.runs.results import FILE_NAME as RESULTS
