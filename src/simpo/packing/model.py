@@ -59,7 +59,8 @@ def prepare_policy(model: nn.Module) -> PreTrainedModel:
         if "forward" in inner.__dict__:  # a hook, such as accelerate's, that wraps the model's own forward
             inner.__dict__["_simpo_instance_forward"] = inner.forward
         setattr(inner, _STATE, PolicyState(lengths=rope.install(inner)))
-        inner.forward = MethodType(_forward_of(type(inner)), inner)
+        kind: Any = type(inner)
+        inner.forward = MethodType(_forward_of(kind), inner)
     output = _plain_output_layer(inner)
     if output is not None and "forward" not in output.__dict__:
         output.forward = MethodType(_logits_or_computation, output)
