@@ -1,4 +1,4 @@
-"""The exceptions that the command line ends in one line instead of a traceback."""
+"""The exceptions that the command line reports in one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SimpoError(ValueError):
 
 
 class CombinedError(SimpoError):
-    """Mistakes that were found together, so that they can be corrected together; a single one reads as usual."""
+    """Mistakes that are reported together, so that they can be corrected together; a single one reads as usual."""
 
     def __str__(self) -> str:
         if len(self.args) == 1:
@@ -25,7 +25,7 @@ class CombinedError(SimpoError):
 
 
 def check_all(*checks: Callable[[], object]) -> None:
-    """Run all checks, and raise what is wrong with any of them together, as a :class:`CombinedError`."""
+    """Run all checks, and raise the mistakes of all of them together as a :class:`CombinedError`."""
     mistakes: list[str] = []
     for check in checks:
         try:
@@ -33,16 +33,21 @@ def check_all(*checks: Callable[[], object]) -> None:
         except CombinedError as error:
             mistakes += error.args
         except (ValueError, ImportError) as error:  # the latter: a key that needs a package
-            mistakes.append(" ".join(str(error).split()))
+            mistakes.append(one_line(error, None))
     if mistakes:
         raise CombinedError(*dict.fromkeys(mistakes))
 
 
+def one_line(error: BaseException, longest: int | None = 300) -> str:
+    """The message of another library's exception on one line, at most ``longest`` characters of it."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__
+
+
 class InterruptedRun(Exception):  # noqa: N818 - nothing went wrong
-    """A run was asked by a signal to stop; what it had done is saved.
+    """A signal stopped a run; what it had done is saved.
 
     Attributes:
-        exit_code: 128 and the signal's number, as shells have it: 130 for SIGINT, 143 for SIGTERM.
+        exit_code: 128 plus the signal's number, as in shells: 130 for SIGINT, 143 for SIGTERM.
     """
 
     def __init__(self, message: str, signum: int = signal.SIGINT) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from simpo.models.loading import device, with_dtype
+from simpo.models.checkpoint import with_dtype
+from simpo.models.devices import device
 from simpo.models.settings import ModelArguments
 
 

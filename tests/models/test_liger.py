@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from simpo.errors import SimpoError
-from simpo.models import liger
+from simpo.models import devices
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -33,25 +33,25 @@ def installed(monkeypatch):
 
 def test_losses_are_off_and_layers_as_given(installed):
     off = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    assert liger.layers_only(None, GPU) == off
-    assert liger.layers_only({"rope": False, "cross_entropy": False}, GPU) == {"rope": False} | off
+    assert devices.liger_config(None, GPU) == off
+    assert devices.liger_config({"rope": False, "cross_entropy": False}, GPU) == {"rope": False} | off
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "fused_linear_cross_entropy"])
 def test_a_loss_is_refused(installed, loss):
     with pytest.raises(SimpoError, match=f"liger_kernel_config: {loss}"):
-        liger.layers_only({loss: True}, GPU)
+        devices.liger_config({loss: True}, GPU)
 
 
 def test_a_cpu_is_refused(installed):
     with pytest.raises(SimpoError, match=r"use_liger_kernel: .*cpu"):
-        liger.layers_only(None, CPU)
+        devices.liger_config(None, CPU)
 
 
 def test_what_liger_would_pass_over_is_refused(installed, make_model):
-    config = liger.layers_only({"rope": False, "swiglu": True}, GPU)
-    liger.check_layers(make_model("llama"), config)
+    config = devices.liger_config({"rope": False, "swiglu": True}, GPU)
+    devices.check_liger(make_model("llama"), config)
     with pytest.raises(SimpoError, match=r"use_liger_kernel: .*'gpt2'"):
-        liger.check_layers(make_model("gpt2"), config)
+        devices.check_liger(make_model("gpt2"), config)
     with pytest.raises(SimpoError, match=r"liger_kernel_config: 'geglu' is none of rope, swiglu"):
-        liger.check_layers(make_model("llama"), config | {"geglu": True})
+        devices.check_liger(make_model("llama"), config | {"geglu": True})

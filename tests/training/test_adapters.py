@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from simpo import score_responses
 from simpo.errors import SimpoError
-from simpo.models.identity import model_digest
-from simpo.models.loading import disable_dropout, load_model, load_tokenizer
+from simpo.models.checkpoint import model_digest
+from simpo.models.loading import load_model, load_tokenizer
+from simpo.models.preparation import disable_dropout
 from simpo.models.settings import ModelArguments
 from simpo.packing.forward import policy_forward, policy_logprobs
 from simpo.packing.layout import PackedBatch

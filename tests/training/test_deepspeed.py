@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer
 
 from simpo import SimpoError, cli
-from simpo.models.zero import read_config, settle_batch
+from simpo.models.zero import read_config, unset_batch_sizes
 from simpo.runs.results import read_results
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -214,11 +214,11 @@ def test_batch_sizes_are_the_recipes():
     """All ways in which a file may name them: what agrees is left to the trainer, what does not is an error."""
     given = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
     found = dict(given)
-    settle_batch(found, 2, 4)
+    unset_batch_sizes(found, 2, 4)
     assert found == dict.fromkeys(given, "auto")
     for key, value in {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1}.items():
         with pytest.raises(SimpoError, match=f"{key} is {value}"):
-            settle_batch(given | {key: value}, 2, 4)
+            unset_batch_sizes(given | {key: value}, 2, 4)
 
 
 @pytest.mark.parametrize(("given", "problem"), [("nowhere.json", "nowhere.json"), ("{", "not a file of JSON")])

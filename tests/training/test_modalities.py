@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from simpo import cli
-from simpo.models.adapters import freeze_unreached, unreached_by_text
 from simpo.models.loading import load_model
+from simpo.models.preparation import freeze_unreached, unreached_by_text
 from simpo.models.settings import ModelArguments
 from simpo.packing.forward import policy_logprobs
 from simpo.packing.layout import PackedBatch

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from simpo import PreferenceTrainer, SimpoError, cli
-from simpo.models.limits import Limits
+from simpo.models.checkpoint import Limits
 from simpo.models.loading import check_stored, load_model
 from simpo.models.reward import load_reward_model
 from simpo.models.settings import ModelArguments

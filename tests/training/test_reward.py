@@ -23,7 +23,7 @@ from transformers import (
 from simpo import SimpoError, cli
 from simpo.judging.protocol import Answers
 from simpo.judging.registry import JudgeOptions, make_scorer
-from simpo.models.reward import load_reward_model, settle_padding
+from simpo.models.reward import choose_padding, load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.runs.results import read_results
 from simpo.training.identity import rows_digest
@@ -329,15 +329,15 @@ def test_the_name_of_a_language_model_stands_for_it_with_a_random_head(chat_worl
 def test_padding_is_not_the_end_of_turn(chat_world, make_model, caplog):
     model = make_model("gpt2", kind=GPT2ForSequenceClassification, num_labels=1)
     tokenizer = AutoTokenizer.from_pretrained(chat_world / "model")
-    settle_padding(model, tokenizer)
+    choose_padding(model, tokenizer)
     assert model.config.pad_token_id == tokenizer.pad_token_id
     assert not caplog.records
     tokenizer.pad_token = tokenizer.eos_token
     with caplog.at_level(logging.WARNING, "simpo"):
-        settle_padding(model, tokenizer)
+        choose_padding(model, tokenizer)
     assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.bos_token_id
     assert "pads with" in caplog.text
     tokenizer.bos_token = tokenizer.unk_token = tokenizer.pad_token = tokenizer.eos_token
     tokenizer.extra_special_tokens = []
-    settle_padding(model, tokenizer)
+    choose_padding(model, tokenizer)
     assert model.config.pad_token_id is None

@@ -11,7 +11,7 @@ import torch
 from datasets import DatasetDict
 
 from simpo import OBJECTIVES, PreferenceTrainer, SimpoError
-from simpo.models.loading import disable_dropout
+from simpo.models.preparation import disable_dropout
 from simpo.training.trainer import NAMES
 
 

@@ -32,8 +32,8 @@ from simpo.data.shapes import first_canonical
 from simpo.data.sources import load_rows
 from simpo.data.tokenize import Prepared, is_feedback, prepare, prepare_feedback, prepare_sft
 from simpo.errors import SimpoError
-from simpo.models.limits import Limits
-from simpo.models.loading import load_config, load_tokenizer
+from simpo.models.checkpoint import Limits, load_config
+from simpo.models.loading import load_tokenizer
 from simpo.models.settings import ModelArguments
 from simpo.runs.results import Metric, fingerprint, write_results
 from simpo.runs.terminal import printable

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from simpo.cli._processes import refuse_several
 from simpo.config.arguments import ArgumentParser
+from simpo.models.merging import write_merged
 from simpo.models.settings import ModelArguments
-from simpo.training.merging import write_merged
 
 
 def main(argv: list[str]) -> int:

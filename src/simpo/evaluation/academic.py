@@ -22,8 +22,9 @@ from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer, text_in
 from simpo.evaluation.runner import AnswerSettings, RunSettings, setting
 from simpo.generation.thinking import after_thinking
-from simpo.models.identity import model_digest
-from simpo.models.loading import below_adapter, check_stored, device, with_dtype
+from simpo.models.checkpoint import model_digest, with_dtype
+from simpo.models.devices import device
+from simpo.models.loading import below_adapter, check_stored
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder

@@ -20,8 +20,9 @@ from simpo.errors import SimpoError
 from simpo.generation.sample import FILE_NAME, EngineName, Job, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.presentation import ShownAnswers
-from simpo.models.identity import model_digest
-from simpo.models.loading import Checkpoint, free_memory, load_tokenizer, with_dtype
+from simpo.models.checkpoint import Checkpoint, model_digest, with_dtype
+from simpo.models.devices import free_memory
+from simpo.models.loading import load_tokenizer
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import write_text
 from simpo.runs.lines import read_lines

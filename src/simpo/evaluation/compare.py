@@ -24,7 +24,8 @@ from simpo.judging.presentation import ShownAnswers, as_text
 from simpo.judging.protocol import Judge, Pair
 from simpo.judging.registry import JudgeOptions, make_judge
 from simpo.judging.scored import verdict_of
-from simpo.models.loading import Checkpoint, free_memory
+from simpo.models.checkpoint import Checkpoint
+from simpo.models.devices import free_memory
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder

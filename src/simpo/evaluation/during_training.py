@@ -28,8 +28,8 @@ from simpo.generation.engine import Sampled, TransformersEngine
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.protocol import Judge, Pair
 from simpo.judging.registry import ANNOTATORS, JudgeOptions, check_judges_anew, make_judge
-from simpo.models.loading import Checkpoint
-from simpo.models.processes import from_main
+from simpo.models.checkpoint import Checkpoint
+from simpo.models.devices import from_main
 from simpo.models.settings import ModelArguments
 from simpo.runs.lines import read_lines
 from simpo.runs.log import Log

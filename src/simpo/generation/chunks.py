@@ -24,7 +24,7 @@ from simpo.data.prompts import Prompt
 from simpo.errors import SimpoError
 from simpo.generation.engine import Engine, ResponseText, Sampled
 from simpo.generation.settings import SamplingSettings, derived_seed
-from simpo.models.processes import from_main
+from simpo.models.devices import from_main
 from simpo.runs.atomic import staged_files
 from simpo.runs.lines import JsonLines
 

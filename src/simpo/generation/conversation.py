@@ -20,7 +20,8 @@ from simpo.data.templates import Renderer
 from simpo.errors import SimpoError
 from simpo.generation.engine import ResponseText, TransformersEngine
 from simpo.generation.settings import SamplingSettings
-from simpo.models.loading import Checkpoint, load_tokenizer
+from simpo.models.checkpoint import Checkpoint
+from simpo.models.loading import load_tokenizer
 from simpo.models.settings import ModelArguments
 
 Write = Callable[[str], None]

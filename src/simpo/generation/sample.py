@@ -36,13 +36,9 @@ from simpo.generation.chunks import (
 from simpo.generation.engine import Engine, Sampled, TransformersEngine, stop_ids
 from simpo.generation.settings import SamplingSettings
 from simpo.generation.vllm import VllmEngine
-from simpo.models.identity import model_digest
-from simpo.models.loading import (
-    Checkpoint,
-    check_stored,
-    device,
-    load_tokenizer,
-)
+from simpo.models.checkpoint import Checkpoint, model_digest
+from simpo.models.devices import device
+from simpo.models.loading import check_stored, load_tokenizer
 from simpo.models.settings import ModelArguments
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log

@@ -17,9 +17,9 @@ from simpo.data.rows import BadRow
 from simpo.data.templates import Rendered, Renderer
 from simpo.errors import SimpoError
 from simpo.judging.protocol import Answers, Scorer
-from simpo.models.identity import model_digest
-from simpo.models.limits import Limits
-from simpo.models.loading import device, load_model, load_tokenizer, with_dtype
+from simpo.models.checkpoint import Limits, model_digest, with_dtype
+from simpo.models.devices import device
+from simpo.models.loading import load_model, load_tokenizer
 from simpo.models.reward import gated_scores, load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.packing.forward import score_answers, score_responses

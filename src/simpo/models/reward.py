@@ -20,25 +20,14 @@ from transformers import (
 from simpo.data.templates import end_of_turn
 from simpo.errors import SimpoError
 from simpo.models.adapters import add_adapter, continue_adapter, find_adapter
-from simpo.models.loading import (
-    base_arguments,
-    check_folder,
-    check_weights,
-    load_files,
-    load_weights,
-    loading_options,
-    needs_own_code,
-)
+from simpo.models.loading import base_arguments, check_folder, check_weights, load_files, load_weights, needs_own_code
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import TokenizedComparison
 from simpo.packing.model import causal_lm, reading_last_tokens
 
 logger = logging.getLogger(__name__)
 
-
 _HEAD = "score.weight"
-
-
 _OUTPUT_LAYERS = {"lm_head", "embed_out", "unembed", "head"}  # in files; classes have the first name
 
 
@@ -48,9 +37,9 @@ def load_reward_model(
     """A reward model, under an adapter if the files are one or ``use_peft`` asks for a new one.
 
     Args:
-        arguments: which, and how it is loaded.
+        arguments: which model, and how it is loaded.
         new_head: put a random head on a language model, and report it; otherwise it is refused.
-        gated: accept a model of several labels whose own code may make one score of them; see :func:`gated_scores`.
+        gated: accept a model of several labels whose own code may combine them to one score; see :func:`gated_scores`.
 
     Raises:
         SimpoError: it cannot be loaded, is no reward model, or has several labels.
@@ -73,8 +62,12 @@ def load_reward_model(
 
 def _load(arguments: ModelArguments, *, new_head: bool, gated: bool = False, log: bool = False) -> PreTrainedModel:
     name = arguments.model_name_or_path
-    labels = {"num_labels": 1} if new_head and not _is_classifier(arguments) else {}
-    model, loading = load_weights(AutoModelForSequenceClassification, arguments, **loading_options(arguments), **labels)
+    labels = {}
+    if new_head:
+        kinds = load_files(AutoConfig, arguments).architectures or []
+        if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+            labels = {"num_labels": 1}
+    model, loading = load_weights(AutoModelForSequenceClassification, arguments, **labels)
     head_is_new = bool(labels) and _HEAD in loading["missing_keys"]
     if head_is_new:
         loading["missing_keys"].discard(_HEAD)
@@ -94,7 +87,7 @@ def _load(arguments: ModelArguments, *, new_head: bool, gated: bool = False, log
 def gated_scores(model: PreTrainedModel, comparisons: Sequence[TokenizedComparison]) -> Tensor:
     """``[R]`` scores of all responses by a model that weighs several objectives itself, such as ArmoRM.
 
-    Its code is its own, so it gets one text at a time, without padding, and says ``score``.
+    It has code of its own, so it gets one text at a time, without padding, and returns ``score``.
 
     Raises:
         SimpoError: its forward gives no ``score``, or does not accept a text.
@@ -125,17 +118,12 @@ def _in_output_layer(model: PreTrainedModel, key: str) -> bool:
     return module in tied or module.rpartition(".")[2] in _OUTPUT_LAYERS
 
 
-def _is_classifier(arguments: ModelArguments) -> bool:
-    kinds = load_files(AutoConfig, arguments).architectures or []
-    return any(kind.endswith("ForSequenceClassification") for kind in kinds)
+def choose_padding(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make plain transformers read rewards where they are trained, also in a padded batch.
 
-
-def settle_padding(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let plain transformers read rewards where they are trained, also of a padded batch.
-
-    It reads them at the last token that is no padding, which must not be the end-of-turn token. Where the tokenizer
-    pads with that one, another special token becomes the padding, of the tokenizer too; where it has no other, the
-    model gets none, and plain transformers refuses to score several sequences at a time.
+    It reads them at the last token that is not padding, so padding must not be the end-of-turn token. Where the
+    tokenizer pads with that one, another special token becomes the padding of model and tokenizer; where it has no
+    other, the model gets none, and plain transformers refuses to score several sequences at a time.
     """
     config: Any = causal_lm(model).config.get_text_config()
     end = end_of_turn(tokenizer).token_id

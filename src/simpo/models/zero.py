@@ -1,8 +1,8 @@
-"""DeepSpeed: its configuration, and weights that ZeRO-3 partitions over processes.
+"""DeepSpeed: its configuration, and weights that ZeRO-3 partitions across processes.
 
 A parameter that ZeRO-3 has partitioned is empty (``ds_tensor`` holds this process's part, ``ds_shape`` its shape) until
-the engine's hooks gather it for a layer's forward. The engine is made when training starts, but the self-check, a
-reference and held-out rows need the model before: :func:`gathered_forwards` lends it such hooks.
+the engine's hooks gather it for a layer's forward pass. The engine is created when training starts, but the self-check,
+the reference and held-out rows need the model earlier: :func:`gathered_forwards` gives it such hooks.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import deepspeed_config
 
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, one_line
 
 # Accelerate imports DeepSpeed wherever it is installed, and the import warns where there is no accelerator.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def read_config(given: str | dict[str, Any] | None, rows: int, accumulation: int) -> dict[str, Any] | None:
-    """What a recipe's ``deepspeed`` says (a file, its text or contents), with batch sizes and precision left to it.
+    """The configuration in a recipe's ``deepspeed`` (a file, its text or contents), without batch sizes and precision.
 
     Raises:
-        SimpoError: DeepSpeed is not installed, there is no such file, or it is not JSON; or as :func:`settle_batch`.
+        SimpoError: DeepSpeed is not installed, there is no such file, it is not JSON, or the batch sizes differ from
+            the recipe's.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise SimpoError("deepspeed: not installed; DS_BUILD_OPS=0 pip install --no-build-isolation 'simpo[deepspeed]'")
@@ -47,18 +48,18 @@ def read_config(given: str | dict[str, Any] | None, rows: int, accumulation: int
         try:
             given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise SimpoError(f"deepspeed: {given!r} is not a file of JSON ({' '.join(str(error).split())})") from error
+            raise SimpoError(f"deepspeed: {given!r} is not a file of JSON ({one_line(error, None)})") from error
     config: dict[str, Any] = copy.deepcopy(given)  # type: ignore[arg-type]
-    settle_batch(config, rows, accumulation)
-    for precision in ("bf16", "fp16"):  # the recipe's, also where the file leaves it open
+    unset_batch_sizes(config, rows, accumulation)
+    for precision in ("bf16", "fp16"):  # the recipe's, also where the file does not name one
         config.setdefault(precision, {"enabled": "auto"})
     return config
 
 
-def settle_batch(config: dict[str, Any], rows: int, accumulation: int) -> None:
-    """Compare the batch sizes that DeepSpeed's ``config`` names with the recipe's, and leave them to the trainer.
+def unset_batch_sizes(config: dict[str, Any], rows: int, accumulation: int) -> None:
+    """Compare the batch sizes in DeepSpeed's ``config`` with the recipe's, and leave them to the trainer.
 
-    Training takes all rows of a step as one batch, which is not what either says.
+    Training takes all rows of a step as one batch, which is neither of the two.
 
     Raises:
         SimpoError: they differ.
@@ -73,14 +74,14 @@ def settle_batch(config: dict[str, Any], rows: int, accumulation: int) -> None:
         if config.get(key, "auto") not in ("auto", value):
             raise SimpoError(f"deepspeed: {key} is {config[key]} there and {value} in the recipe; set it to auto")
         config[key] = "auto"
-    # DeepSpeed knows their product by itself; on a CPU it would compare it before it knows the number of processes
+    # DeepSpeed computes their product; on a CPU it would compare it before it knows the number of processes
     del config["train_batch_size"]
 
 
-def settle_deepspeed(accelerator: Accelerator, model: nn.Module) -> None:
+def prepare_deepspeed(accelerator: Accelerator, model: nn.Module) -> None:
     """Give ``model`` the type that DeepSpeed computes in, and partition it now where ZeRO-3 would do so later.
 
-    Whatever is computed before training then has the numbers that training has, and models are saved whole.
+    What is computed before training then has the same numbers as in training, and models are saved whole.
 
     Raises:
         SimpoError: a precision or kind of parallelism that is not supported, or settings that differ from the recipe's.
@@ -118,7 +119,7 @@ def settle_deepspeed(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has spread ``parameter`` over processes."""
+    """Whether ZeRO-3 has partitioned ``parameter``."""
     return hasattr(parameter, "ds_id")
 
 
@@ -129,7 +130,7 @@ def shape_of(parameter: Tensor) -> tuple[int, ...]:
 
 @contextmanager
 def gathered(*parameters: Tensor) -> Iterator[None]:
-    """Partitioned ``parameters`` are whole while this lasts, for reading; all processes have to call."""
+    """Make partitioned ``parameters`` whole in the body, for reading; all processes have to call."""
     absent = [parameter for parameter in parameters if is_partitioned(parameter) and not parameter.numel()]
     if not absent:
         yield
@@ -142,10 +143,10 @@ def gathered(*parameters: Tensor) -> Iterator[None]:
 
 @contextmanager
 def gathered_forwards(model: nn.Module) -> Iterator[None]:
-    """Forwards of a partitioned ``model`` that no engine has wrapped gather one layer's weights after the other.
+    """Make the forward pass of a partitioned ``model`` that no engine has wrapped gather the weights layer by layer.
 
-    They are for reading only, and all processes have to call them in the same order. A model that is not partitioned
-    stays as it is.
+    The weights are for reading only, and all processes have to run the same passes in the same order. A model that is
+    not partitioned stays as it is.
     """
     hooks: list[Any] = []
     stacks: dict[nn.Module, ExitStack] = {}
@@ -171,7 +172,7 @@ def gathered_forwards(model: nn.Module) -> Iterator[None]:
 
 
 def exchange_partitions(parameters: list[nn.Parameter], others: list[Tensor]) -> None:
-    """Swap the numbers of this process's parts of ``parameters`` with ``others``; all processes have to call."""
+    """Swap this process's parts of ``parameters`` with ``others``; all processes have to call."""
     present = [parameter for parameter in parameters if parameter.numel()]  # small ones stay whole between forwards
     for parameter in present:
         parameter.partition()  # type: ignore[attr-defined]

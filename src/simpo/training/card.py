@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import simpo
 from simpo.models.adapters import adapter_settings, holds_adapter
+from simpo.models.checkpoint import shown_name
 from simpo.models.loading import below_adapter
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import write_text
@@ -39,86 +40,79 @@ _SETTINGS = (
     "center_rewards_coefficient",
 )
 
+_TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}
+
+`{{ model }}` {{ method }} on {{ datasets }}, with simpo {{ version }}.
+
+## Held-out {{ rows }}
+
+{% for line in results %}{{ line }}
+{% endfor %}
+## Settings
+
+| key | value |
+|---|---|
+{% for key, value in settings.items() %}| `{{ key }}` | {{ value }} |
+{% endfor %}"""
+
 
 def write_model_card(
     folder: Path, task: Task, model: ModelArguments, data: DataArguments, config: Any, metrics: Iterable[Metric]
 ) -> None:
-    """Write ``folder/README.md``: what the model was made from, with which settings, and its held-out figures."""
-    names = _dataset_names(data)
+    """Write ``folder/README.md``: what the model was trained from, its settings, and its metrics on held-out rows."""
+    if data.dataset_mixer is not None:
+        names = list(data.dataset_mixer)
+    elif data.dataset_mixture is not None:
+        names = [entry["id"] for entry in data.dataset_mixture["datasets"]]
+    else:
+        names = [str(data.dataset_name)]
+    base = below_adapter(model).model_name_or_path
     card_data = ModelCardData(
         library_name="peft" if holds_adapter(folder) else "transformers",
         tags=task.tags(config),
-        base_model=_base_model(model),
+        base_model=None if Path(base).exists() else base,
         datasets=[name for name in names if not Path(name).exists()] or None,
         pipeline_tag=task.pipeline,
     )
-    text = "\n".join(
-        [
-            f"---\n{card_data.to_yaml()}\n---",
-            f"# {folder.resolve().name}",
-            "",
-            f"`{shown_name(model.model_name_or_path)}` {task.method(config)} on "
-            f"{', '.join(f'`{shown_name(name)}`' for name in names)}, with simpo {simpo.__version__}.",
-            "",
-            f"## Held-out {task.rows}",
-            "",
-            *_results(metrics, task.rows),
-            "",
-            "## Settings",
-            "",
-            "| key | value |",
-            "|---|---|",
-            *(f"| `{key}` | {value} |" for key, value in (_settings(config) | _lora(model)).items()),
-            "",
-        ]
+    settings = {**getattr(config, "hyperparameters", {})}
+    settings |= {key: getattr(config, key) for key in _SETTINGS if hasattr(config, key)}
+    settings |= adapter_settings(model.lora) if model.use_peft else {}
+    card = ModelCard.from_template(
+        card_data,
+        template_str=_TEMPLATE,
+        title=folder.resolve().name,
+        model=shown_name(model.model_name_or_path),
+        method=task.method(config),
+        datasets=", ".join(f"`{shown_name(name)}`" for name in names),
+        version=simpo.__version__,
+        rows=task.rows,
+        results=_results(metrics, task.rows),
+        settings={key: getattr(value, "value", value) for key, value in settings.items()},
     )
-    write_text(folder / "README.md", str(ModelCard(text)))
+    write_text(folder / "README.md", str(card))
 
 
-def _base_model(model: ModelArguments) -> str | None:
-    """Its name on the hub, of an adapter that is continued its base model's; None if it is not there."""
-    name = below_adapter(model).model_name_or_path
-    return None if Path(name).exists() else name
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    values = {key: getattr(config, key) for key in _SETTINGS if hasattr(config, key)}
-    values = {**getattr(config, "hyperparameters", {}), **values}
-    return {key: getattr(value, "value", value) for key, value in values.items()}
-
-
-def _lora(model: ModelArguments) -> dict[str, Any]:
-    return adapter_settings(model.lora) if model.use_peft else {}
-
-
-def _dataset_names(data: DataArguments) -> list[str]:
-    if data.dataset_mixer is not None:
-        return list(data.dataset_mixer)
-    if data.dataset_mixture is not None:
-        return [entry["id"] for entry in data.dataset_mixture["datasets"]]
-    return [str(data.dataset_name)]
-
-
-def shown_name(name: str) -> str:
-    """A hub name as it is; of a local path only its last part, which says enough and tells nothing of the machine."""
-    return Path(name).name if Path(name).exists() else name
-
-
-def _results(metrics: Iterable[Metric], rows_are: str) -> list[str]:
-    rows: dict[str, dict[str, Metric]] = {}
+def _results(metrics: Iterable[Metric], rows: str) -> list[str]:
+    """The lines of a table of the metrics that have stages."""
+    stages: dict[str, dict[str, Metric]] = {}
     for metric in metrics:
         if metric.stage is not None:
-            rows.setdefault(metric.name, {})[metric.stage] = metric
-    if not rows:
+            stages.setdefault(metric.name, {})[metric.stage] = metric
+    if not stages:
         return ["None were given."]
-    lines = [f"| metric | before | after | {rows_are} |", "|---|---|---|---|"]
-    for name, stages in rows.items():
-        before, after = stages.get("before"), stages["after"]
-        lines.append(f"| {name} | {_figure(before)} | {_figure(after)} | {after.n} |")
+    lines = [f"| metric | before | after | {rows} |", "|---|---|---|---|"]
+    for name, found in stages.items():
+        before, after = found.get("before"), found["after"]
+        lines.append(f"| {name} | {_number(before)} | {_number(after)} | {after.n} |")
     return lines
 
 
-def _figure(metric: Metric | None) -> str:
+def _number(metric: Metric | None) -> str:
     if metric is None or metric.value is None:
         return "-"
     interval = "" if metric.low is None else f" [{metric.low:.4g}, {metric.high:.4g}]"

@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from simpo.models.adapters import adapter_settings
-from simpo.models.identity import file_digest, model_digest
+from simpo.models.checkpoint import model_digest
 from simpo.models.settings import ModelArguments
 from simpo.runs import manifest
+from simpo.runs.manifest import file_digest
 from simpo.training.batches import LEVELS
 from simpo.training.settings import DataArguments
 

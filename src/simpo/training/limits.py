@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from simpo.errors import SimpoError
-from simpo.models.limits import Limits
+from simpo.models.checkpoint import Limits
 from simpo.training.batches import MISMATCHED_IDS, response_counts
 from simpo.training.finite import describe_rows
 

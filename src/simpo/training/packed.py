@@ -23,10 +23,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from simpo.data.rows import as_dataset
 from simpo.data.tokenize import Prepared
 from simpo.errors import SimpoError
-from simpo.models.adapters import check_adapter, freeze_unreached, keep_gradients
-from simpo.models.liger import check_layers
-from simpo.models.limits import Limits
-from simpo.models.loading import disable_dropout, load_model
+from simpo.models.adapters import check_adapter
+from simpo.models.checkpoint import Limits
+from simpo.models.devices import check_liger
+from simpo.models.loading import load_model
+from simpo.models.preparation import disable_dropout, freeze_unreached, keep_gradients
 from simpo.models.settings import ModelArguments
 from simpo.packing.batching import MicroBatch, StepPlan, check_budget
 from simpo.packing.forward import ForwardPath, policy_forward, resolve_path
@@ -126,7 +127,7 @@ class PackedTrainer(ResumableTrainer):
         if args.disable_dropout:
             disable_dropout(model)
         if args.use_liger_kernel:
-            check_layers(model, args.liger_kernel_config)
+            check_liger(model, args.liger_kernel_config)
         super().__init__(
             model=model,
             args=args,

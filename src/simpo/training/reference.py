@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from simpo.data.mapping import TOKENS
 from simpo.errors import SimpoError
 from simpo.models.adapters import weights_below
-from simpo.models.processes import from_main
+from simpo.models.devices import from_main
 from simpo.models.zero import exchange_partitions, gathered, is_partitioned
 from simpo.packing.forward import ReferenceStates, policy_forward, reference_states
 from simpo.packing.layout import PackedBatch

@@ -22,7 +22,7 @@ from transformers import (
 
 from simpo.data.tokenize import Prepared, check_rankings, is_feedback, prepare
 from simpo.errors import SimpoError
-from simpo.models.reward import load_reward_model, settle_padding
+from simpo.models.reward import choose_padding, load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.objectives.reward import bradley_terry, centring
 from simpo.packing.batching import MicroBatch
@@ -95,7 +95,7 @@ class RewardTrainer(PackedTrainer):
             )
         super().__init__(model, *args, **kwargs)
         if self.processing_class is not None:
-            settle_padding(self.model, self.processing_class)
+            choose_padding(self.model, self.processing_class)
 
     @classmethod
     def load(cls, name: str, arguments: ModelArguments | None = None) -> PreTrainedModel | PeftModel:

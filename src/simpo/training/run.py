@@ -17,8 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from simpo.data.inspection import shared_rows
 from simpo.errors import SimpoError
 from simpo.models.adapters import describe_adapter
+from simpo.models.devices import from_main
 from simpo.models.loading import load_tokenizer, round_weights
-from simpo.models.processes import from_main
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import provisional, staged_files
 from simpo.runs.folder import RunFolder

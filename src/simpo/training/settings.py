@@ -21,8 +21,8 @@ from transformers.training_args import OptimizerNames, ParallelMode
 from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.sources import load_mixture, load_mixture_list, load_rows
 from simpo.errors import CombinedError, SimpoError, check_all
-from simpo.models.liger import layers_only
-from simpo.models.zero import read_config, settle_batch
+from simpo.models.devices import liger_config
+from simpo.models.zero import read_config, unset_batch_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class TrainingSettings(TrainingArguments):
             self.use_cpu = True
         super().__post_init__()
         if self.deepspeed_plugin is not None and not self.deepspeed:  # the launcher's
-            settle_batch(self.deepspeed_plugin.hf_ds_config.config, *batch)
+            unset_batch_sizes(self.deepspeed_plugin.hf_ds_config.config, *batch)
         if self.n_gpu > 1:
             raise SimpoError(
                 f"{self.n_gpu} GPUs are visible and there is no launcher: start with "
@@ -206,7 +206,7 @@ class TrainingSettings(TrainingArguments):
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise SimpoError(f"max_batch_tokens: must be at least 1, not {self.max_batch_tokens}")
         if self.use_liger_kernel:
-            self.liger_kernel_config = layers_only(self.liger_kernel_config, self.device)  # type: ignore[has-type]
+            self.liger_kernel_config = liger_config(self.liger_kernel_config, self.device)  # type: ignore[has-type]
         elif self.liger_kernel_config:
             raise SimpoError("liger_kernel_config: set use_liger_kernel: true, or leave it out")
         optimizer = OptimizerNames(self.optim).value

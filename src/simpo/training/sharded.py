@@ -15,7 +15,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from simpo.errors import SimpoError
 from simpo.models.adapters import load_adapter
-from simpo.models.zero import gathered_forwards, settle_deepspeed
+from simpo.models.zero import gathered_forwards, prepare_deepspeed
 from simpo.training.sharding import (
     gathered_state,
     gathered_weights,
@@ -45,7 +45,7 @@ class ShardedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled:
-            settle_deepspeed(self.accelerator, self.model)
+            prepare_deepspeed(self.accelerator, self.model)
         settle_sharding(self.accelerator, self.model)
         self._shards = self.accelerator.distributed_type == DistributedType.FSDP
         if self._shards:

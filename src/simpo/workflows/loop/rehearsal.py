@@ -18,7 +18,8 @@ from simpo.generation.sample import Job
 from simpo.generation.vllm import load_vllm
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import JudgeOptions, make_annotator
-from simpo.models.loading import free_memory, load_tokenizer
+from simpo.models.devices import free_memory
+from simpo.models.loading import load_tokenizer
 from simpo.runs.lines import write_lines
 from simpo.runs.log import Log
 from simpo.training.settings import settings_refused

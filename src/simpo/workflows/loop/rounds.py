@@ -17,7 +17,9 @@ from simpo.generation.sample import PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.judging.annotate import AnnotateArguments, annotate
 from simpo.judging.registry import JudgeOptions
-from simpo.models.loading import Checkpoint, free_memory, load_tokenizer
+from simpo.models.checkpoint import Checkpoint
+from simpo.models.devices import free_memory
+from simpo.models.loading import load_tokenizer
 from simpo.models.settings import ModelArguments
 from simpo.packing.forward import score_responses
 from simpo.packing.layout import TokenizedComparison

@@ -20,7 +20,7 @@ from simpo.evaluation.compare import make_judges
 from simpo.generation.sample import PromptArguments
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import JudgeOptions, check_judges_anew, make_annotator, make_judge
-from simpo.models.identity import model_digest
+from simpo.models.checkpoint import model_digest
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.results import FILE_NAME, Metric, read_results

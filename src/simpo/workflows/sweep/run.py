@@ -11,7 +11,7 @@ from typing import Any
 
 from simpo.analysis.plots import plot_effects
 from simpo.errors import SimpoError
-from simpo.models.loading import free_memory
+from simpo.models.devices import free_memory
 from simpo.runs.folder import FolderInUseError, RunFolder, RunRecord
 from simpo.runs.log import Log
 from simpo.runs.results import FILE_NAME, write_results

@@ -1,4 +1,4 @@
-"""An adapter and its base model become an ordinary model."""
+"""Merge an adapter and its base model into an ordinary model."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from transformers import PreTrainedModel
 import simpo
 from simpo.errors import SimpoError
 from simpo.models.adapters import PARTS_TIED, find_adapter, parts_tied
+from simpo.models.checkpoint import shown_name
 from simpo.models.loading import check_folder, load_model, load_tokenizer, round_weights
 from simpo.models.reward import load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import staged_folder
-from simpo.training.card import shown_name
 
 
 def write_merged(arguments: ModelArguments, folder: Path) -> None:
-    """Write the model that an adapter makes of its base model, with tokenizer, template and card, whole or not at all.
+    """Write the merged model of an adapter, with tokenizer, template and card, whole or not at all.
 
     Args:
         arguments: the adapter; without ``save_dtype`` the weights keep the type of the base model's files.
         folder: new.
 
     Raises:
-        SimpoError: it is no adapter, its base model is missing, it cannot be merged, ``folder`` is there, or the disk
+        SimpoError: it is no adapter, its base model is missing, it cannot be merged, ``folder`` exists, or the disk
             is full.
     """
     name = arguments.model_name_or_path
@@ -65,11 +65,11 @@ def merge(model: PeftModel) -> PreTrainedModel:
 
 
 def _card(adapter: str, base: str, title: str) -> ModelCard:
-    """The adapter's own card, if it has one, with what has become of it in front."""
+    """The adapter's own card, if it has one, below a line about the merge."""
     path = Path(adapter) / "README.md"
     before = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None
     data = ModelCardData() if before is None else before.data
     data.library_name, data.pipeline_tag = "transformers", data.pipeline_tag or "text-generation"
     data.base_model = None if Path(base).exists() else base
-    said = f"`{shown_name(adapter)}` merged into `{shown_name(base)}`, with simpo {simpo.__version__}."
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{said}\n{'' if before is None else before.text}")
+    summary = f"`{shown_name(adapter)}` merged into `{shown_name(base)}`, with simpo {simpo.__version__}."
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{summary}\n{'' if before is None else before.text}")

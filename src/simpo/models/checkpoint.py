@@ -1,0 +1,136 @@
+"""What is known of a model before its weights are read: its limits, generation settings and digest."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from simpo.models.adapters import find_adapter
+from simpo.models.devices import device
+from simpo.models.loading import base_arguments, below_adapter, generation_config, load_files, load_model
+from simpo.models.settings import ModelArguments
+from simpo.runs.manifest import file_digest
+
+
+def load_config(arguments: ModelArguments) -> Any:
+    """The configuration of a model, or of the base model of an adapter, without any weights.
+
+    Raises:
+        SimpoError: there is no such model.
+    """
+    return load_files(AutoConfig, below_adapter(arguments))
+
+
+def with_dtype(model: ModelArguments) -> ModelArguments:
+    """The arguments with the type of the weights chosen: bf16 on an accelerator and fp32 on a CPU, unless given."""
+    chosen = model.dtype or ("float32" if device().type == "cpu" else "bfloat16")
+    return dataclasses.replace(model, dtype=chosen)
+
+
+def model_digest(model: ModelArguments) -> str:
+    """SHA-256 of a local model's weights and configuration, with an adapter's base model; of a hub model its name."""
+    folder = Path(model.model_name_or_path)
+    files = sorted(
+        path for pattern in ("*.safetensors", "config.json", "adapter_config.json") for path in folder.glob(pattern)
+    )
+    if not files:
+        return f"{model.model_name_or_path}@{model.model_revision}"
+    digests = [file_digest(path) for path in files]
+    adapter = find_adapter(model.model_name_or_path, model.model_revision)
+    if adapter is not None:
+        digests.append(model_digest(base_arguments(adapter, model)))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def shown_name(name: str) -> str:
+    """A hub name as it is; of a local path only the last part, which reveals nothing about the machine."""
+    return Path(name).name if Path(name).exists() else name
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a text a model can read, and which token ids it knows, by its configuration.
+
+    Attributes:
+        positions: most tokens of a text; None if there is no bound (no positions, ALiBi, dynamic RoPE scaling).
+        embeddings: number of token ids; None if the configuration does not say.
+    """
+
+    positions: int | None
+    embeddings: int | None
+
+    @classmethod
+    def of(cls, config: Any) -> Limits:
+        """The limits of a model with this configuration."""
+        text = config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None)
+        ropes = getattr(text, "rope_parameters", None) or {}
+        ropes = [ropes] if "rope_type" in ropes else [one for one in ropes.values() if isinstance(one, dict)]
+        if getattr(text, "alibi", False) or any(rope["rope_type"] == "dynamic" for rope in ropes):
+            limit = None
+        for rope in ropes if limit is not None else ():  # YaRN is used without raising max_position_embeddings
+            if rope["rope_type"] == "yarn" and rope.get("original_max_position_embeddings"):
+                limit = max(limit, int(rope["original_max_position_embeddings"] * rope["factor"]))
+        return cls(limit, getattr(text, "vocab_size", None))
+
+    def fault(self, length: int, ids: Iterable[int] = ()) -> str | None:
+        """Why a model cannot read a prompt and answer of ``length`` tokens with these ids, as text; None if it can."""
+        if self.positions is not None and length > self.positions:
+            return f"{length:,} tokens with its answer; the model has room for {self.positions:,}"
+        if self.embeddings is not None:
+            for token_id in ids:
+                if not 0 <= token_id < self.embeddings:
+                    return f"token id {token_id}; the model has embeddings for 0 to {self.embeddings - 1}"
+        return None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model whose weights have not been read.
+
+    Attributes:
+        arguments: where it is, with the type of its weights chosen.
+        limits: of what it can read.
+        generation_config: its generation settings.
+    """
+
+    arguments: ModelArguments
+    limits: Limits
+    generation_config: GenerationConfig
+
+    @property
+    def context(self) -> int | None:
+        """Positions that the model has; None if it has no bound."""
+        return self.limits.positions
+
+    @classmethod
+    def read(cls, arguments: ModelArguments) -> Checkpoint:
+        """Read the configuration of a model on disk or on the hub; :func:`with_dtype` chooses the type of its weights.
+
+        Raises:
+            SimpoError: there is no such model.
+        """
+        config = load_config(arguments)
+        base = below_adapter(arguments)
+        found = generation_config(arguments.model_name_or_path, arguments.model_revision)
+        found = found or generation_config(base.model_name_or_path, base.model_revision)
+        return cls(
+            with_dtype(arguments),
+            Limits.of(config),
+            found or GenerationConfig.from_model_config(config),  # a checkpoint need not have one
+        )
+
+    def load(self) -> PreTrainedModel:
+        """The model, on the accelerator if there is one.
+
+        Raises:
+            SimpoError: it cannot be loaded.
+        """
+        model: Any = load_model(self.arguments.model_name_or_path, self.arguments)
+        return model.to(device())

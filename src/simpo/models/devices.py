@@ -1,0 +1,82 @@
+"""Devices: which one a process computes on, what the processes of a run share, and Liger's kernels for GPUs."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from simpo.errors import SimpoError
+from simpo.packing.model import causal_lm
+
+Value = TypeVar("Value")
+
+# Liger's own losses replace the model's forward, and the output layer of packed batches needs as little memory.
+_LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+
+
+def device() -> torch.device:
+    """The accelerator, or the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
+def free_memory() -> None:
+    """Free the memory of models that are no longer needed; trainers and models hold references to one another."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+def from_main(value: Value, group: dist.ProcessGroup | None = None) -> Value:
+    """The main process's ``value`` in every process; all have to call it. It can be any object that pickles."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, group=group)
+    return values[0]
+
+
+def liger_config(given: Mapping[str, bool] | None, device: torch.device) -> dict[str, bool]:
+    """A ``liger_kernel_config`` for norms, rotary embeddings and gated layers, with Liger's losses off.
+
+    Raises:
+        SimpoError: Liger is not installed or does not run on ``device``, or one of its losses is requested.
+    """
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise SimpoError("use_liger_kernel: liger-kernel is not installed; install it, or leave the key out")
+    if device.type not in ("cuda", "xpu", "npu") or importlib.util.find_spec("triton") is None:
+        raise SimpoError(
+            f"use_liger_kernel: Liger's kernels need a GPU and triton, and this run is on {device.type}; "
+            "leave the key out"
+        )
+    if requested := [name for name in _LIGER_LOSSES if (given or {}).get(name)]:
+        raise SimpoError(
+            f"liger_kernel_config: {requested[0]} is not supported (it replaces the model's forward; losses here have "
+            "an output layer of their own that does not materialize logits); leave it out"
+        )
+    return {**(given or {}), **dict.fromkeys(_LIGER_LOSSES, False)}
+
+
+def check_liger(model: nn.Module, config: Mapping[str, bool]) -> None:
+    """Refuse a model or kernels that Liger would silently ignore.
+
+    Raises:
+        SimpoError: Liger has no kernels for this type of model, or none of a name in ``config``.
+    """
+    appliers = importlib.import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
+    kind: Any = causal_lm(model).config.model_type
+    if kind not in appliers:
+        raise SimpoError(f"use_liger_kernel: liger-kernel has no kernels for model type {kind!r}; leave the key out")
+    known = set(inspect.signature(appliers[kind]).parameters) - {"model"}
+    if unknown := [name for name in config if name not in {*known, *_LIGER_LOSSES}]:
+        raise SimpoError(
+            f"liger_kernel_config: {unknown[0]!r} is none of {', '.join(sorted(known - {*_LIGER_LOSSES}))}"
+        )
