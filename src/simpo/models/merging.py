@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-import simpo
 from simpo.errors import SimpoError
 from simpo.models.adapters import PARTS_TIED, find_adapter, parts_tied
 from simpo.models.checkpoint import shown_name
@@ -71,5 +71,5 @@ def _card(adapter: str, base: str, title: str) -> ModelCard:
     data = ModelCardData() if before is None else before.data
     data.library_name, data.pipeline_tag = "transformers", data.pipeline_tag or "text-generation"
     data.base_model = None if Path(base).exists() else base
-    summary = f"`{shown_name(adapter)}` merged into `{shown_name(base)}`, with simpo {simpo.__version__}."
+    summary = f"`{shown_name(adapter)}` merged into `{shown_name(base)}`, with simpo {version('simpo')}."
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{summary}\n{'' if before is None else before.text}")
