@@ -1,4 +1,4 @@
-"""Single responses with labels: recognised, tokenized as comparisons with the same texts are, and what is refused."""
+"""Single responses with labels: recognized, tokenized as comparisons with the same texts are, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ import json
 import pytest
 from datasets import Dataset
 
+from simpo.data.formats import read_feedback
 from simpo.data.rows import BadRow
 from simpo.data.shapes import canonical
 from simpo.data.sources import load_rows
-from simpo.data.tokenize import (
-    TokenizeSettings,
-    is_feedback,
-    prepare,
-    prepare_feedback,
-    prepare_sft,
-    recognise_feedback,
-)
+from simpo.data.tokenize import TokenizeSettings, is_feedback, prepare, prepare_feedback, prepare_sft
 from simpo.errors import SimpoError
 
 USER = [{"role": "user", "content": "The answer is:"}]
@@ -60,7 +54,7 @@ def test_columns_and_report(build_tokenizer):
 def test_a_label_is_a_boolean(label, build_tokenizer, tmp_path):
     """Also where JSON rows have others: a bad row, counted and named."""
     with pytest.raises(BadRow, match="label is neither true nor false"):
-        recognise_feedback({"prompt": "p", "completion": "c", "label": label}, "")
+        read_feedback({"prompt": "p", "completion": "c", "label": label}, "")
     rows = [*feedback(99), {"prompt": "The answer is:", "completion": "no", "label": label}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -79,7 +73,7 @@ def test_a_label_is_a_boolean(label, build_tokenizer, tmp_path):
 )
 def test_bad_rows_say_why(row, reason):
     with pytest.raises(BadRow, match=reason):
-        recognise_feedback({"prompt": "p", "completion": "c", "label": True} | row, "")
+        read_feedback({"prompt": "p", "completion": "c", "label": True} | row, "")
 
 
 @pytest.mark.parametrize("label", [True, False])
@@ -110,6 +104,6 @@ def test_a_conversation_with_a_label_is_feedback_and_never_trained_on_as_it_is(n
     columns = ["prompt_ids", "response_ids", "label"]
     assert found.select_columns(columns)[:] == expected.select_columns(columns)[:]
     with pytest.raises(BadRow, match="label judges messages that do not end with the assistant's"):
-        recognise_feedback(canonical({"messages": turns[0] + USER, name: True})[0], "")
-    with pytest.raises(SimpoError, match="unpaired feedback, not only what is to be learnt"):
+        read_feedback(canonical({"messages": turns[0] + USER, name: True})[0], "")
+    with pytest.raises(SimpoError, match="unpaired feedback"):
         prepare_sft(rows, tokenizer, TokenizeSettings())

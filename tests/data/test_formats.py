@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from simpo.data.formats import recognise
+from simpo.data.formats import read_comparison
 from simpo.data.rows import BadRow, UnknownShape
 
 
@@ -50,16 +50,16 @@ EXPECTED = (PROMPT, (assistant("A"), assistant("B")))
     ],
 )
 def test_conversations_of_every_shape(row):
-    comparison = recognise(row, "here")
+    comparison = read_comparison(row, "here")
     assert (comparison.prompt, comparison.responses) == EXPECTED
     assert (comparison.where, comparison.extra) == ("here", {})
 
 
 def test_shared_turns_belong_to_the_prompt():
     turns = [SYSTEM, user("1"), assistant("2"), user("3")]
-    comparison = recognise({"chosen": [*turns, assistant("A")], "rejected": [*turns, assistant("B")]}, "")
+    comparison = read_comparison({"chosen": [*turns, assistant("A")], "rejected": [*turns, assistant("B")]}, "")
     assert comparison.prompt == turns
-    parted = recognise(
+    parted = read_comparison(
         {"prompt": [SYSTEM], "chosen": [user("1"), assistant("A")], "rejected": [user("1"), assistant("B")]},
         "",
     )
@@ -67,28 +67,28 @@ def test_shared_turns_belong_to_the_prompt():
 
 
 def test_strings_and_extra_columns():
-    comparison = recognise({"prompt": "p", "chosen": "a", "rejected": "b", "score": 1, "source": None}, "")
+    comparison = read_comparison({"prompt": "p", "chosen": "a", "rejected": "b", "score": 1, "source": None}, "")
     assert (comparison.prompt, comparison.responses) == ("p", ("a", "b"))
     assert comparison.extra == {"score": 1, "source": None}
 
 
 def test_transcripts_part_at_the_last_shared_cue():
     shared = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-    comparison = recognise({"chosen": f"{shared} yes", "rejected": f"{shared} yet\n\nAssistant: no"}, "")
+    comparison = read_comparison({"chosen": f"{shared} yes", "rejected": f"{shared} yet\n\nAssistant: no"}, "")
     assert comparison.prompt == shared
     assert comparison.responses == (" yes", " yet\n\nAssistant: no")
 
 
 def test_ranking_is_best_first_and_ties_keep_their_order():
     row = {"prompt": "p", "responses": ["a", "b", "c", "d"], "scores": [1, 2.5, 1, 2.5], "id": 7}
-    comparison = recognise(row, "")
+    comparison = read_comparison(row, "")
     assert comparison.responses == ("b", "d", "a", "c")
     assert (comparison.scores, comparison.extra) == ((2.5, 2.5, 1.0, 1.0), {"id": 7})
 
 
 def test_ranking_of_conversations():
     row = {"prompt": PROMPT, "responses": ["B", "A"], "scores": [0, 1]}
-    assert (recognise(row, "").prompt, recognise(row, "").responses) == EXPECTED
+    assert (read_comparison(row, "").prompt, read_comparison(row, "").responses) == EXPECTED
 
 
 HI = [user("Hi?"), assistant("A")]
@@ -126,7 +126,7 @@ HI = [user("Hi?"), assistant("A")]
             "chosen has a message whose content is null, not text",
         ),
         ({"prompt": "p", "responses": ["a"], "scores": [1]}, "fewer than two responses"),
-        ({"prompt": "p", "responses": ["a", "b"], "scores": [1]}, "as many scores as responses"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1]}, "responses and scores"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, None]}, "a score is not a number"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]}, "a score is not a number"),
         ({"prompt": "p", "responses": "ab", "scores": [1, 2]}, "responses and scores are not lists"),
@@ -135,7 +135,7 @@ HI = [user("Hi?"), assistant("A")]
 )
 def test_bad_rows_say_why(row, reason):
     with pytest.raises(BadRow) as caught:
-        recognise(row, "here")
+        read_comparison(row, "here")
     assert caught.value.reason.startswith(reason)
     assert not isinstance(caught.value, UnknownShape)
 
@@ -152,4 +152,4 @@ def test_bad_rows_say_why(row, reason):
 )
 def test_unknown_shapes_list_the_columns(row, hint):
     with pytest.raises(UnknownShape, match=hint):
-        recognise(row, "here")
+        read_comparison(row, "here")

@@ -73,9 +73,9 @@ def test_template_that_refuses_a_row(chatml):
     assert report.bad == {"the chat template refuses it: no bad words": 1}
 
 
-def test_no_row_of_a_recognised_shape(chatml):
+def test_no_row_of_a_recognized_shape(chatml):
     dataset = Dataset.from_list([{"prompt": "p", "completion": "c"}] * 3)
-    message = r"no row of a recognised shape \(train row 0: .*supervised fine-tuning.*accepted are \{prompt, chosen"
+    message = r"no row of a recognized shape \(train row 0: .*supervised fine-tuning.*accepted are \{prompt, chosen"
     with pytest.raises(SimpoError, match=message):
         prepare(dataset, chatml, TokenizeSettings())
 

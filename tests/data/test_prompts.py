@@ -8,7 +8,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from simpo.data.prompts import OVERLONG_PROMPT, REPEATED, prepare_prompts, read_prompts
+from simpo.data.formats import read_prompts
+from simpo.data.prompts import OVERLONG_PROMPT, REPEATED, prepare_prompts
 from simpo.data.sources import load_rows
 from simpo.data.tokenize import TokenizeSettings, prepare, prepare_sft
 from simpo.errors import SimpoError
@@ -143,10 +144,10 @@ def test_overlong_prompts_are_dropped_and_never_cut(build_tokenizer):
         ({"instruction": "Add.", "input": [1, 2]}, "instruction and input are not text"),
         ({"prompt": "Add.", "input": "1 2"}, "ambiguous columns prompt and input"),
         ({"question": "Add 1 and 2.", "instruction": "Answer."}, "ambiguous columns question and instruction"),
-        ({"messages": chat("", "b")[1:]}, "no user's message"),
+        ({"messages": chat("", "b")[1:]}, "no user message"),
         ({"messages": "b"}, "messages is str, not a list of messages"),
         ({"chosen": "a", "rejected": None}, "rejected is null, not text or messages"),
-        ({"topic": "?"}, "no recognised shape: columns topic"),
+        ({"topic": "?"}, "no recognized shape: columns topic"),
     ],
 )
 def test_bad_rows_are_counted_and_named(build_tokenizer, tmp_path, bad, reason):
@@ -162,7 +163,7 @@ def test_no_prompts(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     with pytest.raises(SimpoError, match=r"^prompts: no rows"):
         prompts_of(tokenizer)
-    with pytest.raises(SimpoError, match=r"prompts: no row of a recognised shape .*columns topic.*instruction"):
+    with pytest.raises(SimpoError, match=r"prompts: no row of a recognized shape .*columns topic.*instruction"):
         prompts_of(tokenizer, {"topic": "?"})
     tokenizer.chat_template = None
     with pytest.raises(SimpoError, match="prompts row 0: a conversation, but the tokenizer has no chat template"):

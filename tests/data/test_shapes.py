@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from simpo.data.formats import recognise
-from simpo.data.prompts import prepare_prompts, read_prompts
+from simpo.data.formats import read_comparison, read_prompts
+from simpo.data.prompts import prepare_prompts
 from simpo.data.rows import BadRow
 from simpo.data.shapes import canonical, parse_text
 from simpo.data.sources import load_rows
@@ -411,7 +411,7 @@ def test_transcripts_that_go_on_differently_are_bad_rows():
     start = "\n\nHuman: a\n\nAssistant:"
     row = {"chosen": f"{start} b\n\nHuman: c\n\nAssistant: d", "rejected": f"{start} e"}
     with pytest.raises(BadRow, match="differ in more than their last answer"):
-        recognise(row, "here")
+        read_comparison(row, "here")
 
 
 @pytest.mark.parametrize("opening", ["Be nice.\n\nHuman: a", "User: a", "\n\nUSER: a"])

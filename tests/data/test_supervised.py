@@ -232,7 +232,7 @@ def with_good(bad, count=100):
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        (chat("Hi?"), "no assistant's message"),
+        (chat("Hi?"), "no assistant message"),
         (chat("Hi?", ""), "empty response"),
         (chat("Hi?", " <|im_end|>\n", "no?", "yes"), "empty response"),
         (chat("", "Hi?")[1:], "the conversation starts with the assistant's message"),
@@ -288,7 +288,7 @@ def test_messages_after_the_last_answer_are_counted(build_tokenizer):
     ],
 )
 def test_other_shapes_are_refused(build_tokenizer, row, message):
-    with pytest.raises(SimpoError, match=f"train: no row of a recognised shape .*{message}"):
+    with pytest.raises(SimpoError, match=f"train: no row of a recognized shape .*{message}"):
         tokenized(build_tokenizer("chatml"), row)
 
 

@@ -11,8 +11,7 @@ from typing import Any
 from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.context import Context
-from simpo.data.messages import REASONING, Message, reasoning_of
+from simpo.data.messages import REASONING, Context, Message, reasoning_of
 from simpo.data.rows import BadRow
 from simpo.data.settings import RESERVED_KWARGS, RenderSettings
 from simpo.errors import SimpoError
@@ -199,3 +198,14 @@ def as_object(arguments: str | dict[str, Any]) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """What a tokenizer's template writes before and after a user's message that is to be answered."""
+    try:
+        text = tokenizer.apply_chat_template(_asked(SENTINEL), tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return None
+    before, found, after = text.partition(SENTINEL)
+    before = before.removeprefix(tokenizer.bos_token or "").strip()
+    return (before, after.strip()) if found and before and after.strip() else None

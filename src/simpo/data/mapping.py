@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from simpo.data.chat_template import frame_of
 from simpo.data.encoding import Encoder, Texts
-from simpo.data.rendered import check_not_rendered, frame_of
 from simpo.data.rows import PART, WHERE, BadRow, DataReport, UnknownShape, as_json, columns_of, is_used, rows_of
 from simpo.data.settings import TokenizeSettings
-from simpo.data.shapes import FOREIGN_SHAPES, canonical
+from simpo.data.shapes import FOREIGN_SHAPES, canonical, check_not_rendered
 from simpo.data.templates import Renderer
 from simpo.errors import SimpoError
 
@@ -45,9 +45,6 @@ _SMALL = 2000
 
 
 _ROWS_PER_PROCESS = 1000
-
-
-_NAMED_BAD_ROWS = 5
 
 
 T = TypeVar("T", bound=Texts)
@@ -119,8 +116,8 @@ class Tokenization(ABC, Generic[T]):
         return canonical(row)
 
     @abstractmethod
-    def check_shape(self, row: Mapping[str, Any]) -> None:
-        """Look at a row's column names only; raise :class:`UnknownShape` if they are of no accepted shape."""
+    def read(self, row: Mapping[str, Any], where: str) -> Any:
+        """The content of a row; raises :class:`UnknownShape` or :class:`BadRow`."""
 
     @abstractmethod
     def drafts(self, row: Mapping[str, Any], where: str) -> list[Draft[T]]:
@@ -189,7 +186,7 @@ def prepare_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenizat
     """Tokenize a data set; the result is cached with the data set.
 
     Args:
-        dataset: rows that :func:`check_rows` saw.
+        dataset: rows that :func:`simpo.data.rows.check_dataset` accepted.
         tokenizer: the one of the tokenization.
         tokenization: what rows become.
 
@@ -214,7 +211,7 @@ def prepare_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenizat
     columns = mapped.select_columns(["where", _STATUS])[:]
     statuses = list(zip(columns["where"], columns[_STATUS], strict=True))
     report = DataReport.of(label, statuses, noun=tokenization.noun)
-    check_bad(report, statuses, settings)
+    report.check(settings.on_bad_row)
     if not report.used and all(found is None for found in mapped[next(iter(tokenization.columns))]):
         raise SimpoError(f"{label}: no row is left; dropped are {', '.join(report.dropped)}")
     if not report.used:
@@ -222,18 +219,6 @@ def prepare_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenizat
     if report.used < report.rows:
         mapped = mapped.select([index for index, (_, entries) in enumerate(statuses) if is_used(entries)])
     return Prepared(mapped.remove_columns(_STATUS), report)
-
-
-def check_rows(dataset: Dataset, label: str) -> None:
-    """Refuse what is not one data set of at least one row.
-
-    Raises:
-        SimpoError: it is not.
-    """
-    if not isinstance(dataset, Dataset):
-        raise SimpoError(f"{label}: a {type(dataset).__name__} instead of a datasets.Dataset; give one split")
-    if not len(dataset):
-        raise SimpoError(f"{label}: no rows")
 
 
 def already_tokenized(dataset: Dataset, label: str, noun: str) -> Prepared | None:
@@ -283,7 +268,7 @@ def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
     for row, where in rows_of(dataset[: len(head)], head, label):
         try:
             read, _ = tokenization.canonical(row)
-            tokenization.check_shape(read)
+            tokenization.read(read, where)
             return
         except UnknownShape as error:
             reason = error.reason.replace(f"columns {columns_of(read)}", f"columns {columns_of(row)}")
@@ -291,27 +276,8 @@ def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
         except BadRow:
             return
     raise SimpoError(
-        f"{label}: no row of a recognised shape ({unknown}); accepted are {tokenization.shapes}; also {FOREIGN_SHAPES}"
+        f"{label}: no row of a recognized shape ({unknown}); accepted are {tokenization.shapes}; also {FOREIGN_SHAPES}"
     )
-
-
-def check_bad(report: DataReport, statuses: Sequence[tuple[str, list[str]]], settings: TokenizeSettings) -> None:
-    """Refuse bad rows, more than 1% of them or any, as the settings say.
-
-    Raises:
-        SimpoError: there are; names the first ones.
-    """
-    bad = [
-        f"{where}: {entry.removeprefix('bad: ')}"
-        for where, entries in statuses
-        for entry in entries
-        if entry.startswith("bad: ")
-    ]
-    if bad and settings.on_bad_row == "error":
-        raise SimpoError(f"{bad[0]}; fix the row, or set on_bad_row: skip")
-    if len(bad) * 100 > report.rows:
-        named = "; ".join(bad[:_NAMED_BAD_ROWS]) + ("; ..." if len(bad) > _NAMED_BAD_ROWS else "")
-        raise SimpoError(f"{report.label}: {len(bad)} of {report.rows} rows are bad, more than 1%; fix them ({named})")
 
 
 def _processes(rows: int, wanted: int | None) -> int | None:

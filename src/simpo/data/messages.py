@@ -1,36 +1,29 @@
-"""Messages of conversations and of transcripts: read from a cell of any data set, checked, in one form."""
+"""Messages of conversations and transcripts, read from a cell of any data set, and what applies to all of them."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from simpo.data.rows import BadRow
+from simpo.data.settings import RESERVED_KWARGS
 
 Message = dict[str, Any]
+# A response is the text that follows a string prompt, or the assistant's message that ends a conversation.
+Response = str | Message
 
-
-# Whose messages an assistant's message answers.
+# The roles that an assistant's message answers.
 ASKING = ("user", "tool")
-
-
 # Keys under which a message's reasoning is stored; chat templates read one or another of them.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-
-
-# Says of an assistant's message whether it is trained on; never part of what a chat template gets.
+# Whether an assistant's message is trained on; chat templates never see this key.
 TRAIN = "train"
-
-
 _TRAIN_KEYS = ("weight", "train", "train_on_turn", "training")
-
-
 _UNSUPPORTED = ("images", "image", "videos", "video", "audio", "audios", "train_detail", "training_detail")
-
-
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -39,23 +32,20 @@ def read_messages(value: object, name: str) -> list[Message]:
 
     Null fields, which Arrow adds, and system messages without content are left out. Content is text: parts of text are
     joined, and a message with tool calls or reasoning and no content has ``""``. Tool calls are
-    ``{"type", "function": {"name", "arguments"}, ...}``. ``train`` is there if the message says whether it is trained
-    on.
+    ``{"type", "function": {"name", "arguments"}, ...}``. The key ``train`` is present if the message says whether it is
+    trained on.
 
     Args:
         value: text, one message or a list of messages.
-        name: what the reason calls it, e.g. ``"chosen"``.
+        name: what error messages call it, e.g. ``"chosen"``.
 
     Raises:
         BadRow: it is something else, or empty.
     """
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list) or not value:
-        raise BadRow(f"{name} has no messages")
-    found = [message for item in value if (message := _read_message(item, name)) is not None]
+    items = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
+    found = [message for item in items if (message := _read_message(item, name)) is not None]
     if not found:
         raise BadRow(f"{name} has no messages")
     return found
@@ -78,9 +68,10 @@ def _read_message(item: object, name: str) -> Message | None:
         message["role"] = "tool"
     content = _text(message.get("content"), name)
     if content is None:
-        if message["role"] in ("system", "developer") and not message.get("tools"):
-            return None
-        if message["role"] not in ("system", "developer") and not (calls or any(map(message.get, REASONING))):
+        if message["role"] in ("system", "developer"):
+            if not message.get("tools"):
+                return None
+        elif not (calls or any(map(message.get, REASONING))):
             raise BadRow(f"{name} has a message whose content is null, not text")
         content = ""
     if thoughts and content.lstrip().startswith("<think>"):
@@ -89,58 +80,54 @@ def _read_message(item: object, name: str) -> Message | None:
 
 
 def _text(content: object, name: str, key: str = "content") -> str | None:
-    """Text of a message's content (or of another key), of which the parts are joined; None if there is none."""
+    """The text of a message's content (or of another key), its parts joined; None if there is none."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise BadRow(f"{name} has a message whose {key} is {kind_of(content)}, not text")
-    texts = [_part(part, name) for part in content]
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        if not isinstance(part, dict):
+            raise BadRow(f"{name} has a message whose content is a list of {kind_of(part)}, not of parts")
+        kind = part.get("type", "text")
+        if kind not in _TEXT_PARTS:
+            raise BadRow(f"{name} has a content part of type {kind!r}; only text is supported")
+        if not isinstance(part.get("text"), str):
+            raise BadRow(f"{name} has a content part without text")
+        texts.append(part["text"])
     return "".join(texts) if texts else None
 
 
-def _part(part: object, name: str) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, dict):
-        raise BadRow(f"{name} has a message whose content is a list of {kind_of(part)}, not of parts")
-    kind = part.get("type", "text")
-    if kind not in _TEXT_PARTS:
-        raise BadRow(f"{name} has a content part of type {kind!r}; only text is supported")
-    if not isinstance(part.get("text"), str):
-        raise BadRow(f"{name} has a content part without text")
-    return part["text"]
-
-
 def _read_calls(value: object, older: object, name: str) -> list[Message]:
-    """Tool calls in one form; ``older`` is what OpenAI's ``function_call`` was."""
+    """Tool calls in one form; ``older`` is OpenAI's earlier ``function_call``."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
         except ValueError as error:
-            raise BadRow(f"{name} has tool_calls that are text and not JSON") from error
-    calls = value or ([{"function": older}] if older else [])
-    if not isinstance(calls, list):
-        raise BadRow(f"{name} has tool_calls that are {kind_of(calls)}, not a list")
-    return [_read_call(call, name) for call in calls]
-
-
-def _read_call(call: object, name: str) -> Message:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRow(f"{name} has a tool call without the name of a function")
-    outer = {key: item for key, item in call.items() if item is not None and "function" in call}
-    inner = {key: item for key, item in function.items() if item is not None}
-    if not inner.get("arguments"):
-        inner["arguments"] = {}
-    if not isinstance(inner["arguments"], str | dict):
-        raise BadRow(
-            f"{name} has tool arguments that are {kind_of(inner['arguments'])}, not an object or its JSON text"
-        )
-    return {**outer, "type": outer.get("type", "function"), "function": inner}
+            raise BadRow(f"{name} has tool_calls that are text but not JSON") from error
+    value = value or ([{"function": older}] if older else [])
+    if not isinstance(value, list):
+        raise BadRow(f"{name} has tool_calls that are {kind_of(value)}, not a list")
+    calls = []
+    for call in value:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow(f"{name} has a tool call without the name of a function")
+        outer = {key: item for key, item in call.items() if item is not None and "function" in call}
+        inner = {key: item for key, item in function.items() if item is not None}
+        inner["arguments"] = inner.get("arguments") or {}
+        if not isinstance(inner["arguments"], str | dict):
+            kind = kind_of(inner["arguments"])
+            raise BadRow(f"{name} has tool arguments that are {kind}, not an object or its JSON text")
+        calls.append({**outer, "type": outer.get("type", "function"), "function": inner})
+    return calls
 
 
 def _with_train(message: Message, name: str) -> Message:
-    """The message with what it says about training under one key."""
+    """The message with the one key ``train`` instead of those that other tools use."""
     given = {key: message[key] for key in _TRAIN_KEYS if key in message}
     rest = {key: value for key, value in message.items() if key not in given}
     for key, value in given.items():
@@ -155,8 +142,8 @@ def _with_train(message: Message, name: str) -> Message:
     return {**rest, TRAIN: all(given.values())} if given else rest
 
 
-def without_train(messages: list[Message]) -> list[Message]:
-    """Messages without what they say about training."""
+def without_train(messages: Sequence[Message]) -> list[Message]:
+    """Messages without the key ``train``."""
     return [{key: value for key, value in message.items() if key != TRAIN} for message in messages]
 
 
@@ -166,7 +153,7 @@ def reasoning_of(message: Mapping[str, Any]) -> str:
 
 
 def split_reasoning(message: Message) -> tuple[str, str]:
-    """Reasoning and content of an assistant's message, whether it stands under a key of its own or within tags."""
+    """Reasoning and content of an assistant's message, whether the reasoning has its own key or stands within tags."""
     content = message["content"]
     if thought := reasoning_of(message).strip():
         return thought, content
@@ -176,41 +163,15 @@ def split_reasoning(message: Message) -> tuple[str, str]:
     return head.rpartition("<think>")[2].strip(), rest.lstrip("\n")
 
 
-def read_opening(prompt: str | list[Message] | None) -> list[Message]:
-    """Messages of a prompt, which is the user's message if it is text.
-
-    Raises:
-        BadRow: a list of something other than messages.
-    """
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    return [] if prompt is None else read_messages(prompt, "prompt")
-
-
-def check_text_or_messages(value: object, name: str) -> None:
-    """Look at the type of a cell only.
-
-    Raises:
-        BadRow: it is neither text nor a message nor a list.
-    """
-    if not isinstance(value, str | list | dict):
-        raise BadRow(f"{name} is {kind_of(value)}, not text or messages")
-
-
 def kind_of(value: object) -> str:
-    """The type of a cell, for reasons."""
+    """The type of a cell, for error messages."""
     return "null" if value is None else type(value).__name__
 
 
 # ---- Transcripts as in Anthropic's HH-RLHF: ``\n\nHuman: ... \n\nAssistant: ...`` (arXiv 2204.05862).
 
-
 _CUE = re.compile(r"\n\n(Human|Assistant):")
-
-
 _LOOSE_CUE = re.compile(r"(?:\A|\n)\s*(Human|Assistant):")
-
-
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -218,7 +179,7 @@ def split_transcripts(transcripts: tuple[str, ...]) -> tuple[str, tuple[str, ...
     """Split transcripts at their last shared assistant cue.
 
     Returns:
-        The prompt, up to and including the cue, and what follows it in each transcript as it stands;
+        The prompt, up to and including the cue, and what follows it in each transcript, unchanged;
         ``None`` if they share no cue.
 
     Raises:
@@ -244,22 +205,151 @@ def is_whole_transcript(text: str) -> bool:
     return re.match(r"\s*Human:", text) is not None and re.search(r"\n\s*Assistant:", text) is not None
 
 
-def turns(prompt: str) -> list[dict[str, str]]:
-    """Messages of a transcript prompt (see :func:`is_transcript`), the empty last turn excepted."""
+def turns(prompt: str) -> list[Message]:
+    """Messages of a transcript prompt (see :func:`is_transcript`), without the empty last turn."""
     pieces = _cue_of(prompt).split(prompt)
-    messages = [
-        {"role": _ROLES[name], "content": text.strip()} for name, text in zip(pieces[1::2], pieces[2::2], strict=True)
-    ]
-    return messages[:-1]
+    messages = zip(pieces[1::2], pieces[2::2], strict=True)
+    return [{"role": _ROLES[name], "content": text.strip()} for name, text in messages][:-1]
 
 
 def _cue_of(transcript: str) -> re.Pattern[str]:
-    """How the turns of a transcript begin: as in HH-RLHF, unless only with other white space they alternate."""
-    alternating = [cue for cue in (_CUE, _LOOSE_CUE) if _alternates(cue.split(transcript))]
-    return alternating[0] if alternating else _CUE
+    """How turns begin: after an empty line as in HH-RLHF, unless they alternate only with other white space."""
+    for cue in (_CUE, _LOOSE_CUE):
+        start, *rest = cue.split(transcript)
+        names = rest[::2]
+        expected = ["Human", "Assistant"] * len(names)
+        if len(names) > 1 and not start.strip() and names == expected[: len(names)]:
+            return cue
+    return _CUE
 
 
-def _alternates(pieces: list[str]) -> bool:
-    names = pieces[1::2]
-    expected = ["Human", "Assistant"] * len(names)
-    return len(names) > 1 and not pieces[0].strip() and names == expected[: len(names)]
+# ---- What applies to the whole conversation: the system message, tools and variables of the chat template.
+
+# Columns that are applied, and so are not among a row's other columns.
+CONTEXT_COLUMNS = ("system", "tools", "chat_template_kwargs")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Columns that mean something to other toolkits' training and have no effect here.
+_WITHOUT_EFFECT = ("weight", "sample_weight", "label_probability", "functions", "documents", "context", "history")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a chat template gets in addition to the messages.
+
+    Attributes:
+        tools: JSON schemas of the tools that may be called; None if there are none.
+        kwargs: the row's own variables for the template.
+        without_effect: names of the row's columns that have a usual meaning and no effect.
+    """
+
+    tools: list[Any] | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    without_effect: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns that hold this, so that written rows can be read again."""
+        found = {"tools": self.tools, "chat_template_kwargs": dict(self.kwargs)}
+        return {name: value for name, value in found.items() if value}
+
+
+def apply_context(
+    row: Mapping[str, Any], prompt: str | list[Message], following: Sequence[Response] = ()
+) -> tuple[str | list[Message], Any, Context]:
+    """Apply a row's columns to its prompt.
+
+    Args:
+        row: all columns.
+        prompt: text or messages, as they were read.
+        following: what follows the prompt: texts if the prompt is text, else messages.
+
+    Returns:
+        The prompt, with the system message; what follows it, as messages if the prompt has become a list of them; and
+        the context.
+    """
+    if media := next((name for name in _MEDIA if row.get(name)), None):
+        raise BadRow(f"column {media!r}: only text is supported")
+    context = context_of(row)
+    system, tools, rest = row.get("system"), context.tools, following
+    if not isinstance(system, str | None):
+        raise BadRow(f"system is {kind_of(system)}, not text")
+    if not isinstance(prompt, str):
+        prompt, rest = as_messages(prompt, rest)
+        prompt, tools = _take_tools(prompt, tools)
+        rest, tools = _take_tools(rest, tools)
+    if system:
+        prompt, rest = as_messages(prompt, rest)
+        first = prompt[0]
+        if first["role"] not in ("system", "developer"):
+            prompt = [{"role": "system", "content": system}, *prompt]
+        elif first["content"] in ("", system):
+            prompt = [{**first, "content": system}, *prompt[1:]]
+        else:
+            raise BadRow("the column system differs from the conversation's system message")
+    without_effect = tuple(name for name in _WITHOUT_EFFECT if row.get(name) not in (None, [], {}, ""))
+    return prompt, rest, replace(context, tools=tools, without_effect=without_effect)
+
+
+def as_messages(prompt: str | list[Message], following: Sequence[Response]) -> tuple[list[Message], list[Message]]:
+    """Messages of a prompt and of what follows it; a transcript becomes its turns.
+
+    Raises:
+        BadRow: a transcript that does not end with a user's message.
+    """
+    if not isinstance(prompt, str):
+        return prompt, [message for message in following if isinstance(message, dict)]
+    texts = [str(text) for text in following]
+    opening: list[Message] = [{"role": "user", "content": prompt}]
+    if is_transcript(prompt):
+        opening, texts = turns(prompt), [text.strip() for text in texts]
+        if opening[-1]["role"] != "user":
+            raise BadRow("the prompt does not end with a user message")
+    return opening, [{"role": "assistant", "content": text} for text in texts]
+
+
+def context_of(row: Mapping[str, Any]) -> Context:
+    """The context that a row's columns give a prompt that has its system message.
+
+    Raises:
+        BadRow: a column that cannot be applied.
+    """
+    tools = _read_tools(row.get("tools"))
+    kwargs = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise BadRow(f"chat_template_kwargs is {kind_of(kwargs)}, not a mapping")
+    if reserved := sorted(RESERVED_KWARGS & set(kwargs)):
+        raise BadRow(f"chat_template_kwargs has {reserved[0]!r}, which is not a variable of the template")
+    return Context(tools, kwargs)
+
+
+def _read_tools(value: object) -> list[Any] | None:
+    """Tools from a cell: a list of JSON schemas, each an object or its JSON text, or the JSON text of the list."""
+    found = _from_json(value, "tools")
+    if not found:
+        return None
+    if not isinstance(found, list):
+        raise BadRow(f"tools is {kind_of(found)}, not a list of JSON schemas")
+    tools = [_from_json(tool, "tools") for tool in found]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("tools has an entry that is not a JSON schema")
+    return tools
+
+
+def _from_json(value: object, name: str) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError as error:
+        raise BadRow(f"{name} is text that is not JSON") from error
+
+
+def _take_tools(messages: list[Message], tools: list[Any] | None) -> tuple[list[Message], list[Any] | None]:
+    """Messages without the tools that some data sets store in the system message, and all tools."""
+    for message in messages:
+        own = _read_tools(message.get("tools"))
+        if own is not None and tools not in (None, own):
+            raise BadRow("tools of a message differ from the column tools")
+        tools = own or tools
+    kept = [message for message in messages if message["content"] or "tools" not in message]
+    return [{key: value for key, value in message.items() if key != "tools"} for message in kept], tools

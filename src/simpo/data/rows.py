@@ -105,6 +105,18 @@ def as_dataset(rows: object, name: str) -> Dataset:
     return Dataset.from_dict({ROW: [as_json(row) for row in rows], WHERE: wheres}, features=JSON_FEATURES)
 
 
+def check_dataset(dataset: object, label: str) -> None:
+    """Refuse anything but one data set with at least one row.
+
+    Raises:
+        SimpoError: it is something else.
+    """
+    if not isinstance(dataset, Dataset):
+        raise SimpoError(f"{label}: a {type(dataset).__name__} instead of a datasets.Dataset; give one split")
+    if not len(dataset):
+        raise SimpoError(f"{label}: no rows")
+
+
 def with_where(dataset: Dataset, label: str, digest: str) -> Dataset:
     """Add the column that names the source of each row of a columnar data set: ``label row index``.
 
@@ -219,6 +231,7 @@ def _rename_keys(row: Row, mapping: dict[str, str]) -> Row:
 
 # How many rows are named for each reason.
 _EXAMPLES = 3
+_NAMED_BAD_ROWS = 5
 # Marks all sequences but the first of a row that became several, so that the row is counted once.
 PART = "part: "
 
@@ -240,6 +253,7 @@ class DataReport:
         examples: reason -> where its first few rows come from.
         notices: remarks that are not counts.
         noun: what the rows become, in the plural.
+        first_bad: the first bad rows, each with its reason.
     """
 
     label: str
@@ -254,6 +268,7 @@ class DataReport:
     examples: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     noun: str = "comparisons"
+    first_bad: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, label: str, statuses: Iterable[tuple[str, list[str]]], noun: str = "comparisons") -> Self:
@@ -293,6 +308,21 @@ class DataReport:
         examples = self.examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
             examples.append(where)
+        if kind == "bad" and len(self.first_bad) < _NAMED_BAD_ROWS:
+            self.first_bad.append(f"{where}: {reason}")
+
+    def check(self, on_bad_row: str) -> None:
+        """Refuse bad rows: any of them if ``on_bad_row`` is ``error``, else more than 1%.
+
+        Raises:
+            SimpoError: there are too many; names the first ones.
+        """
+        bad = sum(self.bad.values())
+        if bad and on_bad_row == "error":
+            raise SimpoError(f"{self.first_bad[0]}; fix the row, or set on_bad_row: skip")
+        if bad * 100 > self.rows:
+            named = "; ".join(self.first_bad) + ("; ..." if bad > len(self.first_bad) else "")
+            raise SimpoError(f"{self.label}: {bad} of {self.rows} rows are bad, more than 1%; fix them ({named})")
 
     def lines(self) -> list[str]:
         """The report as text, one line per entry."""

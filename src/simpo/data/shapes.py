@@ -1,6 +1,6 @@
-"""Rows of other tools' data sets, with the columns that this package knows; the only place that knows theirs.
+"""Rows of other tools' data sets, converted to the columns that this package knows.
 
-:func:`canonical` renames and restructures: what it returns has ``prompt``, ``chosen`` and ``rejected``, ``responses``
+:func:`canonical` renames and restructures: its result has ``prompt``, ``chosen`` and ``rejected``, ``responses``
 and ``scores``, ``completion`` or ``messages``, next to all columns that it did not need. A row that could be read in
 two ways is a bad row.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from simpo.data.messages import kind_of
+from simpo.data.messages import is_transcript, is_whole_transcript, kind_of
 from simpo.data.rows import BadRow, Row, Tie, rows_of
 
 FOREIGN_SHAPES = (
@@ -59,10 +59,6 @@ _RESPONSE_KEYS = ("response", "answer", "text", "content")
 _SCORE_KEYS = ("overall_score", "score", "rating", "rank")
 
 
-def _by_number(value: Any) -> int | None:
-    return {0.0: 0, 1.0: 1}[float(value)]
-
-
 def _by_sign(value: Any) -> int | None:
     return {1: 1, -1: 0, 0: None}[np.sign(float(value))]
 
@@ -73,9 +69,9 @@ def _by_name(value: Any) -> int | None:
 
 
 _OPENAI = ("input", "preferred_output", "non_preferred_output")
-# Two columns of responses and the one that says which is better, and how it says so: 0, 1 or None for neither.
+# Two columns of responses and the one that names the better one; its value as 0, 1 or None for neither.
 _VERDICTS: dict[tuple[str, ...], Callable[[Any], int | None]] = {
-    ("response_0", "response_1", "better_response_id"): _by_number,
+    ("response_0", "response_1", "better_response_id"): lambda value: {0.0: 0, 1.0: 1}[float(value)],
     ("response1", "response2", "overall_preference"): _by_sign,
     ("response_1", "response_2", "preference_strength"): _by_sign,
     ("response_a", "response_b", "winner"): _by_name,
@@ -90,19 +86,19 @@ _SERIALIZED = re.compile(r"""["'\s]*(array\()?\[?\s*\{\s*\\?["'](role|content|fr
 
 
 def canonical(row: Mapping[str, Any], *, answers: bool = True) -> tuple[Row, str | None]:
-    """A row with the columns that this package knows, and what was recognized, in words; None if it had them.
+    """A row with the columns that this package knows, and a description of what was converted; None if nothing was.
 
     Args:
         row: of any data set.
-        answers: whether the answer to a question is looked for, too; without, those columns stay as they are.
+        answers: also convert the columns that hold the answer to a question.
 
     Raises:
         BadRow: its columns are ambiguous, or a value of a recognized shape cannot be read.
     """
     found = dict(row)
     notes: list[str] = []
-    for name in found:
-        _decode(found, name, notes)
+    for name, value in row.items():
+        found[name] = _decoded(value, name, notes)
     read = [_read_system(found), _read_pair(found, answers=answers), _read_conversation(found), _read_question(found)]
     if answers:
         read += [_read_answer(found), _read_label(found)]
@@ -138,19 +134,17 @@ def parse_text(text: str) -> Any:
     raise ValueError("neither JSON nor a Python list")
 
 
-def _decode(row: Row, name: str, notes: list[str]) -> None:
-    """Replace text that holds a list, messages or a number by what it holds, and from/value messages by ours."""
-    value = row[name]
+def _decoded(value: Any, name: str, notes: list[str]) -> Any:
+    """A cell, parsed if it is text that holds a list, messages or a number, with from/value messages as ours."""
     if isinstance(value, str) and name in (*_STRUCTURES, *_OPTIONS):
-        row[name] = _parsed(value, name, notes) if value.strip() else None
+        value = _parsed(value, name, notes) if value.strip() else None
     elif name in _TEXTS:
-        row[name] = _unserialized(value, name, notes)
+        value = _unserialized(value, name, notes)
     elif isinstance(value, str) and name in _NUMBERS and re.fullmatch(r"\s*-?\d+(\.\d+)?([eE][-+]?\d+)?\s*", value):
-        row[name] = float(value)
-    if isinstance(row[name], list) and name == "responses":
-        row[name] = [_unserialized(item, name, notes) for item in row[name]]
-    if name in _TEXTS or name in _STRUCTURES:
-        row[name] = _messages(row[name], name, notes)
+        value = float(value)
+    if isinstance(value, list) and name == "responses":
+        value = [_unserialized(item, name, notes) for item in value]
+    return _messages(value, name, notes) if name in _TEXTS or name in _STRUCTURES else value
 
 
 def _parsed(text: str, name: str, notes: list[str]) -> Any:
@@ -167,7 +161,7 @@ def _parsed(text: str, name: str, notes: list[str]) -> Any:
 
 
 def _unserialized(value: Any, name: str, notes: list[str]) -> Any:
-    """Messages that stand in a text; other objects stay text, because answers may be JSON."""
+    """Messages that were written as text; other objects stay text, because answers may be JSON."""
     if not isinstance(value, str) or not _SERIALIZED.match(value):
         return value
     try:
@@ -186,7 +180,7 @@ def _unserialized(value: Any, name: str, notes: list[str]) -> Any:
 
 
 def _messages(value: Any, name: str, notes: list[str]) -> Any:
-    """ShareGPT's messages (from, value) as messages with role and content; anything else as it is."""
+    """ShareGPT's messages (from, value) as messages with role and content; anything else unchanged."""
     if isinstance(value, list):
         return [_messages(item, name, notes) for item in value]
     if not isinstance(value, dict) or value.get("from") is None or value.get("role") is not None:
@@ -208,7 +202,7 @@ def _messages(value: Any, name: str, notes: list[str]) -> Any:
 
 
 def _only(row: Row, names: tuple[str, ...]) -> str | None:
-    """The one of the columns that the row has, empty text counting only alone; raises BadRow if it has several."""
+    """The one of these columns that the row has, where empty text counts only if no other is there."""
     present = [name for name in names if row.get(name) is not None]
     present = [name for name in present if row[name] != ""] or present[:1]
     if len(present) > 1:
@@ -224,7 +218,7 @@ def _read_system(row: Row) -> str | None:
     return f"{name} as system"
 
 
-def _present(row: Row) -> set[str]:
+def _present(row: Mapping[str, Any]) -> set[str]:
     return {name for name, value in row.items() if value is not None}
 
 
@@ -234,23 +228,26 @@ def _is_comparison(row: Row) -> bool:
 
 
 def _read_pair(row: Row, *, answers: bool) -> str | None:
-    """Comparisons whose responses have other names, or stand in a list with their scores."""
+    """Comparisons whose responses have other names, or are in a list with their scores."""
     if _is_comparison(row):
         return None
     fitting: list[tuple[str, ...]] = [names for names in (_OPENAI, *_VERDICTS) if set(names) <= _present(row)]
-    fitting += [(name,) for name in ("completions", "answers") if _is_scored(row.get(name))]
+    for name in ("completions", "answers"):
+        items = row.get(name)
+        if isinstance(items, list) and items and None not in _keys_of(items[0]):
+            fitting.append((name,))
     if len(fitting) > 1:
         raise BadRow(f"ambiguous columns {' and '.join('(' + ', '.join(names) + ')' for names in fitting)}")
     if not fitting:
         return None
-    match fitting[0]:
-        case (name,):
-            _read_scored(row, name)
-        case names if names == _OPENAI:
-            _read_openai(row)
-        case names:
-            _read_verdict(row, names, answers=answers)
-    return f"comparison from {', '.join(fitting[0])}"
+    names = fitting[0]
+    if len(names) == 1:
+        _read_scored(row, *names)
+    elif names == _OPENAI:
+        _read_openai(row)
+    else:
+        _read_verdict(row, names, answers=answers)
+    return f"comparison from {', '.join(names)}"
 
 
 def _read_openai(row: Row) -> None:
@@ -279,10 +276,6 @@ def _read_verdict(row: Row, names: tuple[str, ...], *, answers: bool) -> None:
     row["chosen"], row["rejected"] = pair[better], pair[1 - better]
 
 
-def _is_scored(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and None not in _keys_of(value[0])
-
-
 def _keys_of(item: object) -> tuple[str | None, str | None]:
     """The keys of a response and of its score."""
     present = _present(item) if isinstance(item, dict) else set()
@@ -302,10 +295,10 @@ def _read_scored(row: Row, name: str) -> None:
 
 
 def _read_conversation(row: Row) -> str | None:
-    """Conversations of other names: the prompt of a comparison, or all that is to be learned."""
+    """Conversations of other names: the prompt of a comparison, or everything that is learned."""
     name = _only(row, ("conversations", "conversation", *(("messages",) if row.get("conversations") else ())))
     if name is None:
-        # The answers to a conversation.
+        # Here the other columns hold the answers to a conversation.
         if row.get("prompt") is None and row.get("messages") and _is_answer(row.get("chosen")):
             row["prompt"] = row.pop("messages")
             return "messages as prompt"
@@ -379,5 +372,56 @@ def _read_label(row: Row) -> str | None:
 
 
 def read_label(value: object) -> bool | None:
-    """Whether a label says that a response is desirable; None if it says neither."""
+    """Whether a label marks a response as desirable; None if it is not a label."""
     return _LABELS.get(str(value).strip().lower())
+
+
+# ---- Texts that a chat template has already rendered, which must not be rendered again.
+
+# How the turns of the common families of templates begin: ChatML, Llama 2 and 3, Gemma, Phi, DeepSeek, Command R, GLM,
+# gpt-oss, Nemotron. A lone <s> may be HTML.
+_OPENING = re.compile(
+    r"\s*(<s>\s*|<bos>\s*|\[gMASK\]\s*|<sop>\s*)*"
+    r"(<\|im_start\|>\s*\w|<\|start_header_id\|>|<\|header_start\|>|\[INST\]|<start_of_turn>|<\|turn>"
+    r"|<\|(user|system|assistant)\|>|<\|begin_of_text\|>|<\uff5c(begin\u2581of\u2581sentence|User|Assistant)\uff5c>"
+    r"|<\|START_OF_TURN_TOKEN\|>"
+    r"|<\|start\|>\w|<\|start_of_role\|>|<extra_id_[01]>|<bos>)"
+)
+_WAITING = re.compile(r"(\n\s*(### ?)?Assistant:|### Response:|\bASSISTANT:)\s*\Z")
+_CUE = re.compile(r"\n\s*Assistant:")
+_COLUMNS = ("prompt", "chosen", "rejected", "completion", "responses", "messages")
+
+
+def check_not_rendered(row: Mapping[str, Any], frame: tuple[str, str] | None = None) -> None:
+    """Refuse texts of a row that begin as rendered turns do, or that stand within ``frame``.
+
+    Args:
+        row: with the columns that this package knows.
+        frame: what the chat template writes before and after a user's message that is to be answered.
+
+    Raises:
+        BadRow: there is one.
+    """
+    for name in _COLUMNS:
+        for text in _texts(row.get(name)):
+            framed = frame is not None and frame[0] in text and text.rstrip().endswith(frame[1])
+            # A transcript that starts with something else, such as instructions, cannot be split into its turns.
+            unsplit = name == "prompt" and _WAITING.search(text) and not is_transcript(text)
+            if row.get("prompt") is None and text is row[name] and _CUE.search(text):
+                unsplit = not is_whole_transcript(text)
+            if framed or unsplit or _OPENING.match(text):
+                raise BadRow(
+                    f"{name} is rendered with a chat template already: give the plain text or messages, or set "
+                    "chat_template: none"
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The text of a cell, or of its messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        yield from _texts(value.get("content", value.get("text")))

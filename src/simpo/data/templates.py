@@ -10,10 +10,9 @@ from itertools import pairwise, takewhile
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.chat_template import NO_SYSTEM_ROLE, SENTINEL, ChatTemplate
-from simpo.data.context import Context, as_messages
 from simpo.data.encoding import LiteralText
-from simpo.data.formats import Comparison, Conversation, Response
-from simpo.data.messages import REASONING, Message, reasoning_of, split_reasoning
+from simpo.data.formats import Comparison, Conversation
+from simpo.data.messages import REASONING, Context, Message, Response, as_messages, reasoning_of, split_reasoning
 from simpo.data.rows import BadRow
 from simpo.data.settings import RenderSettings
 from simpo.data.turns import AnswerCutter, EndOfTurn, end_of_turn

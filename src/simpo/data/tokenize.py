@@ -11,17 +11,16 @@ import pyarrow.compute as pc
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.context import CONTEXT_COLUMNS, read_context
 from simpo.data.formats import (
+    COMPARISON_SHAPES,
     CONVERSATION_SHAPES,
-    SHAPES,
+    FEEDBACK_SHAPES,
     Comparison,
-    check_conversation_shape,
-    check_shape,
+    Conversation,
     is_comparison,
-    read_responses,
-    recognise,
-    recognise_conversation,
+    read_comparison,
+    read_conversation,
+    read_feedback,
 )
 from simpo.data.mapping import (
     TOKENS,
@@ -29,13 +28,12 @@ from simpo.data.mapping import (
     Prepared,
     Tokenization,
     already_tokenized,
-    check_rows,
     prepare_rows,
     shortest,
 )
-from simpo.data.rows import BadRow, UnknownShape, columns_of, other_columns
+from simpo.data.rows import BadRow, check_dataset
 from simpo.data.settings import TokenizeSettings, fit, fit_turns
-from simpo.data.shapes import first_canonical, read_label
+from simpo.data.shapes import first_canonical
 from simpo.data.templates import EndOfTurn, Rendered, RenderedTurns, end_of_turn
 from simpo.errors import SimpoError
 
@@ -60,7 +58,7 @@ def prepare(
         SimpoError: no row of a known shape, too many bad rows, nothing that fits, or a tokenizer or chat
             template that cannot serve.
     """
-    check_rows(dataset, label)
+    check_dataset(dataset, label)
     if (found := already_tokenized(dataset, label, Comparisons.noun)) is not None:
         return found
     prepared = prepare_rows(dataset, tokenizer, Comparisons(tokenizer, settings, label))
@@ -117,18 +115,24 @@ class Comparisons(Tokenization[Rendered]):
 
     columns: ClassVar = {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "scores": List(Value("float64"))}
     noun = "comparisons"
-    shapes = f"{SHAPES}; for objective kto also {{prompt, completion, label}}"
+    shapes = f"{COMPARISON_SHAPES}; for objective kto also {{prompt, completion, label}}"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, label: str) -> None:
         super().__init__(tokenizer, settings, label)
         self._end = end_token_id(tokenizer, settings)
 
-    def check_shape(self, row: Mapping[str, Any]) -> None:  # noqa: D102
-        check_shape(row)
+    def read(self, row: Mapping[str, Any], where: str) -> Comparison:  # noqa: D102
+        return read_comparison(row, where)
 
     def drafts(self, row: Mapping[str, Any], where: str) -> list[Draft[Rendered]]:  # noqa: D102
-        comparison = recognise(row, where)
-        return [Draft(self.renderer.render(comparison), comparison.extra, {"scores": comparison.scores})]
+        comparison = self.read(row, where)
+        return [
+            Draft(
+                self.renderer.render(comparison),
+                comparison.extra,
+                {"scores": comparison.scores, "label": comparison.label},
+            )
+        ]
 
     def outcome(self, rendered: Rendered, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
         """Ids with BOS and end-of-turn token, within the limits."""
@@ -153,9 +157,6 @@ class Comparisons(Tokenization[Rendered]):
 
 
 # ---- Unpaired feedback: single responses with a label, desirable or not, to token ids.
-
-
-FEEDBACK_SHAPES = "{prompt, completion, label} (strings or message lists, with true or false, or 1 or 0)"
 
 
 _COLUMNS = {"prompt", "completion", "label"}
@@ -185,7 +186,7 @@ def prepare_feedback(
         SimpoError: no row of a known shape, too many bad rows, nothing that fits, labels that are all alike, or a
             tokenizer or chat template that cannot serve.
     """
-    check_rows(dataset, label)
+    check_dataset(dataset, label)
     prepared = already_tokenized(dataset, label, _Feedback.noun)
     if prepared is None:
         prepared = prepare_rows(dataset, tokenizer, _Feedback(tokenizer, settings, label))
@@ -202,28 +203,6 @@ def _check_labels(rows: Dataset, label: str) -> None:
         )
 
 
-def recognise_feedback(row: Mapping[str, Any], where: str) -> tuple[Comparison, bool]:
-    """A prompt with its one response, and whether that is desirable.
-
-    Raises:
-        UnknownShape: the row's columns are of another shape.
-        BadRow: they are of this one, but their values are not.
-    """
-    _check_shape(row)
-    label = read_label(row["label"])
-    if label is None:
-        raise BadRow("label is neither true nor false (1 or 0)")
-    prompt, responses = read_responses(row["prompt"], (row["completion"],), ("completion",))
-    prompt, found, context = read_context(row, prompt, responses)
-    extra = other_columns(row, *_COLUMNS, *CONTEXT_COLUMNS)
-    return Comparison(prompt, tuple(found), where, extra, context=context), label
-
-
-def _check_shape(row: Mapping[str, Any]) -> None:
-    if not set(row) >= _COLUMNS:
-        raise UnknownShape(f"no recognised shape: columns {columns_of(row)}")
-
-
 class _Feedback(Comparisons):
     """A row becomes a prompt, one response and a label."""
 
@@ -231,12 +210,8 @@ class _Feedback(Comparisons):
     noun = "judged responses"
     shapes = FEEDBACK_SHAPES
 
-    def check_shape(self, row: Mapping[str, Any]) -> None:
-        _check_shape(row)
-
-    def drafts(self, row: Mapping[str, Any], where: str) -> list[Draft[Rendered]]:
-        comparison, label = recognise_feedback(row, where)
-        return [Draft(self.renderer.render(comparison), comparison.extra, {"label": label})]
+    def read(self, row: Mapping[str, Any], where: str) -> Comparison:
+        return read_feedback(row, where)
 
 
 # ---- Conversations to token ids for supervised fine-tuning: the assistant's turns are scored, nothing else
@@ -269,7 +244,7 @@ def prepare_sft(
         raise SimpoError("truncation: 'paper' is for comparisons, not for supervised fine-tuning; set prompt or drop")
     if settings.paper_tokenization:
         raise SimpoError("paper_tokenization: for comparisons, not for supervised fine-tuning; leave it out")
-    check_rows(dataset, label)
+    check_dataset(dataset, label)
     if (found := already_tokenized(dataset, label, _Conversations.noun)) is not None:
         _check_one_response(dataset, label)
         return found
@@ -289,11 +264,11 @@ class _Conversations(Tokenization[RenderedTurns]):
     noun = "conversations"
     shapes = CONVERSATION_SHAPES
 
-    def check_shape(self, row: Mapping[str, Any]) -> None:
-        check_conversation_shape(row)
+    def read(self, row: Mapping[str, Any], where: str) -> Conversation:
+        return read_conversation(row, where)
 
     def drafts(self, row: Mapping[str, Any], where: str) -> list[Draft[RenderedTurns]]:
-        conversation = recognise_conversation(row, where)
+        conversation = self.read(row, where)
         sequences = self.renderer.render_turns(conversation)
         if conversation.unanswered:
             sequences[0] = replace(sequences[0], status=(f"cut: {UNANSWERED_CUT}", *sequences[0].status))

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.chat_template import SENTINEL, ChatTemplate, as_object
-from simpo.data.context import Context
-from simpo.data.messages import REASONING, Message, split_reasoning
+from simpo.data.messages import REASONING, Context, Message, split_reasoning
 from simpo.data.rows import BadRow
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError

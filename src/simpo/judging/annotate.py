@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from simpo.client import Prices, confirm_cost
-from simpo.data.context import context_of
 from simpo.data.inspection import AnswerSet, diversity_metrics, score_metrics
-from simpo.data.messages import read_messages
+from simpo.data.messages import context_of, read_messages
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 from simpo.judging.presentation import ShownAnswers

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.encoding import Encoder
-from simpo.data.formats import Comparison, Response
+from simpo.data.formats import Comparison
+from simpo.data.messages import Response
 from simpo.data.rows import BadRow
 from simpo.data.templates import Rendered, Renderer
 from simpo.errors import SimpoError

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from simpo.client import Estimate, Usage
-from simpo.data.context import Context
-from simpo.data.messages import Message
+from simpo.data.messages import Context, Message
 from simpo.errors import SimpoError
 
 Prompt = str | list[Message]

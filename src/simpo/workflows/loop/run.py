@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from simpo.client import ChatClient, Endpoint, confirm_cost
 from simpo.client.cache import default_cache
-from simpo.data.prompts import PlainPrompt, read_prompts
+from simpo.data.formats import PlainPrompt, read_prompts
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer
