@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks.memory import peak_mib
-from simpo.cli._training import parse
+from simpo.cli._shared import parse
 from simpo.models.loading import load_model, load_tokenizer
 from simpo.packing.batching import fill_in_order
 from simpo.packing.forward import divergence_forward, reference_states, responses_of

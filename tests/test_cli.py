@@ -6,6 +6,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -15,7 +16,8 @@ from simpo.cli import _Notices, main
 from simpo.cli import reward as reward_command
 from simpo.cli import sft as sft_command
 from simpo.cli import train as train_command
-from simpo.config.arguments import ArgumentParser
+from simpo.cli.compare import CompareSettings
+from simpo.config import parse_settings
 from simpo.errors import SimpoError
 from simpo.runs.log import LogFile
 
@@ -121,42 +123,13 @@ def test_what_libraries_report_below_a_warning_is_kept_and_not_shown(tmp_path, c
     assert "hundreds of these" in kept and "one of these" in kept
 
 
-@pytest.mark.parametrize(
-    "argv", [["m", "p", "--n", "2"], ["p", "--model", "m", "--n=2"], ["--n", "2", "--model_name_or_path=m", "p"]]
-)
-def test_a_model_by_position_or_by_option(argv):
-    parser = ArgumentParser("sample", None)
-    parser.add_argument("model")
-    parser.add_argument("prompts")
-    parser.add_argument("--n", type=int)
-    found = parser.parse_args(argv)
-    assert (found.model, found.prompts, found.n) == ("m", "p", 2)
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["a", "b", "--model", "m"], "unrecognized arguments"),
-        (["--model", "a", "--model", "b", "p"], "takes 1, not 2"),
-        (["p", "--model"], "expected one argument"),
-    ],
-)
-def test_a_model_that_is_given_twice_or_not_at_all(argv, message):
-    parser = ArgumentParser("sample", None)
-    parser.add_argument("model")
-    parser.add_argument("prompts")
-    with pytest.raises(SimpoError, match=message):
-        parser.parse_args(argv)
-
-
 def test_two_models_keep_their_order():
-    parser = ArgumentParser("compare", None)
-    parser.add_argument("a")
-    parser.add_argument("b")
-    found = parser.parse_args(["--model", "first", "--model=second"])
+    parse = partial(parse_settings, types=(CompareSettings,))
+    needed = ["--judge", "exact", "--output_dir", "out"]
+    (found,) = parse(["--model", "first", "--model=second", *needed])
     assert (found.a, found.b) == ("first", "second")
-    with pytest.raises(SimpoError, match="takes 2, not 1"):  # first or second?
-        parser.parse_args(["first", "--model", "second"])
+    with pytest.raises(SimpoError, match="--model: this command takes 2, not 1"):  # first or second?
+        parse(["first", "--model", "second", *needed])
 
 
 @pytest.mark.parametrize("command", [train_command, sft_command, reward_command])
@@ -191,8 +164,8 @@ def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["inspect", "pairs.jsonl", "org/model"], "pairs.jsonl is a file of data, and the model comes first"),
-        (["inspect", "pairs.parquet"], "pairs.parquet is a file of data, and the model comes first"),
+        (["inspect", "pairs.jsonl", "org/model"], "pairs.jsonl is a file of data"),
+        (["inspect", "pairs.parquet"], "pairs.parquet is a file of data"),
         (["sample", "prompts.csv", "org/model", "--output_dir=o"], "prompts.csv is a file of data"),
         (["train", "pairs.jsonl", "--output_dir=o"], "name it with --dataset_name pairs.jsonl"),
         (["trian"], "did you mean train?"),

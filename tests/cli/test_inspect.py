@@ -98,9 +98,9 @@ def test_long_examples_say_what_is_left_out(model, tmp_path, capsys):
     ("options", "message"),
     [
         (["--truncation", "cut"], "truncation: 'cut' is not one of prompt, drop, paper"),
-        (["--max_length", "many"], "argument --max_length: invalid int value: 'many'; simpo inspect --help"),
+        (["--max_length", "many"], "--max_length: 'many' is not a whole number"),
         (["--paper_tokenization", "maybe"], "'maybe' is not true or false"),
-        (["--lenght", "3"], "unrecognized arguments: --lenght 3"),
+        (["--lenght", "3"], "--lenght: unknown key; did you mean max_length?"),
         (["--max_length", "8"], "train: no comparison fits max_length 8"),
     ],
 )

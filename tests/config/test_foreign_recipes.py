@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simpo.cli._training import parse
+from simpo.cli._shared import parse
 from simpo.errors import SimpoError
 from simpo.training.reward import RewardConfig
 from simpo.training.sft import SFTConfig

@@ -13,7 +13,7 @@ import yaml
 from transformers import TrainingArguments
 from transformers import integrations as transformers_integrations
 
-from simpo.cli._training import parse
+from simpo.cli._shared import parse
 from simpo.config import parse_settings
 from simpo.errors import SimpoError
 from simpo.training.reward import RewardConfig
@@ -237,6 +237,10 @@ def test_ways_to_write_an_option():
     assert parse_settings(["--dataset-num-proc", "3"], (Data,))[0].dataset_num_proc == 3
 
 
+def test_the_last_of_a_repeated_option_counts():
+    assert values("--count", "1", "--names", "a", "--count=2", "--names", "b").count == 2
+
+
 def test_the_command_line_wins(recipe):
     path = recipe("count: 1\nrate: 0.1\nweights: {x: 1}")
     read = values(path, "--count", "2", "--weights", '{"y": 2}')
@@ -355,7 +359,7 @@ def test_arguments_by_position_can_be_in_the_file(recipe):
         (["a", "b", "--model", "m"], ["b: expected", "MODEL DATA"]),
         (["d", "--model"], ["--model: a value is missing"]),
         (["m", "d", "--prices", "1"], ["--prices: '1' is not a list of a number, a number"]),
-        (["rows.jsonl", "m"], ["rows.jsonl is a file of data", "model comes first"]),
+        (["rows.jsonl", "m"], ["rows.jsonl is a file of data", "--model MODEL"]),
     ],
 )
 def test_mistakes_with_arguments_by_position(argv, parts):

@@ -100,9 +100,9 @@ def test_what_was_received_is_kept(prompts, capsys):
         (["--base_url=http://user:secret@127.0.0.1/v1"], "keys come from the environment"),
         (["--base_url=https://model.invalid/v1", "--api_key_env=NO_SUCH_KEY"], "environment variable NO_SUCH_KEY"),
         (["--concurrency=0"], "concurrency: must be at least 1"),
-        (["--dtype=bfloat16"], "--dtype: engine server does not use it"),
-        (["--chunk_size=8"], "--chunk_size: engine server does not use it"),
-        (["--engine=transformers"], "--base_url: engine transformers does not use it"),
+        (["--dtype=bfloat16"], "dtype: engine server does not use it"),
+        (["--chunk_size=8"], "chunk_size: engine server does not use it"),
+        (["--engine=transformers"], "base_url: engine transformers does not use it"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(options, said, prompts, capsys):

@@ -149,8 +149,8 @@ def test_engine_arguments_of_the_command_reach_vllm_and_the_record(vllm, chat_wo
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--max_model_len=64"], "--max_model_len: engine transformers does not use it"),
-        (["--engine_args", "enforce_eager=true"], "--engine_args: engine transformers does not use it"),
+        (["--max_model_len=64"], "max_model_len: engine transformers does not use it"),
+        (["--engine_args", "enforce_eager=true"], "engine_args: engine transformers does not use it"),
         (["--engine=vllm", "--engine_args", "enforce_eager"], "'enforce_eager': expected KEY=VALUE or a JSON object"),
         (["--engine=vllm", "--engine_args", "{1, 2"], "expected KEY=VALUE or a JSON object"),
         (["--engine=vllm", "--max_model_len=64", "--engine_args", "max_model_len=8"], "max_model_len is given twice"),

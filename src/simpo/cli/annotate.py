@@ -1,40 +1,44 @@
-"""Score sampled responses: simpo annotate RESPONSES --annotator ANNOTATOR --output_dir DIR"""
+"""Score sampled responses.
+
+examples:
+  simpo annotate outputs/answers --annotator reward:org/reward-model --output_dir outputs/scores
+  simpo annotate answers.jsonl --annotator api --judge_url https://api.openai.com/v1 --judge_model gpt-4.1 \\
+      --prices 2 8 --output_dir outputs/scores
+"""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from simpo.cli._processes import refuse_several
-from simpo.cli._server import add_judge_options, judge_options, prices_of
-from simpo.config.arguments import ArgumentParser
+from simpo.cli._shared import refuse_several
+from simpo.config import parse_settings
 from simpo.judging.annotate import BEST, FILE_NAME, AnnotateArguments, annotate
 from simpo.judging.registry import ANNOTATORS
+from simpo.judging.settings import JudgeSettings
 from simpo.runs.results import print_results
+
+
+@dataclass(kw_only=True)
+class AnnotateSettings:
+    """What is scored, and by which annotator."""
+
+    responses: Path = field(
+        metadata={"help": "responses.jsonl of simpo sample, or its folder.", "positional": "RESPONSES"}
+    )
+    annotator: str = field(metadata={"help": f"One of {ANNOTATORS}."})
+    output_dir: Path = field(metadata={"help": "Folder of the run; the same one continues it."})
+    judge: JudgeSettings
 
 
 def main(argv: list[str]) -> int:
     """Annotate, print the table of results and what to do next."""
-    arguments = _parser().parse_args(argv)
+    (settings,) = parse_settings(argv, (AnnotateSettings,), command="annotate", about=__doc__)
     refuse_several("annotate", "start it without torchrun")
-    folder = Path(arguments.output_dir).expanduser()
-    given = AnnotateArguments(
-        Path(arguments.responses).expanduser(),
-        arguments.annotator,
-        judge_options(arguments),
-        prices_of(arguments),
-        arguments.yes,
-    )
+    judge, folder = settings.judge, settings.output_dir
+    given = AnnotateArguments(settings.responses, settings.annotator, judge.options(), judge.token_prices(), judge.yes)
     print_results(annotate(given, folder, argv=argv))
     print(f"annotated: {folder / FILE_NAME}\nbest of N: {folder / BEST}")
     print(f"next:      simpo pair {shlex.quote(str(folder))} --output_dir DIR")
     return 0
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser("annotate", __doc__)
-    parser.add_argument("responses", metavar="RESPONSES", help="responses.jsonl of simpo sample, or its folder")
-    parser.add_argument("--annotator", required=True, help=f"one of {ANNOTATORS}")
-    parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder of the run; the same one continues")
-    add_judge_options(parser)
-    return parser

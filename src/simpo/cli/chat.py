@@ -1,4 +1,9 @@
-"""Talk with a model in the terminal: simpo chat MODEL; /reset starts over, /exit or Ctrl-D ends"""
+"""Talk with a model in the terminal; /reset starts over, /exit or Ctrl-D ends.
+
+examples:
+  simpo chat outputs/simpo
+  simpo chat org/model --system "Answer in one sentence." --temperature 0
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,12 @@ import io
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from simpo.cli._rendering import add_rendering_options, rendering
-from simpo.config.arguments import ArgumentParser
+from simpo.cli._shared import LOADING
+from simpo.config import parse_settings
 from simpo.data.rows import BadRow
+from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
 from simpo.generation.conversation import Conversation, load_conversation
 from simpo.generation.settings import SamplingSettings
@@ -20,22 +27,28 @@ from simpo.runs.terminal import printable
 _RESET, _EXIT = "/reset", "/exit"
 
 
+@dataclass(kw_only=True)
+class ChatSettings:
+    """The conversation."""
+
+    model: ModelArguments = field(metadata={"only": LOADING})
+    system: str | None = field(default=None, metadata={"help": "System message."})
+    sampling: SamplingSettings = field(metadata={"only": ("temperature", "top_p", "max_new_tokens")})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Chat template, or a file with one (default: the tokenizer's own)."}
+    )
+    rendering: RenderSettings
+
+
 def main(argv: list[str]) -> int:
     """Read messages line by line and answer them until the input ends."""
-    arguments = _parser().parse_args(argv)
-    given = {key: getattr(arguments, key) for key in ("temperature", "top_p", "max_new_tokens")}
-    model = ModelArguments(
-        arguments.model,
-        model_revision=arguments.model_revision,
-        dtype=arguments.dtype,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    (settings,) = parse_settings(argv, (ChatSettings,), command="chat", about=__doc__)
     conversation = load_conversation(
-        model,
-        SamplingSettings(**{key: value for key, value in given.items() if value is not None}),
-        chat_template=arguments.chat_template,
-        system=arguments.system,
-        rendering=rendering(arguments),
+        settings.model,
+        settings.sampling,
+        chat_template=settings.chat_template,
+        system=settings.system,
+        rendering=settings.rendering,
     )
     print(f"{_RESET} starts a new conversation, {_EXIT} or Ctrl-D ends, Ctrl-C stops an answer")
     for text in _messages():
@@ -45,23 +58,6 @@ def main(argv: list[str]) -> int:
         elif text:
             _answer(conversation, text)
     return 0
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser("chat", __doc__)
-    parser.add_argument("model", metavar="MODEL", help="hub name or folder of the model")
-    parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest token (default 0.8)")
-    parser.add_argument("--top_p", type=float, metavar="X", help="probability of what is drawn from (default 0.95)")
-    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer in tokens (default 2048)")
-    parser.add_argument(
-        "--dtype", metavar="TYPE", help="type of the weights (default bfloat16 on an accelerator, float32 on a CPU)"
-    )
-    parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, or file with one")
-    add_rendering_options(parser)
-    parser.add_argument("--model_revision", default="main", metavar="REV", help="branch, tag or commit on the hub")
-    parser.add_remote_code()
-    return parser
 
 
 def _messages() -> Iterator[str]:

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 
 from simpo.cli import _evaluate
-from simpo.cli._processes import refuse_several
+from simpo.cli._shared import refuse_several
 from simpo.errors import SimpoError
 from simpo.runs.signals import stoppable
 

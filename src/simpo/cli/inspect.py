@@ -1,9 +1,14 @@
-"""Look at data as a model would read it: lengths, biases, duplicates, what is cut or dropped."""
+"""Look at data as a model would read it: lengths, biases, duplicates, what is cut or dropped.
+
+examples:
+  simpo inspect org/model pairs.jsonl --max_length 2048
+  simpo inspect org/model org/pairs --eval_dataset_name org/pairs --output_dir outputs/inspected
+"""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
@@ -11,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from simpo.cli._rendering import add_rendering_options, rendering
-from simpo.config.arguments import ArgumentParser, mapping
+from simpo.config import parse_settings
 from simpo.data.formats import is_comparison
 from simpo.data.inspection import (
     PERCENTILES,
@@ -39,14 +43,6 @@ from simpo.runs.results import Metric, fingerprint, write_results
 from simpo.runs.terminal import printable
 from simpo.training.limits import check_rows
 
-_SETTINGS = (
-    "max_length",
-    "max_prompt_length",
-    "truncation",
-    "truncation_mode",
-    "paper_tokenization",
-    "auto_insert_empty_system_msg",
-)
 # Figures of several answers to a prompt: title, and what is measured.
 _ANSWER_FIGURES = {
     "characters": ("length", "characters"),
@@ -60,20 +56,43 @@ _ANSWER_FIGURES = {
 _SHOWN = 600
 
 
+@dataclass(kw_only=True)
+class InspectSettings:
+    """What is inspected."""
+
+    model: ModelArguments = field(metadata={"only": ("model_name_or_path", "trust_remote_code")})
+    data: str = field(metadata={"help": "File, folder or hub id of the data.", "positional": "DATA"})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "A test set, which is compared with DATA."})
+    split: str = field(default="train", metadata={"help": "Split of DATA; a test set has the test split instead."})
+    column_mapping: dict[str, str] | None = field(
+        default=None, metadata={"help": "Columns to rename, e.g. {good: chosen, bad: rejected}."}
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "A chat template, a file with one, or none for raw text (default: the tokenizer's own)."},
+    )
+    tokenization: TokenizeSettings = field(metadata={"without": ("on_bad_row", "num_proc")})
+    output_dir: Path | None = field(default=None, metadata={"help": "Folder for results.json."})
+
+    def sources(self) -> Iterator[tuple[str, str, str]]:
+        """Label, name and split of the data sets."""
+        yield "train", self.data, self.split
+        if self.eval_dataset_name:
+            yield "eval", self.eval_dataset_name, self.split.replace("train", "test")
+
+
 def main(argv: list[str]) -> int:
     """Print what is in the data and, with ``--output_dir``, write ``results.json``."""
-    arguments = _parser().parse_args(argv)
-    given = {key: getattr(arguments, key) for key in _SETTINGS if getattr(arguments, key) is not None}
-    settings = TokenizeSettings(**given, rendering=rendering(arguments))
-    model = ModelArguments(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    tokenizer = load_tokenizer(arguments.model, model, chat_template=arguments.chat_template)
+    (asked,) = parse_settings(argv, (InspectSettings,), command="inspect", about=__doc__)
+    model, settings = asked.model, asked.tokenization
+    tokenizer = load_tokenizer(model.model_name_or_path, model, chat_template=asked.chat_template)
     limits = _limits(model)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     datasets: list[Dataset] = []
     metrics: list[Metric] = []
     sources: list[str] = []
-    for label, name, split in _sources(arguments):
-        rows = load_rows(name, split=split, column_mapping=arguments.column_mapping, any_split=label == "eval")
+    for label, name, split in asked.sources():
+        rows = load_rows(name, split=split, column_mapping=asked.column_mapping, any_split=label == "eval")
         sources.append(rows._fingerprint)
         metrics += _print_answers(console, rows, label)
         if is_sampled(rows):
@@ -93,9 +112,9 @@ def main(argv: list[str]) -> int:
         metrics.append(Metric("data/eval/prompts_in_train", shared, n=count))
     if datasets:
         _print_examples(console, examples(datasets[0], tokenizer))
-    if arguments.output_dir:
+    if asked.output_dir:
         identity = fingerprint(sources, [dataset._fingerprint for dataset in datasets])
-        folder = Path(arguments.output_dir).expanduser()
+        folder = asked.output_dir
         if (folder / "run.json").exists():
             raise SimpoError(f"output_dir: {folder} holds a run; name another folder")
         path = write_results(folder, command="inspect", fingerprint=identity, metrics=metrics)
@@ -112,13 +131,6 @@ def _limits(model: ModelArguments) -> Limits:
         return Limits(None, None)
 
 
-def _sources(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
-    """Label, name and split of the data sets; the test set's split is named as the training one's."""
-    yield "train", arguments.data, arguments.split
-    if arguments.eval_dataset_name:
-        yield "eval", arguments.eval_dataset_name, arguments.split.replace("train", "test")
-
-
 def _preparer(rows: Dataset) -> Callable[..., Prepared]:
     """What tokenizes rows of this kind."""
     if is_feedback(rows):
@@ -128,33 +140,6 @@ def _preparer(rows: Dataset) -> Callable[..., Prepared]:
     row = first_canonical(rows)
     conversation = "messages" in row or {"prompt", "completion"} <= set(row)
     return prepare_sft if conversation and not is_comparison(row) else prepare
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser("inspect", __doc__)
-    parser.add_argument("model", metavar="MODEL", help="model whose tokenizer and chat template are used (or --model)")
-    parser.add_argument("data", metavar="DATA", help="file, folder or hub id")
-    parser.add_argument("--eval_dataset_name", metavar="TEST", help="a test set, compared with DATA")
-    parser.add_argument("--split", default="train", help="split of DATA (default: train); TEST has its test split")
-    for key in ("max_length", "max_prompt_length"):
-        parser.add_argument(f"--{key}", type=int, metavar="N", help="as in a recipe")
-    for key in ("truncation", "truncation_mode"):
-        parser.add_argument(f"--{key}", metavar="HOW", help="as in a recipe")
-    for key in ("paper_tokenization", "auto_insert_empty_system_msg"):
-        parser.add_argument(f"--{key}", nargs="?", const=True, type=_truth, metavar="true|false", help="as in a recipe")
-    parser.add_argument("--chat_template", metavar="TEMPLATE", help="template, file with one, or none")
-    add_rendering_options(parser)
-    parser.add_argument("--column_mapping", type=mapping, metavar="JSON", help="columns to rename, as in a recipe")
-    parser.add_remote_code()
-    parser.add_argument("--output_dir", metavar="DIR", help="folder for results.json")
-    return parser
-
-
-def _truth(text: str) -> bool:
-    known = {"true": True, "false": False}
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
-    return known[text.lower()]
 
 
 def _print_inspection(console: Console, inspection: Inspection) -> None:

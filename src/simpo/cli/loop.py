@@ -11,8 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from simpo.cli._processes import refuse_several
-from simpo.cli._training import check_named, recipe_of
+from simpo.cli._shared import check_named, recipe_of, refuse_several
 from simpo.config import parse_settings
 from simpo.generation.settings import SamplingSettings
 from simpo.models.settings import ModelArguments

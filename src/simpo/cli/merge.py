@@ -1,37 +1,36 @@
-"""Merge an adapter into its base model: simpo merge ADAPTER --output_dir DIR"""
+"""Merge an adapter into its base model.
+
+examples:
+  simpo merge outputs/lora --output_dir outputs/merged
+  simpo merge org/adapter --model_revision v2 --save_dtype bfloat16 --output_dir outputs/merged
+"""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from simpo.cli._processes import refuse_several
-from simpo.config.arguments import ArgumentParser
+from simpo.cli._shared import refuse_several
+from simpo.config import parse_settings
 from simpo.models.merging import write_merged
 from simpo.models.settings import ModelArguments
 
 
+@dataclass(kw_only=True)
+class MergeSettings:
+    """The merged model."""
+
+    adapter: ModelArguments = field(
+        metadata={"only": ("model_name_or_path", "model_revision", "trust_remote_code", "save_dtype")}
+    )
+    output_dir: Path = field(metadata={"help": "New folder of the merged model."})
+
+
 def main(argv: list[str]) -> int:
     """Merge, and print what to do next."""
-    parser = ArgumentParser("merge", __doc__)
-    parser.add_argument("adapter", metavar="ADAPTER", help="hub name or folder of the adapter")
-    parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder of the merged model")
-    parser.add_argument("--model_revision", default="main", metavar="REV", help="branch, tag or commit on the hub")
-    parser.add_argument(
-        "--save_dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="type of the saved weights (default: that of the base model's files)",
-    )
-    parser.add_remote_code()
-    arguments = parser.parse_args(argv)
+    (settings,) = parse_settings(argv, (MergeSettings,), command="merge", about=__doc__)
     refuse_several("merge", "start it without torchrun")
-    folder = Path(arguments.output_dir).expanduser()
-    model = ModelArguments(
-        arguments.adapter,
-        model_revision=arguments.model_revision,
-        trust_remote_code=arguments.trust_remote_code,
-        save_dtype=arguments.save_dtype,
-    )
-    write_merged(model, folder)
-    print(f"saved: {folder}\nnext:  simpo chat {shlex.quote(str(folder))}")
+    write_merged(settings.adapter, settings.output_dir)
+    print(f"saved: {settings.output_dir}\nnext:  simpo chat {shlex.quote(str(settings.output_dir))}")
     return 0

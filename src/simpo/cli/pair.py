@@ -1,42 +1,40 @@
-"""Make preference pairs of scored responses: simpo pair ANNOTATED --output_dir DIR"""
+"""Make preference pairs of scored responses.
+
+examples:
+  simpo pair outputs/scores --output_dir outputs/pairs
+  simpo pair outputs/scores/annotated.jsonl --pairs all --min_gap 0.5 --output_dir outputs/pairs
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from simpo.cli._processes import refuse_several
-from simpo.config.arguments import ArgumentParser
+from simpo.cli._shared import refuse_several
+from simpo.config import parse_settings
 from simpo.runs.results import print_results
-from simpo.workflows.pair import FILE_NAME, KINDS, PairSettings, pair_annotated
+from simpo.workflows.pair import FILE_NAME, PairSettings, pair_annotated
+
+
+@dataclass(kw_only=True)
+class PairCommand:
+    """The run."""
+
+    annotated: Path = field(
+        metadata={"help": "annotated.jsonl of simpo annotate, or its folder.", "positional": "ANNOTATED"}
+    )
+    output_dir: Path = field(metadata={"help": "Folder of the run."})
+    pairs: PairSettings
 
 
 def main(argv: list[str]) -> int:
     """Pair, print the table of results and what to do next."""
-    arguments = _parser().parse_args(argv)
+    (settings,) = parse_settings(argv, (PairCommand,), command="pair", about=__doc__)
     refuse_several("pair", "start it without torchrun")
-    folder = Path(arguments.output_dir).expanduser()
-    keys = [field.name for field in dataclasses.fields(PairSettings)]
-    settings = PairSettings(**{key: getattr(arguments, key) for key in keys})
-    print_results(pair_annotated(Path(arguments.annotated).expanduser(), settings, folder, argv=argv))
-    following = "reward" if arguments.pairs == "ranking" else "train"
-    print(f"pairs: {folder / FILE_NAME}")
-    print(f"next:  simpo {following} --dataset_name {shlex.quote(str(folder / FILE_NAME))} ...")
+    print_results(pair_annotated(settings.annotated, settings.pairs, settings.output_dir, argv=argv))
+    following = "reward" if settings.pairs.pairs == "ranking" else "train"
+    path = settings.output_dir / FILE_NAME
+    print(f"pairs: {path}")
+    print(f"next:  simpo {following} --dataset_name {shlex.quote(str(path))} ...")
     return 0
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser("pair", __doc__)
-    parser.add_argument("annotated", metavar="ANNOTATED", help="annotated.jsonl of simpo annotate, or its folder")
-    parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder of the run")
-    for field in dataclasses.fields(PairSettings):
-        said = field.metadata["help"].removesuffix(".")
-        if field.type == "bool":
-            parser.add_argument(f"--{field.name}", action="store_true", help=said)
-            continue
-        kind = {"pairs": str, "seed": int}.get(field.name, float)
-        choices = KINDS if field.name == "pairs" else None
-        said += "" if field.default is None else f" (default {field.default})"
-        parser.add_argument(f"--{field.name}", type=kind, choices=choices, default=field.default, help=said)
-    return parser

@@ -1,29 +1,40 @@
-"""Print a recipe for an objective in one of the paper's settings: simpo recipe --objective dpo --setting llama3-base"""
+"""Print a recipe for an objective in one of the paper's settings.
+
+examples:
+  simpo recipe --objective dpo --setting llama3-base
+  simpo recipe --objective simpo --setting mistral-instruct --output simpo.yaml
+"""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from simpo.config.arguments import ArgumentParser
+from simpo.config import parse_settings
 from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES
 from simpo.runs.atomic import write_text
 from simpo.workflows.sweep.recipes import SETTINGS, compose_recipe
 
 
+@dataclass
+class RecipeSettings:
+    """The recipe."""
+
+    objective: str = field(metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
+    setting: str = field(metadata={"help": f"One of {', '.join(SETTINGS)}."})
+    output: Path | None = field(default=None, metadata={"help": "Write it to this new file instead."})
+
+
 def main(argv: list[str]) -> int:
-    """Print the recipe, or write it where ``--output`` says."""
-    parser = ArgumentParser("recipe", __doc__)
-    parser.add_argument("--objective", required=True, metavar="NAME", help=f"one of {', '.join(OBJECTIVES)}")
-    parser.add_argument("--setting", required=True, metavar="NAME", help=f"one of {', '.join(SETTINGS)}")
-    parser.add_argument("--output", metavar="FILE", help="write it to a new file instead")
-    arguments = parser.parse_args(argv)
-    text = compose_recipe(arguments.objective, arguments.setting)
-    if arguments.output is None:
+    """Print the recipe, or write it to a file."""
+    (settings,) = parse_settings(argv, (RecipeSettings,), command="recipe", about=__doc__)
+    text = compose_recipe(settings.objective, settings.setting)
+    path = settings.output
+    if path is None:
         print(text, end="")
         return 0
-    path = Path(arguments.output).expanduser()
     if path.exists():
         raise SimpoError(f"--output: {path} exists already; name a new file")
     write_text(path, text)

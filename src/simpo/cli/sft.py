@@ -7,7 +7,7 @@ examples:
 
 from __future__ import annotations
 
-from simpo.cli._training import run
+from simpo.cli._shared import run
 from simpo.training.sft import SFTConfig
 from simpo.training.tasks import SUPERVISED
 

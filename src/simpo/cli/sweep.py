@@ -13,8 +13,7 @@ from typing import Any
 
 import yaml
 
-from simpo.cli._processes import refuse_several
-from simpo.cli._training import read, recipe_of
+from simpo.cli._shared import read, recipe_of, refuse_several
 from simpo.config import keys_of
 from simpo.config.arguments import ArgumentParser
 from simpo.errors import SimpoError

@@ -26,10 +26,9 @@ def split_recipe(arguments: list[str], keys: Mapping[str, Key]) -> tuple[str | N
         return None, arguments
     first = arguments[0]
     expected = [key.positional for key in keys.values() if key.positional]
-    if expected[:1] == ["MODEL"] and first.endswith(_DATA_SUFFIXES):
-        remedy = f"name it with --dataset_name {first}" if "dataset_name" in keys else "or is given as --model MODEL"
-        raise SimpoError(f"{first} is a file of data, and the model comes first; {remedy}")
-    is_recipe = not expected or first.endswith((".yaml", ".yml")) or (expected[0] == "MODEL" and Path(first).is_file())
+    is_recipe = not expected or first.endswith((".yaml", ".yml"))
+    if expected[:1] == ["MODEL"] and not first.endswith(_DATA_SUFFIXES):
+        is_recipe = is_recipe or Path(first).is_file()
     return (first, arguments[1:]) if is_recipe else (None, arguments)
 
 
@@ -37,7 +36,8 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
     """The settings of the command line, after the recipe, in their order.
 
     ``--key value ...`` and ``--key=value`` are the same, and so are ``-`` and ``_`` in keys. Words before the first
-    option, and those after an option that it cannot use, are the values of positional keys.
+    option, and those after an option that it cannot use, are the values of positional keys. An option for a list may be
+    repeated; of others the last one counts.
 
     Args:
         arguments: those after the recipe.
@@ -68,11 +68,20 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
     if len(words) > len(unfilled):
         usage = " ".join(["[RECIPE.yaml]", *(key.positional for key in positionals), "[--key value ...]"])
         raise SimpoError(f"{words[len(unfilled)][1]}: expected {usage}")
-    settings = [
-        Setting(name, text, None, keys[name].positional) for name, (_, text) in zip(unfilled, words, strict=False)
-    ]
+    settings = []
+    for name, (_, text) in zip(unfilled, words, strict=False):
+        if keys[name].positional == "MODEL" and text.endswith(_DATA_SUFFIXES):
+            remedy = (
+                f"name it with --dataset_name {text}"
+                if "dataset_name" in keys
+                else "give the model before it or as --model MODEL"
+            )
+            raise SimpoError(f"{text} is a file of data, and not a model, which comes first; {remedy}")
+        settings.append(Setting(name, text, None, keys[name].positional))
     merged: dict[str, list[str]] = {}
     for name, own in options:
+        if name in keys and not accepts(keys[name].annotation, list):
+            merged.pop(name, None)  # of an option that takes one value, the last occurrence counts
         merged.setdefault(name, []).extend(text for _, text in own)
     return settings + [Setting(name, _option_value(texts), None, f"--{name}") for name, texts in merged.items()]
 

@@ -14,7 +14,7 @@ from simpo.config.coercion import describe
 from simpo.config.fields import Key, keys_of
 
 _WIDTH = 100  # longer lines are hard to read, whatever the terminal's width
-_NAME_WIDTH = 32
+_NAME_COLUMN = 30
 
 
 def help_text(command: str, about: str, classes: Iterable[type]) -> str:
@@ -29,7 +29,7 @@ def help_text(command: str, about: str, classes: Iterable[type]) -> str:
     usage = ["usage: simpo", command, "[RECIPE.yaml]", *(key.positional for key in keys if key.positional)]
     lines = [" ".join(filter(None, [*usage, "[--key value ...]"])), "", *inspect.cleandoc(about).splitlines(), ""]
     lines.append("Settings, as --key value or in the recipe as key: value, which --key overrides.")
-    width = min(shutil.get_terminal_size().columns, _WIDTH)
+    width = min(shutil.get_terminal_size((_WIDTH, 24)).columns, _WIDTH)
     for owner in dict.fromkeys(key.owner for key in keys):
         lines += ["", _title(owner)]
         for key in keys:
@@ -59,11 +59,11 @@ def _key_lines(key: Key, width: int) -> list[str]:
     default = "required" if key.default is MISSING else f"default {_shown(key.default)}"
     bracket = f"[{kind}]" if key.default is None else f"[{kind}; {default}]"
     name = f"  {key.positional}, --{key.name}" if key.positional else f"  --{key.name}"
-    indent = " " * _NAME_WIDTH
+    indent = " " * _NAME_COLUMN
     text = textwrap.wrap(f"{meaning} {bracket}".strip(), width, initial_indent=indent, subsequent_indent=indent)
-    if len(name) + 2 > _NAME_WIDTH:
+    if len(name) + 2 > _NAME_COLUMN:
         return [name, *text]
-    return [name.ljust(_NAME_WIDTH) + text[0].lstrip(), *text[1:]]
+    return [name.ljust(_NAME_COLUMN) + text[0].lstrip(), *text[1:]]
 
 
 def _shown(value: Any) -> str:

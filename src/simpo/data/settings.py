@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from simpo.errors import SimpoError
 
@@ -22,18 +22,23 @@ RESERVED_KWARGS = frozenset(
 class RenderSettings:
     """How conversations are rendered with a chat template.
 
-    Attributes:
-        chat_template_kwargs: variables that the chat template gets, e.g. ``{"enable_thinking": False}``; those of a
-            row take precedence.
-        system_message: ``template`` leaves the system message to the chat template, ``fold`` writes it into the first
-            user message, for templates without a system role.
-
     Raises:
         SimpoError: a value that is not allowed, named by its key.
     """
 
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    system_message: str = "template"
+    chat_template_kwargs: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": 'Variables for the chat template, e.g. {"enable_thinking": false}; those of a row take precedence.'
+        },
+    )
+    system_message: Literal["template", "fold"] = field(
+        default="template",
+        metadata={
+            "help": "template leaves system messages to the chat template, fold writes them into the first user "
+            "message, for templates without a system role."
+        },
+    )
 
     def __post_init__(self) -> None:
         given = self.chat_template_kwargs
@@ -48,33 +53,44 @@ class RenderSettings:
 class TokenizeSettings:
     """How comparisons become ids.
 
-    Attributes:
-        max_length: most tokens of a prompt and its longest response together.
-        max_prompt_length: what an overlong comparison's prompt is cut to; ``None`` is
-            ``max_length * 1800 // 2048``, the paper's ratio.
-        truncation_mode: which end of a cut prompt stays.
-        truncation: ``prompt`` cuts prompts and drops comparisons whose responses still do not fit, ``drop``
-            drops every overlong comparison, ``paper`` also cuts responses, which lose their EOS.
-        paper_tokenization: score the assistant header and what follows the end-of-turn token, as the
-            paper's code did.
-        auto_insert_empty_system_msg: start conversations with an empty system message where the chat
-            template knows one.
-        on_bad_row: ``skip`` and count bad rows (an error above 1%), or make the first an ``error``.
-        num_proc: processes that tokenize; ``None`` is one per core, never more than the data is worth.
-        rendering: how conversations are rendered.
-
     Raises:
         SimpoError: a value that is not allowed, named by its key.
     """
 
-    max_length: int = 2048
-    max_prompt_length: int | None = None
-    truncation_mode: str = "keep_end"
-    truncation: str = "prompt"
-    paper_tokenization: bool = False
-    auto_insert_empty_system_msg: bool = False
-    on_bad_row: str = "skip"
-    num_proc: int | None = None
+    max_length: int = field(default=2048, metadata={"help": "Longest prompt and response together, in tokens."})
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Length that the prompt of an overlong row is cut to (default: max_length * 1800 // 2048, the "
+            "paper's ratio)."
+        },
+    )
+    truncation_mode: Literal["keep_end", "keep_start"] = field(
+        default="keep_end", metadata={"help": "The end of a cut prompt that is kept."}
+    )
+    truncation: Literal["prompt", "drop", "paper"] = field(
+        default="prompt",
+        metadata={
+            "help": "Overlong rows: prompt cuts prompts and drops rows whose responses still do not fit, drop drops "
+            "them all, paper also cuts responses, which lose their end-of-sequence token."
+        },
+    )
+    paper_tokenization: bool = field(
+        default=False,
+        metadata={
+            "help": "Score the assistant header and what follows the end-of-turn token, as the paper's code did."
+        },
+    )
+    auto_insert_empty_system_msg: bool = field(
+        default=False,
+        metadata={"help": "Start conversations with an empty system message where the chat template supports one."},
+    )
+    on_bad_row: Literal["skip", "error"] = field(
+        default="skip", metadata={"help": "skip and count bad rows (an error above 1%), or make the first an error."}
+    )
+    num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize (default: one per core, fewer for little data)."}
+    )
     rendering: RenderSettings = field(default_factory=RenderSettings)
 
     def __post_init__(self) -> None:

@@ -84,12 +84,17 @@ EngineName = Literal["transformers", "vllm"]
 
 @dataclass(frozen=True)
 class PromptArguments:
-    """Where the prompts come from (file, folder or hub id, split, renamed columns), and how they are rendered."""
+    """Where the prompts come from, and how they are rendered."""
 
-    prompts: str
-    split: str = "train"
-    chat_template: str | None = None
-    column_mapping: Mapping[str, str] | None = None
+    prompts: str = field(metadata={"help": "File, folder or hub id of rows with prompts.", "positional": "PROMPTS"})
+    split: str = field(default="train", metadata={"help": "Split of the prompts."})
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "A chat template, a file with one, or none for raw text (default: the tokenizer's own)."},
+    )
+    column_mapping: Mapping[str, str] | None = field(
+        default=None, metadata={"help": 'Columns to rename, e.g. {"instruction": "prompt"}.'}
+    )
     rendering: RenderSettings = field(default_factory=RenderSettings)
 
     def rows(self) -> Dataset:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field, replace
-from typing import Self
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
+
+import yaml
 
 from simpo.errors import SimpoError
 
@@ -15,15 +18,6 @@ _MOST_NEW_TOKENS = 2048
 @dataclass(frozen=True)
 class SamplingSettings:
     """Sampling as in the paper, unless told otherwise.
-
-    Attributes:
-        n: answers to every prompt.
-        temperature: divides the logits; 0 takes the likeliest token every time.
-        top_p: tokens are drawn from the smallest set with this much probability; 1 is off.
-        top_k: tokens are drawn from this many likeliest ones; 0 is off.
-        max_new_tokens: longest answer in tokens, end-of-turn token included; None chooses by the model's context.
-        seed: with the prompts and the other settings, determines every answer.
-        chunk_size: answers that are generated, and stored, together; None chooses by the device.
 
     Raises:
         SimpoError: a value out of its bounds, or several greedy answers to a prompt; names the key.
@@ -84,6 +78,41 @@ class SamplingSettings:
                 f"set it below {context}"
             )
         return replace(self, max_new_tokens=longest, chunk_size=self.chunk_size or chunk_size)
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """vLLM's engine."""
+
+    max_model_len: int | None = field(default=None, metadata={"help": "Longest prompt and answer, in tokens."})
+    gpu_memory_utilization: float | None = field(
+        default=None, metadata={"help": "Share of the GPU's memory that it may use."}
+    )
+    tensor_parallel_size: int | None = field(default=None, metadata={"help": "GPUs that share the model."})
+    engine_args: dict[str, Any] | list[str] | None = field(
+        default=None,
+        metadata={"help": "Other arguments of its engine: KEY=VALUE ..., or a mapping."},
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """All arguments of the engine.
+
+        Raises:
+            SimpoError: text that is neither ``KEY=VALUE`` nor a mapping, or an argument that is given twice.
+        """
+        found = {key: value for key, value in asdict(self).items() if key != "engine_args" and value is not None}
+        for given in [self.engine_args] if isinstance(self.engine_args, dict) else self.engine_args or []:
+            arguments = given
+            if isinstance(given, str):
+                key, equals, value = given.partition("=")
+                with suppress(yaml.YAMLError):
+                    arguments = yaml.safe_load(given) if given.startswith("{") else {key: yaml.safe_load(value)}
+                if not isinstance(arguments, dict) or not (equals or given.startswith("{")):
+                    raise SimpoError(f"engine_args: {given!r}: expected KEY=VALUE or a JSON object")
+            if twice := found.keys() & arguments.keys():
+                raise SimpoError(f"engine_args: {min(twice)} is given twice")
+            found |= arguments
+        return found
 
 
 def derived_seed(seed: int, *numbers: int) -> int:

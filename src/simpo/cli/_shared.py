@@ -1,7 +1,8 @@
-"""What the commands that take a training recipe have in common."""
+"""What several commands have in common: training recipes, loading a model, and running in one process."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -24,6 +25,16 @@ REPLACES = {
     "dataset_mixer": ("dataset_name", "dataset_mixture"),
     "dataset_mixture": ("dataset_name", "dataset_mixer", "dataset_splits", "dataset_configs"),
 }
+
+
+# The keys of commands that load a model and do not train it.
+LOADING = frozenset(("model_name_or_path", "model_revision", "dtype", "trust_remote_code"))
+
+
+def refuse_several(command: str, remedy: str) -> None:
+    """Raise :class:`SimpoError` if a launcher such as ``torchrun`` started several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SimpoError(f"simpo {command} runs in one process; {remedy}")
 
 
 def parse(argv: list[str], config_type: type, *more: type, command: str = "", about: str | None = None) -> Any:

@@ -1,0 +1,89 @@
+"""Settings of judges: the server of an API judge, what it may cost, and how judging models are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simpo.client import ChatClient, Endpoint, Prices
+from simpo.client.cache import default_cache
+from simpo.errors import SimpoError
+from simpo.judging.registry import JudgeOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiSettings:
+    """The judge ``api``: a model behind an OpenAI-compatible server."""
+
+    judge_url: str | None = field(
+        default=None, metadata={"help": "Server of the judge, e.g. https://api.openai.com/v1."}
+    )
+    judge_model: str | None = field(default=None, metadata={"help": "The judge's name on that server."})
+    judge_key_env: str = field(
+        default="OPENAI_API_KEY",
+        metadata={"help": "Environment variable that holds the key; a server on this machine needs none."},
+    )
+    judge_concurrency: int = field(default=8, metadata={"help": "Requests at a time."})
+    judge_timeout: float = field(default=60.0, metadata={"help": "Seconds that a reply may take."})
+    judge_max_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Longest reply in tokens (default: the benchmark's); a judge that thinks needs more."},
+    )
+    judge_prompt: Path | None = field(
+        default=None, metadata={"help": "File with a judge prompt (default: the one in this package)."}
+    )
+    cache: Path | None = field(
+        default=None,
+        metadata={"help": "Folder of replies, which are not requested again (default: ~/.cache/simpo/replies)."},
+    )
+    prices: tuple[float, float] | None = field(
+        default=None,
+        metadata={"help": "Dollars per million tokens read and written, to estimate what the judge costs."},
+    )
+    yes: bool = field(default=False, metadata={"help": "Send the requests without asking."})
+    strip_thinking: bool = field(
+        default=False, metadata={"help": "Show judges the answers without the thinking that they begin with."}
+    )
+
+    def client(self) -> ChatClient | None:
+        """The client of the server; None if no server is named.
+
+        Raises:
+            SimpoError: only one of server and model is named, or one of them cannot be used.
+        """
+        if self.judge_url is None and self.judge_model is None:
+            return None
+        if self.judge_url is None or self.judge_model is None:
+            raise SimpoError("judge_url and judge_model: name both or none")
+        endpoint = Endpoint(
+            self.judge_url, self.judge_model, self.judge_key_env, self.judge_concurrency, self.judge_timeout
+        )
+        return ChatClient(endpoint, self.cache or default_cache())
+
+    def token_prices(self) -> Prices | None:
+        """The prices of the judge's tokens, if they are known; raises :class:`SimpoError` for a negative one."""
+        return None if self.prices is None else Prices(*self.prices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSettings(ApiSettings):
+    """Judges that are models on this machine, or functions."""
+
+    judge_max_tokens: int = field(default=1024, metadata={"help": "Longest reply of the judge api, in tokens."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Type of weights (default: bfloat16 on an accelerator, float32 on a CPU)."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run a judge's function, and code that comes with models."}
+    )
+
+    def options(self) -> JudgeOptions:
+        """What the judges need in addition to their names; raises :class:`SimpoError` as :meth:`client`."""
+        return JudgeOptions(
+            self.client(),
+            self.judge_prompt,
+            self.judge_max_tokens,
+            self.dtype,
+            self.trust_remote_code,
+            self.strip_thinking,
+        )
