@@ -276,7 +276,7 @@ OTHER = [{"instruction": "What is 99 plus 99?", "output": "198."}]
         (["--judge=api", "--judge_url=https://a.invalid/v1", "--judge_model=m"], ["OPENAI_API_KEY"]),
         (["--judge=function:os:getcwd"], ["--trust_remote_code"]),
         (["--judge=human:nowhere.jsonl"], ["nowhere.jsonl"]),
-        (["--judge=exact", "--prompts=p.jsonl"], ["prompts", "have their own"]),
+        (["--judge=exact", "--prompts=p.jsonl"], ["prompts", "--prompts"]),
         (["--judge=exact", "--temperature=-1"], ["temperature"]),
         (["--judge=reward:./nowhere"], ["./nowhere"]),
     ],
@@ -291,8 +291,8 @@ def test_mistakes_end_in_one_line(answers, capsys, options, said):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda rows: rows[1:], "1 prompts are in one of them only"),
-        (lambda rows: rows[1:] + OTHER, "2 prompts are in one of them only"),
+        (lambda rows: rows[1:], "1 prompts are in"),
+        (lambda rows: rows[1:] + OTHER, "2 prompts are in"),
         (lambda rows: rows + rows[:1], "b.json[30]: prompt"),
         (lambda rows: [row | {"output": 7} for row in rows], "b.json[0]: output: expected text"),
         (lambda rows: [{"text": "x"}], "b.json[0]: no 'id'"),
@@ -351,7 +351,7 @@ def test_prompts_that_one_model_has_no_room_for_show_before_anything_is_sampled(
     options = [f"--prompts={prompts}", "--judge=exact", "--max_new_tokens=8", f"--output_dir={tmp_path / 'out'}"]
     assert main(["compare", str(models / "model"), str(tmp_path / "narrow"), *options]) == 2
     error = capsys.readouterr().err
-    assert "1 prompts are in one of them only" in error and "no room" in error and error.count("\n") == 1
+    assert "1 prompts are in" in error and "no room" in error and error.count("\n") == 1
     assert not list((tmp_path / "out").glob("[ab]"))
 
 

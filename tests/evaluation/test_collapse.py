@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from simpo.evaluation.during_training import AnswerFigures, signs_of_collapse
+from simpo.evaluation.during_training import AnswerStatistics, signs_of_collapse
 from simpo.generation.engine import Sampled
 
-GOOD = AnswerFigures(length=20.0, end_of_turn_rate=0.9, distinct_2=0.95)
+GOOD = AnswerStatistics(length=20.0, end_of_turn_rate=0.9, distinct_2=0.95)
 
 
 def test_figures_by_hand():
@@ -17,8 +17,8 @@ def test_figures_by_hand():
         Sampled([4, 5, 2], finished=True, logp=None),  # 45 52: two of two
         Sampled([2], finished=True, logp=None),  # none
     ]
-    assert AnswerFigures.of(answers) == AnswerFigures(3.0, 2 / 3, 0.75)
-    assert math.isnan(AnswerFigures.of(answers[2:]).distinct_2)
+    assert AnswerStatistics.of(answers) == AnswerStatistics(3.0, 2 / 3, 0.75)
+    assert math.isnan(AnswerStatistics.of(answers[2:]).distinct_2)
 
 
 def test_distinct_2_by_its_definition():
@@ -29,7 +29,7 @@ def test_distinct_2_by_its_definition():
         for place in range(1, len(ids)):
             if (ids[place - 1], ids[place]) not in different:
                 different.append((ids[place - 1], ids[place]))
-        found = AnswerFigures.of([Sampled(ids, finished=True, logp=None)])
+        found = AnswerStatistics.of([Sampled(ids, finished=True, logp=None)])
         assert found.distinct_2 == pytest.approx(len(different) / (len(ids) - 1))
 
 
@@ -37,16 +37,16 @@ def test_distinct_2_by_its_definition():
     ("now", "start", "expected_length", "signs"),
     [
         pytest.param(GOOD, GOOD, 20, [], id="as before"),
-        pytest.param(AnswerFigures(39, 0.5, 0.5), GOOD, 5, [], id="within all bounds"),
-        pytest.param(AnswerFigures(41, 0.9, 0.95), GOOD, 5, ["length 20 -> 41"], id="more than twice as long"),
-        pytest.param(AnswerFigures(41, 0.9, 0.95), GOOD, 25, [], id="as long as the held-out responses ask for"),
-        pytest.param(AnswerFigures(20, 0.4, 0.95), GOOD, 20, ["end_of_turn_rate 0.9 -> 0.4"], id="half do not end"),
-        pytest.param(AnswerFigures(20, 0.0, 1), AnswerFigures(20, 0.25, 1), 20, [], id="an end fewer of four"),
-        pytest.param(AnswerFigures(20, 0.9, 0.47), GOOD, 20, ["distinct_2 0.95 -> 0.47"], id="half are repeated"),
-        pytest.param(AnswerFigures(1, 1, math.nan), GOOD, 20, [], id="no two tokens"),
-        pytest.param(GOOD, AnswerFigures(64, 0.0, 0.1), 20, [], id="a start that could not answer"),
+        pytest.param(AnswerStatistics(39, 0.5, 0.5), GOOD, 5, [], id="within all bounds"),
+        pytest.param(AnswerStatistics(41, 0.9, 0.95), GOOD, 5, ["length 20 -> 41"], id="more than twice as long"),
+        pytest.param(AnswerStatistics(41, 0.9, 0.95), GOOD, 25, [], id="as long as the held-out responses ask for"),
+        pytest.param(AnswerStatistics(20, 0.4, 0.95), GOOD, 20, ["end_of_turn_rate 0.9 -> 0.4"], id="half do not end"),
+        pytest.param(AnswerStatistics(20, 0.0, 1), AnswerStatistics(20, 0.25, 1), 20, [], id="an end fewer of four"),
+        pytest.param(AnswerStatistics(20, 0.9, 0.47), GOOD, 20, ["distinct_2 0.95 -> 0.47"], id="half are repeated"),
+        pytest.param(AnswerStatistics(1, 1, math.nan), GOOD, 20, [], id="no two tokens"),
+        pytest.param(GOOD, AnswerStatistics(64, 0.0, 0.1), 20, [], id="a start that could not answer"),
         pytest.param(
-            AnswerFigures(64, 0.0, 0.05),
+            AnswerStatistics(64, 0.0, 0.05),
             GOOD,
             20,
             ["end_of_turn_rate 0.9 -> 0", "length 20 -> 64", "distinct_2 0.95 -> 0.05"],
