@@ -292,7 +292,7 @@ class Generations(RunCallback):
         return metrics
 
     def _win_rate(self, judge: Judge, answers: _Answers, step: int) -> float:
-        """Mean verdict over the prompts that have one; NaN if none has. A judge that fails does not end the training."""
+        """Mean verdict over the prompts that have one; NaN if none has. A judge that fails does not end training."""
         try:
             verdicts = judge.compare(self._pairs(answers.texts, self._start.texts))
         except SimpoError as error:
