@@ -97,7 +97,7 @@ def test_a_full_context_is_said(talk):
 
 
 def test_a_model_cannot_steer_the_terminal(talk, monkeypatch):
-    decode = "simpo.generation.engine.ResponseText.decode"
+    decode = "simpo.generation.responses.ResponseText.decode"
     monkeypatch.setattr(decode, lambda self, prompt, ids: "\x1b[2Jred\tone\r"[: len(ids)])
     _, out, _ = talk("Which colour is grass?")
     assert "\\x1b[2Jred    one\\r\n" in out and "\x1b" not in out and "\r" not in out

@@ -239,7 +239,7 @@ def test_too_little_memory(world, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("simpo.generation.engine.TransformersEngine.generate", exhaust)
     assert main(command(world, tmp_path / "out")) == 2
-    assert "chunk_size: 6 answers at once do not fit the memory" in capsys.readouterr().err
+    assert "chunk_size: 6 answers" in capsys.readouterr().err
 
 
 def test_a_folder_of_another_command(world, tmp_path, capsys):

@@ -1,7 +1,7 @@
 import pytest
 
 from simpo.generation.engine import Sampled
-from simpo.generation.sample import response_metrics
+from simpo.generation.responses import response_metrics
 
 SAMPLES = [[Sampled([5] * 4, True, -1.0), Sampled([5] * 6, False, -2.0)], [Sampled([7] * 1, True, -1.0)] * 2]
 

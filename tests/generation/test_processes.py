@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from simpo import SimpoError, cli
-from simpo.generation.chunks import Processes
 from simpo.generation.engine import TransformersEngine
+from simpo.generation.processes import Processes
 
 # A run from the beginning, one that a single process began, and one in which process 1 meets a mistake.
 SCRIPT = """
 import os, sys
 from simpo import SimpoError, cli
-from simpo.generation import generate
+from simpo.generation import engine
 
 rank, folder, options = os.environ["RANK"], sys.argv[1], sys.argv[2:]
-calls, answer = [], generate.TransformersEngine.generate
+calls, answer = [], engine.TransformersEngine.generate
 
 def counted(self, *args):
     calls.append(1)
@@ -30,7 +30,7 @@ def counted(self, *args):
         raise SimpoError("planted: the mistake of one process")
     return answer(self, *args)
 
-generate.TransformersEngine.generate = counted
+engine.TransformersEngine.generate = counted
 for name, sabotaged in (("together", False), ("begun", False), ("failing", True)):
     calls.clear()
     code = cli.main([*options, f"--output_dir={folder}/{name}"])
@@ -94,7 +94,7 @@ def test_two_processes_write_what_one_does(chat_world, alone, tmp_path, monkeypa
         assert f"process {rank}: together ended with 0 after 6 chunks" in said, done.stderr
     assert "process 0: begun ended with 0 after 4 chunks" in said
     assert "process 1: begun ended with 0 after 3 chunks" in said
-    assert said.count("continuing: 20 of 48 responses are there") == 1
+    assert said.count("continuing: 20 of 48 responses") == 1
     assert said.count(f"responses: {tmp_path}/together/responses.jsonl") == 1  # by one process
     assert bytes_of(tmp_path / "together") == bytes_of(tmp_path / "begun") == bytes_of(alone)
     assert not list((tmp_path / "together").glob(".chunks-*"))
@@ -109,7 +109,7 @@ def test_two_processes_write_what_one_does(chat_world, alone, tmp_path, monkeypa
 
 
 def test_vllm_shares_nothing(chat_world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("simpo.generation.sample.joined_processes", lambda: Processes(0, 2))
+    monkeypatch.setattr("simpo.generation.sample.Processes.join", lambda: Processes(0, 2))
     assert cli.main(options(chat_world, engine="vllm", output_dir=tmp_path / "out")) == 2
     assert "engine: vllm takes all GPUs from one process" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

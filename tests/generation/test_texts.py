@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from simpo.generation.engine import ResponseText
+from simpo.generation.responses import ResponseText
 from simpo.world.pairs import make_tokenizer
 
 SPACED = (

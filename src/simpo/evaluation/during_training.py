@@ -23,8 +23,9 @@ from simpo.client import ChatClient, Endpoint, confirm_cost, stand_in
 from simpo.client.cache import default_cache
 from simpo.data.prompts import Prompt, prepare_prompts
 from simpo.errors import SimpoError
-from simpo.generation.chunks import gather, missing_chunks, read_samples, response_texts, sample_chunks, write_responses
+from simpo.generation.chunks import gather, missing_chunks, sample_chunks
 from simpo.generation.engine import Sampled, TransformersEngine
+from simpo.generation.responses import read_samples, response_texts, write_responses
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.protocol import Judge, Pair
 from simpo.judging.registry import ANNOTATORS, JudgeOptions, check_judges_anew, make_judge

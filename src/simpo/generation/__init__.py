@@ -1,1 +1,1 @@
-"""Prompts to responses: engines, reproducible chunks, and the workflow of simpo sample."""
+"""Sampling engines, reproducible chunks of responses, and the workflow of simpo sample."""

@@ -1,4 +1,4 @@
-"""A conversation with a model, its answers shown while they are generated."""
+"""A conversation with a model whose answers are shown while they are generated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from simpo.data.messages import Message
 from simpo.data.settings import RenderSettings
 from simpo.data.templates import Renderer
 from simpo.errors import SimpoError
-from simpo.generation.engine import ResponseText, TransformersEngine
+from simpo.generation.engine import TransformersEngine
+from simpo.generation.responses import ResponseText
 from simpo.generation.settings import SamplingSettings
 from simpo.models.checkpoint import Checkpoint
 from simpo.models.loading import load_tokenizer
@@ -26,17 +27,14 @@ from simpo.models.settings import ModelArguments
 
 Write = Callable[[str], None]
 
-# What a decoder makes of bytes that are not yet a whole character.
-_INCOMPLETE = "\ufffd"
-
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of a message.
+    """The outcome of a message.
 
     Attributes:
-        text: the answer, which is part of the conversation now; None if the message could not be answered.
-        note: why it is not whole, in words; None if the model ended it.
+        text: the answer, which is now part of the conversation; None if the message could not be answered.
+        note: why the answer is incomplete; None if the model ended it.
     """
 
     text: str | None
@@ -51,17 +49,17 @@ def load_conversation(
     system: str | None = None,
     rendering: RenderSettings | None = None,
 ) -> Conversation:
-    """A conversation with a model on disk or on the hub.
+    """Start a conversation with a model on disk or on the hub.
 
     Args:
-        model: which.
-        settings: how answers are drawn.
-        chat_template: instead of the tokenizer's own; a template or the path of a file with one.
+        model: the model.
+        settings: how answers are sampled.
+        chat_template: replaces the tokenizer's own; a template or the path of a file with one.
         system: see :class:`Conversation`.
         rendering: how the conversation is rendered.
 
     Raises:
-        SimpoError: there is no such model, it has no chat template, or nothing ends its turns.
+        SimpoError: there is no such model, it has no chat template, or no token ends its turns.
     """
     name = model.model_name_or_path
     tokenizer = load_tokenizer(name, model, chat_template=chat_template)
@@ -79,8 +77,8 @@ class Conversation:
     Args:
         engine: the model.
         tokenizer: its tokenizer, with a chat template.
-        settings: how answers are drawn; resolved ones.
-        context: positions that the model has; None if it has no bound.
+        settings: how answers are sampled; resolved settings.
+        context: positions that the model has; None if unlimited.
         system: the system message that every conversation starts with.
         rendering: how the conversation is rendered.
     """
@@ -111,14 +109,15 @@ class Conversation:
 
         Args:
             text: the user's message.
-            write: gets the answer piece by piece.
-            stopped: asked after every token; the answer ends there if it says so.
+            write: receives the answer piece by piece.
+            stopped: called after every token; the answer ends there if it returns True.
 
         Raises:
             BadRow: the chat template refuses the conversation.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = self._prompt_ids(messages)
+        rendered = self._renderer.render(Comparison(messages, (), "the conversation"))
+        prompt = self._encoder.one_bos(self._encoder.encode_groups([rendered])[0][0])
         settings, full = self._settings, ""
         if self._context is not None:
             full = f"the model's context of {self._context:,} tokens is full; /reset starts a new conversation"
@@ -126,12 +125,11 @@ class Conversation:
             if room < 1:
                 return Reply(None, full)
             settings = dataclasses.replace(settings, max_new_tokens=min(room, self._settings.max_new_tokens or room))
-        streamer = _Streamer(lambda ids: self._decoder.decode(prompt, ids), write)
         sampled = self._engine.stream(
             prompt,
             settings,
             secrets.randbits(63),
-            streamer=streamer,
+            streamer=_Streamer(lambda ids: self._decoder.decode(prompt, ids), write),
             stopping_criteria=StoppingCriteriaList([_Stop(stopped)]),
         )
         reply = self._decoder.decode(prompt, sampled.ids)
@@ -143,31 +141,31 @@ class Conversation:
         limit = settings.max_new_tokens
         return Reply(reply, full if limit != self._settings.max_new_tokens else f"stopped at max_new_tokens {limit:,}")
 
-    def _prompt_ids(self, messages: list[Message]) -> list[int]:
-        rendered = self._renderer.render(Comparison(messages, (), "the conversation"))
-        return self._encoder.one_bos(self._encoder.encode_groups([rendered])[0][0])
-
 
 class _Streamer(BaseStreamer):
-    """Hands on the text of an answer as far as no later token can change it."""
+    """Writes the text of an answer as far as no later token can change it.
+
+    transformers' own TextStreamer decodes every line by itself, without the prompt and with all special tokens or none:
+    it would lose spaces at the start of a line, or marks of thinking.
+    """
 
     def __init__(self, decode: Callable[[list[int]], str], write: Write) -> None:
         self._decode, self._write = decode, write
-        self._ids: list[int] | None = None  # None until the prompt has gone by
+        self._ids: list[int] | None = None  # None until the prompt has been passed
         self._shown = 0
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, then one token after the other."""
+        """Receive the prompt, then one token at a time."""
         if self._ids is None:
             self._ids = []
             return
         self._ids += value.flatten().tolist()
         text = self._decode(self._ids)
-        if not text.endswith(_INCOMPLETE):
+        if not text.endswith("\ufffd"):  # the decoder's sign for bytes that are not yet a character
             self._show(text)
 
     def end(self) -> None:
-        """Show what is left."""
+        """Write the rest."""
         self._show(self._decode(self._ids or []))
 
     def _show(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The protocol of sampling engines, texts of token ids, and the engine on transformers' ``generate``."""
+"""The interface of sampling engines, and the engine on transformers' ``generate``."""
 
 from __future__ import annotations
 
@@ -17,25 +17,34 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from simpo.data.templates import end_of_turn
 from simpo.generation.settings import SamplingSettings, derived_seed
-from simpo.generation.thinking import marks_thinking
 from simpo.packing.model import causal_lm, prepare_policy, state_of
 from simpo.packing.selfcheck import computes_in, rounding_tolerance
 
-# ---- What generates: prompts as token ids in, sampled token ids out.
+logger = logging.getLogger(__name__)
+
+# Keys of a checkpoint's generation configuration that the settings replace or that do not change what is sampled.
+_HARMLESS_KEYS = {
+    *("do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("cache_implementation", "trust_remote_code"),
+}
+
+# Which prompts share a batch: all, those of equal length, or none.
+Batching = Literal["all", "equal", "none"]
 
 
 class Sampled(NamedTuple):
     """One sampled response.
 
     Attributes:
-        ids: its tokens, the one that ended it included.
-        finished: whether it ended; False where ``max_new_tokens`` was hit.
-        logp: sum over ``ids`` of the model's own log-probability (temperature 1, nothing left out), in nats; None where
-            it was not asked for.
+        ids: its tokens, including the one that ended it.
+        finished: whether it ended; False if ``max_new_tokens`` was reached.
+        logp: sum over ``ids`` of the model's own log-probabilities (temperature 1, no token excluded), in nats; None
+            if it was not computed.
     """
 
     ids: list[int]
@@ -44,15 +53,15 @@ class Sampled(NamedTuple):
 
 
 class Engine(Protocol):
-    """A model that can be sampled from."""
+    """A model to sample from, in memory or in an inference engine."""
 
     def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
-        """One response to every prompt, in their order.
+        """One response to every prompt, in the order of the prompts.
 
         Args:
-            prompts: token ids, BOS and assistant header included; the same prompt may occur several times.
-            settings: resolved ones.
-            seed: with the prompts and the settings, determines the responses.
+            prompts: token ids, with BOS and assistant header; the same prompt may occur several times.
+            settings: resolved settings.
+            seed: together with prompts and settings, determines the responses.
         """
         ...
 
@@ -61,7 +70,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationCo
     """The tokens that end a response: the template's end of turn, EOS, and those that the checkpoint names.
 
     Raises:
-        SimpoError: as :func:`simpo.data.templates.end_of_turn`.
+        SimpoError: see :func:`simpo.data.templates.end_of_turn`.
     """
     named = getattr(generation_config, "eos_token_id", None)
     found = {end_of_turn(tokenizer).token_id, tokenizer.eos_token_id}
@@ -69,70 +78,49 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationCo
     return sorted(token_id for token_id in found if token_id is not None)
 
 
-logger = logging.getLogger(__name__)
-
-
-# Keys of a checkpoint's generation configuration that the settings replace or that do not change what is sampled.
-_OURS = {"do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens"}
-
-
-_OURS |= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache"}
-
-
-_OURS |= {"output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"}
-
-
-_OURS |= {"cache_implementation", "trust_remote_code"}
-
-
-# Which prompts are generated from together: all, those of equal length, or none.
-Together = Literal["all", "equal", "none"]
-
-
 class TransformersEngine:
-    """Samples from a model in memory, trained or not; the model is left as it was.
+    """Samples from a model in memory, also one in training, and leaves it as it was.
 
     Args:
-        model: a causal language model of transformers, possibly with a peft adapter; also one in training.
+        model: a causal language model of transformers, possibly with a peft adapter.
         tokenizer: its tokenizer, with the chat template whose end-of-turn token ends a response.
 
     Raises:
-        SimpoError: nothing ends a response.
+        SimpoError: no token ends a response.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self._tokenizer = tokenizer
-        self._together: Together | None = None
+        self._batching: Batching | None = None
         self._reported = False
-        self._border = _border(model)
+        self._padding_limit = _padding_limit(model)
         self.stop_ids = stop_ids(tokenizer, model.generation_config)
         self._pad_id = self.stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         if ignored := ignored_settings(model.generation_config):
             logger.warning("the checkpoint's generation settings are not used: %s", ", ".join(ignored))
 
     def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
-        """One response to every prompt; see :class:`simpo.generation.engine.Engine`.
+        """One response to every prompt; see :class:`Engine`.
 
-        The responses are those of every prompt by itself: where padding or other prompts would change them, prompts of
-        equal length are generated from together, or each alone, which is checked once and reported.
+        Every response is the one that its prompt alone would get. Where padding or other prompts would change it, which
+        is checked once and reported, a batch has prompts of equal length, or one prompt.
         """
         assert settings.max_new_tokens is not None
         groups = self._groups([len(prompt) for prompt in prompts], settings.max_new_tokens)
         found: list[Sampled] = [Sampled([], False, None)] * len(prompts)
         for number, group in enumerate(groups):
-            own = seed if len(groups) == 1 else derived_seed(seed, number)
-            for place, sampled in zip(group, self._generate([prompts[i] for i in group], settings, own), strict=True):
-                found[place] = sampled
+            own_seed = seed if len(groups) == 1 else derived_seed(seed, number)
+            new, logps = self._recorded([prompts[index] for index in group], settings, own_seed)
+            for index, row, row_logps in zip(group, new.tolist(), logps.tolist(), strict=True):
+                ids, finished = self._until_stop(row)
+                found[index] = Sampled(ids, finished, sum(row_logps[: len(ids)]))
         return found
 
-    def _generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
-        new, logps = self._recorded(prompts, settings, seed)
-        ended = [self._until_stop(ids) for ids in new.tolist()]
-        return [
-            Sampled(ids, finished, sum(row[: len(ids)]))
-            for (ids, finished), row in zip(ended, logps.tolist(), strict=True)
-        ]
+    def stream(self, prompt: list[int], settings: SamplingSettings, seed: int, **options: Any) -> Sampled:
+        """One response, without its log-probability; ``options`` are ``streamer`` and ``stopping_criteria``."""
+        new = self._new_tokens([prompt], settings, seed, **options)
+        return Sampled(*self._until_stop(new[0].tolist()), logp=None)
 
     def _recorded(
         self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int, *processors: LogitsProcessor
@@ -143,34 +131,64 @@ class TransformersEngine:
         new = self._new_tokens(prompts, settings, seed, logits_processor=processing)
         return new, recorder.finish(new)
 
-    # ---- which prompts are generated from together ----
+    def _new_tokens(
+        self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int, **options: Any
+    ) -> Tensor:
+        """``[B, N]`` the tokens after the prompts, with padding at the end."""
+        device = next(self.model.parameters()).device
+        ids, mask = left_padded(prompts, self._pad_id)
+        drawn: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+        configuration = GenerationConfig(
+            do_sample=not settings.greedy,
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=self.stop_ids,
+            pad_token_id=self._pad_id,
+            **({} if settings.greedy else drawn),
+        )
+        with _sampling_mode(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            if getattr(causal_lm(self.model), "_is_stateful", False):
+                # Some recurrent models keep the state of the last answer in their modules; this resets it.
+                with torch.no_grad():
+                    self.model(input_ids=ids[:1, -1:].to(device), use_cache=False)
+            found = self.model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=configuration, **options
+            )
+        return found[:, ids.shape[1] :].cpu()
+
+    def _until_stop(self, ids: list[int]) -> tuple[list[int], bool]:
+        """A row up to and including the token that ended it, and whether there is one."""
+        end = next((number for number, token_id in enumerate(ids, start=1) if token_id in self.stop_ids), None)
+        return ids[:end], end is not None
+
+    # ---- which prompts share a batch ----
 
     def _groups(self, lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
-        """Numbers of the prompts with these ``lengths`` that are generated from together."""
+        """The indices of the prompts of every batch."""
         if len(lengths) == 1:
             return [[0]]
-        if self._together is None:
-            self._together, reason = self._check()
-            self._report(self._together, reason)
-        if self._together == "none":
-            return [[number] for number in range(len(lengths))]
+        if self._batching is None:
+            self._batching, reason = self._check_batching()
+            self._report(self._batching, reason)
+        if self._batching == "none":
+            return [[index] for index in range(len(lengths))]
         reach, kinds = max(lengths) + max_new_tokens, sorted(set(lengths))
-        if self._together == "equal" or (reach > self._border and len(kinds) > 1):
-            self._report("equal", f"beyond {self._border} tokens its attention depends on padding")
-            return [[n for n, size in enumerate(lengths) if size == length] for length in kinds]
+        if self._batching == "equal" or (reach > self._padding_limit and len(kinds) > 1):
+            self._report("equal", f"beyond {self._padding_limit} tokens its attention depends on padding")
+            return [[index for index, size in enumerate(lengths) if size == length] for length in kinds]
         return [list(range(len(lengths)))]
 
-    def _report(self, together: Together, reason: str) -> None:
-        """Say once why prompts are not all generated from together."""
-        if together != "all" and not self._reported:
-            how = "in groups of equal length" if together == "equal" else "one at a time"
+    def _report(self, batching: Batching, reason: str) -> None:
+        """Log once why not all prompts share a batch."""
+        if batching != "all" and not self._reported:
+            how = "in groups of equal length" if batching == "equal" else "one at a time"
             logger.warning("%s: %s: prompts are generated from %s", type(causal_lm(self.model)).__name__, reason, how)
             self._reported = True
 
-    def _check(self) -> tuple[Together, str]:
-        """Compare generation for several prompts with that for each alone: which prompts can go together, and why.
+    def _check_batching(self) -> tuple[Batching, str]:
+        """Compare the log-probabilities of a batch with those of each prompt alone.
 
-        The prompts are made up, so that the answer is the same for every part of a run.
+        The prompts are random tokens with a fixed seed, so that the outcome is the same for every part of a run.
         """
         config = causal_lm(self.model).config.get_text_config()
         context = getattr(config, "max_position_embeddings", None) or 128
@@ -188,6 +206,7 @@ class TransformersEngine:
 
         alone = torch.cat([logps([prompt]) for prompt in prompts])
         dtype = computes_in(self.model)
+        # Two prompts of equal length need no padding: what differs is rounding, unless other prompts matter.
         rounding = (logps(prompts[:2]) - alone[:2]).abs().max().item()
         if not rounding <= min(1.0, 100 * rounding_tolerance(0.0, dtype)):
             return "none", f"other prompts in a batch change its log-probabilities by {rounding:.2g}"
@@ -196,76 +215,30 @@ class TransformersEngine:
             return "equal", f"padding changes its log-probabilities by {padded:.2g}"
         return "all", ""
 
-    def stream(self, prompt: list[int], settings: SamplingSettings, seed: int, **options: Any) -> Sampled:
-        """One response without its log-probability, while it is generated.
 
-        Args:
-            prompt: token ids.
-            settings: resolved ones.
-            seed: as in :meth:`generate`.
-            options: ``streamer`` and ``stopping_criteria`` of transformers' ``generate``.
-        """
-        new = self._new_tokens([prompt], settings, seed, **options)
-        return Sampled(*self._until_stop(new[0].tolist()), logp=None)
-
-    def _new_tokens(
-        self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int, **options: Any
-    ) -> Tensor:
-        """``[B, N]`` what follows the prompts, filled up with padding."""
-        device = next(self.model.parameters()).device
-        ids, mask = left_padded(prompts, self._pad_id)
-        with _sampling_mode(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            if getattr(causal_lm(self.model), "_is_stateful", False):
-                with torch.no_grad():  # without a cache, so that a state left in its modules by an answer is dropped
-                    self.model(input_ids=ids[:1, -1:].to(device), use_cache=False)
-            found = self.model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=self._configuration(settings),
-                **options,
-            )
-        return found[:, ids.shape[1] :].cpu()
-
-    def _configuration(self, settings: SamplingSettings) -> GenerationConfig:
-        drawn: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-        return GenerationConfig(
-            do_sample=not settings.greedy,
-            max_new_tokens=settings.max_new_tokens,
-            eos_token_id=self.stop_ids,
-            pad_token_id=self._pad_id,
-            **({} if settings.greedy else drawn),
-        )
-
-    def _until_stop(self, ids: list[int]) -> tuple[list[int], bool]:
-        """A row up to and with the token that ended it, and whether there is one."""
-        end = next((place for place, token_id in enumerate(ids, start=1) if token_id in self.stop_ids), None)
-        return ids[:end], end is not None
-
-
-def _border(model: PreTrainedModel) -> float:
-    """Tokens up to which padding changes nothing by the configuration; what no check of short prompts would show.
+def _padding_limit(model: PreTrainedModel) -> float:
+    """Tokens up to which padding changes nothing, by the configuration; a check with short prompts would not show it.
 
     Beyond it, rotary frequencies depend on the length, for which some models discard their cache, or chunks of
     attention start where the padding puts them.
     """
     rule = state_of(prepare_policy(model)).lengths
     config = causal_lm(model).config.get_text_config()
-    borders = [getattr(config, "attention_chunk_size", None), getattr(config, "floor_scale", None)]
+    limits = [getattr(config, "attention_chunk_size", None), getattr(config, "floor_scale", None)]
     if rule is not None:
-        borders += [*rule.borders, rule.growth, getattr(config, "original_max_position_embeddings", None)]
-    return min((border for border in borders if border), default=float("inf"))
+        limits += [*rule.borders, rule.growth, getattr(config, "original_max_position_embeddings", None)]
+    return min((limit for limit in limits if limit), default=float("inf"))
 
 
 def ignored_settings(generation_config: GenerationConfig | None) -> list[str]:
-    """Settings of a checkpoint that would change what is sampled and are not taken over, as ``key value``."""
+    """Settings of a checkpoint that would change what is sampled but are not used, as ``key value``."""
     if generation_config is None:
         return []
-    return [f"{key} {value}" for key, value in generation_config.to_diff_dict().items() if key not in _OURS]
+    return [f"{key} {value}" for key, value in generation_config.to_diff_dict().items() if key not in _HARMLESS_KEYS]
 
 
 def left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """``[B, L]`` ids that end together, and the mask that is 0 on the padding before them."""
+    """``[B, L]`` token ids with padding on the left, and the mask that is 0 there."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros_like(ids)
@@ -277,7 +250,7 @@ def left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tens
 
 @contextmanager
 def _sampling_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and none of the model's own generation settings, which ``generate`` would merge into ours."""
+    """Evaluation mode, without the model's own generation settings, which ``generate`` would merge into ours."""
     owners = {id(owner): owner for owner in (model, causal_lm(model))}.values()
     kept = [owner.generation_config for owner in owners]
     training = model.training
@@ -293,9 +266,9 @@ def _sampling_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Recorder(LogitsProcessor):
-    """Keeps the log-probability of every token that was drawn, and of all others for one step only.
+    """Keeps the log-probability of every drawn token, and those of the whole vocabulary for one step only.
 
-    ``generate`` calls processors that it is given before temperature, top-k and top-p, so the scores are the model's.
+    ``generate`` calls given processors before temperature, top-k and top-p, so the scores are the model's own.
     """
 
     def __init__(self) -> None:
@@ -309,7 +282,7 @@ class _Recorder(LogitsProcessor):
         return scores
 
     def finish(self, new: Tensor) -> Tensor:
-        """``[B, N]`` log-probabilities of the tokens ``new``; ``generate`` may have run a step further."""
+        """``[B, N]`` log-probabilities of the tokens ``new``; ``generate`` may have run one step further."""
         if len(self._chosen) < new.shape[1]:
             self._choose(new[:, -1])
         return torch.stack(self._chosen[: new.shape[1]], dim=1).cpu()
@@ -320,7 +293,7 @@ class _Recorder(LogitsProcessor):
 
 
 class _Forced(LogitsProcessor):
-    """Makes every row continue with the same tokens, one after the other."""
+    """Makes every row continue with the same tokens."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = iter(tokens)
@@ -329,50 +302,3 @@ class _Forced(LogitsProcessor):
         forced = torch.full_like(scores, float("-inf"))
         forced[:, next(self._tokens)] = 0
         return forced
-
-
-# ---- Sampled token ids to the text that the model meant as its message.
-
-
-# Ids of the prompt that decoding needs to treat what follows them as a continuation.
-_CONTEXT = 8
-
-
-_SENTINEL = "\ue000response\ue000"
-
-
-class ResponseText:
-    """Decodes responses of one tokenizer.
-
-    Special tokens are left out, except for those that mark thinking, which could not be told from the answer without
-    them. So is the white space that the chat template itself writes before and after a
-    message: rendered with the template, the text gives the sampled tokens again.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        end = end_of_turn(tokenizer)
-        special = {one for one in tokenizer.all_special_ids if not marks_thinking(tokenizer.convert_ids_to_tokens(one))}
-        self._special = special | {end.token_id}
-        self._before, self._after = _written_before(tokenizer), end.kept
-
-    def decode(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """Text of the response ``ids`` to ``prompt``."""
-        # In its context, because a decoder may strip the space that a text starts with.
-        context = list(prompt[-_CONTEXT:])
-        kept = [token_id for token_id in ids if token_id not in self._special]
-        text = self._text(context + kept)[len(self._text(context)) :]
-        return text.removeprefix(self._before).removesuffix(self._after)
-
-    def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def _written_before(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template writes between the prompt that generation is fed and the assistant's message."""
-    if not tokenizer.chat_template:
-        return ""
-    user = {"role": "user", "content": "user"}
-    prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([user, {"role": "assistant", "content": _SENTINEL}], tokenize=False)
-    return whole.removeprefix(prompt).partition(_SENTINEL)[0] if whole.startswith(prompt) else ""

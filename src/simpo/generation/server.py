@@ -1,11 +1,10 @@
-"""Sampling from a model behind an OpenAI-compatible server: texts only, and nothing is asked twice."""
+"""Responses of a model behind an OpenAI-compatible server: texts only, each requested once."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, confirm_cost
 from simpo.data.formats import PlainPrompt, read_prompts
@@ -21,7 +20,7 @@ from simpo.runs.results import Metric, fingerprint
 from simpo.runs.signals import stoppable
 from simpo.statistics import proportion_interval
 
-_SEEDS = 1 << 31  # as far as all servers count
+_SEEDS = 1 << 31  # all servers accept seeds below this
 
 
 def sample_from_server(
@@ -33,32 +32,39 @@ def sample_from_server(
     yes: bool = False,
     argv: Sequence[str] = (),
 ) -> Path:
-    """Ask for answers to prompts and write ``responses.jsonl`` and ``results.json``.
+    """Request answers to prompts and write ``responses.jsonl`` and ``results.json``.
 
-    Every reply is kept as soon as it has come, so that the same call, after a failure or a kill, asks for what is
+    Every reply is stored when it is received, so the same call, after a failure or a kill, requests only what is
     missing. Rows have neither token ids nor log-probabilities; the server applies its own chat template.
 
     Args:
         endpoint: the model.
-        source: what is asked.
-        settings: how answers are drawn; each has a seed of its own, made from theirs, the prompt and its number.
+        source: where the prompts come from.
+        settings: how answers are sampled; each answer's seed is derived from theirs, the prompt and its number.
         folder: the run's folder.
-        yes: whether the user agrees beforehand to what is sent.
+        yes: whether the user has agreed to the cost in advance.
         argv: the command line after the command's name, for the record.
 
     Returns:
         The path of ``results.json``.
 
     Raises:
-        SimpoError: something that the user gave cannot be used, the user does not agree, or the server refuses.
-        InterruptedRun: the user stopped it; what was received is kept.
+        SimpoError: an argument cannot be used, the user does not agree, or the server refuses.
+        InterruptedRun: the user stopped the run; replies so far are kept.
     """
-    _check_supported(source, settings)
+    if source.chat_template is not None:
+        raise SimpoError("chat_template: a server applies its own; leave it out")
+    if source.rendering != RenderSettings():
+        raise SimpoError("chat_template_kwargs, system_message: a server renders prompts itself; leave them out")
+    if settings.top_k:
+        raise SimpoError("top_k: OpenAI-compatible servers have none; leave it out or use another engine")
     settings = settings.resolved(context=None, chunk_size=1)
     with stoppable(), RunFolder(folder, command="sample") as run:
         endpoint.api_key()
         prompts, report = read_prompts(source.rows())
-        _check_sendable(prompts)
+        if unsent := next((prompt for prompt in prompts if prompt.context.columns), None):
+            name = next(iter(unsent.context.columns))
+            raise SimpoError(f"{unsent.where}: engine server does not send {name}; use another engine, or leave it out")
         for line in [f"model: {endpoint.model} at {endpoint.base_url}", *report.lines()]:
             run.log(line)
         identity = {
@@ -66,10 +72,10 @@ def sample_from_server(
             **dataclasses.asdict(settings),
         }
         run.begin(identity, argv=argv)
-        kept = folder / ".replies"
+        cache = folder / ".replies"
 
         def ask() -> list[Metric]:
-            client = ChatClient(endpoint, kept, exact_temperature=True)
+            client = ChatClient(endpoint, cache, exact_temperature=True)
             requests = [_request(prompt, number, settings) for prompt in prompts for number in range(settings.n)]
             confirm_cost(client.estimate(requests), yes=yes, log=run.log)
             replies = client.complete(requests, log=run.log)
@@ -79,30 +85,18 @@ def sample_from_server(
                     f"note: {empty:,} answers are empty: the server refused or filtered them, or gave only reasoning"
                 )
             groups = [replies[start : start + settings.n] for start in range(0, len(replies), settings.n)]
-            write_lines(folder / FILE_NAME, map(_row, prompts, groups))
-            return [Metric(*figure) for figure in report.metrics()] + _metrics(groups)
+            _write_rows(folder / FILE_NAME, prompts, groups)
+            ended = sum(not reply.cut_off for reply in replies)
+            return [
+                *(Metric(*one) for one in report.metrics()),
+                *diversity_metrics("sample", [AnswerSet([reply.text for reply in group]) for group in groups]),
+                Metric.of("sample/ended", proportion_interval(ended, len(replies))),
+            ]
 
         results = run.complete(ask)
-        if kept.exists():
-            remove_folder(kept)
+        if cache.exists():
+            remove_folder(cache)
     return results
-
-
-def _check_supported(source: PromptArguments, settings: SamplingSettings) -> None:
-    """Raise :class:`SimpoError` for a setting that a server does not take."""
-    if source.chat_template is not None:
-        raise SimpoError("chat_template: a server applies its own; leave it out")
-    if source.rendering != RenderSettings():
-        raise SimpoError("chat_template_kwargs, system_message: a server renders prompts itself; leave them out")
-    if settings.top_k:
-        raise SimpoError("top_k: OpenAI-compatible servers have none; leave it out or use another engine")
-
-
-def _check_sendable(prompts: Sequence[PlainPrompt]) -> None:
-    """Raise :class:`SimpoError` for a prompt with tools or template variables, which are not sent."""
-    if unsent := next((prompt for prompt in prompts if prompt.context.columns), None):
-        name = next(iter(unsent.context.columns))
-        raise SimpoError(f"{unsent.where}: engine server does not send {name}; use another engine, or leave it out")
 
 
 def _request(prompt: PlainPrompt, number: int, settings: SamplingSettings) -> ChatRequest:
@@ -117,21 +111,18 @@ def _request(prompt: PlainPrompt, number: int, settings: SamplingSettings) -> Ch
     )
 
 
-def _row(prompt: PlainPrompt, replies: Sequence[ChatReply]) -> dict[str, Any]:
-    return {
-        "id": prompt.id,
-        "prompt": prompt.content,
-        "responses": [reply.text for reply in replies],
-        "finished": [not reply.cut_off for reply in replies],
-        "where": prompt.where,
-        "extra": prompt.extra,
-    }
-
-
-def _metrics(groups: Sequence[Sequence[ChatReply]]) -> list[Metric]:
-    ended = [not reply.cut_off for replies in groups for reply in replies]
-    share = proportion_interval(sum(ended), len(ended))
-    return [
-        *diversity_metrics("sample", [AnswerSet([reply.text for reply in replies]) for replies in groups]),
-        Metric.of("sample/ended", share),
-    ]
+def _write_rows(path: Path, prompts: Sequence[PlainPrompt], groups: Sequence[Sequence[ChatReply]]) -> None:
+    write_lines(
+        path,
+        [
+            {
+                "id": prompt.id,
+                "prompt": prompt.content,
+                "responses": [reply.text for reply in replies],
+                "finished": [not reply.cut_off for reply in replies],
+                "where": prompt.where,
+                "extra": prompt.extra,
+            }
+            for prompt, replies in zip(prompts, groups, strict=True)
+        ],
+    )

@@ -12,12 +12,12 @@ import yaml
 
 from simpo.errors import SimpoError
 
-_MOST_NEW_TOKENS = 2048
+_LONGEST_BY_DEFAULT = 2048  # tokens
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Sampling as in the paper, unless told otherwise.
+    """Sampling with the paper's temperature and top_p by default.
 
     Raises:
         SimpoError: a value out of its bounds, or several greedy answers to a prompt; names the key.
@@ -55,23 +55,23 @@ class SamplingSettings:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is drawn."""
+        """Whether the likeliest token is always taken."""
         return self.temperature == 0
 
     def resolved(self, *, context: int | None, chunk_size: int) -> Self:
-        """The settings with nothing left open.
+        """The settings with ``max_new_tokens`` and ``chunk_size`` filled in.
 
         Args:
-            context: positions that the model has; None if it has no bound. Half of them are left to the prompts
-                where ``max_new_tokens`` is not given.
-            chunk_size: what None stands for.
+            context: positions that the model has; None if unlimited. Unless ``max_new_tokens`` is given, half of them
+                are left to the prompts.
+            chunk_size: the default for this engine.
 
         Raises:
             SimpoError: ``max_new_tokens`` leaves no room for a prompt.
         """
         longest = self.max_new_tokens
         if longest is None:
-            longest = _MOST_NEW_TOKENS if context is None else max(1, min(_MOST_NEW_TOKENS, context // 2))
+            longest = _LONGEST_BY_DEFAULT if context is None else max(1, min(_LONGEST_BY_DEFAULT, context // 2))
         elif context is not None and longest >= context:
             raise SimpoError(
                 f"max_new_tokens: {longest} leave no room for a prompt in the model's context of {context} tokens; "
@@ -116,6 +116,6 @@ class VllmSettings:
 
 
 def derived_seed(seed: int, *numbers: int) -> int:
-    """A seed of 63 bits for one part of what ``seed`` determines; it does not depend on what was drawn before."""
+    """A 63-bit seed for one part of a run, which does not depend on what was drawn before it."""
     text = ":".join(map(str, (seed, *numbers)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

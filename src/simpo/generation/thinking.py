@@ -1,6 +1,6 @@
-"""Reasoning that a model writes before its answer: ``<think>`` blocks, and their counterparts in other model families.
+"""Reasoning that a model writes before its answer: ``<think>`` blocks, and their equivalents in other model families.
 
-A server with a reasoning parser removes it from the message. Others leave it in, and so does sampling.
+A server with a reasoning parser removes it from the message. Other servers, and sampling, leave it in.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 _NAMES = ("think", "thinking", "thought", "reasoning", "seed:think")
-# Where thinking begins and where it ends, without groups of their own.
+# Patterns for the beginning and the end of thinking; they contain no groups, because they are combined below.
 _PAIRS = (
     *((rf"(?i:<{name}\s*>)", rf"(?i:</{name}\s*>)") for name in _NAMES),
     (r"\[THINK\]", r"\[/THINK\]"),
@@ -16,7 +16,7 @@ _PAIRS = (
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
     (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
     (r"<\|channel>thought", r"<channel\|>"),
-    # The channels of gpt-oss, and what is left of them where a decoder has dropped the special tokens.
+    # The channels of gpt-oss, and what remains of them after a decoder has dropped the special tokens.
     (
         r"(?:<\|start\|>assistant)?<\|channel\|>(?:analysis|commentary)(?:(?!<\|message\|>).)*<\|message\|>",
         r"(?:<\|start\|>assistant)?<\|channel\|>final(?:(?!<\|message\|>).)*<\|message\|>",
@@ -27,15 +27,15 @@ _MARKS = re.compile(
     "|".join(f"(?P<open{i}>{begin})|(?P<close{i}>{end})" for i, (begin, end) in enumerate(_PAIRS)), re.DOTALL
 )
 _TURN_END = re.compile(r"<\|(?:end|return)\|>\s*\Z")
-# Special tokens that are parts of marks.
+# Special tokens that are only a part of a mark.
 _PARTS = ("<|channel|>", "<|message|>", "<|channel>")
 
 
 def after_thinking(text: str) -> str | None:
-    """What follows the last end of thinking in a reply; None if the reply ends before its thinking does.
+    """The part of a reply after its last end of thinking; None if the reply ends before its thinking does.
 
-    An end needs no beginning, which a chat template may have written, and a beginning counts wherever it stands:
-    nothing that might be thinking, or was written before it, is ever read as a verdict.
+    An end counts without a beginning, because a chat template may have written that. A beginning counts anywhere in the
+    text, so that nothing that may be thinking, or was written before it, is read as a verdict.
     """
     start, inside = 0, None
     for mark in _MARKS.finditer(text):
@@ -48,10 +48,10 @@ def after_thinking(text: str) -> str | None:
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """The thinking that an answer begins with, and the rest; the thinking is empty if there is none.
+    """The thinking at the beginning of an answer, which may be empty, and the rest.
 
-    An answer that ends before its thinking does is all thinking. What looks like thinking further on is part of the
-    answer, which may be about such marks.
+    An answer that ends before its thinking does is all thinking. Marks further on belong to the answer, which may be
+    about such marks.
     """
     mark = _MARKS.search(text)
     opening = mark is not None and str(mark.lastgroup).startswith("open")
@@ -64,5 +64,5 @@ def split_thinking(text: str) -> tuple[str, str]:
 
 
 def marks_thinking(token: str) -> bool:
-    """Whether a special token is what thinking is recognized by."""
+    """Whether a special token is a mark of thinking or part of one."""
     return token in _PARTS or _MARKS.fullmatch(token) is not None

@@ -1,4 +1,4 @@
-"""The engine on vLLM, where it is installed."""
+"""The engine on vLLM, an optional dependency."""
 
 from __future__ import annotations
 
@@ -16,21 +16,15 @@ from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.models.adapters import find_adapter
 from simpo.models.settings import ModelArguments
 
-# Engine arguments that follow from the command's own options, or that sampling depends on.
+# Engine arguments that the command's own options set, or that sampling depends on.
 _FIXED = (
-    "model",
-    "tokenizer",
-    "revision",
-    "trust_remote_code",
-    "dtype",
-    "generation_config",
-    "logprobs_mode",
-    "runner",
+    *("model", "tokenizer", "revision", "trust_remote_code", "dtype"),
+    *("generation_config", "logprobs_mode", "runner"),
 )
 
 
 def load_vllm(model: ModelArguments) -> Any:
-    """The package, for a model that it can take.
+    """Import the package, for a model that it can load.
 
     Raises:
         SimpoError: vLLM is not installed, or the model is an adapter.
@@ -44,34 +38,29 @@ def load_vllm(model: ModelArguments) -> Any:
     return vllm
 
 
-def _check_engine_args(vllm: Any, engine_args: Mapping[str, Any]) -> None:
-    """Raise :class:`SimpoError` for names that vLLM does not know, or that are not free."""
-    known = [field.name for field in dataclasses.fields(vllm.EngineArgs)]
-    for name in engine_args:
-        if name in _FIXED:
-            raise SimpoError(f"engine_args: {name}: is set by simpo and its own options; leave it out")
-        if name not in known:
-            raise SimpoError(f"engine_args: vLLM {vllm.__version__} has no {name!r}{nearest(name, known)}")
-
-
 class VllmEngine:
     """Samples with vLLM on all GPUs of this machine.
 
     Args:
-        model: which model; vLLM loads it itself.
+        model: the model; vLLM loads it itself.
         stop_ids: the tokens that end a response.
         engine_args: further arguments of ``vllm.EngineArgs``, such as ``max_model_len``.
 
     Raises:
-        SimpoError: as :func:`load_vllm`; an argument that vLLM does not have or cannot use; or it cannot start.
+        SimpoError: see :func:`load_vllm`; vLLM does not have an argument or cannot use it; or it cannot start.
     """
 
     def __init__(
         self, model: ModelArguments, stop_ids: list[int], engine_args: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
         self._vllm = load_vllm(model)
-        _check_engine_args(self._vllm, engine_args)
         self._stop_ids = stop_ids
+        known = [field.name for field in dataclasses.fields(self._vllm.EngineArgs)]
+        for name in engine_args:
+            if name in _FIXED:
+                raise SimpoError(f"engine_args: {name}: is set by simpo and its own options; leave it out")
+            if name not in known:
+                raise SimpoError(f"engine_args: vLLM {self._vllm.__version__} has no {name!r}{nearest(name, known)}")
         given: dict[str, Any] = {"tensor_parallel_size": max(1, torch.cuda.device_count())} | dict(engine_args)
         try:
             self._llm = self._vllm.LLM(
@@ -79,7 +68,7 @@ class VllmEngine:
                 revision=model.model_revision,
                 trust_remote_code=model.trust_remote_code,
                 dtype=model.dtype,
-                generation_config="vllm",  # nothing of the checkpoint's own sampling
+                generation_config="vllm",  # ignores the checkpoint's own sampling settings
                 logprobs_mode="raw_logprobs",
                 **given,
             )
@@ -89,26 +78,24 @@ class VllmEngine:
 
     def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
         """One response to every prompt; see :class:`simpo.generation.engine.Engine`."""
-        found = self._llm.generate(
-            [self._vllm.TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-            [self._parameters(settings, derived_seed(seed, number)) for number in range(len(prompts))],
-            use_tqdm=False,
-        )
-        return [self._sampled(request.outputs[0]) for request in found]
-
-    def _parameters(self, settings: SamplingSettings, seed: int) -> Any:
-        return self._vllm.SamplingParams(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            max_tokens=settings.max_new_tokens,
-            seed=seed,
-            stop_token_ids=self._stop_ids,
-            logprobs=0,  # of the sampled token only
-            detokenize=False,
-        )
-
-    def _sampled(self, output: Any) -> Sampled:
-        ids = list(output.token_ids)
-        logp = sum(step[token_id].logprob for step, token_id in zip(output.logprobs, ids, strict=True))
-        return Sampled(ids, output.finish_reason == "stop", float(logp))
+        parameters = [
+            self._vllm.SamplingParams(
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                top_k=settings.top_k,
+                max_tokens=settings.max_new_tokens,
+                seed=derived_seed(seed, number),
+                stop_token_ids=self._stop_ids,
+                logprobs=0,  # of the sampled token only
+                detokenize=False,
+            )
+            for number in range(len(prompts))
+        ]
+        inputs = [self._vllm.TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+        found = []
+        for request in self._llm.generate(inputs, parameters, use_tqdm=False):
+            output = request.outputs[0]
+            ids = list(output.token_ids)
+            logp = sum(step[token_id].logprob for step, token_id in zip(output.logprobs, ids, strict=True))
+            found.append(Sampled(ids, output.finish_reason == "stop", float(logp)))
+        return found
