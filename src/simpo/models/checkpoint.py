@@ -72,12 +72,13 @@ class Limits:
         limit = getattr(text, "max_position_embeddings", None)
         ropes = getattr(text, "rope_parameters", None) or {}
         ropes = [ropes] if "rope_type" in ropes else [one for one in ropes.values() if isinstance(one, dict)]
-        if getattr(text, "alibi", False) or any(rope["rope_type"] == "dynamic" for rope in ropes):
-            limit = None
-        for rope in ropes if limit is not None else ():  # YaRN is used without raising max_position_embeddings
+        embeddings = getattr(text, "vocab_size", None)
+        if limit is None or getattr(text, "alibi", False) or any(rope["rope_type"] == "dynamic" for rope in ropes):
+            return cls(None, embeddings)
+        for rope in ropes:  # YaRN is switched on without raising max_position_embeddings
             if rope["rope_type"] == "yarn" and rope.get("original_max_position_embeddings"):
                 limit = max(limit, int(rope["original_max_position_embeddings"] * rope["factor"]))
-        return cls(limit, getattr(text, "vocab_size", None))
+        return cls(limit, embeddings)
 
     def fault(self, length: int, ids: Iterable[int] = ()) -> str | None:
         """Why a model cannot read a prompt and answer of ``length`` tokens with these ids, as text; None if it can."""
