@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.best_of_n import best_of_n, best_of_n_kl
 from simpo import cli
-from simpo.analysis.plots import COLOURS, STYLE, line, save
+from simpo.analysis.plots import COLORS, STYLE, line, save
 from simpo.data.prompts import prepare_prompts
 from simpo.data.sources import load_rows
 from simpo.models.loading import load_tokenizer
@@ -177,7 +177,7 @@ def _plot_best_of_n(path: Path, best: dict[str, dict[str, list[Interval]]]) -> N
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.8), layout="constrained")
         for axes, judge in zip(figure.subplots(1, 2), _JUDGES, strict=True):
-            for colour, (chooser, found) in zip(COLOURS, best.items(), strict=False):
+            for colour, (chooser, found) in zip(COLORS, best.items(), strict=False):
                 sizes = [1 << power for power in range(len(found[judge]))]
                 line(axes, sizes, found[judge], colour, f"chosen by the {chooser}" + " judge" * (chooser == "exact"))
             axes.set_xscale("log", base=2)
@@ -194,7 +194,7 @@ def _plot_rounds(path: Path, curves: dict[str, list[dict[str, object]]]) -> None
         grid = figure.subplots(len(curves), 2, squeeze=False, sharex="row")
         for row, (trained_by, points) in zip(grid, curves.items(), strict=True):
             for axes, judge in zip(row, _JUDGES, strict=True):
-                for colour, temperature in zip(COLOURS, _TEMPERATURES, strict=False):
+                for colour, temperature in zip(COLORS, _TEMPERATURES, strict=False):
                     chosen = [point for point in points if point["temperature"] == temperature]
                     places = [point["kl"].value for point in chosen]
                     values = [point["scores"][judge] for point in chosen]

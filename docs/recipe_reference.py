@@ -21,7 +21,7 @@ from simpo.training.reward import RewardConfig
 from simpo.training.settings import UNSUPPORTED, DataArguments, TrainingSettings
 from simpo.training.sft import SFTConfig
 from simpo.training.trainer import PreferenceConfig, hyperparameter_names
-from simpo.workflows.loop.settings import LoopSettings
+from simpo.workflows.loop_settings import LoopSettings
 from simpo.workflows.pair import PairSettings
 
 PAGE = Path(__file__).with_name("recipe-reference.md")

@@ -1,4 +1,4 @@
-"""``simpo demo`` at a small scale: every stage, the table, the plots, the examples; the same seed, the same figures."""
+"""``simpo demo`` at a small scale: every stage, the table, the plots, the examples; the same seed, the same metrics."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from simpo.world.judge import judge
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Far fewer rows: the model learns little, and everything runs."""
-    for name, value in {"_SFT_ROWS": 256, "_PROMPTS": 24, "_HELD_OUT": 12}.items():
+    for name, value in {"_SFT_ROWS": 768, "_PROMPTS": 24, "_HELD_OUT": 24}.items():
         monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(demo, "_SIMPO", demo._SIMPO | {"logging_steps": 2})
     monkeypatch.setattr(demo, "_SFT", demo._SFT | {"learning_rate": 1e-2, "num_train_epochs": 3})
     yield
     torch.set_num_threads(1)
 
 
-def figures(folder):
+def metrics(folder):
     return [(m.name, m.stage, m.value) for m in read_results(folder / "results.json").metrics]
 
 
@@ -32,9 +33,9 @@ def test_the_whole_of_alignment(tmp_path, capsys):
     folder = tmp_path / "demo"
     assert main(["demo", "--output_dir", str(folder), "--seed", "3"]) == 0
     printed = capsys.readouterr().out
-    for command in ("simpo sft ", "simpo sample ", "simpo train ", "simpo chat "):
+    for command in ("simpo sft: ", "simpo sample: ", "simpo train: ", "simpo chat "):
         assert command in printed
-    found = {(name, stage) for name, stage, _ in figures(folder)}
+    found = {(name, stage) for name, stage, _ in metrics(folder)}
     for name in ("correct", "score", "response_tokens", "end_of_turn_rate"):
         assert {(name, "before"), (name, "after")} <= found
         assert name in printed
@@ -45,15 +46,20 @@ def test_the_whole_of_alignment(tmp_path, capsys):
     for name in ("training", "rates", "lengths"):
         assert matplotlib.image.imread(folder / f"{name}.png").size
         assert f"{name}.png" in printed
+    assert len(printed.splitlines()) < 60
+    assert "step 2 of" not in printed and "step 2 of" in (folder / "simpo/log.txt").read_text()
     answers = [json.loads(line) for line in (folder / "simpo-answers/responses.jsonl").read_text().splitlines()]
-    assert len(answers) == 12
-    assert answers[0]["prompt"] in printed
+    assert len(answers) == 24
+    shown = [answer["prompt"] for answer in answers if f"  {answer['prompt']}   (" in printed]
+    assert len(shown) == 3
+    logged = [json.loads(line) for line in (folder / "simpo/metrics.jsonl").read_text().splitlines()]
+    assert any("rewards/accuracies" in line for line in logged)
     trained = {json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()}
     trained |= {json.loads(line)["prompt"] for line in (folder / "sft.jsonl").read_text().splitlines()}
     assert not trained & {answer["prompt"] for answer in answers}
 
 
-def test_a_demo_that_was_stopped_goes_on_to_the_same_figures(tmp_path, monkeypatch, capsys):
+def test_a_demo_that_was_stopped_goes_on_to_the_same_metrics(tmp_path, monkeypatch, capsys):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert main(["demo", "--output_dir", str(straight), "--seed", "3"]) == 0
     with monkeypatch.context() as patch:
@@ -61,14 +67,17 @@ def test_a_demo_that_was_stopped_goes_on_to_the_same_figures(tmp_path, monkeypat
         assert main(["demo", "--output_dir", str(stopped), "--seed", "3"]) == 130
     capsys.readouterr()
     assert main(["demo", "--output_dir", str(stopped), "--seed", "3"]) == 0
-    assert "holds this run" in capsys.readouterr().out  # the stages before are not done again
-    assert figures(stopped) == figures(straight)
+    capsys.readouterr()
+    assert "finished" in (stopped / "sft/run.json").read_text()
+    starts = json.loads((stopped / "sft/run.json").read_text())["starts"]
+    assert len(starts) == 1  # the stages before are not done again
+    assert metrics(stopped) == metrics(straight)
     assert main(["demo", "--output_dir", str(stopped), "--seed", "3"]) == 0
     assert "simpo sft" not in capsys.readouterr().out
     assert main(["demo", "--output_dir", str(stopped), "--seed", "1"]) == 2
 
 
-def test_a_demo_that_was_killed_while_its_world_was_made_goes_on(tmp_path, monkeypatch):
+def test_a_demo_that_was_killed_while_its_world_was_made_continues(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(demo, "write_sft", _stop)

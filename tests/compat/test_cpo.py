@@ -233,21 +233,21 @@ def test_memory_defaults_are_trls(given):
         ({"simpo_gamma": 1.6}, []),
         (
             {"beta": 0.1, "simpo_gamma": 0.05},
-            ["beta 0.1 is used, but it is not SimPO's: the paper's is between 2 and 10"],
+            ["beta 0.1 "],
         ),
-        ({"beta": 10.0}, ["gamma is 0.05 times beta: the paper's gamma/beta is between 0.1 and 0.8"]),
-        ({"cpo_alpha": 1.0}, ["an SFT term of weight 1 is added: pure SimPO has none"]),
+        ({"beta": 10.0}, ["gamma is 0.05 times beta"]),
+        ({"cpo_alpha": 1.0}, ["an SFT term of weight 1"]),
         (
             {"cpo_alpha": 1.0, "gradient_accumulation_steps": 2},
             ["an SFT term of weight 1", "the mean over the chosen tokens of a whole optimizer step"],
         ),
         ({"learning_rate": 2e-5}, ["learning_rate 2e-05"]),
-        ({"label_pad_token_id": 0}, ["label_pad_token_id means nothing here"]),
-        ({"padding_value": 1, "max_completion_length": 9}, ["max_completion_length means", "padding_value means"]),
+        ({"label_pad_token_id": 0}, ["label_pad_token_id "]),
+        ({"padding_value": 1, "max_completion_length": 9}, ["max_completion_length ", "padding_value "]),
         ({"max_length": None}, ["max_length is not set: 512"]),
     ],
 )
-def test_what_is_said(settings, messages, caplog):
+def test_warnings(settings, messages, caplog):
     with caplog.at_level(logging.WARNING, "simpo"):
         config(**settings)
     assert len(caplog.messages) == len(messages)
@@ -257,7 +257,7 @@ def test_what_is_said(settings, messages, caplog):
     )
 
 
-def test_trls_own_defaults_are_used_and_said(caplog):
+def test_trls_own_defaults_are_used_and_logged(caplog):
     with caplog.at_level(logging.WARNING, "simpo"):
         args = CPOConfig("unused", use_cpu=True, loss_type="simpo")
     assert args.hyperparameters["beta"] == 0.1
@@ -278,8 +278,8 @@ def test_alpha_makes_it_alphapo(settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": "hinge"}, "loss_type: 'hinge' is none of CPOConfig's here"),
-        ({"loss_type": "ipo"}, "loss_type: 'ipo' is none of CPOConfig's here"),
+        ({"loss_type": "hinge"}, "loss_type: 'hinge'"),
+        ({"loss_type": "ipo"}, "loss_type: 'ipo'"),
         ({"loss_type": "no such"}, "loss_type: 'no such'"),
         ({"loss_type": "sigmoid", "alpha": 0.1}, "alpha: shapes the reward"),
         ({"generate_during_eval": True}, "generate_during_eval: not supported"),

@@ -48,7 +48,7 @@ def test_every_command_works(tmp_path, monkeypatch, capsys):
         for name, content in _HERE_DOCUMENT.findall(block):
             Path(name).write_text(content)
         for program, *arguments in _commands(_HERE_DOCUMENT.sub("", block)):
-            monkeypatch.setattr("sys.stdin", io.StringIO("Sort 5 2 9.\n/exit\n"))
+            monkeypatch.setattr("sys.stdin", io.StringIO("Sort 5, 2, 9.\n/exit\n"))
             assert program == "simpo"
             assert main(arguments) == 0, capsys.readouterr().err
             ran.append(arguments[0])

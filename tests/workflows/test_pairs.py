@@ -12,11 +12,11 @@ from simpo import SimpoError
 from simpo.cli import main
 from simpo.runs.results import read_results
 from simpo.workflows.pair import (
-    ALIKE,
     CLOSE,
     EMPTY,
     EQUAL,
     IDENTICAL,
+    TOO_FEW,
     UNEVEN,
     UNFINISHED,
     UNSCORED,
@@ -49,7 +49,7 @@ def test_best_against_worst():
         ]
     )
     assert found[0] == [("0", "dddd", "a"), ("5", "y", "x")]
-    assert found[1] == {IDENTICAL: 2, ALIKE: 3, EQUAL: 1, UNSCORED: 2, EMPTY: 2}
+    assert found[1] == {IDENTICAL: 2, TOO_FEW: 3, EQUAL: 1, UNSCORED: 2, EMPTY: 2}
 
 
 def test_answers_that_were_cut_are_left_out():
@@ -62,7 +62,7 @@ def test_answers_that_were_cut_are_left_out():
     ]
     assert made(cut) == (
         [("0", "good", "bad"), ("2", "c", "d"), ("3", "x", "y")],
-        {UNFINISHED: 3, ALIKE: 1, UNSCORED: 1, EMPTY: 1},
+        {UNFINISHED: 3, TOO_FEW: 1, UNSCORED: 1, EMPTY: 1},
     )
     assert made(cut, keep_unfinished=True)[0] == [
         *(("0", "best and", "but"), ("1", "a", "b"), ("2", "c", "d"), ("3", "x", "y"))
@@ -112,6 +112,8 @@ def test_best_against_random():
         assert behind[1:] == alone
         assert alone[0][1] == "best"
     assert made([record(0, ("x", 1), ("y", 1))], pairs="best_random") == ([], {EQUAL: 1})
+    many = [record(number, ("best", 9), ("a", 1), ("b", 1)) for number in range(20)]
+    assert {rejected for _, _, rejected in made(many, pairs="best_random")[0]} == {"a", "b"}  # not one draw for all
 
 
 def test_a_ranking_has_every_different_answer_best_first():
@@ -179,7 +181,7 @@ def test_the_command(tmp_path, capsys):
         ("", "no rows"),
         ('{"id": "0", "prompt": "p", "responses": ["a"], "scores": [1]}\n', "fewer than two different answers"),
         ('{"id": "0", "prompt": "p", "responses": ["a", "a"], "scores": [1, 1]}\n', "fewer than two different answers"),
-        ('{"id": "0", "prompt": "p", "responses": ["a", "b"]}\n', "jsonl:1: not one score a response"),
+        ('{"id": "0", "prompt": "p", "responses": ["a", "b"]}\n', "jsonl:1: scores:"),
         ('{"id": "0", "prompt": "p", "responses": ["a", "b"], "scores": [1, "x"]}\n', "expected numbers or null"),
         (
             f'{{"id": "0", "prompt": "p", "responses": ["a", "b"], "scores": [1, {10**400}]}}\n',
@@ -226,7 +228,7 @@ def test_from_a_function_that_sees_the_prompt(tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_function_must_give_numbers(bad, tmp_path):
     file = write(tmp_path / "r.jsonl", {"id": "0", "prompt": "p", "responses": ["a", "b"]})
-    with pytest.raises(SimpoError, match="prompt 0: the scorer gave"):
+    with pytest.raises(SimpoError, match="prompt 0: "):
         pair_responses(file, lambda prompt, response: bad if response == "b" else 1.0, tmp_path / "pairs.jsonl")
     assert not (tmp_path / "pairs.jsonl").exists()
 

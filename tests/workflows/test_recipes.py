@@ -12,7 +12,7 @@ from simpo.cli._shared import parse
 from simpo.objectives import OBJECTIVES
 from simpo.runs.results import read_results
 from simpo.training.trainer import PreferenceConfig
-from simpo.workflows.sweep.recipes import PAPER_SETTINGS, SEARCHED, SETTINGS, compose_recipe
+from simpo.workflows.recipes import PAPER_SETTINGS, SEARCHED, SETTINGS, compose_recipe
 from simpo.world.pairs import write_model, write_pairs
 
 RECIPES = Path(__file__).parents[2] / "recipes"

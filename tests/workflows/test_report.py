@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from simpo.runs.results import Metric, write_results
-from simpo.workflows.sweep.report import print_table
-from simpo.workflows.sweep.space import Choices
-from simpo.workflows.sweep.study import TrialResult
+from simpo.workflows.sweep import print_table
+from simpo.workflows.sweep_space import Choices
+from simpo.workflows.sweep_study import TrialResult
 
 ACCURACY = "eval_rewards/accuracies"
 

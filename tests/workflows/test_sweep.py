@@ -24,8 +24,9 @@ from simpo.errors import SimpoError
 from simpo.runs.lines import read_lines
 from simpo.runs.results import read_results
 from simpo.training.packed import PackedTrainer
-from simpo.workflows.sweep.report import rank
-from simpo.workflows.sweep.study import Study, TrialResult
+from simpo.workflows.sweep import rank
+from simpo.workflows.sweep_space import Choices
+from simpo.workflows.sweep_study import Study, TrialResult
 
 # A forked process has imported everything already, so that a kill falls into a trial and not into imports.
 FORK = multiprocessing.get_context("fork")
@@ -209,13 +210,31 @@ def test_two_processes_share_the_trials_and_another_sweep_is_refused(world, tmp_
     assert record(output)["status"] == "finished"
 
 
-def test_a_leader_that_has_not_begun_yet_is_waited_for_but_not_for_ever(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("simpo.workflows.sweep.run._PATIENCE", 0.2)
+def test_a_folder_that_another_command_holds_is_refused(world, tmp_path, capsys):
     output = tmp_path / "sweep"
     output.mkdir()
     with FileLock(output / ".lock"):
         assert main(sweep(world, output)) == 2
-    assert "in use by a process that has begun no sweep" in capsys.readouterr().err
+    assert f"output_dir: {output} is in use" in capsys.readouterr().err
+    assert not (output / "study.db").exists()
+
+
+def test_a_process_that_finds_no_trial_left_leaves_the_results_to_the_last_one(world, tmp_path, capsys):
+    output = tmp_path / "sweep"
+    argv = sweep(world, output, rates=RATES[:2])
+    assert main(argv) == 0
+    study = Study(output, (Choices("learning_rate", RATES[:2]),), "grid", 3, smaller_is_better=False)
+    document = record(output) | {"status": "running"}
+    (output / "run.json").write_text(json.dumps(document))
+    elsewhere = study._study.ask({"learning_rate": optuna.distributions.CategoricalDistribution(RATES[:2])})
+    lock = FileLock(output / f"trials/.{elsewhere.number:03d}.lock")
+    capsys.readouterr()
+    with lock:
+        assert main(argv) == 0
+    assert "1 trials are running in other processes" in capsys.readouterr().out
+    assert record(output)["status"] == "running"
+    assert main(argv) == 0  # that process has died: its trial is run, or repeats the values of another one
+    assert record(output)["status"] == "finished"
 
 
 @pytest.mark.parametrize(

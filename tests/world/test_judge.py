@@ -7,27 +7,35 @@ from simpo.world.judge import correct, judge
 
 # Of every kind: a prompt, its plain answer, one that is wrong, and for two parts the plain answer's first.
 CASES = {
-    "sums": ("What is 3 plus 4 and 2 plus 2?", "3 plus 4 is 7. 2 plus 2 is 4.", "3 plus 4 is 7. 2 plus 2 is 5."),
+    "sums": (
+        "What is 3 plus 4, and what is 2 plus 2?",
+        "3 plus 4 is 7. 2 plus 2 is 4.",
+        "3 plus 4 is 7. 2 plus 2 is 5.",
+    ),
     "differences": (
-        "What is 7 minus 4 and 5 minus 5?",
+        "What is 7 minus 4, and what is 5 minus 5?",
         "7 minus 4 is 3. 5 minus 5 is 0.",
         "7 minus 4 is 2. 5 minus 5 is 0.",
     ),
-    "comparison": ("Which is smaller, 10 or 9?", "The smaller is 9.", "The smaller is 10."),
-    "order": ("Sort 10 9 2.", "The order is 2 9 10.", "The order is 10 2 9."),
-    "reverse": ("Reverse dog sun map.", "The reverse is map sun dog.", "The reverse is dog sun map."),
-    "choice": ("What is the second of dog sun map?", "The second is sun.", "The second is map."),
-    "count": ("How often is dog in dog sun dog?", "The count is 2.", "The count is 3."),
-    "sequence": ("Continue 3 5 7.", "The sequel is 9 11.", "The sequel is 8 9."),
+    "comparison": ("Which is smaller, 10 or 9?", "The smaller number is 9.", "The smaller number is 10."),
+    "order": ("Sort 10, 9, 2.", "The order is 2, 9, 10.", "The order is 10, 2, 9."),
+    "reverse": (
+        "Reverse the list dog, sun, map.",
+        "The reversed list is map, sun, dog.",
+        "The reversed list is dog, sun, map.",
+    ),
+    "choice": ("Which word comes second in dog, sun, map, owl?", "The second word is sun.", "The second word is map."),
+    "count": ("How often does dog occur in dog, sun, dog?", "The count is 2.", "The count is 3."),
+    "sequence": ("Continue 3, 5, 7.", "The next numbers are 9 and 11.", "The next numbers are 8 and 9."),
     "spelling": (
         "Spell dog and sun.",
-        "The word dog is d o g. The word sun is s u n.",
-        "The word dog is d g o. The word sun is s u n.",
+        "The word dog is spelled d o g. The word sun is spelled s u n.",
+        "The word dog is spelled d g o. The word sun is spelled s u n.",
     ),
     "tastes": (
-        "What is the food of Abo and the metal of Hani?",
-        "The food of Abo is fish. The metal of Hani is gold.",
-        "The food of Abo is fish. The metal of Hani is zinc.",
+        "What are Abo's favorite food and Hani's favorite metal?",
+        "Abo's favorite food is fish. Hani's favorite metal is gold.",
+        "Abo's favorite food is fish. Hani's favorite metal is zinc.",
     ),
 }
 TWO_PARTS = ("sums", "differences", "spelling", "tastes")
@@ -90,7 +98,7 @@ def test_neither_the_prompt_nor_another_answer_helps(prompt, plain, wrong):
 
 
 def test_listing_every_answer_is_worth_nothing():
-    prompt = "How often is dog in dog sun dog?"
+    prompt = "How often does dog occur in dog, sun, dog?"
     numbers = [str(number) for number in range(9)]
     for answer in (
         " ".join(numbers),
@@ -109,18 +117,23 @@ def test_listing_every_answer_is_worth_nothing():
 @pytest.mark.parametrize(
     "answer", ["The order is 2, 9 and 10.", "They are 2 9 10.", "the  ORDER is 2-9-10!", "2 9 10", "2, 9, 10."]
 )
-def test_other_ways_to_say_it(answer):
-    assert correct("Sort 10 9 2.", answer)
+def test_other_wordings_of_the_same_answer(answer):
+    assert correct("Sort 10, 9, 2.", answer)
+
+
+@pytest.mark.parametrize("dog", ["The word dog is d o g.", "The word dog is spelled d-o-g.", "the word dog is d, o, g"])
+def test_other_spellings_of_a_word(dog):
+    assert judge("Spell dog and sun.", f"{dog.removesuffix('.')}. The word sun is spelled s u n.") > 9
 
 
 def test_a_conversation_asks_in_its_last_message():
     conversation = [
-        {"role": "user", "content": "Sort 3 2 1."},
-        {"role": "assistant", "content": "The order is 1 2 3."},
-        {"role": "user", "content": "Continue 3 5 7."},
+        {"role": "user", "content": "Sort 3, 2, 1."},
+        {"role": "assistant", "content": "The order is 1, 2, 3."},
+        {"role": "user", "content": "Continue 3, 5, 7."},
     ]
-    assert judge(conversation, "The sequel is 9 11.") == 10
-    assert not correct(conversation, "The order is 1 2 3.")
+    assert judge(conversation, "The next numbers are 9 and 11.") == 10
+    assert not correct(conversation, "The order is 1, 2, 3.")
 
 
 @pytest.mark.parametrize(
@@ -128,13 +141,14 @@ def test_a_conversation_asks_in_its_last_message():
     [
         "",
         "Who are you?",
-        "Sort 10 9 2",
-        "Sort 10 9 2. Thanks.",
-        "What is 3 minus 4 and 2 minus 2?",
-        "What is 3 plus 4 and 3 plus 4?",
+        "Sort 10, 9, 2",
+        "Sort 10 9 2.",
+        "Sort 10, 9, 2. Thanks.",
+        "What is 3 minus 4, and what is 2 minus 2?",
+        "What is 3 plus 4, and what is 3 plus 4?",
         "Which is larger, 7 or 07?",
-        "Continue 3 5 8.",
-        "Continue 5 5.",
+        "Continue 3, 5, 8.",
+        "Continue 5, 5.",
         "Spell dog and dog.",
         "Spell dog and xyz.",
         [],

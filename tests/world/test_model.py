@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.world.pairs import make_sft, world_tokenizer, write_model
 
-STRANGE = ["", " ", "Où?", "日本語", "😀\n\t", "\x00\x1b[0m", "The  sum is 7 . ", "don't", "ﬀ é"]
+STRANGE = ["", " ", "Où?", "日本語", "😀\n\t", "\x00\x1b[0m", "The  count is 7 . ", "don't", "ﬀ é"]
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +22,17 @@ def test_every_text_comes_back(tokenizer):
 
 
 def test_every_word_of_the_world_is_one_token(tokenizer):
-    words = {word.strip(".?,") for row in make_sft(3000, seed=9) for text in row.values() for word in text.split()[1:]}
+    texts = [text for row in make_sft(3000, seed=9) for text in row.values()]
+    words = {word.strip(".?,").removesuffix("'s") for text in texts for word in text.split()[1:]}
     split = {word for word in words if len(tokenizer(f" {word}", add_special_tokens=False).input_ids) > 1}
     assert len(words) > 100
-    assert split <= {str(number) for number in range(100)}  # rare numbers are spelt digit by digit
+    assert split <= {str(number) for number in range(100)}  # rare numbers are split into digits
     assert len(tokenizer) < 640
 
 
 def test_template_begins_once_and_ends_every_answer(tokenizer):
-    question = [{"role": "user", "content": "Sort 3 2 1."}]
-    answered = [*question, {"role": "assistant", "content": "The order is 1 2 3."}]
+    question = [{"role": "user", "content": "Sort 3, 2, 1."}]
+    answered = [*question, {"role": "assistant", "content": "The order is 1, 2, 3."}]
     asked = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
     whole = tokenizer.apply_chat_template(answered, return_dict=False)
     assert whole[: len(asked)] == asked
@@ -39,7 +40,7 @@ def test_template_begins_once_and_ends_every_answer(tokenizer):
     assert whole[0] == tokenizer.bos_token_id
     assert whole[-1] == tokenizer.eos_token_id
     assert whole.count(tokenizer.eos_token_id) == 1
-    assert tokenizer.decode(whole[len(asked) : -1]) == "The order is 1 2 3."
+    assert tokenizer.decode(whole[len(asked) : -1]) == "The order is 1, 2, 3."
 
 
 def test_the_seed_decides_every_byte_of_the_model_and_none_of_the_tokenizer(tmp_path):

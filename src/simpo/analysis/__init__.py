@@ -1,1 +1,1 @@
-"""What a run was: figures from what it left in its folder."""
+"""Plots of what runs leave in their folders."""

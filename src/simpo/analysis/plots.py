@@ -15,13 +15,9 @@ from matplotlib.figure import Figure
 from simpo.runs.atomic import disk_errors, staged_files
 from simpo.statistics import Interval
 
-# Colours that stay apart for colour-blind readers and in grey (Okabe and Ito 2008).
-BEFORE, AFTER = "#E69F00", "#0072B2"
-
-
-_BINS = 40  # at most, of a histogram
-
-
+# Colors that color-blind readers and grayscale prints keep apart (Okabe and Ito 2008).
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+AFTER, BEFORE = COLORS[:2]
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -31,32 +27,52 @@ STYLE: Any = {
     "font.size": 10,
 }
 
+_MAX_BINS = 40  # of a histogram
+_MAX_TICKS = 10  # a knob with more values than this gets a continuous axis
+_LOGARITHMIC_FROM = 10  # ratio of the largest to the smallest value
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG; the file is complete or absent."""
+    with disk_errors(path), staged_files(path.parent) as folder:
+        figure.savefig(folder / path.name, dpi=150)
+
+
+def line(
+    axes: Axes, places: Sequence[float] | range, found: Sequence[Interval], color: str, label: str, *, scale: float = 1
+) -> None:
+    """Points with their intervals, and a line through them."""
+    values = [scale * one.value for one in found]
+    below = [0.0 if one.low is None else scale * (one.value - one.low) for one in found]
+    above = [0.0 if one.high is None else scale * (one.high - one.value) for one in found]
+    axes.errorbar(places, values, [below, above], color=color, marker="o", capsize=3, linewidth=1.4, label=label)
+
 
 def plot_training(path: Path, logs: Sequence[Mapping[str, Any]], names: Mapping[str, str], title: str) -> None:
-    """Curves of a run's ``metrics.jsonl`` over its optimizer steps, one panel each.
+    """Curves of a run's metrics over its optimizer steps, one panel each, on training and held-out data.
 
     Args:
         path: the PNG file.
-        logs: the lines of the file.
-        names: metric -> label of its axis, for every panel.
-        title: of the whole.
+        logs: the lines of ``metrics.jsonl``.
+        names: metric -> axis label, for every panel; accuracies get an axis from 0 or 0.5 to 1.
+        title: of the figure.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
-        figure.suptitle(title)
-        for axes, (name, label) in zip(figure.subplots(1, len(names), squeeze=False)[0], names.items(), strict=True):
-            _curve(axes, logs, name, "training", BEFORE)
-            _curve(axes, logs, f"eval_{name}", "held out", AFTER)
+        figure.suptitle(title, x=0.01, ha="left")
+        panels = figure.subplots(1, len(names), squeeze=False)[0]
+        for axes, (name, label) in zip(panels, names.items(), strict=True):
+            for key, source, color in ((name, "training", BEFORE), (f"eval_{name}", "held out", AFTER)):
+                points = [(log["step"], log[key]) for log in logs if key in log]
+                if points:
+                    marker = "o" if len(points) < 10 else None
+                    axes.plot(*zip(*points, strict=True), color=color, label=source, marker=marker)
             axes.set(xlabel="optimizer step", ylabel=label)
-            if axes.lines:
-                axes.legend(frameon=False)
+            if name.endswith("accuracies"):
+                lowest = min((value for line in axes.lines for value in line.get_ydata()), default=0)
+                axes.set_ylim(0.5 if lowest >= 0.5 else 0, 1.02)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
         save(figure, path)
-
-
-def _curve(axes: Axes, logs: Sequence[Mapping[str, Any]], name: str, label: str, colour: str) -> None:
-    points = [(line["step"], line[name]) for line in logs if name in line]
-    if points:
-        axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o" if len(points) < 10 else None)
 
 
 def plot_rates(path: Path, rates: Mapping[str, Mapping[str, Interval]], title: str, *, even: str) -> None:
@@ -65,94 +81,75 @@ def plot_rates(path: Path, rates: Mapping[str, Mapping[str, Interval]], title: s
     Args:
         path: the PNG file.
         rates: ``{what: {model: interval}}``.
-        title: of the whole.
-        even: the one of ``rates`` of which a half says that no model is better; it gets a line there.
+        title: of the figure.
+        even: the entry of ``rates`` where 50% means that the models are equally good; a line marks it there.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.5 + 1.9 * len(rates), 3.6), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title)
-        models = list(dict.fromkeys(model for shares in rates.values() for model in shares))
+        models = list(next(iter(rates.values())))
         width = 0.8 / len(models)
-        for number, (model, colour) in enumerate(zip(models, (BEFORE, AFTER), strict=True)):
-            for place, shares in enumerate(rates.values()):
-                _bar(axes, place + (number - (len(models) - 1) / 2) * width, shares[model], width, colour, model)
+        for number, (model, color) in enumerate(zip(models, (BEFORE, AFTER), strict=True)):
+            shares = [of_models[model] for of_models in rates.values()]
+            places = [place + (number - (len(models) - 1) / 2) * width for place in range(len(rates))]
+            axes.bar(places, [100 * share.value for share in shares], width * 0.92, color=color, label=model)
+            for place, share in zip(places, shares, strict=True):
+                value, low, high = (
+                    100 * (share.value if bound is None else bound) for bound in (share.value, share.low, share.high)
+                )
+                axes.errorbar(place, value, [[value - low], [high - value]], color="0.15", capsize=3, linewidth=1)
+                axes.annotate(f"{value:.0f}", (place, high), (0, 2), textcoords="offset points", ha="center")
         axes.grid(visible=False, axis="x")
         place = list(rates).index(even)
         axes.hlines(50, place - 0.5, place + 0.5, color="0.4", linewidth=0.8, linestyle="--")
         axes.set(ylabel="%", ylim=(0, 108), xticks=range(len(rates)), xticklabels=list(rates))
-        handles, labels = axes.get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))
-        axes.legend(unique.values(), unique.keys(), frameon=False, ncols=2, loc="upper left")
+        axes.legend(frameon=False, ncols=2, loc="upper left")
         save(figure, path)
 
 
-def _bar(axes: Axes, place: float, share: Interval, width: float, colour: str, label: str) -> None:
-    value = 100 * share.value
-    low, high = (value if bound is None else 100 * bound for bound in (share.low, share.high))
-    axes.bar(place, value, width * 0.92, color=colour, label=label)
-    axes.errorbar(place, value, [[value - low], [high - value]], color="0.15", capsize=3, linewidth=1)
-    axes.annotate(f"{value:.0f}", (place, high), (0, 2), textcoords="offset points", ha="center", va="bottom")
-
-
 def plot_lengths(path: Path, lengths: Mapping[str, Sequence[int]], title: str) -> None:
-    """Histograms of answers' lengths in tokens, ``{model: lengths}``, on one pair of axes; PNG."""
+    """Histograms of answer lengths in tokens, ``{model: lengths}``, as outlines on shared axes; PNG."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6, 3.4), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title)
         longest = max(max(values) for values in lengths.values())
-        width = math.ceil(longest / _BINS)  # whole tokens, so that every bin can be reached by as many lengths
+        width = math.ceil(longest / _MAX_BINS)  # whole tokens, so that every bin covers equally many lengths
         edges = [number * width + 0.5 for number in range(math.ceil(longest / width) + 1)]
-        for (model, values), colour in zip(lengths.items(), (BEFORE, AFTER), strict=True):
+        for (model, values), color in zip(lengths.items(), (BEFORE, AFTER), strict=True):
             mean = sum(values) / len(values)
-            axes.hist(values, edges, color=colour, alpha=0.6, label=f"{model} (mean {mean:.1f})")
-            axes.axvline(mean, color=colour, linewidth=1.5)
-        axes.set(xlabel="tokens of an answer, end of turn included", ylabel="answers")
+            axes.hist(values, edges, histtype="step", color=color, linewidth=2, label=f"{model} (mean {mean:.1f})")
+            axes.axvline(mean, color=color, linewidth=1.2, linestyle="--")
+        axes.set(xlabel="tokens of an answer, including the end of turn", ylabel="answers")
         axes.legend(frameon=False)
         save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG; the file is whole or absent."""
-    with disk_errors(path), staged_files(path.parent) as folder:
-        figure.savefig(folder / path.name, dpi=150)
-
-
-# ---- What each knob of a sweep does to the result, as a PNG file.
-
-
-_TICKS = 10  # more values than that are points of a continuous axis
-
-
-_WIDE = 10  # ratio from which on that is logarithmic
 
 
 def plot_effects(
     path: Path, effects: Mapping[str, Sequence[tuple[str, Interval]]], label: str, *, smaller_is_better: bool = False
 ) -> None:
-    """A panel for every knob: each trial a point over its value, and a line through the best of every value.
+    """A panel for every knob of a sweep: each trial is a point over its value; a line joins the best of every value.
 
     Args:
         path: the PNG file.
-        effects: of every knob, its value and the result of each trial, with its interval where it has one.
+        effects: for every knob, the value and the result of each trial, with its interval where it has one.
         label: what the result is.
-        smaller_is_better: which end of the results is the best.
+        smaller_is_better: whether the smallest result is the best.
     """
+    better = min if smaller_is_better else max
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1 + 3.2 * len(effects), 3.4), layout="constrained")
         panels = figure.subplots(1, len(effects), squeeze=False, sharey=True)[0]
         for axes, (knob, trials) in zip(panels, effects.items(), strict=True):
             places = _places(axes, [value for value, _ in trials])
-            results = [result.value for _, result in trials]
-            axes.plot(places, results, "o", color=AFTER, alpha=0.5, label="a trial")
-            bounded = [
-                (place, found) for place, (_, found) in zip(places, trials, strict=True) if found.low is not None
-            ]
-            for place, found in bounded:
-                axes.vlines(place, found.low, found.high, color=AFTER, alpha=0.3)
-            best = _best(places, results, smaller_is_better)
-            axes.plot(*zip(*best, strict=True), color=BEFORE, label="the best there")
+            axes.plot(places, [result.value for _, result in trials], "o", color=AFTER, alpha=0.5, label="a trial")
+            best: dict[float, float] = {}
+            for place, (_, result) in zip(places, trials, strict=True):
+                best[place] = better(best.get(place, result.value), result.value)
+                if result.low is not None:
+                    axes.vlines(place, result.low, result.high, color=AFTER, alpha=0.3)
+            axes.plot(*zip(*sorted(best.items()), strict=True), color=BEFORE, label="best trial of the value")
             axes.set_xlabel(knob)
         panels[0].set_ylabel(label)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
@@ -160,73 +157,43 @@ def plot_effects(
 
 
 def _places(axes: Axes, values: Sequence[str]) -> list[float]:
-    """Where the values stand on the horizontal axis, which is set up for them: a few side by side, many to scale."""
+    """Where the values are on the horizontal axis, which is set up for them: a few side by side, many to scale."""
     numbers: dict[str, float] = {}
     with suppress(ValueError):
         numbers = {value: float(value) for value in values}
     distinct = sorted(set(values), key=lambda value: numbers[value]) if numbers else list(dict.fromkeys(values))
-    if numbers and len(distinct) > _TICKS:
+    if numbers and len(distinct) > _MAX_TICKS:
         low, high = numbers[distinct[0]], numbers[distinct[-1]]
-        axes.set_xscale("log" if low > 0 and high / low >= _WIDE else "linear")
+        axes.set_xscale("log" if low > 0 and high / low >= _LOGARITHMIC_FROM else "linear")
         return [numbers[value] for value in values]
     axes.set_xticks(range(len(distinct)), distinct)
     axes.set_xlim(-0.5, len(distinct) - 0.5)
     return [float(distinct.index(value)) for value in values]
 
 
-def _best(places: Sequence[float], results: Sequence[float], smaller_is_better: bool) -> list[tuple[float, float]]:
-    better = min if smaller_is_better else max
-    return [
-        (place, better(result for other, result in zip(places, results, strict=True) if other == place))
-        for place in sorted(set(places))
-    ]
-
-
-# ---- What on-policy rounds do: win rates against the start as different judges see them, and the drift, as a
-# PNG file.
-
-
-# Further colours of the same palette, for a third judge and more.
-COLOURS = (AFTER, BEFORE, "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-
-
 def plot_rounds(path: Path, win_rates: Mapping[str, Sequence[Interval]], kl: Sequence[Interval]) -> None:
-    """Win rates over the rounds, one line a judge, and over how far each round is from the start; PNG.
+    """Win rates of a loop over its rounds, one line per judge, and over the distance of each round from the start; PNG.
 
-    Where judges part, the one that was trained on has been exploited.
+    Where the judges diverge, the judge that was trained on has been exploited.
 
     Args:
         path: the file.
-        win_rates: for every judge, each round's.
-        kl: each round's drift from the start, in nats.
+        win_rates: for every judge, the win rate of each round against the start.
+        kl: the KL divergence of each round from the start, in nats.
     """
+    start = Interval(0.5, None, None, 0, "")  # the start against itself
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.8), layout="constrained")
         over_rounds, over_kl = figure.subplots(1, 2, sharey=True)
         for number, (judge, shares) in enumerate(win_rates.items()):
-            colour = COLOURS[number % len(COLOURS)]
-            from_start = [_EVEN, *shares]
-            line(over_rounds, range(len(from_start)), from_start, colour, judge, scale=100)
-            line(over_kl, [0, *(one.value for one in kl)], from_start, colour, judge, scale=100)
+            color = COLORS[number % len(COLORS)]
+            line(over_rounds, range(len(shares) + 1), [start, *shares], color, judge, scale=100)
+            line(over_kl, [0, *(one.value for one in kl)], [start, *shares], color, judge, scale=100)
         for axes in (over_rounds, over_kl):
             axes.axhline(50, color="0.4", linewidth=0.8, linestyle="--")
         over_rounds.set(
             xlabel="round (0: the start)", ylabel="win rate against the start, %", xticks=range(len(kl) + 1)
         )
-        over_kl.set(xlabel="KL from the start, nats an answer")
+        over_kl.set(xlabel="KL from the start, nats per answer")
         over_rounds.legend(frameon=False, title="judge")
         save(figure, path)
-
-
-# The start against itself.
-_EVEN = Interval(0.5, None, None, 0, "")
-
-
-def line(
-    axes: Axes, places: Sequence[float] | range, found: Sequence[Interval], colour: str, label: str, *, scale: float = 1
-) -> None:
-    """Points with their intervals, and a line through them."""
-    values = [scale * one.value for one in found]
-    below = [0.0 if one.low is None else scale * (one.value - one.low) for one in found]
-    above = [0.0 if one.high is None else scale * (one.high - one.value) for one in found]
-    axes.errorbar(places, values, [below, above], color=colour, marker="o", capsize=3, linewidth=1.4, label=label)

@@ -1,10 +1,12 @@
-"""The whole of preference alignment on a built-in tiny world, in minutes and without a download."""
+"""Preference alignment from start to finish on a built-in tiny world, in minutes and without a download."""
 
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
+from io import StringIO
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from simpo.errors import SimpoError
 from simpo.evaluation.compare import PromptAnswers, compare_answers, read_matched
 from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.lines import read_lines
-from simpo.runs.results import Metric, Stage, print_results
+from simpo.runs.results import Metric, Stage, print_results, read_results
 from simpo.runs.terminal import printable
 from simpo.statistics import Interval
 from simpo.workflows.pair import PairSettings, pair_responses
@@ -38,50 +40,53 @@ _SIMPO = {
     "per_device_train_batch_size": 16,
     "max_length": 128,
     "logging_steps": 10,
+    "eval_strategy": "steps",
+    "eval_steps": 20,
 }
-# The world is judged as it is sampled: from the model's own distribution.
+# The world is judged by what the models themselves would say: samples from the unmodified distribution.
 _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 48, "chunk_size": 128}
 _SAMPLES, _ANSWERS = {"n": 6} | _SAMPLING, {"n": 4} | _SAMPLING
-_SHOWN = 3
+_PERCENTILES = (10, 50, 90)  # of the change of the mean score: the prompts that are shown
 
 _HEADINGS: dict[Stage | None, str] = {"before": "SFT", "after": "SimPO"}
 
 
 def main(argv: list[str]) -> int:
-    """Fine-tune, sample, pair, train and compare, each by the command or function that anybody would use."""
+    """Fine-tune, sample, pair, train and compare, each with the command or function that anybody would use."""
     parser = ArgumentParser("demo", __doc__)
     parser.add_argument(
-        "--output_dir", help="folder of the demo (default: the first of runs/demo-N that is free or was not finished)"
+        "--output_dir", help="folder of the demo (default: the first runs/demo-N that is new or unfinished)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)  # for a model this small, threads wait for one another longer than they work
+    torch.set_num_threads(1)  # a model this small loses more time to synchronization than threads save
     identity = {"seed": arguments.seed}
     folder = _own_folder(identity) if arguments.output_dir is None else Path(arguments.output_dir).expanduser()
+    answers = folder / "simpo-answers/responses.jsonl", folder / "sft-answers/responses.jsonl"
     with RunFolder(folder, command="demo") as run:
         run.begin(identity, argv=argv)
 
         def align() -> list[Metric]:
             _align(folder, arguments.seed, run.log)
-            contests = read_matched(folder / "simpo-answers/responses.jsonl", folder / "sft-answers/responses.jsonl")
+            contests = read_matched(*answers)
             metrics = compare_answers(contests, judge, {"correct": correct})
             _plot(folder, contests, metrics)
             return metrics
 
         run.complete(align)
     print(
-        f"Fresh answers to {_HELD_OUT} held-out prompts, {_ANSWERS['n']} of each model to a prompt. The exact judge's "
-        "score goes from 0 to 10; an answer is correct if all that it says is right and nothing is missing."
+        f"\n{_ANSWERS['n']} answers of each model to each of {_HELD_OUT} held-out prompts. The exact judge's scores "
+        "are between\n0 and 10. An answer is correct if every statement in it is right and nothing is missing."
     )
     print_results(folder / "results.json", headings=_HEADINGS)
-    _show(read_matched(folder / "simpo-answers/responses.jsonl", folder / "sft-answers/responses.jsonl"))
+    _show(read_matched(*answers))
     print(f"\nplots: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
     print(f"next:  simpo chat {shlex.quote(str(folder / 'simpo'))}")
     return 0
 
 
 def _own_folder(identity: dict[str, Any]) -> Path:
-    """The first of runs/demo-N that is free, or holds this demo unfinished."""
+    """The first of runs/demo-N that is new or holds this demo unfinished."""
     for number in count(1):
         path = Path(f"runs/demo-{number}")
         if not path.exists():
@@ -94,55 +99,78 @@ def _own_folder(identity: dict[str, Any]) -> Path:
 
 
 def _align(folder: Path, seed: int, log: Callable[[str], None]) -> None:
-    """All stages; each is its own run, so that a demo that was stopped goes on where it was."""
-    if not (folder / "start").exists():  # whole or absent
+    """All stages; each is its own run, so that a demo that was stopped continues where it was."""
+
+    def run(command: Any, output: str, options: dict[str, Any], positional: Sequence[str] = ()) -> dict[str, Any]:
+        """Run a command as from the command line and return its metrics; its output is kept in its folder's log."""
+        options = {"output_dir": folder / output, "seed": seed} | options
+        argv = [*positional, *(text for key, value in options.items() for text in (f"--{key}", str(value)))]
+        name = command.__name__.rpartition(".")[2]
+        log(f"   simpo {name}: {folder / output}")
+        start = time.monotonic()
+        with redirect_stdout(StringIO()):
+            code = command.main(argv)
+        assert code == 0, code
+        metrics = read_results(folder / output / "results.json").metrics
+        found = {"/".join(filter(None, (metric.name, metric.stage))): metric.value for metric in metrics}
+        return found | {"seconds": time.monotonic() - start}
+
+    if not (folder / "start").exists():  # complete or absent
         write_model(folder / "start", seed)
-    write_sft(folder / "sft.jsonl", _SFT_ROWS, seed)  # always the same, so that writing them again changes nothing
+    write_sft(folder / "sft.jsonl", _SFT_ROWS, seed)  # writing them again changes nothing
     write_prompts(folder / "prompts.jsonl", _PROMPTS, seed)
     write_prompts(folder / "held-out.jsonl", _HELD_OUT, seed, held_out=True)
-    log(f"1. A small random model and the tiny world's demonstrations and prompts are in {folder}")
-    log("2. It learns to answer from demonstrations, not all of which are good:")
-    data = {"dataset_name": folder / "sft.jsonl", "model_name_or_path": folder / "start"}
-    _command(log, sft, data | {"output_dir": folder / "sft", "seed": seed, "save_strategy": "no"} | _SFT)
-    log("3. It answers training prompts, several times each:")
-    _sample(log, folder, "sft", "prompts.jsonl", "samples", _SAMPLES | {"seed": seed})
-    log("4. The world's exact judge scores every answer; the best and the worst of a prompt make a pair:")
-    cut_too = PairSettings(keep_unfinished=True)  # an exact judge knows them for what they are
-    report = pair_responses(folder / "samples/responses.jsonl", judge, folder / "pairs.jsonl", cut_too)
-    for line in report.lines():
-        log(f"   {line}")
-    log("5. SimPO learns from the pairs:")
-    data = {"dataset_name": folder / "pairs.jsonl", "model_name_or_path": folder / "sft"}
-    _command(log, train, data | {"output_dir": folder / "simpo", "seed": seed, "save_strategy": "no"} | _SIMPO)
-    log("6. Both models answer prompts that neither has seen:")
-    for model in ("sft", "simpo"):
-        _sample(log, folder, model, "held-out.jsonl", f"{model}-answers", _ANSWERS | {"seed": seed + 1})
-    held_out = folder / "held-out-pairs.jsonl"  # for other recipes
-    pair_responses(folder / "sft-answers/responses.jsonl", judge, held_out, cut_too)
+    log("Each command below keeps its options in recipe.yaml and its output in log.txt of the folder named with it.")
+    log(f"1. Create a small random model, and demonstrations and prompts of the tiny world, in {folder}")
 
+    log("2. Fine-tune the model on the demonstrations, not all of which are good")
+    data = {"dataset_name": folder / "sft.jsonl", "model_name_or_path": folder / "start", "save_strategy": "no"}
+    done = run(sft, "sft", data | _SFT)
+    log(f"   {done['train/steps']:,.0f} steps on {_SFT_ROWS:,} demonstrations, mean loss {done['train/loss']:.3f}")
 
-def _sample(
-    log: Callable[[str], None], folder: Path, model: str, prompts: str, output: str, options: dict[str, Any]
-) -> None:
-    _command(log, sample, {"output_dir": folder / output} | options, [str(folder / model), str(folder / prompts)])
+    log("3. Sample answers to training prompts, and to held-out prompts for the evaluation")
+    fine_tuned = str(folder / "sft")
+    done = run(sample, "samples", _SAMPLES, [fine_tuned, str(folder / "prompts.jsonl")])
+    run(sample, "sft-answers", _ANSWERS | {"seed": seed + 1}, [fine_tuned, str(folder / "held-out.jsonl")])
+    log(
+        f"   {done['sample/responses']:,.0f} answers to training prompts, {done['sample/tokens']:.1f} tokens on average"
+    )
 
+    log("4. Score every answer with the world's exact judge, and pair the best with the worst answer to each prompt")
+    keep_cut = PairSettings(keep_unfinished=True)  # the exact judge scores answers that were cut off correctly
+    report = pair_responses(folder / "samples/responses.jsonl", judge, folder / "pairs.jsonl", keep_cut)
+    pair_responses(folder / "sft-answers/responses.jsonl", judge, folder / "held-out-pairs.jsonl", keep_cut)
+    for text in report.lines():
+        log(f"   {text}")
 
-def _command(log: Callable[[str], None], command: Any, options: dict[str, Any], positional: Sequence[str] = ()) -> None:
-    """Run one of simpo's commands as from the command line."""
-    argv = [*positional, *(text for key, value in options.items() for text in (f"--{key}", str(value)))]
-    log(f"   simpo {command.__name__.rpartition('.')[2]} {shlex.join(argv)}")
-    code = command.main(argv)
-    assert code == 0, code
+    log("5. Train with SimPO on the pairs")
+    data = {"dataset_name": folder / "pairs.jsonl", "eval_dataset_name": folder / "held-out-pairs.jsonl"}
+    done = run(train, "simpo", data | {"model_name_or_path": fine_tuned, "save_strategy": "no"} | _SIMPO)
+    before, after = (done[f"eval_rewards/accuracies/{stage}"] for stage in ("before", "after"))
+    log(
+        f"   {done['train/steps']:,.0f} steps; reward accuracy on held-out pairs {before:.2f} before, {after:.2f} after"
+    )
+
+    log("6. Sample the new model's answers to the held-out prompts, and compare them with the fine-tuned model's")
+    run(sample, "simpo-answers", _ANSWERS | {"seed": seed + 1}, [str(folder / "simpo"), str(folder / "held-out.jsonl")])
 
 
 def _plot(folder: Path, contests: Sequence[PromptAnswers], metrics: Sequence[Metric]) -> None:
     names = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
-    plot_training(folder / "training.png", read_lines(folder / "simpo/metrics.jsonl"), names, "SimPO on its own pairs")
-    found = {(metric.name, metric.stage): metric for metric in metrics}
-    wins = found["win_rate", "after"].interval
-    rates = {"win rate": {"SFT": _opposite(wins), "SimPO": wins}}
-    for name, label in (("correct", "correct"), ("end_of_turn_rate", "ended")):
-        rates[label] = {_HEADINGS[stage]: found[name, stage].interval for stage in ("before", "after")}
+    start = {
+        metric.name: metric.value
+        for metric in read_results(folder / "simpo/results.json").metrics
+        if metric.stage == "before"
+    }
+    logs = [{"step": 0} | start, *read_lines(folder / "simpo/metrics.jsonl")]
+    plot_training(folder / "training.png", logs, names, "SimPO on pairs of the model's own answers")
+    found = {(metric.name, metric.stage): metric.interval for metric in metrics}
+    wins = found["win_rate", "after"]
+    low, high = (None if bound is None else 1 - bound for bound in (wins.high, wins.low))
+    rates = {
+        "win rate": {"SFT": Interval(1 - wins.value, low, high, wins.n, wins.method), "SimPO": wins},
+        "correct answers": {heading: found["correct", stage] for stage, heading in _HEADINGS.items()},
+    }
     plot_rates(folder / "rates.png", rates, "Answers to held-out prompts", even="win rate")
     sides = {"SFT": [contest.b for contest in contests], "SimPO": [contest.a for contest in contests]}
     lengths = {
@@ -151,17 +179,24 @@ def _plot(folder: Path, contests: Sequence[PromptAnswers], metrics: Sequence[Met
     plot_lengths(folder / "lengths.png", lengths, "Length of answers to held-out prompts")
 
 
-def _opposite(share: Interval) -> Interval:
-    low, high = (None if bound is None else 1 - bound for bound in (share.high, share.low))
-    return Interval(1 - share.value, low, high, share.n, share.method)
-
-
 def _show(contests: Sequence[PromptAnswers]) -> None:
-    """The first prompts of the file with both models' first answers."""
+    """The prompts at fixed percentiles of the change of the mean score, with the first answer of each model."""
+
+    def mean_score(contest: PromptAnswers, record: Any) -> float:
+        return sum(judge(contest.prompt, answer) for answer in record["responses"]) / len(record["responses"])
+
+    def change(contest: PromptAnswers) -> float:
+        return mean_score(contest, contest.a) - mean_score(contest, contest.b)
+
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(Text(f"The first {_SHOWN} held-out prompts with the first answer of each model:"))
-    for contest in contests[:_SHOWN]:
-        console.print(Text(f"\n  prompt  {printable(contest.prompt)}", style="bold"))
+    ranked = sorted(contests, key=change)
+    shares = ", ".join(f"{share}th" for share in _PERCENTILES)
+    console.print(f"Examples: the held-out prompts at the {shares} percentile of the change in mean score,")
+    console.print("with the first answer of each model and that answer's score:")
+    for share in _PERCENTILES:
+        contest = ranked[round(share / 100 * (len(ranked) - 1))]
+        title = f"  {printable(contest.prompt)}   ({share}th percentile: {change(contest):+.1f})"
+        console.print(Text(title, style="bold"))
         for model, record in (("SFT", contest.b), ("SimPO", contest.a)):
             answer = record["responses"][0]
-            console.print(Text(f"  {model:<7} {printable(answer)}   ({judge(contest.prompt, answer):.1f} of 10)"))
+            console.print(Text(f"    {model:<7} {judge(contest.prompt, answer):4.1f}  {printable(answer)}"))

@@ -16,9 +16,8 @@ from simpo.config import parse_settings
 from simpo.generation.settings import SamplingSettings
 from simpo.models.settings import ModelArguments
 from simpo.training.trainer import PreferenceConfig
-from simpo.workflows.loop.report import PLOT, print_report
-from simpo.workflows.loop.run import run_loop
-from simpo.workflows.loop.settings import LoopRecipe, LoopSettings
+from simpo.workflows.loop import PLOT, print_loop, run_loop
+from simpo.workflows.loop_settings import LoopRecipe, LoopSettings
 from simpo.workflows.pair import PairSettings
 
 RECIPE_TYPES = (LoopSettings, SamplingSettings, PairSettings, ModelArguments, PreferenceConfig)
@@ -33,6 +32,6 @@ def main(argv: list[str]) -> int:
     recipe.config.disable_tqdm = recipe.config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress
     folder = Path(recipe.config.output_dir)
     model = run_loop(recipe, argv=argv, file=recipe_of(argv))
-    print_report(folder)
+    print_loop(folder)
     print(f"plot:  {folder / PLOT}\nmodel: {model}\nnext:  simpo chat {shlex.quote(str(model))}")
     return 0

@@ -15,7 +15,7 @@ from simpo.config import parse_settings
 from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES
 from simpo.runs.atomic import write_text
-from simpo.workflows.sweep.recipes import SETTINGS, compose_recipe
+from simpo.workflows.recipes import SETTINGS, compose_recipe
 
 
 @dataclass

@@ -22,9 +22,9 @@ from simpo.models.settings import ModelArguments
 from simpo.training.settings import DataArguments
 from simpo.training.tasks import PREFERENCES
 from simpo.training.trainer import PreferenceConfig
-from simpo.workflows.sweep.run import BEST, EFFECTS, SMALLER_IS_BETTER, Sweep, print_sweep, run_sweep
-from simpo.workflows.sweep.space import Choices, combinations, read_axes
-from simpo.workflows.sweep.study import load_optuna
+from simpo.workflows.sweep import BEST, EFFECTS, SMALLER_IS_BETTER, Sweep, print_sweep, run_sweep
+from simpo.workflows.sweep_space import Choices, combinations, read_axes
+from simpo.workflows.sweep_study import load_optuna
 
 _TPE_TRIALS = 20
 _METRICS = [name.removeprefix("eval_") for name in SMALLER_IS_BETTER]

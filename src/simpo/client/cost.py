@@ -65,6 +65,9 @@ class Estimate:
         longest = sum(request.max_tokens for request in sent)
         return cls(len(sent), cached, math.ceil(characters / _CHARACTERS), longest)
 
+    def __add__(self, other: Estimate) -> Estimate:
+        return Estimate(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
     def __mul__(self, times: int) -> Estimate:
         return Estimate(*(times * count for count in astuple(self)))
 

@@ -10,9 +10,9 @@ from simpo.errors import SimpoError
 
 logger = logging.getLogger(__name__)
 
-# TRL's loss_type -> our objective; its reference-free "hinge" and "ipo" are no rows of the table.
+# TRL's loss_type -> our objective; its reference-free "hinge" and "ipo" have none.
 _OBJECTIVES = {"simpo": "simpo", "alphapo": "alphapo", "sigmoid": "cpo"}
-_LENGTH_IF_NONE = 512
+_DEFAULT_LENGTH = 512
 
 
 @dataclass
@@ -22,7 +22,7 @@ class CPOConfig(PortedConfig):
     ``simpo_gamma`` is the margin itself, not its ratio to ``beta``. ``cpo_alpha`` is also read as ``sft_weight``.
 
     Raises:
-        SimpoError: a value that is out of bounds or cannot be honoured; the message names the key.
+        SimpoError: a value that is out of bounds or not supported; the message names the key.
     """
 
     bf16: bool | None = field(  # type: ignore[assignment]
@@ -43,28 +43,6 @@ class CPOConfig(PortedConfig):
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
     def __post_init__(self) -> None:
-        self._refuse_other_names()
-        self._check_signs()
-        self.objective = self._objective()
-        if self.loss_type == "alphapo":
-            self.cpo_alpha = 0.0  # as TRL does
-        self.sft_weight = self.cpo_alpha
-        self.gamma = None if self.objective == "cpo" else self.simpo_gamma
-        self.alpha = self.alpha if self.objective == "alphapo" else None
-        if self.objective == "cpo":
-            self.lam = 0.0  # the SFT term is added to the row's loss, as a mean over tokens
-            self.label_smoothing = self.label_smoothing or None  # type: ignore[assignment]
-        if self.max_length is None:
-            logger.warning("max_length is not set: %d, as in TRL", _LENGTH_IF_NONE)
-            self.max_length = _LENGTH_IF_NONE
-        if self.bf16 is None:
-            self.bf16 = not self.fp16
-        self._checkpoint_by_default()
-        loss_type, self.loss_type = self.loss_type, None  # elsewhere "sigmoid" is the link of SimPO
-        super().__post_init__()
-        self.loss_type = loss_type
-
-    def _refuse_other_names(self) -> None:
         for key, given, own in (
             ("gamma", self.gamma not in (None, self.simpo_gamma), "simpo_gamma, the margin itself"),
             ("gamma_beta_ratio", self.gamma_beta_ratio is not None, "simpo_gamma, the margin itself"),
@@ -72,28 +50,43 @@ class CPOConfig(PortedConfig):
         ):
             if given:
                 raise SimpoError(f"{key}: CPOConfig's key is {own}")
-
-    def _check_signs(self) -> None:
         for key in ("cpo_alpha", "simpo_gamma"):
             if not getattr(self, key) >= 0:
                 raise SimpoError(f"{key}: must be >= 0, not {getattr(self, key)}")
+        self._set_objective()
+        if self.max_length is None:
+            logger.warning("max_length is not set: %d, as in TRL", _DEFAULT_LENGTH)
+            self.max_length = _DEFAULT_LENGTH
+        if self.bf16 is None:
+            self.bf16 = not self.fp16
+        # TRL recomputes activations by default, so what fitted in memory there fits here. The key's name has changed in
+        # transformers 5.23.
+        newer = "activation_checkpointing"
+        if self.gradient_checkpointing is None and getattr(self, newer, None) is None:
+            setattr(self, newer if hasattr(self, newer) else "gradient_checkpointing", True)
+        loss_type, self.loss_type = self.loss_type, None  # the base would read "sigmoid" as the link of SimPO
+        super().__post_init__()
+        self.loss_type = loss_type
 
-    def _objective(self) -> str:
+    def _set_objective(self) -> None:
+        """Translate TRL's loss_type and hyperparameters to the objective and its own."""
         name = _OBJECTIVES.get(str(self.loss_type))
         if name is None:
             raise SimpoError(
-                f"loss_type: {self.loss_type!r} is none of CPOConfig's here, which are {', '.join(_OBJECTIVES)}; "
+                f"loss_type: {self.loss_type!r} is not supported by CPOConfig, which has {', '.join(_OBJECTIVES)}; "
                 "PreferenceConfig(objective=...) has the others"
             )
         if self.alpha and name == "cpo":
             raise SimpoError("alpha: shapes the reward of loss_type 'simpo' and 'alphapo' only; set it to 0")
-        return "alphapo" if self.alpha else name
-
-    def _checkpoint_by_default(self) -> None:
-        """Recompute activations unless told otherwise, as TRL does, so that what fitted there fits here."""
-        newer = "activation_checkpointing"  # its name since transformers 5.23
-        if self.gradient_checkpointing is None and getattr(self, newer, None) is None:
-            setattr(self, newer if hasattr(self, newer) else "gradient_checkpointing", True)
+        self.objective = "alphapo" if self.alpha else name
+        if self.loss_type == "alphapo":
+            self.cpo_alpha = 0.0  # as TRL does
+        self.sft_weight = self.cpo_alpha
+        self.gamma = None if self.objective == "cpo" else self.simpo_gamma
+        self.alpha = self.alpha if self.objective == "alphapo" else None
+        if self.objective == "cpo":
+            self.lam = 0.0  # the SFT term is added to the objective's loss, as a mean over tokens
+            self.label_smoothing = self.label_smoothing or None  # type: ignore[assignment]
 
 
 class CPOTrainer(PortedTrainer):

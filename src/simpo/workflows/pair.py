@@ -1,12 +1,11 @@
-"""``simpo pair``: preference rows from scored responses, and why other answers were not used."""
+"""``simpo pair``: preference rows from scored responses, and counts of the answers that were not used."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -25,22 +24,25 @@ from simpo.runs.results import Metric, fingerprint
 from simpo.statistics import mean_interval, proportion_interval
 
 PairKind = Literal["best_worst", "all", "best_random", "ranking"]
-
-
 KINDS: tuple[PairKind, ...] = ("best_worst", "all", "best_random", "ranking")
+FILE_NAME = "pairs.jsonl"
 
-
-IDENTICAL, UNSCORED, EMPTY = "answers: the same as another one", "answers: without a score", "answers: empty"
-
-
-UNFINISHED = "answers: cut at max_new_tokens"
-
-
-ALIKE = "prompts: fewer than two different answers with a score"
-
-
-EQUAL, CLOSE, UNEVEN = "pairs: equally good", "pairs: scores closer than min_gap", "pairs: beyond max_length_ratio"
-
+# Why an answer, a prompt or a pair was dropped: the end of the metric's name.
+IDENTICAL, UNSCORED, EMPTY = "answers_the_same_as_another_one", "answers_without_a_score", "answers_empty"
+UNFINISHED = "answers_cut_at_max_new_tokens"
+TOO_FEW = "prompts_fewer_than_two_different_answers_with_a_score"
+EQUAL, CLOSE = "pairs_equally_good", "pairs_scores_closer_than_min_gap"
+UNEVEN = "pairs_beyond_max_length_ratio"
+_DESCRIPTIONS = {
+    IDENTICAL: "answers: identical to another one",
+    UNSCORED: "answers: without a score",
+    EMPTY: "answers: empty",
+    UNFINISHED: "answers: cut at max_new_tokens",
+    TOO_FEW: "prompts: fewer than two different answers with a score",
+    EQUAL: "pairs: equal scores",
+    CLOSE: "pairs: scores closer than min_gap",
+    UNEVEN: "pairs: lengths beyond max_length_ratio",
+}
 
 Row = dict[str, Any]
 
@@ -50,28 +52,27 @@ class PairSettings:
     """How pairs are made; the defaults are the paper's.
 
     Attributes:
-        pairs: of a prompt's answers: ``best_worst``; ``all`` two that differ in score; ``best_random``, one that is
-            worse; or ``ranking``, no pair but all of them with their scores.
-        min_gap: scores of a pair, or of a ranking's best and worst, differ at least by this.
-        max_length_ratio: the longer answer of a pair has at most so many times the characters of the shorter; None for
-            any.
-        keep_unfinished: pair also answers that were cut at ``max_new_tokens``. In a pair they end with the end-of-turn
-            token, which the model has not written there: chosen ones teach to stop in the middle of a sentence.
+        pairs: which answers to a prompt make rows: the best and the worst, all pairs that differ in score, the best and
+            a random worse one, or a single row that ranks all of them.
+        min_gap: least difference in score within a pair, or between a ranking's best and worst.
+        max_length_ratio: most characters of a pair's longer answer divided by those of the shorter; None for no limit.
+        keep_unfinished: also use answers that were cut at ``max_new_tokens``. In a pair they end with the end-of-turn
+            token, which the model did not write there: a chosen one teaches to stop in the middle of a sentence.
         seed: of ``best_random``.
 
     Raises:
-        SimpoError: a value out of its bounds; names the key.
+        SimpoError: a value is out of bounds; the message names the key.
     """
 
     pairs: PairKind = field(
         default="best_worst", metadata={"help": "Which answers to a prompt are compared; ranking: all of them at once."}
     )
-    min_gap: float = field(default=0.0, metadata={"help": "Least difference of the scores of a pair."})
+    min_gap: float = field(default=0.0, metadata={"help": "Least difference between the scores of a pair."})
     max_length_ratio: float | None = field(
-        default=None, metadata={"help": "Most characters of a pair's longer answer over the shorter's (default: any)."}
+        default=None, metadata={"help": "Most characters of the longer answer over the shorter's (default: no limit)."}
     )
-    keep_unfinished: bool = field(default=False, metadata={"help": "Pair also answers that max_new_tokens cut off."})
-    seed: int = field(default=42, metadata={"help": "Of best_random."})
+    keep_unfinished: bool = field(default=False, metadata={"help": "Also pair answers that max_new_tokens cut off."})
+    seed: int = field(default=42, metadata={"help": "Seed of best_random."})
 
     def __post_init__(self) -> None:
         if self.pairs not in KINDS:
@@ -87,28 +88,20 @@ class PairSettings:
 
 @dataclass
 class PairReport:
-    """What became of all answers.
-
-    Attributes:
-        prompts: with responses.
-        rows: made of them.
-        dropped: reason -> how many answers, prompts or pairs.
-    """
+    """How many prompts were read and rows were made, and what was dropped, by reason."""
 
     prompts: int = 0
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
     def lines(self) -> list[str]:
-        """The report for people, a line each."""
-        lines = [f"pairs: {self.rows:,} of {self.prompts:,} prompts"]
-        return lines + [f"  dropped {count:,} {reason}" for reason, count in self.dropped.items()]
+        """The report as text."""
+        dropped = [f"  dropped {count:,} {_DESCRIPTIONS[reason]}" for reason, count in self.dropped.items()]
+        return [f"pairs: {self.rows:,} of {self.prompts:,} prompts", *dropped]
 
 
 class _Answer(NamedTuple):
-    """One answer with its place among the prompt's responses."""
-
-    place: int
+    index: int  # among the prompt's responses
     text: str
     score: float
 
@@ -116,68 +109,67 @@ class _Answer(NamedTuple):
 def make_pairs(records: Iterable[Mapping[str, Any]], settings: PairSettings) -> tuple[list[Row], PairReport]:
     """Rows ``{prompt, chosen, rejected, chosen_score, rejected_score, id}``, or ``{prompt, responses, scores, id}``.
 
-    Best against worst is how the paper pairs its own samples (section 4, after Llama-3-Instruct). Of identical answers,
-    and of equally good ones, the first counts.
+    Best against worst is how the paper pairs its own samples (section 4, after Llama-3-Instruct). Among identical
+    answers, and among answers with equal scores, the first one counts.
 
     Args:
-        records: ``{id, prompt, responses, scores}``; a score that is None leaves its answer out. ``finished``, where it
-            is there, says of every response whether it ended.
-        settings: which pairs.
+        records: ``{id, prompt, responses, scores}``; an answer whose score is None is left out. ``finished``, if
+            present, says for every response whether it ended by itself.
+        settings: which pairs to make.
     """
     report = PairReport()
     rows = []
     for record in records:
         report.prompts += 1
-        answers = _different(record, settings, report)
+        answers = _usable_answers(record, settings, report)
         if len(answers) < 2:
-            report.dropped[ALIKE] += 1
+            report.dropped[TOO_FEW] += 1
             continue
-        for kept in _compared(answers, record["id"], settings):
-            reason = _fault(kept, settings)
+        for candidate in _candidates(answers, record["id"], settings):
+            reason = _reason_to_drop(candidate, settings)
             if reason is None:
-                rows.append(_row(record, kept, settings))
+                rows.append(_row(record, candidate, settings))
             else:
                 report.dropped[reason] += 1
     report.rows = len(rows)
     return rows, report
 
 
-def _different(record: Mapping[str, Any], settings: PairSettings, report: PairReport) -> list[_Answer]:
-    """The different answers that have a score and may be paired, in their order."""
+def _usable_answers(record: Mapping[str, Any], settings: PairSettings, report: PairReport) -> list[_Answer]:
+    """The distinct answers that have a score and may be paired, in their order."""
     found: dict[str, _Answer] = {}
     finished = record.get("finished", [True] * len(record["responses"]))
-    for place, (text, score, ended) in enumerate(zip(record["responses"], record["scores"], finished, strict=True)):
-        said = text.strip()  # some templates strip messages, so that white space at an end makes no difference
+    for index, (text, score, ended) in enumerate(zip(record["responses"], record["scores"], finished, strict=True)):
+        stripped = text.strip()  # some templates strip messages, which makes surrounding white space irrelevant
         if score is None:
             report.dropped[UNSCORED] += 1
         elif not (ended or settings.keep_unfinished):
             report.dropped[UNFINISHED] += 1
-        elif not said:
-            report.dropped[EMPTY] += 1  # which nothing can be trained on
-        elif said in found:
+        elif not stripped:
+            report.dropped[EMPTY] += 1
+        elif stripped in found:
             report.dropped[IDENTICAL] += 1
         else:
-            found[said] = _Answer(place, text, score)
+            found[stripped] = _Answer(index, text, score)
     return list(found.values())
 
 
-def _compared(answers: Sequence[_Answer], key: str, settings: PairSettings) -> Iterator[list[_Answer]]:
-    """Answers that may make a row, the best first."""
-    ranked = sorted(answers, key=lambda answer: -answer.score)  # stable: of equal ones the first is first
+def _candidates(answers: Sequence[_Answer], prompt_id: str, settings: PairSettings) -> list[list[_Answer]]:
+    """The groups of answers that may make a row, each with its best answer first."""
+    ranked = sorted(answers, key=lambda answer: -answer.score)  # stable: among equals the first stays first
     best, worst = ranked[0], min(answers, key=lambda answer: answer.score)
-    if settings.pairs == "best_worst":
-        yield [best, worst]
-    elif settings.pairs == "all":
-        yield from map(list, combinations(ranked, 2))
-    elif settings.pairs == "best_random":
+    if settings.pairs == "all":
+        return [list(pair) for pair in combinations(ranked, 2)]
+    if settings.pairs == "ranking":
+        return [ranked]
+    if settings.pairs == "best_random":
         worse = [answer for answer in answers if answer.score < best.score]
-        yield [best, Random(f"{settings.seed} {key}").choice(worse or [worst])]  # noqa: S311 - sampling, not secrets
-    else:
-        yield ranked
+        # Seeded by the prompt too, so that a prompt's draw does not depend on the prompts before it.
+        worst = Random(f"{settings.seed} {prompt_id}").choice(worse or [worst])  # noqa: S311 - sampling, not secrets
+    return [[best, worst]]
 
 
-def _fault(answers: Sequence[_Answer], settings: PairSettings) -> str | None:
-    """Why these make no row; None if they do."""
+def _reason_to_drop(answers: Sequence[_Answer], settings: PairSettings) -> str | None:
     gap = answers[0].score - answers[-1].score
     if gap == 0:
         return EQUAL
@@ -191,30 +183,19 @@ def _fault(answers: Sequence[_Answer], settings: PairSettings) -> str | None:
 
 
 def _row(record: Mapping[str, Any], answers: Sequence[_Answer], settings: PairSettings) -> Row:
+    row = {key: record[key] for key in ("prompt", "tools", "chat_template_kwargs") if key in record}
     if settings.pairs == "ranking":
         texts, scores = [answer.text for answer in answers], [answer.score for answer in answers]
-        return {**_asked(record), "responses": texts, "scores": scores, "id": record["id"]}
+        return row | {"responses": texts, "scores": scores, "id": record["id"]}
     chosen, rejected = answers
-    places = f"/{chosen.place}-{rejected.place}" if settings.pairs == "all" else ""
-    return {
-        **_asked(record),
-        "chosen": chosen.text,
-        "rejected": rejected.text,
-        "chosen_score": chosen.score,
-        "rejected_score": rejected.score,
-        "id": record["id"] + places,
-    }
+    suffix = (
+        f"/{chosen.index}-{rejected.index}" if settings.pairs == "all" else ""
+    )  # keeps the ids of a prompt's pairs apart
+    row |= {"chosen": chosen.text, "rejected": rejected.text}
+    return row | {"chosen_score": chosen.score, "rejected_score": rejected.score, "id": record["id"] + suffix}
 
 
-def _asked(record: Mapping[str, Any]) -> Row:
-    """The prompt, with all that training renders it with."""
-    return {key: record[key] for key in ("prompt", "tools", "chat_template_kwargs") if key in record}
-
-
-# ---- The workflow behind ``simpo pair``: annotated responses in, preference data out.
-
-
-FILE_NAME = "pairs.jsonl"
+# ---- The workflows: annotated responses, or a scoring function, to a file of pairs.
 
 
 def pair_annotated(annotated: Path, settings: PairSettings, folder: Path, *, argv: Sequence[str] = ()) -> Path:
@@ -222,7 +203,7 @@ def pair_annotated(annotated: Path, settings: PairSettings, folder: Path, *, arg
 
     Args:
         annotated: ``annotated.jsonl`` of ``simpo annotate``, or its folder.
-        settings: which pairs.
+        settings: which pairs to make.
         folder: the run's folder.
         argv: the command line after the command's name, for the record.
 
@@ -230,11 +211,11 @@ def pair_annotated(annotated: Path, settings: PairSettings, folder: Path, *, arg
         The path of ``results.json``.
 
     Raises:
-        SimpoError: something that the user gave cannot be used, or there is no pair at all.
+        SimpoError: the input cannot be used, or gives no pair at all.
     """
     path = annotated / ANNOTATED if annotated.is_dir() else annotated
     with RunFolder(folder, command="pair") as run:
-        records = _read(path)
+        records = _read_annotated(path)
         rows, report = make_pairs(records, settings)
         for line in report.lines():
             run.log(line)
@@ -254,20 +235,20 @@ def pair_responses(
     """Score a file of sampled responses with a function, and pair them.
 
     Args:
-        responses: what ``simpo sample`` left: ``responses.jsonl``.
-        scorer: from prompt and response to a number; the higher, the better.
-        output: the file of pairs, written whole or not at all.
-        settings: which pairs; None for the best of every prompt against the worst, of answers that ended.
+        responses: ``responses.jsonl`` of ``simpo sample``.
+        scorer: from prompt and response to a number; higher is better.
+        output: the file of pairs, complete or absent.
+        settings: which pairs to make; by default the best against the worst answer that ended.
 
     Raises:
-        SimpoError: a file that cannot be read or written, a score that is no number, or no pair at all.
+        SimpoError: a file cannot be read or written, a score is not a finite number, or there is no pair at all.
     """
     records = read_responses(responses)
     for record in records:
         record["scores"] = [scorer(record["prompt"], response) for response in record["responses"]]
         if not all(map(math.isfinite, record["scores"])):
             raise SimpoError(
-                f"{responses}: prompt {record['id']}: the scorer gave {record['scores']}; it must give numbers"
+                f"{responses}: prompt {record['id']}: the scorer returned {record['scores']}; it must return numbers"
             )
     rows, report = make_pairs(records, settings or PairSettings())
     _check_any(rows, report, responses)
@@ -275,17 +256,12 @@ def pair_responses(
     return report
 
 
-def _read(path: Path) -> list[Row]:
-    """Annotated responses.
-
-    Raises:
-        SimpoError: as :func:`simpo.judging.annotate.read_responses`, or a row has not one score for every response.
-    """
+def _read_annotated(path: Path) -> list[Row]:
     records = read_responses(path)
     for number, record in enumerate(records, start=1):
         scores = record.get("scores")
         if not isinstance(scores, list) or len(scores) != len(record["responses"]):
-            raise SimpoError(f"{path}:{number}: not one score a response; give what simpo annotate leaves")
+            raise SimpoError(f"{path}:{number}: scores: expected one for every response, as simpo annotate writes them")
         if not all(score is None or is_number(score) for score in scores):
             raise SimpoError(f"{path}:{number}: scores: expected numbers or null, got {scores!s:.60}")
         finished = record.get("finished", [True] * len(scores))
@@ -296,19 +272,16 @@ def _read(path: Path) -> list[Row]:
 
 def _check_any(rows: Sequence[Row], report: PairReport, path: Path) -> None:
     if not rows:
-        remedy = "; raise max_new_tokens, or pair them too with keep_unfinished" if report.dropped[UNFINISHED] else ""
-        raise SimpoError(f"{path}: no pairs (dropped {_reasons(report)}){remedy}")
-
-
-def _reasons(report: PairReport) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
+        reasons = ", ".join(f"{count:,} {_DESCRIPTIONS[reason]}" for reason, count in report.dropped.items())
+        remedy = "; raise max_new_tokens, or set keep_unfinished" if report.dropped[UNFINISHED] else ""
+        raise SimpoError(f"{path}: no pairs (dropped {reasons}){remedy}")
 
 
 def _metrics(rows: Sequence[Row], report: PairReport) -> list[Metric]:
     metrics = [Metric("pair/prompts", report.prompts), Metric("pair/rows", report.rows)]
-    metrics += [Metric(f"pair/dropped/{_slug(reason)}", count) for reason, count in report.dropped.items()]
-    gap = mean_interval([_gap(row) for row in rows])
-    metrics.append(Metric.of("pair/score_gap", gap))
+    metrics += [Metric(f"pair/dropped/{reason}", count) for reason, count in report.dropped.items()]
+    scores = [row.get("scores") or [row["chosen_score"], row["rejected_score"]] for row in rows]
+    metrics.append(Metric.of("pair/score_gap", mean_interval([float(one[0] - one[-1]) for one in scores])))
     if "chosen" in rows[0]:
         lengths = np.array([[len(row["chosen"]), len(row["rejected"])] for row in rows])
         longer = proportion_interval(int((lengths[:, 0] > lengths[:, 1]).sum()), len(rows))
@@ -316,12 +289,3 @@ def _metrics(rows: Sequence[Row], report: PairReport) -> list[Metric]:
         for name, values in zip(("chosen", "rejected"), lengths.T, strict=True):
             metrics.append(Metric(f"pair/{name}_characters", float(values.mean()), n=len(rows)))
     return metrics
-
-
-def _gap(row: Mapping[str, Any]) -> float:
-    scores = row.get("scores") or [row["chosen_score"], row["rejected_score"]]
-    return float(scores[0] - scores[-1])
-
-
-def _slug(reason: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", reason).strip("_")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random
@@ -12,14 +11,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from simpo.errors import SimpoError
-from simpo.runs.atomic import staged_folder, write_text
+from simpo.runs.atomic import staged_folder
+from simpo.runs.lines import write_lines
 from simpo.world.judge import draw_answer, judge
 from simpo.world.questions import draw_question
 
 Row = dict[str, str]
 
+_ATTEMPTS = 50  # repeated questions in a row before the world's questions count as used up
 
-_TRIES = 50  # in vain before the questions count as used up
+
+def _rng(purpose: str, seed: int) -> Random:
+    """The same seed gives different draws for different purposes."""
+    return Random(f"{purpose} {seed}")  # noqa: S311 - sampling, not secrets
 
 
 def make_sft(count: int, seed: int) -> list[Row]:
@@ -30,20 +34,20 @@ def make_sft(count: int, seed: int) -> list[Row]:
 
 
 def make_prompts(count: int, seed: int, *, held_out: bool = False) -> list[Row]:
-    """``count`` rows ``{prompt}``, no two alike.
+    """``count`` rows ``{prompt}``, all different.
 
     Raises:
-        SimpoError: the world has not so many questions on that side.
+        SimpoError: the world has fewer questions on that side.
     """
     rng = _rng("prompts", seed)
     prompts: dict[str, None] = {}
-    in_vain = 0
-    while len(prompts) < count and in_vain < _TRIES:
+    repeated = 0
+    while len(prompts) < count and repeated < _ATTEMPTS:
         before = len(prompts)
         prompts[draw_question(rng, held_out=held_out).prompt] = None
-        in_vain = 0 if len(prompts) > before else in_vain + 1
+        repeated = 0 if len(prompts) > before else repeated + 1
     if len(prompts) < count:
-        raise SimpoError(f"count: {count:,} different prompts asked for, the tiny world has about {len(prompts):,}")
+        raise SimpoError(f"count: {count:,} different prompts requested; the tiny world has about {len(prompts):,}")
     return [{"prompt": prompt} for prompt in prompts]
 
 
@@ -53,9 +57,9 @@ def make_pairs(count: int, seed: int, *, held_out: bool = False, length_bias: fl
     Args:
         count: rows; a question may come more than once.
         seed: the same seed gives the same rows.
-        held_out: questions of the held-out side.
-        length_bias: from 0 to 1, the share of pairs whose longer answer is chosen whatever its quality; of the others
-            the judge chooses the better.
+        held_out: take questions of the held-out side.
+        length_bias: from 0 to 1, the share of pairs whose longer answer is chosen regardless of its quality; in the
+            others the judge chooses the better one.
 
     Raises:
         SimpoError: ``length_bias`` is out of bounds.
@@ -63,52 +67,38 @@ def make_pairs(count: int, seed: int, *, held_out: bool = False, length_bias: fl
     if not 0 <= length_bias <= 1:
         raise SimpoError(f"length_bias: {length_bias} is not a share; give a number from 0 to 1")
     rng = _rng("pairs", seed)
-    return [_pair(rng, held_out, length_bias) for _ in range(count)]
+    rows = []
+    for _ in range(count):
+        question = draw_question(rng, held_out=held_out)
+        scores: dict[str, float] = {}
+        while len({len(answer) for answer in scores}) < 2 or len(set(scores.values())) < 2:
+            answers = (draw_answer(question, rng) for _ in range(2))
+            scores = {answer: judge(question.prompt, answer) for answer in answers}
+        by_length = rng.random() < length_bias
+        rejected, chosen = sorted(scores, key=len if by_length else scores.__getitem__)
+        rows.append({"prompt": question.prompt, "chosen": chosen, "rejected": rejected})
+    return rows
 
 
 def write_sft(path: Path, count: int, seed: int) -> None:
     """Write :func:`make_sft` as JSON lines."""
-    _write(path, make_sft(count, seed))
+    write_lines(path, make_sft(count, seed))
 
 
 def write_prompts(path: Path, count: int, seed: int, *, held_out: bool = False) -> None:
     """Write :func:`make_prompts` as JSON lines."""
-    _write(path, make_prompts(count, seed, held_out=held_out))
+    write_lines(path, make_prompts(count, seed, held_out=held_out))
 
 
 def write_pairs(path: Path, count: int, seed: int, *, held_out: bool = False, length_bias: float = 0.0) -> None:
     """Write :func:`make_pairs` as JSON lines."""
-    _write(path, make_pairs(count, seed, held_out=held_out, length_bias=length_bias))
+    write_lines(path, make_pairs(count, seed, held_out=held_out, length_bias=length_bias))
 
 
-def _pair(rng: Random, held_out: bool, length_bias: float) -> Row:
-    question = draw_question(rng, held_out=held_out)
-    scores: dict[str, float] = {}
-    while len({len(answer) for answer in scores}) < 2 or len(set(scores.values())) < 2:
-        scores = {answer: judge(question.prompt, answer) for answer in (draw_answer(question, rng) for _ in range(2))}
-    by_length = rng.random() < length_bias
-    rejected, chosen = sorted(scores, key=len if by_length else scores.__getitem__)
-    return {"prompt": question.prompt, "chosen": chosen, "rejected": rejected}
-
-
-def _rng(purpose: str, seed: int) -> Random:
-    """What is made for different purposes differs, with the same seed too."""
-    return Random(f"{purpose} {seed}")  # noqa: S311 - sampling, not secrets
-
-
-def _write(path: Path, rows: Iterable[Row]) -> None:
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-# ---- A tiny chat model with a tokenizer and template of its own, made from nothing and a seed.
-
+# ---- A tiny chat model with its own tokenizer and template, made from a seed.
 
 _SPECIAL = ("<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>")
-
-
 _TEXTS, _VOCABULARY = 4000, 640  # with these, every word of the world is one token
-
-
 _TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"

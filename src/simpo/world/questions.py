@@ -1,13 +1,14 @@
-"""The questions of the tiny world: ten kinds, written from a seed and read back from their text."""
+"""The questions of the tiny world: ten kinds, drawn at random and read back from their text."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise, permutations
 from random import Random
+from typing import Any
 
 from simpo.errors import SimpoError
 
@@ -16,14 +17,16 @@ _WORDS = (
     *("ant", "bag", "bus", "cow", "cup", "dog", "fan", "hat"),
     *("jam", "key", "map", "owl", "pig", "sun", "tub", "web"),
 )
-_ORDINALS = ("first", "second", "third")
+_ORDINALS = ("first", "second", "third", "fourth")
 _TASTES = {
     "food": ("bread", "rice", "soup", "fish"),
-    "colour": ("red", "green", "blue", "white"),
+    "color": ("red", "green", "blue", "white"),
     "sport": ("golf", "judo", "chess", "rugby"),
     "metal": ("gold", "iron", "zinc", "silver"),
 }
 _NAMES = ("Abo", "Bima", "Cedo", "Dulu", "Etta", "Fira", "Gomo", "Hani")
+
+Value = tuple[str, ...]  # the words of an answer, as in ("7",) or ("d", "o", "g")
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,22 @@ class Part:
     """One thing that a question asks for.
 
     Attributes:
-        lead: how a statement of it begins, as in ``"the sum"`` of "The sum is 7."
-        value: its words, as in ``("7",)`` or ``("d", "o", "g")``.
-        mistakes: other values that somebody might give.
+        subject: how a statement of it begins, as in ``"the sum"`` of "The sum is 7."
+        value: the right answer.
+        mistakes: wrong answers that somebody might give.
+        verb: what stands between subject and value.
+        separator: what stands between the words of the value.
     """
 
-    lead: str
-    value: tuple[str, ...]
-    mistakes: tuple[tuple[str, ...], ...]
+    subject: str
+    value: Value
+    mistakes: tuple[Value, ...]
+    verb: str = "is"
+    separator: str = ", "
+
+    def statement(self, value: Value) -> str:
+        """A sentence that gives ``value`` as the answer."""
+        return f"{self.subject[0].upper()}{self.subject[1:]} {self.verb} {self.separator.join(value)}."
 
 
 @dataclass(frozen=True)
@@ -50,187 +61,189 @@ class Question:
     parts: tuple[Part, ...]
 
 
-@dataclass(frozen=True)
-class _Kind:
-    pattern: re.Pattern[str]
-    draw: Callable[[Random], str]
-    parts: Callable[..., tuple[Part, ...]]
-
-
 def read_question(prompt: str) -> Question:
-    """The question whose text is ``prompt``: the answer is worked out from the words, nothing is looked up.
+    """The question whose text is ``prompt``; its answer is computed from the words.
 
     Raises:
-        SimpoError: no question of the world reads like that.
+        SimpoError: the text is not a question of the world.
     """
     for name, kind in _KINDS.items():
         if (match := kind.pattern.fullmatch(prompt)) and (parts := kind.parts(*match.groups())):
-            return Question(name, prompt, parts)
+            return Question(name, prompt, tuple(parts))
     raise SimpoError(f"prompt {prompt[:80]!r}: not a question of the tiny world; give one of simpo.world.questions")
 
 
 def is_held_out(prompt: str) -> bool:
     """Whether a question belongs to the held-out quarter.
 
-    Its words decide, whatever their order: "7 plus 5" and "5 plus 7" are never on different sides.
+    A hash of its words in alphabetical order decides, so that "7 plus 5" and "5 plus 7" are on the same side.
     """
     words = sorted(re.findall(r"\w+", prompt.casefold()))
     return sha256(" ".join(words).encode()).digest()[0] < 64
 
 
 def draw_question(rng: Random, *, held_out: bool) -> Question:
-    """A random question of the training or of the held-out side, every kind being equally likely."""
+    """A random question of the training or of the held-out side, with every kind equally likely."""
     kind = _KINDS[rng.choice(KINDS)]
-    while is_held_out(prompt := kind.draw(rng)) != held_out:
+    while is_held_out(prompt := kind.template.format(*kind.draw(rng))) != held_out:
         pass
     return read_question(prompt)
 
 
-def _number(value: int, *mistakes: int) -> tuple[tuple[str, ...], ...]:
-    """A number as a value, then its mistakes: the given ones, or its neighbours."""
-    others = mistakes or (value - 2, value - 1, value + 1, value + 2)
-    return tuple((str(number),) for number in (value, *others) if number >= 0)
+# ---- What each kind asks for. A kind returns no parts where the values that it was given make no question.
 
 
-def _in_pairs(asked: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Two by two what is asked for; nothing if it is twice the same."""
-    pairs = [asked[:2], asked[2:]]
-    return pairs if pairs[0] != pairs[1] else []
-
-
-def _part(lead: str, values: Sequence[tuple[str, ...]]) -> Part:
+def _part(subject: str, values: Iterable[Value], **wording: str) -> Part:
     """The first of ``values`` is right; those that differ from it are mistakes."""
     value, *others = values
-    return Part(lead, value, tuple(dict.fromkeys(other for other in others if other != value)))
+    return Part(subject, value, tuple(dict.fromkeys(other for other in others if other != value)), **wording)
 
 
-def _sums(*numbers: str) -> tuple[Part, ...]:
-    pairs = _in_pairs(numbers)
-    return tuple(_part(f"{left} plus {right}", _number(int(left) + int(right))) for left, right in pairs)
+def _numbers(value: int, *mistakes: int) -> list[Value]:
+    """A number, then mistakes: the given ones, or else its neighbors."""
+    others = mistakes or (value - 2, value - 1, value + 1, value + 2)
+    return [(str(number),) for number in (value, *others) if number >= 0]
 
 
-def _draw_sums(rng: Random) -> str:
-    pairs = rng.sample([(left, right) for left in range(6) for right in range(6)], 2)
-    return f"What is {' and '.join(f'{left} plus {right}' for left, right in pairs)}?"
+def _sums(*numbers: str) -> list[Part]:
+    pairs = [numbers[:2], numbers[2:]]
+    if pairs[0] == pairs[1]:
+        return []
+    return [_part(f"{left} plus {right}", _numbers(int(left) + int(right))) for left, right in pairs]
 
 
-def _differences(*numbers: str) -> tuple[Part, ...]:
-    pairs = _in_pairs(numbers)
-    if any(int(left) < int(right) for left, right in pairs):
-        return ()
-    return tuple(_part(f"{left} minus {right}", _number(int(left) - int(right))) for left, right in pairs)
+def _differences(*numbers: str) -> list[Part]:
+    pairs = [numbers[:2], numbers[2:]]
+    if pairs[0] == pairs[1] or any(int(left) < int(right) for left, right in pairs):
+        return []
+    return [_part(f"{left} minus {right}", _numbers(int(left) - int(right))) for left, right in pairs]
 
 
-def _draw_differences(rng: Random) -> str:
-    pairs = rng.sample([(left, right) for left in range(8) for right in range(left + 1)], 2)
-    return f"What is {' and '.join(f'{left} minus {right}' for left, right in pairs)}?"
-
-
-def _comparison(relation: str, left: str, right: str) -> tuple[Part, ...]:
-    smaller, larger = sorted((int(left), int(right)))
+def _comparison(relation: str, *numbers: str) -> list[Part]:
+    smaller, larger = sorted(map(int, numbers))
     if smaller == larger:
-        return ()
+        return []
     values = (larger, smaller) if relation == "larger" else (smaller, larger)
-    return (_part(f"the {relation}", _number(*values)),)
+    return [_part(f"the {relation} number", _numbers(*values))]
 
 
-def _draw_comparison(rng: Random) -> str:
-    left, right = rng.sample(range(_LARGEST + 1), 2)
-    return f"Which is {rng.choice(('larger', 'smaller'))}, {left} or {right}?"
+def _order(*numbers: str) -> list[Part]:
+    return [_part("the order", [tuple(sorted(numbers, key=int)), *permutations(numbers)])]
 
 
-def _order(*numbers: str) -> tuple[Part, ...]:
-    return (_part("the order", [tuple(sorted(numbers, key=int)), *permutations(numbers)]),)
+def _reverse(*words: str) -> list[Part]:
+    return [_part("the reversed list", [words[::-1], *permutations(words)])]
 
 
-def _draw_order(rng: Random) -> str:
-    return f"Sort {' '.join(map(str, rng.sample(range(_LARGEST + 1), 3)))}."
-
-
-def _reverse(*words: str) -> tuple[Part, ...]:
-    return (_part("the reverse", [words[::-1], *permutations(words)]),)
-
-
-def _draw_reverse(rng: Random) -> str:
-    return f"Reverse {' '.join(rng.sample(_WORDS, 3))}."
-
-
-def _choice(ordinal: str, *words: str) -> tuple[Part, ...]:
+def _choice(ordinal: str, *words: str) -> list[Part]:
     right = words[_ORDINALS.index(ordinal)]
-    return (_part(f"the {ordinal}", [(word,) for word in (right, *words)]),)
+    return [_part(f"the {ordinal} word", [(word,) for word in (right, *words)])]
 
 
-def _draw_choice(rng: Random) -> str:
-    return f"What is the {rng.choice(_ORDINALS)} of {' '.join(rng.sample(_WORDS, 3))}?"
+def _count(word: str, words: str) -> list[Part]:
+    return [_part("the count", _numbers(words.split(", ").count(word)))]
 
 
-def _count(word: str, words: str) -> tuple[Part, ...]:
-    return (_part("the count", _number(words.split().count(word))),)
-
-
-def _draw_count(rng: Random) -> str:
-    pair = rng.sample(_WORDS, 2)
-    return f"How often is {pair[0]} in {' '.join(rng.choices(pair, k=rng.randint(2, 4)))}?"
-
-
-def _sequence(sequence: str) -> tuple[Part, ...]:
-    numbers = [int(number) for number in sequence.split()]
-    step = numbers[1] - numbers[0]
+def _sequence(sequence: str) -> list[Part]:
+    numbers = [int(number) for number in sequence.split(", ")]
+    step, last = numbers[1] - numbers[0], numbers[-1]
     if step < 1 or any(after - before != step for before, after in pairwise(numbers)):
-        return ()
-    last = numbers[-1]
+        return []
     values = [(str(last + pace), str(last + 2 * pace)) for pace in (step, step + 1, step + 2)]
-    return (_part("the sequel", values),)
+    return [_part("the next numbers", values, verb="are", separator=" and ")]
 
 
-def _draw_sequence(rng: Random) -> str:
-    start, step, given = rng.randint(0, _LARGEST), rng.randint(1, 2), rng.randint(2, 5)
-    return f"Continue {' '.join(str(start + step * number) for number in range(given))}."
-
-
-def _spelling(*words: str) -> tuple[Part, ...]:
+def _spelling(*words: str) -> list[Part]:
     if len(set(words)) < len(words):
-        return ()
-    return tuple(_part(f"the word {word}", [tuple(word), *permutations(word)]) for word in words)
+        return []
+    wording = {"verb": "is spelled", "separator": " "}
+    return [_part(f"the word {word}", [tuple(word), *permutations(word)], **wording) for word in words]
 
 
-def _draw_spelling(rng: Random) -> str:
-    return f"Spell {' and '.join(rng.sample(_WORDS, 2))}."
-
-
-def _tastes(*asked: str) -> tuple[Part, ...]:
-    """``asked`` is what and whose, twice. Everybody's tastes are fixed facts of the world."""
+def _tastes(*names: str) -> list[Part]:
+    """``names`` are a person and what is liked, twice. Everybody's tastes are fixed facts of the world."""
+    pairs = [names[:2], names[2:]]
     parts = []
-    for what, whose in _in_pairs(asked):
+    for name, what in pairs if pairs[0] != pairs[1] else []:
         options = _TASTES[what]
-        right = options[sha256(f"{what} of {whose}".encode()).digest()[0] % len(options)]
-        parts.append(_part(f"the {what} of {whose}", [(option,) for option in (right, *options)]))
-    return tuple(parts)
+        right = options[sha256(f"{what} of {name}".encode()).digest()[0] % len(options)]
+        parts.append(_part(f"{name}'s favorite {what}", [(option,) for option in (right, *options)]))
+    return parts
 
 
-def _draw_tastes(rng: Random) -> str:
-    pairs = rng.sample([(what, whose) for what in _TASTES for whose in _NAMES], 2)
-    return f"What is the {' and the '.join(f'{what} of {whose}' for what, whose in pairs)}?"
+# ---- How each kind is drawn.
 
 
-_NUMBER, _WORD = r"(\d{1,3})", f"({'|'.join(_WORDS)})"
-_TASTE = f"({'|'.join(_TASTES)}) of ({'|'.join(_NAMES)})"
+def _two(rng: Random, pairs: Iterable[tuple[Any, Any]]) -> list[Any]:
+    return [value for pair in rng.sample(list(pairs), 2) for value in pair]
 
 
-def _kind(pattern: str, draw: Callable[[Random], str], parts: Callable[..., tuple[Part, ...]]) -> _Kind:
-    return _Kind(re.compile(pattern), draw, parts)
+def _draw_count(rng: Random) -> tuple[str, str]:
+    pair = rng.sample(_WORDS, 2)
+    return pair[0], ", ".join(rng.choices(pair, k=rng.randint(2, 4)))
+
+
+def _draw_sequence(rng: Random) -> tuple[str]:
+    start, step, given = rng.randint(0, _LARGEST), rng.randint(1, 2), rng.randint(2, 5)
+    return (", ".join(str(start + step * number) for number in range(given)),)
+
+
+_DIGIT, _NUMBER, _WORD = r"(\d)", r"(\d{1,3})", f"({'|'.join(_WORDS)})"
+_NAME, _TASTE = f"({'|'.join(_NAMES)})", f"({'|'.join(_TASTES)})"
+
+
+class _Kind:
+    """A template with a gap ``{}`` for every value, how values are drawn, and what the question asks for then.
+
+    ``gaps`` are the patterns of the values, by which a question is read back.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        gaps: Sequence[str],
+        draw: Callable[[Random], Sequence[Any]],
+        parts: Callable[..., list[Part]],
+    ) -> None:
+        self.template, self.draw, self.parts = template, draw, parts
+        self.pattern = re.compile(re.escape(template).replace(r"\{\}", "{}").format(*gaps))
 
 
 _KINDS = {
-    "sums": _kind(r"What is (\d) plus (\d) and (\d) plus (\d)\?", _draw_sums, _sums),
-    "differences": _kind(r"What is (\d) minus (\d) and (\d) minus (\d)\?", _draw_differences, _differences),
-    "comparison": _kind(rf"Which is (larger|smaller), {_NUMBER} or {_NUMBER}\?", _draw_comparison, _comparison),
-    "order": _kind(rf"Sort {_NUMBER} {_NUMBER} {_NUMBER}\.", _draw_order, _order),
-    "reverse": _kind(rf"Reverse {_WORD} {_WORD} {_WORD}\.", _draw_reverse, _reverse),
-    "choice": _kind(rf"What is the ({'|'.join(_ORDINALS)}) of {_WORD} {_WORD} {_WORD}\?", _draw_choice, _choice),
-    "count": _kind(rf"How often is {_WORD} in ([a-z]{{3}}(?: [a-z]{{3}}){{1,3}})\?", _draw_count, _count),
-    "sequence": _kind(r"Continue (\d{1,3}(?: \d{1,3}){1,4})\.", _draw_sequence, _sequence),
-    "spelling": _kind(rf"Spell {_WORD} and {_WORD}\.", _draw_spelling, _spelling),
-    "tastes": _kind(rf"What is the {_TASTE} and the {_TASTE}\?", _draw_tastes, _tastes),
+    "sums": _Kind(
+        "What is {} plus {}, and what is {} plus {}?",
+        [_DIGIT] * 4,
+        lambda rng: _two(rng, ((left, right) for left in range(6) for right in range(6))),
+        _sums,
+    ),
+    "differences": _Kind(
+        "What is {} minus {}, and what is {} minus {}?",
+        [_DIGIT] * 4,
+        lambda rng: _two(rng, ((left, right) for left in range(8) for right in range(left + 1))),
+        _differences,
+    ),
+    "comparison": _Kind(
+        "Which is {}, {} or {}?",
+        ["(larger|smaller)", _NUMBER, _NUMBER],
+        lambda rng: [rng.choice(("larger", "smaller")), *rng.sample(range(_LARGEST + 1), 2)],
+        _comparison,
+    ),
+    "order": _Kind("Sort {}, {}, {}.", [_NUMBER] * 3, lambda rng: rng.sample(range(_LARGEST + 1), 3), _order),
+    "reverse": _Kind("Reverse the list {}, {}, {}.", [_WORD] * 3, lambda rng: rng.sample(_WORDS, 3), _reverse),
+    "choice": _Kind(
+        "Which word comes {} in {}, {}, {}, {}?",
+        [f"({'|'.join(_ORDINALS)})", *[_WORD] * 4],
+        lambda rng: [rng.choice(_ORDINALS), *rng.sample(_WORDS, 4)],
+        _choice,
+    ),
+    "count": _Kind("How often does {} occur in {}?", [_WORD, "([a-z]{3}(?:, [a-z]{3}){1,3})"], _draw_count, _count),
+    "sequence": _Kind("Continue {}.", [r"(\d{1,3}(?:, \d{1,3}){1,4})"], _draw_sequence, _sequence),
+    "spelling": _Kind("Spell {} and {}.", [_WORD] * 2, lambda rng: rng.sample(_WORDS, 2), _spelling),
+    "tastes": _Kind(
+        "What are {}'s favorite {} and {}'s favorite {}?",
+        [_NAME, _TASTE] * 2,
+        lambda rng: _two(rng, ((name, what) for what in _TASTES for name in _NAMES)),
+        _tastes,
+    ),
 }
 KINDS = tuple(_KINDS)

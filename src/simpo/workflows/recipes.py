@@ -246,7 +246,7 @@ def compose_recipe(objective: str, setting: str) -> str:
 
     Args:
         objective: a row of the table of objectives.
-        setting: one of :data:`~simpo.workflows.sweep.recipes.SETTINGS`.
+        setting: one of :data:`~simpo.workflows.recipes.SETTINGS`.
 
     Raises:
         SimpoError: an objective or setting that is unknown.

@@ -8,42 +8,23 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from simpo.config.coercion import describe, nearest
 from simpo.errors import SimpoError
 
-# One value of every axis, as text: what is written behind --key.
+# One value for every axis, as it is written on the command line.
 Values = dict[str, str]
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})")
-_WIDE = 10  # from this ratio on, a range is drawn from on a logarithmic scale
+_LOGARITHMIC_FROM = 10  # ratio of a range's ends
 _EDGE = 0.1  # share of a range that counts as its end
-
-
-class Axis(Protocol):
-    """A key that is varied."""
-
-    @property
-    def key(self) -> str:
-        """The recipe's."""
-
-    def suggest(self, trial: Any) -> str:
-        """The value of an Optuna trial."""
-
-    def probes(self) -> tuple[str, ...]:
-        """Values that must be usable if all are."""
-
-    def edge(self, value: str) -> str | None:
-        """Which end of what is tried ``value`` lies at: smallest or largest; None for neither."""
-
-    def __str__(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Values to try, as they are written."""
+    """A key with values to try."""
 
     key: str
     values: tuple[str, ...]
@@ -52,14 +33,15 @@ class Choices:
         """The value of an Optuna trial."""
         return trial.suggest_categorical(self.key, list(self.values))
 
+    @property
     def probes(self) -> tuple[str, ...]:
-        """All of them."""
+        """Values that are checked before anything runs: all of them."""
         return self.values
 
     def edge(self, value: str) -> str | None:
-        """Which end of the values, if they are numbers and more than one."""
-        numbers = numbers_of(self.values)
-        if len(set(numbers)) < 2:
+        """Whether ``value`` is the ``smallest`` or ``largest`` of several numbers; None for neither."""
+        numbers = {_number(choice) for choice in self.values}
+        if len(numbers) < 2 or any(map(math.isnan, numbers)):
             return None
         return {min(numbers): "smallest", max(numbers): "largest"}.get(float(value))
 
@@ -69,7 +51,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers between two ends; on a logarithmic scale where these are positive and a factor of ten apart."""
+    """A key with numbers between two ends, on a logarithmic scale if they are positive and a factor of ten apart."""
 
     key: str
     low: str
@@ -78,8 +60,8 @@ class Range:
 
     @property
     def logarithmic(self) -> bool:
-        """Whether ratios count, not differences."""
-        return float(self.low) > 0 and float(self.high) / float(self.low) >= _WIDE
+        """Whether the scale is logarithmic."""
+        return float(self.low) > 0 and float(self.high) / float(self.low) >= _LOGARITHMIC_FROM
 
     def suggest(self, trial: Any) -> str:
         """The value of an Optuna trial."""
@@ -87,12 +69,13 @@ class Range:
             return str(trial.suggest_int(self.key, int(self.low), int(self.high), log=self.logarithmic))
         return repr(trial.suggest_float(self.key, float(self.low), float(self.high), log=self.logarithmic))
 
+    @property
     def probes(self) -> tuple[str, ...]:
-        """Both ends."""
+        """Values that are checked before anything runs: both ends."""
         return self.low, self.high
 
     def edge(self, value: str) -> str | None:
-        """Which end, if it is within a tenth of the range."""
+        """Whether ``value`` is within a tenth of the ``smallest`` or ``largest`` end; None for neither."""
         scale = math.log if self.logarithmic else float
         low, high, found = (scale(float(number)) for number in (self.low, self.high, value))
         share = (found - low) / (high - low)
@@ -104,40 +87,37 @@ class Range:
         return f"{self.key} {self.low} to {self.high}{' (logarithmic)' if self.logarithmic else ''}"
 
 
-def numbers_of(values: Sequence[str]) -> list[float]:
-    """The values as numbers; empty if one is none."""
-    with suppress(ValueError):
-        return [float(value) for value in values]
-    return []
+Axis = Choices | Range
 
 
-def read_axes(given: Mapping[str, Sequence[str]], annotations: Mapping[str, Any]) -> tuple[Axis, ...]:
+def read_axes(options: Mapping[str, Sequence[str]], annotations: Mapping[str, Any]) -> tuple[Axis, ...]:
     """The axes among the options of a command line: ``A,B,C`` are values to try, ``LOW..HIGH`` is a range.
 
     Args:
-        given: what stands behind every ``--key``; a value that starts with a bracket is JSON and no axis.
-        annotations: the keys that recipes have, and what fits them.
+        options: the words after every ``--key``; a value that starts with a bracket is JSON and no axis.
+        annotations: the keys that recipes have, with their types.
 
     Raises:
-        SimpoError: an unknown key, a value that comes twice, or a range that is empty or of a key without numbers.
+        SimpoError: an unknown key, a repeated value, or a range that is empty or belongs to a key without numbers.
     """
-    return tuple(_axis(key, texts[0], annotations) for key, texts in given.items() if _varies(texts))
+    axes: list[Axis] = []
+    for key, words in options.items():
+        if len(words) != 1 or words[0].startswith(("[", "{")):
+            continue
+        match = _RANGE.fullmatch(words[0])
+        if match is None and "," not in words[0]:
+            continue
+        if key not in annotations:
+            raise SimpoError(f"--{key}: unknown key{nearest(key, annotations)}")
+        if key == "output_dir":
+            raise SimpoError("--output_dir: the sweep has one folder, with a folder for every trial in it; name one")
+        axes.append(
+            _choices(key, words[0]) if match is None else _range(key, *match.groups(), describe(annotations[key]))
+        )
+    return tuple(axes)
 
 
-def _varies(texts: Sequence[str]) -> bool:
-    if len(texts) != 1 or texts[0].startswith(("[", "{")):
-        return False
-    return "," in texts[0] or _RANGE.fullmatch(texts[0]) is not None
-
-
-def _axis(key: str, text: str, annotations: Mapping[str, Any]) -> Axis:
-    if key not in annotations:
-        raise SimpoError(f"--{key}: unknown key{nearest(key, annotations)}")
-    if key == "output_dir":
-        raise SimpoError("--output_dir: the sweep has one folder, and every trial its own in there; name one")
-    found = _RANGE.fullmatch(text)
-    if found is not None:
-        return _range(key, found[1], found[2], describe(annotations[key]))
+def _choices(key: str, text: str) -> Choices:
     values = tuple(value.strip() for value in text.split(","))
     for number, value in enumerate(values):
         if not value:
@@ -145,13 +125,6 @@ def _axis(key: str, text: str, annotations: Mapping[str, Any]) -> Axis:
         if any(value == other or _number(value) == _number(other) for other in values[:number]):
             raise SimpoError(f"--{key}: {value} comes twice")
     return Choices(key, values)
-
-
-def _number(value: str) -> float:
-    """``value`` as a number; NaN, which is equal to nothing, if it is none."""
-    with suppress(ValueError):
-        return float(value)
-    return math.nan
 
 
 def _range(key: str, low: str, high: str, kind: str) -> Range:
@@ -165,17 +138,24 @@ def _range(key: str, low: str, high: str, kind: str) -> Range:
     return Range(key, low, high, whole)
 
 
+def _number(value: str) -> float:
+    """``value`` as a number, or NaN, which equals nothing."""
+    with suppress(ValueError):
+        return float(value)
+    return math.nan
+
+
 def combinations(axes: Sequence[Axis]) -> Iterator[Values]:
-    """Every combination of the axes' probes: of a grid, its trials; the last axis changes first."""
-    for values in itertools.product(*(axis.probes() for axis in axes)):
+    """Every combination of the axes' probes; the last axis changes first. For a grid these are the trials."""
+    for values in itertools.product(*(axis.probes for axis in axes)):
         yield dict(zip((axis.key for axis in axes), values, strict=True))
 
 
 def one_at_a_time(axes: Sequence[Axis]) -> Iterator[Values]:
-    """Every probe of each axis, combined with the first ones of the others."""
-    first = {axis.key: axis.probes()[0] for axis in axes}
+    """Every probe of each axis, combined with the first probes of the others."""
+    first = {axis.key: axis.probes[0] for axis in axes}
     for axis in axes:
-        for value in axis.probes():
+        for value in axis.probes:
             yield first | {axis.key: value}
 
 

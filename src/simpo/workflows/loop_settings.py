@@ -1,4 +1,4 @@
-"""The recipe of on-policy rounds: what is asked, who judges, when to stop; sampling, pairs and training have theirs."""
+"""The recipe of on-policy rounds: prompts, annotator, judges, and when to stop."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ class LoopSettings:
     """Keys of ``simpo loop`` that no other command has."""
 
     prompts: str = field(metadata={"help": "File, folder or hub id of the prompts that are answered in every round."})
-    eval_prompts: str = field(metadata={"help": "The same of held-out prompts, on which every round meets the start."})
+    eval_prompts: str = field(
+        metadata={
+            "help": "File, folder or hub id of held-out prompts, on which every round is compared with the start."
+        }
+    )
     annotator: str = field(metadata={"help": "What scores the answers that pairs are made of; see simpo annotate."})
     judges: list[str] | None = field(
-        default=None, metadata={"help": "Who says whether a round beats the start (default: the annotator alone)."}
+        default=None,
+        metadata={"help": "What decides whether a round is better than the start (default: the annotator)."},
     )
-    rounds: int = field(default=3, metadata={"help": "How often to sample, annotate, pair and train."})
+    rounds: int = field(default=3, metadata={"help": "How many times to sample, annotate, pair and train."})
     prompts_split: str = field(default="train", metadata={"help": "Split of prompts."})
     eval_prompts_split: str = field(default="train", metadata={"help": "Split of eval_prompts."})
     eval_n: int = field(default=1, metadata={"help": "Answers of each model to every held-out prompt."})
@@ -33,14 +38,14 @@ class LoopSettings:
         default=None, metadata={"help": "Template, file with one, or none for raw text (default: the tokenizer's own)."}
     )
     stop_win_rate: float | None = field(
-        default=None, metadata={"help": "Stop after a round that wins less than this share, by the first judge."}
+        default=None, metadata={"help": "Stop after a round whose win rate by the first judge is below this share."}
     )
     stop_kl: float | None = field(
         default=None,
-        metadata={"help": "Stop after a round that is further from the start than this, in nats an answer."},
+        metadata={"help": "Stop after a round whose KL from the start is above this, in nats per answer."},
     )
     judge_url: str | None = field(default=None, metadata={"help": "Server of the annotator or judge 'api'."})
-    judge_model: str | None = field(default=None, metadata={"help": "Its model's name there."})
+    judge_model: str | None = field(default=None, metadata={"help": "Its model's name on that server."})
     judge_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with its key."})
     yes: bool = field(default=False, metadata={"help": "Send requests to the server without asking."})
 
@@ -51,12 +56,12 @@ class LoopSettings:
         if self.engine not in ("transformers", "vllm"):
             raise SimpoError(f"engine: {self.engine!r} is not one of 'transformers', 'vllm'")
         if self.judges is not None and not self.judges:
-            raise SimpoError("judges: name one, or leave the key out for the annotator")
-        asks_a_server = "api" in (self.annotator, *(self.judges or ()))
-        if asks_a_server and None in (self.judge_url, self.judge_model):
-            raise SimpoError("judge_url and judge_model: annotator or judge 'api' needs both")
-        if not asks_a_server and (self.judge_url, self.judge_model) != (None, None):
-            raise SimpoError("judge_url and judge_model: of annotator or judge 'api' alone; leave them out")
+            raise SimpoError("judges: name one, or leave the key out to use the annotator")
+        needs_server = "api" in (self.annotator, *(self.judges or ()))
+        if needs_server and None in (self.judge_url, self.judge_model):
+            raise SimpoError("judge_url and judge_model: the annotator or judge 'api' needs both")
+        if not needs_server and (self.judge_url, self.judge_model) != (None, None):
+            raise SimpoError("judge_url and judge_model: only the annotator or judge 'api' uses them; leave them out")
         if self.stop_win_rate is not None and not 0 <= self.stop_win_rate <= 1:
             raise SimpoError(f"stop_win_rate: must be a share from 0 to 1, not {self.stop_win_rate}")
         if self.stop_kl is not None and not 0 < self.stop_kl < math.inf:
@@ -65,11 +70,10 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class LoopRecipe:
-    """All parts of the recipe; ``config`` is that of preference training, whose output folder is the loop's.
+    """All parts of the recipe; ``config`` is that of preference training, and its output folder is the loop's.
 
     Raises:
-        SimpoError: one answer a prompt, which cannot be compared; adapters for an engine that takes none; or a
-            checkpoint, from which every round would start instead of from the last one's model.
+        SimpoError: the parts do not fit together; the message names the key.
     """
 
     settings: LoopSettings
@@ -84,16 +88,16 @@ class LoopRecipe:
         if self.settings.engine == "vllm" and self.model.use_peft:
             raise SimpoError("engine: vllm samples from whole models, no adapters; use transformers or use_peft: false")
         if named_checkpoint(self.config) is not None:
-            raise SimpoError("resume_from_checkpoint: every round starts from the last one's model; leave it out")
+            raise SimpoError("resume_from_checkpoint: every round starts from the previous round's model; leave it out")
 
     @property
-    def asked(self) -> PromptArguments:
-        """What is answered in every round, to be trained on."""
+    def training_prompts(self) -> PromptArguments:
+        """The prompts whose answers are trained on."""
         return self._prompts(self.settings.prompts, self.settings.prompts_split)
 
     @property
-    def held_out(self) -> PromptArguments:
-        """What every round's model and the start answer, to be compared."""
+    def held_out_prompts(self) -> PromptArguments:
+        """The prompts on which every round's model is compared with the start."""
         return self._prompts(self.settings.eval_prompts, self.settings.eval_prompts_split)
 
     def _prompts(self, name: str, split: str) -> PromptArguments:
@@ -102,17 +106,21 @@ class LoopRecipe:
 
     @property
     def held_out_sampling(self) -> SamplingSettings:
-        """The same for every model, and another seed than any round's."""
+        """The same for every model, with a seed that no round uses for training prompts."""
         return replace(self.sampling, n=self.settings.eval_n, seed=derived_seed(self.sampling.seed, 0))
 
     @property
     def judges(self) -> list[str]:
-        """Names of those who compare a round with the start."""
+        """Names of the judges that compare a round with the start."""
         return self.settings.judges or [self.settings.annotator]
 
+    def start(self) -> ModelArguments:
+        """The start model without the adapter that training would add."""
+        return without_adapter(self.model)
 
-def as_it_is(model: ModelArguments) -> ModelArguments:
-    """A model without the adapter that training would put on it."""
+
+def without_adapter(model: ModelArguments) -> ModelArguments:
+    """The arguments for loading a model as it is stored, without a new adapter."""
     return ModelArguments(
         model.model_name_or_path, model.model_revision, model.dtype, model.attn_implementation, model.trust_remote_code
     )

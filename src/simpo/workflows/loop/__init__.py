@@ -1,1 +1,0 @@
-"""Rounds of on-policy training: sample, annotate, pair, train again."""

@@ -1,0 +1,365 @@
+"""``simpo sweep``: trials that are ordinary training runs, a table of them, and the best recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import Trainer, TrainerControl, TrainerState
+
+from simpo.analysis.plots import plot_effects
+from simpo.errors import SimpoError
+from simpo.models.devices import free_memory
+from simpo.runs.atomic import write_text
+from simpo.runs.folder import FILE_NAME as RECORD
+from simpo.runs.folder import FolderInUseError, RunFolder, RunRecord
+from simpo.runs.lines import read_lines
+from simpo.runs.log import Log, redact
+from simpo.runs.results import FILE_NAME, Metric, print_whole, read_results
+from simpo.training.callbacks import RunCallback
+from simpo.training.run import TrainingJob, run_training
+from simpo.training.tasks import PREFERENCES
+from simpo.workflows.sweep_space import Axis, Values, combinations, one_at_a_time, shown
+from simpo.workflows.sweep_study import Sampler, Study, TrialLease, TrialResult
+
+BEST, EFFECTS = "best.yaml", "effects.png"
+WIN_RATE = "eval_generations/win_rate"  # only of evaluations during training
+# Held-out metrics that tell better trials from worse ones, and whether smaller is better.
+SMALLER_IS_BETTER = {
+    "eval_rewards/accuracies": False,
+    "eval_rewards/margins": False,
+    "eval_logps/chosen": False,
+    "eval_loss": True,
+    WIN_RATE: False,
+}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is searched, and how.
+
+    Attributes:
+        folder: of the sweep.
+        recipe: the recipe that all trials start from; None if the options say everything.
+        fixed: options that all trials have: the words after every ``--key``.
+        axes: what is varied.
+        metric: name of the metric in ``results.json`` after training, or :data:`WIN_RATE` at the last evaluation.
+        sampler: ``grid`` for every combination, ``tpe`` to draw.
+        trials: how many.
+        prune: stop trials that are below the median at an evaluation.
+        read: parses the arguments of ``simpo train``.
+        argv: the command line, for the record.
+    """
+
+    folder: Path
+    recipe: Path | None
+    fixed: Mapping[str, Sequence[str]]
+    axes: tuple[Axis, ...]
+    metric: str
+    sampler: Sampler
+    trials: int
+    prune: bool
+    read: Callable[[list[str]], TrainingJob]
+    argv: Sequence[str] = ()
+
+    @property
+    def smaller_is_better(self) -> bool:
+        """Whether the metric is better when it is smaller."""
+        return SMALLER_IS_BETTER[self.metric]
+
+    def arguments(self, values: Values, folder: Path) -> list[str]:
+        """The arguments of ``simpo train`` for a trial."""
+        fixed = [word for key, words in self.fixed.items() for word in (f"--{key}", *words)]
+        varied = [f"--{key}={value}" for key, value in values.items()]
+        recipe = [] if self.recipe is None else [str(self.recipe)]
+        return [*recipe, *fixed, *varied, f"--output_dir={folder}"]
+
+    def identity(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """What determines the result, given the recipe's keys."""
+        keys = {key: str(value) for key, value in recipe.items() if key != "output_dir"}
+        keys |= {key: " ".join(words) for key, words in self.fixed.items()}
+        keys |= {f"axis {axis.key}": str(axis) for axis in self.axes}
+        how = {"metric": self.metric, "sampler": self.sampler, "trials": self.trials, "prune": self.prune}
+        return keys | {f"sweep {key}": value for key, value in how.items()}
+
+    def study(self) -> Study:
+        """The trials; the folder must exist."""
+        return Study(self.folder, self.axes, self.sampler, self.trials, smaller_is_better=self.smaller_is_better)
+
+
+def run_sweep(sweep: Sweep, recipe: Mapping[str, Any]) -> Path | None:
+    """Run the trials that are left; the process that finishes the last one writes table, best recipe and plot.
+
+    The same call continues a sweep that was killed and leaves a finished one as it is. Several processes may run the
+    same sweep at the same time and share its trials.
+
+    Args:
+        sweep: what to search.
+        recipe: the recipe's keys and values, as written.
+
+    Returns:
+        The path of ``results.json``; None if other processes are still running trials.
+
+    Raises:
+        SimpoError: something that the user gave cannot be used, the disk is full, or no trial finished.
+        InterruptedRun: a signal came; the trial has saved a checkpoint.
+    """
+    _check(sweep)
+    identity = sweep.identity(recipe)
+    while True:
+        with ExitStack() as stack:
+            run = _open_folder(sweep, identity, stack)
+            log = print if run is None else run.log
+            if run is not None and run.finished:
+                return sweep.folder / FILE_NAME
+            log(f"{sweep.trials} trials ({sweep.sampler}): {'; '.join(map(str, sweep.axes))}")
+            study = sweep.study()
+            while (lease := study.take()) is not None:
+                _run_trial(sweep, study, lease, log)
+                free_memory()  # after the exception of a failed trial, which refers to its model, has been dropped
+            running = sum(result.state == "running" for result in study.results())
+            if running:
+                log(
+                    f"{running} trials are running in other processes, the last of which will write the results; if "
+                    "one is killed, run the same command again"
+                )
+                return None
+            if run is not None:
+                return run.complete(partial(_report, sweep, study, recipe))
+        # All trials have ended, but another process has the folder: it is about to write the results.
+
+
+def _open_folder(sweep: Sweep, identity: Mapping[str, Any], stack: ExitStack) -> RunFolder | None:
+    """The sweep's folder until ``stack`` ends, or None if another process has it open for the same sweep."""
+    try:
+        run = stack.enter_context(RunFolder(sweep.folder, command="sweep"))
+        run.begin(identity, argv=sweep.argv, recipe=sweep.recipe)
+    except FolderInUseError as error:
+        try:
+            differences = RunRecord.read(sweep.folder).differences(identity)
+        except FileNotFoundError:
+            raise error from None
+        if differences:
+            raise SimpoError(
+                f"output_dir: {sweep.folder} is in use by a sweep with other settings ({'; '.join(differences)}); "
+                "name a new folder"
+            ) from None
+        return None
+    return run
+
+
+def _check(sweep: Sweep) -> None:
+    """Parse every trial of a grid, or for TPE the ends of each axis one at a time, before anything is written."""
+    for values in combinations(sweep.axes) if sweep.sampler == "grid" else one_at_a_time(sweep.axes):
+        job = sweep.read(sweep.arguments(values, sweep.folder))
+        data = job.data
+        if not (data.eval_dataset_name or data.dataset_test_split or data.dataset_mixer or data.dataset_mixture):
+            raise SimpoError("eval_dataset_name: name held-out pairs, which the trials are compared on")
+        judged = any(getattr(callback, "settings", {}).get("eval_judge") for callback in job.callbacks)
+        if sweep.metric == WIN_RATE and not judged:
+            raise SimpoError(f"--metric: {WIN_RATE} needs judged answers; set eval_generations and eval_judge")
+        if sweep.prune and job.config.eval_strategy == "no":
+            raise SimpoError("--prune needs evaluations during training: set eval_strategy: steps and eval_steps")
+
+
+# ---- One trial.
+
+
+class _Pruned(Exception):  # noqa: N818 - not an error
+    """The trial was stopped because others were better at the same step."""
+
+
+class _TrialCallback(RunCallback):
+    """Checks before training that the sweep's metric exists, and stops a trial that ``report`` says to prune."""
+
+    def __init__(self, metric: str, report: Callable[[float, int], bool] | None) -> None:
+        self._metric, self._report = metric, report
+
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Raise :class:`SimpoError` if the trial's evaluations will not have the metric."""
+        if trainer.eval_dataset is None:
+            raise SimpoError("eval_dataset_name: name held-out pairs, which the trials are compared on")
+        known = [f"eval_{name}" for name in trainer.metric_names]
+        if self._metric not in (*known, WIN_RATE):
+            raise SimpoError(f"--metric: these rows have no {self._metric}; there are {', '.join(known)}")
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Report the evaluation."""
+        if self._report is not None and self._report(metrics[self._metric], state.global_step):
+            raise _Pruned(f"after step {state.global_step}")
+
+
+def _run_trial(sweep: Sweep, study: Study, lease: TrialLease, log: Log) -> None:
+    """Run one trial and record how it ended; if this process is interrupted, the trial stays open."""
+    name = f"trial {lease.number} ({shown(lease.values)})"
+    folder = study.trial_folder(lease.number)
+    try:
+        for other in study.results():  # TPE may draw the same values again
+            if other.value is not None and other.same_as is None and other.values == lease.values:
+                log(f"{name}: same values as trial {other.number}")
+                study.finish(lease, other.value, same_as=other.number)
+                return
+        log(f"{name} in {folder}")
+        job = sweep.read(sweep.arguments(lease.values, folder))
+        callback = _TrialCallback(sweep.metric, partial(study.report, lease) if sweep.prune else None)
+        run_training(PREFERENCES, dataclasses.replace(job, callbacks=[*job.callbacks, callback]))
+        value = read_metric(folder, sweep.metric).value
+        if value is None:
+            study.fail(lease, f"{sweep.metric} is not a finite number")
+            log(f"{name}: failed: {sweep.metric} is not a finite number")
+        else:
+            study.finish(lease, value)
+            log(f"{name}: {sweep.metric} {value:.4g}")
+    except _Pruned as stop:
+        study.prune(lease)
+        log(f"{name}: pruned {stop}")
+    except (torch.OutOfMemoryError, SimpoError) as error:
+        # An error of the disk, the hub or a file has a cause, and would end the next trial too.
+        if isinstance(error, SimpoError) and (error.__cause__ is not None or not (folder / RECORD).exists()):
+            raise
+        reason = str(error) if isinstance(error, SimpoError) else f"out of memory: {' '.join(str(error).split())[:200]}"
+        study.fail(lease, reason)
+        log(f"{name}: failed: {reason}")
+    finally:
+        lease.lock.release()
+
+
+def read_metric(folder: Path, name: str) -> Metric:
+    """The metric of a trial that has finished."""
+    if name != WIN_RATE:
+        metrics = read_results(folder / FILE_NAME).metrics
+        return next(metric for metric in metrics if (metric.name, metric.stage) == (name, "after"))
+    values = [line[name] for line in read_lines(folder / "metrics.jsonl") if name in line]
+    if not values:
+        raise SimpoError(f"--metric: {folder} was trained without an evaluation; lower eval_steps")
+    return Metric(name, values[-1])
+
+
+# ---- The results.
+
+
+def rank(results: Sequence[TrialResult], *, smaller_is_better: bool) -> list[TrialResult]:
+    """The finished trials, the best first; among equals the lowest number first. Repeated trials are left out.
+
+    Raises:
+        SimpoError: none has finished; says why the first one failed.
+    """
+    finished = [trial for trial in results if trial.value is not None and trial.same_as is None]
+    if not finished:
+        why = next((f"; trial {trial.number}: {trial.reason}" for trial in results if trial.state == "failed"), "")
+        raise SimpoError(f"none of the {len(results)} trials has finished{why}")
+    sign = 1 if smaller_is_better else -1
+    return sorted(finished, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+
+
+def _report(sweep: Sweep, study: Study, recipe: Mapping[str, Any]) -> list[Metric]:
+    """Write the best recipe and the plot; returns the metrics: how many trials ended how, the best, and all trials."""
+    results = study.results()
+    ranked = rank(results, smaller_is_better=sweep.smaller_is_better)
+    found = {trial.number: read_metric(study.trial_folder(trial.number), sweep.metric) for trial in ranked}
+    best = ranked[0]
+    _write_best(sweep, best, found[best.number], recipe)
+    effects = {
+        axis.key: [(trial.values[axis.key], found[trial.number].interval) for trial in ranked] for axis in sweep.axes
+    }
+    label = f"{sweep.metric.removeprefix('eval_')}, held out"
+    plot_effects(sweep.folder / EFFECTS, effects, label, smaller_is_better=sweep.smaller_is_better)
+    states = [trial.state for trial in results]
+    return [
+        Metric("trials/finished", len(ranked)),
+        *(Metric(f"trials/{state}", states.count(state)) for state in ("pruned", "failed")),
+        Metric("best/trial", best.number),
+        dataclasses.replace(found[best.number], name=f"best/{sweep.metric}", stage=None),
+        *(
+            dataclasses.replace(found[trial.number], name=f"trials/{trial.number:03d}/{sweep.metric}", stage=None)
+            for trial in ranked
+        ),
+    ]
+
+
+def _write_best(sweep: Sweep, best: TrialResult, metric: Metric, recipe: Mapping[str, Any]) -> None:
+    """Write the recipe with the best trial's values, without an output folder and without secrets."""
+    keys: dict[str, Any] = {key: value for key, value in recipe.items() if key != "output_dir"}
+    for key, words in sweep.fixed.items():
+        values = [yaml.safe_load(word) for word in words]
+        keys[key] = values if len(values) > 1 else (values[0] if values else True)
+    keys |= {key: yaml.safe_load(value) for key, value in best.values.items()}
+    path = sweep.folder / BEST
+    text = yaml.safe_dump(redact(keys), sort_keys=False, allow_unicode=True, width=120)
+    head = f"# Trial {best.number} of a sweep, the best by {metric.name}: {_shown(metric)} ({shown(best.values)}).\n"
+    write_text(path, f"{head}# simpo train {path} --output_dir DIR\n\n{text}")
+
+
+def print_sweep(sweep: Sweep) -> Path:
+    """Print the table of a finished sweep; returns the folder of its best trial, with the model."""
+    study = sweep.study()
+    results = study.results()
+    print_table(sweep.folder, results, sweep.axes, sweep.metric)
+    return study.trial_folder(rank(results, smaller_is_better=sweep.smaller_is_better)[0].number)
+
+
+def print_table(
+    folder: Path, results: Sequence[TrialResult], axes: Sequence[Axis], metric: str, console: Console | None = None
+) -> None:
+    """Print all trials with the metrics of ``folder/results.json``, the best first, and how sure the choice is."""
+    by_name = {f"trials/{trial.number:03d}/{metric}": trial for trial in results}
+    metrics = read_results(folder / FILE_NAME).metrics  # in the order of the ranking
+    ranked = [(by_name[found.name], found) for found in metrics if found.name in by_name]
+    rows = [(trial, _shown(found)) for trial, found in ranked]
+    rows += [(trial, trial.state) for trial in results if trial.state in ("pruned", "failed")]
+    # Text, so that rich does not take the brackets of an interval for its markup.
+    table = Table(title=Text("simpo sweep"), box=SIMPLE_HEAD)
+    for heading in ("trial", *(axis.key for axis in axes), metric.removeprefix("eval_")):
+        table.add_column(Text(heading), justify="right", no_wrap=True)
+    for trial, outcome in rows:
+        cells = (str(trial.number), *(trial.values.get(axis.key, "") for axis in axes), outcome)
+        table.add_row(*map(Text, cells))
+    console = console or Console()
+    print_whole(console, table)
+    failed = [f"trial {trial.number} failed: {trial.reason}" for trial in results if trial.state == "failed"]
+    repeated = ", ".join(str(trial.number) for trial in results if trial.same_as is not None)
+    notes = [f"drawn with values tried before and not run again: trials {repeated}"] if repeated else []
+    for line in (*_remarks(ranked, axes), *failed, *notes):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _shown(metric: Metric) -> str:
+    interval = "" if metric.low is None or metric.high is None else f" [{metric.low:.3g}, {metric.high:.3g}]"
+    return f"{metric.value:.4g}{interval}"
+
+
+def _remarks(ranked: Sequence[tuple[TrialResult, Metric]], axes: Sequence[Axis]) -> Iterator[str]:
+    """How sure the choice is, and where to look further."""
+    best, metric = ranked[0]
+
+    def may_be_equal(other: Metric) -> bool:
+        """Whether a value is the best one's or within its interval."""
+        if metric.low is None or metric.high is None or other.value is None:
+            return other.value == metric.value
+        return other.value == metric.value or metric.low <= other.value <= metric.high
+
+    close = sum(may_be_equal(other) for _, other in ranked[1:])
+    if close and metric.low is not None:
+        yield (
+            f"{close} of the other {len(ranked) - 1} finished trials lie within the interval of the best: on "
+            f"{metric.n} pairs such differences may be chance"
+        )
+    for axis in axes:
+        end = axis.edge(best.values[axis.key])
+        elsewhere = [other for trial, other in ranked if trial.values[axis.key] != best.values[axis.key]]
+        if end is not None and not any(map(may_be_equal, elsewhere)):
+            further = "larger" if end == "largest" else "smaller"
+            yield f"{axis.key}: the best, {best.values[axis.key]}, is the {end} that was tried; try {further} ones too"
