@@ -176,16 +176,17 @@ def broken(query, key, value, layout, style):
     raise RuntimeError("no such kernel on this device")
 
 
-def proven(kernel, dtype=torch.float32, window=16, softcap=None, sinks=False) -> bool:
-    kernels._proven.cache_clear()
-    return kernels._proven(kernel, torch.device("cpu"), dtype, (4, 2, 16), 0.25, window, softcap, sinks)
+def agrees(kernel, dtype=torch.float32, window=16, softcap=None, sinks=False) -> bool:
+    style = AttentionStyle(0.25, window, softcap)
+    return kernels._agrees(kernel, torch.device("cpu"), dtype, (4, 2, 16), style, sinks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("window", "softcap", "sinks"), [(None, None, False), (16, None, False), (16, 2.0, True)])
-def test_the_definition_proves_itself(dtype, window, softcap, sinks, caplog):
+def test_the_definition_agrees_with_itself(dtype, window, softcap, sinks, caplog):
+    kernels._agrees.cache_clear()
     with caplog.at_level(logging.WARNING, "simpo"):
-        assert proven(by_segment, dtype, window, softcap, sinks)
+        assert agrees(by_segment, dtype, window, softcap, sinks)
     assert not caplog.records
 
 
@@ -203,10 +204,10 @@ def test_the_definition_proves_itself(dtype, window, softcap, sinks, caplog):
     ],
 )
 def test_a_wrong_kernel_is_refused_and_named_once(kernel, named, dtype, caplog):
+    kernels._agrees.cache_clear()
     with caplog.at_level(logging.WARNING, "simpo"):
-        assert not proven(kernel, dtype, sinks=kernel is sinkless)
-        arguments = (kernel, torch.device("cpu"), dtype, (4, 2, 16), 0.25, 16, None, kernel is sinkless)
-        assert not kernels._proven(*arguments)
+        assert not agrees(kernel, dtype, sinks=kernel is sinkless)
+        assert not agrees(kernel, dtype, sinks=kernel is sinkless)
     (record,) = caplog.records
     assert kernel.__name__ in record.message
     assert named in record.message
@@ -226,17 +227,17 @@ def test_a_wrong_kernel_is_refused_and_named_once(kernel, named, dtype, caplog):
 def test_which_kernel_is_chosen(dtype, style, expected, monkeypatch):
     assert kernels.choose(*inputs(2, dtype), AttentionStyle(SCALE, **style)) is None  # on a CPU
     monkeypatch.setattr(kernels, "_DEVICE", "cpu")
-    monkeypatch.setattr(kernels, "_proven", lambda *_: True)
+    monkeypatch.setattr(kernels, "_agrees", lambda *_: True)
     kernel = kernels.choose(*inputs(2, dtype), AttentionStyle(SCALE, **style))
     assert (kernel and kernel.__name__) == expected
-    monkeypatch.setattr(kernels, "_proven", lambda *_: False)
+    monkeypatch.setattr(kernels, "_agrees", lambda *_: False)
     assert kernels.choose(*inputs(2, dtype), AttentionStyle(SCALE, **style)) is None
 
 
-def test_the_window_is_felt_by_the_proof(monkeypatch):
+def test_the_window_is_felt_by_the_check(monkeypatch):
     asked = []
     monkeypatch.setattr(kernels, "_DEVICE", "cpu")
-    monkeypatch.setattr(kernels, "_proven", lambda *arguments: asked.append(arguments[5]))
+    monkeypatch.setattr(kernels, "_agrees", lambda *arguments: asked.append(arguments[4].window))
     for window in (None, 4, 4096):
         kernels.choose(*inputs(2, torch.bfloat16), AttentionStyle(SCALE, window))
     assert asked == [None, 4, 24]
@@ -245,7 +246,7 @@ def test_the_window_is_felt_by_the_proof(monkeypatch):
 @pytest.mark.parametrize(
     "arguments", [{"is_causal": False}, {"position_bias": torch.zeros(1)}, {"head_mask": torch.ones(1)}]
 )
-def test_what_is_not_honoured_is_refused(arguments):
+def test_what_is_not_supported_is_refused(arguments):
     with pytest.raises(UnsupportedAttentionError):
         shared_prefix_attention(torch.nn.Identity(), *inputs(2), None, layout=LAYOUT, **arguments)
 

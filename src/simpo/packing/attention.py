@@ -22,8 +22,7 @@ from simpo.packing import kernels
 from simpo.packing.kernels import AttentionStyle, by_segment
 from simpo.packing.layout import AttentionLayout, LayoutIndex
 
-# ---- Attention by segments as an operator of PyTorch, which ``torch.compile`` takes as it is.
-
+# ---- Attention by segments as an operator of PyTorch, which ``torch.compile`` does not look into.
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor[] index, float scale, int? window, float? softcap"
@@ -40,23 +39,18 @@ def by_segment_operator(
     return _forward(query, key, value, style.sinks, list(layout.index), style.scale, style.window, style.softcap)
 
 
-@torch.library.custom_op(
-    "simpo::attention_by_segment",
-    mutates_args=(),
-    schema=f"({_INPUTS}) -> Tensor",
-)
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    index: list[Tensor],
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def _attention(index: list[Tensor], scale: float, window: int | None, softcap: float | None) -> Callable[..., Tensor]:
     layout = AttentionLayout.of_index(LayoutIndex(*index))
-    return by_segment(query, key, value, layout, AttentionStyle(scale, window, softcap, sinks)).contiguous()
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
+        return by_segment(query, key, value, layout, AttentionStyle(scale, window, softcap, sinks))
+
+    return attention
+
+
+@torch.library.custom_op("simpo::attention_by_segment", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
+def _forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *constants: Any) -> Tensor:
+    return _attention(*constants)(query, key, value, sinks).contiguous()
 
 
 @_forward.register_fake
@@ -65,39 +59,23 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.custom_op(
-    "simpo::attention_by_segment_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_INPUTS}) -> Tensor[]",
+    "simpo::attention_by_segment_backward", mutates_args=(), schema=f"(Tensor grad, {_INPUTS}) -> Tensor[]"
 )
-def _backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    index: list[Tensor],
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> list[Tensor]:
-    """Gradients of query, key, value and, where there are some, sinks."""
-    layout = AttentionLayout.of_index(LayoutIndex(*index))
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
-        return by_segment(query, key, value, layout, AttentionStyle(scale, window, softcap, sinks))
-
-    # not autograd.grad, which is switched off inside an operator
-    _, pull = torch.func.vjp(attention, *_given(query, key, value, sinks))
+def _backward(grad: Tensor, *inputs: Any) -> list[Tensor]:
+    """Gradients of query, key, value and, where there are any, sinks."""
+    tensors, constants = _differentiable(inputs), inputs[4:]
+    _, pull = torch.func.vjp(_attention(*constants), *tensors)  # autograd.grad is switched off inside an operator
     return [gradient.contiguous() for gradient in pull(grad)]
 
 
 @_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *_: Any) -> list[Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _given(query, key, value, sinks)]
+def _(grad: Tensor, *inputs: Any) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _differentiable(inputs)]
 
 
-def _given(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
+def _differentiable(inputs: tuple[Any, ...]) -> list[Tensor]:
+    """Query, key, value and, where there are any, sinks."""
+    return [tensor for tensor in inputs[:4] if tensor is not None]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -114,35 +92,30 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+# ---- Registration with transformers.
+
 PREFIX = "simpo_"
-
-
 LAYOUT_ARGUMENT = "attention_layout"
-
-
 _OWN = "_simpo_own_attention"
-
-
-# What attention implementations are handed that changes nothing in training without a cache.
+# Arguments of attention implementations that change nothing in training without a cache.
 _IGNORED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "cache"}
 
 
 class UnsupportedAttentionError(Exception):
-    """This model's attention asks for something that shared-prefix attention does not honour."""
+    """This model's attention needs something that shared-prefix attention does not support."""
 
 
 def install(model: PreTrainedModel) -> None:
     """Route ``model``'s attention through :func:`shared_prefix_attention`, keeping its own for calls without layout.
 
-    Raises:
-        UnsupportedAttentionError: the model does not use transformers' attention interface.
+    Raises :class:`UnsupportedAttentionError` if the model does not use transformers' attention interface.
     """
     own = model.config._attn_implementation
     if own.startswith(PREFIX):
         return
     base = own
     if base not in ("eager", "sdpa"):  # flash and flex kernels need shapes of their own; these give the same numbers
-        # older transformers let sdpa pass a softcap over in silence
+        # the sdpa of older transformers silently ignores a softcap
         softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
         base = "sdpa" if model._supports_sdpa and softcap is None else "eager"
     if not type(model)._can_set_attn_implementation():
@@ -167,7 +140,7 @@ def _dispatch_to(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         layout = kwargs.pop(LAYOUT_ARGUMENT, None)
         if layout is not None:
             return shared_prefix_attention(module, *args, layout=layout, **kwargs), None
-        if base == "eager":  # every modeling file has its own
+        if base == "eager":
             kind: Any = type(module)
             return _eager_of(kind)(module, *args, **kwargs)
         return ALL_ATTENTION_FUNCTIONS[base](module, *args, **kwargs)
@@ -177,7 +150,7 @@ def _dispatch_to(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 @cache
 def _eager_of(kind: type) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The eager attention of the modeling file that ``kind`` or its nearest ancestor comes from."""
+    """The eager attention of the modeling file (each has its own) that ``kind`` or its nearest ancestor comes from."""
     modules = (sys.modules[ancestor.__module__] for ancestor in kind.__mro__)
     return next(m.eager_attention_forward for m in modules if hasattr(m, "eager_attention_forward"))
 
@@ -198,26 +171,17 @@ def shared_prefix_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Attention over a packed batch, ``[1, T, heads, D_v]``.
+    """Attention over a packed batch, ``[1, T, heads, D_v]``, with the arguments of transformers' attention interface.
 
-    Args:
-        module: the attention module that calls.
-        query: ``[1, heads, T, D]``; key and value likewise, with as many or fewer heads.
-        attention_mask: a placeholder; the layout says what is seen.
-        layout: the comparisons' lengths; ``T`` in all.
-        scaling: factor on the scores, ``D ** -0.5`` if None.
-        dropout: probability of dropping an attention weight.
-        sliding_window: a query sees this many positions, its own included.
-        softcap: bound of the scores, ``softcap * tanh(scores / softcap)`` (Gemma 2).
-        s_aux: ``[heads]`` sink logits that take part in the softmax and carry no value (GPT-OSS).
-        is_causal: must not be False.
+    ``attention_mask`` is a placeholder: the ``layout`` determines what is visible. The other arguments are described
+    by :class:`~simpo.packing.kernels.AttentionStyle`; ``scaling`` is ``D ** -0.5`` if None, ``s_aux`` are sinks.
 
     Raises:
-        UnsupportedAttentionError: an argument that is not honoured here, or shapes that are not the layout's.
+        UnsupportedAttentionError: an argument that is not supported here, or shapes that are not the layout's.
     """
     unknown = [name for name, given in kwargs.items() if given is not None and name not in _IGNORED]
     if unknown or is_causal is False:
-        raise UnsupportedAttentionError(f"attention arguments {unknown or ['is_causal=False']} are not honoured")
+        raise UnsupportedAttentionError(f"attention arguments {unknown or ['is_causal=False']} are not supported")
     total = layout.index.positions.shape[0]
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == total:
         raise UnsupportedAttentionError(f"queries {tuple(query.shape)} are not a packed batch of {total} tokens")
@@ -228,16 +192,11 @@ def shared_prefix_attention(
         query, key, value = (t.to(computed) if t.dtype == torch.float32 else t for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     style = AttentionStyle(scale, sliding_window, softcap, s_aux, dropout)
-    attend = kernels.choose(query, key, value, style) or _definition(style)
-    return attend(query, key, value, layout, style)
+    attend = kernels.choose(query, key, value, style)
+    if attend is None and torch.compiler.is_compiling():
+        attend = _by_segment_uncompiled if style.dropout else by_segment_operator
+    return (attend or by_segment)(query, key, value, layout, style)
 
 
-def _definition(style: AttentionStyle) -> kernels.Kernel:
-    """:func:`~simpo.packing.kernels.by_segment`, in a form that a graph being compiled can hold."""
-    if not torch.compiler.is_compiling():
-        return by_segment
-    return _by_segment_outside if style.dropout else by_segment_operator
-
-
-# for dropout: what it drew in forward would be drawn again in the operator's backward
-_by_segment_outside = torch.compiler.disable(by_segment)
+# With dropout: the operator's backward would draw again what its forward drew.
+_by_segment_uncompiled = torch.compiler.disable(by_segment)

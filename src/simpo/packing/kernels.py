@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from simpo.packing.layout import AttentionLayout, Span
 
-# ---- Shared-prefix attention by its definition, one segment at a time: exact on every device and in every
-# type.
+logger = logging.getLogger(__name__)
+
+# ---- Shared-prefix attention by its definition, one segment at a time: exact on every device and in every type.
 
 
 @dataclass(frozen=True)
@@ -38,26 +39,19 @@ class AttentionStyle:
 
     @property
     def plain(self) -> bool:
-        """Whether ``scaled_dot_product_attention`` says it all."""
+        """Whether ``scaled_dot_product_attention`` can compute it."""
         return self.softcap is None and self.sinks is None
 
 
 def by_segment(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
-    """Attention over a packed batch, one call a segment.
+    """Attention over a packed batch, one call per segment: ``[1, T, heads, D_v]``.
 
-    Args:
-        query: ``[1, heads, T, D]``.
-        key: ``[1, key-value heads, T, D]``.
-        value: ``[1, key-value heads, T, D_v]``.
-        layout: the comparisons' lengths.
-        style: scale, window, softcap, sinks, dropout.
-
-    Returns:
-        ``[1, T, heads, D_v]``.
+    ``query`` is ``[1, heads, T, D]``, ``key`` ``[1, key-value heads, T, D]`` and ``value`` ``[1, key-value heads, T,
+    D_v]``.
     """
     groups = query.shape[1] // key.shape[1]
     attend = _plain if style.plain else _special
-    # split, not slices: its backward is one concatenation, where that of each slice would fill a whole [T]
+    # split and not slices: its backward is one concatenation, while that of each slice would fill a whole [T]
     queries = iter(query.split(layout.query_sizes, dim=2))
     keys, values = iter(key.split(layout.part_sizes, dim=2)), iter(value.split(layout.part_sizes, dim=2))
     outputs = []
@@ -100,7 +94,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle) -> Tensor:
 
 
 def _special(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle) -> Tensor:
-    """``[1, heads, queries, D_v]`` with softcap and sinks, written out."""
+    """``[1, heads, queries, D_v]`` with softcap and sinks, step by step."""
     scores = (q @ k.transpose(-1, -2)) * style.scale  # [1, heads, queries, keys]
     if style.softcap is not None:
         scores = torch.tanh(scores / style.softcap) * style.softcap
@@ -114,23 +108,18 @@ def _special(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle) -> Tensor:
     return F.dropout(weights, style.dropout) @ v
 
 
-logger = logging.getLogger(__name__)
-
-
-_DEVICE = "cuda"  # whose kernels these are
-
+# ---- Kernels, which are compared with the definition before they are used.
 
 Kernel = Callable[[Tensor, Tensor, Tensor, AttentionLayout, AttentionStyle], Tensor]
-
-
-_refused: set[Kernel] = set()  # that failed a proof
+_DEVICE = "cuda"  # that the kernels run on
+_refused: set[Kernel] = set()  # kernels that failed a check
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
-    """One variable-length call for all segments; shapes as in :func:`~simpo.packing.kernels.by_segment`.
+    """One variable-length call for all segments; shapes as in :func:`by_segment`.
 
-    Queries of a segment are fewer than its keys where the prompt is shared; the kernel's causal mask is aligned
-    bottom-right, which is just what a response needs.
+    A segment has fewer queries than keys where the prompt is shared; the kernel's causal mask is aligned bottom-right,
+    which is exactly what a response needs.
     """
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - needs a CUDA build
 
@@ -177,11 +166,11 @@ def flex(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, sty
     return output.transpose(1, 2)
 
 
-_flex_outside = torch.compiler.disable(flex)  # it compiles itself, and its mask is made in Python
+_flex_uncompiled = torch.compiler.disable(flex)  # it compiles itself, and its mask is made in Python
 
 
 def _block_mask(layout: AttentionLayout, window: int | None) -> Any:
-    """FlexAttention's mask; made once a forward for all layers of a kind."""
+    """FlexAttention's mask, made once per forward for all layers with the same window."""
     from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415 - slow import
 
     _, position, comparison, part, *_ = layout.index
@@ -205,37 +194,31 @@ def _flex_attention(device: str) -> Callable[..., Any]:
 
 
 def choose(query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Kernel | None:
-    """The kernel for these inputs, or None where only the definition will do.
-
-    Inputs are the attention's own: query ``[1, heads, T, D]``, key and value ``[1, key-value heads, T, D]``.
-    """
+    """The kernel for these inputs, shaped as in :func:`by_segment`; None where only the definition will do."""
     if query.device.type != _DEVICE or style.dropout or query.shape[-1] != value.shape[-1]:
         return None
     half = query.dtype in (torch.bfloat16, torch.float16)
     kernel = flex if not style.plain else varlen if half and query.shape[-1] <= 256 else None
     if kernel is None:
         return None
-    if torch.compiler.is_compiling():  # every layer has been run before, by the model's check: what is wrong is known
-        return None if kernel in _refused else _flex_outside if kernel is flex else kernel
+    if torch.compiler.is_compiling():  # the model's self-check has run every layer before, and with it these checks
+        return None if kernel in _refused else _flex_uncompiled if kernel is flex else kernel
     shape = (query.shape[1], key.shape[1], query.shape[-1])
-    small = None if style.window is None else min(style.window, 24)  # so that the small proof feels the window
-    sinks = style.sinks is not None
-    proven = _proven(kernel, query.device, query.dtype, shape, style.scale, small, style.softcap, sinks)
-    return kernel if proven else None
+    window = None if style.window is None else min(style.window, 24)  # so that a small batch feels the window
+    small = replace(style, window=window, sinks=None)
+    return kernel if _agrees(kernel, query.device, query.dtype, shape, small, style.sinks is not None) else None
 
 
 @cache
-def _proven(
+def _agrees(
     kernel: Kernel,
     device: torch.device,
     dtype: torch.dtype,
     shape: tuple[int, int, int],
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    style: AttentionStyle,
     sinks: bool,
 ) -> bool:
-    """Whether ``kernel`` gives the definition's output and gradients on a small packed batch, said once if not."""
+    """Whether ``kernel`` gives the definition's output and gradients on a small packed batch; logged once if not."""
     heads, kv_heads, size = shape
     layout = AttentionLayout((Span(37, (30, 51)), Span(5, (70, 1, 20)))).to(device)
     generator = torch.Generator(device).manual_seed(0)
@@ -244,7 +227,7 @@ def _proven(
         return torch.randn(*dims, generator=generator, device=device, dtype=torch.float32)
 
     exact = [random(1, n, layout.total, size).requires_grad_() for n in (heads, kv_heads, kv_heads)]
-    style = AttentionStyle(scale, window, softcap, random(heads) if sinks else None)
+    style = replace(style, sinks=random(heads) if sinks else None)
     weight = random(1, layout.total, heads, size)
     try:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
@@ -252,7 +235,7 @@ def _proven(
             given = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
             rounded = replace(style, sinks=None if style.sinks is None else style.sinks.to(dtype))
             found = _with_gradients(kernel, given, layout, rounded, weight)
-    except Exception as error:  # any kernel failure means the same thing here: do not use it
+    except Exception as error:  # whatever a kernel raises, it means the same: do not use it
         logger.warning("attention kernel %s failed its check (%s); using segments", kernel.__name__, error)
         _refused.add(kernel)
         return False
