@@ -13,11 +13,9 @@ import numpy as np
 
 from simpo.errors import SimpoError
 
-# ---- Which comparisons an optimizer step takes, and how they are split over ranks and micro-batches.
-
 
 class MicroBatch(NamedTuple):
-    """Rows that one forward takes, and their weights in the loss (0 for a filler)."""
+    """The rows of one forward, and their weights in the loss (0 for a filler)."""
 
     rows: tuple[int, ...]
     weights: tuple[float, ...]
@@ -41,8 +39,8 @@ class StepPlan:
         world_size: number of ranks.
         seed: with the epoch, determines the order of the rows; None keeps their order.
         drop_last: leave out an incomplete last step.
-        padded_rows: ``[rows]`` rows that each makes where micro-batches are padded to their widest; None for packed.
-        weights: ``[rows]`` how much each counts in its step's mean (its scored tokens, say); None for all alike.
+        padded_rows: ``[rows]`` number of padded rows of each, if micro-batches are padded; None if they are packed.
+        weights: ``[rows]`` weight of each in its step's mean, such as its scored tokens; None for equal weights.
 
     Raises:
         SimpoError: a row is longer than ``max_batch_tokens``.
@@ -85,7 +83,7 @@ class StepPlan:
         for members in _balance(np.array(shares[rank], dtype=int), self.lengths, count):
             if members:
                 micro_batches.append(MicroBatch(tuple(members), tuple(self._weights(members).tolist())))
-            else:  # this rank has less to do, and every rank must make as many forwards
+            else:  # this rank has less to do, but every rank must make the same number of forwards
                 micro_batches.append(MicroBatch((filler,), (0.0,)))
         return Step(tuple(micro_batches), float(self._weights(rows).sum()))
 
@@ -113,10 +111,7 @@ def fill_in_order(
 ) -> list[range]:
     """Consecutive runs of comparisons of at most ``max_batch_tokens`` tokens each, in their order.
 
-    ``padded_rows`` says how many rows each makes where a batch is padded to its widest.
-
-    Raises:
-        SimpoError: a row is longer than that.
+    Arguments and errors are those of :class:`StepPlan`.
     """
     check_budget(lengths, max_batch_tokens)
     sizes, runs, start = np.asarray(lengths), [], 0

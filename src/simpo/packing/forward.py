@@ -15,7 +15,7 @@ from simpo.errors import SimpoError
 from simpo.objectives import Responses
 from simpo.packing.attention import install
 from simpo.packing.batching import fill_in_order
-from simpo.packing.layout import PackedBatch, Span, TokenizedComparison
+from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.logprobs import Head, fused_kl, fused_logprobs
 from simpo.packing.model import (
     Computation,
@@ -217,8 +217,7 @@ def bounded_batches(
     packed, rule = taken == "packed", state_of(inner).lengths
     lengths = [c.packed_length if packed else c.padded_length for c in comparisons]
     if packed and rule is not None:  # responses with different rotary frequencies do not share their prompt
-        spans = (Span(len(c.prompt_ids), tuple(map(len, c.response_ids))) for c in comparisons)
-        lengths = [sum(part.total for part in rule.split(span)) for span in spans]
+        lengths = [sum(part.total for part in rule.split(c.span)) for c in comparisons]
     rows = None if packed else [len(c.response_ids) for c in comparisons]
     for run in fill_in_order(lengths, max_batch_tokens, rows):
         yield PackedBatch.build([comparisons[i] for i in run]), taken

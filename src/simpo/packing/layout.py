@@ -6,7 +6,7 @@ ids restart at ``len(prompt)`` for every response, so that each one is where gen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -19,6 +19,18 @@ from torch import Tensor
 # ---- One comparison as token ids: a prompt and its K responses.
 
 
+class Span(NamedTuple):
+    """Lengths, in tokens, of one comparison's parts."""
+
+    prompt: int
+    responses: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Tokens of the whole comparison."""
+        return self.prompt + sum(self.responses)
+
+
 @dataclass(frozen=True)
 class TokenizedComparison:
     """One prompt with K responses, stored and computed once.
@@ -28,8 +40,8 @@ class TokenizedComparison:
     Attributes:
         prompt_ids: at least one token; what generation would be fed.
         response_ids: K lists of at least one token each.
-        scored: for each response which of its tokens are scored, at least one; ``None`` is all. In a conversation of
-            several turns the response is all that follows the prompt, later turns of the user included.
+        scored: for each response which of its tokens are scored, at least one; ``None`` means all. In a conversation of
+            several turns the response is everything after the prompt, later turns of the user included.
 
     Raises:
         ValueError: an empty prompt, no response, an empty response, or ``scored`` of another shape or without a token.
@@ -47,22 +59,25 @@ class TokenizedComparison:
         for k, response in enumerate(self.response_ids):
             if not response:
                 raise ValueError(f"response_ids[{k}] is empty: its average log-probability would be 0 / 0")
-        if self.scored is not None:
-            self._check_scored(self.scored)
-
-    def _check_scored(self, scored: list[list[bool]]) -> None:
-        if len(scored) != len(self.response_ids):
-            raise ValueError(f"scored: {len(scored)} masks for {len(self.response_ids)} responses")
-        for k, (mask, response) in enumerate(zip(scored, self.response_ids, strict=True)):
+        if self.scored is None:
+            return
+        if len(self.scored) != len(self.response_ids):
+            raise ValueError(f"scored: {len(self.scored)} masks for {len(self.response_ids)} responses")
+        for k, (mask, response) in enumerate(zip(self.scored, self.response_ids, strict=True)):
             if len(mask) != len(response):
                 raise ValueError(f"scored[{k}] has {len(mask)} entries for {len(response)} tokens")
             if not any(mask):
                 raise ValueError(f"scored[{k}] leaves no token: its average log-probability would be 0 / 0")
 
     @property
+    def span(self) -> Span:
+        """Lengths of its parts."""
+        return Span(len(self.prompt_ids), tuple(map(len, self.response_ids)))
+
+    @property
     def packed_length(self) -> int:
         """Tokens of the comparison when the prompt is stored once."""
-        return len(self.prompt_ids) + sum(map(len, self.response_ids))
+        return self.span.total
 
     @property
     def padded_length(self) -> int:
@@ -70,23 +85,11 @@ class TokenizedComparison:
         return len(self.response_ids) * (len(self.prompt_ids) + max(map(len, self.response_ids)))
 
 
-# ---- The lengths of packed comparisons, and the same in integer tensors.
-
-
-class Span(NamedTuple):
-    """Lengths, in tokens, of one comparison's parts."""
-
-    prompt: int
-    responses: tuple[int, ...]
-
-    @property
-    def total(self) -> int:
-        """Tokens of the whole comparison."""
-        return self.prompt + sum(self.responses)
+# ---- The layout of packed comparisons, as lengths and as integer tensors.
 
 
 class LayoutIndex(NamedTuple):
-    """A layout in integer tensors: all that kernels and compiled graphs look at.
+    """A layout as integer tensors, which is all that kernels and compiled graphs need.
 
     Attributes:
         sizes: for every comparison ``K``, then the lengths of its prompt and ``K`` responses; stays on the CPU.
@@ -119,12 +122,11 @@ class LayoutIndex(NamedTuple):
         offsets = np.where(part_of == 0, 0, parts[first][comparison_of])
         responses = np.flatnonzero(part_of)  # the segments, as parts
         prompts = first[comparison_of[responses]]
-        keys = np.stack([prompts, responses], axis=1).ravel()  # the parts that the segments' keys are
+        keys = np.stack([prompts, responses], axis=1).ravel()  # the parts that make up the segments' keys
         first_of_its_prompt = part_of[responses] == 1
+        sizes = [size for span in spans for size in (len(span.responses), span.prompt, *span.responses)]
         return cls(
-            sizes=torch.tensor(
-                [size for span in spans for size in (len(span.responses), span.prompt, *span.responses)]
-            ),
+            sizes=torch.tensor(sizes),
             positions=ranges(offsets, parts),
             comparison_of=torch.from_numpy(np.repeat(comparison_of, parts)),
             part_of=torch.from_numpy(np.repeat(part_of, parts)),
@@ -134,7 +136,7 @@ class LayoutIndex(NamedTuple):
         )
 
     def to(self, device: torch.device) -> LayoutIndex:
-        """The tensors on ``device``, but for ``sizes``."""
+        """The tensors on ``device``, except ``sizes``."""
         sizes, *others = self
         return LayoutIndex(sizes, *(tensor.to(device, non_blocking=True) for tensor in others))
 
@@ -155,16 +157,16 @@ def _cumulative(sizes: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Which queries see which keys, handed down to the attention function as a forward keyword argument.
+    """Which queries see which keys; passed to the attention function as a keyword argument of the forward.
 
     A comparison's segments are ``prompt + response 0`` with itself as keys, and every further response with
     ``prompt ++ response`` as keys; each is causal, aligned bottom-right.
 
     Attributes:
         spans: the comparisons, in their order.
-        index: the same in tensors; made from ``spans`` where not given.
-        windows: while a model is being probed, the sliding window of every attention call that got this layout.
-        block_masks: what FlexAttention makes of it, by sliding window, kept for the next layer.
+        index: the same as tensors; computed from ``spans`` if not given.
+        windows: while a model is being checked, the sliding window of every attention call that received this layout.
+        block_masks: FlexAttention's masks for it, by sliding window, kept for the next layer.
         longest_query: queries of the longest segment.
         longest_key: keys of the longest segment.
     """
@@ -177,14 +179,14 @@ class AttentionLayout:
     longest_key: int = field(init=False)
 
     def __post_init__(self) -> None:
-        # what kernels ask for are fields: a graph that is being compiled cannot look into a cached property
+        # fields, because a graph that is being compiled cannot evaluate a cached property
         object.__setattr__(self, "index", LayoutIndex.of(self.spans) if self.index is None else self.index)
         object.__setattr__(self, "longest_query", max(self.query_sizes))
         object.__setattr__(self, "longest_key", max(self.key_sizes))
 
     @classmethod
     def of_index(cls, index: LayoutIndex) -> AttentionLayout:
-        """The layout that ``index`` was made of."""
+        """The layout that ``index`` was computed from."""
         spans, sizes = [], iter(index.sizes.tolist())
         for count in sizes:
             prompt, *responses = islice(sizes, 1 + count)
@@ -231,7 +233,7 @@ class PackedBatch:
         targets: ``[S]`` the scored tokens.
         response_of: ``[S]`` which response a scored token belongs to.
         lengths: ``[R]`` scored tokens of each response.
-        weights: ``[C]`` weight of each comparison in the loss: 1, or 0 for a filler that evens out the ranks' work.
+        weights: ``[C]`` weight of each comparison in the loss: 1, or 0 for a filler that gives ranks equal work.
     """
 
     input_ids: Tensor
@@ -254,17 +256,18 @@ class PackedBatch:
         weights = [1.0] * len(comparisons) if weights is None else list(weights)
         if len(weights) != len(comparisons):
             raise ValueError(f"{len(comparisons)} comparisons with {len(weights)} weights")
-        spans = tuple(Span(len(c.prompt_ids), tuple(map(len, c.response_ids))) for c in comparisons)
+        spans = tuple(c.span for c in comparisons)
         layout = AttentionLayout(spans)
         parts = (part for c in comparisons for part in (c.prompt_ids, *c.response_ids))
         ids = torch.from_numpy(np.fromiter(chain.from_iterable(parts), np.int64, layout.total))
         prompts = torch.tensor([span.prompt for span in spans for _ in span.responses])
         sizes = torch.tensor([size for span in spans for size in span.responses])
-        # where the responses' tokens stand among their segments' keys, and which response each belongs to
+        # the responses' tokens by their places among the segments' keys, and by response
         place = ranges((layout.index.cu_seqlens_k[:-1] + prompts).numpy(), sizes.numpy())
         response_of = torch.repeat_interleave(sizes)
         if any(c.scored is not None for c in comparisons):
-            marks = torch.tensor(list(chain.from_iterable(mask for c in comparisons for mask in _masks(c))))
+            masks = (c.scored or [[True] * len(response) for response in c.response_ids] for c in comparisons)
+            marks = torch.tensor(list(chain.from_iterable(chain.from_iterable(masks))))
             place, response_of = place[marks], response_of[marks]
         return cls(
             input_ids=ids,
@@ -293,27 +296,20 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch with its tensors on ``device``."""
         device = torch.device(device)
-        moved = {name: value.to(device, non_blocking=True) for name, value in self._tensors().items()}
-        return replace(self, layout=self.layout.to(device), **moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True), self.layout.to(device))
 
     def pin_memory(self) -> PackedBatch:
         """The batch in page-locked memory; ``DataLoader`` calls it."""
-        pinned = {name: value.pin_memory() for name, value in self._tensors().items()}
-        return replace(self, layout=self.layout.pin_memory(), **pinned)
+        return self._each(Tensor.pin_memory, self.layout.pin_memory())
+
+    def _each(self, function: Callable[[Tensor], Tensor], layout: AttentionLayout) -> PackedBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, layout=layout, **tensors)
 
     def probing(self) -> PackedBatch:
         """The batch with a layout that records the attention calls that it reaches."""
         return replace(self, layout=replace(self.layout, windows=[]))
-
-    def _tensors(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-
-
-def _masks(comparison: TokenizedComparison) -> list[list[bool]]:
-    """For each response which of its tokens are scored."""
-    if comparison.scored is not None:
-        return comparison.scored
-    return [[True] * len(response) for response in comparison.response_ids]
 
 
 @dataclass(frozen=True)
@@ -332,7 +328,7 @@ class PaddedRows:
 
     @classmethod
     def unpack(cls, batch: PackedBatch) -> PaddedRows:
-        """Undo the sharing of ``batch``'s prompts."""
+        """The rows of ``batch``, each with its prompt."""
         sizes = batch.layout.key_sizes
         width = max(sizes)
         device = batch.input_ids.device

@@ -41,66 +41,45 @@ class Head:
         return logits
 
 
-def plain_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """``[S]`` log-probabilities of ``targets`` ``[S]`` given ``hidden`` ``[S, H]``: the definition, as an oracle."""
-    logits = head.logits(hidden, product_dtype(hidden))
-    return torch.log_softmax(logits, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
-
-
 def fused_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, chunk_bytes: int | None = None) -> Tensor:
     """``[S]`` log-probabilities, in nats, of ``targets`` ``[S]`` given ``hidden`` ``[S, H]``; fp32 (fp64 for fp64).
 
-    Works through chunks of rows whose logits take at most ``chunk_bytes`` and keeps one number a row. Backward makes a
-    chunk's logits again, turns them into ``(onehot - softmax) * grad`` in place and adds the products into the
-    gradients of ``hidden``, weight and bias (those that ask for one). The last chunk is kept and comes first in
-    backward, which saves its second product and takes no more memory than any chunk that is being worked on.
-
-    Args:
-        hidden: ``[S, H]``, any floating type; under autocast the products are taken in its type.
-        head: the output layer.
-        targets: ``[S]`` token ids.
-        chunk_bytes: default 128 MiB on a CPU, 1 GiB elsewhere.
+    Works through chunks of rows whose logits take at most ``chunk_bytes`` (default: 128 MiB on a CPU, 1 GiB elsewhere)
+    and keeps one number per row. Backward computes a chunk's logits again, turns them into ``(onehot - softmax) *
+    grad`` in place and adds the products into the gradients of ``hidden``, weight and bias (those that need one). The
+    last chunk is kept and comes first in backward, which saves computing it twice and takes no more memory than any
+    other chunk in use. Under autocast, matrix products are in its type.
     """
     if chunk_bytes is None:
         chunk_bytes = (128 if hidden.device.type == "cpu" else 1024) * MEBIBYTE
     row_bytes = head.weight.shape[0] * max(4, hidden.element_size())
     chunks = max(1, -(-len(targets) // max(1, chunk_bytes // row_bytes)))
-    rows = max(1, -(-len(targets) // chunks))  # all chunks about alike, so that the one that is kept is no small rest
+    rows = max(1, -(-len(targets) // chunks))  # chunks of about equal size, so that the kept one is not a small rest
     return _FusedLogprobs.apply(hidden, head.weight, head.bias, head.scale, head.softcap, targets, rows)
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
-    """The type that a product with ``hidden`` is taken in: autocast's where that is on, else its own."""
+    """The type of a matrix product with ``hidden``: autocast's where that is on, otherwise its own."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _chunks(total: int, rows: int) -> list[slice]:
-    return [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
-
-
 class _FusedLogprobs(torch.autograd.Function):
+    """``hidden`` ``[S, H]``, ``weight`` ``[V, H]``, ``bias`` ``[V]`` and ``targets`` ``[S]`` to ``[S]``."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,  # [S, H]
-        weight: Tensor,  # [V, H]
-        bias: Tensor | None,  # [V]
-        scale: float,
-        softcap: float | None,
-        targets: Tensor,  # [S]
-        rows: int,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any) -> Tensor:
+        scale, softcap, targets, rows = constants
         head, dtype = Head(weight, bias, scale, softcap), product_dtype(hidden)
         ctx.scale, ctx.softcap, ctx.dtype, ctx.rows = scale, softcap, dtype, rows
         logps, matrix = [], None
-        for chunk in _chunks(len(targets), rows):
-            matrix = None  # the last chunk's, before the next one's is made
-            matrix = head.logits(hidden[chunk], dtype)  # [c, V] logits, then probabilities
-            picked = matrix.gather(-1, targets[chunk, None]).squeeze(-1)
+        for states, ids in zip(hidden.split(rows), targets.split(rows), strict=True):
+            matrix = None  # frees the last chunk's before the next one's is computed
+            matrix = head.logits(states, dtype)  # [c, V] logits, then probabilities
+            picked = matrix.gather(-1, ids[:, None]).squeeze(-1)
             logps.append(picked - _softmax_(matrix))
         ctx.save_for_backward(hidden, weight, bias, targets)
-        # the slope of a softcap is a function of the logits, so with one they are made again
+        # the slope of a softcap is a function of the logits, so with one they are computed again
         keeps = softcap is None and any(ctx.needs_input_grad)
         ctx.kept = matrix if keeps else None
         return torch.cat(logps)
@@ -114,8 +93,10 @@ class _FusedLogprobs(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight, d_bias = None, None
         weight_cast = weight.to(ctx.dtype)
-        for chunk in reversed(_chunks(len(targets), ctx.rows)):
-            kept, ctx.kept = ctx.kept, None  # overwritten below, so a second backward makes it again
+        several = len(targets) > ctx.rows
+        for start in reversed(range(0, len(targets), ctx.rows)):
+            chunk = slice(start, start + ctx.rows)
+            kept, ctx.kept = ctx.kept, None  # overwritten below, so a second backward computes it again
             matrix = _d_product(head, hidden[chunk], targets[chunk], kept, ctx.dtype)  # [c, V]
             # a row's factor goes to the narrow operand of each product, never over [c, V]
             factor = (grad[chunk] * -ctx.scale)[:, None]  # [c, 1]
@@ -123,11 +104,10 @@ class _FusedLogprobs(torch.autograd.Function):
                 d_hidden[chunk] = ((matrix @ weight_cast) * factor).to(hidden.dtype)
             narrow = (hidden[chunk] * factor).to(ctx.dtype)
             if wants_weight:
-                d_weight = _accumulate(d_weight, matrix.T, narrow, len(targets) > ctx.rows)
+                d_weight = _accumulate(d_weight, matrix.T, narrow, several)
             if wants_bias:
-                row = factor.T.to(ctx.dtype)  # [1, c]
-                d_bias = _accumulate(d_bias, row, matrix, len(targets) > ctx.rows)
-            del kept, matrix  # before the next chunk's is made
+                d_bias = _accumulate(d_bias, factor.T.to(ctx.dtype), matrix, several)  # [1, V]
+            del kept, matrix  # before the next chunk's is computed
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         d_bias = None if d_bias is None else d_bias[0].to(bias.dtype)
         return d_hidden, d_weight, d_bias, None, None, None, None
@@ -145,10 +125,10 @@ def _softmax_(logits: Tensor) -> Tensor:
 
 
 def _d_product(head: Head, hidden: Tensor, targets: Tensor, probabilities: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``[c, V]`` ``softmax - onehot`` (times the softcap's slope): the log-probabilities' gradient with respect to
-    ``scale * (h W^T + b)``, negated, in ``dtype``.
+    """``[c, V]`` ``softmax - onehot`` (times the softcap's slope), in ``dtype``: the log-probabilities' gradient with
+    respect to ``scale * (h W^T + b)``, negated.
 
-    ``probabilities`` ``[c, V]`` are overwritten; without them the chunk's logits are made again.
+    ``probabilities`` ``[c, V]`` are overwritten; without them the chunk's logits are computed again.
     """
     slope = None
     if probabilities is None:
@@ -168,8 +148,7 @@ def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, several: bool
     return total.addmm_(left, right) if total.dtype == left.dtype else total.add_(left @ right)
 
 
-# ---- KL(policy || reference) of the next token, exact over the vocabulary, from hidden states and in chunks
-# of rows.
+# ---- KL(policy || reference) of the next token, exact over the vocabulary.
 
 
 def fused_kl(
@@ -177,16 +156,11 @@ def fused_kl(
 ) -> Tensor:
     """``[S]`` ``sum_v p(v) * (log p(v) - log q(v))``, ``p`` the policy, ``q`` the reference; fp32 (fp64 for fp64).
 
-    Works through chunks of rows and keeps one number a row. Backward makes a chunk's logits again and turns them into
-    ``p * (log p - log q - KL)``, the gradient with respect to the policy's. The reference gets no gradient.
-
-    Args:
-        hidden: ``[S, H]`` of the policy, any floating type; under autocast the products are taken in its type.
-        head: the policy's output layer.
-        ref_hidden: ``[S, H']`` of the reference.
-        ref_head: the reference's output layer, over the same vocabulary.
-        chunk_bytes: of a chunk's logits, of which there are about three at a time; default 64 MiB on a CPU, 512 MiB
-            elsewhere.
+    ``hidden`` is ``[S, H]`` of the policy, ``ref_hidden`` ``[S, H']`` of the reference, over the same vocabulary. Works
+    through chunks of rows and keeps one number per row. Backward computes a chunk's logits again and turns them into
+    ``p * (log p - log q - KL)``, the gradient with respect to the policy's logits. The reference gets no gradient.
+    ``chunk_bytes`` (default: 64 MiB on a CPU, 512 MiB elsewhere) bounds a chunk's logits, of which about three exist at
+    a time.
     """
     if chunk_bytes is None:
         chunk_bytes = (64 if hidden.device.type == "cpu" else 512) * MEBIBYTE
@@ -195,18 +169,11 @@ def fused_kl(
 
 
 class _FusedKL(torch.autograd.Function):
+    """``hidden`` ``[S, H]``, ``weight`` ``[V, H]``, ``bias`` ``[V]`` and ``ref_hidden`` ``[S, H']`` to ``[S]``."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,  # [S, H]
-        weight: Tensor,  # [V, H]
-        bias: Tensor | None,  # [V]
-        scale: float,
-        softcap: float | None,
-        ref_hidden: Tensor,  # [S, H']
-        ref_head: Head,
-        rows: int,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any) -> Tensor:
+        scale, softcap, ref_hidden, ref_head, rows = constants
         ctx.scale, ctx.softcap, ctx.rows, ctx.ref_head = scale, softcap, rows, ref_head
         ctx.dtype, ctx.ref_dtype = product_dtype(hidden), product_dtype(ref_hidden)
         head, found = Head(weight, bias, scale, softcap), []
