@@ -438,7 +438,7 @@ def test_help_lists_the_benchmarks(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "mt_bench", "--help"])
     said = capsys.readouterr().out
-    assert ended.value.code == 0 and "--references" in said and "by category" in said and "(default 60)" in said
+    assert ended.value.code == 0 and "--references" in said and "by category" in said and "default 60" in said
     with pytest.raises(SystemExit):
         main(["evaluate", "arena_hard", "--help"])
     assert "(default 600)" in capsys.readouterr().out

@@ -1,33 +1,37 @@
-"""Evaluate a model on a benchmark: simpo evaluate alpaca_eval|arena_hard|mt_bench|academic|gsm8k ..."""
+"""Evaluate a model on a benchmark.
+
+examples:
+  simpo evaluate alpaca_eval outputs/simpo --judge_url https://api.openai.com/v1 --judge_model gpt-4-1106-preview \\
+      --output_dir outputs/alpaca_eval
+  simpo evaluate gsm8k outputs/simpo --against outputs/sft --output_dir outputs/gsm8k
+"""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import inspect
 
-from simpo.cli import _evaluate
 from simpo.cli._shared import refuse_several
+from simpo.config import parse_settings
+from simpo.config.coercion import nearest
 from simpo.errors import SimpoError
-from simpo.runs.signals import stoppable
-
-
-def benchmark_names() -> list[str]:
-    """Names of the benchmarks: the public modules of :mod:`simpo.cli._evaluate`."""
-    names = (module.name for module in pkgutil.iter_modules(_evaluate.__path__))
-    return sorted(name for name in names if not name.startswith("_"))
+from simpo.evaluation.runner import BENCHMARKS, run_benchmark, settings_type
 
 
 def main(argv: list[str]) -> int:
-    """Run the benchmark that is named first; Ctrl-C and SIGTERM end it in one line."""
-    names = benchmark_names()
+    """Run the benchmark that is named first."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: simpo evaluate BENCHMARK [ARGUMENT ...]   (simpo evaluate BENCHMARK --help says more)\n")
-        for name in names:
-            module = importlib.import_module(f"simpo.cli._evaluate.{name}")
-            print(f"  {name:<12} {(module.__doc__ or '').strip().splitlines()[0]}")
+        print(
+            f"usage: simpo evaluate BENCHMARK ...   (simpo evaluate BENCHMARK --help lists its settings)\n\n{__doc__}"
+        )
+        print("\n".join(["benchmarks:", *(f"  {name:<12} {entry.summary}" for name, entry in BENCHMARKS.items())]))
         return 0
-    if argv[0] not in names:
-        raise SimpoError(f"unknown benchmark {argv[0]!r}; the benchmarks are {', '.join(names)}")
+    name, *arguments = argv
+    if name not in BENCHMARKS:
+        raise SimpoError(
+            f"unknown benchmark {name!r}{nearest(name, BENCHMARKS)}; the benchmarks are {', '.join(BENCHMARKS)}"
+        )
+    kind = settings_type(name)
+    (settings,) = parse_settings(arguments, (kind,), command=f"evaluate {name}", about=inspect.getdoc(kind))
     refuse_several("evaluate", "start it without torchrun")
-    with stoppable():
-        return importlib.import_module(f"simpo.cli._evaluate.{argv[0]}").main(argv[1:])
+    run_benchmark(name, settings, argv=argv)
+    return 0

@@ -42,9 +42,14 @@ _METHOD = "1.96 standard errors"
 
 @dataclass(kw_only=True)
 class AcademicSettings(RunSettings):
-    """lm-eval's tasks on a model, and on the model that it was made from."""
+    """lm-eval's tasks on a model, and on the model that it was made from.
 
-    model: str = field(metadata={"help": "Hub name or folder of the model."})
+    examples:
+      simpo evaluate academic outputs/simpo --against outputs/sft --output_dir outputs/academic
+      simpo evaluate academic outputs/simpo --tasks gsm8k,truthfulqa_mc2 --limit 100 --output_dir outputs/academic
+    """
+
+    model: str = field(metadata={"help": "Hub name or folder of the model.", "positional": "MODEL"})
     against: str | None = setting(None, "The model that it was made from, for the differences.")
     tasks: str = setting(",".join(TASKS), "lm-eval's names of tasks, or paths of task files, separated by commas.")
     task_folder: str | None = setting(None, "Folder with task files of your own.")
@@ -237,9 +242,14 @@ Problem = tuple[str, Decimal]
 
 @dataclass(kw_only=True)
 class Gsm8kSettings(AnswerSettings):
-    """GSM8K by exact match, on a model and on the model that it was made from."""
+    """GSM8K by exact match, on a model and on the model that it was made from.
 
-    model: str = field(metadata={"help": "Hub name or folder of the model."})
+    examples:
+      simpo evaluate gsm8k outputs/simpo --against outputs/sft --output_dir outputs/gsm8k
+      simpo evaluate gsm8k outputs/simpo --limit 200 --engine vllm --output_dir outputs/gsm8k
+    """
+
+    model: str = field(metadata={"help": "Hub name or folder of the model.", "positional": "MODEL"})
     against: str | None = setting(None, "The model that it was made from, for the difference.")
     data: str = setting("openai/gsm8k", "File with rows of question and answer, or a hub data set.")
     split: str = setting("test", "Split of a hub data set.")

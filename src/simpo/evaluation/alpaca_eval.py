@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,21 @@ REPOSITORY = "tatsu-lab/alpaca_eval"
 
 @dataclass(kw_only=True)
 class AlpacaEvalSettings(JudgedSettings):
-    """AlpacaEval 2: a model or a file of its outputs, or annotations with what was judged before."""
+    """AlpacaEval 2: a model or a file of its outputs, or annotations with what was judged before.
 
-    model: str | None = setting(None, "Hub name or folder of the model, or a file of its outputs.")
+    examples:
+      simpo evaluate alpaca_eval outputs/simpo --judge_url https://api.openai.com/v1 \\
+          --judge_model gpt-4-1106-preview --output_dir outputs/alpaca_eval
+      simpo evaluate alpaca_eval --annotations annotations.json --output_dir outputs/alpaca_eval
+    """
+
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name or folder of the model, or a file of its outputs.",
+            "positional": "MODEL_OR_OUTPUTS",
+        },
+    )
     annotations: str | None = setting(None, "Compute the metrics of this annotations.json instead of judging a model.")
     reference_outputs: str | None = setting(None, "Instructions and the baseline's outputs (default: the hub's).")
     gamed: str | None = setting(None, "df_gamed.csv: the gamed baselines (default: the hub's).")

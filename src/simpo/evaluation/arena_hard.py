@@ -54,11 +54,17 @@ BASELINES = {
 
 @dataclass(kw_only=True)
 class ArenaHardSettings(JudgedSettings):
-    """Arena-Hard: a model or a file of its answers, in two games per prompt against the baseline."""
+    """Arena-Hard: a model or a file of its answers, in two games per prompt against the baseline.
+
+    examples:
+      simpo evaluate arena_hard outputs/simpo --questions question.jsonl --baseline gpt-4-0314.jsonl \\
+          --judge_url https://api.openai.com/v1 --judge_model gpt-4-1106-preview --output_dir outputs/arena_hard
+      simpo evaluate arena_hard recipe.yaml --version v2
+    """
 
     version: Version = setting("v0.1", "Version of the benchmark; v0.1 is the paper's.")
     questions: str = field(metadata={"help": "The benchmark's question.jsonl."})
-    baseline: list[str] = field(metadata={"help": "Files with the baseline's answers; v2 has two."})
+    baseline: list[str] = field(metadata={"help": "Files with the baseline's answers; v2 has two.", "repeat": True})
     temperature: float | None = setting(0.0, "Divides the logits; 0 is greedy.")
     judge_timeout: float = setting(600.0, "Seconds that a reply may take.")
     judge_prompt: str | None = setting(None, "YAML with system_prompt and prompt_template (default: ours).")

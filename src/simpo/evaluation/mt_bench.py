@@ -40,7 +40,13 @@ _TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0
 
 @dataclass(kw_only=True)
 class MTBenchSettings(JudgedSettings):
-    """MT-Bench: both turns of a model or of a file of its answers, rated."""
+    """MT-Bench: both turns of a model or of a file of its answers, rated.
+
+    examples:
+      simpo evaluate mt_bench outputs/simpo --questions question.jsonl --judge_url https://api.openai.com/v1 \\
+          --judge_model gpt-4 --output_dir outputs/mt_bench
+      simpo evaluate mt_bench recipe.yaml --judge_concurrency 16
+    """
 
     questions: str = field(metadata={"help": "The benchmark's question.jsonl."})
     references: str | None = setting(None, "File of reference answers, instead of those in the questions.")

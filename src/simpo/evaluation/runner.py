@@ -146,7 +146,7 @@ def check_file(key: str, path: str | None) -> None:
 class RunSettings(ABC):
     """What every benchmark takes."""
 
-    model: str | None = field(metadata={"help": "Hub name or folder of the model."})
+    model: str | None = field(metadata={"help": "Hub name or folder of the model.", "positional": "MODEL"})
     output_dir: str = field(metadata={"help": "Folder of the run; the same one continues it."})
     markdown: str | None = setting(None, "Also write the results, and published ones, to this Markdown file.")
     dtype: str | None = setting(None, "Type of the weights (default: bfloat16 on an accelerator, float32 on a CPU).")
@@ -204,7 +204,12 @@ class AnswerSettings(RunSettings):
 class JudgedSettings(AnswerSettings):
     """The judge of a benchmark: a model behind an OpenAI-compatible server."""
 
-    model: str | None = field(metadata={"help": "Hub name or folder of the model, or a file of its answers."})
+    model: str | None = field(
+        metadata={
+            "help": "Hub name or folder of the model, or a file of its answers.",
+            "positional": "MODEL_OR_ANSWERS",
+        }
+    )
     judge_url: str | None = setting(None, "Server of the judge, e.g. https://api.openai.com/v1.")
     judge_model: str | None = setting(None, "Name of the judge on that server.")
     judge_key_env: str = setting(

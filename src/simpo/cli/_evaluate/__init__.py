@@ -1,1 +1,0 @@
-"""Benchmarks of simpo evaluate; one file a benchmark."""
