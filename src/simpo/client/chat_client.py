@@ -147,10 +147,9 @@ class ChatClient:
         except RefusedRequestError as error:
             if not despite_refusals:
                 raise
-            self.usage.refuse(error.reason)
-            return ChatReply("", refused=error.reason)
+            reply = ChatReply("", refused=error.reason)
         self.usage.add(reply)
-        return reply if self._cache is None else self._cache.put(key, reply)
+        return reply if self._cache is None or reply.refused else self._cache.put(key, reply)
 
 
 def _run(work: Coroutine[Any, Any, Replies]) -> Replies:

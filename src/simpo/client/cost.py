@@ -1,4 +1,4 @@
-"""What requests cost: estimated before, counted after."""
+"""What requests cost: estimated before they are sent, counted afterwards."""
 
 from __future__ import annotations
 
@@ -11,22 +11,17 @@ from typing import Self
 from simpo.client.chat import ChatReply, ChatRequest
 from simpo.errors import SimpoError
 
-_CHARACTERS = 4  # a token of English text, about
+_CHARACTERS = 4  # per token of English text, approximately
 
 
 def stand_in(tokens: int, name: str = "") -> str:
-    """A text that is estimated to have so many tokens, for one that is not there yet; with another name another one."""
+    """A text that counts as this many tokens, for an answer that does not exist yet; different names differ."""
     return name.ljust(_CHARACTERS * tokens, ".")
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What a model costs, in dollars a million tokens.
-
-    Attributes:
-        prompt: tokens that are sent.
-        completion: tokens that are received.
-    """
+    """A model's prices in dollars per million tokens: of the ``prompt`` and of the ``completion``."""
 
     prompt: float
     completion: float
@@ -34,7 +29,7 @@ class Prices:
     def __post_init__(self) -> None:
         for price in (self.prompt, self.completion):
             if not 0 <= price < math.inf:
-                raise SimpoError(f"prices: {price:g} dollars a million tokens is no price")
+                raise SimpoError(f"prices: {price:g} dollars per million tokens is not a price")
 
     def dollars(self, prompt_tokens: int, completion_tokens: int) -> float:
         """The price of these numbers of tokens, in dollars."""
@@ -84,19 +79,19 @@ class Estimate:
 
 @dataclass
 class Usage:
-    """What a client has done so far.
+    """What a client has sent and received so far.
 
     Attributes:
-        sent: requests that were answered by the server.
-        cached: requests that were answered from the disk.
-        repeated: attempts that failed and were made again.
-        prompt_tokens: of the requests sent, by the server's count.
-        completion_tokens: of their replies, by the server's count.
-        uncounted: replies that did not say their tokens.
-        refused: requests that the server would not answer because of what they hold.
-        first_refusal: why, the first time.
-        cut_off: replies that ended before the model did, of those that could have more than one token.
-        default_temperature: replies for which the server chose the temperature, because it refused ours.
+        sent: requests that the server answered.
+        cached: requests that the cache answered.
+        repeated: attempts that failed and were repeated.
+        prompt_tokens: tokens of the requests sent, as the server counts them.
+        completion_tokens: tokens of their replies, as the server counts them.
+        uncounted: replies without token counts.
+        refused: requests that the server refused because of their content.
+        first_refusal: the reason of the first of them.
+        cut_off: replies that the server ended before the model did, if more than one token was allowed.
+        default_temperature: replies at the server's own temperature, because it refused the requested one.
     """
 
     sent: int = 0
@@ -110,8 +105,17 @@ class Usage:
     cut_off: int = 0
     default_temperature: int = 0
 
+    @property
+    def replies(self) -> int:
+        """Requests with an outcome, refusals included."""
+        return self.sent + self.cached + self.refused
+
     def add(self, reply: ChatReply) -> None:
-        """Count a reply of the server."""
+        """Count a reply, or a refusal, from the server."""
+        if reply.refused is not None:
+            self.refused += 1
+            self.first_refusal = self.first_refusal or reply.refused
+            return
         self.sent += 1
         if reply.prompt_tokens is None or reply.completion_tokens is None:
             self.uncounted += 1
@@ -119,48 +123,39 @@ class Usage:
             self.prompt_tokens += reply.prompt_tokens
             self.completion_tokens += reply.completion_tokens
 
-    @property
-    def replies(self) -> int:
-        """Requests that have come to an end, refusals included."""
-        return self.sent + self.cached + self.refused
-
     def note(self, request: ChatRequest, reply: ChatReply) -> None:
-        """Count what is special about a reply, whether it was sent now or before."""
+        """Count what is special about a reply, whether it was received now or in an earlier run."""
         self.cut_off += reply.cut_off and request.max_tokens > 1
         self.default_temperature += reply.default_temperature
 
-    def refuse(self, reason: str) -> None:
-        """Count a request that was refused."""
-        self.refused += 1
-        self.first_refusal = self.first_refusal or reason
-
     def line(self, prices: Prices | None = None) -> str:
         """Format the counts as one line, with the cost if prices are given."""
-        least = "at least " if self.uncounted else ""
-        dollars = (
-            "" if prices is None else f", {least}${prices.dollars(self.prompt_tokens, self.completion_tokens):.2f}"
-        )
-        unsaid = f" ({self.uncounted:,} replies came without usage: their tokens are unknown)" if self.uncounted else ""
-        notes = f"; {self.cut_off:,} replies were cut off (a longer limit may help)" if self.cut_off else ""
-        if self.default_temperature:
-            notes += f"; {self.default_temperature:,} replies at the server's default temperature: it refuses ours"
-        refused = ""
-        if self.refused:
-            refused = f"; {self.refused:,} of {self.replies:,} requests refused, the first with {self.first_refusal}"
-        return (
+        text = (
             f"{self.sent:,} requests sent ({self.repeated:,} attempts repeated), {self.cached:,} answered before; "
-            f"{self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written{dollars}{unsaid}{notes}{refused}"
+            f"{self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written"
         )
+        if prices is not None:
+            least = "at least " if self.uncounted else ""
+            text += f", {least}${prices.dollars(self.prompt_tokens, self.completion_tokens):.2f}"
+        if self.uncounted:
+            text += f" ({self.uncounted:,} replies came without usage: their tokens are unknown)"
+        if self.cut_off:
+            text += f"; {self.cut_off:,} replies were cut off (a longer limit may help)"
+        if self.default_temperature:
+            text += f"; {self.default_temperature:,} replies at the server's default temperature: it refuses ours"
+        if self.refused:
+            text += f"; {self.refused:,} of {self.replies:,} requests refused, the first with {self.first_refusal}"
+        return text
 
 
 def confirm_cost(estimate: Estimate, *, yes: bool, log: Callable[[str], None], prices: Prices | None = None) -> None:
-    """Say what is about to be sent, and go on if the user agrees; nothing to send needs no agreement.
+    """Log what is about to be sent, and ask the user; if there is nothing to send, nothing is asked.
 
     Args:
         estimate: of all requests.
-        yes: the user has agreed beforehand (``--yes``).
-        log: called with the line.
-        prices: of the model, where they are known.
+        yes: the user has agreed in advance (``--yes``).
+        log: receives the line.
+        prices: of the model, if known.
 
     Raises:
         SimpoError: the user does not agree, or cannot be asked.
@@ -170,13 +165,10 @@ def confirm_cost(estimate: Estimate, *, yes: bool, log: Callable[[str], None], p
     if yes or not estimate.requests:
         return
     if sys.stdin is None or not sys.stdin.isatty():
-        raise SimpoError("nothing was sent: nobody is there to be asked whether to go on; agree with --yes")
-    if _asked("Send them? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise SimpoError("nothing was sent")
-
-
-def _asked(question: str) -> str:
+        raise SimpoError("nothing was sent: there is no terminal to ask on; agree with --yes")
     try:
-        return input(question)
+        answer = input("Send them? [y/N] ")
     except EOFError:
-        return ""
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise SimpoError("nothing was sent")

@@ -34,11 +34,7 @@ _UNSUPPORTED = re.compile(
 
 
 class RefusedRequestError(SimpoError):
-    """The server refuses this request because of its content, but may answer others.
-
-    Attributes:
-        reason: the status and the server's message.
-    """
+    """The server refuses this request because of its content, but may answer others; ``reason`` is its message."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -56,7 +52,7 @@ class Dialect:
         refused: parameters that the server has refused.
     """
 
-    exact_temperature: bool = False
+    exact_temperature: bool
     refused: frozenset[str] = frozenset()
 
     def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -79,10 +75,7 @@ class _Http(httpx.AsyncClient):
 
     It holds all requests back while the server asks for a pause, which openai does for one request at a time, and
     limits the time of a whole attempt, where httpx limits the time between two bytes. Unreadable replies become
-    transport errors and refusals that cannot change are marked as final, so that openai repeats what is worth it.
-
-    Attributes:
-        repeated: failed attempts that were repeated.
+    transport errors, and refusals that cannot change are marked as final, so that openai repeats the right attempts.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -91,13 +84,13 @@ class _Http(httpx.AsyncClient):
         super().__init__(timeout=None, limits=limits, trust_env=not endpoint.is_local)
         self._seconds = endpoint.timeout
         self._quiet_until = 0.0  # seconds of time.monotonic()
-        self.repeated = 0
+        self.repeated = 0  # failed attempts that were repeated
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
         """Send one attempt; a readable reply is in the response's ``extensions``."""
         while (pause := self._quiet_until - time.monotonic()) > 0:
             await asyncio.sleep(pause)
-        self.repeated += attempts_of(request) > 1
+        self.repeated += _attempts(request) > 1
         try:
             async with asyncio.timeout(self._seconds):
                 response = await super().send(request, **options)
@@ -109,61 +102,37 @@ class _Http(httpx.AsyncClient):
             except (ValueError, RecursionError) as error:
                 raise httpx.DecodingError(f"an unreadable answer: {error}", request=request) from error
             return response
-        wait = retry_after(response)
-        if wait > _LONGEST_WAIT or quota_spent(response):
+        wait = _retry_after(response)
+        if wait > _LONGEST_WAIT or _quota_spent(response):
             response.headers["x-should-retry"] = "false"
         elif wait:
             self._quiet_until = max(self._quiet_until, time.monotonic() + wait)
-            del response.headers["retry-after"]  # openai would wait for this request too, and not for long waits
+            del response.headers["retry-after"]  # openai gives up for more than two minutes
         return response
-
-
-def attempts_of(request: httpx.Request) -> int:
-    """How often a request has been sent, by the header in which openai counts."""
-    return 1 + int(request.headers.get("x-stainless-retry-count", 0))
-
-
-def quota_spent(response: httpx.Response) -> bool:
-    """Whether the account has no money or quota left."""
-    return any(sign in response.text for sign in _QUOTA_SPENT)
-
-
-def retry_after(response: httpx.Response) -> float:
-    """Seconds of a Retry-After header, which contains a number or a date; 0 without one."""
-    value = response.headers.get("retry-after", "0")
-    with suppress(ValueError):
-        return max(0.0, float(value))
-    with suppress(ValueError, TypeError):
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    return 0.0
 
 
 class Sender:
     """Sends requests over one pool of connections; an asynchronous context manager.
 
-    Attributes:
-        repeated: attempts that were repeated, including those in another form.
+    Raises:
+        SimpoError: there is no key and the server needs one, or the environment's proxy or certificates cannot be used.
     """
 
     def __init__(self, endpoint: Endpoint, dialect: Dialect) -> None:
-        """Read the key.
-
-        Raises:
-            SimpoError: there is no key and the server needs one, or the environment's proxy or certificates cannot be
-                used.
-        """
         self._endpoint, self._dialect, self._key = endpoint, dialect, endpoint.api_key()
         self._adapted = 0
         try:
-            self._http = _Http(endpoint)
+            self._http: Any = _Http(endpoint)  # Any: openai's types name httpx2, but it accepts httpx as well
         except (ValueError, ImportError, OSError) as error:
             raise SimpoError(
                 f"{endpoint.url}: the environment's proxy or certificates (*_PROXY, SSL_CERT_*) cannot be used: {error}"
             ) from error
-        # openai would read OPENAI_API_KEY, OPENAI_ORG_ID and OPENAI_PROJECT_ID and send them to any server.
-        self._headers = {"Authorization": Omit(), "OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
+        # openai reads OPENAI_API_KEY, OPENAI_ORG_ID and OPENAI_PROJECT_ID, and would send them to any server.
+        self._headers: dict[str, str | Omit] = dict.fromkeys(
+            ("Authorization", "OpenAI-Organization", "OpenAI-Project"), Omit()
+        )
         if self._key is not None:
-            self._headers |= endpoint.authorization(self._key)
+            self._headers.update(endpoint.authorization(self._key))
         self._openai = AsyncOpenAI(
             api_key="none",
             base_url=endpoint.base_url,
@@ -180,7 +149,7 @@ class Sender:
 
     @property
     def repeated(self) -> int:
-        """Attempts that were repeated."""
+        """Attempts that were repeated, including those in another form."""
         return self._http.repeated + self._adapted
 
     async def send(self, request: ChatRequest) -> ChatReply:
@@ -194,11 +163,9 @@ class Sender:
             body = self._dialect.adapt(request.body(self._endpoint.model))
             try:
                 # As bytes, because openai's own encoder fails at half of a surrogate pair.
+                content = json.dumps(body).encode()
                 response = await self._openai.post(
-                    self._endpoint.url,
-                    body=json.dumps(body).encode(),
-                    cast_to=httpx.Response,
-                    options={"headers": self._headers},
+                    self._endpoint.url, body=content, cast_to=httpx.Response, options={"headers": self._headers}
                 )
             except APIStatusError as error:
                 if not self._dialect.learn(_unsupported(error.response), body):
@@ -207,30 +174,29 @@ class Sender:
                 self._adapted += 1
             except APIConnectionError as error:
                 cause = error.__cause__ or error
-                reason = self._reason(str(cause) or type(cause).__name__)
+                reason = self._cleaned(str(cause) or type(cause).__name__)
                 raise SimpoError(self._message(reason, error.request)) from None
             else:
                 default = request.temperature != 1 and "temperature" not in body
                 return replace(response.extensions["reply"], default_temperature=default)
 
-    def _status_error(self, response: httpx.Response) -> SimpoError:
-        """The error for a status other than success."""
+    def _status_error(self, response: Any) -> SimpoError:
         text = error_text(_document(response)) or response.reason_phrase
-        reason = self._reason(f"status {response.status_code}: {text}")
+        reason = self._cleaned(f"status {response.status_code}: {text}")
         message = self._message(reason, response.request)
-        if (wait := retry_after(response)) > _LONGEST_WAIT:
+        if (wait := _retry_after(response)) > _LONGEST_WAIT:
             message += f"; it asks to wait {wait:,.0f} s"
         if _unsupported(response) == "temperature" and self._dialect.exact_temperature:
             message += "; it samples at its own temperature only: ask for --temperature 1"
-        if response.status_code in _REFUSED_REQUEST and not quota_spent(response):
+        if response.status_code in _REFUSED_REQUEST and not _quota_spent(response):
             return RefusedRequestError(message, reason)
         return SimpoError(message)
 
-    def _message(self, reason: str, request: httpx.Request) -> str:
-        attempts = attempts_of(request)
+    def _message(self, reason: str, request: Any) -> str:
+        attempts = _attempts(request)
         return f"{self._endpoint.label}: {reason}" + (f" ({attempts} attempts)" if attempts > 1 else "")
 
-    def _reason(self, text: str) -> str:
+    def _cleaned(self, text: str) -> str:
         """One line without secrets: a server may repeat the key in its error."""
         text = masked(" ".join(text.split()))
         if self._key is not None:
@@ -238,14 +204,33 @@ class Sender:
         return text[:_LONGEST_REASON]  # shortened last, because half a key would not be found
 
 
-def _document(response: httpx.Response) -> Any:
+def _attempts(request: Any) -> int:
+    """How often a request has been sent, by the header in which openai counts."""
+    return 1 + int(request.headers.get("x-stainless-retry-count", 0))
+
+
+def _quota_spent(response: Any) -> bool:
+    return any(sign in response.text for sign in _QUOTA_SPENT)
+
+
+def _retry_after(response: Any) -> float:
+    """Seconds of a Retry-After header, which contains a number or a date; 0 without one."""
+    value = response.headers.get("retry-after", "0")
+    with suppress(ValueError):
+        return max(0.0, float(value))
+    with suppress(ValueError, TypeError):
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return 0.0
+
+
+def _document(response: Any) -> Any:
     try:
         return response.json()
     except ValueError:
         return response.text
 
 
-def _unsupported(response: httpx.Response) -> str | None:
+def _unsupported(response: Any) -> str | None:
     """The parameter, ``max_tokens`` or ``temperature``, that the server refuses; None for any other error."""
     if response.status_code not in _REFUSED_REQUEST or not _UNSUPPORTED.search(response.text):
         return None

@@ -7,7 +7,7 @@ import hashlib
 import logging
 from array import array
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -35,7 +35,7 @@ from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.results import Metric
 from simpo.runs.signals import stoppable
-from simpo.runs.terminal import progress
+from simpo.runs.terminal import Advance, progress
 
 FILE_NAME = "responses.jsonl"
 
@@ -245,11 +245,10 @@ def _generate(
     share = missing[processes.rank :: processes.size]
     file = ChunkFiles(folder).open(processes.rank)
     count = sum(len(chunk) for _, chunk in share)
-    if log is None:
-        reporting = nullcontext(lambda count: None)
-    elif processes.size == 1:
+    reporting: AbstractContextManager[Advance] = nullcontext(lambda count: None)
+    if log is not None and processes.size == 1:
         reporting = progress("responses", job.total, job.total - count, log)
-    else:
+    elif log is not None:
         reporting = progress(f"responses of the first of {processes.size} processes", count, 0, log)
     try:
         with reporting as advance:

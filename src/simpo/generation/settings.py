@@ -102,7 +102,7 @@ class VllmSettings:
         """
         found = {key: value for key, value in asdict(self).items() if key != "engine_args" and value is not None}
         for given in [self.engine_args] if isinstance(self.engine_args, dict) else self.engine_args or []:
-            arguments = given
+            arguments: Any = given
             if isinstance(given, str):
                 key, equals, value = given.partition("=")
                 with suppress(yaml.YAMLError):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from simpo.models.reward import gated_scores, load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.packing.forward import score_answers, score_responses
 from simpo.packing.layout import TokenizedComparison
+from simpo.runs.log import Log
 from simpo.runs.terminal import progress
 
 _PROMPTS_PER_PART = 64  # between two updates of the progress
@@ -87,11 +87,14 @@ class AnswerTokens:
 
 
 class ModelScorer(Scorer):
-    """A model as a scorer; ``kind`` is its name on the command line."""
+    """A model as a scorer: ``logp``, the mean log-probability of an answer, or ``reward``, a reward model's score.
 
-    kind: ClassVar[str]
+    A mean log-probability is per token, the end-of-turn token included, in nats: SimPO's reward divided by beta. A
+    reward model is a sequence classifier with one label, read at the end-of-turn token, or a model with several labels,
+    such as ArmoRM, whose own code computes the score.
+    """
 
-    def __init__(self, model: ModelArguments, log: Callable[[str], None]) -> None:
+    def __init__(self, kind: Literal["logp", "reward"], model: ModelArguments, log: Log) -> None:
         """Load the tokenizer; the weights follow with :meth:`prepare` or the first scores.
 
         Weights are bf16 on an accelerator and fp32 on a CPU, unless ``dtype`` is given.
@@ -99,6 +102,7 @@ class ModelScorer(Scorer):
         Raises:
             SimpoError: there is no such model.
         """
+        self._kind = kind
         self._arguments = with_dtype(model)
         self._tokens = AnswerTokens(load_tokenizer(model.model_name_or_path, model))
         self._log = log
@@ -107,16 +111,26 @@ class ModelScorer(Scorer):
     @property
     def identity(self) -> dict[str, Any]:
         """Digest and type of the weights."""
-        return {"judge": self.kind, "model": model_digest(self._arguments), "dtype": self._arguments.dtype}
+        return {"judge": self._kind, "model": model_digest(self._arguments), "dtype": self._arguments.dtype}
 
     def prepare(self) -> None:
         """Load the weights unless they are loaded.
 
         Raises:
-            SimpoError: the model cannot be loaded.
+            SimpoError: the model cannot be loaded, or is a model of another kind.
         """
-        if self._model is None:
-            self._model = self.load(self._arguments).to(device()).eval()
+        if self._model is not None:
+            return
+        name = self._arguments.model_name_or_path
+        if self._kind == "logp":
+            model: Any = load_model(name, self._arguments)
+        else:
+            try:
+                model = load_reward_model(self._arguments, gated=True)
+            except SimpoError as error:
+                reason = str(error).removeprefix("model_name_or_path: ")
+                raise SimpoError(f"reward:{name}: {reason}") from error
+        self._model = model.to(device()).eval()
 
     def score(self, rows: Sequence[Answers]) -> list[list[float]]:
         """The model's scores.
@@ -127,72 +141,21 @@ class ModelScorer(Scorer):
         self.prepare()
         limits = Limits.of(self._model.config)
         scores: list[list[float]] = []
-        with torch.no_grad(), progress(f"prompts scored by {self.kind}", len(rows), 0, self._log) as advance:
+        with torch.no_grad(), progress(f"prompts scored by {self._kind}", len(rows), 0, self._log) as advance:
             for start in range(0, len(rows), _PROMPTS_PER_PART):
                 part = rows[start : start + _PROMPTS_PER_PART]
                 comparisons = self._tokens.encode(part, limits)
-                longest = max(max(one.packed_length, one.padded_length) for one in comparisons)
-                flat = iter(self.flat_scores(self._model, comparisons, max(_BATCH_TOKENS, longest)).tolist())
+                flat = iter(self._flat_scores(comparisons).tolist())
                 scores += [[next(flat) for _ in one.response_ids] for one in comparisons]
                 advance(len(part))
         return scores
 
-    @abstractmethod
-    def load(self, arguments: ModelArguments) -> Any:
-        """Load the model.
-
-        Raises:
-            SimpoError: it cannot be loaded, or is a model of another kind.
-        """
-
-    @abstractmethod
-    def flat_scores(self, model: Any, comparisons: Sequence[TokenizedComparison], max_batch_tokens: int) -> Tensor:
-        """``[R]`` one number per response, comparison by comparison, in batches of at most so many tokens."""
-
-
-class LogpScorer(ModelScorer):
-    """Scores an answer with its mean log-probability per token, the end-of-turn token included, in nats.
-
-    This is SimPO's reward divided by beta.
-    """
-
-    kind: ClassVar[str] = "logp"
-
-    def load(self, arguments: ModelArguments) -> Any:
-        """Load the language model.
-
-        Raises:
-            SimpoError: it cannot be loaded.
-        """
-        return load_model(arguments.model_name_or_path, arguments)
-
-    def flat_scores(self, model: Any, comparisons: Sequence[TokenizedComparison], max_batch_tokens: int) -> Tensor:
-        """``[R]`` mean log-probabilities."""
-        return score_responses(model, comparisons, max_batch_tokens=max_batch_tokens).avg
-
-
-class RewardModelScorer(ModelScorer):
-    """Scores an answer with a sequence classifier of one label, read at the end-of-turn token.
-
-    For a model with several labels, such as ArmoRM, the ``score`` that its own code computes from them is used.
-    """
-
-    kind: ClassVar[str] = "reward"
-
-    def load(self, arguments: ModelArguments) -> Any:
-        """Load the reward model, including an adapter.
-
-        Raises:
-            SimpoError: it cannot be loaded, lacks the weights of a head, or has several labels and no code of its own.
-        """
-        try:
-            return load_reward_model(arguments, gated=True)
-        except SimpoError as error:
-            reason = str(error).removeprefix("model_name_or_path: ")
-            raise SimpoError(f"reward:{arguments.model_name_or_path}: {reason}") from error
-
-    def flat_scores(self, model: Any, comparisons: Sequence[TokenizedComparison], max_batch_tokens: int) -> Tensor:
-        """``[R]`` rewards."""
-        if model.config.num_labels != 1:
-            return gated_scores(model, comparisons)
-        return score_answers(model, comparisons, max_batch_tokens=max_batch_tokens)
+    def _flat_scores(self, comparisons: Sequence[TokenizedComparison]) -> Tensor:
+        """``[R]`` one number per response, comparison by comparison."""
+        longest = max(max(one.packed_length, one.padded_length) for one in comparisons)
+        tokens = max(_BATCH_TOKENS, longest)
+        if self._kind == "logp":
+            return score_responses(self._model, comparisons, max_batch_tokens=tokens).avg
+        if self._model.config.num_labels != 1:
+            return gated_scores(self._model, comparisons)
+        return score_answers(self._model, comparisons, max_batch_tokens=tokens)

@@ -9,7 +9,7 @@ from pathlib import Path
 from simpo.client import ChatClient
 from simpo.config.coercion import nearest
 from simpo.errors import SimpoError
-from simpo.judging.models import LogpScorer, RewardModelScorer
+from simpo.judging.models import ModelScorer
 from simpo.judging.pairwise import PairwiseApiJudge, TournamentScorer
 from simpo.judging.protocol import Judge, Scorer
 from simpo.judging.scored import ExactScorer, FunctionScorer, HumanJudge, ScorerJudge
@@ -95,7 +95,7 @@ def make_scorer(name: str, options: JudgeOptions, *, known: str = SCORERS) -> Sc
         return ExactScorer()
     if kind == "function" and rest:
         return FunctionScorer(rest, trust_remote_code=options.trust_remote_code)
-    if kind in ("reward", "logp") and rest:
+    if (kind == "reward" or kind == "logp") and rest:  # noqa: PLR1714 - mypy narrows the type by this form
         model = ModelArguments(rest, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
-        return (RewardModelScorer if kind == "reward" else LogpScorer)(model, options.log)
+        return ModelScorer(kind, model, options.log)
     raise SimpoError(f"judge {name!r} is not known{nearest(name, known.split(', '))}; the judges are {known}")
