@@ -5,32 +5,38 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test soak check clean
 
-demo: $(VENV)/.ready
+# Installs the runtime dependencies only; the other targets add what development needs.
+demo: $(VENV)/.runtime
 	$(BIN)/simpo demo
 
 test: $(VENV)/.deepspeed
 	$(BIN)/pytest -n auto
 
 # Runs killed at 54 random moments; make test does nine.
-soak: $(VENV)/.ready
+soak: $(VENV)/.dev
 	SIMPO_SOAK_KILLS=6 $(BIN)/pytest -n auto tests/test_soak.py
 
-check: $(VENV)/.ready
+check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.runtime: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "simpo needs Python >= 3.11; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Only the tests need it. It is built from its source, which wants torch to be there; its operators are not compiled.
-$(VENV)/.deepspeed: $(VENV)/.ready
+# Only the tests need DeepSpeed. It is built from source, which requires torch to be installed first; its operators are
+# not compiled.
+$(VENV)/.deepspeed: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja py-cpuinfo
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  --no-build-isolation deepspeed
