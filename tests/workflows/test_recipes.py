@@ -73,7 +73,7 @@ def test_dpo_has_the_published_values(setting):
 def test_what_is_not_published_says_so():
     assert "# published" not in compose_recipe("kto", "llama3-base")
     assert "lam: 0.5  # searched over {0.1, 0.5, 1.0, 2.0} in the paper" in compose_recipe("orpo", "llama3-base")
-    assert "beta: 5.0  # the row's default" in compose_recipe("dpo_norm", "llama3-base")
+    assert "beta: 5.0  # the objective's default" in compose_recipe("dpo_norm", "llama3-base")
     rate = "learning_rate: 5.0e-7  # of {3.0e-7, 5.0e-7, 8.0e-7, 1.0e-6}, the grid that the README of"
     assert rate in compose_recipe("dpop", "llama3-base")
     assert "in the paper" not in compose_recipe("dpop", "llama3-base")
