@@ -51,14 +51,8 @@ Row = dict[str, Any]
 class PairSettings:
     """How pairs are made; the defaults are the paper's.
 
-    Attributes:
-        pairs: which answers to a prompt make rows: the best and the worst, all pairs that differ in score, the best and
-            a random worse one, or a single row that ranks all of them.
-        min_gap: least difference in score within a pair, or between a ranking's best and worst.
-        max_length_ratio: most characters of a pair's longer answer divided by those of the shorter; None for no limit.
-        keep_unfinished: also use answers that were cut at ``max_new_tokens``. In a pair they end with the end-of-turn
-            token, which the model did not write there: a chosen one teaches to stop in the middle of a sentence.
-        seed: of ``best_random``.
+    ``keep_unfinished`` is off because an answer in a pair ends with the end-of-turn token, which a model did not write
+    where ``max_new_tokens`` cut it: a chosen one would teach to stop in the middle of a sentence.
 
     Raises:
         SimpoError: a value is out of bounds; the message names the key.
@@ -67,7 +61,9 @@ class PairSettings:
     pairs: PairKind = field(
         default="best_worst", metadata={"help": "Which answers to a prompt are compared; ranking: all of them at once."}
     )
-    min_gap: float = field(default=0.0, metadata={"help": "Least difference between the scores of a pair."})
+    min_gap: float = field(
+        default=0.0, metadata={"help": "Least difference in score of a pair, or of a ranking's best and worst."}
+    )
     max_length_ratio: float | None = field(
         default=None, metadata={"help": "Most characters of the longer answer over the shorter's (default: no limit)."}
     )
