@@ -111,9 +111,10 @@ def read_axes(options: Mapping[str, Sequence[str]], annotations: Mapping[str, An
             raise SimpoError(f"--{key}: unknown key{nearest(key, annotations)}")
         if key == "output_dir":
             raise SimpoError("--output_dir: the sweep has one folder, with a folder for every trial in it; name one")
-        axes.append(
-            _choices(key, words[0]) if match is None else _range(key, *match.groups(), describe(annotations[key]))
-        )
+        if match is None:
+            axes.append(_choices(key, words[0]))
+        else:
+            axes.append(_range(key, match[1], match[2], describe(annotations[key])))
     return tuple(axes)
 
 
