@@ -27,6 +27,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from simpo.data.rows import JSON_FEATURES, ROW, WHERE, as_json, concatenate, rename_columns, select_columns, with_where
 from simpo.errors import SimpoError
+from simpo.runs.manifest import file_digest
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".csv", ".parquet", ".arrow")
 _KINDS = ".jsonl[.gz|.zst], .json[.gz|.zst], .parquet, .csv, .arrow"
@@ -230,11 +231,7 @@ def _digest(paths: list[Path], label: str) -> str:
     """Fingerprint of what the files hold and of the label that their rows carry."""
     digest = hashlib.sha256(f"{_FORMAT}\0{label}\0".encode())
     for path in paths:
-        try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
+        digest.update(bytes.fromhex(file_digest(path)))
     return digest.hexdigest()[:32]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from simpo.data.rows import rows_of
 from simpo.data.sources import has_one_split, load_rows
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, one_line
 from simpo.evaluation.answers import Answerer, text_in
 from simpo.evaluation.runner import AnswerSettings, RunSettings, setting
 from simpo.generation.thinking import after_thinking
@@ -141,7 +141,7 @@ class Academic:
                 log_samples=True,
             )
         except (ValueError, KeyError, OSError, ImportError) as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error)
             raise SimpoError(f"lm-eval: {model.model_name_or_path}: {reason}") from error
 
 

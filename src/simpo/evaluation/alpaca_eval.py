@@ -17,14 +17,15 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from simpo.client import ChatReply, ChatRequest
 from simpo.data.rows import Row
-from simpo.errors import SimpoError
-from simpo.evaluation.answers import Answer, Question, file_digest, read_by_key, read_rows, text_in, write_rows
+from simpo.errors import SimpoError, one_line
+from simpo.evaluation.answers import Answer, Question, read_by_key, read_rows, text_in, write_rows
 from simpo.evaluation.leaderboards import Baselines, length_controlled, win_rate
 from simpo.evaluation.runner import Benchmark, JudgedBenchmark, JudgedSettings, check_file, setting
 from simpo.generation.thinking import after_thinking
 from simpo.judging.presentation import fill, read_prompt_file
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
+from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric
 from simpo.statistics import share_bounds
 
@@ -373,7 +374,7 @@ def hub_file(name: str, option: str) -> str:
     try:
         return hf_hub_download(REPOSITORY, name, repo_type="dataset")
     except (OSError, HfHubHTTPError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200)
         raise SimpoError(
             f"{REPOSITORY}: {name} cannot be downloaded from the hub ({reason}); give it with {option}"
         ) from error

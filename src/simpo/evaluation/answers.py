@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -116,15 +115,6 @@ def read_answers(
             f"{questions[missing[0]]} ({key_name} {str(missing[0])!r:.80})"
         )
     return [found[key][0] for key in questions]
-
-
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
-    try:
-        with Path(path).expanduser().open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def is_answer_file(name: str) -> bool:

@@ -18,7 +18,6 @@ from simpo.errors import SimpoError
 from simpo.evaluation.answers import (
     Answer,
     Question,
-    file_digest,
     list_in,
     read_answers,
     read_by_key,
@@ -38,6 +37,7 @@ from simpo.generation.thinking import after_thinking
 from simpo.judging.presentation import fill, read_prompt_file
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
+from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric
 
 _V01 = "arena-hard-v0.1"  # the one category of v0.1

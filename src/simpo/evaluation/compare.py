@@ -16,7 +16,7 @@ from simpo.data.formats import read_prompts
 from simpo.data.messages import context_of
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
-from simpo.evaluation.answers import Answerer, Record, file_digest, is_answer_file, read_answer_file
+from simpo.evaluation.answers import Answerer, Record, is_answer_file, read_answer_file
 from simpo.evaluation.preferences import Judged, preference_metrics
 from simpo.generation.sample import FILE_NAME, EngineName, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings
@@ -31,6 +31,7 @@ from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import write_lines
 from simpo.runs.log import Log
+from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric, Stage, fingerprint
 from simpo.runs.signals import stoppable
 from simpo.runs.terminal import printable

@@ -17,7 +17,6 @@ from simpo.evaluation.answers import (
     Answer,
     Answerer,
     Question,
-    file_digest,
     list_in,
     read_by_key,
     text_in,
@@ -28,6 +27,7 @@ from simpo.generation.thinking import after_thinking
 from simpo.judging.presentation import ShownAnswers, fill, read_prompt_file
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
+from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric
 from simpo.statistics import mean_interval, weighted_mean_interval
 

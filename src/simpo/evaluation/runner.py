@@ -17,7 +17,7 @@ from simpo.client.chat_client import TRIED
 from simpo.data.rows import Row
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
-from simpo.evaluation.answers import Answer, Answerer, Question, file_digest, is_answer_file, read_answers, write_rows
+from simpo.evaluation.answers import Answer, Answerer, Question, is_answer_file, read_answers, write_rows
 from simpo.evaluation.published import published_table, write_markdown
 from simpo.generation.sample import EngineName
 from simpo.generation.settings import SamplingSettings
@@ -25,6 +25,7 @@ from simpo.judging.presentation import ShownAnswers
 from simpo.models.settings import ModelArguments
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
+from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric, print_results, print_whole
 from simpo.runs.signals import stoppable
 

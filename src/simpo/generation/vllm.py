@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from simpo.config.coercion import nearest
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, one_line
 from simpo.generation.engine import Sampled
 from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.models.adapters import find_adapter
@@ -73,7 +73,7 @@ class VllmEngine:
                 **given,
             )
         except (ValueError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise SimpoError(f"engine: vLLM cannot start with {given}: {reason}") from error
 
     def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:

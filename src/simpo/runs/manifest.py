@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from simpo.errors import SimpoError
 from simpo.runs.atomic import disk_errors, write_text
 
 FILE_NAME = "manifest.json"
@@ -23,10 +24,17 @@ _PACKAGES = ("simpo", "torch", "transformers", "accelerate", "datasets", "peft",
 _PATIENCE = 10  # seconds for another program's answer
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_digest(path: Path | str) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits.
+
+    Raises:
+        SimpoError: it cannot be read.
+    """
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:
@@ -76,8 +84,8 @@ def _differences(folder: Path, files: list[tuple[str, int, str]]) -> Iterator[st
         try:
             if file_digest(folder / name) != digest:
                 yield f"{name}: contents changed (sha256)"
-        except OSError as error:
-            yield f"{name}: cannot be read: {error.strerror}"
+        except SimpoError as error:
+            yield str(error)
 
 
 def read_manifest(folder: Path) -> list[tuple[str, int, str]]:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, one_line
 from simpo.models.adapters import adapter_tensors, stored_adapter
 
 
@@ -202,7 +202,7 @@ def load_renamed(folder: Path, model: PreTrainedModel) -> None:
             raise RuntimeError("weights are missing or left over")
         model.load_state_dict(loaded.state_dict())
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise SimpoError(f"resume_from_checkpoint: {folder} is of another model ({reason})") from error
 
 
