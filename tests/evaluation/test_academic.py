@@ -111,18 +111,18 @@ def test_lm_eval_itself_on_a_task_of_ones_own(chat_world, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/even.yaml").write_text(_TASK.replace("FILE", str(tmp_path / "rows.jsonl")))
-    model, folder = str(chat_world / "model"), str(tmp_path / "out")
+    model, folder = str(chat_world / "model"), tmp_path / "out"
     tasks = {"tasks": "even", "task_folder": str(tmp_path / "tasks"), "batch_size": "2"}
     results = read_results(evaluate(AcademicSettings(model=model, against=model, output_dir=folder, **tasks)))
     names = [(metric.name, metric.stage) for metric in results.metrics]
     assert names[:2] == [("academic/even/acc", "before"), ("academic/even/acc", "after")]
     assert (results.metrics[0].n, results.metrics[2].value) == (6, 0) and "paired" in results.metrics[2].method
     with pytest.raises(SimpoError, match=r"^tasks: .*odd"):
-        evaluate(AcademicSettings(model=model, tasks="odd", output_dir=str(tmp_path / "other")))
+        evaluate(AcademicSettings(model=model, tasks="odd", output_dir=tmp_path / "other"))
 
 
 @pytest.mark.skipif(_INSTALLED, reason="lm-eval is installed")
 def test_without_lm_eval_one_line_says_what_to_install(tmp_path):
     with pytest.raises(SimpoError, match=r"pip install 'simpo\[academic\]'"):
-        evaluate(AcademicSettings(model="x", output_dir=str(tmp_path / "out")))
+        evaluate(AcademicSettings(model="x", output_dir=tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -117,18 +117,18 @@ def test_a_request_shows_both_answers_in_the_drawn_order():
 def test_a_prompt_of_ones_own(tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text('Which? {"q": """{instruction}"""} {output_1} or {output_2} {else}')
-    request = PairwisePrompt(str(file)).request("Q", "A", "A", weighted=True)
+    request = PairwisePrompt(file).request("Q", "A", "A", weighted=True)
     assert request.messages == [{"role": "user", "content": 'Which? {"q": """Q"""} A or A {else}'}]
-    assert PairwisePrompt(str(file)).digest != PairwisePrompt(None).digest
+    assert PairwisePrompt(file).digest != PairwisePrompt(None).digest
     file.write_text("{instruction} {output_1}")
     with pytest.raises(SimpoError, match=r"{output_2}"):
-        PairwisePrompt(str(file))
+        PairwisePrompt(file)
     file.write_text("<|im_start|>judge\n{instruction} {output_1} {output_2}\n<|im_end|>")
     with pytest.raises(SimpoError, match="'judge' is not a role"):
-        PairwisePrompt(str(file))
+        PairwisePrompt(file)
     file.write_text("{instruction} {output_1} {output_2}\n<|im_start|>user\nWhich?\n<|im_end|>")
     with pytest.raises(SimpoError, match="text outside its messages"):
-        PairwisePrompt(str(file))
+        PairwisePrompt(file)
 
 
 def test_files_travel_both_ways(tmp_path):
@@ -202,7 +202,7 @@ def test_difficulties_of_other_instructions_are_refused_or_said(tmp_path):
     (tmp_path / "gamed.csv").write_text(
         "index,std_delta_len,instruction_difficulty,preference\n0,1.0,0.5,0.8\n1,0.2,-2.0,0.1\n"
     )
-    settings = AlpacaEvalSettings(model="m", output_dir="out", gamed=str(tmp_path / "gamed.csv"))
+    settings = AlpacaEvalSettings(model="m", output_dir=tmp_path, gamed=tmp_path / "gamed.csv")
     said = []
     assert len(settings.length_control(2, said.append).difficulties) == 2 and not said
     settings.length_control(1, said.append)

@@ -256,16 +256,16 @@ def test_prompts_of_both_versions(tmp_path):
     assert written.messages[0] != plain.messages[0] and written.max_tokens > plain.max_tokens
     file = tmp_path / "judge.yaml"
     file.write_text("system_prompt: Judge.\nprompt_template:\n- '{question_1}|{answer_1}|{answer_2}'\n")
-    assert ArenaPrompt(str(file)).request(asked("a", "math", "Q"), "a", "b", "v0.1").messages[1]["content"] == "Q|a|b"
+    assert ArenaPrompt(file).request(asked("a", "math", "Q"), "a", "b", "v0.1").messages[1]["content"] == "Q|a|b"
     for text, said in (("a: [", "not YAML"), ("a: b", "has system_prompt"), ("text", "has system_prompt")):
         file.write_text(text)
         with pytest.raises(SimpoError, match=said):
-            ArenaPrompt(str(file))
+            ArenaPrompt(file)
     whole = "system_prompt: x\nprompt_template: '{QUESTION} {ANSWER_A} {ANSWER_B}'\nsystem_prompts: "
     for given in ("[math]", "{math: 3}"):
         file.write_text(whole + given)
         with pytest.raises(SimpoError, match="system_prompts: expected a text for each category"):
-            ArenaPrompt(str(file))
+            ArenaPrompt(file)
     file.write_text("system_prompt: x\nprompt_template: '{QUESTION} {ANSWER_A}'")
     with pytest.raises(SimpoError, match=r"{ANSWER_B}"):
-        ArenaPrompt(str(file))
+        ArenaPrompt(file)

@@ -41,7 +41,7 @@ def test_problems_from_a_file(tmp_path):
     assert len(read_problems(str(file), "test", None)) == 4
     for limit in (0, -1):
         with pytest.raises(SimpoError, match=f"^limit: .*{limit}"):
-            Gsm8kSettings(model="m", output_dir="out", limit=limit)
+            Gsm8kSettings(model="m", output_dir=tmp_path, limit=limit)
     file.write_text(
         '{"question": "q", "answer": "So it is <<2*3=6>>6.\\n#### 1,006"}\n{"question": "q", "answer": "6"}\n'
     )

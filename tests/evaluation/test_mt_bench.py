@@ -117,10 +117,10 @@ def test_prompts_of_ones_own(tmp_path):
     file = tmp_path / "judge_prompts.jsonl"
     file.write_text('{"name": "single-v1", "system_prompt": "s", "prompt_template": "{question}{answer}"}\n')
     with pytest.raises(SimpoError, match="the judge prompt single-v1-multi-turn is missing"):
-        RatingPrompts(str(file))
+        RatingPrompts(file)
     file.write_text('{"name": "single-v1", "system_prompt": 1, "prompt_template": "x"}\n')
     with pytest.raises(SimpoError, match="single-v1: system_prompt: expected text, got 1"):
-        RatingPrompts(str(file))
+        RatingPrompts(file)
     file.write_text("no\n")
     with pytest.raises(SimpoError, match="not judge prompts of MT-Bench"):
-        RatingPrompts(str(file))
+        RatingPrompts(file)

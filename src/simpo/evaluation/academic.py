@@ -20,7 +20,8 @@ from simpo.data.rows import rows_of
 from simpo.data.sources import has_one_split, load_rows
 from simpo.errors import SimpoError, one_line
 from simpo.evaluation.answers import Answerer, text_in
-from simpo.evaluation.runner import AnswerSettings, RunSettings, setting
+from simpo.evaluation.runner import AnswerSettings, BenchmarkSettings
+from simpo.generation.settings import SamplingSettings
 from simpo.generation.thinking import after_thinking
 from simpo.models.checkpoint import model_digest, with_dtype
 from simpo.models.devices import device
@@ -41,7 +42,7 @@ _METHOD = "1.96 standard errors"
 
 
 @dataclass(kw_only=True)
-class AcademicSettings(RunSettings):
+class AcademicSettings(BenchmarkSettings):
     """lm-eval's tasks on a model, and on the model that it was made from.
 
     examples:
@@ -49,14 +50,20 @@ class AcademicSettings(RunSettings):
       simpo evaluate academic outputs/simpo --tasks gsm8k,truthfulqa_mc2 --limit 100 --output_dir outputs/academic
     """
 
-    model: str = field(metadata={"help": "Hub name or folder of the model.", "positional": "MODEL"})
-    against: str | None = setting(None, "The model that it was made from, for the differences.")
-    tasks: str = setting(",".join(TASKS), "lm-eval's names of tasks, or paths of task files, separated by commas.")
-    task_folder: str | None = setting(None, "Folder with task files of your own.")
-    num_fewshot: int | None = setting(None, "Examples before each item (default: the task's).")
-    limit: int | None = setting(None, "Items of each task, for a trial (default: all).")
-    batch_size: str = setting("auto", "Batch size of lm-eval, a number or auto.")
-    no_chat_template: bool = setting(False, "Show items as plain text instead of a user's messages.")
+    against: str | None = field(
+        default=None, metadata={"help": "The model that it was made from, for the differences."}
+    )
+    tasks: str = field(
+        default=",".join(TASKS),
+        metadata={"help": "lm-eval's names of tasks, or paths of task files, separated by commas."},
+    )
+    task_folder: str | None = field(default=None, metadata={"help": "Folder with task files of your own."})
+    num_fewshot: int | None = field(default=None, metadata={"help": "Examples before each item (default: the task's)."})
+    limit: int | None = field(default=None, metadata={"help": "Items of each task, for a trial (default: all)."})
+    batch_size: str = field(default="auto", metadata={"help": "Batch size of lm-eval, a number or auto."})
+    no_chat_template: bool = field(
+        default=False, metadata={"help": "Show items as plain text instead of a user's messages."}
+    )
 
     def benchmark(self, log: Log) -> Academic:
         """The benchmark; raises :class:`SimpoError` if lm-eval is not installed or does not know a task."""
@@ -79,11 +86,8 @@ class Academic:
         ]
         if unknown:
             raise SimpoError(f"tasks: lm-eval has no {', '.join(unknown)}; lm-eval ls tasks lists its names")
-        self._model = self._arguments(settings.model)
-        self._against = None if settings.against is None else self._arguments(settings.against)
-
-    def _arguments(self, model: str) -> ModelArguments:
-        return ModelArguments(model, dtype=self._settings.dtype, trust_remote_code=self._settings.trust_remote_code)
+        self._model = settings.model_arguments(settings.model)
+        self._against = None if settings.against is None else settings.model_arguments(settings.against)
 
     def identity(self) -> dict[str, Any]:
         """The models and what lm-eval is asked for."""
@@ -249,15 +253,17 @@ class Gsm8kSettings(AnswerSettings):
       simpo evaluate gsm8k outputs/simpo --limit 200 --engine vllm --output_dir outputs/gsm8k
     """
 
-    model: str = field(metadata={"help": "Hub name or folder of the model.", "positional": "MODEL"})
-    against: str | None = setting(None, "The model that it was made from, for the difference.")
-    data: str = setting("openai/gsm8k", "File with rows of question and answer, or a hub data set.")
-    split: str = setting("test", "Split of a hub data set.")
-    limit: int | None = setting(None, "Only the first so many problems (default: all).")
-    temperature: float | None = setting(0.0, "Divides the logits; 0 is greedy.")
+    against: str | None = field(default=None, metadata={"help": "The model that it was made from, for the difference."})
+    data: str = field(
+        default="openai/gsm8k", metadata={"help": "File with rows of question and answer, or a hub data set."}
+    )
+    split: str = field(default="test", metadata={"help": "Split of a hub data set."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first so many problems (default: all)."})
+    sampling: SamplingSettings = field(
+        default=SamplingSettings(temperature=0.0, top_p=1.0), metadata={"without": ("n", "top_k")}
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.limit is not None and self.limit < 1:
             raise SimpoError(f"limit: must be at least 1, not {self.limit}")
 

@@ -20,7 +20,7 @@ from simpo.data.rows import Row
 from simpo.errors import SimpoError, one_line
 from simpo.evaluation.answers import Answer, Question, read_by_key, read_rows, text_in, write_rows
 from simpo.evaluation.leaderboards import Baselines, length_controlled, win_rate
-from simpo.evaluation.runner import Benchmark, JudgedBenchmark, JudgedSettings, check_file, setting
+from simpo.evaluation.runner import Benchmark, JudgedBenchmark, JudgedSettings, check_file
 from simpo.generation.thinking import after_thinking
 from simpo.judging.presentation import fill, read_prompt_file
 from simpo.runs.folder import RunFolder
@@ -42,23 +42,33 @@ class AlpacaEvalSettings(JudgedSettings):
       simpo evaluate alpaca_eval --annotations annotations.json --output_dir outputs/alpaca_eval
     """
 
-    model: str | None = field(
-        default=None,
+    model: str = field(
+        default="",
         metadata={
             "help": "Hub name or folder of the model, or a file of its outputs.",
             "positional": "MODEL_OR_OUTPUTS",
         },
     )
-    annotations: str | None = setting(None, "Compute the metrics of this annotations.json instead of judging a model.")
-    reference_outputs: str | None = setting(None, "Instructions and the baseline's outputs (default: the hub's).")
-    gamed: str | None = setting(None, "df_gamed.csv: the gamed baselines (default: the hub's).")
-    difficulty: str | None = setting(None, "instruction_difficulty.csv (default: what the gamed baselines have).")
-    plain: bool = setting(False, "For a judge without log-probabilities: it names the better answer.")
+    annotations: Path | None = field(
+        default=None, metadata={"help": "Compute the metrics of this annotations.json instead of judging a model."}
+    )
+    reference_outputs: Path | None = field(
+        default=None, metadata={"help": "Instructions and the baseline's outputs (default: the hub's)."}
+    )
+    gamed: Path | None = field(
+        default=None, metadata={"help": "df_gamed.csv: the gamed baselines (default: the hub's)."}
+    )
+    difficulty: Path | None = field(
+        default=None, metadata={"help": "instruction_difficulty.csv (default: what the gamed baselines have)."}
+    )
+    plain: bool = field(
+        default=False, metadata={"help": "For a judge without log-probabilities: it names the better answer."}
+    )
 
     def __post_init__(self) -> None:
         for key in ("gamed", "difficulty", "annotations", "reference_outputs"):
             check_file(key, getattr(self, key))
-        if (self.model is None) == (self.annotations is None):
+        if bool(self.model) == (self.annotations is not None):
             raise SimpoError("give either a model or file of outputs, or --annotations with what was judged")
         super().__post_init__()
 
@@ -129,7 +139,7 @@ class AlpacaEval(JudgedBenchmark):
 
     def __init__(self, settings: AlpacaEvalSettings, log: Log) -> None:
         judge = settings.judge()
-        self._prompt = PairwisePrompt(settings.judge_prompt)
+        self._prompt = PairwisePrompt(settings.api.judge_prompt)
         reference = settings.reference_outputs
         if reference is None:
             reference = hub_file("alpaca_eval_gpt4_baseline.json", "--reference_outputs")
@@ -252,10 +262,9 @@ class PairwisePrompt:
     user message. The shipped prompt is used if no path is given.
     """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: Path | None) -> None:
         shipped = resources.files("simpo.evaluation") / "prompts" / "alpaca_eval.txt"
-        own = None if path is None else Path(path).expanduser()
-        text, self.digest = read_prompt_file(own, shipped, ("instruction", "output_1", "output_2"))
+        text, self.digest = read_prompt_file(path, shipped, ("instruction", "output_1", "output_2"))
         marked = _SECTION.findall(text)
         if marked and _SECTION.sub("", text).strip():
             raise SimpoError(
@@ -369,10 +378,10 @@ def _with_interval(name: str, value: float, error: float, n: int) -> Metric:
 # ---- Files.
 
 
-def hub_file(name: str, option: str) -> str:
+def hub_file(name: str, option: str) -> Path:
     """A file of the benchmark on the hub, from the cache if it is there; an error names the option for a local one."""
     try:
-        return hf_hub_download(REPOSITORY, name, repo_type="dataset")
+        return Path(hf_hub_download(REPOSITORY, name, repo_type="dataset"))
     except (OSError, HfHubHTTPError, ValueError) as error:
         reason = one_line(error, 200)
         raise SimpoError(
@@ -380,7 +389,7 @@ def hub_file(name: str, option: str) -> str:
         ) from error
 
 
-def read_reference(path: str | Path) -> list[Question]:
+def read_reference(path: Path) -> list[Question]:
     """The instructions with the baseline's outputs ``{instruction, output, generator, dataset}``."""
 
     def parse(row: Row, where: str) -> tuple[str, Question]:
@@ -395,7 +404,7 @@ def _output(row: Row, where: str) -> Answer:
     return Answer(str(row.get("generator") or "model"), (text_in(row, "output", where),))
 
 
-def read_annotations(path: str | Path) -> list[Annotation]:
+def read_annotations(path: Path) -> list[Annotation]:
     """Annotations in their order; a preference of 0, which older versions write for a draw, is 1.5."""
 
     def parse(row: Row, where: str) -> tuple[str, Annotation]:
@@ -435,7 +444,7 @@ def write_annotations(path: Path, annotations: Sequence[Annotation]) -> None:
     write_rows(path, rows)
 
 
-def read_baselines(gamed: str | Path | None, difficulty: str | Path | None) -> Baselines:
+def read_baselines(gamed: Path | None, difficulty: Path | None) -> Baselines:
     """The gamed baselines and the difficulties, from the hub where they are not given.
 
     The gamed file's columns are ``index``, ``std_delta_len``, ``instruction_difficulty`` and a preference in [0, 1],

@@ -32,9 +32,11 @@ from simpo.evaluation.leaderboards import (
     style_differences,
     style_of,
 )
-from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings, check_file, setting
+from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings, check_file
+from simpo.generation.settings import SamplingSettings
 from simpo.generation.thinking import after_thinking
 from simpo.judging.presentation import fill, read_prompt_file
+from simpo.judging.settings import ApiSettings
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest
@@ -62,12 +64,13 @@ class ArenaHardSettings(JudgedSettings):
       simpo evaluate arena_hard recipe.yaml --version v2
     """
 
-    version: Version = setting("v0.1", "Version of the benchmark; v0.1 is the paper's.")
-    questions: str = field(metadata={"help": "The benchmark's question.jsonl."})
-    baseline: list[str] = field(metadata={"help": "Files with the baseline's answers; v2 has two.", "repeat": True})
-    temperature: float | None = setting(0.0, "Divides the logits; 0 is greedy.")
-    judge_timeout: float = setting(600.0, "Seconds that a reply may take.")
-    judge_prompt: str | None = setting(None, "YAML with system_prompt and prompt_template (default: ours).")
+    version: Version = field(default="v0.1", metadata={"help": "Version of the benchmark; v0.1 is the paper's."})
+    questions: Path = field(metadata={"help": "The benchmark's question.jsonl."})
+    baseline: list[Path] = field(metadata={"help": "Files with the baseline's answers; v2 has two.", "repeat": True})
+    sampling: SamplingSettings = field(
+        default=SamplingSettings(temperature=0.0, top_p=1.0), metadata={"without": ("n", "top_k")}
+    )
+    api: ApiSettings = field(default=ApiSettings(judge_timeout=600.0))  # judgments are long
 
     def __post_init__(self) -> None:
         check_file("questions", self.questions)
@@ -110,7 +113,7 @@ class ArenaHard(JudgedBenchmark):
     def __init__(self, settings: ArenaHardSettings, log: Log) -> None:
         self._version, self._files = settings.version, (settings.questions, *settings.baseline)
         judge = settings.judge()
-        self._prompt = ArenaPrompt(settings.judge_prompt)
+        self._prompt = ArenaPrompt(settings.api.judge_prompt)
         questions = with_baselines(read_questions(settings.questions, settings.version), settings.baseline, log)
         super().__init__(settings, judge, questions, self._prompt.digest)
 
@@ -198,9 +201,9 @@ class ArenaPrompt:
     if no path is given.
     """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: Path | None) -> None:
         shipped = resources.files("simpo.evaluation") / "prompts" / "arena_hard.yaml"
-        text, self.digest = read_prompt_file(None if path is None else Path(path).expanduser(), shipped, ())
+        text, self.digest = read_prompt_file(path, shipped, ())
         try:
             found = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -234,7 +237,7 @@ class ArenaPrompt:
 # ---- Files.
 
 
-def read_questions(path: str | Path, version: Version) -> list[Question]:
+def read_questions(path: Path, version: Version) -> list[Question]:
     """Questions ``{uid, category, prompt}``, or v0.1's earlier ``{question_id, category, turns: [{content}]}``.
 
     Raises:
@@ -262,7 +265,7 @@ def _uid(row: Row, where: str) -> str:
     return text_in(row, "uid" if "uid" in row else "question_id", where)
 
 
-def with_baselines(questions: Sequence[Question], files: Sequence[str | Path], log: Log) -> list[Question]:
+def with_baselines(questions: Sequence[Question], files: Sequence[Path], log: Log) -> list[Question]:
     """The questions with the baseline's answers; from several files, each category takes that of its baseline.
 
     Raises:

@@ -22,7 +22,8 @@ from simpo.evaluation.answers import (
     text_in,
     write_rows,
 )
-from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings, check_file, setting
+from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings, check_file
+from simpo.generation.settings import SamplingSettings
 from simpo.generation.thinking import after_thinking
 from simpo.judging.presentation import ShownAnswers, fill, read_prompt_file
 from simpo.runs.folder import RunFolder
@@ -48,16 +49,29 @@ class MTBenchSettings(JudgedSettings):
       simpo evaluate mt_bench recipe.yaml --judge_concurrency 16
     """
 
-    questions: str = field(metadata={"help": "The benchmark's question.jsonl."})
-    references: str | None = setting(None, "File of reference answers, instead of those in the questions.")
-    temperature: float | None = setting(None, "0 is greedy (default: 0, 0.1 or 0.7 by category, as the benchmark).")
-    max_new_tokens: int | None = setting(1024, "Longest answer in tokens.")
-    judge_prompt: str | None = setting(None, "judge_prompts.jsonl (default: ours).")
+    questions: Path = field(metadata={"help": "The benchmark's question.jsonl."})
+    references: Path | None = field(
+        default=None, metadata={"help": "File of reference answers, instead of those in the questions."}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "0 is greedy (default: 0, 0.1 or 0.7 by category, as the benchmark)."}
+    )
+    sampling: SamplingSettings = field(
+        default=SamplingSettings(temperature=0.7, top_p=1.0, max_new_tokens=1024),
+        metadata={"without": ("n", "top_k", "temperature")},
+    )
 
     def __post_init__(self) -> None:
         check_file("questions", self.questions)
         check_file("references", self.references)
         super().__post_init__()
+
+    def answerer(self, model: str) -> Answerer:
+        """A model, with the temperature that was given."""
+        found = super().answerer(model)
+        if self.temperature is None:
+            return found
+        return replace(found, settings=replace(self.sampling, temperature=self.temperature))
 
     def benchmark(self, log: Log) -> MTBench:
         """The benchmark; raises :class:`SimpoError` if a file cannot be used."""
@@ -74,8 +88,9 @@ class MTBench(JudgedBenchmark):
 
     def __init__(self, settings: MTBenchSettings, log: Log) -> None:
         judge = settings.judge()
-        self._prompts = RatingPrompts(settings.judge_prompt)
+        self._prompts = RatingPrompts(settings.api.judge_prompt)
         self._questions, self._references = settings.questions, settings.references
+        self._temperature = settings.temperature
         super().__init__(settings, judge, read_questions(settings.questions, settings.references), self._prompts.digest)
 
     def own_identity(self) -> dict[str, Any]:
@@ -85,7 +100,7 @@ class MTBench(JudgedBenchmark):
             "questions": file_digest(self._questions),
             "references": None if self._references is None else file_digest(self._references),
         }
-        return found if self.answerer is None else found | {"own_temperature": self.settings.temperature is not None}
+        return found if self.answerer is None else found | {"own_temperature": self._temperature is not None}
 
     @classmethod
     def parse_answer(cls, row: Row, where: str) -> tuple[int, Answer]:
@@ -104,7 +119,7 @@ class MTBench(JudgedBenchmark):
 
     def sample(self, answerer: Answerer, folder: Path) -> list[tuple[str, ...]]:
         """Sample both turns; the first turn and its answer precede the second."""
-        show = ShownAnswers(self.settings.strip_thinking)
+        show = ShownAnswers(self.settings.api.strip_thinking)
         conversations = [[{"role": "user", "content": question.turns[0]}] for question in self.questions]
         first = self._sample_turn(answerer, conversations, folder / "turn-1")
         for conversation, question, answer in zip(conversations, self.questions, first, strict=True):
@@ -117,7 +132,7 @@ class MTBench(JudgedBenchmark):
         self, answerer: Answerer, conversations: Sequence[list[dict[str, str]]], folder: Path
     ) -> list[str]:
         """Sample at the temperatures of the categories, in one sampling run for each of them."""
-        if self.settings.temperature is not None:
+        if self._temperature is not None:
             return answerer.answer(conversations, folder)
         temperatures = [_TEMPERATURES.get(str(question.category), 0.7) for question in self.questions]
         answers = [""] * len(conversations)
@@ -188,9 +203,9 @@ class RatingPrompts:
     The shipped prompts are used if no path is given.
     """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: Path | None) -> None:
         shipped = resources.files("simpo.evaluation") / "prompts" / "mt_bench.jsonl"
-        text, self.digest = read_prompt_file(None if path is None else Path(path).expanduser(), shipped, ())
+        text, self.digest = read_prompt_file(path, shipped, ())
         try:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
             named = {text_in(row, "name", f"{path}"): row for row in rows}
@@ -276,7 +291,7 @@ def _pooled(name: str, ratings: Sequence[Rating]) -> Metric:
 # ---- Files.
 
 
-def read_questions(path: str | Path, references: str | Path | None) -> list[Question]:
+def read_questions(path: Path, references: Path | None) -> list[Question]:
     """Questions ``{question_id, category, turns, reference}``; references are used in :data:`REFERENCED` only.
 
     Args:

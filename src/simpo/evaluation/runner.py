@@ -7,12 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from rich.console import Console
 
-from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, Prices, confirm_cost
-from simpo.client.cache import default_cache
+from simpo.client import ChatClient, ChatReply, ChatRequest, Prices, confirm_cost
 from simpo.client.chat_client import TRIED
 from simpo.data.rows import Row
 from simpo.data.settings import RenderSettings
@@ -22,6 +21,7 @@ from simpo.evaluation.published import published_table, write_markdown
 from simpo.generation.sample import EngineName
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.presentation import ShownAnswers
+from simpo.judging.settings import ApiSettings
 from simpo.models.settings import ModelArguments
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
@@ -85,13 +85,13 @@ class Benchmark(Protocol):
         ...
 
 
-def settings_type(name: str) -> type[RunSettings]:
+def settings_type(name: str) -> type[BenchmarkSettings]:
     """The settings dataclass of a benchmark in :data:`BENCHMARKS`."""
     entry = BENCHMARKS[name]
     return getattr(importlib.import_module(f"simpo.evaluation.{entry.module}"), entry.settings)
 
 
-def run_benchmark(name: str, settings: RunSettings, *, argv: Sequence[str] = ()) -> Path:
+def run_benchmark(name: str, settings: BenchmarkSettings, *, argv: Sequence[str] = ()) -> Path:
     """Run a benchmark and print its results; a run that was stopped is continued by the same call.
 
     Args:
@@ -111,17 +111,16 @@ def run_benchmark(name: str, settings: RunSettings, *, argv: Sequence[str] = ())
     if table is not None:
         print_whole(Console(), table)
     if settings.markdown is not None:
-        path = Path(settings.markdown).expanduser()
+        path = settings.markdown.expanduser()
         write_markdown(results, name, settings.model or "existing annotations", path)
         print(f"markdown: {path}")
     print(f"results:  {results}")
     return results
 
 
-def evaluate(settings: RunSettings, *, argv: Sequence[str] = ()) -> Path:
+def evaluate(settings: BenchmarkSettings, *, argv: Sequence[str] = ()) -> Path:
     """As :func:`run_benchmark`, without printing the results."""
-    folder = Path(settings.output_dir).expanduser()
-    with stoppable(), RunFolder(folder, command="evaluate") as run:
+    with stoppable(), RunFolder(settings.output_dir.expanduser(), command="evaluate") as run:
         benchmark = settings.benchmark(run.log)
         run.begin(benchmark.identity(), argv=argv)
         return run.complete(lambda: benchmark.measure(run))
@@ -130,126 +129,84 @@ def evaluate(settings: RunSettings, *, argv: Sequence[str] = ()) -> Path:
 # ---- Settings.
 
 
-def setting(default: Any, help: str) -> Any:
-    """A field of a settings dataclass."""
-    if isinstance(default, dict | list):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-def check_file(key: str, path: str | None) -> None:
+def check_file(key: str, path: Path | None) -> None:
     """Raise :class:`SimpoError` if a setting names a file that does not exist."""
-    if path is not None and not Path(path).expanduser().is_file():
+    if path is not None and not path.expanduser().is_file():
         raise SimpoError(f"{key}: {path}: there is no such file")
 
 
 @dataclass(kw_only=True)
-class RunSettings(ABC):
-    """What every benchmark takes."""
+class BenchmarkSettings(ABC):
+    """The model and the run."""
 
-    model: str | None = field(metadata={"help": "Hub name or folder of the model.", "positional": "MODEL"})
-    output_dir: str = field(metadata={"help": "Folder of the run; the same one continues it."})
-    markdown: str | None = setting(None, "Also write the results, and published ones, to this Markdown file.")
-    dtype: str | None = setting(None, "Type of the weights (default: bfloat16 on an accelerator, float32 on a CPU).")
-    trust_remote_code: bool = setting(False, "Run code that comes with the model.")
+    model: str = field(metadata={"help": "Hub name or folder of the model.", "positional": "MODEL"})
+    loading: ModelArguments = field(
+        default_factory=lambda: ModelArguments(""),
+        metadata={"only": ("model_revision", "dtype", "trust_remote_code")},
+    )
+    output_dir: Path = field(metadata={"help": "Folder of the run; the same one continues it."})
+    markdown: Path | None = field(
+        default=None, metadata={"help": "Also write the results, and published ones, to this Markdown file."}
+    )
+
+    def model_arguments(self, model: str) -> ModelArguments:
+        """A model, loaded as the settings say."""
+        return replace(self.loading, model_name_or_path=model)
 
     @abstractmethod
     def benchmark(self, log: Log) -> Benchmark:
-        """Read the files of the benchmark; ``log`` takes notes about them."""
+        """Read the files of the benchmark; ``log`` receives notes about them."""
 
 
 @dataclass(kw_only=True)
-class AnswerSettings(RunSettings):
-    """How a model answers; without effect where its answers are read from a file."""
+class AnswerSettings(BenchmarkSettings):
+    """How the model answers."""
 
-    temperature: float | None = setting(0.7, "Divides the logits; 0 is greedy.")
-    top_p: float = setting(1.0, "Draw from the smallest set of tokens with this probability; 1 is off.")
-    max_new_tokens: int | None = setting(
-        None, "Longest answer in tokens (default: 2048, or half the model's context if that is less)."
+    sampling: SamplingSettings = field(
+        default=SamplingSettings(temperature=0.7, top_p=1.0), metadata={"without": ("n", "top_k")}
     )
-    seed: int = setting(42, "Seed of sampling.")
-    chunk_size: int | None = setting(None, "Answers generated and stored together (default: by the device).")
-    engine: EngineName = setting("transformers", "What generates: transformers or vllm.")
-    chat_template: str | None = setting(None, "Chat template, a file with one, or none (default: the model's own).")
-    chat_template_kwargs: dict[str, Any] = setting({}, 'Variables for the chat template, {"enable_thinking": false}.')
-    system_message: Literal["template", "fold"] = setting(
-        "template", "fold writes system messages into the first user message, for templates without a system role."
+    engine: EngineName = field(default="transformers", metadata={"help": "What generates the answers."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "A chat template, a file with one, or none (default: the model's own)."}
     )
-    model_revision: str = setting("main", "Branch, tag or commit of the model on the hub.")
-
-    def __post_init__(self) -> None:
-        self._sampling()  # a value out of bounds is an error here, where the parser of settings can say where it is
+    rendering: RenderSettings = field(default_factory=RenderSettings)
 
     def answerer(self, model: str) -> Answerer:
         """A model that answers as the settings say."""
-        arguments = ModelArguments(
-            model,
-            model_revision=self.model_revision,
-            dtype=self.dtype,
-            trust_remote_code=self.trust_remote_code,
-        )
-        rendering = RenderSettings(self.chat_template_kwargs, self.system_message)
-        return Answerer(arguments, self._sampling(), self.chat_template, self.engine, rendering)
-
-    def _sampling(self) -> SamplingSettings:
-        return SamplingSettings(
-            temperature=0.7 if self.temperature is None else self.temperature,
-            top_p=self.top_p,
-            max_new_tokens=self.max_new_tokens,
-            seed=self.seed,
-            chunk_size=self.chunk_size,
-        )
+        return Answerer(self.model_arguments(model), self.sampling, self.chat_template, self.engine, self.rendering)
 
 
 @dataclass(kw_only=True)
 class JudgedSettings(AnswerSettings):
-    """The judge of a benchmark: a model behind an OpenAI-compatible server."""
+    """The model may also be a file of its answers. The judge is a model behind an OpenAI-compatible server."""
 
-    model: str | None = field(
+    model: str = field(
         metadata={
             "help": "Hub name or folder of the model, or a file of its answers.",
             "positional": "MODEL_OR_ANSWERS",
         }
     )
-    judge_url: str | None = setting(None, "Server of the judge, e.g. https://api.openai.com/v1.")
-    judge_model: str | None = setting(None, "Name of the judge on that server.")
-    judge_key_env: str = setting(
-        "OPENAI_API_KEY", "Environment variable with the key; a server on this machine needs none."
-    )
-    judge_concurrency: int = setting(8, "Requests at a time.")
-    judge_timeout: float = setting(60.0, "Seconds that a reply may take.")
-    judge_max_tokens: int | None = setting(
-        None, "Longest reply in tokens (default: the benchmark's; a judge that thinks needs more)."
-    )
-    judge_prompt: str | None = setting(None, "File with the judge prompt, e.g. the benchmark's own (default: ours).")
-    cache: str | None = setting(None, f"Folder of replies that are not requested again (default: {default_cache()}).")
-    prices: list[float] | None = setting(None, "Dollars per million tokens read and written, to show the cost.")
-    yes: bool = setting(False, "Send the requests without asking.")
-    strip_thinking: bool = setting(False, "Show the judge the answers without the thinking that they begin with.")
+    api: ApiSettings = field(default=ApiSettings())
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_file("judge_prompt", self.judge_prompt)
-        if self.judge_max_tokens is not None and self.judge_max_tokens < 1:
-            raise SimpoError(f"judge_max_tokens: must be at least 1, not {self.judge_max_tokens}")
-        if self.prices is not None and len(self.prices) != 2:
-            raise SimpoError(f"prices: expected two, of tokens read and written, not {len(self.prices)}")
-        if (self.judge_url is None) != (self.judge_model is None):
-            raise SimpoError("judge_url and judge_model: name both or none")
-        if self.model is not None and is_answer_file(self.model) and not Path(self.model).expanduser().is_file():
-            raise SimpoError(f"model: {self.model}: there is no such file of answers")
+        check_file("judge_prompt", self.api.judge_prompt)
+        if self.api.judge_max_tokens is not None and self.api.judge_max_tokens < 1:
+            raise SimpoError(f"judge_max_tokens: must be at least 1, not {self.api.judge_max_tokens}")
+        if self.answer_file is not None and not self.answer_file.is_file():
+            raise SimpoError(f"model: {self.answer_file}: there is no such file of answers")
+
+    @property
+    def answer_file(self) -> Path | None:
+        """The file of answers, if the model is one."""
+        return Path(self.model).expanduser() if is_answer_file(self.model) else None
 
     def judge(self) -> ApiJudge:
         """The judge; raises :class:`SimpoError` if none is named or its key is missing."""
-        if self.judge_url is None or self.judge_model is None:
+        client = self.api.client()
+        if client is None:
             raise SimpoError("this benchmark needs a judge: name it with --judge_url and --judge_model")
-        endpoint = Endpoint(
-            self.judge_url, self.judge_model, self.judge_key_env, self.judge_concurrency, self.judge_timeout
-        )
-        endpoint.api_key()  # a missing key is an error now and not after the answers have been sampled
-        client = ChatClient(endpoint, default_cache() if self.cache is None else Path(self.cache).expanduser())
-        prices = None if self.prices is None else Prices(*self.prices)
-        return ApiJudge(client, prices, self.yes, self.judge_max_tokens)
+        client.endpoint.api_key()  # a missing key is an error now and not after the answers have been sampled
+        return ApiJudge(client, self.api.token_prices(), self.api.yes, self.api.judge_max_tokens)
 
 
 # ---- Benchmarks with a judge behind an API.
@@ -357,14 +314,11 @@ class JudgedBenchmark(ABC):
         Raises:
             SimpoError: the file does not hold one answer to each of the questions and no other.
         """
-        assert settings.model is not None
         self.settings, self.judge, self.questions, self.prompt_digest = settings, judge, questions, prompt_digest
-        self.answerer: Answerer | None = None
-        if is_answer_file(settings.model):
+        self.answerer = None if settings.answer_file else settings.answerer(settings.model)
+        if settings.answer_file:
             places = {question.key: question.where for question in questions}
-            self._given = read_answers(Path(settings.model).expanduser(), self.key_name, self.parse_answer, places)
-        else:
-            self.answerer = settings.answerer(settings.model)
+            self._given = read_answers(settings.answer_file, self.key_name, self.parse_answer, places)
 
     @classmethod
     @abstractmethod
@@ -394,11 +348,9 @@ class JudgedBenchmark(ABC):
 
     def identity(self) -> dict[str, Any]:
         """What determines the results; options that are off are left out."""
-        optional = {"strip_thinking": self.settings.strip_thinking, "judge_max_tokens": self.judge.max_tokens}
-        if self.answerer is None:
-            answers = {"outputs": file_digest(str(self.settings.model))}
-        else:
-            answers = self.answerer.identity()
+        api, file = self.settings.api, self.settings.answer_file
+        optional = {"strip_thinking": api.strip_thinking, "judge_max_tokens": api.judge_max_tokens}
+        answers = {"outputs": file_digest(file)} if self.answerer is None else self.answerer.identity()
         return {
             **self.own_identity(),
             "judge": self.judge.name,
@@ -412,7 +364,7 @@ class JudgedBenchmark(ABC):
         answers = self._given if self.answerer is None else self._sampled(self.answerer, run)
         rows = [self.answer_row(*pair) for pair in zip(self.questions, answers, strict=True)]
         write_rows(run.path / self.answer_file, rows)
-        show = ShownAnswers(self.settings.strip_thinking)
+        show = ShownAnswers(self.settings.api.strip_thinking)
         shown = [answer.shown(show) for answer in answers]
         questions = self.questions
         if self.compares:
