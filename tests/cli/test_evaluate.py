@@ -441,4 +441,4 @@ def test_help_lists_the_benchmarks(capsys):
     assert ended.value.code == 0 and "--references" in said and "by category" in said and "default 60" in said
     with pytest.raises(SystemExit):
         main(["evaluate", "arena_hard", "--help"])
-    assert "(default 600)" in capsys.readouterr().out
+    assert "default 600" in capsys.readouterr().out

@@ -45,31 +45,11 @@ class Entry(NamedTuple):
 
 
 BENCHMARKS = {
-    "academic": Entry(
-        "academic",
-        "AcademicSettings",
-        "Academic benchmarks by lm-eval (pip install 'simpo[academic]'), before and after alignment.",
-    ),
-    "alpaca_eval": Entry(
-        "alpaca_eval",
-        "AlpacaEvalSettings",
-        "AlpacaEval 2: MODEL or model_outputs.json against gpt4_1106_preview, raw and length-controlled.",
-    ),
-    "arena_hard": Entry(
-        "arena_hard",
-        "ArenaHardSettings",
-        "Arena-Hard v0.1 and v2: MODEL or its answers in two games per prompt against the baseline.",
-    ),
-    "gsm8k": Entry(
-        "academic",
-        "Gsm8kSettings",
-        "GSM8K by exact match: a quick check of arithmetic before and after alignment.",
-    ),
-    "mt_bench": Entry(
-        "mt_bench",
-        "MTBenchSettings",
-        "MT-Bench: both turns of MODEL or of a file of its answers rated from 1 to 10.",
-    ),
+    "academic": Entry("academic", "AcademicSettings", "lm-eval before and after alignment; needs simpo[academic]."),
+    "alpaca_eval": Entry("alpaca_eval", "AlpacaEvalSettings", "Win rates over gpt4_1106_preview, length-controlled."),
+    "arena_hard": Entry("arena_hard", "ArenaHardSettings", "Arena-Hard v0.1 and v2: two games per prompt."),
+    "gsm8k": Entry("academic", "Gsm8kSettings", "A quick check of arithmetic before and after alignment."),
+    "mt_bench": Entry("mt_bench", "MTBenchSettings", "Both turns of 80 conversations, rated from 1 to 10."),
 }
 
 
