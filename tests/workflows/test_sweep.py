@@ -248,7 +248,7 @@ def test_a_process_that_finds_no_trial_left_leaves_the_results_to_the_last_one(w
         (["--beta", "1..4"], "--sampler tpe"),
         (["--beta", "1,4", "--trials", "1"], "all its combinations, here 2"),
         (["--beta", "1,4", "--sampler", "tpe", "--trials", "0"], "--trials: must be at least 1"),
-        (["--beta", "1,4", "--metric", "win_rate"], "--metric: 'win_rate'"),
+        (["--beta", "1,4", "--metric", "win_rate"], "metric: 'win_rate'"),
         (["--beta", "1,4", "--prune"], "eval_strategy: steps"),
         (["--beta", "1,4", "--eval_dataset_name", "null"], "name held-out pairs"),
         (["--beta", "1,4", "--metric", "generations/win_rate"], "set eval_generations and eval_judge"),

@@ -1,4 +1,9 @@
-"""Preference alignment from start to finish on a built-in tiny world, in minutes and without a download."""
+"""Preference alignment from start to finish on a built-in tiny world, in minutes and without a download.
+
+examples:
+  simpo demo
+  simpo demo --seed 1 --output_dir runs/demo-seed-1
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, field
 from io import StringIO
 from itertools import count
 from pathlib import Path
@@ -17,7 +23,7 @@ from rich.text import Text
 
 from simpo.analysis.plots import plot_lengths, plot_rates, plot_training
 from simpo.cli import sample, sft, train
-from simpo.config.arguments import ArgumentParser
+from simpo.config import parse_settings
 from simpo.errors import SimpoError
 from simpo.evaluation.compare import PromptAnswers, compare_answers, read_matched
 from simpo.runs.folder import RunFolder, RunRecord
@@ -51,17 +57,23 @@ _PERCENTILES = (10, 50, 90)  # of the change of the mean score: the prompts that
 _HEADINGS: dict[Stage | None, str] = {"before": "SFT", "after": "SimPO"}
 
 
+@dataclass(frozen=True)
+class DemoSettings:
+    """The demo."""
+
+    output_dir: Path | None = field(
+        default=None,
+        metadata={"help": "Folder of the demo (default: the first runs/demo-N that is new or unfinished)."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of everything."})
+
+
 def main(argv: list[str]) -> int:
     """Fine-tune, sample, pair, train and compare, each with the command or function that anybody would use."""
-    parser = ArgumentParser("demo", __doc__)
-    parser.add_argument(
-        "--output_dir", help="folder of the demo (default: the first runs/demo-N that is new or unfinished)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
-    arguments = parser.parse_args(argv)
+    (arguments,) = parse_settings(argv, (DemoSettings,), command="demo", about=__doc__)
     torch.set_num_threads(1)  # a model this small loses more time to synchronization than threads save
     identity = {"seed": arguments.seed}
-    folder = _own_folder(identity) if arguments.output_dir is None else Path(arguments.output_dir).expanduser()
+    folder = _own_folder(identity) if arguments.output_dir is None else arguments.output_dir
     answers = folder / "simpo-answers/responses.jsonl", folder / "sft-answers/responses.jsonl"
     with RunFolder(folder, command="demo") as run:
         run.begin(identity, argv=argv)

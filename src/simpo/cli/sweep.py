@@ -1,21 +1,28 @@
-"""Search for good hyperparameters: simpo sweep RECIPE.yaml --learning_rate 3e-7,5e-7,1e-6 --beta 2,10"""
+"""Search for good hyperparameters.
+
+Every key of simpo train can be varied, as A,B,C or with --sampler tpe as LOW..HIGH, or set for all trials.
+
+examples:
+  simpo sweep recipe.yaml --learning_rate 3e-7,5e-7,1e-6 --beta 2,10
+  simpo sweep recipe.yaml --sampler tpe --trials 30 --learning_rate 1e-7..1e-5 --beta 1..10 --prune
+"""
 
 from __future__ import annotations
 
 import logging
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from simpo.cli._shared import read, recipe_of, refuse_several
-from simpo.config import keys_of
-from simpo.config.arguments import ArgumentParser
+from simpo.config import keys_of, parse_settings
+from simpo.config.command_line import split_options
 from simpo.errors import SimpoError
 from simpo.evaluation.during_training import GenerationArguments
 from simpo.models.settings import ModelArguments
@@ -28,6 +35,33 @@ from simpo.workflows.sweep_study import load_optuna
 
 _TPE_TRIALS = 20
 _METRICS = [name.removeprefix("eval_") for name in SMALLER_IS_BETTER]
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """The search."""
+
+    sampler: Literal["grid", "tpe"] = field(
+        default="grid", metadata={"help": "grid tries every combination, tpe draws promising ones."}
+    )
+    trials: int | None = field(default=None, metadata={"help": f"Draws of tpe (default: {_TPE_TRIALS})."})
+    metric: str = field(
+        default="rewards/accuracies",
+        metadata={"help": f"Metric on held-out pairs after training, one of {', '.join(_METRICS)}."},
+    )
+    prune: bool = field(default=False, metadata={"help": "Stop trials that are below the median at an evaluation."})
+    output_dir: Path | None = field(
+        default=None, metadata={"help": "Folder of the sweep (default: the recipe's, followed by -sweep)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.full_metric not in SMALLER_IS_BETTER:
+            raise SimpoError(f"metric: {self.metric!r} cannot rank trials; choose one of {', '.join(_METRICS)}")
+
+    @property
+    def full_metric(self) -> str:
+        """The name of the metric with ``eval_``."""
+        return f"eval_{self.metric.removeprefix('eval_')}"
 
 
 def main(argv: list[str]) -> int:
@@ -47,87 +81,45 @@ def main(argv: list[str]) -> int:
 def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
     """The sweep, and the recipe's keys as written."""
     path = recipe_of(argv)
-    options, rest = _parser().parse_known_args(_with_model_named(argv[0 if path is None else 1 :]))
-    given = _options(rest)
+    words, options = split_options(argv[0 if path is None else 1 :])
+    given: dict[str, list[str]] = {"model_name_or_path": [text for _, text in words]} if words else {}
+    for name, texts in options:
+        key = "model_name_or_path" if name == "model" else name
+        given.setdefault(key, []).extend(text for _, text in texts)
+    # The sweep's own settings are parsed here, the others by every trial.
+    own = [name for name in given if name in keys_of([SweepSettings])]
+    own_arguments = [word for name in own for word in (f"--{name}", *given.pop(name))]
+    own_arguments += [word for word in argv if word in ("-h", "--help")]
+    (settings,) = parse_settings(own_arguments, (SweepSettings,), command="sweep", about=__doc__)
     keys = keys_of((ModelArguments, DataArguments, PreferenceConfig, GenerationArguments))
     axes = read_axes(given, {name: key.annotation for name, key in keys.items()})
     if not axes:
         raise SimpoError("nothing is varied: give a key several values, as in --learning_rate 3e-7,5e-7,1e-6")
     recipe = {} if path is None else _keys(path)
+    if settings.output_dir is None and "output_dir" not in recipe:
+        raise SimpoError("--output_dir: name the folder of the sweep")
     sweep = Sweep(
-        folder=_folder(options.output_dir, recipe),
+        folder=settings.output_dir or Path(f"{recipe['output_dir']}-sweep").expanduser(),
         recipe=path,
         fixed={key: texts for key, texts in given.items() if key not in {axis.key for axis in axes}},
         axes=axes,
-        metric=_metric(options.metric),
-        sampler=options.sampler,
-        trials=_trials(options.sampler, options.trials, axes),
-        prune=options.prune,
+        metric=settings.full_metric,
+        sampler=settings.sampler,
+        trials=_trials(settings.sampler, settings.trials, axes),
+        prune=settings.prune,
         read=partial(read, PREFERENCES, PreferenceConfig),
         argv=argv,
     )
     return sweep, recipe
 
 
-def _with_model_named(argv: list[str]) -> list[str]:
-    """The arguments with ``--model_name_or_path`` for ``--model`` and for a model before the options."""
-    argv = [re.sub(r"^--model(?=$|=)", "--model_name_or_path", word) for word in argv]
-    return ["--model_name_or_path", *argv] if argv and not argv[0].startswith("-") else argv
-
-
 def _keys(path: Path) -> dict[str, Any]:
-    """A recipe's keys and values as YAML reads them; what is wrong with it is said when the first trial is read."""
+    """A recipe's keys and values as YAML reads them; its mistakes are reported when the first trial reads it."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _folder(asked: str | None, recipe: dict[str, Any]) -> Path:
-    if asked is None and "output_dir" not in recipe:
-        raise SimpoError("--output_dir: name the folder of the sweep")
-    return Path(asked or f"{recipe['output_dir']}-sweep").expanduser()
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser("sweep", __doc__)
-    parser.usage = "simpo sweep [RECIPE.yaml] --KEY A,B,C [--KEY LOW..HIGH] [--key value] [options]"
-    parser.epilog = "Every key of a recipe can be varied, or set for all trials; simpo train --help lists them."
-    parser.add_argument("--sampler", choices=("grid", "tpe"), default="grid", help="every combination, or draw (grid)")
-    parser.add_argument("--trials", type=int, metavar="N", help=f"how many tpe draws (default {_TPE_TRIALS})")
-    parser.add_argument(
-        "--metric",
-        default="rewards/accuracies",
-        metavar="NAME",
-        help=f"on held-out pairs after training, one of {', '.join(_METRICS)} (default rewards/accuracies)",
-    )
-    parser.add_argument("--prune", action="store_true", help="break off trials below the median at an evaluation")
-    parser.add_argument("--output_dir", metavar="DIR", help="folder of the sweep (default: the recipe's, with -sweep)")
-    return parser
-
-
-def _options(words: Sequence[str]) -> dict[str, list[str]]:
-    """What stands behind every ``--key``."""
-    found: dict[str, list[str]] = {}
-    key = None
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            key = name.replace("-", "_")
-            found.setdefault(key, []).extend([value] if equals else [])
-        elif key is None:
-            raise SimpoError(f"{word}: expected [RECIPE.yaml] [--key value ...]")
-        else:
-            found[key].append(word)
-    return found
-
-
-def _metric(name: str) -> str:
-    found = f"eval_{name.removeprefix('eval_')}"
-    if found not in SMALLER_IS_BETTER:
-        raise SimpoError(f"--metric: {name!r} tells no better from worse; there are {', '.join(_METRICS)}")
-    return found
 
 
 def _trials(sampler: str, asked: int | None, axes: Sequence[Any]) -> int:
@@ -146,7 +138,7 @@ def _trials(sampler: str, asked: int | None, axes: Sequence[Any]) -> int:
 
 @contextmanager
 def _notices_once() -> Iterator[None]:
-    """Say every notice about the recipe once, although all trials read it."""
+    """Log every notice about the recipe once, although all trials read it."""
     seen: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:

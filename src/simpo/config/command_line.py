@@ -47,16 +47,7 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
     Raises:
         SimpoError: a word that belongs to no key.
     """
-    words: Words = []
-    options: list[tuple[str, Words]] = []
-    current = words
-    for position, argument in enumerate(arguments):
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            current = [(position, value)] if equals else []
-            options.append((name.replace("-", "_"), current))
-        else:
-            current.append((position, argument))
+    words, options = split_options(arguments)
     positionals = [key for key in keys.values() if key.positional]
     options = _with_models_named(options, [key.name for key in positionals])
     given = {name for name, _ in options}
@@ -84,6 +75,21 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
             merged.pop(name, None)  # of an option that takes one value, the last occurrence counts
         merged.setdefault(name, []).extend(text for _, text in own)
     return settings + [Setting(name, _option_value(texts), None, f"--{name}") for name, texts in merged.items()]
+
+
+def split_options(arguments: list[str]) -> tuple[Words, list[tuple[str, Words]]]:
+    """The words before the first option, and every option with the words after it."""
+    words: Words = []
+    options: list[tuple[str, Words]] = []
+    current = words
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            current = [(position, value)] if equals else []
+            options.append((name.replace("-", "_"), current))
+        else:
+            current.append((position, argument))
+    return words, options
 
 
 def _with_models_named(options: list[tuple[str, Words]], positionals: list[str]) -> list[tuple[str, Words]]:
