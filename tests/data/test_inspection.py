@@ -5,7 +5,8 @@ from datasets import Dataset
 
 from simpo.data.inspection import examples, inspect_prepared, shared_rows
 from simpo.data.rows import DataReport
-from simpo.data.tokenize import Prepared, TokenizeSettings, prepare
+from simpo.data.settings import TokenizeSettings
+from simpo.data.tokenizing import Prepared, prepare
 
 BOS, END = 0, 1
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from simpo.data.tokenize import TokenizeSettings, prepare
+from simpo.data.settings import TokenizeSettings
+from simpo.data.tokenizing import prepare
 from simpo.errors import SimpoError
 
 USER = "How do I wrap a present neatly?"

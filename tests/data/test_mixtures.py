@@ -5,10 +5,11 @@ import json
 import pytest
 from datasets import Dataset, concatenate_datasets
 
-from simpo.data import mapping
+from simpo.data import tokenizing
 from simpo.data.rows import rows_of
+from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_mixture, load_mixture_list
-from simpo.data.tokenize import TokenizeSettings, prepare
+from simpo.data.tokenizing import prepare
 from simpo.errors import SimpoError
 
 
@@ -128,7 +129,7 @@ def test_a_mixture_is_tokenized_once(folders, build_tokenizer, monkeypatch):
     """The cache is found again though the mixture is made anew, of JSON rows and of columns."""
     tokenizer = build_tokenizer("chatml")
     first = prepare(load_mixture(dict.fromkeys(folders, 1.0), ["train"])[0], tokenizer, TokenizeSettings())
-    monkeypatch.setattr(mapping.Tokenization, "__call__", None)
+    monkeypatch.setattr(tokenizing.Tokenization, "__call__", None)
     second = prepare(load_mixture(dict.fromkeys(folders, 1.0), ["train"])[0], tokenizer, TokenizeSettings())
     assert second.dataset.to_list() == first.dataset.to_list()
     assert {row["where"].split(":")[0].split(" ")[0] for row in first.dataset} == {"train.jsonl", "train.parquet"}

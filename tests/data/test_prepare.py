@@ -5,9 +5,10 @@ import json
 import pytest
 from datasets import Dataset
 
-from simpo.data import mapping
+from simpo.data import tokenizing
+from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
-from simpo.data.tokenize import TokenizeSettings, prepare
+from simpo.data.tokenizing import prepare
 from simpo.errors import SimpoError
 
 GOOD = {"prompt": "The answer is:", "chosen": "yes", "rejected": "no"}
@@ -107,7 +108,7 @@ def test_second_run_hits_the_cache_with_the_same_report(chatml, source, monkeypa
     def fail(*_):
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr(mapping.Tokenization, "__call__", fail)
+    monkeypatch.setattr(tokenizing.Tokenization, "__call__", fail)
     # Padding and truncation are switched on and off by calls and change no id of ours.
     chatml(["a", "b c"], padding=False, truncation=True, max_length=2)
     second = prepare(load_rows(str(source), split="train"), chatml, TokenizeSettings(num_proc=2, on_bad_row="skip"))
@@ -146,9 +147,9 @@ def test_processes_give_the_same_rows(chatml, tmp_path):
 
 
 def test_small_data_never_forks():
-    assert mapping._processes(1999, 8) is None
-    assert mapping._processes(2000, 8) == 8
-    assert mapping._processes(10**6, 1) is None
+    assert tokenizing._processes(1999, 8) is None
+    assert tokenizing._processes(2000, 8) == 8
+    assert tokenizing._processes(10**6, 1) is None
 
 
 def test_a_format_set_by_the_user_is_ignored(chatml):

@@ -8,10 +8,10 @@ import json
 import pytest
 from datasets import Dataset
 
-from simpo.data.formats import read_prompts
-from simpo.data.prompts import OVERLONG_PROMPT, REPEATED, prepare_prompts
+from simpo.data.prompts import OVERLONG_PROMPT, REPEATED, prepare_prompts, read_prompts
+from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
-from simpo.data.tokenize import TokenizeSettings, prepare, prepare_sft
+from simpo.data.tokenizing import prepare, prepare_sft
 from simpo.errors import SimpoError
 
 HI = "How do I wrap a present?"

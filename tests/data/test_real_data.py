@@ -10,8 +10,9 @@ import pytest
 from datasets import Dataset
 
 from simpo.data.prompts import prepare_prompts
+from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
-from simpo.data.tokenize import TokenizeSettings, prepare, prepare_sft
+from simpo.data.tokenizing import prepare, prepare_sft
 
 DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 PREFERENCES = DATA / "preferences"

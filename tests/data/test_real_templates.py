@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from simpo.data.settings import TokenizeSettings
-from simpo.data.tokenize import Comparisons, _Conversations
+from simpo.data.tokenizing import Comparisons, Conversations
 
 SPEC = importlib.util.find_spec("trl")
 FOLDER = Path(SPEC.origin).parent / "chat_templates" if SPEC and SPEC.origin else Path("absent")
@@ -206,7 +206,7 @@ def answers(tokenizer, messages, tools, kwargs, kind):
         row = {"prompt": messages[:-1], "chosen": messages[-1:], "rejected": [assistant("No idea.")]}
         found = columns_of(Comparisons(tokenizer, TokenizeSettings(), "train"), [row | extra])
     else:
-        found = columns_of(_Conversations(tokenizer, TokenizeSettings(), "train"), [{"messages": messages} | extra])
+        found = columns_of(Conversations(tokenizer, TokenizeSettings(), "train"), [{"messages": messages} | extra])
     if bad := [entry for entry in found["_status"][0] if entry.startswith("bad: ")]:
         return bad[0]
     whole = []

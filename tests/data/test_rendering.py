@@ -10,9 +10,9 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from simpo.data.prompts import prepare_prompts
-from simpo.data.settings import RenderSettings
+from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.sources import load_rows
-from simpo.data.tokenize import UNANSWERED_CUT, TokenizeSettings, prepare, prepare_sft
+from simpo.data.tokenizing import UNANSWERED_CUT, prepare, prepare_sft
 from simpo.errors import SimpoError
 
 TOOL_CHAT = (

@@ -9,12 +9,13 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from simpo.data.formats import read_comparison, read_prompts
-from simpo.data.prompts import prepare_prompts
+from simpo.data.formats import read_comparison
+from simpo.data.prompts import prepare_prompts, read_prompts
 from simpo.data.rows import BadRow
+from simpo.data.settings import TokenizeSettings
 from simpo.data.shapes import canonical, parse_text
 from simpo.data.sources import load_rows
-from simpo.data.tokenize import TokenizeSettings, prepare, prepare_feedback, prepare_sft
+from simpo.data.tokenizing import prepare, prepare_feedback, prepare_sft
 from simpo.errors import SimpoError
 
 PAIR = {"chosen": "yes", "rejected": "no"}

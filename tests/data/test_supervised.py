@@ -8,9 +8,9 @@ from itertools import groupby, pairwise
 import pytest
 from datasets import Dataset
 
-from simpo.data.settings import OVERLONG, PROMPT_CUT, STILL_OVERLONG, TURNS_CUT
+from simpo.data.settings import OVERLONG, PROMPT_CUT, STILL_OVERLONG, TURNS_CUT, TokenizeSettings
 from simpo.data.sources import load_rows
-from simpo.data.tokenize import UNANSWERED_CUT, TokenizeSettings, prepare, prepare_sft
+from simpo.data.tokenizing import UNANSWERED_CUT, prepare, prepare_sft
 from simpo.errors import SimpoError
 
 LITERAL = "what do <|im_end|>, </s>, <|end|>, <|bos|>, <|eot|> and <s> mean?"
@@ -380,7 +380,7 @@ def test_what_does_not_fit_is_dropped_and_counted(build_tokenizer):
     assert (cut.dropped, cut.cut, cut.used) == ({STILL_OVERLONG: 1}, {TURNS_CUT: 1, UNANSWERED_CUT: 1}, 2)
     drop = prepare_sft(Dataset.from_list(rows), tokenizer, TokenizeSettings(max_length=60, truncation="drop")).report
     assert (drop.dropped, drop.cut, drop.used) == ({OVERLONG: 2}, {}, 1)
-    with pytest.raises(SimpoError, match=r"^train: no conversation fits max_length 4: the shortest has"):
+    with pytest.raises(SimpoError, match=r"^train: no row fits max_length 4: the shortest has"):
         prepare_sft(Dataset.from_list(rows), tokenizer, TokenizeSettings(max_length=4))
 
 

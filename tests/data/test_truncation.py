@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from simpo.data.settings import OVERLONG, PROMPT_CUT, RESPONSE_CUT, STILL_OVERLONG, fit
-from simpo.data.tokenize import TokenizeSettings, prepare
+from simpo.data.settings import OVERLONG, PROMPT_CUT, RESPONSE_CUT, STILL_OVERLONG, TokenizeSettings, fit
+from simpo.data.tokenizing import prepare
 from simpo.errors import SimpoError
 
 BOS = 1
@@ -18,41 +18,47 @@ def limits(max_length, max_prompt_length, **settings):
 
 @pytest.mark.parametrize("truncation", ["prompt", "drop", "paper"])
 def test_what_fits_is_left_alone(truncation):
-    fitted = fit(PROMPT, [SHORT, LONG], limits(20, 4, truncation=truncation), BOS)
-    assert (fitted.prompt, fitted.responses, fitted.cut, fitted.dropped) == (PROMPT, [SHORT, LONG], (), None)
+    assert fit(PROMPT, [SHORT, LONG], limits(20, 4, truncation=truncation), BOS) == (PROMPT, [SHORT, LONG], [])
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("keep_end", [BOS, 16, 17, 18]), ("keep_start", [BOS, 10, 11, 12])])
 def test_prompt_is_cut_and_keeps_its_bos(mode, expected):
     fitted = fit(PROMPT, [SHORT, LONG], limits(19, 4, truncation_mode=mode), BOS)
-    assert (fitted.prompt, fitted.responses, fitted.cut) == (expected, [SHORT, LONG], (PROMPT_CUT,))
+    assert fitted == (expected, [SHORT, LONG], [f"cut: {PROMPT_CUT}"])
+
+
+@pytest.mark.parametrize("truncation", ["prompt", "paper"])
+def test_a_comparison_that_fits_exactly_after_its_prompt_is_cut_is_kept_whole(truncation):
+    """Four tokens of the prompt and ten of the response: one token less of room drops or cuts it."""
+    prompt = PROMPT[-4:] if truncation == "paper" else [BOS, *PROMPT[-3:]]
+    exact = fit(PROMPT, [SHORT, LONG], limits(14, 4, truncation=truncation), BOS)
+    assert exact == (prompt, [SHORT, LONG], [f"cut: {PROMPT_CUT}"])
+    assert fit(PROMPT, [SHORT, LONG], limits(13, 4, truncation=truncation), BOS) != exact
 
 
 def test_prompt_without_bos_keeps_its_end():
-    assert fit(PROMPT[1:], [SHORT, LONG], limits(18, 4), None).prompt == PROMPT[-4:]
+    assert fit(PROMPT[1:], [SHORT, LONG], limits(18, 4), None)[0] == PROMPT[-4:]
 
 
 def test_responses_that_still_do_not_fit_drop_the_comparison():
     fitted = fit(PROMPT, [SHORT, LONG], limits(13, 4), BOS)
-    assert (fitted.dropped, fitted.cut, fitted.responses) == (STILL_OVERLONG, (), [SHORT, LONG])
+    assert fitted == (PROMPT, [SHORT, LONG], [f"dropped: {STILL_OVERLONG}"])
 
 
 def test_drop_cuts_nothing():
     fitted = fit(PROMPT, [SHORT, LONG], limits(19, 4, truncation="drop"), BOS)
-    assert (fitted.dropped, fitted.prompt) == (OVERLONG, PROMPT)
+    assert fitted == (PROMPT, [SHORT, LONG], [f"dropped: {OVERLONG}"])
 
 
 def test_paper_cuts_both_responses_without_their_end():
     """max_length - max_prompt_length tokens stay of each; the prompt keeps its end and loses its BOS."""
     fitted = fit(PROMPT, [SHORT, LONG], limits(12, 4, truncation="paper"), BOS)
-    assert fitted.prompt == PROMPT[-4:]
-    assert fitted.responses == [SHORT, LONG[:8]]
-    assert fitted.cut == (PROMPT_CUT, RESPONSE_CUT)
+    assert fitted == (PROMPT[-4:], [SHORT, LONG[:8]], [f"cut: {PROMPT_CUT}", f"cut: {RESPONSE_CUT}"])
 
 
 def test_paper_with_a_short_prompt_cuts_responses_only():
     fitted = fit(PROMPT[:3], [LONG, SHORT], limits(12, 4, truncation="paper"), BOS)
-    assert (fitted.prompt, fitted.responses, fitted.cut) == (PROMPT[:3], [LONG[:8], SHORT], (RESPONSE_CUT,))
+    assert fitted == (PROMPT[:3], [LONG[:8], SHORT], [f"cut: {RESPONSE_CUT}"])
 
 
 @pytest.mark.parametrize(
@@ -116,7 +122,7 @@ def test_nothing_fits(build_tokenizer):
     tokenizer = build_tokenizer("two-bos")
     row = {"prompt": "The answer", "chosen": WORDS * 9, "rejected": "no"}
     shortest = len(tokenizer.apply_chat_template([{"role": "user", "content": "The answer"}], return_dict=False)) + 2
-    with pytest.raises(SimpoError, match=r"^train: no comparison fits max_length 8: .*; raise max_length$") as caught:
+    with pytest.raises(SimpoError, match=r"^train: no row fits max_length 8: .*; raise max_length$") as caught:
         prepare(Dataset.from_list([row]), tokenizer, TokenizeSettings(max_length=8))
     header = len(tokenizer("[assistant]", add_special_tokens=False).input_ids)
     assert f"the shortest prompt has {shortest - 2 + header} tokens" in str(caught.value)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from simpo import SimpoError
-from simpo.data.formats import prompt_id
+from simpo.data.prompts import prompt_id
 from simpo.evaluation.answers import read_answer_file
 from simpo.evaluation.compare import PromptAnswers, compare_answers, read_matched, win_rate
 from simpo.statistics import mean_interval, share_interval

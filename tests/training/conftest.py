@@ -43,7 +43,7 @@ def _dataset(comparisons: list[TokenizedComparison]) -> Dataset:
 
 @pytest.fixture(scope="session")
 def as_dataset():
-    """``as_dataset(comparisons)``: a tokenized data set, as :func:`simpo.data.tokenize.prepare` leaves it."""
+    """``as_dataset(comparisons)``: a tokenized data set, as :func:`simpo.data.tokenizing.prepare` leaves it."""
     return _dataset
 
 

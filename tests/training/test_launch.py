@@ -42,7 +42,7 @@ sys.exit(cli.main(sys.argv[1:]))
 AFTERWARDS = """
 import errno, os, sys
 from simpo import cli
-from simpo.data.mapping import Tokenization
+from simpo.data.tokenizing import Tokenization
 from simpo.training.packed import PackedTrainer
 
 rank, folder, options = os.environ["RANK"], sys.argv[1], sys.argv[2:]

@@ -245,7 +245,7 @@ def test_a_server_is_asked_without_further_questions(world, chat_world, tmp_path
         (["--judges=reward:{model}"], "is not a reward model"),
         (["--lora_r=8"], "lora_r: only an adapter takes it"),
         (["--use_peft=true", "--lora_target_modules=nothing"], "the adapter cannot be put on the model"),
-        (["--max_length=12"], "no comparison fits max_length 12"),
+        (["--max_length=12"], "fits max_length 12"),
         (["--max_batch_tokens=9"], "max_batch_tokens: 9 is below the longest comparison"),
         (["--torch_compile=true", "--torch_compile_backend=x"], "training is impossible with these settings"),
         (

@@ -34,7 +34,7 @@ from simpo.data.inspection import (
 from simpo.data.settings import TokenizeSettings
 from simpo.data.shapes import first_canonical
 from simpo.data.sources import load_rows
-from simpo.data.tokenize import Prepared, is_feedback, prepare, prepare_feedback, prepare_sft
+from simpo.data.tokenizing import Prepared, is_feedback, prepare, prepare_feedback, prepare_sft
 from simpo.errors import SimpoError
 from simpo.models.checkpoint import Limits, load_config
 from simpo.models.loading import load_tokenizer

@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from simpo.data.tokenize import Prepared
+from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError
 from simpo.models.loading import load_model, load_tokenizer
 from simpo.models.settings import ModelArguments

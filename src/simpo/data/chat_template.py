@@ -1,10 +1,11 @@
-"""One tokenizer's chat template: what it can render, and in which form it wants messages."""
+"""One tokenizer's chat template: what it can render, the form it expects messages in, and how it ends a turn."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +17,7 @@ from simpo.data.rows import BadRow
 from simpo.data.settings import RESERVED_KWARGS, RenderSettings
 from simpo.errors import SimpoError
 
-# Content that no template trims, splits or refuses, to see what a template writes around it.
+# Content that no template trims, splits or refuses, used to see what a template writes around it.
 SENTINEL = "\uf8ffresponse\uf8ff"
 _SENTINELS = tuple(f"\uf8ff{name}\uf8ff" for name in ("first", "second", "third"))
 NO_SYSTEM_ROLE = (
@@ -24,24 +25,20 @@ NO_SYSTEM_ROLE = (
     "user message"
 )
 _BLOCK_TAGS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-# What templates raise themselves, and what Jinja makes of values of types that a template did not expect.
+# What templates raise themselves, and what Jinja raises for values of types that a template did not expect.
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _NO_CONTENT: tuple[dict[str, Any], ...] = ({"content": ""}, {"content": None}, {})
 
 
 class ChatTemplate:
-    """Renders messages, after bringing them into the form that the template wants.
+    """Renders messages, after converting them to the form that the template expects.
 
-    The forms are found by rendering messages of known content: templates differ in whether they take content as text or
-    as parts, tool arguments as objects or as JSON text, absent content as ``""``, null or no key at all, and reasoning
-    under which key.
-
-    Args:
-        tokenizer: with a chat template.
-        settings: variables of the template, and what becomes of system messages.
+    The form is detected by rendering messages of known content: templates differ in whether they take content as text
+    or as parts, tool arguments as objects or as JSON text, absent content as ``""``, null or no key at all, and in the
+    key that holds reasoning.
 
     Raises:
-        SimpoError: a variable that the template never reads.
+        SimpoError: ``chat_template_kwargs`` has a variable that the template never reads.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RenderSettings) -> None:
@@ -81,7 +78,7 @@ class ChatTemplate:
         return meta.find_undeclared_variables(environment.parse(_BLOCK_TAGS.sub("", self.source)))
 
     def shows(self, messages: Sequence[Message], texts: Sequence[str], context: Context | None = None) -> bool:
-        """Whether the template renders messages, and the texts are in what it writes."""
+        """Whether the template renders messages, and its output contains the texts."""
         try:
             rendered = self.render(messages, context or Context())
         except BadRow:
@@ -105,7 +102,7 @@ class ChatTemplate:
 
     @cached_property
     def renders_calls(self) -> bool:
-        """Whether it renders tool calls, in one of the forms."""
+        """Whether it renders tool calls."""
         return self._call_form is not None
 
     @cached_property
@@ -120,14 +117,14 @@ class ChatTemplate:
 
     @cached_property
     def _in_parts(self) -> bool:
-        """Whether it takes content as a list of parts only, as templates of models with vision may."""
+        """Whether it takes content only as a list of parts, as some templates of vision models do."""
         first, second, _ = _SENTINELS
         messages = [*_asked(first), {"role": "assistant", "content": second}]
         texts = [self._plain(messages, parts=parts) for parts in (False, True)]
         return second not in texts[0] and second in texts[1]
 
     def _plain(self, messages: list[Message], *, parts: bool = False) -> str:
-        """The text of messages as they are, or with content as parts; empty if the template refuses them."""
+        """The text of messages, with content as it is or as parts; empty if the template refuses them."""
         messages = list(map(_as_parts, messages)) if parts else messages
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, **self._settings.chat_template_kwargs)
@@ -136,13 +133,13 @@ class ChatTemplate:
 
     @cached_property
     def _call_form(self) -> tuple[bool, dict[str, Any]] | None:
-        """Whether arguments are JSON text, and what stands for content that is absent; None if calls do not appear."""
+        """Whether arguments are JSON text, and what replaces absent content; None if calls are not rendered."""
         first, second, third = _SENTINELS
         for as_text in (False, True):
             for absent in _NO_CONTENT:
                 arguments: Any = {"a": third}
                 function = {"name": second, "arguments": json.dumps(arguments) if as_text else arguments}
-                # Nine letters and digits: Mistral's templates check it.
+                # Mistral's templates require ids of nine letters and digits.
                 call = {"id": "call00000", "type": "function", "function": function}
                 text = self._plain([*_asked(first), {"role": "assistant", **absent, "tool_calls": [call]}])
                 if second in text and (third in text or json.dumps(third)[1:-1] in text):
@@ -150,7 +147,7 @@ class ChatTemplate:
         return None
 
     def _formed(self, message: Message) -> Message:
-        """A message in the form that the template wants."""
+        """A message in the form that the template expects."""
         reasoning = reasoning_of(message)
         if reasoning and self.reasoning_key is not None and self.reasoning_key not in message:
             rest = {key: value for key, value in message.items() if key not in REASONING}
@@ -162,14 +159,19 @@ class ChatTemplate:
         return _as_parts(message) if self._in_parts else message
 
     def with_arguments(self, message: Message) -> Message:
-        """A message whose tool arguments are objects or JSON text, as the template wants them."""
+        """A message whose tool arguments are objects or JSON text, as the template expects them."""
         if "tool_calls" not in message or self._call_form is None:
             return message
         as_text, _ = self._call_form
-        calls = [
-            {**call, "function": {**call["function"], "arguments": _arguments(call["function"]["arguments"], as_text)}}
-            for call in message["tool_calls"]
-        ]
+        calls = []
+        for call in message["tool_calls"]:
+            arguments = call["function"]["arguments"]
+            if not as_text:
+                found = as_object(arguments)  # None of text that is not a JSON object, which stays text
+                arguments = arguments if found is None else found
+            elif not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            calls.append({**call, "function": {**call["function"], "arguments": arguments}})
         return {**message, "tool_calls": calls}
 
 
@@ -181,16 +183,8 @@ def _as_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": message.get("content") or ""}]}
 
 
-def _arguments(value: str | dict[str, Any], as_text: bool) -> str | dict[str, Any]:
-    """Arguments as JSON text or as an object; text that is no JSON object stays as it is."""
-    if as_text:
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    found = as_object(value)
-    return value if found is None else found
-
-
 def as_object(arguments: str | dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments of a tool call as an object; None of text that is no JSON object."""
+    """The arguments of a tool call as an object; None for text that is not a JSON object."""
     if not isinstance(arguments, str):
         return arguments
     try:
@@ -209,3 +203,62 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     before, found, after = text.partition(SENTINEL)
     before = before.removeprefix(tokenizer.bos_token or "").strip()
     return (before, after.strip()) if found and before and after.strip() else None
+
+
+@dataclass(frozen=True)
+class EndOfTurn:
+    """How a template ends the assistant's turn.
+
+    Attributes:
+        token_id: the token that ends a response.
+        text: its text.
+        tail: all text that the template writes after the content of a final assistant message.
+    """
+
+    token_id: int
+    text: str
+    tail: str = ""
+
+    @property
+    def kept(self) -> str:
+        """The part of ``tail`` before the end-of-turn token, which belongs to the response."""
+        return self.tail.partition(self.text)[0] if self.text in self.tail else ""
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
+    """What ends a response: the first special token after a rendered response, else the tokenizer's EOS.
+
+    If the EOS directly follows that token in every turn, as in Command R7B's template, the EOS ends the response.
+
+    Raises:
+        SimpoError: there is neither, or the template does not render a user's and an assistant's message.
+    """
+    tail = _tail(tokenizer) if tokenizer.chat_template else ""
+    found = [
+        (position, -len(token.content), token.content, token_id)
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        # Some tokenizers have added tokens of nothing but white space, for code.
+        if (token.special or token.content.strip()) and (position := tail.find(token.content)) >= 0
+    ]
+    if found:
+        *_, text, token_id = min(found)
+        eos = tokenizer.eos_token
+        if eos and text + eos in tail and text + eos in _tail(tokenizer, {"role": "user", "content": "user"}):
+            text, token_id = eos, tokenizer.eos_token_id
+        return EndOfTurn(token_id, text, tail)
+    if tokenizer.eos_token_id is None:
+        raise SimpoError("the tokenizer has no EOS and its chat template ends no turn; set an eos_token")
+    return EndOfTurn(tokenizer.eos_token_id, tokenizer.eos_token, tail)
+
+
+def _tail(tokenizer: PreTrainedTokenizerBase, *following: Message) -> str:
+    """What a template writes after the content of an assistant's message that may be followed by others."""
+    template = ChatTemplate(tokenizer, RenderSettings())
+    messages = [{"role": "user", "content": "user"}, {"role": "assistant", "content": SENTINEL}]
+    try:
+        text = template.render([*messages, *following], Context())
+    except BadRow as refused:
+        raise SimpoError(f"a user and an assistant message: {refused.reason}") from refused
+    if SENTINEL not in text:
+        raise SimpoError("the chat template leaves out the assistant's message; set chat_template to another")
+    return text.rpartition(SENTINEL)[2]

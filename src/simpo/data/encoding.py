@@ -22,22 +22,13 @@ _REASONING_TAGS = ("<think>", "</think>")
 
 
 class Texts(Protocol):
-    """Texts of one row.
-
-    Attributes:
-        texts: as they are rendered.
-        marker: set if special-token text stands marked in them (see :class:`LiteralText`).
-        status: entries for the report (:meth:`simpo.data.mapping.DataReport.of`).
-    """
+    """Texts of one row, and the marker if special-token text is marked in them (see :class:`LiteralText`)."""
 
     @property
     def texts(self) -> tuple[str, ...]: ...  # noqa: D102
 
     @property
     def marker(self) -> str | None: ...  # noqa: D102
-
-    @property
-    def status(self) -> tuple[str, ...]: ...  # noqa: D102
 
 
 class Encoder:

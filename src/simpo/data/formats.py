@@ -5,15 +5,11 @@ Rows of other tools get these columns in :mod:`simpo.data.shapes`. Columns that 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
-
-from datasets import Dataset
 
 from simpo.data.messages import (
     ASKING,
@@ -29,8 +25,8 @@ from simpo.data.messages import (
     split_transcripts,
     without_train,
 )
-from simpo.data.rows import BadRow, DataReport, UnknownShape, check_dataset, columns_of, other_columns, rows_of
-from simpo.data.shapes import canonical, check_not_rendered, read_label
+from simpo.data.rows import BadRow, UnknownShape, columns_of, other_columns
+from simpo.data.shapes import read_label
 
 COMPARISON_SHAPES = (
     "{prompt, chosen, rejected} (strings or message lists), "
@@ -39,7 +35,6 @@ COMPARISON_SHAPES = (
 CONVERSATION_SHAPES = "{messages} (a conversation), {prompt, completion} (strings or message lists)"
 FEEDBACK_SHAPES = "{prompt, completion, label} (strings or message lists, with true or false, or 1 or 0)"
 PROMPT_SHAPES = f"{COMPARISON_SHAPES}, {{messages}}, {{prompt}} (a string or messages)"
-REPEATED = "repeated prompt"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -88,26 +83,6 @@ class Conversation:
     unanswered: int = 0
     scored: tuple[int, ...] = ()
     context: Context = field(default_factory=Context)
-
-
-@dataclass(frozen=True)
-class PlainPrompt:
-    """A prompt to be answered by a model whose tokenizer is not available here.
-
-    Attributes:
-        id: the first 16 hexadecimal digits of the SHA-256 of the content's JSON (keys sorted, no white space, UTF-8);
-            if the prompt has tools or variables for the chat template, of the JSON of an object with all of them.
-        content: text, or messages.
-        where: where the row comes from, e.g. ``"train.jsonl:12"``.
-        extra: the row's other columns.
-        context: tools and variables for the chat template.
-    """
-
-    id: str
-    content: str | list[Message]
-    where: str
-    extra: dict[str, Any]
-    context: Context = field(default_factory=Context, kw_only=True)
 
 
 def is_comparison(row: Mapping[str, Any]) -> bool:
@@ -330,8 +305,8 @@ def _split_turns(
     return Conversation(opening, following, where, extra, len(messages) - end, scored, context)
 
 
-def read_prompt(row: Mapping[str, Any], where: str) -> tuple[str | list[Message], dict[str, Any], Context]:
-    """The prompt of a row, the columns not read for it, and its context.
+def read_prompt(row: Mapping[str, Any], where: str) -> Comparison:
+    """The prompt of a row, as a comparison without responses.
 
     Columns of a comparison take precedence, then ``messages`` and ``prompt``.
 
@@ -340,8 +315,7 @@ def read_prompt(row: Mapping[str, Any], where: str) -> tuple[str | list[Message]
         BadRow: its columns do, but their values are wrong.
     """
     if is_comparison(row):
-        comparison = read_comparison(row, where)
-        return comparison.prompt, comparison.extra, comparison.context
+        return replace(read_comparison(row, where), responses=(), scores=None)
     if "messages" in row:
         name, messages = "messages", _read_dialogue(row["messages"])
         asking = [i for i, message in enumerate(messages) if message["role"] in ASKING]
@@ -358,46 +332,5 @@ def read_prompt(row: Mapping[str, Any], where: str) -> tuple[str | list[Message]
             raise BadRow(f"prompt is {kind_of(value)}, not text or messages")
     else:
         raise UnknownShape(f"no recognized shape: columns {columns_of(row)}")
-    content, _, context = apply_context(row, value)
-    return content, other_columns(row, name, *CONTEXT_COLUMNS), context
-
-
-def prompt_id(content: str | list[Message], context: Context = Context()) -> str:  # noqa: B008 - frozen
-    """The id of a prompt; see :class:`PlainPrompt`."""
-    value = {"prompt": content, **context.columns} if context.columns else content
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def read_prompts(dataset: Dataset, *, label: str = "prompts") -> tuple[list[PlainPrompt], DataReport]:
-    """As :func:`simpo.data.tokenizing.prepare_prompts`, without a tokenizer.
-
-    Returns:
-        The different prompts, and what happened to every row.
-
-    Raises:
-        SimpoError: no rows, or too many that hold no prompt.
-    """
-    check_dataset(dataset, label)
-    found: dict[str, PlainPrompt] = {}
-
-    def statuses() -> Iterator[tuple[str, list[str]]]:
-        for given, where in rows_of(dataset[:], range(len(dataset)), label):
-            try:
-                row, read = canonical(given, answers=False)
-                check_not_rendered(row)
-                content, extra, context = read_prompt(row, where)
-                if not content:
-                    raise BadRow("empty prompt")
-                prompt = PlainPrompt(prompt_id(content, context), content, where, extra, context=context)
-            except BadRow as error:
-                yield where, [f"{error.kind}: {error.reason}"]
-            except UnicodeEncodeError:
-                yield where, ["bad: text that is not Unicode (half of a surrogate pair)"]
-            else:
-                repeated = found.setdefault(prompt.id, prompt) is not prompt
-                yield where, [*([f"read: {read}"] if read else []), *([f"dropped: {REPEATED}"] if repeated else [])]
-
-    report = DataReport.of(label, statuses(), noun="prompts")
-    report.check("skip")
-    return list(found.values()), report
+    prompt, _, context = apply_context(row, value)
+    return Comparison(prompt, (), where, other_columns(row, name, *CONTEXT_COLUMNS), context=context)

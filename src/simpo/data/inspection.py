@@ -17,7 +17,7 @@ from simpo.data.formats import is_number
 from simpo.data.rows import DataReport, Row
 from simpo.data.settings import TokenizeSettings
 from simpo.data.shapes import canonical_rows, first_canonical
-from simpo.data.tokenize import Prepared, end_token_id
+from simpo.data.tokenizing import Prepared, end_token_id
 from simpo.runs.results import Metric
 from simpo.statistics import mean_interval, share_interval
 
@@ -70,7 +70,7 @@ def inspect_prepared(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, set
     """Measure a prepared data set.
 
     Args:
-        prepared: as :func:`simpo.data.tokenize.prepare` gave it.
+        prepared: as :func:`simpo.data.tokenizing.prepare` gave it.
         tokenizer: the one it was prepared with.
         settings: those it was prepared with.
     """

@@ -1,25 +1,47 @@
-"""Prompts for sampling: read from any data set, each as the ids that generation is fed."""
+"""Prompts for sampling: read from any data set, as text or as the ids that generation is fed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.formats import PROMPT_SHAPES, REPEATED, Comparison, PlainPrompt, prompt_id, read_prompt
-from simpo.data.mapping import TOKENS, Draft, Tokenization, prepare_rows
+from simpo.data.formats import PROMPT_SHAPES, Comparison, read_prompt
 from simpo.data.messages import Context, Message
-from simpo.data.rows import BadRow, DataReport, check_dataset
+from simpo.data.rendering import Rendered
+from simpo.data.rows import BadRow, DataReport, check_dataset, check_unicode, rows_of
 from simpo.data.settings import RenderSettings, TokenizeSettings
-from simpo.data.shapes import canonical
-from simpo.data.templates import Rendered
+from simpo.data.shapes import canonical, check_not_rendered
+from simpo.data.tokenizing import TOKENS, Comparisons, tokenize
 from simpo.errors import SimpoError
 
+REPEATED = "repeated prompt"
 OVERLONG_PROMPT = "longer than max_prompt_length"
+
+
+@dataclass(frozen=True)
+class PlainPrompt:
+    """A prompt to be answered by a model whose tokenizer is not available here.
+
+    Attributes:
+        id: the first 16 hexadecimal digits of the SHA-256 of the content's JSON (keys sorted, no white space, UTF-8);
+            if the prompt has tools or variables for the chat template, of the JSON of an object with all of them.
+        content: text, or messages.
+        where: where the row comes from, e.g. ``"train.jsonl:12"``.
+        extra: the row's other columns.
+        context: tools and variables for the chat template.
+    """
+
+    id: str
+    content: str | list[Message]
+    where: str
+    extra: dict[str, Any]
+    context: Context = field(default_factory=Context, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -27,7 +49,7 @@ class Prompt(PlainPrompt):
     """A prompt as token ids.
 
     Attributes:
-        ids: what generation is fed; never empty, with one BOS where the model has one.
+        ids: what generation is fed; never empty, with one BOS if the model has one.
     """
 
     ids: list[int]
@@ -55,7 +77,7 @@ def prepare_prompts(
     max_prompt_length: int | None = None,
     rendering: RenderSettings | None = None,
 ) -> Prompts:
-    """Read the prompts of a data set; a repeated one is kept where it occurs first.
+    """Tokenize the prompts of a data set; a repeated one is kept where it occurs first.
 
     Args:
         dataset: rows as :func:`simpo.data.sources.load_rows` gives them, or any data set with the same columns:
@@ -67,29 +89,73 @@ def prepare_prompts(
 
     Raises:
         SimpoError: no row of a known shape, too many bad rows, nothing that fits, or a tokenizer or chat
-            template that cannot serve.
+            template that cannot be used.
     """
     if max_prompt_length is not None and max_prompt_length < 1:
         raise SimpoError(f"max_prompt_length: {max_prompt_length} leaves no room for a prompt")
     check_dataset(dataset, label)
-    prepared = prepare_rows(dataset, tokenizer, _Prompts(tokenizer, label, max_prompt_length, rendering))
+    prepared = tokenize(dataset, tokenizer, _Prompts(tokenizer, label, max_prompt_length, rendering))
     found: dict[str, Prompt] = {}
     for row in prepared.dataset:
-        content = json.loads(row["content"])
+        content, extra = json.loads(row["content"]), json.loads(row["extra"])
         context = Context(**json.loads(row["context"]))
-        extra = json.loads(row["extra"])
         prompt = Prompt(prompt_id(content, context), content, row["where"], extra, row["ids"], context=context)
         if found.setdefault(prompt.id, prompt) is not prompt:
             prepared.report.drop(REPEATED, prompt.where)
     return Prompts(tuple(found.values()), prepared.report)
 
 
-class _Prompts(Tokenization[Rendered]):
+def prompt_id(content: str | list[Message], context: Context = Context()) -> str:  # noqa: B008 - frozen
+    """The id of a prompt; see :class:`PlainPrompt`."""
+    return hashlib.sha256(_canonical_json(content, context).encode()).hexdigest()[:16]
+
+
+def _canonical_json(content: str | list[Message], context: Context) -> str:
+    value = {"prompt": content, **context.columns} if context.columns else content
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def read_prompts(dataset: Dataset, *, label: str = "prompts") -> tuple[list[PlainPrompt], DataReport]:
+    """As :func:`prepare_prompts`, without a tokenizer.
+
+    Returns:
+        The different prompts, and what happened to every row.
+
+    Raises:
+        SimpoError: no rows, or too many that hold no prompt.
+    """
+    check_dataset(dataset, label)
+    found: dict[str, PlainPrompt] = {}
+
+    def statuses() -> Iterator[tuple[str, list[str]]]:
+        for given, where in rows_of(dataset[:], range(len(dataset)), label):
+            try:
+                row, read = canonical(given, answers=False)
+                check_not_rendered(row)
+                content = read_prompt(row, where)
+                if not content.prompt:
+                    raise BadRow("empty prompt")
+                check_unicode(_canonical_json(content.prompt, content.context))
+                identity = prompt_id(content.prompt, content.context)
+                prompt = PlainPrompt(identity, content.prompt, where, content.extra, context=content.context)
+            except BadRow as error:
+                yield where, [error.entry]
+            else:
+                repeated = found.setdefault(prompt.id, prompt) is not prompt
+                yield where, [*([f"read: {read}"] if read else []), *([f"dropped: {REPEATED}"] if repeated else [])]
+
+    report = DataReport.of(label, statuses(), noun="prompts")
+    report.check("skip")
+    return list(found.values()), report
+
+
+class _Prompts(Comparisons):
     """A row becomes a prompt."""
 
     columns: ClassVar = {"ids": TOKENS, "content": Value("string"), "context": Value("string")}
     noun = "prompts"
     shapes = PROMPT_SHAPES
+    answers = False
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, label: str, limit: int | None, rendering: RenderSettings | None
@@ -97,22 +163,14 @@ class _Prompts(Tokenization[Rendered]):
         super().__init__(tokenizer, TokenizeSettings(rendering=rendering or RenderSettings()), label)
         self._limit = limit
 
-    def canonical(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
-        return canonical(row, answers=False)
-
-    def read(self, row: Mapping[str, Any], where: str) -> tuple[str | list[Message], dict[str, Any], Context]:
+    def read(self, row: Mapping[str, Any], where: str) -> Comparison:
         return read_prompt(row, where)
 
-    def drafts(self, row: Mapping[str, Any], where: str) -> list[Draft[Rendered]]:
-        content, extra, context = self.read(row, where)
-        rendered = self.renderer.render(Comparison(content, (), where, context=context))
-        values = {
-            "content": json.dumps(content),
-            "context": json.dumps({"tools": context.tools, "kwargs": context.kwargs}),
-        }
-        return [Draft(rendered, extra, values)]
+    def values(self, content: Comparison) -> Mapping[str, Any]:
+        context = {"tools": content.context.tools, "kwargs": content.context.kwargs}
+        return {"content": json.dumps(content.prompt), "context": json.dumps(context)}
 
-    def outcome(self, rendered: Rendered, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
+    def finish(self, rendered: Rendered, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
         """Ids with BOS, and whether they are within the limit."""
         prompt = self.encoder.one_bos(ids[0])
         if not prompt:

@@ -45,6 +45,11 @@ class BadRow(Exception):  # noqa: N818 - it is counted, not shown as an error
         super().__init__(reason)
         self.reason = reason
 
+    @property
+    def entry(self) -> str:
+        """The status entry for the report."""
+        return f"{self.kind}: {self.reason}"
+
 
 class Tie(BadRow):
     """A row that prefers neither of two responses; it is valid but teaches nothing, so it is dropped."""
@@ -127,6 +132,18 @@ def with_where(dataset: Dataset, label: str, digest: str) -> Dataset:
         raise SimpoError(f"{label}: the column name {taken.pop()!r} is used internally; rename the column")
     where = [f"{label} row {index}" for index in range(len(dataset))]
     return dataset.add_column(WHERE, where, new_fingerprint=digest)
+
+
+def check_unicode(text: str) -> None:
+    """Refuse text that no file and no tokenizer can hold.
+
+    Raises:
+        BadRow: it is.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("text that is not Unicode (half of a surrogate pair)") from error
 
 
 def other_columns(row: Mapping[str, Any], *used: str) -> Row:

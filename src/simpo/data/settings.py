@@ -1,14 +1,14 @@
-"""Tokenization settings, checked, and what they mean for rows that are too long."""
+"""Settings of rendering and tokenization, and the truncation of rows that are too long."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from simpo.errors import SimpoError
 
-# What transformers' apply_chat_template takes by these names itself, so that a template never gets them.
+# Names of apply_chat_template's own parameters in transformers, which a template never gets.
 RESERVED_KWARGS = frozenset(
     (
         *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
@@ -129,101 +129,76 @@ def _check_choice(key: str, value: object, choices: Sequence[str]) -> None:
         raise SimpoError(f"{key}: {value!r} is not one of {', '.join(choices)}")
 
 
-# ---- Fitting comparisons and conversations into ``max_length``; everything that is cut or dropped says so.
-
+# ---- Fitting comparisons and conversations into ``max_length``; everything that is cut or dropped is reported.
 
 PROMPT_CUT = "prompt cut to max_prompt_length"
-
-
 RESPONSE_CUT = "response cut to max_length - max_prompt_length, without its end"
-
-
 TURNS_CUT = "last turns"
-
-
 OVERLONG = "longer than max_length"
-
-
 STILL_OVERLONG = "longer than max_length even if its prompt is cut"
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A comparison within the limits.
-
-    Attributes:
-        prompt: its prompt's ids.
-        responses: its responses' ids.
-        cut: what was cut, one entry a kind.
-        dropped: why it does not fit; its ids are then as they were.
-    """
-
-    prompt: list[int]
-    responses: list[list[int]]
-    cut: tuple[str, ...] = ()
-    dropped: str | None = None
-
-    @property
-    def status(self) -> list[str]:
-        """Status entries for the report (see :meth:`simpo.data.mapping.DataReport.of`)."""
-        return [f"dropped: {self.dropped}"] if self.dropped else [f"cut: {what}" for what in self.cut]
-
-
-def fit(prompt: list[int], responses: list[list[int]], settings: TokenizeSettings, bos: int | None) -> Fitted:
+def fit(
+    prompt: list[int], responses: list[list[int]], settings: TokenizeSettings, bos: int | None
+) -> tuple[list[int], list[list[int]], list[str]]:
     """Cut or drop one comparison as the settings say.
 
     Args:
-        prompt: ids, with BOS in front where the model has one.
+        prompt: ids, with BOS in front if the model has one.
         responses: ids of each response, its end-of-turn token included.
         settings: the limits.
         bos: id of the BOS, which ``keep_end`` leaves in front (the paper's code did not).
+
+    Returns:
+        Prompt and responses, and status entries for the report (:meth:`simpo.data.rows.DataReport.of`). The ids of a
+        comparison that is dropped are unchanged.
     """
     longest = max(map(len, responses))
     if len(prompt) + longest <= settings.max_length:
-        return Fitted(prompt, responses)
+        return prompt, responses, []
     if settings.truncation == "drop":
-        return Fitted(prompt, responses, dropped=OVERLONG)
-    cut_prompt = _cut_prompt(prompt, settings, None if settings.truncation == "paper" else bos)
-    cut = (PROMPT_CUT,) if len(cut_prompt) < len(prompt) else ()
-    if len(cut_prompt) + longest <= settings.max_length:
-        return Fitted(cut_prompt, responses, cut)
+        return prompt, responses, [f"dropped: {OVERLONG}"]
+    limit = settings.prompt_limit
+    kept = prompt
+    if len(prompt) > limit:
+        if settings.truncation_mode == "keep_start":
+            kept = prompt[:limit]
+        elif settings.truncation != "paper" and bos is not None and prompt[0] == bos:
+            kept = [bos, *prompt[len(prompt) - limit + 1 :]]
+        else:
+            kept = prompt[-limit:]
+    cut = [f"cut: {PROMPT_CUT}"] if len(kept) < len(prompt) else []
+    if len(kept) + longest <= settings.max_length:
+        return kept, responses, cut
     if settings.truncation == "prompt":
-        return Fitted(prompt, responses, dropped=STILL_OVERLONG)
-    limit = settings.max_length - settings.prompt_limit
-    if longest > limit:
-        cut = (*cut, RESPONSE_CUT)
-    return Fitted(cut_prompt, [response[:limit] for response in responses], cut)
+        return prompt, responses, [f"dropped: {STILL_OVERLONG}"]
+    room = settings.max_length - limit
+    if longest > room:
+        cut.append(f"cut: {RESPONSE_CUT}")
+    return kept, [response[:room] for response in responses], cut
 
 
 def fit_turns(
     prompt: list[int], response: list[int], ends: Sequence[int], settings: TokenizeSettings, bos: int | None
-) -> Fitted:
+) -> tuple[list[int], list[list[int]], list[str]]:
     """Cut or drop one conversation as the settings say.
 
-    As many turns of the assistant as fit are kept, from the first on; if not even that one fits, it is fitted alone.
+    The first turns of the assistant are kept, as many as fit; if not even the first one fits, it is fitted alone.
 
     Args:
-        prompt: ids, with BOS in front where the model has one.
+        prompt: ids, with BOS in front if the model has one.
         response: ids of all that follows the prompt, up to the end of the last answer.
         ends: for every answer, how many of these ids there are up to its end.
         settings: the limits.
         bos: id of the BOS, which ``keep_end`` leaves in front.
+
+    Returns:
+        As :func:`fit`, with one response.
     """
     if settings.truncation == "drop":
         return fit(prompt, [response], settings, bos)
     end = max((end for end in ends if len(prompt) + end <= settings.max_length), default=ends[0])
-    fitted = fit(prompt, [response[:end]], settings, bos)
-    if end == len(response) or fitted.dropped:
-        return fitted
-    return replace(fitted, cut=(TURNS_CUT, *fitted.cut))
-
-
-def _cut_prompt(prompt: list[int], settings: TokenizeSettings, bos: int | None) -> list[int]:
-    limit = settings.prompt_limit
-    if len(prompt) <= limit:
-        return prompt
-    if settings.truncation_mode == "keep_start":
-        return prompt[:limit]
-    if bos is not None and prompt[0] == bos:
-        return [bos, *prompt[len(prompt) - limit + 1 :]]
-    return prompt[-limit:]
+    kept, responses, status = fit(prompt, [response[:end]], settings, bos)
+    if end < len(response) and not any(entry.startswith("dropped: ") for entry in status):
+        status = [f"cut: {TURNS_CUT}", *status]
+    return kept, responses, status

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from simpo.client import stand_in
-from simpo.data.formats import prompt_id
 from simpo.data.messages import read_messages
-from simpo.data.prompts import Prompts
+from simpo.data.prompts import Prompts, prompt_id
 from simpo.data.rows import BadRow, Row, rows_of
 from simpo.data.settings import RenderSettings
 from simpo.data.sources import SUFFIXES, load_rows

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from simpo.client import Prices, confirm_cost
-from simpo.data.formats import read_prompts
 from simpo.data.messages import context_of
+from simpo.data.prompts import read_prompts
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer, Record, is_answer_file, read_answer_file

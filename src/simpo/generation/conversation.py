@@ -15,8 +15,8 @@ from transformers.generation import BaseStreamer
 from simpo.data.encoding import Encoder
 from simpo.data.formats import Comparison
 from simpo.data.messages import Message
+from simpo.data.rendering import Renderer
 from simpo.data.settings import RenderSettings
-from simpo.data.templates import Renderer
 from simpo.errors import SimpoError
 from simpo.generation.engine import TransformersEngine
 from simpo.generation.responses import ResponseText

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from simpo.data.templates import end_of_turn
+from simpo.data.chat_template import end_of_turn
 from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.packing.model import causal_lm, prepare_policy, state_of
 from simpo.packing.selfcheck import computes_in, rounding_tolerance
@@ -70,7 +70,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationCo
     """The tokens that end a response: the template's end of turn, EOS, and those that the checkpoint names.
 
     Raises:
-        SimpoError: see :func:`simpo.data.templates.end_of_turn`.
+        SimpoError: see :func:`simpo.data.chat_template.end_of_turn`.
     """
     named = getattr(generation_config, "eos_token_id", None)
     found = {end_of_turn(tokenizer).token_id, tokenizer.eos_token_id}

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from simpo.data.chat_template import end_of_turn
 from simpo.data.prompts import Prompt
-from simpo.data.templates import end_of_turn
 from simpo.generation.engine import Sampled
 from simpo.generation.thinking import marks_thinking
 from simpo.runs.atomic import staged_files

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, confirm_cost
-from simpo.data.formats import PlainPrompt, read_prompts
 from simpo.data.inspection import AnswerSet, diversity_metrics
+from simpo.data.prompts import PlainPrompt, read_prompts
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
 from simpo.generation.sample import FILE_NAME, PromptArguments

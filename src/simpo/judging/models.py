@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from simpo.data.encoding import Encoder
 from simpo.data.formats import Comparison
 from simpo.data.messages import Response
+from simpo.data.rendering import Rendered, Renderer
 from simpo.data.rows import BadRow
-from simpo.data.templates import Rendered, Renderer
 from simpo.errors import SimpoError
 from simpo.judging.protocol import Answers, Scorer
 from simpo.models.checkpoint import Limits, model_digest, with_dtype
@@ -73,8 +73,8 @@ class AnswerTokens:
     def _comparison(self, row: Answers, rendered: Rendered, ids: list[list[int]]) -> TokenizedComparison:
         """Combine the encoded responses with the empty ones, which were not rendered."""
         encoded = iter(
-            [*self._encoder.following(ids[0], text, whole, rendered.marker), end]
-            for text, whole, end in zip(rendered.responses, ids[1:], rendered.ends, strict=True)
+            [*self._encoder.following(ids[0], answer.text, whole, rendered.marker), answer.end.token_id]
+            for answer, whole in zip(rendered.answers, ids[1:], strict=True)
         )
         responses = [[self._end.token_id] if self._is_empty(text) else next(encoded) for text in row.responses]
         prompt = self._encoder.one_bos(ids[0])

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from simpo.data.templates import end_of_turn
+from simpo.data.chat_template import end_of_turn
 from simpo.errors import SimpoError
 from simpo.models.adapters import add_adapter, continue_adapter, find_adapter
 from simpo.models.loading import base_arguments, check_folder, check_weights, load_files, load_weights, needs_own_code

@@ -21,7 +21,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from simpo.data.rows import as_dataset
-from simpo.data.tokenize import Prepared
+from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError
 from simpo.models.adapters import check_adapter
 from simpo.models.checkpoint import Limits

@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from simpo.data.mapping import TOKENS
+from simpo.data.tokenizing import TOKENS
 from simpo.errors import SimpoError
 from simpo.models.adapters import weights_below
 from simpo.models.devices import from_main

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from simpo.data.tokenize import Prepared, check_rankings, is_feedback, prepare
+from simpo.data.tokenizing import Prepared, check_rankings, is_feedback, prepare
 from simpo.errors import SimpoError
 from simpo.models.reward import choose_padding, load_reward_model
 from simpo.models.settings import ModelArguments

@@ -12,8 +12,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from simpo.data.templates import end_of_turn
-from simpo.data.tokenize import Prepared, prepare_sft
+from simpo.data.chat_template import end_of_turn
+from simpo.data.tokenizing import Prepared, prepare_sft
 from simpo.errors import SimpoError
 from simpo.objectives import Responses
 from simpo.training.batches import PlannedBatch

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.settings import TokenizeSettings
-from simpo.data.tokenize import Prepared, check_rankings, is_feedback, prepare, prepare_feedback
+from simpo.data.tokenizing import Prepared, check_rankings, is_feedback, prepare, prepare_feedback
 from simpo.errors import SimpoError, check_all
 from simpo.objectives import OBJECTIVES, Objective, Responses, reference_point, sft_term
 from simpo.packing.forward import divergence_forward, mean_by_comparison, policy_forward

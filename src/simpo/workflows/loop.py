@@ -19,7 +19,7 @@ from rich.text import Text
 from simpo.analysis.plots import plot_rounds
 from simpo.client import ChatClient, Endpoint, Estimate, confirm_cost
 from simpo.client.cache import default_cache
-from simpo.data.formats import read_prompts
+from simpo.data.prompts import read_prompts
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer

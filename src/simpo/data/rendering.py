@@ -1,0 +1,483 @@
+"""Comparisons and conversations to text: what generation would be fed, and what it would have to produce after it.
+
+Nothing that a row says gets lost silently: what the chat template leaves out is counted, or makes the row a bad one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, takewhile
+
+from transformers import PreTrainedTokenizerBase
+
+from simpo.data.chat_template import NO_SYSTEM_ROLE, SENTINEL, ChatTemplate, EndOfTurn, as_object, end_of_turn
+from simpo.data.encoding import LiteralText
+from simpo.data.formats import Comparison, Conversation
+from simpo.data.messages import REASONING, Context, Message, Response, as_messages, reasoning_of, split_reasoning
+from simpo.data.rows import PART, BadRow
+from simpo.data.settings import RenderSettings
+from simpo.errors import SimpoError
+
+_TRIMMED = "white space around an answer, which the chat template drops"
+_NO_PREFIX = (
+    "the chat template renders a prompt that is not the beginning of the rendered conversation; "
+    "set chat_template to one that does"
+)
+_SPLIT = "split: one row per scored answer, because earlier answers are rendered differently"
+_USUAL_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING}
+# How generation prompts open the reasoning, and what then closes it: after some reasoning, and after none.
+_OPENINGS = {
+    "<think>": ("\n</think>\n\n", "\n</think>\n\n"),
+    "<|channel>thought": ("\n<channel|>", "<channel|>"),
+}
+_ENDED_REASONING = re.compile(
+    "|".join(rf"(?:{re.escape(tag)}\s*)?{re.escape(end.strip())}\s*\Z" for tag, (end, _) in _OPENINGS.items())
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What generation has to produce after a prompt.
+
+    Attributes:
+        prompt: what generation would be fed.
+        text: what follows it, without the end-of-turn token.
+        end: the token that ends the answer.
+        whole: the rendered conversation, from which the answer was cut out.
+        status: entries for the report (:meth:`simpo.data.rows.DataReport.of`).
+    """
+
+    prompt: str
+    text: str
+    end: EndOfTurn
+    whole: str = ""
+    status: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Text of one prompt and its answers.
+
+    Attributes:
+        prompt: what generation would be fed.
+        answers: to this prompt.
+        marker: set if the messages hold special-token text, which is then marked in the texts
+            (see :class:`simpo.data.encoding.LiteralText`).
+        status: entries for the report (:meth:`simpo.data.rows.DataReport.of`).
+    """
+
+    prompt: str
+    answers: tuple[Answer, ...]
+    marker: str | None = None
+    status: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts to encode: the prompt, and each answer after it."""
+        return (self.prompt, *(self.prompt + answer.text for answer in self.answers))
+
+
+@dataclass(frozen=True)
+class RenderedTurns(Rendered):
+    """Text of one sequence: the prompt of each answer begins with the one before and its answer."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt of each answer, and everything up to the end of the last answer."""
+        last = self.answers[-1]
+        return (*(answer.prompt for answer in self.answers), last.prompt + last.text)
+
+    @property
+    def between(self) -> list[str]:
+        """The texts from the end-of-turn token of each answer to the next answer."""
+        pairs = pairwise(self.answers)
+        return [after.prompt[len(found.prompt + found.text + found.end.text) :] for found, after in pairs]
+
+
+class Renderer:
+    """Renders comparisons and conversations for one tokenizer.
+
+    Args:
+        tokenizer: with a chat template, all rows are conversations; without one, all are text.
+        literal: finds special-token text inside messages.
+        settings: variables of the template, and how system messages are rendered.
+        paper: render as the paper's code did: the prompt without a generation prompt, and as response all
+            the rest, assistant header and text after the end-of-turn token included.
+        insert_system: put an empty system message first if there is none and the template knows one.
+
+    Raises:
+        SimpoError: the template does not render, nothing ends a turn, or a setting cannot be applied.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        literal: LiteralText,
+        settings: RenderSettings | None = None,
+        *,
+        paper: bool = False,
+        insert_system: bool = False,
+    ) -> None:
+        self._literal = literal
+        self._settings = settings or RenderSettings()
+        self._paper = paper
+        self.end = end_of_turn(tokenizer)
+        self._cutter: _AnswerCutter | None = None
+        self._insert_system = False
+        if not tokenizer.chat_template:
+            if self._settings != RenderSettings():
+                raise SimpoError("chat_template_kwargs, system_message: there is no chat template; leave them out")
+        else:
+            template = ChatTemplate(tokenizer, self._settings)
+            added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: -len(item[1].content))
+            tokens = {token.content: number for number, token in added if literal.pattern.fullmatch(token.content)}
+            self._cutter = _AnswerCutter(template, self.end, tokens)
+            # The condition of the paper's code.
+            self._insert_system = insert_system and ("system" in template.source or "<|im_start|>" in template.source)
+
+    def render(self, comparison: Comparison) -> Rendered:
+        """Render one comparison.
+
+        Raises:
+            BadRow: an empty response, messages that the template refuses, or a response that it renders only in part.
+            SimpoError: messages without a template.
+        """
+        if self._cutter is None:
+            return self._as_text(comparison)
+        template = self._cutter.template
+        opening, following, context, marker = self._chat(
+            comparison.prompt, comparison.responses, comparison.context, template
+        )
+        prompt = template.render(opening, context, generation_prompt=not self._paper)
+        answer = self._cutter.as_paper if self._paper else self._cutter.answer
+        answers = tuple(answer(prompt, opening, message, context) for message in following)
+        conversations = [[*opening, message] for message in following] or [opening]
+        return Rendered(prompt, answers, marker, _status(template, prompt, opening, conversations, context, answers))
+
+    def render_turns(self, conversation: Conversation) -> list[RenderedTurns]:
+        """Render one conversation: as one sequence, or as one for each answer if the template renders an earlier answer
+        differently from what generation has to produce.
+
+        Raises:
+            BadRow: an empty answer, messages that the template refuses, or an answer that it renders only in part.
+            SimpoError: messages without a template.
+        """
+        completion = conversation.completion
+        following = [completion] if isinstance(completion, str) else completion
+        if self._cutter is None:
+            given = Comparison(conversation.prompt, tuple(following), conversation.where, context=conversation.context)
+            text = self._as_text(given)
+            return [RenderedTurns(text.prompt, text.answers)]
+        template = self._cutter.template
+        opening, rest, context, marker = self._chat(conversation.prompt, following, conversation.context, template)
+        messages = [*opening, *rest]
+        answers = []
+        for i in [len(opening) + place for place in conversation.scored] or [len(opening)]:
+            prompt = template.render(messages[:i], context, generation_prompt=True)
+            answers.append(self._cutter.answer(prompt, messages[:i], messages[i], context))
+        status = _status(template, answers[-1].prompt, messages[:i], [messages], context, answers)
+        *earlier, last = answers
+        if not earlier or (
+            all(last.whole.startswith(found.prompt + found.text + found.end.text) for found in earlier)
+            and last.whole.startswith(last.prompt)
+        ):
+            return [RenderedTurns(answers[0].prompt, tuple(answers), marker, status)]
+        statuses = [(_SPLIT, *status), *((PART, *found.status) for found in answers[1:])]
+        return [
+            RenderedTurns(found.prompt, (found,), marker, entries)
+            for found, entries in zip(answers, statuses, strict=True)
+        ]
+
+    def _as_text(self, comparison: Comparison) -> Rendered:
+        prompt, context = comparison.prompt, comparison.context
+        if not isinstance(prompt, str):
+            raise SimpoError(
+                f"{comparison.where}: a conversation, but the tokenizer has no chat template; "
+                "set chat_template to one, or give strings"
+            )
+        if context.columns:
+            raise BadRow(f"{next(iter(context.columns))}, but the tokenizer has no chat template")
+        answers = tuple(Answer(prompt, self._bare(str(text)), self.end) for text in comparison.responses)
+        return Rendered(prompt, answers, status=tuple(f"ignored: column {name!r}" for name in context.without_effect))
+
+    def _chat(
+        self, prompt: str | list[Message], rest: Sequence[Response], context: Context, template: ChatTemplate
+    ) -> tuple[list[Message], list[Message], Context, str | None]:
+        """The row's messages before and after the prompt's end, its context, and the marker of special-token text."""
+        opening, following = as_messages(prompt, rest)
+        following = [
+            {**message, "content": self._bare(message["content"], message)}
+            if message["role"] == "assistant"
+            else message
+            for message in following
+        ]
+        if self._settings.system_message == "fold":
+            opening = _folded(opening)
+        opening = list(map(template.with_arguments, opening))
+        following = list(map(template.with_arguments, following))
+        # An assistant may write some structural tokens, but only in the content of its messages.
+        everything = [*opening, *following]
+        contents = [message["content"] for message in everything if message["role"] == "assistant"]
+        others = [
+            {key: value for key, value in message.items() if key != "content" or message["role"] != "assistant"}
+            for message in everything
+        ]
+        if marker := self._literal.marker_for([others, context.tools], answers=contents):
+            opening, following = self._marked(opening, marker), self._marked(following, marker)
+            context = replace(context, tools=self._literal.mark(context.tools, marker))
+        if self._insert_system and opening[0]["role"] != "system":
+            opening = [{"role": "system", "content": ""}, *opening]
+        return opening, following, context, marker
+
+    def _marked(self, messages: list[Message], marker: str) -> list[Message]:
+        mark = self._literal.mark
+        return [
+            mark(message, marker) | {"content": mark(message["content"], marker, message["role"])}
+            for message in messages
+        ]
+
+    def _bare(self, content: str, message: Message | None = None) -> str:
+        """A response without the end-of-turn text that it may already have, because the token is added once."""
+        while (stripped := content.rstrip()).endswith(self.end.text):
+            content = stripped.removesuffix(self.end.text)
+        if not content.strip() and not (message and (message.get("tool_calls") or reasoning_of(message))):
+            raise BadRow("empty response")
+        return content
+
+
+def _folded(messages: list[Message]) -> list[Message]:
+    """Messages with the first system messages written into the user's first one."""
+    system = list(takewhile(lambda message: message["role"] in ("system", "developer"), messages))
+    if not system:
+        return messages
+    asked = messages[len(system) :]
+    if not asked or asked[0]["role"] != "user":
+        raise BadRow("a system message that no user message follows, so that it cannot be folded")
+    content = "\n\n".join(message["content"] for message in [*system, asked[0]] if message["content"])
+    return [{**asked[0], "content": content}, *asked[1:]]
+
+
+# ---- Cutting the assistant's turn out of a rendered conversation.
+
+
+class _AnswerCutter:
+    """Cuts answers out of rendered conversations; ``tokens`` are structural tokens with ids, the longest first."""
+
+    def __init__(self, template: ChatTemplate, end: EndOfTurn, tokens: Mapping[str, int]) -> None:
+        self.template, self._end, self._tokens = template, end, tokens
+
+    def answer(self, prompt: str, before: list[Message], message: Message, context: Context) -> Answer:
+        """What generation has to produce after ``prompt``: the first form of the message that is rendered in full."""
+        reasons: list[BadRow] = []
+        for form in self._forms(message):
+            try:
+                whole = self.template.render([*before, form], context)
+                text, end = self._ended(self._after(prompt, whole, before, form, context), before, form, context)
+                status = self._check_complete(text, before, form, context)
+            except BadRow as bad:
+                reasons.append(bad)
+            else:
+                return Answer(prompt, text, end, whole, status)
+        raise reasons[0]
+
+    def as_paper(self, prompt: str, before: list[Message], message: Message, context: Context) -> Answer:
+        """All that follows ``prompt``, as the paper's code had it."""
+        whole = self.template.render([*before, message], context)
+        if not whole.startswith(prompt):
+            raise BadRow(_NO_PREFIX)
+        text = whole[len(prompt) :]
+        return Answer(prompt, text, self._end, whole, self._check_complete(text, before, message, context))
+
+    def _forms(self, message: Message) -> Iterator[Message]:
+        """The message, and the same with its reasoning in the places where the template may look for it."""
+        yield message
+        thought, content = split_reasoning(message)
+        rest = {key: value for key, value in message.items() if key not in REASONING}
+        if content != message["content"] or (thought and self.template.reasoning_key):
+            reasoning = {self.template.reasoning_key or REASONING[0]: thought} if thought else {}
+            yield {**rest, "content": content, **reasoning}
+        if thought and "</think>" in self.template.source:
+            yield {**rest, "content": f"<think>\n{thought}\n</think>\n\n{content}"}
+
+    def _after(self, prompt: str, whole: str, before: list[Message], message: Message, context: Context) -> str:
+        """The part of a whole conversation that follows its prompt.
+
+        The prompt is not always a prefix of the conversation: it may open or close the reasoning while the last turn is
+        written without it, or an earlier turn may be written differently once it is answered.
+        """
+        thought, _ = split_reasoning(message)
+        closed = _ENDED_REASONING.search(prompt)
+        if closed and thought:
+            raise BadRow(
+                "reasoning, but the prompt that generation is fed already ends it; set chat_template_kwargs: "
+                "{enable_thinking: true} (some templates: {thinking: true}), or leave the reasoning out"
+            )
+        if whole.startswith(prompt):
+            return whole[len(prompt) :]
+        opened = next((tag for tag in _OPENINGS if prompt.rstrip().endswith(tag)), None)
+        header = prompt[: closed.start()] if closed else prompt.rstrip().removesuffix(opened) if opened else prompt
+        body = self._after_header(header, whole, before, message, context)
+        if opened is None or closed:
+            return body
+        if body.startswith(opened):
+            return body.removeprefix(opened)
+        if body.startswith(_OPENINGS[opened][1].strip()):
+            return thought + body
+        body = body.lstrip("\n") if "</think>" in message["content"] else body
+        return thought + _OPENINGS[opened][not thought] + body
+
+    def _after_header(self, header: str, whole: str, before: list[Message], message: Message, context: Context) -> str:
+        if whole.startswith(header):
+            return whole[len(header) :]
+        # An earlier turn is rendered differently: what is shared with another answer to it ends in this turn.
+        other = {key: value for key, value in message.items() if key not in (*REASONING, "tool_calls")}
+        other |= {key: SENTINEL for key in REASONING if key in message}
+        shared = os.path.commonprefix(  # noqa: RUF071 - texts
+            [whole, self.template.render([*before, {**other, "content": SENTINEL}], context)]
+        )
+        opening = header.removeprefix(self.template.render(before, context))
+        place = whole.rfind(opening, 0, len(shared))
+        body = whole[place + len(opening) :]
+        # The header that was found may be an earlier turn's: what follows this turn's is the same after any question.
+        asking = [*before[:-1], {**before[-1], "content": SENTINEL}]
+        if (
+            opening == header
+            or not opening.strip()
+            or place < 0
+            or not self.template.render([*asking, message], context).endswith(opening + body)
+        ):
+            raise BadRow(_NO_PREFIX)
+        return body
+
+    def _ended(self, rest: str, before: list[Message], message: Message, context: Context) -> tuple[str, EndOfTurn]:
+        """An answer without what ends it, and what does: tool calls may end with another token than text does."""
+        tokens: list[tuple[int, str]] = []  # the structural tokens at the end, white space aside
+        remaining = rest
+        while token := next((token for token in self._tokens if remaining.rstrip().endswith(token)), None):
+            remaining = remaining.rstrip().removesuffix(token)
+            tokens.insert(0, (len(remaining), token))
+        place = next((place for place, token in tokens if token == self._end.text), None)
+        if place is not None:
+            return rest[:place], self._end
+        if self._end.text in self._end.tail and tokens and message.get("tool_calls"):
+            place, token = tokens[-1]
+            # A token that is also written between two calls ends a call and not the turn.
+            twice = {**message, "tool_calls": [*message["tool_calls"], *message["tool_calls"]]}
+            try:
+                more = self.template.render([*before, twice], context).count(token)
+            except BadRow:
+                more = 0
+            if more <= self.template.render([*before, message], context).count(token):
+                return rest[:place], EndOfTurn(self._tokens[token], token)
+        return rest.removesuffix(self._end.tail), self._end
+
+    def _check_complete(self, text: str, before: list[Message], message: Message, context: Context) -> tuple[str, ...]:
+        """Status entries of an answer; raises BadRow if a part of it is not rendered."""
+        thought, content = split_reasoning(message)
+        if thought not in text:
+            raise BadRow("reasoning that the chat template does not render; write it into the content, or leave it out")
+        if content.strip() not in text:
+            raise BadRow("the chat template does not render the whole content of an answer")
+        if text.count("</think>") > 1 + content.count("</think>") + thought.count("</think>"):
+            raise BadRow("the chat template writes the reasoning of an answer twice")
+        if calls := message.get("tool_calls"):
+            self._check_calls(calls, text, before, message, context)
+        return () if content in text else (f"cut: {_TRIMMED}",)
+
+    def _check_calls(
+        self, calls: list[Message], text: str, before: list[Message], message: Message, context: Context
+    ) -> None:
+        """Raise BadRow if a name or an argument of a tool call is not rendered.
+
+        Templates write arguments in different ways, so the calls are rendered again with arguments that look the same
+        in all of them.
+        """
+        if not self.template.renders_calls:
+            raise BadRow("the chat template does not render tool calls")
+        known, wanted = [], []
+        for number, call in enumerate(calls):
+            function = call["function"]
+            arguments = as_object(function["arguments"])
+            if arguments is None:
+                if str(function["arguments"]) not in text:
+                    raise BadRow("tool arguments that are not a JSON object and that the chat template changes")
+                continue
+            name = f"\uf8ff{number}\uf8ff"
+            values = {key: f"\uf8ff{number}-{i}\uf8ff" for i, key in enumerate(arguments)}
+            known.append({**call, "function": {**function, "name": name, "arguments": values}})
+            wanted += [name, *values.values()]
+        again = self.template.render([*before, {**message, "tool_calls": known}], context) if known else ""
+        if not all(one in again for one in wanted):
+            raise BadRow("the chat template does not render all tool calls of an answer")
+
+
+# ---- What a row says and a chat template leaves out.
+
+
+def _status(
+    template: ChatTemplate,
+    prompt: str,
+    asked: Sequence[Message],
+    conversations: Sequence[Sequence[Message]],
+    context: Context,
+    answers: Sequence[Answer],
+) -> tuple[str, ...]:
+    """Status entries of the answers, and those for what the template never reads or leaves out of the prompt.
+
+    Raises BadRow if something that a user, a tool or the system said is not in the prompt, whose messages are
+    ``asked``. ``conversations`` holds all messages of the row, in each of its conversations.
+    """
+    found = [f"column {name!r}, which has no effect" for name in context.without_effect]
+    found += [f"variable {name!r}, which the chat template never reads" for name in template.unread(context.kwargs)]
+    if context.tools and not template.reads_tools:
+        found.append("tools, which the chat template does not render")
+    for place, message in enumerate(asked):
+        if message["role"] == "assistant":
+            thought, content = split_reasoning(message)
+            if thought and thought not in prompt:
+                found.append("reasoning of earlier turns, which the chat template drops")
+            if content.strip() not in prompt:
+                found.append("content of earlier answers, which the chat template drops")
+            if message.get("tool_calls") and not template.renders_calls:
+                found.append("tool calls, which the chat template does not render")
+        elif not _is_rendered(template, prompt, asked, place, context):
+            if message["role"] == "system" and not template.has_system_role:
+                raise BadRow(NO_SYSTEM_ROLE)
+            raise BadRow(f"the chat template leaves out a message of role {message['role']!r}")
+    for messages in conversations:
+        found += _unread_keys(template, messages, context)
+    entries = [f"ignored: {what}" for what in found]
+    return tuple(dict.fromkeys([*entries, *(entry for answer in answers for entry in answer.status)]))
+
+
+def _is_rendered(
+    template: ChatTemplate, prompt: str, messages: Sequence[Message], place: int, context: Context
+) -> bool:
+    """Whether the content of a message is in the prompt, unchanged or in a form of the template's own."""
+    content = messages[place]["content"].strip()
+    if content in prompt or json.dumps(content, ensure_ascii=False)[1:-1] in prompt:
+        return True
+    return template.shows(_replaced(messages, place, {**messages[place], "content": SENTINEL}), [SENTINEL], context)
+
+
+def _unread_keys(template: ChatTemplate, messages: Sequence[Message], context: Context) -> Iterator[str]:
+    """Keys of messages that have no usual meaning and do not change the rendered text."""
+    for place, message in enumerate(messages):
+        for key, value in message.items():
+            if key in _USUAL_KEYS or value in ("", [], {}):
+                continue
+            without = _replaced(messages, place, {name: item for name, item in message.items() if name != key})
+            try:
+                unread = template.render(without, context) == template.render(messages, context)
+            except BadRow:
+                unread = False
+            if unread:
+                yield f"{key!r} of a message, which the chat template never reads"
+
+
+def _replaced(messages: Sequence[Message], place: int, message: Message) -> list[Message]:
+    return [*messages[:place], message, *messages[place + 1 :]]

@@ -1,0 +1,510 @@
+"""Data sets to token ids: comparisons, judged responses and conversations.
+
+:class:`Tokenization` is the path of a row: its columns become those that this package knows, then content, text and ids
+within the limits. Whatever happens to a row on this path is in the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import pyarrow.compute as pc
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from simpo.data.chat_template import end_of_turn, frame_of
+from simpo.data.encoding import Encoder
+from simpo.data.formats import (
+    COMPARISON_SHAPES,
+    CONVERSATION_SHAPES,
+    FEEDBACK_SHAPES,
+    Comparison,
+    Conversation,
+    is_comparison,
+    read_comparison,
+    read_conversation,
+    read_feedback,
+)
+from simpo.data.rendering import Rendered, RenderedTurns, Renderer
+from simpo.data.rows import (
+    PART,
+    WHERE,
+    BadRow,
+    DataReport,
+    UnknownShape,
+    as_json,
+    check_dataset,
+    check_unicode,
+    columns_of,
+    is_used,
+    rows_of,
+)
+from simpo.data.settings import TokenizeSettings, fit, fit_turns
+from simpo.data.shapes import FOREIGN_SHAPES, canonical, check_not_rendered, first_canonical
+from simpo.errors import SimpoError
+
+TOKENS = List(Value("int32"))
+UNANSWERED_CUT = "messages after the last answer"
+_TEXT = Value("string")
+_STATUS = "_status"
+# Part of every fingerprint: raise it when the ids made from the same rows and settings change.
+_FORMAT = 7
+_BATCH = 256
+# How many rows are examined for a known shape before the work starts.
+_EXAMINED = 1000
+# Starting processes takes longer than tokenizing fewer rows than this.
+_SMALL = 2000
+_ROWS_PER_PROCESS = 1000
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A tokenized data set.
+
+    Attributes:
+        dataset: columns ``prompt_ids`` (list of int32, never empty), ``response_ids`` (list of lists of
+            int32, best first), ``where`` and ``extra`` (a JSON object of the row's other columns). Conversations
+            for supervised fine-tuning also have ``scored`` (list of lists of bool, as long as ``response_ids``), K-wise
+            comparisons ``scores`` (list of float, descending) and single responses ``label`` (bool).
+        report: what happened to every row.
+    """
+
+    dataset: Dataset
+    report: DataReport
+
+
+def prepare(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, *, label: str = "train"
+) -> Prepared:
+    """Tokenize a data set of comparisons; the result is cached with the data set.
+
+    K-wise rows have ``scores``, the highest first; a data set of pairs only has no such column.
+
+    Args:
+        dataset: rows as :func:`simpo.data.sources.load_rows` gives them, or any data set with the same
+            columns. One that has ``prompt_ids`` and ``response_ids`` is returned as it is.
+        tokenizer: a fast tokenizer. If it has a chat template, everything is rendered with it.
+        settings: lengths, truncation and how to treat bad rows.
+        label: names the data set in the report and in messages.
+
+    Raises:
+        SimpoError: no row of a known shape, too many bad rows, nothing that fits, or a tokenizer or chat
+            template that cannot be used.
+    """
+    prepared = _prepare(Comparisons, dataset, tokenizer, settings, label)
+    if "prompt_ids" in dataset.column_names:
+        return prepared
+    if prepared.dataset.with_format("arrow")["scores"].null_count == len(prepared.dataset):
+        prepared = replace(prepared, dataset=prepared.dataset.remove_columns("scores"))
+    if settings.truncation == "paper":
+        prepared.report.notices.append(
+            "truncation: paper cuts both responses of an overlong comparison to "
+            f"{settings.max_length - settings.prompt_limit} tokens, and responses that were cut have no end-of-turn "
+            "token"
+        )
+    return prepared
+
+
+def prepare_feedback(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, *, label: str = "train"
+) -> Prepared:
+    """Tokenize single responses with labels; as :func:`prepare`, with the column ``label``.
+
+    Raises:
+        SimpoError: as of :func:`prepare`, or labels that are all the same.
+    """
+    prepared = _prepare(_Feedback, dataset, tokenizer, settings, label)
+    found = pc.unique(prepared.dataset.with_format("arrow")["label"]).to_pylist()
+    if len(found) < 2:
+        raise SimpoError(
+            f"{label}: the label of every row is {str(found[0]).lower()}; desirable (true) and undesirable (false) "
+            "responses are needed"
+        )
+    return prepared
+
+
+def prepare_sft(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, *, label: str = "train"
+) -> Prepared:
+    """Tokenize a data set of conversations; as :func:`prepare`, with the column ``scored``.
+
+    A conversation is one prompt, what generation would be fed for its first answer, and one response, everything after
+    it up to the end of the last answer. ``scored`` marks the tokens of the answers, with their end-of-turn tokens.
+
+    Raises:
+        SimpoError: as of :func:`prepare`, or a setting that is for comparisons only.
+    """
+    if settings.truncation == "paper":
+        raise SimpoError("truncation: 'paper' is for comparisons, not for supervised fine-tuning; set prompt or drop")
+    if settings.paper_tokenization:
+        raise SimpoError("paper_tokenization: for comparisons, not for supervised fine-tuning; leave it out")
+    prepared = _prepare(Conversations, dataset, tokenizer, settings, label)
+    most = pc.max(pc.list_value_length(prepared.dataset.with_format("arrow")["response_ids"])).as_py()
+    if most != 1:
+        raise SimpoError(f"{label}: tokenized comparisons with up to {most} responses (simpo train), not conversations")
+    return prepared
+
+
+def is_feedback(dataset: Dataset) -> bool:
+    """Whether a data set, tokenized or not, has unpaired feedback, judging by its columns or its first row."""
+    if "prompt_ids" in dataset.column_names or not len(dataset):
+        return "label" in dataset.column_names
+    row = first_canonical(dataset)
+    return {"prompt", "completion", "label"} <= set(row) and not is_comparison(row)
+
+
+def check_rankings(rows: Dataset, label: str) -> None:
+    """Refuse comparisons that cannot be ranked.
+
+    Raises:
+        SimpoError: a row has one response, more than two without scores, or scores that do not fall from the best to
+            the worst.
+    """
+    counts = pc.list_value_length(rows.with_format("arrow")["response_ids"]).to_pylist()
+    scores = rows.with_format("arrow")["scores"].to_pylist() if "scores" in rows.column_names else [None] * len(rows)
+    for row, (count, given) in enumerate(zip(counts, scores, strict=True)):
+        if count < 2:
+            raise SimpoError(f"{label} row {row} has one response; at least two are compared")
+        if given is None:
+            if count > 2:
+                raise SimpoError(f"{label} row {row} has {count} responses but no scores to rank them by")
+            continue
+        falling = all(a >= b for a, b in pairwise(given)) and given[0] > given[-1]  # false if one of them is NaN
+        if len(given) != count or not falling:
+            raise SimpoError(
+                f"{label} row {row}: there must be one score per response, the best first, and not all equal"
+            )
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> int:
+    """The token that ends every response.
+
+    The paper's code ended responses with EOS, whatever the template's end-of-turn token.
+
+    Raises:
+        SimpoError: there is none.
+    """
+    if not settings.paper_tokenization:
+        return end_of_turn(tokenizer).token_id
+    if tokenizer.eos_token_id is None:
+        raise SimpoError("paper_tokenization: the tokenizer has no EOS; set an eos_token")
+    return tokenizer.eos_token_id
+
+
+# ---- The path of a row.
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A sequence on its way to ids: text (None of a bad row), values of columns that need no ids, status entries."""
+
+    rendered: Rendered | None
+    values: Mapping[str, Any]
+    status: list[str]
+
+
+class Tokenization(ABC):
+    """The function that ``Dataset.map`` runs over batches of rows; a subclass defines what a row becomes.
+
+    Attributes:
+        columns: name -> type of what a row becomes; ``where`` and ``extra`` are added to them.
+        noun: what rows become, in the plural.
+        shapes: the shapes of a row that are accepted.
+        answers: whether the answers of rows from other tools are read, too.
+    """
+
+    columns: ClassVar[Mapping[str, Any]]
+    noun: ClassVar[str]
+    shapes: ClassVar[str]
+    answers: ClassVar[bool] = True
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, label: str) -> None:
+        self.settings, self.label = settings, label
+        self.bos = tokenizer.bos_token_id
+        self.encoder = Encoder(tokenizer)
+        self._has_template = tokenizer.chat_template is not None
+        self._frame = frame_of(tokenizer) if self._has_template else None
+        self.renderer = Renderer(
+            tokenizer,
+            self.encoder.literal,
+            settings.rendering,
+            paper=settings.paper_tokenization,
+            insert_system=settings.auto_insert_empty_system_msg,
+        )
+
+    @abstractmethod
+    def read(self, row: Mapping[str, Any], where: str) -> Any:
+        """The content of a row, with ``extra``, its other columns; raises :class:`BadRow`."""
+
+    @abstractmethod
+    def render(self, content: Any) -> Sequence[Rendered]:
+        """The text of each sequence that the content becomes; raises :class:`BadRow`."""
+
+    def values(self, content: Any) -> Mapping[str, Any]:
+        """Values of the columns that need no ids."""
+        return {}
+
+    @abstractmethod
+    def finish(self, rendered: Any, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
+        """Values of the columns that need the ids of the rendered texts, and status entries; raises :class:`BadRow`."""
+
+    def nothing_fits(self, mapped: Dataset) -> str:
+        """Why no row is left if all are too long."""
+        lengths = [
+            (len(prompt) + max(map(len, responses)), len(prompt))
+            for prompt, responses in zip(mapped["prompt_ids"], mapped["response_ids"], strict=True)
+            if responses
+        ]
+        total, prompt = min(lengths)
+        return (
+            f"no row fits max_length {self.settings.max_length}: the shortest has {total} tokens, "
+            f"its prompt {prompt} (the shortest prompt has {min(prompt for _, prompt in lengths)} tokens); "
+            "raise max_length"
+        )
+
+    def options(self) -> dict[str, Any]:
+        """What the result depends on, in addition to rows and tokenizer."""
+        options = dataclasses.asdict(self.settings)
+        del options["on_bad_row"], options["num_proc"]  # which do not change the result
+        return options
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        """Columns of a batch of rows."""
+        rows = rows_of(batch, indices, self.label)
+        drafts = [draft for row, where in rows for draft in self._drafts(row, where)]
+        ids = iter(self.encoder.encode_groups([draft.rendered for draft in drafts if draft.rendered is not None]))
+        columns: dict[str, list[Any]] = {name: [] for name in (*self.columns, "where", "extra", _STATUS)}
+        for draft in drafts:
+            values, status = draft.values, draft.status
+            if draft.rendered is not None:
+                try:
+                    finished, outcome = self.finish(draft.rendered, next(ids))
+                except BadRow as bad:
+                    finished, outcome = {}, [bad.entry]
+                if not is_used(outcome):
+                    status = [entry for entry in status if entry == PART or entry.startswith("split: ")]
+                values, status = {**values, **finished}, [*status, *outcome]
+            for name, column in columns.items():
+                column.append(status if name == _STATUS else values.get(name))
+        return columns
+
+    def _drafts(self, row: Mapping[str, Any], where: str) -> list[_Draft]:
+        try:
+            row, read = canonical(row, answers=self.answers)
+            if self._has_template:
+                check_not_rendered(row, self._frame)
+            content = self.read(row, where)
+            found = self.render(content)
+            for rendered in found:
+                check_unicode("".join(rendered.texts))
+        except BadRow as bad:
+            return [_Draft(None, {"where": where, "extra": "{}"}, [bad.entry])]
+        values = {**self.values(content), "where": where, "extra": as_json(content.extra)}
+        drafts = [_Draft(rendered, values, list(rendered.status)) for rendered in found]
+        if read:  # which is reported once for each row
+            drafts[0].status.insert(0, f"read: {read}")
+        return drafts
+
+
+class Comparisons(Tokenization):
+    """A row becomes a prompt and its responses."""
+
+    columns: ClassVar = {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "scores": List(Value("float64"))}
+    noun = "comparisons"
+    shapes = f"{COMPARISON_SHAPES}; for objective kto also {{prompt, completion, label}}"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, label: str) -> None:
+        super().__init__(tokenizer, settings, label)
+        self._end = end_token_id(tokenizer, settings)
+
+    def read(self, row: Mapping[str, Any], where: str) -> Comparison:  # noqa: D102
+        return read_comparison(row, where)
+
+    def render(self, content: Comparison) -> list[Rendered]:  # noqa: D102
+        return [self.renderer.render(content)]
+
+    def values(self, content: Comparison) -> Mapping[str, Any]:  # noqa: D102
+        return {"scores": content.scores, "label": content.label}
+
+    def finish(self, rendered: Rendered, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
+        """Ids with BOS and end-of-turn token, within the limits."""
+        prompt = self.encoder.one_bos(ids[0])
+        if not prompt:
+            raise BadRow("empty prompt")
+        responses = []
+        for answer, whole in zip(rendered.answers, ids[1:], strict=True):
+            response = self.encoder.following(ids[0], answer.text, whole, rendered.marker)
+            end = self._end if self.settings.paper_tokenization else answer.end.token_id
+            responses.append(response if response[-1:] == [end] else [*response, end])
+        if len(set(map(tuple, responses))) < len(responses):
+            raise BadRow("identical responses")
+        prompt, responses, status = fit(prompt, responses, self.settings, self.bos)
+        return {"prompt_ids": prompt, "response_ids": responses}, status
+
+
+class _Feedback(Comparisons):
+    """A row becomes a prompt, one response and a label."""
+
+    columns: ClassVar = {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "label": Value("bool")}
+    noun = "judged responses"
+    shapes = FEEDBACK_SHAPES
+
+    def read(self, row: Mapping[str, Any], where: str) -> Comparison:
+        return read_feedback(row, where)
+
+
+class Conversations(Tokenization):
+    """A row becomes a prompt and one response, of which the answers are scored."""
+
+    columns: ClassVar = {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "scored": List(List(Value("bool")))}
+    noun = "conversations"
+    shapes = CONVERSATION_SHAPES
+
+    def read(self, row: Mapping[str, Any], where: str) -> Conversation:  # noqa: D102
+        return read_conversation(row, where)
+
+    def render(self, content: Conversation) -> list[RenderedTurns]:  # noqa: D102
+        sequences = self.renderer.render_turns(content)
+        if content.unanswered:
+            sequences[0] = replace(sequences[0], status=(f"cut: {UNANSWERED_CUT}", *sequences[0].status))
+        return sequences
+
+    def finish(self, rendered: RenderedTurns, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
+        """Ids with BOS and end-of-turn tokens, within the limits, and which are scored.
+
+        An answer's ids are what generation would have to produce after its prompt, and what follows it is as the next
+        answer's prompt has it.
+        """
+        prompt = self.encoder.one_bos(ids[0])
+        if not prompt:
+            raise BadRow("empty prompt")
+        response: list[int] = []
+        scored: list[bool] = []
+        ends: list[int] = []
+        between = rendered.between
+        for k, answer in enumerate(rendered.answers):
+            whole, end = ids[k + 1], len(ids[k + 1])
+            if k < len(between):
+                # Its end-of-turn token, not one of those that end users' turns up to the next answer.
+                positions = [i for i, token_id in enumerate(whole) if token_id == answer.end.token_id]
+                end = positions[-1 - between[k].count(answer.end.text)]
+            own = self.encoder.following(ids[k], answer.text, whole[:end], rendered.marker)
+            rest = whole[end + 1 :]
+            response += [*own, answer.end.token_id, *rest]
+            scored += [True] * (len(own) + 1) + [False] * len(rest)
+            ends.append(len(response) - len(rest))
+        prompt, (kept,), status = fit_turns(prompt, response, ends, self.settings, self.bos)
+        return {"prompt_ids": prompt, "response_ids": [kept], "scored": [scored[: len(kept)]]}, status
+
+
+# ---- The whole data set.
+
+
+def _prepare(
+    kind: type[Tokenization],
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TokenizeSettings,
+    label: str,
+) -> Prepared:
+    """Tokenize a data set, unless it has ``prompt_ids`` and ``response_ids`` already."""
+    check_dataset(dataset, label)
+    if not {"prompt_ids", "response_ids"} <= set(dataset.column_names):
+        return tokenize(dataset, tokenizer, kind(tokenizer, settings, label))
+    report = DataReport(label, rows=len(dataset), used=len(dataset), noun=kind.noun)
+    report.notices.append("already tokenized: taken as it is")
+    return Prepared(dataset, report)
+
+
+def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> Prepared:
+    """Tokenize a data set; the result is cached with it.
+
+    Args:
+        dataset: rows that :func:`simpo.data.rows.check_dataset` accepted.
+        tokenizer: that of the tokenization.
+        tokenization: defines what the rows become.
+
+    Raises:
+        SimpoError: no row of a known shape, too many bad rows, or nothing that fits.
+    """
+    settings, label = tokenization.settings, tokenization.label
+    fingerprint = _fingerprint(dataset, tokenizer, tokenization)
+    dataset = dataset.with_format(None)
+    _check_shapes(dataset, tokenization)
+    mapped = dataset.map(
+        tokenization,
+        batched=True,
+        batch_size=_BATCH,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=Features({**tokenization.columns, "where": _TEXT, "extra": _TEXT, _STATUS: List(_TEXT)}),
+        num_proc=_processes(len(dataset), settings.num_proc),
+        new_fingerprint=fingerprint,
+        desc=f"Tokenizing {label}",
+    )
+    columns = mapped.select_columns(["where", _STATUS])[:]
+    report = DataReport.of(label, zip(columns["where"], columns[_STATUS], strict=True), noun=tokenization.noun)
+    report.check(settings.on_bad_row)
+    if not report.used and all(found is None for found in mapped[next(iter(tokenization.columns))]):
+        raise SimpoError(f"{label}: no row is left; dropped are {', '.join(report.dropped)}")
+    if not report.used:
+        raise SimpoError(f"{label}: {tokenization.nothing_fits(mapped)}")
+    if report.used < report.rows:
+        mapped = mapped.select([index for index, entries in enumerate(columns[_STATUS]) if is_used(entries)])
+    return Prepared(mapped.remove_columns(_STATUS), report)
+
+
+def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
+    """Fail before the work if none of the first rows is of a known shape, naming the columns found."""
+    label, unknown = tokenization.label, None
+    head = range(min(len(dataset), _EXAMINED))
+    for row, where in rows_of(dataset[: len(head)], head, label):
+        try:
+            read, _ = canonical(row, answers=tokenization.answers)
+            tokenization.read(read, where)
+            return
+        except UnknownShape as error:
+            reason = error.reason.replace(f"columns {columns_of(read)}", f"columns {columns_of(row)}")
+            unknown = unknown or f"{where}: {reason}"
+        except BadRow:
+            return
+    raise SimpoError(
+        f"{label}: no row of a recognized shape ({unknown}); accepted are {tokenization.shapes}; also {FOREIGN_SHAPES}"
+    )
+
+
+def _processes(rows: int, wanted: int | None) -> int | None:
+    """Processes to map with; ``None`` is this one."""
+    if rows < _SMALL:
+        return None
+    if wanted is None:
+        # macOS and Windows cannot say which cores a process may use.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        wanted = min(cores, rows // _ROWS_PER_PROCESS)
+    return wanted if wanted > 1 else None
+
+
+def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> str:
+    """Key of the cache: everything that the ids and statuses depend on."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    del backend["padding"], backend["truncation"]  # which calls switch on and off
+    parts = [
+        _FORMAT,
+        tokenization.noun,
+        dataset._fingerprint,
+        None if WHERE in dataset.column_names else tokenization.label,
+        tokenization.options(),
+        backend,
+        tokenizer.chat_template,
+        {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+    ]
+    # Half a digest: datasets appends the process number and allows 64 characters in all.
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
