@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise, permutations
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from simpo.errors import SimpoError
 
@@ -67,8 +67,8 @@ def read_question(prompt: str) -> Question:
     Raises:
         SimpoError: the text is not a question of the world.
     """
-    for name, kind in _KINDS.items():
-        if (match := kind.pattern.fullmatch(prompt)) and (parts := kind.parts(*match.groups())):
+    for name, pattern in _PATTERNS.items():
+        if (match := pattern.fullmatch(prompt)) and (parts := _KINDS[name].parts(*match.groups())):
             return Question(name, prompt, tuple(parts))
     raise SimpoError(f"prompt {prompt[:80]!r}: not a question of the tiny world; give one of simpo.world.questions")
 
@@ -85,9 +85,11 @@ def is_held_out(prompt: str) -> bool:
 def draw_question(rng: Random, *, held_out: bool) -> Question:
     """A random question of the training or of the held-out side, with every kind equally likely."""
     kind = _KINDS[rng.choice(KINDS)]
-    while is_held_out(prompt := kind.template.format(*kind.draw(rng))) != held_out:
-        pass
-    return read_question(prompt)
+    while True:
+        values = iter(kind.draw(rng))
+        prompt = _GAP.sub(lambda gap: str(next(values)), kind.template)  # noqa: B023 - used at once
+        if is_held_out(prompt) == held_out:
+            return read_question(prompt)
 
 
 # ---- What each kind asks for. A kind returns no parts where the values that it was given make no question.
@@ -171,10 +173,30 @@ def _tastes(*names: str) -> list[Part]:
     return parts
 
 
-# ---- How each kind is drawn.
+# ---- The kinds: a template, how its gaps are drawn, and what the question asks for then.
 
 
-def _two(rng: Random, pairs: Iterable[tuple[Any, Any]]) -> list[Any]:
+class _Kind(NamedTuple):
+    template: str
+    draw: Callable[[Random], Iterable[Any]]
+    parts: Callable[..., list[Part]]
+
+
+# The texts that a gap of a template may have, by which a question is read back.
+_GAPS = {
+    "digit": r"\d",
+    "number": r"\d{1,3}",
+    "numbers": r"\d{1,3}(?:, \d{1,3}){1,4}",
+    "word": "|".join(_WORDS),
+    "words": "[a-z]{3}(?:, [a-z]{3}){1,3}",
+    "name": "|".join(_NAMES),
+    "taste": "|".join(_TASTES),
+    "ordinal": "|".join(_ORDINALS),
+    "relation": "larger|smaller",
+}
+
+
+def _two_pairs(rng: Random, pairs: Iterable[tuple[Any, Any]]) -> list[Any]:
     return [value for pair in rng.sample(list(pairs), 2) for value in pair]
 
 
@@ -188,62 +210,41 @@ def _draw_sequence(rng: Random) -> tuple[str]:
     return (", ".join(str(start + step * number) for number in range(given)),)
 
 
-_DIGIT, _NUMBER, _WORD = r"(\d)", r"(\d{1,3})", f"({'|'.join(_WORDS)})"
-_NAME, _TASTE = f"({'|'.join(_NAMES)})", f"({'|'.join(_TASTES)})"
-
-
-class _Kind:
-    """A template with a gap ``{}`` for every value, how values are drawn, and what the question asks for then.
-
-    ``gaps`` are the patterns of the values, by which a question is read back.
-    """
-
-    def __init__(
-        self,
-        template: str,
-        gaps: Sequence[str],
-        draw: Callable[[Random], Sequence[Any]],
-        parts: Callable[..., list[Part]],
-    ) -> None:
-        self.template, self.draw, self.parts = template, draw, parts
-        self.pattern = re.compile(re.escape(template).replace(r"\{\}", "{}").format(*gaps))
-
-
 _KINDS = {
     "sums": _Kind(
-        "What is {} plus {}, and what is {} plus {}?",
-        [_DIGIT] * 4,
-        lambda rng: _two(rng, ((left, right) for left in range(6) for right in range(6))),
+        "What is {digit} plus {digit}, and what is {digit} plus {digit}?",
+        lambda rng: _two_pairs(rng, ((left, right) for left in range(6) for right in range(6))),
         _sums,
     ),
     "differences": _Kind(
-        "What is {} minus {}, and what is {} minus {}?",
-        [_DIGIT] * 4,
-        lambda rng: _two(rng, ((left, right) for left in range(8) for right in range(left + 1))),
+        "What is {digit} minus {digit}, and what is {digit} minus {digit}?",
+        lambda rng: _two_pairs(rng, ((left, right) for left in range(8) for right in range(left + 1))),
         _differences,
     ),
     "comparison": _Kind(
-        "Which is {}, {} or {}?",
-        ["(larger|smaller)", _NUMBER, _NUMBER],
+        "Which is {relation}, {number} or {number}?",
         lambda rng: [rng.choice(("larger", "smaller")), *rng.sample(range(_LARGEST + 1), 2)],
         _comparison,
     ),
-    "order": _Kind("Sort {}, {}, {}.", [_NUMBER] * 3, lambda rng: rng.sample(range(_LARGEST + 1), 3), _order),
-    "reverse": _Kind("Reverse the list {}, {}, {}.", [_WORD] * 3, lambda rng: rng.sample(_WORDS, 3), _reverse),
+    "order": _Kind("Sort {number}, {number}, {number}.", lambda rng: rng.sample(range(_LARGEST + 1), 3), _order),
+    "reverse": _Kind("Reverse the list {word}, {word}, {word}.", lambda rng: rng.sample(_WORDS, 3), _reverse),
     "choice": _Kind(
-        "Which word comes {} in {}, {}, {}, {}?",
-        [f"({'|'.join(_ORDINALS)})", *[_WORD] * 4],
+        "Which word comes {ordinal} in {word}, {word}, {word}, {word}?",
         lambda rng: [rng.choice(_ORDINALS), *rng.sample(_WORDS, 4)],
         _choice,
     ),
-    "count": _Kind("How often does {} occur in {}?", [_WORD, "([a-z]{3}(?:, [a-z]{3}){1,3})"], _draw_count, _count),
-    "sequence": _Kind("Continue {}.", [r"(\d{1,3}(?:, \d{1,3}){1,4})"], _draw_sequence, _sequence),
-    "spelling": _Kind("Spell {} and {}.", [_WORD] * 2, lambda rng: rng.sample(_WORDS, 2), _spelling),
+    "count": _Kind("How often does {word} occur in {words}?", _draw_count, _count),
+    "sequence": _Kind("Continue {numbers}.", _draw_sequence, _sequence),
+    "spelling": _Kind("Spell {word} and {word}.", lambda rng: rng.sample(_WORDS, 2), _spelling),
     "tastes": _Kind(
-        "What are {}'s favorite {} and {}'s favorite {}?",
-        [_NAME, _TASTE] * 2,
-        lambda rng: _two(rng, ((name, what) for what in _TASTES for name in _NAMES)),
+        "What are {name}'s favorite {taste} and {name}'s favorite {taste}?",
+        lambda rng: _two_pairs(rng, ((name, what) for what in _TASTES for name in _NAMES)),
         _tastes,
     ),
 }
 KINDS = tuple(_KINDS)
+_GAP = re.compile(r"\{(\w+)\}")
+_PATTERNS = {
+    name: re.compile(_GAP.sub(lambda gap: f"({_GAPS[gap[1]]})", re.sub(r"[.?]", r"\\\g<0>", kind.template)))
+    for name, kind in _KINDS.items()
+}
