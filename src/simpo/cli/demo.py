@@ -8,7 +8,6 @@ examples:
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -119,13 +118,11 @@ def _align(folder: Path, seed: int, log: Callable[[str], None]) -> None:
         argv = [*positional, *(text for key, value in options.items() for text in (f"--{key}", str(value)))]
         name = command.__name__.rpartition(".")[2]
         log(f"   simpo {name}: {folder / output}")
-        start = time.monotonic()
         with redirect_stdout(StringIO()):
             code = command.main(argv)
         assert code == 0, code
         metrics = read_results(folder / output / "results.json").metrics
-        found = {"/".join(filter(None, (metric.name, metric.stage))): metric.value for metric in metrics}
-        return found | {"seconds": time.monotonic() - start}
+        return {"/".join(filter(None, (metric.name, metric.stage))): metric.value for metric in metrics}
 
     if not (folder / "start").exists():  # complete or absent
         write_model(folder / "start", seed)
