@@ -17,10 +17,10 @@ from benchmarks.memory import peak_mib
 from simpo.cli._shared import parse
 from simpo.models.loading import load_model, load_tokenizer
 from simpo.packing.batching import fill_in_order
-from simpo.packing.forward import divergence_forward, reference_states, responses_of
 from simpo.packing.layout import PackedBatch
 from simpo.packing.logprobs import fused_logprobs
-from simpo.packing.model import prepare_policy
+from simpo.packing.model import prepare_policy, responses_of
+from simpo.packing.scoring import divergence_forward, reference_states
 from simpo.runs.lines import JsonLines
 from simpo.statistics import proportion_interval
 from simpo.training.batches import comparisons_of

@@ -14,10 +14,8 @@ from torch import Tensor
 from benchmarks.entrants import Entrant
 from benchmarks.setting import BETA, GAMMA, Setting, load_comparisons, training_arguments
 from simpo.packing.batching import StepPlan
-from simpo.packing.forward import policy_forward
 from simpo.packing.layout import PackedBatch, TokenizedComparison
-from simpo.packing.model import prepare_policy
-from simpo.packing.selfcheck import choose_path
+from simpo.packing.model import choose_path, policy_forward, prepare_policy
 from simpo.training.trainer import PreferenceConfig, PreferenceTrainer
 
 

@@ -23,8 +23,8 @@ from transformers import AutoModelForSequenceClassification
 from benchmarks.arithmetic import Forward, Shape, packed_forward
 from benchmarks.setting import Setting, build_model, model_config
 from simpo import score_responses
-from simpo.packing.forward import score_answers
 from simpo.packing.layout import TokenizedComparison
+from simpo.packing.scoring import score_answers
 
 Score = Callable[[Sequence[TokenizedComparison]], Tensor]
 

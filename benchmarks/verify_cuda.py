@@ -24,11 +24,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.small_models import KINDS, build, comparisons
 from simpo.packing import kernels
-from simpo.packing.forward import policy_logprobs
 from simpo.packing.kernels import AttentionStyle, by_segment
 from simpo.packing.layout import AttentionLayout, PackedBatch, Span
-from simpo.packing.model import prepare_policy
-from simpo.packing.selfcheck import choose_path, naive_logprobs
+from simpo.packing.model import choose_path, policy_logprobs, prepare_policy
+from simpo.packing.selfcheck import naive_logprobs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUT = (Span(300, (77, 201)), Span(5, (130, 1, 64)), Span(64, (64,)))

@@ -14,9 +14,9 @@ _PUBLIC = {
     "Objective": "simpo.objectives",
     "TokenizedComparison": "simpo.packing.layout",
     "PackedBatch": "simpo.packing.layout",
-    "policy_forward": "simpo.packing.forward",
-    "score_responses": "simpo.packing.forward",
-    "score_answers": "simpo.packing.forward",
+    "policy_forward": "simpo.packing.model",
+    "score_responses": "simpo.packing.scoring",
+    "score_answers": "simpo.packing.scoring",
     "PreferenceConfig": "simpo.training.trainer",
     "PreferenceTrainer": "simpo.training.trainer",
     "SFTConfig": "simpo.training.sft",
@@ -29,8 +29,9 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from simpo.errors import SimpoError
     from simpo.objectives import OBJECTIVES, Objective, Responses
-    from simpo.packing.forward import policy_forward, score_answers, score_responses
     from simpo.packing.layout import PackedBatch, TokenizedComparison
+    from simpo.packing.model import policy_forward
+    from simpo.packing.scoring import score_answers, score_responses
     from simpo.training.reward import RewardConfig, RewardTrainer
     from simpo.training.sft import SFTConfig, SFTTrainer
     from simpo.training.trainer import PreferenceConfig, PreferenceTrainer

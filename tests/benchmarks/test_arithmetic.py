@@ -10,9 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from simpo.packing import logprobs
-from simpo.packing.forward import policy_logprobs
 from simpo.packing.layout import PackedBatch, PaddedRows, TokenizedComparison
-from simpo.packing.selfcheck import choose_path
+from simpo.packing.model import choose_path, policy_logprobs
 
 COMPARISONS = [
     TokenizedComparison([1, 2, 3, 4], [[5, 6, 7], [8, 9]]),

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from simpo import cli, score_responses
 from simpo.models.loading import load_model
 from simpo.models.settings import ModelArguments
-from simpo.packing.forward import policy_logprobs
 from simpo.packing.layout import PackedBatch
-from simpo.packing.model import state_of
+from simpo.packing.model import policy_logprobs, state_of
 from simpo.training import run as workflow
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -11,9 +11,9 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from simpo.errors import SimpoError
-from simpo.packing.forward import reward_forward, score_answers
 from simpo.packing.layout import PackedBatch
-from simpo.packing.model import is_reward_model, state_of
+from simpo.packing.model import is_reward_model, reward_forward, state_of
+from simpo.packing.scoring import score_answers
 
 KINDS = {
     "llama": hf.LlamaForSequenceClassification,

@@ -10,11 +10,10 @@ import transformers
 from datasets import Dataset
 from packaging import version
 
-from simpo.packing.forward import policy_forward, policy_logprobs, score_responses
 from simpo.packing.layout import PackedBatch, Span, TokenizedComparison
-from simpo.packing.model import state_of
+from simpo.packing.model import choose_path, policy_forward, policy_logprobs, state_of
 from simpo.packing.rope import LengthRule
-from simpo.packing.selfcheck import choose_path
+from simpo.packing.scoring import score_responses
 from simpo.training.batches import token_lengths
 
 BORDER = 24

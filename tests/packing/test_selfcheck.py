@@ -11,10 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 
 from simpo.errors import SimpoError
 from simpo.packing.attention import install, uninstall
-from simpo.packing.forward import policy_logprobs, score_answers, score_responses
 from simpo.packing.layout import PackedBatch, TokenizedComparison
-from simpo.packing.model import state_of
-from simpo.packing.selfcheck import choose_path, rows_to_check
+from simpo.packing.model import choose_path, policy_logprobs, state_of
+from simpo.packing.scoring import score_answers, score_responses
+from simpo.packing.selfcheck import rows_to_check
 
 NOT_SHAREABLE = ["mamba", "falcon", "bloom", "stablelm", "lfm2"]
 

@@ -22,9 +22,8 @@ from simpo.models.checkpoint import model_digest
 from simpo.models.loading import load_model, load_tokenizer
 from simpo.models.preparation import disable_dropout
 from simpo.models.settings import ModelArguments
-from simpo.packing.forward import policy_forward, policy_logprobs
 from simpo.packing.layout import PackedBatch
-from simpo.packing.model import state_of
+from simpo.packing.model import policy_forward, policy_logprobs, state_of
 from simpo.training.reference import add_reference, reference_of
 from simpo.training.sharding import settle_sharding
 

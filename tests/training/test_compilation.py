@@ -11,9 +11,8 @@ from torch.nn.attention import varlen as torch_varlen
 
 from simpo.errors import SimpoError
 from simpo.packing import kernels
-from simpo.packing.forward import policy_logprobs
 from simpo.packing.layout import PackedBatch, TokenizedComparison
-from simpo.packing.model import prepare_policy, state_of
+from simpo.packing.model import policy_logprobs, prepare_policy, state_of
 from simpo.training.memory import compile_layers
 
 

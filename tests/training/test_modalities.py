@@ -17,9 +17,8 @@ from simpo import cli
 from simpo.models.loading import load_model
 from simpo.models.preparation import freeze_unreached, unreached_by_text
 from simpo.models.settings import ModelArguments
-from simpo.packing.forward import policy_logprobs
 from simpo.packing.layout import PackedBatch
-from simpo.packing.model import state_of
+from simpo.packing.model import policy_logprobs, state_of
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 16, "patch_size": 8}

@@ -22,8 +22,8 @@ from simpo.models.devices import device
 from simpo.models.loading import load_model, load_tokenizer
 from simpo.models.reward import gated_scores, load_reward_model
 from simpo.models.settings import ModelArguments
-from simpo.packing.forward import score_answers, score_responses
 from simpo.packing.layout import TokenizedComparison
+from simpo.packing.scoring import score_answers, score_responses
 from simpo.runs.log import Log
 from simpo.runs.terminal import progress
 

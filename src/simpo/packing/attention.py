@@ -105,11 +105,17 @@ class UnsupportedAttentionError(Exception):
     """This model's attention needs something that shared-prefix attention does not support."""
 
 
-def install(model: PreTrainedModel) -> None:
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The language model inside a peft model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
+
+
+def install(model: nn.Module) -> None:
     """Route ``model``'s attention through :func:`shared_prefix_attention`, keeping its own for calls without layout.
 
     Raises :class:`UnsupportedAttentionError` if the model does not use transformers' attention interface.
     """
+    model = causal_lm(model)
     own = model.config._attn_implementation
     if own.startswith(PREFIX):
         return
@@ -127,8 +133,9 @@ def install(model: PreTrainedModel) -> None:
     setattr(model, _OWN, own)
 
 
-def uninstall(model: PreTrainedModel) -> None:
+def uninstall(model: nn.Module) -> None:
     """Give ``model`` its own attention back."""
+    model = causal_lm(model)
     name = model.config._attn_implementation
     if name.startswith(PREFIX):
         model.set_attn_implementation(getattr(model, _OWN))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MethodType
 from typing import Any, Literal
 
@@ -18,35 +18,78 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from simpo.errors import SimpoError
+from simpo.objectives import Responses
 from simpo.packing import rope
-from simpo.packing.attention import LAYOUT_ARGUMENT
+from simpo.packing.attention import LAYOUT_ARGUMENT, causal_lm, install
 from simpo.packing.layout import PackedBatch, PaddedRows
 from simpo.packing.logprobs import Head, fused_logprobs
+from simpo.packing.selfcheck import Computation, Kind, Path, PolicyState, check_model, naive_logprobs
 
-Path = Literal["packed", "padded"]
-# What is computed from the unwrapped model, a batch and a path, inside the model's forward.
-Computation = Callable[[PreTrainedModel, PackedBatch, Path], Any]
+# "packed" shares prompts and pads nothing; "padded" gives every response a row of its own; "auto" takes the first if
+# the model proved, once, that both agree.
+ForwardPath = Literal["auto", "packed", "padded"]
 
 _STATE = "_simpo_policy"
 
 
-@dataclass
-class PolicyState:
-    """What the self-check found out about a model.
+# ---- The only way into a model: a batch in, log-probabilities or rewards out.
 
-    Attributes:
-        path: the path that ``"auto"`` stands for; None before the check.
-        fused_head: whether the output layer is a plain matrix product, so that logits need not be materialized.
-        alone: whether a row's numbers depend on the other rows of a padded batch, so that each needs its own forward.
-        lengths: which rows have the same rotary frequencies, if these depend on a row's length.
-        reasons: why a fast path was not taken, for the user.
+
+def policy_forward(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = "auto") -> Responses:
+    """Log-probabilities of the responses of ``batch``, ``[R]`` each, differentiable.
+
+    Args:
+        model: a causal language model of transformers, possibly wrapped (DDP, FSDP, DeepSpeed, peft).
+        batch: the comparisons.
+        path: see :data:`ForwardPath`.
     """
+    return responses_of(batch, inside_forward(model, batch, token_logprobs, path=path))
 
-    path: Path | None = None
-    fused_head: bool = True
-    alone: bool = False
-    lengths: rope.LengthRule | None = None
-    reasons: list[str] = field(default_factory=list)
+
+def policy_logprobs(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = "auto") -> Tensor:
+    """``[S]`` log-probability, in nats, of every scored token of ``batch``, in its order; fp32 (fp64 for fp64)."""
+    return inside_forward(model, batch, token_logprobs, path=path)
+
+
+def reward_forward(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = "auto") -> Tensor:
+    """``[R]`` rewards of the responses of ``batch``; fp32 (fp64 for fp64), differentiable.
+
+    ``model`` is a sequence classifier of transformers with one label, possibly wrapped.
+    """
+    return inside_forward(model, batch, rewards, path=path)
+
+
+def inside_forward(model: nn.Module, batch: PackedBatch, compute: Computation, *, path: ForwardPath = "auto") -> Any:
+    """``compute(unwrapped model, batch, path)`` inside the forward of the, possibly wrapped, ``model``."""
+    inner = prepare_policy(model)
+    path = resolve_path(inner, batch, path)
+    device = next(inner.parameters()).device
+    if device.type != "cpu" and batch.input_ids.device != device:  # weights on the CPU may be offloaded ones
+        batch = batch.to(device)
+    return model(packed_batch=batch, path=path, compute=compute)
+
+
+def resolve_path(inner: PreTrainedModel, batch: PackedBatch, path: ForwardPath) -> Path:
+    """The path that ``inner`` takes, with its attention in place; runs the self-check on ``batch`` if none has been.
+
+    Raises:
+        SimpoError: ``path`` is ``"packed"``, and the model cannot share prompts.
+    """
+    proven = state_of(inner).path or choose_path(inner, batch)
+    if path == "packed" and proven == "padded":
+        raise SimpoError(f"the packed path is not open to this model ({state_of(inner).reasons[-1]}); use 'auto'")
+    chosen = proven if path == "auto" else path
+    if chosen == "packed":
+        install(inner)  # again, if set_attn_implementation took it out
+    return chosen
+
+
+def responses_of(batch: PackedBatch, token_logps: Tensor) -> Responses:
+    """The responses of ``batch`` from the log-probabilities, ``[S]``, of its scored tokens."""
+    lengths, index = batch.lengths.to(token_logps.device), batch.response_of.to(token_logps.device)
+    logp = token_logps.new_zeros(len(lengths)).index_add(0, index, token_logps)
+    return Responses(logp, lengths.to(logp.dtype))
 
 
 # ---- The two hooks in a model: its forward and its output layer.
@@ -116,11 +159,6 @@ def at_output_layer(model: PreTrainedModel, states: Tensor, compute: Callable[[T
 
 
 # ---- The parts of a model.
-
-
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The language model inside a peft model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
 
 
 def find_head(model: PreTrainedModel) -> Head | None:
@@ -228,7 +266,7 @@ def end_states(model: PreTrainedModel, batch: PackedBatch, path: Path) -> Tensor
     return scored_states(model, replace(batch, scored=ends, response_of=responses), path)
 
 
-def own_rewards(model: PreTrainedModel, batch: PackedBatch, path: Path) -> Tensor:
+def own_rewards(model: PreTrainedModel, batch: PackedBatch, path: Path = "padded") -> Tensor:
     """``[R]`` rewards by the model's own forward, one sequence at a time, whatever the ``path``."""
     scores = []
     with reading_last_tokens(model):
@@ -251,3 +289,34 @@ def reading_last_tokens(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         config.pad_token_id = before
+
+
+# ---- The self-check of both kinds of models.
+
+_LANGUAGE_MODEL = Kind(
+    outputs="log-probabilities",
+    own_outputs=naive_logprobs,
+    fused_outputs=token_logprobs,
+    find_head=find_head,
+    without_head="logits are materialised",
+    compared=token_logprobs,
+    relative=False,
+    difference="log-probabilities differ by {:.2g} nats",
+)
+# Paths are compared by hidden states: while the layer that turns them into rewards is untrained, all rewards are alike.
+_REWARD_MODEL = Kind(
+    outputs="rewards",
+    own_outputs=lambda model, batch: model(packed_batch=batch, path="padded", compute=own_rewards),
+    fused_outputs=rewards,
+    find_head=score_head,
+    without_head="every response has a forward of its own",
+    compared=end_states,
+    relative=True,
+    difference="hidden states differ by {:.2g} of their length",
+)
+
+
+def choose_path(model: nn.Module, batch: PackedBatch) -> Path:
+    """Decide how ``model`` computes packed batches: :func:`~simpo.packing.selfcheck.check_model` on ``batch``."""
+    inner = prepare_policy(model)
+    return check_model(inner, state_of(inner), _REWARD_MODEL if is_reward_model(inner) else _LANGUAGE_MODEL, batch)

@@ -1,8 +1,8 @@
 """Rotary embeddings whose frequencies depend on a sequence's length (``longrope``, ``dynamic``), row by row.
 
-transformers takes one set of frequencies for a whole forward, by the largest position in it, and ``dynamic`` also
-remembers the longest sequence so far. Here every row of a forward has the frequencies that the model gives it alone.
-Sequence lengths are read from the position ids, not from a side channel, which would be gone when gradient
+transformers chooses one set of frequencies for a whole forward, by the largest position in it, and ``dynamic`` also
+remembers the longest sequence so far. Here every row of a forward gets the frequencies that the model would give it
+alone. Sequence lengths are read from the position ids and not from a side channel, which would be gone when gradient
 checkpointing recomputes a layer.
 """
 
@@ -28,7 +28,7 @@ class LengthRule(NamedTuple):
 
     Attributes:
         borders: frequencies switch above each of these lengths (``longrope``).
-        growth: above this length every length has frequencies of its own (``dynamic``); None: never.
+        growth: every length above this one has frequencies of its own (``dynamic``); None if there is no such length.
     """
 
     borders: tuple[int, ...] = ()
@@ -39,7 +39,7 @@ class LengthRule(NamedTuple):
         kind = lengths * 0
         for border in self.borders:
             kind = kind - (lengths > border) * 1
-        if self.growth is not None:  # a length is at least 1, so it is none of the numbers above
+        if self.growth is not None:  # a length is at least 1, and the numbers above are at most 0
             grown = lengths > self.growth
             kind = kind * ~grown + lengths * grown
         return kind
@@ -51,12 +51,9 @@ class LengthRule(NamedTuple):
         return [Span(span.prompt, tuple(size for _, size in run)) for _, run in runs]
 
     def repeated_prompts(self, prompts: np.ndarray, sizes: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """``[C]`` tokens that :meth:`split` adds to comparisons.
+        """``[C]`` tokens that :meth:`split` adds to comparisons with ``prompts`` of these lengths, ``[C]``.
 
-        Args:
-            prompts: ``[C]`` lengths of their prompts.
-            sizes: ``[R]`` lengths of all responses.
-            starts: ``[C]`` where each comparison's responses start in ``sizes``.
+        ``sizes`` ``[R]`` are the lengths of all responses, and ``starts`` ``[C]`` where each comparison's begin.
         """
         counts = np.diff(starts, append=len(sizes))
         kinds = self.kinds(sizes + np.repeat(prompts, counts))
@@ -66,14 +63,14 @@ class LengthRule(NamedTuple):
 
 
 def install(model: nn.Module) -> LengthRule | None:
-    """Let the rotary embeddings of ``model`` take every row by itself; None if they do not depend on the length."""
+    """Make the rotary embeddings of ``model`` treat every row by itself; None if they do not depend on the length."""
     rules = []
     for module in model.modules():
         types = getattr(module, "rope_type", None)
         layer_types = list(types) if isinstance(types, dict) else [None]
         found = [rule for layer_type in layer_types if (rule := _rule(module, layer_type)) is not None]
         if found and getattr(module.forward, "__func__", None) is not _row_by_row:
-            if "forward" in module.__dict__:  # a hook, which stays around the module's own forward
+            if "forward" in module.__dict__:  # a hook that wraps the module's own forward
                 module.__dict__[_INSTANCE_FORWARD] = module.forward
             module.forward = MethodType(_row_by_row, module)
         rules += found
@@ -116,22 +113,19 @@ def _row_by_row(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs
     if len(distinct) == 1:
         return alone(position_ids)
     places = [kinds == kind for kind in distinct]
-    parts = [alone(position_ids[place][None]) for place in places]  # [1, n, D] each
-    if isinstance(parts[0], Tensor):
-        return _merged(places, parts)
-    return tuple(_merged(places, several) for several in zip(*parts, strict=True))
+    parts = [alone(position_ids[place][None]) for place in places]  # [1, n, D] each, or tuples of these
 
+    def merged(parts: Sequence[Tensor]) -> Tensor:  # [B, L, D]
+        whole = parts[0].new_empty(*position_ids.shape, parts[0].shape[-1])
+        for place, part in zip(places, parts, strict=True):
+            whole[place] = part[0]
+        return whole
 
-def _merged(places: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
-    """``[B, L, D]`` with the tokens of ``parts``, ``[1, n, D]``, at ``places``, ``[B, L]``."""
-    whole = parts[0].new_empty(*places[0].shape, parts[0].shape[-1])
-    for place, part in zip(places, parts, strict=True):
-        whole[place] = part[0]
-    return whole
+    return merged(parts) if isinstance(parts[0], Tensor) else tuple(map(merged, zip(*parts, strict=True)))
 
 
 def _sequence_lengths(position_ids: Tensor) -> Tensor:
-    """``[B, L]`` length of the sequence that a token belongs to; one starts with a row, and at each position 0."""
+    """``[B, L]`` length of the sequence that a token belongs to; one starts with every row, and at each position 0."""
     starts = position_ids == 0
     starts[:, 0] = True
     sequence = starts.flatten().cumsum(0) - 1
@@ -140,7 +134,7 @@ def _sequence_lengths(position_ids: Tensor) -> Tensor:
 
 
 def _forget(module: Any, layer_type: str | None) -> None:
-    """Undo what earlier forwards left: ``dynamic`` keeps the frequencies of the longest sequence that it has seen."""
+    """Reset ``dynamic``, which keeps the frequencies of the longest sequence that it has seen."""
     prefix = "" if layer_type is None else f"{layer_type}_"
     original, now = (getattr(module, f"{prefix}{name}") for name in ("original_inv_freq", "inv_freq"))
     setattr(module, f"{prefix}inv_freq", original.to(now.device, copy=True))
@@ -148,10 +142,7 @@ def _forget(module: Any, layer_type: str | None) -> None:
 
 
 def separated(batch: PackedBatch, rule: LengthRule) -> PackedBatch:
-    """``batch`` with the prompt repeated where responses of a comparison have other frequencies than their neighbors.
-
-    Responses and scored tokens keep their order.
-    """
+    """``batch`` with the prompt repeated where neighboring responses have different frequencies; order is kept."""
     spans = tuple(part for span in batch.layout.spans for part in rule.split(span))
     if len(spans) == len(batch.layout.spans):
         return batch

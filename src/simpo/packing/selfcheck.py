@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from simpo.packing.attention import UnsupportedAttentionError, install, uninstall
+from simpo.packing.attention import UnsupportedAttentionError, causal_lm, install, uninstall
 from simpo.packing.layout import PackedBatch, TokenizedComparison
-from simpo.packing.model import (
-    Computation,
-    Path,
-    causal_lm,
-    end_states,
-    find_head,
-    is_reward_model,
-    own_rewards,
-    prepare_policy,
-    rewards,
-    score_head,
-    state_of,
-    token_logprobs,
-)
+from simpo.packing.rope import LengthRule
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +31,54 @@ _FIRST = 16  # rows that a sample is chosen from, in addition to the longest of 
 _LARGEST_LOGITS = 2**31  # bytes of a row's logits, which the check materializes
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
+Path = Literal["packed", "padded"]
+# What is computed from the unwrapped model, a batch and a path, inside the model's forward.
+Computation = Callable[[PreTrainedModel, PackedBatch, Path], Any]
+
+
+@dataclass
+class PolicyState:
+    """What the self-check found out about a model.
+
+    Attributes:
+        path: the path that ``"auto"`` stands for; None before the check.
+        fused_head: whether the output layer is a plain matrix product, so that logits need not be materialized.
+        alone: whether a row's numbers depend on the other rows of a padded batch, so that each needs its own forward.
+        lengths: which rows have the same rotary frequencies, if these depend on a row's length.
+        reasons: why a fast path was not taken, for the user.
+    """
+
+    path: Path | None = None
+    fused_head: bool = True
+    alone: bool = False
+    lengths: LengthRule | None = None
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How language models, or reward models, are checked.
+
+    Attributes:
+        outputs: name of what the model computes, ``[n]``.
+        own_outputs: computes them by the model's own forward, one sequence at a time.
+        fused_outputs: computes them by the fused output layer, if there is one.
+        find_head: that output layer; None if it is not understood.
+        without_head: what happens then.
+        compared: what different paths are compared by: the outputs again, or hidden states ``[n, H]``.
+        relative: whether differences of outputs are relative to the largest output, where that is above 1.
+        difference: names what is compared in messages.
+    """
+
+    outputs: str
+    own_outputs: Callable[[PreTrainedModel, PackedBatch], Tensor]
+    fused_outputs: Computation
+    find_head: Callable[[PreTrainedModel], object]
+    without_head: str
+    compared: Computation
+    relative: bool
+    difference: str
+
 
 class NotShareableError(Exception):
     """Why a model's prompts cannot be shared; the text is for the user."""
@@ -57,7 +93,7 @@ def rows_to_check(model: nn.Module, lengths: Sequence[int]) -> list[int]:
     vocabulary = causal_lm(model).config.get_text_config().vocab_size
     fitting = [row for row, length in enumerate(lengths) if length * vocabulary * 4 <= _LARGEST_LOGITS]
     chosen = {*range(min(_FIRST, len(lengths))), max(fitting, key=lambda row: lengths[row], default=0)}
-    if len(lengths) and longest not in chosen and longest not in fitting:
+    if longest not in chosen:
         logger.warning(
             "the check of the fast path leaves out the longest row (row %d, %d tokens): its logits would take %.1f GiB",
             longest,
@@ -67,41 +103,37 @@ def rows_to_check(model: nn.Module, lengths: Sequence[int]) -> list[int]:
     return sorted(chosen)
 
 
-def choose_path(model: nn.Module, batch: PackedBatch) -> Path:
+def check_model(model: PreTrainedModel, state: PolicyState, kind: Kind, batch: PackedBatch) -> Path:
     """Decide, once, how ``model`` computes packed batches, and report which fast paths are not used and why.
 
     The packed path is used if as many attention calls receive the layout as the model has layers, each with the sliding
     window of the configuration, and if its log-probabilities of two comparisons of ``batch`` and a short one agree with
     those of the model's own forward, one sequence at a time. The fused output layer is checked in the same way, and so
-    are padded batches: if a row's numbers depend on its neighbors, every response gets a forward of its own. A reward
-    model's output layer is checked by its rewards, and its path by the hidden states behind them: while the output
-    layer is untrained, all rewards are alike.
+    are padded batches: if a row's numbers depend on its neighbors, every response gets a forward of its own. The
+    findings are written to ``state``.
     """
-    inner = prepare_policy(model)
-    state = state_of(inner)
     reported, state.reasons, state.alone = state.reasons, [], False
-    device = next(inner.parameters()).device
+    device = next(model.parameters()).device
     samples = [_sample(batch.comparisons).to(device)]
     if len(batch.comparisons) > _FIRST:  # without the longest row, in case the model's numbers for it are not finite
         samples.append(_sample(batch.comparisons[:_FIRST]).to(device))
-    with _evaluating(inner), torch.no_grad():
+    with _evaluating(model), torch.no_grad():
         for sample in samples:
             expected = {}
-            for autocast in _precisions(inner, device):
+            for autocast in _precisions(model, device):
                 with _precision(device, autocast):
-                    expected[autocast] = model_outputs(inner, sample)
+                    expected[autocast] = kind.own_outputs(model, sample)
             if all(outputs.isfinite().all() for outputs in expected.values()):
-                state.path = _judge(inner, sample, expected)
+                state.path = _judge(model, state, kind, sample, expected)
                 break
         else:
             state.path, state.fused_head = "padded", False
-            outputs = "rewards" if is_reward_model(inner) else "log-probabilities"
             state.reasons.append(
-                f"its own {outputs} of the first rows are not finite, so nothing could be checked: "
-                f"{_without_head(inner)}, and every response is computed with a prompt of its own, padded"
+                f"its own {kind.outputs} of the first rows are not finite, so nothing could be checked: "
+                f"{kind.without_head}, and every response is computed with a prompt of its own, padded"
             )
     for reason in set(state.reasons) - set(reported):
-        logger.warning("%s: %s", type(causal_lm(inner)).__name__, reason)
+        logger.warning("%s: %s", type(causal_lm(model)).__name__, reason)
     return state.path
 
 
@@ -143,18 +175,7 @@ def _precision(device: torch.device, autocast: bool) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), enabled=autocast)
 
 
-def _without_head(model: PreTrainedModel) -> str:
-    return "every response has a forward of its own" if is_reward_model(model) else "logits are materialised"
-
-
 # ---- What is compared: the model's own outputs, one sequence at a time, and how large a difference may be.
-
-
-def model_outputs(model: PreTrainedModel, sample: PackedBatch) -> Tensor:
-    """Outputs of the model's own forward, one sequence at a time: rewards, ``[R]``, or log-probabilities, ``[S]``."""
-    if is_reward_model(model):
-        return model(packed_batch=sample, path="padded", compute=own_rewards)
-    return naive_logprobs(model, sample)
 
 
 def naive_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -184,19 +205,18 @@ def unpacked_outputs(model: PreTrainedModel, sample: PackedBatch, compute: Compu
     return torch.cat([model(packed_batch=batch.to(device), path="padded", compute=compute) for batch in alone])
 
 
-def differences(found: Tensor, expected: Tensor, model: nn.Module) -> Tensor:
-    """Differences: log-probabilities in nats, hidden states relative to their norm, rewards to max(largest, 1)."""
+def _differences(found: Tensor, expected: Tensor, kind: Kind) -> Tensor:
+    """Of hidden states relative to their norm, of outputs absolute or relative to max(largest, 1)."""
     if expected.dim() == 2:
         return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    scale = expected.abs().max().clamp(min=1) if is_reward_model(model) else 1
+    scale = expected.abs().max().clamp(min=1) if kind.relative else 1
     return (found - expected).abs() / scale
 
 
-def _agree(found: Tensor, expected: Tensor, model: nn.Module) -> bool:
+def _agree(differences: Tensor, model: nn.Module) -> bool:
     mean, maximum = _TOLERANCE[computes_in(model)]
-    difference = differences(found, expected, model)
     # written so that a NaN disagrees
-    return bool(difference.mean() <= mean) and bool(difference.max() <= maximum)
+    return bool(differences.mean() <= mean) and bool(differences.max() <= maximum)
 
 
 def computes_in(model: nn.Module) -> torch.dtype:
@@ -223,47 +243,43 @@ def rounding_tolerance(rounding: float, dtype: torch.dtype) -> float:
 # ---- The checks. ``expected`` has the model's own outputs, by whether autocast is on.
 
 
-def _judge(model: PreTrainedModel, sample: PackedBatch, expected: dict[bool, Tensor]) -> Path:
+def _judge(
+    model: PreTrainedModel, state: PolicyState, kind: Kind, sample: PackedBatch, expected: dict[bool, Tensor]
+) -> Path:
     """Decide on the output layer and the path, and write down the reasons."""
-    state, device = state_of(model), sample.input_ids.device
-    state.fused_head = True
+    device = sample.input_ids.device
+    state.fused_head = kind.find_head(model) is not None
     for autocast, outputs in expected.items():
-        with _precision(device, autocast):
-            state.fused_head = state.fused_head and _head_agrees(model, sample, outputs)
+        if state.fused_head:
+            with _precision(device, autocast):
+                fused = unpacked_outputs(model, sample, kind.fused_outputs)
+                state.fused_head = _agree(_differences(fused, outputs, kind), model)
     if not state.fused_head:
-        state.reasons.append(f"its output layer is not a plain matrix product: {_without_head(model)}")
-        if is_reward_model(model):
+        state.reasons.append(f"its output layer is not a plain matrix product: {kind.without_head}")
+        if kind.compared is not kind.fused_outputs:  # hidden states say nothing about outputs of an unknown layer
             return "padded"
     for autocast in expected:
         with _precision(device, autocast):
-            _check_padded(model, sample)
+            _check_padded(model, state, kind, sample)
     try:
-        install(causal_lm(model))
+        install(model)
         for autocast, outputs in expected.items():
             with _precision(device, autocast):
-                _check_packed(model, sample, outputs)
+                _check_packed(model, kind, sample, outputs)
         return "packed"
     except (NotShareableError, UnsupportedAttentionError) as error:
-        uninstall(causal_lm(model))
+        uninstall(model)
         padded = "computed by itself" if state.alone else "computed with a prompt of its own, padded"
         state.reasons.append(f"{error}: every response is {padded}")
         return "padded"
 
 
-def _head_agrees(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> bool:
-    reward = is_reward_model(model)
-    if (score_head(model) if reward else find_head(model)) is None:
-        return False
-    return _agree(unpacked_outputs(model, sample, rewards if reward else token_logprobs), expected, model)
-
-
-def _check_padded(model: PreTrainedModel, sample: PackedBatch) -> None:
+def _check_padded(model: PreTrainedModel, state: PolicyState, kind: Kind, sample: PackedBatch) -> None:
     """Set ``alone`` if padded rows differ from the same rows alone by more than any batch does by rounding."""
-    compute = end_states if is_reward_model(model) else token_logprobs
 
     def worst(batch: PackedBatch) -> float:
-        found = model(packed_batch=batch, path="padded", compute=compute)
-        return differences(found, unpacked_outputs(model, batch, compute), model).max().item()
+        found = model(packed_batch=batch, path="padded", compute=kind.compared)
+        return _differences(found, unpacked_outputs(model, batch, kind.compared), kind).max().item()
 
     # one response twice: there is no padding, and any difference is rounding
     first = sample.comparisons[0]
@@ -271,25 +287,24 @@ def _check_padded(model: PreTrainedModel, sample: PackedBatch) -> None:
     rounding, difference = worst(twice.to(sample.input_ids.device)), worst(sample)
     maximum = _TOLERANCE[computes_in(model)][1]
     if not difference <= min(maximum, rounding_tolerance(rounding, computes_in(model))):  # NaN counts as different
-        state_of(model).alone = True
-        state_of(model).reasons.append(
+        state.alone = True
+        state.reasons.append(
             f"padded batches change its numbers by {difference:.2g}: where prompts are not shared, every response has "
             "a forward of its own"
         )
 
 
-def _check_packed(model: PreTrainedModel, sample: PackedBatch, expected: Tensor) -> None:
+def _check_packed(model: PreTrainedModel, kind: Kind, sample: PackedBatch, expected: Tensor) -> None:
     """Raise :class:`NotShareableError` unless the packed forward is complete and right."""
     config = causal_lm(model).config.get_text_config()
-    kinds = list(getattr(config, "layer_types", None) or [])
-    if set(kinds) - _ATTENTION_TYPES:
-        raise NotShareableError(f"it has layers of type {', '.join(sorted(set(kinds) - _ATTENTION_TYPES))}")
+    layers = list(getattr(config, "layer_types", None) or [])
+    if unknown := set(layers) - _ATTENTION_TYPES:
+        raise NotShareableError(f"it has layers of type {', '.join(sorted(unknown))}")
     probing = sample.probing()
-    compute: Computation = token_logprobs
-    if is_reward_model(model):
-        compute, expected = end_states, unpacked_outputs(model, sample, end_states)
+    if kind.compared is not kind.fused_outputs:
+        expected = unpacked_outputs(model, sample, kind.compared)
     try:
-        found = model(packed_batch=probing, path="packed", compute=compute)
+        found = model(packed_batch=probing, path="packed", compute=kind.compared)
     except Exception as error:  # whatever the forward of an unknown model raises, it means the same
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotShareableError(f"its forward does not take a packed batch ({first_line})") from error
@@ -299,16 +314,15 @@ def _check_packed(model: PreTrainedModel, sample: PackedBatch, expected: Tensor)
             f"{len(windows)} of its {config.num_hidden_layers} layers hand the layout on to their attention"
         )
     sliding = [window for window in windows if window is not None]
-    if len(sliding) != _sliding_layers(config, kinds) or set(sliding) - {getattr(config, "sliding_window", None)}:
-        raise NotShareableError("its attention is not told of its sliding windows")
-    if not _agree(found, expected, model):
-        worst = differences(found, expected, model).max().item()
-        what, unit = ("hidden states", "of their length") if is_reward_model(model) else ("log-probabilities", "nats")
-        raise NotShareableError(f"packed and separate {what} differ by {worst:.2g} {unit}")
+    if len(sliding) != _sliding_layers(config, layers) or set(sliding) - {getattr(config, "sliding_window", None)}:
+        raise NotShareableError("its attention does not receive its sliding windows")
+    differences = _differences(found, expected, kind)
+    if not _agree(differences, model):
+        raise NotShareableError(f"packed and separate {kind.difference.format(differences.max().item())}")
 
 
-def _sliding_layers(config: Any, kinds: list[str]) -> int:
+def _sliding_layers(config: Any, layers: list[str]) -> int:
     """How many layers have a sliding window according to the configuration."""
     if getattr(config, "sliding_window", None) is None or getattr(config, "use_sliding_window", True) is False:
         return 0
-    return kinds.count("sliding_attention") if kinds else config.num_hidden_layers
+    return layers.count("sliding_attention") if layers else config.num_hidden_layers

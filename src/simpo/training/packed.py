@@ -30,10 +30,9 @@ from simpo.models.loading import load_model
 from simpo.models.preparation import disable_dropout, freeze_unreached, keep_gradients
 from simpo.models.settings import ModelArguments
 from simpo.packing.batching import MicroBatch, StepPlan, check_budget
-from simpo.packing.forward import ForwardPath, policy_forward, resolve_path
 from simpo.packing.layout import PackedBatch
-from simpo.packing.model import prepare_policy, state_of
-from simpo.packing.selfcheck import choose_path, rows_to_check
+from simpo.packing.model import ForwardPath, choose_path, policy_forward, prepare_policy, resolve_path, state_of
+from simpo.packing.selfcheck import rows_to_check
 from simpo.training.batches import (
     ComparisonRows,
     PlannedBatch,

@@ -27,8 +27,9 @@ from simpo.errors import SimpoError
 from simpo.models.adapters import weights_below
 from simpo.models.devices import from_main
 from simpo.models.zero import exchange_partitions, gathered, is_partitioned
-from simpo.packing.forward import ReferenceStates, policy_forward, reference_states
 from simpo.packing.layout import PackedBatch
+from simpo.packing.model import policy_forward
+from simpo.packing.scoring import ReferenceStates, reference_states
 from simpo.runs.atomic import write_text
 from simpo.runs.terminal import Advance, progress
 from simpo.training.batches import MISMATCHED_IDS, MISMATCHED_REF_LOGP, REF_LOGPS, response_counts

@@ -26,8 +26,7 @@ from simpo.models.reward import choose_padding, load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.objectives.reward import bradley_terry, centring
 from simpo.packing.batching import MicroBatch
-from simpo.packing.forward import reward_forward
-from simpo.packing.model import is_reward_model
+from simpo.packing.model import is_reward_model, reward_forward
 from simpo.training.batches import LEVELS, WEIGHT, ComparisonRows, PlannedBatch, Scores, response_counts
 from simpo.training.held_out import LENGTHS, MARGINS
 from simpo.training.packed import PackedTrainer

@@ -19,7 +19,8 @@ from simpo.data.settings import TokenizeSettings
 from simpo.data.tokenizing import Prepared, check_rankings, is_feedback, prepare, prepare_feedback
 from simpo.errors import SimpoError, check_all
 from simpo.objectives import OBJECTIVES, Objective, Responses, reference_point, sft_term
-from simpo.packing.forward import divergence_forward, mean_by_comparison, policy_forward
+from simpo.packing.model import policy_forward
+from simpo.packing.scoring import divergence_forward, mean_by_comparison
 from simpo.training.batches import MISMATCHED_REF_LOGP, PlannedBatch, widest_type
 from simpo.training.packed import PackedTrainer
 from simpo.training.reference import ReferenceModel, mismatched_rows, with_mismatched

@@ -24,8 +24,8 @@ from simpo.models.checkpoint import Checkpoint
 from simpo.models.devices import free_memory
 from simpo.models.loading import load_tokenizer
 from simpo.models.settings import ModelArguments
-from simpo.packing.forward import score_responses
 from simpo.packing.layout import TokenizedComparison
+from simpo.packing.scoring import score_responses
 from simpo.runs.atomic import write_text
 from simpo.runs.lines import read_lines
 from simpo.runs.log import Log

@@ -10,9 +10,8 @@ import torch
 import transformers as hf
 
 from simpo.packing import attention
-from simpo.packing.forward import policy_forward, policy_logprobs
 from simpo.packing.layout import PackedBatch, TokenizedComparison
-from simpo.packing.model import prepare_policy, state_of
+from simpo.packing.model import policy_forward, policy_logprobs, prepare_policy, state_of
 
 SHAREABLE = [
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "mixtral"),

@@ -1,0 +1,159 @@
+"""Scores of comparisons by a model: log-probabilities, rewards, and divergence from a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from simpo.errors import SimpoError
+from simpo.objectives import Responses
+from simpo.packing.batching import fill_in_order
+from simpo.packing.layout import PackedBatch, TokenizedComparison
+from simpo.packing.logprobs import Head, fused_kl, fused_logprobs
+from simpo.packing.model import (
+    ForwardPath,
+    at_output_layer,
+    inside_forward,
+    plain_head,
+    policy_forward,
+    prepare_policy,
+    resolve_path,
+    responses_of,
+    reward_forward,
+    scored_states,
+    state_of,
+)
+from simpo.packing.selfcheck import Path, rows_to_check
+
+# ---- Any number of comparisons, in batches of a bounded size.
+
+
+def score_responses(
+    model: nn.Module,
+    comparisons: Sequence[TokenizedComparison],
+    *,
+    max_batch_tokens: int = 16384,
+    path: ForwardPath = "auto",
+) -> Responses:
+    """Log-probabilities of all responses, ``[R]``, comparison by comparison and response by response.
+
+    Differentiable; wrap the call in ``torch.no_grad()`` where gradients are not wanted.
+
+    Args:
+        model: a causal language model of transformers, possibly wrapped.
+        comparisons: prompts with their responses.
+        max_batch_tokens: tokens of one forward (padding included on the padded path).
+        path: see :data:`~simpo.packing.model.ForwardPath`.
+
+    Raises:
+        ValueError: no comparisons.
+        SimpoError: a comparison is longer than ``max_batch_tokens``.
+    """
+    batches = bounded_batches(model, comparisons, max_batch_tokens=max_batch_tokens, path=path)
+    parts = [policy_forward(model, batch, path=taken) for batch, taken in batches]
+    return Responses(torch.cat([part.logp for part in parts]), torch.cat([part.length for part in parts]))
+
+
+def score_answers(
+    model: nn.Module,
+    comparisons: Sequence[TokenizedComparison],
+    *,
+    max_batch_tokens: int = 16384,
+    path: ForwardPath = "auto",
+) -> Tensor:
+    """Rewards of all responses, ``[R]``, comparison by comparison and response by response, differentiable.
+
+    ``model`` is a sequence classifier of transformers with one label, possibly wrapped; responses end with their
+    end-of-turn token. Other arguments and errors are those of :func:`score_responses`.
+    """
+    batches = bounded_batches(model, comparisons, max_batch_tokens=max_batch_tokens, path=path)
+    return torch.cat([reward_forward(model, batch, path=taken) for batch, taken in batches])
+
+
+def bounded_batches(
+    model: nn.Module, comparisons: Sequence[TokenizedComparison], *, max_batch_tokens: int, path: ForwardPath
+) -> Iterator[tuple[PackedBatch, Path]]:
+    """Batches of ``comparisons``, in their order, of at most ``max_batch_tokens`` each, and the path that they take."""
+    if not comparisons:
+        raise ValueError("there is nothing to score: give at least one comparison")
+    inner = prepare_policy(model)
+    sample = comparisons[:1]
+    if state_of(inner).path is None:
+        sample = [comparisons[i] for i in rows_to_check(inner, [c.packed_length for c in comparisons])]
+    taken = resolve_path(inner, PackedBatch.build(sample), path)
+    packed, rule = taken == "packed", state_of(inner).lengths
+    lengths = [c.packed_length if packed else c.padded_length for c in comparisons]
+    if packed and rule is not None:  # responses with different rotary frequencies do not share their prompt
+        lengths = [sum(part.total for part in rule.split(c.span)) for c in comparisons]
+    rows = None if packed else [len(c.response_ids) for c in comparisons]
+    for run in fill_in_order(lengths, max_batch_tokens, rows):
+        yield PackedBatch.build([comparisons[i] for i in run]), taken
+
+
+# ---- A reference next to the policy, and how far the policy has moved away from it.
+
+
+class ReferenceStates(NamedTuple):
+    """What a reference predicts ``S`` scored tokens from: hidden states ``[S, H]`` and its output layer."""
+
+    hidden: Tensor
+    head: Head
+
+
+def reference_states(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = "auto") -> ReferenceStates:
+    """The states of ``model`` as it is now, unaffected by later changes of its weights' data; without gradients.
+
+    Raises:
+        SimpoError: the model's output layer is not a plain matrix product.
+    """
+
+    def compute(inner: PreTrainedModel, batch: PackedBatch, path: Path) -> ReferenceStates:
+        def detached(tensor: Tensor) -> Tensor:  # FSDP frees what it has gathered
+            return tensor.detach().clone() if isinstance(inner, FSDPModule) else tensor.detach()
+
+        def keep(hidden: Tensor, head: Head) -> ReferenceStates:
+            bias = None if head.bias is None else detached(head.bias)
+            return ReferenceStates(hidden, replace(head, weight=detached(head.weight), bias=bias))
+
+        _check_head(inner)
+        return at_output_layer(inner, scored_states(inner, batch, path), keep)
+
+    with torch.no_grad():
+        return inside_forward(model, batch, compute, path=path)
+
+
+def divergence_forward(
+    model: nn.Module, batch: PackedBatch, reference: ReferenceStates, *, path: ForwardPath = "auto"
+) -> tuple[Responses, Tensor]:
+    """As :func:`~simpo.packing.model.policy_forward`, and ``[S]`` KL(policy || reference) at every scored token."""
+
+    def compute(inner: PreTrainedModel, batch: PackedBatch, path: Path) -> tuple[Tensor, Tensor]:
+        def both(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+            return fused_logprobs(hidden, head, batch.targets), fused_kl(hidden, head, *reference)
+
+        _check_head(inner)
+        return at_output_layer(inner, scored_states(inner, batch, path), both)
+
+    token_logps, divergence = inside_forward(model, batch, compute, path=path)
+    return responses_of(batch, token_logps), divergence
+
+
+def mean_by_comparison(batch: PackedBatch, values: Tensor) -> Tensor:
+    """``[C]`` means of ``values`` ``[S]`` over the scored tokens of each comparison, all responses together."""
+    owner = batch.layout.index.comparison_of[batch.scored]
+    sums = values.new_zeros(len(batch.weights)).index_add(0, owner, values)
+    return sums / torch.zeros_like(sums).index_add(0, owner, torch.ones_like(values))
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    if plain_head(model) is None:
+        raise SimpoError(
+            f"kl_weight: {type(model).__name__}'s output layer is not a plain matrix product, which the KL term needs; "
+            "set kl_weight: 0"
+        )
