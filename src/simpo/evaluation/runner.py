@@ -170,8 +170,6 @@ class JudgedSettings(AnswerSettings):
 
     def __post_init__(self) -> None:
         check_file("judge_prompt", self.api.judge_prompt)
-        if self.api.judge_max_tokens is not None and self.api.judge_max_tokens < 1:
-            raise SimpoError(f"judge_max_tokens: must be at least 1, not {self.api.judge_max_tokens}")
         if self.answer_file is not None and not self.answer_file.is_file():
             raise SimpoError(f"model: {self.answer_file}: there is no such file of answers")
 

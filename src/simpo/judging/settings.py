@@ -45,16 +45,16 @@ class ApiSettings:
         default=False, metadata={"help": "Show judges the answers without the thinking that they begin with."}
     )
 
-    def client(self) -> ChatClient | None:
-        """The client of the server; None if no server is named.
-
-        Raises:
-            SimpoError: only one of server and model is named, or one of them cannot be used.
-        """
-        if self.judge_url is None and self.judge_model is None:
-            return None
-        if self.judge_url is None or self.judge_model is None:
+    def __post_init__(self) -> None:
+        if (self.judge_url is None) != (self.judge_model is None):
             raise SimpoError("judge_url and judge_model: name both or none")
+        if self.judge_max_tokens is not None and self.judge_max_tokens < 1:
+            raise SimpoError(f"judge_max_tokens: must be at least 1, not {self.judge_max_tokens}")
+
+    def client(self) -> ChatClient | None:
+        """The client of the server, None if no server is named; raises :class:`SimpoError` if it cannot be used."""
+        if self.judge_url is None or self.judge_model is None:
+            return None
         endpoint = Endpoint(
             self.judge_url, self.judge_model, self.judge_key_env, self.judge_concurrency, self.judge_timeout
         )
