@@ -76,21 +76,13 @@ def gather(records: Iterable[Mapping[str, Any]], prompts: int) -> list[list[Samp
 
 
 class ChunkFiles:
-    """The chunks in a run folder, one file per process; they are removed when the run is finished.
-
-    Args:
-        folder: the run's folder, which all processes share.
-    """
+    """The chunks in a run folder that all processes share, one file per process; removed when the run is finished."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def open(self, rank: int) -> JsonLines:
-        """The file that the process ``rank`` writes.
-
-        Raises:
-            SimpoError: see :class:`simpo.runs.lines.JsonLines`.
-        """
+        """The file that the process ``rank`` writes."""
         # The manifest of a finished run does not list names that start with a dot.
         return JsonLines(self._folder / f".chunks-{rank}.jsonl")
 
@@ -98,9 +90,6 @@ class ChunkFiles:
         """Every chunk that any process has stored, in any order.
 
         No process may be writing, because opening a file drops an incomplete last line.
-
-        Raises:
-            SimpoError: a file is damaged.
         """
         seen: set[int] = set()
         for path in sorted(self._folder.glob(".chunks-*.jsonl")):
@@ -110,6 +99,6 @@ class ChunkFiles:
                     yield record
 
     def remove(self) -> None:
-        """Remove all files."""
+        """Remove the files."""
         for path in self._folder.glob(".chunks-*.jsonl"):
             path.unlink()

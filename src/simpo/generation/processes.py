@@ -35,11 +35,7 @@ class Processes:
 
     @classmethod
     def join(cls) -> Processes:
-        """Join the processes that were started together; each takes an accelerator of its own if there are any.
-
-        Raises:
-            SimpoError: there are more processes than accelerators.
-        """
+        """Join the processes that were started together; each takes an accelerator of its own if there are any."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         number = int(os.environ.get("LOCAL_RANK", "0"))
@@ -60,20 +56,12 @@ class Processes:
         return self.rank == 0
 
     def from_main(self, value: Any = None) -> Any:
-        """The main process's ``value`` in every process; all have to call it.
-
-        Raises:
-            SimpoError: another process has ended.
-        """
+        """The main process's ``value`` in every process; all have to call it."""
         with _peer_errors():
             return from_main(value, self.group)
 
     def wait(self) -> None:
-        """Return when every process has called it.
-
-        Raises:
-            SimpoError: another process has ended.
-        """
+        """Return when every process has called it."""
         if self.size > 1:
             with _peer_errors():
                 dist.barrier(group=self.group)
@@ -81,6 +69,7 @@ class Processes:
 
 @contextmanager
 def _peer_errors() -> Iterator[None]:
+    """Turn the error of a group whose other process has ended into one line."""
     try:
         yield
     except RuntimeError as error:

@@ -114,11 +114,7 @@ class ModelScorer(Scorer):
         return {"judge": self._kind, "model": model_digest(self._arguments), "dtype": self._arguments.dtype}
 
     def prepare(self) -> None:
-        """Load the weights unless they are loaded.
-
-        Raises:
-            SimpoError: the model cannot be loaded, or is a model of another kind.
-        """
+        """Load the weights unless they are loaded; raises :class:`SimpoError` for a model of another kind."""
         if self._model is not None:
             return
         name = self._arguments.model_name_or_path
@@ -133,11 +129,7 @@ class ModelScorer(Scorer):
         self._model = model.to(device()).eval()
 
     def score(self, rows: Sequence[Answers]) -> list[list[float]]:
-        """The model's scores.
-
-        Raises:
-            SimpoError: the model cannot be loaded, or a row does not fit it.
-        """
+        """The model's scores; raises :class:`SimpoError` if a row does not fit the model."""
         self.prepare()
         limits = Limits.of(self._model.config)
         scores: list[list[float]] = []

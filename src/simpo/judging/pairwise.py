@@ -69,11 +69,7 @@ class PairwiseApiJudge(Judge):
         return self.client.estimate(self.requests(pairs))
 
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """The mean verdict over both orders.
-
-        Raises:
-            SimpoError: see :meth:`simpo.client.ChatClient.complete`.
-        """
+        """The mean verdict over both orders; fails like :meth:`simpo.client.ChatClient.complete`."""
         replies = iter(self.client.complete(self.requests(pairs), despite_refusals=True, log=self._log))
         return [0.5 if pair.a == pair.b else self._verdict(next(replies), next(replies)) for pair in pairs]
 
@@ -128,11 +124,7 @@ class TournamentScorer(Scorer):
         return self._judge.estimate([pair for row in rows for pair in _all_pairs(row)])
 
     def score(self, rows: Sequence[Answers]) -> list[list[float | None]]:
-        """Mean win probabilities.
-
-        Raises:
-            SimpoError: as the judge.
-        """
+        """Mean win probabilities."""
         verdicts = iter(self._judge.compare([pair for row in rows for pair in _all_pairs(row)]))
         scores = []
         for row in rows:

@@ -51,13 +51,22 @@ class Pair:
     context: Context = field(default_factory=Context)
 
 
-class Scorer(ABC):
-    """Scores single responses; the higher the score, the better the response."""
+class _Priced(ABC):
+    """What scorers and judges share."""
 
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Everything that determines the scores, as JSON values."""
+        """Everything that determines the scores or verdicts, as JSON values."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """The requests sent to a server so far; None for a scorer or judge that does not use one."""
+        return None
+
+
+class Scorer(_Priced):
+    """Scores single responses; the higher the score, the better the response."""
 
     @abstractmethod
     def score(self, rows: Sequence[Answers]) -> Sequence[Sequence[float | None]]:
@@ -67,20 +76,15 @@ class Scorer(ABC):
             SimpoError: a row cannot be scored; names it.
         """
 
-    def prepare(self) -> None:  # noqa: B027 - optional
+    def prepare(self) -> None:
         """Load what scoring needs, so that a mistake shows before a run folder is created."""
 
     def estimate(self, rows: Sequence[Answers]) -> Estimate:
         """The requests that :meth:`score` would send to a server."""
         return Estimate()
 
-    @property
-    def usage(self) -> Usage | None:
-        """The requests sent so far; None for a scorer that does not use a server."""
-        return None
 
-
-class Judge(ABC):
+class Judge(_Priced):
     """Decides which of two responses is better.
 
     Attributes:
@@ -88,11 +92,6 @@ class Judge(ABC):
     """
 
     conflicting = 0
-
-    @property
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """Everything that determines the verdicts, as JSON values."""
 
     @abstractmethod
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
@@ -109,11 +108,6 @@ class Judge(ABC):
     def estimate(self, pairs: Sequence[Pair]) -> Estimate:
         """The requests that :meth:`compare` would send to a server."""
         return Estimate()
-
-    @property
-    def usage(self) -> Usage | None:
-        """The requests sent so far; None for a judge that does not use a server."""
-        return None
 
 
 def check_scores(scores: Sequence[Sequence[float | None]], rows: Sequence[Answers], scorer: str) -> None:

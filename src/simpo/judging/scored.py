@@ -32,11 +32,7 @@ class ScorerJudge(Judge):
         return self._scorer.identity
 
     def margins(self, pairs: Sequence[Pair]) -> list[float]:
-        """By how much the score of ``a`` exceeds the score of ``b``; an answer in several pairs is scored once.
-
-        Raises:
-            SimpoError: as the scorer, or its scores are not numbers.
-        """
+        """By how much the score of ``a`` exceeds the score of ``b``; an answer in several pairs is scored once."""
         groups: dict[str, list[Pair]] = {}
         for pair in pairs:
             groups.setdefault(_key(pair), []).append(pair)
@@ -53,11 +49,7 @@ class ScorerJudge(Judge):
         return [scores[_key(pair)][pair.a] - scores[_key(pair)][pair.b] for pair in pairs]
 
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """1, 0, or 0.5 for equal scores.
-
-        Raises:
-            SimpoError: see :meth:`margins`.
-        """
+        """1, 0, or 0.5 for equal scores."""
         return [verdict_of(margin) for margin in self.margins(pairs)]
 
 
@@ -77,11 +69,7 @@ class ExactScorer(Scorer):
     identity: ClassVar[dict[str, Any]] = {"judge": "exact"}
 
     def score(self, rows: Sequence[Answers]) -> list[list[float]]:
-        """The exact judge's scores.
-
-        Raises:
-            SimpoError: a prompt is not a question of the world.
-        """
+        """The exact judge's scores; raises :class:`SimpoError` for a prompt that is not a question of the world."""
         scores = []
         for row in rows:
             try:
@@ -115,18 +103,14 @@ class FunctionScorer(Scorer):
         return {"judge": f"function:{self._name}", "code": hashlib.sha256(source).hexdigest()}
 
     def score(self, rows: Sequence[Answers]) -> list[list[float]]:
-        """The function's values.
-
-        Raises:
-            SimpoError: the function raised an error, or returned something other than a number.
-        """
-        return [[self._call(row, response) for response in row.responses] for row in rows]
-
-    def _call(self, row: Answers, response: str) -> float:
-        try:
-            return float(self._function(row.prompt, response))
-        except Exception as error:
-            raise SimpoError(f"function:{self._name}: prompt {row.id}: {type(error).__name__}: {error}") from error
+        """The function's values; raises :class:`SimpoError` if it fails or returns something other than a number."""
+        scores = []
+        for row in rows:
+            try:
+                scores.append([float(self._function(row.prompt, response)) for response in row.responses])
+            except Exception as error:
+                raise SimpoError(f"function:{self._name}: prompt {row.id}: {type(error).__name__}: {error}") from error
+        return scores
 
 
 def _import(name: str) -> Callable[[str | list[Message], str], Any]:
@@ -172,11 +156,7 @@ class HumanJudge(Judge):
         return {"judge": "human", "verdicts": fingerprint(self._verdicts)}
 
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """The verdicts; None for a pair that nobody judged.
-
-        Raises:
-            SimpoError: nobody judged any of the pairs.
-        """
+        """The verdicts; None for a pair that nobody judged. If nobody judged any pair, that is an error."""
         found = [self._verdicts.get(pair.id) for pair in pairs]
         if all(verdict is None for verdict in found):
             example = pairs[0].id if pairs else "none"
