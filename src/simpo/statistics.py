@@ -1,4 +1,4 @@
-"""Intervals and tests for evaluation figures: how far a number measured on n items can be trusted.
+"""Confidence intervals and tests: how far a number measured on n items can be trusted.
 
 ``scipy.special`` instead of ``scipy.stats``: the same functions, a tenth of the import time.
 """
@@ -69,8 +69,7 @@ def proportion_interval(successes: int, n: int) -> Interval:
 def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """Student t interval of the mean of independent ``values`` ``[n]``, in their unit.
 
-    One value has a mean but no interval, and neither have values that are all alike, of whose spread nothing is known:
-    the bounds are None.
+    The bounds are None for a single value, and for values that are all equal, of whose spread nothing is known.
 
     Raises:
         ValueError: no values, or not one-dimensional.
@@ -88,9 +87,9 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
 def weighted_mean_interval(values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray) -> Interval:
     """Interval of ``sum(weights * values) / sum(weights)`` over independent items, ``[n]`` each.
 
-    A mean over tokens, say, whose items are texts of different lengths: tokens of one text are not independent. The
-    error is that of a ratio of two means, to first order. Source: Cochran, Sampling Techniques (1977), equation 6.13.
-    Values that are all alike have no interval, as in :func:`mean_interval`.
+    For example a mean over tokens, whose items are texts of different lengths: tokens of one text are not independent.
+    The error is that of a ratio of two means, to first order. Source: Cochran, Sampling Techniques (1977), equation
+    6.13. Values that are all equal have no interval, as in :func:`mean_interval`.
 
     Raises:
         ValueError: no values, or not one weight each.
@@ -109,7 +108,7 @@ def weighted_mean_interval(values: Sequence[float] | np.ndarray, weights: Sequen
 def share_interval(
     values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray | None = None
 ) -> Interval:
-    """Interval of the mean of shares from 0 to 1, each of them of one independent item, ``[n]``; it stays in [0, 1].
+    """Interval of the mean of shares from 0 to 1, one for each independent item, ``[n]``; it stays in [0, 1].
 
     As :func:`mean_interval` or, with ``weights``, :func:`weighted_mean_interval`, with the bounds of
     :func:`share_bounds`.
@@ -124,8 +123,8 @@ def share_interval(
 def share_bounds(share: float, half: float) -> tuple[float, float]:
     """Wilson's bounds of a share whose symmetric interval would have the width ``2 * half``; they stay in [0, 1].
 
-    They are those of a proportion in as many trials as give the same standard error. Source: Franco, Little, Louis and
-    Slud, Journal of Survey Statistics and Methodology 7 (2019).
+    They are the bounds of a proportion with the effective number of trials, which gives the same standard error.
+    Source: Franco, Little, Louis and Slud, Journal of Survey Statistics and Methodology 7 (2019).
     """
     if not 0 < share < 1:
         return max(0.0, share - half), min(1.0, share + half)
@@ -137,20 +136,19 @@ def share_bounds(share: float, half: float) -> tuple[float, float]:
 def bootstrap_interval(
     sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *, seed: int, resamples: int = _RESAMPLES
 ) -> Interval:
-    """Percentile bootstrap interval of a figure that is a function of sums over independent items.
+    """Percentile bootstrap interval of a statistic that is a function of sums over independent items.
 
-    Items are resampled with replacement, each with all that belongs to it, so that what is alike within an item
-    does not count as many observations. Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993),
-    section 13.3.
+    Items are resampled with replacement as a whole, so that correlated observations within an item do not count as
+    many. Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
 
     Args:
-        sums: ``[n, m]``, what each item adds to the ``m`` sums.
-        statistic: ``[..., m]`` sums to ``[...]`` figures; NaN where there is none.
+        sums: ``[n, m]``, the contribution of each item to the ``m`` sums.
+        statistic: from ``[..., m]`` sums to ``[...]`` values; NaN where it is undefined.
         seed: determines the draws.
-        resamples: how often items are drawn.
+        resamples: number of resamples.
 
     Returns:
-        The figure of all items, without bounds where all items are alike or resamples have no figure.
+        The statistic of all items, without bounds if all items are equal or the statistic of a resample is undefined.
 
     Raises:
         ValueError: no items, or ``sums`` is not two-dimensional.
@@ -161,13 +159,13 @@ def bootstrap_interval(
     if (sums == sums[0]).all():
         return Interval(value, None, None, n, "bootstrap 95%")
     rng = np.random.default_rng(seed)
-    figures = np.concatenate(
+    values = np.concatenate(
         [
             statistic(_draw_counts(rng, n, count) @ sums)
             for count in np.diff([*range(0, resamples, max(1, _AT_ONCE // n)), resamples])
         ]
     )
-    low, high = np.quantile(figures, (1 - _UPPER_TAIL, _UPPER_TAIL))
+    low, high = np.quantile(values, (1 - _UPPER_TAIL, _UPPER_TAIL))
     if np.isnan(low):
         return Interval(value, None, None, n, "bootstrap 95%")
     return Interval(value, float(low), float(high), n, "bootstrap 95%")
@@ -180,19 +178,19 @@ def _draw_counts(rng: np.random.Generator, n: int, resamples: int) -> np.ndarray
 
 
 def cohen_kappa(table: np.ndarray) -> np.ndarray:
-    """Agreement of two raters beyond what chance would give, from -1 to 1; NaN where chance alone agrees always.
+    """Agreement of two raters beyond chance, from -1 to 1; NaN where chance alone gives full agreement.
 
-    ``(p_o - p_e) / (1 - p_e)``, with ``p_o`` the share on which both agree and ``p_e`` the share on which they would if
-    each kept to its own shares but ignored the items. Source: Cohen, Educational and Psychological Measurement 20
-    (1960), equation 1.
+    ``(p_o - p_e) / (1 - p_e)``, with ``p_o`` the observed share of agreement and ``p_e`` the share that is expected if
+    both rate independently of the items with their own frequencies. Source: Cohen, Educational and Psychological
+    Measurement 20 (1960), equation 1.
 
     Args:
-        table: counts ``[..., c, c]``: how often the one said row and the other column.
+        table: counts ``[..., c, c]`` of the first rater's category (row) and the second's (column).
     """
     shares = table / table.sum((-2, -1), keepdims=True)
     agreed = np.trace(shares, axis1=-2, axis2=-1)
     expected = (shares.sum(-1) * shares.sum(-2)).sum(-1)
-    # An exact 1 only where both always say the same one word; rounding must not make a figure of it.
+    # Exactly 1 only where both always choose the same category; rounding must not turn that into a number.
     possible = 1 - expected > 1e-12
     return np.where(possible, (agreed - expected) / np.where(possible, 1 - expected, 1.0), np.nan)
 
@@ -200,12 +198,12 @@ def cohen_kappa(table: np.ndarray) -> np.ndarray:
 def mcnemar(before: ArrayLike, after: ArrayLike) -> McNemar:
     """Exact one-sided test that ``after`` is better than ``before`` on the same items.
 
-    Only the items whose outcome changed tell the two apart. If neither were better, each would be as likely
-    gained as lost, so p is the chance of at least ``gained`` heads in ``gained + lost`` fair tosses; 1 when
-    nothing changed. Source: McNemar, Psychometrika 12 (1947), in its exact (binomial) form.
+    Only items whose outcome changed carry information. If neither were better, each would be as likely gained as lost,
+    so p is the chance of at least ``gained`` heads in ``gained + lost`` fair tosses; 1 when nothing changed. Source:
+    McNemar, Psychometrika 12 (1947), in its exact (binomial) form.
 
     Args:
-        before: boolean ``[n]``, item by item right or wrong.
+        before: boolean ``[n]``, whether each item was right.
         after: boolean ``[n]``, the same items in the same order.
 
     Raises:

@@ -30,20 +30,11 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from simpo.errors import SimpoError, one_line
 from simpo.models.preparation import unreached_by_text
+from simpo.models.settings import LORA
 from simpo.models.zero import gathered, shape_of
 from simpo.packing.model import is_reward_model
 
 logger = logging.getLogger(__name__)
-
-# The keys of recipes for an adapter's settings: peft's name, and the default.
-_SETTINGS: dict[str, tuple[str, Any]] = {
-    "lora_r": ("r", 16),
-    "lora_alpha": ("lora_alpha", 32),
-    "lora_dropout": ("lora_dropout", 0.05),
-    "lora_target_modules": ("target_modules", "all-linear"),
-    "lora_modules_to_save": ("modules_to_save", None),
-    "use_rslora": ("use_rslora", False),
-}
 
 PARTS_TIED = (
     "the adapter changes the embeddings or the output layer, which are one matrix in this model: it can be used, but "
@@ -51,17 +42,8 @@ PARTS_TIED = (
 )
 
 
-def adapter_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a new adapter, by their keys in recipes: those given, and defaults for the others."""
-    return {key: given.get(key, default) for key, (_, default) in _SETTINGS.items()}
-
-
 def find_adapter(name: str, revision: str = "main") -> LoraConfig | None:
-    """The configuration of the adapter that a folder or hub repository holds; None if it holds none.
-
-    Raises:
-        SimpoError: it cannot be read, is not LoRA, or does not name its base model.
-    """
+    """The configuration of the adapter that a folder or hub repository holds; None if it holds none."""
     try:
         found = find_adapter_config_file(name, revision=revision)
         config = None if found is None else PeftConfig.from_pretrained(name, revision=revision)
@@ -87,11 +69,8 @@ def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str 
         model: the base model.
         given: settings by their keys in recipes; the others get their defaults.
         revision: the base model's, which is saved with the adapter.
-
-    Raises:
-        SimpoError: a setting that peft or the model cannot take.
     """
-    settings = {_SETTINGS[key][0]: value for key, value in adapter_settings(given).items()}
+    settings = {peft_name: given.get(key, default) for key, (peft_name, default) in LORA.items()}
     excluded = list(unreached_by_text(model))
     if excluded:
         logger.warning("no adapter on what text does not reach: %s", ", ".join(excluded))
@@ -152,12 +131,9 @@ def continue_adapter(
         name: where the adapter is.
         revision: the adapter's, on the hub.
         given: settings, which must be the adapter's own.
-
-    Raises:
-        SimpoError: a setting that is not the adapter's, weights that are missing, or those of another base model.
     """
     for key, value in given.items():
-        own = getattr(config, _SETTINGS[key][0])
+        own = getattr(config, LORA[key][0])
         if (set(own) if isinstance(own, set | list) else own) != (set(value) if isinstance(value, list) else value):
             shown = ", ".join(sorted(own)) if isinstance(own, set | list) else own
             raise SimpoError(f"{key}: {name} is an adapter with {shown}, which is continued; leave {key} out")
@@ -221,11 +197,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def check_adapter(model: PeftModel) -> None:
-    """Refuse an adapter on a model in memory that could not be trained or saved as it is.
-
-    Raises:
-        SimpoError: it adds tokens to the input, which packed batches do not have, or it is one of several.
-    """
+    """Refuse an adapter that adds tokens to the input, which packed batches do not have, or that is one of several."""
     kinds = {config.peft_type.value for config in model.peft_config.values() if config.is_prompt_learning}
     if kinds:
         raise SimpoError(f"model: {', '.join(sorted(kinds))} is not supported; use LoRA")
@@ -294,11 +266,7 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def stored_adapter(name: str, revision: str = "main") -> dict[str, Tensor]:
-    """An adapter's tensors, by the names that they have in its file.
-
-    Raises:
-        SimpoError: the file cannot be read.
-    """
+    """An adapter's tensors, by the names that they have in its file."""
     try:
         stored = load_file(str(cached_file(name, WEIGHTS_NAME, revision=revision)))
     except (OSError, ValueError, SafetensorError) as error:

@@ -19,11 +19,7 @@ from simpo.runs.manifest import file_digest
 
 
 def load_config(arguments: ModelArguments) -> Any:
-    """The configuration of a model, or of the base model of an adapter, without any weights.
-
-    Raises:
-        SimpoError: there is no such model.
-    """
+    """The configuration of a model, or of the base model of an adapter."""
     return load_files(AutoConfig, below_adapter(arguments))
 
 
@@ -112,11 +108,7 @@ class Checkpoint:
 
     @classmethod
     def read(cls, arguments: ModelArguments) -> Checkpoint:
-        """Read the configuration of a model on disk or on the hub; :func:`with_dtype` chooses the type of its weights.
-
-        Raises:
-            SimpoError: there is no such model.
-        """
+        """Read the configuration of a model on disk or on the hub, and choose the type of its weights."""
         config = load_config(arguments)
         base = below_adapter(arguments)
         found = generation_config(arguments.model_name_or_path, arguments.model_revision)
@@ -128,10 +120,6 @@ class Checkpoint:
         )
 
     def load(self) -> PreTrainedModel:
-        """The model, on the accelerator if there is one.
-
-        Raises:
-            SimpoError: it cannot be loaded.
-        """
+        """The model, on the accelerator if there is one."""
         model: Any = load_model(self.arguments.model_name_or_path, self.arguments)
         return model.to(device())

@@ -45,11 +45,7 @@ def from_main(value: Value, group: dist.ProcessGroup | None = None) -> Value:
 
 
 def liger_config(given: Mapping[str, bool] | None, device: torch.device) -> dict[str, bool]:
-    """A ``liger_kernel_config`` for norms, rotary embeddings and gated layers, with Liger's losses off.
-
-    Raises:
-        SimpoError: Liger is not installed or does not run on ``device``, or one of its losses is requested.
-    """
+    """A ``liger_kernel_config`` for norms, rotary embeddings and gated layers, with Liger's losses off."""
     if importlib.util.find_spec("liger_kernel") is None:
         raise SimpoError("use_liger_kernel: liger-kernel is not installed; install it, or leave the key out")
     if device.type not in ("cuda", "xpu", "npu") or importlib.util.find_spec("triton") is None:
@@ -66,11 +62,7 @@ def liger_config(given: Mapping[str, bool] | None, device: torch.device) -> dict
 
 
 def check_liger(model: nn.Module, config: Mapping[str, bool]) -> None:
-    """Refuse a model or kernels that Liger would silently ignore.
-
-    Raises:
-        SimpoError: Liger has no kernels for this type of model, or none of a name in ``config``.
-    """
+    """Refuse a type of model, or names of kernels in ``config``, that Liger would silently ignore."""
     appliers = importlib.import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
     kind: Any = causal_lm(model).config.model_type
     if kind not in appliers:

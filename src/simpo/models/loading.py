@@ -88,11 +88,7 @@ def _load_base(name: str, adapter: LoraConfig, arguments: ModelArguments) -> Pre
 
 
 def check_stored(arguments: ModelArguments) -> None:
-    """Refuse a model whose files are incomplete, without reading the weights: for engines that load it themselves.
-
-    Raises:
-        SimpoError: as :func:`load_model`.
-    """
+    """Refuse a model whose files are incomplete, without reading the weights: for engines that load it themselves."""
     _load_causal(below_adapter(arguments), device_map="meta")
 
 
@@ -127,9 +123,6 @@ def load_weights(auto: Any, arguments: ModelArguments, **options: Any) -> tuple[
     """A model, and which weights its files lack, have in addition, or have in another shape; see :func:`check_weights`.
 
     Weights that are tied, and those that transformers declares as expected, are not among them.
-
-    Raises:
-        SimpoError: as :func:`load_files`.
     """
     options = _loading_options(arguments) | options
     if arguments.trust_remote_code:  # code from before transformers 5, such as ArmoRM's, imports this text
@@ -194,11 +187,7 @@ def _is_no_report(record: logging.LogRecord) -> bool:
 
 
 def check_weights(name: str, model: PreTrainedModel, loading: Mapping[str, set[Any]]) -> None:
-    """Refuse a model with missing weights, which transformers would draw at random, or with others' weights.
-
-    Raises:
-        SimpoError: some weights are missing, left over or of another shape; names the first ones.
-    """
+    """Refuse files with weights missing (transformers would draw them at random), left over or of another shape."""
     faults = []
     for fault, what in _FAULTS.items():
         keys = sorted(key if isinstance(key, str) else key[0] for key in loading[fault])
@@ -218,11 +207,7 @@ def needs_own_code(model: PreTrainedModel) -> bool:
 
 
 def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
-    """``from_pretrained`` of one of transformers' ``Auto`` classes.
-
-    Raises:
-        SimpoError: there is no such thing, or it cannot be loaded.
-    """
+    """``from_pretrained`` of one of transformers' ``Auto`` classes, whose errors become one line."""
     name = arguments.model_name_or_path
     check_folder(name)
     try:
@@ -239,11 +224,7 @@ def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
 
 
 def check_folder(name: str) -> None:
-    """Refuse a path that does not exist, before it is taken for a name on the hub.
-
-    Raises:
-        SimpoError: it does not exist.
-    """
+    """Refuse a path that does not exist, before it is taken for a name on the hub."""
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise SimpoError(f"model_name_or_path: there is no folder {name!r}")
 

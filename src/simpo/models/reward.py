@@ -88,9 +88,6 @@ def gated_scores(model: PreTrainedModel, comparisons: Sequence[TokenizedComparis
     """``[R]`` scores of all responses by a model that weighs several objectives itself, such as ArmoRM.
 
     It has code of its own, so it gets one text at a time, without padding, and returns ``score``.
-
-    Raises:
-        SimpoError: its forward gives no ``score``, or does not accept a text.
     """
     scores = []
     with reading_last_tokens(model):

@@ -8,11 +8,18 @@ from typing import Any, Literal
 
 from simpo.errors import SimpoError
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-
-
-# Keys of a base model in 4 bits, and their defaults.
+# The keys of an adapter: peft's name, and the default.
+LORA: dict[str, tuple[str, Any]] = {
+    "lora_r": ("r", 16),
+    "lora_alpha": ("lora_alpha", 32),
+    "lora_dropout": ("lora_dropout", 0.05),
+    "lora_target_modules": ("target_modules", "all-linear"),
+    "lora_modules_to_save": ("modules_to_save", None),
+    "use_rslora": ("use_rslora", False),
+}
+# The keys of a base model in 4 bits, and their defaults.
 _QUANTIZATION: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": False}
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 @dataclass
@@ -83,11 +90,15 @@ class ModelArguments:
     @property
     def lora(self) -> dict[str, Any]:
         """The adapter's settings that were given."""
-        keys = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora")
-        given = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
-        if self.lora_target_modules == ["all-linear"]:  # a word of peft's, and the default
+        given = {key: getattr(self, key) for key in LORA if getattr(self, key) is not None}
+        if self.lora_target_modules == ["all-linear"]:  # peft's word for the default
             given["lora_target_modules"] = "all-linear"
         return given
+
+    @property
+    def new_adapter(self) -> dict[str, Any]:
+        """All settings of a new adapter, defaults included; empty without ``use_peft``."""
+        return {key: default for key, (_, default) in LORA.items()} | self.lora if self.use_peft else {}
 
     @property
     def quantization(self) -> dict[str, Any]:

@@ -30,12 +30,7 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to 
 
 
 def read_config(given: str | dict[str, Any] | None, rows: int, accumulation: int) -> dict[str, Any] | None:
-    """The configuration in a recipe's ``deepspeed`` (a file, its text or contents), without batch sizes and precision.
-
-    Raises:
-        SimpoError: DeepSpeed is not installed, there is no such file, it is not JSON, or the batch sizes differ from
-            the recipe's.
-    """
+    """The configuration in a recipe's ``deepspeed`` (a file, its text or contents), without batch sizes."""
     if importlib.util.find_spec("deepspeed") is None:
         raise SimpoError("deepspeed: not installed; DS_BUILD_OPS=0 pip install --no-build-isolation 'simpo[deepspeed]'")
     # DeepSpeed calls torch's collectives by their old names
@@ -57,12 +52,9 @@ def read_config(given: str | dict[str, Any] | None, rows: int, accumulation: int
 
 
 def unset_batch_sizes(config: dict[str, Any], rows: int, accumulation: int) -> None:
-    """Compare the batch sizes in DeepSpeed's ``config`` with the recipe's, and leave them to the trainer.
+    """Check that the batch sizes in DeepSpeed's ``config`` are the recipe's, and leave them to the trainer.
 
     Training takes all rows of a step as one batch, which is neither of the two.
-
-    Raises:
-        SimpoError: they differ.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     ours = {
@@ -82,9 +74,6 @@ def prepare_deepspeed(accelerator: Accelerator, model: nn.Module) -> None:
     """Give ``model`` the type that DeepSpeed computes in, and partition it now where ZeRO-3 would do so later.
 
     What is computed before training then has the same numbers as in training, and models are saved whole.
-
-    Raises:
-        SimpoError: a precision or kind of parallelism that is not supported, or settings that differ from the recipe's.
     """
     plugin: Any = accelerator.state.deepspeed_plugin
     if plugin.hf_ds_config.mismatches:

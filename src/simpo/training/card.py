@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 import simpo
-from simpo.models.adapters import adapter_settings, holds_adapter
+from simpo.models.adapters import holds_adapter
 from simpo.models.checkpoint import shown_name
 from simpo.models.loading import below_adapter
 from simpo.models.settings import ModelArguments
@@ -81,7 +81,7 @@ def write_model_card(
     )
     settings = {**getattr(config, "hyperparameters", {})}
     settings |= {key: getattr(config, key) for key in _SETTINGS if hasattr(config, key)}
-    settings |= adapter_settings(model.lora) if model.use_peft else {}
+    settings |= model.new_adapter
     card = ModelCard.from_template(
         card_data,
         template_str=_TEMPLATE,

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from simpo.models.adapters import adapter_settings
 from simpo.models.checkpoint import model_digest
 from simpo.models.settings import ModelArguments
 from simpo.runs import manifest
@@ -59,7 +58,7 @@ def training_identity(
     Where data and models come from does not count, what is in them does; a hub model is told by its name and revision.
     """
     found: Identity = {"model": model_digest(model), "dtype": model.dtype, "chat_template": data.chat_template}
-    found |= {key: str(value) for key, value in _adapter(model).items()}
+    found |= {key: str(value) for key, value in (model.new_adapter | model.quantization).items()}
     if model.save_dtype is not None:
         found["save_dtype"] = model.save_dtype
     found["data/train"] = rows_digest(train)
@@ -74,11 +73,6 @@ def settings_identity(config: Any) -> Identity:
     found: Identity = {"rows per step": str(config.per_device_train_batch_size * config.world_size)}
     settings = config.to_dict() | getattr(config, "hyperparameters", {})  # the latter with defaults filled in
     return found | {key: str(value) for key, value in sorted(settings.items()) if _acts(key)}
-
-
-def _adapter(model: ModelArguments) -> dict[str, Any]:
-    """Settings of a new adapter, and of the base model's quantization."""
-    return (adapter_settings(model.lora) if model.use_peft else {}) | model.quantization
 
 
 def _acts(key: str) -> bool:
