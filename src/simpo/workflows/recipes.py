@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from string import Template
 
 from simpo.config.coercion import nearest
 from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES
+
+_TEMPLATES = Path(__file__).parent / "templates"  # a whole recipe each, with gaps
 
 
 @dataclass(frozen=True)
@@ -146,69 +150,6 @@ _TINY_LEARNING_RATE = 1e-4  # the best of a sweep on the tiny world's pairs; a m
 
 _OPTIONS = ("label_smoothing", "link", "length_normalized")  # variants of a loss, not written into recipes
 
-_WHOLE = """\
-# {objective} ({paper}):
-# {title}.
-#
-# Written by: simpo recipe --objective {objective} --setting {setting}
-
-output_dir: {folder}/{name}
-seed: 42
-
-# Objective
-objective: {objective}
-{hyperparameters}
-
-# Model
-model_name_or_path: {model}
-{arithmetic}
-# Data
-{data}
-
-{training}"""
-
-_PAPER_ARITHMETIC = """\
-dtype: float32  # at these learning rates an update is smaller than the spacing of bfloat16 weights
-bf16: true
-activation_checkpointing: true
-activation_checkpointing_kwargs: {use_reentrant: false}
-"""
-
-_PAPER_TRAINING = """\
-# Tokens, as the paper's code made them: the assistant header is scored with the response, and a pair that is too long
-# loses the start of its prompt, then the ends of its responses.
-max_length: {max_length}
-max_prompt_length: {max_prompt_length}
-paper_tokenization: true
-truncation: paper
-
-# Steps of 128 pairs: 2 a GPU x 16 accumulated x 4 GPUs; only the product matters.
-per_device_train_batch_size: 2
-gradient_accumulation_steps: 16
-num_train_epochs: 1
-optim: adamw_torch
-lr_scheduler_type: cosine
-warmup_steps: 0.1  # below 1: a share of all steps
-
-# Evaluation and logging; the finished model is saved, steps on the way are not
-eval_strategy: steps
-eval_steps: 400
-per_device_eval_batch_size: 4
-logging_steps: 5
-save_strategy: "no"
-run_name: {name}
-"""
-
-_TINY_TRAINING = """\
-max_length: {max_length}
-per_device_train_batch_size: 16
-num_train_epochs: 2
-eval_strategy: steps
-eval_steps: 20
-save_strategy: "no"
-report_to: none
-"""
-
 
 def compose_recipe(objective: str, setting: str) -> str:
     """The recipe, as YAML text with comments.
@@ -224,22 +165,12 @@ def compose_recipe(objective: str, setting: str) -> str:
         if name not in known:
             hint = nearest(name, known) or f"; there are {', '.join(known)}"
             raise SimpoError(f"--{option}: {name!r} is unknown{hint}")
-    chosen, tiny = SETTINGS[setting], setting == _TINY
-    name = chosen.stem.format(objective)
-    lengths = {"max_length": chosen.max_length, "max_prompt_length": chosen.max_prompt_length}
-    return _WHOLE.format(
-        objective=objective,
-        paper=OBJECTIVES[objective].paper,
-        title=chosen.title,
-        setting=setting,
-        folder="runs" if tiny else "outputs",
-        name=name,
-        hyperparameters="\n".join(_hyperparameters(objective, setting)),
-        model=chosen.model,
-        arithmetic="" if tiny else _PAPER_ARITHMETIC,
-        data=chosen.data,
-        training=(_TINY_TRAINING if tiny else _PAPER_TRAINING).format(name=name, **lengths),
-    )
+    chosen = SETTINGS[setting]
+    template = _TEMPLATES / ("tiny.yaml" if setting == _TINY else "paper.yaml")
+    gaps = vars(chosen) | {"objective": objective, "setting": setting, "paper": OBJECTIVES[objective].paper}
+    gaps["name"] = chosen.stem.format(objective)
+    gaps["hyperparameters"] = "\n".join(_hyperparameters(objective, setting))
+    return Template(template.read_text(encoding="utf-8")).substitute(gaps)
 
 
 def _hyperparameters(objective: str, setting: str) -> Iterator[str]:
