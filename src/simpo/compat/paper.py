@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Literal
 
 from simpo.compat.trainer import PortedConfig, PortedTrainer
 
@@ -31,7 +32,9 @@ class SimPOConfig(PortedConfig):
         default=None, metadata={"help": "Length that overlong prompts are cut to (128 if not set)."}
     )
     max_target_length: int | None = field(default=None, metadata={"help": "Has no effect here."})
-    truncation: str = field(default="paper", metadata={"help": "What happens to overlong rows."})
+    truncation: Literal["prompt", "drop", "paper"] = field(
+        default="paper", metadata={"help": "What happens to overlong rows."}
+    )
     paper_tokenization: bool = field(default=True, metadata={"help": "Score the assistant header with the response."})
     beta: float = field(default=2.0, metadata={"help": "Scale of the reward."})
     gamma_beta_ratio: float = field(default=0.25, metadata={"help": "Target margin over beta."})

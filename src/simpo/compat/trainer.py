@@ -127,7 +127,7 @@ def _model_arguments(name: str, config: PortedConfig) -> ModelArguments:
     return ModelArguments(name, **{key: value for key, value in found.items() if value is not None})
 
 
-def _load(model: PreTrainedModel | str | None, config: PortedConfig, peft_config: Any) -> PreTrainedModel:
+def _load(model: Any, config: PortedConfig, peft_config: Any) -> Any:
     """``model``, or the one of that name (in fp32 unless ``model_init_kwargs`` has a dtype), with a new adapter."""
     if model is None:
         raise SimpoError("model: give a model, or the name or folder of one")
@@ -212,14 +212,14 @@ class PortedTrainer(PreferenceTrainer):
             kind = f"{type(config).__module__}.{type(config).__qualname__}"
             raise SimpoError(f"args: a {kind}; import {self.config_class.__name__} from simpo.compat")
         set_seed(config.seed)  # before the weights of a new adapter are drawn
-        model = _load(model, config, peft_config)
+        policy = _load(model, config, peft_config)
         processing_class = processing_class or tokenizer
         if processing_class is None:
-            name = model.config.name_or_path
+            name = policy.config.name_or_path
             if not name:
                 raise SimpoError("processing_class: the model has no name to find its tokenizer by; give the tokenizer")
             processing_class = load_tokenizer(name, _model_arguments(name, config))
-        super().__init__(model, config, train_dataset, eval_dataset, processing_class, callbacks, optimizers)
+        super().__init__(policy, config, train_dataset, eval_dataset, processing_class, callbacks, optimizers)
         self._mean_chosen_length = torch.tensor(math.nan)  # of the current step
 
     @classmethod

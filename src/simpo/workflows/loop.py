@@ -269,10 +269,10 @@ def print_loop(folder: Path) -> None:
         table.add_column(Text(name), justify="right", no_wrap=True)
     for number, found in rows.items():
         cells = []
-        for metric in map(found.get, columns):
-            value = "" if metric is None else "-" if metric.value is None else f"{metric.value:.3g}"
-            if metric is not None and metric.low is not None and metric.high is not None:
-                value += f" [{metric.low:.3g}, {metric.high:.3g}]"
+        for cell in map(found.get, columns):
+            value = "" if cell is None else "-" if cell.value is None else f"{cell.value:.3g}"
+            if cell is not None and cell.low is not None and cell.high is not None:
+                value += f" [{cell.low:.3g}, {cell.high:.3g}]"
             cells.append(Text(value))
         table.add_row(number, *cells)
     print_whole(Console(), table)

@@ -97,7 +97,7 @@ class PairReport:
 
 
 class _Answer(NamedTuple):
-    index: int  # among the prompt's responses
+    place: int  # among the prompt's responses
     text: str
     score: float
 
@@ -135,7 +135,7 @@ def _usable_answers(record: Mapping[str, Any], settings: PairSettings, report: P
     """The distinct answers that have a score and may be paired, in their order."""
     found: dict[str, _Answer] = {}
     finished = record.get("finished", [True] * len(record["responses"]))
-    for index, (text, score, ended) in enumerate(zip(record["responses"], record["scores"], finished, strict=True)):
+    for place, (text, score, ended) in enumerate(zip(record["responses"], record["scores"], finished, strict=True)):
         stripped = text.strip()  # some templates strip messages, which makes surrounding white space irrelevant
         if score is None:
             report.dropped[UNSCORED] += 1
@@ -146,7 +146,7 @@ def _usable_answers(record: Mapping[str, Any], settings: PairSettings, report: P
         elif stripped in found:
             report.dropped[IDENTICAL] += 1
         else:
-            found[stripped] = _Answer(index, text, score)
+            found[stripped] = _Answer(place, text, score)
     return list(found.values())
 
 
@@ -185,7 +185,7 @@ def _row(record: Mapping[str, Any], answers: Sequence[_Answer], settings: PairSe
         return row | {"responses": texts, "scores": scores, "id": record["id"]}
     chosen, rejected = answers
     suffix = (
-        f"/{chosen.index}-{rejected.index}" if settings.pairs == "all" else ""
+        f"/{chosen.place}-{rejected.place}" if settings.pairs == "all" else ""
     )  # keeps the ids of a prompt's pairs apart
     row |= {"chosen": chosen.text, "rejected": rejected.text}
     return row | {"chosen_score": chosen.score, "rejected_score": rejected.score, "id": record["id"] + suffix}
