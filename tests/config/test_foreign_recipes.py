@@ -276,6 +276,14 @@ def test_keys_of_another_objective_need_one(line, unclear, recipe):
     assert ("objective" in mistakes([recipe(text)])) == unclear
 
 
+def test_a_missing_objective_is_one_error(recipe):
+    """A beta on the scale of DPO is another reason for the same edit."""
+    path = recipe("model: m\ndataset_name: d\noutput_dir: out\nref_model: org/other\nbeta: 0.1\nuse_cpu: true\n")
+    with pytest.raises(SimpoError) as caught:
+        parse([path], PreferenceConfig)
+    assert sum("objective: not given" in mistake for mistake in caught.value.args) == 1
+
+
 @pytest.mark.parametrize(
     ("key", "value", "objective"),
     [("rl", "dpo", "dpo"), ("rl", "orpo", "orpo"), ("pref_loss", "sigmoid", "dpo"), ("trainer_type", "simpo", "simpo")],

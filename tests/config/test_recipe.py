@@ -345,7 +345,7 @@ def test_arguments_by_position_can_be_in_the_file(recipe):
     path = recipe("model: m\ndata: d")
     found = [placed(*argv) for argv in ([path], [path, "x", "y"], [path, "--data", "y"])]
     assert [(one.model, one.data) for one in found] == [("m", "d"), ("x", "y"), ("m", "y")]
-    assert placed(recipe("model: m"), "--count", "1", "y").data == "y"
+    assert placed(recipe("model_name_or_path: m"), "--count", "1", "y").data == "y"
     assert placed(recipe("model: m"), "y").data == "y"
     message = error(recipe("model: m\ndata: d"), "--count", "1", "y", types=(Placed,))
     assert message.startswith("--count: ['1', 'y'] is not")

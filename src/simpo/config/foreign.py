@@ -1,19 +1,25 @@
 """Keys of other toolkits and older spellings of ours: translated, or named in the error.
 
 A key with an exact counterpart is translated, one that cannot affect the result is dropped, both with a notice. Every
-other known key is an error that names what to write instead; if its value switches it off, it is dropped.
+other known key is an error that says what to write instead; if its value switches it off, it is dropped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import partial
 from typing import Any
 
 from simpo.config.coercion import coerce, nearest
 from simpo.config.fields import Setting
+
+logger = logging.getLogger(__package__)
+
+# How a key that is not a field is read: the name of the field that it sets, or a function from its value (as written)
+# and all keys that are given, in either place, to the fields that it sets: none to drop the key.
+Alias = str | Callable[[Any, Set[str]], Mapping[str, Any]]
 
 # Another toolkit's key: ours, of the same meaning and with the same values.
 RENAMED = {
@@ -50,7 +56,6 @@ RENAMED = {
     "dataset_processes": "dataset_num_proc",
 }
 
-
 # Keys that cannot affect the result here: caches, plots, and how other trainers lay out or pad their batches.
 DROPPED = (
     *("overwrite_cache", "dataset_prepared_path", "plot_loss", "strict", "lora_task_type", "use_logits_to_keep"),
@@ -60,15 +65,9 @@ DROPPED = (
     *("hf_metadata_dataset", "dataset_mix_dir", "eval_table_size", "eval_table_max_new_tokens"),
 )
 
-
 _DPO, _SIMPO, _ORPO, _KTO = ({"objective": name} for name in ("dpo", "simpo", "orpo", "kto"))
-
-
 _IPO = {"objective": "ipo", "length_normalized": "true"}
-
-
 _FLASH = {"attn_implementation": "flash_attention_2"}
-
 
 # Another toolkit's key: what its values mean here.
 VALUES: dict[str, dict[str, Mapping[str, Any]]] = {
@@ -93,27 +92,15 @@ VALUES: dict[str, dict[str, Mapping[str, Any]]] = {
     },
 }
 
-
 _DATA = "write dataset_name (a hub id, a file or a folder), or dataset_mixture for several data sets"
-
-
 _HELD_OUT = "write eval_dataset_name with held-out rows, or dataset_mixture with a test_split_size"
-
-
 _NLL = (
     "write sft_weight, the weight of the chosen response's average negative log-probability (there the average is "
     "over the tokens of a whole batch)"
 )
-
-
 _REFERENCE = "the reference is always the model that training starts from; leave it out"
-
-
 _TEMPLATE = "the tokenizer's own chat template is used; leave it out, or write chat_template (a template or a file)"
-
-
 _PER_EPOCH = "write a number of steps, or a share of all steps below 1, as {0}_steps, with {0}_strategy: steps"
-
 
 # Keys without an exact counterpart: what to do instead.
 ADVICE = {
@@ -179,104 +166,9 @@ ADVICE = {
 }
 
 
-# Keys of which one says the objective, and spellings that are not peculiar to another toolkit.
-_SAY_THE_OBJECTIVE = {
-    *("objective", "loss_type", "stage", "rl", "rlhf_type", "pref_loss", "dpo_loss_type", "trainer_type", "link"),
-    *("gamma", "gamma_beta_ratio", "simpo_gamma", "dpo_gamma_beta_ratio"),
-}
-
-
-_COMMON = {"model", "model_name", "lr", "epochs", "optimizer", "batch_size", "config", "env"}
-
-
-_OFF = (None, "false", "no", "off", "0", "0.0", "none", "")
-
-
-def is_off(value: Any) -> bool:
-    """Whether a value, as written, switches its key off."""
-    return value in ([], {}) or (value is not True and (value.lower() if isinstance(value, str) else value) in _OFF)
-
-
-def by_value(key: str, value: Any, given: Set[str]) -> Mapping[str, Any]:
-    """What a key of :data:`VALUES` means with ``value``.
-
-    Raises:
-        ValueError: the value has no counterpart.
-    """
-    written = str(value).lower()
-    if is_off(value):
-        return VALUES[key].get("false", {})
-    if written not in VALUES[key]:
-        known = ", ".join(VALUES[key])
-        raise ValueError(f"{value!r} has no counterpart here (of its values, {known} have one)")
-    return VALUES[key][written]
-
-
-def lora_target(value: Any, given: Set[str]) -> dict[str, Any]:
-    """LLaMA-Factory's list of layers in one text; ``all`` is every linear layer."""
-    if isinstance(value, str):
-        value = "all-linear" if value == "all" else [name.strip() for name in value.split(",")]
-    return {"lora_target_modules": value}
-
-
-def lora_rank(value: Any, given: Set[str]) -> dict[str, Any]:
-    """LLaMA-Factory's ``lora_alpha`` is twice the rank where it is not given."""
-    theirs = {"finetuning_type", "stage"} & given and "lora_alpha" not in given
-    return {"lora_r": value} | ({"lora_alpha": str(2 * int(value))} if theirs else {})
-
-
-def stage(value: Any, given: Set[str], known: Set[str]) -> Mapping[str, Any]:
-    """LLaMA-Factory's kind of training, which is a command here; its ``dpo`` leaves the loss to ``pref_loss``.
-
-    Raises:
-        ValueError: another command does that, or none.
-    """
-    command = "train" if "objective" in known else "reward" if "margin" in known else "sft"
-    wanted = {"dpo": "train", "kto": "train", "sft": "sft", "rm": "reward"}.get(str(value))
-    if wanted != command:
-        remedy = f"start it with simpo {wanted}" if wanted else "simpo has no such kind of training"
-        raise ValueError(f"{value!r} is not what this command trains; {remedy}")
-    return {"objective": value} if command == "train" and "pref_loss" not in given else {}
-
-
-def unclear_objective(given: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with a recipe that names no objective and has keys of toolkits that train DPO and others.
-
-    Args:
-        given: the keys with their values.
-    """
-    theirs = {*RENAMED, *VALUES, *ADVICE, *DROPPED, "lora_target", "lora_rank"} - _COMMON
-    found = next((key for key, value in given.items() if key in theirs and not is_off(value)), None)
-    if found and not _SAY_THE_OBJECTIVE & given.keys():
-        yield f"objective: not given, and {found} is another toolkit's key; write objective: dpo, or which one is meant"
-
-
-def paper_settings(file: Set[str], given: Set[str]) -> dict[str, Any]:
-    """What the paper's code does without a key, if the keys of a ``file`` are those of the paper's own recipes.
-
-    Those have SimPO's ``gamma_beta_ratio`` next to the alignment-handbook's older keys for data. A recipe that is
-    written for this project names its objective.
-    """
-    older = {"preprocessing_num_workers", "evaluation_strategy", "trainer_type"}
-    if not {"gamma_beta_ratio", "dataset_mixer"} <= file or not older & file or "objective" in file:
-        return {}
-    implied = {"paper_tokenization": "true", "truncation": "paper", "auto_insert_empty_system_msg": "true"}
-    return {key: value for key, value in implied.items() if key not in given}
-
-
-# ---- Older and foreign spellings of keys, mapped to the fields of today.
-
-
-logger = logging.getLogger(__package__)
-
-
-# How a key is read that is no field: the name of the field that it sets, or a function from its value (as
-# written) and all keys that are given, in either place, to the fields that it sets: none to drop it.
-Alias = str | Callable[[Any, Set[str]], Mapping[str, Any]]
-
-
-# Names of one setting, the newest first. The first that is a field is used, the others are mapped to it.
+# Names of one setting, the newest first. The first that is a field is used, the others are translated to it.
 _SAME = (
+    ("model_name_or_path", "model"),
     ("eval_strategy", "evaluation_strategy"),
     ("dtype", "torch_dtype"),
     ("dataset_num_proc", "preprocessing_num_workers"),
@@ -288,27 +180,59 @@ _SAME = (
     ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
 )
 
-
-# Gone from transformers 5 (a run never refuses its folder, weights are always safetensors, TensorBoard's
-# folder is an environment variable), or another trainer's name for what simpo always does.
+# Removed from transformers 5 (a run never refuses its folder, weights are always safetensors, TensorBoard's folder is
+# an environment variable), or another trainer's name for what simpo always does.
 _MEANINGLESS = ("overwrite_output_dir", "save_safetensors", "logging_dir", "padding_free")
 
+# Keys that determine the objective: a recipe with one of them is clear.
+_DETERMINE_THE_OBJECTIVE = {
+    *("objective", "loss_type", "stage", "rl", "rlhf_type", "pref_loss", "dpo_loss_type", "trainer_type", "link"),
+    *("gamma", "gamma_beta_ratio", "simpo_gamma", "dpo_gamma_beta_ratio"),
+}
+# Spellings that are too common to tell that a recipe is another toolkit's.
+_COMMON = {"model", "model_name", "lr", "epochs", "optimizer", "batch_size", "config", "env"}
+_OFF = (None, "false", "no", "off", "0", "0.0", "none", "")
 
-def known_spellings(known: Set[str]) -> dict[str, Alias]:
-    """How keys are read that are none of the ``known`` ones."""
-    spellings: dict[str, Alias] = {key: lambda value, given: {} for key in (*_MEANINGLESS, *DROPPED)}
-    spellings |= {key: partial(_refused, advice) for key, advice in ADVICE.items()}
-    spellings |= {key: partial(by_value, key) for key in VALUES}
-    spellings |= {"lora_target": lora_target, "lora_rank": lora_rank}
-    spellings |= {"stage": partial(stage, known=known)}
-    spellings |= {"warmup_ratio": _warmup_ratio, "use_flash_attention_2": _use_flash_attention_2}
-    renamed = {key: spellings.get(ours, ours) for key, ours in RENAMED.items() if ours in {*known, *spellings}}
-    spellings = {key: alias for key, alias in (spellings | renamed).items() if key not in known}
-    for names in _SAME:
-        current = next((name for name in names if name in known), None)
-        if current is not None:
-            spellings |= {name: current for name in names if name != current}
-    return spellings
+
+def is_off(value: Any) -> bool:
+    """Whether a value, as written, switches its key off."""
+    return value in ([], {}) or (value is not True and (value.lower() if isinstance(value, str) else value) in _OFF)
+
+
+# ---- Keys that are translated by a function; each raises ValueError where a value has no counterpart.
+
+
+def _by_value(key: str, value: Any, given: Set[str]) -> Mapping[str, Any]:
+    written = str(value).lower()
+    if is_off(value):
+        return VALUES[key].get("false", {})
+    if written not in VALUES[key]:
+        known = ", ".join(VALUES[key])
+        raise ValueError(f"{value!r} has no counterpart here (of its values, {known} have one)")
+    return VALUES[key][written]
+
+
+def _lora_target(value: Any, given: Set[str]) -> dict[str, Any]:
+    """LLaMA-Factory writes the list of layers as one text; ``all`` is every linear layer."""
+    if isinstance(value, str):
+        value = "all-linear" if value == "all" else [name.strip() for name in value.split(",")]
+    return {"lora_target_modules": value}
+
+
+def _lora_rank(value: Any, given: Set[str]) -> dict[str, Any]:
+    """LLaMA-Factory's ``lora_alpha`` is twice the rank where it is not given."""
+    theirs = {"finetuning_type", "stage"} & given and "lora_alpha" not in given
+    return {"lora_r": value} | ({"lora_alpha": str(2 * int(value))} if theirs else {})
+
+
+def _stage(value: Any, given: Set[str], known: Set[str]) -> Mapping[str, Any]:
+    """LLaMA-Factory's kind of training, which is a command here; its ``dpo`` leaves the loss to ``pref_loss``."""
+    command = "train" if "objective" in known else "reward" if "margin" in known else "sft"
+    wanted = {"dpo": "train", "kto": "train", "sft": "sft", "rm": "reward"}.get(str(value))
+    if wanted != command:
+        remedy = f"start it with simpo {wanted}" if wanted else "simpo has no such kind of training"
+        raise ValueError(f"{value!r} is not what this command trains; {remedy}")
+    return {"objective": value} if command == "train" and "pref_loss" not in given else {}
 
 
 def _refused(advice: str, value: Any, given: Set[str]) -> dict[str, Any]:
@@ -325,7 +249,27 @@ def _warmup_ratio(value: Any, given: Set[str]) -> dict[str, Any]:
 
 
 def _use_flash_attention_2(value: Any, given: Set[str]) -> dict[str, Any]:
-    return {"attn_implementation": "flash_attention_2"} if coerce(value, bool) else {}
+    return _FLASH if coerce(value, bool) else {}
+
+
+def known_spellings(known: Set[str]) -> dict[str, Alias]:
+    """How keys are read that are not among the ``known`` ones; those of other toolkits are keys of training."""
+    spellings: dict[str, Alias] = {"warmup_ratio": _warmup_ratio, "use_flash_attention_2": _use_flash_attention_2}
+    if "learning_rate" in known:
+        spellings |= {key: lambda value, given: {} for key in (*_MEANINGLESS, *DROPPED)}
+        spellings |= {key: partial(_refused, advice) for key, advice in ADVICE.items()}
+        spellings |= {key: partial(_by_value, key) for key in VALUES}
+        spellings |= {"lora_target": _lora_target, "lora_rank": _lora_rank, "stage": partial(_stage, known=known)}
+        spellings |= {key: spellings.get(ours, ours) for key, ours in RENAMED.items() if ours in {*known, *spellings}}
+    spellings = {key: alias for key, alias in spellings.items() if key not in known}
+    for names in _SAME:
+        current = next((name for name in names if name in known), None)
+        if current is not None:
+            spellings |= {name: current for name in names if name != current}
+    return spellings
+
+
+# ---- Settings in the spelling of today.
 
 
 def resolve(
@@ -335,7 +279,7 @@ def resolve(
     given: Set[str],
     mistakes: list[str],
 ) -> dict[str, Setting]:
-    """The settings of one place by field, in today's spelling; what is wrong with others is added to ``mistakes``."""
+    """The settings of one place by field, in the spelling of today; errors are added to ``mistakes``."""
     resolved: dict[str, Setting] = {}
     for written in settings:
         for setting in _respell(written, known, spellings, given, mistakes):
@@ -353,7 +297,9 @@ def _respell(
     if alias is None and setting.key in known:
         return [setting]
     if alias is None:
-        mistakes.append(f"{setting.label}: unknown key{_nearest(setting.key, known, spellings)}")
+        # Where another spelling of one of our keys is the nearest, our key is what to write.
+        others = {name: alias for name, alias in spellings.items() if isinstance(alias, str)}
+        mistakes.append(f"{setting.label}: unknown key{nearest(setting.key, known | others.keys(), others)}")
         return []
     if isinstance(alias, str):
         logger.warning("%s is read as %s", setting.label, alias)
@@ -373,7 +319,30 @@ def _respell(
     return [dataclasses.replace(setting, key=key, value=value) for key, value in replacement.items()]
 
 
-def _nearest(key: str, known: Set[str], spellings: Mapping[str, Alias]) -> str:
-    """Like :func:`~simpo.config.coercion.nearest`, with our key where another spelling of it is the nearest."""
-    others = {name: alias for name, alias in spellings.items() if isinstance(alias, str)}
-    return nearest(key, known | others.keys(), others)
+# ---- What a recipe as a whole implies.
+
+
+def unclear_objective(given: Mapping[str, Any]) -> list[str]:
+    """The error of a recipe that names no objective and has keys of toolkits that train DPO and others.
+
+    Args:
+        given: the keys with their values.
+    """
+    theirs = {*RENAMED, *VALUES, *ADVICE, *DROPPED, "lora_target", "lora_rank"} - _COMMON
+    found = next((key for key, value in given.items() if key in theirs and not is_off(value)), None)
+    if found is None or _DETERMINE_THE_OBJECTIVE & given.keys():
+        return []
+    return [f"objective: not given, and {found} is another toolkit's key; write objective: dpo, or the one you want"]
+
+
+def paper_settings(file: Set[str], given: Set[str]) -> dict[str, Any]:
+    """What the paper's code does without a key, if the keys of a ``file`` are those of the paper's own recipes.
+
+    Those have SimPO's ``gamma_beta_ratio`` next to the alignment-handbook's older keys for data. A recipe that is
+    written for this project names its objective.
+    """
+    older = {"preprocessing_num_workers", "evaluation_strategy", "trainer_type"}
+    if not {"gamma_beta_ratio", "dataset_mixer"} <= file or not older & file or "objective" in file:
+        return {}
+    implied = {"paper_tokenization": "true", "truncation": "paper", "auto_insert_empty_system_msg": "true"}
+    return {key: value for key, value in implied.items() if key not in given}

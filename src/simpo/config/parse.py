@@ -19,6 +19,8 @@ from simpo.errors import CombinedError, SimpoError
 
 logger = logging.getLogger(__package__)
 
+_NO_OBJECTIVE = "objective: not given"
+
 
 class _Loader(yaml.SafeLoader):
     """YAML without its traps: no key twice, a key or a date is text, ``1e-6`` is a number.
@@ -139,9 +141,10 @@ def parse_settings(
     path, arguments = split_recipe(argv, keys)
     file = [] if path is None else read_file(path, mistakes)
     in_file = {setting.key for setting in file}
-    line = read_command_line(arguments, keys, in_file)
-
     spellings = known_spellings(keys.keys())
+    aliases = {key: alias for key, alias in spellings.items() if isinstance(alias, str)}
+    line = read_command_line(arguments, keys, {aliases.get(key, key) for key in in_file})
+
     given = in_file | {setting.key for setting in line}
     if "objective" in keys:
         mistakes += unclear_objective({setting.key: setting.value for setting in (*file, *line)})
@@ -185,16 +188,18 @@ def _build_all(
     A required key whose value does not fit is already among the mistakes, and not also missing.
     """
     built = []
+    unfit = settings.keys() - values.keys()
     for cls in types:
-        unfit = settings.keys() - values.keys()
         if any(key.default is MISSING and key.name in unfit for key in keys_of([cls]).values()):
             continue
+        found: tuple[Any, ...] = ()
         try:
             built.append(build(cls, values, settings))
-        except CombinedError as error:
-            mistakes += error.args
         except SimpoError as error:
-            mistakes.append(str(error))
+            found = error.args
+        # One error about a missing objective is enough, whatever made it unclear.
+        unclear = any(_NO_OBJECTIVE in mistake for mistake in mistakes)
+        mistakes += [mistake for mistake in found if not (unclear and _NO_OBJECTIVE in mistake)]
     if mistakes:
         raise CombinedError(*dict.fromkeys(mistakes))
     return tuple(built)
