@@ -23,7 +23,6 @@ from simpo.evaluation.arena_hard import (
     with_baselines,
 )
 from simpo.evaluation.leaderboards import (
-    Style,
     bootstrap_score,
     score_over_prompts,
     style_controlled,
@@ -123,12 +122,12 @@ def test_battles_that_are_independent_are_covered():
 
 def test_style_is_counted_outside_code():
     text = "# Title\n\n- one\n* two\n 3. three\n**bold** and __also__ *not*\n```\n# no\n- no\n```\n## More"
-    assert style_of(text) == Style(len(text), headers=2, lists=3, bold=2)
-    assert style_of("plain", 3) == Style(3, 0, 0, 0)
+    assert style_of(text) == (len(text), 2, 3, 2)  # headers, lists, bold
+    assert style_of("plain", 3) == (3, 0, 0, 0)
 
 
 def test_style_differences_by_their_formula():
-    found = style_differences([Style(30, 3, 0, 6), Style(0, 0, 0, 0)], [Style(10, 0, 0, 1), Style(0, 0, 0, 0)])
+    found = style_differences([(30, 3, 0, 6), (0, 0, 0, 0)], [(10, 0, 0, 1), (0, 0, 0, 0)])
     density = [(3 / 31, 0.0), (0.0, 0.0), (6 / 31, 1 / 11)]
     assert found[0] == pytest.approx([20 / 40, *((a - b) / (a + b + 1) for a, b in density)])
     assert found[1] == pytest.approx(np.zeros(4))

@@ -19,7 +19,7 @@ from simpo.client import ChatReply, ChatRequest
 from simpo.data.rows import Row
 from simpo.errors import SimpoError, one_line
 from simpo.evaluation.answers import Answer, Question, read_by_key, read_rows, text_in, write_rows
-from simpo.evaluation.leaderboards import Baselines, length_controlled, win_rate
+from simpo.evaluation.leaderboards import Baselines, length_controlled, win_rates
 from simpo.evaluation.runner import Benchmark, JudgedBenchmark, JudgedSettings, check_file
 from simpo.generation.thinking import after_thinking
 from simpo.judging.presentation import fill, read_prompt_file
@@ -350,15 +350,10 @@ def leaderboard_metrics(annotations: Sequence[Annotation], baselines: Baselines 
                 _with_interval("length_controlled_winrate", controlled.win_rate, controlled.standard_error, total),
                 Metric("alpaca_eval/lc_standard_error", controlled.standard_error, n=total),
             ]
-        raw = win_rate(preferences)
-        metrics += [
-            _with_interval("win_rate", raw.win_rate, raw.standard_error, raw.n),
-            Metric("alpaca_eval/standard_error", raw.standard_error, n=raw.n),
-            Metric("alpaca_eval/discrete_win_rate", raw.discrete_win_rate, n=raw.n),
-            Metric("alpaca_eval/n_wins", raw.wins, n=raw.n),
-            Metric("alpaca_eval/n_draws", raw.draws, n=raw.n),
-            Metric("alpaca_eval/n_wins_base", raw.losses, n=raw.n),
-        ]
+        found = win_rates(preferences[~np.isnan(preferences)])
+        judged = total - without
+        metrics.append(_with_interval("win_rate", found.pop("win_rate"), found["standard_error"], judged))
+        metrics += [Metric(f"alpaca_eval/{name}", value, n=judged) for name, value in found.items()]
     return [
         *metrics,
         Metric("alpaca_eval/avg_length", int(np.mean([len(text) for text in ours])), n=total),

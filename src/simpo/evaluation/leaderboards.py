@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.special import expit
@@ -16,52 +15,25 @@ from simpo.statistics import Interval, share_interval
 # ---- AlpacaEval's win rate.
 
 
-@dataclass(frozen=True)
-class WinRate:
-    """Wins over the baseline, in percent and numbers of instructions.
+def win_rates(preferences: np.ndarray) -> dict[str, float]:
+    """Raw and discrete win rate in percent, and numbers of instructions, under the leaderboard's names.
 
-    Attributes:
-        win_rate: 100 times the mean preference.
-        standard_error: of that mean; NaN for a single preference.
-        discrete_win_rate: share of wins, draws counting half.
-        wins: instructions on which the model is preferred.
-        losses: instructions on which the baseline is preferred.
-        draws: preferences of exactly 1.5.
-        n: instructions with a preference.
-    """
-
-    win_rate: float
-    standard_error: float
-    discrete_win_rate: float
-    wins: int
-    losses: int
-    draws: int
-    n: int
-
-
-def win_rate(preferences: np.ndarray) -> WinRate:
-    """Raw and discrete win rate.
+    A draw is a preference of exactly 1.5 and counts half. The standard error of a single preference is NaN.
 
     Args:
-        preferences: ``[N]`` in [1, 2], 2 where the model is preferred; NaN, where there is none, is left out.
-
-    Raises:
-        ValueError: there is no preference at all.
+        preferences: ``[N]`` in [1, 2], 2 where the model is preferred; at least one, none of them NaN.
     """
-    shares = preferences[~np.isnan(preferences)] - 1
-    if not len(shares):
-        raise ValueError("a win rate needs at least one preference")
+    shares = preferences - 1
     wins, losses = int((shares > 0.5).sum()), int((shares < 0.5).sum())
     draws = len(shares) - wins - losses
-    return WinRate(
-        win_rate=100 * float(shares.mean()),
-        standard_error=100 * standard_error(shares),
-        discrete_win_rate=100 * (wins + draws / 2) / len(shares),
-        wins=wins,
-        losses=losses,
-        draws=draws,
-        n=len(shares),
-    )
+    return {
+        "win_rate": 100 * float(shares.mean()),
+        "standard_error": 100 * standard_error(shares),
+        "discrete_win_rate": 100 * (wins + draws / 2) / len(shares),
+        "n_wins": wins,
+        "n_draws": draws,
+        "n_wins_base": losses,
+    }
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -77,36 +49,20 @@ _GAMED_WEIGHT = 0.1  # of each row of the two gamed baselines
 STRENGTHS = np.logspace(-4, 4, 10)
 
 
-@dataclass(frozen=True)
-class Baselines:
-    """What the benchmark measured once and uses in the fit of every model.
+class Baselines(NamedTuple):
+    """What the benchmark measured once and uses in the fit of every model."""
 
-    Attributes:
-        difficulties: ``[N]``, of the instructions in the benchmark's order.
-        x: ``[G, 3]``, features of the gamed baselines' rows; the third is 0.
-        y: ``[G]``, their preferences in [0, 1].
-    """
-
-    difficulties: np.ndarray
-    x: np.ndarray
-    y: np.ndarray
+    difficulties: np.ndarray  # [N], of the instructions in the benchmark's order
+    x: np.ndarray  # [G, 3], features of the gamed baselines' rows; the third is 0
+    y: np.ndarray  # [G], their preferences in [0, 1]
 
 
-@dataclass(frozen=True)
-class LengthControlled:
-    """The length-controlled win rate in percent.
+class LengthControlled(NamedTuple):
+    """The length-controlled win rate in percent."""
 
-    Attributes:
-        win_rate: mean over the instructions of the fitted preference at equal lengths.
-        standard_error: of that mean; the fit is taken as given.
-        coefficients: of length, difficulty and model, ``[3]``.
-        strength: inverse strength of the penalty (scikit-learn's C); NaN where nothing was fitted.
-    """
-
-    win_rate: float
-    standard_error: float
-    coefficients: np.ndarray
-    strength: float
+    win_rate: float  # mean over the instructions of the fitted preference at equal lengths
+    standard_error: float  # of that mean; the fit is taken as given
+    coefficients: np.ndarray  # [3], of length, difficulty and model
 
 
 def length_controlled(
@@ -131,7 +87,7 @@ def length_controlled(
     """
     difficulties = baselines.difficulties[: len(preferences)]
     if np.array_equal(baseline_lengths, lengths) and (preferences == 1.5).all():
-        return LengthControlled(50.0, 0.0, np.zeros(3), float("nan"))
+        return LengthControlled(50.0, 0.0, np.zeros(3))
     difference = (baseline_lengths - lengths).astype(np.float64)
     spread = difference.std(ddof=1) if len(difference) > 1 else 0.0
     relative = np.tanh(difference / spread) if spread else np.zeros(len(difference))
@@ -143,7 +99,7 @@ def length_controlled(
     strength = cross_validated_strength(x, y, weights) if strength is None else strength
     coefficients = fit_logistic(x, y, weights * strength, penalty=1.0)
     predicted = predicted_preferences(difficulties, coefficients)
-    return LengthControlled(100 * float(predicted.mean()), 100 * standard_error(predicted), coefficients, strength)
+    return LengthControlled(100 * float(predicted.mean()), 100 * standard_error(predicted), coefficients)
 
 
 def predicted_preferences(difficulties: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
@@ -227,49 +183,31 @@ _LISTS = re.compile(r"^\s*(?:\d+\.|[-*+])\s", re.MULTILINE)
 _BOLD = re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__")
 
 
-@dataclass(frozen=True)
-class Style:
-    """An answer's length and its numbers of headers, list items and bold passages outside code blocks."""
-
-    length: int
-    headers: int
-    lists: int
-    bold: int
-
-
-def style_of(text: str, length: int | None = None) -> Style:
-    """The style of an answer; its length is in characters unless it is given in another unit."""
+def style_of(text: str, length: int | None = None) -> tuple[int, ...]:
+    """An answer's length, in characters unless given in another unit, and its numbers of headers, list items and bold
+    passages outside code blocks."""
     prose = _CODE.sub("", text)
     counts = (len(pattern.findall(prose)) for pattern in (_HEADERS, _LISTS, _BOLD))
-    return Style(len(text) if length is None else length, *counts)
+    return len(text) if length is None else length, *counts
 
 
-def style_differences(model: Sequence[Style], baseline: Sequence[Style]) -> np.ndarray:
+def style_differences(model: Sequence[tuple[int, ...]], baseline: Sequence[tuple[int, ...]]) -> np.ndarray:
     """Features ``[N, 4]``: relative differences in length and in the densities of headers, lists and bold text."""
-    ours, theirs = (
-        np.array([[style.length, style.headers, style.lists, style.bold] for style in styles], dtype=np.float64)
-        for styles in (model, baseline)
-    )
+    ours, theirs = (np.array(styles, dtype=np.float64) for styles in (model, baseline))
     total = ours[:, :1] + theirs[:, :1]
     length = np.divide(ours[:, :1] - theirs[:, :1], total, out=np.zeros_like(total), where=total > 0)
     mine, other = (counts[:, 1:] / (counts[:, :1] + 1) for counts in (ours, theirs))
     return np.hstack([length, (mine - other) / (mine + other + 1)])
 
 
-@dataclass(frozen=True)
-class StyleControlled:
-    """Chances to beat the baseline, in percent; NaN where style or model determines so much that there is no fit.
+class StyleControlled(NamedTuple):
+    """Chances to beat the baseline, in percent; NaN where style or model determines so much that there is no fit."""
 
-    Attributes:
-        at_mean: by model, ``[M]``, at the mean style difference of all battles. The leaderboard reports this; it
-            depends on which other models it lists.
-        at_equal: by model, ``[M]``, with answers in the baseline's style.
-        coefficients: of the four features, in standard deviations.
-    """
-
-    at_mean: np.ndarray
-    at_equal: np.ndarray
-    coefficients: np.ndarray
+    at_mean: (
+        np.ndarray
+    )  # [M], at the mean style difference of all battles: the leaderboard's, which depends on all models
+    at_equal: np.ndarray  # [M], with answers in the baseline's style
+    coefficients: np.ndarray  # [4], of the features, in standard deviations
 
 
 def style_controlled(models: np.ndarray, worths: np.ndarray, features: np.ndarray) -> StyleControlled:
