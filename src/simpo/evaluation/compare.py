@@ -22,8 +22,9 @@ from simpo.generation.sample import FILE_NAME, EngineName, PromptArguments, samp
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.presentation import ShownAnswers, as_text
 from simpo.judging.protocol import Judge, Pair
-from simpo.judging.registry import JudgeOptions, make_judge
+from simpo.judging.registry import JUDGES, JudgeOptions, make_judge
 from simpo.judging.scored import verdict_of
+from simpo.judging.settings import JudgeSettings
 from simpo.models.checkpoint import Checkpoint
 from simpo.models.devices import free_memory
 from simpo.models.settings import ModelArguments
@@ -46,61 +47,36 @@ Scoring = Callable[[Any, str], float]
 SIDES: dict[Stage, str] = {"before": "b", "after": "a"}
 
 
-@dataclass(frozen=True)
-class SampledWith:
-    """How models answer.
+_SIDE = "Model, file of answers, or folder of simpo sample"
 
-    Attributes:
-        prompts: file, folder or hub id; None for the prompts of the answers that the model is compared with.
-        split: of the prompts.
-        settings: how answers are drawn.
-        engine: what generates.
-        dtype: type of the weights; None chooses by the device.
-        trust_remote_code: run code that comes with a model.
-        rendering: how prompts are rendered.
-    """
 
-    prompts: str | None
-    split: str
-    settings: SamplingSettings
-    engine: EngineName = "transformers"
-    dtype: str | None = None
-    trust_remote_code: bool = False
+@dataclass(kw_only=True)
+class CompareSettings:
+    """What is compared, and by which judges."""
+
+    a: str = field(metadata={"help": f"{_SIDE}, whose win rate is measured.", "positional": "A"})
+    b: str = field(metadata={"help": f"{_SIDE}, which it is compared with.", "positional": "B"})
+    output_dir: Path = field(metadata={"help": "Folder of the run; the same one continues it."})
+    judge: list[str] = field(metadata={"help": f"One or several of {JUDGES}.", "repeat": True})
+    prompts: str | None = field(
+        default=None, metadata={"help": "File, folder or hub id of the prompts that models answer."}
+    )
+    split: str = field(default="train", metadata={"help": "Split of the prompts."})
+    sampling: SamplingSettings = field(default=SamplingSettings(temperature=0.0))
+    engine: EngineName = field(default="transformers", metadata={"help": "What generates the answers."})
     rendering: RenderSettings = field(default_factory=RenderSettings)
+    judging: JudgeSettings = field(default=JudgeSettings())
 
 
-@dataclass(frozen=True)
-class CompareArguments:
-    """What is compared, and by whom.
-
-    Attributes:
-        a: the model, or its answers (a file, or the folder of a run of ``simpo sample``), whose win rate is measured.
-        b: what it is compared with.
-        sampled: how models answer.
-        judges: names as :func:`simpo.judging.registry.make_judge` takes them.
-        options: what the judges need.
-        prices: of the API judge's tokens, where they are known.
-        yes: whether the user has confirmed the cost beforehand.
-    """
-
-    a: str
-    b: str
-    sampled: SampledWith
-    judges: Sequence[str]
-    options: JudgeOptions
-    prices: Prices | None = None
-    yes: bool = False
-
-
-def compare(arguments: CompareArguments, folder: Path, *, argv: Sequence[str] = ()) -> Path:
+def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, argv: Sequence[str] = ()) -> Path:
     """Sample answers where needed, and judge every answer of ``a`` against every answer of ``b``.
 
     The cost of an API judge is confirmed before anything is sampled. A run that was killed is continued by the same
     call: samples are in the folder, replies of an API in its cache; other judges judge again.
 
     Args:
-        arguments: what is compared, and by whom.
-        folder: of the run; gets ``verdicts.jsonl``, ``differences.md`` and ``results.json``.
+        settings: what is compared; the folder gets ``verdicts.jsonl``, ``differences.md`` and ``results.json``.
+        options: what the judges need; those of the settings if None.
         argv: the command line after the command's name, for the record.
 
     Returns:
@@ -110,43 +86,37 @@ def compare(arguments: CompareArguments, folder: Path, *, argv: Sequence[str] = 
         SimpoError: something that the user gave cannot be used, or the user does not confirm the cost of a judge.
         InterruptedRun: the user stopped it.
     """
+    folder, options = settings.output_dir, options or settings.judging.options()
     with stoppable(), RunFolder(folder, command="compare") as run:
-        sides = read_sides(arguments)
-        judges = make_judges(arguments.judges, replace(arguments.options, log=run.log))
-        identity: dict[str, Any] = {"seed": arguments.sampled.settings.seed}
+        sides = read_sides(settings)
+        judges = make_judges(settings.judge, replace(options, log=run.log))
+        identity: dict[str, Any] = {"seed": settings.sampling.seed}
         for side in sides:
             identity |= {f"{side.name}/{key}": value for key, value in side.identity().items()}
-        identity |= {"strip_thinking": True} if arguments.options.strip_thinking else {}
+        identity |= {"strip_thinking": True} if options.strip_thinking else {}
         for name, judge in judges.items():
             identity |= {f"judge {name}/{key}": value for key, value in judge.identity.items()}
         run.begin(identity, argv=argv)
 
+        prices = settings.judging.token_prices()
+
         def measure() -> list[Metric]:
             expected = (side.expected_answers(folder) for side in sides)
-            pairs, _ = all_pairs(match_answers(*expected, f"{arguments.a} and {arguments.b}"))
+            pairs, _ = all_pairs(match_answers(*expected, f"{settings.a} and {settings.b}"))
             for judge in judges.values():
-                confirm_cost(judge.estimate(pairs), yes=arguments.yes, log=run.log, prices=arguments.prices)
+                confirm_cost(judge.estimate(pairs), yes=settings.judging.yes, log=run.log, prices=prices)
             answers = read_matched(*(side.answers(folder, run.log) for side in sides))
-            return _judge_answers(answers, judges, arguments, folder, run.log)
+            show = ShownAnswers(options.strip_thinking)
+            answers = [replace(one, a=_shown(one.a, show), b=_shown(one.b, show)) for one in answers]
+            pairs, prompts = all_pairs(answers)
+            run.log(f"{len(pairs):,} pairs of answers to {len(answers):,} prompts")
+            judged = judge_pairs(judges, pairs, prompts, prices=prices, log=run.log)
+            write_verdicts(folder / VERDICTS, judged)
+            write_differences(folder / DIFFERENCES, judged, (settings.a, settings.b))
+            metrics = preference_metrics(judged, settings.sampling.seed) + judge_metrics(judges, len(pairs))
+            return metrics + text_metrics(answers) + show.metrics("", run.log)
 
         return run.complete(measure)
-
-
-def _judge_answers(
-    answers: Sequence[PromptAnswers], judges: Mapping[str, Judge], arguments: CompareArguments, folder: Path, log: Log
-) -> list[Metric]:
-    show = ShownAnswers(arguments.options.strip_thinking)
-    answers = [replace(one, a=_shown(one.a, show), b=_shown(one.b, show)) for one in answers]
-    pairs, prompts = all_pairs(answers)
-    log(f"{len(pairs):,} pairs of answers to {len(answers):,} prompts")
-    judged = judge_pairs(judges, pairs, prompts, prices=arguments.prices, log=log)
-    write_verdicts(folder / VERDICTS, judged)
-    write_differences(folder / DIFFERENCES, judged, (arguments.a, arguments.b))
-    metrics = preference_metrics(judged, arguments.sampled.settings.seed) + judge_metrics(judges, len(pairs))
-    metrics += text_metrics(answers)
-    if all({"response_ids", "finished"} <= record.keys() for one in answers for record in (one.a, one.b)):
-        metrics += sampled_metrics(answers)
-    return metrics + show.metrics("", log)
 
 
 def _shown(record: Mapping[str, Any], show: ShownAnswers) -> dict[str, Any]:
@@ -202,33 +172,34 @@ class Side:
         return {prompt.id: {"id": prompt.id, "prompt": prompt.content, "responses": responses} for prompt in prompts}
 
 
-def read_sides(arguments: CompareArguments) -> tuple[Side, Side]:
+def read_sides(settings: CompareSettings) -> tuple[Side, Side]:
     """Both sides: a file of answers, the folder of a run of ``simpo sample``, or else a model.
 
     Raises:
         SimpoError: a side cannot be used, or prompts are missing or not needed.
     """
-    names, sampled = (arguments.a, arguments.b), arguments.sampled
+    names, prompts = (settings.a, settings.b), settings.prompts
     files: list[Path | None] = []
     for name in names:
         path = Path(name).expanduser()
         path = path / FILE_NAME if (path / FILE_NAME).is_file() else path
         files.append(path if path.is_file() or is_answer_file(name) else None)
     given = next((path for path in files if path is not None), None)
-    if None not in files and sampled.prompts is not None:
+    if None not in files and prompts is not None:
         raise SimpoError("prompts: both sides are answers, which have prompts of their own; leave --prompts out")
-    if sampled.prompts is None and given is None:
+    if prompts is None and given is None:
         raise SimpoError("prompts: name the prompts that the models answer with --prompts")
-    source, split = (str(given), "train") if sampled.prompts is None else (sampled.prompts, sampled.split)
+    source, split = (str(given), "train") if prompts is None else (prompts, settings.split)
     sides = []
     for side, name, file in zip("ab", names, files, strict=True):
         if file is not None:
             read_answer_file(file)  # so that a mistake in it shows before anything is sampled
             sides.append(Side(side, file))
             continue
-        model = ModelArguments(name, dtype=sampled.dtype, trust_remote_code=sampled.trust_remote_code)
-        arguments, rendering = Checkpoint.read(model).arguments, sampled.rendering
-        answerer = Answerer(arguments, sampled.settings, engine=sampled.engine, rendering=rendering)
+        judging, rendering = settings.judging, settings.rendering
+        model = ModelArguments(name, dtype=judging.dtype, trust_remote_code=judging.trust_remote_code)
+        arguments = Checkpoint.read(model).arguments
+        answerer = Answerer(arguments, settings.sampling, engine=settings.engine, rendering=rendering)
         sides.append(Side(side, None, answerer, PromptArguments(source, split, rendering=rendering)))
     first, second = sides
     return first, second
@@ -403,7 +374,7 @@ def sampled_metrics(answers: Sequence[PromptAnswers]) -> list[Metric]:
 
 
 def text_metrics(answers: Sequence[PromptAnswers]) -> list[Metric]:
-    """Length of answers in characters, over prompts, and the number of empty ones."""
+    """Length of answers in characters, over prompts, the number of empty ones, and those of sampled answers."""
     metrics = []
     for stage, side in SIDES.items():
         texts = [getattr(one, side)["responses"] for one in answers]
@@ -411,7 +382,8 @@ def text_metrics(answers: Sequence[PromptAnswers]) -> list[Metric]:
         empty = [not text.strip() for several in texts for text in several]
         metrics.append(Metric.of("response_characters", mean_interval(lengths), stage))
         metrics.append(Metric("empty_responses", sum(empty), stage, len(empty)))
-    return metrics
+    sampled = all({"response_ids", "finished"} <= record.keys() for one in answers for record in (one.a, one.b))
+    return metrics + sampled_metrics(answers) if sampled else metrics
 
 
 # ---- Verdicts in files: all of them for programs, the clearest ones for people.

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from simpo.data.prompts import prepare_prompts
-from simpo.evaluation.compare import CompareArguments, SampledWith, compare
+from simpo.evaluation.compare import CompareSettings, compare
 from simpo.generation.sample import FILE_NAME as RESPONSES
 from simpo.generation.sample import PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.judging.annotate import AnnotateArguments, annotate
 from simpo.judging.registry import JudgeOptions
+from simpo.judging.settings import JudgeSettings
 from simpo.models.checkpoint import Checkpoint
 from simpo.models.devices import free_memory
 from simpo.models.loading import load_tokenizer
@@ -129,9 +130,15 @@ class Rounds:
 
         self._announce(number, "comparing the new model with the start on the held-out prompts")
         self._sample(number, recipe.held_out_prompts, recipe.held_out_sampling, folder / "answers")
-        sampled = SampledWith(None, "train", recipe.held_out_sampling, rendering=recipe.held_out_prompts.rendering)
-        sides = str(folder / "answers"), str(self.folder / _START)
-        compare(CompareArguments(*sides, sampled, recipe.judges, self.options, yes=_CONFIRMED), folder / "comparison")
+        comparison = CompareSettings(
+            a=str(folder / "answers"),
+            b=str(self.folder / _START),
+            output_dir=folder / "comparison",
+            judge=recipe.judges,
+            sampling=recipe.held_out_sampling,
+            judging=JudgeSettings(yes=_CONFIRMED),
+        )
+        compare(comparison, options=self.options)
         free_memory()
 
         metrics = [
