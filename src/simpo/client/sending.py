@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, cast
 
 import httpx
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, Omit
@@ -122,7 +122,7 @@ class Sender:
         self._endpoint, self._dialect, self._key = endpoint, dialect, endpoint.api_key()
         self._adapted = 0
         try:
-            self._http: Any = _Http(endpoint)  # Any: openai's types name httpx2, but it accepts httpx as well
+            self._http = _Http(endpoint)
         except (ValueError, ImportError, OSError) as error:
             raise SimpoError(
                 f"{endpoint.url}: the environment's proxy or certificates (*_PROXY, SSL_CERT_*) cannot be used: {error}"
@@ -138,7 +138,7 @@ class Sender:
             base_url=endpoint.base_url,
             timeout=None,
             max_retries=endpoint.attempts - 1,
-            http_client=self._http,
+            http_client=cast(Any, self._http),  # its type is httpx2's since openai 3, which accepts httpx's as well
         )
 
     async def __aenter__(self) -> Sender:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class ModelScorer(Scorer):
     such as ArmoRM, whose own code computes the score.
     """
 
-    def __init__(self, kind: Literal["logp", "reward"], model: ModelArguments, log: Log) -> None:
+    def __init__(self, kind: str, model: ModelArguments, log: Log) -> None:
         """Load the tokenizer; the weights follow with :meth:`prepare` or the first scores.
 
         Weights are bf16 on an accelerator and fp32 on a CPU, unless ``dtype`` is given.

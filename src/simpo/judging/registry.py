@@ -95,7 +95,7 @@ def make_scorer(name: str, options: JudgeOptions, *, known: str = SCORERS) -> Sc
         return ExactScorer()
     if kind == "function" and rest:
         return FunctionScorer(rest, trust_remote_code=options.trust_remote_code)
-    if (kind == "reward" or kind == "logp") and rest:  # noqa: PLR1714 - mypy narrows the type by this form
+    if kind in ("reward", "logp") and rest:
         model = ModelArguments(rest, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
         return ModelScorer(kind, model, options.log)
     raise SimpoError(f"judge {name!r} is not known{nearest(name, known.split(', '))}; the judges are {known}")
