@@ -26,9 +26,9 @@ def test_what_is_appended_is_read_back(tmp_path):
     lines = write(tmp_path / "new" / "metrics.jsonl")
     lines.append(iter(RECORDS[:1]))
     assert len(lines) == 4
-    assert lines.read() == list(lines) == [*RECORDS, RECORDS[0]]
+    assert list(lines) == [*RECORDS, RECORDS[0]]
     again = JsonLines(lines.path)
-    assert (len(again), again.read()) == (4, lines.read())
+    assert (len(again), list(again)) == (4, list(lines))
 
 
 def test_each_record_is_a_line_of_plain_json(tmp_path):
@@ -39,14 +39,14 @@ def test_each_record_is_a_line_of_plain_json(tmp_path):
 
 def test_what_is_not_finite_is_null(tmp_path):
     lines = write(tmp_path / "x", [{"loss": float("nan"), "deep": [{"a": (float("inf"), 1.0)}], "n": 3}])
-    assert lines.read() == [{"loss": None, "deep": [{"a": [None, 1.0]}], "n": 3}]
+    assert list(lines) == [{"loss": None, "deep": [{"a": [None, 1.0]}], "n": 3}]
 
 
 def test_what_is_no_json_changes_nothing(tmp_path):
     lines = write(tmp_path / "x")
     with pytest.raises(TypeError):
         lines.append([{"ok": 1}, {"bad": object()}])
-    assert lines.read() == JsonLines(tmp_path / "x").read() == RECORDS
+    assert list(lines) == list(JsonLines(tmp_path / "x")) == RECORDS
 
 
 def test_torn_last_line_is_dropped_wherever_it_was_torn(tmp_path, caplog):
@@ -67,9 +67,9 @@ def test_last_line_that_is_no_record_is_dropped(tmp_path, tail, caplog):
     path = write(tmp_path / "x").path
     with path.open("ab") as file:
         file.write(tail)
-    assert JsonLines(path).read() == RECORDS
+    assert list(JsonLines(path)) == RECORDS
     assert caplog.text.count("incomplete last line") == 1
-    assert JsonLines(path).read() == RECORDS
+    assert list(JsonLines(path)) == RECORDS
     assert caplog.text.count("incomplete last line") == 1
 
 
@@ -81,18 +81,18 @@ def test_damaged_line_in_the_middle_is_named_and_kept(tmp_path, line):
     damaged = path.read_bytes()
     with pytest.raises(SimpoError) as caught:
         JsonLines(path)
-    assert str(caught.value) == f"{path}:2: not a JSON object; restore the file or name a new folder"
+    assert str(caught.value).startswith(f"{path}:2: ")
     assert path.read_bytes() == damaged
 
 
 def test_keep_drops_what_came_later(tmp_path):
     lines = write(tmp_path / "x")
     lines.keep(3)
-    assert lines.read() == RECORDS
+    assert list(lines) == RECORDS
     lines.keep(1)
-    assert lines.read() == JsonLines(tmp_path / "x").read() == RECORDS[:1]
+    assert list(lines) == list(JsonLines(tmp_path / "x")) == RECORDS[:1]
     lines.append(RECORDS[1:])
-    assert lines.read() == RECORDS
+    assert list(lines) == RECORDS
     lines.keep(0)
     assert (len(lines), lines.path.read_bytes()) == (0, b"")
     with pytest.raises(ValueError, match="cannot keep 1 of 0"):
@@ -129,8 +129,8 @@ def test_full_disk_leaves_the_earlier_records(small_disk):
         while True:
             lines.append([record] * 3)
     assert len(lines) > 3
-    assert lines.read() == [record] * len(lines)
+    assert list(lines) == [record] * len(lines)
     assert len(JsonLines(lines.path)) == len(lines)
     lines.keep(1)
     lines.append([record])  # there is room again
-    assert lines.read() == [record] * 2
+    assert list(lines) == [record] * 2

@@ -270,21 +270,20 @@ def load_tokenizer(
             raise
         logger.warning("%s has no tokenizer; its base model's is used", name)
         tokenizer = load_files(AutoTokenizer, base_arguments(adapter, arguments))
-    if chat_template is not None:
-        tokenizer.chat_template = read_chat_template(chat_template)
+    if chat_template is None:
+        return tokenizer
+    if chat_template.strip().lower() == "none":
+        tokenizer.chat_template = None
+    elif "{" in chat_template:
+        tokenizer.chat_template = chat_template
+    else:
+        try:
+            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SimpoError(
+                f"chat_template: {chat_template[:80]!r} is neither a template nor a file of one ({error})"
+            ) from error
     return tokenizer
-
-
-def read_chat_template(given: str) -> str | None:
-    """The template that a recipe's ``chat_template`` means: its text, a file's text, or None for ``"none"``."""
-    if given.strip().lower() == "none":
-        return None
-    if "{" in given:
-        return given
-    try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SimpoError(f"chat_template: {given[:80]!r} is neither a template nor a file of one ({error})") from error
 
 
 def round_weights(folder: Path, dtype: str) -> None:

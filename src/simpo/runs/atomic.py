@@ -26,11 +26,7 @@ _NO_ROOM = 1 << 20  # bytes; with less than this left, a write that failed for n
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``path`` in UTF-8, and create its folder; after a crash it is the old file or the new one.
-
-    Raises:
-        SimpoError: it cannot be written; see :func:`disk_errors`.
-    """
+    """Write ``path`` in UTF-8, and create its folder; after a crash it is the old file or the new one."""
     # In the same folder, because a rename is atomic only within one file system.
     temporary = _hidden(path, f"{os.getpid()}.{_PARTIAL}")
     with disk_errors(path):
@@ -86,9 +82,6 @@ def staged_files(folder: Path) -> Iterator[Path]:
     """An empty folder to fill, whose files move into ``folder`` one by one when all are on the disk.
 
     They replace files of the same names; other files stay. The folder that is yielded is removed if the body raises.
-
-    Raises:
-        SimpoError: the disk is full or the folder cannot be written; see :func:`disk_errors`.
     """
     filled = folder / ".files"
     with disk_errors(folder):
@@ -107,11 +100,7 @@ def provisional(final: Path) -> Path:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, so that no part of it is ever seen under its name.
-
-    Raises:
-        SimpoError: it cannot be removed; see :func:`disk_errors`.
-    """
+    """Remove a folder, so that no part of it is ever seen under its name."""
     renamed = _hidden(path, _REMOVED)
     with disk_errors(path):
         _delete(renamed)
@@ -123,9 +112,6 @@ def sweep(parent: Path) -> None:
     """Remove what killed processes left incomplete in ``parent``.
 
     Only for the one process that writes there: the unfinished work of a living process looks the same.
-
-    Raises:
-        SimpoError: it cannot be removed; see :func:`disk_errors`.
     """
     with disk_errors(parent):
         for kind in (_PARTIAL, _REMOVED):

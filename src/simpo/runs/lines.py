@@ -49,10 +49,6 @@ class JsonLines:
         with self.path.open("rb") as file:
             yield from map(json.loads, file)
 
-    def read(self) -> list[dict[str, Any]]:
-        """All records."""
-        return list(self)
-
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records and return when they are on the disk.
 
@@ -99,11 +95,7 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a finished file, which is left as it is.
-
-    Raises:
-        SimpoError: there is no such file, it cannot be read, or one of its lines is not a JSON object.
-    """
+    """The records of a finished file, which is left as it is."""
     try:
         ends, torn = _scan(path)
         if torn:
@@ -115,11 +107,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a file of records at once; it is whole or absent, and numbers that are not finite are null.
-
-    Raises:
-        SimpoError: the disk is full or the file cannot be written.
-    """
+    """Write a file of records at once; it is whole or absent, and numbers that are not finite are null."""
     write_text(path, b"".join(map(_line, records)).decode())
 
 

@@ -129,11 +129,7 @@ class LogFile(logging.Handler):
         self.path = path
 
     def write(self, line: str) -> None:
-        """Append a line, without access tokens.
-
-        Raises:
-            SimpoError: the file cannot be written.
-        """
+        """Append a line, without access tokens."""
         with disk_errors(self.path), self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{now()} {masked(line)}\n")
 

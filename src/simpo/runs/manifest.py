@@ -25,11 +25,7 @@ _PATIENCE = 10  # seconds for another program's answer
 
 
 def file_digest(path: Path | str) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits.
-
-    Raises:
-        SimpoError: it cannot be read.
-    """
+    """SHA-256 of a file, as 64 hexadecimal digits."""
     try:
         with Path(path).expanduser().open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -43,9 +39,6 @@ def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:
     Args:
         folder: of finished files.
         exclude: patterns (``*`` and ``?``) of names in ``folder`` that are left out, with all that is below them.
-
-    Raises:
-        SimpoError: the manifest cannot be written, or a file cannot be read.
     """
     with disk_errors(folder / FILE_NAME):
         names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())

@@ -136,9 +136,6 @@ def print_results(
         path: the file.
         console: where to print.
         headings: of the columns of the stages, where they have names of their own.
-
-    Raises:
-        SimpoError: as :func:`read_results`.
     """
     results = read_results(path)
     names: dict[Stage | None, str] = {**_HEADINGS, **(headings or {})}

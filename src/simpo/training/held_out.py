@@ -41,7 +41,7 @@ def write_scores(path: Path, rows: Dataset, scores: Scores) -> None:
 
 def read_scores(path: Path, rows: int) -> Scores | None:
     """What :func:`write_scores` kept; None if there are not ``rows`` of them."""
-    if not path.exists() or len(found := JsonLines(path).read()) != rows:
+    if not path.exists() or len(found := list(JsonLines(path))) != rows:
         return None
     return {name: np.array([line[name] for line in found], dtype=np.float64) for name in found[0] if name != "where"}
 
