@@ -71,6 +71,7 @@ def test_python_minus_m(tmp_path):
 # A notice of a library before the output, and more output than a pipe holds.
 _WRITER = """
 import logging, sys, types
+import rich.console
 from simpo import cli
 
 def main(argv):
@@ -83,7 +84,14 @@ sys.exit(cli.main(["recipe"]))
 """
 
 
-@pytest.mark.parametrize("write", ["print(number)", "logging.getLogger('library').warning('notice %d', number)"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        "print(number)",
+        "logging.getLogger('library').warning('notice %d', number)",
+        "rich.console.Console().print(number)",
+    ],
+)
 def test_output_that_nobody_reads_ends_the_command_quietly(write, tmp_path):
     script = tmp_path / "writer.py"
     script.write_text(_WRITER.format(write=write))
