@@ -24,11 +24,10 @@ from simpo.packing.scoring import divergence_forward, reference_states
 from simpo.runs.lines import JsonLines
 from simpo.statistics import proportion_interval
 from simpo.training.batches import comparisons_of
-from simpo.training.held_out import ACCURACY
+from simpo.training.metrics import ACCURACY
+from simpo.training.preference import PreferenceConfig, PreferenceTrainer
 from simpo.training.run import TrainingJob, run_training
 from simpo.training.settings import load_datasets
-from simpo.training.tasks import PREFERENCES
-from simpo.training.trainer import PreferenceConfig
 
 FILE_NAME = "measured.json"
 _TOKENS = 4096  # of a forward when the held-out pairs are scored
@@ -94,7 +93,7 @@ def work(argv: list[str], tuning: int) -> None:
     clock = _Clock()
     given = TrainingJob(*parse(argv, PreferenceConfig), argv, callbacks=[clock])
     given.config.disable_tqdm = True
-    results = run_training(PREFERENCES, given)
+    results = run_training(PreferenceTrainer, given)
     peak = peak_mib(given.config.device.type)
     pairs = JsonLines(results.parent / "held_out_after.jsonl").read()
     correct = [pair[ACCURACY] for pair in pairs]
@@ -122,7 +121,7 @@ def _moved(given: TrainingJob, folder: Path, tuning: int) -> tuple[float, float,
     name, device = given.model.model_name_or_path, given.config.device
     tokenizer = load_tokenizer(name, given.model, chat_template=given.data.chat_template)
     _, rows = load_datasets(given.data)
-    dataset = PREFERENCES.trainer.prepare(rows, tokenizer, given.config, "eval").dataset
+    dataset = PreferenceTrainer.prepare(rows, tokenizer, given.config, "eval").dataset
     comparisons = comparisons_of(dataset, range(tuning, len(dataset)))
     start, trained = (prepare_policy(load_model(where)).eval().to(device) for where in (name, str(folder)))
     changes, divergences = [], []

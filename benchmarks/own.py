@@ -16,7 +16,7 @@ from benchmarks.setting import BETA, GAMMA, Setting, load_comparisons, training_
 from simpo.packing.batching import StepPlan
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import choose_path, policy_forward, prepare_policy
-from simpo.training.trainer import PreferenceConfig, PreferenceTrainer
+from simpo.training.preference import PreferenceConfig, PreferenceTrainer
 
 
 def simpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -> Any:

@@ -17,10 +17,10 @@ from simpo.evaluation.during_training import GenerationArguments
 from simpo.generation.settings import SamplingSettings
 from simpo.models.settings import ModelArguments
 from simpo.objectives import OBJECTIVES, Objective
+from simpo.training.preference import PreferenceConfig, hyperparameter_names
 from simpo.training.reward import RewardConfig
 from simpo.training.settings import UNSUPPORTED, DataArguments, TrainingSettings
 from simpo.training.sft import SFTConfig
-from simpo.training.trainer import PreferenceConfig, hyperparameter_names
 from simpo.workflows.loop_settings import LoopSettings
 from simpo.workflows.pair import PairSettings
 

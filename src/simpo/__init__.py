@@ -17,8 +17,8 @@ _PUBLIC = {
     "policy_forward": "simpo.packing.model",
     "score_responses": "simpo.packing.scoring",
     "score_answers": "simpo.packing.scoring",
-    "PreferenceConfig": "simpo.training.trainer",
-    "PreferenceTrainer": "simpo.training.trainer",
+    "PreferenceConfig": "simpo.training.preference",
+    "PreferenceTrainer": "simpo.training.preference",
     "SFTConfig": "simpo.training.sft",
     "SFTTrainer": "simpo.training.sft",
     "RewardConfig": "simpo.training.reward",
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from simpo.packing.layout import PackedBatch, TokenizedComparison
     from simpo.packing.model import policy_forward
     from simpo.packing.scoring import score_answers, score_responses
+    from simpo.training.preference import PreferenceConfig, PreferenceTrainer
     from simpo.training.reward import RewardConfig, RewardTrainer
     from simpo.training.sft import SFTConfig, SFTTrainer
-    from simpo.training.trainer import PreferenceConfig, PreferenceTrainer
 
 __all__ = [
     "OBJECTIVES",

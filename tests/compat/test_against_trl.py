@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from simpo.compat import CPOConfig, CPOTrainer
-from simpo.training.trainer import NAMES
+from simpo.training.preference import NAMES
 
 pytest.importorskip("trl")
 with warnings.catch_warnings():

@@ -9,9 +9,9 @@ import pytest
 
 from simpo.cli._shared import parse
 from simpo.errors import SimpoError
+from simpo.training.preference import PreferenceConfig
 from simpo.training.reward import RewardConfig
 from simpo.training.sft import SFTConfig
-from simpo.training.trainer import PreferenceConfig
 
 # A recipe in the keys of a toolkit, the keys that the one error names, the edits that it asks for, and what is trained.
 LLAMA_FACTORY = """

@@ -16,9 +16,9 @@ from transformers import integrations as transformers_integrations
 from simpo.cli._shared import parse
 from simpo.config import parse_settings
 from simpo.errors import SimpoError
+from simpo.training.preference import PreferenceConfig
 from simpo.training.reward import RewardConfig
 from simpo.training.sft import SFTConfig
-from simpo.training.trainer import PreferenceConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

@@ -11,10 +11,10 @@ import transformers
 from transformers import TrainingArguments
 
 from simpo.models.settings import ModelArguments
+from simpo.training.preference import PreferenceConfig
 from simpo.training.reward import RewardConfig
 from simpo.training.settings import DataArguments
 from simpo.training.sft import SFTConfig
-from simpo.training.trainer import PreferenceConfig
 
 _ROOT = Path(__file__).parents[2]
 _SCRIPT = _ROOT / "docs/recipe_reference.py"

@@ -18,7 +18,7 @@ from simpo import cli
 from simpo.evaluation.during_training import evaluations
 from simpo.generation.engine import TransformersEngine
 from simpo.training import run as workflow
-from simpo.training.trainer import PreferenceConfig
+from simpo.training.preference import PreferenceConfig
 from simpo.world.judge import judge
 from simpo.world.pairs import make_prompts, write_model, write_pairs
 

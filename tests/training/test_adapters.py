@@ -24,8 +24,8 @@ from simpo.models.preparation import disable_dropout
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_forward, policy_logprobs, state_of
-from simpo.training.reference import add_reference, reference_of
-from simpo.training.sharding import settle_sharding
+from simpo.training.reference import swapped_weights, trained_weights
+from simpo.training.sharding import prepare_sharding
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -179,7 +179,7 @@ def test_the_reference_is_where_training_started(start, bases, comparisons):
         bare = score_responses(load_model(str(base), ModelArguments(str(base), dtype="float64")), comparisons).logp
     assert torch.equal(expected, bare) == (start == "new")
     names = list(model.state_dict())
-    add_reference(model)
+    weights = trained_weights(model)
     optimizer = torch.optim.SGD(trained(model).values(), lr=1e-3)
     for _ in range(2):
         losses_of(model, batch).backward()
@@ -188,7 +188,7 @@ def test_the_reference_is_where_training_started(start, bases, comparisons):
         moved = policy_forward(model, batch).logp
     before = {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()}
     model.train()
-    with reference_of(model):
+    with swapped_weights(model, weights):
         found = policy_forward(model, batch).logp
         assert not found.requires_grad
         assert not model.training
@@ -218,21 +218,21 @@ def test_the_reference_between_forward_and_backward(autocast, checkpointing, bas
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = losses_of(model, batch)
             if interrupt:
-                with reference_of(model):
+                with swapped_weights(model, start):
                     seen.append(policy_forward(model, batch).logp)
         return torch.autograd.grad(loss, list(trained(model).values()))
 
     seen: list = []
-    add_reference(model)
+    start = trained_weights(model)
     policy_forward(model, batch)  # the self-check is over
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        start = policy_forward(model, batch).logp
+        expected_start = policy_forward(model, batch).logp
         for parameter in trained(model).values():
             parameter.mul_(0.5)
     expected = gradients(interrupt=False)
     for found, exact in zip(gradients(interrupt=True), expected, strict=True):
         torch.testing.assert_close(found, exact, rtol=0, atol=0)
-    assert torch.equal(seen[0], start)
+    assert torch.equal(seen[0], expected_start)
 
 
 # ---- continued, and refused ----
@@ -498,7 +498,7 @@ def test_sharding_a_base_in_four_bits_is_refused(bases):
     model.get_base_model().is_loaded_in_4bit = True  # as bitsandbytes, which needs a GPU, leaves it
     try:
         with pytest.raises(SimpoError, match="fsdp: a base model in 4 bits is not sharded"):
-            settle_sharding(accelerator, model)
+            prepare_sharding(accelerator, model)
     finally:
         accelerator.state.distributed_type = DistributedType.NO
 

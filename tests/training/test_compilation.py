@@ -10,10 +10,10 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import varlen as torch_varlen
 
 from simpo.errors import SimpoError
+from simpo.models.devices import compile_layers
 from simpo.packing import kernels
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import policy_logprobs, prepare_policy, state_of
-from simpo.training.memory import compile_layers
 
 
 @pytest.fixture(autouse=True)

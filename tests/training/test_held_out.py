@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simpo.training.held_out import compare_preferences
+from simpo.training.metrics import compare_preferences
 
 NAN = float("nan")
 

@@ -1,4 +1,4 @@
-"""Memory that runs out: real failures in processes with little of it, and the search for what fits."""
+"""Memory that runs out: real failures in a process with little of it, and the advice."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset
 
 from simpo.errors import SimpoError
-from simpo.training.memory import explain_oom, tokens_that_fit
+from simpo.training.batches import ComparisonRows
+from simpo.training.packed import explain_oom
 
 # Trains on rows of 250 tokens in a process that may take so many MiB more than it has when training starts: with
-# micro-batches of so many tokens, and then with what the error names.
+# micro-batches of so many tokens, and then with what the errors name until they fit.
 SCRIPT = """
 import resource, sys
 from pathlib import Path
@@ -39,14 +41,17 @@ first = trainer(tokens)
 status = Path("/proc/self/status").read_text()
 used = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmSize")) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + more * 2**20,) * 2)
-try:
-    first.train()
-except SimpoError as error:
-    print("said:", error)
-    found = int(str(error).split()[-1])
-del first
-trainer(found).train()
-print("trained:", found)
+while True:
+    try:
+        first.train()
+    except SimpoError as error:
+        print("said:", error)
+        tokens = int(str(error).split()[-1])
+        del first
+        first = trainer(tokens)
+    else:
+        break
+print("trained:", tokens)
 """
 
 
@@ -57,42 +62,33 @@ def test_the_setting_that_is_named_fits(tmp_path):
     command = [sys.executable, "-c", SCRIPT, "130", "8000", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    said, *_, trained = (line for line in done.stdout.splitlines() if line.startswith(("said: ", "trained: ")))
-    start = "said: max_batch_tokens: a micro-batch of 8000 tokens does not fit into memory; set it to "
-    assert said.startswith(start)
-    assert trained == f"trained: {said.removeprefix(start)}"
-    assert 250 <= int(said.removeprefix(start)) <= 4000
-
-
-def fitting(most: int, lengths: list[int]):
-    def attempt(rows: list[int]) -> None:
-        tried.append(sum(lengths[row] for row in rows))
-        if tried[-1] > most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    tried: list[int] = []
-    return attempt, tried
-
-
-def test_halves_until_it_fits():
-    lengths = [100] * 40
-    attempt, tried = fitting(900, lengths)
-    assert tokens_that_fit(lengths, 300, attempt).endswith("4000 tokens does not fit into memory; set it to 400")
-    assert tried == [2000, 1000, 500]
-    assert tokens_that_fit(lengths, 450, attempt).endswith("set it to 450")  # no less than the longest row
-    assert tokens_that_fit(lengths, 300, None).endswith("set it to 1600")
+    first, *others = done.stdout.splitlines()
+    assert first.startswith("said: max_batch_tokens: a micro-batch of 8000 tokens does not fit into memory")
+    assert first.endswith(" set it to 4000")
+    trained = others[-1]
+    assert trained.startswith("trained: ")
+    assert 250 <= int(trained.removeprefix("trained: ")) <= 4000
 
 
 @pytest.mark.parametrize(
-    ("lengths", "said"),
+    ("micro_batch", "longest", "advice"),
     [
-        ([400, 300], "; set it to 400, the longest row, and set activation_checkpointing"),
-        ([400], " fit into memory: set activation_"),
+        ([10] * 40, 30, "400 tokens does not fit into memory; set it to 200"),
+        ([10] * 4, 30, "; set it to 30, the longest row, and set activation_checkpointing"),
+        ([30], 30, " fit into memory: set activation_checkpointing"),
     ],
 )
-def test_not_even_the_longest_row(lengths, said):
-    attempt, _ = fitting(10, lengths)
-    assert said in tokens_that_fit(lengths, 400, attempt)
+def test_advice(make_trainer, micro_batch, longest, advice):
+    lengths = [*micro_batch, longest]
+    rows = Dataset.from_dict(
+        {
+            "prompt_ids": [[3] * (length - 2) for length in lengths],
+            "response_ids": [[[4], [5]]] * len(lengths),
+        }
+    )
+    trainer = make_trainer(rows, max_batch_tokens=sum(micro_batch), max_length=longest)
+    batch = ComparisonRows(rows).without_plan(range(len(micro_batch)))
+    assert advice in trainer._memory_advice(batch)
 
 
 def test_other_errors_pass():

@@ -18,7 +18,7 @@ from simpo.models.checkpoint import Limits
 from simpo.models.loading import check_stored, load_model
 from simpo.models.reward import load_reward_model
 from simpo.models.settings import ModelArguments
-from simpo.training.limits import check_rows
+from simpo.training.batches import check_rows
 
 
 @pytest.fixture(scope="module")

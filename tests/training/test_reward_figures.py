@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from simpo.statistics import proportion_interval
-from simpo.training.held_out import ACCURACY, LENGTHS, MARGINS, compare_rewards
+from simpo.training.metrics import ACCURACY, LENGTHS, MARGINS, compare_rewards
 
 
 def scores_of(margins: np.ndarray, lengths: np.ndarray):

@@ -12,7 +12,7 @@ from datasets import DatasetDict
 
 from simpo import OBJECTIVES, PreferenceTrainer, SimpoError
 from simpo.models.preparation import disable_dropout
-from simpo.training.trainer import NAMES
+from simpo.training.preference import NAMES
 
 
 def naive_metrics(naive_pairs, model, rows, beta: float = 2.0, gamma: float = 1.0) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from simpo.cli import main
 from simpo.cli._shared import parse
 from simpo.objectives import OBJECTIVES
 from simpo.runs.results import read_results
-from simpo.training.trainer import PreferenceConfig
+from simpo.training.preference import PreferenceConfig
 from simpo.workflows.recipes import PAPER_SETTINGS, SEARCHED, SETTINGS, compose_recipe
 from simpo.world.pairs import write_model, write_pairs
 

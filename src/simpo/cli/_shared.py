@@ -13,9 +13,9 @@ from simpo.errors import SimpoError
 from simpo.evaluation.during_training import GenerationArguments, Generations
 from simpo.models.settings import ModelArguments
 from simpo.runs.results import print_results
+from simpo.training.packed import PackedTrainer
 from simpo.training.run import TrainingJob, run_training
 from simpo.training.settings import DataArguments
-from simpo.training.tasks import Task
 
 # What transformers calls the folder if nobody does.
 _UNNAMED = "trainer_output"
@@ -61,27 +61,26 @@ def check_named(config: Any) -> None:
         raise SimpoError("output_dir is missing: give it in the recipe or as --output_dir")
 
 
-def read(task: Task, config_type: type, argv: list[str], *, about: str | None = None) -> TrainingJob:
+def read(kind: type[PackedTrainer], argv: list[str], *, about: str | None = None) -> TrainingJob:
     """The job that a training recipe and command line describe."""
-    more = [GenerationArguments] if task.generates else []
-    model, data, config, *more = parse(argv, config_type, *more, command=task.command, about=about)
+    more = [GenerationArguments] if kind.pipeline == "text-generation" else []
+    model, data, config, *more = parse(argv, kind.config_type, *more, command=kind.command, about=about)
     callbacks = [Generations(more[0], model)] if more and more[0].eval_generations else []
     config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
     return TrainingJob(model, data, config, argv, recipe_of(argv), callbacks)
 
 
-def run(task: Task, config_type: type, argv: list[str], *, about: str | None, following: str) -> int:
+def run(kind: type[PackedTrainer], argv: list[str], *, about: str | None, following: str) -> int:
     """Parse ``argv``, train, print the table of results and the command that may follow.
 
     Args:
-        task: the kind of training.
-        config_type: its configuration.
+        kind: the trainer's class.
         argv: the arguments.
         about: the start of the command's help.
         following: the next command, with ``{folder}`` for the output folder.
     """
-    job = read(task, config_type, argv, about=about)
-    results = run_training(task, job)
+    job = read(kind, argv, about=about)
+    results = run_training(kind, job)
     if job.config.process_index == 0:
         folder = job.config.output_dir
         print_results(results)

@@ -41,7 +41,7 @@ from simpo.models.loading import load_tokenizer
 from simpo.models.settings import ModelArguments
 from simpo.runs.results import Metric, fingerprint, write_results
 from simpo.runs.terminal import printable
-from simpo.training.limits import check_rows
+from simpo.training.batches import check_rows
 
 # Figures of several answers to a prompt: title, and what is measured.
 _ANSWER_FIGURES = {

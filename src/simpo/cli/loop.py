@@ -15,7 +15,7 @@ from simpo.cli._shared import check_named, recipe_of, refuse_several
 from simpo.config import parse_settings
 from simpo.generation.settings import SamplingSettings
 from simpo.models.settings import ModelArguments
-from simpo.training.trainer import PreferenceConfig
+from simpo.training.preference import PreferenceConfig
 from simpo.workflows.loop import PLOT, print_loop, run_loop
 from simpo.workflows.loop_settings import LoopRecipe, LoopSettings
 from simpo.workflows.pair import PairSettings

@@ -8,11 +8,10 @@ examples:
 from __future__ import annotations
 
 from simpo.cli._shared import run
-from simpo.training.reward import RewardConfig
-from simpo.training.tasks import REWARDS
+from simpo.training.reward import RewardTrainer
 
 
 def main(argv: list[str]) -> int:
     """Parse, train, print the table of results and what to do next."""
     following = "simpo annotate RESPONSES --annotator reward:{folder}"
-    return run(REWARDS, RewardConfig, argv, about=__doc__, following=following)
+    return run(RewardTrainer, argv, about=__doc__, following=following)

@@ -8,11 +8,10 @@ examples:
 from __future__ import annotations
 
 from simpo.cli._shared import run
-from simpo.training.sft import SFTConfig
-from simpo.training.tasks import SUPERVISED
+from simpo.training.sft import SFTTrainer
 
 
 def main(argv: list[str]) -> int:
     """Parse, train, print the table of results and what to do next."""
     following = "simpo train --model_name_or_path {folder} --dataset_name PAIRS"
-    return run(SUPERVISED, SFTConfig, argv, about=__doc__, following=following)
+    return run(SFTTrainer, argv, about=__doc__, following=following)

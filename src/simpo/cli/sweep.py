@@ -26,9 +26,8 @@ from simpo.config.command_line import split_options
 from simpo.errors import SimpoError
 from simpo.evaluation.during_training import GenerationArguments
 from simpo.models.settings import ModelArguments
+from simpo.training.preference import PreferenceConfig, PreferenceTrainer
 from simpo.training.settings import DataArguments
-from simpo.training.tasks import PREFERENCES
-from simpo.training.trainer import PreferenceConfig
 from simpo.workflows.sweep import BEST, EFFECTS, SMALLER_IS_BETTER, Sweep, print_sweep, run_sweep
 from simpo.workflows.sweep_space import Choices, combinations, read_axes
 from simpo.workflows.sweep_study import load_optuna
@@ -107,7 +106,7 @@ def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
         sampler=settings.sampler,
         trials=_trials(settings.sampler, settings.trials, axes),
         prune=settings.prune,
-        read=partial(read, PREFERENCES, PreferenceConfig),
+        read=partial(read, PreferenceTrainer),
         argv=argv,
     )
     return sweep, recipe

@@ -8,10 +8,9 @@ examples:
 from __future__ import annotations
 
 from simpo.cli._shared import run
-from simpo.training.tasks import PREFERENCES
-from simpo.training.trainer import PreferenceConfig
+from simpo.training.preference import PreferenceTrainer
 
 
 def main(argv: list[str]) -> int:
     """Parse, train, print the table of results and what to do next."""
-    return run(PREFERENCES, PreferenceConfig, argv, about=__doc__, following="simpo chat {folder}")
+    return run(PreferenceTrainer, argv, about=__doc__, following="simpo chat {folder}")

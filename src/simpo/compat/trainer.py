@@ -27,7 +27,7 @@ from simpo.models.loading import load_model, load_tokenizer
 from simpo.models.settings import ModelArguments
 from simpo.objectives import Responses, sft_term
 from simpo.training.batches import PlannedBatch
-from simpo.training.trainer import PreferenceConfig, PreferenceTrainer
+from simpo.training.preference import PreferenceConfig, PreferenceTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,14 @@ from simpo.config.coercion import coerce, nearest
 from simpo.errors import CombinedError, SimpoError
 
 
+def setting(default: Any, help: str, **metadata: Any) -> Any:
+    """A field that is a setting with this default and meaning."""
+    metadata["help"] = help
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class Setting:
     """A value that was given for a key.

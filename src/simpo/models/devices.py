@@ -1,4 +1,4 @@
-"""Devices: which one a process computes on, what the processes of a run share, and Liger's kernels for GPUs."""
+"""Devices: which one a process computes on, what the processes of a run share, and kernels and compiled layers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import distributed as dist
 from torch import nn
+from transformers import TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from simpo.errors import SimpoError
 from simpo.packing.model import causal_lm
@@ -20,6 +24,10 @@ Value = TypeVar("Value")
 
 # Liger's own losses replace the model's forward, and the output layer of packed batches needs as little memory.
 _LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+
+
+# Compiled graphs of one function: transformers' layers of all kinds share one, each with and without gradients.
+_MOST_GRAPHS = 64
 
 
 def device() -> torch.device:
@@ -72,3 +80,21 @@ def check_liger(model: nn.Module, config: Mapping[str, bool]) -> None:
         raise SimpoError(
             f"liger_kernel_config: {unknown[0]!r} is none of {', '.join(sorted(known - {*_LIGER_LOSSES}))}"
         )
+
+
+def compile_layers(model: nn.Module, args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Compile the layers of ``model`` in place, and keep ``accelerator`` from compiling the whole model.
+
+    Layers of one kind share their compiled code, for any number of tokens. The rest of the forward looks at a batch's
+    lengths in Python and would be compiled again for every batch.
+
+    Raises:
+        SimpoError: the model has no layers of transformers' own kind.
+    """
+    accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise SimpoError(f"torch_compile: {type(model).__name__} has no layers that could be compiled; set it to false")
+    torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    for layer in layers:
+        layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)

@@ -1,4 +1,4 @@
-"""Callbacks of a run: the interface for what takes part in one, and how logs reach the user and ``metrics.jsonl``."""
+"""Callbacks of a run: the interface for what takes part in one, and its log lines and ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedTokenizerBase,
@@ -16,6 +17,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from simpo.runs.lines import JsonLines
@@ -67,6 +69,24 @@ class RunCallback(TrainerCallback):
     def evaluate(self, trainer: Trainer) -> Mapping[str, float]:
         """Metrics to add to an evaluation during training; they are logged with the prefix ``eval_``."""
         return {}
+
+
+class CheckpointShare(TrainerCallback):
+    """Leaves ``activation_checkpointing`` on for a share of the layers, spread evenly.
+
+    A layer without it keeps its activations, and its forward is not computed again in backward: memory is exchanged for
+    arithmetic only as far as it is needed.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+
+    def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Called after ``Trainer`` has switched it on for all layers."""
+        layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        for number, layer in enumerate(layers):
+            chosen = int((number + 1) * self._share) > int(number * self._share)
+            layer.gradient_checkpointing = layer.gradient_checkpointing and chosen
 
 
 # ---- How a run's logs reach the user and ``metrics.jsonl``.

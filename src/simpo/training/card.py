@@ -15,8 +15,8 @@ from simpo.models.loading import below_adapter
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import write_text
 from simpo.runs.results import Metric
+from simpo.training.packed import PackedTrainer
 from simpo.training.settings import DataArguments
-from simpo.training.tasks import Task
 
 _SETTINGS = (
     "learning_rate",
@@ -62,7 +62,12 @@ _TEMPLATE = """\
 
 
 def write_model_card(
-    folder: Path, task: Task, model: ModelArguments, data: DataArguments, config: Any, metrics: Iterable[Metric]
+    folder: Path,
+    kind: type[PackedTrainer],
+    model: ModelArguments,
+    data: DataArguments,
+    config: Any,
+    metrics: Iterable[Metric],
 ) -> None:
     """Write ``folder/README.md``: what the model was trained from, its settings, and its metrics on held-out rows."""
     if data.dataset_mixer is not None:
@@ -71,13 +76,14 @@ def write_model_card(
         names = [entry["id"] for entry in data.dataset_mixture["datasets"]]
     else:
         names = [str(data.dataset_name)]
+    about = kind.describe(config)
     base = below_adapter(model).model_name_or_path
     card_data = ModelCardData(
         library_name="peft" if holds_adapter(folder) else "transformers",
-        tags=task.tags(config),
+        tags=about.tags,
         base_model=None if Path(base).exists() else base,
         datasets=[name for name in names if not Path(name).exists()] or None,
-        pipeline_tag=task.pipeline,
+        pipeline_tag=kind.pipeline,
     )
     settings = {**getattr(config, "hyperparameters", {})}
     settings |= {key: getattr(config, key) for key in _SETTINGS if hasattr(config, key)}
@@ -87,11 +93,11 @@ def write_model_card(
         template_str=_TEMPLATE,
         title=folder.resolve().name,
         model=shown_name(model.model_name_or_path),
-        method=task.method(config),
+        method=about.method,
         datasets=", ".join(f"`{shown_name(name)}`" for name in names),
         version=simpo.__version__,
-        rows=task.rows,
-        results=_results(metrics, task.rows),
+        rows=kind.row_noun,
+        results=_results(metrics, kind.row_noun),
         settings={key: getattr(value, "value", value) for key, value in settings.items()},
     )
     write_text(folder / "README.md", str(card))

@@ -1,4 +1,4 @@
-"""Exact resume: staged and verified checkpoints, resumable logs, and signals that save before they stop."""
+"""Exact resume: checkpoints that are whole or absent, means that continue, and signals that save before they stop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,14 +27,13 @@ from simpo.models.zero import shape_of
 from simpo.runs.atomic import disk_errors, provisional, remove_folder, staged_folder, write_text
 from simpo.runs.manifest import damage, write_manifest
 from simpo.runs.signals import noted
-from simpo.training.batches import RunningMeans
-from simpo.training.sharded import ShardedTrainer
-from simpo.training.sharding import kind_of, reshard, stored_tensors
+from simpo.training.metrics import RunningMeans
+from simpo.training.sharding import ShardedTrainer, reshard, stored_tensors
 
 logger = logging.getLogger(__name__)
 
-
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+_MEANS_NAME = "running_means.json"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -50,7 +48,7 @@ def step_of(path: Path) -> int:
 
 
 def last_good_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of ``folder``; damaged ones before it are named in a warning."""
+    """The newest whole checkpoint in ``folder``; a warning names each newer one that is damaged."""
     for path in checkpoints(folder):
         fault = damage(path)
         if fault is None:
@@ -60,7 +58,7 @@ def last_good_checkpoint(folder: Path) -> Path | None:
 
 
 def check_whole(path: Path) -> None:
-    """Raise :class:`SimpoError` unless ``path`` is a checkpoint of which nothing is missing or changed."""
+    """Raise :class:`SimpoError` unless ``path`` is a checkpoint in which nothing is missing or changed."""
     if not path.is_dir():
         raise SimpoError(f"resume_from_checkpoint: there is no folder {path}")
     if fault := damage(path):
@@ -70,29 +68,28 @@ def check_whole(path: Path) -> None:
 def check_checkpoint(path: Path, model: nn.Module) -> None:
     """Raise :class:`SimpoError` unless ``path`` is a whole checkpoint of a model with ``model``'s weights."""
     check_whole(path)
+    if fault := _difference(path, model):
+        raise SimpoError(
+            f"resume_from_checkpoint: {path} is of another model ({fault}); name a checkpoint of this model"
+        )
+
+
+def _difference(path: Path, model: nn.Module) -> str | None:
+    """How the model of a checkpoint differs, as text; weights with other names are checked when they are loaded."""
     if isinstance(model, PeftModel):
-        if fault := adapter_fault(model, path):
-            raise SimpoError(_another_model(path, fault))
-        return
+        return adapter_fault(model, path)
     if holds_adapter(path):
-        raise SimpoError(_another_model(path, "an adapter there, a whole model here"))
-    here = getattr(getattr(model, "config", None), "model_type", None)
-    if (kind := kind_of(path)) not in (None, here):
-        raise SimpoError(_another_model(path, f"{kind} there, {here} here"))
+        return "an adapter there, a whole model here"
+    config, here = path / "config.json", getattr(getattr(model, "config", None), "model_type", None)
+    there = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    if there not in (None, here):
+        return f"{there} there, {here} here"
     shapes = {name: shape_of(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-    for name, stored in stored_tensors(path):  # names that are not the model's are looked at when they are loaded
+    for name, stored in stored_tensors(path):
         shape = tuple(stored.get_shape())
         if shapes.get(name, shape) != shape:
-            raise SimpoError(_another_model(path, f"{name} is {list(shape)} there, {list(shapes[name])} here"))
-
-
-def _another_model(path: Path, how: str) -> str:
-    return f"resume_from_checkpoint: {path} is of another model ({how}); name a checkpoint of this model"
-
-
-def ranks_of(path: Path) -> int:
-    """How many processes saved the checkpoint ``path``: each keeps its random state."""
-    return len(list(path.glob("rng_state*.pth")))
+            return f"{name} is {list(shape)} there, {list(shapes[name])} here"
+    return None
 
 
 @contextmanager
@@ -100,12 +97,12 @@ def staged_checkpoint(final: Path, *, main: bool, wait: Callable[[], None]) -> I
     """A folder in which all ranks write a checkpoint as a folder named like ``final``; it becomes ``final`` when whole.
 
     Args:
-        final: the checkpoint's place; what is there (a damaged one that this run has come by again) is replaced.
+        final: the checkpoint's place; a damaged checkpoint there, which this run has reached again, is replaced.
         main: whether this rank makes and renames folders; the others write into them.
         wait: returns when every rank has called it.
 
     Raises:
-        SimpoError: the disk is full or the folder cannot be written; no other checkpoint is touched.
+        SimpoError: the disk is full or the folder cannot be written; no other checkpoint is changed.
     """
     if main and final.exists():
         remove_folder(final)
@@ -124,7 +121,7 @@ def staged_checkpoint(final: Path, *, main: bool, wait: Callable[[], None]) -> I
 def shared_staging(
     staged: AbstractContextManager[Path], name: Path, *, main: bool, wait: Callable[[], None]
 ) -> Iterator[Path]:
-    """``staged`` as the main rank enters it, and for the other ranks the folder ``name`` that it yields there."""
+    """``staged`` as the main rank enters it, and for the other ranks the folder ``name`` that it makes there."""
     with staged if main else nullcontext(name) as folder, disk_errors(name):
         wait()
         yield folder
@@ -132,9 +129,9 @@ def shared_staging(
 
 
 def rotate(folder: Path, limit: int | None, *, newest: Path, best: str | None) -> None:
-    """Remove all but ``limit`` checkpoints: the one just written, the best, and of the others the latest before it.
+    """Remove all but ``limit`` checkpoints: the one just written, the best, and the latest before it are kept.
 
-    Those of later steps, which a run that went back has left behind, go first.
+    Those of later steps, which a run that went back to an earlier checkpoint has left, go first.
     """
     if limit is None or limit <= 0:
         return
@@ -146,57 +143,11 @@ def rotate(folder: Path, limit: int | None, *, newest: Path, best: str | None) -
             remove_folder(path)
 
 
-class SaveAfterEpoch(TrainerCallback):
-    """Writes the checkpoint of an epoch's last step, or the run's, after everything else that is due there.
-
-    A run that continues from it has then nothing left to do for that epoch: no evaluation is lost or repeated.
-    """
-
-    def __init__(self) -> None:
-        self._due = False
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Postpone the checkpoint of an epoch's last step."""
-        self._due = control.should_save and ends_epoch(state)
-        control.should_save = control.should_save and not self._due
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Ask for the checkpoint that was postponed."""
-        control.should_save = control.should_save or self._due
-        self._due = False
-
-
-def ends_epoch(state: TrainerState) -> bool:
-    """Whether the step just taken is the last one of an epoch or of the run, which may end within an epoch."""
-    return (state.epoch or 0.0) % 1 == 0 or state.global_step >= state.max_steps
-
-
-class BestCheckpoint(TrainerCallback):
-    """Finds the best checkpoint of a run that is continued again, also where its folder has moved."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Look for it by its step, where the checkpoints are now."""
-        if state.best_global_step:
-            path = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-            if path.is_dir():
-                state.best_model_checkpoint = str(path)
-
-
-# ---- A ``Trainer`` whose logs and checkpoints are exact across a resume, however a run was stopped.
-
-
-_MEANS_NAME = "running_means.json"
-
-
 class ResumableTrainer(ShardedTrainer):
-    """Logs means over rows, and writes checkpoints that are whole or absent.
+    """A ``Trainer`` whose logs and checkpoints are exact across a resume, however a run was stopped.
 
     Overrides of ``Trainer``: what is logged (``log``), where training starts (``train``), and how a checkpoint is
-    written (``_save_checkpoint``: staged, listed, renamed, rotated). Subclasses add their rows' figures to ``_means``.
+    written (``_save_checkpoint``: staged, listed, renamed, rotated). Subclasses add their rows' metrics to ``_means``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -204,40 +155,29 @@ class ResumableTrainer(ShardedTrainer):
         self._means = RunningMeans(self.metric_names, self.args.device)
         self._staging: Path | None = None
         self._saved: int | None = None  # the step whose checkpoint this training has written or read
-        # Kept from Trainer, whose rotation knows no staging and whose last one may remove the newest checkpoint.
+        # Hidden from Trainer, whose rotation does not know about staging and may remove the newest checkpoint.
         self._save_total_limit: int | None = None
-        self.add_callback(BestCheckpoint())
         self.add_callback(SaveAfterEpoch())
 
     @property
     @abstractmethod
     def metric_names(self) -> tuple[str, ...]:
-        """Names of a row's figures, the loss first."""
+        """Names of a row's metrics, the loss first."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put the rows' means since the last log, over all ranks, into the training log."""
         if "loss" in logs:
             logs |= self._means.take(self._sum_over_ranks)
         if "train_loss" in logs:
-            logs |= {"train_loss": self._means.overall(self._sum_over_ranks).get("loss", math.nan)}
+            logs |= {"train_loss": self.mean_loss()}
         super().log(logs, start_time)
 
     def mean_loss(self) -> float:
-        """Over the whole training, also the part before a resume."""
+        """The mean over the whole training, including the part before a resume."""
         return self._means.overall(self._sum_over_ranks).get("loss", math.nan)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if isinstance(self.model, PeftModel) and self.args.should_save:
-            flatten_named(self.model, Path(output_dir or self.args.output_dir))
-        settings = getattr(self.model, "generation_config", None)
-        if isinstance(self.model, PeftModel) and settings and self.args.should_save:  # peft leaves them to the base
-            settings.save_pretrained(output_dir or self.args.output_dir)
-        # a pickle, and it holds the hub token; the recipe says the same
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; ``resume_from_checkpoint`` is a checkpoint, or True for the newest whole one in the output folder."""
@@ -252,20 +192,14 @@ class ResumableTrainer(ShardedTrainer):
         finally:
             self.args.save_total_limit = self._save_total_limit
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As Trainer's, but tied weights are stored once, and the second is not missing."""
-        tied = getattr(self.model, "all_tied_weights_keys", {})
-        missing = [name for name in load_result.missing_keys if name not in tied]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
-
-    def _starting_point(self, asked: str | bool | None) -> Path | None:
+    def _starting_point(self, requested: str | bool | None) -> Path | None:
         folder = Path(self.args.output_dir)
-        if asked and asked is not True:
-            return Path(asked)
-        found = last_good_checkpoint(folder) if asked or self.args.save_strategy != "no" else None
-        if asked and found is None:
+        if requested and requested is not True:
+            return Path(requested)
+        found = last_good_checkpoint(folder) if requested or self.args.save_strategy != "no" else None
+        if requested and found is None:
             raise SimpoError(f"resume_from_checkpoint: there is no whole checkpoint in {folder}")
-        if found is not None and not asked:
+        if found is not None and not requested:
             raise SimpoError(
                 f"output_dir: {folder} holds checkpoints of another training; continue it with "
                 "resume_from_checkpoint=True, or name a new folder"
@@ -273,28 +207,38 @@ class ResumableTrainer(ShardedTrainer):
         return found
 
     def _restore(self, checkpoint: Path) -> None:
-        """What ``Trainer`` does not restore, after a look at what it will."""
+        """Check the checkpoint, and restore what ``Trainer`` does not."""
         check_checkpoint(checkpoint, self.model)
         if checkpoint.resolve().parent == Path(self.args.output_dir).resolve():
             self._saved = step_of(checkpoint)
         self._means.restore(json.loads((checkpoint / _MEANS_NAME).read_text()), main=self.is_world_process_zero())
-        saved_by = ranks_of(checkpoint)
+        saved_by = len(list(checkpoint.glob("rng_state*.pth")))  # every process saves its random state
         self.check_engine(checkpoint, saved_by)
         if saved_by not in (0, self.args.world_size) and self.is_world_process_zero():
             logger.warning(
-                "%s is of %d processes and continues on %d: exactly, but for random numbers (dropout)",
+                "%s was saved by %d processes and continues on %d: exactly, except for random numbers (dropout)",
                 *(checkpoint, saved_by, self.args.world_size),
             )
 
     def _init_training_state(self, max_steps: int, steps: int, epochs: int, checkpoint: str | None, trial: Any) -> Any:
-        """As ``Trainer``'s, which takes one more step after the last one of a run that ends within an epoch."""
+        """As in ``Trainer``, which takes one step too many after the last one of a run that ends within an epoch."""
         started = super()._init_training_state(max_steps, steps, epochs, checkpoint, trial)
         if self.state.global_step > max_steps:
             raise SimpoError(
                 f"resume_from_checkpoint: {checkpoint} is of step {self.state.global_step}, beyond the last step "
                 f"({max_steps}) of this training; raise max_steps or num_train_epochs, or name an earlier checkpoint"
             )
+        if self.state.best_global_step:  # the folder may have been moved since
+            best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best.is_dir():
+                self.state.best_model_checkpoint = str(best)
         return (epochs, 0) if self.state.global_step == max_steps else started
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As in ``Trainer``, but of tied weights, which are stored once, the second is not missing."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -304,37 +248,73 @@ class ResumableTrainer(ShardedTrainer):
         folder = Path(self._get_output_dir(trial))
         final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         main = self.is_world_process_zero()
-        means = self._means.state(self._sum_over_ranks)  # every rank is here now, and sees the same folder
+        means = self._means.state(self._sum_over_ranks)  # afterwards every rank is here and sees the same folder
         if self._saved == self.state.global_step:
-            return  # an epoch's end may come by a step that has just been saved
+            return  # the end of an epoch may follow a step that has just been saved
         with staged_checkpoint(final, main=main, wait=self.accelerator.wait_for_everyone) as staging:
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
-            if self.state.best_model_checkpoint == str(staging / final.name):
+            staged = staging / final.name
+            if self.state.best_model_checkpoint == str(staged):
                 self.state.best_model_checkpoint = str(final)
             if main:
-                self._complete(staging / final.name, means)
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # again, with the final name of the best
+                write_text(staged / _MEANS_NAME, json.dumps(means))
         self._saved = self.state.global_step
         if main:
             rotate(folder, self._save_total_limit, newest=final, best=self.state.best_model_checkpoint)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if isinstance(self.model, PeftModel) and self.args.should_save:
+            flatten_named(self.model, folder)
+            settings = getattr(self.model, "generation_config", None)
+            if settings:  # peft leaves them to the base model
+                settings.save_pretrained(folder)
+        # a pickle that holds the hub token; the recipe has the same settings
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether the model is to be saved with ``save_strategy: best``: also where training ends or is stopped."""
+        """Whether ``save_strategy: best`` saves the model: also where training ends or is stopped."""
         return super()._determine_best_metric(metrics, trial) or self.control.should_training_stop
 
-    def _complete(self, staged: Path, means: dict[str, Any]) -> None:
-        self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # again: the best one's name is the final one
-        write_text(staged / _MEANS_NAME, json.dumps(means))
+
+# ---- When checkpoints are saved: after everything else that is due at an epoch's end, and after a signal.
 
 
-# ---- SIGTERM and SIGINT during training: finish the step, save, stop.
+def ends_epoch(state: TrainerState) -> bool:
+    """Whether the step just taken is the last one of an epoch or of the run, which may end within an epoch."""
+    return (state.epoch or 0.0) % 1 == 0 or state.global_step >= state.max_steps
+
+
+class SaveAfterEpoch(TrainerCallback):
+    """Writes the checkpoint of an epoch's last step, or the run's, after everything else that is due there.
+
+    A run that continues from it then has nothing left to do for that epoch: no evaluation is lost or repeated.
+    """
+
+    def __init__(self) -> None:
+        self._due = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Postpone the checkpoint of an epoch's last step."""
+        self._due = control.should_save and ends_epoch(state)
+        control.should_save = control.should_save and not self._due
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Request the checkpoint that was postponed."""
+        control.should_save = control.should_save or self._due
+        self._due = False
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training with a checkpoint after the step in which a signal came; a second signal ends it at once.
+    """Ends training with a checkpoint after the step in which SIGINT or SIGTERM came; a second signal ends it at once.
 
     Used as a context manager around ``trainer.train()``; on leaving it raises :class:`InterruptedRun` if a signal came.
     """
@@ -344,35 +324,28 @@ class StopOnSignal(TrainerCallback):
         self._received: list[int] = []
         self._handlers = ExitStack()
 
-    @property
-    def signum(self) -> int:
-        """The signal that this process received; 0 for none."""
-        return self._received[0] if self._received else 0
-
     def __enter__(self) -> StopOnSignal:
         self._received = self._handlers.enter_context(noted(signal.SIGINT, signal.SIGTERM))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._handlers.close()
-        if error is None and self.step is not None:
-            name = signal.Signals(self.signum).name if self.signum else "a signal to another process"
+        if kind is None and self.step is not None:
+            name = signal.Signals(self._received[0]).name if self._received else "a signal to another process"
             raise InterruptedRun(
                 f"stopped by {name}; saved at step {self.step}: the same command continues",
-                self.signum or signal.SIGTERM,
+                self._received[0] if self._received else signal.SIGTERM,
             )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a checkpoint and the end if any rank was signalled."""
+        """Request a checkpoint and the end if any rank received a signal."""
         if self._any_rank():
             self.step = state.global_step
             control.should_training_stop = True
-            control.should_save = not ends_epoch(state)  # else after what is due at the epoch's end
+            control.should_save = not ends_epoch(state)  # otherwise after what is due at the epoch's end
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save after an epoch that has ended; keep one that was broken off from being evaluated as if it had."""
+        """Save after an epoch that has ended; do not evaluate one that was broken off as if it had ended."""
         if self.step is None:
             return
         if ends_epoch(state):
@@ -382,8 +355,8 @@ class StopOnSignal(TrainerCallback):
 
     def _any_rank(self) -> bool:
         if not (dist.is_available() and dist.is_initialized()):
-            return bool(self.signum)
+            return bool(self._received)
         device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-        flag = torch.tensor(self.signum, device=device)
+        flag = torch.tensor(len(self._received), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())

@@ -1,4 +1,4 @@
-"""What determines the result of a training run, as a flat mapping that two runs can be compared by."""
+"""What determines the result of a training run, as a flat mapping by which two runs can be compared."""
 
 from __future__ import annotations
 
@@ -22,28 +22,11 @@ from simpo.training.settings import DataArguments
 # Keys of a configuration that change what is shown, stored or kept of a run, but not what it computes.
 _NO_INFLUENCE = {
     "accept_changes",
-    "dataloader_num_workers",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-    "dataloader_prefetch_factor",
-    "dataset_num_proc",
-    "ddp_timeout",
-    "disable_tqdm",
-    "do_eval",
-    "do_predict",
-    "do_train",
-    "log_level",
-    "log_level_replica",
-    "log_on_each_node",
-    "output_dir",
-    "per_device_eval_batch_size",
-    "per_device_train_batch_size",  # its product with the number of processes counts
-    "project",
-    "reference_cache",
-    "report_to",
-    "resume_from_checkpoint",
-    "run_name",
-    "trackio_space_id",
+    *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("dataset_num_proc", "ddp_timeout", "disable_tqdm", "do_eval", "do_predict", "do_train"),
+    *("log_level", "log_level_replica", "log_on_each_node", "output_dir"),
+    *("per_device_eval_batch_size", "per_device_train_batch_size"),  # the rows per step count
+    *("project", "reference_cache", "report_to", "resume_from_checkpoint", "run_name", "trackio_space_id"),
 }
 _NO_INFLUENCE_PREFIXES = ("hub_", "logging_", "push_to_hub", "save_")
 
@@ -53,9 +36,9 @@ Identity = dict[str, str | None]
 def training_identity(
     model: ModelArguments, data: DataArguments, config: Any, train: Dataset, held_out: Dataset | None
 ) -> Identity:
-    """Start model, rows in their order, and every setting that acts on training.
+    """Start model, rows in their order, and every setting that influences training.
 
-    Where data and models come from does not count, what is in them does; a hub model is told by its name and revision.
+    Data and models count by their contents, not by where they come from; a hub model by its name and revision.
     """
     found: Identity = {"model": model_digest(model), "dtype": model.dtype, "chat_template": data.chat_template}
     found |= {key: str(value) for key, value in (model.new_adapter | model.quantization).items()}
@@ -69,18 +52,17 @@ def training_identity(
 
 
 def settings_identity(config: Any) -> Identity:
-    """Every setting of a configuration that acts on training."""
-    found: Identity = {"rows per step": str(config.per_device_train_batch_size * config.world_size)}
+    """Every setting of a configuration that influences training."""
     settings = config.to_dict() | getattr(config, "hyperparameters", {})  # the latter with defaults filled in
-    return found | {key: str(value) for key, value in sorted(settings.items()) if _acts(key)}
-
-
-def _acts(key: str) -> bool:
-    return key not in _NO_INFLUENCE and not key.startswith(_NO_INFLUENCE_PREFIXES)
+    return {"rows per step": str(config.per_device_train_batch_size * config.world_size)} | {
+        key: str(value)
+        for key, value in sorted(settings.items())
+        if key not in _NO_INFLUENCE and not key.startswith(_NO_INFLUENCE_PREFIXES)
+    }
 
 
 def named_checkpoint(config: Any) -> str | None:
-    """The checkpoint that a recipe names to start from; None if it does not, or asks for the folder's own."""
+    """The checkpoint that a recipe names to start from; None if it names none, or means the folder's own."""
     named = config.resume_from_checkpoint
     return None if named is None or str(named).lower() in ("true", "false") else str(named)
 
@@ -94,16 +76,12 @@ def rows_digest(rows: Dataset) -> str:
             digest.update(json.dumps([name, rows[name][:]]).encode())
     for batch in rows.select_columns(columns).with_format("arrow").iter(1000):
         for name in columns:
-            _add_lists(digest, batch[name])
+            column = batch[name]
+            while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):  # lengths, at every depth
+                digest.update(pc.list_value_length(column).cast(pa.int64()).to_numpy().tobytes())
+                column = pc.list_flatten(column)
+            digest.update(column.cast(pa.int64()).to_numpy().tobytes())
     return digest.hexdigest()
-
-
-def _add_lists(digest: Any, column: pa.ChunkedArray) -> None:
-    """Lengths and items of lists of any depth, as 64-bit integers."""
-    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        digest.update(pc.list_value_length(column).cast(pa.int64()).to_numpy().tobytes())
-        column = pc.list_flatten(column)
-    digest.update(column.cast(pa.int64()).to_numpy().tobytes())
 
 
 def settings_of(*arguments: Any) -> dict[str, Any]:

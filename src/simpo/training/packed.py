@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -16,74 +17,64 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from simpo.data.rows import as_dataset
 from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError
 from simpo.models.adapters import check_adapter
 from simpo.models.checkpoint import Limits
-from simpo.models.devices import check_liger
+from simpo.models.devices import check_liger, compile_layers, free_memory
 from simpo.models.loading import load_model
 from simpo.models.preparation import disable_dropout, freeze_unreached, keep_gradients
 from simpo.models.settings import ModelArguments
-from simpo.packing.batching import MicroBatch, StepPlan, check_budget
+from simpo.packing.batching import StepPlan, check_budget
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import ForwardPath, choose_path, policy_forward, prepare_policy, resolve_path, state_of
 from simpo.packing.selfcheck import rows_to_check
+from simpo.runs.results import Metric
 from simpo.training.batches import (
     ComparisonRows,
     PlannedBatch,
-    RowFigures,
-    Scores,
+    PlanSampler,
+    check_rows,
     collate,
     comparisons_of,
-    mean_figures,
-    plan_steps,
-    response_figures,
-    scores_of,
+    describe_rows,
+    response_counts,
     step_loader,
     token_lengths,
+    widest_type,
 )
-from simpo.training.callbacks import RunCallback
+from simpo.training.callbacks import CheckpointShare, RunCallback
 from simpo.training.checkpoints import ResumableTrainer
-from simpo.training.finite import describe_rows, rows_not_finite, rows_without_gradient
-from simpo.training.limits import check_rows
-from simpo.training.memory import OUTSIDE_A_FORWARD, compile_layers, explain_oom, tokens_that_fit
+from simpo.training.metrics import RowMetrics, Scores, mean_metrics, scores_of
 from simpo.training.settings import TrainingSettings
-from simpo.training.sharding import sharded
-
-# ---- Activation checkpointing of some of the layers: memory is bought with arithmetic only as far as it is
-# needed.
-
-
-class CheckpointShare(TrainerCallback):
-    """Leaves ``activation_checkpointing`` on for ``share`` of the layers, spread evenly.
-
-    A layer without it keeps its activations, and its forward is not computed again in backward.
-    """
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-
-    def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Called after ``Trainer`` has switched it on for all."""
-        layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        for number, layer in enumerate(layers):
-            chosen = int((number + 1) * self._share) > int(number * self._share)
-            layer.gradient_checkpointing = layer.gradient_checkpointing and chosen
-
 
 logger = logging.getLogger(__name__)
 
+# Tokens of a micro-batch where ``max_batch_tokens`` is not set; docs/performance.md says why.
+_ACCELERATOR_TOKENS, _CPU_TOKENS = 16384, 2048
+_SCORED_TOGETHER = 512  # rows that micro-batches are filled from when responses are scored
+_CPU_OUT_OF_MEMORY = "can't allocate memory"  # PyTorch's allocator raises an ordinary RuntimeError
+_OUTSIDE_A_FORWARD = (
+    "optim: memory ran out outside a micro-batch's forward and backward, where the optimizer's states are made; choose "
+    "a smaller one (adamw_torch_8bit, adafactor) or share the states out over GPUs (recipes/launch)"
+)
 
-_SCORED_TOGETHER = 512  # rows that micro-batches are filled from
+
+class Description(NamedTuple):
+    """How the log and the model card describe a training."""
+
+    objective: str  # the log's line
+    method: str  # of the card: MODEL [method] on DATA
+    tags: list[str]  # of the card
 
 
 class PackedTrainer(ResumableTrainer):
-    """Trains a causal language model on comparisons of one prompt with K responses; subclasses say with which loss.
+    """Trains a model on comparisons of one prompt with K responses; subclasses define the loss.
 
     A step's loss is the weighted mean of its rows' losses, however it is split into micro-batches and over ranks.
     Overrides of ``Trainer``: how a batch is made (``get_train_dataloader``, ``get_eval_dataloader``), how its loss is
@@ -93,7 +84,7 @@ class PackedTrainer(ResumableTrainer):
     Args:
         model: a model, or the name or folder of one.
         args: the configuration; the defaults of ``config_type`` if not given.
-        train_dataset: rows in any shape that :mod:`simpo.data` recognises, or already tokenized.
+        train_dataset: rows in any shape that :mod:`simpo.data` recognizes, or already tokenized.
         eval_dataset: the same, or several by name.
         processing_class: the tokenizer; needed unless the data is tokenized.
         callbacks: as for ``Trainer``.
@@ -105,6 +96,9 @@ class PackedTrainer(ResumableTrainer):
     """
 
     config_type: ClassVar[type[TrainingSettings]]
+    command: ClassVar[str]  # that runs this kind of training
+    row_noun: ClassVar[str]  # what its rows are called, in the plural
+    pipeline: ClassVar[str] = "text-generation"  # what the hub calls the use of such a model
 
     def __init__(
         self,
@@ -127,19 +121,21 @@ class PackedTrainer(ResumableTrainer):
             disable_dropout(model)
         if args.use_liger_kernel:
             check_liger(model, args.liger_kernel_config)
+        train_dataset = self._tokenized(train_dataset, processing_class, args, "train")
+        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        held_out = {name: self._tokenized(rows, processing_class, args, name) for name, rows in held_out.items()}
         super().__init__(
             model=model,
             args=args,
             data_collator=collate,
-            train_dataset=self._tokenized(train_dataset, processing_class, args, "train"),
-            eval_dataset=_each(eval_dataset, lambda d, name: self._tokenized(d, processing_class, args, name)),
+            train_dataset=train_dataset,
+            eval_dataset=held_out if isinstance(eval_dataset, dict) else held_out["eval"],
             processing_class=processing_class,
-            compute_metrics=self._mean_metrics,
+            compute_metrics=self._evaluation_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        for label, rows in {"train": self.train_dataset, **datasets}.items():
+        for label, rows in {"train": train_dataset, **held_out}.items():
             if rows is not None:
                 check_rows(Limits.of(self.model.config), rows, label)
         self.path = self._choose_path()
@@ -149,7 +145,7 @@ class PackedTrainer(ResumableTrainer):
             self.add_callback(CheckpointShare(args.checkpointed_share))
         self._step: list[tuple[PlannedBatch, Tensor]] = []  # micro-batches of the current step with their rows' losses
 
-    # ---- what a subclass says ----
+    # ---- What a subclass defines.
 
     @classmethod
     def load(cls, name: str, arguments: ModelArguments | None = None) -> PreTrainedModel | PeftModel:
@@ -158,20 +154,28 @@ class PackedTrainer(ResumableTrainer):
 
     @classmethod
     @abstractmethod
+    def describe(cls, args: Any) -> Description:
+        """How the log and the model card describe a training with these settings."""
+
+    @classmethod
+    @abstractmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
-        """Tokenize ``dataset`` for this kind of training; raises :class:`SimpoError` if it is not for it."""
+        """Tokenize the rows of one data set, called ``label`` in messages; rows that are tokenized are taken as is."""
 
     @abstractmethod
     def loss_and_metrics(self, y: Any, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """Losses, ``[C]``, and detached figures, ``[C, len(metric_names)]``, of ``batch``.
+        """Losses, ``[C]``, with gradients, and metrics, ``[C, N]``, of ``C`` rows whose responses are ``y``.
 
-        What the model says of its responses, ``y``, is :class:`~simpo.objectives.Responses` unless
-        :meth:`forward_rows` is another.
-        A figure that is NaN says nothing about its row and is left out of that figure's mean.
+        The metrics are those of :attr:`metric_names`, detached, the loss first. A metric that is NaN does not apply to
+        its row.
         """
 
+    @abstractmethod
+    def compare(self, before: Scores, after: Scores) -> list[Metric]:
+        """Held-out results, from the scores of the start model and of the trained model."""
+
     def row_weights(self, rows: Dataset) -> np.ndarray | None:
-        """``[rows]`` how much each counts in its step's mean; None for all alike."""
+        """``[rows]`` how much each counts in its step's mean; None if all count equally."""
         return None
 
     def completed(self, rows: Dataset) -> Dataset:
@@ -179,13 +183,13 @@ class PackedTrainer(ResumableTrainer):
         return rows
 
     def before_step(self, model: nn.Module, batches: Sequence[PlannedBatch]) -> None:
-        """What has to be known of all micro-batches of a step before its first forward."""
+        """Compute what needs all micro-batches of a step before its first forward."""
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """One forward: losses and figures of ``batch`` as of :meth:`loss_and_metrics`."""
+        """One forward: losses and metrics of ``batch`` as of :meth:`loss_and_metrics`."""
         return self.loss_and_metrics(policy_forward(model, batch.packed, path=self.path), batch)
 
-    # ---- data ----
+    # ---- Data.
 
     @classmethod
     def _tokenized(
@@ -200,12 +204,12 @@ class PackedTrainer(ResumableTrainer):
         rows, report = prepared.dataset, prepared.report
         if report.used < report.rows or report.cut or report.read:  # nothing is left out silently
             logger.warning("\n".join(report.lines()))
-        if args.max_batch_tokens is not None:  # checked here, before anything is written
+        if args.max_batch_tokens is not None:  # checked before anything is written
             check_budget(token_lengths(rows, padded=args.forward_path == "padded"), args.max_batch_tokens)
         return rows
 
     def get_train_dataloader(self) -> DataLoader:
-        """One element an optimizer step: this rank's micro-batches, by the plan that all ranks share."""
+        """One element per optimizer step: this rank's micro-batches, by the plan that all ranks share."""
         if self.train_dataset is None:
             raise SimpoError("train_dataset: there is nothing to train on")
         rows = self.completed(self.train_dataset)
@@ -219,7 +223,7 @@ class PackedTrainer(ResumableTrainer):
         return step_loader(rows, plan, lambda: self.state.global_step // max(plan.steps, 1), self.args)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
-        """Rows in their order, ``per_device_eval_batch_size`` a rank and element."""
+        """Rows in their order, ``per_device_eval_batch_size`` per rank and element."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -234,24 +238,34 @@ class PackedTrainer(ResumableTrainer):
         """As :meth:`get_eval_dataloader`."""
         return self.get_eval_dataloader(test_dataset)
 
+    def _lengths(self, rows: Dataset) -> np.ndarray:
+        """``[rows]`` tokens that each takes in a forward."""
+        rule = state_of(prepare_policy(self.model)).lengths
+        return token_lengths(rows, padded=self.path == "padded", rule=rule)
+
     def _plan(self, rows: Dataset, rows_per_device: int, *, training: bool) -> StepPlan:
-        return plan_steps(
-            rows,
-            self.args,
-            rows_per_device,
-            padded=self.path == "padded",
-            shuffled=training and self.args.train_sampling_strategy == "random",
-            drop_last=training and self.args.dataloader_drop_last,
+        """The plan that all ranks share."""
+        args, lengths = self.args, self._lengths(rows)
+        budget = args.max_batch_tokens
+        if budget is None:
+            budget = max(_ACCELERATOR_TOKENS if args.device.type != "cpu" else _CPU_TOKENS, int(lengths.max()))
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return StepPlan(
+            lengths=lengths,
+            rows_per_step=rows_per_device * args.world_size,
+            max_batch_tokens=budget,
+            world_size=args.world_size,
+            seed=seed if training and args.train_sampling_strategy == "random" else None,
+            drop_last=training and args.dataloader_drop_last,
+            padded_rows=response_counts(rows) if self.path == "padded" else None,
             weights=self.row_weights(rows),
-            rule=state_of(prepare_policy(self.model)).lengths,
         )
 
-    # ---- loss ----
-
     def _choose_path(self) -> ForwardPath:
-        """Let the model prove the fast path on a few real rows, in the precision that it will train in."""
-        model = prepare_policy(self.model)
-        rows = self.train_dataset if self.train_dataset is not None else _first(self.eval_dataset)
+        """Verify the fast path on a few real rows, in the precision of the training."""
+        model, rows = prepare_policy(self.model), self.train_dataset
+        if rows is None:
+            rows = next(iter(self.eval_dataset.values())) if isinstance(self.eval_dataset, dict) else self.eval_dataset
         if rows is None:
             return self.args.forward_path
         checked = rows_to_check(model, token_lengths(rows, padded=False).tolist())
@@ -268,6 +282,8 @@ class PackedTrainer(ResumableTrainer):
         packed = self._sum_over_ranks(torch.tensor(int(path == "packed"), device=self.args.device))
         return path if packed in (0, self.args.world_size) else "padded"  # ranks with other plans would wait forever
 
+    # ---- Loss.
+
     def compute_loss(  # noqa: D102 - documented by Trainer
         self,
         model: nn.Module,
@@ -276,14 +292,14 @@ class PackedTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         batch = inputs.to(self.args.device)
-        losses, figures = self.forward_rows(model, batch)
+        losses, metrics = self.forward_rows(model, batch)
         # ranks' gradients are averaged, so each counts world_size times over the step's weight
         loss = (losses * batch.packed.weights).sum() * (self.args.world_size / batch.step_weight)
-        return (loss, figures) if return_outputs else loss
+        return (loss, metrics) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As its base's; memory that runs out is answered with a setting."""
-        with explain_oom(lambda: OUTSIDE_A_FORWARD):
+        """As in the base; running out of memory ends in advice."""
+        with explain_oom(lambda: _OUTSIDE_A_FORWARD):
             return super().train(*args, **kwargs)
 
     def training_step(
@@ -299,55 +315,46 @@ class PackedTrainer(ResumableTrainer):
         self.before_step(model, batches)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with self._gradient_sync(model, last=last), explain_oom(partial(self._what_fits, model, batch)):
-                loss, figures = self._forward_and_backward(model, batch)
-            total += loss
-            self._means.add(figures, batch.packed.weights)
+            with self._gradient_sync(model, last=last), explain_oom(partial(self._memory_advice, batch)):
+                with self.compute_loss_context_manager():
+                    loss, metrics = self.compute_loss(model, batch, return_outputs=True)
+                self._step.append((batch, metrics[:, 0]))
+                if self.is_deepspeed_enabled and last:
+                    self._check_losses()
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            self._means.add(metrics, batch.packed.weights)
         return total
-
-    def _forward_and_backward(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """Run one micro-batch; returns its share of the step's loss, ``[]``, and its rows' metrics."""
-        with self.compute_loss_context_manager():
-            loss, figures = self.compute_loss(model, batch, return_outputs=True)
-        self._step.append((batch, figures[:, 0]))
-        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
-            self._check_losses()
-        self.accelerator.backward(loss)
-        return loss.detach(), figures
-
-    def _what_fits(self, model: nn.Module, batch: PlannedBatch) -> str:
-        """Advice for a micro-batch that did not fit into memory."""
-
-        def attempt(places: list[int]) -> None:
-            rows = tuple(batch.rows[place] for place in places)
-            smaller = ComparisonRows(data)[MicroBatch(rows, (1.0,) * len(rows)), batch.step_weight]
-            self._forward_and_backward(model, smaller)
-
-        data = self.completed(self.train_dataset)
-        rule = state_of(prepare_policy(self.model)).lengths
-        lengths = token_lengths(data, padded=self.path == "padded", rule=rule)
-        own = [int(lengths[row]) for row in batch.rows]
-        return tokens_that_fit(own, int(lengths.max()), attempt if self.args.world_size == 1 else None)
 
     @contextmanager
     def _gradient_sync(self, model: nn.Module, *, last: bool) -> Iterator[None]:
         """Let ranks exchange gradients only after the last micro-batch (FSDP reduce-scatters each, to save memory)."""
         self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps when this is true
         context: AbstractContextManager[None] = nullcontext()
-        if not last and not sharded(self.model):
+        if not last and not isinstance(self.model, FSDPModule):
             context = self.accelerator.no_sync(model)
         with context:
             yield
+
+    def _memory_advice(self, batch: PlannedBatch) -> str:
+        """What to change after a micro-batch did not fit into memory."""
+        lengths = self._lengths(self.completed(self.train_dataset))
+        tokens, longest = int(lengths[list(batch.rows)].sum()), int(lengths.max())
+        found = f"max_batch_tokens: a micro-batch of {tokens} tokens does not fit into memory"
+        if tokens // 2 >= longest:
+            return f"{found}; set it to {tokens // 2}"
+        lower = f"; set it to {longest}, the longest row, and" if tokens > longest else ":"
+        return f"{found}{lower} set activation_checkpointing: true, lower max_length or choose a smaller type or model"
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """FLOPs of one step on this rank, as transformers counts them: 6 per token and non-embedding weight."""
         tokens = sum(batch.packed.tokens for batch in inputs["micro_batches"])
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
 
-    # ---- a loss or gradient that is not finite ----
+    # ---- A loss or gradient that is not finite ends the run.
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm, which Trainer asks for before every optimizer step; ends the run if it is not finite."""
+        """The gradient's norm, which Trainer requests before every optimizer step."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaled = self.accelerator.scaler is not None  # fp16: overflow is expected, and the scaler skips the step
         if not scaled and norm is not None and not math.isfinite(float(norm)):
@@ -355,19 +362,19 @@ class PackedTrainer(ResumableTrainer):
         return norm
 
     def _check_losses(self) -> None:
-        """End the run if a loss of the step is not finite: DeepSpeed's last backward of a step moves the optimizer."""
-        bad = sum(len(rows_not_finite(batch.rows, losses)) for batch, losses in self._step)
+        """Check the step's losses now: DeepSpeed's last backward of a step already moves the optimizer."""
+        bad = sum(int((~losses.isfinite()).sum()) for _, losses in self._step)
         if self._sum_over_ranks(torch.tensor(bad, device=self.args.device)):
             raise SimpoError(self._not_finite())
 
     def _not_finite(self) -> str:
-        """What is wrong with the current step, and with which of its rows; every rank says the same."""
-        rows = self._of_all_ranks([row for batch, losses in self._step for row in rows_not_finite(batch.rows, losses)])
-        step = self._of_all_ranks([row for batch, _ in self._step for row in batch.rows])
+        """Describe what is wrong with the current step, and with which of its rows; the same on every rank."""
+        bad = [batch.rows[int(place)] for batch, losses in self._step for place in (~losses.isfinite()).nonzero()]
+        rows, step = self._of_all_ranks(bad), self._of_all_ranks([row for batch, _ in self._step for row in batch.rows])
         what = "loss"
         if not rows:
             what = "gradient"
-            rows = rows_without_gradient(self.model, step, self._loss_of_row) if self.args.world_size == 1 else step
+            rows = [row for row in step if not self._has_finite_gradient(row)] if self.args.world_size == 1 else step
         found = describe_rows(self.train_dataset, rows)
         many = " (all rows of the step: look at the model and the learning rate)" if len(rows) == len(step) > 1 else ""
         updated = self.is_deepspeed_enabled and what == "gradient"  # its backward has moved the optimizer
@@ -378,20 +385,23 @@ class PackedTrainer(ResumableTrainer):
         )
 
     def _of_all_ranks(self, rows: list[int]) -> list[int]:
-        return sorted(set(gather_object(rows) if self.args.world_size > 1 else rows))  # fillers come several times
+        return sorted(set(gather_object(rows) if self.args.world_size > 1 else rows))  # fillers occur several times
 
-    def _loss_of_row(self, row: int) -> Tensor:
-        batch = ComparisonRows(self.completed(self.train_dataset))[MicroBatch((row,), (1.0,)), 1.0]
+    def _has_finite_gradient(self, row: int) -> bool:
+        batch = ComparisonRows(self.completed(self.train_dataset)).without_plan([row])
         with self.compute_loss_context_manager():
-            return self.compute_loss(self.model, batch)
+            loss = self.compute_loss(self.model, batch)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
 
-    # ---- evaluation ----
+    # ---- Evaluation.
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, but an evaluation before training prepares nothing.
+        """As in Trainer, but an evaluation before training prepares nothing.
 
-        What accelerate has once prepared for evaluation it takes for prepared when training starts: it would not be
-        wrapped in DDP then, and every rank would train a model of its own.
+        accelerate would take what it has prepared for evaluation as prepared for training, too: it would not be wrapped
+        in DDP then, and every rank would train a model of its own.
         """
         if not self.accelerator._models:
             self.accelerator._models.append(self.model)
@@ -410,44 +420,57 @@ class PackedTrainer(ResumableTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Figures of an element's rows with their weight, ``[rows, N + 1]``, and row numbers (-1 for none)."""
-        found = RowFigures(self.args.eval_batch_size * self.args.world_size, len(self.metric_names), self.args.device)
+        """Metrics of an element's rows with their weight, ``[rows, N + 1]``, and row numbers (-1 for none)."""
+        found = RowMetrics(self.args.eval_batch_size * self.args.world_size, len(self.metric_names), self.args.device)
         for batch in inputs["micro_batches"]:
-            with torch.no_grad(), self.accelerator.autocast():  # before training nothing is wrapped that does it
+            with torch.no_grad(), self.accelerator.autocast():  # before training no wrapper does it
                 found.add(batch, self.compute_loss(model, batch, return_outputs=True)[1])
-        return None, found.figures, found.rows
+        return None, found.values, found.rows
+
+    def _evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        metrics = mean_metrics(prediction.predictions, prediction.label_ids, self.metric_names)
+        for callback in self.callback_handler.callbacks if self.is_in_train else ():
+            if isinstance(callback, RunCallback):
+                metrics |= callback.evaluate(self)
+        return metrics
+
+    def score_rows(self, dataset: Dataset) -> Scores:
+        """Metrics of every row of ``dataset``, in its order."""
+        output = self.predict(dataset)
+        return scores_of(output.predictions, output.label_ids, self.metric_names)
 
     def response_logps(self, rows: Dataset) -> Tensor:
         """``[R]`` float64 log-probabilities of all responses of ``rows`` under the model as it is; all ranks call."""
         return self.of_responses(rows, lambda batch: policy_forward(self.model, batch, path=self.path).logp)
 
     def of_responses(self, rows: Dataset, compute: Callable[[PackedBatch], Tensor]) -> Tensor:
-        """``[R]`` float64 figures of all responses of ``rows``, which ``compute`` gives a batch of; all ranks call."""
+        """``[R]`` float64 values of all responses of ``rows``; ``compute`` returns those of a batch. All ranks call."""
         plan = self._plan(rows, _SCORED_TOGETHER // self.args.world_size, training=False)
+        counts, device = response_counts(rows), self.args.device
+        ends = np.cumsum(counts)
+        values = torch.zeros(int(ends[-1]), dtype=widest_type(device), device=device)
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast(), self.forwards():
-            own = response_figures(rows, plan, self.args.process_index, compute, self.args.device)
-        return self._sum_over_ranks(own)
-
-    def score_rows(self, dataset: Dataset) -> Scores:
-        """Figures of every row of ``dataset``, in its order."""
-        output = self.predict(dataset)
-        return scores_of(output.predictions, output.label_ids, self.metric_names)
-
-    def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        metrics = mean_figures(prediction.predictions, prediction.label_ids, self.metric_names)
-        for callback in self.callback_handler.callbacks if self.is_in_train else ():
-            if isinstance(callback, RunCallback):
-                metrics |= callback.evaluate(self)
-        return metrics
+            for step in PlanSampler(plan, lambda: 0, self.args.process_index):
+                for micro, _ in step:
+                    found = compute(PackedBatch.build(comparisons_of(rows, micro.rows)).to(device))
+                    if any(micro.weights):  # not a filler
+                        index = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in micro.rows])
+                        values[torch.from_numpy(index).to(device)] = found.to(values)
+        return self._sum_over_ranks(values)
 
 
-def _each(dataset: Any, function: Callable[[Dataset, str], Any]) -> Any:
-    """``function(dataset, label)``, or of every one of several named data sets."""
-    if isinstance(dataset, dict):
-        return {name: function(part, name) for name, part in dataset.items()}
-    return None if dataset is None else function(dataset, "eval")
-
-
-def _first(dataset: Any) -> Dataset | None:
-    return next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+@contextmanager
+def explain_oom(advise: Callable[[], str]) -> Iterator[None]:
+    """Where memory runs out, free it and raise :class:`SimpoError` with ``advise()`` instead of PyTorch's error."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and _CPU_OUT_OF_MEMORY not in str(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold what had been computed
+    else:
+        return
+    free_memory()
+    raise SimpoError(advise()) from None

@@ -1,12 +1,11 @@
-"""Reward models: built from files, trained on all pairs of a prompt's responses."""
+"""Reward models, trained on all pairs of a prompt's responses: classifiers of transformers with one label."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,34 +14,23 @@ from datasets import Dataset, List, Value
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from simpo.config import setting
 from simpo.data.tokenizing import Prepared, check_rankings, is_feedback, prepare
 from simpo.errors import SimpoError
 from simpo.models.reward import choose_padding, load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.objectives.reward import bradley_terry, centring
-from simpo.packing.batching import MicroBatch
 from simpo.packing.model import is_reward_model, reward_forward
-from simpo.training.batches import LEVELS, WEIGHT, ComparisonRows, PlannedBatch, Scores, response_counts
-from simpo.training.held_out import LENGTHS, MARGINS
-from simpo.training.packed import PackedTrainer
+from simpo.runs.results import Metric
+from simpo.training.batches import LEVELS, ComparisonRows, PlannedBatch, response_counts
+from simpo.training.metrics import LENGTHS, MARGINS, WEIGHT, Scores, compare_rewards
+from simpo.training.packed import Description, PackedTrainer
 from simpo.training.settings import TrainingSettings
 
-# ---- Reward models: sequence classifiers of transformers with one label, from files or on top of a language
-# model.
-
-
-logger = logging.getLogger(__name__)
-
-
-_SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))  # as data sets call them
-
-
-_AT_ONCE = 256  # rows whose pairs are looked at together
+_SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))  # names in public data sets
+_AT_ONCE = 256  # rows whose pairs are compared together
 
 
 @dataclass
@@ -55,15 +43,12 @@ class RewardConfig(TrainingSettings):
         SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
     """
 
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
-    margin: Literal["none", "column", "scores"] = field(
-        default="none",
-        metadata={
-            "help": "By how much a reward has to win: by 0, by the pairs' column margin, or by the scores' difference."
-        },
+    learning_rate: float = setting(1e-5, "Peak learning rate.")
+    margin: Literal["none", "column", "scores"] = setting(
+        "none", "By how much a reward has to win: by 0, by the pairs' column margin, or by the scores' difference."
     )
-    center_rewards_coefficient: float | None = field(
-        default=None, metadata={"help": "Weight of (chosen + rejected)**2, which centres rewards on 0; 0.01, say."}
+    center_rewards_coefficient: float | None = setting(
+        None, "Weight of (chosen + rejected)**2, which centers rewards on 0, for example 0.01."
     )
 
     def _check(self) -> None:
@@ -85,6 +70,7 @@ class RewardTrainer(PackedTrainer):
 
     metric_names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
     config_type = RewardConfig
+    command, row_noun, pipeline = "reward", "comparisons", "text-classification"
 
     def __init__(self, model: PreTrainedModel | PeftModel | str, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, str) and not is_reward_model(model):
@@ -102,82 +88,81 @@ class RewardTrainer(PackedTrainer):
         return load_reward_model(ModelArguments(name) if arguments is None else arguments, new_head=True)
 
     @classmethod
+    def describe(cls, args: Any) -> Description:
+        """How the log and the model card describe the training."""
+        return Description(
+            f"Bradley-Terry likelihood of the preferences (margin: {args.margin})",
+            "with one number for an output became a **reward model** by the Bradley-Terry likelihood",
+            ["simpo", "reward-model"],
+        )
+
+    @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
-        """Tokenize comparisons."""
+        """Tokenize comparisons, with the column :data:`~simpo.training.batches.LEVELS` if there are margins."""
         if is_feedback(dataset):
             raise SimpoError(f"{label}: single responses with labels; a reward model is trained on comparisons")
         prepared = prepare(dataset, tokenizer, args.tokenize_settings, label=label)
-        check_rankings(prepared.dataset, label)
-        extras = prepared.dataset["extra"] if "extra" in prepared.dataset.column_names else ()
-        if args.margin == "none" and any('"margin"' in extra and "margin" in json.loads(extra) for extra in extras):
-            prepared.report.notices.append("the column margin is not used; margin: column subtracts it in the loss")
-        return replace(prepared, dataset=_with_levels(prepared.dataset, args.margin, label))
+        rows = prepared.dataset
+        check_rankings(rows, label)
+        if args.margin == "none":
+            extras = rows["extra"] if "extra" in rows.column_names else ()
+            if any('"margin"' in extra and "margin" in json.loads(extra) for extra in extras):
+                prepared.report.notices.append("the column margin is not used; margin: column subtracts it in the loss")
+        elif LEVELS not in rows.column_names:
+            columns = [name for name in ("response_ids", "scores", "extra", "where") if name in rows.column_names]
+            levels = [
+                _levels(row, args.margin, str(row.get("where", f"{label} row {number}")))
+                for number, row in enumerate(rows.select_columns(columns))
+            ]
+            rows = rows.add_column(LEVELS, levels, feature=List(Value("float64")))
+        return replace(prepared, dataset=rows)
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """One forward: losses and figures of ``batch``."""
+        """One forward: losses and metrics of ``batch``."""
         return self.loss_and_metrics(reward_forward(model, batch.packed, path=self.path), batch)
 
     def loss_and_metrics(self, y: Tensor, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """Losses, ``[C]``, and figures of comparisons whose responses have the rewards ``y``, ``[R]``."""
+        """Losses, ``[C]``, and metrics of comparisons whose responses have the rewards ``y``, ``[R]``."""
         pairs = batch.pairs
         chosen, rejected = y[pairs.better], y[pairs.worse]
         margin = 0.0 if batch.levels is None else (batch.levels[pairs.better] - batch.levels[pairs.worse]).to(y)
         losses = bradley_terry(chosen, rejected, margin)
         if self.args.center_rewards_coefficient:
             losses = losses + self.args.center_rewards_coefficient * centring(chosen, rejected)
-        figures = torch.stack([losses, chosen, rejected, (chosen > rejected).to(y), chosen - rejected], dim=-1)
-        return pairs.mean(losses), pairs.mean(figures.detach())
+        metrics = torch.stack([losses, chosen, rejected, (chosen > rejected).to(y), chosen - rejected], dim=-1)
+        return pairs.mean(losses), pairs.mean(metrics.detach())
+
+    def compare(self, before: Scores, after: Scores) -> list[Metric]:
+        """Held-out means, the accuracy by which response is longer, and calibration."""
+        return compare_rewards(before, after)
 
     def score_rows(self, dataset: Dataset) -> Scores:
-        """As the base's, with reward margins and differences in length, in tokens, of all ordered pairs.
+        """As in the base, with reward margins and differences in length, in tokens, of all ordered pairs.
 
         Both are ``[rows, N]``, with NaN where a row has fewer than ``N`` pairs.
         """
         rows: Any = self._tokenized(dataset, self.processing_class, self.args, "eval")
         rewards = self.of_responses(rows, lambda batch: reward_forward(self.model, batch, path=self.path)).cpu()
-        figures, margins, lengths = [], [], []
-        for batch, y in _parts(rows, rewards):
-            figures.append(self.loss_and_metrics(y, batch)[1])
+        comparisons, counts = ComparisonRows(rows), response_counts(rows).tolist()
+        metrics, margins, lengths = [], [], []
+        numbers = range(len(rows))
+        parts = [numbers[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
+        sizes = [sum(counts[row] for row in part) for part in parts]
+        for part, y in zip(parts, rewards.split(sizes), strict=True):
+            batch = comparisons.without_plan(part)
+            metrics.append(self.loss_and_metrics(y, batch)[1])
             pairs = batch.pairs
-            counts = torch.bincount(pairs.comparison, minlength=len(batch.rows)).tolist()
-            margins += (y[pairs.better] - y[pairs.worse]).split(counts)
-            lengths += (batch.packed.lengths[pairs.better] - batch.packed.lengths[pairs.worse]).to(y).split(counts)
-        scores = dict(zip(self.metric_names, torch.cat(figures).double().numpy().T, strict=True))
-        every_pair = {
-            name: pad_sequence(found, batch_first=True, padding_value=math.nan).double().numpy()
-            for name, found in ((MARGINS, margins), (LENGTHS, lengths))
-        }
-        return scores | every_pair | {WEIGHT: np.ones(len(rows))}
-
-
-def _parts(rows: Dataset, rewards: Tensor) -> Iterator[tuple[PlannedBatch, Tensor]]:
-    """A bounded number of rows at a time, with their responses' share of ``rewards``, ``[R]``."""
-    found = ComparisonRows(rows)
-    ends = np.cumsum(response_counts(rows))
-    for start in range(0, len(rows), _AT_ONCE):
-        numbers = tuple(range(start, min(start + _AT_ONCE, len(rows))))
-        batch = found[MicroBatch(numbers, (1.0,) * len(numbers)), 1.0]
-        yield batch, rewards[ends[start - 1] if start else 0 : ends[numbers[-1]]]
-
-
-def _with_levels(rows: Dataset, margin: str, label: str) -> Dataset:
-    """``rows`` with the column :data:`~simpo.training.batches.LEVELS`, unless there are no margins."""
-    if margin == "none" or LEVELS in rows.column_names:
-        return rows
-    columns = [name for name in ("response_ids", "scores", "extra", "where") if name in rows.column_names]
-    levels = [
-        _levels(row, margin, str(row.get("where", f"{label} row {number}")))
-        for number, row in enumerate(rows.select_columns(columns))
-    ]
-    return rows.add_column(LEVELS, levels, feature=List(Value("float64")))
+            pair_counts = torch.bincount(pairs.comparison, minlength=len(part)).tolist()
+            margins += (y[pairs.better] - y[pairs.worse]).split(pair_counts)
+            lengths += (batch.packed.lengths[pairs.better] - batch.packed.lengths[pairs.worse]).to(y).split(pair_counts)
+        scores = dict(zip(self.metric_names, torch.cat(metrics).double().numpy().T, strict=True))
+        for name, found in ((MARGINS, margins), (LENGTHS, lengths)):
+            scores[name] = pad_sequence(found, batch_first=True, padding_value=math.nan).double().numpy()
+        return scores | {WEIGHT: np.ones(len(rows))}
 
 
 def _levels(row: Mapping[str, Any], margin: str, where: str) -> list[float]:
-    """Numbers of the responses; one is to win over another by the difference.
-
-    Raises:
-        SimpoError: the row does not say, or not with numbers.
-    """
+    """Numbers of the responses; one should win over another by the difference."""
     if margin == "scores" and row.get("scores") is not None:
         return row["scores"]
     if len(row["response_ids"]) > 2:

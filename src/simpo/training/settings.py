@@ -1,4 +1,4 @@
-"""Keys of every kind of training: data, models, ``TrainingArguments``, and what packed batches add."""
+"""Settings of every kind of training: ``TrainingArguments``, what packed batches add, and the data."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -18,18 +17,16 @@ from datasets import Dataset
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames, ParallelMode
 
+from simpo.config import setting
 from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.sources import load_mixture, load_mixture_list, load_rows
-from simpo.errors import CombinedError, SimpoError, check_all
+from simpo.errors import CombinedError, SimpoError, check_all, one_line
 from simpo.models.devices import liger_config
 from simpo.models.zero import read_config, unset_batch_sizes
 
 logger = logging.getLogger(__name__)
 
-
 _NO_LABELS = "batches are packed, and there are no labels or logits to gather"
-
-
 # Keys of TrainingArguments that cannot be honored: the only value accepted, and why.
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (False, "a step's rows would change; max_batch_tokens bounds the memory of a forward"),
@@ -42,7 +39,7 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "include_num_input_tokens_seen": ("no", "a packed prompt is computed once for all of its responses"),
     "include_for_metrics": ([], _NO_LABELS),
     "label_names": (None, _NO_LABELS),
-    "prediction_loss_only": (False, "evaluations report every figure of the objective"),
+    "prediction_loss_only": (False, "evaluations report every metric of the objective"),
     "batch_eval_metrics": (False, _NO_LABELS),
     "eval_do_concat_batches": (True, _NO_LABELS),
     "eval_use_gather_object": (False, _NO_LABELS),
@@ -55,85 +52,86 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "parallelism_config": (None, "a model is spread over processes with fsdp or deepspeed"),
     "do_predict": (False, "held-out rows are scored before and after training; name them with eval_dataset_name"),
 }
-
-
-# What torch.utils.checkpoint takes by keyword and a recipe can say.
+# Arguments of torch.utils.checkpoint that a recipe can set.
 _CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "debug")
 
 
 @dataclass
 class TrainingSettings(TrainingArguments):
-    """Keys of every kind of training."""
+    """Settings of every kind of training."""
 
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
-    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    num_train_epochs: float = setting(1.0, "Passes over the data.")
+    lr_scheduler_type: SchedulerType | str = setting("cosine", "Learning-rate schedule.")
+    warmup_steps: float = setting(0.1, "Warm-up steps, or below 1 their share of all steps.")
+    logging_steps: float = setting(10, "Log every so many optimizer steps.")
 
-    use_cache: bool = field(
-        default=True, metadata={"help": "Generation's cache, in the saved model's configuration; training has none."}
-    )
-    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout, as the paper does."})
+    use_cache: bool = setting(True, "Generation's cache, in the saved model's configuration; training has none.")
+    disable_dropout: bool = setting(True, "Train without dropout, as the paper does.")
 
-    max_length: int = field(default=2048, metadata={"help": "Longest prompt with response, in tokens."})
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "What an overlong prompt is cut to (default: max_length * 1800 / 2048)."}
+    max_length: int = setting(2048, "Longest prompt with response, in tokens.")
+    max_prompt_length: int | None = setting(
+        None, "What an overlong prompt is cut to (default: max_length * 1800 / 2048)."
     )
-    truncation: Literal["prompt", "drop", "paper"] = field(
-        default="prompt",
-        metadata={"help": "Overlong rows: cut the prompt, and drop what then does not fit; drop all; or as the paper."},
+    truncation: Literal["prompt", "drop", "paper"] = setting(
+        "prompt", "Overlong rows: cut the prompt, and drop what then does not fit; drop all; or as the paper."
     )
-    truncation_mode: Literal["keep_end", "keep_start"] = field(
-        default="keep_end", metadata={"help": "Which end of an overlong prompt stays."}
+    truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "Which end of an overlong prompt stays.")
+    auto_insert_empty_system_msg: bool = setting(
+        False, "Put an empty system message first where the template has a place for one."
     )
-    auto_insert_empty_system_msg: bool = field(
-        default=False, metadata={"help": "Put an empty system message first where the template has a place for one."}
+    chat_template_kwargs: dict[str, Any] | None = setting(
+        None, "Variables for the chat template, e.g. {enable_thinking: false}; a row's own come first."
     )
-    chat_template_kwargs: dict[str, Any] | None = field(
-        default=None,
-        metadata={"help": "Variables for the chat template, e.g. {enable_thinking: false}; a row's own come first."},
+    system_message: Literal["template", "fold"] = setting(
+        "template", "System messages as the template has them, or written into the first user message."
     )
-    system_message: Literal["template", "fold"] = field(
-        default="template",
-        metadata={"help": "System messages as the template has them, or written into the first user message."},
+    on_bad_row: Literal["skip", "error"] = setting(
+        "skip", "Skip and count bad rows (an error above 1%), or stop at the first."
     )
-    on_bad_row: Literal["skip", "error"] = field(
-        default="skip", metadata={"help": "Skip and count bad rows (an error above 1%), or stop at the first."}
-    )
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that tokenize (default: one a core, fewer for little data)."}
+    dataset_num_proc: int | None = setting(
+        None, "Processes that tokenize (default: one per core, fewer for little data)."
     )
 
-    max_batch_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Most tokens of a forward (default: 16384, on a CPU 2048, or the longest row if longer)."},
+    max_batch_tokens: int | None = setting(
+        None, "Most tokens of a forward (default: 16384, on a CPU 2048, or the longest row if longer)."
     )
-    checkpointed_share: float = field(
-        default=1.0,
-        metadata={"help": "With activation_checkpointing: share of the layers; the others keep their activations."},
+    checkpointed_share: float = setting(
+        1.0, "With activation_checkpointing: share of the layers; the others keep their activations."
     )
-    forward_path: Literal["auto", "packed", "padded"] = field(
-        default="auto",
-        metadata={
-            "help": "Prompts shared and nothing padded, or padded; auto: packed if it proves right on the model."
-        },
+    forward_path: Literal["auto", "packed", "padded"] = setting(
+        "auto", "Prompts shared and nothing padded, or padded; auto: packed if it proves right on the model."
     )
-    accept_changes: bool = field(
-        default=False, metadata={"help": "Continue a killed run although what determines its result has changed."}
-    )
+    accept_changes: bool = setting(False, "Continue a killed run although what determines its result has changed.")
 
     def __post_init__(self) -> None:
-        check_all(self._refuse, self._settle)
+        check_all(self._reject, self._initialize)
 
-    def _settle(self) -> None:
-        """Everything but the keys that are refused by name."""
+    def _reject(self) -> None:
+        """Reject what cannot be honored, before transformers changes it."""
+        rejected = []
+        for key, (only, why) in UNSUPPORTED.items():
+            value = getattr(self, key, only)
+            if value != only and (value or only is True):  # false and an empty list switch a key off as well
+                rejected.append(f"{key}: not supported ({why})")
+        if isinstance(self.accelerator_config, str | dict):  # an AcceleratorConfig once it has been read
+            rejected.append("accelerator_config: not supported (simpo itself shares a step's rows among processes)")
+        if rejected:
+            raise CombinedError(*rejected)
+
+    def _initialize(self) -> None:
+        """Let transformers initialize its part, with an optimizer step as one element of Trainer's loop."""
         if self.push_to_hub:  # type: ignore[has-type]
             logger.warning(
                 "push_to_hub: nothing is uploaded while training; upload the finished folder with 'hf upload'"
             )
             self.push_to_hub = False
         batch = self.per_device_train_batch_size, self.gradient_accumulation_steps  # type: ignore[has-type]
-        self._fold_accumulation()
+        for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, key) < 1:
+                raise SimpoError(f"{key}: must be at least 1, not {getattr(self, key)}")
+        # Micro-batches are cut by tokens, not by this.
+        self.per_device_train_batch_size *= self.gradient_accumulation_steps  # type: ignore[has-type]
+        self.gradient_accumulation_steps = 1
         given: Any = self.deepspeed  # type: ignore[has-type]
         if given or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             self.deepspeed = read_config(given, *batch)
@@ -154,21 +152,9 @@ class TrainingSettings(TrainingArguments):
             raise SimpoError("fsdp: there is one process and nothing to spread; start with torchrun, or leave it out")
         self._check()
 
-    def _refuse(self) -> None:
-        """Refuse what cannot be honored, before transformers changes it."""
-        refused = []
-        for key, (only, why) in UNSUPPORTED.items():
-            value = getattr(self, key, only)
-            if value != only and (value or only is True):  # false and an empty list switch a key off as well
-                refused.append(f"{key}: not supported ({why})")
-        if isinstance(self.accelerator_config, str | dict):  # an AcceleratorConfig once it has been read
-            refused.append("accelerator_config: not supported (simpo shares the rows of a step among processes itself)")
-        if refused:
-            raise CombinedError(*refused)
-
     @property
     def tokenize_settings(self) -> TokenizeSettings:
-        """What the data layer needs to know."""
+        """The settings of the data layer."""
         return TokenizeSettings(
             max_length=self.max_length,
             max_prompt_length=self.max_prompt_length,
@@ -180,21 +166,9 @@ class TrainingSettings(TrainingArguments):
             rendering=RenderSettings(self.chat_template_kwargs or {}, self.system_message),
         )
 
-    def _fold_accumulation(self) -> None:
-        """Make an optimizer step one element of Trainer's loop; micro-batches are cut by tokens, not by this."""
-        for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, key) < 1:
-                raise SimpoError(f"{key}: must be at least 1, not {getattr(self, key)}")
-        self.per_device_train_batch_size *= self.gradient_accumulation_steps  # type: ignore[has-type]
-        self.gradient_accumulation_steps = 1
-
     def _check(self) -> None:
-        check_all(
-            self._check_values,
-            self._check_numbers,
-            self._check_checkpointing,
-            lambda: self.tokenize_settings,  # its constructor checks the keys
-        )
+        """Report all values that are out of bounds at once; the data layer's settings check themselves."""
+        check_all(self._check_values, self._check_numbers, self._check_checkpointing, lambda: self.tokenize_settings)
 
     def _check_values(self) -> None:
         if self.forward_path not in ("auto", "packed", "padded"):
@@ -210,8 +184,8 @@ class TrainingSettings(TrainingArguments):
         elif self.liger_kernel_config:
             raise SimpoError("liger_kernel_config: set use_liger_kernel: true, or leave it out")
         optimizer = OptimizerNames(self.optim).value
-        own = "bnb" in optimizer or optimizer.startswith(("adamw_8bit", "ademamix", "lion", "paged"))
-        if own and find_spec("bitsandbytes") is None:
+        bitsandbytes = "bnb" in optimizer or optimizer.startswith(("adamw_8bit", "ademamix", "lion", "paged"))
+        if bitsandbytes and find_spec("bitsandbytes") is None:
             raise SimpoError(f"optim: {optimizer} needs bitsandbytes, which is not installed; write optim: adamw_torch")
         if not 0 < self.checkpointed_share <= 1:
             raise SimpoError(f"checkpointed_share: must be above 0 and at most 1, not {self.checkpointed_share}")
@@ -222,7 +196,7 @@ class TrainingSettings(TrainingArguments):
             )
 
     def _check_numbers(self) -> None:
-        """Those that transformers takes as they come, and trains nothing or nonsense with."""
+        """Check what transformers accepts as it comes, and trains nothing or nonsense with."""
         if self.max_steps != -1 and self.max_steps < 1:  # type: ignore[has-type]
             raise SimpoError(f"max_steps: must be at least 1, or -1 for num_train_epochs, not {self.max_steps}")
         if not 0 < self.num_train_epochs < math.inf:
@@ -238,37 +212,28 @@ class TrainingSettings(TrainingArguments):
             raise SimpoError(f"gradient_checkpointing_kwargs: {unknown[0]!r} is none of {known}")
 
 
-# ---- Which data a run trains and is evaluated on.
-
-
 @dataclass
 class DataArguments:
     """Where the rows come from: one data set, or the paper's ``dataset_mixer``, or alignment-handbook's mixture."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, file or folder of the training data."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "Split of dataset_name to train on, or a slice such as train[:90%]."}
+    dataset_name: str | None = setting(None, "Hub id, file or folder of the training data.")
+    dataset_config: str | None = setting(None, "Configuration of a hub data set.")
+    dataset_train_split: str = setting("train", "Split of dataset_name to train on, or a slice such as train[:90%].")
+    eval_dataset_name: str | None = setting(None, "Hub id, file or folder of held-out data.")
+    dataset_test_split: str | None = setting(
+        None, "Held-out split, of eval_dataset_name (default test) or else dataset_name."
     )
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Hub id, file or folder of held-out data."})
-    dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Held-out split, of eval_dataset_name (default test) or else dataset_name."}
+    dataset_mixer: dict[str, float] | None = setting(
+        None, "Data sets, and the fraction of each one's training split that is used."
     )
-    dataset_mixer: dict[str, float] | None = field(
-        default=None, metadata={"help": "Data sets, and the fraction of each one's training split that is used."}
+    dataset_splits: list[str] | None = setting(None, "Splits of dataset_mixer's data sets.")
+    dataset_configs: list[str] | None = setting(None, "Their configurations, in that order.")
+    dataset_mixture: dict[str, Any] | None = setting(None, "Data sets with weights, as alignment-handbook gives them.")
+    column_mapping: dict[str, str] | None = setting(
+        None, "Columns to rename, e.g. {instruction: prompt, good: chosen, bad: rejected}."
     )
-    dataset_splits: list[str] | None = field(default=None, metadata={"help": "Splits of dataset_mixer's data sets."})
-    dataset_configs: list[str] | None = field(default=None, metadata={"help": "Their configurations, in that order."})
-    dataset_mixture: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Data sets with weights, as alignment-handbook gives them."}
-    )
-    column_mapping: dict[str, str] | None = field(
-        default=None,
-        metadata={"help": "Columns to rename, e.g. {instruction: prompt, good: chosen, bad: rejected}."},
-    )
-    chat_template: str | None = field(
-        default=None,
-        metadata={"help": "A chat template, a file with one, or none for raw text (default: the tokenizer's own)."},
+    chat_template: str | None = setting(
+        None, "A chat template, a file with one, or none for raw text (default: the tokenizer's own)."
     )
 
     def __post_init__(self) -> None:
@@ -292,62 +257,42 @@ def load_datasets(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
     """Training rows, and held-out rows where the arguments name some; raw, in any shape.
 
     Raises:
-        SimpoError: a data set, split or file that is not there or cannot be read.
+        SimpoError: a data set, split or file does not exist or cannot be read.
     """
-    train, held_out = _training_rows(arguments)
+    held_out, mapping = None, arguments.column_mapping
+    name, split = str(arguments.dataset_name), arguments.dataset_test_split
+    if arguments.dataset_mixer is not None:
+        splits = arguments.dataset_splits or ["train", "test"]
+        train, held_out = load_mixture(arguments.dataset_mixer, splits, arguments.dataset_configs, mapping)
+    elif arguments.dataset_mixture is not None:
+        train, held_out = load_mixture_list(arguments.dataset_mixture, mapping)
+    else:
+        known: dict[str, Any] = {"config": arguments.dataset_config, "column_mapping": mapping}
+        train = load_rows(name, split=arguments.dataset_train_split, **known)
+        if split is not None and arguments.eval_dataset_name is None:
+            held_out = load_rows(name, split=split, **known)
     if arguments.eval_dataset_name is not None:
-        held_out = load_rows(
-            arguments.eval_dataset_name,
-            split=arguments.dataset_test_split or "test",
-            column_mapping=arguments.column_mapping,
-            any_split=True,
-        )
+        held_out = load_rows(arguments.eval_dataset_name, split=split or "test", column_mapping=mapping, any_split=True)
     return train, held_out
 
 
-def _training_rows(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
-    mapping = arguments.column_mapping
-    if arguments.dataset_mixer is not None:
-        splits = arguments.dataset_splits or ["train", "test"]
-        return load_mixture(arguments.dataset_mixer, splits, arguments.dataset_configs, mapping)
-    if arguments.dataset_mixture is not None:
-        return load_mixture_list(arguments.dataset_mixture, mapping)
-    load = partial(load_rows, str(arguments.dataset_name), config=arguments.dataset_config, column_mapping=mapping)
-    train = load(split=arguments.dataset_train_split)
-    if arguments.eval_dataset_name is None and arguments.dataset_test_split is not None:
-        return train, load(split=arguments.dataset_test_split)
-    return train, None
-
-
-# ---- Keys of a recipe about the model and the adapter that is trained on it.
-
-
-# ---- What transformers, accelerate or an optimizer has to say of settings that are theirs, before anything is
-# begun.
+# ---- Errors of transformers, accelerate or an optimizer about settings that are theirs, before anything is begun.
 
 
 @contextmanager
 def settings_refused() -> Iterator[None]:
-    """Make one line of an error while settings are put to use; keep it to calls in which nothing else can be wrong."""
+    """Turn an error into one line while settings are used; for calls in which nothing else can be wrong."""
     try:
         yield
     except SimpoError:
         raise
     except (ImportError, ValueError, TypeError) as error:
-        raise SimpoError(f"training is impossible with these settings: {' '.join(str(error).split())[:300]}") from error
+        raise SimpoError(f"training is impossible with these settings: {one_line(error)}") from error
 
 
 def try_optimizer(trainer: Any) -> None:
-    """Make optimizer and schedule, which training will make again, and throw them away.
-
-    Args:
-        trainer: a ``Trainer`` that has not trained; one that has an optimizer already is left alone.
-
-    Raises:
-        SimpoError: they cannot be made with the settings.
-    """
-    if trainer.optimizer is not None or trainer.is_deepspeed_enabled:
-        return
-    with settings_refused():
-        trainer.create_optimizer_and_scheduler(num_training_steps=2)
-    trainer.optimizer = trainer.lr_scheduler = None
+    """Make the optimizer and schedule that training will make again, to find settings that they reject."""
+    if trainer.optimizer is None and not trainer.is_deepspeed_enabled:
+        with settings_refused():
+            trainer.create_optimizer_and_scheduler(num_training_steps=2)
+        trainer.optimizer = trainer.lr_scheduler = None

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from simpo.config import setting
 from simpo.data.chat_template import end_of_turn
 from simpo.data.tokenizing import Prepared, prepare_sft
 from simpo.errors import SimpoError
 from simpo.objectives import Responses
+from simpo.runs.results import Metric
 from simpo.training.batches import PlannedBatch
-from simpo.training.packed import PackedTrainer
+from simpo.training.metrics import Scores, compare_conversations
+from simpo.training.packed import Description, PackedTrainer
 from simpo.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -34,7 +37,7 @@ class SFTConfig(TrainingSettings):
         SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
     """
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate; the paper's is 2e-5."})
+    learning_rate: float = setting(2e-5, "Peak learning rate; the paper's is 2e-5.")
 
     def _check(self) -> None:
         if self.truncation == "paper":
@@ -51,11 +54,28 @@ class SFTTrainer(PackedTrainer):
 
     metric_names = ("loss",)
     config_type = SFTConfig
+    command, row_noun = "sft", "conversations"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.processing_class is not None:
-            _stop_at_end_of_turn(self.model, self.processing_class)
+        if self.processing_class is None:
+            return
+        # Generation should stop where the model learns to: a base model's settings lack the template's token.
+        end, settings = end_of_turn(self.processing_class), self.model.generation_config
+        known = settings.eos_token_id
+        ids = [] if known is None else known if isinstance(known, list) else [known]
+        if end.token_id not in ids:
+            settings.eos_token_id = [*ids, end.token_id]
+            logger.warning("generation_config: %s, which ends a turn, is added to eos_token_id", end.text)
+
+    @classmethod
+    def describe(cls, args: Any) -> Description:
+        """How the log and the model card describe the training."""
+        return Description(
+            "average negative log-probability of the assistant's tokens",
+            "fine-tuned on demonstrations, on the assistant's turns only,",
+            ["simpo", "sft"],
+        )
 
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
@@ -67,31 +87,20 @@ class SFTTrainer(PackedTrainer):
         return scored_tokens(rows)
 
     def loss_and_metrics(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """Losses, ``[C]``, and figures, ``[C, 1]``, of ``C`` conversations."""
+        """Losses, ``[C]``, and metrics, ``[C, 1]``, of ``C`` conversations."""
         losses = -y.avg
         return losses, losses.detach()[:, None]
 
-
-def _stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make generation stop where the model learns to: a base model's settings do not know the template's token."""
-    end = end_of_turn(tokenizer)
-    settings = model.generation_config
-    known = settings.eos_token_id
-    ids = [] if known is None else known if isinstance(known, list) else [known]
-    if end.token_id not in ids:
-        settings.eos_token_id = [*ids, end.token_id]
-        logger.warning("generation_config: eos_token_id gets %s too, which ends a turn", end.text)
+    def compare(self, before: Scores, after: Scores) -> list[Metric]:
+        """Held-out loss and perplexity."""
+        return compare_conversations(before, after)
 
 
 def scored_tokens(rows: Dataset) -> np.ndarray:
-    """``[rows]`` tokens that the loss is about: all of the response, or those that ``scored`` marks."""
+    """``[rows]`` tokens that the loss is about: all of the response, or those that the column ``scored`` marks."""
     table = rows.with_format("arrow")
-    if "scored" in rows.column_names:
-        marks = pc.list_flatten(pc.list_flatten(table["scored"])).to_numpy(zero_copy_only=False)
-    else:
-        marks = None
-    sizes = pc.list_value_length(pc.list_flatten(table["response_ids"])).to_numpy()  # one response a row
-    if marks is None:
+    sizes = pc.list_value_length(pc.list_flatten(table["response_ids"])).to_numpy()  # one response per row
+    if "scored" not in rows.column_names:
         return sizes
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    return np.add.reduceat(marks.astype(np.int64), starts)
+    marks = pc.list_flatten(pc.list_flatten(table["scored"])).to_numpy(zero_copy_only=False)
+    return np.add.reduceat(marks.astype(np.int64), np.cumsum(sizes) - sizes)

@@ -1,13 +1,13 @@
-"""FSDP2's sharded weights and optimizer states to and from ordinary files.
+"""A ``Trainer`` for models that FSDP2 shards or DeepSpeed partitions, whose checkpoints are ordinary files.
 
-Because the files are ordinary, a checkpoint of any number of ranks, sharded or not, continues on any other.
+Because the files are ordinary, a checkpoint of any number of ranks, sharded with FSDP2 or not, continues on any other.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,132 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from simpo.errors import SimpoError, one_line
-from simpo.models.adapters import adapter_tensors, stored_adapter
+from simpo.models.adapters import adapter_tensors, load_adapter, stored_adapter
+from simpo.models.zero import gathered_forwards, prepare_deepspeed
 
 
-def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
-    """Make accelerate shard ``model`` as training here needs it, where it is going to.
+class ShardedTrainer(Trainer):
+    """A ``Trainer`` that can be evaluated before it has trained and whose checkpoints are ordinary, sharded or not.
 
-    Log-probabilities leave a model in fp32 and gradients are averaged over ranks in fp32, as without sharding, which
-    accelerate's policy for ``bf16`` would round. Under autocast nothing else need be cast. Models are saved whole.
+    A sharded model is so from the start, because a forward of the whole model might not fit one device. Without FSDP
+    and DeepSpeed everything is as ``Trainer`` has it.
+    """
+
+    model: Any
+    optimizer: Any
+    deepspeed: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            prepare_deepspeed(self.accelerator, self.model)
+        prepare_sharding(self.accelerator, self.model)
+        self._shards = self.accelerator.distributed_type == DistributedType.FSDP
+        if self._shards:
+            # New weights are random: all ranks take the main one's, as in DDP.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    shared = parameter.detach().to(self.accelerator.device)
+                    torch.distributed.broadcast(shared, src=0)
+                    parameter.data.copy_(shared)
+            self.create_optimizer()  # FSDP2 needs both together
+            model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model = self.model_wrapped = model
+
+    def forwards(self) -> AbstractContextManager[None]:
+        """Entered for forwards that may come before training, when no engine of DeepSpeed gathers weights yet."""
+        before = self.is_deepspeed_enabled and self.deepspeed is None
+        return gathered_forwards(self.model) if before else nullcontext()
+
+    def check_engine(self, checkpoint: Path, saved_by: int) -> None:
+        """Check that this run can load ``checkpoint``: DeepSpeed's have files of their own, one set per process.
+
+        Raises:
+            SimpoError: it was saved with another engine, ZeRO stage or number of processes (``saved_by``).
+        """
+        theirs = any(checkpoint.glob("global_step*"))
+        if theirs != self.is_deepspeed_enabled:
+            raise SimpoError(
+                f"resume_from_checkpoint: {checkpoint} was saved {'with' if theirs else 'without'} DeepSpeed; continue "
+                "it the same way, or start a new run from its weights (model_name_or_path)"
+            )
+        if theirs and saved_by != self.args.world_size:
+            raise SimpoError(
+                f"resume_from_checkpoint: {checkpoint} was saved by {saved_by} processes, and DeepSpeed cannot "
+                f"continue it on {self.args.world_size}; start {saved_by} processes"
+            )
+        zero3 = any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt"))
+        if theirs and zero3 != (self.accelerator.state.deepspeed_plugin.zero_stage == 3):
+            raise SimpoError(
+                f"resume_from_checkpoint: {checkpoint} is of another ZeRO stage; continue it with that one"
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ``Trainer``'s; of a sharded model with an adapter only the adapter is gathered."""
+        if self._shards and isinstance(self.model, PeftModel):
+            trained = ((name, tensor) for name, tensor in self.model.named_parameters() if tensor.requires_grad)
+            self._save(output_dir, {name: _whole(tensor.detach()).cpu() for name, tensor in trained})
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict:  # gathered: tied weights came apart
+            tied = getattr(self.model, "all_tied_weights_keys", {}).items()
+            state_dict |= {name: state_dict[source] for name, source in tied if source in state_dict}
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._shards:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = _gathered_state(self.optimizer, keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None and (Path(checkpoint) / OPTIMIZER_NAME).is_file():  # a bare model has none
+            folder = Path(checkpoint)
+            state = torch.load(folder / OPTIMIZER_NAME, weights_only=True, map_location="cpu", mmap=True)
+            _load_state(self.optimizer, state)
+            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_weights(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or not self._load_weights(Path(str(self.state.best_model_checkpoint))):
+            super()._load_best_model()
+
+    def _load_weights(self, folder: Path) -> bool:
+        """Load the weights in ``folder`` if ``Trainer`` would not, or only in part; returns whether that was so."""
+        if self._shards:
+            _load_sharded(self.model, folder)
+        elif isinstance(self.model, PeftModel):
+            load_adapter(self.model, folder)
+        elif not _names_known(folder, self.model):
+            _load_renamed(folder, self.model)
+        else:
+            return False
+        return True
+
+
+def prepare_sharding(accelerator: Accelerator, model: nn.Module) -> None:
+    """Configure accelerate's FSDP for training here, if it is going to shard ``model``.
+
+    Log-probabilities leave a model in fp32 and gradients are averaged over ranks in fp32, as without sharding;
+    accelerate's policy for ``bf16`` would round both. Under autocast nothing else needs a cast. Models are saved whole.
 
     Raises:
-        SimpoError: a kind of parallelism that is not supported, a model that somebody has sharded already, or one in
-            4 bits.
+        SimpoError: a kind of parallelism that is not supported, a model that has already been sharded, or one in 4
+            bits.
     """
     parallelism = accelerator.parallelism_config
     if parallelism is not None and max(parallelism.tp_size, parallelism.cp_size, parallelism.sp_size) > 1:
@@ -60,25 +171,14 @@ def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
         )
 
 
-def share_weights(accelerator: Accelerator, model: nn.Module) -> None:
-    """Give all ranks the main one's trained weights, as DDP does: new ones are random. Call it before sharding."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            shared = parameter.detach().to(accelerator.device)
-            torch.distributed.broadcast(shared, src=0)
-            parameter.data.copy_(shared)
-
-
-def sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has spread ``model``'s weights over ranks."""
-    return isinstance(model, FSDPModule)
-
-
 def reshard(model: nn.Module) -> None:
-    """Let ``model.parameters()`` be the shards again, which a forward without a backward leaves gathered in part."""
+    """Make ``model.parameters()`` the shards again: a forward without a backward leaves some weights gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+# ---- Weights: whole in files, and of a sharded model each rank has a part.
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -88,58 +188,56 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
             yield from ((name, tensors.get_slice(name)) for name in tensors.keys())  # noqa: SIM118
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Give a sharded ``model`` the weights of a checkpoint, one at a time; every rank reads the files.
+def _names_known(folder: Path, model: nn.Module) -> bool:
+    """Whether ``model`` has weights by all names in ``folder``; transformers saves the experts of mixtures apart."""
+    known = model.state_dict().keys()
+    return all(name in known for name, _ in stored_tensors(folder))
 
-    Raises:
-        SimpoError: there are none.
-    """
+
+def _load_sharded(model: nn.Module, folder: Path) -> None:
+    """Load a checkpoint's weights into a sharded model, one at a time; every rank reads the files."""
+    own: dict[str, Tensor] = model.state_dict()
+    stored: Iterable[tuple[str, Tensor]] = ((name, tensor[...]) for name, tensor in stored_tensors(folder))
     if isinstance(model, PeftModel):
-        _load_adapter(model, folder)
-        return
-    own, found = model.state_dict(), False
+        own, stored = adapter_tensors(model), stored_adapter(str(folder)).items()
+    found = False
     with torch.no_grad():
-        for name, stored in stored_tensors(folder):
+        for name, tensor in stored:
             if name not in own:
                 raise SimpoError(
                     f"resume_from_checkpoint: {folder}: {name} has no place in the sharded model (not yet)"
                 )
-            own[name].copy_(_like(stored[...], own[name]))
+            own[name].copy_(_as_sharded(tensor, own[name]))
             found = True
     if not found:
         raise SimpoError(f"resume_from_checkpoint: {folder} has no whole weights; name a checkpoint of this model")
 
 
-def _load_adapter(model: PeftModel, folder: Path) -> None:
-    own = adapter_tensors(model)
-    with torch.no_grad():
-        for name, stored in stored_adapter(str(folder)).items():
-            own[name].copy_(_like(stored, own[name]))
+def _load_renamed(folder: Path, model: PreTrainedModel) -> None:
+    """Load weights with other names through transformers, which needs the memory of a second model."""
+    kind: Any = type(model)
+    loaded, report = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype, output_loading_info=True)
+    try:
+        if any(report[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+            raise RuntimeError("weights are missing or left over")
+        model.load_state_dict(loaded.state_dict())
+    except RuntimeError as error:
+        raise SimpoError(f"resume_from_checkpoint: {folder} is of another model ({one_line(error, 200)})") from error
 
 
-def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The trained weights of a sharded ``model``, whole, on the CPU; all ranks have to call."""
-    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return {name: _whole(parameter.detach()).cpu() for name, parameter in trained}
-
-
-def gathered_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
-    """The optimizer's state with whole tensors on the CPU, as it would be without sharding; all ranks have to call.
-
-    Args:
-        optimizer: of sharded parameters.
-        keep: whether this rank wants it; the others take part only.
-
-    Raises:
-        SimpoError: its state has tensors that are not sharded as the weights are.
-    """
+def _gathered_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
+    """The optimizer's state with whole tensors on the CPU, as without sharding; empty on ranks that do not keep it."""
     state = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def layout(tensor: Tensor) -> Any:
+        return (tensor.shape, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else tensor.shape
+
     whole: dict[int, dict[str, Any]] = {}
     for index, entries in state["state"].items():
         whole[index] = {}
         for name, value in entries.items():
-            if isinstance(value, Tensor) and value.dim() and _layout(value) != _layout(parameters[index]):
+            if isinstance(value, Tensor) and value.dim() and layout(value) != layout(parameters[index]):
                 raise SimpoError(
                     f"optim: the state {name!r} of {type(optimizer).__name__} is not sharded as the weights are and "
                     "cannot be saved; use adamw_torch"
@@ -150,12 +248,12 @@ def gathered_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str,
     return {**state, "state": whole}
 
 
-def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimizer a state of whole tensors, whose parameters may be sharded."""
+def _load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state of whole tensors into an optimizer, whose parameters may be sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shards = {
         index: {
-            name: _like(value, parameters[index]) if isinstance(value, Tensor) and value.dim() else value
+            name: _as_sharded(value, parameters[index]) if isinstance(value, Tensor) and value.dim() else value
             for name, value in entries.items()
         }
         for index, entries in state["state"].items()
@@ -163,8 +261,8 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict({**state, "state": shards})
 
 
-def _like(whole: Tensor, other: Tensor) -> Tensor:
-    """``whole``, or of it the shard that this rank has of ``other``."""
+def _as_sharded(whole: Tensor, other: Tensor) -> Tensor:
+    """``whole`` on the device of ``other``, or the shard of it that this rank has of ``other``."""
     whole = whole.to(other.device)
     if not isinstance(other, DTensor):
         return whole
@@ -173,40 +271,3 @@ def _like(whole: Tensor, other: Tensor) -> Tensor:
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _layout(tensor: Tensor) -> Any:
-    return (tensor.shape, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else tensor.shape
-
-
-# ---- Checkpoints whose weights have other names than the model's: transformers saves the experts of mixtures
-# apart.
-
-
-def is_renamed(folder: Path, model: nn.Module) -> bool:
-    """Whether ``folder`` has weights of which ``model`` knows nothing by their names."""
-    known = model.state_dict().keys()
-    return any(name not in known for name, _ in stored_tensors(folder))
-
-
-def load_renamed(folder: Path, model: PreTrainedModel) -> None:
-    """Give ``model`` the weights of ``folder`` as transformers loads them, which takes the room of a second model.
-
-    Raises:
-        SimpoError: they are of another model.
-    """
-    kind: Any = type(model)
-    loaded, report = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype, output_loading_info=True)
-    try:
-        if any(report[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-            raise RuntimeError("weights are missing or left over")
-        model.load_state_dict(loaded.state_dict())
-    except RuntimeError as error:
-        reason = one_line(error, 200)
-        raise SimpoError(f"resume_from_checkpoint: {folder} is of another model ({reason})") from error
-
-
-def kind_of(folder: Path) -> str | None:
-    """The architecture that the checkpoint's ``config.json`` names, if it has one: ``llama``, ``mixtral``, ..."""
-    path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("model_type") if path.is_file() else None

@@ -37,8 +37,8 @@ from simpo.runs.results import FILE_NAME, Metric, print_whole, read_results
 from simpo.runs.signals import stoppable
 from simpo.statistics import Interval
 from simpo.training.identity import settings_identity, settings_of
+from simpo.training.preference import PreferenceTrainer
 from simpo.training.settings import settings_refused, try_optimizer
-from simpo.training.tasks import PREFERENCES
 from simpo.workflows.loop_settings import LoopRecipe
 from simpo.workflows.pair import make_pairs
 from simpo.workflows.rounds import ROUND_FILE, Rounds
@@ -184,8 +184,8 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
     name = recipe.model.model_name_or_path
     with TemporaryDirectory() as folder, settings_refused():
         config.output_dir = folder
-        trainer = PREFERENCES.trainer(
-            PREFERENCES.trainer.load(name, recipe.model),
+        trainer = PreferenceTrainer(
+            PreferenceTrainer.load(name, recipe.model),
             args=config,
             train_dataset=Dataset.from_list(pairs),
             processing_class=load_tokenizer(name, recipe.model, chat_template=recipe.settings.chat_template),

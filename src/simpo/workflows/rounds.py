@@ -34,9 +34,9 @@ from simpo.runs.manifest import read_manifest
 from simpo.runs.results import FILE_NAME as RESULTS
 from simpo.runs.results import Metric, read_results, write_results
 from simpo.statistics import Interval, mean_interval
+from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob, run_training
 from simpo.training.settings import DataArguments
-from simpo.training.tasks import PREFERENCES
 from simpo.workflows.loop_settings import LoopRecipe, without_adapter
 from simpo.workflows.pair import FILE_NAME as PAIRS
 from simpo.workflows.pair import pair_annotated
@@ -125,7 +125,7 @@ class Rounds:
         config = copy.deepcopy(recipe.config)
         config.output_dir = str(self.model_folder(number))
         data = DataArguments(dataset_name=str(folder / "pairs" / PAIRS), chat_template=settings.chat_template)
-        run_training(PREFERENCES, TrainingJob(previous, data, config))
+        run_training(PreferenceTrainer, TrainingJob(previous, data, config))
         free_memory()
 
         self._announce(number, "comparing the new model with the start on the held-out prompts")

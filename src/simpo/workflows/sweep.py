@@ -28,8 +28,8 @@ from simpo.runs.lines import read_lines
 from simpo.runs.log import Log, redact
 from simpo.runs.results import FILE_NAME, Metric, print_whole, read_results
 from simpo.training.callbacks import RunCallback
+from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob, run_training
-from simpo.training.tasks import PREFERENCES
 from simpo.workflows.sweep_space import Axis, Values, combinations, one_at_a_time, shown
 from simpo.workflows.sweep_study import Sampler, Study, TrialLease, TrialResult
 
@@ -215,7 +215,7 @@ def _run_trial(sweep: Sweep, study: Study, lease: TrialLease, log: Log) -> None:
         log(f"{name} in {folder}")
         job = sweep.read(sweep.arguments(lease.values, folder))
         callback = _TrialCallback(sweep.metric, partial(study.report, lease) if sweep.prune else None)
-        run_training(PREFERENCES, dataclasses.replace(job, callbacks=[*job.callbacks, callback]))
+        run_training(PreferenceTrainer, dataclasses.replace(job, callbacks=[*job.callbacks, callback]))
         value = read_metric(folder, sweep.metric).value
         if value is None:
             study.fail(lease, f"{sweep.metric} is not a finite number")

@@ -1,10 +1,10 @@
-"""``PreferenceConfig`` and ``PreferenceTrainer``: objectives on packed batches, and what they log."""
+"""``PreferenceConfig`` and ``PreferenceTrainer``: preference objectives on packed batches, and what they log."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any, Literal, get_args
@@ -15,31 +15,36 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from simpo.config import setting
 from simpo.data.settings import TokenizeSettings
 from simpo.data.tokenizing import Prepared, check_rankings, is_feedback, prepare, prepare_feedback
 from simpo.errors import SimpoError, check_all
 from simpo.objectives import OBJECTIVES, Objective, Responses, reference_point, sft_term
 from simpo.packing.model import policy_forward
 from simpo.packing.scoring import divergence_forward, mean_by_comparison
+from simpo.runs.results import Metric
 from simpo.training.batches import MISMATCHED_REF_LOGP, PlannedBatch, widest_type
-from simpo.training.packed import PackedTrainer
+from simpo.training.metrics import Scores, compare_preferences
+from simpo.training.packed import Description, PackedTrainer
 from simpo.training.reference import ReferenceModel, mismatched_rows, with_mismatched
 from simpo.training.settings import TrainingSettings
 
-# ---- The configuration of a preference run: the objective and its hyperparameters.
-
-
 _DEFAULT = "simpo"
+_SIMPO_ONLY = ("gamma_beta_ratio", "gamma", "link")  # one of them implies SimPO
+_SIMPO_BETA = 1.0  # the paper's values are 2 to 10; those of DPO and its relatives are 0.01 to 0.5
 
-
-_SIMPO_ONLY = ("gamma_beta_ratio", "gamma", "link")  # whoever gives one of them means SimPO
-
-
-_SIMPO_BETA = 1.0  # the paper's are 2 to 10; those of DPO and its kin are 0.01 to 0.5
+# The metrics of pairs and of single responses, by the names on people's dashboards.
+NAMES = (
+    "loss",
+    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+    *("logps/chosen", "logps/rejected"),
+)
+UNPAIRED_NAMES = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+KL = "kl"
 
 
 def _hyperparameter(name: str) -> Any:
-    """The field of ``PreferenceConfig`` for a hyperparameter, whose help the objectives give."""
+    """The field of ``PreferenceConfig`` for a hyperparameter, whose meaning the objectives define."""
     uses: dict[str, list[str]] = {}  # by meaning: the same name may mean different things to different objectives
     for row in OBJECTIVES.values():
         if name in row.hyperparameters:
@@ -47,10 +52,7 @@ def _hyperparameter(name: str) -> Any:
             uses.setdefault(known.help, []).append(f"{row.name} {known.default}")
         elif name in row.spellings:
             uses.setdefault(f"Another way to give {row.spellings[name].of}.", []).append(row.name)
-    return field(
-        default=None,
-        metadata={"help": " ".join(f"{text.removesuffix('.')} ({', '.join(rows)})." for text, rows in uses.items())},
-    )
+    return setting(None, " ".join(f"{text.removesuffix('.')} ({', '.join(rows)})." for text, rows in uses.items()))
 
 
 @dataclass
@@ -69,33 +71,17 @@ class PreferenceConfig(TrainingSettings):
         SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
     """
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate; the paper's are 3e-7 to 1e-6."})
+    learning_rate: float = setting(1e-6, "Peak learning rate; the paper's are 3e-7 to 1e-6.")
 
-    objective: str | None = field(
-        default=None, metadata={"help": f"The loss: one of {', '.join(OBJECTIVES)} (default: simpo)."}
+    objective: str | None = setting(None, f"The loss: one of {', '.join(OBJECTIVES)} (default: simpo).")
+    loss_type: str | None = setting(None, "Alias for link (in the paper's recipes) or objective (in TRL's).")
+    sft_weight: float = setting(0.0, "Weight of an SFT term: the chosen response's average negative log-probability.")
+    kl_weight: float = setting(0.0, "Weight of KL(policy || start model), exact, mean over the response tokens.")
+    precompute_ref_log_probs: bool | None = setting(
+        None, "Compute the reference's log-probabilities once and keep them (default: true); false: at every step."
     )
-    loss_type: str | None = field(
-        default=None, metadata={"help": "Alias for link (in the paper's recipes) or objective (in TRL's)."}
-    )
-    sft_weight: float = field(
-        default=0.0, metadata={"help": "Weight of an SFT term: the chosen response's average negative log-probability."}
-    )
-    kl_weight: float = field(
-        default=0.0, metadata={"help": "Weight of KL(policy || start model), exact, mean over the response tokens."}
-    )
-    precompute_ref_log_probs: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compute the reference's log-probabilities once and keep them (default: true); false: at "
-            "every step."
-        },
-    )
-    reference_cache: str | None = field(
-        default=None, metadata={"help": "Folder for the reference's log-probabilities (default: in HF_HOME)."}
-    )
-    paper_tokenization: bool = field(
-        default=False, metadata={"help": "Score the assistant header with the response, as the paper's code does."}
-    )
+    reference_cache: str | None = setting(None, "Folder for the reference's log-probabilities (default: in HF_HOME).")
+    paper_tokenization: bool = setting(False, "Score the assistant header with the response, as the paper's code does.")
 
     beta: float | None = _hyperparameter("beta")
     gamma_beta_ratio: float | None = _hyperparameter("gamma_beta_ratio")
@@ -119,20 +105,20 @@ class PreferenceConfig(TrainingSettings):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """The objective's hyperparameters, all of them, defaults filled in."""
+        """All hyperparameters of the objective, defaults filled in."""
         given = {name: getattr(self, name) for name in hyperparameter_names() if getattr(self, name) is not None}
         return self.row.resolve(given)
 
     @property
     def tokenize_settings(self) -> TokenizeSettings:
-        """What the data layer needs to know."""
+        """The settings of the data layer."""
         return replace(super().tokenize_settings, paper_tokenization=self.paper_tokenization)
 
-    def _refuse(self) -> None:
-        check_all(super()._refuse, self._refuse_a_guess)
+    def _reject(self) -> None:
+        check_all(super()._reject, self._reject_guess)
 
-    def _refuse_a_guess(self) -> None:
-        """Refuse keys that leave open which objective is meant."""
+    def _reject_guess(self) -> None:
+        """Reject keys that leave open which objective is meant."""
         if self.objective is not None or self.loss_type is not None:
             return
         if any(getattr(self, key) is not None for key in _SIMPO_ONLY):
@@ -148,35 +134,6 @@ class PreferenceConfig(TrainingSettings):
             found = found or "label_smoothing"
         if found:
             raise SimpoError(f"objective: not given, and {found} is not only SimPO's; write objective: dpo, or simpo")
-
-    def _resolve_loss_type(self) -> None:
-        """Read ``loss_type`` as the objective, or as the link of one."""
-        given, self.loss_type = self.loss_type, None
-        if given in OBJECTIVES:
-            if self.objective not in (None, given):
-                raise SimpoError(f"loss_type {given!r} and objective {self.objective!r} disagree; give one of them")
-            self.objective = given
-        elif given is not None:
-            self._take_link(given)
-
-    def _take_link(self, link: str) -> None:
-        if link not in _links():
-            known = ", ".join((*OBJECTIVES, *_links()))
-            raise SimpoError(f"loss_type: {link!r} is neither an objective nor a link; there are {known}")
-        if self.objective is None and not any(getattr(self, key) is not None for key in _SIMPO_ONLY):
-            raise SimpoError(
-                f"loss_type: {link!r} alone may mean DPO's or SimPO's; add objective: dpo, or objective: simpo with "
-                "gamma_beta_ratio"
-            )
-        name = self.objective or _DEFAULT
-        keys = OBJECTIVES[name].hyperparameters
-        if link == "sigmoid" and "link" not in keys and "label_smoothing" in keys:
-            return  # the only one that it has
-        if "link" not in keys:
-            raise SimpoError(f"loss_type: {link!r} is no objective and no link of objective {name!r}")
-        if self.link not in (None, link):
-            raise SimpoError(f"loss_type {link!r} and link {self.link!r} disagree; give one of them")
-        self.link = link  # type: ignore[assignment]
 
     def _check(self) -> None:
         check_all(self._check_objective, super()._check)
@@ -203,68 +160,45 @@ class PreferenceConfig(TrainingSettings):
             )
 
     def _has_anchor(self, hyperparameters: dict[str, Any]) -> bool:
-        """Whether the objective's own term on the chosen response counts."""
+        """Whether the objective has a term on the chosen response alone that is not 0."""
         response = Responses(torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([-1.0]))
         anchor = self.row.with_hyperparameters(**hyperparameters).anchor(response)
         return anchor is not None and bool(anchor.any())
 
-
-def _links() -> tuple[str, ...]:
-    """Every link that some objective can have."""
-    found = (get_args(row.hyperparameters["link"].type) for row in OBJECTIVES.values() if "link" in row.hyperparameters)
-    return tuple(dict.fromkeys(chain.from_iterable(found)))
+    def _resolve_loss_type(self) -> None:
+        """Read ``loss_type`` as the objective, or as the link of one."""
+        given, self.loss_type = self.loss_type, None
+        if given is None:
+            return
+        if given in OBJECTIVES:
+            if self.objective not in (None, given):
+                raise SimpoError(f"loss_type {given!r} and objective {self.objective!r} disagree; give one of them")
+            self.objective = given
+            return
+        with_link = (row.hyperparameters["link"] for row in OBJECTIVES.values() if "link" in row.hyperparameters)
+        links = dict.fromkeys(chain.from_iterable(get_args(known.type) for known in with_link))
+        if given not in links:
+            known = ", ".join((*OBJECTIVES, *links))
+            raise SimpoError(f"loss_type: {given!r} is neither an objective nor a link; there are {known}")
+        if self.objective is None and not any(getattr(self, key) is not None for key in _SIMPO_ONLY):
+            raise SimpoError(
+                f"loss_type: {given!r} alone may mean DPO's or SimPO's; add objective: dpo, or objective: simpo with "
+                "gamma_beta_ratio"
+            )
+        name = self.objective or _DEFAULT
+        keys = OBJECTIVES[name].hyperparameters
+        if given == "sigmoid" and "link" not in keys and "label_smoothing" in keys:
+            return  # the only link of this objective
+        if "link" not in keys:
+            raise SimpoError(f"loss_type: {given!r} is no objective and no link of objective {name!r}")
+        if self.link not in (None, given):
+            raise SimpoError(f"loss_type {given!r} and link {self.link!r} disagree; give one of them")
+        self.link = given  # type: ignore[assignment]
 
 
 def hyperparameter_names() -> list[str]:
-    """Every name under which some objective's hyperparameter can be given."""
+    """Every name by which some objective's hyperparameter can be given."""
     return list(dict.fromkeys(name for row in OBJECTIVES.values() for name in (*row.hyperparameters, *row.spellings)))
-
-
-# ---- What is logged of a batch of comparisons, under the names that people's dashboards have.
-
-
-NAMES = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-)
-
-
-UNPAIRED_NAMES = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
-
-
-KL = "kl"
-
-
-def pair_metrics(objective: Objective, w: Responses, l: Responses) -> Tensor:  # noqa: E741
-    """``[B, 6]`` figures of ``B`` pairs, detached: those of :data:`NAMES` but the loss.
-
-    ``logps/*`` are averages over a response's tokens for length-normalised objectives and sums for the others, as in
-    the curves of the paper.
-    """
-    chosen, rejected = objective.reward(w), objective.reward(l)
-    right = (chosen > rejected).to(chosen.dtype)
-    columns = (chosen, rejected, right, chosen - rejected, _logged(objective, w), _logged(objective, l))
-    return torch.stack(columns, dim=-1).detach()
-
-
-def unpaired_metrics(objective: Objective, y: Responses, label: Tensor) -> Tensor:
-    """``[B, 4]`` figures of ``B`` responses that are judged alone, detached: :data:`UNPAIRED_NAMES` but the loss.
-
-    A desirable response (``label`` ``[B]``) has those of chosen ones, an undesirable one those of rejected ones; the
-    others are NaN.
-    """
-    figures = (objective.reward(y), _logged(objective, y))
-    columns = [values.masked_fill(hidden, torch.nan) for values in figures for hidden in (~label, label)]
-    return torch.stack(columns, dim=-1).detach()
-
-
-def _logged(objective: Objective, y: Responses) -> Tensor:
-    return y.avg if objective.average_logps else y.logp
 
 
 class PreferenceTrainer(PackedTrainer):
@@ -273,25 +207,25 @@ class PreferenceTrainer(PackedTrainer):
     A step's loss is the mean over its comparisons. One with more than two responses has the mean over its ordered
     pairs, and the anchor term once, on the best response. The reference is the policy that training starts from: the
     model as it is given here, its adapter included. Arguments and errors are those of
-    :class:`~simpo.training.packed.PackedTrainer`; ``args`` is a :data:`~simpo.training.trainer.PreferenceConfig`.
+    :class:`~simpo.training.packed.PackedTrainer`; ``args`` is a :class:`PreferenceConfig`.
     """
 
     config_type = PreferenceConfig
+    command, row_noun = "train", "pairs"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._z_ref = torch.zeros(())
-        self._precomputed = self.objective.needs_reference and self.args.precompute_ref_log_probs
-        beside = "kl_weight" if self.args.kl_weight else None
-        if self.objective.needs_reference and not self._precomputed:
-            beside = "precompute_ref_log_probs"
-        self._reference = ReferenceModel(self, self.args.reference_cache, beside)
+        compares = self.objective.needs_reference
+        self._precomputed = compares and self.args.precompute_ref_log_probs
+        copy_weights = bool(self.args.kl_weight) or (compares and not self._precomputed)
+        self._reference = ReferenceModel(self, self.args.reference_cache, copy_weights=copy_weights)
         if self._precomputed and self.args.reference_cache is not None:
-            self._reference.open_cache()
+            self._reference.check_cache()
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Names of a row's figures."""
+        """Names of a row's metrics."""
         names = UNPAIRED_NAMES if self._unpaired else NAMES
         return (*names, KL) if self.args.kl_weight else names
 
@@ -302,16 +236,30 @@ class PreferenceTrainer(PackedTrainer):
 
     @cached_property
     def _unpaired(self) -> bool:
-        """Whether responses are judged alone."""
-        rows = next(iter(self._given_rows()), None)
+        """Whether the rows are single responses."""
+        rows = next(iter(self._all_rows()), None)
         return rows is not None and "label" in rows.column_names
 
-    def _given_rows(self) -> list[Dataset]:
-        """Those that the trainer was made with, training rows first."""
+    def _all_rows(self) -> list[Dataset]:
         held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         return [rows for rows in (self.train_dataset, *held_out) if rows is not None]
 
-    # ---- data ----
+    @classmethod
+    def describe(cls, args: Any) -> Description:
+        """How the log and the model card describe the training."""
+        weights = {key: getattr(args, key) for key in ("sft_weight", "kl_weight") if getattr(args, key)}
+        settings = ", ".join(f"{key} {value}" for key, value in (args.hyperparameters | weights).items())
+        return Description(
+            f"{args.objective} ({settings})" if settings else args.objective,
+            f"aligned by **{args.objective}** ({args.row.paper})",
+            ["simpo", "preference-optimization", args.objective],
+        )
+
+    def compare(self, before: Scores, after: Scores) -> list[Metric]:
+        """Held-out means, and whether the rise in accuracy is chance."""
+        return compare_preferences(before, after, has_reference=self.objective.needs_reference)
+
+    # ---- Data.
 
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
@@ -340,13 +288,13 @@ class PreferenceTrainer(PackedTrainer):
         return self._reference.completed(rows) if self._precomputed else rows
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base's; what the reference has to say is asked before a checkpoint or a step moves the weights."""
-        for rows in self._given_rows():
+        """As in the base; the reference is evaluated and frozen before a checkpoint or a step changes the weights."""
+        for rows in self._all_rows():
             self.completed(rows)
-        self._reference.leave()
+        self._reference.freeze()
         return super().train(*args, **kwargs)
 
-    # ---- KTO's reference point ----
+    # ---- KTO's reference point.
 
     def before_step(self, model: nn.Module, batches: Sequence[PlannedBatch]) -> None:
         """KTO: estimate the reference point from all micro-batches of the step, over all ranks."""
@@ -361,10 +309,11 @@ class PreferenceTrainer(PackedTrainer):
             if reference is None:
                 reference = self._reference.logps(batch.mismatched)
             total += ((logps.to(total) - reference.to(total)) * batch.packed.weights).sum()
-        self._settle_reference_point(self._sum_over_ranks(total) / batches[0].step_weight)
+        mean_ratio = self._sum_over_ranks(total) / batches[0].step_weight
+        self._z_ref = reference_point(mean_ratio, self.args.hyperparameters["beta"])
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
-        """As the base's; KTO's reference point is that of all rows that are evaluated."""
+        """As in the base; KTO's reference point is that of all rows that are evaluated."""
         if "z_ref" in self.objective.needs:
             rows = dataloader.dataset.rows
             mismatched = mismatched_rows(rows)
@@ -373,59 +322,77 @@ class PreferenceTrainer(PackedTrainer):
             else:
                 reference = self._reference.response_logps(mismatched)
             logps = self.response_logps(mismatched)
-            self._settle_reference_point((logps - reference.to(logps)).mean())
+            self._z_ref = reference_point((logps - reference.to(logps)).mean(), self.args.hyperparameters["beta"])
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
-    def _settle_reference_point(self, mean_ratio: Tensor) -> None:
-        self._z_ref = reference_point(mean_ratio, self.args.hyperparameters["beta"])
-
-    # ---- loss ----
+    # ---- Loss.
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """As the base's, with the reference where one is needed."""
+        """As in the base, with the reference where one is needed, and KL(policy || reference) added and logged."""
         if self.objective.needs_reference and batch.ref_logps is None:
             batch = batch._replace(ref_logps=self._reference.logps(batch.packed))
-        if self.args.kl_weight:
-            return self._penalised_rows(model, batch)
-        return super().forward_rows(model, batch)
-
-    def _penalised_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """With KL(policy || reference), the mean over the scored tokens of a comparison, added and logged."""
+        if not self.args.kl_weight:
+            return super().forward_rows(model, batch)
         reference = self._reference.states(batch.packed)
         y, divergence = divergence_forward(model, batch.packed, reference, path=self.path)
-        losses, figures = self.loss_and_metrics(y, batch)
-        kl = mean_by_comparison(batch.packed, divergence)  # [C]
+        losses, metrics = self.loss_and_metrics(y, batch)
+        kl = mean_by_comparison(batch.packed, divergence)  # [C], over the scored tokens of a comparison
         losses = losses + self.args.kl_weight * kl
-        return losses, torch.cat([losses.detach()[:, None], figures[:, 1:], kl.detach()[:, None]], dim=1)
+        return losses, torch.cat([losses.detach()[:, None], metrics[:, 1:], kl.detach()[:, None]], dim=1)
 
     def loss_and_metrics(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """Losses, ``[C]``, and figures of comparisons or of responses that are judged alone."""
+        """Losses, ``[C]``, and metrics of comparisons or of single responses.
+
+        The SFT term applies to the best response of a comparison, and to single responses that are desirable.
+        """
         context = {"z_ref": self._z_ref} if "z_ref" in self.objective.needs else {}
         if batch.ref_logps is not None:
             y = replace(y, ref_logp=batch.ref_logps.to(y.logp))
         if batch.labels is not None:
-            return self._unpaired_figures(y, batch.labels, context)
-        pairs = batch.pairs
-        w, l, best = (_taken(y, index) for index in (pairs.better, pairs.worse, pairs.best))  # noqa: E741
-        losses = pairs.mean(self.objective.pair(w, l, **context))
-        anchor = self.objective.anchor(best)
-        if anchor is not None:
-            losses = losses + anchor
-        if self.args.sft_weight:
-            losses = losses + self.args.sft_weight * sft_term(best)
-        figures = pairs.mean(pair_metrics(self.objective, w, l))
-        return losses, torch.cat([losses.detach()[:, None], figures], dim=1)
-
-    def _unpaired_figures(self, y: Responses, labels: Tensor, context: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Losses and metrics of responses that are judged alone; the SFT term applies to the desirable ones."""
-        losses = self.objective.unpaired(y, labels, **context)
-        if self.args.sft_weight:
-            losses = losses + self.args.sft_weight * sft_term(y).masked_fill(~labels, 0)
-        figures = unpaired_metrics(self.objective, y, labels)
-        return losses, torch.cat([losses.detach()[:, None], figures], dim=1)
+            losses = self.objective.unpaired(y, batch.labels, **context)
+            if self.args.sft_weight:
+                losses = losses + self.args.sft_weight * sft_term(y).masked_fill(~batch.labels, 0)
+            metrics = unpaired_metrics(self.objective, y, batch.labels)
+        else:
+            pairs = batch.pairs
+            w, l, best = (_taken(y, index) for index in (pairs.better, pairs.worse, pairs.best))  # noqa: E741
+            losses, anchor = pairs.mean(self.objective.pair(w, l, **context)), self.objective.anchor(best)
+            if anchor is not None:
+                losses = losses + anchor
+            if self.args.sft_weight:
+                losses = losses + self.args.sft_weight * sft_term(best)
+            metrics = pairs.mean(pair_metrics(self.objective, w, l))
+        return losses, torch.cat([losses.detach()[:, None], metrics], dim=1)
 
 
 def _taken(y: Responses, index: Tensor) -> Responses:
     """The responses with these numbers, ``[N]``."""
     columns = (y.logp, y.length, y.ref_logp)
     return Responses(*(None if column is None else column.index_select(0, index) for column in columns))
+
+
+def pair_metrics(objective: Objective, w: Responses, l: Responses) -> Tensor:  # noqa: E741
+    """``[B, 6]`` metrics of ``B`` pairs, detached: those of :data:`NAMES` without the loss.
+
+    ``logps/*`` are averages over a response's tokens for length-normalized objectives and sums for the others, as in
+    the paper's curves.
+    """
+    chosen, rejected = objective.reward(w), objective.reward(l)
+    right = (chosen > rejected).to(chosen.dtype)
+    columns = (chosen, rejected, right, chosen - rejected, _logged(objective, w), _logged(objective, l))
+    return torch.stack(columns, dim=-1).detach()
+
+
+def unpaired_metrics(objective: Objective, y: Responses, label: Tensor) -> Tensor:
+    """``[B, 4]`` metrics of ``B`` single responses, detached: those of :data:`UNPAIRED_NAMES` without the loss.
+
+    A desirable response (``label`` ``[B]``) has the metrics of chosen ones, an undesirable one those of rejected ones;
+    the others are NaN.
+    """
+    values = (objective.reward(y), _logged(objective, y))
+    columns = [value.masked_fill(hidden, torch.nan) for value in values for hidden in (~label, label)]
+    return torch.stack(columns, dim=-1).detach()
+
+
+def _logged(objective: Objective, y: Responses) -> Tensor:
+    return y.avg if objective.average_logps else y.logp
