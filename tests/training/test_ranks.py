@@ -393,4 +393,4 @@ def test_every_rank_names_the_row_whose_loss_is_not_finite(done):
 def test_a_change_of_processes_is_said(done, caplog):
     settings = {"learning_rate": 0.0, "max_steps": 4}
     run(Job("said", settings=settings, resume="ddp-2/checkpoint-4"), done.folder, 1)
-    assert "is of 2 processes and continues on 1" in caplog.text
+    assert "2 processes and continues on 1" in caplog.text

@@ -261,11 +261,14 @@ class ResumableTrainer(ShardedTrainer):
             if self.state.best_model_checkpoint == str(staged):
                 self.state.best_model_checkpoint = str(final)
             if main:
-                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # again, with the final name of the best
-                write_text(staged / _MEANS_NAME, json.dumps(means))
+                self._complete(staged, means)
         self._saved = self.state.global_step
         if main:
             rotate(folder, self._save_total_limit, newest=final, best=self.state.best_model_checkpoint)
+
+    def _complete(self, staged: Path, means: dict[str, Any]) -> None:
+        self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # again, with the final name of the best
+        write_text(staged / _MEANS_NAME, json.dumps(means))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
