@@ -79,15 +79,15 @@ def test_the_first_or_last_pairs_that_fit_are_taken(budget):
 
     def fits(row) -> bool:
         lengths = [len(tokenizer(row[turn], add_special_tokens=False).input_ids) for turn in turns]
-        return 3 + lengths[0] + max(lengths[1:]) + 1 <= 30  # begin, user and assistant; end of turn
+        return 3 + lengths[0] + max(lengths[1:]) + 1 <= 40  # begin, user and assistant; end of turn
 
     rows = [row for row in make_pairs(12, 0) if fits(row)]
     assert 2 < len(rows) < 12
     source = str(budget.train)
-    assert list(map(json.loads, fitting(source, len(rows) - 1, budget.model, 30))) == rows[:-1]
-    assert list(map(json.loads, fitting(source, len(rows) - 1, budget.model, 30, last=True))) == rows[1:]
-    with pytest.raises(SimpoError, match=f"{len(rows)} of the pairs looked at fit into max_length 30, not 12"):
-        fitting(source, 12, budget.model, 30)
+    assert list(map(json.loads, fitting(source, len(rows) - 1, budget.model, 40))) == rows[:-1]
+    assert list(map(json.loads, fitting(source, len(rows) - 1, budget.model, 40, last=True))) == rows[1:]
+    with pytest.raises(SimpoError, match=f"{len(rows)} of the pairs looked at fit into max_length 40, not 12"):
+        fitting(source, 12, budget.model, 40)
 
 
 def test_pairs_that_are_trained_on_choose_no_learning_rate(budget, monkeypatch, capsys):
