@@ -1,4 +1,4 @@
-"""How good the best of N answers is, from all subsets of the answers that there are."""
+"""The expected score of the best of N answers, over all subsets of the sampled answers."""
 
 from __future__ import annotations
 

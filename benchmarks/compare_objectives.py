@@ -32,7 +32,7 @@ from simpo.objectives import OBJECTIVES
 from simpo.runs.atomic import write_text
 
 ROOT = Path(__file__).parents[1]
-_LOOK = 8  # times as many pairs are looked at as are wanted
+_CANDIDATES = 8  # pairs that are read for every pair that is needed
 _MISTAKE = "simpo.errors.SimpoError: "
 HEADS = (
     *("objective", "learning rate", "accuracy [95%]", "margin", "chosen", "rejected", "KL", "step time", "peak MiB"),
@@ -145,16 +145,16 @@ def fitting(source: str, count: int, model: str, max_length: int, *, last: bool 
     """Lines of the first ``count`` pairs of ``source``, or the last ones, that fit into ``max_length`` uncut.
 
     Raises:
-        SimpoError: there are fewer.
+        SimpoError: too few pairs fit.
     """
     rows = load_rows(source, split="train")
-    looked_at = min(len(rows), _LOOK * count)
-    rows = rows.select(range(len(rows) - looked_at, len(rows)) if last else range(looked_at))
+    candidates = min(len(rows), _CANDIDATES * count)
+    rows = rows.select(range(len(rows) - candidates, len(rows)) if last else range(candidates))
     settings = TokenizeSettings(max_length=max_length, truncation="drop")
     found = prepare(rows, load_tokenizer(model), settings, label="pairs").dataset["where"]
     kept = set(found[-count:] if last else found[:count])
     if len(kept) < count:
-        raise SimpoError(f"{source}: {len(kept)} of the pairs looked at fit into max_length {max_length}, not {count}")
+        raise SimpoError(f"{source}: {len(kept)} of the candidate pairs fit into max_length {max_length}, not {count}")
     return [json.dumps(row) + "\n" for row, where in rows_of(rows[:], range(len(rows)), source) if where in kept]
 
 

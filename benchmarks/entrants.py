@@ -59,10 +59,10 @@ def entrants(family: str, setting: Setting, budgets: list[int], micro_batches: l
     """The entrants of one of :data:`FAMILIES`.
 
     Args:
-        family: which.
+        family: which family.
         setting: pairs of a step.
         budgets: simpo's ``max_batch_tokens``, in addition to its default.
-        micro_batches: the peers' per-device batches; all that divide the step if there are none.
+        micro_batches: the peers' per-device batches; by default all that divide the step.
     """
     step = setting.pairs_per_step
     grid = [size for size in micro_batches or range(step, 0, -1) if step % size == 0]
@@ -75,7 +75,7 @@ def entrants(family: str, setting: Setting, budgets: list[int], micro_batches: l
         yield Entrant("simpo padded", "simpo", path="padded")
     elif family == "dpo":
         yield Entrant("simpo DPO cached", "simpo", path="auto", objective="dpo", precomputed=True)
-        yield Entrant("simpo DPO beside", "simpo", path="auto", objective="dpo")
+        yield Entrant("simpo DPO live", "simpo", path="auto", objective="dpo")
     elif family == "sharing":
         yield Entrant("loop shared", "loop")
         yield Entrant("loop alone", "loop", shared=False)

@@ -35,7 +35,7 @@ _TOKENS = 4096  # of a forward when the held-out pairs are scored
 
 @dataclass(frozen=True)
 class Measured:
-    """What is told of a run; log-probabilities and KL are in nats a token, on the held-out pairs that are reported.
+    """The metrics of a run; log-probabilities and KL are in nats per token, on the held-out pairs that are reported.
 
     Attributes:
         tuning: accuracy on the pairs by which a learning rate is chosen, none of which is reported.
@@ -88,7 +88,7 @@ def work(argv: list[str], tuning: int) -> None:
 
     Args:
         argv: the arguments.
-        tuning: so many of the first held-out pairs choose the learning rate; the others are reported.
+        tuning: number of held-out pairs, from the first on, that choose the learning rate; the others are reported.
     """
     clock = _Clock()
     given = TrainingJob(*parse(argv, PreferenceConfig), argv, callbacks=[clock])

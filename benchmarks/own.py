@@ -33,7 +33,7 @@ def simpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -
     )
     trainer = PreferenceTrainer(model, args=args, train_dataset=rows.select_columns(["prompt_ids", "response_ids"]))
     if entrant.path == "auto" and trainer.path != "packed":
-        raise RuntimeError("simpo did not take its packed path; the log says why")
+        raise RuntimeError("simpo did not take its packed path; see the log for the reason")
     return trainer
 
 

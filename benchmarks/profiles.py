@@ -42,7 +42,7 @@ def made_up_rows(profile: Profile, count: int, responses: int, words: int) -> li
         profile: the lengths.
         count: how many.
         responses: to each prompt, ``K``.
-        words: how many different ones there are, ``w0`` and so on.
+        words: number of different words, ``w0`` and so on.
     """
     source = random.Random(0)  # noqa: S311 - words, not secrets
 

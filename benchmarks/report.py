@@ -70,7 +70,7 @@ def summarise(
     rows = [_row(entrant.name, runs[entrant.name], seconds[entrant.name], peak) for entrant in measured]
     base = _base(measured, rows)
     for row in rows if base else []:
-        row.update(_beside(row, base, seconds))
+        row.update(_compared(row, base, seconds))
     return {
         "setting": {key: value for key, value in vars(setting).items() if key != "folder"},
         "data": counts,
@@ -110,7 +110,7 @@ def _base(entrants: list[Entrant], rows: list[dict[str, Any]]) -> dict[str, Any]
     return best or (rows[0] if rows else None)
 
 
-def _beside(row: dict[str, Any], base: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
+def _compared(row: dict[str, Any], base: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
     """How much slower and larger ``row`` is than ``base``, and how much slower counted arithmetic makes it."""
     rounds = zip(seconds[row["name"]], seconds[base["name"]], strict=False)
     ratio, bound = median(mine / theirs for mine, theirs in rounds), row["gflop_per_pair"] / base["gflop_per_pair"]

@@ -40,7 +40,7 @@ def _cut(chosen: str, rejected: str) -> Row:
 
 
 def byte_pair_tokenizer(rows: Sequence[Row], vocabulary: int) -> Any:
-    """A byte-level BPE of the rows' own text, with as many merges as occur twice, at most ``vocabulary`` tokens."""
+    """A byte-level BPE of the rows' own text, with merges that occur at least twice; at most ``vocabulary`` tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415 - slow import
 
     tokenizer = Tokenizer(models.BPE())

@@ -33,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUT = (Span(300, (77, 201)), Span(5, (130, 1, 64)), Span(64, (64,)))
 # largest error of a kernel, as a share of the largest entry; half precision keeps three digits
 KERNEL_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
-# a packed model may be so many times as far from the fp32 truth as the naive forward in its type, plus a share of it
+# a packed model's error against fp32 may be this multiple of the naive forward's in the same type, plus this share
 FACTOR, SLACK = 2.0, {"fp32": 1e-3, "bf16": 1e-2}
 
 

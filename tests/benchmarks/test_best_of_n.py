@@ -19,7 +19,7 @@ def test_every_subset(n):
 
 
 def test_large_numbers_and_ties():
-    """64 answers, as many subsets as no integer of 64 bits holds; equal scores may be told apart in any way."""
+    """64 answers have more subsets than a 64-bit integer can count; ties may be broken in any way."""
     scores = np.random.default_rng(0).integers(0, 4, size=(3, 64)).astype(float)
     for n in (1, 8, 32, 64):
         expected = [

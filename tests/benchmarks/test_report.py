@@ -41,7 +41,7 @@ RUNS = {
 COUNTS = {"prompt_tokens": 400, "response_tokens": 200, "responses": 8, "longest": 90}
 
 
-def test_ratios_are_medians_of_rounds_beside_what_is_counted(capsys) -> None:
+def test_ratios_are_medians_of_rounds_next_to_counted_arithmetic(capsys) -> None:
     report = summarise([OURS, PEER], RUNS, SETTING, counts=COUNTS, absent={"liger": "not installed"})
     ours, peer = report["entrants"]
     assert report["base"] == "simpo"

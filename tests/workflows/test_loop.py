@@ -49,11 +49,11 @@ def world(chat_world, tmp_path_factory):
     return folder
 
 
-def figures(folder):
+def metrics(folder):
     return {(metric.name, metric.stage): metric for metric in read_results(folder / "results.json").metrics}
 
 
-def test_each_round_goes_on_from_the_last(world):
+def test_each_round_starts_from_the_last(world):
     out = world / "out"
     for number in (1, 2):
         found = json.loads((out / f"round-{number}/round.json").read_text())
@@ -81,10 +81,10 @@ def test_each_round_goes_on_from_the_last(world):
 def test_every_round_is_reported(world, capsys, monkeypatch):
     """Short answers were rewarded, and they win; the same command leaves the loop as it is and prints the same."""
     out = world / "out"
-    found = figures(out)
+    found = metrics(out)
     for number in (1, 2):
         rate = found[f"round-{number}/win_rate/function", None]
-        judged = figures(out / f"round-{number}/comparison")["win_rate/function", None]
+        judged = metrics(out / f"round-{number}/comparison")["win_rate/function", None]
         assert (rate.value, rate.low, rate.n) == (judged.value, judged.low, 8)
         assert found[f"round-{number}/kl", None].value > 0
         assert found[f"round-{number}/win_rate/logp", None].value is not None
@@ -105,8 +105,8 @@ def products(folder):
     return {path.relative_to(folder): path.read_bytes() for path in found if path.name != "metrics.jsonl"}
 
 
-def test_more_rounds_go_on_from_the_last_one(world, tmp_path, monkeypatch, capsys):
-    """With the bytes of a loop that was asked for them at once; fewer than there are is a mistake."""
+def test_more_rounds_continue_from_the_last_one(world, tmp_path, monkeypatch, capsys):
+    """The same bytes as a loop with all rounds from the start; fewer rounds than exist are a mistake."""
     (tmp_path / "scorer_of_test.py").write_text(SCORER)
     monkeypatch.chdir(tmp_path)
     command = ["loop", str(world / "loop.yaml"), "--output_dir", "out", "--rounds"]
@@ -187,7 +187,7 @@ def test_it_stops_when_a_round_goes_wrong(world, monkeypatch, capsys):
     assert "note: 1 of 9 eval_prompts are" in printed
     assert "stopped after round 1: KL" in printed
     assert "simpo chat /" in printed  # the start, because no round was good
-    found = figures(world / "stopped")
+    found = metrics(world / "stopped")
     assert (found["rounds", None].value, found["last_good_round", None].value) == (1, 0)
     assert not (world / "stopped/round-2").exists()
     assert main(["loop", "loop.yaml", "--output_dir", "stopped", *options, "--rounds", "5"]) == 0
@@ -211,7 +211,7 @@ def test_a_server_is_asked_without_further_questions(world, chat_world, tmp_path
     printed = capsys.readouterr().out
     assert re.findall(r"(\d+) requests to send, 0 answered before", printed)[0] == str(48 + 64)
     assert 60 < len(server.bodies) <= 48 + 64
-    assert figures(tmp_path / "out")["round-1/win_rate/api", None].n == 8
+    assert metrics(tmp_path / "out")["round-1/win_rate/api", None].n == 8
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pairs from scored responses, against what the definitions say by hand and against a naive enumeration."""
+"""Pairs from scored responses, against values worked out by hand and a naive enumeration."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_best_against_worst():
 
 
 def test_answers_that_were_cut_are_left_out():
-    """A pair would end them with a token that the model did not write there; who wants them says so."""
+    """A pair would end them with a token that the model did not write there; keep_unfinished keeps them."""
     cut = [
         record(0, ("best and", 9), ("good", 5), ("bad", 1), ("but", 0)) | {"finished": [False, True, True, False]},
         record(1, ("a", 2), ("b", 1)) | {"finished": [True, False]},

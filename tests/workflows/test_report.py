@@ -1,4 +1,4 @@
-"""What a sweep says of its outcome: how sure the choice is, and where to look further."""
+"""What a sweep prints about its outcome: how sure the choice is, and where to look further."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from simpo.workflows.sweep_study import TrialResult
 ACCURACY = "eval_rewards/accuracies"
 
 
-def said(folder, results: dict[str, tuple[float, float, float]]) -> str:
-    """What is printed of trials with these learning rates and results."""
+def printed(folder, results: dict[str, tuple[float, float, float]]) -> str:
+    """The text that is printed for trials with these learning rates and results."""
     tried = [
         TrialResult(number, "finished", {"learning_rate": rate}, result[0])
         for number, (rate, result) in enumerate(results.items())
@@ -37,6 +37,6 @@ def said(folder, results: dict[str, tuple[float, float, float]]) -> str:
     ],
 )
 def test_an_end_that_is_the_best_is_a_reason_to_look_further(others, further, tmp_path, capsys):
-    text = said(tmp_path, {"1e-6": (0.7, 0.6, 0.8), "3e-6": others, "1e-5": others})
+    text = printed(tmp_path, {"1e-6": (0.7, 0.6, 0.8), "3e-6": others, "1e-5": others})
     assert ("learning_rate: the best, 1e-6, is the smallest that was tried; try smaller ones too" in text) == further
     assert ("2 of the other 2 finished trials lie within the interval of the best" in text) == (not further)

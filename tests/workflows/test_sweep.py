@@ -1,4 +1,4 @@
-"""``simpo sweep``: trials are ordinary runs, whatever ends a process costs none, and the best one is found."""
+"""``simpo sweep``: trials are ordinary runs, a killed process loses none, and the best one is found."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def sweep(world, output, *more, rates=RATES):
     ]
 
 
-def figures(folder):
+def metrics(folder):
     return {metric.name: metric for metric in read_results(folder / "results.json").metrics}
 
 
@@ -68,8 +68,8 @@ def test_trials_are_ordinary_runs_and_the_best_is_found(world, tmp_path, capsys)
     argv = sweep(world, output, "--gamma_beta_ratio", "0.3,0.5", rates=RATES[1:])
     assert main(argv) == 0
     printed = capsys.readouterr().out
-    found = figures(output)
-    trials = {number: figures(output / f"trials/{number:03d}")[METRIC] for number in range(4)}
+    found = metrics(output)
+    trials = {number: metrics(output / f"trials/{number:03d}")[METRIC] for number in range(4)}
     for number, metric in trials.items():
         assert found[f"trials/{number:03d}/{METRIC}"].value == metric.value
         assert found[f"trials/{number:03d}/{METRIC}"].low == metric.low
@@ -104,13 +104,13 @@ def alive() -> int:
     return sum(issubclass(type(thing), PackedTrainer | torch.nn.Module) for thing in gc.get_objects())
 
 
-def test_a_trial_that_diverges_is_put_down_and_the_sweep_goes_on(world, tmp_path, capsys):
+def test_a_trial_that_diverges_is_recorded_and_the_sweep_continues(world, tmp_path, capsys):
     output = tmp_path / "sweep"
     gc.collect()
     before = alive()
     assert main(sweep(world, output, rates=("1e30", "1e-4"))) == 0
     assert alive() <= before  # memory is free after a trial, also after one that failed
-    found = figures(output)
+    found = metrics(output)
     assert [found[f"trials/{state}"].value for state in ("finished", "pruned", "failed")] == [1, 0, 1]
     assert f"trials/000/{METRIC}" not in found
     printed = capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_trials_below_the_median_are_pruned(world, tmp_path, monkeypatch):
     output = tmp_path / "sweep"
     more = ("--prune", "--eval_strategy", "steps", "--eval_steps", "2", "--metric", "rewards/margins")
     assert main(sweep(world, output, *more, rates=("5e-3", "1e-9"))) == 0
-    found = figures(output)
+    found = metrics(output)
     assert [found[f"trials/{state}"].value for state in ("finished", "pruned")] == [1, 1]
     assert record(output / "trials/001")["status"] == "running"
     assert "best/eval_rewards/margins" in found
@@ -137,7 +137,7 @@ def test_answers_that_are_judged_can_be_compared(world, tmp_path):
     more = ("--metric", "generations/win_rate", "--prune", "--sampler", "tpe", "--trials", "1")
     assert main(sweep(world, output, *judged, *more)) == 0
     logged = [line[WIN_RATE] for line in read_lines(output / "trials/000/metrics.jsonl") if WIN_RATE in line]
-    assert figures(output)[f"best/{WIN_RATE}"].value == logged[-1]
+    assert metrics(output)[f"best/{WIN_RATE}"].value == logged[-1]
     assert (output / "trials/000/generations/step-4.jsonl").exists()
 
 
@@ -145,7 +145,7 @@ def test_tpe_draws_and_repeats_nothing(world, tmp_path, capsys):
     output = tmp_path / "sweep"
     argv = sweep(world, output, "--sampler", "tpe", "--trials", "4", rates=("1e-3", "1e-4"))
     assert main(argv) == 0
-    found = figures(output)
+    found = metrics(output)
     assert found["trials/finished"].value == len(list((output / "trials").glob("*/run.json"))) <= 2
     assert "not run again" in capsys.readouterr().out
 
@@ -185,7 +185,7 @@ def test_killed_and_started_again_every_trial_counts_once(world, tmp_path):
     assert record(output / "trials/000") == first  # kept
     assert "continues from" in (output / "trials/001/log.txt").read_text()
     assert len(list((output / "trials").glob("[0-9]*"))) == 2
-    assert figures(output)[f"trials/001/{METRIC}"].value == figures(alone)[METRIC].value
+    assert metrics(output)[f"trials/001/{METRIC}"].value == metrics(alone)[METRIC].value
     weights = [(folder / "model.safetensors").read_bytes() for folder in (alone, output / "trials/001")]
     assert weights[0] == weights[1]
 
@@ -201,7 +201,7 @@ def test_two_processes_share_the_trials_and_another_sweep_is_refused(world, tmp_
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    assert figures(output)["trials/finished"].value == len(rates)
+    assert metrics(output)["trials/finished"].value == len(rates)
     folders = sorted((output / "trials").glob("[0-9]*"))
     assert [folder.name for folder in folders] == [f"{number:03d}" for number in range(len(rates))]
     assert all(len(record(folder)["starts"]) == 1 for folder in folders)  # each by one of the two
@@ -287,13 +287,13 @@ def test_a_metric_that_the_rows_do_not_have_is_refused_before_anything_is_traine
     assert not list((tmp_path / "sweep/trials").glob("[0-9]*/run.json"))
 
 
-def test_after_a_mistake_in_the_data_the_same_command_goes_on(world, tmp_path):
+def test_after_a_mistake_in_the_data_the_same_command_continues(world, tmp_path):
     argv = sweep(world, tmp_path / "sweep", "--dataset_name", str(tmp_path / "pairs.jsonl"))
     argv += ["--sampler", "tpe", "--trials", "1"]
     assert main(argv) == 2
     (tmp_path / "pairs.jsonl").write_text((world / "train.jsonl").read_text())
     assert main(argv) == 0
-    assert figures(tmp_path / "sweep")["trials/finished"].value == 1
+    assert metrics(tmp_path / "sweep")["trials/finished"].value == 1
 
 
 def test_a_launcher_is_refused(world, tmp_path, monkeypatch, capsys):
