@@ -1,4 +1,4 @@
-"""The chat client against a server that fails in every way, and what it keeps."""
+"""The chat client with a server that fails in many ways, and its cache."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import os
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
 
 import pytest
@@ -26,7 +28,7 @@ KEY = "a-secret-that-nobody-may-see"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Short waits, and no key of the machine's own."""
+    """Short waits, and no key from the environment."""
     monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
@@ -36,7 +38,7 @@ def echo(body):
 
 
 def slow_after(last, answer):
-    """As ``answer``, but to later requests than number ``last`` so late that the client has that one's reply before."""
+    """Like ``answer``, but requests after number ``last`` are answered so late that its reply arrives before theirs."""
 
     def answered(body):
         if int(body["messages"][0]["content"].removeprefix("say ")) > last:
@@ -61,7 +63,7 @@ def texts(replies):
 SAID = [f"SAY {i}" for i in range(40)]
 
 
-def test_replies_stand_in_the_order_of_the_requests():
+def test_replies_are_in_the_order_of_the_requests():
     delays = itertools.cycle([0.02, 0.0, 0.01])
 
     def answer(body):
@@ -75,8 +77,8 @@ def test_replies_stand_in_the_order_of_the_requests():
     assert (ours.usage.sent, ours.usage.prompt_tokens, ours.usage.completion_tokens) == (40, 280, 120)
 
 
-def test_what_is_sent():
-    """Keys and types of the interface, with nothing that was not asked for."""
+def test_request_body():
+    """Keys and types of the interface, without optional ones that were not set."""
     with ChatServer(echo) as server:
         client(server).complete([ChatRequest([{"role": "user", "content": "é"}], 5, 0.5, 3, 7)])
         client(server).complete(requests(1))
@@ -110,20 +112,20 @@ FAULTS = {
     "a list": Raw(200, b"[]"),
     "content that is no text": Raw(200, b'{"choices": [{"message": {"content": 7}}]}'),
     "error with status 200": Raw(200, b'{"error": {"message": "provider down"}}'),
-    "stalled": Raw(200, HALF, stall=0.4),
+    "stalled": Raw(200, HALF, stall=1.0),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_mended_by_another_attempt(fault, tmp_path):
+def test_a_failed_attempt_is_repeated(fault, tmp_path):
     with ChatServer(echo, [fault, fault]) as server:
-        ours = client(server, tmp_path, timeout=0.2, concurrency=1)
+        ours = client(server, tmp_path, timeout=0.5 if fault.stall else 60.0, concurrency=1)
         assert texts(ours.complete(requests(3))) == SAID[:3]
     assert len(server.bodies) == 5 and ours.usage.repeated == 2 and ours.usage.sent == 3
 
 
-def test_a_server_that_drips_is_stalled_too(tmp_path):
-    """The limit is for the whole answer, not for the time between two bytes."""
+def test_a_server_that_sends_byte_by_byte_times_out(tmp_path):
+    """The timeout covers the whole reply, not the time between two bytes."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     async def drip(reader, writer):
@@ -144,7 +146,7 @@ def test_a_server_that_drips_is_stalled_too(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["seconds", "date"])
-def test_all_wait_as_long_as_the_server_asks(name, tmp_path):
+def test_retry_after_is_respected(name, tmp_path):
     until = int(time.time()) + 2
     value = "1" if name == "seconds" else time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(until))
     with ChatServer(echo, [Raw(429, b"{}", {"Retry-After": value})]) as server:
@@ -154,7 +156,16 @@ def test_all_wait_as_long_as_the_server_asks(name, tmp_path):
     assert len(server.times) == 4
 
 
-def test_a_wait_that_is_too_long_is_an_error():
+def test_a_pause_holds_back_all_requests():
+    """Also those of the other workers, which the server did not ask."""
+    with ChatServer(lambda body: time.sleep(0.02) or echo(body), [Raw(429, b"{}", {"Retry-After": "1"})]) as server:
+        assert texts(client(server, concurrency=4).complete(requests(20))) == SAID[:20]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(server.times)]
+    before = pauses.index(max(pauses)) + 1
+    assert max(pauses) > 0.8 and before <= 8  # at most the requests that were already in progress
+
+
+def test_a_retry_after_of_a_day_is_an_error():
     with (
         ChatServer(echo, [Raw(429, b"{}", {"Retry-After": "86400"})]) as server,
         pytest.raises(SimpoError, match="asks to wait 86,400 s"),
@@ -191,7 +202,7 @@ def test_a_quota_that_is_used_up_is_not_repeated():
         assert len(server.bodies) == 1
 
 
-def test_a_server_that_is_not_there():
+def test_no_server_at_the_address():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", "tiny", attempts=2)
@@ -199,7 +210,7 @@ def test_a_server_that_is_not_there():
         ChatClient(endpoint, None).complete(requests(1))
 
 
-def test_what_was_received_before_a_failure_is_kept(tmp_path):
+def test_replies_before_a_failure_are_kept(tmp_path):
     with ChatServer(slow_after(7, refuse(7))) as server:
         with pytest.raises(SimpoError, match="too long; what was received is kept"):
             client(server, tmp_path, concurrency=2).complete(requests(40))
@@ -212,7 +223,7 @@ def test_what_was_received_before_a_failure_is_kept(tmp_path):
 
 
 def refuse(*numbers, status=400):
-    """A server that refuses some requests because of what they hold, and answers the others."""
+    """A server that refuses some requests because of their content, and answers the others."""
     said = [f"say {number}" for number in numbers]
     fault = Raw(status, b'{"error": {"message": "too long"}}')
     return lambda body: fault if body["messages"][0]["content"] in said else echo(body)
@@ -247,7 +258,7 @@ SPENT = [
 
 
 @pytest.mark.parametrize(("status", "said"), SPENT)
-def test_what_concerns_all_requests_ends_them_at_once(status, said):
+def test_errors_that_concern_all_requests_end_the_command(status, said):
     """Also in the middle, after others were answered."""
 
     def answer(body):
@@ -259,15 +270,15 @@ def test_what_concerns_all_requests_ends_them_at_once(status, said):
 
 
 @pytest.mark.parametrize("count", [40, 8, 3, 1])
-def test_if_the_first_are_all_refused_it_is_not_because_of_one(count, tmp_path):
+def test_refusals_of_all_first_requests_end_the_command(count, tmp_path):
     with ChatServer(slow_after(7, refuse(*range(8)))) as server:
         with pytest.raises(SimpoError, match="'tiny': refuses whatever it is asked: status 400: too long"):
             client(server, tmp_path, concurrency=2).complete(requests(count), despite_refusals=True)
         assert len(server.bodies) <= 9
 
 
-def test_refusals_come_faster_than_answers():
-    """The first are the first that are asked, not the first that come back."""
+def test_fast_refusals_do_not_hide_a_slow_answer():
+    """The first requests are the first that were sent, not the first that were answered."""
 
     def slow_at_zero(body):
         time.sleep(0.1 if body["messages"][0]["content"] == "say 0" else 0)
@@ -278,8 +289,8 @@ def test_refusals_come_faster_than_answers():
         assert sum(reply.refused is None for reply in ours.complete(requests(14), despite_refusals=True)) == 3
 
 
-def test_a_run_goes_on_where_only_refused_requests_are_left(tmp_path):
-    """As after a kill: whoever has answered before is not misnamed."""
+def test_a_run_continues_when_only_refused_requests_are_left(tmp_path):
+    """As after a kill: a server that has answered before does not refuse everything."""
     with ChatServer(refuse(*range(10))) as server:
         client(server, tmp_path).complete(requests(20)[10:])
         for known in (client(server, tmp_path), client(server, tmp_path)):
@@ -330,7 +341,7 @@ def test_a_damaged_reply_is_requested_again(tmp_path, caplog):
 @pytest.mark.parametrize("start", [0, 20_000])
 @pytest.mark.parametrize("opened", [False, True])
 def test_a_damaged_database_is_kept_and_replaced(start, opened, tmp_path, caplog):
-    """What can be read of it is recovered; the rest is requested again."""
+    """Readable replies are recovered; the others are requested again."""
     long = "x" * 1000
     with ChatServer(lambda body: completion(body["messages"][0]["content"] + long)) as server:
         client(server, tmp_path, concurrency=1).complete(requests(40))
@@ -363,7 +374,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_files_of_earlier_versions_are_imported_once(tmp_path, caplog):
-    """JSON lines: two replies, a damaged line and one that a kill has torn."""
+    """JSON lines: two replies, a damaged line, and one that a kill left incomplete."""
     with ChatServer(echo) as server:
         client(server, tmp_path)
         earlier = database(tmp_path).with_suffix(".jsonl")
@@ -404,7 +415,7 @@ def test_two_processes_share_a_cache(tmp_path):
     assert {json.loads(reply)["text"] for _, reply in rows} == set(texts(replies))
 
 
-def test_a_kill_loses_at_most_what_was_under_way(tmp_path):
+def test_a_kill_loses_at_most_the_requests_in_progress(tmp_path):
     fork = multiprocessing.get_context("fork")
     with ChatServer(lambda body: time.sleep(0.01) or echo(body)) as server:
         for stop in (10, 25):
@@ -436,6 +447,24 @@ def test_keys_come_from_the_environment_and_are_never_shown(monkeypatch, tmp_pat
         away.api_key()
 
 
+def test_openais_own_variables_are_not_sent_to_other_servers(monkeypatch):
+    """Neither to a server without a key nor to one with another key."""
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
+        monkeypatch.setenv(name, KEY)
+    monkeypatch.setenv("OTHER_KEY", "another")
+    with ChatServer(echo) as server:
+        client(server, api_key_env="NO_KEY").complete(requests(1))
+        client(server, api_key_env="OTHER_KEY").complete(requests(1))
+    assert server.keys == [None, "Bearer another"]
+    assert all(KEY not in value for headers in server.headers for value in headers.values())
+
+
+def test_openai_is_imported_when_something_is_sent():
+    """It takes most of a second."""
+    code = "import sys, simpo.client; sys.exit('openai' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -456,7 +485,7 @@ def test_keys_come_from_the_environment_and_are_never_shown(monkeypatch, tmp_pat
         ({"timeout": 0}, "timeout"),
     ],
 )
-def test_endpoints_that_cannot_be(change, said):
+def test_invalid_endpoints(change, said):
     with pytest.raises(SimpoError, match=said) as raised:
         Endpoint(**{"base_url": "http://host/v1", "model": "m"} | change)
     assert all(secret not in str(raised.value) for secret in ("gsk_password", "sk-password", "user:password"))
@@ -466,14 +495,14 @@ HOSTS = {"127.0.0.1": True, "localhost": True, "[::1]": True, "127.9.9.9": True,
 
 
 @pytest.mark.parametrize(("host", "local"), HOSTS.items())
-def test_which_servers_are_on_this_machine(host, local):
+def test_local_servers(host, local):
     assert Endpoint(f"http://{host}:8000/v1", "m").is_local == local
 
 
 @pytest.mark.parametrize(
     ("variable", "value"), [("ALL_PROXY", "gopher://127.0.0.1:9"), ("SSL_CERT_FILE", "/nowhere.pem")]
 )
-def test_an_environment_that_cannot_be_used_is_one_line(monkeypatch, variable, value):
+def test_an_unusable_proxy_or_certificate_is_one_line(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with pytest.raises(SimpoError, match="proxy or certificates") as raised:
@@ -483,7 +512,7 @@ def test_an_environment_that_cannot_be_used_is_one_line(monkeypatch, variable, v
         assert texts(client(server).complete(requests(1))) == SAID[:1]
 
 
-def test_a_key_at_the_end_of_a_long_error_is_not_cut_and_shown(monkeypatch):
+def test_a_key_at_the_end_of_a_long_error_is_redacted_whole(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     text = "x" * (sending._LONGEST_REASON - len("status 401: ") - 9) + KEY
     with (
@@ -495,7 +524,7 @@ def test_a_key_at_the_end_of_a_long_error_is_not_cut_and_shown(monkeypatch):
 
 
 def unsupported(name, status=400, shape="openai"):
-    """How servers say that they do not take a parameter."""
+    """The ways in which servers reject a parameter."""
     said = {
         "openai": {
             "error": {"message": f"Unsupported parameter: '{name}'", "param": name, "code": "unsupported_value"}
@@ -510,8 +539,8 @@ def unsupported(name, status=400, shape="openai"):
 
 
 @pytest.mark.parametrize(("shape", "status"), [("openai", 400), ("litellm", 400), ("pydantic", 422)])
-def test_a_model_that_takes_neither_max_tokens_nor_a_temperature(shape, status, tmp_path):
-    """Each is refused once; later requests, also of another call, are sent as the server wants them."""
+def test_a_model_that_accepts_neither_max_tokens_nor_a_temperature(shape, status, tmp_path):
+    """Each is refused once; later requests, also of another call, have the form that the server accepts."""
 
     def newer(body):
         refused = next((name for name in ("max_tokens", "temperature") if name in body), None)
@@ -532,7 +561,7 @@ def test_a_model_that_takes_neither_max_tokens_nor_a_temperature(shape, status, 
         assert len(server.bodies) == 5 + 2
 
 
-def test_a_temperature_that_has_to_be_kept_is_not_left_out():
+def test_an_exact_temperature_is_not_left_out():
     def newer(body):
         return unsupported("temperature", shape="only") if body.get("temperature", 1) != 1 else echo(body)
 
@@ -579,7 +608,7 @@ def test_content_in_parts(content, text):
 @pytest.mark.parametrize(
     "content", [[{"type": "image_url", "image_url": "x"}], [{"type": "text"}], [7], 7, {"text": "x"}]
 )
-def test_content_that_is_no_text_is_one_line(content):
+def test_content_other_than_text_is_one_line(content):
     def answer(body):
         found = completion("")
         found["choices"][0]["message"]["content"] = content

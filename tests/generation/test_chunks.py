@@ -1,4 +1,4 @@
-"""Chunks with an engine whose answers are known: what is planned, derived and gathered."""
+"""Chunks of a fake engine: their plan, their seeds and their order."""
 
 import random
 from collections import Counter
@@ -13,7 +13,7 @@ PROMPTS = [[number] * (1 + number * 7 % 5) for number in range(11)]
 
 
 class SeededEngine:
-    """Answers with draws from the seed that it is handed."""
+    """Draws its answers from the given seed."""
 
     def generate(self, prompts, settings, seed):
         draws = random.Random(seed)
@@ -43,7 +43,7 @@ def test_more_answers_than_a_chunk_holds():
     assert chunks == [(1, 1), (1, 1), (1,), (0, 0), (0, 0), (0,)]
 
 
-def test_all_answers_differ_and_stand_with_their_prompt():
+def test_all_answers_differ_and_belong_to_their_prompt():
     answers = gather(sample(settings()), 11)
     assert [[sampled.ids[0] for sampled in found] for found in answers] == [[number] * 3 for number in range(11)]
     assert len({sampled.ids[1] for found in answers for sampled in found}) == 33
@@ -66,7 +66,7 @@ def test_another_seed_gives_other_answers():
     assert first != second
 
 
-def test_shares_are_the_whole():
+def test_shares_add_up_to_the_whole():
     shares = [sample(settings(), done={1}, share=slice(rank, None, 3)) for rank in range(3)]
     assert gather([record for share in shares for record in share], 11) == gather(sample(settings(), done={1}), 11)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -1,4 +1,4 @@
-"""Sampled tokens against transformers' own unpadded ``generate``, log-probabilities against ``score_responses``."""
+"""Sampled tokens compared with transformers' unpadded ``generate``, log-probabilities with ``score_responses``."""
 
 import copy
 import logging
@@ -19,7 +19,7 @@ PROMPTS = [[5, 6, 7], [9] * 11, [4], [8, 3, 8, 3, 8, 3]]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Its EOS has id 1, and no chat template: every other token of a model of 61 may be drawn."""
+    """Without chat template and with EOS 1, so that a model of 61 tokens may draw every other one."""
     tokenizer = make_tokenizer(["a few words"])
     tokenizer.chat_template = None
     return tokenizer
@@ -87,7 +87,7 @@ def test_tokens_are_drawn_with_their_probabilities(make_model, tokenizer):
     assert torch.allclose(frequency, expected, atol=0.015)
 
 
-def test_the_seed_alone_decides(make_model, tokenizer):
+def test_the_seed_determines_the_responses(make_model, tokenizer):
     engine = TransformersEngine(make_model("llama", torch.float32), tokenizer)
     torch.manual_seed(123)
     state = torch.get_rng_state()
@@ -98,7 +98,7 @@ def test_the_seed_alone_decides(make_model, tokenizer):
     assert engine.generate(PROMPTS, settings(), seed=6) != first
 
 
-def test_the_checkpoints_own_sampling_is_said_and_not_used(make_model, tokenizer, caplog):
+def test_the_checkpoints_sampling_settings_are_reported_and_not_used(make_model, tokenizer, caplog):
     model = make_model("llama", torch.float32)
     plain = TransformersEngine(model, tokenizer).generate(PROMPTS, settings(), seed=5)
     own = model.generation_config
@@ -134,7 +134,7 @@ def test_an_adapter_samples_its_own_distribution(make_model, tokenizer):
 
 
 def test_a_model_in_training_samples_as_before(tokenizer):
-    """With dropout and gradient checkpointing on, as a trainer leaves it."""
+    """With dropout and gradient checkpointing, as a trainer leaves it."""
     model = make_world_model(tokenizer, seed=0)
     engine = TransformersEngine(model, tokenizer)
     plain = engine.generate(PROMPTS, settings(), seed=3)
@@ -168,7 +168,7 @@ MIXED = [*PROMPTS, list(range(10, 30)), list(range(5, 40)), [6, 7, 8]]
 
 @pytest.mark.parametrize("name", DEPENDENT)
 @pytest.mark.parametrize("changes", [{"temperature": 0}, {"temperature": 1.0, "top_p": 1.0}])
-def test_answers_are_those_of_every_prompt_alone(name, changes, tokenizer, caplog):
+def test_answers_equal_those_of_each_prompt_alone(name, changes, tokenizer, caplog):
     kind, changed, together = DEPENDENT[name]
     base = _SIZES if name == "rwkv" else _DECODER
     torch.manual_seed(0)
@@ -215,13 +215,13 @@ def test_answers_are_those_of_every_prompt_alone(name, changes, tokenizer, caplo
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "mixtral", "gemma3", "bloom", "mamba", "lfm2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_others_are_generated_from_together(name, dtype, make_model, tokenizer, caplog):
+def test_other_models_generate_in_one_batch(name, dtype, make_model, tokenizer, caplog):
     with caplog.at_level(logging.WARNING, "simpo"):
         TransformersEngine(make_model(name, dtype, std=0.1), tokenizer).generate(PROMPTS, settings(), seed=0)
     assert not [record for record in caplog.records if "generated from" in record.message]
 
 
-def test_answers_to_one_prompt_differ_where_each_is_generated_alone(tokenizer):
+def test_answers_to_one_prompt_differ_without_batches(tokenizer):
     torch.manual_seed(0)
     model = hf.RwkvForCausalLM(hf.RwkvConfig(**_SIZES, attention_hidden_size=32, context_length=128)).eval()
     found = TransformersEngine(model, tokenizer).generate([[5, 6, 7]] * 4, settings(temperature=1.0), seed=1)

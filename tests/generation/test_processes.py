@@ -1,4 +1,4 @@
-"""``torchrun -m simpo.cli sample`` with two processes: the bytes of one, and failures that end both."""
+"""``torchrun -m simpo.cli sample`` with two processes: the same bytes as one, and failures that end both."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def options(world: Path, **changes: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(chat_world, tmp_path_factory):
-    """A run of one process, 12 chunks."""
+    """A run of one process with 12 chunks."""
     folder = tmp_path_factory.mktemp("alone")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun's
@@ -75,7 +75,7 @@ def begin(world: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_does(chat_world, alone, tmp_path, monkeypatch):
+def test_two_processes_write_the_same_files_as_one(chat_world, alone, tmp_path, monkeypatch):
     begin(chat_world, tmp_path / "begun", monkeypatch)
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]  # --n is ours
@@ -108,7 +108,7 @@ def test_two_processes_write_what_one_does(chat_world, alone, tmp_path, monkeypa
     assert bytes_of(tmp_path / "failing") == bytes_of(alone)
 
 
-def test_vllm_shares_nothing(chat_world, tmp_path, monkeypatch, capsys):
+def test_vllm_runs_in_one_process(chat_world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("simpo.generation.sample.Processes.join", lambda: Processes(0, 2))
     assert cli.main(options(chat_world, engine="vllm", output_dir=tmp_path / "out")) == 2
     assert "engine: vllm takes all GPUs from one process" in capsys.readouterr().err

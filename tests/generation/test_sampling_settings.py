@@ -38,7 +38,7 @@ def test_the_longest_answer_leaves_room_for_a_prompt(given, context, expected):
     assert resolved.chunk_size == 32
 
 
-def test_an_answer_as_long_as_the_context_is_refused():
+def test_an_answer_as_long_as_the_context_is_rejected():
     with pytest.raises(SimpoError, match=r"max_new_tokens: 512 leave no room .* context of 512 tokens"):
         SamplingSettings(max_new_tokens=512).resolved(context=512, chunk_size=32)
 

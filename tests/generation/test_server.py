@@ -1,4 +1,4 @@
-"""``simpo sample --engine server``: a real model behind a real server, faults, and every mistake in one line."""
+"""``simpo sample --engine server``: a real model behind a server, failures, and user errors in one line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def command(server, prompts, *options, output="out"):
 
 
 def test_greedy_answers_are_those_of_the_model(prompts, chat_world):
-    """Behind the server and through transformers' engine: the same texts under the same ids."""
+    """The server and the transformers engine give the same texts under the same ids."""
     with ChatServer(ModelAnswers(chat_world / "model")) as server:
         assert main(command(server, prompts, "--temperature=0", "--yes")) == 0
     local = ["sample", str(chat_world / "model"), str(prompts), "--temperature=0", "--max_new_tokens=12"]
@@ -45,7 +45,7 @@ def test_greedy_answers_are_those_of_the_model(prompts, chat_world):
         assert "response_ids" not in theirs and "logps" not in theirs
 
 
-def test_every_answer_has_a_seed_of_its_own_and_is_asked_for_once(prompts):
+def test_every_answer_has_its_own_seed_and_is_requested_once(prompts):
     with ChatServer(lambda body: completion(f"answer {body['seed']}")) as server:
         server.faults += [Raw(500), Raw(429, headers={"Retry-After": "0"})]
         assert main(command(server, prompts, "--n=3", "--top_p=0.9", "--yes")) == 0
@@ -66,8 +66,8 @@ def test_every_answer_has_a_seed_of_its_own_and_is_asked_for_once(prompts):
     assert again == {row["id"]: row["responses"] for row in rows}
 
 
-def test_what_was_received_is_kept(prompts, capsys):
-    """A server that begins to refuse: the next run asks for the rest only, and the file is the same."""
+def test_received_answers_are_kept(prompts, capsys):
+    """After a server begins to refuse, the next run requests only the rest, and the file is the same."""
     with ChatServer(lambda body: completion(f"answer {body['seed']}")) as server:
         assert main(command(server, prompts, "--n=2", "--yes", output="alone")) == 0
         first = len(server.bodies)
@@ -113,7 +113,7 @@ def test_mistakes_are_one_line_and_leave_nothing(options, said, prompts, capsys)
     assert not (prompts.parent / "out").exists() and not server.bodies
 
 
-def test_nobody_may_share_what_a_server_is_asked(prompts, capsys, monkeypatch):
+def test_a_server_is_sampled_from_by_one_process(prompts, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with ChatServer(lambda body: completion("never")) as server:
         assert main(command(server, prompts, "--yes")) == 2

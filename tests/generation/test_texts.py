@@ -1,4 +1,4 @@
-"""Text of responses, against the words that their ids were made from."""
+"""Texts of responses compared with the words that were encoded."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -20,7 +20,7 @@ def byte_level():
 
 @pytest.fixture
 def metaspace():
-    """Like sentencepiece: words carry their space in front, and decoding strips the first."""
+    """Like sentencepiece: words begin with their space, and decoding strips the first one."""
     words = ["<s>", "</s>", "<unk>", "▁Hi", "▁Paris", "▁is", "▁[INST]", "▁[/INST]", "▁"]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -40,7 +40,7 @@ def test_the_text_is_what_was_encoded(byte_level, text):
 
 
 @pytest.mark.parametrize("template", [None, SPACED])
-def test_rendered_again_the_text_gives_the_sampled_tokens(byte_level, template):
+def test_the_rendered_text_gives_the_sampled_tokens(byte_level, template):
     byte_level.chat_template = template or byte_level.chat_template
     user = {"role": "user", "content": "Hi"}
     whole = byte_level.apply_chat_template([user, {"role": "assistant", "content": "a few words"}], tokenize=False)
@@ -65,7 +65,7 @@ def test_an_end_of_turn_token_that_is_not_marked_special(byte_level):
 
 
 def test_spaces_of_the_template_are_not_text(metaspace):
-    """Its own come back when the text is rendered again; without a template they would be lost."""
+    """The template writes them again when the text is rendered; without a template they are text."""
     prompt = metaspace("<s>▁[INST] Hi [/INST]", add_special_tokens=False).input_ids
     paris, there, space, end = (metaspace.convert_tokens_to_ids(w) for w in ("▁Paris", "▁is", "▁", "</s>"))
     assert ResponseText(metaspace).decode(prompt, [paris, there, space, end]) == "Paris is"

@@ -1,4 +1,4 @@
-"""Thinking in a judge's reply decides nothing; thinking in answers is shown to judges or not, and counted."""
+"""Thinking in a judge's reply never decides; thinking in answers is counted, and shown to judges or not."""
 
 from __future__ import annotations
 
@@ -71,20 +71,20 @@ def filled(form, thinking, conclusion):
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("form", WHOLE.values(), ids=WHOLE)
-def test_what_follows_the_thinking_decides(reader, form):
+def test_the_text_after_the_thinking_decides(reader, form):
     read, thinking, conclusion, expected = READERS[reader]
     assert read(filled(form, thinking, conclusion)) == expected
 
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("form", UNFINISHED)
-def test_thinking_without_an_end_is_no_verdict(reader, form):
+def test_thinking_without_an_end_has_no_verdict(reader, form):
     read, thinking, conclusion, _ = READERS[reader]
     assert read(filled(form, thinking, conclusion)) is None
 
 
 @pytest.mark.parametrize("reason", ["length", "max_tokens", "MAX_TOKENS", "model_length", "content_filter"])
-def test_half_a_reply_is_no_verdict(reason):
+def test_a_reply_that_was_cut_off_has_no_verdict(reason):
     reply = ChatReply("[[A]] is what I thought until", finish_reason=reason)
     assert read_verdict(reply) is None and reply.cut_off and reply.whole_text == ""
     assert read_verdict(ChatReply("[[A]]")) == 1.0  # a server that gives no reason
@@ -118,7 +118,7 @@ def test_answers_about_thinking_are_left_as_they_are(text):
     assert ShownAnswers(True)(text) == text
 
 
-def test_thinking_in_answers_is_counted_and_said():
+def test_thinking_in_answers_is_counted_and_reported():
     texts = ["<think>a</think> one", "two", "<think>never", "x</think>three"]
     said = []
     for strip, expected in ((True, ["one", "two", "", "three"]), (False, texts)):
@@ -137,7 +137,7 @@ def test_thinking_in_answers_is_counted_and_said():
 
 
 def test_special_tokens_that_mark_thinking_stay_in_sampled_texts():
-    """Without them the thinking could not be told from the answer."""
+    """Without them the thinking could not be separated from the answer."""
     tokenizer = make_tokenizer(["a few words"])
     tokenizer.add_special_tokens({"extra_special_tokens": ["[THINK]", "[/THINK]", "<|other|>"]})
     ids = tokenizer("[THINK]a[/THINK]few<|other|>").input_ids

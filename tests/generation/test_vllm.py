@@ -1,4 +1,4 @@
-"""What is asked of vLLM and read from its answers, with a stand-in; benchmarks/vllm_cpu.sh runs the real engine."""
+"""Calls of vLLM and its outputs, with a fake; benchmarks/vllm_cpu.sh runs the real engine."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ STOP = 9
 
 
 class LLM:
-    """Answers every prompt with itself backwards and a stop token, if there is room for it."""
+    """Answers every prompt with its reverse and a stop token, if there is room for it."""
 
     def __init__(self, **options):
         if options.get("gpu_memory_utilization", 0) > 1:
@@ -69,14 +69,14 @@ def engine(vllm):
     return VllmEngine(ModelArguments("some/model", dtype="bfloat16"), [STOP])
 
 
-def test_answers_of_vllm(engine):
+def test_vllm_outputs(engine):
     settings = SamplingSettings(max_new_tokens=3)
     first, second = engine.generate([[1, 2], [3, 4, 5]], settings, seed=7)
     assert first == Sampled([2, 1, STOP], True, pytest.approx(-1.2))
     assert second == Sampled([5, 4, 3], False, pytest.approx(-1.2))
 
 
-def test_every_request_has_a_seed_of_its_own(engine):
+def test_every_request_has_its_own_seed(engine):
     settings = SamplingSettings(max_new_tokens=3)
     engine.generate([[1]] * 4, settings, seed=7)
     seeds = engine._llm.seeds
@@ -85,12 +85,12 @@ def test_every_request_has_a_seed_of_its_own(engine):
     assert engine._llm.seeds == seeds[:2]
 
 
-def test_the_checkpoints_own_sampling_is_not_asked_for(engine):
+def test_the_checkpoints_sampling_settings_are_not_used(engine):
     assert engine._llm.options["generation_config"] == "vllm"
     assert engine._llm.options["dtype"] == "bfloat16"
 
 
-def test_an_adapter_is_to_be_merged_first(engine, tmp_path):
+def test_an_adapter_has_to_be_merged_first(engine, tmp_path):
     LoraConfig(base_model_name_or_path="some/model").save_pretrained(tmp_path)
     with pytest.raises(SimpoError, match="'simpo merge' the adapter first"):
         VllmEngine(ModelArguments(str(tmp_path)), [STOP])
@@ -111,14 +111,14 @@ def test_without_vllm(monkeypatch):
         ({"tensor_parallel_size": 16}, "'tensor_parallel_size': 16.*Engine core initialization failed"),
     ],
 )
-def test_engine_arguments_that_cannot_be_used_are_one_line(vllm, given, said):
+def test_unusable_engine_arguments_are_one_line(vllm, given, said):
     with pytest.raises(SimpoError, match=said) as raised:
         VllmEngine(ModelArguments("some/model", dtype="bfloat16"), [STOP], given)
     assert "\n" not in str(raised.value)
 
 
 def sample(chat_world, tmp_path, *options):
-    """``simpo sample``, and what vLLM was started with."""
+    """Run ``simpo sample``."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "What is 1 and 2?"}) + "\n")
     return main(["sample", str(chat_world / "model"), str(prompts), f"--output_dir={tmp_path / 'out'}", *options])
@@ -156,7 +156,7 @@ def test_engine_arguments_of_the_command_reach_vllm_and_the_record(vllm, chat_wo
         (["--engine=vllm", "--max_model_len=64", "--engine_args", "max_model_len=8"], "max_model_len is given twice"),
     ],
 )
-def test_engine_arguments_that_are_mistakes(options, said, vllm, chat_world, tmp_path, capsys):
+def test_invalid_engine_arguments(options, said, vllm, chat_world, tmp_path, capsys):
     assert sample(chat_world, tmp_path, *options) == 2
     printed = capsys.readouterr().err
     assert said in printed and printed.count("\n") == 1

@@ -23,7 +23,7 @@ PAIRS = [
 
 
 def shown(body):
-    """The two answers in the order in which a request shows them."""
+    """The two answers in the order of the request."""
     text = body["messages"][0]["content"]
     return [re.search(f"<answer_{name}>\n(.*)\n</answer_{name}>", text, re.DOTALL)[1] for name in "AB"]
 
@@ -38,7 +38,7 @@ def judge_at(server, cache=None, **options):
     return PairwiseApiJudge(ChatClient(Endpoint(server.url, "tiny"), cache), **options)
 
 
-def test_both_orders_are_asked():
+def test_every_pair_is_sent_in_both_orders():
     with ChatServer(fair) as server:
         judge = judge_at(server)
         assert judge.estimate(PAIRS).requests == 6
@@ -49,7 +49,7 @@ def test_both_orders_are_asked():
 
 
 @pytest.mark.parametrize("favourite", ["A", "B"])
-def test_a_judge_that_likes_a_place_gives_ties(favourite):
+def test_a_judge_that_prefers_a_position_gives_ties(favourite):
     with ChatServer(lambda body: completion(f"[[{favourite}]]")) as server:
         judge = judge_at(server)
         assert judge.compare(PAIRS) == [0.5] * 4
@@ -92,8 +92,8 @@ def test_verdicts(text, verdict):
     assert read_verdict(ChatReply(text, finish_reason="length")) is None
 
 
-def test_answers_are_shown_as_they_are():
-    """What looks like a place of the prompt inside a text is not filled, and a conversation is shown whole."""
+def test_answers_are_shown_unchanged():
+    """Placeholders inside a text are not replaced, and a conversation is shown completely."""
     prompt = [{"role": "user", "content": "one {answer_a}"}, {"role": "assistant", "content": "two"}]
     prompt.append({"role": "user", "content": "three"})
     with ChatServer(fair) as server:
@@ -103,7 +103,7 @@ def test_answers_are_shown_as_they_are():
     assert all("user: one {answer_a}\n\nassistant: two\n\nuser: three" in text for text in texts)
 
 
-def test_a_prompt_of_the_users(tmp_path):
+def test_a_judge_prompt_from_a_file(tmp_path):
     path = tmp_path / "prompt.md"
     path.write_text("{question}? A: {answer_a} B: {answer_b} {other}")
     with ChatServer(fair) as server:
@@ -117,7 +117,7 @@ def test_a_prompt_of_the_users(tmp_path):
             judge_at(server, prompt=tmp_path / "nowhere")
 
 
-def test_a_key_that_is_missing_shows_before_anything_is_done(monkeypatch):
+def test_a_missing_key_is_reported_before_any_work(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     client = ChatClient(Endpoint("https://judge.invalid/v1", "m"), None)
     with pytest.raises(SimpoError, match="OPENAI_API_KEY"):
@@ -126,8 +126,8 @@ def test_a_key_that_is_missing_shows_before_anything_is_done(monkeypatch):
         make_judge("api", JudgeOptions())
 
 
-def test_a_real_model_judges_and_nothing_is_made_of_its_noise(chat_world, tmp_path):
-    """A random model behind a server: no verdict, which is None and no score; a second time nothing is sent."""
+def test_a_random_model_as_judge_has_no_verdicts(chat_world, tmp_path):
+    """A random model behind a server gives no verdicts, which is not a score; the second run sends nothing."""
     prompt = tmp_path / "short.md"
     prompt.write_text("{question} {answer_a} {answer_b}")
     with ChatServer(ModelAnswers(chat_world / "model")) as server:

@@ -1,4 +1,4 @@
-"""Scorers against plain transformers, and what they refuse."""
+"""Scorers compared with plain transformers, and their errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROWS = [
 
 
 def ids_of(tokenizer, row, response):
-    """The conversation through the template by transformers' own means, and where the answer starts."""
+    """The conversation rendered by transformers alone, and where the answer starts."""
     messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
     response = response.strip().removesuffix("<|end|>")
@@ -84,7 +84,7 @@ def test_a_reward_is_read_at_the_end_of_turn(write_classifier):
     assert len({score for given in scores for score in given}) == 6  # the two empty answers are one
 
 
-def test_what_is_no_reward_model(chat_world, write_classifier):
+def test_models_that_are_not_reward_models(chat_world, write_classifier):
     with pytest.raises(SimpoError, match=r"not a reward model: its files have no score\.weight"):
         make_scorer(f"reward:{chat_world / 'model'}", JudgeOptions()).score(ROWS)
     with pytest.raises(SimpoError, match="3 labels"):
@@ -134,7 +134,7 @@ class GatedReward(LlamaPreTrainedModel):
 
 @pytest.fixture
 def write_gated(chat_world, tmp_path):
-    """``write_gated(weighs=True)``: a reward model of 19 objectives with code of its own, as ArmoRM is one."""
+    """``write_gated(weighs=True)``: a reward model of 19 objectives with its own code, like ArmoRM."""
 
     def write(**changes):
         folder = tmp_path / "gated"
@@ -167,7 +167,7 @@ def write_gated(chat_world, tmp_path):
 
 
 @torch.no_grad()
-def test_a_model_of_several_objectives_weighs_them_itself(write_gated):
+def test_a_model_of_several_objectives_uses_its_own_score(write_gated):
     """The interface of ArmoRM, the paper's annotator, whose code was written for transformers 4."""
     folder, backbone, weights = write_gated(weighs=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -191,7 +191,7 @@ def test_several_objectives_without_a_score_are_refused(write_gated):
         make_scorer(f"reward:{folder}", JudgeOptions(trust_remote_code=True)).score(ROWS)
 
 
-def test_the_weights_and_not_their_place_identify_a_model(chat_world, tmp_path):
+def test_a_model_is_identified_by_its_weights(chat_world, tmp_path):
     shutil.copytree(chat_world / "model", tmp_path / "copy")
     first, second = (make_scorer(f"logp:{path}", JudgeOptions()) for path in (chat_world / "model", tmp_path / "copy"))
     assert first.identity == second.identity != make_scorer(f"logp:{tmp_path / 'copy'}", JudgeOptions(dtype="float64"))
@@ -314,7 +314,7 @@ def test_human_verdicts(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["exakt", "human", "human:", "reward", "logp:", "function:", "api:x", ""])
-def test_judges_that_are_not_known(name):
+def test_unknown_judges(name):
     with pytest.raises(SimpoError, match=r"is not known.*the judges are exact, "):
         make_judge(name, JudgeOptions())
 

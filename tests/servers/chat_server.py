@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on this machine: it answers with a function, and fails as told before that."""
+"""A local OpenAI-compatible server that answers with a function, and can fail in given ways first."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class Raw:
-    """A response as it goes over the wire.
+    """A response as it is sent.
 
     Attributes:
         status: of HTTP.
-        body: bytes; more are promised than are sent if it is ``torn``.
-        headers: besides the length.
+        body: bytes; the content-length is too large if it is ``torn``.
+        headers: in addition to the length.
         stall: seconds before anything is sent.
         torn: whether the connection ends before the body.
     """
@@ -43,13 +43,13 @@ class ChatServer:
     """Serves ``answer(body)``, a completion or a :class:`Raw` response, in a thread; a context manager.
 
     Attributes:
-        bodies: of the requests that came, in their order.
+        bodies: of the requests, in the order of their arrival.
         keys: their ``authorization`` headers.
         headers: all their headers, with names in lower case.
-        paths: what they asked for, query included.
-        times: when they came.
-        faults: sent, one a request, before anything is answered.
-        most_at_once: requests under way at the same time.
+        paths: their paths, with queries.
+        times: of their arrival.
+        faults: sent for the first requests, one each.
+        most_at_once: the most requests in progress at the same time.
     """
 
     def __init__(self, answer: Callable[[dict[str, Any]], Any], faults: Iterable[Raw] = ()) -> None:
@@ -67,11 +67,11 @@ class ChatServer:
 
     @property
     def url(self) -> str:
-        """What clients call the base URL."""
+        """The base URL for clients."""
         return f"http://127.0.0.1:{self._http.server_port}/v1"
 
     def respond(self, body: dict[str, Any], path: str, headers: dict[str, str]) -> Raw:
-        """What one request gets."""
+        """The response to one request."""
         with self._lock:
             self.bodies.append(body)
             self.keys.append(headers.get("authorization"))

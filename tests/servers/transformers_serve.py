@@ -18,7 +18,7 @@ _PATIENCE = 120.0  # seconds until it answers
 
 @contextmanager
 def transformers_serve(model: Path) -> Iterator[str]:
-    """The base URL of a server that runs while the body does."""
+    """Run the server while the body runs; yields its base URL."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     program = Path(sys.executable).with_name("transformers")

@@ -6,7 +6,7 @@ from simpo.generation.responses import response_metrics
 SAMPLES = [[Sampled([5] * 4, True, -1.0), Sampled([5] * 6, False, -2.0)], [Sampled([7] * 1, True, -1.0)] * 2]
 
 
-def test_figures_in_closed_form():
+def test_metrics_in_closed_form():
     found = {metric.name: metric for metric in response_metrics([["ab", "abcd"], ["é", "é"]], SAMPLES)}
     assert {name: metric.value for name, metric in found.items()} == {
         "sample/prompts": 2,
@@ -23,6 +23,6 @@ def test_figures_in_closed_form():
     assert found["sample/ended"].n == 4 and found["sample/ended"].low < 0.75 < found["sample/ended"].high
 
 
-def test_one_answer_has_nothing_to_differ_from():
+def test_one_answer_per_prompt_has_no_share_of_distinct_answers():
     names = [metric.name for metric in response_metrics([["a"], ["a"]], [answers[:1] for answers in SAMPLES])]
     assert "sample/distinct" not in names and "sample/tokens" in names
