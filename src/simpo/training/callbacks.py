@@ -1,5 +1,7 @@
 """Callbacks of a run: the interface for what takes part in one, and its log lines and ``metrics.jsonl``."""
 
+# ruff: noqa: D102 - TrainerCallback documents the events
+
 from __future__ import annotations
 
 import time
@@ -13,7 +15,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -82,7 +83,7 @@ class CheckpointShare(TrainerCallback):
         self._share = share
 
     def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Called after ``Trainer`` has switched it on for all layers."""
+        # Trainer has switched it on for all layers.
         layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         for number, layer in enumerate(layers):
             chosen = int((number + 1) * self._share) > int(number * self._share)
@@ -106,8 +107,8 @@ def log_in_lines(trainer: Trainer, log: Log) -> None:
 class _ProgressBar(ProgressCallback):
     """The progress bar without its log lines, which :class:`LogLines` writes."""
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write nothing."""
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        pass
 
 
 class LogLines(TrainerCallback):
@@ -118,14 +119,10 @@ class LogLines(TrainerCallback):
         self._began = 0.0
         self._first_step = 0
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start the clock."""
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._began, self._first_step = time.monotonic(), state.global_step
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any], **kwargs: Any
-    ) -> None:
-        """Write the line, on the main rank."""
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         shown = ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in logs.items()
@@ -146,13 +143,10 @@ class MetricsFile(TrainerCallback):
     def __init__(self, lines: JsonLines) -> None:
         self._lines = lines
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Drop what was logged after the checkpoint that training continues from, because it will be logged again."""
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        # What was logged after the checkpoint that training continues from will be logged again.
         kept = [line["step"] <= state.global_step and "train_runtime" not in line for line in self._lines]
         self._lines.keep(kept.index(False) if False in kept else len(kept))
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
-        """Append one log."""
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         self._lines.append([{"step": state.global_step, "epoch": state.epoch, **logs}])

@@ -1,5 +1,7 @@
 """Exact resume: checkpoints that are whole or absent, means that continue, and signals that save before they stop."""
 
+# ruff: noqa: D102 - TrainerCallback documents the events
+
 from __future__ import annotations
 
 import json
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -303,15 +305,11 @@ class SaveAfterEpoch(TrainerCallback):
     def __init__(self) -> None:
         self._due = False
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Postpone the checkpoint of an epoch's last step."""
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._due = control.should_save and ends_epoch(state)
         control.should_save = control.should_save and not self._due
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Request the checkpoint that was postponed."""
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_save = control.should_save or self._due
         self._due = False
 
@@ -341,19 +339,17 @@ class StopOnSignal(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Request a checkpoint and the end if any rank received a signal."""
         if self._any_rank():
             self.step = state.global_step
             control.should_training_stop = True
             control.should_save = not ends_epoch(state)  # otherwise after what is due at the epoch's end
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save after an epoch that has ended; do not evaluate one that was broken off as if it had ended."""
         if self.step is None:
             return
         if ends_epoch(state):
             control.should_save = True
-        else:
+        else:  # an epoch that was broken off is not evaluated as if it had ended
             control.should_log = control.should_evaluate = control.should_save = False
 
     def _any_rank(self) -> bool:

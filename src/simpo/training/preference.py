@@ -1,5 +1,7 @@
 """``PreferenceConfig`` and ``PreferenceTrainer``: preference objectives on packed batches, and what they log."""
 
+# ruff: noqa: D102 - the base class documents the methods
+
 from __future__ import annotations
 
 import math
@@ -111,7 +113,6 @@ class PreferenceConfig(TrainingSettings):
 
     @property
     def tokenize_settings(self) -> TokenizeSettings:
-        """The settings of the data layer."""
         return replace(super().tokenize_settings, paper_tokenization=self.paper_tokenization)
 
     def _reject(self) -> None:
@@ -225,7 +226,6 @@ class PreferenceTrainer(PackedTrainer):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Names of a row's metrics."""
         names = UNPAIRED_NAMES if self._unpaired else NAMES
         return (*names, KL) if self.args.kl_weight else names
 
@@ -246,7 +246,6 @@ class PreferenceTrainer(PackedTrainer):
 
     @classmethod
     def describe(cls, args: Any) -> Description:
-        """How the log and the model card describe the training."""
         weights = {key: getattr(args, key) for key in ("sft_weight", "kl_weight") if getattr(args, key)}
         settings = ", ".join(f"{key} {value}" for key, value in (args.hyperparameters | weights).items())
         return Description(
@@ -256,7 +255,6 @@ class PreferenceTrainer(PackedTrainer):
         )
 
     def compare(self, before: Scores, after: Scores) -> list[Metric]:
-        """Held-out means, and whether the rise in accuracy is chance."""
         return compare_preferences(before, after, has_reference=self.objective.needs_reference)
 
     # ---- Data.

@@ -1,5 +1,7 @@
 """Reward models, trained on all pairs of a prompt's responses: classifiers of transformers with one label."""
 
+# ruff: noqa: D102 - the base class documents the methods
+
 from __future__ import annotations
 
 import json
@@ -89,7 +91,6 @@ class RewardTrainer(PackedTrainer):
 
     @classmethod
     def describe(cls, args: Any) -> Description:
-        """How the log and the model card describe the training."""
         return Description(
             f"Bradley-Terry likelihood of the preferences (margin: {args.margin})",
             "with one number for an output became a **reward model** by the Bradley-Terry likelihood",
@@ -118,11 +119,10 @@ class RewardTrainer(PackedTrainer):
         return replace(prepared, dataset=rows)
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """One forward: losses and metrics of ``batch``."""
         return self.loss_and_metrics(reward_forward(model, batch.packed, path=self.path), batch)
 
     def loss_and_metrics(self, y: Tensor, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """Losses, ``[C]``, and metrics of comparisons whose responses have the rewards ``y``, ``[R]``."""
+        """As in the base; ``y`` are the rewards of the responses, ``[R]``."""
         pairs = batch.pairs
         chosen, rejected = y[pairs.better], y[pairs.worse]
         margin = 0.0 if batch.levels is None else (batch.levels[pairs.better] - batch.levels[pairs.worse]).to(y)
@@ -133,7 +133,6 @@ class RewardTrainer(PackedTrainer):
         return pairs.mean(losses), pairs.mean(metrics.detach())
 
     def compare(self, before: Scores, after: Scores) -> list[Metric]:
-        """Held-out means, the accuracy by which response is longer, and calibration."""
         return compare_rewards(before, after)
 
     def score_rows(self, dataset: Dataset) -> Scores:

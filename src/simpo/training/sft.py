@@ -1,5 +1,7 @@
 """Supervised fine-tuning on packed batches: the average negative log-probability of the assistant's tokens."""
 
+# ruff: noqa: D102 - the base class documents the methods
+
 from __future__ import annotations
 
 import logging
@@ -70,7 +72,6 @@ class SFTTrainer(PackedTrainer):
 
     @classmethod
     def describe(cls, args: Any) -> Description:
-        """How the log and the model card describe the training."""
         return Description(
             "average negative log-probability of the assistant's tokens",
             "fine-tuned on demonstrations, on the assistant's turns only,",
@@ -79,20 +80,16 @@ class SFTTrainer(PackedTrainer):
 
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
-        """Tokenize conversations, or prompts with completions."""
         return prepare_sft(dataset, tokenizer, args.tokenize_settings, label=label)
 
     def row_weights(self, rows: Dataset) -> np.ndarray:
-        """``[rows]`` scored tokens."""
         return scored_tokens(rows)
 
     def loss_and_metrics(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """Losses, ``[C]``, and metrics, ``[C, 1]``, of ``C`` conversations."""
         losses = -y.avg
         return losses, losses.detach()[:, None]
 
     def compare(self, before: Scores, after: Scores) -> list[Metric]:
-        """Held-out loss and perplexity."""
         return compare_conversations(before, after)
 
 
