@@ -37,6 +37,17 @@ def command(world, output, **changes):
     return ["sample", str(world / "model"), str(world / "prompts.jsonl"), f"--output_dir={output}", *options]
 
 
+def test_a_recipe_gives_the_same_answers_as_the_command_line(world, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {world / 'model'}\nprompts: {world / 'prompts.jsonl'}\noutput_dir: {tmp_path / 'b'}\n"
+        "n: 1\nmax_new_tokens: 8\nchunk_size: 6\nseed: 1\n"
+    )
+    assert main(command(world, tmp_path / "a")) == main(["sample", str(recipe), "--n", "2"]) == 0
+    first, second = ((tmp_path / name / "responses.jsonl").read_bytes() for name in "ab")
+    assert first == second
+
+
 def rows_in(folder):
     return [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
 

@@ -139,18 +139,24 @@ def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting],
     """
     hints = get_type_hints(cls)
     arguments = {}
+    mistakes: list[str] = []
     for declared in _settable(cls):
         name, annotation = declared.name, hints[declared.name]
         default = _default(declared) if defaults is None else getattr(defaults, name)
         if dataclasses.is_dataclass(annotation):
             own = {key: value for key, value in values.items() if _is_included(key, declared.metadata)}
-            arguments[name] = build(annotation, own, settings, None if default is MISSING else default)  # type: ignore[arg-type]
+            try:
+                arguments[name] = build(annotation, own, settings, None if default is MISSING else default)  # type: ignore[arg-type]
+            except SimpoError as error:
+                mistakes += error.args
         elif name in values:
             arguments[name] = values[name]
         elif default is MISSING:
-            raise SimpoError(f"{name} is missing: give it in the recipe or as --{name}")
+            mistakes.append(f"{name} is missing: give it in the recipe or as --{name}")
         elif defaults is not None:
             arguments[name] = default
+    if mistakes:
+        raise CombinedError(*mistakes)
     try:
         return cls(**arguments)
     except CombinedError as error:
