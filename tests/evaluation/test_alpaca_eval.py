@@ -202,7 +202,7 @@ def test_difficulties_of_other_instructions_are_refused_or_said(tmp_path):
     (tmp_path / "gamed.csv").write_text(
         "index,std_delta_len,instruction_difficulty,preference\n0,1.0,0.5,0.8\n1,0.2,-2.0,0.1\n"
     )
-    settings = AlpacaEvalSettings(model="m", output_dir=tmp_path, gamed=tmp_path / "gamed.csv")
+    settings = AlpacaEvalSettings(annotations=tmp_path / "gamed.csv", output_dir=tmp_path, gamed=tmp_path / "gamed.csv")
     said = []
     assert len(settings.length_control(2, said.append).difficulties) == 2 and not said
     settings.length_control(1, said.append)

@@ -138,7 +138,6 @@ class AlpacaEval(JudgedBenchmark):
     answer_file = "model_outputs.json"
 
     def __init__(self, settings: AlpacaEvalSettings, log: Log) -> None:
-        judge = settings.judge()
         self._prompt = PairwisePrompt(settings.api.judge_prompt)
         reference = settings.reference_outputs
         if reference is None:
@@ -147,7 +146,8 @@ class AlpacaEval(JudgedBenchmark):
         questions = read_reference(reference)
         self._baselines = settings.length_control(len(questions), log)
         self._length_control = settings.length_control_identity()
-        super().__init__(settings, judge, questions, self._prompt.digest)
+        self.check_first = self._check_logprobs if self._weighted else None
+        super().__init__(settings, questions, self._prompt.digest)
 
     def own_identity(self) -> dict[str, Any]:
         """The baseline's outputs, how preferences are read, and the files of the length control."""
@@ -182,10 +182,10 @@ class AlpacaEval(JudgedBenchmark):
             for question, answer in zip(questions, answers, strict=True)
         ]
 
-    def judge_answers(self, questions: Sequence[Question], answers: Sequence[Answer], run: RunFolder) -> list[Metric]:
-        """Ask the judge, write ``annotations.json``, and compute the leaderboard's metrics."""
-        check_first = self._check_logprobs if self._weighted else None
-        replies = self.judge.ask(self.requests(questions, answers), run.log, check_first)
+    def read_judgments(
+        self, questions: Sequence[Question], answers: Sequence[Answer], replies: Sequence[Any], run: RunFolder
+    ) -> list[Metric]:
+        """Read preferences, write ``annotations.json``, and compute the leaderboard's metrics."""
         found = [
             preference(question.key, reply, weighted=self._weighted)
             for question, reply in zip(questions, replies, strict=True)
@@ -201,7 +201,7 @@ class AlpacaEval(JudgedBenchmark):
                 f"note: {cut} replies were cut off before they named an answer; a judge that thinks first needs a "
                 "higher --judge_max_tokens"
             )
-        annotator = f"{'weighted' if self._weighted else 'plain'}_{self.judge.name}"
+        annotator = f"{'weighted' if self._weighted else 'plain'}_{self.judge_name}"
         annotations = [
             Annotation(question, answer, annotator, value, None if reply is None else reply.text)
             for question, answer, value, reply in zip(questions, answers, found, replies, strict=True)
@@ -212,7 +212,7 @@ class AlpacaEval(JudgedBenchmark):
     def _check_logprobs(self, replies: Sequence[ChatReply]) -> None:
         if not any(reply.first_token_logprobs for reply in replies):
             raise SimpoError(
-                f"{self.judge.client.endpoint.base_url}: the server gives no log-probabilities; use one that does, and "
+                f"{self.client.endpoint.base_url}: the server gives no log-probabilities; use one that does, and "
                 "another --cache, or the judge without them: --plain"
             )
 

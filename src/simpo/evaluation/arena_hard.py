@@ -112,10 +112,9 @@ class ArenaHard(JudgedBenchmark):
 
     def __init__(self, settings: ArenaHardSettings, log: Log) -> None:
         self._version, self._files = settings.version, (settings.questions, *settings.baseline)
-        judge = settings.judge()
         self._prompt = ArenaPrompt(settings.api.judge_prompt)
         questions = with_baselines(read_questions(settings.questions, settings.version), settings.baseline, log)
-        super().__init__(settings, judge, questions, self._prompt.digest)
+        super().__init__(settings, questions, self._prompt.digest)
 
     def own_identity(self) -> dict[str, Any]:
         """The version and its files."""
@@ -166,20 +165,19 @@ class ArenaHard(JudgedBenchmark):
             for first, second in ((question.baseline, answer), (answer, question.baseline))
         ]
 
-    def judge_answers(self, questions: Sequence[Question], answers: Sequence[Answer], run: RunFolder) -> list[Metric]:
-        """Ask the judge, write ``model_judgment.jsonl``, and compute scores by category."""
-        replies = iter(self.judge.ask(self.requests(questions, answers), run.log))
+    def read_judgments(
+        self, questions: Sequence[Question], answers: Sequence[Answer], replies: Sequence[Any], run: RunFolder
+    ) -> list[Metric]:
+        """Read verdicts, write ``model_judgment.jsonl``, and compute scores by category."""
         judgments = []
-        for question, answer in zip(questions, answers, strict=True):
-            first, second = next(replies), next(replies)
-            assert first is not None and second is not None
+        for question, answer, first, second in zip(questions, answers, replies[::2], replies[1::2], strict=True):
             verdicts = read_verdict(first.whole_text, self._version), read_verdict(second.whole_text, self._version)
             judgments.append(Judgment(question, answer, (first.text, second.text), verdicts))
         rows = [
             {
                 "uid": judgment.question.key,
                 "category": judgment.question.category,
-                "judge": self.judge.name,
+                "judge": self.judge_name,
                 "model": judgment.answer.model,
                 "baseline": judgment.question.baseline.model,
                 "games": [

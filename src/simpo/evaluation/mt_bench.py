@@ -32,7 +32,7 @@ from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric
 from simpo.statistics import mean_interval, weighted_mean_interval
 
-TURNS = 2
+_TURNS = (1, 2)
 # Categories whose answers are right or wrong: the judge is shown a reference.
 REFERENCED = ("math", "reasoning", "coding")
 # The benchmark's temperatures; other categories have 0.7.
@@ -87,11 +87,14 @@ class MTBench(JudgedBenchmark):
     compares = False
 
     def __init__(self, settings: MTBenchSettings, log: Log) -> None:
-        judge = settings.judge()
         self._prompts = RatingPrompts(settings.api.judge_prompt)
         self._questions, self._references = settings.questions, settings.references
         self._temperature = settings.temperature
-        super().__init__(settings, judge, read_questions(settings.questions, settings.references), self._prompts.digest)
+        questions = read_questions(settings.questions, settings.references)
+        wanted = [question for question in questions if question.category in REFERENCED]
+        if missing := sum(question.reference is None for question in wanted):
+            log(f"note: {missing} of {len(wanted)} questions of {', '.join(REFERENCED)} have no reference answer")
+        super().__init__(settings, questions, self._prompts.digest)
 
     def own_identity(self) -> dict[str, Any]:
         """The benchmark's files, and where temperatures come from."""
@@ -149,36 +152,30 @@ class MTBench(JudgedBenchmark):
         return [
             self._prompts.request(question, answer, turn)
             for question, answer in zip(questions, answers, strict=True)
-            for turn in range(1, TURNS + 1)
+            for turn in _TURNS
         ]
 
-    def measure(self, run: RunFolder) -> list[Metric]:
-        """As every benchmark with a judge, after a note about missing references."""
-        wanted = [question for question in self.questions if question.category in REFERENCED]
-        if missing := sum(question.reference is None for question in wanted):
-            run.log(f"note: {missing} of {len(wanted)} questions of {', '.join(REFERENCED)} have no reference answer")
-        return super().measure(run)
-
-    def judge_answers(self, questions: Sequence[Question], answers: Sequence[Answer], run: RunFolder) -> list[Metric]:
-        """Ask the judge, write ``model_judgment.jsonl`` (a score of -1 is none), and average the ratings."""
-        replies = iter(self.judge.ask(self.requests(questions, answers), run.log))
+    def read_judgments(
+        self, questions: Sequence[Question], answers: Sequence[Answer], replies: Sequence[Any], run: RunFolder
+    ) -> list[Metric]:
+        """Read ratings, write ``model_judgment.jsonl`` (a score of -1 is none), and compute averages."""
+        judged = [
+            (question, answer, turn) for question, answer in zip(questions, answers, strict=True) for turn in _TURNS
+        ]
         ratings, rows = [], []
-        for question, answer in zip(questions, answers, strict=True):
-            for turn in range(1, TURNS + 1):
-                reply = next(replies)
-                assert reply is not None
-                rating = Rating(question.key, str(question.category), turn, read_rating(reply.whole_text))
-                ratings.append(rating)
-                rows.append(
-                    {
-                        "question_id": question.key,
-                        "model": answer.model,
-                        "judge": self.judge.name,
-                        "judgment": reply.text,
-                        "score": -1 if rating.score is None else rating.score,
-                        "turn": turn,
-                    }
-                )
+        for (question, answer, turn), reply in zip(judged, replies, strict=True):
+            score = read_rating(reply.whole_text)
+            ratings.append(Rating(question.key, str(question.category), turn, score))
+            rows.append(
+                {
+                    "question_id": question.key,
+                    "model": answer.model,
+                    "judge": self.judge_name,
+                    "judgment": reply.text,
+                    "score": -1 if score is None else score,
+                    "turn": turn,
+                }
+            )
         write_rows(run.path / "model_judgment.jsonl", rows)
         return rating_metrics(ratings, run.log)
 
@@ -223,7 +220,7 @@ class RatingPrompts:
     def request(self, question: Question, answer: Answer, turn: int) -> ChatRequest:
         """Ask about the first turn (1) or, with the first before it, the second (2)."""
         values = {"question": question.turns[0], "answer": answer.turns[0]}
-        for number in range(TURNS):
+        for number in range(len(_TURNS)):
             values[f"question_{number + 1}"] = question.turns[number]
             values[f"answer_{number + 1}"] = answer.turns[number]
             if question.reference is not None:
@@ -333,6 +330,6 @@ def _number(row: Row, where: str) -> int:
 
 def _two_turns(row: Row, key: str, where: str) -> tuple[str, ...]:
     texts = list_in(row, key, where)
-    if len(texts) != TURNS or not all(isinstance(text, str) for text in texts):
-        raise SimpoError(f"{where}: {key}: expected {TURNS} texts, got {len(texts)} of {texts!r:.60}")
+    if len(texts) != len(_TURNS) or not all(isinstance(text, str) for text in texts):
+        raise SimpoError(f"{where}: {key}: expected {len(_TURNS)} texts, got {len(texts)} of {texts!r:.60}")
     return tuple(texts)

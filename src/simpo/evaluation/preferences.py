@@ -117,8 +117,8 @@ def length_controlled_win_rate(verdicts: np.ndarray, longer_by: np.ndarray, prom
 
     This is AlpacaEval's model, with ``s`` the standard deviation of the differences, without its terms for the
     difficulty of instructions and without its penalty. The interval is computed on the logit, from the sandwich
-    covariance over prompts, and is therefore not symmetric. Sources: Dubois et al., arXiv 2404.04475, section 3; Liang and Zeger, Biometrika
-    73 (1986), equation 7.
+    covariance over prompts, and is therefore not symmetric. Sources: Dubois et al., arXiv 2404.04475, section 3; Liang
+    and Zeger, Biometrika 73 (1986), equation 7.
 
     Args:
         verdicts: ``[P]``, 1 where the first answer wins, 0 where the second does, or between.

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from rich.console import Console
 
-from simpo.client import ChatClient, ChatReply, ChatRequest, Prices, confirm_cost
+from simpo.client import ChatReply, ChatRequest, confirm_cost
 from simpo.client.chat_client import TRIED
 from simpo.data.rows import Row
 from simpo.data.settings import RenderSettings
@@ -170,6 +170,8 @@ class JudgedSettings(AnswerSettings):
 
     def __post_init__(self) -> None:
         check_file("judge_prompt", self.api.judge_prompt)
+        if self.model and self.api.judge_url is None and self.api.judge_model is None:
+            raise SimpoError("this benchmark needs a judge: name it with --judge_url and --judge_model")
         if self.answer_file is not None and not self.answer_file.is_file():
             raise SimpoError(f"model: {self.answer_file}: there is no such file of answers")
 
@@ -178,91 +180,8 @@ class JudgedSettings(AnswerSettings):
         """The file of answers, if the model is one."""
         return Path(self.model).expanduser() if is_answer_file(self.model) else None
 
-    def judge(self) -> ApiJudge:
-        """The judge; raises :class:`SimpoError` if none is named or its key is missing."""
-        client = self.api.client()
-        if client is None:
-            raise SimpoError("this benchmark needs a judge: name it with --judge_url and --judge_model")
-        client.endpoint.api_key()  # a missing key is an error now and not after the answers have been sampled
-        return ApiJudge(client, self.api.token_prices(), self.api.yes, self.api.judge_max_tokens)
-
 
 # ---- Benchmarks with a judge behind an API.
-
-
-@dataclass
-class ApiJudge:
-    """A model that judges; it is asked after the user has confirmed the cost.
-
-    Attributes:
-        client: sends the requests.
-        prices: of its tokens, where they are known.
-        yes: whether the user has confirmed the cost.
-        max_tokens: longest reply; None for the benchmark's own limit.
-    """
-
-    client: ChatClient
-    prices: Prices | None = None
-    yes: bool = False
-    max_tokens: int | None = None
-
-    @property
-    def name(self) -> str:
-        """The model's name on its server."""
-        return self.client.endpoint.model
-
-    def confirm_beforehand(self, requests: Sequence[ChatRequest | None], log: Log) -> None:
-        """Ask the user to confirm the cost before answers are sampled, which may take long.
-
-        Args:
-            requests: about answers as long as they may be; None where there will be nothing to ask.
-            log: called with the estimate.
-
-        Raises:
-            SimpoError: the user declines, or cannot be asked.
-        """
-        estimate = self.client.estimate(self._to_send(requests))
-        confirm_cost(
-            estimate,
-            yes=self.yes,
-            log=lambda line: log(f"the judge, with answers as long as they may be: {line}"),
-            prices=self.prices,
-        )
-        self.yes = True
-
-    def ask(
-        self,
-        requests: Sequence[ChatRequest | None],
-        log: Log,
-        check_first: Callable[[Sequence[ChatReply]], None] | None = None,
-    ) -> list[ChatReply | None]:
-        """The replies in the order of the requests; None where there is nothing to ask.
-
-        Args:
-            requests: what to ask.
-            log: called with the estimate, the progress and the usage.
-            check_first: gets the first few replies before more is sent, and raises if they cannot be used.
-
-        Raises:
-            SimpoError: the user declines, a request failed for good, the first ones were all refused, or as
-                ``check_first``.
-        """
-        to_send = self._to_send(requests)
-        confirm_cost(self.client.estimate(to_send), yes=self.yes, log=log, prices=self.prices)
-        few = 0 if check_first is None else max(TRIED, self.client.endpoint.concurrency)
-        received = self.client.complete(to_send[:few], despite_refusals=True)
-        if check_first is not None and received:
-            check_first(received)
-        received += self.client.complete(to_send[few:], despite_refusals=True, log=log)
-        log(self.client.usage.line(self.prices))
-        replies = iter(received)
-        return [None if request is None else next(replies) for request in requests]
-
-    def _to_send(self, requests: Sequence[ChatRequest | None]) -> list[ChatRequest]:
-        wanted = [request for request in requests if request is not None]
-        if self.max_tokens is None:
-            return wanted
-        return [replace(request, max_tokens=self.max_tokens) for request in wanted]
 
 
 class JudgedBenchmark(ABC):
@@ -273,26 +192,27 @@ class JudgedBenchmark(ABC):
         key_name: what its files call the key of a question.
         answer_file: the file of answers in the run folder.
         compares: whether references are answers of a baseline, which are shown to the judge like the model's.
-        settings: what the user chose.
-        questions: with what answers are compared with.
-        judge: who judges.
-        prompt_digest: SHA-256 of the file with the judge prompt.
+        check_first: gets the first few replies before more is sent, and raises an error if they cannot be used.
     """
 
     name: ClassVar[str]
     key_name: ClassVar[str]
     answer_file: ClassVar[str]
     compares: ClassVar[bool] = True
+    check_first: Callable[[Sequence[ChatReply]], None] | None = None
 
-    def __init__(
-        self, settings: JudgedSettings, judge: ApiJudge, questions: Sequence[Question], prompt_digest: str
-    ) -> None:
+    def __init__(self, settings: JudgedSettings, questions: Sequence[Question], prompt_digest: str) -> None:
         """Read the answers, if the settings name a file of them.
 
         Raises:
-            SimpoError: the file does not hold one answer to each of the questions and no other.
+            SimpoError: the file does not hold one answer to each of the questions and no other, or the judge has no
+                key.
         """
-        self.settings, self.judge, self.questions, self.prompt_digest = settings, judge, questions, prompt_digest
+        client = settings.api.client()
+        assert client is not None
+        client.endpoint.api_key()  # a missing key is an error now and not after the answers have been sampled
+        self.settings, self.client, self.questions, self.prompt_digest = settings, client, questions, prompt_digest
+        self.judge_name, self._confirmed = client.endpoint.model, settings.api.yes
         self.answerer = None if settings.answer_file else settings.answerer(settings.model)
         if settings.answer_file:
             places = {question.key: question.where for question in questions}
@@ -313,12 +233,14 @@ class JudgedBenchmark(ABC):
         """What the judge is asked; None where there is nothing to ask."""
 
     @abstractmethod
-    def judge_answers(self, questions: Sequence[Question], answers: Sequence[Answer], run: RunFolder) -> list[Metric]:
-        """Ask the judge, write the judgments to the folder of the run, and compute the metrics."""
+    def read_judgments(
+        self, questions: Sequence[Question], answers: Sequence[Answer], replies: Sequence[Any], run: RunFolder
+    ) -> list[Metric]:
+        """Read the judge's replies to :meth:`requests`, write the judgments to the run folder, and compute metrics."""
 
+    @abstractmethod
     def own_identity(self) -> dict[str, Any]:
-        """What determines the verdicts on given answers in addition to the judge and its prompt."""
-        return {"benchmark": self.name}
+        """What determines the verdicts on given answers, except for the judge and its prompt."""
 
     def sample(self, answerer: Answerer, folder: Path) -> list[tuple[str, ...]]:
         """Sample the turns of the answer to every question."""
@@ -327,15 +249,10 @@ class JudgedBenchmark(ABC):
     def identity(self) -> dict[str, Any]:
         """What determines the results; options that are off are left out."""
         api, file = self.settings.api, self.settings.answer_file
+        found = {**self.own_identity(), "judge": self.judge_name, "judge_prompt": self.prompt_digest}
         optional = {"strip_thinking": api.strip_thinking, "judge_max_tokens": api.judge_max_tokens}
-        answers = {"outputs": file_digest(file)} if self.answerer is None else self.answerer.identity()
-        return {
-            **self.own_identity(),
-            "judge": self.judge.name,
-            **{key: value for key, value in optional.items() if value},
-            "judge_prompt": self.prompt_digest,
-            **answers,
-        }
+        found |= {key: value for key, value in optional.items() if value}
+        return found | ({"outputs": file_digest(file)} if self.answerer is None else self.answerer.identity())
 
     def measure(self, run: RunFolder) -> list[Metric]:
         """Sample answers if none were given, have them judged, and write everything down."""
@@ -348,16 +265,42 @@ class JudgedBenchmark(ABC):
         if self.compares:
             questions = [replace(question, reference=question.baseline.shown(show)) for question in questions]
         thinking = show.metrics(f"{self.name}/", run.log)
-        metrics = self.judge_answers(questions, shown, run) + thinking
-        usage = self.judge.client.usage
+        replies = self._ask(self.requests(questions, shown), run.log)
+        metrics = self.read_judgments(questions, shown, replies, run) + thinking
+        usage = self.client.usage
         if usage.default_temperature:
             name = f"{self.name}/judged_at_default_temperature"
             metrics.append(Metric(name, usage.default_temperature, n=usage.replies))
         return metrics
 
     def _sampled(self, answerer: Answerer, run: RunFolder) -> list[Answer]:
+        """Sampled answers; the cost of judging them is confirmed first, because sampling may take long."""
         if not (run.path / self.answer_file).exists():
             text = answerer.stand_in()
             expected = [Answer(answerer.name, (text,) * len(question.turns)) for question in self.questions]
-            self.judge.confirm_beforehand(self.requests(self.questions, expected), run.log)
+            to_send = self._to_send(self.requests(self.questions, expected))
+            self._confirm(to_send, lambda line: run.log(f"the judge, with answers as long as they may be: {line}"))
         return [Answer(answerer.name, turns) for turns in self.sample(answerer, run.path / "answers")]
+
+    def _ask(self, requests: Sequence[ChatRequest | None], log: Log) -> list[ChatReply | None]:
+        """The replies in the order of the requests; None where there is nothing to ask."""
+        to_send = self._to_send(requests)
+        self._confirm(to_send, log)
+        few = 0 if self.check_first is None else max(TRIED, self.client.endpoint.concurrency)
+        received = self.client.complete(to_send[:few], despite_refusals=True)
+        if self.check_first is not None and received:
+            self.check_first(received)
+        received += self.client.complete(to_send[few:], despite_refusals=True, log=log)
+        log(self.client.usage.line(self.settings.api.token_prices()))
+        replies = iter(received)
+        return [None if request is None else next(replies) for request in requests]
+
+    def _confirm(self, to_send: Sequence[ChatRequest], log: Log) -> None:
+        prices = self.settings.api.token_prices()
+        confirm_cost(self.client.estimate(to_send), yes=self._confirmed, log=log, prices=prices)
+        self._confirmed = True
+
+    def _to_send(self, requests: Sequence[ChatRequest | None]) -> list[ChatRequest]:
+        longest = self.settings.api.judge_max_tokens
+        wanted = [request for request in requests if request is not None]
+        return wanted if longest is None else [replace(request, max_tokens=longest) for request in wanted]
