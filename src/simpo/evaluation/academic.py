@@ -19,7 +19,7 @@ import numpy as np
 from simpo.data.rows import rows_of
 from simpo.data.sources import has_one_split, load_rows
 from simpo.errors import SimpoError, one_line
-from simpo.evaluation.answers import Answerer, text_in
+from simpo.evaluation.answers import Answerer, cell
 from simpo.evaluation.runner import AnswerSettings, BenchmarkSettings
 from simpo.generation.settings import SamplingSettings
 from simpo.generation.thinking import after_thinking
@@ -151,19 +151,12 @@ class Academic:
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task.
-
-    Attributes:
-        value: of the metric.
-        error: its standard error; None where lm-eval gives none.
-        n: number of items; None for a group of tasks.
-        items: the value of every item by its number, where the metric is their mean; otherwise empty.
-    """
+    """One metric of one task."""
 
     value: float
-    error: float | None
-    n: int | None
-    items: dict[str, float]
+    error: float | None  # standard error; None where lm-eval gives none
+    n: int | None  # number of items; None for a group of tasks
+    items: dict[str, float]  # the value of every item by its number, where the metric is their mean; otherwise empty
 
 
 def read_scores(output: Mapping[str, Any]) -> dict[str, Score]:
@@ -311,21 +304,12 @@ class Gsm8k:
 
 
 def read_problems(data: str, split: str, limit: int | None) -> list[Problem]:
-    """Questions and the numbers that answer them.
-
-    Args:
-        data: file of ``{question, answer}`` rows, or a hub data set.
-        split: of a hub data set.
-        limit: how many of the first rows to take; all if None.
-
-    Raises:
-        SimpoError: they cannot be read, or an answer has no number after ``####``.
-    """
+    """Questions and the numbers that answer them, from a file of ``{question, answer}`` rows or a hub data set."""
     dataset = load_rows(data, split=split, config=None if has_one_split(data) else "main", any_split=True)
     dataset = dataset.select(range(min(limit or len(dataset), len(dataset))))
     problems = []
     for row, where in rows_of(dataset[:], range(len(dataset)), data):
-        question, answer = text_in(row, "question", where), text_in(row, "answer", where)
+        question, answer = cell(row, "question", where), cell(row, "answer", where)
         number = final_number(answer) if _MARK in answer else None
         if number is None:
             raise SimpoError(f"{where}: answer: no number after {_MARK}")

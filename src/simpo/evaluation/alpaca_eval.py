@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from simpo.client import ChatReply, ChatRequest
 from simpo.data.rows import Row
 from simpo.errors import SimpoError, one_line
-from simpo.evaluation.answers import Answer, Question, read_by_key, read_rows, text_in, write_rows
+from simpo.evaluation.answers import Answer, Question, cell, read_by_key, read_rows, write_rows
 from simpo.evaluation.leaderboards import Baselines, length_controlled, win_rates
 from simpo.evaluation.runner import Benchmark, JudgedBenchmark, JudgedSettings, check_file
 from simpo.generation.thinking import after_thinking
@@ -77,13 +77,7 @@ class AlpacaEvalSettings(JudgedSettings):
         return AlpacaEval(self, log) if self.annotations is None else AnnotatedBefore(self, log)
 
     def length_control(self, count: int, log: Log) -> Baselines | None:
-        """What the length-controlled win rate of ``count`` instructions needs.
-
-        None, and a line in the log, where the hub does not provide it.
-
-        Raises:
-            SimpoError: a file that was given cannot be used, or has difficulties of fewer instructions.
-        """
+        """What the length-controlled win rate of ``count`` instructions needs; None if the hub does not provide it."""
         try:
             found = read_baselines(self.gamed, self.difficulty)
         except SimpoError as error:
@@ -113,21 +107,13 @@ class AlpacaEvalSettings(JudgedSettings):
 
 @dataclass(frozen=True)
 class Annotation:
-    """The baseline's answer, the model's, and the judge's verdict.
+    """The baseline's answer, the model's, and the judge's verdict."""
 
-    Attributes:
-        question: with the baseline's answer.
-        answer: the model's.
-        annotator: the judge.
-        preference: in [1, 2], 2 where the model is preferred; NaN where there is none.
-        raw_completion: what the judge wrote; None if it was not asked.
-    """
-
-    question: Question
+    question: Question  # with the baseline's answer
     answer: Answer
-    annotator: str
-    preference: float
-    raw_completion: str | None = None
+    annotator: str  # the judge
+    preference: float  # in [1, 2], 2 where the model is preferred; NaN where there is none
+    raw_completion: str | None = None  # what the judge wrote; None if it was not asked
 
 
 class AlpacaEval(JudgedBenchmark):
@@ -161,7 +147,7 @@ class AlpacaEval(JudgedBenchmark):
     @classmethod
     def parse_answer(cls, row: Row, where: str) -> tuple[str, Answer]:
         """Read a row of ``model_outputs.json``."""
-        return text_in(row, "instruction", where), _output(row, where)
+        return cell(row, "instruction", where), _output(row, where)
 
     @classmethod
     def answer_row(cls, question: Question, answer: Answer) -> Row:
@@ -388,7 +374,7 @@ def read_reference(path: Path) -> list[Question]:
     """The instructions with the baseline's outputs ``{instruction, output, generator, dataset}``."""
 
     def parse(row: Row, where: str) -> tuple[str, Question]:
-        instruction = text_in(row, "instruction", where)
+        instruction = cell(row, "instruction", where)
         reference = _output(row, where)
         return instruction, Question(instruction, (instruction,), where, row.get("dataset"), reference)
 
@@ -396,23 +382,23 @@ def read_reference(path: Path) -> list[Question]:
 
 
 def _output(row: Row, where: str) -> Answer:
-    return Answer(str(row.get("generator") or "model"), (text_in(row, "output", where),))
+    return Answer(str(row.get("generator") or "model"), (cell(row, "output", where),))
 
 
 def read_annotations(path: Path) -> list[Annotation]:
     """Annotations in their order; a preference of 0, which older versions write for a draw, is 1.5."""
 
     def parse(row: Row, where: str) -> tuple[str, Annotation]:
-        instruction = text_in(row, "instruction", where)
+        instruction = cell(row, "instruction", where)
         value = row.get("preference")
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and (value == 0 or 1 <= value <= 2)):
             raise SimpoError(f"{where}: preference: expected a number from 1 to 2, got {value!r:.60}")
-        baseline = Answer(str(row.get("generator_1") or "baseline"), (text_in(row, "output_1", where),))
+        baseline = Answer(str(row.get("generator_1") or "baseline"), (cell(row, "output_1", where),))
         model = str(row.get("generator_2") or row.get("generator") or "model")
         return instruction, Annotation(
             Question(instruction, (instruction,), where, row.get("dataset"), baseline),
-            Answer(model, (text_in(row, "output_2", where),)),
+            Answer(model, (cell(row, "output_2", where),)),
             str(row.get("annotator") or "unknown"),
             math.nan if value is None else float(value) or 1.5,
         )
@@ -445,9 +431,6 @@ def read_baselines(gamed: Path | None, difficulty: Path | None) -> Baselines:
     The gamed file's columns are ``index``, ``std_delta_len``, ``instruction_difficulty`` and a preference in [0, 1],
     whose name starts with ``preference``. It has the difficulties too, which a file of ``index`` and
     ``instruction_difficulty`` may replace.
-
-    Raises:
-        SimpoError: a file cannot be read, or lacks a column.
     """
     rows = read_rows(hub_file("df_gamed.csv", "--gamed") if gamed is None else gamed)
     columns = ("std_delta_len", "instruction_difficulty", "preference")

@@ -34,45 +34,30 @@ Record = dict[str, Any]
 
 
 def read_rows(path: str | Path) -> list[tuple[Row, str]]:
-    """The rows of a file (``.jsonl[.gz]``, ``.json[.gz]``, ``.csv``, ``.parquet``), each with its place for messages.
-
-    Raises:
-        SimpoError: there is no such file, or it cannot be read.
-    """
+    """The rows of a file, each with its place for messages."""
     dataset = load_rows(str(Path(path).expanduser().resolve()), split="train")
     return rows_of(dataset[:], range(len(dataset)), Path(path).name)
 
 
-def text_in(row: Row, key: str, where: str) -> str:
-    """A cell that must hold text."""
-    return _cell(row, key, where, str, "text")
-
-
-def list_in(row: Row, key: str, where: str) -> list[Any]:
-    """A cell that must hold a list."""
-    return _cell(row, key, where, list, "a list")
-
-
-def _cell(row: Row, key: str, where: str, kind: type, name: str) -> Any:
+def cell(row: Row, key: str, where: str, kind: type = str) -> Any:
+    """A cell that must hold text or, with ``kind``, a list."""
     if key not in row:
         raise SimpoError(f"{where}: no {key!r}; it has {', '.join(sorted(row)) or 'no columns'}")
     if not isinstance(row[key], kind):
-        raise SimpoError(f"{where}: {key}: expected {name}, got {row[key]!r:.60}")
+        expected = "text" if kind is str else "a list"
+        raise SimpoError(f"{where}: {key}: expected {expected}, got {row[key]!r:.60}")
     return row[key]
 
 
 def read_by_key(
     path: str | Path, key_name: str, parse: Callable[[Row, str], tuple[Any, T]]
 ) -> dict[Any, tuple[T, str]]:
-    """Read a file whose rows each have a key of their own.
+    """Value and place of every row of a file by its key, in the order of the file.
 
     Args:
         path: the file.
         key_name: what messages call the key.
-        parse: gives the key and the value of a row, and takes its place for messages.
-
-    Returns:
-        Value and place of every row by its key, in the order of the file.
+        parse: gives the key and the value of a row; its second argument is the row's place for messages.
 
     Raises:
         SimpoError: the file cannot be read, or a key occurs twice.
@@ -135,11 +120,11 @@ def read_answer_file(path: Path) -> dict[str, Record]:
 
 def _record(row: Row, where: str) -> tuple[str, Record]:
     if "instruction" in row and "output" in row:
-        instruction, output = text_in(row, "instruction", where), text_in(row, "output", where)
+        instruction, output = cell(row, "instruction", where), cell(row, "output", where)
         key = prompt_id(instruction)
         return key, {"id": key, "prompt": instruction, "responses": [output]}
-    key = text_in(row, "id", where)
-    responses = list_in(row, "responses", where)
+    key = cell(row, "id", where)
+    responses = cell(row, "responses", where, list)
     if not responses or not all(isinstance(response, str) for response in responses):
         raise SimpoError(f"{where}: responses: expected one or more texts")
     prompt = row.get("prompt")
@@ -162,17 +147,11 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer to a question.
-
-    Attributes:
-        model: the name of the model.
-        turns: the text of every turn.
-        tokens: length by the benchmark's tokenizer; None where the file does not say.
-    """
+    """A model's answer to a question."""
 
     model: str
-    turns: tuple[str, ...]
-    tokens: int | None = None
+    turns: tuple[str, ...]  # the text of every turn
+    tokens: int | None = None  # length by the benchmark's tokenizer; None where the file does not say
 
     @property
     def text(self) -> str:
@@ -187,21 +166,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """A question of a benchmark.
+    """A question of a benchmark."""
 
-    Attributes:
-        key: what identifies it.
-        turns: what the user writes in every turn.
-        where: its place in a file, for messages.
-        category: its kind; None where there is none.
-        reference: what the judge compares answers with: the baseline's answer, or a correct one.
-    """
-
-    key: Any
-    turns: tuple[str, ...]
-    where: str
+    key: Any  # what identifies it
+    turns: tuple[str, ...]  # what the user writes in every turn
+    where: str  # its place in a file, for messages
     category: str | None = None
-    reference: Answer | None = None
+    reference: Answer | None = None  # what the judge compares answers with: the baseline's answer, or a correct one
 
     @property
     def baseline(self) -> Answer:
@@ -215,19 +186,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model and how it answers.
-
-    Attributes:
-        model: the model.
-        settings: how answers are drawn.
-        chat_template: a template, a file with one, or ``none``; None for the model's own.
-        engine: what generates.
-        rendering: how conversations are rendered.
-    """
+    """A model and how it answers."""
 
     model: ModelArguments
     settings: SamplingSettings
-    chat_template: str | None = None
+    chat_template: str | None = None  # a template, a file with one, or "none"; None for the model's own
     engine: EngineName = "transformers"
     rendering: RenderSettings = field(default_factory=RenderSettings)
 

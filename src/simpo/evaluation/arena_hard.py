@@ -18,10 +18,9 @@ from simpo.errors import SimpoError
 from simpo.evaluation.answers import (
     Answer,
     Question,
-    list_in,
+    cell,
     read_answers,
     read_by_key,
-    text_in,
     write_rows,
 )
 from simpo.evaluation.leaderboards import (
@@ -88,19 +87,12 @@ class ArenaHardSettings(JudgedSettings):
 
 @dataclass(frozen=True)
 class Judgment:
-    """The two games of a question.
+    """The two games of a question."""
 
-    Attributes:
-        question: with the baseline's answer, which is shown first in the first game.
-        answer: the model's, which is shown first in the second game.
-        texts: what the judge wrote.
-        verdicts: what that means; None where there is no verdict.
-    """
-
-    question: Question
-    answer: Answer
-    texts: tuple[str, str]
-    verdicts: tuple[str | None, str | None]
+    question: Question  # with the baseline's answer, which is shown first in the first game
+    answer: Answer  # the model's, which is shown first in the second game
+    texts: tuple[str, str]  # what the judge wrote
+    verdicts: tuple[str | None, str | None]  # what that means; None where there is no verdict
 
 
 class ArenaHard(JudgedBenchmark):
@@ -131,10 +123,10 @@ class ArenaHard(JudgedBenchmark):
         try:
             if "choices" in row:
                 turn = row["choices"][0]["turns"][0]
-                model, text, tokens = text_in(row, "model_id", where), turn["content"], turn.get("token_len")
+                model, text, tokens = cell(row, "model_id", where), turn["content"], turn.get("token_len")
             else:
                 content = row["messages"][-1]["content"]
-                model, text = text_in(row, "model", where), content["answer"] if isinstance(content, dict) else content
+                model, text = cell(row, "model", where), content["answer"] if isinstance(content, dict) else content
                 tokens = (row.get("metadata") or {}).get("token_len")
         except (KeyError, IndexError, TypeError) as error:
             raise SimpoError(
@@ -236,39 +228,31 @@ class ArenaPrompt:
 
 
 def read_questions(path: Path, version: Version) -> list[Question]:
-    """Questions ``{uid, category, prompt}``, or v0.1's earlier ``{question_id, category, turns: [{content}]}``.
-
-    Raises:
-        SimpoError: the file cannot be read, a uid occurs twice, or it is of the other version.
-    """
+    """Questions ``{uid, category, prompt}``, or v0.1's earlier ``{question_id, category, turns: [{content}]}``."""
 
     def parse(row: Row, where: str) -> tuple[str, Question]:
-        category = text_in(row, "category", where)
+        category = cell(row, "category", where)
         of = "v0.1" if category == _V01 else "v2"
         if of != version:
             raise SimpoError(f"{where}: category {category!r} is one of {of}, not of {version}; give --version {of}")
         if "turns" not in row:
-            prompt = text_in(row, "prompt", where)
+            prompt = cell(row, "prompt", where)
         else:
-            turns = list_in(row, "turns", where)
+            turns = cell(row, "turns", where, list)
             if not turns or not isinstance(turns[0], dict):
                 raise SimpoError(f"{where}: turns: expected a list with the user's message, got {turns!r:.60}")
-            prompt = text_in(turns[0], "content", f"{where}: turns")
+            prompt = cell(turns[0], "content", f"{where}: turns")
         return _uid(row, where), Question(_uid(row, where), (prompt,), where, category)
 
     return [question for question, _ in read_by_key(path, "uid", parse).values()]
 
 
 def _uid(row: Row, where: str) -> str:
-    return text_in(row, "uid" if "uid" in row else "question_id", where)
+    return cell(row, "uid" if "uid" in row else "question_id", where)
 
 
 def with_baselines(questions: Sequence[Question], files: Sequence[Path], log: Log) -> list[Question]:
-    """The questions with the baseline's answers; from several files, each category takes that of its baseline.
-
-    Raises:
-        SimpoError: a file cannot be used, or none is of the baseline of a category.
-    """
+    """The questions with the baseline's answers; from several files, each category takes that of its baseline."""
     places = {question.key: question.where for question in questions}
     read = [read_answers(path, "uid", ArenaHard.parse_answer, places) for path in files]
     if len(read) == 1:

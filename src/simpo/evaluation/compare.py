@@ -128,16 +128,9 @@ def _shown(record: Mapping[str, Any], show: ShownAnswers) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison.
+    """One side of a comparison: a file, or else a model and its prompts."""
 
-    Attributes:
-        name: ``a`` or ``b``; a model's answers are sampled in the subfolder of this name.
-        file: the file of answers; None for a model.
-        answerer: the model; None for a file.
-        prompts: what the model answers.
-    """
-
-    name: str
+    name: str  # "a" or "b"; a model's answers are sampled in the subfolder of this name
     file: Path | None
     answerer: Answerer | None = None
     prompts: PromptArguments | None = None
@@ -207,16 +200,10 @@ def read_sides(settings: CompareSettings) -> tuple[Side, Side]:
 
 @dataclass(frozen=True)
 class PromptAnswers:
-    """Both models' answers to one prompt; model ``a`` is compared with the baseline ``b``.
+    """Both models' answers to one prompt; model ``a`` is compared with the baseline ``b``."""
 
-    Attributes:
-        prompt: text or messages.
-        a: one or more answers of ``a``, as ``simpo sample`` stores them.
-        b: the answers of ``b``.
-    """
-
-    prompt: Any
-    a: Mapping[str, Any]
+    prompt: Any  # text or messages
+    a: Mapping[str, Any]  # one or more answers, as ``simpo sample`` stores them
     b: Mapping[str, Any]
 
 
@@ -226,16 +213,7 @@ def read_matched(a: Path, b: Path) -> list[PromptAnswers]:
 
 
 def match_answers(a: Mapping[str, Record], b: Mapping[str, Record], names: str) -> list[PromptAnswers]:
-    """Match answers by prompt, in the order of the first.
-
-    Args:
-        a: the answers of one side by the prompts' ids.
-        b: the answers of the other side.
-        names: of both, for messages.
-
-    Raises:
-        SimpoError: they are not about the same prompts, or one id belongs to two prompts.
-    """
+    """Match answers by the prompts' ids, in the order of the first; ``names`` are those of both sides, for messages."""
     if a.keys() != b.keys():
         raise SimpoError(
             f"{names}: {len(a.keys() ^ b.keys())} prompts are in only one of them; let both answer the same prompts (a "
@@ -264,11 +242,7 @@ def all_pairs(answers: Sequence[PromptAnswers]) -> tuple[list[Pair], np.ndarray]
 
 
 def make_judges(names: Sequence[str], options: JudgeOptions) -> dict[str, Judge]:
-    """Judges by the names that results use: their kinds, with a number where a kind is repeated.
-
-    Raises:
-        SimpoError: a judge is named twice or cannot be made.
-    """
+    """Judges by the names that results use: their kinds, with a number where a kind is repeated."""
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise SimpoError(f"judge {repeated[0]!r} is named twice")
@@ -283,15 +257,7 @@ def make_judges(names: Sequence[str], options: JudgeOptions) -> dict[str, Judge]
 def judge_pairs(
     judges: Mapping[str, Judge], pairs: Sequence[Pair], prompts: np.ndarray, *, prices: Prices | None, log: Log
 ) -> Judged:
-    """Every judge's verdicts, and the differences in scores for judges that score.
-
-    Args:
-        judges: by name.
-        pairs: what they judge.
-        prompts: the number of the prompt of every pair, ``[P]``.
-        prices: of an API judge's tokens, where they are known.
-        log: called with the usage, and the number of pairs without a verdict.
-    """
+    """Every judge's verdicts, and the differences in scores for judges that score; see :class:`Judged`."""
     judged = Judged(pairs, prompts)
     for name, judge in judges.items():
         log(f"judge {name}")

@@ -17,9 +17,8 @@ from simpo.evaluation.answers import (
     Answer,
     Answerer,
     Question,
-    list_in,
+    cell,
     read_by_key,
-    text_in,
     write_rows,
 )
 from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings, check_file
@@ -108,7 +107,7 @@ class MTBench(JudgedBenchmark):
     @classmethod
     def parse_answer(cls, row: Row, where: str) -> tuple[int, Answer]:
         """Read a row ``{question_id, model_id, choices: [{turns}]}``."""
-        choices = list_in(row, "choices", where)
+        choices = cell(row, "choices", where, list)
         if not choices or not isinstance(choices[0], dict):
             raise SimpoError(f"{where}: choices: expected a list with an answer, got {choices!r:.60}")
         turns = _two_turns(choices[0], "turns", where)
@@ -205,11 +204,11 @@ class RatingPrompts:
         text, self.digest = read_prompt_file(path, shipped, ())
         try:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-            named = {text_in(row, "name", f"{path}"): row for row in rows}
+            named = {cell(row, "name", f"{path}"): row for row in rows}
         except (ValueError, TypeError) as error:
             raise SimpoError(f"{path}: not judge prompts of MT-Bench ({type(error).__name__}: {error})") from error
         self._prompts = {
-            name: tuple(text_in(row, key, f"{path}: {name}") for key in ("system_prompt", "prompt_template"))
+            name: tuple(cell(row, key, f"{path}: {name}") for key in ("system_prompt", "prompt_template"))
             for name, row in named.items()
         }
         for name, places in _PROMPTS.values():
@@ -300,7 +299,7 @@ def read_questions(path: Path, references: Path | None) -> list[Question]:
     """
 
     def parse(row: Row, where: str) -> tuple[int, Question]:
-        number, category = _number(row, where), text_in(row, "category", where)
+        number, category = _number(row, where), cell(row, "category", where)
         reference = None
         if category in REFERENCED and references is None and row.get("reference"):
             reference = Answer("reference", _two_turns(row, "reference", where))
@@ -329,7 +328,7 @@ def _number(row: Row, where: str) -> int:
 
 
 def _two_turns(row: Row, key: str, where: str) -> tuple[str, ...]:
-    texts = list_in(row, key, where)
+    texts = cell(row, key, where, list)
     if len(texts) != len(_TURNS) or not all(isinstance(text, str) for text in texts):
         raise SimpoError(f"{where}: {key}: expected {len(_TURNS)} texts, got {len(texts)} of {texts!r:.60}")
     return tuple(texts)
