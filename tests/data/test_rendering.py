@@ -535,3 +535,33 @@ def test_all_system_messages_at_the_beginning_are_folded(build_tokenizer):
             pair() | {"prompt": [*rules, {"role": "tool", "content": "3 C"}]},
             rendering=RenderSettings({}, "fold"),
         )
+
+
+def test_a_conversation_with_a_system_message_gets_no_second_one(tokenizer):
+    for row in (
+        pair(system="Be brief."),
+        pair() | {"prompt": [{"role": "system", "content": "Be brief."}, user("Weather?")]},
+    ):
+        found, _ = pairs(tokenizer, row, auto_insert_empty_system_msg=True)
+        assert found == pairs(tokenizer, row)[0]
+        assert found[0][0].count("<|im_start|>system") == 1
+    inserted = pairs(tokenizer, pair(), auto_insert_empty_system_msg=True)[0][0][0]
+    assert inserted.startswith("<|im_start|>system\n<|im_end|>")
+
+
+@pytest.mark.parametrize("asked", ["Weather?", "What is <|im_start|>?"], ids=["plain", "marked"])
+def test_of_special_tokens_that_overlap_the_longest_counts(tokenizer, asked):
+    """The beginning and the end of the end-of-turn token are tokens, too."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|im_end", "end|>"]})
+    end, *parts = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_end", "end|>"])
+    for answer in (assistant("It is 3 C."), assistant("", tool_calls=[call({"city": "Oslo"})])):
+        row = pair(answer) | {"prompt": [user(asked)]}
+        (found,) = prepare(json_rows(row), tokenizer, TokenizeSettings()).dataset
+        assert found["prompt_ids"].count(end) == 1
+        for ids in found["response_ids"]:
+            assert ids[-1] == end and ids.count(end) == 1
+        assert not set(parts) & {*found["prompt_ids"], *found["response_ids"][0], *found["response_ids"][1]}
+        assert text(tokenizer, found["prompt_ids"]) == fed(tokenizer, [user(asked)])
+    messages = [user(asked), assistant("A."), user(asked), assistant("B.")]
+    found, _ = conversations(tokenizer, {"messages": messages})
+    assert [answer for _, answer in found] == ["A.<|im_end|>B.<|im_end|>"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -13,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from simpo.errors import SimpoError
 
-# What may stand before a text to keep a tokenizer from putting a space of its own in front of it. The
-# first with which the text decodes to itself is taken, so the order is only a matter of speed.
+# Texts to encode in front of another one, so that a tokenizer does not put a space of its own there. The first with
+# which the text decodes to itself is taken, so the order only affects speed.
 _ANCHORS = ("", "\n", ".", "a")
 # Ids of context that decoding needs to treat what follows them as a continuation.
 _CONTEXT = 8
@@ -45,17 +46,21 @@ class Encoder:
                 "give a model with a tokenizer.json"
             )
         self._tokenizer = tokenizer
-        added = sorted(
-            tokenizer.added_tokens_decoder.items(), key=lambda item: not item[1].special
-        )  # special ones first
+        # Special ones first: the first one shows whether a space is put after special tokens.
+        added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: not item[1].special)
         structural = _structural(tokenizer)
         self._added = {token.content: (token_id, token) for token_id, token in added if token.content in structural}
         self._unsplit = {token.content for _, token in added if token.content in structural and not token.special}
         self._swallowing = {token_id for token_id, token in self._added.values() if token.rstrip}
-        self.literal = LiteralText(list(self._added), structural, exempt=_tested(tokenizer))
+        self.literal = LiteralText(structural, exempt=_tested(tokenizer))
         bos = tokenizer.bos_token_id
         self.adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-        self._spaces_after_special = self._detect_space_after_special()
+        # Legacy sentencepiece starts afresh after a special token, and puts a space in front of the text.
+        self._spaces_after_special = False
+        if self._added:
+            special, (special_id, _) = next(iter(self._added.items()))
+            alone, after = self.encode(["a", special + "a"])
+            self._spaces_after_special = after == [special_id, *alone]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of rendered texts; special tokens in them are parsed and none is added."""
@@ -67,8 +72,8 @@ class Encoder:
         """Ids of a rendered text in which the special-token text of messages was marked as literal.
 
         Args:
-            text: rendered from messages that :meth:`LiteralText.mark` went over.
-            marker: the marker it used.
+            text: rendered from messages in which :meth:`LiteralText.mark` marked it.
+            marker: the marker that was used.
             before: ids that the text follows.
         """
         pieces = self.literal.pattern.split(text)
@@ -76,8 +81,21 @@ class Encoder:
         for index, piece in enumerate(pieces):
             if index % 2:
                 ids.append(self._added[piece][0])
-            elif stripped := self._as_tokenizer_strips(pieces, index):
-                ids += self._literal_piece(self.literal.restore(stripped, marker), ids)
+                continue
+            # Some special tokens swallow the white space next to them (Phi-3's do).
+            kept = piece
+            if index > 0 and self._added[pieces[index - 1]][1].rstrip:
+                kept = kept.lstrip()
+            if index + 1 < len(pieces) and self._added[pieces[index + 1]][1].lstrip:
+                kept = kept.rstrip()
+            if not kept:
+                continue
+            kept = self.literal.restore(kept, marker)
+            after_special = bool(ids) and any(ids[-1] == special for special, _ in self._added.values())
+            if not ids or (self._spaces_after_special and after_special):
+                ids += self._encode_one(kept, split_special=True)
+            else:
+                ids += self._continue(kept, ids, split_special=True)
         return ids[len(before) :]
 
     def encode_groups(self, groups: Sequence[Texts]) -> list[list[list[int]]]:
@@ -95,21 +113,14 @@ class Encoder:
             prompt: ids of the prompt.
             text: what follows it.
             whole: ids of the prompt's text and this one, encoded together.
-            marker: set if special-token text stands marked in the text.
+            marker: set if special-token text is marked in the text.
         """
-        if self._splits(whole, prompt, text):
+        swallowed = bool(prompt) and text[:1].isspace() and prompt[-1] in self._swallowing
+        if whole[: len(prompt)] == prompt and not swallowed:
             return list(whole[len(prompt) :])
         if marker is None:
             return self._continue(text, prompt, split_special=False)
         return self.encode_marked(text, marker, before=prompt)
-
-    def _splits(self, whole: Sequence[int], prompt: Sequence[int], text: str) -> bool:
-        """Whether ``whole``, the ids of a prompt and the text after it, is the prompt's ids and the text's.
-
-        It is not if a token merged across, or if the prompt's last token swallowed white space of the text.
-        """
-        swallowed = bool(prompt) and text[:1].isspace() and prompt[-1] in self._swallowing
-        return whole[: len(prompt)] == prompt and not swallowed
 
     def one_bos(self, prompt: list[int]) -> list[int]:
         """The prompt with exactly one BOS in front if template or tokenizer put one there, else none."""
@@ -123,35 +134,19 @@ class Encoder:
         """Text of ids, special tokens included, white space as it is."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def _as_tokenizer_strips(self, pieces: list[str], index: int) -> str:
-        """A piece without the white space that the special tokens next to it swallow (Phi-3's do)."""
-        piece = pieces[index]
-        if index > 0 and self._added[pieces[index - 1]][1].rstrip:
-            piece = piece.lstrip()
-        if index + 1 < len(pieces) and self._added[pieces[index + 1]][1].lstrip:
-            piece = piece.rstrip()
-        return piece
-
-    def _literal_piece(self, text: str, before: list[int]) -> list[int]:
-        if not before or (self._spaces_after_special and self._is_special(before[-1])):
-            return self._encode_one(text, split_special=True)
-        return self._continue(text, before, split_special=True)
-
-    def _is_special(self, token_id: int) -> bool:
-        return any(token_id == special for special, _ in self._added.values())
-
     def _continue(self, text: str, before: Sequence[int], *, split_special: bool) -> list[int]:
+        """Ids of a text that decode to it after ``before``, encoded behind the first anchor that achieves this."""
         context = list(before[-_CONTEXT:])
         expected = self.decode(context) + text
         for anchor in _ANCHORS:
-            head = self._encode_one(anchor, split_special) if anchor else []
-            ids = self._encode_one(anchor + text, split_special)
+            head = self._encode_one(anchor, split_special=split_special) if anchor else []
+            ids = self._encode_one(anchor + text, split_special=split_special)
             rest = ids[len(head) :]
             if ids[: len(head)] == head and self.decode(context + rest) == expected:
                 return rest
-        return self._encode_one(text, split_special)
+        return self._encode_one(text, split_special=split_special)
 
-    def _encode_one(self, text: str, split_special: bool) -> list[int]:
+    def _encode_one(self, text: str, *, split_special: bool) -> list[int]:
         if split_special and any(token in text for token in self._unsplit):
             return self._literal_backend.encode(text, add_special_tokens=False).ids
         return self._tokenizer(
@@ -160,40 +155,31 @@ class Encoder:
 
     @cached_property
     def _literal_backend(self) -> Tokenizer:
-        """The tokenizer without structural tokens: split_special_tokens leaves those that are not special whole."""
+        """The tokenizer without structural tokens: split_special_tokens splits only those that are special."""
         state = json.loads(self._tokenizer.backend_tokenizer.to_str())
         state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in self._added]
         state["padding"] = state["truncation"] = None
         return Tokenizer.from_str(json.dumps(state))
-
-    def _detect_space_after_special(self) -> bool:
-        """Whether text after a special token starts afresh (legacy sentencepiece puts a space there)."""
-        if not self._added:
-            return False
-        special, (special_id, _) = next(iter(self._added.items()))
-        alone, after = self.encode(["a", special + "a"])
-        return after == [special_id, *alone]
 
 
 class LiteralText:
     """Marks token text inside messages, so that it stays text once they are rendered.
 
     Args:
-        tokens: text of all structural tokens.
-        structural: the same, and whether the assistant itself may write the token as part of an answer.
+        structural: text of all structural tokens, and whether the assistant may write the token in an answer.
         exempt: tokens that the template looks for at the beginning or end of a user's message.
     """
 
-    def __init__(self, tokens: Sequence[str], structural: Mapping[str, bool], exempt: Container[str] = ()) -> None:
+    def __init__(self, structural: Mapping[str, bool], exempt: Container[str] = ()) -> None:
         # Longest first: a token may be the beginning of another one.
-        self._tokens = sorted(tokens, key=len, reverse=True)
+        self._tokens = sorted(structural, key=len, reverse=True)
         self._numbers = {text: number for number, text in enumerate(self._tokens)}
         self.pattern = _any_of(self._tokens)
         self._exempt = exempt
         self._answered = _any_of([token for token in self._tokens if not structural[token]])
 
     def marker_for(self, value: object, *, answers: Sequence[str] = ()) -> str | None:
-        """A private-use character that is in none of the texts; ``None`` if nothing has to be marked.
+        """A private-use character that none of the texts contain; ``None`` if nothing has to be marked.
 
         Args:
             value: any JSON value.
@@ -251,12 +237,16 @@ def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
 def _structural(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     """Text of the added tokens that structure a conversation, and whether the assistant may write them in an answer.
 
-    Structural are special tokens, and others that the chat template itself writes (Qwen's ``<tool_call>``); not words
-    that somebody added to a vocabulary. In an answer, those are the model's own that are not special and neither open
-    nor end a turn, and the tags around its reasoning.
+    Structural are special tokens, and others that the chat template itself writes (Qwen's ``<tool_call>``), but not
+    words that somebody added to a vocabulary. An answer may hold those that are not special and neither open nor end a
+    turn, and the tags around its reasoning.
     """
-    template = str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
-    around_turns = _around_turns(tokenizer)
+    template = _template_of(tokenizer)
+    around_turns = ""
+    if template:
+        messages = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue000"}]
+        with suppress(Exception):  # the template's faults are reported where it is used
+            around_turns = str(tokenizer.apply_chat_template(messages, tokenize=False))
     return {
         token.content: token.content in _REASONING_TAGS or not (token.special or token.content in around_turns)
         for token in tokenizer.added_tokens_decoder.values()
@@ -265,19 +255,11 @@ def _structural(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     }
 
 
-def _around_turns(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a template writes around a user's and an assistant's message."""
-    if not tokenizer.chat_template:
-        return ""
-    messages = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue000"}]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # the template's faults are reported where it is used
-        return ""
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
 
 
 def _tested(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Texts that a template looks for at an end of a message to tell what it is, as Qwen's does for tools' results."""
-    template = str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
+    """Texts by which a template recognizes kinds of messages, as Qwen's does for tool results."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return set(re.findall(r"""\b(?:starts|ends)with\(['"]([^'"]+)['"]\)""", template)) - special
+    return set(re.findall(r"""\b(?:starts|ends)with\(['"]([^'"]+)['"]\)""", _template_of(tokenizer))) - special

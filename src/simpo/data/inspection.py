@@ -1,12 +1,12 @@
-"""What a prepared data set would teach a model, and how a prompt's several answers differ."""
+"""Statistics of a prepared data set, and of several answers to one prompt."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, groupby
+from itertools import combinations, groupby, pairwise
 from operator import itemgetter
 
 import numpy as np
@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.formats import is_number
-from simpo.data.rows import DataReport, Row
+from simpo.data.rows import DataReport
 from simpo.data.settings import TokenizeSettings
 from simpo.data.shapes import canonical_rows, first_canonical
 from simpo.data.tokenizing import Prepared, end_token_id
@@ -26,17 +26,17 @@ PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "max": 100}
 
 @dataclass(frozen=True)
 class Inspection:
-    """Figures of one data set, over the rows that are used. Of a ranking, ``chosen`` is the best response and
+    """Statistics of one data set, over the rows that are used. Of a ranking, ``chosen`` is the best response and
     ``rejected`` the last; single responses (conversations, feedback) have one part ``response``.
 
     Attributes:
         report: what happened to every row.
         lengths: ``prompt``, ``chosen`` and ``rejected``, or ``response`` -> percentile -> tokens.
         longer: share of comparisons whose chosen response has more tokens; ``None`` of single responses.
-        ties: share whose responses have as many; ``None`` of single responses.
+        ties: share of comparisons whose responses have the same number; ``None`` of single responses.
         repeated: comparisons that occurred before, prompt and responses.
         repeated_prompts: comparisons whose prompt occurred before.
-        identical: pairs with equal responses, those included that were bad rows for it.
+        identical: pairs with equal responses, including those that were bad rows because of it.
         one_bos: share of prompts with exactly one BOS, at the front; ``None`` if the model has no BOS.
         ended: share of responses that end with a token that ends a turn and hold it once.
     """
@@ -52,7 +52,7 @@ class Inspection:
     ended: float
 
     def metrics(self) -> list[Metric]:
-        """All figures for the results, the report's included."""
+        """All statistics for the results, including those of the report."""
         count = self.report.used
         prefix = f"data/{self.report.label}"
         shares = {"chosen_longer": self.longer, "ties": self.ties, "one_bos": self.one_bos, "ended": self.ended}
@@ -67,22 +67,44 @@ class Inspection:
 
 
 def inspect_prepared(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> Inspection:
-    """Measure a prepared data set.
-
-    Args:
-        prepared: as :func:`simpo.data.tokenizing.prepare` gave it.
-        tokenizer: the one it was prepared with.
-        settings: those it was prepared with.
-    """
-    # Calls of tools may end with another token than text does.
+    """Measure a data set that was prepared with this tokenizer and these settings."""
+    bos = tokenizer.bos_token_id
+    # Tool calls may end with another token than text does.
     ends = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    measured = _Measures(bos=tokenizer.bos_token_id, ends=ends | {end_token_id(tokenizer, settings)})
-    columns = prepared.dataset.select_columns(["prompt_ids", "response_ids"])
-    for batch in columns.iter(batch_size=1000):
+    ends.add(end_token_id(tokenizer, settings))
+    tokens: dict[str, list[int]] = defaultdict(list)
+    identical = one_bos = ended = total = 0
+    for batch in prepared.dataset.select_columns(["prompt_ids", "response_ids"]).iter(batch_size=1000):
         for prompt, responses in zip(batch["prompt_ids"], batch["response_ids"], strict=True):
-            measured.add(prompt, responses)
+            single = len(responses) == 1
+            parts = {"response": responses[0]} if single else {"chosen": responses[0], "rejected": responses[-1]}
+            for part, ids in {"prompt": prompt, **parts}.items():
+                tokens[part].append(len(ids))
+            identical += len(set(map(tuple, responses))) < len(responses)
+            one_bos += prompt[0] == bos and prompt.count(bos) == 1
+            ended += sum(ids[-1] in ends and (single or ids.count(ids[-1]) == 1) for ids in responses)
+            total += len(responses)
+    lengths = {part: np.array(values) for part, values in tokens.items()}
+    chosen, rejected = lengths.get("chosen"), lengths.get("rejected")
     known_rows, known_prompts = map(set, zip(*_digests(prepared.dataset), strict=True))
-    return measured.result(prepared.report, different=len(known_rows), prompts=len(known_prompts))
+    count = len(prepared.dataset)
+    return Inspection(
+        report=prepared.report,
+        lengths={part: _percentiles(values) for part, values in lengths.items()},
+        longer=None if chosen is None or rejected is None else float(np.mean(chosen > rejected)),
+        ties=None if chosen is None or rejected is None else float(np.mean(chosen == rejected)),
+        repeated=count - len(known_rows),
+        repeated_prompts=count - len(known_prompts),
+        identical=identical + prepared.report.bad.get("identical responses", 0),
+        one_bos=None if bos is None else one_bos / count,
+        ended=ended / total,
+    )
+
+
+def _percentiles(values: np.ndarray) -> dict[str, int]:
+    """Percentiles that are lengths of actual texts, not means of two."""
+    found = np.percentile(values, list(PERCENTILES.values()), method="inverted_cdf")
+    return {name: int(value) for name, value in zip(PERCENTILES, found, strict=True)}
 
 
 def shared_rows(train: Dataset, held_out: Dataset) -> tuple[int, int]:
@@ -112,7 +134,7 @@ class Example:
         where: where its row comes from.
         prompt: text of the prompt, special tokens included.
         responses: text of each response.
-        spans: of a conversation, the pieces of its response, and whether they are scored; of others all is.
+        spans: of a conversation, the pieces of its response and whether they are scored; empty if everything is.
     """
 
     where: str
@@ -132,7 +154,7 @@ def _example(row: dict, position: str, tokenizer: PreTrainedTokenizerBase) -> Ex
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     prompt = text(row["prompt_ids"])
-    # In its context, because a decoder may strip the space that a response starts with.
+    # Decoded after the prompt, because a decoder may strip the space that a response starts with.
     responses = [text(row["prompt_ids"] + ids)[len(prompt) :] for ids in row["response_ids"]]
     spans, before = [], row["prompt_ids"]
     scored_ids = zip(row["response_ids"][0], row["scored"][0], strict=True) if row.get("scored") else ()
@@ -140,61 +162,13 @@ def _example(row: dict, position: str, tokenizer: PreTrainedTokenizerBase) -> Ex
         after = before + [token_id for token_id, _ in run]
         spans.append((text(after)[len(text(before)) :], scored))
         before = after
-    # Data that the user tokenized need not say where its rows come from.
+    # Data that the user tokenized may not name the source of its rows.
     return Example(row.get("where", position), prompt, responses, tuple(spans))
 
 
-class _Measures:
-    """Collects the figures in one pass."""
-
-    def __init__(self, *, bos: int | None, ends: set[int]) -> None:
-        self._bos, self._ends = bos, ends
-        self._lengths: dict[str, list[int]] = defaultdict(list)
-        self._identical = self._one_bos = self._ended = self._responses = 0
-
-    def add(self, prompt: list[int], responses: list[list[int]]) -> None:
-        single = len(responses) == 1
-        parts = {"response": responses[0]} if single else {"chosen": responses[0], "rejected": responses[-1]}
-        for part, ids in {"prompt": prompt, **parts}.items():
-            self._lengths[part].append(len(ids))
-        self._identical += len(set(map(tuple, responses))) < len(responses)
-        self._one_bos += prompt[0] == self._bos and prompt.count(self._bos) == 1
-        self._ended += sum(ids[-1] in self._ends and (single or ids.count(ids[-1]) == 1) for ids in responses)
-        self._responses += len(responses)
-
-    def result(self, report: DataReport, *, different: int, prompts: int) -> Inspection:
-        count = len(self._lengths["prompt"])
-        lengths = {part: np.array(values) for part, values in self._lengths.items()}
-        chosen, rejected = lengths.get("chosen"), lengths.get("rejected")
-        return Inspection(
-            report=report,
-            lengths={part: _percentiles(values) for part, values in lengths.items()},
-            longer=None if chosen is None or rejected is None else float(np.mean(chosen > rejected)),
-            ties=None if chosen is None or rejected is None else float(np.mean(chosen == rejected)),
-            repeated=count - different,
-            repeated_prompts=count - prompts,
-            identical=self._identical + report.bad.get("identical responses", 0),
-            one_bos=None if self._bos is None else self._one_bos / count,
-            ended=self._ended / self._responses,
-        )
-
-
-def _percentiles(values: np.ndarray) -> dict[str, int]:
-    """Percentiles that are lengths of some text, not means of two."""
-    found = np.percentile(values, list(PERCENTILES.values()), method="inverted_cdf")
-    return {name: int(value) for name, value in zip(PERCENTILES, found, strict=True)}
-
-
-# ---- Several answers to one prompt: how different they are, how their scores spread, and what length has to
-# do with it.
-
+# ---- Several answers to one prompt: how different they are, how their scores spread, and how both relate to length.
 
 SCORE_PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95}
-
-
-_WORDS = 2  # of an n-gram
-
-
 _SHARES = ("distinct_answers", "distinct_2", "overlap", "longer_wins")
 
 
@@ -222,31 +196,49 @@ def read_answer_sets(dataset: Dataset) -> list[AnswerSet]:
     Args:
         dataset: rows as :func:`simpo.data.sources.load_rows` gives them.
     """
-    rows = canonical_rows(dataset)
-    return [_answers(row) for row in rows if isinstance(row.get("responses"), list) and row["responses"]]
+    sets = []
+    for row in canonical_rows(dataset):
+        responses, scores = row.get("responses"), row.get("scores")
+        if not isinstance(responses, list) or not responses:
+            continue
+        known = isinstance(scores, list) and len(scores) == len(responses)
+        known = known and all(score is None or is_number(score) for score in scores)
+        sets.append(AnswerSet(list(map(_text, responses)), scores if known else None))
+    return sets
+
+
+def _text(response: object) -> str:
+    """The text of a response: a string, a message, or the last of several messages."""
+    if isinstance(response, list) and response:
+        response = response[-1]
+    return str(response.get("content")) if isinstance(response, dict) else str(response)
 
 
 def is_sampled(dataset: Dataset) -> bool:
-    """Whether the rows are answers as ``simpo sample`` and ``simpo annotate`` leave them, not comparisons yet."""
+    """Whether the rows are answers as ``simpo sample`` and ``simpo annotate`` write them, not comparisons yet."""
     row = first_canonical(dataset)
     return "responses" in row and ("scores" not in row or "finished" in row)
 
 
 def distinct_ngrams(responses: Sequence[str]) -> float | None:
-    """Share of different ones among all word bigrams of some answers; None where no answer has two words.
+    """Share of distinct word bigrams among all of some answers; None if no answer has two words.
 
     Source: Li, Galley, Brockett, Gao and Dolan 2016 (arXiv 1510.03055), distinct-2, over the answers to one prompt.
     """
-    found = [gram for text in responses for gram in _ngrams(text)]
+    found = [bigram for text in responses for bigram in pairwise(text.split())]
     return len(set(found)) / len(found) if found else None
 
 
 def mean_overlap(responses: Sequence[str]) -> float | None:
     """Mean over all pairs of answers of the share of word bigrams that both have (Jaccard); None for one answer.
 
-    Two answers without bigrams overlap wholly if they are the same, else not at all.
+    Two answers without bigrams overlap completely if they are the same, else not at all.
     """
-    shares = [_overlap(a, b) for a, b in combinations(responses, 2)]
+    shares = []
+    for a, b in combinations(responses, 2):
+        first, second = set(pairwise(a.split())), set(pairwise(b.split()))
+        union = first | second
+        shares.append(len(first & second) / len(union) if union else float(a == b))
     return float(np.mean(shares)) if shares else None
 
 
@@ -264,24 +256,22 @@ def longer_wins(answers: AnswerSet) -> float | None:
 
 
 def diversity_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
-    """How different the answers to a prompt are, means over prompts; a prompt of which a figure is None is left out."""
-    lengths = [float(np.mean([len(text) for text in found.responses])) for found in sets]
-    figures = {
-        "characters": lengths,
+    """How different the answers to a prompt are: means over the prompts for which a measure is defined."""
+    measures = {
+        "characters": [float(np.mean([len(text) for text in found.responses])) for found in sets],
         "distinct_answers": [len(set(found.responses)) / len(found.responses) for found in sets],
-        "distinct_2": _known(distinct_ngrams(found.responses) for found in sets),
-        "overlap": _known(mean_overlap(found.responses) for found in sets),
+        "distinct_2": [distinct_ngrams(found.responses) for found in sets],
+        "overlap": [mean_overlap(found.responses) for found in sets],
     }
     counts = [Metric(f"{prefix}/prompts", len(sets)), Metric(f"{prefix}/answers", sum(len(x.responses) for x in sets))]
-    return counts + _intervals(prefix, figures)
+    return counts + _intervals(prefix, measures)
 
 
-def _intervals(prefix: str, figures: Mapping[str, Sequence[float]]) -> list[Metric]:
-    """Means over prompts, of figures that some prompt has."""
+def _intervals(prefix: str, measures: Mapping[str, Sequence[float | None]]) -> list[Metric]:
     metrics = []
-    for name, values in figures.items():
-        if values:
-            found = (share_interval if name in _SHARES else mean_interval)(values)
+    for name, values in measures.items():
+        if known := [value for value in values if value is not None]:
+            found = (share_interval if name in _SHARES else mean_interval)(known)
             metrics.append(Metric.of(f"{prefix}/{name}", found))
     return metrics
 
@@ -294,48 +284,16 @@ def score_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
     if not every:
         return metrics
     some = [scores for scores in scored if scores]
-    figures = {
+    measures = {
         "score": [float(np.mean(scores)) for scores in some],
         "best_score": [max(scores) for scores in some],
         "worst_score": [min(scores) for scores in some],
-        "longer_wins": _known(map(longer_wins, sets)),
+        "longer_wins": [longer_wins(found) for found in sets],
     }
-    metrics += _intervals(prefix, figures)
+    metrics += _intervals(prefix, measures)
     values = np.percentile(every, list(SCORE_PERCENTILES.values()))
     metrics += [
         Metric(f"{prefix}/score/{name}", float(value), n=len(every))
         for name, value in zip(SCORE_PERCENTILES, values, strict=True)
     ]
     return [*metrics, Metric(f"{prefix}/all_equal", sum(len(set(scores)) == 1 for scores in some), n=len(some))]
-
-
-def _answers(row: Row) -> AnswerSet:
-    scores = row.get("scores")
-    known = (
-        isinstance(scores, list)
-        and len(scores) == len(row["responses"])
-        and all(score is None or is_number(score) for score in scores)
-    )
-    return AnswerSet([_text(response) for response in row["responses"]], scores if known else None)
-
-
-def _text(response: object) -> str:
-    """The text of a response: a string, a message, or the last of several messages."""
-    if isinstance(response, list) and response:
-        response = response[-1]
-    return str(response.get("content")) if isinstance(response, dict) else str(response)
-
-
-def _ngrams(text: str) -> list[tuple[str, ...]]:
-    words = text.split()
-    return [tuple(words[start : start + _WORDS]) for start in range(len(words) - _WORDS + 1)]
-
-
-def _overlap(a: str, b: str) -> float:
-    first, second = set(_ngrams(a)), set(_ngrams(b))
-    union = first | second
-    return len(first & second) / len(union) if union else float(a == b)
-
-
-def _known(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
