@@ -172,10 +172,8 @@ def fit(
         return kept, responses, cut
     if settings.truncation == "prompt":
         return prompt, responses, [f"dropped: {STILL_OVERLONG}"]
-    room = settings.max_length - limit
-    if longest > room:
-        cut.append(f"cut: {RESPONSE_CUT}")
-    return kept, [response[:room] for response in responses], cut
+    room = settings.max_length - limit  # less than the longest response has
+    return kept, [response[:room] for response in responses], [*cut, f"cut: {RESPONSE_CUT}"]
 
 
 def fit_turns(

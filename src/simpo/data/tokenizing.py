@@ -53,7 +53,6 @@ from simpo.errors import SimpoError
 
 TOKENS = List(Value("int32"))
 UNANSWERED_CUT = "messages after the last answer"
-_TEXT = Value("string")
 _STATUS = "_status"
 # Part of every fingerprint: raise it when the ids made from the same rows and settings change.
 _FORMAT = 7
@@ -162,11 +161,10 @@ def is_feedback(dataset: Dataset) -> bool:
 
 
 def check_rankings(rows: Dataset, label: str) -> None:
-    """Refuse comparisons that cannot be ranked.
+    """Refuse comparisons with one response, more than two without scores, or scores that do not fall.
 
     Raises:
-        SimpoError: a row has one response, more than two without scores, or scores that do not fall from the best to
-            the worst.
+        SimpoError: there is one; names the row.
     """
     counts = pc.list_value_length(rows.with_format("arrow")["response_ids"]).to_pylist()
     scores = rows.with_format("arrow")["scores"].to_pylist() if "scores" in rows.column_names else [None] * len(rows)
@@ -179,15 +177,11 @@ def check_rankings(rows: Dataset, label: str) -> None:
             continue
         falling = all(a >= b for a, b in pairwise(given)) and given[0] > given[-1]  # false if one of them is NaN
         if len(given) != count or not falling:
-            raise SimpoError(
-                f"{label} row {row}: there must be one score per response, the best first, and not all equal"
-            )
+            raise SimpoError(f"{label} row {row}: scores must be one per response, the best first, and not all equal")
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> int:
-    """The token that ends every response.
-
-    The paper's code ended responses with EOS, whatever the template's end-of-turn token.
+    """The token that ends every response: the template's, or EOS as in the paper's code.
 
     Raises:
         SimpoError: there is none.
@@ -437,7 +431,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization:
     """
     settings, label = tokenization.settings, tokenization.label
     fingerprint = _fingerprint(dataset, tokenizer, tokenization)
-    dataset = dataset.with_format(None)
+    dataset, text = dataset.with_format(None), Value("string")
     _check_shapes(dataset, tokenization)
     mapped = dataset.map(
         tokenization,
@@ -445,7 +439,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization:
         batch_size=_BATCH,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=Features({**tokenization.columns, "where": _TEXT, "extra": _TEXT, _STATUS: List(_TEXT)}),
+        features=Features({**tokenization.columns, "where": text, "extra": text, _STATUS: List(text)}),
         num_proc=_processes(len(dataset), settings.num_proc),
         new_fingerprint=fingerprint,
         desc=f"Tokenizing {label}",
