@@ -110,6 +110,7 @@ def test_command_lines(given, kept):
         ("a: &a [*a]\ntoken: s3cr3t\n", "# not kept, because it contains itself\n"),
         ("hub_token:\nlearning_rate: 1e-6\n", None),
         ("hub_token: null\ntoken: true\neos_token: <eos>\n", None),
+        ("# a comment\nlimit: .nan\n", None),
         ("a: [1,\n", None),
         ("", None),
     ],

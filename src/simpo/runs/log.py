@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -80,17 +81,17 @@ def redact_yaml(text: str) -> str:
     kept = _redact_line(text)
     try:
         document = yaml.safe_load(text)
+        secrets = list(_secrets(document))
+        if not secrets:
+            return kept
+        clean = _redacted("", document, secrets)
     except yaml.YAMLError:
         return kept
-    try:
-        clean = _redacted("", document, list(_secrets(document)))
     except RecursionError:
         return "# not kept, because it contains itself\n"
-    try:
+    with suppress(yaml.YAMLError):  # where a masked value left the rest of its block behind
         if yaml.safe_load(kept) == clean:
             return kept
-    except yaml.YAMLError:
-        pass  # a masked value left the rest of its block behind
     return yaml.safe_dump(clean, sort_keys=False, allow_unicode=True)
 
 
