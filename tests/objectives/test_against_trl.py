@@ -32,7 +32,7 @@ def pairs() -> tuple[Responses, Responses]:
 
 
 def bare(trainer_class: type, **attributes):
-    """A trainer of TRL's without a run around it: what its loss reads of it, and nothing else."""
+    """A trainer of TRL's with only the attributes that its loss reads."""
     trainer = object.__new__(trainer_class)
     accelerator = Accelerator(cpu=True)
     for name, value in ({"accelerator": accelerator, "aux_loss_enabled": False} | attributes).items():

@@ -123,7 +123,7 @@ def dpop(w, l, beta=0.3, lam=50.0, label_smoothing=0.0):
 
 @dataclass(frozen=True)
 class Golden:
-    """A row's loss and reward, and the settings to try beside its defaults, which are written out above."""
+    """A row's loss and reward, and settings to try in addition to its defaults, which are written out above."""
 
     loss: Callable[..., float]
     reward: Callable[..., float]

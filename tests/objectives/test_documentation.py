@@ -23,7 +23,7 @@ def test_every_row_has_its_section_and_its_line_in_the_table():
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_section_says_what_there_is_to_know(name):
+def test_a_section_is_complete(name):
     row, section = OBJECTIVES[name], SECTIONS[name]
     for part in ("**What it does.**", "**When.**", "**Trap.**", "**Hyperparameters.**"):
         assert part in section

@@ -11,7 +11,7 @@ import torch
 from simpo.objectives import OBJECTIVES, Responses
 
 POINTS = 2000
-# beside the defaults; anchors of weight 0 leave hinges flat where they are satisfied
+# in addition to the defaults; anchors of weight 0 leave hinges flat where they are satisfied
 SETTINGS = {
     "simpo": [{"beta": 10.0, "gamma_beta_ratio": 0.3}],
     "dpo": [{"beta": 0.01}],

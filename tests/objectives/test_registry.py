@@ -43,7 +43,7 @@ def test_loss_and_reward_take_all_hyperparameters_and_no_others(name):
 
 
 def test_an_objective_can_need_more_of_a_batch():
-    """A margin of every pair, for example: it is an argument of the pair term, and no hyperparameter."""
+    """A margin per pair, for example: it is an argument of the pair term and not a hyperparameter."""
 
     class WithMargin(type(SIMPO)):
         name = "simpo_margin"

@@ -1,4 +1,4 @@
-"""Derived figures of a response, in 60-digit arithmetic where floats need care."""
+"""Derived quantities of a response, in 60-digit arithmetic where floats need care."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_integer_lengths():
     assert Responses(torch.tensor([-6.0]), torch.tensor([4])).avg.item() == -1.5
 
 
-def test_a_ratio_without_reference_is_an_error_that_says_so():
+def test_a_ratio_without_reference_is_an_error():
     with pytest.raises(ValueError, match="ref_logp is missing"):
         Responses(torch.zeros(1), torch.ones(1)).ratio  # noqa: B018
     with pytest.raises(ValueError, match="ref_logp is missing"):

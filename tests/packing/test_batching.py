@@ -28,7 +28,7 @@ def random_plan(seed: int, world_size: int, **changes) -> StepPlan:
 
 
 def shares(plan: StepPlan, epoch: int = 0):
-    """For every step, what each rank does."""
+    """For every step, the share of each rank."""
     order = plan.order(epoch)
     return [[plan.step(order, number, rank) for rank in range(plan.world_size)] for number in range(plan.steps)]
 
@@ -64,7 +64,7 @@ def test_properties(seed, world_size):
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize("seed", range(10))
 def test_tokens_are_balanced(seed, world_size):
-    """Of the ranks' loads, and of a rank's micro-batches: none is above the mean by more than one row."""
+    """No rank, and no micro-batch of a rank, is above the mean by more than one row."""
     plan = random_plan(seed, world_size)
     for ranks in shares(plan):
         loads = [
@@ -79,7 +79,7 @@ def test_tokens_are_balanced(seed, world_size):
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_no_more_micro_batches_than_tokens_ask_for(world_size):
+def test_as_few_micro_batches_as_tokens_allow(world_size):
     """Equal rows: exactly ceil(tokens / budget) forwards, and one where everything fits."""
     lengths = np.full(24, 10)
     order = np.arange(24)
@@ -91,7 +91,7 @@ def test_no_more_micro_batches_than_tokens_ask_for(world_size):
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_every_rank_computes_the_same_plan(world_size):
-    """Nothing but the arguments decides: a plan made anew says the same, and leaves numpy's global state alone."""
+    """Only the arguments matter: a new plan is the same, and numpy's global state is not changed."""
     first, second = random_plan(3, world_size), random_plan(3, world_size)
     before = shares(first, epoch=2)
     np.random.seed(1)

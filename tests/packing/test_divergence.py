@@ -136,7 +136,7 @@ def test_half_precision(autocast, chunk):
 
 
 class Largest(TorchDispatchMode):
-    """Keeps the number of elements of the largest tensor that is made."""
+    """Records the number of elements of the largest tensor that is created."""
 
     elements = 0
 

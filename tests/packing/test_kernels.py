@@ -43,7 +43,7 @@ def style_of(name: str, dtype=torch.float64) -> AttentionStyle:
 
 
 def dense(query, key, value, layout, style):
-    """One softmax a query and head over the keys that it may see, found by a loop over the tokens."""
+    """One softmax per query and head over the visible keys, found by a loop over the tokens."""
     places = []  # (comparison, part, position)
     for c, span in enumerate(layout.spans):
         places += [(c, 0, i) for i in range(span.prompt)]
@@ -98,7 +98,7 @@ def test_flex_equals_segments(style, kv_heads):
 
 
 def documented_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    """What ``varlen_attn``'s documentation says: per sequence, aligned bottom-right, ``(left, right)`` windows."""
+    """``varlen_attn`` as documented: per sequence, aligned bottom-right, ``(left, right)`` windows."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert query.is_contiguous()
     starts, ends = cu_seq_q.tolist(), cu_seq_k.tolist()
@@ -124,7 +124,7 @@ def documented_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, 
 
 @pytest.mark.parametrize("style", ["plain", "window", "window of one"])
 @every_grouping
-def test_varlen_asks_for_what_segments_compute(style, kv_heads, monkeypatch):
+def test_varlen_computes_what_segments_compute(style, kv_heads, monkeypatch):
     monkeypatch.setattr(torch_varlen, "varlen_attn", documented_varlen_attn)
     tensors, chosen = inputs(kv_heads), style_of(style)
     found = with_gradients(kernels.varlen, tensors, LAYOUT, chosen)
@@ -132,7 +132,7 @@ def test_varlen_asks_for_what_segments_compute(style, kv_heads, monkeypatch):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-# ---- proof before use ----
+# ---- the check before use ----
 
 
 def leaking(query, key, value, layout, style):
@@ -163,7 +163,7 @@ def sinkless(query, key, value, layout, style):
 
 
 def half_a_gradient(query, key, value, layout, style):
-    """Right forward; the gradient of the keys is lost for half of them."""
+    """The forward is right; half of the keys lose their gradient."""
     kept = torch.arange(key.shape[2])[:, None] % 2 == 0
     return by_segment(query, torch.where(kept, key, key.detach()), value, layout, style)
 
@@ -234,7 +234,7 @@ def test_which_kernel_is_chosen(dtype, style, expected, monkeypatch):
     assert kernels.choose(*inputs(2, dtype), AttentionStyle(SCALE, **style)) is None
 
 
-def test_the_window_is_felt_by_the_check(monkeypatch):
+def test_the_check_uses_a_window_that_matters(monkeypatch):
     asked = []
     monkeypatch.setattr(kernels, "_DEVICE", "cpu")
     monkeypatch.setattr(kernels, "_agrees", lambda *arguments: asked.append(arguments[4].window))

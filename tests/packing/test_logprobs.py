@@ -142,7 +142,7 @@ def test_extreme_logits_stay_finite():
 
 
 def test_no_tensor_of_tokens_by_vocabulary_is_saved():
-    """What is kept for backward is the inputs, one number a row, and the logits of one chunk."""
+    """Backward keeps the inputs, one number per row, and the logits of one chunk."""
     tensors, targets, style = inputs()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda t: t):

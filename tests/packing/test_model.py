@@ -104,7 +104,7 @@ def test_masked_responses(name, path, make_model, comparisons, naive_logprobs, f
 
 
 def test_comparisons_do_not_see_one_another(make_model, comparisons):
-    """Bit for bit: what one response says cannot depend on another one's tokens, nor on another comparison's."""
+    """Bit for bit: a response's log-probabilities do not depend on another response's or comparison's tokens."""
     model = make_model("llama", torch.float32)
     before = policy_logprobs(model, PackedBatch.build(comparisons))
     changed = copy.deepcopy(comparisons)
@@ -213,7 +213,7 @@ def test_binding_twice_is_binding_once(make_model):
 
 
 def test_the_call_goes_through_the_wrapper(make_model, comparisons):
-    """DDP and its like do their work in their own forward, and in hooks."""
+    """DDP and similar wrappers do their work in their own forward and in hooks."""
 
     class Wrapper(torch.nn.Module):
         def __init__(self, module):
@@ -263,7 +263,7 @@ def test_adapters(make_model, comparisons, naive_logprobs, float64_everywhere):
 
 
 def test_attention_changed_behind_our_back(make_model, comparisons, naive_logprobs, float64_everywhere):
-    """``set_attn_implementation`` after the check takes our attention out; the figures must stay right."""
+    """``set_attn_implementation`` after the check removes our attention; the numbers must stay right."""
     model = make_model("llama")
     batch = PackedBatch.build(comparisons)
     policy_logprobs(model, batch)

@@ -46,7 +46,7 @@ def make_reward_model(make_model):
 
 @pytest.fixture(scope="module")
 def answers(random_comparisons):
-    """K = 8 among others; some responses end with the padding token, as where that is the end of turn."""
+    """K = 8 among others; some responses end with the padding token, which may also be the end-of-turn token."""
     found = random_comparisons((11, (7, 19, 1, 4, 9, 2, 12, 5)), (1, (1, 4, 2)), (23, (9, 1)), (4, (6,)))
     found[0].response_ids[3][-1] = found[2].response_ids[0][-1] = 0
     return found
@@ -109,7 +109,7 @@ def test_prompts_are_computed_once(make_reward_model, answers):
 
 
 class GatedLlama(hf.LlamaForSequenceClassification):
-    """Its reward is no linear function of the last hidden state."""
+    """Its reward is not a linear function of the last hidden state."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -118,7 +118,7 @@ class GatedLlama(hf.LlamaForSequenceClassification):
 
 
 class HeadlessLlama(hf.LlamaForSequenceClassification):
-    """Its layer has a name of its own."""
+    """Its output layer has another name."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -143,7 +143,7 @@ def test_heads_of_other_kinds_are_the_models_own(kind, make_reward_model, answer
 
 
 class LookingBackMLP(nn.Module):
-    """Takes from the token before, outside attention."""
+    """Every token also reads the token before it, outside attention."""
 
     def __init__(self, inner):
         super().__init__()
@@ -154,7 +154,7 @@ class LookingBackMLP(nn.Module):
 
 
 @pytest.mark.parametrize("std", [0.3, 0.0])
-def test_a_leak_is_found_also_under_a_head_that_knows_nothing(std, make_reward_model, answers, caplog):
+def test_a_leak_is_found_even_under_an_untrained_head(std, make_reward_model, answers, caplog):
     model = make_reward_model("llama", torch.float32)
     model.model.layers[1].mlp = LookingBackMLP(model.model.layers[1].mlp)
     with torch.no_grad():
@@ -163,12 +163,12 @@ def test_a_leak_is_found_also_under_a_head_that_knows_nothing(std, make_reward_m
         score_answers(model, answers)
     assert state_of(model).path == "padded"
     assert "packed and separate hidden states differ" in caplog.text
-    with pytest.raises(SimpoError, match="the packed path is not open to this model"):
+    with pytest.raises(SimpoError, match="packed path"):
         score_answers(model, answers, path="packed")
 
 
 def test_rewards_keep_their_precision_under_autocast(make_reward_model, answers):
-    """What the head makes of a hidden state is not rounded to bf16."""
+    """The head's output is not rounded to bf16."""
     model = make_reward_model("llama", torch.float32, std=0.1)
     with torch.autocast("cpu", torch.bfloat16):
         found = score_answers(model, answers)

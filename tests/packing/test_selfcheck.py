@@ -38,7 +38,9 @@ def assert_exact(model, comparisons, naive_logprobs):
 
 
 @pytest.mark.parametrize("name", NOT_SHAREABLE)
-def test_fallback_is_exact_and_said_once(name, make_model, comparisons, naive_logprobs, caplog, float64_everywhere):
+def test_the_fallback_is_exact_and_logged_once(
+    name, make_model, comparisons, naive_logprobs, caplog, float64_everywhere
+):
     model = make_model(name)
     own = model.config._attn_implementation
     with caplog.at_level(logging.WARNING, "simpo"):
@@ -47,14 +49,14 @@ def test_fallback_is_exact_and_said_once(name, make_model, comparisons, naive_lo
         score_responses(model, comparisons)
     assert (state_of(model).path, state_of(model).fused_head) == ("padded", True)
     assert model.config._attn_implementation == own
-    said = [record.message for record in caplog.records if record.name.startswith("simpo")]
-    assert len(said) == 1
-    assert type(model).__name__ in said[0]
-    assert "padded" in said[0]
+    logged = [record.message for record in caplog.records if record.name.startswith("simpo")]
+    assert len(logged) == 1
+    assert type(model).__name__ in logged[0]
+    assert "padded" in logged[0]
 
 
 def test_reasons_do_not_pile_up(make_model, comparisons, caplog):
-    """The trainer checks a model again, in its own precision; what was said of it stays said once."""
+    """The trainer checks a model again, in its own precision; a reason that was logged before is not logged again."""
     model = make_model("bloom")
     with caplog.at_level(logging.WARNING, "simpo"):
         choose_path(model, PackedBatch.build(comparisons))
@@ -63,7 +65,7 @@ def test_reasons_do_not_pile_up(make_model, comparisons, caplog):
     assert len(caplog.records) == 1
 
 
-def test_shareable_models_are_not_talked_about(make_model, comparisons, caplog):
+def test_nothing_is_logged_about_shareable_models(make_model, comparisons, caplog):
     with caplog.at_level(logging.WARNING, "simpo"):
         policy_logprobs(make_model("llama"), PackedBatch.build(comparisons))
     assert not caplog.records
@@ -81,7 +83,7 @@ def test_a_row_that_is_too_long_to_be_checked_is_logged(make_model, caplog):
     assert f"row 21, {limit + 1} tokens" in caplog.text
 
 
-# ---- models that lie ----
+# ---- models that ignore part of the layout ----
 
 
 class _Forgetful(LlamaAttention):
@@ -107,7 +109,7 @@ class _WithoutWindow:
 
 
 class WindowlessMistral(hf.MistralForCausalLM):
-    """Leaves its window to the mask alone: the attention function is not told of it."""
+    """Applies its window in the mask only: the attention function does not receive it."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -121,7 +123,7 @@ class _LookingBack(LlamaMLP):
 
 
 class LookingBackLlama(hf.LlamaForCausalLM):
-    """Every token also takes from the token before it, outside attention (RWKV's token shift, a short convolution)."""
+    """Every token also reads the token before it, outside attention (RWKV's token shift, a short convolution)."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -134,7 +136,7 @@ class _CountingPositions(LlamaModel):
 
 
 class CountingLlama(hf.LlamaForCausalLM):
-    """Counts positions itself, whatever it is told."""
+    """Counts positions itself and ignores those it receives."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -142,7 +144,7 @@ class CountingLlama(hf.LlamaForCausalLM):
 
 
 class StrictLlama(hf.LlamaForCausalLM):
-    """A backbone that takes no argument that it does not know."""
+    """A backbone that rejects unknown arguments."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -180,18 +182,18 @@ def test_what_ignores_part_of_the_layout_is_refused(
     assert because in state_of(model).reasons[0]
 
 
-def test_a_window_is_missed_also_where_the_sample_is_too_short_to_feel_it(make_model, random_comparisons):
+def test_a_missing_window_is_found_even_if_the_sample_is_too_short_for_it_to_matter(make_model, random_comparisons):
     model = make_model("mistral", kind=WindowlessMistral, sliding_window=64)
     assert choose_path(model, PackedBatch.build(random_comparisons((3, (2, 2))))) == "padded"
     model = make_model("mistral", sliding_window=64)
     assert choose_path(model, PackedBatch.build(random_comparisons((3, (2, 2))))) == "packed"
 
 
-# ---- output layers that are more than they seem ----
+# ---- output layers that are not just a matrix product ----
 
 
 class LoudLlama(hf.LlamaForCausalLM):
-    """Multiplies its logits by a factor that no configuration key tells of."""
+    """Multiplies its logits by a factor that is in no configuration key."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -205,7 +207,7 @@ class _ShiftedLinear(torch.nn.Linear):
 
 
 class ShiftedLlama(hf.LlamaForCausalLM):
-    """An output layer that is a linear layer and something more."""
+    """An output layer that does more than a linear layer."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -225,7 +227,7 @@ def test_an_odd_output_layer_is_not_fused(kind, make_model, comparisons, naive_l
 def test_an_odd_output_layer_on_a_path_that_was_asked_for(
     path, make_model, comparisons, naive_logprobs, float64_everywhere
 ):
-    """``path`` says how comparisons are laid out; it is no leave to get the output layer wrong."""
+    """``path`` decides how comparisons are laid out; the output layer must be right on every path."""
     model = make_model("llama", kind=LoudLlama)
     expected = naive_logprobs(model, comparisons)
     found = policy_logprobs(model, PackedBatch.build(comparisons), path=path)
@@ -233,8 +235,8 @@ def test_an_odd_output_layer_on_a_path_that_was_asked_for(
 
 
 @pytest.mark.parametrize("name", NOT_SHAREABLE)
-def test_packed_asked_of_a_model_that_cannot(name, make_model, comparisons):
-    """An error that says so, not figures that are wrong."""
+def test_the_packed_path_is_refused_for_a_model_that_cannot_take_it(name, make_model, comparisons):
+    """An error rather than wrong numbers."""
     with pytest.raises(SimpoError, match="packed"):
         policy_logprobs(make_model(name), PackedBatch.build(comparisons), path="packed")
 
@@ -260,7 +262,7 @@ def test_a_refused_model_gets_its_own_attention_back(own, make_model):
 
 
 def test_a_compiled_model_is_the_model_that_was_checked(make_model, comparisons, naive_logprobs, float64_everywhere):
-    """``torch_compile: true`` wraps the model; what the check found of its output layer must not be lost."""
+    """``torch_compile: true`` wraps the model; what the check found out about its output layer must not be lost."""
     model = make_model("llama", kind=LoudLlama)
     expected = naive_logprobs(model, comparisons)
     batch = PackedBatch.build(comparisons)
@@ -271,7 +273,7 @@ def test_a_compiled_model_is_the_model_that_was_checked(make_model, comparisons,
 
 
 class OwnLlamaAttention(LlamaAttention):
-    """An attention class from a module of its own, as in models that come with their code."""
+    """An attention class from another module, as in models that come with their own code."""
 
 
 @pytest.mark.parametrize("own", ["eager", "sdpa"])
@@ -286,7 +288,7 @@ def test_without_a_layout_an_inherited_attention_is_its_own(own, make_model):
 
 
 def test_a_model_without_sdpa_keeps_its_softcap_outside_packed_batches(make_model, comparisons, naive_logprobs):
-    """Gemma 2 has no sdpa: under flex or flash attention, what stands in for it outside packed batches is eager."""
+    """Gemma 2 has no sdpa: under flex or flash attention, eager attention replaces it outside packed batches."""
     expected = naive_logprobs(make_model("gemma2", torch.float32, std=0.1), comparisons)
     model = make_model("gemma2", torch.float32, std=0.1, attn_implementation="flex_attention")
     install(model)
@@ -294,7 +296,7 @@ def test_a_model_without_sdpa_keeps_its_softcap_outside_packed_batches(make_mode
         torch.testing.assert_close(naive_logprobs(model, comparisons), expected, rtol=0, atol=1e-4)
 
 
-def test_a_model_whose_own_figures_are_not_finite_is_not_judged(make_model, comparisons, caplog):
+def test_a_model_whose_own_outputs_are_not_finite_is_not_judged(make_model, comparisons, caplog):
     model = make_model("llama", torch.float32)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
@@ -305,7 +307,7 @@ def test_a_model_whose_own_figures_are_not_finite_is_not_judged(make_model, comp
 
 
 class Expanded(torch.nn.Linear):
-    """As a layer of 4-bit weights: products in half precision, rounded by another kernel for another number of rows."""
+    """Like a layer of 4-bit weights: half-precision products, rounded differently for another number of rows."""
 
     compute_dtype: torch.dtype | None = None
 
@@ -327,7 +329,7 @@ def test_weights_that_are_expanded_to_half_precision_are_judged_by_it(computes, 
 
 
 class _ByTheLongest(LlamaRotaryEmbedding):
-    """Frequencies by the longest row of a forward, which nothing in the configuration says."""
+    """Chooses frequencies by the longest row of a forward, which the configuration does not show."""
 
     def forward(self, x, position_ids):
         self.attention_scaling = 1.0 if position_ids.max() < 20 else 1.2
@@ -351,7 +353,7 @@ class LongestClassifier(hf.LlamaForSequenceClassification):
 def test_a_model_that_looks_at_the_longest_row_computes_each_alone(
     make_model, random_comparisons, naive_logprobs, caplog, path, dtype
 ):
-    """The longest row is the last of many, so that a look at the first ones would not find it."""
+    """The longest row is the last of many, so that checking only the first ones would not find it."""
     model = make_model("llama", dtype, kind=LongestLlama).eval()
     rows = random_comparisons(*[(4, (5, 3))] * 20, (15, (9, 4)), (15, (2, 14)), seed=3)
     with caplog.at_level(logging.WARNING, "simpo"):
@@ -390,7 +392,7 @@ def test_a_reward_model_that_looks_at_the_longest_row_computes_each_alone(make_m
     "name", ["llama", "gpt2", "mistral", "mixtral", "gemma3", "opt", "bloom", "falcon", "mamba", "lfm2"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding_is_not_taken_for_dependence(make_model, comparisons, name, dtype):
+def test_rounding_does_not_count_as_dependence(make_model, comparisons, name, dtype):
     model = make_model(name, dtype, std=0.1)
     choose_path(model, PackedBatch.build(comparisons))
     assert not state_of(model).alone
