@@ -1,4 +1,4 @@
-"""Which comparisons an optimizer step takes, and how they are split over ranks and micro-batches.
+"""The comparisons of each optimizer step, and how they are split over ranks and micro-batches.
 
 Every rank computes the same plan from (seed, epoch, step, lengths), without communication.
 """

@@ -78,7 +78,7 @@ def resolve_path(inner: PreTrainedModel, batch: PackedBatch, path: ForwardPath) 
     """
     proven = state_of(inner).path or choose_path(inner, batch)
     if path == "packed" and proven == "padded":
-        raise SimpoError(f"the packed path is not open to this model ({state_of(inner).reasons[-1]}); use 'auto'")
+        raise SimpoError(f"this model cannot take the packed path ({state_of(inner).reasons[-1]}); use 'auto'")
     chosen = proven if path == "auto" else path
     if chosen == "packed":
         install(inner)  # again, if set_attn_implementation took it out

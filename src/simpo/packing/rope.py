@@ -92,7 +92,7 @@ def _rule(module: Any, layer_type: str | None) -> LengthRule | None:
         return None
     parameters = getattr(module.config, "rope_parameters", None) or {}
     border = (parameters if layer_type is None else parameters[layer_type]).get("original_max_position_embeddings")
-    return None if border is None else LengthRule(borders=(int(border),))  # None: code of its own
+    return None if border is None else LengthRule(borders=(int(border),))  # None: a model with code of its own
 
 
 def _row_by_row(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
