@@ -263,7 +263,7 @@ def test_saved_after_training_it_is_an_ordinary_model(make_trainer, make_model, 
 # ---- what is refused ----
 
 
-@pytest.mark.parametrize(("responses", "message"), [(1, "one response"), (3, "3 responses and no scores")])
+@pytest.mark.parametrize(("responses", "message"), [(1, "one response"), (3, "3 responses")])
 def test_only_what_can_be_ranked_is_trained_on(responses, message, make_trainer, pairs):
     from datasets import concatenate_datasets
 
