@@ -194,7 +194,7 @@ def test_a_judge_that_refuses_everything_is_one_error(world, tmp_path, capsys):
         assert main(alpaca(world, server.url, tmp_path / "out", "--judge_concurrency=1")) == 2
         assert len(server.bodies) == 8
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "refuses whatever it is asked: status 400: no such model" in error
+    assert error.count("\n") == 1 and "the server refuses every request: status 400: no such model" in error
 
 
 COSTS = {

@@ -272,7 +272,7 @@ def test_errors_that_concern_all_requests_end_the_command(status, said):
 @pytest.mark.parametrize("count", [40, 8, 3, 1])
 def test_refusals_of_all_first_requests_end_the_command(count, tmp_path):
     with ChatServer(slow_after(7, refuse(*range(8)))) as server:
-        with pytest.raises(SimpoError, match="'tiny': refuses whatever it is asked: status 400: too long"):
+        with pytest.raises(SimpoError, match="'tiny': the server refuses every request: status 400: too long"):
             client(server, tmp_path, concurrency=2).complete(requests(count), despite_refusals=True)
         assert len(server.bodies) <= 9
 

@@ -120,7 +120,7 @@ class ChatClient:
                         refused = len(early) == len(first) and all(reply.refused for reply in early)
                         if refused and not self._answered:
                             reason = early[0].refused
-                            raise SimpoError(f"{self.endpoint.label}: refuses whatever it is asked: {reason}")
+                            raise SimpoError(f"{self.endpoint.label}: the server refuses every request: {reason}")
                     except SimpoError as error:
                         failures.append(error)
                     if failures:

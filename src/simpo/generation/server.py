@@ -9,6 +9,7 @@ from pathlib import Path
 from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, confirm_cost
 from simpo.data.inspection import AnswerSet, diversity_metrics
 from simpo.data.prompts import PlainPrompt, read_prompts
+from simpo.data.rows import DataReport
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
 from simpo.generation.sample import FILE_NAME, PromptArguments
@@ -16,6 +17,7 @@ from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.runs.atomic import remove_folder
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import write_lines
+from simpo.runs.log import Log
 from simpo.runs.results import Metric, fingerprint
 from simpo.runs.signals import stoppable
 from simpo.statistics import proportion_interval
@@ -52,19 +54,10 @@ def sample_from_server(
         SimpoError: an argument cannot be used, the user does not agree, or the server refuses.
         InterruptedRun: the user stopped the run; replies so far are kept.
     """
-    if source.chat_template is not None:
-        raise SimpoError("chat_template: a server applies its own; leave it out")
-    if source.rendering != RenderSettings():
-        raise SimpoError("chat_template_kwargs, system_message: a server renders prompts itself; leave them out")
-    if settings.top_k:
-        raise SimpoError("top_k: OpenAI-compatible servers have none; leave it out or use another engine")
     settings = settings.resolved(context=None, chunk_size=1)
     with stoppable(), RunFolder(folder, command="sample") as run:
         endpoint.api_key()
-        prompts, report = read_prompts(source.rows())
-        if unsent := next((prompt for prompt in prompts if prompt.context.columns), None):
-            name = next(iter(unsent.context.columns))
-            raise SimpoError(f"{unsent.where}: engine server does not send {name}; use another engine, or leave it out")
+        prompts, report = _read_sendable(source, settings)
         for line in [f"model: {endpoint.model} at {endpoint.base_url}", *report.lines()]:
             run.log(line)
         identity = {
@@ -80,23 +73,27 @@ def sample_from_server(
             confirm_cost(client.estimate(requests), yes=yes, log=run.log)
             replies = client.complete(requests, log=run.log)
             run.log(client.usage.line())
-            if empty := sum(not reply.text.strip() for reply in replies):
-                run.log(
-                    f"note: {empty:,} answers are empty: the server refused or filtered them, or gave only reasoning"
-                )
-            groups = [replies[start : start + settings.n] for start in range(0, len(replies), settings.n)]
-            _write_rows(folder / FILE_NAME, prompts, groups)
-            ended = sum(not reply.cut_off for reply in replies)
-            return [
-                *(Metric(*one) for one in report.metrics()),
-                *diversity_metrics("sample", [AnswerSet([reply.text for reply in group]) for group in groups]),
-                Metric.of("sample/ended", proportion_interval(ended, len(replies))),
-            ]
+            return [Metric(*one) for one in report.metrics()] + _write(folder / FILE_NAME, prompts, replies, run.log)
 
         results = run.complete(ask)
         if cache.exists():
             remove_folder(cache)
     return results
+
+
+def _read_sendable(source: PromptArguments, settings: SamplingSettings) -> tuple[list[PlainPrompt], DataReport]:
+    """The prompts and their report; raises :class:`SimpoError` for anything that a server does not take."""
+    if source.chat_template is not None:
+        raise SimpoError("chat_template: a server applies its own; leave it out")
+    if source.rendering != RenderSettings():
+        raise SimpoError("chat_template_kwargs, system_message: a server renders prompts itself; leave them out")
+    if settings.top_k:
+        raise SimpoError("top_k: OpenAI-compatible servers have none; leave it out or use another engine")
+    prompts, report = read_prompts(source.rows())
+    if unsent := next((prompt for prompt in prompts if prompt.context.columns), None):
+        name = next(iter(unsent.context.columns))
+        raise SimpoError(f"{unsent.where}: engine server does not send {name}; use another engine, or leave it out")
+    return prompts, report
 
 
 def _request(prompt: PlainPrompt, number: int, settings: SamplingSettings) -> ChatRequest:
@@ -111,18 +108,26 @@ def _request(prompt: PlainPrompt, number: int, settings: SamplingSettings) -> Ch
     )
 
 
-def _write_rows(path: Path, prompts: Sequence[PlainPrompt], groups: Sequence[Sequence[ChatReply]]) -> None:
-    write_lines(
-        path,
-        [
-            {
-                "id": prompt.id,
-                "prompt": prompt.content,
-                "responses": [reply.text for reply in replies],
-                "finished": [not reply.cut_off for reply in replies],
-                "where": prompt.where,
-                "extra": prompt.extra,
-            }
-            for prompt, replies in zip(prompts, groups, strict=True)
-        ],
-    )
+def _write(path: Path, prompts: Sequence[PlainPrompt], replies: Sequence[ChatReply], log: Log) -> list[Metric]:
+    """Write one row per prompt, which all have equally many replies, and return the metrics of the replies."""
+    if empty := sum(not reply.text.strip() for reply in replies):
+        log(f"note: {empty:,} answers are empty: the server refused or filtered them, or gave only reasoning")
+    n = len(replies) // len(prompts)
+    groups = [replies[start : start + n] for start in range(0, len(replies), n)]
+    rows = [
+        {
+            "id": prompt.id,
+            "prompt": prompt.content,
+            "responses": [reply.text for reply in group],
+            "finished": [not reply.cut_off for reply in group],
+            "where": prompt.where,
+            "extra": prompt.extra,
+        }
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]
+    write_lines(path, rows)
+    ended = sum(not reply.cut_off for reply in replies)
+    return [
+        *diversity_metrics("sample", [AnswerSet(row["responses"]) for row in rows]),
+        Metric.of("sample/ended", proportion_interval(ended, len(replies))),
+    ]
