@@ -182,18 +182,14 @@ def preference_metrics(judged: Judged, seed: int) -> list[Metric]:
             controlled = length_controlled_win_rate(verdicts[known], longer[known], judged.prompts[known])
             ties = float(np.mean(verdicts[known] == 0.5))
         metrics += [
-            _metric(f"win_rate/{judge}", win_rate_over_prompts(verdicts, judged.prompts, seed)),
-            _metric(f"length_controlled_win_rate/{judge}", controlled),
+            Metric.of(f"win_rate/{judge}", win_rate_over_prompts(verdicts, judged.prompts, seed)),
+            Metric.of(f"length_controlled_win_rate/{judge}", controlled),
             Metric(f"ties/{judge}", ties, n=int(known.sum())),
             Metric(f"without_verdict/{judge}", int((~known).sum()), n=len(verdicts)),
         ]
     for (one, first), (other, second) in combinations(judged.verdicts.items(), 2):
         metrics += _agreement_metrics(f"{one}+{other}", judged.prompts, first, second, seed)
     return metrics
-
-
-def _metric(name: str, found: Interval | None) -> Metric:
-    return Metric(name, None) if found is None else Metric.of(name, found)
 
 
 def win_rate_over_prompts(verdicts: np.ndarray, prompts: np.ndarray, seed: int) -> Interval | None:

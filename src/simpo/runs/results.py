@@ -53,8 +53,10 @@ class Metric:
     method: str | None = None
 
     @classmethod
-    def of(cls, name: str, found: Interval, stage: Stage | None = None, *, method: str | None = None) -> Metric:
-        """A metric with an interval; ``method`` replaces the interval's own description of how it was computed."""
+    def of(cls, name: str, found: Interval | None, stage: Stage | None = None, *, method: str | None = None) -> Metric:
+        """A metric with an interval, whose description ``method`` replaces; without a value where ``found`` is None."""
+        if found is None:
+            return cls(name, None, stage)
         return cls(name, found.value, stage, found.n, found.low, found.high, method or found.method)
 
     @property
