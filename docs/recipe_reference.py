@@ -13,11 +13,11 @@ from transformers import TrainingArguments
 
 from simpo.config import Key, keys_of
 from simpo.config.coercion import describe
-from simpo.evaluation.during_training import GenerationArguments
 from simpo.generation.settings import SamplingSettings
+from simpo.judging.settings import GenerationArguments
 from simpo.models.settings import ModelArguments
 from simpo.objectives import OBJECTIVES, Objective
-from simpo.training.preference import PreferenceConfig, hyperparameter_names
+from simpo.training.configs import PreferenceConfig, hyperparameter_names
 from simpo.training.reward import RewardConfig
 from simpo.training.settings import UNSUPPORTED, DataArguments, TrainingSettings
 from simpo.training.sft import SFTConfig

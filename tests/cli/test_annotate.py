@@ -15,7 +15,8 @@ from tests.servers.chat_server import ChatServer, Raw, completion
 from simpo.cli import main
 from simpo.judging import annotate as annotation
 from simpo.judging.protocol import Answers
-from simpo.judging.registry import JudgeOptions, make_scorer
+from simpo.judging.registry import make_scorer
+from simpo.judging.settings import JudgeOptions
 from simpo.runs.lines import read_lines
 from simpo.runs.results import read_results
 from simpo.world.judge import draw_answer, judge

@@ -12,7 +12,8 @@ from scipy.special import expit, logit
 from simpo.evaluation.compare import widest_differences, write_differences, write_verdicts
 from simpo.evaluation.preferences import Judged, length_controlled_win_rate, preference_metrics, win_rate_over_prompts
 from simpo.judging.protocol import Pair
-from simpo.judging.registry import JudgeOptions, make_judge
+from simpo.judging.registry import make_judge
+from simpo.judging.settings import JudgeOptions
 from simpo.runs.lines import read_lines
 from simpo.world.judge import draw_answer, full_answer
 from simpo.world.questions import draw_question

@@ -12,7 +12,8 @@ from simpo import SimpoError
 from simpo.client import ChatClient, ChatReply, Endpoint
 from simpo.judging.pairwise import PairwiseApiJudge, read_verdict
 from simpo.judging.protocol import Pair
-from simpo.judging.registry import JudgeOptions, make_judge
+from simpo.judging.registry import make_judge
+from simpo.judging.settings import JudgeOptions
 
 PAIRS = [
     Pair("1", "q", "good", "bad"),

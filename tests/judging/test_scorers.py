@@ -20,8 +20,9 @@ from transformers import (
 
 from simpo import SimpoError
 from simpo.judging.protocol import Answers, Pair, check_scores
-from simpo.judging.registry import JudgeOptions, make_judge, make_scorer
+from simpo.judging.registry import make_judge, make_scorer
 from simpo.judging.scored import ScorerJudge
+from simpo.judging.settings import JudgeOptions
 from simpo.world.judge import judge
 from simpo.world.pairs import make_prompts
 

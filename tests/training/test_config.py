@@ -12,7 +12,7 @@ import pytest
 from transformers import TrainingArguments
 
 from simpo import OBJECTIVES, PreferenceConfig, SimpoError
-from simpo.training.preference import hyperparameter_names
+from simpo.training.configs import hyperparameter_names
 
 
 @pytest.mark.parametrize(

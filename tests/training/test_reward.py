@@ -22,7 +22,8 @@ from transformers import (
 
 from simpo import SimpoError, cli
 from simpo.judging.protocol import Answers
-from simpo.judging.registry import JudgeOptions, make_scorer
+from simpo.judging.registry import make_scorer
+from simpo.judging.settings import JudgeOptions
 from simpo.models.reward import choose_padding, load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.runs.results import read_results

@@ -88,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 2 a user's mistake, 130 or 143 stopped by a signal, 141 the reader of the output is gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and arguments[:1] in (["train"], ["sft"], ["reward"]) and {"-h", "--help"} & set(arguments):
+        # transformers imports peft for an isinstance check, and peft imports all of transformers' models: 2 seconds
+        # that the help of TrainingArguments does not need. The process ends after it.
+        sys.modules["peft"] = None  # type: ignore[assignment]
     try:
         code = _run(arguments)
         sys.stdout.flush()

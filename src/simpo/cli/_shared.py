@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simpo.config import parse_settings
 from simpo.errors import SimpoError
-from simpo.evaluation.during_training import GenerationArguments, Generations
 from simpo.models.settings import ModelArguments
-from simpo.runs.results import print_results
-from simpo.training.packed import PackedTrainer
-from simpo.training.run import TrainingJob, run_training
 from simpo.training.settings import DataArguments
+
+if TYPE_CHECKING:  # trainers and engines take seconds to import, and --help and mistakes in recipes do not need them
+    from simpo.training.packed import PackedTrainer
+    from simpo.training.run import TrainingJob
 
 # What transformers calls the folder if nobody does.
 _UNNAMED = "trainer_output"
@@ -61,25 +62,30 @@ def check_named(config: Any) -> None:
         raise SimpoError("output_dir is missing: give it in the recipe or as --output_dir")
 
 
-def read(kind: type[PackedTrainer], argv: list[str], *, about: str | None = None) -> TrainingJob:
-    """The job that a training recipe and command line describe."""
-    more = [GenerationArguments] if kind.pipeline == "text-generation" else []
-    model, data, config, *more = parse(argv, kind.config_type, *more, command=kind.command, about=about)
+def make_job(kind: type[PackedTrainer], parts: Sequence[Any], argv: list[str]) -> TrainingJob:
+    """The job of the parsed ``parts`` of a training recipe and command line."""
+    from simpo.evaluation.during_training import Generations  # noqa: PLC0415
+    from simpo.training.run import TrainingJob  # noqa: PLC0415
+
+    model, data, config, *more = parts
     callbacks = [Generations(more[0], model)] if more and more[0].eval_generations else []
     config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
     return TrainingJob(model, data, config, argv, recipe_of(argv), callbacks)
 
 
-def run(kind: type[PackedTrainer], argv: list[str], *, about: str | None, following: str) -> int:
-    """Parse ``argv``, train, print the table of results and the command that may follow.
+def run(kind: type[PackedTrainer], parts: Sequence[Any], argv: list[str], *, following: str) -> int:
+    """Train, print the table of results and the command that may follow.
 
     Args:
         kind: the trainer's class.
+        parts: the settings, as :func:`parse` returns them.
         argv: the arguments.
-        about: the start of the command's help.
         following: the next command, with ``{folder}`` for the output folder.
     """
-    job = read(kind, argv, about=about)
+    from simpo.runs.results import print_results  # noqa: PLC0415
+    from simpo.training.run import run_training  # noqa: PLC0415
+
+    job = make_job(kind, parts, argv)
     results = run_training(kind, job)
     if job.config.process_index == 0:
         folder = job.config.output_dir

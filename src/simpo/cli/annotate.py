@@ -15,8 +15,7 @@ from pathlib import Path
 from simpo.cli._shared import refuse_several
 from simpo.config import parse_settings
 from simpo.judging.annotate import BEST, FILE_NAME, AnnotateArguments, annotate
-from simpo.judging.registry import ANNOTATORS
-from simpo.judging.settings import JudgeSettings
+from simpo.judging.settings import ANNOTATORS, JudgeSettings
 from simpo.runs.results import print_results
 
 

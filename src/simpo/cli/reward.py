@@ -7,11 +7,13 @@ examples:
 
 from __future__ import annotations
 
-from simpo.cli._shared import run
-from simpo.training.reward import RewardTrainer
+from simpo.cli._shared import parse, run
+from simpo.training.configs import RewardConfig
 
 
 def main(argv: list[str]) -> int:
     """Parse, train, print the table of results and what to do next."""
-    following = "simpo annotate RESPONSES --annotator reward:{folder}"
-    return run(RewardTrainer, argv, about=__doc__, following=following)
+    parts = parse(argv, RewardConfig, command="reward", about=__doc__)
+    from simpo.training.reward import RewardTrainer  # noqa: PLC0415 - slow, and --help does not need it
+
+    return run(RewardTrainer, parts, argv, following="simpo annotate RESPONSES --annotator reward:{folder}")

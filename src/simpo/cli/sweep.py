@@ -14,19 +14,20 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from simpo.cli._shared import read, recipe_of, refuse_several
+from simpo.cli._shared import make_job, parse, recipe_of, refuse_several
 from simpo.config import keys_of, parse_settings
 from simpo.config.command_line import split_options
 from simpo.errors import SimpoError
-from simpo.evaluation.during_training import GenerationArguments
+from simpo.judging.settings import GenerationArguments
 from simpo.models.settings import ModelArguments
-from simpo.training.preference import PreferenceConfig, PreferenceTrainer
+from simpo.training.configs import PreferenceConfig
+from simpo.training.preference import PreferenceTrainer
+from simpo.training.run import TrainingJob
 from simpo.training.settings import DataArguments
 from simpo.workflows.sweep import BEST, EFFECTS, SMALLER_IS_BETTER, Sweep, print_sweep, run_sweep
 from simpo.workflows.sweep_space import Choices, combinations, read_axes
@@ -106,10 +107,14 @@ def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
         sampler=settings.sampler,
         trials=_trials(settings.sampler, settings.trials, axes),
         prune=settings.prune,
-        read=partial(read, PreferenceTrainer),
+        read=_read_trial,
         argv=argv,
     )
     return sweep, recipe
+
+
+def _read_trial(argv: list[str]) -> TrainingJob:
+    return make_job(PreferenceTrainer, parse(argv, PreferenceConfig, GenerationArguments), argv)
 
 
 def _keys(path: Path) -> dict[str, Any]:

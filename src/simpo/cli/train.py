@@ -7,10 +7,14 @@ examples:
 
 from __future__ import annotations
 
-from simpo.cli._shared import run
-from simpo.training.preference import PreferenceTrainer
+from simpo.cli._shared import parse, run
+from simpo.judging.settings import GenerationArguments
+from simpo.training.configs import PreferenceConfig
 
 
 def main(argv: list[str]) -> int:
     """Parse, train, print the table of results and what to do next."""
-    return run(PreferenceTrainer, argv, about=__doc__, following="simpo chat {folder}")
+    parts = parse(argv, PreferenceConfig, GenerationArguments, command="train", about=__doc__)
+    from simpo.training.preference import PreferenceTrainer  # noqa: PLC0415 - slow, and --help does not need it
+
+    return run(PreferenceTrainer, parts, argv, following="simpo chat {folder}")

@@ -22,9 +22,9 @@ from simpo.generation.sample import FILE_NAME, EngineName, PromptArguments, samp
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.presentation import ShownAnswers, as_text
 from simpo.judging.protocol import Judge, Pair
-from simpo.judging.registry import JUDGES, JudgeOptions, make_judge
+from simpo.judging.registry import make_judge
 from simpo.judging.scored import verdict_of
-from simpo.judging.settings import JudgeSettings
+from simpo.judging.settings import JUDGES, JudgeOptions, JudgeSettings
 from simpo.models.checkpoint import Checkpoint
 from simpo.models.devices import free_memory
 from simpo.models.settings import ModelArguments

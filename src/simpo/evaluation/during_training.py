@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from simpo.generation.engine import Sampled, TransformersEngine
 from simpo.generation.responses import read_samples, response_texts, write_responses
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.protocol import Judge, Pair
-from simpo.judging.registry import ANNOTATORS, JudgeOptions, check_judges_anew, make_judge
+from simpo.judging.registry import check_judges_anew, make_judge
+from simpo.judging.settings import GenerationArguments, JudgeOptions
 from simpo.models.checkpoint import Checkpoint
 from simpo.models.devices import from_main
 from simpo.models.settings import ModelArguments
@@ -45,47 +46,18 @@ _GENERATED_TOGETHER = 32
 _TRIED_PAIRS = 4  # more than one, so that a server's refusal of a single pair does not count as a refusal of all
 
 
-@dataclass
-class GenerationArguments:
-    """Answers to held-out prompts at every evaluation, and the judge that compares them with the start model's."""
-
-    eval_generations: int = field(
-        default=0, metadata={"help": "Held-out prompts that are answered at every evaluation; 0 is off."}
-    )
-    eval_judge: str | None = field(
-        default=None, metadata={"help": f"Judge of those answers against the start model's: {ANNOTATORS}."}
-    )
-    eval_judge_url: str | None = field(
-        default=None, metadata={"help": "Server of eval_judge api; its key is in OPENAI_API_KEY."}
-    )
-    eval_judge_model: str | None = field(default=None, metadata={"help": "That judge's name on the server."})
-    yes: bool = field(default=False, metadata={"help": "Send requests of eval_judge api without asking."})
-
-    def __post_init__(self) -> None:
-        server = (self.eval_judge_url, self.eval_judge_model)
-        if self.eval_generations < 0:
-            raise SimpoError(f"eval_generations: must be at least 0, not {self.eval_generations}")
-        if self.eval_judge is not None and not self.eval_generations:
-            raise SimpoError("eval_judge: there is nothing to judge; set eval_generations")
-        if self.eval_judge == "api" and None in server:
-            raise SimpoError("eval_judge: api needs eval_judge_url and eval_judge_model")
-        if self.eval_judge != "api" and server != (None, None):
-            raise SimpoError("eval_judge_url and eval_judge_model: only eval_judge api uses them")
-        if self.yes and self.eval_judge != "api":
-            raise SimpoError("yes: only eval_judge api has a cost to confirm; leave it out")
-
-    def judge(self, *, trust_remote_code: bool, log: Log) -> Judge | None:
-        """The judge, if one is named; raises :class:`SimpoError` if it cannot be made."""
-        if self.eval_judge is None:
-            return None
-        try:
-            check_judges_anew(self.eval_judge)
-            client = None
-            if self.eval_judge_url is not None and self.eval_judge_model is not None:
-                client = ChatClient(Endpoint(self.eval_judge_url, self.eval_judge_model), default_cache())
-            return make_judge(self.eval_judge, JudgeOptions(client, trust_remote_code=trust_remote_code, log=log))
-        except SimpoError as error:
-            raise SimpoError(f"eval_judge: {error}") from error
+def make_eval_judge(arguments: GenerationArguments, *, trust_remote_code: bool, log: Log) -> Judge | None:
+    """The judge, if one is named; raises :class:`SimpoError` if it cannot be made."""
+    if arguments.eval_judge is None:
+        return None
+    try:
+        check_judges_anew(arguments.eval_judge)
+        client = None
+        if arguments.eval_judge_url is not None and arguments.eval_judge_model is not None:
+            client = ChatClient(Endpoint(arguments.eval_judge_url, arguments.eval_judge_model), default_cache())
+        return make_judge(arguments.eval_judge, JudgeOptions(client, trust_remote_code=trust_remote_code, log=log))
+    except SimpoError as error:
+        raise SimpoError(f"eval_judge: {error}") from error
 
 
 # ---- Signs that a model in training no longer answers properly.
@@ -204,7 +176,7 @@ class Generations(RunCallback):
                 "simpo compare after training"
             )
         self._config, self._tokenizer, self._log = config, tokenizer, log
-        self._judge = self._arguments.judge(trust_remote_code=self._model.trust_remote_code, log=log)
+        self._judge = make_eval_judge(self._arguments, trust_remote_code=self._model.trust_remote_code, log=log)
         context = min(Checkpoint.read(self._model).context or config.max_length, config.max_length)
         chunk_size = min(_GENERATED_TOGETHER, math.ceil(self._arguments.eval_generations / config.world_size))
         self._sampling = SamplingSettings(temperature=0.0).resolved(context=context, chunk_size=chunk_size)

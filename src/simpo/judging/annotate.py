@@ -14,7 +14,8 @@ from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 from simpo.judging.presentation import ShownAnswers
 from simpo.judging.protocol import Answers, Scorer, check_scores
-from simpo.judging.registry import JudgeOptions, make_annotator
+from simpo.judging.registry import make_annotator
+from simpo.judging.settings import JudgeOptions
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import JsonLines, read_lines, write_lines
 from simpo.runs.results import Metric, fingerprint

@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from simpo.client import ChatClient
 from simpo.config.coercion import nearest
 from simpo.errors import SimpoError
 from simpo.judging.models import ModelScorer
 from simpo.judging.pairwise import PairwiseApiJudge, TournamentScorer
 from simpo.judging.protocol import Judge, Scorer
 from simpo.judging.scored import ExactScorer, FunctionScorer, HumanJudge, ScorerJudge
+from simpo.judging.settings import ANNOTATORS, JUDGES, SCORERS, JudgeOptions
 from simpo.models.settings import ModelArguments
-
-SCORERS = "exact, function:MODULE:NAME, reward:MODEL, logp:MODEL"
-JUDGES = f"{SCORERS}, human:FILE, api"
-ANNOTATORS = f"{SCORERS}, api"
-
-
-@dataclass(frozen=True)
-class JudgeOptions:
-    """What judges need in addition to their names.
-
-    Attributes:
-        client: sends the requests of the judge ``api``; None if no server was named.
-        prompt: file with its judge prompt; None for the one in the package.
-        max_tokens: longest reply of ``api``.
-        dtype: type of a judging model's weights; None chooses by the device.
-        trust_remote_code: run code: a function, or code that comes with a model.
-        strip_thinking: show judges the answers without the thinking that they begin with.
-        log: receives lines of progress.
-    """
-
-    client: ChatClient | None = None
-    prompt: Path | None = None
-    max_tokens: int = 1024
-    dtype: str | None = None
-    trust_remote_code: bool = False
-    strip_thinking: bool = False
-    log: Callable[[str], None] = print
 
 
 def make_judge(name: str, options: JudgeOptions) -> Judge:

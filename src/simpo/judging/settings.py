@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from simpo.client import ChatClient, Endpoint, Prices
 from simpo.client.cache import default_cache
 from simpo.errors import SimpoError
-from simpo.judging.registry import JudgeOptions
+
+SCORERS = "exact, function:MODULE:NAME, reward:MODEL, logp:MODEL"
+JUDGES = f"{SCORERS}, human:FILE, api"
+ANNOTATORS = f"{SCORERS}, api"
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """What judges need in addition to their names.
+
+    Attributes:
+        client: sends the requests of the judge ``api``; None if no server was named.
+        prompt: file with its judge prompt; None for the one in the package.
+        max_tokens: longest reply of ``api``.
+        dtype: type of a judging model's weights; None chooses by the device.
+        trust_remote_code: run code: a function, or code that comes with a model.
+        strip_thinking: show judges the answers without the thinking that they begin with.
+        log: receives lines of progress.
+    """
+
+    client: ChatClient | None = None
+    prompt: Path | None = None
+    max_tokens: int = 1024
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    strip_thinking: bool = False
+    log: Callable[[str], None] = print
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,3 +114,33 @@ class JudgeSettings(ApiSettings):
             self.trust_remote_code,
             self.strip_thinking,
         )
+
+
+@dataclass
+class GenerationArguments:
+    """Answers to held-out prompts at every evaluation, and the judge that compares them with the start model's."""
+
+    eval_generations: int = field(
+        default=0, metadata={"help": "Held-out prompts that are answered at every evaluation; 0 is off."}
+    )
+    eval_judge: str | None = field(
+        default=None, metadata={"help": f"Judge of those answers against the start model's: {ANNOTATORS}."}
+    )
+    eval_judge_url: str | None = field(
+        default=None, metadata={"help": "Server of eval_judge api; its key is in OPENAI_API_KEY."}
+    )
+    eval_judge_model: str | None = field(default=None, metadata={"help": "That judge's name on the server."})
+    yes: bool = field(default=False, metadata={"help": "Send requests of eval_judge api without asking."})
+
+    def __post_init__(self) -> None:
+        server = (self.eval_judge_url, self.eval_judge_model)
+        if self.eval_generations < 0:
+            raise SimpoError(f"eval_generations: must be at least 0, not {self.eval_generations}")
+        if self.eval_judge is not None and not self.eval_generations:
+            raise SimpoError("eval_judge: there is nothing to judge; set eval_generations")
+        if self.eval_judge == "api" and None in server:
+            raise SimpoError("eval_judge: api needs eval_judge_url and eval_judge_model")
+        if self.eval_judge != "api" and server != (None, None):
+            raise SimpoError("eval_judge_url and eval_judge_model: only eval_judge api uses them")
+        if self.yes and self.eval_judge != "api":
+            raise SimpoError("yes: only eval_judge api has a cost to confirm; leave it out")

@@ -4,12 +4,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -17,23 +15,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from simpo.config import setting
-from simpo.data.settings import TokenizeSettings
 from simpo.data.tokenizing import Prepared, check_rankings, is_feedback, prepare, prepare_feedback
-from simpo.errors import SimpoError, check_all
+from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES, Objective, Responses, reference_point, sft_term
 from simpo.packing.model import policy_forward
 from simpo.packing.scoring import divergence_forward, mean_by_comparison
 from simpo.runs.results import Metric
 from simpo.training.batches import MISMATCHED_REF_LOGP, PlannedBatch, widest_type
+from simpo.training.configs import PreferenceConfig
 from simpo.training.metrics import Scores, compare_preferences
 from simpo.training.packed import Description, PackedTrainer
 from simpo.training.reference import ReferenceModel, mismatched_rows, with_mismatched
-from simpo.training.settings import TrainingSettings
-
-_DEFAULT = "simpo"
-_SIMPO_ONLY = ("gamma_beta_ratio", "gamma", "link")  # one of them implies SimPO
-_SIMPO_BETA = 1.0  # the paper's values are 2 to 10; those of DPO and its relatives are 0.01 to 0.5
 
 # The metrics of pairs and of single responses, by the names on people's dashboards.
 NAMES = (
@@ -43,163 +35,6 @@ NAMES = (
 )
 UNPAIRED_NAMES = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 KL = "kl"
-
-
-def _hyperparameter(name: str) -> Any:
-    """The field of ``PreferenceConfig`` for a hyperparameter, whose meaning the objectives define."""
-    uses: dict[str, list[str]] = {}  # by meaning: the same name may mean different things to different objectives
-    for row in OBJECTIVES.values():
-        if name in row.hyperparameters:
-            known = row.hyperparameters[name]
-            uses.setdefault(known.help, []).append(f"{row.name} {known.default}")
-        elif name in row.spellings:
-            uses.setdefault(f"Another way to give {row.spellings[name].of}.", []).append(row.name)
-    return setting(None, " ".join(f"{text.removesuffix('.')} ({', '.join(rows)})." for text, rows in uses.items()))
-
-
-@dataclass
-class PreferenceConfig(TrainingSettings):
-    """Configuration of a preference run.
-
-    All keys of ``transformers.TrainingArguments``, those of :class:`~simpo.training.settings.TrainingSettings`, and the
-    hyperparameters of the objectives (``beta``, ``gamma_beta_ratio``, ...), where None stands for the objective's own
-    default.
-
-    Pairs per optimizer step are ``per_device_train_batch_size * gradient_accumulation_steps * world_size``, as
-    everywhere in transformers; the first two are folded into one, because micro-batches are cut by
-    ``max_batch_tokens``.
-
-    Raises:
-        SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
-    """
-
-    learning_rate: float = setting(1e-6, "Peak learning rate; the paper's are 3e-7 to 1e-6.")
-
-    objective: str | None = setting(None, f"The loss: one of {', '.join(OBJECTIVES)} (default: simpo).")
-    loss_type: str | None = setting(None, "Alias for link (in the paper's recipes) or objective (in TRL's).")
-    sft_weight: float = setting(0.0, "Weight of an SFT term: the chosen response's average negative log-probability.")
-    kl_weight: float = setting(0.0, "Weight of KL(policy || start model), exact, mean over the response tokens.")
-    precompute_ref_log_probs: bool | None = setting(
-        None, "Compute the reference's log-probabilities once and keep them (default: true); false: at every step."
-    )
-    reference_cache: str | None = setting(None, "Folder for the reference's log-probabilities (default: in HF_HOME).")
-    paper_tokenization: bool = setting(False, "Score the assistant header with the response, as the paper's code does.")
-
-    beta: float | None = _hyperparameter("beta")
-    gamma_beta_ratio: float | None = _hyperparameter("gamma_beta_ratio")
-    gamma: float | None = _hyperparameter("gamma")
-    link: Literal["sigmoid", "hinge"] | None = _hyperparameter("link")
-    label_smoothing: float | None = _hyperparameter("label_smoothing")
-    tau: float | None = _hyperparameter("tau")
-    length_normalized: bool | None = _hyperparameter("length_normalized")
-    lam: float | None = _hyperparameter("lam")
-    lam_w: float | None = _hyperparameter("lam_w")
-    lam_l: float | None = _hyperparameter("lam_l")
-    desirable_weight: float | None = _hyperparameter("desirable_weight")
-    undesirable_weight: float | None = _hyperparameter("undesirable_weight")
-    alpha: float | None = _hyperparameter("alpha")
-    delta: float | None = _hyperparameter("delta")
-
-    @property
-    def row(self) -> Objective:
-        """The chosen objective with its default hyperparameters."""
-        return OBJECTIVES[str(self.objective)]
-
-    @property
-    def hyperparameters(self) -> dict[str, Any]:
-        """All hyperparameters of the objective, defaults filled in."""
-        given = {name: getattr(self, name) for name in hyperparameter_names() if getattr(self, name) is not None}
-        return self.row.resolve(given)
-
-    @property
-    def tokenize_settings(self) -> TokenizeSettings:
-        return replace(super().tokenize_settings, paper_tokenization=self.paper_tokenization)
-
-    def _reject(self) -> None:
-        check_all(super()._reject, self._reject_guess)
-
-    def _reject_guess(self) -> None:
-        """Reject keys that leave open which objective is meant."""
-        if self.objective is not None or self.loss_type is not None:
-            return
-        if any(getattr(self, key) is not None for key in _SIMPO_ONLY):
-            return
-        beta = self.beta
-        if isinstance(beta, int | float) and 0 < beta < _SIMPO_BETA:
-            raise SimpoError(
-                f"objective: not given, and beta {beta:g} is on DPO's scale (SimPO's is 2 to 10); write objective: "
-                f"dpo or kto with it, orpo with lam: {beta:g} or ipo with tau: {beta:g} in its place, or simpo"
-            )
-        found = "precompute_ref_log_probs" if self.precompute_ref_log_probs is not None else None
-        if beta is None and self.label_smoothing:
-            found = found or "label_smoothing"
-        if found:
-            raise SimpoError(f"objective: not given, and {found} is not only SimPO's; write objective: dpo, or simpo")
-
-    def _check(self) -> None:
-        check_all(self._check_objective, super()._check)
-
-    def _check_objective(self) -> None:
-        if self.objective not in (None, *OBJECTIVES):
-            raise SimpoError(f"objective: {self.objective!r} is unknown; there are {', '.join(OBJECTIVES)}")
-        self._resolve_loss_type()
-        self.objective = self.objective or _DEFAULT
-        self.precompute_ref_log_probs = self.precompute_ref_log_probs is not False
-        try:
-            self.hyperparameters  # noqa: B018 - resolving is the check
-        except ValueError as error:
-            raise SimpoError(str(error)) from error
-        for key in ("sft_weight", "kl_weight"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise SimpoError(f"{key}: must be >= 0 and finite, not {getattr(self, key)}")
-        if self.sft_weight and self._has_anchor(self.hyperparameters):
-            weighted = "lam" in self.row.hyperparameters and not self._has_anchor(self.hyperparameters | {"lam": 0.0})
-            remedy = ", or set lam: 0" if weighted else ""
-            raise SimpoError(
-                f"sft_weight: objective {self.objective!r} has a term on the chosen response already; leave sft_weight "
-                f"out{remedy}"
-            )
-
-    def _has_anchor(self, hyperparameters: dict[str, Any]) -> bool:
-        """Whether the objective has a term on the chosen response alone that is not 0."""
-        response = Responses(torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([-1.0]))
-        anchor = self.row.with_hyperparameters(**hyperparameters).anchor(response)
-        return anchor is not None and bool(anchor.any())
-
-    def _resolve_loss_type(self) -> None:
-        """Read ``loss_type`` as the objective, or as the link of one."""
-        given, self.loss_type = self.loss_type, None
-        if given is None:
-            return
-        if given in OBJECTIVES:
-            if self.objective not in (None, given):
-                raise SimpoError(f"loss_type {given!r} and objective {self.objective!r} disagree; give one of them")
-            self.objective = given
-            return
-        with_link = (row.hyperparameters["link"] for row in OBJECTIVES.values() if "link" in row.hyperparameters)
-        links = dict.fromkeys(chain.from_iterable(get_args(known.type) for known in with_link))
-        if given not in links:
-            known = ", ".join((*OBJECTIVES, *links))
-            raise SimpoError(f"loss_type: {given!r} is neither an objective nor a link; there are {known}")
-        if self.objective is None and not any(getattr(self, key) is not None for key in _SIMPO_ONLY):
-            raise SimpoError(
-                f"loss_type: {given!r} alone may mean DPO's or SimPO's; add objective: dpo, or objective: simpo with "
-                "gamma_beta_ratio"
-            )
-        name = self.objective or _DEFAULT
-        keys = OBJECTIVES[name].hyperparameters
-        if given == "sigmoid" and "link" not in keys and "label_smoothing" in keys:
-            return  # the only link of this objective
-        if "link" not in keys:
-            raise SimpoError(f"loss_type: {given!r} is no objective and no link of objective {name!r}")
-        if self.link not in (None, given):
-            raise SimpoError(f"loss_type {given!r} and link {self.link!r} disagree; give one of them")
-        self.link = given  # type: ignore[assignment]
-
-
-def hyperparameter_names() -> list[str]:
-    """Every name by which some objective's hyperparameter can be given."""
-    return list(dict.fromkeys(name for row in OBJECTIVES.values() for name in (*row.hyperparameters, *row.spellings)))
 
 
 class PreferenceTrainer(PackedTrainer):

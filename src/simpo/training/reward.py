@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from simpo.config import setting
 from simpo.data.tokenizing import Prepared, check_rankings, is_feedback, prepare
 from simpo.errors import SimpoError
 from simpo.models.reward import choose_padding, load_reward_model
@@ -27,39 +26,12 @@ from simpo.objectives.reward import bradley_terry, centring
 from simpo.packing.model import is_reward_model, reward_forward
 from simpo.runs.results import Metric
 from simpo.training.batches import LEVELS, ComparisonRows, PlannedBatch, response_counts
+from simpo.training.configs import RewardConfig
 from simpo.training.metrics import LENGTHS, MARGINS, WEIGHT, Scores, compare_rewards
 from simpo.training.packed import Description, PackedTrainer
-from simpo.training.settings import TrainingSettings
 
 _SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))  # names in public data sets
 _AT_ONCE = 256  # rows whose pairs are compared together
-
-
-@dataclass
-class RewardConfig(TrainingSettings):
-    """Configuration of a reward model.
-
-    All keys of ``transformers.TrainingArguments`` and of :class:`~simpo.training.settings.TrainingSettings`.
-
-    Raises:
-        SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
-    """
-
-    learning_rate: float = setting(1e-5, "Peak learning rate.")
-    margin: Literal["none", "column", "scores"] = setting(
-        "none", "By how much a reward has to win: by 0, by the pairs' column margin, or by the scores' difference."
-    )
-    center_rewards_coefficient: float | None = setting(
-        None, "Weight of (chosen + rejected)**2, which centers rewards on 0, for example 0.01."
-    )
-
-    def _check(self) -> None:
-        if self.truncation == "paper":
-            raise SimpoError("truncation: 'paper' cuts responses, whose ends are rewarded; use 'prompt' or 'drop'")
-        weight = self.center_rewards_coefficient
-        if weight is not None and not 0 <= weight < math.inf:
-            raise SimpoError(f"center_rewards_coefficient: must be >= 0 and finite, not {weight}")
-        super()._check()
 
 
 class RewardTrainer(PackedTrainer):

@@ -21,8 +21,6 @@ from simpo.config import setting
 from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.sources import load_mixture, load_mixture_list, load_rows
 from simpo.errors import CombinedError, SimpoError, check_all, one_line
-from simpo.models.devices import liger_config
-from simpo.models.zero import read_config, unset_batch_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +130,9 @@ class TrainingSettings(TrainingArguments):
         # Micro-batches are cut by tokens, not by this.
         self.per_device_train_batch_size *= self.gradient_accumulation_steps  # type: ignore[has-type]
         self.gradient_accumulation_steps = 1
+        # Imported here, because it imports transformers' models, and --help does not need them.
+        from simpo.models.zero import read_config, unset_batch_sizes  # noqa: PLC0415
+
         given: Any = self.deepspeed  # type: ignore[has-type]
         if given or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             self.deepspeed = read_config(given, *batch)
@@ -180,6 +181,8 @@ class TrainingSettings(TrainingArguments):
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise SimpoError(f"max_batch_tokens: must be at least 1, not {self.max_batch_tokens}")
         if self.use_liger_kernel:
+            from simpo.models.devices import liger_config  # noqa: PLC0415 - as above
+
             self.liger_kernel_config = liger_config(self.liger_kernel_config, self.device)  # type: ignore[has-type]
         elif self.liger_kernel_config:
             raise SimpoError("liger_kernel_config: set use_liger_kernel: true, or leave it out")

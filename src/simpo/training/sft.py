@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,37 +13,16 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from simpo.config import setting
 from simpo.data.chat_template import end_of_turn
 from simpo.data.tokenizing import Prepared, prepare_sft
-from simpo.errors import SimpoError
 from simpo.objectives import Responses
 from simpo.runs.results import Metric
 from simpo.training.batches import PlannedBatch
+from simpo.training.configs import SFTConfig
 from simpo.training.metrics import Scores, compare_conversations
 from simpo.training.packed import Description, PackedTrainer
-from simpo.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class SFTConfig(TrainingSettings):
-    """Configuration of supervised fine-tuning.
-
-    All keys of ``transformers.TrainingArguments`` and of :class:`~simpo.training.settings.TrainingSettings`. Learning
-    rate and schedule are those of the models that the paper starts from (2e-5, cosine, one epoch).
-
-    Raises:
-        SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
-    """
-
-    learning_rate: float = setting(2e-5, "Peak learning rate; the paper's is 2e-5.")
-
-    def _check(self) -> None:
-        if self.truncation == "paper":
-            raise SimpoError("truncation: 'paper' is about pairs; use 'prompt' or 'drop'")
-        super()._check()
 
 
 class SFTTrainer(PackedTrainer):

@@ -27,7 +27,8 @@ from simpo.evaluation.compare import make_judges
 from simpo.generation.sample import Job
 from simpo.generation.vllm import load_vllm
 from simpo.judging.protocol import Answers, Pair
-from simpo.judging.registry import JudgeOptions, check_judges_anew, make_annotator
+from simpo.judging.registry import check_judges_anew, make_annotator
+from simpo.judging.settings import JudgeOptions
 from simpo.models.checkpoint import model_digest
 from simpo.models.devices import free_memory
 from simpo.models.loading import load_tokenizer

@@ -19,8 +19,7 @@ from simpo.generation.sample import FILE_NAME as RESPONSES
 from simpo.generation.sample import PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.judging.annotate import AnnotateArguments, annotate
-from simpo.judging.registry import JudgeOptions
-from simpo.judging.settings import JudgeSettings
+from simpo.judging.settings import JudgeOptions, JudgeSettings
 from simpo.models.checkpoint import Checkpoint
 from simpo.models.devices import free_memory
 from simpo.models.loading import load_tokenizer
