@@ -1,1 +1,1 @@
-"""How good a model is: figures with intervals."""
+"""How good a model is: benchmarks, comparisons of two models, and evaluation during training."""

@@ -101,8 +101,8 @@ def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, a
         prices = settings.judging.token_prices()
 
         def measure() -> list[Metric]:
-            expected = (side.expected_answers(folder) for side in sides)
-            pairs, _ = all_pairs(match_answers(*expected, f"{settings.a} and {settings.b}"))
+            a, b = (side.expected_answers(folder) for side in sides)
+            pairs, _ = all_pairs(match_answers(a, b, f"{settings.a} and {settings.b}"))
             for judge in judges.values():
                 confirm_cost(judge.estimate(pairs), yes=settings.judging.yes, log=run.log, prices=prices)
             answers = read_matched(*(side.answers(folder, run.log) for side in sides))

@@ -252,7 +252,9 @@ class JudgedBenchmark(ABC):
         found = {**self.own_identity(), "judge": self.judge_name, "judge_prompt": self.prompt_digest}
         optional = {"strip_thinking": api.strip_thinking, "judge_max_tokens": api.judge_max_tokens}
         found |= {key: value for key, value in optional.items() if value}
-        return found | ({"outputs": file_digest(file)} if self.answerer is None else self.answerer.identity())
+        if self.answerer is not None:
+            return found | self.answerer.identity()
+        return found | {"outputs": file_digest(str(file))}
 
     def measure(self, run: RunFolder) -> list[Metric]:
         """Sample answers if none were given, have them judged, and write everything down."""
