@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, confirm_cost
 from simpo.data.inspection import AnswerSet, diversity_metrics
@@ -114,7 +115,7 @@ def _write(path: Path, prompts: Sequence[PlainPrompt], replies: Sequence[ChatRep
         log(f"note: {empty:,} answers are empty: the server refused or filtered them, or gave only reasoning")
     n = len(replies) // len(prompts)
     groups = [replies[start : start + n] for start in range(0, len(replies), n)]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "id": prompt.id,
             "prompt": prompt.content,
