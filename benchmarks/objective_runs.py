@@ -16,11 +16,9 @@ from transformers import TrainerCallback
 from benchmarks.memory import peak_mib
 from simpo.cli._shared import parse
 from simpo.models.loading import load_model, load_tokenizer
-from simpo.packing.batching import fill_in_order
-from simpo.packing.layout import PackedBatch
 from simpo.packing.logprobs import fused_logprobs
 from simpo.packing.model import prepare_policy, responses_of
-from simpo.packing.scoring import divergence_forward, reference_states
+from simpo.packing.scoring import bounded_batches, divergence_forward, reference_states
 from simpo.runs.lines import JsonLines
 from simpo.statistics import proportion_interval
 from simpo.training.batches import comparisons_of
@@ -125,8 +123,7 @@ def _moved(given: TrainingJob, folder: Path, tuning: int) -> tuple[float, float,
     comparisons = comparisons_of(dataset, range(tuning, len(dataset)))
     start, trained = (prepare_policy(load_model(where)).eval().to(device) for where in (name, str(folder)))
     changes, divergences = [], []
-    for run in fill_in_order([c.packed_length for c in comparisons], _TOKENS):
-        batch = PackedBatch.build([comparisons[i] for i in run])
+    for batch, _ in bounded_batches(start, comparisons, max_batch_tokens=_TOKENS, path="auto"):
         states = reference_states(start, batch)
         before = responses_of(batch, fused_logprobs(states.hidden, states.head, batch.targets))
         after, kl = divergence_forward(trained, batch, states)

@@ -8,16 +8,21 @@ import numpy as np
 import pytest
 
 from simpo.errors import SimpoError
-from simpo.packing.batching import StepPlan, check_budget, fill_in_order
+from simpo.packing.batching import RowSizes, StepPlan, check_budget, fill
 
 WORLDS = [1, 2, 3, 4]
+
+
+def packed(lengths) -> RowSizes:
+    """Rows of these lengths, with nothing padded."""
+    return RowSizes.of("packed", *[np.zeros(0, dtype=int)] * 3, np.asarray(lengths, dtype=int))
 
 
 def random_plan(seed: int, world_size: int, **changes) -> StepPlan:
     draw = np.random.default_rng(seed)
     lengths = draw.integers(1, 100, size=int(draw.integers(1, 60)))
     settings = {
-        "lengths": lengths,
+        "sizes": packed(lengths),
         "rows_per_step": int(draw.integers(1, 5)) * world_size,
         "max_batch_tokens": int(draw.choice([lengths.max(), lengths.max() + 1, 150, 1000])),
         "world_size": world_size,
@@ -84,7 +89,7 @@ def test_as_few_micro_batches_as_tokens_allow(world_size):
     lengths = np.full(24, 10)
     order = np.arange(24)
     for budget, rows_each in ((10, 1), (35, 3), (60, 6), (10_000, 24)):
-        plan = StepPlan(lengths, 24, budget, world_size)
+        plan = StepPlan(packed(lengths), 24, budget, world_size)
         expected = -(-24 // (world_size * rows_each))
         assert len(plan.step(order, 0, 0).micro_batches) == expected
 
@@ -102,19 +107,19 @@ def test_every_rank_computes_the_same_plan(world_size):
 
 def test_orders():
     lengths = np.arange(1, 101)
-    plan = StepPlan(lengths, 4, 1000, seed=7)
+    plan = StepPlan(packed(lengths), 4, 1000, seed=7)
     orders = [plan.order(epoch).tolist() for epoch in range(3)]
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert len(set(map(tuple, orders))) == 3
-    assert StepPlan(lengths, 4, 1000, seed=8).order(0).tolist() != orders[0]
-    assert StepPlan(lengths, 4, 1000, seed=None).order(5).tolist() == list(range(100))
+    assert StepPlan(packed(lengths), 4, 1000, seed=8).order(0).tolist() != orders[0]
+    assert StepPlan(packed(lengths), 4, 1000, seed=None).order(5).tolist() == list(range(100))
 
 
 @pytest.mark.parametrize(
     ("rows", "drop", "steps"), [(8, False, 2), (9, False, 3), (9, True, 2), (3, False, 1), (3, True, 0)]
 )
 def test_steps_of_an_epoch(rows, drop, steps):
-    plan = StepPlan(np.ones(rows, dtype=int), 4, 10, drop_last=drop)
+    plan = StepPlan(packed(np.ones(rows)), 4, 10, drop_last=drop)
     assert plan.steps == steps
     parts = [plan.step(plan.order(0), number).micro_batches for number in range(steps)]
     taken = [row for micro_batches in parts for micro in micro_batches for row in micro.rows]
@@ -123,22 +128,69 @@ def test_steps_of_an_epoch(rows, drop, steps):
 
 def test_a_row_above_the_budget_is_named():
     with pytest.raises(SimpoError, match=r"max_batch_tokens: 30 .*row 2, 31 tokens"):
-        StepPlan(np.array([5, 30, 31, 6]), 2, 30)
+        StepPlan(packed([5, 30, 31, 6]), 2, 30)
     with pytest.raises(SimpoError, match="row 0, 9 tokens"):
-        fill_in_order([9, 2], 8)
+        fill(packed([9, 2]), range(2), 8)
     check_budget([], 1)
     check_budget([8, 2], 8)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_fill_in_order(seed):
+def test_fill(seed):
     draw = np.random.default_rng(seed)
     lengths = draw.integers(1, 20, size=int(draw.integers(1, 40))).tolist()
     budget = int(draw.integers(20, 60))
-    runs = fill_in_order(lengths, budget)
-    assert [row for run in runs for row in run] == list(range(len(lengths)))
-    sums = [sum(lengths[row] for row in run) for run in runs]
+    groups = fill(packed(lengths), range(len(lengths)), budget)
+    assert [row for group in groups for row in group] == list(range(len(lengths)))
+    sums = [sum(lengths[row] for row in group) for group in groups]
     assert max(sums) <= budget
-    for total, following in itertools.pairwise(range(len(runs))):  # and no run could have taken the next row
-        assert sums[total] + lengths[runs[following].start] > budget
-    assert fill_in_order([], budget) == []
+    for number, following in itertools.pairwise(range(len(groups))):  # no group could have taken the next row
+        assert sums[number] + lengths[groups[following][0]] > budget
+    assert fill(packed([]), [], budget) == []
+
+
+def tokens(path: str, rows: list[tuple[int, list[int]]]) -> int:
+    """Elements of the tensors that a forward of these rows gets, by the definition of the path."""
+    if path == "padded":
+        lines = [prompt + response for prompt, responses in rows for response in responses]
+        return len(lines) * max(prompt + max(responses) for prompt, responses in rows)
+    responses = [response for _, responses in rows for response in responses]
+    return len(rows) * max(prompt for prompt, _ in rows) + len(responses) * max(responses)
+
+
+@pytest.mark.parametrize("path", ["padded", "cached"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(10))
+def test_plans_of_padded_batches(seed, world_size, path):
+    """Padding counts towards the budget; every row is trained once, and ranks make equally many forwards."""
+    draw = np.random.default_rng(seed)
+    rows = [
+        (int(draw.integers(1, 60)), draw.integers(1, 40, size=int(draw.integers(1, 5))).tolist()) for _ in range(50)
+    ]
+    columns = [
+        [p for p, _ in rows],
+        [len(r) for _, r in rows],
+        [max(r) for _, r in rows],
+        [p + sum(r) for p, r in rows],
+    ]
+    sizes = RowSizes.of(path, *map(np.array, columns))
+    assert sizes.lengths.tolist() == [tokens(path, [row]) for row in rows]
+    plan = StepPlan(sizes, 12, int(sizes.lengths.max()) + 100, world_size, seed)
+    trained: list[int] = []
+    for ranks in shares(plan):
+        assert len({len(rank.micro_batches) for rank in ranks}) == 1
+        for micro in itertools.chain.from_iterable(rank.micro_batches for rank in ranks):
+            assert (
+                tokens(path, [rows[row] for row in micro.rows]) == sizes.together(micro.rows) <= plan.max_batch_tokens
+            )
+            trained += [row for row, weight in zip(micro.rows, micro.weights, strict=True) if weight]
+    assert sorted(trained) == list(range(50))
+
+
+def test_rows_of_similar_widths_share_a_padded_batch():
+    """Four long and four short rows in two forwards: one for each kind, and nothing is padded."""
+    prompts = np.array([100, 10] * 4)
+    ones = np.ones(8, dtype=int)
+    plan = StepPlan(RowSizes.of("cached", prompts, 2 * ones, 5 * ones, prompts + 10), 8, 450)
+    groups = [sorted(micro.rows) for micro in plan.step(np.arange(8), 0).micro_batches]
+    assert groups == [[0, 2, 4, 6], [1, 3, 5, 7]]

@@ -85,10 +85,10 @@ def test_eight_answers_behind_one_prompt(name, make_reward_model, answers, caplo
     model = make_reward_model(name)
     with caplog.at_level(logging.WARNING, "simpo"):
         assert_exact(model, reward_forward(model, PackedBatch.build(answers)), answers)
-    path = "padded" if name in FALLBACK else "packed"
+    path = "cached" if name in FALLBACK else "packed"
     assert (state_of(model).path, state_of(model).fused_head) == (path, True)
     said = [record for record in caplog.records if record.name.startswith("simpo")]
-    assert len(said) == (path == "padded")
+    assert len(said) == (path == "cached")
 
 
 @pytest.mark.parametrize("path", ["auto", "packed", "padded"])
@@ -162,7 +162,7 @@ def test_a_leak_is_found_even_under_an_untrained_head(std, make_reward_model, an
     with caplog.at_level(logging.WARNING, "simpo"):
         score_answers(model, answers)
     assert state_of(model).path == "padded"
-    assert "packed and separate hidden states differ" in caplog.text
+    assert "shared and separate hidden states differ" in caplog.text
     with pytest.raises(SimpoError, match="packed path"):
         score_answers(model, answers, path="packed")
 

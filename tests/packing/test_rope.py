@@ -14,7 +14,7 @@ from simpo.packing.layout import PackedBatch, Span, TokenizedComparison
 from simpo.packing.model import choose_path, policy_forward, policy_logprobs, state_of
 from simpo.packing.rope import LengthRule
 from simpo.packing.scoring import score_responses
-from simpo.training.batches import token_lengths
+from simpo.training.batches import row_sizes
 
 BORDER = 24
 _LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": BORDER, "factor": 4.0}
@@ -121,7 +121,7 @@ def test_a_prompt_is_repeated_only_where_frequencies_differ():
 def test_repeated_prompts_are_counted(rule, rows):
     data = Dataset.from_list([{"prompt_ids": row.prompt_ids, "response_ids": row.response_ids} for row in rows])
     expected = [sum(s.total for s in rule.split(Span(p, tuple(r)))) for p, r in SHAPES]
-    assert token_lengths(data, padded=False, rule=rule).tolist() == expected
+    assert row_sizes(data, "packed", rule).lengths.tolist() == expected
 
 
 def test_other_models_are_left_alone(make_model, comparisons):

@@ -16,7 +16,7 @@ from simpo.packing.model import choose_path, policy_logprobs, state_of
 from simpo.packing.scoring import score_answers, score_responses
 from simpo.packing.selfcheck import rows_to_check
 
-NOT_SHAREABLE = ["mamba", "falcon", "bloom", "stablelm", "lfm2"]
+THROUGH_THE_CACHE = ["mamba", "falcon", "bloom", "stablelm", "lfm2"]
 
 
 def gradients(logps, model):
@@ -37,8 +37,8 @@ def assert_exact(model, comparisons, naive_logprobs):
         assert (a - b).abs().max() <= 1e-9 * max(1.0, b.abs().max()), name
 
 
-@pytest.mark.parametrize("name", NOT_SHAREABLE)
-def test_the_fallback_is_exact_and_logged_once(
+@pytest.mark.parametrize("name", THROUGH_THE_CACHE)
+def test_sharing_through_the_cache_is_exact_and_logged_once(
     name, make_model, comparisons, naive_logprobs, caplog, float64_everywhere
 ):
     model = make_model(name)
@@ -47,12 +47,12 @@ def test_the_fallback_is_exact_and_logged_once(
         assert_exact(model, comparisons, naive_logprobs)
         policy_logprobs(model, PackedBatch.build(comparisons[:1]))
         score_responses(model, comparisons)
-    assert (state_of(model).path, state_of(model).fused_head) == ("padded", True)
+    assert (state_of(model).path, state_of(model).fused_head) == ("cached", True)
     assert model.config._attn_implementation == own
     logged = [record.message for record in caplog.records if record.name.startswith("simpo")]
     assert len(logged) == 1
     assert type(model).__name__ in logged[0]
-    assert "padded" in logged[0]
+    assert "cache" in logged[0]
 
 
 def test_reasons_do_not_pile_up(make_model, comparisons, caplog):
@@ -164,27 +164,27 @@ class StrictLlama(hf.LlamaForCausalLM):
 
 
 @pytest.mark.parametrize(
-    ("kind", "base", "because"),
+    ("kind", "base", "path", "because"),
     [
-        (ForgetfulLlama, "llama", "2 of its 3 layers"),
-        (WindowlessMistral, "mistral", "sliding windows"),
-        (LookingBackLlama, "llama", "differ"),
-        (CountingLlama, "llama", "differ"),
-        (StrictLlama, "llama", "does not take"),
+        (ForgetfulLlama, "llama", "cached", "2 of its 3 layers"),
+        (WindowlessMistral, "mistral", "cached", "sliding windows"),
+        (LookingBackLlama, "llama", "padded", "differ"),
+        (CountingLlama, "llama", "padded", "differ"),
+        (StrictLlama, "llama", "cached", "does not take"),
     ],
 )
 def test_what_ignores_part_of_the_layout_is_refused(
-    kind, base, because, make_model, comparisons, naive_logprobs, float64_everywhere
+    kind, base, path, because, make_model, comparisons, naive_logprobs, float64_everywhere
 ):
     model = make_model(base, kind=kind)
     assert_exact(model, comparisons, naive_logprobs)
-    assert state_of(model).path == "padded"
+    assert state_of(model).path == path
     assert because in state_of(model).reasons[0]
 
 
 def test_a_missing_window_is_found_even_if_the_sample_is_too_short_for_it_to_matter(make_model, random_comparisons):
     model = make_model("mistral", kind=WindowlessMistral, sliding_window=64)
-    assert choose_path(model, PackedBatch.build(random_comparisons((3, (2, 2))))) == "padded"
+    assert choose_path(model, PackedBatch.build(random_comparisons((3, (2, 2))))) == "cached"
     model = make_model("mistral", sliding_window=64)
     assert choose_path(model, PackedBatch.build(random_comparisons((3, (2, 2))))) == "packed"
 
@@ -234,7 +234,7 @@ def test_an_odd_output_layer_on_a_path_that_was_asked_for(
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", NOT_SHAREABLE)
+@pytest.mark.parametrize("name", THROUGH_THE_CACHE)
 def test_the_packed_path_is_refused_for_a_model_that_cannot_take_it(name, make_model, comparisons):
     """An error rather than wrong numbers."""
     with pytest.raises(SimpoError, match="packed"):

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from simpo.errors import SimpoError
-from simpo.training.batches import response_counts, token_lengths
+from simpo.training.batches import response_counts, row_sizes
 
 
 class Gradients(TrainerCallback):
@@ -259,8 +259,10 @@ def test_lengths_of_rows(view, random_comparisons, as_dataset):
         "sliced": rows.select(range(1, 4)),
     }[view]
     sizes = [(len(row["prompt_ids"]), [len(response) for response in row["response_ids"]]) for row in rows]
-    np.testing.assert_array_equal(token_lengths(rows, padded=False), [p + sum(r) for p, r in sizes])
-    np.testing.assert_array_equal(token_lengths(rows, padded=True), [len(r) * (p + max(r)) for p, r in sizes])
+    np.testing.assert_array_equal(row_sizes(rows, "packed").lengths, [p + sum(r) for p, r in sizes])
+    np.testing.assert_array_equal(row_sizes(rows, "padded").lengths, [len(r) * (p + max(r)) for p, r in sizes])
+    cached = [p + len(r) * max(r) for p, r in sizes]
+    np.testing.assert_array_equal(row_sizes(rows, "cached").lengths, cached)
     np.testing.assert_array_equal(response_counts(rows), [len(r) for _, r in sizes])
 
 

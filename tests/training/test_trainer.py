@@ -238,8 +238,8 @@ def test_a_fallback_trains_to_the_same_weights(name, make_trainer, make_model, p
             max_steps=1,
         )
         trainer.train()
-    assert trainer.path == "padded"
-    assert len([record for record in caplog.records if "padded" in record.message]) == 1
+    assert trainer.path == "cached"
+    assert len([record for record in caplog.records if "cache" in record.message]) == 1
     for (key, found), expected in zip(model.named_parameters(), naive.parameters(), strict=True):
         # 1e-6: the model's fp32 islands stay as they are here
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, msg=key)

@@ -5,8 +5,9 @@ Every rank computes the same plan from (seed, epoch, step, lengths), without com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -29,34 +30,89 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
+class RowSizes:
+    """How many tokens rows take in a forward, alone and together.
+
+    A batch is one or several rectangles: each row adds lines to each of them, and a rectangle is as wide as its widest
+    row. A packed batch is a single column of tokens, a padded one a rectangle of responses with their prompts, and a
+    cached one a rectangle of prompts and one of responses.
+
+    Attributes:
+        lines: ``[rows, rectangles]`` lines that a row adds.
+        widths: ``[rows, rectangles]`` tokens of such a line.
+    """
+
+    lines: np.ndarray
+    widths: np.ndarray
+
+    @classmethod
+    def of(
+        cls, path: str, prompts: np.ndarray, counts: np.ndarray, longest: np.ndarray, packed: np.ndarray
+    ) -> RowSizes:
+        """The sizes of rows on a path.
+
+        Args:
+            path: ``"packed"``, ``"cached"`` or ``"padded"``.
+            prompts: ``[rows]`` tokens of the prompt.
+            counts: ``[rows]`` number of responses, ``K``.
+            longest: ``[rows]`` tokens of the longest response.
+            packed: ``[rows]`` tokens of the whole row with a shared prompt.
+        """
+        ones = np.ones_like(packed)
+        if path == "packed":
+            return cls(packed[:, None], ones[:, None])
+        if path == "cached":
+            return cls(np.stack([ones, counts], axis=1), np.stack([prompts, longest], axis=1))
+        return cls(counts[:, None], (prompts + longest)[:, None])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """``[rows]`` tokens of each row by itself."""
+        return (self.lines * self.widths).sum(axis=1)
+
+    @property
+    def pads(self) -> bool:
+        """Whether rows of different widths waste tokens."""
+        return bool((self.widths > 1).any())
+
+    def together(self, rows: Sequence[int]) -> int:
+        """Tokens of a forward of these rows."""
+        index = np.array(rows, dtype=int)
+        return int((self.lines[index].sum(axis=0) * self.widths[index].max(axis=0, initial=0)).sum())
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """The plan of a run.
 
     Attributes:
-        lengths: ``[rows]`` tokens of each row.
+        sizes: tokens of the rows.
         rows_per_step: pairs per optimizer step, over all ranks; the last step of an epoch may have fewer.
         max_batch_tokens: no micro-batch has more tokens than this.
         world_size: number of ranks.
         seed: with the epoch, determines the order of the rows; None keeps their order.
         drop_last: leave out an incomplete last step.
-        padded_rows: ``[rows]`` number of padded rows of each, if micro-batches are padded; None if they are packed.
         weights: ``[rows]`` weight of each in its step's mean, such as its scored tokens; None for equal weights.
 
     Raises:
         SimpoError: a row is longer than ``max_batch_tokens``.
     """
 
-    lengths: np.ndarray
+    sizes: RowSizes
     rows_per_step: int
     max_batch_tokens: int
     world_size: int = 1
     seed: int | None = None
     drop_last: bool = False
-    padded_rows: np.ndarray | None = None
     weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         check_budget(self.lengths, self.max_batch_tokens)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """``[rows]`` tokens of each row by itself."""
+        return self.sizes.lengths
 
     @property
     def steps(self) -> int:
@@ -73,14 +129,10 @@ class StepPlan:
     def step(self, order: np.ndarray, number: int, rank: int = 0) -> Step:
         """Rank ``rank``'s share of step ``number`` of the epoch with row order ``order``."""
         rows = order[number * self.rows_per_step : (number + 1) * self.rows_per_step]
-        shares = _balance(rows, self.lengths, self.world_size)
-        tokens = max(int(self.lengths[np.array(share, dtype=int)].sum()) for share in shares)
-        count = max(1, -(-tokens // self.max_batch_tokens))
-        while max(map(self._largest, shares, [count] * len(shares))) > self.max_batch_tokens:
-            count += 1
+        shares = [np.array(share, dtype=int) for share in _balance(rows, self.lengths, self.world_size)]
         filler = int(rows[np.argmin(self.lengths[rows])])
         micro_batches = []
-        for members in _balance(np.array(shares[rank], dtype=int), self.lengths, count):
+        for members in self._split(shares)[rank]:
             if members:
                 micro_batches.append(MicroBatch(tuple(members), tuple(self._weights(members).tolist())))
             else:  # this rank has less to do, but every rank must make the same number of forwards
@@ -90,10 +142,23 @@ class StepPlan:
     def _weights(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         return np.ones(len(rows)) if self.weights is None else self.weights[np.asarray(rows)].astype(float)
 
-    def _largest(self, share: Sequence[int], count: int) -> int:
-        """Tokens of the largest micro-batch if a rank's ``share`` is split in ``count``."""
-        groups = _balance(np.array(share, dtype=int), self.lengths, count)
-        return max(_tokens(group, self.lengths, self.padded_rows) for group in groups)
+    def _split(self, shares: list[np.ndarray]) -> list[list[list[int]]]:
+        """The rows of every rank's micro-batches, equally many for each; some may be empty."""
+        if self.sizes.pads:  # rows of similar widths next to one another, so that little is padded
+            groups = [
+                fill(self.sizes, sorted(share.tolist(), key=self._width), self.max_batch_tokens) for share in shares
+            ]
+            most = max(map(len, groups))
+            return [[*group, *([] for _ in range(most - len(group)))] for group in groups]
+        count = max(1, -(-max(int(self.lengths[share].sum()) for share in shares) // self.max_batch_tokens))
+        while True:
+            groups = [_balance(share, self.lengths, count) for share in shares]
+            if max(self.sizes.together(rows) for group in groups for rows in group) <= self.max_batch_tokens:
+                return groups
+            count += 1
+
+    def _width(self, row: int) -> tuple[int, ...]:
+        return (-int(self.sizes.widths[row].sum()), row)
 
 
 def check_budget(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> None:
@@ -106,29 +171,20 @@ def check_budget(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> 
         )
 
 
-def fill_in_order(
-    lengths: Sequence[int], max_batch_tokens: int, padded_rows: Sequence[int] | None = None
-) -> list[range]:
-    """Consecutive runs of comparisons of at most ``max_batch_tokens`` tokens each, in their order.
+def fill(sizes: RowSizes, rows: Iterable[int], max_batch_tokens: int) -> list[list[int]]:
+    """Consecutive groups of ``rows`` that take at most ``max_batch_tokens`` tokens each, in their order.
 
-    Arguments and errors are those of :class:`StepPlan`.
+    Raises:
+        SimpoError: a row is longer than that.
     """
-    check_budget(lengths, max_batch_tokens)
-    sizes, runs, start = np.asarray(lengths), [], 0
-    padded = None if padded_rows is None else np.asarray(padded_rows)
-    for row in range(len(sizes)):
-        if _tokens(range(start, row + 1), sizes, padded) > max_batch_tokens:
-            runs.append(range(start, row))
-            start = row
-    return [*runs, range(start, len(sizes))] if len(sizes) else []
-
-
-def _tokens(members: Sequence[int], lengths: np.ndarray, padded_rows: np.ndarray | None) -> int:
-    """Tokens of a forward of ``members``: their sum, or all rows as wide as the widest."""
-    index = np.array(members, dtype=int)
-    if padded_rows is None or not len(index):
-        return int(lengths[index].sum())
-    return int(padded_rows[index].sum() * (lengths[index] // padded_rows[index]).max())
+    check_budget(sizes.lengths, max_batch_tokens)
+    groups: list[list[int]] = []
+    for row in rows:
+        if groups and sizes.together([*groups[-1], row]) <= max_batch_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def _balance(rows: np.ndarray, lengths: np.ndarray, bins: int) -> list[list[int]]:

@@ -20,15 +20,15 @@ from transformers import PreTrainedModel
 
 from simpo.errors import SimpoError
 from simpo.objectives import Responses
-from simpo.packing import rope
+from simpo.packing import cached, rope
 from simpo.packing.attention import LAYOUT_ARGUMENT, causal_lm, install
 from simpo.packing.layout import PackedBatch, PaddedRows
 from simpo.packing.logprobs import Head, fused_logprobs
 from simpo.packing.selfcheck import Computation, Kind, Path, PolicyState, check_model, naive_logprobs
 
-# "packed" shares prompts and pads nothing; "padded" gives every response a row of its own; "auto" takes the first if
-# the model proved, once, that both agree.
-ForwardPath = Literal["auto", "packed", "padded"]
+# "packed" shares prompts inside attention and pads nothing; "cached" shares them through the model's own cache;
+# "padded" gives every response a row of its own. "auto" takes the first of them that has proved right on the model.
+ForwardPath = Literal["auto", "packed", "cached", "padded"]
 
 _STATE = "_simpo_policy"
 
@@ -74,11 +74,12 @@ def resolve_path(inner: PreTrainedModel, batch: PackedBatch, path: ForwardPath) 
     """The path that ``inner`` takes, with its attention in place; runs the self-check on ``batch`` if none has been.
 
     Raises:
-        SimpoError: ``path`` is ``"packed"``, and the model cannot share prompts.
+        SimpoError: ``path`` is ``"packed"`` or ``"cached"``, and it has not proved right on the model.
     """
     proven = state_of(inner).path or choose_path(inner, batch)
-    if path == "packed" and proven == "padded":
-        raise SimpoError(f"this model cannot take the packed path ({state_of(inner).reasons[-1]}); use 'auto'")
+    if path not in ("auto", "padded", proven):
+        reason = next(iter(state_of(inner).reasons[-1:]), f"it takes the {proven} path")
+        raise SimpoError(f"this model cannot take the {path} path ({reason}); use 'auto'")
     chosen = proven if path == "auto" else path
     if chosen == "packed":
         install(inner)  # again, if set_attn_implementation took it out
@@ -225,6 +226,8 @@ def _outputs_at_scored(
 ) -> Tensor:
     """``[S, D]`` the outputs of ``forward``, ``[rows, L, D]``, at the scored positions of ``batch``."""
     state = state_of(model)
+    if path == "cached":
+        return cached.outputs_at_scored(causal_lm(model), batch, forward)
     if path == "packed":
         batch = batch if state.lengths is None else rope.separated(batch, state.lengths)
         outputs = forward(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from simpo.errors import SimpoError
 from simpo.objectives import Responses
-from simpo.packing.batching import fill_in_order
+from simpo.packing.batching import RowSizes, fill
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.logprobs import Head, fused_kl, fused_logprobs
 from simpo.packing.model import (
@@ -48,7 +49,7 @@ def score_responses(
     Args:
         model: a causal language model of transformers, possibly wrapped.
         comparisons: prompts with their responses.
-        max_batch_tokens: tokens of one forward (padding included on the padded path).
+        max_batch_tokens: tokens of one forward (padding included).
         path: see :data:`~simpo.packing.model.ForwardPath`.
 
     Raises:
@@ -87,12 +88,14 @@ def bounded_batches(
     if state_of(inner).path is None:
         sample = [comparisons[i] for i in rows_to_check(inner, [c.packed_length for c in comparisons])]
     taken = resolve_path(inner, PackedBatch.build(sample), path)
-    packed, rule = taken == "packed", state_of(inner).lengths
-    lengths = [c.packed_length if packed else c.padded_length for c in comparisons]
-    if packed and rule is not None:  # responses with different rotary frequencies do not share their prompt
-        lengths = [sum(part.total for part in rule.split(c.span)) for c in comparisons]
-    rows = None if packed else [len(c.response_ids) for c in comparisons]
-    for run in fill_in_order(lengths, max_batch_tokens, rows):
+    rule = state_of(inner).lengths
+    spans = [c.span for c in comparisons]
+    packed = [c.packed_length for c in comparisons]
+    if rule is not None:  # responses with different rotary frequencies do not share their prompt
+        packed = [sum(part.total for part in rule.split(span)) for span in spans]
+    columns = ([s.prompt for s in spans], [len(s.responses) for s in spans], [max(s.responses) for s in spans], packed)
+    sizes = RowSizes.of(taken, *map(np.array, columns))
+    for run in fill(sizes, range(len(spans)), max_batch_tokens):
         yield PackedBatch.build([comparisons[i] for i in run]), taken
 
 

@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from simpo.packing.attention import UnsupportedAttentionError, causal_lm, install, uninstall
+from simpo.packing.cached import NotShareableError, install_scans
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.rope import LengthRule
 
@@ -27,11 +29,13 @@ _TOLERANCE = {
     torch.bfloat16: (5e-2, 1.0),
     torch.float16: (2e-2, 0.5),
 }
+# The same for gradients by the embeddings, relative to their norm.
+_GRADIENT_TOLERANCE = {torch.float64: 2e-4, torch.float32: 2e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 _FIRST = 16  # rows that a sample is chosen from, in addition to the longest of all
 _LARGEST_LOGITS = 2**31  # bytes of a row's logits, which the check materializes
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
-Path = Literal["packed", "padded"]
+Path = Literal["packed", "cached", "padded"]
 # What is computed from the unwrapped model, a batch and a path, inside the model's forward.
 Computation = Callable[[PreTrainedModel, PackedBatch, Path], Any]
 
@@ -80,10 +84,6 @@ class Kind:
     difference: str
 
 
-class NotShareableError(Exception):
-    """Why a model's prompts cannot be shared; the text is for the user."""
-
-
 def rows_to_check(model: nn.Module, lengths: Sequence[int]) -> list[int]:
     """Indices of the rows to choose the self-check's sample from: the first ones and the longest, by their tokens.
 
@@ -109,8 +109,9 @@ def check_model(model: PreTrainedModel, state: PolicyState, kind: Kind, batch: P
     The packed path is used if as many attention calls receive the layout as the model has layers, each with the sliding
     window of the configuration, and if its log-probabilities of two comparisons of ``batch`` and a short one agree with
     those of the model's own forward, one sequence at a time. The fused output layer is checked in the same way, and so
-    are padded batches: if a row's numbers depend on its neighbors, every response gets a forward of its own. The
-    findings are written to ``state``.
+    are padded batches: if a row's numbers depend on its neighbors, every response gets a forward of its own. Where the
+    packed path is not possible, the cached path is used if its log-probabilities and its gradients agree. The findings
+    are written to ``state``.
     """
     reported, state.reasons, state.alone = state.reasons, [], False
     device = next(model.parameters()).device
@@ -261,16 +262,28 @@ def _judge(
     for autocast in expected:
         with _precision(device, autocast):
             _check_padded(model, state, kind, sample)
-    try:
-        install(model)
+
+    def check(path: Callable[..., None]) -> None:
         for autocast, outputs in expected.items():
             with _precision(device, autocast):
-                _check_packed(model, kind, sample, outputs)
+                path(model, state, kind, sample, outputs)
+
+    try:
+        check(_check_packed)
         return "packed"
     except (NotShareableError, UnsupportedAttentionError) as error:
         uninstall(model)
-        padded = "computed by itself" if state.alone else "computed with a prompt of its own, padded"
-        state.reasons.append(f"{error}: every response is {padded}")
+        not_packed = error
+    try:
+        check(_check_cached)
+        state.reasons.append(f"prompts are shared through its cache and not inside attention: {not_packed}")
+        return "cached"
+    except NotShareableError as not_cached:
+        padded = "by itself" if state.alone else "with a prompt of its own, padded"
+        state.reasons.append(
+            f"every response is computed {padded}. Sharing inside attention: {not_packed}. "
+            f"Through its cache: {not_cached}"
+        )
         return "padded"
 
 
@@ -294,20 +307,17 @@ def _check_padded(model: PreTrainedModel, state: PolicyState, kind: Kind, sample
         )
 
 
-def _check_packed(model: PreTrainedModel, kind: Kind, sample: PackedBatch, expected: Tensor) -> None:
+def _check_packed(
+    model: PreTrainedModel, state: PolicyState, kind: Kind, sample: PackedBatch, expected: Tensor
+) -> None:
     """Raise :class:`NotShareableError` unless the packed forward is complete and right."""
+    install(model)
     config = causal_lm(model).config.get_text_config()
     layers = list(getattr(config, "layer_types", None) or [])
     if unknown := set(layers) - _ATTENTION_TYPES:
         raise NotShareableError(f"it has layers of type {', '.join(sorted(unknown))}")
     probing = sample.probing()
-    if kind.compared is not kind.fused_outputs:
-        expected = unpacked_outputs(model, sample, kind.compared)
-    try:
-        found = model(packed_batch=probing, path="packed", compute=kind.compared)
-    except Exception as error:  # whatever the forward of an unknown model raises, it means the same
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise NotShareableError(f"its forward does not take a packed batch ({first_line})") from error
+    difference = _shared_difference(model, kind, probing, "packed", expected)
     windows = probing.layout.windows or []
     if len(windows) != config.num_hidden_layers:
         raise NotShareableError(
@@ -316,9 +326,77 @@ def _check_packed(model: PreTrainedModel, kind: Kind, sample: PackedBatch, expec
     sliding = [window for window in windows if window is not None]
     if len(sliding) != _sliding_layers(config, layers) or set(sliding) - {getattr(config, "sliding_window", None)}:
         raise NotShareableError("its attention does not receive its sliding windows")
+    if difference is not None:
+        raise NotShareableError(difference)
+
+
+def _check_cached(
+    model: PreTrainedModel, state: PolicyState, kind: Kind, sample: PackedBatch, expected: Tensor
+) -> None:
+    """Raise :class:`NotShareableError` unless forward and backward are right through the model's own cache.
+
+    The backward pass is checked because a state may lose its gradient on its way into the cache, which no output shows.
+    It is left out where weights are sharded: the engine's hooks would run in it.
+    """
+    if state.alone:
+        raise NotShareableError("a row's numbers depend on the other rows of a batch")
+    if state.lengths is not None:
+        raise NotShareableError("its rotary frequencies depend on a row's length, which a prompt does not know yet")
+    if any(isinstance(module, CheckpointWrapper) for module in model.modules()):
+        raise NotShareableError("FSDP's activation checkpointing computes layers twice, and their caches with them")
+    install_scans(model)
+    if difference := _shared_difference(model, kind, sample, "cached", expected):
+        raise NotShareableError(difference)
+    if isinstance(model, FSDPModule) or hasattr(next(model.parameters()), "ds_id"):
+        return
+    rows = [TokenizedComparison(c.prompt_ids[-8:], [ids[:4] for ids in c.response_ids]) for c in sample.comparisons]
+    short = PackedBatch.build(rows).to(sample.input_ids.device)
+    found = _input_gradients(model, short, lambda: model(packed_batch=short, path="cached", compute=kind.compared))
+    wanted = _input_gradients(model, short, lambda: unpacked_outputs(model, short, kind.compared))
+    relative = float((found - wanted).norm() / wanted.norm())
+    if not relative <= _GRADIENT_TOLERANCE[computes_in(model)]:  # NaN counts as different
+        raise NotShareableError(f"gradients through its cache differ by {relative:.2g} of their norm")
+
+
+def _shared_difference(
+    model: PreTrainedModel, kind: Kind, sample: PackedBatch, path: Path, expected: Tensor
+) -> str | None:
+    """How the outputs of a path differ from the model's own, as text; None if they agree."""
+    if kind.compared is not kind.fused_outputs:
+        expected = unpacked_outputs(model, sample, kind.compared)
+    try:
+        found = model(packed_batch=sample, path=path, compute=kind.compared)
+    except NotShareableError:
+        raise
+    except Exception as error:  # whatever the forward of an unknown model raises, it means the same
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise NotShareableError(f"its forward does not take such a batch ({first_line})") from error
     differences = _differences(found, expected, kind)
-    if not _agree(differences, model):
-        raise NotShareableError(f"packed and separate {kind.difference.format(differences.max().item())}")
+    if _agree(differences, model):
+        return None
+    return f"shared and separate {kind.difference.format(differences.max().item())}"
+
+
+def _input_gradients(model: PreTrainedModel, batch: PackedBatch, outputs: Callable[[], Tensor]) -> Tensor:
+    """``[distinct ids, H]`` gradient of the sum of ``outputs()`` by the embeddings of the ids in ``batch``."""
+    known = torch.cat([batch.input_ids, batch.input_ids.new_zeros(1)]).unique()  # 0 is the padding
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_()
+        seen.append((arguments[0], leaf))
+        return leaf
+
+    handle = causal_lm(model).get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(outputs().sum(), [leaf for _, leaf in seen])
+    finally:
+        handle.remove()
+    total = gradients[0].new_zeros(len(known), gradients[0].shape[-1], dtype=torch.float32)
+    for (ids, _), gradient in zip(seen, gradients, strict=True):
+        total.index_add_(0, torch.searchsorted(known, ids.flatten()), gradient.flatten(0, -2).float())
+    return total
 
 
 def _sliding_layers(config: Any, layers: list[str]) -> int:

@@ -16,9 +16,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from simpo.errors import SimpoError
 from simpo.models.checkpoint import Limits
-from simpo.packing.batching import MicroBatch, StepPlan
+from simpo.packing.batching import MicroBatch, RowSizes, StepPlan
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.rope import LengthRule
+from simpo.packing.selfcheck import Path
 from simpo.training.settings import TrainingSettings
 
 # Optional columns of a tokenized data set that training adds.
@@ -244,19 +245,19 @@ def _mismatched_sizes(rows: Dataset) -> np.ndarray | int:
     return pc.list_value_length(rows.with_format("arrow")[MISMATCHED_IDS]).to_numpy()
 
 
-def token_lengths(rows: Dataset, *, padded: bool, rule: LengthRule | None = None) -> np.ndarray:
-    """``[rows]`` most tokens that a comparison takes in a forward, with its prompt shared or as padded rows.
+def row_sizes(rows: Dataset, path: Path, rule: LengthRule | None = None) -> RowSizes:
+    """The tokens that rows take in a forward on a path.
 
     By ``rule`` responses with different rotary frequencies do not share their prompt.
     """
     prompts, responses, first = _sizes(rows)
-    if padded:
-        lengths = response_counts(rows) * (prompts + np.maximum.reduceat(responses, first))
-    else:
-        lengths = prompts + np.add.reduceat(responses, first)
-        if rule is not None:
-            lengths = lengths + rule.repeated_prompts(prompts, responses, first)
-    return np.maximum(lengths, prompts + _mismatched_sizes(rows))
+    packed = prompts + np.add.reduceat(responses, first)
+    if rule is not None:
+        packed = packed + rule.repeated_prompts(prompts, responses, first)
+    mismatched = _mismatched_sizes(rows)
+    longest = np.maximum(np.maximum.reduceat(responses, first), mismatched)
+    packed = np.maximum(packed, prompts + mismatched)
+    return RowSizes.of(path, prompts, response_counts(rows), longest, packed)
 
 
 def check_rows(limits: Limits, rows: Dataset, label: str) -> None:

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -30,10 +30,10 @@ from simpo.models.devices import check_liger, compile_layers, free_memory
 from simpo.models.loading import load_model
 from simpo.models.preparation import disable_dropout, freeze_unreached, keep_gradients
 from simpo.models.settings import ModelArguments
-from simpo.packing.batching import StepPlan, check_budget
+from simpo.packing.batching import RowSizes, StepPlan, check_budget
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import ForwardPath, choose_path, policy_forward, prepare_policy, resolve_path, state_of
-from simpo.packing.selfcheck import rows_to_check
+from simpo.packing.selfcheck import Path, rows_to_check
 from simpo.runs.results import Metric
 from simpo.training.batches import (
     ComparisonRows,
@@ -44,8 +44,8 @@ from simpo.training.batches import (
     comparisons_of,
     describe_rows,
     response_counts,
+    row_sizes,
     step_loader,
-    token_lengths,
     widest_type,
 )
 from simpo.training.callbacks import CheckpointShare, RunCallback
@@ -205,7 +205,8 @@ class PackedTrainer(ResumableTrainer):
         if report.used < report.rows or report.cut or report.read:  # nothing is left out silently
             logger.warning("\n".join(report.lines()))
         if args.max_batch_tokens is not None:  # checked before anything is written
-            check_budget(token_lengths(rows, padded=args.forward_path == "padded"), args.max_batch_tokens)
+            path = "packed" if args.forward_path == "auto" else args.forward_path
+            check_budget(row_sizes(rows, path).lengths, args.max_batch_tokens)
         return rows
 
     def get_train_dataloader(self) -> DataLoader:
@@ -238,26 +239,25 @@ class PackedTrainer(ResumableTrainer):
         """As :meth:`get_eval_dataloader`."""
         return self.get_eval_dataloader(test_dataset)
 
-    def _lengths(self, rows: Dataset) -> np.ndarray:
-        """``[rows]`` tokens that each takes in a forward."""
+    def _sizes(self, rows: Dataset) -> RowSizes:
+        """Tokens that rows take in a forward."""
         rule = state_of(prepare_policy(self.model)).lengths
-        return token_lengths(rows, padded=self.path == "padded", rule=rule)
+        return row_sizes(rows, "packed" if self.path == "auto" else self.path, rule)
 
     def _plan(self, rows: Dataset, rows_per_device: int, *, training: bool) -> StepPlan:
         """The plan that all ranks share."""
-        args, lengths = self.args, self._lengths(rows)
+        args, sizes = self.args, self._sizes(rows)
         budget = args.max_batch_tokens
         if budget is None:
-            budget = max(_ACCELERATOR_TOKENS if args.device.type != "cpu" else _CPU_TOKENS, int(lengths.max()))
+            budget = max(_ACCELERATOR_TOKENS if args.device.type != "cpu" else _CPU_TOKENS, int(sizes.lengths.max()))
         seed = args.seed if args.data_seed is None else args.data_seed
         return StepPlan(
-            lengths=lengths,
+            sizes=sizes,
             rows_per_step=rows_per_device * args.world_size,
             max_batch_tokens=budget,
             world_size=args.world_size,
             seed=seed if training and args.train_sampling_strategy == "random" else None,
             drop_last=training and args.dataloader_drop_last,
-            padded_rows=response_counts(rows) if self.path == "padded" else None,
             weights=self.row_weights(rows),
         )
 
@@ -268,7 +268,7 @@ class PackedTrainer(ResumableTrainer):
             rows = next(iter(self.eval_dataset.values())) if isinstance(self.eval_dataset, dict) else self.eval_dataset
         if rows is None:
             return self.args.forward_path
-        checked = rows_to_check(model, token_lengths(rows, padded=False).tolist())
+        checked = rows_to_check(model, row_sizes(rows, "packed").lengths.tolist())
         sample = PackedBatch.build(comparisons_of(rows, checked))
         with self.accelerator.autocast(), self.forwards():
             choose_path(model, sample)
@@ -279,8 +279,10 @@ class PackedTrainer(ResumableTrainer):
                 "other rows, so every response needs a forward of its own, and processes that share the weights must "
                 "make equally many; train without it"
             )
-        packed = self._sum_over_ranks(torch.tensor(int(path == "packed"), device=self.args.device))
-        return path if packed in (0, self.args.world_size) else "padded"  # ranks with other plans would wait forever
+        taken = torch.tensor([int(path == one) for one in get_args(Path)], device=self.args.device)
+        agreed = self._sum_over_ranks(taken)
+        # ranks with other plans would wait for one another forever
+        return path if self.args.world_size in agreed else "padded"
 
     # ---- Loss.
 
@@ -338,7 +340,7 @@ class PackedTrainer(ResumableTrainer):
 
     def _memory_advice(self, batch: PlannedBatch) -> str:
         """What to change after a micro-batch did not fit into memory."""
-        lengths = self._lengths(self.completed(self.train_dataset))
+        lengths = self._sizes(self.completed(self.train_dataset)).lengths
         tokens, longest = int(lengths[list(batch.rows)].sum()), int(lengths.max())
         found = f"max_batch_tokens: a micro-batch of {tokens} tokens does not fit into memory"
         if tokens // 2 >= longest:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -21,6 +21,7 @@ from simpo.config import setting
 from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.sources import load_mixture, load_mixture_list, load_rows
 from simpo.errors import CombinedError, SimpoError, check_all, one_line
+from simpo.packing.model import ForwardPath
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +97,10 @@ class TrainingSettings(TrainingArguments):
     checkpointed_share: float = setting(
         1.0, "With activation_checkpointing: share of the layers; the others keep their activations."
     )
-    forward_path: Literal["auto", "packed", "padded"] = setting(
-        "auto", "Prompts shared and nothing padded, or padded; auto: packed if it proves right on the model."
+    forward_path: ForwardPath = setting(
+        "auto",
+        "packed: prompts shared inside attention, nothing padded; cached: shared through the model's own cache; "
+        "padded; auto: the first that proves right on the model.",
     )
     accept_changes: bool = setting(False, "Continue a killed run although what determines its result has changed.")
 
@@ -172,8 +175,8 @@ class TrainingSettings(TrainingArguments):
         check_all(self._check_values, self._check_numbers, self._check_checkpointing, lambda: self.tokenize_settings)
 
     def _check_values(self) -> None:
-        if self.forward_path not in ("auto", "packed", "padded"):
-            raise SimpoError(f"forward_path: {self.forward_path!r} is not one of 'auto', 'packed', 'padded'")
+        if self.forward_path not in get_args(ForwardPath):
+            raise SimpoError(f"forward_path: {self.forward_path!r} is not one of {', '.join(get_args(ForwardPath))}")
         for key in ("seed", "data_seed"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < 2**32:

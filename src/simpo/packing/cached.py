@@ -1,0 +1,239 @@
+"""Prompts shared through a model's own cache: layers with state, and attention that cannot take a packed batch.
+
+A batch is computed in two passes. The first one runs the prompts, padded on the left, and leaves keys, values,
+recurrent states and convolution windows in the cache. The cache is then repeated for every response of a prompt,
+and the second pass runs the responses, padded on the right. Gradients of all responses flow back through the cache into
+the one computation of their prompt. Rows never mix: comparisons are different rows of a batch, and padding does not
+enter a state (models mask it, and the self-check compares prompts of different lengths).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+from simpo.packing.layout import PackedBatch
+
+_CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # attention models and hybrids; models with states alone
+_SCAN = "mamba_selective_scan"
+
+
+class NotShareableError(Exception):
+    """Why a model's prompts cannot be shared; the text is for the user."""
+
+
+@dataclass(frozen=True)
+class TwoPasses:
+    """A batch of ``C`` comparisons with ``R`` responses as two rectangles.
+
+    Attributes:
+        prompt_ids: ``[C, P]``, padded on the left.
+        prompt_mask: ``[C, P]`` 1 for tokens, 0 for padding.
+        response_ids: ``[R, W]``, padded on the right.
+        response_mask: ``[R, W]``.
+        comparison_of: ``[R]`` the comparison of each response.
+        scored: ``[S]`` where the scored tokens are predicted: positions in the concatenation of the prompts' last
+            outputs, ``[C]``, and all outputs of the responses, ``[R * W]``.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    comparison_of: Tensor
+    scored: Tensor
+
+    @classmethod
+    def of(cls, batch: PackedBatch, only: int | None = None) -> TwoPasses:
+        """The rectangles of a packed batch, or of one of its comparisons."""
+        device, spans = batch.input_ids.device, batch.layout.spans
+        counts = torch.tensor([len(span.responses) for span in spans], device=device)
+        prompt_sizes = torch.tensor([span.prompt for span in spans], device=device)
+        comparison_of = torch.repeat_interleave(counts)
+        # Where a scored token is predicted, counted from its response's first token; -1 is the prompt's last token.
+        response_of = batch.response_of
+        place = batch.layout.index.positions[batch.scored] - prompt_sizes[comparison_of[response_of]]
+        parts = iter(batch.input_ids.split(batch.layout.part_sizes))
+        prompts, responses = [], []
+        for number, span in enumerate(spans):
+            prompt, *answers = (next(parts) for _ in range(1 + len(span.responses)))
+            if only in (None, number):
+                prompts.append(prompt)
+                responses += answers
+        if only is not None:
+            mine = comparison_of[response_of] == only
+            place, response_of = place[mine], response_of[mine] - counts[:only].sum()
+            comparison_of = comparison_of.new_zeros(len(responses))
+        # Two tokens at least: for a single one, models take a shortcut that overwrites the state.
+        depth, width = max(map(len, prompts)), max(2, *map(len, responses))
+        sizes = [torch.tensor([len(ids) for ids in group], device=device)[:, None] for group in (prompts, responses)]
+        return cls(
+            prompt_ids=torch.stack([F.pad(ids, (depth - len(ids), 0)) for ids in prompts]),
+            prompt_mask=(torch.arange(depth, device=device) >= depth - sizes[0]).long(),
+            response_ids=torch.stack([F.pad(ids, (0, width - len(ids))) for ids in responses]),
+            response_mask=(torch.arange(width, device=device) < sizes[1]).long(),
+            comparison_of=comparison_of,
+            scored=torch.where(
+                place < 0, comparison_of[response_of], len(prompts) + response_of * width + place.clamp(min=0)
+            ),
+        )
+
+
+def outputs_at_scored(model: PreTrainedModel, batch: PackedBatch, forward: Callable[..., Tensor]) -> Tensor:
+    """``[S, D]`` the outputs of ``forward``, ``[rows, L, D]``, at the scored positions of ``batch``.
+
+    ``model`` is the language model itself, without the wrappers of peft or a distributed engine.
+
+    Under gradient checkpointing every comparison is a checkpoint of its own, because transformers switches caches off
+    where it checkpoints layers. What is kept until the backward pass is then a comparison's ids.
+    """
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if not (checkpointing and model.training and torch.is_grad_enabled()):
+        return _two_passes(model, TwoPasses.of(batch), forward)
+    # Ranks that share weights must run their layers equally often, so there a batch is one checkpoint.
+    numbers = [None] if _is_sharded(model) else range(len(batch.layout.spans))
+    return torch.cat([checkpoint(_uncheckpointed, model, batch, c, forward, use_reentrant=False) for c in numbers])
+
+
+def _is_sharded(model: PreTrainedModel) -> bool:
+    """Whether FSDP or DeepSpeed gathers weights around each layer."""
+    return hasattr(next(model.parameters()), "ds_id") or any(isinstance(m, FSDPModule) for m in model.modules())
+
+
+def _uncheckpointed(
+    model: PreTrainedModel, batch: PackedBatch, only: int | None, forward: Callable[..., Tensor]
+) -> Tensor:
+    """A batch or one of its comparisons, with layers that use their caches although gradient checkpointing is on."""
+    modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        return _two_passes(model, TwoPasses.of(batch, only), forward)
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
+
+
+def _two_passes(model: PreTrainedModel, rows: TwoPasses, forward: Callable[..., Tensor]) -> Tensor:
+    accepted = inspect.signature(type(model.base_model).forward).parameters
+    name = next((name for name in _CACHE_ARGUMENTS if name in accepted), None)
+    if name is None:
+        raise NotShareableError("its forward takes no cache")
+    cache = _assigning(DynamicCache(config=model.config.get_text_config()))
+    shared: dict[str, Any] = {"use_cache": True, name: cache}
+
+    def placed(positions: Tensor) -> dict[str, Tensor]:
+        return {"position_ids": positions} if "position_ids" in accepted else {}
+
+    positions = (rows.prompt_mask.cumsum(dim=1) - 1).clamp(min=0)
+    prompts = forward(input_ids=rows.prompt_ids, attention_mask=rows.prompt_mask, **placed(positions), **shared)
+    if not all(map(_is_filled, cache.layers)) or not any(map(_holds_something, cache.layers)):
+        raise NotShareableError("not every layer keeps in the cache what a prompt leaves to its responses")
+    cache.reorder_cache(rows.comparison_of)
+    mask: Tensor | None = torch.cat([rows.prompt_mask[rows.comparison_of], rows.response_mask], dim=1)
+    if not any(getattr(layer, "keys", None) is not None for layer in cache.layers):
+        mask = None  # there is no attention that could look at padding, and it comes after all tokens that count
+    start = rows.prompt_mask.sum(dim=1)[rows.comparison_of][:, None]
+    positions = start + torch.arange(rows.response_ids.shape[1], device=start.device)
+    responses = forward(input_ids=rows.response_ids, attention_mask=mask, **placed(positions), **shared)
+    return torch.cat([prompts[:, -1], responses.flatten(0, 1)])[rows.scored]
+
+
+def _assigning(cache: DynamicCache) -> DynamicCache:
+    """A cache whose states are replaced and not written over: autograd still needs the old ones."""
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            layer.update_conv_state = MethodType(_update_conv_state, layer)  # type: ignore[method-assign]
+            layer.update_recurrent_state = MethodType(_update_recurrent_state, layer)  # type: ignore[method-assign]
+    return cache
+
+
+def _update_conv_state(
+    self: Any, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+) -> Tensor:
+    """As the cache's own; the window is padded with zeros on the left where a prompt is shorter."""
+    if not self.is_conv_states_initialized[state_idx]:
+        self.lazy_initialization(conv_states=conv_states, state_idx=state_idx, conv_kernel_size=conv_kernel_size)
+    size = self.conv_kernel_size[state_idx]
+    if self.has_previous_state[state_idx]:
+        conv_states = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
+    elif conv_states.shape[-1] < size:
+        conv_states = F.pad(conv_states, (size - conv_states.shape[-1], 0))
+    self.has_previous_state[state_idx] = True
+    self.conv_states[state_idx] = conv_states[..., -size:]
+    return conv_states
+
+
+def _update_recurrent_state(self: Any, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+    """As the cache's own."""
+    if not self.is_recurrent_states_initialized[state_idx]:
+        self.lazy_initialization(recurrent_states=recurrent_states, state_idx=state_idx)
+    self.recurrent_states[state_idx] = recurrent_states
+    return recurrent_states
+
+
+def _is_filled(layer: Any) -> bool:
+    """Whether a layer of the cache holds something, or is that of a layer without memory, such as an MLP's."""
+    return _holds_something(layer) or not isinstance(layer, (DynamicLayer, LinearAttentionCacheLayerMixin))
+
+
+def _holds_something(layer: Any) -> bool:
+    if getattr(layer, "keys", None) is not None:
+        return True
+    return isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.has_previous_state.values())
+
+
+# ---- Mamba 1: transformers' scan over several tokens starts from an empty state, also where the cache has one.
+
+
+def install_scans(model: nn.Module) -> None:
+    """Let the Mamba layers of a model start from the state in the cache."""
+    for module in model.modules():
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        if code is not None and _SCAN in code.co_names and "forward" not in module.__dict__:
+            module.forward = MethodType(_forward_from_state, module)
+
+
+def _forward_from_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The layer's own forward, with a scan that starts from the cache's state if there is one."""
+    forward = inspect.unwrap(type(self).forward)
+    given = inspect.signature(forward).bind(self, *args, **kwargs).arguments
+    cache = next((given[name] for name in _CACHE_ARGUMENTS if given.get(name) is not None), None)
+    if cache is None or not cache.has_previous_state(self.layer_idx):
+        return type(self).forward(self, *args, **kwargs)
+    state = cache.layers[self.layer_idx].recurrent_states[0]
+    scope = forward.__globals__ | {_SCAN: partial(_scan_from, state, forward.__globals__[_SCAN])}
+    rebound = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+    rebound.__kwdefaults__ = forward.__kwdefaults__
+    return rebound(self, *args, **kwargs)
+
+
+def _scan_from(
+    state: Tensor, scan: Callable[..., Any], u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, **kwargs: Any
+) -> Any:
+    """A selective scan from ``state`` ``[N, D, M]``: the scan from zero, plus what is left of the state at each token.
+
+    The recurrence ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t`` is linear in ``h_0``, so its part in the output is ``C_t
+    exp(A sum(dt_1..t)) h_0``. Gu and Dao 2023, arXiv 2312.00752, algorithm 2.
+    """
+    z = kwargs.pop("z", None)
+    output, last = scan(u, dt, a, b, c, **kwargs | {"return_last_state": True})
+    bias = kwargs.get("delta_bias")
+    step = dt if bias is None else dt + bias.to(dt.dtype)[..., None]
+    step = F.softplus(step) if kwargs.get("delta_softplus") else step
+    left = (a[None, :, None] * step.cumsum(-1)[..., None]).exp() * state[:, :, None]  # [N, D, L, M]
+    output = output + torch.einsum("nml,ndlm->ndl", c.to(left.dtype), left).to(output.dtype)
+    output = output if z is None else output * F.silu(z)
+    return (output, last + left[:, :, -1]) if kwargs.get("return_last_state") else output
