@@ -49,11 +49,7 @@ class ChatTemplate:
             raise SimpoError(f"chat_template_kwargs: the chat template never reads {unread[0]!r}; it reads {known}")
 
     def render(self, messages: Sequence[Message], context: Context, *, generation_prompt: bool = False) -> str:
-        """The text of messages.
-
-        Raises:
-            BadRow: the template refuses them.
-        """
+        """The text of messages."""
         try:
             return self._tokenizer.apply_chat_template(
                 list(map(self._formed, messages)),

@@ -1,6 +1,7 @@
 """Comparisons, conversations, judged responses and prompts, read from rows of known columns.
 
 Rows of other tools get these columns in :mod:`simpo.data.shapes`. Columns that are not read are carried through.
+Columns of no known shape raise :class:`simpo.data.rows.UnknownShape`, wrong values :class:`simpo.data.rows.BadRow`.
 """
 
 from __future__ import annotations
@@ -92,12 +93,7 @@ def is_comparison(row: Mapping[str, Any]) -> bool:
 
 
 def read_comparison(row: Mapping[str, Any], where: str) -> Comparison:
-    """A comparison from a row; the responses of a K-wise row are sorted by score, the highest first.
-
-    Raises:
-        UnknownShape: its columns match no known shape.
-        BadRow: its columns do, but their values are wrong.
-    """
+    """A comparison from a row; the responses of a K-wise row are sorted by score, the highest first."""
     if not is_comparison(row):
         columns, hint = set(row), ""
         if {"prompt", "completion", "label"} <= columns:
@@ -141,12 +137,7 @@ def is_number(score: object) -> bool:
 
 
 def read_feedback(row: Mapping[str, Any], where: str) -> Comparison:
-    """A prompt with its one response and the label of that response.
-
-    Raises:
-        UnknownShape: the row's columns match another shape.
-        BadRow: they match this one, but their values are wrong.
-    """
+    """A prompt with its one response and the label of that response."""
     used = ("prompt", "completion", "label")
     if not set(used) <= set(row):
         raise UnknownShape(f"no recognized shape: columns {columns_of(row)}")
@@ -234,12 +225,7 @@ def _whole_conversation(prompt: object, opening: list[Message], messages: list[M
 
 
 def read_conversation(row: Mapping[str, Any], where: str) -> Conversation:
-    """A conversation from a row; ``messages`` takes precedence over other columns.
-
-    Raises:
-        UnknownShape: its columns match no known shape.
-        BadRow: its columns do, but their values are wrong.
-    """
+    """A conversation from a row; ``messages`` takes precedence over other columns."""
     columns = set(row)
     if "messages" in columns:
         extra = other_columns(row, "messages", *CONTEXT_COLUMNS)
@@ -309,10 +295,6 @@ def read_prompt(row: Mapping[str, Any], where: str) -> Comparison:
     """The prompt of a row, as a comparison without responses.
 
     Columns of a comparison take precedence, then ``messages`` and ``prompt``.
-
-    Raises:
-        UnknownShape: its columns match no known shape.
-        BadRow: its columns do, but their values are wrong.
     """
     if is_comparison(row):
         return replace(read_comparison(row, where), responses=(), scores=None)

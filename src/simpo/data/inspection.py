@@ -201,9 +201,11 @@ def read_answer_sets(dataset: Dataset) -> list[AnswerSet]:
         responses, scores = row.get("responses"), row.get("scores")
         if not isinstance(responses, list) or not responses:
             continue
-        known = isinstance(scores, list) and len(scores) == len(responses)
-        known = known and all(score is None or is_number(score) for score in scores)
-        sets.append(AnswerSet(list(map(_text, responses)), scores if known else None))
+        if not isinstance(scores, list) or len(scores) != len(responses):
+            scores = None
+        elif not all(score is None or is_number(score) for score in scores):
+            scores = None
+        sets.append(AnswerSet(list(map(_text, responses)), scores))
     return sets
 
 
@@ -257,7 +259,7 @@ def longer_wins(answers: AnswerSet) -> float | None:
 
 def diversity_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
     """How different the answers to a prompt are: means over the prompts for which a measure is defined."""
-    measures = {
+    measures: dict[str, list[float] | list[float | None]] = {
         "characters": [float(np.mean([len(text) for text in found.responses])) for found in sets],
         "distinct_answers": [len(set(found.responses)) / len(found.responses) for found in sets],
         "distinct_2": [distinct_ngrams(found.responses) for found in sets],
@@ -284,7 +286,7 @@ def score_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
     if not every:
         return metrics
     some = [scores for scores in scored if scores]
-    measures = {
+    measures: dict[str, list[float] | list[float | None]] = {
         "score": [float(np.mean(scores)) for scores in some],
         "best_score": [max(scores) for scores in some],
         "worst_score": [min(scores) for scores in some],

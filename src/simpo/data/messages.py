@@ -1,4 +1,7 @@
-"""Messages of conversations and transcripts, read from a cell of any data set, and what applies to all of them."""
+"""Messages of conversations and transcripts, read from a cell of any data set, and what applies to all of them.
+
+Whatever cannot be read raises :class:`simpo.data.rows.BadRow`.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +41,6 @@ def read_messages(value: object, name: str) -> list[Message]:
     Args:
         value: text, one message or a list of messages.
         name: what error messages call it, e.g. ``"chosen"``.
-
-    Raises:
-        BadRow: it is something else, or empty.
     """
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
@@ -181,9 +181,6 @@ def split_transcripts(transcripts: tuple[str, ...]) -> tuple[str, tuple[str, ...
     Returns:
         The prompt, up to and including the cue, and what follows it in each transcript, unchanged;
         ``None`` if they share no cue.
-
-    Raises:
-        BadRow: another turn of the human follows it.
     """
     shared = os.path.commonprefix(list(transcripts))  # noqa: RUF071 - texts, not paths
     ends = [cue.end() for cue in _cue_of(transcripts[0]).finditer(shared) if cue[1] == "Assistant"]
@@ -291,11 +288,7 @@ def apply_context(
 
 
 def as_messages(prompt: str | list[Message], following: Sequence[Response]) -> tuple[list[Message], list[Message]]:
-    """Messages of a prompt and of what follows it; a transcript becomes its turns.
-
-    Raises:
-        BadRow: a transcript that does not end with a user's message.
-    """
+    """Messages of a prompt and of what follows it; a transcript becomes its turns."""
     if not isinstance(prompt, str):
         return prompt, [message for message in following if isinstance(message, dict)]
     texts = [str(text) for text in following]
@@ -308,11 +301,7 @@ def as_messages(prompt: str | list[Message], following: Sequence[Response]) -> t
 
 
 def context_of(row: Mapping[str, Any]) -> Context:
-    """The context that a row's columns give a prompt that has its system message.
-
-    Raises:
-        BadRow: a column that cannot be applied.
-    """
+    """The context that a row's columns give a prompt that has its system message."""
     tools = _read_tools(row.get("tools"))
     kwargs = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):

@@ -140,12 +140,7 @@ class Renderer:
             self._insert_system = insert_system and ("system" in template.source or "<|im_start|>" in template.source)
 
     def render(self, comparison: Comparison) -> Rendered:
-        """Render one comparison.
-
-        Raises:
-            BadRow: an empty response, messages that the template refuses, or a response that it renders only in part.
-            SimpoError: messages without a template.
-        """
+        """Render one comparison."""
         if self._cutter is None:
             return self._as_text(comparison)
         template = self._cutter.template
@@ -161,10 +156,6 @@ class Renderer:
     def render_turns(self, conversation: Conversation) -> list[RenderedTurns]:
         """Render one conversation: as one sequence, or as one for each answer if the template renders an earlier answer
         differently from what generation has to produce.
-
-        Raises:
-            BadRow: an empty answer, messages that the template refuses, or an answer that it renders only in part.
-            SimpoError: messages without a template.
         """
         completion = conversation.completion
         following = [completion] if isinstance(completion, str) else completion

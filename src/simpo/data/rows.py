@@ -111,11 +111,7 @@ def as_dataset(rows: object, name: str) -> Dataset:
 
 
 def check_dataset(dataset: object, label: str) -> None:
-    """Refuse anything but one data set with at least one row.
-
-    Raises:
-        SimpoError: it is something else.
-    """
+    """Refuse anything but one data set with at least one row."""
     if not isinstance(dataset, Dataset):
         raise SimpoError(f"{label}: a {type(dataset).__name__} instead of a datasets.Dataset; give one split")
     if not len(dataset):
@@ -123,11 +119,7 @@ def check_dataset(dataset: object, label: str) -> None:
 
 
 def with_where(dataset: Dataset, label: str, digest: str) -> Dataset:
-    """Add the column that names the source of each row of a columnar data set: ``label row index``.
-
-    Raises:
-        SimpoError: the data set has a column of that name.
-    """
+    """Add the column that names the source of each row of a columnar data set: ``label row index``."""
     if taken := {ROW, WHERE} & set(dataset.column_names):
         raise SimpoError(f"{label}: the column name {taken.pop()!r} is used internally; rename the column")
     where = [f"{label} row {index}" for index in range(len(dataset))]
@@ -135,11 +127,7 @@ def with_where(dataset: Dataset, label: str, digest: str) -> Dataset:
 
 
 def check_unicode(text: str) -> None:
-    """Refuse text that no file and no tokenizer can hold.
-
-    Raises:
-        BadRow: it is.
-    """
+    """Refuse text that no file and no tokenizer can hold."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -197,11 +185,7 @@ def _as_json_rows(dataset: Dataset) -> Dataset:
 
 
 def select_columns(dataset: Dataset, columns: Sequence[str], label: str) -> Dataset:
-    """Keep the named columns (``columns`` of a ``dataset_mixture``).
-
-    Raises:
-        SimpoError: if the data set, or one of its JSON rows, lacks one of them.
-    """
+    """Keep the named columns (``columns`` of a ``dataset_mixture``)."""
     if ROW in dataset.column_names:
         return dataset.map(_select_keys, fn_kwargs={"columns": list(columns)}, desc=f"Columns of {label}")
     missing = [column for column in columns if column not in dataset.column_names]
@@ -219,11 +203,7 @@ def _select_keys(row: Row, columns: list[str]) -> Row:
 
 
 def rename_columns(dataset: Dataset, mapping: Mapping[str, str], name: str) -> Dataset:
-    """Rename columns (``column_mapping``: old name -> new name), all at once, so that names can be swapped.
-
-    Raises:
-        SimpoError: no row has a column of the old name, or another column has the new one.
-    """
+    """Rename columns (``column_mapping``: old name -> new name), all at once, so that names can be swapped."""
     if not isinstance(mapping, Mapping) or not all(isinstance(item, str) for pair in mapping.items() for item in pair):
         raise SimpoError(f"column_mapping: {mapping!r} is not {{column of the data: column of this toolkit}}")
     if ROW in dataset.column_names:
@@ -329,11 +309,7 @@ class DataReport:
             self.first_bad.append(f"{where}: {reason}")
 
     def check(self, on_bad_row: str) -> None:
-        """Refuse bad rows: any of them if ``on_bad_row`` is ``error``, else more than 1%.
-
-        Raises:
-            SimpoError: there are too many; names the first ones.
-        """
+        """Refuse bad rows: any of them if ``on_bad_row`` is ``error``, else more than 1%."""
         bad = sum(self.bad.values())
         if bad and on_bad_row == "error":
             raise SimpoError(f"{self.first_bad[0]}; fix the row, or set on_bad_row: skip")

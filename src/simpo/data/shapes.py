@@ -91,9 +91,6 @@ def canonical(row: Mapping[str, Any], *, answers: bool = True) -> tuple[Row, str
     Args:
         row: of any data set.
         answers: also convert the columns that hold the answer to a question.
-
-    Raises:
-        BadRow: its columns are ambiguous, or a value of a recognized shape cannot be read.
     """
     found = dict(row)
     notes: list[str] = []
@@ -398,9 +395,6 @@ def check_not_rendered(row: Mapping[str, Any], frame: tuple[str, str] | None = N
     Args:
         row: with the columns that this package knows.
         frame: what the chat template writes before and after a user's message that is to be answered.
-
-    Raises:
-        BadRow: there is one.
     """
     for name in _COLUMNS:
         for text in _texts(row.get(name)):

@@ -181,11 +181,7 @@ def check_rankings(rows: Dataset, label: str) -> None:
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> int:
-    """The token that ends every response: the template's, or EOS as in the paper's code.
-
-    Raises:
-        SimpoError: there is none.
-    """
+    """The token that ends every response: the template's, or EOS as in the paper's code."""
     if not settings.paper_tokenization:
         return end_of_turn(tokenizer).token_id
     if tokenizer.eos_token_id is None:
@@ -425,9 +421,6 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization:
         dataset: rows that :func:`simpo.data.rows.check_dataset` accepted.
         tokenizer: that of the tokenization.
         tokenization: defines what the rows become.
-
-    Raises:
-        SimpoError: no row of a known shape, too many bad rows, or nothing that fits.
     """
     settings, label = tokenization.settings, tokenization.label
     fingerprint = _fingerprint(dataset, tokenizer, tokenization)
