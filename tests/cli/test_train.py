@@ -104,7 +104,7 @@ def lines(*rows):
     [
         pytest.param(None, {"dataset_name": "missing.jsonl"}, ["missing.jsonl", "not found"], id="missing file"),
         pytest.param(lines(GOOD, '{"prompt": '), {}, ["data.jsonl:2", "JSON"], id="not JSON"),
-        pytest.param(lines({"text": "x"}), {}, ["text"], id="no recognised shape"),
+        pytest.param(lines({"text": "x"}), {}, ["text"], id="no recognized shape"),
         pytest.param(
             lines({"chosen": ANSWER, "rejected": [*OTHER, TURNS[0]]}), {}, ["data.jsonl:1", "assistant"], id="last turn"
         ),

@@ -201,9 +201,9 @@ def read_answer_sets(dataset: Dataset) -> list[AnswerSet]:
         responses, scores = row.get("responses"), row.get("scores")
         if not isinstance(responses, list) or not responses:
             continue
-        if not isinstance(scores, list) or len(scores) != len(responses):
-            scores = None
-        elif not all(score is None or is_number(score) for score in scores):
+        if not (isinstance(scores, list) and len(scores) == len(responses)) or not all(
+            score is None or is_number(score) for score in scores
+        ):
             scores = None
         sets.append(AnswerSet(list(map(_text, responses)), scores))
     return sets
