@@ -54,11 +54,11 @@ def training_identity(
 def settings_identity(config: Any) -> Identity:
     """Every setting of a configuration that influences training."""
     settings = config.to_dict() | getattr(config, "hyperparameters", {})  # the latter with defaults filled in
-    return {"rows per step": str(config.per_device_train_batch_size * config.world_size)} | {
-        key: str(value)
-        for key, value in sorted(settings.items())
-        if key not in _NO_INFLUENCE and not key.startswith(_NO_INFLUENCE_PREFIXES)
-    }
+    found: Identity = {"rows per step": str(config.per_device_train_batch_size * config.world_size)}
+    for key, value in sorted(settings.items()):
+        if key not in _NO_INFLUENCE and not key.startswith(_NO_INFLUENCE_PREFIXES):
+            found[key] = str(value)
+    return found
 
 
 def named_checkpoint(config: Any) -> str | None:

@@ -321,8 +321,10 @@ class PackedTrainer(ResumableTrainer):
                 with self.compute_loss_context_manager():
                     loss, metrics = self.compute_loss(model, batch, return_outputs=True)
                 self._step.append((batch, metrics[:, 0]))
-                if self.is_deepspeed_enabled and last:
-                    self._check_losses()
+                if self.is_deepspeed_enabled and last:  # its last backward of a step already moves the optimizer
+                    bad = sum((~losses.isfinite()).sum() for _, losses in self._step)
+                    if self._sum_over_ranks(torch.as_tensor(bad, device=self.args.device)):
+                        raise SimpoError(self._not_finite())
                 self.accelerator.backward(loss)
             total += loss.detach()
             self._means.add(metrics, batch.packed.weights)
@@ -362,12 +364,6 @@ class PackedTrainer(ResumableTrainer):
         if not scaled and norm is not None and not math.isfinite(float(norm)):
             raise SimpoError(self._not_finite())
         return norm
-
-    def _check_losses(self) -> None:
-        """Check the step's losses now: DeepSpeed's last backward of a step already moves the optimizer."""
-        bad = sum(int((~losses.isfinite()).sum()) for _, losses in self._step)
-        if self._sum_over_ranks(torch.tensor(bad, device=self.args.device)):
-            raise SimpoError(self._not_finite())
 
     def _not_finite(self) -> str:
         """Describe what is wrong with the current step, and with which of its rows; the same on every rank."""

@@ -127,7 +127,8 @@ class ReferenceModel:
         parts = [rows.select(range(start, min(start + _ROWS, len(rows)))) for start in range(0, len(rows), _ROWS)]
         paths = [folder / f"{number:05}.json" for number in range(len(parts))]
         sizes = np.add.reduceat(counts, np.arange(0, len(rows), _ROWS))
-        chunks = from_main([_read_chunk(*known) for known in zip(paths, sizes, strict=True)] if main else [])
+        chunks: list[Any] = [_read_chunk(*known) for known in zip(paths, sizes, strict=True)] if main else []
+        chunks = from_main(chunks)
         missing = [number for number, chunk in enumerate(chunks) if chunk is None]
         done = len(rows) - sum(len(parts[number]) for number in missing)
         bar: Any = nullcontext(lambda count: None)
