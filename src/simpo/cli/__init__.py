@@ -52,7 +52,7 @@ class _Notices(logging.StreamHandler):
         super().handleError(record)
 
 
-def _raise_again(console: object) -> None:
+def _raise_again(self: object) -> None:
     """Let a closed pipe end the command as :func:`main` does, where rich would exit with code 1."""
     raise  # noqa: PLE0704 - called while the exception is handled
 
@@ -65,7 +65,7 @@ def _keep_stderr_for_errors() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # ten lines of retries; the error says enough
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # damaged files; the error says it
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import: an optional kernel is missing
-    Console.on_broken_pipe = _raise_again  # type: ignore[method-assign]
+    Console.on_broken_pipe = _raise_again  # type: ignore[method-assign, assignment]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log that is read while the run goes on
 

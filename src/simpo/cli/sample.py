@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections.abc import Set
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -60,7 +61,7 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         """Reject a setting that the engine would ignore."""
-        ignored: list[tuple[Any, set[str]]] = []
+        ignored: list[tuple[Any, Set[str]]] = []
         if self.engine != "vllm":
             ignored.append((self.vllm, set(dataclasses.asdict(self.vllm))))
         if self.engine == "server":
