@@ -220,8 +220,8 @@ def test_disable_dropout_reaches_everything(make_model):
 # ---- models that cannot share, end to end ----
 
 
-@pytest.mark.parametrize("name", ["mamba", "bloom"])
-def test_a_fallback_trains_to_the_same_weights(name, make_trainer, make_model, pairs, naive_losses, caplog):
+@pytest.mark.parametrize(("name", "path"), [("mamba", "cached"), ("stablelm", "cached"), ("bloom", "padded")])
+def test_a_fallback_trains_to_the_same_weights(name, path, make_trainer, make_model, pairs, naive_losses, caplog):
     rows = pairs(4)
     start = make_model(name)
     naive = copy.deepcopy(start)
@@ -238,7 +238,7 @@ def test_a_fallback_trains_to_the_same_weights(name, make_trainer, make_model, p
             max_steps=1,
         )
         trainer.train()
-    assert trainer.path == "cached"
+    assert trainer.path == path  # Bloom's mask overflows in float64 where a row is padded on the left
     assert len([record for record in caplog.records if "cache" in record.message]) == 1
     for (key, found), expected in zip(model.named_parameters(), naive.parameters(), strict=True):
         # 1e-6: the model's fp32 islands stay as they are here
