@@ -20,7 +20,7 @@ from simpo.data.rows import Row
 from simpo.errors import SimpoError, one_line
 from simpo.evaluation.answers import Answer, Question, cell, read_by_key, read_rows, write_rows
 from simpo.evaluation.leaderboards import Baselines, length_controlled, win_rates
-from simpo.evaluation.runner import Benchmark, JudgedBenchmark, JudgedSettings, check_file
+from simpo.evaluation.runner import Benchmark, JudgedBenchmark, JudgedSettings
 from simpo.generation.thinking import after_thinking
 from simpo.judging.presentation import fill, read_prompt_file
 from simpo.runs.folder import RunFolder
@@ -66,11 +66,9 @@ class AlpacaEvalSettings(JudgedSettings):
     )
 
     def __post_init__(self) -> None:
-        for key in ("gamed", "difficulty", "annotations", "reference_outputs"):
-            check_file(key, getattr(self, key))
+        super().__post_init__()
         if bool(self.model) == (self.annotations is not None):
             raise SimpoError("give either a model or file of outputs, or --annotations with what was judged")
-        super().__post_init__()
 
     def benchmark(self, log: Log) -> Benchmark:
         """The benchmark; raises :class:`SimpoError` if a file cannot be used."""
@@ -122,6 +120,7 @@ class AlpacaEval(JudgedBenchmark):
     name = "alpaca_eval"
     key_name = "instruction"
     answer_file = "model_outputs.json"
+    settings: AlpacaEvalSettings
 
     def __init__(self, settings: AlpacaEvalSettings, log: Log) -> None:
         self._prompt = PairwisePrompt(settings.api.judge_prompt)

@@ -31,7 +31,7 @@ from simpo.evaluation.leaderboards import (
     style_differences,
     style_of,
 )
-from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings, check_file
+from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings
 from simpo.generation.settings import SamplingSettings
 from simpo.generation.thinking import after_thinking
 from simpo.judging.presentation import fill, read_prompt_file
@@ -71,12 +71,6 @@ class ArenaHardSettings(JudgedSettings):
     )
     api: ApiSettings = field(default=ApiSettings(judge_timeout=600.0))  # judgments are long
 
-    def __post_init__(self) -> None:
-        check_file("questions", self.questions)
-        for path in self.baseline:
-            check_file("baseline", path)
-        super().__post_init__()
-
     def benchmark(self, log: Log) -> ArenaHard:
         """The benchmark; raises :class:`SimpoError` if a file cannot be used."""
         return ArenaHard(self, log)
@@ -101,20 +95,19 @@ class ArenaHard(JudgedBenchmark):
     name = "arena_hard"
     key_name = "uid"
     answer_file = "model_answer.jsonl"
+    settings: ArenaHardSettings
 
     def __init__(self, settings: ArenaHardSettings, log: Log) -> None:
-        self._version, self._files = settings.version, (settings.questions, *settings.baseline)
         self._prompt = ArenaPrompt(settings.api.judge_prompt)
         questions = with_baselines(read_questions(settings.questions, settings.version), settings.baseline, log)
         super().__init__(settings, questions, self._prompt.digest)
 
     def own_identity(self) -> dict[str, Any]:
         """The version and its files."""
-        questions, *baselines = map(file_digest, self._files)
         return {
-            "benchmark": f"{self.name} {self._version}",
-            "questions": questions,
-            "baselines": ", ".join(baselines),
+            "benchmark": f"{self.name} {self.settings.version}",
+            "questions": file_digest(self.settings.questions),
+            "baselines": ", ".join(map(file_digest, self.settings.baseline)),
         }
 
     @classmethod
@@ -152,7 +145,7 @@ class ArenaHard(JudgedBenchmark):
     def requests(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[ChatRequest]:
         """Both games of every question: the baseline's answer first, then the model's."""
         return [
-            self._prompt.request(question, first.text, second.text, self._version)
+            self._prompt.request(question, first.text, second.text, self.settings.version)
             for question, answer in zip(questions, answers, strict=True)
             for first, second in ((question.baseline, answer), (answer, question.baseline))
         ]
@@ -163,7 +156,10 @@ class ArenaHard(JudgedBenchmark):
         """Read verdicts, write ``model_judgment.jsonl``, and compute scores by category."""
         judgments = []
         for question, answer, first, second in zip(questions, answers, replies[::2], replies[1::2], strict=True):
-            verdicts = read_verdict(first.whole_text, self._version), read_verdict(second.whole_text, self._version)
+            verdicts = (
+                read_verdict(first.whole_text, self.settings.version),
+                read_verdict(second.whole_text, self.settings.version),
+            )
             judgments.append(Judgment(question, answer, (first.text, second.text), verdicts))
         rows = [
             {
@@ -180,7 +176,7 @@ class ArenaHard(JudgedBenchmark):
             for judgment in judgments
         ]
         write_rows(run.path / "model_judgment.jsonl", rows)
-        return category_metrics(judgments, self._version, run.log)
+        return category_metrics(judgments, self.settings.version, run.log)
 
 
 class ArenaPrompt:

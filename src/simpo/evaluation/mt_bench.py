@@ -21,7 +21,7 @@ from simpo.evaluation.answers import (
     read_by_key,
     write_rows,
 )
-from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings, check_file
+from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings
 from simpo.generation.settings import SamplingSettings
 from simpo.generation.thinking import after_thinking
 from simpo.judging.presentation import ShownAnswers, fill, read_prompt_file
@@ -60,11 +60,6 @@ class MTBenchSettings(JudgedSettings):
         metadata={"without": ("n", "top_k", "temperature")},
     )
 
-    def __post_init__(self) -> None:
-        check_file("questions", self.questions)
-        check_file("references", self.references)
-        super().__post_init__()
-
     def answerer(self, model: str) -> Answerer:
         """A model, with the temperature that was given."""
         found = super().answerer(model)
@@ -84,11 +79,10 @@ class MTBench(JudgedBenchmark):
     key_name = "question_id"
     answer_file = "model_answer.jsonl"
     compares = False
+    settings: MTBenchSettings
 
     def __init__(self, settings: MTBenchSettings, log: Log) -> None:
         self._prompts = RatingPrompts(settings.api.judge_prompt)
-        self._questions, self._references = settings.questions, settings.references
-        self._temperature = settings.temperature
         questions = read_questions(settings.questions, settings.references)
         wanted = [question for question in questions if question.category in REFERENCED]
         if missing := sum(question.reference is None for question in wanted):
@@ -97,12 +91,13 @@ class MTBench(JudgedBenchmark):
 
     def own_identity(self) -> dict[str, Any]:
         """The benchmark's files, and where temperatures come from."""
+        settings = self.settings
         found = {
             "benchmark": self.name,
-            "questions": file_digest(self._questions),
-            "references": None if self._references is None else file_digest(self._references),
+            "questions": file_digest(settings.questions),
+            "references": None if settings.references is None else file_digest(settings.references),
         }
-        return found if self.answerer is None else found | {"own_temperature": self._temperature is not None}
+        return found if self.answerer is None else found | {"own_temperature": settings.temperature is not None}
 
     @classmethod
     def parse_answer(cls, row: Row, where: str) -> tuple[int, Answer]:
@@ -134,7 +129,7 @@ class MTBench(JudgedBenchmark):
         self, answerer: Answerer, conversations: Sequence[list[dict[str, str]]], folder: Path
     ) -> list[str]:
         """Sample at the temperatures of the categories, in one sampling run for each of them."""
-        if self._temperature is not None:
+        if self.settings.temperature is not None:
             return answerer.answer(conversations, folder)
         temperatures = [_TEMPERATURES.get(str(question.category), 0.7) for question in self.questions]
         answers = [""] * len(conversations)

@@ -109,12 +109,6 @@ def evaluate(settings: BenchmarkSettings, *, argv: Sequence[str] = ()) -> Path:
 # ---- Settings.
 
 
-def check_file(key: str, path: Path | None) -> None:
-    """Raise :class:`SimpoError` if a setting names a file that does not exist."""
-    if path is not None and not path.expanduser().is_file():
-        raise SimpoError(f"{key}: {path}: there is no such file")
-
-
 @dataclass(kw_only=True)
 class BenchmarkSettings(ABC):
     """The model and the run."""
@@ -169,7 +163,12 @@ class JudgedSettings(AnswerSettings):
     api: ApiSettings = field(default=ApiSettings())
 
     def __post_init__(self) -> None:
-        check_file("judge_prompt", self.api.judge_prompt)
+        files = {"judge_prompt": self.api.judge_prompt, **vars(self)}
+        for key, value in files.items():
+            paths = value if isinstance(value, list) else [value]
+            missing = [path for path in paths if isinstance(path, Path) and not path.expanduser().is_file()]
+            if missing and key not in ("output_dir", "markdown"):
+                raise SimpoError(f"{key}: {missing[0]}: there is no such file")
         if self.model and self.api.judge_url is None and self.api.judge_model is None:
             raise SimpoError("this benchmark needs a judge: name it with --judge_url and --judge_model")
         if self.answer_file is not None and not self.answer_file.is_file():
