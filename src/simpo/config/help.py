@@ -44,7 +44,7 @@ def _title(owner: type) -> str:
         return f"transformers' {owner.__name__}:"
     if text.startswith(f"{owner.__name__}("):  # the signature, which dataclasses without a docstring get
         return f"{owner.__name__}:"
-    return f"{text.partition(chr(10))[0].rstrip('.')}:"
+    return f"{text.partition(chr(10))[0].replace('``', '').rstrip('.')}:"
 
 
 def _is_foreign(owner: type) -> bool:
