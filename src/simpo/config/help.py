@@ -30,7 +30,7 @@ def help_text(command: str, about: str, classes: Iterable[type]) -> str:
     lines = [" ".join(filter(None, [*usage, "[--key value ...]"])), "", *inspect.cleandoc(about).splitlines(), ""]
     lines.append("Settings, as --key value or in the recipe as key: value, which --key overrides.")
     width = min(shutil.get_terminal_size((_WIDTH, 24)).columns, _WIDTH)
-    for owner in dict.fromkeys(key.owner for key in keys):
+    for owner in sorted(dict.fromkeys(key.owner for key in keys), key=_is_foreign):
         lines += ["", _title(owner)]
         for key in keys:
             lines += _key_lines(key, width) if key.owner is owner else []
