@@ -112,9 +112,10 @@ def whiten(values: Tensor, *, keep_mean: bool = False) -> Tensor:
 def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator) -> Tensor:
     """``[S]`` estimates of ``KL(policy || reference)`` from sampled tokens.
 
-    With ``d = logp - ref_logp``: ``k1 = d`` is unbiased and can be negative; ``k2 = d**2 / 2`` is biased, but its gradient
-    is that of the divergence; ``k3 = exp(-d) - 1 + d`` is unbiased and never negative, but its gradient is biased. As a
-    penalty on rewards, where only the value matters, use k1; as a term of the loss, use k2, or k3 as GRPO does.
+    With ``d = logp - ref_logp``: ``k1 = d`` is unbiased and can be negative; ``k2 = d**2 / 2`` is biased, but its
+    gradient is that of the divergence; ``k3 = exp(-d) - 1 + d`` is unbiased and never negative, but its gradient is
+    biased. As a penalty on rewards, where only the value matters, use k1; as a term of the loss, use k2, or k3 as GRPO
+    does.
     Schulman 2020, "Approximating KL divergence".
     """
     difference = logp - ref_logp
