@@ -214,6 +214,12 @@ def test_only_the_completion_is_scored(tokenizer):
     assert scored_runs(tokenizer, found) == scored_runs(tokenizer, whole)[1:]
 
 
+def test_a_column_without_effect_is_counted_also_without_a_template(plain_tokenizer):
+    rows = [{"prompt": "a b", "completion": "c d", "weight": 0.5}, {"prompt": "a", "completion": "d"}]
+    report = prepare_sft(Dataset.from_list(rows), plain_tokenizer, TokenizeSettings()).report
+    assert any("weight" in line and "1" in line for line in report.lines())
+
+
 def test_raw_text_without_a_template(plain_tokenizer):
     tokenizer = plain_tokenizer
     found = tokenized(tokenizer, {"prompt": "The answer is:", "completion": " yes"})[0]

@@ -162,7 +162,7 @@ class Renderer:
         if self._cutter is None:
             given = Comparison(conversation.prompt, tuple(following), conversation.where, context=conversation.context)
             text = self._as_text(given)
-            return [RenderedTurns(text.prompt, text.answers)]
+            return [RenderedTurns(text.prompt, text.answers, status=text.status)]
         template = self._cutter.template
         opening, rest, context, marker = self._chat(conversation.prompt, following, conversation.context, template)
         messages = [*opening, *rest]
