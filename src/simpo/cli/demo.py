@@ -51,7 +51,7 @@ _SIMPO = {
 # The world is judged by what the models themselves would say: samples from the unmodified distribution.
 _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 48, "chunk_size": 128}
 _SAMPLES, _ANSWERS = {"n": 6} | _SAMPLING, {"n": 4} | _SAMPLING
-_PERCENTILES = (10, 50, 90)  # of the change of the mean score: the prompts that are shown
+_PERCENTILES = (10, 50, 90)  # of the change in score: the prompts that are shown
 
 _HEADINGS: dict[Stage | None, str] = {"before": "SFT", "after": "SimPO"}
 
@@ -189,23 +189,22 @@ def _plot(folder: Path, contests: Sequence[PromptAnswers], metrics: Sequence[Met
 
 
 def _show(contests: Sequence[PromptAnswers]) -> None:
-    """The prompts at fixed percentiles of the change of the mean score, with the first answer of each model."""
+    """The prompts at fixed percentiles of the change in score, with the answers that are compared."""
 
-    def mean_score(contest: PromptAnswers, record: Any) -> float:
-        return sum(judge(contest.prompt, answer) for answer in record["responses"]) / len(record["responses"])
+    def score(contest: PromptAnswers, record: Any) -> float:
+        return judge(contest.prompt, record["responses"][0])
 
     def change(contest: PromptAnswers) -> float:
-        return mean_score(contest, contest.a) - mean_score(contest, contest.b)
+        return score(contest, contest.a) - score(contest, contest.b)
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     ranked = sorted(contests, key=change)
     shares = ", ".join(f"{share}th" for share in _PERCENTILES)
-    console.print(f"Examples: the held-out prompts at the {shares} percentile of the change in mean score,")
-    console.print("with the first answer of each model and that answer's score:")
+    console.print("Examples: each model's first answer to the held-out prompts")
+    console.print(f"at the {shares} percentile of the change in score:")
     for share in _PERCENTILES:
         contest = ranked[round(share / 100 * (len(ranked) - 1))]
         title = f"  {printable(contest.prompt)}   ({share}th percentile: {change(contest):+.1f})"
         console.print(Text(title, style="bold"))
         for model, record in (("SFT", contest.b), ("SimPO", contest.a)):
-            answer = record["responses"][0]
-            console.print(Text(f"    {model:<7} {judge(contest.prompt, answer):4.1f}  {printable(answer)}"))
+            console.print(Text(f"    {model:<7} {score(contest, record):4.1f}  {printable(record['responses'][0])}"))

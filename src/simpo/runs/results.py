@@ -172,7 +172,7 @@ def _table(
     }
     shared = set(counts.values()) if len(set(counts.values())) == 1 else set()  # these need no column
     methods = sorted({metric.method for metric in metrics if metric.method})
-    notes = [f"methods: {', '.join(methods)}"] if methods else []
+    notes = [f"methods: {'; '.join(methods)}"] if methods else []
     notes += [f"n = {n}" for n in shared if n]
     caption = Text("; ".join(notes)) if notes else None
     # Text throughout, so that rich does not take the brackets of an interval or a name for its markup.
