@@ -104,7 +104,7 @@ def page() -> str:
             "",
             "## Answers while it trains",
             "",
-            "See [Training](training.md#answers-while-it-trains).",
+            "See [Training](training.md#answers-during-training).",
             "",
             *_table(GenerationArguments, _names(GenerationArguments)),
             "",
