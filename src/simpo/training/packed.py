@@ -205,7 +205,7 @@ class PackedTrainer(ResumableTrainer):
         if report.used < report.rows or report.cut or report.read:  # nothing is left out silently
             logger.warning("\n".join(report.lines()))
         if args.max_batch_tokens is not None:  # checked before anything is written
-            path = "packed" if args.forward_path == "auto" else args.forward_path
+            path: Path = "packed" if args.forward_path == "auto" else args.forward_path
             check_budget(row_sizes(rows, path).lengths, args.max_batch_tokens)
         return rows
 
