@@ -137,6 +137,10 @@ def rows(length: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
         ("sigmoid", "dpo", {"beta": 0.1}, 0.1),
         ("ipo", "ipo", {"tau": 0.1, "length_normalized": True}, 0.1),
         ("sigmoid_norm", "dpo_norm", {"beta": 5.0}, 5.0),
+        ("apo_zero", "apo_zero", {"beta": 0.2}, 0.2),
+        ("apo_down", "apo_down", {"beta": 0.2}, 0.2),
+        ("nca_pair", "nca", {"beta": 0.2}, 0.2),
+        ("sppo_hard", "sppo", {"beta": 0.1}, 0.1),
     ],
 )
 def test_dpo_family(pairs, loss_type, name, settings, beta):

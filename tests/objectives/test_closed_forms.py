@@ -121,6 +121,36 @@ def dpop(w, l, beta=0.3, lam=50.0, label_smoothing=0.0):
     return nll(beta * (w.ratio - l.ratio - lam * max(0.0, -w.ratio)), label_smoothing)
 
 
+def repo(w, l, gamma=0.4):
+    return max(0.0, gamma - w.avg + l.avg)
+
+
+def chi_reward(y, beta=0.05, **_):
+    return math.exp(min(math.log(beta) + y.ratio, 20)) + beta * y.ratio
+
+
+def chi_po(w, l, beta=0.05, r_max=2.0, label_smoothing=0.0):
+    margin = chi_reward(w, beta) - chi_reward(l, beta)
+    return nll(min(max(margin, -2 * r_max), 2 * r_max), label_smoothing)
+
+
+def apo_zero(w, l, beta=0.1):
+    return sigmoid(-beta * w.ratio) + sigmoid(beta * l.ratio)
+
+
+def apo_down(w, l, beta=0.1):
+    return sigmoid(beta * w.ratio) + sigmoid(beta * l.ratio - beta * w.ratio)
+
+
+def nca(w, l, beta=0.01):
+    return softplus(-beta * w.ratio) + 0.5 * softplus(beta * w.ratio) + 0.5 * softplus(beta * l.ratio)
+
+
+def sppo(w, l, beta=0.001, label_smoothing=0.0):
+    wins = 1 - label_smoothing
+    return (w.ratio - (wins - 0.5) / beta) ** 2 + (l.ratio - (1 - wins - 0.5) / beta) ** 2
+
+
 @dataclass(frozen=True)
 class Golden:
     """A row's loss and reward, and settings to try in addition to its defaults, which are written out above."""
@@ -169,6 +199,20 @@ GOLDENS = {
     "simper": Golden(simper, lambda y: math.exp(y.avg)),
     "dpop": Golden(
         dpop, lambda y, beta=0.3, **_: beta * y.ratio, ({"beta": 0.1, "lam": 5.0}, {"lam": 0.0, "label_smoothing": 0.1})
+    ),
+    "repo": Golden(repo, lambda y, **_: y.avg, ({"gamma": 1.0}, {"gamma": 0.0})),
+    "chi_po": Golden(chi_po, chi_reward, ({"beta": 0.005}, {"r_max": 50.0, "label_smoothing": 0.2})),
+    "apo_zero": Golden(apo_zero, lambda y, beta=0.1: beta * y.ratio, ({"beta": 0.5},)),
+    "apo_down": Golden(apo_down, lambda y, beta=0.1: beta * y.ratio, ({"beta": 0.5},)),
+    "nca": Golden(nca, lambda y, beta=0.01: beta * y.ratio, ({"beta": 0.2},)),
+    "sppo": Golden(sppo, lambda y, beta=0.001, **_: beta * y.ratio, ({"beta": 0.1}, {"label_smoothing": 0.3})),
+    "listwise": Golden(
+        lambda w, l, beta=2.0: nll(beta * w.avg - beta * l.avg, 0.0), lambda y, beta=2.0: beta * y.avg, ({"beta": 10.0},)
+    ),
+    "listwise_dpo": Golden(
+        lambda w, l, beta=0.1: nll(beta * w.ratio - beta * l.ratio, 0.0),
+        lambda y, beta=0.1: beta * y.ratio,
+        ({"beta": 0.01},),
     ),
 }
 CASES = [(name, settings) for name, golden in GOLDENS.items() for settings in ({}, *golden.settings)]

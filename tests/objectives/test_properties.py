@@ -25,6 +25,12 @@ SETTINGS = {
     "dpo_norm": [{"beta": 2.0}],
     "alphapo": [{"alpha": -0.5}, {"alpha": 0.0}],
     "dpop": [{"lam": 5.0}],
+    "repo": [{"gamma": 1.0}],
+    "chi_po": [{"beta": 0.005, "r_max": 10.0}],
+    "apo_zero": [{"beta": 0.5}],
+    "nca": [{"beta": 0.2}],
+    "sppo": [{"beta": 0.01}],
+    "listwise": [{"beta": 10.0}],
 }
 CASES = [(name, settings) for name in OBJECTIVES for settings in ({}, *SETTINGS.get(name, []))]
 
@@ -60,6 +66,22 @@ def test_the_loss_falls_with_chosen_and_never_with_rejected(name, settings, pair
         scale = (w.length, y.length) if settings.get("length_normalized") else (1.0, 1.0)
         counted = (w.ratio + step[0]) / scale[0] - y.ratio / scale[1] < 1 / (2 * settings.get("tau", 0.1))
         assert counted.sum() > POINTS / 2
+    if name == "repo":  # a pair that is won by gamma has no gradient
+        counted = w.avg - y.avg < settings.get("gamma", 0.4)
+    if name == "chi_po":  # nor has one whose margin is clipped
+        margin = row.reward(w, **settings) - row.reward(y, **settings)
+        counted = margin.abs() < 2 * settings.get("r_max", 2.0)
+    if name == "nca":  # a chosen response with a reward above ln 2 is pulled back
+        counted = row.reward(replace(w, logp=w.logp + step[0]), **settings) < math.log(2)
+    if name == "sppo":  # responses are pulled to their targets, from both sides
+        target = 0.5 / settings.get("beta", 0.001)
+        counted = (w.ratio + step[0] < target) & (y.ratio > -target)
+    if name == "apo_down":  # it lowers chosen responses, too, but rejected ones more
+        assert (rejected_up > before).all()
+        both_up = loss(replace(w, logp=w.logp + 0.01), replace(y, logp=y.logp + 0.01))
+        assert (both_up > before).all()
+        return
+    assert counted.sum() > POINTS / 4
     assert (chosen_up < before)[counted].all()
     assert (rejected_up >= before)[counted].all()
 

@@ -96,6 +96,16 @@ class Objective:
         """``[B]`` pair terms of ``B`` chosen and rejected responses."""
         raise NotImplementedError
 
+    def comparisons(self, y: Responses, pairs: Any, **context: Any) -> Tensor:
+        """``[C]`` pair terms of ``C`` comparisons: the mean over the ordered pairs of each.
+
+        Args:
+            y: all ``R`` responses of the comparisons.
+            pairs: indices of the ``N`` pairs (:class:`simpo.training.batches.OrderedPairs`).
+            context: what the batch provides, as for :meth:`pair`.
+        """
+        return pairs.mean(self.pair(y.take(pairs.better), y.take(pairs.worse), **context))
+
     def anchor(self, w: Responses) -> Tensor | None:
         """``[B]`` terms on the chosen responses alone; None for an objective without such a term."""
         return None

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -209,6 +210,22 @@ class RRHF(Objective):
         return y.avg  # what the ranking compares
 
 
+@dataclass(frozen=True)
+class RePO(Objective):
+    """RePO, ``[B]``: ``relu(gamma - (w.avg - l.avg))``: the limit of SimPO for an infinite beta."""
+
+    name = "repo"
+    paper = "Wu et al. 2025, arXiv 2503.07426, eq. 6"
+    average_logps = True
+    gamma: Annotated[float, NON_NEGATIVE, "Margin that the loss asks for between the averages, in nats."] = 0.4
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        return torch.relu(self.gamma - (w.avg - l.avg))
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return y.avg  # what the margin compares
+
+
 # ---- Objectives that compare the policy with a reference.
 
 
@@ -282,6 +299,28 @@ class DPOP(DPO):
 
 
 @dataclass(frozen=True)
+class ChiPO(DPO):
+    """Chi-squared PO, ``[B]``: ``-log sigmoid(clip(r(w) - r(l), 2 * r_max))``, ``r(y) = beta * (exp(y.ratio) + y.ratio)``.
+
+    DPO with the link ``phi(z) = z + log z`` of the probability ratio ``z``, which mixes chi-squared regularization
+    into that by KL. A margin beyond ``2 * r_max``, won or lost, is clipped and has no gradient. ``beta * exp(ratio)``
+    is kept at or below ``exp(20)``, so that it cannot overflow.
+    """
+
+    name = "chi_po"
+    paper = "Huang et al. 2024, arXiv 2407.13399, algorithm 1"
+    beta: Beta = 0.05
+    r_max: Annotated[float, POSITIVE, "Largest reward; margins are clipped at twice its value."] = 2.0
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        margin = self.implicit_reward(w) - self.implicit_reward(l)
+        return preference_nll(margin.clamp(-2 * self.r_max, 2 * self.r_max), self.label_smoothing)
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return (math.log(self.beta) + y.ratio).clamp(max=20).exp() + self.beta * y.ratio
+
+
+@dataclass(frozen=True)
 class IPO(Objective):
     """IPO, ``[B]``: ``(w.ratio - l.ratio - 1 / (2 * tau)) ** 2``.
 
@@ -344,5 +383,5 @@ def reference_point(mean_ratio: Tensor, beta: float) -> Tensor:
     return beta * mean_ratio.detach().clamp(min=0)
 
 
-_ALL = (SimPO, DPO, IPO, CPO, KTO, ORPO, RDPO, SLiCHF, RRHF, NormalizedDPO, AlphaPO, SimPER, DPOP)
+_ALL = (SimPO, DPO, IPO, CPO, KTO, ORPO, RDPO, SLiCHF, RRHF, NormalizedDPO, AlphaPO, SimPER, DPOP, RePO, ChiPO)
 OBJECTIVES.update({objective.name: objective() for objective in _ALL})

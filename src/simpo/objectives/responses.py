@@ -26,6 +26,11 @@ class Responses:
     length: Tensor
     ref_logp: Tensor | None = None
 
+    def take(self, index: Tensor) -> Responses:
+        """The responses with these numbers, ``[N]``."""
+        columns = (self.logp, self.length, self.ref_logp)
+        return Responses(*(None if column is None else column.index_select(0, index) for column in columns))
+
     @property
     def avg(self) -> Tensor:
         """``[B]`` average log-probability of a token, ``logp / |y|``: SimPO's reward over beta (eq. 4)."""

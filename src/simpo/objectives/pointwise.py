@@ -1,0 +1,97 @@
+"""Objectives that judge each response of a pair by its own log-ratio: APO, NCA and SPPO."""
+
+# ruff: noqa: D102, E741 - the base class documents the methods; the papers write w and l for chosen and rejected
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from simpo.objectives.objective import OBJECTIVES, Objective
+from simpo.objectives.preference import Beta, LabelSmoothing
+from simpo.objectives.responses import Responses
+
+
+@dataclass(frozen=True)
+class APOZero(Objective):
+    """APO-zero, ``[B]``: ``sigmoid(-beta * w.ratio) + sigmoid(beta * l.ratio)``.
+
+    For chosen responses that are better than what the model would write: they are raised and rejected ones lowered,
+    each with respect to the reference. The paper writes ``1 - sigmoid(x)`` for ``sigmoid(-x)``. It is the ``kto`` of
+    pairs with a reference point of 0.
+    """
+
+    name = "apo_zero"
+    paper = "D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7"
+    needs = ("reference",)
+    beta: Beta = 0.1
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        return torch.sigmoid(-self.beta * w.ratio) + torch.sigmoid(self.beta * l.ratio)
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return self.beta * y.ratio
+
+
+@dataclass(frozen=True)
+class APODown(APOZero):
+    """APO-down, ``[B]``: ``sigmoid(beta * w.ratio) + sigmoid(beta * (l.ratio - w.ratio))``.
+
+    For chosen responses that are worse than what the model would write: both responses are lowered, the rejected one
+    more.
+    """
+
+    name = "apo_down"
+    paper = "D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8"
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        return torch.sigmoid(self.beta * w.ratio) + torch.sigmoid(self.beta * (l.ratio - w.ratio))
+
+
+@dataclass(frozen=True)
+class NCA(Objective):
+    """NCA of pairs, ``[B]``: ``-log s(r(w)) - log s(-r(w)) / 2 - log s(-r(l)) / 2``, ``s = sigmoid``, ``r = beta * ratio``.
+
+    The middle term pulls the chosen response back once ``r(w)`` exceeds ``ln 2``.
+    """
+
+    name = "nca"
+    paper = "Chen et al. 2024, arXiv 2402.05369"
+    needs = ("reference",)
+    beta: Beta = 0.01
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        chosen, rejected = self.implicit_reward(w), self.implicit_reward(l)
+        return -F.logsigmoid(chosen) - (F.logsigmoid(-chosen) + F.logsigmoid(-rejected)) / 2
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return self.beta * y.ratio
+
+
+@dataclass(frozen=True)
+class SPPO(Objective):
+    """SPPO, ``[B]``: ``(w.ratio - t)**2 + (l.ratio + t)**2`` with ``t = (1/2 - label_smoothing) / beta``.
+
+    A response's log-ratio is pulled to ``(p - 1/2) / beta``, where ``p`` is the probability that it wins: 1 and 0 in
+    the hard form, ``1 - label_smoothing`` and ``label_smoothing`` otherwise, or a row's ``label_probability``. ``beta``
+    is one over the paper's step size ``eta``. The authors' code halves the sum.
+    """
+
+    name = "sppo"
+    paper = "Wu et al. 2024, arXiv 2405.00675, eq. 4.7"
+    needs = ("reference",)
+    beta: Beta = 0.001
+    label_smoothing: LabelSmoothing = 0.0
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        target = (0.5 - self.label_smoothing) / self.beta
+        return (w.ratio - target).square() + (l.ratio + target).square()
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return self.beta * y.ratio
+
+
+OBJECTIVES.update({objective.name: objective() for objective in (APOZero, APODown, NCA, SPPO)})
