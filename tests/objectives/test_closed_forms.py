@@ -207,7 +207,9 @@ GOLDENS = {
     "nca": Golden(nca, lambda y, beta=0.01: beta * y.ratio, ({"beta": 0.2},)),
     "sppo": Golden(sppo, lambda y, beta=0.001, **_: beta * y.ratio, ({"beta": 0.1}, {"label_smoothing": 0.3})),
     "listwise": Golden(
-        lambda w, l, beta=2.0: nll(beta * w.avg - beta * l.avg, 0.0), lambda y, beta=2.0: beta * y.avg, ({"beta": 10.0},)
+        lambda w, l, beta=2.0: nll(beta * w.avg - beta * l.avg, 0.0),
+        lambda y, beta=2.0: beta * y.avg,
+        ({"beta": 10.0},),
     ),
     "listwise_dpo": Golden(
         lambda w, l, beta=0.1: nll(beta * w.ratio - beta * l.ratio, 0.0),

@@ -144,7 +144,9 @@ def test_bad_values_of_other_rows_are_named(name, given, message):
         OBJECTIVES[name].resolve(given)
 
 
-@pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if "label_smoothing" not in row.hyperparameters])
+@pytest.mark.parametrize(
+    "name", [name for name, row in OBJECTIVES.items() if "label_smoothing" not in row.hyperparameters]
+)
 def test_label_smoothing_is_refused_where_labels_have_no_likelihood(name):
     with pytest.raises(ValueError, match=rf"label_smoothing is not .* '{name}' \(it belongs to simpo, dpo"):
         OBJECTIVES[name].resolve({"label_smoothing": 0.1})

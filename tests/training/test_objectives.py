@@ -119,7 +119,16 @@ def rankings(random_comparisons, as_dataset):
     return rows.add_column("scores", scores, feature=List(Value("float64")))
 
 
-@pytest.mark.parametrize("name", ["simpo", "cpo", "dpo", "kto"])
+def plackett_luce(rewards, couples):
+    """Each response against all that are worse, of one ranking whose (better, worse) pairs are ``couples``."""
+    terms = []
+    for number in dict.fromkeys(better for better, _ in couples):
+        rivals = [number, *(worse for better, worse in couples if better == number)]
+        terms.append(-torch.log_softmax(rewards[rivals], dim=0)[0])
+    return torch.stack(terms).sum()
+
+
+@pytest.mark.parametrize("name", ["simpo", "cpo", "dpo", "kto", "listwise", "listwise_dpo"])
 def test_rankings_are_the_mean_over_ordered_pairs(name, rankings, make_trainer, make_model, naive_responses):
     row, model = OBJECTIVES[name], make_model("gpt2")
     starts = [0, 2, 5, 9]
@@ -129,6 +138,9 @@ def test_rankings_are_the_mean_over_ordered_pairs(name, rankings, make_trainer, 
         values, losses = context(row, mismatched), []
         for start, couples in zip(starts, ordered, strict=True):
             better, worse = ([start + couple[side] for couple in couples] for side in (0, 1))
+            if name.startswith("listwise"):
+                losses.append(plackett_luce(row.reward(taken(y, slice(start, None))), couples))
+                continue
             losses.append(row.pair(taken(y, better), taken(y, worse), **values).mean())
             anchor = row.anchor(taken(y, [start]))
             if anchor is not None:

@@ -53,9 +53,9 @@ class APODown(APOZero):
 
 @dataclass(frozen=True)
 class NCA(Objective):
-    """NCA of pairs, ``[B]``: ``-log s(r(w)) - log s(-r(w)) / 2 - log s(-r(l)) / 2``, ``s = sigmoid``, ``r = beta * ratio``.
+    """NCA of pairs, ``[B]``: ``-log s(r(w)) - log s(-r(w)) / 2 - log s(-r(l)) / 2`` with ``r(y) = beta * y.ratio``.
 
-    The middle term pulls the chosen response back once ``r(w)`` exceeds ``ln 2``.
+    ``s`` is the sigmoid. The middle term pulls the chosen response back once ``r(w)`` exceeds ``ln 2``.
     """
 
     name = "nca"

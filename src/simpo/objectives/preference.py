@@ -300,11 +300,11 @@ class DPOP(DPO):
 
 @dataclass(frozen=True)
 class ChiPO(DPO):
-    """Chi-squared PO, ``[B]``: ``-log sigmoid(clip(r(w) - r(l), 2 * r_max))``, ``r(y) = beta * (exp(y.ratio) + y.ratio)``.
+    """``[B]``: ``-log sigmoid(clip(r(w) - r(l), 2 * r_max))`` with ``r(y) = beta * (exp(y.ratio) + y.ratio)``.
 
-    DPO with the link ``phi(z) = z + log z`` of the probability ratio ``z``, which mixes chi-squared regularization
-    into that by KL. A margin beyond ``2 * r_max``, won or lost, is clipped and has no gradient. ``beta * exp(ratio)``
-    is kept at or below ``exp(20)``, so that it cannot overflow.
+    Chi-squared preference optimization is DPO with the link ``phi(z) = z + log z`` of the probability ratio ``z``,
+    which mixes chi-squared regularization into that by KL. A margin beyond ``2 * r_max``, won or lost, is clipped and
+    has no gradient. ``beta * exp(ratio)`` is kept at or below ``exp(20)``, so that it cannot overflow.
     """
 
     name = "chi_po"

@@ -123,6 +123,7 @@ class PreferenceConfig(TrainingSettings):
     undesirable_weight: float | None = _hyperparameter("undesirable_weight")
     alpha: float | None = _hyperparameter("alpha")
     delta: float | None = _hyperparameter("delta")
+    r_max: float | None = _hyperparameter("r_max")
 
     @property
     def row(self) -> Objective:

@@ -188,20 +188,14 @@ class PreferenceTrainer(PackedTrainer):
             metrics = unpaired_metrics(self.objective, y, batch.labels)
         else:
             pairs = batch.pairs
-            w, l, best = (_taken(y, index) for index in (pairs.better, pairs.worse, pairs.best))  # noqa: E741
-            losses, anchor = pairs.mean(self.objective.pair(w, l, **context)), self.objective.anchor(best)
+            w, l, best = (y.take(index) for index in (pairs.better, pairs.worse, pairs.best))  # noqa: E741
+            losses, anchor = self.objective.comparisons(y, pairs, **context), self.objective.anchor(best)
             if anchor is not None:
                 losses = losses + anchor
             if self.args.sft_weight:
                 losses = losses + self.args.sft_weight * sft_term(best)
             metrics = pairs.mean(pair_metrics(self.objective, w, l))
         return losses, torch.cat([losses.detach()[:, None], metrics], dim=1)
-
-
-def _taken(y: Responses, index: Tensor) -> Responses:
-    """The responses with these numbers, ``[N]``."""
-    columns = (y.logp, y.length, y.ref_logp)
-    return Responses(*(None if column is None else column.index_select(0, index) for column in columns))
 
 
 def pair_metrics(objective: Objective, w: Responses, l: Responses) -> Tensor:  # noqa: E741

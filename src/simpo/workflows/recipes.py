@@ -142,6 +142,8 @@ SEARCHED: Mapping[str, Mapping[str, Searched]] = {
         "lam": Searched((0.1, 0.5, 1.0, 10.0), start=0.5),
     },
     "rrhf": {"lam": Searched((0.1, 0.5, 1.0, 10.0), start=0.5)},
+    "repo": {"gamma": Searched((0.2, 0.4, 0.6, 0.8, 1.0), start=0.4)},
+    "chi_po": {"beta": Searched((0.005, 0.05), start=0.05)},
 }
 
 # The grid that the README advises, for objectives without a better published value.
