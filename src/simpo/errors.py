@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class SimpoError(ValueError):
@@ -41,6 +42,27 @@ def check_all(*checks: Callable[[], object]) -> None:
 def one_line(error: BaseException, longest: int | None = 300) -> str:
     """The message of another library's exception on one line, at most ``longest`` characters of it."""
     return " ".join(str(error).split())[:longest] or type(error).__name__
+
+
+@contextmanager
+def third_party(place: str) -> Iterator[None]:
+    """Report whatever another library raises in the body as a mistake at ``place``: a file, a row or a key.
+
+    Libraries that read files or evaluate text raise anything for damaged input, and the panics of those written in
+    Rust are not even exceptions. Our own code does not belong into the body, because its bugs should keep their
+    tracebacks.
+
+    Raises:
+        SimpoError: instead of anything but an interruption.
+    """
+    try:
+        yield
+    except (SimpoError, InterruptedRun):
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise SimpoError(f"{place}: {one_line(error)}") from error
+        raise
 
 
 class InterruptedRun(Exception):  # noqa: N818 - nothing went wrong

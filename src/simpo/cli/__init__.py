@@ -10,12 +10,14 @@ import os
 import pkgutil
 import select
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from simpo import __version__
 from simpo.config.coercion import nearest
-from simpo.errors import InterruptedRun, SimpoError
+from simpo.errors import InterruptedRun, SimpoError, one_line
+from simpo.runs.log import EarlyNotices, masked
 from simpo.runs.terminal import printable
 
 
@@ -45,6 +47,10 @@ class _Notices(logging.StreamHandler):
         self.setLevel(logging.WARNING)
         self.setFormatter(logging.Formatter("note: %(message)s"))
 
+    def format(self, record: logging.LogRecord) -> str:
+        """A notice without secrets and without characters that control the terminal."""
+        return printable(masked(super().format(record)))
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Let a closed pipe end the command instead of printing a traceback for every notice."""
         if isinstance(sys.exc_info()[1], BrokenPipeError):
@@ -61,7 +67,7 @@ def _keep_stderr_for_errors() -> None:
     """Print notices to stdout."""
     from rich.console import Console  # noqa: PLC0415 - slow, and the overview does not need it
 
-    logging.basicConfig(handlers=[_Notices()], level=logging.WARNING)
+    logging.basicConfig(handlers=[_Notices(), EarlyNotices()], level=logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # ten lines of retries; the error says enough
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # damaged files; the error says it
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import: an optional kernel is missing
@@ -85,7 +91,8 @@ def _quiet_libraries() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``simpo COMMAND ...`` and return its exit code.
 
-    0 done, 2 a user's mistake, 130 or 143 stopped by a signal, 141 the reader of the output is gone.
+    0 done, 1 a bug of simpo's (with its traceback), 2 a mistake in what was given, 130 or 143 stopped by a signal,
+    141 the reader of the output is gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None and arguments[:1] in (["train"], ["sft"], ["reward"]) and {"-h", "--help"} & set(arguments):
@@ -96,11 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(arguments)
         sys.stdout.flush()
         return code
-    except SimpoError as error:
-        print(f"simpo: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
     except InterruptedRun as stop:
-        print(f"simpo: {stop}", file=sys.stderr)
+        print(f"simpo: {printable(str(stop))}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         print("simpo: interrupted", file=sys.stderr)
@@ -109,6 +113,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _output_is_closed():
             raise
         return 141
+    except (SimpoError, OSError, MemoryError) as error:
+        print(f"simpo: error: {printable(masked(_one_line(error)))}", file=sys.stderr)
+        return 2
+    except Exception:
+        sys.stderr.write(printable(masked(traceback.format_exc())))
+        print("simpo: this is a bug in simpo; please report it to the project with the lines above", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    """A mistake, or what the machine refuses: a name that is too long, a folder without permission, memory."""
+    if isinstance(error, OSError) and error.filename is not None:
+        name = str(error.filename)
+        return f"{name[:60]}...: {error.strerror}" if len(name) > 200 else f"{name}: {error.strerror}"
+    return f"out of memory: {one_line(error)}" if isinstance(error, MemoryError) else one_line(error, None)
 
 
 def _run(arguments: list[str]) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import reprlib
+import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
@@ -148,8 +150,9 @@ def _first_token(logprobs: Any) -> dict[str, float] | None:
     found: dict[str, float] = {}
     for candidate in tokens[0].get("top_logprobs") or ():
         logprob = candidate["logprob"]
-        if not isinstance(logprob, int | float) or logprob > 1e-3:  # some servers round to slightly above 0
-            raise ValueError(f"a log-probability of {logprob!r}")
+        # Some servers round to slightly above 0; a whole number may have more digits than a float can hold.
+        if not isinstance(logprob, int | float) or not -sys.float_info.max <= logprob <= 1e-3:
+            raise ValueError(f"a log-probability of {reprlib.repr(logprob)}")
         # Different tokens may have the same text; the likelier one comes first.
         found.setdefault(candidate["token"], min(0.0, float(logprob)))
     return found or None

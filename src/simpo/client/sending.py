@@ -20,6 +20,7 @@ from simpo.runs.log import REDACTED, masked
 
 _LONGEST_WAIT = 300.0  # seconds; a server that asks for more is not waited for
 _LONGEST_REASON = 300  # characters
+_LARGEST_REPLY = 32 << 20  # bytes
 _REFUSED_REQUEST = (400, 413, 422)  # too long, filtered, not understood; other refusals would meet every request
 
 # Errors that neither waiting nor another request would avoid, whatever their status.
@@ -93,7 +94,7 @@ class _Http(httpx.AsyncClient):
         self.repeated += _attempts(request) > 1
         try:
             async with asyncio.timeout(self._seconds):
-                response = await super().send(request, **options)
+                response = await _read(await super().send(request, **options | {"stream": True}))
         except TimeoutError as error:
             raise httpx.ReadTimeout(f"no answer within {self._seconds:g} s", request=request) from error
         if response.is_success:
@@ -109,6 +110,24 @@ class _Http(httpx.AsyncClient):
             self._quiet_until = max(self._quiet_until, time.monotonic() + wait)
             del response.headers["retry-after"]  # openai gives up for more than two minutes
         return response
+
+
+async def _read(response: httpx.Response) -> httpx.Response:
+    """A response that has been read, as UTF-8 and in no more than ``_LARGEST_REPLY`` bytes.
+
+    A larger one becomes an error that is not repeated, because it is no reply to a chat request.
+    """
+    content, status = b"", response.status_code
+    headers = {name: value for name, value in response.headers.items() if name in ("retry-after", "x-should-retry")}
+    async for part in response.aiter_bytes(1 << 16):
+        content += part
+        if len(content) > _LARGEST_REPLY:
+            await response.aclose()
+            status, headers = 502, {"x-should-retry": "false"}
+            content = f"its reply has more than {_LARGEST_REPLY >> 20} MiB".encode()
+            break
+    headers["content-type"] = "application/json"  # and not an encoding that Python may know for other purposes
+    return httpx.Response(status, headers=headers, content=content, request=response.request)
 
 
 class Sender:
@@ -178,7 +197,8 @@ class Sender:
                 raise SimpoError(self._message(reason, error.request)) from None
             else:
                 default = request.temperature != 1 and "temperature" not in body
-                return replace(response.extensions["reply"], default_temperature=default)
+                reply = response.extensions["reply"]
+                return replace(reply, text=self._without_key(reply.text), default_temperature=default)
 
     def _status_error(self, response: Any) -> SimpoError:
         text = error_text(_document(response)) or response.reason_phrase
@@ -198,10 +218,13 @@ class Sender:
 
     def _cleaned(self, text: str) -> str:
         """One line without secrets: a server may repeat the key in its error."""
-        text = masked(" ".join(text.split()))
-        if self._key is not None:
-            text = text.replace(self._key, REDACTED)
-        return text[:_LONGEST_REASON]  # shortened last, because half a key would not be found
+        return self._without_key(" ".join(text.split()))[:_LONGEST_REASON]  # last, because half a key is not found
+
+    def _without_key(self, text: str) -> str:
+        for form in (str, repr, json.dumps):  # a server's error may hold it in quotes, as it looks in Python or JSON
+            if self._key is not None:
+                text = text.replace(form(self._key).strip("\"'"), REDACTED)
+        return masked(text)
 
 
 def _attempts(request: Any) -> int:
@@ -226,7 +249,7 @@ def _retry_after(response: Any) -> float:
 def _document(response: Any) -> Any:
     try:
         return response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return response.text
 
 

@@ -6,6 +6,7 @@ import collections.abc
 import difflib
 import json
 import math
+import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -50,7 +51,7 @@ def coerce(value: Any, annotation: Any) -> Any:
         return value
     brackets = {"[": (list, tuple), "{": (dict,)}
     if isinstance(value, str) and any(_origin(member) in brackets.get(value[:1], ()) for member in members):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             value = json.loads(value)
     for member in sorted(members, key=lambda member: (*_STRICTNESS, _origin(member)).index(_origin(member))):
         with suppress(ValueError):
@@ -124,7 +125,7 @@ def _convert_scalar(value: Any, kind: Any) -> Any:
     elif kind in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
         return _convert_number(value, kind)
     elif kind in (str, Path) and isinstance(value, str):
-        return value if kind is str else Path(value).expanduser()
+        return value if kind is str else Path(os.path.expanduser(value))  # noqa: PTH111 - Path's own raises for ~nobody
     raise ValueError
 
 
@@ -133,7 +134,8 @@ def _convert_number(value: str | float, kind: type) -> int | float:
         with suppress(ValueError):
             return int(str(value))  # exact, where a float would round
     number = float(value)
-    if math.isnan(number) or (kind is int and not number.is_integer()):
+    overflown = math.isinf(number) and any(character.isdigit() for character in str(value))  # such as 1e400
+    if math.isnan(number) or overflown or (kind is int and not number.is_integer()):
         raise ValueError
     return kind(number)
 

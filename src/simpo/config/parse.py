@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import MISSING
@@ -15,10 +16,11 @@ from simpo.config.command_line import read_command_line, split_recipe
 from simpo.config.fields import Setting, build, check_installed, fit, keys_of
 from simpo.config.foreign import known_spellings, paper_settings, resolve, unclear_objective
 from simpo.config.help import help_text
-from simpo.errors import CombinedError, SimpoError
+from simpo.errors import CombinedError, SimpoError, one_line
 
 logger = logging.getLogger(__package__)
 
+_LARGEST = 100_000  # values of a recipe
 _NO_OBJECTIVE = "objective: not given"
 
 
@@ -75,6 +77,8 @@ def read_file(path: str, mistakes: list[str]) -> list[Setting]:
         raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise SimpoError(f"{path}: not UTF-8 text") from error
+    except RecursionError as error:
+        raise SimpoError(f"{path}: not a recipe: its values are nested too deeply") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = path if mark is None else f"{path}:{mark.line + 1}"
@@ -87,12 +91,31 @@ def _settings(loader: _Loader, path: str) -> Iterator[Setting]:
         return
     if not isinstance(node, yaml.MappingNode):
         raise SimpoError(f"{path}:{node.start_mark.line + 1}: a recipe is a mapping of keys to values")
+    if _expanded_size(node, {}) > _LARGEST:
+        raise SimpoError(f"{path}: its aliases (*) repeat more than {_LARGEST:,} values, or a value contains itself")
     loader.flatten_mapping(node)  # merge keys (<<); what they bring comes first, so that own keys win
     found = {}
     for key, value in node.value:
         place = f"{path}:{key.start_mark.line + 1}"
-        found[key.value] = Setting(key.value, _plain(loader, value), place, f"{place}: {key.value}")
+        try:
+            plain = _plain(loader, value)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # PyYAML converts what is tagged or looks like a number, and checks little
+            raise SimpoError(f"{place}: {key.value}: not a value that YAML can read: {one_line(error, 100)}") from error
+        found[key.value] = Setting(key.value, plain, place, f"{place}: {key.value}")
     yield from found.values()
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """How many nodes a node has when all aliases in it are written out; infinitely many if it contains itself."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf  # while its children are counted
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in children for child in pair]
+        sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    return sizes[id(node)]
 
 
 def _plain(loader: _Loader, node: yaml.Node) -> Any:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jinja2 import Environment, TemplateError, meta
+from jinja2 import Environment, meta
 from transformers import PreTrainedTokenizerBase
 
+from simpo.data.limits import render_messages
 from simpo.data.messages import REASONING, Context, Message, reasoning_of
 from simpo.data.rows import BadRow
 from simpo.data.settings import RESERVED_KWARGS, RenderSettings
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 
 # Content that no template trims, splits or refuses, used to see what a template writes around it.
 SENTINEL = "\uf8ffresponse\uf8ff"
@@ -25,8 +26,6 @@ NO_SYSTEM_ROLE = (
     "user message"
 )
 _BLOCK_TAGS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-# What templates raise themselves, and what Jinja raises for values of types that a template did not expect.
-_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _NO_CONTENT: tuple[dict[str, Any], ...] = ({"content": ""}, {"content": None}, {})
 
 
@@ -51,18 +50,17 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], context: Context, *, generation_prompt: bool = False) -> str:
         """The text of messages."""
         try:
-            return self._tokenizer.apply_chat_template(
+            return render_messages(
+                self._tokenizer,
                 list(map(self._formed, messages)),
                 tools=context.tools,
-                tokenize=False,
                 add_generation_prompt=generation_prompt,
                 **{**self._settings.chat_template_kwargs, **context.kwargs},
             )
-        except _REFUSALS as error:
+        except BadRow as refused:
             if messages[0]["role"] == "system" and not self.has_system_role:
-                raise BadRow(NO_SYSTEM_ROLE) from error
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise BadRow(f"the chat template refuses it: {reason}") from error
+                raise BadRow(NO_SYSTEM_ROLE) from refused
+            raise
 
     def unread(self, kwargs: Mapping[str, Any]) -> list[str]:
         """Names of variables that the template never reads."""
@@ -71,7 +69,8 @@ class ChatTemplate:
     @cached_property
     def _variables(self) -> set[str]:
         environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701 - no HTML
-        return meta.find_undeclared_variables(environment.parse(_BLOCK_TAGS.sub("", self.source)))
+        with third_party("chat_template"):
+            return meta.find_undeclared_variables(environment.parse(_BLOCK_TAGS.sub("", self.source)))
 
     def shows(self, messages: Sequence[Message], texts: Sequence[str], context: Context | None = None) -> bool:
         """Whether the template renders messages, and its output contains the texts."""
@@ -123,8 +122,8 @@ class ChatTemplate:
         """The text of messages, with content as it is or as parts; empty if the template refuses them."""
         messages = list(map(_as_parts, messages)) if parts else messages
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, **self._settings.chat_template_kwargs)
-        except _REFUSALS:
+            return render_messages(self._tokenizer, messages, **self._settings.chat_template_kwargs)
+        except BadRow:
             return ""
 
     @cached_property
@@ -185,7 +184,7 @@ def as_object(arguments: str | dict[str, Any]) -> dict[str, Any] | None:
         return arguments
     try:
         found = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -193,8 +192,8 @@ def as_object(arguments: str | dict[str, Any]) -> dict[str, Any] | None:
 def frame_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     """What a tokenizer's template writes before and after a user's message that is to be answered."""
     try:
-        text = tokenizer.apply_chat_template(_asked(SENTINEL), tokenize=False, add_generation_prompt=True)
-    except TemplateError:
+        text = render_messages(tokenizer, _asked(SENTINEL), add_generation_prompt=True)
+    except BadRow:
         return None
     before, found, after = text.partition(SENTINEL)
     before = before.removeprefix(tokenizer.bos_token or "").strip()

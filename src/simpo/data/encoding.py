@@ -12,6 +12,8 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from simpo.data.limits import render_messages
+from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 
 # Texts to encode in front of another one, so that a tokenizer does not put a space of its own there. The first with
@@ -189,7 +191,10 @@ class LiteralText:
         if not any(map(self.pattern.search, texts)) and not any(map(self._answered.search, answers)):
             return None
         used = set().union(*texts, *answers)
-        return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
+        unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
+        if (marker := next(unused, None)) is None:
+            raise BadRow("text of special tokens, and all private-use characters, one of which would have to mark it")
+        return marker
 
     def mark(self, value: Any, marker: str, role: str | None = None) -> Any:
         """Replace token text in all strings of a JSON value by the token's number between two markers.
@@ -245,8 +250,8 @@ def _structural(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     around_turns = ""
     if template:
         messages = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue000"}]
-        with suppress(Exception):  # the template's faults are reported where it is used
-            around_turns = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        with suppress(BadRow):  # the template's faults are reported where it is used
+            around_turns = render_messages(tokenizer, messages)
     return {
         token.content: token.content in _REASONING_TAGS or not (token.special or token.content in around_turns)
         for token in tokenizer.added_tokens_decoder.values()

@@ -11,7 +11,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.chat_template import end_of_turn
+from simpo.data.limits import render_messages
 from simpo.data.prompts import Prompt
+from simpo.data.rows import BadRow
+from simpo.errors import SimpoError
 from simpo.generation.engine import Sampled
 from simpo.generation.thinking import marks_thinking
 from simpo.runs.atomic import staged_files
@@ -54,8 +57,11 @@ def _written_before(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         return ""
     user = {"role": "user", "content": "user"}
-    prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([user, {"role": "assistant", "content": _SENTINEL}], tokenize=False)
+    try:
+        prompt = render_messages(tokenizer, [user], add_generation_prompt=True)
+        whole = render_messages(tokenizer, [user, {"role": "assistant", "content": _SENTINEL}])
+    except BadRow as refused:
+        raise SimpoError(f"a user and an assistant message: {refused.reason}") from refused
     return whole.removeprefix(prompt).partition(_SENTINEL)[0] if whole.startswith(prompt) else ""
 
 

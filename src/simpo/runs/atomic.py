@@ -32,7 +32,8 @@ def write_text(path: Path, text: str) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("w", encoding="utf-8") as file:
+            temporary.unlink(missing_ok=True)
+            with temporary.open("x", encoding="utf-8") as file:  # never through a link that somebody left there
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

@@ -13,16 +13,17 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
+from traceback import format_exception
 from typing import Any, Literal, Self
 
 import yaml
 from filelock import FileLock, Timeout
 
-from simpo.errors import SimpoError
+from simpo.errors import InterruptedRun, SimpoError
 from simpo.runs import manifest
 from simpo.runs.atomic import disk_errors, sweep, write_text
 from simpo.runs.lines import JsonLines
-from simpo.runs.log import LogFile, masked, now, redact, redact_arguments, redact_yaml
+from simpo.runs.log import EarlyNotices, LogFile, masked, now, redact, redact_arguments, redact_yaml
 from simpo.runs.results import FILE_NAME as RESULTS
 from simpo.runs.results import Metric, fingerprint, write_results
 from simpo.runs.terminal import printable
@@ -232,8 +233,11 @@ class RunFolder:
         self.fingerprint = self._record.fingerprint
         self.metrics = JsonLines(self.path / "metrics.jsonl")
         self._log = LogFile(self.path / "log.txt")
-        for line in self._early_lines:
+        early = [handler for handler in logging.getLogger().handlers if isinstance(handler, EarlyNotices)]
+        for line in (*(line for handler in early for line in handler.take()), *self._early_lines):
             self._log.write(line)
+        for handler in early:
+            logging.getLogger().removeHandler(handler)
         self._early_lines.clear()
         logging.getLogger().addHandler(self._log)
         if differences:
@@ -289,7 +293,12 @@ class RunFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self._log is not None and error is not None:
+            text = f"error: {error}" if isinstance(error, SimpoError | InterruptedRun) else "error"
+            cause = isinstance(error, InterruptedRun) or (isinstance(error, SimpoError) and error.__cause__ is None)
+            with suppress(SimpoError):  # the log may be what cannot be written
+                self._log.write(text if cause else text + "\n" + "".join(format_exception(error)))
         if self._absent and self._lock is None:  # never begun, but transformers may have created the folder
             with suppress(OSError):
                 self.path.rmdir()
@@ -300,10 +309,13 @@ class RunFolder:
         try:
             found = RunRecord.read(self.path)
         except FileNotFoundError:
-            if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
-                raise SimpoError(
-                    f"output_dir: {self.path} is not empty and holds no run of simpo; name a new folder"
-                ) from None
+            for entry in self.path.iterdir() if self.path.is_dir() else ():
+                # A hidden link could lead what is written, such as the lock, to a file outside.
+                if not entry.name.startswith(".") or entry.is_symlink():
+                    raise SimpoError(
+                        f"output_dir: {self.path} is not empty ({entry.name[:80]}) and holds no run of simpo; "
+                        "name a new folder"
+                    ) from None
             return None
         if found.command != self.command:
             raise SimpoError(

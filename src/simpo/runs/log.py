@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +19,8 @@ Log = Callable[[str], None]  # called with lines for the user
 
 REDACTED = "<redacted>"
 
-_SECRET = re.compile(r"(.*_)?(token|secret|password)|.*_key|apikey")
+_SECRET = re.compile(r"(.*_)?(token|secret|password|passwd|authorization|credentials?|bearer)|.*_key|apikey")
+_SHORTEST = 8  # characters of a value in the environment that is masked; a shorter one may be a common word
 # Tokens of a tokenizer, and metrics per token.
 _HARMLESS = re.compile(r"(.*_)?(bos|eos|pad|unk|sep|cls|mask|image|audio|video|turn|special|per)_token")
 # Keys of Hugging Face and of OpenAI-like services, wherever they occur.
@@ -34,7 +36,10 @@ def is_secret(key: str) -> bool:
 
 
 def masked(text: str) -> str:
-    """Any text without what looks like an access token."""
+    """Any text without what looks like an access token, and without the secrets of the environment."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and value in text and is_secret(name):
+            text = text.replace(value, REDACTED)
     return _LITERAL.sub(REDACTED, text)
 
 
@@ -55,7 +60,7 @@ def _redacted(key: str, value: Any, secrets: Collection[Any] = ()) -> Any:
         return [_redacted(key, item, secrets) for item in value]
     if value in secrets:
         return REDACTED
-    return masked(value) if isinstance(value, str) else value
+    return _redact_line(value) if isinstance(value, str) else value
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
@@ -119,6 +124,24 @@ def _redact_line(text: str) -> str:
 def now() -> str:
     """The time in UTC, to the second: ``2026-01-31T12:00:00+00:00``."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class EarlyNotices(logging.Handler):
+    """Keeps what was reported before a run had a folder, for the run's log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.setFormatter(logging.Formatter("note: %(message)s"))
+        self._lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record."""
+        self._lines.append(self.format(record))
+
+    def take(self) -> list[str]:
+        """The lines so far; the run's log gets the others itself."""
+        lines, self._lines = self._lines, []
+        return lines
 
 
 class LogFile(logging.Handler):

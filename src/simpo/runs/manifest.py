@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -21,6 +22,12 @@ FILE_NAME = "manifest.json"
 SCHEMA = 1
 
 _PACKAGES = ("simpo", "torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "safetensors", "numpy")
+# Keys of a repository's configuration that make `git status` run no other program.
+_RUNS_NOTHING = re.compile(
+    r"core\.(repositoryformatversion|filemode|bare|logallrefupdates|ignorecase|precomposeunicode|symlinks|autocrlf|eol)"
+    r"|(branch|user|pull|push|fetch|init|submodule|advice|color|gc)\..*|remote\..*\.(url|pushurl|fetch|tagopt|prune)",
+    re.DOTALL,
+)
 _PATIENCE = 10  # seconds for another program's answer
 
 
@@ -101,13 +108,11 @@ def environment() -> dict[str, Any]:
 
     Returns:
         JSON values: ``python``, ``platform``, ``packages`` (name -> version, None if absent), ``cpu`` (``model``,
-        usable ``cores``), ``ram_bytes``, ``gpus`` (names of the machine's NVIDIA GPUs), and ``git`` (``commit`` and
-        whether tracked files are ``dirty``; None outside a repository).
+        usable ``cores``), ``ram_bytes``, ``gpus`` (names of the machine's NVIDIA GPUs), and ``git`` (``commit``, and
+        whether tracked files are ``dirty``, None where finding out could run code; None outside a repository).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    commit = _output("git", "rev-parse", "HEAD")
-    # Without the index lock, which another git may hold, and without the folders that runs add.
-    changes = _output("git", "--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+    commit, changes = _git_state()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -115,8 +120,29 @@ def environment() -> dict[str, Any]:
         "cpu": {"model": _cpu_model(), "cores": cores},
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": (_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines(),
-        "git": None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)},
+        "git": None if commit is None else {"commit": commit, "dirty": None if changes is None else bool(changes)},
     }
+
+
+def _git_state() -> tuple[str | None, str | None]:
+    """The commit of the working directory and its changes to tracked files; None where git does not tell.
+
+    ``git status`` runs programs that a repository's configuration names: hooks, a file system monitor, filters of
+    contents and transports of missing objects. A repository that somebody else wrote may name any program, so changes
+    are looked for only if its configuration holds nothing but settings that are known to run none.
+    """
+    git = ("git", "--no-optional-locks", "-c", "core.fsmonitor=", "-c", f"core.hooksPath={os.devnull}")
+    commit = _output(*git, "rev-parse", "HEAD")
+    settings = _output(*git, "config", "--list", "--includes", "--name-only", "--show-scope")
+    own = [
+        key
+        for scope, _, key in (line.partition("\t") for line in (settings or "").splitlines())
+        if scope in ("local", "worktree")
+    ]
+    if commit is None or settings is None or not all(map(_RUNS_NOTHING.fullmatch, own)):
+        return commit, None
+    # Without the folders that runs add, and without submodules, which have a configuration of their own.
+    return commit, _output(*git, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
 
 
 def _version(package: str) -> str | None:

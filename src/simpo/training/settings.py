@@ -20,7 +20,7 @@ from transformers.training_args import OptimizerNames, ParallelMode
 from simpo.config import setting
 from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.sources import load_mixture, load_mixture_list, load_rows
-from simpo.errors import CombinedError, SimpoError, check_all, one_line
+from simpo.errors import CombinedError, SimpoError, check_all, one_line, third_party
 from simpo.packing.model import ForwardPath
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,8 @@ class TrainingSettings(TrainingArguments):
         # without it transformers takes bf16 on a machine without accelerator for a mistake
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        super().__post_init__()
+        with third_party("training is impossible with these settings"):
+            super().__post_init__()
         if self.deepspeed_plugin is not None and not self.deepspeed:  # the launcher's
             unset_batch_sizes(self.deepspeed_plugin.hf_ds_config.config, *batch)
         if self.n_gpu > 1:
@@ -299,6 +300,6 @@ def settings_refused() -> Iterator[None]:
 def try_optimizer(trainer: Any) -> None:
     """Make the optimizer and schedule that training will make again, to find settings that they reject."""
     if trainer.optimizer is None and not trainer.is_deepspeed_enabled:
-        with settings_refused():
+        with third_party("training is impossible with these settings"):
             trainer.create_optimizer_and_scheduler(num_training_steps=2)
         trainer.optimizer = trainer.lr_scheduler = None
