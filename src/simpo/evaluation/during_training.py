@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +20,6 @@ from simpo.client import ChatClient, Endpoint, confirm_cost, stand_in
 from simpo.client.cache import default_cache
 from simpo.data.prompts import Prompt, prepare_prompts
 from simpo.errors import SimpoError
-from simpo.generation.chunks import gather, missing_chunks, sample_chunks
 from simpo.generation.engine import Sampled, TransformersEngine
 from simpo.generation.responses import read_samples, response_texts, write_responses
 from simpo.generation.settings import SamplingSettings
@@ -37,6 +33,7 @@ from simpo.runs.lines import read_lines
 from simpo.runs.log import Log
 from simpo.training.callbacks import RunCallback
 from simpo.training.packed import PackedTrainer
+from simpo.training.sampling import sample_answers, separate_randomness
 from simpo.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -215,7 +212,7 @@ class Generations(RunCallback):
         responses = trainer.eval_dataset["response_ids"]
         self._expected_length = sum(len(several[0]) for several in responses) / len(responses)
         path = self._folder / START
-        with self._separate_randomness():
+        with separate_randomness(self._config.device):
             stored = from_main(self._read_start(path) if resumed and self._is_main else None)
             self._start = self._sample(trainer) if stored is None else self._as_answers(stored)
             if self._is_main:
@@ -245,7 +242,7 @@ class Generations(RunCallback):
 
     def evaluate(self, trainer: PackedTrainer) -> dict[str, float]:
         """Sample answers, store them, compare them with the start model's, and warn of a collapse."""
-        with self._separate_randomness():
+        with separate_randomness(self._config.device):
             answers = self._sample(trainer)
             return from_main(self._compare_with_start(answers, trainer.state.global_step) if self._is_main else {})
 
@@ -288,14 +285,8 @@ class Generations(RunCallback):
 
     def _sample(self, trainer: PackedTrainer) -> _Answers:
         """One answer to every prompt, on every rank; all ranks must call it."""
-        config = self._config
         ids = [prompt.ids for prompt in self._prompts]
-        share = missing_chunks(ids, self._sampling)[config.process_index :: config.world_size]
-        # Layers were compiled for training, and would be compiled again for every length of the growing cache.
-        eager = torch.compiler.set_stance("force_eager") if config.torch_compile else nullcontext()
-        with trainer.accelerator.autocast(), eager:
-            records = list(sample_chunks(self._engine, ids, self._sampling, share))
-        return self._as_answers(gather(records if config.world_size == 1 else gather_object(records), len(ids)))
+        return self._as_answers(sample_answers(trainer, self._engine, ids, self._sampling))
 
     def _as_answers(self, samples: list[list[Sampled]]) -> _Answers:
         return _Answers(samples, response_texts(self._tokenizer, self._prompts, samples))
@@ -307,16 +298,6 @@ class Generations(RunCallback):
     @property
     def _is_main(self) -> bool:
         return self._config.process_index == 0
-
-    @contextmanager
-    def _separate_randomness(self) -> Iterator[None]:
-        """Judges and models may draw or seed random numbers without effect on the training."""
-        device = self._config.device
-        python_state, numpy_state = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
 
 
 def evaluations(config: TrainingSettings, rows: int) -> int:

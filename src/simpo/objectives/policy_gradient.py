@@ -231,12 +231,12 @@ class PolicyGradient:
             difference = mean_by(difference, rollout.segment, rollout.responses)[rollout.segment]
         return difference.exp()
 
-    def clip_fraction(self, rollout: Rollout) -> Tensor:
-        """Share of the tokens, a scalar, whose gradient clipping removes."""
+    def clipped(self, rollout: Rollout) -> Tensor:
+        """``[S]`` bool, the tokens whose gradient clipping removes."""
         ratio = self.ratios(rollout).detach()
         above = (ratio > 1 + self.clip_high) & (rollout.advantage > 0)
         below = (ratio < 1 - self.clip_low) & (rollout.advantage < 0)
-        return (above | below).float().mean()
+        return above | below
 
     def add_up(self, token_values: Tensor, rollout: Rollout, *, denominator: float = 1.0) -> Tensor:
         """``[R]`` values of responses from those of tokens, ``[S]``, e.g. of a KL term; see ``normalization``."""

@@ -25,9 +25,12 @@ from simpo.training.settings import TrainingSettings
 # Optional columns of a tokenized data set that training adds.
 REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP = "ref_logps", "mismatched_ids", "mismatched_ref_logp"
 LEVELS = "levels"
+# Those of answers that a policy has sampled: numbers of each token, and what is logged of each row.
+BEHAVIOR, REF_TOKENS, ADVANTAGES, ROLLOUT = "behavior_logps", "ref_token_logps", "advantages", "rollout"
 _COLUMNS = (
     *("prompt_ids", "response_ids", "scored", "scores", "label"),
     *(REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP, LEVELS),
+    *(BEHAVIOR, REF_TOKENS, ADVANTAGES, ROLLOUT),
 )
 _ROWS_NAMED = 5  # in an error message about several rows
 
@@ -81,7 +84,7 @@ class OrderedPairs(NamedTuple):
 
 
 class PlannedBatch(NamedTuple):
-    """A micro-batch ready for the model; the last five are None where the data set has no such column.
+    """A micro-batch ready for the model; all after ``pairs`` are None where the data set has no such column.
 
     Attributes:
         packed: its ``C`` comparisons with ``R`` responses.
@@ -93,6 +96,10 @@ class PlannedBatch(NamedTuple):
         mismatched: each prompt with one response to another prompt, ``C`` in all.
         mismatched_ref_logps: ``[C]`` float64, log-probabilities of these responses under the reference.
         levels: ``[R]`` float64; a response should win over another by the difference.
+        behavior_logps: ``[S]`` float64, log-probabilities of the tokens under the policy that sampled them.
+        ref_token_logps: ``[S]`` float64, those under the reference.
+        advantages: ``[S]`` float64, advantages of the tokens.
+        rollout: ``[C, M]`` float64, metrics of the answers that were sampled.
     """
 
     packed: PackedBatch
@@ -104,6 +111,10 @@ class PlannedBatch(NamedTuple):
     mismatched: PackedBatch | None = None
     mismatched_ref_logps: Tensor | None = None
     levels: Tensor | None = None
+    behavior_logps: Tensor | None = None
+    ref_token_logps: Tensor | None = None
+    advantages: Tensor | None = None
+    rollout: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PlannedBatch:
         """The batch with its tensors on ``device``."""
@@ -162,6 +173,10 @@ class ComparisonRows(TorchDataset):
             mismatched=mismatched,
             mismatched_ref_logps=None if ref_logp is None else torch.tensor(ref_logp, dtype=torch.float64),
             levels=_flat(columns.get(LEVELS)),
+            behavior_logps=_flat(columns.get(BEHAVIOR)),
+            ref_token_logps=_flat(columns.get(REF_TOKENS)),
+            advantages=_flat(columns.get(ADVANTAGES)),
+            rollout=None if ROLLOUT not in columns else torch.tensor(columns[ROLLOUT], dtype=torch.float64),
         )
 
     def without_plan(self, rows: Sequence[int]) -> PlannedBatch:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -32,7 +33,15 @@ from simpo.models.preparation import disable_dropout, freeze_unreached, keep_gra
 from simpo.models.settings import ModelArguments
 from simpo.packing.batching import RowSizes, StepPlan, check_budget
 from simpo.packing.layout import PackedBatch
-from simpo.packing.model import ForwardPath, choose_path, policy_forward, prepare_policy, resolve_path, state_of
+from simpo.packing.model import (
+    ForwardPath,
+    choose_path,
+    policy_forward,
+    policy_logprobs,
+    prepare_policy,
+    resolve_path,
+    state_of,
+)
 from simpo.packing.selfcheck import Path, rows_to_check
 from simpo.runs.results import Metric
 from simpo.training.batches import (
@@ -181,6 +190,11 @@ class PackedTrainer(ResumableTrainer):
     def completed(self, rows: Dataset) -> Dataset:
         """Tokenized ``rows`` with the columns that this kind of training adds; all ranks call."""
         return rows
+
+    @property
+    def step_rows(self) -> Dataset:
+        """The rows that the row numbers of a step's micro-batches refer to."""
+        return self.completed(self.train_dataset)
 
     def before_step(self, model: nn.Module, batches: Sequence[PlannedBatch]) -> None:
         """Compute what needs all micro-batches of a step before its first forward."""
@@ -342,7 +356,7 @@ class PackedTrainer(ResumableTrainer):
 
     def _memory_advice(self, batch: PlannedBatch) -> str:
         """What to change after a micro-batch did not fit into memory."""
-        lengths = self._sizes(self.completed(self.train_dataset)).lengths
+        lengths = self._sizes(self.step_rows).lengths
         tokens, longest = int(lengths[list(batch.rows)].sum()), int(lengths.max())
         found = f"max_batch_tokens: a micro-batch of {tokens} tokens does not fit into memory"
         if tokens // 2 >= longest:
@@ -373,7 +387,7 @@ class PackedTrainer(ResumableTrainer):
         if not rows:
             what = "gradient"
             rows = [row for row in step if not self._has_finite_gradient(row)] if self.args.world_size == 1 else step
-        found = describe_rows(self.train_dataset, rows)
+        found = describe_rows(self.step_rows, rows)
         many = " (all rows of the step: look at the model and the learning rate)" if len(rows) == len(step) > 1 else ""
         updated = self.is_deepspeed_enabled and what == "gradient"  # its backward has moved the optimizer
         kept = "the weights were updated, the last checkpoint is unharmed" if updated else "nothing was updated"
@@ -386,7 +400,7 @@ class PackedTrainer(ResumableTrainer):
         return sorted(set(gather_object(rows) if self.args.world_size > 1 else rows))  # fillers occur several times
 
     def _has_finite_gradient(self, row: int) -> bool:
-        batch = ComparisonRows(self.completed(self.train_dataset)).without_plan([row])
+        batch = ComparisonRows(self.step_rows).without_plan([row])
         with self.compute_loss_context_manager():
             loss = self.compute_loss(self.model, batch)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -441,10 +455,23 @@ class PackedTrainer(ResumableTrainer):
         """``[R]`` float64 log-probabilities of all responses of ``rows`` under the model as it is; all ranks call."""
         return self.of_responses(rows, lambda batch: policy_forward(self.model, batch, path=self.path).logp)
 
-    def of_responses(self, rows: Dataset, compute: Callable[[PackedBatch], Tensor]) -> Tensor:
-        """``[R]`` float64 values of all responses of ``rows``; ``compute`` returns those of a batch. All ranks call."""
+    def token_logps(self, rows: Dataset) -> Tensor:
+        """``[S]`` float64 log-probabilities of all tokens of the responses of ``rows``; all ranks call."""
+        responses = rows.with_format("arrow")["response_ids"]
+        lengths = pc.list_value_length(pc.list_flatten(responses)).to_numpy()
+        counts = response_counts(rows)
+        tokens = np.add.reduceat(lengths, np.cumsum(counts) - counts)
+        return self.of_responses(rows, lambda batch: policy_logprobs(self.model, batch, path=self.path), tokens)
+
+    def of_responses(
+        self, rows: Dataset, compute: Callable[[PackedBatch], Tensor], counts: np.ndarray | None = None
+    ) -> Tensor:
+        """Float64 values of all responses of ``rows``, concatenated; ``compute`` returns those of a batch.
+
+        All ranks call. ``counts`` ``[rows]`` is the number of values of each row; by default one per response.
+        """
         plan = self._plan(rows, _SCORED_TOGETHER // self.args.world_size, training=False)
-        counts, device = response_counts(rows), self.args.device
+        counts, device = response_counts(rows) if counts is None else counts, self.args.device
         ends = np.cumsum(counts)
         values = torch.zeros(int(ends[-1]), dtype=widest_type(device), device=device)
         self.model.eval()

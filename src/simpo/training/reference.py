@@ -67,7 +67,19 @@ class ReferenceModel:
         self._trainer, self._cache = trainer, cache
         self._completed: dict[str, Dataset] = {}
         self._frozen = False
-        self._weights = trained_weights(trainer.model) if copy_weights else []
+        self._weights: list[Tensor] = []
+        if copy_weights:
+            self.keep_copy()
+
+    def keep_copy(self) -> None:
+        """Keep a copy of the weights, unless there is one."""
+        if not self.has_copy:
+            self._weights = trained_weights(self._trainer.model)
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether there is a copy of the weights."""
+        return bool(self._weights)
 
     def freeze(self) -> None:
         """From now on the policy changes, and log-probabilities that are not stored cannot be computed anymore."""
@@ -162,21 +174,22 @@ class ReferenceModel:
 
     def logps(self, packed: PackedBatch) -> Tensor:
         """``[R]`` log-probabilities of the responses of ``packed``."""
-        with self._in_place():
+        with self.in_place():
             return policy_forward(self._trainer.model, packed, path=self._trainer.path).logp
 
     def states(self, packed: PackedBatch) -> ReferenceStates:
         """What it predicts the scored tokens of ``packed`` from."""
-        with self._in_place():
+        with self.in_place():
             return reference_states(self._trainer.model, packed, path=self._trainer.path)
 
     def response_logps(self, rows: Dataset) -> Tensor:
         """``[R]`` log-probabilities of all responses of ``rows``."""
-        with self._in_place():
+        with self.in_place():
             return self._trainer.response_logps(rows)
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
+    def in_place(self) -> Iterator[None]:
+        """Inside, the trainer's model has the weights of the reference."""
         with swapped_weights(self._trainer.model, self._weights), self._trainer.accelerator.autocast():
             yield
 

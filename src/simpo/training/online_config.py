@@ -1,0 +1,175 @@
+"""``OnlineConfig``: the settings of training a model on its own answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from simpo.config import setting
+from simpo.errors import SimpoError, check_all
+from simpo.generation.settings import SamplingSettings
+from simpo.objectives import OBJECTIVES, Objective
+from simpo.objectives.policy_gradient import POLICY_GRADIENTS, KLEstimator, PolicyGradient
+from simpo.training.configs import PreferenceConfig, hyperparameter_names
+
+# Those whose advantages come from the rewards alone, without a learned value function.
+GRADIENTS = {name: row for name, row in POLICY_GRADIENTS.items() if row.baseline != "value"}
+_GRADIENT_KEYS = ("kl_coef", "kl_in", "kl_estimator", "clip_low", "clip_high", "whiten_advantages")
+_KL_COEF = 0.05
+_EVALUATION_BETA = 0.1  # of the implied reward where there is no KL coefficient
+
+
+@dataclass
+class OnlineConfig(PreferenceConfig):
+    """Configuration of training a model on its own answers, which an annotator scores.
+
+    All keys of :class:`~simpo.training.configs.PreferenceConfig`; ``objective`` can also be a policy gradient. Prompts
+    per optimizer step are what pairs per step are there. A rollout is the answers to the prompts of ``sync_every``
+    steps, or, with several passes, of ``sync_every / rollout_epochs`` steps.
+
+    Raises:
+        SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
+    """
+
+    objective: str | None = setting(
+        "rloo", f"A policy gradient ({', '.join(GRADIENTS)}) or a preference objective ({', '.join(OBJECTIVES)})."
+    )
+    sync_every: int = setting(
+        1, "Optimizer steps between rollouts: 1 is on-policy, a larger number semi-online (arXiv 2506.21495)."
+    )
+    rollout_epochs: int = setting(1, "Passes over the answers of a rollout; must divide sync_every.")
+    num_generations: int = setting(4, "Answers to every prompt.")
+    temperature: float = setting(1.0, "Divides the logits; policy gradients are unbiased at 1.")
+    top_p: float = setting(1.0, "Draw from the smallest set of tokens with this probability; 1 is off.")
+    top_k: int = setting(0, "Draw from this many likeliest tokens; 0 is off.")
+    max_new_tokens: int | None = setting(None, "Longest answer in tokens (default: half of max_length).")
+    generation_batch_size: int | None = setting(
+        None, "Answers generated together by a process (default: 32 on a CPU, 64 on a GPU)."
+    )
+    unfinished_score: float | None = setting(
+        None, "Score of an answer that max_new_tokens cut off (default: the annotator's)."
+    )
+    max_missing_scores: float = setting(
+        0.1, "Share of a rollout's answers that the annotator may leave without a score; more is an error."
+    )
+    pairs: Literal["best_worst", "all"] = setting(
+        "best_worst", "Preference objectives: the answers to a prompt that are compared."
+    )
+
+    kl_coef: float | None = setting(
+        None, f"Policy gradients: weight of KL(policy || start model), per answer (default: {_KL_COEF})."
+    )
+    kl_in: Literal["reward", "loss"] | None = setting(
+        None, "Policy gradients: the KL as a penalty on rewards (default: reinforce, rloo) or a term of the loss."
+    )
+    kl_estimator: KLEstimator | None = setting(
+        None, "Policy gradients: k1, k2 or k3 of Schulman (2020) (default: k1 in rewards, k3 in the loss)."
+    )
+    clip_low: float | None = setting(None, "Policy gradients: ratios are clipped below 1 - clip_low (0.2; gspo 3e-4).")
+    clip_high: float | None = setting(
+        None, "Policy gradients: ratios are clipped above 1 + clip_high (0.2; gspo 4e-4)."
+    )
+    whiten_advantages: bool = setting(False, "Policy gradients: scale a rollout's advantages to mean 0, variance 1.")
+
+    @property
+    def gradient(self) -> PolicyGradient | None:
+        """The policy gradient with its hyperparameters; None for a preference objective."""
+        row = GRADIENTS.get(str(self.objective))
+        given = {key: getattr(self, key) for key in ("clip_low", "clip_high") if getattr(self, key) is not None}
+        return None if row is None else replace(row, **given)
+
+    @property
+    def row(self) -> Objective:
+        """The preference objective; for a policy gradient DPO, whose implied reward is that of the KL-regularized task.
+
+        Only evaluations on held-out pairs use DPO then.
+        """
+        return OBJECTIVES["dpo"] if self.gradient is not None else super().row
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """As in the base; for a policy gradient those of DPO, with ``kl_coef`` for ``beta``."""
+        if self.gradient is None:
+            return super().hyperparameters
+        return self.row.resolve({"beta": self.kl_coef or _EVALUATION_BETA})
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """How answers are drawn; the seed and the size of a chunk are the trainer's."""
+        return SamplingSettings(
+            n=self.num_generations,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+            chunk_size=self.generation_batch_size,
+        )
+
+    def _check(self) -> None:
+        if self.max_new_tokens is None:
+            self.max_new_tokens = max(1, self.max_length // 2)
+        check_all(super()._check, self._check_rollouts, self._check_gradient, lambda: self.sampling)
+
+    def _check_objective(self) -> None:
+        if self.objective is not None and self.objective not in (*GRADIENTS, *OBJECTIVES):
+            known = ", ".join((*GRADIENTS, *OBJECTIVES))
+            raise SimpoError(f"objective: {self.objective!r} is unknown; there are {known}")
+        if self.precompute_ref_log_probs:
+            raise SimpoError("precompute_ref_log_probs: answers are not known before training; leave it out")
+        if self.gradient is None:
+            super()._check_objective()
+            if "z_ref" in self.row.needs:
+                raise SimpoError(f"objective: {self.objective} needs answers to other prompts; use simpo loop")
+            given = [key for key in _GRADIENT_KEYS if getattr(self, key) not in (None, False)]
+            if given:
+                raise SimpoError(f"{given[0]}: only policy gradients ({', '.join(GRADIENTS)}) use it; leave it out")
+            if self.num_generations < 2:
+                raise SimpoError(f"num_generations: {self.num_generations} answer cannot be compared; set 2 or more")
+        else:
+            keys = (*hyperparameter_names(), "loss_type", "sft_weight", "kl_weight")
+            given = [key for key in keys if getattr(self, key)]
+            if given:
+                raise SimpoError(f"{given[0]}: only preference objectives use it, not {self.objective}; leave it out")
+        self.precompute_ref_log_probs = False
+
+    def _check_rollouts(self) -> None:
+        for key in ("sync_every", "rollout_epochs", "num_generations"):
+            if getattr(self, key) < 1:
+                raise SimpoError(f"{key}: must be at least 1, not {getattr(self, key)}")
+        if self.sync_every % self.rollout_epochs:
+            raise SimpoError(f"rollout_epochs: {self.rollout_epochs} does not divide sync_every, {self.sync_every}")
+        if self.max_new_tokens >= self.max_length:  # type: ignore[operator]
+            raise SimpoError(
+                f"max_new_tokens: {self.max_new_tokens} leave no room for a prompt in max_length {self.max_length}"
+            )
+        if not 0 <= self.max_missing_scores <= 1:
+            raise SimpoError(f"max_missing_scores: must be a share from 0 to 1, not {self.max_missing_scores}")
+        if self.unfinished_score is not None and not math.isfinite(self.unfinished_score):
+            raise SimpoError(f"unfinished_score: must be finite, not {self.unfinished_score}")
+        if self.pairs not in ("best_worst", "all"):
+            raise SimpoError(f"pairs: {self.pairs!r} is not one of best_worst, all")
+
+    def _check_gradient(self) -> None:
+        gradient = self.gradient
+        if gradient is None:
+            return
+        if self.num_generations < 2 and gradient.baseline != "batch":
+            raise SimpoError(
+                f"num_generations: the baseline of {self.objective} is the other answers to a prompt, and there is "
+                "only 1; set 2 or more, or objective: reinforce"
+            )
+        self.kl_coef = _KL_COEF if self.kl_coef is None else self.kl_coef
+        self.kl_in = self.kl_in or ("reward" if gradient.normalization == "sum" else "loss")
+        self.kl_estimator = self.kl_estimator or ("k1" if self.kl_in == "reward" else "k3")
+        if not 0 <= self.kl_coef < math.inf:
+            raise SimpoError(f"kl_coef: must be >= 0 and finite, not {self.kl_coef}")
+        if self.kl_in not in ("reward", "loss"):
+            raise SimpoError(f"kl_in: {self.kl_in!r} is not one of reward, loss")
+        if self.kl_estimator not in get_args(KLEstimator):
+            raise SimpoError(f"kl_estimator: {self.kl_estimator!r} is not one of {', '.join(get_args(KLEstimator))}")
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise SimpoError("kl_estimator: the gradient of k1 is 0 on average; in the loss use k2 or k3")
+        for key in ("clip_low", "clip_high"):
+            if not 0 < getattr(gradient, key) < math.inf:
+                raise SimpoError(f"{key}: must be > 0 and finite, not {getattr(gradient, key)}")

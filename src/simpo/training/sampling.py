@@ -1,0 +1,46 @@
+"""Answers of a model while it is trained, without effect on the training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from simpo.generation.chunks import gather, missing_chunks, sample_chunks
+from simpo.generation.engine import Engine, Sampled
+from simpo.generation.settings import SamplingSettings
+from simpo.training.packed import PackedTrainer
+
+
+def sample_answers(
+    trainer: PackedTrainer, engine: Engine, prompts: Sequence[list[int]], settings: SamplingSettings
+) -> list[list[Sampled]]:
+    """The answers to every prompt, on every rank; the ranks share the work, and all must call.
+
+    Args:
+        trainer: of the model that answers.
+        engine: holds that model.
+        prompts: token ids.
+        settings: resolved settings.
+    """
+    config = trainer.args
+    share = missing_chunks(prompts, settings)[config.process_index :: config.world_size]
+    # Layers were compiled for training, and would be compiled again for every length of the growing cache.
+    eager = torch.compiler.set_stance("force_eager") if config.torch_compile else nullcontext()
+    with trainer.accelerator.autocast(), eager:
+        records = list(sample_chunks(engine, prompts, settings, share))
+    return gather(records if config.world_size == 1 else gather_object(records), len(prompts))
+
+
+@contextmanager
+def separate_randomness(device: torch.device) -> Iterator[None]:
+    """Judges and models may draw or seed random numbers without effect on the training."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
