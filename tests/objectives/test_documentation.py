@@ -25,7 +25,7 @@ def test_every_row_has_its_section_and_its_line_in_the_table():
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_section_is_complete(name):
     row, section = OBJECTIVES[name], SECTIONS[name]
-    for part in ("**What it does.**", "**When.**", "**Trap.**", "**Hyperparameters.**"):
+    for part in ("**What it does.**", "**When to use it.**", "**Pitfall.**", "**Hyperparameters.**"):
         assert part in section
     assert re.search(r"arXiv (\S+?),", row.paper + ",")[1] in section
     hyperparameters = section.partition("**Hyperparameters.**")[2]
