@@ -7,16 +7,23 @@ time, in float32. ``--write`` rewrites the table in ``docs/models.md``.
 
 from __future__ import annotations
 
+import argparse
 import inspect
+import logging
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from simpo.packing.layout import TokenizedComparison
+from simpo.errors import SimpoError
+from simpo.packing.layout import PackedBatch, TokenizedComparison
+from simpo.packing.model import policy_logprobs, prepare_policy, state_of
 
 VOCABULARY = 101
 LAYERS = 4
@@ -77,7 +84,12 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "mode": "train",
         "chunkwise_kernel": "chunkwise--native_autograd",
     },
-    "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},
+    "longcat_flash": {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2},
+    "roc_bert": {"pronunciation_embed_dim": 64, "shape_embed_dim": 64, "shape_vocab_size": VOCABULARY},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
 }
 
 
@@ -86,10 +98,17 @@ def toy_config(model_type: str, **more: Any) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[model_type]
     default, accepted = kind(), inspect.signature(kind.__init__).parameters
     values = {key: value for key, value in _SMALL.items() if _settable(kind, default, key) or key in accepted}
+    values |= {key: 0.0 for key, value in default.to_dict().items() if isinstance(value, float) and _is_random(key)}
     for key in ("layer_types", "mlp_layer_types"):
         if (kinds := getattr(default, key, None)) and _settable(kind, default, key):
             values[key] = (list(dict.fromkeys(kinds)) * LAYERS)[:LAYERS]
+    if "kv_lora_rank" in values:  # latent attention has no groups of heads
+        values["num_key_value_heads"] = values["num_attention_heads"]
     return kind(**values | _SPECIAL.get(model_type, {}) | more)
+
+
+def _is_random(key: str) -> bool:
+    return "drop" in key or key.endswith("jitter_noise")
 
 
 def _settable(kind: type, default: PreTrainedConfig, key: str) -> bool:
@@ -115,12 +134,6 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, **more: Any) -> P
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, dtype=torch.float64)
             parameter.copy_(parameter + 0.1 * noise if parameter.dim() == 1 else 0.1 * noise)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for key in ("attention_dropout", "router_jitter_noise", "input_jitter_noise"):
-            if isinstance(getattr(module, key, None), float):
-                setattr(module, key, 0.0)
     return model
 
 
@@ -146,3 +159,133 @@ def naive_logprobs(model: PreTrainedModel, rows: list[TokenizedComparison]) -> T
             )
             found.append(logps.gather(-1, torch.tensor(response)[:, None])[:, 0])
     return torch.cat(found)
+
+
+# ---- The table.
+
+
+class Finding(NamedTuple):
+    """How an architecture is computed, and how exactly.
+
+    Attributes:
+        path: "packed", "cached" or "padded"; "rejected"; "not built" if there is no toy model of it.
+        logprobs: largest difference of a log-probability, in nats.
+        gradients: largest difference of a gradient, relative to the largest gradient.
+        note: what the self-check logs, such as why the packed path is not taken; why there is no toy model.
+    """
+
+    path: str
+    logprobs: float | None
+    gradients: float | None
+    note: str
+
+
+def examine(model_type: str) -> Finding:
+    """Build an architecture, let the self-check choose its path, and compare it with the model's own forward."""
+    try:
+        model = build(model_type)
+        naive_logprobs(model, comparisons()[:1])
+    except Exception as error:  # the reason why there is no toy model of it is all that matters here
+        return Finding("not built", None, None, _first_line(error))
+    rows = comparisons()
+    try:
+        found = policy_logprobs(model, PackedBatch.build(rows))
+    except SimpoError as error:
+        return Finding("rejected", None, None, _first_line(error))
+    expected = naive_logprobs(model, rows)
+    state = state_of(prepare_policy(model))
+    return Finding(
+        str(state.path),
+        (found - expected).detach().abs().max().item(),
+        _gradient_difference(model, found, expected),
+        "; ".join(state.reasons),
+    )
+
+
+def _gradient_difference(model: nn.Module, found: Tensor, expected: Tensor) -> float:
+    weights = torch.linspace(0.5, 1.5, len(found))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def gradients(logps: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((logps * weights).sum(), parameters, allow_unused=True, materialize_grads=True)
+
+    pairs = list(zip(gradients(found), gradients(expected), strict=True))
+    return float(max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def table_row(model_type: str, finding: Finding) -> str:
+    """A line of the table."""
+    numbers = ["" if value is None else f"{value:.0e}" for value in (finding.logprobs, finding.gradients)]
+    note = re.sub(r"\s+", " ", finding.note).replace("|", "\\|")
+    return f"| `{model_type}` | {finding.path} | {' | '.join(numbers)} | {note} |"
+
+
+def rows_of_page() -> dict[str, str]:
+    """The lines of the table in ``docs/models.md``, by architecture."""
+    text = PAGE.read_text() if PAGE.exists() else ""
+    return {match[1]: match[0] for match in re.finditer(r"^\| `(\w[\w-]*)` \|.*$", text, re.MULTILINE)}
+
+
+def page(rows: dict[str, str]) -> str:
+    """``docs/models.md`` with these lines."""
+    paths = [row.split(" | ")[1] for row in rows.values()]
+    counts = ", ".join(
+        f"{paths.count(path)} {path}" for path in ("packed", "cached", "padded", "rejected", "not built")
+    )
+    versions = f"transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}"
+    return _PAGE.format(versions=versions, counts=counts, rows="\n".join(rows[name] for name in sorted(rows)))
+
+
+_PAGE = """\
+# Which path each architecture takes
+
+Generated by `python -m benchmarks.architectures --write`. Tested: {versions}, on a CPU, in float32.
+
+Each causal architecture of transformers was built at toy size (four layers, random weights) and computed comparisons
+with 1, 2 and 5 responses. The self-check chose the path, as it does for your model, and the log-probabilities and the
+gradients of all parameters were then compared with those of the model's own forward, one sequence at a time.
+
+- **packed**: a prompt is computed once for all of its responses, inside attention; nothing is padded.
+- **cached**: a prompt is computed once for all of its responses and handed to them through the model's own cache: keys
+  and values, recurrent states, convolution windows. Prompts are padded to one length, and so are responses.
+- **padded**: every response is computed with a prompt of its own.
+- **rejected**: an error before training.
+- **not built**: no toy model could be made of the default configuration with small sizes, which says nothing about real
+  checkpoints. The self-check decides there, as everywhere. Many are models for several kinds of input whose language
+  model has a row of its own (`llama4_text`, `qwen3_5_text`, ...).
+
+The columns of differences hold the largest one: of a log-probability in nats, and of a gradient relative to the largest
+gradient. [Which path a model takes](training.md#which-path-a-model-takes) has the rules.
+
+{counts}.
+
+| architecture | path | log-probabilities | gradients | what the self-check logs |
+|---|---|---:|---:|---|
+{rows}
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the rows of the named architectures, or of all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.architectures", description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="model_type of a configuration (default: all)")
+    parser.add_argument("--write", action="store_true", help="put the rows into docs/models.md")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.types) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        parser.error(f"not a causal architecture of transformers: {', '.join(sorted(unknown))}")
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    rows = rows_of_page() if options.types else {}
+    for name in options.types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        rows[name] = table_row(name, examine(name))
+        print(rows[name], flush=True)
+        if options.write:
+            PAGE.write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 import transformers as hf
+from benchmarks.architectures import build
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaModel, LlamaRotaryEmbedding
 
 from simpo.errors import SimpoError
@@ -53,6 +54,32 @@ def test_sharing_through_the_cache_is_exact_and_logged_once(
     assert len(logged) == 1
     assert type(model).__name__ in logged[0]
     assert "cache" in logged[0]
+
+
+@pytest.mark.parametrize("name", ["electra", "rembert"])
+def test_a_layer_between_hidden_states_and_the_output_layer(name, comparisons, naive_logprobs, float64_everywhere):
+    """The output layer's input has another size than the hidden states."""
+    model = build(name, torch.float64, embedding_size=32, output_embedding_size=32, input_embedding_size=32)
+    assert_exact(model, comparisons, naive_logprobs)
+    assert not state_of(model).fused_head
+
+
+@pytest.mark.parametrize(("name", "settings"), [("cpmant", {}), ("bert", {"is_decoder": False})])
+def test_a_model_that_sees_what_it_predicts_is_refused(name, settings, comparisons):
+    with pytest.raises(SimpoError, match=r"^model: \w+ is not causal"):
+        policy_logprobs(build(name, **settings), PackedBatch.build(comparisons))
+
+
+def test_outputs_that_do_not_belong_to_tokens_are_refused(make_model, comparisons, monkeypatch):
+    model = make_model("gpt2")
+    own = type(model.transformer).forward
+
+    def longer(self, input_ids=None, **kwargs):
+        return own(self, input_ids=torch.cat([input_ids[:, :1], input_ids], dim=1), **kwargs)
+
+    monkeypatch.setattr(type(model.transformer), "forward", longer)
+    with pytest.raises(SimpoError, match=r"^model: GPT2LMHeadModel returns \d+ outputs for \d+ tokens"):
+        policy_logprobs(model, PackedBatch.build(comparisons))
 
 
 def test_reasons_do_not_pile_up(make_model, comparisons, caplog):

@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from benchmarks.architectures import build
 from datasets import load_from_disk
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -46,7 +47,15 @@ KL = {"objective": "dpo", "precompute_ref_log_probs": False, "kl_weight": 0.1}
 LORA = {"lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["c_attn", "c_fc"]}
 KTO = {"objective": "kto", "max_batch_tokens": 40}  # a prompt with a response to another may be longer than a pair
 SHAPE = ("hidden_size", "num_attention_heads", "num_key_value_heads")
+# Adam would blow up the rounding of what these models do in fp32.
+STATES = {"max_batch_tokens": 60, "optim": "sgd", "learning_rate": 1e-3}
+CHECKPOINTING = {"gradient_checkpointing": True}
 ROPE = {"max_batch_tokens": 110}  # rows with frequencies of their own in one micro-batch
+LAYERS = {
+    "dynamic": "LlamaDecoderLayer",
+    "qwen3_5_text": "Qwen3_5DecoderLayer",
+    "falcon_h1": "FalconH1DecoderLayer",
+}
 KINDS = {"pairs": (PreferenceTrainer, PreferenceConfig), "sft": (SFTTrainer, SFTConfig)}
 
 
@@ -80,6 +89,10 @@ IN_TWO = [
     Job("ddp-2-rope", "mixed", model="dynamic", settings=ROPE),
     Job("fsdp-2-rope", "mixed", shards=True, model="dynamic", settings=ROPE),
     Job("fsdp-2-alone", "mixed", shards=True, model="dynamic", settings=ROPE),
+    Job("ddp-2-states", model="qwen3_5_text", settings=STATES),
+    Job("fsdp-2-states", shards=True, model="qwen3_5_text", settings=STATES),
+    Job("fsdp-2-checkpointed-states", shards=True, model="qwen3_5_text", settings=STATES | CHECKPOINTING),
+    Job("fsdp-2-hybrid", shards=True, model="falcon_h1", settings=STATES | CHECKPOINTING),
     Job("sharded-before"),
     Job("ddp-2-nan", "long", model="poisoned", settings={"max_batch_tokens": 40}),
 ]
@@ -97,6 +110,8 @@ ALONE = [
     Job("one-kto", settings=KTO),
     Job("one-lora", settings=DPO, lora=True),
     Job("one-kl", settings=KL),
+    Job("one-states", model="qwen3_5_text", settings=STATES),
+    Job("one-hybrid", model="falcon_h1", settings=STATES),
     Job("one-rope", "mixed", model="dynamic", settings=ROPE),
     Job("one-lora-kl", settings=KL, lora=True),
     Job("one-lora-of-fsdp-2", settings=DPO, lora=True, resume="fsdp-2-lora/checkpoint-4"),
@@ -136,7 +151,7 @@ def run(job: Job, folder: Path, world: int) -> dict[str, Any]:
     if world > 1:
         settings |= {"ddp_backend": "gloo"}
     if job.shards:
-        layer = "LlamaDecoderLayer" if job.model == "dynamic" else "GPT2Block"
+        layer = LAYERS.get(job.model, "GPT2Block")
         settings |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": layer}}
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate's memory of the job before
     args = config_type(output_dir=str(folder / job.name), **settings)
@@ -232,7 +247,7 @@ def run_ranks(world: int, folder: Path, jobs: list[Job]) -> None:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(240)
+        process.join(400)
         process.kill()
     assert [process.exitcode for process in ranks] == [0] * world
 
@@ -250,6 +265,10 @@ def done(make_model, pairs, random_comparisons, as_dataset, tmp_path_factory):
     as_dataset(random_comparisons(*lengths)).save_to_disk(folder / "mixed")
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}  # beyond 16 tokens, of which rows have up to 37
     make_model("llama", max_position_embeddings=16, rope_parameters=rope).save_pretrained(folder / "dynamic")
+    kinds = {"qwen3_5_text": ["linear_attention", "full_attention"], "falcon_h1": None}
+    for name, layers in kinds.items():
+        options = {} if layers is None else {"layer_types": layers}
+        build(name, torch.float64, num_hidden_layers=2, **options).save_pretrained(folder / name)
     model = make_model("gpt2")
     model.save_pretrained(folder / "model")
     with torch.no_grad():
@@ -301,39 +320,45 @@ def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
         ("fsdp-2-lora-kl", "one-lora-kl", 2),
         ("ddp-2-rope", "one-rope", 2),
         ("fsdp-2-rope", "one-rope", 2),
+        ("ddp-2-states", "one-states", 2),
+        ("fsdp-2-states", "one-states", 2),
+        ("fsdp-2-checkpointed-states", "one-states", 2),
+        ("fsdp-2-hybrid", "one-hybrid", 2),
     ],
 )
 def test_ranks_train_as_one_process_does(name, alone, ranks, done):
     (expected,) = done(alone)
     found = done(name)
     assert len(found) == ranks
+    shares, tolerance = ("cached", 1e-5) if name.endswith(("states", "hybrid")) else ("packed", 1e-9)
     for rank in found:
         if name.startswith("fsdp"):
             assert (rank["type"], rank["wrapper"], rank["sharded"]) == (DistributedType.FSDP, [FSDPModule], {True})
         else:
             wrapped = (DistributedType.MULTI_CPU, [DistributedDataParallel], {False})
             assert (rank["type"], rank["wrapper"], rank["sharded"]) == wrapped
-        assert (rank["policy"].path, rank["policy"].fused_head, rank["policy"].reasons) == ("packed", True, [])
+        assert (rank["policy"].path, rank["policy"].fused_head) == (shares, True)
+        assert len(rank["policy"].reasons) == (shares == "cached")
         assert len(rank["gradients"]) == len(rank["points"]) == STEPS
-        assert rank["points"] == pytest.approx(expected["points"], abs=1e-9)
+        assert rank["points"] == pytest.approx(expected["points"], abs=tolerance)
         assert any(rank["points"]) == name.endswith("kto")
         for step, gradients in enumerate(rank["gradients"]):
             for gradient, other in zip(gradients, expected["gradients"][step], strict=True):
-                torch.testing.assert_close(gradient, other, rtol=0, atol=1e-9)
+                torch.testing.assert_close(gradient, other, rtol=0, atol=tolerance)
         for stage in ("before", "after"):
             for figure, values in rank[stage].items():
                 if name.endswith(("kto", "lora", "kl")) and (stage, figure) == ("before", "rewards/accuracies"):
                     continue  # both rewards are 0 up to rounding, of which it is a matter which is larger
-                assert values.tolist() == pytest.approx(expected[stage][figure].tolist(), abs=1e-9)
-        assert rank["evaluation"]["eval_loss"] == pytest.approx(expected["evaluation"]["eval_loss"], abs=1e-9)
+                assert values.tolist() == pytest.approx(expected[stage][figure].tolist(), abs=tolerance)
+        assert rank["evaluation"]["eval_loss"] == pytest.approx(expected["evaluation"]["eval_loss"], abs=tolerance)
     steps = [
         sorted(row for rows in share for row in rows) for share in zip(*(rank["seen"] for rank in found), strict=True)
     ]
     assert steps == [sorted(rows) for rows in expected["seen"]]
     assert sorted(row for step in steps[:3] for row in step) == list(range(ROWS))
     for (loss, norm), (other, other_norm) in zip(found[0]["log"], expected["log"], strict=True):
-        assert (loss, norm) == (pytest.approx(other, abs=1e-9), pytest.approx(other_norm, abs=1e-9))
-    assert_same_weights(done.folder / name, done.folder / alone, 1e-9)
+        assert (loss, norm) == (pytest.approx(other, abs=tolerance), pytest.approx(other_norm, rel=tolerance))
+    assert_same_weights(done.folder / name, done.folder / alone, tolerance)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from benchmarks.architectures import build, toy_config
 from datasets import DatasetDict
 
 from simpo import OBJECTIVES, PreferenceTrainer, SimpoError
@@ -215,6 +216,18 @@ def test_disable_dropout_reaches_everything(make_model):
     assert all(module.p == 0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
     assert {layer.dropout for layer in model.model.decoder.layers} == {0.0}
     assert {layer.self_attn.dropout for layer in model.model.decoder.layers} == {0.0}
+
+
+@pytest.mark.parametrize("name", ["gpt_bigcode", "seed_oss", "starcoder2", "phimoe", "mixtral"])
+def test_disable_dropout_knows_every_name_of_it(name):
+    """``attn_dropout``, ``residual_dropout``, and the noise of routers."""
+    drops = dict.fromkeys(["attn_pdrop", "residual_dropout", "router_jitter_noise"], 0.3)
+    model = build(name, **{key: value for key, value in drops.items() if hasattr(toy_config(name), key)})
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+        disable_dropout(model)
+        assert torch.equal(model(ids).logits, model(ids).logits)
 
 
 # ---- models that cannot share, end to end ----

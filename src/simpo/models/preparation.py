@@ -14,16 +14,20 @@ logger = logging.getLogger(__name__)
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of ``model`` to 0, including those that attention reads from its module."""
+    """Set every probability of dropout in ``model`` to 0, and the noise that some routers add to their inputs.
+
+    Layers without an ``nn.Dropout`` read the probability from an attribute, under many names (``residual_dropout``,
+    ``attn_dropout``, ``router_jitter_noise``, ...), or from the configuration.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
         config = getattr(module, "config", None)
         if config is not None and isinstance(getattr(config, "hidden_dropout", None), float):  # Falcon reads it there
             config.hidden_dropout = 0.0
-        for attribute in ("attention_dropout", "dropout", "layerdrop", "activation_dropout", "hidden_dropout"):
-            if isinstance(getattr(module, attribute, None), float):
-                setattr(module, attribute, 0.0)
 
 
 def unreached_by_text(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:

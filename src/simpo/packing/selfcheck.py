@@ -14,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from simpo.errors import SimpoError
 from simpo.packing.attention import UnsupportedAttentionError, causal_lm, install, uninstall
 from simpo.packing.cached import NotShareableError, install_scans
 from simpo.packing.layout import PackedBatch, TokenizedComparison
@@ -184,15 +185,42 @@ def naive_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
     ``[S]`` in the order of a batch whose responses are scored completely, as the self-check's sample is.
     """
+    _check_causal(model, batch)
     found = []
     for comparison in batch.comparisons:
         for response in comparison.response_ids:
             ids = torch.tensor([comparison.prompt_ids + response], device=batch.input_ids.device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(comparison.prompt_ids) - 1 : -1]  # [n, V]
+            logits = model(input_ids=ids, use_cache=False).logits[0]  # [L, V]
+            logits = logits[len(comparison.prompt_ids) - 1 : -1]
             exact = torch.promote_types(logits.dtype, torch.float32)
             targets = ids[0, -len(logits) :, None]
             found.append(torch.log_softmax(logits, dim=-1, dtype=exact).gather(-1, targets).squeeze(-1))
     return torch.cat(found)
+
+
+def _check_causal(model: PreTrainedModel, batch: PackedBatch) -> None:
+    """Raise :class:`SimpoError` if outputs do not belong to tokens, or depend on tokens that come later.
+
+    An encoder predicts a token that it sees: log-probabilities near 0, without any sign of an error.
+    """
+    shortest = min(batch.comparisons, key=lambda comparison: comparison.packed_length)
+    sequence = shortest.prompt_ids + shortest.response_ids[0]
+    other = next((token for token in batch.input_ids.tolist() if token != sequence[-1]), None)
+    if other is None:
+        return
+    name, device = type(causal_lm(model)).__name__, batch.input_ids.device
+    logits, changed = (
+        model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float()
+        for ids in (sequence, [*sequence[:-1], other])
+    )
+    if len(logits) != len(sequence):
+        raise SimpoError(f"model: {name} returns {len(logits)} outputs for {len(sequence)} tokens, one each is needed")
+    differences = (logits[:-1].log_softmax(dim=-1) - changed[:-1].log_softmax(dim=-1)).abs()
+    if logits.isfinite().all() and not _agree(differences, model):
+        raise SimpoError(
+            f"model: {name} is not causal: what it predicts depends on tokens that come later (by "
+            f"{differences.max():.2g} nats). An encoder may have a setting for it: is_decoder in its configuration"
+        )
 
 
 def unpacked_outputs(model: PreTrainedModel, sample: PackedBatch, compute: Computation) -> Tensor:
@@ -253,8 +281,7 @@ def _judge(
     for autocast, outputs in expected.items():
         if state.fused_head:
             with _precision(device, autocast):
-                fused = unpacked_outputs(model, sample, kind.fused_outputs)
-                state.fused_head = _agree(_differences(fused, outputs, kind), model)
+                state.fused_head = _fused_head_agrees(model, sample, kind, outputs)
     if not state.fused_head:
         state.reasons.append(f"its output layer is not a plain matrix product: {kind.without_head}")
         if kind.compared is not kind.fused_outputs:  # hidden states say nothing about outputs of an unknown layer
@@ -285,6 +312,16 @@ def _judge(
             f"Through its cache: {not_cached}"
         )
         return "padded"
+
+
+def _fused_head_agrees(model: PreTrainedModel, sample: PackedBatch, kind: Kind, expected: Tensor) -> bool:
+    try:
+        found = unpacked_outputs(model, sample, kind.fused_outputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # something else than a product stands between hidden states and the output layer
+        return False
+    return _agree(_differences(found, expected, kind), model)
 
 
 def _check_padded(model: PreTrainedModel, state: PolicyState, kind: Kind, sample: PackedBatch) -> None:
