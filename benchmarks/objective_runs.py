@@ -93,7 +93,7 @@ def work(argv: list[str], tuning: int) -> None:
     given.config.disable_tqdm = True
     results = run_training(PreferenceTrainer, given)
     peak = peak_mib(given.config.device.type)
-    pairs = JsonLines(results.parent / "held_out_after.jsonl").read()
+    pairs = list(JsonLines(results.parent / "held_out_after.jsonl"))
     correct = [pair[ACCURACY] for pair in pairs]
     interval = proportion_interval(int(sum(correct[tuning:])), len(pairs) - tuning)
     chosen, rejected, kl = _moved(given, results.parent, tuning)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.entrants import Entrant
 from benchmarks.setting import BETA, GAMMA, Setting, load_comparisons, training_arguments
-from simpo.packing.batching import StepPlan
+from simpo.packing.batching import RowSizes, StepPlan
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import choose_path, policy_forward, prepare_policy
 from simpo.training.preference import PreferenceConfig, PreferenceTrainer
@@ -107,7 +107,7 @@ class Loop:
                 units += [(part, [weight]) for part, weight in zip(parts, weights, strict=True)]
         lengths = np.array([unit.packed_length for unit, _ in units])
         budget = self.budget or max(2048 if self.setting.device == "cpu" else 16384, int(lengths.max()))
-        plan = StepPlan(lengths, rows_per_step=len(units), max_batch_tokens=budget)
+        plan = StepPlan(RowSizes.unpadded(lengths), rows_per_step=len(units), max_batch_tokens=budget)
         for micro in plan.step(plan.order(0), 0).micro_batches:
             chosen = [units[row] for row in micro.rows]
             yield [unit for unit, _ in chosen], torch.tensor([weight for _, weights in chosen for weight in weights])

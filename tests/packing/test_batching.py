@@ -15,7 +15,7 @@ WORLDS = [1, 2, 3, 4]
 
 def packed(lengths) -> RowSizes:
     """Rows of these lengths, with nothing padded."""
-    return RowSizes.of("packed", *[np.zeros(0, dtype=int)] * 3, np.asarray(lengths, dtype=int))
+    return RowSizes.unpadded(np.asarray(lengths, dtype=int))
 
 
 def random_plan(seed: int, world_size: int, **changes) -> StepPlan:

@@ -58,12 +58,16 @@ class RowSizes:
             longest: ``[rows]`` tokens of the longest response.
             packed: ``[rows]`` tokens of the whole row with a shared prompt.
         """
-        ones = np.ones_like(packed)
         if path == "packed":
-            return cls(packed[:, None], ones[:, None])
+            return cls.unpadded(packed)
         if path == "cached":
-            return cls(np.stack([ones, counts], axis=1), np.stack([prompts, longest], axis=1))
+            return cls(np.stack([np.ones_like(counts), counts], axis=1), np.stack([prompts, longest], axis=1))
         return cls(counts[:, None], (prompts + longest)[:, None])
+
+    @classmethod
+    def unpadded(cls, lengths: np.ndarray) -> RowSizes:
+        """The sizes of rows of these ``lengths``, ``[rows]``, in batches without padding."""
+        return cls(lengths[:, None], np.ones_like(lengths)[:, None])
 
     @property
     def lengths(self) -> np.ndarray:
