@@ -13,9 +13,10 @@ from simpo.objectives import OBJECTIVES
 from simpo.runs.results import read_results
 from simpo.training.preference import PreferenceConfig
 from simpo.workflows.recipes import PAPER_SETTINGS, SEARCHED, SETTINGS, compose_recipe
-from simpo.world.pairs import write_model, write_pairs
+from simpo.world.pairs import write_model, write_pairs, write_prompts
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+ONLINE = ("rloo", "grpo", "online-simpo", "online-dpo")
 
 # The README of github.com/princeton-nlp/SimPO, "For DPO, the best hyperparameters": beta and learning rate.
 DPO = {
@@ -89,7 +90,7 @@ def test_written_recipes_are_up_to_date(path, capsys):
 
 
 def test_there_is_a_tiny_recipe_for_every_objective():
-    assert {path.stem for path in (RECIPES / "tiny").iterdir()} == OBJECTIVES.keys()
+    assert {path.stem for path in (RECIPES / "tiny").iterdir()} == OBJECTIVES.keys() | set(ONLINE)
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +98,19 @@ def demo_folder(tmp_path_factory):
     """A folder with what the tiny recipes look for, at a small scale: ``runs/demo-1``."""
     folder = tmp_path_factory.mktemp("demo")
     write_model(folder / "runs/demo-1/sft", seed=0)
+    write_prompts(folder / "runs/demo-1/prompts.jsonl", 32, seed=0)
     write_pairs(folder / "runs/demo-1/pairs.jsonl", 32, seed=0, length_bias=1)
     write_pairs(folder / "runs/demo-1/held-out-pairs.jsonl", 16, seed=0, held_out=True, length_bias=1)
     return folder
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_tiny_online_recipes_run(name, demo_folder, monkeypatch):
+    monkeypatch.chdir(demo_folder)
+    assert main(["online", str(RECIPES / f"tiny/{name}.yaml"), "--max_steps=2", "--eval_steps=1"]) == 0
+    found = {(m.name, m.stage): m for m in read_results(Path(f"runs/tiny-{name}/results.json")).metrics}
+    assert found["train/steps", None].value == 2
+    assert found["rollout/reward", "after"].n == (32 if name == "online-simpo" else 16)  # prompts of a rollout
 
 
 @pytest.mark.parametrize("objective", ["simpo", "dpo"])

@@ -15,6 +15,7 @@ from simpo.models.settings import ModelArguments
 from simpo.training.settings import DataArguments
 
 if TYPE_CHECKING:  # trainers and engines take seconds to import, and --help and mistakes in recipes do not need them
+    from simpo.training.callbacks import RunCallback
     from simpo.training.packed import PackedTrainer
     from simpo.training.run import TrainingJob
 
@@ -62,18 +63,27 @@ def check_named(config: Any) -> None:
         raise SimpoError("output_dir is missing: give it in the recipe or as --output_dir")
 
 
-def make_job(kind: type[PackedTrainer], parts: Sequence[Any], argv: list[str]) -> TrainingJob:
-    """The job of the parsed ``parts`` of a training recipe and command line."""
+def make_job(
+    kind: type[PackedTrainer], parts: Sequence[Any], argv: list[str], callbacks: Sequence[RunCallback] = ()
+) -> TrainingJob:
+    """The job of the parsed ``parts`` of a training recipe and command line, with further ``callbacks``."""
     from simpo.evaluation.during_training import Generations  # noqa: PLC0415
     from simpo.training.run import TrainingJob  # noqa: PLC0415
 
     model, data, config, *more = parts
-    callbacks = [Generations(more[0], model)] if more and more[0].eval_generations else []
+    generations = [Generations(more[0], model)] if more and more[0].eval_generations else []
     config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
-    return TrainingJob(model, data, config, argv, recipe_of(argv), callbacks)
+    return TrainingJob(model, data, config, argv, recipe_of(argv), [*callbacks, *generations])
 
 
-def run(kind: type[PackedTrainer], parts: Sequence[Any], argv: list[str], *, following: str) -> int:
+def run(
+    kind: type[PackedTrainer],
+    parts: Sequence[Any],
+    argv: list[str],
+    *,
+    following: str,
+    callbacks: Sequence[RunCallback] = (),
+) -> int:
     """Train, print the table of results and the command that may follow.
 
     Args:
@@ -81,11 +91,12 @@ def run(kind: type[PackedTrainer], parts: Sequence[Any], argv: list[str], *, fol
         parts: the settings, as :func:`parse` returns them.
         argv: the arguments.
         following: the next command, with ``{folder}`` for the output folder.
+        callbacks: further parts of the run.
     """
     from simpo.runs.results import print_results  # noqa: PLC0415
     from simpo.training.run import run_training  # noqa: PLC0415
 
-    job = make_job(kind, parts, argv)
+    job = make_job(kind, parts, argv, callbacks)
     results = run_training(kind, job)
     if job.config.process_index == 0:
         folder = job.config.output_dir

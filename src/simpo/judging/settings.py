@@ -144,3 +144,21 @@ class GenerationArguments:
             raise SimpoError("eval_judge_url and eval_judge_model: only eval_judge api uses them")
         if self.yes and self.eval_judge != "api":
             raise SimpoError("yes: only eval_judge api has a cost to confirm; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotatorArguments:
+    """What scores the answers that a model is trained on."""
+
+    annotator: str = field(metadata={"help": f"What scores the answers: {ANNOTATORS}."})
+    judge_url: str | None = field(default=None, metadata={"help": "Server of the annotator api."})
+    judge_model: str | None = field(default=None, metadata={"help": "Its model's name on that server."})
+    judge_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with its key."})
+    annotator_yes: bool = field(default=False, metadata={"help": "Send the annotator's requests without asking."})
+
+    def __post_init__(self) -> None:
+        server = (self.judge_url, self.judge_model)
+        if self.annotator == "api" and None in server:
+            raise SimpoError("judge_url and judge_model: the annotator api needs both")
+        if self.annotator != "api" and server != (None, None):
+            raise SimpoError("judge_url and judge_model: only the annotator api uses them; leave them out")

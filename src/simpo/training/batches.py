@@ -245,6 +245,12 @@ def response_counts(rows: Dataset) -> np.ndarray:
     return pc.list_value_length(rows.with_format("arrow")["response_ids"]).to_numpy()
 
 
+def response_tokens(rows: Dataset) -> np.ndarray:
+    """``[rows]`` tokens of all responses of each comparison."""
+    _, responses, first = _sizes(rows)
+    return np.add.reduceat(responses, first)
+
+
 def _sizes(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``[rows]`` tokens of each prompt, ``[R]`` tokens of each response, ``[rows]`` each row's first response."""
     table = rows.with_format("arrow")
@@ -266,7 +272,7 @@ def row_sizes(rows: Dataset, path: Path, rule: LengthRule | None = None) -> RowS
     By ``rule`` responses with different rotary frequencies do not share their prompt.
     """
     prompts, responses, first = _sizes(rows)
-    packed = prompts + np.add.reduceat(responses, first)
+    packed = prompts + response_tokens(rows)
     if rule is not None:
         packed = packed + rule.repeated_prompts(prompts, responses, first)
     mismatched = _mismatched_sizes(rows)

@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.messages import Context
-from simpo.data.prompts import Prompt, prepare_prompts
+from simpo.data.prompts import prepare_prompts
 from simpo.data.rows import DataReport
 from simpo.data.tokenizing import TOKENS, Prepared
 from simpo.errors import SimpoError
@@ -36,19 +35,38 @@ from simpo.objectives.policy_gradient import Rollout, kl_estimate, mean_by
 from simpo.packing.model import policy_logprobs
 from simpo.runs.atomic import write_text
 from simpo.runs.lines import read_lines, write_lines
-from simpo.training.batches import ComparisonRows, PlannedBatch, collate, describe_rows, response_counts
+from simpo.runs.results import Metric
+from simpo.statistics import mean_interval
+from simpo.training.batches import (
+    ROLLOUT,
+    ComparisonRows,
+    PlannedBatch,
+    collate,
+    describe_rows,
+    response_counts,
+    response_tokens,
+)
 from simpo.training.identity import rows_digest, settings_identity
 from simpo.training.metrics import Scores
 from simpo.training.online_config import OnlineConfig
 from simpo.training.packed import Description
 from simpo.training.preference import NAMES, PreferenceTrainer
 from simpo.training.reference import policy_fingerprint
-from simpo.training.rollouts import ROLLOUT_NAMES, Annotator, Answered, Place, Record, Schedule, training_rows
+from simpo.training.rollouts import (
+    CONTENT,
+    ROLLOUT_NAMES,
+    Annotator,
+    Answered,
+    Place,
+    Record,
+    Schedule,
+    prompts_of,
+    training_rows,
+)
 from simpo.training.sampling import sample_answers, separate_randomness
 
 FOLDER = "rollouts"
 _IDENTITY = "training.json"
-_CONTENT = "content"  # the column that tells prompts from other rows
 _STAND_IN_TOKENS = 8
 # Of a policy gradient: mean importance ratio, share of clipped tokens, and minus the mean log-probability of a token,
 # which estimates the entropy.
@@ -125,7 +143,7 @@ class OnlineTrainer(PreferenceTrainer):
         """
         if label != "train":
             return super().prepare(dataset, tokenizer, args, label)
-        if _CONTENT in dataset.column_names:
+        if CONTENT in dataset.column_names:
             return Prepared(dataset, DataReport(label, len(dataset), len(dataset), noun="prompts"))
         assert tokenizer is not None  # the base has checked
         room, rendering = args.max_length - args.max_new_tokens, args.tokenize_settings.rendering
@@ -138,7 +156,7 @@ class OnlineTrainer(PreferenceTrainer):
                 "prompt_ids": prompt.ids,
                 "response_ids": responses,
                 "where": prompt.where,
-                _CONTENT: json.dumps(asdict(prompt)),
+                CONTENT: json.dumps(asdict(prompt)),
             }
             for prompt, responses in zip(prompts, answers, strict=True)
         ]
@@ -146,7 +164,7 @@ class OnlineTrainer(PreferenceTrainer):
             "prompt_ids": TOKENS,
             "response_ids": List(TOKENS),
             "where": Value("string"),
-            _CONTENT: Value("string"),
+            CONTENT: Value("string"),
         }
         return Prepared(Dataset.from_list(rows, features=Features(kinds)), prompts.report)
 
@@ -250,7 +268,7 @@ class OnlineTrainer(PreferenceTrainer):
     def _sampled(self, place: Place) -> list[Record]:
         """Answer, score, and compute log-probabilities under the policy and, if there is one, the reference."""
         tokenizer = self.processing_class
-        prompts = [_prompt(text) for text in self.train_dataset[place.prompts][_CONTENT]]
+        prompts = prompts_of(self.train_dataset.select(place.prompts))
         self._engine = self._engine or TransformersEngine(self.model, tokenizer)
         samples = sample_answers(self, self._engine, [one.ids for one in prompts], self._sampling(place.rollout))
         texts = response_texts(tokenizer, prompts, samples)
@@ -272,6 +290,11 @@ class OnlineTrainer(PreferenceTrainer):
             }
             for one, own_ids, own_scores, logps, ref_logps in columns
         ]
+
+    def token_logps(self, rows: Dataset) -> Tensor:
+        """``[S]`` float64 log-probabilities of all tokens of the responses of ``rows``; all ranks call."""
+        counts = response_tokens(rows)
+        return self.of_responses(rows, lambda batch: policy_logprobs(self.model, batch, path=self.path), counts)
 
     def _sampling(self, rollout: int) -> SamplingSettings:
         settings, args = self.args.sampling, self.args
@@ -352,14 +375,19 @@ class OnlineTrainer(PreferenceTrainer):
             self._logged_at, self._seconds = now, 0.0
         super().log(logs, start_time)
 
+    def summary(self) -> list[Metric]:
+        """Means of the first and the last rollout, over their prompts."""
+        found = []
+        paths = sorted(self._folder.glob("0*.jsonl"))
+        for stage, path in (("before", paths[0]), ("after", paths[-1])) if paths else ():
+            values = np.array(training_rows(read_lines(path), self.args)[ROLLOUT][:])
+            for name, column in zip(ROLLOUT_NAMES, values.T, strict=True):
+                if not np.isnan(column).all():
+                    found.append(Metric.of(name, mean_interval(column[~np.isnan(column)]), stage))
+        return found
+
     def score_rows(self, dataset: Dataset) -> Scores:
         return {name: values for name, values in super().score_rows(dataset).items() if name in (*NAMES, "weight")}
-
-
-def _prompt(text: str) -> Prompt:
-    """A prompt from the column that :meth:`OnlineTrainer.prepare` writes."""
-    fields = json.loads(text)
-    return Prompt(**fields | {"context": Context(**fields["context"])})
 
 
 def _by_response(values: Tensor, ids: Sequence[Sequence[Sequence[int]]]) -> list[Any]:

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -37,7 +36,6 @@ from simpo.packing.model import (
     ForwardPath,
     choose_path,
     policy_forward,
-    policy_logprobs,
     prepare_policy,
     resolve_path,
     state_of,
@@ -182,6 +180,10 @@ class PackedTrainer(ResumableTrainer):
     @abstractmethod
     def compare(self, before: Scores, after: Scores) -> list[Metric]:
         """Held-out results, from the scores of the start model and of the trained model."""
+
+    def summary(self) -> list[Metric]:
+        """Other results of a training that has finished."""
+        return []
 
     def row_weights(self, rows: Dataset) -> np.ndarray | None:
         """``[rows]`` how much each counts in its step's mean; None if all count equally."""
@@ -454,14 +456,6 @@ class PackedTrainer(ResumableTrainer):
     def response_logps(self, rows: Dataset) -> Tensor:
         """``[R]`` float64 log-probabilities of all responses of ``rows`` under the model as it is; all ranks call."""
         return self.of_responses(rows, lambda batch: policy_forward(self.model, batch, path=self.path).logp)
-
-    def token_logps(self, rows: Dataset) -> Tensor:
-        """``[S]`` float64 log-probabilities of all tokens of the responses of ``rows``; all ranks call."""
-        responses = rows.with_format("arrow")["response_ids"]
-        lengths = pc.list_value_length(pc.list_flatten(responses)).to_numpy()
-        counts = response_counts(rows)
-        tokens = np.add.reduceat(lengths, np.cumsum(counts) - counts)
-        return self.of_responses(rows, lambda batch: policy_logprobs(self.model, batch, path=self.path), tokens)
 
     def of_responses(
         self, rows: Dataset, compute: Callable[[PackedBatch], Tensor], counts: np.ndarray | None = None

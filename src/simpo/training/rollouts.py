@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 
+from simpo.data.messages import Context
 from simpo.data.prompts import Prompt
 from simpo.data.tokenizing import TOKENS
 from simpo.generation.engine import Sampled
@@ -19,6 +21,7 @@ from simpo.objectives.policy_gradient import PolicyGradient, advantages, kl_esti
 from simpo.training.batches import ADVANTAGES, BEHAVIOR, REF_LOGPS, REF_TOKENS, ROLLOUT
 from simpo.training.online_config import OnlineConfig
 
+CONTENT = "content"  # the column of a data set's prompts, which tells them from other rows
 Record = Mapping[str, Any]  # a prompt with its scored answers, a line of a rollout's file
 # Of the answers to a prompt, in the column ROLLOUT: mean score, estimate of KL(policy || start model) per answer, mean
 # tokens, share that ended by themselves, share that repeat another one, share without a score.
@@ -35,6 +38,12 @@ class Answered(NamedTuple):
 
 # Scores of all answers to each prompt, the higher the better; None where no score can be given.
 Annotator = Callable[[Sequence[Answered]], Sequence[Sequence[float | None]]]
+
+
+def prompts_of(rows: Dataset) -> list[Prompt]:
+    """The prompts of rows that :meth:`~simpo.training.online.OnlineTrainer.prepare` has made."""
+    found = [json.loads(text) for text in rows[CONTENT][:]]
+    return [Prompt(**fields | {"context": Context(**fields["context"])}) for fields in found]
 
 
 class Place(NamedTuple):

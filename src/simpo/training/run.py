@@ -196,6 +196,7 @@ def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
     with stop:
         outcome = trainer.train(resume_from_checkpoint=_starting_point(trainer, folder))
     metrics = [Metric("train/loss", trainer.mean_loss()), Metric("train/steps", outcome.global_step)]
+    metrics += trainer.summary()
     if before is not None:
         metrics += trainer.compare(before, _score(trainer, folder.path / _SCORES_AFTER))
     return metrics

@@ -1,0 +1,78 @@
+"""``simpo online``: the annotator of a training on the model's own answers, as a part of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from simpo.client import ChatClient, Endpoint, confirm_cost, stand_in
+from simpo.client.cache import default_cache
+from simpo.judging.protocol import Answers, Scorer
+from simpo.judging.registry import make_annotator
+from simpo.judging.settings import AnnotatorArguments, JudgeOptions
+from simpo.runs.log import Log
+from simpo.training.callbacks import RunCallback
+from simpo.training.online_config import OnlineConfig
+from simpo.training.rollouts import Answered, prompts_of
+
+_TRIED_PROMPTS = 2
+
+
+class Annotation(RunCallback):
+    """Scores a trainer's rollouts with any annotator of ``simpo annotate``; the main process does it for all."""
+
+    _scorer: Scorer
+    _config: OnlineConfig
+    _log: Log
+
+    def __init__(self, arguments: AnnotatorArguments, *, trust_remote_code: bool) -> None:
+        self._arguments, self._trust_remote_code = arguments, trust_remote_code
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The annotator's name, and what determines its scores."""
+        identity = {f"annotator/{key}": value for key, value in self._scorer.identity.items()}
+        return {"annotator": self._arguments.annotator} | identity
+
+    def prepare(
+        self, config: OnlineConfig, tokenizer: PreTrainedTokenizerBase, held_out: Dataset | None, log: Log
+    ) -> None:
+        """Make the annotator and load what it needs; raises :class:`~simpo.errors.SimpoError` if that fails."""
+        client, arguments = None, self._arguments
+        if arguments.judge_url is not None and arguments.judge_model is not None:
+            endpoint = Endpoint(arguments.judge_url, arguments.judge_model, arguments.judge_key_env)
+            endpoint.api_key()
+            client = ChatClient(endpoint, default_cache())
+        # the annotator's own progress would start again with every rollout
+        options = JudgeOptions(client, trust_remote_code=self._trust_remote_code, log=lambda line: None)
+        self._scorer, self._config, self._log = make_annotator(arguments.annotator, options), config, log
+        if config.process_index == 0:
+            self._scorer.prepare()
+
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Try the annotator on invented answers, unless it is behind a server, and confirm the cost if it is."""
+        trainer.annotator = self.score
+        if self._config.process_index:
+            return
+        number = self._config.num_generations
+        if self._scorer.usage is None:
+            few = prompts_of(trainer.train_dataset.select(range(min(_TRIED_PROMPTS, len(trainer.train_dataset)))))
+            self._scorer.score([Answers(one.id, one.content, ["Answer."] * number, one.context) for one in few])
+            return
+        assert self._config.max_new_tokens is not None
+        longest = [stand_in(self._config.max_new_tokens, f"a{k}") for k in range(number)]
+        prompts = prompts_of(trainer.train_dataset)
+        estimate = self._scorer.estimate([Answers(one.id, one.content, longest, one.context) for one in prompts])
+        passes = math.ceil(self._config.num_train_epochs)
+        if self._config.max_steps > 0:
+            per_step = self._config.train_batch_size * self._config.world_size / self._config.rollout_epochs
+            passes = math.ceil(self._config.max_steps * per_step / len(prompts))
+        confirm_cost(estimate * passes, yes=self._arguments.annotator_yes, log=self._log)
+
+    def score(self, answered: Sequence[Answered]) -> Sequence[Sequence[float | None]]:
+        """The scores of a rollout's answers."""
+        return self._scorer.score([Answers(p.id, p.content, texts, p.context) for p, _, texts in answered])

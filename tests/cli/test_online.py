@@ -1,0 +1,112 @@
+"""``simpo online``: a whole run, killed runs that continue, and every mistake in one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from simpo.cli import main
+from simpo.runs.lines import read_lines
+from simpo.runs.results import read_results
+
+RECIPE = {
+    **{"objective": "rloo", "num_generations": 4, "max_length": 40, "max_new_tokens": 8, "sync_every": 2},
+    **{"learning_rate": 1e-2, "per_device_train_batch_size": 4, "max_steps": 6, "report_to": "none", "use_cpu": True},
+    **{"save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "trust_remote_code": True},
+}
+SCORERS = """
+import os, signal
+from pathlib import Path
+
+def short(prompt, response):
+    return -len(response)
+
+def nothing(prompt, response):
+    return float("nan") if response != "Answer." else 0.0
+
+def killed(prompt, response):  # at a moment that a file names, once
+    if response != "Answer.":
+        calls = Path("calls.txt")
+        calls.write_text(calls.read_text() + "." if calls.exists() else ".")
+        if calls.stat().st_size == int(os.environ.get("KILL_AT", "0")):
+            os.kill(os.getpid(), signal.SIGKILL)
+    return -len(response)
+"""
+
+
+@pytest.fixture
+def recipe(chat_world, tmp_path, monkeypatch):
+    """``recipe(**changes)``: the arguments of a small run in a folder with scorers."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scorers.py").write_text(SCORERS)
+
+    def write(**changes):
+        here = {"model_name_or_path": chat_world / "model", "dataset_name": chat_world / "train.jsonl"}
+        here |= {"annotator": "function:scorers:short", "output_dir": "out"}
+        merged = {key: value for key, value in (RECIPE | here | changes).items() if value is not None}
+        merged = {key: str(value) if isinstance(value, Path) else value for key, value in merged.items()}
+        Path("recipe.yaml").write_text(yaml.safe_dump(merged))
+        return ["online", "recipe.yaml"]
+
+    return write
+
+
+def test_a_run_leaves_a_model_its_answers_and_results(recipe, chat_world, capsys):
+    evaluated = {"eval_dataset_name": chat_world / "test.jsonl", "eval_strategy": "steps", "eval_steps": 3}
+    generations = {"eval_generations": 4, "eval_judge": "function:scorers:short"}
+    assert main(recipe(**evaluated, **generations)) == 0
+    found = {(metric.name, metric.stage): metric for metric in read_results(Path("out/results.json")).metrics}
+    assert found["train/steps", None].value == 6
+    assert found["rollout/reward", "before"].n == found["rollout/reward", "after"].n == 8
+    assert {path.name for path in Path("out/rollouts").glob("0*")} == {f"{n:06}.jsonl" for n in range(3)}
+    (record, *_) = read_lines(Path("out/rollouts/000000.jsonl"))
+    assert record["scores"] == [-len(text) for text in record["responses"]] and "train.jsonl:" in record["where"]
+    lines = read_lines(Path("out/metrics.jsonl"))
+    assert any("eval_generations/win_rate" in line for line in lines)
+    assert any("rollout/reward" in line for line in lines)
+    assert Path("out/model.safetensors").exists() and "rloo" in Path("out/README.md").read_text()
+    capsys.readouterr()
+    assert main(recipe(**evaluated, **generations)) == 0  # finished
+    assert "finished" in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_continues_to_the_same_bytes(recipe):
+    assert main(recipe(annotator="function:scorers:killed", output_dir="whole")) == 0
+    Path("calls.txt").unlink()
+    arguments = recipe(annotator="function:scorers:killed")
+    command = [sys.executable, "-m", "simpo", *arguments]
+    for moment in (2, 50, 100):  # during the annotation of each rollout
+        found = subprocess.run(command, env=os.environ | {"KILL_AT": str(moment)}, capture_output=True, check=False)
+        assert found.returncode == -signal.SIGKILL, found.stderr.decode()
+    assert main(arguments) == 0
+    for path in [*Path("whole/rollouts").glob("0*"), Path("whole/model.safetensors")]:
+        assert (Path("out") / path.relative_to("whole")).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sync_every": 0}, ["sync_every", "0"]),
+        ({"num_generations": 1}, ["num_generations", "rloo"]),
+        ({"objective": "rlooo"}, ["objective", "rlooo", "grpo"]),
+        ({"annotator": None}, ["annotator"]),
+        ({"annotator": "exactt"}, ["exactt"]),
+        ({"annotator": "exact"}, ["not a question of the tiny world"]),
+        ({"annotator": "human:x.jsonl"}, ["human:x.jsonl"]),
+        ({"annotator": "api"}, ["judge_url", "judge_model"]),
+        ({"annotator": "function:scorers:nothing"}, ["annotator", "32 of 32", "max_missing_scores", "train.jsonl:"]),
+        ({"max_length": 500, "max_new_tokens": 60}, ["max_new_tokens 60", "64 positions", "train.jsonl:"]),
+        ({"max_new_tokens": 38}, ["max_prompt_length 2"]),
+        ({"beta": 2.0}, ["beta", "rloo"]),
+    ],
+)
+def test_mistakes_end_in_one_line(recipe, changes, words, capsys):
+    assert main(recipe(**changes)) == 2
+    error = capsys.readouterr().err
+    assert error.strip().count("\n") == 0 and all(word in error for word in words), error
