@@ -48,7 +48,7 @@ PAPER_SETTINGS = {
         "Mistral-7B base after SFT on UltraChat (Zephyr's SFT model), offline UltraFeedback pairs",
         "alignment-handbook/zephyr-7b-sft-full",
         f"{_ULTRAFEEDBACK}\n"
-        "auto_insert_empty_system_msg: true  # this template shows one, and the paper's code then puts it first",
+        "auto_insert_empty_system_msg: true  # this template supports one, and the paper's code then adds it",
         1024,  # the authors' file; the paper says 2048
         512,
     ),
@@ -87,7 +87,7 @@ _TINY = "tiny"
 SETTINGS = PAPER_SETTINGS | {
     _TINY: Setting(
         "tiny-{}",
-        "the built-in tiny world: the model and the pairs that 'simpo demo --output_dir runs/demo-1' leaves",
+        "the built-in tiny world, with the model and the pairs that 'simpo demo --output_dir runs/demo-1' writes",
         "runs/demo-1/sft",
         "dataset_name: runs/demo-1/pairs.jsonl\neval_dataset_name: runs/demo-1/held-out-pairs.jsonl",
         128,
