@@ -261,5 +261,5 @@ class PortedTrainer(PreferenceTrainer):
             return
         tokens = sum((batch.packed.lengths[batch.pairs.best] * batch.packed.weights).sum() for batch in batches)
         pairs = sum(batch.packed.weights.sum() for batch in batches)
-        totals = self._sum_over_ranks(torch.stack([tokens, pairs]).to(self.args.device))
+        totals = self._sum_over_ranks(torch.stack([tokens, pairs]).to(self.args.device, torch.float32))
         self._mean_chosen_length = totals[0] / totals[1]

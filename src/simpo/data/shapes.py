@@ -42,7 +42,7 @@ _STRUCTURES = (
     *("preferred_output", "non_preferred_output", "conversation_a", "conversation_b"),
 )
 _OPTIONS = ("tools", "chat_template_kwargs")
-_NUMBERS = ("margin", "chosen_score", "rejected_score", "score_chosen", "score_rejected")
+_NUMBERS = ("weight", "label_probability", "margin", "chosen_score", "rejected_score", "score_chosen", "score_rejected")
 _QUESTIONS = ("question", "instruction", "query")
 _ANSWERS = ("response", "output", "answer")
 _SYSTEMS = ("system", "system_prompt", "system_message")

@@ -133,6 +133,33 @@ class Objective:
         own = {name: value for name, value in values.items() if name not in self.needs}
         return self.with_hyperparameters(**own).implicit_reward(y)
 
+    @property
+    def row_columns(self) -> tuple[str, ...]:
+        """The columns of the data that can change the loss of their row."""
+        found = ["weight"]
+        if "label_smoothing" in self.hyperparameters and getattr(self, "link", "sigmoid") == "sigmoid":
+            found.append("label_probability")
+        if {"gamma", "gamma_beta_ratio"} & self.hyperparameters.keys():
+            found.append("margin")
+        return tuple(found)
+
+    def with_row_columns(self, *, label_probability: Tensor | None = None, margin: Tensor | None = None) -> Objective:
+        """The objective of these ``B`` pairs, for :meth:`pair`.
+
+        Args:
+            label_probability: ``[B]`` probability that the chosen response is the better one: one minus what
+                ``label_smoothing`` is otherwise.
+            margin: ``[B]`` by how much the chosen response should win, in addition to ``gamma``.
+        """
+        changed: dict[str, Any] = {}
+        if label_probability is not None:
+            changed["label_smoothing"] = 1 - label_probability
+        if margin is not None and hasattr(self, "gamma_beta_ratio"):
+            changed["gamma_beta_ratio"] = self.gamma_beta_ratio + margin / self.beta  # type: ignore[attr-defined]
+        elif margin is not None:
+            changed["gamma"] = self.gamma + margin  # type: ignore[attr-defined]
+        return replace(self, **changed)
+
     def with_hyperparameters(self, **hyperparameters: Any) -> Objective:
         """The objective with these hyperparameters; raises ``ValueError`` at a name that it does not have."""
         for name in hyperparameters:

@@ -233,7 +233,7 @@ class PackedBatch:
         targets: ``[S]`` the scored tokens.
         response_of: ``[S]`` which response a scored token belongs to.
         lengths: ``[R]`` scored tokens of each response.
-        weights: ``[C]`` weight of each comparison in the loss: 1, or 0 for a filler that gives ranks equal work.
+        weights: ``[C]`` float64, weight of each comparison in the loss; 0 for a filler that gives ranks equal work.
     """
 
     input_ids: Tensor
@@ -276,7 +276,7 @@ class PackedBatch:
             targets=ids[layout.index.key_index[place]],
             response_of=response_of,
             lengths=torch.bincount(response_of, minlength=len(sizes)),
-            weights=torch.tensor(weights),
+            weights=torch.tensor(weights, dtype=torch.float64),
         )
 
     @property
@@ -296,7 +296,12 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch with its tensors on ``device``."""
         device = torch.device(device)
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True), self.layout.to(device))
+
+        def move(tensor: Tensor) -> Tensor:
+            double = tensor.dtype == torch.float64 and device.type == "mps"  # which has no such type
+            return tensor.to(device, torch.float32 if double else tensor.dtype, non_blocking=True)
+
+        return self._each(move, self.layout.to(device))
 
     def pin_memory(self) -> PackedBatch:
         """The batch in page-locked memory; ``DataLoader`` calls it."""

@@ -25,11 +25,14 @@ from simpo.training.settings import TrainingSettings
 # Optional columns of a tokenized data set that training adds.
 REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP = "ref_logps", "mismatched_ids", "mismatched_ref_logp"
 LEVELS = "levels"
+# Columns of the data that change the loss of a row (simpo.training.row_columns).
+WEIGHT, LABEL_PROBABILITY, MARGIN = "weight", "label_probability", "margin"
 # Those of answers that a policy has sampled: numbers of each token, and what is logged of each row.
 BEHAVIOR, REF_TOKENS, ADVANTAGES, ROLLOUT = "behavior_logps", "ref_token_logps", "advantages", "rollout"
 _COLUMNS = (
     *("prompt_ids", "response_ids", "scored", "scores", "label"),
     *(REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP, LEVELS),
+    *(LABEL_PROBABILITY, MARGIN),
     *(BEHAVIOR, REF_TOKENS, ADVANTAGES, ROLLOUT),
 )
 _ROWS_NAMED = 5  # in an error message about several rows
@@ -100,6 +103,8 @@ class PlannedBatch(NamedTuple):
         ref_token_logps: ``[S]`` float64, those under the reference.
         advantages: ``[S]`` float64, advantages of the tokens.
         rollout: ``[C, M]`` float64, metrics of the answers that were sampled.
+        label_probability: ``[C]`` float64, probability that the chosen response is the better one.
+        margin: ``[C]`` float64, by how much the chosen response should win.
     """
 
     packed: PackedBatch
@@ -115,6 +120,8 @@ class PlannedBatch(NamedTuple):
     ref_token_logps: Tensor | None = None
     advantages: Tensor | None = None
     rollout: Tensor | None = None
+    label_probability: Tensor | None = None
+    margin: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PlannedBatch:
         """The batch with its tensors on ``device``."""
@@ -162,7 +169,6 @@ class ComparisonRows(TorchDataset):
             prompts = zip(columns["prompt_ids"], columns[MISMATCHED_IDS], strict=True)
             others = [TokenizedComparison(prompt, [response]) for prompt, response in prompts]
             mismatched = PackedBatch.build(others, micro.weights)
-        ref_logp = columns.get(MISMATCHED_REF_LOGP)
         return PlannedBatch(
             PackedBatch.build(_comparisons(columns), micro.weights),
             micro.rows,
@@ -171,12 +177,14 @@ class ComparisonRows(TorchDataset):
             ref_logps=_flat(columns.get(REF_LOGPS)),
             labels=None if "label" not in columns else torch.tensor(columns["label"]),
             mismatched=mismatched,
-            mismatched_ref_logps=None if ref_logp is None else torch.tensor(ref_logp, dtype=torch.float64),
+            mismatched_ref_logps=_doubles(columns.get(MISMATCHED_REF_LOGP)),
             levels=_flat(columns.get(LEVELS)),
             behavior_logps=_flat(columns.get(BEHAVIOR)),
             ref_token_logps=_flat(columns.get(REF_TOKENS)),
             advantages=_flat(columns.get(ADVANTAGES)),
             rollout=None if ROLLOUT not in columns else torch.tensor(columns[ROLLOUT], dtype=torch.float64),
+            label_probability=_doubles(columns.get(LABEL_PROBABILITY)),
+            margin=_doubles(columns.get(MARGIN)),
         )
 
     def without_plan(self, rows: Sequence[int]) -> PlannedBatch:
@@ -184,8 +192,12 @@ class ComparisonRows(TorchDataset):
         return self[MicroBatch(tuple(rows), (1.0,) * len(rows)), 1.0]
 
 
+def _doubles(values: Sequence[float] | None) -> Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.float64)
+
+
 def _flat(lists: Sequence[Sequence[float]] | None) -> Tensor | None:
-    return None if lists is None else torch.tensor(list(chain.from_iterable(lists)), dtype=torch.float64)
+    return None if lists is None else _doubles(list(chain.from_iterable(lists)))
 
 
 def comparisons_of(rows: Dataset, numbers: Sequence[int]) -> list[TokenizedComparison]:

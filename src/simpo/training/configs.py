@@ -109,6 +109,12 @@ class PreferenceConfig(TrainingSettings):
     reference_cache: str | None = setting(None, "Folder for the reference's log-probabilities (default: in HF_HOME).")
     paper_tokenization: bool = setting(False, "Score the assistant header with the response, as the paper's code does.")
 
+    row_columns: list[str] | None = setting(
+        None,
+        "Columns of the data that change the loss of their row: weight (all objectives), label_probability (those with "
+        "label_smoothing: the probability that chosen is better), margin (added to gamma).",
+    )
+
     beta: float | None = _hyperparameter("beta")
     gamma_beta_ratio: float | None = _hyperparameter("gamma_beta_ratio")
     gamma: float | None = _hyperparameter("gamma")
@@ -175,6 +181,7 @@ class PreferenceConfig(TrainingSettings):
             self.hyperparameters  # noqa: B018 - resolving is the check
         except ValueError as error:
             raise SimpoError(str(error)) from error
+        self._check_row_columns()
         for key in ("sft_weight", "kl_weight"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise SimpoError(f"{key}: must be >= 0 and finite, not {getattr(self, key)}")
@@ -185,6 +192,22 @@ class PreferenceConfig(TrainingSettings):
                 f"sft_weight: objective {self.objective!r} has a term on the chosen response already; leave sft_weight "
                 f"out{remedy}"
             )
+
+    def _check_row_columns(self) -> None:
+        objective = self.row.with_hyperparameters(**self.hyperparameters)
+        for name in self.row_columns or ():
+            takers = [row.name for row in OBJECTIVES.values() if name in row.row_columns]
+            if not takers:
+                known = ", ".join(OBJECTIVES[_DEFAULT].row_columns)
+                raise SimpoError(f"row_columns: {name!r} is unknown; there are {known}")
+            if name not in objective.row_columns:
+                link = f" with link {self.link!r}" if self.objective in takers else ""
+                raise SimpoError(
+                    f"row_columns: {name} is not defined for objective {self.objective!r}{link}; it is for "
+                    f"{', '.join(takers)}"
+                )
+        if "label_probability" in (self.row_columns or ()) and self.label_smoothing:
+            raise SimpoError("label_smoothing: row_columns has label_probability, which takes its place; leave one out")
 
     def _has_anchor(self, hyperparameters: dict[str, Any]) -> bool:
         """Whether the objective has a term on the chosen response alone that is not 0."""

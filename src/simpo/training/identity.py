@@ -16,7 +16,7 @@ from simpo.models.checkpoint import model_digest
 from simpo.models.settings import ModelArguments
 from simpo.runs import manifest
 from simpo.runs.manifest import file_digest
-from simpo.training.batches import LEVELS
+from simpo.training.batches import LABEL_PROBABILITY, LEVELS, MARGIN, WEIGHT
 from simpo.training.settings import DataArguments
 
 # Keys of a configuration that change what is shown, stored or kept of a run, but not what it computes.
@@ -68,10 +68,10 @@ def named_checkpoint(config: Any) -> str | None:
 
 
 def rows_digest(rows: Dataset) -> str:
-    """SHA-256 of the token ids, of which are scored, and of scores, labels and levels, row by row in their order."""
+    """SHA-256 of the token ids, of which are scored, and of scores, labels and other numbers, row by row in order."""
     columns = [name for name in ("prompt_ids", "response_ids", "scored") if name in rows.column_names]
     digest = hashlib.sha256()
-    for name in ("scores", "label", LEVELS):
+    for name in ("scores", "label", LEVELS, WEIGHT, LABEL_PROBABILITY, MARGIN):
         if name in rows.column_names:
             digest.update(json.dumps([name, rows[name][:]]).encode())
     for batch in rows.select_columns(columns).with_format("arrow").iter(1000):

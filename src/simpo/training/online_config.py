@@ -117,6 +117,8 @@ class OnlineConfig(PreferenceConfig):
             raise SimpoError(f"objective: {self.objective!r} is unknown; there are {known}")
         if self.precompute_ref_log_probs:
             raise SimpoError("precompute_ref_log_probs: answers are not known before training; leave it out")
+        if self.row_columns:
+            raise SimpoError("row_columns: answers that are sampled have no such columns; leave it out")
         if self.gradient is None:
             super()._check_objective()
             if "z_ref" in self.row.needs:

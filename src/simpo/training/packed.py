@@ -312,7 +312,7 @@ class PackedTrainer(ResumableTrainer):
         batch = inputs.to(self.args.device)
         losses, metrics = self.forward_rows(model, batch)
         # ranks' gradients are averaged, so each counts world_size times over the step's weight
-        loss = (losses * batch.packed.weights).sum() * (self.args.world_size / batch.step_weight)
+        loss = (losses * batch.packed.weights.to(losses)).sum() * (self.args.world_size / batch.step_weight)
         return (loss, metrics) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -21,11 +22,19 @@ from simpo.objectives import OBJECTIVES, Objective, Responses, reference_point, 
 from simpo.packing.model import policy_forward
 from simpo.packing.scoring import divergence_forward, mean_by_comparison
 from simpo.runs.results import Metric
-from simpo.training.batches import MISMATCHED_REF_LOGP, PlannedBatch, widest_type
+from simpo.training.batches import (
+    LABEL_PROBABILITY,
+    MARGIN,
+    MISMATCHED_REF_LOGP,
+    WEIGHT,
+    PlannedBatch,
+    widest_type,
+)
 from simpo.training.configs import PreferenceConfig
 from simpo.training.metrics import Scores, compare_preferences
 from simpo.training.packed import Description, PackedTrainer
 from simpo.training.reference import ReferenceModel, mismatched_rows, with_mismatched
+from simpo.training.row_columns import has_column, with_row_columns
 
 # The metrics of pairs and of single responses, by the names on people's dashboards.
 NAMES = (
@@ -108,9 +117,17 @@ class PreferenceTrainer(PackedTrainer):
         else:
             prepared = prepare(dataset, tokenizer, args.tokenize_settings, label=label)
             check_rankings(prepared.dataset, label)
+        names = args.row_columns or ()
+        if MARGIN in args.row.row_columns and MARGIN not in names and has_column(prepared.dataset, MARGIN):
+            prepared.report.notices.append("the column margin is not used; row_columns: [margin] adds it to gamma")
+        prepared = with_row_columns(prepared, names, label, training=label == "train")
         if "z_ref" not in args.row.needs:
             return prepared
         return replace(prepared, dataset=with_mismatched(prepared.dataset, args.max_length, label))
+
+    def row_weights(self, rows: Dataset) -> np.ndarray | None:
+        """The column ``weight``, which held-out rows do not have."""
+        return np.array(rows[WEIGHT][:]) if WEIGHT in rows.column_names else None
 
     def completed(self, rows: Dataset) -> Dataset:
         """With the reference's log-probabilities, where the objective needs them."""
@@ -189,7 +206,10 @@ class PreferenceTrainer(PackedTrainer):
         else:
             pairs = batch.pairs
             w, l, best = (y.take(index) for index in (pairs.better, pairs.worse, pairs.best))  # noqa: E741
-            losses, anchor = self.objective.comparisons(y, pairs, **context), self.objective.anchor(best)
+            values = {LABEL_PROBABILITY: batch.label_probability, MARGIN: batch.margin}
+            given = {name: value.to(y.logp)[pairs.comparison] for name, value in values.items() if value is not None}
+            objective = self.objective.with_row_columns(**given)
+            losses, anchor = objective.comparisons(y, pairs, **context), objective.anchor(best)
             if anchor is not None:
                 losses = losses + anchor
             if self.args.sft_weight:
