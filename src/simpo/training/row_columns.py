@@ -36,6 +36,8 @@ def with_row_columns(prepared: Prepared, names: Sequence[str], label: str, *, tr
     """
     rows, report = prepared.dataset, prepared.report
     rows = rows.remove_columns([name for name in ROW_COLUMNS if name in rows.column_names and name not in names])
+    if not names:
+        return replace(prepared, dataset=rows)
     wheres = rows["where"][:] if "where" in rows.column_names else [f"{label} row {row}" for row in range(len(rows))]
     counts = pc.list_value_length(rows.with_format("arrow")["response_ids"]).to_pylist()
     for name in names:
