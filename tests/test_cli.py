@@ -185,3 +185,33 @@ def test_data_in_the_place_of_a_model_or_a_recipe_is_named(argv, message, capsys
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (OSError(36, "File name too long", "x" * 300), "File name too long"),
+        (PermissionError(13, "Permission denied", "some/file"), "some/file: Permission denied"),
+        (MemoryError("unable to allocate 9 GiB"), "unable to allocate 9 GiB"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(error, shown, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "_run", lambda arguments: (_ for _ in ()).throw(error))
+    assert main(["train"]) == 2
+    printed = capsys.readouterr().err
+    assert shown in printed and printed.count("\n") == 1 and len(printed) < 200
+
+
+def test_a_bug_keeps_its_traceback_and_no_secret(monkeypatch, capsys):
+    monkeypatch.setenv("SOME_API_KEY", "not-for-anybody")
+    monkeypatch.setattr(commands, "_run", lambda arguments: {}["\x1b[31mnot-for-anybody"])
+    assert main(["train"]) == 1
+    printed = capsys.readouterr().err
+    assert "KeyError" in printed and "in <lambda>" in printed and "report" in printed.splitlines()[-1]
+    assert "not-for-anybody" not in printed and "\x1b" not in printed
+
+
+def test_notices_neither_control_the_terminal_nor_show_secrets(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "a-secret-of-mine")
+    shown = _Notices().format(logging.makeLogRecord({"msg": "\x1b[2J \u202e a-secret-of-mine"}))
+    assert "\x1b" not in shown and "\u202e" not in shown and "a-secret-of-mine" not in shown

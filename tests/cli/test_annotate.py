@@ -87,8 +87,7 @@ def test_a_run_that_was_killed_goes_on(sampled, monkeypatch):
     with monkeypatch.context() as patch:
         scored = iter([*[[[float(judge(row["prompt"], text)) for text in row["responses"]] for row in rows()[:5]]]])
         patch.setattr("simpo.judging.scored.ExactScorer.score", lambda self, part: next(scored))
-        with pytest.raises(StopIteration):  # what no command foresees
-            main(command(sampled, "exact", output="killed"))
+        assert main(command(sampled, "exact", output="killed")) == 1  # what no command foresees
     assert not (sampled / "killed/annotated.jsonl").exists()
     with (sampled / "killed/.scores.jsonl").open("a") as file:
         file.write('{"scores": [[1.')  # as a kill leaves it

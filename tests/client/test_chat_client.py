@@ -697,3 +697,43 @@ def test_cost_before_and_after(monkeypatch):
     assert len(said) == 2
     with pytest.raises(SimpoError, match="prices"):
         Prices(-1, 0)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        Raw(400, b"[" * 100_000),
+        Raw(400, b'{"a": 1}', {"content-type": "application/json; charset=idna"}),
+        Raw(400, b'{"a": 1}', {"content-type": "application/json; charset=hex"}),
+        Raw(401, b'{"error": {"message": "\\ud800"}}'),
+    ],
+)
+def test_unusual_errors_are_one_line(raw):
+    with ChatServer(lambda body: raw) as server, pytest.raises(SimpoError, match=str(raw.status)):
+        client(server).complete(requests(1))
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_a_huge_reply_is_read_in_part_and_once(monkeypatch, status):
+    monkeypatch.setattr(sending, "_LARGEST_REPLY", 1 << 20)
+    with ChatServer(lambda body: Raw(status, b"x" * (3 << 20))) as server, pytest.raises(SimpoError, match="MiB"):
+        client(server).complete(requests(1))
+    assert len(server.bodies) == 1
+
+
+def test_log_probabilities_of_thousands_of_digits_are_refused(monkeypatch):
+    text = json.dumps(completion("m", {"m": -1.0})).replace("-1.0", "-" + "1" * 400).encode()
+    with ChatServer(lambda body: Raw(200, text)) as server, pytest.raises(SimpoError, match="log-probability"):
+        client(server, attempts=1).complete(requests(1, top_logprobs=5))
+
+
+@pytest.mark.parametrize("key", [KEY, 'with "quotes" and \\', "it's a key"])
+def test_a_key_that_a_server_repeats_is_masked(monkeypatch, tmp_path, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with ChatServer(lambda body: completion(f"you sent {key}")) as server:
+        [reply] = client(server, tmp_path / "cache").complete(requests(1))
+    assert reply.text == "you sent <redacted>"
+    body = json.dumps({"error": {"code": {"key": key}}}).encode()
+    with ChatServer(lambda body_: Raw(401, body)) as server, pytest.raises(SimpoError) as caught:
+        client(server).complete(requests(1))
+    assert key not in str(caught.value) and "<redacted>" in str(caught.value)

@@ -594,3 +594,30 @@ def test_the_papers_settings_have_the_papers_values(name):
     keys = ("beta", "gamma_beta_ratio", "learning_rate", "max_length")
     assert tuple(settings[key] for key in keys) == PAPER[name]
     assert settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * 4 == 128
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "!!int abc",
+            "!!float x",
+            "!!bool maybe",
+            "!!timestamp x",
+            "0b_",
+            "0x_",
+            "1" * 5000,
+            '!!int ""',
+            '!!float ""',
+        ),
+        *("!!python/object:os.system x", "!!timestamp 2001-99-99", "1e400", "[" * 3000 + "]" * 3000, "&a [*a]"),
+        "[" + ", ".join([f"&a0 [{'x, ' * 10}]"] + [f"&a{i} [{f'*a{i - 1}, ' * 10}]" for i in range(1, 10)]) + "]",
+        "[" + ", ".join(["&a0 {a: x}"] + [f"&a{i} {{<<: [{f'*a{i - 1}, ' * 10}]}}" for i in range(1, 10)]) + "]",
+    ],
+)
+def test_values_that_yaml_cannot_read_are_one_line(tmp_path, value):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"objective: simpo\nbeta: {value}\n")
+    with pytest.raises(SimpoError) as caught:
+        parse([str(path)], PreferenceConfig)
+    assert "recipe.yaml" in str(caught.value) and len(str(caught.value)) < 1000

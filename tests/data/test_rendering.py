@@ -565,3 +565,30 @@ def test_of_special_tokens_that_overlap_the_longest_counts(tokenizer, asked):
     messages = [user(asked), assistant("A."), user(asked), assistant("B.")]
     found, _ = conversations(tokenizer, {"messages": messages})
     assert [answer for _, answer in found] == ["A.<|im_end|>B.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("{{ 1/0 }}", "{{ 'a' + 1 }}", "{% include 'x' %}", "{{ messages[99].a.b }}", "{% if %}", "{{ x() }}"),
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% for i in range(10000000) %}x{% endfor %}",
+        "{{ 'a' * 10**10 }}",
+        "{{ 'a' * 9999999999 }}",
+        "{{ 'x'|center(9999999999) }}",
+        "{{ [1] * 999999999 }}",
+        "{{ 10**10**8 }}",
+        "{% set n = namespace(x=9) %}{% for i in range(100) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(9999) %}{{ 'aaaaaaaaaaaa' }}{% endfor %}{% endfor %}",
+    ],
+)
+def test_hostile_templates_end_in_one_line_and_in_time(build_tokenizer, template):
+    tokenizer = build_tokenizer("chatml")
+    tokenizer.chat_template = template
+    limit, handler = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    start = time.process_time()
+    with pytest.raises(SimpoError):
+        prepare(Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]), tokenizer, TokenizeSettings())
+    assert time.process_time() - start < 8
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == (limit, handler)

@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 from simpo import SimpoError
 from simpo.evaluation.academic import AcademicSettings, differences, read_scores, score_metrics
 from simpo.evaluation.runner import evaluate
+from simpo.models.settings import ModelArguments
 from simpo.runs.results import read_results
 from simpo.statistics import mean_interval
 
@@ -113,12 +114,23 @@ def test_lm_eval_itself_on_a_task_of_ones_own(chat_world, tmp_path):
     (tmp_path / "tasks/even.yaml").write_text(_TASK.replace("FILE", str(tmp_path / "rows.jsonl")))
     model, folder = str(chat_world / "model"), tmp_path / "out"
     tasks = {"tasks": "even", "task_folder": str(tmp_path / "tasks"), "batch_size": "2"}
+    tasks["loading"] = ModelArguments("", trust_remote_code=True)
     results = read_results(evaluate(AcademicSettings(model=model, against=model, output_dir=folder, **tasks)))
     names = [(metric.name, metric.stage) for metric in results.metrics]
     assert names[:2] == [("academic/even/acc", "before"), ("academic/even/acc", "after")]
     assert (results.metrics[0].n, results.metrics[2].value) == (6, 0) and "paired" in results.metrics[2].method
     with pytest.raises(SimpoError, match=r"^tasks: .*odd"):
         evaluate(AcademicSettings(model=model, tasks="odd", output_dir=tmp_path / "other"))
+
+
+@pytest.mark.parametrize("given", [{"task_folder": "tasks"}, {"tasks": "gsm8k,own.yaml"}])
+def test_task_files_can_hold_code_and_need_permission(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text("task: own\nprocess_docs: !function code.run\n")
+    (tmp_path / "code.py").write_text("raise SystemExit('it ran')\n")
+    with pytest.raises(SimpoError, match="--trust_remote_code"):
+        evaluate(AcademicSettings(model="x", output_dir=tmp_path / "out", **given))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(_INSTALLED, reason="lm-eval is installed")

@@ -167,7 +167,7 @@ def test_the_bits_are_those_of_a_run_without(through, world, tmp_path, monkeypat
     assert not generations(logged(tmp_path / "without"))
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a process that is gone."""
 
 

@@ -111,7 +111,7 @@ def options(world, output, objective) -> list[str]:
     return ["train", *(f"--{key}={value}" for key, value in given.items())]
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a process that is gone."""
 
 

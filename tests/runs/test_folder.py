@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
+from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder
+from simpo.runs.log import EarlyNotices
 from simpo.runs.manifest import damage
 from simpo.runs.results import Metric, fingerprint, read_results
 
@@ -335,6 +337,7 @@ def test_warnings_are_in_the_log_while_the_run_lasts(tmp_path, capsys):
 HOLDING = """
 import os, sys, time
 from simpo.runs.folder import RunFolder
+from simpo.runs.log import EarlyNotices
 folder = RunFolder(sys.argv[1], command="train")
 folder.begin({"a": 1})
 if sys.argv[2] == "alone" or os.fork() == 0:
@@ -386,6 +389,7 @@ def test_a_folder_that_another_run_took_in_between_is_refused(tmp_path, start):
 STARTING = """
 import sys
 from simpo.runs.folder import RunFolder
+from simpo.runs.log import EarlyNotices
 print("ready", flush=True)
 with RunFolder(sys.argv[1], command="train") as folder:
     folder.log("started")
@@ -409,3 +413,31 @@ def test_a_kill_at_any_time_leaves_a_folder_to_go_on_with(tmp_path, start):
             assert not was_finished or damage(path) is None
             folder.finish()
         assert damage(path) is None
+
+
+@pytest.mark.parametrize("name", [".lock", ".lock.pid", ".anything", "log.txt", "metrics.jsonl", "run.json"])
+def test_links_in_a_new_folder_are_not_followed(tmp_path, name):
+    victim, folder = tmp_path / "victim", tmp_path / "out"
+    victim.write_text("kept")
+    folder.mkdir()
+    (folder / name).symlink_to(victim)
+    assert "output_dir" in refused(folder)
+    assert victim.read_text() == "kept"
+
+
+def test_a_link_with_the_name_of_a_temporary_file_is_replaced(tmp_path):
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / f".a.txt.{os.getpid()}.partial").symlink_to(tmp_path / "victim")
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "victim").read_text() == "kept" and (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_the_log_has_earlier_notices_and_the_error_that_ended_the_run(tmp_path):
+    early, root = EarlyNotices(), logging.getLogger()
+    root.addHandler(early)
+    logging.getLogger("simpo").warning("recipe.yaml: an old spelling")
+    with pytest.raises(SimpoError), begin(tmp_path / "out"), third_party("file.json: row 3"):
+        raise KeyError("from a library")
+    log = (tmp_path / "out/log.txt").read_text()
+    assert "an old spelling" in log and "error: file.json: row 3" in log and "Traceback" in log
+    assert early not in root.handlers

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from simpo.runs.manifest import environment
@@ -68,3 +69,33 @@ def test_torch_is_not_imported():
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"core.fsmonitor": "touch ran; true"},
+        {"core.hooksPath": "hooks"},
+        {"filter.own.clean": "touch ran; cat"},
+        {"filter.own.process": "touch ran"},
+        {"remote.origin.promisor": "true", "remote.origin.uploadpack": "touch ran; true"},
+        {"include.path": "more"},
+    ],
+)
+def test_no_program_of_a_repository_runs(tmp_path, monkeypatch, settings):
+    monkeypatch.chdir(tmp_path)
+    git(tmp_path, "init")
+    (tmp_path / "code.py").write_text("1")
+    (tmp_path / ".gitattributes").write_text("* filter=own\n")
+    git(tmp_path, "add", "code.py", ".gitattributes")
+    git(tmp_path, "commit", "-m", "first")
+    (tmp_path / ".git/more").write_text('[filter "own"]\n\tclean = touch ran; cat\n')
+    (tmp_path / "hooks").mkdir()
+    (tmp_path / "hooks/post-index-change").write_text("#!/bin/sh\ntouch ran\n")
+    (tmp_path / "hooks/post-index-change").chmod(0o755)
+    for key, value in settings.items():
+        git(tmp_path, "config", key, value)
+    (tmp_path / "code.py").write_text("2")
+    found = environment()["git"]
+    assert not (tmp_path / "ran").exists()
+    assert len(found["commit"]) == 40 and found["dirty"] is None

@@ -68,7 +68,7 @@ def test_a_run_leaves_an_adapter_that_peft_reads(through, chat_world):
             torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a process that is gone."""
 
 

@@ -34,7 +34,7 @@ class At(TrainerCallback):
             self.action()
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a process that is gone."""
 
 

@@ -30,7 +30,7 @@ REPLACES = {
 
 
 # The keys of commands that load a model and do not train it.
-LOADING = frozenset(("model_name_or_path", "model_revision", "dtype", "trust_remote_code"))
+LOADING = frozenset(("model_name_or_path", "model_revision", "dtype", "trust_remote_code", "allow_pickle"))
 
 
 def refuse_several(command: str, remedy: str) -> None:

@@ -22,7 +22,7 @@ class MergeSettings:
     """The merged model."""
 
     adapter: ModelArguments = field(
-        metadata={"only": ("model_name_or_path", "model_revision", "trust_remote_code", "save_dtype")}
+        metadata={"only": ("model_name_or_path", "model_revision", "trust_remote_code", "allow_pickle", "save_dtype")}
     )
     output_dir: Path = field(metadata={"help": "New folder of the merged model."})
 

@@ -33,6 +33,7 @@ from simpo.data.formats import (
     read_conversation,
     read_feedback,
 )
+from simpo.data.pretokenized import check_tokenized
 from simpo.data.rendering import Rendered, RenderedTurns, Renderer
 from simpo.data.rows import (
     PART,
@@ -409,6 +410,7 @@ def _prepare(
     check_dataset(dataset, label)
     if not {"prompt_ids", "response_ids"} <= set(dataset.column_names):
         return tokenize(dataset, tokenizer, kind(tokenizer, settings, label))
+    check_tokenized(dataset, label)
     report = DataReport(label, rows=len(dataset), used=len(dataset), noun=kind.noun)
     report.notices.append("already tokenized: taken as it is")
     return Prepared(dataset, report)

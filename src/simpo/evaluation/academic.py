@@ -74,12 +74,15 @@ class Academic:
     """Runs lm-eval; the scores of a model are stored in the folder of the run and not computed again."""
 
     def __init__(self, settings: AcademicSettings) -> None:
+        self._task_names = settings.tasks.split(",")
+        own = settings.task_folder or next((name for name in self._task_names if Path(name).exists()), None)
+        if own is not None and not settings.loading.trust_remote_code:
+            raise SimpoError(f"{own}: task files can name code, which would run; allow it with --trust_remote_code")
         try:
             self._lm_eval: Any = importlib.import_module("lm_eval")
         except ImportError as error:
             raise SimpoError("academic benchmarks need lm-eval: pip install 'simpo[academic]'") from error
         self._settings = settings
-        self._task_names = settings.tasks.split(",")
         self._tasks = importlib.import_module("lm_eval.tasks").TaskManager(include_path=settings.task_folder)
         unknown = [
             name for name in self._task_names if not self._tasks.match_tasks([name]) and not Path(name).is_file()

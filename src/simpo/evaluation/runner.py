@@ -116,7 +116,7 @@ class BenchmarkSettings(ABC):
     model: str = field(metadata={"help": "Hub name or folder of the model.", "positional": "MODEL"})
     loading: ModelArguments = field(
         default_factory=lambda: ModelArguments(""),
-        metadata={"only": ("model_revision", "dtype", "trust_remote_code")},
+        metadata={"only": ("model_revision", "dtype", "trust_remote_code", "allow_pickle")},
     )
     output_dir: Path = field(metadata={"help": "Folder of the run; the same one continues it."})
     markdown: Path | None = field(

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from simpo.data.chat_template import end_of_turn
+from simpo.errors import SimpoError
 from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.packing.model import causal_lm, prepare_policy, state_of
 from simpo.packing.selfcheck import computes_in, rounding_tolerance
@@ -151,9 +152,17 @@ class TransformersEngine:
                 # Some recurrent models keep the state of the last answer in their modules; this resets it.
                 with torch.no_grad():
                     self.model(input_ids=ids[:1, -1:].to(device), use_cache=False)
-            found = self.model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=configuration, **options
-            )
+            try:
+                found = self.model.generate(
+                    input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=configuration, **options
+                )
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise SimpoError(
+                    f"{self.model.name_or_path}: its logits are not finite; its weights are damaged, "
+                    "or need another dtype"
+                ) from error
         return found[:, ids.shape[1] :].cpu()
 
     def _until_stop(self, ids: list[int]) -> tuple[list[int], bool]:

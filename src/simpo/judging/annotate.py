@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from simpo.client import Prices, confirm_cost
 from simpo.data.inspection import AnswerSet, diversity_metrics, score_metrics
 from simpo.data.messages import context_of, read_messages
-from simpo.data.rows import BadRow
+from simpo.data.rows import BadRow, check_unicode
 from simpo.errors import SimpoError
 from simpo.judging.presentation import ShownAnswers
 from simpo.judging.protocol import Answers, Scorer, check_scores
@@ -113,6 +114,7 @@ def read_responses(path: Path) -> list[Record]:
         if not isinstance(record.get("id"), str) or not isinstance(record.get("prompt"), str | list):
             raise SimpoError(f"{path}:{number}: no id and prompt; give what simpo sample writes ({RESPONSES})")
         try:
+            check_unicode(json.dumps(record, ensure_ascii=False))
             context_of(record)
             if isinstance(record["prompt"], list):
                 read_messages(record["prompt"], "prompt")

@@ -22,13 +22,12 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
-from simpo.errors import SimpoError, one_line
+from simpo.errors import SimpoError, one_line, third_party
 from simpo.models.preparation import unreached_by_text
 from simpo.models.settings import LORA
 from simpo.models.zero import gathered, shape_of
@@ -44,11 +43,9 @@ PARTS_TIED = (
 
 def find_adapter(name: str, revision: str = "main") -> LoraConfig | None:
     """The configuration of the adapter that a folder or hub repository holds; None if it holds none."""
-    try:
+    with third_party(f"model_name_or_path: {name!r} cannot be loaded"):
         found = find_adapter_config_file(name, revision=revision)
         config = None if found is None else PeftConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {one_line(error)}") from error
     if config is None:
         # peft saves an adapter that has a name of its own in a subfolder of that name
         if not (Path(name) / "config.json").exists() and (inside := sorted(Path(name).glob(f"*/{CONFIG_NAME}"))):
@@ -57,8 +54,11 @@ def find_adapter(name: str, revision: str = "main") -> LoraConfig | None:
         return None
     if not isinstance(config, LoraConfig):
         raise SimpoError(f"model_name_or_path: {name!r} is an adapter of another kind than LoRA ({config.peft_type})")
-    if not config.base_model_name_or_path:
+    base, own_revision = config.base_model_name_or_path, config.revision
+    if not base or not isinstance(base, str) or not isinstance(own_revision, str | None):
         raise SimpoError(f"model_name_or_path: {name!r} is an adapter that does not name its base model")
+    if config.megatron_config:  # for which peft imports a module that the adapter names
+        raise SimpoError(f"model_name_or_path: {name!r} is an adapter for Megatron")
     return config
 
 
@@ -141,11 +141,8 @@ def continue_adapter(
     stored = stored_adapter(name, revision)
     _resize_vocabulary(model, stored, name)
     config.inference_mode = False
-    try:
-        with _without_warnings():
-            adapted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[_task(model)](model, config)
-    except (ValueError, TypeError) as error:
-        raise SimpoError(f"model_name_or_path: {name}: an adapter for another model ({one_line(error)})") from error
+    with third_party(f"model_name_or_path: {name}: an adapter for another model"), _without_warnings():
+        adapted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[_task(model)](model, config)
     _normalize(adapted, base)
     if fault := _fault(adapted, stored):
         raise SimpoError(f"model_name_or_path: {name}: an adapter for another model than {base!r} ({fault})")
@@ -267,10 +264,8 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
 
 def stored_adapter(name: str, revision: str = "main") -> dict[str, Tensor]:
     """An adapter's tensors, by the names that they have in its file."""
-    try:
+    with third_party(f"{name}: {WEIGHTS_NAME} cannot be read"):
         stored = load_file(str(cached_file(name, WEIGHTS_NAME, revision=revision)))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise SimpoError(f"{name}: {WEIGHTS_NAME} cannot be read: {one_line(error)}") from error
     # of a resized vocabulary, peft stores a module that is trained whole a second time, under another name
     twice = [key for key in stored if ".modules_to_save." in key and key.replace(".modules_to_save", "") in stored]
     return {key: tensor for key, tensor in stored.items() if key not in twice}

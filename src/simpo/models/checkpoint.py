@@ -32,9 +32,8 @@ def with_dtype(model: ModelArguments) -> ModelArguments:
 def model_digest(model: ModelArguments) -> str:
     """SHA-256 of a local model's weights and configuration, with an adapter's base model; of a hub model its name."""
     folder = Path(model.model_name_or_path)
-    files = sorted(
-        path for pattern in ("*.safetensors", "config.json", "adapter_config.json") for path in folder.glob(pattern)
-    )
+    patterns = ("*.safetensors", "pytorch_model*.bin", "config.json", "adapter_config.json")
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
     if not files:
         return f"{model.model_name_or_path}@{model.model_revision}"
     digests = [file_digest(path) for path in files]

@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.models.llama import modeling_llama
 
-from simpo.errors import SimpoError, one_line
+from simpo.errors import SimpoError, one_line, third_party
 from simpo.models.adapters import add_adapter, continue_adapter, find_adapter
 from simpo.models.preparation import keep_gradients
 from simpo.models.settings import ModelArguments
@@ -45,6 +45,11 @@ _STORED_MASKS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_ma
 # Parts of a checkpoint that its architecture's class for text alone does not have.
 _OTHER_MODALITIES = re.compile(r"(^|\.)(vision|visual|audio|multi_modal)\w*\.")
 _OWN_CODE = "it has code of its own; read it, and allow it with trust_remote_code (--trust_remote_code)"
+_PICKLE = (
+    "a pickle, which can hold code; convert it to safetensors (with transformers: "
+    "AutoModelForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER), and the same with AutoTokenizer), or, if you "
+    "trust it, allow it with allow_pickle (--allow_pickle)"
+)
 _FAULTS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
 _FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
@@ -125,6 +130,9 @@ def load_weights(auto: Any, arguments: ModelArguments, **options: Any) -> tuple[
     Weights that are tied, and those that transformers declares as expected, are not among them.
     """
     options = _loading_options(arguments) | options
+    if not arguments.allow_pickle:
+        _refuse_pickle(arguments.model_name_or_path)
+        options["use_safetensors"] = True
     if arguments.trust_remote_code:  # code from before transformers 5, such as ArmoRM's, imports this text
         modeling_llama.__dict__.setdefault("LLAMA_INPUTS_DOCSTRING", "")
     with _without_report():
@@ -166,6 +174,14 @@ def _loading_options(arguments: ModelArguments) -> dict[str, Any]:
         )
         options["device_map"] = {"": PartialState().local_process_index if torch.cuda.is_available() else "cpu"}
     return options
+
+
+def _refuse_pickle(name: str) -> None:
+    """Refuse a folder whose weights are pickles only; from the hub, transformers itself takes safetensors only."""
+    folder = Path(name)
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin*"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise SimpoError(f"model_name_or_path: {name!r} stores its weights as {pickled[0]}, {_PICKLE}")
 
 
 @contextmanager
@@ -220,7 +236,9 @@ def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
             reason = _OWN_CODE
         elif "Unrecognized configuration class" in reason:
             reason = f"transformers has no {auto.__name__.removeprefix('Auto')} for models of its type"
-        raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {reason[:300]}") from error
+        elif options.get("use_safetensors") and "model.safetensors" in reason and isinstance(error, OSError):
+            reason = f"it has no model.safetensors; if its weights are in pytorch_model.bin: that is {_PICKLE}"
+        raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {reason[:500]}") from error
 
 
 def check_folder(name: str) -> None:
@@ -232,9 +250,16 @@ def check_folder(name: str) -> None:
 def generation_config(name: str, revision: str) -> GenerationConfig | None:
     """The generation settings that a model or an adapter was saved with, if it was."""
     try:
-        return GenerationConfig.from_pretrained(name, revision=revision)
-    except OSError:
-        return None
+        with third_party(f"model_name_or_path: {name!r}: generation_config.json"):
+            config = GenerationConfig.from_pretrained(name, revision=revision)
+    except SimpoError as error:
+        if isinstance(error.__cause__, OSError):
+            return None
+        raise
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if not all(end is None or type(end) is int for end in ends):
+        raise SimpoError(f"model_name_or_path: {name!r}: generation_config.json: eos_token_id: {ends!r} are no ids")
+    return config
 
 
 def below_adapter(arguments: ModelArguments) -> ModelArguments:

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.models.adapters import PARTS_TIED, find_adapter, parts_tied
 from simpo.models.checkpoint import shown_name
 from simpo.models.loading import check_folder, load_model, load_tokenizer, round_weights
@@ -67,7 +67,8 @@ def merge(model: PeftModel) -> PreTrainedModel:
 def _card(adapter: str, base: str, title: str) -> ModelCard:
     """The adapter's own card, if it has one, below a line about the merge."""
     path = Path(adapter) / "README.md"
-    before = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None
+    with third_party(str(path)):
+        before = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None
     data = ModelCardData() if before is None else before.data
     data.library_name, data.pipeline_tag = "transformers", data.pipeline_tag or "text-generation"
     data.base_model = None if Path(base).exists() else base

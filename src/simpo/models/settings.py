@@ -36,6 +36,9 @@ class ModelArguments:
         default=None, metadata={"help": "Attention outside packed batches (generation); packed ones choose theirs."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    allow_pickle: bool = field(
+        default=False, metadata={"help": "Read weights that are stored as pickles (pytorch_model.bin)."}
+    )
 
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None,
@@ -78,6 +81,11 @@ class ModelArguments:
             self.model_name_or_path = os.path.expanduser(self.model_name_or_path)  # noqa: PTH111 - no error for ~nobody
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise SimpoError(f"dtype: {self.dtype!r} is not one of {', '.join(_DTYPES)}")
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            raise SimpoError(
+                f"attn_implementation: {self.attn_implementation!r} is code from the hub; allow it with "
+                "trust_remote_code"
+            )
         for key in ("lora_r", "lora_alpha"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise SimpoError(f"{key}: must be at least 1, not {value}")

@@ -101,7 +101,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if torn:
             raise SimpoError(f"{path}:{len(ends) + 1}: incomplete line; run the command that writes this file again")
         with path.open("rb") as file:
-            return [json.loads(line) for line in file]
+            return [_parsed(line, f"{path}:{number}") for number, line in enumerate(file, start=1)]
     except OSError as error:
         raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -124,6 +124,14 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _parsed(line: bytes, place: str) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise SimpoError(f"{place}: {constant}, which JSON does not have; write null, or leave it out")
+
+    found: dict[str, Any] = json.loads(line, parse_constant=refuse)
+    return found
+
+
 def _scan(path: Path) -> tuple[list[int], bool]:
     """Where each record ends, in bytes, and whether an incomplete line follows the last."""
     ends: list[int] = []
@@ -133,7 +141,7 @@ def _scan(path: Path) -> tuple[list[int], bool]:
             end += len(line)
             try:
                 whole = line.endswith(b"\n") and isinstance(json.loads(line), dict)
-            except ValueError:
+            except (ValueError, RecursionError):
                 whole = False
             if whole:
                 ends.append(end)

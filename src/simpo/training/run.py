@@ -15,7 +15,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from simpo.data.inspection import shared_rows
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.models.adapters import describe_adapter
 from simpo.models.devices import from_main
 from simpo.models.loading import load_tokenizer, round_weights
@@ -145,6 +145,9 @@ def _prepare(
     for callback in job.run_callbacks:
         callback.check_trainer(trainer)
     try_optimizer(trainer)
+    if generation := getattr(trainer.model, "generation_config", None):
+        with third_party("model_name_or_path: generation_config.json"):  # which saving would refuse
+            generation.validate(strict=True)
     if isinstance(trainer.model, PeftModel):
         folder.log(describe_adapter(trainer.model))
         if config.disable_dropout and job.model.lora.get("lora_dropout"):

@@ -122,5 +122,10 @@ class LoopRecipe:
 def without_adapter(model: ModelArguments) -> ModelArguments:
     """The arguments for loading a model as it is stored, without a new adapter."""
     return ModelArguments(
-        model.model_name_or_path, model.model_revision, model.dtype, model.attn_implementation, model.trust_remote_code
+        model.model_name_or_path,
+        model.model_revision,
+        model.dtype,
+        model.attn_implementation,
+        model.trust_remote_code,
+        model.allow_pickle,
     )
