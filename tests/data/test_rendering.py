@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
+import time
 
 import pytest
 from datasets import Dataset

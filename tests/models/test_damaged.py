@@ -1,0 +1,110 @@
+"""Model folders that are damaged or that hold code: one line that names the model, and nothing runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from simpo.errors import SimpoError
+from simpo.models.checkpoint import model_digest
+from simpo.models.loading import check_stored, generation_config, load_model, load_tokenizer
+from simpo.models.settings import ModelArguments
+
+
+@pytest.fixture
+def model(make_model, tmp_path):
+    """The folder of a tiny model."""
+    make_model("llama").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def pickled(model):
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+
+def test_pickled_weights_need_permission(model):
+    weights = load_model(str(model)).state_dict()
+    pickled(model)
+    for load in (load_model, lambda name: check_stored(ModelArguments(name))):
+        with pytest.raises(SimpoError, match=r"pytorch_model\.bin.*safetensors.*--allow_pickle"):
+            load(str(model))
+    allowed = load_model(str(model), ModelArguments(str(model), allow_pickle=True)).state_dict()
+    assert all(torch.equal(allowed[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_code_in_a_pickle_never_runs(model, tmp_path, allowed):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(SimpoError, match="model_name_or_path"):
+        load_model(str(model), ModelArguments(str(model), allow_pickle=allowed))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_part_of_the_identity(model):
+    pickled(model)
+    before = model_digest(ModelArguments(str(model)))
+    (model / "pytorch_model.bin").write_bytes(b"other")
+    assert model_digest(ModelArguments(str(model))) != before
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"x"', '{"eos_token_id": "x"}', '{"eos_token_id": [1, "x"]}', "[" * 9999])
+def test_damaged_generation_settings(model, text):
+    (model / "generation_config.json").write_text(text)
+    with pytest.raises(SimpoError, match=r"model_name_or_path: .*model"):
+        assert generation_config(str(model), "main") is None
+        raise SimpoError(f"model_name_or_path: {model} has none")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'"x"', b"\xff\x00", b"[" * 9999, b"\x00" * 4 + b"\x01" * 60])
+def test_damaged_files(model, name, content):
+    (model / name).write_bytes(content)
+    load = load_tokenizer if name.startswith("tokenizer") else load_model
+    with pytest.raises(SimpoError, match=r"model_name_or_path: .*model"):
+        load(str(model))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": "("},
+        {"rank_pattern": {"(": 3}},
+        {"alpha_pattern": {"(": 1}},
+        {"exclude_modules": "("},
+        {"rank_pattern": 3},
+        {"base_model_name_or_path": 3},
+        {"base_model_name_or_path": None},
+        {"revision": 3},
+        {"r": "x"},
+        {"peft_type": "NOPE"},
+        {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+    ],
+)
+def test_damaged_adapters(make_model, model, tmp_path, change):
+    adapter = tmp_path / "adapter"
+    get_peft_model(
+        make_model("llama"), LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])
+    ).save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": str(model)} | change
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SimpoError, match="adapter"):
+        load_model(str(adapter))
+
+
+def test_attention_from_the_hub_is_code():
+    with pytest.raises(SimpoError, match=r"attn_implementation: .*trust_remote_code"):
+        ModelArguments("x", attn_implementation="org/kernel")
+    ModelArguments("x", attn_implementation="org/kernel", trust_remote_code=True)
