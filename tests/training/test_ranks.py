@@ -46,6 +46,7 @@ DPO = {"objective": "dpo"}
 KL = {"objective": "dpo", "precompute_ref_log_probs": False, "kl_weight": 0.1}
 LORA = {"lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["c_attn", "c_fc"]}
 KTO = {"objective": "kto", "max_batch_tokens": 40}  # a prompt with a response to another may be longer than a pair
+COLUMNS = {"row_columns": ["weight", "label_probability", "margin"]}
 SHAPE = ("hidden_size", "num_attention_heads", "num_key_value_heads")
 # Adam would blow up the rounding of what these models do in fp32.
 STATES = {"max_batch_tokens": 60, "optim": "sgd", "learning_rate": 1e-3}
@@ -84,6 +85,7 @@ IN_TWO = [
     Job("fsdp-2-lora", shards=True, settings=DPO | SAVES, lora=True),
     Job("fsdp-2-lora-of-ddp-2", shards=True, settings=DPO, lora=True, resume="ddp-2-lora/checkpoint-4"),
     Job("ddp-2-kl", settings=KL),
+    Job("ddp-2-columns", "columns", settings=COLUMNS),
     Job("fsdp-2-kl", shards=True, settings=KL),
     Job("fsdp-2-lora-kl", shards=True, settings=KL, lora=True),
     Job("ddp-2-rope", "mixed", model="dynamic", settings=ROPE),
@@ -110,6 +112,7 @@ ALONE = [
     Job("one-kto", settings=KTO),
     Job("one-lora", settings=DPO, lora=True),
     Job("one-kl", settings=KL),
+    Job("one-columns", "columns", settings=COLUMNS),
     Job("one-states", model="qwen3_5_text", settings=STATES),
     Job("one-hybrid", model="falcon_h1", settings=STATES),
     Job("one-rope", "mixed", model="dynamic", settings=ROPE),
@@ -257,6 +260,7 @@ def done(make_model, pairs, random_comparisons, as_dataset, tmp_path_factory):
     """``done(name)``: what every rank saw in a job; ``done.folder`` has the models."""
     folder = tmp_path_factory.mktemp("ranks")
     pairs(ROWS).save_to_disk(folder / "pairs")
+    with_values(pairs(ROWS)).save_to_disk(folder / "columns")
     shapes = [(3 + row % 5, (2 + row * 7 % 17,)) for row in range(ROWS)]
     as_dataset(random_comparisons(*shapes)).save_to_disk(folder / "sft")
     long = as_dataset(random_comparisons(*[(4, (5, 6))] * (ROWS - 1), (25, (2, 3))))
@@ -288,6 +292,13 @@ def done(make_model, pairs, random_comparisons, as_dataset, tmp_path_factory):
     return of
 
 
+def with_values(rows):
+    """Rows with a weight, a label probability and a margin each."""
+    for number, name in enumerate(COLUMNS["row_columns"], start=1):
+        rows = rows.add_column(name, [((row * number * 7) % 10 + 0.3) / 11 for row in range(len(rows))])
+    return rows
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     (path,) = folder.glob("*model.safetensors")
     return load_file(path)
@@ -317,6 +328,7 @@ def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
         ("fsdp-2-lora", "one-lora", 2),
         ("ddp-2-kl", "one-kl", 2),
         ("fsdp-2-kl", "one-kl", 2),
+        ("ddp-2-columns", "one-columns", 2),
         ("fsdp-2-lora-kl", "one-lora-kl", 2),
         ("ddp-2-rope", "one-rope", 2),
         ("fsdp-2-rope", "one-rope", 2),
