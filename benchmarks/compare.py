@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.entrants import FAMILIES, Entrant, entrants, missing
 from benchmarks.measurement import Measurement
 from benchmarks.profiles import PROFILES, made_up_rows
-from benchmarks.report import print_report, summarise
+from benchmarks.report import print_report, summarize
 from benchmarks.rounds import rounds
 from benchmarks.rows import byte_pair_tokenizer, read_pairs, word_tokenizer
 from benchmarks.setting import MODELS, Setting, prepare
@@ -45,7 +45,7 @@ def main() -> int:
                 absent[entrant.name] = found
             else:
                 runs[entrant.name].append(found)
-            report = summarise(chosen, runs, setting, counts=counts, absent=absent)
+            report = summarize(chosen, runs, setting, counts=counts, absent=absent)
             if options.output:  # after every one, so that a run that is stopped leaves what it has
                 options.output.write_text(json.dumps(report, indent=2) + "\n")
     print_report(report)

@@ -177,9 +177,9 @@ def _plot_best_of_n(path: Path, best: dict[str, dict[str, list[Interval]]]) -> N
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.8), layout="constrained")
         for axes, judge in zip(figure.subplots(1, 2), _JUDGES, strict=True):
-            for colour, (chooser, found) in zip(COLORS, best.items(), strict=False):
+            for color, (chooser, found) in zip(COLORS, best.items(), strict=False):
                 sizes = [1 << power for power in range(len(found[judge]))]
-                line(axes, sizes, found[judge], colour, f"chosen by the {chooser}" + " judge" * (chooser == "exact"))
+                line(axes, sizes, found[judge], color, f"chosen by the {chooser}" + " judge" * (chooser == "exact"))
             axes.set_xscale("log", base=2)
             axes.set_xticks(sizes, [f"{size}\n{best_of_n_kl(size):.1f}" for size in sizes])
             axes.set(xlabel="best of N; below: KL from the start at most, nats", ylabel=f"score by {judge}")
@@ -194,11 +194,11 @@ def _plot_rounds(path: Path, curves: dict[str, list[dict[str, object]]]) -> None
         grid = figure.subplots(len(curves), 2, squeeze=False, sharex="row")
         for row, (trained_by, points) in zip(grid, curves.items(), strict=True):
             for axes, judge in zip(row, _JUDGES, strict=True):
-                for colour, temperature in zip(COLORS, _TEMPERATURES, strict=False):
+                for color, temperature in zip(COLORS, _TEMPERATURES, strict=False):
                     chosen = [point for point in points if point["temperature"] == temperature]
                     places = [point["kl"].value for point in chosen]
                     values = [point["scores"][judge] for point in chosen]
-                    line(axes, places, values, colour, f"temperature {temperature}")
+                    line(axes, places, values, color, f"temperature {temperature}")
                     if temperature == 1:
                         for point, x, y in zip(chosen, places, values, strict=True):
                             axes.annotate(str(point["round"]), (x, y.value), (4, -11), textcoords="offset points")

@@ -47,7 +47,7 @@ FORMATS = {
 }
 
 
-def summarise(
+def summarize(
     entrants: list[Entrant],
     runs: dict[str, list[Measurement]],
     setting: Setting,

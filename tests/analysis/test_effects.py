@@ -35,7 +35,7 @@ def drawn(monkeypatch) -> list[Figure]:
 def test_every_knob_has_its_panel(tmp_path, drawn):
     plot_effects(tmp_path / "effects.png", TRIALS, "accuracy")
     pixels = (matplotlib.image.imread(tmp_path / "effects.png")[..., :3] * 255).round().astype(int)
-    assert (230, 159, 0) in {tuple(colour) for colour in np.unique(pixels.reshape(-1, 3), axis=0)}  # the line
+    assert (230, 159, 0) in {tuple(color) for color in np.unique(pixels.reshape(-1, 3), axis=0)}  # the line
     rate, objective, gamma = drawn[0].axes
     assert [axes.get_xlabel() for axes in (rate, objective, gamma)] == list(TRIALS)
     assert [tick.get_text() for tick in rate.get_xticklabels()] == ["3e-7", "1e-6"]  # by size, as written

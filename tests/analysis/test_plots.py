@@ -30,8 +30,8 @@ def test_rates(bounds, tmp_path):
     share = Interval(0.5, *bounds, 10, "Student t 95%")
     plot_rates(tmp_path / "rates.png", {"win rate": {"SFT": share, "SimPO": share}}, "Models", even="win rate")
     pixels = (matplotlib.image.imread(tmp_path / "rates.png")[..., :3] * 255).round().astype(int)
-    colours = {tuple(colour) for colour in np.unique(pixels.reshape(-1, 3), axis=0)}
-    assert {(230, 159, 0), (0, 114, 178)} <= colours  # both models' bars
+    colors = {tuple(color) for color in np.unique(pixels.reshape(-1, 3), axis=0)}
+    assert {(230, 159, 0), (0, 114, 178)} <= colors  # both models' bars
 
 
 def test_lengths(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.compare import disagreeing
 from benchmarks.entrants import Entrant, entrants, missing
 from benchmarks.measurement import Measurement
-from benchmarks.report import print_report, summarise
+from benchmarks.report import print_report, summarize
 from benchmarks.setting import Setting
 
 SETTING = Setting("", pairs=4, pairs_per_step=4)
@@ -42,7 +42,7 @@ COUNTS = {"prompt_tokens": 400, "response_tokens": 200, "responses": 8, "longest
 
 
 def test_ratios_are_medians_of_rounds_next_to_counted_arithmetic(capsys) -> None:
-    report = summarise([OURS, PEER], RUNS, SETTING, counts=COUNTS, absent={"liger": "not installed"})
+    report = summarize([OURS, PEER], RUNS, SETTING, counts=COUNTS, absent={"liger": "not installed"})
     ours, peer = report["entrants"]
     assert report["base"] == "simpo"
     assert ours["pairs_per_second"] == pytest.approx(4 / 1.2)
@@ -59,7 +59,7 @@ def test_ratios_are_medians_of_rounds_next_to_counted_arithmetic(capsys) -> None
 
 
 def test_nothing_measured_is_a_report_too() -> None:
-    report = summarise([OURS], {}, SETTING, counts=COUNTS, absent={"simpo": "no time was left"})
+    report = summarize([OURS], {}, SETTING, counts=COUNTS, absent={"simpo": "no time was left"})
     assert report["entrants"] == [] and report["base"] is None
 
 

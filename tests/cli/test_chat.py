@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.cli import chat, main
 
-TEXTS = ["Which colour is grass?", "Grass is green.", "What does a dog do?"] * 4
+TEXTS = ["Which color is grass?", "Grass is green.", "What does a dog do?"] * 4
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def shown(text):
 
 
 def test_every_answer_sees_the_turns_before_it(talk, expected):
-    turns = ("Which colour is grass?", "What does a dog do?")
+    turns = ("Which color is grass?", "What does a dog do?")
     code, out, _ = talk(*turns)
     first, second = expected(*turns)
     assert code == 0
@@ -73,12 +73,12 @@ def test_every_answer_sees_the_turns_before_it(talk, expected):
 
 
 def test_reset_forgets_them(talk, expected):
-    _, out, _ = talk("Which colour is grass?", "/reset", "What does a dog do?")
+    _, out, _ = talk("Which color is grass?", "/reset", "What does a dog do?")
     assert shown(expected("What does a dog do?")[0]) in out.partition("[new conversation]")[2]
 
 
 def test_exit_and_empty_lines(talk):
-    code, out, _ = talk("", "  ", "/exit", "Which colour is grass?")
+    code, out, _ = talk("", "  ", "/exit", "Which color is grass?")
     assert code == 0 and out.count("\n") == 1
 
 
@@ -89,7 +89,7 @@ def test_the_system_message_is_first_and_stays(talk, expected):
 
 
 def test_a_full_context_is_said(talk):
-    code, out, _ = talk(*["Which colour is grass?"] * 8, "/reset", "What does a dog do?")
+    code, out, _ = talk(*["Which color is grass?"] * 8, "/reset", "What does a dog do?")
     assert code == 0
     full = out.index("[the model's context of 128 tokens is full; /reset starts a new conversation]")
     assert out.index("[stopped at max_new_tokens 12]") < full
@@ -99,7 +99,7 @@ def test_a_full_context_is_said(talk):
 def test_a_model_cannot_steer_the_terminal(talk, monkeypatch):
     decode = "simpo.generation.responses.ResponseText.decode"
     monkeypatch.setattr(decode, lambda self, prompt, ids: "\x1b[2Jred\tone\r"[: len(ids)])
-    _, out, _ = talk("Which colour is grass?")
+    _, out, _ = talk("Which color is grass?")
     assert "\\x1b[2Jred    one\\r\n" in out and "\x1b" not in out and "\r" not in out
 
 
@@ -113,7 +113,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(talk, monkeypatch):
 
     monkeypatch.setattr(chat, "_show", show)
     assert threading.current_thread() is threading.main_thread()
-    code, out, _ = talk("Which colour is grass?", "What does a dog do?")
+    code, out, _ = talk("Which color is grass?", "What does a dog do?")
     assert code == 0
     assert out.count("[stopped]") == 1 and out.count("[stopped at max_new_tokens 12]") == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -13,7 +13,7 @@ from simpo import cli
 from simpo.models.loading import load_model
 from simpo.models.settings import ModelArguments
 
-TEXTS = ["Which colour is grass?", "Grass is green.", "What does a dog do?"] * 4
+TEXTS = ["Which color is grass?", "Grass is green.", "What does a dog do?"] * 4
 
 
 @pytest.fixture(scope="module")

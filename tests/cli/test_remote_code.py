@@ -29,7 +29,7 @@ class {0}ForCausalLM(LlamaForCausalLM):
 def model(tmp_path_factory, write_chat_model):
     """A tiny chat model whose configuration and class are in a file next to it."""
     folder = tmp_path_factory.mktemp("remote") / "model"
-    write_chat_model(folder, ["Which colour is grass?", "Grass is green.", "What does a dog do?"] * 4, 128)
+    write_chat_model(folder, ["Which color is grass?", "Grass is green.", "What does a dog do?"] * 4, 128)
     (folder / "code_of_toy.py").write_text(CODE.format("Toy"))
     config = json.loads((folder / "config.json").read_text())
     auto = {"AutoConfig": "code_of_toy.ToyConfig", "AutoModelForCausalLM": "code_of_toy.ToyForCausalLM"}
@@ -42,7 +42,7 @@ def model(tmp_path_factory, write_chat_model):
 def files(model, tmp_path_factory):
     """A folder with pairs, answers, and an adapter on the model."""
     folder = tmp_path_factory.mktemp("files")
-    pair = {"prompt": "Which colour is grass?", "chosen": "Grass is green.", "rejected": "What?"}
+    pair = {"prompt": "Which color is grass?", "chosen": "Grass is green.", "rejected": "What?"}
     (folder / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 4)
     answers = {"id": "0", "prompt": pair["prompt"], "responses": [pair["chosen"], pair["rejected"]]}
     (folder / "answers.jsonl").write_text(json.dumps(answers) + "\n")
@@ -67,7 +67,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_code_of_a_model_runs_where_it_is_allowed(name, model, files, tmp_path, capsys, monkeypatch):
-    messages = [{"role": "user", "content": "Which colour is grass?"}, {"role": "assistant", "content": "Green."}]
+    messages = [{"role": "user", "content": "Which color is grass?"}, {"role": "assistant", "content": "Green."}]
     (files / "sft.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 4)
     monkeypatch.setattr("builtins.input", lambda prompt="": "/exit")
     given = COMMANDS[name].format(model=model, files=files).split()

@@ -71,7 +71,7 @@ def drawn(rng, prompts, lean):
 
 
 def test_the_mean_is_what_bradley_terry_fits():
-    """Several models against one baseline, strengths by unpenalised logistic regression."""
+    """Several models against one baseline, strengths by unpenalized logistic regression."""
     rng = np.random.default_rng(0)
     boards = [drawn(rng, 60, lean) for lean in (-1.0, 0.2, 2.0)]
     worths = [np.concatenate(board) for board in boards]

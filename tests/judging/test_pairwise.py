@@ -49,9 +49,9 @@ def test_every_pair_is_sent_in_both_orders():
     assert judge.conflicting == 0
 
 
-@pytest.mark.parametrize("favourite", ["A", "B"])
-def test_a_judge_that_prefers_a_position_gives_ties(favourite):
-    with ChatServer(lambda body: completion(f"[[{favourite}]]")) as server:
+@pytest.mark.parametrize("favorite", ["A", "B"])
+def test_a_judge_that_prefers_a_position_gives_ties(favorite):
+    with ChatServer(lambda body: completion(f"[[{favorite}]]")) as server:
         judge = judge_at(server)
         assert judge.compare(PAIRS) == [0.5] * 4
     assert judge.conflicting == 3

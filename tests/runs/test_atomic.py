@@ -175,7 +175,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_full_disk_is_recognised_whoever_writes(small_disk, name):
+def test_full_disk_is_recognized_whoever_writes(small_disk, name):
     write, raised = WRITERS[name]
     with pytest.raises(raised):
         write(small_disk / "plain")
@@ -188,7 +188,7 @@ def test_full_disk_is_recognised_whoever_writes(small_disk, name):
     assert names(small_disk) == []
 
 
-def test_full_device_is_recognised():
+def test_full_device_is_recognized():
     with pytest.raises(SimpoError, match="no space left on the disk"), disk_errors("/dev/full"):
         Path("/dev/full").write_text("x")
 

@@ -108,7 +108,7 @@ def test_every_hyperparameter_of_every_row_is_a_key():
             assert hints[name] == kind | None
 
 
-def test_it_serialises(config):
+def test_it_serializes(config):
     """Trainer writes it into every checkpoint, and loggers read its dictionary."""
     args = config(beta=2.5)
     assert args.to_dict()["beta"] == 2.5

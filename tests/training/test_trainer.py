@@ -131,7 +131,7 @@ def test_evaluation_during_training_leaves_the_training_log_alone(make_trainer, 
     assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 2
 
 
-def test_sums_are_logged_for_rows_that_are_not_length_normalised(make_trainer, pairs, monkeypatch):
+def test_sums_are_logged_for_rows_that_are_not_length_normalized(make_trainer, pairs, monkeypatch):
     rows = pairs(5, seed=3)
     averages = make_trainer(rows).score_rows(rows)
     monkeypatch.setattr(type(OBJECTIVES["simpo"]), "average_logps", False)

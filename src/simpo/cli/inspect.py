@@ -200,10 +200,10 @@ def _shown(metric: Metric) -> str:
 
 
 def _print_examples(console: Console, shown: list[Example]) -> None:
-    # Without colours the marks alone say what is scored.
-    coloured = console.color_system is not None and not console.no_color
-    opening, closing = ("", "") if coloured else (">>>", "<<<")
-    how = "highlighted" if coloured else f"between {opening} and {closing}"
+    # Without colors the marks alone say what is scored.
+    colored = console.color_system is not None and not console.no_color
+    opening, closing = ("", "") if colored else (">>>", "<<<")
+    how = "highlighted" if colored else f"between {opening} and {closing}"
     console.print(Text(f"Examples; the scored tokens are {how}."))
     for example in shown:
         console.print(Text(f"\n--- {printable(example.where)}", style="bold"))

@@ -151,9 +151,8 @@ def parse_settings(
             they are an error; given in both, those of the command line replace those of the file.
 
     Raises:
-        SimpoError: a file that cannot be read, keys that are unknown, missing or given twice, values that do not
-            fit, an experiment tracker that is not installed, or a ValueError of a dataclass's ``__post_init__``;
-            names every key with its place.
+        SimpoError: an unreadable file, keys that are unknown, missing or given twice, values that do not fit, a tracker
+            that is not installed, or a ValueError of a ``__post_init__``; names every key with its place.
         SystemExit: with code 0, after ``--help``.
     """
     if {"-h", "--help"} & set(argv):

@@ -248,7 +248,7 @@ class DPO(Objective):
 
 @dataclass(frozen=True)
 class NormalizedDPO(DPO):
-    """Length-normalised DPO, ``[B]``: ``-log sigmoid(beta * (w.avg_ratio - l.avg_ratio))``, with the beta of Tulu 3."""
+    """Length-normalized DPO, ``[B]``: ``-log sigmoid(beta * (w.avg_ratio - l.avg_ratio))``, with the beta of Tulu 3."""
 
     name = "dpo_norm"
     paper = "Lambert et al. 2024, arXiv 2411.15124"
