@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,8 @@ from simpo.training.rollouts import (
 )
 from simpo.training.sampling import sample_answers, separate_randomness
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "rollouts"
 _IDENTITY = "training.json"
 _STAND_IN_TOKENS = 8
@@ -99,6 +102,11 @@ class OnlineTrainer(PreferenceTrainer):
         self._gradient = self.args.gradient
         if self._gradient is not None:
             self._reference.keep_copy()  # for the KL divergence
+            if (self.args.temperature, self.args.top_p, self.args.top_k) != (1, 1, 0):
+                logger.warning(
+                    "temperature, top_p, top_k: policy gradients of answers that are not drawn from the model's own "
+                    "distribution (1, 1, 0) are biased"
+                )
         self.annotator, self._engine = annotator, engine
         self._rollout: tuple[int, Dataset] | None = None  # the current one, by its number
         self._staleness, self._denominator, self._seconds = 0, 1.0, 0.0

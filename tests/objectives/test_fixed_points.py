@@ -1,0 +1,170 @@
+"""Where online training ends: the policy against ``pi_ref * exp(r / beta) / Z``, in an answer space that can be listed.
+
+A policy is a table of logits for every context, and there are 1,111 answers: at most three of eleven tokens, the first
+of which ends an answer. Answers are sampled from the policy at every step, and advantages and losses are those of the
+package. docs/online.md derives the fixed points.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from simpo.objectives import OBJECTIVES, Responses
+from simpo.objectives.policy_gradient import POLICY_GRADIENTS, Rollout, advantages, kl_estimate, sum_by
+
+TOKENS, LONGEST = 11, 3  # token 0 ends an answer
+STEPS, GROUPS, K = 500, 128, 16
+
+
+class Answers:
+    """All answers: their tokens, the context of each token, and a mask, ``[A, 3]``; contexts are numbered."""
+
+    def __init__(self):
+        contexts, answers = {(): 0}, []
+        for length in range(1, LONGEST + 1):
+            for prefix in itertools.product(range(1, TOKENS), repeat=length - 1):
+                contexts.setdefault(prefix, len(contexts))
+                answers += [(*prefix, last) for last in range(TOKENS) if last == 0 or length == LONGEST]
+        self.number = {answer: number for number, answer in enumerate(answers)}
+        self.contexts = contexts
+        self.tokens = torch.zeros(len(answers), LONGEST, dtype=torch.long)
+        self.context, self.mask = self.tokens.clone(), self.tokens.bool()
+        for row, answer in enumerate(answers):
+            for place, token in enumerate(answer):
+                self.tokens[row, place], self.mask[row, place] = token, True
+                self.context[row, place] = contexts[answer[:place]]
+
+    def token_logps(self, logits):
+        """``[A, 3]``; 0 where an answer has no token."""
+        return torch.log_softmax(logits, -1)[self.context, self.tokens] * self.mask
+
+
+ANSWERS = Answers()
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Logits of the start policy, ``[contexts, tokens]``, and a reward for every answer."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(ANSWERS.contexts), TOKENS, generator=generator, dtype=torch.float64)
+    rewards = 2 * torch.rand(len(ANSWERS.tokens), generator=generator, dtype=torch.float64) - 1
+    assert len(rewards) == 1111
+    return start, rewards
+
+
+def trained(start, step_loss):
+    """Logits after training; ``step_loss(logits, answers)`` is the loss of sampled ``answers``, ``[GROUPS * K]``."""
+    torch.manual_seed(1)
+    logits = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.1, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in range(STEPS):
+        probabilities = ANSWERS.token_logps(logits.detach()).sum(-1).exp()
+        answers = torch.multinomial(probabilities, GROUPS * K, replacement=True)
+        optimizer.zero_grad()
+        step_loss(logits, answers).backward()
+        optimizer.step()
+        schedule.step()
+    return logits.detach()
+
+
+def policy_gradient_loss(name, beta, start, rewards, *, kl_in="reward", estimator="k1"):
+    row, group = POLICY_GRADIENTS[name], torch.arange(GROUPS).repeat_interleave(K)
+    reference = ANSWERS.token_logps(start)
+
+    def loss(logits, answers):
+        mask = ANSWERS.mask[answers]
+        segment = torch.arange(len(answers)).repeat_interleave(mask.sum(-1))
+        logp, ref_logp = ANSWERS.token_logps(logits)[answers][mask], reference[answers][mask]
+        reward = rewards[answers]
+        if kl_in == "reward":
+            penalty = kl_estimate(logp.detach(), ref_logp, estimator)
+            reward = reward - beta * sum_by(penalty, segment, len(answers))
+        advantage = advantages(reward, group, row.baseline, scale_by_std=row.scale_by_std)
+        rollout = Rollout(logp, logp.detach(), advantage[segment], segment, len(answers))
+        losses = row.loss(rollout, denominator=LONGEST)
+        if kl_in == "loss":
+            losses = losses + beta * row.add_up(kl_estimate(logp, ref_logp, estimator), rollout, denominator=LONGEST)
+        return losses.mean()
+
+    return loss
+
+
+def dpo_loss(beta, start, rewards):
+    """Pairs of answers of the policy, preferred with the probabilities of the Bradley-Terry model."""
+    objective = OBJECTIVES["dpo"].with_hyperparameters(beta=beta)
+    reference, lengths = ANSWERS.token_logps(start).sum(-1), ANSWERS.mask.sum(-1).double()
+
+    def loss(logits, answers):
+        logp = ANSWERS.token_logps(logits).sum(-1)
+        a, b = (Responses(logp[one], lengths[one], reference[one]) for one in answers.chunk(2))
+        first, second = answers.chunk(2)
+        p = torch.sigmoid(rewards[first] - rewards[second])
+        return (p * objective.pair(a, b) + (1 - p) * objective.pair(b, a)).mean()
+
+    return loss
+
+
+def distance(logits, expected):
+    """Total variation between a policy and probabilities ``[A]`` of all answers."""
+    return 0.5 * (ANSWERS.token_logps(logits).sum(-1).exp() - expected).abs().sum().item()
+
+
+def optimum(start, rewards, beta):
+    return torch.softmax(ANSWERS.token_logps(start).sum(-1) + rewards / beta, 0)
+
+
+def optimum_with_kl_in_the_loss(start, rewards, beta, estimator):
+    """From the last token to the first: the policy of each context from the mean rewards of its continuations."""
+    reference, policy = torch.softmax(start, -1), torch.zeros_like(start)
+    value = {}
+    for prefix in sorted(ANSWERS.contexts, key=len, reverse=True):
+        means = torch.stack(
+            [
+                rewards[ANSWERS.number[answer]] if answer in ANSWERS.number else value[answer]
+                for answer in ((*prefix, token) for token in range(TOKENS))
+            ]
+        )
+        own = reference[ANSWERS.contexts[prefix]]
+        if estimator == "k2":
+            found = torch.softmax(own.log() + means / beta, 0)
+        else:  # k3: beta * own / (c - means) with the c, above all means, at which this is a distribution
+            low, high = means.max().item(), means.max().item() + beta * TOKENS
+            for _ in range(200):
+                middle = (low + high) / 2
+                low, high = (middle, high) if (beta * own / (middle - means)).sum() > 1 else (low, middle)
+            found = beta * own / (high - means)
+        policy[ANSWERS.contexts[prefix]], value[prefix] = found, (found * means).sum()
+    return ANSWERS.token_logps(policy.log()).sum(-1).exp()
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "dr_grpo", "dpo"])
+def test_the_trained_policy_is_the_closed_form(world, name, beta):
+    start, rewards = world
+    expected = optimum(start, rewards, beta)
+    assert distance(start, expected) > 0.1
+    loss = dpo_loss(beta, *world) if name == "dpo" else policy_gradient_loss(name, beta, *world)
+    # at the optimum all advantages and gradients are 0, so that sampling adds no noise
+    assert distance(trained(start, loss), expected) < 0.01
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+def test_with_the_kl_in_the_loss_the_policy_ends_elsewhere(world, estimator, beta):
+    start, rewards = world
+    expected = optimum_with_kl_in_the_loss(start, rewards, beta, estimator)
+    assert expected.sum() == pytest.approx(1)
+    found = trained(start, policy_gradient_loss("dr_grpo", beta, *world, kl_in="loss", estimator=estimator))
+    assert distance(found, expected) < 0.05
+
+
+def test_the_fixed_points_differ(world):
+    soft = optimum(*world, 0.5)
+    for estimator in ("k2", "k3"):
+        other = optimum_with_kl_in_the_loss(*world, 0.5, estimator)
+        assert 0.5 * (soft - other).abs().sum() > 0.02 and not math.isnan(other.sum())
