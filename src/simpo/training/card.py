@@ -36,6 +36,7 @@ _SETTINGS = (
     "truncation",
     "paper_tokenization",
     "sft_weight",
+    "row_columns",
     "margin",
     "center_rewards_coefficient",
 )

@@ -90,7 +90,7 @@ class PreferenceTrainer(PackedTrainer):
 
     @classmethod
     def describe(cls, args: Any) -> Description:
-        weights = {key: getattr(args, key) for key in ("sft_weight", "kl_weight") if getattr(args, key)}
+        weights = {key: getattr(args, key) for key in ("sft_weight", "kl_weight", "row_columns") if getattr(args, key)}
         settings = ", ".join(f"{key} {value}" for key, value in (args.hyperparameters | weights).items())
         return Description(
             f"{args.objective} ({settings})" if settings else args.objective,
