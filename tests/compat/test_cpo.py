@@ -322,7 +322,7 @@ def test_arguments_that_are_refused(arguments, settings, message, make_trainer):
     assert "\n" not in str(caught.value)
 
 
-def test_models_that_are_refused(make_trainer, opt, make_model):
+def test_models_that_are_refused(make_trainer, opt):
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     adapted = make_trainer(arguments={"peft_config": lora}).model
     with pytest.raises(SimpoError, match="peft_config: the model has an adapter already"):
@@ -330,8 +330,6 @@ def test_models_that_are_refused(make_trainer, opt, make_model):
     opt.is_loaded_in_4bit = True
     with pytest.raises(SimpoError, match="peft_config: not for quantized models"):
         make_trainer(arguments={"peft_config": lora})
-    with pytest.raises(SimpoError, match="output_router_logits"):
-        make_trainer(arguments={"model": make_model("mixtral", output_router_logits=True)})
 
 
 def test_another_configuration_is_refused(opt, tmp_path):

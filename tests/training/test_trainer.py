@@ -230,6 +230,26 @@ def test_disable_dropout_knows_every_name_of_it(name):
         assert torch.equal(model(ids).logits, model(ids).logits)
 
 
+# ---- mixtures of experts ----
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_loss_that_balances_experts(weight, make_trainer, make_model, pairs):
+    """Added where the model's own forward adds it, and logged in any case."""
+    model = make_model("mixtral", torch.float32, output_router_logits=True, router_aux_loss_coef=weight)
+    trainer = make_trainer(pairs(6), model=model, num_train_epochs=1, logging_steps=1, max_batch_tokens=60)
+    (batch, *_) = next(iter(trainer.get_train_dataloader()))["micro_batches"]
+    loss, metrics = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    objective = (metrics[:, 0] * batch.packed.weights).sum() / batch.step_weight
+    logged = trainer._routing.take(lambda sums: sums)
+    added = weight * logged["router/aux_loss"] * float(batch.packed.weights.sum()) / batch.step_weight
+    assert loss.item() == pytest.approx(objective.item() + added, rel=1e-5)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["router/aux_loss"] > 0
+    assert 1 <= entry["router/max_load"] <= model.config.num_local_experts
+
+
 # ---- models that cannot share, end to end ----
 
 

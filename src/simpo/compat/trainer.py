@@ -137,8 +137,6 @@ def _load(model: Any, config: PortedConfig, peft_config: Any) -> Any:
         raise SimpoError("model_init_kwargs: the model is loaded already; give its name, or leave them out")
     if model.config.is_encoder_decoder:
         raise SimpoError("model: an encoder-decoder; only causal language models are trained")
-    if getattr(model.config, "output_router_logits", False) and getattr(model.config, "router_aux_loss_coef", 0.0):
-        raise SimpoError("output_router_logits: the loss that balances experts is not added; set it to False")
     if peft_config is None:
         return model
     if not isinstance(peft_config, PeftConfig):

@@ -153,7 +153,7 @@ ADVICE = {
     "checkpointing_steps": "write save_steps with save_strategy: steps, or save_strategy: epoch",
     "adam_betas": "write adam_beta1 and adam_beta2",
     "kl_loss_coef": "write kl_weight, the weight of KL(policy || start model); leave it out where it is 0",
-    "aux_loss_coef": "a mixture of experts is trained without its balancing loss; leave it out",
+    "aux_loss_coef": "write output_router_logits and router_aux_loss_coef in the model's config.json; leave it out",
     "ipo": "write objective: ipo with tau, which is beta there",
     "early_stopping_patience": "a run ends after num_train_epochs or max_steps; load_best_model_at_end keeps the best",
     "group_by_length": "micro-batches are balanced by tokens in any order of the rows; leave it out",

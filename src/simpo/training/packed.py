@@ -40,6 +40,7 @@ from simpo.packing.model import (
     resolve_path,
     state_of,
 )
+from simpo.packing.routing import balance_weight, record_routing
 from simpo.packing.selfcheck import Path, rows_to_check
 from simpo.runs.results import Metric
 from simpo.training.batches import (
@@ -57,7 +58,7 @@ from simpo.training.batches import (
 )
 from simpo.training.callbacks import CheckpointShare, RunCallback
 from simpo.training.checkpoints import ResumableTrainer
-from simpo.training.metrics import RowMetrics, Scores, mean_metrics, scores_of
+from simpo.training.metrics import RowMetrics, RunningMeans, Scores, mean_metrics, scores_of
 from simpo.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,10 @@ class PackedTrainer(ResumableTrainer):
         for label, rows in {"train": train_dataset, **held_out}.items():
             if rows is not None:
                 check_rows(Limits.of(self.model.config), rows, label)
+        self._balance = balance_weight(self.model)
+        if self._balance and args.torch_compile:
+            raise SimpoError("torch_compile: not with output_router_logits, whose loss needs what routers put out")
+        self._routing = RunningMeans(("router/aux_loss", "router/max_load"), self.args.device)
         self.path = self._choose_path()
         if args.torch_compile:
             compile_layers(self.model, args, self.accelerator)
@@ -310,9 +315,17 @@ class PackedTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         batch = inputs.to(self.args.device)
-        losses, metrics = self.forward_rows(model, batch)
+        with nullcontext() if self.args.torch_compile else record_routing(self.model, batch.packed) as routing:
+            losses, metrics = self.forward_rows(model, batch)
+        weights = batch.packed.weights.to(losses)
+        loss = (losses * weights).sum()
+        if routing is not None and (self._balance or not routing.is_empty):
+            weight, balance = weights.sum(), routing.loss()
+            self._routing.add(torch.stack([balance.detach(), routing.max_load()])[None], weight[None])
+            if self._balance:
+                loss = loss + self._balance * balance * weight
         # ranks' gradients are averaged, so each counts world_size times over the step's weight
-        loss = (losses * batch.packed.weights.to(losses)).sum() * (self.args.world_size / batch.step_weight)
+        loss = loss * (self.args.world_size / batch.step_weight)
         return (loss, metrics) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -370,6 +383,12 @@ class PackedTrainer(ResumableTrainer):
         """FLOPs of one step on this rank, as transformers counts them: 6 per token and non-embedding weight."""
         tokens = sum(batch.packed.tokens for batch in inputs["micro_batches"])
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in the base, with how the experts of a mixture are loaded."""
+        if "loss" in logs:
+            logs |= self._routing.take(self._sum_over_ranks)
+        super().log(logs, start_time)
 
     # ---- A loss or gradient that is not finite ends the run.
 

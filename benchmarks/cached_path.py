@@ -1,0 +1,127 @@
+"""Prompts shared through the cache against padded rows: ``python -m benchmarks.cached_path [--type TYPE] [...]``
+
+A training step (forward and backward of all micro-batches) of a hybrid that is wide enough for matrix products to take
+most of the time, on pairs with lengths like those of HH-RLHF. The two paths alternate within one process, because other
+work on the machine changes from one run to the next. The ratio of their median times is shown next to the ratio of
+the floating-point operations that PyTorch counts in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.architectures import toy_config
+from simpo.packing.batching import RowSizes, StepPlan
+from simpo.packing.layout import PackedBatch, TokenizedComparison
+from simpo.packing.model import choose_path, policy_logprobs
+
+VOCABULARY = 8192
+WIDE = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 4096,
+}
+# Other keys of the layers with states, by architecture.
+STATES = {
+    "qwen3_5_text": {
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_num_key_heads": 8,
+        "linear_num_value_heads": 8,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    },
+    "lfm2": {"block_ff_dim": 1536},
+    "falcon_h1": {"mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64},
+}
+
+
+def pairs(count: int, seed: int = 0) -> list[TokenizedComparison]:
+    """Pairs with prompts of about 155 and responses of about 40 tokens, spread as those of HH-RLHF are."""
+    random = np.random.default_rng(seed)
+
+    def ids(mean: float, spread: float, most: int) -> list[int]:
+        size = int(np.clip(random.lognormal(np.log(mean) - spread**2 / 2, spread), 2, most))
+        return random.integers(3, VOCABULARY, size).tolist()
+
+    return [TokenizedComparison(ids(155, 0.6, 512), [ids(40, 0.7, 160) for _ in range(2)]) for _ in range(count)]
+
+
+def micro_batches(rows: list[TokenizedComparison], path: str, max_batch_tokens: int) -> list[PackedBatch]:
+    """The batches that training on this path makes of ``rows``."""
+    sizes = RowSizes.of(
+        path,
+        prompts=np.array([len(row.prompt_ids) for row in rows]),
+        counts=np.array([len(row.response_ids) for row in rows]),
+        longest=np.array([max(map(len, row.response_ids)) for row in rows]),
+        packed=np.array([row.packed_length for row in rows]),
+    )
+    plan = StepPlan(sizes, rows_per_step=len(rows), max_batch_tokens=max_batch_tokens)
+    step = plan.step(plan.order(epoch=0), number=0)
+    return [PackedBatch.build([rows[row] for row in batch.rows]) for batch in step.micro_batches]
+
+
+def steps(
+    model: PreTrainedModel, rows: list[TokenizedComparison], max_batch_tokens: int
+) -> dict[str, Callable[[], None]]:
+    """A step of each path, without the optimizer."""
+
+    def step_of(path: str) -> Callable[[], None]:
+        batches = micro_batches(rows, path, max_batch_tokens)
+
+        def step() -> None:
+            model.zero_grad()
+            for batch in batches:
+                policy_logprobs(model, batch, path=path).mean().backward()
+
+        return step
+
+    return {path: step_of(path) for path in ("cached", "padded")}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print a line of the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cached_path", description=__doc__.splitlines()[0])
+    parser.add_argument("--type", default="qwen3_5_text", choices=sorted(STATES))
+    parser.add_argument("--pairs", type=int, default=16, help="of a step")
+    parser.add_argument("--max-batch-tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=7, help="steps of each path")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(toy_config(options.type, **WIDE | STATES[options.type]))
+    rows = pairs(options.pairs)
+    assert choose_path(model, PackedBatch.build(rows[:4])) == "cached"
+    step = steps(model, rows, options.max_batch_tokens)
+    operations, times = {}, {path: [] for path in step}
+    for path, run in step.items():  # also the warm-up
+        with FlopCounterMode(display=False) as counter:
+            run()
+        operations[path] = counter.get_total_flops()
+    for _ in range(options.repeats):
+        for path, run in step.items():
+            start = time.perf_counter()
+            run()
+            times[path].append(time.perf_counter() - start)
+    medians = {path: statistics.median(values) for path, values in times.items()}
+    measured, counted = (values["padded"] / values["cached"] for values in (medians, operations))
+    print("| architecture | cached, s | padded, s | padded / cached | counted | share |")
+    print("|---|---:|---:|---:|---:|---:|")
+    print(
+        f"| `{options.type}` | {medians['cached']:.2f} | {medians['padded']:.2f} | {measured:.2f} | {counted:.2f} | "
+        f"{measured / counted:.0%} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
