@@ -441,3 +441,26 @@ def test_the_log_has_earlier_notices_and_the_error_that_ended_the_run(tmp_path):
     log = (tmp_path / "out/log.txt").read_text()
     assert "an old spelling" in log and "error: file.json: row 3" in log and "Traceback" in log
     assert early not in root.handlers
+
+
+@pytest.mark.parametrize(
+    ("damage_it", "named"),
+    [
+        (lambda path: (path / "model.safetensors").unlink(), "model.safetensors: missing"),
+        (lambda path: os.truncate(path / "model.safetensors", 3), "model.safetensors: 3 bytes"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"wEights"), "model.safetensors: contents changed"),
+        (lambda path: (path / "manifest.json").unlink(), "no manifest.json"),
+        (lambda path: (path / "manifest.json").write_text("{}"), "manifest.json: not readable"),
+        (lambda path: (path / "results.json").write_text(""), "results.json: 0 bytes"),
+    ],
+)
+def test_a_damaged_finished_run_is_not_reported_as_finished(tmp_path, damage_it, named):
+    path = tmp_path / "out"
+    with begin(path) as run:
+        (path / "model.safetensors").write_bytes(b"weights")
+        run.complete(lambda: [Metric("loss", 1.0)])
+    with begin(path) as run:
+        assert run.finished
+    damage_it(path)
+    with pytest.raises(SimpoError, match=re.escape(named)):
+        begin(path)

@@ -134,3 +134,20 @@ def test_full_disk_leaves_the_earlier_records(small_disk):
     lines.keep(1)
     lines.append([record])  # there is room again
     assert list(lines) == [record] * 2
+
+
+@pytest.mark.parametrize("place", [0, 5, 30, 60, -2])
+def test_a_checked_file_drops_what_a_changed_byte_makes_doubtful(tmp_path, caplog, place):
+    records = [{"chunk": number, "logp": -1.25 * number, "text": "é"} for number in range(3)]
+    file = JsonLines(tmp_path / "parts.jsonl", checked=True)
+    file.append(records)
+    assert list(JsonLines(file.path, checked=True)) == records
+    contents = bytearray(file.path.read_bytes())
+    start = contents.index(b"\n") + 1
+    line_end = contents.index(b"\n", start)
+    contents[(start if place >= 0 else line_end) + place] ^= 1
+    file.path.write_bytes(contents)
+    again = JsonLines(file.path, checked=True)
+    assert list(again) == records[:1] and "damaged" in caplog.text
+    again.append(records[1:])
+    assert list(JsonLines(file.path, checked=True)) == records

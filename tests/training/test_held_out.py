@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
-from simpo.training.metrics import compare_preferences
+from simpo.training.metrics import compare_preferences, read_scores, write_scores
 
 NAN = float("nan")
 
@@ -65,3 +66,15 @@ def test_with_a_reference_the_start_model_prefers_nothing():
     alone = {"rewards/chosen": [1e-7, NAN], "rewards/rejected": [NAN, 0]}
     assert ("eval_rewards/auc", "before") not in metrics(alone, alone, has_reference=True)
     assert ("eval_rewards/auc", "after") in metrics(alone, alone, has_reference=True)
+
+
+def test_stored_scores_that_were_changed_are_not_trusted(tmp_path, caplog):
+    path, rows = tmp_path / "scores.jsonl", Dataset.from_dict({"where": ["a", "b"]})
+    scores = {"loss": np.array([0.5, 0.25]), "weight": np.array([1.0, 1.0])}
+    write_scores(path, rows, scores)
+    assert read_scores(path, 2)["loss"].tolist() == [0.5, 0.25]
+    for damaged in (path.read_text().replace("0.25", "0.26"), '{"a": 1}\n{"b": 2}\n', ""):
+        path.write_text(damaged)
+        assert read_scores(path, 2) is None and "scores.jsonl is damaged" in caplog.text
+        write_scores(path, rows, scores)
+        assert read_scores(path, 2)["loss"].tolist() == [0.5, 0.25]

@@ -66,7 +66,8 @@ def test_a_killed_run_goes_on_where_it_was(counted, pairs, monkeypatch, tmp_path
     assert sorted(path.name for path in folder.iterdir()) == [f"0000{number}.json" for number in range(4)]
     (folder / "00003.json").unlink()
     (folder / "00001.json").write_text("[1.0")
-    (folder / "00000.json").write_text("[NaN, -1.0, -1.0, -1.0]")
+    text = (folder / "00000.json").read_text()
+    (folder / "00000.json").write_text(text.replace("-", "-1", 1))
     again, scored = counted(rows)
     assert again.completed(rows)[REF_LOGPS][:] == expected
     assert scored == [2, 2, 1]

@@ -84,7 +84,7 @@ class ChunkFiles:
     def open(self, rank: int) -> JsonLines:
         """The file that the process ``rank`` writes."""
         # The manifest of a finished run does not list names that start with a dot.
-        return JsonLines(self._folder / f".chunks-{rank}.jsonl")
+        return JsonLines(self._folder / f".chunks-{rank}.jsonl", checked=True)
 
     def records(self) -> Iterator[Record]:
         """Every chunk that any process has stored, in any order.
@@ -93,7 +93,7 @@ class ChunkFiles:
         """
         seen: set[int] = set()
         for path in sorted(self._folder.glob(".chunks-*.jsonl")):
-            for record in JsonLines(path):
+            for record in JsonLines(path, checked=True):
                 if record["chunk"] not in seen:  # a process that outlived a killed run may have repeated a chunk
                     seen.add(record["chunk"])
                     yield record

@@ -76,7 +76,8 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
         if not run.finished:
             annotator.prepare()
         run.begin(identity, argv=argv)
-        parts = JsonLines(folder / ".scores.jsonl")  # the manifest does not list names that start with a dot
+        # The manifest does not list names that start with a dot.
+        parts = JsonLines(folder / ".scores.jsonl", checked=True)
 
         def score() -> list[Metric]:
             shown = ShownAnswers(arguments.options.strip_thinking)

@@ -225,6 +225,8 @@ class RunFolder:
                 f"{advice}name a new folder{last}"
             )
         self.changed = bool(differences)
+        if self.finished:
+            self._check_whole()
         with disk_errors(self.path):
             sweep(self.path)
         if not self.finished:
@@ -242,6 +244,15 @@ class RunFolder:
         logging.getLogger().addHandler(self._log)
         if differences:
             self.log(f"continued with other settings: {'; '.join(differences)}")
+
+    def _check_whole(self) -> None:
+        """Refuse a finished run whose files are not those that it wrote; its last write was that it has finished."""
+        finished = (self.path / FILE_NAME).stat().st_mtime_ns
+        if fault := manifest.damage(self.path, since=finished):
+            raise SimpoError(
+                f"output_dir: {self.path} holds this run, finished, but is damaged ({fault}); restore the "
+                "file, or name a new folder"
+            )
 
     def log(self, line: str) -> None:
         """Print a line and keep it in ``log.txt``, without access tokens."""

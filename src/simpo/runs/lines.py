@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -16,6 +17,8 @@ from simpo.runs.atomic import disk_errors, sync, write_text
 
 logger = logging.getLogger(__name__)
 
+_CHECKSUM = "sha256"
+
 
 class JsonLines:
     """An append-only file of JSON objects, one per line; ``len()`` is their number.
@@ -26,20 +29,30 @@ class JsonLines:
         path: the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, checked: bool = False) -> None:
         """Open ``path``, or create it and its folder.
+
+        Args:
+            path: the file.
+            checked: for results that are computed again rather than trusted where the file is damaged: every line has
+                a checksum, and the first one that does not fit is dropped with all that follow.
 
         Raises:
             SimpoError: a line before the last is damaged, or the file cannot be written.
         """
         self.path = Path(path)
+        self._checked = checked
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
+            if not self.path.exists():
+                self.path.touch()
             sync(self.path.parent)
-            self._ends, torn = _scan(self.path)  # _ends: bytes from the start of the file to the end of each record
+            self._ends, torn = _scan(
+                self.path, checked
+            )  # _ends: bytes from the start of the file to the end of each record
             if torn:
-                logger.warning("%s: dropped an incomplete last line, which a killed process had left", self.path)
+                what = "all from the first damaged line on" if checked else "an incomplete last line"
+                logger.warning("%s: dropped %s; a process was killed, or the disk failed", self.path, what)
                 self._truncate()
 
     def __len__(self) -> int:
@@ -47,7 +60,11 @@ class JsonLines:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         with self.path.open("rb") as file:
-            yield from map(json.loads, file)
+            for line in file:
+                record = json.loads(line)
+                if self._checked:
+                    del record[_CHECKSUM]
+                yield record
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records and return when they are on the disk.
@@ -59,6 +76,8 @@ class JsonLines:
             SimpoError: the disk is full or the file cannot be written; its contents stay as they were.
         """
         lines = [_line(record) for record in records]
+        if self._checked:
+            lines = [_with_checksum(line) for line in lines]
         with disk_errors(self.path):
             try:
                 with self.path.open("ab") as file:
@@ -132,7 +151,17 @@ def _parsed(line: bytes, place: str) -> dict[str, Any]:
     return found
 
 
-def _scan(path: Path) -> tuple[list[int], bool]:
+def _with_checksum(line: bytes) -> bytes:
+    """A record's line with the digest of the line without it as the last key."""
+    digest = hashlib.sha256(line).hexdigest()[:16]
+    return line.removesuffix(b"}\n") + f', "{_CHECKSUM}": "{digest}"}}\n'.encode()
+
+
+def _fits(line: bytes) -> bool:
+    return _with_checksum(line.rpartition(f', "{_CHECKSUM}": "'.encode())[0] + b"}\n") == line
+
+
+def _scan(path: Path, checked: bool = False) -> tuple[list[int], bool]:
     """Where each record ends, in bytes, and whether an incomplete line follows the last."""
     ends: list[int] = []
     end, size = 0, path.stat().st_size
@@ -143,9 +172,9 @@ def _scan(path: Path) -> tuple[list[int], bool]:
                 whole = line.endswith(b"\n") and isinstance(json.loads(line), dict)
             except (ValueError, RecursionError):
                 whole = False
-            if whole:
+            if whole and (not checked or _fits(line)):
                 ends.append(end)
-            elif end == size:
+            elif end == size or checked:
                 return ends, True
             else:
                 raise SimpoError(f"{path}:{number}: not a JSON object; restore the file or name a new folder")

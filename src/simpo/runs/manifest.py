@@ -57,10 +57,14 @@ def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:
     write_text(folder / FILE_NAME, json.dumps({"schema": SCHEMA, "files": files}, indent=2, ensure_ascii=False) + "\n")
 
 
-def damage(folder: Path) -> str | None:
+def damage(folder: Path, *, since: int | None = None) -> str | None:
     """The first difference of a folder's files from its manifest, as text; None if all are as they were written.
 
     Files that the manifest does not list are ignored. Sizes are compared first, because hashing takes long.
+
+    Args:
+        folder: with a manifest.
+        since: compare the contents only of files that were modified after this time, in nanoseconds.
     """
     try:
         files = read_manifest(folder)
@@ -68,10 +72,10 @@ def damage(folder: Path) -> str | None:
         return f"no {FILE_NAME}"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{FILE_NAME}: not readable"
-    return next(_differences(folder, files), None)
+    return next(_differences(folder, files, since), None)
 
 
-def _differences(folder: Path, files: list[tuple[str, int, str]]) -> Iterator[str]:
+def _differences(folder: Path, files: list[tuple[str, int, str]], since: int | None) -> Iterator[str]:
     for name, _, _ in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             yield f"{name}: not in this folder"
@@ -82,7 +86,8 @@ def _differences(folder: Path, files: list[tuple[str, int, str]]) -> Iterator[st
             yield f"{name}: {found:,} bytes instead of {size:,}"
     for name, _, digest in files:
         try:
-            if file_digest(folder / name) != digest:
+            unmodified = since is not None and (folder / name).stat().st_mtime_ns <= since
+            if not unmodified and file_digest(folder / name) != digest:
                 yield f"{name}: contents changed (sha256)"
         except SimpoError as error:
             yield str(error)

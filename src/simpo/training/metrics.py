@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from simpo.runs.atomic import write_text
 from simpo.runs.lines import JsonLines
+from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric, Stage
 from simpo.statistics import (
     Interval,
@@ -24,6 +27,8 @@ from simpo.statistics import (
     weighted_mean_interval,
 )
 from simpo.training.batches import PlannedBatch, widest_type
+
+logger = logging.getLogger(__name__)
 
 # Metrics of every row of a data set, in its order: ``[rows]`` by name, and WEIGHT.
 Scores = dict[str, np.ndarray]
@@ -131,11 +136,22 @@ def write_scores(path: Path, rows: Dataset, scores: Scores) -> None:
     lines.append(
         {"where": place, **dict(zip(scores, row, strict=True))} for place, row in zip(places, columns, strict=True)
     )
+    write_text(_checksum(path), file_digest(path))
+
+
+def _checksum(path: Path) -> Path:
+    return path.with_name(f".{path.name}.sha256")
 
 
 def read_scores(path: Path, rows: int) -> Scores | None:
-    """The scores that :func:`write_scores` wrote; None if there are not ``rows`` of them."""
-    if not path.exists() or len(lines := list(JsonLines(path))) != rows:
+    """The scores that :func:`write_scores` wrote; None if there are not ``rows`` of them, or if they were changed."""
+    if not path.exists():
+        return None
+    if not _checksum(path).exists() or _checksum(path).read_bytes() != file_digest(path).encode():
+        logger.warning("%s is damaged and is computed again", path)
+        path.unlink()
+        return None
+    if len(lines := list(JsonLines(path))) != rows:
         return None
     return {name: np.array([line[name] for line in lines], dtype=np.float64) for name in lines[0] if name != "where"}
 

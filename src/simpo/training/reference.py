@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -31,6 +30,7 @@ from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_forward
 from simpo.packing.scoring import ReferenceStates, reference_states
 from simpo.runs.atomic import write_text
+from simpo.runs.results import fingerprint
 from simpo.runs.terminal import progress
 from simpo.training.batches import MISMATCHED_IDS, MISMATCHED_REF_LOGP, REF_LOGPS, describe_rows, response_counts
 from simpo.training.identity import rows_digest
@@ -150,7 +150,8 @@ class ReferenceModel:
             for number in missing:
                 chunks[number] = self._computed_logps(parts[number])
                 if main:
-                    write_text(paths[number], json.dumps(chunks[number]))
+                    stored = {"logps": chunks[number], "sha256": fingerprint(chunks[number])}
+                    write_text(paths[number], json.dumps(stored))
                 advance(len(parts[number]))
         return [part.tolist() for part in np.split(np.concatenate(chunks), np.cumsum(counts)[:-1])]
 
@@ -199,11 +200,12 @@ def _read_chunk(path: Path, size: int) -> list[float] | None:
     if not path.exists():
         return None
     try:
-        logps = json.loads(path.read_text())
-    except (OSError, ValueError):
-        logps = None
-    finite = isinstance(logps, list) and all(isinstance(logp, float) and math.isfinite(logp) for logp in logps)
-    if not finite or len(logps) != size:
+        stored = json.loads(path.read_text())
+        logps: list[float] = stored["logps"]
+        intact = stored["sha256"] == fingerprint(logps) and len(logps) == size
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        intact = False
+    if not intact:
         logger.warning("%s is damaged and is computed again", path)
         return None
     return logps
