@@ -36,7 +36,7 @@ from simpo.objectives.policy_gradient import Rollout, kl_estimate, mean_by
 from simpo.packing.model import policy_logprobs
 from simpo.runs.atomic import write_text
 from simpo.runs.lines import read_lines, write_lines
-from simpo.runs.results import Metric
+from simpo.runs.results import Metric, Stage
 from simpo.statistics import mean_interval
 from simpo.training.batches import (
     ROLLOUT,
@@ -260,9 +260,9 @@ class OnlineTrainer(PreferenceTrainer):
     def _records(self, place: Place) -> list[Record]:
         """The prompts of a rollout with their scored answers, from its file if there is one; all ranks call."""
         path, main = self._folder / f"{place.rollout:06}.jsonl", self.is_world_process_zero()
-        records = from_main(read_lines(path) if main and path.exists() else None)
-        if records is not None:
-            return records
+        known: Any = from_main(read_lines(path) if main and path.exists() else None)
+        if known is not None:
+            return known
         if self.state.global_step != place.first_step:
             raise SimpoError(f"{path} is missing, and the weights that its answers were sampled by are gone")
         began = time.monotonic()
@@ -281,7 +281,7 @@ class OnlineTrainer(PreferenceTrainer):
         samples = sample_answers(self, self._engine, [one.ids for one in prompts], self._sampling(place.rollout))
         texts = response_texts(tokenizer, prompts, samples)
         answered = list(map(Answered, prompts, samples, texts))
-        scores = from_main(self._scores(answered, place.rollout) if self.is_world_process_zero() else None)
+        scores: Any = from_main(self._scores(answered, place.rollout) if self.is_world_process_zero() else None)
         ids = [[list(sampled.ids) for sampled in answers] for answers in samples]
         rows = Dataset.from_dict({"prompt_ids": [one.ids for one in prompts], "response_ids": ids})
         behavior, reference = _by_response(self.token_logps(rows), ids), [None] * len(ids)
@@ -387,7 +387,8 @@ class OnlineTrainer(PreferenceTrainer):
         """Means of the first and the last rollout, over their prompts."""
         found = []
         paths = sorted(self._folder.glob("0*.jsonl"))
-        for stage, path in (("before", paths[0]), ("after", paths[-1])) if paths else ():
+        stages: dict[Stage, Path] = {"before": paths[0], "after": paths[-1]} if paths else {}
+        for stage, path in stages.items():
             values = np.array(training_rows(read_lines(path), self.args)[ROLLOUT][:])
             for name, column in zip(ROLLOUT_NAMES, values.T, strict=True):
                 if not np.isnan(column).all():

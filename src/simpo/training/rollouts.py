@@ -183,9 +183,10 @@ def _token_advantages(
         enough = sum(score is not None for score in own) >= needed
         for score, logps, reference in zip(own, record["behavior_logps"], record["ref_logps"], strict=True):
             penalty = 0.0
-            if args.kl_in == "reward":
-                tokens = torch.tensor([logps, reference], dtype=torch.float64)
-                penalty = args.kl_coef * kl_estimate(*tokens, args.kl_estimator).sum().item()  # type: ignore[arg-type, misc, operator]
+            if args.kl_in == "reward" and args.kl_coef:
+                assert args.kl_estimator is not None
+                behavior, start = torch.tensor([logps, reference], dtype=torch.float64)
+                penalty = args.kl_coef * kl_estimate(behavior, start, args.kl_estimator).sum().item()
             rewards.append((0.0 if score is None else score) - penalty)
             group.append(number)
             usable.append(score is not None and enough)
