@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from simpo.cli import main
 from simpo.runs.lines import read_lines
@@ -87,6 +89,25 @@ def test_a_run_that_was_killed_continues_to_the_same_bytes(recipe):
     assert main(arguments) == 0
     for path in [*Path("whole/rollouts").glob("0*"), Path("whole/model.safetensors")]:
         assert (Path("out") / path.relative_to("whole")).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("objective", ["grpo", "simpo"])
+def test_two_processes_train_as_one(recipe, objective):
+    shared = {"objective": objective, "dtype": "float64", "optim": "sgd", "learning_rate": 0.1, "sync_every": 1}
+    shared |= {"save_strategy": "no"}
+    assert main(recipe(**shared, output_dir="one")) == 0
+    arguments = recipe(**shared, output_dir="two", per_device_train_batch_size=2)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    found = subprocess.run([*launch, "-m", "simpo", *arguments], capture_output=True, check=False, timeout=240)
+    assert found.returncode == 0, found.stderr.decode()
+    one, two = (load_file(Path(folder, "model.safetensors")) for folder in ("one", "two"))
+    assert all((one[name] - two[name]).abs().max() < 1e-9 for name in one)
+    for path in Path("one/rollouts").glob("0*"):
+        first, second = (read_lines(Path(folder, "rollouts", path.name)) for folder in ("one", "two"))
+        assert [row["response_ids"] for row in first] == [row["response_ids"] for row in second]
 
 
 @pytest.mark.parametrize(
