@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 
 from simpo.errors import SimpoError
+from simpo.models.devices import explain_oom
 from simpo.training.batches import ComparisonRows
-from simpo.training.packed import explain_oom
 
 # Trains on rows of 250 tokens in a process that may take so many MiB more than it has when training starts: with
 # micro-batches of so many tokens, and then with what the errors name until they fit.

@@ -6,7 +6,9 @@ import gc
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -22,9 +24,10 @@ from simpo.packing.model import causal_lm
 
 Value = TypeVar("Value")
 
+_CPU_OUT_OF_MEMORY = "can't allocate memory"  # PyTorch's allocator raises an ordinary RuntimeError
+
 # Liger's own losses replace the model's forward, and the output layer of packed batches needs as little memory.
 _LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
-
 
 # Compiled graphs of one function: transformers' layers of all kinds share one, each with and without gradients.
 _MOST_GRAPHS = 64
@@ -41,6 +44,22 @@ def free_memory() -> None:
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
+
+
+@contextmanager
+def explain_oom(advise: Callable[[], str]) -> Iterator[None]:
+    """Where memory runs out, free it and raise :class:`SimpoError` with ``advise()`` instead of PyTorch's error."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and _CPU_OUT_OF_MEMORY not in str(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold what had been computed
+    else:
+        return
+    free_memory()
+    raise SimpoError(advise()) from None
 
 
 def from_main(value: Value, group: dist.ProcessGroup | None = None) -> Value:

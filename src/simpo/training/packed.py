@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,7 +25,7 @@ from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError
 from simpo.models.adapters import check_adapter
 from simpo.models.checkpoint import Limits
-from simpo.models.devices import check_liger, compile_layers, free_memory
+from simpo.models.devices import check_liger, compile_layers, explain_oom
 from simpo.models.loading import load_model
 from simpo.models.preparation import disable_dropout, freeze_unreached, keep_gradients
 from simpo.models.settings import ModelArguments
@@ -66,7 +65,6 @@ logger = logging.getLogger(__name__)
 # Tokens of a micro-batch where ``max_batch_tokens`` is not set; docs/performance.md says why.
 _ACCELERATOR_TOKENS, _CPU_TOKENS = 16384, 2048
 _SCORED_TOGETHER = 512  # rows that micro-batches are filled from when responses are scored
-_CPU_OUT_OF_MEMORY = "can't allocate memory"  # PyTorch's allocator raises an ordinary RuntimeError
 _OUTSIDE_A_FORWARD = (
     "optim: memory ran out outside a micro-batch's forward and backward, where the optimizer's states are made; choose "
     "a smaller one (adamw_torch_8bit, adafactor) or share the states out over GPUs (recipes/launch)"
@@ -496,19 +494,3 @@ class PackedTrainer(ResumableTrainer):
                         index = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in micro.rows])
                         values[torch.from_numpy(index).to(device)] = found.to(values)
         return self._sum_over_ranks(values)
-
-
-@contextmanager
-def explain_oom(advise: Callable[[], str]) -> Iterator[None]:
-    """Where memory runs out, free it and raise :class:`SimpoError` with ``advise()`` instead of PyTorch's error."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and _CPU_OUT_OF_MEMORY not in str(error):
-            raise
-        traceback.clear_frames(error.__traceback__)  # they hold what had been computed
-    else:
-        return
-    free_memory()
-    raise SimpoError(advise()) from None
