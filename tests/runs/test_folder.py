@@ -464,3 +464,13 @@ def test_a_damaged_finished_run_is_not_reported_as_finished(tmp_path, damage_it,
     damage_it(path)
     with pytest.raises(SimpoError, match=re.escape(named)):
         begin(path)
+
+
+def test_an_edited_model_card_is_no_damage(tmp_path):
+    path = tmp_path / "out"
+    with begin(path) as run:
+        (path / "README.md").write_text("# A model")
+        run.complete(lambda: [Metric("loss", 1.0)])
+    (path / "README.md").write_text("# My model")
+    with begin(path) as run:
+        assert run.finished
