@@ -277,8 +277,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if unknown := set(options.types) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         parser.error(f"not a causal architecture of transformers: {', '.join(sorted(unknown))}")
-    transformers.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
     rows = rows_of_page() if options.types else {}
     for name in options.types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         rows[name] = table_row(name, examine(name))
@@ -288,4 +286,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
     main()

@@ -53,8 +53,10 @@ def test_the_merged_model_is_the_adapters(settings, base, tmp_path, capsys):
     names = {path.name for path in merged.iterdir()}
     assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"}
     assert not [name for name in names if name.startswith("adapter")]
-    plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float64)
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), adapter
+    ).double()
     ids = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
     expected = logps(theirs, ids)
     torch.testing.assert_close(logps(plain, ids), expected, rtol=0, atol=1e-5)

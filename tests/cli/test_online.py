@@ -84,7 +84,9 @@ def test_a_run_that_was_killed_continues_to_the_same_bytes(recipe):
     arguments = recipe(annotator="function:scorers:killed")
     command = [sys.executable, "-m", "simpo", *arguments]
     for moment in (2, 50, 100):  # during the annotation of each rollout
-        found = subprocess.run(command, env=os.environ | {"KILL_AT": str(moment)}, capture_output=True, check=False)
+        found = subprocess.run(
+            command, env=os.environ | {"KILL_AT": str(moment), "OMP_NUM_THREADS": "1"}, capture_output=True, check=False
+        )
         assert found.returncode == -signal.SIGKILL, found.stderr.decode()
     assert main(arguments) == 0
     for path in [*Path("whole/rollouts").glob("0*"), Path("whole/model.safetensors")]:
