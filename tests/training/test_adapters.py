@@ -313,7 +313,7 @@ def fewer_weights(folder, bases):
     [
         (another_base, "an adapter for another model than .* has no place here"),
         (wider_base, r"an adapter for another model than .* is \[.*\] there, \[.*\] here"),
-        (other_kind_of_base, "an adapter for another model .*q_proj"),
+        (other_kind_of_base, "an adapter for another model.*q_proj"),
         (no_base, "is an adapter whose base model is missing: there is no folder '/nowhere/model'"),
         (unnamed_base, "does not name its base model"),
         (not_json, "cannot be loaded"),
