@@ -201,7 +201,7 @@ def test_bootstrap_of_a_mean_agrees_with_scipy():
 
 
 def test_bootstrap_draws_items_whole():
-    """Of a ratio, by the definition: one item after the other."""
+    """The bootstrap of a ratio by its definition: each draw takes whole items."""
     sums = np.random.default_rng(0).random((20, 2))
     rng = np.random.default_rng(7)
     figures = [ratio(sums[rng.integers(0, 20, 20)].sum(0)) for _ in range(300)]

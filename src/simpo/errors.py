@@ -49,7 +49,7 @@ def third_party(place: str) -> Iterator[None]:
     """Report whatever another library raises in the body as a mistake at ``place``: a file, a row or a key.
 
     Libraries that read files or evaluate text raise anything for damaged input, and the panics of those written in
-    Rust are not even exceptions. Our own code does not belong into the body, because its bugs should keep their
+    Rust are not even exceptions. Our own code does not belong in the body, because its bugs should keep their
     tracebacks.
 
     Raises:

@@ -16,7 +16,7 @@ OURS, PEER = Entrant("simpo", "simpo", path="auto"), Entrant("TRL CPO 2x2", "trl
 
 
 def measurement(name: str, seconds: float, flops: int, peak_mib: float, loss: float = 1.5) -> Measurement:
-    """Of 4 pairs and 600 unique tokens."""
+    """Measurements of 4 pairs with 600 unique tokens."""
     return Measurement(
         name=name,
         seconds=seconds,

@@ -11,7 +11,7 @@ SHAPE = Shape(hidden=8, layers=2, heads=2, kv_heads=1, head_size=4, intermediate
 
 
 def naive_flops(sequences: list[tuple[int, int]], scored: int) -> int:
-    """Of ``(queries, keys)``, one sequence after the other, and ``scored`` rows of the head, product by product."""
+    """FLOPs of sequences of ``(queries, keys)`` and of ``scored`` rows of the head, product by product."""
     tokens = sum(queries for queries, _ in sequences)
     weights = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
     attention = sum(2 * 2 * 2 * queries * keys * 4 for queries, keys in sequences)

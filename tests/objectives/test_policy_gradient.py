@@ -9,14 +9,9 @@ import torch
 
 from simpo.objectives.policy_gradient import (
     POLICY_GRADIENTS,
-    AdaptiveKL,
     Rollout,
     advantages,
-    explained_variance,
-    gae,
     kl_estimate,
-    token_rewards,
-    value_loss,
     whiten,
 )
 
@@ -82,13 +77,13 @@ def test_at_the_behavior_policy_nothing_is_clipped_and_the_gradient_is_that_of_r
     row = POLICY_GRADIENTS[name]
     assert (row.ratios(same) == 1).all() and not row.clipped(same).any()
     (gradient,) = torch.autograd.grad(row.loss(same, denominator=3.5).sum(), same.logp)
-    lengths = same.lengths[same.segment]
+    lengths = torch.tensor(LENGTHS, dtype=torch.float64)[same.segment]
     divisor = {"sum": torch.ones_like(lengths), "length": lengths}.get(row.normalization, torch.full_like(lengths, 3.5))
     torch.testing.assert_close(gradient, -same.advantage / divisor, rtol=1e-12, atol=1e-12)
 
 
 def test_the_clip_fraction_counts_tokens_without_a_gradient(rollout):
-    row = POLICY_GRADIENTS["ppo"]
+    row = POLICY_GRADIENTS["dr_grpo"]
     (gradient,) = torch.autograd.grad(row.loss(rollout, denominator=1.0).sum(), rollout.logp)
     share = (gradient == 0).double().mean()
     assert 0 < share < 1
@@ -123,38 +118,6 @@ def test_one_response_has_no_group_baseline(baseline):
         advantages(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]), baseline)
 
 
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0)])
-def test_generalized_advantage_estimation(rollout, gamma, lam):
-    generator = torch.Generator().manual_seed(1)
-    rewards, values = torch.randn(2, len(rollout.segment), generator=generator, dtype=torch.float64)
-    found, returns = gae(rewards, values, rollout.segment, gamma=gamma, lam=lam)
-    for tokens in tokens_of(rollout):
-        deltas = []
-        for t in tokens:
-            following = values[t + 1] if t + 1 in tokens else 0.0
-            deltas.append((rewards[t] + gamma * following - values[t]).item())
-        expected = [
-            sum((gamma * lam) ** (k - i) * deltas[k] for k in range(i, len(tokens))) for i in range(len(tokens))
-        ]
-        assert found[tokens].tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
-    torch.testing.assert_close(returns, found + values, rtol=1e-12, atol=1e-12)
-
-
-def test_with_lambda_one_an_advantage_is_the_discounted_return_minus_the_value(rollout):
-    rewards = torch.ones(len(rollout.segment), dtype=torch.float64)
-    found, _ = gae(rewards, torch.zeros_like(rewards), rollout.segment, gamma=0.5, lam=1.0)
-    for tokens in tokens_of(rollout):
-        assert found[tokens[0]].item() == pytest.approx(2 * (1 - 0.5 ** len(tokens)))
-
-
-def test_token_rewards_end_with_the_score(rollout):
-    scores = torch.arange(6.0, dtype=torch.float64)
-    penalty = torch.full((len(rollout.segment),), 0.25, dtype=torch.float64)
-    found = token_rewards(scores, penalty, rollout.segment)
-    for response, tokens in enumerate(tokens_of(rollout)):
-        assert found[tokens].tolist() == [-0.25] * (len(tokens) - 1) + [response - 0.25]
-
-
 def test_estimators_of_the_divergence_and_their_gradients():
     """Over a whole distribution: k1 and k3 have the exact value, and k2 as a loss has the exact gradient."""
     generator = torch.Generator().manual_seed(0)
@@ -173,27 +136,7 @@ def test_estimators_of_the_divergence_and_their_gradients():
     assert none.abs().max() < 1e-12  # k1 in a loss has no effect on average
 
 
-def test_the_adaptive_coefficient_moves_towards_its_target():
-    control = AdaptiveKL(0.2, target=6.0, horizon=10_000)
-    control.update(12.0, 256)
-    assert control.coefficient == pytest.approx(0.2 * (1 + 0.2 * 256 / 10_000))
-    control.update(5.4, 256)
-    assert control.coefficient == pytest.approx(0.2 * (1 + 0.2 * 256 / 10_000) * (1 - 0.1 * 256 / 10_000))
-
-
-def test_clipped_value_loss():
-    old, returns = torch.tensor([0.0, 0.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, -1.0, 0.1])
-    values = torch.tensor([0.5, 0.1, 0.5, 0.05], requires_grad=True)
-    found = value_loss(values, old, returns, clip=0.2)
-    assert found.tolist() == pytest.approx([0.5 * 0.8**2, 0.5 * 0.9**2, 0.5 * 1.5**2, 0.5 * 0.05**2])
-    (gradient,) = torch.autograd.grad(found.sum(), values)
-    assert gradient.tolist() == pytest.approx([0.0, -0.9, 1.5, -0.05])
-
-
-def test_whitening_and_explained_variance():
+def test_whitening():
     values = torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64)
-    assert whiten(values).mean().item() == pytest.approx(0, abs=1e-12)
-    assert whiten(values).var(unbiased=False).item() == pytest.approx(1)
-    assert whiten(values, keep_mean=True).mean().item() == pytest.approx(4)
-    assert explained_variance(values, values) == 1
-    assert explained_variance(torch.full_like(values, 4.0), values) == pytest.approx(0)
+    expected = [(value - 4) / math.sqrt((9 + 4 + 0 + 25) / 4) for value in values.tolist()]
+    assert whiten(values).tolist() == pytest.approx(expected)

@@ -21,7 +21,7 @@ def test_closed_forms():
 
 
 def test_gradients():
-    """Of Bradley-Terry minus the probability that the label is wrong, of centring twice the sum."""
+    """Bradley-Terry: minus the probability that the label is wrong; centering: twice the sum."""
     w, l, margin = torch.tensor(PAIRS, dtype=torch.float64).unbind(1)  # noqa: E741
     w, l = w.requires_grad_(), l.requires_grad_()  # noqa: E741
     (d_w, d_l) = torch.autograd.grad(bradley_terry(w, l, margin).sum(), (w, l))

@@ -47,7 +47,7 @@ def test_log_probabilities_and_gradients_are_the_models_own(name, float64_everyw
     assert_equal(found, expected, model, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "falcon_h1", "jamba", "mamba2"])
+@pytest.mark.parametrize("name", STATES)
 def test_in_single_precision(name):
     model, rows = build(name), comparisons(seed=1)
     expected = naive_logprobs(model, rows)

@@ -24,7 +24,7 @@ class ModelAnswers:
         self._lock = threading.Lock()
 
     def first_token_logprobs(self, messages: list[dict[str, str]]) -> torch.Tensor:
-        """Of the whole vocabulary, ``[V]``."""
+        """``[V]`` log-probabilities of the whole vocabulary."""
         with torch.no_grad():
             return self.model(**self._prompt(messages)).logits[0, -1].log_softmax(-1)
 

@@ -170,7 +170,7 @@ def losses_of(model, batch):
 
 @pytest.mark.parametrize("start", ["new", "continued"])
 def test_the_reference_is_where_training_started(start, bases, comparisons):
-    """Of a new adapter that is the base model, of a continued one the adapter as it was, never the base model."""
+    """The base model for a new adapter; for a continued one the adapter as it was, never the base model."""
     base = bases("llama")
     batch = PackedBatch.build(comparisons)
     model = adapted(base) if start == "continued" else load_model(str(base), arguments(base, lora_dropout=0))
@@ -313,7 +313,7 @@ def fewer_weights(folder, bases):
     [
         (another_base, "an adapter for another model than .* has no place here"),
         (wider_base, r"an adapter for another model than .* is \[.*\] there, \[.*\] here"),
-        (other_kind_of_base, "an adapter for another model.*q_proj"),
+        (other_kind_of_base, "an adapter for another model: .*q_proj"),
         (no_base, "is an adapter whose base model is missing: there is no folder '/nowhere/model'"),
         (unnamed_base, "does not name its base model"),
         (not_json, "cannot be loaded"),
@@ -379,7 +379,7 @@ def test_a_router_of_its_own_kind_has_no_adapter(tmp_path, caplog):
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_four_bits_need_a_library(bases, tmp_path):
-    """Of an adapter's base model too."""
+    """The base model of an adapter is checked, too."""
     folder = save(adapted(bases("llama")), tmp_path / "adapter")
     for name, given in (
         (bases("llama"), arguments(bases("llama"), load_in_4bit=True)),

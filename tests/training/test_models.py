@@ -209,7 +209,7 @@ def test_a_row_with_an_unknown_token_is_named(token):
 
 @pytest.mark.parametrize("shapes", [((3, (4, 2)), (120, (9, 3))), ((120, (9, 3)),)])
 def test_training_does_not_start(shapes, make_trainer):
-    """Of a GPT-2 with 128 positions, before the self-check runs it on the rows."""
+    """A GPT-2 with 128 positions is checked before the self-check runs it on the rows."""
     with pytest.raises(SimpoError, match=r"train: .*129 tokens"):
         make_trainer(rows_of(*shapes))
     with pytest.raises(SimpoError, match=r"eval: file\.jsonl:1: token id 61; .* 0 to 60"):

@@ -237,6 +237,19 @@ def test_each_pass_over_a_rollout_has_all_of_its_prompts():
     assert all(sorted(order) == orders[0] for order in orders)
 
 
+@pytest.mark.parametrize("objective", ["rloo", "simpo"])
+def test_prompts_whose_scores_are_all_equal_are_counted(objective, online):
+    """The first of the four prompts of the step."""
+
+    def flat(answered):
+        first, *others = annotate(answered)
+        return [[0.5] * len(first), *others]
+
+    watch = Watch()
+    online(objective=objective, annotator=flat, max_steps=1, callbacks=[watch], logging_steps=1).train()
+    assert watch.logs[0]["rollout/equal_scores"] == 0.25
+
+
 def test_answers_without_a_score_are_counted_and_teach_nothing(online, tmp_path):
     def partly(answered):
         return [[None, math.nan, *scores[2:]] for scores in annotate(answered)]

@@ -94,7 +94,7 @@ def naive_loss(model, rows, *, margin=lambda row, gap: 0.0, centre=0.0):
 
 
 def gap_of_scores(row, gap):
-    """Of a pair by its columns, of a ranking by its scores."""
+    """A pair's margin comes from its columns, a ranking's from its scores."""
     extra = json.loads(row["extra"])
     return gap if row["scores"] else extra["chosen_score"] - extra["rejected_score"]
 

@@ -78,7 +78,7 @@ class Gradients(TrainerCallback):
 @pytest.mark.parametrize("path", ["packed", "padded"])
 @pytest.mark.parametrize("budget", [500, 60])
 def test_gradients_and_logs_are_those_of_the_definition(masked, path, budget, make_sft, make_model, conversations):
-    """Of every step of an epoch, the last of which has fewer rows; learning rate 0, so that each starts alike."""
+    """Every step of an epoch, the last of which has fewer rows; at learning rate 0 all start from the same weights."""
     rows, gradients = conversations(10, masked=masked), Gradients()
     trainer = make_sft(
         rows,

@@ -280,3 +280,12 @@ def test_a_row_above_max_batch_tokens_is_named(make_trainer, random_comparisons,
     rows = as_dataset(random_comparisons((3, (2, 2)), (10, (5, 6)), (3, (2, 2))))
     with pytest.raises(SimpoError, match=r"max_batch_tokens: 20 .*row 1, 21 tokens"):
         make_trainer(rows, max_batch_tokens=20).train()
+
+
+def test_flops_of_a_step_are_two_forward_and_four_backward_per_weight_and_token(make_trainer, pairs, model):
+    """Kaplan et al. 2020, arXiv 2001.08361, section 2.1; a pair has 20 tokens, because its prompt is shared."""
+    trainer = make_trainer(pairs(8), model=model, per_device_train_batch_size=8)
+    step = next(iter(trainer.get_train_dataloader()))
+    embeddings = {id(weight) for m in model.modules() if isinstance(m, torch.nn.Embedding) for weight in m.parameters()}
+    weights = sum(weight.numel() for weight in model.parameters() if id(weight) not in embeddings)
+    assert trainer.floating_point_ops(step) == (2 + 4) * weights * 8 * 20

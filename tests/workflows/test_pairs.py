@@ -37,7 +37,7 @@ def made(records, **settings):
 
 
 def test_best_against_worst():
-    """Of two that are equally good, or equally bad, the first counts."""
+    """If two answers are equally good, or equally bad, the first one counts."""
     found = made(
         [
             record(0, ("bb", 2), ("dddd", 4), ("a", 1), ("eeee", 4), ("c", 1)),

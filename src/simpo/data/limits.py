@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import os
-import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError, one_line
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 _SECONDS = 2.0  # of processor time for one conversation, which takes milliseconds
 _MEMORY = 1 << 30  # bytes
@@ -51,8 +55,8 @@ def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    """Bound the processor time and the memory of the body; in a thread Python cannot, and nothing is bounded."""
-    if threading.current_thread() is not threading.main_thread():
+    """Bound the processor time and the memory of the body, except on Windows and outside the main thread."""
+    if resource is None or threading.current_thread() is not threading.main_thread():
         yield
         return
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -67,7 +68,7 @@ class Spelling(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(ABC):
     """A loss and an implicit reward; the fields of a subclass are its hyperparameters.
 
     A loss is a pair term plus, for some objectives, an anchor term on the chosen response alone. With more than two
@@ -92,9 +93,9 @@ class Objective:
     takes_unpaired: ClassVar[bool] = False
     spellings: ClassVar[Mapping[str, Spelling]] = {}
 
+    @abstractmethod
     def pair(self, w: Responses, l: Responses, *args: Any, **kwargs: Any) -> Tensor:
         """``[B]`` pair terms of ``B`` chosen and rejected responses."""
-        raise NotImplementedError
 
     def comparisons(self, y: Responses, pairs: Any, **context: Any) -> Tensor:
         """``[C]`` pair terms of ``C`` comparisons: the mean over the ordered pairs of each.
@@ -111,12 +112,16 @@ class Objective:
         return None
 
     def unpaired(self, y: Responses, label: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``[B]`` losses of single responses with a label, ``[B]`` bool: whether a response is desirable."""
-        raise NotImplementedError
+        """``[B]`` losses of single responses with a label, ``[B]`` bool: whether a response is desirable.
 
+        Raises:
+            ValueError: the objective compares responses, and has no loss for a single one.
+        """
+        raise ValueError(f"{self.name} has no loss for single responses")
+
+    @abstractmethod
     def implicit_reward(self, y: Responses) -> Tensor:
         """``[B]`` rewards that the loss implies."""
-        raise NotImplementedError
 
     def loss(self, w: Responses, l: Responses, **values: Any) -> Tensor:
         """``[B]`` losses: the pair term, plus the anchor term where there is one.

@@ -16,9 +16,9 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-Baseline = Literal["batch", "leave_one_out", "group", "value"]
+Baseline = Literal["batch", "leave_one_out", "group"]
 Ratio = Literal["token", "sequence", "sequence_mean"]
-Normalization = Literal["sum", "length", "tokens", "constant"]
+Normalization = Literal["sum", "length", "constant"]
 KLEstimator = Literal["k1", "k2", "k3"]
 
 _EPSILON = 1e-6  # added to a standard deviation, so that equal rewards give advantages of 0
@@ -52,10 +52,8 @@ def advantages(rewards: Tensor, group: Tensor, baseline: Baseline, *, scale_by_s
         scale_by_std: divide by the standard deviation (``n - 1``) of the prompt's rewards, as GRPO does.
 
     Raises:
-        ValueError: a prompt has a single response, whose baseline would be its own reward, or the baseline is a value.
+        ValueError: a prompt has a single response, whose baseline would be its own reward.
     """
-    if baseline == "value":
-        raise ValueError("a value baseline gives an advantage to each token; see gae")
     if baseline == "batch":
         return rewards - rewards.mean()
     count = int(group.max()) + 1
@@ -71,39 +69,9 @@ def advantages(rewards: Tensor, group: Tensor, baseline: Baseline, *, scale_by_s
     return centered
 
 
-def gae(rewards: Tensor, values: Tensor, segment: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation: advantages and returns, both ``[S]``.
-
-    ``delta_t = r_t + gamma * V_{t+1} - V_t`` and ``A_t = delta_t + gamma * lam * A_{t+1}``, with a value of 0 after the
-    last token of a response; the returns are ``A_t + V_t``. Schulman et al. 2016, arXiv 1506.02438, equation 16.
-
-    Args:
-        rewards: ``[S]`` reward of each token.
-        values: ``[S]`` value of the state in which each token was chosen.
-        segment: ``[S]`` response of each token, in ascending order.
-        gamma: discount.
-        lam: 0 trusts the values (one-step differences), 1 the rewards (returns minus values).
-    """
-    count = int(segment[-1]) + 1
-    lengths = sum_by(torch.ones_like(segment), segment, count)
-    place = torch.arange(len(segment), device=segment.device) - (lengths.cumsum(0) - lengths)[segment]
-    # One row per response, so that the recursion runs over places instead of tokens. Padding comes after a response's
-    # last token; its rewards and values are 0, and so is what it passes on to the tokens before it.
-    grid_rewards, grid_values = rewards.new_zeros(2, count, int(lengths.max()) + 1)
-    grid_rewards[segment, place], grid_values[segment, place] = rewards, values
-    found, following = torch.zeros_like(grid_rewards), rewards.new_zeros(count)
-    for t in range(found.shape[1] - 2, -1, -1):
-        delta = grid_rewards[:, t] + gamma * grid_values[:, t + 1] - grid_values[:, t]
-        following = delta + gamma * lam * following
-        found[:, t] = following
-    advantage = found[segment, place]
-    return advantage, advantage + values
-
-
-def whiten(values: Tensor, *, keep_mean: bool = False) -> Tensor:
-    """``values`` ``[N]`` with mean 0 and variance 1 (biased); ``keep_mean`` only scales them."""
-    white = (values - values.mean()) * torch.rsqrt(values.var(unbiased=False) + _EPSILON**2)
-    return white + values.mean() if keep_mean else white
+def whiten(values: Tensor) -> Tensor:
+    """``values`` ``[N]`` with mean 0 and variance 1 (biased)."""
+    return (values - values.mean()) * torch.rsqrt(values.var(unbiased=False) + _EPSILON**2)
 
 
 # ---- The distance from the reference model.
@@ -115,8 +83,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator) -> Tenso
     With ``d = logp - ref_logp``: ``k1 = d`` is unbiased and can be negative; ``k2 = d**2 / 2`` is biased, but its
     gradient is that of the divergence; ``k3 = exp(-d) - 1 + d`` is unbiased and never negative, but its gradient is
     biased. As a penalty on rewards, where only the value matters, use k1; as a term of the loss, use k2, or k3 as GRPO
-    does.
-    Schulman 2020, "Approximating KL divergence".
+    does. Schulman 2020, "Approximating KL divergence".
     """
     difference = logp - ref_logp
     if estimator == "k1":
@@ -124,36 +91,6 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator) -> Tenso
     if estimator == "k2":
         return 0.5 * difference**2
     return torch.expm1(-difference) + difference
-
-
-@dataclass
-class AdaptiveKL:
-    """A KL coefficient that keeps the divergence near a target. Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
-
-    Attributes:
-        coefficient: current factor of the penalty.
-        target: wanted divergence of a response, in nats.
-        horizon: number of responses over which the coefficient can change by a factor of about ``e ** 0.2``.
-    """
-
-    coefficient: float
-    target: float
-    horizon: int = 10_000
-
-    def update(self, measured: float, responses: int) -> None:
-        """Raise the coefficient if the measured divergence is above the target, and lower it if it is below."""
-        error = min(max(measured / self.target - 1, -0.2), 0.2)
-        self.coefficient *= 1 + error * responses / self.horizon
-
-
-def token_rewards(scores: Tensor, penalty: Tensor, segment: Tensor) -> Tensor:
-    """``[S]`` rewards of tokens: minus the penalty ``[S]`` of each, and the response's score ``[R]`` at its last token.
-
-    Ouyang et al. 2022, arXiv 2203.02155, equation 2.
-    """
-    last = torch.ones_like(segment, dtype=torch.bool)
-    last[:-1] = segment[1:] != segment[:-1]
-    return torch.where(last, scores[segment] - penalty, -penalty)
 
 
 # ---- Losses.
@@ -177,11 +114,6 @@ class Rollout:
     segment: Tensor
     responses: int
 
-    @property
-    def lengths(self) -> Tensor:
-        """``[R]`` number of tokens."""
-        return sum_by(torch.ones_like(self.logp), self.segment, self.responses)
-
 
 @dataclass(frozen=True)
 class PolicyGradient:
@@ -192,8 +124,8 @@ class PolicyGradient:
         scale_by_std: whether advantages are divided by the standard deviation of a prompt's rewards.
         ratio: importance ratio of each ``token``; of the ``sequence``, i.e. their product; or ``sequence_mean``, the
             geometric mean of the tokens' ratios.
-        normalization: how the tokens of a response add up: their ``sum``; divided by the response's ``length``; by
-            the mean length of the step's responses (``tokens``: every token counts alike); or by a ``constant``.
+        normalization: how the tokens of a response add up: their ``sum``; divided by the response's ``length``; or
+            divided by a ``constant``.
         clip_low: ratios below ``1 - clip_low`` are clipped.
         clip_high: ratios above ``1 + clip_high`` are clipped.
     """
@@ -213,7 +145,7 @@ class PolicyGradient:
 
         Args:
             rollout: log-probabilities and advantages.
-            denominator: mean length of the step's responses for ``tokens``, the constant for ``constant``; else unused.
+            denominator: the constant of ``constant``; unused otherwise.
         """
         ratio = self.ratios(rollout)
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
@@ -246,20 +178,6 @@ class PolicyGradient:
         return total if self.normalization == "sum" else total / denominator
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:
-    """``[S]`` ``max((V - R)**2, (clip(V, V_old - clip, V_old + clip) - R)**2) / 2``.
-
-    The clipping is not in the PPO paper, but in implementations of it (Huang et al. 2024, arXiv 2403.17031).
-    """
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """``1 - var(returns - values) / var(returns)``, a scalar: 1 for perfect values, 0 for constant ones."""
-    return 1 - (returns - values).var(unbiased=False) / returns.var(unbiased=False)
-
-
 POLICY_GRADIENTS: dict[str, PolicyGradient] = {
     "reinforce": PolicyGradient("Williams 1992", "batch", "sequence", "sum"),
     "rloo": PolicyGradient("arXiv 2402.14740", "leave_one_out", "sequence", "sum"),
@@ -268,5 +186,4 @@ POLICY_GRADIENTS: dict[str, PolicyGradient] = {
     "gspo": PolicyGradient(
         "arXiv 2507.18071", "group", "sequence_mean", "length", scale_by_std=True, clip_low=3e-4, clip_high=4e-4
     ),
-    "ppo": PolicyGradient("arXiv 1707.06347", "value", "token", "tokens"),
 }

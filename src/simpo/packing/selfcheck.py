@@ -235,7 +235,7 @@ def unpacked_outputs(model: PreTrainedModel, sample: PackedBatch, compute: Compu
 
 
 def _differences(found: Tensor, expected: Tensor, kind: Kind) -> Tensor:
-    """Of hidden states relative to their norm, of outputs absolute or relative to max(largest, 1)."""
+    """``[n]`` differences: for hidden states relative to their norm, for rewards relative to max(largest, 1)."""
     if expected.dim() == 2:
         return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     scale = expected.abs().max().clamp(min=1) if kind.relative else 1

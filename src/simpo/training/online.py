@@ -109,7 +109,7 @@ class OnlineTrainer(PreferenceTrainer):
                 )
         self.annotator, self._engine = annotator, engine
         self._rollout: tuple[int, Dataset] | None = None  # the current one, by its number
-        self._staleness, self._denominator, self._seconds = 0, 1.0, 0.0
+        self._staleness, self._seconds = 0, 0.0
         self._logged_at = time.monotonic()
         if self.train_dataset is not None:
             self._check_room(self.train_dataset)
@@ -247,9 +247,6 @@ class OnlineTrainer(PreferenceTrainer):
         if self._rollout is None or self._rollout[0] != place.rollout:
             records = self._records(place)
             self._rollout = place.rollout, training_rows(records, self.args)
-            self._denominator = float(self.args.max_new_tokens)
-            if self._gradient is not None and self._gradient.normalization == "tokens":
-                self._denominator = float(np.mean([len(ids) for record in records for ids in record["response_ids"]]))
         rows = self._rollout[1]
         self._staleness = self.state.global_step - place.first_step
         plan = self._plan(rows, self.args.train_batch_size, training=False)
@@ -360,11 +357,11 @@ class OnlineTrainer(PreferenceTrainer):
         behavior = logp.detach() if self._staleness == 0 else batch.behavior_logps.to(logp)
         responses = len(packed.lengths)
         rollout = Rollout(logp, behavior, batch.advantages.to(logp), packed.response_of, responses)
-        losses = gradient.loss(rollout, denominator=self._denominator)
+        losses = gradient.loss(rollout, denominator=args.max_new_tokens)
         if args.kl_in == "loss" and args.kl_coef:
             assert batch.ref_token_logps is not None
             penalty = kl_estimate(logp, batch.ref_token_logps.to(logp), args.kl_estimator)
-            losses = losses + args.kl_coef * gradient.add_up(penalty, rollout, denominator=self._denominator)
+            losses = losses + args.kl_coef * gradient.add_up(penalty, rollout, denominator=args.max_new_tokens)
         counts = torch.tensor([len(span.responses) for span in packed.layout.spans], device=logp.device)
         owner = torch.repeat_interleave(counts)
         with torch.no_grad():

@@ -13,8 +13,6 @@ from simpo.objectives import OBJECTIVES, Objective
 from simpo.objectives.policy_gradient import POLICY_GRADIENTS, KLEstimator, PolicyGradient
 from simpo.training.configs import PreferenceConfig, hyperparameter_names
 
-# Those whose advantages come from the rewards alone, without a learned value function.
-GRADIENTS = {name: row for name, row in POLICY_GRADIENTS.items() if row.baseline != "value"}
 _GRADIENT_KEYS = ("kl_coef", "kl_in", "kl_estimator", "clip_low", "clip_high", "whiten_advantages")
 _KL_COEF = 0.05
 _EVALUATION_BETA = 0.1  # of the implied reward where there is no KL coefficient
@@ -33,7 +31,8 @@ class OnlineConfig(PreferenceConfig):
     """
 
     objective: str | None = setting(
-        "rloo", f"A policy gradient ({', '.join(GRADIENTS)}) or a preference objective ({', '.join(OBJECTIVES)})."
+        "rloo",
+        f"A policy gradient ({', '.join(POLICY_GRADIENTS)}) or a preference objective ({', '.join(OBJECTIVES)}).",
     )
     sync_every: int = setting(
         1, "Optimizer steps between rollouts: 1 is on-policy, a larger number semi-online (arXiv 2506.21495)."
@@ -75,7 +74,7 @@ class OnlineConfig(PreferenceConfig):
     @property
     def gradient(self) -> PolicyGradient | None:
         """The policy gradient with its hyperparameters; None for a preference objective."""
-        row = GRADIENTS.get(str(self.objective))
+        row = POLICY_GRADIENTS.get(str(self.objective))
         given = {key: getattr(self, key) for key in ("clip_low", "clip_high") if getattr(self, key) is not None}
         return None if row is None else replace(row, **given)
 
@@ -112,8 +111,8 @@ class OnlineConfig(PreferenceConfig):
         check_all(super()._check, self._check_rollouts, self._check_gradient, lambda: self.sampling)
 
     def _check_objective(self) -> None:
-        if self.objective is not None and self.objective not in (*GRADIENTS, *OBJECTIVES):
-            known = ", ".join((*GRADIENTS, *OBJECTIVES))
+        if self.objective is not None and self.objective not in (*POLICY_GRADIENTS, *OBJECTIVES):
+            known = ", ".join((*POLICY_GRADIENTS, *OBJECTIVES))
             raise SimpoError(f"objective: {self.objective!r} is unknown; there are {known}")
         if self.precompute_ref_log_probs:
             raise SimpoError("precompute_ref_log_probs: answers are not known before training; leave it out")
@@ -125,7 +124,8 @@ class OnlineConfig(PreferenceConfig):
                 raise SimpoError(f"objective: {self.objective} needs answers to other prompts; use simpo loop")
             given = [key for key in _GRADIENT_KEYS if getattr(self, key) not in (None, False)]
             if given:
-                raise SimpoError(f"{given[0]}: only policy gradients ({', '.join(GRADIENTS)}) use it; leave it out")
+                names = ", ".join(POLICY_GRADIENTS)
+                raise SimpoError(f"{given[0]}: only policy gradients ({names}) use it; leave it out")
             if self.num_generations < 2:
                 raise SimpoError(f"num_generations: {self.num_generations} answer cannot be compared; set 2 or more")
         else:

@@ -51,7 +51,7 @@ class PreferenceTrainer(PackedTrainer):
 
     A step's loss is the mean over its comparisons. One with more than two responses has the mean over its ordered
     pairs, and the anchor term once, on the best response. The reference is the policy that training starts from: the
-    model as it is given here, its adapter included. Arguments and errors are those of
+    model that is passed in, including its adapter. Arguments and errors are those of
     :class:`~simpo.training.packed.PackedTrainer`; ``args`` is a :class:`PreferenceConfig`.
     """
 

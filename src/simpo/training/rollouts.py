@@ -24,8 +24,11 @@ from simpo.training.online_config import OnlineConfig
 CONTENT = "content"  # the column of a data set's prompts, which tells them from other rows
 Record = Mapping[str, Any]  # a prompt with its scored answers, a line of a rollout's file
 # Of the answers to a prompt, in the column ROLLOUT: mean score, estimate of KL(policy || start model) per answer, mean
-# tokens, share that ended by themselves, share that repeat another one, share without a score.
-ROLLOUT_NAMES = tuple(f"rollout/{name}" for name in ("reward", "kl", "length", "ended", "identical", "missing_scores"))
+# tokens, share that ended by themselves, share that repeat another one, share without a score, and whether all scores
+# are equal, so that the prompt teaches nothing.
+ROLLOUT_NAMES = tuple(
+    f"rollout/{name}" for name in ("reward", "kl", "length", "ended", "identical", "missing_scores", "equal_scores")
+)
 
 
 class Answered(NamedTuple):
@@ -161,6 +164,7 @@ def _metrics(record: Record, scores: Sequence[float | None]) -> list[float]:
         sum(record["finished"]) / len(ids),
         1 - len(set(map(tuple, ids))) / len(ids),
         record["scores"].count(None) / len(ids),
+        float(len(set(known)) < 2),
     ]
 
 
