@@ -116,7 +116,7 @@ def _settable(kind: type, default: PreTrainedConfig, key: str) -> bool:
     return key in default.to_dict() and not (isinstance(attribute, property) and attribute.fset is None)
 
 
-def build(model_type: str, dtype: torch.dtype = torch.float32, **more: Any) -> PreTrainedModel:
+def build(model_type: str, dtype: torch.dtype = torch.float32, *, device: str = "cpu", **more: Any) -> PreTrainedModel:
     """The model with random weights, large enough for attention to be far from uniform, and without dropout.
 
     Raises:
@@ -134,7 +134,7 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, **more: Any) -> P
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, dtype=torch.float64)
             parameter.copy_(parameter + 0.1 * noise if parameter.dim() == 1 else 0.1 * noise)
-    return model
+    return model.to(device)
 
 
 def comparisons(seed: int = 0) -> list[TokenizedComparison]:
@@ -153,11 +153,12 @@ def naive_logprobs(model: PreTrainedModel, rows: list[TokenizedComparison]) -> T
     found = []
     for row in rows:
         for response in row.response_ids:
-            logits = model(input_ids=torch.tensor([row.prompt_ids + response]), use_cache=False).logits[0]
+            ids = torch.tensor([row.prompt_ids + response], device=model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0]
             logps = logits[len(row.prompt_ids) - 1 : -1].log_softmax(
                 -1, dtype=torch.promote_types(logits.dtype, torch.float)
             )
-            found.append(logps.gather(-1, torch.tensor(response)[:, None])[:, 0])
+            found.append(logps.gather(-1, ids[0, len(row.prompt_ids) :, None])[:, 0])
     return torch.cat(found)
 
 
@@ -180,16 +181,16 @@ class Finding(NamedTuple):
     note: str
 
 
-def examine(model_type: str) -> Finding:
+def examine(model_type: str, device: str = "cpu") -> Finding:
     """Build an architecture, let the self-check choose its path, and compare it with the model's own forward."""
     try:
-        model = build(model_type)
+        model = build(model_type, device=device)
         naive_logprobs(model, comparisons()[:1])
     except Exception as error:  # the reason why there is no toy model of it is all that matters here
         return Finding("not built", None, None, _first_line(error))
     rows = comparisons()
     try:
-        found = policy_logprobs(model, PackedBatch.build(rows))
+        found = policy_logprobs(model, PackedBatch.build(rows).to(device))
     except SimpoError as error:
         return Finding("rejected", None, None, _first_line(error))
     expected = naive_logprobs(model, rows)
@@ -203,7 +204,7 @@ def examine(model_type: str) -> Finding:
 
 
 def _gradient_difference(model: nn.Module, found: Tensor, expected: Tensor) -> float:
-    weights = torch.linspace(0.5, 1.5, len(found))
+    weights = torch.linspace(0.5, 1.5, len(found), device=found.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def gradients(logps: Tensor) -> tuple[Tensor, ...]:
@@ -274,12 +275,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.architectures", description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", metavar="TYPE", help="model_type of a configuration (default: all)")
     parser.add_argument("--write", action="store_true", help="put the rows into docs/models.md")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args(arguments)
+    if options.write and options.device != "cpu":
+        parser.error("--write: docs/models.md describes a CPU")
     if unknown := set(options.types) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         parser.error(f"not a causal architecture of transformers: {', '.join(sorted(unknown))}")
     rows = rows_of_page() if options.types else {}
     for name in options.types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        rows[name] = table_row(name, examine(name))
+        rows[name] = table_row(name, examine(name, options.device))
         print(rows[name], flush=True)
         if options.write:
             PAGE.write_text(page(rows))

@@ -17,7 +17,7 @@ from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
 
-from benchmarks.entrants import FAMILIES, Entrant, entrants, missing
+from benchmarks.entrants import FAMILIES, Entrant, entrants, missing, variant
 from benchmarks.measurement import Measurement
 from benchmarks.profiles import PROFILES, made_up_rows
 from benchmarks.report import print_report, summarize
@@ -73,7 +73,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pairs-per-step", type=int, default=8, help="comparisons of an optimizer step")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[], help="the peers' per-device batches")
     parser.add_argument(
-        "--max-batch-tokens", type=int, nargs="+", default=[], help="simpo's, in addition to its default"
+        "--variants",
+        nargs="+",
+        type=variant,
+        default=[variant("default")],
+        metavar="SETTINGS",
+        help="simpo's settings, each e.g. default, 4096, 16384,checkpointed or 8192,compiled,checkpointed=0.5",
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32", help="type of the weights")
@@ -119,7 +124,7 @@ def _entrants(options: argparse.Namespace, setting: Setting) -> tuple[list[Entra
         if reason := missing(family, setting, options.responses):
             absent[family] = reason
         else:
-            chosen += entrants(family, setting, options.max_batch_tokens, options.micro_batches)
+            chosen += entrants(family, setting, options.variants, options.micro_batches)
     return [entrant for entrant in chosen if options.only is None or entrant.name in options.only], absent
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.setting import Setting
 
@@ -25,8 +25,9 @@ class Entrant:
         max_batch_tokens: simpo's, None for its default.
         objective: ``"simpo"`` or ``"dpo"``.
         precomputed: DPO's reference log-probabilities come from before the training, else from a copy of the model.
-        liger: TRL's trainer with Liger's layers.
+        liger: Liger's layers.
         compiled: ``torch_compile``.
+        checkpointed: the share of the layers whose activations are computed again in backward.
         shared: of a loop: whether the responses of a comparison share its prompt.
     """
 
@@ -39,12 +40,12 @@ class Entrant:
     precomputed: bool = False
     liger: bool = False
     compiled: bool = False
+    checkpointed: float = 0.0
     shared: bool = True
 
 
 FAMILIES = {
-    "simpo": "simpo's trainer, at its default budget and at every --max-batch-tokens",
-    "compiled": "simpo's trainer with torch_compile",
+    "simpo": "simpo's trainer, by default with its defaults, and otherwise with every --variants",
     "padded": "simpo's fallback for models that cannot share prompts",
     "dpo": "simpo's trainer with the DPO loss, with a cached and with a live reference",
     "sharing": "simpo's forward in a bare loop, and the same with every response packed alone; any K",
@@ -55,22 +56,41 @@ FAMILIES = {
 }
 
 
-def entrants(family: str, setting: Setting, budgets: list[int], micro_batches: list[int]) -> Iterator[Entrant]:
+def variant(text: str) -> Entrant:
+    """simpo's trainer with the settings that ``text`` names, separated by commas.
+
+    They are a ``max_batch_tokens``, ``compiled``, ``liger``, and ``checkpointed`` or ``checkpointed=SHARE``.
+
+    Raises:
+        ValueError: any other word.
+    """
+    found: dict[str, Any] = {}
+    for word in text.split(","):
+        key, _, value = word.partition("=")
+        if key.isdigit() and not value:
+            found["max_batch_tokens"] = int(key)
+        elif key == "checkpointed":
+            found["checkpointed"] = float(value or 1)
+        elif key in ("compiled", "liger") and not value:
+            found[key] = True
+        elif word != "default":
+            raise ValueError(f"{word!r} is none of: default, a number of tokens, compiled, liger, checkpointed[=SHARE]")
+    return Entrant("simpo" if text == "default" else f"simpo {text}", "simpo", path="auto", **found)
+
+
+def entrants(family: str, setting: Setting, variants: list[Entrant], micro_batches: list[int]) -> Iterator[Entrant]:
     """The entrants of one of :data:`FAMILIES`.
 
     Args:
         family: which family.
         setting: pairs of a step.
-        budgets: simpo's ``max_batch_tokens``, in addition to its default.
+        variants: simpo's trainer in different settings.
         micro_batches: the peers' per-device batches; by default all that divide the step.
     """
     step = setting.pairs_per_step
     grid = [size for size in micro_batches or range(step, 0, -1) if step % size == 0]
     if family == "simpo":
-        yield Entrant("simpo", "simpo", path="auto")
-        yield from (Entrant(f"simpo {n}", "simpo", path="auto", max_batch_tokens=n) for n in budgets)
-    elif family == "compiled":
-        yield Entrant("simpo compiled", "simpo", path="auto", compiled=True)
+        yield from variants
     elif family == "padded":
         yield Entrant("simpo padded", "simpo", path="padded")
     elif family == "dpo":

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Verify and measure simpo on one CUDA GPU in under nine minutes: benchmarks/gpu.sh
+# Verify and measure simpo on one CUDA GPU in under nine minutes: benchmarks/gpu.sh [SECTION ...]
 # Without a GPU, a dry run at toy size: DEVICE=cpu benchmarks/gpu.sh
+# Sections, by value: verification, 8b, profile, peers, peers-hh, sharing, architectures; all of them by default.
 # Environment: PYTHON (the interpreter with simpo; TRL, liger-kernel and bitsandbytes where they are to be compared),
 # OUTPUT (a folder for logs and JSON; a new temporary one otherwise).
-# Each section has a time of its own; what it has measured by then is kept, and what is missing is named.
+# Each section has its own time limit; what it has measured by then is kept, and what is missing is named.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 DEVICE=${DEVICE:-cuda}
 OUTPUT=${OUTPUT:-$(mktemp -d)}
 mkdir -p "$OUTPUT"
+rm -f "$OUTPUT/.failed"
 
 has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(any(importlib.util.find_spec(n) is None for n in sys.argv[1:]))" "$@"; }
 if ! has torch simpo; then
@@ -21,54 +23,82 @@ if [ "$DEVICE" = cuda ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch
   exit 2
 fi
 
-failed=0
-sections=()
-# section NAME SECONDS COMMAND ...: its output into a file, and an end to it
-section() {
+parts=()
+# part NAME SECONDS MODULE ...: run it in the background with a time limit, its output in $OUTPUT/NAME.txt
+part() {
   local name=$1 limit=$2
   shift 2
-  sections+=("$name")
+  parts+=("$name")
   echo "gpu.sh: $name (at most $limit s)" >&2
-  timeout --kill-after=5 "$limit" "$PYTHON" -m "$@" >"$OUTPUT/$name.txt" || {
-    failed=1
-    echo "gpu.sh: $name FAILED or ran out of time" | tee -a "$OUTPUT/$name.txt" >&2
-  }
+  {
+    timeout --kill-after=5 "$limit" "$PYTHON" -m "$@" >"$OUTPUT/$name.txt" 2>"$OUTPUT/$name.log" || {
+      touch "$OUTPUT/.failed"
+      echo "gpu.sh: $name FAILED or ran out of time" | tee -a "$OUTPUT/$name.txt" >&2
+    }
+  } &
 }
-# measured NAME SECONDS OPTION ...: a comparison that stops by itself before its section's end
-measured() {
+# compare NAME SECONDS OPTION ...: a comparison that stops by itself before its time limit
+compare() {
   local name=$1 limit=$2
   shift 2
-  section "$name" "$limit" benchmarks.compare --device "$DEVICE" --repeats 1 --time-limit $((limit - 15)) \
+  part "$name" "$limit" benchmarks.compare --device "$DEVICE" --repeats 1 --time-limit $((limit - 10)) \
     --output "$OUTPUT/$name.json" "$@"
+  wait
 }
+
+verification() { # verifies and measures nothing, so that its parts can run at the same time
+  for check in kernels models compiled; do
+    part "verify-$check" "$1" benchmarks.verify_cuda --device "$DEVICE" --only "$check"
+  done
+  wait
+}
+optimizer=adamw_torch_fused # with bf16 weights its states are bf16: 64 GB in all
+has torchao && optimizer=adamw_torch_8bit
+has bitsandbytes && optimizer=adamw_8bit
+large=(--model 8b --weights bf16 --dtype bf16 --optimizer "$optimizer" --profile ultrafeedback --pairs-per-step 32)
+small=(--model 1b --dtype bf16 --families simpo dpo trl-dpo-liger trl-cpo liger trl-dpo padded)
 
 if [ "$DEVICE" = cuda ]; then
   export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
-  optimizer=adamw_torch_fused # with bf16 weights its states are bf16: 64 GB in all
-  has torchao && optimizer=adamw_torch_8bit
-  has bitsandbytes && optimizer=adamw_8bit
-  section verification 110 benchmarks.verify_cuda
-  large=(--model 8b --weights bf16 --dtype bf16 --optimizer "$optimizer" --profile ultrafeedback --pairs 64
-    --pairs-per-step 32 --families simpo)
-  measured 8b-checkpointed 65 "${large[@]}" --checkpointing --only simpo
-  measured 8b 80 "${large[@]}" --max-batch-tokens 8192 4096 --only "simpo 8192" "simpo 4096"
-  measured peers 185 --model 1b --dtype bf16 --profile ultrafeedback --pairs 64 --pairs-per-step 16 \
-    --families simpo compiled trl-cpo trl-dpo-liger liger dpo padded trl-dpo --micro-batches 16 8 4
-  measured sharing-hh 40 --model 1b --dtype bf16 --profile hh --pairs 128 --pairs-per-step 64 --families sharing
-  measured sharing-documents 40 --model 1b --dtype bf16 --profile documents --responses 4 --pairs 8 --pairs-per-step 4 \
-    --families sharing
+  for section in "${@:-verification 8b profile peers peers-hh sharing architectures}"; do
+    for name in $section; do
+      case $name in
+      verification) verification 110 ;;
+      8b) compare 8b 190 "${large[@]}" --pairs 64 --families simpo \
+        --variants 4096 16384,checkpointed 4096,compiled 8192,checkpointed=0.5 16384,checkpointed,compiled ;;
+      profile) part profile 50 benchmarks.profile_step --device cuda "${large[@]}" --pairs 32 --variant 4096 && wait ;;
+      peers) compare peers 185 "${small[@]}" --profile ultrafeedback --pairs 64 --pairs-per-step 16 \
+        --variants default default,compiled default,liger --micro-batches 8 4 ;;
+      peers-hh) compare peers-hh 150 "${small[@]}" --profile hh --pairs 256 --pairs-per-step 64 \
+        --variants default default,compiled default,liger --micro-batches 32 16 ;;
+      sharing)
+        compare sharing-hh 40 --model 1b --dtype bf16 --profile hh --pairs 128 --pairs-per-step 64 --families sharing
+        compare sharing-documents 40 --model 1b --dtype bf16 --profile documents --responses 4 --pairs 8 \
+          --pairs-per-step 4 --families sharing
+        ;;
+      architectures) part architectures 120 benchmarks.architectures --device cuda && wait ;;
+      *) echo "gpu.sh: no section is called $name" >&2 && exit 2 ;;
+      esac
+    done
+  done
 else
   export OMP_NUM_THREADS=1
-  toy=(--threads 1 --model toy --scale 0.1 --pairs 2 --pairs-per-step 2)
-  section verification 600 benchmarks.verify_cuda --device cpu
-  measured 8b 600 "${toy[@]}" --profile documents --families simpo sharing --only simpo "loop alone"
+  toy=(--threads 1 --model toy --pairs 2 --pairs-per-step 2)
+  verification 600
+  compare 8b 600 "${toy[@]}" --scale 0.1 --profile documents --families simpo sharing --variants default 512,checkpointed=0.5 \
+    --only "simpo 512,checkpointed=0.5" "loop alone"
+  part profile 600 benchmarks.profile_step "${toy[@]}" && wait
 fi
 
-for name in "${sections[@]}"; do
+for name in "${parts[@]}"; do
   printf '\n== %s ==\n' "$name"
   cat "$OUTPUT/$name.txt"
+  grep -sE "^[^ ].*: (.*Error|stopped|no time)" "$OUTPUT/$name.log" | tail -3
 done
 echo "Tables and JSON: $OUTPUT"
 [ "$DEVICE" = cuda ] || echo "Dry run on the CPU at toy size: these are no measurements, and nothing of CUDA was verified."
-[ "$failed" = 0 ] && echo "gpu.sh: done" || echo "gpu.sh: FAILED in part, see above"
-exit "$failed"
+if [ -e "$OUTPUT/.failed" ]; then
+  echo "gpu.sh: FAILED in part, see above"
+  exit 1
+fi
+echo "gpu.sh: done"

@@ -28,8 +28,10 @@ def simpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -
         max_batch_tokens=entrant.max_batch_tokens,
         max_length=setting.max_length,
         torch_compile=entrant.compiled,
+        use_liger_kernel=entrant.liger,
+        checkpointed_share=entrant.checkpointed or 1.0,
         **_objective(entrant, folder),
-        **training_arguments(setting, folder),
+        **training_arguments(setting, folder) | ({"gradient_checkpointing": True} if entrant.checkpointed else {}),
     )
     trainer = PreferenceTrainer(model, args=args, train_dataset=rows.select_columns(["prompt_ids", "response_ids"]))
     if entrant.path == "auto" and trainer.path != "packed":

@@ -1,8 +1,9 @@
-"""Where an optimizer step of simpo spends its time, operator by operator.
+"""Where an optimizer step of simpo spends its time, operator by operator, or on a GPU kernel by kernel.
 
 Run from the repository's root::
 
-    python -m benchmarks.profile_step --max-batch-tokens 2048
+    python -m benchmarks.profile_step --variant 2048
+    python -m benchmarks.profile_step --device cuda --model 8b --weights bf16 --dtype bf16 --variant 4096
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from pathlib import Path
+import time
 from typing import Any
 
 import torch
@@ -18,68 +19,88 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from benchmarks.entrants import Entrant
+from benchmarks.entrants import variant
 from benchmarks.own import simpo_trainer
-from benchmarks.rows import DEFAULT_DATA, byte_pair_tokenizer, read_pairs
-from benchmarks.setting import Setting, build_model, prepare
+from benchmarks.profiles import PROFILES, made_up_rows
+from benchmarks.rows import word_tokenizer
+from benchmarks.setting import MODELS, Setting, build_model, prepare
 
-PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
+# in the names of operators of a CPU and of kernels of a GPU that compute matrix products, attention's included
+PRODUCTS = ("mm", "scaled_dot_product", "gemm", "nvjet", "cutlass", "flash", "xmma")
 
 
 class Recorder(TrainerCallback):
     """Profiles every step but the first."""
 
-    def __init__(self) -> None:
-        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    def __init__(self, device: str) -> None:
+        kind = torch.profiler.ProfilerActivity
+        self.device = device
+        self.profiler = torch.profiler.profile(activities=[kind.CUDA if device == "cuda" else kind.CPU])
+        self.seconds = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start after the warm-up, stop after the last step."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         if state.global_step == 1:
             self.profiler.start()
+            self.seconds = -time.perf_counter()
         elif state.global_step == state.max_steps:
+            self.seconds += time.perf_counter()
             self.profiler.stop()
 
 
 def main() -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="profile_step", description="Operators by their own time on the CPU.")
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="HH-style transcripts, .jsonl or .jsonl.gz")
+    parser = argparse.ArgumentParser(prog="profile_step", description="Operators or kernels by the time they take.")
+    parser.add_argument("--profile", choices=PROFILES, default="hh", help="lengths of the made-up pairs")
     parser.add_argument("--pairs", type=int, default=32, help="pairs profiled")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--pairs-per-step", type=int, default=8, help="pairs of an optimizer step")
+    parser.add_argument("--model", choices=MODELS, default="small", help="size of the Llama model")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32", help="type of the weights")
+    parser.add_argument("--optimizer", default="adamw_torch_fused", help="transformers' optim")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--max-batch-tokens", type=int, help="simpo's own default otherwise")
+    parser.add_argument("--variant", type=variant, default=variant("default"), help="simpo's settings, as in compare")
     parser.add_argument("--rows", type=int, default=25, help="operators shown")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(folder, pairs=options.pairs, dtype=options.dtype, threads=options.threads)
-        rows = read_pairs(options.data)
-        prepare(setting, rows, byte_pair_tokenizer(rows, setting.vocabulary))
-        entrant = Entrant("simpo", "simpo", path="auto", max_batch_tokens=options.max_batch_tokens)
-        trainer = simpo_trainer(build_model(setting), entrant, setting, folder)
-        recorder = Recorder()
+        chosen = ("pairs", "pairs_per_step", "model", "dtype", "weights", "optimizer", "device", "threads")
+        setting = Setting(folder, **{name: getattr(options, name) for name in chosen})
+        words = setting.vocabulary - 1
+        rows = made_up_rows(PROFILES[options.profile], setting.steps * setting.pairs_per_step, 2, words)
+        prepare(setting, rows, word_tokenizer(words))
+        trainer = simpo_trainer(build_model(setting), options.variant, setting, folder)
+        recorder = Recorder(options.device)
         trainer.add_callback(recorder)
         trainer.train()
-    Console(width=110).print(_table(recorder.profiler.key_averages(), setting.steps - 1, options.rows))
+    Console(width=150).print(_table(recorder, setting.steps - 1, options.rows))
     return 0
 
 
-def _table(averages: Any, steps: int, rows: int) -> Table:
-    events = sorted(averages, key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
-    products = sum(event.self_cpu_time_total for event in events if _is_product(event.key))
-    table = Table(title=f"{total / 1e6 / steps:.2f} s a step, {products / total:.0%} of it in matrix products")
+def _table(recorder: Recorder, steps: int, rows: int) -> Table:
+    def own(event: Any) -> float:
+        return event.self_device_time_total if recorder.device == "cuda" else event.self_cpu_time_total
+
+    events = sorted(recorder.profiler.key_averages(), key=own, reverse=True)
+    total = sum(map(own, events))  # microseconds
+    products = sum(own(event) for event in events if any(name in event.key for name in PRODUCTS))
+    table = Table(
+        title=f"{recorder.seconds / steps:.2f} s a step, {total / 1e6 / recorder.seconds:.0%} of it busy, "
+        f"{products / total:.0%} of that in matrix products"
+    )
     for column in ("operator", "calls a step", "ms a step", "share"):
-        table.add_column(column, justify="left" if column == "operator" else "right")
+        table.add_column(column, justify="left" if column == "operator" else "right", no_wrap=True)
     for event in events[:rows]:
-        own = event.self_cpu_time_total
-        table.add_row(event.key, f"{event.count / steps:.0f}", f"{own / 1e3 / steps:.1f}", f"{own / total:.1%}")
+        table.add_row(
+            event.key[:100],
+            f"{event.count / steps:.0f}",
+            f"{own(event) / 1e3 / steps:.1f}",
+            f"{own(event) / total:.1%}",
+        )
     return table
-
-
-def _is_product(key: str) -> bool:
-    name = key.removeprefix("aten::")
-    return name in PRODUCTS or name.startswith("_scaled_dot_product")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def summarize(
         "setting": {key: value for key, value in vars(setting).items() if key != "folder"},
         "data": counts,
         "peak_gflops": peak / 1e9,
-        "processor": _processor(),
+        "processor": _processor(setting.device),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "base": base["name"] if base else None,
         "absent": absent,
@@ -167,7 +167,11 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def _processor(device: str) -> str:
+    if device == "cuda":
+        import torch  # noqa: PLC0415 - slow import
+
+        return torch.cuda.get_device_name()
     described = Path("/proc/cpuinfo")
     if described.exists():
         for line in described.read_text().splitlines():

@@ -50,14 +50,16 @@ def main() -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="verify_cuda", description="Kernels and packed models against definitions.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    device = parser.parse_args().device
+    parser.add_argument("--only", choices=CHECKS, nargs="+", default=list(CHECKS), help="default: all")
+    options = parser.parse_args()
+    device = options.device
     if device == "cuda" and not torch.cuda.is_available():
         print("verify_cuda: PyTorch sees no CUDA GPU; --device cpu is a dry run", file=sys.stderr)
         return 2
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU: nothing of CUDA is verified"
     print(f"Verification on {where}, torch {torch.__version__}", flush=True)
     outcomes = []
-    for check in chain(kernel_checks(device), model_checks(device), compiled_checks(device)):
+    for check in chain.from_iterable(CHECKS[name](device) for name in options.only):
         print(f"{check.outcome}: {check.name} ({check.detail})", flush=True)  # at once: the time may be up
         outcomes.append(check.outcome)
     print(", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in ("passed", "FAILED", "skipped")))
@@ -155,6 +157,9 @@ def compiled_checks(device: str) -> Iterator[Check]:
             layer.compile(dynamic=True)
     found = _result(model, policy_logprobs(model, batch, path="packed"))
     yield _model_check(name, truth, naive, found, "bf16", "compiled")
+
+
+CHECKS = {"kernels": kernel_checks, "models": model_checks, "compiled": compiled_checks}
 
 
 def _naive(kind: str, dtype: str, batch: PackedBatch) -> Result:

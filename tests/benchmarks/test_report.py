@@ -6,7 +6,7 @@ import json
 
 import pytest
 from benchmarks.compare import disagreeing
-from benchmarks.entrants import Entrant, entrants, missing
+from benchmarks.entrants import Entrant, entrants, missing, variant
 from benchmarks.measurement import Measurement
 from benchmarks.report import print_report, summarize
 from benchmarks.setting import Setting
@@ -85,7 +85,16 @@ def test_peers_are_tuned_over_every_batch_that_divides_the_step() -> None:
         ("TRL DPO Liger precomputed 3x2", True, True),
         ("TRL DPO Liger 3x2", False, True),
     ]
-    assert [e.max_batch_tokens for e in entrants("simpo", setting, [512], [])] == [None, 512]
+
+
+def test_settings_of_simpo_are_read_from_words() -> None:
+    ours = variant("512,checkpointed=0.5,compiled")
+    assert (ours.max_batch_tokens, ours.checkpointed, ours.compiled, ours.liger) == (512, 0.5, True, False)
+    assert list(entrants("simpo", SETTING, [variant("default"), ours], [])) == [OURS, ours]
+    assert variant("liger,checkpointed").checkpointed == 1
+    for wrong in ("quick", "compiled=2", "4096=1"):
+        with pytest.raises(ValueError, match=wrong):
+            variant(wrong)
 
 
 def test_who_cannot_take_part() -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -121,13 +122,10 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, s
     A segment has fewer queries than keys where the prompt is shared; the kernel's causal mask is aligned bottom-right,
     which is exactly what a response needs.
     """
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - needs a CUDA build
-
-    groups = query.shape[1] // key.shape[1]
-    # [1, h, T, D] -> [keys of all segments, heads, D]; the gradient of a shared prompt adds up through the gather
-    keys = repeat_heads(key, groups)[0].transpose(0, 1)[layout.index.key_index]
-    values = repeat_heads(value, groups)[0].transpose(0, 1)[layout.index.key_index]
-    output = varlen_attn(
+    attend, grouped = _variable_length_attention()
+    # [1, h, T, D] -> [keys of all segments, h, D]; the gradient of a shared prompt adds up through the gather
+    keys, values = (states[0].transpose(0, 1)[layout.index.key_index] for states in (key, value))
+    output = attend(
         query[0].transpose(0, 1).contiguous(),
         keys,
         values,
@@ -137,8 +135,17 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, s
         layout.longest_key,
         scale=style.scale,
         window_size=(-1 if style.window is None else style.window - 1, 0),
+        **grouped,
     )
     return output[None]
+
+
+@cache
+def _variable_length_attention() -> tuple[Callable[..., Tensor], dict[str, bool]]:
+    """PyTorch's kernel, and what lets several query heads share a key head: 2.11 has no such argument and just does."""
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - needs a CUDA build
+
+    return varlen_attn, {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:

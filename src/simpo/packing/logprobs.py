@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,7 +70,8 @@ class _FusedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any) -> Tensor:
         scale, softcap, targets, rows = constants
-        head, dtype = Head(weight, bias, scale, softcap), product_dtype(hidden)
+        dtype = product_dtype(hidden)
+        head = Head(weight.to(dtype), bias, scale, softcap)  # cast once, not for every chunk
         ctx.scale, ctx.softcap, ctx.dtype, ctx.rows = scale, softcap, dtype, rows
         logps, matrix = [], None
         for states, ids in zip(hidden.split(rows), targets.split(rows), strict=True):
@@ -88,11 +89,10 @@ class _FusedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
-        head = Head(weight, bias, ctx.scale, ctx.softcap)
+        head = Head(weight.to(ctx.dtype), bias, ctx.scale, ctx.softcap)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight, d_bias = None, None
-        weight_cast = weight.to(ctx.dtype)
         several = len(targets) > ctx.rows
         for start in reversed(range(0, len(targets), ctx.rows)):
             chunk = slice(start, start + ctx.rows)
@@ -101,7 +101,7 @@ class _FusedLogprobs(torch.autograd.Function):
             # a row's factor goes to the narrow operand of each product, never over [c, V]
             factor = (grad[chunk] * -ctx.scale)[:, None]  # [c, 1]
             if d_hidden is not None:
-                d_hidden[chunk] = ((matrix @ weight_cast) * factor).to(hidden.dtype)
+                d_hidden[chunk] = ((matrix @ head.weight) * factor).to(hidden.dtype)
             narrow = (hidden[chunk] * factor).to(ctx.dtype)
             if wants_weight:
                 d_weight = _accumulate(d_weight, matrix.T, narrow, several)
@@ -176,7 +176,8 @@ class _FusedKL(torch.autograd.Function):
         scale, softcap, ref_hidden, ref_head, rows = constants
         ctx.scale, ctx.softcap, ctx.rows, ctx.ref_head = scale, softcap, rows, ref_head
         ctx.dtype, ctx.ref_dtype = product_dtype(hidden), product_dtype(ref_hidden)
-        head, found = Head(weight, bias, scale, softcap), []
+        head, found = Head(weight.to(ctx.dtype), bias, scale, softcap), []
+        ref_head = replace(ref_head, weight=ref_head.weight.to(ctx.ref_dtype))
         for mine, theirs in zip(hidden.split(rows), ref_hidden.split(rows), strict=True):
             p, log_ratio = _compare_(head.logits(mine, ctx.dtype), ref_head.logits(theirs, ctx.ref_dtype))
             found.append(p.mul_(log_ratio).sum(dim=-1))
@@ -188,23 +189,23 @@ class _FusedKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ref_hidden, kl = ctx.saved_tensors
-        head, exact = Head(weight, bias, ctx.scale, ctx.softcap), kl.dtype
+        head, exact = Head(weight.to(ctx.dtype), bias, ctx.scale, ctx.softcap), kl.dtype
+        ref_head = replace(ctx.ref_head, weight=ctx.ref_head.weight.to(ctx.ref_dtype))
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden: list[Tensor] = []
         # sums over chunks, in fp32 whatever the weights are
         d_weight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
         d_bias = torch.zeros_like(bias, dtype=exact) if wants_bias else None
-        weight_cast = weight.to(ctx.dtype)
         parts = (tensor.split(ctx.rows) for tensor in (hidden, ref_hidden, kl, grad * ctx.scale))
         for mine, theirs, divergence, factor in zip(*parts, strict=True):
             logits = head.logits(mine, ctx.dtype)  # [c, V]
             slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
-            p, log_ratio = _compare_(logits, ctx.ref_head.logits(theirs, ctx.ref_dtype))
+            p, log_ratio = _compare_(logits, ref_head.logits(theirs, ctx.ref_dtype))
             matrix = log_ratio.sub_(divergence[:, None]).mul_(p)
             matrix = (matrix if slope is None else matrix.mul_(slope)).to(ctx.dtype)
             # a row's factor goes to the narrow operand of each product, never over [c, V]
             if wants_hidden:
-                d_hidden.append(((matrix @ weight_cast) * factor[:, None]).to(hidden.dtype))
+                d_hidden.append(((matrix @ head.weight) * factor[:, None]).to(hidden.dtype))
             if d_weight is not None:
                 d_weight += matrix.T @ (mine * factor[:, None]).to(ctx.dtype)
             if d_bias is not None:
