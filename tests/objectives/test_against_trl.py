@@ -141,19 +141,28 @@ def rows(length: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
         ("apo_down", "apo_down", {"beta": 0.2}, 0.2),
         ("nca_pair", "nca", {"beta": 0.2}, 0.2),
         ("sppo_hard", "sppo", {"beta": 0.1}, 0.1),
+        ("bco_pair", "bco", {"beta": 0.2}, 0.2),
+        (("sigmoid", "js_divergence"), "f_dpo", {"divergence": "js"}, 0.1),
+        (("sigmoid", "forward_kl"), "f_dpo", {"divergence": "forward_kl"}, 0.1),
+        (("sigmoid", "alpha_divergence"), "f_dpo", {"divergence": "alpha", "alpha": 0.3}, 0.1),
     ],
 )
 def test_dpo_family(pairs, loss_type, name, settings, beta):
-    """One pair at a time, for TRL returns means. Its IPO divides by lengths; ours does if asked."""
+    """One pair at a time, for TRL returns means. Its IPO divides by lengths; ours does if asked. Its BCO has no reward
+    shift, and the order of its alpha divergence is one minus the paper's."""
     from trl import DPOTrainer
 
+    loss_type, divergence = (loss_type, "reverse_kl") if isinstance(loss_type, str) else loss_type
     trainer = bare(
         DPOTrainer,
-        **{"beta": beta, "loss_types": [loss_type], "loss_weights": [1.0], "f_divergence_type": "reverse_kl"},
+        **{"beta": beta, "loss_types": [loss_type], "loss_weights": [1.0], "f_divergence_type": divergence},
+        **{"f_alpha_divergence_coef": 1 - settings.get("alpha", 0.0)},
         **{"ld_alpha": None, "precompute_ref_logps": True, "use_weighting": False, "_tp_size": 1},
         **{"_metrics": defaultdict(lambda: defaultdict(list)), "_total_train_tokens": 0},
     )
     w, y = pairs
+    if divergence == "alpha_divergence":  # in single precision only
+        w, y = (Responses(side.logp.float(), side.length.float(), side.ref_logp.float()) for side in pairs)
     theirs = []
     for i in range(len(w.logp)):
         trainer.model = Scored({7: torch.stack([w.logp[i], y.logp[i]])})

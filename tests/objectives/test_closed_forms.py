@@ -47,7 +47,7 @@ PAIRS = [
     (Point(-150.0, -149.5, 3), Point(-7e-7, -1e-6, 7)),
     (Point(-0.5, -0.75, 1), Point(-0.625, -0.5, 2)),
 ]
-Z_REF = 0.375
+Z_REF, SHIFT = 0.375, -0.25
 
 
 def softplus(x: float) -> float:
@@ -134,6 +134,21 @@ def chi_po(w, l, beta=0.05, r_max=2.0, label_smoothing=0.0):
     return nll(min(max(margin, -2 * r_max), 2 * r_max), label_smoothing)
 
 
+def f_reward(y, divergence="js", alpha=0.5, beta=0.1, **_):
+    if divergence == "js":  # log(2u / (1 + u))
+        return beta * (math.log(2) - softplus(-y.ratio))
+    order = 1.0 if divergence == "forward_kl" else alpha
+    return -beta * math.expm1(min(-order * y.ratio, 20)) / order
+
+
+def f_dpo(w, l, label_smoothing=0.0, **settings):
+    return nll(f_reward(w, **settings) - f_reward(l, **settings), label_smoothing)
+
+
+def bco(w, l, beta=0.1):
+    return softplus(SHIFT - beta * w.ratio) + softplus(beta * l.ratio - SHIFT)
+
+
 def apo_zero(w, l, beta=0.1):
     return sigmoid(-beta * w.ratio) + sigmoid(beta * l.ratio)
 
@@ -206,6 +221,12 @@ GOLDENS = {
     "apo_down": Golden(apo_down, lambda y, beta=0.1: beta * y.ratio, ({"beta": 0.5},)),
     "nca": Golden(nca, lambda y, beta=0.01: beta * y.ratio, ({"beta": 0.2},)),
     "sppo": Golden(sppo, lambda y, beta=0.001, **_: beta * y.ratio, ({"beta": 0.1}, {"label_smoothing": 0.3})),
+    "f_dpo": Golden(
+        f_dpo,
+        f_reward,
+        ({"divergence": "forward_kl"}, {"divergence": "alpha"}, {"divergence": "alpha", "alpha": 0.1}, {"beta": 1.0}),
+    ),
+    "bco": Golden(bco, lambda y, beta=0.1: beta * y.ratio, ({"beta": 0.5},)),
     "listwise": Golden(
         lambda w, l, beta=2.0: nll(beta * w.avg - beta * l.avg, 0.0),
         lambda y, beta=2.0: beta * y.avg,
@@ -227,7 +248,9 @@ def side(points) -> Responses:
 
 
 def context(name: str) -> dict:
-    return {"z_ref": torch.tensor(Z_REF, dtype=torch.float64)} if "z_ref" in OBJECTIVES[name].needs else {}
+    values = {"z_ref": Z_REF, "reward_shift": SHIFT}
+    needed = [name for name in OBJECTIVES[name].needs if name in values]
+    return {name: torch.tensor(values[name], dtype=torch.float64) for name in needed}
 
 
 def test_every_row_has_a_closed_form():

@@ -27,6 +27,7 @@ SETTINGS = {
     "dpop": [{"lam": 5.0}],
     "repo": [{"gamma": 1.0}],
     "chi_po": [{"beta": 0.005, "r_max": 10.0}],
+    "f_dpo": [{"divergence": "forward_kl", "beta": 0.01}, {"divergence": "alpha"}],
     "apo_zero": [{"beta": 0.5}],
     "nca": [{"beta": 0.2}],
     "sppo": [{"beta": 0.01}],

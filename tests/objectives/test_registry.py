@@ -159,9 +159,10 @@ def test_label_smoothing_elsewhere(name):
         OBJECTIVES[name].resolve({"label_smoothing": 0.5})
 
 
-def test_only_kto_takes_single_responses_and_a_reference_point():
+def test_which_take_single_responses_and_need_more_than_log_probabilities():
     assert [name for name, row in OBJECTIVES.items() if "z_ref" in row.needs] == ["kto"]
-    assert [name for name, row in OBJECTIVES.items() if row.takes_unpaired] == ["kto"]
+    assert [name for name, row in OBJECTIVES.items() if "reward_shift" in row.needs] == ["bco"]
+    assert [name for name, row in OBJECTIVES.items() if row.takes_unpaired] == ["kto", "bco"]
 
 
 def test_ktos_other_spellings():

@@ -25,6 +25,7 @@ from simpo.training.identity import rows_digest
 WEIGHTS = [0.5, 3.0, 1.0, 1e-3, 7.25]
 PROBABILITIES = [1.0, 0.0, 0.5, 0.9, 0.35]
 MARGINS = [0.0, 0.25, 1.5, 10.0, 0.1]
+BETAS = [0.1, 2.0, 0.5, 1.0, 1e-3]
 ONE, TWO, FOUR = 1000, 60, 30  # max_batch_tokens: 5 rows of 20 tokens in 1, 2 and 4 or more micro-batches
 
 
@@ -83,16 +84,28 @@ CHANGED = {
         "repo": ({"gamma": 0.4}, lambda w, l: torch.relu(0.4 + MARGIN - (w.avg - l.avg))),
     },
 }
-CASES = [(column, name) for column, names in CHANGED.items() for name in names]
+BETA = torch.tensor(BETAS, dtype=torch.float64)
+CHANGED["beta"] = {
+    "simpo": ({"gamma_beta_ratio": 0.3}, lambda w, l: F.softplus(-BETA * (w.avg - l.avg - 0.3))),
+    "bco": ({}, lambda w, l: F.softplus(-BETA * w.ratio) + F.softplus(BETA * l.ratio)),
+    "chi_po": ({"r_max": 1e4}, lambda w, l: F.softplus(-BETA * (w.ratio.exp() + w.ratio - l.ratio.exp() - l.ratio))),
+}
+VALUES = {"label_probability": PROBABILITIES, "margin": MARGINS, "beta": BETAS}
+CASES = [
+    (column, name, budget)
+    for column in ("label_probability", "margin")
+    for name in CHANGED[column]
+    for budget in (ONE, TWO, FOUR)
+]
+CASES += [("beta", "simpo", ONE), ("beta", "bco", TWO), ("beta", "chi_po", FOUR)]
 
 
-@pytest.mark.parametrize("budget", [ONE, TWO, FOUR])
-@pytest.mark.parametrize(("column", "name"), CASES)
-def test_label_probabilities_and_margins(column, name, budget, make_trainer, make_model, pairs, naive_responses):
+@pytest.mark.parametrize(("column", "name", "budget"), CASES)
+def test_columns_of_pairs(column, name, budget, make_trainer, make_model, pairs, naive_responses):
     rows, model = pairs(5), make_model("gpt2")
     settings, formula = CHANGED[column][name]
     expected = train_naively(rows, model, naive_responses, lambda y, _: formula(*halves(y)).mean())
-    values = with_columns(rows, **{column: PROBABILITIES if column == "label_probability" else MARGINS})
+    values = with_columns(rows, **{column: VALUES[column]})
     found = train(
         make_trainer, values, model, objective=name, row_columns=[column], max_batch_tokens=budget, **settings
     )
@@ -105,6 +118,13 @@ def test_a_margin_of_simpos_hinge(make_trainer, pairs):
     found = trainer.score_rows(rows)
     expected = [max(0.0, 1 - (m - 1.0 - extra)) for m, extra in zip(found["rewards/margins"], MARGINS, strict=True)]
     assert found["loss"].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_rewards_are_logged_with_the_beta_of_their_row(make_trainer, pairs):
+    rows = with_columns(pairs(5), beta=BETAS)
+    found, plain = (make_trainer(rows, beta=1.0, row_columns=names).score_rows(rows) for names in (["beta"], None))
+    expected = [beta * reward for beta, reward in zip(BETAS, plain["rewards/chosen"], strict=True)]
+    assert found["rewards/chosen"].tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_all_three_together_on_two_ranks(make_trainer, pairs):
@@ -183,6 +203,7 @@ def test_a_run_with_other_values_is_another_run(config, pairs):
         ("label_probability", math.nan, "label_probability: nan is not a finite number"),
         ("margin", -1, "margin must be >= 0, not -1"),
         ("margin", None, "there is no margin"),
+        ("beta", 0, "beta must be > 0, not 0"),
     ],
 )
 @pytest.mark.parametrize("tokenized", [True, False])
@@ -231,6 +252,9 @@ def test_rankings_have_weights_only(config, random_comparisons, as_dataset):
         ({"objective": "kto", "row_columns": ["label_probability"]}, "label_probability .* 'kto'"),
         ({"link": "hinge", "row_columns": ["label_probability"]}, "label_probability .* 'simpo' with link 'hinge'"),
         ({"objective": "dpo", "row_columns": ["margin"]}, "margin .* 'dpo'; it is for simpo, alphapo, repo"),
+        ({"objective": "kto", "row_columns": ["beta"]}, "beta is not defined for objective 'kto'"),
+        ({"objective": "listwise", "row_columns": ["beta"]}, "beta is not defined for objective 'listwise'"),
+        ({"objective": {"dpo": 1, "simpo": 1}, "row_columns": ["margin"]}, "margin .* '1 dpo \\+ 1 simpo'"),
         ({"row_columns": ["weights"]}, "'weights' is unknown; there are weight, label_probability, margin"),
         (
             {"objective": "dpo", "label_smoothing": 0.1, "row_columns": ["label_probability"]},

@@ -27,6 +27,7 @@ class Bound(NamedTuple):
 FINITE = Bound("must be finite", math.isfinite)
 POSITIVE = Bound("must be > 0", lambda value: value > 0)
 NON_NEGATIVE = Bound("must be >= 0", lambda value: value >= 0)
+OPEN_UNIT = Bound("must be in (0, 1)", lambda value: 0 < value < 1)
 BELOW_HALF = Bound("must be in [0, 0.5)", lambda value: 0 <= value < 0.5)
 
 
@@ -138,6 +139,10 @@ class Objective(ABC):
         own = {name: value for name, value in values.items() if name not in self.needs}
         return self.with_hyperparameters(**own).implicit_reward(y)
 
+    def requiring(self, need: str) -> Objective:
+        """The objective, or the part of a mixture, that needs ``need``, one of :attr:`needs`."""
+        return self
+
     @property
     def row_columns(self) -> tuple[str, ...]:
         """The columns of the data that can change the loss of their row."""
@@ -146,21 +151,29 @@ class Objective(ABC):
             found.append("label_probability")
         if {"gamma", "gamma_beta_ratio"} & self.hyperparameters.keys():
             found.append("margin")
+        # KTO's reference point contains beta, and listwise rewards are of responses and not of pairs.
+        by_pair = type(self).comparisons is Objective.comparisons
+        if "beta" in self.hyperparameters and "z_ref" not in self.needs and by_pair:
+            found.append("beta")
         return tuple(found)
 
-    def with_row_columns(self, *, label_probability: Tensor | None = None, margin: Tensor | None = None) -> Objective:
-        """The objective of these ``B`` pairs, for :meth:`pair`.
+    def with_row_columns(
+        self, *, label_probability: Tensor | None = None, margin: Tensor | None = None, beta: Tensor | None = None
+    ) -> Objective:
+        """The objective of these ``B`` pairs, for :meth:`pair` and, with ``beta``, :meth:`reward`.
 
         Args:
             label_probability: ``[B]`` probability that the chosen response is the better one: one minus what
                 ``label_smoothing`` is otherwise.
             margin: ``[B]`` by how much the chosen response should win, in addition to ``gamma``.
+            beta: ``[B]`` the hyperparameter, with ``gamma_beta_ratio`` as it is.
         """
-        changed: dict[str, Any] = {}
+        changed: dict[str, Any] = {} if beta is None else {"beta": beta}
         if label_probability is not None:
             changed["label_smoothing"] = 1 - label_probability
         if margin is not None and hasattr(self, "gamma_beta_ratio"):
-            changed["gamma_beta_ratio"] = self.gamma_beta_ratio + margin / self.beta  # type: ignore[attr-defined]
+            scale = self.beta if beta is None else beta  # type: ignore[attr-defined]
+            changed["gamma_beta_ratio"] = self.gamma_beta_ratio + margin / scale  # type: ignore[attr-defined]
         elif margin is not None:
             changed["gamma"] = self.gamma + margin  # type: ignore[attr-defined]
         return replace(self, **changed)

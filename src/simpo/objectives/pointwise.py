@@ -1,4 +1,4 @@
-"""Objectives that judge each response of a pair by its own log-ratio: APO, NCA and SPPO."""
+"""Objectives that judge each response of a pair by its own log-ratio: APO, NCA, SPPO and BCO."""
 
 # ruff: noqa: D102, E741 - the base class documents the methods; the papers write w and l for chosen and rejected
 
@@ -94,4 +94,31 @@ class SPPO(Objective):
         return self.beta * y.ratio
 
 
-OBJECTIVES.update({objective.name: objective() for objective in (APOZero, APODown, NCA, SPPO)})
+@dataclass(frozen=True)
+class BCO(Objective):
+    """BCO, ``[B]``: ``-log sigmoid(r(w) - d) - log sigmoid(d - r(l))`` with ``r(y) = beta * y.ratio``.
+
+    Each response is classified as good or bad by its reward. ``d``, the ``reward_shift`` ``[]``, is the mean of the
+    mean rewards of chosen and of rejected responses. Training estimates it from all rows before the current step; it
+    is 0 while the policy is the reference.
+    """
+
+    name = "bco"
+    paper = "Jung et al. 2024, arXiv 2404.04656"
+    needs = ("reference", "reward_shift")
+    takes_unpaired = True
+    beta: Beta = 0.1
+
+    def pair(self, w: Responses, l: Responses, reward_shift: Tensor | float = 0.0) -> Tensor:
+        good = F.logsigmoid(self.implicit_reward(w) - reward_shift)
+        return -good - F.logsigmoid(reward_shift - self.implicit_reward(l))
+
+    def unpaired(self, y: Responses, label: Tensor, reward_shift: Tensor | float = 0.0) -> Tensor:
+        above = self.implicit_reward(y) - reward_shift
+        return -F.logsigmoid(torch.where(label, above, -above))
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return self.beta * y.ratio
+
+
+OBJECTIVES.update({objective.name: objective() for objective in (APOZero, APODown, NCA, SPPO, BCO)})

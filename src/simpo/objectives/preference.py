@@ -17,6 +17,7 @@ from simpo.objectives.objective import (
     FINITE,
     NON_NEGATIVE,
     OBJECTIVES,
+    OPEN_UNIT,
     POSITIVE,
     Objective,
     Spelling,
@@ -317,7 +318,36 @@ class ChiPO(DPO):
         return preference_nll(margin.clamp(-2 * self.r_max, 2 * self.r_max), self.label_smoothing)
 
     def implicit_reward(self, y: Responses) -> Tensor:
-        return (math.log(self.beta) + y.ratio).clamp(max=20).exp() + self.beta * y.ratio
+        scale = torch.as_tensor(self.beta, dtype=y.logp.dtype)
+        return (scale.log() + y.ratio).clamp(max=20).exp() + self.beta * y.ratio
+
+
+@dataclass(frozen=True)
+class FDPO(Objective):
+    """``[B]``: ``-log sigmoid(r(w) - r(l))`` with ``r(y) = beta * f'(exp(y.ratio))`` for an f-divergence.
+
+    DPO is regularized by the reverse KL divergence, whose ``f'`` is the logarithm. Here it is one of ``js``, ``log(2u /
+    (1 + u))``; ``forward_kl``, ``1 - 1 / u``; and ``alpha``, ``(1 - u**-alpha) / alpha``, which is DPO's in the limit
+    of ``alpha = 0`` and the forward KL's at ``alpha = 1``. A constant is added where that makes ``r`` 0 for the
+    reference, which the loss does not see. ``u**-alpha`` is kept at or below ``exp(20)``, so that it cannot overflow.
+    """
+
+    name = "f_dpo"
+    paper = "Wang et al. 2023, arXiv 2309.16240, table 1"
+    needs = ("reference",)
+    divergence: Annotated[Literal["js", "forward_kl", "alpha"], "The divergence from the reference."] = "js"
+    alpha: Annotated[float, OPEN_UNIT, "Order of the alpha divergence; small is close to DPO."] = 0.5
+    beta: Beta = 0.1
+    label_smoothing: LabelSmoothing = 0.0
+
+    def pair(self, w: Responses, l: Responses) -> Tensor:
+        return preference_nll(self.implicit_reward(w) - self.implicit_reward(l), self.label_smoothing)
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        if self.divergence == "js":
+            return self.beta * (math.log(2) + F.logsigmoid(y.ratio))
+        order = 1.0 if self.divergence == "forward_kl" else self.alpha
+        return self.beta * -torch.expm1((-order * y.ratio).clamp(max=20)) / order
 
 
 @dataclass(frozen=True)
@@ -383,5 +413,5 @@ def reference_point(mean_ratio: Tensor, beta: float) -> Tensor:
     return beta * mean_ratio.detach().clamp(min=0)
 
 
-_ALL = (SimPO, DPO, IPO, CPO, KTO, ORPO, RDPO, SLiCHF, RRHF, NormalizedDPO, AlphaPO, SimPER, DPOP, RePO, ChiPO)
+_ALL = (SimPO, DPO, IPO, CPO, KTO, ORPO, RDPO, SLiCHF, RRHF, NormalizedDPO, AlphaPO, SimPER, DPOP, RePO, ChiPO, FDPO)
 OBJECTIVES.update({objective.name: objective() for objective in _ALL})

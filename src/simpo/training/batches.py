@@ -26,13 +26,13 @@ from simpo.training.settings import TrainingSettings
 REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP = "ref_logps", "mismatched_ids", "mismatched_ref_logp"
 LEVELS = "levels"
 # Columns of the data that change the loss of a row (simpo.training.row_columns).
-WEIGHT, LABEL_PROBABILITY, MARGIN = "weight", "label_probability", "margin"
+WEIGHT, LABEL_PROBABILITY, MARGIN, BETA = "weight", "label_probability", "margin", "beta"
 # Those of answers that a policy has sampled: numbers of each token, and what is logged of each row.
 BEHAVIOR, REF_TOKENS, ADVANTAGES, ROLLOUT = "behavior_logps", "ref_token_logps", "advantages", "rollout"
 _COLUMNS = (
     *("prompt_ids", "response_ids", "scored", "scores", "label"),
     *(REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP, LEVELS),
-    *(LABEL_PROBABILITY, MARGIN),
+    *(LABEL_PROBABILITY, MARGIN, BETA),
     *(BEHAVIOR, REF_TOKENS, ADVANTAGES, ROLLOUT),
 )
 _ROWS_NAMED = 5  # in an error message about several rows
@@ -105,6 +105,7 @@ class PlannedBatch(NamedTuple):
         rollout: ``[C, M]`` float64, metrics of the answers that were sampled.
         label_probability: ``[C]`` float64, probability that the chosen response is the better one.
         margin: ``[C]`` float64, by how much the chosen response should win.
+        beta: ``[C]`` float64, the objective's hyperparameter.
     """
 
     packed: PackedBatch
@@ -122,6 +123,7 @@ class PlannedBatch(NamedTuple):
     rollout: Tensor | None = None
     label_probability: Tensor | None = None
     margin: Tensor | None = None
+    beta: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PlannedBatch:
         """The batch with its tensors on ``device``."""
@@ -185,6 +187,7 @@ class ComparisonRows(TorchDataset):
             rollout=None if ROLLOUT not in columns else torch.tensor(columns[ROLLOUT], dtype=torch.float64),
             label_probability=_doubles(columns.get(LABEL_PROBABILITY)),
             margin=_doubles(columns.get(MARGIN)),
+            beta=_doubles(columns.get(BETA)),
         )
 
     def without_plan(self, rows: Sequence[int]) -> PlannedBatch:

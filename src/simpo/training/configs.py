@@ -15,7 +15,7 @@ import torch
 from simpo.config import setting
 from simpo.data.settings import TokenizeSettings
 from simpo.errors import SimpoError, check_all
-from simpo.objectives import OBJECTIVES, Objective, Responses
+from simpo.objectives import OBJECTIVES, Mixture, Objective, Responses
 from simpo.training.settings import TrainingSettings
 
 _DEFAULT = "simpo"
@@ -99,7 +99,10 @@ class PreferenceConfig(TrainingSettings):
 
     learning_rate: float = setting(1e-6, "Peak learning rate; the paper's are 3e-7 to 1e-6.")
 
-    objective: str | None = setting(None, f"The loss: one of {', '.join(OBJECTIVES)} (default: simpo).")
+    objective: dict[str, float] | str | None = setting(
+        None,
+        f"The loss: one of {', '.join(OBJECTIVES)} (default: simpo), or several with weights: {{dpo: 1, bco: 0.2}}.",
+    )
     loss_type: str | None = setting(None, "Alias for link (in the paper's recipes) or objective (in TRL's).")
     sft_weight: float = setting(0.0, "Weight of an SFT term: the chosen response's average negative log-probability.")
     kl_weight: float = setting(0.0, "Weight of KL(policy || start model), exact, mean over the response tokens.")
@@ -112,7 +115,7 @@ class PreferenceConfig(TrainingSettings):
     row_columns: list[str] | None = setting(
         None,
         "Columns of the data that change the loss of their row: weight (all objectives), label_probability (those with "
-        "label_smoothing: the probability that chosen is better), margin (added to gamma).",
+        "label_smoothing: the probability that chosen is better), margin (added to gamma), beta.",
     )
 
     beta: float | None = _hyperparameter("beta")
@@ -130,17 +133,21 @@ class PreferenceConfig(TrainingSettings):
     alpha: float | None = _hyperparameter("alpha")
     delta: float | None = _hyperparameter("delta")
     r_max: float | None = _hyperparameter("r_max")
+    divergence: Literal["js", "forward_kl", "alpha"] | None = _hyperparameter("divergence")
 
     @property
     def row(self) -> Objective:
         """The chosen objective with its default hyperparameters."""
-        return OBJECTIVES[str(self.objective)]
+        return Mixture.of(self.objective) if isinstance(self.objective, dict) else OBJECTIVES[str(self.objective)]
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """All hyperparameters of the objective, defaults filled in."""
-        given = {name: getattr(self, name) for name in hyperparameter_names() if getattr(self, name) is not None}
-        return self.row.resolve(given)
+        return self.row.resolve(self._given)
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in hyperparameter_names() if getattr(self, name) is not None}
 
     @property
     def tokenize_settings(self) -> TokenizeSettings:
@@ -172,13 +179,16 @@ class PreferenceConfig(TrainingSettings):
         check_all(self._check_objective, super()._check)
 
     def _check_objective(self) -> None:
-        if self.objective not in (None, *OBJECTIVES):
+        mixed = isinstance(self.objective, dict)
+        if not mixed and self.objective not in (None, *OBJECTIVES):
             raise SimpoError(f"objective: {self.objective!r} is unknown; there are {', '.join(OBJECTIVES)}")
+        if mixed and self.loss_type is not None:
+            raise SimpoError("loss_type: not with a mixture of objectives; leave it out")
         self._resolve_loss_type()
-        self.objective = self.objective or _DEFAULT
+        self.objective = _DEFAULT if self.objective is None else self.objective
         self.precompute_ref_log_probs = self.precompute_ref_log_probs is not False
         try:
-            self.hyperparameters  # noqa: B018 - resolving is the check
+            self.row.resolve(self._given)
         except ValueError as error:
             raise SimpoError(str(error)) from error
         self._check_row_columns()
@@ -189,7 +199,7 @@ class PreferenceConfig(TrainingSettings):
             weighted = "lam" in self.row.hyperparameters and not self._has_anchor(self.hyperparameters | {"lam": 0.0})
             remedy = ", or set lam: 0" if weighted else ""
             raise SimpoError(
-                f"sft_weight: objective {self.objective!r} has a term on the chosen response already; leave sft_weight "
+                f"sft_weight: objective {self.row.name!r} has a term on the chosen response already; leave sft_weight "
                 f"out{remedy}"
             )
 
@@ -203,7 +213,7 @@ class PreferenceConfig(TrainingSettings):
             if name not in objective.row_columns:
                 link = f" with link {self.link!r}" if self.objective in takers else ""
                 raise SimpoError(
-                    f"row_columns: {name} is not defined for objective {self.objective!r}{link}; it is for "
+                    f"row_columns: {name} is not defined for objective {objective.name!r}{link}; it is for "
                     f"{', '.join(takers)}"
                 )
         if "label_probability" in (self.row_columns or ()) and self.label_smoothing:
@@ -225,6 +235,7 @@ class PreferenceConfig(TrainingSettings):
                 raise SimpoError(f"loss_type {given!r} and objective {self.objective!r} disagree; give one of them")
             self.objective = given
             return
+        assert not isinstance(self.objective, dict)
         with_link = (row.hyperparameters["link"] for row in OBJECTIVES.values() if "link" in row.hyperparameters)
         links = dict.fromkeys(chain.from_iterable(get_args(known.type) for known in with_link))
         if given not in links:

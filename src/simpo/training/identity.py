@@ -16,7 +16,7 @@ from simpo.models.checkpoint import model_digest
 from simpo.models.settings import ModelArguments
 from simpo.runs import manifest
 from simpo.runs.manifest import file_digest
-from simpo.training.batches import LABEL_PROBABILITY, LEVELS, MARGIN, WEIGHT
+from simpo.training.batches import BETA, LABEL_PROBABILITY, LEVELS, MARGIN, WEIGHT
 from simpo.training.settings import DataArguments
 
 # Keys of a configuration that change what is shown, stored or kept of a run, but not what it computes.
@@ -71,7 +71,7 @@ def rows_digest(rows: Dataset) -> str:
     """SHA-256 of the token ids, of which are scored, and of scores, labels and other numbers, row by row in order."""
     columns = [name for name in ("prompt_ids", "response_ids", "scored") if name in rows.column_names]
     digest = hashlib.sha256()
-    for name in ("scores", "label", LEVELS, WEIGHT, LABEL_PROBABILITY, MARGIN):
+    for name in ("scores", "label", LEVELS, WEIGHT, LABEL_PROBABILITY, MARGIN, BETA):
         if name in rows.column_names:
             digest.update(json.dumps([name, rows[name][:]]).encode())
     for batch in rows.select_columns(columns).with_format("arrow").iter(1000):

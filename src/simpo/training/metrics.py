@@ -74,6 +74,12 @@ class RunningMeans:
         """Means since the start, over all ranks and, after a resume, over the whole run."""
         return self._means(self._before_log + reduce(self._since_log.clone()).cpu().double())
 
+    def running(self, name: str, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """``[]`` what :meth:`overall` has for ``name``, on the device; 0 where there are no rows yet."""
+        sums = self._before_log.to(self._since_log, non_blocking=True) + reduce(self._since_log.clone())
+        total, weight = sums[:, self._names.index(name)]
+        return torch.where(weight > 0, total / weight.clamp(min=torch.finfo(weight.dtype).tiny), 0)
+
     def _means(self, sums: Tensor) -> dict[str, float]:
         columns = zip(self._names, *sums.tolist(), strict=True)
         return {name: total / weight for name, total, weight in columns if weight}

@@ -90,7 +90,7 @@ class OnlineTrainer(PreferenceTrainer):
         engine: samples the answers with the model as it is (default: transformers' ``generate``).
     """
 
-    config_type = OnlineConfig
+    config_type = OnlineConfig  # type: ignore[assignment]
     command, row_noun = "online", "prompts"
 
     def __init__(

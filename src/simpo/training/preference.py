@@ -23,6 +23,7 @@ from simpo.packing.model import policy_forward
 from simpo.packing.scoring import divergence_forward, mean_by_comparison
 from simpo.runs.results import Metric
 from simpo.training.batches import (
+    BETA,
     LABEL_PROBABILITY,
     MARGIN,
     MISMATCHED_REF_LOGP,
@@ -60,7 +61,7 @@ class PreferenceTrainer(PackedTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._z_ref = torch.zeros(())
+        self._context: dict[str, Tensor] = {}  # what the objective needs beyond log-probabilities and a reference
         compares = self.objective.needs_reference
         self._precomputed = compares and self.args.precompute_ref_log_probs
         copy_weights = bool(self.args.kl_weight) or (compares and not self._precomputed)
@@ -93,9 +94,9 @@ class PreferenceTrainer(PackedTrainer):
         weights = {key: getattr(args, key) for key in ("sft_weight", "kl_weight", "row_columns") if getattr(args, key)}
         settings = ", ".join(f"{key} {value}" for key, value in (args.hyperparameters | weights).items())
         return Description(
-            f"{args.objective} ({settings})" if settings else args.objective,
-            f"aligned by **{args.objective}** ({args.row.paper})",
-            ["simpo", "preference-optimization", args.objective],
+            f"{args.row.name} ({settings})" if settings else args.row.name,
+            f"aligned by **{args.row.name}** ({args.row.paper})",
+            ["simpo", "preference-optimization", *_names(args.objective)],
         )
 
     def compare(self, before: Scores, after: Scores) -> list[Metric]:
@@ -110,7 +111,7 @@ class PreferenceTrainer(PackedTrainer):
             if not args.row.takes_unpaired:
                 takers = ", ".join(name for name, row in OBJECTIVES.items() if row.takes_unpaired)
                 raise SimpoError(
-                    f"{label}: single responses with labels, and {args.objective!r} is trained on pairs; unpaired "
+                    f"{label}: single responses with labels, and {args.row.name!r} is trained on pairs; unpaired "
                     f"feedback is for objective {takers}"
                 )
             prepared = prepare_feedback(dataset, tokenizer, args.tokenize_settings, label=label)
@@ -144,10 +145,11 @@ class PreferenceTrainer(PackedTrainer):
         self._reference.freeze()
         return super().train(*args, **kwargs)
 
-    # ---- KTO's reference point.
+    # ---- KTO's reference point, and the shift of BCO's rewards.
 
     def before_step(self, model: nn.Module, batches: Sequence[PlannedBatch]) -> None:
-        """KTO: estimate the reference point from all micro-batches of the step, over all ranks."""
+        """KTO: estimate the reference point from all micro-batches of the step, over all ranks. BCO: shift rewards."""
+        self._update_shift()
         if "z_ref" not in self.objective.needs:
             return
         total = torch.zeros((), dtype=widest_type(self.args.device), device=self.args.device)
@@ -159,11 +161,11 @@ class PreferenceTrainer(PackedTrainer):
             if reference is None:
                 reference = self._reference.logps(batch.mismatched)
             total += ((logps.to(total) - reference.to(total)) * batch.packed.weights).sum()
-        mean_ratio = self._sum_over_ranks(total) / batches[0].step_weight
-        self._z_ref = reference_point(mean_ratio, self.args.hyperparameters["beta"])
+        self._update_reference_point(self._sum_over_ranks(total) / batches[0].step_weight)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """As in the base; KTO's reference point is that of all rows that are evaluated."""
+        self._update_shift()
         if "z_ref" in self.objective.needs:
             rows = dataloader.dataset.rows
             mismatched = mismatched_rows(rows)
@@ -172,8 +174,21 @@ class PreferenceTrainer(PackedTrainer):
             else:
                 reference = self._reference.response_logps(mismatched)
             logps = self.response_logps(mismatched)
-            self._z_ref = reference_point((logps - reference.to(logps)).mean(), self.args.hyperparameters["beta"])
+            self._update_reference_point((logps - reference.to(logps)).mean())
         return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def _update_reference_point(self, mean_ratio: Tensor) -> None:
+        beta = self.objective.requiring("z_ref").beta  # type: ignore[attr-defined]
+        self._context["z_ref"] = reference_point(mean_ratio, beta)
+
+    def _update_shift(self) -> None:
+        """BCO: the rewards that have been logged since the run began, over all ranks, are those of the earlier steps.
+
+        Their sums are part of a checkpoint.
+        """
+        if "reward_shift" in self.objective.needs:
+            means = [self._means.running(f"rewards/{side}", self._sum_over_ranks) for side in ("chosen", "rejected")]
+            self._context["reward_shift"] = (means[0] + means[1]) / 2
 
     # ---- Loss.
 
@@ -195,7 +210,7 @@ class PreferenceTrainer(PackedTrainer):
 
         The SFT term applies to the best response of a comparison, and to single responses that are desirable.
         """
-        context = {"z_ref": self._z_ref} if "z_ref" in self.objective.needs else {}
+        context = {name: value.to(y.logp) for name, value in self._context.items()}
         if batch.ref_logps is not None:
             y = replace(y, ref_logp=batch.ref_logps.to(y.logp))
         if batch.labels is not None:
@@ -206,7 +221,7 @@ class PreferenceTrainer(PackedTrainer):
         else:
             pairs = batch.pairs
             w, l, best = (y.take(index) for index in (pairs.better, pairs.worse, pairs.best))  # noqa: E741
-            values = {LABEL_PROBABILITY: batch.label_probability, MARGIN: batch.margin}
+            values = {LABEL_PROBABILITY: batch.label_probability, MARGIN: batch.margin, BETA: batch.beta}
             given = {name: value.to(y.logp)[pairs.comparison] for name, value in values.items() if value is not None}
             objective = self.objective.with_row_columns(**given)
             losses, anchor = objective.comparisons(y, pairs, **context), objective.anchor(best)
@@ -214,7 +229,7 @@ class PreferenceTrainer(PackedTrainer):
                 losses = losses + anchor
             if self.args.sft_weight:
                 losses = losses + self.args.sft_weight * sft_term(best)
-            metrics = pairs.mean(pair_metrics(self.objective, w, l))
+            metrics = pairs.mean(pair_metrics(objective, w, l))
         return losses, torch.cat([losses.detach()[:, None], metrics], dim=1)
 
 
@@ -239,6 +254,10 @@ def unpaired_metrics(objective: Objective, y: Responses, label: Tensor) -> Tenso
     values = (objective.reward(y), _logged(objective, y))
     columns = [value.masked_fill(hidden, torch.nan) for value in values for hidden in (~label, label)]
     return torch.stack(columns, dim=-1).detach()
+
+
+def _names(objective: dict[str, float] | str) -> list[str]:
+    return [objective] if isinstance(objective, str) else list(objective)
 
 
 def _logged(objective: Objective, y: Responses) -> Tensor:

@@ -1,4 +1,4 @@
-"""Columns of the data that change the loss of their row: its weight, its label's probability and its margin."""
+"""Columns of the data that change the loss of their row: its weight, its label's probability, its margin, its beta."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from datasets import Dataset, Value
 
 from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError
-from simpo.objectives.objective import NON_NEGATIVE, Bound
-from simpo.training.batches import LABEL_PROBABILITY, MARGIN, WEIGHT
+from simpo.objectives.objective import NON_NEGATIVE, POSITIVE, Bound
+from simpo.training.batches import BETA, LABEL_PROBABILITY, MARGIN, WEIGHT
 
 ROW_COLUMNS = {
     WEIGHT: NON_NEGATIVE,
     LABEL_PROBABILITY: Bound("must be in [0, 1]", lambda value: 0 <= value <= 1),
     MARGIN: NON_NEGATIVE,
+    BETA: POSITIVE,
 }
 
 
