@@ -97,10 +97,14 @@ def test_flex_equals_segments(style, kv_heads):
         torch.testing.assert_close(found, by_segment(*tensors, LAYOUT, chosen), rtol=1e-5, atol=1e-5)
 
 
-def documented_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+def documented_varlen_attn(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
     """``varlen_attn`` as documented: per sequence, aligned bottom-right, ``(left, right)`` windows."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert query.is_contiguous()
+    assert enable_gqa or query.shape[1] == key.shape[1] or not kernels._GROUPED
+    key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     starts, ends = cu_seq_q.tolist(), cu_seq_k.tolist()
     assert (starts[-1], ends[-1]) == (len(query), len(key))
     left, right = window_size

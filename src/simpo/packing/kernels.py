@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import varlen as torch_varlen
 
 from simpo.packing.layout import AttentionLayout, Span
 
@@ -114,6 +115,8 @@ def _special(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle) -> Tensor:
 Kernel = Callable[[Tensor, Tensor, Tensor, AttentionLayout, AttentionStyle], Tensor]
 _DEVICE = "cuda"  # that the kernels run on
 _refused: set[Kernel] = set()  # kernels that failed a check
+# Several query heads share a key head; torch 2.11's kernel does that without being asked.
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(torch_varlen.varlen_attn).parameters else {}
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
@@ -122,10 +125,9 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, s
     A segment has fewer queries than keys where the prompt is shared; the kernel's causal mask is aligned bottom-right,
     which is exactly what a response needs.
     """
-    attend, grouped = _variable_length_attention()
     # [1, h, T, D] -> [keys of all segments, h, D]; the gradient of a shared prompt adds up through the gather
     keys, values = (states[0].transpose(0, 1)[layout.index.key_index] for states in (key, value))
-    output = attend(
+    output = torch_varlen.varlen_attn(
         query[0].transpose(0, 1).contiguous(),
         keys,
         values,
@@ -135,17 +137,9 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, s
         layout.longest_key,
         scale=style.scale,
         window_size=(-1 if style.window is None else style.window - 1, 0),
-        **grouped,
+        **_GROUPED,
     )
     return output[None]
-
-
-@cache
-def _variable_length_attention() -> tuple[Callable[..., Tensor], dict[str, bool]]:
-    """PyTorch's kernel, and what lets several query heads share a key head: 2.11 has no such argument and just does."""
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - needs a CUDA build
-
-    return varlen_attn, {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
