@@ -18,7 +18,7 @@ from simpo.cli._shared import parse
 from simpo.models.loading import load_model, load_tokenizer
 from simpo.packing.logprobs import fused_logprobs
 from simpo.packing.model import prepare_policy, responses_of
-from simpo.packing.scoring import bounded_batches, divergence_forward, reference_states
+from simpo.packing.scoring import bounded_batches, reference_states, token_outputs
 from simpo.runs.lines import JsonLines
 from simpo.statistics import proportion_interval
 from simpo.training.batches import comparisons_of
@@ -126,9 +126,9 @@ def _moved(given: TrainingJob, folder: Path, tuning: int) -> tuple[float, float,
     for batch, _ in bounded_batches(start, comparisons, max_batch_tokens=_TOKENS, path="auto"):
         states = reference_states(start, batch)
         before = responses_of(batch, fused_logprobs(states.hidden, states.head, batch.targets))
-        after, kl = divergence_forward(trained, batch, states)
-        changes.append(after.avg - before.avg)
-        divergences.append(kl)
+        after = token_outputs(trained, batch, reference=states)
+        changes.append(responses_of(batch, after.logps).avg - before.avg)
+        divergences.append(after.divergence)
     change = torch.cat(changes)
     return change[0::2].mean().item(), change[1::2].mean().item(), torch.cat(divergences).mean().item()
 

@@ -350,7 +350,7 @@ def test_the_rollouts_of_another_training_are_refused(online):
         ({"sync_every": 3, "rollout_epochs": 2}, "rollout_epochs: 2 .*sync_every, 3"),
         ({"objective": "rloo", "num_generations": 1}, "num_generations: .*rloo"),
         ({"objective": "dpo", "num_generations": 1}, "num_generations: 1"),
-        ({"objective": "ppo"}, "objective: 'ppo'"),
+        ({"objective": "pppo"}, "objective: 'pppo'"),
         ({"objective": "kto"}, "objective: kto"),
         ({"objective": "simpo", "kl_coef": 0.1}, "kl_coef: "),
         ({"objective": "rloo", "beta": 0.1}, "beta: .*rloo"),

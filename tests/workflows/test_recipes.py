@@ -16,7 +16,7 @@ from simpo.workflows.recipes import PAPER_SETTINGS, SEARCHED, SETTINGS, compose_
 from simpo.world.pairs import write_model, write_pairs, write_prompts
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-ONLINE = ("rloo", "grpo", "online-simpo", "online-dpo")
+ONLINE = ("ppo", "rloo", "grpo", "online-simpo", "online-dpo")
 
 # The README of github.com/princeton-nlp/SimPO, "For DPO, the best hyperparameters": beta and learning rate.
 DPO = {
@@ -110,7 +110,7 @@ def test_tiny_online_recipes_run(name, demo_folder, monkeypatch):
     assert main(["online", str(RECIPES / f"tiny/{name}.yaml"), "--max_steps=2", "--eval_steps=1"]) == 0
     found = {(m.name, m.stage): m for m in read_results(Path(f"runs/tiny-{name}/results.json")).metrics}
     assert found["train/steps", None].value == 2
-    assert found["rollout/reward", "after"].n == (32 if name == "online-simpo" else 16)  # prompts of a rollout
+    assert found["rollout/reward", "after"].n == (32 if name in ("online-simpo", "ppo") else 16)  # prompts of a rollout
 
 
 @pytest.mark.parametrize("objective", ["simpo", "dpo"])

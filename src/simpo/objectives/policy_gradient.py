@@ -16,10 +16,10 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-Baseline = Literal["batch", "leave_one_out", "group"]
+Baseline = Literal["batch", "leave_one_out", "group", "value"]
 Ratio = Literal["token", "sequence", "sequence_mean"]
-Normalization = Literal["sum", "length", "constant"]
-KLEstimator = Literal["k1", "k2", "k3"]
+Normalization = Literal["sum", "length", "tokens", "constant"]
+KLEstimator = Literal["k1", "k2", "k3", "exact"]
 
 _EPSILON = 1e-6  # added to a standard deviation, so that equal rewards give advantages of 0
 
@@ -52,8 +52,11 @@ def advantages(rewards: Tensor, group: Tensor, baseline: Baseline, *, scale_by_s
         scale_by_std: divide by the standard deviation (``n - 1``) of the prompt's rewards, as GRPO does.
 
     Raises:
-        ValueError: a prompt has a single response, whose baseline would be its own reward.
+        ValueError: a prompt has a single response, whose baseline would be its own reward, or the baseline is a
+            ``value``, which gives every token an advantage of its own (:mod:`simpo.objectives.ppo`).
     """
+    if baseline == "value":
+        raise ValueError("a value baseline gives an advantage to each token, not to a whole response")
     if baseline == "batch":
         return rewards - rewards.mean()
     count = int(group.max()) + 1
@@ -69,16 +72,17 @@ def advantages(rewards: Tensor, group: Tensor, baseline: Baseline, *, scale_by_s
     return centered
 
 
-def whiten(values: Tensor) -> Tensor:
-    """``values`` ``[N]`` with mean 0 and variance 1 (biased)."""
-    return (values - values.mean()) * torch.rsqrt(values.var(unbiased=False) + _EPSILON**2)
+def whiten(values: Tensor, *, keep_mean: bool = False) -> Tensor:
+    """``values`` ``[N]`` with mean 0 and variance 1 (biased); with ``keep_mean`` they are only scaled around it."""
+    white = (values - values.mean()) * torch.rsqrt(values.var(unbiased=False) + _EPSILON**2)
+    return white + values.mean() if keep_mean else white
 
 
 # ---- The distance from the reference model.
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator) -> Tensor:
-    """``[S]`` estimates of ``KL(policy || reference)`` from sampled tokens.
+    """``[S]`` estimates of ``KL(policy || reference)`` from sampled tokens; ``exact`` cannot be one of them.
 
     With ``d = logp - ref_logp``: ``k1 = d`` is unbiased and can be negative; ``k2 = d**2 / 2`` is biased, but its
     gradient is that of the divergence; ``k3 = exp(-d) - 1 + d`` is unbiased and never negative, but its gradient is
@@ -90,6 +94,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator) -> Tenso
         return difference
     if estimator == "k2":
         return 0.5 * difference**2
+    assert estimator == "k3"
     return torch.expm1(-difference) + difference
 
 
@@ -124,8 +129,8 @@ class PolicyGradient:
         scale_by_std: whether advantages are divided by the standard deviation of a prompt's rewards.
         ratio: importance ratio of each ``token``; of the ``sequence``, i.e. their product; or ``sequence_mean``, the
             geometric mean of the tokens' ratios.
-        normalization: how the tokens of a response add up: their ``sum``; divided by the response's ``length``; or
-            divided by a ``constant``.
+        normalization: how the tokens of a response add up: their ``sum``; divided by the response's ``length``; by
+            the mean length of the step's responses (``tokens``: every token counts alike); or by a ``constant``.
         clip_low: ratios below ``1 - clip_low`` are clipped.
         clip_high: ratios above ``1 + clip_high`` are clipped.
     """
@@ -145,7 +150,7 @@ class PolicyGradient:
 
         Args:
             rollout: log-probabilities and advantages.
-            denominator: the constant of ``constant``; unused otherwise.
+            denominator: mean length of the step's responses for ``tokens``, the constant for ``constant``; else unused.
         """
         ratio = self.ratios(rollout)
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
@@ -186,4 +191,5 @@ POLICY_GRADIENTS: dict[str, PolicyGradient] = {
     "gspo": PolicyGradient(
         "arXiv 2507.18071", "group", "sequence_mean", "length", scale_by_std=True, clip_low=3e-4, clip_high=4e-4
     ),
+    "ppo": PolicyGradient("arXiv 1707.06347", "value", "token", "tokens"),
 }

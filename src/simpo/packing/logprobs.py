@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -166,6 +167,13 @@ def fused_kl(
         chunk_bytes = (64 if hidden.device.type == "cpu" else 512) * MEBIBYTE
     rows = max(1, chunk_bytes // (head.weight.shape[0] * max(4, hidden.element_size())))
     return _FusedKL.apply(hidden, head.weight, head.bias, head.scale, head.softcap, ref_hidden, ref_head, rows)
+
+
+def fused_entropy(hidden: Tensor, head: Head) -> Tensor:
+    """``[S]`` entropy of the next token given ``hidden`` ``[S, H]``, in nats: ``log V - KL(policy || uniform)``."""
+    vocabulary = len(head.weight)
+    uniform = Head(hidden.new_zeros(vocabulary, 1))
+    return math.log(vocabulary) - fused_kl(hidden, head, hidden.new_zeros(len(hidden), 1), uniform)
 
 
 class _FusedKL(torch.autograd.Function):

@@ -60,6 +60,25 @@ def reward_forward(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = 
     return inside_forward(model, batch, rewards, path=path)
 
 
+def value_forward(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = "auto") -> Tensor:
+    """``[S]`` what the score head of a reward model makes of the states in which the scored tokens of ``batch`` are
+    chosen; fp32 (fp64 for fp64), differentiable.
+
+    Raises:
+        SimpoError: the model turns hidden states into rewards in another way.
+    """
+
+    def compute(inner: PreTrainedModel, batch: PackedBatch, path: Path) -> Tensor:
+        head = score_head(inner)
+        if head is None or not state_of(inner).fused_head:
+            raise SimpoError(
+                f"value_model: {type(inner).__name__} has no score head that reads a single hidden state; leave it out"
+            )
+        return head_scores(head, scored_states(inner, batch, path))
+
+    return inside_forward(model, batch, compute, path=path)
+
+
 def inside_forward(model: nn.Module, batch: PackedBatch, compute: Computation, *, path: ForwardPath = "auto") -> Any:
     """``compute(unwrapped model, batch, path)`` inside the forward of the, possibly wrapped, ``model``."""
     inner = prepare_policy(model)
@@ -255,8 +274,14 @@ def rewards(model: PreTrainedModel, batch: PackedBatch, path: Path) -> Tensor:
     head: Any = score_head(model)
     if head is None or not state_of(model).fused_head:
         return own_rewards(model, batch, path)
-    states = end_states(model, batch, path)
-    # in the head's own precision also under autocast: rewards are compared, and bf16 has three digits
+    return head_scores(head, end_states(model, batch, path))
+
+
+def head_scores(head: nn.Module, states: Tensor) -> Tensor:
+    """``[n]`` outputs of a score head for hidden ``states`` ``[n, H]``; fp32 (fp64 for fp64).
+
+    They are in the head's own precision also under autocast: rewards are compared, and bf16 has three digits.
+    """
     with torch.autocast(states.device.type, enabled=False):
         scores = head(states.to(next(head.parameters()).dtype)).squeeze(-1)
     return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -16,16 +16,17 @@ from simpo.errors import SimpoError
 from simpo.objectives import Responses
 from simpo.packing.batching import RowSizes, fill
 from simpo.packing.layout import PackedBatch, TokenizedComparison
-from simpo.packing.logprobs import Head, fused_kl, fused_logprobs
+from simpo.packing.logprobs import Head, fused_entropy, fused_kl, fused_logprobs
 from simpo.packing.model import (
     ForwardPath,
     at_output_layer,
+    head_scores,
     inside_forward,
     plain_head,
     policy_forward,
+    policy_logprobs,
     prepare_policy,
     resolve_path,
-    responses_of,
     reward_forward,
     scored_states,
     state_of,
@@ -124,27 +125,60 @@ def reference_states(model: nn.Module, batch: PackedBatch, *, path: ForwardPath 
             bias = None if head.bias is None else detached(head.bias)
             return ReferenceStates(hidden, replace(head, weight=detached(head.weight), bias=bias))
 
-        _check_head(inner)
+        _check_head(inner, "kl_weight")
         return at_output_layer(inner, scored_states(inner, batch, path), keep)
 
     with torch.no_grad():
         return inside_forward(model, batch, compute, path=path)
 
 
-def divergence_forward(
-    model: nn.Module, batch: PackedBatch, reference: ReferenceStates, *, path: ForwardPath = "auto"
-) -> tuple[Responses, Tensor]:
-    """As :func:`~simpo.packing.model.policy_forward`, and ``[S]`` KL(policy || reference) at every scored token."""
+class TokenOutputs(NamedTuple):
+    """What a policy computes at ``S`` scored tokens, ``[S]`` each: fp32 (fp64 for fp64), differentiable.
 
-    def compute(inner: PreTrainedModel, batch: PackedBatch, path: Path) -> tuple[Tensor, Tensor]:
-        def both(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-            return fused_logprobs(hidden, head, batch.targets), fused_kl(hidden, head, *reference)
+    Attributes:
+        logps: log-probabilities of the tokens.
+        divergence: KL(policy || reference), exact over the vocabulary; None without a reference.
+        entropy: of the policy, exact over the vocabulary; None unless requested.
+        values: outputs of the value head for the states in which the tokens are chosen; None without one.
+    """
 
-        _check_head(inner)
-        return at_output_layer(inner, scored_states(inner, batch, path), both)
+    logps: Tensor
+    divergence: Tensor | None = None
+    entropy: Tensor | None = None
+    values: Tensor | None = None
 
-    token_logps, divergence = inside_forward(model, batch, compute, path=path)
-    return responses_of(batch, token_logps), divergence
+
+def token_outputs(
+    model: nn.Module,
+    batch: PackedBatch,
+    *,
+    reference: ReferenceStates | None = None,
+    entropy: bool = False,
+    value_head: nn.Module | None = None,
+    path: ForwardPath = "auto",
+) -> TokenOutputs:
+    """Log-probabilities of the scored tokens of ``batch``, and what else is requested, by one forward.
+
+    Raises:
+        SimpoError: the model's output layer is not a plain matrix product, which all but log-probabilities need.
+    """
+    if reference is None and not entropy and value_head is None:
+        return TokenOutputs(policy_logprobs(model, batch, path=path))
+
+    def compute(inner: PreTrainedModel, batch: PackedBatch, path: Path) -> TokenOutputs:
+        def at_tokens(hidden: Tensor, head: Head) -> TokenOutputs:
+            return TokenOutputs(
+                fused_logprobs(hidden, head, batch.targets),
+                None if reference is None else fused_kl(hidden, head, *reference),
+                fused_entropy(hidden, head) if entropy else None,
+            )
+
+        _check_head(inner, "the exact KL, entropy_coef and a value head")
+        states = scored_states(inner, batch, path)
+        values = None if value_head is None else head_scores(value_head, states)
+        return at_output_layer(inner, states, at_tokens)._replace(values=values)
+
+    return inside_forward(model, batch, compute, path=path)
 
 
 def mean_by_comparison(batch: PackedBatch, values: Tensor) -> Tensor:
@@ -154,9 +188,8 @@ def mean_by_comparison(batch: PackedBatch, values: Tensor) -> Tensor:
     return sums / torch.zeros_like(sums).index_add(0, owner, torch.ones_like(values))
 
 
-def _check_head(model: PreTrainedModel) -> None:
+def _check_head(model: PreTrainedModel, what: str) -> None:
     if plain_head(model) is None:
         raise SimpoError(
-            f"kl_weight: {type(model).__name__}'s output layer is not a plain matrix product, which the KL term needs; "
-            "set kl_weight: 0"
+            f"{what}: not for {type(model).__name__}, whose output layer is not a plain matrix product; leave it out"
         )

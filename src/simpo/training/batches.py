@@ -29,11 +29,12 @@ LEVELS = "levels"
 WEIGHT, LABEL_PROBABILITY, MARGIN, BETA = "weight", "label_probability", "margin", "beta"
 # Those of answers that a policy has sampled: numbers of each token, and what is logged of each row.
 BEHAVIOR, REF_TOKENS, ADVANTAGES, ROLLOUT = "behavior_logps", "ref_token_logps", "advantages", "rollout"
+VALUES, RETURNS = "values", "returns"
 _COLUMNS = (
     *("prompt_ids", "response_ids", "scored", "scores", "label"),
     *(REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP, LEVELS),
     *(LABEL_PROBABILITY, MARGIN, BETA),
-    *(BEHAVIOR, REF_TOKENS, ADVANTAGES, ROLLOUT),
+    *(BEHAVIOR, REF_TOKENS, ADVANTAGES, ROLLOUT, VALUES, RETURNS),
 )
 _ROWS_NAMED = 5  # in an error message about several rows
 
@@ -103,6 +104,8 @@ class PlannedBatch(NamedTuple):
         ref_token_logps: ``[S]`` float64, those under the reference.
         advantages: ``[S]`` float64, advantages of the tokens.
         rollout: ``[C, M]`` float64, metrics of the answers that were sampled.
+        values: ``[S]`` float64, of the states in which the tokens were chosen, by the value function of that time.
+        returns: ``[S]`` float64, what the value function learns; NaN where there is nothing to learn.
         label_probability: ``[C]`` float64, probability that the chosen response is the better one.
         margin: ``[C]`` float64, by how much the chosen response should win.
         beta: ``[C]`` float64, the objective's hyperparameter.
@@ -121,6 +124,8 @@ class PlannedBatch(NamedTuple):
     ref_token_logps: Tensor | None = None
     advantages: Tensor | None = None
     rollout: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
     label_probability: Tensor | None = None
     margin: Tensor | None = None
     beta: Tensor | None = None
@@ -185,6 +190,8 @@ class ComparisonRows(TorchDataset):
             ref_token_logps=_flat(columns.get(REF_TOKENS)),
             advantages=_flat(columns.get(ADVANTAGES)),
             rollout=None if ROLLOUT not in columns else torch.tensor(columns[ROLLOUT], dtype=torch.float64),
+            values=_flat(columns.get(VALUES)),
+            returns=_flat(columns.get(RETURNS)),
             label_probability=_doubles(columns.get(LABEL_PROBABILITY)),
             margin=_doubles(columns.get(MARGIN)),
             beta=_doubles(columns.get(BETA)),

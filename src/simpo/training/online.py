@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,20 @@ from transformers import PreTrainedTokenizerBase
 
 from simpo.data.prompts import prepare_prompts
 from simpo.data.rows import DataReport
-from simpo.data.tokenizing import TOKENS, Prepared
+from simpo.data.tokenizing import TOKENS, Prepared, prepare_sft
 from simpo.errors import SimpoError
-from simpo.generation.engine import Engine, TransformersEngine
-from simpo.generation.responses import response_texts
-from simpo.generation.settings import SamplingSettings, derived_seed
+from simpo.generation.engine import Engine
 from simpo.models.checkpoint import Limits
-from simpo.models.devices import from_main
 from simpo.objectives.policy_gradient import Rollout, kl_estimate, mean_by
-from simpo.packing.model import policy_logprobs
-from simpo.runs.atomic import write_text
-from simpo.runs.lines import read_lines, write_lines
+from simpo.objectives.ppo import explained_variance, value_loss
+from simpo.packing.scoring import token_outputs
+from simpo.runs.lines import read_lines
 from simpo.runs.results import Metric, Stage
 from simpo.statistics import mean_interval
 from simpo.training.batches import (
+    RETURNS,
     ROLLOUT,
+    VALUES,
     ComparisonRows,
     PlannedBatch,
     collate,
@@ -52,28 +51,25 @@ from simpo.training.metrics import Scores
 from simpo.training.online_config import OnlineConfig
 from simpo.training.packed import Description
 from simpo.training.preference import NAMES, PreferenceTrainer
+from simpo.training.pretraining import PTX, Pretraining
 from simpo.training.reference import policy_fingerprint
+from simpo.training.rollout_files import RolloutFiles
 from simpo.training.rollouts import (
     CONTENT,
     ROLLOUT_NAMES,
     Annotator,
-    Answered,
     Place,
-    Record,
     Schedule,
-    prompts_of,
     training_rows,
 )
-from simpo.training.sampling import sample_answers, separate_randomness
+from simpo.training.value import ValueFunction
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "rollouts"
-_IDENTITY = "training.json"
 _STAND_IN_TOKENS = 8
-# Of a policy gradient: mean importance ratio, share of clipped tokens, and minus the mean log-probability of a token,
-# which estimates the entropy.
-_POLICY_NAMES = ("policy/ratio", "policy/clip_fraction", "policy/entropy")
+# Of a policy gradient: mean importance ratio, share of clipped tokens, and the entropy of a token (estimated by minus
+# its log-probability, unless entropy_coef needs the exact one); of PPO's value function: its loss.
+_POLICY_NAMES = ("policy/ratio", "policy/clip_fraction", "policy/entropy", "value/loss")
 _STALENESS = "rollout/staleness"  # optimizer steps since the answers were sampled
 
 
@@ -100,19 +96,33 @@ class OnlineTrainer(PreferenceTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise SimpoError("fsdp, deepspeed: sharded weights cannot sample answers; leave it out, or use simpo loop")
         self._gradient = self.args.gradient
+        self._value, self._ptx = None, None
         if self._gradient is not None:
             self._reference.keep_copy()  # for the KL divergence
+            if self.args.ppo is not None:
+                self._value = self._value_function()
+            if self.args.ptx_dataset_name is not None:
+                self._ptx = Pretraining(self, self.args.ptx_dataset_name)
             if (self.args.temperature, self.args.top_p, self.args.top_k) != (1, 1, 0):
                 logger.warning(
                     "temperature, top_p, top_k: policy gradients of answers that are not drawn from the model's own "
                     "distribution (1, 1, 0) are biased"
                 )
-        self.annotator, self._engine = annotator, engine
+        self.annotator = annotator
+        self._files = RolloutFiles(self, self._reference, self._value, engine)
         self._rollout: tuple[int, Dataset] | None = None  # the current one, by its number
-        self._staleness, self._seconds = 0, 0.0
+        self._kl_coef, self._explained_variance = self.args.kl_coef, math.nan  # of the current rollout
+        self._staleness, self._denominator = 0, 1.0
         self._logged_at = time.monotonic()
         if self.train_dataset is not None:
             self._check_room(self.train_dataset)
+
+    def _value_function(self) -> ValueFunction:
+        if self.args.fp16:
+            raise SimpoError("fp16: not with ppo, whose value function's gradients it would scale; use bf16")
+        if self.optimizer is not None:
+            raise SimpoError("optimizers: ppo adds the value function to the optimizer; leave it out")
+        return ValueFunction(self.model, self.args, self.processing_class)
 
     def _check_room(self, rows: Dataset) -> None:
         limit, longest = Limits.of(self.model.config).positions, self.args.max_new_tokens
@@ -149,6 +159,8 @@ class OnlineTrainer(PreferenceTrainer):
 
         The prompts have stand-ins for answers, random tokens, on which the packed forward is checked.
         """
+        if label == PTX:
+            return prepare_sft(dataset, tokenizer, args.tokenize_settings, label=label)
         if label != "train":
             return super().prepare(dataset, tokenizer, args, label)
         if CONTENT in dataset.column_names:
@@ -218,20 +230,12 @@ class OnlineTrainer(PreferenceTrainer):
         identity = {
             "policy": policy_fingerprint(self.model, self.accelerator.mixed_precision),
             "prompts": rows_digest(self.train_dataset),
+            "value": None if self._value is None else policy_fingerprint(self._value.module, "no"),
+            "ptx": None if self._ptx is None else rows_digest(self._ptx.rows),
             **settings_identity(self.args),
         }
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        path = self._folder / _IDENTITY
-        if self.is_world_process_zero():
-            known = json.loads(path.read_text())["fingerprint"] if path.exists() else None
-            if known not in (None, digest) and not self.args.accept_changes:
-                raise SimpoError(f"output_dir: {self._folder} is of another training; name a new folder")
-            write_text(path, json.dumps({"fingerprint": digest}) + "\n")
+        self._files.claim(identity)
         return super().train(*args, **kwargs)
-
-    @property
-    def _folder(self) -> Path:
-        return Path(self.args.output_dir) / FOLDER
 
     @property
     def step_rows(self) -> Dataset:
@@ -245,87 +249,30 @@ class OnlineTrainer(PreferenceTrainer):
         """This rank's micro-batches of a step; the first step of a rollout samples it, unless its file exists."""
         place = self._schedule.place(data_epoch, step)
         if self._rollout is None or self._rollout[0] != place.rollout:
-            records = self._records(place)
-            self._rollout = place.rollout, training_rows(records, self.args)
+            self._enter(place)
+        assert self._rollout is not None
         rows = self._rollout[1]
         self._staleness = self.state.global_step - place.first_step
-        plan = self._plan(rows, self.args.train_batch_size, training=False)
-        planned = plan.step(self._schedule.order(place), place.minibatch, self.args.process_index)
+        plan, order = self._plan(rows, self.args.train_batch_size, training=False), self._schedule.order(place)
+        planned = plan.step(order, place.minibatch, self.args.process_index)
+        if self._gradient is not None:
+            mine = order[place.minibatch * plan.rows_per_step :][: plan.rows_per_step]
+            mean_length = response_tokens(rows)[mine].sum() / response_counts(rows)[mine].sum()
+            self._denominator = mean_length if self._gradient.normalization == "tokens" else self.args.max_new_tokens
         comparisons = ComparisonRows(rows)
         return [comparisons[micro, planned.weight] for micro in planned.micro_batches]
 
-    def _records(self, place: Place) -> list[Record]:
-        """The prompts of a rollout with their scored answers, from its file if there is one; all ranks call."""
-        path, main = self._folder / f"{place.rollout:06}.jsonl", self.is_world_process_zero()
-        known: Any = from_main(read_lines(path) if main and path.exists() else None)
-        if known is not None:
-            return known
-        if self.state.global_step != place.first_step:
-            raise SimpoError(f"{path} is missing, and the weights that its answers were sampled by are gone")
-        began = time.monotonic()
-        with separate_randomness(self.args.device):
-            records = self._sampled(place)
-        if main:
-            write_lines(path, records)
-        self._seconds += time.monotonic() - began
-        return records
-
-    def _sampled(self, place: Place) -> list[Record]:
-        """Answer, score, and compute log-probabilities under the policy and, if there is one, the reference."""
-        tokenizer = self.processing_class
-        prompts = prompts_of(self.train_dataset.select(place.prompts))
-        self._engine = self._engine or TransformersEngine(self.model, tokenizer)
-        samples = sample_answers(self, self._engine, [one.ids for one in prompts], self._sampling(place.rollout))
-        texts = response_texts(tokenizer, prompts, samples)
-        answered = list(map(Answered, prompts, samples, texts))
-        scores: Any = from_main(self._scores(answered, place.rollout) if self.is_world_process_zero() else None)
-        ids = [[list(sampled.ids) for sampled in answers] for answers in samples]
-        rows = Dataset.from_dict({"prompt_ids": [one.ids for one in prompts], "response_ids": ids})
-        behavior, reference = _by_response(self.token_logps(rows), ids), [None] * len(ids)
-        if self._reference.has_copy:
-            with self._reference.in_place():
-                reference = _by_response(self.token_logps(rows), ids)
-        columns = zip(answered, ids, scores, behavior, reference, strict=True)
-        return [
-            {
-                **{"id": one.prompt.id, "prompt": one.prompt.content, **one.prompt.context.columns},
-                **{"responses": one.texts, "finished": [sampled.finished for sampled in one.samples]},
-                **{"scores": own_scores, "prompt_ids": one.prompt.ids, "response_ids": own_ids},
-                **{"behavior_logps": logps, "ref_logps": ref_logps, "where": one.prompt.where},
-            }
-            for one, own_ids, own_scores, logps, ref_logps in columns
-        ]
-
-    def token_logps(self, rows: Dataset) -> Tensor:
-        """``[S]`` float64 log-probabilities of all tokens of the responses of ``rows``; all ranks call."""
-        counts = response_tokens(rows)
-        return self.of_responses(rows, lambda batch: policy_logprobs(self.model, batch, path=self.path), counts)
-
-    def _sampling(self, rollout: int) -> SamplingSettings:
-        settings, args = self.args.sampling, self.args
-        settings = settings.resolved(context=None, chunk_size=32 if args.device.type == "cpu" else 64)
-        return replace(settings, seed=derived_seed(args.seed, rollout))
-
-    def _scores(self, answered: Sequence[Answered], rollout: int) -> list[list[float | None]]:
-        """The annotator's scores; None for those that are missing or not finite.
-
-        Raises:
-            SimpoError: too many are missing, or there is not one for each answer.
-        """
+    def _enter(self, place: Place) -> None:
+        """Read or sample the rollout of a step, and make the rows to train on of it."""
         assert self.annotator is not None
-        given = [list(scores) for scores in self.annotator(answered)]
-        if [len(scores) for scores in given] != [len(one.texts) for one in answered]:
-            raise SimpoError(f"annotator: rollout {rollout}: it did not return one score for each answer")
-        found = [[None if x is None or not math.isfinite(x) else float(x) for x in scores] for scores in given]
-        incomplete = [number for number, scores in enumerate(found) if None in scores]
-        missing, total = sum(scores.count(None) for scores in found), sum(map(len, found))
-        if missing > self.args.max_missing_scores * total:
-            raise SimpoError(
-                f"annotator: rollout {rollout}: no score for {missing:,} of {total:,} answers, more than "
-                f"max_missing_scores {self.args.max_missing_scores:g}; the first is to the prompt "
-                f"{answered[incomplete[0]].prompt.where}"
-            )
-        return found
+        records = self._files.records(place, self.annotator)
+        rows = training_rows(records, self.args)
+        self._rollout = place.rollout, rows
+        if self._gradient is not None:
+            self._kl_coef = records[0]["kl_coef"]
+        if RETURNS in rows.column_names:
+            values, returns = (torch.tensor(list(chain(*rows[name]))) for name in (VALUES, RETURNS))
+            self._explained_variance = explained_variance(values, returns)
 
     # ---- Loss.
 
@@ -347,28 +294,91 @@ class OnlineTrainer(PreferenceTrainer):
         return losses, torch.cat([own, policy, rollout.to(own)], dim=1)
 
     def _policy_gradient(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """``[C]`` means of the losses of each prompt's answers, and ``[C, 3]`` metrics."""
+        """``[C]`` means of the losses of each prompt's answers, and ``[C, N]`` metrics."""
         gradient, packed, args = self._gradient, batch.packed, self.args
         assert gradient is not None
         assert batch.advantages is not None
         assert batch.behavior_logps is not None
-        logp = policy_logprobs(model, packed, path=self.path)
+        exact = args.kl_in == "loss" and args.kl_estimator == "exact"
+        found = token_outputs(
+            model,
+            packed,
+            reference=self._reference.states(packed) if exact else None,
+            entropy=bool(args.entropy_coef),
+            value_head=None if self._value is None else self._value.head,
+            path=self.path,
+        )
+        logp = found.logps
         # before the first update the policy is the one that sampled
         behavior = logp.detach() if self._staleness == 0 else batch.behavior_logps.to(logp)
-        responses = len(packed.lengths)
-        rollout = Rollout(logp, behavior, batch.advantages.to(logp), packed.response_of, responses)
-        losses = gradient.loss(rollout, denominator=args.max_new_tokens)
-        if args.kl_in == "loss" and args.kl_coef:
+        rollout = Rollout(logp, behavior, batch.advantages.to(logp), packed.response_of, len(packed.lengths))
+        losses, terms, value_losses = (
+            gradient.loss(rollout, denominator=self._denominator),
+            torch.zeros_like(logp),
+            None,
+        )
+        if args.kl_in == "loss" and self._kl_coef:
             assert batch.ref_token_logps is not None
-            penalty = kl_estimate(logp, batch.ref_token_logps.to(logp), args.kl_estimator)
-            losses = losses + args.kl_coef * gradient.add_up(penalty, rollout, denominator=args.max_new_tokens)
+            kl = found.divergence
+            if kl is None:
+                kl = kl_estimate(logp, batch.ref_token_logps.to(logp), args.kl_estimator)
+            terms = terms + self._kl_coef * kl
+        if found.entropy is not None:
+            terms = terms - args.entropy_coef * found.entropy
+        if self._value is not None:
+            values = found.values if found.values is not None else self._value.of(packed)
+            value_losses = self._value_losses(values, batch)
+            terms = terms + args.ppo.value_weight * value_losses
+        losses = losses + gradient.add_up(terms, rollout, denominator=self._denominator)
         counts = torch.tensor([len(span.responses) for span in packed.layout.spans], device=logp.device)
         owner = torch.repeat_interleave(counts)
         with torch.no_grad():
-            ratios = gradient.ratios(rollout)
-            clipped = gradient.clipped(rollout).to(logp)
-            metrics = [mean_by(values, owner[packed.response_of], len(counts)) for values in (ratios, clipped, -logp)]
+            columns = [gradient.ratios(rollout), gradient.clipped(rollout).to(logp)]
+            columns.append(-logp if found.entropy is None else found.entropy)
+            columns.append(torch.full_like(logp, torch.nan) if value_losses is None else value_losses)
+            metrics = [mean_by(values, owner[packed.response_of], len(counts)) for values in columns]
         return mean_by(losses, owner, len(counts)), torch.stack(metrics, dim=1)
+
+    def _value_losses(self, values: Tensor, batch: PlannedBatch) -> Tensor:
+        assert batch.values is not None
+        assert batch.returns is not None
+        return value_loss(values, batch.values.to(values), batch.returns.to(values), clip=self.args.ppo.value_clip)
+
+    # ---- PPO's value function and the pretraining loss, next to Trainer's loop.
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in ``Trainer``, with the value function's parameters."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if new and self._value is not None:
+            self._value.join(optimizer, self)
+        return optimizer
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """As in the base, with the gradients of the pretraining loss and of the value function."""
+        if self._value is not None:
+            self._value.begin_step()
+        if self._ptx is not None:
+            self._ptx.backward(model)
+        loss = super().training_step(model, *args, **kwargs)
+        if self._value is not None:
+            norm = self._value.end_step(self.accelerator, self.args.max_grad_norm)
+            if not math.isfinite(norm):
+                raise SimpoError(
+                    f"step {self.state.global_step + 1}: the gradient of the value function is not finite; nothing was "
+                    "updated: look at the scores and value_learning_rate"
+                )
+        return loss
+
+    def _complete(self, staged: Path, means: dict[str, Any]) -> None:
+        super()._complete(staged, means)
+        if self._value is not None:
+            self._value.save(staged)
+
+    def _restore(self, checkpoint: Path) -> None:
+        super()._restore(checkpoint)
+        if self._value is not None:
+            self._value.load(checkpoint)
 
     # ---- What is logged and compared.
 
@@ -376,14 +386,19 @@ class OnlineTrainer(PreferenceTrainer):
         """As in the base, with the seconds spent on rollouts and on everything else since the last log."""
         if "loss" in logs:
             now = time.monotonic()
-            logs |= {"seconds/rollouts": self._seconds, "seconds/training": now - self._logged_at - self._seconds}
-            self._logged_at, self._seconds = now, 0.0
+            rollouts = self._files.seconds
+            logs |= {"seconds/rollouts": rollouts, "seconds/training": now - self._logged_at - rollouts}
+            self._logged_at, self._files.seconds = now, 0.0
+            if self._value is not None:
+                logs |= {"value/explained_variance": self._explained_variance}
+            if self._ptx is not None:
+                logs |= self._ptx.take()
         super().log(logs, start_time)
 
     def summary(self) -> list[Metric]:
         """Means of the first and the last rollout, over their prompts."""
         found = []
-        paths = sorted(self._folder.glob("0*.jsonl"))
+        paths = self._files.paths
         stages: dict[Stage, Path] = {"before": paths[0], "after": paths[-1]} if paths else {}
         for stage, path in stages.items():
             values = np.array(training_rows(read_lines(path), self.args)[ROLLOUT][:])
@@ -394,12 +409,6 @@ class OnlineTrainer(PreferenceTrainer):
 
     def score_rows(self, dataset: Dataset) -> Scores:
         return {name: values for name, values in super().score_rows(dataset).items() if name in (*NAMES, "weight")}
-
-
-def _by_response(values: Tensor, ids: Sequence[Sequence[Sequence[int]]]) -> list[Any]:
-    """Numbers of tokens, ``[S]``, as a list for each response of each prompt."""
-    each = iter(values.cpu().split([len(one) for responses in ids for one in responses]))
-    return [[next(each).tolist() for _ in responses] for responses in ids]
 
 
 class _StepSampler(Sampler):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from simpo.config import setting
@@ -11,10 +12,20 @@ from simpo.errors import SimpoError, check_all
 from simpo.generation.settings import SamplingSettings
 from simpo.objectives import OBJECTIVES, Objective
 from simpo.objectives.policy_gradient import POLICY_GRADIENTS, KLEstimator, PolicyGradient
+from simpo.objectives.ppo import PPO
 from simpo.training.configs import PreferenceConfig, hyperparameter_names
 
-_GRADIENT_KEYS = ("kl_coef", "kl_in", "kl_estimator", "clip_low", "clip_high", "whiten_advantages")
-_KL_COEF = 0.05
+_GRADIENT_KEYS = (
+    *("kl_coef", "kl_in", "kl_estimator", "kl_target", "kl_horizon", "clip_low", "clip_high", "entropy_coef"),
+    *("normalize_scores", "score_clip", "whiten_advantages", "ptx_weight", "ptx_dataset_name", "ptx_batch_size"),
+)
+_PPO_KEYS = ("value_model", "value_learning_rate", *(field.name for field in fields(PPO)))
+# Keys of numbers that must be above 0, or at least 0, or between 0 and 1.
+_POSITIVE = ("clip_low", "clip_high", "kl_target", "kl_horizon", "score_clip", "ptx_weight", "ptx_batch_size")
+_POSITIVE_PPO = ("value_weight", "value_clip", "value_learning_rate")
+_NOT_NEGATIVE = ("kl_coef", "entropy_coef")
+_SHARES = ("discount", "gae_lambda")
+_KL_COEF, _KL_HORIZON = 0.05, 10_000
 _EVALUATION_BETA = 0.1  # of the implied reward where there is no KL coefficient
 
 
@@ -63,13 +74,51 @@ class OnlineConfig(PreferenceConfig):
         None, "Policy gradients: the KL as a penalty on rewards (default: reinforce, rloo) or a term of the loss."
     )
     kl_estimator: KLEstimator | None = setting(
-        None, "Policy gradients: k1, k2 or k3 of Schulman (2020) (default: k1 in rewards, k3 in the loss)."
+        None,
+        "Policy gradients: k1, k2, k3 (Schulman 2020) or, in the loss, exact (default: k1 in rewards, k3 in the loss).",
+    )
+    kl_target: float | None = setting(
+        None, "Policy gradients: change kl_coef so that the KL of an answer stays near this, in nats (default: fixed)."
+    )
+    kl_horizon: int | None = setting(
+        None,
+        f"With kl_target: answers in which kl_coef changes by a factor of at most e**0.2 (default: {_KL_HORIZON}).",
     )
     clip_low: float | None = setting(None, "Policy gradients: ratios are clipped below 1 - clip_low (0.2; gspo 3e-4).")
     clip_high: float | None = setting(
         None, "Policy gradients: ratios are clipped above 1 + clip_high (0.2; gspo 4e-4)."
     )
-    whiten_advantages: bool = setting(False, "Policy gradients: scale a rollout's advantages to mean 0, variance 1.")
+    whiten_advantages: bool | None = setting(
+        None, "Policy gradients: scale a rollout's advantages to mean 0, variance 1 (default: true for ppo)."
+    )
+    normalize_scores: bool = setting(
+        False, "Policy gradients: scale scores so that those of the first rollout have mean 0 and standard deviation 1."
+    )
+    score_clip: float | None = setting(
+        None, "Policy gradients: scores, after normalize_scores, are kept within -score_clip and score_clip."
+    )
+    entropy_coef: float = setting(0.0, "Policy gradients: weight of the entropy of a token, exact, in the loss.")
+    ptx_weight: float | None = setting(
+        None, "Policy gradients: weight of the loss on ptx_dataset_name, per token, added to every step (PPO-ptx)."
+    )
+    ptx_dataset_name: str | None = setting(None, "With ptx_weight: hub id, file or folder of demonstrations.")
+    ptx_batch_size: int | None = setting(
+        None, "With ptx_weight: demonstrations of a step on each device (default: as many as prompts)."
+    )
+
+    value_model: str | None = setting(
+        None, "ppo: reward model that the value function starts from (default: a new layer on the policy's states)."
+    )
+    value_learning_rate: float | None = setting(None, "ppo: of the value function (default: learning_rate).")
+    value_weight: float | None = setting(None, f"ppo: weight of the value loss (default: {PPO.value_weight}).")
+    value_clip: float | None = setting(
+        None, f"ppo: a value may differ by this from that of the rollout (default: {PPO.value_clip})."
+    )
+    discount: float | None = setting(None, f"ppo: discount of later rewards, gamma (default: {PPO.discount:g}).")
+    gae_lambda: float | None = setting(
+        None, f"ppo: 0 trusts the value function, 1 the rewards (default: {PPO.gae_lambda})."
+    )
+    whiten_rewards: bool = setting(False, "ppo: divide a rollout's token rewards by their standard deviation.")
 
     @property
     def gradient(self) -> PolicyGradient | None:
@@ -77,6 +126,16 @@ class OnlineConfig(PreferenceConfig):
         row = POLICY_GRADIENTS.get(str(self.objective))
         given = {key: getattr(self, key) for key in ("clip_low", "clip_high") if getattr(self, key) is not None}
         return None if row is None else replace(row, **given)
+
+    @property
+    def ppo(self) -> PPO | None:
+        """PPO's hyperparameters; None for another objective."""
+        given = {field.name: getattr(self, field.name) for field in fields(PPO)}
+        return PPO(**{key: value for key, value in given.items() if value is not None}) if self._is_ppo else None
+
+    @property
+    def _is_ppo(self) -> bool:
+        return self.gradient is not None and self.gradient.baseline == "value"
 
     @property
     def row(self) -> Objective:
@@ -122,8 +181,7 @@ class OnlineConfig(PreferenceConfig):
             super()._check_objective()
             if "z_ref" in self.row.needs:
                 raise SimpoError(f"objective: {self.objective} needs answers to other prompts; use simpo loop")
-            given = [key for key in _GRADIENT_KEYS if getattr(self, key) not in (None, False)]
-            if given:
+            if given := self._given(_GRADIENT_KEYS):
                 names = ", ".join(POLICY_GRADIENTS)
                 raise SimpoError(f"{given[0]}: only policy gradients ({names}) use it; leave it out")
             if self.num_generations < 2:
@@ -133,7 +191,12 @@ class OnlineConfig(PreferenceConfig):
             given = [key for key in keys if getattr(self, key)]
             if given:
                 raise SimpoError(f"{given[0]}: only preference objectives use it, not {self.objective}; leave it out")
+        if not self._is_ppo and (given := self._given(_PPO_KEYS)):
+            raise SimpoError(f"{given[0]}: only ppo has a value function, not {self.objective}; leave it out")
         self.precompute_ref_log_probs = False
+
+    def _given(self, keys: tuple[str, ...]) -> list[str]:
+        return [key for key in keys if getattr(self, key) not in (None, False, 0.0)]
 
     def _check_rollouts(self) -> None:
         for key in ("sync_every", "rollout_epochs", "num_generations"):
@@ -156,22 +219,48 @@ class OnlineConfig(PreferenceConfig):
         gradient = self.gradient
         if gradient is None:
             return
-        if self.num_generations < 2 and gradient.baseline != "batch":
+        if self.num_generations < 2 and gradient.baseline not in ("batch", "value"):
             raise SimpoError(
                 f"num_generations: the baseline of {self.objective} is the other answers to a prompt, and there is "
-                "only 1; set 2 or more, or objective: reinforce"
+                "only 1; set 2 or more, or objective: reinforce or ppo"
             )
         self.kl_coef = _KL_COEF if self.kl_coef is None else self.kl_coef
-        self.kl_in = self.kl_in or ("reward" if gradient.normalization == "sum" else "loss")
+        self.kl_in = self.kl_in or ("reward" if gradient.normalization in ("sum", "tokens") else "loss")
         self.kl_estimator = self.kl_estimator or ("k1" if self.kl_in == "reward" else "k3")
-        if not 0 <= self.kl_coef < math.inf:
-            raise SimpoError(f"kl_coef: must be >= 0 and finite, not {self.kl_coef}")
+        if self.whiten_advantages is None:
+            self.whiten_advantages = self._is_ppo
+        check_all(self._check_bounds, self._check_kl, self._check_ptx)
+
+    def _check_bounds(self) -> None:
+        def check(keys: tuple[str, ...], bounds: str, fits: Callable[[float], bool]) -> None:
+            for key in keys:
+                value = getattr(self, key)
+                if value is not None and not (fits(value) and value < math.inf):
+                    raise SimpoError(f"{key}: must be {bounds}, not {value}")
+
+        check((*_POSITIVE, *_POSITIVE_PPO), "> 0 and finite", lambda value: value > 0)
+        check(_NOT_NEGATIVE, ">= 0 and finite", lambda value: value >= 0)
+        check(_SHARES, "from 0 to 1", lambda value: 0 <= value <= 1)
+
+    def _check_kl(self) -> None:
         if self.kl_in not in ("reward", "loss"):
             raise SimpoError(f"kl_in: {self.kl_in!r} is not one of reward, loss")
         if self.kl_estimator not in get_args(KLEstimator):
             raise SimpoError(f"kl_estimator: {self.kl_estimator!r} is not one of {', '.join(get_args(KLEstimator))}")
         if self.kl_in == "loss" and self.kl_estimator == "k1":
-            raise SimpoError("kl_estimator: the gradient of k1 is 0 on average; in the loss use k2 or k3")
-        for key in ("clip_low", "clip_high"):
-            if not 0 < getattr(gradient, key) < math.inf:
-                raise SimpoError(f"{key}: must be > 0 and finite, not {getattr(gradient, key)}")
+            raise SimpoError("kl_estimator: the gradient of k1 is 0 on average; in the loss use k2, k3 or exact")
+        if self.kl_in == "reward" and self.kl_estimator == "exact":
+            raise SimpoError(
+                "kl_estimator: the exact KL of a token's distribution does not depend on the token that was drawn, so "
+                "that as a reward it would not keep the token near the start model; use k1, or kl_in: loss"
+            )
+        if self.kl_target is None and self.kl_horizon is not None:
+            raise SimpoError("kl_horizon: only an adaptive coefficient has one; set kl_target, or leave it out")
+        if self.kl_target is not None and not self.kl_coef:
+            raise SimpoError("kl_target: changes kl_coef by a factor, and 0 stays 0; set kl_coef above 0")
+        self.kl_horizon = self.kl_horizon or _KL_HORIZON
+
+    def _check_ptx(self) -> None:
+        given = self._given(("ptx_weight", "ptx_dataset_name", "ptx_batch_size"))
+        if given and not (self.ptx_weight and self.ptx_dataset_name):
+            raise SimpoError(f"{given[0]}: give ptx_weight and ptx_dataset_name together, or leave it out")

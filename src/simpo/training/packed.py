@@ -475,16 +475,20 @@ class PackedTrainer(ResumableTrainer):
         return self.of_responses(rows, lambda batch: policy_forward(self.model, batch, path=self.path).logp)
 
     def of_responses(
-        self, rows: Dataset, compute: Callable[[PackedBatch], Tensor], counts: np.ndarray | None = None
+        self,
+        rows: Dataset,
+        compute: Callable[[PackedBatch], Tensor],
+        counts: np.ndarray | None = None,
+        columns: Sequence[int] = (),
     ) -> Tensor:
         """Float64 values of all responses of ``rows``, concatenated; ``compute`` returns those of a batch.
 
-        All ranks call. ``counts`` ``[rows]`` is the number of values of each row; by default one per response.
+        All ranks call. ``counts`` ``[rows]`` are each row's numbers of values, of shape ``columns`` (default: K).
         """
-        plan = self._plan(rows, _SCORED_TOGETHER // self.args.world_size, training=False)
-        counts, device = response_counts(rows) if counts is None else counts, self.args.device
+        plan, device = self._plan(rows, _SCORED_TOGETHER // self.args.world_size, training=False), self.args.device
+        counts = response_counts(rows) if counts is None else counts
         ends = np.cumsum(counts)
-        values = torch.zeros(int(ends[-1]), dtype=widest_type(device), device=device)
+        values = torch.zeros(int(ends[-1]), *columns, dtype=widest_type(device), device=device)
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast(), self.forwards():
             for step in PlanSampler(plan, lambda: 0, self.args.process_index):

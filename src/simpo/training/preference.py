@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from simpo.data.tokenizing import Prepared, check_rankings, is_feedback, prepare, prepare_feedback
 from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES, Objective, Responses, reference_point, sft_term
-from simpo.packing.model import policy_forward
-from simpo.packing.scoring import divergence_forward, mean_by_comparison
+from simpo.packing.model import policy_forward, responses_of
+from simpo.packing.scoring import mean_by_comparison, token_outputs
 from simpo.runs.results import Metric
 from simpo.training.batches import (
     BETA,
@@ -199,9 +199,10 @@ class PreferenceTrainer(PackedTrainer):
         if not self.args.kl_weight:
             return super().forward_rows(model, batch)
         reference = self._reference.states(batch.packed)
-        y, divergence = divergence_forward(model, batch.packed, reference, path=self.path)
-        losses, metrics = self.loss_and_metrics(y, batch)
-        kl = mean_by_comparison(batch.packed, divergence)  # [C], over the scored tokens of a comparison
+        found = token_outputs(model, batch.packed, reference=reference, path=self.path)
+        assert found.divergence is not None
+        losses, metrics = self.loss_and_metrics(responses_of(batch.packed, found.logps), batch)
+        kl = mean_by_comparison(batch.packed, found.divergence)  # [C], over the scored tokens of a comparison
         losses = losses + self.args.kl_weight * kl
         return losses, torch.cat([losses.detach()[:, None], metrics[:, 1:], kl.detach()[:, None]], dim=1)
 

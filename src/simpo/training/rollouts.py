@@ -12,23 +12,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
+from torch import Tensor
 
 from simpo.data.messages import Context
 from simpo.data.prompts import Prompt
 from simpo.data.tokenizing import TOKENS
+from simpo.errors import SimpoError
 from simpo.generation.engine import Sampled
-from simpo.objectives.policy_gradient import PolicyGradient, advantages, kl_estimate, whiten
-from simpo.training.batches import ADVANTAGES, BEHAVIOR, REF_LOGPS, REF_TOKENS, ROLLOUT
+from simpo.objectives.policy_gradient import advantages, kl_estimate, sum_by, whiten
+from simpo.objectives.ppo import ScoreScale, adapted_kl
+from simpo.training.batches import ADVANTAGES, BEHAVIOR, REF_LOGPS, REF_TOKENS, RETURNS, ROLLOUT, VALUES
 from simpo.training.online_config import OnlineConfig
 
 CONTENT = "content"  # the column of a data set's prompts, which tells them from other rows
 Record = Mapping[str, Any]  # a prompt with its scored answers, a line of a rollout's file
 # Of the answers to a prompt, in the column ROLLOUT: mean score, estimate of KL(policy || start model) per answer, mean
-# tokens, share that ended by themselves, share that repeat another one, share without a score, and whether all scores
-# are equal, so that the prompt teaches nothing.
-ROLLOUT_NAMES = tuple(
-    f"rollout/{name}" for name in ("reward", "kl", "length", "ended", "identical", "missing_scores", "equal_scores")
-)
+# tokens, share that ended by themselves, share that repeat another one, share without a score, whether all scores are
+# equal, so that the prompt teaches nothing (to a policy gradient without a value function), share of scores that
+# score_clip changes, and the rollout's KL coefficient.
+_PARTS = ("reward", "kl", "length", "ended", "identical", "missing_scores", "equal_scores", "clipped_scores", "kl_coef")
+ROLLOUT_NAMES = tuple(f"rollout/{name}" for name in _PARTS)
 
 
 class Answered(NamedTuple):
@@ -122,6 +125,39 @@ def final_scores(record: Record, unfinished_score: float | None) -> list[float |
     return [score if finished else unfinished_score for score, finished in columns]
 
 
+def adaptation(records: Sequence[Record], previous: Sequence[Record] | None, args: OnlineConfig) -> dict[str, float]:
+    """Columns of a policy gradient's rollout that depend on the rollouts before it, the same in all of its records.
+
+    They are the KL coefficient, and mean and standard deviation of the start model's scores.
+
+    Args:
+        records: the rollout without these columns.
+        previous: the rollout before it; None if it is the first.
+        args: the configuration.
+
+    Raises:
+        SimpoError: all scores are the same, and ``normalize_scores`` is set.
+    """
+    if previous is not None:
+        coefficient = previous[0]["kl_coef"]
+        if args.kl_target is not None:
+            answers = sum(len(record["response_ids"]) for record in previous)
+            measured = sum(map(_divergence, previous)) / answers
+            assert args.kl_horizon is not None
+            coefficient = adapted_kl(coefficient, measured, answers, target=args.kl_target, horizon=args.kl_horizon)
+        return {"kl_coef": coefficient, **{key: previous[0][key] for key in ("score_mean", "score_std")}}
+    scale = ScoreScale()
+    if args.normalize_scores:
+        scores = [score for record in records for score in final_scores(record, args.unfinished_score)]
+        known = [score for score in scores if score is not None]
+        try:
+            scale = ScoreScale.of(torch.tensor(known or [0.0], dtype=torch.float64))
+        except ValueError as error:
+            raise SimpoError(f"normalize_scores: rollout 0: {error}; leave it out") from error
+    assert args.kl_coef is not None
+    return {"kl_coef": args.kl_coef, "score_mean": scale.mean, "score_std": scale.std}
+
+
 def training_rows(records: Sequence[Record], args: OnlineConfig) -> Dataset:
     """A rollout's prompts with the answers that are trained on; always one row per prompt.
 
@@ -130,41 +166,56 @@ def training_rows(records: Sequence[Record], args: OnlineConfig) -> Dataset:
     are compared, the best first, with scores; where two different scores are missing, the scores are equal and there
     is no pair.
     """
-    gradient = args.gradient
     scores = [final_scores(record, args.unfinished_score) for record in records]
+    estimates = {} if args.gradient is None else _estimates(records, scores, args)
     rows = []
-    token_advantages = None if gradient is None else iter(_token_advantages(records, scores, gradient, args))
-    for record, own in zip(records, scores, strict=True):
-        row = {"prompt_ids": record["prompt_ids"], "where": record["where"], ROLLOUT: _metrics(record, own)}
+    for number, (record, own) in enumerate(zip(records, scores, strict=True)):
+        row = {"prompt_ids": record["prompt_ids"], "where": record["where"], ROLLOUT: _metrics(record, own, args)}
         reference = record["ref_logps"]
-        if token_advantages is None:
+        if args.gradient is None:
             chosen, ranked = _compared(own, args.pairs)
             row |= {"response_ids": [record["response_ids"][k] for k in chosen], "scores": ranked}
             if reference is not None:
                 row[REF_LOGPS] = [sum(reference[k]) for k in chosen]
         else:
-            row |= {"response_ids": record["response_ids"], ADVANTAGES: next(token_advantages)}
+            row |= {"response_ids": record["response_ids"]} | {name: of[number] for name, of in estimates.items()}
             row |= {BEHAVIOR: list(chain(*record["behavior_logps"])), REF_TOKENS: list(chain(*reference))}
+            if record["values"] is not None:
+                row[VALUES] = list(chain(*record["values"]))
         rows.append(row)
     kinds: dict[str, Any] = dict.fromkeys(rows[0], List(Value("float64")))
     kinds |= {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "where": Value("string")}
     return Dataset.from_list(rows, features=Features(kinds))
 
 
-def _metrics(record: Record, scores: Sequence[float | None]) -> list[float]:
+def _divergence(record: Record) -> float:
+    """The estimate of KL(policy || start model) of a prompt's answers, added up."""
+    return sum(map(sum, record["behavior_logps"])) - sum(map(sum, record["ref_logps"]))
+
+
+def _scaled(record: Record, scores: Sequence[float | None], clip: float | None) -> list[float | None]:
+    scale = ScoreScale(record["score_mean"], record["score_std"])
+    return [None if score is None else scale.apply(score, clip) for score in scores]
+
+
+def _metrics(record: Record, scores: Sequence[float | None], args: OnlineConfig) -> list[float]:
     """The values of :data:`ROLLOUT_NAMES`; NaN where there are none."""
     ids, known = record["response_ids"], [score for score in scores if score is not None]
-    kl = math.nan
-    if record["ref_logps"] is not None:
-        kl = (sum(map(sum, record["behavior_logps"])) - sum(map(sum, record["ref_logps"]))) / len(ids)
+    clipped = coefficient = math.nan
+    if args.gradient is not None:
+        coefficient = record["kl_coef"]
+        pairs = zip(_scaled(record, known, args.score_clip), _scaled(record, known, None), strict=True)
+        clipped = sum(one != other for one, other in pairs) / len(known) if known else math.nan
     return [
         sum(known) / len(known) if known else math.nan,
-        kl,
+        math.nan if record["ref_logps"] is None else _divergence(record) / len(ids),
         sum(map(len, ids)) / len(ids),
         sum(record["finished"]) / len(ids),
         1 - len(set(map(tuple, ids))) / len(ids),
         record["scores"].count(None) / len(ids),
         float(len(set(known)) < 2),
+        clipped,
+        coefficient,
     ]
 
 
@@ -177,29 +228,48 @@ def _compared(scores: Sequence[float | None], pairs: str) -> tuple[list[int], li
     return chosen, [scores[k] for k in chosen]  # type: ignore[misc]
 
 
-def _token_advantages(
-    records: Sequence[Record], scores: Sequence[Sequence[float | None]], gradient: PolicyGradient, args: OnlineConfig
-) -> list[list[float]]:
-    """For every prompt the advantages of its answers' tokens, one answer after another."""
-    rewards, group, usable = [], [], []
-    needed = 1 if gradient.baseline == "batch" else 2
-    for number, (record, own) in enumerate(zip(records, scores, strict=True)):
-        enough = sum(score is not None for score in own) >= needed
-        for score, logps, reference in zip(own, record["behavior_logps"], record["ref_logps"], strict=True):
-            penalty = 0.0
-            if args.kl_in == "reward" and args.kl_coef:
-                assert args.kl_estimator is not None
-                behavior, start = torch.tensor([logps, reference], dtype=torch.float64)
-                penalty = args.kl_coef * kl_estimate(behavior, start, args.kl_estimator).sum().item()
-            rewards.append((0.0 if score is None else score) - penalty)
-            group.append(number)
-            usable.append(score is not None and enough)
-    values = torch.zeros(len(rewards), dtype=torch.float64)
-    counted = torch.tensor(usable)
-    if counted.any():
-        known = torch.tensor(rewards, dtype=torch.float64)[counted]
-        _, groups = torch.tensor(group)[counted].unique_consecutive(return_inverse=True)
-        found = advantages(known, groups, gradient.baseline, scale_by_std=gradient.scale_by_std)
-        values[counted] = whiten(found) if args.whiten_advantages else found
-    each = iter(values.tolist())
-    return [[value for ids in record["response_ids"] for value in [next(each)] * len(ids)] for record in records]
+def _estimates(
+    records: Sequence[Record], scores: Sequence[Sequence[float | None]], args: OnlineConfig
+) -> dict[str, list[list[float]]]:
+    """Advantages, and for PPO returns, of all tokens: by the column's name a list for every prompt."""
+    gradient, ppo = args.gradient, args.ppo
+    assert gradient is not None
+    each = [logps for record in records for logps in record["behavior_logps"]]
+    segment = torch.arange(len(each)).repeat_interleave(torch.tensor(list(map(len, each))))  # [S]
+    group = torch.arange(len(records)).repeat_interleave(torch.tensor(list(map(len, scores))))  # [R]
+    rewards = [
+        one for record, own in zip(records, scores, strict=True) for one in _scaled(record, own, args.score_clip)
+    ]
+    known = torch.tensor([reward is not None for reward in rewards])
+    reward = _doubles([one or 0.0 for one in rewards])  # [R]
+    penalty = torch.zeros(len(segment), dtype=torch.float64)
+    if args.kl_in == "reward":
+        behavior, start = (
+            _doubles([value for record in records for logps in record[name] for value in logps])
+            for name in ("behavior_logps", "ref_logps")
+        )
+        assert args.kl_estimator is not None
+        penalty = records[0]["kl_coef"] * kl_estimate(behavior, start, args.kl_estimator)
+    if gradient.baseline in ("leave_one_out", "group"):  # a lone score is its own baseline
+        known &= torch.bincount(group[known], minlength=len(records))[group] > 1
+    of_known = known[segment]
+    advantage, returns = torch.zeros_like(penalty), torch.full_like(penalty, torch.nan)
+    if known.any():
+        numbers, segments = segment[of_known].unique_consecutive(return_inverse=True)
+        if ppo is not None:
+            values = _doubles([value for record in records for own in record["values"] for value in own])
+            found, returns[of_known] = ppo.estimate(reward[known], penalty[of_known], values[of_known], segments)
+            found = whiten(found) if args.whiten_advantages else found
+        else:
+            whole = reward[known] - sum_by(penalty[of_known], segments, len(numbers))
+            groups = group[known].unique_consecutive(return_inverse=True)[1]
+            whole = advantages(whole, groups, gradient.baseline, scale_by_std=gradient.scale_by_std)
+            found = (whiten(whole) if args.whiten_advantages else whole)[segments]
+        advantage[of_known] = found
+    sizes = torch.bincount(group[segment], minlength=len(records)).tolist()
+    columns = {ADVANTAGES: advantage} if ppo is None else {ADVANTAGES: advantage, RETURNS: returns}
+    return {name: [own.tolist() for own in column.split(sizes)] for name, column in columns.items()}
+
+
+def _doubles(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

@@ -1,0 +1,178 @@
+"""PPO for language models (Schulman et al. 2017; Ouyang et al. 2022), in the order in which it happens.
+
+An answer is an episode. The state is the prompt with the answer so far, the action is the next token, and a value
+function ``V`` predicts the rewards that are still to come. A *rollout* is a number of answers that the policy has
+sampled and an annotator has scored. From then on:
+
+1. :class:`ScoreScale` shifts, scales and clips the scores.
+2. :func:`token_rewards` pays the score at an answer's last token, and fines every token for leaving the start model.
+3. :func:`gae` computes from rewards and values how much better each token was than ``V`` expected, its *advantage*.
+   With the choice of whitening, 2 and 3 are :meth:`PPO.estimate`.
+4. For several epochs and minibatches, optimizer steps minimize
+   :meth:`~simpo.objectives.policy_gradient.PolicyGradient.loss`, which raises the probability of tokens with a positive
+   advantage while the policy stays near the one that sampled, plus ``value_weight`` times :func:`value_loss`.
+5. :func:`adapted_kl` chooses the KL coefficient of the next rollout.
+
+Shapes: ``S`` tokens of ``R`` answers, one answer after another; ``segment`` ``[S]`` is the answer of each token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from simpo.objectives.policy_gradient import sum_by, whiten
+
+# ---- 1. Scores.
+
+
+class ScoreScale(NamedTuple):
+    """Scores with mean 0 and standard deviation 1 for the start model's answers, as in Ziegler et al. 2019.
+
+    The same numbers serve a whole training, arXiv 1909.08593, section 2.1: other than running statistics, they do not
+    change what is optimized while it is optimized.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    @classmethod
+    def of(cls, scores: Tensor) -> ScoreScale:
+        """From the ``scores`` ``[R]`` of the start model's answers; raises ValueError if they are all the same."""
+        mean, std = scores.mean().item(), scores.std(unbiased=False).item()
+        if std == 0:
+            raise ValueError(f"all scores are {mean:g}, so that there is no scale to normalize them to")
+        return cls(mean, std)
+
+    def apply(self, score: float, clip: float | None = None) -> float:
+        """The scaled score, kept within ``-clip`` and ``clip``."""
+        scaled = (score - self.mean) / self.std
+        return scaled if clip is None else min(max(scaled, -clip), clip)
+
+
+# ---- 2. Rewards.
+
+
+def token_rewards(scores: Tensor, penalty: Tensor, segment: Tensor) -> Tensor:
+    """``[S]`` rewards: minus the ``penalty`` ``[S]`` of each token, and an answer's score ``[R]`` at its last token.
+
+    Ouyang et al. 2022, arXiv 2203.02155, equation 2.
+    """
+    last = torch.ones_like(segment, dtype=torch.bool)
+    last[:-1] = segment[1:] != segment[:-1]
+    return torch.where(last, scores[segment] - penalty, -penalty)
+
+
+# ---- 3. Advantages.
+
+
+def gae(rewards: Tensor, values: Tensor, segment: Tensor, *, discount: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation: advantages and returns, both ``[S]``.
+
+    ``delta_t = r_t + discount * V_{t+1} - V_t`` and ``A_t = delta_t + discount * lam * A_{t+1}``, with a value of 0
+    after an answer's last token; the returns, which ``V`` learns, are ``A_t + V_t``. Schulman et al. 2016, arXiv
+    1506.02438, equation 16.
+
+    Args:
+        rewards: ``[S]`` reward of each token.
+        values: ``[S]`` value of the state in which each token was chosen.
+        segment: ``[S]`` answer of each token, in ascending order.
+        discount: gamma of the paper.
+        lam: 0 trusts the values (one-step differences), 1 the rewards (returns minus values).
+    """
+    count = int(segment[-1]) + 1
+    lengths = sum_by(torch.ones_like(segment), segment, count)
+    place = torch.arange(len(segment), device=segment.device) - (lengths.cumsum(0) - lengths)[segment]
+    # One row per answer, so that the recursion runs over places instead of tokens. Padding comes after the last token;
+    # its rewards and values are 0, and so is what it passes on to the tokens before it.
+    grid_rewards, grid_values = rewards.new_zeros(2, count, int(lengths.max()) + 1)
+    grid_rewards[segment, place], grid_values[segment, place] = rewards, values
+    found, following = torch.zeros_like(grid_rewards), rewards.new_zeros(count)
+    for t in range(found.shape[1] - 2, -1, -1):
+        delta = grid_rewards[:, t] + discount * grid_values[:, t + 1] - grid_values[:, t]
+        following = delta + discount * lam * following
+        found[:, t] = following
+    advantage = found[segment, place]
+    return advantage, advantage + values
+
+
+# ---- 4. The value function's loss.
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:
+    """``[S]`` ``max((V - R)**2, (clip(V, V_old - clip, V_old + clip) - R)**2) / 2``; 0 where the return is NaN.
+
+    The clipping is not in the PPO paper, but in implementations of it (Huang et al. 2024, arXiv 2403.17031).
+    """
+    unknown = returns.isnan()
+    returns = torch.where(unknown, values.detach(), returns)
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2).masked_fill(unknown, 0)
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """``1 - var(returns - values) / var(returns)``: 1 for perfect values, 0 for constant ones, NaN for equal returns.
+
+    Tokens whose return is NaN do not count.
+    """
+    known = ~returns.isnan()
+    values, returns = values[known], returns[known]
+    return (1 - (returns - values).var(unbiased=False) / returns.var(unbiased=False)).item()
+
+
+# ---- 5. The KL coefficient.
+
+
+def adapted_kl(coefficient: float, measured: float, answers: int, *, target: float, horizon: int) -> float:
+    """The coefficient after a rollout: higher if the divergence was above its target, lower if it was below.
+
+    Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
+
+    Args:
+        coefficient: that of the rollout.
+        measured: the rollout's mean divergence of an answer, in nats.
+        answers: number of its answers.
+        target: the divergence that is wanted.
+        horizon: answers over which the coefficient changes by a factor of at most about ``e ** 0.2``.
+    """
+    error = min(max(measured / target - 1, -0.2), 0.2)
+    return coefficient * (1 + error * answers / horizon)
+
+
+# ---- All of it.
+
+
+@dataclass(frozen=True)
+class PPO:
+    """What distinguishes PPO from the other policy gradients; the fields are its hyperparameters.
+
+    Attributes:
+        discount: of later rewards; 1 in all published work on language models.
+        gae_lambda: see :func:`gae`.
+        whiten_rewards: divide the rollout's token rewards by their standard deviation, their mean unchanged.
+        value_clip: see :func:`value_loss`.
+        value_weight: of the value loss, next to the policy's.
+    """
+
+    discount: float = 1.0
+    gae_lambda: float = 0.95
+    whiten_rewards: bool = False
+    value_clip: float = 0.2
+    value_weight: float = 0.1
+
+    def estimate(self, scores: Tensor, penalty: Tensor, values: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages and returns, ``[S]``, of a rollout's tokens.
+
+        Args:
+            scores: ``[R]`` scores of its answers, scaled.
+            penalty: ``[S]`` the KL coefficient times each token's ``log(policy / start model)``.
+            values: ``[S]`` the value function's predictions when the rollout was sampled.
+            segment: ``[S]`` answer of each token, in ascending order.
+        """
+        rewards = token_rewards(scores, penalty, segment)
+        if self.whiten_rewards:
+            rewards = whiten(rewards, keep_mean=True)
+        return gae(rewards, values, segment, discount=self.discount, lam=self.gae_lambda)

@@ -1,0 +1,204 @@
+"""The rollouts of a training as files, each sampled, scored and written once, and read again after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from simpo.errors import SimpoError
+from simpo.generation.engine import Engine, TransformersEngine
+from simpo.generation.responses import response_texts
+from simpo.generation.settings import SamplingSettings, derived_seed
+from simpo.models.devices import from_main
+from simpo.packing.layout import PackedBatch
+from simpo.packing.model import policy_logprobs
+from simpo.packing.scoring import token_outputs
+from simpo.runs.atomic import write_text
+from simpo.runs.lines import read_lines, write_lines
+from simpo.training.batches import response_tokens
+from simpo.training.reference import ReferenceModel
+from simpo.training.rollouts import Annotator, Answered, Place, Record, adaptation, prompts_of
+from simpo.training.sampling import sample_answers, separate_randomness
+from simpo.training.value import ValueFunction
+
+FOLDER = "rollouts"
+_IDENTITY = "training.json"
+
+
+class RolloutFiles:
+    """The folder ``rollouts`` of a training.
+
+    Args:
+        trainer: an :class:`~simpo.training.online.OnlineTrainer`, whose model answers as it is.
+        reference: the start model.
+        value: PPO's value function, if there is one.
+        engine: samples the answers (default: transformers' ``generate``).
+    """
+
+    def __init__(
+        self, trainer: Any, reference: ReferenceModel, value: ValueFunction | None, engine: Engine | None
+    ) -> None:
+        self._trainer, self._reference, self._value, self._engine = trainer, reference, value, engine
+        self.seconds = 0.0  # spent on rollouts; whoever logs them starts again at 0
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self._trainer.args.output_dir) / FOLDER
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that exist, in the order of the rollouts."""
+        return sorted(self._folder.glob("0*.jsonl"))
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Note what determines the rollouts; raises :class:`SimpoError` if the folder's are of another training."""
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        path = self._folder / _IDENTITY
+        if self._trainer.is_world_process_zero():
+            known = json.loads(path.read_text())["fingerprint"] if path.exists() else None
+            if known not in (None, digest) and not self._trainer.args.accept_changes:
+                raise SimpoError(f"output_dir: {self._folder} is of another training; name a new folder")
+            write_text(path, json.dumps({"fingerprint": digest}) + "\n")
+
+    def records(self, place: Place, annotator: Annotator) -> list[Record]:
+        """The prompts of a rollout with their scored answers, from its file if there is one; all ranks call."""
+        trainer, path = self._trainer, self._path(place.rollout)
+        known = self._read(path)
+        if known is not None:
+            return known
+        if trainer.state.global_step != place.first_step:
+            raise SimpoError(f"{path} is missing, and the weights that its answers were sampled by are gone")
+        began = time.monotonic()
+        previous = self._previous(place.rollout)
+        with separate_randomness(trainer.args.device):
+            records = self._sampled(place, annotator)
+        if trainer.args.gradient is not None:
+            columns = adaptation(records, previous, trainer.args)
+            records = [{**record, **columns} for record in records]
+        if trainer.is_world_process_zero():
+            write_lines(path, records)
+        self.seconds += time.monotonic() - began
+        return records
+
+    def _path(self, rollout: int) -> Path:
+        return self._folder / f"{rollout:06}.jsonl"
+
+    def _read(self, path: Path) -> list[Record] | None:
+        found: Any = from_main(read_lines(path) if self._trainer.is_world_process_zero() and path.exists() else None)
+        return found
+
+    def _previous(self, rollout: int) -> list[Record] | None:
+        """The rollout before, if this one depends on it."""
+        args = self._trainer.args
+        if rollout == 0 or not (args.kl_target or args.normalize_scores):
+            return None
+        path = self._path(rollout - 1)
+        found = self._read(path)
+        if found is None:
+            raise SimpoError(
+                f"{path} is missing, which kl_target and normalize_scores continue from; copy it from the run that "
+                "resume_from_checkpoint is of"
+            )
+        return found
+
+    def _sampled(self, place: Place, annotator: Annotator) -> list[Record]:
+        """Answer, score, and compute log-probabilities under the policy and the reference, and values, if needed."""
+        trainer = self._trainer
+        tokenizer, prompts = trainer.processing_class, prompts_of(trainer.train_dataset.select(place.prompts))
+        self._engine = self._engine or TransformersEngine(trainer.model, tokenizer)
+        samples = sample_answers(trainer, self._engine, [one.ids for one in prompts], self._sampling(place.rollout))
+        texts = response_texts(tokenizer, prompts, samples)
+        answered = list(map(Answered, prompts, samples, texts))
+        scores: Any = None
+        if trainer.is_world_process_zero():
+            scores = _scores(annotator, answered, place.rollout, trainer.args.max_missing_scores)
+        scores = from_main(scores)
+        ids = [[list(sampled.ids) for sampled in answers] for answers in samples]
+        rows = Dataset.from_dict({"prompt_ids": [one.ids for one in prompts], "response_ids": ids})
+        logps, values = self._logps_and_values(rows)
+        behavior, reference, old_values = _by_response(logps, ids), [None] * len(ids), [None] * len(ids)
+        if self._reference.has_copy:
+            with self._reference.in_place():
+                reference = _by_response(self._logps(rows), ids)
+        if values is not None:
+            old_values = _by_response(values, ids)
+        columns = zip(answered, ids, scores, behavior, reference, old_values, strict=True)
+        return [
+            {
+                **{"id": one.prompt.id, "prompt": one.prompt.content, **one.prompt.context.columns},
+                **{"responses": one.texts, "finished": [sampled.finished for sampled in one.samples]},
+                **{"scores": own_scores, "prompt_ids": one.prompt.ids, "response_ids": own_ids},
+                **{"behavior_logps": own_logps, "ref_logps": ref_logps, "values": own_values},
+                "where": one.prompt.where,
+            }
+            for one, own_ids, own_scores, own_logps, ref_logps, own_values in columns
+        ]
+
+    def _sampling(self, rollout: int) -> SamplingSettings:
+        args = self._trainer.args
+        settings = args.sampling.resolved(context=None, chunk_size=32 if args.device.type == "cpu" else 64)
+        return replace(settings, seed=derived_seed(args.seed, rollout))
+
+    def _logps(self, rows: Dataset) -> Tensor:
+        """``[S]`` float64 log-probabilities of all tokens of the responses of ``rows``."""
+        trainer = self._trainer
+
+        def compute(batch: PackedBatch) -> Tensor:
+            return policy_logprobs(trainer.model, batch, path=trainer.path)
+
+        return trainer.of_responses(rows, compute, response_tokens(rows))
+
+    def _logps_and_values(self, rows: Dataset) -> tuple[Tensor, Tensor | None]:
+        """``[S]`` log-probabilities of the tokens, and the values of the states in which they are chosen."""
+        trainer, value = self._trainer, self._value
+        if value is None:
+            return self._logps(rows), None
+        value.module.eval()
+        if value.head is None:
+            return self._logps(rows), trainer.of_responses(rows, value.of, response_tokens(rows))
+
+        def compute(batch: PackedBatch) -> Tensor:
+            found = token_outputs(trainer.model, batch, value_head=value.head, path=trainer.path)
+            assert found.values is not None
+            return torch.stack([found.logps, found.values], dim=1)
+
+        logps, values = trainer.of_responses(rows, compute, response_tokens(rows), columns=(2,)).unbind(1)
+        return logps, values
+
+
+def _scores(
+    annotator: Annotator, answered: Sequence[Answered], rollout: int, most_missing: float
+) -> list[list[float | None]]:
+    """The annotator's scores; None for those that are missing or not finite.
+
+    Raises:
+        SimpoError: too many are missing, or there is not one for each answer.
+    """
+    given = [list(scores) for scores in annotator(answered)]
+    if [len(scores) for scores in given] != [len(one.texts) for one in answered]:
+        raise SimpoError(f"annotator: rollout {rollout}: it did not return one score for each answer")
+    found = [[None if x is None or not math.isfinite(x) else float(x) for x in scores] for scores in given]
+    incomplete = [number for number, scores in enumerate(found) if None in scores]
+    missing, total = sum(scores.count(None) for scores in found), sum(map(len, found))
+    if missing > most_missing * total:
+        raise SimpoError(
+            f"annotator: rollout {rollout}: no score for {missing:,} of {total:,} answers, more than "
+            f"max_missing_scores {most_missing:g}; the first is to the prompt {answered[incomplete[0]].prompt.where}"
+        )
+    return found
+
+
+def _by_response(values: Tensor, ids: Sequence[Sequence[Sequence[int]]]) -> list[Any]:
+    """Numbers of tokens, ``[S]``, as a list for each response of each prompt."""
+    each = iter(values.cpu().split([len(one) for responses in ids for one in responses]))
+    return [[next(each).tolist() for _ in responses] for responses in ids]

@@ -1,0 +1,161 @@
+"""The value function of PPO: a network that starts from a reward model, or a layer on the policy's hidden states."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from simpo.errors import SimpoError
+from simpo.models.loading import load_tokenizer
+from simpo.models.preparation import disable_dropout, freeze_unreached
+from simpo.models.reward import load_reward_model
+from simpo.models.settings import ModelArguments
+from simpo.packing.layout import PackedBatch
+from simpo.packing.model import find_head, prepare_policy, value_forward
+from simpo.training.online_config import OnlineConfig
+
+FILE = "value.safetensors"  # in a checkpoint
+
+
+class ValueFunction:
+    """Predicts from the text before a token the rewards that are still to come.
+
+    The trainer's optimizer and schedule update it with the policy. It is not part of the trainer's model, so that the
+    model is saved without it; gradients are averaged over ranks, and clipped, here.
+
+    Args:
+        policy: the model that is trained.
+        args: ``value_model`` names a reward model; None: a layer on the policy's states, which starts with values of 0
+            and whose loss also trains the policy's other layers.
+        tokenizer: of the policy.
+
+    Raises:
+        SimpoError: the reward model cannot be used, or has another vocabulary.
+    """
+
+    def __init__(
+        self, policy: PreTrainedModel | PeftModel, args: OnlineConfig, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
+        self.head: nn.Module | None = None
+        if args.value_model is None:
+            self._module = self.head = _new_head(policy)
+        else:
+            self._module = _load(args.value_model, policy, tokenizer)
+            if args.disable_dropout:
+                disable_dropout(self._module)
+            if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
+                self._module.gradient_checkpointing_enable()
+        self._module.to(args.device)
+        if args.world_size > 1:
+            for parameter in self.parameters:  # a new adapter is random
+                broadcast(parameter.data)
+
+    @property
+    def module(self) -> nn.Module:
+        """The network or the layer."""
+        return self._module
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+
+    def of(self, batch: PackedBatch) -> Tensor:
+        """``[S]`` values of the states in which the scored tokens of ``batch`` are chosen, by a network."""
+        return value_forward(self._module, batch)
+
+    # ---- Steps of the optimizer.
+
+    def join(self, optimizer: torch.optim.Optimizer, trainer: Trainer) -> None:
+        """Add the parameters to the trainer's ``optimizer``, with their own learning rate if there is one."""
+        args: Any = trainer.args
+        decayed = set(trainer.get_decay_parameter_names(self._module))
+        named = [(name, each) for name, each in self._module.named_parameters() if each.requires_grad]
+        for decay, chosen in ((args.weight_decay, True), (0.0, False)):
+            group = [parameter for name, parameter in named if (name in decayed) == chosen]
+            if group:
+                rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
+                optimizer.add_param_group({"params": group, "weight_decay": decay, "lr": rate})
+
+    def begin_step(self) -> None:
+        """Forget the gradients of the step before."""
+        self._module.train()
+        self._module.zero_grad()
+
+    def end_step(self, accelerator: Accelerator, max_norm: float) -> float:
+        """Average gradients over ranks and clip them to ``max_norm`` (0: not); returns their norm before."""
+        for parameter in self.parameters:
+            if parameter.grad is not None and accelerator.num_processes > 1:
+                parameter.grad.copy_(accelerator.reduce(parameter.grad, reduction="mean"))
+        return float(nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf))
+
+    # ---- Checkpoints.
+
+    def save(self, folder: Path) -> None:
+        """Write what is trained to a checkpoint's ``folder``."""
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self._named().items()}, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote; raises :class:`SimpoError` if there is nothing, or another value function."""
+        if not (folder / FILE).is_file():
+            raise SimpoError(f"resume_from_checkpoint: {folder} has no value function; it is not of a run with ppo")
+        stored, own = load_file(folder / FILE), self._named()
+        if {name: each.shape for name, each in stored.items()} != {name: each.shape for name, each in own.items()}:
+            raise SimpoError(f"resume_from_checkpoint: {folder} has another value function; name the same value_model")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(stored[name])
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self._module.named_parameters() if parameter.requires_grad}
+
+
+def _new_head(policy: nn.Module) -> nn.Linear:
+    """A layer that starts with values of 0, in fp32 at least."""
+    inner = prepare_policy(policy)
+    output = find_head(inner)
+    if output is None:
+        raise SimpoError(
+            f"objective: the output layer of {type(inner).__name__} is not a plain matrix product, next to which a "
+            "value head could be put; name a reward model as value_model"
+        )
+    head = nn.Linear(output.weight.shape[1], 1, dtype=torch.promote_types(_dtype(policy), torch.float32))
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    return head
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point)
+
+
+def _load(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel | PeftModel:
+    """A reward model in the policy's type of weights, and with an adapter of the same size if the policy has one."""
+    adapter: dict[str, Any] = {}
+    if isinstance(policy, PeftModel):
+        config: Any = policy.peft_config[policy.active_adapter]
+        adapter = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
+    try:
+        arguments = ModelArguments(
+            name, dtype=str(_dtype(policy)).removeprefix("torch."), use_peft=bool(adapter), **adapter
+        )
+        own = load_tokenizer(name, arguments)
+        model = load_reward_model(arguments)
+    except SimpoError as error:
+        raise SimpoError(f"value_model: {str(error).removeprefix('model_name_or_path: ')}") from error
+    if tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
+        raise SimpoError(
+            f"value_model: {name} has another vocabulary than the policy, whose tokens it has to read; train a reward "
+            "model that starts from the policy's family, or leave it out"
+        )
+    freeze_unreached(model)
+    return model
