@@ -181,7 +181,7 @@ class OnlineConfig(PreferenceConfig):
             super()._check_objective()
             if "z_ref" in self.row.needs:
                 raise SimpoError(f"objective: {self.objective} needs answers to other prompts; use simpo loop")
-            if given := self._given(_GRADIENT_KEYS):
+            if given := self._set_among(_GRADIENT_KEYS):
                 names = ", ".join(POLICY_GRADIENTS)
                 raise SimpoError(f"{given[0]}: only policy gradients ({names}) use it; leave it out")
             if self.num_generations < 2:
@@ -191,11 +191,11 @@ class OnlineConfig(PreferenceConfig):
             given = [key for key in keys if getattr(self, key)]
             if given:
                 raise SimpoError(f"{given[0]}: only preference objectives use it, not {self.objective}; leave it out")
-        if not self._is_ppo and (given := self._given(_PPO_KEYS)):
+        if not self._is_ppo and (given := self._set_among(_PPO_KEYS)):
             raise SimpoError(f"{given[0]}: only ppo has a value function, not {self.objective}; leave it out")
         self.precompute_ref_log_probs = False
 
-    def _given(self, keys: tuple[str, ...]) -> list[str]:
+    def _set_among(self, keys: tuple[str, ...]) -> list[str]:
         return [key for key in keys if getattr(self, key) not in (None, False, 0.0)]
 
     def _check_rollouts(self) -> None:
@@ -261,6 +261,6 @@ class OnlineConfig(PreferenceConfig):
         self.kl_horizon = self.kl_horizon or _KL_HORIZON
 
     def _check_ptx(self) -> None:
-        given = self._given(("ptx_weight", "ptx_dataset_name", "ptx_batch_size"))
+        given = self._set_among(("ptx_weight", "ptx_dataset_name", "ptx_batch_size"))
         if given and not (self.ptx_weight and self.ptx_dataset_name):
             raise SimpoError(f"{given[0]}: give ptx_weight and ptx_dataset_name together, or leave it out")
