@@ -2,5 +2,22 @@
 
 from simpo.compat.cpo import CPOConfig, CPOTrainer
 from simpo.compat.paper import SimPOConfig, SimPOTrainer
+from simpo.compat.preference import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, ORPOConfig, ORPOTrainer
+from simpo.compat.supervised import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-__all__ = ["CPOConfig", "CPOTrainer", "SimPOConfig", "SimPOTrainer"]
+__all__ = [
+    "CPOConfig",
+    "CPOTrainer",
+    "DPOConfig",
+    "DPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
+    "ORPOConfig",
+    "ORPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "SimPOConfig",
+    "SimPOTrainer",
+]

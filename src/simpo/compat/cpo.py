@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from simpo.compat.trainer import PortedConfig, PortedTrainer
+from simpo.compat.keys import PortedConfig, TRLKeys
+from simpo.compat.trainer import PortedTrainer
 from simpo.errors import SimpoError
 
 logger = logging.getLogger(__name__)
@@ -16,7 +17,7 @@ _DEFAULT_LENGTH = 512
 
 
 @dataclass
-class CPOConfig(PortedConfig):
+class CPOConfig(TRLKeys, PortedConfig):  # type: ignore[misc]
     """TRL's keys with TRL's defaults (1.16, and the keys that older versions had).
 
     ``simpo_gamma`` is the margin itself, not its ratio to ``beta``. ``cpo_alpha`` is also read as ``sft_weight``.
@@ -25,22 +26,12 @@ class CPOConfig(PortedConfig):
         SimpoError: a value that is out of bounds or not supported; the message names the key.
     """
 
-    bf16: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Compute in bf16; True unless fp16 is set."}
-    )
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Recompute activations in backward; True unless set."}
-    )
-    max_length: int | None = field(  # type: ignore[assignment]
-        default=1024, metadata={"help": "Longest prompt with response, in tokens."}
-    )
     beta: float = field(default=0.1, metadata={"help": "Scale of the reward; SimPO wants 2 to 10."})
     label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a label is wrong."})
     loss_type: str | None = field(default="sigmoid", metadata={"help": "simpo, alphapo, or sigmoid, which is CPO."})
     cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the SFT term; pure SimPO has 0."})
     simpo_gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin, absolute."})
     alpha: float | None = field(default=0.0, metadata={"help": "AlphaPO's exponent; 0 is SimPO."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
     def __post_init__(self) -> None:
         for key, given, own in (
@@ -57,13 +48,6 @@ class CPOConfig(PortedConfig):
         if self.max_length is None:
             logger.warning("max_length is not set: %d, as in TRL", _DEFAULT_LENGTH)
             self.max_length = _DEFAULT_LENGTH
-        if self.bf16 is None:
-            self.bf16 = not self.fp16
-        # TRL recomputes activations by default, so what fitted in memory there fits here. The key's name has changed in
-        # transformers 5.23.
-        newer = "activation_checkpointing"
-        if self.gradient_checkpointing is None and getattr(self, newer, None) is None:
-            setattr(self, newer if hasattr(self, newer) else "gradient_checkpointing", True)
         loss_type, self.loss_type = self.loss_type, None  # the base would read "sigmoid" as the link of SimPO
         super().__post_init__()
         self.loss_type = loss_type

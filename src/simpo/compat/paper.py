@@ -6,7 +6,8 @@ import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
-from simpo.compat.trainer import PortedConfig, PortedTrainer
+from simpo.compat.keys import PortedConfig
+from simpo.compat.trainer import PortedTrainer
 
 logger = logging.getLogger(__name__)
 

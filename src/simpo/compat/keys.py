@@ -1,0 +1,163 @@
+"""Keys and defaults of the configurations under the names of TRL and of the paper's code."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import SchedulerType, TrainingArguments
+
+from simpo.errors import SimpoError
+from simpo.models.settings import ModelArguments
+from simpo.training.preference import PreferenceConfig
+
+logger = logging.getLogger(__name__)
+
+# Keys of model_init_kwargs and what they are called here, and those that have no effect with these values: training
+# uses no cache, and Trainer places the model.
+_MODEL_KEYS = {
+    "revision": "model_revision",
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "attn_implementation": "attn_implementation",
+    "trust_remote_code": "trust_remote_code",
+}
+_MODEL_KEYS_WITHOUT_EFFECT = {
+    "use_cache": (True, False, None),
+    "device_map": ("auto", None),
+    "quantization_config": (None,),
+}
+# The ranges of the paper's models, and the learning rate from which models were seen to repeat themselves.
+_BETA, _RATIO, _COLLAPSE = (2.0, 10.0), (0.1, 0.8), 1e-5
+_UNLIMITED = 2**20  # tokens, where TRL's max_length is None
+
+
+@dataclass
+class PortedKeys:
+    """What all of them share; to be combined with a configuration of ours.
+
+    Class attributes:
+        unsupported: keys that can only be left out or switched off, and what to do instead.
+        without_effect: a key, its default, and why any other value has no effect.
+
+    Raises:
+        SimpoError: a key that is not supported; the message names it.
+    """
+
+    unsupported: ClassVar[Mapping[str, str]] = {}
+    without_effect: ClassVar[Sequence[tuple[str, Any, str]]] = ()
+
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the data."})
+    lr_scheduler_type: SchedulerType | str = field(default="linear", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(default=0, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "How a model that is given by name is loaded."}
+    )
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        for kind in type(self).__mro__:
+            for key, why in vars(kind).get("unsupported", {}).items():
+                if getattr(self, key):
+                    raise SimpoError(f"{key}: not supported ({why})")
+            for key, default, why in vars(kind).get("without_effect", ()):
+                if getattr(self, key, default) != default:
+                    logger.warning("%s has no effect: %s", key, why)
+        super().__post_init__()  # type: ignore[misc]
+
+    def model_arguments(self, name: str) -> ModelArguments:
+        """How the model of that name is loaded: in fp32 unless ``model_init_kwargs`` has a dtype."""
+        found: dict[str, Any] = {"trust_remote_code": getattr(self, "trust_remote_code", False)}
+        given: Any = self.model_init_kwargs or {}
+        for key, value in given.items():
+            if key in _MODEL_KEYS:
+                found[_MODEL_KEYS[key]] = value
+            elif value not in _MODEL_KEYS_WITHOUT_EFFECT.get(key, ()):
+                raise SimpoError(f"model_init_kwargs: {key!r} is not supported; load the model yourself and give it")
+        if found.get("dtype") is not None:
+            found["dtype"] = str(found["dtype"]).removeprefix("torch.")
+        return ModelArguments(name, **{key: value for key, value in found.items() if value is not None})
+
+
+@dataclass
+class TRLKeys(PortedKeys):
+    """What TRL's configurations share, with the defaults of TRL 1.16."""
+
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "activation_offloading": "gradient_checkpointing saves more memory; leave it out"
+    }
+    without_effect: ClassVar[Sequence[tuple[str, Any, str]]] = (
+        ("pad_to_multiple_of", "auto", "nothing is padded"),
+        ("padding_free", False, "nothing is padded"),
+        ("pad_token", None, "nothing is padded"),
+    )
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
+    bf16: bool | None = field(default=None, metadata={"help": "Compute in bf16; True unless fp16 is set."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations in backward; True unless set."}
+    )
+    max_length: int | None = field(default=1024, metadata={"help": "Longest row in tokens; None is no limit."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    activation_offloading: bool = field(default=False, metadata={"help": "Not supported."})
+    pad_to_multiple_of: int | str | None = field(default="auto", metadata={"help": "Has no effect here."})
+    padding_free: bool = field(default=False, metadata={"help": "Has no effect here."})
+    pad_token: str | None = field(default=None, metadata={"help": "Has no effect here."})
+    router_aux_loss_coef: float | None = field(default=None, metadata={"help": "Not supported."})
+
+    def __post_init__(self) -> None:
+        if self.router_aux_loss_coef is not None:
+            raise SimpoError("router_aux_loss_coef: not supported (set it in the configuration of the model)")
+        if self.max_length is None:
+            self.max_length = _UNLIMITED
+        if self.bf16 is None:
+            self.bf16 = not self.fp16  # type: ignore[attr-defined]
+        # TRL recomputes activations by default, so what fitted in memory there fits here. The key's name has changed in
+        # transformers 5.23.
+        newer = "activation_checkpointing"
+        if self.gradient_checkpointing is None and getattr(self, newer, None) is None:
+            setattr(self, newer if hasattr(self, newer) else "gradient_checkpointing", True)
+        super().__post_init__()
+
+
+@dataclass
+class PortedConfig(PortedKeys, PreferenceConfig):  # type: ignore[misc, valid-type]
+    """The keys and defaults that CPO, ORPO and the paper's configuration share."""
+
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "generate_during_eval": "sample from a checkpoint afterwards; set it to False",
+        "is_encoder_decoder": "only causal language models are trained; leave it out",
+    }
+    without_effect: ClassVar[Sequence[tuple[str, Any, str]]] = (
+        ("max_completion_length", None, "it limits encoder-decoder models only"),
+        ("max_target_length", None, "it limits encoder-decoder models only"),
+        ("label_pad_token_id", -100, "no labels are made"),
+        ("padding_value", None, "padding is never scored"),
+    )
+
+    max_completion_length: int | None = field(default=None, metadata={"help": "Has no effect here."})
+    label_pad_token_id: int = field(default=-100, metadata={"help": "Has no effect here."})
+    padding_value: int | None = field(default=None, metadata={"help": "Has no effect here."})
+    generate_during_eval: bool = field(default=False, metadata={"help": "Not supported."})
+    is_encoder_decoder: bool | None = field(default=None, metadata={"help": "Not supported."})
+
+    def __post_init__(self) -> None:
+        accumulated = self.gradient_accumulation_steps > 1  # is folded into the batch size below
+        super().__post_init__()
+        if self.objective == "simpo":
+            beta, ratio = self.hyperparameters["beta"], self.hyperparameters["gamma_beta_ratio"]
+            if not _BETA[0] <= beta <= _BETA[1]:
+                logger.warning("beta %g is outside the range of the paper's models, %g to %g", beta, *_BETA)
+            if not _RATIO[0] <= ratio <= _RATIO[1]:
+                logger.warning("gamma is %g times beta; the paper's gamma/beta is between %g and %g", ratio, *_RATIO)
+        if self.sft_weight:
+            logger.warning("an SFT term of weight %g is added; pure SimPO has none (weight 0)", self.sft_weight)
+            if accumulated or self.world_size > 1:
+                logger.warning(
+                    "the SFT term is the mean over the chosen tokens of a whole optimizer step; the original takes "
+                    "the mean of each device batch"
+                )
+        if self.learning_rate >= _COLLAPSE:
+            logger.warning("learning_rate %g: models were seen to collapse from %g on", self.learning_rate, _COLLAPSE)
