@@ -10,6 +10,8 @@ from simpo import statistics
 from simpo.statistics import (
     bootstrap_interval,
     cohen_kappa,
+    krippendorff_alpha,
+    krippendorff_terms,
     mcnemar,
     mean_interval,
     proportion_interval,
@@ -246,3 +248,47 @@ def test_kappa_at_its_ends():
     assert cohen_kappa(np.outer([0.2, 0.8], [0.6, 0.4])) == pytest.approx(0, abs=1e-15)
     assert cohen_kappa(np.array([[0, 5], [5, 0]])) == -1
     assert np.isnan(cohen_kappa(np.array([[7, 0], [0, 0]])))
+
+
+def _counts(*raters: str) -> np.ndarray:
+    """How often each category occurs for each unit; a dot is a missing rating."""
+    categories = sorted({rating for row in raters for rating in row} - {"."})
+    return np.array([[unit.count(category) for category in categories] for unit in zip(*raters, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("raters", "published"),
+    [
+        # Krippendorff, Computing Krippendorff's alpha-reliability (2011), examples A, B and C.
+        (("0100000010", "1110010000"), 0.095),
+        (("aabbdcccedda", "babbbccceddd"), 0.692),
+        (("123321412...", "1233224125.3", ".3332342251.", "12332441251."), 0.743),
+    ],
+)
+def test_alpha_of_published_examples(raters, published):
+    assert krippendorff_alpha(krippendorff_terms(_counts(*raters)).sum(0)) == pytest.approx(published, abs=5e-4)
+
+
+def test_alpha_by_its_definition():
+    rng = np.random.default_rng(0)
+    ratings = np.where(rng.random((5, 30)) < 0.4, -1, rng.integers(0, 3, (5, 30)))  # -1 is missing
+    ratings[:, 0], ratings[1:, 1] = -1, -1
+    observed, values = 0.0, []
+    for unit in ratings.T:
+        given = unit[unit >= 0]
+        if len(given) >= 2:
+            values += list(given)
+            pairs = list(itertools.permutations(given, 2))
+            observed += sum(a != b for a, b in pairs) / (len(given) - 1)
+    everything = list(itertools.permutations(values, 2))
+    expected = sum(a != b for a, b in everything) / len(everything)
+    counts = np.stack([(ratings == category).sum(0) for category in range(3)], axis=1)
+    sums = krippendorff_terms(counts).sum(0)
+    assert krippendorff_alpha(sums) == pytest.approx(1 - observed / len(values) / expected, rel=1e-12)
+    assert krippendorff_alpha(np.stack([sums, sums])).shape == (2,)
+
+
+def test_alpha_at_its_ends():
+    assert krippendorff_alpha(krippendorff_terms(np.diag([2, 3, 4])).sum(0)) == 1
+    assert np.isnan(krippendorff_alpha(krippendorff_terms(np.array([[2, 0], [3, 0]])).sum(0)))
+    assert np.isnan(krippendorff_alpha(krippendorff_terms(np.array([[1, 0], [0, 1]])).sum(0)))

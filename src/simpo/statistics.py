@@ -219,3 +219,34 @@ def mcnemar(before: ArrayLike, after: ArrayLike) -> McNemar:
     lost = int((first & ~second).sum())
     p = float(special.bdtrc(gained - 1, gained + lost, 0.5))
     return McNemar(p, gained, lost)
+
+
+def krippendorff_terms(counts: np.ndarray) -> np.ndarray:
+    """What each unit adds to the sums that :func:`krippendorff_alpha` is computed from, ``[n, c + 1]``.
+
+    The counts of its categories, and its observed disagreement; zeros for a unit with fewer than two ratings, with
+    which nothing can be compared.
+
+    Args:
+        counts: ``[n, c]``, how many raters chose each of ``c`` unordered categories for each unit.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    raters = counts.sum(1)
+    disagreed = (raters**2 - (counts**2).sum(1)) / np.maximum(raters - 1, 1)
+    return np.where(raters[:, None] >= 2, np.column_stack([counts, disagreed]), 0.0)
+
+
+def krippendorff_alpha(sums: np.ndarray) -> np.ndarray:
+    """Agreement of any number of raters beyond chance, 1 at most; ratings may be missing.
+
+    ``1 - D_o / D_e``, the observed over the expected disagreement of two ratings of one unit, for unordered categories;
+    NaN where all ratings are the same. Source: Krippendorff, Content Analysis (2004), section 11.3.
+
+    Args:
+        sums: ``[..., c + 1]``, the sum of :func:`krippendorff_terms` over units.
+    """
+    categories = sums[..., :-1]
+    n = categories.sum(-1)
+    expected = (n**2 - (categories**2).sum(-1)) / np.maximum(n - 1, 1)
+    possible = expected > 0
+    return np.where(possible, 1 - sums[..., -1] / np.where(possible, expected, 1.0), np.nan)

@@ -188,7 +188,7 @@ def preference_metrics(judged: Judged, seed: int) -> list[Metric]:
             Metric(f"without_verdict/{judge}", int((~known).sum()), n=len(verdicts)),
         ]
     for (one, first), (other, second) in combinations(judged.verdicts.items(), 2):
-        metrics += _agreement_metrics(f"{one}+{other}", judged.prompts, first, second, seed)
+        metrics += agreement_metrics(f"{one}+{other}", judged.prompts, first, second, seed)
     return metrics
 
 
@@ -212,9 +212,7 @@ def win_rate_over_prompts(verdicts: np.ndarray, prompts: np.ndarray, seed: int) 
     return bootstrap_interval(sums, lambda sums: sums[..., 0] / sums[..., 1], seed=seed)
 
 
-def _agreement_metrics(
-    name: str, prompts: np.ndarray, first: np.ndarray, second: np.ndarray, seed: int
-) -> list[Metric]:
+def agreement_metrics(name: str, prompts: np.ndarray, first: np.ndarray, second: np.ndarray, seed: int) -> list[Metric]:
     """How often two judges name the same winner (``a``, tie or ``b``), and how far beyond chance, over prompts."""
     both = ~(np.isnan(first) | np.isnan(second))
     if not both.any():

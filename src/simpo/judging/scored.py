@@ -128,7 +128,11 @@ def _import(name: str) -> Callable[[str | list[Message], str], Any]:
 
 
 class HumanJudge(Judge):
-    """Looks up verdicts in a file with rows ``{id, winner}``, where ``winner`` is ``a``, ``b`` or ``tie``."""
+    """Looks up verdicts in a file with rows ``{id, winner}``, where ``winner`` is ``a``, ``b`` or ``tie``.
+
+    A row may have the texts that were judged, as ``a`` and ``b``. They have to be those of the pair; if the pair has
+    them in the other order, the verdict is turned around.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read the file.
@@ -139,6 +143,7 @@ class HumanJudge(Judge):
         self._path = path
         rows = load_rows(str(path), split="train")
         self._verdicts: dict[str, float] = {}
+        self._judged: dict[str, tuple[Any, Any]] = {}  # the texts, where the file has them
         values = {"a": 1.0, "b": 0.0, "tie": 0.5}
         for row, where in rows_of(rows[:], range(len(rows)), path.name):
             key, winner = row.get("id"), row.get("winner")
@@ -149,6 +154,8 @@ class HumanJudge(Judge):
             if key in self._verdicts:
                 raise SimpoError(f"{where}: id {key!r} occurs twice; give one verdict each")
             self._verdicts[key] = values[winner]
+            if "a" in row and "b" in row:
+                self._judged[key] = row["a"], row["b"]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -157,8 +164,16 @@ class HumanJudge(Judge):
 
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
         """The verdicts; None for a pair that nobody judged. If nobody judged any pair, that is an error."""
-        found = [self._verdicts.get(pair.id) for pair in pairs]
+        found = [self._verdict(pair) for pair in pairs]
         if all(verdict is None for verdict in found):
             example = pairs[0].id if pairs else "none"
             raise SimpoError(f"{self._path}: none of its ids is the id of a pair; pairs have ids such as {example!r}")
         return found
+
+    def _verdict(self, pair: Pair) -> float | None:
+        verdict, judged = self._verdicts.get(pair.id), self._judged.get(pair.id)
+        if verdict is None or judged in (None, (pair.a, pair.b)):
+            return verdict
+        if judged == (pair.b, pair.a):
+            return 1 - verdict
+        raise SimpoError(f"{self._path}: id {pair.id!r}: the verdict is about other answers than those of this pair")

@@ -1,0 +1,33 @@
+"""Human judgments: a local page on which people compare answers.
+
+examples:
+  simpo label outputs/answers --output_dir outputs/labels
+  simpo label outputs/simpo-answers --against outputs/sft-answers --overlap 0.3 --output_dir outputs/labels
+  simpo label --export outputs/labels
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from simpo.cli._shared import refuse_several
+from simpo.config import parse_settings
+from simpo.labeling.export import JUDGMENTS, PREFERENCES, VERDICTS
+from simpo.labeling.run import LabelSettings, export_run, label
+from simpo.runs.results import print_results
+
+
+def main(argv: list[str]) -> int:
+    """Open the page until Ctrl-C, or export what was judged, and print what to do next."""
+    (settings,) = parse_settings(argv, (LabelSettings,), command="label", about=__doc__)
+    refuse_several("label", "start it without torchrun")
+    if settings.export is None:
+        judged = label(settings, argv=argv)
+        print(f"\njudged: {judged:,} items so far; the same command opens the page again")
+        print(f"next:   simpo label --export {shlex.quote(str(settings.output_dir))}")
+        return 0
+    folder = settings.export
+    print_results(export_run(folder))
+    print(f"preferences: {folder / PREFERENCES}\nverdicts:    {folder / VERDICTS}\njudgments:   {folder / JUDGMENTS}")
+    print(f"next:        simpo reward --dataset_name {shlex.quote(str(folder / PREFERENCES))} ...")
+    return 0

@@ -1,0 +1,214 @@
+"""Who judges what: the order of items and answers for every labeler, and how far everybody has come."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from statistics import median
+from threading import Lock
+from typing import Any
+
+from simpo.data.messages import Message
+from simpo.errors import SimpoError
+from simpo.labeling.items import Item
+from simpo.labeling.store import KINDS, Judgment, Kind, Store
+
+_RECENT = 20  # judgments whose median is the pace
+_LONGEST_NAME, _LONGEST_NOTE = 60, 10_000  # characters
+
+
+@dataclass(frozen=True)
+class Vote:
+    """A judgment as the page sends it.
+
+    Attributes:
+        key: identifies the request, which may be sent again.
+        labeler: who.
+        item: the item's id.
+        kind: as in :class:`Judgment`.
+        ranks: of the answers in the order in which they are shown.
+        note: the labeler's words.
+        seconds: for which the item was visible.
+    """
+
+    key: str
+    labeler: str
+    item: str
+    kind: Kind
+    ranks: tuple[int, ...]
+    note: str
+    seconds: float
+
+
+class Session:
+    """The judgments of all labelers while the page is open.
+
+    Some items are judged by every labeler, so that their agreement can be measured; every other item is judged by
+    whoever comes first, and nobody else is shown it while somebody has it on the screen.
+    """
+
+    def __init__(self, items: Sequence[Item], store: Store, *, seed: int, overlap: float) -> None:
+        """Start or continue.
+
+        Args:
+            items: what is judged.
+            store: what has been judged.
+            seed: determines the shared items, and each labeler's order of items and of answers.
+            overlap: share of the items that every labeler judges.
+        """
+        self._items = {item.id: item for item in items}
+        self._store = store
+        self._seed = seed
+        self._lock = Lock()
+        self._orders: dict[str, list[str]] = {}
+        self._on_screen: dict[str, str] = {}  # labeler -> item
+        self._judged = {(one.labeler, one.item): one for one in store.judgments()}
+        self._shared = set(_shuffled(list(self._items), f"{seed} shared")[: round(overlap * len(items))])
+
+    def next(self, labeler: str) -> dict[str, Any]:
+        """What the page of a labeler shows next: ``item``, None if nothing is left, and ``progress``."""
+        with self._lock:
+            return self._page(labeler, self._next_item(labeler))
+
+    def judge(self, vote: Vote) -> dict[str, Any]:
+        """Store a vote, then as :meth:`next`.
+
+        Raises:
+            SimpoError: it does not fit the item.
+        """
+        with self._lock:
+            item = self._items.get(vote.item)
+            if item is None:
+                raise SimpoError(f"item {vote.item!r} is not one of this run's")
+            shown = self._shown(vote.labeler, item)
+            if sorted(set(vote.ranks)) != list(range(1, len(set(vote.ranks)) + 1)) or len(vote.ranks) != len(shown):
+                raise SimpoError(f"ranks: expected one for each of {len(shown)} answers, from 1, without gaps")
+            if (vote.kind == "ranked") != (len(set(vote.ranks)) > 1):
+                raise SimpoError(f"ranks: {list(vote.ranks)} do not fit {vote.kind}")
+            ranks = tuple(rank for _, rank in sorted(zip(shown, vote.ranks, strict=True)))
+            judgment = Judgment(vote.labeler, item.id, vote.kind, ranks, shown, vote.note, vote.seconds)
+            if self._store.item_of(vote.key) is None:
+                self._store.add(vote.key, judgment)
+                self._judged.pop((vote.labeler, item.id), None)  # the last one made is the last in the order
+                self._judged[vote.labeler, item.id] = judgment
+            return self._page(vote.labeler, self._next_item(vote.labeler))
+
+    def undo(self, key: str, labeler: str) -> dict[str, Any]:
+        """Withdraw a labeler's last judgment, and show its item again; without one, as :meth:`next`."""
+        with self._lock:
+            item, before = self._store.item_of(key), None
+            if item is None:
+                item = next((item for name, item in reversed(self._judged) if name == labeler), None)
+                if item is None:
+                    return self._page(labeler, self._next_item(labeler))
+                self._store.undo(key, labeler, item)
+                before = self._judged.pop((labeler, item))
+            found = self._page(labeler, self._items[item])
+            return found | {"note": before.note if before else ""}
+
+    def _next_item(self, labeler: str) -> Item | None:
+        item = next(iter(self._open(labeler)), None)
+        return None if item is None else self._items[item]
+
+    def _open(self, labeler: str) -> list[str]:
+        """The items that this labeler may judge and has not judged, in their order."""
+        if labeler not in self._orders:
+            self._orders[labeler] = _shuffled(list(self._items), f"{self._seed} items {labeler}")
+        taken = {item for (name, item), one in self._judged.items() if name != labeler and one.kind != "skip"}
+        taken |= {item for name, item in self._on_screen.items() if name != labeler}
+        return [
+            item
+            for item in self._orders[labeler]
+            if (labeler, item) not in self._judged and (item in self._shared or item not in taken)
+        ]
+
+    def _shown(self, labeler: str, item: Item) -> tuple[int, ...]:
+        places = list(range(len(item.responses)))
+        return tuple(_shuffled(places, f"{self._seed} answers {labeler} {item.id}"))
+
+    def _page(self, labeler: str, item: Item | None) -> dict[str, Any]:
+        self._on_screen.pop(labeler, None)
+        if item is not None:
+            self._on_screen[labeler] = item.id
+        return {"item": item and self._content(labeler, item), "progress": self._progress(labeler)}
+
+    def _content(self, labeler: str, item: Item) -> dict[str, Any]:
+        prompt = [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt
+        return {
+            "id": item.id,
+            "prompt": [_shown_message(message) for message in prompt],
+            "tools": item.columns.get("tools"),
+            "answers": [item.responses[place] for place in self._shown(labeler, item)],
+        }
+
+    def _progress(self, labeler: str) -> dict[str, Any]:
+        own = [one for (name, _), one in self._judged.items() if name == labeler]
+        judged = [one for one in self._judged.values() if one.kind != "skip"]
+        return {
+            "done": len(own),
+            "left": len(self._open(labeler)),
+            "pace": median(one.seconds for one in own[-_RECENT:]) if own else None,
+            "judged_items": len({one.item for one in judged}),
+            "items": len(self._items),
+            "labelers": len({one.labeler for one in self._judged.values()} | {labeler}),
+        }
+
+
+def _shown_message(message: Message) -> dict[str, str]:
+    return {"role": str(message["role"]), "content": str(message.get("content") or "")}
+
+
+def _shuffled(values: list[Any], seed: str) -> list[Any]:
+    return Random(seed).sample(values, len(values))  # noqa: S311 - an order, not secrets
+
+
+def read_labeler(body: Mapping[str, Any]) -> str:
+    """The labeler's name in a request.
+
+    Raises:
+        SimpoError: it is not a name.
+    """
+    name = body.get("labeler")
+    if not isinstance(name, str) or not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise SimpoError(f"labeler: give a name of at most {_LONGEST_NAME} characters")
+    return name.strip()
+
+
+def read_key(body: Mapping[str, Any]) -> str:
+    """What identifies a request.
+
+    Raises:
+        SimpoError: it is not a key.
+    """
+    key = body.get("key")
+    if not isinstance(key, str) or not 8 <= len(key) <= 64:
+        raise SimpoError("key: expected a text of 8 to 64 characters")
+    return key
+
+
+def read_vote(body: Mapping[str, Any]) -> Vote:
+    """A vote in a request.
+
+    Raises:
+        SimpoError: it is not a vote; names the field.
+    """
+    item, kind, ranks = body.get("item"), body.get("kind"), body.get("ranks")
+    note, seconds = body.get("note", ""), body.get("seconds")
+    if not isinstance(item, str):
+        raise SimpoError("item: expected the id of an item")
+    if kind not in KINDS:
+        raise SimpoError(f"kind: expected one of {', '.join(KINDS)}")
+    if not isinstance(ranks, list) or not all(type(rank) is int for rank in ranks):
+        raise SimpoError("ranks: expected a list of whole numbers")
+    if not isinstance(note, str) or len(note) > _LONGEST_NOTE:
+        raise SimpoError(f"note: expected at most {_LONGEST_NOTE:,} characters")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e7:
+        raise SimpoError("seconds: expected a number of seconds")
+    return Vote(read_key(body), read_labeler(body), item, kind, tuple(ranks), note.strip(), float(seconds))
+
+
+def new_token() -> str:
+    """A secret that nobody guesses, for the URL of the page."""
+    return secrets.token_urlsafe(24)

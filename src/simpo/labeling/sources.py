@@ -1,0 +1,89 @@
+"""Answers in files to items, and the answers about which nobody needs to be asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+from simpo.data.messages import context_of
+from simpo.errors import SimpoError
+from simpo.evaluation.answers import Record, read_answer_file
+from simpo.evaluation.compare import all_pairs, read_matched
+from simpo.generation.sample import FILE_NAME as RESPONSES
+from simpo.labeling.items import Item
+
+_MOST = 9  # answers to rank; there are nine number keys
+# Why an answer or a prompt is not shown: the end of the metric's name.
+REPEATED, TOO_FEW = "answers_the_same_as_another_one", "prompts_fewer_than_two_different_answers"
+IDENTICAL = "pairs_of_identical_answers"
+
+
+def answers_path(name: str) -> Path:
+    """The file of answers that a command was given: a file, or the folder of a run of ``simpo sample``."""
+    path = Path(name).expanduser()
+    return path / RESPONSES if (path / RESPONSES).is_file() else path
+
+
+def items_of_two(a: Path, b: Path) -> tuple[list[Item], Counter[str]]:
+    """Every answer in file ``a`` against every answer in ``b`` to the same prompt, as ``simpo compare`` pairs them.
+
+    Returns:
+        The items, including those that are ties, and the number of those.
+
+    Raises:
+        SimpoError: a file cannot be read, or they do not answer the same prompts.
+    """
+    pairs, _ = all_pairs(read_matched(a, b))
+    items = [Item(pair.id, pair.prompt, (pair.a, pair.b), pair.context.columns) for pair in pairs]
+    ties = sum(item.is_tie for item in items)
+    if ties == len(items):
+        raise SimpoError(f"{a} and {b}: all answers are identical; there is nothing to judge")
+    return items, Counter({IDENTICAL: ties} if ties else {})
+
+
+def items_of_one(path: Path, *, pairs: bool) -> tuple[list[Item], Counter[str]]:
+    """The different answers to every prompt of a file, to be compared or ranked.
+
+    Args:
+        path: rows ``{id, prompt, responses}``.
+        pairs: ask about every two answers instead of a ranking.
+
+    Returns:
+        The items, and how many answers and prompts are left out, by reason.
+
+    Raises:
+        SimpoError: the file cannot be read, has no prompt with two different answers, or more answers to a prompt than
+            can be ranked.
+    """
+    records = read_answer_file(path)
+    items: list[Item] = []
+    dropped: Counter[str] = Counter()
+    for record in records.values():
+        responses = list(dict.fromkeys(record["responses"]))
+        dropped[REPEATED] += len(record["responses"]) - len(responses)
+        if len(responses) < 2:
+            dropped[TOO_FEW] += 1
+        elif pairs:
+            items += _all_two(record, responses)
+        elif len(responses) > _MOST:
+            raise SimpoError(
+                f"{path}: prompt {record['id']}: {len(responses)} answers, and at most {_MOST} can be ranked; compare "
+                "them in pairs with --pairs true, or sample fewer"
+            )
+        else:
+            items.append(Item(record["id"], record["prompt"], tuple(responses), context_of(record).columns))
+    if not items:
+        most = max(len(record["responses"]) for record in records.values())
+        what = "one answer to every prompt" if most == 1 else "no prompt with two different answers"
+        raise SimpoError(f"{path}: {what}; sample several with --n 2, or name a second file with --against")
+    return items, +dropped
+
+
+def _all_two(record: Record, responses: Sequence[str]) -> list[Item]:
+    columns = context_of(record).columns
+    return [
+        Item(f"{record['id']}/{i}-{j}", record["prompt"], (a, b), columns)
+        for (i, a), (j, b) in combinations(enumerate(responses), 2)
+    ]

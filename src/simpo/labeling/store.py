@@ -1,0 +1,146 @@
+"""Judgments in SQLite: every action of a labeler is a row that is never changed."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Literal, get_args
+
+from simpo.errors import SimpoError
+from simpo.runs.log import now
+
+Kind = Literal["ranked", "tie", "both_bad", "skip"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_UNDO = "undo"
+
+_SCHEMA = """
+create table if not exists events (
+    number integer primary key autoincrement,
+    key text not null unique,   -- made by the page, so that a request that is repeated counts once
+    time text not null,         -- UTC
+    labeler text not null,
+    item text not null,
+    kind text not null,         -- ranked, tie, both_bad, skip, undo
+    ranks text,                 -- JSON: the rank of every answer in the order of the file, 1 for the best
+    shown text,                 -- JSON: the answers' places in the file, in the order in which they were shown
+    note text,
+    seconds real                -- for which the item was visible
+)
+"""
+# What counts is the last event of every labeler for every item.
+_CURRENT = """
+select labeler, item, kind, ranks, shown, note, seconds from events
+where number in (select max(number) from events group by labeler, item) and kind != 'undo' order by number
+"""
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """What one labeler decided about one item.
+
+    Attributes:
+        labeler: who.
+        item: the item's id.
+        kind: ``ranked`` if one answer is better than another, ``tie`` and ``both_bad`` if none is, ``skip`` for no
+            judgment.
+        ranks: of every answer in the order of the file, 1 for the best, equal for ties; all 1 if none is better.
+        shown: the answers' places in the file in the order in which they were shown.
+        note: the labeler's words.
+        seconds: for which the item was visible.
+    """
+
+    labeler: str
+    item: str
+    kind: Kind
+    ranks: tuple[int, ...]
+    shown: tuple[int, ...]
+    note: str
+    seconds: float
+
+
+class Store:
+    """The database of a labeling run; usable from several threads, and by one process at a time for writing."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create it.
+
+        Raises:
+            SimpoError: the file is not such a database.
+        """
+        self._path = path
+        self._lock = Lock()
+        with self._errors():
+            self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._connection.execute("pragma journal_mode = wal")
+            self._connection.execute("pragma synchronous = full")  # a judgment that was confirmed survives a power cut
+            self._connection.execute(_SCHEMA)
+
+    def add(self, key: str, judgment: Judgment) -> None:
+        """Store a judgment; a second one with the same key is the same request, sent again."""
+        ranks, shown = json.dumps(judgment.ranks), json.dumps(judgment.shown)
+        values = (judgment.labeler, judgment.item, judgment.kind, ranks, shown, judgment.note, judgment.seconds)
+        with self._lock, self._errors():
+            self._connection.execute(
+                "insert or ignore into events (key, time, labeler, item, kind, ranks, shown, note, seconds) "
+                "values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (key, now(), *values),
+            )
+
+    def undo(self, key: str, labeler: str, item: str) -> None:
+        """Withdraw a labeler's judgment of an item."""
+        with self._lock, self._errors():
+            self._connection.execute(
+                "insert or ignore into events (key, time, labeler, item, kind) values (?, ?, ?, ?, ?)",
+                (key, now(), labeler, item, _UNDO),
+            )
+
+    def item_of(self, key: str) -> str | None:
+        """The item of the event with this key; None if there is none."""
+        with self._lock, self._errors():
+            found = self._connection.execute("select item from events where key = ?", (key,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def judgments(self) -> list[Judgment]:
+        """All judgments that were not withdrawn or replaced, in the order in which they were made."""
+        with self._lock, self._errors():
+            return _judgments(self._connection)
+
+    def close(self) -> None:
+        """Close the database."""
+        with self._lock:
+            self._connection.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        with _errors(self._path):
+            yield
+
+
+def read_judgments(path: Path) -> list[Judgment]:
+    """The judgments in a database, which may be in use.
+
+    Raises:
+        SimpoError: the file cannot be read.
+    """
+    with _errors(path), closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+        return _judgments(connection)
+
+
+def _judgments(connection: sqlite3.Connection) -> list[Judgment]:
+    return [
+        Judgment(labeler, item, kind, tuple(json.loads(ranks)), tuple(json.loads(shown)), note, seconds)
+        for labeler, item, kind, ranks, shown, note, seconds in connection.execute(_CURRENT)
+    ]
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise SimpoError(f"{path}: the judgments cannot be read or written: {error}") from error
