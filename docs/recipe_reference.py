@@ -14,10 +14,11 @@ from transformers import TrainingArguments
 from simpo.config import Key, keys_of
 from simpo.config.coercion import describe
 from simpo.generation.settings import SamplingSettings
-from simpo.judging.settings import GenerationArguments
+from simpo.judging.settings import AnnotatorArguments, GenerationArguments
 from simpo.models.settings import ModelArguments
 from simpo.objectives import OBJECTIVES, Objective
 from simpo.training.configs import PreferenceConfig, hyperparameter_names
+from simpo.training.online_config import OnlineConfig
 from simpo.training.reward import RewardConfig
 from simpo.training.settings import UNSUPPORTED, DataArguments, TrainingSettings
 from simpo.training.sft import SFTConfig
@@ -70,8 +71,8 @@ def page() -> str:
             "",
             "<!-- Written by docs/recipe_reference.py from the code; change the code and run it again. -->",
             "",
-            "The keys of `simpo train`, `simpo sft` and `simpo reward`, the same in a recipe (`key: value`) and on the",
-            "command line (`--key value`), which wins. An empty default is `null`: not set.",
+            "The keys of the commands that train, the same in a recipe (`key: value`) and on the command line",
+            "(`--key value`), which wins. An empty default is `null`: not set.",
             "",
             "## Model",
             "",
@@ -107,6 +108,16 @@ def page() -> str:
             "See [Training](training.md#answers-during-training).",
             "",
             *_table(GenerationArguments, _names(GenerationArguments)),
+            "",
+            "## Online training",
+            "",
+            "Keys of `simpo online`, next to those of model, objective and training: [Online training](online.md).",
+            "",
+            *_table(OnlineConfig, [n for n in _own(OnlineConfig) if n not in inherited]),
+            "",
+            "The annotator:",
+            "",
+            *_table(AnnotatorArguments, _names(AnnotatorArguments)),
             "",
             "## On-policy rounds",
             "",

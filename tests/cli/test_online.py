@@ -79,9 +79,10 @@ def test_a_run_leaves_a_model_its_answers_and_results(recipe, chat_world, capsys
 
 
 def test_a_run_that_was_killed_continues_to_the_same_bytes(recipe):
-    assert main(recipe(annotator="function:scorers:killed", output_dir="whole")) == 0
+    ppo = {"annotator": "function:scorers:killed", "objective": "ppo", "kl_target": 0.01, "normalize_scores": True}
+    assert main(recipe(**ppo, output_dir="whole")) == 0
     Path("calls.txt").unlink()
-    arguments = recipe(annotator="function:scorers:killed")
+    arguments = recipe(**ppo)
     command = [sys.executable, "-m", "simpo", *arguments]
     for moment in (2, 50, 100):  # during the annotation of each rollout
         found = subprocess.run(
@@ -93,7 +94,7 @@ def test_a_run_that_was_killed_continues_to_the_same_bytes(recipe):
         assert (Path("out") / path.relative_to("whole")).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("objective", ["grpo", "simpo"])
+@pytest.mark.parametrize("objective", ["ppo", "simpo"])
 def test_two_processes_train_as_one(recipe, objective):
     shared = {"objective": objective, "dtype": "float64", "optim": "sgd", "learning_rate": 0.1, "sync_every": 1}
     shared |= {"save_strategy": "no"}
@@ -127,6 +128,9 @@ def test_two_processes_train_as_one(recipe, objective):
         ({"max_length": 500, "max_new_tokens": 60}, ["max_new_tokens 60", "64 positions", "train.jsonl:"]),
         ({"max_new_tokens": 38}, ["max_prompt_length 2"]),
         ({"beta": 2.0}, ["beta", "rloo"]),
+        ({"objective": "ppo", "value_model": "absent"}, ["value_model", "absent"]),
+        ({"ptx_weight": 1.0}, ["ptx_weight", "ptx_dataset_name"]),
+        ({"ptx_weight": 1.0, "ptx_dataset_name": "absent.jsonl"}, ["absent.jsonl"]),
     ],
 )
 def test_mistakes_end_in_one_line(recipe, changes, words, capsys):

@@ -16,6 +16,8 @@ from transformers import integrations as transformers_integrations
 from simpo.cli._shared import parse
 from simpo.config import parse_settings
 from simpo.errors import SimpoError
+from simpo.judging.settings import AnnotatorArguments, GenerationArguments
+from simpo.training.online_config import OnlineConfig
 from simpo.training.preference import PreferenceConfig
 from simpo.training.reward import RewardConfig
 from simpo.training.sft import SFTConfig
@@ -582,7 +584,8 @@ def test_a_refusal_that_names_no_key_stands_alone():
 def test_shipped_recipes_parse(path, tmp_path, caplog):
     kind = SFTConfig if path.stem.endswith("-sft") else PreferenceConfig
     kind = RewardConfig if path.stem.startswith("reward-") else kind
-    _, _, config = parse([str(path), "--use_cpu", "--output_dir", str(tmp_path)], kind)
+    kind, more = (OnlineConfig, (GenerationArguments, AnnotatorArguments)) if path.stem.endswith("-ppo") else (kind, ())
+    _, _, config, *_ = parse([str(path), "--use_cpu", "--output_dir", str(tmp_path)], kind, *more)
     assert isinstance(config, kind)
     # Older transformers know activation_checkpointing as gradient_checkpointing, which is worth a notice.
     assert [message for message in caplog.messages if "checkpointing" not in message] == []

@@ -15,6 +15,7 @@ import torch
 
 from simpo.objectives import OBJECTIVES, Responses
 from simpo.objectives.policy_gradient import POLICY_GRADIENTS, Rollout, advantages, kl_estimate, sum_by
+from simpo.objectives.ppo import PPO, value_loss
 
 TOKENS, LONGEST = 11, 3  # token 0 ends an answer
 STEPS, GROUPS, K = 500, 128, 16
@@ -94,6 +95,28 @@ def policy_gradient_loss(name, beta, start, rewards, *, kl_in="reward", estimato
     return loss
 
 
+def ppo_loss(beta, start, rewards):
+    """With the defaults of the package and a table of values, which an optimizer of its own trains."""
+    ppo, row, reference = PPO(), POLICY_GRADIENTS["ppo"], ANSWERS.token_logps(start)
+    table = torch.zeros(len(start), dtype=start.dtype, requires_grad=True)
+    optimizer = torch.optim.Adam([table], lr=0.05)
+
+    def loss(logits, answers):
+        mask, contexts = ANSWERS.mask[answers], ANSWERS.context[answers]
+        segment = torch.arange(len(answers)).repeat_interleave(mask.sum(-1))
+        logp, ref_logp = ANSWERS.token_logps(logits)[answers][mask], reference[answers][mask]
+        values = table[contexts][mask]
+        penalty = beta * kl_estimate(logp.detach(), ref_logp, "k1")
+        advantage, returns = ppo.estimate(rewards[answers], penalty, values.detach(), segment)
+        optimizer.zero_grad()
+        value_loss(values, values.detach(), returns, clip=ppo.value_clip).mean().backward()
+        optimizer.step()
+        rollout = Rollout(logp, logp.detach(), advantage, segment, len(answers))
+        return row.loss(rollout, denominator=1.0).mean()
+
+    return loss
+
+
 def dpo_loss(beta, start, rewards):
     """Pairs of answers of the policy, preferred with the probabilities of the Bradley-Terry model."""
     objective = OBJECTIVES["dpo"].with_hyperparameters(beta=beta)
@@ -142,13 +165,16 @@ def optimum_with_kl_in_the_loss(start, rewards, beta, estimator):
     return ANSWERS.token_logps(policy.log()).sum(-1).exp()
 
 
-@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("name", ["reinforce", "rloo", "dr_grpo", "dpo"])
+@pytest.mark.parametrize(
+    ("name", "beta"),
+    [("reinforce", 1.0), *itertools.product(["rloo", "dr_grpo", "dpo", "ppo"], [0.5, 1.0, 2.0])],
+)
 def test_the_trained_policy_is_the_closed_form(world, name, beta):
     start, rewards = world
     expected = optimum(start, rewards, beta)
     assert distance(start, expected) > 0.1
-    loss = dpo_loss(beta, *world) if name == "dpo" else policy_gradient_loss(name, beta, *world)
+    losses = {"dpo": dpo_loss, "ppo": ppo_loss}
+    loss = losses[name](beta, *world) if name in losses else policy_gradient_loss(name, beta, *world)
     # at the optimum all advantages and gradients are 0, so that sampling adds no noise
     assert distance(trained(start, loss), expected) < 0.01
 

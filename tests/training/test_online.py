@@ -17,7 +17,7 @@ from simpo.training.online_config import OnlineConfig
 from simpo.training.rollouts import Schedule
 
 K = 8
-GRADIENTS = ("reinforce", "rloo", "grpo", "dr_grpo", "gspo")
+GRADIENTS = ("reinforce", "rloo", "grpo", "dr_grpo", "gspo")  # ppo: test_ppo.py
 
 
 def annotate(answered):
@@ -153,7 +153,7 @@ def test_ratios_are_1_until_the_first_update(online, name):
     assert second["policy/ratio"] != 1 and second["rollout/staleness"] == 1
 
 
-@pytest.mark.parametrize("objective", ["rloo", "grpo", "simpo", "dpo"])
+@pytest.mark.parametrize("objective", ["rloo", "ppo", "simpo", "dpo"])
 def test_micro_batches_do_not_change_a_step(online, objective, tmp_path):
     found = []
     for parts, budget in ((1, 4096), (2, 140), (4, 80)):
@@ -361,6 +361,15 @@ def test_the_rollouts_of_another_training_are_refused(online):
         ({"temperature": -1.0}, "temperature: .*-1"),
         ({"max_missing_scores": 2.0}, "max_missing_scores: .*2"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: "),
+        ({"objective": "rloo", "value_clip": 0.1}, "value_clip: .*rloo"),
+        ({"objective": "simpo", "whiten_advantages": True}, "whiten_advantages: "),
+        ({"objective": "ppo", "gae_lambda": 1.5}, r"gae_lambda: .*1\.5"),
+        ({"objective": "ppo", "value_weight": 0.0}, r"value_weight: .*0\.0"),
+        ({"objective": "ppo", "kl_estimator": "exact"}, "kl_estimator: .*kl_in: loss"),
+        ({"kl_target": 1.0, "kl_coef": 0.0}, "kl_target: .*kl_coef"),
+        ({"kl_horizon": 10}, "kl_horizon: .*kl_target"),
+        ({"entropy_coef": -1.0}, r"entropy_coef: .*-1\.0"),
+        ({"ptx_weight": 1.0}, "ptx_weight: .*ptx_dataset_name"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(tmp_path, settings, message):

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 import transformers as hf
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from simpo.errors import SimpoError
 from simpo.generation.engine import Sampled, TransformersEngine
 from simpo.training.online import OnlineTrainer
 from simpo.training.online_config import OnlineConfig
+from simpo.training.rollouts import adaptation, training_rows
 
 K = 8
 
@@ -87,7 +92,7 @@ def naive_estimates(records, args):
         for k, values in enumerate(record["values"]):
             score = min(max((record["scores"][k] - mean) / std, -args.score_clip), args.score_clip)
             logps = zip(record["behavior_logps"][k], record["ref_logps"][k], strict=True)
-            rewards = [-args.kl_coef * (logp - ref) for logp, ref in logps]
+            rewards = [-args.kl_coef * (logp - ref) if args.kl_in == "reward" else 0.0 for logp, ref in logps]
             rewards[-1] += score
             following = [*values[1:], 0.0]
             deltas = [r + args.discount * n - v for r, n, v in zip(rewards, following, values, strict=True)]
@@ -101,7 +106,7 @@ def naive_estimates(records, args):
     return [[(value - mean) / std for value in own] for own in advantages], returns
 
 
-def naive_loss(trainer, records, demonstrations):
+def naive_loss(trainer, start_model, records, demonstrations):
     """PPO-ptx's loss, one sequence and one token at a time, and the share of tokens that clipping affects."""
     args, model, value = trainer.args, trainer.model, trainer._value
     advantages, returns = naive_estimates(records, args)
@@ -112,6 +117,8 @@ def naive_loss(trainer, records, demonstrations):
         sequence = torch.tensor([record["prompt_ids"] + ids])
         states = model.transformer(input_ids=sequence)[0][0]
         distributions = torch.log_softmax(model.lm_head(states), -1)[start:-1]
+        with torch.no_grad():
+            reference = torch.log_softmax(start_model(input_ids=sequence).logits[0], -1)[start:-1]
         if value.head is None:
             states = value.module.transformer(input_ids=sequence)[0][0]
             values = value.module.score(states)[start:-1, 0]
@@ -128,6 +135,8 @@ def naive_loss(trainer, records, demonstrations):
             total = total + args.value_weight * 0.5 * max((values[t] - target) ** 2, (near - target) ** 2)
             entropy = -(distributions[t].exp() * distributions[t]).sum()
             total = total - args.entropy_coef * entropy
+            if args.kl_in == "loss":  # exact
+                total = total + args.kl_coef * (distributions[t].exp() * (distributions[t] - reference[t])).sum()
             tokens += 1
     nll, count = 0.0, 0
     for prompt, response in demonstrations:
@@ -141,8 +150,8 @@ def naive_loss(trainer, records, demonstrations):
 class Compare(TrainerCallback):
     """Before the second step, with the weights after the first: gradients of policy and value function, and naive."""
 
-    def __init__(self, folder):
-        self.folder, self.trainer, self.logs = folder, None, []
+    def __init__(self, folder, start_model):
+        self.folder, self.start_model, self.trainer, self.logs = folder, start_model, None, []
 
     def on_log(self, args, state, control, logs, **kwargs):
         self.logs.append(logs)
@@ -155,26 +164,29 @@ class Compare(TrainerCallback):
         self.found = [parameter.grad.clone() for parameter in parameters]
         rows = trainer._ptx.rows if trainer._ptx else ()
         demonstrations = [(row["prompt_ids"], row["response_ids"][0]) for row in rows]
-        loss, self.clipped = naive_loss(trainer, rollout(self.folder), demonstrations)
+        loss, self.clipped = naive_loss(trainer, self.start_model, rollout(self.folder), demonstrations)
         self.expected = torch.autograd.grad(loss, parameters)
+
+
+EVERYTHING = {
+    **{"sync_every": 2, "rollout_epochs": 2, "max_steps": 2, "logging_steps": 1, "kl_coef": 0.3, "entropy_coef": 0.05},
+    **{"discount": 0.9, "gae_lambda": 0.8, "value_clip": 0.01, "value_weight": 0.4},
+    **{"normalize_scores": True, "score_clip": 1.0},
+}
 
 
 @pytest.mark.parametrize("network", [False, True])
 def test_the_gradient_of_a_second_pass_is_that_of_the_definition(ppo, chat_world, reward_model, tmp_path, network):
-    compare = Compare(tmp_path / "run")
-    more = {"ptx_weight": 0.7, "ptx_dataset_name": str(chat_world / "sft.jsonl"), "ptx_batch_size": 24}
-    trainer = ppo(
-        **{"value_model": str(reward_model)} if network else more,
-        sync_every=2,
-        rollout_epochs=2,
-        max_steps=2,
-        max_batch_tokens=140,
-        **{"kl_coef": 0.3, "kl_in": "reward", "entropy_coef": 0.05, "normalize_scores": True, "score_clip": 1.0},
-        **{"discount": 0.9, "gae_lambda": 0.8, "value_clip": 0.01, "value_weight": 0.4},
-        callbacks=[compare],
-        logging_steps=1,
-    )
-    compare.trainer = trainer
+    compare = Compare(tmp_path / "run", AutoModelForCausalLM.from_pretrained(chat_world / "model").double())
+    more = {"value_model": str(reward_model), "max_batch_tokens": 80}
+    if not network:
+        more = {"kl_in": "loss", "kl_estimator": "exact"}
+        more |= {"ptx_weight": 0.7, "ptx_dataset_name": str(chat_world / "sft.jsonl"), "ptx_batch_size": 24}
+    trainer = compare.trainer = ppo(**EVERYTHING, **more, callbacks=[compare])
+    calls, backward = [], trainer.accelerator.backward
+    trainer.accelerator.backward = lambda loss: (calls.append(1), backward(loss))
+    rows, forward = [], trainer.forward_rows
+    trainer.forward_rows = lambda model, batch: (rows.append(batch.rows), forward(model, batch))[1]
     trainer.train()
     for found, expected in zip(compare.found, compare.expected, strict=True):
         assert (found - expected).abs().max() < 1e-9
@@ -183,3 +195,106 @@ def test_the_gradient_of_a_second_pass_is_that_of_the_definition(ppo, chat_world
     assert first["policy/ratio"] == 1 and first["policy/clip_fraction"] == 0
     assert first["rollout/kl"] == pytest.approx(0, abs=1e-12)
     assert compare.clipped > 0 and second["policy/clip_fraction"] > 0 and second["policy/ratio"] != 1
+    assert sorted(row for batch in rows for row in batch) == sorted([0, 1, 2, 3] * 2)
+    assert len(rows) > 2 if network else len(rows) == 2
+    assert len(calls) == len(rows) + (0 if network else 2)  # and one of demonstrations a step
+    records = rollout(tmp_path / "run")
+    values = torch.tensor([value for record in records for own in record["values"] for value in own])
+    returns = torch.tensor([value for own in naive_estimates(records, trainer.args)[1] for value in own])
+    explained = 1 - (returns - values).var(unbiased=False) / returns.var(unbiased=False)
+    assert first["value/explained_variance"] == pytest.approx(explained.item(), abs=1e-5)
+    assert (values == 0).all() != network
+
+
+# ---- The value function and the optimizer.
+
+
+def test_the_value_function_has_its_own_learning_rate_and_an_adapter_where_the_policy_has_one(
+    ppo, chat_world, reward_model
+):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(chat_world / "model"), LoraConfig(r=2, fan_in_fan_out=True)
+    )
+    trainer = ppo(model=model, value_model=str(reward_model), value_learning_rate=0.5, max_steps=1, weight_decay=0.1)
+    frozen = {name: each.clone() for name, each in trainer._value.module.named_parameters() if not each.requires_grad}
+    trained = {name: each.clone() for name, each in trainer._value.module.named_parameters() if each.requires_grad}
+    assert trained and all("lora_" in name or "score" in name for name in trained)
+    trainer.train()
+    groups = trainer.optimizer.param_groups
+    rates = {id(parameter): group["initial_lr"] for group in groups for parameter in group["params"]}
+    assert {rates[id(parameter)] for parameter in trainer._value.parameters} == {0.5}
+    assert {rates[id(parameter)] for parameter in trainer.model.parameters() if parameter.requires_grad} == {3e-2}
+    after = dict(trainer._value.module.named_parameters())
+    assert all(torch.equal(after[name], each) for name, each in frozen.items())
+    assert not torch.equal(
+        after["base_model.model.score.modules_to_save.default.weight"],
+        next(each for name, each in trained.items() if "score" in name),
+    )
+
+
+def test_the_model_is_saved_without_the_value_function_and_its_checkpoints_with_it(ppo, tmp_path):
+    trainer = ppo(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert set(load_file(tmp_path / "run" / "checkpoint-1" / "value.safetensors")) == {"weight", "bias"}
+    assert not list((tmp_path / "saved").glob("value*"))
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)[1]["unexpected_keys"]
+        == set()
+    )
+    (tmp_path / "run" / "checkpoint-1" / "value.safetensors").unlink()
+    with pytest.raises(SimpoError, match="value function"):
+        trainer._value.load(tmp_path / "run" / "checkpoint-1")
+
+
+def test_a_reward_model_of_another_vocabulary_is_refused(ppo, reward_model, tmp_path):
+    other = shutil.copytree(reward_model, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(SimpoError, match=r"value_model: .*other.*vocabulary"):
+        ppo(value_model=str(other))
+
+
+# ---- Rows of a rollout.
+
+
+def record(*, scores, values, kl_coef=0.1, score_mean=0.0, score_std=1.0, shift=0.0):
+    """A prompt with an answer of two tokens for every score."""
+    count = len(scores)
+    return {
+        **{"prompt_ids": [1, 2], "response_ids": [[3 + k, 4] for k in range(count)], "where": "rows:1"},
+        **{"finished": [True] * count, "scores": scores, "values": values},
+        **{"behavior_logps": [[-1.0 + shift, -2.0]] * count, "ref_logps": [[-1.5, -1.0]] * count},
+        **{"kl_coef": kl_coef, "score_mean": score_mean, "score_std": score_std},
+    }
+
+
+@pytest.fixture
+def settings(tmp_path):
+    def make(**changes):
+        return OnlineConfig(str(tmp_path), use_cpu=True, objective="ppo", max_length=40, max_new_tokens=6, **changes)
+
+    return make
+
+
+def test_answers_without_a_score_teach_neither_policy_nor_value_function(settings):
+    values = [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]
+    args = settings(whiten_rewards=True)
+    (partly,) = training_rows([record(scores=[None, 1.0, 2.0], values=values)], args)
+    (known,) = training_rows([record(scores=[1.0, 2.0], values=values[1:])], args)
+    assert partly["advantages"][:2] == [0, 0] and all(math.isnan(value) for value in partly["returns"][:2])
+    assert partly["advantages"][2:] == pytest.approx(known["advantages"]) and any(known["advantages"])
+    assert partly["returns"][2:] == pytest.approx(known["returns"])
+
+
+def test_the_coefficient_and_the_scale_of_scores_go_on_from_the_rollout_before(settings):
+    args = settings(kl_coef=0.2, kl_target=0.25, kl_horizon=10, normalize_scores=True)
+    first = [record(scores=[1.0, 3.0], values=None)]
+    assert adaptation(first, None, args) == {"kl_coef": 0.2, "score_mean": 2.0, "score_std": 1.0}
+    before = [record(scores=[5.0, 5.0], values=None, kl_coef=0.3, score_mean=2.0, score_std=1.0, shift=0.55)]
+    # two answers that are 0.05 nats from the start model, 0.2 less than the target is counted as 0.2 of it
+    found = adaptation(first, before, args)
+    assert found == {"kl_coef": pytest.approx(0.3 * (1 - 0.2 * 2 / 10)), "score_mean": 2.0, "score_std": 1.0}
+    with pytest.raises(SimpoError, match=r"normalize_scores: .*5"):
+        adaptation(before, None, args)
