@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Verify and measure simpo on one CUDA GPU in under nine minutes: benchmarks/gpu.sh [SECTION ...]
 # Without a GPU, a dry run at toy size: DEVICE=cpu benchmarks/gpu.sh
-# Sections, by value: verification, 8b, profile, peers, peers-hh, sharing, architectures; all of them by default.
+# Sections, by value: verification, 8b, peers, peers-hh, sharing, architectures; all of them by default.
 # Environment: PYTHON (the interpreter with simpo; TRL, liger-kernel and bitsandbytes where they are to be compared),
 # OUTPUT (a folder for logs and JSON; a new temporary one otherwise).
 # Each section has its own time limit; what it has measured by then is kept, and what is missing is named.
@@ -55,18 +55,17 @@ verification() { # verifies and measures nothing, so that its parts can run at t
 optimizer=adamw_torch_fused # with bf16 weights its states are bf16: 64 GB in all
 has torchao && optimizer=adamw_torch_8bit
 has bitsandbytes && optimizer=adamw_8bit
-large=(--model 8b --weights bf16 --dtype bf16 --optimizer "$optimizer" --profile ultrafeedback --pairs-per-step 32)
 small=(--model 1b --dtype bf16 --families simpo dpo trl-dpo-liger trl-cpo liger trl-dpo padded)
 
 if [ "$DEVICE" = cuda ]; then
   export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
-  for section in "${@:-verification 8b profile peers peers-hh sharing architectures}"; do
+  for section in "${@:-verification 8b peers peers-hh sharing architectures}"; do
     for name in $section; do
       case $name in
       verification) verification 110 ;;
-      8b) compare 8b 190 "${large[@]}" --pairs 64 --families simpo \
-        --variants 4096 16384,checkpointed 4096,compiled 8192,checkpointed=0.5 16384,checkpointed,compiled ;;
-      profile) part profile 50 benchmarks.profile_step --device cuda "${large[@]}" --pairs 32 --variant 4096 && wait ;;
+      8b) part 8b 150 benchmarks.profile_step --device cuda --model 8b --weights bf16 --dtype bf16 \
+        --optimizer "$optimizer" --profile ultrafeedback --pairs-per-step 16 --output "$OUTPUT/8b.json" --variants \
+        4096 16384,checkpointed 8192,checkpointed=0.5 4096,compiled 16384,checkpointed,compiled && wait ;;
       peers) compare peers 185 "${small[@]}" --profile ultrafeedback --pairs 64 --pairs-per-step 16 \
         --variants default default,compiled default,liger --micro-batches 8 4 ;;
       peers-hh) compare peers-hh 150 "${small[@]}" --profile hh --pairs 256 --pairs-per-step 64 \
@@ -83,11 +82,12 @@ if [ "$DEVICE" = cuda ]; then
   done
 else
   export OMP_NUM_THREADS=1
-  toy=(--threads 1 --model toy --pairs 2 --pairs-per-step 2)
+  toy=(--threads 1 --model toy --pairs-per-step 2)
   verification 600
-  compare 8b 600 "${toy[@]}" --scale 0.1 --profile documents --families simpo sharing --variants default 512,checkpointed=0.5 \
-    --only "simpo 512,checkpointed=0.5" "loop alone"
-  part profile 600 benchmarks.profile_step "${toy[@]}" && wait
+  part 8b 600 benchmarks.profile_step "${toy[@]}" --output "$OUTPUT/8b.json" --variants 512,checkpointed=0.5 default
+  wait
+  compare peers 600 "${toy[@]}" --pairs 2 --scale 0.1 --profile documents --families simpo sharing \
+    --only simpo "loop alone"
 fi
 
 for name in "${parts[@]}"; do

@@ -1,17 +1,22 @@
-"""Where an optimizer step of simpo spends its time, operator by operator, or on a GPU kernel by kernel.
+"""Speed, memory and profile of simpo in several settings, one after the other on one model in one process.
 
-Run from the repository's root::
+Of each setting: complete optimizer steps, then one more under PyTorch's profiler, operator by operator, or on a GPU
+kernel by kernel. Run from the repository's root::
 
-    python -m benchmarks.profile_step --variant 2048
-    python -m benchmarks.profile_step --device cuda --model 8b --weights bf16 --dtype bf16 --variant 4096
+    python -m benchmarks.profile_step --variants 2048
+    python -m benchmarks.profile_step --device cuda --model 8b --weights bf16 --dtype bf16 --variants 4096 4096,compiled
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import sys
 import tempfile
 import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,42 +24,58 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from benchmarks.entrants import variant
+from benchmarks.arithmetic import Product, Shape, necessary_flops
+from benchmarks.entrants import Entrant, variant
+from benchmarks.memory import in_use_mib, peak_mib
 from benchmarks.own import simpo_trainer
+from benchmarks.products import seconds_of
 from benchmarks.profiles import PROFILES, made_up_rows
+from benchmarks.report import processor, versions
 from benchmarks.rows import word_tokenizer
-from benchmarks.setting import MODELS, Setting, build_model, prepare
+from benchmarks.setting import MODELS, Setting, build_model, load_comparisons, prepare
 
 # in the names of operators of a CPU and of kernels of a GPU that compute matrix products, attention's included
 PRODUCTS = ("mm", "scaled_dot_product", "gemm", "nvjet", "cutlass", "flash", "xmma")
 
 
 class Recorder(TrainerCallback):
-    """Profiles every step but the first."""
+    """The ends of all steps, and a profile of the last."""
 
     def __init__(self, device: str) -> None:
         kind = torch.profiler.ProfilerActivity
         self.device = device
         self.profiler = torch.profiler.profile(activities=[kind.CUDA if device == "cuda" else kind.CPU])
-        self.seconds = 0.0
+        self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start after the warm-up, stop after the last step."""
+        """Called once an optimizer step."""
         if self.device == "cuda":
             torch.cuda.synchronize()
-        if state.global_step == 1:
+        self.ends.append(time.perf_counter())
+        if state.global_step == state.max_steps - 1:
             self.profiler.start()
-            self.seconds = -time.perf_counter()
         elif state.global_step == state.max_steps:
-            self.seconds += time.perf_counter()
             self.profiler.stop()
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, the warm-up and the profiled one left out."""
+        return (self.ends[-2] - self.ends[0]) / (len(self.ends) - 2)
 
 
 def main() -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="profile_step", description="Operators or kernels by the time they take.")
+    parser = argparse.ArgumentParser(prog="profile_step", description="Where the time of simpo's steps goes.")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        type=variant,
+        default=[variant("default")],
+        metavar="SETTINGS",
+        help="simpo's settings, as in compare; compiled ones last, because layers stay compiled",
+    )
     parser.add_argument("--profile", choices=PROFILES, default="hh", help="lengths of the made-up pairs")
-    parser.add_argument("--pairs", type=int, default=32, help="pairs profiled")
+    parser.add_argument("--steps", type=int, default=2, help="steps measured; one comes before, one after")
     parser.add_argument("--pairs-per-step", type=int, default=8, help="pairs of an optimizer step")
     parser.add_argument("--model", choices=MODELS, default="small", help="size of the Llama model")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
@@ -62,44 +83,93 @@ def main() -> int:
     parser.add_argument("--optimizer", default="adamw_torch_fused", help="transformers' optim")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--variant", type=variant, default=variant("default"), help="simpo's settings, as in compare")
-    parser.add_argument("--rows", type=int, default=25, help="operators shown")
+    parser.add_argument("--rows", type=int, default=15, help="operators shown")
+    parser.add_argument("--output", type=Path, help="write what was measured there, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        chosen = ("pairs", "pairs_per_step", "model", "dtype", "weights", "optimizer", "device", "threads")
-        setting = Setting(folder, **{name: getattr(options, name) for name in chosen})
+        chosen = ("pairs_per_step", "model", "dtype", "weights", "optimizer", "device", "threads")
+        given = {name: getattr(options, name) for name in chosen}
+        setting = Setting(folder, pairs=options.pairs_per_step * (options.steps + 1), **given)
         words = setting.vocabulary - 1
         rows = made_up_rows(PROFILES[options.profile], setting.steps * setting.pairs_per_step, 2, words)
-        prepare(setting, rows, word_tokenizer(words))
-        trainer = simpo_trainer(build_model(setting), options.variant, setting, folder)
-        recorder = Recorder(options.device)
-        trainer.add_callback(recorder)
-        trainer.train()
-    Console(width=150).print(_table(recorder, setting.steps - 1, options.rows))
+        counts = prepare(setting, rows, word_tokenizer(words))
+        model = build_model(setting)
+        report = {
+            "setting": {name: value for name, value in asdict(setting).items() if name != "folder"},
+            "data": counts,
+            "processor": processor(setting.device),
+            "versions": versions(),
+            "peak_gflops": _product_rate(setting) / 1e9,
+            "variants": [],
+        }
+        for entrant in options.variants:
+            found, table = _measure(model, entrant, setting, folder, report["peak_gflops"] * 1e9, options.rows)
+            report["variants"].append(found)
+            Console(width=150).print(table)
+            if options.output:  # after every one, so that a run that is stopped leaves what it has
+                options.output.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
 
-def _table(recorder: Recorder, steps: int, rows: int) -> Table:
+def _product_rate(setting: Setting) -> float:
+    """Operations per second of a large matrix product."""
+    square = Product(8192, 8192, 8192) if setting.device == "cuda" else Product(1024, 1024, 1024)
+    dtype = torch.bfloat16 if "bf16" in (setting.dtype, setting.weights) else torch.float32
+    return square.flops / seconds_of([square], dtype, setting.device)
+
+
+def _measure(
+    model: Any, entrant: Entrant, setting: Setting, folder: str, rate: float, rows: int
+) -> tuple[dict[str, Any], Table]:
+    gc.collect()
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    model.gradient_checkpointing_disable()
+    before = in_use_mib(setting.device)
+    recorder = Recorder(setting.device)
+    try:
+        trainer = simpo_trainer(model, entrant, setting, folder)
+        trainer.add_callback(recorder)
+        trainer.train()
+    except Exception as error:  # out of memory, above all: the next setting may do
+        model.zero_grad()
+        reason = f"{type(error).__name__}: {error}"
+        return {"name": entrant.name, "failed": reason}, Table(title=f"{entrant.name}: {reason[:140]}")
+    step = setting.pairs_per_step
+    measured = load_comparisons(setting)[step:-step]
+    tokens, flops = sum(row.packed_length for row in measured), necessary_flops(measured, Shape.of(model.config))
+    steps = setting.steps - 2
+    found = {
+        "name": entrant.name,
+        "seconds_per_step": recorder.seconds,
+        "tokens_per_second": tokens / steps / recorder.seconds,
+        "utilisation": flops / steps / recorder.seconds / rate,
+        "peak_mib": peak_mib(setting.device),
+        "in_use_before_mib": before,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+    return found, _table(found, recorder, rows)
+
+
+def _table(found: dict[str, Any], recorder: Recorder, rows: int) -> Table:
     def own(event: Any) -> float:
         return event.self_device_time_total if recorder.device == "cuda" else event.self_cpu_time_total
 
     events = sorted(recorder.profiler.key_averages(), key=own, reverse=True)
     total = sum(map(own, events))  # microseconds
     products = sum(own(event) for event in events if any(name in event.key for name in PRODUCTS))
+    profiled = recorder.ends[-1] - recorder.ends[-2]
     table = Table(
-        title=f"{recorder.seconds / steps:.2f} s a step, {total / 1e6 / recorder.seconds:.0%} of it busy, "
-        f"{products / total:.0%} of that in matrix products"
+        title=f"{found['name']}: {found['seconds_per_step']:.3f} s a step, {found['tokens_per_second']:.0f} tokens/s, "
+        f"MFU {found['utilisation']:.1%}, peak {found['peak_mib']:.0f} MiB\n"
+        f"profiled step: {profiled:.3f} s, {total / 1e6:.3f} s in operators, {products / total:.0%} of it in products"
     )
-    for column in ("operator", "calls a step", "ms a step", "share"):
+    for column in ("operator", "calls", "ms", "share"):
         table.add_column(column, justify="left" if column == "operator" else "right", no_wrap=True)
     for event in events[:rows]:
-        table.add_row(
-            event.key[:100],
-            f"{event.count / steps:.0f}",
-            f"{own(event) / 1e3 / steps:.1f}",
-            f"{own(event) / total:.1%}",
-        )
+        table.add_row(event.key[:105], str(event.count), f"{own(event) / 1e3:.1f}", f"{own(event) / total:.1%}")
     return table
 
 

@@ -75,8 +75,8 @@ def summarize(
         "setting": {key: value for key, value in vars(setting).items() if key != "folder"},
         "data": counts,
         "peak_gflops": peak / 1e9,
-        "processor": _processor(setting.device),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "processor": processor(setting.device),
+        "versions": versions(),
         "base": base["name"] if base else None,
         "absent": absent,
         "entrants": rows,
@@ -160,6 +160,11 @@ def _cell(row: dict[str, Any], key: str) -> str:
     return "" if value is None else FORMATS.get(key, "{}").format(value)
 
 
+def versions() -> dict[str, str]:
+    """Versions of the packages that matter, where they are installed."""
+    return {name: version for name in PACKAGES if (version := _version(name))}
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
@@ -167,7 +172,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _processor(device: str) -> str:
+def processor(device: str) -> str:
+    """The name of the GPU or CPU that ``device`` stands for."""
     if device == "cuda":
         import torch  # noqa: PLC0415 - slow import
 

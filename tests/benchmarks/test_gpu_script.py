@@ -25,8 +25,13 @@ def test_a_dry_run_passes_and_claims_nothing_of_cuda(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     assert "nothing of CUDA was verified" in done.stdout
     assert "0 FAILED" in done.stdout
-    entrants = json.loads((tmp_path / "8b.json").read_text())["entrants"]
-    assert [entrant["name"] for entrant in entrants] == ["simpo 512,checkpointed=0.5", "loop alone"]
+    variants = json.loads((tmp_path / "8b.json").read_text())["variants"]
+    assert [(variant["name"], variant.get("failed")) for variant in variants] == [
+        ("simpo 512,checkpointed=0.5", None),
+        ("simpo", None),
+    ]
+    entrants = json.loads((tmp_path / "peers.json").read_text())["entrants"]
+    assert [entrant["name"] for entrant in entrants] == ["simpo", "loop alone"]
     skipped = [line for line in done.stdout.splitlines() if "needs CUDA" in line]
     assert skipped
     assert all(line.startswith("skipped: ") for line in skipped)

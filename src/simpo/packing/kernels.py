@@ -151,16 +151,18 @@ def flex(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, sty
     def capped(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return torch.tanh(score / softcap) * softcap
 
-    output, aux = _flex_attention(query.device.type)(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else capped,
-        block_mask=_block_mask(layout, style.window),
-        scale=style.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-        return_aux=AuxRequest(lse=True),
-    )
+    # the softcap as a constant of the compiled kernel: torch 2.11 cannot differentiate one that is an input
+    with torch._dynamo.config.patch(specialize_float=True):
+        output, aux = _flex_attention(query.device.type)(
+            query,
+            key,
+            value,
+            score_mod=None if softcap is None else capped,
+            block_mask=_block_mask(layout, style.window),
+            scale=style.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )
     if style.sinks is not None:  # a sink adds exp(sink) to the softmax's denominator and nothing to its numerator
         kept = torch.sigmoid(aux.lse - style.sinks.view(1, -1, 1))
         output = output * kept[..., None].to(output.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from simpo.errors import SimpoError
 from simpo.packing.attention import UnsupportedAttentionError, causal_lm, install, uninstall
@@ -30,6 +31,9 @@ _TOLERANCE = {
     torch.bfloat16: (5e-2, 1.0),
     torch.float16: (2e-2, 0.5),
 }
+# In half precision a deep model's rounding alone can exceed that. A difference may then be as large as what rounding
+# every layer's output once does (:func:`_rounding_layers`), up to this multiple of the tolerance.
+_MOST_TOLERANCES = 4
 # The same for gradients by the embeddings, relative to their norm.
 _GRADIENT_TOLERANCE = {torch.float64: 2e-4, torch.float32: 2e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 _FIRST = 16  # rows that a sample is chosen from, in addition to the longest of all
@@ -242,10 +246,43 @@ def _differences(found: Tensor, expected: Tensor, kind: Kind) -> Tensor:
     return (found - expected).abs() / scale
 
 
-def _agree(differences: Tensor, model: nn.Module) -> bool:
-    mean, maximum = _TOLERANCE[computes_in(model)]
-    # written so that a NaN disagrees
-    return bool(differences.mean() <= mean) and bool(differences.max() <= maximum)
+def _agree(differences: Tensor, model: nn.Module, rounding: Tensor | None = None) -> bool:
+    """Whether differences, ``[n]``, are small, also compared with those of ``rounding`` if given."""
+    for size, tolerance in zip((Tensor.mean, Tensor.max), _TOLERANCE[computes_in(model)], strict=True):
+        allowed = tolerance if rounding is None else _relaxed(tolerance, float(size(rounding)))
+        if not bool(size(differences) <= allowed):  # NaN disagrees
+            return False
+    return True
+
+
+def _relaxed(tolerance: float, rounding: float) -> float:
+    return max(tolerance, min(rounding, _MOST_TOLERANCES * tolerance))
+
+
+@contextmanager
+def _rounding_layers(model: nn.Module) -> Iterator[None]:
+    """Change the output of every layer by at most one rounding of the type that computes.
+
+    What that does to a model's outputs is what any other order of the same computations may do to them.
+    """
+    unit = torch.finfo(computes_in(model)).eps / 2
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def round_differently(module: nn.Module, arguments: Any, output: Any) -> Any:
+        states = output[0] if isinstance(output, tuple) else output
+        device = states.device
+        generator = generators.setdefault(device, torch.Generator(device).manual_seed(0))
+        noise = torch.rand(states.shape, generator=generator, device=device) * 2 - 1  # in fp32: bf16 would round it
+        changed = (states * (1 + unit * noise)).to(states.dtype)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    layers = [layer for layer in causal_lm(model).modules() if isinstance(layer, GradientCheckpointingLayer)]
+    handles = [layer.register_forward_hook(round_differently) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def computes_in(model: nn.Module) -> torch.dtype:
@@ -257,6 +294,13 @@ def computes_in(model: nn.Module) -> torch.dtype:
         return torch.get_autocast_dtype(weight.device.type)
     expanded = (getattr(module, "compute_dtype", None) for module in model.modules())
     return next((dtype for dtype in expanded if dtype is not None), weight.dtype)
+
+
+def _rounding(model: nn.Module, sample: PackedBatch, kind: Kind) -> Tensor:
+    """``[n]`` differences that one rounding of every layer's output makes, each response in a forward of its own."""
+    exact = unpacked_outputs(model, sample, kind.compared)
+    with _rounding_layers(model):
+        return _differences(unpacked_outputs(model, sample, kind.compared), exact, kind)
 
 
 def rounding_tolerance(rounding: float, dtype: torch.dtype) -> float:
@@ -335,8 +379,12 @@ def _check_padded(model: PreTrainedModel, state: PolicyState, kind: Kind, sample
     first = sample.comparisons[0]
     twice = PackedBatch.build([TokenizedComparison(first.prompt_ids, first.response_ids[:1] * 2)])
     rounding, difference = worst(twice.to(sample.input_ids.device)), worst(sample)
-    maximum = _TOLERANCE[computes_in(model)][1]
-    if not difference <= min(maximum, rounding_tolerance(rounding, computes_in(model))):  # NaN counts as different
+    dtype = computes_in(model)
+    maximum = _TOLERANCE[dtype][1]
+    allowed = min(maximum, rounding_tolerance(rounding, dtype))
+    if not difference <= allowed and dtype.itemsize < 4:
+        allowed = min(maximum, float(_rounding(model, sample, kind).max()))
+    if not difference <= allowed:  # NaN counts as different
         state.alone = True
         state.reasons.append(
             f"padded batches change its numbers by {difference:.2g}: where prompts are not shared, every response has "
@@ -390,8 +438,12 @@ def _check_cached(
     short = PackedBatch.build(rows).to(sample.input_ids.device)
     found = _input_gradients(model, short, lambda: model(packed_batch=short, path="cached", compute=kind.compared))
     wanted = _input_gradients(model, short, lambda: unpacked_outputs(model, short, kind.compared))
-    relative = float((found - wanted).norm() / wanted.norm())
-    if not relative <= _GRADIENT_TOLERANCE[computes_in(model)]:  # NaN counts as different
+    relative, allowed = float((found - wanted).norm() / wanted.norm()), _GRADIENT_TOLERANCE[computes_in(model)]
+    if not relative <= allowed and computes_in(model).itemsize < 4:
+        with _rounding_layers(model):
+            rounded = _input_gradients(model, short, lambda: unpacked_outputs(model, short, kind.compared))
+        allowed = _relaxed(allowed, float((rounded - wanted).norm() / wanted.norm()))
+    if not relative <= allowed:  # NaN counts as different
         raise NotShareableError(f"gradients through its cache differ by {relative:.2g} of their norm")
 
 
@@ -410,6 +462,9 @@ def _shared_difference(
         raise NotShareableError(f"its forward does not take such a batch ({first_line})") from error
     differences = _differences(found, expected, kind)
     if _agree(differences, model):
+        return None
+    half = computes_in(model).itemsize < 4
+    if half and _agree(differences, model, rounding=_rounding(model, sample, kind)):
         return None
     return f"shared and separate {kind.difference.format(differences.max().item())}"
 
