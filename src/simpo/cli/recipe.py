@@ -1,12 +1,13 @@
-"""Print a recipe for an objective in one of the paper's settings.
+"""Print a recipe: for an objective in one of the paper's settings, or converted from another toolkit's.
 
 examples:
   simpo recipe --objective dpo --setting llama3-base
-  simpo recipe --objective simpo --setting mistral-instruct --output simpo.yaml
+  simpo recipe --from axolotl.yaml --output simpo.yaml
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +23,32 @@ from simpo.workflows.recipes import SETTINGS, compose_recipe
 class RecipeSettings:
     """The recipe."""
 
-    objective: str = field(metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
-    setting: str = field(metadata={"help": f"One of {', '.join(SETTINGS)}."})
+    objective: str | None = field(default=None, metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
+    setting: str | None = field(default=None, metadata={"help": f"One of {', '.join(SETTINGS)}."})
+    from_file: Path | None = field(
+        default=None,
+        metadata={"help": "Or --from: a recipe of LLaMA-Factory, Axolotl, alignment-handbook or open-instruct."},
+    )
     output: Path | None = field(default=None, metadata={"help": "Write it to this new file instead."})
 
 
 def main(argv: list[str]) -> int:
     """Print the recipe, or write it to a file."""
+    argv = [re.sub(r"^--from(?==|$)", "--from_file", word) for word in argv]  # "from" is a keyword of Python
     (settings,) = parse_settings(argv, (RecipeSettings,), command="recipe", about=__doc__)
-    text = compose_recipe(settings.objective, settings.setting)
+    command = "train"
+    if settings.from_file is not None:
+        if settings.objective is not None or settings.setting is not None:
+            raise SimpoError("--from: the objective is that of the file; leave --objective and --setting out")
+        from simpo.workflows.conversion import convert  # noqa: PLC0415 - slow, and the other recipes do not need it
+
+        conversion = convert(settings.from_file)
+        command, text = conversion.command, conversion.text(settings.from_file.name)
+    else:
+        for option in ("objective", "setting"):
+            if getattr(settings, option) is None:
+                raise SimpoError(f"--{option} is missing: give --objective and --setting, or --from FILE")
+        text = compose_recipe(settings.objective, settings.setting)
     path = settings.output
     if path is None:
         print(text, end="")
@@ -38,5 +56,5 @@ def main(argv: list[str]) -> int:
     if path.exists():
         raise SimpoError(f"--output: {path} exists already; name a new file")
     write_text(path, text)
-    print(f"recipe: {path}\nnext:   simpo train {shlex.quote(str(path))}")
+    print(f"recipe: {path}\nnext:   simpo {command} {shlex.quote(str(path))}")
     return 0

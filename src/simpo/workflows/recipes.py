@@ -197,6 +197,8 @@ def _hyperparameters(objective: str, setting: str) -> Iterator[str]:
         )
 
 
-def _number(value: float) -> str:
-    """A number as YAML reads it, with a decimal point even before an exponent."""
+def _number(value: float | str) -> str:
+    """A number as YAML reads it, with a decimal point even before an exponent; text as it is."""
+    if isinstance(value, str):
+        return value
     return f"{value:.1e}".replace("e-0", "e-") if abs(value) < 1e-3 and value else repr(float(value))
