@@ -138,9 +138,9 @@ def _datasets(value: Any, given: Given) -> Mapping[str, Any]:
     mixture: dict[str, Any] = {
         "datasets": [{key: item for key, item in entry.items() if item is not None} for entry in entries]
     }
-    return {
-        "dataset_mixture": mixture if is_off(size) else mixture | {"test_split_size": coerce(str(size), int | float)}
-    }
+    if not is_off(size):
+        mixture["test_split_size"] = coerce(str(size), int | float)
+    return note | {"dataset_mixture": mixture}
 
 
 def _test_datasets(value: Any, given: Given) -> Mapping[str, Any]:
