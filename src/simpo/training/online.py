@@ -31,7 +31,7 @@ from simpo.generation.engine import Engine
 from simpo.models.checkpoint import Limits
 from simpo.objectives.policy_gradient import Rollout, kl_estimate, mean_by
 from simpo.objectives.ppo import explained_variance, value_loss
-from simpo.packing.scoring import token_outputs
+from simpo.packing.scoring import TokenOutputs, token_outputs
 from simpo.runs.lines import read_lines
 from simpo.runs.results import Metric, Stage
 from simpo.statistics import mean_interval
@@ -42,6 +42,7 @@ from simpo.training.batches import (
     ComparisonRows,
     PlannedBatch,
     collate,
+    comparisons_of,
     describe_rows,
     response_counts,
     response_tokens,
@@ -66,7 +67,7 @@ from simpo.training.value import ValueFunction
 
 logger = logging.getLogger(__name__)
 
-_STAND_IN_TOKENS = 8
+_STAND_IN_TOKENS, _CHECKED = 8, 2
 # Of a policy gradient: mean importance ratio, share of clipped tokens, and the entropy of a token (estimated by minus
 # its log-probability, unless entropy_coef needs the exact one); of PPO's value function: its loss.
 _POLICY_NAMES = ("policy/ratio", "policy/clip_fraction", "policy/entropy", "value/loss")
@@ -116,6 +117,9 @@ class OnlineTrainer(PreferenceTrainer):
         self._logged_at = time.monotonic()
         if self.train_dataset is not None:
             self._check_room(self.train_dataset)
+            if self._value is not None and self._value.head is None:
+                with self.accelerator.autocast():
+                    self._value.check(comparisons_of(self.train_dataset, range(len(self.train_dataset))[:_CHECKED]))
 
     def _value_function(self) -> ValueFunction:
         if self.args.fp16:
@@ -125,12 +129,15 @@ class OnlineTrainer(PreferenceTrainer):
         return ValueFunction(self.model, self.args, self.processing_class)
 
     def _check_room(self, rows: Dataset) -> None:
-        limit, longest = Limits.of(self.model.config).positions, self.args.max_new_tokens
+        limits = [Limits.of(self.model.config).positions]
+        if self._value is not None and self._value.head is None:
+            limits.append(Limits.of(self._value.module.config).positions)
+        limit, longest = min((one for one in limits if one is not None), default=None), self.args.max_new_tokens
         long = [row for row, ids in enumerate(rows["prompt_ids"]) if limit and len(ids) + longest > limit]
         if long:
             raise SimpoError(
                 f"{describe_rows(rows, long)}: the prompt and an answer of max_new_tokens {longest} do not fit the "
-                f"model's {limit:,} positions; set max_length to {limit} or less"
+                f"model's (or value_model's) {limit:,} positions; set max_length to {limit} or less"
             )
 
     @property
@@ -312,36 +319,38 @@ class OnlineTrainer(PreferenceTrainer):
         # before the first update the policy is the one that sampled
         behavior = logp.detach() if self._staleness == 0 else batch.behavior_logps.to(logp)
         rollout = Rollout(logp, behavior, batch.advantages.to(logp), packed.response_of, len(packed.lengths))
-        losses, terms, value_losses = (
-            gradient.loss(rollout, denominator=self._denominator),
-            torch.zeros_like(logp),
-            None,
-        )
-        if args.kl_in == "loss" and self._kl_coef:
-            assert batch.ref_token_logps is not None
-            kl = found.divergence
-            if kl is None:
-                kl = kl_estimate(logp, batch.ref_token_logps.to(logp), args.kl_estimator)
-            terms = terms + self._kl_coef * kl
-        if found.entropy is not None:
-            terms = terms - args.entropy_coef * found.entropy
-        if self._value is not None:
-            values = found.values if found.values is not None else self._value.of(packed)
-            value_losses = self._value_losses(values, batch)
-            terms = terms + args.ppo.value_weight * value_losses
+        value_losses = self._value_losses(found, batch)
+        terms = self._regularization(found, batch)
+        if self.args.ppo is not None:
+            terms = terms + self.args.ppo.value_weight * value_losses
+        losses = gradient.loss(rollout, denominator=self._denominator)
         losses = losses + gradient.add_up(terms, rollout, denominator=self._denominator)
         counts = torch.tensor([len(span.responses) for span in packed.layout.spans], device=logp.device)
         owner = torch.repeat_interleave(counts)
         with torch.no_grad():
-            columns = [gradient.ratios(rollout), gradient.clipped(rollout).to(logp)]
-            columns.append(-logp if found.entropy is None else found.entropy)
-            columns.append(torch.full_like(logp, torch.nan) if value_losses is None else value_losses)
+            entropy = -logp if found.entropy is None else found.entropy
+            columns = (gradient.ratios(rollout), gradient.clipped(rollout).to(logp), entropy, value_losses)
             metrics = [mean_by(values, owner[packed.response_of], len(counts)) for values in columns]
         return mean_by(losses, owner, len(counts)), torch.stack(metrics, dim=1)
 
-    def _value_losses(self, values: Tensor, batch: PlannedBatch) -> Tensor:
+    def _regularization(self, found: TokenOutputs, batch: PlannedBatch) -> Tensor:
+        """``[S]`` terms that keep the policy near the start model, where not the rewards do, and its entropy high."""
+        args, terms = self.args, torch.zeros_like(found.logps)
+        if args.kl_in == "loss" and self._kl_coef:
+            kl = found.divergence
+            if kl is None:
+                assert batch.ref_token_logps is not None
+                kl = kl_estimate(found.logps, batch.ref_token_logps.to(found.logps), args.kl_estimator)
+            terms = terms + self._kl_coef * kl
+        return terms if found.entropy is None else terms - args.entropy_coef * found.entropy
+
+    def _value_losses(self, found: TokenOutputs, batch: PlannedBatch) -> Tensor:
+        """``[S]`` losses of the value function; NaN without one."""
+        if self._value is None:
+            return torch.full_like(found.logps, torch.nan)
         assert batch.values is not None
         assert batch.returns is not None
+        values = self._value.of(batch.packed) if found.values is None else found.values
         return value_loss(values, batch.values.to(values), batch.returns.to(values), clip=self.args.ppo.value_clip)
 
     # ---- PPO's value function and the pretraining loss, next to Trainer's loop.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from simpo.models.loading import load_tokenizer
 from simpo.models.preparation import disable_dropout, freeze_unreached
 from simpo.models.reward import load_reward_model
 from simpo.models.settings import ModelArguments
-from simpo.packing.layout import PackedBatch
+from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import find_head, prepare_policy, value_forward
 from simpo.training.online_config import OnlineConfig
 
@@ -52,8 +53,7 @@ class ValueFunction:
             self._module = _load(args.value_model, policy, tokenizer)
             if args.disable_dropout:
                 disable_dropout(self._module)
-            if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
-                self._module.gradient_checkpointing_enable()
+            _enable_checkpointing(self._module, args)
         self._module.to(args.device)
         if args.world_size > 1:
             for parameter in self.parameters:  # a new adapter is random
@@ -72,6 +72,12 @@ class ValueFunction:
     def of(self, batch: PackedBatch) -> Tensor:
         """``[S]`` values of the states in which the scored tokens of ``batch`` are chosen, by a network."""
         return value_forward(self._module, batch)
+
+    def check(self, comparisons: Sequence[TokenizedComparison]) -> None:
+        """Let a network read ``comparisons``, to find out early whether and by which path it can."""
+        batch = PackedBatch.build(comparisons).to(next(self._module.parameters()).device)
+        with torch.no_grad():
+            self.of(batch)
 
     # ---- Steps of the optimizer.
 
@@ -132,6 +138,14 @@ def _new_head(policy: nn.Module) -> nn.Linear:
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     return head
+
+
+def _enable_checkpointing(model: Any, args: Any) -> None:
+    """As ``Trainer`` does for the policy; transformers before 5.23 calls activations gradients."""
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if getattr(args, name, False) and hasattr(model, f"{name}_enable"):
+            getattr(model, f"{name}_enable")(getattr(args, f"{name}_kwargs") or None)
+            return
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
