@@ -1,4 +1,4 @@
-"""Scoring K answers to one prompt: the prompt once, against every answer with a prompt of its own.
+"""K answers to one prompt, scored or learned from: the prompt once, against every answer with a prompt of its own.
 
 Processor time of one thread, both sides in turns, the fastest of several rounds each; the last columns set the ratio
 against what counted arithmetic allows. Run from the repository's root::
@@ -17,15 +17,19 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks.arithmetic import Forward, Shape, packed_forward
 from benchmarks.setting import Setting, build_model, model_config
 from simpo import score_responses
-from simpo.packing.layout import TokenizedComparison
-from simpo.packing.scoring import score_answers
+from simpo.objectives.policy_gradient import POLICY_GRADIENTS, Rollout
+from simpo.objectives.ppo import value_loss
+from simpo.packing.layout import PackedBatch, TokenizedComparison
+from simpo.packing.model import responses_of
+from simpo.packing.scoring import score_answers, token_outputs
 
+KINDS = ("log-probabilities", "rewards", "ppo update")  # the last one with its backward
 Score = Callable[[Sequence[TokenizedComparison]], Tensor]
 
 
@@ -56,7 +60,7 @@ def main() -> int:
     table = Table(title=f"{options.answers} answers to a prompt of {options.prompt} tokens, model '{options.model}'")
     for column in ("scores", "tokens", "shared s", "one by one s", "ratio", "allowed", "share"):
         table.add_column(column, justify="left" if column == "scores" else "right")
-    for kind in ("log-probabilities", "rewards"):
+    for kind in KINDS:
         score = scorer(kind, setting)
         for length in options.lengths:
             comparison = make_comparison(options.prompt, [length] * options.answers, setting.vocabulary)
@@ -77,11 +81,32 @@ def scorer(kind: str, setting: Setting) -> Score:
     if kind == "log-probabilities":
         model = build_model(setting)
         return lambda comparisons: score_responses(model, comparisons).logp
+    if kind == "ppo update":
+        return updater(setting)
     torch.manual_seed(0)
     config: Any = model_config(setting)
     config.num_labels = 1
     reward_model = AutoModelForSequenceClassification.from_config(config)
     return lambda comparisons: score_answers(reward_model, comparisons)
+
+
+def updater(setting: Setting) -> Score:
+    """Computes the gradients of PPO's losses, with a value head on the policy; returns the log-probabilities."""
+    model, row = build_model(setting), POLICY_GRADIENTS["ppo"]
+    head = nn.Linear(model.config.hidden_size, 1)
+
+    def update(comparisons: Sequence[TokenizedComparison]) -> Tensor:
+        batch = PackedBatch.build(comparisons)
+        model.zero_grad()
+        with torch.enable_grad():
+            found = token_outputs(model, batch, value_head=head)
+            targets = torch.ones_like(found.logps)
+            rollout = Rollout(found.logps, found.logps.detach(), targets, batch.response_of, len(batch.lengths))
+            values = value_loss(found.values, found.values.detach(), targets, clip=0.2)
+            (row.loss(rollout).sum() + values.sum()).backward()
+        return responses_of(batch, found.logps.detach()).logp
+
+    return update
 
 
 def make_comparison(prompt: int, answers: Sequence[int], vocabulary: int) -> TokenizedComparison:
@@ -117,9 +142,11 @@ def measure(kind: str, score: Score, comparison: TokenizedComparison, setting: S
 
 
 def allowed_ratio(kind: str, comparison: TokenizedComparison, shape: Shape) -> float:
-    """Counted arithmetic of the forwards one by one, over that of the shared one."""
+    """Counted arithmetic of the forwards (and backwards) one by one, over that of the shared one."""
 
     def flops(forward: Forward) -> int:
+        if kind == "ppo update":
+            return forward.flops(shape)
         products = [*forward.layer_products(shape), *forward.attention_products(shape)]
         head = forward.head_product(shape).flops if kind == "log-probabilities" else 0  # a reward's is one row
         return sum(product.flops for product in products) + head

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from benchmarks.arithmetic import Shape
-from benchmarks.score_answers import allowed_ratio, alone, make_comparison, measure, scorer
+from benchmarks.score_answers import KINDS, allowed_ratio, alone, make_comparison, measure, scorer
 from benchmarks.setting import Setting
 
 SHAPE = Shape(hidden=8, layers=2, heads=2, kv_heads=1, head_size=4, intermediate=16, vocabulary=32)
@@ -18,7 +18,7 @@ def naive_flops(sequences: list[tuple[int, int]], scored: int) -> int:
     return 2 * tokens * weights + 2 * attention + 2 * scored * 8 * 32
 
 
-@pytest.mark.parametrize(("kind", "scored"), [("log-probabilities", 1), ("rewards", 0)])
+@pytest.mark.parametrize(("kind", "scored"), [("log-probabilities", 1), ("rewards", 0), ("ppo update", 1)])
 def test_the_allowed_ratio(kind, scored):
     comparison = make_comparison(10, [3, 5, 2], 32)
     apart = naive_flops([(13, 13), (15, 15), (12, 12)], scored * 10)
@@ -33,7 +33,7 @@ def test_the_ratios_of_eight_answers_behind_a_long_prompt():
     assert ratios == pytest.approx([4.37, 3.23, 2.34], abs=0.01)
 
 
-@pytest.mark.parametrize("kind", ["log-probabilities", "rewards"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run(kind):
     setting = Setting("", threads=1, model="toy")
     comparison = make_comparison(20, [3, 4], setting.vocabulary)
