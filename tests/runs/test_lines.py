@@ -7,7 +7,7 @@ import json
 import pytest
 
 from simpo.errors import SimpoError
-from simpo.runs.lines import JsonLines
+from simpo.runs.lines import JsonLines, read_lines
 
 RECORDS = [
     {"step": 1, "loss": 0.5},
@@ -57,7 +57,7 @@ def test_torn_last_line_is_dropped_wherever_it_was_torn(tmp_path, caplog):
         path.write_bytes(whole[:end])
         caplog.clear()
         lines = JsonLines(path)
-        assert (len(lines), "incomplete last line" in caplog.text) == (2, end > start)
+        assert (len(lines), "dropped 1 damaged line" in caplog.text) == (2, end > start)
         lines.append(RECORDS[2:])
         assert path.read_bytes() == whole
 
@@ -68,21 +68,23 @@ def test_last_line_that_is_no_record_is_dropped(tmp_path, tail, caplog):
     with path.open("ab") as file:
         file.write(tail)
     assert list(JsonLines(path)) == RECORDS
-    assert caplog.text.count("incomplete last line") == 1
+    assert caplog.text.count("dropped 1 damaged line") == 1
     assert list(JsonLines(path)) == RECORDS
-    assert caplog.text.count("incomplete last line") == 1
+    assert caplog.text.count("dropped 1 damaged line") == 1
 
 
 @pytest.mark.parametrize("line", [b'{"a": \n', b"\n", b"3\n", b"\x00\n"])
-def test_damaged_line_in_the_middle_is_named_and_kept(tmp_path, line):
+def test_a_damaged_line_in_the_middle_is_dropped_or_named(tmp_path, line, caplog):
     path = write(tmp_path / "x").path
     parts = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(parts[0] + line + parts[2])
     damaged = path.read_bytes()
     with pytest.raises(SimpoError) as caught:
-        JsonLines(path)
+        read_lines(path)
     assert str(caught.value).startswith(f"{path}:2: ")
     assert path.read_bytes() == damaged
+    assert list(JsonLines(path)) == [RECORDS[0], RECORDS[2]] == list(JsonLines(path))
+    assert caplog.text.count("dropped 1 damaged") == 1
 
 
 def test_keep_drops_what_came_later(tmp_path):
@@ -101,7 +103,7 @@ def test_keep_drops_what_came_later(tmp_path):
 
 APPENDING = """
 import sys
-from simpo.runs.lines import JsonLines
+from simpo.runs.lines import JsonLines, read_lines
 lines = JsonLines(sys.argv[1])
 print(len(lines), flush=True)
 while True:
@@ -137,7 +139,7 @@ def test_full_disk_leaves_the_earlier_records(small_disk):
 
 
 @pytest.mark.parametrize("place", [0, 5, 30, 60, -2])
-def test_a_checked_file_drops_what_a_changed_byte_makes_doubtful(tmp_path, caplog, place):
+def test_a_checked_file_drops_the_line_that_a_changed_byte_makes_doubtful(tmp_path, caplog, place):
     records = [{"chunk": number, "logp": -1.25 * number, "text": "é"} for number in range(3)]
     file = JsonLines(tmp_path / "parts.jsonl", checked=True)
     file.append(records)
@@ -148,6 +150,6 @@ def test_a_checked_file_drops_what_a_changed_byte_makes_doubtful(tmp_path, caplo
     contents[(start if place >= 0 else line_end) + place] ^= 1
     file.path.write_bytes(contents)
     again = JsonLines(file.path, checked=True)
-    assert list(again) == records[:1] and "damaged" in caplog.text
-    again.append(records[1:])
-    assert list(JsonLines(file.path, checked=True)) == records
+    assert list(again) == [records[0], records[2]] and "dropped 1 damaged" in caplog.text
+    again.append([records[1]])
+    assert list(JsonLines(file.path, checked=True)) == [records[0], records[2], records[1]]

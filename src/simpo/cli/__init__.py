@@ -6,9 +6,7 @@ import ast
 import importlib
 import io
 import logging
-import os
 import pkgutil
-import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,8 +15,11 @@ from pathlib import Path
 from simpo import __version__
 from simpo.config.coercion import nearest
 from simpo.errors import InterruptedRun, SimpoError, one_line
-from simpo.runs.log import EarlyNotices, masked
-from simpo.runs.terminal import printable
+from simpo.runs.log import EarlyNotices, LogFile, masked
+from simpo.runs.terminal import output_is_closed, printable
+
+_LONGEST_LINE = 4000  # characters of an error
+_VERIFY = "--verify"  # of every command: hash all files of a finished run, not only those that were modified
 
 
 def command_names() -> list[str]:
@@ -30,6 +31,7 @@ def command_names() -> list[str]:
 def _overview() -> str:
     lines = ["usage: simpo COMMAND [ARGUMENT ...]   (simpo COMMAND --help says more)", "", "commands:"]
     lines += [f"  {name:<10} {_summary(name)}" for name in command_names()]
+    lines += ["", f"{_VERIFY}, with any command, hashes all files of a finished run before it is reported as finished"]
     return "\n".join(lines)
 
 
@@ -52,8 +54,10 @@ class _Notices(logging.StreamHandler):
         return printable(masked(super().format(record)))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Let a closed pipe end the command instead of printing a traceback for every notice."""
+        """Let a closed pipe end the command instead of printing a traceback for every notice, unless it has a log."""
         if isinstance(sys.exc_info()[1], BrokenPipeError):
+            if any(isinstance(handler, LogFile) for handler in logging.getLogger().handlers) and output_is_closed():
+                return
             raise  # noqa: PLE0704 - called while the exception is handled
         super().handleError(record)
 
@@ -110,11 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("simpo: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        if not _output_is_closed():
+        if not output_is_closed():
             raise
         return 141
     except (SimpoError, OSError, MemoryError) as error:
-        print(f"simpo: error: {printable(masked(_one_line(error)))}", file=sys.stderr)
+        print(f"simpo: error: {_shortened(printable(masked(_one_line(error))))}", file=sys.stderr)
         return 2
     except Exception:
         sys.stderr.write(printable(masked(traceback.format_exc())))
@@ -130,6 +134,12 @@ def _one_line(error: Exception) -> str:
     return f"out of memory: {one_line(error)}" if isinstance(error, MemoryError) else one_line(error, None)
 
 
+def _shortened(line: str) -> str:
+    """A line that quotes somebody's data, without most of the data; the run's log has all of it."""
+    left_out = len(line) - _LONGEST_LINE
+    return line if left_out <= 0 else f"{line[:_LONGEST_LINE]}... ({left_out:,} more characters)"
+
+
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -142,20 +152,13 @@ def _run(arguments: list[str]) -> int:
         hint = nearest(name, command_names()) or f"; the commands are {', '.join(command_names())}"
         raise SimpoError(f"unknown command {name!r}{hint}")
     _keep_stderr_for_errors()
+    from simpo.runs.folder import RunFolder  # noqa: PLC0415 - the overview does not need it
+
+    RunFolder.hashes_all = _VERIFY in rest
+    rest = [argument for argument in rest if argument != _VERIFY]
     command = importlib.import_module(f"simpo.cli.{name}")
     _quiet_libraries()
     return command.main(rest)
-
-
-def _output_is_closed() -> bool:
-    """Whether nobody reads standard output any longer, as after ``| head``; it then leads nowhere."""
-    output = sys.stdout.fileno()
-    poll = select.poll()
-    poll.register(output, 0)
-    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # so that nothing fails when the interpreter flushes
-    return True
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def _convert_scalar(value: Any, kind: Any) -> Any:
             return value
     elif kind in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
         return _convert_number(value, kind)
-    elif kind in (str, Path) and isinstance(value, str):
+    elif kind in (str, Path) and isinstance(value, str) and "\0" not in value:  # which no path can hold
         return value if kind is str else Path(os.path.expanduser(value))  # noqa: PTH111 - Path's own raises for ~nobody
     raise ValueError
 

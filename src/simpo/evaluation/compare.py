@@ -96,15 +96,15 @@ def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, a
         identity |= {"strip_thinking": True} if options.strip_thinking else {}
         for name, judge in judges.items():
             identity |= {f"judge {name}/{key}": value for key, value in judge.identity.items()}
-        run.begin(identity, argv=argv)
-
         prices = settings.judging.token_prices()
-
-        def measure() -> list[Metric]:
+        if not run.finished:
             a, b = (side.expected_answers(folder) for side in sides)
             pairs, _ = all_pairs(match_answers(a, b, f"{settings.a} and {settings.b}"))
             for judge in judges.values():
                 confirm_cost(judge.estimate(pairs), yes=settings.judging.yes, log=run.log, prices=prices)
+        run.begin(identity, argv=argv)
+
+        def measure() -> list[Metric]:
             answers = read_matched(*(side.answers(folder, run.log) for side in sides))
             show = ShownAnswers(options.strip_thinking)
             answers = [replace(one, a=_shown(one.a, show), b=_shown(one.b, show)) for one in answers]

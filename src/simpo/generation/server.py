@@ -65,13 +65,15 @@ def sample_from_server(
             **{"model": endpoint.model, "engine": "server", "prompts": fingerprint([prompt.id for prompt in prompts])},
             **dataclasses.asdict(settings),
         }
-        run.begin(identity, argv=argv)
+        requests = [_request(prompt, number, settings) for prompt in prompts for number in range(settings.n)]
         cache = folder / ".replies"
+        if not run.finished:  # nothing is written before the user has agreed, not even an empty cache
+            known = ChatClient(endpoint, cache if cache.exists() else None)
+            confirm_cost(known.estimate(requests), yes=yes, log=run.log)
+        run.begin(identity, argv=argv)
 
         def ask() -> list[Metric]:
             client = ChatClient(endpoint, cache, exact_temperature=True)
-            requests = [_request(prompt, number, settings) for prompt in prompts for number in range(settings.n)]
-            confirm_cost(client.estimate(requests), yes=yes, log=run.log)
             replies = client.complete(requests, log=run.log)
             run.log(client.usage.line())
             return [Metric(*one) for one in report.metrics()] + _write(folder / FILE_NAME, prompts, replies, run.log)

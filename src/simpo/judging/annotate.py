@@ -73,21 +73,24 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
         run.log(f"annotator: {arguments.annotator}; {len(records):,} prompts")
         identity = {"responses": fingerprint(records), **annotator.identity}
         identity |= {"strip_thinking": True} if arguments.options.strip_thinking else {}
+        shown = ShownAnswers(arguments.options.strip_thinking)
+        rows = [
+            Answers(row["id"], row["prompt"], [shown(text) for text in row["responses"]], context_of(row))
+            for row in records
+        ]
         if not run.finished:
             annotator.prepare()
+            if annotator.usage is not None:
+                confirm_cost(annotator.estimate(rows), yes=arguments.yes, log=run.log, prices=arguments.prices)
         run.begin(identity, argv=argv)
         # The manifest does not list names that start with a dot.
         parts = JsonLines(folder / ".scores.jsonl", checked=True)
 
         def score() -> list[Metric]:
-            shown = ShownAnswers(arguments.options.strip_thinking)
-            rows = [
-                Answers(row["id"], row["prompt"], [shown(text) for text in row["responses"]], context_of(row))
-                for row in records
-            ]
             thinking = shown.metrics("annotate/", run.log)
             _score(annotator, rows, parts, arguments, run)
-            metrics = _write(records, [scores for part in parts for scores in part["scores"]], folder) + thinking
+            stored = sorted(parts, key=lambda part: part["start"])  # a damaged part was computed again, after others
+            metrics = _write(records, [scores for part in stored for scores in part["scores"]], folder) + thinking
             if count := sum(part.get("default_temperature", 0) for part in parts):
                 metrics.append(Metric("annotate/judged_at_default_temperature", count))
             return metrics
@@ -130,19 +133,22 @@ def _score(
     annotator: Scorer, rows: Sequence[Answers], parts: JsonLines, arguments: AnnotateArguments, run: RunFolder
 ) -> None:
     """Score the rows that are not in ``parts``; the parts do not depend on where an earlier run stopped."""
-    if done := sum(len(part["scores"]) for part in parts):
-        run.log(f"continuing: {done:,} of {len(rows):,} prompts are scored")
+    done = {part["start"]: len(part["scores"]) for part in parts}
+    scored = sum(done.values())
+    if scored:
+        run.log(f"continuing: {scored:,} of {len(rows):,} prompts are scored")
     usage = annotator.usage
-    if usage is not None:
-        confirm_cost(annotator.estimate(rows), yes=arguments.yes, log=run.log, prices=arguments.prices)
-    for start in range(done, len(rows), _PROMPTS_PER_PART):
+    for start in range(0, len(rows), _PROMPTS_PER_PART):
+        if start in done:
+            continue
         part = rows[start : start + _PROMPTS_PER_PART]
         before = usage.default_temperature if usage else 0
         scores = annotator.score(part)
         check_scores(scores, part, str(annotator.identity["judge"]))
         changed = usage.default_temperature - before if usage else 0
-        parts.append([{"scores": scores, "default_temperature": changed}])
-        run.log(f"{start + len(part):,} of {len(rows):,} prompts scored")
+        parts.append([{"start": start, "scores": scores, "default_temperature": changed}])
+        scored += len(part)
+        run.log(f"{scored:,} of {len(rows):,} prompts scored")
     if usage is not None:
         run.log(usage.line(arguments.prices))
 

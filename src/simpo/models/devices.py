@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.packing.model import causal_lm
 
 Value = TypeVar("Value")
@@ -116,4 +116,5 @@ def compile_layers(model: nn.Module, args: TrainingArguments, accelerator: Accel
         raise SimpoError(f"torch_compile: {type(model).__name__} has no layers that could be compiled; set it to false")
     torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     for layer in layers:
-        layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
+        with third_party("torch_compile_backend, torch_compile_mode"):
+            layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)

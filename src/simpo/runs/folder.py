@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from traceback import format_exception
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from filelock import FileLock, Timeout
@@ -26,7 +26,7 @@ from simpo.runs.lines import JsonLines
 from simpo.runs.log import EarlyNotices, LogFile, masked, now, redact, redact_arguments, redact_yaml
 from simpo.runs.results import FILE_NAME as RESULTS
 from simpo.runs.results import Metric, fingerprint, write_results
-from simpo.runs.terminal import printable
+from simpo.runs.terminal import output_is_closed, printable
 
 FILE_NAME = "run.json"
 SCHEMA = 1
@@ -76,10 +76,12 @@ class RunRecord:
             document = json.loads(path.read_text(encoding="utf-8"))
             if document.pop("schema") != SCHEMA:
                 raise ValueError(f"schema: expected {SCHEMA}")
-            del document["fingerprint"]
+            stored = document.pop("fingerprint")
             record = cls(**document)
             if not isinstance(record.identity, dict) or record.status not in ("running", "finished"):
                 raise ValueError("neither running nor finished, or without identity")
+            if stored != record.fingerprint:
+                raise ValueError("its fingerprint is not that of its identity")
         except FileNotFoundError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -145,9 +147,12 @@ class RunFolder:
         changed: whether the run continues with another identity, from :meth:`begin` on.
         fingerprint: SHA-256 of the identity, from :meth:`begin` on.
         metrics: ``metrics.jsonl``, from :meth:`begin` on.
+        hashes_all: whether every file of a finished run is hashed before it is reported as finished. Otherwise only
+            files that were modified since are; the option ``--verify`` of all commands sets it.
     """
 
     metrics: JsonLines
+    hashes_all: ClassVar[bool] = False
 
     def __init__(self, path: Path | str, *, command: str, writes: bool = True) -> None:
         """Check the folder, and lock it if it holds a run.
@@ -247,19 +252,30 @@ class RunFolder:
             self.log(f"continued with other settings: {'; '.join(differences)}")
 
     def _check_whole(self) -> None:
-        """Refuse a finished run whose files are not those that it wrote; its last write was that it has finished."""
-        finished = (self.path / FILE_NAME).stat().st_mtime_ns
-        if fault := manifest.damage(self.path, since=finished):
-            raise SimpoError(
-                f"output_dir: {self.path} holds this run, finished, but is damaged ({fault}); restore the "
-                "file, or name a new folder"
-            )
+        """Refuse a finished run whose files are not those that it wrote; its last write was that it has finished.
+
+        Runs and checkpoints within it have manifests of their own.
+        """
+        since = None if self.hashes_all else (self.path / FILE_NAME).stat().st_mtime_ns
+        for folder in [self.path, *(path.parent for path in self.path.glob("*/**/manifest.json"))]:
+            if fault := manifest.damage(folder, since=since):
+                raise SimpoError(
+                    f"output_dir: {self.path} holds this run, finished, but {folder} is damaged ({fault}); restore the "
+                    "file, or name a new folder"
+                )
+        if self.hashes_all:
+            self.log(f"{self.path}: every file is as it was written (sha256)")
 
     def log(self, line: str) -> None:
-        """Print a line and keep it in ``log.txt``, without access tokens."""
+        """Print a line and keep it in ``log.txt``, without access tokens; the run outlives a reader of its output."""
         if not self.writes:
             return
-        print(printable(masked(line)))
+        try:
+            print(printable(masked(line)))
+        except BrokenPipeError:
+            if self._log is None or not output_is_closed():
+                raise
+            self._log.write("note: nobody reads the output any longer; the run continues, with this log")
         if self._log is None:
             self._early_lines.append(line)
         else:

@@ -7,8 +7,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ _CHECKSUM = "sha256"
 class JsonLines:
     """An append-only file of JSON objects, one per line; ``len()`` is their number.
 
-    Opening it drops a last line that a killed process left incomplete. One process may write at a time.
+    Opening it drops a last line that a killed process left incomplete, and any other that is damaged; a warning gives
+    their number. What they held has to be known from elsewhere or computed again. One process may write at a time.
 
     Attributes:
         path: the file.
@@ -34,11 +36,10 @@ class JsonLines:
 
         Args:
             path: the file.
-            checked: for results that are computed again rather than trusted where the file is damaged: every line has
-                a checksum, and the first one that does not fit is dropped with all that follow.
+            checked: every line has a checksum, and one that does not fit it is damaged.
 
         Raises:
-            SimpoError: a line before the last is damaged, or the file cannot be written.
+            SimpoError: the file cannot be written.
         """
         self.path = Path(path)
         self._checked = checked
@@ -47,13 +48,7 @@ class JsonLines:
             if not self.path.exists():
                 self.path.touch()
             sync(self.path.parent)
-            self._ends, torn = _scan(
-                self.path, checked
-            )  # _ends: bytes from the start of the file to the end of each record
-            if torn:
-                what = "all from the first damaged line on" if checked else "an incomplete last line"
-                logger.warning("%s: dropped %s; a process was killed, or the disk failed", self.path, what)
-                self._truncate()
+            self._ends = _repaired(self.path, _fits if checked else _is_record)  # bytes up to the end of each record
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -115,14 +110,17 @@ class JsonLines:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a finished file, which is left as it is."""
+    records = []
     try:
-        ends, torn = _scan(path)
-        if torn:
-            raise SimpoError(f"{path}:{len(ends) + 1}: incomplete line; run the command that writes this file again")
         with path.open("rb") as file:
-            return [_parsed(line, f"{path}:{number}") for number, line in enumerate(file, start=1)]
+            for number, line in enumerate(file, start=1):
+                if not _is_record(line):
+                    fault = "not a JSON object" if line.endswith(b"\n") else "an incomplete line"
+                    raise SimpoError(f"{path}:{number}: {fault}; run the command that writes this file again")
+                records.append(_parsed(line, f"{path}:{number}"))
     except OSError as error:
         raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
+    return records
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -131,16 +129,17 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair becomes JSON's own \udXXX
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A JSON value as it is stored: numbers that are not finite are null, and sequences are lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _parsed(line: bytes, place: str) -> dict[str, Any]:
@@ -161,21 +160,19 @@ def _fits(line: bytes) -> bool:
     return _with_checksum(line.rpartition(f', "{_CHECKSUM}": "'.encode())[0] + b"}\n") == line
 
 
-def _scan(path: Path, checked: bool = False) -> tuple[list[int], bool]:
-    """Where each record ends, in bytes, and whether an incomplete line follows the last."""
-    ends: list[int] = []
-    end, size = 0, path.stat().st_size
+def _is_record(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _repaired(path: Path, whole: Callable[[bytes], bool]) -> list[int]:
+    """Drop the lines that are not whole; returns where each of the others ends, in bytes from the start of the file."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            end += len(line)
-            try:
-                whole = line.endswith(b"\n") and isinstance(json.loads(line), dict)
-            except (ValueError, RecursionError):
-                whole = False
-            if whole and (not checked or _fits(line)):
-                ends.append(end)
-            elif end == size or checked:
-                return ends, True
-            else:
-                raise SimpoError(f"{path}:{number}: not a JSON object; restore the file or name a new folder")
-    return ends, False
+        kept = [(len(line), whole(line)) for line in file]
+    if dropped := sum(not fits for _, fits in kept):
+        logger.warning("%s: dropped %d damaged lines; a process was killed, or the disk failed", path, dropped)
+        with path.open("rb") as file:
+            write_text(path, b"".join(line for line, (_, fits) in zip(file, kept, strict=True) if fits).decode())
+    return list(accumulate(length for length, fits in kept if fits))

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset
@@ -21,9 +23,11 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from simpo.runs.lines import JsonLines
+from simpo.runs.lines import JsonLines, finite
 from simpo.runs.log import Log
 from simpo.runs.terminal import duration
+
+logger = logging.getLogger(__name__)
 
 
 class RunCallback(TrainerCallback):
@@ -138,15 +142,19 @@ class LogLines(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log of the trainer to ``metrics.jsonl``."""
+    """Appends every log of the trainer to ``metrics.jsonl``, which begins with those of a resumed checkpoint."""
 
     def __init__(self, lines: JsonLines) -> None:
         self._lines = lines
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        # What was logged after the checkpoint that training continues from will be logged again.
-        kept = [line["step"] <= state.global_step and "train_runtime" not in line for line in self._lines]
-        self._lines.keep(kept.index(False) if False in kept else len(kept))
+        history = [finite({"step": None, "epoch": None, **logs}) for logs in state.log_history]
+        if list(islice(self._lines, len(history))) != history:
+            logger.warning("%s: lines were missing or damaged and are those of the checkpoint again", self._lines.path)
+            self._lines.keep(0)
+            self._lines.append(history)
+        # What was logged after the checkpoint will be logged again.
+        self._lines.keep(len(history))
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         self._lines.append([{"step": state.global_step, "epoch": state.epoch, **logs}])

@@ -11,10 +11,11 @@ from typing import Any
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from transformers import TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from simpo.data.inspection import shared_rows
+from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError, third_party
 from simpo.models.adapters import describe_adapter
 from simpo.models.devices import from_main
@@ -106,25 +107,21 @@ def _prepare(
 ) -> tuple[PackedTrainer, list[Metric], Identity]:
     """Everything that can fail before the first write: the trainer, metrics of the data, and the run's identity."""
     config = job.config
-    metrics, datasets = [], {}
     with config.main_process_first(desc="reading and tokenizing the data"):  # the others find it in the cache
-        tokenizer = load_tokenizer(job.model.model_name_or_path, job.model, chat_template=job.data.chat_template)
-        raw = dict(zip(("train", "eval"), load_datasets(job.data), strict=True))
-        for label, rows in raw.items():
-            if rows is not None:
-                prepared = kind.prepare(rows, tokenizer, config, label)
-                for line in prepared.report.lines():
-                    folder.log(line)
-                metrics += [Metric(name, value) for name, value in prepared.report.metrics()]
-                datasets[label] = prepared.dataset
-    train, held_out = datasets["train"], datasets.get("eval")
+        tokenizer, raw, prepared = prepare_data(kind, job)
+    metrics = []
+    for part in prepared.values():
+        for line in part.report.lines():
+            folder.log(line)
+        metrics += [Metric(name, value) for name, value in part.report.metrics()]
+    train, held_out = prepared["train"].dataset, prepared["eval"].dataset if "eval" in prepared else None
     if held_out is not None:
         metrics += _overlap(train, held_out, kind.row_noun, folder)
     elif config.eval_strategy != "no" or config.do_eval:
         folder.log(f"no held-out {kind.row_noun} are named (eval_dataset_name): training without evaluation")
         config.eval_strategy, config.do_eval = type(config.eval_strategy)("no"), False
     for callback in job.run_callbacks:
-        callback.prepare(config, tokenizer, raw["eval"], folder.log)
+        callback.prepare(config, tokenizer, raw.get("eval"), folder.log)
     checkpoint = named_checkpoint(config)
     if checkpoint is not None:
         check_whole(Path(checkpoint))
@@ -153,6 +150,16 @@ def _prepare(
         if config.disable_dropout and job.model.lora.get("lora_dropout"):
             folder.log("lora_dropout: has no effect while disable_dropout is true, its default")
     return trainer, metrics, identity
+
+
+def prepare_data(
+    kind: type[PackedTrainer], job: TrainingJob
+) -> tuple[PreTrainedTokenizerBase, dict[str, Dataset], dict[str, Prepared]]:
+    """The tokenizer, and the rows for ``train`` and, if there are any, ``eval``: as they were read, and tokenized."""
+    tokenizer = load_tokenizer(job.model.model_name_or_path, job.model, chat_template=job.data.chat_template)
+    found = zip(("train", "eval"), load_datasets(job.data), strict=True)
+    raw = {label: rows for label, rows in found if rows is not None}
+    return tokenizer, raw, {label: kind.prepare(rows, tokenizer, job.config, label) for label, rows in raw.items()}
 
 
 def _overlap(train: Dataset, held_out: Dataset, noun: str, folder: RunFolder) -> list[Metric]:

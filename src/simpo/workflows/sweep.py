@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from transformers import Trainer, TrainerControl, TrainerState
 from simpo.analysis.plots import plot_effects
 from simpo.errors import SimpoError
 from simpo.models.devices import free_memory
+from simpo.models.loading import check_stored
 from simpo.runs.atomic import write_text
 from simpo.runs.folder import FILE_NAME as RECORD
 from simpo.runs.folder import FolderInUseError, RunFolder, RunRecord
@@ -29,7 +31,7 @@ from simpo.runs.log import Log, redact
 from simpo.runs.results import FILE_NAME, Metric, print_whole, read_results
 from simpo.training.callbacks import RunCallback
 from simpo.training.preference import PreferenceTrainer
-from simpo.training.run import TrainingJob, run_training
+from simpo.training.run import TrainingJob, prepare_data, run_training
 from simpo.workflows.sweep_space import Axis, Values, combinations, one_at_a_time, shown
 from simpo.workflows.sweep_study import Sampler, Study, TrialLease, TrialResult
 
@@ -160,7 +162,7 @@ def _open_folder(sweep: Sweep, identity: Mapping[str, Any], stack: ExitStack) ->
 
 
 def _check(sweep: Sweep) -> None:
-    """Parse every trial of a grid, or for TPE the ends of each axis one at a time, before anything is written."""
+    """Parse every trial of a grid, or for TPE the ends of each axis, and read the data, before anything is written."""
     for values in combinations(sweep.axes) if sweep.sampler == "grid" else one_at_a_time(sweep.axes):
         job = sweep.read(sweep.arguments(values, sweep.folder))
         data = job.data
@@ -171,6 +173,14 @@ def _check(sweep: Sweep) -> None:
             raise SimpoError(f"--metric: {WIN_RATE} needs judged answers; set eval_generations and eval_judge")
         if sweep.prune and job.config.eval_strategy == "no":
             raise SimpoError("--prune needs evaluations during training: set eval_strategy: steps and eval_steps")
+    if not (sweep.folder / RECORD).exists():
+        package, level = logging.getLogger("simpo"), logging.getLogger("simpo").level
+        package.setLevel(logging.ERROR)  # the first trial reports the same
+        try:
+            prepare_data(PreferenceTrainer, job)
+            check_stored(job.model)
+        finally:
+            package.setLevel(level)
 
 
 # ---- One trial.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sqlite3
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.workflows.sweep_space import Axis, Values, combinations
 
 Sampler = Literal["grid", "tpe"]
@@ -39,6 +41,13 @@ def load_optuna() -> Any:
         raise SimpoError("simpo sweep needs Optuna: pip install 'simpo[sweep]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
+
+
+def _check_database(path: Path) -> None:
+    with closing(sqlite3.connect(path, timeout=_TIMEOUT)) as database:
+        (found,) = database.execute("PRAGMA integrity_check(1)").fetchone()
+    if found != "ok":
+        raise ValueError(found)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,9 @@ class Study:
         self._folder, self._axes, self._sampler, self._trials = folder, axes, sampler, trials
         (folder / "trials").mkdir(exist_ok=True)
         self.lock = FileLock(folder / _LOCK, thread_local=False)
-        with self.lock:
+        advice = "remove it to start over: trials that have finished are not trained again"
+        with self.lock, third_party(f"{folder / _DATABASE} is damaged ({advice})"):
+            _check_database(folder / _DATABASE)
             self._study = self._optuna.create_study(
                 storage=self._optuna.storages.RDBStorage(
                     f"sqlite:///{folder / _DATABASE}", {"connect_args": {"timeout": _TIMEOUT}}
@@ -101,6 +112,7 @@ class Study:
                 existing = len(self._study.get_trials(deepcopy=False))  # fewer than all if a process was killed here
                 for values in list(combinations(axes))[existing:]:
                     self._study.enqueue_trial(values)
+            self.results()  # reads everything once
 
     def trial_folder(self, number: int) -> Path:
         """Where a trial trains."""

@@ -1,0 +1,148 @@
+"""The property that every input has to have: one line and exit code 2, or a result; never a traceback or a hang.
+
+``make fuzz`` sets ``SIMPO_FUZZ_SECONDS``, the time for each test. Without it a test runs fixed examples, as in CI.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from itertools import count
+from typing import Any, NamedTuple
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.strategies import SearchStrategy
+
+from simpo import SimpoError
+from simpo.cli import main
+
+SECONDS = float(os.environ.get("SIMPO_FUZZ_SECONDS", "0"))
+START = int(os.environ.get("SIMPO_FUZZ_SEED", "0"))
+_PART = 100  # examples of one seed
+_PATIENCE = 10  # seconds of processor time for one example
+_MEMORY = 1 << 30  # bytes that one example may add to the process
+
+
+def fuzz(examples: int, **strategies: SearchStrategy) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Call a test with ``examples`` fixed draws of the strategies, or with ever new ones for ``SIMPO_FUZZ_SECONDS``."""
+    common: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        if not SECONDS:
+            fixed = settings(max_examples=examples, derandomize=True, phases=[Phase.generate, Phase.shrink], **common)
+            return fixed(given(**strategies)(test))
+
+        def keep_trying(**fixtures: Any) -> None:
+            failures: dict[str, Exception] = {}
+            examples, until = 0, time.monotonic() + SECONDS
+
+            def one(**drawn: Any) -> None:
+                nonlocal examples
+                if time.monotonic() > until:
+                    return
+                examples += 1
+                try:
+                    test(**fixtures, **drawn)
+                except Exception as failure:  # the first of each kind; the search goes on
+                    if failures.setdefault(_kind(failure), failure) is failure:
+                        failure.add_note(f"with {drawn!r:.3000}")
+
+            for number in count(START):
+                if time.monotonic() > until:
+                    break
+                settings(max_examples=_PART, phases=[Phase.generate], **common)(
+                    seed(number)(given(**strategies)(one))
+                )()
+            print(f"{test.__name__}: {examples:,} examples, {len(failures)} kinds of failures")
+            if failures:
+                raise ExceptionGroup(f"{len(failures)} kinds of failures", list(failures.values()))
+
+        names = [name for name in test.__code__.co_varnames[: test.__code__.co_argcount] if name not in strategies]
+        return _with_parameters(keep_trying, test.__name__, names)
+
+    return decorate
+
+
+def _kind(failure: Exception) -> str:
+    """The last lines of a failure without numbers, paths and quoted values: the same for the same fault."""
+    lines = [line for line in str(failure).splitlines() if line.strip() and "this is a bug" not in line]
+    return re.sub(r"[\d,]+|/[^ ':]*|'[^']*'|\(.*\)", "", " ".join(lines[-3:]))[-200:]
+
+
+def _with_parameters(function: Callable[..., None], name: str, names: Sequence[str]) -> Callable[..., None]:
+    """``function`` with the parameters that pytest reads fixtures from."""
+    namespace: dict[str, Any] = {"function": function}
+    exec(f"def {name}({', '.join(names)}): function({', '.join(f'{n}={n}' for n in names)})", namespace)
+    return namespace[name]
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    output: str
+    error: str
+
+
+class _HangError(BaseException):
+    """Too much processor time; not an Exception, so that no library handles it."""
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Fail if the body takes ten seconds of processor time or a gigabyte of memory."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise _HangError(f"more than {_PATIENCE} s")
+
+    handler = signal.signal(signal.SIGPROF, stop)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.setitimer(signal.ITIMER_PROF, _PATIENCE)
+    try:
+        yield
+    except _HangError as error:
+        raise AssertionError("hangs") from error
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
+    added = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    assert added < _MEMORY, f"{added:,} bytes of memory"
+
+
+def end(*argv: object) -> Ended:
+    """Run a command of ``simpo`` in this process, and check how it ends."""
+    output, error = io.StringIO(), io.StringIO()
+    stdin, sys.stdin = sys.stdin, io.StringIO("")
+    try:
+        with bounded(), redirect_stdout(output), redirect_stderr(error):
+            try:
+                code = main([str(argument) for argument in argv])
+            except SystemExit as ended:  # of --help
+                code = int(ended.code or 0)
+    finally:
+        sys.stdin = stdin
+    found = Ended(code, output.getvalue(), error.getvalue())
+    lines = found.error.splitlines()
+    assert found.code in (0, 2), f"{argv}: exit code {found.code}\n{found.error}"
+    if found.code == 2:
+        assert lines and lines[-1].startswith("simpo: error: ") and len(lines) == 1, f"{argv}: {found.error}"
+        assert len(lines[0]) < 5000, f"a line of {len(lines[0]):,} characters: {argv}"
+    assert "Traceback" not in found.error + found.output
+    return found
+
+
+def accepted(call: Callable[[], Any]) -> Any:
+    """The value of a call, or the :class:`SimpoError` that it raised, whose message is one line."""
+    with bounded():
+        try:
+            return call()
+        except SimpoError as error:
+            assert "\n" not in str(error), str(error)
+            return error

@@ -1,0 +1,86 @@
+"""Every file of finished and unfinished runs and of their caches: cut, emptied, one byte flipped, or removed.
+
+The same command then ends in one line, or with the results of a run that nobody damaged. With ``SIMPO_FUZZ_SECONDS``
+all files are damaged in all ways; otherwise a few.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import datasets
+import pytest
+from tests.fuzz.kills import command_of, result_of, run
+from tests.fuzz.properties import SECONDS, end
+
+HARM = {
+    "cut": lambda content: content[: len(content) // 2],
+    "emptied": lambda content: b"",
+    "flipped": lambda content: (
+        content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+    ),
+    "removed": None,
+}
+# The share of its changes after which a run is killed; None for a run that has finished.
+STATES = [
+    *(("train", None), ("train", 0.5), ("train", 0.8), ("dpo", 0.5), ("dpo", 0.9), ("sft", 0.6), ("reward", 0.6)),
+    *(("sample", None), ("sample", 0.5), ("annotate", None), ("annotate", 0.5)),
+    *(("sweep", None), ("sweep", 0.5), ("sweep", 0.9), ("loop", None), ("loop", 0.5)),
+]
+CHOSEN = [("train", None), ("train", 0.5), ("sample", 0.5)]  # without SIMPO_FUZZ_SECONDS
+
+
+def harm(path: Path, kind: str, *, keep_time: bool) -> bool:
+    """Damage a file; returns whether it differs."""
+    content, times = path.read_bytes(), path.stat()
+    if HARM[kind] is None:
+        path.unlink()
+        return True
+    if not content:
+        return False
+    path.write_bytes(HARM[kind](content))
+    if keep_time:
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return True
+
+
+@pytest.mark.parametrize(("kind", "share"), STATES if SECONDS else CHOSEN)
+def test_damaged_files_are_detected_rebuilt_or_rejected(kind, share, chat_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    here, kept, output = tmp_path / "here", tmp_path / "kept", tmp_path / "here" / "run"
+    argv = command_of(chat_world, kind, output)
+    code, changes = run(argv, output)
+    assert code == 0
+    expected = result_of(output)
+    if share is not None:
+        shutil.rmtree(here)
+        assert run(argv, output, kill_at=int(share * changes))[0] == -signal.SIGKILL
+    shutil.copytree(here, kept)
+    names = sorted(path.relative_to(kept) for path in kept.rglob("*") if path.is_file() and "lock" not in path.name)
+    cases = list(product(names, HARM))
+    outcomes: Counter[str] = Counter()
+    for number, (name, how) in enumerate(cases if SECONDS else cases[:: len(cases) // 3 + 1]):
+        shutil.rmtree(here)
+        shutil.copytree(kept, here)
+        verify = share is None and number % 2 == 1
+        if not harm(here / name, how, keep_time=verify):
+            continue
+        try:
+            code = end(*argv, *(["--verify"] if verify else [])).code
+            if code == 0:
+                found = result_of(output)
+                # A checkpoint that had been damaged was rotated like the others, or was left for inspection.
+                assert {**found, "folders": None} == {**expected, "folders": None}, f"{name} {how}: other results"
+            outcomes["rejected" if code else "same results"] += 1
+        except AssertionError as failure:
+            if not SECONDS:
+                raise
+            outcomes["WRONG"] += 1
+            print(f"{kind} {share}: {name} {how}: {str(failure)[-600:]}")
+    print(f"{kind} {share}: {len(names)} files, {dict(outcomes)}")
+    assert not outcomes["WRONG"]
