@@ -15,7 +15,7 @@ import time
 
 import datasets
 import pytest
-from tests.fuzz.kills import command_of, result_of, run
+from tests.fuzz.kills import command_of, errors_of, result_of, run
 
 KILLS = int(os.environ.get("SIMPO_SOAK_KILLS", "1"))
 
@@ -25,7 +25,7 @@ KILLS = int(os.environ.get("SIMPO_SOAK_KILLS", "1"))
 )
 def test_killed_and_started_again_it_ends_with_the_same_bytes(kind, chat_world, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    seed = random.randrange(1 << 30)
+    seed = int(os.environ.get("SIMPO_SOAK_SEED", random.randrange(1 << 30)))
     moments = random.Random(seed)
     alone, output = tmp_path / "alone" / "run", tmp_path / "killed" / "run"
     begun = time.monotonic()
@@ -40,8 +40,8 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(kind, chat_world, 
             moment = {"kill_at": moments.randint(1, max(1, changes // 2))}
         code, _ = run(argv, output, **moment)
         killed += [moment] if code == -signal.SIGKILL else []
-        assert code in (0, -signal.SIGKILL), f"seed {seed}, {killed}"
-    assert run(argv, output)[0] == 0, f"seed {seed}, {killed}"
+        assert code in (0, -signal.SIGKILL), f"seed {seed}, {killed}: {errors_of(output).read_text()}"
+    assert run(argv, output)[0] == 0, f"seed {seed}, {killed}: {errors_of(output).read_text()}"
     print(f"{kind}: {len(killed)} kills, {changes} changes, seed {seed}")
     assert result_of(output) == result_of(alone), f"seed {seed}, {killed}"
     checksums = {f".held_out_{stage}.jsonl.sha256" for stage in ("before", "after")}  # of the stored scores

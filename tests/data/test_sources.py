@@ -357,14 +357,6 @@ def test_what_is_no_data_set(rows, message):
         as_dataset(rows, "train_dataset")
 
 
-def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
-    path = write_lines(tmp_path / "a.jsonl", FLAT)
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
-    with pytest.raises(SimpoError, match="file: the cache cannot be written: "):
-        load(path)
-
-
 def test_hidden_files_are_not_data(tmp_path):
     write_lines(tmp_path / "train.jsonl", FLAT)
     write_lines(tmp_path / "._train.jsonl", FLAT)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +17,13 @@ import torch
 from simpo import cli
 
 # A forked process has imported everything already, so that a kill falls into the run and not into imports.
+for module in (
+    *(f"cli.{name}" for name in cli.command_names()),
+    "training.run",
+    "training.preference",
+    "analysis.plots",
+):
+    importlib.import_module(f"simpo.{module}")
 FORK = multiprocessing.get_context("fork")
 
 TRAIN = {
@@ -87,6 +95,11 @@ def _changes(folder: Path, event: str, arguments: tuple) -> bool:
     return False
 
 
+def errors_of(folder: Path) -> Path:
+    """The file with what the last process wrote to standard error."""
+    return folder.with_name("errors.txt")
+
+
 def _child(argv: list[str], folder: Path, on_change: Callable[[], None]) -> None:
     torch.set_num_threads(1)
     process = os.getpid()
@@ -96,7 +109,9 @@ def _child(argv: list[str], folder: Path, on_change: Callable[[], None]) -> None
             on_change()
 
     sys.addaudithook(hook)
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+        stack.enter_context(redirect_stderr(stack.enter_context(errors_of(folder).open("w"))))
         code = cli.main(argv)
     sys.exit(code)
 
@@ -106,6 +121,7 @@ def run(
 ) -> tuple[int, int]:
     """The exit code, -9 if it was killed, and the number of changes; killed before one of them, or after a time."""
     made = FORK.Value("i", 0)
+    folder.parent.mkdir(parents=True, exist_ok=True)
 
     def on_change() -> None:
         made.value += 1

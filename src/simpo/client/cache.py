@@ -162,8 +162,17 @@ class ReplyCache:
 
 def _parse(content: bytes) -> ChatReply | None:
     try:
-        return ChatReply(**json.loads(content))
-    except (ValueError, TypeError):
+        reply = ChatReply(**json.loads(content))
+        logprobs = reply.first_token_logprobs
+        texts, counts = (reply.finish_reason, reply.refused), (reply.prompt_tokens, reply.completion_tokens)
+        intact = (
+            isinstance(reply.text, str)
+            and all(isinstance(text, str | None) for text in texts)
+            and all(isinstance(count, int | None) for count in counts)
+            and (logprobs is None or all(isinstance(value, float | int) for value in logprobs.values()))
+        )
+        return reply if intact else None
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 

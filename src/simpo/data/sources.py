@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
+from simpo.data.cache import cached
 from simpo.data.rows import JSON_FEATURES, ROW, WHERE, as_json, concatenate, rename_columns, select_columns, with_where
 from simpo.errors import SimpoError
 from simpo.runs.manifest import file_digest
@@ -211,13 +212,10 @@ def _load_file(path: Path) -> Dataset:
     digest = _digest([path], path.name)
     if path.suffix in (".parquet", ".arrow"):
         return _load_columnar(path, digest)
+    kind = _csv_rows if path.suffix == ".csv" else _json_rows
+    named: dict[str, Any] = {"gen_kwargs": {"path": path}, "fingerprint": digest}
     try:
-        return Dataset.from_generator(
-            _csv_rows if path.suffix == ".csv" else _json_rows,
-            features=JSON_FEATURES,
-            gen_kwargs={"path": path},
-            fingerprint=digest,
-        )
+        return cached(lambda: Dataset.from_generator(kind, features=JSON_FEATURES, **named))
     except (DatasetGenerationError, OSError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, SimpoError):
@@ -242,12 +240,16 @@ def _load_columnar(path: Path, digest: str) -> Dataset:
             file.seek(max(0, file.seek(0, io.SEEK_END) - 8))
             if not file.read().endswith(_ARROW_ENDS):  # a stream cut between two batches would read as complete
                 raise SimpoError(f"{path}: not a readable arrow file: it does not end as one does")
-    # The builders key their own cache by path and modification time; a folder per content is safe.
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "simpo" / digest
+    named: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": "train"}
     try:
         empty = kind == "parquet" and not pq.read_metadata(path).num_rows  # which the builder cannot read
         if not empty:
-            dataset = load_dataset(kind, data_files=glob.escape(str(path)), split="train", cache_dir=str(cache))
+            # The builders key their own cache by path and modification time; a folder per content is safe.
+            dataset = cached(
+                lambda: load_dataset(
+                    kind, **named, cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE) / "simpo" / digest)
+                )
+            )
     except Exception as error:
         reason = _first_line(error.__cause__ or error)
         raise SimpoError(f"{path}: not a readable {kind} file: {reason}") from error

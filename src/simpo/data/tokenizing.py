@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from simpo.data.cache import cached, place_of
 from simpo.data.chat_template import end_of_turn, frame_of
 from simpo.data.encoding import Encoder
 from simpo.data.formats import (
@@ -428,16 +429,19 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization:
     fingerprint = _fingerprint(dataset, tokenizer, tokenization)
     dataset, text = dataset.with_format(None), Value("string")
     _check_shapes(dataset, tokenization)
-    mapped = dataset.map(
-        tokenization,
-        batched=True,
-        batch_size=_BATCH,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        features=Features({**tokenization.columns, "where": text, "extra": text, _STATUS: List(text)}),
-        num_proc=_processes(len(dataset), settings.num_proc),
-        new_fingerprint=fingerprint,
-        desc=f"Tokenizing {label}",
+    mapped = cached(
+        lambda: dataset.map(
+            tokenization,
+            batched=True,
+            batch_size=_BATCH,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            features=Features({**tokenization.columns, "where": text, "extra": text, _STATUS: List(text)}),
+            num_proc=_processes(len(dataset), settings.num_proc),
+            new_fingerprint=fingerprint,
+            cache_file_name=place_of(fingerprint),
+            desc=f"Tokenizing {label}",
+        )
     )
     columns = mapped.select_columns(["where", _STATUS])[:]
     report = DataReport.of(label, zip(columns["where"], columns[_STATUS], strict=True), noun=tokenization.noun)

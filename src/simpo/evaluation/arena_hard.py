@@ -14,7 +14,7 @@ import yaml
 
 from simpo.client import ChatRequest
 from simpo.data.rows import Row
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import (
     Answer,
     Question,
@@ -113,7 +113,7 @@ class ArenaHard(JudgedBenchmark):
     @classmethod
     def parse_answer(cls, row: Row, where: str) -> tuple[str, Answer]:
         """Read a row ``{uid, model, messages}``, or v0.1's earlier ``{question_id, model_id, choices}``."""
-        try:
+        with third_party(f"{where}: not a row of uid, model and messages"):
             if "choices" in row:
                 turn = row["choices"][0]["turns"][0]
                 model, text, tokens = cell(row, "model_id", where), turn["content"], turn.get("token_len")
@@ -121,13 +121,8 @@ class ArenaHard(JudgedBenchmark):
                 content = row["messages"][-1]["content"]
                 model, text = cell(row, "model", where), content["answer"] if isinstance(content, dict) else content
                 tokens = (row.get("metadata") or {}).get("token_len")
-        except (KeyError, IndexError, TypeError) as error:
-            raise SimpoError(
-                f"{where}: not an answer of the benchmark ({type(error).__name__}: {error}): it has uid, model and "
-                "messages"
-            ) from error
-        if not isinstance(text, str):
-            raise SimpoError(f"{where}: answer: expected text, got {text!r:.60}")
+        if not isinstance(text, str) or not isinstance(tokens, int | None):
+            raise SimpoError(f"{where}: expected a text and its number of tokens, got {text!r:.60} and {tokens!r:.60}")
         return _uid(row, where), Answer(model, (text,), tokens)
 
     @classmethod

@@ -25,6 +25,7 @@ class JudgeOptions:
         max_tokens: longest reply of ``api``.
         dtype: type of a judging model's weights; None chooses by the device.
         trust_remote_code: run code: a function, or code that comes with a model.
+        allow_pickle: read a judging model's weights from pickles where it has no safetensors.
         strip_thinking: show judges the answers without the thinking that they begin with.
         log: receives lines of progress.
     """
@@ -34,6 +35,7 @@ class JudgeOptions:
     max_tokens: int = 1024
     dtype: str | None = None
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     strip_thinking: bool = False
     log: Callable[[str], None] = print
 
@@ -103,6 +105,9 @@ class JudgeSettings(ApiSettings):
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run a judge's function, and code that comes with models."}
     )
+    allow_pickle: bool = field(
+        default=False, metadata={"help": "Read judging models' weights from pickles where they have no safetensors."}
+    )
 
     def options(self) -> JudgeOptions:
         """What the judges need in addition to their names; raises :class:`SimpoError` as :meth:`client`."""
@@ -112,6 +117,7 @@ class JudgeSettings(ApiSettings):
             self.judge_max_tokens,
             self.dtype,
             self.trust_remote_code,
+            self.allow_pickle,
             self.strip_thinking,
         )
 

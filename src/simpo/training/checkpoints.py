@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from simpo.errors import InterruptedRun, SimpoError
+from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.models.adapters import adapter_fault, flatten_named, holds_adapter
 from simpo.models.zero import shape_of
 from simpo.runs.atomic import disk_errors, provisional, remove_folder, staged_folder, write_text
@@ -211,9 +211,14 @@ class ResumableTrainer(ShardedTrainer):
     def _restore(self, checkpoint: Path) -> None:
         """Check the checkpoint, and restore what ``Trainer`` does not."""
         check_checkpoint(checkpoint, self.model)
+        with third_party(f"resume_from_checkpoint: {checkpoint}: {TRAINER_STATE_NAME} or {_MEANS_NAME}"):
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            if not isinstance(state.global_step, int) or not isinstance(state.log_history, list):
+                raise TypeError("no state of a training")
+            means = json.loads((checkpoint / _MEANS_NAME).read_text(encoding="utf-8"))
+            self._means.restore(means, main=self.is_world_process_zero())
         if checkpoint.resolve().parent == Path(self.args.output_dir).resolve():
             self._saved = step_of(checkpoint)
-        self._means.restore(json.loads((checkpoint / _MEANS_NAME).read_text()), main=self.is_world_process_zero())
         saved_by = len(list(checkpoint.glob("rng_state*.pth")))  # every process saves its random state
         self.check_engine(checkpoint, saved_by)
         if saved_by not in (0, self.args.world_size) and self.is_world_process_zero():
@@ -221,6 +226,14 @@ class ResumableTrainer(ShardedTrainer):
                 "%s was saved by %d processes and continues on %d: exactly, except for random numbers (dropout)",
                 *(checkpoint, saved_by, self.args.world_size),
             )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with third_party(f"resume_from_checkpoint: {checkpoint}: optimizer and schedule"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with third_party(f"resume_from_checkpoint: {checkpoint}: random state"):
+            super()._load_rng_state(checkpoint)
 
     def _init_training_state(self, max_steps: int, steps: int, epochs: int, checkpoint: str | None, trial: Any) -> Any:
         """As in ``Trainer``, which takes one step too many after the last one of a run that ends within an epoch."""

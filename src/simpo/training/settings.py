@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames, ParallelMode
 
@@ -146,6 +147,10 @@ class TrainingSettings(TrainingArguments):
             self.use_cpu = True
         with third_party("training is impossible with these settings"):
             super().__post_init__()
+            workers, ahead = self.dataloader_num_workers, self.dataloader_prefetch_factor
+            DataLoader(
+                [], num_workers=workers, prefetch_factor=ahead, persistent_workers=self.dataloader_persistent_workers
+            )
         if self.deepspeed_plugin is not None and not self.deepspeed:  # the launcher's
             unset_batch_sizes(self.deepspeed_plugin.hf_ds_config.config, *batch)
         if self.n_gpu > 1:

@@ -1,0 +1,96 @@
+"""Data sets in the cache of the library datasets: checked before they are trusted, made again if they are damaged."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
+
+from simpo.errors import SimpoError, one_line
+
+logger = logging.getLogger(__name__)
+
+# What the library raises where its files are damaged, or where they cannot be written.
+_FAULTS = (OSError, pa.ArrowException, json.JSONDecodeError, DatasetGenerationError)
+_temporary: list[Path] = []  # takes the place of a cache that cannot be used, until the process ends
+
+
+def cached(make: Callable[[], Dataset]) -> Dataset:
+    """The data set that ``make`` returns, whose files in the cache are as they were written.
+
+    The library trusts what it finds there. Every file has a digest next to it; what does not fit is made again. Where
+    the cache cannot be read or written, a temporary one takes its place.
+
+    Raises:
+        SimpoError: raised by ``make``.
+        OSError, ArrowException, DatasetGenerationError: neither the cache nor a temporary one can be used, or ``make``
+            cannot read something else.
+    """
+    try:
+        dataset = make()
+        if damaged := [path for path in _files(dataset) if not _is_intact(path)]:
+            logger.warning("%s: the cached data was damaged and is made again", damaged[0])
+            for path in damaged:
+                _remove(path)
+            dataset = make()
+            for path in _files(dataset):
+                _is_intact(path)
+        return dataset
+    except _FAULTS as error:
+        if isinstance(error, SimpoError) or isinstance(error.__cause__, SimpoError) or _temporary:
+            raise
+        before, fault = datasets.config.HF_DATASETS_CACHE, one_line(error.__cause__ or error)
+        _temporary.append(Path(tempfile.mkdtemp(prefix="simpo-data-")))
+        atexit.register(shutil.rmtree, _temporary[0], ignore_errors=True)
+        datasets.config.HF_DATASETS_CACHE = _temporary[0]
+        try:
+            dataset = make()
+        except BaseException:
+            datasets.config.HF_DATASETS_CACHE = before
+            _temporary.clear()
+            raise
+        logger.warning("%s: the cache of data sets cannot be used (%s); a temporary one takes its place", before, fault)
+        return dataset
+
+
+def place_of(fingerprint: str) -> str | None:
+    """Where ``Dataset.map`` writes its result; None for next to the data set, unless a temporary cache is used."""
+    return str(_temporary[0] / f"{fingerprint}.arrow") if _temporary else None
+
+
+def _files(dataset: Dataset) -> list[Path]:
+    """The files of a data set that are in the cache."""
+    root = Path(datasets.config.HF_DATASETS_CACHE).resolve()
+    return [path for file in dataset.cache_files if root in (path := Path(file["filename"]).resolve()).parents]
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether a file fits its digest, which is written now if there is none."""
+    stored = path.with_name(f"{path.name}.sha256")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with suppress(FileNotFoundError):
+        return stored.read_text(encoding="utf-8") == digest
+    with suppress(OSError):  # a cache that can only be read
+        stored.write_text(digest, encoding="utf-8")
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Remove a file that ``Dataset.map`` wrote, or the folder of a whole data set, which is complete or absent."""
+    if path.name.startswith("cache-"):
+        path.unlink(missing_ok=True)
+        path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path.parent, ignore_errors=True)
