@@ -99,7 +99,7 @@ def check_stored(arguments: ModelArguments) -> None:
 
 def _load_causal(arguments: ModelArguments, **options: Any) -> PreTrainedModel:
     config = load_files(AutoConfig, arguments)
-    model, loading = load_weights(_auto_class(config), arguments, **options)
+    model, loading = load_weights(auto_class(config), arguments, **options)
     if type(model.config) is not type(config):  # transformers reads the language model out of a larger checkpoint
         loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if not _OTHER_MODALITIES.search(key)}
         logger.warning(
@@ -113,7 +113,7 @@ def _load_causal(arguments: ModelArguments, **options: Any) -> PreTrainedModel:
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """The ``Auto`` class for a causal language model, or for a model of text and images where that is the only one."""
     known = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
     classes = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)

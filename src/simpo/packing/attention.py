@@ -199,7 +199,7 @@ def shared_prefix_attention(
         query, key, value = (t.to(computed) if t.dtype == torch.float32 else t for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     style = AttentionStyle(scale, sliding_window, softcap, s_aux, dropout)
-    attend = kernels.choose(query, key, value, style)
+    attend = layout.kernel or kernels.choose(query, key, value, style)
     if attend is None and torch.compiler.is_compiling():
         attend = _by_segment_uncompiled if style.dropout else by_segment_operator
     return (attend or by_segment)(query, key, value, layout, style)

@@ -167,6 +167,7 @@ class AttentionLayout:
         index: the same as tensors; computed from ``spans`` if not given.
         windows: while a model is being checked, the sliding window of every attention call that received this layout.
         block_masks: FlexAttention's masks for it, by sliding window, kept for the next layer.
+        kernel: computes the attention; None for the one that is verified for its inputs, which needs numbers.
         longest_query: queries of the longest segment.
         longest_key: keys of the longest segment.
     """
@@ -175,6 +176,7 @@ class AttentionLayout:
     index: LayoutIndex = field(default=None, compare=False)  # type: ignore[assignment]
     windows: list[int | None] | None = None
     block_masks: dict[int | None, Any] = field(default_factory=dict, compare=False)
+    kernel: Any = None
     longest_query: int = field(init=False)
     longest_key: int = field(init=False)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 MEBIBYTE = 2**20
+# Logits that are made at a time, in bytes.
+CPU_CHUNK, ACCELERATOR_CHUNK = 128 * MEBIBYTE, 1024 * MEBIBYTE
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def fused_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, chunk_bytes: 
     other chunk in use. Under autocast, matrix products are in its type.
     """
     if chunk_bytes is None:
-        chunk_bytes = (128 if hidden.device.type == "cpu" else 1024) * MEBIBYTE
+        chunk_bytes = CPU_CHUNK if hidden.device.type == "cpu" else ACCELERATOR_CHUNK
     row_bytes = head.weight.shape[0] * max(4, hidden.element_size())
     chunks = max(1, -(-len(targets) // max(1, chunk_bytes // row_bytes)))
     rows = max(1, -(-len(targets) // chunks))  # chunks of about equal size, so that the kept one is not a small rest
@@ -164,7 +166,7 @@ def fused_kl(
     a time.
     """
     if chunk_bytes is None:
-        chunk_bytes = (64 if hidden.device.type == "cpu" else 512) * MEBIBYTE
+        chunk_bytes = (CPU_CHUNK if hidden.device.type == "cpu" else ACCELERATOR_CHUNK) // 2
     rows = max(1, chunk_bytes // (head.weight.shape[0] * max(4, hidden.element_size())))
     return _FusedKL.apply(hidden, head.weight, head.bias, head.scale, head.softcap, ref_hidden, ref_head, rows)
 

@@ -223,11 +223,15 @@ def score_head(model: nn.Module) -> nn.Module | None:
 # ---- What is computed inside a model's forward: log-probabilities and rewards.
 
 
-def token_logprobs(model: PreTrainedModel, batch: PackedBatch, path: Path) -> Tensor:
-    """``[S]`` log-probabilities, in nats, of the scored tokens of ``batch``; fp32 (fp64 for fp64)."""
+def token_logprobs(model: PreTrainedModel, batch: PackedBatch, path: Path, chunk_bytes: int | None = None) -> Tensor:
+    """``[S]`` log-probabilities, in nats, of the scored tokens of ``batch``; fp32 (fp64 for fp64).
+
+    ``chunk_bytes`` is that of :func:`~simpo.packing.logprobs.fused_logprobs`.
+    """
     if plain_head(model) is not None:
         states = scored_states(model, batch, path)
-        return at_output_layer(model, states, functools.partial(fused_logprobs, targets=batch.targets))
+        compute = functools.partial(fused_logprobs, targets=batch.targets, chunk_bytes=chunk_bytes)
+        return at_output_layer(model, states, compute)
     # [S, V]
     logits = _outputs_at_scored(model, batch, path, lambda **inputs: original_forward(model, **inputs).logits)
     exact = torch.promote_types(logits.dtype, torch.float32)

@@ -156,8 +156,11 @@ def token_outputs(
     entropy: bool = False,
     value_head: nn.Module | None = None,
     path: ForwardPath = "auto",
+    chunk_bytes: int | None = None,
 ) -> TokenOutputs:
     """Log-probabilities of the scored tokens of ``batch``, and what else is requested, by one forward.
+
+    ``chunk_bytes`` bounds the logits of the log-probabilities, and half of it those of the KL; by default they choose.
 
     Raises:
         SimpoError: the model's output layer is not a plain matrix product, which all but log-probabilities need.
@@ -167,9 +170,10 @@ def token_outputs(
 
     def compute(inner: PreTrainedModel, batch: PackedBatch, path: Path) -> TokenOutputs:
         def at_tokens(hidden: Tensor, head: Head) -> TokenOutputs:
+            half = None if chunk_bytes is None else chunk_bytes // 2
             return TokenOutputs(
-                fused_logprobs(hidden, head, batch.targets),
-                None if reference is None else fused_kl(hidden, head, *reference),
+                fused_logprobs(hidden, head, batch.targets, chunk_bytes=chunk_bytes),
+                None if reference is None else fused_kl(hidden, head, *reference, chunk_bytes=half),
                 fused_entropy(hidden, head) if entropy else None,
             )
 

@@ -38,7 +38,7 @@ _MOST_TOLERANCES = 4
 _GRADIENT_TOLERANCE = {torch.float64: 2e-4, torch.float32: 2e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 _FIRST = 16  # rows that a sample is chosen from, in addition to the longest of all
 _LARGEST_LOGITS = 2**31  # bytes of a row's logits, which the check materializes
-_ATTENTION_TYPES = {"full_attention", "sliding_attention"}
+ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 Path = Literal["packed", "cached", "padded"]
 # What is computed from the unwrapped model, a batch and a path, inside the model's forward.
@@ -399,7 +399,7 @@ def _check_packed(
     install(model)
     config = causal_lm(model).config.get_text_config()
     layers = list(getattr(config, "layer_types", None) or [])
-    if unknown := set(layers) - _ATTENTION_TYPES:
+    if unknown := set(layers) - ATTENTION_TYPES:
         raise NotShareableError(f"it has layers of type {', '.join(sorted(unknown))}")
     probing = sample.probing()
     difference = _shared_difference(model, kind, probing, "packed", expected)

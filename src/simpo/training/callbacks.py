@@ -89,9 +89,13 @@ class CheckpointShare(TrainerCallback):
     def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
         # Trainer has switched it on for all layers.
         layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        for number, layer in enumerate(layers):
-            chosen = int((number + 1) * self._share) > int(number * self._share)
+        for layer, chosen in zip(layers, checkpointed_layers(len(layers), self._share), strict=True):
             layer.gradient_checkpointing = layer.gradient_checkpointing and chosen
+
+
+def checkpointed_layers(count: int, share: float) -> list[bool]:
+    """Which of ``count`` layers a share of them is, spread evenly."""
+    return [int((number + 1) * share) > int(number * share) for number in range(count)]
 
 
 # ---- How a run's logs reach the user and ``metrics.jsonl``.

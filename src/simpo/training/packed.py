@@ -71,6 +71,11 @@ _OUTSIDE_A_FORWARD = (
 )
 
 
+def default_batch_tokens(longest: int, *, cpu: bool) -> int:
+    """Tokens of a micro-batch where ``max_batch_tokens`` is not set and the longest row has ``longest``."""
+    return max(_CPU_TOKENS if cpu else _ACCELERATOR_TOKENS, longest)
+
+
 class Description(NamedTuple):
     """How the log and the model card describe a training."""
 
@@ -268,7 +273,7 @@ class PackedTrainer(ResumableTrainer):
         args, sizes = self.args, self._sizes(rows)
         budget = args.max_batch_tokens
         if budget is None:
-            budget = max(_ACCELERATOR_TOKENS if args.device.type != "cpu" else _CPU_TOKENS, int(sizes.lengths.max()))
+            budget = default_batch_tokens(int(sizes.lengths.max()), cpu=args.device.type == "cpu")
         seed = args.seed if args.data_seed is None else args.data_seed
         return StepPlan(
             sizes=sizes,

@@ -1,0 +1,194 @@
+"""What simpo plan predicts against what real runs take on this CPU: python -m benchmarks.plan_accuracy [--times]
+
+Memory is measured by the allocator's own hooks (PyTorch's profiler records every allocation), with the weights copied
+out of the files that they are mapped from. Times are medians of a run without the profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.autograd.profiler import profile
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from simpo.cli.plan import CONFIGS
+from simpo.models.settings import ModelArguments
+from simpo.planning.cards import stored_rates
+from simpo.planning.recipe import blueprint_of, kind_of, own_choice, setup_of
+from simpo.planning.search import Estimate, Machine, Planner, Sharding, Work
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose memory and time are predicted and measured."""
+
+    name: str
+    command: str = "train"
+    model: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    responses: int = 2
+    processes: int = 1
+
+
+RUNS = (
+    Run("SimPO"),
+    Run("SimPO, one micro-batch", config={"max_batch_tokens": 8192}),
+    Run("SimPO, checkpointing", config={"activation_checkpointing": True}),
+    Run("SimPO, half of it, SGD", config={"activation_checkpointing": True, "checkpointed_share": 0.5, "optim": "sgd"}),
+    Run("SimPO, LoRA", model={"use_peft": True}),
+    Run("SimPO, LoRA, checkpointing", model={"use_peft": True}, config={"activation_checkpointing": True}),
+    Run("SimPO, K = 8", config={"max_batch_tokens": 1024}, responses=8),
+    Run("SimPO, bf16, Adafactor", config={"bf16": True, "optim": "adafactor"}),
+    Run("DPO, cached", config={"objective": "dpo", "beta": 0.1}),
+    Run("DPO, live", config={"objective": "dpo", "beta": 0.1, "precompute_ref_log_probs": False}),
+    Run("SFT", "sft", responses=1),
+    Run("reward model", "reward"),
+    Run("SimPO, 2 processes", processes=2),
+)
+
+
+def make_model(folder: Path, layers: int = 6, hidden: int = 256, vocabulary: int = 4000) -> None:
+    """A random Llama."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def make_rows(count: int, responses: int, vocabulary: int = 4000, longest: int = 90) -> Dataset:
+    """Random tokenized rows."""
+    draw = np.random.default_rng(0)
+
+    def part() -> list[int]:
+        return draw.integers(3, vocabulary, draw.integers(longest // 4, longest)).tolist()
+
+    rows = [{"prompt_ids": part(), "response_ids": [part() for _ in range(responses)]} for _ in range(count)]
+    if responses > 2:
+        rows = [row | {"scores": [float(-k) for k in range(responses)]} for row in rows]
+    return Dataset.from_list(rows)
+
+
+def config_of(run: Run, folder: Path, steps: int = 3) -> Any:
+    """The run's configuration, eight rows a step over all processes."""
+    keys = {"max_batch_tokens": 512} | dict(run.config)
+    return CONFIGS[run.command](
+        str(folder / "out"),
+        report_to=[],
+        save_strategy="no",
+        per_device_train_batch_size=8 // run.processes,
+        max_steps=steps,
+        disable_tqdm=True,
+        logging_strategy="no",
+        **keys,
+    )
+
+
+def predicted(run: Run, folder: Path, rows: Dataset) -> Estimate:
+    """What simpo plan says of the run."""
+    config, model = config_of(run, folder), ModelArguments(str(folder), **run.model)
+    kind = kind_of(run.command)
+    work = Work(rows, len(rows), config.per_device_train_batch_size * run.processes, 1.0, seed=config.seed)
+    sharding: Sharding = "none" if run.processes == 1 else "ddp"
+    machine = Machine(None, run.processes, stored_rates())
+    planner = Planner(blueprint_of(kind, model, config), setup_of(config, cuda=False), work, machine)
+    return planner.estimate(own_choice(config, work, sharding, cuda=False))
+
+
+class _Times(TrainerCallback):
+    """Seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def train(run: Run, folder: Path, rows: Dataset, steps: int = 3) -> list[float]:
+    """Seconds of the run's steps."""
+    kind, times = kind_of(run.command), _Times()
+    model: Any = copy.deepcopy(kind.load(str(folder), ModelArguments(str(folder), **run.model)))
+    kind(model, args=config_of(run, folder, steps), train_dataset=rows, callbacks=[times]).train()
+    return times.seconds
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most bytes that PyTorch's CPU allocator holds of what is allocated during ``run``."""
+    with profile(profile_memory=True) as recorded:
+        run()
+    waiting, peak = list(recorded.kineto_results.experimental_event_tree()), 0
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            peak = max(peak, event.extra_fields.total_allocated)
+    return peak
+
+
+def _measured(run: Run, folder: Path, times: bool) -> float:
+    """Peak bytes, or the median seconds of a step, in processes of their own."""
+    several = ["-m", "torch.distributed.run", f"--nproc_per_node={run.processes}"] if run.processes > 1 else []
+    worker = ["-m", "benchmarks.plan_accuracy", "--worker", run.name, "--folder", str(folder)]
+    command = [sys.executable, *several, *worker, *(["--times"] if times else [])]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return max(json.loads(line)["measured"] for line in output.splitlines() if line.startswith('{"measured"'))
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--times", action="store_true")
+    parser.add_argument("--worker")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--only", default="")
+    asked = parser.parse_args()
+    if asked.worker:
+        run = next(run for run in RUNS if run.name == asked.worker)
+        rows = make_rows(24, run.responses)
+        if asked.times:
+            value: float = float(np.median(train(run, asked.folder, rows, 12)[2:]))
+        else:
+            value = peak_bytes(lambda: train(run, asked.folder, rows))
+        print(json.dumps({"measured": value}))
+        return
+    folder = Path(tempfile.mkdtemp())
+    make_model(folder)
+    unit = 1 if asked.times else 2**20
+    for run in RUNS:
+        if asked.only not in run.name:
+            continue
+        estimate = predicted(run, folder, make_rows(24, run.responses))
+        found = estimate.step_seconds if asked.times else estimate.total
+        measured = _measured(run, folder, asked.times)
+        assert found is not None, "simpo plan --calibrate first"
+        print(f"| {run.name} | {measured / unit:.4g} | {found / unit:.4g} | {found / measured - 1:+.1%} |", flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

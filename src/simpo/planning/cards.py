@@ -1,0 +1,184 @@
+"""Graphics cards, how fast a machine computes, and the measurement of the machine at hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+
+from simpo.config.coercion import nearest
+from simpo.errors import SimpoError
+from simpo.planning.tracing import Operation
+from simpo.runs.atomic import write_text
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a machine computes what :class:`~simpo.planning.tracing.Operation` counts.
+
+    Attributes:
+        product: FLOP/s of matrix products in half precision, or in single precision on a CPU.
+        attention: FLOP/s of attention, with what a causal mask hides.
+        moved: bytes read and written per second.
+        overhead: seconds that an operation takes in any case.
+    """
+
+    product: float
+    attention: float
+    moved: float
+    overhead: float
+
+    def seconds(self, operations: Iterable[Operation]) -> float:
+        """What ``operations`` take, one after the other."""
+        total = 0.0
+        for operation in operations:
+            if operation.kind == "other":
+                total += operation.moved / self.moved
+            else:
+                total += operation.flops / (self.product if operation.kind == "product" else self.attention)
+            total += self.overhead
+        return total
+
+
+@dataclass(frozen=True)
+class Card:
+    """A graphics card by its data sheet, dense half precision.
+
+    Attributes:
+        name: the name.
+        memory: bytes that a process can allocate.
+        flops: FLOP/s of matrix products with fp32 accumulation.
+        moved: bytes per second to and from its memory.
+        watts: its power limit.
+        link: bytes per second to and from other cards of the same machine.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    moved: float
+    watts: float
+    link: float
+
+    @property
+    def rates(self) -> Rates:
+        """What is reached of the data sheet: the shares were fitted to the runs in docs/plan.md."""
+        return Rates(
+            product=_PRODUCT_SHARE * self.flops,
+            attention=_ATTENTION_SHARE * self.flops,
+            moved=_MOVED_SHARE * self.moved,
+            overhead=_LAUNCH,
+        )
+
+
+# Shares of the data sheet that are reached, seconds to launch a kernel, and bytes next to PyTorch's tensors: the CUDA
+# context with the libraries' workspaces, of NCCL, and the share of the peak that is lost to fragmentation.
+_PRODUCT_SHARE, _ATTENTION_SHARE, _MOVED_SHARE, _LAUNCH = 0.70, 0.45, 0.75, 4e-6
+CONTEXT, COMMUNICATION, FRAGMENTATION = 0.6 * _GIB, 1.0 * _GIB, 0.03
+
+
+def _card(name: str, gib: float, tflops: float, terabytes: float, watts: float, link: float) -> tuple[str, Card]:
+    return name, Card(name, gib * _GIB, tflops * 1e12, terabytes * 1e12, watts, link * 1e9)
+
+
+CARDS = dict(
+    (
+        _card("B200-180GB", 178.3, 2250, 8.0, 1000, 700),
+        _card("H200-141GB", 139.8, 989, 4.8, 700, 350),
+        _card("H100-80GB", 79.1, 989, 3.35, 700, 350),
+        _card("H100-PCIe-80GB", 79.1, 756, 2.0, 350, 40),
+        _card("A100-80GB", 79.1, 312, 2.04, 400, 230),
+        _card("A100-40GB", 39.4, 312, 1.56, 400, 230),
+        _card("MI300X-192GB", 191.5, 1307, 5.3, 750, 300),
+        _card("L40S-48GB", 44.4, 362, 0.864, 350, 25),
+        _card("A6000-48GB", 47.4, 155, 0.768, 300, 25),
+        _card("RTX-5090-32GB", 31.4, 210, 1.79, 575, 25),
+        _card("RTX-4090-24GB", 23.5, 165, 1.01, 450, 20),
+        _card("RTX-3090-24GB", 23.6, 71, 0.936, 350, 20),
+        _card("A10-24GB", 22.0, 125, 0.6, 150, 20),
+        _card("L4-24GB", 22.0, 121, 0.3, 72, 20),
+    )
+)
+
+
+def find_card(name: str | None, memory_gb: float | None, tflops: float | None, bandwidth: float | None) -> Card:
+    """The card of a name, with the figures that are given by hand in place of its own; a name alone can be new.
+
+    Args:
+        name: one of :data:`CARDS`; any spelling of it that differs in case and separators only.
+        memory_gb: GiB that a process can allocate.
+        tflops: TFLOP/s of dense half-precision matrix products.
+        bandwidth: terabytes per second to and from memory; by default one for 300 FLOP/s.
+
+    Raises:
+        SimpoError: the card is not known, and memory and TFLOP/s are not both given.
+    """
+    for gib in (memory_gb, tflops, bandwidth):
+        if gib is not None and not 0 < gib < math.inf:
+            raise SimpoError(f"gpu_memory_gb, gpu_tflops, gpu_terabytes: must be above 0, not {gib:g}")
+    by_name = {_plain(known): card for known, card in CARDS.items()}
+    found = by_name.get(_plain(name or "")) or next(
+        (card for known, card in by_name.items() if name and known.startswith(_plain(name))), None
+    )
+    if found is None:
+        if memory_gb is None or tflops is None:
+            hint = nearest(name or "", CARDS) or ""
+            raise SimpoError(
+                f"gpu: {name!r} is not known{hint}; there are {', '.join(CARDS)}; of another card give gpu_memory_gb "
+                "and gpu_tflops"
+            )
+        speed = bandwidth or tflops / 300
+        return _card(name or f"{memory_gb:g} GB", memory_gb, tflops, speed, math.nan, 25)[1]
+    return Card(
+        found.name,
+        found.memory if memory_gb is None else memory_gb * _GIB,
+        found.flops if tflops is None else tflops * 1e12,
+        found.moved if bandwidth is None else bandwidth * 1e12,
+        found.watts,
+        found.link,
+    )
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+# ---- The machine at hand.
+
+
+def machine_name() -> str:
+    """What this machine computes on: its card, or its processor with the number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _stored_rates() -> Path:
+    return Path(constants.HF_HOME) / "simpo" / "plan.json"
+
+
+def stored_rates() -> Rates | None:
+    """The rates that :func:`store_rates` has stored for this machine."""
+    try:
+        return Rates(**json.loads(_stored_rates().read_text(encoding="utf-8"))[machine_name()])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def store_rates(rates: Rates) -> Path:
+    """Store the rates of this machine next to those of others; returns the file."""
+    path = _stored_rates()
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    write_text(path, json.dumps(known | {machine_name(): asdict(rates)}, indent=2) + "\n")
+    return path

@@ -1,0 +1,366 @@
+"""Whether a recipe fits a machine, what it takes there, and which settings are the fastest that fit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import psutil  # a dependency of accelerate
+import torch
+from datasets import Dataset
+
+from simpo.packing.batching import RowSizes, StepPlan
+from simpo.packing.layout import PackedBatch
+from simpo.planning.cards import COMMUNICATION, CONTEXT, FRAGMENTATION, Card, Rates
+from simpo.planning.memory import Setup, Step, measure_step
+from simpo.planning.model import Blueprint
+from simpo.training.batches import comparisons_of, row_sizes
+
+Sharding = Literal["none", "ddp", "fsdp", "zero2", "zero3"]
+
+_STEPS = 16  # of the plan that are looked at
+_BUDGETS = (2048, 4096, 8192, 16384, 32768)  # tokens of a forward that are tried
+_SHARES = (0.0, 0.5, 1.0)  # of checkpointed layers that are tried
+_TRIED = 3  # choices that are estimated themselves
+_BUCKETS = 2 * 2 * 5e8  # bytes of DeepSpeed's buckets: two of 500 million half-precision numbers
+_MASTER = 4.0  # bytes of the fp32 copy of a half-precision weight in DeepSpeed's optimizer
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What can be chosen without changing what is learned.
+
+    Attributes:
+        max_batch_tokens: tokens of a forward at most.
+        checkpointed_share: of the layers that compute their activations again; 0 without checkpointing.
+        sharding: how processes share weights, gradients and states.
+    """
+
+    max_batch_tokens: int
+    checkpointed_share: float
+    sharding: Sharding
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The same as keys of a recipe; sharding is the launcher's."""
+        keys: dict[str, Any] = {"max_batch_tokens": self.max_batch_tokens}
+        keys["activation_checkpointing"] = self.checkpointed_share > 0
+        if 0 < self.checkpointed_share < 1:
+            keys["checkpointed_share"] = self.checkpointed_share
+        return keys
+
+
+@dataclass(frozen=True)
+class Work:
+    """The rows of a run, and how steps take them.
+
+    Attributes:
+        rows: tokenized rows, all or a sample.
+        total: number of rows of the data set; 0 if it is not known.
+        rows_per_step: over all processes.
+        epochs: passes over the rows.
+        max_steps: of the run; -1 for those of the epochs.
+        seed: of the order of the rows; None for their own order.
+    """
+
+    rows: Dataset
+    total: int
+    rows_per_step: int
+    epochs: float
+    max_steps: int = -1
+    seed: int | None = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run; 0 if that is not known."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return math.ceil(math.ceil(self.total / self.rows_per_step) * self.epochs)
+
+    @cached_property
+    def _repeated(self) -> Dataset:
+        """The rows, repeated if a sample has fewer than the first steps take."""
+        wanted = min(self.total or math.inf, self.rows_per_step * _STEPS)
+        return self.rows if len(self.rows) >= wanted else self.rows.select(np.arange(wanted) % len(self.rows))
+
+    def sizes(self, path: str) -> RowSizes:
+        """Tokens of the rows on a path."""
+        return row_sizes(self._repeated, path)  # type: ignore[arg-type]
+
+    def batches(self, max_batch_tokens: int, world_size: int, path: str) -> Batches:
+        """The micro-batches of the first steps."""
+        sizes = self.sizes(path)
+        plan = StepPlan(sizes, self.rows_per_step, max_batch_tokens, world_size, self.seed)
+        order, found = plan.order(0), []
+        steps = min(plan.steps, _STEPS)
+        for number in range(steps):
+            for rank in range(world_size):
+                found += [micro.rows for micro in plan.step(order, number, rank).micro_batches]
+        widths = [sizes.together(rows) for rows in found]
+        heaviest = found[int(np.argmax(widths))]
+        return Batches(
+            PackedBatch.build(comparisons_of(self._repeated, heaviest)),
+            tokens=max(widths),
+            per_step=len(found) / steps / world_size,
+            tokens_per_step=sum(widths) / steps / world_size,
+        )
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The micro-batches of steps.
+
+    Attributes:
+        heaviest: the one with most tokens.
+        tokens: of the heaviest.
+        per_step: micro-batches of a process in a step, on average.
+        tokens_per_step: of a process.
+    """
+
+    heaviest: PackedBatch
+    tokens: int
+    per_step: float
+    tokens_per_step: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for.
+
+    Attributes:
+        card: of each process; None for a CPU.
+        gpus: number of processes.
+        rates: how fast each computes; None if that is not known.
+        price: of an hour of one GPU.
+    """
+
+    card: Card | None
+    gpus: int
+    rates: Rates | None
+    price: float | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes with some choice.
+
+    Attributes:
+        choice: the choice.
+        memory: bytes of a process by what they are for, at its peak.
+        batches: its micro-batches.
+        flops: of a step, over all processes, counted as ``torch.utils.flop_counter`` does.
+        step_seconds: of an optimizer step; None where the machine's rates are not known.
+        tightest: what computes at the peak.
+    """
+
+    choice: Choice
+    memory: dict[str, float]
+    batches: Batches
+    flops: float
+    step_seconds: float | None
+    tightest: str
+
+    @property
+    def total(self) -> float:
+        """Bytes of a process at its peak."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Estimates for one recipe on one machine.
+
+    Attributes:
+        blueprint: of the model.
+        setup: how a step is computed.
+        work: the rows.
+        machine: the machine.
+    """
+
+    blueprint: Blueprint
+    setup: Setup
+    work: Work
+    machine: Machine
+
+    def estimate(self, choice: Choice) -> Estimate:
+        """What a run takes with ``choice``."""
+        batches = self.work.batches(choice.max_batch_tokens, self.machine.gpus, "packed")
+        step = self._step(choice, batches)
+        memory = self._memory(choice.sharding, step, step.peak, gradients_first=batches.per_step > 1)
+        update = self._memory(choice.sharding, step, step.update)
+        tightest = max(step.peaks, key=lambda name: step.peaks[name])
+        if sum(update.values()) > sum(memory.values()):
+            memory, tightest = update, "the optimizer's step"
+        return Estimate(
+            choice,
+            memory,
+            batches,
+            flops=step.flops * batches.tokens_per_step / batches.tokens * self.machine.gpus,
+            step_seconds=self._seconds(choice.sharding, step, batches),
+            tightest=tightest,
+        )
+
+    def _step(self, choice: Choice, batches: Batches) -> Step:
+        shared = choice.sharding in ("fsdp", "zero2", "zero3")
+        setup = replace(
+            self.setup,
+            accumulates=batches.per_step > 1,
+            share=1 / self.machine.gpus if shared else 1.0,
+        )
+        blueprint = replace(self.blueprint, checkpointed_share=choice.checkpointed_share)
+        step = measure_step(blueprint, batches.heaviest, setup)
+        if choice.sharding in ("fsdp", "zero3") and setup.autocast is not None and blueprint.dtype == torch.float32:
+            # weights are gathered in half precision, so that autocast has nothing to cast
+            half = measure_step(replace(blueprint, dtype=setup.autocast), batches.heaviest, setup)
+            step = replace(
+                step,
+                peaks=half.peaks,
+                operations=half.operations,
+                largest_layer=half.largest_layer,
+                outside_layers=half.outside_layers,
+            )
+        return step
+
+    def _memory(self, sharding: Sharding, step: Step, peak: float, *, gradients_first: bool = True) -> dict[str, float]:
+        """Bytes of a process where forward and backward, or the optimizer, need ``peak`` on top of what is kept.
+
+        Gradients are there before, or part of the peak.
+        """
+        count = self.machine.gpus
+        weights = 1 / count if sharding in ("fsdp", "zero3") else 1.0
+        gradients = 1 / count if sharding in ("fsdp", "zero2", "zero3") else 1.0
+        states = 1 / count if sharding in ("fsdp", "zero2", "zero3") else 1.0
+        optimizer = step.states * states
+        if sharding in ("zero2", "zero3"):
+            optimizer += step.gradients / 2 * _MASTER / count
+        found = {
+            "weights": step.weights * weights,
+            "reference": step.copies * weights,
+            "gradients": step.gradients * gradients,
+            "optimizer": optimizer,
+            "activations": peak - (0.0 if gradients_first else step.gradients * gradients),
+            "sharing": 0.0,
+        }
+        if sharding == "ddp":
+            found["sharing"] = step.gradients
+        elif sharding == "fsdp":  # what is gathered: a layer and the next one, and what no layer has
+            found["sharing"] = step.outside_layers + 2 * step.largest_layer
+        elif sharding in ("zero2", "zero3"):
+            found["sharing"] = _BUCKETS + (step.outside_layers + step.largest_layer if sharding == "zero3" else 0.0)
+        if self.machine.card is not None:
+            found["context"] = CONTEXT + (COMMUNICATION if count > 1 else 0.0)
+            found["fragmentation"] = FRAGMENTATION * sum(found.values())
+        return found
+
+    def _seconds(self, sharding: Sharding, step: Step, batches: Batches) -> float | None:
+        rates, card = self.machine.rates, self.machine.card
+        if rates is None:
+            return None
+        whole = sum(times * rates.seconds(operations) for times, operations in step.operations)
+        launches = rates.overhead * sum(times * len(operations) for times, operations in step.operations)
+        compute = batches.per_step * launches + (whole - launches) * batches.tokens_per_step / batches.tokens
+        update = (step.gradients + 2 * (step.gradients + step.states)) / rates.moved
+        if card is None or self.machine.gpus == 1:
+            return compute + update
+        if sharding == "ddp":
+            return max(compute, 2 * step.gradients / card.link) + update
+        gathered = (2 * step.weights + step.gradients) * batches.per_step
+        return max(compute, gathered / card.link) + update / self.machine.gpus
+
+    # ---- The fastest choice that fits.
+
+    @property
+    def capacity(self) -> float:
+        """Bytes that a process can allocate."""
+        return psutil.virtual_memory().total if self.machine.card is None else self.machine.card.memory
+
+    def fits(self, estimate: Estimate) -> bool:
+        """Whether a run with this estimate fits the machine."""
+        return estimate.total <= self.capacity
+
+    def fastest(self) -> Estimate | None:
+        """With the fastest choice that fits; None if none does.
+
+        Choices are ranked by two estimates for each way of sharing, with and without checkpointing: activations are in
+        proportion to tokens. The best ones are then estimated themselves.
+        """
+        for sharding in ("none",) if self.machine.gpus == 1 else ("ddp", "fsdp"):
+            for choice in self._ranked(sharding)[:_TRIED]:  # type: ignore[arg-type]
+                estimate = self.estimate(choice)
+                if self.fits(estimate):
+                    return estimate
+        return None
+
+    def smallest(self) -> Estimate:
+        """With the choice that takes the least memory."""
+        sharding: Sharding = "none" if self.machine.gpus == 1 else "fsdp"
+        return self.estimate(Choice(self._longest, 1.0, sharding))
+
+    @property
+    def _longest(self) -> int:
+        return int(self.work.sizes("packed").lengths.max())
+
+    def _ranked(self, sharding: Sharding) -> list[Choice]:
+        """Choices that seem to fit, the fastest first."""
+        longest = self._longest
+        budgets = [longest, *(budget for budget in _BUDGETS if budget > longest)]
+        middle = min(budgets, key=lambda budget: abs(budget - _BUDGETS[2]))
+        again = self.estimate(Choice(middle, 1.0, sharding))
+        if again.total - again.memory["activations"] > self.capacity:
+            return []
+        kept = self.estimate(Choice(middle, 0.0, sharding))
+        found = []
+        for share in _SHARES:
+            activations = share * again.memory["activations"] + (1 - share) * kept.memory["activations"]
+            for budget in budgets:
+                tokens = self.work.batches(budget, self.machine.gpus, "packed").tokens
+                total = again.total + activations * tokens / again.batches.tokens - again.memory["activations"]
+                if total <= self.capacity:
+                    found.append(Choice(budget, share, sharding))
+        return sorted(found, key=lambda choice: (choice.checkpointed_share, -choice.max_batch_tokens))
+
+    # ---- What is reported.
+
+    def remedy(self) -> str:
+        """Where no choice fits: what would make the run fit."""
+        least, card = self.smallest(), self.machine.card
+        where = "this machine" if card is None else f"{self.machine.gpus} x {card.name}"
+        shared = ("weights", "gradients", "optimizer", "reference")
+        kept = sum(least.memory[name] for name in shared) * (self.machine.gpus if self.machine.gpus > 1 else 1)
+        room = self.capacity - (least.total - sum(least.memory[name] for name in shared))
+        count = math.ceil(kept / room) if room > 0 else 0
+        more = f"fsdp on {count} such GPUs or more, " if card is not None and count else ""
+        return (
+            f"model_name_or_path: the run does not fit {where}: at the least, with max_batch_tokens "
+            f"{least.choice.max_batch_tokens} and checkpointing, a process needs {least.total / 2**30:.1f} GiB of "
+            f"{self.capacity / 2**30:.1f} GiB; what would fit: {more}an adapter (use_peft: true), an optimizer with "
+            "smaller states (optim: adamw_8bit), dtype: bfloat16, or a smaller model"
+        )
+
+    def described(self, estimate: Estimate) -> dict[str, Any]:
+        """An estimate as plain values: GiB, seconds, tokens per second, kWh, money."""
+        machine, seconds = self.machine, estimate.step_seconds
+        tokens = estimate.batches.tokens_per_step * machine.gpus
+        total = seconds * self.work.steps if seconds is not None and self.work.steps else None
+        watts = None if machine.card is None or math.isnan(machine.card.watts) else machine.card.watts
+        hours = None if total is None else total / 3600 * machine.gpus
+        return {
+            "fits": self.fits(estimate),
+            "keys": estimate.choice.keys,
+            "sharding": estimate.choice.sharding,
+            "memory_gib": {name: round(size / 2**30, 2) for name, size in estimate.memory.items() if size},
+            "total_gib": round(estimate.total / 2**30, 2),
+            "capacity_gib": round(self.capacity / 2**30, 2),
+            "peak_in": estimate.tightest,
+            "steps": self.work.steps or None,
+            "tokens_per_step": round(tokens),
+            "teraflop_per_step": estimate.flops / 1e12,
+            "step_seconds": seconds,
+            "tokens_per_second": None if seconds is None else tokens / seconds,
+            "total_seconds": total,
+            "kilowatt_hours": None if hours is None or watts is None else watts * hours / 1000,
+            "cost": None if hours is None or machine.price is None else machine.price * hours,
+        }

@@ -1,0 +1,129 @@
+"""What running operations takes: memory that is alive, floating-point operations, and bytes that are moved.
+
+Works on real tensors and on fake ones (``torch._subclasses.FakeTensorMode``), which have shapes and no numbers.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import arg_tree_leaves, tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop
+
+Kind = Literal["product", "attention", "other"]
+
+_aten = torch.ops.aten
+# Operators that read as much as they write, however large their first input is.
+_LOOKUPS = {_aten.embedding, _aten.index, _aten.index_select, _aten.gather, _aten.slice_backward}
+_ATTENTION = ("attention", "attn")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation.
+
+    Attributes:
+        kind: whether it is a matrix product, attention or anything else.
+        flops: floating-point operations, counted as ``torch.utils.flop_counter`` does: with what a causal mask hides.
+        moved: bytes read and written.
+    """
+
+    kind: Kind
+    flops: int
+    moved: int
+
+
+class Tracer(TorchDispatchMode):
+    """Follows the storages that operations allocate inside it until they are freed, and counts the operations.
+
+    Storages that existed before count as nothing.
+
+    Args:
+        pairs: pairs of query and key in one layer, for attention over sequences of different lengths, whose shapes do
+            not show them.
+
+    Attributes:
+        phase: the name under which peaks are noted; set by whoever runs the operations.
+        live: bytes that are allocated now.
+        peaks: the most bytes that were allocated at a time, by phase.
+        operations: all operations, in their order.
+    """
+
+    def __init__(self, pairs: int = 0) -> None:
+        super().__init__()
+        self.pairs, self.phase, self.live = pairs, "", 0.0
+        self.peaks: dict[str, float] = {}
+        self.operations: list[Operation] = []
+        self._storages: dict[int, tuple[Any, list[float]]] = {}  # by address: a weak reference, and the bytes counted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
+        for tensor in inputs:
+            self._follow(tensor, counted=False)
+        result = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        new = [self._follow(tensor, counted=True) for tensor in outputs]
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0.0), self.live)
+        if any(new) or func._schema.is_mutable:  # not a view
+            self.operations.append(self._operation(func, args, kwargs, inputs, outputs, result))
+        return result
+
+    def weigh(self, tensor: Tensor, factor: float) -> None:
+        """Count ``tensor`` as ``factor`` of its bytes from now on, as if it were shared out."""
+        _, counted = self._storages[tensor.untyped_storage()._cdata]
+        change = tensor.untyped_storage().nbytes() * factor - counted[0]
+        counted[0] += change
+        self.live += change
+
+    def _follow(self, tensor: Tensor, *, counted: bool) -> bool:
+        """Whether the storage of ``tensor`` has not been seen before; it is followed from now on."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._storages:
+            return False
+        size = [float(storage.nbytes()) if counted else 0.0]
+
+        def freed(_: Any) -> None:
+            self.live -= size[0]
+            self._storages.pop(address, None)
+
+        self._storages[address] = (weakref.ref(storage, freed), size)
+        self.live += size[0]
+        return True
+
+    def _operation(
+        self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor], result: Any
+    ) -> Operation:
+        packet, name = func._overloadpacket, func._schema.name
+        moved = sum(tensor.nbytes for tensor in outputs)
+        moved += moved if packet in _LOOKUPS else sum(tensor.nbytes for tensor in inputs)
+        if any(part in name for part in _ATTENTION):
+            return Operation("attention", self._attention_flops(name, packet, args, kwargs, result), moved)
+        count = _PRODUCTS.get(packet) or flop_registry.get(packet)
+        return Operation("product" if count else "other", count(*args, **kwargs, out_val=result) if count else 0, moved)
+
+    def _attention_flops(self, name: str, packet: Any, args: Any, kwargs: Any, result: Any) -> int:
+        """Of forward two products of queries with keys; of backward five, one of which forward had made before."""
+        backward = "backward" in name
+        if "varlen" in name:
+            query = args[1] if backward else args[0]  # [T, heads, D]
+            return (10 if backward else 4) * self.pairs * query.shape[1] * query.shape[2]
+        if packet in flop_registry:
+            return flop_registry[packet](*args, **kwargs, out_val=result)
+        query, key, value = (tensor.shape for tensor in args[1 if backward else 0 :][:3])  # [rows, heads, tokens, D]
+        flops = sdpa_flop(query, key, value)
+        return flops * 5 // 2 if backward else flops
+
+
+def _in_place_product(total: Tensor, left: Tensor, right: Tensor, **_: Any) -> int:
+    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
+
+
+_PRODUCTS: dict[Any, Callable[..., int]] = {_aten.addmm_: _in_place_product}

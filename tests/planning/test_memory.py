@@ -1,0 +1,101 @@
+"""Predicted memory and arithmetic against the allocator's own record, PyTorch's counter and real optimizers."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers as hf
+from benchmarks.plan_accuracy import Run, make_model, make_rows, peak_bytes, predicted, train
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from simpo.models.loading import load_model
+from simpo.models.settings import ModelArguments
+from simpo.packing.layout import PackedBatch
+from simpo.packing.model import policy_logprobs
+from simpo.planning.memory import Setup, measure_step
+from simpo.planning.model import Blueprint
+from simpo.training.batches import comparisons_of
+
+SETUP = Setup("adamw_torch", cuda=False, accumulates=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    make_model(path, layers=5, hidden=64, vocabulary=500)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_rows(4, 2, vocabulary=500)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        Run("LoRA", model={"use_peft": True}, config={"max_batch_tokens": 4096, "activation_checkpointing": True}),
+        Run("DPO", config={"objective": "dpo", "beta": 0.1, "precompute_ref_log_probs": False}),
+        Run("reward model", "reward", config={"bf16": True, "optim": "sgd"}),
+    ],
+    ids=lambda run: run.name,
+)
+def test_peak_memory_of_a_run(run, folder, rows) -> None:
+    measured = peak_bytes(lambda: train(run, folder, rows, steps=2))
+    assert predicted(run, folder, rows).total == pytest.approx(measured, rel=0.05)
+
+
+def test_arithmetic_is_that_of_the_counter(folder, rows) -> None:
+    batch = PackedBatch.build(comparisons_of(rows, [0, 1]))
+    step = measure_step(replace(Blueprint.read(ModelArguments(str(folder))), checkpointed_share=0.5), batch, SETUP)
+
+    model = load_model(str(folder))
+    for layer in model.model.layers[1::2]:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = lambda *a, **k: torch.utils.checkpoint.checkpoint(
+            *a, use_reentrant=False, **k
+        )
+    policy_logprobs(model, batch)  # the self-check is not to be counted
+    aten = torch.ops.aten
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(g, q, k, v)
+        ),
+        aten.addmm_: lambda total, left, right, **_: 2 * left[0] * left[1] * right[1],
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        policy_logprobs(model.train(), batch).sum().backward()
+    assert step.flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_deep_model_follows_from_few_layers(share, folder, rows, monkeypatch) -> None:
+    batch = PackedBatch.build(comparisons_of(rows, [0, 1]))
+    blueprint = replace(Blueprint.read(ModelArguments(str(folder))), checkpointed_share=share)
+    assert max(map(len, blueprint.kinds())) > 2
+    found = measure_step(blueprint, batch, SETUP)
+    monkeypatch.setattr(Blueprint, "kinds", lambda self: [[number] for number in range(5)])  # none is left out
+    whole = measure_step(blueprint, batch, SETUP)
+    assert found.flops == whole.flops
+    assert found.peak == pytest.approx(whole.peak, rel=1e-3)
+    assert (found.weights, found.gradients, found.states) == (whole.weights, whole.gradients, whole.states)
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_fused", "adafactor", "rmsprop"])
+def test_states_of_optimizers(name, folder, rows) -> None:
+    batch = PackedBatch.build(comparisons_of(rows, [0]))
+    step = measure_step(Blueprint.read(ModelArguments(str(folder))), batch, replace(SETUP, optimizer=name))
+    model = load_model(str(folder))
+    arguments = hf.TrainingArguments(str(folder / "out"), optim=name, report_to=[])
+    kind, options = hf.Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    optimizer = kind(copy.deepcopy(model).parameters(), **options)
+    for weight in optimizer.param_groups[0]["params"]:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    stored = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
+    # numbers of steps, one for each weight, are on top
+    assert step.states == pytest.approx(sum(value.nbytes for value in stored), rel=0.01, abs=1000)
