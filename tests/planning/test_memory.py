@@ -96,6 +96,8 @@ def test_states_of_optimizers(name, folder, rows) -> None:
     for weight in optimizer.param_groups[0]["params"]:
         weight.grad = torch.ones_like(weight)
     optimizer.step()
-    stored = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
+    stored = (
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    )
     # numbers of steps, one for each weight, are on top
     assert step.states == pytest.approx(sum(value.nbytes for value in stored), rel=0.01, abs=1000)

@@ -52,6 +52,7 @@ class Step:
     """What one micro-batch and the optimizer take, in bytes, before anything is shared out.
 
     Attributes:
+        parameters: numbers that the model has.
         weights: of the model.
         gradients: of what is trained.
         states: of the optimizer.
@@ -64,6 +65,7 @@ class Step:
         path: the path that the model takes.
     """
 
+    parameters: float
     weights: float
     gradients: float
     states: float
@@ -97,6 +99,7 @@ class Step:
         (_, own), *_ = self.operations
         return replace(
             self,
+            parameters=total(lambda step: step.parameters),
             weights=total(lambda step: step.weights),
             gradients=total(lambda step: step.gradients),
             states=total(lambda step: step.states),
@@ -118,9 +121,9 @@ def measure_step(blueprint: Blueprint, batch: PackedBatch, setup: Setup) -> Step
     """
     kinds = blueprint.kinds()
     first = [numbers[0] for numbers in kinds]
-    last = [numbers[1] for numbers in kinds if len(numbers) > 1]
+    last = sorted(numbers[-1] for numbers in kinds if len(numbers) > 1)
     more = [
-        (_trace(blueprint, [*first, numbers[2], *last], batch, setup), len(numbers) - 2)
+        (_trace(blueprint, [*first, numbers[1], *last], batch, setup), len(numbers) - 2)
         for numbers in kinds
         if len(numbers) > 2
     ]
@@ -141,6 +144,7 @@ def _trace(blueprint: Blueprint, layers: list[int], batch: PackedBatch, setup: S
             _forward_backward(stand_in, fake, tracer, setup)
     trained = float(sum(weight.nbytes for weight in stand_in.trained))
     return Step(
+        parameters=sum(weight.numel() for weight in stand_in.model.parameters()),
         weights=stand_in.weights,
         gradients=trained,
         states=states,
@@ -217,7 +221,7 @@ def _forward_backward(stand_in: StandIn, batch: PackedBatch, tracer: Tracer, set
         if reference is None:
             loss: Tensor = inside_forward(model, batch, compute, path=path).sum()
         else:
-            found = token_outputs(model, batch, reference=reference, path=path, chunk_bytes=chunk)
+            found: Any = token_outputs(model, batch, reference=reference, path=path, chunk_bytes=chunk)
             loss = found.logps.sum() + found.divergence.sum()
     tracer.phase = "the rest of backward"
     loss.backward()

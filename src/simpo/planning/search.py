@@ -151,6 +151,7 @@ class Estimate:
         choice: the choice.
         memory: bytes of a process by what they are for, at its peak.
         batches: its micro-batches.
+        parameters: of the model.
         flops: of a step, over all processes, counted as ``torch.utils.flop_counter`` does.
         step_seconds: of an optimizer step; None where the machine's rates are not known.
         tightest: what computes at the peak.
@@ -159,6 +160,7 @@ class Estimate:
     choice: Choice
     memory: dict[str, float]
     batches: Batches
+    parameters: int
     flops: float
     step_seconds: float | None
     tightest: str
@@ -198,6 +200,7 @@ class Planner:
             choice,
             memory,
             batches,
+            parameters=round(step.parameters),
             flops=step.flops * batches.tokens_per_step / batches.tokens * self.machine.gpus,
             step_seconds=self._seconds(choice.sharding, step, batches),
             tightest=tightest,
@@ -350,6 +353,7 @@ class Planner:
         return {
             "fits": self.fits(estimate),
             "keys": estimate.choice.keys,
+            "weights": estimate.parameters,
             "sharding": estimate.choice.sharding,
             "memory_gib": {name: round(size / 2**30, 2) for name, size in estimate.memory.items() if size},
             "total_gib": round(estimate.total / 2**30, 2),

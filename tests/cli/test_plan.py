@@ -1,0 +1,67 @@
+"""`simpo plan`: from a folder with a configuration alone to memory, time and keys; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import transformers as hf
+
+from simpo.cli import main
+
+LENGTHS = ["--prompt_tokens", "50", "--response_tokens", "30", "--rows", "1000"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = hf.LlamaConfig(vocab_size=500, num_hidden_layers=3, max_position_embeddings=512, **sizes)
+    config.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def planned(capsys, *arguments: str) -> tuple[int, str]:
+    code = main(["plan", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out if code == 0 else captured.err
+
+
+def test_a_configuration_is_enough(folder, capsys) -> None:
+    machine = ["--gpu", "h100-80gb", "--gpus", "2", "--sharding", "ddp", "--price", "2"]
+    given = [folder, "--dataset_name", "none", *LENGTHS, *machine, "--max_length", "256", "--json", "true"]
+    code, text = planned(capsys, *given)
+    assert code == 0
+    found = json.loads(text)
+    own = found["recipe"]
+    assert own["fits"] and found["fastest"]["fits"]
+    weights = 2 * 500 * 64 + 3 * (64 * 64 * 3 + 3 * 64 * 96 + 2 * 64) + 64  # of the configuration above
+    assert own["weights"] == weights
+    assert own["steps"] == 63  # of 8 pairs per device
+    assert own["tokens_per_step"] == pytest.approx(16 * 110, rel=0.01)
+    hours = own["total_seconds"] / 3600
+    assert own["cost"] == pytest.approx(hours * 2 * 2)
+    assert own["kilowatt_hours"] == pytest.approx(hours * 2 * 0.7)
+    assert found["fastest"]["keys"]["activation_checkpointing"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--gpu", "H900"], ["gpu", "H900", "H100-80GB", "gpu_memory_gb"]),
+        (["--gpu_memory_gb", "0.6", "--gpu_tflops", "100"], ["0.6 GiB", "use_peft", "optim"]),
+        (["--gpu", "h100", "--optim", "galore_adamw"], ["optim", "galore_adamw", "adamw_torch"]),
+        (["--gpu", "h100", "--sharding", "fsdp"], ["sharding", "gpus"]),
+    ],
+)
+def test_what_cannot_be_planned(arguments, parts, folder, capsys) -> None:
+    code, error = planned(capsys, folder, "--dataset_name", "none", *LENGTHS, *arguments)
+    assert code == 2
+    assert error.count("\n") == 1
+    assert all(part in error for part in parts)
+
+
+def test_a_configuration_that_is_missing(tmp_path, capsys) -> None:
+    code, error = planned(capsys, str(tmp_path), "--dataset_name", "none", *LENGTHS, "--gpu", "h100")
+    assert code == 2
+    assert "model_name_or_path" in error
+    assert error.count("\n") == 1
