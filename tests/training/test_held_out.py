@@ -69,7 +69,10 @@ def test_with_a_reference_the_start_model_prefers_nothing():
 
 
 def test_stored_scores_that_were_changed_are_not_trusted(tmp_path, caplog):
-    path, rows = tmp_path / "scores.jsonl", Dataset.from_dict({"where": ["a", "b"]})
+    path, rows = (
+        tmp_path / "scores.jsonl",
+        Dataset.from_dict({"where": ["a", "b"], "response_ids": [[[1], [2, 3]]] * 2}),
+    )
     scores = {"loss": np.array([0.5, 0.25]), "weight": np.array([1.0, 1.0])}
     write_scores(path, rows, scores)
     assert read_scores(path, 2)["loss"].tolist() == [0.5, 0.25]

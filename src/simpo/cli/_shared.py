@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -18,6 +19,8 @@ if TYPE_CHECKING:  # trainers and engines take seconds to import, and --help and
     from simpo.training.callbacks import RunCallback
     from simpo.training.packed import PackedTrainer
     from simpo.training.run import TrainingJob
+
+logger = logging.getLogger(__name__)
 
 # What transformers calls the folder if nobody does.
 _UNNAMED = "trainer_output"
@@ -101,5 +104,19 @@ def run(
     if job.config.process_index == 0:
         folder = job.config.output_dir
         print_results(results)
-        print(f"saved: {folder}\nnext:  {following.format(folder=shlex.quote(folder))}")
+        print(f"saved: {folder}")
+        print_report(Path(folder))
+        print(f"next:  {following.format(folder=shlex.quote(folder))}")
     return 0
+
+
+def print_report(folder: Path) -> None:
+    """Write a run's report and print its path; the run has finished, and a report that fails does not undo that."""
+    from simpo.analysis.report import write_report  # noqa: PLC0415
+
+    try:
+        print(f"report: {write_report([folder])}")
+    except Exception as error:
+        logger.warning(
+            "no report was written (%s: %s); simpo report %s tries again", type(error).__name__, error, folder
+        )

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from simpo.analysis.plots import plot_lengths, plot_rates, plot_training
 from simpo.cli import sample, sft, train
+from simpo.cli._shared import print_report
 from simpo.config import parse_settings
 from simpo.errors import SimpoError
 from simpo.evaluation.compare import PromptAnswers, compare_answers, read_matched
@@ -92,6 +93,7 @@ def main(argv: list[str]) -> int:
     print_results(folder / "results.json", headings=_HEADINGS)
     _show(read_matched(*answers))
     print(f"\nplots: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+    print_report(folder)
     print(f"next:  simpo chat {shlex.quote(str(folder / 'simpo'))}")
     return 0
 

@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from simpo.cli._shared import check_named, recipe_of, refuse_several
+from simpo.cli._shared import check_named, print_report, recipe_of, refuse_several
 from simpo.config import parse_settings
 from simpo.generation.settings import SamplingSettings
 from simpo.models.settings import ModelArguments
@@ -33,5 +33,6 @@ def main(argv: list[str]) -> int:
     folder = Path(recipe.config.output_dir)
     model = run_loop(recipe, argv=argv, file=recipe_of(argv))
     print_loop(folder)
+    print_report(folder)
     print(f"plot:  {folder / PLOT}\nmodel: {model}\nnext:  simpo chat {shlex.quote(str(model))}")
     return 0

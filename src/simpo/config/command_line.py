@@ -56,10 +56,15 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
         not_in_file = [name for name in unfilled if name not in in_file]
         words = sorted(words + _spare_words(options, keys, max(0, len(not_in_file) - len(words))))
         unfilled = not_in_file if words and len(not_in_file) >= len(words) else unfilled
-    if len(words) > len(unfilled):
+    several = unfilled[-1] if unfilled and accepts(keys[unfilled[-1]].annotation, list) else None
+    if len(words) > len(unfilled) and several is None:
         usage = " ".join(["[RECIPE.yaml]", *(key.positional for key in positionals), "[--key value ...]"])
         raise SimpoError(f"{words[len(unfilled)][1]}: expected {usage}")
     settings = []
+    if several is not None and len(words) >= len(unfilled):  # the last positional key takes all words that are left
+        texts = [text for _, text in words[len(unfilled) - 1 :]]
+        settings.append(Setting(several, texts, None, keys[several].positional))
+        unfilled = unfilled[:-1]
     for name, (_, text) in zip(unfilled, words, strict=False):
         if keys[name].positional == "MODEL" and text.endswith(_DATA_SUFFIXES):
             remedy = (

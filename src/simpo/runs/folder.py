@@ -54,6 +54,8 @@ class RunRecord:
         starts: when it was started and resumed, in UTC.
         finished: when it finished.
         changes: changes of the identity between starts: ``time``, old values (``there``) and new ones (``now``).
+        peak_memory: bytes that the process which finished held at most, of the machine (``host``) and of its GPU
+            (``device``).
     """
 
     command: str
@@ -62,6 +64,7 @@ class RunRecord:
     starts: list[str] = field(default_factory=list)
     finished: str | None = None
     changes: list[dict[str, Any]] = field(default_factory=list)
+    peak_memory: dict[str, int] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -306,6 +309,7 @@ class RunFolder:
         assert self._record is not None, "begin() comes first"
         manifest.write_manifest(self.path, exclude=_UNLISTED)
         self._record.status, self._record.finished = "finished", now()
+        self._record.peak_memory = manifest.peak_memory()
         self._record.write(self.path)
 
     def close(self) -> None:

@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -127,6 +129,16 @@ def environment() -> dict[str, Any]:
         "gpus": (_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines(),
         "git": None if commit is None else {"commit": commit, "dirty": None if changes is None else bool(changes)},
     }
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes that this process has held at most: ``host``, and ``device`` if torch has allocated any on a GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    torch = sys.modules.get("torch")  # not imported for this
+    if torch is not None and torch.cuda.is_initialized():
+        found["device"] = torch.cuda.max_memory_allocated()
+    return found
 
 
 def _git_state() -> tuple[str | None, str | None]:

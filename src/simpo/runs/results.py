@@ -24,6 +24,9 @@ FILE_NAME = "results.json"
 SCHEMA = 1
 
 Stage = Literal["before", "after"]
+# Files of held-out rows under the start model and under the trained one: all rows' scores, and some rows as text.
+HELD_OUT: dict[Stage, str] = {"before": "held_out_before.jsonl", "after": "held_out_after.jsonl"}
+EXAMPLES: dict[Stage, str] = {"before": "examples_before.jsonl", "after": "examples_after.jsonl"}
 
 _WIDEST = 1000  # columns of text
 # Column headings in their order; None is the stage of a metric that has none.

@@ -155,6 +155,7 @@ class ResumableTrainer(ShardedTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._means = RunningMeans(self.metric_names, self.args.device)
+        self._tokens = 0  # that this rank has trained on; after a resume the main rank's include those of all ranks
         self._staging: Path | None = None
         self._saved: int | None = None  # the step whose checkpoint this training has written or read
         # Hidden from Trainer, whose rotation does not know about staging and may remove the newest checkpoint.
@@ -177,6 +178,10 @@ class ResumableTrainer(ShardedTrainer):
     def mean_loss(self) -> float:
         """The mean over the whole training, including the part before a resume."""
         return self._means.overall(self._sum_over_ranks).get("loss", math.nan)
+
+    def trained_tokens(self) -> int:
+        """Tokens of all forwards of training, a shared prompt counted once; all ranks call."""
+        return int(self._sum_over_ranks(torch.tensor(self._tokens, device=self.args.device)))
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
@@ -217,6 +222,7 @@ class ResumableTrainer(ShardedTrainer):
                 raise TypeError("no state of a training")
             means = json.loads((checkpoint / _MEANS_NAME).read_text(encoding="utf-8"))
             self._means.restore(means, main=self.is_world_process_zero())
+            self._tokens = int(means.get("tokens", 0)) if self.is_world_process_zero() else 0
         if checkpoint.resolve().parent == Path(self.args.output_dir).resolve():
             self._saved = step_of(checkpoint)
         saved_by = len(list(checkpoint.glob("rng_state*.pth")))  # every process saves its random state
@@ -263,7 +269,8 @@ class ResumableTrainer(ShardedTrainer):
         folder = Path(self._get_output_dir(trial))
         final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         main = self.is_world_process_zero()
-        means = self._means.state(self._sum_over_ranks)  # afterwards every rank is here and sees the same folder
+        means = self._means.state(self._sum_over_ranks) | {"tokens": self.trained_tokens()}
+        # now every rank is here and sees the same folder
         if self._saved == self.state.global_step:
             return  # the end of an epoch may follow a step that has just been saved
         with staged_checkpoint(final, main=main, wait=self.accelerator.wait_for_everyone) as staging:

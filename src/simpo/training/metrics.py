@@ -36,6 +36,7 @@ WEIGHT = "weight"
 ACCURACY = "rewards/accuracies"
 # Of every ordered pair, ``[rows, N]``, the better response minus the worse; NaN where a row has fewer pairs.
 MARGINS, LENGTHS = "pair_margins", "pair_length_differences"
+TOKENS = "tokens"  # in files: of every response of a row
 _BINS = 5  # of confidence, from 0.5 to 1
 
 
@@ -134,13 +135,15 @@ def mean_metrics(values: np.ndarray, rows: np.ndarray, names: Sequence[str]) -> 
 
 
 def write_scores(path: Path, rows: Dataset, scores: Scores) -> None:
-    """Write the scores of ``rows`` as JSON lines, each with the file and line of its row."""
+    """Write the scores of ``rows`` as JSON lines, each with the place of its row and its responses' tokens."""
     places = rows["where"] if "where" in rows.column_names else [None] * len(rows)
+    tokens = [[len(ids) for ids in responses] for responses in rows["response_ids"]]
     columns = zip(*(values.tolist() for values in scores.values()), strict=True)
     lines = JsonLines(path)
     lines.keep(0)
     lines.append(
-        {"where": place, **dict(zip(scores, row, strict=True))} for place, row in zip(places, columns, strict=True)
+        {"where": place, TOKENS: counts, **dict(zip(scores, row, strict=True))}
+        for place, counts, row in zip(places, tokens, columns, strict=True)
     )
     write_text(_checksum(path), file_digest(path))
 
@@ -159,7 +162,8 @@ def read_scores(path: Path, rows: int) -> Scores | None:
         return None
     if len(lines := list(JsonLines(path))) != rows:
         return None
-    return {name: np.array([line[name] for line in lines], dtype=np.float64) for name in lines[0] if name != "where"}
+    names = [name for name in lines[0] if name not in ("where", TOKENS)]
+    return {name: np.array([line[name] for line in lines], dtype=np.float64) for name in names}
 
 
 # ---- Held-out results before and after training.

@@ -359,6 +359,7 @@ class PackedTrainer(ResumableTrainer):
                         raise SimpoError(self._not_finite())
                 self.accelerator.backward(loss)
             total += loss.detach()
+            self._tokens += batch.packed.tokens
             self._means.add(metrics, batch.packed.weights)
         return total
 

@@ -23,16 +23,15 @@ from simpo.models.loading import load_tokenizer, round_weights
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import provisional, staged_files
 from simpo.runs.folder import RunFolder
-from simpo.runs.results import FILE_NAME, Metric, write_results
+from simpo.runs.results import EXAMPLES, FILE_NAME, HELD_OUT, Metric, write_results
 from simpo.training.callbacks import MetricsFile, RunCallback, log_in_lines
 from simpo.training.card import write_model_card
 from simpo.training.checkpoints import StopOnSignal, check_whole, last_good_checkpoint, shared_staging
+from simpo.training.examples import write_examples
 from simpo.training.identity import Identity, named_checkpoint, settings_of, training_identity
 from simpo.training.metrics import Scores, read_scores, write_scores
 from simpo.training.packed import PackedTrainer
 from simpo.training.settings import DataArguments, load_datasets, settings_refused, try_optimizer
-
-_SCORES_BEFORE, _SCORES_AFTER = "held_out_before.jsonl", "held_out_after.jsonl"
 
 
 @dataclass(frozen=True)
@@ -195,8 +194,10 @@ def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
     """Train, from the newest whole checkpoint if there is one; the metrics of training and of held-out rows."""
     held_out, before = trainer.eval_dataset, None
     if held_out is not None:  # scored once, even if the run is killed
-        before = from_main(None if folder.changed else read_scores(folder.path / _SCORES_BEFORE, len(held_out)))
-        before = before or _score(trainer, folder.path / _SCORES_BEFORE)
+        before = from_main(None if folder.changed else read_scores(folder.path / HELD_OUT["before"], len(held_out)))
+        before = before or _score(trainer, folder.path / HELD_OUT["before"])
+        if folder.changed or not from_main((folder.path / EXAMPLES["before"]).exists()):
+            write_examples(folder.path / EXAMPLES["before"], trainer)
     stop = StopOnSignal()
     trainer.add_callback(stop)
     if folder.writes:
@@ -206,9 +207,10 @@ def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
     with stop:
         outcome = trainer.train(resume_from_checkpoint=_starting_point(trainer, folder))
     metrics = [Metric("train/loss", trainer.mean_loss()), Metric("train/steps", outcome.global_step)]
-    metrics += trainer.summary()
+    metrics += [Metric("train/tokens", trainer.trained_tokens()), *trainer.summary()]
     if before is not None:
-        metrics += trainer.compare(before, _score(trainer, folder.path / _SCORES_AFTER))
+        metrics += trainer.compare(before, _score(trainer, folder.path / HELD_OUT["after"]))
+        write_examples(folder.path / EXAMPLES["after"], trainer)
     return metrics
 
 

@@ -1,0 +1,176 @@
+"""Curves of runs over their optimizer steps, as charts that the report's script draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from simpo.analysis.reading import Run
+
+Chart = dict[str, Any]
+Point = tuple[float, float]
+
+POINTS = 1000  # of a curve
+_ACCURACY = "eval_rewards/accuracies"
+_NOT_CURVES = {"step", "epoch", "total_flos", "train_loss"}
+_TIMES = ("_runtime", "_per_second", "_preparation_time")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart of related metrics: ``keys`` are their names, each with what its curve is called."""
+
+    title: str
+    unit: str
+    keys: dict[str, str]
+    note: str = ""
+
+
+_PANELS = (
+    Panel("Loss", "nats", {"loss": "loss"}),
+    Panel(
+        "Reward accuracy",
+        "share of pairs",
+        {"rewards/accuracies": "accuracy"},
+        "Pairs whose chosen response has the larger reward.",
+    ),
+    Panel("Reward margin", "reward", {"rewards/margins": "margin"}, "Chosen reward minus rejected reward."),
+    Panel("Rewards", "reward", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
+    Panel(
+        "Log-probabilities",
+        "nats",
+        {"logps/chosen": "chosen", "logps/rejected": "rejected"},
+        "Per token for length-normalized objectives, per response for the others.",
+    ),
+    Panel("KL from the start model", "nats", {"kl": "per token", "rollout/kl": "per answer"}),
+    Panel("Win rate against the start model", "share of prompts", {"generations/win_rate": "win rate"}),
+    Panel("Length of answers", "tokens", {"generations/length": "greedy answers", "rollout/length": "sampled answers"}),
+    Panel(
+        "Endings and repetition",
+        "share",
+        {
+            "generations/end_of_turn_rate": "ended",
+            "generations/distinct_2": "distinct bigrams",
+            "rollout/ended": "sampled, ended",
+        },
+        "Few distinct bigrams mean repetition.",
+    ),
+    Panel("Score of sampled answers", "score", {"rollout/reward": "score"}),
+    Panel(
+        "Policy",
+        "",
+        {"policy/ratio": "importance ratio", "policy/clip_fraction": "clipped tokens", "policy/entropy": "entropy"},
+    ),
+    Panel("Gradient norm", "", {"grad_norm": "norm"}, "Before clipping."),
+    Panel("Learning rate", "", {"learning_rate": "rate"}),
+)
+
+
+def curves(runs: Sequence[Run]) -> list[Chart]:
+    """One chart for every group of metrics that any run has logged; what belongs to no group has a chart of its own."""
+    logged = {key for run in runs for key in run.logged}
+    names = {key.removeprefix("eval_") for key in logged - _NOT_CURVES if not key.endswith(_TIMES)}
+    grouped = {key for panel in _PANELS for key in panel.keys}
+    others = [Panel(key, "", {key: key}) for key in sorted(names - grouped)]
+    charts = [_chart(panel, runs) for panel in (*_PANELS, *others)]
+    return [chart for chart in charts if chart["series"]]
+
+
+def _chart(panel: Panel, runs: Sequence[Run]) -> Chart:
+    series = []
+    present = {key for key in panel.keys for run in runs if key in run.logged or f"eval_{key}" in run.logged}
+    for number, run in enumerate(runs):
+        for place, key in enumerate(key for key in panel.keys if key in present):
+            for source, name in (("training", key), ("held out", f"eval_{key}")):
+                points = _points(run, name, start=source == "held out")
+                if points:
+                    parts = [run.name] if len(runs) > 1 else []
+                    parts += [panel.keys[key]] if len(present) > 1 else []
+                    series.append(
+                        {
+                            "name": ", ".join([*parts, source]),
+                            "color": number if len(runs) > 1 else place if len(present) > 1 else source == "held out",
+                            "dash": place if len(runs) > 1 else 0,
+                            "thin": source == "training",
+                            "data": thin(points),
+                        }
+                    )
+    drawn = max((len(one["data"]) for one in series), default=0)
+    most = max((len(run.logged.get(key, ())) for run in runs for key in present), default=0)
+    note = panel.note
+    if most > drawn:
+        note = f"{note} {drawn:,} of {most:,} values are drawn: the smallest and the largest of every stretch.".strip()
+    logarithmic = panel.title == "Gradient norm"
+    return {
+        **{"kind": "lines", "title": panel.title, "note": note, "series": series},
+        "x": {"name": "optimizer step"},
+        "y": {"name": panel.unit, "log": logarithmic, "share": "share" in panel.unit},
+    }
+
+
+def _points(run: Run, name: str, *, start: bool) -> list[Point]:
+    """The logged values by step; held-out ones begin with the start model's, where its rows were scored."""
+    points = list(run.logged.get(name, ()))
+    if start and points and points[0][0] > 0:
+        values = run.column("before", name.removeprefix("eval_"))
+        if len(values) and not np.isnan(values).all() and not (name == _ACCURACY and run.starts_at_zero):
+            points.insert(0, (0, float(np.nanmean(values))))
+    return points
+
+
+def thin(points: Sequence[Point], most: int = POINTS) -> list[Point]:
+    """At most ``most`` points: the smallest and the largest of equal stretches, so that no spike disappears."""
+    if len(points) > most:
+        stretches = np.array_split(np.arange(len(points)), most // 2)
+        values = np.array([value for _, value in points])
+        kept = sorted({int(part[pick(values[part])]) for part in stretches for pick in (np.argmin, np.argmax)})
+        points = [points[index] for index in kept]
+    return [(rounded(x), rounded(y)) for x, y in points]
+
+
+def rounded(value: float) -> float:
+    """To five significant digits, which is more than a chart can show."""
+    if value == 0 or not math.isfinite(value):
+        return value
+    digits = 4 - math.floor(math.log10(abs(value)))
+    result = round(float(value), digits)
+    return int(result) if result.is_integer() else result
+
+
+def rounds(run: Run) -> Iterable[Chart]:
+    """Win rates and KL of a loop over its rounds, with their intervals."""
+    found: dict[str, list[tuple[int, Any]]] = {}
+    for metric in run.metrics:
+        head, _, name = metric.name.partition("/")
+        if head.startswith("round-") and metric.value is not None and (name == "kl" or name.startswith("win_rate/")):
+            found.setdefault(name, []).append((int(head[6:]), metric))
+    for title, unit, chosen in (
+        ("Win rate against the start, by round", "share of prompts", [name for name in found if name != "kl"]),
+        ("KL from the start, by round", "nats per answer", [name for name in found if name == "kl"]),
+    ):
+        series = [interval_series(name, number, found[name]) for number, name in enumerate(chosen)]
+        if series:
+            yield {
+                **{"kind": "lines", "title": title, "note": "", "series": series},
+                "x": {"name": "round", "whole": True},
+                "y": {"name": unit, "share": "share" in unit},
+                **({"even": 0.5} if "share" in unit else {}),
+            }
+
+
+def interval_series(name: str, color: int, found: Iterable[tuple[float, Any]]) -> Chart:
+    """A line through values with their intervals; ``found`` are places with anything that has value, low and high."""
+    rows = list(found)
+    return {
+        **{"name": name, "color": color, "dash": 0, "thin": False},
+        "data": [(rounded(x), rounded(one.value)) for x, one in rows],
+        "bounds": [
+            (rounded(x), rounded(one.low), rounded(one.high))
+            for x, one in rows
+            if one.low is not None and one.high is not None
+        ],
+    }

@@ -1,0 +1,274 @@
+"""The SimPO paper's figures for one run, from its held-out rows (Meng, Xia and Chen 2024, arXiv 2405.14734)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special
+
+from simpo.analysis.curves import Chart, interval_series, rounded
+from simpo.analysis.reading import Run
+from simpo.runs.results import HELD_OUT, Stage
+from simpo.statistics import Interval, proportion_interval
+
+SCATTERED = 2000  # points of a scatter plot
+_BINS = 40  # of a histogram
+_LENGTH_BINS = 6
+_CONFIDENCE_BINS = 5
+_POSITIONS = 64  # tokens of a response
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The held-out pairs of a run at one stage, ``[P]`` each: rewards, log-probabilities per token, and lengths."""
+
+    rewards: np.ndarray  # [P, 2], chosen and rejected
+    averages: np.ndarray  # [P, 2]
+    lengths: np.ndarray  # [P, 2], tokens; NaN where they are not known
+
+    @property
+    def margins(self) -> np.ndarray:
+        """``[P]`` the chosen reward minus the rejected one."""
+        return self.rewards[:, 0] - self.rewards[:, 1]
+
+    @classmethod
+    def of(cls, run: Run, stage: Stage) -> Pairs | None:
+        """The pairs of a stage; None if its rows are not scored, or are not pairs."""
+        rows = run.held_out[stage]
+        sides = ("chosen", "rejected")
+        rewards = np.stack([run.column(stage, f"rewards/{side}") for side in sides], axis=1)
+        if not len(rewards) or np.isnan(rewards).any():
+            return None
+        counts = [row.get("tokens") or [math.nan, math.nan] for row in rows]
+        if any(len(several) != 2 for several in counts):
+            return None
+        lengths = np.array(counts, dtype=np.float64)
+        logps = np.stack([run.column(stage, f"logps/{side}") for side in sides], axis=1)
+        return cls(rewards, logps if averages_logps(run) else logps / lengths, lengths)
+
+
+def averages_logps(run: Run) -> bool:
+    """Whether the run's ``logps/*`` are averages over tokens already; its objective decides."""
+    from simpo.objectives import OBJECTIVES  # noqa: PLC0415 - imports torch, which most reports do without
+
+    objective = OBJECTIVES.get(str(run.settings.get("objective")))
+    return objective is not None and objective.average_logps
+
+
+def paper_figures(run: Run) -> Iterator[Chart]:
+    """Every figure that the run's files allow; those that they do not are absent."""
+    stages: dict[Stage, Pairs] = {stage: pairs for stage in HELD_OUT if (pairs := Pairs.of(run, stage)) is not None}
+    if "before" not in stages:
+        return
+    last: Stage = "after" if "after" in stages else "before"
+    yield _margins(run, stages)
+    if not np.isnan(stages[last].lengths).any():
+        yield _reward_and_length(stages, last)
+        yield _accuracy_by_length(stages)
+    if not np.isnan(stages[last].averages).any():
+        yield _reward_and_likelihood(stages[last], last)
+    yield _calibration(stages)
+    yield from _by_position(run)
+
+
+def _margins(run: Run, stages: dict[Stage, Pairs]) -> Chart:
+    values = np.concatenate([pairs.margins for pairs in stages.values()])
+    low, high = np.quantile(values, (0.005, 0.995))
+    edges = np.linspace(min(low, 0.0), max(high, 0.0) or 1.0, _BINS + 1)
+    series = []
+    for color, (stage, pairs) in enumerate(stages.items()):
+        counts, _ = np.histogram(np.clip(pairs.margins, edges[0], edges[-1]), edges)
+        centers = (edges[1:] + edges[:-1]) / 2
+        data = [(rounded(x), int(count)) for x, count in zip(centers, counts, strict=True)]
+        series.append({"name": stage, "color": color, "dash": 0, "thin": False, "steps": True, "data": data})
+    marks = [{"x": 0, "name": "0"}]
+    if (gamma := target_margin(run)) is not None:
+        marks.append({"x": rounded(gamma), "name": "gamma"})
+    return {
+        **{"kind": "lines", "title": "Distribution of reward margins", "series": series, "marks": marks},
+        "note": "Right of 0, the pair is ranked correctly. The outermost bins also hold the 0.5% beyond them.",
+        "x": {"name": "reward margin"},
+        "y": {"name": "pairs"},
+    }
+
+
+def target_margin(run: Run) -> float | None:
+    """The margin that SimPO's loss aims at, gamma."""
+    settings = run.settings
+    if settings.get("objective") != "simpo":
+        return None
+    if isinstance(settings.get("gamma"), int | float):
+        return float(settings["gamma"])
+    beta, ratio = settings.get("beta"), settings.get("gamma_beta_ratio")
+    known = isinstance(beta, int | float) and isinstance(ratio, int | float)
+    return float(beta) * float(ratio) if known else None
+
+
+def _reward_and_length(stages: dict[Stage, Pairs], last: Stage) -> Chart:
+    rho = {stage: spearman(pairs.lengths.ravel(), pairs.rewards.ravel()) for stage, pairs in stages.items()}
+    shown = "; ".join(f"{stage} {found.value:.2f}{_bounds(found)}" for stage, found in rho.items())
+    pairs = stages[last]
+    series = _scattered(pairs.lengths, pairs.rewards)
+    return {
+        **{"kind": "points", "title": "Reward and length", "series": series},
+        "note": f"Spearman's rho of reward and length: {shown}. Far from 0, length is rewarded or punished for itself."
+        f"{_sampled(len(pairs.rewards))}",
+        "x": {"name": "tokens of the response"},
+        "y": {"name": f"reward, {last}"},
+    }
+
+
+def _reward_and_likelihood(pairs: Pairs, last: Stage) -> Chart:
+    """Whether rewards rank pairs as likelihoods do, which generation follows (the paper's section 4.2)."""
+    by_reward, by_likelihood = pairs.margins > 0, pairs.averages[:, 0] > pairs.averages[:, 1]
+    series = _scattered(pairs.averages, pairs.rewards)
+    n = len(by_reward)
+    cells = [[int((by_likelihood == a) @ (by_reward == b).astype(int)) for b in (True, False)] for a in (True, False)]
+    table = {
+        "head": ["", "reward ranks it right", "reward ranks it wrong"],
+        "rows": [
+            [name, *(f"{count:,} ({count / n:.0%})" for count in row)]
+            for name, row in zip(("likelihood ranks it right", "likelihood ranks it wrong"), cells, strict=True)
+        ],
+    }
+    agree = proportion_interval(int((by_reward == by_likelihood).sum()), n)
+    return {
+        **{"kind": "points", "title": "Reward and likelihood", "series": series, "table": table},
+        "note": f"The two rank {100 * agree.value:.1f}%{_bounds(agree, 100)} of {n:,} pairs alike; what is generated "
+        f"follows the likelihood.{_sampled(n)}",
+        "x": {"name": f"average log-probability of a token, {last}"},
+        "y": {"name": f"reward, {last}"},
+    }
+
+
+def _accuracy_by_length(stages: dict[Stage, Pairs]) -> Chart:
+    differences = next(iter(stages.values())).lengths @ np.array([1.0, -1.0])
+    edges = np.unique(np.quantile(differences, np.linspace(0, 1, _LENGTH_BINS + 1)))
+    which = np.clip(np.searchsorted(edges, differences, "right") - 1, 0, max(0, len(edges) - 2))
+    bins = np.unique(which)
+    names = [f"{differences[which == one].min():+.0f} to {differences[which == one].max():+.0f}" for one in bins]
+    series = []
+    for color, (stage, pairs) in enumerate(stages.items()):
+        right = pairs.margins > 0
+        found = [(place, _proportion(right[which == one])) for place, one in enumerate(bins)]
+        series.append(interval_series(stage, color, found))
+    return {
+        **{"kind": "lines", "title": "Accuracy by difference in length", "series": series, "even": 0.5},
+        "note": "A model that prefers longer responses is wrong on the left and right on the right. Bars: 95%, Wilson.",
+        "x": {"name": "tokens of chosen minus rejected", "categories": names},
+        "y": {"name": "reward accuracy", "share": True},
+    }
+
+
+def _calibration(stages: dict[Stage, Pairs]) -> Chart:
+    series, errors = [], []
+    for color, (stage, pairs) in enumerate(stages.items()):
+        confidence = special.expit(np.abs(pairs.margins))
+        right = pairs.margins > 0
+        which = np.minimum(((confidence - 0.5) * 2 * _CONFIDENCE_BINS).astype(int), _CONFIDENCE_BINS - 1)
+        inside = [which == one for one in range(_CONFIDENCE_BINS) if (which == one).any()]
+        found = [(float(confidence[one].mean()), _proportion(right[one])) for one in inside]
+        series.append(interval_series(stage, color, found))
+        error = sum(int(one.sum()) * abs(x - share.value) for one, (x, share) in zip(inside, found, strict=True)) / len(
+            right
+        )
+        errors.append(f"{stage} {error:.3f}")
+    return {
+        **{"kind": "lines", "title": "Calibration", "series": series, "diagonal": True},
+        "note": f"Confidence is sigmoid(|margin|), the Bradley-Terry probability of the higher reward. Expected "
+        f"calibration error: {', '.join(errors)}.",
+        "x": {"name": "confidence", "min": 0.5, "max": 1, "share": True},
+        "y": {"name": "share that is right", "share": True},
+    }
+
+
+def _by_position(run: Run) -> Iterator[Chart]:
+    """How far the model moved, token by token: the mean of log(now / start) at each position of held-out responses."""
+    series = []
+    for color, side in enumerate(("chosen", "rejected")):
+        sums, counts = np.zeros(_POSITIONS), np.zeros(_POSITIONS)
+        for row in run.examples:
+            responses = row.get("responses", ())
+            if len(responses) == 2 and responses[color].get("after") and responses[color].get("logps"):
+                pairs = zip(responses[color]["after"], responses[color]["logps"], strict=True)
+                ratios = np.array([now - start for now, start in pairs][:_POSITIONS], dtype=np.float64)
+                sums[: len(ratios)] += ratios
+                counts[: len(ratios)] += 1
+        enough = counts >= max(5, 0.1 * counts.max())
+        data = [(int(place) + 1, rounded(sums[place] / counts[place])) for place in np.flatnonzero(enough)]
+        if data:
+            series.append({"name": side, "color": color, "dash": 0, "thin": False, "data": data})
+    if series:
+        yield {
+            **{
+                "kind": "lines",
+                "title": "Change of log-probability by position",
+                "series": series,
+                "marks": [],
+                "zero": True,
+            },
+            "note": f"Mean of log(trained / start) of the k-th token of {len(run.examples):,} held-out pairs. With the "
+            "opposite sign and over the start model's own answers, it estimates the KL divergence of a token.",
+            "x": {"name": "token of the response", "whole": True},
+            "y": {"name": "nats"},
+        }
+
+
+# ---- Numbers.
+
+
+def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> Interval:
+    """Spearman's rank correlation with an interval by Fisher's transformation and the variance of Bonett and Wright.
+
+    Source: Bonett and Wright, Psychometrika 65 (2000). NaN if one side is constant.
+    """
+    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (x, y)]
+    n = len(ranks[0])
+    if n < 4 or any(np.ptp(one) == 0 for one in ranks):
+        return Interval(math.nan, None, None, n, "")
+    rho = float(np.corrcoef(np.stack(ranks))[0, 1])
+    if abs(rho) > 1 - 1e-12:
+        return Interval(rho, None, None, n, "")
+    half = float(special.ndtri(0.975)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    low, high = (math.tanh(math.atanh(rho) + side * half) for side in (-1, 1))
+    return Interval(rho, low, high, n, "Fisher's z 95%")
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, ties having their mean."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _proportion(right: np.ndarray) -> Interval:
+    return proportion_interval(int(right.sum()), len(right))
+
+
+def _scattered(x: np.ndarray, y: np.ndarray) -> list[Chart]:
+    """Chosen and rejected responses, ``[P, 2]``, as points: of all pairs, or of a seeded sample."""
+    n = len(x)
+    drawn = np.arange(n) if n <= SCATTERED else np.random.default_rng(0).permutation(n)[:SCATTERED]
+    return [
+        {
+            "name": side,
+            "color": color,
+            "data": [(rounded(a), rounded(b)) for a, b in zip(x[drawn, color], y[drawn, color], strict=True)],
+        }
+        for color, side in enumerate(("chosen", "rejected"))
+    ]
+
+
+def _sampled(n: int) -> str:
+    return (
+        f" {SCATTERED:,} of {n:,} pairs are drawn, chosen at random; the numbers are of all." if n > SCATTERED else ""
+    )
+
+
+def _bounds(found: Interval, scale: float = 1) -> str:
+    if found.low is None or found.high is None:
+        return ""
+    digits = 1 if scale == 100 else 2
+    return f" [{scale * found.low:.{digits}f}, {scale * found.high:.{digits}f}]"

@@ -1,0 +1,289 @@
+"""The answer first: what was measured before and after, by how much it changed, and how certain that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from simpo.analysis.reading import Run
+from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval
+
+Direction = Literal["better", "worse", "unclear", "unknown"]
+_ACCURACY, _AREA, _WIN_RATE = "eval_rewards/accuracies", "eval_rewards/auc", "eval_generations/win_rate"
+_BENCHMARKS = ("best/", "alpaca_eval/lc_", "alpaca_eval/win", "arena_hard", "mt_bench/average", "gsm8k")
+_PERCENT = ("/win_rate", "/lc_win_rate")  # of benchmarks: in percent already
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measurement of a run.
+
+    Attributes:
+        label: what was measured.
+        sentence: its part of the headline, with ``{before}``, ``{after}`` and ``{n}``.
+        after: under the trained model.
+        before: under the start model; None where that does not apply.
+        change: from before to after on the same rows; None where it is not known row by row.
+        even: the value that means no difference, for measurements without ``before``.
+        verdicts: what the headline calls a rise, a fall and neither, each that is not clear by chance.
+        share: whether it is a share, shown in percent.
+        smaller_is_better: as for a loss.
+    """
+
+    label: str
+    sentence: str
+    after: Interval
+    before: Interval | None = None
+    change: Interval | None = None
+    even: float | None = None
+    verdicts: tuple[str, str, str] = ("It got better", "It got worse", "No clear change")
+    share: bool = True
+    smaller_is_better: bool = False
+
+    @property
+    def direction(self) -> Direction:
+        """Better or worse where 95% intervals exclude "no difference", else unclear."""
+        found, low, high = self.after, self.even, self.even
+        if self.change is not None:
+            found, low, high = self.change, 0.0, 0.0
+        elif self.before is not None:  # not paired: intervals that do not overlap differ
+            low, high = self.before.low, self.before.high
+        if low is None or high is None:
+            return "unknown" if self.before is None else "unclear"
+        if found.low is None or found.high is None or (found.low <= high and found.high >= low):
+            return "unclear"
+        return "better" if (found.low > high) is not self.smaller_is_better else "worse"
+
+    @property
+    def words(self) -> str:
+        """The verdict."""
+        return dict(zip(("better", "worse", "unclear"), self.verdicts, strict=True))[self.direction]
+
+    def text(self, found: Interval | None) -> str:
+        """A value with its interval."""
+        return "" if found is None else number(found, percent=self.share)
+
+    @property
+    def change_text(self) -> str:
+        """The change with its interval; empty where it is not known."""
+        unit = " points" if self.share else ""
+        return "" if self.change is None else number(self.change, percent=self.share, sign=True, unit=unit)
+
+    @property
+    def statement(self) -> str:
+        """Its part of the headline."""
+        values = {"after": self.text(self.after), "before": self.text(self.before), "n": f"{self.after.n:,}"}
+        return self.sentence.format(**values) + (f" ({self.change_text})" if self.change else "")
+
+
+def number(found: Interval, *, percent: bool = False, sign: bool = False, unit: str = "%") -> str:
+    """A value and its interval as text: ``63.7% [61.3, 66.1]``."""
+    form = f"{'+' if sign else ''}{'.1f' if percent else '.4g'}"
+
+    def shown(value: float) -> str:
+        return f"{(100 if percent else 1) * value:{form}}".replace("-", "\N{MINUS SIGN}")
+
+    bounds = "" if found.low is None or found.high is None else f" [{shown(found.low)}, {shown(found.high)}]"
+    return f"{shown(found.value)}{unit if percent else ''}{bounds}"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The verdict on a run in a few words, how certain it is, and the sentence that it rests on."""
+
+    direction: Direction
+    words: str
+    certainty: str
+    sentence: str
+    measures: list[Measure]
+
+    @classmethod
+    def of(cls, run: Run) -> Headline:
+        """The headline of a run, finished or not; the first measurement that can be judged decides."""
+        measures = list(measurements(run))
+        sentence = "; ".join(one.statement for one in measures[:3])
+        sentence = f"So far, {sentence}" if sentence and not run.finished else sentence
+        if not sentence:
+            sentence = (
+                "Nothing was measured that tells whether the model got better" if run.finished else "No result yet"
+            )
+        sentence = f"{sentence[0].upper()}{sentence[1:]}."
+        deciding = next((one for one in measures if one.direction != "unknown"), None)
+        if deciding is None:
+            words = "Measured" if measures else "Not measured" if run.finished else "Not measured yet"
+            return cls("unknown", words, "", sentence, measures)
+        includes = "includes" if deciding.direction == "unclear" else "excludes"
+        certainty = f"{deciding.label}: the 95% interval {includes} no difference."
+        return cls(deciding.direction, deciding.words, certainty, sentence, measures)
+
+
+# ---- What is measured, the most telling first.
+
+
+def measurements(run: Run) -> Iterator[Measure]:
+    """Everything that tells whether the model of a run got better, the most telling first."""
+    trained = trained_run(run)
+    yield from _win_rates(run)
+    yield from _right_answers(run)
+    yield from _generated(trained)
+    yield from _rankings(trained)
+    yield from _losses(trained)
+    for metric in run.metrics if run.record.command in ("evaluate", "sweep") else ():
+        if (
+            metric.stage is None
+            and metric.value is not None
+            and metric.name.startswith(_BENCHMARKS)
+            and metric.low is not None
+        ):
+            even = 50.0 if metric.name.endswith(_PERCENT) else None
+            yield Measure(metric.name, metric.name + " is {after}", metric.interval, even=even, share=False)
+
+
+def trained_run(run: Run) -> Run:
+    """The run itself, or the part of it that trained the model in question."""
+    names = {"demo": ["simpo"], "loop": [name for name in run.parts if name.endswith("/model")][-1:]}
+    found = names.get(run.record.command, []) if run.record.command in names else []
+    return next((run.parts[name] for name in found if name in run.parts), run)
+
+
+def _win_rates(run: Run) -> Iterator[Measure]:
+    """Win rates in the results: over all judges, and of a loop in its last round."""
+    rounds = [int(one.name[6:].partition("/")[0]) for one in run.metrics if one.name.startswith("round-")]
+    prefix = f"round-{max(rounds)}/" if rounds else ""
+    a, b, verdicts = (
+        "its answers win",
+        "the start model's answers",
+        ("It got better", "It got worse", "No clear change"),
+    )
+    if run.record.command == "compare":
+        a, b, verdicts = "A's answers win", "B's", ("A is better", "B is better", "No clear difference")
+    for metric in run.metrics:
+        name = metric.name.removeprefix(prefix)
+        if metric.value is not None and name.partition("/")[0] == "win_rate":
+            judge = f", judged by {name.partition('/')[2]}" if "/" in name else ""
+            text = f"{a} {{after}} of comparisons with {b} to {{n}} prompts{judge}"
+            yield Measure(f"Win rate against {b}{judge}", text, metric.interval, even=0.5, verdicts=verdicts)
+
+
+def _right_answers(run: Run) -> Iterator[Measure]:
+    for metric in run.metrics:
+        before = run.metric(metric.name, "before")
+        if (
+            metric.stage == "after"
+            and before
+            and metric.value is not None
+            and metric.name.endswith(("correct", "/acc", "/exact_match"))
+        ):
+            label = "Correct answers" if metric.name == "correct" else metric.name
+            text = f"{label[0].lower()}{label[1:]} went from {{before}} to {{after}}"
+            yield Measure(label, text, metric.interval, before.interval)
+
+
+def _generated(run: Run) -> Iterator[Measure]:
+    """The win rate of answers during training, at the last evaluation."""
+    if (logged := run.last(_WIN_RATE)) is not None:
+        n = len(run.lines("generations/start.jsonl"))
+        text = f"its answers win {{after}} of {{n}} comparisons with the start model's (step {logged[0]:,})"
+        yield Measure("Win rate against the start model's answers", text, _logged(logged[1], n), even=0.5)
+
+
+def _rankings(run: Run) -> Iterator[Measure]:
+    """Which of two held-out responses has the higher reward: row by row where the files are there, or as logged."""
+    verdicts = ("It ranks pairs better", "It ranks pairs worse", "It ranks pairs about as well")
+    before, after = (run.column(stage, "rewards/accuracies") for stage in ("before", "after"))
+    logged = run.last(_ACCURACY)
+    start = _share(before) if len(before) and not np.isnan(before).any() and not run.starts_at_zero else None
+    text = "reward accuracy on {n} held-out pairs " + (
+        "went from {before} to {after}" if start else "is {after}, where 50% is chance"
+    )
+    if len(after) and not np.isnan(after).any():
+        change = mean_interval(after - before) if start else None
+        found = _share(after)
+    elif (metric := run.metric(_ACCURACY, "after")) is not None:
+        found, change = metric.interval, None
+    elif logged is not None:
+        found, change, text = _logged(logged[1], len(before)), None, f"{text} (step {logged[0]:,})"
+    else:
+        found = None
+    if found is not None:
+        yield Measure("Reward accuracy", text, found, start, change, 0.5, verdicts)
+    if (area := run.metric(_AREA, "after")) is not None:
+        first = run.metric(_AREA, "before")
+        text = "the area under the ROC curve on {n} held-out responses " + (
+            "went from {before} to {after}" if first else "is {after}"
+        )
+        yield Measure("Area under the ROC curve", text, area.interval, first and first.interval, even=0.5, share=False)
+
+
+def _losses(run: Run) -> Iterator[Measure]:
+    """Held-out losses of supervised fine-tuning; those of preference objectives do not tell how good a model is."""
+    if run.record.command != "sft":
+        return
+    verdicts = ("It predicts answers better", "It predicts answers worse", "It predicts answers about as well")
+    stages = run.metric("eval_loss", "before"), run.metric("eval_loss", "after")
+    if stages[0] is not None and stages[1] is not None:
+        losses, weights = (
+            np.stack([run.column(stage, name) for stage in ("before", "after")]) for name in ("loss", "weight")
+        )
+        change = mean_interval(losses[1] - losses[0]) if losses.size and (weights[0] == weights[1]).all() else None
+        text = "the loss on {n} held-out conversations went from {before} to {after} nats per token"
+        one, other = (metric.interval for metric in stages if metric is not None)
+        yield Measure("Held-out loss", text, other, one, change, None, verdicts, share=False, smaller_is_better=True)
+    elif (logged := run.last("eval_loss")) is not None:
+        text = f"the loss on held-out conversations is {{after}} nats per token (step {logged[0]:,})"
+        yield Measure("Held-out loss", text, Interval(logged[1], None, None, 0, ""), share=False)
+
+
+def _share(values: np.ndarray) -> Interval:
+    whole = np.isin(values, (0.0, 1.0)).all()
+    return proportion_interval(int(values.sum()), len(values)) if whole else share_interval(values)
+
+
+def _logged(value: float, n: int) -> Interval:
+    """A share of which only the value and the number of items are known."""
+    bounds = proportion_interval(round(value * n), n) if n else None
+    return Interval(value, bounds and bounds.low, bounds and bounds.high, n, "Wilson 95%")
+
+
+# ---- Several runs.
+
+
+def compare_runs(runs: Sequence[Run]) -> Iterator[str]:
+    """What can and cannot be concluded from several runs next to one another, in sentences."""
+    trained = [trained_run(run) for run in runs]
+    kinds = sorted({run.record.command for run in runs})
+    if len(kinds) > 1:
+        yield f"These runs are of different kinds ({', '.join(kinds)}): only what they share can be compared."
+    if len({one.record.identity.get("data/eval") for one in trained}) > 1:
+        yield "These runs were evaluated on different held-out rows: their held-out numbers cannot be compared."
+        return
+    if len({one.settings.get("objective") for one in trained}) > 1:
+        yield "These runs have different objectives: losses, rewards and margins are on different scales."
+    found = [(run, one.column("after", "rewards/accuracies")) for run, one in zip(runs, trained, strict=True)]
+    found = [(run, values) for run, values in found if len(values) and not np.isnan(values).any()]
+    if len(found) > 1 and len({len(values) for _, values in found}) == 1:
+        (best, first), (second, other), *_ = sorted(found, key=lambda pair: -float(pair[1].mean()))
+        change = mean_interval(first - other)
+        clear = change.low is not None and change.low > 0
+        text = number(change, percent=True, sign=True, unit=" points")
+        how = "a clear difference" if clear else "no clear difference"
+        yield f"Highest held-out accuracy: {best.name}, {text} compared with {second.name}, {how}."
+
+
+def facts_of(run: Run) -> list[tuple[str, str]]:
+    """Time, steps, tokens and peak memory."""
+    trained = trained_run(run)
+    steps, tokens = (trained.metric(f"train/{name}") for name in ("steps", "tokens"))
+    memory = run.record.peak_memory or trained.record.peak_memory or {}
+    minutes, seconds = divmod(round(run.seconds), 60)
+    last = f"{trained.logs[-1].get('step') or 0:,}" if trained.logs else ""
+    facts = {
+        "Time": f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {seconds:02} s",
+        "Steps": f"{steps.value:,.0f}" if steps else last,
+        "Tokens trained on": f"{tokens.value:,.0f}" if tokens else "",
+        "Peak memory": ", ".join(f"{size / 2**30:.2f} GiB ({place})" for place, size in memory.items()),
+    }
+    return [(name, text or "unknown") for name, text in facts.items() if text or trained.logs]

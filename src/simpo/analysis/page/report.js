@@ -1,0 +1,234 @@
+"use strict";
+// Draws the charts and lists the examples of a report. Data is put into the page as text only, never as markup.
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const root = document.documentElement;
+  const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  const element = (tag, properties = {}, ...children) => {
+    const made = Object.assign(document.createElement(tag), properties);
+    made.append(...children);
+    return made;
+  };
+  const shown = (value, share) => {
+    if (typeof value !== "number") return String(value);
+    if (share) return `${(100 * value).toFixed(1)}%`;
+    const size = Math.abs(value);
+    return size && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : Number(value.toPrecision(4)).toLocaleString("en");
+  };
+
+  // ---- Theme.
+
+  const button = document.getElementById("theme");
+  const setTheme = (theme) => {
+    root.dataset.theme = theme;
+    button.textContent = theme === "dark" ? "Light" : "Dark";
+    button.setAttribute("aria-label", `Switch to ${button.textContent.toLowerCase()} colors`);
+  };
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  setTheme(system.matches ? "dark" : "light");
+  system.addEventListener("change", () => { setTheme(system.matches ? "dark" : "light"); drawAll(); });
+  button.addEventListener("click", () => { setTheme(root.dataset.theme === "dark" ? "light" : "dark"); drawAll(); });
+
+  // ---- Charts.
+
+  const DASHES = ["solid", "dashed", "dotted"];
+  const SYMBOLS = ["circle", "triangle", "rect", "diamond"];
+
+  const seriesOf = (chart, one, number) => {
+    const color = css(`--c${Number(one.color) % 8}`);
+    if (chart.kind === "points") {
+      return [{ name: one.name, type: "scatter", data: one.data, symbol: SYMBOLS[number % 4], symbolSize: 5,
+        itemStyle: { color, opacity: 0.55 } }];
+    }
+    const few = one.data.length <= 40 && !one.steps;
+    const line = { name: one.name, type: "line", data: one.data, step: one.steps ? "middle" : false,
+      showSymbol: few && !one.thin, symbol: SYMBOLS[number % 4], symbolSize: 6, color,
+      lineStyle: { width: one.thin ? 1.3 : 2.2, opacity: one.thin ? 0.75 : 1, type: DASHES[one.dash % 3], color },
+      areaStyle: one.steps ? { color, opacity: 0.12 } : undefined, emphasis: { disabled: true } };
+    if (!one.bounds || !one.bounds.length) return [line];
+    const bars = one.bounds.flatMap(([x, low, high]) => [[x, low], [x, high], [x, null]]);
+    return [line, { name: one.name, type: "line", data: bars, showSymbol: false, silent: true, color, tooltip: { show: false },
+      lineStyle: { width: 2, color, opacity: 0.6 }, emphasis: { disabled: true } }];
+  };
+
+  const marksOf = (chart) => {
+    const lines = (chart.marks || []).map((mark) => ({ xAxis: mark.x, name: mark.name, label: { formatter: mark.name } }));
+    if (chart.even !== undefined) lines.push({ yAxis: chart.even, label: { formatter: shown(chart.even, chart.y.share) } });
+    if (chart.zero) lines.push({ yAxis: 0, label: { show: false } });
+    if (chart.diagonal) lines.push([{ coord: [0.5, 0.5] }, { coord: [1, 1] }]);
+    if (!lines.length) return [];
+    return [{ type: "line", data: [], silent: true, markLine: { silent: true, symbol: "none", animation: false, data: lines,
+      label: { color: css("--soft"), position: "insideEndTop" }, lineStyle: { color: css("--soft"), type: "dashed", width: 1 } } }];
+  };
+
+  const tooltipOf = (chart, found) => {
+    const rows = (Array.isArray(found) ? found : [found]).filter((one) => one.seriesName && Array.isArray(one.value) && one.value[1] !== null);
+    if (!rows.length) return "";
+    const category = chart.x.categories && chart.x.categories[rows[0].value[0]];
+    const box = element("div", {}, element("b", { textContent: `${chart.x.name}: ${category || shown(rows[0].value[0], chart.x.share)}` }));
+    for (const row of rows) {
+      const one = chart.series.find((series) => series.name === row.seriesName);
+      const bounds = ((one && one.bounds) || []).find(([x]) => x === row.value[0]);
+      const interval = bounds ? ` [${shown(bounds[1], chart.y.share)}, ${shown(bounds[2], chart.y.share)}]` : "";
+      box.append(element("div", { textContent: `${row.seriesName}: ${shown(row.value[1], chart.y.share)}${interval}` }));
+    }
+    return box;
+  };
+
+  const optionOf = (chart, width) => {
+    const soft = css("--soft"), grid = css("--line");
+    const axis = { nameLocation: "middle", nameTextStyle: { color: soft }, axisLabel: { color: soft, hideOverlap: true },
+      axisLine: { onZero: false, lineStyle: { color: soft } }, splitLine: { lineStyle: { color: grid } } };
+    const x = { ...axis, type: chart.x.categories ? "category" : "value", data: chart.x.categories, name: chart.x.name, nameGap: chart.x.categories ? 48 : 28,
+      min: chart.x.min ?? (chart.kind === "points" ? undefined : "dataMin"), max: chart.x.max ?? (chart.kind === "points" ? undefined : "dataMax"),
+      minInterval: chart.x.whole ? 1 : undefined, splitLine: { show: false }, scale: true,
+      axisLabel: { ...axis.axisLabel, showMinLabel: Boolean(chart.x.share || chart.x.name.endsWith("step")), formatter: (value) => shown(value) } };
+    if (chart.x.categories) Object.assign(x, { min: undefined, max: undefined, axisLabel: { ...axis.axisLabel, hideOverlap: false, rotate: 30, fontSize: 10 } });
+    if (chart.x.share) x.axisLabel = { ...axis.axisLabel, formatter: (value) => `${Math.round(100 * value)}%` };
+    const values = chart.series.flatMap((one) => [...one.data.map(([, value]) => value), ...(one.bounds || []).flatMap(([, low, high]) => [low, high])]);
+    const lowest = values.reduce((a, b) => Math.min(a, b), Infinity), highest = values.reduce((a, b) => Math.max(a, b), -Infinity);
+    const logarithmic = chart.y.log && lowest > 0 && highest / lowest > 50;
+    const y = { ...axis, type: logarithmic ? "log" : "value", name: chart.y.name, nameGap: 46, scale: true,
+      axisLabel: { ...axis.axisLabel, formatter: (value) => (chart.y.share ? `${Math.round(100 * value)}%` : shown(value)) } };
+    if (chart.y.share && lowest >= 0 && highest <= 1) {
+      const min = Math.floor(lowest * 10) / 10, max = Math.min(1, Math.max(min + 0.1, Math.ceil(highest * 10) / 10));
+      Object.assign(y, { min, max, interval: max - min > 0.55 ? 0.2 : max - min > 0.25 ? 0.1 : 0.05 });
+    }
+    const legend = chart.series.length, rows = legend < 2 ? 0 : legend > 4 ? 1 : Math.ceil(legend / 2);
+    return {
+      animation: false, backgroundColor: "transparent", textStyle: { fontFamily: "system-ui, sans-serif", color: css("--ink") },
+      aria: { enabled: true, label: { description: `${chart.title}. ${chart.note || ""}` } },
+      grid: { left: 62, right: 18, top: 14 + 20 * rows, bottom: chart.x.categories ? 66 : 44 },
+      legend: { show: rows > 0, type: legend > 4 ? "scroll" : "plain", top: 0, itemGap: 8, itemHeight: 10, textStyle: { color: css("--ink") }, inactiveColor: soft,
+        pageTextStyle: { color: soft }, data: chart.series.map((one) => one.name) },
+      tooltip: { trigger: chart.kind === "points" ? "item" : "axis", confine: true, backgroundColor: css("--card"), borderColor: grid,
+        textStyle: { color: css("--ink"), fontSize: 12 }, formatter: (found) => tooltipOf(chart, found) },
+      dataZoom: chart.kind === "points" ? [] : [{ type: "inside", zoomOnMouseWheel: "ctrl", moveOnMouseWheel: false }],
+      xAxis: x, yAxis: y, series: [...chart.series.flatMap((one, number) => seriesOf(chart, one, number)), ...marksOf(chart)],
+    };
+  };
+
+  const plots = [...document.querySelectorAll("[data-chart]")];
+  const drawn = new Map();
+  const draw = (plot) => {
+    const instance = drawn.get(plot) || echarts.init(plot, null, { renderer: data.charts[plot.dataset.chart].kind === "points" ? "canvas" : "svg" });
+    drawn.set(plot, instance);
+    instance.resize();
+    instance.setOption(optionOf(data.charts[plot.dataset.chart], plot.clientWidth), { notMerge: true });
+  };
+  const drawAll = () => { plots.forEach(draw); root.dataset.drawn = String(drawn.size); };
+  const drawNext = () => {  // one at a time, from the top, so that the page answers at once
+    const plot = plots.find((one) => !drawn.has(one));
+    if (plot) { draw(plot); setTimeout(drawNext, 0); }
+    root.dataset.drawn = String(drawn.size);
+  };
+  setTimeout(drawNext, 0);
+  let waiting = 0;
+  addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(drawAll, 150); });
+  let themeBefore = "";
+  addEventListener("beforeprint", () => { themeBefore = root.dataset.theme; setTheme("light"); drawAll(); });
+  addEventListener("afterprint", () => { setTheme(themeBefore); drawAll(); });
+
+  const tableOf = (chart) => {
+    const body = element("tbody");
+    for (const one of chart.series) {
+      for (const [x, value] of one.data.slice(0, 500)) {
+        const place = chart.x.categories ? chart.x.categories[x] : shown(x, chart.x.share);
+        body.append(element("tr", {}, element("td", { textContent: one.name }), element("td", { textContent: place }), element("td", { textContent: shown(value, chart.y.share) })));
+      }
+    }
+    const head = element("tr", {}, ...["", chart.x.name, chart.y.name || "value"].map((name) => element("th", { textContent: name, scope: "col" })));
+    const box = element("div", { tabIndex: 0 }, element("table", {}, element("thead", {}, head), body));
+    box.setAttribute("role", "region");
+    box.setAttribute("aria-label", `Values of ${chart.title}`);
+    return box;
+  };
+  for (const details of document.querySelectorAll(".values")) {
+    details.addEventListener("toggle", () => {
+      const plot = details.parentElement.querySelector("[data-chart]");
+      if (details.open && details.childElementCount === 1) details.append(tableOf(data.charts[plot.dataset.chart]));
+    });
+  }
+
+  // ---- Examples.
+
+  const list = document.getElementById("list");
+  if (!list) return;
+  const PAGE = 10;
+  const signed = (value) => (value > 0 ? "+" : "") + value.toFixed(2).replace("-", "\u2212");
+  const right = (row, stage) => row.margins && row.margins[stage] > 0;
+  const filters = {
+    "pairs, largest gain first": [(row) => row.kind === "pair", (a, b) => b.change - a.change],
+    "pairs, largest loss first": [(row) => row.kind === "pair", (a, b) => a.change - b.change],
+    "pairs that became right": [(row) => right(row, "after") && !right(row, "before"), (a, b) => b.change - a.change],
+    "pairs that became wrong": [(row) => row.kind === "pair" && "after" in row.margins && !right(row, "after") && right(row, "before"), (a, b) => a.change - b.change],
+    "pairs that are wrong after": [(row) => row.kind === "pair" && "after" in row.margins && !right(row, "after"), (a, b) => a.margins.after - b.margins.after],
+    "answers before and after": [(row) => row.kind === "answers", () => 0],
+  };
+  const controls = { search: document.getElementById("search"), filter: document.getElementById("filter"),
+    run: document.getElementById("run"), shade: document.getElementById("shade") };
+  for (const [name, [accepts]] of Object.entries(filters)) {
+    const count = data.examples.filter(accepts).length;
+    if (count) controls.filter.append(element("option", { value: name, textContent: `${name} (${count})` }));
+  }
+  const searchable = data.examples.map((row) => [row.prompt, ...row.sides.map((side) => side.texts.join(""))].join("\n").toLowerCase());
+
+  const shadeOf = (side, k, by) => {
+    const before = side.before && side.before[k], after = side.after && side.after[k];
+    const numeric = (value) => typeof value === "number";
+    if (by === "change" && numeric(before) && numeric(after)) {
+      const change = after - before;
+      return [change > 0 ? css("--shade-up") : css("--shade-down"), Math.min(0.5, Math.abs(change) / 4)];
+    }
+    const value = by === "before" ? before : by === "after" ? after : undefined;
+    return numeric(value) ? [css("--shade-down"), Math.min(0.5, -value / 12)] : null;
+  };
+  const sideOf = (side) => {
+    const text = element("div", { className: "text", tabIndex: 0, dir: "auto" });
+    text.setAttribute("role", "group");
+    text.setAttribute("aria-label", side.name);
+    const by = controls.shade.value;
+    side.texts.forEach((token, k) => {
+      const shade = by ? shadeOf(side, k, by) : null;
+      if (!shade || shade[1] < 0.02) { text.append(token); return; }
+      const values = ["before", "after"].filter((stage) => side[stage]).map((stage) => `${stage} ${side[stage][k]}`);
+      const span = element("span", { textContent: token, title: `log-probability ${values.join(", ")}` });
+      span.style.backgroundColor = `rgba(${shade[0]}, ${shade[1].toFixed(2)})`;
+      text.append(span);
+    });
+    const box = element("div", { className: "side" }, element("h4", { textContent: side.name }), text);
+    if (side.cut) box.append(element("p", { className: "cut", textContent: `${side.cut.toLocaleString("en")} more characters are not shown.` }));
+    return box;
+  };
+  const exampleOf = (row) => {
+    const facts = [];
+    if (row.kind === "pair") {
+      const margins = Object.entries(row.margins).map(([stage, value]) => `${stage} ${signed(value)}`).join(", ");
+      facts.push(`margin ${margins || "unknown"}`);
+    }
+    for (const [judge, value] of Object.entries(row.verdicts || {})) {
+      facts.push(`${judge}: ${value > 0.5 ? row.sides[1].name + " better" : value < 0.5 ? row.sides[0].name + " better" : "tie"}`);
+    }
+    const where = data.runs > 1 ? `${row.run}, ${row.place}` : row.place;
+    const head = element("header", {}, element("b", { textContent: facts.join("; ") }), element("span", { textContent: where, dir: "auto" }));
+    const prompt = sideOf({ name: "prompt", texts: [row.prompt], cut: row.prompt_cut });
+    return element("article", { className: "example" }, head, prompt, element("div", { className: "sides" }, ...row.sides.map(sideOf)));
+  };
+
+  let visible = PAGE;
+  const show = () => {
+    const [accepts, order] = filters[controls.filter.value] || [() => true, () => 0];
+    const wanted = controls.search.value.toLowerCase();
+    const run = controls.run ? controls.run.value : "";
+    const rows = data.examples.filter((row, k) => accepts(row) && (!run || row.run === run) && (!wanted || searchable[k].includes(wanted))).sort(order);
+    list.replaceChildren(...rows.slice(0, visible).map(exampleOf));
+    document.getElementById("found").textContent = `${rows.length.toLocaleString("en")} examples${rows.length > visible ? `, ${visible} shown` : ""}.`;
+    document.getElementById("more").hidden = rows.length <= visible;
+  };
+  for (const control of Object.values(controls)) {
+    if (control) control.addEventListener("input", () => { visible = PAGE; show(); });
+  }
+  document.getElementById("controls").addEventListener("submit", (event) => event.preventDefault());
+  document.getElementById("more").addEventListener("click", () => { visible += PAGE; show(); });
+  show();
+})();

@@ -1,0 +1,249 @@
+"""Run folders as a report reads them: as far as a run has come, and with a note of whatever is missing or damaged."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import cached_property, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from simpo.errors import SimpoError
+from simpo.runs.folder import RunRecord
+from simpo.runs.log import masked
+from simpo.runs.results import EXAMPLES, HELD_OUT, Metric, Stage, read_results
+from simpo.runs.results import FILE_NAME as RESULTS
+
+Row = dict[str, Any]
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_NOTICE = re.compile(r"^(\S+) note: (.*)$")
+_STOPPED = re.compile(r"^(\S+) error: (.*)$")
+_ROUNDING = 1e-3  # of a reward in bfloat16
+_PROGRESS = re.compile(r"[\d,]+ of [\d,]+ ")  # how far something has come, and nothing to worry about
+_LONGEST_GAP = timedelta(hours=1)  # between two lines of a log; a longer one is a pause, not work
+
+
+@dataclass
+class Run:
+    """One run folder.
+
+    Attributes:
+        path: the folder.
+        record: its ``run.json``.
+        metrics: of ``results.json``; empty until the run has finished.
+        logs: the lines of ``metrics.jsonl``, oldest first; numbers that were not finite are None.
+        missing: what could not be read, in sentences.
+    """
+
+    path: Path
+    record: RunRecord
+    name: str
+    metrics: list[Metric] = field(default_factory=list)
+    logs: list[Row] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """Read a folder.
+
+        Raises:
+            SimpoError: it is not a run folder.
+        """
+        try:
+            record = RunRecord.read(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise SimpoError(f"{path}: not a run (no run.json); name the output_dir of a simpo command") from None
+        except SimpoError as error:
+            raise SimpoError(str(error).removeprefix("output_dir: ").replace("; name a new folder", "")) from error
+        run = cls(path, record, path.resolve().name)
+        if (path / RESULTS).exists():
+            try:
+                run.metrics = read_results(path / RESULTS).metrics
+            except SimpoError as error:
+                run.missing.append(str(error))
+        run.logs = run.lines("metrics.jsonl")
+        return run
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has finished."""
+        return self.record.status == "finished"
+
+    def lines(self, name: str) -> list[Row]:
+        """The rows of a JSON Lines file in the folder; damaged lines are left out and noted in :attr:`missing`."""
+        path, rows, damaged = self.path / name, [], 0
+        if not path.exists():
+            return rows
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                    rows.append({key: _finite(value) for key, value in row.items()})
+                except (ValueError, AttributeError, RecursionError):
+                    damaged += 1
+        if damaged:
+            self.missing.append(f"{name}: {damaged:,} of {damaged + len(rows):,} lines are damaged and were left out.")
+        return rows
+
+    def text(self, name: str) -> str:
+        """The text of a file in the folder, without secrets; empty if there is none."""
+        path = self.path / name
+        return masked(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else ""
+
+    def metric(self, name: str, stage: Stage | None = None) -> Metric | None:
+        """The metric of ``results.json`` with this name that has a value."""
+        found = (one for one in self.metrics if (one.name, one.stage) == (name, stage) and one.value is not None)
+        return next(found, None)
+
+    @cached_property
+    def logged(self) -> dict[str, list[tuple[float, float]]]:
+        """Step and value of everything that was logged, by name."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for log in self.logs:
+            step = log.get("step") or 0
+            for name, value in log.items():
+                if name != "step" and isinstance(value, int | float):
+                    found.setdefault(name, []).append((step, value))
+        return found
+
+    def last(self, name: str) -> tuple[float, float] | None:
+        """The last logged value of a metric, after its step."""
+        return self.logged[name][-1] if name in self.logged else None
+
+    # ---- Held-out rows.
+
+    @cached_property
+    def held_out(self) -> dict[Stage, list[Row]]:
+        """The scores of every held-out row; a stage that has not been scored, or not of all rows, has none."""
+        found = {stage: self.lines(name) for stage, name in HELD_OUT.items()}
+        if found["after"] and len(found["after"]) != len(found["before"]):
+            self.missing.append("held_out_after.jsonl: not as many rows as held_out_before.jsonl; left out.")
+            found["after"] = []
+        return found
+
+    def column(self, stage: Stage, name: str) -> np.ndarray:
+        """``[rows]`` values of a metric of the held-out rows, NaN where there is none."""
+        values = (row.get(name) for row in self.held_out[stage])
+        return np.array([value if isinstance(value, int | float) else math.nan for value in values], dtype=np.float64)
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether the start model's rewards are 0, as with a reference; which of two is larger is then rounding."""
+        margins = self.column("before", "rewards/margins")
+        return not (np.abs(margins) > _ROUNDING).any()
+
+    @cached_property
+    def examples(self) -> list[Row]:
+        """Held-out rows as text, with the token log-probabilities before and, as ``after``, after training."""
+        after = {row.get("row"): row for row in self.lines(EXAMPLES["after"])}
+        rows = self.lines(EXAMPLES["before"])
+        for row in rows:
+            later = after.get(row.get("row"), {}).get("responses", ())
+            for response, one in zip(row.get("responses", ()), later, strict=False):
+                response["after"] = one.get("logps")
+        return rows
+
+    # ---- What ran.
+
+    @cached_property
+    def settings(self) -> Row:
+        """All keys of the recipe with their values."""
+        return _mapping(partial(yaml.load, Loader=_LOADER), self.text("recipe.resolved.yaml"))
+
+    @cached_property
+    def environment(self) -> Row:
+        """Versions and the machine."""
+        return _mapping(json.loads, self.text("environment.json"))
+
+    @cached_property
+    def command_line(self) -> str:
+        """The command that reproduces the run."""
+        first = self.text("recipe.yaml").partition("\n")[0]
+        return first.removeprefix("# ") if first.startswith("# simpo") else f"simpo {self.record.command}"
+
+    @cached_property
+    def log_lines(self) -> list[str]:
+        """The lines of ``log.txt``."""
+        return self.text("log.txt").splitlines()
+
+    @property
+    def notices(self) -> list[str]:
+        """The warnings of the log, each once, in their order."""
+        found = (match[2] for line in self.log_lines if (match := _NOTICE.match(line)))
+        return list(dict.fromkeys(notice for notice in found if not _PROGRESS.match(notice)))
+
+    @property
+    def error(self) -> str | None:
+        """Why the last start ended, if it ended in an error or was interrupted."""
+        last = next((line for line in reversed(self.log_lines) if line[:4].isdigit()), "")
+        match = _STOPPED.match(last)
+        return match[2] if match and not self.finished else None
+
+    @cached_property
+    def seconds(self) -> float:
+        """Time that the run has worked: between the lines of its log, without pauses."""
+        times = []
+        for line in self.log_lines:
+            try:
+                times.append(datetime.fromisoformat(line.partition(" ")[0]))
+            except ValueError:
+                continue
+        starts = {datetime.fromisoformat(start) for start in self.record.starts}
+        ends = [*times, *([datetime.fromisoformat(self.record.finished)] if self.record.finished else [])]
+        moments = sorted({*starts, *ends})
+        gaps = (later - earlier for earlier, later in pairwise(moments) if later not in starts)
+        return sum((gap.total_seconds() for gap in gaps if self.finished or gap < _LONGEST_GAP), 0.0)
+
+    @cached_property
+    def parts(self) -> dict[str, Run]:
+        """The runs in this folder's folders that trained a model, by their path from here."""
+        records = sorted(path for pattern in ("*", "*/*") for path in self.path.glob(f"{pattern}/run.json"))
+        runs = {}
+        for path in records:
+            try:
+                part = Run.read(path.parent)
+            except SimpoError as error:
+                self.missing.append(str(error))
+                continue
+            part.name = path.parent.relative_to(self.path).as_posix()
+            runs[part.name] = part
+        return runs
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read several folders; runs of the same name are called by their paths.
+
+    Raises:
+        SimpoError: a folder is not a run, or is named twice.
+    """
+    resolved = [path.resolve() for path in paths]
+    for path, real in zip(paths, resolved, strict=True):
+        if resolved.count(real) > 1:
+            raise SimpoError(f"{path}: given twice; name every run once")
+    runs = [Run.read(path) for path in paths]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = str(run.path)
+    return runs
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _mapping(parse: Any, text: str) -> Row:
+    try:
+        found = parse(text) if text else {}
+    except (ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}

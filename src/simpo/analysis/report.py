@@ -1,0 +1,245 @@
+"""``simpo report``: one self-contained HTML file that explains one run, or several next to one another."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from simpo import __version__
+from simpo.analysis.curves import curves, rounds
+from simpo.analysis.examples import examples
+from simpo.analysis.figures import paper_figures
+from simpo.analysis.headline import Headline, Measure, compare_runs, facts_of, number, trained_run
+from simpo.analysis.reading import Row, Run, read_runs
+from simpo.runs.atomic import write_text
+from simpo.runs.log import now
+from simpo.runs.manifest import read_manifest
+from simpo.runs.results import Metric
+
+FILE_NAME = "report.html"
+_PAGE = Path(__file__).parent / "page"
+_MOST_TRAININGS = 12  # runs in one chart
+_MOST_FILES = 200
+# Counts of rows that are worth a warning.
+_ROWS = {
+    "bad": "cannot be used",
+    "dropped": "were dropped",
+    "cut": "were cut",
+    "rows_in_train": "are also training rows",
+    "prompts_in_train": "have a prompt that is also trained on",
+}
+
+
+def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
+    """Write the report of run folders.
+
+    Args:
+        paths: the folders; with several, their curves are overlaid.
+        output: the file; ``report.html`` in the first folder by default.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        SimpoError: a folder is not a run, or the file cannot be written.
+    """
+    runs = read_runs(paths)
+    output = paths[0] / FILE_NAME if output is None else output
+    write_text(output, render(runs))
+    return output
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page of one or several runs."""
+    trainings = [training for run in runs for training in _trainings(run, several=len(runs) > 1)]
+    shown, left_out = examples(runs)
+    figures = [(run.name, list(paper_figures(trained_run(run)))) for run in runs]
+    sections = [
+        ("curves", "Curves", [*(chart for run in runs for chart in rounds(run)), *curves(trainings[:_MOST_TRAININGS])]),
+        *(
+            (f"figures-{place}", "The paper's figures" + (f": {name}" if len(runs) > 1 else ""), charts)
+            for place, (name, charts) in enumerate(figures)
+        ),
+    ]
+    notes = (
+        [f"{len(trainings):,} trainings, of which the first {_MOST_TRAININGS} are drawn."]
+        if len(trainings) > _MOST_TRAININGS
+        else []
+    )
+    script, charting, style = (_file(name) for name in ("report.js", "echarts.common.min.js", "report.css"))
+    data = {
+        "charts": {f"{name}-{place}": chart for name, _, charts in sections for place, chart in enumerate(charts)},
+        "examples": shown,
+    }
+    template = _environment().get_template("report.html.j2")
+    return template.render(
+        runs=[_described(run) for run in runs],
+        comparison=list(compare_runs(runs)) if len(runs) > 1 else [],
+        differences=_differences(runs),
+        sections=[(name, title, charts) for name, title, charts in sections if charts],
+        curve_notes=notes,
+        example_count=len(shown),
+        examples_left_out=left_out,
+        style=Markup(style),  # noqa: S704 - our own files
+        scripts=[Markup(charting), Markup(script)],  # noqa: S704
+        hashes=[_csp_hash(charting), _csp_hash(script)],
+        data=Markup(_embedded(data)),  # noqa: S704 - escaped
+        version=__version__,
+        written=now(),
+    )
+
+
+def _trainings(run: Run, *, several: bool) -> list[Run]:
+    """The runs whose curves are drawn: the run itself, or the rounds or trials in it."""
+    if run.record.command == "loop":
+        return [part for name, part in run.parts.items() if name.endswith("/model")]
+    if run.record.command == "sweep":
+        return [part for name, part in run.parts.items() if name.startswith("trials/")]
+    trained = trained_run(run)
+    if several:
+        trained.name = run.name
+    return [trained]
+
+
+# ---- What the page says of each run.
+
+
+def _described(run: Run) -> Row:
+    """Everything of a run that the template shows, apart from charts and examples."""
+    trained, headline = trained_run(run), Headline.of(run)
+    described = {
+        "name": run.name,
+        "path": str(run.path),
+        "command": run.record.command,
+        "finished": run.finished,
+        "started": run.record.starts[0] if run.record.starts else None,
+        "headline": headline,
+        "bars": [_bar(one) for one in headline.measures[:4]],
+        "facts": facts_of(run),
+        "metrics": _table(run.metrics or trained.metrics),
+        "data": [metric for metric in trained.metrics if metric.name.startswith("data/")],
+        "command_line": run.command_line,
+        "recipe": _without_first_line(trained.text("recipe.yaml")),
+        "resolved": trained.text("recipe.resolved.yaml"),
+        "environment": yaml.safe_dump(trained.environment, sort_keys=False) if trained.environment else "",
+        "hashes": {"fingerprint": run.record.fingerprint}
+        | {key: value for key, value in trained.record.identity.items() if re.fullmatch("[0-9a-f]{64}", str(value))},
+        "files": _files(run.path),
+    }
+    return described | {"warnings": _warnings(run, trained)}  # last: reading the rest may have added some
+
+
+def _bar(measure: Measure) -> Row:
+    """A measurement as dots and intervals on an axis, in percent of its width; shares have the axis from 0 to 1."""
+    found = [(stage, one) for stage, one in (("before", measure.before), ("after", measure.after)) if one is not None]
+    even = measure.even if measure.before is None else None
+    ends = [end for _, one in found for end in (one.value, one.low, one.high) if end is not None]
+    ends += [] if even is None else [even]
+    low, high = min(ends), max(ends)
+    space = 0.15 * (high - low) or 1.0
+    low, high = (0.0, 1.0) if measure.share else (low - space, high + space)
+
+    def place(value: float | None) -> float | None:
+        return None if value is None else round(100 * (value - low) / (high - low), 2)
+
+    rows = [
+        {"stage": stage, "text": measure.text(one)}
+        | {key: place(getattr(one, key)) for key in ("value", "low", "high")}
+        for stage, one in found
+    ]
+    return {"rows": rows, "even": place(even), "measure": measure}
+
+
+def _table(metrics: Sequence[Metric]) -> list[tuple[str, list[str], str]]:
+    """Rows of the table of results: name, the values before, after and without a stage, and n."""
+    rows: dict[str, dict[Any, Metric]] = {}
+    for metric in metrics:
+        if not metric.name.startswith("data/"):
+            rows.setdefault(metric.name, {})[metric.stage] = metric
+    table = []
+    for name, cells in rows.items():
+        texts = [_cell(cells.get(stage)) for stage in ("before", "after", None)]
+        counts = dict.fromkeys(f"{one.n:,}" for one in cells.values() if one.n is not None)
+        table.append((name, texts, " / ".join(counts)))
+    return table
+
+
+def _cell(metric: Metric | None) -> str:
+    if metric is None or metric.value is None:
+        return "" if metric is None else "none"
+    return number(metric.interval)
+
+
+def _warnings(run: Run, trained: Run) -> list[str]:
+    """Everything that a reader of the numbers should know, in sentences."""
+    found = []
+    if not run.finished:
+        found.append(f"This run has not finished. {run.error or 'The page shows it as far as it has come.'}")
+    for metric in trained.metrics:
+        parts = metric.name.split("/")
+        if parts[0] == "data" and len(parts) == 3 and metric.value and parts[2] in _ROWS:
+            of = "" if metric.n is None else f" of {metric.n:,}"
+            found.append(f"{metric.value:,.0f}{of} rows of the {parts[1]} data {_ROWS[parts[2]]}.")
+    if len(run.record.starts) > 1:
+        found.append(f"The run was started {len(run.record.starts):,} times: it was stopped and continued.")
+    for change in run.record.changes:
+        found.append(f"Continued with other settings ({', '.join(change.get('now', {}))}) on {change.get('time')}.")
+    if not_finite := sorted({key for log in trained.logs for key, value in log.items() if value is None}):
+        found.append(f"Not finite in the log (NaN or infinite): {', '.join(not_finite)}.")
+    for one in (run,) if run is trained else (run, trained):
+        found += one.missing + one.notices
+    return list(dict.fromkeys(found))
+
+
+def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """The recipe keys in which several runs differ."""
+    settings = [trained_run(run).settings for run in runs]
+    keys = dict.fromkeys(key for one in settings for key in one if key not in ("output_dir", "logging_dir", "run_name"))
+    rows = [(key, [json.dumps(one.get(key), ensure_ascii=False, default=str) for one in settings]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1] if len(runs) > 1 else []
+
+
+def _files(folder: Path) -> list[tuple[str, int, str]]:
+    try:
+        return read_manifest(folder)[:_MOST_FILES]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _without_first_line(text: str) -> str:
+    lines = text.splitlines()
+    return "\n".join(line for place, line in enumerate(lines) if place or not line.startswith("# simpo")).strip()
+
+
+# ---- The page.
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def _file(name: str) -> str:
+    return (_PAGE / name).read_text(encoding="utf-8")
+
+
+def _embedded(value: Any) -> str:
+    """JSON for a script element: without ``<``, nothing in it can end the element or begin another."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _csp_hash(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

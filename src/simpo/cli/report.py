@@ -1,0 +1,31 @@
+"""A page that explains a run, or several next to one another.
+
+examples:
+  simpo report outputs/llama-3-simpo
+  simpo report outputs/simpo outputs/dpo --output compared.html
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simpo.analysis.report import write_report
+from simpo.config import parse_settings
+
+
+@dataclass(kw_only=True)
+class ReportSettings:
+    """The report."""
+
+    runs: list[Path] = field(metadata={"help": "Folders of runs, finished or not.", "positional": "RUN"})
+    output: Path | None = field(
+        default=None, metadata={"help": "The page (default: report.html in the first run's folder)."}
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Write the page and print its path."""
+    (settings,) = parse_settings(argv, (ReportSettings,), command="report", about=__doc__)
+    print(f"report: {write_report(settings.runs, settings.output)}")
+    return 0

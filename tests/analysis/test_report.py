@@ -1,0 +1,148 @@
+"""Numbers and texts of a report, against naive computations; and folders that are damaged, unfinished or no runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from simpo.analysis.curves import thin
+from simpo.analysis.figures import paper_figures, spearman
+from simpo.analysis.headline import Headline
+from simpo.analysis.reading import Run
+from simpo.analysis.report import write_report
+from simpo.cli import main
+from simpo.errors import SimpoError
+from simpo.statistics import mean_interval
+
+
+def data_of(path) -> dict:
+    text = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_the_headline_is_the_change_of_the_same_rows(make_run, tmp_path, rows_of):
+    run = Run.read(make_run(tmp_path / "run"))
+    before, after = (
+        np.array([row["rewards/accuracies"] for row in rows_of(tmp_path / f"run/held_out_{stage}.jsonl")])
+        for stage in ("before", "after")
+    )
+    headline = Headline.of(run)
+    (measure,) = headline.measures
+    assert measure.before.value == before.mean() and measure.after.value == after.mean() > before.mean()
+    assert measure.change == mean_interval(after - before)
+    assert headline.direction == "better" and measure.change.low > 0
+    for value in (measure.before, measure.after, measure.change):
+        for number in (value.value, value.low, value.high):
+            assert f"{100 * number:.1f}" in headline.sentence
+    page = write_report([tmp_path / "run"]).read_text(encoding="utf-8")
+    assert "12,345" in page and "3 of 70 rows of the train data" in page and run.record.fingerprint in page
+
+
+def test_without_a_clear_change_the_verdict_is_open(make_run, tmp_path, rows_of):
+    path = make_run(tmp_path / "run")
+    (path / "held_out_after.jsonl").write_text((path / "held_out_before.jsonl").read_text())
+    headline = Headline.of(Run.read(path))
+    assert headline.direction == "unclear" and headline.measures[0].change.value == 0
+
+
+def test_figures_count_what_a_loop_counts(make_run, tmp_path, rows_of):
+    run = Run.read(make_run(tmp_path / "run"))
+    charts = {chart["title"]: chart for chart in paper_figures(run)}
+    rows = rows_of(tmp_path / "run/held_out_after.jsonl")
+    cells = {(a, b): 0 for a in (True, False) for b in (True, False)}
+    for row in rows:
+        cells[row["logps/chosen"] > row["logps/rejected"], row["rewards/margins"] > 0] += 1
+    table = charts["Reward and likelihood"]["table"]["rows"]
+    assert [int(cell.split()[0]) for row in table for cell in row[1:]] == [*cells.values()]
+    assert sum(count for _, count in charts["Distribution of reward margins"]["series"][1]["data"]) == len(rows)
+    lengths = [count for row in rows for count in row["tokens"]]
+    rewards = [row[f"rewards/{side}"] for row in rows for side in ("chosen", "rejected")]
+    rho = stats.spearmanr(lengths, rewards)
+    assert f"after {rho.statistic:.2f} [" in charts["Reward and length"]["note"]
+    confidence = [1 / (1 + np.exp(-abs(row["rewards/margins"]))) for row in rows]
+    series = charts["Calibration"]["series"][1]["data"]
+    first = [c for c in confidence if c < 0.6]
+    assert series[0][0] == pytest.approx(np.mean(first), rel=1e-4)
+    accuracy = charts["Accuracy by difference in length"]
+    assert (
+        len(accuracy["x"]["categories"]) == len(accuracy["series"][0]["data"]) == len(accuracy["series"][0]["bounds"])
+    )
+    moved = charts["Change of log-probability by position"]["series"][0]["data"]
+    assert moved == [(1, 0.5), (2, -0.2)]
+
+
+def test_spearman_is_scipys_and_its_interval_covers():
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 5, 200)
+    y = x + rng.normal(0, 3, 200)
+    found = spearman(x, y)
+    assert found.value == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert spearman([1, 1, 1, 1], [1, 2, 3, 4]).low is None
+    truth = stats.spearmanr(*np.random.default_rng(1).multivariate_normal([0, 0], [[1, 0.5], [0.5, 1]], 200_000).T)
+    draws = [rng.multivariate_normal([0, 0], [[1, 0.5], [0.5, 1]], 100).T for _ in range(300)]
+    covered = [one.low <= truth.statistic <= one.high for one in (spearman(*draw) for draw in draws)]
+    assert 0.91 <= np.mean(covered) <= 0.99
+
+
+def test_a_thinned_curve_keeps_every_spike():
+    values = np.random.default_rng(0).normal(size=54_321)
+    values[17_000], values[40_001] = 99.0, -77.0
+    thinned = thin(list(enumerate(values.tolist())))
+    assert len(thinned) <= 1000 and (17_000, 99) in thinned and (40_001, -77) in thinned
+    assert [x for x, _ in thinned] == sorted(x for x, _ in thinned)
+    assert thin([(1, 2.0), (2, 3.0)]) == [(1, 2), (2, 3)]
+
+
+def test_a_large_run_makes_a_small_page(make_run, tmp_path):
+    path = make_run(tmp_path / "run", pairs=20_000, steps=100_000)
+    began = time.process_time()
+    page = write_report([path])
+    assert time.process_time() - began < 20 and page.stat().st_size < 5_000_000
+    charts = data_of(page)["charts"].values()
+    assert {chart["title"] for chart in charts} >= {"Loss", "Gradient norm", "Reward and length", "Calibration"}
+    assert all(len(series["data"]) <= 2000 for chart in charts for series in chart["series"])
+    assert "of 100,000 values are drawn" in page.read_text() and "of 20,000 pairs are drawn" in page.read_text()
+
+
+def test_a_run_in_progress_with_damaged_logs(make_run, tmp_path):
+    """A number that is not finite, a line that was cut off, one that is no JSON, and another program's constant."""
+    path = make_run(tmp_path / "run", finished=False)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "loss": NaN}\n{"step": 22, "loss": null}\nnonsense\n{"step": 23, "lo')
+    page = write_report([path]).read_text(encoding="utf-8")
+    assert "So far, reward accuracy" in page and "75.0%" in page and "This run has not finished" in page
+    assert "2 of 24 lines are damaged" in page and "(NaN or infinite): loss" in page
+
+
+def test_several_runs_name_what_differs(make_run, tmp_path):
+    one, other = make_run(tmp_path / "a/run"), make_run(tmp_path / "b/run", learning_rate=1e-5)
+    page = write_report([one, other], tmp_path / "both.html")
+    text = page.read_text(encoding="utf-8")
+    assert str(one) in text and str(other) in text and "1e-05" in text and "no clear difference" in text
+    (loss,) = (chart for chart in data_of(page)["charts"].values() if chart["title"] == "Loss")
+    assert len({series["color"] for series in loss["series"]}) == 2 and len(loss["series"]) == 4
+    record = json.loads((other / "run.json").read_text())
+    record["identity"]["data/eval"] = "1" * 64
+    (other / "run.json").write_text(json.dumps(record))
+    assert "different held-out rows" in write_report([one, other], tmp_path / "both.html").read_text()
+
+
+def test_no_run_and_the_same_run_twice(make_run, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    path = make_run(tmp_path / "run")
+    for arguments, words in (
+        ([tmp_path / "folder"], "folder: not a run (no run.json)"),
+        ([tmp_path / "absent"], "absent: not a run"),
+        ([path, path], "given twice"),
+    ):
+        assert main(["report", *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    (path / "run.json").write_text("{")
+    with pytest.raises(SimpoError, match=r"run\.json is not readable"):
+        write_report([path])
