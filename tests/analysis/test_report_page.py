@@ -69,10 +69,7 @@ def test_examples_are_filtered_and_searched(browser, report):
 def test_a_chart_shows_values_and_hides_a_series(browser, report):
     page = opened(browser, report)
     page.evaluate("document.querySelector('.values').open = true")
-    assert (
-        page.evaluate("new Promise(r => setTimeout(() => r(document.querySelectorAll('.values tbody tr').length), 50))")
-        > 20
-    )
+    page.wait("document.querySelectorAll('.values tbody tr').length > 20")
     chart = "echarts.getInstanceByDom(document.querySelector('.plot'))"
     name = page.evaluate(f"{chart}.getOption().series[0].name")
     page.evaluate(f"{chart}.dispatchAction({{type: 'legendToggleSelect', name: {name!r}}})")

@@ -64,12 +64,12 @@ def _pairs(run: Run) -> Iterator[Row]:
 
 def _tokens(name: str, response: Mapping[str, Any]) -> Row:
     """A response by its tokens, with their log-probabilities before and after, as far as it is shown."""
-    texts, length = [], 0
+    texts, room = [], _LONGEST
     for text in response.get("texts", ()):
-        length += len(text)
-        if length > _LONGEST:
+        if not room:
             break
-        texts.append(text)
+        texts.append(text[:room])
+        room -= len(texts[-1])
     cut = sum(map(len, response.get("texts", ()))) - sum(map(len, texts))
     stages = {stage: response.get(key) for stage, key in (("before", "logps"), ("after", "after"))}
     logps = {
