@@ -41,6 +41,8 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# axe-core, which checks the accessibility of pages, without the browser driver that this package is for.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps axe-playwright-python
 	@touch $@
 
 # Only the tests need DeepSpeed. It is built from source, which requires torch to be installed first; its operators are

@@ -78,7 +78,7 @@ def test_a_chart_shows_values_and_hides_a_series(browser, report):
     assert "optimizer step: " in page.evaluate("document.querySelector('.plot').innerText")
 
 
-@pytest.mark.skipif(find_spec("axe_playwright_python") is None, reason="axe-core is not installed (simpo[dev])")
+@pytest.mark.skipif(find_spec("axe_playwright_python") is None, reason="axe-core is not installed (see the Makefile)")
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_has_no_serious_accessibility_violations(browser, report, dark):
     page = opened(browser, report, dark=dark)
