@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+export PYTHONDONTWRITEBYTECODE =# with it, every process that a test starts would compile the package again
 
 .PHONY: demo test soak fuzz check audit clean
 

@@ -97,10 +97,11 @@ def toy_config(model_type: str, **more: Any) -> PreTrainedConfig:
     """A configuration of this type with four small layers, of each kind that the type has."""
     kind = CONFIG_MAPPING[model_type]
     default, accepted = kind(), inspect.signature(kind.__init__).parameters
-    values = {key: value for key, value in _SMALL.items() if _settable(kind, default, key) or key in accepted}
-    values |= {key: 0.0 for key, value in default.to_dict().items() if isinstance(value, float) and _is_random(key)}
+    defaults = default.to_dict()
+    values = {key: value for key, value in _SMALL.items() if _settable(kind, defaults, key) or key in accepted}
+    values |= {key: 0.0 for key, value in defaults.items() if isinstance(value, float) and _is_random(key)}
     for key in ("layer_types", "mlp_layer_types"):
-        if (kinds := getattr(default, key, None)) and _settable(kind, default, key):
+        if (kinds := getattr(default, key, None)) and _settable(kind, defaults, key):
             values[key] = (list(dict.fromkeys(kinds)) * LAYERS)[:LAYERS]
     if "kv_lora_rank" in values:  # latent attention has no groups of heads
         values["num_key_value_heads"] = values["num_attention_heads"]
@@ -111,9 +112,9 @@ def _is_random(key: str) -> bool:
     return "drop" in key or key.endswith("jitter_noise")
 
 
-def _settable(kind: type, default: PreTrainedConfig, key: str) -> bool:
+def _settable(kind: type, defaults: dict[str, Any], key: str) -> bool:
     attribute = inspect.getattr_static(kind, key, None)
-    return key in default.to_dict() and not (isinstance(attribute, property) and attribute.fset is None)
+    return key in defaults and not (isinstance(attribute, property) and attribute.fset is None)
 
 
 def build(model_type: str, dtype: torch.dtype = torch.float32, *, device: str = "cpu", **more: Any) -> PreTrainedModel:

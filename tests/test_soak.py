@@ -17,6 +17,8 @@ import datasets
 import pytest
 from tests.fuzz.kills import command_of, errors_of, result_of, run
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("SIMPO_SOAK_KILLS", "1"))
 
 

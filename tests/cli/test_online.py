@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file
+from tests.forked import run_ranks
 
 from simpo.cli import main
 from simpo.runs.lines import read_lines
@@ -78,34 +75,27 @@ def test_a_run_leaves_a_model_its_answers_and_results(recipe, chat_world, capsys
     assert "finished" in capsys.readouterr().out
 
 
-def test_a_run_that_was_killed_continues_to_the_same_bytes(recipe):
+def test_a_run_that_was_killed_continues_to_the_same_bytes(recipe, tmp_path):
     ppo = {"annotator": "function:scorers:killed", "objective": "ppo", "kl_target": 0.01, "normalize_scores": True}
     assert main(recipe(**ppo, output_dir="whole")) == 0
     Path("calls.txt").unlink()
     arguments = recipe(**ppo)
-    command = [sys.executable, "-m", "simpo", *arguments]
     for moment in (2, 50, 100):  # during the annotation of each rollout
-        found = subprocess.run(
-            command, env=os.environ | {"KILL_AT": str(moment), "OMP_NUM_THREADS": "1"}, capture_output=True, check=False
-        )
-        assert found.returncode == -signal.SIGKILL, found.stderr.decode()
+        found = run_ranks(1, main, arguments, folder=tmp_path, environment={"KILL_AT": str(moment)})
+        assert found.codes == [-signal.SIGKILL], found.stderr
     assert main(arguments) == 0
     for path in [*Path("whole/rollouts").glob("0*"), Path("whole/model.safetensors")]:
         assert (Path("out") / path.relative_to("whole")).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("objective", ["ppo", "simpo"])
-def test_two_processes_train_as_one(recipe, objective):
+def test_two_processes_train_as_one(recipe, objective, tmp_path):
     shared = {"objective": objective, "dtype": "float64", "optim": "sgd", "learning_rate": 0.1, "sync_every": 1}
     shared |= {"save_strategy": "no"}
     assert main(recipe(**shared, output_dir="one")) == 0
     arguments = recipe(**shared, output_dir="two", per_device_train_batch_size=2)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    found = subprocess.run([*launch, "-m", "simpo", *arguments], capture_output=True, check=False, timeout=240)
-    assert found.returncode == 0, found.stderr.decode()
+    found = run_ranks(2, main, arguments, folder=tmp_path)
+    assert found.codes == [0, 0], found.stderr
     one, two = (load_file(Path(folder, "model.safetensors")) for folder in ("one", "two"))
     assert all((one[name] - two[name]).abs().max() < 1e-9 for name in one)
     for path in Path("one/rollouts").glob("0*"):

@@ -1,42 +1,35 @@
-"""``torchrun -m simpo.cli sample`` with two processes: the same bytes as one, and failures that end both."""
+"""``simpo sample`` in two processes, as of ``torchrun``: the same bytes as one, and failures that end both."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from tests.forked import run_ranks
 
 from simpo import SimpoError, cli
 from simpo.generation.engine import TransformersEngine
 from simpo.generation.processes import Processes
 
-# A run from the beginning, one that a single process began, and one in which process 1 meets a mistake.
-SCRIPT = """
-import os, sys
-from simpo import SimpoError, cli
-from simpo.generation import engine
 
-rank, folder, options = os.environ["RANK"], sys.argv[1], sys.argv[2:]
-calls, answer = [], engine.TransformersEngine.generate
+def answer_thrice(folder: Path, arguments: list[str]) -> int:
+    """A run from the beginning, one that a single process began, and one in which process 1 meets a mistake."""
+    rank, calls, answer = os.environ["RANK"], [], TransformersEngine.generate
+    for name, sabotaged in (("together", False), ("begun", False), ("failing", rank == "1")):
 
-def counted(self, *args):
-    calls.append(1)
-    if rank == "1" and sabotaged and len(calls) > 1:
-        raise SimpoError("planted: the mistake of one process")
-    return answer(self, *args)
+        def counted(self, *args, sabotaged=sabotaged):
+            calls.append(1)
+            if sabotaged and len(calls) > 1:
+                raise SimpoError("planted: the mistake of one process")
+            return answer(self, *args)
 
-engine.TransformersEngine.generate = counted
-for name, sabotaged in (("together", False), ("begun", False), ("failing", True)):
-    calls.clear()
-    code = cli.main([*options, f"--output_dir={folder}/{name}"])
-    print(f"process {rank}: {name} ended with {code} after {len(calls)} chunks", flush=True)
-sys.exit(code)
-"""
+        TransformersEngine.generate = counted
+        calls.clear()
+        code = cli.main([*arguments, f"--output_dir={folder}/{name}"])
+        print(f"process {rank}: {name} ended with {code} after {len(calls)} chunks", flush=True)
+    return code
 
 
 def options(world: Path, **changes: object) -> list[str]:
@@ -77,18 +70,7 @@ def begin(world: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_two_processes_write_the_same_files_as_one(chat_world, alone, tmp_path, monkeypatch):
     begin(chat_world, tmp_path / "begun", monkeypatch)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]  # --n is ours
-    start = time.monotonic()
-    done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path), *options(chat_world)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert time.monotonic() - start < 100  # no hang
+    done = run_ranks(2, answer_thrice, tmp_path, options(chat_world), folder=tmp_path)
     said = done.stdout
     for rank in (0, 1):
         assert f"process {rank}: together ended with 0 after 6 chunks" in said, done.stderr
@@ -99,9 +81,9 @@ def test_two_processes_write_the_same_files_as_one(chat_world, alone, tmp_path, 
     assert bytes_of(tmp_path / "together") == bytes_of(tmp_path / "begun") == bytes_of(alone)
     assert not list((tmp_path / "together").glob(".chunks-*"))
 
-    assert done.returncode != 0
+    assert any(done.codes)
     assert done.stderr.count("simpo: error: planted: the mistake of one process") == 1
-    assert done.stderr.count("Traceback") == 1  # torchrun's
+    assert "Traceback" not in done.stderr
     left = [len((tmp_path / "failing" / f".chunks-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
     assert left[0] > 0 and left[1] == 1
     assert cli.main([*options(chat_world), f"--output_dir={tmp_path}/failing"]) == 0  # one process goes on

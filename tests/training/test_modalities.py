@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
+from tests.forked import run_ranks
 from transformers import AutoTokenizer
 
 from simpo import cli
@@ -161,12 +159,10 @@ def test_an_adapter_is_on_the_language_model_alone(modules, write, chat_world, t
 @pytest.mark.slow
 def test_two_processes_recompute_activations(write, chat_world, tmp_path):
     """DDP waits for gradients of every trained parameter, and cannot look for unused ones under checkpointing."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "simpo.cli"]
     settings = ["--gradient_checkpointing=true", "--ddp_backend=gloo", "--report_to=none"]
     both = options(chat_world, write(gemma3), tmp_path / "two", "--per_device_train_batch_size=4", *settings)
-    done = subprocess.run([*launcher, *both], env=environment, capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_ranks(2, cli.main, both, folder=tmp_path)
+    assert done.codes == [0, 0], done.stderr
     alone = options(chat_world, write(gemma3), tmp_path / "one", "--per_device_train_batch_size=8", *settings[:1])
     assert cli.main(alone) == 0
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))

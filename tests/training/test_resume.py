@@ -20,6 +20,8 @@ from simpo.runs.results import read_results
 from simpo.training import run as workflow
 from simpo.training.checkpoints import ResumableTrainer, StopOnSignal, checkpoints, last_good_checkpoint
 
+pytestmark = pytest.mark.slow
+
 _TIMES = ("runtime", "per_second", "preparation_time")
 
 

@@ -24,6 +24,8 @@ from simpo.runs.results import read_results
 from simpo.workflows.loop_settings import LoopRecipe
 from simpo.workflows.rounds import drift
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RECIPE = {
     **{"rounds": 2, "n": 3, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 10, "eval_n": 2},

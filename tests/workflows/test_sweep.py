@@ -28,20 +28,13 @@ from simpo.workflows.sweep import rank
 from simpo.workflows.sweep_space import Choices
 from simpo.workflows.sweep_study import Study, TrialResult
 
+pytestmark = pytest.mark.slow
+
 # A forked process has imported everything already, so that a kill falls into a trial and not into imports.
 FORK = multiprocessing.get_context("fork")
 METRIC = "eval_rewards/accuracies"
 WIN_RATE = "eval_generations/win_rate"
 RATES = ("1e-5", "1e-3", "1e-2")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def little_garbage():
-    """accelerate collects garbage after every training, which takes longer than such a training."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def sweep(world, output, *more, rates=RATES):
