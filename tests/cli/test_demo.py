@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stdout
 
 import matplotlib.image
 import pytest
@@ -14,25 +16,34 @@ from simpo.runs.results import read_results
 from simpo.world.judge import judge
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def small():
     """Far fewer rows: the model learns little, and everything runs."""
-    for name, value in {"_SFT_ROWS": 768, "_PROMPTS": 24, "_HELD_OUT": 24}.items():
-        monkeypatch.setattr(demo, name, value)
-    monkeypatch.setattr(demo, "_SIMPO", demo._SIMPO | {"logging_steps": 2})
-    monkeypatch.setattr(demo, "_SFT", demo._SFT | {"learning_rate": 1e-2, "num_train_epochs": 3})
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"_SFT_ROWS": 768, "_PROMPTS": 24, "_HELD_OUT": 24}.items():
+            patch.setattr(demo, name, value)
+        patch.setattr(demo, "_SIMPO", demo._SIMPO | {"logging_steps": 2})
+        patch.setattr(demo, "_SFT", demo._SFT | {"learning_rate": 1e-2, "num_train_epochs": 3})
+        yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder of a demo that nothing stopped, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("straight") / "demo", io.StringIO()
+    with redirect_stdout(printed):
+        assert main(["demo", "--output_dir", str(folder), "--seed", "3"]) == 0
+    return folder, printed.getvalue()
 
 
 def metrics(folder):
     return [(m.name, m.stage, m.value) for m in read_results(folder / "results.json").metrics]
 
 
-def test_the_whole_of_alignment(tmp_path, capsys):
-    folder = tmp_path / "demo"
-    assert main(["demo", "--output_dir", str(folder), "--seed", "3"]) == 0
-    printed = capsys.readouterr().out
+@pytest.mark.slow
+def test_the_whole_of_alignment(straight):
+    folder, printed = straight
     for command in ("simpo sft: ", "simpo sample: ", "simpo train: ", "simpo chat "):
         assert command in printed
     found = {(name, stage) for name, stage, _ in metrics(folder)}
@@ -59,32 +70,26 @@ def test_the_whole_of_alignment(tmp_path, capsys):
     assert not trained & {answer["prompt"] for answer in answers}
 
 
-def test_a_demo_that_was_stopped_goes_on_to_the_same_metrics(tmp_path, monkeypatch, capsys):
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert main(["demo", "--output_dir", str(straight), "--seed", "3"]) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(demo, "pair_responses", _stop)
-        assert main(["demo", "--output_dir", str(stopped), "--seed", "3"]) == 130
-    capsys.readouterr()
-    assert main(["demo", "--output_dir", str(stopped), "--seed", "3"]) == 0
-    capsys.readouterr()
+@pytest.mark.slow
+def test_a_demo_that_was_stopped_twice_goes_on_to_the_same_metrics(straight, tmp_path, monkeypatch, capsys):
+    """While its world was made and before it made pairs; it continues without being told where."""
+    monkeypatch.chdir(tmp_path)
+    stopped = tmp_path / "runs/demo-1"
+    for stage, made in (("write_sft", "start/model.safetensors"), ("pair_responses", "sft/model.safetensors")):
+        with monkeypatch.context() as patch:
+            patch.setattr(demo, stage, _stop)
+            assert main(["demo", "--seed", "3"]) == 130
+        assert (stopped / made).exists()
+    assert main(["demo", "--seed", "3"]) == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo-1"]
     assert "finished" in (stopped / "sft/run.json").read_text()
     starts = json.loads((stopped / "sft/run.json").read_text())["starts"]
     assert len(starts) == 1  # the stages before are not done again
-    assert metrics(stopped) == metrics(straight)
+    assert metrics(stopped) == metrics(straight[0])
+    capsys.readouterr()
     assert main(["demo", "--output_dir", str(stopped), "--seed", "3"]) == 0
     assert "simpo sft" not in capsys.readouterr().out
     assert main(["demo", "--output_dir", str(stopped), "--seed", "1"]) == 2
-
-
-def test_a_demo_that_was_killed_while_its_world_was_made_continues(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(demo, "write_sft", _stop)
-        assert main(["demo", "--seed", "3"]) == 130
-    assert (tmp_path / "runs/demo-1/start/model.safetensors").exists()
-    assert main(["demo", "--seed", "3"]) == 0  # and without being told where
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo-1"]
 
 
 def _stop(*arguments):

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import functools
+import gc
+import importlib
 import importlib.util
 import json
 import os
-import subprocess
-import sys
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
+from tests.forked import Ended, run_ranks
 from torch.testing import assert_close
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from simpo import SimpoError, cli
 from simpo.models.zero import read_config, unset_batch_sizes
 from simpo.runs.results import read_results
+from simpo.training.packed import PackedTrainer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
@@ -66,44 +71,37 @@ LAUNCHED = {
     "partitioned": ["live", "kl", "lora", "reward", "diverging"],
 }
 
-# Runs one kind after the other; "killed" ones end after their third step, and the same command then continues them.
-# The operator that DeepSpeed would compile for a minute only makes gloo faster. Objects of an earlier run are collected
-# by all processes at the same time, because DeepSpeed's communicate when they go.
-SCRIPT = """
-import gc, json, os, sys, traceback
-from transformers import TrainerCallback
-from deepspeed.comm import torch as backend
-from simpo import cli
-from simpo.training.packed import PackedTrainer
-
-backend.build_shm_op = lambda: None
 
 class Killed(TrainerCallback):
+    """Ends the run after its third step."""
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3:
             raise KeyboardInterrupt
 
-codes, train = {}, PackedTrainer.train
 
-def killed(self, *args, **kwargs):
-    self.add_callback(Killed())
-    return train(self, *args, **kwargs)
+def run_in_turn(runs: dict[str, list[str]], folder: Path) -> int:
+    """Run one kind after the other; "killed" ones end early, and the same command then continues them."""
+    # The operator, compiled for a minute, would only make gloo faster. (``deepspeed.comm.torch`` is torch itself.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    codes, train = {}, PackedTrainer.train
 
-for name, options in json.loads(sys.argv[1]).items():
-    if name.startswith("killed"):
-        PackedTrainer.train = killed
-    try:
-        codes[name] = cli.main(options)
-    except (KeyboardInterrupt, SystemExit):
-        codes[name] = 130
-    except Exception:
-        traceback.print_exc()
-        codes[name] = 1
-    PackedTrainer.train = train
-    gc.collect()
-    with open(f"{sys.argv[2]}/codes-{os.environ['RANK']}.json", "w") as file:
-        json.dump(codes, file)
-"""
+    def killed(self, *args, **kwargs):
+        self.add_callback(Killed())
+        return train(self, *args, **kwargs)
+
+    for name, arguments in runs.items():
+        PackedTrainer.train = killed if name.startswith("killed") else train
+        try:
+            codes[name] = cli.main(arguments)
+        except (KeyboardInterrupt, SystemExit):
+            codes[name] = 130
+        except Exception:
+            traceback.print_exc()
+            codes[name] = 1
+        gc.collect()  # on all processes at the same time, because DeepSpeed's objects communicate when they go
+        (folder / f"codes-{os.environ['RANK']}.json").write_text(json.dumps(codes))
+    return 0
 
 
 def launch_file(stage: str, folder: Path) -> dict:
@@ -181,20 +179,22 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", LAUNCHED)
-def test_two_processes_train_as_one(stage, world, alone, tmp_path):
+def test_two_processes_train_as_one(stage, world, alone, tmp_path, monkeypatch):
     """Losses, gradient norms, held-out figures and saved weights; a killed run continues to the same bits."""
     (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launch_file(stage, tmp_path)))
-    (tmp_path / "script.py").write_text(SCRIPT)
     runs = {}
     for name in LAUNCHED[stage]:
         kind = name.rpartition("-")[2]
         runs[name] = options(world, kind, tmp_path / name.removeprefix("killed-"), 4)
-    command = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "launch.yaml")]
-    command += ["--main_process_port", "0", str(tmp_path / "script.py"), json.dumps(runs), str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=500, check=False
-    )
+    ended: list[Ended] = []
+
+    def run(args) -> None:  # in place of torchrun's, in the environment that accelerate has made of the file
+        ended.append(run_ranks(int(args.nproc_per_node), run_in_turn, runs, tmp_path, folder=tmp_path, timeout=900))
+
+    monkeypatch.setattr(torch.distributed.run, "run", run)
+    file = ["--config_file", str(tmp_path / "launch.yaml"), "--main_process_port", "0"]
+    launch_command(launch_command_parser().parse_args([*file, "no script"]))
+    (done,) = ended
     expected = {name: 130 if name.startswith("killed") else 2 if name == "diverging" else 0 for name in runs}
     for rank in (0, 1):
         assert json.loads((tmp_path / f"codes-{rank}.json").read_text()) == expected, done.stdout + done.stderr
