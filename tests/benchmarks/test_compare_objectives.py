@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from dataclasses import replace
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from benchmarks.compare_objectives import Budget, fitting, report
 from benchmarks.objective_runs import FILE_NAME, Measured, work
+from tests.forked import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import compare_objectives
@@ -68,7 +72,18 @@ def test_a_runs_metrics_agree_with_its_models(budget, monkeypatch):
     assert found.peak_mib > 100
 
 
-def test_a_run_that_fails_is_reported_with_its_own_error(budget):
+def run_module(name, arguments):
+    sys.argv[1:] = arguments
+    runpy.run_module(name, run_name="__main__")
+    return 0
+
+
+def test_a_run_that_fails_is_reported_with_its_own_error(budget, tmp_path, monkeypatch):
+    def forked(command, **options):  # and not started, which takes ten seconds
+        ended = run_ranks(1, run_module, command[2], command[3:], folder=tmp_path)
+        return CompletedProcess(command, ended.codes[0], ended.stdout, ended.stderr)
+
+    monkeypatch.setattr(compare_objectives.subprocess, "run", forked)
     gone = replace(budget, model="/nowhere/at/all")
     assert compare_objectives._run(gone, "dpo", "1e-3") == "model_name_or_path: there is no folder '/nowhere/at/all'"
 

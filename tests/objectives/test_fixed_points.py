@@ -18,7 +18,7 @@ from simpo.objectives.policy_gradient import POLICY_GRADIENTS, Rollout, advantag
 from simpo.objectives.ppo import PPO, value_loss
 
 TOKENS, LONGEST = 11, 3  # token 0 ends an answer
-STEPS, GROUPS, K = 500, 128, 16
+STEPS, GROUPS, K = 300, 128, 16
 
 
 class Answers:
