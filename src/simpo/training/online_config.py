@@ -66,6 +66,11 @@ class OnlineConfig(PreferenceConfig):
     pairs: Literal["best_worst", "all"] = setting(
         "best_worst", "Preference objectives: the answers to a prompt that are compared."
     )
+    soft_labels: bool = setting(
+        False,
+        "Preference objectives: an answer is preferred with probability sigmoid(difference of the scores), as in the "
+        "Bradley-Terry model, instead of always; needs num_generations: 2.",
+    )
 
     kl_coef: float | None = setting(
         None, f"Policy gradients: weight of KL(policy || start model), per answer (default: {_KL_COEF})."
@@ -186,8 +191,9 @@ class OnlineConfig(PreferenceConfig):
                 raise SimpoError(f"{given[0]}: only policy gradients ({names}) use it; leave it out")
             if self.num_generations < 2:
                 raise SimpoError(f"num_generations: {self.num_generations} answer cannot be compared; set 2 or more")
+            self._check_soft_labels()
         else:
-            keys = (*hyperparameter_names(), "loss_type", "sft_weight", "kl_weight")
+            keys = (*hyperparameter_names(), "loss_type", "sft_weight", "kl_weight", "soft_labels")
             given = [key for key in keys if getattr(self, key)]
             if given:
                 raise SimpoError(f"{given[0]}: only preference objectives use it, not {self.objective}; leave it out")
@@ -197,6 +203,16 @@ class OnlineConfig(PreferenceConfig):
 
     def _set_among(self, keys: tuple[str, ...]) -> list[str]:
         return [key for key in keys if getattr(self, key) not in (None, False, 0.0)]
+
+    def _check_soft_labels(self) -> None:
+        if not self.soft_labels:
+            return
+        if "label_probability" not in self.row.row_columns:
+            raise SimpoError(f"soft_labels: {self.objective} has no label probability; leave it out")
+        if self.label_smoothing:
+            raise SimpoError("label_smoothing: soft_labels takes its place; leave one out")
+        if self.num_generations != 2:  # the best and the worst of more are no random pair
+            raise SimpoError(f"soft_labels: is for two answers, and num_generations is {self.num_generations}; set 2")
 
     def _check_rollouts(self) -> None:
         for key in ("sync_every", "rollout_epochs", "num_generations"):

@@ -21,7 +21,16 @@ from simpo.errors import SimpoError
 from simpo.generation.engine import Sampled
 from simpo.objectives.policy_gradient import advantages, kl_estimate, sum_by, whiten
 from simpo.objectives.ppo import ScoreScale, adapted_kl
-from simpo.training.batches import ADVANTAGES, BEHAVIOR, REF_LOGPS, REF_TOKENS, RETURNS, ROLLOUT, VALUES
+from simpo.training.batches import (
+    ADVANTAGES,
+    BEHAVIOR,
+    LABEL_PROBABILITY,
+    REF_LOGPS,
+    REF_TOKENS,
+    RETURNS,
+    ROLLOUT,
+    VALUES,
+)
 from simpo.training.online_config import OnlineConfig
 
 CONTENT = "content"  # the column of a data set's prompts, which tells them from other rows
@@ -175,6 +184,8 @@ def training_rows(records: Sequence[Record], args: OnlineConfig) -> Dataset:
         if args.gradient is None:
             chosen, ranked = _compared(own, args.pairs)
             row |= {"response_ids": [record["response_ids"][k] for k in chosen], "scores": ranked}
+            if args.soft_labels:
+                row[LABEL_PROBABILITY] = 1 / (1 + math.exp(ranked[1] - ranked[0]))
             if reference is not None:
                 row[REF_LOGPS] = [sum(reference[k]) for k in chosen]
         else:
@@ -185,6 +196,8 @@ def training_rows(records: Sequence[Record], args: OnlineConfig) -> Dataset:
         rows.append(row)
     kinds: dict[str, Any] = dict.fromkeys(rows[0], List(Value("float64")))
     kinds |= {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "where": Value("string")}
+    if args.soft_labels:
+        kinds[LABEL_PROBABILITY] = Value("float64")
     return Dataset.from_list(rows, features=Features(kinds))
 
 

@@ -1,0 +1,167 @@
+"""Shortest paths on a random graph, from random walks: PPO and RLOO, on several graphs.
+
+    python -m benchmarks.random_walks --output_dir runs/random-walks
+
+The task is that of trlX's example with the same name: 21 nodes, of which the first is the goal, and random edges
+between them. A small Llama is first trained on random walks, most of which take detours or do not arrive. Then it is
+trained on its own walks, whose score is their optimality: the length of the shortest path over that of the walk, and 0
+for a walk that takes a missing edge or does not arrive. The optimality of sampled walks from every node is measured
+before and after. Runs that are in ``figures.json`` are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.csgraph import shortest_path
+from transformers.utils import logging as hf_logging
+
+from benchmarks.letters import letter, letter_model, letter_tokenizer
+from simpo.generation.chunks import gather, missing_chunks, sample_chunks
+from simpo.generation.engine import TransformersEngine
+from simpo.generation.settings import SamplingSettings
+from simpo.statistics import mean_interval
+from simpo.training.configs import SFTConfig
+from simpo.training.online import OnlineTrainer
+from simpo.training.online_config import OnlineConfig
+from simpo.training.rollouts import Answered
+from simpo.training.sft import SFTTrainer
+
+NODES, LONGEST, WALKS, EDGE = 21, 10, 1000, 0.1
+ANSWER = LONGEST + 1  # tokens, with the one that ends a walk
+MEASURED = 50  # walks from every node
+_QUIET: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+_SFT: dict[str, Any] = {"learning_rate": 3e-3, "num_train_epochs": 5, "per_device_train_batch_size": 50}
+ONLINE: dict[str, dict[str, Any]] = {
+    "rloo": {"learning_rate": 1e-3, "kl_coef": 0.01},
+    "ppo": {"learning_rate": 1e-3, "kl_coef": 0.01},
+}
+
+
+class Graph:
+    """A random graph, from every node of which there is a path to node 0.
+
+    Attributes:
+        edges: ``[N, N]`` bool.
+        steps: ``[N]`` the length of the shortest path from every node to node 0.
+    """
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        while True:
+            self.edges = (rng.random((NODES, NODES)) < EDGE) & ~np.eye(NODES, dtype=bool)
+            self.steps = shortest_path(self.edges, unweighted=True)[:, 0]
+            if np.isfinite(self.steps).all() and self.steps.max() <= LONGEST:
+                break
+
+    def walk(self, rng: random.Random) -> list[int]:
+        """A random walk from a random node, until it arrives at node 0 or has taken ``LONGEST`` steps."""
+        nodes = [rng.randrange(1, NODES)]
+        while nodes[-1] != 0 and len(nodes) <= LONGEST:
+            nodes.append(rng.choice(np.flatnonzero(self.edges[nodes[-1]]).tolist()))
+        return nodes
+
+    def optimality(self, nodes: Sequence[int]) -> float:
+        """Of a walk from ``nodes[0]``, from 0 to 1."""
+        arrives = nodes[-1] == 0 and all(self.edges[a, b] for a, b in itertools.pairwise(nodes))
+        return float(self.steps[nodes[0]]) / (len(nodes) - 1) if arrives and len(nodes) > 1 else 0.0
+
+
+def _text(nodes: Sequence[int]) -> str:
+    return " ".join(letter(1 + node) for node in nodes)
+
+
+def _optimality(graph: Graph, prompt: Sequence[int], answer: Sequence[int]) -> float:
+    """Of token ids; what follows the goal counts, and the end must have been drawn."""
+    if not answer or answer[-1] != 0:
+        return 0.0
+    return graph.optimality([token - 1 for token in (*prompt, *answer[:-1])])
+
+
+def measure(model: Any, graph: Graph, seed: int) -> float:
+    """The mean optimality of sampled walks from every node but the goal."""
+    prompts = [[1 + node] for node in range(1, NODES)]
+    settings = SamplingSettings(
+        n=MEASURED, temperature=1, top_p=1, max_new_tokens=ANSWER, seed=seed, chunk_size=len(prompts) * MEASURED
+    )
+    engine = TransformersEngine(model, letter_tokenizer(1 + NODES))
+    records = sample_chunks(engine, prompts, settings, missing_chunks(prompts, settings))
+    walks = zip(prompts, gather(records, len(prompts)), strict=True)
+    return float(np.mean([_optimality(graph, prompt, list(one.ids)) for prompt, own in walks for one in own]))
+
+
+def run(seed: int, objectives: Sequence[str], steps: int, folder: Path) -> dict[str, float]:
+    """The mean optimality after supervised fine-tuning and after each objective, on the graph of a seed."""
+    graph, rng = Graph(seed), random.Random(seed)  # noqa: S311 - sampling, not secrets
+    tokenizer = letter_tokenizer(1 + NODES)
+    walks = [graph.walk(rng) for _ in range(WALKS)]
+    rows = [{"prompt": _text(walk[:1]), "completion": " " + _text(walk[1:])} for walk in walks]
+    model = letter_model(1 + NODES, layers=2, spread=0.06, seed=seed)
+    settings = SFTConfig(
+        str(folder / f"sft-{seed}"), seed=seed, max_length=1 + ANSWER, logging_steps=50, **_SFT, **_QUIET
+    )
+    SFTTrainer(model, settings, rows, processing_class=tokenizer).train()
+    found = {"sft": measure(model, graph, seed)}
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    def score(answered: Sequence[Answered]) -> list[list[float]]:
+        return [[_optimality(graph, each.prompt.ids, one.ids) for one in each.samples] for each in answered]
+
+    prompts = [{"prompt": _text([node])} for node in range(1, NODES)]
+    for objective in objectives:
+        model.load_state_dict(start)
+        args = OnlineConfig(
+            str(folder / f"{objective}-{seed}"),
+            objective=objective,
+            seed=seed,
+            max_steps=steps,
+            num_generations=8,
+            generation_batch_size=8 * len(prompts),
+            per_device_train_batch_size=len(prompts),
+            max_length=32,
+            max_new_tokens=ANSWER,
+            logging_steps=10,
+            **ONLINE[objective] | _QUIET,
+        )
+        OnlineTrainer(model, args, prompts, processing_class=tokenizer, annotator=score).train()
+        found[objective] = measure(model, graph, seed)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train on every graph, and print the means with intervals over the graphs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--objectives", nargs="+", default=list(ONLINE), choices=list(ONLINE))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=100)
+    given = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    hf_logging.set_verbosity_error()
+    given.output_dir.mkdir(parents=True, exist_ok=True)
+    path = given.output_dir / "figures.json"
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    for seed in given.seeds:
+        if str(seed) not in figures:
+            figures[str(seed)] = run(seed, given.objectives, given.steps, given.output_dir)
+            path.write_text(json.dumps(figures, indent=1) + "\n")
+        print(
+            f"seed {seed}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures[str(seed)].items()),
+            flush=True,
+        )
+    for name in ("sft", *given.objectives):
+        mean = mean_interval([figures[str(seed)][name] for seed in given.seeds])
+        bounds = "" if mean.low is None else f" [{mean.low:.3f}, {mean.high:.3f}]"
+        print(f"{name}: mean {mean.value:.3f}{bounds} over {mean.n} graphs")
+
+
+if __name__ == "__main__":
+    main()
