@@ -102,7 +102,7 @@ def fixed_point_with_kl_in_the_loss(
     by_length: bool = False,
     iterations: int = 60,
 ) -> Tensor:
-    """``[A]`` the policy at which the expected gradient of a policy gradient with a KL term in its loss is 0.
+    """``[C, V]`` log-probabilities where the expected gradient of a policy gradient with a KL term in its loss is 0.
 
     Args:
         space: of the answers.
@@ -120,19 +120,22 @@ def fixed_point_with_kl_in_the_loss(
     for _ in range(iterations):
         gain = space.means(policy, weights * advantages(space.probabilities(policy)))
         cost = beta * space.means(policy, weights)
+        low, high = gain.min(-1, keepdim=True).values, gain.max(-1, keepdim=True).values
         if estimator == "k2":  # gain - cost * log(pi / ref) is the same for all tokens
-            found = _normalized(lambda c, g=gain, w=cost: reference + (g - c) / w, gain, cost)
+            found = _normalized(lambda c, g=gain, w=cost: reference + (g - c) / w, low, high)
         else:  # gain - cost * (1 - ref / pi) is the same for all tokens
-            found = _normalized(lambda c, g=gain, w=cost: reference + w.log() - (w + c - g).log(), gain, cost)
+            low = torch.maximum(low, (gain - cost).max(-1, keepdim=True).values + 1e-12)
+            found = _normalized(lambda c, g=gain, w=cost: reference + w.log() - (w + c - g).log(), low, high)
         policy = torch.log_softmax(0.5 * (policy + found), -1)
-    return space.probabilities(policy)
+    return policy
 
 
-def _normalized(logp: Callable[[Tensor], Tensor], gain: Tensor, cost: Tensor) -> Tensor:
-    """``[C, V]`` ``logp(c)`` with the constant ``c`` of each context at which its probabilities add up to 1."""
-    low = (gain - cost).max(-1, keepdim=True).values + 1e-12  # there a probability is 1 or more
-    high = gain.max(-1, keepdim=True).values + 1e3 * cost.max()
-    for _ in range(100):
+def _normalized(logp: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
+    """``[C, V]`` ``logp(c)`` at the ``c`` ``[C, 1]`` between ``low`` and ``high`` where the probabilities add up to 1.
+
+    They fall with ``c``: where its terms are 0, a probability is that of the reference.
+    """
+    for _ in range(60):
         middle = (low + high) / 2
         above = logp(middle).exp().sum(-1, keepdim=True) > 1
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)

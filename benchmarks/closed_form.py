@@ -62,9 +62,10 @@ class Row:
         if self.kl_in_loss is None:
             return optimum(task.space, task.start, task.rewards, beta)
         advantages: Advantages = group_advantages(task.rewards, k) if self.scaled else lambda _: task.rewards
-        return fixed_point_with_kl_in_the_loss(
+        policy = fixed_point_with_kl_in_the_loss(
             task.space, task.start, advantages, beta, self.kl_in_loss, by_length=self.scaled
         )
+        return task.space.probabilities(policy)
 
 
 ROWS = {
@@ -132,10 +133,10 @@ class Task:
         return self.space.probabilities(self.logits())
 
 
-def measure(name: str, beta: float, task: Task, *, answers: int, steps: int) -> dict[str, float]:
+def measure(name: str, beta: float, task: Task, *, answers: int, steps: int, **settings: Any) -> dict[str, float]:
     """Train once; the total variation from the fixed point, before and after, and that from the optimum."""
     row = ROWS[name]
-    options = row.options(beta)
+    options = row.options(beta) | settings
     k = options.pop("num_generations", _ANSWERS_TO_A_PROMPT)
     expected = row.fixed_point(task, beta, k)
     best = optimum(task.space, task.start, task.rewards, beta)

@@ -42,7 +42,7 @@ _QUIET: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True
 _SFT: dict[str, Any] = {"learning_rate": 3e-3, "num_train_epochs": 5, "per_device_train_batch_size": 50}
 ONLINE: dict[str, dict[str, Any]] = {
     "rloo": {"learning_rate": 1e-3, "kl_coef": 0.01},
-    "ppo": {"learning_rate": 1e-3, "kl_coef": 0.01},
+    "ppo": {"learning_rate": 1e-3, "kl_coef": 0.01, "sync_every": 2, "rollout_epochs": 2},
 }
 
 
@@ -98,7 +98,7 @@ def measure(model: Any, graph: Graph, seed: int) -> float:
     return float(np.mean([_optimality(graph, prompt, list(one.ids)) for prompt, own in walks for one in own]))
 
 
-def run(seed: int, objectives: Sequence[str], steps: int, folder: Path) -> dict[str, float]:
+def run(seed: int, objectives: Sequence[str], rollouts: int, folder: Path) -> dict[str, float]:
     """The mean optimality after supervised fine-tuning and after each objective, on the graph of a seed."""
     graph, rng = Graph(seed), random.Random(seed)  # noqa: S311 - sampling, not secrets
     tokenizer = letter_tokenizer(1 + NODES)
@@ -122,7 +122,7 @@ def run(seed: int, objectives: Sequence[str], steps: int, folder: Path) -> dict[
             str(folder / f"{objective}-{seed}"),
             objective=objective,
             seed=seed,
-            max_steps=steps,
+            max_steps=rollouts * ONLINE[objective].get("sync_every", 1),
             num_generations=8,
             generation_batch_size=8 * len(prompts),
             per_device_train_batch_size=len(prompts),
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--objectives", nargs="+", default=list(ONLINE), choices=list(ONLINE))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rollouts", type=int, default=60, help="of 8 walks from every node (default 60)")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     hf_logging.set_verbosity_error()
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = json.loads(path.read_text()) if path.exists() else {}
     for seed in given.seeds:
         if str(seed) not in figures:
-            figures[str(seed)] = run(seed, given.objectives, given.steps, given.output_dir)
+            figures[str(seed)] = run(seed, given.objectives, given.rollouts, given.output_dir)
             path.write_text(json.dumps(figures, indent=1) + "\n")
         print(
             f"seed {seed}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures[str(seed)].items()),

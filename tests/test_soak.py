@@ -23,7 +23,7 @@ KILLS = int(os.environ.get("SIMPO_SOAK_KILLS", "1"))
 
 
 @pytest.mark.parametrize(
-    "kind", ["sft", "train", "accumulation", "lora", "dpo", "reward", "sample", "annotate", "sweep", "loop"]
+    "kind", ["sft", "train", "accumulation", "lora", "dpo", "reward", "online", "sample", "annotate", "sweep", "loop"]
 )
 def test_killed_and_started_again_it_ends_with_the_same_bytes(kind, chat_world, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
