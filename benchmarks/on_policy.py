@@ -35,7 +35,7 @@ _KEPT = ["--keep_unfinished"]  # nothing is done here against a reward model tha
 _TRAINED_ON = 300  # rankings: few enough that the reward model is wrong in places
 _REWARD = ["--learning_rate=1e-3", "--num_train_epochs=3", "--per_device_train_batch_size=16", "--max_length=128"]
 _TEMPERATURES = (0.5, 0.7, 1.0)
-_JUDGES = ("exact", "reward model")
+JUDGES = ("exact", "reward model")
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,24 @@ class Place:
         demo: folder of a finished ``simpo demo``.
         folder: of this benchmark.
         answers: of the start to every held-out prompt.
+        prompts: the held-out ones.
     """
 
     demo: Path
     folder: Path
     answers: int
+    prompts: Path
 
     @property
     def annotators(self) -> dict[str, str]:
         """The names of both judges, as ``--annotator`` takes them."""
-        return dict(zip(_JUDGES, ("exact", f"reward:{self.folder / 'reward'}"), strict=True))
+        return dict(zip(JUDGES, ("exact", f"reward:{self.folder / 'reward'}"), strict=True))
 
-    def scores(self, responses: Path, name: str) -> dict[str, np.ndarray]:
-        """Both judges' scores, ``[P, K]``, of a folder of responses."""
+    def scores(self, responses: Path, name: str, judges: Sequence[str] = JUDGES) -> dict[str, np.ndarray]:
+        """Scores by ``judges``, ``[P, K]``, of a folder of responses."""
         found = {}
-        for judge, annotator in self.annotators.items():
+        for judge in judges:
+            annotator = self.annotators[judge]
             folder = self.folder / f"{name}-{judge.partition(' ')[0]}"
             simpo("annotate", responses, f"--annotator={annotator}", f"--output_dir={folder}")
             found[judge] = np.array([row["scores"] for row in read_lines(folder / "annotated.jsonl")])
@@ -82,10 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of each loop (default 3)")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)  # for a model this small, threads wait for one another longer than they work
-    place = Place(given.demo.resolve(), given.output_dir.resolve(), given.answers)
-    _train_reward(place)
-    best = _best_of_n(place)
-    curves = {judge: _rounds(place, judge, given.rounds) for judge in _JUDGES}
+    demo = given.demo.resolve()
+    place = Place(demo, given.output_dir.resolve(), given.answers, demo / "held-out.jsonl")
+    train_reward(place)
+    best = best_of_n_curves(place)
+    curves = {judge: _rounds(place, judge, given.rounds) for judge in JUDGES}
     _plot_best_of_n(place.folder / "best-of-n.png", best)
     _plot_rounds(place.folder / "reward-kl.png", curves)
     figures = {"best of n": best, "rounds": curves}
@@ -93,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"figures: {place.folder / 'figures.json'}")
 
 
-def _train_reward(place: Place) -> None:
+def train_reward(place: Place) -> None:
     """A reward model from exactly judged answers to the training prompts."""
     folder = place.folder
     simpo("annotate", place.demo / "samples", "--annotator=exact", f"--output_dir={folder / 'judged'}")
@@ -103,27 +107,29 @@ def _train_reward(place: Place) -> None:
     simpo("reward", *options, "--save_strategy=no", "--report_to=none", f"--output_dir={folder / 'reward'}")
 
 
-def _best_of_n(place: Place) -> dict[str, dict[str, list[Interval]]]:
+def best_of_n_curves(place: Place) -> dict[str, dict[str, list[Interval]]]:
     """Chosen by each judge, measured by each, over N = 1, 2, 4, ..."""
     responses = place.folder / "many"
-    _sample(place, place.demo / "sft", responses, place.answers, 1.0)
+    sample(place, place.demo / "sft", responses, place.answers, 1.0)
     scores = place.scores(responses, "many")
     return {
         chooser: {
-            judge: [mean_interval(best_of_n(scores[chooser], scores[judge], n)) for n in _sizes(place.answers)]
-            for judge in _JUDGES
+            judge: [mean_interval(best_of_n(scores[chooser], scores[judge], n)) for n in sizes(place.answers)]
+            for judge in JUDGES
         }
-        for chooser in _JUDGES
+        for chooser in JUDGES
     }
 
 
-def _sizes(most: int) -> list[int]:
+def sizes(most: int) -> list[int]:
+    """1, 2, 4, ... up to ``most``."""
     return [1 << power for power in range(most.bit_length()) if 1 << power <= most]
 
 
-def _sample(place: Place, model: Path, output: Path, n: int, temperature: float) -> None:
+def sample(place: Place, model: Path, output: Path, n: int, temperature: float) -> None:
+    """``n`` answers of a model to every held-out prompt."""
     words = [f"--n={n}", *_DRAWN, f"--temperature={temperature}", "--seed=1", f"--output_dir={output}"]
-    simpo("sample", model, place.demo / "held-out.jsonl", *words)
+    simpo("sample", model, place.prompts, *words)
 
 
 def _rounds(place: Place, judge: str, rounds: int) -> list[dict[str, object]]:
@@ -138,9 +144,9 @@ def _rounds(place: Place, judge: str, rounds: int) -> list[dict[str, object]]:
         model = place.folder / name / f"round-{number}/model" if number else place.demo / "sft"
         for temperature in _TEMPERATURES:
             responses = place.folder / f"{name}-{number}-{temperature}"
-            _sample(place, model, responses, 4, temperature)
+            sample(place, model, responses, 4, temperature)
             scores = place.scores(responses, responses.name)
-            kl = mean_interval(_kl(place, model, responses, temperature))
+            kl = mean_interval(divergence(place, model, responses, temperature))
             means = {who: mean_interval(values.mean(1)) for who, values in scores.items()}
             found.append({"round": number, "temperature": temperature, "kl": kl, "scores": means})
     return found
@@ -149,10 +155,10 @@ def _rounds(place: Place, judge: str, rounds: int) -> list[dict[str, object]]:
 _DEMO = {"model_name_or_path": "sft", "prompts": "prompts.jsonl", "eval_prompts": "held-out.jsonl"}
 
 
-def _kl(place: Place, model: Path, responses: Path, temperature: float) -> np.ndarray:
+def divergence(place: Place, model: Path, responses: Path, temperature: float) -> np.ndarray:
     """Estimates ``[P]`` of KL(model at the temperature || start) on the model's own answers, in nats."""
     tokenizer = load_tokenizer(str(model))
-    rows = load_rows(str(place.demo / "held-out.jsonl"), split="train")
+    rows = load_rows(str(place.prompts), split="train")
     prompts = {prompt.id: prompt.ids for prompt in prepare_prompts(rows, tokenizer)}
     here, there = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (model, place.demo / "sft"))
     return np.array(
@@ -176,12 +182,12 @@ def _logp(model: torch.nn.Module, prompt: list[int], response: list[int], temper
 def _plot_best_of_n(path: Path, best: dict[str, dict[str, list[Interval]]]) -> None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.8), layout="constrained")
-        for axes, judge in zip(figure.subplots(1, 2), _JUDGES, strict=True):
+        for axes, judge in zip(figure.subplots(1, 2), JUDGES, strict=True):
             for color, (chooser, found) in zip(COLORS, best.items(), strict=False):
-                sizes = [1 << power for power in range(len(found[judge]))]
-                line(axes, sizes, found[judge], color, f"chosen by the {chooser}" + " judge" * (chooser == "exact"))
+                counts = [1 << power for power in range(len(found[judge]))]
+                line(axes, counts, found[judge], color, f"chosen by the {chooser}" + " judge" * (chooser == "exact"))
             axes.set_xscale("log", base=2)
-            axes.set_xticks(sizes, [f"{size}\n{best_of_n_kl(size):.1f}" for size in sizes])
+            axes.set_xticks(counts, [f"{count}\n{best_of_n_kl(count):.1f}" for count in counts])
             axes.set(xlabel="best of N; below: KL from the start at most, nats", ylabel=f"score by {judge}")
             axes.legend(frameon=False)
         save(figure, path)
@@ -193,7 +199,7 @@ def _plot_rounds(path: Path, curves: dict[str, list[dict[str, object]]]) -> None
         figure = Figure(figsize=(10, 7), layout="constrained")
         grid = figure.subplots(len(curves), 2, squeeze=False, sharex="row")
         for row, (trained_by, points) in zip(grid, curves.items(), strict=True):
-            for axes, judge in zip(row, _JUDGES, strict=True):
+            for axes, judge in zip(row, JUDGES, strict=True):
                 for color, temperature in zip(COLORS, _TEMPERATURES, strict=False):
                     chosen = [point for point in points if point["temperature"] == temperature]
                     places = [point["kl"].value for point in chosen]

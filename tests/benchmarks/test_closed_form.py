@@ -1,11 +1,10 @@
-"""The fixed points of online training: their gradient is 0, and the trainer ends in them."""
+"""The fixed points of online training: the expected gradient is 0 there."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from benchmarks.answer_space import AnswerSpace, fixed_point_with_kl_in_the_loss, group_advantages
-from benchmarks.closed_form import Task, measure
 
 from simpo.objectives.policy_gradient import kl_estimate
 
@@ -45,13 +44,6 @@ def test_the_expected_gradient_is_0_at_the_fixed_point(estimator, by_length):
 
     assert gradient(fixed) < 1e-5
     assert gradient(start) > 1e-2
-
-
-@pytest.mark.parametrize("name", ["rloo", "ppo", "dpo, exact probabilities"])
-def test_the_trainer_ends_in_the_fixed_point(name):
-    found = measure(name, 2.0, Task(tokens=4, longest=2), answers=128, steps=40, learning_rate=2e-3)
-    assert found["start"] > 0.1
-    assert found["trained"] < 0.05
 
 
 def test_expected_group_advantages_are_those_of_sampled_groups():

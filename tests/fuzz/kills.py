@@ -37,7 +37,6 @@ TRAIN = {
     "disable_dropout": "false",
 }
 LORA = {"use_peft": "true", "lora_r": 2, "lora_target_modules": "c_attn"}
-
 ONLINE = {"objective": "ppo", "num_generations": 4, "max_length": 40, "max_new_tokens": 8, "kl_target": 1}
 ONLINE |= {"sync_every": 2, "rollout_epochs": 2}
 
