@@ -5,9 +5,9 @@ function ``V`` predicts the rewards that are still to come. A *rollout* is a num
 sampled and an annotator has scored. From then on:
 
 1. :class:`ScoreScale` shifts, scales and clips the scores.
-2. :func:`token_rewards` pays the score at an answer's last token, and fines every token for leaving the start model.
+2. :func:`token_rewards` gives an answer's last token its score, and every token a penalty for leaving the start model.
 3. :func:`gae` computes from rewards and values how much better each token was than ``V`` expected, its *advantage*.
-   With the choice of whitening, 2 and 3 are :meth:`PPO.estimate`.
+   :meth:`PPO.estimate` is 2 and 3. A rollout's advantages are then scaled to mean 0 and variance 1.
 4. For several epochs and minibatches, optimizer steps minimize
    :meth:`~simpo.objectives.policy_gradient.PolicyGradient.loss`, which raises the probability of tokens with a positive
    advantage while the policy stays near the one that sampled, plus ``value_weight`` times :func:`value_loss`.
@@ -30,10 +30,10 @@ from simpo.objectives.policy_gradient import sum_by, whiten
 
 
 class ScoreScale(NamedTuple):
-    """Scores with mean 0 and standard deviation 1 for the start model's answers, as in Ziegler et al. 2019.
+    """Scores with mean 0 and standard deviation 1 for the start model's answers.
 
-    The same numbers serve a whole training, arXiv 1909.08593, section 2.1: other than running statistics, they do not
-    change what is optimized while it is optimized.
+    Ziegler et al. 2019, arXiv 1909.08593, section 2.1. Unlike running statistics, the two numbers stay the same for the
+    whole training, so that what is optimized does not change meanwhile.
     """
 
     mean: float = 0.0
@@ -129,7 +129,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 def adapted_kl(coefficient: float, measured: float, answers: int, *, target: float, horizon: int) -> float:
     """The coefficient after a rollout: higher if the divergence was above its target, lower if it was below.
 
-    Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
+    Ziegler et al. 2019, arXiv 1909.08593, section 2.2, with the horizon of their code.
 
     Args:
         coefficient: that of the rollout.

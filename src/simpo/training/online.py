@@ -101,7 +101,9 @@ class OnlineTrainer(PreferenceTrainer):
         if self._gradient is not None:
             self._reference.keep_copy()  # for the KL divergence
             if self.args.ppo is not None:
-                self._value = self._value_function()
+                if self.optimizer is not None:
+                    raise SimpoError("optimizers: ppo adds the value function to the optimizer; leave it out")
+                self._value = ValueFunction(self.model, self.args, self.processing_class)
             if self.args.ptx_dataset_name is not None:
                 self._ptx = Pretraining(self, self.args.ptx_dataset_name)
             if (self.args.temperature, self.args.top_p, self.args.top_k) != (1, 1, 0):
@@ -120,13 +122,6 @@ class OnlineTrainer(PreferenceTrainer):
             if self._value is not None and self._value.head is None:
                 with self.accelerator.autocast():
                     self._value.check(comparisons_of(self.train_dataset, range(len(self.train_dataset))[:_CHECKED]))
-
-    def _value_function(self) -> ValueFunction:
-        if self.args.fp16:
-            raise SimpoError("fp16: not with ppo, whose value function's gradients it would scale; use bf16")
-        if self.optimizer is not None:
-            raise SimpoError("optimizers: ppo adds the value function to the optimizer; leave it out")
-        return ValueFunction(self.model, self.args, self.processing_class)
 
     def _check_room(self, rows: Dataset) -> None:
         limits = [Limits.of(self.model.config).positions]
@@ -278,7 +273,9 @@ class OnlineTrainer(PreferenceTrainer):
         if self._gradient is not None:
             self._kl_coef = records[0]["kl_coef"]
         if RETURNS in rows.column_names:
-            values, returns = (torch.tensor(list(chain(*rows[name]))) for name in (VALUES, RETURNS))
+            values, returns = (
+                torch.tensor(list(chain(*rows[name])), dtype=torch.float64) for name in (VALUES, RETURNS)
+            )
             self._explained_variance = explained_variance(values, returns)
 
     # ---- Loss.

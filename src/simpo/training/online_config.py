@@ -197,6 +197,8 @@ class OnlineConfig(PreferenceConfig):
             given = [key for key in keys if getattr(self, key)]
             if given:
                 raise SimpoError(f"{given[0]}: only preference objectives use it, not {self.objective}; leave it out")
+        if self._is_ppo and self.fp16:
+            raise SimpoError("fp16: not with ppo, whose value function's gradients it would scale; use bf16")
         if not self._is_ppo and (given := self._set_among(_PPO_KEYS)):
             raise SimpoError(f"{given[0]}: only ppo has a value function, not {self.objective}; leave it out")
         self.precompute_ref_log_probs = False

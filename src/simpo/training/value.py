@@ -46,36 +46,32 @@ class ValueFunction:
     def __init__(
         self, policy: PreTrainedModel | PeftModel, args: OnlineConfig, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
-        self.head: nn.Module | None = None
+        self.head: nn.Module | None = None  # the layer, or None for a network
         if args.value_model is None:
-            self._module = self.head = _new_head(policy)
+            self.module: Any = _new_head(policy)
+            self.head = self.module
         else:
-            self._module = _load(args.value_model, policy, tokenizer)
+            self.module = _load(args.value_model, policy, tokenizer)
             if args.disable_dropout:
-                disable_dropout(self._module)
-            _enable_checkpointing(self._module, args)
-        self._module.to(args.device)
+                disable_dropout(self.module)
+            _enable_checkpointing(self.module, args)
+        self.module.to(args.device)
         if args.world_size > 1:
             for parameter in self.parameters:  # a new adapter is random
                 broadcast(parameter.data)
 
     @property
-    def module(self) -> nn.Module:
-        """The network or the layer."""
-        return self._module
-
-    @property
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
-        return [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+        return list(self._named().values())
 
     def of(self, batch: PackedBatch) -> Tensor:
         """``[S]`` values of the states in which the scored tokens of ``batch`` are chosen, by a network."""
-        return value_forward(self._module, batch)
+        return value_forward(self.module, batch)
 
     def check(self, comparisons: Sequence[TokenizedComparison]) -> None:
         """Let a network read ``comparisons``, to find out early whether and by which path it can."""
-        batch = PackedBatch.build(comparisons).to(next(self._module.parameters()).device)
+        batch = PackedBatch.build(comparisons).to(next(self.module.parameters()).device)
         with torch.no_grad():
             self.of(batch)
 
@@ -84,18 +80,17 @@ class ValueFunction:
     def join(self, optimizer: torch.optim.Optimizer, trainer: Trainer) -> None:
         """Add the parameters to the trainer's ``optimizer``, with their own learning rate if there is one."""
         args: Any = trainer.args
-        decayed = set(trainer.get_decay_parameter_names(self._module))
-        named = [(name, each) for name, each in self._module.named_parameters() if each.requires_grad]
+        decayed = set(trainer.get_decay_parameter_names(self.module))
+        rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         for decay, chosen in ((args.weight_decay, True), (0.0, False)):
-            group = [parameter for name, parameter in named if (name in decayed) == chosen]
+            group = [parameter for name, parameter in self._named().items() if (name in decayed) == chosen]
             if group:
-                rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
                 optimizer.add_param_group({"params": group, "weight_decay": decay, "lr": rate})
 
     def begin_step(self) -> None:
         """Forget the gradients of the step before."""
-        self._module.train()
-        self._module.zero_grad()
+        self.module.train()
+        self.module.zero_grad()
 
     def end_step(self, accelerator: Accelerator, max_norm: float) -> float:
         """Average gradients over ranks and clip them to ``max_norm`` (0: not); returns their norm before."""
@@ -122,7 +117,7 @@ class ValueFunction:
                 parameter.copy_(stored[name])
 
     def _named(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self._module.named_parameters() if parameter.requires_grad}
+        return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
 
 
 def _new_head(policy: nn.Module) -> nn.Linear:
