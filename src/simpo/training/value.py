@@ -46,6 +46,7 @@ class ValueFunction:
     def __init__(
         self, policy: PreTrainedModel | PeftModel, args: OnlineConfig, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
+        self._path = args.forward_path
         self.head: nn.Module | None = None  # the layer, or None for a network
         if args.value_model is None:
             self.module: Any = _new_head(policy)
@@ -67,7 +68,7 @@ class ValueFunction:
 
     def of(self, batch: PackedBatch) -> Tensor:
         """``[S]`` values of the states in which the scored tokens of ``batch`` are chosen, by a network."""
-        return value_forward(self.module, batch)
+        return value_forward(self.module, batch, path=self._path)
 
     def check(self, comparisons: Sequence[TokenizedComparison]) -> None:
         """Let a network read ``comparisons``, to find out early whether and by which path it can."""
