@@ -1,0 +1,169 @@
+"""The workflow of ``simpo reproduce``: trials that are not done yet, verdicts, and the page."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from simpo.errors import SimpoError
+from simpo.runs.atomic import write_text
+from simpo.runs.folder import RunFolder
+from simpo.runs.lines import JsonLines
+from simpo.runs.log import Log
+from simpo.runs.results import Metric, write_results
+from simpo.runs.signals import stoppable
+from simpo.runs.terminal import progress
+from simpo.statistics import mean_interval
+from simpo.workflows.recipes import PAPER_SETTINGS, compose_recipe
+from simpo.workflows.reproduction.base import prepare_base
+from simpo.workflows.reproduction.page import render
+from simpo.workflows.reproduction.study import METRICS, REGISTERED, Arm, Measured, Outcome, Study, decide
+from simpo.workflows.reproduction.trial import Trial, run_trial
+
+PAGE, CLAIMS = "reproduce.html", "claims.json"
+
+
+def reproduce(studies: Sequence[Study], folder: Path, *, processes: int, argv: Sequence[str] = ()) -> list[Outcome]:
+    """Run the trials of the studies that the folder does not have yet, and write the page.
+
+    A run that was stopped is continued by the same call, and other studies may be added; the figures are the same,
+    except for the seconds.
+
+    Raises:
+        SimpoError: the folder cannot be used.
+        InterruptedRun: the user stopped it.
+    """
+    with stoppable(), RunFolder(folder, command="reproduce") as run:
+        if run.finished:
+            run.reopen()
+        run.begin({"registered": yaml.safe_load(REGISTERED.read_text(encoding="utf-8"))}, argv=argv)
+        prepare_base(folder / "base", run.log)
+        trials = Trials(folder, processes, run.log)
+        arms = [(study, arm) for study in studies for arm in study.arms.values()]
+        trials.run(trial for _, arm in arms for trial in arm.tuning_trials())
+        chosen = {(study.name, arm.name): trials.best(arm) for study, arm in arms}
+        trials.run(arm.trial(chosen[study.name, arm.name], seed) for study, arm in arms for seed in study.seeds)
+        measured = {
+            study.name: {
+                name: trials.measured([arm.trial(chosen[study.name, name], seed) for seed in study.seeds])
+                for name, arm in study.arms.items()
+            }
+            for study in studies
+        }
+        outcomes = {study.name: [decide(claim, measured[study.name]) for claim in study.claims] for study in studies}
+        write_text(folder / PAGE, render(studies, measured, outcomes, chosen))
+        document = {name: [asdict(outcome) for outcome in found] for name, found in outcomes.items()}
+        write_text(folder / CLAIMS, json.dumps(document, indent=2) + "\n")
+        write_results(folder, command="reproduce", fingerprint=run.fingerprint, metrics=list(_metrics(measured)))
+        run.finish()
+        return [outcome for found in outcomes.values() for outcome in found]
+
+
+def _metrics(measured: Mapping[str, Mapping[str, Measured]]) -> Iterator[Metric]:
+    for study, arms in measured.items():
+        for arm, values in arms.items():
+            yield from (Metric.of(f"{study}/{arm}/{name}", mean_interval(values[name])) for name in METRICS)
+
+
+class Trials:
+    """The trials of a folder, each of which is run once."""
+
+    def __init__(self, folder: Path, processes: int, log: Log) -> None:
+        self._base = folder / "base"
+        self._lines = JsonLines(folder / "trials.jsonl", checked=True)
+        self._done: dict[str, dict[str, float]] = {line["key"]: line["metrics"] for line in self._lines}
+        self._processes, self._log = processes, log
+
+    def run(self, trials: Iterable[Trial]) -> None:
+        """Run those that are missing, several at a time, and store each as soon as it is done."""
+        wanted = {trial.key: trial for trial in trials}
+        missing = {key: trial for key, trial in wanted.items() if key not in self._done}
+        if not missing:
+            return
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(min(self._processes, len(missing)), context, initializer=_quiet)
+        try:
+            running = {pool.submit(run_trial, self._base, trial): trial for trial in missing.values()}
+            with progress("trials", len(missing), 0, self._log) as advance:
+                for future in as_completed(running):
+                    trial, metrics = running[future], future.result()
+                    self._lines.append([{"key": trial.key, "trial": asdict(trial), "metrics": metrics}])
+                    self._done[trial.key] = metrics
+                    advance(1)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def best(self, arm: Arm) -> dict[str, Any]:
+        """The candidate with the highest win rate on the tuning prompts; the first among equals."""
+        candidates, trials = arm.candidates(), arm.tuning_trials()
+        rates = [self._done[trial.key]["win_rate"] for trial in trials]
+        return candidates[int(np.argmax(rates)) if rates else 0]
+
+    def measured(self, trials: Sequence[Trial]) -> Measured:
+        """The metrics of trials that are done, ``[trials]`` each."""
+        found = [self._done[trial.key] for trial in trials]
+        # A number that was undefined, such as a correlation with a constant, is stored as null and becomes NaN.
+        return {name: np.array([metrics[name] for metrics in found], dtype=np.float64) for name in METRICS}
+
+
+def _quiet() -> None:
+    """A trial's process reports by its metrics only."""
+    import datasets  # noqa: PLC0415 - in the trial's process
+    import transformers  # noqa: PLC0415
+
+    logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - as long as the process
+
+
+# ---- The same plan for real models.
+
+
+def plan(studies: Sequence[Study], setting: str) -> Iterator[str]:
+    """The commands that would run the studies in one of the paper's settings, with its published values.
+
+    Raises:
+        SimpoError: there is no such setting.
+    """
+    if setting not in PAPER_SETTINGS:
+        raise SimpoError(f"--setting: {setting!r} is unknown; the settings are {', '.join(PAPER_SETTINGS)}")
+    start = PAPER_SETTINGS[setting].model
+    names = dict.fromkeys(str(arm.given["objective"]) for study in studies for arm in study.arms.values())
+    yield "# Recipes with published values, or values to search from:"
+    yield from (f"simpo recipe --objective {name} --setting {setting} --output {name}.yaml" for name in names)
+    for study in studies:
+        yield f"\n# {study.number}. {study.title} ({study.source})"
+        for arm in study.arms.values():
+            yield from _commands(study, arm, setting, start)
+
+
+def _commands(study: Study, arm: Arm, setting: str, start: str) -> Iterator[str]:
+    objective = str(arm.given["objective"])
+    keys = {key: value for key, value in arm.given.items() if key not in ("objective", "grid", "pairs")}
+    rate = yaml.safe_load(compose_recipe(objective, setting))["learning_rate"]
+    if "pairs" in arm.given:
+        yield f"# {arm.name}: needs {arm.given['pairs']} pairs as dataset_name"
+    times = arm.given.get("grid", {}).get("learning_rate_times") or [keys.pop("learning_rate_times", 1)]
+    options = "".join(f" --{key} {str(value).lower()}" for key, value in keys.items())
+    folder = f"outputs/{study.name}/{arm.name.replace(' ', '-')}"
+    rates = [float(rate) * float(factor) for factor in times]
+    if len(rates) > 1:
+        values = ",".join(f"{one:.2g}" for one in rates)
+        yield f"simpo sweep {objective}.yaml --learning_rate {values}{options} --output_dir {folder}/sweep"
+    shown = "BEST" if len(rates) > 1 else f"{rates[0]:.2g}"
+    seeds = " ".join(map(str, study.seeds))
+    train = f"simpo train {objective}.yaml --learning_rate {shown}{options} --seed $s --output_dir {folder}/$s"
+    compare = f"simpo compare {folder}/$s {start} --prompts PROMPTS --judge JUDGE --output_dir {folder}/$s-compared"
+    yield f"for s in {seeds}; do {train} && {compare}; done"

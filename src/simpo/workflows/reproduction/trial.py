@@ -1,0 +1,160 @@
+"""One trial of a study: a model aligned on pairs of the tiny world, and everything that is measured on it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from simpo.data.prompts import prepare_prompts
+from simpo.data.settings import TokenizeSettings
+from simpo.data.sources import load_rows
+from simpo.data.tokenizing import prepare
+from simpo.generation.engine import TransformersEngine
+from simpo.generation.responses import ResponseText
+from simpo.generation.settings import SamplingSettings
+from simpo.models.loading import load_tokenizer
+from simpo.objectives import Responses
+from simpo.packing.layout import PackedBatch, TokenizedComparison
+from simpo.packing.scoring import reference_states, score_responses, token_outputs
+from simpo.runs.results import fingerprint
+from simpo.training.configs import PreferenceConfig
+from simpo.training.preference import PreferenceTrainer
+from simpo.world.judge import correct, judge
+
+START = "sft"  # the folder of the model that all trials start from
+HELD_OUT, TUNING = "held-out", "tuning"  # files of prompts
+HELD_OUT_PAIRS = "held-out-pairs.jsonl"
+SAMPLING = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=48, chunk_size=128)
+_KL_ROWS = 64  # held-out pairs on which the divergence is measured
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is trained, on which pairs, and on which prompts it is judged.
+
+    Attributes:
+        settings: keys of a preference recipe.
+        pairs: the file of pairs, without its ending.
+        seed: of the training and of the sampled answers.
+        prompts: the file of prompts, without its ending.
+    """
+
+    settings: Mapping[str, Any]
+    pairs: str
+    seed: int
+    prompts: str = HELD_OUT
+
+    @property
+    def key(self) -> str:
+        """Identifies the trial; studies share trials."""
+        return fingerprint(dict(self.settings), self.pairs, self.seed, self.prompts)[:16]
+
+
+def run_trial(base: Path, trial: Trial) -> dict[str, float]:
+    """Train and measure; the same trial gives the same numbers, except for ``seconds``.
+
+    Args:
+        base: the folder with the start model, pairs and prompts.
+        trial: what is trained.
+
+    Returns:
+        ``win_rate`` over the start model's answers, ``score``, ``correct``, ``tokens``, ``ended`` of sampled answers;
+        ``accuracy`` of the implicit reward on held-out pairs, ``ranking_agreement`` with the average
+        log-probability's ranking of them, ``reward_length_rho``, Spearman's correlation of reward and length; ``kl``
+        from the start model in nats per token; ``seconds`` of training.
+    """
+    torch.set_num_threads(1)  # the model is tiny
+    tokenizer = load_tokenizer(str(base / START))
+    start, model = (_load(base) for _ in range(2))
+    with TemporaryDirectory() as scratch:
+        args = PreferenceConfig(
+            output_dir=scratch,
+            reference_cache=str(Path(scratch) / "reference"),
+            per_device_train_batch_size=16,
+            num_train_epochs=1,
+            max_length=128,
+            seed=trial.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **trial.settings,
+        )
+        rows = load_rows(str(base / f"{trial.pairs}.jsonl"), split="train")
+        began = time.perf_counter()
+        trainer = PreferenceTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        seconds = time.perf_counter() - began
+    model.eval()
+    found = _answer_metrics(model, start, tokenizer, base / f"{trial.prompts}.jsonl", trial.seed)
+    found |= _pair_metrics(model, start, tokenizer, base / HELD_OUT_PAIRS, trainer.objective)
+    del trainer, model, start
+    gc.collect()
+    return found | {"seconds": seconds}
+
+
+def _load(base: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(base / START, dtype=torch.float32)
+
+
+# ---- What the model answers.
+
+
+def _answer_metrics(
+    model: PreTrainedModel, start: PreTrainedModel, tokenizer: Any, prompts: Path, seed: int
+) -> dict[str, float]:
+    """One answer of each model to every prompt, judged by the world's exact judge."""
+    prepared = prepare_prompts(load_rows(str(prompts), split="train"), tokenizer)
+    ids = [prompt.ids for prompt in prepared]
+    texts, scores = ResponseText(tokenizer), []
+    for answering in (model, start):
+        sampled = TransformersEngine(answering, tokenizer).generate(ids, SAMPLING, seed)
+        answers = [texts.decode(prompt, one.ids) for prompt, one in zip(ids, sampled, strict=True)]
+        scores.append([judge(prompt.content, text) for prompt, text in zip(prepared, answers, strict=True)])
+        if answering is model:
+            own = sampled
+            right = [correct(prompt.content, text) for prompt, text in zip(prepared, answers, strict=True)]
+    ours, theirs = map(np.array, scores)
+    return {
+        "win_rate": float(((ours > theirs) + 0.5 * (ours == theirs)).mean()),
+        "score": float(ours.mean()),
+        "correct": float(np.mean(right)),
+        "tokens": float(np.mean([len(one.ids) for one in own])),
+        "ended": float(np.mean([one.finished for one in own])),
+    }
+
+
+# ---- How it ranks held-out pairs.
+
+
+def _pair_metrics(
+    model: PreTrainedModel, start: PreTrainedModel, tokenizer: Any, pairs: Path, objective: Any
+) -> dict[str, float]:
+    """Rankings of held-out pairs by reward and by likelihood, and the divergence from the start model."""
+    settings = TokenizeSettings(max_length=128, max_prompt_length=None)
+    rows = prepare(load_rows(str(pairs), split="train"), tokenizer, settings).dataset
+    comparisons = [TokenizedComparison(row["prompt_ids"], row["response_ids"]) for row in rows]
+    with torch.no_grad():
+        now, before = (score_responses(one, comparisons) for one in (model, start))
+        scored = Responses(now.logp, now.length, before.logp)
+        reward, average = objective.implicit_reward(scored), scored.avg
+        batch = PackedBatch.build(comparisons[:_KL_ROWS])
+        divergence = token_outputs(model, batch, reference=reference_states(start, batch)).divergence
+    assert divergence is not None
+    gaps, likelier = (values.view(-1, 2).diff(dim=1).neg().squeeze(1) for values in (reward, average))
+    return {
+        "accuracy": float((gaps > 0).float().mean()),
+        "ranking_agreement": float((gaps.sign() == likelier.sign()).float().mean()),
+        "reward_length_rho": float(spearmanr(reward.numpy(), scored.length.numpy()).statistic),
+        "kl": float(divergence.mean()),
+    }

@@ -1,0 +1,153 @@
+"""The registered studies, the rule, one real trial against closed forms, and the page in a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from tests.browser import Browser, chromium
+
+from simpo.cli import main
+from simpo.errors import SimpoError
+from simpo.training.configs import PreferenceConfig
+from simpo.workflows.recipes import PAPER_SETTINGS
+from simpo.workflows.reproduction.base import LENGTH_BIASED, OFF_POLICY, ON_POLICY
+from simpo.workflows.reproduction.page import render
+from simpo.workflows.reproduction.run import Trials, plan
+from simpo.workflows.reproduction.study import METRICS, Arm, Claim, decide, read_studies
+from simpo.workflows.reproduction.trial import TUNING, Trial, run_trial
+from simpo.world.pairs import write_model, write_pairs, write_prompts
+
+
+def test_registered_studies_can_be_run(tmp_path: Path):
+    studies = read_studies()
+    assert [study.number for study in studies] == list(range(1, 11))
+    for study in studies:
+        for claim in study.claims:
+            assert claim.metric in METRICS
+            assert {side for side in (claim.better, claim.than) if isinstance(side, str)} <= {*study.arms, "others"}
+        for arm in study.arms.values():
+            for candidate in arm.candidates():
+                trial = arm.trial(candidate, study.seeds[0])
+                assert trial.pairs in (ON_POLICY, OFF_POLICY, LENGTH_BIASED)
+                PreferenceConfig(str(tmp_path), use_cpu=True, **trial.settings)
+    table = next(study for study in studies if study.name == "objectives")
+    assert len(table.arms) == 9
+    assert all(len(arm.tuning_trials()) == 3 for arm in table.arms.values())
+    assert len(table.seeds) >= 5
+
+
+def test_studies_by_name_and_number():
+    assert [study.name for study in read_studies(["3", "objectives"])] == ["objectives", "gamma"]
+    with pytest.raises(SimpoError, match="ablation"):
+        read_studies(["ablatoin"])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "verdict"),
+    [
+        ([0.60, 0.62, 0.61, 0.63, 0.60], [0.50, 0.52, 0.50, 0.53, 0.51], "holds"),
+        ([0.50, 0.52, 0.50, 0.53, 0.51], [0.60, 0.62, 0.61, 0.63, 0.60], "does not hold here"),
+        ([0.50, 0.60, 0.40, 0.55, 0.45], [0.49, 0.61, 0.41, 0.54, 0.46], "inconclusive"),
+        ([1.0] * 3, [0.5] * 3, "holds"),
+        ([0.5] * 3, [0.5] * 3, "inconclusive"),
+    ],
+)
+def test_the_rule_is_a_paired_t_interval(a: list[float], b: list[float], verdict: str):
+    measured = {"a": {"win_rate": np.array(a)}, "b": {"win_rate": np.array(b)}}
+    outcome = decide(Claim("", "win_rate", "a", "b"), measured)
+    assert outcome.verdict == verdict
+    found = outcome.differences["b"]
+    if found.low is not None:
+        expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+def test_a_claim_about_all_others_needs_every_one():
+    def measured(**means: float) -> dict:
+        noise = np.array([-0.01, 0.0, 0.01])
+        return {name: {"win_rate": mean + noise * (1 + mean)} for name, mean in means.items()}
+
+    claim = Claim("", "win_rate", "a", "others")
+    assert decide(claim, measured(a=0.9, b=0.5, c=0.6)).verdict == "holds"
+    assert decide(claim, measured(a=0.9, b=0.5, c=0.9)).verdict == "inconclusive"
+    assert decide(claim, measured(a=0.5, b=0.4, c=0.9)).verdict == "does not hold here"
+    assert decide(Claim("", "win_rate", "a", 0.5), measured(a=0.9)).verdict == "holds"
+    assert decide(Claim("", "win_rate", 0.5, "a"), measured(a=0.9)).verdict == "does not hold here"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_model(folder / "sft", 0)
+    write_pairs(folder / f"{ON_POLICY}.jsonl", 48, 0)
+    write_pairs(folder / "held-out-pairs.jsonl", 12, 0, held_out=True)
+    write_prompts(folder / "held-out.jsonl", 4, 0, held_out=True)
+    return folder
+
+
+def test_a_model_that_does_not_learn_is_its_start(base: Path):
+    found = run_trial(base, Trial({"objective": "simpo", "learning_rate": 0.0}, ON_POLICY, 1))
+    assert set(found) == set(METRICS)
+    assert found["win_rate"] == 0.5
+    assert found["kl"] == pytest.approx(0, abs=1e-6)
+    assert found["ranking_agreement"] == 1  # SimPO's reward is beta times the average log-probability
+
+
+def test_trials_are_exact_and_stored_once(base: Path, tmp_path: Path):
+    trial = Trial({"objective": "dpo", "learning_rate": 1e-3}, ON_POLICY, 2)
+    found = [{key: value for key, value in run_trial(base, trial).items() if key != "seconds"} for _ in range(2)]
+    assert found[0] == found[1]
+    assert found[0]["kl"] > 1e-4
+    assert (
+        len({Trial({}, "p", 1).key, Trial({}, "p", 2).key, Trial({}, "q", 1).key, Trial({}, "p", 1, TUNING).key}) == 4
+    )
+    arm = Arm("dpo", {"objective": "dpo", "grid": {"learning_rate_times": [1, 2]}}, 1e-3)
+    trials = Trials(tmp_path, 1, print)
+    lines = [
+        {"key": one.key, "metrics": dict.fromkeys(METRICS, 0.25 * number)}
+        for number, one in enumerate([*arm.tuning_trials(), trial], 1)
+    ]
+    trials._lines.append(lines)
+    again = Trials(tmp_path, 1, print)
+    again.run([*arm.tuning_trials(), trial])  # nothing is left to do
+    assert len(again._lines) == 3
+    assert again.best(arm)["learning_rate_times"] == 2
+    assert again.measured([trial, trial])["kl"].tolist() == [0.75, 0.75]
+
+
+def test_the_plan_for_real_models_is_made_of_our_commands(capsys: pytest.CaptureFixture):
+    lines = list(plan(read_studies(), "llama3-base"))
+    commands = [line for line in lines if line.startswith(("simpo", "for"))]
+    assert sum(line.startswith("simpo recipe") for line in commands) == 9
+    assert any("--learning_rate 6e-05" in line for line in commands)  # a hundred times the published 6e-7
+    assert any("--gamma_beta_ratio 2.0" in line for line in commands)
+    assert all(PAPER_SETTINGS["llama3-base"].model in line for line in commands if line.startswith("for"))
+    assert main(["reproduce", "1", "--setting", "llama-3"]) == 2
+    assert "llama3-base" in capsys.readouterr().err
+    assert main(["reproduce", "nothing", "--output_dir", "/nowhere"]) == 2
+
+
+def test_the_page_shows_every_study_and_executes_nothing(tmp_path: Path):
+    chromium()
+    studies = read_studies()
+    hostile = "<script>document.title = 'x'</script>"
+    rng = np.random.default_rng(0)
+    measured = {
+        study.name: {name: {metric: rng.random(5) for metric in METRICS} for name in study.arms} for study in studies
+    }
+    outcomes = {study.name: [decide(claim, measured[study.name]) for claim in study.claims] for study in studies}
+    chosen = {(study.name, name): {"objective": hostile} for study in studies for name in study.arms}
+    (tmp_path / "page.html").write_text(render(studies, measured, outcomes, chosen), encoding="utf-8")
+    with Browser(tmp_path) as browser:
+        for width, dark in ((1400, False), (380, True)):
+            page = browser.open((tmp_path / "page.html").as_uri(), width=width, dark=dark)
+            page.wait("document.readyState == 'complete' && document.querySelectorAll('section').length == 10")
+            assert page.evaluate("document.title") == "simpo reproduce"
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            claims = sum(len(study.claims) for study in studies)
+            assert page.evaluate("document.querySelectorAll('.claims li').length") == claims
+            assert page.complaints == []
+            assert {url.partition(":")[0] for url in page.requests} <= {"file", "data"}
