@@ -17,16 +17,29 @@ def test_figures_that_the_paper_and_its_repository_state():
     assert found["Gemma-2-IT", "SimPO"] == ["72.4", "65.9", "1833"]
     arena = {(row[0], row[1]): row[3] for row in published_rows("arena_hard")[1]}
     assert (arena["Llama3-Instruct", "SimPO"], arena["Gemma-2-IT", "SimPO"]) == ("33.8", "59.1")
-    assert len(found) == len(arena) == 52
-    assert all(0 <= float(cell) <= 100 for row in rows for cell in row[3:5])
+    assert len(found) == len(arena) == 52 + 4
+    assert found["Mistral-Base", "SimPO with gamma = 0"] == ["16.8", "14.3", ""]
+    assert found["Mistral-Base", "SimPO without length normalization"] == ["", "13.2", ""]  # not legible
+    assert all(0 <= float(cell) <= 100 for row in rows for cell in row[3:5] if cell)
+
+
+def test_mt_bench_in_the_papers_main_table_and_ablation():
+    headings, rows = published_rows("mt_bench")
+    assert headings[3:] == ["judge GPT-4 Turbo", "judge GPT-4"]
+    found = {(row[0], row[1]): row[3:] for row in rows}
+    assert len(found) == 4 * 10 + 4
+    assert found["Llama3-Instruct", "SimPO"] == found["Llama3-Instruct", "DPO"] == ["7.0", "8.0"]
+    assert found["Mistral-Instruct", "SimPO with gamma = 0"] == ["6.6", ""]
+    assert all(1 <= float(cell) <= 10 for row in rows for cell in row[3:] if cell)
 
 
 def test_a_benchmark_without_published_figures_has_no_table():
-    assert published_rows("mt_bench")[1] == [] and published_table("mt_bench") is None
+    assert published_rows("compare")[1] == [] and published_table("compare") is None
+    assert published_table("mt_bench").row_count == 4 * 3
     assert published_table("arena_hard").row_count == 6 * 3 - 1
 
 
-@pytest.mark.parametrize(("benchmark", "rows"), [("alpaca_eval", 52), ("mt_bench", 0)])
+@pytest.mark.parametrize(("benchmark", "rows"), [("alpaca_eval", 52), ("ifeval", 0)])
 def test_markdown(tmp_path, benchmark, rows):
     metrics = [Metric("a|b", 12.5, None, 8, 10.0, 15.0, "by hand"), Metric("c", None), Metric("d", 1.0, "after")]
     results = write_results(tmp_path, command="evaluate", fingerprint="f" * 64, metrics=metrics)

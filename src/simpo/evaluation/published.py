@@ -15,7 +15,12 @@ from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunRecord
 from simpo.runs.results import read_results
 
-SOURCE = "princeton-nlp/SimPO, README.md: judge gpt-4-1106-preview; GSM8K and MMLU by ZeroEval"
+_README = "princeton-nlp/SimPO, README.md: judge gpt-4-1106-preview; GSM8K and MMLU by ZeroEval"
+# An empty cell was not legible in the copy of the paper's tables. For RRHF, SLiC-HF, R-DPO, KTO and CPO the repository
+# has other AlpacaEval and Arena-Hard figures than the paper; those of the repository are shown.
+_PAPER = "arXiv 2405.14734, tables 4 and 5: scores from 1 to 10"
+_SOURCES = {"mt_bench": _PAPER, "alpaca_eval": f"{_README}; ablations: arXiv 2405.14734, table 5"}
+_SOURCES["arena_hard"] = _SOURCES["alpaca_eval"]
 # The methods that are shown on a terminal; an export has all of them.
 _SHOWN = ("SFT", "DPO", "SimPO")
 # The columns of published.csv by benchmark, and their headings.
@@ -23,6 +28,7 @@ _COLUMNS = {
     "alpaca_eval": {"alpaca_eval_lc": "LC win rate", "alpaca_eval_wr": "win rate", "alpaca_eval_length": "length"},
     "arena_hard": {"arena_hard": "Arena-Hard v0.1"},
     "gsm8k": {"gsm8k": "GSM8K"},
+    "mt_bench": {"mt_bench_gpt4_turbo": "judge GPT-4 Turbo", "mt_bench_gpt4": "judge GPT-4"},
     "academic": {"gsm8k": "GSM8K", "mmlu": "MMLU"},
 }
 
@@ -44,7 +50,7 @@ def published_table(benchmark: str) -> Table | None:
     (setting, method, _, *columns), rows = published_rows(benchmark)
     if not rows:
         return None
-    table = Table(setting, method, title="published", caption=Text(SOURCE), box=SIMPLE_HEAD)
+    table = Table(setting, method, title="published", caption=Text(_SOURCES.get(benchmark, _README)), box=SIMPLE_HEAD)
     for heading in columns:
         table.add_column(heading, no_wrap=True, justify="right")
     for row in rows:
@@ -78,7 +84,7 @@ def write_markdown(results: Path, benchmark: str, model: str, path: Path) -> Non
         parts.append(f"SHA-256 of the judge prompt: `{identity['judge_prompt']}`")
     headings, published = published_rows(benchmark)
     if published:
-        parts += [f"Published ({SOURCE}):", _markdown_table(headings, published)]
+        parts += [f"Published ({_SOURCES.get(benchmark, _README)}):", _markdown_table(headings, published)]
     write_text(path, "\n\n".join([*parts, f"Fingerprint of the run: `{found.fingerprint}`"]) + "\n")
 
 
