@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import simpo
 from simpo.models.adapters import holds_adapter
@@ -77,7 +78,7 @@ def write_model_card(
         names = [entry["id"] for entry in data.dataset_mixture["datasets"]]
     else:
         names = [str(data.dataset_name)]
-    about = kind.describe(config)
+    about, metrics = kind.describe(config), list(metrics)
     base = below_adapter(model).model_name_or_path
     card_data = ModelCardData(
         library_name="peft" if holds_adapter(folder) else "transformers",
@@ -85,6 +86,8 @@ def write_model_card(
         base_model=None if Path(base).exists() else base,
         datasets=[name for name in names if not Path(name).exists()] or None,
         pipeline_tag=kind.pipeline,
+        model_name=folder.resolve().name,
+        eval_results=_eval_results(metrics, kind, shown_name(data.eval_dataset_name or names[0])) or None,
     )
     settings = {**getattr(config, "hyperparameters", {})}
     settings |= {key: getattr(config, key) for key in _SETTINGS if hasattr(config, key)}
@@ -102,6 +105,21 @@ def write_model_card(
         settings={key: getattr(value, "value", value) for key, value in settings.items()},
     )
     write_text(folder / "README.md", str(card))
+
+
+def _eval_results(metrics: Iterable[Metric], kind: type[PackedTrainer], data: str) -> list[EvalResult]:
+    """Metrics on held-out rows after training, as the hub's metadata have them."""
+    return [
+        EvalResult(
+            task_type=kind.pipeline,
+            dataset_type=data,
+            dataset_name=f"{data} (held-out {kind.row_noun})",
+            metric_type=metric.name,
+            metric_value=metric.value,
+        )
+        for metric in metrics
+        if metric.stage == "after" and metric.value is not None and math.isfinite(metric.value)
+    ]
 
 
 def _results(metrics: Iterable[Metric], rows: str) -> list[str]:

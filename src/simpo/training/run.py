@@ -19,6 +19,7 @@ from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError, third_party
 from simpo.models.adapters import describe_adapter
 from simpo.models.devices import from_main
+from simpo.models.hub import check_target, files_to_push, push
 from simpo.models.loading import load_tokenizer, round_weights
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import provisional, staged_files
@@ -74,6 +75,8 @@ def run_training(kind: type[PackedTrainer], job: TrainingJob) -> Path:
         InterruptedRun: a signal came; a checkpoint has been saved.
     """
     config = job.config
+    if config.upload_to is not None:
+        check_target(config.upload_to)
     if config.process_index:
         logging.getLogger("simpo").setLevel(logging.ERROR)  # the main rank reports what all ranks notice
     folder_path = Path(config.output_dir)
@@ -89,6 +92,7 @@ def run_training(kind: type[PackedTrainer], job: TrainingJob) -> Path:
         )
         if from_main(folder.finished):
             folder.log(f"{config.output_dir} holds this run, finished")
+            _upload(config, folder)
             return folder_path / FILE_NAME
         for callback in job.run_callbacks:
             callback.before_training(trainer, resumed=not folder.changed)
@@ -98,7 +102,16 @@ def run_training(kind: type[PackedTrainer], job: TrainingJob) -> Path:
             write_model_card(folder_path, kind, job.model, job.data, config, metrics)
             write_results(folder_path, command=kind.command, fingerprint=folder.fingerprint, metrics=metrics)
         folder.finish()
+        _upload(config, folder)
     return folder_path / FILE_NAME
+
+
+def _upload(config: Any, folder: RunFolder) -> None:
+    """Upload a finished run where the recipe has ``push_to_hub``; the same command continues a broken upload."""
+    if config.upload_to is not None and folder.writes:
+        files = files_to_push(folder.path)
+        url = push(folder.path, config.upload_to, files, private=bool(config.hub_private_repo), report=folder.log)
+        folder.log(f"uploaded: {url}")
 
 
 def _prepare(

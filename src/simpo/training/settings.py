@@ -122,11 +122,16 @@ class TrainingSettings(TrainingArguments):
 
     def _initialize(self) -> None:
         """Let transformers initialize its part, with an optimizer step as one element of Trainer's loop."""
+        # Trainer would upload folders while it trains, with all that is in them.
+        self.upload_to: str | None = None
         if self.push_to_hub:  # type: ignore[has-type]
-            logger.warning(
-                "push_to_hub: nothing is uploaded while training; upload the finished folder with 'hf upload'"
-            )
+            self.upload_to = str(self.hub_model_id or Path(str(self.output_dir)).name)  # type: ignore[has-type]
             self.push_to_hub = False
+            logger.warning(
+                "push_to_hub: simpo train, sft and reward upload the finished model to %s; from Python, call "
+                "simpo.models.hub.push",
+                self.upload_to,
+            )
         batch = self.per_device_train_batch_size, self.gradient_accumulation_steps  # type: ignore[has-type]
         for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, key) < 1:

@@ -1,0 +1,42 @@
+"""Upload the model of a finished run to the hub.
+
+examples:
+  simpo push outputs/qwen3-simpo name/qwen3-simpo --dry_run
+  simpo push outputs/qwen3-simpo name/qwen3-simpo --private --include recipe.yaml
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simpo.cli._shared import refuse_several
+from simpo.config import parse_settings, setting
+from simpo.models.hub import check_target, files_to_push, push
+
+
+@dataclass(kw_only=True)
+class PushSettings:
+    """What is uploaded, and where."""
+
+    run: Path = field(metadata={"help": "Folder of a finished run, or of any model.", "positional": "RUN"})
+    repo: str = field(metadata={"help": "Repository on the hub, name/model.", "positional": "REPO"})
+    private: bool = setting(False, "Make a new repository private.")
+    include: list[str] = setting([], "Other files of the folder that are uploaded, such as recipe.yaml.")
+    dry_run: bool = setting(False, "Only list the files.")
+
+
+def main(argv: list[str]) -> int:
+    """List the files, upload them, and print where they are."""
+    (settings,) = parse_settings(argv, (PushSettings,), command="push", about=__doc__)
+    refuse_several("push", "start it without torchrun")
+    files = files_to_push(settings.run, settings.include)
+    for path in files:
+        print(f"{path.stat().st_size:>15,}  {path.relative_to(settings.run)}")
+    if settings.dry_run:
+        print(f"dry run: nothing was uploaded to {settings.repo}")
+        return 0
+    check_target(settings.repo)
+    url = push(settings.run, settings.repo, files, private=settings.private, report=print)
+    print(f"saved: {url}")
+    return 0

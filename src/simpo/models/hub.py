@@ -1,0 +1,116 @@
+"""Upload the model of a finished run to the hub: its files, card and results, in one commit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+import httpx
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from simpo.errors import SimpoError, one_line
+from simpo.runs import manifest
+
+# What a model consists of, its card and its results. A run's recipe, log, data and checkpoints are not among them.
+_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
+    *("chat_template.jinja", "README.md", "results.json", "LICENSE*"),
+)
+_DENIED = (401, 403)
+
+
+def files_to_push(folder: Path, include: Sequence[str] = ()) -> list[Path]:
+    """The files of a model in ``folder``, sorted, and those that match a pattern of ``include``.
+
+    Raises:
+        SimpoError: there is no model, the folder is damaged, a pattern matches nothing, or an adapter names a folder
+            on this machine as its base.
+    """
+    if not folder.is_dir():
+        raise SimpoError(f"{folder}: no such folder")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise SimpoError(f"{folder}: there is no model in it; name the folder of a finished run")
+    if (folder / manifest.FILE_NAME).is_file() and (fault := manifest.damage(folder)):
+        raise SimpoError(f"{folder}: damaged ({fault}); start the run again, or repair the folder")
+    found = {path for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, name) for name in _FILES)}
+    for pattern in include:
+        matching = {path for path in folder.glob(pattern) if path.is_file()}
+        if not matching:
+            raise SimpoError(f"include: {pattern!r} matches no file in {folder}")
+        found |= matching
+    adapter = folder / "adapter_config.json"
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else ""
+    if base and Path(base).exists():
+        raise SimpoError(
+            f"{adapter}: its base model is a folder on this machine ({base}), which nobody else has; merge the adapter "
+            "with simpo merge and push the result"
+        )
+    return sorted(found)
+
+
+def check_target(repo: str) -> str:
+    """The token that is used for ``repo``; raises :class:`SimpoError` if there is none or the name is not valid."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise SimpoError(f"{repo!r} is not the id of a repository, such as name/model: {one_line(error)}") from error
+    token = get_token()
+    if token is None:
+        raise SimpoError("there is no token for the hub; set HF_TOKEN, or run 'hf auth login'")
+    return token
+
+
+def push(
+    folder: Path,
+    repo: str,
+    files: Sequence[Path],
+    *,
+    private: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> str:
+    """Upload ``files`` of ``folder`` in one commit, so that the repository has all of them or none.
+
+    Large files are sent before the commit, one after the other, and the hub keeps them: the same call after an
+    interruption sends only the missing ones. Without changes there is no commit.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        SimpoError: the id is not valid, the token is missing or lacks permission, or the hub cannot be reached; nothing
+            has been committed then.
+    """
+    api = HfApi(token=check_target(repo))
+    with _hub_errors(repo):
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+        for number, operation in enumerate(operations, start=1):
+            api.preupload_lfs_files(url.repo_id, additions=[operation], free_memory=False)
+            report(f"{number} of {len(files)}: {operation.path_in_repo}")
+        api.create_commit(url.repo_id, operations, commit_message=f"Upload {folder.resolve().name}")
+    return str(url)
+
+
+@contextmanager
+def _hub_errors(repo: str) -> Iterator[None]:
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in _DENIED:
+            raise SimpoError(
+                f"{repo}: the token may not write there ({status}); nothing was committed. Use a token with write "
+                "permission, or another name"
+            ) from error
+        raise SimpoError(f"{repo}: {one_line(error)}; nothing was committed, the same command continues") from error
+    except (OSError, RuntimeError, httpx.HTTPError, OfflineModeIsEnabled) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        raise SimpoError(
+            f"{repo}: the upload broke off ({one_line(cause)}); nothing was committed, the same command continues"
+        ) from error

@@ -1,0 +1,156 @@
+"""``simpo push`` against a local stand-in for the hub: byte for byte, broken off, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard, constants
+from tests.servers.hub import Hub
+
+from simpo.cli import push as command
+from simpo.errors import SimpoError
+from simpo.models.hub import files_to_push
+from simpo.runs.manifest import write_manifest
+
+PUBLIC = {
+    "README.md": b"# a card",
+    "config.json": b"{}",
+    "model.safetensors": bytes(range(256)) * 40,
+    "results.json": b'{"schema": 1}',
+    "tokenizer.json": b"t" * 1000,
+    "tokenizer_config.json": b"{}",
+}
+PRIVATE = ["log.txt", "recipe.yaml", "run.json", "metrics.jsonl", "held_out_after.jsonl", "environment.json", ".secret"]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the stand-in has the LFS protocol only
+        monkeypatch.setenv("HF_TOKEN", "hf_writer")
+        yield server
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    folder = tmp_path / "run"
+    (folder / "checkpoint-3").mkdir(parents=True)
+    for name, contents in PUBLIC.items():
+        (folder / name).write_bytes(contents)
+    for name in (*PRIVATE, "checkpoint-3/model.safetensors"):
+        (folder / name).write_bytes(b"private")
+    write_manifest(folder, exclude=("checkpoint-*", "log.txt", "README.md", ".*"))
+    return folder
+
+
+def push(run: Path, *options: str) -> int:
+    return command.main([str(run), "someone/model", *options])
+
+
+def test_the_repository_has_the_model_byte_for_byte_and_nothing_else(run, hub, capsys):
+    assert push(run, "--private") == 0
+    assert hub.files == PUBLIC
+    assert "private" in (hub.created[0].get("visibility"), *hub.created[0])
+    assert f"saved: {hub.url}/someone/model" in capsys.readouterr().out
+    assert push(run) == 0  # nothing has changed
+    assert hub.commits == 1
+    (run / "README.md").write_bytes(b"# an edited card")
+    push(run, "--include", "recipe.yaml")
+    assert hub.files == PUBLIC | {"README.md": b"# an edited card", "recipe.yaml": b"private"}
+    assert len(hub.puts) == 2  # the model and the tokenizer were not sent again
+
+
+def test_a_dry_run_lists_the_files_without_the_hub(run, capsys, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert push(run, "--dry_run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[:-1]] == sorted(PUBLIC)
+    assert lines[2].split()[0] == "10,240"
+
+
+def test_an_interrupted_upload_commits_nothing_and_continues(run, hub):
+    hub.broken = 1
+    with pytest.raises(SimpoError, match=r"someone/model: .*nothing was committed") as error:
+        push(run)
+    assert "\n" not in str(error.value)
+    assert (hub.files, hub.commits, len(hub.puts)) == ({}, 0, 1)
+    hub.broken = None
+    assert push(run) == 0
+    assert (hub.files, hub.commits, len(hub.puts)) == (PUBLIC, 1, 2)  # what had arrived was not sent again
+
+
+def test_a_token_without_permission(run, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    with pytest.raises(SimpoError, match=r"someone/model: the token may not write there \(403\)") as error:
+        push(run)
+    assert "hf_reader" not in str(error.value)
+    assert hub.commits == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a/b/c"], "'a/b/c' is not the id of a repository"),
+        (["someone/model", "--include", "*.csv"], "include: '\\*.csv' matches no file"),
+    ],
+)
+def test_what_is_refused(arguments, message, run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    with pytest.raises(SimpoError, match=message):
+        command.main([str(run), *arguments])
+
+
+def test_without_a_token(run, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(SimpoError, match="there is no token for the hub; set HF_TOKEN"):
+        push(run)
+
+
+def test_folders_that_are_not_models(run, tmp_path):
+    with pytest.raises(SimpoError, match="no such folder"):
+        files_to_push(tmp_path / "absent")
+    (run / "model.safetensors").write_bytes(b"changed")
+    with pytest.raises(SimpoError, match=r"damaged \(model.safetensors: 7 bytes instead of 10,240"):
+        files_to_push(run)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SimpoError, match="there is no model in it"):
+        files_to_push(tmp_path / "empty")
+
+
+def test_an_adapter_whose_base_nobody_else_has(run, tmp_path):
+    (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(SimpoError, match="its base model is a folder on this machine"):
+        files_to_push(run)
+
+
+def test_a_trained_model_is_uploaded_at_its_end(hub, chat_world, tmp_path, monkeypatch):
+    """With ``push_to_hub``; the card has the held-out results in the hub's format, and no path of this machine."""
+    from simpo.cli import main
+
+    out = tmp_path / "out"
+    arguments = [
+        *("train", "--model_name_or_path", str(chat_world / "model"), "--output_dir", str(out), "--max_steps", "1"),
+        *("--dataset_name", str(chat_world / "train.jsonl"), "--eval_dataset_name", str(chat_world / "test.jsonl")),
+        *("--use_cpu", "true", "--report_to", "none", "--push_to_hub", "true", "--hub_model_id", "someone/model"),
+    ]
+    assert main(arguments) == 0
+    assert {name: (out / name).read_bytes() for name in hub.files} == hub.files
+    assert "model.safetensors" in hub.files and not {*PRIVATE} & hub.files.keys()
+    assert not any(str(tmp_path).encode() in contents for contents in hub.files.values())
+    assert not any(str(chat_world).encode() in contents for contents in hub.files.values())
+    results = ModelCard(hub.files["README.md"].decode()).data.eval_results
+    stored = {
+        m["name"]: m["value"]
+        for m in json.loads((out / "results.json").read_text())["metrics"]
+        if m["stage"] == "after"
+    }
+    assert {result.metric_type: result.metric_value for result in results} == stored
+    assert {result.task_type for result in results} == {"text-generation"}
+    commits = hub.commits
+    assert main(arguments) == 0  # finished: only the upload is looked at again
+    assert hub.commits == commits
