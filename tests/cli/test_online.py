@@ -75,8 +75,9 @@ def test_a_run_leaves_a_model_its_answers_and_results(recipe, chat_world, capsys
     assert "finished" in capsys.readouterr().out
 
 
-def test_a_run_that_was_killed_continues_to_the_same_bytes(recipe, tmp_path):
+def test_a_run_that_was_killed_continues_to_the_same_bytes(recipe, chat_world, tmp_path):
     ppo = {"annotator": "function:scorers:killed", "objective": "ppo", "kl_target": 0.01, "normalize_scores": True}
+    ppo |= {"ptx_weight": 0.5, "ptx_dataset_name": chat_world / "sft.jsonl"}
     assert main(recipe(**ppo, output_dir="whole")) == 0
     Path("calls.txt").unlink()
     arguments = recipe(**ppo)
@@ -89,9 +90,11 @@ def test_a_run_that_was_killed_continues_to_the_same_bytes(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["ppo", "simpo"])
-def test_two_processes_train_as_one(recipe, objective, tmp_path):
+def test_two_processes_train_as_one(recipe, objective, chat_world, tmp_path):
     shared = {"objective": objective, "dtype": "float64", "optim": "sgd", "learning_rate": 0.1, "sync_every": 1}
     shared |= {"save_strategy": "no"}
+    if objective == "ppo":  # with the gradients of three losses
+        shared |= {"entropy_coef": 0.1, "ptx_weight": 0.5, "ptx_dataset_name": chat_world / "sft.jsonl"}
     assert main(recipe(**shared, output_dir="one")) == 0
     arguments = recipe(**shared, output_dir="two", per_device_train_batch_size=2)
     found = run_ranks(2, main, arguments, folder=tmp_path)
