@@ -1,29 +1,36 @@
-"""Mutation testing: are the tests able to fail? ``python -m benchmarks.mutants --count 100 --seed 0 [PACKAGE ...]``
+"""Mutation testing: are the tests able to fail? ``python -m benchmarks.mutants --count 200 --seed 0 [PACKAGE ...]``
 
-Each mutant changes one operator, comparison, constant or condition in one file of ``src/simpo``. It is tested in a copy
-of the repository with the tests of its package. A mutant that no test notices survives: it is either equivalent to the
-original, or it shows a missing test. Results are appended to a file of JSON lines, so an interrupted run continues
-where it stopped.
+Each mutant changes one operator, comparison, constant or condition in a function of ``src/simpo``. All tests are
+collected once. Then every mutant gets a fork of this process, in which the changed code takes the place of the
+function's, and which runs those tests of its package that import its file and are not marked slow, up to the first
+failure. A mutant that no test notices survives: it is either equivalent to the original, or it shows a missing test.
+Constants of modules and classes and defaults of parameters are used when they are imported, and are not changed.
+Results are appended to a file of JSON lines, so an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import gc
+import importlib
 import json
+import multiprocessing
 import os
 import random
-import shutil
-import subprocess
+import re
 import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from types import CodeType, FunctionType
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The tests that are run for a mutant of a package, the quickest and closest first.
+# Where the tests of a package are, the quickest and closest first.
 TESTS = {
     "objectives": ["tests/objectives", "tests/training/test_objectives.py", "tests/compat"],
     "packing": ["tests/packing", "tests/training/test_steps.py", "tests/training/test_trainer.py"],
@@ -44,23 +51,35 @@ _OPERATORS = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: where it is, and the two texts."""
+    """One change in a function: where it is, the statement before and after it, and the whole file."""
 
+    package: str
     path: str
     line: int
     before: str
     after: str
     source: str
 
+    @property
+    def module(self) -> str:
+        """Its dotted name."""
+        return ".".join(Path(self.path).with_suffix("").parts[1:])
 
-def mutants_of(path: Path) -> Iterator[Mutant]:
+    def row(self) -> dict[str, str | int]:
+        """What is stored of it."""
+        return {key: getattr(self, key) for key in ("package", "path", "line", "before", "after")}
+
+
+def mutants_of(path: Path, package: str) -> Iterator[Mutant]:
     """Every mutant of a file; docstrings, annotations and texts of messages are left alone."""
-    source = path.read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    for node in [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    inside = [node for function in functions for statement in function.body for node in ast.walk(statement)]
+    for node in {id(node): node for node in inside if isinstance(node, ast.stmt)}.values():
+        before = ast.unparse(node)
         for _ in _changes(node):  # each iteration changes the tree, and the next one restores it
-            after = ast.unparse(node)
-            yield Mutant(str(path.relative_to(ROOT)), node.lineno, "", after, ast.unparse(tree))
+            where = str(path.relative_to(ROOT)), node.lineno
+            yield Mutant(package, *where, before, ast.unparse(node), ast.unparse(tree))
 
 
 def _changes(statement: ast.stmt) -> Iterator[None]:
@@ -108,58 +127,102 @@ def _expressions(statement: ast.stmt) -> Iterator[ast.AST]:
             queue += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
 
 
-def test(mutant: Mutant, copy: Path, tests: list[str], timeout: float) -> str:
-    """``killed``, ``timeout`` or ``survived``; the file is restored afterwards."""
-    target = copy / mutant.path
-    original = target.read_text(encoding="utf-8")
-    target.write_text(mutant.source, encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
-    try:
-        found = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return "timeout"
-    finally:
-        target.write_text(original, encoding="utf-8")
-    return "killed" if found.returncode else "survived"
+def test_files(mutant: Mutant) -> set[Path]:
+    """The test files of its package that import its module, or names from the module's package; all if none does."""
+    files = [file for path in map(ROOT.joinpath, TESTS[mutant.package]) for file in [path, *path.rglob("test_*.py")]]
+    parent, _, name = mutant.module.rpartition(".")
+    names = rf"[^\n]*\b{name}\b" if parent == "simpo" else ""
+    imports = re.compile(rf"{re.escape(mutant.module)}\b|from {re.escape(parent)} import {names}")
+    closest = {file for file in files if file.is_file() and imports.search(file.read_text(encoding="utf-8"))}
+    return closest or set(files)
+
+
+def apply(mutant: Mutant) -> None:
+    """Give the module's functions the code of the mutant, wherever they are referred to."""
+    module = importlib.import_module(mutant.module)
+    codes = {code.co_qualname: code for code in _codes(compile(mutant.source, str(module.__file__), "exec"))}
+    gc.unfreeze()
+    for function in [found for found in gc.get_objects() if isinstance(found, FunctionType)]:
+        code = codes.get(function.__code__.co_qualname)
+        if function.__globals__ is vars(module) and code and code.co_freevars == function.__code__.co_freevars:
+            function.__code__ = code
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _codes(constant)
+
+
+class Trial:
+    """Tests the mutants instead of running the tests that were collected."""
+
+    def __init__(self, mutants: list[Mutant], results: Path, timeout: float) -> None:
+        self.mutants, self.results, self.timeout = mutants, results, timeout
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Called by pytest after the collection."""
+        for number, mutant in enumerate(self.mutants, start=1):
+            files = test_files(mutant)
+            items = [item for item in session.items if item.path in files and not item.get_closest_marker("slow")]
+            assert items, f"no test of {mutant.path}"
+            process = multiprocessing.get_context("fork").Process(target=_run, args=(mutant, session, items))
+            process.start()
+            process.join(self.timeout)
+            if late := process.is_alive():
+                process.kill()
+                process.join()
+            result = "timeout" if late else {0: "survived", 1: "killed"}[process.exitcode]
+            with self.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(mutant.row() | {"result": result}) + "\n")
+            print(f"{number} of {len(self.mutants)}: {result} {mutant.path}:{mutant.line}", flush=True)
+        return True
+
+
+def _run(mutant: Mutant, session: pytest.Session, items: list[pytest.Item]) -> None:
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    apply(mutant)
+    for item, following in pairwise([*items, None]):
+        session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.testsfailed:
+            break
+    os._exit(bool(session.testsfailed))
 
 
 def main() -> None:
     """Draw mutants, test those that the results do not have yet, and print the survivors."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", nargs="*", default=list(TESTS), help=f"of {', '.join(TESTS)}")
     parser.add_argument("--count", type=int, default=100, help="mutants in all, spread over the packages by size")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for one mutant's tests")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one mutant's tests")
     parser.add_argument("--results", type=Path, default=Path("mutants.jsonl"))
     arguments = parser.parse_args()
-    drawn: list[tuple[str, Mutant]] = []
+    mutants: list[Mutant] = []
     for package in arguments.packages:
         source = ROOT / "src/simpo" / package
         files = sorted(source.rglob("*.py")) if source.is_dir() else [source.with_suffix(".py")]
-        drawn += [(package, mutant) for path in files for mutant in mutants_of(path)]
+        mutants += [mutant for path in files for mutant in mutants_of(path, package)]
     draw = random.Random(arguments.seed)  # noqa: S311 - no secret depends on it
-    drawn = draw.sample(drawn, min(arguments.count, len(drawn)))
-    done = [json.loads(line) for line in arguments.results.open(encoding="utf-8")] if arguments.results.exists() else []
-    known = {(row["path"], row["line"], row["after"]) for row in done}
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "simpo"
-        ignored = shutil.ignore_patterns(".git", ".venv", "*.pyc", "__pycache__")
-        shutil.copytree(ROOT, copy, ignore=ignored)
-        for package, mutant in drawn:
-            if (mutant.path, mutant.line, mutant.after) in known:
-                continue
-            row = asdict(mutant) | {"package": package, "result": test(mutant, copy, TESTS[package], arguments.timeout)}
-            del row["source"]
-            row["before"] = (ROOT / mutant.path).read_text(encoding="utf-8").splitlines()[mutant.line - 1].strip()
-            done.append(row)
-            with arguments.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{len(done)} of {len(drawn)}: {row['result']} {row['path']}:{row['line']}", flush=True)
+    mutants = draw.sample(mutants, min(arguments.count, len(mutants)))
+    known = (
+        [json.loads(line) for line in arguments.results.open(encoding="utf-8")] if arguments.results.exists() else []
+    )
+    left = [m for m in mutants if not any(row.items() >= m.row().items() for row in known)]
+    paths = sorted({str(ROOT / path) for package in arguments.packages for path in TESTS[package]})
+    code = pytest.main(
+        ["-q", "-s", "-n", "0", "-p", "no:cacheprovider", *paths],
+        plugins=[Trial(left, arguments.results, arguments.timeout)],
+    )
+    done = list(map(json.loads, arguments.results.read_text().splitlines()))
     survivors = [row for row in done if row["result"] == "survived"]
     print(f"{len(done) - len(survivors)} of {len(done)} mutants were detected")
     for row in survivors:
-        print(f"{row['path']}:{row['line']}\n  - {row['before']}\n  + {row['after'].splitlines()[0]}")
+        print(f"{row['path']}:{row['line']}\n  - {row['before'].splitlines()[0]}\n  + {row['after'].splitlines()[0]}")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +14,7 @@ from accelerate.utils import DistributedType
 from benchmarks.architectures import build
 from datasets import load_from_disk
 from safetensors.torch import load_file
+from tests.forked import run_ranks
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -231,28 +230,11 @@ def watch_rows(trainer) -> list[list[int]]:
     return seen
 
 
-def run_rank(rank: int, world: int, port: int, folder: Path, jobs: list[Job]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_DATASETS_CACHE": str(folder / "cache")}
-    torch.set_num_threads(1)
+def run_jobs(jobs: list[Job], folder: Path, world: int) -> int:
     for job in jobs:
-        torch.save(run(job, folder, world), folder / f"{job.name}.{rank}.pt")
+        torch.save(run(job, folder, world), folder / f"{job.name}.{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
-    os._exit(0)  # some versions of torch end in an abort when the interpreter does
-
-
-def run_ranks(world: int, folder: Path, jobs: list[Job]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=run_rank, args=(rank, world, port, folder, jobs)) for rank in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(400)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0] * world
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -278,8 +260,9 @@ def done(make_model, pairs, random_comparisons, as_dataset, tmp_path_factory):
     with torch.no_grad():
         model.transformer.wpe.weight[22] = torch.nan  # only the long row comes so far
     model.save_pretrained(folder / "poisoned")
-    run_ranks(2, folder, IN_TWO)
-    run_ranks(4, folder, IN_FOUR)
+    for world, jobs in ((2, IN_TWO), (4, IN_FOUR)):
+        ended = run_ranks(world, run_jobs, jobs, folder, world, folder=folder, timeout=900)
+        assert ended.codes == [0] * world, ended.stderr
     found = {job.name: [run(job, folder, 1)] for job in ALONE}
 
     def of(name: str) -> list[dict[str, Any]]:
