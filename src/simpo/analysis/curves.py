@@ -81,7 +81,7 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _chart(panel: Panel, runs: Sequence[Run]) -> Chart:
-    series = []
+    series: list[Chart] = []
     present = {key for key in panel.keys for run in runs if key in run.logged or f"eval_{key}" in run.logged}
     for number, run in enumerate(runs):
         for place, key in enumerate(key for key in panel.keys if key in present):

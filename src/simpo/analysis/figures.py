@@ -103,8 +103,7 @@ def target_margin(run: Run) -> float | None:
     if isinstance(settings.get("gamma"), int | float):
         return float(settings["gamma"])
     beta, ratio = settings.get("beta"), settings.get("gamma_beta_ratio")
-    known = isinstance(beta, int | float) and isinstance(ratio, int | float)
-    return float(beta) * float(ratio) if known else None
+    return beta * ratio if isinstance(beta, int | float) and isinstance(ratio, int | float) else None
 
 
 def _reward_and_length(stages: dict[Stage, Pairs], last: Stage) -> Chart:

@@ -215,7 +215,8 @@ def _rankings(run: Run) -> Iterator[Measure]:
         text = "the area under the ROC curve on {n} held-out responses " + (
             "went from {before} to {after}" if first else "is {after}"
         )
-        yield Measure("Area under the ROC curve", text, area.interval, first and first.interval, even=0.5, share=False)
+        before_auc = first.interval if first else None
+        yield Measure("Area under the ROC curve", text, area.interval, before_auc, even=0.5, share=False)
 
 
 def _losses(run: Run) -> Iterator[Measure]:
@@ -244,8 +245,10 @@ def _share(values: np.ndarray) -> Interval:
 
 def _logged(value: float, n: int) -> Interval:
     """A share of which only the value and the number of items are known."""
-    bounds = proportion_interval(round(value * n), n) if n else None
-    return Interval(value, bounds and bounds.low, bounds and bounds.high, n, "Wilson 95%")
+    if not n:
+        return Interval(value, None, None, 0, "")
+    bounds = proportion_interval(round(value * n), n)
+    return Interval(value, bounds.low, bounds.high, n, bounds.method)
 
 
 # ---- Several runs.

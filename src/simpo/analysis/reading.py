@@ -80,7 +80,8 @@ class Run:
 
     def lines(self, name: str) -> list[Row]:
         """The rows of a JSON Lines file in the folder; damaged lines are left out and noted in :attr:`missing`."""
-        path, rows, damaged = self.path / name, [], 0
+        path, damaged = self.path / name, 0
+        rows: list[Row] = []
         if not path.exists():
             return rows
         with path.open("rb") as file:

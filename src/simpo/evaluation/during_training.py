@@ -32,6 +32,7 @@ from simpo.models.settings import ModelArguments
 from simpo.runs.lines import read_lines
 from simpo.runs.log import Log
 from simpo.training.callbacks import RunCallback
+from simpo.training.guard import alarm
 from simpo.training.packed import PackedTrainer
 from simpo.training.sampling import sample_answers, separate_randomness
 from simpo.training.settings import TrainingSettings
@@ -243,23 +244,23 @@ class Generations(RunCallback):
     def evaluate(self, trainer: PackedTrainer) -> dict[str, float]:
         """Sample answers, store them, compare them with the start model's, and warn of a collapse."""
         with separate_randomness(self._config.device):
-            answers = self._sample(trainer)
-            return from_main(self._compare_with_start(answers, trainer.state.global_step) if self._is_main else {})
+            answers, step = self._sample(trainer), trainer.state.global_step
+            metrics, signs = from_main(self._compare_with_start(answers, step) if self._is_main else ({}, []))
+        if signs and self._config.guard != "off":
+            path, rate = self._folder / f"step-{step}.jsonl", self._config.learning_rate
+            what = f"the answers to held-out prompts have collapsed (start -> now: {', '.join(signs)}; {path})"
+            what += f" with learning_rate {rate:g}"
+            alarm(self._config.guard, step, "answers", what, Path(self._config.output_dir))
+        return metrics
 
-    def _compare_with_start(self, answers: _Answers, step: int) -> dict[str, float]:
+    def _compare_with_start(self, answers: _Answers, step: int) -> tuple[dict[str, float], list[str]]:
         path = self._folder / f"step-{step}.jsonl"
         write_responses(path, self._prompts, answers.texts, answers.samples)
         now = answers.statistics
-        if signs := signs_of_collapse(now, self._start.statistics, self._expected_length):
-            logger.warning(
-                "step %d: the answers to held-out prompts have collapsed (start -> now: %s); the likely cause is a "
-                "learning rate that is too high (%g): look at %s and start again with a lower one",
-                *(step, ", ".join(signs), self._config.learning_rate, path),
-            )
         metrics = {f"generations/{name}": value for name, value in dataclasses.asdict(now).items()}
         if self._judge is not None:
             metrics["generations/win_rate"] = self._win_rate(self._judge, answers, step)
-        return metrics
+        return metrics, signs_of_collapse(now, self._start.statistics, self._expected_length)
 
     def _win_rate(self, judge: Judge, answers: _Answers, step: int) -> float:
         """Mean verdict over the prompts that have one; NaN if none has. A judge that fails does not end training."""

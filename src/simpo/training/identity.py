@@ -21,7 +21,7 @@ from simpo.training.settings import DataArguments
 
 # Keys of a configuration that change what is shown, stored or kept of a run, but not what it computes.
 _NO_INFLUENCE = {
-    "accept_changes",
+    *("accept_changes", "guard"),
     *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("dataset_num_proc", "ddp_timeout", "disable_tqdm", "do_eval", "do_predict", "do_train"),
     *("log_level", "log_level_replica", "log_on_each_node", "output_dir"),

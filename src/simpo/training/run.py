@@ -29,6 +29,7 @@ from simpo.training.callbacks import MetricsFile, RunCallback, log_in_lines
 from simpo.training.card import write_model_card
 from simpo.training.checkpoints import StopOnSignal, check_whole, last_good_checkpoint, shared_staging
 from simpo.training.examples import write_examples
+from simpo.training.guard import Guard
 from simpo.training.identity import Identity, named_checkpoint, settings_of, training_identity
 from simpo.training.metrics import Scores, read_scores, write_scores
 from simpo.training.packed import PackedTrainer
@@ -211,6 +212,8 @@ def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
         before = before or _score(trainer, folder.path / HELD_OUT["before"])
         if folder.changed or not from_main((folder.path / EXAMPLES["before"]).exists()):
             write_examples(folder.path / EXAMPLES["before"], trainer)
+    if trainer.args.guard != "off":
+        trainer.add_callback(Guard(trainer, trainer.args.guard))
     stop = StopOnSignal()
     trainer.add_callback(stop)
     if folder.writes:

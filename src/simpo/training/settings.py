@@ -103,6 +103,9 @@ class TrainingSettings(TrainingArguments):
         "packed: prompts shared inside attention, nothing padded; cached: shared through the model's own cache; "
         "padded; auto: the first that proves right on the model.",
     )
+    guard: Literal["warn", "stop", "off"] = setting(
+        "warn", "At signs that training destroys the model: report them, stop the run, or do nothing."
+    )
     accept_changes: bool = setting(False, "Continue a killed run although what determines its result has changed.")
 
     def __post_init__(self) -> None:

@@ -1,0 +1,90 @@
+"""The guard: what counts as a sign of collapse, and runs with a learning rate that provokes one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+
+from simpo import cli
+from simpo.errors import SimpoError
+from simpo.training.checkpoints import last_good_checkpoint
+from simpo.training.guard import Guard
+
+
+@pytest.fixture
+def guard(tmp_path):
+    """A guard of a trainer without held-out rows, which only sees logs."""
+    args = SimpleNamespace(output_dir=str(tmp_path), torch_compile=False, seed=0)
+    return Guard(SimpleNamespace(eval_dataset=None, command="train", args=args), "warn")
+
+
+@pytest.mark.parametrize(
+    "logs, sign",
+    [
+        ({"grad_norm": 101.0}, "gradient"),
+        ({"grad_norm": 99.0}, None),
+        ({"kl": 1.01}, "kl"),
+        ({"eval_kl": 0.99}, None),
+        ({"rollout/kl": 21.0, "rollout/length": 20.0}, "kl"),
+        ({"rollout/kl": 19.0, "rollout/length": 20.0}, None),
+        ({"loss": 1e9}, None),
+    ],
+)
+def test_signs_of_logs(guard, logs, sign):
+    for norm in (0.5, 1.0, 1.0, 1.0, 3.0):
+        assert not list(guard._signs({"grad_norm": norm}))
+    assert [found for found, _ in guard._signs(logs)] == ([] if sign is None else [sign])
+
+
+def test_a_sign_is_reported_once(guard, caplog):
+    for step in (3, 4):
+        guard.on_log(None, SimpleNamespace(global_step=step), None, {"kl": 5.0})
+    assert caplog.text.count("KL divergence") == 1 and "step 3" in caplog.text and "learning_rate" in caplog.text
+
+
+def options(world, output, **changes):
+    given = {
+        **{"model_name_or_path": world / "model", "dataset_name": world / "train.jsonl"},
+        **{"eval_dataset_name": world / "test.jsonl", "output_dir": output, "per_device_train_batch_size": 4},
+        **{"max_steps": 8, "warmup_steps": 0, "logging_steps": 4, "eval_strategy": "no"},
+        **{"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3},
+    } | changes
+    return ["train", *(f"--{key}={value}" for key, value in given.items())]
+
+
+def test_a_provoked_collapse_stops_at_the_last_good_checkpoint(chat_world, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert cli.main(options(chat_world, output, learning_rate=0.3, guard="stop")) == 2
+    error = capsys.readouterr().err
+    kept = last_good_checkpoint(output)
+    assert "step 4: preferred held-out responses" in error and error.count("\n") == 1
+    assert kept.name == "checkpoint-3" and str(kept) in error and "learning_rate" in error
+    assert "guard: stop" in (output / "log.txt").read_text()
+
+
+def test_a_warning_leaves_the_bits_and_a_good_run_has_none(chat_world, tmp_path):
+    weights = {}
+    for mode, rate in (("warn", 0.3), ("off", 0.3), ("warn", 1e-3)):
+        output = tmp_path / f"{mode}-{rate}"
+        given = {"learning_rate": rate, "guard": mode, "save_strategy": "no"}
+        assert cli.main(options(chat_world, output, **given)) == 0
+        warned = "preferred held-out responses" in (output / "log.txt").read_text()
+        assert warned == (mode == "warn" and rate > 0.1)
+        weights[mode, rate] = load_file(output / "model.safetensors")
+    warned, unguarded = weights["warn", 0.3], weights["off", 0.3]
+    assert all((warned[name] == unguarded[name]).all() for name in warned)
+
+
+def test_off_is_a_word_of_yaml(chat_world, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("guard: off\n")
+    from simpo.config import parse_settings
+    from simpo.training.configs import PreferenceConfig
+
+    (config,) = parse_settings([str(recipe), f"--output_dir={tmp_path}"], (PreferenceConfig,), command="train")
+    assert config.guard == "off"
+    recipe.write_text("guard: halt\n")
+    with pytest.raises(SimpoError, match="guard"):
+        parse_settings([str(recipe)], (PreferenceConfig,), command="train")
