@@ -141,7 +141,7 @@ def test_a_judge_of_pairs(sampled):
     with ChatServer(answer, faults=[Raw(500), Raw(429, headers={"Retry-After": "0"})]) as server:
         options = [f"--judge_url={server.url}", "--judge_model=tiny", f"--cache={sampled / 'cache'}"]
         assert main(command(sampled, "api", *options)) == 2  # nobody is there to agree to the cost
-        assert not server.bodies
+        assert not server.bodies and not (sampled / "out").exists()
         assert main(command(sampled, "api", *options, "--yes")) == 0
         asked = len(server.bodies)
         assert main(command(sampled, "api", *options, "--yes", output="again")) == 0

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -188,6 +189,7 @@ def test_another_command_s_run_is_refused(tmp_path):
         '{"schema": 2, "fingerprint": ""}',
         '{"schema": 1, "fingerprint": "", "command": "train"}',
         '{"schema": 1, "fingerprint": "", "command": "train", "identity": {}, "status": "odd"}',
+        '{"schema": 1, "fingerprint": "of something else", "command": "train", "identity": {"a": 1}}',
     ],
 )
 def test_an_unreadable_record_is_refused(tmp_path, text):
@@ -474,3 +476,37 @@ def test_an_edited_model_card_is_no_damage(tmp_path):
     (path / "README.md").write_text("# My model")
     with begin(path) as run:
         assert run.finished
+
+
+def test_all_contents_of_a_finished_run_are_hashed_on_request(tmp_path, monkeypatch):
+    inner = tmp_path / "round-1"
+    with begin(tmp_path) as outer:
+        (tmp_path / "weights").write_bytes(b"0123")
+        with begin(inner) as folder:
+            (inner / "weights").write_bytes(b"0123")
+            folder.finish()
+        outer.finish()
+    monkeypatch.setattr(RunFolder, "hashes_all", True)
+    begin(tmp_path).close()
+    for path in (inner / "weights", tmp_path / "weights"):
+        times = path.stat()
+        path.write_bytes(b"0723")
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(SimpoError, match=r"weights: contents changed"):
+            begin(tmp_path)
+        monkeypatch.setattr(RunFolder, "hashes_all", False)
+        begin(tmp_path).close()  # the quick check looks at sizes and times
+        monkeypatch.setattr(RunFolder, "hashes_all", True)
+        path.write_bytes(b"0123")
+    begin(tmp_path).close()
+
+
+def test_a_run_outlives_the_reader_of_its_output(tmp_path, monkeypatch):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with begin(tmp_path) as folder, os.fdopen(write_end, "w", buffering=1) as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        folder.log("nobody reads this")
+        folder.log("nor this")
+    kept = (tmp_path / "log.txt").read_text()
+    assert kept.count("the run continues") == 1 and "nobody reads this" in kept and "nor this" in kept

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+from transformers import TrainerState
 from transformers.trainer_callback import PrinterCallback
 
-from simpo.training.callbacks import LogLines, log_in_lines
+from simpo.runs.lines import JsonLines
+from simpo.training.callbacks import LogLines, MetricsFile, log_in_lines
 
 
 def test_every_log_is_a_line_with_what_is_left(make_trainer, make_model, pairs):
@@ -43,3 +46,17 @@ def test_on_a_terminal_lines_take_the_place_of_dictionaries(make_trainer, pairs,
     ]
     assert "{" not in output + bar
     assert "3/3" in bar
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"{}\n", b'{"step": 1, "loss": 0.4}\n{"st'])
+def test_metrics_of_a_checkpoint_are_restored(tmp_path, caplog, damage):
+    logs = [{"loss": 0.5, "epoch": 0.5, "step": 1}, {"loss": float("nan"), "epoch": 1.0, "step": 2}]
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path)
+    lines.append([*logs, {"loss": 0.3, "epoch": 1.5, "step": 3}])
+    whole = [*logs[:1], logs[1] | {"loss": None}]
+    if damage is not None:
+        path.write_bytes(damage)
+    MetricsFile(JsonLines(path)).on_train_begin(None, TrainerState(global_step=2, log_history=logs), None)
+    assert list(JsonLines(path)) == whole
+    assert ("those of the checkpoint" in caplog.text) == (damage is not None)

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from simpo import cli
 from simpo.errors import InterruptedRun, SimpoError
 from simpo.runs.folder import RunFolder
+from simpo.runs.manifest import write_manifest
 from simpo.runs.results import read_results
 from simpo.training import run as workflow
 from simpo.training.checkpoints import ResumableTrainer, StopOnSignal, checkpoints, last_good_checkpoint
@@ -496,3 +497,19 @@ def test_a_mixture_of_experts_goes_on_with_its_own_experts(make_trainer, make_mo
     deeper = make_trainer(rows, model=make_model("mixtral", torch.float32, num_hidden_layers=2), **settings)
     with pytest.raises(SimpoError, match="is of another model"):
         deeper.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_pickle_that_is_no_state_of_a_training_ends_in_one_line(through, chat_world, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(checkpoints(through)[-1], checkpoint)
+    torch.save({"last_epoch": Evil()}, checkpoint / "scheduler.pt")
+    write_manifest(checkpoint)
+    argv = options(chat_world, tmp_path / "run", resume_from_checkpoint=checkpoint)
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(checkpoint) in error
+    assert not (tmp_path / "ran").exists()

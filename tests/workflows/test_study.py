@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from simpo.errors import SimpoError
 from simpo.workflows.sweep_space import Choices, Range, combinations
 from simpo.workflows.sweep_study import Study
 
@@ -81,3 +82,19 @@ def test_tpe_draws_within_its_ranges_and_no_two_processes_the_same(open_study):
     for lease, rate in zip(leases, rates, strict=True):
         processes[0].finish(lease, rate)
     assert [trial.values for trial in open_study(axes, "tpe", 6).results()] == [lease.values for lease in leases]
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 5000, None])
+def test_a_damaged_database_is_one_line(open_study, tmp_path, content):
+    open_study()
+    path = tmp_path / "study.db"
+    if content is None:
+        whole = path.read_bytes()
+        content = whole[: len(whole) // 2]
+    if not content:
+        path.unlink()  # its trials are enqueued again
+        assert len(open_study().results()) == 4
+        return
+    path.write_bytes(content)
+    with pytest.raises(SimpoError, match=r"study\.db is damaged \(remove it"):
+        open_study()

@@ -67,7 +67,11 @@ def make_scorer(name: str, options: JudgeOptions, *, known: str = SCORERS) -> Sc
     if kind == "function" and rest:
         return FunctionScorer(rest, trust_remote_code=options.trust_remote_code)
     if kind in ("reward", "logp") and rest:
-        allowed = {"trust_remote_code": options.trust_remote_code, "allow_pickle": options.allow_pickle}
-        model = ModelArguments(rest, dtype=options.dtype, **allowed)
+        model = ModelArguments(
+            rest,
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+            allow_pickle=options.allow_pickle,
+        )
         return ModelScorer(kind, model, options.log)
     raise SimpoError(f"judge {name!r} is not known{nearest(name, known.split(', '))}; the judges are {known}")

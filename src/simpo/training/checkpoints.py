@@ -9,6 +9,7 @@ import logging
 import math
 import re
 import signal
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -145,6 +146,22 @@ def rotate(folder: Path, limit: int | None, *, newest: Path, best: str | None) -
             remove_folder(path)
 
 
+@contextmanager
+def _stored_state(checkpoint: str | None) -> Iterator[None]:
+    """Refuse pickles that are not what a training saved, without torch's advice to load them unsafely."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            yield
+    except (SimpoError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise SimpoError(
+            f"resume_from_checkpoint: {checkpoint}: its optimizer, schedule or random state is not what a training "
+            "saved; name another checkpoint"
+        ) from error
+
+
 class ResumableTrainer(ShardedTrainer):
     """A ``Trainer`` whose logs and checkpoints are exact across a resume, however a run was stopped.
 
@@ -234,11 +251,11 @@ class ResumableTrainer(ShardedTrainer):
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with third_party(f"resume_from_checkpoint: {checkpoint}: optimizer and schedule"):
+        with _stored_state(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with third_party(f"resume_from_checkpoint: {checkpoint}: random state"):
+        with _stored_state(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _init_training_state(self, max_steps: int, steps: int, epochs: int, checkpoint: str | None, trial: Any) -> Any:
