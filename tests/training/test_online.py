@@ -188,6 +188,39 @@ def test_a_prompt_without_a_pair_teaches_nothing(online):
     assert trainer.mean_loss() == 0
 
 
+def test_soft_labels_prefer_answers_with_the_probability_of_their_scores(online, tmp_path):
+    watch, beta = Watch(), 0.5
+    trainer = online(
+        objective="dpo",
+        beta=beta,
+        soft_labels=True,
+        num_generations=2,
+        max_steps=1,
+        callbacks=[watch],
+        learning_rate=0.0,
+    )
+    trainer.train()
+    records, model, total = rollout(tmp_path), trainer.model, 0.0
+    assert len(records) == 4 and any(record["scores"][0] != record["scores"][1] for record in records)
+    model.zero_grad()
+    for record in records:
+        prompt = record["prompt_ids"]
+        first, second = (
+            torch.log_softmax(model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1], -1)
+            .gather(1, torch.tensor(ids)[:, None])
+            .sum()
+            for ids in record["response_ids"]
+        )
+        margin = beta * (first - first.detach() - second + second.detach())  # the policy is the reference still
+        p = 1 / (1 + math.exp(record["scores"][1] - record["scores"][0]))
+        if p != 0.5:
+            total = total - p * torch.nn.functional.logsigmoid(margin)
+            total = total - (1 - p) * torch.nn.functional.logsigmoid(-margin)
+    (total / len(records)).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert (watch.gradients[0] - expected).abs().max() < 1e-9 and expected.abs().max() > 1e-4
+
+
 def test_an_adapter_is_compared_with_the_model_below_it(online, chat_world, tmp_path):
     watch = Watch()
     model = get_peft_model(
@@ -361,6 +394,9 @@ def test_the_rollouts_of_another_training_are_refused(online):
         ({"temperature": -1.0}, "temperature: .*-1"),
         ({"max_missing_scores": 2.0}, "max_missing_scores: .*2"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: "),
+        ({"objective": "rloo", "soft_labels": True}, "soft_labels: .*rloo"),
+        ({"objective": "dpo", "soft_labels": True, "num_generations": 4}, "soft_labels: .*4"),
+        ({"objective": "ipo", "soft_labels": True, "num_generations": 2}, "soft_labels: ipo"),
         ({"objective": "rloo", "value_clip": 0.1}, "value_clip: .*rloo"),
         ({"objective": "simpo", "whiten_advantages": True}, "whiten_advantages: "),
         ({"objective": "ppo", "gae_lambda": 1.5}, r"gae_lambda: .*1\.5"),
