@@ -8,10 +8,10 @@ package. docs/online.md derives the fixed points.
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
+from benchmarks.answer_space import AnswerSpace, distance, fixed_point_with_kl_in_the_loss, optimum
 
 from simpo.objectives import OBJECTIVES, Responses
 from simpo.objectives.policy_gradient import POLICY_GRADIENTS, Rollout, advantages, kl_estimate, sum_by
@@ -19,39 +19,15 @@ from simpo.objectives.ppo import PPO, value_loss
 
 TOKENS, LONGEST = 11, 3  # token 0 ends an answer
 STEPS, GROUPS, K = 300, 128, 16
-
-
-class Answers:
-    """All answers: their tokens, the context of each token, and a mask, ``[A, 3]``; contexts are numbered."""
-
-    def __init__(self):
-        contexts, answers = {(): 0}, []
-        for length in range(1, LONGEST + 1):
-            for prefix in itertools.product(range(1, TOKENS), repeat=length - 1):
-                contexts.setdefault(prefix, len(contexts))
-                answers += [(*prefix, last) for last in range(TOKENS) if last == 0 or length == LONGEST]
-        self.number = {answer: number for number, answer in enumerate(answers)}
-        self.contexts = contexts
-        self.tokens = torch.zeros(len(answers), LONGEST, dtype=torch.long)
-        self.context, self.mask = self.tokens.clone(), self.tokens.bool()
-        for row, answer in enumerate(answers):
-            for place, token in enumerate(answer):
-                self.tokens[row, place], self.mask[row, place] = token, True
-                self.context[row, place] = contexts[answer[:place]]
-
-    def token_logps(self, logits):
-        """``[A, 3]``; 0 where an answer has no token."""
-        return torch.log_softmax(logits, -1)[self.context, self.tokens] * self.mask
-
-
-ANSWERS = Answers()
+ANSWERS = AnswerSpace(TOKENS, LONGEST)
+CONTEXTS = {context: number for number, context in enumerate(ANSWERS.contexts)}
 
 
 @pytest.fixture(scope="module")
 def world():
     """Logits of the start policy, ``[contexts, tokens]``, and a reward for every answer."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(len(ANSWERS.contexts), TOKENS, generator=generator, dtype=torch.float64)
+    start = torch.randn(len(CONTEXTS), TOKENS, generator=generator, dtype=torch.float64)
     rewards = 2 * torch.rand(len(ANSWERS.tokens), generator=generator, dtype=torch.float64) - 1
     assert len(rewards) == 1111
     return start, rewards
@@ -132,27 +108,18 @@ def dpo_loss(beta, start, rewards):
     return loss
 
 
-def distance(logits, expected):
-    """Total variation between a policy and probabilities ``[A]`` of all answers."""
-    return 0.5 * (ANSWERS.token_logps(logits).sum(-1).exp() - expected).abs().sum().item()
-
-
-def optimum(start, rewards, beta):
-    return torch.softmax(ANSWERS.token_logps(start).sum(-1) + rewards / beta, 0)
-
-
 def optimum_with_kl_in_the_loss(start, rewards, beta, estimator):
     """From the last token to the first: the policy of each context from the mean rewards of its continuations."""
     reference, policy = torch.softmax(start, -1), torch.zeros_like(start)
     value = {}
-    for prefix in sorted(ANSWERS.contexts, key=len, reverse=True):
+    for prefix in sorted(CONTEXTS, key=len, reverse=True):
         means = torch.stack(
             [
                 rewards[ANSWERS.number[answer]] if answer in ANSWERS.number else value[answer]
                 for answer in ((*prefix, token) for token in range(TOKENS))
             ]
         )
-        own = reference[ANSWERS.contexts[prefix]]
+        own = reference[CONTEXTS[prefix]]
         if estimator == "k2":
             found = torch.softmax(own.log() + means / beta, 0)
         else:  # k3: beta * own / (c - means) with the c, above all means, at which this is a distribution
@@ -161,7 +128,7 @@ def optimum_with_kl_in_the_loss(start, rewards, beta, estimator):
                 middle = (low + high) / 2
                 low, high = (middle, high) if (beta * own / (middle - means)).sum() > 1 else (low, middle)
             found = beta * own / (high - means)
-        policy[ANSWERS.contexts[prefix]], value[prefix] = found, (found * means).sum()
+        policy[CONTEXTS[prefix]], value[prefix] = found, (found * means).sum()
     return ANSWERS.token_logps(policy.log()).sum(-1).exp()
 
 
@@ -171,12 +138,12 @@ def optimum_with_kl_in_the_loss(start, rewards, beta, estimator):
 )
 def test_the_trained_policy_is_the_closed_form(world, name, beta):
     start, rewards = world
-    expected = optimum(start, rewards, beta)
-    assert distance(start, expected) > 0.1
+    expected = optimum(ANSWERS, start, rewards, beta)
+    assert distance(ANSWERS.probabilities(start), expected) > 0.1
     losses = {"dpo": dpo_loss, "ppo": ppo_loss}
     loss = losses[name](beta, *world) if name in losses else policy_gradient_loss(name, beta, *world)
     # at the optimum all advantages and gradients are 0, so that sampling adds no noise
-    assert distance(trained(start, loss), expected) < 0.01
+    assert distance(ANSWERS.probabilities(trained(start, loss)), expected) < 0.01
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
@@ -186,11 +153,14 @@ def test_with_the_kl_in_the_loss_the_policy_ends_elsewhere(world, estimator, bet
     expected = optimum_with_kl_in_the_loss(start, rewards, beta, estimator)
     assert expected.sum() == pytest.approx(1)
     found = trained(start, policy_gradient_loss("dr_grpo", beta, *world, kl_in="loss", estimator=estimator))
-    assert distance(found, expected) < 0.05
+    assert distance(ANSWERS.probabilities(found), expected) < 0.05
 
 
 def test_the_fixed_points_differ(world):
-    soft = optimum(*world, 0.5)
+    start, rewards = world
+    soft = optimum(ANSWERS, start, rewards, 0.5)
     for estimator in ("k2", "k3"):
-        other = optimum_with_kl_in_the_loss(*world, 0.5, estimator)
-        assert 0.5 * (soft - other).abs().sum() > 0.02 and not math.isnan(other.sum())
+        other = optimum_with_kl_in_the_loss(start, rewards, 0.5, estimator)
+        assert distance(soft, other) > 0.02
+        iterated = fixed_point_with_kl_in_the_loss(ANSWERS, start, lambda _: rewards, 0.5, estimator, iterations=40)
+        assert distance(ANSWERS.probabilities(iterated), other) < 1e-6
