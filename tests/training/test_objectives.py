@@ -246,7 +246,7 @@ def test_the_reference_point_is_that_of_the_whole_step(budget, make_trainer, mak
     )
     trainer.train()
     assert count == [{1000: 1, 40: 2, 20: 4}[budget]]
-    assert trainer._z_ref.item() == pytest.approx(0.1 * ratio.item(), abs=1e-9)
+    assert trainer._context["z_ref"].item() == pytest.approx(0.1 * ratio.item(), abs=1e-9)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-9)
 
 
@@ -260,7 +260,7 @@ def test_one_pair_a_step(make_trainer, make_model, pairs, naive_responses):
 
     def watched(model, batches):
         before_step(model, batches)
-        points.append((batches[0].rows[0], trainer._z_ref.item()))
+        points.append((batches[0].rows[0], trainer._context["z_ref"].item()))
 
     trainer.before_step = watched
     trainer.train()
@@ -365,7 +365,7 @@ def test_the_kl_term(name, make_trainer, make_model, pairs, naive_responses):
 
 def test_single_responses_are_for_kto(judged, make_trainer, pairs):
     with pytest.raises(
-        SimpoError, match=r"train: single responses with labels, and 'dpo' is trained on pairs; .* kto$"
+        SimpoError, match=r"train: single responses with labels, and 'dpo' is trained on pairs; .* kto, bco$"
     ):
         make_trainer(judged, objective="dpo")
     with pytest.raises(SimpoError, match="train: the label of every row is true; desirable"):

@@ -203,7 +203,7 @@ def watch_points(trainer) -> list[float]:
 
     def watched(*args):
         before_step(*args)
-        points.append(float(getattr(trainer, "_z_ref", 0)))
+        points.append(float(getattr(trainer, "_context", {}).get("z_ref", 0)))
 
     trainer.before_step = watched
     return points

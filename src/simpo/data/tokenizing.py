@@ -311,7 +311,7 @@ class Comparisons(Tokenization):
 
     columns: ClassVar = {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "scores": List(Value("float64"))}
     noun = "comparisons"
-    shapes = f"{COMPARISON_SHAPES}; for objective kto also {{prompt, completion, label}}"
+    shapes = f"{COMPARISON_SHAPES}; for objectives kto and bco also {{prompt, completion, label}}"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, label: str) -> None:
         super().__init__(tokenizer, settings, label)
