@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from simpo.errors import SimpoError
 from simpo.packing.attention import UnsupportedAttentionError, causal_lm, install, uninstall
@@ -31,8 +30,8 @@ _TOLERANCE = {
     torch.bfloat16: (5e-2, 1.0),
     torch.float16: (2e-2, 0.5),
 }
-# In half precision a deep model's rounding alone can exceed that. A difference may then be as large as what rounding
-# every layer's output once does (:func:`_rounding_layers`), up to this multiple of the tolerance.
+# In half precision a deep model's rounding alone can exceed that. A difference may then be twice what rounding every
+# intermediate result differently does (:func:`_rounding_differently`), up to this multiple of the tolerance.
 _MOST_TOLERANCES = 4
 # The same for gradients by the embeddings, relative to their norm.
 _GRADIENT_TOLERANCE = {torch.float64: 2e-4, torch.float32: 2e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -256,28 +255,30 @@ def _agree(differences: Tensor, model: nn.Module, rounding: Tensor | None = None
 
 
 def _relaxed(tolerance: float, rounding: float) -> float:
-    return max(tolerance, min(rounding, _MOST_TOLERANCES * tolerance))
+    return max(tolerance, min(2 * rounding, _MOST_TOLERANCES * tolerance))
 
 
 @contextmanager
-def _rounding_layers(model: nn.Module) -> Iterator[None]:
-    """Change the output of every layer by at most one rounding of the type that computes.
+def _rounding_differently(model: nn.Module) -> Iterator[None]:
+    """Change what every layer, norm and other innermost module puts out by at most one rounding of its type.
 
     What that does to a model's outputs is what any other order of the same computations may do to them.
     """
     unit = torch.finfo(computes_in(model)).eps / 2
     generators: dict[torch.device, torch.Generator] = {}
 
-    def round_differently(module: nn.Module, arguments: Any, output: Any) -> Any:
-        states = output[0] if isinstance(output, tuple) else output
-        device = states.device
+    def change(module: nn.Module, arguments: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        device = output.device
         generator = generators.setdefault(device, torch.Generator(device).manual_seed(0))
-        noise = torch.rand(states.shape, generator=generator, device=device) * 2 - 1  # in fp32: bf16 would round it
-        changed = (states * (1 + unit * noise)).to(states.dtype)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        noise = torch.rand(output.shape, generator=generator, device=device) * 2 - 1
+        return (output * (1 + unit * noise)).to(output.dtype)
 
-    layers = [layer for layer in causal_lm(model).modules() if isinstance(layer, GradientCheckpointingLayer)]
-    handles = [layer.register_forward_hook(round_differently) for layer in layers]
+    inner = causal_lm(model)
+    last = inner.get_output_embeddings()
+    innermost = [module for module in inner.modules() if module is not last and not any(module.children())]
+    handles = [module.register_forward_hook(change) for module in innermost]
     try:
         yield
     finally:
@@ -299,7 +300,7 @@ def computes_in(model: nn.Module) -> torch.dtype:
 def _rounding(model: nn.Module, sample: PackedBatch, kind: Kind) -> Tensor:
     """``[n]`` differences that one rounding of every layer's output makes, each response in a forward of its own."""
     exact = unpacked_outputs(model, sample, kind.compared)
-    with _rounding_layers(model):
+    with _rounding_differently(model):
         return _differences(unpacked_outputs(model, sample, kind.compared), exact, kind)
 
 
@@ -440,7 +441,7 @@ def _check_cached(
     wanted = _input_gradients(model, short, lambda: unpacked_outputs(model, short, kind.compared))
     relative, allowed = float((found - wanted).norm() / wanted.norm()), _GRADIENT_TOLERANCE[computes_in(model)]
     if not relative <= allowed and computes_in(model).itemsize < 4:
-        with _rounding_layers(model):
+        with _rounding_differently(model):
             rounded = _input_gradients(model, short, lambda: unpacked_outputs(model, short, kind.compared))
         allowed = _relaxed(allowed, float((rounded - wanted).norm() / wanted.norm()))
     if not relative <= allowed:  # NaN counts as different
