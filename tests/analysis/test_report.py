@@ -17,6 +17,9 @@ from simpo.analysis.reading import Run
 from simpo.analysis.report import write_report
 from simpo.cli import main
 from simpo.errors import SimpoError
+from simpo.runs.folder import RunFolder
+from simpo.runs.lines import write_lines
+from simpo.runs.results import Metric, write_results
 from simpo.statistics import mean_interval
 
 
@@ -146,3 +149,61 @@ def test_no_run_and_the_same_run_twice(make_run, tmp_path, capsys):
     (path / "run.json").write_text("{")
     with pytest.raises(SimpoError, match=r"run\.json is not readable"):
         write_report([path])
+
+
+@pytest.mark.parametrize(
+    ("command", "metrics", "words"),
+    [
+        ("compare", [Metric("win_rate/exact", 0.7, None, 50, 0.6, 0.8)], "A is better"),
+        (
+            "loop",
+            [
+                Metric("rounds", 2),
+                *(
+                    Metric(f"round-{n}/win_rate/exact", 0.6 - n / 5, None, 50, 0.5 - n / 5, 0.65 - n / 5)
+                    for n in (1, 2)
+                ),
+                Metric("round-1/kl", 2.0),
+                Metric("round-2/kl", 4.0, None, 50, 3.0, 5.0),
+            ],
+            "It got worse",
+        ),
+        ("evaluate", [Metric("alpaca_eval/win_rate", 40.0, None, 805, 37.0, 43.0)], "It got worse"),
+        (
+            "sft",
+            [Metric("eval_loss", 2.0, "before", 50, 1.9, 2.1), Metric("eval_loss", 1.0, "after", 50, 0.9, 1.1)],
+            "It predicts answers better",
+        ),
+        ("sweep", [Metric("best/eval_loss", 0.5, None, 50, 0.4, 0.6)], "Measured"),
+        ("pair", [Metric("pair/rows", 12)], "Not measured"),
+        (
+            "reward",
+            [Metric("eval_rewards/accuracies", 0.7, stage, 50, 0.6, 0.8) for stage in ("before", "after")],
+            "It ranks pairs better",
+        ),
+    ],
+)
+def test_every_kind_of_run_has_a_report(command, metrics, words, tmp_path):
+    path = tmp_path / command
+    with RunFolder(path, command=command) as run:
+        run.begin({"seed": 0})
+        if command == "compare":
+            write_lines(
+                path / "verdicts.jsonl",
+                [
+                    {
+                        "id": "1",
+                        "prompt": [{"role": "user", "content": "Why?"}],
+                        "a": "So.",
+                        "b": None,
+                        "verdicts": {"exact": 1.0, "other": None},
+                    }
+                ],
+            )
+        write_results(path, command=command, fingerprint=run.fingerprint, metrics=metrics)
+        run.finish()
+    page = write_report([path])
+    assert f"</span>{words}</p>" in page.read_text(encoding="utf-8")
+    data = data_of(page)
+    assert len(data["examples"]) == (command == "compare")
+    assert len(data["charts"]) == (2 if command == "loop" else 0)

@@ -26,7 +26,7 @@ _FALL = 1.0  # nats per token that preferred responses may lose
 _KL = 1.0  # nats per token
 _GRADIENT = 100.0  # times the median so far
 _NOISE = 0.02  # nats per token: a smaller fall is not extrapolated
-_PROBED = 16  # held-out rows
+_PROBED = 32  # held-out rows
 _EARLY = (2, 3, 4, 5, 6, 8)  # steps with a probe although nothing is logged: collapses begin early
 _REMEMBERED, _NEEDED = 100, 5  # gradient norms that the median is of, and how many it needs
 
