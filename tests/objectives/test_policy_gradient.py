@@ -140,3 +140,6 @@ def test_whitening():
     values = torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64)
     expected = [(value - 4) / math.sqrt((9 + 4 + 0 + 25) / 4) for value in values.tolist()]
     assert whiten(values).tolist() == pytest.approx(expected)
+    # of values whose deviation is the 1e-6 that keeps the quotient finite
+    close = whiten(torch.tensor([0.0, 2e-6], dtype=torch.float64))
+    assert close.tolist() == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)])
