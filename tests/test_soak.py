@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("SIMPO_SOAK_KILLS", "1"))
 
 
-KINDS = ["sft", "train", "dpo", "reward", "online", "sample", "annotate", "loop"]
+KINDS = ["sft", "train", "dpo", "reward", "sample", "annotate", "loop"]
 KINDS += ["accumulation", "lora", "sweep"] if KILLS > 1 else []
 
 
