@@ -6,11 +6,11 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
+import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from threading import Thread
 
 import httpx
 import pytest
@@ -18,6 +18,8 @@ from tests.labeling.conftest import TOKEN, Served, make_items
 
 from simpo.cli import main
 from simpo.errors import SimpoError
+from simpo.labeling.run import export_run
+from simpo.labeling.server import listen
 from simpo.labeling.session import Session, Vote
 from simpo.labeling.sources import items_of_one, items_of_two
 from simpo.labeling.store import Store
@@ -161,24 +163,38 @@ def test_mistakes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture)
 
 def test_the_command_from_page_to_preferences(tmp_path: Path, capsys: pytest.CaptureFixture):
     a, b = (_rows(tmp_path / f"{name}.jsonl", [[f"{name}{n}"] for n in range(3)]) for name in "ab")
-    arguments = [str(a), "--against", str(b), "--output_dir", str(tmp_path / "out"), "--port", "0"]
-    command = [sys.executable, "-m", "simpo.cli", "label", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        url = next(line.split()[1] for line in process.stdout if line.startswith("open:"))
-        base, _, token = url.partition("?token=")
-        with httpx.Client(base_url=base, headers={"x-simpo-token": token}, trust_env=False) as client:
-            item = client.post("/api/next", json={"labeler": "ann"}).json()["item"]
-            first = item["answers"][0]
-            client.post("/api/judge", json=_vote(item["id"], note="clearer"))
-            assert main(["label", "--export", str(tmp_path / "out")]) == 0  # while the page is open
-        os.kill(process.pid, signal.SIGINT)
-        assert "judged: 1 items" in process.stdout.read()
-        assert process.stderr.read() == ""
-    assert process.returncode == 0
-    (row,) = read_lines(tmp_path / "out/preferences.jsonl")
-    assert (row["chosen"], row["labeler"], row["judgments"][0]["note"]) == (first, "ann", "clearer")
-    assert token not in (tmp_path / "out/log.txt").read_text()
-    assert (tmp_path / "out/.token").stat().st_mode & 0o077 == 0
-    assert json.loads((tmp_path / "out/results.json").read_text())["command"] == "label"
+    with closing(listen(0)) as free:
+        port = free.getsockname()[1]
+    out = tmp_path / "out"
+    arguments = [a, "--against", b, "--output_dir", out, "--port", port]
+    preferred: list[str] = []
+
+    def label_one_and_interrupt() -> None:
+        try:
+            while not (out / ".token").exists() or not (out / ".token").read_text():
+                time.sleep(0.02)
+            headers = {"x-simpo-token": (out / ".token").read_text()}
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False) as client:
+                item = client.post("/api/next", json={"labeler": "ann"}).json()["item"]
+                preferred.append(item["answers"][0])
+                client.post("/api/judge", json=_vote(item["id"], note="clearer"))
+            export_run(out)  # while the page is open
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    person = Thread(target=label_one_and_interrupt)
+    person.start()
+    assert main(["label", *map(str, arguments)]) == 0
+    person.join()
+    printed = capsys.readouterr().out
+    token = (out / ".token").read_text()
+    assert f"http://127.0.0.1:{port}/?token={token}" in printed
+    assert "judged: 1 items" in printed
+    (row,) = read_lines(out / "preferences.jsonl")
+    assert (row["chosen"], row["labeler"], row["judgments"][0]["note"]) == (preferred[0], "ann", "clearer")
+    assert token not in (out / "log.txt").read_text()
+    assert (out / ".token").stat().st_mode & 0o077 == 0
+    assert json.loads((out / "results.json").read_text())["command"] == "label"
+    assert main(["label", "--export", str(out)]) == 0
     assert "krippendorff_alpha" in capsys.readouterr().out
     assert "seed: " in _error(capsys, *arguments, "--seed", 1)  # another order would not continue this run
