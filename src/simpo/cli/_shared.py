@@ -32,6 +32,8 @@ REPLACES = {
 }
 
 
+# Trains only if the run fits this machine.
+PLAN_FIRST = "--plan"
 # The keys of commands that load a model and do not train it.
 LOADING = frozenset(("model_name_or_path", "model_revision", "dtype", "trust_remote_code", "allow_pickle"))
 
@@ -45,6 +47,8 @@ def refuse_several(command: str, remedy: str) -> None:
 def parse(argv: list[str], config_type: type, *more: type, command: str = "", about: str | None = None) -> Any:
     """Model, data and configuration of a training recipe and command line, and instances of ``more`` dataclasses."""
     types = (ModelArguments, DataArguments, config_type, *more)
+    if command:
+        argv = [argument for argument in argv if argument != PLAN_FIRST]
     parts = parse_settings(argv, types, command=command, about=about, replaces=REPLACES)
     check_named(parts[2])
     return parts
@@ -96,9 +100,12 @@ def run(
         following: the next command, with ``{folder}`` for the output folder.
         callbacks: further parts of the run.
     """
+    from simpo.cli.plan import check_fit  # noqa: PLC0415
     from simpo.runs.results import print_results  # noqa: PLC0415
     from simpo.training.run import run_training  # noqa: PLC0415
 
+    if PLAN_FIRST in argv:
+        check_fit(kind.command, parts)
     job = make_job(kind, parts, argv, callbacks)
     results = run_training(kind, job)
     if job.config.process_index == 0:

@@ -3,15 +3,16 @@
 examples:
   simpo plan recipes/llama-3-8b-base-simpo.yaml --gpu H100-80GB --gpus 8 --price 2.50
   simpo plan recipe.yaml --gpu_memory_gb 30 --gpu_tflops 200 --prompt_tokens 300 --response_tokens 250 --rows 60000
-  simpo plan --calibrate true
+  simpo plan --calibrate
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -20,11 +21,14 @@ from simpo.cli._shared import REPLACES
 from simpo.config import parse_settings, setting
 from simpo.errors import SimpoError
 from simpo.models.settings import ModelArguments
-from simpo.planning.recipe import Lengths
+from simpo.planning.lengths import Lengths
 from simpo.runs.terminal import duration
 from simpo.training.configs import PreferenceConfig, RewardConfig, SFTConfig
 from simpo.training.online_config import OnlineConfig
 from simpo.training.settings import DataArguments
+
+if TYPE_CHECKING:
+    from simpo.planning.search import Estimate, Planner
 
 _GIB = 2**30
 CONFIGS = {"train": PreferenceConfig, "sft": SFTConfig, "reward": RewardConfig, "online": OnlineConfig}
@@ -56,33 +60,79 @@ class PlanSettings:
 
 
 def main(argv: list[str]) -> int:
-    """Print the plan of a recipe."""
+    """Print the plan of a recipe, or measure this machine."""
+    if "--calibrate" in argv:
+        return _calibrate(argv)
     command = next((value for key, value in pairwise(argv) if key == "--command"), "train")
     types = (ModelArguments, DataArguments, CONFIGS.get(command, PreferenceConfig), PlanSettings, Lengths)
-    model, data, config, asked, lengths = parse_settings(argv, types, command="plan", about=__doc__, replaces=REPLACES)
-    found = plan(model, data, config, asked, lengths)
+    *parts, asked, lengths = parse_settings(argv, types, command="plan", about=__doc__, replaces=REPLACES)
+    planner, own = make_plan(parts, asked, lengths)
+    best = planner.fastest(own.choice)
+    if best is None:
+        raise SimpoError(planner.remedy())
+    found = {"recipe": planner.described(own), "fastest": planner.described(best)}
     print(json.dumps(found, indent=2)) if asked.json else _print(found)
     return 0
 
 
-def plan(model: ModelArguments, data: DataArguments, config: Any, asked: PlanSettings, lengths: Lengths) -> dict:
-    """The recipe's own settings and the fastest that fit, as plain values."""
-    from simpo.planning.cards import find_card, stored_rates  # noqa: PLC0415 - slow, and --help does not need them
+def make_plan(parts: Sequence[Any], asked: PlanSettings, lengths: Lengths) -> tuple[Planner, Estimate]:
+    """The planner of a parsed recipe (model, data, configuration), and the estimate for its own settings."""
+    from simpo.planning.cards import card_at_hand, find_card, stored_rates  # noqa: PLC0415 - slow, and --help is fast
     from simpo.planning.recipe import blueprint_of, kind_of, own_choice, setup_of, work_of  # noqa: PLC0415
     from simpo.planning.search import Machine, Planner  # noqa: PLC0415
 
+    model, data, config = parts
     given = (asked.gpu, asked.gpu_memory_gb, asked.gpu_tflops, asked.gpu_terabytes)
-    card = find_card(*given) if any(given) else None
-    machine = Machine(card, asked.gpus, stored_rates() if card is None else card.rates, asked.price)
-    kind = kind_of(asked.command)
+    here = not any(given)
+    card = card_at_hand() if here else find_card(*given)
+    rates = (stored_rates() if here else None) or (None if card is None else card.rates)
+    kind, cuda = kind_of(asked.command), card is not None
     work = work_of(kind, model, data, config, asked.gpus, lengths)
-    planner = Planner(blueprint_of(kind, model, config), setup_of(config, cuda=card is not None), work, machine)
+    machine = Machine(card, asked.gpus, rates, asked.price)
+    planner = Planner(blueprint_of(kind, model, config), setup_of(config, cuda=cuda), work, machine)
     sharding = "none" if asked.gpus == 1 else asked.sharding or "fsdp"
-    own = planner.estimate(own_choice(config, work, sharding, cuda=card is not None))
-    best = planner.fastest()
+    return planner, planner.estimate(own_choice(config, work, sharding, cuda=cuda))
+
+
+def check_fit(command: Any, parts: Sequence[Any]) -> None:
+    """Print what a run on this machine takes and where it is tightest.
+
+    Raises:
+        SimpoError: it does not fit; names the keys with which it would.
+    """
+    config = parts[2]
+    sharding: Any = "zero3" if config.deepspeed else "fsdp" if config.fsdp else "ddp"
+    several = config.world_size > 1
+    asked = PlanSettings(command, gpus=config.world_size, sharding=sharding if several else None)
+    planner, own = make_plan(parts[:3], asked, Lengths())
+    needs = f"{own.total / _GIB:.1f} of {planner.capacity / _GIB:.1f} GiB, tightest in {own.tightest}"
+    if planner.fits(own):
+        print(f"plan: needs {needs}")
+        return
+    best = planner.fastest(own.choice)
     if best is None:
         raise SimpoError(planner.remedy())
-    return {"recipe": planner.described(own), "fastest": planner.described(best)}
+    keys = ", ".join(f"{key}: {str(value).lower()}" for key, value in best.choice.keys.items())
+    raise SimpoError(f"max_batch_tokens: the run needs {needs}; it fits with {keys} ({best.choice.sharding})")
+
+
+def _calibrate(argv: list[str]) -> int:
+    from simpo.planning.calibration import measure_rates  # noqa: PLC0415
+    from simpo.planning.cards import machine_name, store_rates  # noqa: PLC0415
+
+    if argv != ["--calibrate"]:
+        raise SimpoError("--calibrate: measures this machine and plans nothing; give it alone")
+    rates = measure_rates(print)
+    path = store_rates(rates)
+    speeds = {
+        "products": (rates.product, "GFLOP/s"),
+        "attention": (rates.attention, "GFLOP/s"),
+        "memory": (rates.moved, "GB/s"),
+    }
+    for name, (speed, unit) in speeds.items():
+        print(f"{name}: {speed / 1e9:,.4g} {unit}")
+    print(f"an operation: {rates.overhead * 1e6:.3g} us\n{machine_name()}, stored: {path}")
+    return 0
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -152,6 +152,20 @@ def _plain(name: str) -> str:
 
 
 # ---- The machine at hand.
+
+
+def card_at_hand() -> Card | None:
+    """This machine's first GPU, with the data sheet of its name if that is known and without rates if not."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    words, memory = _plain(found.name), float(found.total_memory)
+    matching = [(_plain(card.name.rpartition("-")[0]), card) for card in CARDS.values()]
+    matching = [(model, card) for model, card in matching if model in words]
+    if not matching:
+        return Card(found.name, memory, math.nan, math.nan, math.nan, 25e9)
+    _, card = max(matching, key=lambda one: (len(one[0]), -abs(one[1].memory - memory)))
+    return replace(card, name=found.name, memory=memory)
 
 
 def machine_name() -> str:

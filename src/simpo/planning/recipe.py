@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 
-from simpo.config import setting
 from simpo.errors import SimpoError, one_line
 from simpo.models.loading import load_tokenizer
 from simpo.models.settings import ModelArguments
+from simpo.planning.lengths import Lengths
 from simpo.planning.memory import Setup
 from simpo.planning.model import Blueprint
 from simpo.planning.search import Choice, Sharding, Work
@@ -27,22 +26,6 @@ from simpo.training.sft import SFTTrainer
 logger = logging.getLogger(__name__)
 
 _SAMPLE = 2000  # rows of a large data set that are tokenized
-
-
-@dataclass
-class Lengths:
-    """The rows of a run, where the data is not read."""
-
-    rows: int | None = setting(None, "Number of rows, where the data is not read.")
-    prompt_tokens: int | None = setting(None, "Tokens of a prompt; with it the data is not read.")
-    response_tokens: int | None = setting(None, "Tokens of a response, where the data is not read.")
-    responses: int = setting(2, "Responses of a row, where the data is not read.")
-
-    def __post_init__(self) -> None:
-        for key in ("rows", "prompt_tokens", "response_tokens", "responses"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise SimpoError(f"{key}: must be at least 1, not {value}")
 
 
 def kind_of(command: str) -> type[PackedTrainer]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -171,7 +171,7 @@ class Estimate:
         return sum(self.memory.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Planner:
     """Estimates for one recipe on one machine.
 
@@ -187,6 +187,7 @@ class Planner:
     work: Work
     machine: Machine
 
+    @cache  # noqa: B019 - planners are few, and end with the command
     def estimate(self, choice: Choice) -> Estimate:
         """What a run takes with ``choice``."""
         batches = self.work.batches(choice.max_batch_tokens, self.machine.gpus, "packed")
@@ -284,14 +285,14 @@ class Planner:
         """Whether a run with this estimate fits the machine."""
         return estimate.total <= self.capacity
 
-    def fastest(self) -> Estimate | None:
-        """With the fastest choice that fits; None if none does.
+    def fastest(self, own: Choice) -> Estimate | None:
+        """With the fastest choice that fits; None if none does. ``own`` is the recipe's.
 
         Choices are ranked by two estimates for each way of sharing, with and without checkpointing: activations are in
         proportion to tokens. The best ones are then estimated themselves.
         """
         for sharding in ("none",) if self.machine.gpus == 1 else ("ddp", "fsdp"):
-            for choice in self._ranked(sharding)[:_TRIED]:  # type: ignore[arg-type]
+            for choice in self._ranked(sharding, own)[:_TRIED]:  # type: ignore[arg-type]
                 estimate = self.estimate(choice)
                 if self.fits(estimate):
                     return estimate
@@ -306,11 +307,11 @@ class Planner:
     def _longest(self) -> int:
         return int(self.work.sizes("packed").lengths.max())
 
-    def _ranked(self, sharding: Sharding) -> list[Choice]:
+    def _ranked(self, sharding: Sharding, own: Choice) -> list[Choice]:
         """Choices that seem to fit, the fastest first."""
         longest = self._longest
         budgets = [longest, *(budget for budget in _BUDGETS if budget > longest)]
-        middle = min(budgets, key=lambda budget: abs(budget - _BUDGETS[2]))
+        middle = max(own.max_batch_tokens, longest)
         again = self.estimate(Choice(middle, 1.0, sharding))
         if again.total - again.memory["activations"] > self.capacity:
             return []
