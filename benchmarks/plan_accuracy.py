@@ -116,6 +116,11 @@ def predicted(run: Run, folder: Path, rows: Dataset) -> Estimate:
     return planner.estimate(own_choice(config, work, sharding, cuda=False))
 
 
+def clock() -> float:
+    """Seconds; of one thread where there is only one, so that other processes of the machine do not count."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 class _Times(TrainerCallback):
     """Seconds of each optimizer step."""
 
@@ -123,10 +128,10 @@ class _Times(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
+        self._start = clock()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
+        self.seconds.append(clock() - self._start)
 
 
 def train(run: Run, folder: Path, rows: Dataset, steps: int = 3) -> list[float]:
@@ -150,43 +155,44 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return peak
 
 
-def _measured(run: Run, folder: Path, times: bool) -> float:
-    """Peak bytes, or the median seconds of a step, in processes of their own."""
-    several = ["-m", "torch.distributed.run", f"--nproc_per_node={run.processes}"] if run.processes > 1 else []
+def _peak_of_processes(run: Run, folder: Path) -> int:
+    """Of the run in its processes: the largest."""
+    several = ["-m", "torch.distributed.run", f"--nproc_per_node={run.processes}"]
     worker = ["-m", "benchmarks.plan_accuracy", "--worker", run.name, "--folder", str(folder)]
-    command = [sys.executable, *several, *worker, *(["--times"] if times else [])]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return max(json.loads(line)["measured"] for line in output.splitlines() if line.startswith('{"measured"'))
+    output = subprocess.run([sys.executable, *several, *worker], check=True, capture_output=True, text=True).stdout
+    return max(json.loads(line)["peak"] for line in output.splitlines() if line.startswith('{"peak"'))
+
+
+def _compare(run: Run, folder: Path, times: bool) -> tuple[float, float]:
+    """What is measured and what is predicted: seconds of a step, or MiB."""
+    rows = make_rows(24, run.responses)
+    estimate = predicted(run, folder, rows)
+    if times:
+        assert estimate.step_seconds is not None, "first: simpo plan --calibrate"
+        return float(np.median(train(run, folder, rows, 9)[3:])), estimate.step_seconds
+    alone = run.processes == 1
+    peak = peak_bytes(lambda: train(run, folder, rows)) if alone else _peak_of_processes(run, folder)
+    return peak / 2**20, estimate.total / 2**20
 
 
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", action="store_true")
-    parser.add_argument("--worker")
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--times", action="store_true", help="times of steps instead of memory")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.worker:
         run = next(run for run in RUNS if run.name == asked.worker)
         rows = make_rows(24, run.responses)
-        if asked.times:
-            value: float = float(np.median(train(run, asked.folder, rows, 12)[2:]))
-        else:
-            value = peak_bytes(lambda: train(run, asked.folder, rows))
-        print(json.dumps({"measured": value}))
+        print(json.dumps({"peak": peak_bytes(lambda: train(run, asked.folder, rows))}))
         return
     folder = Path(tempfile.mkdtemp())
     make_model(folder)
-    unit = 1 if asked.times else 2**20
     for run in RUNS:
-        if asked.only not in run.name:
-            continue
-        estimate = predicted(run, folder, make_rows(24, run.responses))
-        found = estimate.step_seconds if asked.times else estimate.total
-        measured = _measured(run, folder, asked.times)
-        assert found is not None, "simpo plan --calibrate first"
-        print(f"| {run.name} | {measured / unit:.4g} | {found / unit:.4g} | {found / measured - 1:+.1%} |", flush=True)
+        if not asked.times or run.processes == 1:  # several would share this machine's cores
+            measured, found = _compare(run, folder, asked.times)
+            print(f"| {run.name} | {measured:.4g} | {found:.4g} | {found / measured - 1:+.1%} |", flush=True)
 
 
 if __name__ == "__main__":

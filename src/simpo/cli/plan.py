@@ -64,7 +64,9 @@ def main(argv: list[str]) -> int:
     if "--calibrate" in argv:
         return _calibrate(argv)
     command = next((value for key, value in pairwise(argv) if key == "--command"), "train")
-    types = (ModelArguments, DataArguments, CONFIGS.get(command, PreferenceConfig), PlanSettings, Lengths)
+    kind = CONFIGS.get(command, PreferenceConfig)
+    planned = type("Planned", (kind,), {"_check_optimizer": lambda self: None})  # its package may be elsewhere
+    types = (ModelArguments, DataArguments, planned, PlanSettings, Lengths)
     *parts, asked, lengths = parse_settings(argv, types, command="plan", about=__doc__, replaces=REPLACES)
     planner, own = make_plan(parts, asked, lengths)
     best = planner.fastest(own.choice)

@@ -81,8 +81,8 @@ class Card:
 
 # Shares of the data sheet that are reached, seconds to launch a kernel, and bytes next to PyTorch's tensors: the CUDA
 # context with the libraries' workspaces, of NCCL, and the share of the peak that is lost to fragmentation.
-_PRODUCT_SHARE, _ATTENTION_SHARE, _MOVED_SHARE, _LAUNCH = 0.70, 0.45, 0.75, 4e-6
-CONTEXT, COMMUNICATION, FRAGMENTATION = 0.6 * _GIB, 1.0 * _GIB, 0.03
+_PRODUCT_SHARE, _ATTENTION_SHARE, _MOVED_SHARE, _LAUNCH = 0.54, 0.45, 0.85, 4e-6
+CONTEXT, COMMUNICATION, FRAGMENTATION = 0.6 * _GIB, 1.0 * _GIB, 0.06
 
 
 def _card(name: str, gib: float, tflops: float, terabytes: float, watts: float, link: float) -> tuple[str, Card]:

@@ -73,7 +73,15 @@ def work_of(
     Where neither is known, half of a row's max_length is its prompt, which is reported.
     """
     rows, total = None, lengths.rows or 0
-    if lengths.prompt_tokens is None:
+    half, count = config.max_length // 2, 1 if kind.command == "sft" else lengths.responses
+    prompt, response = lengths.prompt_tokens or half, lengths.response_tokens or half
+    if kind.command == "online":
+        logger.warning(
+            "the plan is for training on answers of max_new_tokens or response_tokens; generating and scoring them "
+            "takes memory and time on top"
+        )
+        response, count = lengths.response_tokens or config.max_new_tokens, config.num_generations
+    elif lengths.prompt_tokens is None:
         try:
             rows, total = _read(kind, model, data, config)
         except (SimpoError, OSError) as error:
@@ -81,12 +89,9 @@ def work_of(
                 "the data is not known (%s): every prompt and every response is taken to have %d tokens, half of "
                 "max_length; give rows, prompt_tokens and response_tokens for others",
                 one_line(error),
-                config.max_length // 2,
+                half,
             )
     if rows is None:
-        half = config.max_length // 2
-        prompt, response = lengths.prompt_tokens or half, lengths.response_tokens or half
-        count = 1 if kind.command == "sft" else lengths.responses
         rows = Dataset.from_dict({"prompt_ids": [[0] * prompt], "response_ids": [[[0] * response] * count]})
     return Work(
         rows,

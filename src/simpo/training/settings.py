@@ -203,10 +203,7 @@ class TrainingSettings(TrainingArguments):
             self.liger_kernel_config = liger_config(self.liger_kernel_config, self.device)  # type: ignore[has-type]
         elif self.liger_kernel_config:
             raise SimpoError("liger_kernel_config: set use_liger_kernel: true, or leave it out")
-        optimizer = OptimizerNames(self.optim).value
-        bitsandbytes = "bnb" in optimizer or optimizer.startswith(("adamw_8bit", "ademamix", "lion", "paged"))
-        if bitsandbytes and find_spec("bitsandbytes") is None:
-            raise SimpoError(f"optim: {optimizer} needs bitsandbytes, which is not installed; write optim: adamw_torch")
+        self._check_optimizer()
         if not 0 < self.checkpointed_share <= 1:
             raise SimpoError(f"checkpointed_share: must be above 0 and at most 1, not {self.checkpointed_share}")
         if self.train_sampling_strategy not in ("random", "sequential"):
@@ -214,6 +211,13 @@ class TrainingSettings(TrainingArguments):
                 f"train_sampling_strategy: {self.train_sampling_strategy!r} is not needed (micro-batches are balanced "
                 "by tokens in any order); use 'random' or 'sequential'"
             )
+
+    def _check_optimizer(self) -> None:
+        """Look for the package of the optimizer, which a plan does not need."""
+        optimizer = OptimizerNames(self.optim).value
+        bitsandbytes = "bnb" in optimizer or optimizer.startswith(("adamw_8bit", "ademamix", "lion", "paged"))
+        if bitsandbytes and find_spec("bitsandbytes") is None:
+            raise SimpoError(f"optim: {optimizer} needs bitsandbytes, which is not installed; write optim: adamw_torch")
 
     def _check_numbers(self) -> None:
         """Check what transformers accepts as it comes, and trains nothing or nonsense with."""

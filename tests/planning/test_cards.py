@@ -1,0 +1,48 @@
+"""Cards by name, and rates fitted to operations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from simpo.errors import SimpoError
+from simpo.planning.calibration import fit_rates
+from simpo.planning.cards import CARDS, Rates, find_card, store_rates, stored_rates
+from simpo.planning.tracing import Operation
+
+
+def test_rates_are_recovered_from_times() -> None:
+    rates, draw = Rates(2e11, 5e10, 6e9, 2e-5), np.random.default_rng(0)
+    samples = []
+    for _ in range(6):
+        counts, sizes = draw.integers(1, 40, 3).tolist(), draw.integers(1, 40, 3).tolist()
+        operations = [Operation("product", 200_000 * sizes[0], 500)] * counts[0]
+        operations += [Operation("other", 0, 7_000 * sizes[1])] * counts[1]
+        operations += [Operation("attention", 30_000 * sizes[2], 900)] * counts[2]
+        samples.append((operations, rates.seconds(operations)))
+    found = fit_rates(samples)
+    for name in ("product", "attention", "moved", "overhead"):
+        assert getattr(found, name) == pytest.approx(getattr(rates, name), rel=1e-6)
+
+
+def test_rates_are_stored_by_machine(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    assert stored_rates() is None
+    rates = Rates(1e12, 1e11, 1e10, 1e-5)
+    store_rates(rates)
+    assert stored_rates() == rates
+
+
+@pytest.mark.parametrize("name", ["H100", "h100-80gb", "H100 80GB"])
+def test_a_card_has_several_spellings(name) -> None:
+    assert find_card(name, None, None, None) == CARDS["H100-80GB"]
+
+
+def test_a_card_by_hand() -> None:
+    card = find_card("mine", 30, 200, 1.5)
+    assert (card.memory, card.flops, card.moved) == (30 * 2**30, 2e14, 1.5e12)
+    assert find_card("A100-80GB", 70, None, None).memory == 70 * 2**30
+    with pytest.raises(SimpoError, match="gpu_tflops"):
+        find_card("mine", 30, None, None)
+    with pytest.raises(SimpoError, match="gpu_memory_gb"):
+        find_card("A100-80GB", -1, None, None)
