@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from simpo.config import parse_settings
 from simpo.errors import SimpoError
 from simpo.models.settings import ModelArguments
-from simpo.training.settings import DataArguments
+from simpo.training.settings import REPLACES, DataArguments
 
 if TYPE_CHECKING:  # trainers and engines take seconds to import, and --help and mistakes in recipes do not need them
     from simpo.training.callbacks import RunCallback
@@ -24,12 +24,6 @@ logger = logging.getLogger(__name__)
 
 # What transformers calls the folder if nobody does.
 _UNNAMED = "trainer_output"
-# Ways to name the data that exclude one another; one on the command line replaces the recipe's.
-REPLACES = {
-    "dataset_name": ("dataset_mixer", "dataset_splits", "dataset_configs", "dataset_mixture"),
-    "dataset_mixer": ("dataset_name", "dataset_mixture"),
-    "dataset_mixture": ("dataset_name", "dataset_mixer", "dataset_splits", "dataset_configs"),
-}
 
 
 # Trains only if the run fits this machine.

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from simpo.cli._shared import REPLACES
 from simpo.config import parse_settings, setting
 from simpo.errors import SimpoError
 from simpo.models.settings import ModelArguments
@@ -25,7 +24,7 @@ from simpo.planning.lengths import Lengths
 from simpo.runs.terminal import duration
 from simpo.training.configs import PreferenceConfig, RewardConfig, SFTConfig
 from simpo.training.online_config import OnlineConfig
-from simpo.training.settings import DataArguments
+from simpo.training.settings import REPLACES, DataArguments
 
 if TYPE_CHECKING:
     from simpo.planning.search import Estimate, Planner

@@ -236,6 +236,14 @@ class TrainingSettings(TrainingArguments):
             raise SimpoError(f"gradient_checkpointing_kwargs: {unknown[0]!r} is none of {known}")
 
 
+# Ways to name the data that exclude one another; one on the command line replaces the recipe's.
+REPLACES = {
+    "dataset_name": ("dataset_mixer", "dataset_splits", "dataset_configs", "dataset_mixture"),
+    "dataset_mixer": ("dataset_name", "dataset_mixture"),
+    "dataset_mixture": ("dataset_name", "dataset_mixer", "dataset_splits", "dataset_configs"),
+}
+
+
 @dataclass
 class DataArguments:
     """Where the rows come from: one data set, or the paper's ``dataset_mixer``, or alignment-handbook's mixture."""
