@@ -11,9 +11,10 @@ from benchmarks.architectures import build
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaModel, LlamaRotaryEmbedding
 
 from simpo.errors import SimpoError
+from simpo.packing import selfcheck
 from simpo.packing.attention import install, uninstall
 from simpo.packing.layout import PackedBatch, TokenizedComparison
-from simpo.packing.model import choose_path, policy_logprobs, state_of
+from simpo.packing.model import _LANGUAGE_MODEL, choose_path, policy_logprobs, prepare_policy, state_of
 from simpo.packing.scoring import score_answers, score_responses
 from simpo.packing.selfcheck import rows_to_check
 
@@ -214,6 +215,50 @@ def test_a_missing_window_is_found_even_if_the_sample_is_too_short_for_it_to_mat
     assert choose_path(model, PackedBatch.build(random_comparisons((3, (2, 2))))) == "cached"
     model = make_model("mistral", sliding_window=64)
     assert choose_path(model, PackedBatch.build(random_comparisons((3, (2, 2))))) == "packed"
+
+
+# ---- deep models in half precision, whose own rounding exceeds the tolerance ----
+
+
+def deep(kind=hf.LlamaForCausalLM, loudness=2.5):
+    """32 layers in bf16; ``loudness`` multiplies the logits, and with them all rounding."""
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = kind(hf.LlamaConfig(vocab_size=1003, num_hidden_layers=32, initializer_range=0.12, **sizes)).bfloat16()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(loudness)
+    return model.eval()
+
+
+def test_rounding_of_a_deep_model_is_no_mistake(random_comparisons, monkeypatch):
+    batch = PackedBatch.build(random_comparisons((60, (21, 9)), (5, (12, 30)), (40, (12, 30))))
+    # far below the model's rounding, which depends on the processor
+    monkeypatch.setitem(selfcheck._TOLERANCE, torch.bfloat16, (1e-4, 1e-3))
+    monkeypatch.setattr(selfcheck, "_MOST_TOLERANCES", 1)
+    assert choose_path(deep(), batch) != "packed"
+    monkeypatch.setattr(selfcheck, "_MOST_TOLERANCES", 1e4)
+    assert choose_path(deep(), batch) == "packed"
+
+
+@pytest.mark.parametrize("kind", [LookingBackLlama, CountingLlama])
+def test_a_mistake_is_found_among_the_rounding_of_a_deep_model(kind, random_comparisons):
+    batch = PackedBatch.build(random_comparisons((60, (21, 9)), (5, (12, 30)), (40, (12, 30))))
+    assert choose_path(deep(kind), batch) == "padded"
+
+
+def test_the_estimate_of_rounding_is_what_another_order_of_operations_does(random_comparisons):
+    """A little more than the difference between the model's own two implementations of attention."""
+    model = deep(loudness=1)
+    batch = PackedBatch.build(random_comparisons((60, (61, 39)), (5, (12, 30))))
+    prepare_policy(model)
+    with torch.no_grad():
+        estimate = selfcheck._rounding(model, batch, _LANGUAGE_MODEL).mean()
+        outputs = {}
+        for attention in ("sdpa", "eager"):
+            model.set_attn_implementation(attention)
+            outputs[attention] = selfcheck.naive_logprobs(model, batch)
+    actual = (outputs["sdpa"] - outputs["eager"]).abs().mean()
+    assert actual < estimate < 3 * actual
 
 
 # ---- output layers that are not just a matrix product ----

@@ -30,7 +30,7 @@ _TOLERANCE = {
     torch.bfloat16: (5e-2, 1.0),
     torch.float16: (2e-2, 0.5),
 }
-# In half precision a deep model's rounding alone can exceed that. A difference may then be twice what rounding every
+# In half precision a deep model's rounding alone can exceed that. A difference may then be what rounding every
 # intermediate result differently does (:func:`_rounding_differently`), up to this multiple of the tolerance.
 _MOST_TOLERANCES = 4
 # The same for gradients by the embeddings, relative to their norm.
@@ -255,7 +255,7 @@ def _agree(differences: Tensor, model: nn.Module, rounding: Tensor | None = None
 
 
 def _relaxed(tolerance: float, rounding: float) -> float:
-    return max(tolerance, min(2 * rounding, _MOST_TOLERANCES * tolerance))
+    return max(tolerance, min(rounding, _MOST_TOLERANCES * tolerance))
 
 
 @contextmanager
