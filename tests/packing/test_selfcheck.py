@@ -235,7 +235,7 @@ def test_rounding_of_a_deep_model_is_no_mistake(random_comparisons, monkeypatch)
     # far below the model's rounding, which depends on the processor
     monkeypatch.setitem(selfcheck._TOLERANCE, torch.bfloat16, (1e-4, 1e-3))
     monkeypatch.setattr(selfcheck, "_MOST_TOLERANCES", 1)
-    for most, path in ((1, "padded"), (1e4, "packed")):
+    for most, path in ((1, "cached"), (1e4, "packed")):
         monkeypatch.setattr(selfcheck, "_MOST_TOLERANCES", most)
         model = deep()
         model.set_attn_implementation("eager")  # rounds in other places than the packed path
