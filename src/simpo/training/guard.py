@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from transformers import TrainerCallback, TrainerState
 
 from simpo.errors import SimpoError
@@ -72,28 +73,30 @@ class Guard(TrainerCallback):
         self._trainer, self._mode = trainer, mode
         self._reported: set[str] = set()
         self._norms: deque[float] = deque(maxlen=_REMEMBERED)
-        self._rows = self._lengths = self._start = None
+        self._rows: Dataset | None = None
         rows = trainer.eval_dataset
+        if isinstance(rows, dict):  # several data sets: the first
+            rows = next(iter(rows.values()), None)
         if rows is not None and trainer.command in ("train", "online") and not trainer.args.torch_compile:
             chosen = np.random.default_rng(trainer.args.seed).permutation(len(rows))[:_PROBED]
             self._rows = trainer.completed(rows).select(sorted(chosen.tolist()))
-            self._start = self._likelihood()
+            self._start = self._likelihood(self._rows)
 
-    def _likelihood(self) -> float:
-        """Mean log-probability per token of the preferred responses of the probed rows."""
-        rows, counts = self._rows, response_counts(self._rows)
+    def _likelihood(self, rows: Dataset) -> float:
+        """Mean log-probability per token of the preferred responses of ``rows``."""
+        counts = response_counts(rows)
         logps = self._trainer.response_logps(rows).cpu().numpy()
         lengths = np.array([len(ids) for several in rows["response_ids"] for ids in several])
         best = np.cumsum(counts) - counts  # the first response of a row is its preferred one
         if "label" in rows.column_names and any(rows["label"]):
-            best = best[np.array(rows["label"], dtype=bool)]
+            best = best[np.array(rows["label"]).astype(bool)]
         return float((logps[best] / lengths[best]).mean())
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         step, every = state.global_step, max(1, int(state.logging_steps or 1))
-        if self._start is None or (step not in _EARLY and step % every):
+        if self._rows is None or (step not in _EARLY and step % every):
             return
-        fall = self._start - self._likelihood()
+        fall = self._start - self._likelihood(self._rows)
         warming_up = step <= max(args.get_warmup_steps(state.max_steps), 0.1 * state.max_steps)
         if fall > _FALL:
             what = f"preferred held-out responses have lost {fall:.2f} nats per token since the start"
