@@ -59,8 +59,7 @@ _STATUS = "_status"
 # Part of every fingerprint: raise it when the ids made from the same rows and settings change.
 _FORMAT = 7
 _BATCH = 256
-# How many rows are examined for a known shape before the work starts.
-_EXAMINED = 1000
+_EXAMINED = 1000  # rows examined for a known shape before the work starts
 # Starting processes takes longer than tokenizing fewer rows than this.
 _SMALL = 2000
 _ROWS_PER_PROCESS = 1000
@@ -476,13 +475,11 @@ def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
 
 def _processes(rows: int, wanted: int | None) -> int | None:
     """Processes to map with; ``None`` is this one."""
-    if rows < _SMALL:
-        return None
     if wanted is None:
         # macOS and Windows cannot say which cores a process may use.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         wanted = min(cores, rows // _ROWS_PER_PROCESS)
-    return wanted if wanted > 1 else None
+    return wanted if rows >= _SMALL and wanted > 1 else None
 
 
 def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> str:

@@ -14,6 +14,14 @@ import numpy as np
 
 from simpo.errors import SimpoError
 
+# Tokens of a micro-batch where ``max_batch_tokens`` is not set; docs/performance.md gives the reasons.
+_ACCELERATOR_TOKENS, _CPU_TOKENS = 16384, 2048
+
+
+def default_batch_tokens(longest: int, *, cpu: bool) -> int:
+    """Tokens of a micro-batch where ``max_batch_tokens`` is not set and the longest row has ``longest``."""
+    return max(_CPU_TOKENS if cpu else _ACCELERATOR_TOKENS, longest)
+
 
 class MicroBatch(NamedTuple):
     """The rows of one forward, and their weights in the loss (0 for a filler)."""

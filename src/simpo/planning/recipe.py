@@ -12,12 +12,13 @@ from datasets import Dataset
 from simpo.errors import SimpoError, one_line
 from simpo.models.loading import load_tokenizer
 from simpo.models.settings import ModelArguments
+from simpo.packing.batching import default_batch_tokens
 from simpo.planning.lengths import Lengths
 from simpo.planning.memory import Setup
 from simpo.planning.model import Blueprint
 from simpo.planning.search import Choice, Sharding, Work
 from simpo.training.online import OnlineTrainer
-from simpo.training.packed import PackedTrainer, default_batch_tokens
+from simpo.training.packed import PackedTrainer
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.reward import RewardTrainer
 from simpo.training.settings import DataArguments, load_datasets

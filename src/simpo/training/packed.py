@@ -29,7 +29,7 @@ from simpo.models.devices import check_liger, compile_layers, explain_oom
 from simpo.models.loading import load_model
 from simpo.models.preparation import disable_dropout, freeze_unreached, keep_gradients
 from simpo.models.settings import ModelArguments
-from simpo.packing.batching import RowSizes, StepPlan, check_budget
+from simpo.packing.batching import RowSizes, StepPlan, check_budget, default_batch_tokens
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import (
     ForwardPath,
@@ -62,18 +62,11 @@ from simpo.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
 
-# Tokens of a micro-batch where ``max_batch_tokens`` is not set; docs/performance.md says why.
-_ACCELERATOR_TOKENS, _CPU_TOKENS = 16384, 2048
 _SCORED_TOGETHER = 512  # rows that micro-batches are filled from when responses are scored
 _OUTSIDE_A_FORWARD = (
     "optim: memory ran out outside a micro-batch's forward and backward, where the optimizer's states are made; choose "
     "a smaller one (adamw_torch_8bit, adafactor) or share the states out over GPUs (recipes/launch)"
 )
-
-
-def default_batch_tokens(longest: int, *, cpu: bool) -> int:
-    """Tokens of a micro-batch where ``max_batch_tokens`` is not set and the longest row has ``longest``."""
-    return max(_CPU_TOKENS if cpu else _ACCELERATOR_TOKENS, longest)
 
 
 class Description(NamedTuple):
