@@ -83,7 +83,7 @@ if [ "$DEVICE" = cuda ]; then
 else
   export OMP_NUM_THREADS=1
   toy=(--threads 1 --model toy --pairs-per-step 2)
-  verification 600
+  part verify 600 benchmarks.verify_cuda --device cpu && wait
   part 8b 600 benchmarks.profile_step "${toy[@]}" --output "$OUTPUT/8b.json" --variants 512,checkpointed=0.5 default
   wait
   compare peers 600 "${toy[@]}" --pairs 2 --scale 0.1 --profile documents --families simpo sharing \
