@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import datasets
 import torch
 from torch.distributed import TCPStore
+from tqdm import tqdm
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -62,6 +64,7 @@ def run_ranks(
 
 def _run(variables: dict[str, str], cache: Path, files: list[Path], function: Callable, arguments: tuple) -> None:
     """One rank; it skips the end of the interpreter, where some versions of torch abort."""
+    tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that was killed may hold it forever
     os.environ |= variables
     datasets.config.HF_DATASETS_CACHE = cache
     torch.set_num_threads(1)

@@ -8,11 +8,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from simpo import cli
 
@@ -101,6 +103,7 @@ def errors_of(folder: Path) -> Path:
 
 
 def _child(argv: list[str], folder: Path, on_change: Callable[[], None]) -> None:
+    tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that was killed may hold it forever
     torch.set_num_threads(1)
     process = os.getpid()
 
