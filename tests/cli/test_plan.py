@@ -51,6 +51,7 @@ def test_a_configuration_is_enough(folder, capsys) -> None:
         (["--gpu_memory_gb", "0.6", "--gpu_tflops", "100"], ["0.6 GiB", "use_peft", "optim"]),
         (["--gpu", "h100", "--optim", "galore_adamw"], ["optim", "galore_adamw", "adamw_torch"]),
         (["--gpu", "h100", "--sharding", "fsdp"], ["sharding", "gpus"]),
+        (["--gpu_memory_gb", "0"], ["gpu_memory_gb", "above 0"]),
     ],
 )
 def test_what_cannot_be_planned(arguments, parts, folder, capsys) -> None:
@@ -65,3 +66,14 @@ def test_a_configuration_that_is_missing(tmp_path, capsys) -> None:
     assert code == 2
     assert "model_name_or_path" in error
     assert error.count("\n") == 1
+
+
+def test_the_command_decides_which_keys_there_are(folder, tmp_path, capsys) -> None:
+    code, error = planned(capsys, folder, "--dataset_name", "none", *LENGTHS, "--command=sft", "--beta", "2")
+    assert code == 2
+    assert "beta" in error
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("command: reward\n")
+    code, error = planned(capsys, str(recipe), folder, "--dataset_name", "none", *LENGTHS)
+    assert code == 2
+    assert "--command reward" in error

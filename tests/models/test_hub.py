@@ -96,6 +96,8 @@ def test_a_token_without_permission(run, hub, monkeypatch):
     [
         (["a/b/c"], "'a/b/c' is not the id of a repository"),
         (["someone/model", "--include", "*.csv"], "include: '\\*.csv' matches no file"),
+        (["someone/model", "--include", "../*"], "include: '../\\*' does not name files inside"),
+        (["someone/model", "--include", "/etc/passwd"], "include: '/etc/passwd' does not name files inside"),
     ],
 )
 def test_what_is_refused(arguments, message, run, monkeypatch):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from simpo.errors import SimpoError
 from simpo.planning.calibration import fit_rates
-from simpo.planning.cards import CARDS, Rates, find_card, store_rates, stored_rates
+from simpo.planning.cards import CARDS, Rates, card_at_hand, find_card, store_rates, stored_rates
 from simpo.planning.tracing import Operation
 
 
@@ -36,6 +38,26 @@ def test_rates_are_stored_by_machine(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("name", ["H100", "h100-80gb", "H100 80GB"])
 def test_a_card_has_several_spellings(name) -> None:
     assert find_card(name, None, None, None) == CARDS["H100-80GB"]
+
+
+@pytest.mark.parametrize(("name", "found"), [("L4", "L4-24GB"), ("A10", "A10-24GB"), ("rtx 4090", "RTX-4090-24GB")])
+def test_a_name_without_memory_is_not_the_beginning_of_another(name, found) -> None:
+    assert find_card(name, None, None, None) == CARDS[found]
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [("NVIDIA L40", None), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA A100-SXM4-40GB", 312e12)],
+)
+def test_the_data_sheet_of_the_card_at_hand(name, flops, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(name=name, total_memory=4e10))
+    card = card_at_hand()
+    assert card is not None and card.memory == 4e10
+    if flops is None:
+        assert card.rates is None
+    else:
+        assert card.flops == flops
 
 
 def test_a_card_by_hand() -> None:

@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from benchmarks.plan_accuracy import Run, make_model, make_rows, peak_bytes, predicted, train
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers.training_args import OptimizerNames
 
 from simpo.models.loading import load_model
 from simpo.models.settings import ModelArguments
@@ -17,6 +18,7 @@ from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_logprobs
 from simpo.planning.memory import Setup, measure_step
 from simpo.planning.model import Blueprint
+from simpo.planning.optimizers import _PAGED
 from simpo.training.batches import comparisons_of
 
 SETUP = Setup("adamw_torch", cuda=False, accumulates=False)
@@ -81,6 +83,10 @@ def test_a_deep_model_follows_from_few_layers(folder, rows, monkeypatch) -> None
     assert found.flops == whole.flops
     assert found.peak == pytest.approx(whole.peak, rel=1e-3)
     assert (found.weights, found.gradients, found.states) == (whole.weights, whole.gradients, whole.states)
+
+
+def test_all_paged_optimizers_are_known() -> None:
+    assert {name.value for name in OptimizerNames if name.value.startswith("paged_")} == _PAGED
 
 
 @pytest.mark.parametrize("name", ["adamw_torch_fused", "adafactor"])

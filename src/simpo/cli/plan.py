@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from simpo.config import parse_settings, setting
+from simpo.config.command_line import split_options
 from simpo.errors import SimpoError
 from simpo.models.settings import ModelArguments
 from simpo.planning.lengths import Lengths
@@ -62,11 +62,14 @@ def main(argv: list[str]) -> int:
     """Print the plan of a recipe, or measure this machine."""
     if "--calibrate" in argv:
         return _calibrate(argv)
-    command = next((value for key, value in pairwise(argv) if key == "--command"), "train")
+    options = reversed(split_options(argv)[1])
+    command = next((words[0][1] for name, words in options if name == "command" and words), "train")
     kind = CONFIGS.get(command, PreferenceConfig)
     planned = type("Planned", (kind,), {"_check_optimizer": lambda self: None})  # its package may be elsewhere
     types = (ModelArguments, DataArguments, planned, PlanSettings, Lengths)
     *parts, asked, lengths = parse_settings(argv, types, command="plan", about=__doc__, replaces=REPLACES)
+    if asked.command != command:
+        raise SimpoError(f"command: give it on the command line, as --command {asked.command}")
     planner, own = make_plan(parts, asked, lengths)
     best = planner.fastest(own.choice)
     if best is None:
@@ -84,7 +87,7 @@ def make_plan(parts: Sequence[Any], asked: PlanSettings, lengths: Lengths) -> tu
 
     model, data, config = parts
     given = (asked.gpu, asked.gpu_memory_gb, asked.gpu_tflops, asked.gpu_terabytes)
-    here = not any(given)
+    here = all(value is None for value in given)
     card = card_at_hand() if here else find_card(*given)
     rates = (stored_rates() if here else None) or (None if card is None else card.rates)
     kind, cuda = kind_of(asked.command), card is not None

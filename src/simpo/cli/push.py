@@ -12,7 +12,7 @@ from pathlib import Path
 
 from simpo.cli._shared import refuse_several
 from simpo.config import parse_settings, setting
-from simpo.models.hub import check_target, files_to_push, push
+from simpo.models.hub import files_to_push, push
 
 
 @dataclass(kw_only=True)
@@ -36,7 +36,6 @@ def main(argv: list[str]) -> int:
     if settings.dry_run:
         print(f"dry run: nothing was uploaded to {settings.repo}")
         return 0
-    check_target(settings.repo)
     url = push(settings.run, settings.repo, files, private=settings.private, report=print)
     print(f"saved: {url}")
     return 0

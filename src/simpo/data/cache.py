@@ -18,6 +18,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
 from simpo.errors import SimpoError, one_line
+from simpo.runs.atomic import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,8 @@ def cached(make: Callable[[], Dataset]) -> Dataset:
             for path in damaged:
                 _remove(path)
             dataset = make()
-            for path in _files(dataset):
-                _is_intact(path)
+            if damaged := [path for path in _files(dataset) if not _is_intact(path)]:
+                raise OSError(f"{damaged[0]} is damaged and cannot be replaced")
         return dataset
     except _FAULTS as error:
         if isinstance(error, SimpoError) or isinstance(error.__cause__, SimpoError) or _temporary:
@@ -66,7 +67,7 @@ def cached(make: Callable[[], Dataset]) -> Dataset:
 
 def place_of(fingerprint: str) -> str | None:
     """Where ``Dataset.map`` writes its result; None for next to the data set, unless a temporary cache is used."""
-    return str(_temporary[0] / f"{fingerprint}.arrow") if _temporary else None
+    return str(_temporary[0] / f"cache-{fingerprint}.arrow") if _temporary else None
 
 
 def _files(dataset: Dataset) -> list[Path]:
@@ -82,8 +83,8 @@ def _is_intact(path: Path) -> bool:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     with suppress(FileNotFoundError):
         return stored.read_text(encoding="utf-8") == digest
-    with suppress(OSError):  # a cache that can only be read
-        stored.write_text(digest, encoding="utf-8")
+    with suppress(OSError, SimpoError):  # a cache that can only be read
+        write_text(stored, digest)  # atomic: another process may read it
     return True
 
 

@@ -29,8 +29,8 @@ def files_to_push(folder: Path, include: Sequence[str] = ()) -> list[Path]:
     """The files of a model in ``folder``, sorted, and those that match a pattern of ``include``.
 
     Raises:
-        SimpoError: there is no model, the folder is damaged, a pattern matches nothing, or an adapter names a folder
-            on this machine as its base.
+        SimpoError: there is no model, the folder is damaged, a pattern leaves the folder or matches nothing, or an
+            adapter names a folder on this machine as its base.
     """
     if not folder.is_dir():
         raise SimpoError(f"{folder}: no such folder")
@@ -40,13 +40,15 @@ def files_to_push(folder: Path, include: Sequence[str] = ()) -> list[Path]:
         raise SimpoError(f"{folder}: damaged ({fault}); start the run again, or repair the folder")
     found = {path for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, name) for name in _FILES)}
     for pattern in include:
+        if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+            raise SimpoError(f"include: {pattern!r} does not name files inside {folder}")
         matching = {path for path in folder.glob(pattern) if path.is_file()}
         if not matching:
             raise SimpoError(f"include: {pattern!r} matches no file in {folder}")
         found |= matching
     adapter = folder / "adapter_config.json"
     base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else ""
-    if base and Path(base).exists():
+    if base and (Path(base).is_absolute() or Path(base).exists()):
         raise SimpoError(
             f"{adapter}: its base model is a folder on this machine ({base}), which nobody else has; merge the adapter "
             "with simpo merge and push the result"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -69,8 +70,10 @@ class Card:
     link: float
 
     @property
-    def rates(self) -> Rates:
-        """What is reached of the data sheet: the shares were fitted to the runs in docs/plan.md."""
+    def rates(self) -> Rates | None:
+        """What is reached of the data sheet, None without one: the shares were fitted to the runs in docs/plan.md."""
+        if math.isnan(self.flops):
+            return None
         return Rates(
             product=_PRODUCT_SHARE * self.flops,
             attention=_ATTENTION_SHARE * self.flops,
@@ -113,7 +116,7 @@ def find_card(name: str | None, memory_gb: float | None, tflops: float | None, b
     """The card of a name, with the figures that are given by hand in place of its own; a name alone can be new.
 
     Args:
-        name: one of :data:`CARDS`; any spelling of it that differs in case and separators only.
+        name: one of :data:`CARDS`, in any case and with any separators; without its memory, the first of that model.
         memory_gb: GiB that a process can allocate.
         tflops: TFLOP/s of dense half-precision matrix products.
         bandwidth: terabytes per second to and from memory; by default one for 300 FLOP/s.
@@ -121,13 +124,11 @@ def find_card(name: str | None, memory_gb: float | None, tflops: float | None, b
     Raises:
         SimpoError: the card is not known, and memory and TFLOP/s are not both given.
     """
-    for gib in (memory_gb, tflops, bandwidth):
-        if gib is not None and not 0 < gib < math.inf:
-            raise SimpoError(f"gpu_memory_gb, gpu_tflops, gpu_terabytes: must be above 0, not {gib:g}")
-    by_name = {_plain(known): card for known, card in CARDS.items()}
-    found = by_name.get(_plain(name or "")) or next(
-        (card for known, card in by_name.items() if name and known.startswith(_plain(name))), None
-    )
+    for figure in (memory_gb, tflops, bandwidth):
+        if figure is not None and not 0 < figure < math.inf:
+            raise SimpoError(f"gpu_memory_gb, gpu_tflops, gpu_terabytes: must be above 0, not {figure:g}")
+    plain = _plain(name or "")
+    found = next((card for card in CARDS.values() if plain in (_plain(card.name), _model(card))), None)
     if found is None:
         if memory_gb is None or tflops is None:
             hint = nearest(name or "", CARDS) or ""
@@ -151,6 +152,11 @@ def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
+def _model(card: Card) -> str:
+    """The name of a card without its memory."""
+    return _plain(card.name.rpartition("-")[0])
+
+
 # ---- The machine at hand.
 
 
@@ -160,8 +166,8 @@ def card_at_hand() -> Card | None:
         return None
     found = torch.cuda.get_device_properties(0)
     words, memory = _plain(found.name), float(found.total_memory)
-    matching = [(_plain(card.name.rpartition("-")[0]), card) for card in CARDS.values()]
-    matching = [(model, card) for model, card in matching if model in words]
+    # A number must end where it ends in the card's name: an L40 is no L4.
+    matching = [(_model(card), card) for card in CARDS.values() if re.search(rf"{_model(card)}(?!\d)", words)]
     if not matching:
         return Card(found.name, memory, math.nan, math.nan, math.nan, 25e9)
     _, card = max(matching, key=lambda one: (len(one[0]), -abs(one[1].memory - memory)))

@@ -65,6 +65,11 @@ _STORED: dict[str, Callable[[Tensor], float]] = {
     "grokadamw": _full(3),
     "lomo": lambda weight: 0.0,
 }
+# Their states are in the host's memory where the GPU has no room.
+_PAGED = {
+    *("paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
+    *("paged_lion_32bit", "paged_lion_8bit"),
+}
 _IN_32_BITS = {"adamw_bnb_8bit", "adamw_8bit"}  # of embeddings, as Trainer has it
 
 
@@ -79,14 +84,15 @@ def measure_update(stand_in: StandIn, name: str, *, cuda: bool) -> tuple[float, 
         if cuda and not options:
             options = {"foreach": True}  # PyTorch's choice on a GPU
         return _traced(stand_in.trained, lambda weights: kind(weights, lr=1e-6, **options))
-    paged = name.startswith("paged_")
-    stored = _STORED.get(name.removeprefix("paged_").removesuffix("_32bit") if paged else name)
+    if name in _PAGED:
+        return 0.0, 0.0
+    stored = _STORED.get(name)
     if stored is None:
-        known = ", ".join(sorted([*_TRACED, *_STORED]))
+        known = ", ".join(sorted([*_TRACED, *_STORED, *_PAGED]))
         raise SimpoError(f"optim: the memory of {name!r} is not known to simpo plan; it knows {known}")
     embeddings = {id(m.weight) for m in stand_in.model.modules() if isinstance(m, nn.Embedding)}
     full = embeddings if name in _IN_32_BITS else set()
-    states = 0.0 if paged else sum(_full(2)(w) if id(w) in full else stored(w) for w in stand_in.trained)
+    states = sum(_full(2)(w) if id(w) in full else stored(w) for w in stand_in.trained)
     one_weight = max((4.0 * weight.numel() for weight in stand_in.trained), default=0.0)
     return states, one_weight * (name == "adafactor")
 

@@ -92,6 +92,9 @@ def work_of(
                 one_line(error),
                 half,
             )
+        else:
+            if unused := [key for key in ("rows", "response_tokens") if getattr(lengths, key) is not None]:
+                logger.warning("%s: not used, because the data is read; give prompt_tokens too", ", ".join(unused))
     if rows is None:
         rows = Dataset.from_dict({"prompt_ids": [[0] * prompt], "response_ids": [[[0] * response] * count]})
     return Work(
