@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import transformers as hf
 
 from simpo.cli import main
+from simpo.cli.plan import sharding_of
 
 LENGTHS = ["--prompt_tokens", "50", "--response_tokens", "30", "--rows", "1000"]
 
@@ -77,3 +79,14 @@ def test_the_command_decides_which_keys_there_are(folder, tmp_path, capsys) -> N
     code, error = planned(capsys, str(recipe), folder, "--dataset_name", "none", *LENGTHS)
     assert code == 2
     assert "--command reward" in error
+
+
+def test_the_launcher_says_how_a_model_is_shared(monkeypatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    plain = SimpleNamespace(deepspeed_plugin=None, fsdp=None)
+    assert sharding_of(plain) == "ddp"
+    assert sharding_of(SimpleNamespace(deepspeed_plugin=None, fsdp=True)) == "fsdp"
+    stages = [SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage), fsdp=None) for stage in (1, 2, 3)]
+    assert list(map(sharding_of, stages)) == ["ddp", "zero2", "zero3"]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert sharding_of(plain) == "fsdp"

@@ -64,6 +64,13 @@ def test_the_repository_has_the_model_byte_for_byte_and_nothing_else(run, hub, c
     assert len(hub.puts) == 2  # the model and the tokenizer were not sent again
 
 
+def test_a_public_repository_gets_nothing_that_is_to_be_private(run, hub):
+    hub.private = False
+    with pytest.raises(SimpoError, match="someone/model: private: this repository exists and is public"):
+        push(run, "--private")
+    assert (hub.puts, hub.commits) == ([], 0)
+
+
 def test_a_dry_run_lists_the_files_without_the_hub(run, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     assert push(run, "--dry_run") == 0

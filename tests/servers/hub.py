@@ -21,6 +21,7 @@ class Hub:
         puts: SHA-256 of each object that was received, in order.
         commits: the number of commits.
         writers: tokens with write permission.
+        private: whether the repository is private.
         broken: objects that are received before the server starts to fail; None for any number.
     """
 
@@ -30,6 +31,7 @@ class Hub:
         self.puts: list[str] = []
         self.commits = 0
         self.writers = {"hf_writer"}
+        self.private = True
         self.broken: int | None = None
         self.created: list[dict[str, Any]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -55,7 +57,7 @@ class Hub:
         for ending, answer in answers.items():
             if path.endswith(ending):
                 return 200, answer(body)
-        return 200, {"id": "someone/model", "sha": str(self.commits), "siblings": []}
+        return 200, {"id": "someone/model", "sha": str(self.commits), "siblings": [], "private": self.private}
 
     def _receive(self, digest: str, body: bytes) -> tuple[int, Any]:
         if self.broken is not None and len(self.puts) >= self.broken:

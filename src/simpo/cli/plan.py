@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from simpo.planning.search import Estimate, Planner
 
 _GIB = 2**30
+_Sharing = Literal["ddp", "fsdp", "zero2", "zero3"]
 CONFIGS = {"train": PreferenceConfig, "sft": SFTConfig, "reward": RewardConfig, "online": OnlineConfig}
 
 
@@ -44,7 +46,7 @@ class PlanSettings:
     gpu_tflops: float | None = setting(None, "TFLOP/s of its dense half-precision products (default: the card's).")
     gpu_terabytes: float | None = setting(None, "Terabytes per second of its memory (default: the card's).")
     price: float | None = setting(None, "Price of an hour of one GPU, in any currency.")
-    sharding: Literal["ddp", "fsdp", "zero2", "zero3"] | None = setting(
+    sharding: _Sharing | None = setting(
         None, "How several processes share a model (default: fsdp, as in recipes/launch)."
     )
     json: bool = setting(False, "Print JSON.")
@@ -105,9 +107,8 @@ def check_fit(command: Any, parts: Sequence[Any]) -> None:
         SimpoError: it does not fit; names the keys with which it would.
     """
     config = parts[2]
-    sharding: Any = "zero3" if config.deepspeed else "fsdp" if config.fsdp else "ddp"
     several = config.world_size > 1
-    asked = PlanSettings(command, gpus=config.world_size, sharding=sharding if several else None)
+    asked = PlanSettings(command, gpus=config.world_size, sharding=sharding_of(config) if several else None)
     planner, own = make_plan(parts[:3], asked, Lengths())
     needs = f"{own.total / _GIB:.1f} of {planner.capacity / _GIB:.1f} GiB, tightest in {own.tightest}"
     if planner.fits(own):
@@ -118,6 +119,14 @@ def check_fit(command: Any, parts: Sequence[Any]) -> None:
         raise SimpoError(planner.remedy())
     keys = ", ".join(f"{key}: {str(value).lower()}" for key, value in best.choice.keys.items())
     raise SimpoError(f"max_batch_tokens: the run needs {needs}; it fits with {keys} ({best.choice.sharding})")
+
+
+def sharding_of(config: Any) -> _Sharing:
+    """How the processes of a run share the model, by its recipe or by ``accelerate launch``."""
+    if config.deepspeed_plugin is not None:
+        # Stage 1 shards the optimizer alone, which is not planned; without sharding a run takes more.
+        return {2: "zero2", 3: "zero3"}.get(config.deepspeed_plugin.zero_stage, "ddp")  # type: ignore[return-value]
+    return "fsdp" if config.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP") else "ddp"
 
 
 def _calibrate(argv: list[str]) -> int:

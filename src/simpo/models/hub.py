@@ -47,7 +47,7 @@ def files_to_push(folder: Path, include: Sequence[str] = ()) -> list[Path]:
             raise SimpoError(f"include: {pattern!r} matches no file in {folder}")
         found |= matching
     adapter = folder / "adapter_config.json"
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else ""
+    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") if adapter.is_file() else ""
     if base and (Path(base).is_absolute() or Path(base).exists()):
         raise SimpoError(
             f"{adapter}: its base model is a folder on this machine ({base}), which nobody else has; merge the adapter "
@@ -85,12 +85,17 @@ def push(
         The address of the repository.
 
     Raises:
-        SimpoError: the id is not valid, the token is missing or lacks permission, or the hub cannot be reached; nothing
-            has been committed then.
+        SimpoError: the id is not valid, the token is missing or lacks permission, the repository exists and is public
+            with ``private``, or the hub cannot be reached; nothing has been committed then.
     """
     api = HfApi(token=check_target(repo))
     with _hub_errors(repo):
         url = api.create_repo(repo, private=private, exist_ok=True)
+        if private and not api.model_info(url.repo_id).private:
+            raise SimpoError(
+                f"{repo}: private: this repository exists and is public; nothing was uploaded. Change it on "
+                "the hub, name another one, or leave private out"
+            )
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         for number, operation in enumerate(operations, start=1):
             api.preupload_lfs_files(url.repo_id, additions=[operation], free_memory=False)
