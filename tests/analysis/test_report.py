@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from simpo.analysis.curves import thin
+from simpo.analysis.curves import curves, thin
 from simpo.analysis.figures import paper_figures, spearman
 from simpo.analysis.headline import Headline
-from simpo.analysis.reading import Run
+from simpo.analysis.reading import Run, in_order
 from simpo.analysis.report import write_report
 from simpo.cli import main
 from simpo.errors import SimpoError
-from simpo.runs.folder import RunFolder
+from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.lines import write_lines
 from simpo.runs.results import Metric, write_results
 from simpo.statistics import mean_interval
@@ -44,6 +45,27 @@ def test_the_headline_is_the_change_of_the_same_rows(make_run, tmp_path, rows_of
             assert f"{100 * number:.1f}" in headline.sentence
     page = write_report([tmp_path / "run"]).read_text(encoding="utf-8")
     assert "12,345" in page and "3 of 70 rows of the train data" in page and run.record.fingerprint in page
+
+
+def test_a_loss_starts_and_changes_as_a_mean_over_tokens(tmp_path):
+    """As the losses next to it; also where the scores after training are missing."""
+    losses, tokens = np.array([[1.0, 3.0, 2.0], [0.5, 1.0, 2.0]]), np.array([1.0, 8.0, 2.0])
+    means = (losses @ tokens / tokens.sum()).tolist()
+    with RunFolder(tmp_path / "run", command="sft") as run:
+        run.begin({"seed": 0})
+        run.metrics.append([{"step": 5, "epoch": None, "eval_loss": means[1]}])
+        for stage, row in zip(("before", "after"), losses, strict=True):
+            rows = [{"loss": loss, "weight": weight} for loss, weight in zip(row, tokens, strict=True)]
+            write_lines(run.path / f"held_out_{stage}.jsonl", rows)
+        metrics = [Metric("eval_loss", mean, stage) for stage, mean in zip(("before", "after"), means, strict=True)]
+        write_results(run.path, command="sft", fingerprint=run.fingerprint, metrics=metrics)
+        run.finish()
+    found = Run.read(tmp_path / "run")
+    assert Headline.of(found).measures[0].change.value == pytest.approx(means[1] - means[0])
+    assert curves([found])[0]["series"][0]["data"][0] == (0, pytest.approx(means[0], rel=1e-4))
+    assert "epoch" not in write_report([tmp_path / "run"]).read_text().partition("Not finite in the log")[2][:80]
+    (tmp_path / "run/held_out_after.jsonl").unlink()
+    assert Headline.of(Run.read(tmp_path / "run")).measures[0].change is None
 
 
 def test_without_a_clear_change_the_verdict_is_open(make_run, tmp_path, rows_of):
@@ -101,6 +123,24 @@ def test_a_thinned_curve_keeps_every_spike():
     assert thin([(1, 2.0), (2, 3.0)]) == [(1, 2), (2, 3)]
 
 
+def test_tokens_without_a_finite_log_probability_are_left_out(make_run, tmp_path, rows_of):
+    path = make_run(tmp_path / "run")
+    rows = rows_of(path / "examples_after.jsonl")
+    for row in rows:
+        row["responses"][0]["logps"] = [None, -0.7]
+    write_lines(path / "examples_after.jsonl", rows)
+    (chart,) = (chart for chart in paper_figures(Run.read(path)) if "by position" in chart["title"])
+    assert chart["series"][0]["data"] == [(2, -0.2)]
+    write_report([path])
+
+
+def test_rounds_are_in_the_order_of_their_numbers(tmp_path):
+    names = [f"round-{number}/model/run.json" for number in (10, 9, 2, 1)]
+    assert [path.parts[0] for path in sorted(map(Path, names), key=in_order)] == [
+        *("round-1", "round-2", "round-9", "round-10")
+    ]
+
+
 def test_a_large_run_makes_a_small_page(make_run, tmp_path):
     path = make_run(tmp_path / "run", pairs=20_000, steps=100_000)
     began = time.process_time()
@@ -129,9 +169,9 @@ def test_several_runs_name_what_differs(make_run, tmp_path):
     assert str(one) in text and str(other) in text and "1e-05" in text and "no clear difference" in text
     (loss,) = (chart for chart in data_of(page)["charts"].values() if chart["title"] == "Loss")
     assert len({series["color"] for series in loss["series"]}) == 2 and len(loss["series"]) == 4
-    record = json.loads((other / "run.json").read_text())
-    record["identity"]["data/eval"] = "1" * 64
-    (other / "run.json").write_text(json.dumps(record))
+    record = RunRecord.read(other)
+    record.identity["data/eval"] = "1" * 64
+    record.write(other)
     assert "different held-out rows" in write_report([one, other], tmp_path / "both.html").read_text()
 
 

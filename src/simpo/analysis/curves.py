@@ -116,9 +116,10 @@ def _points(run: Run, name: str, *, start: bool) -> list[Point]:
     """The logged values by step; held-out ones begin with the start model's, where its rows were scored."""
     points = list(run.logged.get(name, ()))
     if start and points and points[0][0] > 0:
-        values = run.column("before", name.removeprefix("eval_"))
-        if len(values) and not np.isnan(values).all() and not (name == _ACCURACY and run.starts_at_zero):
-            points.insert(0, (0, float(np.nanmean(values))))
+        values, weights = (run.column("before", column) for column in (name.removeprefix("eval_"), "weight"))
+        weights = np.where(np.isnan(values), 0.0, np.nan_to_num(weights, nan=1.0))
+        if weights.any() and not (name == _ACCURACY and run.starts_at_zero):
+            points.insert(0, (0, float(np.average(np.nan_to_num(values), weights=weights))))
     return points
 
 

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from simpo.analysis.headline import trained_run
-from simpo.analysis.reading import Row, Run
+from simpo.analysis.reading import Row, Run, in_order
 
 _LONGEST = 8_000  # characters of a text
-_MOST = 120  # examples of a kind and run
+_MOST = 120  # answers of a run
 _BUDGET = 2_000_000  # characters of all examples as JSON
 
 
 def examples(runs: Sequence[Run]) -> tuple[list[Row], str]:
     """The examples of all runs for the page's script, and what was left out of them, in a sentence."""
     found = [chain(_answers(run), _pairs(trained_run(run))) for run in runs]
-    rows, left_out, used = [], 0, 0
+    rows, left_out = [], 0
     share = _BUDGET // max(1, len(runs))
     for run, of_run in zip(runs, found, strict=True):
-        used = 0
+        used = answers = 0
         for row in of_run:
-            used += len(json.dumps(row))
-            if used > share:
+            size, is_answer = len(json.dumps(row)), row["kind"] == "answers"
+            if used + size > share or (is_answer and answers == _MOST):
                 left_out += 1
             else:
+                used, answers = used + size, answers + is_answer
                 rows.append({"run": run.name, **row})
     return rows, f"{left_out:,} examples were left out to keep this page small." if left_out else ""
 
@@ -85,7 +86,8 @@ def _tokens(name: str, response: Mapping[str, Any]) -> Row:
 
 def _answers(run: Run) -> Iterator[Row]:
     """Answers to the same prompts before and after, or of the two models of a comparison."""
-    verdicts = [run.path / "verdicts.jsonl", *sorted(run.path.glob("round-*/comparison/verdicts.jsonl"))[-1:]]
+    of_rounds = sorted(run.path.glob("round-*/comparison/verdicts.jsonl"), key=in_order)
+    verdicts = [run.path / "verdicts.jsonl", *of_rounds[-1:]]
     for path in verdicts:
         rows = run.lines(path.relative_to(run.path).as_posix())
         rows.sort(
@@ -93,12 +95,12 @@ def _answers(run: Run) -> Iterator[Row]:
                 -abs(sum((value if value is not None else 0.5) - 0.5 for value in row.get("verdicts", {}).values()))
             )
         )
-        for row in islice(rows, _MOST):
+        for row in rows:
             judged = {name: value for name, value in row.get("verdicts", {}).items() if value is not None}
             yield _answer(row, ("B", row.get("b")), ("A", row.get("a")), judged)
     for before, after in _answer_files(run):
         later = {row.get("id"): row for row in run.lines(after.relative_to(run.path).as_posix())}
-        for row in islice(run.lines(before.relative_to(run.path).as_posix()), _MOST):
+        for row in run.lines(before.relative_to(run.path).as_posix()):
             other = later.get(row.get("id"), {}).get("responses") or [None]
             yield _answer(row, ("before", (row.get("responses") or [None])[0]), ("after", other[0]), {})
 

@@ -108,7 +108,10 @@ def target_margin(run: Run) -> float | None:
 
 def _reward_and_length(stages: dict[Stage, Pairs], last: Stage) -> Chart:
     rho = {stage: spearman(pairs.lengths.ravel(), pairs.rewards.ravel()) for stage, pairs in stages.items()}
-    shown = "; ".join(f"{stage} {found.value:.2f}{_bounds(found)}" for stage, found in rho.items())
+    shown = "; ".join(
+        f"{stage} {'undefined (all are equal)' if math.isnan(found.value) else f'{found.value:.2f}{_bounds(found)}'}"
+        for stage, found in rho.items()
+    )
     pairs = stages[last]
     series = _scattered(pairs.lengths, pairs.rewards)
     return {
@@ -192,10 +195,11 @@ def _by_position(run: Run) -> Iterator[Chart]:
         for row in run.examples:
             responses = row.get("responses", ())
             if len(responses) == 2 and responses[color].get("after") and responses[color].get("logps"):
-                pairs = zip(responses[color]["after"], responses[color]["logps"], strict=True)
-                ratios = np.array([now - start for now, start in pairs][:_POSITIONS], dtype=np.float64)
-                sums[: len(ratios)] += ratios
-                counts[: len(ratios)] += 1
+                now, start = (responses[color][stage][:_POSITIONS] for stage in ("after", "logps"))
+                for place, (one, other) in enumerate(zip(now, start, strict=False)):
+                    if one is not None and other is not None:  # tokens that are not scored, or not finite
+                        sums[place] += one - other
+                        counts[place] += 1
         enough = counts >= max(5, 0.1 * counts.max())
         data = [(int(place) + 1, rounded(sums[place] / counts[place])) for place in np.flatnonzero(enough)]
         if data:

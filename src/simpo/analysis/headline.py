@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from simpo.analysis.reading import Run
-from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval
+from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval, weighted_mean_interval
 
 Direction = Literal["better", "worse", "unclear", "unknown"]
 _ACCURACY, _AREA, _WIN_RATE = "eval_rewards/accuracies", "eval_rewards/auc", "eval_generations/win_rate"
@@ -226,10 +226,9 @@ def _losses(run: Run) -> Iterator[Measure]:
     verdicts = ("It predicts answers better", "It predicts answers worse", "It predicts answers about as well")
     stages = run.metric("eval_loss", "before"), run.metric("eval_loss", "after")
     if stages[0] is not None and stages[1] is not None:
-        losses, weights = (
-            np.stack([run.column(stage, name) for stage in ("before", "after")]) for name in ("loss", "weight")
-        )
-        change = mean_interval(losses[1] - losses[0]) if losses.size and (weights[0] == weights[1]).all() else None
+        losses, weights = ([run.column(stage, name) for stage in ("before", "after")] for name in ("loss", "weight"))
+        same_rows = len(losses[0]) > 0 and np.array_equal(weights[0], weights[1])
+        change = weighted_mean_interval(losses[1] - losses[0], weights[0]) if same_rows else None
         text = "the loss on {n} held-out conversations went from {before} to {after} nats per token"
         one, other = (metric.interval for metric in stages if metric is not None)
         yield Measure("Held-out loss", text, other, one, change, None, verdicts, share=False, smaller_is_better=True)

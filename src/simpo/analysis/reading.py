@@ -207,7 +207,8 @@ class Run:
     @cached_property
     def parts(self) -> dict[str, Run]:
         """The runs in this folder's folders that trained a model, by their path from here."""
-        records = sorted(path for pattern in ("*", "*/*") for path in self.path.glob(f"{pattern}/run.json"))
+        found = (path for pattern in ("*", "*/*") for path in self.path.glob(f"{pattern}/run.json"))
+        records = sorted(found, key=in_order)
         runs = {}
         for path in records:
             try:
@@ -236,6 +237,11 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         if names.count(run.name) > 1:
             run.name = str(run.path)
     return runs
+
+
+def in_order(path: Path) -> list[tuple[int, str]]:
+    """A key that sorts paths by the numbers in them, so that round-10 comes after round-9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def _finite(value: Any) -> Any:

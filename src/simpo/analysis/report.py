@@ -101,10 +101,16 @@ def render(runs: Sequence[Run]) -> str:
 
 def _trainings(run: Run, *, several: bool) -> list[Run]:
     """The runs whose curves are drawn: the run itself, or the rounds or trials in it."""
-    if run.record.command == "loop":
-        return [part for name, part in run.parts.items() if name.endswith("/model")]
-    if run.record.command == "sweep":
-        return [part for name, part in run.parts.items() if name.startswith("trials/")]
+    if run.record.command in ("loop", "sweep"):
+        loop = run.record.command == "loop"
+        parts = [
+            part
+            for name, part in run.parts.items()
+            if (name.endswith("/model") if loop else name.startswith("trials/"))
+        ]
+        for part in parts:
+            part.name = f"{run.name}/{part.name}" if several else part.name
+        return parts
     trained = trained_run(run)
     if several:
         trained.name = run.name
@@ -116,7 +122,7 @@ def _trainings(run: Run, *, several: bool) -> list[Run]:
 
 def _described(run: Run) -> Row:
     """Everything of a run that the template shows, apart from charts and examples."""
-    trained, headline = trained_run(run), Headline.of(run)
+    trained, headline, files = trained_run(run), Headline.of(run), _files(run.path)
     described = {
         "name": run.name,
         "path": str(run.path),
@@ -134,7 +140,8 @@ def _described(run: Run) -> Row:
         "environment": yaml.safe_dump(trained.environment, sort_keys=False) if trained.environment else "",
         "hashes": {"fingerprint": run.record.fingerprint}
         | {key: value for key, value in trained.record.identity.items() if re.fullmatch("[0-9a-f]{64}", str(value))},
-        "files": _files(run.path),
+        "files": files[:_MOST_FILES],
+        "more_files": max(0, len(files) - _MOST_FILES),
     }
     return described | {"warnings": _warnings(run, trained)}  # last: reading the rest may have added some
 
@@ -194,7 +201,8 @@ def _warnings(run: Run, trained: Run) -> list[str]:
         found.append(f"The run was started {len(run.record.starts):,} times: it was stopped and continued.")
     for change in run.record.changes:
         found.append(f"Continued with other settings ({', '.join(change.get('now', {}))}) on {change.get('time')}.")
-    if not_finite := sorted({key for log in trained.logs for key, value in log.items() if value is None}):
+    logged = ((key, value) for log in trained.logs for key, value in log.items() if key not in ("step", "epoch"))
+    if not_finite := sorted({key for key, value in logged if value is None}):
         found.append(f"Not finite in the log (NaN or infinite): {', '.join(not_finite)}.")
     for one in (run,) if run is trained else (run, trained):
         found += one.missing + one.notices
@@ -211,7 +219,7 @@ def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 def _files(folder: Path) -> list[tuple[str, int, str]]:
     try:
-        return read_manifest(folder)[:_MOST_FILES]
+        return read_manifest(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

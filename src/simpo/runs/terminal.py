@@ -29,7 +29,9 @@ def output_is_closed() -> bool:
     poll.register(output, 0)
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # so that nothing fails when the interpreter flushes
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)  # so that nothing fails when the interpreter flushes
+    os.close(nowhere)
     return True
 
 

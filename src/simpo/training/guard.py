@@ -78,7 +78,9 @@ class Guard(TrainerCallback):
         if isinstance(rows, dict):  # several data sets: the first
             rows = next(iter(rows.values()), None)
         if rows is not None and trainer.command in ("train", "online") and not trainer.args.torch_compile:
-            chosen = np.random.default_rng(trainer.args.seed).permutation(len(rows))[:_PROBED]
+            labels = list(rows["label"]) if "label" in rows.column_names else []
+            preferred = np.flatnonzero(labels) if any(labels) else np.arange(len(rows))
+            chosen = np.random.default_rng(trainer.args.seed).permutation(preferred)[:_PROBED]
             self._rows = trainer.completed(rows).select(sorted(chosen.tolist()))
             self._start = self._likelihood(self._rows)
 
@@ -88,13 +90,11 @@ class Guard(TrainerCallback):
         logps = self._trainer.response_logps(rows).cpu().numpy()
         lengths = np.array([len(ids) for several in rows["response_ids"] for ids in several])
         best = np.cumsum(counts) - counts  # the first response of a row is its preferred one
-        if "label" in rows.column_names and any(rows["label"]):
-            best = best[np.array(rows["label"]).astype(bool)]
         return float((logps[best] / lengths[best]).mean())
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         step, every = state.global_step, max(1, int(state.logging_steps or 1))
-        if self._rows is None or (step not in _EARLY and step % every):
+        if self._rows is None or "chosen" in self._reported or (step not in _EARLY and step % every):
             return
         fall = self._start - self._likelihood(self._rows)
         warming_up = step <= max(args.get_warmup_steps(state.max_steps), 0.1 * state.max_steps)

@@ -132,7 +132,7 @@
   const tableOf = (chart) => {
     const body = element("tbody");
     for (const one of chart.series) {
-      for (const [x, value] of one.data.slice(0, 500)) {
+      for (const [x, value] of one.data) {
         const place = chart.x.categories ? chart.x.categories[x] : shown(x, chart.x.share);
         body.append(element("tr", {}, element("td", { textContent: one.name }), element("td", { textContent: place }), element("td", { textContent: shown(value, chart.y.share) })));
       }
@@ -209,7 +209,7 @@
     for (const [judge, value] of Object.entries(row.verdicts || {})) {
       facts.push(`${judge}: ${value > 0.5 ? row.sides[1].name + " better" : value < 0.5 ? row.sides[0].name + " better" : "tie"}`);
     }
-    const where = data.runs > 1 ? `${row.run}, ${row.place}` : row.place;
+    const where = controls.run ? `${row.run}, ${row.place}` : row.place;
     const head = element("header", {}, element("b", { textContent: facts.join("; ") }), element("span", { textContent: where, dir: "auto" }));
     const prompt = sideOf({ name: "prompt", texts: [row.prompt], cut: row.prompt_cut });
     return element("article", { className: "example" }, head, prompt, element("div", { className: "sides" }, ...row.sides.map(sideOf)));

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import yaml
 from simpo.errors import SimpoError
 from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import JsonLines
+from simpo.runs.lines import JsonLines, finite
 from simpo.runs.log import Log
 from simpo.runs.results import Metric, write_results
 from simpo.runs.signals import stoppable
@@ -64,7 +65,7 @@ def reproduce(studies: Sequence[Study], folder: Path, *, processes: int, argv: S
         outcomes = {study.name: [decide(claim, measured[study.name]) for claim in study.claims] for study in studies}
         write_text(folder / PAGE, render(studies, measured, outcomes, chosen))
         document = {name: [asdict(outcome) for outcome in found] for name, found in outcomes.items()}
-        write_text(folder / CLAIMS, json.dumps(document, indent=2) + "\n")
+        write_text(folder / CLAIMS, json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
         write_results(folder, command="reproduce", fingerprint=run.fingerprint, metrics=list(_metrics(measured)))
         run.finish()
         return [outcome for found in outcomes.values() for outcome in found]
@@ -101,6 +102,11 @@ class Trials:
                     self._lines.append([{"key": trial.key, "trial": asdict(trial), "metrics": metrics}])
                     self._done[trial.key] = metrics
                     advance(1)
+        except BrokenProcessPool as error:
+            raise SimpoError(
+                "processes: a trial's process was killed, most likely because memory ran out; run the same command "
+                "again with a smaller number, which continues"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
