@@ -18,8 +18,10 @@ from simpo.analysis.reading import Run, in_order
 from simpo.analysis.report import write_report
 from simpo.cli import main
 from simpo.errors import SimpoError
+from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.lines import write_lines
+from simpo.runs.manifest import damage
 from simpo.runs.results import Metric, write_results
 from simpo.statistics import mean_interval
 
@@ -160,6 +162,18 @@ def test_a_run_in_progress_with_damaged_logs(make_run, tmp_path):
     page = write_report([path]).read_text(encoding="utf-8")
     assert "So far, reward accuracy" in page and "75.0%" in page and "This run has not finished" in page
     assert "2 of 24 lines are damaged" in page and "(NaN or infinite): loss" in page
+
+
+def test_a_report_of_a_run_in_progress_does_not_damage_it(tmp_path):
+    path = tmp_path / "run"
+    with RunFolder(path, command="train") as run:
+        run.begin({"seed": 0})
+        write_text(path / "part/report.html", "of a part")
+        write_report([path])
+        run.finish()
+    write_report([path])
+    write_text(path / "part/report.html", "written again")
+    assert damage(path) is None
 
 
 def test_several_runs_name_what_differs(make_run, tmp_path):

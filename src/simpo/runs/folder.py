@@ -34,9 +34,9 @@ SCHEMA = 1
 _LOCK, _HOLDER = ".lock", ".lock.pid"
 # Seconds to wait for the lock: a child that was just being forked when its parent was killed holds it for a moment.
 _PATIENCE = 0.5
-# Not in the manifest: what changes after the run has finished, such as a model card that somebody edits, and what has a
-# manifest of its own.
-_UNLISTED = ("checkpoint-*", "trials", FILE_NAME, "log.txt", "README.md", ".*")
+# Not in the manifest: what changes after the run has finished, such as a model card that somebody edits or a report
+# that is written again, and what has a manifest of its own.
+_UNLISTED = ("checkpoint-*", "trials", FILE_NAME, "log.txt", "README.md", "report.html", "*/report.html", ".*")
 
 _ABSENT = object()
 _DIGEST = re.compile(r"[0-9a-f]{64}")

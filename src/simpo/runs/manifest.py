@@ -47,14 +47,17 @@ def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:
 
     Args:
         folder: of finished files.
-        exclude: patterns (``*`` and ``?``) of names in ``folder`` that are left out, with all that is below them.
+        exclude: patterns (``*`` and ``?``) of names in ``folder`` that are left out, with all that is below them, or of
+            paths from it.
     """
     with disk_errors(folder / FILE_NAME):
         names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         files = [
             {"path": name.as_posix(), "bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
             for name in sorted(names, key=Path.as_posix)
-            if not any(fnmatch(name.parts[0], pattern) for pattern in (FILE_NAME, *exclude))
+            if not any(
+                fnmatch(text, pattern) for text in (name.parts[0], name.as_posix()) for pattern in (FILE_NAME, *exclude)
+            )
         ]
     write_text(folder / FILE_NAME, json.dumps({"schema": SCHEMA, "files": files}, indent=2, ensure_ascii=False) + "\n")
 
