@@ -180,6 +180,13 @@ def test_long_texts_are_cut_and_counted(quiet, opt, tokenizer, tmp_path, caplog)
     assert "the end of a text" in caplog.text
 
 
+@pytest.mark.parametrize("key", ["completion_only_loss", "assistant_only_loss"])
+def test_texts_have_no_part_to_train_on_alone(key, quiet, opt, tokenizer, tmp_path):
+    args = compat.SFTConfig(str(tmp_path), **quiet, **{key: True})
+    with pytest.raises(SimpoError, match=f"{key}: train "):
+        compat.SFTTrainer(opt, args, train_dataset=Dataset.from_list([{"text": "a b"}]), processing_class=tokenizer)
+
+
 def test_a_formatting_function(quiet, opt, tokenizer, tmp_path):
     data = Dataset.from_list([{"question": "a b", "answer": "c"}, {"question": "d", "answer": "e f"}])
     args = compat.SFTConfig(str(tmp_path), **quiet)
@@ -244,6 +251,14 @@ def test_trls_own_script(name, model_folder, rows, tmp_path, monkeypatch):
         ("DPO", {"ld_alpha": 0.5}, "ld_alpha: not supported"),
         ("DPO", {"sync_ref_model": True}, "sync_ref_model: not supported"),
         ("DPO", {"f_divergence_type": "forward_kl", "loss_type": "ipo"}, "f_divergence_type: 'forward_kl'"),
+        ("DPO", {"loss_type": ["sigmoid", "sigmoid"]}, "loss_type: 'sigmoid' is given twice"),
+        ("DPO", {"sft_weight": 0.1}, "sft_weight: DPOConfig's key is loss_type"),
+        (
+            "DPO",
+            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+            r"f_alpha_divergence_coef: must be in \(0, 1\), not 1\.0",
+        ),
+        ("KTO", {"sft_weight": 0.1}, "sft_weight: not supported"),
         ("KTO", {"loss_type": "apo_zero_unpaired"}, "loss_type: 'apo_zero_unpaired'"),
         ("ORPO", {"generate_during_eval": True}, "generate_during_eval: not supported"),
         ("SFT", {"packing": True}, "packing: not supported"),

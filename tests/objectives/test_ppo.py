@@ -101,6 +101,8 @@ def test_explained_variance():
     assert explained_variance(values, returns) == pytest.approx(expected, rel=1e-12)
     assert explained_variance(returns, returns) == 1
     assert explained_variance(torch.full_like(returns, 4.0), returns) == pytest.approx(0)
+    assert math.isnan(explained_variance(values[:3], torch.full((3,), 0.1)))
+    assert math.isnan(explained_variance(values[4:], returns[4:]))
 
 
 def test_the_adaptive_coefficient_moves_towards_its_target():
@@ -115,8 +117,8 @@ def test_scores_are_scaled_by_the_start_models_and_clipped():
     std = math.sqrt((9 + 4 + 0 + 25) / 4)
     assert [scale.apply(score) for score in (4.0, 9.0)] == pytest.approx([0, 5 / std], abs=1e-12)
     assert [scale.apply(score, clip=1.0) for score in (-9.0, 5.0, 9.0)] == pytest.approx([-1, 1 / std, 1])
-    with pytest.raises(ValueError, match=r"0\.5"):
-        ScoreScale.of(torch.full((3,), 0.5))
+    with pytest.raises(ValueError, match=r"0\.1"):  # the mean of which is not exactly 0.1
+        ScoreScale.of(torch.full((3,), 0.1, dtype=torch.float64))
 
 
 def test_a_value_baseline_is_not_one_of_whole_answers():

@@ -404,6 +404,7 @@ def test_the_rollouts_of_another_training_are_refused(online):
         ({"objective": "ppo", "kl_estimator": "exact"}, "kl_estimator: .*kl_in: loss"),
         ({"kl_target": 1.0, "kl_coef": 0.0}, "kl_target: .*kl_coef"),
         ({"kl_horizon": 10}, "kl_horizon: .*kl_target"),
+        ({"objective": "rloo", "gae_lambda": 0.0}, "gae_lambda: .*rloo"),
         ({"entropy_coef": -1.0}, r"entropy_coef: .*-1\.0"),
         ({"ptx_weight": 1.0}, "ptx_weight: .*ptx_dataset_name"),
     ],
@@ -418,3 +419,9 @@ def test_prompts_that_leave_no_room_are_named(online):
         online(max_new_tokens=60, max_length=100)
     with pytest.raises(SimpoError, match="max_prompt_length 2"):
         online(max_new_tokens=38)
+
+
+def test_a_horizon_that_could_make_the_coefficient_negative_is_named(online):
+    assert online(kl_target=1.0).args.kl_horizon == 10_000
+    with pytest.raises(SimpoError, match="kl_horizon: 1 "):
+        online(kl_target=1.0, kl_horizon=1)

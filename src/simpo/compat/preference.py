@@ -73,6 +73,9 @@ class DPOConfig(_ReferenceKeys):
     unsupported: ClassVar[Mapping[str, str]] = {
         "use_weighting": "WPO's weights need every token's probabilities; leave it out"
     }
+    without_effect: ClassVar[Sequence[tuple[str, Any, str]]] = (
+        ("discopop_tau", 0.05, "it belongs to loss_type discopop, which is not here"),
+    )
 
     loss_type: list[str] = field(  # type: ignore[assignment]
         default_factory=lambda: ["sigmoid"], metadata={"help": f"Of {', '.join([*_OBJECTIVES, _SFT])}."}
@@ -106,13 +109,18 @@ class DPOConfig(_ReferenceKeys):
             if name not in (*_OBJECTIVES, _SFT):
                 known = ", ".join((*_OBJECTIVES, _SFT))
                 raise SimpoError(f"loss_type: {name!r} is not supported; there are {known}")
+            if losses.count(name) > 1:
+                raise SimpoError(f"loss_type: {name!r} is given twice; give it once, with the sum of its loss_weights")
         self._set_objective(dict(zip(losses, weights, strict=True)))
         super().__post_init__()
         self.loss_type = losses
 
     def _set_objective(self, weights: dict[str, float]) -> None:
         """Translate TRL's losses and hyperparameters to the objectives and their own."""
-        self.sft_weight = weights.pop(_SFT, 0.0)
+        sft_weight = weights.pop(_SFT, 0.0)
+        if self.sft_weight not in (0.0, sft_weight):
+            raise SimpoError("sft_weight: DPOConfig's key is loss_type, with 'sft' in it, and its loss_weights")
+        self.sft_weight = sft_weight
         found = {_OBJECTIVES[name]: weight for name, weight in weights.items()}
         if not found:
             raise SimpoError("loss_type: sft alone; use SFTTrainer")
@@ -124,7 +132,7 @@ class DPOConfig(_ReferenceKeys):
                 )
             found = {"f_dpo": found["dpo"]}
             self.divergence = _DIVERGENCES[self.f_divergence_type]  # type: ignore[assignment]
-            self.alpha = 1 - self.f_alpha_divergence_coef if self.divergence == "alpha" else None
+            self.alpha = self._order if self.divergence == "alpha" else None
         self.objective = found if len(found) > 1 or set(found.values()) != {1.0} else next(iter(found))
         if "ipo" in found:
             self.tau, self.length_normalized = self.beta, True
@@ -133,6 +141,16 @@ class DPOConfig(_ReferenceKeys):
         if "bco" in found:
             logger.warning("bco_pair: rewards are shifted by their running mean, as in the paper; TRL has no shift")
         self.label_smoothing = None  # type: ignore[assignment]
+
+    @property
+    def _order(self) -> float:
+        """The order of the alpha divergence."""
+        if not 0 < self.f_alpha_divergence_coef < 1:
+            raise SimpoError(
+                f"f_alpha_divergence_coef: must be in (0, 1), not {self.f_alpha_divergence_coef}; for 0 set "
+                "f_divergence_type to forward_kl, for 1 to reverse_kl"
+            )
+        return 1 - self.f_alpha_divergence_coef
 
 
 @dataclass
@@ -155,6 +173,8 @@ class KTOConfig(_ReferenceKeys):
     def __post_init__(self) -> None:
         if self.loss_type != "kto":
             raise SimpoError(f"loss_type: {self.loss_type!r} is not supported by KTOConfig, which has kto")
+        if self.sft_weight:
+            raise SimpoError("sft_weight: not supported by KTOConfig; PreferenceConfig(objective='kto') has it")
         self.objective = "kto"
         super().__post_init__()
 

@@ -108,7 +108,11 @@ class SFTTrainer(sft.SFTTrainer):
         """Tokenize texts, conversations or completions, and mark the tokens that TRL trains on."""
         if "prompt_ids" in dataset.column_names or tokenizer is None:
             return super().prepare(dataset, tokenizer, args, label)
+        if args.completion_only_loss and "completion" not in dataset.column_names:
+            raise SimpoError(f"completion_only_loss: {label} has no column completion; leave it out")
         if args.dataset_text_field in dataset.column_names and "prompt" not in dataset.column_names:
+            if args.assistant_only_loss:
+                raise SimpoError(f"assistant_only_loss: {label} has texts instead of conversations; leave it out")
             return _whole_texts(dataset, tokenizer, args, label)
         prepared = super().prepare(dataset, for_rows(dataset, tokenizer, "completion"), args, label)
         completions = "completion" in dataset.column_names and args.completion_only_loss is not False

@@ -18,6 +18,7 @@ Shapes: ``S`` tokens of ``R`` answers, one answer after another; ``segment`` ``[
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,10 +43,9 @@ class ScoreScale(NamedTuple):
     @classmethod
     def of(cls, scores: Tensor) -> ScoreScale:
         """From the ``scores`` ``[R]`` of the start model's answers; raises ValueError if they are all the same."""
-        mean, std = scores.mean().item(), scores.std(unbiased=False).item()
-        if std == 0:
-            raise ValueError(f"all scores are {mean:g}, so that there is no scale to normalize them to")
-        return cls(mean, std)
+        if scores.min() == scores.max():  # the standard deviation may be a rounding error instead of 0
+            raise ValueError(f"all scores are {scores[0].item():g}, so there is no scale to normalize them to")
+        return cls(scores.mean().item(), scores.std(unbiased=False).item())
 
     def apply(self, score: float, clip: float | None = None) -> float:
         """The scaled score, kept within ``-clip`` and ``clip``."""
@@ -120,6 +120,8 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     """
     known = ~returns.isnan()
     values, returns = values[known], returns[known]
+    if not len(returns) or returns.min() == returns.max():
+        return math.nan
     return (1 - (returns - values).var(unbiased=False) / returns.var(unbiased=False)).item()
 
 
@@ -136,7 +138,8 @@ def adapted_kl(coefficient: float, measured: float, answers: int, *, target: flo
         measured: the rollout's mean divergence of an answer, in nats.
         answers: number of its answers.
         target: the divergence that is wanted.
-        horizon: answers over which the coefficient changes by a factor of at most about ``e ** 0.2``.
+        horizon: answers over which the coefficient changes by a factor of at most about ``e ** 0.2``; more than a
+            fifth of ``answers``, or the coefficient could become negative.
     """
     error = min(max(measured / target - 1, -0.2), 0.2)
     return coefficient * (1 + error * answers / horizon)

@@ -119,6 +119,7 @@ class OnlineTrainer(PreferenceTrainer):
         self._logged_at = time.monotonic()
         if self.train_dataset is not None:
             self._check_room(self.train_dataset)
+            self._check_horizon()
             if self._value is not None and self._value.head is None:
                 with self.accelerator.autocast():
                     self._value.check(comparisons_of(self.train_dataset, range(len(self.train_dataset))[:_CHECKED]))
@@ -133,6 +134,18 @@ class OnlineTrainer(PreferenceTrainer):
             raise SimpoError(
                 f"{describe_rows(rows, long)}: the prompt and an answer of max_new_tokens {longest} do not fit the "
                 f"model's (or value_model's) {limit:,} positions; set max_length to {limit} or less"
+            )
+
+    def _check_horizon(self) -> None:
+        args, schedule = self.args, self._schedule
+        if args.kl_target is None:
+            return
+        prompts = min(schedule.prompts, schedule.per_step * (args.sync_every // args.rollout_epochs))
+        answers = prompts * args.num_generations
+        if answers >= 5 * args.kl_horizon:  # a rollout changes the coefficient by up to answers / (5 * kl_horizon)
+            raise SimpoError(
+                f"kl_horizon: {args.kl_horizon} is so short that a rollout of {answers:,} answers could make kl_coef "
+                f"negative; set it to {answers:,} or more"
             )
 
     @property
@@ -395,7 +408,7 @@ class OnlineTrainer(PreferenceTrainer):
             rollouts = self._files.seconds
             logs |= {"seconds/rollouts": rollouts, "seconds/training": now - self._logged_at - rollouts}
             self._logged_at, self._files.seconds = now, 0.0
-            if self._value is not None:
+            if not math.isnan(self._explained_variance):
                 logs |= {"value/explained_variance": self._explained_variance}
             if self._ptx is not None:
                 logs |= self._ptx.take()

@@ -204,7 +204,8 @@ class OnlineConfig(PreferenceConfig):
         self.precompute_ref_log_probs = False
 
     def _set_among(self, keys: tuple[str, ...]) -> list[str]:
-        return [key for key in keys if getattr(self, key) not in (None, False, 0.0)]
+        defaults = {field.name: field.default for field in fields(self)}
+        return [key for key in keys if getattr(self, key) != defaults[key]]
 
     def _check_soft_labels(self) -> None:
         if not self.soft_labels:
@@ -276,7 +277,8 @@ class OnlineConfig(PreferenceConfig):
             raise SimpoError("kl_horizon: only an adaptive coefficient has one; set kl_target, or leave it out")
         if self.kl_target is not None and not self.kl_coef:
             raise SimpoError("kl_target: changes kl_coef by a factor, and 0 stays 0; set kl_coef above 0")
-        self.kl_horizon = self.kl_horizon or _KL_HORIZON
+        if self.kl_target is not None and self.kl_horizon is None:
+            self.kl_horizon = _KL_HORIZON
 
     def _check_ptx(self) -> None:
         given = self._set_among(("ptx_weight", "ptx_dataset_name", "ptx_batch_size"))

@@ -32,8 +32,8 @@ def with_row_columns(prepared: Prepared, names: Sequence[str], label: str, *, tr
     may be without the other columns, all of them or none.
 
     Raises:
-        SimpoError: a row lacks a value, its value is out of bounds, or it has more than two responses and would need a
-            value for each pair; the message names file and row.
+        SimpoError: a row lacks a value, its value is out of bounds, or it does not have two responses, so that
+            the value would not be of a pair; the message names file and row.
     """
     rows, report = prepared.dataset, prepared.report
     rows = rows.remove_columns([name for name in ROW_COLUMNS if name in rows.column_names and name not in names])
@@ -52,8 +52,9 @@ def with_row_columns(prepared: Prepared, names: Sequence[str], label: str, *, tr
             continue
         for where, count, value in zip(wheres, counts, values, strict=True):
             _check(name, value, where)
-            if count > 2 and name != WEIGHT:
-                raise SimpoError(f"{where}: row_columns: {name} is of a pair, and the row has {count} responses")
+            if count != 2 and name != WEIGHT:
+                has = "a single response" if count == 1 else f"{count} responses"
+                raise SimpoError(f"{where}: row_columns: {name} is of a pair, and the row has {has}")
         rows = rows.add_column(name, list(map(float, values)), feature=Value("float64"))
     if training and WEIGHT in names:
         kept = np.flatnonzero(np.array(rows[WEIGHT][:]))

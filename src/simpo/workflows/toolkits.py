@@ -150,7 +150,8 @@ def _test_datasets(value: Any, given: Given) -> Mapping[str, Any]:
         raise ValueError("write eval_dataset_name with one data set")
     entry = _entry(value[0])
     split = {"dataset_test_split": entry["split"]} if entry["split"] else {}
-    return {"eval_dataset_name": entry["id"], **split}
+    note = {NOTE: f"name {entry['config']}: a held-out data set has no configuration here"} if entry["config"] else {}
+    return {"eval_dataset_name": entry["id"], **split, **note}
 
 
 def _per_epoch(name: str) -> Rule:
