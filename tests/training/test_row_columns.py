@@ -242,6 +242,16 @@ def test_rankings_have_weights_only(config, random_comparisons, as_dataset):
         PreferenceTrainer.prepare(rows, None, config(row_columns=["margin"]), "train")
 
 
+def test_single_responses_have_weights_only(config):
+    row = {"prompt_ids": [5, 6], "response_ids": [[7]], "weight": 2.0, "beta": 0.2}
+    rows = Dataset.from_list([row | {"label": n > 0, "where": f"made up:{n}"} for n in range(2)])
+    bco = {"objective": "bco"}
+    prepared = PreferenceTrainer.prepare(rows, None, config(**bco, row_columns=["weight"]), "train")
+    assert prepared.dataset["weight"][:] == [2, 2]
+    with pytest.raises(SimpoError, match=r"made up:0: row_columns: beta .* single response"):
+        PreferenceTrainer.prepare(rows, None, config(**bco, row_columns=["beta"]), "train")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -188,3 +188,10 @@ def test_what_is_refused(text, arguments, message, tmp_path):
 def test_something_has_to_be_asked_for():
     with pytest.raises(SimpoError, match="--setting is missing"):
         recipe.main(["--objective", "dpo"])
+
+
+def test_what_a_held_out_data_set_of_axolotl_has_in_addition_is_a_gap(converted):
+    text = AXOLOTL + "test_datasets: [{path: org/held_out, name: english, split: test}]\n"
+    found, (_, data, _) = converted(text)
+    assert (data.eval_dataset_name, data.dataset_test_split) == ("org/held_out", "test")
+    assert any("test_datasets: name english" in gap for gap in found.gaps)
