@@ -195,3 +195,26 @@ def test_what_a_held_out_data_set_of_axolotl_has_in_addition_is_a_gap(converted)
     found, (_, data, _) = converted(text)
     assert (data.eval_dataset_name, data.dataset_test_split) == ("org/held_out", "test")
     assert any("test_datasets: name english" in gap for gap in found.gaps)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LLAMA_FACTORY.replace("pref_loss: orpo", "pref_loss: hinge"),
+        OPEN_INSTRUCT.replace("loss_type: dpo_norm", "loss_type: wpo"),
+    ],
+)
+def test_no_default_takes_the_place_of_a_loss_without_counterpart(text, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    found = convert(path)
+    assert found.command == "train" and "objective" not in found.values
+    assert "objective is missing: add it" in found.gaps
+
+
+def test_values_of_another_kind_are_gaps(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base_model: m\nnum_epochs: 0\nevals_per_epoch: 2\ndatasets: org/pairs\ntest_datasets: 5\n")
+    assert [gap.split(": ")[1] for gap in convert(path).gaps[:2]] == ["datasets", "test_datasets"]
+    path.write_text("model_name_or_path: m\nuse_slow_tokenizer: false\ndataset_mixer: [1, 2]\n")
+    assert convert(path).gaps[0].startswith("line 3: dataset_mixer: ")

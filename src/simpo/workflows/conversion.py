@@ -95,7 +95,7 @@ def convert(path: Path) -> Conversion:
                 found.values.setdefault(name, (value, comment if len(comment) < 80 else setting.key))
         except ValueError as error:
             found.gaps.append(f"line {line}: {written if len(written) < 80 else setting.key}: {error}")
-    _complete(found, toolkit, path, keys)
+    _complete(found, toolkit, path, keys, lost="objective" not in found.values and _names_a_loss(given))
     return found
 
 
@@ -131,22 +131,33 @@ def _translated(
             yield name, own
 
 
-def _complete(found: Conversion, toolkit: Toolkit, path: Path, keys: Mapping[str, Key]) -> None:
-    """Add what the recipe leaves to the toolkit's defaults, and what it lacks."""
+def _names_a_loss(given: Mapping[str, Any]) -> bool:
+    return any(given.get(key) is not None for key in ("loss_type", "dpo_loss_type", "pref_loss"))
+
+
+def _complete(found: Conversion, toolkit: Toolkit, path: Path, keys: Mapping[str, Key], *, lost: bool) -> None:
+    """Add what the recipe leaves to the toolkit's defaults, and what it lacks.
+
+    ``lost`` says that its loss has no counterpart, so that no default takes the place of the objective.
+    """
     values, default = found.values, f"default of {toolkit.name}"
-    if found.command == "train" and "objective" not in values:
+    if found.command == "train" and lost:
+        found.gaps.append("objective is missing: add it")
+    elif found.command == "train" and "objective" not in values:
         implied = implied_objective(toolkit, path)
         if implied is not None:
             values["objective"] = (implied, "by the recipe's folder" if implied in path.parts else default)
     defaults = dict(toolkit.defaults.get(found.command, {}))
     if "use_peft" in values:
         defaults |= toolkit.defaults.get("lora", {})
+    if lost:
+        defaults.pop("objective", None)
     own = _hyperparameters(str(values.get("objective", (defaults.get("objective"),))[0]))
     for name, value in defaults.items():
         taken = name in values or (name == "gamma" and "gamma_beta_ratio" in values)
         if name in keys and not taken and (name in own or name not in _ALL_HYPERPARAMETERS):
             values[name] = (value, default)
-    if "beta" in values and "beta" not in own and found.command == "train":
+    if "beta" in values and "beta" not in own and "objective" in values:
         weight = {"orpo": "lam", "ipo": "tau"}.get(str(values["objective"][0]))
         if weight is not None:  # TRL calls it beta
             values[weight] = (values.pop("beta")[0], "beta")

@@ -112,6 +112,12 @@ def _entry(source: Any) -> dict[str, Any]:
     return {"id": path, "config": source.get("name"), "split": source.get("split")}
 
 
+def _entries(sources: Any) -> list[dict[str, Any]]:
+    if sources and not isinstance(sources, list):
+        raise ValueError("not a list of data sets")
+    return [_entry(source) for source in sources or ()]
+
+
 def _left_out(sources: Any) -> dict[str, str]:
     """A remark about keys of Axolotl's data sets that have no counterpart."""
     kept = {"path", "name", "split", "data_files", "ds_type", "type", "revision", "trust_remote_code"}
@@ -127,7 +133,7 @@ def _left_out(sources: Any) -> dict[str, str]:
 
 
 def _datasets(value: Any, given: Given) -> Mapping[str, Any]:
-    entries = [_entry(source) for source in value or ()]
+    entries = _entries(value)
     if not entries:
         return {}
     note = _left_out(value)
@@ -144,11 +150,12 @@ def _datasets(value: Any, given: Given) -> Mapping[str, Any]:
 
 
 def _test_datasets(value: Any, given: Given) -> Mapping[str, Any]:
-    if not value:
+    entries = _entries(value)
+    if not entries:
         return {}
-    if len(value) > 1:
+    if len(entries) > 1:
         raise ValueError("write eval_dataset_name with one data set")
-    entry = _entry(value[0])
+    entry = entries[0]
     split = {"dataset_test_split": entry["split"]} if entry["split"] else {}
     note = {NOTE: f"name {entry['config']}: a held-out data set has no configuration here"} if entry["config"] else {}
     return {"eval_dataset_name": entry["id"], **split, **note}
@@ -160,10 +167,10 @@ def _per_epoch(name: str) -> Rule:
     def rule(value: Any, given: Given) -> Mapping[str, Any]:
         if is_off(value):
             return {f"{name}_strategy": "no"}
-        share = 1 / (coerce(str(value), float) * coerce(str(given.get("num_epochs", 1)), float))
-        if share >= 1:
+        times = coerce(str(value), float) * coerce(str(given.get("num_epochs", 1)), float)
+        if times <= 1:
             return {f"{name}_strategy": "epoch"}
-        return {f"{name}_strategy": "steps", f"{name}_steps": f"{share:.6g}"}
+        return {f"{name}_strategy": "steps", f"{name}_steps": f"{1 / times:.6g}"}
 
     return rule
 
@@ -234,6 +241,8 @@ def _mixer_list(value: Any, given: Given) -> Mapping[str, Any]:
 
 
 def _mixer(value: Any, given: Given) -> Mapping[str, Any]:
+    if value and not isinstance(value, Mapping):
+        raise ValueError("not data sets with their fractions")
     shares = {name: coerce(str(share), float) for name, share in (value or {}).items()}
     if not any(share > 1 for share in shares.values()):
         return {"dataset_mixer": shares, "dataset_splits": ["train"]} if shares else {}
@@ -301,13 +310,13 @@ def _handbook_folder(path: PurePath) -> str:
     return next((part for part in path.parts if part in ("dpo", "orpo", "sft", "simpo")), "")
 
 
-_TRL_LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "kto_pair": "", "apo_zero": "apo_zero", "apo_down": "apo_down"}
+_TRL_LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "apo_zero": "apo_zero", "apo_down": "apo_down"}
 
 
 def _trl_loss(value: Any, given: Given) -> Mapping[str, Any]:
     name = value[0] if isinstance(value, list) and len(value) == 1 else value
     ours = _TRL_LOSSES.get(str(name))
-    if not ours:
+    if ours is None:
         raise ValueError(f"{name} has no counterpart here")
     return {"objective": ours} | ({"length_normalized": "true"} if ours == "ipo" else {})
 
