@@ -118,6 +118,19 @@ def test_trials_are_exact_and_stored_once(base: Path, tmp_path: Path):
     assert again.measured([trial, trial])["kl"].tolist() == [0.75, 0.75]
 
 
+def test_studies_of_earlier_calls_are_known_by_their_trials(tmp_path: Path):
+    objectives, ablation, *_ = read_studies()
+    trials = Trials(tmp_path, 1, print)
+    *most, last = [arm.trial(arm.candidates()[0], seed) for arm in ablation.arms.values() for seed in ablation.seeds]
+    metrics = dict.fromkeys(METRICS, 0.5)
+    trials._lines.append([{"key": trial.key, "metrics": metrics} for trial in most])
+    assert not Trials(tmp_path, 1, print).has(ablation)
+    trials._lines.append([{"key": last.key, "metrics": metrics}])
+    again = Trials(tmp_path, 1, print)
+    assert again.has(ablation) and not again.has(objectives)
+    assert [trial.key for trial in again.tuned(ablation)] == [trial.key for trial in [*most, last]]
+
+
 def test_the_plan_for_real_models_is_made_of_our_commands(capsys: pytest.CaptureFixture):
     lines = list(plan(read_studies(), "llama3-base"))
     commands = [line for line in lines if line.startswith(("simpo", "for"))]

@@ -29,7 +29,7 @@ from simpo.statistics import mean_interval
 from simpo.workflows.recipes import PAPER_SETTINGS, compose_recipe
 from simpo.workflows.reproduction.base import prepare_base
 from simpo.workflows.reproduction.page import render
-from simpo.workflows.reproduction.study import METRICS, REGISTERED, Arm, Measured, Outcome, Study, decide
+from simpo.workflows.reproduction.study import METRICS, REGISTERED, Arm, Measured, Outcome, Study, decide, read_studies
 from simpo.workflows.reproduction.trial import Trial, run_trial
 
 PAGE, CLAIMS = "reproduce.html", "claims.json"
@@ -39,7 +39,7 @@ def reproduce(studies: Sequence[Study], folder: Path, *, processes: int, argv: S
     """Run the trials of the studies that the folder does not have yet, and write the page.
 
     A run that was stopped is continued by the same call, and other studies may be added; the figures are the same,
-    except for the seconds.
+    except for the seconds. The page has every registered study whose trials the folder has.
 
     Raises:
         SimpoError: the folder cannot be used.
@@ -51,10 +51,12 @@ def reproduce(studies: Sequence[Study], folder: Path, *, processes: int, argv: S
         run.begin({"registered": yaml.safe_load(REGISTERED.read_text(encoding="utf-8"))}, argv=argv)
         prepare_base(folder / "base", run.log)
         trials = Trials(folder, processes, run.log)
-        arms = [(study, arm) for study in studies for arm in study.arms.values()]
-        trials.run(trial for _, arm in arms for trial in arm.tuning_trials())
-        chosen = {(study.name, arm.name): trials.best(arm) for study, arm in arms}
-        trials.run(arm.trial(chosen[study.name, arm.name], seed) for study, arm in arms for seed in study.seeds)
+        trials.run(trial for study in studies for arm in study.arms.values() for trial in arm.tuning_trials())
+        trials.run(trial for study in studies for trial in trials.tuned(study))
+        wanted = {study.name for study in studies}
+        earlier = [study for study in read_studies() if study.name not in wanted and trials.has(study)]
+        studies = sorted([*studies, *earlier], key=lambda study: study.number)
+        chosen = {(study.name, arm.name): trials.best(arm) for study in studies for arm in study.arms.values()}
         measured = {
             study.name: {
                 name: trials.measured([arm.trial(chosen[study.name, name], seed) for seed in study.seeds])
@@ -115,6 +117,17 @@ class Trials:
         candidates, trials = arm.candidates(), arm.tuning_trials()
         rates = [self._done[trial.key]["win_rate"] for trial in trials]
         return candidates[int(np.argmax(rates)) if rates else 0]
+
+    def tuned(self, study: Study) -> list[Trial]:
+        """The trials that decide a study, of the best candidates; its tuning trials are done."""
+        return [arm.trial(self.best(arm), seed) for arm in study.arms.values() for seed in study.seeds]
+
+    def has(self, study: Study) -> bool:
+        """Whether all trials of a study are done."""
+        tuning = (trial for arm in study.arms.values() for trial in arm.tuning_trials())
+        return all(trial.key in self._done for trial in tuning) and all(
+            trial.key in self._done for trial in self.tuned(study)
+        )
 
     def measured(self, trials: Sequence[Trial]) -> Measured:
         """The metrics of trials that are done, ``[trials]`` each."""
