@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from benchmarks.plan_accuracy import Run, make_model, make_rows, peak_bytes, predicted, train
+from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers.training_args import OptimizerNames
 
@@ -19,6 +20,7 @@ from simpo.packing.model import policy_logprobs
 from simpo.planning.memory import Setup, measure_step
 from simpo.planning.model import Blueprint
 from simpo.planning.optimizers import _PAGED
+from simpo.planning.search import Choice, Machine, Planner, Work
 from simpo.training.batches import comparisons_of
 
 SETUP = Setup("adamw_torch", cuda=False, accumulates=False)
@@ -105,3 +107,12 @@ def test_states_of_optimizers(name, folder, rows) -> None:
     )
     # numbers of steps, one for each weight, are on top
     assert step.states == pytest.approx(sum(value.nbytes for value in stored), rel=0.01, abs=1000)
+
+
+def test_processes_share_the_step_of_the_optimizer(folder) -> None:
+    rows = Dataset.from_dict({"prompt_ids": [[3, 3]] * 2, "response_ids": [[[3], [4]]] * 2})
+    blueprint, work = Blueprint.read(ModelArguments(str(folder))), Work(rows, 2, 2, 1)
+    planner = Planner(blueprint, Setup("adamw_torch", cuda=True), work, Machine(None, 2, None))
+    whole, shared = (planner.estimate(Choice(4096, 0.0, sharding)) for sharding in ("ddp", "fsdp"))
+    assert whole.tightest == shared.tightest == "the optimizer's step"
+    assert shared.memory["activations"] == whole.memory["activations"] / 2

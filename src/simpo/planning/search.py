@@ -193,7 +193,7 @@ class Planner:
         batches = self.work.batches(choice.max_batch_tokens, self.machine.gpus, "packed")
         step = self._step(choice, batches)
         memory = self._memory(choice.sharding, step, step.peak, gradients_first=batches.per_step > 1)
-        update = self._memory(choice.sharding, step, step.update)
+        update = self._memory(choice.sharding, step, step.update * self._share(choice.sharding))
         tightest = max(step.peaks, key=lambda name: step.peaks[name])
         if sum(update.values()) > sum(memory.values()):
             memory, tightest = update, "the optimizer's step"
@@ -208,12 +208,7 @@ class Planner:
         )
 
     def _step(self, choice: Choice, batches: Batches) -> Step:
-        shared = choice.sharding in ("fsdp", "zero2", "zero3")
-        setup = replace(
-            self.setup,
-            accumulates=batches.per_step > 1,
-            share=1 / self.machine.gpus if shared else 1.0,
-        )
+        setup = replace(self.setup, accumulates=batches.per_step > 1, share=self._share(choice.sharding))
         blueprint = replace(self.blueprint, checkpointed_share=choice.checkpointed_share)
         step = measure_step(blueprint, batches.heaviest, setup)
         if choice.sharding in ("fsdp", "zero3") and setup.autocast is not None and blueprint.dtype == torch.float32:
@@ -228,6 +223,10 @@ class Planner:
             )
         return step
 
+    def _share(self, sharding: Sharding) -> float:
+        """Share of the gradients and of the optimizer's work that a process has."""
+        return 1 / self.machine.gpus if sharding in ("fsdp", "zero2", "zero3") else 1.0
+
     def _memory(self, sharding: Sharding, step: Step, peak: float, *, gradients_first: bool = True) -> dict[str, float]:
         """Bytes of a process where forward and backward, or the optimizer, need ``peak`` on top of what is kept.
 
@@ -235,17 +234,16 @@ class Planner:
         """
         count = self.machine.gpus
         weights = 1 / count if sharding in ("fsdp", "zero3") else 1.0
-        gradients = 1 / count if sharding in ("fsdp", "zero2", "zero3") else 1.0
-        states = 1 / count if sharding in ("fsdp", "zero2", "zero3") else 1.0
-        optimizer = step.states * states
+        share = self._share(sharding)
+        optimizer = step.states * share
         if sharding in ("zero2", "zero3"):
             optimizer += step.gradients / 2 * _MASTER / count
         found = {
             "weights": step.weights * weights,
             "reference": step.copies * weights,
-            "gradients": step.gradients * gradients,
+            "gradients": step.gradients * share,
             "optimizer": optimizer,
-            "activations": peak - (0.0 if gradients_first else step.gradients * gradients),
+            "activations": peak - (0.0 if gradients_first else step.gradients * share),
             "sharing": 0.0,
         }
         if sharding == "ddp":
