@@ -42,6 +42,16 @@ def test_damaged_files_are_made_again(prepared, own_cache, caplog, damage, numbe
     assert str(path.parent) in caplog.text or str(own_cache) in caplog.text
 
 
+def test_damaged_files_that_stay_are_not_used(prepared, own_cache, monkeypatch, caplog):
+    expected = prepared()[:]
+    path = next(path for path in own_cache.rglob("*.arrow") if not path.name.startswith("cache-"))
+    path.write_bytes(path.read_bytes().replace(b"chosen 3", b"chosen 4"))
+    monkeypatch.setattr(cache, "_remove", lambda path: None)  # as if it were another user's
+    assert prepared()[:] == expected
+    assert "is damaged and cannot be replaced" in caplog.text
+    assert Path(datasets.config.HF_DATASETS_CACHE) == cache._temporary[0] != own_cache
+
+
 def test_a_cache_that_cannot_be_written_is_replaced(prepared, tmp_path, monkeypatch, caplog):
     expected = prepared()[:]
     (tmp_path / "file").write_text("")

@@ -49,7 +49,7 @@ def cached(make: Callable[[], Dataset]) -> Dataset:
                 raise OSError(f"{damaged[0]} is damaged and cannot be replaced")
         return dataset
     except _FAULTS as error:
-        if isinstance(error, SimpoError) or isinstance(error.__cause__, SimpoError) or _temporary:
+        if isinstance(error.__cause__, SimpoError) or _temporary:
             raise
         before, fault = datasets.config.HF_DATASETS_CACHE, one_line(error.__cause__ or error)
         _temporary.append(Path(tempfile.mkdtemp(prefix="simpo-data-")))
