@@ -127,6 +127,13 @@ def test_kto(paired, train_both, rows):
     assert losses_of(ours)[0] == pytest.approx(losses_of(theirs)[0], rel=1e-5)
 
 
+def test_rankings_are_not_cut_to_pairs(quiet, opt, tokenizer, tmp_path):
+    rows = Dataset.from_list([{"prompt_ids": [5], "response_ids": [[6], [7], [8]], "where": "made up:0"}])
+    args = compat.KTOConfig(str(tmp_path), **quiet)
+    with pytest.raises(SimpoError, match="made up:0: 3 ranked responses"):
+        compat.KTOTrainer(opt, None, args, train_dataset=rows, processing_class=tokenizer)
+
+
 def test_orpo(train_both, rows, opt):
     """TRL's likelihood term is of the prompt, too, and is logged by itself."""
     theirs, ours = train_both("ORPO", Dataset.from_list(rows), max_steps=1)

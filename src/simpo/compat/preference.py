@@ -259,6 +259,10 @@ class ORPOTrainer(PortedTrainer):
 
 def _unpaired(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
     """Single responses, ``response_ids`` of one, with labels: the chosen ones first."""
+    for number, responses in enumerate(columns["response_ids"]):
+        if len(responses) != 2:
+            where = columns["where"][number] if "where" in columns else "train_dataset"
+            raise SimpoError(f"{where}: {len(responses)} ranked responses; KTOTrainer takes pairs or single responses")
     count = len(columns["prompt_ids"])
     return {
         "prompt_ids": [*columns["prompt_ids"], *columns["prompt_ids"]],

@@ -278,7 +278,7 @@ class OnlineTrainer(PreferenceTrainer):
         return [comparisons[micro, planned.weight] for micro in planned.micro_batches]
 
     def _enter(self, place: Place) -> None:
-        """Read or sample the rollout of a step, and make the rows to train on of it."""
+        """Read or sample the rollout of a step, and turn it into rows to train on."""
         assert self.annotator is not None
         records = self._files.records(place, self.annotator)
         rows = training_rows(records, self.args)
@@ -344,7 +344,7 @@ class OnlineTrainer(PreferenceTrainer):
         return mean_by(losses, owner, len(counts)), torch.stack(metrics, dim=1)
 
     def _regularization(self, found: TokenOutputs, batch: PlannedBatch) -> Tensor:
-        """``[S]`` terms that keep the policy near the start model, where not the rewards do, and its entropy high."""
+        """``[S]`` terms that keep the policy near the start model, unless the rewards do, and its entropy high."""
         args, terms = self.args, torch.zeros_like(found.logps)
         if args.kl_in == "loss" and self._kl_coef:
             kl = found.divergence

@@ -61,7 +61,7 @@ class RolloutFiles:
         return sorted(self._folder.glob("0*.jsonl"))
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Note what determines the rollouts; raises :class:`SimpoError` if the folder's are of another training."""
+        """Record what determines the rollouts; raises :class:`SimpoError` if the folder's are of another training."""
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         path = self._folder / _IDENTITY
         if self._trainer.is_world_process_zero():

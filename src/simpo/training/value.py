@@ -109,7 +109,9 @@ class ValueFunction:
     def load(self, folder: Path) -> None:
         """Read what :meth:`save` wrote; raises :class:`SimpoError` if there is nothing, or another value function."""
         if not (folder / FILE).is_file():
-            raise SimpoError(f"resume_from_checkpoint: {folder} has no value function; it is not of a run with ppo")
+            raise SimpoError(
+                f"resume_from_checkpoint: {folder} has no value function; it was not written by a run with ppo"
+            )
         stored, own = load_file(folder / FILE), self._named()
         if {name: each.shape for name, each in stored.items()} != {name: each.shape for name, each in own.items()}:
             raise SimpoError(f"resume_from_checkpoint: {folder} has another value function; name the same value_model")

@@ -188,7 +188,9 @@ def _rl_beta(value: Any, given: Given) -> Mapping[str, Any]:
 
 
 def _special_tokens(value: Any, given: Given) -> Mapping[str, Any]:
-    others = [name for name in value or {} if name != "pad_token"]  # padding is never scored
+    if value and not isinstance(value, Mapping):
+        raise ValueError("not tokens by name")
+    others = [str(name) for name in value or {} if name != "pad_token"]  # padding is never scored
     if others:
         raise ValueError(f"{', '.join(others)}: change the tokenizer in the model's folder")
     return {}
@@ -199,7 +201,7 @@ def _precision(value: Any, given: Given) -> Mapping[str, Any]:
 
 
 def _fsdp(value: Any, given: Given) -> Mapping[str, Any]:
-    return {"fsdp": " ".join(value) if isinstance(value, list) else value} if value else {}
+    return {"fsdp": " ".join(map(str, value)) if isinstance(value, list) else value} if value else {}
 
 
 def _cpo_alpha(value: Any, given: Given) -> Mapping[str, Any]:
