@@ -13,7 +13,7 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.deepspeed
 	$(BIN)/pytest -n auto
 
-# More than a hundred kills, at chosen and at random moments; make test does eight.
+# More than a hundred kills, at chosen and at random moments; make test does five.
 soak: $(VENV)/.dev
 	SIMPO_SOAK_KILLS=10 $(BIN)/pytest -n auto tests/test_soak.py
 

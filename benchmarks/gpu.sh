@@ -86,8 +86,7 @@ else
   part verify 600 benchmarks.verify_cuda --device cpu && wait
   part 8b 600 benchmarks.profile_step "${toy[@]}" --output "$OUTPUT/8b.json" --variants 512,checkpointed=0.5 default
   wait
-  compare peers 600 "${toy[@]}" --pairs 2 --scale 0.1 --profile documents --families simpo sharing \
-    --only simpo "loop alone"
+  compare peers 600 "${toy[@]}" --pairs 2 --scale 0.1 --profile documents --families sharing --only "loop alone"
 fi
 
 for name in "${parts[@]}"; do

@@ -94,7 +94,7 @@ def test_a_compiled_kernel_with_integer_tensors_is_compiled_once(make_model, mon
 
     operator.register_fake(lambda q, *_: torch.empty_like(q))
     seen: list[tuple[list[int], int, int]] = []
-    monkeypatch.setattr(torch_varlen, "varlen_attn", lambda *args, scale, window_size: operator(*args, scale))
+    monkeypatch.setattr(torch_varlen, "varlen_attn", lambda *args, scale, **_: operator(*args, scale))
     monkeypatch.setattr(kernels, "_DEVICE", "cpu")
     model = make_model("mistral", torch.bfloat16, std=0.1, num_hidden_layers=2)
     state_of(prepare_policy(model)).path = "packed"  # the stand-in is no attention
