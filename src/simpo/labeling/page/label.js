@@ -28,7 +28,7 @@ async function send(action, body) {
       await new Promise((resolve) => setTimeout(resolve, 500));
       continue;
     }
-    const found = await response.json().catch(() => ({ error: `The server failed (${response.status}).` }));
+    const found = await response.json();
     report(response.ok ? "" : found.error);
     return response.ok ? found : null;
   }
