@@ -117,6 +117,21 @@ def _rows(path: Path, responses: list[list[str]]) -> Path:
     return path
 
 
+def test_what_is_on_a_screen_is_nobody_elses_also_after_a_restart(tmp_path: Path, monkeypatch):
+    items, path = make_items(2), tmp_path / "judgments.sqlite"
+    shown = []
+    for name in ("ann", "ben"):  # the server is started anew in between
+        with closing(Store(path)) as store:
+            shown.append(Session(items, store, seed=0, overlap=0).next(name)["item"]["id"])
+    assert sorted(shown) == [item.id for item in items]
+    with closing(Store(path)) as store:
+        session = Session(items, store, seed=0, overlap=0)
+        assert session.next("cid")["item"] is None
+        later = time.time() + 3600  # ann and ben have closed their pages
+        monkeypatch.setattr(time, "time", lambda: later)
+        assert session.next("cid")["item"] is not None
+
+
 def test_items_of_files(tmp_path: Path):
     one = _rows(tmp_path / "one.jsonl", [["x", "y", "x", "z"], ["x", "x"], ["x", "y"]])
     items, dropped = items_of_one(one, pairs=False)

@@ -16,6 +16,7 @@ from simpo.labeling.items import Item
 from simpo.labeling.store import KINDS, Judgment, Kind, Store
 
 _RECENT = 20  # judgments whose median is the pace
+_HELD = 1800.0  # seconds for which nobody else is shown an item that a labeler has on the screen
 _LONGEST_NAME, _LONGEST_NOTE = 60, 10_000  # characters
 
 
@@ -46,7 +47,7 @@ class Session:
     """The judgments of all labelers while the page is open.
 
     Some items are judged by every labeler, so that their agreement can be measured; every other item is judged by
-    whoever comes first, and nobody else is shown it while somebody has it on the screen.
+    whoever comes first, and nobody else is shown it while somebody has had it on the screen for less than half an hour.
     """
 
     def __init__(self, items: Sequence[Item], store: Store, *, seed: int, overlap: float) -> None:
@@ -63,7 +64,6 @@ class Session:
         self._seed = seed
         self._lock = Lock()
         self._orders: dict[str, list[str]] = {}
-        self._on_screen: dict[str, str] = {}  # labeler -> item
         self._judged = {(one.labeler, one.item): one for one in store.judgments()}
         self._shared = set(_shuffled(list(self._items), f"{seed} shared")[: round(overlap * len(items))])
 
@@ -117,7 +117,7 @@ class Session:
         if labeler not in self._orders:
             self._orders[labeler] = _shuffled(list(self._items), f"{self._seed} items {labeler}")
         taken = {item for (name, item), one in self._judged.items() if name != labeler and one.kind != "skip"}
-        taken |= {item for name, item in self._on_screen.items() if name != labeler}
+        taken |= {item for name, item in self._store.on_screen(_HELD).items() if name != labeler}
         return [
             item
             for item in self._orders[labeler]
@@ -129,9 +129,7 @@ class Session:
         return tuple(_shuffled(places, f"{self._seed} answers {labeler} {item.id}"))
 
     def _page(self, labeler: str, item: Item | None) -> dict[str, Any]:
-        self._on_screen.pop(labeler, None)
-        if item is not None:
-            self._on_screen[labeler] = item.id
+        self._store.show(labeler, None if item is None else item.id)  # stored, so that it holds after a restart, too
         return {"item": item and self._content(labeler, item), "progress": self._progress(labeler)}
 
     def _content(self, labeler: str, item: Item) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,12 @@ create table if not exists events (
     shown text,                 -- JSON: the answers' places in the file, in the order in which they were shown
     note text,
     seconds real                -- for which the item was visible
-)
+);
+create table if not exists screens (
+    labeler text primary key,
+    item text not null,         -- what the labeler's page shows
+    since real not null         -- Unix time
+);
 """
 # What counts is the last event of every labeler for every item.
 _CURRENT = """
@@ -78,7 +84,7 @@ class Store:
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._connection.execute("pragma journal_mode = wal")
             self._connection.execute("pragma synchronous = full")  # a judgment that was confirmed survives a power cut
-            self._connection.execute(_SCHEMA)
+            self._connection.executescript(_SCHEMA)
 
     def add(self, key: str, judgment: Judgment) -> None:
         """Store a judgment; a second one with the same key is the same request, sent again."""
@@ -109,6 +115,26 @@ class Store:
         """All judgments that were not withdrawn or replaced, in the order in which they were made."""
         with self._lock, self._errors():
             return _judgments(self._connection)
+
+    def show(self, labeler: str, item: str | None) -> None:
+        """Remember what a labeler's page shows now, or that it shows nothing."""
+        with self._lock, self._errors():
+            if item is None:
+                self._connection.execute("delete from screens where labeler = ?", (labeler,))
+            else:
+                self._connection.execute(
+                    "insert or replace into screens (labeler, item, since) values (?, ?, ?)",
+                    (labeler, item, time.time()),
+                )
+
+    def on_screen(self, seconds: float) -> dict[str, str]:
+        """The item that each labeler's page has shown for at most so many seconds."""
+        with self._lock, self._errors():
+            return dict(
+                self._connection.execute(
+                    "select labeler, item from screens where since >= ?", (time.time() - seconds,)
+                ).fetchall()
+            )
 
     def close(self) -> None:
         """Close the database."""
