@@ -13,8 +13,9 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.deepspeed
 	$(BIN)/pytest -n auto
 
-# More than a hundred kills, at chosen and at random moments; make test does five.
-soak: $(VENV)/.dev
+# What takes too long for make test, and more than a hundred kills at chosen and at random moments.
+soak: $(VENV)/.deepspeed
+	$(BIN)/pytest -n auto -m exhaustive
 	SIMPO_SOAK_KILLS=10 $(BIN)/pytest -n auto tests/test_soak.py
 
 # An hour of broken and hostile inputs on two cores, from a new seed; make test runs the same fixed examples every time.

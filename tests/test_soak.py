@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("SIMPO_SOAK_KILLS", "1"))
 
 
-KINDS = ["train", "dpo", "sample", "annotate", "loop"]
-KINDS += ["sft", "reward", "accumulation", "lora", "sweep"] if KILLS > 1 else []
+KINDS = ["train", "sample", "annotate"]
+KINDS += ["sft", "dpo", "reward", "loop", "accumulation", "lora", "sweep"] if KILLS > 1 else []
 
 
 @pytest.mark.parametrize("kind", KINDS)

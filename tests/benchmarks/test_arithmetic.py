@@ -60,6 +60,7 @@ def test_packed_with_kept_logits(model) -> None:
 
 @pytest.mark.parametrize(("rows", "unit"), [(1, 2), (4, 8), (6, 12)])
 def test_packed_with_recomputed_logits(rows, unit, model, monkeypatch) -> None:
+    monkeypatch.setattr(logprobs, "CPU_CHUNK", 128 * unit)
     monkeypatch.setattr(logprobs, "MEBIBYTE", unit)  # a chunk has 128 of them, and a row takes 4 * 61 bytes
     batch = PackedBatch.build(COMPARISONS)
     found = counted(lambda: policy_logprobs(model, batch, path="packed"))

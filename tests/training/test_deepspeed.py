@@ -177,6 +177,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", LAUNCHED)
 def test_two_processes_train_as_one(stage, world, alone, tmp_path, monkeypatch):

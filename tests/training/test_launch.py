@@ -107,6 +107,7 @@ def options(world: Path, output: Path, rows: int) -> list[str]:
     return ["train", *(f"--{key}={value}" for key, value in given.items())]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_two_processes_share_a_run(chat_world, tmp_path):
     alone, run = tmp_path / "alone", tmp_path / "run"

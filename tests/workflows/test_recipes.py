@@ -107,7 +107,9 @@ def demo_folder(tmp_path_factory):
 @pytest.mark.parametrize("name", ONLINE)
 def test_tiny_online_recipes_run(name, demo_folder, monkeypatch):
     monkeypatch.chdir(demo_folder)
-    assert main(["online", str(RECIPES / f"tiny/{name}.yaml"), "--max_steps=2", "--eval_steps=1"]) == 0
+    options = ["--max_steps=2", "--eval_steps=1"]
+    options += ["--normalize_scores=false"] if name == "ppo" else []  # every answer of a random model has the score 0
+    assert main(["online", str(RECIPES / f"tiny/{name}.yaml"), *options]) == 0
     found = {(m.name, m.stage): m for m in read_results(Path(f"runs/tiny-{name}/results.json")).metrics}
     assert found["train/steps", None].value == 2
     assert found["rollout/reward", "after"].n == (32 if name in ("online-simpo", "ppo") else 16)  # prompts of a rollout
