@@ -140,7 +140,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(step, through, chat_world, at, tm
 # What a run does after its last step, in order: what is patched to die, in which module or class.
 ENDING = [
     (ResumableTrainer, "_complete"),  # the last checkpoint is being written
-    (workflow, "shared_staging"),  # the held-out rows have been scored, and the model is about to be saved
+    (workflow, "shared_staging"),  # the model is about to be saved
     (workflow, "write_scores"),
     (workflow, "write_model_card"),
     (workflow, "write_results"),
@@ -207,6 +207,57 @@ def test_a_run_killed_after_its_last_step_takes_no_other(kind, chat_world, tmp_p
     assert figures(output) == figures(through)
     for name in ("held_out_before.jsonl", "held_out_after.jsonl"):
         assert (output / name).read_bytes() == (through / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["held_out_after.jsonl", "examples_after.jsonl"])
+def test_a_failure_while_the_trained_model_is_scored_leaves_that_model(name, through, chat_world, at, tmp_path):
+    """A folder in the place of a file stops the run; once it is gone, the run ends with the files of any other."""
+    output = tmp_path / "run"
+    patches = at(12, (output / name).mkdir)
+    assert cli.main(options(chat_world, output)) == 2
+    patches.undo()
+    assert same_weights(output, through)
+    for file in ("config.json", "tokenizer.json", "chat_template.jinja", "trainer_state.json"):
+        assert (output / file).is_file() == (through / file).is_file(), file
+    (output / name).rmdir()
+    assert cli.main(options(chat_world, output)) == 0
+    assert {path.name for path in output.iterdir()} == {path.name for path in through.iterdir()}
+    assert same_weights(output, through) and figures(output) == figures(through)
+    for file in ("held_out_after.jsonl", "examples_after.jsonl"):
+        assert (output / file).read_bytes() == (through / file).read_bytes()
+
+
+class Averaging(torch.optim.SGD):
+    """Plain SGD whose weights in evaluation are twice those in training, as schedule-free ones are others."""
+
+    _factor = 1.0
+
+    def _to(self, factor):
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(factor / self._factor)
+        self._factor = factor
+
+    def train(self):
+        self._to(1.0)
+
+    def eval(self):
+        self._to(2.0)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_saved_weights_are_those_of_evaluation(held_out, chat_world, tmp_path, monkeypatch):
+    """Of optimizers whose weights in training and in evaluation differ, with held-out rows or without."""
+    monkeypatch.setattr(
+        workflow.PackedTrainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda *given: (Averaging, {"lr": 0.0}))
+    )
+    changes = {"max_steps": 1, "num_train_epochs": None, "eval_strategy": "no", "save_strategy": "no"}
+    if not held_out:
+        changes |= {"eval_dataset_name": None}
+    assert cli.main(options(chat_world, tmp_path / "run", **changes)) == 0
+    start, saved = weights(chat_world / "model"), weights(tmp_path / "run")
+    assert all(torch.equal(saved[name], 2 * start[name]) for name in saved)
 
 
 @pytest.mark.parametrize("asked", [{"max_steps": 4}, {"max_steps": 3}])

@@ -97,8 +97,10 @@ def run_training(kind: type[PackedTrainer], job: TrainingJob) -> Path:
             return folder_path / FILE_NAME
         for callback in job.run_callbacks:
             callback.before_training(trainer, resumed=not folder.changed)
+        before = _score_start(trainer, folder)
         metrics += _train(trainer, folder)
-        _save_model(trainer, folder_path, job.model.save_dtype)
+        _save_model(trainer, folder_path, job.model.save_dtype)  # first, so that no later failure costs the training
+        metrics += [*trainer.summary(), *_compare(trainer, before, folder_path)]
         if folder.writes:
             write_model_card(folder_path, kind, job.model, job.data, config, metrics)
             write_results(folder_path, command=kind.command, fingerprint=folder.fingerprint, metrics=metrics)
@@ -204,14 +206,20 @@ def _check_ranks_agree(identity: Identity, config: Any) -> None:
                 )
 
 
+def _score_start(trainer: PackedTrainer, folder: RunFolder) -> Scores | None:
+    """Scores and examples of the held-out rows under the start model, once even if the run is killed; None if none."""
+    rows = trainer.eval_dataset
+    if rows is None:
+        return None
+    before = from_main(None if folder.changed else read_scores(folder.path / HELD_OUT["before"], len(rows)))
+    before = before or _score(trainer, folder.path / HELD_OUT["before"])
+    if folder.changed or not from_main((folder.path / EXAMPLES["before"]).exists()):
+        write_examples(folder.path / EXAMPLES["before"], trainer)
+    return before
+
+
 def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
-    """Train, from the newest whole checkpoint if there is one; the metrics of training and of held-out rows."""
-    held_out, before = trainer.eval_dataset, None
-    if held_out is not None:  # scored once, even if the run is killed
-        before = from_main(None if folder.changed else read_scores(folder.path / HELD_OUT["before"], len(held_out)))
-        before = before or _score(trainer, folder.path / HELD_OUT["before"])
-        if folder.changed or not from_main((folder.path / EXAMPLES["before"]).exists()):
-            write_examples(folder.path / EXAMPLES["before"], trainer)
+    """Train, from the newest whole checkpoint if there is one; the metrics of training."""
     if trainer.args.guard != "off":
         trainer.add_callback(Guard(trainer, trainer.args.guard))
     stop = StopOnSignal()
@@ -223,10 +231,15 @@ def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
     with stop:
         outcome = trainer.train(resume_from_checkpoint=_starting_point(trainer, folder))
     metrics = [Metric("train/loss", trainer.mean_loss()), Metric("train/steps", outcome.global_step)]
-    metrics += [Metric("train/tokens", trainer.trained_tokens()), *trainer.summary()]
-    if before is not None:
-        metrics += trainer.compare(before, _score(trainer, folder.path / HELD_OUT["after"]))
-        write_examples(folder.path / EXAMPLES["after"], trainer)
+    return [*metrics, Metric("train/tokens", trainer.trained_tokens())]
+
+
+def _compare(trainer: PackedTrainer, before: Scores | None, folder: Path) -> list[Metric]:
+    """Held-out results of the trained model next to ``before``, and its examples; none without held-out rows."""
+    if before is None:
+        return []
+    metrics = trainer.compare(before, _score(trainer, folder / HELD_OUT["after"]))
+    write_examples(folder / EXAMPLES["after"], trainer)
     return metrics
 
 
@@ -251,6 +264,8 @@ def _starting_point(trainer: PackedTrainer, folder: RunFolder) -> str | None:
 
 def _save_model(trainer: PackedTrainer, folder: Path, dtype: str | None) -> None:
     """Model, rounded to ``dtype`` if there is one, tokenizer and trainer state, each file whole or absent."""
+    if callable(to_eval := getattr(trainer.optimizer, "eval", None)):
+        to_eval()  # schedule-free optimizers: the averaged weights, as an evaluation would leave them
     main, wait = trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone
     name = provisional(folder / ".files")
     with shared_staging(staged_files(folder), name, main=main, wait=wait) as staging:
