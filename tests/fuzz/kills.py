@@ -39,6 +39,8 @@ TRAIN = {
     "disable_dropout": "false",
 }
 LORA = {"use_peft": "true", "lora_r": 2, "lora_target_modules": "c_attn"}
+ONLINE = {"objective": "ppo", "num_generations": 4, "max_length": 40, "max_new_tokens": 8, "kl_target": 1}
+ONLINE |= {"sync_every": 2, "rollout_epochs": 2}
 
 
 def command_of(world: Path, kind: str, output: Path) -> list[str]:
@@ -64,8 +66,9 @@ def command_of(world: Path, kind: str, output: Path) -> list[str]:
         "lora": LORA | {"eval_strategy": "steps", "eval_steps": 2},
         "dpo": LORA | {"objective": "dpo", "beta": 0.1, "reference_cache": output.with_name(f"{output.name}-cache")},
         "sweep": {"max_steps": 3, "learning_rate": "1e-3,1e-4"},
+        "online": ONLINE | {"annotator": scorer},
     }.get(kind, {})
-    command = kind if kind in ("reward", "sweep") else "train"
+    command = kind if kind in ("reward", "sweep", "online") else "train"
     return [command, *(f"--{key}={value}" for key, value in options.items())]
 
 
@@ -140,18 +143,21 @@ def run(
     return process.exitcode, made.value
 
 
+def _is_timing(key: str) -> bool:
+    return key.startswith("seconds/") or key.endswith(("runtime", "per_second", "total_flos"))
+
+
 def result_of(folder: Path) -> dict[str, object]:
-    """What the run is for; of training also its checkpoints and logs, of a loop the products of every stage."""
+    """What the run is for; of training also its checkpoints, logs and rollouts, of a loop every stage's products."""
     patterns = ["model.safetensors", "adapter_model.safetensors", "results.json", "best.yaml"]
-    patterns += [f"{name}.jsonl" for name in ("responses", "annotated", "best", "pairs", "verdicts")]
+    patterns += [f"{name}.jsonl" for name in ("responses", "annotated", "best", "pairs", "verdicts", "rollouts/0*")]
     found: dict[str, object] = {}
     for path in sorted(path for pattern in patterns for path in folder.rglob(pattern)):
         found[path.relative_to(folder).as_posix()] = path.read_bytes().replace(str(folder).encode(), b"")
     for path in sorted(folder.rglob("metrics.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         found[path.relative_to(folder).as_posix()] = [
-            {key: value for key, value in line.items() if not key.endswith(("runtime", "per_second", "total_flos"))}
-            for line in lines
+            {key: value for key, value in line.items() if not _is_timing(key)} for line in lines
         ]
     found["folders"] = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_dir())
     assert "results.json" in found

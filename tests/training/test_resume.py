@@ -371,6 +371,17 @@ def test_the_limit_leaves_the_newest_checkpoints(through, chat_world, tmp_path):
     assert last_good_checkpoint(output) is not None
 
 
+def test_the_limit_also_holds_when_the_last_checkpoint_was_written_before_a_kill(
+    make_trainer, make_model, pairs, tmp_path
+):
+    settings = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
+    rows = pairs(8)
+    make_trainer(rows, model=make_model("gpt2"), **settings).train()  # nothing is removed, as after such a kill
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-1"]
+    make_trainer(rows, model=make_model("gpt2"), save_total_limit=1, **settings).train(resume_from_checkpoint=True)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
 def test_the_best_checkpoint_stays_and_is_loaded(chat_world, tmp_path):
     output = tmp_path / "run"
     best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "rewards/margins"}
