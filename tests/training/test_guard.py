@@ -79,6 +79,39 @@ def test_a_warning_leaves_the_bits_and_a_good_run_has_none(chat_world, tmp_path)
     assert all((warned[name] == unguarded[name]).all() for name in warned)
 
 
+def test_probes_take_at_most_a_twentieth_of_the_trained_tokens(make_trainer, pairs, tmp_path):
+    """Logged at every step: after the early probes there are as many others as there is room for, also on a resume."""
+    rows, held_out, per_step = pairs(16), pairs(4, seed=1), 16 * 20
+
+    def probed(steps, checkpoint=None):
+        trainer = make_trainer(
+            rows,
+            **{"eval_dataset": held_out, "per_device_train_batch_size": 16, "max_steps": steps, "logging_steps": 1},
+            **{"save_strategy": "steps", "save_steps": 40, "output_dir": str(tmp_path / "run")},
+        )
+        found, score = [], trainer.response_logps
+
+        def counted(rows):
+            tokens = sum(len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows)
+            found.append((trainer.state.global_step, tokens))
+            return score(rows)
+
+        trainer.response_logps = counted
+        trainer.add_callback(Guard(trainer, "warn"))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.trained_tokens() == steps * per_step
+        return found
+
+    for found, first in ((probed(40), 0), (probed(80, str(tmp_path / "run" / "checkpoint-40")), 40)):
+        (cost,) = {tokens for _, tokens in found}
+        assert cost == sum(len(row["prompt_ids"]) + len(row["response_ids"][0]) for row in held_out)
+        steps = [step for step, _ in found]
+        assert first or steps[:7] == [0, 2, 3, 4, 5, 6, 8]
+        late = [(number, step) for number, step in enumerate(steps, start=1) if step > 8]
+        assert all(number * cost <= 0.05 * (step - first) * per_step for number, step in late)
+        assert len(found) * cost > 0.05 * 40 * per_step - cost
+
+
 def test_off_is_a_word_of_yaml(chat_world, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("guard: off\n")

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerState
 
 from simpo.errors import SimpoError
-from simpo.training.batches import response_counts
+from simpo.training.batches import response_tokens, row_sizes
 from simpo.training.checkpoints import last_good_checkpoint
 from simpo.training.packed import PackedTrainer
 
@@ -28,7 +28,8 @@ _KL = 1.0  # nats per token
 _GRADIENT = 100.0  # times the median so far
 _NOISE = 0.02  # nats per token: a smaller fall is not extrapolated
 _PROBED = 32  # held-out rows
-_EARLY = (2, 3, 4, 5, 6, 8)  # steps with a probe although nothing is logged: collapses begin early
+_EARLY = (2, 3, 4, 5, 6, 8)  # steps that are always probed: collapses begin early
+_SHARE = 0.05  # of the trained tokens that all probes may take; later probes wait until there is room for them
 _REMEMBERED, _NEEDED = 100, 5  # gradient norms that the median is of, and how many it needs
 
 _REMEDIES = {
@@ -61,8 +62,9 @@ def alarm(mode: str, step: int, sign: str, what: str, folder: Path) -> None:
 class Guard(TrainerCallback):
     """Watches a training for signs of collapse: what is logged, and how likely it still finds preferred responses.
 
-    A few held-out rows are scored under the start model, and again at steps that are logged and at a few early ones. It
-    changes neither weights nor random state. A sign is reported once; every rank sees the same signs.
+    The preferred responses of a few held-out rows are scored under the start model, and again at a few early steps and
+    at those that are logged, as far as all probes' tokens stay within 5% of the trained ones. It changes neither
+    weights nor random state. A sign is reported once; every rank sees the same signs.
 
     Args:
         trainer: with the start model.
@@ -81,20 +83,29 @@ class Guard(TrainerCallback):
             labels = list(rows["label"]) if "label" in rows.column_names else []
             preferred = np.flatnonzero(labels) if any(labels) else np.arange(len(rows))
             chosen = np.random.default_rng(trainer.args.seed).permutation(preferred)[:_PROBED]
-            self._rows = trainer.completed(rows).select(sorted(chosen.tolist()))
+            self._rows = _preferred(rows.select(sorted(chosen.tolist())))
+            self._cost = int(row_sizes(self._rows, "packed").lengths.sum())  # tokens of a probe
+            self._spent = self._trained = 0  # tokens of all probes, and of the training before this start
             self._start = self._likelihood(self._rows)
 
     def _likelihood(self, rows: Dataset) -> float:
-        """Mean log-probability per token of the preferred responses of ``rows``."""
-        counts = response_counts(rows)
+        """Mean log-probability per token of the responses of ``rows``."""
+        self._spent += self._cost
         logps = self._trainer.response_logps(rows).cpu().numpy()
-        lengths = np.array([len(ids) for several in rows["response_ids"] for ids in several])
-        best = np.cumsum(counts) - counts  # the first response of a row is its preferred one
-        return float((logps[best] / lengths[best]).mean())
+        return float((logps / response_tokens(rows)).mean())
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._trained = self._trainer.trained_tokens()
+
+    def _affordable(self) -> bool:
+        """Whether another probe keeps within its share of what has been trained since this start; all ranks call."""
+        return self._spent + self._cost <= _SHARE * (self._trainer.trained_tokens() - self._trained)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         step, every = state.global_step, max(1, int(state.logging_steps or 1))
-        if self._rows is None or "chosen" in self._reported or (step not in _EARLY and step % every):
+        if self._rows is None or "chosen" in self._reported:
+            return
+        if step not in _EARLY and (step % every or not self._affordable()):
             return
         fall = self._start - self._likelihood(self._rows)
         warming_up = step <= max(args.get_warmup_steps(state.max_steps), 0.1 * state.max_steps)
@@ -129,3 +140,9 @@ class Guard(TrainerCallback):
         if sign not in self._reported:
             self._reported.add(sign)
             alarm(self._mode, step, sign, what, Path(self._trainer.args.output_dir))
+
+
+def _preferred(rows: Dataset) -> Dataset:
+    """The first response of every row, which is its preferred one."""
+    columns = {"prompt_ids": rows["prompt_ids"][:], "response_ids": [several[:1] for several in rows["response_ids"]]}
+    return Dataset.from_dict(columns)
