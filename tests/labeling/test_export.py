@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from tests.labeling.conftest import make_items
 
+from simpo import cli
 from simpo.data.formats import read_comparison
 from simpo.errors import SimpoError
 from simpo.judging.protocol import Pair
 from simpo.judging.scored import HumanJudge
 from simpo.labeling.export import export, scores_of
 from simpo.labeling.items import Item
-from simpo.labeling.store import Judgment
-from simpo.runs.lines import read_lines
+from simpo.labeling.store import Judgment, Store
+from simpo.runs.folder import RunRecord
+from simpo.runs.lines import read_lines, write_lines
+from simpo.runs.results import write_results
 
 _KINDS = {"a": ("ranked", (1, 2)), "b": ("ranked", (2, 1)), "tie": ("tie", (1, 1)), "bad": ("both_bad", (1, 1))}
 
@@ -55,6 +59,28 @@ def test_pairs_verdicts_and_agreement(tmp_path: Path):
     assert metrics["first_shown_preferred"].value == pytest.approx(2 / 6)  # ann's b, and ben's a
     assert metrics["seconds_per_item"].value == 3.0
     assert metrics["seconds_per_item_median/ben"].value == 4.0
+
+
+def test_names_of_labelers_that_contain_the_separator(tmp_path: Path):
+    """The pairs (a, b+c) and (a+b, c) have metrics of their own."""
+    items = [Item("p0", "?", ("x", "y"))]
+    judgments = [Judgment(name, "p0", "ranked", (1, 2), (0, 1), "", 1.0) for name in ("a", "b+c", "a+b", "c")]
+    metrics = export(items, judgments, tmp_path, seed=0)
+    names = [metric.name for metric in metrics if metric.name.startswith("agreement/")]
+    assert len(names) == len(set(names)) == 6
+    write_results(tmp_path, command="label", fingerprint="", metrics=metrics)
+
+
+def test_the_command_to_train_is_printed_only_if_there_are_preferences(tmp_path: Path, capsys):
+    items = [Item("p0", "?", ("x", "y"))]
+    write_lines(tmp_path / "items.jsonl", [item.row() for item in items])
+    RunRecord("label", {"seed": "0"}).write(tmp_path)
+    for kind, ranks, trains in (("tie", (1, 1), False), ("ranked", (1, 2), True)):
+        with closing(Store(tmp_path / "judgments.sqlite")) as store:
+            store.add(f"key of {kind}", Judgment("ann", "p0", kind, ranks, (0, 1), "", 1.0))
+        assert cli.main(["label", "--export", str(tmp_path)]) == 0
+        assert ("simpo reward --dataset_name" in capsys.readouterr().out) == trains
+        assert bool((tmp_path / "preferences.jsonl").read_text()) == trains
 
 
 def test_rankings(tmp_path: Path):

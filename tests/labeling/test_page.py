@@ -10,6 +10,7 @@ from tests.browser import Browser, Page, chromium
 from tests.labeling.conftest import make_items
 
 from simpo.labeling.items import Item
+from simpo.labeling.session import Session
 
 _DONE = "!document.getElementById('done').hidden"
 _SHOWN = "!document.getElementById('task').hidden && document.querySelectorAll('.answer').length"
@@ -106,6 +107,29 @@ def test_two_labelers_and_a_server_killed_during_a_vote(browser: Browser, page_o
     assert len({(one.labeler, one.item) for one in found}) == len(found)
     times = Counter(one.item for one in found)
     assert sorted(times.values()) == [1] * 6 + [2] * 4  # four items shared; nothing lost, nothing counted twice
+
+
+def test_a_server_that_fails_is_reported_and_the_item_can_be_judged_again(browser: Browser, page_of, monkeypatch):
+    """Starlette answers an internal error with a status of 500 and plain text."""
+    served = page_of(make_items(2))
+    served.start()
+    judge, failed = Session.judge, []
+
+    def fails_once(self, vote):
+        if not failed:
+            failed.append(vote)
+            raise RuntimeError("planted")
+        return judge(self, vote)
+
+    monkeypatch.setattr(Session, "judge", fails_once)
+    page = browser.open(f"{served.url}&labeler=ann")
+    page.wait(f"{_SHOWN} && {_PROGRESS}.includes('0 done')")
+    page.press("1")
+    page.wait("document.getElementById('status').textContent.includes('500')")
+    page.press("1")
+    page.wait(f"{_SHOWN} && {_PROGRESS}.includes('1 done') && document.getElementById('status').hidden")
+    assert [one.item for one in served.judgments()] == [failed[0].item]
+    page.send("Page.close")
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1400, False), (380, True)])

@@ -18,6 +18,7 @@ from tests.labeling.conftest import TOKEN, Served, make_items
 
 from simpo.cli import main
 from simpo.errors import SimpoError
+from simpo.labeling.items import Item
 from simpo.labeling.run import export_run
 from simpo.labeling.server import listen
 from simpo.labeling.session import Session, Vote
@@ -69,12 +70,15 @@ def test_only_who_knows_the_token_on_this_machine(served: Served):
         (_vote("p0", labeler=" "), "labeler"),
         (_vote("p0", note="x" * 10_001), "note"),
         (_vote("p0", key="k"), "key"),
+        (_vote("p0", note="a \ud83d"), "note"),  # half of an emoji, which no database can store
+        (_vote("p0", key="key-1234\ud83d"), "key"),
         ([], "object"),
         (_vote("p0", note="x" * 200_000), "bytes"),
     ],
 )
 def test_votes_that_are_refused(served: Served, body: object, named: str):
-    answer = httpx.post(served.url.partition("?")[0] + "api/judge", json=body, headers=_HEADERS, trust_env=False)
+    address, content = served.url.partition("?")[0] + "api/judge", json.dumps(body)
+    answer = httpx.post(address, content=content, headers=_HEADERS, trust_env=False)
     assert answer.status_code == 400
     assert named in answer.json()["error"]
     assert served.judgments() == []
@@ -91,6 +95,23 @@ def test_a_request_that_is_sent_again_counts_once(served: Served):
             assert undone["item"]["id"] == "p1"
         assert [one.item for one in served.judgments()] == ["p0"]
         assert client.post("/api/undo", json={"key": "undo-key-2", "labeler": "ben"}).json()["progress"]["done"] == 0
+
+
+def test_half_of_a_character_in_an_answer_is_shown(page_of):
+    served = page_of([Item("p0", "Why?", ("so \ud83d", "because"))])
+    served.start()
+    with httpx.Client(base_url=served.url.partition("?")[0], headers=_HEADERS, trust_env=False) as client:
+        found = client.post("/api/next", json={"labeler": "ann"})
+        assert sorted(json.loads(found.text)["item"]["answers"]) == ["because", "so \ud83d"]
+
+
+def test_a_name_is_the_same_however_it_was_typed(served: Served):
+    """Composed and decomposed, and with other spaces; not in another case, which may be somebody else."""
+    names = ["Jos\u00e9 A", " Jose\u0301  A", "Jos\u00e9\u00a0A", "jos\u00e9 A"]
+    with httpx.Client(base_url=served.url.partition("?")[0], headers=_HEADERS, trust_env=False) as client:
+        for number, name in enumerate(names):
+            client.post("/api/judge", json=_vote("p0", f"key-number-{number}", labeler=name))
+    assert [one.labeler for one in served.judgments()] == ["Jos\u00e9 A", "jos\u00e9 A"]
 
 
 def test_shared_items_reach_everybody_and_others_one_labeler(tmp_path: Path):

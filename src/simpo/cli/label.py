@@ -12,9 +12,9 @@ import shlex
 
 from simpo.cli._shared import refuse_several
 from simpo.config import parse_settings
-from simpo.labeling.export import JUDGMENTS, PREFERENCES, VERDICTS
+from simpo.labeling.export import JUDGMENTS, PREFERENCE_COUNT, PREFERENCES, VERDICTS
 from simpo.labeling.run import LabelSettings, export_run, label
-from simpo.runs.results import print_results
+from simpo.runs.results import print_results, read_results
 
 
 def main(argv: list[str]) -> int:
@@ -27,7 +27,11 @@ def main(argv: list[str]) -> int:
         print(f"next:   simpo label --export {shlex.quote(str(settings.output_dir))}")
         return 0
     folder = settings.export
-    print_results(export_run(folder))
+    results = export_run(folder)
+    print_results(results)
     print(f"preferences: {folder / PREFERENCES}\nverdicts:    {folder / VERDICTS}\njudgments:   {folder / JUDGMENTS}")
-    print(f"next:        simpo reward --dataset_name {shlex.quote(str(folder / PREFERENCES))} ...")
+    if any(metric.value for metric in read_results(results).metrics if metric.name == PREFERENCE_COUNT):
+        print(f"next:        simpo reward --dataset_name {shlex.quote(str(folder / PREFERENCES))} ...")
+    else:
+        print("next:        judge more items: there is no preference yet that a model could be trained on")
     return 0

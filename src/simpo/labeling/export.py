@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -25,6 +26,7 @@ from simpo.statistics import (
 )
 
 PREFERENCES, VERDICTS, JUDGMENTS = "preferences.jsonl", "verdicts.jsonl", "judgments.jsonl"
+PREFERENCE_COUNT = "label/preferences"  # the metric
 
 # A comparison of two of an item's answers, each a place in the file; the verdict is 1 if the first is better, 0.5 for
 # neither, 0 if the second is.
@@ -61,7 +63,7 @@ def export(items: Sequence[Item], judgments: Sequence[Judgment], folder: Path, *
         Metric("label/items_judged", sum(map(bool, judged.values()))),
         Metric("label/labelers", len({one.labeler for one in judgments})),
         *(Metric(f"label/judgments_{kind}", kinds[kind]) for kind in KINDS),
-        Metric("label/preferences", len(rows)),
+        Metric(PREFERENCE_COUNT, len(rows)),
         Metric("label/items_judged_without_a_preference", len(preferences) - len(rows)),
     ]
     counted = [one for found in judged.values() for one in found]
@@ -144,7 +146,7 @@ def reliability_metrics(judgments: Sequence[Judgment], seed: int) -> list[Metric
         both = [item for name, item in compared if name == one and (other, item) in compared]
         first, second = ([compared[name, item] for item in both] for name in (one, other))
         numbers = np.array([number for number, found in enumerate(first) for _ in found], dtype=np.int64)
-        metrics += agreement_metrics(f"{one}+{other}", numbers, _flat(first), _flat(second), seed)
+        metrics += agreement_metrics(f"{_quoted(one)}+{_quoted(other)}", numbers, _flat(first), _flat(second), seed)
     seconds = [one.seconds for one in judgments]
     metrics += _position(judgments)
     metrics.append(Metric.of("seconds_per_item", mean_interval(seconds)))
@@ -153,6 +155,11 @@ def reliability_metrics(judgments: Sequence[Judgment], seed: int) -> list[Metric
         own = [one.seconds for one in judgments if one.labeler == name]
         metrics.append(Metric(f"seconds_per_item_median/{name}", float(np.median(own)), n=len(own)))
     return metrics
+
+
+def _quoted(name: str) -> str:
+    """A labeler's name next to another one in the name of a metric, which no other two have."""
+    return json.dumps(name, ensure_ascii=False) if set(name) & set('+"') else name
 
 
 def _flat(compared: Sequence[Compared]) -> np.ndarray:

@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from simpo.errors import SimpoError
@@ -60,7 +60,7 @@ def make_app(session: Session, *, token: str, guidelines: str) -> Starlette:
             if not _is(token, request.headers.get(_TOKEN_HEADER)):
                 return _refused("Open the address that simpo label printed.", 403)
             try:
-                return JSONResponse(await run_in_threadpool(act, await _body(request)), headers=_HEADERS)
+                return _json(await run_in_threadpool(act, await _body(request)))
             except SimpoError as error:
                 return _refused(str(error), 400)
 
@@ -98,6 +98,11 @@ async def _body(request: Request) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise SimpoError("expected a JSON object")
+    for key, value in found.items():
+        try:
+            json.dumps([key, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise SimpoError(f"{key!a}: contains half of a character (of a surrogate pair); remove it") from None
     return found
 
 
@@ -106,7 +111,12 @@ def _is(token: str, given: str | None) -> bool:
 
 
 def _refused(reason: str, status: int) -> Response:
-    return JSONResponse({"error": reason}, status_code=status, headers=_HEADERS)
+    return _json({"error": reason}, status)
+
+
+def _json(content: dict[str, Any], status: int = 200) -> Response:
+    """A reply; ASCII only, because an answer that is shown may contain half of a surrogate pair."""
+    return Response(json.dumps(content), status, headers=_HEADERS, media_type="application/json")
 
 
 def _file(name: str) -> Response:

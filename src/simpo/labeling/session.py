@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -163,7 +164,7 @@ def _shuffled(values: list[Any], seed: str) -> list[Any]:
 
 
 def read_labeler(body: Mapping[str, Any]) -> str:
-    """The labeler's name in a request.
+    """The labeler's name in a request, composed (NFC) and with single spaces: the same name however it was typed.
 
     Raises:
         SimpoError: it is not a name.
@@ -171,7 +172,7 @@ def read_labeler(body: Mapping[str, Any]) -> str:
     name = body.get("labeler")
     if not isinstance(name, str) or not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
         raise SimpoError(f"labeler: give a name of at most {_LONGEST_NAME} characters")
-    return name.strip()
+    return " ".join(unicodedata.normalize("NFC", name).split())
 
 
 def read_key(body: Mapping[str, Any]) -> str:

@@ -16,21 +16,34 @@ let clock = { seconds: 0, since: null }; // for which the item was visible
 
 async function send(action, body) {
   for (;;) {
-    let response;
+    let response, reply;
     try {
       response = await fetch(`/api/${action}`, {
         method: "POST",
         headers: { "content-type": "application/json", "x-simpo-token": token },
         body: JSON.stringify(body),
       });
+      reply = await response.text(); // which may break off as well
     } catch {
       report("The server does not answer. Nothing is lost: this is sent again until it does.");
       await new Promise((resolve) => setTimeout(resolve, 500));
       continue;
     }
-    const found = await response.json();
-    report(response.ok ? "" : found.error);
-    return response.ok ? found : null;
+    const found = parsed(reply);
+    if (response.ok && found) {
+      report("");
+      return found;
+    }
+    report(found?.error ?? `The server failed (${response.status}). Try again; if it stays so, restart simpo label.`);
+    return null;
+  }
+}
+
+function parsed(reply) {
+  try {
+    return JSON.parse(reply);
+  } catch {
+    return null; // not from our server's actions, such as the text of an internal error
   }
 }
 
