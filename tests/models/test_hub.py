@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from tests.servers.hub import Hub
 
+from simpo import cli
 from simpo.cli import push as command
 from simpo.errors import SimpoError
 from simpo.models.hub import files_to_push
@@ -135,6 +136,15 @@ def test_an_adapter_whose_base_nobody_else_has(run, tmp_path):
     (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
     with pytest.raises(SimpoError, match="its base model is a folder on this machine"):
         files_to_push(run)
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"base_model_name_or_path": 3}', b"\xff\xfe", "[" * 100_000])
+def test_the_configuration_of_an_adapter_that_is_damaged(damaged, run, capsys):
+    path = run / "adapter_config.json"
+    path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+    assert cli.main(["push", str(run), "someone/model", "--dry_run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line
 
 
 def test_a_trained_model_is_uploaded_at_its_end(hub, chat_world, tmp_path, monkeypatch):

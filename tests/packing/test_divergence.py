@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simpo.packing.logprobs import Head, fused_kl
+from simpo.packing.logprobs import Head, fused_entropy, fused_kl
 
 ROWS, WIDTH, VOCABULARY = 7, 8, 37
 CHUNKS = {"a row at a time": 1, "three rows": 3 * VOCABULARY * 8, "all rows": None}
@@ -135,6 +135,18 @@ def test_half_precision(autocast, chunk):
         assert (a.double() - b).norm() <= 0.02 * b.norm()
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("head", HEADS)
+def test_entropy_equals_its_definition(head, chunk):
+    style, policy = HEADS[head], tensors(0, **HEADS[head])
+    logits = head_of(policy, style).logits(policy["hidden"], torch.float64)
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    found = fused_entropy(policy["hidden"], head_of(policy, style), chunk_bytes=CHUNKS[chunk])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    for a, b in zip(gradients(found, policy), gradients(expected, policy), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
 class Largest(TorchDispatchMode):
     """Records the number of elements of the largest tensor that is created."""
 
@@ -153,6 +165,9 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made():
     with Largest() as largest:
         gradients(fused(policy, reference, {}, "three rows"), policy)
     assert largest.elements <= max(3 * VOCABULARY, VOCABULARY * WIDTH, rows * WIDTH) < rows * VOCABULARY
+    with Largest() as largest:
+        gradients(fused_entropy(policy["hidden"], head_of(policy, {}), chunk_bytes=CHUNKS["three rows"]), policy)
+    assert largest.elements <= max(3 * VOCABULARY, VOCABULARY * WIDTH, rows * WIDTH)
     with Largest() as largest:
         fused(policy, reference, {}, "all rows")
     assert largest.elements == rows * VOCABULARY  # the measure sees it where it is

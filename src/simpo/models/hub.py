@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from simpo.errors import SimpoError, one_line
+from simpo.errors import SimpoError, one_line, third_party
 from simpo.runs import manifest
 
 # What a model consists of, its card and its results. A run's recipe, log, data and checkpoints are not among them.
@@ -30,7 +30,7 @@ def files_to_push(folder: Path, include: Sequence[str] = ()) -> list[Path]:
 
     Raises:
         SimpoError: there is no model, the folder is damaged, a pattern leaves the folder or matches nothing, or an
-            adapter names a folder on this machine as its base.
+            adapter names a folder on this machine as its base or its configuration is not readable.
     """
     if not folder.is_dir():
         raise SimpoError(f"{folder}: no such folder")
@@ -47,13 +47,23 @@ def files_to_push(folder: Path, include: Sequence[str] = ()) -> list[Path]:
             raise SimpoError(f"include: {pattern!r} matches no file in {folder}")
         found |= matching
     adapter = folder / "adapter_config.json"
-    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") if adapter.is_file() else ""
+    base = _base_of(adapter) if adapter.is_file() else None
     if base and (Path(base).is_absolute() or Path(base).exists()):
         raise SimpoError(
             f"{adapter}: its base model is a folder on this machine ({base}), which nobody else has; merge the adapter "
             "with simpo merge and push the result"
         )
     return sorted(found)
+
+
+def _base_of(adapter: Path) -> str | None:
+    """The base model that an adapter's configuration names; raises :class:`SimpoError` if it is not readable."""
+    with third_party(f"{adapter}: not the configuration of an adapter; restore the file, or train again"):
+        settings = json.loads(adapter.read_text(encoding="utf-8"))
+        base = settings.get("base_model_name_or_path")
+        if not isinstance(base, str | None):
+            raise TypeError(f"base_model_name_or_path is {base!r}")
+    return base
 
 
 def check_target(repo: str) -> str:

@@ -171,11 +171,15 @@ def fused_kl(
     return _FusedKL.apply(hidden, head.weight, head.bias, head.scale, head.softcap, ref_hidden, ref_head, rows)
 
 
-def fused_entropy(hidden: Tensor, head: Head) -> Tensor:
-    """``[S]`` entropy of the next token given ``hidden`` ``[S, H]``, in nats: ``log V - KL(policy || uniform)``."""
+def fused_entropy(hidden: Tensor, head: Head, *, chunk_bytes: int | None = None) -> Tensor:
+    """``[S]`` entropy of the next token given ``hidden`` ``[S, H]``, in nats: ``log V - KL(policy || uniform)``.
+
+    ``chunk_bytes`` is that of :func:`fused_kl`.
+    """
     vocabulary = len(head.weight)
     uniform = Head(hidden.new_zeros(vocabulary, 1))
-    return math.log(vocabulary) - fused_kl(hidden, head, hidden.new_zeros(len(hidden), 1), uniform)
+    states = hidden.new_zeros(len(hidden), 1)
+    return math.log(vocabulary) - fused_kl(hidden, head, states, uniform, chunk_bytes=chunk_bytes)
 
 
 class _FusedKL(torch.autograd.Function):

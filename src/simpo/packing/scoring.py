@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,12 +25,12 @@ from simpo.packing.model import (
     inside_forward,
     plain_head,
     policy_forward,
-    policy_logprobs,
     prepare_policy,
     resolve_path,
     reward_forward,
     scored_states,
     state_of,
+    token_logprobs,
 )
 from simpo.packing.selfcheck import Path, rows_to_check
 
@@ -160,13 +161,15 @@ def token_outputs(
 ) -> TokenOutputs:
     """Log-probabilities of the scored tokens of ``batch``, and what else is requested, by one forward.
 
-    ``chunk_bytes`` bounds the logits of the log-probabilities, and half of it those of the KL; by default they choose.
+    ``chunk_bytes`` bounds the logits of the log-probabilities, and half of it those of KL and entropy; by default they
+    choose.
 
     Raises:
         SimpoError: the model's output layer is not a plain matrix product, which all but log-probabilities need.
     """
     if reference is None and not entropy and value_head is None:
-        return TokenOutputs(policy_logprobs(model, batch, path=path))
+        logps = partial(token_logprobs, chunk_bytes=chunk_bytes)
+        return TokenOutputs(inside_forward(model, batch, logps, path=path))
 
     def compute(inner: PreTrainedModel, batch: PackedBatch, path: Path) -> TokenOutputs:
         def at_tokens(hidden: Tensor, head: Head) -> TokenOutputs:
@@ -174,7 +177,7 @@ def token_outputs(
             return TokenOutputs(
                 fused_logprobs(hidden, head, batch.targets, chunk_bytes=chunk_bytes),
                 None if reference is None else fused_kl(hidden, head, *reference, chunk_bytes=half),
-                fused_entropy(hidden, head) if entropy else None,
+                fused_entropy(hidden, head, chunk_bytes=half) if entropy else None,
             )
 
         _check_head(inner, "the exact KL, entropy_coef and a value head")
