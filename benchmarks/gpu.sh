@@ -4,7 +4,7 @@
 # Sections, by value: verification, 8b, peers, peers-hh, sharing, architectures; all of them by default.
 # Environment: PYTHON (the interpreter with simpo; TRL, liger-kernel and bitsandbytes where they are to be compared),
 # OUTPUT (a folder for logs and JSON; a new temporary one otherwise).
-# Each section has its own time limit; what it has measured by then is kept, and what is missing is named.
+# Each section has its own time limit (540 s in all); what it has measured by then is kept, and what is missing is named.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -47,7 +47,7 @@ compare() {
 }
 
 verification() { # verifies and measures nothing, so that its parts can run at the same time
-  for check in kernels models compiled; do
+  for check in kernels models compiled large; do
     part "verify-$check" "$1" benchmarks.verify_cuda --device "$DEVICE" --only "$check"
   done
   wait
@@ -55,27 +55,27 @@ verification() { # verifies and measures nothing, so that its parts can run at t
 optimizer=adamw_torch_fused # with bf16 weights its states are bf16: 64 GB in all
 has torchao && optimizer=adamw_torch_8bit
 has bitsandbytes && optimizer=adamw_8bit
-small=(--model 1b --dtype bf16 --families simpo dpo trl-dpo-liger trl-cpo liger trl-dpo padded)
+small=(--model 1b --dtype bf16 --families simpo trl-dpo-liger trl-cpo liger dpo trl-dpo padded)
 
 if [ "$DEVICE" = cuda ]; then
   export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
   for section in "${@:-verification 8b peers peers-hh sharing architectures}"; do
     for name in $section; do
       case $name in
-      verification) verification 110 ;;
-      8b) part 8b 150 benchmarks.profile_step --device cuda --model 8b --weights bf16 --dtype bf16 \
+      verification) verification 90 ;;
+      8b) part 8b 130 benchmarks.profile_step --device cuda --model 8b --weights bf16 --dtype bf16 \
         --optimizer "$optimizer" --profile ultrafeedback --pairs-per-step 16 --output "$OUTPUT/8b.json" --variants \
         4096 16384,checkpointed 8192,checkpointed=0.5 4096,compiled 16384,checkpointed,compiled && wait ;;
-      peers) compare peers 185 "${small[@]}" --profile ultrafeedback --pairs 64 --pairs-per-step 16 \
+      peers) compare peers 140 "${small[@]}" --profile ultrafeedback --pairs 64 --pairs-per-step 16 \
         --variants default default,compiled default,liger --micro-batches 8 4 ;;
-      peers-hh) compare peers-hh 150 "${small[@]}" --profile hh --pairs 256 --pairs-per-step 64 \
+      peers-hh) compare peers-hh 90 "${small[@]}" --profile hh --pairs 256 --pairs-per-step 64 \
         --variants default default,compiled default,liger --micro-batches 32 16 ;;
       sharing)
-        compare sharing-hh 40 --model 1b --dtype bf16 --profile hh --pairs 128 --pairs-per-step 64 --families sharing
-        compare sharing-documents 40 --model 1b --dtype bf16 --profile documents --responses 4 --pairs 8 \
+        compare sharing-hh 25 --model 1b --dtype bf16 --profile hh --pairs 128 --pairs-per-step 64 --families sharing
+        compare sharing-documents 25 --model 1b --dtype bf16 --profile documents --responses 4 --pairs 8 \
           --pairs-per-step 4 --families sharing
         ;;
-      architectures) part architectures 120 benchmarks.architectures --device cuda && wait ;;
+      architectures) part architectures 40 benchmarks.architectures --device cuda && wait ;;
       *) echo "gpu.sh: no section is called $name" >&2 && exit 2 ;;
       esac
     done

@@ -40,12 +40,12 @@ def build(kind: str, dtype: torch.dtype, device: torch.device) -> PreTrainedMode
     return AutoModelForCausalLM.from_config(KINDS[kind], dtype=torch.float32).bfloat16().to(device, dtype)
 
 
-def comparisons(device: str) -> list[TokenizedComparison]:
+def comparisons(device: str, vocabulary: int = VOCABULARY) -> list[TokenizedComparison]:
     """A few, with prompts longer and shorter than the window; on a CPU, shorter ones."""
     generator = torch.Generator().manual_seed(1)
     sizes = [(200, 70, 33), (9, 61, 120), (300, 5, 80)] if device == "cuda" else [(60, 21, 9), (5, 12, 30)]
 
     def ids(count: int) -> list[int]:
-        return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
+        return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
 
     return [TokenizedComparison(ids(prompt), [ids(size) for size in responses]) for prompt, *responses in sizes]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from benchmarks.setting import Setting, build_model
 from benchmarks.small_models import KINDS, build, comparisons
 from simpo.packing import kernels
 from simpo.packing.kernels import AttentionStyle, by_segment
@@ -159,7 +160,15 @@ def compiled_checks(device: str) -> Iterator[Check]:
     yield _model_check(name, truth, naive, found, "bf16", "compiled")
 
 
-CHECKS = {"kernels": kernel_checks, "models": model_checks, "compiled": compiled_checks}
+def large_checks(device: str) -> Iterator[Check]:
+    """A model of 8B in bf16 (on a CPU, a small one) passes the self-check, so that it takes the packed path."""
+    setting = Setting("", model="8b" if device == "cuda" else "toy", weights="bf16", device=device)
+    model = build_model(setting)
+    path = choose_path(model, PackedBatch.build(comparisons(device, setting.vocabulary)).to(device))
+    yield Check(f"self-check of {setting.model} bf16", "passed" if path == "packed" else "FAILED", f"{path} path")
+
+
+CHECKS = {"kernels": kernel_checks, "models": model_checks, "compiled": compiled_checks, "large": large_checks}
 
 
 def _naive(kind: str, dtype: str, batch: PackedBatch) -> Result:

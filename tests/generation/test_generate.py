@@ -54,8 +54,8 @@ def test_log_probabilities_are_the_models_own(model, tokenizer, changes):
     with torch.no_grad():
         scored = score_responses(model, comparisons)
     assert torch.allclose(torch.tensor([s.logp for s in found]), scored.logp, atol=1e-4)
-    if not changes:  # the same object after packed forwards
-        assert TransformersEngine(model, tokenizer).generate(PROMPTS, settings(**changes), seed=3) == found
+    # the same object after packed forwards
+    assert TransformersEngine(model, tokenizer).generate(PROMPTS, settings(**changes), seed=3) == found
 
 
 def test_rows_end_at_their_own_stop_token(make_model, tokenizer):
@@ -182,7 +182,7 @@ def test_answers_equal_those_of_each_prompt_alone(name, changes, tokenizer, capl
     with caplog.at_level(logging.WARNING, "simpo"):
         engine = TransformersEngine(model, tokenizer)
         found = engine.generate(MIXED, settings(**changes), seed=5)
-        assert changes["temperature"] == 0 or engine.generate(MIXED, settings(**changes), seed=5) == found
+        assert engine.generate(MIXED, settings(**changes), seed=5) == found
     if together is not None:
         said = [record.message for record in caplog.records if type(model).__name__ in record.message]
         assert len(said) == 1

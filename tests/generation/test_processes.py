@@ -70,7 +70,7 @@ def begin(world: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_two_processes_write_the_same_files_as_one(chat_world, alone, tmp_path, monkeypatch):
     begin(chat_world, tmp_path / "begun", monkeypatch)
-    done = run_ranks(2, answer_thrice, tmp_path, options(chat_world), folder=tmp_path)
+    done = run_ranks(2, answer_thrice, tmp_path, options(chat_world), folder=tmp_path, timeout=100)
     said = done.stdout
     for rank in (0, 1):
         assert f"process {rank}: together ended with 0 after 6 chunks" in said, done.stderr

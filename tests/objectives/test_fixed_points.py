@@ -133,8 +133,7 @@ def optimum_with_kl_in_the_loss(start, rewards, beta, estimator):
 
 
 @pytest.mark.parametrize(
-    ("name", "beta"),
-    [("reinforce", 1.0), *itertools.product(["rloo", "dr_grpo", "dpo", "ppo"], [0.5, 1.0, 2.0])],
+    ("name", "beta"), itertools.product(["reinforce", "rloo", "dr_grpo", "dpo", "ppo"], [0.5, 1.0, 2.0])
 )
 def test_the_trained_policy_is_the_closed_form(world, name, beta):
     start, rewards = world

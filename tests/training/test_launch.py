@@ -122,7 +122,7 @@ def test_two_processes_share_a_run(chat_world, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=100,
         check=False,
     )
     assert failed.returncode != 0
@@ -130,7 +130,7 @@ def test_two_processes_share_a_run(chat_world, tmp_path):
     assert (run / "checkpoint-2").is_dir()
     assert not (run / "checkpoint-4").exists()
 
-    resumed = run_ranks(2, cli.main, given, folder=tmp_path)
+    resumed = run_ranks(2, cli.main, given, folder=tmp_path, timeout=100)
     assert resumed.codes == [0, 0], resumed.stderr
     assert resumed.stdout.count(f"continues from {run / 'checkpoint-2'}") == 1
     assert resumed.stdout.count("saved:") == 1  # by one rank
@@ -155,7 +155,7 @@ def test_two_processes_share_a_run(chat_world, tmp_path):
     assert answers[0] == answers[1]
     assert len(answers[0]["start.jsonl"]) == 3
 
-    after = run_ranks(2, afterwards, tmp_path, given, folder=tmp_path)
+    after = run_ranks(2, afterwards, tmp_path, given, folder=tmp_path, timeout=100)
     tokenized = dict(re.findall(r"rank (\d): finished 0 other 2 tokenized (\d+)", after.stdout))
     assert int(tokenized["0"]) > 0
     assert int(tokenized["1"]) == 0  # found in the cache

@@ -1,7 +1,6 @@
 """Human judgments: a local page on which people compare answers.
 
 examples:
-  simpo label outputs/answers --output_dir outputs/labels
   simpo label outputs/simpo-answers --against outputs/sft-answers --overlap 0.3 --output_dir outputs/labels
   simpo label --export outputs/labels
 """

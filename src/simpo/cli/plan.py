@@ -2,7 +2,6 @@
 
 examples:
   simpo plan recipes/llama-3-8b-base-simpo.yaml --gpu H100-80GB --gpus 8 --price 2.50
-  simpo plan recipe.yaml --gpu_memory_gb 30 --gpu_tflops 200 --prompt_tokens 300 --response_tokens 250 --rows 60000
   simpo plan --calibrate
 """
 

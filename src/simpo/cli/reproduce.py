@@ -2,7 +2,6 @@
 
 examples:
   simpo reproduce ablation gamma --output_dir runs/reproduce
-  simpo reproduce --output_dir runs/reproduce
   simpo reproduce 1 --setting llama3-base
 """
 

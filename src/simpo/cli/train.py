@@ -2,7 +2,6 @@
 
 examples:
   simpo train recipes/llama-3-8b-base-simpo.yaml --output_dir outputs/llama-3-simpo
-  simpo train recipe.yaml --plan    (checks first that the run fits this machine)
   simpo train org/model --dataset_name pairs.jsonl --objective dpo --beta 0.1 --output_dir outputs/dpo
 """
 

@@ -121,8 +121,10 @@ class ArenaHard(JudgedBenchmark):
                 content = row["messages"][-1]["content"]
                 model, text = cell(row, "model", where), content["answer"] if isinstance(content, dict) else content
                 tokens = (row.get("metadata") or {}).get("token_len")
-        if not isinstance(text, str) or not isinstance(tokens, int | None):
-            raise SimpoError(f"{where}: expected a text and its number of tokens, got {text!r:.60} and {tokens!r:.60}")
+        if not isinstance(text, str):
+            raise SimpoError(f"{where}: answer: expected text, got {text!r:.60}")
+        if not isinstance(tokens, int | None):
+            raise SimpoError(f"{where}: token_len: expected a whole number, got {tokens!r:.60}")
         return _uid(row, where), Answer(model, (text,), tokens)
 
     @classmethod
