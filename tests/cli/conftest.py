@@ -11,18 +11,18 @@ from simpo.world.pairs import make_model, make_tokenizer
 
 @pytest.fixture(scope="session")
 def write_chat_model():
-    """``write_chat_model(folder, texts, positions)``: a random model that says something else at every step.
+    """``write_chat_model(folder, texts, positions, seed=0)``: a random model that says something else at every step.
 
     Without tied embeddings and with large weights; else a random model repeats its last token.
     """
 
-    def write(folder, texts, positions: int) -> None:
+    def write(folder, texts, positions: int, seed: int = 0) -> None:
         tokenizer = make_tokenizer(texts, vocab_size=300)
         tokenizer.save_pretrained(folder)
         config = make_model(tokenizer, seed=0).config
         config.tie_word_embeddings, config.max_position_embeddings = False, positions
         with torch.random.fork_rng():
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             model = LlamaForCausalLM(config)
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.3)

@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import shutil
 import signal
 import threading
 
@@ -70,6 +72,21 @@ def test_every_answer_sees_the_turns_before_it(talk, expected):
     assert shown(first) in out and shown(second) in out.partition(shown(first))[2]
     assert expected(turns[1])[0] != second
     assert "[stopped at max_new_tokens 12]" in out
+
+
+def test_two_models_answer_every_message_with_the_same_seed(talk, folder, tmp_path, write_chat_model):
+    twin, other = tmp_path / "twin", tmp_path / "other"
+    shutil.copytree(folder, twin)
+    write_chat_model(other, TEXTS, 128, seed=1)
+    for second, equal in ((twin, True), (other, False)):
+        code, out, _ = talk(
+            "Which color is grass?", "/reset", "What does a dog do?", second_model=second, temperature=1
+        )
+        assert code == 0 and out.count("[new conversation]") == 1
+        _, *answers = re.split(rf"\[(?:{re.escape(str(folder))}|{re.escape(str(second))})\]\n", out)
+        assert len(answers) == 4
+        answers[1] = answers[1].replace("[new conversation]\n", "")
+        assert (answers[0] == answers[1] and answers[2] == answers[3]) is equal
 
 
 def test_reset_forgets_them(talk, expected):

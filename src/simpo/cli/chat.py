@@ -1,17 +1,18 @@
-"""Talk with a model in the terminal; /reset starts over, /exit or Ctrl-D ends.
+"""Talk with a model, or with two that answer the same messages; /reset starts over, /exit or Ctrl-D ends.
 
 examples:
-  simpo chat outputs/simpo
+  simpo chat outputs/sft outputs/simpo
   simpo chat org/model --system "Answer in one sentence." --temperature 0
 """
 
 from __future__ import annotations
 
 import io
+import secrets
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from simpo.cli._shared import LOADING
 from simpo.config import parse_settings
@@ -32,6 +33,10 @@ class ChatSettings:
     """The conversation."""
 
     model: ModelArguments = field(metadata={"only": LOADING})
+    second_model: str | None = field(
+        default=None,
+        metadata={"help": "Model that answers the same messages with the same seeds.", "positional": "SECOND_MODEL"},
+    )
     system: str | None = field(default=None, metadata={"help": "System message."})
     sampling: SamplingSettings = field(metadata={"only": ("temperature", "top_p", "max_new_tokens")})
     chat_template: str | None = field(
@@ -43,20 +48,31 @@ class ChatSettings:
 def main(argv: list[str]) -> int:
     """Read messages line by line and answer them until the input ends."""
     (settings,) = parse_settings(argv, (ChatSettings,), command="chat", about=__doc__)
-    conversation = load_conversation(
-        settings.model,
-        settings.sampling,
-        chat_template=settings.chat_template,
-        system=settings.system,
-        rendering=settings.rendering,
-    )
+    models = [settings.model]
+    if settings.second_model is not None:
+        models.append(replace(settings.model, model_name_or_path=settings.second_model))
+    conversations = [
+        load_conversation(
+            model,
+            settings.sampling,
+            chat_template=settings.chat_template,
+            system=settings.system,
+            rendering=settings.rendering,
+        )
+        for model in models
+    ]
     print(f"{_RESET} starts a new conversation, {_EXIT} or Ctrl-D ends, Ctrl-C stops an answer")
     for text in _messages():
+        seed = secrets.randbits(63)
+        for model, conversation in zip(models, conversations, strict=True):
+            if text == _RESET:
+                conversation.reset()
+            elif text:
+                if len(models) > 1:
+                    print(f"[{printable(model.model_name_or_path)}]")
+                _answer(conversation, text, seed)
         if text == _RESET:
-            conversation.reset()
             print("[new conversation]")
-        elif text:
-            _answer(conversation, text)
     return 0
 
 
@@ -77,10 +93,10 @@ def _messages() -> Iterator[str]:
         yield text
 
 
-def _answer(conversation: Conversation, text: str) -> None:
+def _answer(conversation: Conversation, text: str, seed: int) -> None:
     with noted(signal.SIGINT) as interrupted:
         try:
-            reply = conversation.answer(text, _show, lambda: bool(interrupted))
+            reply = conversation.answer(text, seed, _show, lambda: bool(interrupted))
         except BadRow as bad:
             raise SimpoError(f"{bad.reason}; set chat_template to one that takes such a conversation") from bad
     if reply.text is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -104,11 +103,12 @@ class Conversation:
         """Forget all turns."""
         self.messages = list(self._opening)
 
-    def answer(self, text: str, write: Write, stopped: Callable[[], bool]) -> Reply:
+    def answer(self, text: str, seed: int, write: Write, stopped: Callable[[], bool]) -> Reply:
         """Answer a message.
 
         Args:
             text: the user's message.
+            seed: of the answer; with equal seeds, the same model gives the same answer.
             write: receives the answer piece by piece.
             stopped: called after every token; the answer ends there if it returns True.
 
@@ -128,7 +128,7 @@ class Conversation:
         sampled = self._engine.stream(
             prompt,
             settings,
-            secrets.randbits(63),
+            seed,
             streamer=_Streamer(lambda ids: self._decoder.decode(prompt, ids), write),
             stopping_criteria=StoppingCriteriaList([_Stop(stopped)]),
         )
