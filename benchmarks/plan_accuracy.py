@@ -25,11 +25,10 @@ from datasets import Dataset
 from torch.autograd.profiler import profile
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from simpo.cli.plan import CONFIGS
 from simpo.models.settings import ModelArguments
-from simpo.planning.cards import stored_rates
-from simpo.planning.recipe import blueprint_of, kind_of, own_choice, setup_of
-from simpo.planning.search import Estimate, Machine, Planner, Sharding, Work
+from simpo.planning.recipe import KINDS, make_plan
+from simpo.planning.search import Estimate
+from simpo.planning.settings import PlanSettings
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def make_rows(count: int, responses: int, vocabulary: int = 4000, longest: int =
 def config_of(run: Run, folder: Path, steps: int = 3) -> Any:
     """The run's configuration, eight rows a step over all processes."""
     keys = {"max_batch_tokens": 512} | dict(run.config)
-    return CONFIGS[run.command](
+    return KINDS[run.command].config_type(
         str(folder / "out"),
         report_to=[],
         save_strategy="no",
@@ -107,13 +106,10 @@ def config_of(run: Run, folder: Path, steps: int = 3) -> Any:
 
 def predicted(run: Run, folder: Path, rows: Dataset) -> Estimate:
     """What simpo plan says of the run."""
-    config, model = config_of(run, folder), ModelArguments(str(folder), **run.model)
-    kind = kind_of(run.command)
-    work = Work(rows, len(rows), config.per_device_train_batch_size * run.processes, 1.0, seed=config.seed)
-    sharding: Sharding = "none" if run.processes == 1 else "ddp"
-    machine = Machine(None, run.processes, stored_rates())
-    planner = Planner(blueprint_of(kind, model, config), setup_of(config, cuda=False), work, machine)
-    return planner.estimate(own_choice(config, work, sharding, cuda=False))
+    parts = (ModelArguments(str(folder), **run.model), None, config_of(run, folder))
+    sharding = None if run.processes == 1 else "ddp"
+    _, found = make_plan(parts, PlanSettings(run.command, gpus=run.processes, sharding=sharding), rows)  # type: ignore[arg-type]
+    return found
 
 
 def clock() -> float:
@@ -136,7 +132,7 @@ class _Times(TrainerCallback):
 
 def train(run: Run, folder: Path, rows: Dataset, steps: int = 3) -> list[float]:
     """Seconds of the run's steps."""
-    kind, times = kind_of(run.command), _Times()
+    kind, times = KINDS[run.command], _Times()
     model: Any = copy.deepcopy(kind.load(str(folder), ModelArguments(str(folder), **run.model)))
     kind(model, args=config_of(run, folder, steps), train_dataset=rows, callbacks=[times]).train()
     return times.seconds

@@ -81,6 +81,14 @@ def test_the_command_decides_which_keys_there_are(folder, tmp_path, capsys) -> N
     assert "--command reward" in error
 
 
+def test_a_recipe_may_have_the_keys_of_its_command(folder, capsys) -> None:
+    """Those that only matter while training runs, too."""
+    given = [folder, "--dataset_name", "none", *LENGTHS, "--gpu", "h100", "--json", "true", "--eval_generations", "8"]
+    code, text = planned(capsys, *given, "--command", "online", "--annotator", "exact", "--max_new_tokens", "20")
+    assert code == 0
+    assert json.loads(text)["recipe"]["fits"]
+
+
 def test_the_launcher_says_how_a_model_is_shared(monkeypatch) -> None:
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     plain = SimpleNamespace(deepspeed_plugin=None, fsdp=None)

@@ -10,18 +10,18 @@ import pytest
 from simpo.errors import SimpoError
 from simpo.planning.calibration import fit_rates
 from simpo.planning.cards import CARDS, Rates, card_at_hand, find_card, store_rates, stored_rates
-from simpo.planning.tracing import Operation
+from simpo.planning.tracing import Cost
 
 
 def test_rates_are_recovered_from_times() -> None:
     rates, draw = Rates(2e11, 5e10, 6e9, 2e-5), np.random.default_rng(0)
     samples = []
     for _ in range(6):
-        counts, sizes = draw.integers(1, 40, 3).tolist(), draw.integers(1, 40, 3).tolist()
-        operations = [Operation("product", 200_000 * sizes[0], 500)] * counts[0]
-        operations += [Operation("other", 0, 7_000 * sizes[1])] * counts[1]
-        operations += [Operation("attention", 30_000 * sizes[2], 900)] * counts[2]
-        samples.append((operations, rates.seconds(operations)))
+        product, attention, moved, operations = (draw.integers(1, 1600, 4) * [200_000, 30_000, 7_000, 1]).tolist()
+        cost = Cost(product, attention, moved, operations)
+        seconds = product / rates.product + attention / rates.attention + moved / rates.moved + operations * 2e-5
+        assert rates.seconds(cost) == pytest.approx(seconds)
+        samples.append((cost, seconds))
     found = fit_rates(samples)
     for name in ("product", "attention", "moved", "overhead"):
         assert getattr(found, name) == pytest.approx(getattr(rates, name), rel=1e-6)

@@ -17,7 +17,7 @@ from simpo.models.loading import load_model
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_logprobs
-from simpo.planning.memory import Setup, measure_step
+from simpo.planning.memory import Setup, measure_kept, measure_step
 from simpo.planning.model import Blueprint
 from simpo.planning.optimizers import _PAGED
 from simpo.planning.search import Choice, Machine, Planner, Work
@@ -72,19 +72,19 @@ def test_arithmetic_is_that_of_the_counter(folder, rows) -> None:
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         policy_logprobs(model.train(), batch).sum().backward()
-    assert step.flops == counter.get_total_flops()
+    assert step.cost.flops == counter.get_total_flops()
 
 
 def test_a_deep_model_follows_from_few_layers(folder, rows, monkeypatch) -> None:
     batch = PackedBatch.build(comparisons_of(rows, [0, 1]))
     blueprint = replace(Blueprint.read(ModelArguments(str(folder))), checkpointed_share=0.5)
     assert max(map(len, blueprint.kinds())) > 2
-    found = measure_step(blueprint, batch, SETUP)
+    found, kept = measure_step(blueprint, batch, SETUP), measure_kept(blueprint, SETUP)
     monkeypatch.setattr(Blueprint, "kinds", lambda self: [[number] for number in range(5)])  # none is left out
     whole = measure_step(blueprint, batch, SETUP)
-    assert found.flops == whole.flops
+    assert found.cost == whole.cost
     assert found.peak == pytest.approx(whole.peak, rel=1e-3)
-    assert (found.weights, found.gradients, found.states) == (whole.weights, whole.gradients, whole.states)
+    assert kept == measure_kept(blueprint, SETUP)
 
 
 def test_all_paged_optimizers_are_known() -> None:
@@ -92,9 +92,8 @@ def test_all_paged_optimizers_are_known() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw_torch_fused", "adafactor"])
-def test_states_of_optimizers(name, folder, rows) -> None:
-    batch = PackedBatch.build(comparisons_of(rows, [0]))
-    step = measure_step(Blueprint.read(ModelArguments(str(folder))), batch, replace(SETUP, optimizer=name))
+def test_states_of_optimizers(name, folder) -> None:
+    kept = measure_kept(Blueprint.read(ModelArguments(str(folder))), replace(SETUP, optimizer=name))
     model = load_model(str(folder))
     arguments = hf.TrainingArguments(str(folder / "out"), optim=name, report_to=[])
     kind, options = hf.Trainer.get_optimizer_cls_and_kwargs(arguments, model)
@@ -106,7 +105,7 @@ def test_states_of_optimizers(name, folder, rows) -> None:
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     )
     # numbers of steps, one for each weight, are on top
-    assert step.states == pytest.approx(sum(value.nbytes for value in stored), rel=0.01, abs=1000)
+    assert kept.states == pytest.approx(sum(value.nbytes for value in stored), rel=0.01, abs=1000)
 
 
 def test_processes_share_the_step_of_the_optimizer(folder) -> None:
@@ -116,3 +115,14 @@ def test_processes_share_the_step_of_the_optimizer(folder) -> None:
     whole, shared = (planner.estimate(Choice(4096, 0.0, sharding)) for sharding in ("ddp", "fsdp"))
     assert whole.tightest == shared.tightest == "the optimizer's step"
     assert shared.memory["activations"] == whole.memory["activations"] / 2
+
+
+def test_weights_in_four_bits(folder) -> None:
+    """Linear layers have half a byte a weight and a scale of 4 bytes for 64; everything else is fp32."""
+    arguments = ModelArguments(str(folder), use_peft=True, lora_r=2, load_in_4bit=True)
+    kept = measure_kept(Blueprint.read(arguments), SETUP)
+    linear = 5 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    adapter = 5 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    assert kept.gradients == 4 * adapter
+    buffers = kept.weights - linear * (0.5 + 4 / 64) - 4 * (2 * 500 * 64 + 11 * 64 + adapter)
+    assert 0 <= buffers < 200  # rotary frequencies

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from simpo.models.devices import device
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import choose_path, policy_logprobs
 from simpo.planning.cards import Rates
-from simpo.planning.tracing import Operation, Tracer
+from simpo.planning.tracing import Cost, Tracer, attended
 
 # Hidden size, layers, vocabulary, and pairs of a prompt with two responses of so many tokens each.
 _ON_A_CPU = (
@@ -50,8 +51,8 @@ def measure_rates(report: Callable[[str], None]) -> Rates:
     return fit_rates(samples)
 
 
-def _measure(model: Any, batch: PackedBatch, cpu: bool) -> tuple[list[Operation], float]:
-    """The operations of forward and backward, and their median seconds."""
+def _measure(model: Any, batch: PackedBatch, cpu: bool) -> tuple[Cost, float]:
+    """The cost of forward and backward, and their median seconds."""
 
     def step() -> None:
         policy_logprobs(model, batch).sum().backward()
@@ -59,7 +60,7 @@ def _measure(model: Any, batch: PackedBatch, cpu: bool) -> tuple[list[Operation]
             torch.accelerator.synchronize()
 
     step()
-    with Tracer(sum(q * k for q, k in zip(batch.layout.query_sizes, batch.layout.key_sizes, strict=True))) as tracer:
+    with Tracer(attended(batch)) as tracer:
         step()
     # of one thread, so that other processes of the machine do not count
     clock = time.process_time if cpu and torch.get_num_threads() == 1 else time.perf_counter
@@ -68,18 +69,13 @@ def _measure(model: Any, batch: PackedBatch, cpu: bool) -> tuple[list[Operation]
         start = clock()
         step()
         seconds.append(clock() - start)
-    return tracer.operations, float(np.median(seconds))
+    return Cost(**tracer.costs), float(np.median(seconds))
 
 
-def fit_rates(samples: Sequence[tuple[Sequence[Operation], float]]) -> Rates:
-    """The rates with the smallest relative errors, least squares without negative ones."""
-    rows = []
-    for operations, seconds in samples:
-        flops = [sum(o.flops for o in operations if o.kind == kind) for kind in ("product", "attention")]
-        moved = sum(o.moved for o in operations if o.kind == "other")
-        rows.append(np.array([*flops, moved, len(operations)]) / seconds)
-    features = np.array(rows)
+def fit_rates(samples: Sequence[tuple[Cost, float]]) -> Rates:
+    """The rates with the smallest relative errors for costs and their seconds, least squares without negative ones."""
+    features = np.array([np.array(astuple(cost)) / seconds for cost, seconds in samples])
     scale = features.max(axis=0)
-    solution, _ = nnls(features / scale, np.ones(len(rows)))
+    solution, _ = nnls(features / scale, np.ones(len(samples)))
     product, attention, moved, overhead = np.maximum(solution / scale, 1e-30)
     return Rates(1 / product, 1 / attention, 1 / moved, overhead)

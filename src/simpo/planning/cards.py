@@ -6,7 +6,6 @@ import json
 import math
 import platform
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from huggingface_hub import constants
 
 from simpo.config.coercion import nearest
 from simpo.errors import SimpoError
-from simpo.planning.tracing import Operation
+from simpo.planning.tracing import Cost
 from simpo.runs.atomic import write_text
 
 _GIB = 2**30
@@ -23,7 +22,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a machine computes what :class:`~simpo.planning.tracing.Operation` counts.
+    """How fast a machine computes what :class:`~simpo.planning.tracing.Cost` counts.
 
     Attributes:
         product: FLOP/s of matrix products in half precision, or in single precision on a CPU.
@@ -37,16 +36,10 @@ class Rates:
     moved: float
     overhead: float
 
-    def seconds(self, operations: Iterable[Operation]) -> float:
-        """What ``operations`` take, one after the other."""
-        total = 0.0
-        for operation in operations:
-            if operation.kind == "other":
-                total += operation.moved / self.moved
-            else:
-                total += operation.flops / (self.product if operation.kind == "product" else self.attention)
-            total += self.overhead
-        return total
+    def seconds(self, cost: Cost) -> float:
+        """What operations of this cost take, one after the other."""
+        computed = cost.product / self.product + cost.attention / self.attention
+        return computed + cost.moved / self.moved + cost.operations * self.overhead
 
 
 @dataclass(frozen=True)
@@ -88,28 +81,27 @@ _PRODUCT_SHARE, _ATTENTION_SHARE, _MOVED_SHARE, _LAUNCH = 0.54, 0.45, 0.85, 4e-6
 CONTEXT, COMMUNICATION, FRAGMENTATION = 0.6 * _GIB, 1.0 * _GIB, 0.06
 
 
-def _card(name: str, gib: float, tflops: float, terabytes: float, watts: float, link: float) -> tuple[str, Card]:
-    return name, Card(name, gib * _GIB, tflops * 1e12, terabytes * 1e12, watts, link * 1e9)
+def _card(name: str, gib: float, tflops: float, terabytes: float, watts: float, link: float) -> Card:
+    return Card(name, gib * _GIB, tflops * 1e12, terabytes * 1e12, watts, link * 1e9)
 
 
-CARDS = dict(
-    (
-        _card("B200-180GB", 178.3, 2250, 8.0, 1000, 700),
-        _card("H200-141GB", 139.8, 989, 4.8, 700, 350),
-        _card("H100-80GB", 79.1, 989, 3.35, 700, 350),
-        _card("H100-PCIe-80GB", 79.1, 756, 2.0, 350, 40),
-        _card("A100-80GB", 79.1, 312, 2.04, 400, 230),
-        _card("A100-40GB", 39.4, 312, 1.56, 400, 230),
-        _card("MI300X-192GB", 191.5, 1307, 5.3, 750, 300),
-        _card("L40S-48GB", 44.4, 362, 0.864, 350, 25),
-        _card("A6000-48GB", 47.4, 155, 0.768, 300, 25),
-        _card("RTX-5090-32GB", 31.4, 210, 1.79, 575, 25),
-        _card("RTX-4090-24GB", 23.5, 165, 1.01, 450, 20),
-        _card("RTX-3090-24GB", 23.6, 71, 0.936, 350, 20),
-        _card("A10-24GB", 22.0, 125, 0.6, 150, 20),
-        _card("L4-24GB", 22.0, 121, 0.3, 72, 20),
-    )
+_SHEETS = (  # GiB that a process can allocate, TFLOP/s, TB/s of memory, watts, and GB/s to other cards
+    ("B200-180GB", 178.3, 2250, 8.0, 1000, 700),
+    ("H200-141GB", 139.8, 989, 4.8, 700, 350),
+    ("H100-80GB", 79.1, 989, 3.35, 700, 350),
+    ("H100-PCIe-80GB", 79.1, 756, 2.0, 350, 40),
+    ("A100-80GB", 79.1, 312, 2.04, 400, 230),
+    ("A100-40GB", 39.4, 312, 1.56, 400, 230),
+    ("MI300X-192GB", 191.5, 1307, 5.3, 750, 300),
+    ("L40S-48GB", 44.4, 362, 0.864, 350, 25),
+    ("A6000-48GB", 47.4, 155, 0.768, 300, 25),
+    ("RTX-5090-32GB", 31.4, 210, 1.79, 575, 25),
+    ("RTX-4090-24GB", 23.5, 165, 1.01, 450, 20),
+    ("RTX-3090-24GB", 23.6, 71, 0.936, 350, 20),
+    ("A10-24GB", 22.0, 125, 0.6, 150, 20),
+    ("L4-24GB", 22.0, 121, 0.3, 72, 20),
 )
+CARDS = {sheet[0]: _card(*sheet) for sheet in _SHEETS}
 
 
 def find_card(name: str | None, memory_gb: float | None, tflops: float | None, bandwidth: float | None) -> Card:
@@ -136,15 +128,12 @@ def find_card(name: str | None, memory_gb: float | None, tflops: float | None, b
                 f"gpu: {name!r} is not known{hint}; there are {', '.join(CARDS)}; of another card give gpu_memory_gb "
                 "and gpu_tflops"
             )
-        speed = bandwidth or tflops / 300
-        return _card(name or f"{memory_gb:g} GB", memory_gb, tflops, speed, math.nan, 25)[1]
-    return Card(
-        found.name,
-        found.memory if memory_gb is None else memory_gb * _GIB,
-        found.flops if tflops is None else tflops * 1e12,
-        found.moved if bandwidth is None else bandwidth * 1e12,
-        found.watts,
-        found.link,
+        return _card(name or f"{memory_gb:g} GB", memory_gb, tflops, bandwidth or tflops / 300, math.nan, 25)
+    return replace(
+        found,
+        memory=found.memory if memory_gb is None else memory_gb * _GIB,
+        flops=found.flops if tflops is None else tflops * 1e12,
+        moved=found.moved if bandwidth is None else bandwidth * 1e12,
     )
 
 

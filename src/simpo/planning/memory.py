@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,9 @@ from simpo.packing.layout import LayoutIndex, PackedBatch
 from simpo.packing.logprobs import ACCELERATOR_CHUNK, CPU_CHUNK
 from simpo.packing.model import inside_forward, is_reward_model, rewards, token_logprobs
 from simpo.packing.scoring import reference_states, token_outputs
-from simpo.packing.selfcheck import Path
 from simpo.planning.model import Blueprint, StandIn
 from simpo.planning.optimizers import measure_update
-from simpo.planning.tracing import Operation, Tracer
+from simpo.planning.tracing import Cost, Tracer, attended
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one micro-batch and the optimizer take, in bytes, before anything is shared out.
+class Kept:
+    """What a training keeps from step to step, in bytes, before anything is shared out.
 
     Attributes:
         parameters: numbers that the model has.
@@ -57,12 +56,6 @@ class Step:
         gradients: of what is trained.
         states: of the optimizer.
         update: at the peak of the optimizer's step, on top of these three.
-        copies: of the trained weights, as a reference.
-        largest_layer: weights of the largest layer.
-        outside_layers: weights of embeddings and output layer.
-        peaks: of forward and backward on top of what is kept, by what computes.
-        operations: of forward and backward, with how often they occur.
-        path: the path that the model takes.
     """
 
     parameters: float
@@ -70,51 +63,77 @@ class Step:
     gradients: float
     states: float
     update: float
-    copies: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one micro-batch takes.
+
+    Attributes:
+        peaks: bytes of forward and backward on top of what is kept, by what computes.
+        cost: of forward and backward.
+        largest_layer: bytes of the weights of the largest layer.
+        outside_layers: bytes of the weights of embeddings and output layer.
+    """
+
+    peaks: dict[str, float]
+    cost: Cost
     largest_layer: float
     outside_layers: float
-    peaks: dict[str, float]
-    operations: list[tuple[int, list[Operation]]]
-    path: Path
 
     @property
     def peak(self) -> float:
         """At the peak of forward and backward, on top of what is kept."""
         return max(self.peaks.values())
 
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of forward and backward, counted as ``torch.utils.flop_counter`` does."""
-        return sum(times * operation.flops for times, operations in self.operations for operation in operations)
 
-    def extended(self, others: Sequence[tuple[Step, int]]) -> Step:
-        """The step of a deeper model: each of ``others`` has one layer more, and occurs so many times."""
+def measure_kept(blueprint: Blueprint, setup: Setup) -> Kept:
+    """What a model of full depth and its optimizer keep.
 
-        def total(value: Callable[[Step], float]) -> float:
-            return value(self) + sum(times * (value(other) - value(self)) for other, times in others)
+    Raises:
+        SimpoError: the memory of the optimizer is not known.
+    """
 
-        def deeper(name: str) -> float:
-            return self.peaks[name] + sum(times * (other.peaks[name] - self.peaks[name]) for other, times in others)
+    def measure(layers: list[int]) -> dict[str, float]:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        stand_in = blueprint.build(mode, layers)
+        with mode:
+            states, update = measure_update(stand_in, setup.optimizer, cuda=setup.cuda)
+        return {
+            "parameters": sum(weight.numel() for weight in stand_in.model.parameters()),
+            "weights": stand_in.weights,
+            "gradients": sum(weight.nbytes for weight in stand_in.trained),
+            "states": states,
+            "update": update,
+        }
 
-        (_, own), *_ = self.operations
-        return replace(
-            self,
-            parameters=total(lambda step: step.parameters),
-            weights=total(lambda step: step.weights),
-            gradients=total(lambda step: step.gradients),
-            states=total(lambda step: step.states),
-            update=total(lambda step: step.update),
-            copies=total(lambda step: step.copies),
-            peaks={name: deeper(name) for name in self.peaks},
-            operations=[
-                (1 - sum(times for _, times in others), own),
-                *((times, other.operations[0][1]) for other, times in others),
-            ],
-        )
+    return Kept(**_of_full_depth(blueprint, measure))
 
 
 def measure_step(blueprint: Blueprint, batch: PackedBatch, setup: Setup) -> Step:
-    """One micro-batch through a model of full depth, forward and backward, without computing any number of it.
+    """One micro-batch through a model of full depth, forward and backward, without computing any number of it."""
+    sizes: dict[str, float] = {}
+
+    def measure(layers: list[int]) -> dict[str, float]:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        stand_in = blueprint.build(mode, layers)
+        tracer = Tracer(attended(batch))
+        with mode:
+            fake = _fake(batch, kernels.varlen if setup.cuda else None)
+            for weight in stand_in.trained:
+                weight.grad = torch.empty_like(weight) if setup.accumulates else None
+            with tracer, _phases(stand_in, layers, tracer, setup.share):
+                _forward_backward(stand_in, fake, tracer, setup)
+        sizes.update(largest_layer=stand_in.largest_layer, outside_layers=stand_in.outside_layers)
+        return tracer.peaks | tracer.costs
+
+    found = _of_full_depth(blueprint, measure)
+    cost = Cost(**{field.name: found.pop(field.name) for field in fields(Cost)})
+    return Step(peaks=found, cost=cost, **sizes)
+
+
+def _of_full_depth(blueprint: Blueprint, measure: Callable[[list[int]], dict[str, float]]) -> dict[str, float]:
+    """What ``measure``, a function of the layers that a model has, would find for all of them.
 
     Memory grows by the same amount with every layer of a kind between the first and the last one: by activations that
     are kept while the last one computes, and by gradients that are there when the first one does.
@@ -122,40 +141,9 @@ def measure_step(blueprint: Blueprint, batch: PackedBatch, setup: Setup) -> Step
     kinds = blueprint.kinds()
     first = [numbers[0] for numbers in kinds]
     last = sorted(numbers[-1] for numbers in kinds if len(numbers) > 1)
-    more = [
-        (_trace(blueprint, [*first, numbers[1], *last], batch, setup), len(numbers) - 2)
-        for numbers in kinds
-        if len(numbers) > 2
-    ]
-    return _trace(blueprint, [*first, *last], batch, setup).extended(more)
-
-
-def _trace(blueprint: Blueprint, layers: list[int], batch: PackedBatch, setup: Setup) -> Step:
-    """The step of a model with these layers alone, in this order."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    stand_in = blueprint.build(mode, layers)
-    tracer = Tracer(sum(q * k for q, k in zip(batch.layout.query_sizes, batch.layout.key_sizes, strict=True)))
-    with mode:
-        fake = _fake(batch, kernels.varlen if setup.cuda else None)
-        states, update = measure_update(stand_in, setup.optimizer, cuda=setup.cuda)
-        for weight in stand_in.trained:
-            weight.grad = torch.empty_like(weight) if setup.accumulates else None
-        with tracer, _phases(stand_in, layers, tracer, setup.share):
-            _forward_backward(stand_in, fake, tracer, setup)
-    trained = float(sum(weight.nbytes for weight in stand_in.trained))
-    return Step(
-        parameters=sum(weight.numel() for weight in stand_in.model.parameters()),
-        weights=stand_in.weights,
-        gradients=trained,
-        states=states,
-        update=update,
-        copies=trained if setup.reference or setup.divergence else 0.0,
-        largest_layer=stand_in.largest_layer,
-        outside_layers=stand_in.outside_layers,
-        peaks=tracer.peaks,
-        operations=[(1, tracer.operations)],
-        path=stand_in.path,
-    )
+    few = measure([*first, *last])
+    more = [(measure([*first, numbers[1], *last]), len(numbers) - 2) for numbers in kinds if len(numbers) > 2]
+    return {name: size + sum(times * (one[name] - size) for one, times in more) for name, size in few.items()}
 
 
 def _fake(batch: PackedBatch, kernel: kernels.Kernel | None) -> PackedBatch:

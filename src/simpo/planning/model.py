@@ -87,7 +87,8 @@ class Blueprint:
             layers[number].gradient_checkpointing = again[number]
             layers[number]._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         _keep_layers(model, layers, numbers)
-        quantized = _to_four_bits(model, self.dtype) if self.arguments.quantization else []
+        if self.arguments.quantization:
+            _to_four_bits(model, self.dtype)
         with torch.device("meta"):
             adapted = self._adapted(model)
         freeze_unreached(adapted)
@@ -97,7 +98,7 @@ class Blueprint:
             model.tie_weights()
         adapted.train()
         kept = [layer for layer in adapted.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        return StandIn(adapted, kept, quantized, self._settle(adapted), self.arguments)
+        return StandIn(adapted, kept, self._settle(adapted), self.arguments)
 
     def _checkpointed(self, count: int) -> list[bool]:
         return checkpointed_layers(count, self.checkpointed_share)
@@ -144,14 +145,12 @@ class StandIn:
     Attributes:
         model: with its adapter, if it has one.
         layers: its layers.
-        quantized: weights that are stored in 4 bits.
         path: the path that it takes.
         arguments: how the real one is loaded.
     """
 
     model: Any
     layers: list[nn.Module]
-    quantized: list[nn.Parameter]
     path: Path
     arguments: ModelArguments
 
@@ -164,7 +163,7 @@ class StandIn:
     def weights(self) -> float:
         """Bytes of all weights and buffers."""
         each = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-        small = {id(weight) for weight in self.quantized}
+        small = {id(module.weight) for module in self.model.modules() if isinstance(module, _FourBitLinear)}
         nested = self.arguments.quantization.get("use_bnb_nested_quant")
         four_bit = _FOUR_BIT + (_NESTED_SCALES if nested else _SCALES)
         return sum(t.numel() * four_bit if name in small else float(t.nbytes) for name, t in each.items())
@@ -228,18 +227,16 @@ class _FourBitLinear(nn.Linear):
         return _FromFourBits.apply(states.to(self.weight.dtype), self.weight).to(states.dtype)
 
 
-def _to_four_bits(model: Any, dtype: torch.dtype) -> list[nn.Parameter]:
+def _to_four_bits(model: Any, dtype: torch.dtype) -> None:
     """Quantize all linear layers but the output layer; everything else becomes fp32, as for training."""
-    output, quantized = model.get_output_embeddings(), []
+    output = model.get_output_embeddings()
     compute = torch.bfloat16 if dtype == torch.float32 else dtype
     for module in model.modules():
         if type(module) is nn.Linear and module is not output:
             module.__class__ = _FourBitLinear
             module.weight.data = module.weight.data.to(compute)
-            quantized.append(module.weight)
         else:
             for weight in module.parameters(recurse=False):
                 weight.data = weight.data.float()
     for weight in model.parameters():
         weight.requires_grad_(False)
-    return quantized

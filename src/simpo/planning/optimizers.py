@@ -20,56 +20,21 @@ _TRACED: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adagrad": (torch.optim.Adagrad, {}),
     "rmsprop": (torch.optim.RMSprop, {}),
 }
-_BLOCK = 256  # weights that share an fp32 scale in 8-bit optimizers; 4-bit ones have half as many
-_SMALLEST = 4096  # smaller tensors keep their states in 32 bits
-
-
-def _full(states: int) -> Callable[[Tensor], float]:
-    return lambda weight: 4.0 * states * weight.numel()
-
-
-def _quantized(states: int, bits: int) -> Callable[[Tensor], float]:
-    block = _BLOCK * bits // 8
-
-    def stored(weight: Tensor) -> float:
-        whole = weight.numel() < _SMALLEST or weight.numel() % block
-        return states * weight.numel() * (4.0 if whole else bits / 8 + 4 / block)
-
-    return stored
-
-
-def _factored(weight: Tensor) -> float:
-    """Adafactor: a mean square for every row and column."""
-    rows = weight.numel() // weight.shape[-1] if weight.dim() > 1 else 0
-    return 4.0 * (rows + weight.numel() // max(weight.shape[-2], 1)) if rows else 4.0 * weight.numel()
-
-
-# What an optimizer keeps of a weight, in bytes, by transformers' names of optimizers.
-_STORED: dict[str, Callable[[Tensor], float]] = {
-    "adafactor": _factored,
-    "adamw_torch_8bit": _quantized(2, 8),
-    "adamw_torch_4bit": _quantized(2, 4),
-    "adamw_bnb_8bit": _quantized(2, 8),
-    "adamw_8bit": _quantized(2, 8),
-    "ademamix": _full(3),
-    "ademamix_8bit": _quantized(3, 8),
-    "lion_32bit": _full(1),
-    "lion_8bit": _quantized(1, 8),
-    "rmsprop_bnb": _quantized(1, 8),
-    "rmsprop_bnb_8bit": _quantized(1, 8),
-    "rmsprop_bnb_32bit": _full(1),
-    "schedule_free_adamw": _full(2),
-    "schedule_free_radam": _full(2),
-    "schedule_free_sgd": _full(1),
-    "stable_adamw": lambda weight: 2.0 * weight.nbytes,
-    "grokadamw": _full(3),
-    "lomo": lambda weight: 0.0,
+# States of others by transformers' names: how many there are of each weight, and the bits of a number.
+_STORED = {
+    **{"adamw_torch_8bit": (2, 8), "adamw_torch_4bit": (2, 4), "adamw_bnb_8bit": (2, 8), "adamw_8bit": (2, 8)},
+    **{"ademamix": (3, 32), "ademamix_8bit": (3, 8), "lion_32bit": (1, 32), "lion_8bit": (1, 8)},
+    **{"rmsprop_bnb": (1, 8), "rmsprop_bnb_8bit": (1, 8), "rmsprop_bnb_32bit": (1, 32)},
+    **{"schedule_free_adamw": (2, 32), "schedule_free_radam": (2, 32), "schedule_free_sgd": (1, 32)},
+    **{"stable_adamw": (2, None), "grokadamw": (3, 32), "lomo": (0, 32)},  # None: as wide as the weight
 }
 # Their states are in the host's memory where the GPU has no room.
 _PAGED = {
     *("paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
     *("paged_lion_32bit", "paged_lion_8bit"),
 }
+_SCALED = 256  # 8-bit numbers that share an fp32 scale; of 4-bit ones half as many
+_SMALLEST = 4096  # smaller tensors keep their states in 32 bits
 _IN_32_BITS = {"adamw_bnb_8bit", "adamw_8bit"}  # of embeddings, as Trainer has it
 
 
@@ -86,15 +51,32 @@ def measure_update(stand_in: StandIn, name: str, *, cuda: bool) -> tuple[float, 
         return _traced(stand_in.trained, lambda weights: kind(weights, lr=1e-6, **options))
     if name in _PAGED:
         return 0.0, 0.0
-    stored = _STORED.get(name)
-    if stored is None:
-        known = ", ".join(sorted([*_TRACED, *_STORED, *_PAGED]))
+    if name == "adafactor":
+        largest = max((4.0 * weight.numel() for weight in stand_in.trained), default=0.0)
+        return sum(map(_factored, stand_in.trained)), largest
+    if name not in _STORED:
+        known = ", ".join(sorted(["adafactor", *_TRACED, *_STORED, *_PAGED]))
         raise SimpoError(f"optim: the memory of {name!r} is not known to simpo plan; it knows {known}")
-    embeddings = {id(m.weight) for m in stand_in.model.modules() if isinstance(m, nn.Embedding)}
-    full = embeddings if name in _IN_32_BITS else set()
-    states = sum(_full(2)(w) if id(w) in full else stored(w) for w in stand_in.trained)
-    one_weight = max((4.0 * weight.numel() for weight in stand_in.trained), default=0.0)
-    return states, one_weight * (name == "adafactor")
+    states, bits = _STORED[name]
+    embeddings = [m.weight for m in stand_in.model.modules() if isinstance(m, nn.Embedding)]
+    full = {id(weight) for weight in embeddings} if name in _IN_32_BITS else set()
+    return sum(states * _bytes(w, 32 if id(w) in full else bits) for w in stand_in.trained), 0.0
+
+
+def _bytes(weight: Tensor, bits: int | None) -> float:
+    """Of a state of ``weight`` in numbers of so many bits, with their scales."""
+    if bits is None:
+        return float(weight.nbytes)
+    block = _SCALED * bits // 8
+    if bits == 32 or weight.numel() < _SMALLEST or weight.numel() % block:
+        return 4.0 * weight.numel()
+    return weight.numel() * (bits / 8 + 4 / block)
+
+
+def _factored(weight: Tensor) -> float:
+    """Adafactor: a mean square for every row and column."""
+    rows = weight.numel() // weight.shape[-1] if weight.dim() > 1 else 0
+    return 4.0 * (rows + weight.numel() // max(weight.shape[-2], 1)) if rows else 4.0 * weight.numel()
 
 
 def _traced(weights: list[nn.Parameter], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> tuple:

@@ -15,8 +15,9 @@ from datasets import Dataset
 from simpo.packing.batching import RowSizes, StepPlan
 from simpo.packing.layout import PackedBatch
 from simpo.planning.cards import COMMUNICATION, CONTEXT, FRAGMENTATION, Card, Rates
-from simpo.planning.memory import Setup, Step, measure_step
+from simpo.planning.memory import Kept, Setup, Step, measure_kept, measure_step
 from simpo.planning.model import Blueprint
+from simpo.planning.tracing import Cost
 from simpo.training.batches import comparisons_of, row_sizes
 
 Sharding = Literal["none", "ddp", "fsdp", "zero2", "zero3"]
@@ -53,7 +54,7 @@ class Choice:
         return keys
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Work:
     """The rows of a run, and how steps take them.
 
@@ -86,13 +87,19 @@ class Work:
         wanted = min(self.total or math.inf, self.rows_per_step * _STEPS)
         return self.rows if len(self.rows) >= wanted else self.rows.select(np.arange(wanted) % len(self.rows))
 
-    def sizes(self, path: str) -> RowSizes:
-        """Tokens of the rows on a path."""
-        return row_sizes(self._repeated, path)  # type: ignore[arg-type]
+    @cached_property
+    def _sizes(self) -> RowSizes:
+        return row_sizes(self._repeated, "packed")
 
-    def batches(self, max_batch_tokens: int, world_size: int, path: str) -> Batches:
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self._sizes.lengths.max())
+
+    @cache  # noqa: B019 - as that of Planner
+    def batches(self, max_batch_tokens: int, world_size: int) -> Batches:
         """The micro-batches of the first steps."""
-        sizes = self.sizes(path)
+        sizes = self._sizes
         plan = StepPlan(sizes, self.rows_per_step, max_batch_tokens, world_size, self.seed)
         order, found = plan.order(0), []
         steps = min(plan.steps, _STEPS)
@@ -190,10 +197,10 @@ class Planner:
     @cache  # noqa: B019 - planners are few, and end with the command
     def estimate(self, choice: Choice) -> Estimate:
         """What a run takes with ``choice``."""
-        batches = self.work.batches(choice.max_batch_tokens, self.machine.gpus, "packed")
+        batches = self.work.batches(choice.max_batch_tokens, self.machine.gpus)
         step = self._step(choice, batches)
         memory = self._memory(choice.sharding, step, step.peak, gradients_first=batches.per_step > 1)
-        update = self._memory(choice.sharding, step, step.update * self._share(choice.sharding))
+        update = self._memory(choice.sharding, step, self.kept.update * self._share(choice.sharding))
         tightest = max(step.peaks, key=lambda name: step.peaks[name])
         if sum(update.values()) > sum(memory.values()):
             memory, tightest = update, "the optimizer's step"
@@ -201,27 +208,24 @@ class Planner:
             choice,
             memory,
             batches,
-            parameters=round(step.parameters),
-            flops=step.flops * batches.tokens_per_step / batches.tokens * self.machine.gpus,
-            step_seconds=self._seconds(choice.sharding, step, batches),
+            parameters=round(self.kept.parameters),
+            flops=step.cost.flops * batches.tokens_per_step / batches.tokens * self.machine.gpus,
+            step_seconds=self._seconds(choice.sharding, step.cost, batches),
             tightest=tightest,
         )
+
+    @cached_property
+    def kept(self) -> Kept:
+        """What the run keeps, before anything is shared out."""
+        return measure_kept(self.blueprint, self.setup)
 
     def _step(self, choice: Choice, batches: Batches) -> Step:
         setup = replace(self.setup, accumulates=batches.per_step > 1, share=self._share(choice.sharding))
         blueprint = replace(self.blueprint, checkpointed_share=choice.checkpointed_share)
-        step = measure_step(blueprint, batches.heaviest, setup)
         if choice.sharding in ("fsdp", "zero3") and setup.autocast is not None and blueprint.dtype == torch.float32:
             # weights are gathered in half precision, so that autocast has nothing to cast
-            half = measure_step(replace(blueprint, dtype=setup.autocast), batches.heaviest, setup)
-            step = replace(
-                step,
-                peaks=half.peaks,
-                operations=half.operations,
-                largest_layer=half.largest_layer,
-                outside_layers=half.outside_layers,
-            )
-        return step
+            blueprint = replace(blueprint, dtype=setup.autocast)
+        return measure_step(blueprint, batches.heaviest, setup)
 
     def _share(self, sharding: Sharding) -> float:
         """Share of the gradients and of the optimizer's work that a process has."""
@@ -235,19 +239,19 @@ class Planner:
         count = self.machine.gpus
         weights = 1 / count if sharding in ("fsdp", "zero3") else 1.0
         share = self._share(sharding)
-        optimizer = step.states * share
+        gradients, optimizer = self.kept.gradients * share, self.kept.states * share
         if sharding in ("zero2", "zero3"):
-            optimizer += step.gradients / 2 * _MASTER / count
+            optimizer += self.kept.gradients / 2 * _MASTER / count
         found = {
-            "weights": step.weights * weights,
-            "reference": step.copies * weights,
-            "gradients": step.gradients * share,
+            "weights": self.kept.weights * weights,
+            "reference": self.kept.gradients * weights if self.setup.reference or self.setup.divergence else 0.0,
+            "gradients": gradients,
             "optimizer": optimizer,
-            "activations": peak - (0.0 if gradients_first else step.gradients * share),
+            "activations": peak - (0.0 if gradients_first else gradients),
             "sharing": 0.0,
         }
         if sharding == "ddp":
-            found["sharing"] = step.gradients
+            found["sharing"] = self.kept.gradients
         elif sharding == "fsdp":  # what is gathered: a layer and the next one, and what no layer has
             found["sharing"] = step.outside_layers + 2 * step.largest_layer
         elif sharding in ("zero2", "zero3"):
@@ -257,19 +261,19 @@ class Planner:
             found["fragmentation"] = FRAGMENTATION * sum(found.values())
         return found
 
-    def _seconds(self, sharding: Sharding, step: Step, batches: Batches) -> float | None:
-        rates, card = self.machine.rates, self.machine.card
+    def _seconds(self, sharding: Sharding, cost: Cost, batches: Batches) -> float | None:
+        rates, card, kept = self.machine.rates, self.machine.card, self.kept
         if rates is None:
             return None
-        whole = sum(times * rates.seconds(operations) for times, operations in step.operations)
-        launches = rates.overhead * sum(times * len(operations) for times, operations in step.operations)
-        compute = batches.per_step * launches + (whole - launches) * batches.tokens_per_step / batches.tokens
-        update = (step.gradients + 2 * (step.gradients + step.states)) / rates.moved
+        launches = rates.overhead * cost.operations
+        compute = batches.per_step * launches
+        compute += (rates.seconds(cost) - launches) * batches.tokens_per_step / batches.tokens
+        update = (3 * kept.gradients + 2 * kept.states) / rates.moved
         if card is None or self.machine.gpus == 1:
             return compute + update
         if sharding == "ddp":
-            return max(compute, 2 * step.gradients / card.link) + update
-        gathered = (2 * step.weights + step.gradients) * batches.per_step
+            return max(compute, 2 * kept.gradients / card.link) + update
+        gathered = (2 * kept.weights + kept.gradients) * batches.per_step
         return max(compute, gathered / card.link) + update / self.machine.gpus
 
     # ---- The fastest choice that fits.
@@ -299,15 +303,11 @@ class Planner:
     def smallest(self) -> Estimate:
         """With the choice that takes the least memory."""
         sharding: Sharding = "none" if self.machine.gpus == 1 else "fsdp"
-        return self.estimate(Choice(self._longest, 1.0, sharding))
-
-    @property
-    def _longest(self) -> int:
-        return int(self.work.sizes("packed").lengths.max())
+        return self.estimate(Choice(self.work.longest, 1.0, sharding))
 
     def _ranked(self, sharding: Sharding, own: Choice) -> list[Choice]:
         """Choices that seem to fit, the fastest first."""
-        longest = self._longest
+        longest = self.work.longest
         budgets = [longest, *(budget for budget in _BUDGETS if budget > longest)]
         middle = max(own.max_batch_tokens, longest)
         again = self.estimate(Choice(middle, 1.0, sharding))
@@ -318,7 +318,7 @@ class Planner:
         for share in _SHARES:
             activations = share * again.memory["activations"] + (1 - share) * kept.memory["activations"]
             for budget in budgets:
-                tokens = self.work.batches(budget, self.machine.gpus, "packed").tokens
+                tokens = self.work.batches(budget, self.machine.gpus).tokens
                 total = again.total + activations * tokens / again.batches.tokens - again.memory["activations"]
                 if total <= self.capacity:
                     found.append(Choice(budget, share, sharding))

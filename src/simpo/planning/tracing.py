@@ -6,9 +6,10 @@ Works on real tensors and on fake ones (``torch._subclasses.FakeTensorMode``), w
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import arg_tree_leaves, tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop
 
-Kind = Literal["product", "attention", "other"]
+from simpo.packing.layout import PackedBatch
 
 _aten = torch.ops.aten
 # Operators that read as much as they write, however large their first input is.
@@ -25,18 +26,25 @@ _ATTENTION = ("attention", "attn")
 
 
 @dataclass(frozen=True)
-class Operation:
-    """One operation.
+class Cost:
+    """What operations take, other than memory.
 
     Attributes:
-        kind: whether it is a matrix product, attention or anything else.
-        flops: floating-point operations, counted as ``torch.utils.flop_counter`` does: with what a causal mask hides.
-        moved: bytes read and written.
+        product: floating-point operations of matrix products, counted as ``torch.utils.flop_counter`` does.
+        attention: floating-point operations of attention, counted in the same way, with what a causal mask hides.
+        moved: bytes read and written by all other operations.
+        operations: their number.
     """
 
-    kind: Kind
-    flops: int
-    moved: int
+    product: float = 0
+    attention: float = 0
+    moved: float = 0
+    operations: float = 0
+
+    @property
+    def flops(self) -> float:
+        """All floating-point operations."""
+        return self.product + self.attention
 
 
 class Tracer(TorchDispatchMode):
@@ -52,14 +60,14 @@ class Tracer(TorchDispatchMode):
         phase: the name under which peaks are noted; set by whoever runs the operations.
         live: bytes that are allocated now.
         peaks: the most bytes that were allocated at a time, by phase.
-        operations: all operations, in their order.
+        costs: the fields of :class:`Cost` for all operations.
     """
 
     def __init__(self, pairs: int = 0) -> None:
         super().__init__()
         self.pairs, self.phase, self.live = pairs, "", 0.0
         self.peaks: dict[str, float] = {}
-        self.operations: list[Operation] = []
+        self.costs: Counter[str] = Counter()
         self._storages: dict[int, tuple[Any, list[float]]] = {}  # by address: a weak reference, and the bytes counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -72,7 +80,7 @@ class Tracer(TorchDispatchMode):
         new = [self._follow(tensor, counted=True) for tensor in outputs]
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0.0), self.live)
         if any(new) or func._schema.is_mutable:  # not a view
-            self.operations.append(self._operation(func, args, kwargs, inputs, outputs, result))
+            self._count(func, args, kwargs, inputs, outputs, result)
         return result
 
     def weigh(self, tensor: Tensor, factor: float) -> None:
@@ -98,16 +106,20 @@ class Tracer(TorchDispatchMode):
         self.live += size[0]
         return True
 
-    def _operation(
+    def _count(
         self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor], result: Any
-    ) -> Operation:
+    ) -> None:
         packet, name = func._overloadpacket, func._schema.name
-        moved = sum(tensor.nbytes for tensor in outputs)
-        moved += moved if packet in _LOOKUPS else sum(tensor.nbytes for tensor in inputs)
+        self.costs["operations"] += 1
         if any(part in name for part in _ATTENTION):
-            return Operation("attention", self._attention_flops(name, packet, args, kwargs, result), moved)
-        count = _PRODUCTS.get(packet) or flop_registry.get(packet)
-        return Operation("product" if count else "other", count(*args, **kwargs, out_val=result) if count else 0, moved)
+            self.costs["attention"] += self._attention_flops(name, packet, args, kwargs, result)
+        elif count := _PRODUCTS.get(packet) or flop_registry.get(packet):
+            self.costs["product"] += count(*args, **kwargs, out_val=result)
+        else:
+            written = sum(tensor.nbytes for tensor in outputs)
+            self.costs["moved"] += written + (
+                written if packet in _LOOKUPS else sum(tensor.nbytes for tensor in inputs)
+            )
 
     def _attention_flops(self, name: str, packet: Any, args: Any, kwargs: Any, result: Any) -> int:
         """Of forward two products of queries with keys; of backward five, one of which forward had made before."""
@@ -120,6 +132,11 @@ class Tracer(TorchDispatchMode):
         query, key, value = (tensor.shape for tensor in args[1 if backward else 0 :][:3])  # [rows, heads, tokens, D]
         flops = sdpa_flop(query, key, value)
         return flops * 5 // 2 if backward else flops
+
+
+def attended(batch: PackedBatch) -> int:
+    """Pairs of query and key in one layer."""
+    return sum(q * k for q, k in zip(batch.layout.query_sizes, batch.layout.key_sizes, strict=True))
 
 
 def _in_place_product(total: Tensor, left: Tensor, right: Tensor, **_: Any) -> int:
