@@ -11,10 +11,11 @@ that are in ``figures.json`` are not repeated.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from benchmarks.answer_space import (
     group_advantages,
     optimum,
 )
+from benchmarks.figures import Figures
 from benchmarks.letters import letter_model, letter_tokenizer
 from simpo.training.online import OnlineTrainer
 from simpo.training.online_config import OnlineConfig
@@ -160,17 +162,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     hf_logging.set_verbosity_error()
-    given.output_dir.mkdir(parents=True, exist_ok=True)
-    path = given.output_dir / "figures.json"
-    figures = json.loads(path.read_text()) if path.exists() else {}
-    for name in given.rows:
-        for beta in given.betas:
-            key = f"{name} | {beta}"
-            if key not in figures:
-                steps = round(given.steps / beta)
-                figures[key] = measure(name, beta, Task(tokens=11, longest=3), answers=given.answers, steps=steps)
-                path.write_text(json.dumps(figures, indent=1) + "\n")
-            print(f"{key}: " + ", ".join(f"{what} {value:.4f}" for what, value in figures[key].items()), flush=True)
+    figures = Figures(given.output_dir / "figures.json")
+    for name, beta in product(given.rows, given.betas):
+        task, steps = Task(tokens=11, longest=3), round(given.steps / beta)
+        train = partial(measure, name, beta, task, answers=given.answers, steps=steps)
+        found = figures.once(f"{name} | {beta}", train)
+        print(f"{name} | {beta}: " + ", ".join(f"{what} {value:.4f}" for what, value in found.items()), flush=True)
 
 
 if __name__ == "__main__":

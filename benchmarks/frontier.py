@@ -13,22 +13,30 @@ stage is a run of a command, and every measurement is kept, so that the same cal
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
 from benchmarks.best_of_n import best_of_n_kl
-from benchmarks.on_policy import JUDGES, Place, best_of_n_curves, divergence, sample, simpo, sizes, train_reward
-from simpo.analysis.plots import COLORS, STYLE, save
-from simpo.runs.atomic import write_text
+from benchmarks.figures import Figures, in_words
+from benchmarks.on_policy import (
+    JUDGES,
+    Place,
+    best_of_n_curves,
+    divergence,
+    plot_against_kl,
+    sample,
+    simpo,
+    sizes,
+    train_reward,
+)
+from simpo.analysis.plots import COLORS
 from simpo.runs.lines import read_lines, write_lines
 from simpo.statistics import Interval, mean_interval
 
@@ -87,28 +95,27 @@ class Measuring:
 
     def __init__(self, place: Place, judges: Sequence[str]) -> None:
         self._place, self._judges = place, judges
-        self._path = place.folder / "measured.json"
-        self._known: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._figures = Figures(place.folder / "measured.json")
         sample(place, place.demo / "sft", place.folder / "start-answers", _ANSWERS, 1.0)
         self._start = place.scores(place.folder / "start-answers", "start", JUDGES[:1])[JUDGES[0]]
 
     def __call__(self, run: Run) -> dict[str, float]:
         """The mean score by every judge, the KL from the start in nats per answer, and the win rate against it."""
-        if run.name not in self._known:
-            place, model = self._place, self._place.folder / run.name
-            data = {"model_name_or_path": place.demo / "sft", "dataset_name": place.demo / "prompts.jsonl"}
-            own = {"annotator": place.annotators[run.judge], "seed": run.seed, "output_dir": model}
-            simpo("online", *(f"--{key}={value}" for key, value in (_COMMON | data | own | run.options).items()))
-            responses = place.folder / f"{run.name}-answers"
-            sample(place, model, responses, _ANSWERS, 1.0)
-            scores = place.scores(responses, run.name, self._judges)
-            wins = np.sign(scores[JUDGES[0]][:, :, None] - self._start[:, None, :])  # every answer with every other
-            self._known[run.name] = {judge: float(values.mean()) for judge, values in scores.items()} | {
-                "kl": float(divergence(place, model, responses, 1.0).mean()),
-                "win rate": float((0.5 + 0.5 * wins).mean()),
-            }
-            write_text(self._path, json.dumps(self._known, indent=1) + "\n")
-        return self._known[run.name]
+        return self._figures.once(run.name, lambda: self._train(run))
+
+    def _train(self, run: Run) -> dict[str, float]:
+        place, model = self._place, self._place.folder / run.name
+        data = {"model_name_or_path": place.demo / "sft", "dataset_name": place.demo / "prompts.jsonl"}
+        own = {"annotator": place.annotators[run.judge], "seed": run.seed, "output_dir": model}
+        simpo("online", *(f"--{key}={value}" for key, value in (_COMMON | data | own | run.options).items()))
+        responses = place.folder / f"{run.name}-answers"
+        sample(place, model, responses, _ANSWERS, 1.0)
+        scores = place.scores(responses, run.name, self._judges)
+        wins = np.sign(scores[JUDGES[0]][:, :, None] - self._start[:, None, :])  # every answer with every other
+        return {judge: float(values.mean()) for judge, values in scores.items()} | {
+            "kl": float(divergence(place, model, responses, 1.0).mean()),
+            "win rate": float((0.5 + 0.5 * wins).mean()),
+        }
 
 
 def summary(measured: dict[Run, dict[str, float]]) -> dict[str, dict[str, Interval]]:
@@ -142,15 +149,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure, runs = Measuring(place, JUDGES), list(runs_of_methods(given.seeds, given.judges, given.methods))
     found = summary({run: measure(run) for run in runs})
     for name, values in found.items():
-        print(f"{name}: " + ", ".join(f"{what} {_text(value)}" for what, value in values.items()))
+        print(f"{name}: " + ", ".join(f"{what} {in_words(value)}" for what, value in values.items()))
     if given.compare == "methods":
         best = best_of_n_curves(place)
         _plot(folder / "frontier.png", found, best, given.judges)
         print(f"plot: {folder / 'frontier.png'}")
-
-
-def _text(found: Interval) -> str:
-    return f"{found.value:.3f}" + ("" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]")
 
 
 def _plot(
@@ -159,33 +162,27 @@ def _plot(
     best: dict[str, dict[str, list[Interval]]],
     judges: Sequence[str],
 ) -> None:
-    """A row of panels for each judge that was trained against, a column for each that measures."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 4 * len(judges)), layout="constrained")
-        grid = figure.subplots(len(judges), len(JUDGES), squeeze=False, sharex=True)
-        for row, trained_by in zip(grid, judges, strict=True):
-            for axes, judge in zip(row, JUDGES, strict=True):
-                for number, method in enumerate(METHODS):
-                    own = [
-                        values
-                        for name, values in found.items()
-                        if name.startswith(f"{method}, ") and name.endswith(f" | {trained_by}")
-                    ]
-                    style = "--" if method.startswith("offline") else "-"
-                    color = (*COLORS, "#000000")[number]
-                    points = sorted((values["kl"].value, values[judge]) for values in own)
-                    if points:
-                        places, means = zip(*points, strict=True)
-                        heights = [mean.value for mean in means]
-                        spread = [0.0 if mean.low is None else mean.value - mean.low for mean in means]
-                        axes.errorbar(places, heights, spread, color=color, linestyle=style, marker="o", label=method)
-                curve = best[trained_by][judge]
-                counts = sizes(1 << (len(curve) - 1))
-                axes.plot(list(map(best_of_n_kl, counts)), [one.value for one in curve], "k:", label="best of N")
-                axes.set(xlabel="KL from the start, nats an answer", ylabel=f"score by {judge}")
-                axes.set_title(f"trained against: {trained_by}", fontsize=10)
-        grid[0][0].legend(frameon=False)
-        save(figure, path)
+    """A line for each method, dashed if it is offline, with intervals over seeds, and the best of N."""
+
+    def draw(axes: Axes, trained_by: str, judge: str) -> None:
+        for method, color in zip(METHODS, (*COLORS, "#000000"), strict=False):
+            own = [
+                values
+                for name, values in found.items()
+                if name.startswith(f"{method}, ") and name.endswith(f" | {trained_by}")
+            ]
+            points = sorted((values["kl"].value, values[judge]) for values in own)
+            if points:
+                places, means = zip(*points, strict=True)
+                heights = [mean.value for mean in means]
+                spread = [0.0 if mean.low is None else mean.value - mean.low for mean in means]
+                style = "--" if method.startswith("offline") else "-"
+                axes.errorbar(places, heights, spread, color=color, linestyle=style, marker="o", label=method)
+        curve = best[trained_by][judge]
+        counts = sizes(1 << (len(curve) - 1))
+        axes.plot(list(map(best_of_n_kl, counts)), [one.value for one in curve], "k:", label="best of N")
+
+    plot_against_kl(path, judges, "trained against", draw)
 
 
 if __name__ == "__main__":

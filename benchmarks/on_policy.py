@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
@@ -195,21 +196,37 @@ def _plot_best_of_n(path: Path, best: dict[str, dict[str, list[Interval]]]) -> N
 
 def _plot_rounds(path: Path, curves: dict[str, list[dict[str, object]]]) -> None:
     """A line a temperature through the rounds; the rounds' numbers next to the points of temperature 1."""
+
+    def draw(axes: Axes, annotated_by: str, judge: str) -> None:
+        for color, temperature in zip(COLORS, _TEMPERATURES, strict=False):
+            chosen = [point for point in curves[annotated_by] if point["temperature"] == temperature]
+            places = [point["kl"].value for point in chosen]
+            values = [point["scores"][judge] for point in chosen]
+            line(axes, places, values, color, f"temperature {temperature}")
+            if temperature == 1:
+                for point, x, y in zip(chosen, places, values, strict=True):
+                    axes.annotate(str(point["round"]), (x, y.value), (4, -11), textcoords="offset points")
+
+    plot_against_kl(path, list(curves), "rounds annotated by", draw)
+
+
+def plot_against_kl(path: Path, trained: Sequence[str], title: str, draw: Callable[[Axes, str, str], None]) -> None:
+    """Scores over the KL divergence: a row of panels for each of ``trained``, a column for each judge that measures.
+
+    Args:
+        path: of the PNG file.
+        trained: the judges that were trained against.
+        title: what they did, before their names in the panels' titles.
+        draw: fills the panel of one of ``trained`` and of a judge.
+    """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 7), layout="constrained")
-        grid = figure.subplots(len(curves), 2, squeeze=False, sharex="row")
-        for row, (trained_by, points) in zip(grid, curves.items(), strict=True):
+        figure = Figure(figsize=(10, 3.5 * len(trained)), layout="constrained")
+        grid = figure.subplots(len(trained), len(JUDGES), squeeze=False, sharex="row")
+        for row, by in zip(grid, trained, strict=True):
             for axes, judge in zip(row, JUDGES, strict=True):
-                for color, temperature in zip(COLORS, _TEMPERATURES, strict=False):
-                    chosen = [point for point in points if point["temperature"] == temperature]
-                    places = [point["kl"].value for point in chosen]
-                    values = [point["scores"][judge] for point in chosen]
-                    line(axes, places, values, color, f"temperature {temperature}")
-                    if temperature == 1:
-                        for point, x, y in zip(chosen, places, values, strict=True):
-                            axes.annotate(str(point["round"]), (x, y.value), (4, -11), textcoords="offset points")
+                draw(axes, by, judge)
                 axes.set(xlabel="KL from the start, nats an answer", ylabel=f"score by {judge}")
-                axes.set_title(f"rounds annotated by: {trained_by}", fontsize=10)
+                axes.set_title(f"{title}: {by}", fontsize=10)
         grid[0][0].legend(frameon=False)
         save(figure, path)
 

@@ -12,10 +12,10 @@ before and after. Runs that are in ``figures.json`` are not repeated.
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import random
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from scipy.sparse.csgraph import shortest_path
 from transformers.utils import logging as hf_logging
 
+from benchmarks.figures import Figures, in_words
 from benchmarks.letters import letter, letter_model, letter_tokenizer
 from simpo.generation.chunks import gather, missing_chunks, sample_chunks
 from simpo.generation.engine import TransformersEngine
@@ -71,7 +72,7 @@ class Graph:
 
     def optimality(self, nodes: Sequence[int]) -> float:
         """Of a walk from ``nodes[0]``, from 0 to 1."""
-        arrives = nodes[-1] == 0 and all(self.edges[a, b] for a, b in itertools.pairwise(nodes))
+        arrives = nodes[-1] == 0 and all(self.edges[a, b] for a, b in pairwise(nodes))
         return float(self.steps[nodes[0]]) / (len(nodes) - 1) if arrives and len(nodes) > 1 else 0.0
 
 
@@ -98,8 +99,8 @@ def measure(model: Any, graph: Graph, seed: int) -> float:
     return float(np.mean([_optimality(graph, prompt, list(one.ids)) for prompt, own in walks for one in own]))
 
 
-def run(seed: int, objectives: Sequence[str], rollouts: int, folder: Path) -> dict[str, float]:
-    """The mean optimality after supervised fine-tuning and after each objective, on the graph of a seed."""
+def run(seed: int, objective: str, rollouts: int, folder: Path) -> dict[str, float]:
+    """The mean optimality after supervised fine-tuning and after online training, on the graph of a seed."""
     graph, rng = Graph(seed), random.Random(seed)  # noqa: S311 - sampling, not secrets
     tokenizer = letter_tokenizer(1 + NODES)
     walks = [graph.walk(rng) for _ in range(WALKS)]
@@ -109,31 +110,27 @@ def run(seed: int, objectives: Sequence[str], rollouts: int, folder: Path) -> di
         str(folder / f"sft-{seed}"), seed=seed, max_length=1 + ANSWER, logging_steps=50, **_SFT, **_QUIET
     )
     SFTTrainer(model, settings, rows, processing_class=tokenizer).train()
-    found = {"sft": measure(model, graph, seed)}
-    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    before = measure(model, graph, seed)
 
     def score(answered: Sequence[Answered]) -> list[list[float]]:
         return [[_optimality(graph, each.prompt.ids, one.ids) for one in each.samples] for each in answered]
 
     prompts = [{"prompt": _text([node])} for node in range(1, NODES)]
-    for objective in objectives:
-        model.load_state_dict(start)
-        args = OnlineConfig(
-            str(folder / f"{objective}-{seed}"),
-            objective=objective,
-            seed=seed,
-            max_steps=rollouts * ONLINE[objective].get("sync_every", 1),
-            num_generations=8,
-            generation_batch_size=8 * len(prompts),
-            per_device_train_batch_size=len(prompts),
-            max_length=32,
-            max_new_tokens=ANSWER,
-            logging_steps=10,
-            **ONLINE[objective] | _QUIET,
-        )
-        OnlineTrainer(model, args, prompts, processing_class=tokenizer, annotator=score).train()
-        found[objective] = measure(model, graph, seed)
-    return found
+    args = OnlineConfig(
+        str(folder / f"{objective}-{seed}"),
+        objective=objective,
+        seed=seed,
+        max_steps=rollouts * ONLINE[objective].get("sync_every", 1),
+        num_generations=8,
+        generation_batch_size=8 * len(prompts),
+        per_device_train_batch_size=len(prompts),
+        max_length=32,
+        max_new_tokens=ANSWER,
+        logging_steps=10,
+        **ONLINE[objective] | _QUIET,
+    )
+    OnlineTrainer(model, args, prompts, processing_class=tokenizer, annotator=score).train()
+    return {"before": before, "after": measure(model, graph, seed)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,21 +143,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     hf_logging.set_verbosity_error()
-    given.output_dir.mkdir(parents=True, exist_ok=True)
-    path = given.output_dir / "figures.json"
-    figures = json.loads(path.read_text()) if path.exists() else {}
-    for seed in given.seeds:
-        if str(seed) not in figures:
-            figures[str(seed)] = run(seed, given.objectives, given.rollouts, given.output_dir)
-            path.write_text(json.dumps(figures, indent=1) + "\n")
-        print(
-            f"seed {seed}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures[str(seed)].items()),
-            flush=True,
-        )
-    for name in ("sft", *given.objectives):
-        mean = mean_interval([figures[str(seed)][name] for seed in given.seeds])
-        bounds = "" if mean.low is None else f" [{mean.low:.3f}, {mean.high:.3f}]"
-        print(f"{name}: mean {mean.value:.3f}{bounds} over {mean.n} graphs")
+    figures, found = Figures(given.output_dir / "figures.json"), {}
+    for seed, objective in product(given.seeds, given.objectives):
+        train = partial(run, seed, objective, given.rollouts, given.output_dir)
+        found[seed, objective] = figures.once(f"{objective} | seed {seed}", train)
+        print(f"{objective} | seed {seed}: {found[seed, objective]}", flush=True)
+    for objective, when in product(given.objectives, ("before", "after")):
+        mean = mean_interval([found[seed, objective][when] for seed in given.seeds])
+        print(f"{objective}, {when}: mean {in_words(mean)} over {mean.n} graphs")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tests.forked import run_ranks
+from torch.distributed.tensor import DTensor
 
 from simpo.cli import main
 from simpo.runs.lines import read_lines
 from simpo.runs.results import read_results
+from simpo.training.online import OnlineTrainer
 
 RECIPE = {
     **{"objective": "rloo", "num_generations": 4, "max_length": 40, "max_new_tokens": 8, "sync_every": 2},
@@ -104,6 +108,43 @@ def test_two_processes_train_as_one(recipe, objective, chat_world, tmp_path):
     for path in Path("one/rollouts").glob("0*"):
         first, second = (read_lines(Path(folder, "rollouts", path.name)) for folder in ("one", "two"))
         assert [row["response_ids"] for row in first] == [row["response_ids"] for row in second]
+
+
+def sharded(arguments):
+    """``main`` where FSDP2 shards: accelerate makes DDP of it on a CPU, but not on what it takes for devices."""
+    begin = OnlineTrainer.__init__
+
+    def begin_sharded(self, *args, **kwargs):
+        PartialState().distributed_type = DistributedType.MULTI_XPU
+        begin(self, *args, **kwargs)
+        assert all(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+
+    OnlineTrainer.__init__ = begin_sharded  # of this process, which is a fork
+    return main(arguments)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dpo"])
+def test_sharded_weights_train_as_whole_ones(recipe, objective, chat_world, tmp_path):
+    """Also where a rank generates more often than the other: 4 answers are a batch, and there are 3 of them."""
+    shared = {"objective": objective, "dtype": "float64", "optim": "sgd", "learning_rate": 0.1, "sync_every": 1}
+    shared |= {"save_strategy": "no", "num_generations": 3, "generation_batch_size": 4}
+    if objective == "grpo":
+        shared |= {"kl_estimator": "exact", "ptx_weight": 0.5, "ptx_dataset_name": chat_world / "sft.jsonl"}
+    assert main(recipe(**shared, output_dir="one")) == 0
+    layers = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "GPT2Block"}, "ddp_backend": "gloo"}
+    arguments = recipe(**shared | layers, output_dir="two", per_device_train_batch_size=2)
+    found = run_ranks(2, sharded, arguments, folder=tmp_path)
+    assert found.codes == [0, 0], found.stderr
+    one, two = (load_file(Path(folder, "model.safetensors")) for folder in ("one", "two"))
+    assert all((one[name] - two[name]).abs().max() < 1e-9 for name in one)
+    for path in Path("one/rollouts").glob("0*"):
+        first, second = (read_lines(Path(folder, "rollouts", path.name)) for folder in ("one", "two"))
+        assert [row["response_ids"] for row in first] == [row["response_ids"] for row in second]
+
+
+def test_a_value_function_next_to_sharded_weights_is_refused(recipe, tmp_path):
+    found = run_ranks(2, sharded, recipe(objective="ppo", fsdp=True, ddp_backend="gloo"), folder=tmp_path)
+    assert found.codes == [2, 2] and "fsdp: " in found.stderr and not Path("out").exists(), found.stderr
 
 
 @pytest.mark.parametrize(

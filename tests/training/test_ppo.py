@@ -238,6 +238,16 @@ def test_the_value_function_follows_the_policy_and_stays_out_of_the_saved_model(
         trainer._value.load(checkpoint)
 
 
+def test_policy_and_value_function_are_clipped_each_by_itself(ppo):
+    trainer = ppo(optim="sgd", learning_rate=1.0, max_grad_norm=1e-3, max_steps=1)
+    own = [list(trainer.model.parameters()), trainer._value.parameters]
+    before = [[each.detach().clone() for each in parameters] for parameters in own]
+    trainer.train()
+    for parameters, old in zip(own, before, strict=True):
+        moved = [(new - each).detach().flatten() for new, each in zip(parameters, old, strict=True)]
+        assert torch.cat(moved).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_a_reward_model_that_cannot_read_the_policys_tokens_is_refused(ppo, chat_world, reward_model, tmp_path):
     with pytest.raises(SimpoError, match=r"value_model: .*model"):
         ppo(value_model=str(chat_world / "model"))

@@ -93,11 +93,16 @@ class OnlineTrainer(PreferenceTrainer):
     def __init__(
         self, *args: Any, annotator: Annotator | None = None, engine: Engine | None = None, **kwargs: Any
     ) -> None:
+        self._value: ValueFunction | None = None
+        self._ptx: Pretraining | None = None
         super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise SimpoError("fsdp, deepspeed: sharded weights cannot sample answers; leave it out, or use simpo loop")
+        if self.is_deepspeed_enabled:
+            raise SimpoError("deepspeed: its engine cannot sample answers between steps; use fsdp, or simpo loop")
+        if self.args.ppo is not None and self._shards:
+            raise SimpoError(
+                "fsdp: ppo's value function has no place in an optimizer of sharded weights; use rloo or DDP"
+            )
         self._gradient = self.args.gradient
-        self._value, self._ptx = None, None
         if self._gradient is not None:
             self._reference.keep_copy()  # for the KL divergence
             if self.args.ppo is not None:

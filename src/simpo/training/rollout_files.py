@@ -29,6 +29,7 @@ from simpo.training.batches import response_tokens
 from simpo.training.reference import ReferenceModel
 from simpo.training.rollouts import Annotator, Answered, Place, Record, adaptation, prompts_of
 from simpo.training.sampling import sample_answers, separate_randomness
+from simpo.training.sharding import whole_weights
 from simpo.training.value import ValueFunction
 
 FOLDER = "rollouts"
@@ -116,7 +117,8 @@ class RolloutFiles:
         trainer = self._trainer
         tokenizer, prompts = trainer.processing_class, prompts_of(trainer.train_dataset.select(place.prompts))
         self._engine = self._engine or TransformersEngine(trainer.model, tokenizer)
-        samples = sample_answers(trainer, self._engine, [one.ids for one in prompts], self._sampling(place.rollout))
+        with whole_weights(trainer.model, trainer.accelerator):
+            samples = sample_answers(trainer, self._engine, [one.ids for one in prompts], self._sampling(place.rollout))
         texts = response_texts(tokenizer, prompts, samples)
         answered = list(map(Answered, prompts, samples, texts))
         scores: Any = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,25 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Inside, every rank has all weights of a sharded model and makes as many forwards as it likes; all ranks enter.
+
+    This takes the memory of the whole model's weights on every device. Without FSDP2 nothing changes.
+    """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        reshard(model)
+        for module in shards:  # the root's are needed again at once, in the backward
+            again = accelerator.state.fsdp_plugin.reshard_after_forward and module is not model
+            module.set_reshard_after_forward(bool(again), recurse=False)
 
 
 # ---- Weights: whole in files, and of a sharded model each rank has a part.
