@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from simpo.cli._shared import LOADING
-from simpo.config import parse_settings
+from simpo.config import parse_settings, setting
 from simpo.data.rows import BadRow
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
@@ -33,15 +33,12 @@ class ChatSettings:
     """The conversation."""
 
     model: ModelArguments = field(metadata={"only": LOADING})
-    second_model: str | None = field(
-        default=None,
-        metadata={"help": "Model that answers the same messages with the same seeds.", "positional": "SECOND_MODEL"},
+    second_model: str | None = setting(
+        None, "Model that answers the same messages with the same seeds.", positional="SECOND_MODEL"
     )
-    system: str | None = field(default=None, metadata={"help": "System message."})
+    system: str | None = setting(None, "System message.")
     sampling: SamplingSettings = field(metadata={"only": ("temperature", "top_p", "max_new_tokens")})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "Chat template, or a file with one (default: the tokenizer's own)."}
-    )
+    chat_template: str | None = setting(None, "Chat template, or a file with one (default: the tokenizer's own).")
     rendering: RenderSettings
 
 

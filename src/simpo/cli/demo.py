@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import StringIO
 from itertools import count
 from pathlib import Path
@@ -23,7 +23,7 @@ from rich.text import Text
 from simpo.analysis.plots import plot_lengths, plot_rates, plot_training
 from simpo.cli import sample, sft, train
 from simpo.cli._shared import print_report
-from simpo.config import parse_settings
+from simpo.config import parse_settings, setting
 from simpo.errors import SimpoError
 from simpo.evaluation.compare import PromptAnswers, compare_answers, read_matched
 from simpo.runs.folder import RunFolder, RunRecord
@@ -61,11 +61,10 @@ _HEADINGS: dict[Stage | None, str] = {"before": "SFT", "after": "SimPO"}
 class DemoSettings:
     """The demo."""
 
-    output_dir: Path | None = field(
-        default=None,
-        metadata={"help": "Folder of the demo (default: the first runs/demo-N that is new or unfinished)."},
+    output_dir: Path | None = setting(
+        None, "Folder of the demo (default: the first runs/demo-N that is new or unfinished)."
     )
-    seed: int = field(default=0, metadata={"help": "Seed of everything."})
+    seed: int = setting(0, "Seed of everything.")
 
 
 def main(argv: list[str]) -> int:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from simpo.config import parse_settings
+from simpo.config import parse_settings, setting
 from simpo.data.formats import is_comparison
 from simpo.data.inspection import (
     PERCENTILES,
@@ -62,17 +62,14 @@ class InspectSettings:
 
     model: ModelArguments = field(metadata={"only": ("model_name_or_path", "trust_remote_code")})
     data: str = field(metadata={"help": "File, folder or hub id of the data.", "positional": "DATA"})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "A test set, which is compared with DATA."})
-    split: str = field(default="train", metadata={"help": "Split of DATA; a test set has the test split instead."})
-    column_mapping: dict[str, str] | None = field(
-        default=None, metadata={"help": "Columns to rename, e.g. {good: chosen, bad: rejected}."}
-    )
-    chat_template: str | None = field(
-        default=None,
-        metadata={"help": "A chat template, a file with one, or none for raw text (default: the tokenizer's own)."},
+    eval_dataset_name: str | None = setting(None, "A test set, which is compared with DATA.")
+    split: str = setting("train", "Split of DATA; a test set has the test split instead.")
+    column_mapping: dict[str, str] | None = setting(None, "Columns to rename, e.g. {good: chosen, bad: rejected}.")
+    chat_template: str | None = setting(
+        None, "A chat template, a file with one, or none for raw text (default: the tokenizer's own)."
     )
     tokenization: TokenizeSettings = field(metadata={"without": ("on_bad_row", "num_proc")})
-    output_dir: Path | None = field(default=None, metadata={"help": "Folder for results.json."})
+    output_dir: Path | None = setting(None, "Folder for results.json.")
 
     def sources(self) -> Iterator[tuple[str, str, str]]:
         """Label, name and split of the data sets."""

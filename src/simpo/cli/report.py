@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from simpo.analysis.report import write_report
-from simpo.config import parse_settings
+from simpo.config import parse_settings, setting
 
 
 @dataclass(kw_only=True)
@@ -19,9 +19,7 @@ class ReportSettings:
     """The report."""
 
     runs: list[Path] = field(metadata={"help": "Folders of runs, finished or not.", "positional": "RUN"})
-    output: Path | None = field(
-        default=None, metadata={"help": "The page (default: report.html in the first run's folder)."}
-    )
+    output: Path | None = setting(None, "The page (default: report.html in the first run's folder).")
 
 
 def main(argv: list[str]) -> int:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from simpo.cli._shared import LOADING, refuse_several
 from simpo.client import Endpoint
-from simpo.config import parse_settings
+from simpo.config import parse_settings, setting
 from simpo.errors import SimpoError
 from simpo.generation.sample import FILE_NAME, PromptArguments, sample_responses
 from simpo.generation.server import sample_from_server
@@ -35,13 +35,12 @@ _SHOWN, _LONGEST = 3, 600  # answers at the end, and characters of each
 class ServerSettings:
     """The engine server: an OpenAI-compatible server, which knows the model by its name."""
 
-    base_url: str | None = field(default=None, metadata={"help": "The server, e.g. http://127.0.0.1:8000/v1."})
-    api_key_env: str = field(
-        default="OPENAI_API_KEY",
-        metadata={"help": "Environment variable that holds its key; a server on this machine needs none."},
+    base_url: str | None = setting(None, "The server, e.g. http://127.0.0.1:8000/v1.")
+    api_key_env: str = setting(
+        "OPENAI_API_KEY", "Environment variable that holds its key; a server on this machine needs none."
     )
-    concurrency: int = field(default=8, metadata={"help": "Requests at a time."})
-    timeout: float = field(default=600.0, metadata={"help": "Seconds that a reply may take."})
+    concurrency: int = setting(8, "Requests at a time.")
+    timeout: float = setting(600.0, "Seconds that a reply may take.")
 
 
 @dataclass(kw_only=True)
@@ -52,12 +51,10 @@ class SampleSettings:
     prompts: PromptArguments
     output_dir: Path = field(metadata={"help": "Folder of the run; the same one continues it."})
     sampling: SamplingSettings
-    engine: Literal["transformers", "vllm", "server"] = field(
-        default="transformers", metadata={"help": "What generates the answers."}
-    )
+    engine: Literal["transformers", "vllm", "server"] = setting("transformers", "What generates the answers.")
     vllm: VllmSettings
     server: ServerSettings
-    yes: bool = field(default=False, metadata={"help": "Send the requests to a server without asking."})
+    yes: bool = setting(False, "Send the requests to a server without asking.")
 
     def __post_init__(self) -> None:
         """Reject a setting that the engine would ignore."""

@@ -13,14 +13,14 @@ import logging
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from simpo.cli._shared import make_job, parse, recipe_of, refuse_several
-from simpo.config import keys_of, parse_settings
+from simpo.config import keys_of, parse_settings, setting
 from simpo.config.command_line import split_options
 from simpo.errors import SimpoError
 from simpo.judging.settings import GenerationArguments
@@ -41,18 +41,13 @@ _METRICS = [name.removeprefix("eval_") for name in SMALLER_IS_BETTER]
 class SweepSettings:
     """The search."""
 
-    sampler: Literal["grid", "tpe"] = field(
-        default="grid", metadata={"help": "grid tries every combination, tpe draws promising ones."}
+    sampler: Literal["grid", "tpe"] = setting("grid", "grid tries every combination, tpe draws promising ones.")
+    trials: int | None = setting(None, f"Draws of tpe (default: {_TPE_TRIALS}).")
+    metric: str = setting(
+        "rewards/accuracies", f"Metric on held-out pairs after training, one of {', '.join(_METRICS)}."
     )
-    trials: int | None = field(default=None, metadata={"help": f"Draws of tpe (default: {_TPE_TRIALS})."})
-    metric: str = field(
-        default="rewards/accuracies",
-        metadata={"help": f"Metric on held-out pairs after training, one of {', '.join(_METRICS)}."},
-    )
-    prune: bool = field(default=False, metadata={"help": "Stop trials that are below the median at an evaluation."})
-    output_dir: Path | None = field(
-        default=None, metadata={"help": "Folder of the sweep (default: the recipe's, followed by -sweep)."}
-    )
+    prune: bool = setting(False, "Stop trials that are below the median at an evaluation.")
+    output_dir: Path | None = setting(None, "Folder of the sweep (default: the recipe's, followed by -sweep).")
 
     def __post_init__(self) -> None:
         if self.full_metric not in SMALLER_IS_BETTER:

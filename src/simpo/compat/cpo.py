@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from simpo.compat.keys import PortedConfig, TRLKeys
 from simpo.compat.trainer import PortedTrainer
+from simpo.config import setting
 from simpo.errors import SimpoError
 
 logger = logging.getLogger(__name__)
@@ -26,12 +27,12 @@ class CPOConfig(TRLKeys, PortedConfig):  # type: ignore[misc]
         SimpoError: a value that is out of bounds or not supported; the message names the key.
     """
 
-    beta: float = field(default=0.1, metadata={"help": "Scale of the reward; SimPO wants 2 to 10."})
-    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a label is wrong."})
-    loss_type: str | None = field(default="sigmoid", metadata={"help": "simpo, alphapo, or sigmoid, which is CPO."})
-    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the SFT term; pure SimPO has 0."})
-    simpo_gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin, absolute."})
-    alpha: float | None = field(default=0.0, metadata={"help": "AlphaPO's exponent; 0 is SimPO."})
+    beta: float = setting(0.1, "Scale of the reward; SimPO wants 2 to 10.")
+    label_smoothing: float = setting(0.0, "Probability that a label is wrong.")
+    loss_type: str | None = setting("sigmoid", "simpo, alphapo, or sigmoid, which is CPO.")
+    cpo_alpha: float = setting(1.0, "Weight of the SFT term; pure SimPO has 0.")
+    simpo_gamma: float = setting(0.5, "SimPO's target margin, absolute.")
+    alpha: float | None = setting(0.0, "AlphaPO's exponent; 0 is SimPO.")
 
     def __post_init__(self) -> None:
         for key, given, own in (

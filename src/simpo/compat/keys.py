@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from transformers import SchedulerType, TrainingArguments
 
+from simpo.config import setting
 from simpo.errors import SimpoError
 from simpo.models.settings import ModelArguments
 from simpo.training.preference import PreferenceConfig
@@ -49,12 +50,10 @@ class PortedKeys:
     unsupported: ClassVar[Mapping[str, str]] = {}
     without_effect: ClassVar[Sequence[tuple[str, Any, str]]] = ()
 
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the data."})
-    lr_scheduler_type: SchedulerType | str = field(default="linear", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(default=0, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "How a model that is given by name is loaded."}
-    )
+    num_train_epochs: float = setting(3.0, "Passes over the data.")
+    lr_scheduler_type: SchedulerType | str = setting("linear", "Learning-rate schedule.")
+    warmup_steps: float = setting(0, "Warm-up steps, or below 1 their share of all steps.")
+    model_init_kwargs: dict[str, Any] | str | None = setting(None, "How a model that is given by name is loaded.")
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
@@ -94,18 +93,16 @@ class TRLKeys(PortedKeys):
         ("pad_token", None, "nothing is padded"),
     )
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
-    bf16: bool | None = field(default=None, metadata={"help": "Compute in bf16; True unless fp16 is set."})
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Recompute activations in backward; True unless set."}
-    )
-    max_length: int | None = field(default=1024, metadata={"help": "Longest row in tokens; None is no limit."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    activation_offloading: bool = field(default=False, metadata={"help": "Not supported."})
-    pad_to_multiple_of: int | str | None = field(default="auto", metadata={"help": "Has no effect here."})
-    padding_free: bool = field(default=False, metadata={"help": "Has no effect here."})
-    pad_token: str | None = field(default=None, metadata={"help": "Has no effect here."})
-    router_aux_loss_coef: float | None = field(default=None, metadata={"help": "Not supported."})
+    learning_rate: float = setting(1e-6, "Peak learning rate.")
+    bf16: bool | None = setting(None, "Compute in bf16; True unless fp16 is set.")
+    gradient_checkpointing: bool | None = setting(None, "Recompute activations in backward; True unless set.")
+    max_length: int | None = setting(1024, "Longest row in tokens; None is no limit.")
+    trust_remote_code: bool = setting(False, "Run code that comes with the model.")
+    activation_offloading: bool = setting(False, "Not supported.")
+    pad_to_multiple_of: int | str | None = setting("auto", "Has no effect here.")
+    padding_free: bool = setting(False, "Has no effect here.")
+    pad_token: str | None = setting(None, "Has no effect here.")
+    router_aux_loss_coef: float | None = setting(None, "Not supported.")
 
     def __post_init__(self) -> None:
         if self.router_aux_loss_coef is not None:
@@ -137,11 +134,11 @@ class PortedConfig(PortedKeys, PreferenceConfig):  # type: ignore[misc, valid-ty
         ("padding_value", None, "padding is never scored"),
     )
 
-    max_completion_length: int | None = field(default=None, metadata={"help": "Has no effect here."})
-    label_pad_token_id: int = field(default=-100, metadata={"help": "Has no effect here."})
-    padding_value: int | None = field(default=None, metadata={"help": "Has no effect here."})
-    generate_during_eval: bool = field(default=False, metadata={"help": "Not supported."})
-    is_encoder_decoder: bool | None = field(default=None, metadata={"help": "Not supported."})
+    max_completion_length: int | None = setting(None, "Has no effect here.")
+    label_pad_token_id: int = setting(-100, "Has no effect here.")
+    padding_value: int | None = setting(None, "Has no effect here.")
+    generate_during_eval: bool = setting(False, "Not supported.")
+    is_encoder_decoder: bool | None = setting(None, "Not supported.")
 
     def __post_init__(self) -> None:
         accumulated = self.gradient_accumulation_steps > 1  # is folded into the batch size below

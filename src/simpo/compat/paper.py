@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from simpo.compat.keys import PortedConfig
 from simpo.compat.trainer import PortedTrainer
+from simpo.config import setting
 
 logger = logging.getLogger(__name__)
 
@@ -24,23 +25,17 @@ class SimPOConfig(PortedConfig):
         SimpoError: a value that is out of bounds or not supported; the message names the key.
     """
 
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate; the paper's are 3e-7 to 1e-6."})
-    logging_steps: float = field(default=500, metadata={"help": "Optimizer steps between logs."})
-    max_length: int | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Longest prompt with response, in tokens (512 if not set)."}
-    )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Length that overlong prompts are cut to (128 if not set)."}
-    )
-    max_target_length: int | None = field(default=None, metadata={"help": "Has no effect here."})
-    truncation: Literal["prompt", "drop", "paper"] = field(
-        default="paper", metadata={"help": "What happens to overlong rows."}
-    )
-    paper_tokenization: bool = field(default=True, metadata={"help": "Score the assistant header with the response."})
-    beta: float = field(default=2.0, metadata={"help": "Scale of the reward."})
-    gamma_beta_ratio: float = field(default=0.25, metadata={"help": "Target margin over beta."})
-    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a label is wrong."})
-    loss_type: str | None = field(default="sigmoid", metadata={"help": "The link: sigmoid or hinge."})
+    learning_rate: float = setting(5e-5, "Peak learning rate; the paper's are 3e-7 to 1e-6.")
+    logging_steps: float = setting(500, "Optimizer steps between logs.")
+    max_length: int | None = setting(None, "Longest prompt with response, in tokens (512 if not set).")
+    max_prompt_length: int | None = setting(None, "Length that overlong prompts are cut to (128 if not set).")
+    max_target_length: int | None = setting(None, "Has no effect here.")
+    truncation: Literal["prompt", "drop", "paper"] = setting("paper", "What happens to overlong rows.")
+    paper_tokenization: bool = setting(True, "Score the assistant header with the response.")
+    beta: float = setting(2.0, "Scale of the reward.")
+    gamma_beta_ratio: float = setting(0.25, "Target margin over beta.")
+    label_smoothing: float = setting(0.0, "Probability that a label is wrong.")
+    loss_type: str | None = setting("sigmoid", "The link: sigmoid or hinge.")
 
     def __post_init__(self) -> None:
         for key, length in _DEFAULT_LENGTHS.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from datasets import Dataset
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from simpo.compat.keys import PortedConfig, TRLKeys
 from simpo.compat.start import for_rows
 from simpo.compat.trainer import PortedTrainer
+from simpo.config import setting
 from simpo.data.tokenizing import Prepared, is_feedback, prepare
 from simpo.errors import SimpoError
 from simpo.training.preference import PreferenceConfig
@@ -43,14 +44,14 @@ class _ReferenceKeys(TRLKeys, PreferenceConfig):  # type: ignore[misc, valid-typ
         ("ref_model_sync_steps", 512, "it belongs to sync_ref_model"),
     )
 
-    precompute_ref_log_probs: bool = field(
-        default=False, metadata={"help": "Has no effect here: log-probabilities of the reference are computed once."}
+    precompute_ref_log_probs: bool = setting(
+        False, "Has no effect here: log-probabilities of the reference are computed once."
     )
-    precompute_ref_batch_size: int | None = field(default=None, metadata={"help": "Has no effect here."})
-    beta: float = field(default=0.1, metadata={"help": "Scale of the reward."})  # type: ignore[assignment]
-    sync_ref_model: bool = field(default=False, metadata={"help": "Not supported."})
-    ref_model_mixup_alpha: float = field(default=0.6, metadata={"help": "Has no effect here."})
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "Has no effect here."})
+    precompute_ref_batch_size: int | None = setting(None, "Has no effect here.")
+    beta: float = setting(0.1, "Scale of the reward.")  # type: ignore[assignment]
+    sync_ref_model: bool = setting(False, "Not supported.")
+    ref_model_mixup_alpha: float = setting(0.6, "Has no effect here.")
+    ref_model_sync_steps: int = setting(512, "Has no effect here.")
 
     def __post_init__(self) -> None:
         self.precompute_ref_log_probs = True
@@ -77,21 +78,15 @@ class DPOConfig(_ReferenceKeys):
         ("discopop_tau", 0.05, "it belongs to loss_type discopop, which is not here"),
     )
 
-    loss_type: list[str] = field(  # type: ignore[assignment]
-        default_factory=lambda: ["sigmoid"], metadata={"help": f"Of {', '.join([*_OBJECTIVES, _SFT])}."}
-    )
-    loss_weights: list[float] | None = field(default=None, metadata={"help": "One for each loss (default: 1)."})
-    ld_alpha: float | None = field(default=None, metadata={"help": "Not supported."})
-    f_divergence_type: str = field(
-        default="reverse_kl", metadata={"help": f"reverse_kl, or of sigmoid alone {', '.join(_DIVERGENCES)}."}
-    )
-    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "Of alpha_divergence: one minus its order."})
-    label_smoothing: float = field(default=0.0, metadata={"help": "Not supported."})  # type: ignore[assignment]
-    use_weighting: bool = field(default=False, metadata={"help": "Not supported."})
-    discopop_tau: float = field(default=0.05, metadata={"help": "Has no effect here."})
-    truncation_mode: Literal["keep_end", "keep_start"] = field(
-        default="keep_end", metadata={"help": "Which end of an overlong prompt stays."}
-    )
+    loss_type: list[str] = setting(["sigmoid"], f"Of {', '.join([*_OBJECTIVES, _SFT])}.")
+    loss_weights: list[float] | None = setting(None, "One for each loss (default: 1).")
+    ld_alpha: float | None = setting(None, "Not supported.")
+    f_divergence_type: str = setting("reverse_kl", f"reverse_kl, or of sigmoid alone {', '.join(_DIVERGENCES)}.")
+    f_alpha_divergence_coef: float = setting(0.5, "Of alpha_divergence: one minus its order.")
+    label_smoothing: float = setting(0.0, "Not supported.")  # type: ignore[assignment]
+    use_weighting: bool = setting(False, "Not supported.")
+    discopop_tau: float = setting(0.05, "Has no effect here.")
+    truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "Which end of an overlong prompt stays.")
 
     def __post_init__(self) -> None:
         if self.ld_alpha not in (None, 1.0):
@@ -161,14 +156,10 @@ class KTOConfig(_ReferenceKeys):
         SimpoError: a value that is out of bounds or not supported; the message names the key.
     """
 
-    loss_type: str = field(default="kto", metadata={"help": "kto."})  # type: ignore[assignment]
-    train_sampling_strategy: str = field(default="sequential", metadata={"help": "random or sequential."})
-    desirable_weight: float = field(  # type: ignore[assignment]
-        default=1.0, metadata={"help": "Weight of desirable responses."}
-    )
-    undesirable_weight: float = field(  # type: ignore[assignment]
-        default=1.0, metadata={"help": "Weight of undesirable responses."}
-    )
+    loss_type: str = setting("kto", "kto.")  # type: ignore[assignment]
+    train_sampling_strategy: str = setting("sequential", "random or sequential.")
+    desirable_weight: float = setting(1.0, "Weight of desirable responses.")
+    undesirable_weight: float = setting(1.0, "Weight of undesirable responses.")
 
     def __post_init__(self) -> None:
         if self.loss_type != "kto":
@@ -187,7 +178,7 @@ class ORPOConfig(TRLKeys, PortedConfig):  # type: ignore[misc]
         SimpoError: a value that is out of bounds or not supported; the message names the key.
     """
 
-    beta: float = field(default=0.1, metadata={"help": "Weight of the odds ratio."})  # type: ignore[assignment]
+    beta: float = setting(0.1, "Weight of the odds ratio.")  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         self.objective, self.lam, self.beta = "orpo", self.beta, None  # type: ignore[assignment]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from datasets import Dataset
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from simpo.compat.keys import TRLKeys
 from simpo.compat.start import for_rows, start
+from simpo.config import setting
 from simpo.data.rows import DataReport
 from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError
@@ -37,22 +38,18 @@ class SFTConfig(TRLKeys, configs.SFTConfig):  # type: ignore[misc, valid-type]
     }
     without_effect: ClassVar[Sequence[tuple[str, Any, str]]] = (("packing_strategy", "bfd", "it belongs to packing"),)
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
-    dataset_text_field: str = field(default="text", metadata={"help": "Column of texts, all of which is trained on."})
-    completion_only_loss: bool | None = field(
-        default=None, metadata={"help": "Train on completions only (default: where there are any)."}
-    )
-    assistant_only_loss: bool = field(
-        default=False, metadata={"help": "Train on the assistant's turns of a conversation only."}
-    )
-    loss_type: str = field(default="nll", metadata={"help": "nll."})
-    packing: bool = field(default=False, metadata={"help": "Not supported."})
-    packing_strategy: str = field(default="bfd", metadata={"help": "Has no effect here."})
-    eval_packing: bool | None = field(default=None, metadata={"help": "Not supported."})
-    shuffle_dataset: bool = field(default=False, metadata={"help": "Not supported."})
-    dataset_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Not supported."})
-    chat_template_path: str | None = field(default=None, metadata={"help": "Not supported."})
-    eos_token: str | None = field(default=None, metadata={"help": "Not supported."})
+    learning_rate: float = setting(2e-5, "Peak learning rate.")
+    dataset_text_field: str = setting("text", "Column of texts, all of which is trained on.")
+    completion_only_loss: bool | None = setting(None, "Train on completions only (default: where there are any).")
+    assistant_only_loss: bool = setting(False, "Train on the assistant's turns of a conversation only.")
+    loss_type: str = setting("nll", "nll.")
+    packing: bool = setting(False, "Not supported.")
+    packing_strategy: str = setting("bfd", "Has no effect here.")
+    eval_packing: bool | None = setting(None, "Not supported.")
+    shuffle_dataset: bool = setting(False, "Not supported.")
+    dataset_kwargs: dict[str, Any] | str | None = setting(None, "Not supported.")
+    chat_template_path: str | None = setting(None, "Not supported.")
+    eos_token: str | None = setting(None, "Not supported.")
 
     def __post_init__(self) -> None:
         if self.loss_type not in ("nll", "chunked_nll"):
@@ -172,9 +169,9 @@ class RewardConfig(TRLKeys, configs.RewardConfig):  # type: ignore[misc, valid-t
 
     unsupported: ClassVar[Mapping[str, str]] = {"chat_template_path": _TOKENIZER, "eos_token": _TOKENIZER}
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
-    chat_template_path: str | None = field(default=None, metadata={"help": "Not supported."})
-    eos_token: str | None = field(default=None, metadata={"help": "Not supported."})
+    learning_rate: float = setting(1e-4, "Peak learning rate.")
+    chat_template_path: str | None = setting(None, "Not supported.")
+    eos_token: str | None = setting(None, "Not supported.")
 
 
 class RewardTrainer(reward.RewardTrainer):

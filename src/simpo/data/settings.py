@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from simpo.config import setting
 from simpo.errors import SimpoError
 
 # Names of apply_chat_template's own parameters in transformers, which a template never gets.
@@ -26,18 +27,13 @@ class RenderSettings:
         SimpoError: a value that is not allowed, named by its key.
     """
 
-    chat_template_kwargs: Mapping[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "help": 'Variables for the chat template, e.g. {"enable_thinking": false}; those of a row take precedence.'
-        },
+    chat_template_kwargs: Mapping[str, Any] = setting(
+        {}, 'Variables for the chat template, e.g. {"enable_thinking": false}; those of a row take precedence.'
     )
-    system_message: Literal["template", "fold"] = field(
-        default="template",
-        metadata={
-            "help": "template leaves system messages to the chat template, fold writes them into the first user "
-            "message, for templates without a system role."
-        },
+    system_message: Literal["template", "fold"] = setting(
+        "template",
+        "template leaves system messages to the chat template, fold writes them into the first user "
+        "message, for templates without a system role.",
     )
 
     def __post_init__(self) -> None:
@@ -57,40 +53,27 @@ class TokenizeSettings:
         SimpoError: a value that is not allowed, named by its key.
     """
 
-    max_length: int = field(default=2048, metadata={"help": "Longest prompt and response together, in tokens."})
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Length that the prompt of an overlong row is cut to (default: max_length * 1800 // 2048, the "
-            "paper's ratio)."
-        },
+    max_length: int = setting(2048, "Longest prompt and response together, in tokens.")
+    max_prompt_length: int | None = setting(
+        None,
+        "Length that the prompt of an overlong row is cut to (default: max_length * 1800 // 2048, the paper's ratio).",
     )
-    truncation_mode: Literal["keep_end", "keep_start"] = field(
-        default="keep_end", metadata={"help": "The end of a cut prompt that is kept."}
+    truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "The end of a cut prompt that is kept.")
+    truncation: Literal["prompt", "drop", "paper"] = setting(
+        "prompt",
+        "Overlong rows: prompt cuts prompts and drops rows whose responses still do not fit, drop drops "
+        "them all, paper also cuts responses, which lose their end-of-sequence token.",
     )
-    truncation: Literal["prompt", "drop", "paper"] = field(
-        default="prompt",
-        metadata={
-            "help": "Overlong rows: prompt cuts prompts and drops rows whose responses still do not fit, drop drops "
-            "them all, paper also cuts responses, which lose their end-of-sequence token."
-        },
+    paper_tokenization: bool = setting(
+        False, "Score the assistant header and what follows the end-of-turn token, as the paper's code did."
     )
-    paper_tokenization: bool = field(
-        default=False,
-        metadata={
-            "help": "Score the assistant header and what follows the end-of-turn token, as the paper's code did."
-        },
+    auto_insert_empty_system_msg: bool = setting(
+        False, "Start conversations with an empty system message where the chat template supports one."
     )
-    auto_insert_empty_system_msg: bool = field(
-        default=False,
-        metadata={"help": "Start conversations with an empty system message where the chat template supports one."},
+    on_bad_row: Literal["skip", "error"] = setting(
+        "skip", "skip and count bad rows (an error above 1%), or make the first an error."
     )
-    on_bad_row: Literal["skip", "error"] = field(
-        default="skip", metadata={"help": "skip and count bad rows (an error above 1%), or make the first an error."}
-    )
-    num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that tokenize (default: one per core, fewer for little data)."}
-    )
+    num_proc: int | None = setting(None, "Processes that tokenize (default: one per core, fewer for little data).")
     rendering: RenderSettings = field(default_factory=RenderSettings)
 
     def __post_init__(self) -> None:

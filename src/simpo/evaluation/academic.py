@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from simpo.config import setting
 from simpo.data.rows import rows_of
 from simpo.data.sources import has_one_split, load_rows
 from simpo.errors import SimpoError, one_line
@@ -50,20 +51,13 @@ class AcademicSettings(BenchmarkSettings):
       simpo evaluate academic outputs/simpo --tasks gsm8k,truthfulqa_mc2 --limit 100 --output_dir outputs/academic
     """
 
-    against: str | None = field(
-        default=None, metadata={"help": "The model that it was made from, for the differences."}
-    )
-    tasks: str = field(
-        default=",".join(TASKS),
-        metadata={"help": "lm-eval's names of tasks, or paths of task files, separated by commas."},
-    )
-    task_folder: str | None = field(default=None, metadata={"help": "Folder with task files of your own."})
-    num_fewshot: int | None = field(default=None, metadata={"help": "Examples before each item (default: the task's)."})
-    limit: int | None = field(default=None, metadata={"help": "Items of each task, for a trial (default: all)."})
-    batch_size: str = field(default="auto", metadata={"help": "Batch size of lm-eval, a number or auto."})
-    no_chat_template: bool = field(
-        default=False, metadata={"help": "Show items as plain text instead of a user's messages."}
-    )
+    against: str | None = setting(None, "The model that it was made from, for the differences.")
+    tasks: str = setting(",".join(TASKS), "lm-eval's names of tasks, or paths of task files, separated by commas.")
+    task_folder: str | None = setting(None, "Folder with task files of your own.")
+    num_fewshot: int | None = setting(None, "Examples before each item (default: the task's).")
+    limit: int | None = setting(None, "Items of each task, for a trial (default: all).")
+    batch_size: str = setting("auto", "Batch size of lm-eval, a number or auto.")
+    no_chat_template: bool = setting(False, "Show items as plain text instead of a user's messages.")
 
     def benchmark(self, log: Log) -> Academic:
         """The benchmark; raises :class:`SimpoError` if lm-eval is not installed or does not know a task."""
@@ -249,12 +243,10 @@ class Gsm8kSettings(AnswerSettings):
       simpo evaluate gsm8k outputs/simpo --limit 200 --engine vllm --output_dir outputs/gsm8k
     """
 
-    against: str | None = field(default=None, metadata={"help": "The model that it was made from, for the difference."})
-    data: str = field(
-        default="openai/gsm8k", metadata={"help": "File with rows of question and answer, or a hub data set."}
-    )
-    split: str = field(default="test", metadata={"help": "Split of a hub data set."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first so many problems (default: all)."})
+    against: str | None = setting(None, "The model that it was made from, for the difference.")
+    data: str = setting("openai/gsm8k", "File with rows of question and answer, or a hub data set.")
+    split: str = setting("test", "Split of a hub data set.")
+    limit: int | None = setting(None, "Only the first so many problems (default: all).")
     sampling: SamplingSettings = field(
         default=SamplingSettings(temperature=0.0, top_p=1.0), metadata={"without": ("n", "top_k")}
     )

@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from simpo.client import ChatReply, ChatRequest
+from simpo.config import setting
 from simpo.data.rows import Row
 from simpo.errors import SimpoError, one_line
 from simpo.evaluation.answers import Answer, Question, cell, read_by_key, read_rows, write_rows
@@ -42,28 +43,14 @@ class AlpacaEvalSettings(JudgedSettings):
       simpo evaluate alpaca_eval --annotations annotations.json --output_dir outputs/alpaca_eval
     """
 
-    model: str = field(
-        default="",
-        metadata={
-            "help": "Hub name or folder of the model, or a file of its outputs.",
-            "positional": "MODEL_OR_OUTPUTS",
-        },
+    model: str = setting(
+        "", "Hub name or folder of the model, or a file of its outputs.", positional="MODEL_OR_OUTPUTS"
     )
-    annotations: Path | None = field(
-        default=None, metadata={"help": "Compute the metrics of this annotations.json instead of judging a model."}
-    )
-    reference_outputs: Path | None = field(
-        default=None, metadata={"help": "Instructions and the baseline's outputs (default: the hub's)."}
-    )
-    gamed: Path | None = field(
-        default=None, metadata={"help": "df_gamed.csv: the gamed baselines (default: the hub's)."}
-    )
-    difficulty: Path | None = field(
-        default=None, metadata={"help": "instruction_difficulty.csv (default: what the gamed baselines have)."}
-    )
-    plain: bool = field(
-        default=False, metadata={"help": "For a judge without log-probabilities: it names the better answer."}
-    )
+    annotations: Path | None = setting(None, "Compute the metrics of this annotations.json instead of judging a model.")
+    reference_outputs: Path | None = setting(None, "Instructions and the baseline's outputs (default: the hub's).")
+    gamed: Path | None = setting(None, "df_gamed.csv: the gamed baselines (default: the hub's).")
+    difficulty: Path | None = setting(None, "instruction_difficulty.csv (default: what the gamed baselines have).")
+    plain: bool = setting(False, "For a judge without log-probabilities: it names the better answer.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from simpo.client import ChatRequest
+from simpo.config import setting
 from simpo.data.rows import Row
 from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import (
@@ -63,7 +64,7 @@ class ArenaHardSettings(JudgedSettings):
       simpo evaluate arena_hard recipe.yaml --version v2
     """
 
-    version: Version = field(default="v0.1", metadata={"help": "Version of the benchmark; v0.1 is the paper's."})
+    version: Version = setting("v0.1", "Version of the benchmark; v0.1 is the paper's.")
     questions: Path = field(metadata={"help": "The benchmark's question.jsonl."})
     baseline: list[Path] = field(metadata={"help": "Files with the baseline's answers; v2 has two.", "repeat": True})
     sampling: SamplingSettings = field(

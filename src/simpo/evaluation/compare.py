@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from simpo.client import Prices, confirm_cost
+from simpo.config import setting
 from simpo.data.messages import context_of
 from simpo.data.prompts import read_prompts
 from simpo.data.settings import RenderSettings
@@ -58,12 +59,10 @@ class CompareSettings:
     b: str = field(metadata={"help": f"{_SIDE}, which it is compared with.", "positional": "B"})
     output_dir: Path = field(metadata={"help": "Folder of the run; the same one continues it."})
     judge: list[str] = field(metadata={"help": f"One or several of {JUDGES}.", "repeat": True})
-    prompts: str | None = field(
-        default=None, metadata={"help": "File, folder or hub id of the prompts that models answer."}
-    )
-    split: str = field(default="train", metadata={"help": "Split of the prompts."})
+    prompts: str | None = setting(None, "File, folder or hub id of the prompts that models answer.")
+    split: str = setting("train", "Split of the prompts.")
     sampling: SamplingSettings = field(default=SamplingSettings(temperature=0.0))
-    engine: EngineName = field(default="transformers", metadata={"help": "What generates the answers."})
+    engine: EngineName = setting("transformers", "What generates the answers.")
     rendering: RenderSettings = field(default_factory=RenderSettings)
     judging: JudgeSettings = field(default=JudgeSettings())
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.client import ChatRequest
+from simpo.config import setting
 from simpo.data.rows import Row
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import (
@@ -49,12 +50,8 @@ class MTBenchSettings(JudgedSettings):
     """
 
     questions: Path = field(metadata={"help": "The benchmark's question.jsonl."})
-    references: Path | None = field(
-        default=None, metadata={"help": "File of reference answers, instead of those in the questions."}
-    )
-    temperature: float | None = field(
-        default=None, metadata={"help": "0 is greedy (default: 0, 0.1 or 0.7 by category, as the benchmark)."}
-    )
+    references: Path | None = setting(None, "File of reference answers, instead of those in the questions.")
+    temperature: float | None = setting(None, "0 is greedy (default: 0, 0.1 or 0.7 by category, as the benchmark).")
     sampling: SamplingSettings = field(
         default=SamplingSettings(temperature=0.7, top_p=1.0, max_new_tokens=1024),
         metadata={"without": ("n", "top_k", "temperature")},

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from simpo.client import ChatReply, ChatRequest, confirm_cost
 from simpo.client.chat_client import TRIED
+from simpo.config import setting
 from simpo.data.rows import Row
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
@@ -119,9 +120,7 @@ class BenchmarkSettings(ABC):
         metadata={"only": ("model_revision", "dtype", "trust_remote_code", "allow_pickle")},
     )
     output_dir: Path = field(metadata={"help": "Folder of the run; the same one continues it."})
-    markdown: Path | None = field(
-        default=None, metadata={"help": "Also write the results, and published ones, to this Markdown file."}
-    )
+    markdown: Path | None = setting(None, "Also write the results, and published ones, to this Markdown file.")
 
     def model_arguments(self, model: str) -> ModelArguments:
         """A model, loaded as the settings say."""
@@ -139,10 +138,8 @@ class AnswerSettings(BenchmarkSettings):
     sampling: SamplingSettings = field(
         default=SamplingSettings(temperature=0.7, top_p=1.0), metadata={"without": ("n", "top_k")}
     )
-    engine: EngineName = field(default="transformers", metadata={"help": "What generates the answers."})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "A chat template, a file with one, or none (default: the model's own)."}
-    )
+    engine: EngineName = setting("transformers", "What generates the answers.")
+    chat_template: str | None = setting(None, "A chat template, a file with one, or none (default: the model's own).")
     rendering: RenderSettings = field(default_factory=RenderSettings)
 
     def answerer(self, model: str) -> Answerer:

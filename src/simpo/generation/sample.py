@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from simpo.config import setting
 from simpo.data.prompts import Prompts, prepare_prompts
 from simpo.data.settings import RenderSettings
 from simpo.data.sources import load_rows
@@ -47,14 +48,11 @@ class PromptArguments:
     """Where the prompts come from, and how they are rendered."""
 
     prompts: str = field(metadata={"help": "File, folder or hub id of rows with prompts.", "positional": "PROMPTS"})
-    split: str = field(default="train", metadata={"help": "Split of the prompts."})
-    chat_template: str | None = field(
-        default=None,
-        metadata={"help": "A chat template, a file with one, or none for raw text (default: the tokenizer's own)."},
+    split: str = setting("train", "Split of the prompts.")
+    chat_template: str | None = setting(
+        None, "A chat template, a file with one, or none for raw text (default: the tokenizer's own)."
     )
-    column_mapping: Mapping[str, str] | None = field(
-        default=None, metadata={"help": 'Columns to rename, e.g. {"instruction": "prompt"}.'}
-    )
+    column_mapping: Mapping[str, str] | None = setting(None, 'Columns to rename, e.g. {"instruction": "prompt"}.')
     rendering: RenderSettings = field(default_factory=RenderSettings)
 
     def rows(self) -> Dataset:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import yaml
 
+from simpo.config import setting
 from simpo.errors import SimpoError
 
 _LONGEST_BY_DEFAULT = 2048  # tokens
@@ -23,22 +24,16 @@ class SamplingSettings:
         SimpoError: a value out of its bounds, or several greedy answers to a prompt; names the key.
     """
 
-    n: int = field(default=1, metadata={"help": "Answers to every prompt."})
-    temperature: float = field(
-        default=0.8, metadata={"help": "Divides the logits; 0 takes the likeliest token every time."}
+    n: int = setting(1, "Answers to every prompt.")
+    temperature: float = setting(0.8, "Divides the logits; 0 takes the likeliest token every time.")
+    top_p: float = setting(0.95, "Draw from the smallest set of tokens with this probability; 1 is off.")
+    top_k: int = setting(0, "Draw from this many likeliest tokens; 0 is off.")
+    max_new_tokens: int | None = setting(
+        None, "Longest answer in tokens (default: 2048, or half the model's context if that is less)."
     )
-    top_p: float = field(
-        default=0.95, metadata={"help": "Draw from the smallest set of tokens with this probability; 1 is off."}
-    )
-    top_k: int = field(default=0, metadata={"help": "Draw from this many likeliest tokens; 0 is off."})
-    max_new_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Longest answer in tokens (default: 2048, or half the model's context if that is less)."},
-    )
-    seed: int = field(default=42, metadata={"help": "With prompts and settings, determines every answer."})
-    chunk_size: int | None = field(
-        default=None,
-        metadata={"help": "Answers generated and stored together (default: 32 on a CPU, 64 on a GPU, 1024 with vLLM)."},
+    seed: int = setting(42, "With prompts and settings, determines every answer.")
+    chunk_size: int | None = setting(
+        None, "Answers generated and stored together (default: 32 on a CPU, 64 on a GPU, 1024 with vLLM)."
     )
 
     def __post_init__(self) -> None:
@@ -84,14 +79,11 @@ class SamplingSettings:
 class VllmSettings:
     """vLLM's engine."""
 
-    max_model_len: int | None = field(default=None, metadata={"help": "Longest prompt and answer, in tokens."})
-    gpu_memory_utilization: float | None = field(
-        default=None, metadata={"help": "Share of the GPU's memory that it may use."}
-    )
-    tensor_parallel_size: int | None = field(default=None, metadata={"help": "GPUs that share the model."})
-    engine_args: dict[str, Any] | list[str] | None = field(
-        default=None,
-        metadata={"help": "Other arguments of its engine: KEY=VALUE ..., or a mapping."},
+    max_model_len: int | None = setting(None, "Longest prompt and answer, in tokens.")
+    gpu_memory_utilization: float | None = setting(None, "Share of the GPU's memory that it may use.")
+    tensor_parallel_size: int | None = setting(None, "GPUs that share the model.")
+    engine_args: dict[str, Any] | list[str] | None = setting(
+        None, "Other arguments of its engine: KEY=VALUE ..., or a mapping."
     )
 
     def arguments(self) -> dict[str, Any]:

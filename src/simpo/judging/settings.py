@@ -8,6 +8,7 @@ from pathlib import Path
 
 from simpo.client import ChatClient, Endpoint, Prices
 from simpo.client.cache import default_cache
+from simpo.config import setting
 from simpo.errors import SimpoError
 
 SCORERS = "exact, function:MODULE:NAME, reward:MODEL, logp:MODEL"
@@ -44,35 +45,25 @@ class JudgeOptions:
 class ApiSettings:
     """The judge ``api``: a model behind an OpenAI-compatible server."""
 
-    judge_url: str | None = field(
-        default=None, metadata={"help": "Server of the judge, e.g. https://api.openai.com/v1."}
+    judge_url: str | None = setting(None, "Server of the judge, e.g. https://api.openai.com/v1.")
+    judge_model: str | None = setting(None, "The judge's name on that server.")
+    judge_key_env: str = setting(
+        "OPENAI_API_KEY", "Environment variable that holds the key; a server on this machine needs none."
     )
-    judge_model: str | None = field(default=None, metadata={"help": "The judge's name on that server."})
-    judge_key_env: str = field(
-        default="OPENAI_API_KEY",
-        metadata={"help": "Environment variable that holds the key; a server on this machine needs none."},
+    judge_concurrency: int = setting(8, "Requests at a time.")
+    judge_timeout: float = setting(60.0, "Seconds that a reply may take.")
+    judge_max_tokens: int | None = setting(
+        None, "Longest reply in tokens (default: the benchmark's); a judge that thinks needs more."
     )
-    judge_concurrency: int = field(default=8, metadata={"help": "Requests at a time."})
-    judge_timeout: float = field(default=60.0, metadata={"help": "Seconds that a reply may take."})
-    judge_max_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Longest reply in tokens (default: the benchmark's); a judge that thinks needs more."},
+    judge_prompt: Path | None = setting(None, "File with a judge prompt (default: the one in this package).")
+    cache: Path | None = setting(
+        None, "Folder of replies, which are not requested again (default: ~/.cache/simpo/replies)."
     )
-    judge_prompt: Path | None = field(
-        default=None, metadata={"help": "File with a judge prompt (default: the one in this package)."}
+    prices: tuple[float, float] | None = setting(
+        None, "Dollars per million tokens read and written, to estimate what the judge costs."
     )
-    cache: Path | None = field(
-        default=None,
-        metadata={"help": "Folder of replies, which are not requested again (default: ~/.cache/simpo/replies)."},
-    )
-    prices: tuple[float, float] | None = field(
-        default=None,
-        metadata={"help": "Dollars per million tokens read and written, to estimate what the judge costs."},
-    )
-    yes: bool = field(default=False, metadata={"help": "Send the requests without asking."})
-    strip_thinking: bool = field(
-        default=False, metadata={"help": "Show judges the answers without the thinking that they begin with."}
-    )
+    yes: bool = setting(False, "Send the requests without asking.")
+    strip_thinking: bool = setting(False, "Show judges the answers without the thinking that they begin with.")
 
     def __post_init__(self) -> None:
         if (self.judge_url is None) != (self.judge_model is None):
@@ -98,16 +89,10 @@ class ApiSettings:
 class JudgeSettings(ApiSettings):
     """Judges that are models on this machine, or functions."""
 
-    judge_max_tokens: int = field(default=1024, metadata={"help": "Longest reply of the judge api, in tokens."})
-    dtype: str | None = field(
-        default=None, metadata={"help": "Type of weights (default: bfloat16 on an accelerator, float32 on a CPU)."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run a judge's function, and code that comes with models."}
-    )
-    allow_pickle: bool = field(
-        default=False, metadata={"help": "Read judging models' weights from pickles where they have no safetensors."}
-    )
+    judge_max_tokens: int = setting(1024, "Longest reply of the judge api, in tokens.")
+    dtype: str | None = setting(None, "Type of weights (default: bfloat16 on an accelerator, float32 on a CPU).")
+    trust_remote_code: bool = setting(False, "Run a judge's function, and code that comes with models.")
+    allow_pickle: bool = setting(False, "Read judging models' weights from pickles where they have no safetensors.")
 
     def options(self) -> JudgeOptions:
         """What the judges need in addition to their names; raises :class:`SimpoError` as :meth:`client`."""
@@ -126,17 +111,11 @@ class JudgeSettings(ApiSettings):
 class GenerationArguments:
     """Answers to held-out prompts at every evaluation, and the judge that compares them with the start model's."""
 
-    eval_generations: int = field(
-        default=0, metadata={"help": "Held-out prompts that are answered at every evaluation; 0 is off."}
-    )
-    eval_judge: str | None = field(
-        default=None, metadata={"help": f"Judge of those answers against the start model's: {ANNOTATORS}."}
-    )
-    eval_judge_url: str | None = field(
-        default=None, metadata={"help": "Server of eval_judge api; its key is in OPENAI_API_KEY."}
-    )
-    eval_judge_model: str | None = field(default=None, metadata={"help": "That judge's name on the server."})
-    yes: bool = field(default=False, metadata={"help": "Send requests of eval_judge api without asking."})
+    eval_generations: int = setting(0, "Held-out prompts that are answered at every evaluation; 0 is off.")
+    eval_judge: str | None = setting(None, f"Judge of those answers against the start model's: {ANNOTATORS}.")
+    eval_judge_url: str | None = setting(None, "Server of eval_judge api; its key is in OPENAI_API_KEY.")
+    eval_judge_model: str | None = setting(None, "That judge's name on the server.")
+    yes: bool = setting(False, "Send requests of eval_judge api without asking.")
 
     def __post_init__(self) -> None:
         server = (self.eval_judge_url, self.eval_judge_model)
@@ -157,10 +136,10 @@ class AnnotatorArguments:
     """What scores the answers that a model is trained on."""
 
     annotator: str = field(metadata={"help": f"What scores the answers: {ANNOTATORS}."})
-    judge_url: str | None = field(default=None, metadata={"help": "Server of the annotator api."})
-    judge_model: str | None = field(default=None, metadata={"help": "Its model's name on that server."})
-    judge_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with its key."})
-    annotator_yes: bool = field(default=False, metadata={"help": "Send the annotator's requests without asking."})
+    judge_url: str | None = setting(None, "Server of the annotator api.")
+    judge_model: str | None = setting(None, "Its model's name on that server.")
+    judge_key_env: str = setting("OPENAI_API_KEY", "Environment variable with its key.")
+    annotator_yes: bool = setting(False, "Send the annotator's requests without asking.")
 
     def __post_init__(self) -> None:
         server = (self.judge_url, self.judge_model)

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from simpo.config import setting
 from simpo.errors import SimpoError
 
 # The keys of an adapter: peft's name, and the default.
@@ -27,53 +28,37 @@ class ModelArguments:
     """Which model, how it is loaded, and the adapter that is trained on it."""
 
     model_name_or_path: str = field(metadata={"help": "Hub name or folder of the model.", "positional": "MODEL"})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
-    dtype: str | None = field(
-        default=None,
-        metadata={"help": "Type of the weights: float32 (default), bfloat16, float16, or auto for the files' own."},
+    model_revision: str = setting("main", "Branch, tag or commit on the hub.")
+    dtype: str | None = setting(
+        None, "Type of the weights: float32 (default), bfloat16, float16, or auto for the files' own."
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention outside packed batches (generation); packed ones choose theirs."}
+    attn_implementation: str | None = setting(
+        None, "Attention outside packed batches (generation); packed ones choose theirs."
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    allow_pickle: bool = field(
-        default=False, metadata={"help": "Read weights that are stored as pickles (pytorch_model.bin)."}
+    trust_remote_code: bool = setting(False, "Run code that comes with the model.")
+    allow_pickle: bool = setting(False, "Read weights that are stored as pickles (pytorch_model.bin).")
+
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
+        None, "Type that the finished model is rounded to when saved (default: as trained)."
     )
 
-    save_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None,
-        metadata={"help": "Type that the finished model is rounded to when saved (default: as trained)."},
+    use_peft: bool = setting(False, "Train a LoRA adapter, and leave the model's own weights as they are.")
+    lora_r: int | None = setting(None, "Rank of the adapter (default: 16).")
+    lora_alpha: int | None = setting(None, "The adapter's output is multiplied by lora_alpha / lora_r (default: 32).")
+    lora_dropout: float | None = setting(
+        None, "Dropout before the adapter (default: 0.05); none unless disable_dropout is false."
     )
-
-    use_peft: bool = field(
-        default=False, metadata={"help": "Train a LoRA adapter, and leave the model's own weights as they are."}
+    lora_target_modules: list[str] | None = setting(
+        None, "Ends of the names of the layers that get one (default: every linear layer but the output)."
     )
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter (default: 16)."})
-    lora_alpha: int | None = field(
-        default=None, metadata={"help": "The adapter's output is multiplied by lora_alpha / lora_r (default: 32)."}
+    lora_modules_to_save: list[str] | None = setting(
+        None, "Ends of the names of modules that are trained whole, next to the adapter."
     )
-    lora_dropout: float | None = field(
-        default=None,
-        metadata={"help": "Dropout before the adapter (default: 0.05); none unless disable_dropout is false."},
-    )
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Ends of the names of the layers that get one (default: every linear layer but the output)."},
-    )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Ends of the names of modules that are trained whole, next to the adapter."}
-    )
-    use_rslora: bool | None = field(
-        default=None, metadata={"help": "Divide lora_alpha by the square root of lora_r instead (default: false)."}
-    )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "QLoRA: the model's own weights in 4 bits; needs bitsandbytes."}
-    )
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = field(
-        default=None, metadata={"help": "Kind of 4-bit numbers (default: nf4)."}
-    )
-    use_bnb_nested_quant: bool | None = field(
-        default=None, metadata={"help": "Store the scales of 4-bit numbers in 8 bits as well (default: false)."}
+    use_rslora: bool | None = setting(None, "Divide lora_alpha by the square root of lora_r instead (default: false).")
+    load_in_4bit: bool = setting(False, "QLoRA: the model's own weights in 4 bits; needs bitsandbytes.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = setting(None, "Kind of 4-bit numbers (default: nf4).")
+    use_bnb_nested_quant: bool | None = setting(
+        None, "Store the scales of 4-bit numbers in 8 bits as well (default: false)."
     )
 
     def __post_init__(self) -> None:

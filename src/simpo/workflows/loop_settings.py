@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from simpo.config import setting
 from simpo.errors import SimpoError
 from simpo.generation.sample import PromptArguments
 from simpo.generation.settings import SamplingSettings, derived_seed
@@ -25,29 +26,27 @@ class LoopSettings:
         }
     )
     annotator: str = field(metadata={"help": "What scores the answers that pairs are made of; see simpo annotate."})
-    judges: list[str] | None = field(
-        default=None,
-        metadata={"help": "What decides whether a round is better than the start (default: the annotator)."},
+    judges: list[str] | None = setting(
+        None, "What decides whether a round is better than the start (default: the annotator)."
     )
-    rounds: int = field(default=3, metadata={"help": "How many times to sample, annotate, pair and train."})
-    prompts_split: str = field(default="train", metadata={"help": "Split of prompts."})
-    eval_prompts_split: str = field(default="train", metadata={"help": "Split of eval_prompts."})
-    eval_n: int = field(default=1, metadata={"help": "Answers of each model to every held-out prompt."})
-    engine: Literal["transformers", "vllm"] = field(default="transformers", metadata={"help": "What generates."})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "Template, file with one, or none for raw text (default: the tokenizer's own)."}
+    rounds: int = setting(3, "How many times to sample, annotate, pair and train.")
+    prompts_split: str = setting("train", "Split of prompts.")
+    eval_prompts_split: str = setting("train", "Split of eval_prompts.")
+    eval_n: int = setting(1, "Answers of each model to every held-out prompt.")
+    engine: Literal["transformers", "vllm"] = setting("transformers", "What generates.")
+    chat_template: str | None = setting(
+        None, "Template, file with one, or none for raw text (default: the tokenizer's own)."
     )
-    stop_win_rate: float | None = field(
-        default=None, metadata={"help": "Stop after a round whose win rate by the first judge is below this share."}
+    stop_win_rate: float | None = setting(
+        None, "Stop after a round whose win rate by the first judge is below this share."
     )
-    stop_kl: float | None = field(
-        default=None,
-        metadata={"help": "Stop after a round whose KL from the start is above this, in nats per answer."},
+    stop_kl: float | None = setting(
+        None, "Stop after a round whose KL from the start is above this, in nats per answer."
     )
-    judge_url: str | None = field(default=None, metadata={"help": "Server of the annotator or judge 'api'."})
-    judge_model: str | None = field(default=None, metadata={"help": "Its model's name on that server."})
-    judge_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with its key."})
-    yes: bool = field(default=False, metadata={"help": "Send requests to the server without asking."})
+    judge_url: str | None = setting(None, "Server of the annotator or judge 'api'.")
+    judge_model: str | None = setting(None, "Its model's name on that server.")
+    judge_key_env: str = setting("OPENAI_API_KEY", "Environment variable with its key.")
+    yes: bool = setting(False, "Send requests to the server without asking.")
 
     def __post_init__(self) -> None:
         for key in ("rounds", "eval_n"):

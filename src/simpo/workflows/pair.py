@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from simpo.config import setting
 from simpo.data.formats import is_number
 from simpo.errors import SimpoError
 from simpo.judging.annotate import FILE_NAME as ANNOTATED
@@ -58,17 +59,13 @@ class PairSettings:
         SimpoError: a value is out of bounds; the message names the key.
     """
 
-    pairs: PairKind = field(
-        default="best_worst", metadata={"help": "Which answers to a prompt are compared; ranking: all of them at once."}
+    pairs: PairKind = setting("best_worst", "Which answers to a prompt are compared; ranking: all of them at once.")
+    min_gap: float = setting(0.0, "Least difference in score of a pair, or of a ranking's best and worst.")
+    max_length_ratio: float | None = setting(
+        None, "Most characters of the longer answer over the shorter's (default: no limit)."
     )
-    min_gap: float = field(
-        default=0.0, metadata={"help": "Least difference in score of a pair, or of a ranking's best and worst."}
-    )
-    max_length_ratio: float | None = field(
-        default=None, metadata={"help": "Most characters of the longer answer over the shorter's (default: no limit)."}
-    )
-    keep_unfinished: bool = field(default=False, metadata={"help": "Also pair answers that max_new_tokens cut off."})
-    seed: int = field(default=42, metadata={"help": "Seed of best_random."})
+    keep_unfinished: bool = setting(False, "Also pair answers that max_new_tokens cut off.")
+    seed: int = setting(42, "Seed of best_random.")
 
     def __post_init__(self) -> None:
         if self.pairs not in KINDS:
