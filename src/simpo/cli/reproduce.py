@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simpo.cli._shared import refuse_several
-from simpo.config import parse_settings, setting
+from simpo.config import check_values, parse_settings, setting
 from simpo.config.command_line import split_options
-from simpo.errors import SimpoError
 from simpo.workflows.reproduction.run import PAGE, plan, reproduce
 from simpo.workflows.reproduction.study import read_studies
 
@@ -26,12 +25,11 @@ class ReproduceSettings:
 
     studies: list[str] = setting([], "Names or numbers of studies (default: all); they may also come first.")
     output_dir: Path = setting(Path("runs/reproduce"), "Folder of the run; the same one continues it and adds studies.")
-    processes: int = setting(min(2, os.cpu_count() or 1), "Trials that run at the same time.")
+    processes: int = setting(min(2, os.cpu_count() or 1), "Trials that run at the same time.", least=1)
     setting: str | None = setting(None, "Print the plan for a setting of the paper instead, e.g. llama3-base.")
 
     def __post_init__(self) -> None:
-        if self.processes < 1:
-            raise SimpoError(f"processes: must be at least 1, not {self.processes}")
+        check_values(self)
 
 
 def main(argv: list[str]) -> int:

@@ -27,7 +27,9 @@ class SimPOConfig(PortedConfig):
 
     learning_rate: float = setting(5e-5, "Peak learning rate; the paper's are 3e-7 to 1e-6.")
     logging_steps: float = setting(500, "Optimizer steps between logs.")
-    max_length: int | None = setting(None, "Longest prompt with response, in tokens (512 if not set).")
+    max_length: int | None = setting(  # type: ignore[assignment]
+        None, "Longest prompt with response, in tokens (512 if not set)."
+    )
     max_prompt_length: int | None = setting(None, "Length that overlong prompts are cut to (128 if not set).")
     max_target_length: int | None = setting(None, "Has no effect here.")
     truncation: Literal["prompt", "drop", "paper"] = setting("paper", "What happens to overlong rows.")

@@ -78,7 +78,7 @@ class DPOConfig(_ReferenceKeys):
         ("discopop_tau", 0.05, "it belongs to loss_type discopop, which is not here"),
     )
 
-    loss_type: list[str] = setting(["sigmoid"], f"Of {', '.join([*_OBJECTIVES, _SFT])}.")
+    loss_type: list[str] = setting(["sigmoid"], f"Of {', '.join([*_OBJECTIVES, _SFT])}.")  # type: ignore[assignment]
     loss_weights: list[float] | None = setting(None, "One for each loss (default: 1).")
     ld_alpha: float | None = setting(None, "Not supported.")
     f_divergence_type: str = setting("reverse_kl", f"reverse_kl, or of sigmoid alone {', '.join(_DIVERGENCES)}.")

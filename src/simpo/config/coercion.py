@@ -46,7 +46,7 @@ def coerce(value: Any, annotation: Any) -> Any:
     Raises:
         ValueError: no member accepts the value; the message describes what would fit.
     """
-    members = _members(annotation)
+    members = members_of(annotation)
     if annotation is Any or (value is None and type(None) in members):
         return value
     brackets = {"[": (list, tuple), "{": (dict,)}
@@ -65,7 +65,7 @@ def coerce(value: Any, annotation: Any) -> Any:
 
 def describe(annotation: Any) -> str:
     """Describe the accepted values, to complete the sentence "'abc' is not ..."."""
-    return " or ".join(_describe_member(member) for member in _members(annotation) if member is not type(None))
+    return " or ".join(_describe_member(member) for member in members_of(annotation) if member is not type(None))
 
 
 def choices_of(kind: Any) -> list[Any]:
@@ -77,10 +77,11 @@ def choices_of(kind: Any) -> list[Any]:
 
 def accepts(annotation: Any, *kinds: type) -> bool:
     """Whether a member of the annotation is one of these plain types or containers."""
-    return any(_origin(member) in kinds for member in _members(annotation))
+    return any(_origin(member) in kinds for member in members_of(annotation))
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
+def members_of(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type."""
     if get_origin(annotation) not in (Union, UnionType):
         return (annotation,)
     members = get_args(annotation)

@@ -3,6 +3,7 @@
 A setting is a field of a dataclass, next to what it configures. Its ``metadata`` can have:
 
 - ``help``: the meaning, in a sentence.
+- ``least``, ``above``, ``most``, ``below``: bounds of a number; None is always allowed.
 - ``positional``: how help calls the value, such as ``MODEL``, if it can also be given without ``--key``.
 - ``repeat``: True for a list whose option takes one word and is repeated for several.
 
@@ -17,13 +18,24 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
+from itertools import chain
+from numbers import Integral, Real
 from typing import Any, get_type_hints
 
-from simpo.config.coercion import coerce, nearest
+from simpo.config.coercion import accepts, choices_of, coerce, members_of, nearest
 from simpo.errors import CombinedError, SimpoError
+
+_BOUNDS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -32,6 +44,46 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_values(settings: Any) -> None:
+    """Check an instance's values against the bounds and the choices that its fields declare.
+
+    Raises:
+        CombinedError: names each field whose value does not fit.
+    """
+    hints = get_type_hints(type(settings))
+    faults = []
+    for declared in dataclasses.fields(settings):
+        value = getattr(settings, declared.name)
+        if value is not None and (fault := _misfit(value, hints[declared.name], declared.metadata)):
+            faults.append(f"{declared.name}: {fault}")
+    if faults:
+        raise CombinedError(*faults)
+
+
+def _misfit(value: Any, annotation: Any, metadata: Mapping[str, Any]) -> str | None:
+    """Why a value does not fit, as text; None if it does, or if neither bounds nor choices are declared."""
+    bounds = {name: metadata[name] for name in _BOUNDS if name in metadata}
+    if not bounds:
+        choices = [choices_of(member) for member in members_of(annotation) if member is not type(None)]
+        if not choices or not all(choices) or any(value in some for some in choices):
+            return None
+        return f"{value!r} is not one of {', '.join(map(repr, chain(*choices)))}"
+    whole = not accepts(annotation, float)
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        return f"{value!r} is not {'a whole' if whole else 'a'} number"
+    if not math.isfinite(value):
+        return f"must be finite, not {value}"
+    if all(_BOUNDS[name][1](value, bound) for name, bound in bounds.items()):
+        return None
+    return f"must be {' and '.join(f'{_BOUNDS[name][0]} {bound}' for name, bound in bounds.items())}, not {value}"
+
+
+def setting_of(cls: Any, name: str) -> Any:
+    """The setting ``name`` of another dataclass: its default, meaning and bounds."""
+    known: dataclasses.Field = cls.__dataclass_fields__[name]
+    return dataclasses.field(default=known.default, metadata=known.metadata)
 
 
 @dataclass(frozen=True)

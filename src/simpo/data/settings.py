@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from simpo.config import setting
+from simpo.config import check_values, setting
 from simpo.errors import SimpoError
 
 # Names of apply_chat_template's own parameters in transformers, which a template never gets.
@@ -21,18 +21,14 @@ RESERVED_KWARGS = frozenset(
 
 @dataclass(frozen=True)
 class RenderSettings:
-    """How conversations are rendered with a chat template.
-
-    Raises:
-        SimpoError: a value that is not allowed, named by its key.
-    """
+    """How conversations are rendered with a chat template."""
 
     chat_template_kwargs: Mapping[str, Any] = setting(
         {}, 'Variables for the chat template, e.g. {"enable_thinking": false}; those of a row take precedence.'
     )
     system_message: Literal["template", "fold"] = setting(
         "template",
-        "template leaves system messages to the chat template, fold writes them into the first user "
+        "template leaves system messages to the chat template; fold writes them into the first user "
         "message, for templates without a system role.",
     )
 
@@ -42,27 +38,24 @@ class RenderSettings:
             raise SimpoError(f"chat_template_kwargs: {given!r} is not a mapping of names to values")
         if reserved := sorted(RESERVED_KWARGS & set(given)):
             raise SimpoError(f"chat_template_kwargs: {reserved[0]!r} is not a variable of the template; leave it out")
-        _check_choice("system_message", self.system_message, ("template", "fold"))
+        check_values(self)
 
 
 @dataclass(frozen=True)
 class TokenizeSettings:
-    """How comparisons become ids.
+    """How comparisons become ids."""
 
-    Raises:
-        SimpoError: a value that is not allowed, named by its key.
-    """
-
-    max_length: int = setting(2048, "Longest prompt and response together, in tokens.")
+    max_length: int = setting(2048, "Longest prompt with response, in tokens.", least=2)
     max_prompt_length: int | None = setting(
         None,
-        "Length that the prompt of an overlong row is cut to (default: max_length * 1800 // 2048, the paper's ratio).",
+        "Length that the prompt of an overlong row is cut to (default: max_length * 1800 / 2048, the paper's ratio).",
+        least=1,
     )
-    truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "The end of a cut prompt that is kept.")
+    truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "Which end of an overlong prompt stays.")
     truncation: Literal["prompt", "drop", "paper"] = setting(
         "prompt",
-        "Overlong rows: prompt cuts prompts and drops rows whose responses still do not fit, drop drops "
-        "them all, paper also cuts responses, which lose their end-of-sequence token.",
+        "Overlong rows: prompt cuts prompts and drops rows whose responses still do not fit; drop drops them all; "
+        "paper also cuts responses, which lose their end-of-turn token.",
     )
     paper_tokenization: bool = setting(
         False, "Score the assistant header and what follows the end-of-turn token, as the paper's code did."
@@ -71,25 +64,20 @@ class TokenizeSettings:
         False, "Start conversations with an empty system message where the chat template supports one."
     )
     on_bad_row: Literal["skip", "error"] = setting(
-        "skip", "skip and count bad rows (an error above 1%), or make the first an error."
+        "skip", "Skip and count bad rows (an error above 1%), or stop at the first."
     )
-    num_proc: int | None = setting(None, "Processes that tokenize (default: one per core, fewer for little data).")
+    num_proc: int | None = setting(
+        None, "Processes that tokenize (default: one per core, fewer for little data).", least=1
+    )
     rendering: RenderSettings = field(default_factory=RenderSettings)
 
     def __post_init__(self) -> None:
-        _check_number("max_length", self.max_length, least=2)
-        if self.max_prompt_length is not None:
-            _check_number("max_prompt_length", self.max_prompt_length, least=1)
+        check_values(self)
         if self.prompt_limit >= self.max_length:
             raise SimpoError(
                 f"max_prompt_length: {self.prompt_limit} leaves no room for a response in max_length "
                 f"{self.max_length}; make it smaller"
             )
-        if self.num_proc is not None:
-            _check_number("num_proc", self.num_proc, least=1)
-        _check_choice("truncation_mode", self.truncation_mode, ("keep_end", "keep_start"))
-        _check_choice("truncation", self.truncation, ("prompt", "drop", "paper"))
-        _check_choice("on_bad_row", self.on_bad_row, ("skip", "error"))
         for key in ("paper_tokenization", "auto_insert_empty_system_msg"):
             if not isinstance(getattr(self, key), bool):
                 raise SimpoError(f"{key}: {getattr(self, key)!r} is not true or false")
@@ -100,16 +88,6 @@ class TokenizeSettings:
         if self.max_prompt_length is None:
             return self.max_length * 1800 // 2048
         return self.max_prompt_length
-
-
-def _check_number(key: str, value: object, *, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise SimpoError(f"{key}: {value!r} is not a whole number of at least {least}")
-
-
-def _check_choice(key: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise SimpoError(f"{key}: {value!r} is not one of {', '.join(choices)}")
 
 
 # ---- Fitting comparisons and conversations into ``max_length``; everything that is cut or dropped is reported.

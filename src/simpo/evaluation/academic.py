@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from simpo.config import setting
+from simpo.config import check_values, setting
 from simpo.data.rows import rows_of
 from simpo.data.sources import has_one_split, load_rows
 from simpo.errors import SimpoError, one_line
@@ -252,8 +252,7 @@ class Gsm8kSettings(AnswerSettings):
     )
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise SimpoError(f"limit: must be at least 1, not {self.limit}")
+        check_values(self)
 
     def benchmark(self, log: Log) -> Gsm8k:
         """The benchmark; raises :class:`SimpoError` if the problems cannot be read."""

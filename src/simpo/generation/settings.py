@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import yaml
 
-from simpo.config import setting
+from simpo.config import check_values, setting
 from simpo.errors import SimpoError
 
 _LONGEST_BY_DEFAULT = 2048  # tokens
@@ -24,27 +23,22 @@ class SamplingSettings:
         SimpoError: a value out of its bounds, or several greedy answers to a prompt; names the key.
     """
 
-    n: int = setting(1, "Answers to every prompt.")
-    temperature: float = setting(0.8, "Divides the logits; 0 takes the likeliest token every time.")
-    top_p: float = setting(0.95, "Draw from the smallest set of tokens with this probability; 1 is off.")
-    top_k: int = setting(0, "Draw from this many likeliest tokens; 0 is off.")
-    max_new_tokens: int | None = setting(
-        None, "Longest answer in tokens (default: 2048, or half the model's context if that is less)."
+    n: int = setting(1, "Answers to every prompt.", least=1)
+    temperature: float = setting(0.8, "Divides the logits; 0 takes the likeliest token every time.", least=0)
+    top_p: float = setting(
+        0.95, "Draw from the smallest set of tokens with this probability; 1 is off.", above=0, most=1
     )
-    seed: int = setting(42, "With prompts and settings, determines every answer.")
+    top_k: int = setting(0, "Draw from this many likeliest tokens; 0 is off.", least=0)
+    max_new_tokens: int | None = setting(
+        None, "Longest answer in tokens (default: 2048, or half the model's context if that is less).", least=1
+    )
+    seed: int = setting(42, "With prompts and settings, determines every answer.", least=0)
     chunk_size: int | None = setting(
-        None, "Answers generated and stored together (default: 32 on a CPU, 64 on a GPU, 1024 with vLLM)."
+        None, "Answers generated and stored together (default: 32 on a CPU, 64 on a GPU, 1024 with vLLM).", least=1
     )
 
     def __post_init__(self) -> None:
-        for key, least in (("n", 1), ("top_k", 0), ("max_new_tokens", 1), ("seed", 0), ("chunk_size", 1)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise SimpoError(f"{key}: must be at least {least}, not {value}")
-        if not 0 <= self.temperature < math.inf:
-            raise SimpoError(f"temperature: must be a number of at least 0, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise SimpoError(f"top_p: must be above 0 and at most 1, not {self.top_p}")
+        check_values(self)
         if self.greedy and self.n > 1:
             raise SimpoError(f"n: {self.n} greedy answers (temperature 0) would be identical; set n to 1")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simpo.client import ChatClient, Endpoint, Prices
 from simpo.client.cache import default_cache
-from simpo.config import setting
+from simpo.config import check_values, setting
 from simpo.errors import SimpoError
 
 SCORERS = "exact, function:MODULE:NAME, reward:MODEL, logp:MODEL"
@@ -53,7 +53,7 @@ class ApiSettings:
     judge_concurrency: int = setting(8, "Requests at a time.")
     judge_timeout: float = setting(60.0, "Seconds that a reply may take.")
     judge_max_tokens: int | None = setting(
-        None, "Longest reply in tokens (default: the benchmark's); a judge that thinks needs more."
+        None, "Longest reply in tokens (default: the benchmark's); a judge that thinks needs more.", least=1
     )
     judge_prompt: Path | None = setting(None, "File with a judge prompt (default: the one in this package).")
     cache: Path | None = setting(
@@ -68,8 +68,7 @@ class ApiSettings:
     def __post_init__(self) -> None:
         if (self.judge_url is None) != (self.judge_model is None):
             raise SimpoError("judge_url and judge_model: name both or none")
-        if self.judge_max_tokens is not None and self.judge_max_tokens < 1:
-            raise SimpoError(f"judge_max_tokens: must be at least 1, not {self.judge_max_tokens}")
+        check_values(self)
 
     def client(self) -> ChatClient | None:
         """The client of the server, None if no server is named; raises :class:`SimpoError` if it cannot be used."""
@@ -89,7 +88,7 @@ class ApiSettings:
 class JudgeSettings(ApiSettings):
     """Judges that are models on this machine, or functions."""
 
-    judge_max_tokens: int = setting(1024, "Longest reply of the judge api, in tokens.")
+    judge_max_tokens: int = setting(1024, "Longest reply of the judge api, in tokens.", least=1)
     dtype: str | None = setting(None, "Type of weights (default: bfloat16 on an accelerator, float32 on a CPU).")
     trust_remote_code: bool = setting(False, "Run a judge's function, and code that comes with models.")
     allow_pickle: bool = setting(False, "Read judging models' weights from pickles where they have no safetensors.")
@@ -111,7 +110,7 @@ class JudgeSettings(ApiSettings):
 class GenerationArguments:
     """Answers to held-out prompts at every evaluation, and the judge that compares them with the start model's."""
 
-    eval_generations: int = setting(0, "Held-out prompts that are answered at every evaluation; 0 is off.")
+    eval_generations: int = setting(0, "Held-out prompts that are answered at every evaluation; 0 is off.", least=0)
     eval_judge: str | None = setting(None, f"Judge of those answers against the start model's: {ANNOTATORS}.")
     eval_judge_url: str | None = setting(None, "Server of eval_judge api; its key is in OPENAI_API_KEY.")
     eval_judge_model: str | None = setting(None, "That judge's name on the server.")
@@ -119,8 +118,7 @@ class GenerationArguments:
 
     def __post_init__(self) -> None:
         server = (self.eval_judge_url, self.eval_judge_model)
-        if self.eval_generations < 0:
-            raise SimpoError(f"eval_generations: must be at least 0, not {self.eval_generations}")
+        check_values(self)
         if self.eval_judge is not None and not self.eval_generations:
             raise SimpoError("eval_judge: there is nothing to judge; set eval_generations")
         if self.eval_judge == "api" and None in server:

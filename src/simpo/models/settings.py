@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from simpo.config import setting
+from simpo.config import check_values, setting
 from simpo.errors import SimpoError
 
 # The keys of an adapter: peft's name, and the default.
@@ -43,10 +43,12 @@ class ModelArguments:
     )
 
     use_peft: bool = setting(False, "Train a LoRA adapter, and leave the model's own weights as they are.")
-    lora_r: int | None = setting(None, "Rank of the adapter (default: 16).")
-    lora_alpha: int | None = setting(None, "The adapter's output is multiplied by lora_alpha / lora_r (default: 32).")
+    lora_r: int | None = setting(None, "Rank of the adapter (default: 16).", least=1)
+    lora_alpha: int | None = setting(
+        None, "The adapter's output is multiplied by lora_alpha / lora_r (default: 32).", least=1
+    )
     lora_dropout: float | None = setting(
-        None, "Dropout before the adapter (default: 0.05); none unless disable_dropout is false."
+        None, "Dropout before the adapter (default: 0.05); none unless disable_dropout is false.", least=0, below=1
     )
     lora_target_modules: list[str] | None = setting(
         None, "Ends of the names of the layers that get one (default: every linear layer but the output)."
@@ -71,11 +73,7 @@ class ModelArguments:
                 f"attn_implementation: {self.attn_implementation!r} is code from the hub; allow it with "
                 "trust_remote_code"
             )
-        for key in ("lora_r", "lora_alpha"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise SimpoError(f"{key}: must be at least 1, not {value}")
-        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
-            raise SimpoError(f"lora_dropout: must be at least 0 and below 1, not {self.lora_dropout}")
+        check_values(self)
         for key in _QUANTIZATION:
             if getattr(self, key) is not None and not self.load_in_4bit:
                 raise SimpoError(f"{key}: only a model in 4 bits takes it; set load_in_4bit: true, or leave it out")

@@ -5,15 +5,13 @@ They are apart from the trainers, which take seconds to import, so that ``--help
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
 
 from simpo.config import setting
-from simpo.data.settings import TokenizeSettings
 from simpo.errors import SimpoError, check_all
 from simpo.objectives import OBJECTIVES, Mixture, Objective, Responses
 from simpo.training.settings import TrainingSettings
@@ -57,15 +55,12 @@ class RewardConfig(TrainingSettings):
         "none", "By how much a reward has to win: by 0, by the pairs' column margin, or by the scores' difference."
     )
     center_rewards_coefficient: float | None = setting(
-        None, "Weight of (chosen + rejected)**2, which centers rewards on 0, for example 0.01."
+        None, "Weight of (chosen + rejected)**2, which centers rewards on 0, for example 0.01.", least=0
     )
 
     def _check(self) -> None:
         if self.truncation == "paper":
             raise SimpoError("truncation: 'paper' cuts responses, whose ends are rewarded; use 'prompt' or 'drop'")
-        weight = self.center_rewards_coefficient
-        if weight is not None and not 0 <= weight < math.inf:
-            raise SimpoError(f"center_rewards_coefficient: must be >= 0 and finite, not {weight}")
         super()._check()
 
 
@@ -104,8 +99,12 @@ class PreferenceConfig(TrainingSettings):
         f"The loss: one of {', '.join(OBJECTIVES)} (default: simpo), or several with weights: {{dpo: 1, bco: 0.2}}.",
     )
     loss_type: str | None = setting(None, "Alias for link (in the paper's recipes) or objective (in TRL's).")
-    sft_weight: float = setting(0.0, "Weight of an SFT term: the chosen response's average negative log-probability.")
-    kl_weight: float = setting(0.0, "Weight of KL(policy || start model), exact, mean over the response tokens.")
+    sft_weight: float = setting(
+        0.0, "Weight of an SFT term: the chosen response's average negative log-probability.", least=0
+    )
+    kl_weight: float = setting(
+        0.0, "Weight of KL(policy || start model), exact, mean over the response tokens.", least=0
+    )
     precompute_ref_log_probs: bool | None = setting(
         None, "Compute the reference's log-probabilities once and keep them (default: true); false: at every step."
     )
@@ -149,11 +148,6 @@ class PreferenceConfig(TrainingSettings):
     def _given(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in hyperparameter_names() if getattr(self, name) is not None}
 
-    @property
-    def tokenize_settings(self) -> TokenizeSettings:
-        """The settings of the data layer."""
-        return replace(super().tokenize_settings, paper_tokenization=self.paper_tokenization)
-
     def _reject(self) -> None:
         check_all(super()._reject, self._reject_guess)
 
@@ -192,9 +186,6 @@ class PreferenceConfig(TrainingSettings):
         except ValueError as error:
             raise SimpoError(str(error)) from error
         self._check_row_columns()
-        for key in ("sft_weight", "kl_weight"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise SimpoError(f"{key}: must be >= 0 and finite, not {getattr(self, key)}")
         if self.sft_weight and self._has_anchor(self.hyperparameters):
             weighted = "lam" in self.row.hyperparameters and not self._has_anchor(self.hyperparameters | {"lam": 0.0})
             remedy = ", or set lam: 0" if weighted else ""

@@ -6,10 +6,10 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames, ParallelMode
 
-from simpo.config import setting
+from simpo.config import check_values, setting, setting_of
 from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.sources import load_mixture, load_mixture_list, load_rows
 from simpo.errors import CombinedError, SimpoError, check_all, one_line, third_party
@@ -60,7 +60,7 @@ _CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "e
 class TrainingSettings(TrainingArguments):
     """Settings of every kind of training."""
 
-    num_train_epochs: float = setting(1.0, "Passes over the data.")
+    num_train_epochs: float = setting(1.0, "Passes over the data.", above=0)
     lr_scheduler_type: SchedulerType | str = setting("cosine", "Learning-rate schedule.")
     warmup_steps: float = setting(0.1, "Warm-up steps, or below 1 their share of all steps.")
     logging_steps: float = setting(10, "Log every so many optimizer steps.")
@@ -68,35 +68,23 @@ class TrainingSettings(TrainingArguments):
     use_cache: bool = setting(True, "Generation's cache, in the saved model's configuration; training has none.")
     disable_dropout: bool = setting(True, "Train without dropout, as the paper does.")
 
-    max_length: int = setting(2048, "Longest prompt with response, in tokens.")
-    max_prompt_length: int | None = setting(
-        None, "What an overlong prompt is cut to (default: max_length * 1800 / 2048)."
-    )
-    truncation: Literal["prompt", "drop", "paper"] = setting(
-        "prompt", "Overlong rows: cut the prompt, and drop what then does not fit; drop all; or as the paper."
-    )
-    truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "Which end of an overlong prompt stays.")
-    auto_insert_empty_system_msg: bool = setting(
-        False, "Put an empty system message first where the template has a place for one."
-    )
+    max_length: int = setting_of(TokenizeSettings, "max_length")
+    max_prompt_length: int | None = setting_of(TokenizeSettings, "max_prompt_length")
+    truncation: Literal["prompt", "drop", "paper"] = setting_of(TokenizeSettings, "truncation")
+    truncation_mode: Literal["keep_end", "keep_start"] = setting_of(TokenizeSettings, "truncation_mode")
+    auto_insert_empty_system_msg: bool = setting_of(TokenizeSettings, "auto_insert_empty_system_msg")
     chat_template_kwargs: dict[str, Any] | None = setting(
         None, "Variables for the chat template, e.g. {enable_thinking: false}; a row's own come first."
     )
-    system_message: Literal["template", "fold"] = setting(
-        "template", "System messages as the template has them, or written into the first user message."
-    )
-    on_bad_row: Literal["skip", "error"] = setting(
-        "skip", "Skip and count bad rows (an error above 1%), or stop at the first."
-    )
-    dataset_num_proc: int | None = setting(
-        None, "Processes that tokenize (default: one per core, fewer for little data)."
-    )
+    system_message: Literal["template", "fold"] = setting_of(RenderSettings, "system_message")
+    on_bad_row: Literal["skip", "error"] = setting_of(TokenizeSettings, "on_bad_row")
+    dataset_num_proc: int | None = setting_of(TokenizeSettings, "num_proc")
 
     max_batch_tokens: int | None = setting(
-        None, "Most tokens of a forward (default: 16384, on a CPU 2048, or the longest row if longer)."
+        None, "Most tokens of a forward (default: 16384, on a CPU 2048, or the longest row if longer).", least=1
     )
     checkpointed_share: float = setting(
-        1.0, "With activation_checkpointing: share of the layers; the others keep their activations."
+        1.0, "With activation_checkpointing: share of the layers; the others keep their activations.", above=0, most=1
     )
     forward_path: ForwardPath = setting(
         "auto",
@@ -173,30 +161,26 @@ class TrainingSettings(TrainingArguments):
     @property
     def tokenize_settings(self) -> TokenizeSettings:
         """The settings of the data layer."""
+        names = [field.name for field in fields(TokenizeSettings)]
         return TokenizeSettings(
-            max_length=self.max_length,
-            max_prompt_length=self.max_prompt_length,
-            truncation_mode=self.truncation_mode,
-            truncation=self.truncation,
-            auto_insert_empty_system_msg=self.auto_insert_empty_system_msg,
-            on_bad_row=self.on_bad_row,
+            **{name: getattr(self, name) for name in names if hasattr(self, name)},
             num_proc=self.dataset_num_proc,
             rendering=RenderSettings(self.chat_template_kwargs or {}, self.system_message),
         )
 
     def _check(self) -> None:
-        """Report all values that are out of bounds at once; the data layer's settings check themselves."""
-        check_all(self._check_values, self._check_numbers, self._check_checkpointing, lambda: self.tokenize_settings)
+        """Report all mistakes at once."""
+        check_all(self._check_declared, self._check_values, self._check_numbers, self._check_checkpointing)
+
+    def _check_declared(self) -> None:
+        check_values(self)
+        self.tokenize_settings  # noqa: B018 - it checks itself
 
     def _check_values(self) -> None:
-        if self.forward_path not in get_args(ForwardPath):
-            raise SimpoError(f"forward_path: {self.forward_path!r} is not one of {', '.join(get_args(ForwardPath))}")
         for key in ("seed", "data_seed"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < 2**32:
                 raise SimpoError(f"{key}: must be at least 0 and below 2**32, not {value}")
-        if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
-            raise SimpoError(f"max_batch_tokens: must be at least 1, not {self.max_batch_tokens}")
         if self.use_liger_kernel:
             from simpo.models.devices import liger_config  # noqa: PLC0415 - as above
 
@@ -204,8 +188,6 @@ class TrainingSettings(TrainingArguments):
         elif self.liger_kernel_config:
             raise SimpoError("liger_kernel_config: set use_liger_kernel: true, or leave it out")
         self._check_optimizer()
-        if not 0 < self.checkpointed_share <= 1:
-            raise SimpoError(f"checkpointed_share: must be above 0 and at most 1, not {self.checkpointed_share}")
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise SimpoError(
                 f"train_sampling_strategy: {self.train_sampling_strategy!r} is not needed (micro-batches are balanced "
@@ -223,8 +205,6 @@ class TrainingSettings(TrainingArguments):
         """Check what transformers accepts as it comes, and trains nothing or nonsense with."""
         if self.max_steps != -1 and self.max_steps < 1:  # type: ignore[has-type]
             raise SimpoError(f"max_steps: must be at least 1, or -1 for num_train_epochs, not {self.max_steps}")
-        if not 0 < self.num_train_epochs < math.inf:
-            raise SimpoError(f"num_train_epochs: must be above 0, not {self.num_train_epochs:g}")
         for key in ("learning_rate", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise SimpoError(f"{key}: must be at least 0, not {getattr(self, key):g}")

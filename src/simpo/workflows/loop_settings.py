@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from simpo.config import setting
+from simpo.config import check_values, setting
 from simpo.errors import SimpoError
 from simpo.generation.sample import PromptArguments
 from simpo.generation.settings import SamplingSettings, derived_seed
@@ -29,19 +28,19 @@ class LoopSettings:
     judges: list[str] | None = setting(
         None, "What decides whether a round is better than the start (default: the annotator)."
     )
-    rounds: int = setting(3, "How many times to sample, annotate, pair and train.")
+    rounds: int = setting(3, "How many times to sample, annotate, pair and train.", least=1)
     prompts_split: str = setting("train", "Split of prompts.")
     eval_prompts_split: str = setting("train", "Split of eval_prompts.")
-    eval_n: int = setting(1, "Answers of each model to every held-out prompt.")
+    eval_n: int = setting(1, "Answers of each model to every held-out prompt.", least=1)
     engine: Literal["transformers", "vllm"] = setting("transformers", "What generates.")
     chat_template: str | None = setting(
         None, "Template, file with one, or none for raw text (default: the tokenizer's own)."
     )
     stop_win_rate: float | None = setting(
-        None, "Stop after a round whose win rate by the first judge is below this share."
+        None, "Stop after a round whose win rate by the first judge is below this share.", least=0, most=1
     )
     stop_kl: float | None = setting(
-        None, "Stop after a round whose KL from the start is above this, in nats per answer."
+        None, "Stop after a round whose KL from the start is above this, in nats per answer.", above=0
     )
     judge_url: str | None = setting(None, "Server of the annotator or judge 'api'.")
     judge_model: str | None = setting(None, "Its model's name on that server.")
@@ -49,11 +48,7 @@ class LoopSettings:
     yes: bool = setting(False, "Send requests to the server without asking.")
 
     def __post_init__(self) -> None:
-        for key in ("rounds", "eval_n"):
-            if getattr(self, key) < 1:
-                raise SimpoError(f"{key}: must be at least 1, not {getattr(self, key)}")
-        if self.engine not in ("transformers", "vllm"):
-            raise SimpoError(f"engine: {self.engine!r} is not one of 'transformers', 'vllm'")
+        check_values(self)
         if self.judges is not None and not self.judges:
             raise SimpoError("judges: name one, or leave the key out to use the annotator")
         needs_server = "api" in (self.annotator, *(self.judges or ()))
@@ -61,10 +56,6 @@ class LoopSettings:
             raise SimpoError("judge_url and judge_model: the annotator or judge 'api' needs both")
         if not needs_server and (self.judge_url, self.judge_model) != (None, None):
             raise SimpoError("judge_url and judge_model: only the annotator or judge 'api' uses them; leave them out")
-        if self.stop_win_rate is not None and not 0 <= self.stop_win_rate <= 1:
-            raise SimpoError(f"stop_win_rate: must be a share from 0 to 1, not {self.stop_win_rate}")
-        if self.stop_kl is not None and not 0 < self.stop_kl < math.inf:
-            raise SimpoError(f"stop_kl: must be a number above 0, not {self.stop_kl}")
 
 
 @dataclass(frozen=True)

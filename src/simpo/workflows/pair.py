@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from simpo.config import setting
+from simpo.config import check_values, setting
 from simpo.data.formats import is_number
 from simpo.errors import SimpoError
 from simpo.judging.annotate import FILE_NAME as ANNOTATED
@@ -25,7 +25,6 @@ from simpo.runs.results import Metric, fingerprint
 from simpo.statistics import mean_interval, proportion_interval
 
 PairKind = Literal["best_worst", "all", "best_random", "ranking"]
-KINDS: tuple[PairKind, ...] = ("best_worst", "all", "best_random", "ranking")
 FILE_NAME = "pairs.jsonl"
 
 # Why an answer, a prompt or a pair was dropped: the end of the metric's name.
@@ -60,23 +59,17 @@ class PairSettings:
     """
 
     pairs: PairKind = setting("best_worst", "Which answers to a prompt are compared; ranking: all of them at once.")
-    min_gap: float = setting(0.0, "Least difference in score of a pair, or of a ranking's best and worst.")
+    min_gap: float = setting(0.0, "Least difference in score of a pair, or of a ranking's best and worst.", least=0)
     max_length_ratio: float | None = setting(
-        None, "Most characters of the longer answer over the shorter's (default: no limit)."
+        None, "Most characters of the longer answer over the shorter's (default: no limit).", least=1
     )
     keep_unfinished: bool = setting(False, "Also pair answers that max_new_tokens cut off.")
     seed: int = setting(42, "Seed of best_random.")
 
     def __post_init__(self) -> None:
-        if self.pairs not in KINDS:
-            raise SimpoError(f"pairs: {self.pairs!r} is not one of {', '.join(KINDS)}")
-        if not 0 <= self.min_gap < math.inf:
-            raise SimpoError(f"min_gap: must be a number of at least 0, not {self.min_gap}")
-        if self.max_length_ratio is not None:
-            if not self.max_length_ratio >= 1:
-                raise SimpoError(f"max_length_ratio: must be at least 1, not {self.max_length_ratio}")
-            if self.pairs == "ranking":
-                raise SimpoError("max_length_ratio: a ranking has no pairs; leave it out or choose other pairs")
+        check_values(self)
+        if self.max_length_ratio is not None and self.pairs == "ranking":
+            raise SimpoError("max_length_ratio: a ranking has no pairs; leave it out or choose other pairs")
 
 
 @dataclass
