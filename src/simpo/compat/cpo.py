@@ -6,8 +6,8 @@ import logging
 from dataclasses import dataclass
 
 from simpo.compat.keys import PortedConfig, TRLKeys
-from simpo.compat.trainer import PortedTrainer
-from simpo.config import setting
+from simpo.compat.trainer import PortedPreferenceTrainer
+from simpo.config import check_values, setting
 from simpo.errors import SimpoError
 
 logger = logging.getLogger(__name__)
@@ -22,29 +22,24 @@ class CPOConfig(TRLKeys, PortedConfig):  # type: ignore[misc]
     """TRL's keys with TRL's defaults (1.16, and the keys that older versions had).
 
     ``simpo_gamma`` is the margin itself, not its ratio to ``beta``. ``cpo_alpha`` is also read as ``sft_weight``.
-
-    Raises:
-        SimpoError: a value that is out of bounds or not supported; the message names the key.
     """
 
     beta: float = setting(0.1, "Scale of the reward; SimPO wants 2 to 10.")
     label_smoothing: float = setting(0.0, "Probability that a label is wrong.")
     loss_type: str | None = setting("sigmoid", "simpo, alphapo, or sigmoid, which is CPO.")
-    cpo_alpha: float = setting(1.0, "Weight of the SFT term; pure SimPO has 0.")
-    simpo_gamma: float = setting(0.5, "SimPO's target margin, absolute.")
+    cpo_alpha: float = setting(1.0, "Weight of the SFT term; pure SimPO has 0.", least=0)
+    simpo_gamma: float = setting(0.5, "SimPO's target margin, absolute.", least=0)
     alpha: float | None = setting(0.0, "AlphaPO's exponent; 0 is SimPO.")
 
     def __post_init__(self) -> None:
-        for key, given, own in (
+        for key, is_set, trls in (
             ("gamma", self.gamma not in (None, self.simpo_gamma), "simpo_gamma, the margin itself"),
             ("gamma_beta_ratio", self.gamma_beta_ratio is not None, "simpo_gamma, the margin itself"),
             ("sft_weight", self.sft_weight not in (0.0, self.cpo_alpha), "cpo_alpha"),
         ):
-            if given:
-                raise SimpoError(f"{key}: CPOConfig's key is {own}")
-        for key in ("cpo_alpha", "simpo_gamma"):
-            if not getattr(self, key) >= 0:
-                raise SimpoError(f"{key}: must be >= 0, not {getattr(self, key)}")
+            if is_set:
+                raise SimpoError(f"{key}: CPOConfig's key is {trls}")
+        check_values(self)
         self._set_objective()
         if self.max_length is None:
             logger.warning("max_length is not set: %d, as in TRL", _DEFAULT_LENGTH)
@@ -54,7 +49,7 @@ class CPOConfig(TRLKeys, PortedConfig):  # type: ignore[misc]
         self.loss_type = loss_type
 
     def _set_objective(self) -> None:
-        """Translate TRL's loss_type and hyperparameters to the objective and its own."""
+        """Translate TRL's loss_type and hyperparameters to an objective with its hyperparameters."""
         name = _OBJECTIVES.get(str(self.loss_type))
         if name is None:
             raise SimpoError(
@@ -74,7 +69,7 @@ class CPOConfig(TRLKeys, PortedConfig):  # type: ignore[misc]
             self.label_smoothing = self.label_smoothing or None  # type: ignore[assignment]
 
 
-class CPOTrainer(PortedTrainer):
+class CPOTrainer(PortedPreferenceTrainer):
     """TRL's ``CPOTrainer``: its arguments, in its order, with a :class:`CPOConfig`."""
 
     config_class = CPOConfig

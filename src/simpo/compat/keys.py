@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from transformers import SchedulerType, TrainingArguments
@@ -35,46 +34,44 @@ _BETA, _RATIO, _COLLAPSE = (2.0, 10.0), (0.1, 0.8), 1e-5
 _UNLIMITED = 2**20  # tokens, where TRL's max_length is None
 
 
+def unsupported(default: Any, remedy: str) -> Any:
+    """A field that must be left out or switched off; otherwise the error names the remedy."""
+    return setting(default, "Not supported.", unsupported=remedy)
+
+
+def without_effect(default: Any, why: str) -> Any:
+    """A field whose values other than the default cause a warning that says why they have no effect."""
+    return setting(default, "Has no effect here.", without_effect=why)
+
+
 @dataclass
 class PortedKeys:
-    """What all of them share; to be combined with a configuration of ours.
+    """The keys and defaults that all of these configurations share; to be combined with one of simpo's own."""
 
-    Class attributes:
-        unsupported: keys that can only be left out or switched off, and what to do instead.
-        without_effect: a key, its default, and why any other value has no effect.
-
-    Raises:
-        SimpoError: a key that is not supported; the message names it.
-    """
-
-    unsupported: ClassVar[Mapping[str, str]] = {}
-    without_effect: ClassVar[Sequence[tuple[str, Any, str]]] = ()
-
-    num_train_epochs: float = setting(3.0, "Passes over the data.")
+    num_train_epochs: float = setting(3.0, "Passes over the data.", above=0)
     lr_scheduler_type: SchedulerType | str = setting("linear", "Learning-rate schedule.")
     warmup_steps: float = setting(0, "Warm-up steps, or below 1 their share of all steps.")
     model_init_kwargs: dict[str, Any] | str | None = setting(None, "How a model that is given by name is loaded.")
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
-        for kind in type(self).__mro__:
-            for key, why in vars(kind).get("unsupported", {}).items():
-                if getattr(self, key):
-                    raise SimpoError(f"{key}: not supported ({why})")
-            for key, default, why in vars(kind).get("without_effect", ()):
-                if getattr(self, key, default) != default:
-                    logger.warning("%s has no effect: %s", key, why)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value and "unsupported" in field.metadata:
+                raise SimpoError(f"{field.name}: not supported ({field.metadata['unsupported']})")
+            if value != field.default and "without_effect" in field.metadata:
+                logger.warning("%s has no effect: %s", field.name, field.metadata["without_effect"])
         super().__post_init__()  # type: ignore[misc]
 
     def model_arguments(self, name: str) -> ModelArguments:
-        """How the model of that name is loaded: in fp32 unless ``model_init_kwargs`` has a dtype."""
+        """The arguments for loading the model of that name: in fp32 unless ``model_init_kwargs`` has a dtype."""
         found: dict[str, Any] = {"trust_remote_code": getattr(self, "trust_remote_code", False)}
-        given: Any = self.model_init_kwargs or {}
-        for key, value in given.items():
+        kwargs: Any = self.model_init_kwargs or {}
+        for key, value in kwargs.items():
             if key in _MODEL_KEYS:
                 found[_MODEL_KEYS[key]] = value
             elif value not in _MODEL_KEYS_WITHOUT_EFFECT.get(key, ()):
-                raise SimpoError(f"model_init_kwargs: {key!r} is not supported; load the model yourself and give it")
+                raise SimpoError(f"model_init_kwargs: {key!r} is not supported; load the model yourself and pass it")
         if found.get("dtype") is not None:
             found["dtype"] = str(found["dtype"]).removeprefix("torch.")
         return ModelArguments(name, **{key: value for key, value in found.items() if value is not None})
@@ -84,24 +81,15 @@ class PortedKeys:
 class TRLKeys(PortedKeys):
     """What TRL's configurations share, with the defaults of TRL 1.16."""
 
-    unsupported: ClassVar[Mapping[str, str]] = {
-        "activation_offloading": "gradient_checkpointing saves more memory; leave it out"
-    }
-    without_effect: ClassVar[Sequence[tuple[str, Any, str]]] = (
-        ("pad_to_multiple_of", "auto", "nothing is padded"),
-        ("padding_free", False, "nothing is padded"),
-        ("pad_token", None, "nothing is padded"),
-    )
-
     learning_rate: float = setting(1e-6, "Peak learning rate.")
     bf16: bool | None = setting(None, "Compute in bf16; True unless fp16 is set.")
     gradient_checkpointing: bool | None = setting(None, "Recompute activations in backward; True unless set.")
     max_length: int | None = setting(1024, "Longest row in tokens; None is no limit.")
     trust_remote_code: bool = setting(False, "Run code that comes with the model.")
-    activation_offloading: bool = setting(False, "Not supported.")
-    pad_to_multiple_of: int | str | None = setting("auto", "Has no effect here.")
-    padding_free: bool = setting(False, "Has no effect here.")
-    pad_token: str | None = setting(None, "Has no effect here.")
+    activation_offloading: bool = unsupported(False, "gradient_checkpointing saves more memory; leave it out")
+    pad_to_multiple_of: int | str | None = without_effect("auto", "nothing is padded")
+    padding_free: bool = without_effect(False, "nothing is padded")
+    pad_token: str | None = without_effect(None, "nothing is padded")
     router_aux_loss_coef: float | None = setting(None, "Not supported.")
 
     def __post_init__(self) -> None:
@@ -111,8 +99,8 @@ class TRLKeys(PortedKeys):
             self.max_length = _UNLIMITED
         if self.bf16 is None:
             self.bf16 = not self.fp16  # type: ignore[attr-defined]
-        # TRL recomputes activations by default, so what fitted in memory there fits here. The key's name has changed in
-        # transformers 5.23.
+        # TRL recomputes activations by default, so what fits in memory there fits here. transformers 5.23 renamed the
+        # key.
         newer = "activation_checkpointing"
         if self.gradient_checkpointing is None and getattr(self, newer, None) is None:
             setattr(self, newer if hasattr(self, newer) else "gradient_checkpointing", True)
@@ -123,22 +111,11 @@ class TRLKeys(PortedKeys):
 class PortedConfig(PortedKeys, PreferenceConfig):  # type: ignore[misc, valid-type]
     """The keys and defaults that CPO, ORPO and the paper's configuration share."""
 
-    unsupported: ClassVar[Mapping[str, str]] = {
-        "generate_during_eval": "sample from a checkpoint afterwards; set it to False",
-        "is_encoder_decoder": "only causal language models are trained; leave it out",
-    }
-    without_effect: ClassVar[Sequence[tuple[str, Any, str]]] = (
-        ("max_completion_length", None, "it limits encoder-decoder models only"),
-        ("max_target_length", None, "it limits encoder-decoder models only"),
-        ("label_pad_token_id", -100, "no labels are made"),
-        ("padding_value", None, "padding is never scored"),
-    )
-
-    max_completion_length: int | None = setting(None, "Has no effect here.")
-    label_pad_token_id: int = setting(-100, "Has no effect here.")
-    padding_value: int | None = setting(None, "Has no effect here.")
-    generate_during_eval: bool = setting(False, "Not supported.")
-    is_encoder_decoder: bool | None = setting(None, "Not supported.")
+    max_completion_length: int | None = without_effect(None, "it limits encoder-decoder models only")
+    label_pad_token_id: int = without_effect(-100, "no labels are made")
+    padding_value: int | None = without_effect(None, "padding is never scored")
+    generate_during_eval: bool = unsupported(False, "sample from a checkpoint afterwards; set it to False")
+    is_encoder_decoder: bool | None = unsupported(None, "only causal language models are trained; leave it out")
 
     def __post_init__(self) -> None:
         accumulated = self.gradient_accumulation_steps > 1  # is folded into the batch size below

@@ -6,8 +6,8 @@ import logging
 from dataclasses import dataclass
 from typing import Literal
 
-from simpo.compat.keys import PortedConfig
-from simpo.compat.trainer import PortedTrainer
+from simpo.compat.keys import PortedConfig, without_effect
+from simpo.compat.trainer import PortedPreferenceTrainer
 from simpo.config import setting
 
 logger = logging.getLogger(__name__)
@@ -20,9 +20,6 @@ class SimPOConfig(PortedConfig):
     """The paper's keys with the defaults of its code, including the learning rate of 5e-5 of ``TrainingArguments``.
 
     Truncation and scoring of assistant headers follow that code.
-
-    Raises:
-        SimpoError: a value that is out of bounds or not supported; the message names the key.
     """
 
     learning_rate: float = setting(5e-5, "Peak learning rate; the paper's are 3e-7 to 1e-6.")
@@ -31,7 +28,7 @@ class SimPOConfig(PortedConfig):
         None, "Longest prompt with response, in tokens (512 if not set)."
     )
     max_prompt_length: int | None = setting(None, "Length that overlong prompts are cut to (128 if not set).")
-    max_target_length: int | None = setting(None, "Has no effect here.")
+    max_target_length: int | None = without_effect(None, "it limits encoder-decoder models only")
     truncation: Literal["prompt", "drop", "paper"] = setting("paper", "What happens to overlong rows.")
     paper_tokenization: bool = setting(True, "Score the assistant header with the response.")
     beta: float = setting(2.0, "Scale of the reward.")
@@ -49,7 +46,7 @@ class SimPOConfig(PortedConfig):
         self.loss_type = loss_type
 
 
-class SimPOTrainer(PortedTrainer):
+class SimPOTrainer(PortedPreferenceTrainer):
     """The paper's ``SimPOTrainer``: its arguments, in its order, with a :class:`SimPOConfig`."""
 
     config_class = SimPOConfig

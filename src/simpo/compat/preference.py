@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from simpo.compat.keys import PortedConfig, TRLKeys
-from simpo.compat.start import for_rows
-from simpo.compat.trainer import PortedTrainer
+from simpo.compat.base import for_rows
+from simpo.compat.keys import PortedConfig, TRLKeys, unsupported, without_effect
+from simpo.compat.trainer import PortedPreferenceTrainer
 from simpo.config import setting
 from simpo.data.tokenizing import Prepared, is_feedback, prepare
 from simpo.errors import SimpoError
@@ -28,30 +28,21 @@ _OBJECTIVES = {
 }
 _SFT = "sft"
 _DIVERGENCES = {"js_divergence": "js", "forward_kl": "forward_kl", "alpha_divergence": "alpha"}
-_UNPAIRED_AT_ONCE = 1000  # pairs, whose chosen responses come before their rejected ones, as in TRL
+_UNPAIRED_AT_ONCE = 1000  # pairs; their chosen responses come before their rejected ones, as in TRL
 
 
 @dataclass
 class _ReferenceKeys(TRLKeys, PreferenceConfig):  # type: ignore[misc, valid-type]
     """What TRL's configurations with a reference model share."""
 
-    unsupported: ClassVar[Mapping[str, str]] = {
-        "sync_ref_model": "the reference is always the model that training starts from"
-    }
-    without_effect: ClassVar[Sequence[tuple[str, Any, str]]] = (
-        ("precompute_ref_batch_size", None, "max_batch_tokens bounds a forward"),
-        ("ref_model_mixup_alpha", 0.6, "it belongs to sync_ref_model"),
-        ("ref_model_sync_steps", 512, "it belongs to sync_ref_model"),
-    )
-
     precompute_ref_log_probs: bool = setting(
         False, "Has no effect here: log-probabilities of the reference are computed once."
     )
-    precompute_ref_batch_size: int | None = setting(None, "Has no effect here.")
+    precompute_ref_batch_size: int | None = without_effect(None, "max_batch_tokens bounds a forward")
     beta: float = setting(0.1, "Scale of the reward.")  # type: ignore[assignment]
-    sync_ref_model: bool = setting(False, "Not supported.")
-    ref_model_mixup_alpha: float = setting(0.6, "Has no effect here.")
-    ref_model_sync_steps: int = setting(512, "Has no effect here.")
+    sync_ref_model: bool = unsupported(False, "the reference is always the model that training starts from")
+    ref_model_mixup_alpha: float = without_effect(0.6, "it belongs to sync_ref_model")
+    ref_model_sync_steps: int = without_effect(512, "it belongs to sync_ref_model")
 
     def __post_init__(self) -> None:
         self.precompute_ref_log_probs = True
@@ -66,17 +57,7 @@ class DPOConfig(_ReferenceKeys):
 
     Several losses with weights are a mixture of objectives; the loss ``sft`` is ``sft_weight``, over the tokens of a
     step. ``bco_pair`` has a reward shift here, as in the paper.
-
-    Raises:
-        SimpoError: a value that is out of bounds or not supported; the message names the key.
     """
-
-    unsupported: ClassVar[Mapping[str, str]] = {
-        "use_weighting": "WPO's weights need every token's probabilities; leave it out"
-    }
-    without_effect: ClassVar[Sequence[tuple[str, Any, str]]] = (
-        ("discopop_tau", 0.05, "it belongs to loss_type discopop, which is not here"),
-    )
 
     loss_type: list[str] = setting(["sigmoid"], f"Of {', '.join([*_OBJECTIVES, _SFT])}.")  # type: ignore[assignment]
     loss_weights: list[float] | None = setting(None, "One for each loss (default: 1).")
@@ -84,8 +65,8 @@ class DPOConfig(_ReferenceKeys):
     f_divergence_type: str = setting("reverse_kl", f"reverse_kl, or of sigmoid alone {', '.join(_DIVERGENCES)}.")
     f_alpha_divergence_coef: float = setting(0.5, "Of alpha_divergence: one minus its order.")
     label_smoothing: float = setting(0.0, "Not supported.")  # type: ignore[assignment]
-    use_weighting: bool = setting(False, "Not supported.")
-    discopop_tau: float = setting(0.05, "Has no effect here.")
+    use_weighting: bool = unsupported(False, "WPO's weights need every token's probabilities; leave it out")
+    discopop_tau: float = without_effect(0.05, "it belongs to loss_type discopop, which is not supported")
     truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "Which end of an overlong prompt stays.")
 
     def __post_init__(self) -> None:
@@ -93,7 +74,7 @@ class DPOConfig(_ReferenceKeys):
             raise SimpoError("ld_alpha: not supported (objective dpo_norm is another remedy for long answers)")
         if self.label_smoothing:
             raise SimpoError(
-                "label_smoothing: not supported (TRL applies it to losses that are not here; "
+                "label_smoothing: not supported (TRL applies it to losses that simpo does not have; "
                 "PreferenceConfig(objective='dpo', label_smoothing=...) is cDPO)"
             )
         losses = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
@@ -111,14 +92,14 @@ class DPOConfig(_ReferenceKeys):
         self.loss_type = losses
 
     def _set_objective(self, weights: dict[str, float]) -> None:
-        """Translate TRL's losses and hyperparameters to the objectives and their own."""
+        """Translate TRL's losses and hyperparameters to objectives with their hyperparameters."""
         sft_weight = weights.pop(_SFT, 0.0)
         if self.sft_weight not in (0.0, sft_weight):
             raise SimpoError("sft_weight: DPOConfig's key is loss_type, with 'sft' in it, and its loss_weights")
         self.sft_weight = sft_weight
         found = {_OBJECTIVES[name]: weight for name, weight in weights.items()}
         if not found:
-            raise SimpoError("loss_type: sft alone; use SFTTrainer")
+            raise SimpoError("loss_type: sft is the only loss; use SFTTrainer")
         if self.f_divergence_type != "reverse_kl":
             if list(found) != ["dpo"] or self.f_divergence_type not in _DIVERGENCES:
                 raise SimpoError(
@@ -150,11 +131,7 @@ class DPOConfig(_ReferenceKeys):
 
 @dataclass
 class KTOConfig(_ReferenceKeys):
-    """TRL's keys with TRL's defaults (1.16).
-
-    Raises:
-        SimpoError: a value that is out of bounds or not supported; the message names the key.
-    """
+    """TRL's keys with TRL's defaults (1.16)."""
 
     loss_type: str = setting("kto", "kto.")  # type: ignore[assignment]
     train_sampling_strategy: str = setting("sequential", "random or sequential.")
@@ -172,11 +149,7 @@ class KTOConfig(_ReferenceKeys):
 
 @dataclass
 class ORPOConfig(TRLKeys, PortedConfig):  # type: ignore[misc]
-    """TRL's keys with TRL's defaults (1.16). ``beta`` is the weight of the odds ratio.
-
-    Raises:
-        SimpoError: a value that is out of bounds or not supported; the message names the key.
-    """
+    """TRL's keys with TRL's defaults (1.16). ``beta`` is the weight of the odds ratio."""
 
     beta: float = setting(0.1, "Weight of the odds ratio.")  # type: ignore[assignment]
 
@@ -185,8 +158,8 @@ class ORPOConfig(TRLKeys, PortedConfig):  # type: ignore[misc]
         super().__post_init__()
 
 
-class _WithReference(PortedTrainer):
-    """Takes what TRL's ``DPOTrainer`` and ``KTOTrainer`` take, in their order; see :class:`PortedTrainer`."""
+class _WithReference(PortedPreferenceTrainer):
+    """Takes what TRL's ``DPOTrainer`` and ``KTOTrainer`` take, in their order; see :class:`PortedPreferenceTrainer`."""
 
     def __init__(
         self,
@@ -239,10 +212,10 @@ class KTOTrainer(_WithReference):
         return replace(super().prepare(singles, tokenizer, args, label), report=pairs.report)
 
 
-class ORPOTrainer(PortedTrainer):
+class ORPOTrainer(PortedPreferenceTrainer):
     """TRL's ``ORPOTrainer``: its arguments, in its order, with an :class:`ORPOConfig`.
 
-    The likelihood term is of the chosen response, as in the paper; TRL's is of the prompt as well.
+    The likelihood term covers the chosen response, as in the paper; TRL's covers the prompt as well.
     """
 
     config_class = ORPOConfig

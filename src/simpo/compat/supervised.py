@@ -4,52 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from simpo.compat.keys import TRLKeys
-from simpo.compat.start import for_rows, start
+from simpo.compat.base import PortedTrainer
+from simpo.compat.keys import TRLKeys, unsupported, without_effect
 from simpo.config import setting
 from simpo.data.rows import DataReport
 from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError
 from simpo.training import configs, reward, sft
 
-_TOKENIZER = "change the tokenizer, and give it as processing_class"
+_TOKENIZER = "change the tokenizer, and pass it as processing_class"
 
 
 @dataclass
 class SFTConfig(TRLKeys, configs.SFTConfig):  # type: ignore[misc, valid-type]
-    """TRL's keys with TRL's defaults (1.16).
-
-    Raises:
-        SimpoError: a value that is out of bounds or not supported; the message names the key.
-    """
-
-    unsupported: ClassVar[Mapping[str, str]] = {
-        "packing": "rows are never padded here, and a step has as many as the batch size says; leave it out",
-        "eval_packing": "rows are never padded here; leave it out",
-        "shuffle_dataset": "rows are drawn in a new order in every epoch; leave it out",
-        "dataset_kwargs": "give a data set that is not tokenized, or one with prompt_ids and response_ids",
-        "chat_template_path": _TOKENIZER,
-        "eos_token": _TOKENIZER,
-    }
-    without_effect: ClassVar[Sequence[tuple[str, Any, str]]] = (("packing_strategy", "bfd", "it belongs to packing"),)
+    """TRL's keys with TRL's defaults (1.16)."""
 
     learning_rate: float = setting(2e-5, "Peak learning rate.")
     dataset_text_field: str = setting("text", "Column of texts, all of which is trained on.")
     completion_only_loss: bool | None = setting(None, "Train on completions only (default: where there are any).")
     assistant_only_loss: bool = setting(False, "Train on the assistant's turns of a conversation only.")
     loss_type: str = setting("nll", "nll.")
-    packing: bool = setting(False, "Not supported.")
-    packing_strategy: str = setting("bfd", "Has no effect here.")
-    eval_packing: bool | None = setting(None, "Not supported.")
-    shuffle_dataset: bool = setting(False, "Not supported.")
-    dataset_kwargs: dict[str, Any] | str | None = setting(None, "Not supported.")
-    chat_template_path: str | None = setting(None, "Not supported.")
-    eos_token: str | None = setting(None, "Not supported.")
+    packing: bool = unsupported(
+        False, "rows are never padded here, and a step has as many as the batch size says; leave it out"
+    )
+    packing_strategy: str = without_effect("bfd", "it belongs to packing")
+    eval_packing: bool | None = unsupported(None, "rows are never padded here; leave it out")
+    shuffle_dataset: bool = unsupported(False, "rows are drawn in a new order in every epoch; leave it out")
+    dataset_kwargs: dict[str, Any] | str | None = unsupported(
+        None, "pass a data set that is not tokenized, or one with prompt_ids and response_ids"
+    )
+    chat_template_path: str | None = unsupported(None, _TOKENIZER)
+    eos_token: str | None = unsupported(None, _TOKENIZER)
 
     def __post_init__(self) -> None:
         if self.loss_type not in ("nll", "chunked_nll"):
@@ -57,15 +47,15 @@ class SFTConfig(TRLKeys, configs.SFTConfig):  # type: ignore[misc, valid-type]
         super().__post_init__()
 
 
-class SFTTrainer(sft.SFTTrainer):
+class SFTTrainer(PortedTrainer, sft.SFTTrainer):
     """TRL's ``SFTTrainer``: its arguments, in its order, with an :class:`SFTConfig`.
 
-    As in TRL, all of a text or conversation is trained on; of ``{prompt, completion}`` the completion is, and with
-    ``assistant_only_loss`` the assistant's turns.
-
-    Raises:
-        SimpoError: an argument that is not supported, named, and what :class:`simpo.SFTTrainer` raises.
+    As in TRL, all tokens of a text or conversation are trained on; of ``{prompt, completion}`` those of the completion,
+    and with ``assistant_only_loss`` those of the assistant's turns.
     """
+
+    config_class = SFTConfig
+    text_column = "completion"
 
     def __init__(
         self,
@@ -85,20 +75,20 @@ class SFTTrainer(sft.SFTTrainer):
         peft_config: Any = None,
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
     ) -> None:
-        unsupported = {
-            **{"data_collator": data_collator, "compute_loss_func": compute_loss_func},
-            **{"compute_metrics": compute_metrics, "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs},
-            **{"preprocess_logits_for_metrics": preprocess_logits_for_metrics},
-            **{"quantization_config": quantization_config},
-        }
-        given = {"model": model, "args": args, "processing_class": processing_class, "peft_config": peft_config}
-        found = start(SFTConfig, self.load, **given, unsupported=unsupported)
+        config = self.check_config(args)
         if formatting_func is not None:
-            field_name = found.config.dataset_text_field
             train_dataset, eval_dataset = (
-                _formatted(rows, formatting_func, field_name) for rows in (train_dataset, eval_dataset)
+                _formatted(rows, formatting_func, config.dataset_text_field) for rows in (train_dataset, eval_dataset)
             )
-        super().__init__(found.model, found.config, train_dataset, eval_dataset, found.tokenizer, callbacks, optimizers)
+        self._initialize(
+            *(model, config, train_dataset, eval_dataset, processing_class, callbacks, optimizers, peft_config),
+            data_collator=data_collator,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+        )
 
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
@@ -110,18 +100,18 @@ class SFTTrainer(sft.SFTTrainer):
         if args.dataset_text_field in dataset.column_names and "prompt" not in dataset.column_names:
             if args.assistant_only_loss:
                 raise SimpoError(f"assistant_only_loss: {label} has texts instead of conversations; leave it out")
-            return _whole_texts(dataset, tokenizer, args, label)
-        prepared = super().prepare(dataset, for_rows(dataset, tokenizer, "completion"), args, label)
+            return _prepare_texts(dataset, tokenizer, args, label)
+        prepared = super().prepare(dataset, tokenizer, args, label)
         completions = "completion" in dataset.column_names and args.completion_only_loss is not False
         if completions or args.assistant_only_loss:
             return prepared
         if prepared.report.split:
             raise SimpoError(
-                f"{label}: the chat template renders earlier answers otherwise than the last, so a conversation is "
-                "several rows; set assistant_only_loss=True"
+                f"{label}: the chat template renders earlier answers differently from the last, so a conversation "
+                "becomes several rows; set assistant_only_loss=True"
             )
         rows = prepared.dataset.remove_columns("scored")
-        return replace(prepared, dataset=rows.map(_from_the_first_token, batched=True))
+        return replace(prepared, dataset=rows.map(_scored_from_second_token, batched=True))
 
 
 def _formatted(rows: Any, function: Callable[[dict[str, Any]], str], name: str) -> Any:
@@ -132,14 +122,14 @@ def _formatted(rows: Any, function: Callable[[dict[str, Any]], str], name: str) 
     return rows.map(lambda row: {name: function(row)}, remove_columns=rows.column_names)
 
 
-def _from_the_first_token(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+def _scored_from_second_token(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
     """Rows whose prompt is their first token, so that all others are scored."""
     whole = [[*p, *r[0]] for p, r in zip(columns["prompt_ids"], columns["response_ids"], strict=True)]
     return {"prompt_ids": [ids[:1] for ids in whole], "response_ids": [[ids[1:]] for ids in whole]}
 
 
-def _whole_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, label: str) -> Prepared:
-    """Texts as the tokenizer reads them, special tokens included, with EOS at the end; cut to ``max_length``."""
+def _prepare_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, label: str) -> Prepared:
+    """Tokenize whole texts, special tokens included, with EOS at the end; cut to ``max_length``."""
     name, end = args.dataset_text_field, str(tokenizer.eos_token or "")
     rows, outcomes = [], []
     for number, text in enumerate(dataset[name]):
@@ -150,7 +140,7 @@ def _whole_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any
         status = ["cut: the end of a text"] if len(ids) > args.max_length else []
         ids = ids[: args.max_length]
         if len(ids) < 2:
-            status.append("dropped: one token, from which nothing follows")
+            status.append("dropped: a single token, so there is nothing to predict")
         else:
             rows.append({"prompt_ids": ids[:1], "response_ids": [ids[1:]], "where": where})
         outcomes.append((where, status))
@@ -161,25 +151,17 @@ def _whole_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any
 
 @dataclass
 class RewardConfig(TRLKeys, configs.RewardConfig):  # type: ignore[misc, valid-type]
-    """TRL's keys with TRL's defaults (1.16). The column ``margin`` is used where the training data have it.
-
-    Raises:
-        SimpoError: a value that is out of bounds or not supported; the message names the key.
-    """
-
-    unsupported: ClassVar[Mapping[str, str]] = {"chat_template_path": _TOKENIZER, "eos_token": _TOKENIZER}
+    """TRL's keys with TRL's defaults (1.16). The column ``margin`` is used where the training data have it."""
 
     learning_rate: float = setting(1e-4, "Peak learning rate.")
-    chat_template_path: str | None = setting(None, "Not supported.")
-    eos_token: str | None = setting(None, "Not supported.")
+    chat_template_path: str | None = unsupported(None, _TOKENIZER)
+    eos_token: str | None = unsupported(None, _TOKENIZER)
 
 
-class RewardTrainer(reward.RewardTrainer):
-    """TRL's ``RewardTrainer``: its arguments, in its order, with a :class:`RewardConfig`.
+class RewardTrainer(PortedTrainer, reward.RewardTrainer):
+    """TRL's ``RewardTrainer``: its arguments, in its order, with a :class:`RewardConfig`."""
 
-    Raises:
-        SimpoError: an argument that is not supported, named, and what :class:`simpo.RewardTrainer` raises.
-    """
+    config_class = RewardConfig
 
     def __init__(
         self,
@@ -197,19 +179,14 @@ class RewardTrainer(reward.RewardTrainer):
         quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
-        unsupported = {
-            **{"data_collator": data_collator, "compute_metrics": compute_metrics},
-            **{"optimizer_cls_and_kwargs": optimizer_cls_and_kwargs},
-            **{"preprocess_logits_for_metrics": preprocess_logits_for_metrics},
-            **{"quantization_config": quantization_config},
-        }
-        given = {"model": model, "args": args, "processing_class": processing_class, "peft_config": peft_config}
-        found = start(RewardConfig, self.load, **given, unsupported=unsupported)
+        config = self.check_config(args)
         if train_dataset is not None and "margin" in train_dataset.column_names:
-            found.config.margin = "column"
-        super().__init__(found.model, found.config, train_dataset, eval_dataset, found.tokenizer, callbacks, optimizers)
-
-    @classmethod
-    def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
-        """Tokenize pairs; those made of strings without the chat template."""
-        return super().prepare(dataset, for_rows(dataset, tokenizer, "chosen"), args, label)
+            config.margin = "column"
+        self._initialize(
+            *(model, config, train_dataset, eval_dataset, processing_class, callbacks, optimizers, peft_config),
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+        )

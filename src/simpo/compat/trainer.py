@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from simpo.compat.keys import PortedKeys
-from simpo.compat.start import for_rows, start
-from simpo.data.tokenizing import Prepared
+from simpo.compat.base import PortedTrainer
 from simpo.errors import SimpoError
 from simpo.objectives import Responses, sft_term
 from simpo.training.batches import PlannedBatch
 from simpo.training.preference import PreferenceTrainer
 
 
-class PortedTrainer(PreferenceTrainer):
+class PortedPreferenceTrainer(PortedTrainer, PreferenceTrainer):
     """Takes what TRL's ``CPOTrainer`` and ``ORPOTrainer`` and the paper's ``SimPOTrainer`` take, in their order.
 
-    The SFT term, and ORPO's own, is the mean over the chosen responses' tokens of a step, so that a long response
+    The SFT term, and that of ORPO, is the mean over all tokens of a step's chosen responses, so that a long response
     counts more.
 
     Args:
@@ -39,14 +37,12 @@ class PortedTrainer(PreferenceTrainer):
         peft_config: an adapter to add to the model and train.
         compute_metrics: not supported.
         tokenizer: the older name of ``processing_class``.
-        ref_model: has to have the weights of ``model``.
+        ref_model: must have the weights of ``model``.
         quantization_config: not supported.
 
     Raises:
         SimpoError: an argument that is not supported, named, and what :class:`PreferenceTrainer` raises.
     """
-
-    config_class: ClassVar[type[PortedKeys]]
 
     def __init__(
         self,
@@ -68,30 +64,17 @@ class PortedTrainer(PreferenceTrainer):
         quantization_config: Any = None,
     ) -> None:
         if processing_class is not None and tokenizer is not None:
-            raise SimpoError("tokenizer: the older name of processing_class; give one of them")
-        found = start(
-            self.config_class,
-            self.load,
-            model=model,
-            args=args,
-            processing_class=processing_class or tokenizer,
-            peft_config=peft_config,
-            ref_model=ref_model,
-            unsupported={
-                "data_collator": data_collator,
-                "model_init": model_init,
-                "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
-                "compute_metrics": compute_metrics,
-                "quantization_config": quantization_config,
-            },
+            raise SimpoError("tokenizer: the older name of processing_class; pass one of them")
+        self._initialize(
+            *(model, args, train_dataset, eval_dataset, processing_class or tokenizer, callbacks, optimizers),
+            *(peft_config, ref_model),
+            data_collator=data_collator,
+            model_init=model_init,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            compute_metrics=compute_metrics,
+            quantization_config=quantization_config,
         )
-        super().__init__(found.model, found.config, train_dataset, eval_dataset, found.tokenizer, callbacks, optimizers)
         self._mean_chosen_length = torch.tensor(math.nan)  # of the current step
-
-    @classmethod
-    def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
-        """Tokenize pairs; those made of strings without the chat template."""
-        return super().prepare(dataset, for_rows(dataset, tokenizer, "chosen"), args, label)
 
     # ---- the SFT term as a mean over tokens ----
 
@@ -102,22 +85,22 @@ class PortedTrainer(PreferenceTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The base's step, after computing the mean chosen length that its micro-batches need."""
+        """As in the base class, after computing the mean chosen length that the micro-batches need."""
         self._update_mean_length(inputs["micro_batches"])
         return super().training_step(model, inputs, num_items_in_batch)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The base's step, after computing the mean chosen length that its micro-batches need."""
+        """As in the base class, after computing the mean chosen length that the micro-batches need."""
         self._update_mean_length(inputs["micro_batches"])
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def loss_and_metrics(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """The base's loss, with a pair's SFT term weighted by its chosen response's share of the step's tokens."""
+        """As in the base class, with a pair's SFT term weighted by its chosen response's share of the step's tokens."""
         losses, metrics = super().loss_and_metrics(y, batch)
         if self._sft_weight:
             w = Responses(y.logp[batch.pairs.best], y.length[batch.pairs.best])
             share = w.length / self._mean_chosen_length  # 1 on average
-            losses = losses + self._sft_weight * sft_term(w) * (share - 1)  # the base has added it with weight 1
+            losses = losses + self._sft_weight * sft_term(w) * (share - 1)  # the base class has added it with weight 1
             metrics[:, 0] = losses.detach()
         return losses, metrics
 
