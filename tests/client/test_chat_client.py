@@ -21,7 +21,7 @@ from openai import _base_client
 from tests.servers.chat_server import ChatServer, Raw, completion
 
 from simpo import SimpoError
-from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, Prices, confirm_cost, sending, stand_in
+from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, Prices, confirm_cost, placeholder_answer, sending
 
 KEY = "a-secret-that-nobody-may-see"
 
@@ -634,7 +634,7 @@ def test_replies_that_were_cut_off_are_counted():
 
     with ChatServer(answer) as server:
         ours = client(server)
-        assert ours.complete(requests(2))[0].whole_text == ""
+        assert ours.complete(requests(2))[0].complete_text == ""
         ours.complete([ChatRequest([{"role": "user", "content": "x"}], 1)])  # one token is all that was asked for
     assert ours.usage.cut_off == 2 and "2 replies were cut off" in ours.usage.line()
 
@@ -685,7 +685,7 @@ def test_cost_before_and_after(monkeypatch):
         assert (estimate.prompt_tokens, estimate.completion_tokens) == (1_000_000, 100_000)
         assert "at most $3.00" in estimate.line(prices) and "$" not in estimate.line()
         assert (estimate * 2).line(prices).startswith("2 requests") and (estimate * 2).line(prices).endswith("$6.00")
-        longest = ours.estimate([ChatRequest([{"role": "user", "content": stand_in(300, "a")}], 7)])
+        longest = ours.estimate([ChatRequest([{"role": "user", "content": placeholder_answer(300, "a")}], 7)])
         assert (longest.prompt_tokens, longest.completion_tokens) == (300, 7)
         ours.complete(requests(10))
     assert "70 tokens read, 30 written, $0.00" in ours.usage.line(prices)

@@ -64,13 +64,14 @@ def test_paper_with_a_short_prompt_cuts_responses_only():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_length": 1}, "max_length: 1 is not a whole number of at least 2"),
+        ({"max_length": 1}, "max_length: must be at least 2, not 1"),
         ({"max_length": 64, "max_prompt_length": 64}, "max_prompt_length: 64 leaves no room"),
-        ({"max_prompt_length": 0}, "max_prompt_length: 0 "),
+        ({"max_length": 2.5}, "max_length: 2.5 is not a whole number"),
+        ({"max_prompt_length": 0}, "max_prompt_length: must be at least 1, not 0"),
         ({"truncation_mode": "keep"}, "truncation_mode: 'keep' is not one of keep_end, keep_start"),
         ({"truncation": "cut"}, "truncation: 'cut' is not one of prompt, drop, paper"),
         ({"on_bad_row": "no"}, "on_bad_row: 'no' is not one of skip, error"),
-        ({"num_proc": 0}, "num_proc: 0 "),
+        ({"num_proc": 0}, "num_proc: must be at least 1, not 0"),
         ({"paper_tokenization": "yes"}, "paper_tokenization: 'yes' is not true or false"),
     ],
 )

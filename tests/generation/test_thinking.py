@@ -86,7 +86,7 @@ def test_thinking_without_an_end_has_no_verdict(reader, form):
 @pytest.mark.parametrize("reason", ["length", "max_tokens", "MAX_TOKENS", "model_length", "content_filter"])
 def test_a_reply_that_was_cut_off_has_no_verdict(reason):
     reply = ChatReply("[[A]] is what I thought until", finish_reason=reason)
-    assert read_verdict(reply) is None and reply.cut_off and reply.whole_text == ""
+    assert read_verdict(reply) is None and reply.cut_off and reply.complete_text == ""
     assert read_verdict(ChatReply("[[A]]")) == 1.0  # a server that gives no reason
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from simpo.errors import SimpoError
 from simpo.models.checkpoint import model_digest
-from simpo.models.loading import check_stored, generation_config, load_model, load_tokenizer
+from simpo.models.loading import check_model_files, generation_config, load_model, load_tokenizer
 from simpo.models.settings import ModelArguments
 
 
@@ -32,7 +32,7 @@ def pickled(model):
 def test_pickled_weights_need_permission(model):
     weights = load_model(str(model)).state_dict()
     pickled(model)
-    for load in (load_model, lambda name: check_stored(ModelArguments(name))):
+    for load in (load_model, lambda name: check_model_files(ModelArguments(name))):
         with pytest.raises(SimpoError, match=r"pytorch_model\.bin.*safetensors.*--allow_pickle"):
             load(str(model))
     allowed = load_model(str(model), ModelArguments(str(model), allow_pickle=True)).state_dict()

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from simpo.objectives.policy_gradient import advantages, whiten
-from simpo.objectives.ppo import PPO, ScoreScale, adapted_kl, explained_variance, gae, token_rewards, value_loss
+from simpo.objectives.ppo import (
+    PPO,
+    ScoreScale,
+    adapt_kl_coefficient,
+    explained_variance,
+    gae,
+    token_rewards,
+    value_loss,
+)
 
 LENGTHS = (3, 1, 5, 2, 4, 6)
 SEGMENT = torch.tensor([number for number, length in enumerate(LENGTHS) for _ in range(length)])
@@ -106,10 +114,12 @@ def test_explained_variance():
 
 
 def test_the_adaptive_coefficient_moves_towards_its_target():
-    raised = adapted_kl(0.2, 12.0, 256, target=6.0, horizon=10_000)  # an error of 1 counts as 0.2
+    raised = adapt_kl_coefficient(0.2, 12.0, 256, target=6.0, horizon=10_000)  # an error of 1 counts as 0.2
     assert raised == pytest.approx(0.2 * (1 + 0.2 * 256 / 10_000), rel=1e-12)
-    assert adapted_kl(raised, 5.4, 256, target=6.0, horizon=10_000) == pytest.approx(raised * (1 - 0.1 * 0.0256))
-    assert adapted_kl(0.2, -5.0, 100, target=1.0, horizon=1000) == pytest.approx(0.2 * (1 - 0.02))
+    assert adapt_kl_coefficient(raised, 5.4, 256, target=6.0, horizon=10_000) == pytest.approx(
+        raised * (1 - 0.1 * 0.0256)
+    )
+    assert adapt_kl_coefficient(0.2, -5.0, 100, target=1.0, horizon=1000) == pytest.approx(0.2 * (1 - 0.02))
 
 
 def test_scores_are_scaled_by_the_start_models_and_clipped():

@@ -106,7 +106,7 @@ def test_gamma_is_the_absolute_margin(gamma, beta):
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), not 0.5"),
         ({"label_smoothing": -0.1}, r"label_smoothing"),
         ({"label_smoothing": math.nan}, r"label_smoothing"),
-        ({"link": "probit"}, r"link: 'probit' is not one of 'sigmoid', 'hinge'"),
+        ({"link": "probit"}, r"link: 'probit' is not one of sigmoid, hinge"),
         ({"link": "hinge", "label_smoothing": 0.1}, r"label_smoothing .*'hinge'"),
         ({"bta": 2.0}, r"bta is not a hyperparameter of objective 'simpo'.*beta, gamma_beta_ratio"),
     ],

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from simpo.objectives.reward import bradley_terry, centring
+from simpo.objectives.reward import bradley_terry, centering
 
 PAIRS = [(0.3, -1.2, 0.0), (-2.0, 1.5, 0.5), (4.0, 4.0, 1.0), (0.0, 0.0, 0.0)]
 
@@ -17,7 +17,7 @@ def test_closed_forms():
     expected = [math.log1p(math.exp(-(a - b - m))) for a, b, m in PAIRS]
     torch.testing.assert_close(bradley_terry(w, l, margin).tolist(), expected, rtol=1e-12, atol=0)
     assert bradley_terry(w, l)[3].item() == pytest.approx(math.log(2), abs=1e-15)
-    assert centring(w, l).tolist() == pytest.approx([(a + b) ** 2 for a, b, _ in PAIRS], abs=1e-15)
+    assert centering(w, l).tolist() == pytest.approx([(a + b) ** 2 for a, b, _ in PAIRS], abs=1e-15)
 
 
 def test_gradients():
@@ -28,7 +28,7 @@ def test_gradients():
     wrong = [1 / (1 + math.exp(a - b - m)) for a, b, m in PAIRS]
     assert d_w.tolist() == pytest.approx([-p for p in wrong], abs=1e-14)
     assert d_l.tolist() == pytest.approx(wrong, abs=1e-14)
-    assert torch.autograd.grad(centring(w, l).sum(), w)[0].tolist() == pytest.approx(
+    assert torch.autograd.grad(centering(w, l).sum(), w)[0].tolist() == pytest.approx(
         [2 * (a + b) for a, b, _ in PAIRS], abs=1e-14
     )
 
@@ -36,7 +36,7 @@ def test_gradients():
 def test_only_the_difference_counts_and_centring_settles_the_rest():
     w, l = torch.tensor([1.0]), torch.tensor([0.5])  # noqa: E741
     torch.testing.assert_close(bradley_terry(w + 7, l + 7), bradley_terry(w, l))
-    assert centring(w + 7, l + 7) > centring(w, l) > centring(w - 0.75, l - 0.75) == 0
+    assert centering(w + 7, l + 7) > centering(w, l) > centering(w - 0.75, l - 0.75) == 0
 
 
 def test_far_tails_are_finite():

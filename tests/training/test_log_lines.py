@@ -7,7 +7,7 @@ from transformers import TrainerState
 from transformers.trainer_callback import PrinterCallback
 
 from simpo.runs.lines import JsonLines
-from simpo.training.callbacks import LogLines, MetricsFile, log_in_lines
+from simpo.training.callbacks import LogLines, MetricsFile, log_as_lines
 
 
 def test_every_log_is_a_line_with_what_is_left(make_trainer, make_model, pairs):
@@ -38,7 +38,7 @@ def test_every_log_is_a_line_with_what_is_left(make_trainer, make_model, pairs):
 
 def test_on_a_terminal_lines_take_the_place_of_dictionaries(make_trainer, pairs, capsys):
     trainer = make_trainer(pairs(6), per_device_train_batch_size=2, logging_steps=1, disable_tqdm=False)
-    log_in_lines(trainer, print)
+    log_as_lines(trainer, print)
     trainer.train()
     output, bar = capsys.readouterr()
     assert [line.partition(",")[0] for line in output.splitlines() if "learning_rate" in line] == [

@@ -88,7 +88,7 @@ def test_advice(make_trainer, micro_batch, longest, advice):
         }
     )
     trainer = make_trainer(rows, max_batch_tokens=sum(micro_batch), max_length=longest)
-    batch = ComparisonRows(rows).without_plan(range(len(micro_batch)))
+    batch = ComparisonRows(rows).unplanned_batch(range(len(micro_batch)))
     assert advice in trainer._memory_advice(batch)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from simpo import cli
 from simpo.models.loading import load_model
-from simpo.models.preparation import freeze_unreached, unreached_by_text
+from simpo.models.preparation import freeze_parts_unused_by_text, parts_unused_by_text
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_logprobs, state_of
@@ -109,12 +109,12 @@ def test_text_reaches_all_but_the_vision_parts(kind, write, random_comparisons, 
     folder = write(kind)
     model = load_model(str(folder), ModelArguments(str(folder), dtype="float64"))
     assert type(model) is KINDS[kind][0]
-    assert list(unreached_by_text(model)) == KINDS[kind][1]
+    assert list(parts_unused_by_text(model)) == KINDS[kind][1]
     comparisons = random_comparisons((11, (7, 5)), (3, (4, 2)))
     expected = naive_logprobs(model, comparisons)
     expected.sum().backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    freeze_unreached(model)
+    freeze_parts_unused_by_text(model)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == reached
     assert "text does not reach it: " + ", ".join(KINDS[kind][1]) in caplog.text
     found = policy_logprobs(model, PackedBatch.build(comparisons))

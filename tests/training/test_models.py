@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from simpo import PreferenceTrainer, SimpoError, cli
 from simpo.models.checkpoint import Limits
-from simpo.models.loading import check_stored, load_model
+from simpo.models.loading import check_model_files, load_model
 from simpo.models.reward import load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.training.batches import check_rows
@@ -71,7 +71,7 @@ MASK = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "model.la
 )
 def test_weights_that_are_not_the_models_are_named(changes, message, variant):
     folder = variant(**changes)
-    for load in (load_model, lambda name: check_stored(ModelArguments(name))):
+    for load in (load_model, lambda name: check_model_files(ModelArguments(name))):
         with pytest.raises(SimpoError, match=message) as error:
             load(str(folder))
         assert "\n" not in str(error.value)

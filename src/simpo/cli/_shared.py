@@ -32,7 +32,7 @@ PLAN_FIRST = "--plan"
 LOADING = frozenset(("model_name_or_path", "model_revision", "dtype", "trust_remote_code", "allow_pickle"))
 
 
-def refuse_several(command: str, remedy: str) -> None:
+def require_single_process(command: str, remedy: str) -> None:
     """Raise :class:`SimpoError` if a launcher such as ``torchrun`` started several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SimpoError(f"simpo {command} runs in one process; {remedy}")

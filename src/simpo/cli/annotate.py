@@ -12,7 +12,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simpo.cli._shared import refuse_several
+from simpo.cli._shared import require_single_process
 from simpo.config import parse_settings
 from simpo.judging.annotate import BEST, FILE_NAME, AnnotateArguments, annotate
 from simpo.judging.settings import ANNOTATORS, JudgeSettings
@@ -34,7 +34,7 @@ class AnnotateSettings:
 def main(argv: list[str]) -> int:
     """Annotate, print the table of results and what to do next."""
     (settings,) = parse_settings(argv, (AnnotateSettings,), command="annotate", about=__doc__)
-    refuse_several("annotate", "start it without torchrun")
+    require_single_process("annotate", "start it without torchrun")
     judge, folder = settings.judge, settings.output_dir
     given = AnnotateArguments(settings.responses, settings.annotator, judge.options(), judge.token_prices(), judge.yes)
     print_results(annotate(given, folder, argv=argv))

@@ -8,7 +8,7 @@ examples:
 
 from __future__ import annotations
 
-from simpo.cli._shared import refuse_several
+from simpo.cli._shared import require_single_process
 from simpo.config import parse_settings
 from simpo.evaluation.compare import DIFFERENCES, VERDICTS, CompareSettings, compare
 from simpo.runs.results import Stage, print_results
@@ -17,7 +17,7 @@ from simpo.runs.results import Stage, print_results
 def main(argv: list[str]) -> int:
     """Compare, print the table of results and where the details are."""
     (settings,) = parse_settings(argv, (CompareSettings,), command="compare", about=__doc__)
-    refuse_several("compare", "with several, sample both sides with simpo sample, and compare the folders")
+    require_single_process("compare", "with several, sample both sides with simpo sample, and compare the folders")
     results = compare(settings, argv=argv)
     print("A win rate is the share of prompts on which A's answer is better than B's; ties count half.")
     headings: dict[Stage | None, str] = {"before": "B", "after": "A"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 
-from simpo.cli._shared import refuse_several
+from simpo.cli._shared import require_single_process
 from simpo.config import parse_settings
 from simpo.config.coercion import nearest
 from simpo.errors import SimpoError
@@ -32,6 +32,6 @@ def main(argv: list[str]) -> int:
         )
     kind = settings_type(name)
     (settings,) = parse_settings(arguments, (kind,), command=f"evaluate {name}", about=inspect.getdoc(kind))
-    refuse_several("evaluate", "start it without torchrun")
+    require_single_process("evaluate", "start it without torchrun")
     run_benchmark(name, settings, argv=argv)
     return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 
-from simpo.cli._shared import refuse_several
+from simpo.cli._shared import require_single_process
 from simpo.config import parse_settings
 from simpo.labeling.export import JUDGMENTS, PREFERENCE_COUNT, PREFERENCES, VERDICTS
 from simpo.labeling.run import LabelSettings, export_run, label
@@ -19,7 +19,7 @@ from simpo.runs.results import print_results, read_results
 def main(argv: list[str]) -> int:
     """Open the page until Ctrl-C, or export what was judged, and print what to do next."""
     (settings,) = parse_settings(argv, (LabelSettings,), command="label", about=__doc__)
-    refuse_several("label", "start it without torchrun")
+    require_single_process("label", "start it without torchrun")
     if settings.export is None:
         judged = label(settings, argv=argv)
         print(f"\njudged: {judged:,} items so far; the same command opens the page again")

@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from simpo.cli._shared import check_named, print_report, recipe_of, refuse_several
+from simpo.cli._shared import check_named, print_report, recipe_of, require_single_process
 from simpo.config import parse_settings
 from simpo.generation.settings import SamplingSettings
 from simpo.models.settings import ModelArguments
@@ -26,7 +26,9 @@ RECIPE_TYPES = (LoopSettings, SamplingSettings, PairSettings, ModelArguments, Pr
 def main(argv: list[str]) -> int:
     """Parse, run the rounds, print their table and what to do next."""
     # Before the configuration is made, which would wait for the others.
-    refuse_several("loop", "start it without torchrun, or its stages one by one, simpo sample and simpo train with it")
+    require_single_process(
+        "loop", "start it without torchrun, or its stages one by one, simpo sample and simpo train with it"
+    )
     recipe = LoopRecipe(*parse_settings(argv, RECIPE_TYPES, command="loop", about=__doc__))
     check_named(recipe.config)
     recipe.config.disable_tqdm = recipe.config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress

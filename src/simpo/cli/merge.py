@@ -11,7 +11,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simpo.cli._shared import refuse_several
+from simpo.cli._shared import require_single_process
 from simpo.config import parse_settings
 from simpo.models.merging import write_merged
 from simpo.models.settings import ModelArguments
@@ -30,7 +30,7 @@ class MergeSettings:
 def main(argv: list[str]) -> int:
     """Merge, and print what to do next."""
     (settings,) = parse_settings(argv, (MergeSettings,), command="merge", about=__doc__)
-    refuse_several("merge", "start it without torchrun")
+    require_single_process("merge", "start it without torchrun")
     write_merged(settings.adapter, settings.output_dir)
     print(f"saved: {settings.output_dir}\nnext:  simpo chat {shlex.quote(str(settings.output_dir))}")
     return 0

@@ -11,7 +11,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simpo.cli._shared import refuse_several
+from simpo.cli._shared import require_single_process
 from simpo.config import parse_settings
 from simpo.runs.results import print_results
 from simpo.workflows.pair import FILE_NAME, PairSettings, pair_annotated
@@ -31,7 +31,7 @@ class PairCommand:
 def main(argv: list[str]) -> int:
     """Pair, print the table of results and what to do next."""
     (settings,) = parse_settings(argv, (PairCommand,), command="pair", about=__doc__)
-    refuse_several("pair", "start it without torchrun")
+    require_single_process("pair", "start it without torchrun")
     print_results(pair_annotated(settings.annotated, settings.pairs, settings.output_dir, argv=argv))
     following = "reward" if settings.pairs.pairs == "ranking" else "train"
     path = settings.output_dir / FILE_NAME

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simpo.cli._shared import refuse_several
+from simpo.cli._shared import require_single_process
 from simpo.config import parse_settings, setting
 from simpo.models.hub import files_to_push, push
 
@@ -29,7 +29,7 @@ class PushSettings:
 def main(argv: list[str]) -> int:
     """List the files, upload them, and print where they are."""
     (settings,) = parse_settings(argv, (PushSettings,), command="push", about=__doc__)
-    refuse_several("push", "start it without torchrun")
+    require_single_process("push", "start it without torchrun")
     files = files_to_push(settings.run, settings.include)
     for path in files:
         print(f"{path.stat().st_size:>15,}  {path.relative_to(settings.run)}")

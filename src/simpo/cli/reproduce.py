@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpo.cli._shared import refuse_several
+from simpo.cli._shared import require_single_process
 from simpo.config import check_values, parse_settings, setting
 from simpo.config.command_line import split_options
 from simpo.workflows.reproduction.run import PAGE, plan, reproduce
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     named = ["--studies", *(word for _, word in words)] if words else []
     settings_argv = [*named, *argv[len(words) :]]
     (settings,) = parse_settings(settings_argv, (ReproduceSettings,), command="reproduce", about=__doc__)
-    refuse_several("reproduce", "start it without torchrun")
+    require_single_process("reproduce", "start it without torchrun")
     studies = read_studies(settings.studies)
     if settings.setting is not None:
         print("\n".join(plan(studies, settings.setting)))

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from simpo.cli._shared import LOADING, refuse_several
+from simpo.cli._shared import LOADING, require_single_process
 from simpo.client import Endpoint
 from simpo.config import parse_settings, setting
 from simpo.errors import SimpoError
@@ -92,7 +92,7 @@ def _sample(settings: SampleSettings, argv: list[str]) -> Path | None:
         return sample_responses(
             settings.model, asked, sampling, folder, engine=settings.engine, engine_args=arguments, argv=argv
         )
-    refuse_several("sample --engine server", "start it without torchrun")
+    require_single_process("sample --engine server", "start it without torchrun")
     server = settings.server
     if server.base_url is None:
         raise SimpoError("engine server: name the server with --base_url")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from simpo.cli._shared import make_job, parse, recipe_of, refuse_several
+from simpo.cli._shared import make_job, parse, recipe_of, require_single_process
 from simpo.config import keys_of, parse_settings, setting
 from simpo.config.command_line import split_options
 from simpo.errors import SimpoError
@@ -61,7 +61,7 @@ class SweepSettings:
 
 def main(argv: list[str]) -> int:
     """Parse, run the trials, print their table and what to do next."""
-    refuse_several("sweep", "start it without torchrun, once on every GPU")
+    require_single_process("sweep", "start it without torchrun, once on every GPU")
     sweep, recipe = _read(argv)
     load_optuna()
     with _notices_once():

@@ -2,7 +2,7 @@
 
 from simpo.client.chat import ChatReply, ChatRequest, Endpoint
 from simpo.client.chat_client import ChatClient
-from simpo.client.cost import Estimate, Prices, Usage, confirm_cost, stand_in
+from simpo.client.cost import Estimate, Prices, Usage, confirm_cost, placeholder_answer
 
 __all__ = [
     "ChatClient",
@@ -13,5 +13,5 @@ __all__ = [
     "Prices",
     "Usage",
     "confirm_cost",
-    "stand_in",
+    "placeholder_answer",
 ]

@@ -84,7 +84,7 @@ class ChatReply:
         return (self.finish_reason or "").lower() in ("length", "max_tokens", "model_length", "content_filter")
 
     @property
-    def whole_text(self) -> str:
+    def complete_text(self) -> str:
         """The text; empty if it was cut off, so that no verdict is read from an incomplete reply."""
         return "" if self.cut_off else self.text
 

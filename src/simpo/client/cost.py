@@ -14,7 +14,7 @@ from simpo.errors import SimpoError
 _CHARACTERS = 4  # per token of English text, approximately
 
 
-def stand_in(tokens: int, name: str = "") -> str:
+def placeholder_answer(tokens: int, name: str = "") -> str:
     """A text that counts as this many tokens, for an answer that does not exist yet; different names differ."""
     return name.ljust(_CHARACTERS * tokens, ".")
 

@@ -49,12 +49,12 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
     """
     words, options = split_options(arguments)
     positionals = [key for key in keys.values() if key.positional]
-    options = _with_models_named(options, [key.name for key in positionals])
+    options = _rename_model_options(options, [key.name for key in positionals])
     given = {name for name, _ in options}
     unfilled = [key.name for key in positionals if key.name not in given]
     if len(words) < len(unfilled):
         not_in_file = [name for name in unfilled if name not in in_file]
-        words = sorted(words + _spare_words(options, keys, max(0, len(not_in_file) - len(words))))
+        words = sorted(words + _take_unneeded_values(options, keys, max(0, len(not_in_file) - len(words))))
         unfilled = not_in_file if words and len(not_in_file) >= len(words) else unfilled
     several = unfilled[-1] if unfilled and accepts(keys[unfilled[-1]].annotation, list) else None
     if len(words) > len(unfilled) and several is None:
@@ -97,7 +97,7 @@ def split_options(arguments: list[str]) -> tuple[Words, list[tuple[str, Words]]]
     return words, options
 
 
-def _with_models_named(options: list[tuple[str, Words]], positionals: list[str]) -> list[tuple[str, Words]]:
+def _rename_model_options(options: list[tuple[str, Words]], positionals: list[str]) -> list[tuple[str, Words]]:
     """The options with ``--model`` or ``--model_name_or_path`` under the name that the command has for its model."""
     models = [name for name in positionals if name in (*_MODEL, "a", "b")]
     given = [words for name, words in options if name in _MODEL]
@@ -109,7 +109,7 @@ def _with_models_named(options: list[tuple[str, Words]], positionals: list[str])
     return [(next(names) if name in _MODEL else name, words) for name, words in options]
 
 
-def _spare_words(options: list[tuple[str, Words]], keys: Mapping[str, Key], wanted: int) -> Words:
+def _take_unneeded_values(options: list[tuple[str, Words]], keys: Mapping[str, Key], wanted: int) -> Words:
     """Remove up to ``wanted`` words from options that do not need them, as ``MODEL`` in ``--n 2 MODEL``."""
     found: Words = []
     for name, words in options:

@@ -38,9 +38,16 @@ _BOUNDS = {
 }
 
 
+class _Metadata(dict[str, Any]):
+    """Metadata of a field. Only ``help`` is among its keys, because transformers' parser passes them to argparse."""
+
+    def keys(self) -> Any:
+        return {"help": None}.keys()
+
+
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """A field that is a setting with this default and meaning."""
-    metadata["help"] = help
+    metadata = _Metadata(metadata, help=help)
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -69,7 +76,7 @@ def _misfit(value: Any, annotation: Any, metadata: Mapping[str, Any]) -> str | N
         choices = [choices_of(member) for member in members_of(annotation) if member is not type(None)]
         if not choices or not all(choices) or any(value in some for some in choices):
             return None
-        return f"{value!r} is not one of {', '.join(map(repr, chain(*choices)))}"
+        return f"{value!r} is not one of {', '.join(map(str, chain(*choices)))}"
     whole = not accepts(annotation, float)
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         return f"{value!r} is not {'a whole' if whole else 'a'} number"
@@ -212,12 +219,12 @@ def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting],
     try:
         return cls(**arguments)
     except CombinedError as error:
-        raise CombinedError(*(_located(mistake, settings) for mistake in error.args)) from error
+        raise CombinedError(*(_with_place(mistake, settings) for mistake in error.args)) from error
     except (ValueError, ImportError) as error:  # the latter: a key that needs a package
-        raise SimpoError(_located(str(error), settings)) from error
+        raise SimpoError(_with_place(str(error), settings)) from error
 
 
-def _located(message: str, settings: Mapping[str, Setting]) -> str:
+def _with_place(message: str, settings: Mapping[str, Setting]) -> str:
     """The message in one line, after the place of the first setting that it names, if that is in the file."""
     named = (settings[word] for word in re.findall(r"\w+", message) if word in settings)
     first = next(named, None)

@@ -282,7 +282,7 @@ def resolve(
     """The settings of one place by field, in the spelling of today; errors are added to ``mistakes``."""
     resolved: dict[str, Setting] = {}
     for written in settings:
-        for setting in _respell(written, known, spellings, given, mistakes):
+        for setting in _translate_key(written, known, spellings, given, mistakes):
             if setting.key not in resolved:
                 resolved[setting.key] = setting
             elif str(setting.value).lower() != str(resolved[setting.key].value).lower():
@@ -290,7 +290,7 @@ def resolve(
     return resolved
 
 
-def _respell(
+def _translate_key(
     setting: Setting, known: Set[str], spellings: Mapping[str, Alias], given: Set[str], mistakes: list[str]
 ) -> list[Setting]:
     alias = spellings.get(setting.key)
@@ -322,7 +322,7 @@ def _respell(
 # ---- What a recipe as a whole implies.
 
 
-def unclear_objective(given: Mapping[str, Any]) -> list[str]:
+def objective_mistakes(given: Mapping[str, Any]) -> list[str]:
     """The error of a recipe that names no objective and has keys of toolkits that train DPO and others.
 
     Args:

@@ -14,7 +14,7 @@ import yaml
 
 from simpo.config.command_line import read_command_line, split_recipe
 from simpo.config.fields import Setting, build, check_installed, fit, keys_of
-from simpo.config.foreign import known_spellings, paper_settings, resolve, unclear_objective
+from simpo.config.foreign import known_spellings, objective_mistakes, paper_settings, resolve
 from simpo.config.help import help_text
 from simpo.errors import CombinedError, SimpoError, one_line
 
@@ -169,7 +169,7 @@ def parse_settings(
 
     given = in_file | {setting.key for setting in line}
     if "objective" in keys:
-        mistakes += unclear_objective({setting.key: setting.value for setting in (*file, *line)})
+        mistakes += objective_mistakes({setting.key: setting.value for setting in (*file, *line)})
     settings = _merge(
         resolve(file, keys.keys(), spellings, given, mistakes),
         resolve(line, keys.keys(), spellings, given, mistakes),

@@ -65,7 +65,7 @@ def cached(make: Callable[[], Dataset]) -> Dataset:
         return dataset
 
 
-def place_of(fingerprint: str) -> str | None:
+def map_cache_file(fingerprint: str) -> str | None:
     """Where ``Dataset.map`` writes its result; None for next to the data set, unless a temporary cache is used."""
     return str(_temporary[0] / f"cache-{fingerprint}.arrow") if _temporary else None
 

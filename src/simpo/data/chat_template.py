@@ -189,7 +189,7 @@ def as_object(arguments: str | dict[str, Any]) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def frame_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+def user_turn_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     """What a tokenizer's template writes before and after a user's message that is to be answered."""
     try:
         text = render_messages(tokenizer, _asked(SENTINEL), add_generation_prompt=True)

@@ -50,11 +50,11 @@ class Encoder:
         self._tokenizer = tokenizer
         # Special ones first: the first one shows whether a space is put after special tokens.
         added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: not item[1].special)
-        structural = _structural(tokenizer)
+        structural = _structural_tokens(tokenizer)
         self._added = {token.content: (token_id, token) for token_id, token in added if token.content in structural}
         self._unsplit = {token.content for _, token in added if token.content in structural and not token.special}
         self._swallowing = {token_id for token_id, token in self._added.values() if token.rstrip}
-        self.literal = LiteralText(structural, exempt=_tested(tokenizer))
+        self.literal = LiteralText(structural, exempt=_texts_tested_by_template(tokenizer))
         bos = tokenizer.bos_token_id
         self.adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
         # Legacy sentencepiece starts afresh after a special token, and puts a space in front of the text.
@@ -239,7 +239,7 @@ def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, tokens)) or '(?!)'})")
 
 
-def _structural(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+def _structural_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     """Text of the added tokens that structure a conversation, and whether the assistant may write them in an answer.
 
     Structural are special tokens, and others that the chat template itself writes (Qwen's ``<tool_call>``), but not
@@ -264,7 +264,7 @@ def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
 
 
-def _tested(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def _texts_tested_by_template(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Texts by which a template recognizes kinds of messages, as Qwen's does for tool results."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return set(re.findall(r"""\b(?:starts|ends)with\(['"]([^'"]+)['"]\)""", _template_of(tokenizer))) - special

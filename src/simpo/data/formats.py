@@ -20,11 +20,11 @@ from simpo.data.messages import (
     Message,
     Response,
     apply_context,
-    is_whole_transcript,
+    drop_train_key,
+    is_transcript,
     kind_of,
     read_messages,
     split_transcripts,
-    without_train,
 )
 from simpo.data.rows import BadRow, UnknownShape, columns_of, other_columns
 from simpo.data.shapes import read_label
@@ -168,7 +168,7 @@ def _read_responses(
     if len(texts) < len(responses) or isinstance(prompt, list):
         return _split_conversations(prompt, responses, names)
     # If the responses are whole transcripts, the prompt only repeats what they share.
-    if prompt is not None and not all(map(is_whole_transcript, texts)):
+    if prompt is not None and not all(map(is_transcript, texts)):
         return prompt, texts
     split = split_transcripts(texts)
     if split is None:
@@ -197,8 +197,8 @@ def _split_conversations(
     for ending, name in zip(endings, names, strict=True):
         if not ending[-1].get(TRAIN, True):
             raise BadRow(f"{name} ends with a message that is not trained on (weight 0 or train false)")
-    opening = without_train(opening)
-    conversations = [_whole_conversation(prompt, opening, without_train(ending)) for ending in endings]
+    opening = drop_train_key(opening)
+    conversations = [_whole_conversation(prompt, opening, drop_train_key(ending)) for ending in endings]
     for conversation, name in zip(conversations, names, strict=True):
         if conversation[-1]["role"] != "assistant":
             raise BadRow(f"{name} does not end with the assistant's message")
@@ -284,7 +284,7 @@ def _split_turns(
     ]
     if not learned:
         raise BadRow("no answer is trained on: every one has weight 0 or train false")
-    messages = without_train(messages)
+    messages = drop_train_key(messages)
     start, end = learned[0], learned[-1] + 1
     opening, following, context = apply_context(row, messages[:start], messages[start:end])
     scored = tuple(i - start for i in learned)
@@ -303,11 +303,11 @@ def read_prompt(row: Mapping[str, Any], where: str) -> Comparison:
         asking = [i for i, message in enumerate(messages) if message["role"] in ASKING]
         if not asking:
             raise BadRow("no user message")
-        value: Any = without_train(messages[: asking[-1] + 1])
+        value: Any = drop_train_key(messages[: asking[-1] + 1])
     elif "prompt" in row:
         name, value = "prompt", row["prompt"]
         if isinstance(value, list):
-            value = without_train(read_messages(value, "prompt"))
+            value = drop_train_key(read_messages(value, "prompt"))
             if value[-1]["role"] not in ASKING:
                 raise BadRow("the prompt does not end with a user message")
         elif not isinstance(value, str):

@@ -76,7 +76,7 @@ def _read_message(item: object, name: str) -> Message | None:
         content = ""
     if thoughts and content.lstrip().startswith("<think>"):
         raise BadRow(f"{name} has a message with {next(iter(thoughts))} whose content has <think> too; leave one out")
-    return _with_train({**message, "content": content}, name)
+    return _normalize_train_key({**message, "content": content}, name)
 
 
 def _text(content: object, name: str, key: str = "content") -> str | None:
@@ -126,7 +126,7 @@ def _read_calls(value: object, older: object, name: str) -> list[Message]:
     return calls
 
 
-def _with_train(message: Message, name: str) -> Message:
+def _normalize_train_key(message: Message, name: str) -> Message:
     """The message with the one key ``train`` instead of those that other tools use."""
     given = {key: message[key] for key in _TRAIN_KEYS if key in message}
     rest = {key: value for key, value in message.items() if key not in given}
@@ -142,7 +142,7 @@ def _with_train(message: Message, name: str) -> Message:
     return {**rest, TRAIN: all(given.values())} if given else rest
 
 
-def without_train(messages: Sequence[Message]) -> list[Message]:
+def drop_train_key(messages: Sequence[Message]) -> list[Message]:
     """Messages without the key ``train``."""
     return [{key: value for key, value in message.items() if key != TRAIN} for message in messages]
 
@@ -192,18 +192,18 @@ def split_transcripts(transcripts: tuple[str, ...]) -> tuple[str, tuple[str, ...
     return transcripts[0][: ends[-1]], responses
 
 
-def is_transcript(prompt: str) -> bool:
+def is_transcript_prompt(prompt: str) -> bool:
     """Whether a prompt is a transcript that waits for the assistant."""
-    return is_whole_transcript(prompt) and re.search(r"\n\s*Assistant:\s*\Z", prompt) is not None
+    return is_transcript(prompt) and re.search(r"\n\s*Assistant:\s*\Z", prompt) is not None
 
 
-def is_whole_transcript(text: str) -> bool:
+def is_transcript(text: str) -> bool:
     """Whether a text starts with a turn of the human and has one of the assistant."""
     return re.match(r"\s*Human:", text) is not None and re.search(r"\n\s*Assistant:", text) is not None
 
 
 def turns(prompt: str) -> list[Message]:
-    """Messages of a transcript prompt (see :func:`is_transcript`), without the empty last turn."""
+    """Messages of a transcript prompt (see :func:`is_transcript_prompt`), without the empty last turn."""
     pieces = _cue_of(prompt).split(prompt)
     messages = zip(pieces[1::2], pieces[2::2], strict=True)
     return [{"role": _ROLES[name], "content": text.strip()} for name, text in messages][:-1]
@@ -293,7 +293,7 @@ def as_messages(prompt: str | list[Message], following: Sequence[Response]) -> t
         return prompt, [message for message in following if isinstance(message, dict)]
     texts = [str(text) for text in following]
     opening: list[Message] = [{"role": "user", "content": prompt}]
-    if is_transcript(prompt):
+    if is_transcript_prompt(prompt):
         opening, texts = turns(prompt), [text.strip() for text in texts]
         if opening[-1]["role"] != "user":
             raise BadRow("the prompt does not end with a user message")

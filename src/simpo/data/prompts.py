@@ -178,7 +178,7 @@ class _Prompts(Comparisons):
         overlong = self._limit is not None and len(prompt) > self._limit
         return {"ids": prompt}, [f"dropped: {OVERLONG_PROMPT}"] if overlong else []
 
-    def nothing_fits(self, mapped: Dataset) -> str:
+    def explain_all_dropped(self, mapped: Dataset) -> str:
         least = min(len(ids) for ids in mapped["ids"] if ids)
         return f"no prompt fits max_prompt_length {self._limit}: the shortest has {least} tokens; raise it"
 

@@ -207,7 +207,7 @@ class Renderer:
             for message in following
         ]
         if self._settings.system_message == "fold":
-            opening = _folded(opening)
+            opening = _fold_system_messages(opening)
         opening = list(map(template.with_arguments, opening))
         following = list(map(template.with_arguments, following))
         # An assistant may write some structural tokens, but only in the content of its messages.
@@ -240,7 +240,7 @@ class Renderer:
         return content
 
 
-def _folded(messages: list[Message]) -> list[Message]:
+def _fold_system_messages(messages: list[Message]) -> list[Message]:
     """Messages with the first system messages written into the user's first one."""
     system = list(takewhile(lambda message: message["role"] in ("system", "developer"), messages))
     if not system:

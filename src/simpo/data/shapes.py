@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from simpo.data.messages import is_transcript, is_whole_transcript, kind_of
+from simpo.data.messages import is_transcript, is_transcript_prompt, kind_of
 from simpo.data.rows import BadRow, Row, Tie, rows_of
 
 FOREIGN_SHAPES = (
@@ -400,9 +400,9 @@ def check_not_rendered(row: Mapping[str, Any], frame: tuple[str, str] | None = N
         for text in _texts(row.get(name)):
             framed = frame is not None and frame[0] in text and text.rstrip().endswith(frame[1])
             # A transcript that starts with something else, such as instructions, cannot be split into its turns.
-            unsplit = name == "prompt" and _WAITING.search(text) and not is_transcript(text)
+            unsplit = name == "prompt" and _WAITING.search(text) and not is_transcript_prompt(text)
             if row.get("prompt") is None and text is row[name] and _CUE.search(text):
-                unsplit = not is_whole_transcript(text)
+                unsplit = not is_transcript(text)
             if framed or unsplit or _OPENING.match(text):
                 raise BadRow(
                     f"{name} is rendered with a chat template already: give the plain text or messages, or set "

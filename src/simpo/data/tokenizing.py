@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.cache import cached, place_of
-from simpo.data.chat_template import end_of_turn, frame_of
+from simpo.data.cache import cached, map_cache_file
+from simpo.data.chat_template import end_of_turn, user_turn_frame
 from simpo.data.encoding import Encoder
 from simpo.data.formats import (
     COMPARISON_SHAPES,
@@ -222,7 +222,7 @@ class Tokenization(ABC):
         self.bos = tokenizer.bos_token_id
         self.encoder = Encoder(tokenizer)
         self._has_template = tokenizer.chat_template is not None
-        self._frame = frame_of(tokenizer) if self._has_template else None
+        self._frame = user_turn_frame(tokenizer) if self._has_template else None
         self.renderer = Renderer(
             tokenizer,
             self.encoder.literal,
@@ -247,7 +247,7 @@ class Tokenization(ABC):
     def finish(self, rendered: Any, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
         """Values of the columns that need the ids of the rendered texts, and status entries; raises :class:`BadRow`."""
 
-    def nothing_fits(self, mapped: Dataset) -> str:
+    def explain_all_dropped(self, mapped: Dataset) -> str:
         """Why no row is left if all are too long."""
         lengths = [
             (len(prompt) + max(map(len, responses)), len(prompt))
@@ -438,7 +438,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization:
             features=Features({**tokenization.columns, "where": text, "extra": text, _STATUS: List(text)}),
             num_proc=_processes(len(dataset), settings.num_proc),
             new_fingerprint=fingerprint,
-            cache_file_name=place_of(fingerprint),
+            cache_file_name=map_cache_file(fingerprint),
             desc=f"Tokenizing {label}",
         )
     )
@@ -448,7 +448,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization:
     if not report.used and all(found is None for found in mapped[next(iter(tokenization.columns))]):
         raise SimpoError(f"{label}: no row is left; dropped are {', '.join(report.dropped)}")
     if not report.used:
-        raise SimpoError(f"{label}: {tokenization.nothing_fits(mapped)}")
+        raise SimpoError(f"{label}: {tokenization.explain_all_dropped(mapped)}")
     if report.used < report.rows:
         mapped = mapped.select([index for index, entries in enumerate(columns[_STATUS]) if is_used(entries)])
     return Prepared(mapped.remove_columns(_STATUS), report)

@@ -26,7 +26,7 @@ from simpo.generation.settings import SamplingSettings
 from simpo.generation.thinking import after_thinking
 from simpo.models.checkpoint import model_digest, with_dtype
 from simpo.models.devices import device
-from simpo.models.loading import below_adapter, check_stored
+from simpo.models.loading import base_model_of, check_model_files
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder
@@ -117,8 +117,8 @@ class Academic:
 
     def _evaluate(self, model: ModelArguments) -> Mapping[str, Any]:
         """Run lm-eval on a model, or on an adapter and its base."""
-        check_stored(model)
-        base = below_adapter(model)
+        check_model_files(model)
+        base = base_model_of(model)
         model_args = {
             "pretrained": base.model_name_or_path,
             "revision": base.model_revision,

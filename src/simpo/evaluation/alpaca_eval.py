@@ -121,7 +121,7 @@ class AlpacaEval(JudgedBenchmark):
         self.check_first = self._check_logprobs if self._weighted else None
         super().__init__(settings, questions, self._prompt.digest)
 
-    def own_identity(self) -> dict[str, Any]:
+    def extra_identity(self) -> dict[str, Any]:
         """The baseline's outputs, how preferences are read, and the files of the length control."""
         return {
             "benchmark": self.name,

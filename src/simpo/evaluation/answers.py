@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from simpo.client import stand_in
+from simpo.client import placeholder_answer
 from simpo.data.messages import read_messages
 from simpo.data.prompts import Prompts, prompt_id
 from simpo.data.rows import BadRow, Row, rows_of
@@ -223,9 +223,9 @@ class Answerer:
             "max_new_tokens": self.max_new_tokens,
         }
 
-    def stand_in(self, name: str = "") -> str:
+    def placeholder_answer(self, name: str = "") -> str:
         """A text as long as an answer may be, to estimate the cost of judging; different names give different texts."""
-        return stand_in(self.max_new_tokens, name)
+        return placeholder_answer(self.max_new_tokens, name)
 
     def fitting(self, source: PromptArguments) -> Prompts:
         """The prompts that will be answered: those that leave room for an answer in the model's context.

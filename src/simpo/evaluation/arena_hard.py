@@ -103,7 +103,7 @@ class ArenaHard(JudgedBenchmark):
         questions = with_baselines(read_questions(settings.questions, settings.version), settings.baseline, log)
         super().__init__(settings, questions, self._prompt.digest)
 
-    def own_identity(self) -> dict[str, Any]:
+    def extra_identity(self) -> dict[str, Any]:
         """The version and its files."""
         return {
             "benchmark": f"{self.name} {self.settings.version}",
@@ -155,8 +155,8 @@ class ArenaHard(JudgedBenchmark):
         judgments = []
         for question, answer, first, second in zip(questions, answers, replies[::2], replies[1::2], strict=True):
             verdicts = (
-                read_verdict(first.whole_text, self.settings.version),
-                read_verdict(second.whole_text, self.settings.version),
+                read_verdict(first.complete_text, self.settings.version),
+                read_verdict(second.complete_text, self.settings.version),
             )
             judgments.append(Judgment(question, answer, (first.text, second.text), verdicts))
         rows = [

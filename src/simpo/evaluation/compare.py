@@ -159,7 +159,7 @@ class Side:
         if file.exists():
             return read_answer_file(file)
         assert self.answerer is not None and self.prompts is not None
-        responses = [self.answerer.stand_in(f"{self.name}{i}") for i in range(self.answerer.settings.n)]
+        responses = [self.answerer.placeholder_answer(f"{self.name}{i}") for i in range(self.answerer.settings.n)]
         prompts = self.answerer.fitting(self.prompts)
         return {prompt.id: {"id": prompt.id, "prompt": prompt.content, "responses": responses} for prompt in prompts}
 

@@ -16,7 +16,7 @@ from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from simpo.client import ChatClient, Endpoint, confirm_cost, stand_in
+from simpo.client import ChatClient, Endpoint, confirm_cost, placeholder_answer
 from simpo.client.cache import default_cache
 from simpo.data.prompts import Prompt, prepare_prompts
 from simpo.errors import SimpoError
@@ -34,7 +34,7 @@ from simpo.runs.log import Log
 from simpo.training.callbacks import RunCallback
 from simpo.training.guard import alarm
 from simpo.training.packed import PackedTrainer
-from simpo.training.sampling import sample_answers, separate_randomness
+from simpo.training.sampling import preserve_rng_state, sample_answers
 from simpo.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ class Generations(RunCallback):
         responses = trainer.eval_dataset["response_ids"]
         self._expected_length = sum(len(several[0]) for several in responses) / len(responses)
         path = self._folder / START
-        with separate_randomness(self._config.device):
+        with preserve_rng_state(self._config.device):
             stored = from_main(self._read_start(path) if resumed and self._is_main else None)
             self._start = self._sample(trainer) if stored is None else self._as_answers(stored)
             if self._is_main:
@@ -228,7 +228,7 @@ class Generations(RunCallback):
 
     def _confirm_cost(self, judge: Judge, times: int) -> None:
         assert self._sampling.max_new_tokens is not None
-        longest = [[[stand_in(self._sampling.max_new_tokens, name)]] * len(self._prompts) for name in "ab"]
+        longest = [[[placeholder_answer(self._sampling.max_new_tokens, name)]] * len(self._prompts) for name in "ab"]
         confirm_cost(
             judge.estimate(self._pairs(*longest)) * times,
             yes=self._arguments.yes,
@@ -243,7 +243,7 @@ class Generations(RunCallback):
 
     def evaluate(self, trainer: PackedTrainer) -> dict[str, float]:
         """Sample answers, store them, compare them with the start model's, and warn of a collapse."""
-        with separate_randomness(self._config.device):
+        with preserve_rng_state(self._config.device):
             answers, step = self._sample(trainer), trainer.state.global_step
             metrics, signs = from_main(self._compare_with_start(answers, step) if self._is_main else ({}, []))
         if signs and self._config.guard != "off":

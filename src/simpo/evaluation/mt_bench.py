@@ -86,7 +86,7 @@ class MTBench(JudgedBenchmark):
             log(f"note: {missing} of {len(wanted)} questions of {', '.join(REFERENCED)} have no reference answer")
         super().__init__(settings, questions, self._prompts.digest)
 
-    def own_identity(self) -> dict[str, Any]:
+    def extra_identity(self) -> dict[str, Any]:
         """The benchmark's files, and where temperatures come from."""
         settings = self.settings
         found = {
@@ -155,7 +155,7 @@ class MTBench(JudgedBenchmark):
         ]
         ratings, rows = [], []
         for (question, answer, turn), reply in zip(judged, replies, strict=True):
-            score = read_rating(reply.whole_text)
+            score = read_rating(reply.complete_text)
             ratings.append(Rating(question.key, str(question.category), turn, score))
             rows.append(
                 {

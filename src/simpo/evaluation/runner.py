@@ -27,7 +27,7 @@ from simpo.models.settings import ModelArguments
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest
-from simpo.runs.results import Metric, print_results, print_whole
+from simpo.runs.results import Metric, print_full_width, print_results
 from simpo.runs.signals import stoppable
 
 
@@ -90,7 +90,7 @@ def run_benchmark(name: str, settings: BenchmarkSettings, *, argv: Sequence[str]
     print_results(results)
     table = published_table(name)
     if table is not None:
-        print_whole(Console(), table)
+        print_full_width(Console(), table)
     if settings.markdown is not None:
         path = settings.markdown.expanduser()
         write_markdown(results, name, settings.model or "existing annotations", path)
@@ -235,7 +235,7 @@ class JudgedBenchmark(ABC):
         """Read the judge's replies to :meth:`requests`, write the judgments to the run folder, and compute metrics."""
 
     @abstractmethod
-    def own_identity(self) -> dict[str, Any]:
+    def extra_identity(self) -> dict[str, Any]:
         """What determines the verdicts on given answers, except for the judge and its prompt."""
 
     def sample(self, answerer: Answerer, folder: Path) -> list[tuple[str, ...]]:
@@ -245,7 +245,7 @@ class JudgedBenchmark(ABC):
     def identity(self) -> dict[str, Any]:
         """What determines the results; options that are off are left out."""
         api, file = self.settings.api, self.settings.answer_file
-        found = {**self.own_identity(), "judge": self.judge_name, "judge_prompt": self.prompt_digest}
+        found = {**self.extra_identity(), "judge": self.judge_name, "judge_prompt": self.prompt_digest}
         optional = {"strip_thinking": api.strip_thinking, "judge_max_tokens": api.judge_max_tokens}
         found |= {key: value for key, value in optional.items() if value}
         if self.answerer is not None:
@@ -274,7 +274,7 @@ class JudgedBenchmark(ABC):
     def _sampled(self, answerer: Answerer, run: RunFolder) -> list[Answer]:
         """Sampled answers; the cost of judging them is confirmed first, because sampling may take long."""
         if not (run.path / self.answer_file).exists():
-            text = answerer.stand_in()
+            text = answerer.placeholder_answer()
             expected = [Answer(answerer.name, (text,) * len(question.turns)) for question in self.questions]
             to_send = self._to_send(self.requests(self.questions, expected))
             self._confirm(to_send, lambda line: run.log(f"the judge, with answers as long as they may be: {line}"))

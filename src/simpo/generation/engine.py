@@ -114,14 +114,14 @@ class TransformersEngine:
             own_seed = seed if len(groups) == 1 else derived_seed(seed, number)
             new, logps = self._recorded([prompts[index] for index in group], settings, own_seed)
             for index, row, row_logps in zip(group, new.tolist(), logps.tolist(), strict=True):
-                ids, finished = self._until_stop(row)
+                ids, finished = self._cut_at_stop(row)
                 found[index] = Sampled(ids, finished, sum(row_logps[: len(ids)]))
         return found
 
     def stream(self, prompt: list[int], settings: SamplingSettings, seed: int, **options: Any) -> Sampled:
         """One response, without its log-probability; ``options`` are ``streamer`` and ``stopping_criteria``."""
         new = self._new_tokens([prompt], settings, seed, **options)
-        return Sampled(*self._until_stop(new[0].tolist()), logp=None)
+        return Sampled(*self._cut_at_stop(new[0].tolist()), logp=None)
 
     def _recorded(
         self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int, *processors: LogitsProcessor
@@ -137,7 +137,7 @@ class TransformersEngine:
     ) -> Tensor:
         """``[B, N]`` the tokens after the prompts, with padding at the end."""
         device = next(self.model.parameters()).device
-        ids, mask = left_padded(prompts, self._pad_id)
+        ids, mask = pad_left(prompts, self._pad_id)
         drawn: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
         configuration = GenerationConfig(
             do_sample=not settings.greedy,
@@ -165,7 +165,7 @@ class TransformersEngine:
                 ) from error
         return found[:, ids.shape[1] :].cpu()
 
-    def _until_stop(self, ids: list[int]) -> tuple[list[int], bool]:
+    def _cut_at_stop(self, ids: list[int]) -> tuple[list[int], bool]:
         """A row up to and including the token that ended it, and whether there is one."""
         end = next((number for number, token_id in enumerate(ids, start=1) if token_id in self.stop_ids), None)
         return ids[:end], end is not None
@@ -246,7 +246,7 @@ def ignored_settings(generation_config: GenerationConfig | None) -> list[str]:
     return [f"{key} {value}" for key, value in generation_config.to_diff_dict().items() if key not in _HARMLESS_KEYS]
 
 
-def left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def pad_left(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """``[B, L]`` token ids with padding on the left, and the mask that is 0 there."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id)

@@ -30,7 +30,7 @@ from simpo.generation.settings import SamplingSettings
 from simpo.generation.vllm import VllmEngine
 from simpo.models.checkpoint import Checkpoint, model_digest
 from simpo.models.devices import device
-from simpo.models.loading import check_stored, load_tokenizer
+from simpo.models.loading import check_model_files, load_tokenizer
 from simpo.models.settings import ModelArguments
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
@@ -93,7 +93,7 @@ class Job:
         tokenizer = load_tokenizer(model.model_name_or_path, model, chat_template=source.chat_template)
         checkpoint = Checkpoint.read(model)
         if engine == "vllm":
-            check_stored(checkpoint.arguments)
+            check_model_files(checkpoint.arguments)
         log(f"model: {model.model_name_or_path} ({checkpoint.arguments.dtype} on {device()}, {engine})")
         limits = (checkpoint.context, engine_args.get("max_model_len"))
         context = min((limit for limit in limits if isinstance(limit, int)), default=None)

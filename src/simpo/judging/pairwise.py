@@ -96,7 +96,7 @@ def read_verdict(reply: ChatReply) -> float | None:
 
     The last verdict after the reply's thinking counts, because the reasons before it may mention others.
     """
-    found = _VERDICT.findall(after_thinking(reply.whole_text) or "")
+    found = _VERDICT.findall(after_thinking(reply.complete_text) or "")
     return _FIRST_WINS[found[-1]] if found else None
 
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
 from simpo.errors import SimpoError, one_line, third_party
-from simpo.models.preparation import unreached_by_text
+from simpo.models.preparation import parts_unused_by_text
 from simpo.models.settings import LORA
 from simpo.models.zero import gathered, shape_of
 from simpo.packing.model import is_reward_model
@@ -71,10 +71,10 @@ def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str 
         revision: the base model's, which is saved with the adapter.
     """
     settings = {peft_name: given.get(key, default) for key, (peft_name, default) in LORA.items()}
-    excluded = list(unreached_by_text(model))
+    excluded = list(parts_unused_by_text(model))
     if excluded:
         logger.warning("no adapter on what text does not reach: %s", ", ".join(excluded))
-    excluded += _unlike_linear(model)
+    excluded += _custom_linear_layers(model)
     if excluded:
         settings["exclude_modules"] = rf"({'|'.join(map(re.escape, excluded))})(\..*)?"
     base = model.name_or_path
@@ -87,13 +87,13 @@ def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str 
     whole = [name for name, module in adapted.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     _check_found("lora_target_modules", given, adapted.base_model.targeted_module_names)
     _check_found("lora_modules_to_save", given, whole)
-    if parts_tied(adapted):
+    if changes_tied_weights(adapted):
         logger.warning(PARTS_TIED)
     _normalize(adapted, base)
     return adapted
 
 
-def _unlike_linear(model: PreTrainedModel) -> list[str]:
+def _custom_linear_layers(model: PreTrainedModel) -> list[str]:
     """Names of layers that the model's own code derives from linear ones with another forward, such as a router.
 
     An adapter would add to their output, which need not be one tensor. Libraries derive linear layers too (4 bits,
@@ -138,7 +138,7 @@ def continue_adapter(
             shown = ", ".join(sorted(own)) if isinstance(own, set | list) else own
             raise SimpoError(f"{key}: {name} is an adapter with {shown}, which is continued; leave {key} out")
     base = model.name_or_path
-    stored = stored_adapter(name, revision)
+    stored = read_adapter_tensors(name, revision)
     _resize_vocabulary(model, stored, name)
     config.inference_mode = False
     with third_party(f"model_name_or_path: {name}: an adapter for another model"), _without_warnings():
@@ -208,7 +208,7 @@ def active_name(model: PeftModel) -> str:
     return model.active_adapters[0]
 
 
-def parts_tied(model: PeftModel) -> bool:
+def changes_tied_weights(model: PeftModel) -> bool:
     """Whether the adapter changes one of two matrices that the model ties, so that no whole model has its numbers."""
     base: Any = model.get_base_model()
     ends = base.get_input_embeddings(), base.get_output_embeddings()
@@ -222,7 +222,7 @@ def describe_adapter(model: PeftModel) -> str:
     return f"adapter: {trained:,} of {total:,} parameters are trained"
 
 
-def flatten_named(model: PeftModel, folder: Path) -> None:
+def move_named_adapter(model: PeftModel, folder: Path) -> None:
     """Move an adapter that was saved in a subfolder of its own name to where it is looked for."""
     own = folder / active_name(model)
     if own.name != "default" and own.is_dir():
@@ -231,16 +231,16 @@ def flatten_named(model: PeftModel, folder: Path) -> None:
         own.rmdir()
 
 
-def holds_adapter(folder: Path) -> bool:
+def has_adapter_weights(folder: Path) -> bool:
     """Whether an adapter's weights are in ``folder``."""
     return (folder / WEIGHTS_NAME).is_file()
 
 
 def adapter_fault(model: PeftModel, folder: Path) -> str | None:
     """Why ``folder`` does not hold an adapter of ``model``'s shape, as text; None if it does."""
-    if not holds_adapter(folder):
+    if not has_adapter_weights(folder):
         return "a whole model there, an adapter here"
-    return _fault(model, stored_adapter(str(folder)))
+    return _fault(model, read_adapter_tensors(str(folder)))
 
 
 def _fault(model: PeftModel, stored: Mapping[str, Tensor]) -> str | None:
@@ -259,10 +259,10 @@ def _fault(model: PeftModel, stored: Mapping[str, Tensor]) -> str | None:
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Give the adapter on ``model`` the weights in ``folder``, which :func:`adapter_fault` has checked."""
-    set_peft_model_state_dict(model, stored_adapter(str(folder)), adapter_name=active_name(model))
+    set_peft_model_state_dict(model, read_adapter_tensors(str(folder)), adapter_name=active_name(model))
 
 
-def stored_adapter(name: str, revision: str = "main") -> dict[str, Tensor]:
+def read_adapter_tensors(name: str, revision: str = "main") -> dict[str, Tensor]:
     """An adapter's tensors, by the names that they have in its file."""
     with third_party(f"{name}: {WEIGHTS_NAME} cannot be read"):
         stored = load_file(str(cached_file(name, WEIGHTS_NAME, revision=revision)))
@@ -278,7 +278,7 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     return {**weights, **own}
 
 
-def weights_below(model: PeftModel) -> dict[str, Any] | None:
+def unchanged_base_weights(model: PeftModel) -> dict[str, Any] | None:
     """The base model's weights by its own names, if the adapter adds nothing to them yet; None if it does."""
     found = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

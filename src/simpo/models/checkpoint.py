@@ -13,14 +13,14 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from simpo.models.adapters import find_adapter
 from simpo.models.devices import device
-from simpo.models.loading import base_arguments, below_adapter, generation_config, load_files, load_model
+from simpo.models.loading import base_arguments, base_model_of, generation_config, load_files, load_model
 from simpo.models.settings import ModelArguments
 from simpo.runs.manifest import file_digest
 
 
 def load_config(arguments: ModelArguments) -> Any:
     """The configuration of a model, or of the base model of an adapter."""
-    return load_files(AutoConfig, below_adapter(arguments))
+    return load_files(AutoConfig, base_model_of(arguments))
 
 
 def with_dtype(model: ModelArguments) -> ModelArguments:
@@ -43,7 +43,7 @@ def model_digest(model: ModelArguments) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def shown_name(name: str) -> str:
+def display_name(name: str) -> str:
     """A hub name as it is; of a local path only the last part, which reveals nothing about the machine."""
     return Path(name).name if Path(name).exists() else name
 
@@ -109,7 +109,7 @@ class Checkpoint:
     def read(cls, arguments: ModelArguments) -> Checkpoint:
         """Read the configuration of a model on disk or on the hub, and choose the type of its weights."""
         config = load_config(arguments)
-        base = below_adapter(arguments)
+        base = base_model_of(arguments)
         found = generation_config(arguments.model_name_or_path, arguments.model_revision)
         found = found or generation_config(base.model_name_or_path, base.model_revision)
         return cls(

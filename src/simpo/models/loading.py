@@ -92,9 +92,9 @@ def _load_base(name: str, adapter: LoraConfig, arguments: ModelArguments) -> Pre
         raise SimpoError(f"model_name_or_path: {name} is an adapter whose base model is missing: {reason}") from error
 
 
-def check_stored(arguments: ModelArguments) -> None:
+def check_model_files(arguments: ModelArguments) -> None:
     """Refuse a model whose files are incomplete, without reading the weights: for engines that load it themselves."""
-    _load_causal(below_adapter(arguments), device_map="meta")
+    _load_causal(base_model_of(arguments), device_map="meta")
 
 
 def _load_causal(arguments: ModelArguments, **options: Any) -> PreTrainedModel:
@@ -210,14 +210,14 @@ def check_weights(name: str, model: PreTrainedModel, loading: Mapping[str, set[A
         if keys:
             faults.append(f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
     if faults:
-        advice = _OWN_CODE if needs_own_code(model) else "name a folder whose config.json and weights belong together"
+        advice = _OWN_CODE if has_remote_code(model) else "name a folder whose config.json and weights belong together"
         raise SimpoError(
             f"model_name_or_path: {name!r} does not hold the weights of a {type(model).__name__}: {'; '.join(faults)}; "
             f"{advice}"
         )
 
 
-def needs_own_code(model: PreTrainedModel) -> bool:
+def has_remote_code(model: PreTrainedModel) -> bool:
     """Whether ``model`` is one of transformers' own classes although its files name code of theirs."""
     return type(model).__module__.startswith("transformers.") and bool(getattr(model.config, "auto_map", None))
 
@@ -262,7 +262,7 @@ def generation_config(name: str, revision: str) -> GenerationConfig | None:
     return config
 
 
-def below_adapter(arguments: ModelArguments) -> ModelArguments:
+def base_model_of(arguments: ModelArguments) -> ModelArguments:
     """``arguments`` for the base model if they name an adapter; the same for any other model."""
     check_folder(arguments.model_name_or_path)
     adapter = find_adapter(arguments.model_name_or_path, arguments.model_revision)

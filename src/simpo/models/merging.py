@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from simpo.errors import SimpoError, third_party
-from simpo.models.adapters import PARTS_TIED, find_adapter, parts_tied
-from simpo.models.checkpoint import shown_name
+from simpo.models.adapters import PARTS_TIED, changes_tied_weights, find_adapter
+from simpo.models.checkpoint import display_name
 from simpo.models.loading import check_folder, load_model, load_tokenizer, round_weights
 from simpo.models.reward import load_reward_model
 from simpo.models.settings import ModelArguments
@@ -59,7 +59,7 @@ def merge(model: PeftModel) -> PreTrainedModel:
     Raises:
         SimpoError: the adapter changes one of two matrices that the model ties, so that no such model has its numbers.
     """
-    if parts_tied(model):
+    if changes_tied_weights(model):
         raise SimpoError(PARTS_TIED)
     return model.merge_and_unload()  # type: ignore[operator]
 
@@ -72,5 +72,5 @@ def _card(adapter: str, base: str, title: str) -> ModelCard:
     data = ModelCardData() if before is None else before.data
     data.library_name, data.pipeline_tag = "transformers", data.pipeline_tag or "text-generation"
     data.base_model = None if Path(base).exists() else base
-    summary = f"`{shown_name(adapter)}` merged into `{shown_name(base)}`, with simpo {version('simpo')}."
+    summary = f"`{display_name(adapter)}` merged into `{display_name(base)}`, with simpo {version('simpo')}."
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{summary}\n{'' if before is None else before.text}")

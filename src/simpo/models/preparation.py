@@ -30,7 +30,7 @@ def disable_dropout(model: nn.Module) -> None:
             config.hidden_dropout = 0.0
 
 
-def unreached_by_text(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+def parts_unused_by_text(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
     """The largest parts of ``model``, by name, that take no part in a forward pass of text alone.
 
     These are the parts of a conditional-generation model outside its language model and its output layer (vision and
@@ -66,13 +66,13 @@ def _outside(module: nn.Module, kept: set[int], prefix: str) -> Iterator[tuple[s
             yield f"{prefix}{name}", child
 
 
-def freeze_unreached(model: nn.Module) -> None:
+def freeze_parts_unused_by_text(model: nn.Module) -> None:
     """Stop training what text does not reach, and report it.
 
     Such weights get no gradient: DDP would wait for one, and weight decay would shrink them.
     """
     names, count = [], 0
-    for name, part in unreached_by_text(model).items():
+    for name, part in parts_unused_by_text(model).items():
         parameters = [part] if isinstance(part, nn.Parameter) else part.parameters()
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in trained:

@@ -20,7 +20,7 @@ from transformers import (
 from simpo.data.chat_template import end_of_turn
 from simpo.errors import SimpoError
 from simpo.models.adapters import add_adapter, continue_adapter, find_adapter
-from simpo.models.loading import base_arguments, check_folder, check_weights, load_files, load_weights, needs_own_code
+from simpo.models.loading import base_arguments, check_folder, check_weights, has_remote_code, load_files, load_weights
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import TokenizedComparison
 from simpo.packing.model import causal_lm, reading_last_tokens
@@ -72,7 +72,7 @@ def _load(arguments: ModelArguments, *, new_head: bool, gated: bool = False, log
     if head_is_new:
         loading["missing_keys"].discard(_HEAD)
         loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if not _in_output_layer(model, key)}
-    elif loading["missing_keys"] == {_HEAD} and not needs_own_code(model):
+    elif loading["missing_keys"] == {_HEAD} and not has_remote_code(model):
         raise SimpoError(f"model_name_or_path: {name!r} is not a reward model: its files have no {_HEAD}")
     check_weights(name, model, loading)
     custom = not type(model).__module__.startswith("transformers.")

@@ -45,7 +45,7 @@ class Hyperparameter(NamedTuple):
         if typing.get_origin(self.type) is Literal:
             allowed = typing.get_args(self.type)
             if value not in allowed:
-                raise ValueError(f"{self.name}: {value!r} is not one of {', '.join(map(repr, allowed))}")
+                raise ValueError(f"{self.name}: {value!r} is not one of {', '.join(map(str, allowed))}")
             return
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if self.type is float and not number:

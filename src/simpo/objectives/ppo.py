@@ -11,7 +11,7 @@ sampled and an annotator has scored. From then on:
 4. For several epochs and minibatches, optimizer steps minimize
    :meth:`~simpo.objectives.policy_gradient.PolicyGradient.loss`, which raises the probability of tokens with a positive
    advantage while the policy stays near the one that sampled, plus ``value_weight`` times :func:`value_loss`.
-5. :func:`adapted_kl` chooses the KL coefficient of the next rollout.
+5. :func:`adapt_kl_coefficient` chooses the KL coefficient of the next rollout.
 
 Shapes: ``S`` tokens of ``R`` answers, one answer after another; ``segment`` ``[S]`` is the answer of each token.
 """
@@ -128,7 +128,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 # ---- 5. The KL coefficient.
 
 
-def adapted_kl(coefficient: float, measured: float, answers: int, *, target: float, horizon: int) -> float:
+def adapt_kl_coefficient(coefficient: float, measured: float, answers: int, *, target: float, horizon: int) -> float:
     """The coefficient after a rollout: higher if the divergence was above its target, lower if it was below.
 
     Ziegler et al. 2019, arXiv 1909.08593, section 2.2, with the horizon of their code.

@@ -16,7 +16,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
     return -F.logsigmoid(chosen - rejected - margin)
 
 
-def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
+def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
     """``[N]`` ``(chosen + rejected)**2``, which pulls the mean reward towards 0.
 
     Preferences do not determine a constant that is added to all rewards. Eisenstein et al. 2023, arXiv 2312.09244.

@@ -277,7 +277,7 @@ def rewards(model: PreTrainedModel, batch: PackedBatch, path: Path) -> Tensor:
     """``[R]`` rewards of the responses of ``batch``; fp32 (fp64 for fp64), differentiable."""
     head: Any = score_head(model)
     if head is None or not state_of(model).fused_head:
-        return own_rewards(model, batch, path)
+        return transformers_rewards(model, batch, path)
     return head_scores(head, end_states(model, batch, path))
 
 
@@ -298,7 +298,7 @@ def end_states(model: PreTrainedModel, batch: PackedBatch, path: Path) -> Tensor
     return scored_states(model, replace(batch, scored=ends, response_of=responses), path)
 
 
-def own_rewards(model: PreTrainedModel, batch: PackedBatch, path: Path = "padded") -> Tensor:
+def transformers_rewards(model: PreTrainedModel, batch: PackedBatch, path: Path = "padded") -> Tensor:
     """``[R]`` rewards by the model's own forward, one sequence at a time, whatever the ``path``."""
     scores = []
     with reading_last_tokens(model):
@@ -338,7 +338,7 @@ _LANGUAGE_MODEL = Kind(
 # Paths are compared by hidden states: while the layer that turns them into rewards is untrained, all rewards are alike.
 _REWARD_MODEL = Kind(
     outputs="rewards",
-    own_outputs=lambda model, batch: model(packed_batch=batch, path="padded", compute=own_rewards),
+    own_outputs=lambda model, batch: model(packed_batch=batch, path="padded", compute=transformers_rewards),
     fused_outputs=rewards,
     find_head=score_head,
     without_head="every response has a forward of its own",

@@ -24,7 +24,7 @@ from simpo.errors import SimpoError
 from simpo.models.adapters import add_adapter, find_adapter
 from simpo.models.checkpoint import load_config
 from simpo.models.loading import auto_class
-from simpo.models.preparation import disable_dropout, freeze_unreached
+from simpo.models.preparation import disable_dropout, freeze_parts_unused_by_text
 from simpo.models.settings import ModelArguments
 from simpo.packing.attention import UnsupportedAttentionError, causal_lm, install
 from simpo.packing.model import ForwardPath, find_head, is_reward_model, prepare_policy, state_of
@@ -91,7 +91,7 @@ class Blueprint:
             _to_four_bits(model, self.dtype)
         with torch.device("meta"):
             adapted = self._adapted(model)
-        freeze_unreached(adapted)
+        freeze_parts_unused_by_text(adapted)
         disable_dropout(adapted)
         with mode:
             adapted.to_empty(device="cpu")

@@ -149,11 +149,11 @@ def print_results(
     stages: tuple[Stage | None, ...]
     for stages in (("before", "after"), (None,)):
         if metrics := [metric for metric in results.metrics if metric.stage in stages]:
-            print_whole(console, _table(metrics, stages, names, title))
+            print_full_width(console, _table(metrics, stages, names, title))
             title = None
 
 
-def print_whole(console: Console, table: Table) -> None:
+def print_full_width(console: Console, table: Table) -> None:
     """Print a table at its full width: a number that is cropped is a wrong one."""
     before = console.width
     console.width = _WIDEST

@@ -39,7 +39,7 @@ _COLUMNS = (
 _ROWS_NAMED = 5  # in an error message about several rows
 
 
-def widest_type(device: torch.device) -> torch.dtype:
+def widest_float(device: torch.device) -> torch.dtype:
     """The type of sums over rows: wide enough that the split into ranks and micro-batches does not show in them."""
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -132,7 +132,7 @@ class PlannedBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> PlannedBatch:
         """The batch with its tensors on ``device``."""
-        widest = widest_type(torch.device(device))
+        widest = widest_float(torch.device(device))
 
         def move(tensor: Tensor) -> Tensor:
             dtype = widest if tensor.dtype == torch.float64 else tensor.dtype
@@ -197,7 +197,7 @@ class ComparisonRows(TorchDataset):
             beta=_doubles(columns.get(BETA)),
         )
 
-    def without_plan(self, rows: Sequence[int]) -> PlannedBatch:
+    def unplanned_batch(self, rows: Sequence[int]) -> PlannedBatch:
         """A micro-batch of these rows, each with weight 1, outside any optimizer step."""
         return self[MicroBatch(tuple(rows), (1.0,) * len(rows)), 1.0]
 

@@ -104,7 +104,7 @@ def checkpointed_layers(count: int, share: float) -> list[bool]:
 _TIMES = ("_runtime", "_per_second", "_preparation_time", "total_flos")
 
 
-def log_in_lines(trainer: Trainer, log: Log) -> None:
+def log_as_lines(trainer: Trainer, log: Log) -> None:
     """Report a trainer's logs as lines instead of dictionaries, above its progress bar if it has one."""
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_ProgressBar)

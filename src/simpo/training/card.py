@@ -10,9 +10,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import simpo
-from simpo.models.adapters import holds_adapter
-from simpo.models.checkpoint import shown_name
-from simpo.models.loading import below_adapter
+from simpo.models.adapters import has_adapter_weights
+from simpo.models.checkpoint import display_name
+from simpo.models.loading import base_model_of
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import write_text
 from simpo.runs.results import Metric
@@ -79,15 +79,15 @@ def write_model_card(
     else:
         names = [str(data.dataset_name)]
     about, metrics = kind.describe(config), list(metrics)
-    base = below_adapter(model).model_name_or_path
+    base = base_model_of(model).model_name_or_path
     card_data = ModelCardData(
-        library_name="peft" if holds_adapter(folder) else "transformers",
+        library_name="peft" if has_adapter_weights(folder) else "transformers",
         tags=about.tags,
         base_model=None if Path(base).exists() else base,
         datasets=[name for name in names if not Path(name).exists()] or None,
         pipeline_tag=kind.pipeline,
         model_name=folder.resolve().name,
-        eval_results=_eval_results(metrics, kind, shown_name(data.eval_dataset_name or names[0])) or None,
+        eval_results=_eval_results(metrics, kind, display_name(data.eval_dataset_name or names[0])) or None,
     )
     settings = {**getattr(config, "hyperparameters", {})}
     settings |= {key: getattr(config, key) for key in _SETTINGS if hasattr(config, key)}
@@ -96,9 +96,9 @@ def write_model_card(
         card_data,
         template_str=_TEMPLATE,
         title=folder.resolve().name,
-        model=shown_name(model.model_name_or_path),
+        model=display_name(model.model_name_or_path),
         method=about.method,
-        datasets=", ".join(f"`{shown_name(name)}`" for name in names),
+        datasets=", ".join(f"`{display_name(name)}`" for name in names),
         version=simpo.__version__,
         rows=kind.row_noun,
         results=_results(metrics, kind.row_noun),

@@ -25,7 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from simpo.errors import InterruptedRun, SimpoError, third_party
-from simpo.models.adapters import adapter_fault, flatten_named, holds_adapter
+from simpo.models.adapters import adapter_fault, has_adapter_weights, move_named_adapter
 from simpo.models.zero import shape_of
 from simpo.runs.atomic import disk_errors, provisional, remove_folder, staged_folder, write_text
 from simpo.runs.manifest import damage, write_manifest
@@ -60,7 +60,7 @@ def last_good_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def check_whole(path: Path) -> None:
+def check_complete(path: Path) -> None:
     """Raise :class:`SimpoError` unless ``path`` is a checkpoint in which nothing is missing or changed."""
     if not path.is_dir():
         raise SimpoError(f"resume_from_checkpoint: there is no folder {path}")
@@ -70,7 +70,7 @@ def check_whole(path: Path) -> None:
 
 def check_checkpoint(path: Path, model: nn.Module) -> None:
     """Raise :class:`SimpoError` unless ``path`` is a whole checkpoint of a model with ``model``'s weights."""
-    check_whole(path)
+    check_complete(path)
     if fault := _difference(path, model):
         raise SimpoError(
             f"resume_from_checkpoint: {path} is of another model ({fault}); name a checkpoint of this model"
@@ -81,7 +81,7 @@ def _difference(path: Path, model: nn.Module) -> str | None:
     """How the model of a checkpoint differs, as text; weights with other names are checked when they are loaded."""
     if isinstance(model, PeftModel):
         return adapter_fault(model, path)
-    if holds_adapter(path):
+    if has_adapter_weights(path):
         return "an adapter there, a whole model here"
     config, here = path / "config.json", getattr(getattr(model, "config", None), "model_type", None)
     there = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
@@ -320,7 +320,7 @@ class ResumableTrainer(ShardedTrainer):
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         if isinstance(self.model, PeftModel) and self.args.should_save:
-            flatten_named(self.model, folder)
+            move_named_adapter(self.model, folder)
             settings = getattr(self.model, "generation_config", None)
             if settings:  # peft leaves them to the base model
                 settings.save_pretrained(folder)

@@ -42,7 +42,7 @@ def _logps(trainer: PackedTrainer, rows: Any) -> list[float]:
     masks = rows["scored"] if "scored" in rows.column_names else rows["response_ids"]
     scored = "scored" in rows.column_names
     counts = np.array([sum(sum(mask) if scored else len(mask) for mask in several) for several in masks])
-    return trainer.of_responses(
+    return trainer.compute_for_responses(
         rows, lambda batch: policy_logprobs(trainer.model, batch, path=trainer.path), counts
     ).tolist()
 

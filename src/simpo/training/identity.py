@@ -46,7 +46,7 @@ def training_identity(
         found["save_dtype"] = model.save_dtype
     found["data/train"] = rows_digest(train)
     found["data/eval"] = None if held_out is None else rows_digest(held_out)
-    checkpoint = named_checkpoint(config)
+    checkpoint = checkpoint_from_recipe(config)
     found["resume_from_checkpoint"] = None if checkpoint is None else file_digest(Path(checkpoint) / manifest.FILE_NAME)
     return found | settings_identity(config)
 
@@ -61,7 +61,7 @@ def settings_identity(config: Any) -> Identity:
     return found
 
 
-def named_checkpoint(config: Any) -> str | None:
+def checkpoint_from_recipe(config: Any) -> str | None:
     """The checkpoint that a recipe names to start from; None if it names none, or means the folder's own."""
     named = config.resume_from_checkpoint
     return None if named is None or str(named).lower() in ("true", "false") else str(named)

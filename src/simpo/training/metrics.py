@@ -26,7 +26,7 @@ from simpo.statistics import (
     share_interval,
     weighted_mean_interval,
 )
-from simpo.training.batches import PlannedBatch, widest_type
+from simpo.training.batches import PlannedBatch, widest_float
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class RunningMeans:
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self._names = tuple(names)
         # [2, N] sums of metrics and of the weights that they count with
-        self._since_log = torch.zeros(2, len(names), device=device, dtype=widest_type(device))
+        self._since_log = torch.zeros(2, len(names), device=device, dtype=widest_float(device))
         self._before_log = torch.zeros(2, len(names), dtype=torch.float64)  # of all ranks, up to the last log
 
     def add(self, metrics: Tensor, weights: Tensor) -> None:
@@ -105,7 +105,7 @@ class RowMetrics:
     """
 
     def __init__(self, capacity: int, names: int, device: torch.device) -> None:
-        self.values = torch.zeros(capacity, names + 1, device=device, dtype=widest_type(device))
+        self.values = torch.zeros(capacity, names + 1, device=device, dtype=widest_float(device))
         self.rows = torch.full((capacity,), -1, device=device)
         self._stored = 0
 

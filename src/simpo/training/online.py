@@ -381,12 +381,12 @@ class OnlineTrainer(PreferenceTrainer):
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """As in the base, with the gradients of the pretraining loss and of the value function."""
         if self._value is not None:
-            self._value.begin_step()
+            self._value.prepare_step()
         if self._ptx is not None:
             self._ptx.backward(model)
         loss = super().training_step(model, *args, **kwargs)
         if self._value is not None:
-            norm = self._value.end_step(self.accelerator, self.args.max_grad_norm)
+            norm = self._value.average_and_clip_gradients(self.accelerator, self.args.max_grad_norm)
             if not math.isfinite(norm):
                 raise SimpoError(
                     f"step {self.state.global_step + 1}: the gradient of the value function is not finite; nothing was "

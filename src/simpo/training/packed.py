@@ -27,7 +27,7 @@ from simpo.models.adapters import check_adapter
 from simpo.models.checkpoint import Limits
 from simpo.models.devices import check_liger, compile_layers, explain_oom
 from simpo.models.loading import load_model
-from simpo.models.preparation import disable_dropout, freeze_unreached, keep_gradients
+from simpo.models.preparation import disable_dropout, freeze_parts_unused_by_text, keep_gradients
 from simpo.models.settings import ModelArguments
 from simpo.packing.batching import RowSizes, StepPlan, check_budget, default_batch_tokens
 from simpo.packing.layout import PackedBatch
@@ -53,7 +53,7 @@ from simpo.training.batches import (
     response_counts,
     row_sizes,
     step_loader,
-    widest_type,
+    widest_float,
 )
 from simpo.training.callbacks import CheckpointShare, RunCallback
 from simpo.training.checkpoints import ResumableTrainer
@@ -119,7 +119,7 @@ class PackedTrainer(ResumableTrainer):
             model = self.load(model)
         if isinstance(model, PeftModel):
             check_adapter(model)
-        freeze_unreached(model)
+        freeze_parts_unused_by_text(model)
         keep_gradients(model)
         if args.disable_dropout:
             disable_dropout(model)
@@ -400,7 +400,7 @@ class PackedTrainer(ResumableTrainer):
     def _not_finite(self) -> str:
         """Describe what is wrong with the current step, and with which of its rows; the same on every rank."""
         bad = [batch.rows[int(place)] for batch, losses in self._step for place in (~losses.isfinite()).nonzero()]
-        rows, step = self._of_all_ranks(bad), self._of_all_ranks([row for batch, _ in self._step for row in batch.rows])
+        rows, step = self._gather_rows(bad), self._gather_rows([row for batch, _ in self._step for row in batch.rows])
         what = "loss"
         if not rows:
             what = "gradient"
@@ -414,11 +414,11 @@ class PackedTrainer(ResumableTrainer):
             "fix or remove what is named"
         )
 
-    def _of_all_ranks(self, rows: list[int]) -> list[int]:
+    def _gather_rows(self, rows: list[int]) -> list[int]:
         return sorted(set(gather_object(rows) if self.args.world_size > 1 else rows))  # fillers occur several times
 
     def _has_finite_gradient(self, row: int) -> bool:
-        batch = ComparisonRows(self.step_rows).without_plan([row])
+        batch = ComparisonRows(self.step_rows).unplanned_batch([row])
         with self.compute_loss_context_manager():
             loss = self.compute_loss(self.model, batch)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -471,9 +471,9 @@ class PackedTrainer(ResumableTrainer):
 
     def response_logps(self, rows: Dataset) -> Tensor:
         """``[R]`` float64 log-probabilities of all responses of ``rows`` under the model as it is; all ranks call."""
-        return self.of_responses(rows, lambda batch: policy_forward(self.model, batch, path=self.path).logp)
+        return self.compute_for_responses(rows, lambda batch: policy_forward(self.model, batch, path=self.path).logp)
 
-    def of_responses(
+    def compute_for_responses(
         self,
         rows: Dataset,
         compute: Callable[[PackedBatch], Tensor],
@@ -487,7 +487,7 @@ class PackedTrainer(ResumableTrainer):
         plan, device = self._plan(rows, _SCORED_TOGETHER // self.args.world_size, training=False), self.args.device
         counts = response_counts(rows) if counts is None else counts
         ends = np.cumsum(counts)
-        values = torch.zeros(int(ends[-1]), *columns, dtype=widest_type(device), device=device)
+        values = torch.zeros(int(ends[-1]), *columns, dtype=widest_float(device), device=device)
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast(), self.forwards():
             for step in PlanSampler(plan, lambda: 0, self.args.process_index):

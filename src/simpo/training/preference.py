@@ -29,7 +29,7 @@ from simpo.training.batches import (
     MISMATCHED_REF_LOGP,
     WEIGHT,
     PlannedBatch,
-    widest_type,
+    widest_float,
 )
 from simpo.training.configs import PreferenceConfig
 from simpo.training.metrics import Scores, compare_preferences
@@ -152,7 +152,7 @@ class PreferenceTrainer(PackedTrainer):
         self._update_shift()
         if "z_ref" not in self.objective.needs:
             return
-        total = torch.zeros((), dtype=widest_type(self.args.device), device=self.args.device)
+        total = torch.zeros((), dtype=widest_float(self.args.device), device=self.args.device)
         for batch in (batch.to(self.args.device) for batch in batches):
             assert batch.mismatched is not None
             with torch.no_grad(), self.accelerator.autocast():

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from simpo.data.tokenizing import TOKENS
 from simpo.errors import SimpoError
-from simpo.models.adapters import weights_below
+from simpo.models.adapters import unchanged_base_weights
 from simpo.models.devices import from_main
 from simpo.models.zero import exchange_partitions, gathered, is_partitioned
 from simpo.packing.layout import PackedBatch
@@ -219,7 +219,7 @@ def policy_fingerprint(model: nn.Module, precision: str) -> str:
     """
     adapters: Any = getattr(model, "peft_config", None) or {}
     weights = model.state_dict(keep_vars=True)
-    if isinstance(model, PeftModel) and (below := weights_below(model)) is not None:
+    if isinstance(model, PeftModel) and (below := unchanged_base_weights(model)) is not None:
         weights, adapters = below, {}
     configs = [config for config in (getattr(model, "config", None),) if config is not None]
     settings = [

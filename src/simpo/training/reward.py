@@ -22,7 +22,7 @@ from simpo.data.tokenizing import Prepared, check_rankings, is_feedback, prepare
 from simpo.errors import SimpoError
 from simpo.models.reward import choose_padding, load_reward_model
 from simpo.models.settings import ModelArguments
-from simpo.objectives.reward import bradley_terry, centring
+from simpo.objectives.reward import bradley_terry, centering
 from simpo.packing.model import is_reward_model, reward_forward
 from simpo.runs.results import Metric
 from simpo.training.batches import LEVELS, ComparisonRows, PlannedBatch, response_counts
@@ -100,7 +100,7 @@ class RewardTrainer(PackedTrainer):
         margin = 0.0 if batch.levels is None else (batch.levels[pairs.better] - batch.levels[pairs.worse]).to(y)
         losses = bradley_terry(chosen, rejected, margin)
         if self.args.center_rewards_coefficient:
-            losses = losses + self.args.center_rewards_coefficient * centring(chosen, rejected)
+            losses = losses + self.args.center_rewards_coefficient * centering(chosen, rejected)
         metrics = torch.stack([losses, chosen, rejected, (chosen > rejected).to(y), chosen - rejected], dim=-1)
         return pairs.mean(losses), pairs.mean(metrics.detach())
 
@@ -113,14 +113,16 @@ class RewardTrainer(PackedTrainer):
         Both are ``[rows, N]``, with NaN where a row has fewer than ``N`` pairs.
         """
         rows: Any = self._tokenized(dataset, self.processing_class, self.args, "eval")
-        rewards = self.of_responses(rows, lambda batch: reward_forward(self.model, batch, path=self.path)).cpu()
+        rewards = self.compute_for_responses(
+            rows, lambda batch: reward_forward(self.model, batch, path=self.path)
+        ).cpu()
         comparisons, counts = ComparisonRows(rows), response_counts(rows).tolist()
         metrics, margins, lengths = [], [], []
         numbers = range(len(rows))
         parts = [numbers[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
         sizes = [sum(counts[row] for row in part) for part in parts]
         for part, y in zip(parts, rewards.split(sizes), strict=True):
-            batch = comparisons.without_plan(part)
+            batch = comparisons.unplanned_batch(part)
             metrics.append(self.loss_and_metrics(y, batch)[1])
             pairs = batch.pairs
             pair_counts = torch.bincount(pairs.comparison, minlength=len(part)).tolist()

@@ -27,8 +27,8 @@ from simpo.runs.atomic import write_text
 from simpo.runs.lines import read_lines, write_lines
 from simpo.training.batches import response_tokens
 from simpo.training.reference import ReferenceModel
-from simpo.training.rollouts import Annotator, Answered, Place, Record, adaptation, prompts_of
-from simpo.training.sampling import sample_answers, separate_randomness
+from simpo.training.rollouts import Annotator, Answered, Place, Record, adaptation, prompts_from_rows
+from simpo.training.sampling import preserve_rng_state, sample_answers
 from simpo.training.sharding import whole_weights
 from simpo.training.value import ValueFunction
 
@@ -81,7 +81,7 @@ class RolloutFiles:
             raise SimpoError(f"{path} is missing, and the weights that its answers were sampled by are gone")
         began = time.monotonic()
         previous = self._previous(place.rollout)
-        with separate_randomness(trainer.args.device):
+        with preserve_rng_state(trainer.args.device):
             records = self._sampled(place, annotator)
         if trainer.args.gradient is not None:
             columns = adaptation(records, previous, trainer.args)
@@ -115,7 +115,7 @@ class RolloutFiles:
     def _sampled(self, place: Place, annotator: Annotator) -> list[Record]:
         """Answer, score, and compute log-probabilities under the policy and the reference, and values, if needed."""
         trainer = self._trainer
-        tokenizer, prompts = trainer.processing_class, prompts_of(trainer.train_dataset.select(place.prompts))
+        tokenizer, prompts = trainer.processing_class, prompts_from_rows(trainer.train_dataset.select(place.prompts))
         self._engine = self._engine or TransformersEngine(trainer.model, tokenizer)
         with whole_weights(trainer.model, trainer.accelerator):
             samples = sample_answers(trainer, self._engine, [one.ids for one in prompts], self._sampling(place.rollout))
@@ -128,12 +128,12 @@ class RolloutFiles:
         ids = [[list(sampled.ids) for sampled in answers] for answers in samples]
         rows = Dataset.from_dict({"prompt_ids": [one.ids for one in prompts], "response_ids": ids})
         logps, values = self._logps_and_values(rows)
-        behavior, reference, old_values = _by_response(logps, ids), [None] * len(ids), [None] * len(ids)
+        behavior, reference, old_values = _split_by_response(logps, ids), [None] * len(ids), [None] * len(ids)
         if self._reference.has_copy:
             with self._reference.in_place():
-                reference = _by_response(self._logps(rows), ids)
+                reference = _split_by_response(self._logps(rows), ids)
         if values is not None:
-            old_values = _by_response(values, ids)
+            old_values = _split_by_response(values, ids)
         columns = zip(answered, ids, scores, behavior, reference, old_values, strict=True)
         return [
             {
@@ -158,7 +158,7 @@ class RolloutFiles:
         def compute(batch: PackedBatch) -> Tensor:
             return policy_logprobs(trainer.model, batch, path=trainer.path)
 
-        return trainer.of_responses(rows, compute, response_tokens(rows))
+        return trainer.compute_for_responses(rows, compute, response_tokens(rows))
 
     def _logps_and_values(self, rows: Dataset) -> tuple[Tensor, Tensor | None]:
         """``[S]`` log-probabilities of the tokens, and the values of the states in which they are chosen."""
@@ -167,14 +167,14 @@ class RolloutFiles:
             return self._logps(rows), None
         value.module.eval()
         if value.head is None:
-            return self._logps(rows), trainer.of_responses(rows, value.of, response_tokens(rows))
+            return self._logps(rows), trainer.compute_for_responses(rows, value.of, response_tokens(rows))
 
         def compute(batch: PackedBatch) -> Tensor:
             found = token_outputs(trainer.model, batch, value_head=value.head, path=trainer.path)
             assert found.values is not None
             return torch.stack([found.logps, found.values], dim=1)
 
-        logps, values = trainer.of_responses(rows, compute, response_tokens(rows), columns=(2,)).unbind(1)
+        logps, values = trainer.compute_for_responses(rows, compute, response_tokens(rows), columns=(2,)).unbind(1)
         return logps, values
 
 
@@ -200,7 +200,7 @@ def _scores(
     return found
 
 
-def _by_response(values: Tensor, ids: Sequence[Sequence[Sequence[int]]]) -> list[Any]:
+def _split_by_response(values: Tensor, ids: Sequence[Sequence[Sequence[int]]]) -> list[Any]:
     """Numbers of tokens, ``[S]``, as a list for each response of each prompt."""
     each = iter(values.cpu().split([len(one) for responses in ids for one in responses]))
     return [[next(each).tolist() for _ in responses] for responses in ids]

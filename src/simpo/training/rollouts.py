@@ -20,7 +20,7 @@ from simpo.data.tokenizing import TOKENS
 from simpo.errors import SimpoError
 from simpo.generation.engine import Sampled
 from simpo.objectives.policy_gradient import advantages, kl_estimate, sum_by, whiten
-from simpo.objectives.ppo import ScoreScale, adapted_kl
+from simpo.objectives.ppo import ScoreScale, adapt_kl_coefficient
 from simpo.training.batches import (
     ADVANTAGES,
     BEHAVIOR,
@@ -55,7 +55,7 @@ class Answered(NamedTuple):
 Annotator = Callable[[Sequence[Answered]], Sequence[Sequence[float | None]]]
 
 
-def prompts_of(rows: Dataset) -> list[Prompt]:
+def prompts_from_rows(rows: Dataset) -> list[Prompt]:
     """The prompts of rows that :meth:`~simpo.training.online.OnlineTrainer.prepare` has made."""
     found = [json.loads(text) for text in rows[CONTENT][:]]
     return [Prompt(**fields | {"context": Context(**fields["context"])}) for fields in found]
@@ -153,7 +153,9 @@ def adaptation(records: Sequence[Record], previous: Sequence[Record] | None, arg
             answers = sum(len(record["response_ids"]) for record in previous)
             measured = sum(map(_divergence, previous)) / answers
             assert args.kl_horizon is not None
-            coefficient = adapted_kl(coefficient, measured, answers, target=args.kl_target, horizon=args.kl_horizon)
+            coefficient = adapt_kl_coefficient(
+                coefficient, measured, answers, target=args.kl_target, horizon=args.kl_horizon
+            )
         return {"kl_coef": coefficient, **{key: previous[0][key] for key in ("score_mean", "score_std")}}
     scale = ScoreScale()
     if args.normalize_scores:

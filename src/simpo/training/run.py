@@ -25,15 +25,15 @@ from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import provisional, staged_files
 from simpo.runs.folder import RunFolder
 from simpo.runs.results import EXAMPLES, FILE_NAME, HELD_OUT, Metric, write_results
-from simpo.training.callbacks import MetricsFile, RunCallback, log_in_lines
+from simpo.training.callbacks import MetricsFile, RunCallback, log_as_lines
 from simpo.training.card import write_model_card
-from simpo.training.checkpoints import StopOnSignal, check_whole, last_good_checkpoint, shared_staging
+from simpo.training.checkpoints import StopOnSignal, check_complete, last_good_checkpoint, shared_staging
 from simpo.training.examples import write_examples
 from simpo.training.guard import Guard
-from simpo.training.identity import Identity, named_checkpoint, settings_of, training_identity
+from simpo.training.identity import Identity, checkpoint_from_recipe, settings_of, training_identity
 from simpo.training.metrics import Scores, read_scores, write_scores
 from simpo.training.packed import PackedTrainer
-from simpo.training.settings import DataArguments, load_datasets, settings_refused, try_optimizer
+from simpo.training.settings import DataArguments, check_optimizer, explain_settings_errors, load_datasets
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,15 @@ def _prepare(
         config.eval_strategy, config.do_eval = type(config.eval_strategy)("no"), False
     for callback in job.run_callbacks:
         callback.prepare(config, tokenizer, raw.get("eval"), folder.log)
-    checkpoint = named_checkpoint(config)
+    checkpoint = checkpoint_from_recipe(config)
     if checkpoint is not None:
-        check_whole(Path(checkpoint))
+        check_complete(Path(checkpoint))
     identity = training_identity(job.model, job.data, config, train, held_out)
     identity |= {key: str(value) for key, value in job.callback_settings.items()}
     _check_ranks_agree(identity, config)
     set_seed(config.seed)  # a new adapter's first weights are random
     model = kind.load(job.model.model_name_or_path, job.model)
-    with settings_refused():
+    with explain_settings_errors():
         trainer = kind(
             model,
             args=config,
@@ -156,7 +156,7 @@ def _prepare(
         )
     for callback in job.run_callbacks:
         callback.check_trainer(trainer)
-    try_optimizer(trainer)
+    check_optimizer(trainer)
     if generation := getattr(trainer.model, "generation_config", None):
         with third_party("model_name_or_path: generation_config.json"):  # which saving would refuse
             generation.validate(strict=True)
@@ -226,7 +226,7 @@ def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
     trainer.add_callback(stop)
     if folder.writes:
         trainer.add_callback(MetricsFile(folder.metrics))
-        log_in_lines(trainer, folder.log)
+        log_as_lines(trainer, folder.log)
     set_seed(trainer.args.seed)  # whether the held-out rows have just been scored or their scores were read
     with stop:
         outcome = trainer.train(resume_from_checkpoint=_starting_point(trainer, folder))
@@ -259,7 +259,7 @@ def _starting_point(trainer: PackedTrainer, folder: RunFolder) -> str | None:
         return str(found)
     if folder.resuming:
         folder.log("no checkpoint had been saved: starting from the beginning")
-    return named_checkpoint(trainer.args)
+    return checkpoint_from_recipe(trainer.args)
 
 
 def _save_model(trainer: PackedTrainer, folder: Path, dtype: str | None) -> None:

@@ -37,7 +37,7 @@ def sample_answers(
 
 
 @contextmanager
-def separate_randomness(device: torch.device) -> Iterator[None]:
+def preserve_rng_state(device: torch.device) -> Iterator[None]:
     """Judges and models may draw or seed random numbers without effect on the training."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -292,7 +292,7 @@ def load_datasets(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
 
 
 @contextmanager
-def settings_refused() -> Iterator[None]:
+def explain_settings_errors() -> Iterator[None]:
     """Turn an error into one line while settings are used; for calls in which nothing else can be wrong."""
     try:
         yield
@@ -302,7 +302,7 @@ def settings_refused() -> Iterator[None]:
         raise SimpoError(f"training is impossible with these settings: {one_line(error)}") from error
 
 
-def try_optimizer(trainer: Any) -> None:
+def check_optimizer(trainer: Any) -> None:
     """Make the optimizer and schedule that training will make again, to find settings that they reject."""
     if trainer.optimizer is None and not trainer.is_deepspeed_enabled:
         with third_party("training is impossible with these settings"):

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from simpo.errors import SimpoError, one_line
-from simpo.models.adapters import adapter_tensors, load_adapter, stored_adapter
+from simpo.models.adapters import adapter_tensors, load_adapter, read_adapter_tensors
 from simpo.models.zero import gathered_forwards, prepare_deepspeed
 
 
@@ -101,7 +101,7 @@ class ShardedTrainer(Trainer):
         if not self._shards:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = _gathered_state(self.optimizer, keep=self.args.should_save)
+        state = _gather_state(self.optimizer, keep=self.args.should_save)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -218,7 +218,7 @@ def _load_sharded(model: nn.Module, folder: Path) -> None:
     own: dict[str, Tensor] = model.state_dict()
     stored: Iterable[tuple[str, Tensor]] = ((name, tensor[...]) for name, tensor in stored_tensors(folder))
     if isinstance(model, PeftModel):
-        own, stored = adapter_tensors(model), stored_adapter(str(folder)).items()
+        own, stored = adapter_tensors(model), read_adapter_tensors(str(folder)).items()
     found = False
     with torch.no_grad():
         for name, tensor in stored:
@@ -244,7 +244,7 @@ def _load_renamed(folder: Path, model: PreTrainedModel) -> None:
         raise SimpoError(f"resume_from_checkpoint: {folder} is of another model ({one_line(error, 200)})") from error
 
 
-def _gathered_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
+def _gather_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
     """The optimizer's state with whole tensors on the CPU, as without sharding; empty on ranks that do not keep it."""
     state = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

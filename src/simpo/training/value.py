@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from simpo.errors import SimpoError
 from simpo.models.loading import load_tokenizer
-from simpo.models.preparation import disable_dropout, freeze_unreached
+from simpo.models.preparation import disable_dropout, freeze_parts_unused_by_text
 from simpo.models.reward import load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch, TokenizedComparison
@@ -88,12 +88,12 @@ class ValueFunction:
             if group:
                 optimizer.add_param_group({"params": group, "weight_decay": decay, "lr": rate})
 
-    def begin_step(self) -> None:
+    def prepare_step(self) -> None:
         """Forget the gradients of the step before."""
         self.module.train()
         self.module.zero_grad()
 
-    def end_step(self, accelerator: Accelerator, max_norm: float) -> float:
+    def average_and_clip_gradients(self, accelerator: Accelerator, max_norm: float) -> float:
         """Average gradients over ranks and clip them to ``max_norm`` (0: not); returns their norm before."""
         for parameter in self.parameters:
             if parameter.grad is not None and accelerator.num_processes > 1:
@@ -169,5 +169,5 @@ def _load(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase | Non
             f"value_model: {name} has another vocabulary than the policy, whose tokens it has to read; train a reward "
             "model that starts from the policy's family, or leave it out"
         )
-    freeze_unreached(model)
+    freeze_parts_unused_by_text(model)
     return model

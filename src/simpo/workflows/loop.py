@@ -34,12 +34,12 @@ from simpo.models.devices import free_memory
 from simpo.models.loading import load_tokenizer
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
-from simpo.runs.results import FILE_NAME, Metric, print_whole, read_results
+from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results
 from simpo.runs.signals import stoppable
 from simpo.statistics import Interval
 from simpo.training.identity import settings_identity, settings_of
 from simpo.training.preference import PreferenceTrainer
-from simpo.training.settings import settings_refused, try_optimizer
+from simpo.training.settings import check_optimizer, explain_settings_errors
 from simpo.workflows.loop_settings import LoopRecipe
 from simpo.workflows.pair import make_pairs
 from simpo.workflows.rounds import ROUND_FILE, Rounds
@@ -183,7 +183,7 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
     config.report_to, config.load_best_model_at_end = [], False
     config.eval_strategy = type(config.eval_strategy)("no")
     name = recipe.model.model_name_or_path
-    with TemporaryDirectory() as folder, settings_refused():
+    with TemporaryDirectory() as folder, explain_settings_errors():
         config.output_dir = folder
         trainer = PreferenceTrainer(
             PreferenceTrainer.load(name, recipe.model),
@@ -191,7 +191,7 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
             train_dataset=Dataset.from_list(pairs),
             processing_class=load_tokenizer(name, recipe.model, chat_template=recipe.settings.chat_template),
         )
-        try_optimizer(trainer)
+        check_optimizer(trainer)
     del trainer
     free_memory()
 
@@ -203,9 +203,9 @@ def _confirm_cost(recipe: LoopRecipe, options: JudgeOptions, rounds: int, log: L
     training, held_out = (read_prompts(rows)[0] for rows in _prompt_rows(recipe).values())
     if shared := len({prompt.id for prompt in training} & {prompt.id for prompt in held_out}):
         log(f"note: {shared:,} of {len(held_out):,} eval_prompts are also among prompts, which are trained on")
-    answers = [answerer.stand_in(f"a{k}") for k in range(recipe.sampling.n)]
+    answers = [answerer.placeholder_answer(f"a{k}") for k in range(recipe.sampling.n)]
     estimate = annotator.estimate([Answers(prompt.id, prompt.content, answers) for prompt in training])
-    a, b = ([answerer.stand_in(f"{side}{k}") for k in range(recipe.settings.eval_n)] for side in "ab")
+    a, b = ([answerer.placeholder_answer(f"{side}{k}") for k in range(recipe.settings.eval_n)] for side in "ab")
     pairs = [Pair(prompt.id, prompt.content, *two) for prompt in held_out for two in product(a, b)]
     estimates = [estimate, *(judge.estimate(pairs) for judge in make_judges(recipe.judges, options).values())]
     confirm_cost(sum(estimates, Estimate()) * rounds, yes=recipe.settings.yes, log=log)
@@ -218,7 +218,7 @@ def _run_rounds(rounds: Rounds) -> list[Metric]:
     """Run all rounds, plot them and return the metrics of the loop."""
     settings = rounds.recipe.settings
     found: dict[int, list[Metric]] = {}
-    rounds.answer_from_start()
+    rounds.sample_start_answers()
     last_good = 0
     for number in range(1, settings.rounds + 1):
         folder = rounds.folder / f"round-{number}"
@@ -276,4 +276,4 @@ def print_loop(folder: Path) -> None:
                 value += f" [{cell.low:.3g}, {cell.high:.3g}]"
             cells.append(Text(value))
         table.add_row(number, *cells)
-    print_whole(Console(), table)
+    print_full_width(Console(), table)

@@ -10,7 +10,7 @@ from simpo.errors import SimpoError
 from simpo.generation.sample import PromptArguments
 from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.models.settings import ModelArguments
-from simpo.training.identity import named_checkpoint
+from simpo.training.identity import checkpoint_from_recipe
 from simpo.workflows.pair import PairSettings
 
 
@@ -77,7 +77,7 @@ class LoopRecipe:
             raise SimpoError(f"n: {self.sampling.n} answer to a prompt cannot be compared; set n to 2 or more")
         if self.settings.engine == "vllm" and self.model.use_peft:
             raise SimpoError("engine: vllm samples from whole models, no adapters; use transformers or use_peft: false")
-        if named_checkpoint(self.config) is not None:
+        if checkpoint_from_recipe(self.config) is not None:
             raise SimpoError("resume_from_checkpoint: every round starts from the previous round's model; leave it out")
 
     @property

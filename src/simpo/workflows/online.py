@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from simpo.client import ChatClient, Endpoint, confirm_cost, stand_in
+from simpo.client import ChatClient, Endpoint, confirm_cost, placeholder_answer
 from simpo.client.cache import default_cache
 from simpo.judging.protocol import Answers, Scorer
 from simpo.judging.registry import make_annotator
@@ -17,7 +17,7 @@ from simpo.judging.settings import AnnotatorArguments, JudgeOptions
 from simpo.runs.log import Log
 from simpo.training.callbacks import RunCallback
 from simpo.training.online_config import OnlineConfig
-from simpo.training.rollouts import Answered, prompts_of
+from simpo.training.rollouts import Answered, prompts_from_rows
 
 _TRIED_PROMPTS = 2
 
@@ -60,12 +60,14 @@ class Annotation(RunCallback):
             return
         number = self._config.num_generations
         if self._scorer.usage is None:
-            few = prompts_of(trainer.train_dataset.select(range(min(_TRIED_PROMPTS, len(trainer.train_dataset)))))
+            few = prompts_from_rows(
+                trainer.train_dataset.select(range(min(_TRIED_PROMPTS, len(trainer.train_dataset))))
+            )
             self._scorer.score([Answers(one.id, one.content, ["Answer."] * number, one.context) for one in few])
             return
         assert self._config.max_new_tokens is not None
-        longest = [stand_in(self._config.max_new_tokens, f"a{k}") for k in range(number)]
-        prompts = prompts_of(trainer.train_dataset)
+        longest = [placeholder_answer(self._config.max_new_tokens, f"a{k}") for k in range(number)]
+        prompts = prompts_from_rows(trainer.train_dataset)
         estimate = self._scorer.estimate([Answers(one.id, one.content, longest, one.context) for one in prompts])
         passes = math.ceil(self._config.num_train_epochs)
         if self._config.max_steps > 0:

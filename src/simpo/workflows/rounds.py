@@ -93,7 +93,7 @@ class Rounds:
         """Folder of a round's model."""
         return self.folder / f"round-{number}" / "model"
 
-    def answer_from_start(self) -> None:
+    def sample_start_answers(self) -> None:
         """Sample the start model's answers to the held-out prompts."""
         self.log("sampling the start model's answers to the held-out prompts")
         self._sample(0, self.recipe.held_out_prompts, self.recipe.held_out_sampling, self.folder / _START)

@@ -22,13 +22,13 @@ from transformers import Trainer, TrainerControl, TrainerState
 from simpo.analysis.plots import plot_effects
 from simpo.errors import SimpoError
 from simpo.models.devices import free_memory
-from simpo.models.loading import check_stored
+from simpo.models.loading import check_model_files
 from simpo.runs.atomic import write_text
 from simpo.runs.folder import FILE_NAME as RECORD
 from simpo.runs.folder import FolderInUseError, RunFolder, RunRecord
 from simpo.runs.lines import read_lines
 from simpo.runs.log import Log, redact
-from simpo.runs.results import FILE_NAME, Metric, print_whole, read_results
+from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results
 from simpo.training.callbacks import RunCallback
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob, prepare_data, run_training
@@ -178,7 +178,7 @@ def _check(sweep: Sweep) -> None:
         package.setLevel(logging.ERROR)  # the first trial reports the same
         try:
             prepare_data(PreferenceTrainer, job)
-            check_stored(job.model)
+            check_model_files(job.model)
         finally:
             package.setLevel(level)
 
@@ -338,7 +338,7 @@ def print_table(
         cells = (str(trial.number), *(trial.values.get(axis.key, "") for axis in axes), outcome)
         table.add_row(*map(Text, cells))
     console = console or Console()
-    print_whole(console, table)
+    print_full_width(console, table)
     failed = [f"trial {trial.number} failed: {trial.reason}" for trial in results if trial.state == "failed"]
     repeated = ", ".join(str(trial.number) for trial in results if trial.same_as is not None)
     notes = [f"drawn with values tried before and not run again: trials {repeated}"] if repeated else []
