@@ -172,9 +172,9 @@ def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["inspect", "pairs.jsonl", "org/model"], "pairs.jsonl is a file of data"),
-        (["inspect", "pairs.parquet"], "pairs.parquet is a file of data"),
-        (["sample", "prompts.csv", "org/model", "--output_dir=o"], "prompts.csv is a file of data"),
+        (["inspect", "pairs.jsonl", "org/model"], "pairs.jsonl is a data file"),
+        (["inspect", "pairs.parquet"], "pairs.parquet is a data file"),
+        (["sample", "prompts.csv", "org/model", "--output_dir=o"], "prompts.csv is a data file"),
         (["train", "pairs.jsonl", "--output_dir=o"], "name it with --dataset_name pairs.jsonl"),
         (["trian"], "did you mean train?"),
     ],

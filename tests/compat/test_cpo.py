@@ -288,8 +288,8 @@ def test_alpha_makes_it_alphapo(settings):
         ({"gamma": 1.0}, "gamma: CPOConfig's key is simpo_gamma"),
         ({"sft_weight": 0.1}, "sft_weight: CPOConfig's key is cpo_alpha"),
         ({"beta": 0.0}, "beta must be > 0"),
-        ({"cpo_alpha": -1.0}, "cpo_alpha: must be >= 0"),
-        ({"simpo_gamma": float("nan")}, "simpo_gamma: must be >= 0"),
+        ({"cpo_alpha": -1.0}, "cpo_alpha: must be at least 0, not -1"),
+        ({"simpo_gamma": float("nan")}, "simpo_gamma: must be finite, not nan"),
         ({"truncation_mode": "middle"}, "truncation_mode"),
         ({"max_length": 100, "max_prompt_length": 100}, "max_prompt_length: 100 leaves no room"),
     ],
@@ -303,7 +303,7 @@ def test_keys_that_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        ({"model": None}, {}, "model: give a model"),
+        ({"model": None}, {}, "model: pass a model"),
         ({"data_collator": list}, {}, "data_collator: not supported"),
         ({"model_init": list}, {}, "model_init: not supported"),
         ({"preprocess_logits_for_metrics": list}, {}, "preprocess_logits_for_metrics: not supported"),
@@ -325,7 +325,7 @@ def test_arguments_that_are_refused(arguments, settings, message, make_trainer):
 def test_models_that_are_refused(make_trainer, opt):
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     adapted = make_trainer(arguments={"peft_config": lora}).model
-    with pytest.raises(SimpoError, match="peft_config: the model has an adapter already"):
+    with pytest.raises(SimpoError, match="peft_config: the model already has an adapter"):
         make_trainer(arguments={"model": adapted, "peft_config": lora})
     opt.is_loaded_in_4bit = True
     with pytest.raises(SimpoError, match="peft_config: not for quantized models"):

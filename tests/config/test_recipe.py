@@ -361,7 +361,7 @@ def test_arguments_by_position_can_be_in_the_file(recipe):
         (["a", "b", "--model", "m"], ["b: expected", "MODEL DATA"]),
         (["d", "--model"], ["--model: a value is missing"]),
         (["m", "d", "--prices", "1"], ["--prices: '1' is not a list of a number, a number"]),
-        (["rows.jsonl", "m"], ["rows.jsonl is a file of data", "--model MODEL"]),
+        (["rows.jsonl", "m"], ["rows.jsonl is a data file", "--model MODEL"]),
     ],
 )
 def test_mistakes_with_arguments_by_position(argv, parts):
@@ -438,7 +438,7 @@ def test_older_spellings_are_mapped_each_with_a_notice(recipe, caplog):
 @pytest.mark.parametrize("key", ["overwrite_output_dir", "save_safetensors", "logging_dir", "padding_free"])
 def test_keys_that_mean_nothing_are_dropped_with_a_notice(caplog, key):
     parse_training("--name", "m", f"--{key}", "true")
-    assert caplog.messages == [f"--{key} means nothing here and is dropped"]
+    assert caplog.messages == [f"--{key} has no effect here and is dropped"]
 
 
 def test_gradient_checkpointing_has_one_meaning_under_both_names(recipe):

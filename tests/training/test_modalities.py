@@ -116,7 +116,7 @@ def test_text_reaches_all_but_the_vision_parts(kind, write, random_comparisons, 
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     freeze_parts_unused_by_text(model)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == reached
-    assert "text does not reach it: " + ", ".join(KINDS[kind][1]) in caplog.text
+    assert "text does not use it: " + ", ".join(KINDS[kind][1]) in caplog.text
     found = policy_logprobs(model, PackedBatch.build(comparisons))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert state_of(model).path == "packed"

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     if "--calibrate" in argv:
         return _calibrate(argv)
     options = reversed(split_options(argv)[1])
-    command = next((words[0][1] for name, words in options if name == "command" and words), "train")
+    command = next((values[0][1] for name, values in options if name == "command" and values), "train")
     config, *others = _RECIPES.get(command, _RECIPES["train"])
     planned = type("Planned", (config,), {"_check_optimizer": lambda self: None})  # its package may be elsewhere
     types = (ModelArguments, DataArguments, planned, PlanSettings, *others)

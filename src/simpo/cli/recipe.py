@@ -34,7 +34,7 @@ class RecipeSettings:
 
 def main(argv: list[str]) -> int:
     """Print the recipe, or write it to a file."""
-    argv = [re.sub(r"^--from(?==|$)", "--from_file", word) for word in argv]  # "from" is a keyword of Python
+    argv = [re.sub(r"^--from(?==|$)", "--from_file", argument) for argument in argv]  # "from" is a keyword of Python
     (settings,) = parse_settings(argv, (RecipeSettings,), command="recipe", about=__doc__)
     command = "train"
     if settings.from_file is not None:

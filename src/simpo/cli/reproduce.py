@@ -34,9 +34,9 @@ class ReproduceSettings:
 
 def main(argv: list[str]) -> int:
     """Run the studies, or print the plan; then print the verdicts."""
-    words, _ = split_options(argv)
-    named = ["--studies", *(word for _, word in words)] if words else []
-    settings_argv = [*named, *argv[len(words) :]]
+    plain, _ = split_options(argv)
+    named = ["--studies", *(name for _, name in plain)] if plain else []
+    settings_argv = [*named, *argv[len(plain) :]]
     (settings,) = parse_settings(settings_argv, (ReproduceSettings,), command="reproduce", about=__doc__)
     require_single_process("reproduce", "start it without torchrun")
     studies = read_studies(settings.studies)

@@ -76,15 +76,15 @@ def main(argv: list[str]) -> int:
 def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
     """The sweep, and the recipe's keys as written."""
     path = recipe_of(argv)
-    words, options = split_options(argv[0 if path is None else 1 :])
-    given: dict[str, list[str]] = {"model_name_or_path": [text for _, text in words]} if words else {}
+    plain, options = split_options(argv[0 if path is None else 1 :])
+    given: dict[str, list[str]] = {"model_name_or_path": [text for _, text in plain]} if plain else {}
     for name, texts in options:
         key = "model_name_or_path" if name == "model" else name
         given.setdefault(key, []).extend(text for _, text in texts)
     # The sweep's own settings are parsed here, the others by every trial.
     own = [name for name in given if name in keys_of([SweepSettings])]
-    own_arguments = [word for name in own for word in (f"--{name}", *given.pop(name))]
-    own_arguments += [word for word in argv if word in ("-h", "--help")]
+    own_arguments = [argument for name in own for argument in (f"--{name}", *given.pop(name))]
+    own_arguments += [argument for argument in argv if argument in ("-h", "--help")]
     (settings,) = parse_settings(own_arguments, (SweepSettings,), command="sweep", about=__doc__)
     keys = keys_of((ModelArguments, DataArguments, PreferenceConfig, GenerationArguments))
     axes = read_axes(given, {name: key.annotation for name, key in keys.items()})

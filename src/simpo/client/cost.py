@@ -1,4 +1,4 @@
-"""What requests cost: estimated before they are sent, counted afterwards."""
+"""The cost of requests: estimated before they are sent, counted afterwards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is about to be sent.
+    """The size of the requests that are about to be sent.
 
     Attributes:
         requests: number of requests that will be sent.
@@ -79,7 +79,7 @@ class Estimate:
 
 @dataclass
 class Usage:
-    """What a client has sent and received so far.
+    """Counts of what a client has sent and received so far.
 
     Attributes:
         sent: requests that the server answered.

@@ -228,7 +228,7 @@ class Sender:
 
 
 def _attempts(request: Any) -> int:
-    """How often a request has been sent, by the header in which openai counts."""
+    """The number of times a request has been sent, by the header in which openai counts."""
     return 1 + int(request.headers.get("x-stainless-retry-count", 0))
 
 

@@ -79,7 +79,7 @@ class PortedKeys:
 
 @dataclass
 class TRLKeys(PortedKeys):
-    """What TRL's configurations share, with the defaults of TRL 1.16."""
+    """The keys that TRL's configurations share, with the defaults of TRL 1.16."""
 
     learning_rate: float = setting(1e-6, "Peak learning rate.")
     bf16: bool | None = setting(None, "Compute in bf16; True unless fp16 is set.")

@@ -33,7 +33,7 @@ _UNPAIRED_AT_ONCE = 1000  # pairs; their chosen responses come before their reje
 
 @dataclass
 class _ReferenceKeys(TRLKeys, PreferenceConfig):  # type: ignore[misc, valid-type]
-    """What TRL's configurations with a reference model share."""
+    """The keys that TRL's configurations with a reference model share."""
 
     precompute_ref_log_probs: bool = setting(
         False, "Has no effect here: log-probabilities of the reference are computed once."

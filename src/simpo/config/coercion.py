@@ -30,9 +30,9 @@ _STRICTNESS = (Literal, bool, int, float, dict, tuple, str, Path, list)
 _ABSTRACT: dict[Any, Any] = {collections.abc.Mapping: dict, collections.abc.Sequence: list}
 
 
-def nearest(word: str, words: Iterable[str], meaning: Mapping[str, str] | None = None) -> str:
-    """``"; did you mean ...?"`` with the most similar of ``words``, or its ``meaning``; empty if none is similar."""
-    close = difflib.get_close_matches(word, sorted(words), n=1)
+def nearest(name: str, known: Iterable[str], meaning: Mapping[str, str] | None = None) -> str:
+    """``"; did you mean ...?"`` with the most similar ``known`` name, or its ``meaning``; empty if none is similar."""
+    close = difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {(meaning or {}).get(close[0], close[0])}?" if close else ""
 
 

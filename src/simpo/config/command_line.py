@@ -14,7 +14,7 @@ _DATA_SUFFIXES = (".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")  # not 
 _MODEL = ("model", "model_name_or_path")  # options that name the model of any command that takes one by position
 _TRUTH = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
-Words = list[tuple[int, str]]  # with their positions on the command line
+Arguments = list[tuple[int, str]]  # with their positions on the command line
 
 
 def split_recipe(arguments: list[str], keys: Mapping[str, Key]) -> tuple[str | None, list[str]]:
@@ -35,58 +35,53 @@ def split_recipe(arguments: list[str], keys: Mapping[str, Key]) -> tuple[str | N
 def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Set[str]) -> list[Setting]:
     """The settings of the command line, after the recipe, in their order.
 
-    ``--key value ...`` and ``--key=value`` are the same, and so are ``-`` and ``_`` in keys. Words before the first
+    ``--key value ...`` and ``--key=value`` are the same, and so are ``-`` and ``_`` in keys. Arguments before the first
     option, and those after an option that it cannot use, are the values of positional keys. An option for a list may be
-    repeated; of others the last one counts.
-
-    Args:
-        arguments: those after the recipe.
-        keys: the keys of the command.
-        in_file: the keys that the recipe contains.
+    repeated; of others the last one counts. ``in_file`` are the keys that the recipe contains.
 
     Raises:
-        SimpoError: a word that belongs to no key.
+        SimpoError: an argument that belongs to no key.
     """
-    words, options = split_options(arguments)
+    plain, options = split_options(arguments)
     positionals = [key for key in keys.values() if key.positional]
     options = _rename_model_options(options, [key.name for key in positionals])
-    given = {name for name, _ in options}
-    unfilled = [key.name for key in positionals if key.name not in given]
-    if len(words) < len(unfilled):
+    named = {name for name, _ in options}
+    unfilled = [key.name for key in positionals if key.name not in named]
+    if len(plain) < len(unfilled):
         not_in_file = [name for name in unfilled if name not in in_file]
-        words = sorted(words + _take_unneeded_values(options, keys, max(0, len(not_in_file) - len(words))))
-        unfilled = not_in_file if words and len(not_in_file) >= len(words) else unfilled
-    several = unfilled[-1] if unfilled and accepts(keys[unfilled[-1]].annotation, list) else None
-    if len(words) > len(unfilled) and several is None:
+        plain = sorted(plain + _take_unneeded_values(options, keys, max(0, len(not_in_file) - len(plain))))
+        unfilled = not_in_file if plain and len(not_in_file) >= len(plain) else unfilled
+    list_key = unfilled[-1] if unfilled and accepts(keys[unfilled[-1]].annotation, list) else None
+    if len(plain) > len(unfilled) and list_key is None:
         usage = " ".join(["[RECIPE.yaml]", *(key.positional for key in positionals), "[--key value ...]"])
-        raise SimpoError(f"{words[len(unfilled)][1]}: expected {usage}")
+        raise SimpoError(f"{plain[len(unfilled)][1]}: expected {usage}")
     settings = []
-    if several is not None and len(words) >= len(unfilled):  # the last positional key takes all words that are left
-        texts = [text for _, text in words[len(unfilled) - 1 :]]
-        settings.append(Setting(several, texts, None, keys[several].positional))
+    if list_key is not None and len(plain) >= len(unfilled):  # the last positional key takes all that are left
+        texts = [text for _, text in plain[len(unfilled) - 1 :]]
+        settings.append(Setting(list_key, texts, None, keys[list_key].positional))
         unfilled = unfilled[:-1]
-    for name, (_, text) in zip(unfilled, words, strict=False):
+    for name, (_, text) in zip(unfilled, plain, strict=False):
         if keys[name].positional == "MODEL" and text.endswith(_DATA_SUFFIXES):
             remedy = (
                 f"name it with --dataset_name {text}"
                 if "dataset_name" in keys
                 else "give the model before it or as --model MODEL"
             )
-            raise SimpoError(f"{text} is a file of data, and not a model, which comes first; {remedy}")
+            raise SimpoError(f"{text} is a data file, not a model, which comes first; {remedy}")
         settings.append(Setting(name, text, None, keys[name].positional))
     merged: dict[str, list[str]] = {}
-    for name, own in options:
+    for name, values in options:
         if name in keys and not accepts(keys[name].annotation, list):
             merged.pop(name, None)  # of an option that takes one value, the last occurrence counts
-        merged.setdefault(name, []).extend(text for _, text in own)
+        merged.setdefault(name, []).extend(text for _, text in values)
     return settings + [Setting(name, _option_value(texts), None, f"--{name}") for name, texts in merged.items()]
 
 
-def split_options(arguments: list[str]) -> tuple[Words, list[tuple[str, Words]]]:
-    """The words before the first option, and every option with the words after it."""
-    words: Words = []
-    options: list[tuple[str, Words]] = []
-    current = words
+def split_options(arguments: list[str]) -> tuple[Arguments, list[tuple[str, Arguments]]]:
+    """The arguments before the first option, and every option with the arguments after it."""
+    plain: Arguments = []
+    options: list[tuple[str, Arguments]] = []
+    current = plain
     for position, argument in enumerate(arguments):
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
@@ -94,25 +89,25 @@ def split_options(arguments: list[str]) -> tuple[Words, list[tuple[str, Words]]]
             options.append((name.replace("-", "_"), current))
         else:
             current.append((position, argument))
-    return words, options
+    return plain, options
 
 
-def _rename_model_options(options: list[tuple[str, Words]], positionals: list[str]) -> list[tuple[str, Words]]:
-    """The options with ``--model`` or ``--model_name_or_path`` under the name that the command has for its model."""
+def _rename_model_options(options: list[tuple[str, Arguments]], positionals: list[str]) -> list[tuple[str, Arguments]]:
+    """The options, with ``--model`` and ``--model_name_or_path`` renamed to the command's key for its model."""
     models = [name for name in positionals if name in (*_MODEL, "a", "b")]
-    given = [words for name, words in options if name in _MODEL]
-    if not models or not given:
+    count = sum(name in _MODEL for name, _ in options)
+    if not models or not count:
         return options
-    if len(models) > 1 and len(given) != len(models):
-        raise SimpoError(f"--model: this command takes {len(models)}, not {len(given)}")
-    names = iter(models if len(models) > 1 else models * len(given))
-    return [(next(names) if name in _MODEL else name, words) for name, words in options]
+    if len(models) > 1 and count != len(models):
+        raise SimpoError(f"--model: this command takes {len(models)}, not {count}")
+    names = iter(models if len(models) > 1 else models * count)
+    return [(next(names) if name in _MODEL else name, values) for name, values in options]
 
 
-def _take_unneeded_values(options: list[tuple[str, Words]], keys: Mapping[str, Key], wanted: int) -> Words:
-    """Remove up to ``wanted`` words from options that do not need them, as ``MODEL`` in ``--n 2 MODEL``."""
-    found: Words = []
-    for name, words in options:
+def _take_unneeded_values(options: list[tuple[str, Arguments]], keys: Mapping[str, Key], wanted: int) -> Arguments:
+    """Remove up to ``wanted`` values from options that do not need them, as ``MODEL`` in ``--n 2 MODEL``."""
+    found: Arguments = []
+    for name, values in options:
         key = keys.get(name)
         if key is None or (accepts(key.annotation, list, dict) and not key.repeat):
             continue
@@ -120,11 +115,11 @@ def _take_unneeded_values(options: list[tuple[str, Words]], keys: Mapping[str, K
         if accepts(key.annotation, tuple):
             needed = 2
         elif accepts(key.annotation, bool) and not accepts(key.annotation, str, int, float):
-            needed = int(bool(words) and words[0][1].lower() in _TRUTH)
-        spare = words[needed:][: wanted - len(found)]
+            needed = int(bool(values) and values[0][1].lower() in _TRUTH)
+        spare = values[needed:][: wanted - len(found)]
         if spare:
             found += spare
-            words[:] = words[:needed] + words[needed + len(spare) :]
+            values[:] = values[:needed] + values[needed + len(spare) :]
     return found
 
 

@@ -5,7 +5,7 @@ A setting is a field of a dataclass, next to what it configures. Its ``metadata`
 - ``help``: the meaning, in a sentence.
 - ``least``, ``above``, ``most``, ``below``: bounds of a number; None is always allowed.
 - ``positional``: how help calls the value, such as ``MODEL``, if it can also be given without ``--key``.
-- ``repeat``: True for a list whose option takes one word and is repeated for several.
+- ``repeat``: True for a list whose option takes one value and is repeated for several.
 
 A command combines dataclasses: as fields of its own dataclass, whose keys are then keys of the command. The default of
 such a field is an instance whose values are the defaults of the keys, and its ``metadata`` can have:
@@ -226,7 +226,7 @@ def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting],
 
 def _with_place(message: str, settings: Mapping[str, Setting]) -> str:
     """The message in one line, after the place of the first setting that it names, if that is in the file."""
-    named = (settings[word] for word in re.findall(r"\w+", message) if word in settings)
+    named = (settings[name] for name in re.findall(r"\w+", message) if name in settings)
     first = next(named, None)
     text = " ".join(message.split())
     return text if first is None or first.place is None else f"{first.place}: {text}"

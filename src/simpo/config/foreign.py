@@ -189,7 +189,7 @@ _DETERMINE_THE_OBJECTIVE = {
     *("objective", "loss_type", "stage", "rl", "rlhf_type", "pref_loss", "dpo_loss_type", "trainer_type", "link"),
     *("gamma", "gamma_beta_ratio", "simpo_gamma", "dpo_gamma_beta_ratio"),
 }
-# Spellings that are too common to tell that a recipe is another toolkit's.
+# Keys that are too common to show that a recipe belongs to another toolkit.
 _COMMON = {"model", "model_name", "lr", "epochs", "optimizer", "batch_size", "config", "env"}
 _OFF = (None, "false", "no", "off", "0", "0.0", "none", "")
 
@@ -253,7 +253,7 @@ def _use_flash_attention_2(value: Any, given: Set[str]) -> dict[str, Any]:
 
 
 def known_spellings(known: Set[str]) -> dict[str, Alias]:
-    """How keys are read that are not among the ``known`` ones; those of other toolkits are keys of training."""
+    """The meaning of keys that are not among the ``known`` ones; those of other toolkits apply to training only."""
     spellings: dict[str, Alias] = {"warmup_ratio": _warmup_ratio, "use_flash_attention_2": _use_flash_attention_2}
     if "learning_rate" in known:
         spellings |= {key: lambda value, given: {} for key in (*_MEANINGLESS, *DROPPED)}
@@ -269,7 +269,7 @@ def known_spellings(known: Set[str]) -> dict[str, Alias]:
     return spellings
 
 
-# ---- Settings in the spelling of today.
+# ---- Translation of settings.
 
 
 def resolve(
@@ -279,7 +279,7 @@ def resolve(
     given: Set[str],
     mistakes: list[str],
 ) -> dict[str, Setting]:
-    """The settings of one place by field, in the spelling of today; errors are added to ``mistakes``."""
+    """The settings of one place by field, with foreign keys translated; errors are added to ``mistakes``."""
     resolved: dict[str, Setting] = {}
     for written in settings:
         for setting in _translate_key(written, known, spellings, given, mistakes):
@@ -297,7 +297,7 @@ def _translate_key(
     if alias is None and setting.key in known:
         return [setting]
     if alias is None:
-        # Where another spelling of one of our keys is the nearest, our key is what to write.
+        # If the nearest key is another spelling of one of ours, suggest ours.
         others = {name: alias for name, alias in spellings.items() if isinstance(alias, str)}
         mistakes.append(f"{setting.label}: unknown key{nearest(setting.key, known | others.keys(), others)}")
         return []
@@ -315,7 +315,7 @@ def _translate_key(
         read_as = ", ".join(f"{key}: {value}" for key, value in replacement.items())
         logger.warning("%s is read as %s", setting.label, read_as)
     else:
-        logger.warning("%s means nothing here and is dropped", setting.label)
+        logger.warning("%s has no effect here and is dropped", setting.label)
     return [dataclasses.replace(setting, key=key, value=value) for key, value in replacement.items()]
 
 
@@ -325,8 +325,7 @@ def _translate_key(
 def objective_mistakes(given: Mapping[str, Any]) -> list[str]:
     """The error of a recipe that names no objective and has keys of toolkits that train DPO and others.
 
-    Args:
-        given: the keys with their values.
+    ``given`` are the keys with their values.
     """
     theirs = {*RENAMED, *VALUES, *ADVICE, *DROPPED, "lora_target", "lora_rank"} - _COMMON
     found = next((key for key, value in given.items() if key in theirs and not is_off(value)), None)
@@ -336,7 +335,7 @@ def objective_mistakes(given: Mapping[str, Any]) -> list[str]:
 
 
 def paper_settings(file: Set[str], given: Set[str]) -> dict[str, Any]:
-    """What the paper's code does without a key, if the keys of a ``file`` are those of the paper's own recipes.
+    """Settings that the paper's code uses without a key, if a ``file`` has the keys of the paper's own recipes.
 
     Those have SimPO's ``gamma_beta_ratio`` next to the alignment-handbook's older keys for data. A recipe that is
     written for this project names its objective.

@@ -1,4 +1,4 @@
-"""From a YAML file and a command line to dataclasses."""
+"""Reads a YAML file and a command line into dataclasses."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _settings(loader: _Loader, path: str) -> Iterator[Setting]:
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """How many nodes a node has when all aliases in it are written out; infinitely many if it contains itself."""
+    """The number of nodes in a node when all aliases in it are expanded; infinite if it contains itself."""
     if id(node) not in sizes:
         sizes[id(node)] = math.inf  # while its children are counted
         children = [] if isinstance(node, yaml.ScalarNode) else node.value
@@ -189,7 +189,7 @@ def parse_settings(
 
 
 def _implied(path: str | None, in_file: Set[str], given: Set[str], known: Set[str]) -> dict[str, Setting]:
-    """Settings that the paper's own recipes do not contain because the paper's code always does so."""
+    """Settings that the paper's own recipes do not contain because the paper's code always uses them."""
     found = {key: value for key, value in paper_settings(in_file, given).items() if key in known}
     if found:
         shown = ", ".join(f"{key}: {value}" for key, value in found.items())

@@ -1,4 +1,4 @@
-"""Data sets in the cache of the library datasets: checked before they are trusted, made again if they are damaged."""
+"""Data sets in the cache of the datasets library: verified before use, and created again if they are damaged."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _temporary: list[Path] = []  # takes the place of a cache that cannot be used, u
 def cached(make: Callable[[], Dataset]) -> Dataset:
     """The data set that ``make`` returns, whose files in the cache are as they were written.
 
-    The library trusts what it finds there. Every file has a digest next to it; what does not fit is made again. Where
-    the cache cannot be read or written, a temporary one takes its place.
+    The library trusts what it finds there. Here every file has a digest next to it, and a file that does not match is
+    created again. If the cache cannot be read or written, a temporary one replaces it.
 
     Raises:
         SimpoError: raised by ``make``.
@@ -41,7 +41,7 @@ def cached(make: Callable[[], Dataset]) -> Dataset:
     try:
         dataset = make()
         if damaged := [path for path in _files(dataset) if not _is_intact(path)]:
-            logger.warning("%s: the cached data was damaged and is made again", damaged[0])
+            logger.warning("%s: the cached data was damaged and is created again", damaged[0])
             for path in damaged:
                 _remove(path)
             dataset = make()
@@ -61,12 +61,12 @@ def cached(make: Callable[[], Dataset]) -> Dataset:
             datasets.config.HF_DATASETS_CACHE = before
             _temporary.clear()
             raise
-        logger.warning("%s: the cache of data sets cannot be used (%s); a temporary one takes its place", before, fault)
+        logger.warning("%s: the cache of data sets cannot be used (%s); a temporary one replaces it", before, fault)
         return dataset
 
 
 def map_cache_file(fingerprint: str) -> str | None:
-    """Where ``Dataset.map`` writes its result; None for next to the data set, unless a temporary cache is used."""
+    """The file for ``Dataset.map`` to write to; None for its default, unless there is a temporary cache."""
     return str(_temporary[0] / f"cache-{fingerprint}.arrow") if _temporary else None
 
 

@@ -190,7 +190,7 @@ def as_object(arguments: str | dict[str, Any]) -> dict[str, Any] | None:
 
 
 def user_turn_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """What a tokenizer's template writes before and after a user's message that is to be answered."""
+    """The text that a tokenizer's template writes before and after a user's message that is to be answered."""
     try:
         text = render_messages(tokenizer, _asked(SENTINEL), add_generation_prompt=True)
     except BadRow:
@@ -202,7 +202,7 @@ def user_turn_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | Non
 
 @dataclass(frozen=True)
 class EndOfTurn:
-    """How a template ends the assistant's turn.
+    """The end of the assistant's turn in a template.
 
     Attributes:
         token_id: the token that ends a response.
@@ -221,7 +221,7 @@ class EndOfTurn:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
-    """What ends a response: the first special token after a rendered response, else the tokenizer's EOS.
+    """The end of a response: the first special token after a rendered response, else the tokenizer's EOS.
 
     If the EOS directly follows that token in every turn, as in Command R7B's template, the EOS ends the response.
 
@@ -247,7 +247,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
 
 
 def _tail(tokenizer: PreTrainedTokenizerBase, *following: Message) -> str:
-    """What a template writes after the content of an assistant's message that may be followed by others."""
+    """The text that a template writes after the content of an assistant's message that others may follow."""
     template = ChatTemplate(tokenizer, RenderSettings())
     messages = [{"role": "user", "content": "user"}, {"role": "assistant", "content": SENTINEL}]
     try:

@@ -1,4 +1,4 @@
-"""Text to ids and back for one tokenizer: boundaries, BOS, special-token text that is meant literally."""
+"""Converts text to ids and back for one tokenizer: boundaries, BOS, and special-token text that is meant literally."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Texts(Protocol):
 
 
 class Encoder:
-    """Encodes as generation would read: rendered text, special tokens as the template wrote them.
+    """Encodes rendered text as generation would read it, special tokens as the template wrote them.
 
     Raises:
         SimpoError: the tokenizer is not a fast one (of the ``tokenizers`` library).

@@ -258,7 +258,7 @@ def longer_wins(answers: AnswerSet) -> float | None:
 
 
 def diversity_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
-    """How different the answers to a prompt are: means over the prompts for which a measure is defined."""
+    """The diversity of the answers to a prompt: means over the prompts for which a measure is defined."""
     measures: dict[str, list[float] | list[float | None]] = {
         "characters": [float(np.mean([len(text) for text in found.responses])) for found in sets],
         "distinct_answers": [len(set(found.responses)) / len(found.responses) for found in sets],
@@ -279,7 +279,7 @@ def _intervals(prefix: str, measures: Mapping[str, Sequence[float | None]]) -> l
 
 
 def score_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
-    """How scores are distributed, over answers and over prompts, and how often the longer answer has the higher one."""
+    """The distribution of scores over answers and prompts, and how often the longer answer has the higher score."""
     scored = [[score for _, score in found.scored()] for found in sets]
     every = [score for scores in scored for score in scores]
     metrics = [Metric(f"{prefix}/unscored", sum(len(found.responses) for found in sets) - len(every))]

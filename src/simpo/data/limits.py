@@ -1,4 +1,4 @@
-"""Bounds on what a chat template, which may come from anybody, can take of the machine."""
+"""Limits on the time and memory that a chat template, which may come from anybody, may use."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _bounded(function: Callable[[Any, Any], Any], largest: int) -> Callable[[Any
 
     def apply(left: Any, right: Any) -> Any:
         if isinstance(left, int) and isinstance(right, int) and max(abs(left), abs(right)) > largest:
-            raise OverflowError("too large a number")
+            raise OverflowError("the number is too large")
         return function(left, right)
 
     return apply

@@ -210,7 +210,7 @@ def turns(prompt: str) -> list[Message]:
 
 
 def _cue_of(transcript: str) -> re.Pattern[str]:
-    """How turns begin: after an empty line as in HH-RLHF, unless they alternate only with other white space."""
+    """The pattern that starts a turn: after an empty line as in HH-RLHF, or after other white space if that is used."""
     for cue in (_CUE, _LOOSE_CUE):
         start, *rest = cue.split(transcript)
         names = rest[::2]
@@ -231,7 +231,7 @@ _WITHOUT_EFFECT = ("weight", "sample_weight", "label_probability", "functions", 
 
 @dataclass(frozen=True)
 class Context:
-    """What a chat template gets in addition to the messages.
+    """The input of a chat template in addition to the messages.
 
     Attributes:
         tools: JSON schemas of the tools that may be called; None if there are none.

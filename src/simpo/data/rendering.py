@@ -1,6 +1,6 @@
-"""Comparisons and conversations to text: what generation would be fed, and what it would have to produce after it.
+"""Renders comparisons and conversations as text: the input of generation and the answers it should produce.
 
-Nothing that a row says gets lost silently: what the chat template leaves out is counted, or makes the row a bad one.
+Nothing in a row is lost silently: what the chat template leaves out is counted, or makes the row a bad one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ENDED_REASONING = re.compile(
 
 @dataclass(frozen=True)
 class Answer:
-    """What generation has to produce after a prompt.
+    """The text that generation has to produce after a prompt.
 
     Attributes:
         prompt: what generation would be fed.
@@ -262,7 +262,7 @@ class _AnswerCutter:
         self.template, self._end, self._tokens = template, end, tokens
 
     def answer(self, prompt: str, before: list[Message], message: Message, context: Context) -> Answer:
-        """What generation has to produce after ``prompt``: the first form of the message that is rendered in full."""
+        """The answer to ``prompt``: the first variant of the message that is rendered in full."""
         reasons: list[BadRow] = []
         for form in self._forms(message):
             try:
@@ -276,7 +276,7 @@ class _AnswerCutter:
         raise reasons[0]
 
     def as_paper(self, prompt: str, before: list[Message], message: Message, context: Context) -> Answer:
-        """All that follows ``prompt``, as the paper's code had it."""
+        """Everything that follows ``prompt``, as in the paper's code."""
         whole = self.template.render([*before, message], context)
         if not whole.startswith(prompt):
             raise BadRow(_NO_PREFIX)
@@ -406,7 +406,7 @@ class _AnswerCutter:
             raise BadRow("the chat template does not render all tool calls of an answer")
 
 
-# ---- What a row says and a chat template leaves out.
+# ---- Content of a row that a chat template leaves out.
 
 
 def _status(
@@ -419,7 +419,7 @@ def _status(
 ) -> tuple[str, ...]:
     """Status entries of the answers, and those for what the template never reads or leaves out of the prompt.
 
-    Raises BadRow if something that a user, a tool or the system said is not in the prompt, whose messages are
+    Raises BadRow if a message of a user, a tool or the system is not in the prompt, whose messages are
     ``asked``. ``conversations`` holds all messages of the row, in each of its conversations.
     """
     found = [f"column {name!r}, which has no effect" for name in context.without_effect]

@@ -21,7 +21,7 @@ RESERVED_KWARGS = frozenset(
 
 @dataclass(frozen=True)
 class RenderSettings:
-    """How conversations are rendered with a chat template."""
+    """Settings for rendering conversations with a chat template."""
 
     chat_template_kwargs: Mapping[str, Any] = setting(
         {}, 'Variables for the chat template, e.g. {"enable_thinking": false}; those of a row take precedence.'
@@ -43,7 +43,7 @@ class RenderSettings:
 
 @dataclass(frozen=True)
 class TokenizeSettings:
-    """How comparisons become ids."""
+    """Settings for tokenizing comparisons and conversations."""
 
     max_length: int = setting(2048, "Longest prompt with response, in tokens.", least=2)
     max_prompt_length: int | None = setting(

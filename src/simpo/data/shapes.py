@@ -390,7 +390,7 @@ _COLUMNS = ("prompt", "chosen", "rejected", "completion", "responses", "messages
 
 
 def check_not_rendered(row: Mapping[str, Any], frame: tuple[str, str] | None = None) -> None:
-    """Refuse texts of a row that begin as rendered turns do, or that stand within ``frame``.
+    """Refuse texts of a row that begin like rendered turns, or that ``frame`` encloses.
 
     Args:
         row: with the columns that this package knows.

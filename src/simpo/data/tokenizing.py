@@ -248,7 +248,7 @@ class Tokenization(ABC):
         """Values of the columns that need the ids of the rendered texts, and status entries; raises :class:`BadRow`."""
 
     def explain_all_dropped(self, mapped: Dataset) -> str:
-        """Why no row is left if all are too long."""
+        """Explain that all rows are too long."""
         lengths = [
             (len(prompt) + max(map(len, responses)), len(prompt))
             for prompt, responses in zip(mapped["prompt_ids"], mapped["response_ids"], strict=True)
@@ -262,7 +262,7 @@ class Tokenization(ABC):
         )
 
     def options(self) -> dict[str, Any]:
-        """What the result depends on, in addition to rows and tokenizer."""
+        """The options that the result depends on, in addition to rows and tokenizer."""
         options = dataclasses.asdict(self.settings)
         del options["on_bad_row"], options["num_proc"]  # which do not change the result
         return options

@@ -53,7 +53,7 @@ class ResponseText:
 
 
 def _written_before(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template writes between the prompt of a generation and the assistant's message."""
+    """The text that the chat template writes between the generation prompt and the assistant's message."""
     if not tokenizer.chat_template:
         return ""
     user = {"role": "user", "content": "user"}

@@ -45,7 +45,7 @@ EngineName = Literal["transformers", "vllm"]
 
 @dataclass(frozen=True)
 class PromptArguments:
-    """Where the prompts come from, and how they are rendered."""
+    """The source of the prompts, and how they are rendered."""
 
     prompts: str = field(metadata={"help": "File, folder or hub id of rows with prompts.", "positional": "PROMPTS"})
     split: str = setting("train", "Split of the prompts.")
@@ -125,7 +125,7 @@ class Job:
         return len(self.prompts) * self.settings.n
 
     def identity(self) -> dict[str, Any]:
-        """What the responses depend on; see :meth:`simpo.runs.folder.RunFolder.begin`."""
+        """Everything that the responses depend on; see :meth:`simpo.runs.folder.RunFolder.begin`."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
             digest.update(prompt.id.encode() + array("q", [*prompt.ids, -1]).tobytes())

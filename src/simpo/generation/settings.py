@@ -1,4 +1,4 @@
-"""How responses are sampled, and the seeds of everything that is drawn."""
+"""Settings for sampling responses, and derived seeds."""
 
 from __future__ import annotations
 

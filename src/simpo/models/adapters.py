@@ -73,7 +73,7 @@ def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str 
     settings = {peft_name: given.get(key, default) for key, (peft_name, default) in LORA.items()}
     excluded = list(parts_unused_by_text(model))
     if excluded:
-        logger.warning("no adapter on what text does not reach: %s", ", ".join(excluded))
+        logger.warning("no adapter on parts that text does not use: %s", ", ".join(excluded))
     excluded += _custom_linear_layers(model)
     if excluded:
         settings["exclude_modules"] = rf"({'|'.join(map(re.escape, excluded))})(\..*)?"
@@ -185,7 +185,7 @@ def _normalize(model: PeftModel, base: str) -> None:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Without peft's warnings about transformers' names, tied weights, and weights that it transposes by itself."""
+    """Hide peft's warnings about transformers' names, tied weights, and weights that it transposes by itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
@@ -217,7 +217,7 @@ def changes_tied_weights(model: PeftModel) -> bool:
 
 
 def describe_adapter(model: PeftModel) -> str:
-    """How many of the parameters of ``model`` are trained, as text."""
+    """The number of trained parameters of ``model``, as text."""
     trained, total = model.get_nb_trainable_parameters()
     return f"adapter: {trained:,} of {total:,} parameters are trained"
 
@@ -244,7 +244,7 @@ def adapter_fault(model: PeftModel, folder: Path) -> str | None:
 
 
 def _fault(model: PeftModel, stored: Mapping[str, Tensor]) -> str | None:
-    """What is missing, left over or of another shape in an adapter's file; peft would only warn of the first two."""
+    """The first tensor of an adapter's file that is missing, unexpected or of another shape; peft would only warn."""
     own = get_peft_model_state_dict(model, adapter_name=active_name(model), save_embedding_layers=False)
     known = adapter_tensors(model)  # embeddings are stored too where they are adapted
     if missing := own.keys() - stored.keys():

@@ -1,4 +1,4 @@
-"""What is known of a model before its weights are read: its limits, generation settings and digest."""
+"""Facts about a model that are known before its weights are read: limits, generation settings and digest."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def display_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a text a model can read, and which token ids it knows, by its configuration.
+    """The longest text and the token ids that a model can read, according to its configuration.
 
     Attributes:
         positions: most tokens of a text; None if there is no bound (no positions, ALiBi, dynamic RoPE scaling).

@@ -48,7 +48,7 @@ def free_memory() -> None:
 
 @contextmanager
 def explain_oom(advise: Callable[[], str]) -> Iterator[None]:
-    """Where memory runs out, free it and raise :class:`SimpoError` with ``advise()`` instead of PyTorch's error."""
+    """If memory runs out, free it and raise :class:`SimpoError` with ``advise()`` instead of PyTorch's error."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -186,7 +186,7 @@ def _refuse_pickle(name: str) -> None:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Without transformers' table of missing and unexpected weights; :func:`check_weights` reports them.
+    """Hide transformers' table of missing and unexpected weights; :func:`check_weights` reports them.
 
     A filter, because that logger also checks a plan for several GPUs wherever a level is set on it.
     """

@@ -1,4 +1,4 @@
-"""What is changed in a loaded model before it is trained: dropout, parts without gradients, 4-bit layers."""
+"""Changes to a loaded model before it is trained: dropout, parts without gradients, 4-bit layers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _outside(module: nn.Module, kept: set[int], prefix: str) -> Iterator[tuple[s
 
 
 def freeze_parts_unused_by_text(model: nn.Module) -> None:
-    """Stop training what text does not reach, and report it.
+    """Freeze the parts that text does not use, and report them.
 
     Such weights get no gradient: DDP would wait for one, and weight decay would shrink them.
     """
@@ -81,9 +81,7 @@ def freeze_parts_unused_by_text(model: nn.Module) -> None:
             names.append(name)
             count += sum(parameter.numel() for parameter in trained)
     if names:
-        logger.warning(
-            "not trained, because text does not reach it: %s (%s parameters)", ", ".join(names), f"{count:,}"
-        )
+        logger.warning("not trained, because text does not use it: %s (%s parameters)", ", ".join(names), f"{count:,}")
 
 
 def keep_gradients(model: nn.Module) -> None:

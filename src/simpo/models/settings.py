@@ -93,7 +93,7 @@ class ModelArguments:
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """How the weights of the base model are quantized, if they are."""
+        """The quantization settings of the base model; empty if it is not quantized."""
         if not self.load_in_4bit:
             return {}
         given = {key: getattr(self, key) for key in _QUANTIZATION if getattr(self, key) is not None}

@@ -1,4 +1,4 @@
-"""What an objective is: a frozen dataclass whose fields are its hyperparameters and whose methods are its formulas."""
+"""The base class of objectives: frozen dataclasses whose fields are hyperparameters and whose methods are formulas."""
 
 # ruff: noqa: E741 - the papers write w and l for the chosen and the rejected response
 

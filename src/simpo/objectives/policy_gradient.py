@@ -103,7 +103,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator) -> Tenso
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a loss is computed from.
+    """The inputs of a loss.
 
     Attributes:
         logp: ``[S]`` log-probabilities of the sampled tokens under the policy, with gradients.

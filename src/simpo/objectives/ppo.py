@@ -150,7 +150,7 @@ def adapt_kl_coefficient(coefficient: float, measured: float, answers: int, *, t
 
 @dataclass(frozen=True)
 class PPO:
-    """What distinguishes PPO from the other policy gradients; the fields are its hyperparameters.
+    """The part of PPO that other policy gradients lack; the fields are its hyperparameters.
 
     Attributes:
         discount: of later rewards; 1 in all published work on language models.

@@ -1,4 +1,4 @@
-"""What an objective knows about responses: their log-probabilities and their lengths."""
+"""The inputs of objectives: log-probabilities and lengths of responses."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class RowSizes:
-    """How many tokens rows take in a forward, alone and together.
+    """The number of tokens that rows take in a forward, one by one and together.
 
     A batch is one or several rectangles: each row adds lines to each of them, and a rectangle is as wide as its widest
     row. A packed batch is a single column of tokens, a padded one a rectangle of responses with their prompts, and a

@@ -163,7 +163,7 @@ def _assigning(cache: DynamicCache) -> DynamicCache:
 def _update_conv_state(
     self: Any, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
 ) -> Tensor:
-    """As the cache's own; the window is padded with zeros on the left where a prompt is shorter."""
+    """As in the cache's class; the window is padded with zeros on the left where a prompt is shorter."""
     if not self.is_conv_states_initialized[state_idx]:
         self.lazy_initialization(conv_states=conv_states, state_idx=state_idx, conv_kernel_size=conv_kernel_size)
     size = self.conv_kernel_size[state_idx]
@@ -177,7 +177,7 @@ def _update_conv_state(
 
 
 def _update_recurrent_state(self: Any, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
-    """As the cache's own."""
+    """As in the cache's class."""
     if not self.is_recurrent_states_initialized[state_idx]:
         self.lazy_initialization(recurrent_states=recurrent_states, state_idx=state_idx)
     self.recurrent_states[state_idx] = recurrent_states

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AttentionStyle:
-    """What a model's attention is beyond softmax(q k^T) v.
+    """The features of a model's attention beyond softmax(q k^T) v.
 
     Attributes:
         scale: factor on the scores.

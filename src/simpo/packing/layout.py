@@ -157,7 +157,7 @@ def _cumulative(sizes: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Which queries see which keys; passed to the attention function as a keyword argument of the forward.
+    """The keys that each query sees; passed to the attention function as a keyword argument of the forward.
 
     A comparison's segments are ``prompt + response 0`` with itself as keys, and every further response with
     ``prompt ++ response`` as keys; each is causal, aligned bottom-right.

@@ -24,7 +24,7 @@ _INSTANCE_FORWARD = "_simpo_instance_forward"
 
 
 class LengthRule(NamedTuple):
-    """Which sequences have the same frequencies, by their lengths in tokens.
+    """The lengths, in tokens, for which sequences have the same frequencies.
 
     Attributes:
         borders: frequencies switch above each of these lengths (``longrope``).

@@ -1,4 +1,4 @@
-"""How a mixture of experts routes the tokens of a batch, each counted once: the load, and the loss that balances it."""
+"""The routing of a batch's tokens by a mixture of experts, each token counted once: load and balancing loss."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def balance_weight(model: nn.Module) -> float:
 
 
 def _recorder(model: Any) -> Any:
-    """Which of the model's modules are routers, as transformers records it; None if there are none or several kinds."""
+    """The class of the model's routers, as transformers records it; None if there are none or several kinds."""
     found = getattr(type(model.base_model), "_can_record_outputs", None) or {}
     recorder = found.get("router_logits")
     known = hasattr(sys.modules[type(model).__module__], _LOSS) and hasattr(model, "num_experts_per_tok")

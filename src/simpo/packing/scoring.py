@@ -105,7 +105,7 @@ def bounded_batches(
 
 
 class ReferenceStates(NamedTuple):
-    """What a reference predicts ``S`` scored tokens from: hidden states ``[S, H]`` and its output layer."""
+    """The reference's input for predicting ``S`` scored tokens: hidden states ``[S, H]`` and its output layer."""
 
     hidden: Tensor
     head: Head
@@ -134,7 +134,7 @@ def reference_states(model: nn.Module, batch: PackedBatch, *, path: ForwardPath 
 
 
 class TokenOutputs(NamedTuple):
-    """What a policy computes at ``S`` scored tokens, ``[S]`` each: fp32 (fp64 for fp64), differentiable.
+    """The outputs of a policy at ``S`` scored tokens, ``[S]`` each: fp32 (fp64 for fp64), differentiable.
 
     Attributes:
         logps: log-probabilities of the tokens.

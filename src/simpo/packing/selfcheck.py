@@ -46,7 +46,7 @@ Computation = Callable[[PreTrainedModel, PackedBatch, Path], Any]
 
 @dataclass
 class PolicyState:
-    """What the self-check found out about a model.
+    """The results of the self-check of a model.
 
     Attributes:
         path: the path that ``"auto"`` stands for; None before the check.
@@ -65,7 +65,7 @@ class PolicyState:
 
 @dataclass(frozen=True)
 class Kind:
-    """How language models, or reward models, are checked.
+    """The functions by which language models, or reward models, are checked.
 
     Attributes:
         outputs: name of what the model computes, ``[n]``.
@@ -227,7 +227,7 @@ def _check_causal(model: PreTrainedModel, batch: PackedBatch) -> None:
 
 
 def unpacked_outputs(model: PreTrainedModel, sample: PackedBatch, compute: Computation) -> Tensor:
-    """What ``compute`` gives for every response of ``sample`` in a forward of its own."""
+    """The results of ``compute`` for every response of ``sample`` in a separate forward."""
     alone = (
         PackedBatch.build([TokenizedComparison(comparison.prompt_ids, [response])])
         for comparison in sample.comparisons
@@ -451,7 +451,7 @@ def _check_cached(
 def _shared_difference(
     model: PreTrainedModel, kind: Kind, sample: PackedBatch, path: Path, expected: Tensor
 ) -> str | None:
-    """How the outputs of a path differ from the model's own, as text; None if they agree."""
+    """The difference between the outputs of a path and the model's own, as text; None if they agree."""
     if kind.compared is not kind.fused_outputs:
         expected = unpacked_outputs(model, sample, kind.compared)
     try:
@@ -493,7 +493,7 @@ def _input_gradients(model: PreTrainedModel, batch: PackedBatch, outputs: Callab
 
 
 def _sliding_layers(config: Any, layers: list[str]) -> int:
-    """How many layers have a sliding window according to the configuration."""
+    """The number of layers with a sliding window, according to the configuration."""
     if getattr(config, "sliding_window", None) is None or getattr(config, "use_sliding_window", True) is False:
         return 0
     return layers.count("sliding_attention") if layers else config.num_hidden_layers

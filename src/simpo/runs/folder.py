@@ -406,7 +406,7 @@ def _check_usable(path: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What YAML can hold: enumerations by their value, and objects by their text."""
+    """The value in types that YAML can hold: enumerations by their value, and objects by their text."""
     if isinstance(value, Enum):
         return _plain(value.value)
     if isinstance(value, Mapping):

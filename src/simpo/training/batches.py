@@ -237,7 +237,7 @@ class PlanSampler(Sampler):
 
 
 def collate(batches: Sequence[PlannedBatch]) -> dict[str, Any]:
-    """What Trainer passes to ``training_step``: ``{"micro_batches": [PlannedBatch, ...]}``."""
+    """The argument that Trainer passes to ``training_step``: ``{"micro_batches": [PlannedBatch, ...]}``."""
     return {"micro_batches": list(batches)}
 
 
@@ -337,7 +337,7 @@ def _has_unknown_id(column: Any, embeddings: int | None) -> bool:
 
 
 def describe_rows(dataset: Dataset, rows: Sequence[int]) -> str:
-    """Where ``rows`` come from, as text: the first few by file and line."""
+    """The origin of ``rows``, as text: the first few by file and line."""
     known = "where" in dataset.column_names
     named = [dataset[row]["where"] if known else f"row {row}" for row in rows[:_ROWS_NAMED]]
     more = f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""

@@ -77,7 +77,7 @@ class RunCallback(TrainerCallback):
 
 
 class CheckpointShare(TrainerCallback):
-    """Leaves ``activation_checkpointing`` on for a share of the layers, spread evenly.
+    """Keeps ``activation_checkpointing`` on for a share of the layers, spread evenly.
 
     A layer without it keeps its activations, and its forward is not computed again in backward: memory is exchanged for
     arithmetic only as far as it is needed.
@@ -94,7 +94,7 @@ class CheckpointShare(TrainerCallback):
 
 
 def checkpointed_layers(count: int, share: float) -> list[bool]:
-    """Which of ``count`` layers a share of them is, spread evenly."""
+    """Whether each of ``count`` layers is chosen, so that the ``share`` of chosen ones is spread evenly."""
     return [int((number + 1) * share) > int(number * share) for number in range(count)]
 
 

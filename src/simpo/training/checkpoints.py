@@ -78,7 +78,7 @@ def check_checkpoint(path: Path, model: nn.Module) -> None:
 
 
 def _difference(path: Path, model: nn.Module) -> str | None:
-    """How the model of a checkpoint differs, as text; weights with other names are checked when they are loaded."""
+    """The difference from the checkpoint's model, as text; weights with other names are checked when loaded."""
     if isinstance(model, PeftModel):
         return adapter_fault(model, path)
     if has_adapter_weights(path):
@@ -275,7 +275,7 @@ class ResumableTrainer(ShardedTrainer):
         return (epochs, 0) if self.state.global_step == max_steps else started
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As in ``Trainer``, but of tied weights, which are stored once, the second is not missing."""
+        """As in ``Trainer``, but a tied weight, which is stored once, is not reported as missing."""
         tied = getattr(self.model, "all_tied_weights_keys", {})
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))

@@ -1,6 +1,6 @@
 """``PreferenceConfig``, ``SFTConfig`` and ``RewardConfig``: the settings of each kind of training.
 
-They are apart from the trainers, which take seconds to import, so that ``--help`` and errors in recipes are fast.
+They are separate from the trainers, which take seconds to import, so that ``--help`` and errors in recipes are fast.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class PreferenceConfig(TrainingSettings):
         check_all(super()._reject, self._reject_guess)
 
     def _reject_guess(self) -> None:
-        """Reject keys that leave open which objective is meant."""
+        """Reject keys that do not make clear which objective is meant."""
         if self.objective is not None or self.loss_type is not None:
             return
         if any(getattr(self, key) is not None for key in _SIMPO_ONLY):

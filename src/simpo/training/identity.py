@@ -1,4 +1,4 @@
-"""What determines the result of a training run, as a flat mapping by which two runs can be compared."""
+"""The identity of a training run: all that determines its result, as a flat mapping that can be compared."""
 
 from __future__ import annotations
 

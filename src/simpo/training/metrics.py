@@ -86,7 +86,7 @@ class RunningMeans:
         return {name: total / weight for name, total, weight in columns if weight}
 
     def state(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """What :meth:`restore` needs, as JSON; the same on every rank."""
+        """The state that :meth:`restore` needs, as JSON; the same on every rank."""
         return {"since_log": reduce(self._since_log.clone()).tolist(), "before_log": self._before_log.tolist()}
 
     def restore(self, state: dict[str, Any], *, main: bool) -> None:

@@ -242,7 +242,7 @@ class OnlineTrainer(PreferenceTrainer):
     # ---- Rollouts.
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the base; raises :class:`SimpoError` if the folder's rollouts are of another training."""
+        """As in the base class; raises :class:`SimpoError` if the folder has the rollouts of another training."""
         if self.annotator is None:
             raise SimpoError("annotator: there is nothing that scores the answers; give one")
         if self.processing_class is None:

@@ -27,9 +27,9 @@ _EVALUATION_BETA = 0.1  # of the implied reward where there is no KL coefficient
 class OnlineConfig(PreferenceConfig):
     """Configuration of training a model on its own answers, which an annotator scores.
 
-    All keys of :class:`~simpo.training.configs.PreferenceConfig`; ``objective`` can also be a policy gradient. Prompts
-    per optimizer step are what pairs per step are there. A rollout is the answers to the prompts of ``sync_every``
-    steps, or, with several passes, of ``sync_every / rollout_epochs`` steps.
+    All keys of :class:`~simpo.training.configs.PreferenceConfig`; ``objective`` can also be a policy gradient. A step
+    has as many prompts as it has pairs there. A rollout consists of the answers to the prompts of ``sync_every`` steps,
+    or, with several passes, of ``sync_every / rollout_epochs`` steps.
 
     Raises:
         SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
@@ -160,14 +160,14 @@ class OnlineConfig(PreferenceConfig):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """As in the base; for a policy gradient those of DPO, with ``kl_coef`` for ``beta``."""
+        """As in the base class; for a policy gradient those of DPO, with ``kl_coef`` for ``beta``."""
         if self.gradient is None:
             return super().hyperparameters
         return self.row.resolve({"beta": self.kl_coef or _EVALUATION_BETA})
 
     @property
     def sampling(self) -> SamplingSettings:
-        """How answers are drawn; the seed and the size of a chunk are the trainer's."""
+        """The sampling settings of answers; the trainer sets the seed and the size of a chunk."""
         return SamplingSettings(
             n=self.num_generations,
             temperature=self.temperature,

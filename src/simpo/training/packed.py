@@ -70,7 +70,7 @@ _OUTSIDE_A_FORWARD = (
 
 
 class Description(NamedTuple):
-    """How the log and the model card describe a training."""
+    """The description of a training in the log and the model card."""
 
     objective: str  # the log's line
     method: str  # of the card: MODEL [method] on DATA
@@ -163,7 +163,7 @@ class PackedTrainer(ResumableTrainer):
     @classmethod
     @abstractmethod
     def describe(cls, args: Any) -> Description:
-        """How the log and the model card describe a training with these settings."""
+        """The description, for the log and the model card, of a training with these settings."""
 
     @classmethod
     @abstractmethod
@@ -325,7 +325,7 @@ class PackedTrainer(ResumableTrainer):
         return (loss, metrics) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the base; running out of memory ends in advice."""
+        """As in the base class; running out of memory ends with advice."""
         with explain_oom(lambda: _OUTSIDE_A_FORWARD):
             return super().train(*args, **kwargs)
 
@@ -367,7 +367,7 @@ class PackedTrainer(ResumableTrainer):
             yield
 
     def _memory_advice(self, batch: PlannedBatch) -> str:
-        """What to change after a micro-batch did not fit into memory."""
+        """Advice after a micro-batch did not fit into memory."""
         lengths = self._sizes(self.step_rows).lengths
         tokens, longest = int(lengths[list(batch.rows)].sum()), int(lengths.max())
         found = f"max_batch_tokens: a micro-batch of {tokens} tokens does not fit into memory"
@@ -382,7 +382,7 @@ class PackedTrainer(ResumableTrainer):
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in the base, with how the experts of a mixture are loaded."""
+        """As in the base class, with the load of the experts of a mixture."""
         if "loss" in logs:
             logs |= self._routing.take(self._sum_over_ranks)
         super().log(logs, start_time)
@@ -430,8 +430,8 @@ class PackedTrainer(ResumableTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer, but an evaluation before training prepares nothing.
 
-        accelerate would take what it has prepared for evaluation as prepared for training, too: it would not be wrapped
-        in DDP then, and every rank would train a model of its own.
+        accelerate would also treat what it has prepared for evaluation as prepared for training, and not wrap it in
+        DDP: every rank would train its own model.
         """
         if not self.accelerator._models:
             self.accelerator._models.append(self.model)

@@ -131,7 +131,7 @@ class PreferenceTrainer(PackedTrainer):
         return np.array(rows[WEIGHT][:]) if WEIGHT in rows.column_names else None
 
     def completed(self, rows: Dataset) -> Dataset:
-        """With the reference's log-probabilities, where the objective needs them."""
+        """Add the reference's log-probabilities, where the objective needs them."""
         if ("label" in rows.column_names) != self._unpaired:
             raise SimpoError(
                 "eval_dataset: comparisons and single responses with labels; give the same kind as to train"

@@ -82,7 +82,7 @@ class ReferenceModel:
         return bool(self._weights)
 
     def freeze(self) -> None:
-        """From now on the policy changes, and log-probabilities that are not stored cannot be computed anymore."""
+        """Mark the start of training, after which log-probabilities that are not stored cannot be computed."""
         self._frozen = True
 
     # ---- Log-probabilities that are computed before training.
@@ -179,7 +179,7 @@ class ReferenceModel:
             return policy_forward(self._trainer.model, packed, path=self._trainer.path).logp
 
     def states(self, packed: PackedBatch) -> ReferenceStates:
-        """What it predicts the scored tokens of ``packed`` from."""
+        """The hidden states from which the reference predicts the scored tokens of ``packed``."""
         with self.in_place():
             return reference_states(self._trainer.model, packed, path=self._trainer.path)
 
@@ -190,7 +190,7 @@ class ReferenceModel:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the trainer's model has the weights of the reference."""
+        """Give the trainer's model the weights of the reference inside the ``with`` block."""
         with swapped_weights(self._trainer.model, self._weights), self._trainer.accelerator.autocast():
             yield
 
@@ -260,7 +260,7 @@ def trained_weights(model: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def swapped_weights(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
-    """Inside, ``model`` has these weights in place of its trained ones, without dropout and gradients."""
+    """Replace the trained weights of ``model`` inside the ``with`` block, without dropout and gradients."""
     trained, training = _trained(model), model.training
     own = _exchange(trained, weights)
     try:
@@ -269,7 +269,7 @@ def swapped_weights(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-        reshard(model)  # what has been gathered is of the other weights
+        reshard(model)  # what has been gathered belongs to the other weights
         _exchange(trained, own)
 
 

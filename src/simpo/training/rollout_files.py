@@ -50,7 +50,7 @@ class RolloutFiles:
         self, trainer: Any, reference: ReferenceModel, value: ValueFunction | None, engine: Engine | None
     ) -> None:
         self._trainer, self._reference, self._value, self._engine = trainer, reference, value, engine
-        self.seconds = 0.0  # spent on rollouts; whoever logs them starts again at 0
+        self.seconds = 0.0  # spent on rollouts since the last log, which resets it
 
     @property
     def _folder(self) -> Path:
@@ -62,13 +62,13 @@ class RolloutFiles:
         return sorted(self._folder.glob("0*.jsonl"))
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Record what determines the rollouts; raises :class:`SimpoError` if the folder's are of another training."""
+        """Record what determines the rollouts; raises :class:`SimpoError` if the folder has another training's."""
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         path = self._folder / _IDENTITY
         if self._trainer.is_world_process_zero():
             known = json.loads(path.read_text())["fingerprint"] if path.exists() else None
             if known not in (None, digest) and not self._trainer.args.accept_changes:
-                raise SimpoError(f"output_dir: {self._folder} is of another training; name a new folder")
+                raise SimpoError(f"output_dir: {self._folder} belongs to another training; name a new folder")
             write_text(path, json.dumps({"fingerprint": digest}) + "\n")
 
     def records(self, place: Place, annotator: Annotator) -> list[Record]:

@@ -62,7 +62,7 @@ def prompts_from_rows(rows: Dataset) -> list[Prompt]:
 
 
 class Place(NamedTuple):
-    """Where a step is: its rollout, the rollout's first step, the pass over its prompts, the minibatch in the pass."""
+    """The position of a step: its rollout, the rollout's first step, the pass over its prompts, the minibatch in it."""
 
     rollout: int
     first_step: int
@@ -73,7 +73,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which prompts each rollout has, and which of them each optimizer step.
+    """The prompts of each rollout and of each optimizer step.
 
     Attributes:
         prompts: number of prompts.
@@ -103,7 +103,7 @@ class Schedule:
         return self.minibatches * self.rollout_epochs
 
     def place(self, data_epoch: int, step: int) -> Place:
-        """Where ``step`` of a pass over the data is."""
+        """The position of ``step`` of a pass over the data."""
         block, within = divmod(step, self.sync_every)
         size = self.sync_every // self.rollout_epochs  # minibatches of a rollout
         epoch, minibatch = divmod(within, min(size, self.minibatches - block * size))

@@ -178,7 +178,7 @@ def prepare_data(
 
 
 def _overlap(train: Dataset, held_out: Dataset, noun: str, folder: RunFolder) -> list[Metric]:
-    """How many held-out rows are training rows; an error if all are."""
+    """Count the held-out rows that are also training rows; an error if all are."""
     rows, prompts = shared_rows(train, held_out)
     count = len(held_out)
     if rows == count:

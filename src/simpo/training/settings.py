@@ -27,7 +27,7 @@ from simpo.packing.model import ForwardPath
 logger = logging.getLogger(__name__)
 
 _NO_LABELS = "batches are packed, and there are no labels or logits to gather"
-# Keys of TrainingArguments that cannot be honored: the only value accepted, and why.
+# Keys of TrainingArguments that are not supported: the only value accepted, and why.
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (False, "a step's rows would change; max_batch_tokens bounds the memory of a forward"),
     "save_only_model": (False, "a run could not be continued from such a checkpoint"),
@@ -100,7 +100,7 @@ class TrainingSettings(TrainingArguments):
         check_all(self._reject, self._initialize)
 
     def _reject(self) -> None:
-        """Reject what cannot be honored, before transformers changes it."""
+        """Reject unsupported values before transformers changes them."""
         rejected = []
         for key, (only, why) in UNSUPPORTED.items():
             value = getattr(self, key, only)
@@ -113,7 +113,7 @@ class TrainingSettings(TrainingArguments):
 
     def _initialize(self) -> None:
         """Let transformers initialize its part, with an optimizer step as one element of Trainer's loop."""
-        # Trainer would upload folders while it trains, with all that is in them.
+        # Trainer would upload folders while it trains, with everything in them.
         self.upload_to: str | None = None
         if self.push_to_hub:  # type: ignore[has-type]
             self.upload_to = str(self.hub_model_id or Path(str(self.output_dir)).name)  # type: ignore[has-type]
@@ -138,7 +138,7 @@ class TrainingSettings(TrainingArguments):
             self.deepspeed = read_config(given, *batch)
         self.remove_unused_columns = False  # the columns are ours, not the model's
         self.logging_nan_inf_filter = False  # a loss that is not finite must be seen
-        # without it transformers takes bf16 on a machine without accelerator for a mistake
+        # otherwise transformers rejects bf16 on a machine without an accelerator
         if not torch.accelerator.is_available():
             self.use_cpu = True
         with third_party("training is impossible with these settings"):
@@ -202,7 +202,7 @@ class TrainingSettings(TrainingArguments):
             raise SimpoError(f"optim: {optimizer} needs bitsandbytes, which is not installed; write optim: adamw_torch")
 
     def _check_numbers(self) -> None:
-        """Check what transformers accepts as it comes, and trains nothing or nonsense with."""
+        """Check numbers that transformers accepts although training with them would do nothing or nonsense."""
         if self.max_steps != -1 and self.max_steps < 1:  # type: ignore[has-type]
             raise SimpoError(f"max_steps: must be at least 1, or -1 for num_train_epochs, not {self.max_steps}")
         for key in ("learning_rate", "weight_decay", "max_grad_norm"):
@@ -288,12 +288,12 @@ def load_datasets(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
     return train, held_out
 
 
-# ---- Errors of transformers, accelerate or an optimizer about settings that are theirs, before anything is begun.
+# ---- Errors of transformers, accelerate or an optimizer about their own settings, before anything is started.
 
 
 @contextmanager
 def explain_settings_errors() -> Iterator[None]:
-    """Turn an error into one line while settings are used; for calls in which nothing else can be wrong."""
+    """Report an error as one line about the settings; for calls in which nothing else can be wrong."""
     try:
         yield
     except SimpoError:
@@ -303,7 +303,7 @@ def explain_settings_errors() -> Iterator[None]:
 
 
 def check_optimizer(trainer: Any) -> None:
-    """Make the optimizer and schedule that training will make again, to find settings that they reject."""
+    """Create the optimizer and schedule once, before training, to find settings that they reject."""
     if trainer.optimizer is None and not trainer.is_deepspeed_enabled:
         with third_party("training is impossible with these settings"):
             trainer.create_optimizer_and_scheduler(num_training_steps=2)

@@ -56,7 +56,7 @@ class ShardedTrainer(Trainer):
             self.model = self.model_wrapped = model
 
     def forwards(self) -> AbstractContextManager[None]:
-        """Entered for forwards that may come before training, when no engine of DeepSpeed gathers weights yet."""
+        """Context for forwards that may run before training, when no DeepSpeed engine gathers weights yet."""
         before = self.is_deepspeed_enabled and self.deepspeed is None
         return gathered_forwards(self.model) if before else nullcontext()
 
@@ -84,7 +84,7 @@ class ShardedTrainer(Trainer):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As ``Trainer``'s; of a sharded model with an adapter only the adapter is gathered."""
+        """As in ``Trainer``, but only the adapter of a sharded model is gathered if it has one."""
         if self._shards and isinstance(self.model, PeftModel):
             trained = ((name, tensor) for name, tensor in self.model.named_parameters() if tensor.requires_grad)
             self._save(output_dir, {name: _whole(tensor.detach()).cpu() for name, tensor in trained})

@@ -28,7 +28,7 @@ FILE = "value.safetensors"  # in a checkpoint
 
 
 class ValueFunction:
-    """Predicts from the text before a token the rewards that are still to come.
+    """Predicts the rewards that are still to come from the text before a token.
 
     The trainer's optimizer and schedule update it with the policy. It is not part of the trainer's model, so that the
     model is saved without it; gradients are averaged over ranks, and clipped, here.
@@ -63,7 +63,7 @@ class ValueFunction:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The trained parameters."""
         return list(self._named().values())
 
     def of(self, batch: PackedBatch) -> Tensor:
@@ -71,7 +71,7 @@ class ValueFunction:
         return value_forward(self.module, batch, path=self._path)
 
     def check(self, comparisons: Sequence[TokenizedComparison]) -> None:
-        """Let a network read ``comparisons``, to find out early whether and by which path it can."""
+        """Run a network on ``comparisons``, to find out early whether it can read them and by which path."""
         batch = PackedBatch.build(comparisons).to(next(self.module.parameters()).device)
         with torch.no_grad():
             self.of(batch)
@@ -89,7 +89,7 @@ class ValueFunction:
                 optimizer.add_param_group({"params": group, "weight_decay": decay, "lr": rate})
 
     def prepare_step(self) -> None:
-        """Forget the gradients of the step before."""
+        """Clear the gradients of the previous step."""
         self.module.train()
         self.module.zero_grad()
 
@@ -103,7 +103,7 @@ class ValueFunction:
     # ---- Checkpoints.
 
     def save(self, folder: Path) -> None:
-        """Write what is trained to a checkpoint's ``folder``."""
+        """Write the trained parameters to a checkpoint's ``folder``."""
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self._named().items()}, folder / FILE)
 
     def load(self, folder: Path) -> None:
@@ -139,7 +139,7 @@ def _new_head(policy: nn.Module) -> nn.Linear:
 
 
 def _enable_checkpointing(model: Any, args: Any) -> None:
-    """As ``Trainer`` does for the policy; transformers before 5.23 calls activations gradients."""
+    """As ``Trainer`` does for the policy; before 5.23 transformers named it after gradients."""
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         if getattr(args, name, False) and hasattr(model, f"{name}_enable"):
             getattr(model, f"{name}_enable")(getattr(args, f"{name}_kwargs") or None)

@@ -1,1 +1,1 @@
-"""What a command does: sample, annotate, pair, loop, sweep."""
+"""The work behind the commands: pair, loop, online, sweep, recipe."""

@@ -100,7 +100,7 @@ def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None 
 
 
 def _outcome(folder: Path) -> tuple[int, int]:
-    """How many rounds a finished loop has, and the last one that passed all stop criteria."""
+    """The number of rounds of a finished loop, and the last one that passed all stop criteria."""
     found = {metric.name: metric.value for metric in read_results(folder / FILE_NAME).metrics}
     return int(found["rounds"] or 0), int(found["last_good_round"] or 0)
 
@@ -123,7 +123,7 @@ def _prompt_rows(recipe: LoopRecipe) -> dict[str, Dataset]:
 
 
 def _identity(recipe: LoopRecipe, options: JudgeOptions) -> Mapping[str, Any]:
-    """What determines the result; fails if anything that it depends on is missing."""
+    """Everything that determines the result; fails if something that it depends on is missing."""
     settings = recipe.settings
     annotator = make_annotator(settings.annotator, options)
     for name in settings.judges or ():
@@ -211,7 +211,7 @@ def _confirm_cost(recipe: LoopRecipe, options: JudgeOptions, rounds: int, log: L
     confirm_cost(sum(estimates, Estimate()) * rounds, yes=recipe.settings.yes, log=log)
 
 
-# ---- The rounds, and what they are summarized in.
+# ---- The rounds, and their summary.
 
 
 def _run_rounds(rounds: Rounds) -> list[Metric]:

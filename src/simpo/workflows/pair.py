@@ -49,10 +49,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class PairSettings:
-    """How pairs are made; the defaults are the paper's.
+    """Settings for making pairs; the defaults are the paper's.
 
     ``keep_unfinished`` is off because an answer in a pair ends with the end-of-turn token, which a model did not write
-    where ``max_new_tokens`` cut it: a chosen one would teach to stop in the middle of a sentence.
+    where ``max_new_tokens`` cut it: a chosen one would teach the model to stop in the middle of a sentence.
 
     Raises:
         SimpoError: a value is out of bounds; the message names the key.
@@ -74,7 +74,7 @@ class PairSettings:
 
 @dataclass
 class PairReport:
-    """How many prompts were read and rows were made, and what was dropped, by reason."""
+    """Counts of the prompts that were read, the rows that were made, and what was dropped, by reason."""
 
     prompts: int = 0
     rows: int = 0

@@ -81,7 +81,7 @@ def drift(answers: Path, start: ModelArguments, prompts: PromptArguments) -> Int
 
 @dataclass(frozen=True)
 class Rounds:
-    """What all rounds of a loop have in common: its folder, recipe, judge options and fingerprint."""
+    """The settings that all rounds of a loop share: folder, recipe, judge options and fingerprint."""
 
     folder: Path
     recipe: LoopRecipe

@@ -49,12 +49,12 @@ SMALLER_IS_BETTER = {
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is searched, and how.
+    """The definition of a sweep.
 
     Attributes:
         folder: of the sweep.
         recipe: the recipe that all trials start from; None if the options say everything.
-        fixed: options that all trials have: the words after every ``--key``.
+        fixed: options that all trials have: the values after every ``--key``.
         axes: what is varied.
         metric: name of the metric in ``results.json`` after training, or :data:`WIN_RATE` at the last evaluation.
         sampler: ``grid`` for every combination, ``tpe`` to draw.
@@ -82,15 +82,15 @@ class Sweep:
 
     def arguments(self, values: Values, folder: Path) -> list[str]:
         """The arguments of ``simpo train`` for a trial."""
-        fixed = [word for key, words in self.fixed.items() for word in (f"--{key}", *words)]
+        fixed = [argument for key, values in self.fixed.items() for argument in (f"--{key}", *values)]
         varied = [f"--{key}={value}" for key, value in values.items()]
         recipe = [] if self.recipe is None else [str(self.recipe)]
         return [*recipe, *fixed, *varied, f"--output_dir={folder}"]
 
     def identity(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        """What determines the result, given the recipe's keys."""
+        """Everything that determines the result, given the recipe's keys."""
         keys = {key: str(value) for key, value in recipe.items() if key != "output_dir"}
-        keys |= {key: " ".join(words) for key, words in self.fixed.items()}
+        keys |= {key: " ".join(values) for key, values in self.fixed.items()}
         keys |= {f"axis {axis.key}": str(axis) for axis in self.axes}
         how = {"metric": self.metric, "sampler": self.sampler, "trials": self.trials, "prune": self.prune}
         return keys | {f"sweep {key}": value for key, value in how.items()}
@@ -303,8 +303,8 @@ def _report(sweep: Sweep, study: Study, recipe: Mapping[str, Any]) -> list[Metri
 def _write_best(sweep: Sweep, best: TrialResult, metric: Metric, recipe: Mapping[str, Any]) -> None:
     """Write the recipe with the best trial's values, without an output folder and without secrets."""
     keys: dict[str, Any] = {key: value for key, value in recipe.items() if key != "output_dir"}
-    for key, words in sweep.fixed.items():
-        values = [yaml.safe_load(word) for word in words]
+    for key, texts in sweep.fixed.items():
+        values = [yaml.safe_load(text) for text in texts]
         keys[key] = values if len(values) > 1 else (values[0] if values else True)
     keys |= {key: yaml.safe_load(value) for key, value in best.values.items()}
     path = sweep.folder / BEST
@@ -352,7 +352,7 @@ def _shown(metric: Metric) -> str:
 
 
 def _remarks(ranked: Sequence[tuple[TrialResult, Metric]], axes: Sequence[Axis]) -> Iterator[str]:
-    """How sure the choice is, and where to look further."""
+    """Remarks on how certain the choice is, and where to search further."""
     best, metric = ranked[0]
 
     def may_be_equal(other: Metric) -> bool:

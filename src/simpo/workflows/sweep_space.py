@@ -1,4 +1,4 @@
-"""What a sweep varies: keys of a recipe, each with values to try or a range to draw from."""
+"""The search space of a sweep: keys of a recipe, each with values to try or a range to draw from."""
 
 from __future__ import annotations
 
@@ -94,25 +94,25 @@ def read_axes(options: Mapping[str, Sequence[str]], annotations: Mapping[str, An
     """The axes among the options of a command line: ``A,B,C`` are values to try, ``LOW..HIGH`` is a range.
 
     Args:
-        options: the words after every ``--key``; a value that starts with a bracket is JSON and no axis.
+        options: the values after every ``--key``; a value that starts with a bracket is JSON and no axis.
         annotations: the keys that recipes have, with their types.
 
     Raises:
         SimpoError: an unknown key, a repeated value, or a range that is empty or belongs to a key without numbers.
     """
     axes: list[Axis] = []
-    for key, words in options.items():
-        if len(words) != 1 or words[0].startswith(("[", "{")):
+    for key, values in options.items():
+        if len(values) != 1 or values[0].startswith(("[", "{")):
             continue
-        match = _RANGE.fullmatch(words[0])
-        if match is None and "," not in words[0]:
+        match = _RANGE.fullmatch(values[0])
+        if match is None and "," not in values[0]:
             continue
         if key not in annotations:
             raise SimpoError(f"--{key}: unknown key{nearest(key, annotations)}")
         if key == "output_dir":
             raise SimpoError("--output_dir: the sweep has one folder, with a folder for every trial in it; name one")
         if match is None:
-            axes.append(_choices(key, words[0]))
+            axes.append(_choices(key, values[0]))
         else:
             axes.append(_range(key, match[1], match[2], describe(annotations[key])))
     return tuple(axes)

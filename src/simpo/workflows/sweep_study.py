@@ -115,7 +115,7 @@ class Study:
             self.results()  # reads everything once
 
     def trial_folder(self, number: int) -> Path:
-        """Where a trial trains."""
+        """The folder in which a trial trains."""
         return self._folder / "trials" / f"{number:03d}"
 
     def take(self) -> TrialLease | None:

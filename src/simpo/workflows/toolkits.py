@@ -1,4 +1,4 @@
-"""What recipes of other toolkits mean where a single key does not tell: their data, schedules, kind and defaults."""
+"""Rules for recipes of other toolkits that need more than one key: data, schedules, kind of training and defaults."""
 
 from __future__ import annotations
 
