@@ -246,7 +246,7 @@ class Gsm8kSettings(AnswerSettings):
     against: str | None = setting(None, "The model that it was made from, for the difference.")
     data: str = setting("openai/gsm8k", "File with rows of question and answer, or a hub data set.")
     split: str = setting("test", "Split of a hub data set.")
-    limit: int | None = setting(None, "Only the first so many problems (default: all).")
+    limit: int | None = setting(None, "Only the first so many problems (default: all).", least=1)
     sampling: SamplingSettings = field(
         default=SamplingSettings(temperature=0.0, top_p=1.0), metadata={"without": ("n", "top_k")}
     )
