@@ -212,6 +212,20 @@ def test_bootstrap_draws_items_whole():
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(figures, [0.025, 0.975])), rel=1e-12)
 
 
+def test_bootstrap_of_a_family_holds_together():
+    """Bonferroni by its definition; with 95%, all of six means of normal values are in their intervals."""
+    sums = np.random.default_rng(0).random((20, 2))
+    rng = np.random.default_rng(7)
+    figures = [ratio(sums[rng.integers(0, 20, 20)].sum(0)) for _ in range(6 * 300)]
+    found = bootstrap_interval(sums, ratio, seed=7, resamples=300, family=6)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(figures, [0.025 / 6, 1 - 0.025 / 6])), rel=1e-12)
+    assert "6" in found.method
+    values = np.random.default_rng(1).normal(size=400)
+    found = bootstrap_interval(np.column_stack([values, np.ones(400)]), ratio, seed=0, family=6)
+    half = stats.norm.ppf(1 - 0.025 / 6) * values.std() / 20
+    assert (found.value - found.low, found.high - found.value) == pytest.approx((half, half), rel=0.1)
+
+
 def test_bootstrap_in_parts_is_the_same(monkeypatch):
     sums = np.random.default_rng(0).random((20, 2))
     whole = bootstrap_interval(sums, ratio, seed=7, resamples=300)

@@ -134,7 +134,12 @@ def share_bounds(share: float, half: float) -> tuple[float, float]:
 
 
 def bootstrap_interval(
-    sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *, seed: int, resamples: int = _RESAMPLES
+    sums: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    seed: int,
+    resamples: int = _RESAMPLES,
+    family: int = 1,
 ) -> Interval:
     """Percentile bootstrap interval of a statistic that is a function of sums over independent items.
 
@@ -145,7 +150,8 @@ def bootstrap_interval(
         sums: ``[n, m]``, the contribution of each item to the ``m`` sums.
         statistic: from ``[..., m]`` sums to ``[...]`` values; NaN where it is undefined.
         seed: determines the draws.
-        resamples: number of resamples.
+        resamples: number of resamples, for each member of the family.
+        family: number of intervals that shall hold together: with 95%, all of them do (Bonferroni).
 
     Returns:
         The statistic of all items, without bounds if all items are equal or the statistic of a resample is undefined.
@@ -156,19 +162,21 @@ def bootstrap_interval(
     if sums.ndim != 2 or not len(sums):
         raise ValueError(f"the bootstrap needs sums [n, m] of at least one item, got shape {sums.shape}")
     n, value = len(sums), float(statistic(sums.sum(0)))
+    method = "bootstrap 95%" if family == 1 else f"bootstrap, 95% for all {family} together"
     if (sums == sums[0]).all():
-        return Interval(value, None, None, n, "bootstrap 95%")
-    rng = np.random.default_rng(seed)
+        return Interval(value, None, None, n, method)
+    rng, total = np.random.default_rng(seed), resamples * family
     values = np.concatenate(
         [
             statistic(_draw_counts(rng, n, count) @ sums)
-            for count in np.diff([*range(0, resamples, max(1, _AT_ONCE // n)), resamples])
+            for count in np.diff([*range(0, total, max(1, _AT_ONCE // n)), total])
         ]
     )
-    low, high = np.quantile(values, (1 - _UPPER_TAIL, _UPPER_TAIL))
+    tail = (1 - _UPPER_TAIL) / family
+    low, high = np.quantile(values, (tail, 1 - tail))
     if np.isnan(low):
-        return Interval(value, None, None, n, "bootstrap 95%")
-    return Interval(value, float(low), float(high), n, "bootstrap 95%")
+        return Interval(value, None, None, n, method)
+    return Interval(value, float(low), float(high), n, method)
 
 
 def _draw_counts(rng: np.random.Generator, n: int, resamples: int) -> np.ndarray:

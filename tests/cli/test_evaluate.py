@@ -370,7 +370,11 @@ def test_gsm8k_before_and_after(world, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["chess"], "unknown benchmark 'chess'; the benchmarks are academic, alpaca_eval, arena_hard, gsm8k, mt_bench"),
+        (
+            ["chess"],
+            "unknown benchmark 'chess'; "
+            "the benchmarks are academic, alpaca_eval, arena_hard, gsm8k, mt_bench, rewardbench",
+        ),
         (["alpaca_eval", "{}/outputs.jsonl"], "needs a judge: name it with --judge_url and --judge_model"),
         (["alpaca_eval"], "give either a model or file of outputs, or --annotations"),
         (

@@ -33,6 +33,15 @@ def test_mt_bench_in_the_papers_main_table_and_ablation():
     assert all(1 <= float(cell) <= 10 for row in rows for cell in row[3:] if cell)
 
 
+def test_rewardbench_as_the_mean_of_its_subsets():
+    headings, rows = published_rows("rewardbench")
+    assert headings[3:] == ["score", "Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties"]
+    for row in rows:
+        score, *subsets = map(float, row[3:])
+        assert score == pytest.approx(sum(subsets) / 6, abs=0.1)  # of rounded figures
+    assert published_table("rewardbench").row_count == len(rows) == 3
+
+
 def test_a_benchmark_without_published_figures_has_no_table():
     assert published_rows("compare")[1] == [] and published_table("compare") is None
     assert published_table("mt_bench").row_count == 4 * 3

@@ -136,7 +136,9 @@ def keys_of(command):
     return sorted(set(re.findall(r"--([a-z]\w+)", text.getvalue())) - {"help"})
 
 
-BENCHMARKS = [f"evaluate {name}" for name in ("alpaca_eval", "arena_hard", "mt_bench", "gsm8k", "academic")]
+BENCHMARKS = [
+    f"evaluate {name}" for name in ("alpaca_eval", "arena_hard", "mt_bench", "gsm8k", "academic", "rewardbench")
+]
 COMMANDS = ["train", "sft", "reward", "sample", "annotate", "pair", "compare", "loop", "online", "inspect", "merge"]
 KEYS = {command: keys_of(command) for command in [*COMMANDS, "chat", *BENCHMARKS]}
 recipe_of_command = st.sampled_from(list(KEYS)).flatmap(

@@ -1,4 +1,4 @@
-"""What the authors of the paper measured on the same benchmarks, and results as Markdown."""
+"""What was published about the same benchmarks, most of it by the paper's authors, and results as Markdown."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ _README = "princeton-nlp/SimPO, README.md: judge gpt-4-1106-preview; GSM8K and M
 _PAPER = "arXiv 2405.14734, tables 4 and 5: scores from 1 to 10"
 _SOURCES = {"mt_bench": _PAPER, "alpaca_eval": f"{_README}; ablations: arXiv 2405.14734, table 5"}
 _SOURCES["arena_hard"] = _SOURCES["alpaca_eval"]
+_SOURCES["rewardbench"] = "model cards of the allenai/*-RM-RB2 models, revision main"
 # The methods that are shown on a terminal; an export has all of them.
-_SHOWN = ("SFT", "DPO", "SimPO")
+_SHOWN = ("SFT", "DPO", "SimPO", "reward model")
+_REWARDBENCH = ("score", "Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 # The columns of published.csv by benchmark, and their headings.
 _COLUMNS = {
     "alpaca_eval": {"alpaca_eval_lc": "LC win rate", "alpaca_eval_wr": "win rate", "alpaca_eval_length": "length"},
@@ -30,6 +32,7 @@ _COLUMNS = {
     "gsm8k": {"gsm8k": "GSM8K"},
     "mt_bench": {"mt_bench_gpt4_turbo": "judge GPT-4 Turbo", "mt_bench_gpt4": "judge GPT-4"},
     "academic": {"gsm8k": "GSM8K", "mmlu": "MMLU"},
+    "rewardbench": {f"rewardbench_{name.lower().replace(' ', '_')}": name for name in _REWARDBENCH},
 }
 
 

@@ -51,6 +51,9 @@ BENCHMARKS = {
     "arena_hard": Entry("arena_hard", "ArenaHardSettings", "Arena-Hard v0.1 and v2: two games per prompt."),
     "gsm8k": Entry("academic", "Gsm8kSettings", "A quick check of arithmetic before and after alignment."),
     "mt_bench": Entry("mt_bench", "MTBenchSettings", "Both turns of 80 conversations, rated from 1 to 10."),
+    "rewardbench": Entry(
+        "rewardbench", "RewardBenchSettings", "RewardBench 2 for a reward model: best of 4, and Ties."
+    ),
 }
 
 
