@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simpo.packing.logprobs import Head, fused_entropy, fused_kl
+from simpo.packing.logprobs import Head, fused_entropy, fused_kl, fused_log_collision
 
 ROWS, WIDTH, VOCABULARY = 7, 8, 37
 CHUNKS = {"a row at a time": 1, "three rows": 3 * VOCABULARY * 8, "all rows": None}
@@ -145,6 +145,16 @@ def test_entropy_equals_its_definition(head, chunk):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     for a, b in zip(gradients(found, policy), gradients(expected, policy), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("head", HEADS)
+def test_log_collision_equals_its_definition(head, chunk):
+    style, policy = HEADS[head], tensors(0, **HEADS[head])
+    logits = head_of(policy, style).logits(policy["hidden"], torch.float64)
+    found = fused_log_collision(policy["hidden"], head_of(policy, style), chunk_bytes=CHUNKS[chunk])
+    torch.testing.assert_close(found, logits.softmax(-1).square().sum(-1).log(), rtol=0, atol=1e-9)
+    assert not found.requires_grad
 
 
 class Largest(TorchDispatchMode):

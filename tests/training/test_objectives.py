@@ -360,7 +360,65 @@ def test_the_kl_term(name, make_trainer, make_model, pairs, naive_responses):
     assert_alike(([entry["loss"] for entry in logs], trained), (losses, policy))
 
 
+def naive_alignments(policy, rows):
+    """``[R]`` for each response the mean over its tokens of ``log p(token) - log sum_v p(v)**2``."""
+    found = []
+    for row in rows:
+        for response in row["response_ids"]:
+            logits = policy(torch.tensor([row["prompt_ids"] + response])).logits[0, len(row["prompt_ids"]) - 1 : -1]
+            tokens = logits.log_softmax(-1)[range(len(response)), response]
+            found.append((tokens - logits.softmax(-1).square().sum(-1).log()).mean())
+    return torch.stack(found).detach()
+
+
+@pytest.mark.parametrize("budget", [45, 1000])
+@pytest.mark.parametrize("settings", [{"objective": "dpo"}, {"objective": "simpo", "sft_weight": 0.3}])
+def test_pairs_are_weighed_as_in_wpo(settings, budget, make_trainer, make_model, pairs, naive_responses):
+    rows, model = pairs(5), make_model("gpt2", std=0.5)
+    policy, objective = copy.deepcopy(model), OBJECTIVES[settings["objective"]]
+    optimizer, losses, means = torch.optim.SGD(policy.parameters(), lr=RATE), [], []
+    prompts, responses = rows["prompt_ids"][:], rows["response_ids"][:]
+    with torch.no_grad():
+        ref_logp = naive_responses(model, prompts, responses).logp
+    for _ in range(2):
+        y = replace(naive_responses(policy, prompts, responses), ref_logp=ref_logp)
+        w, l = taken(y, slice(0, None, 2)), taken(y, slice(1, None, 2))  # noqa: E741
+        aligned = naive_alignments(policy, rows)
+        weights = (aligned[::2].exp() * aligned[1::2].exp()).clamp(max=1)
+        assert weights.min() < 0.9
+        loss = (weights * objective.pair(w, l) - settings.get("sft_weight", 0) * w.avg).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        means.append(weights.mean().item())
+    trained = copy.deepcopy(model)
+    trainer = make_trainer(
+        rows,
+        model=trained,
+        optimizers=(torch.optim.SGD(trained.parameters(), lr=RATE), None),
+        wpo_weights=True,
+        per_device_train_batch_size=5,
+        max_steps=2,
+        logging_steps=1,
+        max_batch_tokens=budget,
+        **settings,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["wpo/weight"] for entry in logs] == pytest.approx(means, abs=1e-9)
+    assert_alike(([entry["loss"] for entry in logs], trained), (losses, policy))
+
+
 # ---- what is refused ----
+
+
+def test_weights_are_of_pairs(judged, make_trainer):
+    with pytest.raises(SimpoError, match="wpo_weights: train: "):
+        make_trainer(judged, objective="kto", wpo_weights=True)
+    for name in ("listwise", {"dpo": 1.0, "listwise": 1.0}):
+        with pytest.raises(SimpoError, match=r"wpo_weights: objective .*listwise"):
+            make_trainer(judged, objective=name, wpo_weights=True)
 
 
 def test_single_responses_are_for_kto(judged, make_trainer, pairs):

@@ -65,7 +65,9 @@ class DPOConfig(_ReferenceKeys):
     f_divergence_type: str = setting("reverse_kl", f"reverse_kl, or of sigmoid alone {', '.join(_DIVERGENCES)}.")
     f_alpha_divergence_coef: float = setting(0.5, "Of alpha_divergence: one minus its order.")
     label_smoothing: float = setting(0.0, "Not supported.")  # type: ignore[assignment]
-    use_weighting: bool = unsupported(False, "WPO's weights need every token's probabilities; leave it out")
+    use_weighting: bool = unsupported(
+        False, "PreferenceConfig(wpo_weights=True) has these weights, which are at most 1, unlike TRL's"
+    )
     discopop_tau: float = without_effect(0.05, "it belongs to loss_type discopop, which is not supported")
     truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "Which end of an overlong prompt stays.")
 

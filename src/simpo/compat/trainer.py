@@ -94,9 +94,11 @@ class PortedPreferenceTrainer(PortedTrainer, PreferenceTrainer):
         self._update_mean_length(inputs["micro_batches"])
         return super().prediction_step(model, inputs, *args, **kwargs)
 
-    def loss_and_metrics(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+    def loss_and_metrics(
+        self, y: Responses, batch: PlannedBatch, pair_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As in the base class, with a pair's SFT term weighted by its chosen response's share of the step's tokens."""
-        losses, metrics = super().loss_and_metrics(y, batch)
+        losses, metrics = super().loss_and_metrics(y, batch, pair_weights)
         if self._sft_weight:
             w = Responses(y.logp[batch.pairs.best], y.length[batch.pairs.best])
             share = w.length / self._mean_chosen_length  # 1 on average

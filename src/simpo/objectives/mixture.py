@@ -64,6 +64,10 @@ class Mixture(Objective):
     def takes_unpaired(self) -> bool:  # type: ignore[override]
         return all(part.takes_unpaired for part in self.parts)
 
+    @property
+    def adds_up_pairs(self) -> bool:
+        return all(part.adds_up_pairs for part in self.parts)
+
     def requiring(self, need: str) -> Objective:
         return next(part for part in self.parts if need in part.needs)
 

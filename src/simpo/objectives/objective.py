@@ -152,10 +152,14 @@ class Objective(ABC):
         if {"gamma", "gamma_beta_ratio"} & self.hyperparameters.keys():
             found.append("margin")
         # KTO's reference point contains beta, and listwise rewards are of responses and not of pairs.
-        by_pair = type(self).comparisons is Objective.comparisons
-        if "beta" in self.hyperparameters and "z_ref" not in self.needs and by_pair:
+        if "beta" in self.hyperparameters and "z_ref" not in self.needs and self.adds_up_pairs:
             found.append("beta")
         return tuple(found)
+
+    @property
+    def adds_up_pairs(self) -> bool:
+        """Whether the loss of a comparison is a mean over its pairs, so that pairs can have weights."""
+        return type(self).comparisons is Objective.comparisons
 
     def with_row_columns(
         self, *, label_probability: Tensor | None = None, margin: Tensor | None = None, beta: Tensor | None = None

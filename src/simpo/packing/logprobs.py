@@ -165,9 +165,7 @@ def fused_kl(
     ``chunk_bytes`` (default: 64 MiB on a CPU, 512 MiB elsewhere) bounds a chunk's logits, of which about three exist at
     a time.
     """
-    if chunk_bytes is None:
-        chunk_bytes = (CPU_CHUNK if hidden.device.type == "cpu" else ACCELERATOR_CHUNK) // 2
-    rows = max(1, chunk_bytes // (head.weight.shape[0] * max(4, hidden.element_size())))
+    rows = _rows_of_half_a_chunk(hidden, head, chunk_bytes)
     return _FusedKL.apply(hidden, head.weight, head.bias, head.scale, head.softcap, ref_hidden, ref_head, rows)
 
 
@@ -180,6 +178,28 @@ def fused_entropy(hidden: Tensor, head: Head, *, chunk_bytes: int | None = None)
     uniform = Head(hidden.new_zeros(vocabulary, 1))
     states = hidden.new_zeros(len(hidden), 1)
     return math.log(vocabulary) - fused_kl(hidden, head, states, uniform, chunk_bytes=chunk_bytes)
+
+
+@torch.no_grad()
+def fused_log_collision(hidden: Tensor, head: Head, *, chunk_bytes: int | None = None) -> Tensor:
+    """``[S]`` ``log sum_v p(v)**2`` of the next token ``p`` given ``hidden`` ``[S, H]``, without gradient.
+
+    It is the logarithm of the probability that two tokens drawn from ``p`` are the same. ``chunk_bytes`` is that of
+    :func:`fused_kl`.
+    """
+    dtype, found = product_dtype(hidden), []
+    head = replace(head, weight=head.weight.to(dtype))
+    for states in hidden.split(_rows_of_half_a_chunk(hidden, head, chunk_bytes)):
+        logits = head.logits(states, dtype)
+        normalizer = logits.logsumexp(dim=-1)
+        found.append(logits.mul_(2).logsumexp(dim=-1) - 2 * normalizer)
+    return torch.cat(found)
+
+
+def _rows_of_half_a_chunk(hidden: Tensor, head: Head, chunk_bytes: int | None) -> int:
+    if chunk_bytes is None:
+        chunk_bytes = (CPU_CHUNK if hidden.device.type == "cpu" else ACCELERATOR_CHUNK) // 2
+    return max(1, chunk_bytes // (head.weight.shape[0] * max(4, hidden.element_size())))
 
 
 class _FusedKL(torch.autograd.Function):

@@ -17,7 +17,7 @@ from simpo.errors import SimpoError
 from simpo.objectives import Responses
 from simpo.packing.batching import RowSizes, fill
 from simpo.packing.layout import PackedBatch, TokenizedComparison
-from simpo.packing.logprobs import Head, fused_entropy, fused_kl, fused_logprobs
+from simpo.packing.logprobs import Head, fused_entropy, fused_kl, fused_log_collision, fused_logprobs
 from simpo.packing.model import (
     ForwardPath,
     at_output_layer,
@@ -140,12 +140,14 @@ class TokenOutputs(NamedTuple):
         logps: log-probabilities of the tokens.
         divergence: KL(policy || reference), exact over the vocabulary; None without a reference.
         entropy: of the policy, exact over the vocabulary; None unless requested.
+        log_collision: ``log sum_v p(v)**2`` of the policy, without gradient; None unless requested.
         values: outputs of the value head for the states in which the tokens are chosen; None without one.
     """
 
     logps: Tensor
     divergence: Tensor | None = None
     entropy: Tensor | None = None
+    log_collision: Tensor | None = None
     values: Tensor | None = None
 
 
@@ -155,19 +157,20 @@ def token_outputs(
     *,
     reference: ReferenceStates | None = None,
     entropy: bool = False,
+    log_collision: bool = False,
     value_head: nn.Module | None = None,
     path: ForwardPath = "auto",
     chunk_bytes: int | None = None,
 ) -> TokenOutputs:
     """Log-probabilities of the scored tokens of ``batch``, and what else is requested, by one forward.
 
-    ``chunk_bytes`` bounds the logits of the log-probabilities, and half of it those of KL and entropy; by default they
+    ``chunk_bytes`` bounds the logits of the log-probabilities, and half of it those of the others; by default they
     choose.
 
     Raises:
         SimpoError: the model's output layer is not a plain matrix product, which all but log-probabilities need.
     """
-    if reference is None and not entropy and value_head is None:
+    if reference is None and not entropy and not log_collision and value_head is None:
         logps = partial(token_logprobs, chunk_bytes=chunk_bytes)
         return TokenOutputs(inside_forward(model, batch, logps, path=path))
 
@@ -178,9 +181,10 @@ def token_outputs(
                 fused_logprobs(hidden, head, batch.targets, chunk_bytes=chunk_bytes),
                 None if reference is None else fused_kl(hidden, head, *reference, chunk_bytes=half),
                 fused_entropy(hidden, head, chunk_bytes=half) if entropy else None,
+                fused_log_collision(hidden, head, chunk_bytes=half) if log_collision else None,
             )
 
-        _check_head(inner, "the exact KL, entropy_coef and a value head")
+        _check_head(inner, "the exact KL, entropy_coef, wpo_weights and a value head")
         states = scored_states(inner, batch, path)
         values = None if value_head is None else head_scores(value_head, states)
         return at_output_layer(inner, states, at_tokens)._replace(values=values)

@@ -34,6 +34,7 @@ class Setup:
         accumulates: whether gradients of an earlier micro-batch are there already.
         reference: whether a copy of the trained weights computes the reference in every forward.
         divergence: whether the KL divergence from it is part of the loss.
+        pair_weights: whether pairs are weighed by the policy's probabilities.
         share: of the gradients of layers that a process keeps: one over the number of processes that share them.
     """
 
@@ -43,6 +44,7 @@ class Setup:
     accumulates: bool = True
     reference: bool = False
     divergence: bool = False
+    pair_weights: bool = False
     share: float = 1.0
 
 
@@ -206,10 +208,11 @@ def _forward_backward(stand_in: StandIn, batch: PackedBatch, tracer: Tracer, set
             if setup.reference:
                 inside_forward(model, batch, compute, path=path)
         model.train()
-        if reference is None:
+        if reference is None and not setup.pair_weights:
             loss: Tensor = inside_forward(model, batch, compute, path=path).sum()
         else:
-            found: Any = token_outputs(model, batch, reference=reference, path=path, chunk_bytes=chunk)
-            loss = found.logps.sum() + found.divergence.sum()
+            given: Any = {"reference": reference, "log_collision": setup.pair_weights, "chunk_bytes": chunk}
+            found = token_outputs(model, batch, path=path, **given)
+            loss = found.logps.sum() + (0 if found.divergence is None else found.divergence.sum())
     tracer.phase = "the rest of backward"
     loss.backward()

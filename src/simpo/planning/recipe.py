@@ -80,6 +80,7 @@ def _setup_of(config: Any, *, cuda: bool) -> Setup:
         autocast=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
         reference=row is not None and row.needs_reference and not stored,
         divergence=bool(getattr(config, "kl_weight", 0.0)),
+        pair_weights=getattr(config, "wpo_weights", False),
     )
 
 

@@ -81,6 +81,10 @@ class OrderedPairs(NamedTuple):
         share = 1 / torch.bincount(comparison, minlength=len(counts))[comparison].double()
         return cls(better, worse, comparison, share, first)
 
+    def weighted(self, weights: Tensor) -> OrderedPairs:
+        """The pairs with weights, ``[N]``, which :meth:`mean` multiplies their values by."""
+        return self._replace(share=self.share * weights)
+
     def mean(self, values: Tensor) -> Tensor:
         """``[C, ...]`` means over the pairs of each comparison, of ``values`` ``[N, ...]``."""
         shared = values * self.share.to(values).view(-1, *[1] * (values.dim() - 1))

@@ -105,6 +105,9 @@ class PreferenceConfig(TrainingSettings):
     kl_weight: float = setting(
         0.0, "Weight of KL(policy || start model), exact, mean over the response tokens.", least=0
     )
+    wpo_weights: bool = setting(
+        False, "Weigh every pair by how likely the policy is to answer like this (WPO, arXiv 2406.11827)."
+    )
     precompute_ref_log_probs: bool | None = setting(
         None, "Compute the reference's log-probabilities once and keep them (default: true); false: at every step."
     )
@@ -186,6 +189,8 @@ class PreferenceConfig(TrainingSettings):
         except ValueError as error:
             raise SimpoError(str(error)) from error
         self._check_row_columns()
+        if self.wpo_weights and not self.row.adds_up_pairs:
+            raise SimpoError(f"wpo_weights: objective {self.row.name!r} has no loss of a pair to weigh; leave it out")
         if self.sft_weight and self._has_anchor(self.hyperparameters):
             weighted = "lam" in self.row.hyperparameters and not self._has_anchor(self.hyperparameters | {"lam": 0.0})
             remedy = ", or set lam: 0" if weighted else ""

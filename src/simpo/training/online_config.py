@@ -201,7 +201,7 @@ class OnlineConfig(PreferenceConfig):
                 raise SimpoError(f"num_generations: {self.num_generations} answer cannot be compared; set 2 or more")
             self._check_soft_labels()
         else:
-            keys = (*hyperparameter_names(), "loss_type", "sft_weight", "kl_weight", "soft_labels")
+            keys = (*hyperparameter_names(), "loss_type", "sft_weight", "kl_weight", "wpo_weights", "soft_labels")
             given = [key for key in keys if getattr(self, key)]
             if given:
                 raise SimpoError(f"{given[0]}: only preference objectives use it, not {self.objective}; leave it out")

@@ -28,6 +28,7 @@ from simpo.training.batches import (
     MARGIN,
     MISMATCHED_REF_LOGP,
     WEIGHT,
+    OrderedPairs,
     PlannedBatch,
     widest_float,
 )
@@ -44,7 +45,7 @@ NAMES = (
     *("logps/chosen", "logps/rejected"),
 )
 UNPAIRED_NAMES = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
-KL = "kl"
+KL, WPO_WEIGHT = "kl", "wpo/weight"
 
 
 class PreferenceTrainer(PackedTrainer):
@@ -72,7 +73,7 @@ class PreferenceTrainer(PackedTrainer):
     @property
     def metric_names(self) -> tuple[str, ...]:
         names = UNPAIRED_NAMES if self._unpaired else NAMES
-        return (*names, KL) if self.args.kl_weight else names
+        return (*names, *([KL] if self.args.kl_weight else []), *([WPO_WEIGHT] if self.args.wpo_weights else []))
 
     @cached_property
     def objective(self) -> Objective:
@@ -91,7 +92,11 @@ class PreferenceTrainer(PackedTrainer):
 
     @classmethod
     def describe(cls, args: Any) -> Description:
-        weights = {key: getattr(args, key) for key in ("sft_weight", "kl_weight", "row_columns") if getattr(args, key)}
+        weights = {
+            key: getattr(args, key)
+            for key in ("sft_weight", "kl_weight", "wpo_weights", "row_columns")
+            if getattr(args, key)
+        }
         settings = ", ".join(f"{key} {value}" for key, value in (args.hyperparameters | weights).items())
         return Description(
             f"{args.row.name} ({settings})" if settings else args.row.name,
@@ -114,6 +119,8 @@ class PreferenceTrainer(PackedTrainer):
                     f"{label}: single responses with labels, and {args.row.name!r} is trained on pairs; unpaired "
                     f"feedback is for objective {takers}"
                 )
+            if args.wpo_weights:
+                raise SimpoError(f"wpo_weights: {label}: pairs have weights, and single responses do not; leave it out")
             prepared = prepare_feedback(dataset, tokenizer, args.tokenize_settings, label=label)
         else:
             prepared = prepare(dataset, tokenizer, args.tokenize_settings, label=label)
@@ -193,23 +200,32 @@ class PreferenceTrainer(PackedTrainer):
     # ---- Loss.
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """As in the base, with the reference where one is needed, and KL(policy || reference) added and logged."""
+        """As in the base, with the reference where one is needed, the weights of pairs, and KL(policy || reference)."""
+        args, packed = self.args, batch.packed
         if self.objective.needs_reference and batch.ref_logps is None:
-            batch = batch._replace(ref_logps=self._reference.logps(batch.packed))
-        if not self.args.kl_weight:
+            batch = batch._replace(ref_logps=self._reference.logps(packed))
+        if not args.kl_weight and not args.wpo_weights:
             return super().forward_rows(model, batch)
-        reference = self._reference.states(batch.packed)
-        found = token_outputs(model, batch.packed, reference=reference, path=self.path)
-        assert found.divergence is not None
-        losses, metrics = self.loss_and_metrics(responses_of(batch.packed, found.logps), batch)
-        kl = mean_by_comparison(batch.packed, found.divergence)  # [C], over the scored tokens of a comparison
-        losses = losses + self.args.kl_weight * kl
-        return losses, torch.cat([losses.detach()[:, None], metrics[:, 1:], kl.detach()[:, None]], dim=1)
+        reference = self._reference.states(packed) if args.kl_weight else None
+        found = token_outputs(model, packed, reference=reference, log_collision=args.wpo_weights, path=self.path)
+        weights, added = None, []
+        if found.log_collision is not None:
+            weights = wpo_weights(responses_of(packed, found.logps - found.log_collision), batch.pairs)
+        losses, metrics = self.loss_and_metrics(responses_of(packed, found.logps), batch, weights)
+        if found.divergence is not None:
+            added.append(mean_by_comparison(packed, found.divergence))  # [C], over the scored tokens of a comparison
+            losses = losses + args.kl_weight * added[0]
+        if weights is not None:
+            added.append(batch.pairs.mean(weights))
+        return losses, torch.stack([losses, *metrics[:, 1:].unbind(1), *added], dim=1).detach()
 
-    def loss_and_metrics(self, y: Responses, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
+    def loss_and_metrics(
+        self, y: Responses, batch: PlannedBatch, pair_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Losses, ``[C]``, and metrics of comparisons or of single responses.
 
-        The SFT term applies to the best response of a comparison, and to single responses that are desirable.
+        ``pair_weights``, ``[N]``, apply to the pair terms of the loss. The SFT term applies to the best response of a
+        comparison, and to single responses that are desirable.
         """
         context = {name: value.to(y.logp) for name, value in self._context.items()}
         if batch.ref_logps is not None:
@@ -225,13 +241,28 @@ class PreferenceTrainer(PackedTrainer):
             values = {LABEL_PROBABILITY: batch.label_probability, MARGIN: batch.margin, BETA: batch.beta}
             given = {name: value.to(y.logp)[pairs.comparison] for name, value in values.items() if value is not None}
             objective = self.objective.with_row_columns(**given)
-            losses, anchor = objective.comparisons(y, pairs, **context), objective.anchor(best)
+            weighted = pairs if pair_weights is None else pairs.weighted(pair_weights)
+            losses, anchor = objective.comparisons(y, weighted, **context), objective.anchor(best)
             if anchor is not None:
                 losses = losses + anchor
             if self.args.sft_weight:
                 losses = losses + self.args.sft_weight * sft_term(best)
             metrics = pairs.mean(pair_metrics(objective, w, l))
         return losses, torch.cat([losses.detach()[:, None], metrics], dim=1)
+
+
+def wpo_weights(y: Responses, pairs: OrderedPairs) -> Tensor:
+    """``[N]`` weights of pairs, at most 1: how likely the policy is to give both responses (WPO, arXiv 2406.11827).
+
+    A response counts by ``exp`` of the mean over its tokens of ``log p(token) - log sum_v p(v)**2``, which is about 1
+    for an answer of the policy's own. The bound is that of the authors' code; TRL has none.
+
+    Args:
+        y: ``y.logp`` ``[R]`` is the sum of these differences over a response's tokens.
+        pairs: the ordered pairs.
+    """
+    aligned = y.avg.detach()
+    return (aligned[pairs.better] + aligned[pairs.worse]).exp().clamp(max=1)
 
 
 def pair_metrics(objective: Objective, w: Responses, l: Responses) -> Tensor:  # noqa: E741
