@@ -40,16 +40,22 @@ from simpo.analysis.plots import COLORS
 from simpo.runs.lines import read_lines, write_lines
 from simpo.statistics import Interval, mean_interval
 
-_STEPS, _PROMPTS, _ANSWERS, _HELD_OUT = 64, 8, 4, 100
+_ANSWERS, _HELD_OUT = 4, 100  # to a prompt, prompts
 _COMMON: dict[str, Any] = {
     **{"num_generations": _ANSWERS, "max_new_tokens": 48, "max_length": 128, "generation_batch_size": 256},
-    **{"per_device_train_batch_size": _PROMPTS, "max_steps": _STEPS, "learning_rate": 5e-4},
     **{"save_strategy": "no", "report_to": "none", "logging_steps": 16},
 }
-_ONCE = {"sync_every": _STEPS}  # offline: all answers are the start model's
+_SHARED = {"max_steps": 32, "per_device_train_batch_size": 16, "learning_rate": 1e-3}  # by all methods
+_ONCE = {"sync_every": 32}  # offline: all answers are the start model's
 # For each method its keys, the key that keeps it near the start, and the values of that.
 METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
-    "ppo": ({"objective": "ppo", "sync_every": 2, "rollout_epochs": 2}, "kl_coef", (2.0, 0.5, 0.1)),
+    # as many answers as the others, each used twice; the scores are divided by about 4.5, and kl_coef with them
+    "ppo": (
+        {"objective": "ppo", "normalize_scores": True, "learning_rate": 5e-4}
+        | {"sync_every": 2, "rollout_epochs": 2, "max_steps": 64},
+        "kl_coef",
+        (0.4, 0.1, 0.02),
+    ),
     "rloo": ({"objective": "rloo"}, "kl_coef", (2.0, 0.5, 0.1)),
     "grpo": ({"objective": "grpo"}, "kl_coef", (0.5, 0.1, 0.02)),
     "online dpo": ({"objective": "dpo"}, "beta", (1.0, 0.3, 0.1)),
@@ -57,8 +63,9 @@ METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
     "online simpo": ({"objective": "simpo"}, "beta", (10.0, 5.0, 2.0)),
     "offline simpo": ({"objective": "simpo"} | _ONCE, "beta", (10.0, 5.0, 2.0)),
 }
-FRESHNESS = {"online": 1, "every 8 steps": 8, "every 32 steps": 32, "offline": _STEPS}
+FRESHNESS = {"online": 1, "every 8 steps": 8, "every 32 steps": 32, "offline": 64}
 _SIMPO = {"objective": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.5}
+_SIMPO |= {"max_steps": 64, "per_device_train_batch_size": 8, "learning_rate": 5e-4}
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def runs_of_methods(seeds: Sequence[int], judges: Sequence[str], methods: Sequen
     for seed, judge, method in product(seeds, judges, methods):
         options, key, values = METHODS[method]
         for value in values:
-            yield Run(f"{method}, {key} {value:g}", judge, seed, options | {key: value})
+            yield Run(f"{method}, {key} {value:g}", judge, seed, _SHARED | options | {key: value})
 
 
 def runs_of_freshness(seeds: Sequence[int]) -> Iterator[Run]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from benchmarks.best_of_n import best_of_n, best_of_n_kl
@@ -162,22 +163,21 @@ def divergence(place: Place, model: Path, responses: Path, temperature: float) -
     rows = load_rows(str(place.prompts), split="train")
     prompts = {prompt.id: prompt.ids for prompt in prepare_prompts(rows, tokenizer)}
     here, there = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (model, place.demo / "sft"))
-    return np.array(
-        [
-            np.mean([_logp(here, *asked, temperature) - _logp(there, *asked, 1.0) for asked in answered])
-            for answered in (
-                [(prompts[row["id"]], ids) for ids in row["response_ids"]]
-                for row in read_lines(responses / "responses.jsonl")
-            )
-        ]
-    )
+    found = []
+    for row in read_lines(responses / "responses.jsonl"):
+        asked = prompts[row["id"]], row["response_ids"]
+        found.append(np.mean(_logps(here, *asked, temperature) - _logps(there, *asked, 1.0)))
+    return np.array(found)
 
 
 @torch.no_grad()
-def _logp(model: torch.nn.Module, prompt: list[int], response: list[int], temperature: float) -> float:
-    """Log-probability of a response as it is drawn at a temperature."""
-    logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
-    return float((logits / temperature).log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum())
+def _logps(model: torch.nn.Module, prompt: list[int], responses: list[list[int]], temperature: float) -> np.ndarray:
+    """``[K]`` log-probabilities of the responses to a prompt as they are drawn at a temperature."""
+    ids = pad_sequence([torch.tensor(response) for response in responses], batch_first=True, padding_value=-1)
+    prompts = torch.tensor(prompt).expand(len(responses), -1)
+    logits = model(torch.cat([prompts, ids.clamp(min=0)], 1)).logits[:, len(prompt) - 1 : -1]
+    each = (logits / temperature).log_softmax(-1).gather(2, ids.clamp(min=0)[:, :, None])[:, :, 0]
+    return each.where(ids >= 0, 0).sum(1).numpy()  # what is read after a response does not change it
 
 
 def _plot_best_of_n(path: Path, best: dict[str, dict[str, list[Interval]]]) -> None:
