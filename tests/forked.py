@@ -62,9 +62,20 @@ def run_ranks(
     return Ended([process.exitcode for process in ranks], *texts)
 
 
+def use_own_locks() -> None:
+    """Give this fork its own locks of progress bars, of every kind.
+
+    tqdm's are shared by all forks, and one that was killed may hold them forever.
+    """
+    kinds: list[type[tqdm]] = [tqdm]
+    for kind in kinds:
+        kind.set_lock(threading.RLock())
+        kinds += kind.__subclasses__()
+
+
 def _run(variables: dict[str, str], cache: Path, files: list[Path], function: Callable, arguments: tuple) -> None:
     """One rank; it skips the end of the interpreter, where some versions of torch abort."""
-    tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that was killed may hold it forever
+    use_own_locks()
     os.environ |= variables
     datasets.config.HF_DATASETS_CACHE = cache
     torch.set_num_threads(1)

@@ -188,6 +188,8 @@ def test_file_and_command_line_read_a_value_alike(recipe, key, written, expected
         ("count", "true", "'true' is not a whole number"),
         ("flag", "maybe", "'maybe' is not true or false"),
         ("text", "[a, b]", None),
+        ("text", '"a\\0b"', None),
+        ("text", '"a\\ud800b"', None),
         ("color", "rad", "'rad' is not one of red, no; did you mean red?"),
         ("loose_color", "blue", "'blue' is not one of red, no"),
         ("mode", "c", "'c' is not one of a, b"),

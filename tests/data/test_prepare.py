@@ -57,6 +57,14 @@ def test_bad_rows_are_skipped_counted_and_named(chatml, row, reason):
         prepare(rows_with([row], 99), chatml, TokenizeSettings())
 
 
+def test_a_reason_may_quote_half_a_surrogate_pair(chatml, tmp_path):
+    lines = [json.dumps({"prompt": "p", "\ud800": 1}), *[json.dumps(GOOD)] * 99]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    report = prepare(load_rows(str(tmp_path / "a.jsonl"), split="train"), chatml, TokenizeSettings()).report
+    ((reason, count),) = report.bad.items()
+    assert count == 1 and "\\ud800" in reason
+
+
 def test_half_a_surrogate_pair_is_a_bad_row(chatml, tmp_path):
     lines = [json.dumps({**GOOD, "rejected": "no \ud83d"}), *[json.dumps(GOOD)] * 99]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

@@ -150,6 +150,13 @@ def test_broken_files_end_in_one_line(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_name_that_is_not_unicode_is_refused(tmp_path):
+    write_lines(tmp_path / "folder" / "train-\udcff.jsonl")
+    for name in (tmp_path / "folder", tmp_path / "folder" / "train-\udcff.jsonl"):
+        with pytest.raises(SimpoError, match="not UTF-8; rename the file"):
+            load(name)
+
+
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/missing", "a/b/c", "data/train.json.gz"])
 def test_missing_files(name):
     with pytest.raises(SimpoError, match=f"^{name}: file not found"):

@@ -99,7 +99,7 @@ def generations(lines: list[dict]) -> list[dict]:
 
 
 def answers(folder: Path) -> dict[str, list[dict]]:
-    return {path.stem: list(map(json.loads, path.open())) for path in (folder / "generations").iterdir()}
+    return {path.stem: list(map(json.loads, path.open())) for path in (folder / "generations").glob("*.jsonl")}
 
 
 def same_weights(one: Path, other: Path) -> bool:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from tests.forked import use_own_locks
 
 from simpo import cli
 
@@ -26,6 +26,7 @@ for module in (
     "analysis.plots",
 ):
     importlib.import_module(f"simpo.{module}")
+_PATIENCE = 900  # seconds until a run that hangs ends with a traceback
 FORK = multiprocessing.get_context("fork")
 
 TRAIN = {
@@ -106,7 +107,7 @@ def errors_of(folder: Path) -> Path:
 
 
 def _child(argv: list[str], folder: Path, on_change: Callable[[], None]) -> None:
-    tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that was killed may hold it forever
+    use_own_locks()
     torch.set_num_threads(1)
     process = os.getpid()
 
@@ -117,7 +118,9 @@ def _child(argv: list[str], folder: Path, on_change: Callable[[], None]) -> None
     sys.addaudithook(hook)
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
-        stack.enter_context(redirect_stderr(stack.enter_context(errors_of(folder).open("w"))))
+        errors = stack.enter_context(errors_of(folder).open("w"))
+        stack.enter_context(redirect_stderr(errors))
+        faulthandler.dump_traceback_later(_PATIENCE, file=errors, exit=True)
         code = cli.main(argv)
     sys.exit(code)
 
@@ -126,7 +129,7 @@ def run(
     argv: list[str], folder: Path, *, kill_at: int | None = None, kill_after: float | None = None
 ) -> tuple[int, int]:
     """The exit code, -9 if it was killed, and the number of changes; killed before one of them, or after a time."""
-    made = FORK.Value("i", 0)
+    made = FORK.Value("i", 0, lock=False)  # a process that is killed would never release it
     folder.parent.mkdir(parents=True, exist_ok=True)
 
     def on_change() -> None:
@@ -149,7 +152,7 @@ def _is_timing(key: str) -> bool:
 
 def result_of(folder: Path) -> dict[str, object]:
     """What the run is for; of training also its checkpoints, logs and rollouts, of a loop every stage's products."""
-    patterns = ["model.safetensors", "adapter_model.safetensors", "results.json", "best.yaml"]
+    patterns = ["model.safetensors", "adapter_model.safetensors", "results.json", "best.yaml", "examples_*.jsonl"]
     patterns += [f"{name}.jsonl" for name in ("responses", "annotated", "best", "pairs", "verdicts", "rollouts/0*")]
     found: dict[str, object] = {}
     for path in sorted(path for pattern in patterns for path in folder.rglob(pattern)):

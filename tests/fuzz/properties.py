@@ -1,6 +1,7 @@
 """The property that every input has to have: one line and exit code 2, or a result; never a traceback or a hang.
 
-``make fuzz`` sets ``SIMPO_FUZZ_SECONDS``, the time for each test. Without it a test runs fixed examples, as in CI.
+``make fuzz`` sets ``SIMPO_FUZZ``: how many times the number of new examples that each test names for a campaign.
+Without it a test runs a few fixed examples, as in CI.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from itertools import count
 from typing import Any, NamedTuple
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -23,44 +24,49 @@ from hypothesis.strategies import SearchStrategy
 from simpo import SimpoError
 from simpo.cli import main
 
-SECONDS = float(os.environ.get("SIMPO_FUZZ_SECONDS", "0"))
+CAMPAIGN = float(os.environ.get("SIMPO_FUZZ", "0"))
 START = int(os.environ.get("SIMPO_FUZZ_SEED", "0"))
 _PART = 100  # examples of one seed
 _PATIENCE = 10  # seconds of processor time for one example
 _MEMORY = 1 << 30  # bytes that one example may add to the process
 
 
-def fuzz(examples: int, **strategies: SearchStrategy) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Call a test with ``examples`` fixed draws of the strategies, or with ever new ones for ``SIMPO_FUZZ_SECONDS``."""
+def fuzz(
+    fixed: int, campaign: int, **strategies: SearchStrategy
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Call a test with ``fixed`` draws of the strategies, or with ``campaign`` (times ``SIMPO_FUZZ``) new ones."""
     common: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
-        if not SECONDS:
-            fixed = settings(max_examples=examples, derandomize=True, phases=[Phase.generate, Phase.shrink], **common)
-            return fixed(given(**strategies)(test))
+        if not CAMPAIGN:
+            few = settings(max_examples=fixed, derandomize=True, phases=[Phase.generate, Phase.shrink], **common)
+            return few(given(**strategies)(test))
 
         def keep_trying(**fixtures: Any) -> None:
             failures: dict[str, Exception] = {}
-            examples, until = 0, time.monotonic() + SECONDS
+            examples, number, slowest, begun = 0, START, 0.0, time.process_time()
 
             def one(**drawn: Any) -> None:
-                nonlocal examples
-                if time.monotonic() > until:
-                    return
+                nonlocal examples, slowest
                 examples += 1
+                before = time.process_time()
                 try:
                     test(**fixtures, **drawn)
                 except Exception as failure:  # the first of each kind; the search goes on
                     if failures.setdefault(_kind(failure), failure) is failure:
                         failure.add_note(f"with {drawn!r:.3000}")
+                        traceback.print_exception(failure)
+                slowest = max(slowest, time.process_time() - before)
 
-            for number in count(START):
-                if time.monotonic() > until:
-                    break
-                settings(max_examples=_PART, phases=[Phase.generate], **common)(
-                    seed(number)(given(**strategies)(one))
-                )()
-            print(f"{test.__name__}: {examples:,} examples, {len(failures)} kinds of failures")
+            while examples < campaign * CAMPAIGN:
+                some = settings(max_examples=_PART, phases=[Phase.generate], **common)
+                some(seed(number)(given(**strategies)(one)))()
+                number += 1
+                print(
+                    f"{test.__name__}: {examples:,} examples, {len(failures)} kinds of failures, "
+                    f"{time.process_time() - begun:.0f} s of processor time, {slowest:.1f} s the slowest",
+                    flush=True,
+                )
             if failures:
                 raise ExceptionGroup(f"{len(failures)} kinds of failures", list(failures.values()))
 

@@ -40,13 +40,13 @@ def write(path, table):
     return path
 
 
-@fuzz(5, table=st.lists(rows, min_size=1, max_size=20))
+@fuzz(5, 3000, table=st.lists(rows, min_size=1, max_size=20))
 def test_rows(workshop, scratch, table):
     with scratch() as folder:
         end("inspect", "model", write(folder / "rows.jsonl", table))
 
 
-@fuzz(5, row=plain_rows)
+@fuzz(5, 4000, row=plain_rows)
 def test_rows_of_text_become_their_own_tokens(workshop, scratch, row):
     """Whatever the text is, the ids decode to it, or the row is refused; every row is counted."""
     tokenizer = load_tokenizer("model")
@@ -67,7 +67,7 @@ def test_rows_of_text_become_their_own_tokens(workshop, scratch, row):
             assert ids.count(tokenizer.eos_token_id) == 1
 
 
-@fuzz(6, file=files)
+@fuzz(6, 2000, file=files)
 def test_files(workshop, scratch, file):
     suffix, content = file
     with scratch() as folder:
@@ -77,7 +77,10 @@ def test_files(workshop, scratch, file):
 
 
 @fuzz(
-    3, command=st.sampled_from(["sample", "annotate", "pair", "compare"]), table=st.lists(rows, min_size=1, max_size=4)
+    3,
+    1500,
+    command=st.sampled_from(["sample", "annotate", "pair", "compare"]),
+    table=st.lists(rows, min_size=1, max_size=4),
 )
 def test_rows_of_other_commands(workshop, scratch, command, table):
     with scratch() as folder:
@@ -99,6 +102,7 @@ ANSWERS = [{"instruction": "What is 1 and 2?", "output": "It is 3.", "generator"
 
 @fuzz(
     4,
+    5000,
     changed=st.one_of(
         st.tuples(st.just("annotate"), changed_json([RESPONSES, RESPONSES | {"id": "2"}])),
         st.tuples(st.just("pair"), changed_json([SCORED, SCORED | {"id": "2"}])),
@@ -146,7 +150,7 @@ recipe_of_command = st.sampled_from(list(KEYS)).flatmap(
 )
 
 
-@fuzz(8, drawn=recipe_of_command)
+@fuzz(8, 2500, drawn=recipe_of_command)
 def test_recipes(workshop, scratch, drawn):
     command, text = drawn
     with scratch() as folder:
@@ -160,7 +164,7 @@ def test_recipes(workshop, scratch, drawn):
 SHIPPED = sorted(Path(__file__).parents[2].glob("recipes/**/*.yaml"))
 
 
-@fuzz(2, path=st.sampled_from(SHIPPED), damage=damages)
+@fuzz(2, 500, path=st.sampled_from(SHIPPED), damage=damages)
 def test_damaged_recipes(workshop, scratch, path, damage):
     with scratch() as folder:
         recipe = folder / "recipe.yaml"
@@ -235,7 +239,7 @@ def command_lines(draw):
     return [*line, "--nope"] if command == "demo" else line
 
 
-@fuzz(8, line=command_lines())
+@fuzz(8, 1500, line=command_lines())
 def test_command_lines(workshop, line):
     end(*line)
 
@@ -258,7 +262,7 @@ options = st.lists(
 )
 
 
-@fuzz(1, chosen=options, held_out=st.booleans())
+@fuzz(1, 500, chosen=options, held_out=st.booleans())
 def test_settings_of_training(workshop, scratch, chosen, held_out):
     paths = {"output_dir", "logging_dir", "reference_cache", "hub_model_id", "push_to_hub"}
     words = [f"--{key}={value}" for key, value in chosen if key not in paths]
@@ -267,12 +271,12 @@ def test_settings_of_training(workshop, scratch, chosen, held_out):
         end("train", "--model_name_or_path", "model", *TRAIN, *eval_words, *words, "--output_dir", folder / "out")
 
 
-@fuzz(4, template=templates)
+@fuzz(4, 100, template=templates)
 def test_templates(workshop, template):
     end("inspect", "model", "pairs.jsonl", "--chat_template", template or " ")
 
 
-@fuzz(8, reply=replies)
+@fuzz(8, 7000, reply=replies)
 def test_replies(workshop, reply):
     status, headers, body = reply
     with ChatServer(lambda request: Raw(status, body, headers)) as server:
@@ -283,7 +287,7 @@ def test_replies(workshop, reply):
         assert isinstance(answer, ChatReply) and isinstance(answer.text, str)
 
 
-@fuzz(2, said=verdicts, command=st.sampled_from(["annotate", "compare"]))
+@fuzz(2, 500, said=verdicts, command=st.sampled_from(["annotate", "compare"]))
 def test_verdicts(workshop, scratch, said, command):
     judge = ["--judge_model", "tiny", "--yes", "--output_dir"]
     with scratch() as folder, ChatServer(lambda request: completion(said)) as server:
@@ -297,7 +301,7 @@ def test_verdicts(workshop, scratch, said, command):
 MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 
 
-@fuzz(3, name=st.sampled_from(MODEL_FILES), damage=damages, data=st.data())
+@fuzz(3, 60, name=st.sampled_from(MODEL_FILES), damage=damages, data=st.data())
 def test_damaged_models(workshop, scratch, name, damage, data):
     with scratch() as folder:
         model = folder / "model"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
 from simpo.errors import SimpoError
-from simpo.runs.manifest import damage, write_manifest
+from simpo.runs.manifest import damage, is_as_written, write_digest, write_manifest
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_what_is_excluded_is_not_listed(folder):
 
 def _flip(path):
     contents = bytearray(path.read_bytes())
-    contents[1000] ^= 1
+    contents[len(contents) // 2] ^= 1
     path.write_bytes(contents)
 
 
@@ -104,3 +105,15 @@ def test_full_disk_leaves_the_earlier_manifest(small_disk):
     with pytest.raises(SimpoError, match=r"manifest\.json: no space left on the disk"):
         write_manifest(small_disk)
     assert damage(small_disk) is None
+
+
+@pytest.mark.parametrize("damage_it", [_flip, lambda path: path.write_bytes(b""), Path.unlink])
+@pytest.mark.parametrize("name", ["scores.json", ".scores.json.sha256"])
+def test_a_file_is_as_written_or_damaged(tmp_path, name, damage_it, caplog):
+    path = tmp_path / "scores.json"
+    path.write_text('{"score": 0.25}')
+    write_digest(path)
+    assert is_as_written(path) and not caplog.text
+    damage_it(tmp_path / name)
+    assert not is_as_written(path)
+    assert ("scores.json is damaged" in caplog.text) == path.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -365,6 +366,33 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(online, tmp_path, o
         assert (tmp_path / "stopped" / "rollouts" / path.name).read_bytes() == path.read_bytes()
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, again.model.state_dict()[name])
+
+
+@pytest.mark.parametrize("damage", [lambda text: text.replace("0", "1", 1), lambda text: text[: len(text) // 2]])
+def test_damaged_rollouts_are_sampled_again_or_refused(online, tmp_path, damage, caplog):
+    shared = {"objective": "grpo", "sync_every": 2, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
+    whole = online(**shared)
+    whole.train()
+    folder = Path(whole.args.output_dir)
+    shutil.rmtree(folder / "checkpoint-6")  # checkpoint-4 is within rollout 2
+    path = folder / "rollouts" / "000003.jsonl"
+    sampled = path.read_bytes()
+    path.write_text(damage(path.read_text()))
+    again = online(**shared)
+    again.train(resume_from_checkpoint=True)
+    assert path.read_bytes() == sampled and "000003.jsonl is damaged" in caplog.text
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name])
+    shutil.rmtree(folder / "checkpoint-6")
+    (folder / "rollouts" / "000000.jsonl").write_bytes(sampled)
+    path = folder / "rollouts" / "000002.jsonl"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(SimpoError, match=r"000002\.jsonl is missing or damaged"):
+        online(**shared).train(resume_from_checkpoint=True)
+    assert {metric.stage for metric in again.summary()} == {"after"}  # the first is another file than was written
+    (folder / "rollouts" / "training.json").write_text("[]")
+    with pytest.raises(SimpoError, match=r"training\.json is damaged"):
+        online(**shared).train(resume_from_checkpoint=True)
 
 
 def test_the_rollouts_of_another_training_are_refused(online):

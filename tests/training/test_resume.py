@@ -18,6 +18,7 @@ from simpo.errors import InterruptedRun, SimpoError
 from simpo.runs.folder import RunFolder
 from simpo.runs.manifest import write_manifest
 from simpo.runs.results import read_results
+from simpo.training import checkpoints as resumable
 from simpo.training import run as workflow
 from simpo.training.checkpoints import ResumableTrainer, StopOnSignal, checkpoints, last_good_checkpoint
 
@@ -362,6 +363,18 @@ def test_a_damaged_checkpoint_is_skipped(damage, name, through, chat_world, at, 
         assert same_weights(output, through)
         assert f"continues from {output / 'checkpoint-4'}" in (output / "log.txt").read_text()
         assert "missing keys" not in caplog.text  # of tied weights one is stored
+
+
+def test_a_run_killed_before_it_removes_a_checkpoint_removes_it_later(chat_world, tmp_path, monkeypatch):
+    output, changes = tmp_path / "run", {"save_total_limit": 1, "max_steps": 4, "num_train_epochs": None}
+    with monkeypatch.context() as patches:
+        rotate = resumable.rotate
+        patches.setattr(resumable, "rotate", lambda *args, newest, **rest: die() if newest.name[-1] == "4" else None)
+        with pytest.raises(Killed):
+            cli.main(options(chat_world, output, **changes))
+    assert resumable.rotate is rotate and len(checkpoints(output)) == 2
+    assert cli.main(options(chat_world, output, **changes)) == 0
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-4"]
 
 
 def test_the_limit_leaves_the_newest_checkpoints(through, chat_world, tmp_path):

@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import os
+import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -15,6 +16,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+# In text: what no path can hold, and half of a surrogate pair, which Python reads names that are not UTF-8 as.
+_UNFIT = re.compile("[\0\ud800-\udfff]")
 _TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 _DESCRIPTIONS = {
     bool: "true or false",
@@ -127,7 +130,7 @@ def _convert_scalar(value: Any, kind: Any) -> Any:
             return value
     elif kind in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
         return _convert_number(value, kind)
-    elif kind in (str, Path) and isinstance(value, str) and "\0" not in value:  # which no path can hold
+    elif kind in (str, Path) and isinstance(value, str) and not _UNFIT.search(value):
         return value if kind is str else Path(os.path.expanduser(value))  # noqa: PTH111 - Path's own raises for ~nobody
     raise ValueError
 

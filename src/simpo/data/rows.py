@@ -42,8 +42,9 @@ class BadRow(Exception):  # noqa: N818 - it is counted, not shown as an error
     kind = "bad"
 
     def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+        # It may quote the row, and Arrow, which stores it, refuses half of a surrogate pair.
+        self.reason = reason.encode(errors="backslashreplace").decode()
+        super().__init__(self.reason)
 
     @property
     def entry(self) -> str:

@@ -27,7 +27,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from simpo.data.cache import cached
 from simpo.data.rows import JSON_FEATURES, ROW, WHERE, as_json, concatenate, rename_columns, select_columns, with_where
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.runs.manifest import file_digest
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".csv", ".parquet", ".arrow")
@@ -209,6 +209,8 @@ def _load_file(path: Path) -> Dataset:
     """
     if not path.name.endswith(SUFFIXES):
         raise SimpoError(f"{path}: unknown kind of file; known are {_KINDS}")
+    with third_party(f"{path}: a name that is not UTF-8; rename the file"):
+        path.name.encode()
     digest = _digest([path], path.name)
     if path.suffix in (".parquet", ".arrow"):
         return _load_columnar(path, digest)

@@ -31,6 +31,7 @@ from simpo.models.devices import from_main
 from simpo.models.settings import ModelArguments
 from simpo.runs.lines import read_lines
 from simpo.runs.log import Log
+from simpo.runs.manifest import is_as_written, write_digest
 from simpo.training.callbacks import RunCallback
 from simpo.training.guard import alarm
 from simpo.training.packed import PackedTrainer
@@ -219,6 +220,7 @@ class Generations(RunCallback):
             if self._is_main:
                 if stored is None:
                     write_responses(path, self._prompts, self._start.texts, self._start.samples)
+                    write_digest(path)
                 statistics = dataclasses.asdict(self._start.statistics)
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in statistics.items())
                 self._log(f"the start model's answers: {shown} ({path})")
@@ -237,7 +239,7 @@ class Generations(RunCallback):
 
     def _read_start(self, path: Path) -> list[list[Sampled]] | None:
         """The start model's stored answers; None if there are none, or they are to other prompts."""
-        rows = read_lines(path) if path.exists() else []
+        rows = read_lines(path) if is_as_written(path) else []
         same = [row["id"] for row in rows] == [prompt.id for prompt in self._prompts]
         return read_samples(rows) if same else None
 

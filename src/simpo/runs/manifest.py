@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -19,6 +20,8 @@ from typing import Any
 
 from simpo.errors import SimpoError
 from simpo.runs.atomic import disk_errors, write_text
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "manifest.json"
 SCHEMA = 1
@@ -40,6 +43,25 @@ def file_digest(path: Path | str) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def write_digest(path: Path) -> None:
+    """Store the digest of a file in ``.NAME.sha256`` next to it, for :func:`is_as_written`."""
+    write_text(_digest_file(path), file_digest(path))
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether a file exists and fits the digest that was stored when it was written; a warning if it does not fit."""
+    if not path.exists():
+        return False
+    fits = _digest_file(path).exists() and _digest_file(path).read_bytes() == file_digest(path).encode()
+    if not fits:
+        logger.warning("%s is damaged and is not used", path)
+    return fits
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.sha256")
 
 
 def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:

@@ -244,6 +244,10 @@ class ResumableTrainer(ShardedTrainer):
             self._tokens = int(means.get("tokens", 0)) if self.is_world_process_zero() else 0
         if checkpoint.resolve().parent == Path(self.args.output_dir).resolve():
             self._saved = step_of(checkpoint)
+            newest = checkpoints(Path(self.args.output_dir))[0].name == checkpoint.name
+            if newest and self.is_world_process_zero():  # a run that was killed may not have removed the others yet
+                best = state.best_model_checkpoint
+                rotate(Path(self.args.output_dir), self.args.save_total_limit, newest=checkpoint, best=best)
         saved_by = len(list(checkpoint.glob("rng_state*.pth")))  # every process saves its random state
         self.check_engine(checkpoint, saved_by)
         if saved_by not in (0, self.args.world_size) and self.is_world_process_zero():

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from simpo.packing.model import policy_logprobs
 from simpo.runs.lines import write_lines
+from simpo.runs.manifest import write_digest
 from simpo.training.packed import PackedTrainer
 
 _EXAMPLES = 100  # rows, so that a large held-out set costs no second pass over it
@@ -36,6 +37,7 @@ def write_examples(path: Path, trainer: PackedTrainer) -> None:
     if trainer.is_world_process_zero() and isinstance(tokenizer, PreTrainedTokenizerBase):
         decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         write_lines(path, (_line(row, number, decode, logps) for row, number in zip(rows, chosen, strict=True)))
+        write_digest(path)
 
 
 def _logps(trainer: PackedTrainer, rows: Any) -> list[float]:

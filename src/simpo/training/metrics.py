@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,9 +12,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from simpo.runs.atomic import write_text
-from simpo.runs.lines import JsonLines
-from simpo.runs.manifest import file_digest
+from simpo.runs.lines import read_lines, write_lines
+from simpo.runs.manifest import is_as_written, write_digest
 from simpo.runs.results import Metric, Stage
 from simpo.statistics import (
     Interval,
@@ -27,8 +25,6 @@ from simpo.statistics import (
     weighted_mean_interval,
 )
 from simpo.training.batches import PlannedBatch, widest_float
-
-logger = logging.getLogger(__name__)
 
 # Metrics of every row of a data set, in its order: ``[rows]`` by name, and WEIGHT.
 Scores = dict[str, np.ndarray]
@@ -139,28 +135,17 @@ def write_scores(path: Path, rows: Dataset, scores: Scores) -> None:
     places = rows["where"] if "where" in rows.column_names else [None] * len(rows)
     tokens = [[len(ids) for ids in responses] for responses in rows["response_ids"]]
     columns = zip(*(values.tolist() for values in scores.values()), strict=True)
-    lines = JsonLines(path)
-    lines.keep(0)
-    lines.append(
+    records = (
         {"where": place, TOKENS: counts, **dict(zip(scores, row, strict=True))}
         for place, counts, row in zip(places, tokens, columns, strict=True)
     )
-    write_text(_checksum(path), file_digest(path))
-
-
-def _checksum(path: Path) -> Path:
-    return path.with_name(f".{path.name}.sha256")
+    write_lines(path, records)
+    write_digest(path)
 
 
 def read_scores(path: Path, rows: int) -> Scores | None:
     """The scores that :func:`write_scores` wrote; None if there are not ``rows`` of them, or if they were changed."""
-    if not path.exists():
-        return None
-    if not _checksum(path).exists() or _checksum(path).read_bytes() != file_digest(path).encode():
-        logger.warning("%s is damaged and is computed again", path)
-        path.unlink()
-        return None
-    if len(lines := list(JsonLines(path))) != rows:
+    if not is_as_written(path) or len(lines := read_lines(path)) != rows:
         return None
     names = [name for name in lines[0] if name not in ("where", TOKENS)]
     return {name: np.array([line[name] for line in lines], dtype=np.float64) for name in names}

@@ -32,8 +32,7 @@ from simpo.models.checkpoint import Limits
 from simpo.objectives.policy_gradient import Rollout, kl_estimate, mean_by
 from simpo.objectives.ppo import explained_variance, value_loss
 from simpo.packing.scoring import TokenOutputs, token_outputs
-from simpo.runs.lines import read_lines
-from simpo.runs.results import Metric, Stage
+from simpo.runs.results import Metric
 from simpo.statistics import mean_interval
 from simpo.training.batches import (
     RETURNS,
@@ -422,10 +421,8 @@ class OnlineTrainer(PreferenceTrainer):
     def summary(self) -> list[Metric]:
         """Means of the first and the last rollout, over their prompts."""
         found = []
-        paths = self._files.paths
-        stages: dict[Stage, Path] = {"before": paths[0], "after": paths[-1]} if paths else {}
-        for stage, path in stages.items():
-            values = np.array(training_rows(read_lines(path), self.args)[ROLLOUT][:])
+        for stage, records in self._files.ends().items():
+            values = np.array(training_rows(records, self.args)[ROLLOUT][:])
             for name, column in zip(ROLLOUT_NAMES, values.T, strict=True):
                 if not np.isnan(column).all():
                     found.append(Metric.of(name, mean_interval(column[~np.isnan(column)]), stage))

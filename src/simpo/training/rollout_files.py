@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.generation.engine import Engine, TransformersEngine
 from simpo.generation.responses import response_texts
 from simpo.generation.settings import SamplingSettings, derived_seed
@@ -25,6 +25,8 @@ from simpo.packing.model import policy_logprobs
 from simpo.packing.scoring import token_outputs
 from simpo.runs.atomic import write_text
 from simpo.runs.lines import read_lines, write_lines
+from simpo.runs.manifest import is_as_written, write_digest
+from simpo.runs.results import Stage
 from simpo.training.batches import response_tokens
 from simpo.training.reference import ReferenceModel
 from simpo.training.rollouts import Annotator, Answered, Place, Record, adaptation, prompts_from_rows
@@ -56,17 +58,19 @@ class RolloutFiles:
     def _folder(self) -> Path:
         return Path(self._trainer.args.output_dir) / FOLDER
 
-    @property
-    def paths(self) -> list[Path]:
-        """The files that exist, in the order of the rollouts."""
-        return sorted(self._folder.glob("0*.jsonl"))
+    def ends(self) -> dict[Stage, Sequence[Record]]:
+        """The first and the last rollout; without one that is damaged, which is reported."""
+        paths = sorted(self._folder.glob("0*.jsonl"))
+        ends: dict[Stage, Path] = {"before": paths[0], "after": paths[-1]} if paths else {}
+        return {stage: read_lines(path) for stage, path in ends.items() if is_as_written(path)}
 
     def claim(self, identity: Mapping[str, Any]) -> None:
         """Record what determines the rollouts; raises :class:`SimpoError` if the folder has another training's."""
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         path = self._folder / _IDENTITY
         if self._trainer.is_world_process_zero():
-            known = json.loads(path.read_text())["fingerprint"] if path.exists() else None
+            with third_party(f"output_dir: {path} is damaged; name a new folder"):
+                known = json.loads(path.read_text())["fingerprint"] if path.exists() else None
             if known not in (None, digest) and not self._trainer.args.accept_changes:
                 raise SimpoError(f"output_dir: {self._folder} belongs to another training; name a new folder")
             write_text(path, json.dumps({"fingerprint": digest}) + "\n")
@@ -78,7 +82,10 @@ class RolloutFiles:
         if known is not None:
             return known
         if trainer.state.global_step != place.first_step:
-            raise SimpoError(f"{path} is missing, and the weights that its answers were sampled by are gone")
+            raise SimpoError(
+                f"{path} is missing or damaged, and the weights that its answers were sampled by are gone; restore it, "
+                "or name a new folder"
+            )
         began = time.monotonic()
         previous = self._previous(place.rollout)
         with preserve_rng_state(trainer.args.device):
@@ -88,6 +95,7 @@ class RolloutFiles:
             records = [{**record, **columns} for record in records]
         if trainer.is_world_process_zero():
             write_lines(path, records)
+            write_digest(path)
         self.seconds += time.monotonic() - began
         return records
 
@@ -95,8 +103,10 @@ class RolloutFiles:
         return self._folder / f"{rollout:06}.jsonl"
 
     def _read(self, path: Path) -> list[Record] | None:
-        found: Any = from_main(read_lines(path) if self._trainer.is_world_process_zero() and path.exists() else None)
-        return found
+        found: Any = None
+        if self._trainer.is_world_process_zero() and is_as_written(path):
+            found = read_lines(path)
+        return from_main(found)
 
     def _previous(self, rollout: int) -> list[Record] | None:
         """The rollout before, if this one depends on it."""
@@ -107,8 +117,8 @@ class RolloutFiles:
         found = self._read(path)
         if found is None:
             raise SimpoError(
-                f"{path} is missing, which kl_target and normalize_scores continue from; copy it from the run that "
-                "resume_from_checkpoint is of"
+                f"{path} is missing or damaged, which kl_target and normalize_scores continue from; copy it and its "
+                "digest (.NAME.sha256) from the run that resume_from_checkpoint is of"
             )
         return found
 

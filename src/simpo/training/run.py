@@ -24,6 +24,7 @@ from simpo.models.loading import load_tokenizer, round_weights
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import provisional, staged_files
 from simpo.runs.folder import RunFolder
+from simpo.runs.manifest import is_as_written
 from simpo.runs.results import EXAMPLES, FILE_NAME, HELD_OUT, Metric, write_results
 from simpo.training.callbacks import MetricsFile, RunCallback, log_as_lines
 from simpo.training.card import write_model_card
@@ -213,7 +214,7 @@ def _score_start(trainer: PackedTrainer, folder: RunFolder) -> Scores | None:
         return None
     before = from_main(None if folder.changed else read_scores(folder.path / HELD_OUT["before"], len(rows)))
     before = before or _score(trainer, folder.path / HELD_OUT["before"])
-    if folder.changed or not from_main((folder.path / EXAMPLES["before"]).exists()):
+    if folder.changed or not from_main(is_as_written(folder.path / EXAMPLES["before"])):
         write_examples(folder.path / EXAMPLES["before"], trainer)
     return before
 
