@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +13,7 @@ import transformers as hf
 
 from simpo.cli import main
 from simpo.cli.plan import sharding_of
+from simpo.world.pairs import write_model, write_pairs
 
 LENGTHS = ["--prompt_tokens", "50", "--response_tokens", "30", "--rows", "1000"]
 
@@ -98,3 +102,54 @@ def test_the_launcher_says_how_a_model_is_shared(monkeypatch) -> None:
     assert list(map(sharding_of, stages)) == ["ddp", "zero2", "zero3"]
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert sharding_of(plain) == "fsdp"
+
+
+def test_an_8b_recipe_is_planned_in_10_seconds_and_1_gb(tmp_path) -> None:
+    """On two cores: that many seconds of each."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    hf.LlamaConfig(vocab_size=128256, num_hidden_layers=32, **sizes).save_pretrained(tmp_path)
+    machine = ["--gpu", "H100-80GB", "--gpus", "8", "--bf16", "true"]
+    command = [sys.executable, "-m", "simpo", "plan", str(tmp_path), "--dataset_name", "none", *LENGTHS, *machine]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert used.ru_utime + used.ru_stime < 20
+    assert used.ru_maxrss * 1024 < 1e9
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The arguments of a training of a tiny model on the tiny world."""
+    write_model(tmp_path / "model", seed=0)
+    write_pairs(tmp_path / "pairs.jsonl", 16, seed=0)
+    given = {
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": tmp_path / "pairs.jsonl",
+        "output_dir": tmp_path / "out",
+        "max_length": 128,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": "true",
+    }
+    return [text for key, value in given.items() for text in (f"--{key}", str(value))]
+
+
+def test_a_training_that_fits_says_where_it_is_tightest_and_runs(run, tmp_path, capsys) -> None:
+    assert main(["train", *run, "--plan"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("plan:"))
+    assert " GiB, tightest in " in line
+    assert (tmp_path / "out/results.json").exists()
+
+
+def test_a_training_that_does_not_fit_names_the_keys_with_which_it_would(run, tmp_path, monkeypatch, capsys) -> None:
+    """On a machine with 16 MiB: enough for the model and a row at a time, and not for all of them."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=16 * 2**20))
+    rows = ["--max_batch_tokens", "10000", "--per_device_train_batch_size", "16"]
+    assert main(["train", *run, *rows, "--plan"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for part in ("GiB, tightest in ", "backward", "it fits with max_batch_tokens: ", "activation_checkpointing: "):
+        assert part in error
+    assert not (tmp_path / "out").exists()

@@ -27,7 +27,6 @@ _BUDGETS = (2048, 4096, 8192, 16384, 32768)  # tokens of a forward that are trie
 _SHARES = (0.0, 0.5, 1.0)  # of checkpointed layers that are tried
 _TRIED = 3  # choices that are estimated themselves
 _BUCKETS = 2 * 2 * 5e8  # bytes of DeepSpeed's buckets: two of 500 million half-precision numbers
-_MASTER = 4.0  # bytes of the fp32 copy of a half-precision weight in DeepSpeed's optimizer
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,8 @@ class Planner:
         batches = self.work.batches(choice.max_batch_tokens, self.machine.gpus)
         step = self._step(choice, batches)
         memory = self._memory(choice.sharding, step, step.peak, gradients_first=batches.per_step > 1)
-        update = self._memory(choice.sharding, step, self.kept.update * self._share(choice.sharding))
+        kept = self._kept(choice.sharding)
+        update = self._memory(choice.sharding, step, kept.update * self._share(choice.sharding))
         tightest = max(step.peaks, key=lambda name: step.peaks[name])
         if sum(update.values()) > sum(memory.values()):
             memory, tightest = update, "the optimizer's step"
@@ -208,22 +208,27 @@ class Planner:
             choice,
             memory,
             batches,
-            parameters=round(self.kept.parameters),
+            parameters=round(kept.parameters),
             flops=step.cost.flops * batches.tokens_per_step / batches.tokens * self.machine.gpus,
             step_seconds=self._seconds(choice.sharding, step.cost, batches),
             tightest=tightest,
         )
 
-    @cached_property
-    def kept(self) -> Kept:
+    @cache  # noqa: B019
+    def _kept(self, sharding: Sharding) -> Kept:
         """What the run keeps, before anything is shared out."""
-        return measure_kept(self.blueprint, self.setup)
+        if sharding not in ("zero2", "zero3") or self.setup.autocast is None:
+            return measure_kept(self.blueprint, self.setup)
+        # DeepSpeed trains in half precision, and its optimizer has an fp32 copy of the weights.
+        half = measure_kept(replace(self.blueprint, dtype=self.setup.autocast), self.setup)
+        copy = measure_kept(replace(self.blueprint, dtype=torch.float32), self.setup)
+        return replace(half, states=copy.gradients + copy.states, update=copy.update)
 
     def _step(self, choice: Choice, batches: Batches) -> Step:
         setup = replace(self.setup, accumulates=batches.per_step > 1, share=self._share(choice.sharding))
         blueprint = replace(self.blueprint, checkpointed_share=choice.checkpointed_share)
-        if choice.sharding in ("fsdp", "zero3") and setup.autocast is not None and blueprint.dtype == torch.float32:
-            # weights are gathered in half precision, so that autocast has nothing to cast
+        if choice.sharding not in ("none", "ddp") and setup.autocast is not None and blueprint.dtype == torch.float32:
+            # weights are in half precision where they compute, so that autocast has nothing to cast
             blueprint = replace(blueprint, dtype=setup.autocast)
         return measure_step(blueprint, batches.heaviest, setup)
 
@@ -236,22 +241,19 @@ class Planner:
 
         Gradients are there before, or part of the peak.
         """
-        count = self.machine.gpus
+        count, kept = self.machine.gpus, self._kept(sharding)
         weights = 1 / count if sharding in ("fsdp", "zero3") else 1.0
         share = self._share(sharding)
-        gradients, optimizer = self.kept.gradients * share, self.kept.states * share
-        if sharding in ("zero2", "zero3"):
-            optimizer += self.kept.gradients / 2 * _MASTER / count
         found = {
-            "weights": self.kept.weights * weights,
-            "reference": self.kept.gradients * weights if self.setup.reference or self.setup.divergence else 0.0,
-            "gradients": gradients,
-            "optimizer": optimizer,
-            "activations": peak - (0.0 if gradients_first else gradients),
+            "weights": kept.weights * weights,
+            "reference": kept.gradients * weights if self.setup.reference or self.setup.divergence else 0.0,
+            "gradients": kept.gradients * share,
+            "optimizer": kept.states * share,
+            "activations": peak - (0.0 if gradients_first else kept.gradients * share),
             "sharing": 0.0,
         }
         if sharding == "ddp":
-            found["sharing"] = self.kept.gradients
+            found["sharing"] = kept.gradients
         elif sharding == "fsdp":  # what is gathered: a layer and the next one, and what no layer has
             found["sharing"] = step.outside_layers + 2 * step.largest_layer
         elif sharding in ("zero2", "zero3"):
@@ -262,7 +264,7 @@ class Planner:
         return found
 
     def _seconds(self, sharding: Sharding, cost: Cost, batches: Batches) -> float | None:
-        rates, card, kept = self.machine.rates, self.machine.card, self.kept
+        rates, card, kept = self.machine.rates, self.machine.card, self._kept(sharding)
         if rates is None:
             return None
         launches = rates.overhead * cost.operations
