@@ -99,6 +99,7 @@ def test_every_key_is_there_with_the_same_default(kind):
         {"loss_type": "ipo", "beta": 0.3},
         {"loss_type": ["sigmoid", "apo_zero", "sft"], "loss_weights": [0.8, 0.2, 0.5], "beta": 0.3},
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+        {"ld_alpha": 0.4},
     ],
 )
 def test_dpo(settings, train_both, rows):
@@ -251,11 +252,11 @@ def test_trls_own_script(name, model_folder, rows, tmp_path, monkeypatch):
     ("kind", "settings", "message"),
     [
         ("DPO", {"loss_type": "hinge"}, "loss_type: 'hinge' is not supported; there are sigmoid"),
-        ("DPO", {"loss_type": "sft"}, "loss_type: sft alone"),
+        ("DPO", {"loss_type": "sft"}, "loss_type: sft is"),
         ("DPO", {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, "loss_weights: 1 for 2 losses"),
         ("DPO", {"label_smoothing": 0.1}, "label_smoothing: not supported"),
         ("DPO", {"use_weighting": True}, "use_weighting: not supported"),
-        ("DPO", {"ld_alpha": 0.5}, "ld_alpha: not supported"),
+        ("DPO", {"ld_alpha": 1.5}, "ld_alpha: "),
         ("DPO", {"sync_ref_model": True}, "sync_ref_model: not supported"),
         ("DPO", {"f_divergence_type": "forward_kl", "loss_type": "ipo"}, "f_divergence_type: 'forward_kl'"),
         ("DPO", {"loss_type": ["sigmoid", "sigmoid"]}, "loss_type: 'sigmoid' is given twice"),

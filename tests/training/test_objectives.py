@@ -410,7 +410,55 @@ def test_pairs_are_weighed_as_in_wpo(settings, budget, make_trainer, make_model,
     assert_alike(([entry["loss"] for entry in logs], trained), (losses, policy))
 
 
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("budget", [45, 1000])
+def test_tokens_beyond_the_shorter_response_count_less(budget, stored, make_trainer, make_model, pairs):
+    """LD-DPO; and what is stored of the reference is not that of DPO."""
+    rows, model, alpha = pairs(5), make_model("gpt2", std=0.5), 0.4
+    assert any(len(a) != len(b) for a, b in rows["response_ids"])
+    policy, rate = copy.deepcopy(model), 0.1
+    optimizer, losses = torch.optim.SGD(policy.parameters(), lr=rate), []
+
+    def ratio(row, response):
+        ids, start = torch.tensor([row["prompt_ids"] + response]), len(row["prompt_ids"]) - 1
+        with torch.no_grad():
+            reference = model(ids).logits[0, start:-1].log_softmax(-1)
+        found = policy(ids).logits[0, start:-1].log_softmax(-1) - reference
+        tokens = found[range(len(response)), response]
+        shared = min(map(len, row["response_ids"]))
+        return tokens[:shared].sum() + alpha * tokens[shared:].sum()
+
+    for _ in range(2):
+        margins = [ratio(row, row["response_ids"][0]) - ratio(row, row["response_ids"][1]) for row in rows]
+        loss = -torch.nn.functional.logsigmoid(0.1 * torch.stack(margins)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    settings = {"objective": "dpo", "precompute_ref_log_probs": stored, "max_batch_tokens": budget}
+    trained = copy.deepcopy(model)
+    if stored:
+        make_trainer(rows, model=copy.deepcopy(model), objective="dpo", max_steps=1).train()
+    trainer = make_trainer(
+        rows,
+        model=trained,
+        optimizers=(torch.optim.SGD(trained.parameters(), lr=rate), None),
+        **{"per_device_train_batch_size": 5, "max_steps": 2, "logging_steps": 1, "ld_alpha": alpha} | settings,
+    )
+    trainer.train()
+    logs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert_alike((logs, trained), (losses, policy))
+
+
 # ---- what is refused ----
+
+
+def test_ld_alpha_is_for_pairs_and_a_reference(rankings, pairs, make_trainer):
+    with pytest.raises(SimpoError, match=r"ld_alpha: train: .*made up:1, made up:2$"):
+        make_trainer(rankings, objective="dpo", ld_alpha=0.5)
+    for name, more in (("simpo", {}), ("kto", {}), ("dpo", {"sft_weight": 0.1}), ("dpo", {"ld_alpha": 1.1})):
+        with pytest.raises(SimpoError, match="ld_alpha"):
+            make_trainer(pairs(2), objective=name, **{"ld_alpha": 0.5} | more)
 
 
 def test_weights_are_of_pairs(judged, make_trainer):

@@ -61,7 +61,6 @@ class DPOConfig(_ReferenceKeys):
 
     loss_type: list[str] = setting(["sigmoid"], f"Of {', '.join([*_OBJECTIVES, _SFT])}.")  # type: ignore[assignment]
     loss_weights: list[float] | None = setting(None, "One for each loss (default: 1).")
-    ld_alpha: float | None = setting(None, "Not supported.")
     f_divergence_type: str = setting("reverse_kl", f"reverse_kl, or of sigmoid alone {', '.join(_DIVERGENCES)}.")
     f_alpha_divergence_coef: float = setting(0.5, "Of alpha_divergence: one minus its order.")
     label_smoothing: float = setting(0.0, "Not supported.")  # type: ignore[assignment]
@@ -72,8 +71,6 @@ class DPOConfig(_ReferenceKeys):
     truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "Which end of an overlong prompt stays.")
 
     def __post_init__(self) -> None:
-        if self.ld_alpha not in (None, 1.0):
-            raise SimpoError("ld_alpha: not supported (objective dpo_norm is another remedy for long answers)")
         if self.label_smoothing:
             raise SimpoError(
                 "label_smoothing: not supported (TRL applies it to losses that simpo does not have; "

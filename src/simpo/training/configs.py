@@ -108,6 +108,12 @@ class PreferenceConfig(TrainingSettings):
     wpo_weights: bool = setting(
         False, "Weigh every pair by how likely the policy is to answer like this (WPO, arXiv 2406.11827)."
     )
+    ld_alpha: float | None = setting(
+        None,
+        "Weight of the log-probabilities of tokens beyond the shorter response's length (LD-DPO, arXiv 2409.06411).",
+        least=0,
+        most=1,
+    )
     precompute_ref_log_probs: bool | None = setting(
         None, "Compute the reference's log-probabilities once and keep them (default: true); false: at every step."
     )
@@ -191,6 +197,10 @@ class PreferenceConfig(TrainingSettings):
         self._check_row_columns()
         if self.wpo_weights and not self.row.adds_up_pairs:
             raise SimpoError(f"wpo_weights: objective {self.row.name!r} has no loss of a pair to weigh; leave it out")
+        if self.ld_alpha is not None and (not self.row.needs_reference or "z_ref" in self.row.needs):
+            raise SimpoError(f"ld_alpha: objective {self.row.name!r} compares no sums with a reference's; leave it out")
+        if self.ld_alpha is not None and self.sft_weight:
+            raise SimpoError("ld_alpha: the SFT term of sft_weight takes all tokens alike; leave one of them out")
         if self.sft_weight and self._has_anchor(self.hyperparameters):
             weighted = "lam" in self.row.hyperparameters and not self._has_anchor(self.hyperparameters | {"lam": 0.0})
             remedy = ", or set lam: 0" if weighted else ""

@@ -190,6 +190,10 @@ class OnlineConfig(PreferenceConfig):
             raise SimpoError("precompute_ref_log_probs: answers are not known before training; leave it out")
         if self.row_columns:
             raise SimpoError("row_columns: answers that are sampled have no such columns; leave it out")
+        if self.ld_alpha is not None:
+            raise SimpoError(
+                "ld_alpha: it is defined for the pairs of a data set, not for sampled answers; leave it out"
+            )
         if self.gradient is None:
             super()._check_objective()
             if "z_ref" in self.row.needs:

@@ -29,16 +29,10 @@ from simpo.models.devices import check_liger, compile_layers, explain_oom
 from simpo.models.loading import load_model
 from simpo.models.preparation import disable_dropout, freeze_parts_unused_by_text, keep_gradients
 from simpo.models.settings import ModelArguments
+from simpo.objectives import Responses
 from simpo.packing.batching import RowSizes, StepPlan, check_budget, default_batch_tokens
 from simpo.packing.layout import PackedBatch
-from simpo.packing.model import (
-    ForwardPath,
-    choose_path,
-    policy_forward,
-    prepare_policy,
-    resolve_path,
-    state_of,
-)
+from simpo.packing.model import ForwardPath, choose_path, policy_forward, prepare_policy, resolve_path, state_of
 from simpo.packing.routing import balance_weight, record_routing
 from simpo.packing.selfcheck import Path, rows_to_check
 from simpo.runs.results import Metric
@@ -204,7 +198,11 @@ class PackedTrainer(ResumableTrainer):
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """One forward: losses and metrics of ``batch`` as of :meth:`loss_and_metrics`."""
-        return self.loss_and_metrics(policy_forward(model, batch.packed, path=self.path), batch)
+        return self.loss_and_metrics(self.responses(model, batch.packed), batch)
+
+    def responses(self, model: nn.Module, packed: PackedBatch) -> Responses:
+        """Log-probabilities of the responses of ``packed``, ``[R]`` each, as the loss reads them."""
+        return policy_forward(model, packed, path=self.path)
 
     # ---- Data.
 
@@ -471,7 +469,7 @@ class PackedTrainer(ResumableTrainer):
 
     def response_logps(self, rows: Dataset) -> Tensor:
         """``[R]`` float64 log-probabilities of all responses of ``rows`` under the model as it is; all ranks call."""
-        return self.compute_for_responses(rows, lambda batch: policy_forward(self.model, batch, path=self.path).logp)
+        return self.compute_for_responses(rows, lambda batch: self.responses(self.model, batch).logp)
 
     def compute_for_responses(
         self,

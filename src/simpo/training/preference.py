@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from simpo.data.tokenizing import Prepared, check_rankings, is_feedback, prepare, prepare_feedback
 from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES, Objective, Responses, reference_point, sft_term
-from simpo.packing.model import policy_forward, responses_of
+from simpo.packing.layout import PackedBatch
+from simpo.packing.model import policy_forward, policy_logprobs, responses_of
 from simpo.packing.scoring import mean_by_comparison, token_outputs
 from simpo.runs.results import Metric
 from simpo.training.batches import (
@@ -30,6 +31,8 @@ from simpo.training.batches import (
     WEIGHT,
     OrderedPairs,
     PlannedBatch,
+    describe_rows,
+    response_counts,
     widest_float,
 )
 from simpo.training.configs import PreferenceConfig
@@ -125,6 +128,11 @@ class PreferenceTrainer(PackedTrainer):
         else:
             prepared = prepare(dataset, tokenizer, args.tokenize_settings, label=label)
             check_rankings(prepared.dataset, label)
+        if args.ld_alpha is not None and (longer := np.flatnonzero(response_counts(prepared.dataset) != 2)).size:
+            where = describe_rows(prepared.dataset, longer.tolist())
+            raise SimpoError(
+                f"ld_alpha: {label}: it is for pairs; these rows have another number of responses: {where}"
+            )
         names = args.row_columns or ()
         if MARGIN in args.row.row_columns and MARGIN not in names and has_column(prepared.dataset, MARGIN):
             prepared.report.notices.append("the column margin is not used; row_columns: [margin] adds it to gamma")
@@ -211,13 +219,30 @@ class PreferenceTrainer(PackedTrainer):
         weights, added = None, []
         if found.log_collision is not None:
             weights = wpo_weights(responses_of(packed, found.logps - found.log_collision), batch.pairs)
-        losses, metrics = self.loss_and_metrics(responses_of(packed, found.logps), batch, weights)
+        losses, metrics = self.loss_and_metrics(self._desensitized(packed, found.logps), batch, weights)
         if found.divergence is not None:
             added.append(mean_by_comparison(packed, found.divergence))  # [C], over the scored tokens of a comparison
             losses = losses + args.kl_weight * added[0]
         if weights is not None:
             added.append(batch.pairs.mean(weights))
         return losses, torch.stack([losses, *metrics[:, 1:].unbind(1), *added], dim=1).detach()
+
+    def responses(self, model: nn.Module, packed: PackedBatch) -> Responses:
+        """As in the base, with tokens weighed as of ``ld_alpha``."""
+        return self._desensitized(packed, policy_logprobs(model, packed, path=self.path))
+
+    def _desensitized(self, packed: PackedBatch, token_logps: Tensor) -> Responses:
+        """The responses of ``packed`` from the log-probabilities, ``[S]``, of its scored tokens.
+
+        With ``ld_alpha``, tokens beyond the length of the shorter response of a pair are weighed by it, for the policy
+        and for the reference (LD-DPO, arXiv 2409.06411).
+        """
+        if self.args.ld_alpha is not None:
+            lengths, owner = packed.lengths.to(token_logps.device), packed.response_of.to(token_logps.device)
+            shared = lengths.view(-1, 2).amin(dim=1).repeat_interleave(2)
+            place = torch.arange(len(owner), device=owner.device) - (lengths.cumsum(0) - lengths)[owner]
+            token_logps = torch.where(place < shared[owner], token_logps, self.args.ld_alpha * token_logps)
+        return responses_of(packed, token_logps)
 
     def loss_and_metrics(
         self, y: Responses, batch: PlannedBatch, pair_weights: Tensor | None = None

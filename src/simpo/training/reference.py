@@ -27,7 +27,6 @@ from simpo.models.adapters import unchanged_base_weights
 from simpo.models.devices import from_main
 from simpo.models.zero import exchange_partitions, gathered, is_partitioned
 from simpo.packing.layout import PackedBatch
-from simpo.packing.model import policy_forward
 from simpo.packing.scoring import ReferenceStates, reference_states
 from simpo.runs.atomic import write_text
 from simpo.runs.results import fingerprint
@@ -134,7 +133,9 @@ class ReferenceModel:
 
     def _cached_logps(self, rows: Dataset) -> list[list[float]]:
         """For every row the log-probabilities of its responses; what is missing in the cache is computed."""
-        folder = self._cache_folder / hashlib.sha256(f"{self._policy} {rows_digest(rows)}".encode()).hexdigest()
+        key, ld_alpha = f"{self._policy} {rows_digest(rows)}", self._trainer.args.ld_alpha
+        key += "" if ld_alpha is None else f" ld_alpha {ld_alpha}"
+        folder = self._cache_folder / hashlib.sha256(key.encode()).hexdigest()
         counts, main = response_counts(rows), self._trainer.is_world_process_zero()
         parts = [rows.select(range(start, min(start + _ROWS, len(rows)))) for start in range(0, len(rows), _ROWS)]
         paths = [folder / f"{number:05}.json" for number in range(len(parts))]
@@ -176,7 +177,7 @@ class ReferenceModel:
     def logps(self, packed: PackedBatch) -> Tensor:
         """``[R]`` log-probabilities of the responses of ``packed``."""
         with self.in_place():
-            return policy_forward(self._trainer.model, packed, path=self._trainer.path).logp
+            return self._trainer.responses(self._trainer.model, packed).logp
 
     def states(self, packed: PackedBatch) -> ReferenceStates:
         """The hidden states from which the reference predicts the scored tokens of ``packed``."""
