@@ -265,6 +265,43 @@ def test_a_reward_model_that_cannot_read_the_policys_tokens_is_refused(ppo, chat
         ppo(value_model=str(other))
 
 
+# ---- What is logged.
+
+
+def test_the_value_functions_loss_is_that_of_answers_with_a_score(ppo, tmp_path):
+    """Three of eight answers to every prompt but the last, and none to that; the first values are 0."""
+
+    def partly(answered):
+        *most, last = annotate(answered)
+        return [*([None] * 5 + scores[5:] for scores in most), [None] * len(last)]
+
+    compare = Compare(tmp_path / "run", None)
+    settings = {"max_missing_scores": 1.0, "max_steps": 1, "logging_steps": 1}
+    compare.trainer = trainer = ppo(annotator=partly, callbacks=[compare], **settings)
+    trainer.train()
+    losses = []
+    for row in training_rows(rollout(tmp_path / "run"), trainer.args):
+        known = [value for value in row["returns"] if not math.isnan(value)]
+        assert len(known) < len(row["returns"])
+        losses += [sum(0.5 * value**2 for value in known) / len(known)] if known else []
+    assert len(losses) == 3 and min(losses) > 0
+    assert compare.logs[0]["value/loss"] == pytest.approx(sum(losses) / 3)
+
+
+def test_the_pretraining_loss_goes_on_after_a_resume(ppo, chat_world, tmp_path):
+    """A log of three steps, with a checkpoint after the second."""
+    demonstrations = {"ptx_weight": 0.7, "ptx_dataset_name": str(chat_world / "sft.jsonl"), "ptx_batch_size": 8}
+    settings = {"max_steps": 3, "logging_steps": 3, "save_strategy": "steps", "save_steps": 2, **demonstrations}
+    through, resumed = ppo(**settings), ppo(**settings)
+    through.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    found, expected = (
+        {key: value for key, value in trainer.state.log_history[0].items() if "seconds" not in key}
+        for trainer in (resumed, through)
+    )
+    assert expected["ptx/loss"] > 0 and found == expected
+
+
 # ---- Rows of a rollout.
 
 

@@ -549,7 +549,8 @@ def test_the_checkpoint_that_a_run_starts_from_is_part_of_it(chat_world, through
     output = tmp_path / "run"
     named = {"resume_from_checkpoint": through / "checkpoint-2"}
     assert cli.main(options(chat_world, output, **named)) == 0
-    assert same_weights(output, through)
+    assert same_weights(output, through) and metrics(output) == metrics(through)
+    assert "damaged" not in (output / "log.txt").read_text()  # a new run has no lines yet, and misses none
     capsys.readouterr()
     assert cli.main(options(chat_world, output, resume_from_checkpoint=through / "checkpoint-4")) == 2
     assert "resume_from_checkpoint: other contents" in capsys.readouterr().err
@@ -560,6 +561,7 @@ def test_the_checkpoint_that_a_run_starts_from_is_part_of_it(chat_world, through
 def test_a_mixture_of_experts_goes_on_with_its_own_experts(make_trainer, make_model, pairs, tmp_path):
     """transformers stores experts under names that the model does not have, and ``Trainer`` would leave them out."""
     rows, settings = pairs(8), {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "num_train_epochs": 2}
+    settings["logging_steps"] = 3  # the first log is of steps before and after the checkpoint
     through = make_trainer(rows, model=make_model("mixtral", torch.float32), **settings)
     through.train()
     make_trainer(
@@ -569,6 +571,8 @@ def test_a_mixture_of_experts_goes_on_with_its_own_experts(make_trainer, make_mo
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for (name, expected), found in zip(through.model.named_parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=name)
+    logged, again = through.state.log_history[0], resumed.state.log_history[0]
+    assert {"router/aux_loss", "router/max_load"} < logged.keys() and again == logged
     deeper = make_trainer(rows, model=make_model("mixtral", torch.float32, num_hidden_layers=2), **settings)
     with pytest.raises(SimpoError, match="is of another model"):
         deeper.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

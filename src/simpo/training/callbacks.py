@@ -146,15 +146,23 @@ class LogLines(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log of the trainer to ``metrics.jsonl``, which begins with those of a resumed checkpoint."""
+    """Appends every log of the trainer to ``metrics.jsonl``, which begins with those of a resumed checkpoint.
 
-    def __init__(self, lines: JsonLines) -> None:
-        self._lines = lines
+    Args:
+        lines: the file.
+        own: whether a checkpoint is of this run, so that its logs should be in the file.
+    """
+
+    def __init__(self, lines: JsonLines, *, own: bool) -> None:
+        self._lines, self._own = lines, own
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         history = [finite({"step": None, "epoch": None, **logs}) for logs in state.log_history]
         if list(islice(self._lines, len(history))) != history:
-            logger.warning("%s: lines were missing or damaged and are those of the checkpoint again", self._lines.path)
+            if self._own:
+                logger.warning(
+                    "%s: lines were missing or damaged and are those of the checkpoint again", self._lines.path
+                )
             self._lines.keep(0)
             self._lines.append(history)
         # What was logged after the checkpoint will be logged again.

@@ -166,12 +166,14 @@ class ResumableTrainer(ShardedTrainer):
     """A ``Trainer`` whose logs and checkpoints are exact across a resume, however a run was stopped.
 
     Overrides of ``Trainer``: what is logged (``log``), where training starts (``train``), and how a checkpoint is
-    written (``_save_checkpoint``: staged, listed, renamed, rotated). Subclasses add their rows' metrics to ``_means``.
+    written (``_save_checkpoint``: staged, listed, renamed, rotated). Subclasses add their rows' metrics to ``_means``,
+    and what else is logged as a mean to ``_other_means``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._means = RunningMeans(self.metric_names, self.args.device)
+        self._other_means: dict[str, RunningMeans] = {}  # of what is not a row's metric, by its name in a checkpoint
         self._tokens = 0  # that this rank has trained on; after a resume the main rank's include those of all ranks
         self._staging: Path | None = None
         self._saved: int | None = None  # the step whose checkpoint this training has written or read
@@ -185,9 +187,9 @@ class ResumableTrainer(ShardedTrainer):
         """Names of a row's metrics, the loss first."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Put the rows' means since the last log, over all ranks, into the training log."""
-        if "loss" in logs:
-            logs |= self._means.take(self._sum_over_ranks)
+        """Put the means since the last log, over all ranks, into the training log."""
+        for means in (self._means, *self._other_means.values()) if "loss" in logs else ():
+            logs |= means.take(self._sum_over_ranks)
         if "train_loss" in logs:
             logs |= {"train_loss": self.mean_loss()}
         super().log(logs, start_time)
@@ -241,6 +243,8 @@ class ResumableTrainer(ShardedTrainer):
                 raise TypeError("no state of a training")
             means = json.loads((checkpoint / _MEANS_NAME).read_text(encoding="utf-8"))
             self._means.restore(means, main=self.is_world_process_zero())
+            for name in self._other_means.keys() & means.keys():
+                self._other_means[name].restore(means[name], main=self.is_world_process_zero())
             self._tokens = int(means.get("tokens", 0)) if self.is_world_process_zero() else 0
         if checkpoint.resolve().parent == Path(self.args.output_dir).resolve():
             self._saved = step_of(checkpoint)
@@ -293,6 +297,7 @@ class ResumableTrainer(ShardedTrainer):
         final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         main = self.is_world_process_zero()
         means = self._means.state(self._sum_over_ranks) | {"tokens": self.trained_tokens()}
+        means |= {name: other.state(self._sum_over_ranks) for name, other in self._other_means.items()}
         # now every rank is here and sees the same folder
         if self._saved == self.state.global_step:
             return  # the end of an epoch may follow a step that has just been saved

@@ -29,7 +29,7 @@ from simpo.data.tokenizing import TOKENS, Prepared, prepare_sft
 from simpo.errors import SimpoError
 from simpo.generation.engine import Engine
 from simpo.models.checkpoint import Limits
-from simpo.objectives.policy_gradient import Rollout, kl_estimate, mean_by
+from simpo.objectives.policy_gradient import Rollout, kl_estimate, mean_by, sum_by
 from simpo.objectives.ppo import explained_variance, value_loss
 from simpo.packing.scoring import TokenOutputs, token_outputs
 from simpo.runs.results import Metric
@@ -110,6 +110,7 @@ class OnlineTrainer(PreferenceTrainer):
                 self._value = ValueFunction(self.model, self.args, self.processing_class)
             if self.args.ptx_dataset_name is not None:
                 self._ptx = Pretraining(self, self.args.ptx_dataset_name)
+                self._other_means["ptx"] = self._ptx.means
             if (self.args.temperature, self.args.top_p, self.args.top_k) != (1, 1, 0):
                 logger.warning(
                     "temperature, top_p, top_k: policy gradients of answers that are not drawn from the model's own "
@@ -343,8 +344,11 @@ class OnlineTrainer(PreferenceTrainer):
         owner = torch.repeat_interleave(counts)
         with torch.no_grad():
             entropy = -logp if found.entropy is None else found.entropy
-            columns = (gradient.ratios(rollout), gradient.clipped(rollout).to(logp), entropy, value_losses)
-            metrics = [mean_by(values, owner[packed.response_of], len(counts)) for values in columns]
+            index, columns = owner[packed.response_of], (gradient.ratios(rollout), gradient.clipped(rollout), entropy)
+            metrics = [mean_by(values.to(logp), index, len(counts)) for values in columns]
+            # the value function learns nothing from answers without a score
+            known = torch.ones_like(logp) if batch.returns is None else (~batch.returns.isnan()).to(logp)
+            metrics.append(sum_by(value_losses * known, index, len(counts)) / sum_by(known, index, len(counts)))
         return mean_by(losses, owner, len(counts)), torch.stack(metrics, dim=1)
 
     def _regularization(self, found: TokenOutputs, batch: PlannedBatch) -> Tensor:
@@ -414,8 +418,6 @@ class OnlineTrainer(PreferenceTrainer):
             self._logged_at, self._files.seconds = now, 0.0
             if not math.isnan(self._explained_variance):
                 logs |= {"value/explained_variance": self._explained_variance}
-            if self._ptx is not None:
-                logs |= self._ptx.take()
         super().log(logs, start_time)
 
     def summary(self) -> list[Metric]:

@@ -140,6 +140,7 @@ class PackedTrainer(ResumableTrainer):
         if self._balance and args.torch_compile:
             raise SimpoError("torch_compile: not with output_router_logits, whose loss needs what routers put out")
         self._routing = RunningMeans(("router/aux_loss", "router/max_load"), self.args.device)
+        self._other_means["router"] = self._routing
         self.path = self._choose_path()
         if args.torch_compile:
             compile_layers(self.model, args, self.accelerator)
@@ -378,12 +379,6 @@ class PackedTrainer(ResumableTrainer):
         """FLOPs of one step on this rank, as transformers counts them: 6 per token and non-embedding weight."""
         tokens = sum(batch.packed.tokens for batch in inputs["micro_batches"])
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in the base class, with the load of the experts of a mixture."""
-        if "loss" in logs:
-            logs |= self._routing.take(self._sum_over_ranks)
-        super().log(logs, start_time)
 
     # ---- A loss or gradient that is not finite ends the run.
 

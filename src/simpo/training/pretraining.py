@@ -26,6 +26,9 @@ class Pretraining:
     Args:
         trainer: an :class:`~simpo.training.online.OnlineTrainer`.
         name: hub id, file or folder of the data set.
+
+    Attributes:
+        means: of the loss per token.
     """
 
     def __init__(self, trainer: Any, name: str) -> None:
@@ -34,7 +37,7 @@ class Pretraining:
         plan = trainer._plan(self.rows, trainer.args.ptx_batch_size or trainer.args.train_batch_size, training=True)
         self._plan = replace(plan, weights=scored_tokens(self.rows), drop_last=False)
         self._comparisons = ComparisonRows(self.rows)
-        self._means = RunningMeans(("ptx/loss",), trainer.args.device)
+        self.means = RunningMeans(("ptx/loss",), trainer.args.device)
 
     def backward(self, model: nn.Module) -> None:
         """Add the gradient of the next step's rows; ranks exchange theirs with the step's last micro-batch."""
@@ -53,8 +56,4 @@ class Pretraining:
                     where = describe_rows(self.rows, batch.rows)
                     raise SimpoError(f"ptx_dataset_name: the loss is not finite; rows: {where}; nothing was updated")
                 trainer.accelerator.backward(loss)
-            self._means.add(losses.detach()[:, None], batch.packed.weights)
-
-    def take(self) -> dict[str, float]:
-        """The mean loss per token since the last call."""
-        return self._means.take(self._trainer._sum_over_ranks)
+            self.means.add(losses.detach()[:, None], batch.packed.weights)

@@ -225,12 +225,14 @@ def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
         trainer.add_callback(Guard(trainer, trainer.args.guard))
     stop = StopOnSignal()
     trainer.add_callback(stop)
+    start = _starting_point(trainer, folder)
     if folder.writes:
-        trainer.add_callback(MetricsFile(folder.metrics))
+        own = start is not None and Path(start).resolve().parent == folder.path.resolve()
+        trainer.add_callback(MetricsFile(folder.metrics, own=own))
         log_as_lines(trainer, folder.log)
     set_seed(trainer.args.seed)  # whether the held-out rows have just been scored or their scores were read
     with stop:
-        outcome = trainer.train(resume_from_checkpoint=_starting_point(trainer, folder))
+        outcome = trainer.train(resume_from_checkpoint=start)
     metrics = [Metric("train/loss", trainer.mean_loss()), Metric("train/steps", outcome.global_step)]
     return [*metrics, Metric("train/tokens", trainer.trained_tokens())]
 
