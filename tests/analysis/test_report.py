@@ -12,7 +12,8 @@ import pytest
 from scipy import stats
 
 from simpo.analysis.curves import curves, thin
-from simpo.analysis.figures import paper_figures, spearman
+from simpo.analysis.examples import examples
+from simpo.analysis.figures import Pairs, paper_figures, spearman
 from simpo.analysis.headline import Headline
 from simpo.analysis.reading import Run, in_order
 from simpo.analysis.report import write_report
@@ -24,6 +25,8 @@ from simpo.runs.lines import write_lines
 from simpo.runs.manifest import damage
 from simpo.runs.results import Metric, write_results
 from simpo.statistics import mean_interval
+
+STAGES = {"before": 0.2, "after": 0.7}
 
 
 def data_of(path) -> dict:
@@ -75,6 +78,28 @@ def test_without_a_clear_change_the_verdict_is_open(make_run, tmp_path, rows_of)
     (path / "held_out_after.jsonl").write_text((path / "held_out_before.jsonl").read_text())
     headline = Headline.of(Run.read(path))
     assert headline.direction == "unclear" and headline.measures[0].change.value == 0
+
+
+def test_rows_stay_together_when_the_two_files_lose_different_ones(make_run, tmp_path, rows_of):
+    """Row 1 is damaged before and row 4 after: neither counts, and examples keep their own margins."""
+    path, rows = make_run(tmp_path / "run"), {}
+    for stage, number in (("before", 1), ("after", 4)):
+        file = path / f"held_out_{stage}.jsonl"
+        rows[stage] = rows_of(file)
+        lines = file.read_text().splitlines(keepends=True)
+        lines[number] = "damaged\n"
+        file.write_text("".join(lines))
+    run, whole = Run.read(path), [row for row in range(60) if row not in (1, 4)]
+    right = {stage: np.array([rows[stage][row]["rewards/accuracies"] for row in whole]) for stage in rows}
+    (measure,) = Headline.of(run).measures
+    assert measure.change == mean_interval(right["after"] - right["before"])
+    assert Pairs.of(run, "before").margins.tolist() == [rows["before"][row]["rewards/margins"] for row in whole]
+    for example in examples([run])[0]:
+        number = int(example["place"].partition(":")[2]) - 1
+        expected = {} if number in (1, 4) else {stage: rows[stage][number]["rewards/margins"] for stage in rows}
+        assert example["margins"] == pytest.approx(expected, abs=1e-4)
+    page = write_report([path]).read_text(encoding="utf-8")
+    assert all(f"held_out_{stage}.jsonl: 1 of 60 lines" in page for stage in rows)
 
 
 def test_figures_count_what_a_loop_counts(make_run, tmp_path, rows_of):
@@ -222,6 +247,13 @@ def test_no_run_and_the_same_run_twice(make_run, tmp_path, capsys):
             ],
             "It got worse",
         ),
+        ("compare", [Metric("win_rate/function:{}:{n}{", 0.7, None, 50, 0.6, 0.8)], "A is better"),
+        (
+            "evaluate",
+            [Metric("{task}{0}/acc", value, stage, 9, value - 0.1, value + 0.1) for stage, value in STAGES.items()],
+            "It got better",
+        ),
+        ("evaluate", [Metric("gsm8k/{}", 0.5, None, 9, 0.4, 0.6)], "Measured"),
         ("evaluate", [Metric("alpaca_eval/win_rate", 40.0, None, 805, 37.0, 43.0)], "It got worse"),
         (
             "sft",
@@ -257,7 +289,11 @@ def test_every_kind_of_run_has_a_report(command, metrics, words, tmp_path):
         write_results(path, command=command, fingerprint=run.fingerprint, metrics=metrics)
         run.finish()
     page = write_report([path])
-    assert f"</span>{words}</p>" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert f"</span>{words}</p>" in text
+    for metric in metrics:
+        if "{" in metric.name:
+            assert metric.name.removeprefix("win_rate/").removeprefix("gsm8k/") in text
     data = data_of(page)
     assert len(data["examples"]) == (command == "compare")
     assert len(data["charts"]) == (2 if command == "loop" else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ def test_studies_by_name_and_number():
         ([0.50, 0.60, 0.40, 0.55, 0.45], [0.49, 0.61, 0.41, 0.54, 0.46], "inconclusive"),
         ([1.0] * 3, [0.5] * 3, "holds"),
         ([0.5] * 3, [0.5] * 3, "inconclusive"),
+        ([0.9], [0.1], "inconclusive"),
     ],
 )
 def test_the_rule_is_a_paired_t_interval(a: list[float], b: list[float], verdict: str):
@@ -141,6 +143,21 @@ def test_the_plan_for_real_models_is_made_of_our_commands(capsys: pytest.Capture
     assert main(["reproduce", "1", "--setting", "llama-3"]) == 2
     assert "llama3-base" in capsys.readouterr().err
     assert main(["reproduce", "nothing", "--output_dir", "/nowhere"]) == 2
+
+
+@pytest.mark.parametrize("seeds", [3, 1])
+def test_the_page_tells_the_number_of_seeds_and_what_is_undefined(seeds: int):
+    (study,) = read_studies(["gamma"])
+    metric, first = study.claims[0].metric, next(iter(study.arms))
+    measured = {study.name: {name: {one: np.linspace(0.1, 0.9, seeds) for one in METRICS} for name in study.arms}}
+    measured[study.name][first][metric][-1] = np.nan
+    outcomes = {study.name: [decide(claim, measured[study.name]) for claim in study.claims]}
+    page = render([study], measured, outcomes, {(study.name, name): {} for name in study.arms})
+    assert f"over {seeds} training seed" in page and "five" not in page
+    assert not re.search(r"\bnan\b|None", page)
+    assert f"undefined with 1 of {seeds} seeds" in page
+    figure = page[page.index("<figure>") : page.index("</figure>")]
+    assert figure.count("<circle") == len(study.arms) - 1
 
 
 def test_the_page_shows_every_study_and_executes_nothing(tmp_path: Path):

@@ -38,19 +38,16 @@ def examples(runs: Sequence[Run]) -> tuple[list[Row], str]:
 
 def _pairs(run: Run) -> Iterator[Row]:
     """The held-out pairs that were written as text, the largest gain first."""
-    before, after = (run.column(stage, "rewards/margins") for stage in ("before", "after"))
-    rows = []
+    pairs = []
     for row in run.examples:
         number, responses = row.get("row", 0), row.get("responses", ())
         names = ["chosen", "rejected"] if len(responses) == 2 else [f"response {k + 1}" for k in range(len(responses))]
-        margins = {
-            stage: round(float(values[number]), 4)
-            for stage, values in (("before", before), ("after", after))
-            if number < len(values) and values[number] == values[number]
-        }
+        scores = {stage: rows[number] for stage, rows in run.held_out.items() if number < len(rows)}
+        found = {stage: row.get("rewards/margins") for stage, row in scores.items()}
+        margins = {stage: round(value, 4) for stage, value in found.items() if isinstance(value, int | float)}
         change = margins["after"] - margins["before"] if len(margins) == 2 else 0.0
         sides = [_tokens(name, response) for name, response in zip(names, responses, strict=True)]
-        rows.append(
+        pairs.append(
             {
                 "kind": "pair",
                 "place": row.get("where") or f"row {number}",
@@ -60,7 +57,7 @@ def _pairs(run: Run) -> Iterator[Row]:
                 "sides": sides,
             }
         )
-    yield from sorted(rows, key=lambda row: -row["change"])
+    yield from sorted(pairs, key=lambda pair: -pair["change"])
 
 
 def _tokens(name: str, response: Mapping[str, Any]) -> Row:

@@ -37,7 +37,7 @@ class Pairs:
     @classmethod
     def of(cls, run: Run, stage: Stage) -> Pairs | None:
         """The pairs of a stage; None if its rows are not scored, or are not pairs."""
-        rows = run.held_out[stage]
+        rows = [row for row in run.held_out[stage] if row]
         sides = ("chosen", "rejected")
         rewards = np.stack([run.column(stage, f"rewards/{side}") for side in sides], axis=1)
         if not len(rewards) or np.isnan(rewards).any():

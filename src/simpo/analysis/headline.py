@@ -79,6 +79,11 @@ class Measure:
         return self.sentence.format(**values) + (f" ({self.change_text})" if self.change else "")
 
 
+def _literal(name: str) -> str:
+    """A name for a sentence, whatever braces it has."""
+    return name.replace("{", "{{").replace("}", "}}")
+
+
 def number(found: Interval, *, percent: bool = False, sign: bool = False, unit: str = "%") -> str:
     """A value and its interval as text: ``63.7% [61.3, 66.1]``."""
     form = f"{'+' if sign else ''}{'.1f' if percent else '.4g'}"
@@ -139,7 +144,7 @@ def measurements(run: Run) -> Iterator[Measure]:
             and metric.low is not None
         ):
             even = 50.0 if metric.name.endswith(_PERCENT) else None
-            yield Measure(metric.name, metric.name + " is {after}", metric.interval, even=even, share=False)
+            yield Measure(metric.name, _literal(metric.name) + " is {after}", metric.interval, even=even, share=False)
 
 
 def trained_run(run: Run) -> Run:
@@ -164,7 +169,7 @@ def _win_rates(run: Run) -> Iterator[Measure]:
         name = metric.name.removeprefix(prefix)
         if metric.value is not None and name.partition("/")[0] == "win_rate":
             judge = f", judged by {name.partition('/')[2]}" if "/" in name else ""
-            text = f"{a} {{after}} of comparisons with {b} to {{n}} prompts{judge}"
+            text = f"{a} {{after}} of comparisons with {b} to {{n}} prompts{_literal(judge)}"
             yield Measure(f"Win rate against {b}{judge}", text, metric.interval, even=0.5, verdicts=verdicts)
 
 
@@ -178,7 +183,7 @@ def _right_answers(run: Run) -> Iterator[Measure]:
             and metric.name.endswith(("correct", "/acc", "/exact_match"))
         ):
             label = "Correct answers" if metric.name == "correct" else metric.name
-            text = f"{label[0].lower()}{label[1:]} went from {{before}} to {{after}}"
+            text = f"{_literal(label[0].lower() + label[1:])} went from {{before}} to {{after}}"
             yield Measure(label, text, metric.interval, before.interval)
 
 

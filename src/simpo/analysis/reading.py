@@ -78,8 +78,11 @@ class Run:
         """Whether the run has finished."""
         return self.record.status == "finished"
 
-    def lines(self, name: str) -> list[Row]:
-        """The rows of a JSON Lines file in the folder; damaged lines are left out and noted in :attr:`missing`."""
+    def lines(self, name: str, *, numbered: bool = False) -> list[Row]:
+        """The rows of a JSON Lines file in the folder; damaged lines are left out and noted in :attr:`missing`.
+
+        With ``numbered``, an empty row is in the place of a damaged line, so that the others keep their numbers.
+        """
         path, damaged = self.path / name, 0
         rows: list[Row] = []
         if not path.exists():
@@ -91,8 +94,10 @@ class Run:
                     rows.append({key: _finite(value) for key, value in row.items()})
                 except (ValueError, AttributeError, RecursionError):
                     damaged += 1
+                    rows += [{}] if numbered else []
         if damaged:
-            self.missing.append(f"{name}: {damaged:,} of {damaged + len(rows):,} lines are damaged and were left out.")
+            count = len(rows) if numbered else damaged + len(rows)
+            self.missing.append(f"{name}: {damaged:,} of {count:,} lines are damaged and were left out.")
         return rows
 
     def text(self, name: str) -> str:
@@ -124,16 +129,22 @@ class Run:
 
     @cached_property
     def held_out(self) -> dict[Stage, list[Row]]:
-        """The scores of every held-out row; a stage that has not been scored, or not of all rows, has none."""
-        found = {stage: self.lines(name) for stage, name in HELD_OUT.items()}
+        """The scores of every held-out row, none of a row whose line is damaged in either file.
+
+        A stage that has not been scored, or not of all rows, has no rows.
+        """
+        found = {stage: self.lines(name, numbered=True) for stage, name in HELD_OUT.items()}
         if found["after"] and len(found["after"]) != len(found["before"]):
             self.missing.append("held_out_after.jsonl: not as many rows as held_out_before.jsonl; left out.")
             found["after"] = []
+        whole = [all(rows) for rows in zip(*filter(None, found.values()), strict=True)]
+        for stage, rows in found.items():
+            found[stage] = [row if kept else {} for row, kept in zip(rows, whole, strict=False)]
         return found
 
     def column(self, stage: Stage, name: str) -> np.ndarray:
-        """``[rows]`` values of a metric of the held-out rows, NaN where there is none."""
-        values = (row.get(name) for row in self.held_out[stage])
+        """``[rows]`` values of a metric of the held-out rows that have scores, NaN where there is none."""
+        values = (row.get(name) for row in self.held_out[stage] if row)
         return np.array([value if isinstance(value, int | float) else math.nan for value in values], dtype=np.float64)
 
     @property

@@ -20,5 +20,5 @@ def main(argv: list[str]) -> int:
     from simpo.training.online import OnlineTrainer  # noqa: PLC0415 - slow, and --help does not need it
     from simpo.workflows.online import Annotation  # noqa: PLC0415
 
-    callback = Annotation(annotator, trust_remote_code=parts[0].trust_remote_code)
+    callback = Annotation(annotator, parts[0])
     return run(OnlineTrainer, parts, argv, following="simpo chat {folder}", callbacks=[callback])

@@ -45,7 +45,7 @@ _GENERATED_TOGETHER = 32
 _TRIED_PAIRS = 4  # more than one, so that a server's refusal of a single pair does not count as a refusal of all
 
 
-def make_eval_judge(arguments: GenerationArguments, *, trust_remote_code: bool, log: Log) -> Judge | None:
+def make_eval_judge(arguments: GenerationArguments, model: ModelArguments, log: Log) -> Judge | None:
     """The judge, if one is named; raises :class:`SimpoError` if it cannot be made."""
     if arguments.eval_judge is None:
         return None
@@ -54,7 +54,7 @@ def make_eval_judge(arguments: GenerationArguments, *, trust_remote_code: bool, 
         client = None
         if arguments.eval_judge_url is not None and arguments.eval_judge_model is not None:
             client = ChatClient(Endpoint(arguments.eval_judge_url, arguments.eval_judge_model), default_cache())
-        return make_judge(arguments.eval_judge, JudgeOptions(client, trust_remote_code=trust_remote_code, log=log))
+        return make_judge(arguments.eval_judge, JudgeOptions.beside(model, client, log))
     except SimpoError as error:
         raise SimpoError(f"eval_judge: {error}") from error
 
@@ -175,7 +175,7 @@ class Generations(RunCallback):
                 "simpo compare after training"
             )
         self._config, self._tokenizer, self._log = config, tokenizer, log
-        self._judge = make_eval_judge(self._arguments, trust_remote_code=self._model.trust_remote_code, log=log)
+        self._judge = make_eval_judge(self._arguments, self._model, log)
         context = min(Checkpoint.read(self._model).context or config.max_length, config.max_length)
         chunk_size = min(_GENERATED_TOGETHER, math.ceil(self._arguments.eval_generations / config.world_size))
         self._sampling = SamplingSettings(temperature=0.0).resolved(context=context, chunk_size=chunk_size)

@@ -10,6 +10,7 @@ from simpo.client import ChatClient, Endpoint, Prices
 from simpo.client.cache import default_cache
 from simpo.config import check_values, setting
 from simpo.errors import SimpoError
+from simpo.models.settings import ModelArguments
 
 SCORERS = "exact, function:MODULE:NAME, reward:MODEL, logp:MODEL"
 JUDGES = f"{SCORERS}, human:FILE, api"
@@ -39,6 +40,13 @@ class JudgeOptions:
     allow_pickle: bool = False
     strip_thinking: bool = False
     log: Callable[[str], None] = print
+
+    @classmethod
+    def beside(
+        cls, model: ModelArguments, client: ChatClient | None, log: Callable[[str], None] = print
+    ) -> JudgeOptions:
+        """Of judges in the training of ``model``: what its recipe allows applies to their models as well."""
+        return cls(client, trust_remote_code=model.trust_remote_code, allow_pickle=model.allow_pickle, log=log)
 
 
 @dataclass(frozen=True, kw_only=True)

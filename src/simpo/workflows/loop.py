@@ -110,7 +110,7 @@ def _judge_options(recipe: LoopRecipe) -> JudgeOptions:
     if settings.judge_url is not None and settings.judge_model is not None:
         endpoint = Endpoint(settings.judge_url, settings.judge_model, settings.judge_key_env)
         client = ChatClient(endpoint, default_cache())
-    return JudgeOptions(client, trust_remote_code=recipe.model.trust_remote_code)
+    return JudgeOptions.beside(recipe.model, client)
 
 
 def _prompt_rows(recipe: LoopRecipe) -> dict[str, Dataset]:

@@ -14,6 +14,7 @@ from simpo.client.cache import default_cache
 from simpo.judging.protocol import Answers, Scorer
 from simpo.judging.registry import make_annotator
 from simpo.judging.settings import AnnotatorArguments, JudgeOptions
+from simpo.models.settings import ModelArguments
 from simpo.runs.log import Log
 from simpo.training.callbacks import RunCallback
 from simpo.training.online_config import OnlineConfig
@@ -29,8 +30,8 @@ class Annotation(RunCallback):
     _config: OnlineConfig
     _log: Log
 
-    def __init__(self, arguments: AnnotatorArguments, *, trust_remote_code: bool) -> None:
-        self._arguments, self._trust_remote_code = arguments, trust_remote_code
+    def __init__(self, arguments: AnnotatorArguments, model: ModelArguments) -> None:
+        self._arguments, self._model = arguments, model
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -48,7 +49,7 @@ class Annotation(RunCallback):
             endpoint.api_key()
             client = ChatClient(endpoint, default_cache())
         # the annotator's own progress would start again with every rollout
-        options = JudgeOptions(client, trust_remote_code=self._trust_remote_code, log=lambda line: None)
+        options = JudgeOptions.beside(self._model, client, lambda line: None)
         self._scorer, self._config, self._log = make_annotator(arguments.annotator, options), config, log
         if config.process_index == 0:
             self._scorer.prepare()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from simpo import __version__
@@ -17,13 +19,13 @@ _SHOWN = 3  # significant digits
 
 
 class Row(NamedTuple):
-    """One arm in a figure: positions are percentages of the width."""
+    """One arm in a figure: positions are percentages of the width, None where there is no mean."""
 
     name: str
     text: str
-    point: float
-    low: float
-    high: float
+    point: float | None
+    low: float | None
+    high: float | None
 
 
 def render(
@@ -57,8 +59,16 @@ def render(
         metrics=METRICS,
         chosen=chosen,
         verdicts=verdicts,
+        seeds=_seeds(measured),
         version=__version__,
     )
+
+
+def _seeds(measured: Mapping[str, Mapping[str, Measured]]) -> str:
+    """How many training seeds the studies' models have."""
+    counts = sorted({len(values) for arms in measured.values() for arm in arms.values() for values in arm.values()})
+    least, most = counts[0], counts[-1]
+    return f"{most} training seed{'s' if most != 1 else ''}" if least == most else f"{least} to {most} training seeds"
 
 
 def _metrics_of(study: Study) -> list[str]:
@@ -68,16 +78,18 @@ def _metrics_of(study: Study) -> list[str]:
 def _figure(arms: Mapping[str, Measured], metric: str) -> list[Row]:
     """The mean of every arm with its interval, on a common scale."""
     found = {name: mean_interval(values[metric]) for name, values in arms.items()}
-    ends = [bound for one in found.values() for bound in (one.low, one.high, one.value) if bound is not None]
+    bounds = [bound for one in found.values() for bound in (one.low, one.high, one.value)]
+    ends = [bound for bound in bounds if bound is not None and math.isfinite(bound)] or [0.0]
     least, span = min(ends), (max(ends) - min(ends)) or 1.0
 
-    def place(value: float | None, otherwise: float) -> float:
-        return _WIDTH * ((otherwise if value is None else value) - least) / span
+    def place(value: float | None, otherwise: float) -> float | None:
+        value = otherwise if value is None else value
+        return _WIDTH * (value - least) / span if math.isfinite(value) else None
 
     return [
         Row(
             name,
-            interval_text(one),
+            mean_text(arms[name][metric]),
             place(one.value, one.value),
             place(one.low, one.value),
             place(one.high, one.value),
@@ -87,16 +99,22 @@ def _figure(arms: Mapping[str, Measured], metric: str) -> list[Row]:
 
 
 def _table(arms: Mapping[str, Measured]) -> dict[str, list[str]]:
-    return {name: [interval_text(mean_interval(values[metric])) for metric in METRICS] for name, values in arms.items()}
+    return {name: [mean_text(values[metric]) for metric in METRICS] for name, values in arms.items()}
+
+
+def mean_text(values: np.ndarray) -> str:
+    """The mean of ``values`` ``[seeds]`` with its interval; where one of them is undefined, with how many seeds."""
+    undefined = int((~np.isfinite(values)).sum())
+    return f"undefined with {undefined} of {len(values)} seeds" if undefined else interval_text(mean_interval(values))
 
 
 def number_text(value: float) -> str:
     """A number with three significant digits."""
-    return f"{value:.{_SHOWN}g}"
+    return f"{value:.{_SHOWN}g}" if math.isfinite(value) else "undefined"
 
 
 def interval_text(found: Interval) -> str:
     """A number with its interval, where there is one."""
-    if found.low is None or found.high is None:
+    if found.low is None or found.high is None or not math.isfinite(found.value):
         return number_text(found.value)
     return f"{number_text(found.value)} [{number_text(found.low)}, {number_text(found.high)}]"

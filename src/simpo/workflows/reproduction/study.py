@@ -149,7 +149,9 @@ def decide(claim: Claim, measured: Mapping[str, Measured]) -> Outcome:
 
 
 def _verdict(found: Interval) -> Verdict:
-    # Values that are all equal have no interval; they speak for themselves.
+    if found.n < 2:
+        return "inconclusive"
+    # Several values that are all equal have no interval; they speak for themselves.
     low = found.value if found.low is None else found.low
     high = found.value if found.high is None else found.high
     if low > 0:
