@@ -6,7 +6,7 @@ import resource
 import sys
 from pathlib import Path
 
-import psutil  # a dependency of accelerate
+import psutil
 import torch
 
 MEBIBYTE = 2**20

@@ -444,7 +444,13 @@ def test_a_finished_run_says_so_and_stays(chat_world, through, tmp_path, capsys)
     assert "eval_rewards/margins" in printed.out
     after = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    assert changed <= {"log.txt", "report.html", ".lock", ".lock.pid"}
+    assert changed <= {"log.txt", ".lock", ".lock.pid"}
+    report = output / "report.html"
+    for spoil in (report.unlink, lambda: os.utime(report, ns=(0, 0))):  # deleted, or of the time before its end
+        spoil()
+        assert cli.main(options(chat_world, output)) == 0
+        assert report.stat().st_mtime_ns >= (output / "run.json").stat().st_mtime_ns
+        assert str(report) in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_model_is_named(make_trainer, make_model, pairs, tmp_path):

@@ -112,11 +112,18 @@ def run(
 
 
 def print_report(folder: Path) -> None:
-    """Write a run's report and print its path; the run has finished, and a report that fails does not undo that."""
-    from simpo.analysis.report import write_report  # noqa: PLC0415
+    """Write a finished run's report, unless there is one since it finished, and print its path.
 
+    A report that fails does not undo the run.
+    """
+    from simpo.analysis.report import FILE_NAME, write_report  # noqa: PLC0415
+    from simpo.runs.folder import FILE_NAME as RECORD  # noqa: PLC0415
+
+    path = folder / FILE_NAME
     try:
-        print(f"report: {write_report([folder])}")
+        # the record is the last that a run writes, so that an older report is of the time before
+        kept = path.is_file() and path.stat().st_mtime_ns >= (folder / RECORD).stat().st_mtime_ns
+        print(f"report: {path if kept else write_report([folder])}")
     except Exception as error:
         logger.warning(
             "no report was written (%s: %s); simpo report %s tries again", type(error).__name__, error, folder

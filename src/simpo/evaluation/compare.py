@@ -189,8 +189,12 @@ def read_sides(settings: CompareSettings) -> tuple[Side, Side]:
             sides.append(Side(side, file))
             continue
         judging, rendering = settings.judging, settings.rendering
-        allowed = {"trust_remote_code": judging.trust_remote_code, "allow_pickle": judging.allow_pickle}
-        model = ModelArguments(name, dtype=judging.dtype, **allowed)
+        model = ModelArguments(
+            name,
+            dtype=judging.dtype,
+            trust_remote_code=judging.trust_remote_code,
+            allow_pickle=judging.allow_pickle,
+        )
         arguments = Checkpoint.read(model).arguments
         answerer = Answerer(arguments, settings.sampling, engine=settings.engine, rendering=rendering)
         sides.append(Side(side, None, answerer, PromptArguments(source, split, rendering=rendering)))

@@ -8,7 +8,7 @@ from functools import cache, cached_property
 from typing import Any, Literal
 
 import numpy as np
-import psutil  # a dependency of accelerate
+import psutil
 import torch
 from datasets import Dataset
 

@@ -8,7 +8,6 @@ import logging
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Collection, Iterator
@@ -17,6 +16,8 @@ from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import psutil
 
 from simpo.errors import SimpoError
 from simpo.runs.atomic import disk_errors, write_text
@@ -150,7 +151,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "cpu": {"model": _cpu_model(), "cores": cores},
-        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "ram_bytes": psutil.virtual_memory().total,
         "gpus": (_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines(),
         "git": None if commit is None else {"commit": commit, "dirty": None if changes is None else bool(changes)},
     }
@@ -158,12 +159,24 @@ def environment() -> dict[str, Any]:
 
 def peak_memory() -> dict[str, int]:
     """Bytes that this process has held at most: ``host``, and ``device`` if torch has allocated any on a GPU."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    found = {"host": _host_peak()}
     torch = sys.modules.get("torch")  # not imported for this
     if torch is not None and torch.cuda.is_initialized():
         found["device"] = torch.cuda.max_memory_allocated()
     return found
+
+
+def _host_peak() -> int:
+    """Bytes of the machine's memory that this process has held at most."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    with suppress(OSError):  # unlike getrusage's figure, without what the process that started this one held
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        if found := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
+            return int(found[1]) * 1024
+    import resource  # noqa: PLC0415 - not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _git_state() -> tuple[str | None, str | None]:
