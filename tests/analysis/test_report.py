@@ -128,6 +128,16 @@ def test_figures_count_what_a_loop_counts(make_run, tmp_path, rows_of):
     assert moved == [(1, 0.5), (2, -0.2)]
 
 
+def test_rewards_that_are_all_0_rank_nothing(make_run, tmp_path, rows_of):
+    """As a reference model's own: of these figures, only the distribution of margins has them."""
+    path = make_run(tmp_path / "run")
+    zero = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0, "rewards/accuracies": 0.0}
+    write_lines(path / "held_out_before.jsonl", [row | zero for row in rows_of(path / "held_out_before.jsonl")])
+    names = {chart["title"]: [one["name"] for one in chart["series"]] for chart in paper_figures(Run.read(path))}
+    assert names["Distribution of reward margins"] == ["before", "after"]
+    assert names["Calibration"] == names["Accuracy by difference in length"] == ["after"]
+
+
 def test_spearman_is_scipys_and_its_interval_covers():
     rng = np.random.default_rng(0)
     x = rng.integers(0, 5, 200)
@@ -295,5 +305,5 @@ def test_every_kind_of_run_has_a_report(command, metrics, words, tmp_path):
         if "{" in metric.name:
             assert metric.name.removeprefix("win_rate/").removeprefix("gsm8k/") in text
     data = data_of(page)
-    assert len(data["examples"]) == (command == "compare")
+    assert [one["verdicts"] for one in data["examples"]] == [{"exact": "A is better"}] * (command == "compare")
     assert len(data["charts"]) == (2 if command == "loop" else 0)

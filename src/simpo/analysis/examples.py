@@ -85,6 +85,7 @@ def _answers(run: Run) -> Iterator[Row]:
     """Answers to the same prompts before and after, or of the two models of a comparison."""
     of_rounds = sorted(run.path.glob("round-*/comparison/verdicts.jsonl"), key=in_order)
     verdicts = [run.path / "verdicts.jsonl", *of_rounds[-1:]]
+    a, b = ("A", "B") if run.record.command == "compare" else ("after", "before")
     for path in verdicts:
         rows = run.lines(path.relative_to(run.path).as_posix())
         rows.sort(
@@ -94,7 +95,7 @@ def _answers(run: Run) -> Iterator[Row]:
         )
         for row in rows:
             judged = {name: value for name, value in row.get("verdicts", {}).items() if value is not None}
-            yield _answer(row, ("B", row.get("b")), ("A", row.get("a")), judged)
+            yield _answer(row, (a, row.get("a")), (b, row.get("b")), judged)
     for before, after in _answer_files(run):
         later = {row.get("id"): row for row in run.lines(after.relative_to(run.path).as_posix())}
         for row in run.lines(before.relative_to(run.path).as_posix()):
@@ -110,18 +111,17 @@ def _answer_files(run: Run) -> Iterator[tuple[Path, Path]]:
             yield before, after
 
 
-def _answer(row: Row, before: tuple[str, Any], after: tuple[str, Any], verdicts: Mapping[str, float]) -> Row:
-    """An answer of each model to one prompt."""
+def _answer(row: Row, first: tuple[str, Any], second: tuple[str, Any], verdicts: Mapping[str, float]) -> Row:
+    """An answer of each of two models to one prompt; a verdict is 1 if the first is better, 0 if the second is."""
     sides = []
-    for name, text in (before, after):
+    for name, text in (first, second):
         cut = _cut("text", text)
         sides.append({"name": name, "texts": [cut["text"]], "cut": cut["text_cut"]})
-    change = sum(value - 0.5 for value in verdicts.values())
+    better = {1: f"{first[0]} is better", -1: f"{second[0]} is better", 0: "a tie"}
     return {
         "kind": "answers",
         "place": str(row.get("where") or row.get("id") or ""),
-        "verdicts": verdicts,
-        "change": change,
+        "verdicts": {judge: better[(value > 0.5) - (value < 0.5)] for judge, value in verdicts.items()},
         **_cut("prompt", row.get("prompt")),
         "sides": sides,
     }

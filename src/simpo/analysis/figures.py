@@ -65,6 +65,8 @@ def paper_figures(run: Run) -> Iterator[Chart]:
         return
     last: Stage = "after" if "after" in stages else "before"
     yield _margins(run, stages)
+    if run.starts_at_zero and last == "after":  # a reward of 0 ranks nothing
+        del stages["before"]
     if not np.isnan(stages[last].lengths).any():
         yield _reward_and_length(stages, last)
         yield _accuracy_by_length(stages)

@@ -86,10 +86,10 @@ def _literal(name: str) -> str:
 
 def number(found: Interval, *, percent: bool = False, sign: bool = False, unit: str = "%") -> str:
     """A value and its interval as text: ``63.7% [61.3, 66.1]``."""
-    form = f"{'+' if sign else ''}{'.1f' if percent else '.4g'}"
 
     def shown(value: float) -> str:
-        return f"{(100 if percent else 1) * value:{form}}".replace("-", "\N{MINUS SIGN}")
+        form = ".1f" if percent else ",.0f" if abs(value) >= 10_000 else ".4g"
+        return f"{(100 if percent else 1) * value:{'+' if sign else ''}{form}}".replace("-", "\N{MINUS SIGN}")
 
     bounds = "" if found.low is None or found.high is None else f" [{shown(found.low)}, {shown(found.high)}]"
     return f"{shown(found.value)}{unit if percent else ''}{bounds}"

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,15 @@ from simpo.analysis.reading import Row, Run, read_runs
 from simpo.runs.atomic import write_text
 from simpo.runs.log import now
 from simpo.runs.manifest import read_manifest
-from simpo.runs.results import Metric
+from simpo.runs.results import Metric, Stage
 
 FILE_NAME = "report.html"
 _PAGE = Path(__file__).parent / "page"
 _MOST_TRAININGS = 12  # runs in one chart
 _MOST_FILES = 200
+# Columns of the table of results: of a comparison, A is the model and B what it is compared with.
+_STAGES: dict[Stage | None, str] = {None: "value", "before": "before", "after": "after"}
+_SIDES: dict[Stage | None, str] = {None: "value", "after": "A", "before": "B"}
 # Counts of rows that are worth a warning.
 _ROWS = {
     "bad": "cannot be used",
@@ -89,6 +92,7 @@ def render(runs: Sequence[Run]) -> str:
         sections=[(name, title, charts) for name, title, charts in sections if charts],
         curve_notes=notes,
         example_count=len(shown),
+        pairs_shown=any(row["kind"] == "pair" for row in shown),
         examples_left_out=left_out,
         style=Markup(style),  # noqa: S704 - our own files
         scripts=[Markup(charting), Markup(script)],  # noqa: S704
@@ -123,6 +127,9 @@ def _trainings(run: Run, *, several: bool) -> list[Run]:
 def _described(run: Run) -> Row:
     """Everything of a run that the template shows, apart from charts and examples."""
     trained, headline, files = trained_run(run), Headline.of(run), _files(run.path)
+    metrics = [metric for metric in run.metrics or trained.metrics if not metric.name.startswith("data/")]
+    names = _SIDES if run.record.command == "compare" else _STAGES
+    stages = {stage: name for stage, name in names.items() if any(metric.stage == stage for metric in metrics)}
     described = {
         "name": run.name,
         "path": str(run.path),
@@ -132,7 +139,8 @@ def _described(run: Run) -> Row:
         "headline": headline,
         "bars": [_bar(one) for one in headline.measures[:4]],
         "facts": facts_of(run),
-        "metrics": _table(run.metrics or trained.metrics),
+        "stages": stages,
+        "metrics": _table(metrics, stages),
         "data": [metric for metric in trained.metrics if metric.name.startswith("data/")],
         "command_line": run.command_line,
         "recipe": _without_first_line(trained.text("recipe.yaml")),
@@ -167,17 +175,15 @@ def _bar(measure: Measure) -> Row:
     return {"rows": rows, "even": place(even), "measure": measure}
 
 
-def _table(metrics: Sequence[Metric]) -> list[tuple[str, list[str], str]]:
-    """Rows of the table of results: name, the values before, after and without a stage, and n."""
+def _table(metrics: Sequence[Metric], stages: Iterable[Stage | None]) -> list[tuple[str, list[str], str]]:
+    """Rows of the table of results: name, the value at each stage, and n."""
     rows: dict[str, dict[Any, Metric]] = {}
     for metric in metrics:
-        if not metric.name.startswith("data/"):
-            rows.setdefault(metric.name, {})[metric.stage] = metric
+        rows.setdefault(metric.name, {})[metric.stage] = metric
     table = []
     for name, cells in rows.items():
-        texts = [_cell(cells.get(stage)) for stage in ("before", "after", None)]
         counts = dict.fromkeys(f"{one.n:,}" for one in cells.values() if one.n is not None)
-        table.append((name, texts, " / ".join(counts)))
+        table.append((name, [_cell(cells.get(stage)) for stage in stages], " / ".join(counts)))
     return table
 
 

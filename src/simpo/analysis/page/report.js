@@ -42,7 +42,7 @@
     }
     const few = one.data.length <= 40 && !one.steps;
     const line = { name: one.name, type: "line", data: one.data, step: one.steps ? "middle" : false,
-      showSymbol: few && !one.thin, symbol: SYMBOLS[number % 4], symbolSize: 6, color,
+      showSymbol: one.data.length === 1 || (few && !one.thin), symbol: SYMBOLS[number % 4], symbolSize: 6, color,
       lineStyle: { width: one.thin ? 1.3 : 2.2, opacity: one.thin ? 0.75 : 1, type: DASHES[one.dash % 3], color },
       areaStyle: one.steps ? { color, opacity: 0.12 } : undefined, emphasis: { disabled: true } };
     if (!one.bounds || !one.bounds.length) return [line];
@@ -52,7 +52,7 @@
   };
 
   const marksOf = (chart) => {
-    const lines = (chart.marks || []).map((mark) => ({ xAxis: mark.x, name: mark.name, label: { formatter: mark.name } }));
+    const lines = (chart.marks || []).map((mark) => ({ xAxis: mark.x, name: mark.name, label: { formatter: mark.name, position: "end" } }));
     if (chart.even !== undefined) lines.push({ yAxis: chart.even, label: { formatter: shown(chart.even, chart.y.share) } });
     if (chart.zero) lines.push({ yAxis: 0, label: { show: false } });
     if (chart.diagonal) lines.push([{ coord: [0.5, 0.5] }, { coord: [1, 1] }]);
@@ -98,7 +98,7 @@
     return {
       animation: false, backgroundColor: "transparent", textStyle: { fontFamily: "system-ui, sans-serif", color: css("--ink") },
       aria: { enabled: true, label: { description: `${chart.title}. ${chart.note || ""}` } },
-      grid: { left: 62, right: 18, top: 14 + 20 * rows, bottom: chart.x.categories ? 66 : 44 },
+      grid: { left: 62, right: 18, top: 14 + 20 * rows + (chart.marks && chart.marks.length ? 12 : 0), bottom: chart.x.categories ? 66 : 44 },
       legend: { show: rows > 0, type: legend > 4 ? "scroll" : "plain", top: 0, itemGap: 8, itemHeight: 10, textStyle: { color: css("--ink") }, inactiveColor: soft,
         pageTextStyle: { color: soft }, data: chart.series.map((one) => one.name) },
       tooltip: { trigger: chart.kind === "points" ? "item" : "axis", confine: true, backgroundColor: css("--card"), borderColor: grid,
@@ -163,7 +163,7 @@
     "pairs that became right": [(row) => right(row, "after") && !right(row, "before"), (a, b) => b.change - a.change],
     "pairs that became wrong": [(row) => row.kind === "pair" && "after" in row.margins && !right(row, "after") && right(row, "before"), (a, b) => a.change - b.change],
     "pairs that are wrong after": [(row) => row.kind === "pair" && "after" in row.margins && !right(row, "after"), (a, b) => a.margins.after - b.margins.after],
-    "answers before and after": [(row) => row.kind === "answers", () => 0],
+    "answers": [(row) => row.kind === "answers", () => 0],
   };
   const controls = { search: document.getElementById("search"), filter: document.getElementById("filter"),
     run: document.getElementById("run"), shade: document.getElementById("shade") };
@@ -187,7 +187,7 @@
     const text = element("div", { className: "text", tabIndex: 0, dir: "auto" });
     text.setAttribute("role", "group");
     text.setAttribute("aria-label", side.name);
-    const by = controls.shade.value;
+    const by = controls.shade && controls.shade.value;
     side.texts.forEach((token, k) => {
       const shade = by ? shadeOf(side, k, by) : null;
       if (!shade || shade[1] < 0.02) { text.append(token); return; }
@@ -207,7 +207,7 @@
       facts.push(`margin ${margins || "unknown"}`);
     }
     for (const [judge, value] of Object.entries(row.verdicts || {})) {
-      facts.push(`${judge}: ${value > 0.5 ? row.sides[1].name + " better" : value < 0.5 ? row.sides[0].name + " better" : "tie"}`);
+      facts.push(`${judge}: ${value}`);
     }
     const where = controls.run ? `${row.run}, ${row.place}` : row.place;
     const head = element("header", {}, element("b", { textContent: facts.join("; ") }), element("span", { textContent: where, dir: "auto" }));
