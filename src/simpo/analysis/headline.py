@@ -197,7 +197,7 @@ def _generated(run: Run) -> Iterator[Measure]:
 
 def _rankings(run: Run) -> Iterator[Measure]:
     """Which of two held-out responses has the higher reward: row by row where the files are there, or as logged."""
-    verdicts = ("It ranks pairs better", "It ranks pairs worse", "It ranks pairs about as well")
+    verdicts = ("It ranks pairs better", "It ranks pairs worse", "No clear change")
     before, after = (run.column(stage, "rewards/accuracies") for stage in ("before", "after"))
     logged = run.last(_ACCURACY)
     start = _share(before) if len(before) and not np.isnan(before).any() and not run.starts_at_zero else None
@@ -228,7 +228,7 @@ def _losses(run: Run) -> Iterator[Measure]:
     """Held-out losses of supervised fine-tuning; those of preference objectives do not tell how good a model is."""
     if run.record.command != "sft":
         return
-    verdicts = ("It predicts answers better", "It predicts answers worse", "It predicts answers about as well")
+    verdicts = ("It predicts answers better", "It predicts answers worse", "No clear change")
     stages = run.metric("eval_loss", "before"), run.metric("eval_loss", "after")
     if stages[0] is not None and stages[1] is not None:
         losses, weights = ([run.column(stage, name) for stage in ("before", "after")] for name in ("loss", "weight"))
