@@ -35,7 +35,7 @@ from benchmarks.figures import Figures
 from benchmarks.letters import letter_model, letter_tokenizer
 from simpo.training.online import OnlineTrainer
 from simpo.training.online_config import OnlineConfig
-from simpo.training.rollouts import Answered
+from simpo.training.rollouts import AnsweredPrompt
 
 _PROMPT = [1]
 _ANSWERS_TO_A_PROMPT = 16
@@ -109,7 +109,7 @@ class Task:
         known = {prefix[:n]: row[n] for prefix, row in zip(prefixes, rows, strict=True) for n in range(len(prefix) + 1)}
         return torch.stack([known[context] for context in self.space.contexts])
 
-    def score(self, answered: Sequence[Answered]) -> list[list[float]]:
+    def score(self, answered: Sequence[AnsweredPrompt]) -> list[list[float]]:
         """The annotator."""
         return [[self.rewards[self.space.number[tuple(one.ids)]].item() for one in each.samples] for each in answered]
 

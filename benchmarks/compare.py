@@ -17,13 +17,13 @@ from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
 
-from benchmarks.entrants import FAMILIES, Entrant, entrants, missing, variant
+from benchmarks.entrants import FAMILIES, Entrant, add_training_options, entrants, missing
 from benchmarks.measurement import Measurement
 from benchmarks.profiles import PROFILES, made_up_rows
 from benchmarks.report import print_report, summarize
 from benchmarks.rounds import rounds
 from benchmarks.rows import byte_pair_tokenizer, read_pairs, word_tokenizer
-from benchmarks.setting import MODELS, Setting, prepare
+from benchmarks.setting import Setting, prepare
 
 
 def main() -> int:
@@ -64,28 +64,13 @@ def _options() -> argparse.Namespace:
         "--families", nargs="+", choices=FAMILIES, default=["simpo", "padded", "trl-cpo"], help=families
     )
     parser.add_argument("--only", nargs="+", help="of these, the entrants of these names")
-    parser.add_argument("--profile", choices=PROFILES, default="hh", help="lengths of the made-up comparisons")
+    add_training_options(parser)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on these lengths")
     parser.add_argument("--responses", type=int, default=2, help="responses to a prompt, K")
     parser.add_argument("--data", type=Path, help="instead: HH-style transcripts, .jsonl or .jsonl.gz")
-    parser.add_argument("--model", choices=MODELS, default="small", help="size of the Llama model")
     parser.add_argument("--pairs", type=int, default=32, help="comparisons measured; a step more comes first")
-    parser.add_argument("--pairs-per-step", type=int, default=8, help="comparisons of an optimizer step")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[], help="the peers' per-device batches")
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        type=variant,
-        default=[variant("default")],
-        metavar="SETTINGS",
-        help="simpo's settings, each e.g. default, 4096, 16384,checkpointed or 8192,compiled,checkpointed=0.5",
-    )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
-    parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32", help="type of the weights")
-    parser.add_argument("--optimizer", default="adamw_torch_fused", help="transformers' optim")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch's pool")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for busy machines"
     )

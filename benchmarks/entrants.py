@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from benchmarks.setting import Setting
+from benchmarks.profiles import PROFILES
+from benchmarks.setting import MODELS, Setting
 
 Kind = Literal["simpo", "loop", "trl cpo", "trl dpo", "liger"]
 
@@ -76,6 +78,27 @@ def variant(text: str) -> Entrant:
         elif word != "default":
             raise ValueError(f"{word!r} is none of: default, a number of tokens, compiled, liger, checkpointed[=SHARE]")
     return Entrant("simpo" if text == "default" else f"simpo {text}", "simpo", path="auto", **found)
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for simpo's settings, the data, the model, and how it is trained."""
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        type=variant,
+        default=[variant("default")],
+        metavar="SETTINGS",
+        help="simpo's settings, each e.g. default, 4096, 16384,checkpointed or 8192,compiled,checkpointed=0.5; in one "
+        "process compiled ones last, because layers stay compiled",
+    )
+    parser.add_argument("--profile", choices=PROFILES, default="hh", help="lengths of the made-up comparisons")
+    parser.add_argument("--pairs-per-step", type=int, default=8, help="comparisons of an optimizer step")
+    parser.add_argument("--model", choices=MODELS, default="small", help="size of the Llama model")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32", help="type of the weights")
+    parser.add_argument("--optimizer", default="adamw_torch_fused", help="transformers' optim")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="size of PyTorch's pool of threads")
 
 
 def entrants(family: str, setting: Setting, variants: list[Entrant], micro_batches: list[int]) -> Iterator[Entrant]:

@@ -25,14 +25,14 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from benchmarks.arithmetic import Product, Shape, necessary_flops
-from benchmarks.entrants import Entrant, variant
+from benchmarks.entrants import Entrant, add_training_options
 from benchmarks.memory import in_use_mib, peak_mib
 from benchmarks.own import simpo_trainer
 from benchmarks.products import seconds_of
 from benchmarks.profiles import PROFILES, made_up_rows
 from benchmarks.report import processor, versions
 from benchmarks.rows import word_tokenizer
-from benchmarks.setting import MODELS, Setting, build_model, load_comparisons, prepare
+from benchmarks.setting import Setting, build_model, load_comparisons, prepare
 
 # in the names of operators of a CPU and of kernels of a GPU that compute matrix products, attention's included
 PRODUCTS = ("mm", "scaled_dot_product", "gemm", "nvjet", "cutlass", "flash", "xmma")
@@ -66,23 +66,8 @@ class Recorder(TrainerCallback):
 def main() -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="profile_step", description="Where the time of simpo's steps goes.")
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        type=variant,
-        default=[variant("default")],
-        metavar="SETTINGS",
-        help="simpo's settings, as in compare; compiled ones last, because layers stay compiled",
-    )
-    parser.add_argument("--profile", choices=PROFILES, default="hh", help="lengths of the made-up pairs")
+    add_training_options(parser)
     parser.add_argument("--steps", type=int, default=2, help="steps measured; one comes before, one after")
-    parser.add_argument("--pairs-per-step", type=int, default=8, help="pairs of an optimizer step")
-    parser.add_argument("--model", choices=MODELS, default="small", help="size of the Llama model")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
-    parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32", help="type of the weights")
-    parser.add_argument("--optimizer", default="adamw_torch_fused", help="transformers' optim")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=15, help="operators shown")
     parser.add_argument("--output", type=Path, help="write what was measured there, as JSON")
     options = parser.parse_args()

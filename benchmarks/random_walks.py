@@ -33,7 +33,7 @@ from simpo.statistics import mean_interval
 from simpo.training.configs import SFTConfig
 from simpo.training.online import OnlineTrainer
 from simpo.training.online_config import OnlineConfig
-from simpo.training.rollouts import Answered
+from simpo.training.rollouts import AnsweredPrompt
 from simpo.training.sft import SFTTrainer
 
 NODES, LONGEST, WALKS, EDGE = 21, 10, 1000, 0.1
@@ -112,7 +112,7 @@ def run(seed: int, objective: str, rollouts: int, folder: Path) -> dict[str, flo
     SFTTrainer(model, settings, rows, processing_class=tokenizer).train()
     before = measure(model, graph, seed)
 
-    def score(answered: Sequence[Answered]) -> list[list[float]]:
+    def score(answered: Sequence[AnsweredPrompt]) -> list[list[float]]:
         return [[_optimality(graph, each.prompt.ids, one.ids) for one in each.samples] for each in answered]
 
     prompts = [{"prompt": _text([node])} for node in range(1, NODES)]

@@ -22,7 +22,7 @@ from simpo.errors import SimpoError
 from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.lines import write_lines
-from simpo.runs.manifest import damage
+from simpo.runs.manifest import find_damage
 from simpo.runs.results import Metric, write_results
 from simpo.statistics import mean_interval
 
@@ -208,7 +208,7 @@ def test_a_report_of_a_run_in_progress_does_not_damage_it(tmp_path):
         run.finish()
     write_report([path])
     write_text(path / "part/report.html", "written again")
-    assert damage(path) is None
+    assert find_damage(path) is None
 
 
 def test_several_runs_name_what_differs(make_run, tmp_path):

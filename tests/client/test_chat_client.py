@@ -373,19 +373,6 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
         ChatClient(Endpoint("http://127.0.0.1:9/v1", "tiny"), tmp_path)
 
 
-def test_files_of_earlier_versions_are_imported_once(tmp_path, caplog):
-    """JSON lines: two replies, a damaged line, and one that a kill left incomplete."""
-    with ChatServer(echo) as server:
-        client(server, tmp_path)
-        earlier = database(tmp_path).with_suffix(".jsonl")
-        lines = [json.dumps({"key": request.key("tiny"), "reply": {"text": "paid"}}) for request in requests(3)]
-        earlier.write_bytes("\n".join([lines[0], lines[1], "\x00", lines[2][:-9]]).encode())
-        ours = client(server, tmp_path)
-        assert "2 replies of an earlier version" in caplog.text and "2 damaged lines" in caplog.text
-        assert texts(ours.complete(requests(3))) == ["paid", "paid", "SAY 2"]
-        assert not earlier.exists() and earlier.with_suffix(".jsonl.imported").exists()
-
-
 def _complete(url, cache, count):
     _base_client.INITIAL_RETRY_DELAY = 0.01
     ChatClient(Endpoint(url, "tiny", concurrency=4), cache).complete(requests(count))

@@ -11,7 +11,7 @@ from tests.forked import run_ranks
 
 from simpo import SimpoError, cli
 from simpo.generation.engine import TransformersEngine
-from simpo.generation.processes import Processes
+from simpo.generation.sample import Processes
 
 
 def answer_thrice(folder: Path, arguments: list[str]) -> int:

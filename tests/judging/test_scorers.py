@@ -182,7 +182,7 @@ def test_a_model_of_several_objectives_uses_its_own_score(write_gated):
             last = len(ids) - 1 - ids[::-1].index(gate)
             shares = (weights["gate.weight"] @ states[last] + weights["gate.bias"]).softmax(-1)
             assert score == pytest.approx(float(shares @ rewards), abs=1e-5)
-    with pytest.raises(SimpoError, match="it has code of its own; read it, and allow it with trust_remote_code"):
+    with pytest.raises(SimpoError, match="it needs custom code; read it, and allow it with trust_remote_code"):
         make_scorer(f"reward:{folder}", JudgeOptions()).score(ROWS)
 
 

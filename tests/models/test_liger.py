@@ -53,5 +53,5 @@ def test_what_liger_would_pass_over_is_refused(installed, make_model):
     devices.check_liger(make_model("llama"), config)
     with pytest.raises(SimpoError, match=r"use_liger_kernel: .*'gpt2'"):
         devices.check_liger(make_model("gpt2"), config)
-    with pytest.raises(SimpoError, match=r"liger_kernel_config: 'geglu' is none of rope, swiglu"):
+    with pytest.raises(SimpoError, match=r"liger_kernel_config: 'geglu' is not one of rope, swiglu"):
         devices.check_liger(make_model("llama"), config | {"geglu": True})

@@ -65,7 +65,9 @@ def policy_gradient_loss(name, beta, start, rewards, *, kl_in="reward", estimato
         rollout = Rollout(logp, logp.detach(), advantage[segment], segment, len(answers))
         losses = row.loss(rollout, denominator=LONGEST)
         if kl_in == "loss":
-            losses = losses + beta * row.add_up(kl_estimate(logp, ref_logp, estimator), rollout, denominator=LONGEST)
+            losses = losses + beta * row.aggregate_tokens(
+                kl_estimate(logp, ref_logp, estimator), rollout, denominator=LONGEST
+            )
         return losses.mean()
 
     return loss

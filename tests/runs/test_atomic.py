@@ -14,7 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from simpo.errors import SimpoError
-from simpo.runs.atomic import disk_errors, provisional, remove_folder, staged_files, staged_folder, sweep, write_text
+from simpo.runs.atomic import (
+    disk_errors,
+    provisional,
+    remove_folder,
+    remove_leftovers,
+    staged_files,
+    staged_folder,
+    write_text,
+)
 
 FULL = "no space left on the disk; free some and run the same command again: nothing earlier was damaged"
 
@@ -127,7 +135,7 @@ def test_sweep_takes_leftovers_only(tmp_path):
     for file in (".run.json.123.partial", "run.json", ".lock", "a.partial"):
         (tmp_path / file).touch()
     (tmp_path / ".link.removed").symlink_to(tmp_path / "checkpoint-3")
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert names(tmp_path) == [".git", ".lock", "a.partial", "checkpoint-3", "run.json"]
     assert names(tmp_path / "checkpoint-3") == ["file"]
 
@@ -160,7 +168,7 @@ def test_kill_leaves_whole_folders_or_none(tmp_path, start, kill_after):
         if (tmp_path / "state.txt").exists():
             assert len(set((tmp_path / "state.txt").read_text().split())) == 1
             assert (tmp_path / "state.txt").read_text().count(" ") == 1000
-        sweep(tmp_path)
+        remove_leftovers(tmp_path)
         assert not list(tmp_path.glob(".*"))
     assert seen
 

@@ -21,7 +21,7 @@ from simpo.errors import SimpoError, third_party
 from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import EarlyNotices
-from simpo.runs.manifest import damage
+from simpo.runs.manifest import find_damage
 from simpo.runs.results import Metric, fingerprint, read_results
 
 IDENTITY = {"learning_rate": 1e-6, "layers": [1, 2], "data/train": "a" * 64, "model": "tiny"}
@@ -86,7 +86,7 @@ def test_a_run_from_start_to_manifest(tmp_path, capsys):
     (started,) = map(datetime.fromisoformat, kept["starts"])
     assert before <= started <= datetime.fromisoformat(kept["finished"]) <= datetime.now(UTC)
 
-    assert damage(path) is None
+    assert find_damage(path) is None
     listed = {file["path"] for file in json.loads((path / "manifest.json").read_text())["files"]}
     assert listed == {"environment.json", "metrics.jsonl", "model.safetensors", "recipe.resolved.yaml", "recipe.yaml"}
     lines = (path / "log.txt").read_text().splitlines()
@@ -224,7 +224,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(small_disk):
     with begin(path) as folder:
         assert folder.resuming
         folder.finish()
-    assert damage(path) is None
+    assert find_damage(path) is None
 
 
 OTHER = IDENTITY | {"learning_rate": 2e-6, "data/train": "b" * 64, "seed": 3}
@@ -412,9 +412,9 @@ def test_a_kill_at_any_time_leaves_a_folder_to_go_on_with(tmp_path, start):
         with RunFolder(path, command="train") as folder:
             was_finished = folder.finished
             folder.begin({"a": 1})
-            assert not was_finished or damage(path) is None
+            assert not was_finished or find_damage(path) is None
             folder.finish()
-        assert damage(path) is None
+        assert find_damage(path) is None
 
 
 @pytest.mark.parametrize("name", [".lock", ".lock.pid", ".anything", "log.txt", "metrics.jsonl", "run.json"])

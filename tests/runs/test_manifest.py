@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from simpo.errors import SimpoError
-from simpo.runs.manifest import damage, is_as_written, write_digest, write_manifest
+from simpo.runs.manifest import find_damage, is_as_written, write_digest, write_manifest
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_manifest_lists_all_files(folder):
             },
         ],
     }
-    assert damage(folder) is None
+    assert find_damage(folder) is None
 
 
 def test_what_is_excluded_is_not_listed(folder):
@@ -66,14 +66,14 @@ def _flip(path):
 )
 def test_damage_is_named(folder, break_it, fault):
     break_it(folder / "model.safetensors")
-    assert damage(folder) == f"model.safetensors: {fault}"
+    assert find_damage(folder) == f"model.safetensors: {fault}"
 
 
 def test_sizes_come_before_hashes(folder):
     (folder / "below" / "ü.txt").write_text("TEXT")
-    assert damage(folder) == "below/ü.txt: contents changed (sha256)"
+    assert find_damage(folder) == "below/ü.txt: contents changed (sha256)"
     (folder / "model.safetensors").unlink()
-    assert damage(folder) == "model.safetensors: missing"
+    assert find_damage(folder) == "model.safetensors: missing"
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_sizes_come_before_hashes(folder):
 )
 def test_unreadable_manifest_is_damage(folder, text):
     (folder / "manifest.json").write_text(text)
-    assert damage(folder) == "manifest.json: not readable"
+    assert find_damage(folder) == "manifest.json: not readable"
 
 
 def test_missing_manifest_is_damage(folder):
     (folder / "manifest.json").unlink()
-    assert damage(folder) == "no manifest.json"
+    assert find_damage(folder) == "no manifest.json"
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../outside", "below/../../outside"])
@@ -94,7 +94,7 @@ def test_manifest_cannot_lead_out_of_the_folder(folder, path):
     document = json.loads((folder / "manifest.json").read_text())
     document["files"].append({"path": path, "bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()})
     (folder / "manifest.json").write_text(json.dumps(document))
-    assert damage(folder) == f"{path}: not in this folder"
+    assert find_damage(folder) == f"{path}: not in this folder"
 
 
 def test_full_disk_leaves_the_earlier_manifest(small_disk):
@@ -104,7 +104,7 @@ def test_full_disk_leaves_the_earlier_manifest(small_disk):
         (small_disk / "filler").write_bytes(bytes(1 << 20))
     with pytest.raises(SimpoError, match=r"manifest\.json: no space left on the disk"):
         write_manifest(small_disk)
-    assert damage(small_disk) is None
+    assert find_damage(small_disk) is None
 
 
 @pytest.mark.parametrize("damage_it", [_flip, lambda path: path.write_bytes(b""), Path.unlink])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from simpo.runs.log import REDACTED, is_secret, masked, redact, redact_arguments, redact_yaml
+from simpo.runs.log import REDACTED, is_secret, mask_secrets, redact, redact_arguments, redact_yaml
 
 HF = "hf_" + "aB3" * 11 + "x"
 SK = "sk-proj-" + "Zz9_" * 6
@@ -61,7 +61,7 @@ def test_keys_without_a_secret_stay():
 
 @pytest.mark.parametrize("token", [HF, SK])
 def test_tokens_are_masked_wherever_they_stand(token):
-    assert masked(f"see https://user:{token}@host/{token}.") == f"see https://user:{REDACTED}@host/{REDACTED}."
+    assert mask_secrets(f"see https://user:{token}@host/{token}.") == f"see https://user:{REDACTED}@host/{REDACTED}."
     assert redact({"note": f"x {token}", "deep": [{"a": [token]}]}) == {
         "note": f"x {REDACTED}",
         "deep": [{"a": [REDACTED]}],
@@ -72,7 +72,7 @@ def test_tokens_are_masked_wherever_they_stand(token):
 
 def test_words_like_tokens_stay():
     for text in ("hf_internal_testing/tiny", "task-force-of-more-than-twenty", "sk-short", "ahf_" + "a" * 30):
-        assert masked(text) == text
+        assert mask_secrets(text) == text
 
 
 @pytest.mark.parametrize(

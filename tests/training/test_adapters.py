@@ -420,7 +420,7 @@ def test_an_adapter_with_a_name_of_its_own(bases, make_trainer, pairs, tmp_path)
 def test_an_adapter_in_a_folder_of_its_name_is_pointed_to(bases, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(bases("llama"))
     get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"), adapter_name="sft").save_pretrained(tmp_path)
-    with pytest.raises(SimpoError, match=rf"is no adapter itself; name the one in it: {tmp_path / 'sft'}$"):
+    with pytest.raises(SimpoError, match=rf"is not an adapter itself; name the one in it: {tmp_path / 'sft'}$"):
         load_model(str(tmp_path))
     load_model(str(tmp_path / "sft"))
 
@@ -510,7 +510,7 @@ def test_a_checkpoint_of_another_model_is_named(make_trainer, make_model, bases,
     with pytest.raises(SimpoError, match="an adapter there, a whole model here"):
         whole.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     wider = make_trainer(rows, model=adapted(bases("gpt2"), lora_r=8), max_steps=2)
-    with pytest.raises(SimpoError, match=r"is of another model \(.* is \[4, .*\] there, \[8, .*\] here\)"):
+    with pytest.raises(SimpoError, match=r"belongs to another model \(.* is \[4, .*\] there, \[8, .*\] here\)"):
         wider.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     shutil.rmtree(tmp_path / "checkpoint-1")
     make_trainer(rows, model=make_model("gpt2"), **step).train()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from simpo.runs.manifest import damage
+from simpo.runs.manifest import find_damage
 from simpo.training.checkpoints import staged_checkpoint
 
 
@@ -26,4 +26,4 @@ def test_a_process_that_writes_late_is_waited_for(tmp_path):
     late.join()
     assert sorted(found) == ["late", "main"]
     assert {path.name for path in final.iterdir()} == {"late", "main", "manifest.json"}
-    assert damage(final) is None
+    assert find_damage(final) is None

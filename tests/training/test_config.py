@@ -138,12 +138,12 @@ def test_what_a_loss_type_means(given, objective, config):
     [
         (
             {"loss_type": "sigmoid", "beta": 0.01},
-            "loss_type: 'sigmoid' alone .* add objective: dpo, or objective: simpo",
+            "loss_type: 'sigmoid' by itself .* add objective: dpo, or objective: simpo",
         ),
-        ({"loss_type": "hinge"}, "loss_type: 'hinge' alone"),
+        ({"loss_type": "hinge"}, "loss_type: 'hinge' by itself"),
         (
             {"loss_type": "hinge", "objective": "dpo"},
-            "loss_type: 'hinge' is no objective and no link of objective 'dpo'",
+            "loss_type: 'hinge' is neither an objective nor a link of objective 'dpo'",
         ),
         ({"loss_type": "aot", "objective": "ipo"}, "loss_type: 'aot' is neither an objective nor a link; there are"),
         ({"loss_type": "kto_pair"}, "loss_type: 'kto_pair' is neither an objective nor a link; there are simpo"),

@@ -222,7 +222,7 @@ def test_batch_sizes_are_the_recipes():
             unset_batch_sizes(given | {key: value}, 2, 4)
 
 
-@pytest.mark.parametrize(("given", "problem"), [("nowhere.json", "nowhere.json"), ("{", "not a file of JSON")])
+@pytest.mark.parametrize(("given", "problem"), [("nowhere.json", "nowhere.json"), ("{", "not a JSON file")])
 def test_a_configuration_that_cannot_be_read(given, problem, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(SimpoError, match=problem):

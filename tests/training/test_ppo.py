@@ -17,7 +17,7 @@ from simpo.errors import SimpoError
 from simpo.generation.engine import Sampled, TransformersEngine
 from simpo.training.online import OnlineTrainer
 from simpo.training.online_config import OnlineConfig
-from simpo.training.rollouts import adaptation, training_rows
+from simpo.training.rollouts import adapted_columns, training_rows
 
 K = 8
 
@@ -337,10 +337,10 @@ def test_answers_without_a_score_teach_neither_policy_nor_value_function(setting
 def test_the_coefficient_and_the_scale_of_scores_go_on_from_the_rollout_before(settings):
     args = settings(kl_coef=0.2, kl_target=0.25, kl_horizon=10, normalize_scores=True)
     first = [record(scores=[1.0, 3.0], values=None)]
-    assert adaptation(first, None, args) == {"kl_coef": 0.2, "score_mean": 2.0, "score_std": 1.0}
+    assert adapted_columns(first, None, args) == {"kl_coef": 0.2, "score_mean": 2.0, "score_std": 1.0}
     before = [record(scores=[5.0, 5.0], values=None, kl_coef=0.3, score_mean=2.0, score_std=1.0, shift=0.55)]
     # two answers that are 0.05 nats from the start model, 0.2 less than the target is counted as 0.2 of it
-    found = adaptation(first, before, args)
+    found = adapted_columns(first, before, args)
     assert found == {"kl_coef": pytest.approx(0.3 * (1 - 0.2 * 2 / 10)), "score_mean": 2.0, "score_std": 1.0}
     with pytest.raises(SimpoError, match=r"normalize_scores: .*5"):
-        adaptation(before, None, args)
+        adapted_columns(before, None, args)

@@ -273,7 +273,7 @@ def test_a_checkpoint_of_the_last_step_or_beyond(asked, through, chat_world, tmp
         assert {n: v for n, s, v in figures(output)}["train/steps"] == 4
     else:
         assert code == 2
-        assert "checkpoint-4 is of step 4" in capsys.readouterr().err
+        assert "checkpoint-4 was saved at step 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("step", [3, 5])  # the handler acts on the step after: the last one, and the one before
@@ -457,7 +457,7 @@ def test_a_checkpoint_of_another_model_is_named(make_trainer, make_model, pairs,
     rows = pairs(4)
     make_trainer(rows, model=make_model("gpt2"), save_strategy="steps", save_steps=1, max_steps=1).train()
     other = make_trainer(rows, model=make_model("gpt2", n_embd=16), max_steps=2)
-    with pytest.raises(SimpoError, match=r"checkpoint-1 is of another model \(.* there, .* here\)"):
+    with pytest.raises(SimpoError, match=r"checkpoint-1 belongs to another model \(.* there, .* here\)"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     llama = make_trainer(rows, model=make_model("llama"), max_steps=2)
     with pytest.raises(SimpoError, match="gpt2 there, llama here"):
@@ -580,7 +580,7 @@ def test_a_mixture_of_experts_goes_on_with_its_own_experts(make_trainer, make_mo
     logged, again = through.state.log_history[0], resumed.state.log_history[0]
     assert {"router/aux_loss", "router/max_load"} < logged.keys() and again == logged
     deeper = make_trainer(rows, model=make_model("mixtral", torch.float32, num_hidden_layers=2), **settings)
-    with pytest.raises(SimpoError, match="is of another model"):
+    with pytest.raises(SimpoError, match="belongs to another model"):
         deeper.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

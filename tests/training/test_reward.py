@@ -195,14 +195,14 @@ def test_margins_determine_the_result(make_reward_trainer, rankings):
 
 
 def test_what_cannot_be_trained(make_model, make_reward_trainer, rankings, tmp_path):
-    with pytest.raises(SimpoError, match="GPT2LMHeadModel is no reward model; load it with AutoModelForSequence"):
+    with pytest.raises(SimpoError, match="GPT2LMHeadModel is not a reward model; load it with AutoModelForSequence"):
         make_reward_trainer(rankings, model=make_model("gpt2"))
     feedback = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "label": [True]})
     with pytest.raises(SimpoError, match="single responses with labels; a reward model is trained on comparisons"):
         RewardTrainer.prepare(feedback, None, RewardConfig(str(tmp_path), use_cpu=True), "train")
     for settings, said in (
         ({"truncation": "paper"}, "truncation: 'paper'"),
-        ({"center_rewards_coefficient": -1.0}, "center_rewards_coefficient: must be >= 0"),
+        ({"center_rewards_coefficient": -1.0}, "center_rewards_coefficient: must be at least 0"),
     ):
         with pytest.raises(SimpoError, match=said):
             RewardConfig(str(tmp_path), use_cpu=True, **settings)

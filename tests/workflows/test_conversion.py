@@ -171,7 +171,7 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
-        ("rows: 3\n", [], "--from: .*theirs.yaml has no key by which"),
+        ("rows: 3\n", [], "--from: .*theirs.yaml has no key that identifies"),
         (AXOLOTL.replace("ipo", "grpo"), [], "--from: .*: rl: grpo has no counterpart"),
         (LLAMA_FACTORY.replace("dpo\n", "pt\n"), [], "stage: pt has no counterpart"),
         (AXOLOTL + "rl: dpo\n", [], "rl: already given on line 3"),

@@ -19,10 +19,10 @@ from simpo.config import parse_settings
 from simpo.generation.sample import PromptArguments
 from simpo.models.settings import ModelArguments
 from simpo.runs.lines import read_lines
-from simpo.runs.manifest import damage
+from simpo.runs.manifest import find_damage
 from simpo.runs.results import read_results
 from simpo.workflows.loop_settings import LoopRecipe
-from simpo.workflows.rounds import drift
+from simpo.workflows.rounds import kl_from_start
 
 pytestmark = pytest.mark.slow
 
@@ -123,7 +123,7 @@ def test_more_rounds_continue_from_the_last_one(world, tmp_path, monkeypatch, ca
     assert [name for name, content in straight.items() if extended[name] != content] == []
     record = json.loads(Path("out/run.json").read_text())
     assert record["status"] == "finished" and len(record["starts"]) == 2
-    assert damage(Path("out")) is None
+    assert find_damage(Path("out")) is None
 
     assert main([*command, "1"]) == 2
     printed = capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_the_drift_is_the_mean_log_ratio(world, chat_world):
             ratios.append(here - there)
         means.append(sum(ratios) / len(ratios))
     asked = PromptArguments(str(chat_world / "test.jsonl"))
-    found = drift(answers, ModelArguments(str(chat_world / "model")), asked)
+    found = kl_from_start(answers, ModelArguments(str(chat_world / "model")), asked)
     assert found.value == pytest.approx(sum(means) / len(means), abs=1e-4)
     assert found.n == 8 and found.low < found.value < found.high
 

@@ -18,7 +18,7 @@ import yaml
 
 from simpo.errors import SimpoError
 from simpo.runs.folder import RunRecord
-from simpo.runs.log import masked
+from simpo.runs.log import mask_secrets
 from simpo.runs.results import EXAMPLES, HELD_OUT, Metric, Stage, read_results
 from simpo.runs.results import FILE_NAME as RESULTS
 
@@ -103,7 +103,7 @@ class Run:
     def text(self, name: str) -> str:
         """The text of a file in the folder, without secrets; empty if there is none."""
         path = self.path / name
-        return masked(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else ""
+        return mask_secrets(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else ""
 
     def metric(self, name: str, stage: Stage | None = None) -> Metric | None:
         """The metric of ``results.json`` with this name that has a value."""

@@ -22,7 +22,7 @@ from simpo.analysis.figures import paper_figures
 from simpo.analysis.headline import Headline, Measure, compare_runs, facts_of, number, trained_run
 from simpo.analysis.reading import Row, Run, read_runs
 from simpo.runs.atomic import write_text
-from simpo.runs.log import now
+from simpo.runs.log import utc_now
 from simpo.runs.manifest import read_manifest
 from simpo.runs.results import Metric, Stage
 
@@ -99,7 +99,7 @@ def render(runs: Sequence[Run]) -> str:
         hashes=[_csp_hash(charting), _csp_hash(script)],
         data=Markup(_embedded(data)),  # noqa: S704 - escaped
         version=__version__,
-        written=now(),
+        written=utc_now(),
     )
 
 

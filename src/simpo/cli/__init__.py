@@ -15,7 +15,7 @@ from pathlib import Path
 from simpo import __version__
 from simpo.config.coercion import nearest
 from simpo.errors import InterruptedRun, SimpoError, one_line
-from simpo.runs.log import EarlyNotices, LogFile, masked
+from simpo.runs.log import EarlyNotices, LogFile, mask_secrets
 from simpo.runs.terminal import output_is_closed, printable
 
 _LONGEST_LINE = 4000  # characters of an error
@@ -51,7 +51,7 @@ class _Notices(logging.StreamHandler):
 
     def format(self, record: logging.LogRecord) -> str:
         """A notice without secrets and without characters that control the terminal."""
-        return printable(masked(super().format(record)))
+        return printable(mask_secrets(super().format(record)))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Let a closed pipe end the command instead of printing a traceback for every notice, unless it has a log."""
@@ -118,10 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 141
     except (SimpoError, OSError, MemoryError) as error:
-        print(f"simpo: error: {_shortened(printable(masked(_one_line(error))))}", file=sys.stderr)
+        print(f"simpo: error: {_shortened(printable(mask_secrets(_one_line(error))))}", file=sys.stderr)
         return 2
     except Exception:
-        sys.stderr.write(printable(masked(traceback.format_exc())))
+        sys.stderr.write(printable(mask_secrets(traceback.format_exc())))
         print("simpo: this is a bug in simpo; please report it to the project with the lines above", file=sys.stderr)
         return 1
 

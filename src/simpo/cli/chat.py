@@ -22,7 +22,7 @@ from simpo.errors import SimpoError
 from simpo.generation.conversation import Conversation, load_conversation
 from simpo.generation.settings import SamplingSettings
 from simpo.models.settings import ModelArguments
-from simpo.runs.signals import noted
+from simpo.runs.signals import record_signals
 from simpo.runs.terminal import printable
 
 _RESET, _EXIT = "/reset", "/exit"
@@ -91,7 +91,7 @@ def _messages() -> Iterator[str]:
 
 
 def _answer(conversation: Conversation, text: str, seed: int) -> None:
-    with noted(signal.SIGINT) as interrupted:
+    with record_signals(signal.SIGINT) as interrupted:
         try:
             reply = conversation.answer(text, seed, _show, lambda: bool(interrupted))
         except BadRow as bad:

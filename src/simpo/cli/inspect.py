@@ -177,7 +177,7 @@ def _print_answers(console: Console, rows: Dataset, label: str) -> list[Metric]:
     console.print(Text(f"{label}: {sum(answers):,} answers to {len(sets):,} prompts, {_span(answers)} to each"))
     for name, (title, what) in _ANSWER_FIGURES.items():
         if name in figures:
-            console.print(Text(f"{title:<28} {_shown(figures[name])} {what}"))
+            console.print(Text(f"{title:<28} {figures[name].text} {what}"))
     if "score" in figures:
         spread = ", ".join(f"{name} {figures[f'score/{name}'].value:.4g}" for name in SCORE_PERCENTILES)
         console.print(Text(f"{'scores':<28} {spread}"))
@@ -189,11 +189,6 @@ def _print_answers(console: Console, rows: Dataset, label: str) -> list[Metric]:
 
 def _span(counts: Sequence[int]) -> str:
     return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-
-
-def _shown(metric: Metric) -> str:
-    bounds = "" if metric.low is None or metric.high is None else f" [{metric.low:.3g}, {metric.high:.3g}]"
-    return f"{metric.value:.4g}{bounds}"
 
 
 def _print_examples(console: Console, shown: list[Example]) -> None:

@@ -36,18 +36,14 @@ class ReplyCache:
     """One model's replies in an SQLite database, which several processes may share.
 
     A damaged database is moved aside, and the replies that can still be read from it are kept. A damaged reply counts
-    as missing. Files of JSON lines, which earlier versions wrote, are read once and renamed.
+    as missing.
 
     Attributes:
         path: the database.
     """
 
     def __init__(self, folder: Path, model: str) -> None:
-        """Open the database of ``model``, or create it and its folder.
-
-        Raises:
-            SimpoError: it cannot be read or written.
-        """
+        """Open the database of ``model``, or create it and its folder."""
         name = re.sub(r"[^A-Za-z0-9.]+", "-", model)[-60:].strip("-.")
         self.path = folder / f"{name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}.sqlite3"
         self._lock = FileLock(self.path.with_suffix(".lock"))
@@ -57,9 +53,6 @@ class ReplyCache:
             folder.mkdir(parents=True, exist_ok=True)
             with self._lock:
                 self._use(lambda database: None)
-                earlier = self.path.with_suffix(".jsonl")
-                if earlier.exists():
-                    self._import(earlier)
 
     def get(self, key: str) -> ChatReply | None:
         """The reply to a request, whichever process stored it."""
@@ -143,21 +136,6 @@ class ReplyCache:
             *(self.path, aside.name, len(rows)),
         )
         self._insert([*rows.items()])
-
-    def _import(self, earlier: Path) -> None:
-        """Read the JSON lines of an earlier version, and rename the file so that it is read once."""
-        rows, damaged = [], 0
-        for line in earlier.read_bytes().splitlines():
-            try:
-                record = json.loads(line)
-                reply = ChatReply(**record["reply"])
-                rows.append((str(record["key"]), json.dumps(dataclasses.asdict(reply)).encode()))
-            except (ValueError, KeyError, TypeError):
-                damaged += 1
-        self._insert(rows)
-        earlier.rename(f"{earlier}.imported")
-        text = f"; {damaged} damaged lines are ignored" if damaged else ""
-        logger.warning("%s: %d replies of an earlier version were imported%s", self.path, len(rows), text)
 
 
 def _parse(content: bytes) -> ChatReply | None:

@@ -124,8 +124,7 @@ def error_text(document: Any) -> str:
 def _text(content: Any) -> str:
     """The text of a message, whose content may be a list of parts; parts with reasoning are left out.
 
-    Raises:
-        TypeError: it contains something other than text and reasoning.
+    Anything but text and reasoning raises ``TypeError``.
     """
     if content is None or isinstance(content, str):
         return content or ""
@@ -187,7 +186,7 @@ class Endpoint:
     attempts: int = 8  # with openai's waits, half a minute in all
 
     def __post_init__(self) -> None:
-        # What stands before an @ may be a password and must not be repeated.
+        # The text before an @ may be a password and must not be repeated.
         shown = self.base_url.rpartition("@")[2]
         try:
             parts = urlsplit(self.base_url)
@@ -236,11 +235,7 @@ class Endpoint:
             return host == "localhost"
 
     def api_key(self) -> str | None:
-        """The key; None if there is none and none is needed.
-
-        Raises:
-            SimpoError: the server is on another machine and the variable is not set, or its value is not a key.
-        """
+        """The key; None if there is none and none is needed."""
         key = os.environ.get(self.api_key_env, "").strip()
         if not key and not self.is_local:
             raise SimpoError(f"{self.url}: no key: set the environment variable {self.api_key_env}")

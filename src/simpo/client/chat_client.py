@@ -50,13 +50,13 @@ class ChatClient:
         self._cache = None if cache is None else ReplyCache(cache, endpoint.model)
         self._exact_temperature = exact_temperature
         self._dialect: Dialect | None = None  # what the server accepts is learned once, for all calls
-        self._answered = False  # whether the server has answered any request, now or in an earlier run
+        self._got_replies = False  # whether the server has answered any request, now or in an earlier run
 
     def estimate(self, requests: Sequence[ChatRequest]) -> Estimate:
         """The requests that :meth:`complete` would send; a repeated request is sent once."""
         wanted = self._by_key(requests)
         missing = [request for key, request in wanted.items() if self._cached(key) is None]
-        self._answered = self._answered or len(missing) < len(wanted)
+        self._got_replies = self._got_replies or len(missing) < len(wanted)
         return Estimate.of(missing, len(wanted) - len(missing))
 
     def complete(
@@ -85,12 +85,12 @@ class ChatClient:
         wanted = self._by_key(requests)
         replies = {key: reply for key in wanted if (reply := self._cached(key)) is not None}
         self.usage.cached += len(replies)
-        self._answered = self._answered or bool(replies)
+        self._got_replies = self._got_replies or bool(replies)
         missing = {key: request for key, request in wanted.items() if key not in replies}
         if missing:
             with progress("replies", len(wanted), len(replies), log or logger.info) as advance:
                 replies |= _run(self._send_all(missing, despite_refusals, advance))
-            self._answered = True
+            self._got_replies = True
         for key, request in wanted.items():
             self.usage.note(request, replies[key])
         return [replies[request.key(self.endpoint.model)] for request in requests]
@@ -118,7 +118,7 @@ class ChatClient:
                         replies[key] = await self._answer(sender, key, request, despite_refusals)
                         early = [replies[key] for key in first if key in replies]
                         refused = len(early) == len(first) and all(reply.refused for reply in early)
-                        if refused and not self._answered:
+                        if refused and not self._got_replies:
                             reason = early[0].refused
                             raise SimpoError(f"{self.endpoint.label}: the server refuses every request: {reason}")
                     except SimpoError as error:

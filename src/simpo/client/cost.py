@@ -151,11 +151,7 @@ class Usage:
 def confirm_cost(estimate: Estimate, *, yes: bool, log: Callable[[str], None], prices: Prices | None = None) -> None:
     """Log what is about to be sent, and ask the user; if there is nothing to send, nothing is asked.
 
-    Args:
-        estimate: of all requests.
-        yes: the user has agreed in advance (``--yes``).
-        log: receives the line.
-        prices: of the model, if known.
+    With ``yes`` the user has agreed in advance.
 
     Raises:
         SimpoError: the user does not agree, or cannot be asked.

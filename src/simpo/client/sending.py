@@ -16,7 +16,7 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI, Omit
 
 from simpo.client.chat import ChatReply, ChatRequest, Endpoint, error_text, read_reply
 from simpo.errors import SimpoError
-from simpo.runs.log import REDACTED, masked
+from simpo.runs.log import REDACTED, mask_secrets
 
 _LONGEST_WAIT = 300.0  # seconds; a server that asks for more is not waited for
 _LONGEST_REASON = 300  # characters
@@ -181,7 +181,7 @@ class Sender:
         while True:
             body = self._dialect.adapt(request.body(self._endpoint.model))
             try:
-                # As bytes, because openai's own encoder fails at half of a surrogate pair.
+                # As bytes, because openai's encoder fails on half of a surrogate pair.
                 content = json.dumps(body).encode()
                 response = await self._openai.post(
                     self._endpoint.url, body=content, cast_to=httpx.Response, options={"headers": self._headers}
@@ -193,16 +193,16 @@ class Sender:
                 self._adapted += 1
             except APIConnectionError as error:
                 cause = error.__cause__ or error
-                reason = self._cleaned(str(cause) or type(cause).__name__)
+                reason = self._one_safe_line(str(cause) or type(cause).__name__)
                 raise SimpoError(self._message(reason, error.request)) from None
             else:
                 default = request.temperature != 1 and "temperature" not in body
                 reply = response.extensions["reply"]
-                return replace(reply, text=self._without_key(reply.text), default_temperature=default)
+                return replace(reply, text=self._redact_key(reply.text), default_temperature=default)
 
     def _status_error(self, response: Any) -> SimpoError:
         text = error_text(_document(response)) or response.reason_phrase
-        reason = self._cleaned(f"status {response.status_code}: {text}")
+        reason = self._one_safe_line(f"status {response.status_code}: {text}")
         message = self._message(reason, response.request)
         if (wait := _retry_after(response)) > _LONGEST_WAIT:
             message += f"; it asks to wait {wait:,.0f} s"
@@ -216,15 +216,15 @@ class Sender:
         attempts = _attempts(request)
         return f"{self._endpoint.label}: {reason}" + (f" ({attempts} attempts)" if attempts > 1 else "")
 
-    def _cleaned(self, text: str) -> str:
+    def _one_safe_line(self, text: str) -> str:
         """One line without secrets: a server may repeat the key in its error."""
-        return self._without_key(" ".join(text.split()))[:_LONGEST_REASON]  # last, because half a key is not found
+        return self._redact_key(" ".join(text.split()))[:_LONGEST_REASON]  # last, because half a key is not found
 
-    def _without_key(self, text: str) -> str:
+    def _redact_key(self, text: str) -> str:
         for form in (str, repr, json.dumps):  # a server's error may hold it in quotes, as it looks in Python or JSON
             if self._key is not None:
                 text = text.replace(form(self._key).strip("\"'"), REDACTED)
-        return masked(text)
+        return mask_secrets(text)
 
 
 def _attempts(request: Any) -> int:

@@ -61,22 +61,10 @@ class PortedTrainer:
         ref_model: nn.Module | None = None,
         **unsupported: Any,
     ) -> None:
-        """Check the arguments, load what they name, and initialize the trainer.
-
-        Args:
-            model: a model, or the name or folder of one, then loaded with ``args.model_init_kwargs``.
-            args: the configuration.
-            train_dataset: as for simpo's trainer.
-            eval_dataset: as for simpo's trainer.
-            processing_class: the tokenizer; by default the one saved with the model.
-            callbacks: as for ``Trainer``.
-            optimizers: as for ``Trainer``.
-            peft_config: an adapter to add to the model and train.
-            ref_model: a reference model, which must have the weights that training starts from.
-            unsupported: arguments that must be None.
+        """Check the arguments, which the constructors explain, load what they name, and initialize the trainer.
 
         Raises:
-            SimpoError: an argument that is not supported; the message names it.
+            SimpoError: an argument that is not supported (``unsupported`` ones must be None); the message names it.
         """
         for name, value in unsupported.items():
             if value is not None:
@@ -128,10 +116,10 @@ class PortedTrainer:
 
 
 def _same_weights(one: nn.Module, other: nn.Module) -> bool:
-    mine, theirs = one.state_dict(), other.state_dict()
-    return mine.keys() == theirs.keys() and all(
-        mine[name].shape == theirs[name].shape and torch.equal(mine[name].to(theirs[name]), theirs[name])
-        for name in mine
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(
+        first[name].shape == second[name].shape and torch.equal(first[name].to(second[name]), second[name])
+        for name in first
     )
 
 

@@ -29,7 +29,7 @@ class SimPOConfig(PortedConfig):
     )
     max_prompt_length: int | None = setting(None, "Length that overlong prompts are cut to (128 if not set).")
     max_target_length: int | None = without_effect(None, "it limits encoder-decoder models only")
-    truncation: Literal["prompt", "drop", "paper"] = setting("paper", "What happens to overlong rows.")
+    truncation: Literal["prompt", "drop", "paper"] = setting("paper", "How overlong rows are handled.")
     paper_tokenization: bool = setting(True, "Score the assistant header with the response.")
     beta: float = setting(2.0, "Scale of the reward.")
     gamma_beta_ratio: float = setting(0.25, "Target margin over beta.")

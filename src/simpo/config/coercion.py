@@ -28,7 +28,7 @@ _DESCRIPTIONS = {
     list: "a list",
     dict: "a mapping",
 }
-# Of a union's members the strictest that accepts a value is used; text accepts almost everything, so it comes late.
+# The strictest member of a union that accepts a value is used; text accepts almost everything, so it comes late.
 _STRICTNESS = (Literal, bool, int, float, dict, tuple, str, Path, list)
 _ABSTRACT: dict[Any, Any] = {collections.abc.Mapping: dict, collections.abc.Sequence: list}
 
@@ -42,9 +42,7 @@ def nearest(name: str, known: Iterable[str], meaning: Mapping[str, str] | None =
 def coerce(value: Any, annotation: Any) -> Any:
     """Convert a plain value to the strictest member of ``annotation`` that accepts it.
 
-    Args:
-        value: text, None, True, a list of these or a mapping, as a recipe or the command line contains them.
-        annotation: the type of the field.
+    ``value`` is text, None, True, a list of these or a mapping, as a recipe or the command line contains them.
 
     Raises:
         ValueError: no member accepts the value; the message describes what would fit.

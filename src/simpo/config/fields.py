@@ -187,11 +187,7 @@ def fit(setting: Setting, annotation: Any) -> Any:
 def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting], defaults: Any = None) -> Any:
     """An instance of ``cls`` from ``values`` by key.
 
-    Args:
-        cls: the dataclass.
-        values: the converted values.
-        settings: where they were given, for errors.
-        defaults: an instance of ``cls`` that provides what ``values`` lacks.
+    ``defaults`` is an instance of ``cls`` that provides what ``values`` lacks; ``settings`` are for errors.
 
     Raises:
         SimpoError: a required key is missing, or the dataclass refuses a value.

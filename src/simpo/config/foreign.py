@@ -202,7 +202,7 @@ def is_off(value: Any) -> bool:
 # ---- Keys that are translated by a function; each raises ValueError where a value has no counterpart.
 
 
-def _by_value(key: str, value: Any, given: Set[str]) -> Mapping[str, Any]:
+def _by_value(key: str, value: Any, keys: Set[str]) -> Mapping[str, Any]:
     written = str(value).lower()
     if is_off(value):
         return VALUES[key].get("false", {})
@@ -212,43 +212,44 @@ def _by_value(key: str, value: Any, given: Set[str]) -> Mapping[str, Any]:
     return VALUES[key][written]
 
 
-def _lora_target(value: Any, given: Set[str]) -> dict[str, Any]:
+def _lora_target(value: Any, keys: Set[str]) -> dict[str, Any]:
     """LLaMA-Factory writes the list of layers as one text; ``all`` is every linear layer."""
     if isinstance(value, str):
         value = "all-linear" if value == "all" else [name.strip() for name in value.split(",")]
     return {"lora_target_modules": value}
 
 
-def _lora_rank(value: Any, given: Set[str]) -> dict[str, Any]:
+def _lora_rank(value: Any, keys: Set[str]) -> dict[str, Any]:
     """LLaMA-Factory's ``lora_alpha`` is twice the rank where it is not given."""
-    theirs = {"finetuning_type", "stage"} & given and "lora_alpha" not in given
+    theirs = {"finetuning_type", "stage"} & keys and "lora_alpha" not in keys
     return {"lora_r": value} | ({"lora_alpha": str(2 * int(value))} if theirs else {})
 
 
-def _stage(value: Any, given: Set[str], known: Set[str]) -> Mapping[str, Any]:
+def _stage(value: Any, keys: Set[str], known: Set[str]) -> Mapping[str, Any]:
     """LLaMA-Factory's kind of training, which is a command here; its ``dpo`` leaves the loss to ``pref_loss``."""
     command = "train" if "objective" in known else "reward" if "margin" in known else "sft"
     wanted = {"dpo": "train", "kto": "train", "sft": "sft", "rm": "reward"}.get(str(value))
     if wanted != command:
         remedy = f"start it with simpo {wanted}" if wanted else "simpo has no such kind of training"
-        raise ValueError(f"{value!r} is not what this command trains; {remedy}")
-    return {"objective": value} if command == "train" and "pref_loss" not in given else {}
+        raise ValueError(f"{value!r} is not trained by this command; {remedy}")
+    return {"objective": value} if command == "train" and "pref_loss" not in keys else {}
 
 
-def _refused(advice: str, value: Any, given: Set[str]) -> dict[str, Any]:
+def reject(advice: str, value: Any, keys: Any) -> dict[str, Any]:
+    """No keys if the value switches its key off; otherwise an error with the advice."""
     if not is_off(value):
         raise ValueError(advice)
     return {}
 
 
-def _warmup_ratio(value: Any, given: Set[str]) -> dict[str, Any]:
+def _warmup_ratio(value: Any, keys: Set[str]) -> dict[str, Any]:
     # In transformers 5 warmup_steps below 1 is a share of the steps; from 1 on it would be a count.
     if coerce(value, float) >= 1:
         raise ValueError(f"{value} is not a share of the steps, which is below 1")
     return {"warmup_steps": value}
 
 
-def _use_flash_attention_2(value: Any, given: Set[str]) -> dict[str, Any]:
+def _use_flash_attention_2(value: Any, keys: Set[str]) -> dict[str, Any]:
     return _FLASH if coerce(value, bool) else {}
 
 
@@ -256,8 +257,8 @@ def known_spellings(known: Set[str]) -> dict[str, Alias]:
     """The meaning of keys that are not among the ``known`` ones; those of other toolkits apply to training only."""
     spellings: dict[str, Alias] = {"warmup_ratio": _warmup_ratio, "use_flash_attention_2": _use_flash_attention_2}
     if "learning_rate" in known:
-        spellings |= {key: lambda value, given: {} for key in (*_MEANINGLESS, *DROPPED)}
-        spellings |= {key: partial(_refused, advice) for key, advice in ADVICE.items()}
+        spellings |= {key: lambda value, keys: {} for key in (*_MEANINGLESS, *DROPPED)}
+        spellings |= {key: partial(reject, advice) for key, advice in ADVICE.items()}
         spellings |= {key: partial(_by_value, key) for key in VALUES}
         spellings |= {"lora_target": _lora_target, "lora_rank": _lora_rank, "stage": partial(_stage, known=known)}
         spellings |= {key: spellings.get(ours, ours) for key, ours in RENAMED.items() if ours in {*known, *spellings}}
@@ -276,13 +277,13 @@ def resolve(
     settings: Iterable[Setting],
     known: Set[str],
     spellings: Mapping[str, Alias],
-    given: Set[str],
+    keys: Set[str],
     mistakes: list[str],
 ) -> dict[str, Setting]:
     """The settings of one place by field, with foreign keys translated; errors are added to ``mistakes``."""
     resolved: dict[str, Setting] = {}
     for written in settings:
-        for setting in _translate_key(written, known, spellings, given, mistakes):
+        for setting in _translate_key(written, known, spellings, keys, mistakes):
             if setting.key not in resolved:
                 resolved[setting.key] = setting
             elif str(setting.value).lower() != str(resolved[setting.key].value).lower():
@@ -291,7 +292,7 @@ def resolve(
 
 
 def _translate_key(
-    setting: Setting, known: Set[str], spellings: Mapping[str, Alias], given: Set[str], mistakes: list[str]
+    setting: Setting, known: Set[str], spellings: Mapping[str, Alias], keys: Set[str], mistakes: list[str]
 ) -> list[Setting]:
     alias = spellings.get(setting.key)
     if alias is None and setting.key in known:
@@ -305,7 +306,7 @@ def _translate_key(
         logger.warning("%s is read as %s", setting.label, alias)
         return [dataclasses.replace(setting, key=alias)]
     try:
-        replacement = alias(setting.value, given)
+        replacement = alias(setting.value, keys)
         if unknown := [key for key in replacement if key not in known]:
             raise ValueError(f"means {unknown[0]}, which is not a key of this command")
     except ValueError as error:
@@ -322,19 +323,19 @@ def _translate_key(
 # ---- What a recipe as a whole implies.
 
 
-def objective_mistakes(given: Mapping[str, Any]) -> list[str]:
+def objective_mistakes(keys: Mapping[str, Any]) -> list[str]:
     """The error of a recipe that names no objective and has keys of toolkits that train DPO and others.
 
-    ``given`` are the keys with their values.
+    ``keys`` are all keys with their values.
     """
     theirs = {*RENAMED, *VALUES, *ADVICE, *DROPPED, "lora_target", "lora_rank"} - _COMMON
-    found = next((key for key, value in given.items() if key in theirs and not is_off(value)), None)
-    if found is None or _DETERMINE_THE_OBJECTIVE & given.keys():
+    found = next((key for key, value in keys.items() if key in theirs and not is_off(value)), None)
+    if found is None or _DETERMINE_THE_OBJECTIVE & keys.keys():
         return []
     return [f"objective: not given, and {found} is another toolkit's key; write objective: dpo, or the one you want"]
 
 
-def paper_settings(file: Set[str], given: Set[str]) -> dict[str, Any]:
+def paper_settings(file: Set[str], keys: Set[str]) -> dict[str, Any]:
     """Settings that the paper's code uses without a key, if a ``file`` has the keys of the paper's own recipes.
 
     Those have SimPO's ``gamma_beta_ratio`` next to the alignment-handbook's older keys for data. A recipe that is
@@ -344,4 +345,4 @@ def paper_settings(file: Set[str], given: Set[str]) -> dict[str, Any]:
     if not {"gamma_beta_ratio", "dataset_mixer"} <= file or not older & file or "objective" in file:
         return {}
     implied = {"paper_tokenization": "true", "truncation": "paper", "auto_insert_empty_system_msg": "true"}
-    return {key: value for key, value in implied.items() if key not in given}
+    return {key: value for key, value in implied.items() if key not in keys}

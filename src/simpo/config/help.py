@@ -18,13 +18,7 @@ _NAME_COLUMN = 30
 
 
 def help_text(command: str, about: str, classes: Iterable[type]) -> str:
-    """The help of a command.
-
-    Args:
-        command: its name.
-        about: what it does, and examples.
-        classes: the dataclasses of its settings.
-    """
+    """The help of a command."""
     keys = list(keys_of(classes).values())
     usage = ["usage: simpo", command, "[RECIPE.yaml]", *(key.positional for key in keys if key.positional)]
     lines = [" ".join(filter(None, [*usage, "[--key value ...]"])), "", *inspect.cleandoc(about).splitlines(), ""]

@@ -62,11 +62,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_file(path: str, mistakes: list[str]) -> list[Setting]:
-    """The keys of a recipe with their lines; those that are given twice are added to ``mistakes``.
-
-    Raises:
-        SimpoError: the file cannot be read or is not a mapping.
-    """
+    """The keys of a recipe with their lines; those that are given twice are added to ``mistakes``."""
     try:
         loader = _Loader(Path(path).read_text(encoding="utf-8"))
         loader.name = path
@@ -167,15 +163,15 @@ def parse_settings(
     aliases = {key: alias for key, alias in spellings.items() if isinstance(alias, str)}
     line = read_command_line(arguments, keys, {aliases.get(key, key) for key in in_file})
 
-    given = in_file | {setting.key for setting in line}
+    all_keys = in_file | {setting.key for setting in line}
     if "objective" in keys:
         mistakes += objective_mistakes({setting.key: setting.value for setting in (*file, *line)})
     settings = _merge(
-        resolve(file, keys.keys(), spellings, given, mistakes),
-        resolve(line, keys.keys(), spellings, given, mistakes),
+        resolve(file, keys.keys(), spellings, all_keys, mistakes),
+        resolve(line, keys.keys(), spellings, all_keys, mistakes),
         replaces or {},
     )
-    settings |= _implied(path, in_file, given, keys.keys())
+    settings |= _implied(path, in_file, all_keys, keys.keys())
     values = {}
     for name, setting in settings.items():
         try:
@@ -188,9 +184,9 @@ def parse_settings(
     return _build_all(types, values, settings, mistakes)
 
 
-def _implied(path: str | None, in_file: Set[str], given: Set[str], known: Set[str]) -> dict[str, Setting]:
+def _implied(path: str | None, in_file: Set[str], all_keys: Set[str], known: Set[str]) -> dict[str, Setting]:
     """Settings that the paper's own recipes do not contain because the paper's code always uses them."""
-    found = {key: value for key, value in paper_settings(in_file, given).items() if key in known}
+    found = {key: value for key, value in paper_settings(in_file, all_keys).items() if key in known}
     if found:
         shown = ", ".join(f"{key}: {value}" for key, value in found.items())
         logger.warning(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 import json
 import logging
 import shutil
@@ -19,10 +18,11 @@ from datasets.exceptions import DatasetGenerationError
 
 from simpo.errors import SimpoError, one_line
 from simpo.runs.atomic import write_text
+from simpo.runs.manifest import file_digest
 
 logger = logging.getLogger(__name__)
 
-# What the library raises where its files are damaged, or where they cannot be written.
+# Exceptions of the library for files that are damaged or cannot be written.
 _FAULTS = (OSError, pa.ArrowException, json.JSONDecodeError, DatasetGenerationError)
 _temporary: list[Path] = []  # takes the place of a cache that cannot be used, until the process ends
 
@@ -78,9 +78,7 @@ def _files(dataset: Dataset) -> list[Path]:
 
 def _is_intact(path: Path) -> bool:
     """Whether a file fits its digest, which is written now if there is none."""
-    stored = path.with_name(f"{path.name}.sha256")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    stored, digest = path.with_name(f"{path.name}.sha256"), file_digest(path)
     with suppress(FileNotFoundError):
         return stored.read_text(encoding="utf-8") == digest
     with suppress(OSError, SimpoError):  # a cache that can only be read

@@ -52,7 +52,7 @@ class ChatTemplate:
         try:
             return render_messages(
                 self._tokenizer,
-                list(map(self._formed, messages)),
+                list(map(self._adapt_message, messages)),
                 tools=context.tools,
                 add_generation_prompt=generation_prompt,
                 **{**self._settings.chat_template_kwargs, **context.kwargs},
@@ -84,7 +84,7 @@ class ChatTemplate:
     def has_system_role(self) -> bool:
         """Whether it renders a system message."""
         first, second, _ = _SENTINELS
-        text = self._plain([{"role": "system", "content": first}, *_asked(second)], parts=self._in_parts)
+        text = self._try_render([{"role": "system", "content": first}, *_user_turn(second)], parts=self._in_parts)
         return first in text and second in text
 
     @cached_property
@@ -93,7 +93,7 @@ class ChatTemplate:
         first, second, _ = _SENTINELS
         parameters = {"type": "object", "properties": {"a": {"type": "string", "description": "a"}}, "required": ["a"]}
         tool = {"type": "function", "function": {"name": first, "description": first, "parameters": parameters}}
-        return self.shows(_asked(second), [first], Context([tool]))
+        return self.shows(_user_turn(second), [first], Context([tool]))
 
     @cached_property
     def renders_calls(self) -> bool:
@@ -105,7 +105,7 @@ class ChatTemplate:
         """The key under which it reads reasoning; None if there is none."""
         first, second, third = _SENTINELS
         for key in REASONING:
-            text = self._plain([*_asked(first), {"role": "assistant", "content": second, key: third}])
+            text = self._try_render([*_user_turn(first), {"role": "assistant", "content": second, key: third}])
             if second in text and third in text:
                 return key
         return None
@@ -114,11 +114,11 @@ class ChatTemplate:
     def _in_parts(self) -> bool:
         """Whether it takes content only as a list of parts, as some templates of vision models do."""
         first, second, _ = _SENTINELS
-        messages = [*_asked(first), {"role": "assistant", "content": second}]
-        texts = [self._plain(messages, parts=parts) for parts in (False, True)]
+        messages = [*_user_turn(first), {"role": "assistant", "content": second}]
+        texts = [self._try_render(messages, parts=parts) for parts in (False, True)]
         return second not in texts[0] and second in texts[1]
 
-    def _plain(self, messages: list[Message], *, parts: bool = False) -> str:
+    def _try_render(self, messages: list[Message], *, parts: bool = False) -> str:
         """The text of messages, with content as it is or as parts; empty if the template refuses them."""
         messages = list(map(_as_parts, messages)) if parts else messages
         try:
@@ -136,12 +136,12 @@ class ChatTemplate:
                 function = {"name": second, "arguments": json.dumps(arguments) if as_text else arguments}
                 # Mistral's templates require ids of nine letters and digits.
                 call = {"id": "call00000", "type": "function", "function": function}
-                text = self._plain([*_asked(first), {"role": "assistant", **absent, "tool_calls": [call]}])
+                text = self._try_render([*_user_turn(first), {"role": "assistant", **absent, "tool_calls": [call]}])
                 if second in text and (third in text or json.dumps(third)[1:-1] in text):
                     return as_text, absent
         return None
 
-    def _formed(self, message: Message) -> Message:
+    def _adapt_message(self, message: Message) -> Message:
         """A message in the form that the template expects."""
         reasoning = reasoning_of(message)
         if reasoning and self.reasoning_key is not None and self.reasoning_key not in message:
@@ -170,7 +170,7 @@ class ChatTemplate:
         return {**message, "tool_calls": calls}
 
 
-def _asked(text: str) -> list[Message]:
+def _user_turn(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
@@ -192,7 +192,7 @@ def as_object(arguments: str | dict[str, Any]) -> dict[str, Any] | None:
 def user_turn_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     """The text that a tokenizer's template writes before and after a user's message that is to be answered."""
     try:
-        text = render_messages(tokenizer, _asked(SENTINEL), add_generation_prompt=True)
+        text = render_messages(tokenizer, _user_turn(SENTINEL), add_generation_prompt=True)
     except BadRow:
         return None
     before, found, after = text.partition(SENTINEL)
@@ -228,7 +228,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
     Raises:
         SimpoError: there is neither, or the template does not render a user's and an assistant's message.
     """
-    tail = _tail(tokenizer) if tokenizer.chat_template else ""
+    tail = _text_after_answer(tokenizer) if tokenizer.chat_template else ""
     found = [
         (position, -len(token.content), token.content, token_id)
         for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -238,7 +238,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
     if found:
         *_, text, token_id = min(found)
         eos = tokenizer.eos_token
-        if eos and text + eos in tail and text + eos in _tail(tokenizer, {"role": "user", "content": "user"}):
+        if (
+            eos
+            and text + eos in tail
+            and text + eos in _text_after_answer(tokenizer, {"role": "user", "content": "user"})
+        ):
             text, token_id = eos, tokenizer.eos_token_id
         return EndOfTurn(token_id, text, tail)
     if tokenizer.eos_token_id is None:
@@ -246,7 +250,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
     return EndOfTurn(tokenizer.eos_token_id, tokenizer.eos_token, tail)
 
 
-def _tail(tokenizer: PreTrainedTokenizerBase, *following: Message) -> str:
+def _text_after_answer(tokenizer: PreTrainedTokenizerBase, *following: Message) -> str:
     """The text that a template writes after the content of an assistant's message that others may follow."""
     template = ChatTemplate(tokenizer, RenderSettings())
     messages = [{"role": "user", "content": "user"}, {"role": "assistant", "content": SENTINEL}]

@@ -73,10 +73,7 @@ class Encoder:
     def encode_marked(self, text: str, marker: str, before: Sequence[int] = ()) -> list[int]:
         """Ids of a rendered text in which the special-token text of messages was marked as literal.
 
-        Args:
-            text: rendered from messages in which :meth:`LiteralText.mark` marked it.
-            marker: the marker that was used.
-            before: ids that the text follows.
+        ``marker`` is the one of :meth:`LiteralText.mark`; ``before`` are ids that the text follows.
         """
         pieces = self.literal.pattern.split(text)
         ids = list(before)
@@ -108,14 +105,11 @@ class Encoder:
             for group in groups
         ]
 
-    def following(self, prompt: Sequence[int], text: str, whole: Sequence[int], marker: str | None) -> list[int]:
+    def encode_following(self, prompt: Sequence[int], text: str, whole: Sequence[int], marker: str | None) -> list[int]:
         """Ids of a text that follows a prompt: the rest of ``whole``, or encoded alone if a token merged across.
 
-        Args:
-            prompt: ids of the prompt.
-            text: what follows it.
-            whole: ids of the prompt's text and this one, encoded together.
-            marker: set if special-token text is marked in the text.
+        ``whole`` are the ids of the prompt's text and this one, encoded together; a ``marker`` marks special-token text
+        in it.
         """
         swallowed = bool(prompt) and text[:1].isspace() and prompt[-1] in self._swallowing
         if whole[: len(prompt)] == prompt and not swallowed:
@@ -124,7 +118,7 @@ class Encoder:
             return self._continue(text, prompt, split_special=False)
         return self.encode_marked(text, marker, before=prompt)
 
-    def one_bos(self, prompt: list[int]) -> list[int]:
+    def with_one_bos(self, prompt: list[int]) -> list[int]:
         """The prompt with exactly one BOS in front if template or tokenizer put one there, else none."""
         bos = self._tokenizer.bos_token_id
         count = next((i for i, token_id in enumerate(prompt) if token_id != bos), len(prompt))
@@ -178,17 +172,15 @@ class LiteralText:
         self._numbers = {text: number for number, text in enumerate(self._tokens)}
         self.pattern = _any_of(self._tokens)
         self._exempt = exempt
-        self._answered = _any_of([token for token in self._tokens if not structural[token]])
+        self._not_in_answers = _any_of([token for token in self._tokens if not structural[token]])
 
     def marker_for(self, value: object, *, answers: Sequence[str] = ()) -> str | None:
         """A private-use character that none of the texts contain; ``None`` if nothing has to be marked.
 
-        Args:
-            value: any JSON value.
-            answers: texts that the assistant wrote.
+        ``value`` is any JSON value, and ``answers`` are texts that the assistant wrote.
         """
         texts = list(_strings(value))
-        if not any(map(self.pattern.search, texts)) and not any(map(self._answered.search, answers)):
+        if not any(map(self.pattern.search, texts)) and not any(map(self._not_in_answers.search, answers)):
             return None
         used = set().union(*texts, *answers)
         unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
@@ -199,13 +191,11 @@ class LiteralText:
     def mark(self, value: Any, marker: str, role: str | None = None) -> Any:
         """Replace token text in all strings of a JSON value by the token's number between two markers.
 
-        Args:
-            value: any JSON value.
-            marker: of :meth:`marker_for`.
-            role: whose message's content it is, if it is one: an assistant's may hold tokens such as ``<think>``.
+        ``value`` is any JSON value; with a ``role`` it is the content of such a message: an assistant's may hold tokens
+        such as ``<think>``.
         """
         if isinstance(value, str):
-            pattern = self._answered if role == "assistant" else self.pattern
+            pattern = self._not_in_answers if role == "assistant" else self.pattern
 
             def marked(match: re.Match[str]) -> str:
                 if role == "user" and match[0] in self._exempt and (match.start() == 0 or match.end() == len(value)):

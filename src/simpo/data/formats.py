@@ -155,10 +155,8 @@ def _read_responses(
 ) -> tuple[str | list[Message], tuple[Response, ...]]:
     """A prompt and its responses.
 
-    Args:
-        prompt: text, messages or None, if the responses hold it.
-        responses: text, messages that follow the prompt, or whole conversations.
-        names: what messages call each response.
+    ``prompt`` is None if the responses hold it. A response is text, messages that follow the prompt, or a whole
+    conversation; error messages call it by its name in ``names``.
     """
     for response, name in zip(responses, names, strict=True):
         _check_text_or_messages(response, name)

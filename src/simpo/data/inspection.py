@@ -143,9 +143,9 @@ class Example:
     spans: tuple[tuple[str, bool], ...] = ()
 
 
-def examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, count: int = 3) -> list[Example]:
-    """The decoded first comparison, the last and others evenly between them."""
-    indices = sorted(set(np.linspace(0, len(dataset) - 1, count).astype(int).tolist()))
+def examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The first, the middle and the last comparison, decoded."""
+    indices = sorted({0, (len(dataset) - 1) // 2, len(dataset) - 1})
     return [_example(dataset[index], f"row {index}", tokenizer) for index in indices]
 
 
@@ -191,11 +191,7 @@ class AnswerSet:
 
 
 def read_answer_sets(dataset: Dataset) -> list[AnswerSet]:
-    """The answers of every row that has ``responses``, K-wise data or sampled; other rows are left out.
-
-    Args:
-        dataset: rows as :func:`simpo.data.sources.load_rows` gives them.
-    """
+    """The answers of every row that has ``responses``, K-wise data or sampled; other rows are left out."""
     sets = []
     for row in canonical_rows(dataset):
         responses, scores = row.get("responses"), row.get("scores")

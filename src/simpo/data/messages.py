@@ -34,13 +34,9 @@ def read_messages(value: object, name: str) -> list[Message]:
     """Check messages (a lone text is the assistant's) and bring them into one form.
 
     Null fields, which Arrow adds, and system messages without content are left out. Content is text: parts of text are
-    joined, and a message with tool calls or reasoning and no content has ``""``. Tool calls are
-    ``{"type", "function": {"name", "arguments"}, ...}``. The key ``train`` is present if the message says whether it is
-    trained on.
-
-    Args:
-        value: text, one message or a list of messages.
-        name: what error messages call it, e.g. ``"chosen"``.
+    joined, and a message with tool calls or reasoning and no content has ``""``. Tool calls are ``{"type", "function":
+    {"name", "arguments"}, ...}``. The key ``train`` is present if the message says whether it is trained on. ``value``
+    is text, one message or a list of messages, which error messages call ``name``.
     """
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
@@ -183,7 +179,7 @@ def split_transcripts(transcripts: tuple[str, ...]) -> tuple[str, tuple[str, ...
         ``None`` if they share no cue.
     """
     shared = os.path.commonprefix(list(transcripts))  # noqa: RUF071 - texts, not paths
-    ends = [cue.end() for cue in _cue_of(transcripts[0]).finditer(shared) if cue[1] == "Assistant"]
+    ends = [cue.end() for cue in _cue_pattern(transcripts[0]).finditer(shared) if cue[1] == "Assistant"]
     if not ends:
         return None
     responses = tuple(text[ends[-1] :] for text in transcripts)
@@ -202,14 +198,14 @@ def is_transcript(text: str) -> bool:
     return re.match(r"\s*Human:", text) is not None and re.search(r"\n\s*Assistant:", text) is not None
 
 
-def turns(prompt: str) -> list[Message]:
+def transcript_turns(prompt: str) -> list[Message]:
     """Messages of a transcript prompt (see :func:`is_transcript_prompt`), without the empty last turn."""
-    pieces = _cue_of(prompt).split(prompt)
+    pieces = _cue_pattern(prompt).split(prompt)
     messages = zip(pieces[1::2], pieces[2::2], strict=True)
     return [{"role": _ROLES[name], "content": text.strip()} for name, text in messages][:-1]
 
 
-def _cue_of(transcript: str) -> re.Pattern[str]:
+def _cue_pattern(transcript: str) -> re.Pattern[str]:
     """The pattern that starts a turn: after an empty line as in HH-RLHF, or after other white space if that is used."""
     for cue in (_CUE, _LOOSE_CUE):
         start, *rest = cue.split(transcript)
@@ -255,14 +251,8 @@ def apply_context(
 ) -> tuple[str | list[Message], Any, Context]:
     """Apply a row's columns to its prompt.
 
-    Args:
-        row: all columns.
-        prompt: text or messages, as they were read.
-        following: what follows the prompt: texts if the prompt is text, else messages.
-
-    Returns:
-        The prompt, with the system message; what follows it, as messages if the prompt has become a list of them; and
-        the context.
+    ``following`` are texts if the prompt is text, else messages. Returns the prompt, with the system message; what
+    follows it, as messages if the prompt has become a list of them; and the context.
     """
     if media := next((name for name in _MEDIA if row.get(name)), None):
         raise BadRow(f"column {media!r}: only text is supported")
@@ -294,7 +284,7 @@ def as_messages(prompt: str | list[Message], following: Sequence[Response]) -> t
     texts = [str(text) for text in following]
     opening: list[Message] = [{"role": "user", "content": prompt}]
     if is_transcript_prompt(prompt):
-        opening, texts = turns(prompt), [text.strip() for text in texts]
+        opening, texts = transcript_turns(prompt), [text.strip() for text in texts]
         if opening[-1]["role"] != "user":
             raise BadRow("the prompt does not end with a user message")
     return opening, [{"role": "assistant", "content": text} for text in texts]
@@ -336,9 +326,9 @@ def _from_json(value: object, name: str) -> object:
 def _take_tools(messages: list[Message], tools: list[Any] | None) -> tuple[list[Message], list[Any] | None]:
     """Messages without the tools that some data sets store in the system message, and all tools."""
     for message in messages:
-        own = _read_tools(message.get("tools"))
-        if own is not None and tools not in (None, own):
+        message_tools = _read_tools(message.get("tools"))
+        if message_tools is not None and tools not in (None, message_tools):
             raise BadRow("tools of a message differ from the column tools")
-        tools = own or tools
+        tools = message_tools or tools
     kept = [message for message in messages if message["content"] or "tools" not in message]
     return [{key: value for key, value in message.items() if key != "tools"} for message in kept], tools

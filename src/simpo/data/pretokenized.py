@@ -29,10 +29,6 @@ _COLUMNS: dict[str, tuple[int, Callable[[pa.DataType], bool], str]] = {
 def check_tokenized(rows: Dataset, label: str) -> None:
     """Check the types, ids and lengths of a data set with ``prompt_ids`` and ``response_ids``.
 
-    Args:
-        rows: the data set; of the optional columns those that it has are checked.
-        label: names it in messages.
-
     Raises:
         SimpoError: a column has another type, or a row lacks a value, has an empty list, an id that no model has, more
             than one response next to a label, or marks that are not as many as its tokens; names column and row.
@@ -44,12 +40,12 @@ def check_tokenized(rows: Dataset, label: str) -> None:
         responses, tokens = lengths["response_ids"]
         if "label" in lengths and len(wrong := np.flatnonzero(responses != 1)):
             raise SimpoError(f"{label} row {start + wrong[0]}: response_ids: a label belongs to one response")
-        if "scored" in lengths and (responses == 1).all() and any(map(_differ, lengths["scored"], (responses, tokens))):
+        if (
+            "scored" in lengths
+            and (responses == 1).all()
+            and any(not np.array_equal(*both) for both in zip(lengths["scored"], (responses, tokens), strict=True))
+        ):
             raise SimpoError(f"{label} rows {start} to {start + len(batch) - 1}: scored: not as long as response_ids")
-
-
-def _differ(first: np.ndarray, second: np.ndarray) -> bool:
-    return not np.array_equal(first, second)
 
 
 def _lengths(column: Any, name: str, place: str, start: int) -> list[np.ndarray]:

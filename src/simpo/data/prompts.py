@@ -115,20 +115,16 @@ def _canonical_json(content: str | list[Message], context: Context) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-def read_prompts(dataset: Dataset, *, label: str = "prompts") -> tuple[list[PlainPrompt], DataReport]:
+def read_prompts(dataset: Dataset) -> tuple[list[PlainPrompt], DataReport]:
     """As :func:`prepare_prompts`, without a tokenizer.
 
-    Returns:
-        The different prompts, and what happened to every row.
-
-    Raises:
-        SimpoError: no rows, or too many that hold no prompt.
+    Returns the distinct prompts, and the report on every row.
     """
-    check_dataset(dataset, label)
+    check_dataset(dataset, "prompts")
     found: dict[str, PlainPrompt] = {}
 
     def statuses() -> Iterator[tuple[str, list[str]]]:
-        for given, where in rows_of(dataset[:], range(len(dataset)), label):
+        for given, where in rows_of(dataset[:], range(len(dataset)), "prompts"):
             try:
                 row, read = canonical(given, answers=False)
                 check_not_rendered(row)
@@ -144,7 +140,7 @@ def read_prompts(dataset: Dataset, *, label: str = "prompts") -> tuple[list[Plai
                 repeated = found.setdefault(prompt.id, prompt) is not prompt
                 yield where, [*([f"read: {read}"] if read else []), *([f"dropped: {REPEATED}"] if repeated else [])]
 
-    report = DataReport.of(label, statuses(), noun="prompts")
+    report = DataReport.of("prompts", statuses(), noun="prompts")
     report.check("skip")
     return list(found.values()), report
 
@@ -172,7 +168,7 @@ class _Prompts(Comparisons):
 
     def finish(self, rendered: Rendered, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
         """Ids with BOS, and whether they are within the limit."""
-        prompt = self.encoder.one_bos(ids[0])
+        prompt = self.encoder.with_one_bos(ids[0])
         if not prompt:
             raise BadRow("empty prompt")
         overlong = self._limit is not None and len(prompt) > self._limit

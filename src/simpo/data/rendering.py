@@ -108,9 +108,6 @@ class Renderer:
         paper: render as the paper's code did: the prompt without a generation prompt, and as response all
             the rest, assistant header and text after the end-of-turn token included.
         insert_system: put an empty system message first if there is none and the template knows one.
-
-    Raises:
-        SimpoError: the template does not render, nothing ends a turn, or a setting cannot be applied.
     """
 
     def __init__(
@@ -160,8 +157,10 @@ class Renderer:
         completion = conversation.completion
         following = [completion] if isinstance(completion, str) else completion
         if self._cutter is None:
-            given = Comparison(conversation.prompt, tuple(following), conversation.where, context=conversation.context)
-            text = self._as_text(given)
+            comparison = Comparison(
+                conversation.prompt, tuple(following), conversation.where, context=conversation.context
+            )
+            text = self._as_text(comparison)
             return [RenderedTurns(text.prompt, text.answers, status=text.status)]
         template = self._cutter.template
         opening, rest, context, marker = self._chat(conversation.prompt, following, conversation.context, template)
@@ -192,7 +191,7 @@ class Renderer:
             )
         if context.columns:
             raise BadRow(f"{next(iter(context.columns))}, but the tokenizer has no chat template")
-        answers = tuple(Answer(prompt, self._bare(str(text)), self.end) for text in comparison.responses)
+        answers = tuple(Answer(prompt, self._strip_end_of_turn(str(text)), self.end) for text in comparison.responses)
         return Rendered(prompt, answers, status=tuple(f"ignored: column {name!r}" for name in context.without_effect))
 
     def _chat(
@@ -201,7 +200,7 @@ class Renderer:
         """The row's messages before and after the prompt's end, its context, and the marker of special-token text."""
         opening, following = as_messages(prompt, rest)
         following = [
-            {**message, "content": self._bare(message["content"], message)}
+            {**message, "content": self._strip_end_of_turn(message["content"], message)}
             if message["role"] == "assistant"
             else message
             for message in following
@@ -218,20 +217,20 @@ class Renderer:
             for message in everything
         ]
         if marker := self._literal.marker_for([others, context.tools], answers=contents):
-            opening, following = self._marked(opening, marker), self._marked(following, marker)
+            opening, following = self._mark_messages(opening, marker), self._mark_messages(following, marker)
             context = replace(context, tools=self._literal.mark(context.tools, marker))
         if self._insert_system and opening[0]["role"] != "system":
             opening = [{"role": "system", "content": ""}, *opening]
         return opening, following, context, marker
 
-    def _marked(self, messages: list[Message], marker: str) -> list[Message]:
+    def _mark_messages(self, messages: list[Message], marker: str) -> list[Message]:
         mark = self._literal.mark
         return [
             mark(message, marker) | {"content": mark(message["content"], marker, message["role"])}
             for message in messages
         ]
 
-    def _bare(self, content: str, message: Message | None = None) -> str:
+    def _strip_end_of_turn(self, content: str, message: Message | None = None) -> str:
         """A response without the end-of-turn text that it may already have, because the token is added once."""
         while (stripped := content.rstrip()).endswith(self.end.text):
             content = stripped.removesuffix(self.end.text)
@@ -264,10 +263,12 @@ class _AnswerCutter:
     def answer(self, prompt: str, before: list[Message], message: Message, context: Context) -> Answer:
         """The answer to ``prompt``: the first variant of the message that is rendered in full."""
         reasons: list[BadRow] = []
-        for form in self._forms(message):
+        for form in self._variants(message):
             try:
                 whole = self.template.render([*before, form], context)
-                text, end = self._ended(self._after(prompt, whole, before, form, context), before, form, context)
+                text, end = self._split_end(
+                    self._answer_after_prompt(prompt, whole, before, form, context), before, form, context
+                )
                 status = self._check_complete(text, before, form, context)
             except BadRow as bad:
                 reasons.append(bad)
@@ -283,7 +284,7 @@ class _AnswerCutter:
         text = whole[len(prompt) :]
         return Answer(prompt, text, self._end, whole, self._check_complete(text, before, message, context))
 
-    def _forms(self, message: Message) -> Iterator[Message]:
+    def _variants(self, message: Message) -> Iterator[Message]:
         """The message, and the same with its reasoning in the places where the template may look for it."""
         yield message
         thought, content = split_reasoning(message)
@@ -294,7 +295,9 @@ class _AnswerCutter:
         if thought and "</think>" in self.template.source:
             yield {**rest, "content": f"<think>\n{thought}\n</think>\n\n{content}"}
 
-    def _after(self, prompt: str, whole: str, before: list[Message], message: Message, context: Context) -> str:
+    def _answer_after_prompt(
+        self, prompt: str, whole: str, before: list[Message], message: Message, context: Context
+    ) -> str:
         """The part of a whole conversation that follows its prompt.
 
         The prompt is not always a prefix of the conversation: it may open or close the reasoning while the last turn is
@@ -344,7 +347,7 @@ class _AnswerCutter:
             raise BadRow(_NO_PREFIX)
         return body
 
-    def _ended(self, rest: str, before: list[Message], message: Message, context: Context) -> tuple[str, EndOfTurn]:
+    def _split_end(self, rest: str, before: list[Message], message: Message, context: Context) -> tuple[str, EndOfTurn]:
         """An answer without what ends it, and what does: tool calls may end with another token than text does."""
         tokens: list[tuple[int, str]] = []  # the structural tokens at the end, white space aside
         remaining = rest

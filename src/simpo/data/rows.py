@@ -65,10 +65,8 @@ class UnknownShape(BadRow):
 def rows_of(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], label: str) -> list[tuple[Row, str]]:
     """Turn a batch of a data set into ``(row, where)`` pairs.
 
-    Args:
-        batch: column name -> values, as ``Dataset.map(batched=True)`` passes it.
-        indices: the rows' positions in the data set.
-        label: names the data set if its rows do not name their source.
+    ``indices`` are the positions of the rows in the data set, and ``label`` names it if the rows do not name their
+    source.
     """
     wheres = batch.get(WHERE) or [f"{label} row {index}" for index in indices]
     if ROW in batch and WHERE in batch:
@@ -90,8 +88,7 @@ def _without_nulls(value: Any) -> Any:
 def as_dataset(rows: object, name: str) -> Dataset:
     """Rows that were given in Python as one data set.
 
-    Raises:
-        SimpoError: they are neither a data set nor a list of rows; says what to pass.
+    Anything but a data set or a list of rows is an error that says what to pass.
     """
     if isinstance(rows, Dataset):
         return rows

@@ -88,9 +88,7 @@ _SERIALIZED = re.compile(r"""["'\s]*(array\()?\[?\s*\{\s*\\?["'](role|content|fr
 def canonical(row: Mapping[str, Any], *, answers: bool = True) -> tuple[Row, str | None]:
     """A row with the columns that this package knows, and a description of what was converted; None if nothing was.
 
-    Args:
-        row: of any data set.
-        answers: also convert the columns that hold the answer to a question.
+    With ``answers`` the columns that hold the answer to a question are converted, too.
     """
     found = dict(row)
     notes: list[str] = []
@@ -198,7 +196,7 @@ def _messages(value: Any, name: str, notes: list[str]) -> Any:
     return {"role": role, "content": "", "tool_calls": calls, **rest}
 
 
-def _only(row: Row, names: tuple[str, ...]) -> str | None:
+def _single_column(row: Row, names: tuple[str, ...]) -> str | None:
     """The one of these columns that the row has, where empty text counts only if no other is there."""
     present = [name for name in names if row.get(name) is not None]
     present = [name for name in present if row[name] != ""] or present[:1]
@@ -208,7 +206,7 @@ def _only(row: Row, names: tuple[str, ...]) -> str | None:
 
 
 def _read_system(row: Row) -> str | None:
-    name = _only(row, _SYSTEMS)
+    name = _single_column(row, _SYSTEMS)
     if name is None or name == "system":
         return None
     row["system"] = row.pop(name)
@@ -293,7 +291,7 @@ def _read_scored(row: Row, name: str) -> None:
 
 def _read_conversation(row: Row) -> str | None:
     """Conversations of other names: the prompt of a comparison, or everything that is learned."""
-    name = _only(row, ("conversations", "conversation", *(("messages",) if row.get("conversations") else ())))
+    name = _single_column(row, ("conversations", "conversation", *(("messages",) if row.get("conversations") else ())))
     if name is None:
         # Here the other columns hold the answers to a conversation.
         if row.get("prompt") is None and row.get("messages") and _is_answer(row.get("chosen")):
@@ -320,7 +318,7 @@ def _read_question(row: Row) -> str | None:
         return None
     if row.get("messages") is not None:
         return None
-    name = _only(row, _QUESTIONS) or ("input" if more is not None else None)
+    name = _single_column(row, _QUESTIONS) or ("input" if more is not None else None)
     if name is None:
         return None
     if unplaced := [column for column in _UNPLACED if row.get(column)]:
@@ -340,7 +338,7 @@ def _read_answer(row: Row) -> str | None:
     known = {"completion", "messages", "responses"} & _present(row)
     if row.get("prompt") is None or known or _is_comparison(row):
         return None
-    name = _only(row, _ANSWERS)
+    name = _single_column(row, _ANSWERS)
     if name is None:
         return None
     if rated := [column for column in _RATINGS if row.get(column) is not None]:
@@ -392,9 +390,7 @@ _COLUMNS = ("prompt", "chosen", "rejected", "completion", "responses", "messages
 def check_not_rendered(row: Mapping[str, Any], frame: tuple[str, str] | None = None) -> None:
     """Refuse texts of a row that begin like rendered turns, or that ``frame`` encloses.
 
-    Args:
-        row: with the columns that this package knows.
-        frame: what the chat template writes before and after a user's message that is to be answered.
+    ``frame`` is the text that the chat template writes before and after a user's message that is to be answered.
     """
     for name in _COLUMNS:
         for text in _texts(row.get(name)):

@@ -27,7 +27,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from simpo.data.cache import cached
 from simpo.data.rows import JSON_FEATURES, ROW, WHERE, as_json, concatenate, rename_columns, select_columns, with_where
-from simpo.errors import SimpoError, third_party
+from simpo.errors import SimpoError, one_line, third_party
 from simpo.runs.manifest import file_digest
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".csv", ".parquet", ".arrow")
@@ -70,7 +70,7 @@ def load_rows(
     except OSError as error:  # a name that is too long
         raise SimpoError(f"{str(path)[:60]}...: cannot be looked up: {error.strerror}") from error
     if exists:
-        rows = _sliced(lambda base: _load_local(path, base, any_split=any_split), split, name)
+        rows = _load_slices(lambda base: _load_local(path, base, any_split=any_split), split, name)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or _FILE_SUFFIX.search(name):
         pattern = "; a path is taken literally, not as a pattern" if set(name) & set("*?[") else ""
         raise SimpoError(f"{name}: file not found{pattern}; give {_KINDS}, a folder or a hub id (org/name)")
@@ -89,7 +89,7 @@ def _path(name: str) -> Path:
     return Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for ~nobody
 
 
-def _sliced(load: Callable[[str], Dataset], split: str, name: str) -> Dataset:
+def _load_slices(load: Callable[[str], Dataset], split: str, name: str) -> Dataset:
     """The slices of local splits that ``split`` asks for."""
     bases = [part.partition("[")[0].strip() for part in split.split("+")]
     if bases == [split]:
@@ -98,7 +98,7 @@ def _sliced(load: Callable[[str], Dataset], split: str, name: str) -> Dataset:
     try:
         slices = ReadInstruction.from_spec(split).to_absolute({base: len(found) for base, found in rows.items()})
     except ValueError as error:
-        raise SimpoError(f"{name}: split {split!r}: {_first_line(error)}; write train[:90%] or train[100:]") from error
+        raise SimpoError(f"{name}: split {split!r}: {one_line(error)}; write train[:90%] or train[100:]") from error
     found = [rows[part.splitname].select(range(part.from_, part.to)) for part in slices if part.from_ < part.to]
     if not found:
         sizes = ", ".join(f"{len(whole)} in {base}" for base, whole in rows.items())
@@ -161,10 +161,8 @@ def _names_split(path: Path, split: str) -> bool:
 
 def _load_saved(folder: Path, split: str) -> Dataset:
     """A folder that ``save_to_disk`` wrote."""
-    try:
+    with third_party(f"{folder}: not a readable save_to_disk folder"):
         saved = load_from_disk(str(folder))
-    except Exception as error:
-        raise SimpoError(f"{folder}: not a readable save_to_disk folder: {_first_line(error)}") from error
     label = folder.name
     if isinstance(saved, DatasetDict):
         if split not in saved:
@@ -179,23 +177,14 @@ def _load_saved(folder: Path, split: str) -> Dataset:
 
 
 def _load_from_hub(name: str, split: str, config: str | None) -> Dataset:
-    try:
+    offline = " (offline mode is on)" if datasets.config.HF_HUB_OFFLINE else ""
+    with third_party(f"{name}: neither a file or folder here nor a hub data set that can be loaded{offline}"):
         dataset: Any = load_dataset(name, config, split=split)
-    except Exception as error:
-        offline = " (offline mode is on)" if datasets.config.HF_HUB_OFFLINE else ""
-        raise SimpoError(
-            f"{name}: neither a file or folder here nor a hub data set that can be loaded{offline}: "
-            f"{_first_line(error)}"
-        ) from error
     label = f"{name}[{split}]"
     if not len(dataset):
         raise SimpoError(f"{label}: no rows")
     # The builder's own fingerprint tells configurations and revisions apart.
     return with_where(dataset, label, _digest([], f"{label}\0{config}\0{dataset._fingerprint}"))
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # ---- One file.
@@ -253,7 +242,7 @@ def _load_columnar(path: Path, digest: str) -> Dataset:
                 )
             )
     except Exception as error:
-        reason = _first_line(error.__cause__ or error)
+        reason = one_line(error.__cause__ or error)
         raise SimpoError(f"{path}: not a readable {kind} file: {reason}") from error
     if empty or not len(dataset):
         raise SimpoError(f"{path}: no rows")
@@ -290,7 +279,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, str]]:
 
 def _parsed(text: str, path: Path, first_line: int) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=_object_without_duplicate_keys)
     except json.JSONDecodeError as error:
         raise SimpoError(
             f"{path}:{first_line - 1 + error.lineno}: not JSON: {error.msg} (column {error.colno}); "
@@ -300,7 +289,7 @@ def _parsed(text: str, path: Path, first_line: int) -> Any:
         raise SimpoError(f"{path}:{first_line}: JSON that cannot be read: {error}") from error
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

@@ -164,20 +164,21 @@ def is_feedback(dataset: Dataset) -> bool:
 def check_rankings(rows: Dataset, label: str) -> None:
     """Refuse comparisons with one response, more than two without scores, or scores that do not fall.
 
-    Raises:
-        SimpoError: there is one; names the row.
+    The error names the row.
     """
     counts = pc.list_value_length(rows.with_format("arrow")["response_ids"]).to_pylist()
     scores = rows.with_format("arrow")["scores"].to_pylist() if "scores" in rows.column_names else [None] * len(rows)
-    for row, (count, given) in enumerate(zip(counts, scores, strict=True)):
+    for row, (count, row_scores) in enumerate(zip(counts, scores, strict=True)):
         if count < 2:
             raise SimpoError(f"{label} row {row} has one response; at least two are compared")
-        if given is None:
+        if row_scores is None:
             if count > 2:
                 raise SimpoError(f"{label} row {row} has {count} responses but no scores to rank them by")
             continue
-        falling = all(a >= b for a, b in pairwise(given)) and given[0] > given[-1]  # false if one of them is NaN
-        if len(given) != count or not falling:
+        falling = (
+            all(a >= b for a, b in pairwise(row_scores)) and row_scores[0] > row_scores[-1]
+        )  # false if one of them is NaN
+        if len(row_scores) != count or not falling:
             raise SimpoError(f"{label} row {row}: scores must be one per response, the best first, and not all equal")
 
 
@@ -327,12 +328,12 @@ class Comparisons(Tokenization):
 
     def finish(self, rendered: Rendered, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
         """Ids with BOS and end-of-turn token, within the limits."""
-        prompt = self.encoder.one_bos(ids[0])
+        prompt = self.encoder.with_one_bos(ids[0])
         if not prompt:
             raise BadRow("empty prompt")
         responses = []
         for answer, whole in zip(rendered.answers, ids[1:], strict=True):
-            response = self.encoder.following(ids[0], answer.text, whole, rendered.marker)
+            response = self.encoder.encode_following(ids[0], answer.text, whole, rendered.marker)
             end = self._end if self.settings.paper_tokenization else answer.end.token_id
             responses.append(response if response[-1:] == [end] else [*response, end])
         if len(set(map(tuple, responses))) < len(responses):
@@ -374,7 +375,7 @@ class Conversations(Tokenization):
         An answer's ids are what generation would have to produce after its prompt, and what follows it is as the next
         answer's prompt has it.
         """
-        prompt = self.encoder.one_bos(ids[0])
+        prompt = self.encoder.with_one_bos(ids[0])
         if not prompt:
             raise BadRow("empty prompt")
         response: list[int] = []
@@ -384,10 +385,10 @@ class Conversations(Tokenization):
         for k, answer in enumerate(rendered.answers):
             whole, end = ids[k + 1], len(ids[k + 1])
             if k < len(between):
-                # Its end-of-turn token, not one of those that end users' turns up to the next answer.
+                # This answer's end-of-turn token, not one that ends a user's turn before the next answer.
                 positions = [i for i, token_id in enumerate(whole) if token_id == answer.end.token_id]
                 end = positions[-1 - between[k].count(answer.end.text)]
-            own = self.encoder.following(ids[k], answer.text, whole[:end], rendered.marker)
+            own = self.encoder.encode_following(ids[k], answer.text, whole[:end], rendered.marker)
             rest = whole[end + 1 :]
             response += [*own, answer.end.token_id, *rest]
             scored += [True] * (len(own) + 1) + [False] * len(rest)
@@ -419,10 +420,7 @@ def _prepare(
 def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> Prepared:
     """Tokenize a data set; the result is cached with it.
 
-    Args:
-        dataset: rows that :func:`simpo.data.rows.check_dataset` accepted.
-        tokenizer: that of the tokenization.
-        tokenization: defines what the rows become.
+    ``dataset`` has passed :func:`simpo.data.rows.check_dataset`; ``tokenization`` defines what the rows become.
     """
     settings, label = tokenization.settings, tokenization.label
     fingerprint = _fingerprint(dataset, tokenizer, tokenization)

@@ -35,7 +35,7 @@ from simpo.runs.lines import write_lines
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric, Stage, fingerprint
-from simpo.runs.signals import stoppable
+from simpo.runs.signals import interruptible
 from simpo.runs.terminal import printable
 from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval
 
@@ -86,7 +86,7 @@ def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, a
         InterruptedRun: the user stopped it.
     """
     folder, options = settings.output_dir, options or settings.judging.options()
-    with stoppable(), RunFolder(folder, command="compare") as run:
+    with interruptible(), RunFolder(folder, command="compare") as run:
         sides = read_sides(settings)
         judges = make_judges(settings.judge, replace(options, log=run.log))
         identity: dict[str, Any] = {"seed": settings.sampling.seed}

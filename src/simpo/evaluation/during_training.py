@@ -16,8 +16,7 @@ from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from simpo.client import ChatClient, Endpoint, confirm_cost, placeholder_answer
-from simpo.client.cache import default_cache
+from simpo.client import confirm_cost, placeholder_answer
 from simpo.data.prompts import Prompt, prepare_prompts
 from simpo.errors import SimpoError
 from simpo.generation.engine import Sampled, TransformersEngine
@@ -25,7 +24,7 @@ from simpo.generation.responses import read_samples, response_texts, write_respo
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.protocol import Judge, Pair
 from simpo.judging.registry import check_judges_anew, make_judge
-from simpo.judging.settings import GenerationArguments, JudgeOptions
+from simpo.judging.settings import GenerationArguments, JudgeOptions, server_client
 from simpo.models.checkpoint import Checkpoint
 from simpo.models.devices import from_main
 from simpo.models.settings import ModelArguments
@@ -51,9 +50,7 @@ def make_eval_judge(arguments: GenerationArguments, model: ModelArguments, log: 
         return None
     try:
         check_judges_anew(arguments.eval_judge)
-        client = None
-        if arguments.eval_judge_url is not None and arguments.eval_judge_model is not None:
-            client = ChatClient(Endpoint(arguments.eval_judge_url, arguments.eval_judge_model), default_cache())
+        client = server_client(arguments.eval_judge_url, arguments.eval_judge_model)
         return make_judge(arguments.eval_judge, JudgeOptions.beside(model, client, log))
     except SimpoError as error:
         raise SimpoError(f"eval_judge: {error}") from error

@@ -28,7 +28,7 @@ from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric, print_full_width, print_results
-from simpo.runs.signals import stoppable
+from simpo.runs.signals import interruptible
 
 
 class Entry(NamedTuple):
@@ -104,7 +104,7 @@ def run_benchmark(name: str, settings: BenchmarkSettings, *, argv: Sequence[str]
 
 def evaluate(settings: BenchmarkSettings, *, argv: Sequence[str] = ()) -> Path:
     """As :func:`run_benchmark`, without printing the results."""
-    with stoppable(), RunFolder(settings.output_dir.expanduser(), command="evaluate") as run:
+    with interruptible(), RunFolder(settings.output_dir.expanduser(), command="evaluate") as run:
         benchmark = settings.benchmark(run.log)
         run.begin(benchmark.identity(), argv=argv)
         return run.complete(lambda: benchmark.measure(run))

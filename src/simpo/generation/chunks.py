@@ -43,10 +43,7 @@ def missing_chunks(
 ) -> list[tuple[int, Chunk]]:
     """Number and prompts of every chunk that is not ``done``.
 
-    Args:
-        prompts: token ids of every prompt.
-        settings: resolved settings.
-        done: numbers of the chunks that exist.
+    ``settings`` are resolved; ``done`` are the numbers of the chunks that exist.
     """
     assert settings.chunk_size is not None
     plan = plan_chunks([len(ids) for ids in prompts], settings.n, settings.chunk_size)

@@ -48,18 +48,7 @@ def load_conversation(
     system: str | None = None,
     rendering: RenderSettings | None = None,
 ) -> Conversation:
-    """Start a conversation with a model on disk or on the hub.
-
-    Args:
-        model: the model.
-        settings: how answers are sampled.
-        chat_template: replaces the tokenizer's own; a template or the path of a file with one.
-        system: see :class:`Conversation`.
-        rendering: how the conversation is rendered.
-
-    Raises:
-        SimpoError: there is no such model, it has no chat template, or no token ends its turns.
-    """
+    """Start a conversation with a model on disk or on the hub."""
     name = model.model_name_or_path
     tokenizer = load_tokenizer(name, model, chat_template=chat_template)
     if not tokenizer.chat_template:
@@ -73,13 +62,8 @@ def load_conversation(
 class Conversation:
     """Turns of a user and a model.
 
-    Args:
-        engine: the model.
-        tokenizer: its tokenizer, with a chat template.
-        settings: how answers are sampled; resolved settings.
-        context: positions that the model has; None if unlimited.
-        system: the system message that every conversation starts with.
-        rendering: how the conversation is rendered.
+    ``settings`` are resolved, ``context`` is the number of the model's positions, if limited, and every conversation
+    starts with the ``system`` message.
     """
 
     def __init__(
@@ -106,18 +90,15 @@ class Conversation:
     def answer(self, text: str, seed: int, write: Write, stopped: Callable[[], bool]) -> Reply:
         """Answer a message.
 
-        Args:
-            text: the user's message.
-            seed: of the answer; with equal seeds, the same model gives the same answer.
-            write: receives the answer piece by piece.
-            stopped: called after every token; the answer ends there if it returns True.
+        ``write`` receives the answer piece by piece; ``stopped`` is called after every token, and the answer ends where
+        it returns True.
 
         Raises:
             BadRow: the chat template refuses the conversation.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         rendered = self._renderer.render(Comparison(messages, (), "the conversation"))
-        prompt = self._encoder.one_bos(self._encoder.encode_groups([rendered])[0][0])
+        prompt = self._encoder.with_one_bos(self._encoder.encode_groups([rendered])[0][0])
         settings, full = self._settings, ""
         if self._context is not None:
             full = f"the model's context of {self._context:,} tokens is full; /reset starts a new conversation"

@@ -34,7 +34,7 @@ _HARMLESS_KEYS = {
     *("cache_implementation", "trust_remote_code"),
 }
 
-# Which prompts share a batch: all, those of equal length, or none.
+# The prompts that share a batch: all, those of equal length, or none.
 Batching = Literal["all", "equal", "none"]
 
 
@@ -68,11 +68,7 @@ class Engine(Protocol):
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
-    """The tokens that end a response: the template's end of turn, EOS, and those that the checkpoint names.
-
-    Raises:
-        SimpoError: see :func:`simpo.data.chat_template.end_of_turn`.
-    """
+    """The tokens that end a response: the template's end of turn, EOS, and those that the checkpoint names."""
     named = getattr(generation_config, "eos_token_id", None)
     found = {end_of_turn(tokenizer).token_id, tokenizer.eos_token_id}
     found |= set(named) if isinstance(named, list) else {named}
@@ -82,12 +78,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationCo
 class TransformersEngine:
     """Samples from a model in memory, also one in training, and leaves it as it was.
 
-    Args:
-        model: a causal language model of transformers, possibly with a peft adapter.
-        tokenizer: its tokenizer, with the chat template whose end-of-turn token ends a response.
-
-    Raises:
-        SimpoError: no token ends a response.
+    ``model`` may have a peft adapter; the ``tokenizer`` must have a token that ends a response.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -79,11 +79,7 @@ def response_texts(
 def write_responses(
     path: Path, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], samples: Sequence[Sequence[Sampled]]
 ) -> None:
-    """Write one JSON line per prompt with all its responses; the file is complete or absent.
-
-    Raises:
-        SimpoError: the disk is full or the folder cannot be written.
-    """
+    """Write one JSON line per prompt with all its responses; the file is complete or absent."""
     with (
         staged_files(path.parent) as staged,
         (staged / path.name).open("w", encoding="utf-8", errors="backslashreplace") as file,

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 from array import array
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from datasets import Dataset
+from torch import distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from simpo.config import setting
@@ -24,23 +27,25 @@ from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.generation.chunks import Chunk, ChunkFiles, gather, missing_chunks, sample_chunks
 from simpo.generation.engine import Engine, TransformersEngine, stop_ids
-from simpo.generation.processes import Processes
 from simpo.generation.responses import response_metrics, response_texts, write_responses
 from simpo.generation.settings import SamplingSettings
 from simpo.generation.vllm import VllmEngine
 from simpo.models.checkpoint import Checkpoint, model_digest
-from simpo.models.devices import device
+from simpo.models.devices import device, from_main
 from simpo.models.loading import check_model_files, load_tokenizer
 from simpo.models.settings import ModelArguments
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.results import Metric
-from simpo.runs.signals import stoppable
+from simpo.runs.signals import interruptible
 from simpo.runs.terminal import Advance, progress
 
 FILE_NAME = "responses.jsonl"
 
 EngineName = Literal["transformers", "vllm"]
+
+# A process that has done its share waits for the slowest one; processes that end are noticed at once.
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,6 @@ class Job:
         """Read everything but the weights, and log what was found.
 
         A ``max_model_len`` among vLLM's ``engine_args`` limits the model's context.
-
-        Raises:
-            SimpoError: model, prompts or settings cannot be used.
         """
         tokenizer = load_tokenizer(model.model_name_or_path, model, chat_template=source.chat_template)
         checkpoint = Checkpoint.read(model)
@@ -147,11 +149,7 @@ class Job:
         return found
 
     def load(self) -> Engine:
-        """Load the model into its engine.
-
-        Raises:
-            SimpoError: it cannot be loaded.
-        """
+        """Load the model into its engine."""
         if self.engine == "vllm":
             return VllmEngine(self.checkpoint.arguments, self.stop_ids, self.engine_args)
         return TransformersEngine(self.checkpoint.load(), self.tokenizer)
@@ -169,26 +167,15 @@ def sample_responses(
 ) -> Path | None:
     """Sample answers to prompts and write ``responses.jsonl`` and ``results.json``.
 
-    The same call continues a run that was interrupted or killed, and ends with the same bytes; it leaves a finished
-    run as it is. Under ``torchrun`` the processes share the chunks, and the bytes are the same again.
-
-    Args:
-        model: the model that answers.
-        prompts: where the prompts come from.
-        settings: how answers are sampled.
-        folder: the run's folder.
-        engine: what generates; ``"vllm"`` if it is installed.
-        engine_args: arguments of vLLM.
-        argv: the command line after the command's name, for the record.
-
-    Returns:
-        The path of ``results.json``; None in all processes but the main one.
+    The same call continues a run that was interrupted or killed, and ends with the same bytes; it leaves a finished run
+    as it is. Under ``torchrun`` the processes share the chunks, and the bytes are the same again. Returns the path of
+    ``results.json``; None in all processes but the main one.
 
     Raises:
         SimpoError: an argument cannot be used, or the disk or the memory is full.
         InterruptedRun: the user stopped the run; complete chunks are kept.
     """
-    with stoppable():
+    with interruptible():
         processes = Processes.join()
         if not processes.main:
             logging.getLogger("simpo").setLevel(logging.ERROR)  # the main process logs what all of them notice
@@ -257,4 +244,66 @@ def _generate(
         size = job.settings.chunk_size
         raise SimpoError(
             f"chunk_size: {size} answers at once do not fit into memory; set a smaller chunk_size and a new output_dir"
+        ) from error
+
+
+# ---- The processes that ``torchrun`` starts for one sampling run.
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that share a run without training together.
+
+    Attributes:
+        rank: its number; process 0 is the main one, which alone reads, logs and writes what concerns the whole run.
+        size: the number of processes.
+        group: the group in which they exchange objects, if there are several.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def join(cls) -> Processes:
+        """Join the processes that were started together; each takes an accelerator of its own if there are any."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        if torch.accelerator.is_available():
+            if number >= (count := torch.accelerator.device_count()):
+                raise SimpoError(
+                    f"nproc_per_node: process {number} has no accelerator, there are {count}; start {count}"
+                )
+            torch.accelerator.set_device_index(number)
+        if not dist.is_initialized():
+            dist.init_process_group()
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # only small objects are exchanged
+        return cls(dist.get_rank(), dist.get_world_size(), group)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the main process."""
+        return self.rank == 0
+
+    def from_main(self, value: Any = None) -> Any:
+        """The main process's ``value`` in every process; all have to call it."""
+        with _peer_errors():
+            return from_main(value, self.group)
+
+    def wait(self) -> None:
+        """Return when every process has called it."""
+        if self.size > 1:
+            with _peer_errors():
+                dist.barrier(group=self.group)
+
+
+@contextmanager
+def _peer_errors() -> Iterator[None]:
+    """Turn the error of a group whose other process has ended into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise SimpoError(
+            "another process has ended; its own message says why, and the same command continues"
         ) from error

@@ -20,7 +20,7 @@ from simpo.runs.folder import RunFolder
 from simpo.runs.lines import write_lines
 from simpo.runs.log import Log
 from simpo.runs.results import Metric, fingerprint
-from simpo.runs.signals import stoppable
+from simpo.runs.signals import interruptible
 from simpo.statistics import proportion_interval
 
 _SEEDS = 1 << 31  # all servers accept seeds below this
@@ -38,25 +38,16 @@ def sample_from_server(
     """Request answers to prompts and write ``responses.jsonl`` and ``results.json``.
 
     Every reply is stored when it is received, so the same call, after a failure or a kill, requests only what is
-    missing. Rows have neither token ids nor log-probabilities; the server applies its own chat template.
-
-    Args:
-        endpoint: the model.
-        source: where the prompts come from.
-        settings: how answers are sampled; each answer's seed is derived from theirs, the prompt and its number.
-        folder: the run's folder.
-        yes: whether the user has agreed to the cost in advance.
-        argv: the command line after the command's name, for the record.
-
-    Returns:
-        The path of ``results.json``.
+    missing. Rows have neither token ids nor log-probabilities; the server applies its own chat template. The seed of
+    each answer is derived from ``settings``, the prompt and its number. With ``yes`` the user has agreed to the cost in
+    advance. Returns the path of ``results.json``.
 
     Raises:
         SimpoError: an argument cannot be used, the user does not agree, or the server refuses.
         InterruptedRun: the user stopped the run; replies so far are kept.
     """
     settings = settings.resolved(context=None, chunk_size=1)
-    with stoppable(), RunFolder(folder, command="sample") as run:
+    with interruptible(), RunFolder(folder, command="sample") as run:
         endpoint.api_key()
         prompts, report = _read_sendable(source, settings)
         for line in [f"model: {endpoint.model} at {endpoint.base_url}", *report.lines()]:

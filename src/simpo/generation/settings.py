@@ -17,11 +17,7 @@ _LONGEST_BY_DEFAULT = 2048  # tokens
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Sampling with the paper's temperature and top_p by default.
-
-    Raises:
-        SimpoError: a value out of its bounds, or several greedy answers to a prompt; names the key.
-    """
+    """Sampling with the paper's temperature and top_p by default."""
 
     n: int = setting(1, "Answers to every prompt.", least=1)
     temperature: float = setting(0.8, "Divides the logits; 0 takes the likeliest token every time.", least=0)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from simpo.config.coercion import nearest
-from simpo.errors import SimpoError, one_line
+from simpo.errors import SimpoError, third_party
 from simpo.generation.engine import Sampled
 from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.models.adapters import find_adapter
@@ -24,11 +24,7 @@ _FIXED = (
 
 
 def load_vllm(model: ModelArguments) -> Any:
-    """Import the package, for a model that it can load.
-
-    Raises:
-        SimpoError: vLLM is not installed, or the model is an adapter.
-    """
+    """Import the package, for a model that it can load."""
     try:
         import vllm  # noqa: PLC0415 - an optional dependency
     except ImportError as error:
@@ -41,10 +37,7 @@ def load_vllm(model: ModelArguments) -> Any:
 class VllmEngine:
     """Samples with vLLM on all GPUs of this machine.
 
-    Args:
-        model: the model; vLLM loads it itself.
-        stop_ids: the tokens that end a response.
-        engine_args: further arguments of ``vllm.EngineArgs``, such as ``max_model_len``.
+    ``engine_args`` are further arguments of ``vllm.EngineArgs``, such as ``max_model_len``.
 
     Raises:
         SimpoError: see :func:`load_vllm`; vLLM does not have an argument or cannot use it; or it cannot start.
@@ -61,8 +54,8 @@ class VllmEngine:
                 raise SimpoError(f"engine_args: {name}: is set by simpo and its own options; leave it out")
             if name not in known:
                 raise SimpoError(f"engine_args: vLLM {self._vllm.__version__} has no {name!r}{nearest(name, known)}")
-        given: dict[str, Any] = {"tensor_parallel_size": max(1, torch.cuda.device_count())} | dict(engine_args)
-        try:
+        given: dict[str, Any] = {"tensor_parallel_size": max(1, torch.cuda.device_count()), **engine_args}
+        with third_party(f"engine: vLLM cannot start with {given}"):
             self._llm = self._vllm.LLM(
                 model=model.model_name_or_path,
                 revision=model.model_revision,
@@ -72,9 +65,6 @@ class VllmEngine:
                 logprobs_mode="raw_logprobs",
                 **given,
             )
-        except (ValueError, TypeError, RuntimeError) as error:
-            reason = one_line(error)
-            raise SimpoError(f"engine: vLLM cannot start with {given}: {reason}") from error
 
     def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
         """One response to every prompt; see :class:`simpo.generation.engine.Engine`."""

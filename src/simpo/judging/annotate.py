@@ -20,7 +20,7 @@ from simpo.judging.settings import JudgeOptions
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import JsonLines, read_lines, write_lines
 from simpo.runs.results import Metric, fingerprint
-from simpo.runs.signals import stoppable
+from simpo.runs.signals import interruptible
 
 RESPONSES, FILE_NAME, BEST = "responses.jsonl", "annotated.jsonl", "best.jsonl"
 _PROMPTS_PER_PART = 256  # scored, and stored, together
@@ -66,7 +66,7 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
             not agree to the cost.
         InterruptedRun: the user stopped the run; the scores so far are kept.
     """
-    with stoppable(), RunFolder(folder, command="annotate") as run:
+    with interruptible(), RunFolder(folder, command="annotate") as run:
         records = read_responses(arguments.responses)
         # The annotator's own progress would start again with every part; the lines below count all prompts.
         annotator = make_annotator(arguments.annotator, replace(arguments.options, log=lambda line: None))

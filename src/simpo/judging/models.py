@@ -73,11 +73,11 @@ class AnswerTokens:
     def _comparison(self, row: Answers, rendered: Rendered, ids: list[list[int]]) -> TokenizedComparison:
         """Combine the encoded responses with the empty ones, which were not rendered."""
         encoded = iter(
-            [*self._encoder.following(ids[0], answer.text, whole, rendered.marker), answer.end.token_id]
+            [*self._encoder.encode_following(ids[0], answer.text, whole, rendered.marker), answer.end.token_id]
             for answer, whole in zip(rendered.answers, ids[1:], strict=True)
         )
         responses = [[self._end.token_id] if self._is_empty(text) else next(encoded) for text in row.responses]
-        prompt = self._encoder.one_bos(ids[0])
+        prompt = self._encoder.with_one_bos(ids[0])
         if not prompt:
             raise SimpoError(f"prompt {row.id}: empty prompt")
         return TokenizedComparison(prompt, responses)

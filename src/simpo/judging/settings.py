@@ -49,6 +49,21 @@ class JudgeOptions:
         return cls(client, trust_remote_code=model.trust_remote_code, allow_pickle=model.allow_pickle, log=log)
 
 
+def server_client(
+    url: str | None,
+    model: str | None,
+    key_env: str = "OPENAI_API_KEY",
+    concurrency: int = 8,
+    timeout: float = 60.0,
+    *,
+    cache: Path | None = None,
+) -> ChatClient | None:
+    """The client of a judge's server; None if no server is named, and an error if it cannot be used."""
+    if url is None or model is None:
+        return None
+    return ChatClient(Endpoint(url, model, key_env, concurrency, timeout), cache or default_cache())
+
+
 @dataclass(frozen=True, kw_only=True)
 class ApiSettings:
     """The judge ``api``: a model behind an OpenAI-compatible server."""
@@ -80,12 +95,8 @@ class ApiSettings:
 
     def client(self) -> ChatClient | None:
         """The client of the server, None if no server is named; raises :class:`SimpoError` if it cannot be used."""
-        if self.judge_url is None or self.judge_model is None:
-            return None
-        endpoint = Endpoint(
-            self.judge_url, self.judge_model, self.judge_key_env, self.judge_concurrency, self.judge_timeout
-        )
-        return ChatClient(endpoint, self.cache or default_cache())
+        connection = (self.judge_key_env, self.judge_concurrency, self.judge_timeout)
+        return server_client(self.judge_url, self.judge_model, *connection, cache=self.cache)
 
     def token_prices(self) -> Prices | None:
         """The prices of the judge's tokens, if they are known; raises :class:`SimpoError` for a negative one."""

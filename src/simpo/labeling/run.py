@@ -20,7 +20,7 @@ from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.lines import write_lines
 from simpo.runs.manifest import file_digest
 from simpo.runs.results import fingerprint, write_results
-from simpo.runs.signals import stoppable
+from simpo.runs.signals import interruptible
 
 ITEMS, DATABASE = "items.jsonl", "judgments.sqlite"
 _TOKEN = ".token"  # noqa: S105 - a file; kept, so that a page that is open stays valid when the command runs again
@@ -96,7 +96,7 @@ def label(settings: LabelSettings, *, argv: Sequence[str] = ()) -> int:
                 print(f"open:  http://127.0.0.1:{port}/?{urlencode({'token': token})}")
                 print("stop:  Ctrl-C (every judgment is stored when it is made)")
                 try:
-                    with stoppable():
+                    with interruptible():
                         serve(make_app(session, token=token, guidelines=guidelines), listening)
                 except InterruptedRun:
                     pass  # the usual end

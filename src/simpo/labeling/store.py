@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Literal, get_args
 
 from simpo.errors import SimpoError
-from simpo.runs.log import now
+from simpo.runs.log import utc_now
 
 Kind = Literal["ranked", "tie", "both_bad", "skip"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -94,7 +94,7 @@ class Store:
             self._connection.execute(
                 "insert or ignore into events (key, time, labeler, item, kind, ranks, shown, note, seconds) "
                 "values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (key, now(), *values),
+                (key, utc_now(), *values),
             )
 
     def undo(self, key: str, labeler: str, item: str) -> None:
@@ -102,7 +102,7 @@ class Store:
         with self._lock, self._errors():
             self._connection.execute(
                 "insert or ignore into events (key, time, labeler, item, kind) values (?, ?, ?, ?, ?)",
-                (key, now(), labeler, item, _UNDO),
+                (key, utc_now(), labeler, item, _UNDO),
             )
 
     def item_of(self, key: str) -> str | None:

@@ -50,7 +50,7 @@ def find_adapter(name: str, revision: str = "main") -> LoraConfig | None:
         # peft saves an adapter that has a name of its own in a subfolder of that name
         if not (Path(name) / "config.json").exists() and (inside := sorted(Path(name).glob(f"*/{CONFIG_NAME}"))):
             names = ", ".join(str(path.parent) for path in inside)
-            raise SimpoError(f"model_name_or_path: {name!r} is no adapter itself; name the one in it: {names}")
+            raise SimpoError(f"model_name_or_path: {name!r} is not an adapter itself; name the one in it: {names}")
         return None
     if not isinstance(config, LoraConfig):
         raise SimpoError(f"model_name_or_path: {name!r} is an adapter of another kind than LoRA ({config.peft_type})")
@@ -65,10 +65,7 @@ def find_adapter(name: str, revision: str = "main") -> LoraConfig | None:
 def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str = "main") -> PeftModel:
     """``model``, frozen, under a new LoRA that changes nothing yet; the adapter's weights are fp32 at least.
 
-    Args:
-        model: the base model.
-        given: settings by their keys in recipes; the others get their defaults.
-        revision: the base model's, which is saved with the adapter.
+    ``given`` are settings by their keys in recipes; ``revision``, the base model's, is saved with the adapter.
     """
     settings = {peft_name: given.get(key, default) for key, (peft_name, default) in LORA.items()}
     excluded = list(parts_unused_by_text(model))
@@ -125,17 +122,14 @@ def continue_adapter(
 ) -> PeftModel:
     """``model``, frozen, under the adapter of the folder or hub repository ``name``, to be trained further or used.
 
-    Args:
-        model: the base model.
-        config: what :func:`find_adapter` found there.
-        name: where the adapter is.
-        revision: the adapter's, on the hub.
-        given: settings, which must be the adapter's own.
+    ``config`` is the result of :func:`find_adapter`; ``given`` settings must be the adapter's own.
     """
     for key, value in given.items():
-        own = getattr(config, LORA[key][0])
-        if (set(own) if isinstance(own, set | list) else own) != (set(value) if isinstance(value, list) else value):
-            shown = ", ".join(sorted(own)) if isinstance(own, set | list) else own
+        known = getattr(config, LORA[key][0])
+        if (set(known) if isinstance(known, set | list) else known) != (
+            set(value) if isinstance(value, list) else value
+        ):
+            shown = ", ".join(sorted(known)) if isinstance(known, set | list) else known
             raise SimpoError(f"{key}: {name} is an adapter with {shown}, which is continued; leave {key} out")
     base = model.name_or_path
     stored = read_adapter_tensors(name, revision)
@@ -224,11 +218,11 @@ def describe_adapter(model: PeftModel) -> str:
 
 def move_named_adapter(model: PeftModel, folder: Path) -> None:
     """Move an adapter that was saved in a subfolder of its own name to where it is looked for."""
-    own = folder / active_name(model)
-    if own.name != "default" and own.is_dir():
-        for path in own.iterdir():
+    subfolder = folder / active_name(model)
+    if subfolder.name != "default" and subfolder.is_dir():
+        for path in subfolder.iterdir():
             path.replace(folder / path.name)
-        own.rmdir()
+        subfolder.rmdir()
 
 
 def has_adapter_weights(folder: Path) -> bool:
@@ -245,9 +239,9 @@ def adapter_fault(model: PeftModel, folder: Path) -> str | None:
 
 def _fault(model: PeftModel, stored: Mapping[str, Tensor]) -> str | None:
     """The first tensor of an adapter's file that is missing, unexpected or of another shape; peft would only warn."""
-    own = get_peft_model_state_dict(model, adapter_name=active_name(model), save_embedding_layers=False)
+    expected = get_peft_model_state_dict(model, adapter_name=active_name(model), save_embedding_layers=False)
     known = adapter_tensors(model)  # embeddings are stored too where they are adapted
-    if missing := own.keys() - stored.keys():
+    if missing := expected.keys() - stored.keys():
         return f"{min(missing)} is missing"
     if left_over := stored.keys() - known.keys():
         return f"{min(left_over)} has no place here"
@@ -274,8 +268,8 @@ def read_adapter_tensors(name: str, revision: str = "main") -> dict[str, Tensor]
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """The weights of ``model``: the adapter's by their names in its file, the others by their own names."""
     weights = model.state_dict(keep_vars=True)
-    own = get_peft_model_state_dict(model, weights, adapter_name=active_name(model), save_embedding_layers=False)
-    return {**weights, **own}
+    adapter = get_peft_model_state_dict(model, weights, adapter_name=active_name(model), save_embedding_layers=False)
+    return {**weights, **adapter}
 
 
 def unchanged_base_weights(model: PeftModel) -> dict[str, Any] | None:

@@ -71,7 +71,7 @@ def from_main(value: Value, group: dist.ProcessGroup | None = None) -> Value:
     return values[0]
 
 
-def liger_config(given: Mapping[str, bool] | None, device: torch.device) -> dict[str, bool]:
+def liger_config(config: Mapping[str, bool] | None, device: torch.device) -> dict[str, bool]:
     """A ``liger_kernel_config`` for norms, rotary embeddings and gated layers, with Liger's losses off."""
     if importlib.util.find_spec("liger_kernel") is None:
         raise SimpoError("use_liger_kernel: liger-kernel is not installed; install it, or leave the key out")
@@ -80,12 +80,12 @@ def liger_config(given: Mapping[str, bool] | None, device: torch.device) -> dict
             f"use_liger_kernel: Liger's kernels need a GPU and triton, and this run is on {device.type}; "
             "leave the key out"
         )
-    if requested := [name for name in _LIGER_LOSSES if (given or {}).get(name)]:
+    if requested := [name for name in _LIGER_LOSSES if (config or {}).get(name)]:
         raise SimpoError(
             f"liger_kernel_config: {requested[0]} is not supported (it replaces the model's forward; losses here have "
             "an output layer of their own that does not materialize logits); leave it out"
         )
-    return {**(given or {}), **dict.fromkeys(_LIGER_LOSSES, False)}
+    return {**(config or {}), **dict.fromkeys(_LIGER_LOSSES, False)}
 
 
 def check_liger(model: nn.Module, config: Mapping[str, bool]) -> None:
@@ -97,7 +97,7 @@ def check_liger(model: nn.Module, config: Mapping[str, bool]) -> None:
     known = set(inspect.signature(appliers[kind]).parameters) - {"model"}
     if unknown := [name for name in config if name not in {*known, *_LIGER_LOSSES}]:
         raise SimpoError(
-            f"liger_kernel_config: {unknown[0]!r} is none of {', '.join(sorted(known - {*_LIGER_LOSSES}))}"
+            f"liger_kernel_config: {unknown[0]!r} is not one of {', '.join(sorted(known - {*_LIGER_LOSSES}))}"
         )
 
 
@@ -105,10 +105,8 @@ def compile_layers(model: nn.Module, args: TrainingArguments, accelerator: Accel
     """Compile the layers of ``model`` in place, and keep ``accelerator`` from compiling the whole model.
 
     Layers of one kind share their compiled code, for any number of tokens. The rest of the forward looks at a batch's
-    lengths in Python and would be compiled again for every batch.
-
-    Raises:
-        SimpoError: the model has no layers of transformers' own kind.
+    lengths in Python and would be compiled again for every batch. A model without layers of transformers' own kind is
+    an error.
     """
     accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import httpx
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from simpo.errors import SimpoError, one_line, third_party
 from simpo.runs import manifest
 
-# What a model consists of, its card and its results. A run's recipe, log, data and checkpoints are not among them.
+# The files of a model with its card and results. A run's recipe, log, data and checkpoints are not uploaded.
 _FILES = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
@@ -36,7 +36,7 @@ def files_to_push(folder: Path, include: Sequence[str] = ()) -> list[Path]:
         raise SimpoError(f"{folder}: no such folder")
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise SimpoError(f"{folder}: there is no model in it; name the folder of a finished run")
-    if (folder / manifest.FILE_NAME).is_file() and (fault := manifest.damage(folder)):
+    if (folder / manifest.FILE_NAME).is_file() and (fault := manifest.find_damage(folder)):
         raise SimpoError(f"{folder}: damaged ({fault}); start the run again, or repair the folder")
     found = {path for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, name) for name in _FILES)}
     for pattern in include:
@@ -68,10 +68,8 @@ def _base_of(adapter: Path) -> str | None:
 
 def check_target(repo: str) -> str:
     """The token that is used for ``repo``; raises :class:`SimpoError` if there is none or the name is not valid."""
-    try:
+    with third_party(f"{repo!r} is not the id of a repository, such as name/model"):
         validate_repo_id(repo)
-    except HFValidationError as error:
-        raise SimpoError(f"{repo!r} is not the id of a repository, such as name/model: {one_line(error)}") from error
     token = get_token()
     if token is None:
         raise SimpoError("there is no token for the hub; set HF_TOKEN, or run 'hf auth login'")

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 _STORED_MASKS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)(inv_freq|position_ids)$")
 # Parts of a checkpoint that its architecture's class for text alone does not have.
 _OTHER_MODALITIES = re.compile(r"(^|\.)(vision|visual|audio|multi_modal)\w*\.")
-_OWN_CODE = "it has code of its own; read it, and allow it with trust_remote_code (--trust_remote_code)"
+_OWN_CODE = "it needs custom code; read it, and allow it with trust_remote_code (--trust_remote_code)"
 _PICKLE = (
     "a pickle, which can hold code; convert it to safetensors (with transformers: "
     "AutoModelForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER), and the same with AutoTokenizer), or, if you "
@@ -64,7 +64,7 @@ def load_model(name: str, arguments: ModelArguments | None = None) -> PreTrained
     Raises:
         SimpoError: there is no such model, it or its base model cannot be loaded, or settings that contradict.
     """
-    arguments = _named(name, arguments)
+    arguments = _with_name(name, arguments)
     check_folder(name)
     adapter = find_adapter(name, arguments.model_revision)
     if adapter is not None:
@@ -77,7 +77,7 @@ def load_model(name: str, arguments: ModelArguments | None = None) -> PreTrained
     return add_adapter(model, arguments.lora, arguments.model_revision) if arguments.use_peft else model
 
 
-def _named(name: str, arguments: ModelArguments | None) -> ModelArguments:
+def _with_name(name: str, arguments: ModelArguments | None) -> ModelArguments:
     return ModelArguments(name) if arguments is None else dataclasses.replace(arguments, model_name_or_path=name)
 
 
@@ -258,7 +258,9 @@ def generation_config(name: str, revision: str) -> GenerationConfig | None:
         raise
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if not all(end is None or type(end) is int for end in ends):
-        raise SimpoError(f"model_name_or_path: {name!r}: generation_config.json: eos_token_id: {ends!r} are no ids")
+        raise SimpoError(
+            f"model_name_or_path: {name!r}: generation_config.json: eos_token_id: {ends!r} are not token ids"
+        )
     return config
 
 
@@ -285,7 +287,7 @@ def load_tokenizer(
     Raises:
         SimpoError: there is no such tokenizer, or no such template file.
     """
-    arguments = _named(name, arguments)
+    arguments = _with_name(name, arguments)
     check_folder(name)
     try:
         tokenizer = load_files(AutoTokenizer, arguments)
@@ -302,12 +304,8 @@ def load_tokenizer(
     elif "{" in chat_template:
         tokenizer.chat_template = chat_template
     else:
-        try:
+        with third_party(f"chat_template: {chat_template[:80]!r} is neither a template nor a file of one"):
             tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise SimpoError(
-                f"chat_template: {chat_template[:80]!r} is neither a template nor a file of one ({error})"
-            ) from error
     return tokenizer
 
 

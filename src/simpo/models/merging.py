@@ -23,9 +23,7 @@ from simpo.runs.atomic import staged_folder
 def write_merged(arguments: ModelArguments, folder: Path) -> None:
     """Write the merged model of an adapter, with tokenizer, template and card, whole or not at all.
 
-    Args:
-        arguments: the adapter; without ``save_dtype`` the weights keep the type of the base model's files.
-        folder: new.
+    Without ``save_dtype`` the weights keep the type of the base model's files.
 
     Raises:
         SimpoError: it is no adapter, its base model is missing, it cannot be merged, ``folder`` exists, or the disk

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import deepspeed_config
 
-from simpo.errors import SimpoError, one_line
+from simpo.errors import SimpoError, third_party
 
 # Accelerate imports DeepSpeed wherever it is installed, and the import warns where there is no accelerator.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
@@ -40,10 +40,8 @@ def read_config(given: str | dict[str, Any] | None, rows: int, accumulation: int
     if "WORLD_SIZE" not in os.environ:
         raise SimpoError("deepspeed: start with torchrun or accelerate launch, also for one process")
     if isinstance(given, str):
-        try:
+        with third_party(f"deepspeed: {given!r} is not a JSON file"):
             given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SimpoError(f"deepspeed: {given!r} is not a file of JSON ({one_line(error, None)})") from error
     config: dict[str, Any] = copy.deepcopy(given)  # type: ignore[arg-type]
     unset_batch_sizes(config, rows, accumulation)
     for precision in ("bf16", "fp16"):  # the recipe's, also where the file does not name one
@@ -167,9 +165,9 @@ def exchange_partitions(parameters: list[nn.Parameter], others: list[Tensor]) ->
         parameter.partition()  # type: ignore[attr-defined]
     with torch.no_grad():
         for parameter, other in zip(parameters, others, strict=True):
-            own = parameter.ds_tensor  # type: ignore[attr-defined]
-            numbers = own.clone()
-            own.copy_(other)
+            part = parameter.ds_tensor  # type: ignore[attr-defined]
+            numbers = part.clone()
+            part.copy_(other)
             other.copy_(numbers)
     if present:
         present[0].all_gather(param_list=present)  # type: ignore[attr-defined]

@@ -68,7 +68,7 @@ class Mixture(Objective):
     def adds_up_pairs(self) -> bool:
         return all(part.adds_up_pairs for part in self.parts)
 
-    def requiring(self, need: str) -> Objective:
+    def part_that_needs(self, need: str) -> Objective:
         return next(part for part in self.parts if need in part.needs)
 
     # ---- Formulas.
@@ -107,7 +107,7 @@ class Mixture(Objective):
     def resolve(self, given: Mapping[str, Any]) -> dict[str, Any]:
         for name in given:
             if not any(name in (*part.hyperparameters, *part.spellings) for part in self.parts):
-                raise ValueError(f"{name} is a hyperparameter of none of {', '.join(p.name for p in self.parts)}")
+                raise ValueError(f"{name} is not a hyperparameter of any of {', '.join(p.name for p in self.parts)}")
         found: dict[str, Any] = {}
         for part in self.parts:
             own = {key: value for key, value in given.items() if key in (*part.hyperparameters, *part.spellings)}

@@ -136,10 +136,10 @@ class Objective(ABC):
 
     def reward(self, y: Responses, **values: Any) -> Tensor:
         """``[B]`` implicit rewards, which are logged; ``values`` as in :meth:`loss`."""
-        own = {name: value for name, value in values.items() if name not in self.needs}
-        return self.with_hyperparameters(**own).implicit_reward(y)
+        hyperparameters = {name: value for name, value in values.items() if name not in self.needs}
+        return self.with_hyperparameters(**hyperparameters).implicit_reward(y)
 
-    def requiring(self, need: str) -> Objective:
+    def part_that_needs(self, need: str) -> Objective:
         """The objective, or the part of a mixture, that needs ``need``, one of :attr:`needs`."""
         return self
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simpo.objectives.objective import OBJECTIVES, Objective
-from simpo.objectives.preference import Beta, LabelSmoothing
+from simpo.objectives.objective import OBJECTIVES
+from simpo.objectives.preference import Beta, LabelSmoothing, LogRatioObjective
 from simpo.objectives.responses import Responses
 
 
 @dataclass(frozen=True)
-class APOZero(Objective):
+class APOZero(LogRatioObjective):
     """APO-zero, ``[B]``: ``sigmoid(-beta * w.ratio) + sigmoid(beta * l.ratio)``.
 
     For chosen responses that are better than what the model would write: they are raised and rejected ones lowered,
@@ -26,14 +26,9 @@ class APOZero(Objective):
 
     name = "apo_zero"
     paper = "D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7"
-    needs = ("reference",)
-    beta: Beta = 0.1
 
     def pair(self, w: Responses, l: Responses) -> Tensor:
         return torch.sigmoid(-self.beta * w.ratio) + torch.sigmoid(self.beta * l.ratio)
-
-    def implicit_reward(self, y: Responses) -> Tensor:
-        return self.beta * y.ratio
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class APODown(APOZero):
 
 
 @dataclass(frozen=True)
-class NCA(Objective):
+class NCA(LogRatioObjective):
     """NCA of pairs, ``[B]``: ``-log s(r(w)) - log s(-r(w)) / 2 - log s(-r(l)) / 2`` with ``r(y) = beta * y.ratio``.
 
     ``s`` is the sigmoid. The middle term pulls the chosen response back once ``r(w)`` exceeds ``ln 2``.
@@ -60,19 +55,15 @@ class NCA(Objective):
 
     name = "nca"
     paper = "Chen et al. 2024, arXiv 2402.05369"
-    needs = ("reference",)
     beta: Beta = 0.01
 
     def pair(self, w: Responses, l: Responses) -> Tensor:
         chosen, rejected = self.implicit_reward(w), self.implicit_reward(l)
         return -F.logsigmoid(chosen) - (F.logsigmoid(-chosen) + F.logsigmoid(-rejected)) / 2
 
-    def implicit_reward(self, y: Responses) -> Tensor:
-        return self.beta * y.ratio
-
 
 @dataclass(frozen=True)
-class SPPO(Objective):
+class SPPO(LogRatioObjective):
     """SPPO, ``[B]``: ``(w.ratio - t)**2 + (l.ratio + t)**2`` with ``t = (1/2 - label_smoothing) / beta``.
 
     A response's log-ratio is pulled to ``(p - 1/2) / beta``, where ``p`` is the probability that it wins: 1 and 0 in
@@ -82,7 +73,6 @@ class SPPO(Objective):
 
     name = "sppo"
     paper = "Wu et al. 2024, arXiv 2405.00675, eq. 4.7"
-    needs = ("reference",)
     beta: Beta = 0.001
     label_smoothing: LabelSmoothing = 0.0
 
@@ -90,12 +80,9 @@ class SPPO(Objective):
         target = (0.5 - self.label_smoothing) / self.beta
         return (w.ratio - target).square() + (l.ratio + target).square()
 
-    def implicit_reward(self, y: Responses) -> Tensor:
-        return self.beta * y.ratio
-
 
 @dataclass(frozen=True)
-class BCO(Objective):
+class BCO(LogRatioObjective):
     """BCO, ``[B]``: ``-log sigmoid(r(w) - d) - log sigmoid(d - r(l))`` with ``r(y) = beta * y.ratio``.
 
     Each response is classified as good or bad by its reward. ``d``, the ``reward_shift`` ``[]``, is the mean of the
@@ -107,7 +94,6 @@ class BCO(Objective):
     paper = "Jung et al. 2024, arXiv 2404.04656"
     needs = ("reference", "reward_shift")
     takes_unpaired = True
-    beta: Beta = 0.1
 
     def pair(self, w: Responses, l: Responses, reward_shift: Tensor | float = 0.0) -> Tensor:
         good = F.logsigmoid(self.implicit_reward(w) - reward_shift)
@@ -116,9 +102,6 @@ class BCO(Objective):
     def unpaired(self, y: Responses, label: Tensor, reward_shift: Tensor | float = 0.0) -> Tensor:
         above = self.implicit_reward(y) - reward_shift
         return -F.logsigmoid(torch.where(label, above, -above))
-
-    def implicit_reward(self, y: Responses) -> Tensor:
-        return self.beta * y.ratio
 
 
 OBJECTIVES.update({objective.name: objective() for objective in (APOZero, APODown, NCA, SPPO, BCO)})

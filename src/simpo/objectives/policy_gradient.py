@@ -157,7 +157,7 @@ class PolicyGradient:
         token_loss = -torch.minimum(ratio * rollout.advantage, clipped * rollout.advantage)
         if self.ratio == "sequence":  # one ratio for a response: its loss counts once, not once a token
             return mean_by(token_loss, rollout.segment, rollout.responses)
-        return self.add_up(token_loss, rollout, denominator=denominator)
+        return self.aggregate_tokens(token_loss, rollout, denominator=denominator)
 
     def ratios(self, rollout: Rollout) -> Tensor:
         """``[S]`` importance ratios ``pi(y) / behavior(y)``; a sequence's ratio is repeated for its tokens."""
@@ -175,7 +175,7 @@ class PolicyGradient:
         below = (ratio < 1 - self.clip_low) & (rollout.advantage < 0)
         return above | below
 
-    def add_up(self, token_values: Tensor, rollout: Rollout, *, denominator: float = 1.0) -> Tensor:
+    def aggregate_tokens(self, token_values: Tensor, rollout: Rollout, *, denominator: float = 1.0) -> Tensor:
         """``[R]`` values of responses from those of tokens, ``[S]``, e.g. of a KL term; see ``normalization``."""
         if self.normalization == "length":
             return mean_by(token_values, rollout.segment, rollout.responses)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -231,20 +231,26 @@ class RePO(Objective):
 
 
 @dataclass(frozen=True)
-class DPO(Objective):
+class LogRatioObjective(Objective):
+    """The base of objectives whose implicit reward is DPO's, ``[B]`` ``beta * y.ratio``."""
+
+    needs: ClassVar[tuple[str, ...]] = ("reference",)
+    beta: Beta = 0.1
+
+    def implicit_reward(self, y: Responses) -> Tensor:
+        return self.beta * y.ratio
+
+
+@dataclass(frozen=True)
+class DPO(LogRatioObjective):
     """DPO, ``[B]``: ``-log sigmoid(beta * (w.ratio - l.ratio))``."""
 
     name = "dpo"
     paper = "Rafailov et al. 2023, arXiv 2305.18290, eq. 7"
-    needs = ("reference",)
-    beta: Beta = 0.1
     label_smoothing: LabelSmoothing = 0.0
 
     def pair(self, w: Responses, l: Responses) -> Tensor:
         return preference_nll(self.beta * (w.ratio - l.ratio), self.label_smoothing)
-
-    def implicit_reward(self, y: Responses) -> Tensor:
-        return self.beta * y.ratio
 
 
 @dataclass(frozen=True)
@@ -373,7 +379,7 @@ class IPO(Objective):
 
 
 @dataclass(frozen=True)
-class KTO(Objective):
+class KTO(LogRatioObjective):
     """KTO, ``[B]``: ``lam_w * sigmoid(z_ref - beta * w.ratio) + lam_l * sigmoid(beta * l.ratio - z_ref)``.
 
     ``1 - sigmoid(x)`` is written as ``sigmoid(-x)``. The table of the SimPO paper prints the second term with the
@@ -386,7 +392,6 @@ class KTO(Objective):
     needs = ("reference", "z_ref")
     takes_unpaired = True
     spellings = {"desirable_weight": Spelling("lam_w"), "undesirable_weight": Spelling("lam_l")}  # noqa: RUF012
-    beta: Beta = 0.1
     lam_w: Annotated[float, NON_NEGATIVE, "Weight of chosen (desirable) responses."] = 1.0
     lam_l: Annotated[float, NON_NEGATIVE, "Weight of rejected (undesirable) responses."] = 1.0
 
@@ -397,9 +402,6 @@ class KTO(Objective):
     def unpaired(self, y: Responses, label: Tensor, z_ref: Tensor | float = 0.0) -> Tensor:
         below = z_ref - self.beta * y.ratio
         return torch.where(label, self.lam_w * torch.sigmoid(below), self.lam_l * torch.sigmoid(-below))
-
-    def implicit_reward(self, y: Responses) -> Tensor:
-        return self.beta * y.ratio
 
 
 def reference_point(mean_ratio: Tensor, beta: float) -> Tensor:

@@ -205,5 +205,5 @@ def shared_prefix_attention(
     return (attend or by_segment)(query, key, value, layout, style)
 
 
-# With dropout: the operator's backward would draw again what its forward drew.
+# With dropout, the operator's backward would draw other random numbers than its forward.
 _by_segment_uncompiled = torch.compiler.disable(by_segment)

@@ -157,9 +157,9 @@ class StepPlan:
     def _split(self, shares: list[np.ndarray]) -> list[list[list[int]]]:
         """The rows of every rank's micro-batches, equally many for each; some may be empty."""
         if self.sizes.pads:  # rows of similar widths next to one another, so that little is padded
-            groups = [
-                fill(self.sizes, sorted(share.tolist(), key=self._width), self.max_batch_tokens) for share in shares
-            ]
+            widths = self.sizes.widths.sum(axis=1)
+            by_width = [sorted(share.tolist(), key=lambda row: (-int(widths[row]), row)) for share in shares]
+            groups = [fill(self.sizes, rows, self.max_batch_tokens) for rows in by_width]
             most = max(map(len, groups))
             return [[*group, *([] for _ in range(most - len(group)))] for group in groups]
         count = max(1, -(-max(int(self.lengths[share].sum()) for share in shares) // self.max_batch_tokens))
@@ -168,9 +168,6 @@ class StepPlan:
             if max(self.sizes.together(rows) for group in groups for rows in group) <= self.max_batch_tokens:
                 return groups
             count += 1
-
-    def _width(self, row: int) -> tuple[int, ...]:
-        return (-int(self.sizes.widths[row].sum()), row)
 
 
 def check_budget(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> None:

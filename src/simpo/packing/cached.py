@@ -62,7 +62,7 @@ class TwoPasses:
         counts = torch.tensor([len(span.responses) for span in spans], device=device)
         prompt_sizes = torch.tensor([span.prompt for span in spans], device=device)
         comparison_of = torch.repeat_interleave(counts)
-        # Where a scored token is predicted, counted from its response's first token; -1 is the prompt's last token.
+        # The position that predicts a scored token, from its response's first token on; -1 is the end of the prompt.
         response_of = batch.response_of
         place = batch.layout.index.positions[batch.scored] - prompt_sizes[comparison_of[response_of]]
         parts = iter(batch.input_ids.split(batch.layout.part_sizes))

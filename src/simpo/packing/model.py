@@ -27,7 +27,7 @@ from simpo.packing.logprobs import Head, fused_logprobs
 from simpo.packing.selfcheck import Computation, Kind, Path, PolicyState, check_model, naive_logprobs
 
 # "packed" shares prompts inside attention and pads nothing; "cached" shares them through the model's own cache;
-# "padded" gives every response a row of its own. "auto" takes the first of them that has proved right on the model.
+# "padded" gives every response its own row. "auto" takes the first path that has proved right on the model.
 ForwardPath = Literal["auto", "packed", "cached", "padded"]
 
 _STATE = "_simpo_policy"

@@ -40,7 +40,7 @@ _LARGEST_LOGITS = 2**31  # bytes of a row's logits, which the check materializes
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 Path = Literal["packed", "cached", "padded"]
-# What is computed from the unwrapped model, a batch and a path, inside the model's forward.
+# A function of the unwrapped model, a batch and a path that runs inside the model's forward.
 Computation = Callable[[PreTrainedModel, PackedBatch, Path], Any]
 
 

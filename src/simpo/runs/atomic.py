@@ -12,7 +12,7 @@ from pathlib import Path
 
 from simpo.errors import SimpoError
 
-# What is not whole has a name of the form `.NAME.partial` (not yet) or `.NAME.removed` (no longer).
+# Incomplete files and folders are called `.NAME.partial` (being written) or `.NAME.removed` (being removed).
 _PARTIAL, _REMOVED = "partial", "removed"
 
 # Failed writes that are not an OSError. safetensors: "I/O error: No space left on device (os error 28)". torch:
@@ -51,7 +51,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
     Yields:
         The folder under its provisional name. It is removed if the body raises; what a killed process left is removed
-        by the next call or by :func:`sweep`.
+        by the next call or by :func:`remove_leftovers`.
 
     Raises:
         FileExistsError: ``final`` exists.
@@ -109,7 +109,7 @@ def remove_folder(path: Path) -> None:
         _delete(renamed)
 
 
-def sweep(parent: Path) -> None:
+def remove_leftovers(parent: Path) -> None:
     """Remove what killed processes left incomplete in ``parent``.
 
     Only for the one process that writes there: the unfinished work of a living process looks the same.

@@ -21,9 +21,9 @@ from filelock import FileLock, Timeout
 
 from simpo.errors import InterruptedRun, SimpoError
 from simpo.runs import manifest
-from simpo.runs.atomic import disk_errors, sweep, write_text
+from simpo.runs.atomic import disk_errors, remove_leftovers, write_text
 from simpo.runs.lines import JsonLines
-from simpo.runs.log import EarlyNotices, LogFile, masked, now, redact, redact_arguments, redact_yaml
+from simpo.runs.log import EarlyNotices, LogFile, mask_secrets, redact, redact_arguments, redact_yaml, utc_now
 from simpo.runs.results import FILE_NAME as RESULTS
 from simpo.runs.results import Metric, fingerprint, write_results
 from simpo.runs.terminal import output_is_closed, printable
@@ -109,7 +109,7 @@ class RunRecord:
         """Take another identity and remember the old values."""
         keys = self._changed(identity)
         old, new = ({key: known[key] for key in keys if key in known} for known in (self.identity, identity))
-        self.changes.append({"time": now(), "there": old, "now": new})
+        self.changes.append({"time": utc_now(), "there": old, "now": new})
         self.identity = identity
 
     def _changed(self, identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -237,7 +237,7 @@ class RunFolder:
         if self.finished:
             self._check_whole()
         with disk_errors(self.path):
-            sweep(self.path)
+            remove_leftovers(self.path)
         if not self.finished:
             self._write_start(settled, argv, recipe, resolved)
         assert self._record is not None
@@ -261,7 +261,7 @@ class RunFolder:
         """
         since = None if self.hashes_all else (self.path / FILE_NAME).stat().st_mtime_ns
         for folder in [self.path, *(path.parent for path in self.path.glob("*/**/manifest.json"))]:
-            if fault := manifest.damage(folder, since=since):
+            if fault := manifest.find_damage(folder, since=since):
                 raise SimpoError(
                     f"output_dir: {self.path} holds this run, finished, but {folder} is damaged ({fault}); restore the "
                     "file, or name a new folder"
@@ -274,7 +274,7 @@ class RunFolder:
         if not self.writes:
             return
         try:
-            print(printable(masked(line)))
+            print(printable(mask_secrets(line)))
         except BrokenPipeError:
             if self._log is None or not output_is_closed():
                 raise
@@ -287,11 +287,8 @@ class RunFolder:
     def complete(self, compute: Callable[[], Sequence[Metric]]) -> Path:
         """Compute the metrics, write ``results.json`` and finish; a finished run is left as it is.
 
-        Args:
-            compute: does the work of the run and returns its metrics; called after :meth:`begin`.
-
-        Returns:
-            The path of ``results.json``.
+        Returns the path of ``results.json``. ``compute`` does the work of the run after :meth:`begin` and returns its
+        metrics.
         """
         if self.finished:
             self.log(f"{self.path} already holds this run, finished: nothing was computed")
@@ -308,7 +305,7 @@ class RunFolder:
             return
         assert self._record is not None, "begin() comes first"
         manifest.write_manifest(self.path, exclude=_UNLISTED)
-        self._record.status, self._record.finished = "finished", now()
+        self._record.status, self._record.finished = "finished", utc_now()
         self._record.peak_memory = manifest.peak_memory()
         self._record.write(self.path)
 
@@ -383,11 +380,13 @@ class RunFolder:
             self._record = RunRecord(self.command, identity)
         elif self._record.differences(identity):
             self._record.change(identity)
-        self._record.starts.append(now())
+        self._record.starts.append(utc_now())
         self._record.write(self.path)  # first, because without it the folder would hold no run
         command_line = shlex.join(["simpo", self.command, *redact_arguments(argv)])
-        given = "" if recipe is None else redact_yaml(recipe.read_text(encoding="utf-8"))
-        write_text(self.path / "recipe.yaml", textwrap.indent(command_line, "# ", lambda line: True) + "\n" + given)
+        recipe_text = "" if recipe is None else redact_yaml(recipe.read_text(encoding="utf-8"))
+        write_text(
+            self.path / "recipe.yaml", textwrap.indent(command_line, "# ", lambda line: True) + "\n" + recipe_text
+        )
         if resolved is not None:
             text = yaml.safe_dump(_plain(redact(resolved)), sort_keys=False, allow_unicode=True)
             write_text(self.path / "recipe.resolved.yaml", text)

@@ -34,12 +34,7 @@ class JsonLines:
     def __init__(self, path: Path, *, checked: bool = False) -> None:
         """Open ``path``, or create it and its folder.
 
-        Args:
-            path: the file.
-            checked: every line has a checksum, and one that does not fit it is damaged.
-
-        Raises:
-            SimpoError: the file cannot be written.
+        With ``checked`` every line has a checksum, and one that does not match is damaged.
         """
         self.path = Path(path)
         self._checked = checked
@@ -87,12 +82,7 @@ class JsonLines:
             self._ends.append(self._end + len(line))
 
     def keep(self, count: int) -> None:
-        """Drop all records after the first ``count``, for a run that resumes from an earlier point.
-
-        Raises:
-            ValueError: there are fewer.
-            SimpoError: the file cannot be written.
-        """
+        """Drop all records after the first ``count``, for a run that resumes from an earlier point."""
         if not 0 <= count <= len(self):
             raise ValueError(f"cannot keep {count} of {len(self)} records")
         del self._ends[count:]
@@ -129,17 +119,17 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(json_safe(record), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair becomes JSON's own \udXXX
 
 
-def finite(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     """A JSON value as it is stored: numbers that are not finite are null, and sequences are lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: json_safe(item) for key, item in value.items()}
+    return [json_safe(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _parsed(line: bytes, place: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def is_secret(key: str) -> bool:
     return bool(_SECRET.fullmatch(name)) and not _HARMLESS.fullmatch(name)
 
 
-def masked(text: str) -> str:
+def mask_secrets(text: str) -> str:
     """Any text without what looks like an access token, and without the secrets of the environment."""
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and value in text and is_secret(name):
@@ -118,10 +118,10 @@ def _redact_line(text: str) -> str:
         harmless = not is_secret(key) or value.lower() in ("null", "~", "true", "false")
         return match[0] if harmless else f"{key}{sign}{REDACTED}"
 
-    return masked(_ASSIGNMENT.sub(mask, text))
+    return mask_secrets(_ASSIGNMENT.sub(mask, text))
 
 
-def now() -> str:
+def utc_now() -> str:
     """The time in UTC, to the second: ``2026-01-31T12:00:00+00:00``."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -155,7 +155,7 @@ class LogFile(logging.Handler):
     def write(self, line: str) -> None:
         """Append a line, without access tokens."""
         with disk_errors(self.path), self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{now()} {masked(line)}\n")
+            file.write(f"{utc_now()} {mask_secrets(line)}\n")
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append a record; a library's message that cannot be stored does not end the run."""

@@ -85,7 +85,7 @@ def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:
     write_text(folder / FILE_NAME, json.dumps({"schema": SCHEMA, "files": files}, indent=2, ensure_ascii=False) + "\n")
 
 
-def damage(folder: Path, *, since: int | None = None) -> str | None:
+def find_damage(folder: Path, *, since: int | None = None) -> str | None:
     """The first difference of a folder's files from its manifest, as text; None if all are as they were written.
 
     Files that the manifest does not list are ignored. Sizes are compared first, because hashing takes long.
@@ -189,14 +189,14 @@ def _git_state() -> tuple[str | None, str | None]:
     git = ("git", "--no-optional-locks", "-c", "core.fsmonitor=", "-c", f"core.hooksPath={os.devnull}")
     commit = _output(*git, "rev-parse", "HEAD")
     settings = _output(*git, "config", "--list", "--includes", "--name-only", "--show-scope")
-    own = [
+    keys = [
         key
         for scope, _, key in (line.partition("\t") for line in (settings or "").splitlines())
         if scope in ("local", "worktree")
     ]
-    if commit is None or settings is None or not all(map(_RUNS_NOTHING.fullmatch, own)):
+    if commit is None or settings is None or not all(map(_RUNS_NOTHING.fullmatch, keys)):
         return commit, None
-    # Without the folders that runs add, and without submodules, which have a configuration of their own.
+    # Untracked files (the folders of runs) are left out, and so are submodules, which have their own configuration.
     return commit, _output(*git, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
 
 

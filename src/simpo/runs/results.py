@@ -63,6 +63,14 @@ class Metric:
         return cls(name, found.value, stage, found.n, found.low, found.high, method or found.method)
 
     @property
+    def text(self) -> str:
+        """The value with its interval: ``0.6125 [0.584, 0.64]``; ``-`` for no value."""
+        text = "-"
+        if self.value is not None:
+            text = f"{self.value:,.0f}" if abs(self.value) >= 10_000 else f"{self.value:.4g}"
+        return text if self.low is None or self.high is None else f"{text} [{self.low:.3g}, {self.high:.3g}]"
+
+    @property
     def interval(self) -> Interval:
         """The value with its interval, of a metric that has a value."""
         assert self.value is not None
@@ -117,11 +125,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def read_results(path: Path) -> Results:
-    """Read a ``results.json``.
-
-    Raises:
-        SimpoError: the file cannot be read, or is not one; names the file.
-    """
+    """Read a ``results.json``."""
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
@@ -137,10 +141,7 @@ def print_results(
 ) -> None:
     """Print the metrics of a ``results.json`` with their intervals: first those with stages, side by side.
 
-    Args:
-        path: the file.
-        console: where to print.
-        headings: of the columns of the stages, where they have names of their own.
+    ``headings`` name the columns of the stages.
     """
     results = read_results(path)
     names: dict[Stage | None, str] = {**_HEADINGS, **(headings or {})}
@@ -186,15 +187,6 @@ def _table(
     if not shared:
         table.add_column("n", justify="right", no_wrap=True)
     for name, cells in rows.items():
-        numbers = [Text(_number(cells[stage]) if stage in cells else "") for stage in stages]
+        numbers = [Text(cells[stage].text if stage in cells else "") for stage in stages]
         table.add_row(Text(name), *numbers, *([] if shared else [counts[name]]))
     return table
-
-
-def _number(metric: Metric) -> str:
-    text = "-"
-    if metric.value is not None:
-        text = f"{metric.value:,.0f}" if abs(metric.value) >= 10_000 else f"{metric.value:.4g}"
-    if metric.low is None or metric.high is None:
-        return text
-    return f"{text} [{metric.low:.3g}, {metric.high:.3g}]"

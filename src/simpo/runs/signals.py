@@ -13,14 +13,11 @@ from simpo.errors import InterruptedRun
 
 
 @contextmanager
-def stoppable(message: str = "interrupted; the same command continues") -> Iterator[None]:
+def interruptible(message: str = "interrupted; the same command continues") -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end the body at once, for a command that stores its work piece by piece.
 
-    Args:
-        message: one line that says what is kept and how to continue.
-
-    Raises:
-        InterruptedRun: a signal arrived; its exit code is 130 or 143.
+    The error, :class:`InterruptedRun`, has exit code 130 or 143 and the ``message``, which says what is kept and how to
+    continue.
     """
     received = signal.SIGINT
 
@@ -37,7 +34,7 @@ def stoppable(message: str = "interrupted; the same command continues") -> Itera
 
 
 @contextmanager
-def noted(*signums: int) -> Iterator[list[int]]:
+def record_signals(*signums: int) -> Iterator[list[int]]:
     """Add the first of these signals to the list instead of acting on it; a second one acts as it did before."""
     received: list[int] = []
 

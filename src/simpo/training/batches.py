@@ -25,16 +25,17 @@ from simpo.training.settings import TrainingSettings
 # Optional columns of a tokenized data set that training adds.
 REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP = "ref_logps", "mismatched_ids", "mismatched_ref_logp"
 LEVELS = "levels"
-# Columns of the data that change the loss of a row (simpo.training.row_columns).
+# Columns of the data that change the loss of a row (simpo.training.preference).
 WEIGHT, LABEL_PROBABILITY, MARGIN, BETA = "weight", "label_probability", "margin", "beta"
-# Those of answers that a policy has sampled: numbers of each token, and what is logged of each row.
+# Columns of sampled answers: numbers for each token, and the logged metrics of each row.
 BEHAVIOR, REF_TOKENS, ADVANTAGES, ROLLOUT = "behavior_logps", "ref_token_logps", "advantages", "rollout"
 VALUES, RETURNS = "values", "returns"
+# Columns that are attributes of PlannedBatch by the same name: lists of numbers, and numbers (of ROLLOUT, M each).
+_LISTS = (REF_LOGPS, LEVELS, BEHAVIOR, REF_TOKENS, ADVANTAGES, VALUES, RETURNS)
+_NUMBERS = (LABEL_PROBABILITY, MARGIN, BETA, ROLLOUT)
 _COLUMNS = (
     *("prompt_ids", "response_ids", "scored", "scores", "label"),
-    *(REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP, LEVELS),
-    *(LABEL_PROBABILITY, MARGIN, BETA),
-    *(BEHAVIOR, REF_TOKENS, ADVANTAGES, ROLLOUT, VALUES, RETURNS),
+    *(MISMATCHED_IDS, MISMATCHED_REF_LOGP, *_LISTS, *_NUMBERS),
 )
 _ROWS_NAMED = 5  # in an error message about several rows
 
@@ -185,20 +186,11 @@ class ComparisonRows(TorchDataset):
             micro.rows,
             step_weight,
             OrderedPairs.of(counts, scores),
-            ref_logps=_flat(columns.get(REF_LOGPS)),
             labels=None if "label" not in columns else torch.tensor(columns["label"]),
             mismatched=mismatched,
             mismatched_ref_logps=_doubles(columns.get(MISMATCHED_REF_LOGP)),
-            levels=_flat(columns.get(LEVELS)),
-            behavior_logps=_flat(columns.get(BEHAVIOR)),
-            ref_token_logps=_flat(columns.get(REF_TOKENS)),
-            advantages=_flat(columns.get(ADVANTAGES)),
-            rollout=None if ROLLOUT not in columns else torch.tensor(columns[ROLLOUT], dtype=torch.float64),
-            values=_flat(columns.get(VALUES)),
-            returns=_flat(columns.get(RETURNS)),
-            label_probability=_doubles(columns.get(LABEL_PROBABILITY)),
-            margin=_doubles(columns.get(MARGIN)),
-            beta=_doubles(columns.get(BETA)),
+            **{name: _flat(columns[name]) for name in _LISTS if name in columns},
+            **{name: _doubles(columns[name]) for name in _NUMBERS if name in columns},
         )
 
     def unplanned_batch(self, rows: Sequence[int]) -> PlannedBatch:
@@ -206,7 +198,7 @@ class ComparisonRows(TorchDataset):
         return self[MicroBatch(tuple(rows), (1.0,) * len(rows)), 1.0]
 
 
-def _doubles(values: Sequence[float] | None) -> Tensor | None:
+def _doubles(values: Sequence[Any] | None) -> Tensor | None:
     return None if values is None else torch.tensor(values, dtype=torch.float64)
 
 

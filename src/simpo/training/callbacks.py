@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from simpo.runs.lines import JsonLines, finite
+from simpo.runs.lines import JsonLines, json_safe
 from simpo.runs.log import Log
 from simpo.runs.terminal import duration
 
@@ -157,7 +157,7 @@ class MetricsFile(TrainerCallback):
         self._lines, self._own = lines, own
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        history = [finite({"step": None, "epoch": None, **logs}) for logs in state.log_history]
+        history = [json_safe({"step": None, "epoch": None, **logs}) for logs in state.log_history]
         if list(islice(self._lines, len(history))) != history:
             if self._own:
                 logger.warning(

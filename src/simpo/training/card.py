@@ -20,25 +20,9 @@ from simpo.training.packed import PackedTrainer
 from simpo.training.settings import DataArguments
 
 _SETTINGS = (
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "bf16",
-    "fp16",
-    "seed",
-    "max_length",
-    "max_prompt_length",
-    "truncation",
-    "paper_tokenization",
-    "sft_weight",
-    "row_columns",
-    "margin",
+    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type"),
+    *("warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16", "fp16", "seed", "max_length"),
+    *("max_prompt_length", "truncation", "paper_tokenization", "sft_weight", "row_columns", "margin"),
     "center_rewards_coefficient",
 )
 
@@ -133,12 +117,5 @@ def _results(metrics: Iterable[Metric], rows: str) -> list[str]:
     lines = [f"| metric | before | after | {rows} |", "|---|---|---|---|"]
     for name, found in stages.items():
         before, after = found.get("before"), found["after"]
-        lines.append(f"| {name} | {_number(before)} | {_number(after)} | {after.n} |")
+        lines.append(f"| {name} | {before.text if before else '-'} | {after.text} | {after.n} |")
     return lines
-
-
-def _number(metric: Metric | None) -> str:
-    if metric is None or metric.value is None:
-        return "-"
-    interval = "" if metric.low is None else f" [{metric.low:.4g}, {metric.high:.4g}]"
-    return f"{metric.value:.4g}{interval}"

@@ -28,8 +28,8 @@ from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.models.adapters import adapter_fault, has_adapter_weights, move_named_adapter
 from simpo.models.zero import shape_of
 from simpo.runs.atomic import disk_errors, provisional, remove_folder, staged_folder, write_text
-from simpo.runs.manifest import damage, write_manifest
-from simpo.runs.signals import noted
+from simpo.runs.manifest import find_damage, write_manifest
+from simpo.runs.signals import record_signals
 from simpo.training.metrics import RunningMeans
 from simpo.training.sharding import ShardedTrainer, reshard, stored_tensors
 
@@ -53,7 +53,7 @@ def step_of(path: Path) -> int:
 def last_good_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint in ``folder``; a warning names each newer one that is damaged."""
     for path in checkpoints(folder):
-        fault = damage(path)
+        fault = find_damage(path)
         if fault is None:
             return path
         logger.warning("%s is damaged (%s) and is skipped", path, fault)
@@ -64,7 +64,7 @@ def check_complete(path: Path) -> None:
     """Raise :class:`SimpoError` unless ``path`` is a checkpoint in which nothing is missing or changed."""
     if not path.is_dir():
         raise SimpoError(f"resume_from_checkpoint: there is no folder {path}")
-    if fault := damage(path):
+    if fault := find_damage(path):
         raise SimpoError(f"resume_from_checkpoint: {path} is damaged ({fault}); name another checkpoint")
 
 
@@ -73,7 +73,7 @@ def check_checkpoint(path: Path, model: nn.Module) -> None:
     check_complete(path)
     if fault := _difference(path, model):
         raise SimpoError(
-            f"resume_from_checkpoint: {path} is of another model ({fault}); name a checkpoint of this model"
+            f"resume_from_checkpoint: {path} belongs to another model ({fault}); name a checkpoint of this model"
         )
 
 
@@ -103,9 +103,6 @@ def staged_checkpoint(final: Path, *, main: bool, wait: Callable[[], None]) -> I
         final: the checkpoint's place; a damaged checkpoint there, which this run has reached again, is replaced.
         main: whether this rank makes and renames folders; the others write into them.
         wait: returns when every rank has called it.
-
-    Raises:
-        SimpoError: the disk is full or the folder cannot be written; no other checkpoint is changed.
     """
     if main and final.exists():
         remove_folder(final)
@@ -273,8 +270,8 @@ class ResumableTrainer(ShardedTrainer):
         started = super()._init_training_state(max_steps, steps, epochs, checkpoint, trial)
         if self.state.global_step > max_steps:
             raise SimpoError(
-                f"resume_from_checkpoint: {checkpoint} is of step {self.state.global_step}, beyond the last step "
-                f"({max_steps}) of this training; raise max_steps or num_train_epochs, or name an earlier checkpoint"
+                f"resume_from_checkpoint: {checkpoint} was saved at step {self.state.global_step}, beyond the last "
+                f"step ({max_steps}) of this training; raise max_steps or num_train_epochs, or name an earlier one"
             )
         if self.state.best_global_step:  # the folder may have been moved since
             best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
@@ -379,7 +376,7 @@ class StopOnSignal(TrainerCallback):
         self._handlers = ExitStack()
 
     def __enter__(self) -> StopOnSignal:
-        self._received = self._handlers.enter_context(noted(signal.SIGINT, signal.SIGTERM))
+        self._received = self._handlers.enter_context(record_signals(signal.SIGINT, signal.SIGTERM))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:

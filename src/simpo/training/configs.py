@@ -27,9 +27,6 @@ class SFTConfig(TrainingSettings):
 
     All keys of ``transformers.TrainingArguments`` and of :class:`~simpo.training.settings.TrainingSettings`. Learning
     rate and schedule are those of the models that the paper starts from (2e-5, cosine, one epoch).
-
-    Raises:
-        SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
     """
 
     learning_rate: float = setting(2e-5, "Peak learning rate; the paper's is 2e-5.")
@@ -45,9 +42,6 @@ class RewardConfig(TrainingSettings):
     """Configuration of a reward model.
 
     All keys of ``transformers.TrainingArguments`` and of :class:`~simpo.training.settings.TrainingSettings`.
-
-    Raises:
-        SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
     """
 
     learning_rate: float = setting(1e-5, "Peak learning rate.")
@@ -87,9 +81,6 @@ class PreferenceConfig(TrainingSettings):
     Pairs per optimizer step are ``per_device_train_batch_size * gradient_accumulation_steps * world_size``, as
     everywhere in transformers; the first two are folded into one, because micro-batches are cut by
     ``max_batch_tokens``.
-
-    Raises:
-        SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
     """
 
     learning_rate: float = setting(1e-6, "Peak learning rate; the paper's are 3e-7 to 1e-6.")
@@ -151,10 +142,10 @@ class PreferenceConfig(TrainingSettings):
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """All hyperparameters of the objective, defaults filled in."""
-        return self.row.resolve(self._given)
+        return self.row.resolve(self._given_hyperparameters)
 
     @property
-    def _given(self) -> dict[str, Any]:
+    def _given_hyperparameters(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in hyperparameter_names() if getattr(self, name) is not None}
 
     def _reject(self) -> None:
@@ -191,7 +182,7 @@ class PreferenceConfig(TrainingSettings):
         self.objective = _DEFAULT if self.objective is None else self.objective
         self.precompute_ref_log_probs = self.precompute_ref_log_probs is not False
         try:
-            self.row.resolve(self._given)
+            self.row.resolve(self._given_hyperparameters)
         except ValueError as error:
             raise SimpoError(str(error)) from error
         self._check_row_columns()
@@ -223,7 +214,7 @@ class PreferenceConfig(TrainingSettings):
                     f"{', '.join(takers)}"
                 )
         if "label_probability" in (self.row_columns or ()) and self.label_smoothing:
-            raise SimpoError("label_smoothing: row_columns has label_probability, which takes its place; leave one out")
+            raise SimpoError("label_smoothing: row_columns has label_probability, which replaces it; leave one out")
 
     def _has_anchor(self, hyperparameters: dict[str, Any]) -> bool:
         """Whether the objective has a term on the chosen response alone that is not 0."""
@@ -249,15 +240,15 @@ class PreferenceConfig(TrainingSettings):
             raise SimpoError(f"loss_type: {given!r} is neither an objective nor a link; there are {known}")
         if self.objective is None and not any(getattr(self, key) is not None for key in _SIMPO_ONLY):
             raise SimpoError(
-                f"loss_type: {given!r} alone may mean DPO's or SimPO's; add objective: dpo, or objective: simpo with "
-                "gamma_beta_ratio"
+                f"loss_type: {given!r} by itself may mean DPO's or SimPO's; add objective: dpo, or objective: simpo "
+                "with gamma_beta_ratio"
             )
         name = self.objective or _DEFAULT
         keys = OBJECTIVES[name].hyperparameters
         if given == "sigmoid" and "link" not in keys and "label_smoothing" in keys:
             return  # the only link of this objective
         if "link" not in keys:
-            raise SimpoError(f"loss_type: {given!r} is no objective and no link of objective {name!r}")
+            raise SimpoError(f"loss_type: {given!r} is neither an objective nor a link of objective {name!r}")
         if self.link not in (None, given):
             raise SimpoError(f"loss_type {given!r} and link {self.link!r} disagree; give one of them")
         self.link = given  # type: ignore[assignment]

@@ -30,7 +30,7 @@ from simpo.training.batches import PlannedBatch, widest_float
 Scores = dict[str, np.ndarray]
 WEIGHT = "weight"
 ACCURACY = "rewards/accuracies"
-# Of every ordered pair, ``[rows, N]``, the better response minus the worse; NaN where a row has fewer pairs.
+# Differences between the better and the worse response of every ordered pair, ``[rows, N]``; NaN for missing pairs.
 MARGINS, LENGTHS = "pair_margins", "pair_length_differences"
 TOKENS = "tokens"  # in files: of every response of a row
 _BINS = 5  # of confidence, from 0.5 to 1
@@ -40,10 +40,7 @@ class RunningMeans:
     """Weighted means of rows' metrics since the last log and since the start, without waiting for the device.
 
     A metric that is NaN does not apply to its row, and its mean is over the other rows; the loss always counts.
-
-    Args:
-        names: of the ``N`` metrics, the loss first.
-        device: where this rank's sums are kept.
+    ``names`` are the ``N`` metrics, the loss first; ``device`` holds this rank's sums.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:

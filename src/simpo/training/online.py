@@ -66,9 +66,9 @@ from simpo.training.value import ValueFunction
 
 logger = logging.getLogger(__name__)
 
-_STAND_IN_TOKENS, _CHECKED = 8, 2
-# Of a policy gradient: mean importance ratio, share of clipped tokens, and the entropy of a token (estimated by minus
-# its log-probability, unless entropy_coef needs the exact one); of PPO's value function: its loss.
+_PLACEHOLDER_TOKENS, _CHECKED = 8, 2
+# A policy gradient's mean importance ratio, share of clipped tokens, and entropy of a token (estimated by minus its
+# log-probability, unless entropy_coef needs the exact one); of PPO's value function: its loss.
 _POLICY_NAMES = ("policy/ratio", "policy/clip_fraction", "policy/entropy", "value/loss")
 _STALENESS = "rollout/staleness"  # optimizer steps since the answers were sampled
 
@@ -177,7 +177,7 @@ class OnlineTrainer(PreferenceTrainer):
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
         """Tokenize the prompts of the rows to train on; held-out rows are pairs, as in the base.
 
-        The prompts have stand-ins for answers, random tokens, on which the packed forward is checked.
+        The prompts have placeholder answers of random tokens, on which the packed forward is checked.
         """
         if label == PTX:
             return prepare_sft(dataset, tokenizer, args.tokenize_settings, label=label)
@@ -189,7 +189,7 @@ class OnlineTrainer(PreferenceTrainer):
         room, rendering = args.max_length - args.max_new_tokens, args.tokenize_settings.rendering
         prompts = prepare_prompts(dataset, tokenizer, label=label, max_prompt_length=room, rendering=rendering)
         tokens = sorted({token for prompt in prompts for token in prompt.ids})
-        size = (len(prompts), args.num_generations, _STAND_IN_TOKENS)
+        size = (len(prompts), args.num_generations, _PLACEHOLDER_TOKENS)
         answers = np.random.default_rng(0).choice(tokens, size).tolist()
         rows = [
             {
@@ -254,7 +254,7 @@ class OnlineTrainer(PreferenceTrainer):
             "ptx": None if self._ptx is None else rows_digest(self._ptx.rows),
             **settings_identity(self.args),
         }
-        self._files.claim(identity)
+        self._files.check_identity(identity)
         return super().train(*args, **kwargs)
 
     @property
@@ -269,7 +269,7 @@ class OnlineTrainer(PreferenceTrainer):
         """This rank's micro-batches of a step; the first step of a rollout samples it, unless its file exists."""
         place = self._schedule.place(data_epoch, step)
         if self._rollout is None or self._rollout[0] != place.rollout:
-            self._enter(place)
+            self._load_rollout(place)
         assert self._rollout is not None
         rows = self._rollout[1]
         self._staleness = self.state.global_step - place.first_step
@@ -282,7 +282,7 @@ class OnlineTrainer(PreferenceTrainer):
         comparisons = ComparisonRows(rows)
         return [comparisons[micro, planned.weight] for micro in planned.micro_batches]
 
-    def _enter(self, place: Place) -> None:
+    def _load_rollout(self, place: Place) -> None:
         """Read or sample the rollout of a step, and turn it into rows to train on."""
         assert self.annotator is not None
         records = self._files.records(place, self.annotator)
@@ -339,7 +339,7 @@ class OnlineTrainer(PreferenceTrainer):
         if self.args.ppo is not None:
             terms = terms + self.args.ppo.value_weight * value_losses
         losses = gradient.loss(rollout, denominator=self._denominator)
-        losses = losses + gradient.add_up(terms, rollout, denominator=self._denominator)
+        losses = losses + gradient.aggregate_tokens(terms, rollout, denominator=self._denominator)
         counts = torch.tensor([len(span.responses) for span in packed.layout.spans], device=logp.device)
         owner = torch.repeat_interleave(counts)
         with torch.no_grad():
@@ -378,7 +378,7 @@ class OnlineTrainer(PreferenceTrainer):
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if new and self._value is not None:
-            self._value.join(optimizer, self)
+            self._value.add_to_optimizer(optimizer, self)
         return optimizer
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

@@ -30,9 +30,6 @@ class OnlineConfig(PreferenceConfig):
     All keys of :class:`~simpo.training.configs.PreferenceConfig`; ``objective`` can also be a policy gradient. A step
     has as many prompts as it has pairs there. A rollout consists of the answers to the prompts of ``sync_every`` steps,
     or, with several passes, of ``sync_every / rollout_epochs`` steps.
-
-    Raises:
-        SimpoError: a value that is out of bounds, unknown or contradictory; the message names the key.
     """
 
     objective: str | None = setting(
@@ -137,14 +134,14 @@ class OnlineConfig(PreferenceConfig):
     def gradient(self) -> PolicyGradient | None:
         """The policy gradient with its hyperparameters; None for a preference objective."""
         row = POLICY_GRADIENTS.get(str(self.objective))
-        given = {key: getattr(self, key) for key in ("clip_low", "clip_high") if getattr(self, key) is not None}
-        return None if row is None else replace(row, **given)
+        values = {key: getattr(self, key) for key in ("clip_low", "clip_high") if getattr(self, key) is not None}
+        return None if row is None else replace(row, **values)
 
     @property
     def ppo(self) -> PPO | None:
         """PPO's hyperparameters; None for another objective."""
-        given = {field.name: getattr(self, field.name) for field in fields(PPO)}
-        return PPO(**{key: value for key, value in given.items() if value is not None}) if self._is_ppo else None
+        values = {field.name: getattr(self, field.name) for field in fields(PPO)}
+        return PPO(**{key: value for key, value in values.items() if value is not None}) if self._is_ppo else None
 
     @property
     def _is_ppo(self) -> bool:
@@ -198,21 +195,23 @@ class OnlineConfig(PreferenceConfig):
             super()._check_objective()
             if "z_ref" in self.row.needs:
                 raise SimpoError(f"objective: {self.objective} needs answers to other prompts; use simpo loop")
-            if given := self._set_among(_GRADIENT_KEYS):
+            if set_keys := self._set_among(_GRADIENT_KEYS):
                 names = ", ".join(POLICY_GRADIENTS)
-                raise SimpoError(f"{given[0]}: only policy gradients ({names}) use it; leave it out")
+                raise SimpoError(f"{set_keys[0]}: only policy gradients ({names}) use it; leave it out")
             if self.num_generations < 2:
                 raise SimpoError(f"num_generations: {self.num_generations} answer cannot be compared; set 2 or more")
             self._check_soft_labels()
         else:
             keys = (*hyperparameter_names(), "loss_type", "sft_weight", "kl_weight", "wpo_weights", "soft_labels")
-            given = [key for key in keys if getattr(self, key)]
-            if given:
-                raise SimpoError(f"{given[0]}: only preference objectives use it, not {self.objective}; leave it out")
+            set_keys = [key for key in keys if getattr(self, key)]
+            if set_keys:
+                raise SimpoError(
+                    f"{set_keys[0]}: only preference objectives use it, not {self.objective}; leave it out"
+                )
         if self._is_ppo and self.fp16:
             raise SimpoError("fp16: not with ppo, whose value function's gradients it would scale; use bf16")
-        if not self._is_ppo and (given := self._set_among(_PPO_KEYS)):
-            raise SimpoError(f"{given[0]}: only ppo has a value function, not {self.objective}; leave it out")
+        if not self._is_ppo and (set_keys := self._set_among(_PPO_KEYS)):
+            raise SimpoError(f"{set_keys[0]}: only ppo has a value function, not {self.objective}; leave it out")
         self.precompute_ref_log_probs = False
 
     def _set_among(self, keys: tuple[str, ...]) -> list[str]:
@@ -225,7 +224,7 @@ class OnlineConfig(PreferenceConfig):
         if "label_probability" not in self.row.row_columns:
             raise SimpoError(f"soft_labels: {self.objective} has no label probability; leave it out")
         if self.label_smoothing:
-            raise SimpoError("label_smoothing: soft_labels takes its place; leave one out")
+            raise SimpoError("label_smoothing: soft_labels replaces it; leave one out")
         if self.num_generations != 2:  # the best and the worst of more are no random pair
             raise SimpoError(f"soft_labels: is for two answers, and num_generations is {self.num_generations}; set 2")
 

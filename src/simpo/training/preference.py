@@ -4,14 +4,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from simpo.data.tokenizing import Prepared, check_rankings, is_feedback, prepare, prepare_feedback
 from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES, Objective, Responses, reference_point, sft_term
+from simpo.objectives.objective import NON_NEGATIVE, POSITIVE, Bound
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_forward, policy_logprobs, responses_of
 from simpo.packing.scoring import mean_by_comparison, token_outputs
@@ -39,7 +43,6 @@ from simpo.training.configs import PreferenceConfig
 from simpo.training.metrics import Scores, compare_preferences
 from simpo.training.packed import Description, PackedTrainer
 from simpo.training.reference import ReferenceModel, mismatched_rows, with_mismatched
-from simpo.training.row_columns import has_column, with_row_columns
 
 # The metrics of pairs and of single responses, by the names on people's dashboards.
 NAMES = (
@@ -193,7 +196,7 @@ class PreferenceTrainer(PackedTrainer):
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _update_reference_point(self, mean_ratio: Tensor) -> None:
-        beta = self.objective.requiring("z_ref").beta  # type: ignore[attr-defined]
+        beta = self.objective.part_that_needs("z_ref").beta  # type: ignore[attr-defined]
         self._context["z_ref"] = reference_point(mean_ratio, beta)
 
     def _update_shift(self) -> None:
@@ -228,14 +231,14 @@ class PreferenceTrainer(PackedTrainer):
         return losses, torch.stack([losses, *metrics[:, 1:].unbind(1), *added], dim=1).detach()
 
     def responses(self, model: nn.Module, packed: PackedBatch) -> Responses:
-        """As in the base, with tokens weighed as of ``ld_alpha``."""
+        """As in the base, with tokens weighted as ``ld_alpha`` requires."""
         return self._desensitized(packed, policy_logprobs(model, packed, path=self.path))
 
     def _desensitized(self, packed: PackedBatch, token_logps: Tensor) -> Responses:
         """The responses of ``packed`` from the log-probabilities, ``[S]``, of its scored tokens.
 
-        With ``ld_alpha``, tokens beyond the length of the shorter response of a pair are weighed by it, for the policy
-        and for the reference (LD-DPO, arXiv 2409.06411).
+        With ``ld_alpha``, tokens beyond the length of the shorter response of a pair are multiplied by it, for the
+        policy and for the reference (LD-DPO, arXiv 2409.06411).
         """
         if self.args.ld_alpha is not None:
             lengths, owner = packed.lengths.to(token_logps.device), packed.response_of.to(token_logps.device)
@@ -319,3 +322,77 @@ def _names(objective: dict[str, float] | str) -> list[str]:
 
 def _logged(objective: Objective, y: Responses) -> Tensor:
     return y.avg if objective.average_logps else y.logp
+
+
+# ---- Columns of the data that change the loss of their row: weight, label probability, margin and beta.
+
+ROW_COLUMNS = {
+    WEIGHT: NON_NEGATIVE,
+    LABEL_PROBABILITY: Bound("must be in [0, 1]", lambda value: 0 <= value <= 1),
+    MARGIN: NON_NEGATIVE,
+    BETA: POSITIVE,
+}
+
+
+def with_row_columns(prepared: Prepared, names: Sequence[str], label: str, *, training: bool) -> Prepared:
+    """Tokenized rows with the columns ``names``, checked, from the columns that the data had.
+
+    Weights are for training only: held-out rows count equally. Rows of weight 0 are dropped, and counted. Held-out rows
+    may be without the other columns, all of them or none.
+
+    Raises:
+        SimpoError: a row lacks a value, its value is out of bounds, or it does not have two responses, so that
+            the value would not be of a pair; the message names file and row.
+    """
+    rows, report = prepared.dataset, prepared.report
+    rows = rows.remove_columns([name for name in ROW_COLUMNS if name in rows.column_names and name not in names])
+    if not names:
+        return replace(prepared, dataset=rows)
+    wheres = rows["where"][:] if "where" in rows.column_names else [f"{label} row {row}" for row in range(len(rows))]
+    counts = pc.list_value_length(rows.with_format("arrow")["response_ids"]).to_pylist()
+    for name in names:
+        report.ignored = {key: count for key, count in report.ignored.items() if not key.startswith(f"column {name!r}")}
+        values = _values(rows, name)
+        if name in rows.column_names:
+            rows = rows.remove_columns(name)
+        if not training and (name == WEIGHT or all(value is None for value in values)):
+            if name != WEIGHT:
+                report.notices.append(f"no row has a {name}: the loss is evaluated without it")
+            continue
+        for where, count, value in zip(wheres, counts, values, strict=True):
+            _check(name, value, where)
+            if count != 2 and name != WEIGHT:
+                has = "a single response" if count == 1 else f"{count} responses"
+                raise SimpoError(f"{where}: row_columns: {name} applies to pairs, and the row has {has}")
+        rows = rows.add_column(name, list(map(float, values)), feature=Value("float64"))
+    if training and WEIGHT in names:
+        kept = np.flatnonzero(np.array(rows[WEIGHT][:]))
+        if not len(kept):
+            raise SimpoError(f"{label}: weight: 0 in every row; nothing would be trained")
+        for row in np.setdiff1d(np.arange(len(rows)), kept):
+            report.drop("weight 0", wheres[row])
+        rows = rows.select(kept) if len(kept) < len(rows) else rows
+    return replace(prepared, dataset=rows)
+
+
+def has_column(rows: Dataset, name: str) -> bool:
+    """Whether some row has a value for ``name``."""
+    return any(value is not None for value in _values(rows, name))
+
+
+def _values(rows: Dataset, name: str) -> list[Any]:
+    """A value for each row: of its column, or among the other columns that the data had."""
+    if name in rows.column_names:
+        return rows[name][:]
+    extras = rows["extra"][:] if "extra" in rows.column_names else ["{}"] * len(rows)
+    return [json.loads(extra).get(name) if f'"{name}"' in extra else None for extra in extras]
+
+
+def _check(name: str, value: Any, where: str) -> None:
+    if value is None:
+        raise SimpoError(f"{where}: {name} is missing, which row_columns requires in every row")
+    bound = ROW_COLUMNS[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise SimpoError(f"{where}: {name}: {value!r} is not a finite number")
+    if not bound.holds(value):
+        raise SimpoError(f"{where}: {name} {bound.text}, not {value!r}")

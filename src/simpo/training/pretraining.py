@@ -21,14 +21,8 @@ class Pretraining:
     """Demonstrations whose average negative log-probability per token is part of every step's loss.
 
     Ouyang et al. 2022, arXiv 2203.02155, equation 2, the term with gamma. The rows of a step depend on its number
-    alone, so that a training that is continued takes the same ones.
-
-    Args:
-        trainer: an :class:`~simpo.training.online.OnlineTrainer`.
-        name: hub id, file or folder of the data set.
-
-    Attributes:
-        means: of the loss per token.
+    alone, so that a training that is continued takes the same ones. ``name`` is the hub id, file or folder of the data
+    set; ``means`` are those of the loss per token.
     """
 
     def __init__(self, trainer: Any, name: str) -> None:

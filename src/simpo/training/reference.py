@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from simpo.data.tokenizing import TOKENS
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.models.adapters import unchanged_base_weights
 from simpo.models.devices import from_main
 from simpo.models.zero import exchange_partitions, gathered, is_partitioned
@@ -54,12 +54,8 @@ class ReferenceModel:
     Its log-probabilities are computed before training and cached, or at every step with a copy of the trained weights.
     The cache has a folder for every policy and in it one for every set of token ids, so that other objectives and data
     sets share it and a killed run continues where it stopped. All ranks make the same calls; the main one reads and
-    writes files.
-
-    Args:
-        trainer: its model has not been trained yet.
-        cache: folder for the log-probabilities; None: in the Hugging Face cache, by the policy's fingerprint.
-        copy_weights: keep a copy, which :meth:`logps`, :meth:`states` and :meth:`response_logps` need.
+    writes files. ``cache`` is a folder for the log-probabilities (None: in the Hugging Face cache, by the policy's
+    fingerprint). :meth:`logps`, :meth:`states` and :meth:`response_logps` need ``copy_weights``.
     """
 
     def __init__(self, trainer: PackedTrainer, cache: str | None, *, copy_weights: bool) -> None:
@@ -116,11 +112,9 @@ class ReferenceModel:
         if self._cache is not None:
             folder = Path(self._cache).expanduser()
         path, main, policy = folder / _POLICY, self._trainer.is_world_process_zero(), None
-        try:
-            if main and path.exists():
+        if main and path.exists():
+            with third_party(f"reference_cache: {path} cannot be read; remove the folder or name another"):
                 policy = json.loads(path.read_text())["policy"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SimpoError(f"reference_cache: {path} cannot be read; remove the folder or name another") from error
         policy = from_main(policy)
         if policy not in (None, self._policy):
             raise SimpoError(
@@ -132,7 +126,7 @@ class ReferenceModel:
         return folder
 
     def _cached_logps(self, rows: Dataset) -> list[list[float]]:
-        """For every row the log-probabilities of its responses; what is missing in the cache is computed."""
+        """The log-probabilities of the responses of every row; those missing from the cache are computed."""
         key, ld_alpha = f"{self._policy} {rows_digest(rows)}", self._trainer.args.ld_alpha
         key += "" if ld_alpha is None else f" ld_alpha {ld_alpha}"
         folder = self._cache_folder / hashlib.sha256(key.encode()).hexdigest()
@@ -245,7 +239,7 @@ def policy_fingerprint(model: nn.Module, precision: str) -> str:
 # have to be switched to, frozen, and left out of what is saved.
 
 
-def _trained(model: nn.Module) -> list[nn.Parameter]:
+def _trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     reshard(model)  # a forward without a backward leaves some weights gathered
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -255,15 +249,15 @@ def trained_weights(model: nn.Module) -> list[Tensor]:
 
     The model must be on its device, and sharded if it is going to be.
     """
-    own = [parameter.ds_tensor if is_partitioned(parameter) else parameter for parameter in _trained(model)]
+    own = [parameter.ds_tensor if is_partitioned(parameter) else parameter for parameter in _trained_parameters(model)]
     return [tensor.detach().clone() for tensor in own]
 
 
 @contextmanager
 def swapped_weights(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
     """Replace the trained weights of ``model`` inside the ``with`` block, without dropout and gradients."""
-    trained, training = _trained(model), model.training
-    own = _exchange(trained, weights)
+    trained, training = _trained_parameters(model), model.training
+    own = _exchange_weights(trained, weights)
     try:
         model.eval()
         with torch.no_grad():
@@ -271,11 +265,11 @@ def swapped_weights(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
     finally:
         model.train(training)
         reshard(model)  # what has been gathered belongs to the other weights
-        _exchange(trained, own)
+        _exchange_weights(trained, own)
 
 
 @torch.no_grad()
-def _exchange(parameters: list[nn.Parameter], weights: list[Tensor]) -> list[Tensor]:
+def _exchange_weights(parameters: list[nn.Parameter], weights: list[Tensor]) -> list[Tensor]:
     """Give every parameter its weights; returns what restores the earlier ones."""
     if parameters and is_partitioned(parameters[0]):
         exchange_partitions(parameters, weights)

@@ -49,7 +49,7 @@ class RewardTrainer(PackedTrainer):
     def __init__(self, model: PreTrainedModel | PeftModel | str, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, str) and not is_reward_model(model):
             raise SimpoError(
-                f"model: {type(model).__name__} is no reward model; load it with AutoModelForSequenceClassification "
+                f"model: {type(model).__name__} is not a reward model; load it with AutoModelForSequenceClassification "
                 "and num_labels=1"
             )
         super().__init__(model, *args, **kwargs)

@@ -29,7 +29,7 @@ from simpo.runs.manifest import is_as_written, write_digest
 from simpo.runs.results import Stage
 from simpo.training.batches import response_tokens
 from simpo.training.reference import ReferenceModel
-from simpo.training.rollouts import Annotator, Answered, Place, Record, adaptation, prompts_from_rows
+from simpo.training.rollouts import Annotator, AnsweredPrompt, Place, Record, adapted_columns, prompts_from_rows
 from simpo.training.sampling import preserve_rng_state, sample_answers
 from simpo.training.sharding import whole_weights
 from simpo.training.value import ValueFunction
@@ -41,11 +41,8 @@ _IDENTITY = "training.json"
 class RolloutFiles:
     """The folder ``rollouts`` of a training.
 
-    Args:
-        trainer: an :class:`~simpo.training.online.OnlineTrainer`, whose model answers as it is.
-        reference: the start model.
-        value: PPO's value function, if there is one.
-        engine: samples the answers (default: transformers' ``generate``).
+    ``trainer`` is an :class:`~simpo.training.online.OnlineTrainer`, ``reference`` the start model, ``value`` PPO's
+    value function, and ``engine`` samples the answers (default: transformers' ``generate``).
     """
 
     def __init__(
@@ -64,7 +61,7 @@ class RolloutFiles:
         ends: dict[Stage, Path] = {"before": paths[0], "after": paths[-1]} if paths else {}
         return {stage: read_lines(path) for stage, path in ends.items() if is_as_written(path)}
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
+    def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Record what determines the rollouts; raises :class:`SimpoError` if the folder has another training's."""
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         path = self._folder / _IDENTITY
@@ -91,7 +88,7 @@ class RolloutFiles:
         with preserve_rng_state(trainer.args.device):
             records = self._sampled(place, annotator)
         if trainer.args.gradient is not None:
-            columns = adaptation(records, previous, trainer.args)
+            columns = adapted_columns(records, previous, trainer.args)
             records = [{**record, **columns} for record in records]
         if trainer.is_world_process_zero():
             write_lines(path, records)
@@ -118,7 +115,7 @@ class RolloutFiles:
         if found is None:
             raise SimpoError(
                 f"{path} is missing or damaged, which kl_target and normalize_scores continue from; copy it and its "
-                "digest (.NAME.sha256) from the run that resume_from_checkpoint is of"
+                "digest (.NAME.sha256) from the run whose checkpoint resume_from_checkpoint names"
             )
         return found
 
@@ -130,7 +127,7 @@ class RolloutFiles:
         with whole_weights(trainer.model, trainer.accelerator):
             samples = sample_answers(trainer, self._engine, [one.ids for one in prompts], self._sampling(place.rollout))
         texts = response_texts(tokenizer, prompts, samples)
-        answered = list(map(Answered, prompts, samples, texts))
+        answered = list(map(AnsweredPrompt, prompts, samples, texts))
         scores: Any = None
         if trainer.is_world_process_zero():
             scores = _scores(annotator, answered, place.rollout, trainer.args.max_missing_scores)
@@ -189,17 +186,17 @@ class RolloutFiles:
 
 
 def _scores(
-    annotator: Annotator, answered: Sequence[Answered], rollout: int, most_missing: float
+    annotator: Annotator, answered: Sequence[AnsweredPrompt], rollout: int, most_missing: float
 ) -> list[list[float | None]]:
     """The annotator's scores; None for those that are missing or not finite.
 
     Raises:
         SimpoError: too many are missing, or there is not one for each answer.
     """
-    given = [list(scores) for scores in annotator(answered)]
-    if [len(scores) for scores in given] != [len(one.texts) for one in answered]:
+    returned = [list(scores) for scores in annotator(answered)]
+    if [len(scores) for scores in returned] != [len(one.texts) for one in answered]:
         raise SimpoError(f"annotator: rollout {rollout}: it did not return one score for each answer")
-    found = [[None if x is None or not math.isfinite(x) else float(x) for x in scores] for scores in given]
+    found = [[None if x is None or not math.isfinite(x) else float(x) for x in scores] for scores in returned]
     incomplete = [number for number, scores in enumerate(found) if None in scores]
     missing, total = sum(scores.count(None) for scores in found), sum(map(len, found))
     if missing > most_missing * total:

@@ -35,15 +35,15 @@ from simpo.training.online_config import OnlineConfig
 
 CONTENT = "content"  # the column of a data set's prompts, which tells them from other rows
 Record = Mapping[str, Any]  # a prompt with its scored answers, a line of a rollout's file
-# Of the answers to a prompt, in the column ROLLOUT: mean score, estimate of KL(policy || start model) per answer, mean
-# tokens, share that ended by themselves, share that repeat another one, share without a score, whether all scores are
-# equal, so that the prompt teaches nothing (to a policy gradient without a value function), share of scores that
-# score_clip changes, and the rollout's KL coefficient.
+# Metrics of the answers to a prompt, in the column ROLLOUT: mean score, estimated KL(policy || start) per answer,
+# mean tokens, share that ended by themselves, share that repeat another one, share without a score, whether all scores
+# are equal, so that the prompt teaches nothing (to a policy gradient without a value function), share of scores that
+# score_clip changes, and the KL coefficient of the rollout.
 _PARTS = ("reward", "kl", "length", "ended", "identical", "missing_scores", "equal_scores", "clipped_scores", "kl_coef")
 ROLLOUT_NAMES = tuple(f"rollout/{name}" for name in _PARTS)
 
 
-class Answered(NamedTuple):
+class AnsweredPrompt(NamedTuple):
     """A prompt with its answers, as an annotator receives them."""
 
     prompt: Prompt
@@ -52,7 +52,7 @@ class Answered(NamedTuple):
 
 
 # Scores of all answers to each prompt, the higher the better; None where no score can be given.
-Annotator = Callable[[Sequence[Answered]], Sequence[Sequence[float | None]]]
+Annotator = Callable[[Sequence[AnsweredPrompt]], Sequence[Sequence[float | None]]]
 
 
 def prompts_from_rows(rows: Dataset) -> list[Prompt]:
@@ -134,15 +134,13 @@ def final_scores(record: Record, unfinished_score: float | None) -> list[float |
     return [score if finished else unfinished_score for score, finished in columns]
 
 
-def adaptation(records: Sequence[Record], previous: Sequence[Record] | None, args: OnlineConfig) -> dict[str, float]:
+def adapted_columns(
+    records: Sequence[Record], previous: Sequence[Record] | None, args: OnlineConfig
+) -> dict[str, float]:
     """Columns of a policy gradient's rollout that depend on the rollouts before it, the same in all of its records.
 
-    They are the KL coefficient, and mean and standard deviation of the start model's scores.
-
-    Args:
-        records: the rollout without these columns.
-        previous: the rollout before it; None if it is the first.
-        args: the configuration.
+    They are the KL coefficient, and mean and standard deviation of the start model's scores. ``records`` are the
+    rollout without these columns, and ``previous`` is the rollout before it, if there is one.
 
     Raises:
         SimpoError: all scores are the same, and ``normalize_scores`` is set.
@@ -178,13 +176,17 @@ def training_rows(records: Sequence[Record], args: OnlineConfig) -> Dataset:
     is no pair.
     """
     scores = [final_scores(record, args.unfinished_score) for record in records]
-    estimates = {} if args.gradient is None else _estimates(records, scores, args)
+    estimates = {} if args.gradient is None else _advantages_and_returns(records, scores, args)
     rows = []
-    for number, (record, own) in enumerate(zip(records, scores, strict=True)):
-        row = {"prompt_ids": record["prompt_ids"], "where": record["where"], ROLLOUT: _metrics(record, own, args)}
+    for number, (record, row_scores) in enumerate(zip(records, scores, strict=True)):
+        row = {
+            "prompt_ids": record["prompt_ids"],
+            "where": record["where"],
+            ROLLOUT: _metrics(record, row_scores, args),
+        }
         reference = record["ref_logps"]
         if args.gradient is None:
-            chosen, ranked = _compared(own, args.pairs)
+            chosen, ranked = _select_compared(row_scores, args.pairs)
             row |= {"response_ids": [record["response_ids"][k] for k in chosen], "scores": ranked}
             if args.soft_labels:
                 row[LABEL_PROBABILITY] = 1 / (1 + math.exp(ranked[1] - ranked[0]))
@@ -234,7 +236,7 @@ def _metrics(record: Record, scores: Sequence[float | None], args: OnlineConfig)
     ]
 
 
-def _compared(scores: Sequence[float | None], pairs: str) -> tuple[list[int], list[float]]:
+def _select_compared(scores: Sequence[float | None], pairs: str) -> tuple[list[int], list[float]]:
     """The answers that are compared, the best first, and their scores."""
     order = sorted((k for k, score in enumerate(scores) if score is not None), key=lambda k: -scores[k])  # type: ignore[operator]
     if len(order) < 2:
@@ -243,7 +245,7 @@ def _compared(scores: Sequence[float | None], pairs: str) -> tuple[list[int], li
     return chosen, [scores[k] for k in chosen]  # type: ignore[misc]
 
 
-def _estimates(
+def _advantages_and_returns(
     records: Sequence[Record], scores: Sequence[Sequence[float | None]], args: OnlineConfig
 ) -> dict[str, list[list[float]]]:
     """Advantages, and for PPO returns, of all tokens: by the column's name a list for every prompt."""

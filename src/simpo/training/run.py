@@ -65,10 +65,6 @@ def run_training(kind: type[PackedTrainer], job: TrainingJob) -> Path:
     Held-out rows, if there are any, are scored before and after. The folder gets the model, tokenizer, template, model
     card and ``results.json``. Nothing is written before data, model and configuration have proved usable.
 
-    Args:
-        kind: the trainer's class.
-        job: what to train, on what, and how.
-
     Returns:
         The path of ``results.json``.
 

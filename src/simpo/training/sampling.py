@@ -21,11 +21,7 @@ def sample_answers(
 ) -> list[list[Sampled]]:
     """The answers to every prompt, on every rank; the ranks share the work, and all must call.
 
-    Args:
-        trainer: of the model that answers.
-        engine: holds that model.
-        prompts: token ids.
-        settings: resolved settings.
+    ``prompts`` are token ids, and ``engine`` holds the trainer's model.
     """
     config = trainer.args
     share = missing_chunks(prompts, settings)[config.process_index :: config.world_size]

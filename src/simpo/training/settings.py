@@ -213,7 +213,7 @@ class TrainingSettings(TrainingArguments):
         given = self.gradient_checkpointing_kwargs or getattr(self, "activation_checkpointing_kwargs", None) or {}
         if unknown := [name for name in given if name not in _CHECKPOINTING]:
             known = ", ".join(_CHECKPOINTING)
-            raise SimpoError(f"gradient_checkpointing_kwargs: {unknown[0]!r} is none of {known}")
+            raise SimpoError(f"gradient_checkpointing_kwargs: {unknown[0]!r} is not one of {known}")
 
 
 # Ways to name the data that exclude one another; one on the command line replaces the recipe's.
@@ -266,11 +266,7 @@ class DataArguments:
 
 
 def load_datasets(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
-    """Training rows, and held-out rows where the arguments name some; raw, in any shape.
-
-    Raises:
-        SimpoError: a data set, split or file does not exist or cannot be read.
-    """
+    """Training rows, and held-out rows where the arguments name some; raw, in any shape."""
     held_out, mapping = None, arguments.column_mapping
     name, split = str(arguments.dataset_name), arguments.dataset_test_split
     if arguments.dataset_mixer is not None:

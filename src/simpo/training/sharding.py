@@ -80,7 +80,7 @@ class ShardedTrainer(Trainer):
         zero3 = any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt"))
         if theirs and zero3 != (self.accelerator.state.deepspeed_plugin.zero_stage == 3):
             raise SimpoError(
-                f"resume_from_checkpoint: {checkpoint} is of another ZeRO stage; continue it with that one"
+                f"resume_from_checkpoint: {checkpoint} was saved with another ZeRO stage; continue it with that one"
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -150,7 +150,7 @@ def prepare_sharding(accelerator: Accelerator, model: nn.Module) -> None:
     if parallelism is not None and max(parallelism.tp_size, parallelism.cp_size, parallelism.sp_size) > 1:
         raise SimpoError(
             "parallelism_config: tensor, context and sequence parallelism are not supported, because every process "
-            "takes rows of its own; use fsdp"
+            "takes its own rows; use fsdp"
         )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise SimpoError("model: its weights are sharded already; hand over the whole model and set fsdp: true")
@@ -215,18 +215,18 @@ def _names_known(folder: Path, model: nn.Module) -> bool:
 
 def _load_sharded(model: nn.Module, folder: Path) -> None:
     """Load a checkpoint's weights into a sharded model, one at a time; every rank reads the files."""
-    own: dict[str, Tensor] = model.state_dict()
+    target: dict[str, Tensor] = model.state_dict()
     stored: Iterable[tuple[str, Tensor]] = ((name, tensor[...]) for name, tensor in stored_tensors(folder))
     if isinstance(model, PeftModel):
-        own, stored = adapter_tensors(model), read_adapter_tensors(str(folder)).items()
+        target, stored = adapter_tensors(model), read_adapter_tensors(str(folder)).items()
     found = False
     with torch.no_grad():
         for name, tensor in stored:
-            if name not in own:
+            if name not in target:
                 raise SimpoError(
                     f"resume_from_checkpoint: {folder}: {name} has no place in the sharded model (not yet)"
                 )
-            own[name].copy_(_as_sharded(tensor, own[name]))
+            target[name].copy_(_as_sharded(tensor, target[name]))
             found = True
     if not found:
         raise SimpoError(f"resume_from_checkpoint: {folder} has no whole weights; name a checkpoint of this model")
@@ -241,7 +241,9 @@ def _load_renamed(folder: Path, model: PreTrainedModel) -> None:
             raise RuntimeError("weights are missing or left over")
         model.load_state_dict(loaded.state_dict())
     except RuntimeError as error:
-        raise SimpoError(f"resume_from_checkpoint: {folder} is of another model ({one_line(error, 200)})") from error
+        raise SimpoError(
+            f"resume_from_checkpoint: {folder} belongs to another model ({one_line(error, 200)})"
+        ) from error
 
 
 def _gather_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class ValueFunction:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters."""
-        return list(self._named().values())
+        return list(self._trained().values())
 
     def of(self, batch: PackedBatch) -> Tensor:
         """``[S]`` values of the states in which the scored tokens of ``batch`` are chosen, by a network."""
@@ -78,13 +78,13 @@ class ValueFunction:
 
     # ---- Steps of the optimizer.
 
-    def join(self, optimizer: torch.optim.Optimizer, trainer: Trainer) -> None:
+    def add_to_optimizer(self, optimizer: torch.optim.Optimizer, trainer: Trainer) -> None:
         """Add the parameters to the trainer's ``optimizer``, with their own learning rate if there is one."""
         args: Any = trainer.args
         decayed = set(trainer.get_decay_parameter_names(self.module))
         rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         for decay, chosen in ((args.weight_decay, True), (0.0, False)):
-            group = [parameter for name, parameter in self._named().items() if (name in decayed) == chosen]
+            group = [parameter for name, parameter in self._trained().items() if (name in decayed) == chosen]
             if group:
                 optimizer.add_param_group({"params": group, "weight_decay": decay, "lr": rate})
 
@@ -104,7 +104,7 @@ class ValueFunction:
 
     def save(self, folder: Path) -> None:
         """Write the trained parameters to a checkpoint's ``folder``."""
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self._named().items()}, folder / FILE)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self._trained().items()}, folder / FILE)
 
     def load(self, folder: Path) -> None:
         """Read what :meth:`save` wrote; raises :class:`SimpoError` if there is nothing, or another value function."""
@@ -112,14 +112,16 @@ class ValueFunction:
             raise SimpoError(
                 f"resume_from_checkpoint: {folder} has no value function; it was not written by a run with ppo"
             )
-        stored, own = load_file(folder / FILE), self._named()
-        if {name: each.shape for name, each in stored.items()} != {name: each.shape for name, each in own.items()}:
+        stored, parameters = load_file(folder / FILE), self._trained()
+        if {name: each.shape for name, each in stored.items()} != {
+            name: each.shape for name, each in parameters.items()
+        }:
             raise SimpoError(f"resume_from_checkpoint: {folder} has another value function; name the same value_model")
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in parameters.items():
                 parameter.copy_(stored[name])
 
-    def _named(self) -> dict[str, nn.Parameter]:
+    def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
 
 
@@ -139,7 +141,7 @@ def _new_head(policy: nn.Module) -> nn.Linear:
 
 
 def _enable_checkpointing(model: Any, args: Any) -> None:
-    """As ``Trainer`` does for the policy; before 5.23 transformers named it after gradients."""
+    """Enable checkpointing as ``Trainer`` does for the policy; before 5.23 transformers named it after gradients."""
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         if getattr(args, name, False) and hasattr(model, f"{name}_enable"):
             getattr(model, f"{name}_enable")(getattr(args, f"{name}_kwargs") or None)
@@ -160,11 +162,11 @@ def _load(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase | Non
         arguments = ModelArguments(
             name, dtype=str(_dtype(policy)).removeprefix("torch."), use_peft=bool(adapter), **adapter
         )
-        own = load_tokenizer(name, arguments)
+        own_tokenizer = load_tokenizer(name, arguments)
         model = load_reward_model(arguments)
     except SimpoError as error:
         raise SimpoError(f"value_model: {str(error).removeprefix('model_name_or_path: ')}") from error
-    if tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
+    if tokenizer is not None and own_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise SimpoError(
             f"value_model: {name} has another vocabulary than the policy, whose tokens it has to read; train a reward "
             "model that starts from the policy's family, or leave it out"

@@ -69,13 +69,13 @@ def convert(path: Path) -> Conversion:
     settings = read_file(str(path), mistakes)
     if mistakes:
         raise CombinedError(*mistakes)
-    given = {setting.key: setting.value for setting in settings}
-    toolkit = next((toolkit for toolkit in TOOLKITS if toolkit.marks & given.keys()), None)
+    recipe = {setting.key: setting.value for setting in settings}
+    toolkit = next((toolkit for toolkit in TOOLKITS if toolkit.marks & recipe.keys()), None)
     if toolkit is None:
         names = ", ".join(toolkit.name for toolkit in TOOLKITS)
-        raise SimpoError(f"--from: {path} has no key by which a recipe of {names} is recognized")
+        raise SimpoError(f"--from: {path} has no key that identifies a recipe of {names}")
     try:
-        command = toolkit.command(given, path)
+        command = toolkit.command(recipe, path)
     except ValueError as error:
         raise SimpoError(f"--from: {path}: {error}") from error
     keys = keys_of((ModelArguments, DataArguments, CONFIGS[command], GenerationArguments))
@@ -84,7 +84,7 @@ def convert(path: Path) -> Conversion:
         line = setting.place.rpartition(":")[2] if setting.place else "?"
         written = f"{setting.key}: {_written(setting.value)}"
         try:
-            for name, value in _translated(setting, given, toolkit, keys):
+            for name, value in _translated(setting, recipe, toolkit, keys):
                 if name == NOTE:
                     found.gaps.append(f"line {line}: {setting.key}: {value}")
                     continue
@@ -95,12 +95,12 @@ def convert(path: Path) -> Conversion:
                 found.values.setdefault(name, (value, comment if len(comment) < 80 else setting.key))
         except ValueError as error:
             found.gaps.append(f"line {line}: {written if len(written) < 80 else setting.key}: {error}")
-    _complete(found, toolkit, path, keys, lost="objective" not in found.values and _names_a_loss(given))
+    _complete(found, toolkit, path, keys, lost="objective" not in found.values and _names_a_loss(recipe))
     return found
 
 
 def _translated(
-    setting: Setting, given: Mapping[str, Any], toolkit: Toolkit, keys: Mapping[str, Key]
+    setting: Setting, recipe: Mapping[str, Any], toolkit: Toolkit, keys: Mapping[str, Key]
 ) -> Iterator[tuple[str, Any]]:
     """Keys of ours with their values, checked one by one; raises ValueError where there is no counterpart."""
     key, value = setting.key, setting.value
@@ -108,11 +108,11 @@ def _translated(
         return
     alias = known_spellings(keys.keys()).get(key)
     if key in toolkit.rules:
-        found = toolkit.rules[key](value, given)
+        found = toolkit.rules[key](value, recipe)
     elif isinstance(alias, str) or (alias is None and key in keys):
         found = {alias or key: value}
     elif alias is not None:
-        found = alias(value, given.keys())
+        found = alias(value, recipe.keys())
     elif is_off(value):
         return
     else:
@@ -131,8 +131,8 @@ def _translated(
             yield name, own
 
 
-def _names_a_loss(given: Mapping[str, Any]) -> bool:
-    return any(given.get(key) is not None for key in ("loss_type", "dpo_loss_type", "pref_loss"))
+def _names_a_loss(recipe: Mapping[str, Any]) -> bool:
+    return any(recipe.get(key) is not None for key in ("loss_type", "dpo_loss_type", "pref_loss"))
 
 
 def _complete(found: Conversion, toolkit: Toolkit, path: Path, keys: Mapping[str, Key], *, lost: bool) -> None:
@@ -152,12 +152,12 @@ def _complete(found: Conversion, toolkit: Toolkit, path: Path, keys: Mapping[str
         defaults |= toolkit.defaults.get("lora", {})
     if lost:
         defaults.pop("objective", None)
-    own = _hyperparameters(str(values.get("objective", (defaults.get("objective"),))[0]))
+    hyperparameters = _hyperparameters(str(values.get("objective", (defaults.get("objective"),))[0]))
     for name, value in defaults.items():
         taken = name in values or (name == "gamma" and "gamma_beta_ratio" in values)
-        if name in keys and not taken and (name in own or name not in _ALL_HYPERPARAMETERS):
+        if name in keys and not taken and (name in hyperparameters or name not in _ALL_HYPERPARAMETERS):
             values[name] = (value, default)
-    if "beta" in values and "beta" not in own and "objective" in values:
+    if "beta" in values and "beta" not in hyperparameters and "objective" in values:
         weight = {"orpo": "lam", "ipo": "tau"}.get(str(values["objective"][0]))
         if weight is not None:  # TRL calls it beta
             values[weight] = (values.pop("beta")[0], "beta")

@@ -17,8 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from simpo.analysis.plots import plot_rounds
-from simpo.client import ChatClient, Endpoint, Estimate, confirm_cost
-from simpo.client.cache import default_cache
+from simpo.client import Estimate, confirm_cost
 from simpo.data.prompts import read_prompts
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
@@ -28,14 +27,14 @@ from simpo.generation.sample import Job
 from simpo.generation.vllm import load_vllm
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import check_judges_anew, make_annotator
-from simpo.judging.settings import JudgeOptions
+from simpo.judging.settings import JudgeOptions, server_client
 from simpo.models.checkpoint import model_digest
 from simpo.models.devices import free_memory
 from simpo.models.loading import load_tokenizer
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results
-from simpo.runs.signals import stoppable
+from simpo.runs.signals import interruptible
 from simpo.statistics import Interval
 from simpo.training.identity import settings_identity, settings_of
 from simpo.training.preference import PreferenceTrainer
@@ -56,22 +55,15 @@ def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None 
 
     With more ``rounds`` it continues a finished loop, unless that one was stopped, as if they had been requested at
     once. Before a new loop begins, the settings of all stages are checked and the cost of a judge's requests is
-    confirmed.
-
-    Args:
-        recipe: of the loop.
-        argv: the command line after the command's name, for the record.
-        file: the recipe's file, for the record.
-
-    Returns:
-        Folder of the model of the last round that passed all stop criteria, or the start's name if there is none.
+    confirmed. Returns the folder of the model of the last round that passed all stop criteria, or the start's name if
+    there is none.
 
     Raises:
         SimpoError: something that the user gave cannot be used, or a stage failed.
         InterruptedRun: a signal came; what was done is kept.
     """
     folder, settings = Path(recipe.config.output_dir), recipe.settings
-    with stoppable(), RunFolder(folder, command="loop") as run:
+    with interruptible(), RunFolder(folder, command="loop") as run:
         options = _judge_options(recipe)
         identity = _identity(recipe, options)
         begun = sum(1 for path in folder.glob("round-*") if path.is_dir())
@@ -106,10 +98,8 @@ def _outcome(folder: Path) -> tuple[int, int]:
 
 
 def _judge_options(recipe: LoopRecipe) -> JudgeOptions:
-    settings, client = recipe.settings, None
-    if settings.judge_url is not None and settings.judge_model is not None:
-        endpoint = Endpoint(settings.judge_url, settings.judge_model, settings.judge_key_env)
-        client = ChatClient(endpoint, default_cache())
+    settings = recipe.settings
+    client = server_client(settings.judge_url, settings.judge_model, settings.judge_key_env)
     return JudgeOptions.beside(recipe.model, client)
 
 
@@ -269,11 +259,5 @@ def print_loop(folder: Path) -> None:
     for name in ("round", *columns):
         table.add_column(Text(name), justify="right", no_wrap=True)
     for number, found in rows.items():
-        cells = []
-        for cell in map(found.get, columns):
-            value = "" if cell is None else "-" if cell.value is None else f"{cell.value:.3g}"
-            if cell is not None and cell.low is not None and cell.high is not None:
-                value += f" [{cell.low:.3g}, {cell.high:.3g}]"
-            cells.append(Text(value))
-        table.add_row(number, *cells)
+        table.add_row(number, *(Text(found[name].text if name in found else "") for name in columns))
     print_full_width(Console(), table)

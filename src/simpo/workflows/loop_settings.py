@@ -24,15 +24,15 @@ class LoopSettings:
             "help": "File, folder or hub id of held-out prompts, on which every round is compared with the start."
         }
     )
-    annotator: str = field(metadata={"help": "What scores the answers that pairs are made of; see simpo annotate."})
+    annotator: str = field(metadata={"help": "Annotator that scores the answers for the pairs; see simpo annotate."})
     judges: list[str] | None = setting(
-        None, "What decides whether a round is better than the start (default: the annotator)."
+        None, "Annotators that decide whether a round is better than the start (default: annotator)."
     )
     rounds: int = setting(3, "How many times to sample, annotate, pair and train.", least=1)
     prompts_split: str = setting("train", "Split of prompts.")
     eval_prompts_split: str = setting("train", "Split of eval_prompts.")
     eval_n: int = setting(1, "Answers of each model to every held-out prompt.", least=1)
-    engine: Literal["transformers", "vllm"] = setting("transformers", "What generates.")
+    engine: Literal["transformers", "vllm"] = setting("transformers", "The library that generates the answers.")
     chat_template: str | None = setting(
         None, "Template, file with one, or none for raw text (default: the tokenizer's own)."
     )
@@ -60,11 +60,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class LoopRecipe:
-    """All parts of the recipe; ``config`` is that of preference training, and its output folder is the loop's.
-
-    Raises:
-        SimpoError: the parts do not fit together; the message names the key.
-    """
+    """All parts of the recipe; ``config`` is that of preference training, and its output folder is the loop's."""
 
     settings: LoopSettings
     sampling: SamplingSettings

@@ -9,16 +9,15 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from simpo.client import ChatClient, Endpoint, confirm_cost, placeholder_answer
-from simpo.client.cache import default_cache
+from simpo.client import confirm_cost, placeholder_answer
 from simpo.judging.protocol import Answers, Scorer
 from simpo.judging.registry import make_annotator
-from simpo.judging.settings import AnnotatorArguments, JudgeOptions
+from simpo.judging.settings import AnnotatorArguments, JudgeOptions, server_client
 from simpo.models.settings import ModelArguments
 from simpo.runs.log import Log
 from simpo.training.callbacks import RunCallback
 from simpo.training.online_config import OnlineConfig
-from simpo.training.rollouts import Answered, prompts_from_rows
+from simpo.training.rollouts import AnsweredPrompt, prompts_from_rows
 
 _TRIED_PROMPTS = 2
 
@@ -43,11 +42,10 @@ class Annotation(RunCallback):
         self, config: OnlineConfig, tokenizer: PreTrainedTokenizerBase, held_out: Dataset | None, log: Log
     ) -> None:
         """Make the annotator and load what it needs; raises :class:`~simpo.errors.SimpoError` if that fails."""
-        client, arguments = None, self._arguments
-        if arguments.judge_url is not None and arguments.judge_model is not None:
-            endpoint = Endpoint(arguments.judge_url, arguments.judge_model, arguments.judge_key_env)
-            endpoint.api_key()
-            client = ChatClient(endpoint, default_cache())
+        arguments = self._arguments
+        client = server_client(arguments.judge_url, arguments.judge_model, arguments.judge_key_env)
+        if client is not None:
+            client.endpoint.api_key()
         # the annotator's own progress would start again with every rollout
         options = JudgeOptions.beside(self._model, client, lambda line: None)
         self._scorer, self._config, self._log = make_annotator(arguments.annotator, options), config, log
@@ -76,6 +74,6 @@ class Annotation(RunCallback):
             passes = math.ceil(self._config.max_steps * per_step / len(prompts))
         confirm_cost(estimate * passes, yes=self._arguments.annotator_yes, log=self._log)
 
-    def score(self, answered: Sequence[Answered]) -> Sequence[Sequence[float | None]]:
+    def score(self, answered: Sequence[AnsweredPrompt]) -> Sequence[Sequence[float | None]]:
         """The scores of a rollout's answers."""
         return self._scorer.score([Answers(p.id, p.content, texts, p.context) for p, _, texts in answered])

@@ -53,9 +53,6 @@ class PairSettings:
 
     ``keep_unfinished`` is off because an answer in a pair ends with the end-of-turn token, which a model did not write
     where ``max_new_tokens`` cut it: a chosen one would teach the model to stop in the middle of a sentence.
-
-    Raises:
-        SimpoError: a value is out of bounds; the message names the key.
     """
 
     pairs: PairKind = setting("best_worst", "Which answers to a prompt are compared; ranking: all of them at once.")
@@ -187,14 +184,7 @@ def _row(record: Mapping[str, Any], answers: Sequence[_Answer], settings: PairSe
 def pair_annotated(annotated: Path, settings: PairSettings, folder: Path, *, argv: Sequence[str] = ()) -> Path:
     """Write ``pairs.jsonl`` and ``results.json``; a finished run is left as it is.
 
-    Args:
-        annotated: ``annotated.jsonl`` of ``simpo annotate``, or its folder.
-        settings: which pairs to make.
-        folder: the run's folder.
-        argv: the command line after the command's name, for the record.
-
-    Returns:
-        The path of ``results.json``.
+    ``annotated`` is ``annotated.jsonl`` of ``simpo annotate`` or its folder. Returns the path of ``results.json``.
 
     Raises:
         SimpoError: the input cannot be used, or gives no pair at all.
@@ -220,11 +210,8 @@ def pair_responses(
 ) -> PairReport:
     """Score a file of sampled responses with a function, and pair them.
 
-    Args:
-        responses: ``responses.jsonl`` of ``simpo sample``.
-        scorer: from prompt and response to a number; higher is better.
-        output: the file of pairs, complete or absent.
-        settings: which pairs to make; by default the best against the worst answer that ended.
+    ``responses`` is ``responses.jsonl`` of ``simpo sample``; ``scorer`` maps a prompt and a response to a number, the
+    higher the better.
 
     Raises:
         SimpoError: a file cannot be read or written, a score is not a finite number, or there is no pair at all.

@@ -156,12 +156,7 @@ _OPTIONS = ("label_smoothing", "link", "length_normalized")  # variants of a los
 def compose_recipe(objective: str, setting: str) -> str:
     """The recipe, as YAML text with comments.
 
-    Args:
-        objective: name of the objective.
-        setting: one of :data:`~simpo.workflows.recipes.SETTINGS`.
-
-    Raises:
-        SimpoError: an objective or setting that is unknown.
+    ``setting`` is one of :data:`~simpo.workflows.recipes.SETTINGS`.
     """
     for option, name, known in (("objective", objective, OBJECTIVES), ("setting", setting, SETTINGS)):
         if name not in known:

@@ -46,24 +46,18 @@ _START = "start-answers"
 _BATCH_TOKENS = 16384
 _CONFIRMED = True  # the cost of a judge's requests was confirmed before the first round
 
-# What a stage produces; the other files in its folder (logs, times, the machine) differ between identical runs.
+# The products of a stage; other files in its folder (logs, times, the machine) differ between identical runs.
 _PRODUCTS = ("responses.jsonl", "annotated.jsonl", "pairs.jsonl", "verdicts.jsonl", "*.safetensors")
 _COMPARED = ("win_rate/", "agreement/", "kappa/", "response_tokens", "end_of_turn_rate")
 
 
-def drift(answers: Path, start: ModelArguments, prompts: PromptArguments) -> Interval:
+def kl_from_start(answers: Path, start: ModelArguments, prompts: PromptArguments) -> Interval:
     """Mean of ``log pi(y | x) - log pi_start(y | x)`` over answers ``y`` of ``pi``, in nats; interval over prompts.
 
     This is an unbiased estimate of KL(pi || pi_start) if the answers are drawn at temperature 1 from the whole
-    distribution. With other settings it is a similar measure for the distribution that is sampled.
-
-    Args:
-        answers: ``responses.jsonl`` of the trained model, with token ids and log-probabilities.
-        start: the model that the distance is measured from.
-        prompts: what was answered.
-
-    Raises:
-        SimpoError: the file, the prompts or the model cannot be read.
+    distribution. With other settings it is a similar measure for the distribution that is sampled. ``answers`` is
+    ``responses.jsonl`` of the trained model, with token ids and log-probabilities, and ``start`` the model that the
+    distance is measured from.
     """
     records = read_lines(answers)
     tokenizer = load_tokenizer(start.model_name_or_path, start, chat_template=prompts.chat_template)
@@ -99,12 +93,7 @@ class Rounds:
         self._sample(0, self.recipe.held_out_prompts, self.recipe.held_out_sampling, self.folder / _START)
 
     def run(self, number: int) -> list[Metric]:
-        """All stages of a round; each is its own run, so that a loop that was killed continues where it was.
-
-        Raises:
-            SimpoError: a stage failed.
-            InterruptedRun: a signal came.
-        """
+        """All stages of a round; each is its own run, so that a loop that was killed continues where it was."""
         folder = self.folder / f"round-{number}"
         recipe, settings, previous = self.recipe, self.recipe.settings, self._model(number - 1)
 
@@ -147,7 +136,7 @@ class Rounds:
                 if metric.name == "pair/rows"
             ),
             *(m for m in read_results(folder / "comparison" / RESULTS).metrics if m.name.startswith(_COMPARED)),
-            Metric.of("kl", drift(folder / "answers" / RESPONSES, recipe.start(), recipe.held_out_prompts)),
+            Metric.of("kl", kl_from_start(folder / "answers" / RESPONSES, recipe.start(), recipe.held_out_prompts)),
         ]
         free_memory()
         write_results(folder, command="loop", fingerprint=self.fingerprint, metrics=metrics)
@@ -184,7 +173,7 @@ class Rounds:
             "answers": {"model": folder / "model", "prompts": settings.eval_prompts},
             "comparison": {"answers": folder / "answers", "start": self.folder / _START},
         }
-        stages = {name: self._describe(folder / name, given) for name, given in inputs.items()}
+        stages = {name: self._describe(folder / name, sources) for name, sources in inputs.items()}
         document = {"schema": _SCHEMA, "round": number, "stages": stages}
         write_text(folder / ROUND_FILE, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 

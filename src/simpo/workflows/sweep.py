@@ -32,7 +32,7 @@ from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results
 from simpo.training.callbacks import RunCallback
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob, prepare_data, run_training
-from simpo.workflows.sweep_space import Axis, Values, combinations, one_at_a_time, shown
+from simpo.workflows.sweep_space import Axis, Values, combinations, format_values, one_at_a_time
 from simpo.workflows.sweep_study import Sampler, Study, TrialLease, TrialResult
 
 BEST, EFFECTS = "best.yaml", "effects.png"
@@ -104,14 +104,8 @@ def run_sweep(sweep: Sweep, recipe: Mapping[str, Any]) -> Path | None:
     """Run the trials that are left; the process that finishes the last one writes table, best recipe and plot.
 
     The same call continues a sweep that was killed and leaves a finished one as it is. Several processes may run the
-    same sweep at the same time and share its trials.
-
-    Args:
-        sweep: what to search.
-        recipe: the recipe's keys and values, as written.
-
-    Returns:
-        The path of ``results.json``; None if other processes are still running trials.
+    same sweep at the same time and share its trials. ``recipe`` has the keys and values as written. Returns the path of
+    ``results.json``; None if other processes are still running trials.
 
     Raises:
         SimpoError: something that the user gave cannot be used, the disk is full, or no trial finished.
@@ -214,7 +208,7 @@ class _TrialCallback(RunCallback):
 
 def _run_trial(sweep: Sweep, study: Study, lease: TrialLease, log: Log) -> None:
     """Run one trial and record how it ended; if this process is interrupted, the trial stays open."""
-    name = f"trial {lease.number} ({shown(lease.values)})"
+    name = f"trial {lease.number} ({format_values(lease.values)})"
     folder = study.trial_folder(lease.number)
     try:
         for other in study.results():  # TPE may draw the same values again
@@ -309,7 +303,9 @@ def _write_best(sweep: Sweep, best: TrialResult, metric: Metric, recipe: Mapping
     keys |= {key: yaml.safe_load(value) for key, value in best.values.items()}
     path = sweep.folder / BEST
     text = yaml.safe_dump(redact(keys), sort_keys=False, allow_unicode=True, width=120)
-    head = f"# Trial {best.number} of a sweep, the best by {metric.name}: {_shown(metric)} ({shown(best.values)}).\n"
+    head = (
+        f"# Trial {best.number} of a sweep, the best by {metric.name}: {metric.text} ({format_values(best.values)}).\n"
+    )
     write_text(path, f"{head}# simpo train {path} --output_dir DIR\n\n{text}")
 
 
@@ -328,7 +324,7 @@ def print_table(
     by_name = {f"trials/{trial.number:03d}/{metric}": trial for trial in results}
     metrics = read_results(folder / FILE_NAME).metrics  # in the order of the ranking
     ranked = [(by_name[found.name], found) for found in metrics if found.name in by_name]
-    rows = [(trial, _shown(found)) for trial, found in ranked]
+    rows = [(trial, found.text) for trial, found in ranked]
     rows += [(trial, trial.state) for trial in results if trial.state in ("pruned", "failed")]
     # Text, so that rich does not take the brackets of an interval for its markup.
     table = Table(title=Text("simpo sweep"), box=SIMPLE_HEAD)
@@ -344,11 +340,6 @@ def print_table(
     notes = [f"drawn with values tried before and not run again: trials {repeated}"] if repeated else []
     for line in (*_remarks(ranked, axes), *failed, *notes):
         console.print(Text(line), soft_wrap=True)
-
-
-def _shown(metric: Metric) -> str:
-    interval = "" if metric.low is None or metric.high is None else f" [{metric.low:.3g}, {metric.high:.3g}]"
-    return f"{metric.value:.4g}{interval}"
 
 
 def _remarks(ranked: Sequence[tuple[TrialResult, Metric]], axes: Sequence[Axis]) -> Iterator[str]:

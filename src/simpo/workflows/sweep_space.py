@@ -93,9 +93,8 @@ Axis = Choices | Range
 def read_axes(options: Mapping[str, Sequence[str]], annotations: Mapping[str, Any]) -> tuple[Axis, ...]:
     """The axes among the options of a command line: ``A,B,C`` are values to try, ``LOW..HIGH`` is a range.
 
-    Args:
-        options: the values after every ``--key``; a value that starts with a bracket is JSON and no axis.
-        annotations: the keys that recipes have, with their types.
+    ``options`` are the values after every ``--key``; a value that starts with a bracket is JSON and no axis.
+    ``annotations`` are the keys of recipes with their types.
 
     Raises:
         SimpoError: an unknown key, a repeated value, or a range that is empty or belongs to a key without numbers.
@@ -160,6 +159,6 @@ def one_at_a_time(axes: Sequence[Axis]) -> Iterator[Values]:
             yield first | {axis.key: value}
 
 
-def shown(values: Mapping[str, str]) -> str:
+def format_values(values: Mapping[str, str]) -> str:
     """``learning_rate 3e-7, beta 2``."""
     return ", ".join(f"{key} {value}" for key, value in values.items())

@@ -30,11 +30,7 @@ _STATES: dict[str, State] = {
 
 
 def load_optuna() -> Any:
-    """The package.
-
-    Raises:
-        SimpoError: it is not installed.
-    """
+    """The package."""
     try:
         import optuna  # noqa: PLC0415 - an optional dependency
     except ImportError as error:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
 from simpo.config.coercion import coerce
-from simpo.config.foreign import is_off
+from simpo.config.foreign import is_off, reject
 
 # A key's value and all keys with their values to keys of ours; raises ValueError where there is no counterpart.
 Rule = Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
-Given = Mapping[str, Any]
+Recipe = Mapping[str, Any]  # all keys with their values
 NOTE = "note"  # among a rule's results, a remark about what is left out
 
 
@@ -30,41 +31,41 @@ class Toolkit:
 
     name: str
     marks: Set[str]
-    command: Callable[[Given, PurePath], str]
+    command: Callable[[Recipe, PurePath], str]
     rules: Mapping[str, Rule]
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def _nothing(value: Any, given: Given) -> Mapping[str, Any]:
+def _nothing(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     return {}
+
+
+def _beta_of(loss_key: str) -> Rule:
+    """A key for beta, which ORPO and IPO call by another name here."""
+    return lambda value, recipe: {{"orpo": "lam", "ipo": "tau"}.get(str(recipe.get(loss_key)), "beta"): value}
 
 
 # ---- LLaMA-Factory.
 
 
-def _llama_factory_command(given: Given, path: PurePath) -> str:
+def _llama_factory_command(recipe: Recipe, path: PurePath) -> str:
     commands = {"dpo": "train", "kto": "train", "sft": "sft", "rm": "reward"}
-    stage = str(given.get("stage", "sft"))
+    stage = str(recipe.get("stage", "sft"))
     if stage not in commands:
         raise ValueError(f"stage: {stage} has no counterpart here; there are {', '.join(commands)}")
     return commands[stage]
 
 
-def _pref_beta(value: Any, given: Given) -> Mapping[str, Any]:
-    return {{"orpo": "lam", "ipo": "tau"}.get(str(given.get("pref_loss")), "beta"): value}
+_registered = partial(
+    reject, "names of LLaMA-Factory's dataset_info.json; write dataset_name with the hub id, file or folder"
+)
+_template = partial(
+    reject,
+    "the model's own chat template is used; if it has none, write chat_template with a template or a file of one",
+)
 
 
-def _registered(value: Any, given: Given) -> Mapping[str, Any]:
-    raise ValueError("names of LLaMA-Factory's dataset_info.json; write dataset_name with the hub id, file or folder")
-
-
-def _template(value: Any, given: Given) -> Mapping[str, Any]:
-    raise ValueError(
-        "the model's own chat template is used; if it has none, write chat_template with a template or a file of one"
-    )
-
-
-def _held_out_share(value: Any, given: Given) -> Mapping[str, Any]:
+def _held_out_share(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     if is_off(value):
         return {}
     raise ValueError(f"write dataset_mixture with the data set and test_split_size: {value}")
@@ -76,7 +77,12 @@ _LLAMA_FACTORY = Toolkit(
     {"stage", "finetuning_type", "cutoff_len", "dataset_dir"},
     _llama_factory_command,
     {
-        **{"pref_beta": _pref_beta, "dataset": _registered, "eval_dataset": _registered, "template": _template},
+        **{
+            "pref_beta": _beta_of("pref_loss"),
+            "dataset": _registered,
+            "eval_dataset": _registered,
+            "template": _template,
+        },
         "val_size": _held_out_share,
     },
     {
@@ -90,13 +96,13 @@ _LLAMA_FACTORY = Toolkit(
 # ---- Axolotl.
 
 
-def _axolotl_command(given: Given, path: PurePath) -> str:
-    rl = given.get("rl")
+def _axolotl_command(recipe: Recipe, path: PurePath) -> str:
+    rl = recipe.get("rl")
     if not is_off(rl):
         if rl not in ("dpo", "ipo", "simpo", "orpo", "kto"):
             raise ValueError(f"rl: {rl} has no counterpart in these commands")
         return "train"
-    return "sft" if is_off(given.get("reward_model")) else "reward"
+    return "sft" if is_off(recipe.get("reward_model")) else "reward"
 
 
 def _entry(source: Any) -> dict[str, Any]:
@@ -132,12 +138,12 @@ def _left_out(sources: Any) -> dict[str, str]:
     }
 
 
-def _datasets(value: Any, given: Given) -> Mapping[str, Any]:
+def _datasets(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     entries = _entries(value)
     if not entries:
         return {}
     note = _left_out(value)
-    size = given.get("val_set_size")
+    size = recipe.get("val_set_size")
     if len(entries) == 1 and is_off(size):
         own = dict(zip(("dataset_name", "dataset_config", "dataset_train_split"), entries[0].values(), strict=True))
         return note | {key: item for key, item in own.items() if item is not None}
@@ -149,7 +155,7 @@ def _datasets(value: Any, given: Given) -> Mapping[str, Any]:
     return note | {"dataset_mixture": mixture}
 
 
-def _test_datasets(value: Any, given: Given) -> Mapping[str, Any]:
+def _test_datasets(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     entries = _entries(value)
     if not entries:
         return {}
@@ -164,10 +170,10 @@ def _test_datasets(value: Any, given: Given) -> Mapping[str, Any]:
 def _per_epoch(name: str) -> Rule:
     """A number of times per epoch as a share of all steps."""
 
-    def rule(value: Any, given: Given) -> Mapping[str, Any]:
+    def rule(value: Any, recipe: Recipe) -> Mapping[str, Any]:
         if is_off(value):
             return {f"{name}_strategy": "no"}
-        times = coerce(str(value), float) * coerce(str(given.get("num_epochs", 1)), float)
+        times = coerce(str(value), float) * coerce(str(recipe.get("num_epochs", 1)), float)
         if times <= 1:
             return {f"{name}_strategy": "epoch"}
         return {f"{name}_strategy": "steps", f"{name}_steps": f"{1 / times:.6g}"}
@@ -175,19 +181,15 @@ def _per_epoch(name: str) -> Rule:
     return rule
 
 
-def _axolotl_template(value: Any, given: Given) -> Mapping[str, Any]:
+def _axolotl_template(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     if value == "tokenizer_default":
         return {}
     if value == "jinja" or is_off(value):
-        return {"chat_template": given["chat_template_jinja"]} if given.get("chat_template_jinja") else {}
-    return _template(value, given)
+        return {"chat_template": recipe["chat_template_jinja"]} if recipe.get("chat_template_jinja") else {}
+    return _template(value, recipe)
 
 
-def _rl_beta(value: Any, given: Given) -> Mapping[str, Any]:
-    return {{"ipo": "tau", "orpo": "lam"}.get(str(given.get("rl")), "beta"): value}
-
-
-def _special_tokens(value: Any, given: Given) -> Mapping[str, Any]:
+def _special_tokens(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     if value and not isinstance(value, Mapping):
         raise ValueError("not tokens by name")
     others = [str(name) for name in value or {} if name != "pad_token"]  # padding is never scored
@@ -196,26 +198,22 @@ def _special_tokens(value: Any, given: Given) -> Mapping[str, Any]:
     return {}
 
 
-def _precision(value: Any, given: Given) -> Mapping[str, Any]:
+def _precision(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     return {"bf16": "true" if str(value).lower() in ("auto", "full") else value}
 
 
-def _fsdp(value: Any, given: Given) -> Mapping[str, Any]:
+def _fsdp(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     return {"fsdp": " ".join(map(str, value)) if isinstance(value, list) else value} if value else {}
 
 
-def _cpo_alpha(value: Any, given: Given) -> Mapping[str, Any]:
-    if is_off(value):
-        return {}
-    raise ValueError("write sft_weight, which is averaged within a response and then over pairs")
-
+_cpo_alpha = partial(reject, "write sft_weight, which is averaged within a response and then over pairs")
 
 _AXOLOTL = Toolkit(
     "Axolotl",
     {"base_model", "sequence_len"},
     _axolotl_command,
     {
-        **{"datasets": _datasets, "test_datasets": _test_datasets, "val_set_size": _nothing, "rl_beta": _rl_beta},
+        **{"datasets": _datasets, "test_datasets": _test_datasets, "val_set_size": _nothing, "rl_beta": _beta_of("rl")},
         **{"evals_per_epoch": _per_epoch("eval"), "saves_per_epoch": _per_epoch("save")},
         **{"chat_template": _axolotl_template, "chat_template_jinja": _nothing, "special_tokens": _special_tokens},
         **{"bf16": _precision, "reward_model": _nothing, "cpo_alpha": _cpo_alpha, "fsdp": _fsdp, "strict": _nothing},
@@ -231,18 +229,18 @@ _AXOLOTL = Toolkit(
 # ---- open-instruct.
 
 
-def _open_instruct_command(given: Given, path: PurePath) -> str:
-    preference = {"beta", "loss_type", "dpo_beta", "dpo_loss_type"} & given.keys()
+def _open_instruct_command(recipe: Recipe, path: PurePath) -> str:
+    preference = {"beta", "loss_type", "dpo_beta", "dpo_loss_type"} & recipe.keys()
     return "train" if preference or any("dpo" in part for part in path.parts) else "sft"
 
 
-def _mixer_list(value: Any, given: Given) -> Mapping[str, Any]:
+def _mixer_list(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     if not isinstance(value, list) or len(value) % 2:
         raise ValueError("not a list of data sets and fractions")
-    return _mixer(dict(zip(value[::2], value[1::2], strict=True)), given)
+    return _mixer(dict(zip(value[::2], value[1::2], strict=True)), recipe)
 
 
-def _mixer(value: Any, given: Given) -> Mapping[str, Any]:
+def _mixer(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     if value and not isinstance(value, Mapping):
         raise ValueError("not data sets with their fractions")
     shares = {name: coerce(str(share), float) for name, share in (value or {}).items()}
@@ -259,23 +257,23 @@ def _mixer(value: Any, given: Given) -> Mapping[str, Any]:
     }
 
 
-def _same_tokenizer(value: Any, given: Given) -> Mapping[str, Any]:
-    if value != given.get("model_name_or_path"):
+def _same_tokenizer(value: Any, recipe: Recipe) -> Mapping[str, Any]:
+    if value != recipe.get("model_name_or_path"):
         raise ValueError("the tokenizer is the model's own; put it into the model's folder")
     return {}
 
 
-def _checkpointing_steps(value: Any, given: Given) -> Mapping[str, Any]:
+def _checkpointing_steps(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     if is_off(value):
         return {}
     return {"save_strategy": "epoch"} if value == "epoch" else {"save_strategy": "steps", "save_steps": value}
 
 
-def _tracking(value: Any, given: Given) -> Mapping[str, Any]:
-    return {} if is_off(value) or "report_to" in given else {"report_to": "wandb"}
+def _tracking(value: Any, recipe: Recipe) -> Mapping[str, Any]:
+    return {} if is_off(value) or "report_to" in recipe else {"report_to": "wandb"}
 
 
-def _trained_by_dpo(value: Any, given: Given) -> Mapping[str, Any]:
+def _trained_by_dpo(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     name = str(value)
     if name not in ("dpo", "dpo_norm", "simpo"):
         raise ValueError(f"{name} has no counterpart here")
@@ -290,7 +288,7 @@ _OPEN_INSTRUCT = Toolkit(
         **{"dataset_mixer": _mixer, "dataset_mixer_list": _mixer_list, "tokenizer_name": _same_tokenizer},
         **{"tokenizer_name_or_path": _same_tokenizer, "checkpointing_steps": _checkpointing_steps},
         **{"with_tracking": _tracking, "loss_type": _trained_by_dpo, "dpo_loss_type": _trained_by_dpo},
-        "dataset_mixer_list_splits": lambda value, given: {"dataset_splits": value},
+        "dataset_mixer_list_splits": lambda value, recipe: {"dataset_splits": value},
     },
     {
         "train": {"objective": "dpo_norm", "beta": "5", "gamma_beta_ratio": "0.3", "num_train_epochs": "2"}
@@ -303,8 +301,8 @@ _OPEN_INSTRUCT = Toolkit(
 # ---- alignment-handbook.
 
 
-def _handbook_command(given: Given, path: PurePath) -> str:
-    preference = {"beta", "loss_type", "gamma_beta_ratio", "max_prompt_length"} & given.keys()
+def _handbook_command(recipe: Recipe, path: PurePath) -> str:
+    preference = {"beta", "loss_type", "gamma_beta_ratio", "max_prompt_length"} & recipe.keys()
     return "train" if preference or _handbook_folder(path) in ("dpo", "orpo", "simpo") else "sft"
 
 
@@ -315,7 +313,7 @@ def _handbook_folder(path: PurePath) -> str:
 _TRL_LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "apo_zero": "apo_zero", "apo_down": "apo_down"}
 
 
-def _trl_loss(value: Any, given: Given) -> Mapping[str, Any]:
+def _trl_loss(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     name = value[0] if isinstance(value, list) and len(value) == 1 else value
     ours = _TRL_LOSSES.get(str(name))
     if ours is None:
@@ -327,7 +325,7 @@ _HANDBOOK = Toolkit(
     "alignment-handbook",
     {"dataset_mixture", "dataset_mixer", "dataset_splits", "preprocessing_num_workers", "dataset_num_proc"},
     _handbook_command,
-    {"loss_type": _trl_loss, "eos_token": lambda value, given: _special_tokens({"eos_token": value}, given)},
+    {"loss_type": _trl_loss, "eos_token": lambda value, recipe: _special_tokens({"eos_token": value}, recipe)},
     {
         "train": {"num_train_epochs": "3", "lr_scheduler_type": "linear", "warmup_steps": "0", "beta": "0.1"}
         | {"learning_rate": "1e-6", "max_length": "1024"},

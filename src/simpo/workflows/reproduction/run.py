@@ -20,10 +20,10 @@ import yaml
 from simpo.errors import SimpoError
 from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import JsonLines, finite
+from simpo.runs.lines import JsonLines, json_safe
 from simpo.runs.log import Log
 from simpo.runs.results import Metric, write_results
-from simpo.runs.signals import stoppable
+from simpo.runs.signals import interruptible
 from simpo.runs.terminal import progress
 from simpo.statistics import mean_interval
 from simpo.workflows.recipes import PAPER_SETTINGS, compose_recipe
@@ -45,7 +45,7 @@ def reproduce(studies: Sequence[Study], folder: Path, *, processes: int, argv: S
         SimpoError: the folder cannot be used.
         InterruptedRun: the user stopped it.
     """
-    with stoppable(), RunFolder(folder, command="reproduce") as run:
+    with interruptible(), RunFolder(folder, command="reproduce") as run:
         if run.finished:
             run.reopen()
         run.begin({"registered": yaml.safe_load(REGISTERED.read_text(encoding="utf-8"))}, argv=argv)
@@ -67,7 +67,7 @@ def reproduce(studies: Sequence[Study], folder: Path, *, processes: int, argv: S
         outcomes = {study.name: [decide(claim, measured[study.name]) for claim in study.claims] for study in studies}
         write_text(folder / PAGE, render(studies, measured, outcomes, chosen))
         document = {name: [asdict(outcome) for outcome in found] for name, found in outcomes.items()}
-        write_text(folder / CLAIMS, json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
+        write_text(folder / CLAIMS, json.dumps(json_safe(document), indent=2, allow_nan=False) + "\n")
         write_results(folder, command="reproduce", fingerprint=run.fingerprint, metrics=list(_metrics(measured)))
         run.finish()
         return [outcome for found in outcomes.values() for outcome in found]
