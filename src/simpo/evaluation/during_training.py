@@ -51,7 +51,7 @@ def make_eval_judge(arguments: GenerationArguments, model: ModelArguments, log: 
     try:
         check_judges_anew(arguments.eval_judge)
         client = server_client(arguments.eval_judge_url, arguments.eval_judge_model)
-        return make_judge(arguments.eval_judge, JudgeOptions.beside(model, client, log))
+        return make_judge(arguments.eval_judge, JudgeOptions.during_training(model, client, log))
     except SimpoError as error:
         raise SimpoError(f"eval_judge: {error}") from error
 

@@ -42,10 +42,10 @@ class JudgeOptions:
     log: Callable[[str], None] = print
 
     @classmethod
-    def beside(
+    def during_training(
         cls, model: ModelArguments, client: ChatClient | None, log: Callable[[str], None] = print
     ) -> JudgeOptions:
-        """Of judges in the training of ``model``: what its recipe allows applies to their models as well."""
+        """Options for judges used in training ``model``: what its recipe allows applies to their models, too."""
         return cls(client, trust_remote_code=model.trust_remote_code, allow_pickle=model.allow_pickle, log=log)
 
 

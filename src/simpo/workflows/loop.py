@@ -100,7 +100,7 @@ def _outcome(folder: Path) -> tuple[int, int]:
 def _judge_options(recipe: LoopRecipe) -> JudgeOptions:
     settings = recipe.settings
     client = server_client(settings.judge_url, settings.judge_model, settings.judge_key_env)
-    return JudgeOptions.beside(recipe.model, client)
+    return JudgeOptions.during_training(recipe.model, client)
 
 
 def _prompt_rows(recipe: LoopRecipe) -> dict[str, Dataset]:

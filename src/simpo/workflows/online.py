@@ -47,7 +47,7 @@ class Annotation(RunCallback):
         if client is not None:
             client.endpoint.api_key()
         # the annotator's own progress would start again with every rollout
-        options = JudgeOptions.beside(self._model, client, lambda line: None)
+        options = JudgeOptions.during_training(self._model, client, lambda line: None)
         self._scorer, self._config, self._log = make_annotator(arguments.annotator, options), config, log
         if config.process_index == 0:
             self._scorer.prepare()
