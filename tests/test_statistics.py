@@ -16,6 +16,7 @@ from simpo.statistics import (
     mean_interval,
     proportion_interval,
     share_interval,
+    spearman,
     weighted_mean_interval,
 )
 
@@ -306,3 +307,16 @@ def test_alpha_at_its_ends():
     assert krippendorff_alpha(krippendorff_terms(np.diag([2, 3, 4])).sum(0)) == 1
     assert np.isnan(krippendorff_alpha(krippendorff_terms(np.array([[2, 0], [3, 0]])).sum(0)))
     assert np.isnan(krippendorff_alpha(krippendorff_terms(np.array([[1, 0], [0, 1]])).sum(0)))
+
+
+def test_spearman_is_scipys_and_its_interval_covers():
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 5, 200)
+    y = x + rng.normal(0, 3, 200)
+    found = spearman(x, y)
+    assert found.value == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert spearman([1, 1, 1, 1], [1, 2, 3, 4]).low is None
+    truth = stats.spearmanr(*np.random.default_rng(1).multivariate_normal([0, 0], [[1, 0.5], [0.5, 1]], 200_000).T)
+    draws = [rng.multivariate_normal([0, 0], [[1, 0.5], [0.5, 1]], 100).T for _ in range(300)]
+    covered = [one.low <= truth.statistic <= one.high for one in (spearman(*draw) for draw in draws)]
+    assert 0.91 <= np.mean(covered) <= 0.99

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -120,6 +121,12 @@ def share_interval(
     return replace(found, low=low, high=high, method=f"Wilson, {found.method}")
 
 
+def rate_interval(values: Sequence[float] | np.ndarray) -> Interval:
+    """Interval of the mean of outcomes from 0 to 1, ``[n]``: of a proportion where each is 0 or 1, else of shares."""
+    data = np.asarray(values, dtype=np.float64)
+    return proportion_interval(int(data.sum()), len(data)) if np.isin(data, (0, 1)).all() else share_interval(data)
+
+
 def share_bounds(share: float, half: float) -> tuple[float, float]:
     """Wilson's bounds of a share whose symmetric interval would have the width ``2 * half``; they stay in [0, 1].
 
@@ -131,6 +138,29 @@ def share_bounds(share: float, half: float) -> tuple[float, float]:
     k = half**2 / (share * (1 - share))  # Wilson's z**2 / n
     center, spread = (share + k / 2) / (1 + k), np.sqrt(half**2 + k**2 / 4) / (1 + k)
     return max(0.0, float(center - spread)), min(1.0, float(center + spread))
+
+
+def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> Interval:
+    """Spearman's rank correlation with an interval by Fisher's transformation and the variance of Bonett and Wright.
+
+    Source: Bonett and Wright, Psychometrika 65 (2000). NaN if one side is constant.
+    """
+    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (x, y)]
+    n = len(ranks[0])
+    if n < 4 or any(np.ptp(one) == 0 for one in ranks):
+        return Interval(math.nan, None, None, n, "")
+    rho = float(np.corrcoef(np.stack(ranks))[0, 1])
+    if abs(rho) > 1 - 1e-12:
+        return Interval(rho, None, None, n, "")
+    half = float(special.ndtri(_UPPER_TAIL)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    low, high = (math.tanh(math.atanh(rho) + side * half) for side in (-1, 1))
+    return Interval(rho, low, high, n, "Fisher's z 95%")
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, ties having their mean."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def bootstrap_interval(

@@ -13,7 +13,7 @@ from scipy import stats
 
 from simpo.analysis.curves import curves, thin
 from simpo.analysis.examples import examples
-from simpo.analysis.figures import Pairs, paper_figures, spearman
+from simpo.analysis.figures import Pairs, paper_figures
 from simpo.analysis.headline import Headline
 from simpo.analysis.reading import Run, in_order
 from simpo.analysis.report import write_report
@@ -138,19 +138,6 @@ def test_rewards_that_are_all_0_rank_nothing(make_run, tmp_path, rows_of):
     assert names["Calibration"] == names["Accuracy by difference in length"] == ["after"]
 
 
-def test_spearman_is_scipys_and_its_interval_covers():
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 5, 200)
-    y = x + rng.normal(0, 3, 200)
-    found = spearman(x, y)
-    assert found.value == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
-    assert spearman([1, 1, 1, 1], [1, 2, 3, 4]).low is None
-    truth = stats.spearmanr(*np.random.default_rng(1).multivariate_normal([0, 0], [[1, 0.5], [0.5, 1]], 200_000).T)
-    draws = [rng.multivariate_normal([0, 0], [[1, 0.5], [0.5, 1]], 100).T for _ in range(300)]
-    covered = [one.low <= truth.statistic <= one.high for one in (spearman(*draw) for draw in draws)]
-    assert 0.91 <= np.mean(covered) <= 0.99
-
-
 def test_a_thinned_curve_keeps_every_spike():
     values = np.random.default_rng(0).normal(size=54_321)
     values[17_000], values[40_001] = 99.0, -77.0
@@ -270,7 +257,14 @@ def test_no_run_and_the_same_run_twice(make_run, tmp_path, capsys):
             [Metric("eval_loss", 2.0, "before", 50, 1.9, 2.1), Metric("eval_loss", 1.0, "after", 50, 0.9, 1.1)],
             "It predicts answers better",
         ),
-        ("sweep", [Metric("best/eval_loss", 0.5, None, 50, 0.4, 0.6)], "Measured"),
+        (
+            "sweep",
+            [
+                *(Metric("trials/finished", 3), Metric("best/trial", 2)),
+                Metric("best/eval_loss", 0.5, None, 50, 0.4, 0.6),
+            ],
+            "Measured",
+        ),
         ("pair", [Metric("pair/rows", 12)], "Not measured"),
         (
             "reward",
@@ -304,6 +298,7 @@ def test_every_kind_of_run_has_a_report(command, metrics, words, tmp_path):
     for metric in metrics:
         if "{" in metric.name:
             assert metric.name.removeprefix("win_rate/").removeprefix("gsm8k/") in text
+    assert ("3 finished trials, 002 is the best: eval_loss is 0.5 [" in page.read_text()) == (command == "sweep")
     data = data_of(page)
     assert [one["verdicts"] for one in data["examples"]] == [{"exact": "A is better"}] * (command == "compare")
     assert len(data["charts"]) == (2 if command == "loop" else 0)

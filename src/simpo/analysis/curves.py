@@ -90,26 +90,26 @@ def _chart(panel: Panel, runs: Sequence[Run]) -> Chart:
                 if points:
                     parts = [run.name] if len(runs) > 1 else []
                     parts += [panel.keys[key]] if len(present) > 1 else []
-                    series.append(
-                        {
-                            "name": ", ".join([*parts, source]),
-                            "color": number if len(runs) > 1 else place if len(present) > 1 else source == "held out",
-                            "dash": place if len(runs) > 1 else 0,
-                            "thin": source == "training",
-                            "data": thin(points),
-                        }
-                    )
+                    color = number if len(runs) > 1 else place if len(present) > 1 else source == "held out"
+                    look = {"dash": place if len(runs) > 1 else 0, "thin": source == "training"}
+                    series.append(series_of(", ".join([*parts, source]), color, thin(points), **look))
     drawn = max((len(one["data"]) for one in series), default=0)
     most = max((len(run.logged.get(key, ())) for run in runs for key in present), default=0)
     note = panel.note
     if most > drawn:
         note = f"{note} {drawn:,} of {most:,} values are drawn: the smallest and the largest of every stretch.".strip()
-    logarithmic = panel.title == "Gradient norm"
-    return {
-        **{"kind": "lines", "title": panel.title, "note": note, "series": series},
-        "x": {"name": "optimizer step"},
-        "y": {"name": panel.unit, "log": logarithmic, "share": "share" in panel.unit},
-    }
+    y = {"name": panel.unit, "log": panel.title == "Gradient norm", "share": "share" in panel.unit}
+    return chart_of(panel.title, series, {"name": "optimizer step"}, y, note)
+
+
+def chart_of(title: str, series: list[Chart], x: Chart, y: Chart, note: str = "", **more: Any) -> Chart:
+    """A chart as the page's script draws it: of lines, or of another ``kind``; ``x`` and ``y`` are its axes."""
+    return {"kind": "lines", "title": title, "note": note, "series": series, "x": x, "y": y} | more
+
+
+def series_of(name: str, color: int, data: Sequence[tuple[Any, Any]], **more: Any) -> Chart:
+    """A series of a chart; ``color`` is a number, the same for what belongs together."""
+    return {"name": name, "color": color, "data": data, "dash": 0, "thin": False} | more
 
 
 def _points(run: Run, name: str, *, start: bool) -> list[Point]:
@@ -155,23 +155,17 @@ def rounds(run: Run) -> Iterable[Chart]:
     ):
         series = [interval_series(name, number, found[name]) for number, name in enumerate(chosen)]
         if series:
-            yield {
-                **{"kind": "lines", "title": title, "note": "", "series": series},
-                "x": {"name": "round", "whole": True},
-                "y": {"name": unit, "share": "share" in unit},
-                **({"even": 0.5} if "share" in unit else {}),
-            }
+            share = "share" in unit
+            more: dict[str, Any] = {"even": 0.5} if share else {}
+            yield chart_of(title, series, {"name": "round", "whole": True}, {"name": unit, "share": share}, **more)
 
 
 def interval_series(name: str, color: int, found: Iterable[tuple[float, Any]]) -> Chart:
     """A line through values with their intervals; ``found`` are places with anything that has value, low and high."""
     rows = list(found)
-    return {
-        **{"name": name, "color": color, "dash": 0, "thin": False},
-        "data": [(rounded(x), rounded(one.value)) for x, one in rows],
-        "bounds": [
-            (rounded(x), rounded(one.low), rounded(one.high))
-            for x, one in rows
-            if one.low is not None and one.high is not None
-        ],
-    }
+    bounds = [
+        (rounded(x), rounded(one.low), rounded(one.high))
+        for x, one in rows
+        if one.low is not None and one.high is not None
+    ]
+    return series_of(name, color, [(rounded(x), rounded(one.value)) for x, one in rows], bounds=bounds)

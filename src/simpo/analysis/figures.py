@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import special
 
-from simpo.analysis.curves import Chart, interval_series, rounded
+from simpo.analysis.curves import Chart, chart_of, interval_series, rounded, series_of
 from simpo.analysis.reading import Run
 from simpo.runs.results import HELD_OUT, Stage
-from simpo.statistics import Interval, proportion_interval
+from simpo.statistics import Interval, rate_interval, spearman
 
 SCATTERED = 2000  # points of a scatter plot
 _BINS = 40  # of a histogram
@@ -85,16 +86,14 @@ def _margins(run: Run, stages: dict[Stage, Pairs]) -> Chart:
         counts, _ = np.histogram(np.clip(pairs.margins, edges[0], edges[-1]), edges)
         centers = (edges[1:] + edges[:-1]) / 2
         data = [(rounded(x), int(count)) for x, count in zip(centers, counts, strict=True)]
-        series.append({"name": stage, "color": color, "dash": 0, "thin": False, "steps": True, "data": data})
+        series.append(series_of(stage, color, data, steps=True))
     marks = [{"x": 0, "name": "0"}]
     if (gamma := target_margin(run)) is not None:
         marks.append({"x": rounded(gamma), "name": "gamma"})
-    return {
-        **{"kind": "lines", "title": "Distribution of reward margins", "series": series, "marks": marks},
-        "note": "Right of 0, the pair is ranked correctly. The outermost bins also hold the 0.5% beyond them.",
-        "x": {"name": "reward margin"},
-        "y": {"name": "pairs"},
-    }
+    note = "Right of 0, the pair is ranked correctly. The outermost bins also hold the 0.5% beyond them."
+    return chart_of(
+        "Distribution of reward margins", series, {"name": "reward margin"}, {"name": "pairs"}, note, marks=marks
+    )
 
 
 def target_margin(run: Run) -> float | None:
@@ -115,20 +114,14 @@ def _reward_and_length(stages: dict[Stage, Pairs], last: Stage) -> Chart:
         for stage, found in rho.items()
     )
     pairs = stages[last]
-    series = _scattered(pairs.lengths, pairs.rewards)
-    return {
-        **{"kind": "points", "title": "Reward and length", "series": series},
-        "note": f"Spearman's rho of reward and length: {shown}. Far from 0, length is rewarded or punished for itself."
-        f"{_sampled(len(pairs.rewards))}",
-        "x": {"name": "tokens of the response"},
-        "y": {"name": f"reward, {last}"},
-    }
+    note = f"Spearman's rho of reward and length: {shown}. Far from 0, length is rewarded or punished for itself."
+    axes: tuple[Chart, Chart] = {"name": "tokens of the response"}, {"name": f"reward, {last}"}
+    return _scattered("Reward and length", pairs.lengths, pairs.rewards, axes, note)
 
 
 def _reward_and_likelihood(pairs: Pairs, last: Stage) -> Chart:
     """Whether rewards rank pairs as likelihoods do, which generation follows (the paper's section 4.2)."""
     by_reward, by_likelihood = pairs.margins > 0, pairs.averages[:, 0] > pairs.averages[:, 1]
-    series = _scattered(pairs.averages, pairs.rewards)
     n = len(by_reward)
     cells = [[int((by_likelihood == a) @ (by_reward == b).astype(int)) for b in (True, False)] for a in (True, False)]
     table = {
@@ -138,14 +131,13 @@ def _reward_and_likelihood(pairs: Pairs, last: Stage) -> Chart:
             for name, row in zip(("likelihood ranks it right", "likelihood ranks it wrong"), cells, strict=True)
         ],
     }
-    agree = proportion_interval(int((by_reward == by_likelihood).sum()), n)
-    return {
-        **{"kind": "points", "title": "Reward and likelihood", "series": series, "table": table},
-        "note": f"The two rank {100 * agree.value:.1f}%{_bounds(agree, 100)} of {n:,} pairs alike; what is generated "
-        f"follows the likelihood.{_sampled(n)}",
-        "x": {"name": f"average log-probability of a token, {last}"},
-        "y": {"name": f"reward, {last}"},
-    }
+    agree = rate_interval(by_reward == by_likelihood)
+    note = (
+        f"The two rank {100 * agree.value:.1f}%{_bounds(agree, 100)} of {n:,} pairs alike; what is generated follows "
+        "the likelihood."
+    )
+    axes: tuple[Chart, Chart] = {"name": f"average log-probability of a token, {last}"}, {"name": f"reward, {last}"}
+    return _scattered("Reward and likelihood", pairs.averages, pairs.rewards, axes, note, table=table)
 
 
 def _accuracy_by_length(stages: dict[Stage, Pairs]) -> Chart:
@@ -157,14 +149,12 @@ def _accuracy_by_length(stages: dict[Stage, Pairs]) -> Chart:
     series = []
     for color, (stage, pairs) in enumerate(stages.items()):
         right = pairs.margins > 0
-        found = [(place, _proportion(right[which == one])) for place, one in enumerate(bins)]
+        found = [(place, rate_interval(right[which == one])) for place, one in enumerate(bins)]
         series.append(interval_series(stage, color, found))
-    return {
-        **{"kind": "lines", "title": "Accuracy by difference in length", "series": series, "even": 0.5},
-        "note": "A model that prefers longer responses is wrong on the left and right on the right. Bars: 95%, Wilson.",
-        "x": {"name": "tokens of chosen minus rejected", "categories": names},
-        "y": {"name": "reward accuracy", "share": True},
-    }
+    note = "A model that prefers longer responses is wrong on the left and right on the right. Bars: 95%, Wilson."
+    x = {"name": "tokens of chosen minus rejected", "categories": names}
+    y = {"name": "reward accuracy", "share": True}
+    return chart_of("Accuracy by difference in length", series, x, y, note, even=0.5)
 
 
 def _calibration(stages: dict[Stage, Pairs]) -> Chart:
@@ -174,19 +164,18 @@ def _calibration(stages: dict[Stage, Pairs]) -> Chart:
         right = pairs.margins > 0
         which = np.minimum(((confidence - 0.5) * 2 * _CONFIDENCE_BINS).astype(int), _CONFIDENCE_BINS - 1)
         inside = [which == one for one in range(_CONFIDENCE_BINS) if (which == one).any()]
-        found = [(float(confidence[one].mean()), _proportion(right[one])) for one in inside]
+        found = [(float(confidence[one].mean()), rate_interval(right[one])) for one in inside]
         series.append(interval_series(stage, color, found))
         error = sum(int(one.sum()) * abs(x - share.value) for one, (x, share) in zip(inside, found, strict=True)) / len(
             right
         )
         errors.append(f"{stage} {error:.3f}")
-    return {
-        **{"kind": "lines", "title": "Calibration", "series": series, "diagonal": True},
-        "note": f"Confidence is sigmoid(|margin|), the Bradley-Terry probability of the higher reward. Expected "
-        f"calibration error: {', '.join(errors)}.",
-        "x": {"name": "confidence", "min": 0.5, "max": 1, "share": True},
-        "y": {"name": "share that is right", "share": True},
-    }
+    note = (
+        "Confidence is sigmoid(|margin|), the Bradley-Terry probability of the higher reward. Expected calibration "
+        f"error: {', '.join(errors)}."
+    )
+    x = {"name": "confidence", "min": 0.5, "max": 1, "share": True}
+    return chart_of("Calibration", series, x, {"name": "share that is right", "share": True}, note, diagonal=True)
 
 
 def _by_position(run: Run) -> Iterator[Chart]:
@@ -205,71 +194,28 @@ def _by_position(run: Run) -> Iterator[Chart]:
         enough = counts >= max(5, 0.1 * counts.max())
         data = [(int(place) + 1, rounded(sums[place] / counts[place])) for place in np.flatnonzero(enough)]
         if data:
-            series.append({"name": side, "color": color, "dash": 0, "thin": False, "data": data})
+            series.append(series_of(side, color, data))
     if series:
-        yield {
-            **{
-                "kind": "lines",
-                "title": "Change of log-probability by position",
-                "series": series,
-                "marks": [],
-                "zero": True,
-            },
-            "note": f"Mean of log(trained / start) of the k-th token of {len(run.examples):,} held-out pairs. With the "
-            "opposite sign and over the start model's own answers, it estimates the KL divergence of a token.",
-            "x": {"name": "token of the response", "whole": True},
-            "y": {"name": "nats"},
-        }
+        note = (
+            f"Mean of log(trained / start) of the k-th token of {len(run.examples):,} held-out pairs. With the "
+            "opposite sign and over the start model's own answers, it estimates the KL divergence of a token."
+        )
+        x = {"name": "token of the response", "whole": True}
+        yield chart_of("Change of log-probability by position", series, x, {"name": "nats"}, note, zero=True)
 
 
-# ---- Numbers.
-
-
-def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> Interval:
-    """Spearman's rank correlation with an interval by Fisher's transformation and the variance of Bonett and Wright.
-
-    Source: Bonett and Wright, Psychometrika 65 (2000). NaN if one side is constant.
-    """
-    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (x, y)]
-    n = len(ranks[0])
-    if n < 4 or any(np.ptp(one) == 0 for one in ranks):
-        return Interval(math.nan, None, None, n, "")
-    rho = float(np.corrcoef(np.stack(ranks))[0, 1])
-    if abs(rho) > 1 - 1e-12:
-        return Interval(rho, None, None, n, "")
-    half = float(special.ndtri(0.975)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
-    low, high = (math.tanh(math.atanh(rho) + side * half) for side in (-1, 1))
-    return Interval(rho, low, high, n, "Fisher's z 95%")
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties having their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def _proportion(right: np.ndarray) -> Interval:
-    return proportion_interval(int(right.sum()), len(right))
-
-
-def _scattered(x: np.ndarray, y: np.ndarray) -> list[Chart]:
+def _scattered(title: str, x: np.ndarray, y: np.ndarray, axes: tuple[Chart, Chart], note: str, **more: Any) -> Chart:
     """Chosen and rejected responses, ``[P, 2]``, as points: of all pairs, or of a seeded sample."""
     n = len(x)
-    drawn = np.arange(n) if n <= SCATTERED else np.random.default_rng(0).permutation(n)[:SCATTERED]
-    return [
-        {
-            "name": side,
-            "color": color,
-            "data": [(rounded(a), rounded(b)) for a, b in zip(x[drawn, color], y[drawn, color], strict=True)],
-        }
-        for color, side in enumerate(("chosen", "rejected"))
+    drawn = np.arange(n)
+    if n > SCATTERED:
+        drawn = np.random.default_rng(0).permutation(n)[:SCATTERED]
+        note += f" {SCATTERED:,} of {n:,} pairs are drawn, chosen at random; the numbers are of all."
+    series = [
+        series_of(side, k, [(rounded(a), rounded(b)) for a, b in zip(x[drawn, k], y[drawn, k], strict=True)])
+        for k, side in enumerate(("chosen", "rejected"))
     ]
-
-
-def _sampled(n: int) -> str:
-    return (
-        f" {SCATTERED:,} of {n:,} pairs are drawn, chosen at random; the numbers are of all." if n > SCATTERED else ""
-    )
+    return chart_of(title, series, *axes, note, kind="points", **more)
 
 
 def _bounds(found: Interval, scale: float = 1) -> str:

@@ -9,11 +9,11 @@ from typing import Literal
 import numpy as np
 
 from simpo.analysis.reading import Run
-from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval, weighted_mean_interval
+from simpo.statistics import Interval, mean_interval, proportion_interval, rate_interval, weighted_mean_interval
 
 Direction = Literal["better", "worse", "unclear", "unknown"]
 _ACCURACY, _AREA, _WIN_RATE = "eval_rewards/accuracies", "eval_rewards/auc", "eval_generations/win_rate"
-_BENCHMARKS = ("best/", "alpaca_eval/lc_", "alpaca_eval/win", "arena_hard", "mt_bench/average", "gsm8k")
+_BENCHMARKS = ("alpaca_eval/lc_", "alpaca_eval/win", "arena_hard", "mt_bench/average", "gsm8k")
 _PERCENT = ("/win_rate", "/lc_win_rate")  # of benchmarks: in percent already
 
 
@@ -136,15 +136,29 @@ def measurements(run: Run) -> Iterator[Measure]:
     yield from _generated(trained)
     yield from _rankings(trained)
     yield from _losses(trained)
-    for metric in run.metrics if run.record.command in ("evaluate", "sweep") else ():
-        if (
-            metric.stage is None
-            and metric.value is not None
-            and metric.name.startswith(_BENCHMARKS)
-            and metric.low is not None
-        ):
+    if run.record.command == "evaluate":
+        yield from _benchmarks(run)
+    if run.record.command == "sweep":
+        yield from _best_trial(run)
+
+
+def _benchmarks(run: Run) -> Iterator[Measure]:
+    for metric in run.metrics:
+        if metric.stage is None and metric.low is not None and metric.name.startswith(_BENCHMARKS):
             even = 50.0 if metric.name.endswith(_PERCENT) else None
             yield Measure(metric.name, _literal(metric.name) + " is {after}", metric.interval, even=even, share=False)
+
+
+def _best_trial(run: Run) -> Iterator[Measure]:
+    count, best = (run.metric(name) for name in ("trials/finished", "best/trial"))
+    for metric in run.metrics:
+        name = metric.name.removeprefix("best/")
+        if count and best and name not in (metric.name, "trial") and metric.value is not None:
+            text = (
+                f"of {count.value:,.0f} finished trials, {best.value:03.0f} is the best: {_literal(name)} is {{after}}"
+            )
+            share = name.endswith("accuracies")
+            yield Measure(f"{name} of the best trial", text, metric.interval, share=share)
 
 
 def trained_run(run: Run) -> Run:
@@ -200,13 +214,13 @@ def _rankings(run: Run) -> Iterator[Measure]:
     verdicts = ("It ranks pairs better", "It ranks pairs worse", "No clear change")
     before, after = (run.column(stage, "rewards/accuracies") for stage in ("before", "after"))
     logged = run.last(_ACCURACY)
-    start = _share(before) if len(before) and not np.isnan(before).any() and not run.starts_at_zero else None
+    start = rate_interval(before) if len(before) and not np.isnan(before).any() and not run.starts_at_zero else None
     text = "reward accuracy on {n} held-out pairs " + (
         "went from {before} to {after}" if start else "is {after}, where 50% is chance"
     )
     if len(after) and not np.isnan(after).any():
         change = mean_interval(after - before) if start else None
-        found = _share(after)
+        found = rate_interval(after)
     elif (metric := run.metric(_ACCURACY, "after")) is not None:
         found, change = metric.interval, None
     elif logged is not None:
@@ -240,11 +254,6 @@ def _losses(run: Run) -> Iterator[Measure]:
     elif (logged := run.last("eval_loss")) is not None:
         text = f"the loss on held-out conversations is {{after}} nats per token (step {logged[0]:,})"
         yield Measure("Held-out loss", text, Interval(logged[1], None, None, 0, ""), share=False)
-
-
-def _share(values: np.ndarray) -> Interval:
-    whole = np.isin(values, (0.0, 1.0)).all()
-    return proportion_interval(int(values.sum()), len(values)) if whole else share_interval(values)
 
 
 def _logged(value: float, n: int) -> Interval:

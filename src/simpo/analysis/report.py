@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -66,6 +66,7 @@ def render(runs: Sequence[Run]) -> str:
     """The page of one or several runs."""
     trainings = [training for run in runs for training in _trainings(run, several=len(runs) > 1)]
     shown, left_out = examples(runs)
+    compared = trainings[:_MOST_TRAININGS] if [run.record.command for run in runs] == ["sweep"] else runs
     figures = [(run.name, list(paper_figures(trained_run(run)))) for run in runs]
     sections = [
         ("curves", "Curves", [*(chart for run in runs for chart in rounds(run)), *curves(trainings[:_MOST_TRAININGS])]),
@@ -88,7 +89,8 @@ def render(runs: Sequence[Run]) -> str:
     return template.render(
         runs=[_described(run) for run in runs],
         comparison=list(compare_runs(runs)) if len(runs) > 1 else [],
-        differences=_differences(runs),
+        compared=[run.name for run in compared],
+        differences=_differences(compared),
         sections=[(name, title, charts) for name, title, charts in sections if charts],
         curve_notes=notes,
         example_count=len(shown),
@@ -105,20 +107,15 @@ def render(runs: Sequence[Run]) -> str:
 
 def _trainings(run: Run, *, several: bool) -> list[Run]:
     """The runs whose curves are drawn: the run itself, or the rounds or trials in it."""
-    if run.record.command in ("loop", "sweep"):
-        loop = run.record.command == "loop"
-        parts = [
-            part
-            for name, part in run.parts.items()
-            if (name.endswith("/model") if loop else name.startswith("trials/"))
-        ]
-        for part in parts:
-            part.name = f"{run.name}/{part.name}" if several else part.name
-        return parts
-    trained = trained_run(run)
-    if several:
-        trained.name = run.name
-    return [trained]
+    places = {"loop": "round-*/model", "sweep": "trials/*"}
+    if (pattern := places.get(run.record.command)) is None:
+        trained = trained_run(run)
+        trained.name = run.name if several else trained.name
+        return [trained]
+    parts = [part for name, part in run.parts.items() if PurePath(name).match(pattern)]
+    for part in parts:
+        part.name = f"{run.name}/{part.name}" if several else part.name
+    return parts
 
 
 # ---- What the page says of each run.

@@ -21,8 +21,7 @@ from simpo.statistics import (
     krippendorff_alpha,
     krippendorff_terms,
     mean_interval,
-    proportion_interval,
-    share_interval,
+    rate_interval,
 )
 
 PREFERENCES, VERDICTS, JUDGMENTS = "preferences.jsonl", "verdicts.jsonl", "judgments.jsonl"
@@ -189,6 +188,4 @@ def _position(judgments: Sequence[Judgment]) -> list[Metric]:
             shares.append(sum(won) / len(won))
     if not shares:
         return [Metric("first_shown_preferred", None, n=0)]
-    whole = set(shares) <= {0.0, 1.0}
-    found = proportion_interval(int(sum(shares)), len(shares)) if whole else share_interval(shares)
-    return [Metric.of("first_shown_preferred", found)]
+    return [Metric.of("first_shown_preferred", rate_interval(shares))]

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from simpo.data.prompts import prepare_prompts
@@ -27,6 +26,7 @@ from simpo.objectives import Responses
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.scoring import reference_states, score_responses, token_outputs
 from simpo.runs.results import fingerprint
+from simpo.statistics import spearman
 from simpo.training.configs import PreferenceConfig
 from simpo.training.preference import PreferenceTrainer
 from simpo.world.judge import correct, judge
@@ -155,6 +155,6 @@ def _pair_metrics(
     return {
         "accuracy": float((gaps > 0).float().mean()),
         "ranking_agreement": float((gaps.sign() == likelier.sign()).float().mean()),
-        "reward_length_rho": float(spearmanr(reward.numpy(), scored.length.numpy()).statistic),
+        "reward_length_rho": spearman(reward.numpy(), scored.length.numpy()).value,
         "kl": float(divergence.mean()),
     }
