@@ -50,6 +50,21 @@ def test_a_configuration_is_enough(folder, capsys) -> None:
     assert found["fastest"]["keys"]["activation_checkpointing"] is False
 
 
+def test_the_fastest_takes_the_fewest_seconds_and_shares_as_requested(folder, capsys) -> None:
+    """Memory is so slow that the optimizer takes most of the time, which fsdp divides."""
+    machine = ["--gpu_memory_gb", "80", "--gpu_tflops", "100", "--gpu_terabytes", "0.001", "--gpus", "2"]
+    given = [folder, "--dataset_name", "none", *LENGTHS, *machine, "--max_length", "256", "--json", "true"]
+    found = {}
+    for sharding in ("ddp", "fsdp", None):
+        code, text = planned(capsys, *given, *(["--sharding", sharding] if sharding else []))
+        assert code == 0
+        found[sharding] = json.loads(text)
+        assert found[sharding]["fastest"]["sharding"] == (sharding or "fsdp")
+        assert found[sharding]["fastest"]["step_seconds"] <= found[sharding]["recipe"]["step_seconds"]
+    seconds = {sharding: each["fastest"]["step_seconds"] for sharding, each in found.items()}
+    assert seconds[None] == seconds["fsdp"] < seconds["ddp"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

@@ -27,6 +27,14 @@ def test_rates_are_recovered_from_times() -> None:
         assert getattr(found, name) == pytest.approx(getattr(rates, name), rel=1e-6)
 
 
+def test_rates_that_were_not_measured_are_an_error() -> None:
+    """Without attention in any sample, and with a step that took no time by a coarse clock."""
+    with pytest.raises(SimpoError, match=r"calibrate: .*attention"):
+        fit_rates([(Cost(200_000, 0, 7_000, 2), 1.0), (Cost(400_000, 0, 14_000, 4), 2.5)])
+    with pytest.raises(SimpoError, match=r"calibrate: .*clock"):
+        fit_rates([(Cost(200_000, 30_000, 7_000, 3), 1.0), (Cost(400_000, 30_000, 14_000, 5), 0.0)])
+
+
 def test_rates_are_stored_by_machine(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     assert stored_rates() is None

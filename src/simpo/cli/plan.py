@@ -51,9 +51,10 @@ def main(argv: list[str]) -> int:
     from simpo.planning.recipe import make_plan  # noqa: PLC0415 - slow, and --help and mistakes are fast
 
     planner, own = make_plan(parts, settings)
-    best = planner.fastest(own.choice)
+    shardings = () if settings.sharding is None else (settings.sharding,)
+    best = planner.fastest(own.choice, shardings)
     if best is None:
-        raise SimpoError(planner.remedy())
+        raise SimpoError(planner.remedy(shardings))
     found = {"recipe": planner.described(own), "fastest": planner.described(best)}
     print(json.dumps(found, indent=2)) if settings.json else _print(found)
     return 0
@@ -74,7 +75,7 @@ def check_fit(command: Any, parts: Sequence[Any]) -> None:
     if planner.fits(own):
         print(f"plan: needs {needs}")
         return
-    best = planner.fastest(own.choice)
+    best = planner.fastest(own.choice, (own.choice.sharding,)) or planner.fastest(own.choice)
     if best is None:
         raise SimpoError(planner.remedy())
     keys = ", ".join(f"{key}: {str(value).lower()}" for key, value in best.choice.keys.items())

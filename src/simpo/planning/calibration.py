@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import nnls
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from simpo.errors import SimpoError
 from simpo.models.devices import device
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import choose_path, policy_logprobs
@@ -73,9 +74,17 @@ def _measure(model: Any, batch: PackedBatch, cpu: bool) -> tuple[Cost, float]:
 
 
 def fit_rates(samples: Sequence[tuple[Cost, float]]) -> Rates:
-    """The rates with the smallest relative errors for costs and their seconds, least squares without negative ones."""
+    """The rates with the smallest relative errors for costs and their seconds, least squares without negative ones.
+
+    Raises:
+        SimpoError: a sample took no time, or no sample has operations of some kind, whose rate is then unknown.
+    """
+    if not all(seconds > 0 for _, seconds in samples):
+        raise SimpoError("--calibrate: a step took no measurable time; the clock of this machine is too coarse")
     features = np.array([np.array(astuple(cost)) / seconds for cost, seconds in samples])
     scale = features.max(axis=0)
+    if missing := [one.name for one, most in zip(fields(Cost), scale, strict=True) if not most]:
+        raise SimpoError(f"--calibrate: the measured steps have nothing of the kind {', '.join(missing)}")
     solution, _ = nnls(features / scale, np.ones(len(samples)))
     product, attention, moved, overhead = np.maximum(solution / scale, 1e-30)
     return Rates(1 / product, 1 / attention, 1 / moved, overhead)

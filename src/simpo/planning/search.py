@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -17,7 +18,6 @@ from simpo.packing.layout import PackedBatch
 from simpo.planning.cards import COMMUNICATION, CONTEXT, FRAGMENTATION, Card, Rates
 from simpo.planning.memory import Kept, Setup, Step, measure_kept, measure_step
 from simpo.planning.model import Blueprint
-from simpo.planning.tracing import Cost
 from simpo.training.batches import comparisons_of, row_sizes
 
 Sharding = Literal["none", "ddp", "fsdp", "zero2", "zero3"]
@@ -196,8 +196,7 @@ class Planner:
     @cache  # noqa: B019 - planners are few, and end with the command
     def estimate(self, choice: Choice) -> Estimate:
         """What a run takes with ``choice``."""
-        batches = self.work.batches(choice.max_batch_tokens, self.machine.gpus)
-        step = self._step(choice, batches)
+        batches, step = self._traced(choice)
         memory = self._memory(choice.sharding, step, step.peak, gradients_first=batches.per_step > 1)
         kept = self._kept(choice.sharding)
         update = self._memory(choice.sharding, step, kept.update * self._share(choice.sharding))
@@ -210,7 +209,7 @@ class Planner:
             batches,
             parameters=round(kept.parameters),
             flops=step.cost.flops * batches.tokens_per_step / batches.tokens * self.machine.gpus,
-            step_seconds=self._seconds(choice.sharding, step.cost, batches),
+            step_seconds=self._seconds(choice, batches),
             tightest=tightest,
         )
 
@@ -224,13 +223,16 @@ class Planner:
         copy = measure_kept(replace(self.blueprint, dtype=torch.float32), self.setup)
         return replace(half, states=copy.gradients + copy.states, update=copy.update)
 
-    def _step(self, choice: Choice, batches: Batches) -> Step:
+    @cache  # noqa: B019
+    def _traced(self, choice: Choice) -> tuple[Batches, Step]:
+        """The micro-batches of ``choice``, and what the heaviest of them takes."""
+        batches = self.work.batches(choice.max_batch_tokens, self.machine.gpus)
         setup = replace(self.setup, accumulates=batches.per_step > 1, share=self._share(choice.sharding))
         blueprint = replace(self.blueprint, checkpointed_share=choice.checkpointed_share)
         if choice.sharding not in ("none", "ddp") and setup.autocast is not None and blueprint.dtype == torch.float32:
             # weights are in half precision where they compute, so that autocast has nothing to cast
             blueprint = replace(blueprint, dtype=setup.autocast)
-        return measure_step(blueprint, batches.heaviest, setup)
+        return batches, measure_step(blueprint, batches.heaviest, setup)
 
     def _share(self, sharding: Sharding) -> float:
         """Share of the gradients and of the optimizer's work that a process has."""
@@ -263,13 +265,15 @@ class Planner:
             found["fragmentation"] = FRAGMENTATION * sum(found.values())
         return found
 
-    def _seconds(self, sharding: Sharding, cost: Cost, batches: Batches) -> float | None:
-        rates, card, kept = self.machine.rates, self.machine.card, self._kept(sharding)
+    def _seconds(self, choice: Choice, batches: Batches) -> float | None:
+        """Seconds of an optimizer step with ``batches``, in proportion to the tokens of those of ``choice``."""
+        rates, card, sharding = self.machine.rates, self.machine.card, choice.sharding
         if rates is None:
             return None
-        launches = rates.overhead * cost.operations
+        (traced, step), kept = self._traced(choice), self._kept(sharding)
+        launches, cost = rates.overhead * step.cost.operations, step.cost
         compute = batches.per_step * launches
-        compute += (rates.seconds(cost) - launches) * batches.tokens_per_step / batches.tokens
+        compute += (rates.seconds(cost) - launches) * batches.tokens_per_step / traced.tokens
         update = (3 * kept.gradients + 2 * kept.states) / rates.moved
         if card is None or self.machine.gpus == 1:
             return compute + update
@@ -289,54 +293,72 @@ class Planner:
         """Whether a run with this estimate fits the machine."""
         return estimate.total <= self.capacity
 
-    def fastest(self, own: Choice) -> Estimate | None:
-        """With the fastest choice that fits; None if none does. ``own`` is the recipe's.
+    @property
+    def shardings(self) -> tuple[Sharding, ...]:
+        """The ways of sharing that are compared unless one is requested."""
+        return ("none",) if self.machine.gpus == 1 else ("ddp", "fsdp")
 
-        Choices are ranked by two estimates for each way of sharing, with and without checkpointing: activations are in
-        proportion to tokens. The best ones are then estimated themselves.
+    def fastest(self, own: Choice, shardings: Sequence[Sharding] = ()) -> Estimate | None:
+        """With the choice that takes the fewest seconds of those that fit; None if none does.
+
+        Choices are ranked by two estimates for each way of sharing, with and without checkpointing: activations and
+        arithmetic are in proportion to tokens. The best ones are then estimated themselves. Where the machine's rates
+        are not known, ddp comes before fsdp, less checkpointing before more, and more tokens before fewer.
+
+        Args:
+            own: the recipe's choice, which is one of them.
+            shardings: the ways of sharing that are possible; all of :attr:`shardings` if empty.
         """
-        for sharding in ("none",) if self.machine.gpus == 1 else ("ddp", "fsdp"):
-            for choice in self._ranked(sharding, own)[:_TRIED]:  # type: ignore[arg-type]
-                estimate = self.estimate(choice)
-                if self.fits(estimate):
-                    return estimate
-        return None
+        found: list[Estimate] = []
+        for choice in self._ranked(own, shardings or self.shardings):
+            estimate = self.estimate(choice)
+            if self.fits(estimate):
+                found.append(estimate)
+            if len(found) == (1 if self.machine.rates is None else _TRIED):
+                break
+        return min(found, key=lambda estimate: estimate.step_seconds or 0.0, default=None)
 
-    def smallest(self) -> Estimate:
+    def smallest(self, shardings: Sequence[Sharding] = ()) -> Estimate:
         """With the choice that takes the least memory."""
-        sharding: Sharding = "none" if self.machine.gpus == 1 else "fsdp"
-        return self.estimate(Choice(self.work.longest, 1.0, sharding))
+        choices = [Choice(self.work.longest, 1.0, sharding) for sharding in shardings or self.shardings]
+        return min(map(self.estimate, choices), key=lambda estimate: estimate.total)
 
-    def _ranked(self, sharding: Sharding, own: Choice) -> list[Choice]:
+    def _ranked(self, own: Choice, shardings: Sequence[Sharding]) -> list[Choice]:
         """Choices that seem to fit, the fastest first."""
         longest = self.work.longest
-        budgets = [longest, *(budget for budget in _BUDGETS if budget > longest)]
         middle = max(own.max_batch_tokens, longest)
-        again = self.estimate(Choice(middle, 1.0, sharding))
-        if again.total - again.memory["activations"] > self.capacity:
-            return []
-        kept = self.estimate(Choice(middle, 0.0, sharding))
-        found = []
-        for share in _SHARES:
-            activations = share * again.memory["activations"] + (1 - share) * kept.memory["activations"]
-            for budget in budgets:
-                tokens = self.work.batches(budget, self.machine.gpus).tokens
-                total = again.total + activations * tokens / again.batches.tokens - again.memory["activations"]
-                if total <= self.capacity:
-                    found.append(Choice(budget, share, sharding))
-        return sorted(found, key=lambda choice: (choice.checkpointed_share, -choice.max_batch_tokens))
+        budgets = sorted({longest, middle, *(budget for budget in _BUDGETS if budget > longest)})
+        by_budget = {budget: self.work.batches(budget, self.machine.gpus) for budget in budgets}
+        found: list[tuple[tuple[float, ...], Choice]] = []
+        for place, sharding in enumerate(shardings):
+            again = self.estimate(Choice(middle, 1.0, sharding))
+            if again.total - again.memory["activations"] > self.capacity:
+                continue
+            kept = self.estimate(Choice(middle, 0.0, sharding))
+            for share in sorted({*_SHARES, own.checkpointed_share}):
+                activations = share * again.memory["activations"] + (1 - share) * kept.memory["activations"]
+                for budget, batches in by_budget.items():
+                    total = again.total + activations * batches.tokens / again.batches.tokens
+                    if total - again.memory["activations"] <= self.capacity:
+                        rank: tuple[float, ...] = (place, share, -budget)
+                        ends = [self._seconds(one.choice, batches) for one in (kept, again)]
+                        if ends[0] is not None and ends[1] is not None:
+                            rank = ((1 - share) * ends[0] + share * ends[1], *rank)
+                        found.append((rank, Choice(budget, share, sharding)))
+        return [choice for _, choice in sorted(found, key=lambda each: each[0])]
 
     # ---- What is reported.
 
-    def remedy(self) -> str:
-        """Where no choice fits: what would make the run fit."""
-        least, card = self.smallest(), self.machine.card
+    def remedy(self, shardings: Sequence[Sharding] = ()) -> str:
+        """Where no choice with these ``shardings`` fits: what would make the run fit."""
+        least, card = self.smallest(shardings), self.machine.card
         where = "this machine" if card is None else f"{self.machine.gpus} x {card.name}"
-        shared = ("weights", "gradients", "optimizer", "reference")
-        kept = sum(least.memory[name] for name in shared) * (self.machine.gpus if self.machine.gpus > 1 else 1)
-        room = self.capacity - (least.total - sum(least.memory[name] for name in shared))
+        where += "".join(f" with {sharding}" for sharding in shardings)
+        shared, sharded = ("weights", "gradients", "optimizer", "reference"), self.smallest()
+        kept = sum(sharded.memory[name] for name in shared) * (self.machine.gpus if self.machine.gpus > 1 else 1)
+        room = self.capacity - (sharded.total - sum(sharded.memory[name] for name in shared))
         count = math.ceil(kept / room) if room > 0 else 0
-        more = f"fsdp on {count} such GPUs or more, " if card is not None and count else ""
+        more = f"fsdp on {max(count, 2)} such GPUs or more, " if card is not None and count else ""
         return (
             f"model_name_or_path: the run does not fit {where}: at the least, with max_batch_tokens "
             f"{least.choice.max_batch_tokens} and checkpointing, a process needs {least.total / 2**30:.1f} GiB of "

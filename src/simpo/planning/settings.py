@@ -24,7 +24,7 @@ class PlanSettings:
     gpu_terabytes: float | None = setting(None, "Terabytes per second of its memory (default: the card's).")
     price: float | None = setting(None, "Price of an hour of one GPU, in any currency.")
     sharding: Sharing | None = setting(
-        None, "How several processes share a model (default: fsdp, as in recipes/launch)."
+        None, "How several processes share a model (default: fsdp for the recipe; ddp and fsdp are compared)."
     )
     rows: int | None = setting(None, "Number of rows, where the data is not read.")
     prompt_tokens: int | None = setting(None, "Tokens of a prompt; with it the data is not read.")
