@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE =# with it, every process that a test starts would compile the package again
 
-.PHONY: demo test soak fuzz check audit clean
+.PHONY: demo test soak fuzz check audit site clean
 
 # Installs the runtime dependencies only; the other targets add what development needs.
 demo: $(VENV)/.runtime
@@ -28,6 +28,10 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# The documentation as a site with an API reference and search, in build/site.
+site: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Known vulnerabilities of the pinned versions; asks the database of pip-audit over the network.
 audit: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
@@ -42,7 +46,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@# axe-core, which checks the accessibility of pages, without the browser driver that this package is for.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps axe-playwright-python
 	@touch $@
