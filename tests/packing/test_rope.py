@@ -75,7 +75,7 @@ def _sums(alone):
 @pytest.mark.parametrize("path", ["packed", "padded"])
 def test_log_probabilities_do_not_depend_on_the_batch(model, rows, alone, path):
     choose_path(model, PackedBatch.build(rows))
-    assert (state_of(model).path, state_of(model).alone) == ("packed", False)
+    assert (state_of(model).path, state_of(model).separate_rows) == ("packed", False)
     with torch.no_grad():
         together = policy_logprobs(model, PackedBatch.build(rows), path=path)
         torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)

@@ -71,7 +71,7 @@ def test_rows_by_themselves():
     choose_path(model, batch)
     with record_routing(model, batch) as together:
         policy_logprobs(model, batch, path="padded")
-    state_of(model).alone = True
+    state_of(model).separate_rows = True
     with record_routing(model, batch) as alone:
         policy_logprobs(model, batch, path="padded")
     torch.testing.assert_close(alone.loss(), together.loss())

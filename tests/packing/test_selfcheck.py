@@ -432,7 +432,7 @@ def test_a_model_that_looks_at_the_longest_row_computes_each_alone(
     rows = random_comparisons(*[(4, (5, 3))] * 20, (15, (9, 4)), (15, (2, 14)), seed=3)
     with caplog.at_level(logging.WARNING, "simpo"):
         found = score_responses(model, rows, path=path).logp
-    assert (state_of(model).path, state_of(model).alone) == ("padded", True)
+    assert (state_of(model).path, state_of(model).separate_rows) == ("padded", True)
     assert any("forward of its own" in record.message for record in caplog.records)
     expected = torch.stack([logps.sum() for logps in naive_logprobs(model, rows).split(_sizes(rows))])
     torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=1e-4)
@@ -458,7 +458,7 @@ def test_a_reward_model_that_looks_at_the_longest_row_computes_each_alone(make_m
         alone = torch.cat(
             [score_answers(model, [TokenizedComparison(r.prompt_ids, [y])]) for r in rows for y in r.response_ids]
         )
-    assert (state_of(model).path, state_of(model).alone) == ("padded", True)
+    assert (state_of(model).path, state_of(model).separate_rows) == ("padded", True)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
@@ -469,4 +469,4 @@ def test_a_reward_model_that_looks_at_the_longest_row_computes_each_alone(make_m
 def test_rounding_does_not_count_as_dependence(make_model, comparisons, name, dtype):
     model = make_model(name, dtype, std=0.1)
     choose_path(model, PackedBatch.build(comparisons))
-    assert not state_of(model).alone
+    assert not state_of(model).separate_rows

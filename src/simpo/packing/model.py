@@ -263,7 +263,7 @@ def _outputs_at_scored(
         )
         return outputs.flatten(0, 1)[batch.scored]
     rows = PaddedRows.unpack(batch)
-    if state.alone:
+    if state.separate_rows:
         each = [ids[None, :size] for ids, size in zip(rows.input_ids, batch.layout.key_sizes, strict=True)]
         found = [forward(input_ids=ids, use_cache=False)[0] for ids in each]
         return pad_sequence(found, batch_first=True).flatten(0, 1)[rows.scored]

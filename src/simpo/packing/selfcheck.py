@@ -51,14 +51,15 @@ class PolicyState:
     Attributes:
         path: the path that ``"auto"`` stands for; None before the check.
         fused_head: whether the output layer is a plain matrix product, so that logits need not be materialized.
-        alone: whether a row's numbers depend on the other rows of a padded batch, so that each needs its own forward.
+        separate_rows: whether every row needs its own forward, because its numbers depend on the other rows of a padded
+            batch.
         lengths: which rows have the same rotary frequencies, if these depend on a row's length.
         reasons: why a fast path was not taken, for the user.
     """
 
     path: Path | None = None
     fused_head: bool = True
-    alone: bool = False
+    separate_rows: bool = False
     lengths: LengthRule | None = None
     reasons: list[str] = field(default_factory=list)
 
@@ -117,7 +118,7 @@ def check_model(model: PreTrainedModel, state: PolicyState, kind: Kind, batch: P
     packed path is not possible, the cached path is used if its log-probabilities and its gradients agree. The findings
     are written to ``state``.
     """
-    reported, state.reasons, state.alone = state.reasons, [], False
+    reported, state.reasons, state.separate_rows = state.reasons, [], False
     device = next(model.parameters()).device
     samples = [_sample(batch.comparisons).to(device)]
     if len(batch.comparisons) > _FIRST:  # without the longest row, in case the model's numbers for it are not finite
@@ -351,7 +352,7 @@ def _judge(
         state.reasons.append(f"prompts are shared through its cache and not inside attention: {not_packed}")
         return "cached"
     except NotShareableError as not_cached:
-        padded = "by itself" if state.alone else "with a prompt of its own, padded"
+        padded = "by itself" if state.separate_rows else "with a prompt of its own, padded"
         state.reasons.append(
             f"every response is computed {padded}. Sharing inside attention: {not_packed}. "
             f"Through its cache: {not_cached}"
@@ -386,7 +387,7 @@ def _check_padded(model: PreTrainedModel, state: PolicyState, kind: Kind, sample
     if not difference <= allowed and dtype.itemsize < 4:
         allowed = min(maximum, float(_rounding(model, sample, kind).max()))
     if not difference <= allowed:  # NaN counts as different
-        state.alone = True
+        state.separate_rows = True
         state.reasons.append(
             f"padded batches change its numbers by {difference:.2g}: where prompts are not shared, every response has "
             "a forward of its own"
@@ -424,7 +425,7 @@ def _check_cached(
     The backward pass is checked because a state may lose its gradient on its way into the cache, which no output shows.
     It is left out where weights are sharded: the engine's hooks would run in it.
     """
-    if state.alone:
+    if state.separate_rows:
         raise NotShareableError("a row's numbers depend on the other rows of a batch")
     if state.lengths is not None:
         raise NotShareableError("its rotary frequencies depend on a row's length, which a prompt does not know yet")

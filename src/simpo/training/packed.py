@@ -289,7 +289,7 @@ class PackedTrainer(ResumableTrainer):
         with self.accelerator.autocast(), self.forwards():
             choose_path(model, sample)
         path = resolve_path(model, sample, self.args.forward_path)
-        if path == "padded" and state_of(model).alone and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if path == "padded" and state_of(model).separate_rows and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise SimpoError(
                 f"{'fsdp' if self.is_fsdp_enabled else 'deepspeed'}: this model computes a row differently next to "
                 "other rows, so every response needs a forward of its own, and processes that share the weights must "
