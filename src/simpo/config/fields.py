@@ -39,10 +39,13 @@ _BOUNDS = {
 
 
 class _Metadata(dict[str, Any]):
-    """Metadata of a field. Only ``help`` is among its keys, because transformers' parser passes them to argparse."""
+    """Metadata of a field. Copies have ``help`` only, because the parsers of transformers and TRL pass them to argparse."""
 
     def keys(self) -> Any:
-        return {"help": None}.keys()
+        return self.copy().keys()
+
+    def copy(self) -> dict[str, Any]:
+        return {"help": self["help"]}
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
