@@ -49,7 +49,7 @@ class ChatClient:
         self.usage = Usage()
         self._cache = None if cache is None else ReplyCache(cache, endpoint.model)
         self._exact_temperature = exact_temperature
-        self._dialect: Dialect | None = None  # what the server accepts is learned once, for all calls
+        self._dialect: Dialect | None = None  # the accepted parameters are learned once, for all calls
         self._got_replies = False  # whether the server has answered any request, now or in an earlier run
 
     def estimate(self, requests: Sequence[ChatRequest]) -> Estimate:

@@ -74,7 +74,7 @@ class PortedPreferenceTrainer(PortedTrainer, PreferenceTrainer):
             compute_metrics=compute_metrics,
             quantization_config=quantization_config,
         )
-        self._mean_chosen_length = torch.tensor(math.nan)  # of the current step
+        self._mean_chosen_length = torch.tensor(math.nan)  # in the current step
 
     # ---- the SFT term as a mean over tokens ----
 

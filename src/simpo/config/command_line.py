@@ -72,7 +72,7 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
     merged: dict[str, list[str]] = {}
     for name, values in options:
         if name in keys and not accepts(keys[name].annotation, list):
-            merged.pop(name, None)  # of an option that takes one value, the last occurrence counts
+            merged.pop(name, None)  # the last occurrence of an option that takes one value counts
         merged.setdefault(name, []).extend(text for _, text in values)
     return settings + [Setting(name, _option_value(texts), None, f"--{name}") for name, texts in merged.items()]
 

@@ -39,7 +39,7 @@ _BOUNDS = {
 
 
 class _Metadata(dict[str, Any]):
-    """Metadata of a field. Copies have ``help`` only, because the parsers of transformers and TRL pass them to argparse."""
+    """Metadata of a field. Copies have ``help`` only: transformers' and TRL's parsers pass them to argparse."""
 
     def keys(self) -> Any:
         return self.copy().keys()

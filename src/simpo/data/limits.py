@@ -22,10 +22,10 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-_SECONDS = 2.0  # of processor time for one conversation, which takes milliseconds
+_SECONDS = 2.0  # processor time for one conversation, which takes milliseconds
 _MEMORY = 1 << 30  # bytes
 _LONGEST = 1 << 26  # characters
-_BITS = 64  # of a factor or an exponent
+_BITS = 64  # size of a factor or an exponent
 
 
 class _OverrunError(BaseException):

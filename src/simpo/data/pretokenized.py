@@ -52,7 +52,7 @@ def _lengths(column: Any, name: str, place: str, start: int) -> list[np.ndarray]
     """The lengths of a checked column's lists, level by level."""
     depth, has_type, expected = _COLUMNS[name]
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    row = np.arange(start, start + len(column))  # of each value
+    row = np.arange(start, start + len(column))  # the row of each value
     found: list[np.ndarray] = []
 
     def refuse(wrong: Any, fault: str) -> None:

@@ -76,7 +76,7 @@ class VllmEngine:
                 max_tokens=settings.max_new_tokens,
                 seed=derived_seed(seed, number),
                 stop_token_ids=self._stop_ids,
-                logprobs=0,  # of the sampled token only
+                logprobs=0,  # for the sampled token only
                 detokenize=False,
             )
             for number in range(len(prompts))

@@ -260,7 +260,7 @@ def read_adapter_tensors(name: str, revision: str = "main") -> dict[str, Tensor]
     """An adapter's tensors, by the names that they have in its file."""
     with third_party(f"{name}: {WEIGHTS_NAME} cannot be read"):
         stored = load_file(str(cached_file(name, WEIGHTS_NAME, revision=revision)))
-    # of a resized vocabulary, peft stores a module that is trained whole a second time, under another name
+    # peft stores a fully trained module of a resized vocabulary a second time, under another name
     twice = [key for key in stored if ".modules_to_save." in key and key.replace(".modules_to_save", "") in stored]
     return {key: tensor for key, tensor in stored.items() if key not in twice}
 

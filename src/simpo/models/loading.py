@@ -164,7 +164,7 @@ def _loading_options(arguments: ModelArguments) -> dict[str, Any]:
     if quantization := arguments.quantization:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise SimpoError("load_in_4bit: bitsandbytes is not installed; pip install 'simpo[qlora]'")
-        if arguments.dtype in (None, "auto"):  # of products; on a CPU bf16 gains nothing
+        if arguments.dtype in (None, "auto"):  # for matrix products; on a CPU bf16 gains nothing
             dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

@@ -34,7 +34,7 @@ class Step(NamedTuple):
     """One rank's share of an optimizer step."""
 
     micro_batches: tuple[MicroBatch, ...]
-    weight: float  # of all rows of all ranks: the loss's denominator
+    weight: float  # total over all rows of all ranks: the loss's denominator
 
 
 @dataclass(frozen=True)

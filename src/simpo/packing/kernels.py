@@ -242,7 +242,7 @@ def _agrees(
         logger.warning("attention kernel %s failed its check (%s); using segments", kernel.__name__, error)
         _refused.add(kernel)
         return False
-    tolerance = 1e-3 if dtype == torch.float32 else 3e-2  # of the largest entry; half precision keeps 3 digits
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2  # relative to the largest entry; half precision keeps 3 digits
     wrong = [
         name
         for name, a, b in zip(("output", "d_query", "d_key", "d_value"), expected, found, strict=True)

@@ -150,6 +150,6 @@ def separated(batch: PackedBatch, rule: LengthRule) -> PackedBatch:
     old = batch.layout.index
     ids = batch.input_ids.new_empty(layout.total)
     ids[layout.index.key_index] = batch.input_ids[old.key_index]
-    firsts = layout.index.cu_seqlens_k[:-1].long()  # of every response's keys, its prompt's first token
+    firsts = layout.index.cu_seqlens_k[:-1].long()  # the first of every response's keys, its prompt's first token
     scored = layout.index.key_index[firsts[batch.response_of] + old.positions[batch.scored]]
     return replace(batch, input_ids=ids, layout=layout, scored=scored)

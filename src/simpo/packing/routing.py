@@ -28,7 +28,7 @@ class Routing:
         self._prompts = torch.tensor([prompt for prompt, _ in numbers], device=device)  # [R]
         self._is_first = torch.tensor([first for _, first in numbers], device=device)  # [R] of its comparison
         self._rows = 0  # padded rows that were computed so far
-        self._counted: Tensor | None = None  # of the running forward's tokens; None for all
+        self._counted: Tensor | None = None  # which tokens of the running forward count; None for all
         self._logits: dict[nn.Module, list[tuple[Tensor, Tensor | None]]] = {}
 
     def before_forward(self, module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 Advance = Callable[[int], None]
 
-_LINES = 10  # of progress, where there is no terminal for a bar
+_LINES = 10  # progress lines, where there is no terminal for a bar
 # Control characters except line breaks, and those that change the direction of the text that follows.
 _UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

@@ -170,7 +170,9 @@ class ResumableTrainer(ShardedTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._means = RunningMeans(self.metric_names, self.args.device)
-        self._other_means: dict[str, RunningMeans] = {}  # of what is not a row's metric, by its name in a checkpoint
+        self._other_means: dict[
+            str, RunningMeans
+        ] = {}  # means of values other than metrics of rows, by their name in a checkpoint
         self._tokens = 0  # that this rank has trained on; after a resume the main rank's include those of all ranks
         self._staging: Path | None = None
         self._saved: int | None = None  # the step whose checkpoint this training has written or read

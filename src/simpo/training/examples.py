@@ -19,7 +19,7 @@ from simpo.training.packed import PackedTrainer
 
 _EXAMPLES = 100  # rows, so that a large held-out set costs no second pass over it
 _CONTEXT = 8  # ids in front of a token that decoding needs to treat it as a continuation
-_UNFINISHED = "\ufffd"  # what decoding makes of a part of a character
+_UNFINISHED = "\ufffd"  # the decoding of an incomplete character
 
 
 def write_examples(path: Path, trainer: PackedTrainer) -> None:

@@ -33,7 +33,7 @@ ACCURACY = "rewards/accuracies"
 # Differences between the better and the worse response of every ordered pair, ``[rows, N]``; NaN for missing pairs.
 MARGINS, LENGTHS = "pair_margins", "pair_length_differences"
 TOKENS = "tokens"  # in files: of every response of a row
-_BINS = 5  # of confidence, from 0.5 to 1
+_BINS = 5  # for the confidence, from 0.5 to 1
 
 
 class RunningMeans:
@@ -47,7 +47,7 @@ class RunningMeans:
         self._names = tuple(names)
         # [2, N] sums of metrics and of the weights that they count with
         self._since_log = torch.zeros(2, len(names), device=device, dtype=widest_float(device))
-        self._before_log = torch.zeros(2, len(names), dtype=torch.float64)  # of all ranks, up to the last log
+        self._before_log = torch.zeros(2, len(names), dtype=torch.float64)  # sums over all ranks up to the last log
 
     def add(self, metrics: Tensor, weights: Tensor) -> None:
         """Count rows' ``metrics``, ``[C, N]``, with ``weights``, ``[C]``."""

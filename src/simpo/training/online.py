@@ -119,7 +119,7 @@ class OnlineTrainer(PreferenceTrainer):
         self.annotator = annotator
         self._files = RolloutFiles(self, self._reference, self._value, engine)
         self._rollout: tuple[int, Dataset] | None = None  # the current one, by its number
-        self._kl_coef, self._explained_variance = self.args.kl_coef, math.nan  # of the current rollout
+        self._kl_coef, self._explained_variance = self.args.kl_coef, math.nan  # for the current rollout
         self._staleness, self._denominator = 0, 1.0
         self._logged_at = time.monotonic()
         if self.train_dataset is not None:

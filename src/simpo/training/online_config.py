@@ -20,7 +20,7 @@ _GRADIENT_KEYS = (
 )
 _PPO_KEYS = ("value_model", "value_learning_rate", *(field.name for field in fields(PPO)))
 _KL_COEF, _KL_HORIZON = 0.05, 10_000
-_EVALUATION_BETA = 0.1  # of the implied reward where there is no KL coefficient
+_EVALUATION_BETA = 0.1  # for the implied reward where there is no KL coefficient
 
 
 @dataclass

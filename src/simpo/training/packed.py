@@ -67,8 +67,8 @@ class Description(NamedTuple):
     """The description of a training in the log and the model card."""
 
     objective: str  # the log's line
-    method: str  # of the card: MODEL [method] on DATA
-    tags: list[str]  # of the card
+    method: str  # in the title of the card: MODEL [method] on DATA
+    tags: list[str]  # on the card
 
 
 class PackedTrainer(ResumableTrainer):
@@ -95,8 +95,8 @@ class PackedTrainer(ResumableTrainer):
 
     config_type: ClassVar[type[TrainingSettings]]
     command: ClassVar[str]  # that runs this kind of training
-    row_noun: ClassVar[str]  # what its rows are called, in the plural
-    pipeline: ClassVar[str] = "text-generation"  # what the hub calls the use of such a model
+    row_noun: ClassVar[str]  # name of its rows, in the plural
+    pipeline: ClassVar[str] = "text-generation"  # the hub's name for the task of such a model
 
     def __init__(
         self,

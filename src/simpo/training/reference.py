@@ -38,8 +38,8 @@ from simpo.training.sharding import reshard
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # of the cache; raise it when the same weights and tokens get other log-probabilities
-_ROWS = 512  # of a file in the cache, which is written whole
+_FORMAT = 2  # version of the cache; increase it when the same weights and tokens get other log-probabilities
+_ROWS = 512  # per file of the cache, which is written at once
 _POLICY = "policy.json"
 # Keys of a model's or adapter's configuration that say where it comes from or how it is used, not what it computes.
 _NO_INFLUENCE = {
@@ -315,7 +315,7 @@ def with_mismatched(rows: Dataset, max_length: int, label: str) -> Dataset:
     table = rows.with_format("arrow")
     room = max_length - pc.list_value_length(table["prompt_ids"]).to_numpy()
     counts = response_counts(rows)
-    response_of = np.cumsum(counts) - counts + np.arange(len(rows)) % counts  # of pairs chosen and rejected in turn
+    response_of = np.cumsum(counts) - counts + np.arange(len(rows)) % counts  # for pairs, chosen and rejected in turn
     responses = pc.list_flatten(table["response_ids"]).take(response_of)
     partner = _partners(prompt_of, room, pc.list_value_length(responses).to_numpy())
     if (partner < 0).any():

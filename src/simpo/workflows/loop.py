@@ -214,7 +214,7 @@ def _run_rounds(rounds: Rounds) -> list[Metric]:
         folder = rounds.folder / f"round-{number}"
         done = (folder / ROUND_FILE).exists()
         found[number] = read_results(folder / FILE_NAME).metrics if done else rounds.run(number)
-        rate = next(metric for metric in found[number] if metric.name.startswith(_WIN_RATE))  # of the first judge
+        rate = next(metric for metric in found[number] if metric.name.startswith(_WIN_RATE))  # by the first judge
         kl = next(metric for metric in found[number] if metric.name == "kl")
         shown = ["unknown" if metric.value is None else f"{metric.value:.3g}" for metric in (rate, kl)]
         rounds.log(f"round {number}: {rate.name} {shown[0]}, KL {shown[1]}")
