@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from simpo import cli
+from simpo.generation.settings import SamplingSettings
 from simpo.models.settings import ModelArguments
 from simpo.workflows.loop import _judge_options
+from simpo.workflows.loop_settings import LoopRecipe, LoopSettings
+from simpo.workflows.pair import PairSettings
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def test_what_the_recipe_allows_applies_to_its_judges(command, judge, chat_world
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_and_to_the_judges_of_a_loop(allowed):
-    recipe = SimpleNamespace(
-        settings=SimpleNamespace(judge_url=None, judge_model=None), model=ModelArguments("model", allow_pickle=allowed)
-    )
+    settings = LoopSettings("prompts.jsonl", "held-out.jsonl", "logp:judge")
+    model, config = ModelArguments("model", allow_pickle=allowed), SimpleNamespace(resume_from_checkpoint=None)
+    recipe = LoopRecipe(settings, SamplingSettings(n=2), PairSettings(), model, config)
     assert _judge_options(recipe).allow_pickle == allowed
