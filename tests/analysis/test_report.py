@@ -258,6 +258,14 @@ def test_no_run_and_the_same_run_twice(make_run, tmp_path, capsys):
             "It predicts answers better",
         ),
         (
+            "evaluate",
+            [
+                *(Metric("gsm8k/accuracy", share, stage, 50) for share, stage in ((0.4, "before"), (0.5, "after"))),
+                Metric("gsm8k/difference", 0.1, None, 50, 0.02, 0.18),
+            ],
+            "It got better",
+        ),
+        (
             "sweep",
             [
                 *(Metric("trials/finished", 3), Metric("best/trial", 2)),

@@ -188,17 +188,15 @@ def _win_rates(run: Run) -> Iterator[Measure]:
 
 
 def _right_answers(run: Run) -> Iterator[Measure]:
+    """Shares of right answers before and after, with their difference where it was measured pair by pair."""
     for metric in run.metrics:
-        before = run.metric(metric.name, "before")
-        if (
-            metric.stage == "after"
-            and before
-            and metric.value is not None
-            and metric.name.endswith(("correct", "/acc", "/exact_match"))
-        ):
+        before, found = run.metric(metric.name, "before"), run.metric(metric.name, "after")
+        if metric is found and before and metric.name.endswith(("correct", "/acc", "/accuracy", "/exact_match")):
             label = "Correct answers" if metric.name == "correct" else metric.name
+            head = metric.name.rpartition("/")[0]
+            paired = run.metric(f"{metric.name}/difference") or run.metric(f"{head}/difference")
             text = f"{_literal(label[0].lower() + label[1:])} went from {{before}} to {{after}}"
-            yield Measure(label, text, metric.interval, before.interval)
+            yield Measure(label, text, found.interval, before.interval, paired.interval if paired else None)
 
 
 def _generated(run: Run) -> Iterator[Measure]:

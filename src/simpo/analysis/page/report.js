@@ -82,7 +82,7 @@
     const x = { ...axis, type: chart.x.categories ? "category" : "value", data: chart.x.categories, name: chart.x.name, nameGap: chart.x.categories ? 48 : 28,
       min: chart.x.min ?? (chart.kind === "points" ? undefined : "dataMin"), max: chart.x.max ?? (chart.kind === "points" ? undefined : "dataMax"),
       minInterval: chart.x.whole ? 1 : undefined, splitLine: { show: false }, scale: true,
-      axisLabel: { ...axis.axisLabel, showMinLabel: Boolean(chart.x.share || chart.x.name.endsWith("step")), formatter: (value) => shown(value) } };
+      axisLabel: { ...axis.axisLabel, showMinLabel: Boolean(chart.x.share || chart.x.whole || chart.x.name.endsWith("step")), formatter: (value) => shown(value) } };
     if (chart.x.categories) Object.assign(x, { min: undefined, max: undefined, axisLabel: { ...axis.axisLabel, hideOverlap: false, rotate: 30, fontSize: 10 } });
     if (chart.x.share) x.axisLabel = { ...axis.axisLabel, formatter: (value) => `${Math.round(100 * value)}%` };
     const values = chart.series.flatMap((one) => [...one.data.map(([, value]) => value), ...(one.bounds || []).flatMap(([, low, high]) => [low, high])]);
@@ -94,12 +94,13 @@
       const min = Math.floor(lowest * 10) / 10, max = Math.min(1, Math.max(min + 0.1, Math.ceil(highest * 10) / 10));
       Object.assign(y, { min, max, interval: max - min > 0.55 ? 0.2 : max - min > 0.25 ? 0.1 : 0.05 });
     }
-    const legend = chart.series.length, rows = legend < 2 ? 0 : legend > 4 ? 1 : Math.ceil(legend / 2);
+    const legend = chart.series.length, long = chart.series.some((one) => one.name.length > 20);
+    const scrolls = legend > (long ? 2 : 4), rows = legend < 2 ? 0 : scrolls ? 1 : long ? 2 : Math.ceil(legend / 2);
     return {
       animation: false, backgroundColor: "transparent", textStyle: { fontFamily: "system-ui, sans-serif", color: css("--ink") },
       aria: { enabled: true, label: { description: `${chart.title}. ${chart.note || ""}` } },
       grid: { left: 62, right: 18, top: 14 + 20 * rows + (chart.marks && chart.marks.length ? 12 : 0), bottom: chart.x.categories ? 66 : 44 },
-      legend: { show: rows > 0, type: legend > 4 ? "scroll" : "plain", top: 0, itemGap: 8, itemHeight: 10, textStyle: { color: css("--ink") }, inactiveColor: soft,
+      legend: { show: rows > 0, type: scrolls ? "scroll" : "plain", top: 0, itemGap: 8, itemHeight: 10, textStyle: { color: css("--ink") }, inactiveColor: soft,
         pageTextStyle: { color: soft }, data: chart.series.map((one) => one.name) },
       tooltip: { trigger: chart.kind === "points" ? "item" : "axis", confine: true, backgroundColor: css("--card"), borderColor: grid,
         textStyle: { color: css("--ink"), fontSize: 12 }, formatter: (found) => tooltipOf(chart, found) },
