@@ -97,21 +97,23 @@ def run(
     from simpo.cli.plan import check_fit  # noqa: PLC0415
     from simpo.runs.results import print_results  # noqa: PLC0415
     from simpo.training.run import run_training  # noqa: PLC0415
+    from simpo.training.trackers import Trackers  # noqa: PLC0415
 
     if PLAN_FIRST in argv:
         check_fit(kind.command, parts)
-    job = make_job(kind, parts, argv, callbacks)
+    trackers = Trackers()
+    job = make_job(kind, parts, argv, [*callbacks, trackers])
     results = run_training(kind, job)
     if job.config.process_index == 0:
         folder = job.config.output_dir
         print_results(results)
         print(f"saved: {folder}")
-        print_report(Path(folder))
+        trackers.publish(Path(folder), print_report(Path(folder)))
         print(f"next:  {following.format(folder=shlex.quote(folder))}")
     return 0
 
 
-def print_report(folder: Path) -> None:
+def print_report(folder: Path) -> Path | None:
     """Write a finished run's report, unless there is one since it finished, and print its path.
 
     A report that fails does not undo the run.
@@ -123,8 +125,11 @@ def print_report(folder: Path) -> None:
     try:
         # the record is the last that a run writes, so that an older report is of the time before
         kept = path.is_file() and path.stat().st_mtime_ns >= (folder / RECORD).stat().st_mtime_ns
-        print(f"report: {path if kept else write_report([folder])}")
+        report = path if kept else write_report([folder])
     except Exception as error:
         logger.warning(
             "no report was written (%s: %s); simpo report %s tries again", type(error).__name__, error, folder
         )
+        return None
+    print(f"report: {report}")
+    return report

@@ -1,0 +1,191 @@
+"""Curves and outcomes of runs as experiment trackers have stored them, with the real packages and without network."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import chain
+
+import pytest
+
+from simpo.cli import main
+from simpo.runs.lines import read_lines
+from simpo.runs.results import read_results
+
+# Names under which dashboards of transformers' users look for curves.
+CURVES = ("train/loss", "train/learning_rate", "train/grad_norm", "train/rewards/margins", "train/rewards/accuracies")
+HELD_OUT = ("eval/loss", "eval/rewards/margins", "eval/rewards/accuracies", "eval/generations/length")
+
+
+def train(world, output, tracker: str) -> int:
+    given = {
+        "model_name_or_path": world / "model",
+        "dataset_name": world / "train.jsonl",
+        "eval_dataset_name": world / "test.jsonl",
+        "output_dir": output,
+        "per_device_train_batch_size": 8,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_generations": 3,
+        "max_length": 40,
+        "save_strategy": "no",
+        "report_to": tracker,
+    }
+    return main(["train", *(f"--{key}={value}" for key, value in given.items())])
+
+
+def outcome(folder) -> dict[str, float]:
+    """The figures of ``results.json`` by the names that trackers have for them."""
+    found = read_results(folder / "results.json").metrics
+    names = ["/".join(["results", *([metric.stage] if metric.stage else []), metric.name]) for metric in found]
+    return {name: metric.value for name, metric in zip(names, found, strict=True) if metric.value is not None}
+
+
+def table(folder) -> list[list[str]]:
+    """Prompts with the start model's and the last answers."""
+    before, after = (read_lines(folder / "generations" / name) for name in ("start.jsonl", "step-4.jsonl"))
+    return [[a["prompt"], a["responses"][0], b["responses"][0]] for a, b in zip(before, after, strict=True)]
+
+
+def logged(folder, key: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[key]) for line in read_lines(folder / "metrics.jsonl") if key in line]
+
+
+def shown(event) -> list[list[str]]:
+    """The cells of a Markdown table in TensorBoard, without line breaks."""
+    heading, _, *lines = event.tensor_proto.string_val[0].decode().split("\n")
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in (heading, *lines)]
+    return [[cell[1:-1].replace("\\|", "|").replace("<br>", "") for cell in row] for row in rows]
+
+
+def one_line(text: str) -> str:
+    return "".join(text.splitlines())
+
+
+def test_tensorboard(chat_world, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    assert train(chat_world, out, "tensorboard") == 0
+    assert not any(path.is_dir() for path in (tmp_path / "board").iterdir())  # one run for the dashboard
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert scalars >= {*CURVES, *HELD_OUT}
+    for name, key in [(name, name.removeprefix("train/")) for name in CURVES] + [("eval/loss", "eval_loss")]:
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged(out, key)]
+    assert len(events.Scalars("train/loss")) == 4 and len(events.Scalars("eval/loss")) == 2
+    figures = outcome(out)
+    assert figures and scalars > figures.keys()
+    for name, value in figures.items():
+        (event,) = events.Scalars(name)
+        assert (event.step, event.value) == (4, pytest.approx(value, rel=1e-6))
+    (answers,) = events.Tensors("answers/text_summary")
+    assert shown(answers) == [["prompt", "before", "after"], *([one_line(cell) for cell in row] for row in table(out))]
+    assert events.summary_metadata["_hparams_/session_start_info"].plugin_data.plugin_name == "hparams"
+    error = capsys.readouterr().err
+    assert "did not accept" not in error
+
+    assert train(chat_world, out, "tensorboard") == 0  # a finished run is not sent again
+    again = EventAccumulator(str(tmp_path / "board"))
+    again.Reload()
+    assert len(again.Scalars("results/train/loss")) == 1
+
+
+def test_answers_of_the_last_rollout(chat_world, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scorers.py").write_text("def short(prompt, response):\n    return -len(response)\n")
+    given = {
+        **{"model_name_or_path": chat_world / "model", "dataset_name": chat_world / "train.jsonl", "max_length": 40},
+        **{"annotator": "function:scorers:short", "trust_remote_code": True, "output_dir": "out", "objective": "rloo"},
+        **{"num_generations": 2, "max_new_tokens": 4, "per_device_train_batch_size": 4, "max_steps": 2},
+        **{"save_strategy": "no", "report_to": "tensorboard"},
+    }
+    assert main(["online", *(f"--{key}={value}" for key, value in given.items())]) == 0
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    (answers,) = events.Tensors("answers/text_summary")
+    last = sorted((tmp_path / "out/rollouts").glob("0*.jsonl"))[-1]
+    expected = [
+        [row["prompt"], one_line(response), str(score)]
+        for row in read_lines(last)
+        for response, score in zip(row["responses"], row["scores"], strict=True)
+    ]
+    assert expected and shown(answers) == [["prompt", "answer", "score"], *expected]
+
+
+def test_wandb(chat_world, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    places = {"WANDB_DIR": tmp_path, "WANDB_DATA_DIR": tmp_path / "data", "WANDB_CACHE_DIR": tmp_path / "cache"}
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **places}.items():
+        monkeypatch.setenv(name, str(value))
+    out = tmp_path / "out"
+    assert train(chat_world, out, "wandb") == 0
+    summary = dict(wandb.run.summary)
+    folder = tmp_path / "wandb"
+    wandb.finish()
+    assert summary.keys() >= {*CURVES, *HELD_OUT}
+    for name, value in outcome(out).items():
+        assert summary[name] == pytest.approx(value)
+    (stored,) = folder.glob("offline-run-*/files/media/table/answers_*.table.json")
+    found = json.loads(stored.read_text())
+    assert (found["columns"], found["data"]) == (["prompt", "before", "after"], table(out))
+    artifacts = {path.read_bytes() for path in (tmp_path / "data/artifacts/staging").iterdir()}
+    assert artifacts >= {(out / name).read_bytes() for name in ("report.html", "results.json")}
+
+
+def test_mlflow(chat_world, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_experiment(
+        experiment_id=mlflow.create_experiment("simpo", artifact_location=str(tmp_path / "artifacts"))
+    )
+    out = tmp_path / "out"
+    assert train(chat_world, out, "mlflow") == 0
+    (run,) = mlflow.search_runs(output_format="list")
+    assert run.info.status == "FINISHED" and mlflow.active_run() is None
+    for name, value in outcome(out).items():
+        assert run.data.metrics[name] == pytest.approx(value)
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "rewards/margins")
+    assert [(point.step, point.value) for point in history] == logged(out, "rewards/margins")
+    files = [path for path in (tmp_path / "artifacts" / run.info.run_id).rglob("*") if path.is_file()]
+    assert {path.name for path in files} == {"answers.json", "report.html", "results.json"}
+    assert next(path for path in files if path.name == "report.html").read_bytes() == (out / "report.html").read_bytes()
+    found = json.loads(next(path for path in files if path.name == "answers.json").read_text())
+    assert (found["columns"], found["data"]) == (["prompt", "before", "after"], table(out))
+
+
+def test_trackio(chat_world, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
+    trackio = pytest.importorskip("trackio")
+    out = tmp_path / "out"
+    assert train(chat_world, out, "trackio") == 0
+    (run,) = trackio.Api().runs("huggingface")
+    rows = trackio.SQLiteStorage.get_logs("huggingface", run.name)
+    names = set(chain.from_iterable(rows))
+    assert names >= {*CURVES, *HELD_OUT}
+    for name, value in outcome(out).items():
+        assert [row[name] for row in rows if name in row] == [pytest.approx(value)]
+    (answers,) = [row["answers"] for row in rows if "answers" in row]
+    assert [list(row.values()) for row in answers["_value"]] == table(out)
+
+
+def test_a_tracker_that_fails_does_not_undo_the_run(chat_world, tmp_path, monkeypatch, caplog):
+    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
+
+    def fail(*args, **kwargs):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(writer, "add_hparams", fail)
+    assert train(chat_world, tmp_path / "out", "tensorboard") == 0
+    assert "TensorBoard" in caplog.text and "the disk is full" in caplog.text
+    assert (tmp_path / "out/report.html").exists()
