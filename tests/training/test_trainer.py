@@ -10,6 +10,7 @@ import pytest
 import torch
 from benchmarks.architectures import build, toy_config
 from datasets import DatasetDict
+from transformers import ProgressCallback, TrainerCallback
 
 from simpo import OBJECTIVES, PreferenceTrainer, SimpoError
 from simpo.models.preparation import disable_dropout
@@ -332,3 +333,23 @@ def test_rows_of_other_types_work_or_say_what_to_pass(pairs, config, make_model)
         with pytest.raises(SimpoError, match=message):
             PreferenceTrainer(make_model("gpt2"), config(), given)
     assert set(PreferenceTrainer(make_model("gpt2"), config(), rows, split).eval_dataset) == {"train", "test"}
+
+
+def test_scored_rows_are_those_of_predict_without_its_event(make_trainer, pairs):
+    """Trackers log what ``on_predict`` gives them, and open a run again that has been closed."""
+
+    class Recorder(TrainerCallback):
+        predictions = 0
+
+        def on_predict(self, *args, **kwargs):
+            self.predictions += 1
+
+    recorder, rows = Recorder(), pairs(5)
+    trainer = make_trainer(rows, callbacks=[recorder], disable_tqdm=False, per_device_eval_batch_size=2)
+    found = trainer.score_rows(rows)
+    (bar,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressCallback)]
+    assert recorder.predictions == 0 and bar.prediction_bar is None
+    metrics = trainer.predict(rows).metrics
+    assert recorder.predictions == 1
+    assert found["loss"].mean() == pytest.approx(metrics["test_loss"], abs=1e-12)
+    assert found["rewards/margins"].mean() == pytest.approx(metrics["test_rewards/margins"], abs=1e-12)

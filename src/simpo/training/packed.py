@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 
 from simpo.data.rows import as_dataset
 from simpo.data.tokenizing import Prepared
@@ -458,8 +458,11 @@ class PackedTrainer(ResumableTrainer):
         return metrics
 
     def score_rows(self, dataset: Dataset) -> Scores:
-        """Metrics of every row of ``dataset``, in its order."""
-        output = self.predict(dataset)
+        """Metrics of every row of ``dataset``, in its order; unlike those of ``predict``, no tracker gets them."""
+        output = self.evaluation_loop(self.get_test_dataloader(dataset), description="Prediction")
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                callback.on_predict(self.args, self.state, self.control)  # closes its bar
         return scores_of(output.predictions, output.label_ids, self.metric_names)
 
     def response_logps(self, rows: Dataset) -> Tensor:
