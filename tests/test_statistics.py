@@ -114,6 +114,8 @@ def test_mean_coverage():
 def test_mean_of_one_value_has_no_bounds():
     interval = mean_interval([2.5])
     assert (interval.value, interval.low, interval.high, interval.n) == (2.5, None, None, 1)
+    undefined = mean_interval([np.nan])
+    assert np.isnan(undefined.value) and (undefined.low, undefined.high) == (None, None)
 
 
 @pytest.mark.parametrize("values", [[], [[1.0, 2.0]]])

@@ -79,7 +79,7 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
     if data.ndim != 1 or not data.size:
         raise ValueError(f"the mean needs a list of at least one value, got shape {data.shape}")
     n, mean = data.size, float(data.mean())
-    if (data == data[0]).all():
+    if n == 1 or (data == data[0]).all():
         return Interval(mean, None, None, n, "Student t 95%")
     half = float(special.stdtrit(n - 1, _UPPER_TAIL) * data.std(ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n, "Student t 95%")
