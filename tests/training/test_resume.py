@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from simpo.training.checkpoints import ResumableTrainer, StopOnSignal, checkpoin
 
 pytestmark = pytest.mark.slow
 
+LIMIT = {"save_total_limit": 2}
 _TIMES = ("runtime", "per_second", "preparation_time")
 
 
@@ -46,21 +48,22 @@ def die():
     raise Killed
 
 
+def plan(patches: pytest.MonkeyPatch, step, action):
+    """Let the next run call ``action`` after that step."""
+    train = workflow.PackedTrainer.train
+
+    def watched(self, *args, **kwargs):
+        self.add_callback(At(step, action))
+        return train(self, *args, **kwargs)
+
+    patches.setattr(workflow.PackedTrainer, "train", watched)
+    return patches
+
+
 @pytest.fixture
 def at(monkeypatch):
     """``at(step, action)``: the next run calls ``action`` after that step."""
-
-    def plan(step, action):
-        train = workflow.PackedTrainer.train
-
-        def watched(self, *args, **kwargs):
-            self.add_callback(At(step, action))
-            return train(self, *args, **kwargs)
-
-        monkeypatch.setattr(workflow.PackedTrainer, "train", watched)
-        return monkeypatch
-
-    return plan
+    return functools.partial(plan, monkeypatch)
 
 
 def options(world, output, **changes):
@@ -105,6 +108,22 @@ def through(chat_world, tmp_path_factory):
     output = tmp_path_factory.mktemp("through") / "run"
     assert cli.main(options(chat_world, output)) == 0
     return output
+
+
+@pytest.fixture(scope="module")
+def killed_once(chat_world, tmp_path_factory):
+    """A run that was killed after its seventh step."""
+    output = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.MonkeyPatch.context() as patches, pytest.raises(Killed):
+        plan(patches, 7, die)
+        cli.main(options(chat_world, output, **LIMIT))
+    return output
+
+
+@pytest.fixture
+def killed(killed_once, tmp_path):
+    """A copy of it, to be continued with ``options(..., **LIMIT)``."""
+    return shutil.copytree(killed_once, tmp_path / "run")
 
 
 def test_a_run_leaves_everything_that_tells_its_story(through, chat_world):
@@ -347,21 +366,16 @@ def flip_one_byte(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
 @pytest.mark.parametrize("damage", [truncate, empty, flip_one_byte, Path.unlink])
-def test_a_damaged_checkpoint_is_skipped(damage, name, through, chat_world, at, tmp_path, caplog):
-    output = tmp_path / "run"
-    patches = at(7, die)
-    with pytest.raises(Killed):
-        cli.main(options(chat_world, output, save_total_limit=2))
-    patches.undo()
-    assert [path.name for path in checkpoints(output)] == ["checkpoint-6", "checkpoint-4"]
-    damage(output / "checkpoint-6" / name)
-    assert last_good_checkpoint(output) == output / "checkpoint-4"
+def test_a_damaged_checkpoint_is_skipped(damage, name, through, chat_world, killed, caplog):
+    assert [path.name for path in checkpoints(killed)] == ["checkpoint-6", "checkpoint-4"]
+    damage(killed / "checkpoint-6" / name)
+    assert last_good_checkpoint(killed) == killed / "checkpoint-4"
     assert "checkpoint-6 is damaged" in caplog.text
     assert name in caplog.text
     if damage is flip_one_byte and name == "model.safetensors":  # once all the way: each takes a second
-        assert cli.main(options(chat_world, output, save_total_limit=2)) == 0
-        assert same_weights(output, through)
-        assert f"continues from {output / 'checkpoint-4'}" in (output / "log.txt").read_text()
+        assert cli.main(options(chat_world, killed, **LIMIT)) == 0
+        assert same_weights(killed, through)
+        assert f"continues from {killed / 'checkpoint-4'}" in (killed / "log.txt").read_text()
         assert "missing keys" not in caplog.text  # of tied weights one is stored
 
 
@@ -410,12 +424,7 @@ def test_the_best_checkpoint_stays_and_is_loaded(chat_world, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["recipe", "data", "model"])
-def test_another_run_is_not_continued(change, through, chat_world, at, tmp_path, capsys):
-    output = tmp_path / "run"
-    patches = at(3, die)
-    with pytest.raises(Killed):
-        cli.main(options(chat_world, output))
-    patches.undo()
+def test_another_run_is_not_continued(change, through, chat_world, killed, tmp_path, capsys):
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join((chat_world / "train.jsonl").open().readlines()[:-1]))
     changes = {
@@ -423,15 +432,14 @@ def test_another_run_is_not_continued(change, through, chat_world, at, tmp_path,
         "data": {"dataset_name": fewer},
         "model": {"model_name_or_path": through},
     }[change]
-    capsys.readouterr()
-    assert cli.main(options(chat_world, output, **changes)) == 2
+    assert cli.main(options(chat_world, killed, **LIMIT | changes)) == 2
     message = capsys.readouterr().err
     assert {"recipe": "beta", "data": "data/train", "model": "model: other contents"}[change] in message
     assert message.count("\n") == 1
     if change == "recipe":
-        assert cli.main(options(chat_world, output, **changes, accept_changes="true")) == 0
-        assert not same_weights(output, through)
-        assert json.loads((output / "run.json").read_text())["changes"]
+        assert cli.main(options(chat_world, killed, **LIMIT | changes, accept_changes="true")) == 0
+        assert not same_weights(killed, through)
+        assert json.loads((killed / "run.json").read_text())["changes"]
 
 
 def test_a_finished_run_says_so_and_stays(chat_world, through, tmp_path, capsys):
@@ -539,15 +547,10 @@ def test_what_a_stopped_run_says_is_saved_is_there(changes, chat_world, at, tmp_
     assert last_good_checkpoint(output) == output / "checkpoint-4"
 
 
-def test_figures_before_are_those_of_the_settings_that_are_continued_with(chat_world, at, tmp_path):
-    output = tmp_path / "run"
-    patches = at(3, die)
-    with pytest.raises(Killed):
-        cli.main(options(chat_world, output))
-    patches.undo()
-    assert cli.main(options(chat_world, output, beta=10.0, accept_changes="true")) == 0
-    assert cli.main(options(chat_world, tmp_path / "other", beta=10.0)) == 0
-    before = [{n: v for n, s, v in figures(folder) if s == "before"} for folder in (output, tmp_path / "other")]
+def test_figures_before_are_those_of_the_settings_that_are_continued_with(chat_world, killed, tmp_path):
+    assert cli.main(options(chat_world, killed, **LIMIT, beta=10.0, accept_changes="true")) == 0
+    assert cli.main(options(chat_world, tmp_path / "other", max_steps=1, beta=10.0)) == 0
+    before = [{n: v for n, s, v in figures(folder) if s == "before"} for folder in (killed, tmp_path / "other")]
     assert before[0] == before[1]
 
 
