@@ -324,17 +324,26 @@ def _judge(
     """Decide on the output layer and the path, and write down the reasons."""
     device = sample.input_ids.device
     state.fused_head = kind.find_head(model) is not None
+    separate: dict[bool, Tensor] = {}  # what is compared, each response in a forward of its own
     for autocast, outputs in expected.items():
         if state.fused_head:
             with _precision(device, autocast):
-                state.fused_head = _fused_head_agrees(model, sample, kind, outputs)
+                found = _fused_outputs(model, sample, kind, outputs)
+            state.fused_head = found is not None
+            if found is not None and kind.compared is kind.fused_outputs:
+                separate[autocast] = found
     if not state.fused_head:
         state.reasons.append(f"its output layer is not a plain matrix product: {kind.without_head}")
         if kind.compared is not kind.fused_outputs:  # hidden states say nothing about outputs of an unknown layer
             return "padded"
+        separate = {}  # the outputs are computed in another way from now on
     for autocast in expected:
         with _precision(device, autocast):
-            _check_padded(model, state, kind, sample)
+            if autocast not in separate:
+                separate[autocast] = unpacked_outputs(model, sample, kind.compared)
+            _check_padded(model, state, kind, sample, separate[autocast])
+    if kind.compared is not kind.fused_outputs:
+        expected = separate
 
     def check(path: Callable[..., None]) -> None:
         for autocast, outputs in expected.items():
@@ -360,27 +369,34 @@ def _judge(
         return "padded"
 
 
-def _fused_head_agrees(model: PreTrainedModel, sample: PackedBatch, kind: Kind, expected: Tensor) -> bool:
+def _fused_outputs(model: PreTrainedModel, sample: PackedBatch, kind: Kind, expected: Tensor) -> Tensor | None:
+    """The outputs by the fused output layer, each response in a forward of its own; None unless they agree."""
     try:
         found = unpacked_outputs(model, sample, kind.fused_outputs)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # something else than a product stands between hidden states and the output layer
-        return False
-    return _agree(_differences(found, expected, kind), model)
+        return None
+    return found if _agree(_differences(found, expected, kind), model) else None
 
 
-def _check_padded(model: PreTrainedModel, state: PolicyState, kind: Kind, sample: PackedBatch) -> None:
+def _check_padded(
+    model: PreTrainedModel, state: PolicyState, kind: Kind, sample: PackedBatch, separate: Tensor
+) -> None:
     """Set ``alone`` if padded rows differ from the same rows alone by more than any batch does by rounding."""
 
-    def worst(batch: PackedBatch) -> float:
+    def worst(batch: PackedBatch, alone: Tensor) -> float:
         found = model(packed_batch=batch, path="padded", compute=kind.compared)
-        return _differences(found, unpacked_outputs(model, batch, kind.compared), kind).max().item()
+        return _differences(found, alone, kind).max().item()
 
     # one response twice: there is no padding, and any difference is rounding
-    first = sample.comparisons[0]
-    twice = PackedBatch.build([TokenizedComparison(first.prompt_ids, first.response_ids[:1] * 2)])
-    rounding, difference = worst(twice.to(sample.input_ids.device)), worst(sample)
+    first, device = sample.comparisons[0], sample.input_ids.device
+    once, twice = (
+        PackedBatch.build([TokenizedComparison(first.prompt_ids, first.response_ids[:1] * copies)]).to(device)
+        for copies in (1, 2)
+    )
+    rounding = worst(twice, torch.cat([unpacked_outputs(model, once, kind.compared)] * 2))
+    difference = worst(sample, separate)
     dtype = computes_in(model)
     maximum = _TOLERANCE[dtype][1]
     allowed = min(maximum, rounding_tolerance(rounding, dtype))
@@ -453,8 +469,6 @@ def _shared_difference(
     model: PreTrainedModel, kind: Kind, sample: PackedBatch, path: Path, expected: Tensor
 ) -> str | None:
     """The difference between the outputs of a path and the model's own, as text; None if they agree."""
-    if kind.compared is not kind.fused_outputs:
-        expected = unpacked_outputs(model, sample, kind.compared)
     try:
         found = model(packed_batch=sample, path=path, compute=kind.compared)
     except NotShareableError:
