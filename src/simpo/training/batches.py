@@ -272,9 +272,9 @@ def response_tokens(rows: Dataset) -> np.ndarray:
 def _sizes(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``[rows]`` tokens of each prompt, ``[R]`` tokens of each response, ``[rows]`` each row's first response."""
     table = rows.with_format("arrow")
-    prompts = pc.list_value_length(table["prompt_ids"]).to_numpy()
-    responses = pc.list_value_length(pc.list_flatten(table["response_ids"])).to_numpy()
-    counts = response_counts(rows)
+    prompts, answers = pc.list_value_length(table["prompt_ids"]).to_numpy(), table["response_ids"]
+    responses = pc.list_value_length(pc.list_flatten(answers)).to_numpy()
+    counts = pc.list_value_length(answers).to_numpy()
     return prompts, responses, np.cumsum(counts) - counts
 
 
@@ -290,7 +290,7 @@ def row_sizes(rows: Dataset, path: Path, rule: LengthRule | None = None) -> RowS
     By ``rule`` responses with different rotary frequencies do not share their prompt.
     """
     prompts, responses, first = _sizes(rows)
-    packed = prompts + response_tokens(rows)
+    packed = prompts + np.add.reduceat(responses, first)
     if rule is not None:
         packed = packed + rule.repeated_prompts(prompts, responses, first)
     mismatched = _mismatched_sizes(rows)
