@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE =# with it, every process that a test starts woul
 demo: $(VENV)/.runtime
 	$(BIN)/simpo demo
 
-test: $(VENV)/.deepspeed
+test: $(VENV)/.dev
 	$(BIN)/pytest -n auto
 
 # What takes too long for make test, and more than a hundred kills at chosen and at random moments.
@@ -51,8 +51,8 @@ $(VENV)/.dev: $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps axe-playwright-python
 	@touch $@
 
-# Only the tests need DeepSpeed. It is built from source, which requires torch to be installed first; its operators are
-# not compiled.
+# Only tests of make soak need DeepSpeed. It is built from source, which requires torch to be installed first; its
+# operators are not compiled.
 $(VENV)/.deepspeed: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja py-cpuinfo
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \

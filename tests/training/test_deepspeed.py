@@ -1,4 +1,4 @@
-"""ZeRO-2 and ZeRO-3 with two processes on a CPU, against one process without DeepSpeed, which has to be installed."""
+"""ZeRO-2 and ZeRO-3 with two processes on a CPU, against one process without DeepSpeed, and its configuration."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ from simpo import SimpoError, cli
 from simpo.models.zero import read_config, unset_batch_sizes
 from simpo.runs.results import read_results
 from simpo.training.packed import PackedTrainer
-
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 # The contents of the paper's accelerate_configs/deepspeed_zero3.yaml; what differs from it: precision, processes, CPU.
 PAPER = {
@@ -177,6 +175,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", LAUNCHED)

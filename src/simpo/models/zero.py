@@ -31,22 +31,25 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to 
 
 def read_config(given: str | dict[str, Any] | None, rows: int, accumulation: int) -> dict[str, Any] | None:
     """The configuration in a recipe's ``deepspeed`` (a file, its text or contents), without batch sizes."""
+    config = _parse(given) if given else None
     if importlib.util.find_spec("deepspeed") is None:
         raise SimpoError("deepspeed: not installed; DS_BUILD_OPS=0 pip install --no-build-isolation 'simpo[deepspeed]'")
     # DeepSpeed calls torch's collectives by their old names
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    if not given:
-        return None
+    if config is not None:
+        unset_batch_sizes(config, rows, accumulation)
+        for precision in ("bf16", "fp16"):  # the recipe's, also where the file does not name one
+            config.setdefault(precision, {"enabled": "auto"})
+    return config
+
+
+def _parse(given: str | dict[str, Any]) -> dict[str, Any]:
     if "WORLD_SIZE" not in os.environ:
         raise SimpoError("deepspeed: start with torchrun or accelerate launch, also for one process")
-    if isinstance(given, str):
-        with third_party(f"deepspeed: {given!r} is not a JSON file"):
-            given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
-    config: dict[str, Any] = copy.deepcopy(given)  # type: ignore[arg-type]
-    unset_batch_sizes(config, rows, accumulation)
-    for precision in ("bf16", "fp16"):  # the recipe's, also where the file does not name one
-        config.setdefault(precision, {"enabled": "auto"})
-    return config
+    if isinstance(given, dict):
+        return copy.deepcopy(given)
+    with third_party(f"deepspeed: {given!r} is not a JSON file"):
+        return json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
 
 
 def unset_batch_sizes(config: dict[str, Any], rows: int, accumulation: int) -> None:
