@@ -158,6 +158,7 @@ def test_a_model_of_a_training_command(command, argv, tmp_path, monkeypatch):
         (["--seed", "-1"], "seed: must be at least 0"),
         (["--save_only_model", "true"], "save_only_model: not supported"),
         (["--output_dir", "null"], "output_dir is missing"),
+        (["--log_level", "false"], "--log_level: 'false' is not one of detail, debug, info"),
     ],
 )
 def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):

@@ -61,7 +61,10 @@ def third_party(place: str) -> Iterator[None]:
         raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise SimpoError(f"{place}: {one_line(error)}") from error
+            reason = one_line(error)
+            if isinstance(error, OSError) and error.strerror and str(error.filename) in place:
+                reason = error.strerror  # without the name of the file a second time
+            raise SimpoError(f"{place}: {reason}") from error
         raise
 
 

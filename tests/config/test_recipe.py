@@ -386,6 +386,9 @@ def test_mistakes_with_arguments_by_position(argv, parts):
         ("count: 1\n\trate: 2", "recipe.yaml:2: not YAML: "),
         ("count: !!python/object/apply:os.getpid []", "recipe.yaml:1: not YAML: "),
         ("count: 1\n---\ncount: 2", "recipe.yaml:2: not YAML: "),
+        ('text: "\\U99999999"', "recipe.yaml: cannot be read: "),
+        ("count: !!int abc", "recipe.yaml:1: count: cannot be read: "),
+        (f"counts: {'[' * 3000}", "recipe.yaml: cannot be read: "),
         (
             "betta: 1\nrate: x\ncont: 2",
             "3 things to change: (1) recipe.yaml:1: betta: unknown key; (2) recipe.yaml:3: cont: unknown key; did you "
@@ -401,7 +404,7 @@ def test_mistakes_in_the_file(recipe, text, message):
 def test_bytes_that_are_no_text(recipe):
     path = recipe("")
     Path(path).write_bytes(b"text: \xff\xfe")
-    assert error(path) == "recipe.yaml: not UTF-8 text"
+    assert error(path).startswith("recipe.yaml: cannot be read: 'utf-8' codec can't decode byte 0xff")
 
 
 def test_merge_keys_bring_defaults(recipe):

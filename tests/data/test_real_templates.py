@@ -272,3 +272,73 @@ def test_scored_answers_of_real_templates(kind, capsys):
 @cache
 def references(path, name):
     return reference(tokenizer_of(path), *CASES[name])
+
+
+# ---- The text of tokens in any field.
+
+
+def calling(call=None, tool=None, answer=None):
+    """A conversation with a tool call, with other fields than ``CALLING`` has."""
+    asked = [user("Weather in Oslo?"), {"role": "assistant", "content": None, "tool_calls": [CALL | (call or {})]}]
+    return [*asked, CALLING[2] | (answer or {}), CALLING[3]], [{**TOOL, "function": TOOL["function"] | (tool or {})}]
+
+
+def with_text(text):
+    """Messages and tools by the field that holds ``text``."""
+    function = CALL["function"]
+    return {
+        "user": ([user(text), TALK[1]], None),
+        "assistant": ([TALK[0], assistant(text)], None),
+        "system": ([{"role": "system", "content": text}, *TALK], None),
+        "part": ([user([{"type": "text", "text": text}]), TALK[1]], None),
+        "role": ([{"role": text, "content": "Hi."}, *TALK], None),
+        "name": ([user("Hi.") | {"name": text}, TALK[1]], None),
+        "reasoning": ([TALK[0], thought("It is 4.", text)], None),
+        "thinking": ([TALK[0], assistant("It is 4.", thinking=text)], None),
+        "called": calling(call={"function": function | {"name": text}}),
+        "argument": calling(call={"function": function | {"arguments": {"city": text}}}),
+        "argument name": calling(call={"function": function | {"arguments": {text: "Oslo"}}}),
+        "arguments as text": calling(call={"function": function | {"arguments": json.dumps({"city": text})}}),
+        "call id": calling(call={"id": text}),
+        "result": calling(answer={"content": text}),
+        "result's tool": calling(answer={"name": text}),
+        "description": calling(tool={"description": text}),
+        "tool": calling(tool={"name": text}),
+    }
+
+
+def added_ids(tokenizer, found):
+    return [[number for number in (*prompt, *ids) if number in tokenizer.added_tokens_decoder] for prompt, ids in found]
+
+
+def recognized(template, token):
+    """Whether the template looks for a token in texts, which then is more than text."""
+    quoted = rf"['\"](\\n)*{re.escape(token)}(\\n)*['\"]"
+    return re.search(rf"\(\s*{quoted}|{quoted}\s+(not\s+)?in\b", template) is not None
+
+
+@pytest.mark.parametrize(
+    "paths", [pytest.param(TEMPLATES[::8], id="some"), pytest.param(TEMPLATES, id="all", marks=pytest.mark.exhaustive)]
+)
+def test_the_text_of_a_token_stays_text_in_every_field(paths):
+    """The row has the same special and structural tokens as one with other text there, or both are refused."""
+    compared = 0
+    for path in paths:
+        tokenizer = tokenizer_of(path)
+        template = tokenizer.chat_template
+        tokens = [
+            token for token in dict.fromkeys(["<eos>", *TOKEN.findall(template)]) if not recognized(template, token)
+        ]
+        markup = [token for token in tokens if MARKUP.fullmatch(token)]
+        for token in [*[token for token in tokens if token not in markup][:2], *markup[:1]]:
+            plain = with_text("aXb")
+            for field, (messages, tools) in with_text(f"a{token}b").items():
+                if field == "assistant" and token in markup:
+                    continue  # which an answer may write as tokens: docs/data-formats.md
+                found, expected = (answers(tokenizer, *row, {}, "sft") for row in ((messages, tools), plain[field]))
+                if isinstance(found, str) or isinstance(expected, str):
+                    assert isinstance(found, str) and isinstance(expected, str), f"{path.stem}, {token}, {field}"
+                    continue
+                assert added_ids(tokenizer, found) == added_ids(tokenizer, expected), f"{path.stem}, {token}, {field}"
+                compared += 1
+    assert compared > 20 * len(paths)

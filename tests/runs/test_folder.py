@@ -510,3 +510,24 @@ def test_a_run_outlives_the_reader_of_its_output(tmp_path, monkeypatch):
         folder.log("nor this")
     kept = (tmp_path / "log.txt").read_text()
     assert kept.count("the run continues") == 1 and "nobody reads this" in kept and "nor this" in kept
+
+
+HALF_STARTED = """
+import ctypes, os, signal, sys, time
+from simpo.runs.folder import RunFolder
+
+folder = RunFolder(sys.argv[1], command="test")
+folder.begin({"a": 1})
+if not ctypes.CDLL(None).fork():  # as in the middle of starting a program: Python's handlers of forks do not run
+    time.sleep(2)
+    os._exit(0)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_child_that_outlives_its_killed_parent_for_a_moment_is_waited_for(tmp_path):
+    command = [sys.executable, "-c", HALF_STARTED, str(tmp_path / "run")]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == -signal.SIGKILL
+    begun = time.monotonic()
+    with RunFolder(tmp_path / "run", command="test") as folder:
+        assert folder.resuming and time.monotonic() - begun < 15

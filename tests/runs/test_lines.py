@@ -153,3 +153,11 @@ def test_a_checked_file_drops_the_line_that_a_changed_byte_makes_doubtful(tmp_pa
     assert list(again) == [records[0], records[2]] and "dropped 1 damaged" in caplog.text
     again.append([records[1]])
     assert list(JsonLines(file.path, checked=True)) == [records[0], records[2], records[1]]
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", f"-1{'9' * 400}.0"])
+def test_a_number_that_is_not_finite_is_refused(tmp_path, number):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(f'{{"logps": [-1.5]}}\n{{"logps": [{number}]}}\n')
+    with pytest.raises(SimpoError, match=rf"answers\.jsonl:2: {number[:20]} is not a finite number"):
+        read_lines(path)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property, partial
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.runs.folder import RunRecord
 from simpo.runs.log import mask_secrets
 from simpo.runs.results import EXAMPLES, HELD_OUT, Metric, Stage, read_results
@@ -260,8 +261,7 @@ def _finite(value: Any) -> Any:
 
 
 def _mapping(parse: Any, text: str) -> Row:
-    try:
-        found = parse(text) if text else {}
-    except (ValueError, yaml.YAMLError):
-        return {}
+    found = None
+    with suppress(SimpoError), third_party("text"):
+        found = parse(text)
     return found if isinstance(found, dict) else {}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ import yaml
 from simpo.cli._shared import make_job, parse, recipe_of, require_single_process
 from simpo.config import keys_of, parse_settings, setting
 from simpo.config.command_line import split_options
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.judging.settings import GenerationArguments
 from simpo.models.settings import ModelArguments
 from simpo.training.configs import PreferenceConfig
@@ -114,10 +114,9 @@ def _read_trial(argv: list[str]) -> TrainingJob:
 
 def _keys(path: Path) -> dict[str, Any]:
     """A recipe's keys and values as YAML reads them; its mistakes are reported when the first trial reads it."""
-    try:
+    found = None
+    with suppress(SimpoError), third_party(str(path)):
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
     return found if isinstance(found, dict) else {}
 
 

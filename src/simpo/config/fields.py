@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from itertools import chain
 from numbers import Integral, Real
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from simpo.config.coercion import accepts, choices_of, coerce, members_of, nearest
 from simpo.errors import CombinedError, SimpoError
@@ -159,6 +159,8 @@ def _keys(cls: type, defaults: Any) -> Iterator[Key]:
             continue
         # transformers annotates fsdp as text and declares in argparse's terms that it may be a flag as well.
         annotation = annotation | bool if metadata.get("const") is True else annotation
+        if choices := tuple(metadata.get("choices", ())):  # as transformers declares them
+            annotation = Literal[choices] | None if type(None) in members_of(annotation) else Literal[choices]
         owner = next(base for base in cls.__mro__ if declared.name in inspect.get_annotations(base))
         help_text = " ".join(metadata.get("help", "").split())
         positional, repeat = metadata.get("positional", ""), metadata.get("repeat", False)

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from simpo.config.command_line import read_command_line, split_recipe
 from simpo.config.fields import Setting, build, check_installed, fit, keys_of
 from simpo.config.foreign import known_spellings, objective_mistakes, paper_settings, resolve
 from simpo.config.help import help_text
-from simpo.errors import CombinedError, SimpoError, one_line
+from simpo.errors import CombinedError, SimpoError, third_party
 
 logger = logging.getLogger(__package__)
 
@@ -63,42 +64,43 @@ _Loader.add_implicit_resolver(
 
 def read_file(path: str, mistakes: list[str]) -> list[Setting]:
     """The keys of a recipe with their lines; those that are given twice are added to ``mistakes``."""
-    try:
+    with _reading(path):
         loader = _Loader(Path(path).read_text(encoding="utf-8"))
         loader.name = path
-        settings = list(_settings(loader, path))
-        mistakes += loader.mistakes
-        return settings
-    except OSError as error:
-        raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SimpoError(f"{path}: not UTF-8 text") from error
-    except RecursionError as error:
-        raise SimpoError(f"{path}: not a recipe: its values are nested too deeply") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = path if mark is None else f"{path}:{mark.line + 1}"
-        raise SimpoError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
+        node = loader.get_single_node()
+    settings = list(_settings(loader, node, path))
+    mistakes += loader.mistakes
+    return settings
 
 
-def _settings(loader: _Loader, path: str) -> Iterator[Setting]:
-    node = loader.get_single_node()
+@contextmanager
+def _reading(place: str) -> Iterator[None]:
+    """Report what PyYAML raises, which is anything, with the line where it has one."""
+    with third_party(f"{place}: cannot be read"):
+        try:
+            yield
+        except yaml.MarkedYAMLError as error:
+            if (mark := error.problem_mark) is None:
+                raise
+            raise SimpoError(f"{mark.name}:{mark.line + 1}: not YAML: {error.problem or error}") from error
+
+
+def _settings(loader: _Loader, node: yaml.Node | None, path: str) -> Iterator[Setting]:
     if node is None:
         return
     if not isinstance(node, yaml.MappingNode):
         raise SimpoError(f"{path}:{node.start_mark.line + 1}: a recipe is a mapping of keys to values")
-    if _expanded_size(node, {}) > _LARGEST:
-        raise SimpoError(f"{path}: its aliases (*) repeat more than {_LARGEST:,} values, or a value contains itself")
-    loader.flatten_mapping(node)  # merge keys (<<); what they bring comes first, so that own keys win
+    with _reading(path):
+        if _expanded_size(node, {}) > _LARGEST:
+            raise SimpoError(
+                f"{path}: its aliases (*) repeat more than {_LARGEST:,} values, or a value contains itself"
+            )
+        loader.flatten_mapping(node)  # merge keys (<<); what they bring comes first, so that own keys win
     found = {}
     for key, value in node.value:
         place = f"{path}:{key.start_mark.line + 1}"
-        try:
+        with _reading(f"{place}: {key.value}"):
             plain = _plain(loader, value)
-        except (yaml.YAMLError, RecursionError):
-            raise
-        except Exception as error:  # PyYAML converts what is tagged or looks like a number, and checks little
-            raise SimpoError(f"{place}: {key.value}: not a value that YAML can read: {one_line(error, 100)}") from error
         found[key.value] = Setting(key.value, plain, place, f"{place}: {key.value}")
     yield from found.values()
 

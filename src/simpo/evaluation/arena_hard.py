@@ -188,10 +188,8 @@ class ArenaPrompt:
     def __init__(self, path: Path | None) -> None:
         shipped = resources.files("simpo.evaluation") / "prompts" / "arena_hard.yaml"
         text, self.digest = read_prompt_file(path, shipped, ())
-        try:
+        with third_party(f"{path}: not YAML"):
             found = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise SimpoError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from error
         settings = found if isinstance(found, dict) else {}
         template, system = settings.get("prompt_template"), settings.get("system_prompt")
         if isinstance(template, list) and template:

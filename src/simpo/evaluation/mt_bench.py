@@ -13,7 +13,7 @@ from typing import Any
 from simpo.client import ChatRequest
 from simpo.config import setting
 from simpo.data.rows import Row
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import (
     Answer,
     Answerer,
@@ -194,11 +194,9 @@ class RatingPrompts:
     def __init__(self, path: Path | None) -> None:
         shipped = resources.files("simpo.evaluation") / "prompts" / "mt_bench.jsonl"
         text, self.digest = read_prompt_file(path, shipped, ())
-        try:
+        with third_party(f"{path}: not judge prompts of MT-Bench"):
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
             named = {cell(row, "name", f"{path}"): row for row in rows}
-        except (ValueError, TypeError) as error:
-            raise SimpoError(f"{path}: not judge prompts of MT-Bench ({type(error).__name__}: {error})") from error
         self._prompts = {
             name: tuple(cell(row, key, f"{path}: {name}") for key in ("system_prompt", "prompt_template"))
             for name, row in named.items()

@@ -9,7 +9,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NamedTuple
 
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.generation.thinking import split_thinking
 from simpo.judging.protocol import Prompt
 from simpo.runs.results import Metric
@@ -42,11 +42,9 @@ def read_prompt_file(path: Path | None, shipped: Traversable, places: Iterable[s
     Raises:
         SimpoError: the file cannot be read, or lacks a placeholder.
     """
-    try:
+    with third_party(f"{path}: the judge prompt cannot be read"):
         content = shipped.read_bytes() if path is None else path.read_bytes()
         text = content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SimpoError(f"{path}: the judge prompt cannot be read: {error}") from error
     for name in places:
         if f"{{{name}}}" not in text:
             raise SimpoError(f"{path}: the judge prompt lacks the placeholder {{{name}}}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from simpo.config import setting
-from simpo.errors import InterruptedRun, SimpoError
+from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.labeling.export import export
 from simpo.labeling.items import load_items
 from simpo.labeling.session import Session, new_token
@@ -126,10 +126,8 @@ def export_run(folder: Path) -> Path:
 
 
 def _read_guidelines(path: Path | None) -> str:
-    try:
+    with third_party(f"guidelines: {path} cannot be read"):
         return (path or _GUIDELINES).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SimpoError(f"guidelines: {path} cannot be read: {error}") from error
 
 
 def _token(folder: Path) -> str:

@@ -32,8 +32,9 @@ FILE_NAME = "run.json"
 SCHEMA = 1
 
 _LOCK, _HOLDER = ".lock", ".lock.pid"
-# Seconds to wait for the lock: a child that was just being forked when its parent was killed holds it for a moment.
-_PATIENCE = 0.5
+# Seconds to wait for the lock. A child that was just being forked when its parent was killed holds it for a moment,
+# which is long on a busy machine.
+_PATIENCE, _PATIENCE_AFTER_A_KILL = 0.5, 20
 # Not in the manifest: what changes after the run has finished, such as a model card that somebody edits or a report
 # that is written again, and what has a manifest of its own.
 _UNLISTED = ("checkpoint-*", "trials", FILE_NAME, "log.txt", "README.md", "report.html", "*/report.html", ".*")
@@ -356,15 +357,18 @@ class RunFolder:
         holder = self.path / _HOLDER  # a file of its own, because some versions of filelock empty the lock file
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / _LOCK, timeout=_PATIENCE, thread_local=False)
+            lock, process = FileLock(self.path / _LOCK, thread_local=False), ""
             try:
-                lock.acquire()
+                with suppress(Timeout):
+                    lock.acquire(timeout=_PATIENCE)
+                if not lock.is_locked:
+                    process = holder.read_text(encoding="utf-8").strip() if holder.exists() else ""
+                    gone = Path("/proc/self").exists() and not Path("/proc", process).exists()
+                    lock.acquire(timeout=_PATIENCE_AFTER_A_KILL if gone else 0)
             except Timeout:
-                process = ""
-                with suppress(OSError):
-                    process = f" (process {holder.read_text(encoding='utf-8').strip()})"
+                named = f" (process {process})" if process else ""
                 raise FolderInUseError(
-                    f"output_dir: {self.path} is in use by another run{process}; wait for it or name a new folder"
+                    f"output_dir: {self.path} is in use by another run{named}; wait for it or name a new folder"
                 ) from None
         self._lock = lock
         write_text(holder, f"{os.getpid()}\n")

@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.runs.atomic import disk_errors, sync, write_text
 
 logger = logging.getLogger(__name__)
@@ -101,15 +101,12 @@ class JsonLines:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a finished file, which is left as it is."""
     records = []
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not _is_record(line):
-                    fault = "not a JSON object" if line.endswith(b"\n") else "an incomplete line"
-                    raise SimpoError(f"{path}:{number}: {fault}; run the command that writes this file again")
-                records.append(_parsed(line, f"{path}:{number}"))
-    except OSError as error:
-        raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
+    with third_party(f"{path}: cannot be read"), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not _is_record(line):
+                fault = "not a JSON object" if line.endswith(b"\n") else "an incomplete line"
+                raise SimpoError(f"{path}:{number}: {fault}; run the command that writes this file again")
+            records.append(_parsed(line, f"{path}:{number}"))
     return records
 
 
@@ -133,10 +130,12 @@ def json_safe(value: Any) -> Any:
 
 
 def _parsed(line: bytes, place: str) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise SimpoError(f"{place}: {constant}, which JSON does not have; write null, or leave it out")
+    def finite_number(written: str) -> float:  # NaN and Infinity, which JSON does not have, and 1e999
+        if math.isfinite(found := float(written)):
+            return found
+        raise SimpoError(f"{place}: {written:.20} is not a finite number; write null, or leave it out")
 
-    found: dict[str, Any] = json.loads(line, parse_constant=refuse)
+    found: dict[str, Any] = json.loads(line, parse_float=finite_number, parse_constant=finite_number)
     return found
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.runs.atomic import disk_errors, write_text
 
 logger = logging.getLogger(__name__)
@@ -39,11 +39,8 @@ _PATIENCE = 10  # seconds for another program's answer
 
 def file_digest(path: Path | str) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits."""
-    try:
-        with Path(path).expanduser().open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise SimpoError(f"{path}: cannot be read: {error.strerror}") from error
+    with third_party(f"{path}: cannot be read"), Path(path).expanduser().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_digest(path: Path) -> None:

@@ -16,7 +16,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from simpo.errors import SimpoError
+from simpo.errors import third_party
 from simpo.runs.atomic import write_text
 from simpo.statistics import Interval
 
@@ -126,14 +126,12 @@ def _finite(value: float | None) -> float | None:
 
 def read_results(path: Path) -> Results:
     """Read a ``results.json``."""
-    try:
+    with third_party(f"{path}: cannot be read as a file of results"):
         document = json.loads(Path(path).read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
             raise ValueError(f"schema: expected {SCHEMA}, got {document['schema']!r}")
         metrics = [Metric(**row) for row in document["metrics"]]
         return Results(document["command"], document["fingerprint"], metrics)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SimpoError(f"{path}: cannot be read as a file of results ({error!r})") from error
 
 
 def print_results(

@@ -34,7 +34,7 @@ from simpo.training.guard import Guard
 from simpo.training.identity import Identity, checkpoint_from_recipe, settings_of, training_identity
 from simpo.training.metrics import Scores, read_scores, write_scores
 from simpo.training.packed import PackedTrainer
-from simpo.training.settings import DataArguments, check_optimizer, explain_settings_errors, load_datasets
+from simpo.training.settings import IMPOSSIBLE, DataArguments, check_optimizer, load_datasets
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _prepare(
     _check_ranks_agree(identity, config)
     set_seed(config.seed)  # a new adapter's first weights are random
     model = kind.load(job.model.model_name_or_path, job.model)
-    with explain_settings_errors():
+    with third_party(IMPOSSIBLE):
         trainer = kind(
             model,
             args=config,

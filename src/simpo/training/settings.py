@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +19,7 @@ from transformers.training_args import OptimizerNames, ParallelMode
 from simpo.config import check_values, setting, setting_of
 from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.sources import load_mixture, load_mixture_list, load_rows
-from simpo.errors import CombinedError, SimpoError, check_all, one_line, third_party
+from simpo.errors import CombinedError, SimpoError, check_all, third_party
 from simpo.packing.model import ForwardPath
 
 logger = logging.getLogger(__name__)
@@ -141,7 +139,7 @@ class TrainingSettings(TrainingArguments):
         # otherwise transformers rejects bf16 on a machine without an accelerator
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        with third_party("training is impossible with these settings"):
+        with third_party(IMPOSSIBLE):
             super().__post_init__()
             workers, ahead = self.dataloader_num_workers, self.dataloader_prefetch_factor
             DataLoader(
@@ -287,20 +285,12 @@ def load_datasets(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
 # ---- Errors of transformers, accelerate or an optimizer about their own settings, before anything is started.
 
 
-@contextmanager
-def explain_settings_errors() -> Iterator[None]:
-    """Report an error as one line about the settings; for calls in which nothing else can be wrong."""
-    try:
-        yield
-    except SimpoError:
-        raise
-    except (ImportError, ValueError, TypeError) as error:
-        raise SimpoError(f"training is impossible with these settings: {one_line(error)}") from error
+IMPOSSIBLE = "training is impossible with these settings"
 
 
 def check_optimizer(trainer: Any) -> None:
     """Create the optimizer and schedule once, before training, to find settings that they reject."""
     if trainer.optimizer is None and not trainer.is_deepspeed_enabled:
-        with third_party("training is impossible with these settings"):
+        with third_party(IMPOSSIBLE):
             trainer.create_optimizer_and_scheduler(num_training_steps=2)
         trainer.optimizer = trainer.lr_scheduler = None

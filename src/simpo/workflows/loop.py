@@ -20,7 +20,7 @@ from simpo.analysis.plots import plot_rounds
 from simpo.client import Estimate, confirm_cost
 from simpo.data.prompts import read_prompts
 from simpo.data.sources import load_rows
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.compare import make_judges
 from simpo.generation.sample import Job
@@ -38,7 +38,7 @@ from simpo.runs.signals import interruptible
 from simpo.statistics import Interval
 from simpo.training.identity import settings_identity, settings_of
 from simpo.training.preference import PreferenceTrainer
-from simpo.training.settings import check_optimizer, explain_settings_errors
+from simpo.training.settings import IMPOSSIBLE, check_optimizer
 from simpo.workflows.loop_settings import LoopRecipe
 from simpo.workflows.pair import make_pairs
 from simpo.workflows.rounds import ROUND_FILE, Rounds
@@ -173,7 +173,7 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
     config.report_to, config.load_best_model_at_end = [], False
     config.eval_strategy = type(config.eval_strategy)("no")
     name = recipe.model.model_name_or_path
-    with TemporaryDirectory() as folder, explain_settings_errors():
+    with TemporaryDirectory() as folder, third_party(IMPOSSIBLE):
         config.output_dir = folder
         trainer = PreferenceTrainer(
             PreferenceTrainer.load(name, recipe.model),
