@@ -52,6 +52,18 @@ def test_code_in_a_pickle_never_runs(model, tmp_path, allowed):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_every_file_that_a_result_depends_on_is_part_of_the_identity(model, name):
+    (model / "notes.txt").write_text("not a part")
+    before = model_digest(ModelArguments(str(model)))
+    (model / "notes.txt").unlink()
+    assert model_digest(ModelArguments(str(model))) == before
+    content = bytearray((model / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (model / name).write_bytes(content)
+    assert model_digest(ModelArguments(str(model))) != before
+
+
 def test_pickled_weights_are_part_of_the_identity(model):
     pickled(model)
     before = model_digest(ModelArguments(str(model)))

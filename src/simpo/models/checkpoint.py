@@ -17,6 +17,11 @@ from simpo.models.loading import base_arguments, base_model_of, generation_confi
 from simpo.models.settings import ModelArguments
 from simpo.runs.manifest import file_digest
 
+_FILES = (
+    *("*.safetensors", "pytorch_model*.bin", "*config.json"),
+    *("tokenizer.*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+)
+
 
 def load_config(arguments: ModelArguments) -> Any:
     """The configuration of a model, or of the base model of an adapter."""
@@ -30,10 +35,12 @@ def with_dtype(model: ModelArguments) -> ModelArguments:
 
 
 def model_digest(model: ModelArguments) -> str:
-    """SHA-256 of a local model's weights and configuration, with an adapter's base model; of a hub model its name."""
+    """SHA-256 of a local model's files, with an adapter's base model; of a hub model its name.
+
+    The files are weights, configurations and those of the tokenizer, which answers are decoded with.
+    """
     folder = Path(model.model_name_or_path)
-    patterns = ("*.safetensors", "pytorch_model*.bin", "config.json", "adapter_config.json")
-    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    files = sorted({path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()})
     if not files:
         return f"{model.model_name_or_path}@{model.model_revision}"
     digests = [file_digest(path) for path in files]
