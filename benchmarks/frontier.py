@@ -54,14 +54,14 @@ METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
         {"objective": "ppo", "normalize_scores": True, "learning_rate": 5e-4}
         | {"sync_every": 2, "rollout_epochs": 2, "max_steps": 64},
         "kl_coef",
-        (0.4, 0.1, 0.02),
+        (0.4, 0.02),
     ),
-    "rloo": ({"objective": "rloo"}, "kl_coef", (2.0, 0.5, 0.1)),
-    "grpo": ({"objective": "grpo"}, "kl_coef", (0.5, 0.1, 0.02)),
-    "online dpo": ({"objective": "dpo"}, "beta", (1.0, 0.3, 0.1)),
-    "offline dpo": ({"objective": "dpo"} | _ONCE, "beta", (1.0, 0.3, 0.1)),
-    "online simpo": ({"objective": "simpo"}, "beta", (10.0, 5.0, 2.0)),
-    "offline simpo": ({"objective": "simpo"} | _ONCE, "beta", (10.0, 5.0, 2.0)),
+    "rloo": ({"objective": "rloo"}, "kl_coef", (2.0, 0.1)),
+    "grpo": ({"objective": "grpo"}, "kl_coef", (0.5, 0.02)),
+    "online dpo": ({"objective": "dpo"}, "beta", (1.0, 0.1)),
+    "offline dpo": ({"objective": "dpo"} | _ONCE, "beta", (1.0, 0.1)),
+    "online simpo": ({"objective": "simpo"}, "beta", (10.0, 2.0)),
+    "offline simpo": ({"objective": "simpo"} | _ONCE, "beta", (10.0, 2.0)),
 }
 FRESHNESS = {"online": 1, "every 8 steps": 8, "every 32 steps": 32, "offline": 64}
 _SIMPO = {"objective": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.5}
