@@ -227,7 +227,8 @@ def plot_against_kl(path: Path, trained: Sequence[str], title: str, draw: Callab
                 draw(axes, by, judge)
                 axes.set(xlabel="KL from the start, nats an answer", ylabel=f"score by {judge}")
                 axes.set_title(f"{title}: {by}", fontsize=10)
-        grid[0][0].legend(frameon=False)
+        names = grid[0][0].get_legend_handles_labels()
+        figure.legend(*names, loc="outside lower center", ncols=4, frameon=False)
         save(figure, path)
 
 

@@ -11,7 +11,13 @@ import itertools
 
 import pytest
 import torch
-from benchmarks.answer_space import AnswerSpace, distance, fixed_point_with_kl_in_the_loss, optimum
+from benchmarks.answer_space import (
+    AnswerSpace,
+    distance,
+    fixed_point_with_kl_in_the_loss,
+    group_advantages,
+    optimum,
+)
 
 from simpo.objectives import OBJECTIVES, Responses
 from simpo.objectives.policy_gradient import POLICY_GRADIENTS, Rollout, advantages, kl_estimate, sum_by
@@ -155,6 +161,21 @@ def test_with_the_kl_in_the_loss_the_policy_ends_elsewhere(world, estimator, bet
     assert expected.sum() == pytest.approx(1)
     found = trained(start, policy_gradient_loss("dr_grpo", beta, *world, kl_in="loss", estimator=estimator))
     assert distance(ANSWERS.probabilities(found), expected) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "beta"),
+    [("grpo", 0.5), *(pytest.param(*one, marks=pytest.mark.exhaustive) for one in (("gspo", 1.0), ("grpo", 2.0)))],
+)
+def test_advantages_over_their_standard_deviation_end_at_their_own_fixed_point(world, name, beta):
+    start, rewards = world
+    advantage = group_advantages(rewards, K, draws=500)
+    expected = ANSWERS.probabilities(
+        fixed_point_with_kl_in_the_loss(ANSWERS, start, advantage, beta, "k3", by_length=True)
+    )
+    found = trained(start, policy_gradient_loss(name, beta, *world, kl_in="loss", estimator="k3"))
+    assert distance(ANSWERS.probabilities(found), expected) < 0.05
+    assert distance(optimum(ANSWERS, start, rewards, beta), expected) > 0.05
 
 
 def test_the_fixed_points_differ(world):
