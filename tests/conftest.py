@@ -96,7 +96,7 @@ _CONFIGS = {
     ),
     "gpt2": (
         hf.GPT2Config,
-        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
         | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
     ),
     "gpt_neox": (hf.GPTNeoXConfig, _without("num_key_value_heads")),

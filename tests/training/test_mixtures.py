@@ -56,7 +56,7 @@ def assert_same(model, expected, tolerance):
 
 @pytest.mark.parametrize("budget", [20, 1000])
 def test_the_shift_is_the_mean_over_all_earlier_steps(budget, make_trainer, make_model, pairs, naive_responses):
-    rows, model = pairs(8), make_model("gpt2")
+    rows, model = pairs(8), make_model("gpt2", n_layer=3)
     expected, shifts = with_running_shift(rows, model, naive_responses)
     assert min(map(abs, shifts[2:])) > 1e-3  # the policy is the reference in the first step
     policy = copy.deepcopy(model)

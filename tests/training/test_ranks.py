@@ -258,7 +258,7 @@ def done(make_model, pairs, random_comparisons, as_dataset, tmp_path_factory):
     for name, layers in kinds.items():
         options = {} if layers is None else {"layer_types": layers}
         build(name, torch.float64, num_hidden_layers=2, **options).save_pretrained(folder / name)
-    model = make_model("gpt2", n_layer=2)
+    model = make_model("gpt2")
     model.save_pretrained(folder / "model")
     with torch.no_grad():
         model.transformer.wpe.weight[22] = torch.nan  # only the long row comes so far

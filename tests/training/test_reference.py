@@ -113,7 +113,7 @@ def test_the_fingerprint_is_of_what_a_policy_computes(make_model):
     model = make_model("gpt2")
     before = policy_fingerprint(model, "no")
     with torch.no_grad():
-        model.transformer.h[2].mlp.c_fc.weight[0, 0] += 1e-12
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] += 1e-12
     assert policy_fingerprint(model, "no") != before
 
 
