@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -122,3 +123,11 @@ def test_attention_from_the_hub_is_code():
     with pytest.raises(SimpoError, match=r"attn_implementation: .*trust_remote_code"):
         ModelArguments("x", attn_implementation="org/kernel")
     ModelArguments("x", attn_implementation="org/kernel", trust_remote_code=True)
+
+
+def test_a_tokenizer_with_settings_of_other_types(chat_world, tmp_path):
+    folder = shutil.copytree(chat_world / "model", tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": []}))
+    with pytest.raises(SimpoError, match=r"model_name_or_path: .*model"):
+        load_tokenizer(str(folder))

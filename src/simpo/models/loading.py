@@ -297,6 +297,8 @@ def load_tokenizer(
             raise
         logger.warning("%s has no tokenizer; its base model's is used", name)
         tokenizer = load_files(AutoTokenizer, base_arguments(adapter, arguments))
+    with third_party(f"model_name_or_path: {name!r}: its tokenizer does not work"):  # settings of other types
+        tokenizer.decode(tokenizer("a").input_ids)
     if chat_template is None:
         return tokenizer
     if chat_template.strip().lower() == "none":
