@@ -390,6 +390,9 @@ def test_damaged_rollouts_are_sampled_again_or_refused(online, tmp_path, damage,
     with pytest.raises(SimpoError, match=r"000002\.jsonl is missing or damaged"):
         online(**shared).train(resume_from_checkpoint=True)
     assert {metric.stage for metric in again.summary()} == {"after"}  # the first is another file than was written
+    (folder / "rollouts" / "000000.jsonl").unlink()
+    assert {metric.stage for metric in again.summary()} == {"after"}
+    assert caplog.text.count("000000.jsonl is missing or damaged") == 2
     (folder / "rollouts" / "training.json").write_text("[]")
     with pytest.raises(SimpoError, match=r"training\.json is damaged"):
         online(**shared).train(resume_from_checkpoint=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,8 @@ from simpo.training.sampling import preserve_rng_state, sample_answers
 from simpo.training.sharding import whole_weights
 from simpo.training.value import ValueFunction
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "rollouts"
 _IDENTITY = "training.json"
 
@@ -56,10 +59,13 @@ class RolloutFiles:
         return Path(self._trainer.args.output_dir) / FOLDER
 
     def ends(self) -> dict[Stage, Sequence[Record]]:
-        """The first and the last rollout; without one that is damaged, which is reported."""
+        """The first and the last rollout; without one that is missing or damaged, which is reported."""
         paths = sorted(self._folder.glob("0*.jsonl"))
-        ends: dict[Stage, Path] = {"before": paths[0], "after": paths[-1]} if paths else {}
-        return {stage: read_lines(path) for stage, path in ends.items() if is_as_written(path)}
+        ends: dict[Stage, Path] = {"before": self._path(0), "after": paths[-1]} if paths else {}
+        whole = {stage: path for stage, path in ends.items() if is_as_written(path)}
+        for path in set(ends.values()) - set(whole.values()):
+            logger.warning("%s is missing or damaged, and its metrics are left out of the results", path)
+        return {stage: read_lines(path) for stage, path in whole.items()}
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Record what determines the rollouts; raises :class:`SimpoError` if the folder has another training's."""
