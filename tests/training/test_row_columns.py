@@ -173,7 +173,7 @@ def test_held_out_rows_may_be_without_them(make_trainer, pairs):
     trainer = make_trainer(rows, eval_dataset=plain, row_columns=["weight", "margin"])
     expected = make_trainer(plain, model=copy.deepcopy(trainer.model)).score_rows(plain)["loss"]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.mean(), abs=1e-9)
-    with pytest.raises(SimpoError, match="made up:2: there is no margin"):
+    with pytest.raises(SimpoError, match="made up:2: margin is missing"):
         trainer.evaluate(with_columns(plain, margin=[1, 2, None]))
 
 
@@ -193,7 +193,7 @@ def test_a_run_with_other_values_is_another_run(config, pairs):
     ("column", "value", "message"),
     [
         ("weight", -0.5, "weight must be >= 0, not -0.5"),
-        ("weight", None, "there is no weight"),
+        ("weight", None, "weight is missing"),
         ("weight", math.nan, "weight: nan is not a finite number"),
         ("weight", math.inf, "weight: inf is not a finite number"),
         ("weight", True, "weight: True is not a finite number"),
@@ -202,7 +202,7 @@ def test_a_run_with_other_values_is_another_run(config, pairs):
         ("label_probability", -0.01, r"label_probability must be in \[0, 1\], not -0.01"),
         ("label_probability", math.nan, "label_probability: nan is not a finite number"),
         ("margin", -1, "margin must be >= 0, not -1"),
-        ("margin", None, "there is no margin"),
+        ("margin", None, "margin is missing"),
         ("beta", 0, "beta must be > 0, not 0"),
     ],
 )
