@@ -24,7 +24,7 @@ from simpo.models.devices import from_main
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_logprobs
 from simpo.packing.scoring import token_outputs
-from simpo.runs.atomic import write_text
+from simpo.runs.atomic import remove_leftovers, write_text
 from simpo.runs.lines import read_lines, write_lines
 from simpo.runs.manifest import is_as_written, write_digest
 from simpo.runs.results import Stage
@@ -72,6 +72,7 @@ class RolloutFiles:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         path = self._folder / _IDENTITY
         if self._trainer.is_world_process_zero():
+            remove_leftovers(self._folder)
             with third_party(f"output_dir: {path} is damaged; name a new folder"):
                 known = json.loads(path.read_text())["fingerprint"] if path.exists() else None
             if known not in (None, digest) and not self._trainer.args.accept_changes:
