@@ -398,6 +398,14 @@ def test_damaged_rollouts_are_sampled_again_or_refused(online, tmp_path, damage,
         online(**shared).train(resume_from_checkpoint=True)
 
 
+def test_what_a_kill_left_incomplete_is_removed(online, tmp_path):
+    left = tmp_path / "rollouts/.000000.jsonl.7.partial"
+    left.parent.mkdir()
+    left.write_text("{")
+    online(max_steps=1, prompts=4).train()
+    assert not left.exists() and [path.name for path in tmp_path.glob("rollouts/0*.jsonl")] == ["000000.jsonl"]
+
+
 def test_the_rollouts_of_another_training_are_refused(online):
     online(max_steps=1).train()
     with pytest.raises(SimpoError, match=r"output_dir: .*rollouts"):
