@@ -213,9 +213,7 @@ class ResumableTrainer(ShardedTrainer):
         reshard(self.model)  # an evaluation may have left it gathered, and an optimizer takes its parameters
         self._save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            found = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
-            self._rotate()  # a run that continues after its last checkpoint may have been killed before it did this
-            return found
+            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         finally:
             self.args.save_total_limit = self._save_total_limit
 
@@ -312,13 +310,8 @@ class ResumableTrainer(ShardedTrainer):
             if main:
                 self._complete(staged, means)
         self._saved = self.state.global_step
-        self._rotate()
-
-    def _rotate(self) -> None:
-        if self._saved is not None and self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            newest = folder / f"{PREFIX_CHECKPOINT_DIR}-{self._saved}"
-            rotate(folder, self._save_total_limit, newest=newest, best=self.state.best_model_checkpoint)
+        if main:
+            rotate(folder, self._save_total_limit, newest=final, best=self.state.best_model_checkpoint)
 
     def _complete(self, staged: Path, means: dict[str, Any]) -> None:
         self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # again, with the final name of the best
