@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE =# with it, every process that a test starts woul
 demo: $(VENV)/.runtime
 	$(BIN)/simpo demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.deepspeed
 	$(BIN)/pytest -n auto
 
 # What takes too long for make test, and more than a hundred kills at chosen and at random moments.
@@ -51,7 +51,7 @@ $(VENV)/.dev: $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps axe-playwright-python
 	@touch $@
 
-# Only tests of make soak need DeepSpeed. It is built from source, which requires torch to be installed first; its
+# Only the tests need DeepSpeed. It is built from source, which requires torch to be installed first; its
 # operators are not compiled.
 $(VENV)/.deepspeed: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja py-cpuinfo

@@ -25,7 +25,7 @@ KILLS = int(os.environ.get("SIMPO_SOAK_KILLS", "1"))
 
 
 KINDS = ["train", "sample", "annotate"]
-KINDS += ["sft", "dpo", "reward", "loop", "accumulation", "lora", "sweep", "online"] if KILLS > 1 else []
+KINDS += ["sft", "dpo", "reward", "loop", "accumulation", "lora", "sweep", "online"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -236,7 +236,6 @@ def stored_replies(folder):
     return count
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_server_of_transformers(models, answers):
     """The whole way: sample from a model, judge with it over HTTP, killed in between, and a second time for nothing."""

@@ -70,7 +70,6 @@ def test_the_whole_of_alignment(straight):
     assert not trained & {answer["prompt"] for answer in answers}
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_demo_that_was_stopped_twice_goes_on_to_the_same_metrics(straight, tmp_path, monkeypatch, capsys):
     """While its world was made and before it made pairs; it continues without being told where."""

@@ -25,7 +25,6 @@ def _code(notebook) -> list:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_it_runs(notebook, tmp_path, monkeypatch):
     # neither another python3 kernel nor a configuration of the user's

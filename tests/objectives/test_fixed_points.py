@@ -165,7 +165,7 @@ def test_with_the_kl_in_the_loss_the_policy_ends_elsewhere(world, estimator, bet
 
 @pytest.mark.parametrize(
     ("name", "beta"),
-    [("grpo", 0.5), *(pytest.param(*one, marks=pytest.mark.exhaustive) for one in (("gspo", 1.0), ("grpo", 2.0)))],
+    [("grpo", 0.5), ("gspo", 1.0), ("grpo", 2.0)],
 )
 def test_advantages_over_their_standard_deviation_end_at_their_own_fixed_point(world, name, beta):
     start, rewards = world

@@ -176,7 +176,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", LAUNCHED)
 def test_two_processes_train_as_one(stage, world, alone, tmp_path, monkeypatch):

@@ -55,7 +55,6 @@ print("trained:", tokens)
 """
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the process's memory as Linux does")
 def test_the_setting_that_is_named_fits(tmp_path):

@@ -40,7 +40,6 @@ print("resident:", json.dumps(resident))
 """
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory as Linux tells it")
 def test_memory_does_not_grow(tmp_path):
