@@ -39,6 +39,19 @@ def options(world, output, **changes):
     return ["train", *(f"--{key}={value}" for key, value in given.items() if value is not None)]
 
 
+def test_results_are_printed_as_json_also_those_of_a_finished_run(world, tmp_path, capfd):
+    for _ in range(2):
+        assert main([*options(world, tmp_path / "out", max_steps=1), "--json"]) == 0
+        printed = capfd.readouterr()
+        found = json.loads(printed.out)
+        assert found.pop("folder") == str(tmp_path / "out")
+        assert found == json.loads((tmp_path / "out/results.json").read_text())
+        assert "saved: " in printed.err
+    for argv in (["chat", str(world / "model"), "--json"], ["label", "answers.jsonl", "--json"]):
+        assert main(argv) == 2
+        assert f"--json: simpo {argv[0]}" in capfd.readouterr().err
+
+
 def test_run_leaves_a_better_model_that_plain_transformers_loads(world, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(options(world, output, num_train_epochs=4)) == 0

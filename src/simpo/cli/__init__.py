@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import io
+import json
 import logging
 import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from simpo import __version__
@@ -20,6 +22,9 @@ from simpo.runs.terminal import output_is_closed, printable
 
 _LONGEST_LINE = 4000  # characters of an error
 _VERIFY = "--verify"  # of every command: hash all files of a finished run, not only those that were modified
+_JSON = "--json"  # of every command that leaves results: print these as JSON, and everything else to stderr
+_WITHOUT_RESULTS = ("chat", "inspect", "merge", "push", "recipe", "report")
+_PRINTS_JSON = "plan"  # which leaves no folder, and has a setting of this name
 
 
 def command_names() -> list[str]:
@@ -32,6 +37,7 @@ def _overview() -> str:
     lines = ["usage: simpo COMMAND [ARGUMENT ...]   (simpo COMMAND --help says more)", "", "commands:"]
     lines += [f"  {name:<10} {_summary(name)}" for name in command_names()]
     lines += ["", f"{_VERIFY}, with any command, hashes all files of a finished run before it is reported as finished"]
+    lines += [f"{_JSON} prints the results of a command as JSON, and everything else to stderr"]
     return "\n".join(lines)
 
 
@@ -151,10 +157,31 @@ def _run(arguments: list[str]) -> int:
     if name not in command_names():
         hint = nearest(name, command_names()) or f"; the commands are {', '.join(command_names())}"
         raise SimpoError(f"unknown command {name!r}{hint}")
+    if _JSON in rest and name != _PRINTS_JSON:
+        if name in _WITHOUT_RESULTS or (name == "label" and "--export" not in rest):
+            raise SimpoError(f"{_JSON}: simpo {name} leaves no results.json; leave the option out")
+        with redirect_stdout(sys.stderr):
+            code = _run_command(name, [argument for argument in rest if argument != _JSON])
+        return _print_json() if code == 0 else code
+    return _run_command(name, rest)
+
+
+def _print_json() -> int:
+    """Print the folder of the run that has finished and its ``results.json``; its other processes print nothing."""
+    from simpo.runs.folder import RunFolder  # noqa: PLC0415
+    from simpo.runs.results import FILE_NAME  # noqa: PLC0415
+
+    if RunFolder.latest is not None:
+        results = json.loads((RunFolder.latest / FILE_NAME).read_text(encoding="utf-8"))
+        print(json.dumps({"folder": str(RunFolder.latest), **results}, indent=2))
+    return 0
+
+
+def _run_command(name: str, rest: list[str]) -> int:
     _keep_stderr_for_errors()
     from simpo.runs.folder import RunFolder  # noqa: PLC0415 - the overview does not need it
 
-    RunFolder.hashes_all = _VERIFY in rest
+    RunFolder.hashes_all, RunFolder.latest = _VERIFY in rest, None
     rest = [argument for argument in rest if argument != _VERIFY]
     command = importlib.import_module(f"simpo.cli.{name}")
     _quiet_libraries()

@@ -153,10 +153,12 @@ class RunFolder:
         metrics: ``metrics.jsonl``, from :meth:`begin` on.
         hashes_all: whether every file of a finished run is hashed before it is reported as finished. Otherwise only
             files that were modified since are; the option ``--verify`` of all commands sets it.
+        latest: the finished run that this process closed last; runs within a run are closed before it.
     """
 
     metrics: JsonLines
     hashes_all: ClassVar[bool] = False
+    latest: ClassVar[Path | None] = None
 
     def __init__(self, path: Path | str, *, command: str, writes: bool = True) -> None:
         """Check the folder, and lock it if it holds a run.
@@ -312,6 +314,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the folder."""
+        if self.writes and self.finished:
+            RunFolder.latest = self.path
         if self._log is not None:
             logging.getLogger().removeHandler(self._log)
             self._log.close()
