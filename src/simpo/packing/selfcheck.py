@@ -383,7 +383,7 @@ def _fused_outputs(model: PreTrainedModel, sample: PackedBatch, kind: Kind, expe
 def _check_padded(
     model: PreTrainedModel, state: PolicyState, kind: Kind, sample: PackedBatch, separate: Tensor
 ) -> None:
-    """Set ``alone`` if padded rows differ from the same rows alone by more than any batch does by rounding."""
+    """Set ``separate_rows`` if padded rows differ from the same rows alone by more than any batch does by rounding."""
 
     def worst(batch: PackedBatch, alone: Tensor) -> float:
         found = model(packed_batch=batch, path="padded", compute=kind.compared)
