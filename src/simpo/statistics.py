@@ -210,7 +210,7 @@ def bootstrap_interval(
 
 
 def _draw_counts(rng: np.random.Generator, n: int, resamples: int) -> np.ndarray:
-    """How often each of ``n`` items is drawn in each resample, ``[resamples, n]``."""
+    """The number of times that each of ``n`` items is drawn in each resample, ``[resamples, n]``."""
     drawn = rng.integers(0, n, (resamples, n)) + n * np.arange(resamples)[:, None]
     return np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n).astype(np.float64)
 
@@ -260,7 +260,7 @@ def mcnemar(before: ArrayLike, after: ArrayLike) -> McNemar:
 
 
 def krippendorff_terms(counts: np.ndarray) -> np.ndarray:
-    """What each unit adds to the sums that :func:`krippendorff_alpha` is computed from, ``[n, c + 1]``.
+    """The terms of each unit, ``[n, c + 1]``, whose sums :func:`krippendorff_alpha` is computed from.
 
     The counts of its categories, and its observed disagreement; zeros for a unit with fewer than two ratings, with
     which nothing can be compared.

@@ -179,7 +179,7 @@ def _calibration(stages: dict[Stage, Pairs]) -> Chart:
 
 
 def _by_position(run: Run) -> Iterator[Chart]:
-    """How far the model moved, token by token: the mean of log(now / start) at each position of held-out responses."""
+    """The model's distance from the start: mean log(now / start) at each token position of held-out responses."""
     series = []
     for color, side in enumerate(("chosen", "rejected")):
         sums, counts = np.zeros(_POSITIONS), np.zeros(_POSITIONS)

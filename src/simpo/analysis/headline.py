@@ -266,7 +266,7 @@ def _logged(value: float, n: int) -> Interval:
 
 
 def compare_runs(runs: Sequence[Run]) -> Iterator[str]:
-    """What can and cannot be concluded from several runs next to one another, in sentences."""
+    """Sentences on what can and cannot be concluded from several runs side by side."""
     trained = [trained_run(run) for run in runs]
     kinds = sorted({run.record.command for run in runs})
     if len(kinds) > 1:

@@ -157,7 +157,7 @@ def plot_effects(
 
 
 def _places(axes: Axes, values: Sequence[str]) -> list[float]:
-    """Where the values are on the horizontal axis, which is set up for them: a few side by side, many to scale."""
+    """Positions of the values on the horizontal axis, which is set up for them: a few side by side, many to scale."""
     numbers: dict[str, float] = {}
     with suppress(ValueError):
         numbers = {value: float(value) for value in values}

@@ -87,7 +87,7 @@ def _keep_stderr_for_errors() -> None:
 
 
 def _quiet_libraries() -> None:
-    """What libraries report is a notice as well, and progress bars are drawn on terminals only."""
+    """Turn the libraries' messages into notices, and draw progress bars on terminals only."""
     import datasets  # noqa: PLC0415 - slow, and every command but the overview has imported it anyway
     import transformers  # noqa: PLC0415
 

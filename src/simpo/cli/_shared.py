@@ -1,4 +1,4 @@
-"""What several commands have in common: training recipes, loading a model, and running in one process."""
+"""Code that several commands share: training recipes, loading a model, and running in one process."""
 
 from __future__ import annotations
 

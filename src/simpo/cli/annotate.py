@@ -21,7 +21,7 @@ from simpo.runs.results import print_results
 
 @dataclass(kw_only=True)
 class AnnotateSettings:
-    """What is scored, and by which annotator."""
+    """The responses to score and the annotator."""
 
     responses: Path = field(
         metadata={"help": "responses.jsonl of simpo sample, or its folder.", "positional": "RESPONSES"}

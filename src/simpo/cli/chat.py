@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 
 
 def _messages() -> Iterator[str]:
-    """What the user enters, until the input or the conversation ends."""
+    """The user's messages, until the input or the conversation ends."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     while True:

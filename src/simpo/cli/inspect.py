@@ -58,7 +58,7 @@ _SHOWN = 600
 
 @dataclass(kw_only=True)
 class InspectSettings:
-    """What is inspected."""
+    """The data to inspect."""
 
     model: ModelArguments = field(metadata={"only": ("model_name_or_path", "trust_remote_code")})
     data: str = field(metadata={"help": "File, folder or hub id of the data.", "positional": "DATA"})
@@ -129,7 +129,7 @@ def _limits(model: ModelArguments) -> Limits:
 
 
 def _preparer(rows: Dataset) -> Callable[..., Prepared]:
-    """What tokenizes rows of this kind."""
+    """The tokenization of rows of this kind."""
     if is_feedback(rows):
         return prepare_feedback
     if "scored" in rows.column_names:
@@ -164,7 +164,7 @@ def _print_inspection(console: Console, inspection: Inspection) -> None:
 
 
 def _print_answers(console: Console, rows: Dataset, label: str) -> list[Metric]:
-    """How different the answers to a prompt are, and their scores, if the rows have several answers."""
+    """The diversity of the answers to a prompt, and their scores, if the rows have several answers."""
     sets = read_answer_sets(rows)
     if not sets:
         return []

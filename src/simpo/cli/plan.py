@@ -83,7 +83,7 @@ def check_fit(command: Any, parts: Sequence[Any]) -> None:
 
 
 def sharding_of(config: Any) -> Sharing:
-    """How the processes of a run share the model, by its recipe or by ``accelerate launch``."""
+    """The way in which a run's processes share the model, by its recipe or by ``accelerate launch``."""
     if config.deepspeed_plugin is not None:
         # Stage 1 shards the optimizer alone, which is not planned; without sharding a run takes more.
         return {2: "zero2", 3: "zero3"}.get(config.deepspeed_plugin.zero_stage, "ddp")  # type: ignore[return-value]

@@ -17,7 +17,7 @@ from simpo.models.hub import files_to_push, push
 
 @dataclass(kw_only=True)
 class PushSettings:
-    """What is uploaded, and where."""
+    """The run to upload, and the repository."""
 
     run: Path = field(metadata={"help": "Folder of a finished run, or of any model.", "positional": "RUN"})
     repo: str = field(metadata={"help": "Repository on the hub, name/model.", "positional": "REPO"})

@@ -61,7 +61,7 @@ class DPOConfig(_ReferenceKeys):
 
     loss_type: list[str] = setting(["sigmoid"], f"Any of {', '.join([*_OBJECTIVES, _SFT])}.")  # type: ignore[assignment]
     loss_weights: list[float] | None = setting(None, "One for each loss (default: 1).")
-    f_divergence_type: str = setting("reverse_kl", f"reverse_kl, or for sigmoid by itself {', '.join(_DIVERGENCES)}.")
+    f_divergence_type: str = setting("reverse_kl", f"reverse_kl, or, with sigmoid alone, {', '.join(_DIVERGENCES)}.")
     f_alpha_divergence_coef: float = setting(0.5, "For alpha_divergence: one minus its order.")
     label_smoothing: float = setting(0.0, "Not supported.")  # type: ignore[assignment]
     use_weighting: bool = unsupported(
@@ -103,7 +103,7 @@ class DPOConfig(_ReferenceKeys):
             if list(found) != ["dpo"] or self.f_divergence_type not in _DIVERGENCES:
                 raise SimpoError(
                     f"f_divergence_type: {self.f_divergence_type!r} is not supported with {', '.join(weights)}; there "
-                    f"are reverse_kl and, with sigmoid by itself, {', '.join(_DIVERGENCES)}"
+                    f"are reverse_kl and, with sigmoid alone, {', '.join(_DIVERGENCES)}"
                 )
             found = {"f_dpo": found["dpo"]}
             self.divergence = _DIVERGENCES[self.f_divergence_type]  # type: ignore[assignment]

@@ -1,1 +1,1 @@
-"""How good a model is: benchmarks, comparisons of two models, and evaluation during training."""
+"""Benchmarks, comparisons of two models, and evaluation during training."""

@@ -1,4 +1,4 @@
-"""Benchmarks with right and wrong answers, before and after alignment: lm-eval's, and GSM8K by itself."""
+"""Benchmarks with right and wrong answers, before and after alignment: GSM8K, and those of lm-eval."""
 
 from __future__ import annotations
 

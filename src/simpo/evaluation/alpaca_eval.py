@@ -62,7 +62,7 @@ class AlpacaEvalSettings(JudgedSettings):
         return AlpacaEval(self, log) if self.annotations is None else AnnotatedBefore(self, log)
 
     def length_control(self, count: int, log: Log) -> Baselines | None:
-        """What the length-controlled win rate of ``count`` instructions needs; None if the hub does not provide it."""
+        """The inputs of the length-controlled win rate of ``count`` instructions; None if they are not on the hub."""
         try:
             found = read_baselines(self.gamed, self.difficulty)
         except SimpoError as error:
@@ -81,7 +81,7 @@ class AlpacaEvalSettings(JudgedSettings):
         return found
 
     def length_control_identity(self) -> dict[str, Any]:
-        """What determines the correction of given preferences; files from the hub are None."""
+        """The settings that determine the length correction; files from the hub are None."""
         return {
             key: None if (path := getattr(self, key)) is None else file_digest(path) for key in ("gamed", "difficulty")
         }

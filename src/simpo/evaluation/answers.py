@@ -211,7 +211,7 @@ class Answerer:
         return resolved.max_new_tokens
 
     def identity(self) -> dict[str, Any]:
-        """What determines the answers: weights, template, settings."""
+        """Everything that determines the answers: weights, template, settings."""
         tokenizer = load_tokenizer(self.model.model_name_or_path, self.model, chat_template=self.chat_template)
         return {
             "model": model_digest(self.model),

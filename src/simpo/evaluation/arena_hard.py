@@ -292,7 +292,7 @@ def read_verdict(text: str, version: Version) -> str | None:
 
 
 def battles(first: str | None, second: str | None, version: Version) -> list[float]:
-    """What a prompt's games are worth to the model, a number in [0, 1] for each battle.
+    """The model's results in a prompt's games, a number in [0, 1] for each battle.
 
     Args:
         first: verdict of the game in which the baseline is shown first.

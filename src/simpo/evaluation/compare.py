@@ -53,7 +53,7 @@ _SIDE = "Model, file of answers, or folder of simpo sample"
 
 @dataclass(kw_only=True)
 class CompareSettings:
-    """What is compared, and by which judges."""
+    """The two sides and the judges."""
 
     a: str = field(metadata={"help": f"{_SIDE}, whose win rate is measured.", "positional": "A"})
     b: str = field(metadata={"help": f"{_SIDE}, which it is compared with.", "positional": "B"})
@@ -135,7 +135,7 @@ class Side:
     prompts: PromptArguments | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What determines the answers, as JSON values."""
+        """The settings that determine the answers, as JSON values."""
         if self.file is not None:
             return {"answers": file_digest(self.file)}
         assert self.answerer is not None and self.prompts is not None
@@ -280,7 +280,7 @@ def judge_pairs(
 
 
 def judge_metrics(judges: Mapping[str, Judge], pairs: int) -> list[Metric]:
-    """How often an API judge contradicted itself when the answers were swapped, or chose its own temperature."""
+    """Metrics of how often an API judge contradicted itself on swapped answers, or chose its own temperature."""
     usages = {name: judge.usage for name, judge in judges.items() if judge.usage is not None}
     conflicting = [Metric(f"conflicting_orders/{name}", judges[name].conflicting, n=pairs) for name in usages]
     return conflicting + [

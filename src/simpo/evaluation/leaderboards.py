@@ -1,4 +1,4 @@
-"""What leaderboards compute from verdicts: AlpacaEval's win rates, Arena-Hard's scores and style control."""
+"""Leaderboard statistics from verdicts: AlpacaEval's win rates, Arena-Hard's scores and style control."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ STRENGTHS = np.logspace(-4, 4, 10)
 
 
 class Baselines(NamedTuple):
-    """What the benchmark measured once and uses in the fit of every model."""
+    """Constants that the benchmark measured once and uses in the fit of every model."""
 
     difficulties: np.ndarray  # [N], of the instructions in the benchmark's order
     x: np.ndarray  # [G, 3], features of the gamed baselines' rows; the third is 0

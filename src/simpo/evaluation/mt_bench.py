@@ -70,7 +70,7 @@ class MTBenchSettings(JudgedSettings):
 
 
 class MTBench(JudgedBenchmark):
-    """A judge rates every turn by itself."""
+    """A judge rates every turn separately."""
 
     name = "mt_bench"
     key_name = "question_id"

@@ -213,7 +213,7 @@ def win_rate_over_prompts(verdicts: np.ndarray, prompts: np.ndarray, seed: int) 
 
 
 def agreement_metrics(name: str, prompts: np.ndarray, first: np.ndarray, second: np.ndarray, seed: int) -> list[Metric]:
-    """How often two judges name the same winner (``a``, tie or ``b``), and how far beyond chance, over prompts."""
+    """Agreement of two judges on the winner (``a``, tie or ``b``) over prompts, as a share and beyond chance."""
     both = ~(np.isnan(first) | np.isnan(second))
     if not both.any():
         return [Metric(f"agreement/{name}", None, n=0), Metric(f"kappa/{name}", None, n=0)]

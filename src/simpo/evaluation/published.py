@@ -1,4 +1,4 @@
-"""What was published about the same benchmarks, most of it by the paper's authors, and results as Markdown."""
+"""Published results of the same benchmarks, most of them by the paper's authors, and results as Markdown."""
 
 from __future__ import annotations
 

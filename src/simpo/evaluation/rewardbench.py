@@ -37,7 +37,7 @@ _TIES_ID = re.compile(r"(ref|tied):(\d+)")
 _PROMPTS_PER_PART = 256  # scored, and stored, together
 _SEED = 0  # of the bootstrap
 
-# What each item of a subset adds to the sums that the subset's score is computed from, ``[n, m]``.
+# The terms of each item of a subset, ``[n, m]``, whose sums the subset's score is computed from.
 Terms = dict[str, np.ndarray]
 Score = Callable[[np.ndarray], np.ndarray]  # of sums of terms, [..., m] -> [...]
 
@@ -165,7 +165,7 @@ def read_items(data: str, split: str) -> list[Item]:
 
 
 def item_terms(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> Terms:
-    """What the score of each subset is computed from; a prompt of Ties is an item together with its reference.
+    """The terms that each subset's score is computed from; a prompt of Ties is one item with its reference.
 
     Args:
         items: the rows.
@@ -224,7 +224,7 @@ def overall_score(widths: Sequence[int], sums: np.ndarray) -> np.ndarray:
 def score_metrics(after: Terms, before: Terms | None) -> list[Metric]:
     """The scores of one model, or of two and their differences, which are paired by prompt.
 
-    The intervals of the subsets hold together, those of the mean over subsets by itself.
+    The intervals of the subsets hold simultaneously; that of the mean over subsets is a plain 95% interval.
     """
     new, old = _rules(after), {} if before is None else _rules(before)
     stages: list[tuple[Stage | None, Any]] = [("before", old), ("after" if old else None, new)]

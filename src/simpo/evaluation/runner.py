@@ -1,4 +1,4 @@
-"""What all benchmarks share: settings, the run, sampled answers, and a judge behind an API."""
+"""The common part of all benchmarks: settings, the run, sampled answers, and a judge behind an API."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Benchmark(Protocol):
     """A benchmark whose files have been read."""
 
     def identity(self) -> dict[str, Any]:
-        """What determines the results, as JSON values."""
+        """The settings that determine the results, as JSON values."""
         ...
 
     def measure(self, run: RunFolder) -> list[Metric]:
@@ -136,7 +136,7 @@ class BenchmarkSettings(ABC):
 
 @dataclass(kw_only=True)
 class AnswerSettings(BenchmarkSettings):
-    """How the model answers."""
+    """Settings of the model's answers."""
 
     sampling: SamplingSettings = field(
         default=SamplingSettings(temperature=0.7, top_p=1.0), metadata={"without": ("n", "top_k")}
@@ -229,7 +229,7 @@ class JudgedBenchmark(ABC):
 
     @abstractmethod
     def requests(self, questions: Sequence[Question], answers: Sequence[Answer]) -> Sequence[ChatRequest | None]:
-        """What the judge is asked; None where there is nothing to ask."""
+        """The request to the judge; None where there is nothing to ask."""
 
     @abstractmethod
     def read_judgments(
@@ -239,14 +239,14 @@ class JudgedBenchmark(ABC):
 
     @abstractmethod
     def extra_identity(self) -> dict[str, Any]:
-        """What determines the verdicts on given answers, except for the judge and its prompt."""
+        """The settings that determine the verdicts on given answers, except for the judge and its prompt."""
 
     def sample(self, answerer: Answerer, folder: Path) -> list[tuple[str, ...]]:
         """Sample the turns of the answer to every question."""
         return [(text,) for text in answerer.answer([question.turns[0] for question in self.questions], folder)]
 
     def identity(self) -> dict[str, Any]:
-        """What determines the results; options that are off are left out."""
+        """The settings that determine the results; options that are off are left out."""
         api, file = self.settings.api, self.settings.answer_file
         found = {**self.extra_identity(), "judge": self.judge_name, "judge_prompt": self.prompt_digest}
         optional = {"strip_thinking": api.strip_thinking, "judge_max_tokens": api.judge_max_tokens}

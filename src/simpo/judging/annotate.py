@@ -30,7 +30,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class AnnotateArguments:
-    """What is scored, and by which annotator.
+    """The responses to score and the annotator.
 
     Attributes:
         responses: ``responses.jsonl`` of ``simpo sample``, or its folder.

@@ -1,4 +1,4 @@
-"""What a judge is shown: prompt templates with their values, and answers with or without their thinking."""
+"""Judge prompts: templates with their values, and answers with or without their thinking."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class ShownAnswers:
         return rest if self._strip else answer
 
     def metrics(self, prefix: str, log: Callable[[str], None]) -> list[Metric]:
-        """How many answers had thinking, how many of them nothing else, and from how many it was removed.
+        """Counts of answers with thinking, of those with nothing else, and of those from which it was removed.
 
         Empty if no answer had any; otherwise one line is logged. ``prefix`` starts the names of the metrics.
         """

@@ -1,4 +1,4 @@
-"""What judges and scorers receive, and the two interfaces that they implement."""
+"""The inputs of judges and scorers, and the two interfaces that they implement."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Pair:
 
 
 class _Priced(ABC):
-    """What scorers and judges share."""
+    """The common base of scorers and judges."""
 
     @property
     @abstractmethod

@@ -19,7 +19,7 @@ ANNOTATORS = f"{SCORERS}, api"
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """What judges need in addition to their names.
+    """The settings of judges other than their names.
 
     Attributes:
         client: sends the requests of the judge ``api``; None if no server was named.
@@ -113,7 +113,7 @@ class JudgeSettings(ApiSettings):
     allow_pickle: bool = setting(False, "Read judging models' weights from pickles where they have no safetensors.")
 
     def options(self) -> JudgeOptions:
-        """What the judges need in addition to their names; raises :class:`SimpoError` as :meth:`client`."""
+        """The judges' options; raises :class:`SimpoError` as :meth:`client`."""
         return JudgeOptions(
             self.client(),
             self.judge_prompt,
@@ -150,7 +150,7 @@ class GenerationArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotatorArguments:
-    """What scores the answers that a model is trained on."""
+    """The annotator of the answers that a model is trained on."""
 
     annotator: str = field(metadata={"help": f"What scores the answers: {ANNOTATORS}."})
     judge_url: str | None = setting(None, "Server of the annotator api.")

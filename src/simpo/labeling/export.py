@@ -70,7 +70,7 @@ def export(items: Sequence[Item], judgments: Sequence[Judgment], folder: Path, *
 
 
 def scores_of(judgments: Sequence[Judgment]) -> list[float]:
-    """How many of the other answers an answer is better than, a tie counting half; the mean over the labelers."""
+    """The number of other answers that an answer beats, a tie counting half; the mean over the labelers."""
     ranks = np.array([one.ranks for one in judgments], dtype=np.float64)  # [labelers, K]
     better = np.sign(ranks[:, None, :] - ranks[:, :, None])  # [labelers, K, K], 1 where the answer's rank is lower
     wins = (better / 2 + 0.5).sum(-1) - 0.5  # without the answer itself

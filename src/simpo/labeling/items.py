@@ -1,4 +1,4 @@
-"""What people are asked: a prompt with two answers to compare, or several to rank."""
+"""Items to judge: a prompt with two answers to compare, or several to rank."""
 
 from __future__ import annotations
 

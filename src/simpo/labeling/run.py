@@ -29,7 +29,7 @@ _GUIDELINES = Path(__file__).parent / "page" / "guidelines.txt"
 
 @dataclass(kw_only=True)
 class LabelSettings:
-    """What is judged, and how the page is opened."""
+    """The answers to judge and the settings of the page."""
 
     answers: str | None = field(
         default=None,

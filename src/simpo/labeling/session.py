@@ -1,4 +1,4 @@
-"""Who judges what: the order of items and answers for every labeler, and how far everybody has come."""
+"""Labeling sessions: the order of items and answers for every labeler, and everybody's progress."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Session:
         self._shared = set(_shuffled(list(self._items), f"{seed} shared")[: round(overlap * len(items))])
 
     def next(self, labeler: str) -> dict[str, Any]:
-        """What the page of a labeler shows next: ``item``, None if nothing is left, and ``progress``."""
+        """The next state of a labeler's page: ``item``, None if nothing is left, and ``progress``."""
         with self._lock:
             return self._page(labeler, self._next_item(labeler))
 
@@ -176,7 +176,7 @@ def read_labeler(body: Mapping[str, Any]) -> str:
 
 
 def read_key(body: Mapping[str, Any]) -> str:
-    """What identifies a request.
+    """The identity of a request.
 
     Raises:
         SimpoError: it is not a key.

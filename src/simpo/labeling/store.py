@@ -47,7 +47,7 @@ where number in (select max(number) from events group by labeler, item) and kind
 
 @dataclass(frozen=True)
 class Judgment:
-    """What one labeler decided about one item.
+    """One labeler's judgment of one item.
 
     Attributes:
         labeler: who.

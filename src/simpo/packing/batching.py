@@ -79,7 +79,7 @@ class RowSizes:
 
     @property
     def lengths(self) -> np.ndarray:
-        """``[rows]`` tokens of each row by itself."""
+        """``[rows]`` tokens of each row on its own."""
         return (self.lines * self.widths).sum(axis=1)
 
     @property
@@ -123,7 +123,7 @@ class StepPlan:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """``[rows]`` tokens of each row by itself."""
+        """``[rows]`` tokens of each row on its own."""
         return self.sizes.lengths
 
     @property

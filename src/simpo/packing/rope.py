@@ -63,7 +63,7 @@ class LengthRule(NamedTuple):
 
 
 def install(model: nn.Module) -> LengthRule | None:
-    """Make the rotary embeddings of ``model`` treat every row by itself; None if they do not depend on the length."""
+    """Make the rotary embeddings of ``model`` treat every row separately; None if they do not depend on the length."""
     rules = []
     for module in model.modules():
         types = getattr(module, "rope_type", None)

@@ -1,1 +1,1 @@
-"""What a training run will take, before anything is loaded: memory, time and cost."""
+"""Memory, time and cost of a training run, before anything is loaded."""

@@ -1,4 +1,4 @@
-"""How fast this machine computes training steps, measured on small ones and fitted to what these consist of."""
+"""The speed of this machine: small training steps are timed, and rates are fitted to their operations."""
 
 from __future__ import annotations
 

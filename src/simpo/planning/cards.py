@@ -22,7 +22,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a machine computes what :class:`~simpo.planning.tracing.Cost` counts.
+    """The speed of a machine at each part of a :class:`~simpo.planning.tracing.Cost`.
 
     Attributes:
         product: FLOP/s of matrix products in half precision, or in single precision on a CPU.
@@ -37,7 +37,7 @@ class Rates:
     overhead: float
 
     def seconds(self, cost: Cost) -> float:
-        """What operations of this cost take, one after the other."""
+        """Seconds that operations of this cost take one after the other."""
         computed = cost.product / self.product + cost.attention / self.attention
         return computed + cost.moved / self.moved + cost.operations * self.overhead
 
@@ -64,7 +64,7 @@ class Card:
 
     @property
     def rates(self) -> Rates | None:
-        """What is reached of the data sheet, None without one: the shares were fitted to the runs in docs/plan.md."""
+        """Rates reached in practice, as shares of the data sheet (fitted in docs/plan.md); None without one."""
         if math.isnan(self.flops):
             return None
         return Rates(
@@ -164,7 +164,7 @@ def card_at_hand() -> Card | None:
 
 
 def machine_name() -> str:
-    """What this machine computes on: its card, or its processor with the number of threads."""
+    """The name of this machine's card, or of its processor with the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -25,7 +25,7 @@ from simpo.planning.tracing import Cost, Tracer, attended
 
 @dataclass(frozen=True)
 class Setup:
-    """How a step is computed.
+    """The setup of a step.
 
     Attributes:
         optimizer: transformers' name of it.
@@ -50,7 +50,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a training keeps from step to step, in bytes, before anything is shared out.
+    """Memory that stays allocated from step to step, in bytes, before anything is sharded.
 
     Attributes:
         parameters: numbers that the model has.
@@ -69,7 +69,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Step:
-    """What one micro-batch takes.
+    """Memory and cost of one micro-batch.
 
     Attributes:
         peaks: bytes of forward and backward on top of what is kept, by what computes.
@@ -90,7 +90,7 @@ class Step:
 
 
 def measure_kept(blueprint: Blueprint, setup: Setup) -> Kept:
-    """What a model of full depth and its optimizer keep.
+    """The memory that a model of full depth and its optimizer keep allocated.
 
     Raises:
         SimpoError: the memory of the optimizer is not known.
@@ -135,7 +135,7 @@ def measure_step(blueprint: Blueprint, batch: PackedBatch, setup: Setup) -> Step
 
 
 def _of_full_depth(blueprint: Blueprint, measure: Callable[[list[int]], dict[str, float]]) -> dict[str, float]:
-    """What ``measure``, a function of the layers that a model has, would find for all of them.
+    """Extrapolate ``measure``, a function of the layers that a model has, to all layers.
 
     Memory grows by the same amount with every layer of a kind between the first and the last one: by activations that
     are kept while the last one computes, and by gradients that are there when the first one does.

@@ -37,7 +37,7 @@ _NESTED_SCALES = 1 / 64 + 4 / (64 * 256)  # scales in 8 bits, and their own
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What a model is built from.
+    """The parts that a model is built from.
 
     Attributes:
         arguments: which model, how it is loaded, and its adapter.

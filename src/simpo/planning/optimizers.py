@@ -64,7 +64,7 @@ def measure_update(stand_in: StandIn, name: str, *, cuda: bool) -> tuple[float, 
 
 
 def _bytes(weight: Tensor, bits: int | None) -> float:
-    """Of a state of ``weight`` in numbers of so many bits, with their scales."""
+    """Bytes of one optimizer state of ``weight`` with this many bits per number, scales included."""
     if bits is None:
         return float(weight.nbytes)
     block = _SCALED * bits // 8

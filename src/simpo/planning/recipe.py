@@ -71,7 +71,7 @@ def make_plan(parts: Sequence[Any], settings: PlanSettings, rows: Dataset | None
 
 
 def _setup_of(config: Any, *, cuda: bool) -> Setup:
-    """How a recipe's step is computed."""
+    """The setup of a recipe's step."""
     row = getattr(config, "row", None)
     stored = getattr(config, "precompute_ref_log_probs", True)
     return Setup(

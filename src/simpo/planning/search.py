@@ -31,7 +31,7 @@ _BUCKETS = 2 * 2 * 5e8  # bytes of DeepSpeed's buckets: two of 500 million half-
 
 @dataclass(frozen=True)
 class Choice:
-    """What can be chosen without changing what is learned.
+    """Settings that do not change what is learned.
 
     Attributes:
         max_batch_tokens: tokens of a forward at most.
@@ -134,7 +134,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is planned for.
+    """The machine that a run is planned for.
 
     Attributes:
         card: of each process; None for a CPU.
@@ -151,7 +151,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes with some choice.
+    """Memory and time of a run with one choice.
 
     Attributes:
         choice: the choice.
@@ -195,7 +195,7 @@ class Planner:
 
     @cache  # noqa: B019 - planners are few, and end with the command
     def estimate(self, choice: Choice) -> Estimate:
-        """What a run takes with ``choice``."""
+        """Memory and time of the run with ``choice``."""
         batches, step = self._traced(choice)
         memory = self._memory(choice.sharding, step, step.peak, gradients_first=batches.per_step > 1)
         kept = self._kept(choice.sharding)
@@ -215,7 +215,7 @@ class Planner:
 
     @cache  # noqa: B019
     def _kept(self, sharding: Sharding) -> Kept:
-        """What the run keeps, before anything is shared out."""
+        """The memory that stays allocated from step to step, before anything is sharded."""
         if sharding not in ("zero2", "zero3") or self.setup.autocast is None:
             return measure_kept(self.blueprint, self.setup)
         # DeepSpeed trains in half precision, and its optimizer has an fp32 copy of the weights.
@@ -350,7 +350,7 @@ class Planner:
     # ---- What is reported.
 
     def remedy(self, shardings: Sequence[Sharding] = ()) -> str:
-        """Where no choice with these ``shardings`` fits: what would make the run fit."""
+        """Advice on making the run fit, where no choice with these ``shardings`` does."""
         least, card = self.smallest(shardings), self.machine.card
         where = "this machine" if card is None else f"{self.machine.gpus} x {card.name}"
         where += "".join(f" with {sharding}" for sharding in shardings)

@@ -14,7 +14,7 @@ Sharing = Literal["ddp", "fsdp", "zero2", "zero3"]
 
 @dataclass
 class PlanSettings:
-    """What is planned, for which machine, and the rows where the data is not read."""
+    """The command to plan, the machine, and the rows if the data is not read."""
 
     command: Command = setting("train", "The command that the recipe is for.")
     gpu: str | None = setting(None, "Card, such as H100-80GB (default: this machine's, or else its CPU).")

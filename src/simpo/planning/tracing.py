@@ -1,4 +1,4 @@
-"""What running operations takes: memory that is alive, floating-point operations, and bytes that are moved.
+"""The cost of running operations: live memory, floating-point operations, and bytes that are moved.
 
 Works on real tensors and on fake ones (``torch._subclasses.FakeTensorMode``), which have shapes and no numbers.
 """
@@ -27,7 +27,7 @@ _ATTENTION = ("attention", "attn")
 
 @dataclass(frozen=True)
 class Cost:
-    """What operations take, other than memory.
+    """The cost of operations other than memory.
 
     Attributes:
         product: floating-point operations of matrix products, counted as ``torch.utils.flop_counter`` does.
@@ -122,7 +122,7 @@ class Tracer(TorchDispatchMode):
             )
 
     def _attention_flops(self, name: str, packet: Any, args: Any, kwargs: Any, result: Any) -> int:
-        """Of forward two products of queries with keys; of backward five, one of which forward had made before."""
+        """Two products of queries with keys in forward, and five in backward, one of them a repetition."""
         backward = "backward" in name
         if "varlen" in name:
             query = args[1] if backward else args[0]  # [T, heads, D]

@@ -224,7 +224,7 @@ REPLACES = {
 
 @dataclass
 class DataArguments:
-    """Where the rows come from: one data set, or the paper's ``dataset_mixer``, or alignment-handbook's mixture."""
+    """The source of the rows: one data set, or the paper's ``dataset_mixer``, or alignment-handbook's mixture."""
 
     dataset_name: str | None = setting(None, "Hub id, file or folder of the training data.")
     dataset_config: str | None = setting(None, "Configuration of a hub data set.")

@@ -1,4 +1,4 @@
-"""What trackers get at the end of a run: its results, sampled answers as a table, and the report as an artifact."""
+"""Trackers get the outcome of a run at its end: results, sampled answers as a table, the report as an artifact."""
 
 # ruff: noqa: D102 - TrainerCallback documents the events
 

@@ -97,7 +97,7 @@ def make_pairs(records: Iterable[Mapping[str, Any]], settings: PairSettings) -> 
 
     Args:
         records: ``{id, prompt, responses, scores}``; an answer whose score is None is left out. ``finished``, if
-            present, says for every response whether it ended by itself.
+            present, tells for every response whether it ended on its own.
         settings: which pairs to make.
     """
     report = PairReport()

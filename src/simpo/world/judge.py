@@ -54,7 +54,7 @@ _SEPARATORS = re.compile(r",|\band\b|(?<=\w)-(?=\w)")
 
 
 def judge(prompt: Prompt, answer: str) -> float:
-    """How good an answer is, from 0 to 10.
+    """Score an answer from 0 to 10.
 
     A sentence such as "The order is 2, 9, 10.", "They are 2, 9, 10." or, alone, "2, 9, 10." states a part of the
     answer. Any other sentence states nothing.
@@ -115,7 +115,7 @@ def _stated(question: Question, answer: str) -> int:
 
 
 def _value(sentence: str, part: Part, *, only_part: bool, only_sentence: bool) -> Value | None:
-    """What a sentence says that ``part`` is, or None if it says nothing about it."""
+    """The value that a sentence states for ``part``, or None if it does not mention it."""
     subject = re.escape(part.subject.casefold())
     if only_part:
         subject = f"(?:{subject}|it|they|the answer)"

@@ -1,4 +1,4 @@
-"""What all trials share: the start model, and pairs and prompts of the tiny world."""
+"""The common basis of all trials: the start model, and pairs and prompts of the tiny world."""
 
 from __future__ import annotations
 

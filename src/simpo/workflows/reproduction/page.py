@@ -65,7 +65,7 @@ def render(
 
 
 def _seeds(measured: Mapping[str, Mapping[str, Measured]]) -> str:
-    """How many training seeds the studies' models have."""
+    """The number of training seeds of the studies' models."""
     counts = sorted({len(values) for arms in measured.values() for arm in arms.values() for values in arm.values()})
     least, most = counts[0], counts[-1]
     return f"{most} training seed{'s' if most != 1 else ''}" if least == most else f"{least} to {most} training seeds"

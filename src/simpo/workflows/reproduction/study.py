@@ -103,7 +103,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a claim: the difference with its interval, against each arm or number, and the verdict."""
+    """The outcome of a claim: the difference with its interval, against each arm or number, and the verdict."""
 
     claim: Claim
     differences: Mapping[str, Interval]

@@ -40,7 +40,7 @@ _KL_ROWS = 64  # held-out pairs on which the divergence is measured
 
 @dataclass(frozen=True)
 class Trial:
-    """What is trained, on which pairs, and on which prompts it is judged.
+    """A training: its objective and settings, its pairs, and the prompts on which it is judged.
 
     Attributes:
         settings: keys of a preference recipe.
