@@ -41,7 +41,7 @@ def rows():
 @pytest.mark.parametrize(
     "run",
     [
-        Run("LoRA", model={"use_peft": True}, config={"max_batch_tokens": 4096, "activation_checkpointing": True}),
+        Run("LoRA", model={"use_peft": True}, config={"max_batch_tokens": 4096, "gradient_checkpointing": True}),
         Run("reward model", "reward", config={"bf16": True, "optim": "sgd"}),
     ],
     ids=lambda run: run.name,
