@@ -152,7 +152,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def _peak_of_processes(run: Run, folder: Path) -> int:
-    """Of the run in its processes: the largest."""
+    """Run in several processes and return the largest peak of them, in bytes."""
     several = ["-m", "torch.distributed.run", f"--nproc_per_node={run.processes}"]
     worker = ["-m", "benchmarks.plan_accuracy", "--worker", run.name, "--folder", str(folder)]
     output = subprocess.run([sys.executable, *several, *worker], check=True, capture_output=True, text=True).stdout

@@ -59,7 +59,7 @@ class Recorder(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Of a step, the warm-up and the profiled one left out."""
+        """Mean seconds of a step, without the warm-up step and the profiled one."""
         return (self.ends[-2] - self.ends[0]) / (len(self.ends) - 2)
 
 

@@ -71,7 +71,7 @@ class Graph:
         return nodes
 
     def optimality(self, nodes: Sequence[int]) -> float:
-        """Of a walk from ``nodes[0]``, from 0 to 1."""
+        """The optimality of a walk from ``nodes[0]``, from 0 to 1."""
         arrives = nodes[-1] == 0 and all(self.edges[a, b] for a, b in pairwise(nodes))
         return float(self.steps[nodes[0]]) / (len(nodes) - 1) if arrives and len(nodes) > 1 else 0.0
 

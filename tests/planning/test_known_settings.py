@@ -17,33 +17,13 @@ from simpo.training.configs import PreferenceConfig, SFTConfig
 from simpo.training.settings import DataArguments
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+_EIGHT_BILLION = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+_EIGHT_BILLION |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+_GEMMA = {"hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "head_dim": 256}
 SHAPES = {
-    "llama-3-8b": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-    ),
-    "mistral-7b": MistralConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
-    "gemma-2-9b": Gemma2Config(
-        vocab_size=256000,
-        hidden_size=3584,
-        intermediate_size=14336,
-        num_hidden_layers=42,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=256,
-    ),
+    "llama-3-8b": LlamaConfig(vocab_size=128256, max_position_embeddings=8192, **_EIGHT_BILLION),
+    "mistral-7b": MistralConfig(vocab_size=32000, **_EIGHT_BILLION),
+    "gemma-2-9b": Gemma2Config(vocab_size=256000, num_attention_heads=16, num_key_value_heads=8, **_GEMMA),
 }
 
 

@@ -42,6 +42,7 @@ def rows():
     "run",
     [
         Run("LoRA", model={"use_peft": True}, config={"max_batch_tokens": 4096, "gradient_checkpointing": True}),
+        Run("weighted pairs", config={"max_batch_tokens": 4096, "wpo_weights": True}),
         Run("reward model", "reward", config={"bf16": True, "optim": "sgd"}),
     ],
     ids=lambda run: run.name,

@@ -12,7 +12,8 @@ import torch
 from datasets import Dataset, List, Value
 
 from simpo import OBJECTIVES, Responses, SimpoError
-from simpo.training.batches import MISMATCHED_IDS, MISMATCHED_REF_LOGP, REF_LOGPS
+from simpo.training.batches import MISMATCHED_IDS, MISMATCHED_REF_LOGP, REF_LOGPS, OrderedPairs
+from simpo.training.preference import wpo_weights
 from simpo.training.reference import with_mismatched
 
 MAX_LENGTH = 2048
@@ -408,6 +409,14 @@ def test_pairs_are_weighed_as_in_wpo(settings, budget, make_trainer, make_model,
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["wpo/weight"] for entry in logs] == pytest.approx(means, abs=1e-9)
     assert_alike(([entry["loss"] for entry in logs], trained), (losses, policy))
+
+
+def test_a_pairs_weight_is_at_most_one():
+    y = Responses(torch.tensor([3.0, -2.0, 1.0, 1.0]), torch.tensor([2.0, 4.0, 2.0, 1.0]))  # averages 1.5, -0.5, 0.5, 1
+    weights = wpo_weights(y, OrderedPairs.of(torch.tensor([2, 2])))
+    assert weights.tolist() == [1, 1]
+    y = Responses(torch.tensor([0.5, -2.0]), torch.tensor([2.0, 4.0]))
+    assert wpo_weights(y, OrderedPairs.of(torch.tensor([2]))).item() == pytest.approx(math.exp(0.25 - 0.5))
 
 
 @pytest.mark.parametrize("stored", [True, False])

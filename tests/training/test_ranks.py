@@ -47,6 +47,7 @@ BEST |= {"load_best_model_at_end": True}
 DPO = SHORT | {"objective": "dpo"}
 DPO_SAVES = DPO | {"save_strategy": "steps", "save_steps": 2}
 KL = SHORT | {"objective": "dpo", "precompute_ref_log_probs": False, "kl_weight": 0.1}
+KL |= {"wpo_weights": True, "ld_alpha": 0.5}  # all that needs more than the sums of log-probabilities
 LORA = {"lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["c_attn", "c_fc"]}
 KTO = SHORT | {"objective": "kto"}
 COLUMNS = SHORT | {"row_columns": ["weight", "label_probability", "margin"]}
@@ -107,6 +108,7 @@ IN_FOUR = [
     Job("fsdp-4", shards=True),
     Job("ddp-4-of-2", resume="ddp-2/checkpoint-4"),
     Job("fsdp-4-of-fsdp-2", shards=True, resume="fsdp-2/checkpoint-4"),
+    Job("fsdp-4-of-ddp-2", shards=True, resume="ddp-2/checkpoint-4"),
 ]
 ALONE = [
     Job("one"),
@@ -360,7 +362,7 @@ def test_ranks_train_as_one_process_does(name, alone, ranks, done):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one-of-ddp-2", "ddp-4-of-2", "one-of-fsdp-2", "fsdp-4-of-fsdp-2"])
+@pytest.mark.parametrize("name", ["one-of-ddp-2", "ddp-4-of-2", "one-of-fsdp-2", "fsdp-4-of-fsdp-2", "fsdp-4-of-ddp-2"])
 def test_a_checkpoint_continues_on_another_number_of_processes(name, done):
     """Saved by two; all are the run of one process that never stopped."""
     assert_same_weights(done.folder / name, done.folder / "one", 1e-9)

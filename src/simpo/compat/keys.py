@@ -99,8 +99,8 @@ class TRLKeys(PortedKeys):
             self.max_length = _UNLIMITED
         if self.bf16 is None:
             self.bf16 = not self.fp16  # type: ignore[attr-defined]
-        # TRL recomputes activations by default, so what fits in memory there fits here. transformers 5.23 renamed the
-        # key.
+        # TRL checkpoints activations by default, and a model that fits into memory there should also fit here. The key
+        # has another name since transformers 5.23.
         newer = "activation_checkpointing"
         if self.gradient_checkpointing is None and getattr(self, newer, None) is None:
             setattr(self, newer if hasattr(self, newer) else "gradient_checkpointing", True)

@@ -22,7 +22,7 @@ from simpo.data.chat_template import end_of_turn
 from simpo.errors import SimpoError
 from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.packing.model import causal_lm, prepare_policy, state_of
-from simpo.packing.selfcheck import computes_in, rounding_tolerance
+from simpo.packing.rounding import computes_in, rounding_tolerance
 
 logger = logging.getLogger(__name__)
 

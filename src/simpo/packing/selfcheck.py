@@ -19,6 +19,7 @@ from simpo.packing.attention import UnsupportedAttentionError, causal_lm, instal
 from simpo.packing.cached import NotShareableError, install_scans
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.rope import LengthRule
+from simpo.packing.rounding import computes_in, rounded_differently, rounding_tolerance
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ _TOLERANCE = {
     torch.float16: (2e-2, 0.5),
 }
 # In half precision a deep model's rounding alone can exceed that. A difference may then be what rounding every
-# intermediate result differently does (:func:`_rounding_differently`), up to this multiple of the tolerance.
+# intermediate result differently does (:func:`rounded_differently`), up to this multiple of the tolerance.
 _MOST_TOLERANCES = 4
 # The same for gradients by the embeddings, relative to their norm.
 _GRADIENT_TOLERANCE = {torch.float64: 2e-4, torch.float32: 2e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -259,60 +260,11 @@ def _relaxed(tolerance: float, rounding: float) -> float:
     return max(tolerance, min(rounding, _MOST_TOLERANCES * tolerance))
 
 
-@contextmanager
-def _rounding_differently(model: nn.Module) -> Iterator[None]:
-    """Change what every layer, norm and other innermost module puts out by at most one rounding of its type.
-
-    What that does to a model's outputs is what any other order of the same computations may do to them.
-    """
-    unit = torch.finfo(computes_in(model)).eps / 2
-    generators: dict[torch.device, torch.Generator] = {}
-
-    def change(module: nn.Module, arguments: Any, output: Any) -> Any:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            return output
-        device = output.device
-        generator = generators.setdefault(device, torch.Generator(device).manual_seed(0))
-        noise = torch.rand(output.shape, generator=generator, device=device) * 2 - 1
-        return (output * (1 + unit * noise)).to(output.dtype)
-
-    inner = causal_lm(model)
-    last = inner.get_output_embeddings()
-    innermost = [module for module in inner.modules() if module is not last and not any(module.children())]
-    handles = [module.register_forward_hook(change) for module in innermost]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def computes_in(model: nn.Module) -> torch.dtype:
-    """The type of matrix products: autocast's, the weights' own, or the type that 4-bit weights are expanded to."""
-    weight = next(model.parameters())
-    if weight.dtype != torch.float32:
-        return weight.dtype
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    expanded = (getattr(module, "compute_dtype", None) for module in model.modules())
-    return next((dtype for dtype in expanded if dtype is not None), weight.dtype)
-
-
 def _rounding(model: nn.Module, sample: PackedBatch, kind: Kind) -> Tensor:
     """``[n]`` differences that one rounding of every layer's output makes, each response in a forward of its own."""
     exact = unpacked_outputs(model, sample, kind.compared)
-    with _rounding_differently(model):
+    with rounded_differently(model):
         return _differences(unpacked_outputs(model, sample, kind.compared), exact, kind)
-
-
-def rounding_tolerance(rounding: float, dtype: torch.dtype) -> float:
-    """Largest difference in nats, between two ways of computing a log-probability, that counts as rounding.
-
-    Args:
-        rounding: a difference that can only be rounding.
-        dtype: of the matrix products.
-    """
-    return max(16 * rounding, 64 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps))
 
 
 # ---- The checks. ``expected`` has the model's own outputs, by whether autocast is on.
@@ -458,7 +410,7 @@ def _check_cached(
     wanted = _input_gradients(model, short, lambda: unpacked_outputs(model, short, kind.compared))
     relative, allowed = float((found - wanted).norm() / wanted.norm()), _GRADIENT_TOLERANCE[computes_in(model)]
     if not relative <= allowed and computes_in(model).itemsize < 4:
-        with _rounding_differently(model):
+        with rounded_differently(model):
             rounded = _input_gradients(model, short, lambda: unpacked_outputs(model, short, kind.compared))
         allowed = _relaxed(allowed, float((rounded - wanted).norm() / wanted.norm()))
     if not relative <= allowed:  # NaN counts as different

@@ -137,8 +137,8 @@ def measure_step(blueprint: Blueprint, batch: PackedBatch, setup: Setup) -> Step
 def _of_full_depth(blueprint: Blueprint, measure: Callable[[list[int]], dict[str, float]]) -> dict[str, float]:
     """Extrapolate ``measure``, a function of the layers that a model has, to all layers.
 
-    Memory grows by the same amount with every layer of a kind between the first and the last one: by activations that
-    are kept while the last one computes, and by gradients that are there when the first one does.
+    Between the first and the last layer of a kind, every additional layer adds the same memory: its activations
+    are kept until the last layer has computed, and its gradients exist when backward reaches the first layer.
     """
     kinds = blueprint.kinds()
     first = [numbers[0] for numbers in kinds]

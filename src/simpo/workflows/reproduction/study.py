@@ -34,8 +34,8 @@ class Claim:
     """A claim of the paper: on the whole, ``better`` has a larger ``metric`` than ``than``.
 
     Attributes:
-        claim: in words.
-        metric: what is compared.
+        claim: the claim as a sentence.
+        metric: the metric that is compared.
         better: an arm, or a number.
         than: an arm, a number, or ``others`` for every other arm.
     """
