@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from simpo import cli
@@ -110,6 +111,28 @@ def test_probes_take_at_most_a_twentieth_of_the_trained_tokens(make_trainer, pai
         late = [(number, step) for number, step in enumerate(steps, start=1) if step > 8]
         assert all(number * cost <= 0.05 * (step - first) * per_step for number, step in late)
         assert len(found) * cost > 0.05 * 40 * per_step - cost
+
+
+def test_a_probe_is_the_mean_over_the_scored_tokens_of_preferred_responses(make_trainer, pairs):
+    """Also with ld_alpha, which weighs tokens by the other response of a pair, and with tokens that are not scored."""
+    rows, held_out = pairs(4), pairs(3, seed=1)
+    for masked in (False, True):
+        masks = [
+            [[not masked or place % 2 == 0 for place in range(len(ids))] for ids in r] for r in held_out["response_ids"]
+        ]
+        trainer = make_trainer(
+            rows,
+            eval_dataset=held_out.add_column("scored", masks) if masked else held_out,
+            objective="dpo",
+            ld_alpha=0.3,
+            max_batch_tokens=40,
+        )
+        expected = []
+        for prompt, (ids, _), mask in zip(held_out["prompt_ids"], held_out["response_ids"], masks, strict=True):
+            with torch.no_grad():
+                logits = trainer.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            expected.append(logits[range(len(ids)), ids][torch.tensor(mask[0])].mean().item())
+        assert Guard(trainer, "warn")._start == pytest.approx(sum(expected) / 3, abs=1e-9)
 
 
 def test_off_is_a_word_of_yaml(chat_world, tmp_path):

@@ -242,7 +242,10 @@ class PreferenceTrainer(PackedTrainer):
         """
         if self.args.ld_alpha is not None:
             lengths, owner = packed.lengths.to(token_logps.device), packed.response_of.to(token_logps.device)
-            shared = lengths.view(-1, 2).amin(dim=1).repeat_interleave(2)
+            spans = packed.layout.spans  # two responses each, or one where single responses are scored
+            row = torch.arange(len(spans)).repeat_interleave(torch.tensor([len(span.responses) for span in spans]))
+            row = row.to(lengths.device)
+            shared = lengths.new_zeros(len(spans)).scatter_reduce(0, row, lengths, "amin", include_self=False)[row]
             place = torch.arange(len(owner), device=owner.device) - (lengths.cumsum(0) - lengths)[owner]
             token_logps = torch.where(place < shared[owner], token_logps, self.args.ld_alpha * token_logps)
         return responses_of(packed, token_logps)
