@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,15 @@ STATES = {
     "lfm2": {"block_ff_dim": 1536},
     "falcon_h1": {"mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64},
 }
+
+
+_SIZES = ("size", "heads", "ff_dim", "d_ssm")  # ends of keys of widths; those of a head stay as they are
+
+
+def scaled(values: dict[str, Any], factor: int) -> dict[str, Any]:
+    """``values`` of a configuration, ``factor`` times as wide."""
+    widths = {key for key in values if key.endswith(_SIZES) and key != "vocab_size"}
+    return {key: value * factor if key in widths else value for key, value in values.items()}
 
 
 def pairs(count: int, seed: int = 0) -> list[TokenizedComparison]:
@@ -83,7 +93,7 @@ def steps(
         def step() -> None:
             model.zero_grad()
             for batch in batches:
-                policy_logprobs(model, batch, path=path).mean().backward()
+                policy_logprobs(model, batch.to(model.device), path=path).mean().backward()
 
         return step
 
@@ -97,12 +107,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=16, help="of a step")
     parser.add_argument("--max-batch-tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=7, help="steps of each path")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the weights")
+    parser.add_argument("--width", type=int, default=1, help="factor on the model's width")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(toy_config(options.type, **WIDE | STATES[options.type]))
+    with torch.device(options.device):
+        config = toy_config(options.type, **scaled(WIDE | STATES[options.type], options.width))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
     rows = pairs(options.pairs)
-    assert choose_path(model, PackedBatch.build(rows[:4])) == "cached"
+    assert choose_path(model, PackedBatch.build(rows[:4]).to(options.device)) == "cached"
     step = steps(model, rows, options.max_batch_tokens)
+    synchronize = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     operations, times = {}, {path: [] for path in step}
     for path, run in step.items():  # also the warm-up
         with FlopCounterMode(display=False) as counter:
@@ -110,8 +126,10 @@ def main(arguments: list[str] | None = None) -> None:
         operations[path] = counter.get_total_flops()
     for _ in range(options.repeats):
         for path, run in step.items():
+            synchronize()
             start = time.perf_counter()
             run()
+            synchronize()
             times[path].append(time.perf_counter() - start)
     medians = {path: statistics.median(values) for path, values in times.items()}
     measured, counted = (values["padded"] / values["cached"] for values in (medians, operations))

@@ -39,7 +39,12 @@ def main() -> int:
         chosen, absent = _entrants(options, setting)
         runs: dict[str, list[Measurement]] = defaultdict(list)
         for entrant, found in rounds(
-            chosen, setting, options.repeats, products=options.products, time_limit=options.time_limit
+            chosen,
+            setting,
+            options.repeats,
+            products=options.products,
+            time_limit=options.time_limit,
+            entrant_limit=options.entrant_limit,
         ):
             if isinstance(found, str):
                 absent[entrant.name] = found
@@ -70,12 +75,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="instead: HH-style transcripts, .jsonl or .jsonl.gz")
     parser.add_argument("--pairs", type=int, default=32, help="comparisons measured; a step more comes first")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[], help="the peers' per-device batches")
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="gradient checkpointing of all but simpo's --variants"
+    )
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for busy machines"
     )
     parser.add_argument("--repeats", type=int, default=3, help="rounds in which every entrant runs once")
     parser.add_argument("--time-limit", type=float, help="seconds, after which nothing is started")
+    parser.add_argument("--entrant-limit", type=float, help="seconds, after which a measurement is given up")
     parser.add_argument("--products", action="store_true", help="also time the matrix products alone")
     parser.add_argument("--output", type=Path, help="write everything measured there, as JSON")
     return parser.parse_args()

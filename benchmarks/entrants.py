@@ -29,7 +29,7 @@ class Entrant:
         precomputed: DPO's reference log-probabilities come from before the training, else from a copy of the model.
         liger: Liger's layers.
         compiled: ``torch_compile``.
-        checkpointed: the share of the layers whose activations are computed again in backward.
+        checkpointed: of simpo: the share of the layers whose activations are computed again in backward.
         shared: of a loop: whether the responses of a comparison share its prompt.
     """
 
@@ -110,15 +110,22 @@ def entrants(family: str, setting: Setting, variants: list[Entrant], micro_batch
         variants: simpo's trainer in different settings.
         micro_batches: the peers' per-device batches; by default all that divide the step.
     """
-    step = setting.pairs_per_step
+    step, checkpointed = setting.pairs_per_step, float(setting.checkpointing)
     grid = [size for size in micro_batches or range(step, 0, -1) if step % size == 0]
     if family == "simpo":
         yield from variants
     elif family == "padded":
-        yield Entrant("simpo padded", "simpo", path="padded")
+        yield Entrant("simpo padded", "simpo", path="padded", checkpointed=checkpointed)
     elif family == "dpo":
-        yield Entrant("simpo DPO cached", "simpo", path="auto", objective="dpo", precomputed=True)
-        yield Entrant("simpo DPO live", "simpo", path="auto", objective="dpo")
+        for name, precomputed in (("cached", True), ("live", False)):
+            yield Entrant(
+                f"simpo DPO {name}",
+                "simpo",
+                path="auto",
+                objective="dpo",
+                precomputed=precomputed,
+                checkpointed=checkpointed,
+            )
     elif family == "sharing":
         yield Entrant("loop shared", "loop")
         yield Entrant("loop alone", "loop", shared=False)

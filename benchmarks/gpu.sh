@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Verify and measure simpo on one CUDA GPU in under nine minutes: benchmarks/gpu.sh [SECTION ...]
+# Verify and measure simpo on one CUDA GPU in about ten minutes: benchmarks/gpu.sh [SECTION ...]
 # Without a GPU, a dry run at toy size: DEVICE=cpu benchmarks/gpu.sh
-# Sections, by value: verification, 8b, peers, peers-hh, sharing, architectures; all of them by default.
+# Sections, by value: verification, 8b, peers, peers-hh, peers-8b, plan, cached, sharing, architectures; all of them by
+# default. Further: tests, the whole test suite on the GPU.
 # Environment: PYTHON (the interpreter with simpo; TRL, liger-kernel and bitsandbytes where they are to be compared),
 # OUTPUT (a folder for logs and JSON; a new temporary one otherwise).
-# Each section has its own time limit (540 s in all); what it has measured by then is kept, and what is missing is named.
+# Each section has its own time limit; what it has measured by then is kept, and what is missing is named.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -42,7 +43,7 @@ compare() {
   local name=$1 limit=$2
   shift 2
   part "$name" "$limit" benchmarks.compare --device "$DEVICE" --repeats 1 --time-limit $((limit - 10)) \
-    --output "$OUTPUT/$name.json" "$@"
+    --entrant-limit 45 --output "$OUTPUT/$name.json" "$@"
   wait
 }
 
@@ -55,21 +56,33 @@ verification() { # verifies and measures nothing, so that its parts can run at t
 optimizer=adamw_torch_fused # with bf16 weights its states are bf16: 64 GB in all
 has torchao && optimizer=adamw_torch_8bit
 has bitsandbytes && optimizer=adamw_8bit
-small=(--model 1b --dtype bf16 --families simpo trl-dpo-liger trl-cpo liger dpo trl-dpo padded)
+small=(--model 1b --dtype bf16 --families simpo trl-dpo-liger dpo trl-cpo liger trl-dpo padded)
 
 if [ "$DEVICE" = cuda ]; then
   export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
-  for section in "${@:-verification 8b peers peers-hh sharing architectures}"; do
+  for section in "${@:-verification 8b peers peers-hh peers-8b plan cached sharing architectures}"; do
     for name in $section; do
       case $name in
-      verification) verification 90 ;;
+      verification) verification 150 ;;
       8b) part 8b 130 benchmarks.profile_step --device cuda --model 8b --weights bf16 --dtype bf16 \
         --optimizer "$optimizer" --profile ultrafeedback --pairs-per-step 16 --output "$OUTPUT/8b.json" --variants \
         4096 16384,checkpointed 8192,checkpointed=0.5 4096,compiled 16384,checkpointed,compiled && wait ;;
       peers) compare peers 140 "${small[@]}" --profile ultrafeedback --pairs 64 --pairs-per-step 16 \
-        --variants default default,compiled default,liger --micro-batches 8 4 ;;
+        --variants default default,compiled default,liger --micro-batches 16 8 ;;
       peers-hh) compare peers-hh 90 "${small[@]}" --profile hh --pairs 256 --pairs-per-step 64 \
-        --variants default default,compiled default,liger --micro-batches 32 16 ;;
+        --variants default default,compiled default,liger --micro-batches 64 32 ;;
+      peers-8b) compare peers-8b 110 --model 8b --weights bf16 --dtype bf16 --optimizer "$optimizer" --checkpointing \
+        --profile ultrafeedback --pairs 32 --pairs-per-step 16 --families simpo trl-cpo trl-dpo-liger \
+        --variants 16384,checkpointed 4096,compiled --micro-batches 4 8 ;;
+      plan) part plan 90 benchmarks.plan_accuracy --output "$OUTPUT/plan.json" && wait ;;
+      cached)
+        for type in qwen3_5_text lfm2; do
+          part "cached-$type" 30 benchmarks.cached_path --type "$type" --device cuda --dtype bfloat16 --width 4 \
+            --pairs 64 --max-batch-tokens 16384
+          wait
+        done
+        ;;
+      tests) part tests 200 pytest -n 14 -rf --timeout 120 -p no:cacheprovider && wait ;;
       sharing)
         compare sharing-hh 25 --model 1b --dtype bf16 --profile hh --pairs 128 --pairs-per-step 64 --families sharing
         compare sharing-documents 25 --model 1b --dtype bf16 --profile documents --responses 4 --pairs 8 \

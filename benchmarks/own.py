@@ -31,7 +31,7 @@ def simpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -
         use_liger_kernel=entrant.liger,
         checkpointed_share=entrant.checkpointed or 1.0,
         **_objective(entrant, folder),
-        **training_arguments(setting, folder) | ({"gradient_checkpointing": True} if entrant.checkpointed else {}),
+        **training_arguments(setting, folder) | {"gradient_checkpointing": entrant.checkpointed > 0},
     )
     trainer = PreferenceTrainer(model, args=args, train_dataset=rows.select_columns(["prompt_ids", "response_ids"]))
     if entrant.path == "auto" and trainer.path != "packed":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +18,20 @@ from benchmarks.entrants import Entrant
 from benchmarks.setting import BETA, GAMMA, Setting, load_comparisons, load_text, training_arguments
 
 IGNORED = -100
+
+
+# what the trainers below import when they are made, by the kind of their entrant
+MODULES = {
+    "trl cpo": ["trl.experimental.cpo"],
+    "trl dpo": ["trl.trainer.dpo_trainer"],
+    "liger": ["liger_kernel.chunked_loss"],
+}
+
+
+def import_peer(kind: str) -> None:
+    """Import what a trainer of this kind needs, so that it starts at once."""
+    for module in MODULES.get(kind, []):
+        importlib.import_module(module)
 
 
 def trl_cpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -> Any:

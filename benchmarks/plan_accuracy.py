@@ -1,13 +1,16 @@
-"""What simpo plan predicts against what real runs take on this CPU: python -m benchmarks.plan_accuracy [--times]
+"""What simpo plan predicts against what real runs take on this machine: python -m benchmarks.plan_accuracy [--times]
 
-Memory is measured by the allocator's own hooks (PyTorch's profiler records every allocation), with the weights copied
-out of the files that they are mapped from. Times are medians of a run without the profiler.
+On a CPU memory is measured by the allocator's own hooks (PyTorch's profiler records every allocation), with the weights
+copied out of the files that they are mapped from, and times are medians of a run without the profiler. On a GPU, where
+the runs are larger, one run gives both, and the allocator counts; the CUDA context and fragmentation, which the plan
+adds, are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import os
 import subprocess
@@ -25,6 +28,7 @@ from datasets import Dataset
 from torch.autograd.profiler import profile
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from simpo.models.devices import device
 from simpo.models.settings import ModelArguments
 from simpo.planning.recipe import KINDS, make_plan
 from simpo.planning.search import Estimate
@@ -60,6 +64,23 @@ RUNS = (
 )
 
 
+_LARGE = {"max_batch_tokens": 8192, "bf16": True}
+GPU_RUNS = (
+    Run("SimPO", config=_LARGE),
+    Run("SimPO, checkpointing", config=_LARGE | {"activation_checkpointing": True}),
+    Run(
+        "SimPO, half of it, 8-bit Adam",
+        config=_LARGE | {"activation_checkpointing": True, "checkpointed_share": 0.5, "optim": "adamw_8bit"},
+    ),
+    Run("SimPO, bf16 weights", model={"dtype": "bfloat16"}, config=_LARGE),
+    Run("SimPO, LoRA", model={"use_peft": True, "dtype": "bfloat16"}, config=_LARGE),
+    Run("SimPO, QLoRA", model={"use_peft": True, "load_in_4bit": True, "dtype": "bfloat16"}, config=_LARGE),
+    Run("DPO, live", config=_LARGE | {"objective": "dpo", "beta": 0.1, "precompute_ref_log_probs": False}),
+    Run("SFT", "sft", config=_LARGE, responses=1),
+    Run("reward model", "reward", config=_LARGE),
+)
+
+
 def make_model(folder: Path, layers: int = 6, hidden: int = 256, vocabulary: int = 4000) -> None:
     """A random Llama."""
     config = LlamaConfig(
@@ -90,13 +111,13 @@ def make_rows(count: int, responses: int, vocabulary: int = 4000, longest: int =
 
 
 def config_of(run: Run, folder: Path, steps: int = 3) -> Any:
-    """The run's configuration, eight rows a step over all processes."""
+    """The run's configuration, eight rows a step over all processes, on a GPU 16."""
     keys = {"max_batch_tokens": 512} | dict(run.config)
     return KINDS[run.command].config_type(
         str(folder / "out"),
         report_to=[],
         save_strategy="no",
-        per_device_train_batch_size=8 // run.processes,
+        per_device_train_batch_size=(8 if device().type == "cpu" else 16) // run.processes,
         max_steps=steps,
         disable_tqdm=True,
         logging_strategy="no",
@@ -127,13 +148,17 @@ class _Times(TrainerCallback):
         self._start = clock()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if device().type == "cuda":
+            torch.cuda.synchronize()
         self.seconds.append(clock() - self._start)
 
 
 def train(run: Run, folder: Path, rows: Dataset, steps: int = 3) -> list[float]:
     """Seconds of the run's steps."""
     kind, times = KINDS[run.command], _Times()
-    model: Any = copy.deepcopy(kind.load(str(folder), ModelArguments(str(folder), **run.model)))
+    model: Any = kind.load(str(folder), ModelArguments(str(folder), **run.model))
+    if device().type == "cpu":  # the weights are mapped from their file
+        model = copy.deepcopy(model)
     kind(model, args=config_of(run, folder, steps), train_dataset=rows, callbacks=[times]).train()
     return times.seconds
 
@@ -171,10 +196,60 @@ def _compare(run: Run, folder: Path, times: bool) -> tuple[float, float]:
     return peak / 2**20, estimate.total / 2**20
 
 
+def _compare_on_gpu(run: Run, folder: Path) -> dict[str, Any]:
+    """Peak memory in MiB and the median seconds of a step, measured and predicted."""
+    rows = make_rows(16 * 8, run.responses, vocabulary=32000, longest=600)
+    estimate = predicted(run, folder, rows)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    seconds = float(np.median(train(run, folder, rows, 8)[3:]))
+    tensors = estimate.total - estimate.memory["context"] - estimate.memory["fragmentation"]
+    return {
+        "name": run.name,
+        "peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20,
+        "predicted_mib": tensors / 2**20,
+        "step_seconds": seconds,
+        "predicted_seconds": estimate.step_seconds,
+    }
+
+
+def _main_on_gpu(folder: Path, output: Path | None) -> None:
+    make_model(folder, layers=8, hidden=2048, vocabulary=32000)
+    found = []
+    for run in GPU_RUNS:
+        try:
+            one = _compare_on_gpu(run, folder)
+        except Exception as error:  # the other runs can still be compared
+            found.append({"name": run.name, "failed": f"{type(error).__name__}: {error}"})
+            print(f"| {run.name} | {found[-1]['failed'][:300]} |", flush=True)
+        else:
+            found.append(one)
+            shares = [
+                one[f"predicted_{kind}"] / one[key] - 1
+                for kind, key in (("mib", "peak_mib"), ("seconds", "step_seconds"))
+            ]
+            numbers = [
+                one["peak_mib"],
+                one["predicted_mib"],
+                shares[0],
+                one["step_seconds"],
+                one["predicted_seconds"],
+                shares[1],
+            ]
+            print(
+                "| {} | {:.0f} | {:.0f} | {:+.1%} | {:.3f} | {:.3f} | {:+.1%} |".format(run.name, *numbers), flush=True
+            )
+        if output:
+            output.write_text(json.dumps(found, indent=2) + "\n")
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", action="store_true", help="times of steps instead of memory")
+    parser.add_argument("--output", type=Path, help="on a GPU: write everything measured there, as JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -184,6 +259,9 @@ def main() -> None:
         print(json.dumps({"peak": peak_bytes(lambda: train(run, asked.folder, rows))}))
         return
     folder = Path(tempfile.mkdtemp())
+    if device().type == "cuda":
+        _main_on_gpu(folder, asked.output)
+        return
     make_model(folder)
     for run in RUNS:
         if not asked.times or run.processes == 1:  # several would share this machine's cores

@@ -18,7 +18,7 @@ from benchmarks.entrants import Entrant
 from benchmarks.measurement import Measurement
 from benchmarks.memory import in_use_mib, peak_mib
 from benchmarks.own import Loop, planned_batches, simpo_trainer
-from benchmarks.peers import liger_trainer, trl_cpo_trainer, trl_dpo_trainer
+from benchmarks.peers import import_peer, liger_trainer, trl_cpo_trainer, trl_dpo_trainer
 from benchmarks.products import seconds_of
 from benchmarks.setting import Setting, build_model, load_comparisons
 from simpo.packing.layout import TokenizedComparison
@@ -125,4 +125,6 @@ def _with_reference(forwards: list[Forward], entrant: Entrant, shape: Shape) -> 
 
 if __name__ == "__main__":
     order = json.loads(sys.argv[1])
+    import_peer(order["entrant"]["kind"])
+    sys.stdin.readline()  # its turn
     work(Entrant(**order["entrant"]), Setting(**order["setting"]), Path(order["output"]), products=order["products"])
