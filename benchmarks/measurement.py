@@ -11,7 +11,9 @@ class Measurement:
 
     Attributes:
         name: the entrant's.
-        seconds: of the measured steps together, by the setting's clock.
+        seconds: of the measured steps together at their median pace, by the setting's clock: a step in which something
+            is compiled takes seconds longer, and a training that takes hours has few of those.
+        step_seconds: of each of them.
         pairs: in them.
         tokens: in those, every prompt counted once and no padding, so that all entrants have the same number.
         losses: of every step, the warm-up's first.
@@ -27,6 +29,7 @@ class Measurement:
 
     name: str
     seconds: float
+    step_seconds: list[float]
     pairs: int
     tokens: int
     losses: list[float]

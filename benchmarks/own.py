@@ -15,7 +15,7 @@ from benchmarks.entrants import Entrant
 from benchmarks.setting import BETA, GAMMA, Setting, load_comparisons, training_arguments
 from simpo.packing.batching import RowSizes, StepPlan
 from simpo.packing.layout import PackedBatch, TokenizedComparison
-from simpo.packing.model import choose_path, policy_forward, prepare_policy
+from simpo.packing.model import choose_path, policy_forward, prepare_policy, state_of
 from simpo.training.preference import PreferenceConfig, PreferenceTrainer
 
 
@@ -35,7 +35,8 @@ def simpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -
     )
     trainer = PreferenceTrainer(model, args=args, train_dataset=rows.select_columns(["prompt_ids", "response_ids"]))
     if entrant.path == "auto" and trainer.path != "packed":
-        raise RuntimeError("simpo did not take its packed path; see the log for the reason")
+        reasons = "; ".join(state_of(prepare_policy(model)).reasons)
+        raise RuntimeError(f"simpo did not take its packed path: {reasons}")
     return trainer
 
 

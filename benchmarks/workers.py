@@ -7,7 +7,9 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -48,9 +50,12 @@ def work(entrant: Entrant, setting: Setting, output: Path, *, products: bool = F
     dtype = torch.bfloat16 if "bf16" in (setting.dtype, setting.weights) else torch.float32
     alone = [product for forward in forwards for product in forward.products(shape)] if products else []
     square = Product(8192, 8192, 8192) if setting.device == "cuda" else Product(1024, 1024, 1024)
+    durations = [end - start for start, end in pairwise(clock.ends)]
+    steps = [measured[at : at + setting.pairs_per_step] for at in range(0, len(measured), setting.pairs_per_step)]
     found = Measurement(
         name=entrant.name,
-        seconds=clock.ends[-1] - clock.ends[0],
+        seconds=seconds_at_median_pace(durations, [sum(c.packed_length for c in step) for step in steps]),
+        step_seconds=durations,
         pairs=len(measured),
         tokens=sum(c.packed_length for c in measured),
         losses=losses,
@@ -64,6 +69,11 @@ def work(entrant: Entrant, setting: Setting, output: Path, *, products: bool = F
         products_seconds=seconds_of(alone, dtype, setting.device, clock.now) if products else None,
     )
     output.write_text(json.dumps(asdict(found)))
+
+
+def seconds_at_median_pace(seconds: list[float], tokens: list[int]) -> float:
+    """Seconds of all steps, if each took the median time for a token."""
+    return median(time / count for time, count in zip(seconds, tokens, strict=True)) * sum(tokens)
 
 
 class Clock(TrainerCallback):

@@ -23,6 +23,28 @@ def computes_in(model: nn.Module) -> torch.dtype:
     return next((dtype for dtype in expanded if dtype is not None), weight.dtype)
 
 
+@contextmanager
+def precision(device: torch.device, *, autocast: bool) -> Iterator[None]:
+    """Inside, products are computed in autocast's type if ``autocast``, and otherwise in the type of their inputs.
+
+    The latter also where a run lets PyTorch round fp32 to TF32 (``tf32``, ``torch_compile``), whose three digits could
+    not be told from a mistake.
+    """
+    with torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), enabled=autocast):
+        if autocast:
+            yield
+            return
+        chosen: Any = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+        common, own = torch.backends.fp32_precision, [each.fp32_precision for each in chosen]
+        try:
+            for each in chosen:
+                each.fp32_precision = "ieee"
+            yield
+        finally:
+            for each, value in zip(chosen, own, strict=True):
+                each.fp32_precision = "none" if value == common else value  # "none": the common one
+
+
 def rounding_tolerance(rounding: float, dtype: torch.dtype) -> float:
     """Largest difference in nats, between two ways of computing a log-probability, that counts as rounding.
 

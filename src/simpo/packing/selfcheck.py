@@ -19,7 +19,7 @@ from simpo.packing.attention import UnsupportedAttentionError, causal_lm, instal
 from simpo.packing.cached import NotShareableError, install_scans
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.rope import LengthRule
-from simpo.packing.rounding import computes_in, rounded_differently, rounding_tolerance
+from simpo.packing.rounding import computes_in, precision, rounded_differently, rounding_tolerance
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def check_model(model: PreTrainedModel, state: PolicyState, kind: Kind, batch: P
         for sample in samples:
             expected = {}
             for autocast in _precisions(model, device):
-                with _precision(device, autocast):
+                with precision(device, autocast=autocast):
                     expected[autocast] = kind.own_outputs(model, sample)
             if all(outputs.isfinite().all() for outputs in expected.values()):
                 state.path = _judge(model, state, kind, sample, expected)
@@ -176,10 +176,6 @@ def _precisions(model: nn.Module, device: torch.device) -> Iterator[bool]:
         yield False
     if autocast:
         yield True
-
-
-def _precision(device: torch.device, autocast: bool) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), enabled=autocast)
 
 
 # ---- What is compared: the model's own outputs, one sequence at a time, and how large a difference may be.
@@ -279,7 +275,7 @@ def _judge(
     separate: dict[bool, Tensor] = {}  # what is compared, each response in a forward of its own
     for autocast, outputs in expected.items():
         if state.fused_head:
-            with _precision(device, autocast):
+            with precision(device, autocast=autocast):
                 found = _fused_outputs(model, sample, kind, outputs)
             state.fused_head = found is not None
             if found is not None and kind.compared is kind.fused_outputs:
@@ -290,7 +286,7 @@ def _judge(
             return "padded"
         separate = {}  # the outputs are computed in another way from now on
     for autocast in expected:
-        with _precision(device, autocast):
+        with precision(device, autocast=autocast):
             if autocast not in separate:
                 separate[autocast] = unpacked_outputs(model, sample, kind.compared)
             _check_padded(model, state, kind, sample, separate[autocast])
@@ -299,7 +295,7 @@ def _judge(
 
     def check(path: Callable[..., None]) -> None:
         for autocast, outputs in expected.items():
-            with _precision(device, autocast):
+            with precision(device, autocast=autocast):
                 path(model, state, kind, sample, outputs)
 
     try:
