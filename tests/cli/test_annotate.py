@@ -8,14 +8,17 @@ import re
 import shutil
 from itertools import combinations
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from scipy.stats import rankdata, zscore
 from tests.servers.chat_server import ChatServer, Raw, completion
 
 from simpo.cli import main
 from simpo.judging import annotate as annotation
 from simpo.judging.protocol import Answers
 from simpo.judging.registry import make_scorer
+from simpo.judging.scored import ExactScorer
 from simpo.judging.settings import JudgeOptions
 from simpo.runs.lines import read_lines
 from simpo.runs.results import read_results
@@ -183,6 +186,62 @@ def test_a_refused_request_is_no_meeting(sampled, capsys, monkeypatch):
     assert [row["scores"] for row in read_lines(sampled / "out/annotated.jsonl")] == [[1, 0], [1, 0], [None, None]]
     for name in ("annotated.jsonl", "best.jsonl", "results.json"):
         assert (sampled / "out" / name).read_bytes() == (sampled / "killed" / name).read_bytes()
+
+
+@pytest.mark.parametrize("how", ["none", "rank"])
+def test_several_annotators_killed_and_not(sampled, monkeypatch, how):
+    """The weighted sum of normalized scores, with every annotator's own; a killed run ends with the same bytes."""
+    monkeypatch.setattr(annotation, "_PROMPTS_PER_PART", 5)
+    (sampled / "vowels_of_test.py").write_text("def count(prompt, text): return sum(map(text.count, 'aeiou'))\n")
+    monkeypatch.syspath_prepend(sampled)
+    name = "function:vowels_of_test:count"
+    options = [f"--annotator_normalization={how}", "--trust_remote_code"]
+    annotators = json.dumps({"exact": 0.25, name: 2})
+    assert main(command(sampled, annotators, *options)) == 0
+    for row in read_lines(sampled / "out/annotated.jsonl"):
+        exact = [judge(row["prompt"], text) for text in row["responses"]]
+        vowels = [sum(letter in "aeiou" for letter in text) for text in row["responses"]]
+        assert row["annotator_scores"] == {"exact": exact, name: vowels}
+        given = row["annotator_scores"].values()
+        scales = [(rankdata(own) - 1) / (len(own) - 1) if how == "rank" else np.array(own) for own in given]
+        assert row["scores"] == pytest.approx(0.25 * scales[0] + 2 * scales[1], abs=1e-12)
+    with monkeypatch.context() as patch:
+        score, calls = ExactScorer.score, iter(range(2))
+        patch.setattr(ExactScorer, "score", lambda self, part: (next(calls), score(self, part))[1])
+        assert main(command(sampled, annotators, *options, output="killed")) == 1  # in the third part
+    assert main(command(sampled, annotators, *options, output="killed")) == 0
+    for name in ("annotated.jsonl", "best.jsonl", "results.json"):
+        assert (sampled / "out" / name).read_bytes() == (sampled / "killed" / name).read_bytes()
+    assert main(["pair", str(sampled / "out"), f"--output_dir={sampled / 'pairs'}"]) == 0
+    assert len(read_lines(sampled / "pairs/pairs.jsonl")) > 1
+
+
+def test_an_answer_without_a_verdict_has_no_combined_score(sampled):
+    """It is counted for the annotator that has none; another normalization needs another folder."""
+    prompt = PROMPTS[0]
+    write(
+        sampled / "sampled/responses.jsonl",
+        [{"id": "a", "prompt": prompt, "responses": ["gold", "unspeakable", "tin"]}],
+    )
+
+    def answer(body):
+        text = body["messages"][0]["content"]
+        if "unspeakable" in text:
+            return completion("I would rather not.")
+        return completion(f"[[{'A' if text.index('gold') < text.index('tin') else 'B'}]]")
+
+    with ChatServer(answer) as server:
+        options = [f"--judge_url={server.url}", "--judge_model=tiny", f"--cache={sampled / 'cache'}", "--yes"]
+        assert main(command(sampled, '{"exact": 1, "api": 3}', *options)) == 0
+        changed = [*options, "--annotator_normalization=none"]
+        assert main(command(sampled, '{"exact": 1, "api": 3}', *changed)) == 2
+    [row] = read_lines(sampled / "out/annotated.jsonl")
+    assert row["annotator_scores"] == {"exact": [judge(prompt, text) for text in row["responses"]], "api": [1, None, 0]}
+    exact = zscore([row["annotator_scores"]["exact"][k] for k in (0, 2)], ddof=1)
+    expected = np.nan_to_num(exact) + 3 * zscore([1, 0], ddof=1)
+    assert row["scores"] == [pytest.approx(expected[0]), None, pytest.approx(expected[1])]
+    found = figures(sampled / "out")
+    assert [found[f"annotate/unscored{name}"].value for name in ("", "/exact", "/api")] == [1, 0, 1]
 
 
 def test_nobody_may_share_an_annotation(sampled, capsys, monkeypatch):

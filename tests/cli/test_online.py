@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from scipy.stats import rankdata
 from tests.forked import run_ranks
 from torch.distributed.tensor import DTensor
 
@@ -29,6 +31,9 @@ from pathlib import Path
 
 def short(prompt, response):
     return -len(response)
+
+def unless_odd(prompt, response):
+    return float("nan") if len(response) % 2 else len(response)
 
 def nothing(prompt, response):
     return float("nan") if response != "Answer." else 0.0
@@ -88,6 +93,30 @@ def test_a_run_that_was_killed_continues_to_the_same_bytes(recipe, chat_world, t
     for moment in (2, 50, 100):  # during the annotation of each rollout
         found = run_ranks(1, main, arguments, folder=tmp_path, environment={"KILL_AT": str(moment)})
         assert found.codes == [-signal.SIGKILL], found.stderr
+    assert main(arguments) == 0
+    for path in [*Path("whole/rollouts").glob("0*"), Path("whole/model.safetensors")]:
+        assert (Path("out") / path.relative_to("whole")).read_bytes() == path.read_bytes()
+
+
+def test_several_annotators_score_a_killed_run(recipe, tmp_path, capsys):
+    """The weighted sum of ranks; an answer without a score by one of them has none, which is logged."""
+    several = {"function:scorers:killed": 0.25, "function:scorers:unless_odd": 3.0}
+    arguments = recipe(annotator=several, annotator_normalization="rank", max_missing_scores=1.0, output_dir="whole")
+    assert main(arguments) == 0
+    records = read_lines(Path("whole/rollouts/000000.jsonl"))
+    lost = sum(len(text) % 2 for row in records for text in row["responses"])
+    assert 0 < lost < 32
+    assert f"function:scorers:unless_odd: no score for {lost} of 32 answers" in capsys.readouterr().out
+    for row in records:
+        even = [k for k, text in enumerate(row["responses"]) if len(text) % 2 == 0]
+        sizes = [len(row["responses"][k]) for k in even]
+        rank = (rankdata(sizes) - 1) / (len(even) - 1) if len(even) > 1 else np.full(1, 0.5)
+        expected = dict(zip(even, 0.25 * (1 - rank) + 3 * rank, strict=True))
+        assert row["scores"] == [pytest.approx(expected[k]) if k in expected else None for k in range(4)]
+    Path("calls.txt").unlink()
+    arguments = recipe(annotator=several, annotator_normalization="rank", max_missing_scores=1.0)
+    found = run_ranks(1, main, arguments, folder=tmp_path, environment={"KILL_AT": "50"})
+    assert found.codes == [-signal.SIGKILL], found.stderr
     assert main(arguments) == 0
     for path in [*Path("whole/rollouts").glob("0*"), Path("whole/model.safetensors")]:
         assert (Path("out") / path.relative_to("whole")).read_bytes() == path.read_bytes()
@@ -158,6 +187,11 @@ def test_a_value_function_next_to_sharded_weights_is_refused(recipe, tmp_path):
         ({"annotator": "exact"}, ["not a question of the tiny world"]),
         ({"annotator": "human:x.jsonl"}, ["human:x.jsonl"]),
         ({"annotator": "api"}, ["judge_url", "judge_model"]),
+        ({"annotator": {"exact": 1.0, "api": 1.0}}, ["judge_url", "judge_model"]),
+        ({"annotator": {"function:scorers:short": -1.0}}, ["annotator", "function:scorers:short", "-1"]),
+        ({"annotator": {"function:scorers:short": "much"}}, ["annotator", "much"]),
+        ({"annotator_normalization": "rank"}, ["annotator_normalization"]),
+        ({"annotator_normalization": "ranks"}, ["annotator_normalization", "rank"]),
         ({"annotator": "function:scorers:nothing"}, ["annotator", "32 of 32", "max_missing_scores", "train.jsonl:"]),
         ({"max_length": 500, "max_new_tokens": 60}, ["max_new_tokens 60", "64 positions", "train.jsonl:"]),
         ({"max_new_tokens": 38}, ["max_prompt_length 2"]),

@@ -216,12 +216,38 @@ def test_a_server_is_asked_without_further_questions(world, chat_world, tmp_path
     assert metrics(tmp_path / "out")["round-1/win_rate/api", None].n == 8
 
 
+def test_several_annotators(world, chat_world, monkeypatch, capsys):
+    """Their weighted scores make the pairs, and each of them judges the round."""
+    monkeypatch.chdir(world)
+    recipe = yaml.safe_load(Path("loop.yaml").read_text())
+    names = recipe.pop("judges")
+    recipe |= {"annotator": {names[0]: 1.5, names[1]: 2}, "annotator_normalization": "none", "rounds": 1}
+    Path("several.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["loop", "several.yaml", "--output_dir", "several"]) == 0
+    for row in read_lines(Path("several/round-1/annotated/annotated.jsonl")):
+        length, logp = (row["annotator_scores"][name] for name in names)
+        assert length == [-len(text) for text in row["responses"]] and max(logp) < 0
+        assert row["scores"] == [pytest.approx(1.5 * x + 2 * y) for x, y in zip(length, logp, strict=True)]
+    for row in read_lines(Path("several/round-1/pairs/pairs.jsonl")):
+        assert row["chosen_score"] > row["rejected_score"]
+    found = metrics(Path("several"))
+    assert all(found[f"round-1/win_rate/{name}", None].n == 8 for name in ("function", "logp"))
+    record = json.loads(Path("several/round-1/round.json").read_text())
+    assert record["stages"]["annotated"]["from"]["annotator"] == recipe["annotator"]
+    capsys.readouterr()
+    assert main(["loop", "several.yaml", "--output_dir", "several", "--annotator_normalization=rank"]) == 2
+    assert "annotator_normalization" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--round=3"], "unknown key; did you mean rounds?"),
         (["--rounds=0"], "rounds: "),
         (["--annotator=exakt"], "did you mean exact?"),
+        (['--annotator={{"exact": 0}}'], "annotator: the weight of exact"),
+        (['--annotator={{"exact": 1, "api": 1}}'], "judge_url and judge_model: "),
+        (["--annotator_normalization=rank"], "annotator_normalization: "),
         (["--judges=human:verdicts.jsonl"], "human:verdicts.jsonl: "),
         (["--engine=vllm", "--use_peft=true"], "engine: vllm"),
         (["--annotator=api", "--judge_model=m"], "judge_url and judge_model: "),

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from simpo.cli._shared import require_single_process
-from simpo.config import parse_settings
+from simpo.config import parse_settings, setting_of
 from simpo.judging.annotate import BEST, FILE_NAME, AnnotateArguments, annotate
-from simpo.judging.settings import ANNOTATORS, JudgeSettings
+from simpo.judging.settings import Annotator, AnnotatorArguments, JudgeSettings, Normalization
 from simpo.runs.results import print_results
 
 
@@ -26,7 +26,8 @@ class AnnotateSettings:
     responses: Path = field(
         metadata={"help": "responses.jsonl of simpo sample, or its folder.", "positional": "RESPONSES"}
     )
-    annotator: str = field(metadata={"help": f"One of {ANNOTATORS}."})
+    annotator: Annotator = setting_of(AnnotatorArguments, "annotator")
+    annotator_normalization: Normalization | None = setting_of(AnnotatorArguments, "annotator_normalization")
     output_dir: Path = field(metadata={"help": "Folder of the run; the same one continues it."})
     judge: JudgeSettings
 
@@ -36,7 +37,14 @@ def main(argv: list[str]) -> int:
     (settings,) = parse_settings(argv, (AnnotateSettings,), command="annotate", about=__doc__)
     require_single_process("annotate", "start it without torchrun")
     judge, folder = settings.judge, settings.output_dir
-    given = AnnotateArguments(settings.responses, settings.annotator, judge.options(), judge.token_prices(), judge.yes)
+    given = AnnotateArguments(
+        settings.responses,
+        settings.annotator,
+        judge.options(),
+        settings.annotator_normalization,
+        judge.token_prices(),
+        judge.yes,
+    )
     print_results(annotate(given, folder, argv=argv))
     print(f"annotated: {folder / FILE_NAME}\nbest of N: {folder / BEST}")
     print(f"next:      simpo pair {shlex.quote(str(folder))} --output_dir DIR")

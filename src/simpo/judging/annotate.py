@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from simpo.data.inspection import AnswerSet, diversity_metrics, score_metrics
 from simpo.data.messages import context_of, read_messages
 from simpo.data.rows import BadRow, check_unicode
 from simpo.errors import SimpoError
+from simpo.judging.combined import CombinedScorer, count_missing
 from simpo.judging.presentation import ShownAnswers
 from simpo.judging.protocol import Answers, Scorer, check_scores
 from simpo.judging.registry import make_annotator
-from simpo.judging.settings import JudgeOptions
+from simpo.judging.settings import Annotator, JudgeOptions, Normalization, annotator_names
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import JsonLines, read_lines, write_lines
 from simpo.runs.results import Metric, fingerprint
@@ -34,15 +36,17 @@ class AnnotateArguments:
 
     Attributes:
         responses: ``responses.jsonl`` of ``simpo sample``, or its folder.
-        annotator: a name that :func:`simpo.judging.registry.make_annotator` knows.
+        annotator: a name that :func:`simpo.judging.registry.make_annotator` knows, or several with weights.
         options: what the annotator may need.
+        normalization: of the scores of several annotators.
         prices: prices of an API judge's tokens, if known.
         yes: whether the user has agreed to the cost in advance.
     """
 
     responses: Path
-    annotator: str
+    annotator: Annotator
     options: JudgeOptions
+    normalization: Normalization | None = None
     prices: Prices | None = None
     yes: bool = False
 
@@ -69,8 +73,10 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
     with interruptible(), RunFolder(folder, command="annotate") as run:
         records = read_responses(arguments.responses)
         # The annotator's own progress would start again with every part; the lines below count all prompts.
-        annotator = make_annotator(arguments.annotator, replace(arguments.options, log=lambda line: None))
-        run.log(f"annotator: {arguments.annotator}; {len(records):,} prompts")
+        quiet = replace(arguments.options, log=lambda line: None)
+        annotator = make_annotator(arguments.annotator, quiet, arguments.normalization)
+        names = annotator_names(arguments.annotator, arguments.normalization)
+        run.log(f"annotator: {', '.join(names)}; {len(records):,} prompts")
         identity = {"responses": fingerprint(records), **annotator.identity}
         identity |= {"strip_thinking": True} if arguments.options.strip_thinking else {}
         shown = ShownAnswers(arguments.options.strip_thinking)
@@ -90,7 +96,7 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
             thinking = shown.metrics("annotate/", run.log)
             _score(annotator, rows, parts, arguments, run)
             stored = sorted(parts, key=lambda part: part["start"])  # a damaged part was computed again, after others
-            metrics = _write(records, [scores for part in stored for scores in part["scores"]], folder) + thinking
+            metrics = _write(records, stored, folder) + thinking
             if count := sum(part.get("default_temperature", 0) for part in parts):
                 metrics.append(Metric("annotate/judged_at_default_temperature", count))
             return metrics
@@ -143,19 +149,33 @@ def _score(
             continue
         part = rows[start : start + _PROMPTS_PER_PART]
         before = usage.default_temperature if usage else 0
-        scores = annotator.score(part)
-        check_scores(scores, part, str(annotator.identity["judge"]))
+        if isinstance(annotator, CombinedScorer):
+            each = annotator.score_each(part)
+            for name, own in each.items():
+                check_scores(own, part, name)
+            scored_part = {"scores": annotator.combine(each), "annotator_scores": each}
+        else:
+            scores = annotator.score(part)
+            check_scores(scores, part, str(annotator.identity["judge"]))
+            scored_part = {"scores": scores}
         changed = usage.default_temperature - before if usage else 0
-        parts.append([{"start": start, "scores": scores, "default_temperature": changed}])
+        parts.append([{"start": start, **scored_part, "default_temperature": changed}])
         scored += len(part)
         run.log(f"{scored:,} of {len(rows):,} prompts scored")
     if usage is not None:
         run.log(usage.line(arguments.prices))
 
 
-def _write(records: Sequence[Record], scores: Sequence[Sequence[float | None]], folder: Path) -> list[Metric]:
+def _write(records: Sequence[Record], parts: Sequence[Record], folder: Path) -> list[Metric]:
     """Write all responses with their scores, and the best response to every prompt that has a score."""
+    scores = [given for part in parts for given in part["scores"]]
     annotated = [{**record, "scores": given} for record, given in zip(records, scores, strict=True)]
+    missing: Counter[str] = Counter()
+    for part in parts:
+        each = part.get("annotator_scores", {})
+        missing.update(count_missing(each))
+        for offset, own in enumerate(zip(*each.values(), strict=True), start=part["start"]):
+            annotated[offset]["annotator_scores"] = dict(zip(each, own, strict=True))
     best = []
     for record in annotated:
         known = [score for score in record["scores"] if score is not None]
@@ -166,4 +186,5 @@ def _write(records: Sequence[Record], scores: Sequence[Sequence[float | None]], 
     write_lines(folder / FILE_NAME, annotated)
     write_lines(folder / BEST, best)
     sets = [AnswerSet(record["responses"], record["scores"]) for record in annotated]
-    return diversity_metrics("annotate", sets) + score_metrics("annotate", sets)
+    by_annotator = [Metric(f"annotate/unscored/{name}", count) for name, count in missing.items()]
+    return diversity_metrics("annotate", sets) + score_metrics("annotate", sets) + by_annotator

@@ -6,11 +6,20 @@ from pathlib import Path
 
 from simpo.config.coercion import nearest
 from simpo.errors import SimpoError
+from simpo.judging.combined import CombinedScorer
 from simpo.judging.models import ModelScorer
 from simpo.judging.pairwise import PairwiseApiJudge, TournamentScorer
 from simpo.judging.protocol import Judge, Scorer
 from simpo.judging.scored import ExactScorer, FunctionScorer, HumanJudge, ScorerJudge
-from simpo.judging.settings import ANNOTATORS, JUDGES, SCORERS, JudgeOptions
+from simpo.judging.settings import (
+    ANNOTATORS,
+    JUDGES,
+    SCORERS,
+    Annotator,
+    JudgeOptions,
+    Normalization,
+    annotator_names,
+)
 from simpo.models.settings import ModelArguments
 
 
@@ -40,12 +49,19 @@ def check_judges_anew(name: str) -> None:
         )
 
 
-def make_annotator(name: str, options: JudgeOptions) -> Scorer:
-    """A scorer by its name, or ``api``: a judge that compares every two answers to a prompt.
+def make_annotator(annotator: Annotator, options: JudgeOptions, normalization: Normalization | None = None) -> Scorer:
+    """A scorer by its name, or ``api``: a judge that compares every two answers to a prompt; or several combined.
+
+    ``normalization`` is that of several annotators, None for ``zscore``.
 
     Raises:
-        SimpoError: there is none, or something that it needs is missing.
+        SimpoError: there is none, something that it needs is missing, or they cannot be combined.
     """
+    names = annotator_names(annotator, normalization)
+    if not isinstance(annotator, str):
+        scorers = {name: make_annotator(name, options) for name in names}
+        return CombinedScorer(scorers, annotator, normalization or "zscore")
+    name = annotator
     return TournamentScorer(_api(options)) if name == "api" else make_scorer(name, options, known=ANNOTATORS)
 
 

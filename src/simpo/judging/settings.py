@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from simpo.client import ChatClient, Endpoint, Prices
 from simpo.client.cache import default_cache
@@ -15,6 +17,27 @@ from simpo.models.settings import ModelArguments
 SCORERS = "exact, function:MODULE:NAME, reward:MODEL, logp:MODEL"
 JUDGES = f"{SCORERS}, human:FILE, api"
 ANNOTATORS = f"{SCORERS}, api"
+
+Annotator = dict[str, float] | str
+Normalization = Literal["none", "zscore", "rank"]
+
+
+def annotator_names(annotator: Annotator, normalization: Normalization | None) -> list[str]:
+    """The name of the annotator, or of each one that is combined.
+
+    Raises:
+        SimpoError: there is none, a weight is not above 0, or a single annotator is to be normalized.
+    """
+    if isinstance(annotator, str):
+        if normalization is not None:
+            raise SimpoError("annotator_normalization: only for several annotators, {NAME: WEIGHT, ...}; leave it out")
+        return [annotator]
+    if not annotator:
+        raise SimpoError("annotator: there is none; write a name, or {NAME: WEIGHT, ...}")
+    for name, weight in annotator.items():
+        if not 0 < weight < math.inf:
+            raise SimpoError(f"annotator: the weight of {name} must be above 0 and finite, not {weight:g}")
+    return list(annotator)
 
 
 @dataclass(frozen=True)
@@ -152,15 +175,24 @@ class GenerationArguments:
 class AnnotatorArguments:
     """The annotator of the answers that a model is trained on."""
 
-    annotator: str = field(metadata={"help": f"What scores the answers: {ANNOTATORS}."})
+    annotator: Annotator = field(
+        metadata={"help": f"What scores the answers: {ANNOTATORS}; or several with weights: {{NAME: WEIGHT, ...}}."}
+    )
+    annotator_normalization: Normalization | None = setting(
+        None, "How the scores of several annotators are normalized among a prompt's answers (default: zscore)."
+    )
     judge_url: str | None = setting(None, "Server of the annotator api.")
     judge_model: str | None = setting(None, "Its model's name on that server.")
     judge_key_env: str = setting("OPENAI_API_KEY", "Environment variable with its key.")
     annotator_yes: bool = setting(False, "Send the annotator's requests without asking.")
 
     def __post_init__(self) -> None:
-        server = (self.judge_url, self.judge_model)
-        if self.annotator == "api" and None in server:
+        check_values(self)
+        server, names = (
+            (self.judge_url, self.judge_model),
+            annotator_names(self.annotator, self.annotator_normalization),
+        )
+        if "api" in names and None in server:
             raise SimpoError("judge_url and judge_model: the annotator api needs both")
-        if self.annotator != "api" and server != (None, None):
+        if "api" not in names and server != (None, None):
             raise SimpoError("judge_url and judge_model: only the annotator api uses them; leave them out")

@@ -115,7 +115,7 @@ def _prompt_rows(recipe: LoopRecipe) -> dict[str, Dataset]:
 def _identity(recipe: LoopRecipe, options: JudgeOptions) -> Mapping[str, Any]:
     """Everything that determines the result; fails if something that it depends on is missing."""
     settings = recipe.settings
-    annotator = make_annotator(settings.annotator, options)
+    annotator = make_annotator(settings.annotator, options, settings.annotator_normalization)
     for name in settings.judges or ():
         check_judges_anew(name)
     judges = make_judges(recipe.judges, options)
@@ -158,9 +158,10 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
     quiet = dataclasses.replace(options, log=lambda line: None)
     if options.client is not None:
         options.client.endpoint.api_key()
-    if recipe.settings.annotator != "api":
-        rows = [Answers(one.id, one.content, ("Answer 0.", "Answer 1."), one.context) for one in prompts[0]]
-        make_annotator(recipe.settings.annotator, quiet).score(rows)
+    rows = [Answers(one.id, one.content, ("Answer 0.", "Answer 1."), one.context) for one in prompts[0]]
+    for name in recipe.settings.annotators:
+        if name != "api":
+            make_annotator(name, quiet).score(rows)
     for judge in make_judges([name for name in recipe.judges if name != "api"], quiet).values():
         judge.compare([Pair(one.id, one.content, "Answer 0.", "Answer 1.", one.context) for one in prompts[1]])
     free_memory()
@@ -188,7 +189,7 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
 
 def _confirm_cost(recipe: LoopRecipe, options: JudgeOptions, rounds: int, log: Log) -> None:
     """Ask the user once about the requests of all rounds, estimated with answers of the greatest possible length."""
-    annotator = make_annotator(recipe.settings.annotator, options)
+    annotator = make_annotator(recipe.settings.annotator, options, recipe.settings.annotator_normalization)
     answerer = Answerer(recipe.start(), recipe.sampling)
     training, held_out = (read_prompts(rows)[0] for rows in _prompt_rows(recipe).values())
     if shared := len({prompt.id for prompt in training} & {prompt.id for prompt in held_out}):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from simpo.config import check_values, setting
+from simpo.config import check_values, setting, setting_of
 from simpo.errors import SimpoError
 from simpo.generation.sample import PromptArguments
 from simpo.generation.settings import SamplingSettings, derived_seed
+from simpo.judging.settings import Annotator, AnnotatorArguments, Normalization, annotator_names
 from simpo.models.settings import ModelArguments
 from simpo.training.identity import checkpoint_from_recipe
 from simpo.workflows.pair import PairSettings
@@ -24,10 +25,11 @@ class LoopSettings:
             "help": "File, folder or hub id of held-out prompts, on which every round is compared with the start."
         }
     )
-    annotator: str = field(metadata={"help": "Annotator that scores the answers for the pairs; see simpo annotate."})
+    annotator: Annotator = setting_of(AnnotatorArguments, "annotator")
     judges: list[str] | None = setting(
-        None, "Annotators that decide whether a round is better than the start (default: annotator)."
+        None, "Annotators that decide whether a round is better than the start (default: annotator; of several, each)."
     )
+    annotator_normalization: Normalization | None = setting_of(AnnotatorArguments, "annotator_normalization")
     rounds: int = setting(3, "How many times to sample, annotate, pair and train.", least=1)
     prompts_split: str = setting("train", "Split of prompts.")
     eval_prompts_split: str = setting("train", "Split of eval_prompts.")
@@ -51,11 +53,16 @@ class LoopSettings:
         check_values(self)
         if self.judges is not None and not self.judges:
             raise SimpoError("judges: name one, or leave the key out to use the annotator")
-        needs_server = "api" in (self.annotator, *(self.judges or ()))
+        needs_server = "api" in (*self.annotators, *(self.judges or ()))
         if needs_server and None in (self.judge_url, self.judge_model):
             raise SimpoError("judge_url and judge_model: the annotator or judge 'api' needs both")
         if not needs_server and (self.judge_url, self.judge_model) != (None, None):
             raise SimpoError("judge_url and judge_model: only the annotator or judge 'api' uses them; leave them out")
+
+    @property
+    def annotators(self) -> list[str]:
+        """The name of the annotator, or of each one that is combined."""
+        return annotator_names(self.annotator, self.annotator_normalization)
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class LoopRecipe:
     @property
     def judges(self) -> list[str]:
         """Names of the judges that compare a round with the start."""
-        return self.settings.judges or [self.settings.annotator]
+        return self.settings.judges or self.settings.annotators
 
     def start(self) -> ModelArguments:
         """The start model without the adapter that training would add."""

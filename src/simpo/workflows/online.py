@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from simpo.client import confirm_cost, placeholder_answer
+from simpo.judging.combined import CombinedScorer, count_missing
 from simpo.judging.protocol import Answers, Scorer
 from simpo.judging.registry import make_annotator
 from simpo.judging.settings import AnnotatorArguments, JudgeOptions, server_client
@@ -48,7 +49,8 @@ class Annotation(RunCallback):
             client.endpoint.api_key()
         # the annotator's own progress would start again with every rollout
         options = JudgeOptions.during_training(self._model, client, lambda line: None)
-        self._scorer, self._config, self._log = make_annotator(arguments.annotator, options), config, log
+        self._scorer = make_annotator(arguments.annotator, options, arguments.annotator_normalization)
+        self._config, self._log = config, log
         if config.process_index == 0:
             self._scorer.prepare()
 
@@ -75,5 +77,12 @@ class Annotation(RunCallback):
         confirm_cost(estimate * passes, yes=self._arguments.annotator_yes, log=self._log)
 
     def score(self, answered: Sequence[AnsweredPrompt]) -> Sequence[Sequence[float | None]]:
-        """The scores of a rollout's answers."""
-        return self._scorer.score([Answers(p.id, p.content, texts, p.context) for p, _, texts in answered])
+        """The scores of a rollout's answers; what one of several annotators leaves without a score is logged."""
+        rows = [Answers(p.id, p.content, texts, p.context) for p, _, texts in answered]
+        if not isinstance(self._scorer, CombinedScorer):
+            return self._scorer.score(rows)
+        each = self._scorer.score_each(rows)
+        for name, count in count_missing(each).items():
+            if count:
+                self._log(f"{name}: no score for {count:,} of {sum(len(row.responses) for row in rows):,} answers")
+        return self._scorer.combine(each)

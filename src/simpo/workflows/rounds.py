@@ -19,7 +19,7 @@ from simpo.generation.sample import FILE_NAME as RESPONSES
 from simpo.generation.sample import PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.judging.annotate import AnnotateArguments, annotate
-from simpo.judging.settings import JudgeOptions, JudgeSettings
+from simpo.judging.settings import Annotator, JudgeOptions, JudgeSettings
 from simpo.models.checkpoint import Checkpoint
 from simpo.models.devices import free_memory
 from simpo.models.loading import load_tokenizer
@@ -101,8 +101,9 @@ class Rounds:
         drawn = dataclasses.replace(recipe.sampling, seed=derived_seed(recipe.sampling.seed, number))
         self._sample(number - 1, recipe.training_prompts, drawn, folder / "responses")
 
-        self._announce(number, f"scoring the answers with {settings.annotator}")
-        scored = AnnotateArguments(folder / "responses", settings.annotator, self.options, yes=_CONFIRMED)
+        self._announce(number, f"scoring the answers with {', '.join(settings.annotators)}")
+        how = settings.annotator_normalization
+        scored = AnnotateArguments(folder / "responses", settings.annotator, self.options, how, yes=_CONFIRMED)
         annotate(scored, folder / "annotated")
         free_memory()
 
@@ -165,7 +166,7 @@ class Rounds:
         """
         settings = self.recipe.settings
         previous = self.model_folder(number - 1) if number > 1 else self.recipe.model.model_name_or_path
-        inputs: dict[str, dict[str, str | Path]] = {
+        inputs: dict[str, dict[str, Annotator | Path]] = {
             "responses": {"model": previous, "prompts": settings.prompts},
             "annotated": {"responses": folder / "responses", "annotator": settings.annotator},
             "pairs": {"annotated": folder / "annotated"},
@@ -177,8 +178,8 @@ class Rounds:
         document = {"schema": _SCHEMA, "round": number, "stages": stages}
         write_text(folder / ROUND_FILE, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
-    def _describe(self, stage: Path, inputs: dict[str, str | Path]) -> dict[str, Any]:
-        def relative(name: str | Path) -> str:
+    def _describe(self, stage: Path, inputs: dict[str, Annotator | Path]) -> dict[str, Any]:
+        def relative(name: Annotator | Path) -> Annotator:
             return name.relative_to(self.folder).as_posix() if isinstance(name, Path) else name
 
         results = read_results(stage / RESULTS)
