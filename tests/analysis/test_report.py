@@ -165,6 +165,52 @@ def test_rounds_are_in_the_order_of_their_numbers(tmp_path):
     ]
 
 
+def test_scores_by_the_distance_from_the_start(tmp_path):
+    """Over the root of the logged divergence; a negative estimate is a distance of 0, and none is no point."""
+    logs = [
+        {"step": 0, "eval_generations/win_rate": 0.5},
+        {"step": 1, "rollout/kl": -0.25, "rollout/reward": 1.0, "rollout/gold": 5.0},
+        {"step": 2, "rollout/kl": 4.0, "rollout/reward": 2.0, "rollout/gold": float("nan")},
+        {"step": 2, "eval_generations/win_rate": 0.6},
+        {"step": 3, "rollout/kl": 2.0, "rollout/reward": 3.0, "rollout/gold": 4.0},
+    ]
+    for name in ("one", "other"):
+        with RunFolder(tmp_path / name, command="online") as run:
+            run.begin({"seed": 0})
+            run.metrics.append(logs)
+    charts = data_of(write_report([tmp_path / "one"]))["charts"].values()
+    found = {chart["title"]: chart["series"] for chart in charts if "by distance" in chart["title"]}
+    assert [series[0]["data"] for series in found.values()] == [
+        [[0, 1], [2, 2], [1.4142, 3]],
+        [[0, 5], [1.4142, 4]],
+        [[2, 0.6]],
+    ]
+    both = data_of(write_report([tmp_path / "one", tmp_path / "other"], tmp_path / "both.html"))["charts"].values()
+    names = [[one["name"] for one in chart["series"]] for chart in both if "by distance" in chart["title"]]
+    assert names == [["one", "other"]] * 3
+
+
+def test_rounds_by_the_distance_from_the_start(tmp_path):
+    """Both judges of a loop, with intervals, where the divergence of the round is known."""
+    with RunFolder(tmp_path / "loop", command="loop") as run:
+        run.begin({"seed": 0})
+        metrics = [Metric(f"round-{n}/kl", kl) for n, kl in ((1, 2.25), (2, 9.0))]
+        for judge, change in (("exact", -0.1), ("reward", 0.2)):
+            rates = [0.5 + n * change for n in (1, 2, 3)]
+            metrics += [
+                Metric(f"round-{n}/win_rate/{judge}", rate, None, 9, rate - 0.05, rate + 0.05)
+                for n, rate in enumerate(rates, start=1)
+            ]
+        write_results(tmp_path / "loop", command="loop", fingerprint=run.fingerprint, metrics=metrics)
+        run.finish()
+    charts = data_of(write_report([tmp_path / "loop"]))["charts"].values()
+    (chart,) = (chart for chart in charts if "by distance" in chart["title"])
+    exact, reward = chart["series"]
+    assert (exact["name"], reward["name"]) == ("win_rate/exact", "win_rate/reward")
+    assert exact["data"] == [[1.5, 0.4], [3, 0.3]] and reward["data"] == [[1.5, 0.7], [3, 0.9]]
+    assert exact["bounds"] == [[1.5, 0.35, 0.45], [3, 0.25, 0.35]]
+
+
 def test_a_large_run_makes_a_small_page(make_run, tmp_path):
     path = make_run(tmp_path / "run", pairs=20_000, steps=100_000)
     began = time.process_time()
@@ -309,4 +355,4 @@ def test_every_kind_of_run_has_a_report(command, metrics, words, tmp_path):
     assert ("3 finished trials, 002 is the best: eval_loss is 0.5 [" in page.read_text()) == (command == "sweep")
     data = data_of(page)
     assert [one["verdicts"] for one in data["examples"]] == [{"exact": "A is better"}] * (command == "compare")
-    assert len(data["charts"]) == (2 if command == "loop" else 0)
+    assert len(data["charts"]) == (3 if command == "loop" else 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 from pathlib import Path
 
@@ -101,8 +103,9 @@ def test_a_run_that_was_killed_continues_to_the_same_bytes(recipe, chat_world, t
 def test_several_annotators_score_a_killed_run(recipe, tmp_path, capsys):
     """The weighted sum of ranks; an answer without a score by one of them has none, which is logged."""
     several = {"function:scorers:killed": 0.25, "function:scorers:unless_odd": 3.0}
-    arguments = recipe(annotator=several, annotator_normalization="rank", max_missing_scores=1.0, output_dir="whole")
-    assert main(arguments) == 0
+    settings = {"annotator": several, "annotator_normalization": "rank", "max_missing_scores": 1.0}
+    settings |= {"gold_annotator": "function:scorers:short"}
+    assert main(recipe(**settings, output_dir="whole")) == 0
     records = read_lines(Path("whole/rollouts/000000.jsonl"))
     lost = sum(len(text) % 2 for row in records for text in row["responses"])
     assert 0 < lost < 32
@@ -114,12 +117,43 @@ def test_several_annotators_score_a_killed_run(recipe, tmp_path, capsys):
         expected = dict(zip(even, 0.25 * (1 - rank) + 3 * rank, strict=True))
         assert row["scores"] == [pytest.approx(expected[k]) if k in expected else None for k in range(4)]
     Path("calls.txt").unlink()
-    arguments = recipe(annotator=several, annotator_normalization="rank", max_missing_scores=1.0)
+    arguments = recipe(**settings)
     found = run_ranks(1, main, arguments, folder=tmp_path, environment={"KILL_AT": "50"})
     assert found.codes == [-signal.SIGKILL], found.stderr
     assert main(arguments) == 0
     for path in [*Path("whole/rollouts").glob("0*"), Path("whole/model.safetensors")]:
         assert (Path("out") / path.relative_to("whole")).read_bytes() == path.read_bytes()
+
+
+def test_a_gold_annotator_is_not_trained_on(recipe):
+    """It scores the same answers, without effect on the weights; what it leaves without a score does not count."""
+    assert main(recipe(output_dir="alone")) == 0
+    assert main(recipe(gold_annotator="function:scorers:unless_odd", logging_steps=1)) == 0
+    one, two = (load_file(Path(folder, "model.safetensors")) for folder in ("alone", "out"))
+    assert all(bool((one[name] == two[name]).all()) for name in one)
+    means = []
+    for path in sorted(Path("out/rollouts").glob("0*")):
+        records = read_lines(path)
+        alone = read_lines(Path("alone/rollouts", path.name))
+        assert all("gold_scores" not in row for row in alone)
+        assert [{key: row[key] for key in alone[0]} for row in records] == alone
+        for row in records:
+            assert row["gold_scores"] == [None if len(text) % 2 else len(text) for text in row["responses"]]
+        known = [[score for score in row["gold_scores"] if score is not None] for row in records]
+        means.append([sum(scores) / len(scores) if scores else None for scores in known])
+    logged = [line["rollout/gold"] for line in read_lines(Path("out/metrics.jsonl")) if "rollout/gold" in line]
+    for step, value in enumerate(logged):  # a rollout has two steps of four prompts
+        of_step = [mean for mean in means[step // 2][step % 2 * 4 :][:4] if mean is not None]
+        assert value == pytest.approx(sum(of_step) / len(of_step))
+    assert len(logged) == 6
+    found = {(metric.name, metric.stage): metric for metric in read_results(Path("out/results.json")).metrics}
+    for stage, of_rollout in (("before", means[0]), ("after", means[-1])):
+        known = [mean for mean in of_rollout if mean is not None]
+        assert found["rollout/gold", stage].value == pytest.approx(sum(known) / len(known))
+    data = json.loads(re.search(r'id="data">(.*?)</script>', Path("out/report.html").read_text(), re.DOTALL)[1])
+    titles = [chart["title"] for chart in data["charts"].values()]
+    assert "Score by the annotator, by distance from the start" in titles
+    assert "Score by the gold annotator, by distance from the start" in titles
 
 
 @pytest.mark.parametrize("objective", ["ppo", "simpo"])
@@ -190,6 +224,9 @@ def test_a_value_function_next_to_sharded_weights_is_refused(recipe, tmp_path):
         ({"annotator": {"exact": 1.0, "api": 1.0}}, ["judge_url", "judge_model"]),
         ({"annotator": {"function:scorers:short": -1.0}}, ["annotator", "function:scorers:short", "-1"]),
         ({"annotator": {"function:scorers:short": "much"}}, ["annotator", "much"]),
+        ({"gold_annotator": "function:scorers:short"}, ["gold_annotator", "function:scorers:short"]),
+        ({"gold_annotator": "exact"}, ["not a question of the tiny world"]),
+        ({"gold_annotator": "api"}, ["judge_url", "judge_model"]),
         ({"annotator_normalization": "rank"}, ["annotator_normalization"]),
         ({"annotator_normalization": "ranks"}, ["annotator_normalization", "rank"]),
         ({"annotator": "function:scorers:nothing"}, ["annotator", "32 of 32", "max_missing_scores", "train.jsonl:"]),

@@ -60,6 +60,7 @@ _PANELS = (
         "Few distinct bigrams mean repetition.",
     ),
     Panel("Score of sampled answers", "score", {"rollout/reward": "score"}),
+    Panel("Score of sampled answers by the gold annotator", "score", {"rollout/gold": "score"}),
     Panel(
         "Policy",
         "",
@@ -142,8 +143,45 @@ def rounded(value: float) -> float:
     return int(result) if result.is_integer() else result
 
 
+# ---- Overoptimization: scores over the distance from the start model (Gao et al. 2022, arXiv 2210.10760).
+
+_DISTANCE: Chart = {"name": "square root of the KL from the start (nats)"}
+_OVEROPTIMIZATION = "Where what is trained on rises and the other falls, the annotator is being exploited."
+_SCORED = {
+    "rollout/reward": ("Score by the annotator, by distance from the start", "score"),
+    "rollout/gold": ("Score by the gold annotator, by distance from the start", "score"),
+    "eval_generations/win_rate": ("Win rate against the start, by distance from it", "share of prompts"),
+}
+
+
+def distance(kl: float) -> float:
+    """The square root of a divergence, over which Gao et al. draw their curves; 0 where its estimate is negative."""
+    return math.sqrt(max(kl, 0.0))
+
+
+def by_distance(runs: Sequence[Run]) -> Iterable[Chart]:
+    """Scores of sampled answers, and the win rate of held-out ones, over the distance of online runs from their start.
+
+    The distance at an evaluation is the last that was logged before it.
+    """
+    for key, (title, unit) in _SCORED.items():
+        series = []
+        for number, run in enumerate(runs):
+            points, kl = [], None
+            for log in run.logs:
+                kl = log.get("rollout/kl", kl)
+                if isinstance(kl, int | float) and isinstance(value := log.get(key), int | float):
+                    points.append((distance(kl), value))
+            if points:
+                series.append(series_of(run.name if len(runs) > 1 else key, number, thin(points)))
+        if series:
+            share = "share" in unit
+            more: dict[str, Any] = {"kind": "points"} | ({"even": 0.5} if share else {})
+            yield chart_of(title, series, _DISTANCE, {"name": unit, "share": share}, _OVEROPTIMIZATION, **more)
+
+
 def rounds(run: Run) -> Iterable[Chart]:
-    """Win rates and KL of a loop over its rounds, with their intervals."""
+    """Win rates and KL of a loop over its rounds, and the win rates over the distance, with their intervals."""
     found: dict[str, list[tuple[int, Any]]] = {}
     for metric in run.metrics:
         head, _, name = metric.name.partition("/")
@@ -158,6 +196,15 @@ def rounds(run: Run) -> Iterable[Chart]:
             share = "share" in unit
             more: dict[str, Any] = {"even": 0.5} if share else {}
             yield chart_of(title, series, {"name": "round", "whole": True}, {"name": unit, "share": share}, **more)
+    kl = {number: distance(metric.value) for number, metric in found.get("kl", ())}
+    series = [
+        interval_series(name, number, [(kl[place], metric) for place, metric in found[name] if place in kl])
+        for number, name in enumerate(name for name in found if name != "kl")
+    ]
+    if kl and series:
+        y = {"name": "share of prompts", "share": True}
+        title = "Win rate against the start, by distance from it"
+        yield chart_of(title, series, _DISTANCE, y, _OVEROPTIMIZATION, even=0.5)
 
 
 def interval_series(name: str, color: int, found: Iterable[tuple[float, Any]]) -> Chart:

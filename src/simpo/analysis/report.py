@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from simpo import __version__
-from simpo.analysis.curves import curves, rounds
+from simpo.analysis.curves import by_distance, curves, rounds
 from simpo.analysis.examples import examples
 from simpo.analysis.figures import paper_figures
 from simpo.analysis.headline import Headline, Measure, compare_runs, facts_of, number, trained_run
@@ -68,8 +68,9 @@ def render(runs: Sequence[Run]) -> str:
     shown, left_out = examples(runs)
     compared = trainings[:_MOST_TRAININGS] if [run.record.command for run in runs] == ["sweep"] else runs
     figures = [(run.name, list(paper_figures(trained_run(run)))) for run in runs]
+    drawn = trainings[:_MOST_TRAININGS]
     sections = [
-        ("curves", "Curves", [*(chart for run in runs for chart in rounds(run)), *curves(trainings[:_MOST_TRAININGS])]),
+        ("curves", "Curves", [*(chart for run in runs for chart in rounds(run)), *by_distance(drawn), *curves(drawn)]),
         *(
             (f"figures-{place}", "The paper's figures" + (f": {name}" if len(runs) > 1 else ""), charts)
             for place, (name, charts) in enumerate(figures)

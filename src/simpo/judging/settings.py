@@ -181,18 +181,21 @@ class AnnotatorArguments:
     annotator_normalization: Normalization | None = setting(
         None, "How the scores of several annotators are normalized among a prompt's answers (default: zscore)."
     )
-    judge_url: str | None = setting(None, "Server of the annotator api.")
+    gold_annotator: str | None = setting(
+        None, "Annotator that scores the same answers and is not trained on, to show overoptimization."
+    )
+    judge_url: str | None = setting(None, "Server of the annotator or gold_annotator api.")
     judge_model: str | None = setting(None, "Its model's name on that server.")
     judge_key_env: str = setting("OPENAI_API_KEY", "Environment variable with its key.")
     annotator_yes: bool = setting(False, "Send the annotator's requests without asking.")
 
     def __post_init__(self) -> None:
         check_values(self)
-        server, names = (
-            (self.judge_url, self.judge_model),
-            annotator_names(self.annotator, self.annotator_normalization),
-        )
-        if "api" in names and None in server:
+        trained_on = annotator_names(self.annotator, self.annotator_normalization)
+        if self.gold_annotator in trained_on:
+            raise SimpoError(f"gold_annotator: {self.gold_annotator} is trained on; name another annotator")
+        server, needs_server = (self.judge_url, self.judge_model), "api" in (*trained_on, self.gold_annotator)
+        if needs_server and None in server:
             raise SimpoError("judge_url and judge_model: the annotator api needs both")
-        if "api" not in names and server != (None, None):
+        if not needs_server and server != (None, None):
             raise SimpoError("judge_url and judge_model: only the annotator api uses them; leave them out")

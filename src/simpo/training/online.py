@@ -83,6 +83,7 @@ class OnlineTrainer(PreferenceTrainer):
 
     Args:
         annotator: scores the answers; can also be set as an attribute before training.
+        gold_annotator: scores the same answers for ``rollout/gold``, without effect on the training.
         engine: samples the answers with the model as it is (default: transformers' ``generate``).
     """
 
@@ -90,7 +91,12 @@ class OnlineTrainer(PreferenceTrainer):
     command, row_noun = "online", "prompts"
 
     def __init__(
-        self, *args: Any, annotator: Annotator | None = None, engine: Engine | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        annotator: Annotator | None = None,
+        gold_annotator: Annotator | None = None,
+        engine: Engine | None = None,
+        **kwargs: Any,
     ) -> None:
         self._value: ValueFunction | None = None
         self._ptx: Pretraining | None = None
@@ -116,7 +122,7 @@ class OnlineTrainer(PreferenceTrainer):
                     "temperature, top_p, top_k: policy gradients of answers that are not drawn from the model's own "
                     "distribution (1, 1, 0) are biased"
                 )
-        self.annotator = annotator
+        self.annotator, self.gold_annotator = annotator, gold_annotator
         self._files = RolloutFiles(self, self._reference, self._value, engine)
         self._rollout: tuple[int, Dataset] | None = None  # the current one, by its number
         self._kl_coef, self._explained_variance = self.args.kl_coef, math.nan  # for the current rollout

@@ -137,8 +137,10 @@ class RolloutFiles:
         answered = list(map(AnsweredPrompt, prompts, samples, texts))
         scores: Any = None
         if trainer.is_world_process_zero():
-            scores = _scores(annotator, answered, place.rollout, trainer.args.max_missing_scores)
-        scores = from_main(scores)
+            gold = None if trainer.gold_annotator is None else _scores(trainer.gold_annotator, answered, place.rollout)
+            scores = _scores(annotator, answered, place.rollout), gold
+            _check_missing(scores[0], answered, place.rollout, trainer.args.max_missing_scores)
+        scores, gold = from_main(scores)
         ids = [[list(sampled.ids) for sampled in answers] for answers in samples]
         rows = Dataset.from_dict({"prompt_ids": [one.ids for one in prompts], "response_ids": ids})
         logps, values = self._logps_and_values(rows)
@@ -149,7 +151,7 @@ class RolloutFiles:
         if values is not None:
             old_values = _split_by_response(values, ids)
         columns = zip(answered, ids, scores, behavior, reference, old_values, strict=True)
-        return [
+        records: list[Record] = [
             {
                 **{"id": one.prompt.id, "prompt": one.prompt.content, **one.prompt.context.columns},
                 **{"responses": one.texts, "finished": [sampled.finished for sampled in one.samples]},
@@ -159,6 +161,9 @@ class RolloutFiles:
             }
             for one, own_ids, own_scores, own_logps, ref_logps, own_values in columns
         ]
+        if gold is None:
+            return records
+        return [{**record, "gold_scores": own} for record, own in zip(records, gold, strict=True)]
 
     def _sampling(self, rollout: int) -> SamplingSettings:
         args = self._trainer.args
@@ -192,18 +197,22 @@ class RolloutFiles:
         return logps, values
 
 
-def _scores(
-    annotator: Annotator, answered: Sequence[AnsweredPrompt], rollout: int, most_missing: float
-) -> list[list[float | None]]:
+def _scores(annotator: Annotator, answered: Sequence[AnsweredPrompt], rollout: int) -> list[list[float | None]]:
     """The annotator's scores; None for those that are missing or not finite.
 
     Raises:
-        SimpoError: too many are missing, or there is not one for each answer.
+        SimpoError: there is not one for each answer.
     """
     returned = [list(scores) for scores in annotator(answered)]
     if [len(scores) for scores in returned] != [len(one.texts) for one in answered]:
         raise SimpoError(f"annotator: rollout {rollout}: it did not return one score for each answer")
-    found = [[None if x is None or not math.isfinite(x) else float(x) for x in scores] for scores in returned]
+    return [[None if x is None or not math.isfinite(x) else float(x) for x in scores] for scores in returned]
+
+
+def _check_missing(
+    found: Sequence[list[float | None]], answered: Sequence[AnsweredPrompt], rollout: int, most_missing: float
+) -> None:
+    """Raise :class:`SimpoError` if more than the share ``most_missing`` of the scores are None."""
     incomplete = [number for number, scores in enumerate(found) if None in scores]
     missing, total = sum(scores.count(None) for scores in found), sum(map(len, found))
     if missing > most_missing * total:
@@ -211,7 +220,6 @@ def _scores(
             f"annotator: rollout {rollout}: no score for {missing:,} of {total:,} answers, more than "
             f"max_missing_scores {most_missing:g}; the first is to the prompt {answered[incomplete[0]].prompt.where}"
         )
-    return found
 
 
 def _split_by_response(values: Tensor, ids: Sequence[Sequence[Sequence[int]]]) -> list[Any]:

@@ -38,8 +38,11 @@ Record = Mapping[str, Any]  # a prompt with its scored answers, a line of a roll
 # Metrics of the answers to a prompt, in the column ROLLOUT: mean score, estimated KL(policy || start) per answer,
 # mean tokens, share that ended by themselves, share that repeat another one, share without a score, whether all scores
 # are equal, so that the prompt teaches nothing (to a policy gradient without a value function), share of scores that
-# score_clip changes, and the KL coefficient of the rollout.
-_PARTS = ("reward", "kl", "length", "ended", "identical", "missing_scores", "equal_scores", "clipped_scores", "kl_coef")
+# score_clip changes, the KL coefficient of the rollout, and the mean score by the gold annotator.
+_PARTS = (
+    *("reward", "kl", "length", "ended", "identical", "missing_scores", "equal_scores", "clipped_scores", "kl_coef"),
+    "gold",
+)
 ROLLOUT_NAMES = tuple(f"rollout/{name}" for name in _PARTS)
 
 
@@ -218,6 +221,7 @@ def _scaled(record: Record, scores: Sequence[float | None], clip: float | None) 
 def _metrics(record: Record, scores: Sequence[float | None], args: OnlineConfig) -> list[float]:
     """The values of :data:`ROLLOUT_NAMES`; NaN where there are none."""
     ids, known = record["response_ids"], [score for score in scores if score is not None]
+    gold = [score for score in record.get("gold_scores", ()) if score is not None]
     clipped = coefficient = math.nan
     if args.gradient is not None:
         coefficient = record["kl_coef"]
@@ -233,6 +237,7 @@ def _metrics(record: Record, scores: Sequence[float | None], args: OnlineConfig)
         float(len(set(known)) < 2),
         clipped,
         coefficient,
+        sum(gold) / len(gold) if gold else math.nan,
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from simpo.client import confirm_cost, placeholder_answer
+from simpo.client import Estimate, confirm_cost, placeholder_answer
 from simpo.judging.combined import CombinedScorer, count_missing
 from simpo.judging.protocol import Answers, Scorer
 from simpo.judging.registry import make_annotator
@@ -27,6 +27,7 @@ class Annotation(RunCallback):
     """Scores a trainer's rollouts with any annotator of ``simpo annotate``; the main process does it for all."""
 
     _scorer: Scorer
+    _gold: Scorer | None
     _config: OnlineConfig
     _log: Log
 
@@ -35,41 +36,53 @@ class Annotation(RunCallback):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The annotator's name, and what determines its scores."""
-        identity = {f"annotator/{key}": value for key, value in self._scorer.identity.items()}
-        return {"annotator": self._arguments.annotator} | identity
+        """The annotators' names, and what determines their scores."""
+        found = {"annotator": self._arguments.annotator}
+        found |= {f"annotator/{key}": value for key, value in self._scorer.identity.items()}
+        if self._gold is not None:
+            found |= {f"gold_annotator/{key}": value for key, value in self._gold.identity.items()}
+        return found
 
     def prepare(
         self, config: OnlineConfig, tokenizer: PreTrainedTokenizerBase, held_out: Dataset | None, log: Log
     ) -> None:
-        """Make the annotator and load what it needs; raises :class:`~simpo.errors.SimpoError` if that fails."""
+        """Make the annotators and load what they need; raises :class:`~simpo.errors.SimpoError` if that fails."""
         arguments = self._arguments
         client = server_client(arguments.judge_url, arguments.judge_model, arguments.judge_key_env)
         if client is not None:
             client.endpoint.api_key()
-        # the annotator's own progress would start again with every rollout
+        # an annotator's own progress would start again with every rollout
         options = JudgeOptions.during_training(self._model, client, lambda line: None)
         self._scorer = make_annotator(arguments.annotator, options, arguments.annotator_normalization)
+        self._gold = None if arguments.gold_annotator is None else make_annotator(arguments.gold_annotator, options)
         self._config, self._log = config, log
         if config.process_index == 0:
-            self._scorer.prepare()
+            for scorer in self._scorers:
+                scorer.prepare()
+
+    @property
+    def _scorers(self) -> list[Scorer]:
+        return [self._scorer] if self._gold is None else [self._scorer, self._gold]
 
     def check_trainer(self, trainer: Trainer) -> None:
-        """Try the annotator on invented answers, unless it is behind a server, and confirm the cost if it is."""
+        """Try the annotators on invented answers, except behind a server, whose cost is confirmed instead."""
         trainer.annotator = self.score
+        if self._gold is not None:
+            trainer.gold_annotator = self.score_by_gold
         if self._config.process_index:
             return
         number = self._config.num_generations
-        if self._scorer.usage is None:
-            few = prompts_from_rows(
-                trainer.train_dataset.select(range(min(_TRIED_PROMPTS, len(trainer.train_dataset))))
-            )
-            self._scorer.score([Answers(one.id, one.content, ["Answer."] * number, one.context) for one in few])
+        few = prompts_from_rows(trainer.train_dataset.select(range(min(_TRIED_PROMPTS, len(trainer.train_dataset)))))
+        for scorer in self._scorers:
+            if scorer.usage is None:
+                scorer.score([Answers(one.id, one.content, ["Answer."] * number, one.context) for one in few])
+        if all(scorer.usage is None for scorer in self._scorers):
             return
         assert self._config.max_new_tokens is not None
         longest = [placeholder_answer(self._config.max_new_tokens, f"a{k}") for k in range(number)]
         prompts = prompts_from_rows(trainer.train_dataset)
-        estimate = self._scorer.estimate([Answers(one.id, one.content, longest, one.context) for one in prompts])
+        rows = [Answers(one.id, one.content, longest, one.context) for one in prompts]
+        estimate = sum((scorer.estimate(rows) for scorer in self._scorers), Estimate())
         passes = math.ceil(self._config.num_train_epochs)
         if self._config.max_steps > 0:
             per_step = self._config.train_batch_size * self._config.world_size / self._config.rollout_epochs
@@ -78,7 +91,7 @@ class Annotation(RunCallback):
 
     def score(self, answered: Sequence[AnsweredPrompt]) -> Sequence[Sequence[float | None]]:
         """The scores of a rollout's answers; what one of several annotators leaves without a score is logged."""
-        rows = [Answers(p.id, p.content, texts, p.context) for p, _, texts in answered]
+        rows = _rows(answered)
         if not isinstance(self._scorer, CombinedScorer):
             return self._scorer.score(rows)
         each = self._scorer.score_each(rows)
@@ -86,3 +99,12 @@ class Annotation(RunCallback):
             if count:
                 self._log(f"{name}: no score for {count:,} of {sum(len(row.responses) for row in rows):,} answers")
         return self._scorer.combine(each)
+
+    def score_by_gold(self, answered: Sequence[AnsweredPrompt]) -> Sequence[Sequence[float | None]]:
+        """The scores of a rollout's answers by the annotator that is not trained on."""
+        assert self._gold is not None
+        return self._gold.score(_rows(answered))
+
+
+def _rows(answered: Sequence[AnsweredPrompt]) -> list[Answers]:
+    return [Answers(prompt.id, prompt.content, texts, prompt.context) for prompt, _, texts in answered]
