@@ -237,6 +237,14 @@ GOLDENS = {
         lambda y, beta=0.1: beta * y.ratio,
         ({"beta": 0.01},),
     ),
+    "listwise_nca": Golden(
+        lambda w, l, beta=0.01, **_: nca(w, l, beta), lambda y, beta=0.01, **_: beta * y.ratio, ({"beta": 0.2},)
+    ),
+    "info_nca": Golden(
+        lambda w, l, beta=0.01, **_: nll(beta * w.ratio - beta * l.ratio, 0.0),
+        lambda y, beta=0.01, **_: beta * y.ratio,
+        ({"beta": 0.2},),
+    ),
 }
 CASES = [(name, settings) for name, golden in GOLDENS.items() for settings in ({}, *golden.settings)]
 

@@ -32,6 +32,8 @@ SETTINGS = {
     "nca": [{"beta": 0.2}],
     "sppo": [{"beta": 0.01}],
     "listwise": [{"beta": 10.0}],
+    "listwise_nca": [{"beta": 0.2}],
+    "info_nca": [{"beta": 0.2}],
 }
 CASES = [(name, settings) for name in OBJECTIVES for settings in ({}, *SETTINGS.get(name, []))]
 
@@ -72,7 +74,7 @@ def test_the_loss_falls_with_chosen_and_never_with_rejected(name, settings, pair
     if name == "chi_po":  # nor has one whose margin is clipped
         margin = row.reward(w, **settings) - row.reward(y, **settings)
         counted = margin.abs() < 2 * settings.get("r_max", 2.0)
-    if name == "nca":  # a chosen response with a reward above ln 2 is pulled back
+    if name in ("nca", "listwise_nca"):  # a chosen response with a reward above ln 2 is pulled back
         counted = row.reward(replace(w, logp=w.logp + step[0]), **settings) < math.log(2)
     if name == "sppo":  # responses are pulled to their targets, from both sides
         target = 0.5 / settings.get("beta", 0.001)

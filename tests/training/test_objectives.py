@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, List, Value
+from torch.nn import functional as F
 
 from simpo import OBJECTIVES, Responses, SimpoError
 from simpo.training.batches import MISMATCHED_IDS, MISMATCHED_REF_LOGP, REF_LOGPS, OrderedPairs
@@ -151,6 +152,29 @@ def test_rankings_are_the_mean_over_ordered_pairs(name, rankings, make_trainer, 
     expected = train_naively(rankings, model, naive_responses, loss)
     for budget in (30, 1000):
         assert_alike(train(make_trainer, rankings, model, objective=name, max_batch_tokens=budget), expected)
+
+
+@pytest.mark.parametrize("name", ["listwise_nca", "info_nca"])
+def test_scored_responses_train_as_the_formula_says(name, rankings, make_trainer, make_model, naive_responses):
+    """Every response counts by the softmax of the scores, also those with equal ones; a pair without scores is hard."""
+    model = make_model("gpt2")
+    scores = [[2.0, 1.0], [5.0, 1.0, 1.0], [4.0, 3.0, 3.0, 0.5], [0.0, -math.inf]]
+
+    def loss(y: Responses, mismatched: Responses):
+        losses = []
+        for rewards, own in zip((0.3 * y.ratio).split([2, 3, 4, 2]), scores, strict=True):
+            p = torch.tensor([math.exp((score - own[0]) / 1.5) for score in own], dtype=torch.float64)
+            p = p / p.sum()
+            if name == "info_nca":
+                losses.append(-(p * rewards.log_softmax(0)).sum())
+            else:
+                losses.append(-(p * F.logsigmoid(rewards) + F.logsigmoid(-rewards) / len(own)).sum())
+        return torch.stack(losses).mean()
+
+    expected = train_naively(rankings, model, naive_responses, loss)
+    for budget in (30, 1000):
+        settings = {"objective": name, "beta": 0.3, "score_temperature": 1.5, "max_batch_tokens": budget}
+        assert_alike(train(make_trainer, rankings, model, **settings), expected)
 
 
 def test_figures_of_rankings_are_means_over_ordered_pairs(rankings, make_trainer, naive_responses):

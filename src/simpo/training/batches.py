@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -100,6 +101,7 @@ class PlannedBatch(NamedTuple):
         rows: ``C`` row numbers in the data set.
         step_weight: of all comparisons of the optimizer step, over its micro-batches and ranks: the loss's denominator.
         pairs: the ordered pairs of the comparisons; single responses have none.
+        scores: ``[R]`` float64, of the responses; those of a pair without scores are 0 and minus infinity.
         ref_logps: ``[R]`` float64, log-probabilities under the reference.
         labels: ``[C]`` bool, whether a single response is desirable.
         mismatched: each prompt with one response to another prompt, ``C`` in all.
@@ -120,6 +122,7 @@ class PlannedBatch(NamedTuple):
     rows: tuple[int, ...]
     step_weight: float
     pairs: OrderedPairs
+    scores: Tensor | None = None
     ref_logps: Tensor | None = None
     labels: Tensor | None = None
     mismatched: PackedBatch | None = None
@@ -176,7 +179,7 @@ class ComparisonRows(TorchDataset):
         counts = torch.tensor([len(responses) for responses in columns["response_ids"]])
         scores, mismatched = columns.get("scores"), None
         if scores is not None:  # a pair among rankings has none, and its first response is the better one
-            scores = _flat([(1.0, 0.0) if own is None else own for own in scores])
+            scores = _flat([(0.0, -math.inf) if own is None else own for own in scores])
         if MISMATCHED_IDS in columns:
             prompts = zip(columns["prompt_ids"], columns[MISMATCHED_IDS], strict=True)
             others = [TokenizedComparison(prompt, [response]) for prompt, response in prompts]
@@ -186,6 +189,7 @@ class ComparisonRows(TorchDataset):
             micro.rows,
             step_weight,
             OrderedPairs.of(counts, scores),
+            scores=scores,
             labels=None if "label" not in columns else torch.tensor(columns["label"]),
             mismatched=mismatched,
             mismatched_ref_logps=_doubles(columns.get(MISMATCHED_REF_LOGP)),

@@ -132,6 +132,7 @@ class PreferenceConfig(TrainingSettings):
     alpha: float | None = _hyperparameter("alpha")
     delta: float | None = _hyperparameter("delta")
     r_max: float | None = _hyperparameter("r_max")
+    score_temperature: float | None = _hyperparameter("score_temperature")
     divergence: Literal["js", "forward_kl", "alpha"] | None = _hyperparameter("divergence")
 
     @property

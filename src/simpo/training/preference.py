@@ -273,6 +273,8 @@ class PreferenceTrainer(PackedTrainer):
             given = {name: value.to(y.logp)[pairs.comparison] for name, value in values.items() if value is not None}
             objective = self.objective.with_row_columns(**given)
             weighted = pairs if pair_weights is None else pairs.weighted(pair_weights)
+            if "scores" in objective.needs and batch.scores is not None:
+                context["scores"] = batch.scores  # not rounded: a low temperature would multiply the error
             losses, anchor = objective.comparisons(y, weighted, **context), objective.anchor(best)
             if anchor is not None:
                 losses = losses + anchor
