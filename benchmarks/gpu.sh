@@ -82,7 +82,9 @@ if [ "$DEVICE" = cuda ]; then
           wait
         done
         ;;
-      tests) part tests 200 pytest -n 14 -rf --timeout 120 -p no:cacheprovider && wait ;;
+      tests) # every result is printed as it is known, so that names remain when time runs out
+        part tests 400 pytest -n auto -o addopts= --import-mode=importlib -m "not exhaustive" -vv -rf --tb=short \
+          -p no:benchmark -p no:cacheprovider && wait ;;
       sharing)
         compare sharing-hh 25 --model 1b --dtype bf16 --profile hh --pairs 128 --pairs-per-step 64 --families sharing
         compare sharing-documents 25 --model 1b --dtype bf16 --profile documents --responses 4 --pairs 8 \

@@ -206,13 +206,12 @@ def _compare_on_gpu(run: Run, folder: Path) -> dict[str, Any]:
     before = torch.cuda.memory_allocated()
     seconds = float(np.median(train(run, folder, rows, 8)[3:]))
     tensors = estimate.total - estimate.memory["context"] - estimate.memory["fragmentation"]
-    return {
-        "name": run.name,
-        "peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20,
-        "predicted_mib": tensors / 2**20,
-        "step_seconds": seconds,
-        "predicted_seconds": estimate.step_seconds,
-    }
+    peak = torch.cuda.max_memory_allocated() - before
+    found = {"peak_mib": peak / 2**20, "predicted_mib": tensors / 2**20, "memory_error": tensors / peak - 1}
+    found |= {"step_seconds": seconds, "predicted_seconds": estimate.step_seconds}
+    if estimate.step_seconds is not None:
+        found["time_error"] = estimate.step_seconds / seconds - 1
+    return {"name": run.name} | found
 
 
 def _main_on_gpu(folder: Path, output: Path | None) -> None:
@@ -222,25 +221,9 @@ def _main_on_gpu(folder: Path, output: Path | None) -> None:
         try:
             one = _compare_on_gpu(run, folder)
         except Exception as error:  # the other runs can still be compared
-            found.append({"name": run.name, "failed": f"{type(error).__name__}: {error}"})
-            print(f"| {run.name} | {found[-1]['failed'][:300]} |", flush=True)
-        else:
-            found.append(one)
-            shares = [
-                one[f"predicted_{kind}"] / one[key] - 1
-                for kind, key in (("mib", "peak_mib"), ("seconds", "step_seconds"))
-            ]
-            numbers = [
-                one["peak_mib"],
-                one["predicted_mib"],
-                shares[0],
-                one["step_seconds"],
-                one["predicted_seconds"],
-                shares[1],
-            ]
-            print(
-                "| {} | {:.0f} | {:.0f} | {:+.1%} | {:.3f} | {:.3f} | {:+.1%} |".format(run.name, *numbers), flush=True
-            )
+            one = {"name": run.name, "failed": f"{type(error).__name__}: {error}"}
+        found.append(one)
+        print("|", " | ".join(str(value) for value in one.values()), "|", flush=True)
         if output:
             output.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from benchmarks.compare import disagreeing
 from benchmarks.entrants import Entrant, entrants, missing, variant
+from benchmarks.gpu_page import PAGE, page
 from benchmarks.measurement import Measurement
 from benchmarks.report import print_report, summarize
 from benchmarks.setting import Setting
+from benchmarks.workers import seconds_at_median_pace
 
 SETTING = Setting("", pairs=4, pairs_per_step=4)
 OURS, PEER = Entrant("simpo", "simpo", path="auto"), Entrant("TRL CPO 2x2", "trl cpo", 2)
@@ -20,6 +23,7 @@ def measurement(name: str, seconds: float, flops: int, peak_mib: float, loss: fl
     return Measurement(
         name=name,
         seconds=seconds,
+        step_seconds=[seconds],
         pairs=4,
         tokens=600,
         losses=[loss, 1.4],
@@ -101,3 +105,13 @@ def test_who_cannot_take_part() -> None:
     assert missing("sharing", SETTING, 8) is None
     assert missing("simpo", SETTING, 8) == "it takes pairs, not 8 responses"
     assert "CUDA" in missing("trl-dpo-liger", SETTING, 2) or "not installed" in missing("trl-dpo-liger", SETTING, 2)
+
+
+def test_a_step_that_compiles_does_not_count() -> None:
+    assert seconds_at_median_pace([9.0, 2.0, 1.0, 1.5], [10, 20, 10, 10]) == pytest.approx(50 * 0.125)
+
+
+def test_the_page_has_the_tables_of_the_measured_results() -> None:
+    text = PAGE.read_text()
+    assert page(text) == text
+    assert page(re.sub(r"9,379", "9,999", text)) == text

@@ -57,6 +57,27 @@ def test_sharing_through_the_cache_is_exact_and_logged_once(
     assert "cache" in logged[0]
 
 
+@pytest.fixture
+def fp32_products():
+    """PyTorch's setting for the precision of fp32 products, which is as it was after the test."""
+    yield torch.backends.cuda.matmul
+    torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("common", ["tf32", "none"])
+@pytest.mark.parametrize("own", ["tf32", "none"])
+def test_the_check_computes_in_full_fp32_where_a_run_allows_tf32(common, own, make_model, comparisons, fp32_products):
+    """Rounding to TF32 exceeds the tolerance of fp32; on a GPU, torch_compile turned the packed path off."""
+    torch.backends.fp32_precision = common
+    fp32_products.fp32_precision = own
+    before = fp32_products.fp32_precision
+    model, seen = make_model("llama", torch.float32), set()
+    model.get_input_embeddings().register_forward_hook(lambda *_: seen.add(fp32_products.fp32_precision))
+    assert choose_path(model, PackedBatch.build(comparisons)) == "packed"
+    assert seen == {"ieee"}
+    assert fp32_products.fp32_precision == before == ("tf32" if "tf32" in (common, own) else "none")
+
+
 @pytest.mark.parametrize("name", ["electra", "rembert"])
 def test_a_layer_between_hidden_states_and_the_output_layer(name, comparisons, naive_logprobs, float64_everywhere):
     """The output layer's input has another size than the hidden states."""

@@ -55,7 +55,19 @@ def test_a_name_without_memory_is_not_the_beginning_of_another(name, found) -> N
 
 @pytest.mark.parametrize(
     ("name", "flops"),
-    [("NVIDIA L40", None), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA A100-SXM4-40GB", 312e12)],
+    [
+        ("NVIDIA L40", None),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA RTX A6000", 155e12),
+        ("AMD Instinct MI300X", 1307e12),
+    ],
 )
 def test_the_data_sheet_of_the_card_at_hand(name, flops, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -154,13 +154,14 @@ def card_at_hand() -> Card | None:
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
-    words, memory = _plain(found.name), float(found.total_memory)
-    # A number must end where it ends in the card's name: an L40 is no L4.
-    matching = [(_model(card), card) for card in CARDS.values() if re.search(rf"{_model(card)}(?!\d)", words)]
+    memory, matching = float(found.total_memory), []
+    for card in CARDS.values():  # whole words: an L40 is no L4, and an H100 with 80 GB no H10080
+        model = card.name.rpartition("-")[0]
+        if re.search(rf"\b{model.replace('-', '[ -]')}\b", found.name, re.IGNORECASE):
+            matching.append((len(model), -abs(card.memory - memory), card))
     if not matching:
         return Card(found.name, memory, math.nan, math.nan, math.nan, 25e9)
-    _, card = max(matching, key=lambda one: (len(one[0]), -abs(one[1].memory - memory)))
-    return replace(card, name=found.name, memory=memory)
+    return replace(max(matching, key=lambda one: one[:2])[2], name=found.name, memory=memory)
 
 
 def machine_name() -> str:

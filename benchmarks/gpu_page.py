@@ -1,0 +1,56 @@
+"""Writes the tables of measurements on a GPU into docs/performance.md: python -m benchmarks.gpu_page
+
+They come from the JSON files in ``benchmarks/results``, one for each card, which ``benchmarks/gpu.sh`` measured.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+_BLOCK = re.compile(r"(<!-- gpu: (?P<card>\S+) (?P<section>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def page(text: str) -> str:
+    """``text`` with the table of every ``<!-- gpu: CARD SECTION --> ... <!-- end -->`` made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        found = json.loads((RESULTS / f"{match['card']}.json").read_text())[match["section"]]
+        table = _variants(found) if "variants" in found else _entrants(found)
+        return f"{match[1]}{table}\n{match[4]}"
+
+    return _BLOCK.sub(made, text)
+
+
+def _variants(found: dict[str, Any]) -> str:
+    """Of ``profile_step``: settings of simpo on one model."""
+    rows = []
+    for one in found["variants"]:
+        name = one["name"].removeprefix("simpo ")
+        if "failed" in one:
+            rows.append(f"| {name} | {one['failed'].partition(': ')[2]} | | |")
+        else:
+            gib = f"{one['peak_mib'] / 1024:.1f} GiB"
+            rows.append(f"| {name} | {one['tokens_per_second']:,.0f} | {one['utilisation']:.1%} | {gib} |")
+    return "\n".join(["| simpo's settings | tokens/s | MFU | peak |", "|---|---:|---:|---:|", *rows])
+
+
+def _entrants(found: dict[str, Any]) -> str:
+    """Of ``compare``: everyone, fastest first, and those that could not be measured."""
+    rows = []
+    for one in sorted(found["entrants"], key=lambda each: each["speed_ratio"]):
+        numbers = f"{one['tokens_per_second']:,.0f} | {one['utilisation']:.1%} | {one['peak_mib'] / 1024:.1f} GiB"
+        rows.append(f"| {one['name']} | {numbers} | {one['speed_ratio']:.2f} | {one['bound']:.2f} |")
+    for name, reason in found["absent"].items():
+        rows.append(f"| {name} | {reason.partition('. ')[0]} | | | | |")
+    head = "| | tokens/s | MFU | peak | slower by | counted |\n|---|---:|---:|---:|---:|---:|"
+    return "\n".join([head, *rows])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
