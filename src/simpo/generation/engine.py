@@ -22,7 +22,7 @@ from simpo.data.chat_template import end_of_turn
 from simpo.errors import SimpoError
 from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.packing.model import causal_lm, prepare_policy, state_of
-from simpo.packing.rounding import computes_in, rounding_tolerance
+from simpo.packing.rounding import computes_in, precision, rounding_tolerance
 
 logger = logging.getLogger(__name__)
 
@@ -204,13 +204,14 @@ class TransformersEngine:
             settings = SamplingSettings(temperature=0.0, max_new_tokens=count)
             return self._recorded(prompts, settings, 0, _Forced(answer))[1]
 
-        alone = torch.cat([logps([prompt]) for prompt in prompts])
-        dtype = computes_in(self.model)
-        # Two prompts of equal length need no padding: what differs is rounding, unless other prompts matter.
-        rounding = (logps(prompts[:2]) - alone[:2]).abs().max().item()
+        dtype, device = computes_in(self.model), self.model.device
+        with precision(device, autocast=torch.is_autocast_enabled(device.type)):
+            alone = torch.cat([logps([prompt]) for prompt in prompts])
+            # Two prompts of equal length need no padding: what differs is rounding, unless other prompts matter.
+            rounding = (logps(prompts[:2]) - alone[:2]).abs().max().item()
+            padded = (logps(prompts) - alone).abs().max().item()
         if not rounding <= min(1.0, 100 * rounding_tolerance(0.0, dtype)):
             return "none", f"other prompts in a batch change its log-probabilities by {rounding:.2g}"
-        padded = (logps(prompts) - alone).abs().max().item()
         if not padded <= min(1.0, rounding_tolerance(rounding, dtype)):
             return "equal", f"padding changes its log-probabilities by {padded:.2g}"
         return "all", ""
