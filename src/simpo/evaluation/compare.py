@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -237,7 +238,7 @@ def all_pairs(answers: Sequence[PromptAnswers]) -> tuple[list[Pair], np.ndarray]
         for i, a in enumerate(one.a["responses"]):
             for j, b in enumerate(one.b["responses"]):
                 key = one.a["id"] if single else f"{one.a['id']}/{i}-{j}"
-                pairs.append(Pair(key, one.prompt, a, b, context_of(one.a)))
+                pairs.append(Pair(key, one.prompt, a, b, context_of(one.a), one.a.get("extra", {})))
                 prompts.append(number)
     return pairs, np.array(prompts)
 
@@ -399,7 +400,8 @@ def write_differences(path: Path, judged: Judged, names: tuple[str, str]) -> Non
             verdict = values[index]
             winner = "A better" if verdict > 0.5 else "B better"
             text = "no verdict" if np.isnan(verdict) else "tie" if verdict == 0.5 else winner
-            scores = f" (scores {judged.margins[judge][index]:+.4g})" if judge in judged.margins else ""
+            margin = judged.margins[judge][index] if judge in judged.margins else math.nan
+            scores = "" if math.isnan(margin) else f" (scores {margin:+.4g})"
             verdicts.append(f"{judge}: {text}{scores}")
         pair = judged.pairs[index]
         parts += [f"## {pair.id}\n", "; ".join(verdicts) + "\n"]

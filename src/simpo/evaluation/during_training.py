@@ -279,7 +279,7 @@ class Generations(RunCallback):
     def _pairs(self, a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> list[Pair]:
         """Pairs of answers to the first prompts."""
         return [
-            Pair(prompt.id, prompt.content, ours[0], theirs[0], prompt.context)
+            Pair(prompt.id, prompt.content, ours[0], theirs[0], prompt.context, prompt.extra)
             for prompt, ours, theirs in zip(self._prompts, a, b, strict=False)
         ]
 

@@ -81,7 +81,13 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
         identity |= {"strip_thinking": True} if arguments.options.strip_thinking else {}
         shown = ShownAnswers(arguments.options.strip_thinking)
         rows = [
-            Answers(row["id"], row["prompt"], [shown(text) for text in row["responses"]], context_of(row))
+            Answers(
+                row["id"],
+                row["prompt"],
+                [shown(text) for text in row["responses"]],
+                context_of(row),
+                row.get("extra", {}),
+            )
             for row in records
         ]
         if not run.finished:
@@ -132,6 +138,8 @@ def read_responses(path: Path) -> list[Record]:
             raise SimpoError(f"{path}:{number}: {error}") from error
         if not isinstance(responses, list) or not responses or not all(isinstance(text, str) for text in responses):
             raise SimpoError(f"{path}:{number}: responses: expected one or more texts")
+        if not isinstance(record.get("extra", {}), dict):
+            raise SimpoError(f"{path}:{number}: extra: expected a mapping of the row's other columns")
     return records
 
 
@@ -180,7 +188,9 @@ def _write(records: Sequence[Record], parts: Sequence[Record], folder: Path) -> 
     for record in annotated:
         known = [score for score in record["scores"] if score is not None]
         if known:
-            row = {key: record[key] for key in ("id", "prompt", "tools", "chat_template_kwargs") if key in record}
+            row = {
+                key: record[key] for key in ("id", "prompt", "tools", "chat_template_kwargs", "extra") if key in record
+            }
             index = record["scores"].index(max(known))  # the first of equally good ones
             best.append(row | {"responses": [record["responses"][index]], "scores": [max(known)]})
     write_lines(folder / FILE_NAME, annotated)

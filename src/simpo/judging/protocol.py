@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +24,14 @@ class Answers:
         prompt: text or messages.
         responses: the texts to score.
         context: tools and variables for the chat template of a scorer that is a model.
+        extra: the other columns of the prompt's row, such as a reference answer.
     """
 
     id: str
     prompt: Prompt
     responses: Sequence[str]
     context: Context = field(default_factory=Context)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Pair:
         a: the first response.
         b: the second response.
         context: as in :class:`Answers`.
+        extra: as in :class:`Answers`.
     """
 
     id: str
@@ -49,6 +52,7 @@ class Pair:
     a: str
     b: str
     context: Context = field(default_factory=Context)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Priced(ABC):

@@ -20,6 +20,7 @@ from simpo.judging.settings import (
     Normalization,
     annotator_names,
 )
+from simpo.judging.verifiers import IFBenchScorer, ReasoningGymScorer
 from simpo.models.settings import ModelArguments
 
 
@@ -80,6 +81,10 @@ def make_scorer(name: str, options: JudgeOptions, *, known: str = SCORERS) -> Sc
     kind, _, rest = name.partition(":")
     if name == "exact":
         return ExactScorer()
+    if name == "ifbench":
+        return IFBenchScorer()
+    if kind == "reasoning_gym" and rest:
+        return ReasoningGymScorer(rest)
     if kind == "function" and rest:
         return FunctionScorer(rest, trust_remote_code=options.trust_remote_code)
     if kind in ("reward", "logp") and rest:

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,24 +33,28 @@ class ScorerJudge(Judge):
         return self._scorer.identity
 
     def margins(self, pairs: Sequence[Pair]) -> list[float]:
-        """By how much the score of ``a`` exceeds the score of ``b``; an answer in several pairs is scored once."""
+        """By how much the score of ``a`` exceeds the score of ``b``; NaN where one of them has no score.
+
+        An answer in several pairs is scored once.
+        """
         groups: dict[str, list[Pair]] = {}
         for pair in pairs:
             groups.setdefault(_key(pair), []).append(pair)
         rows = []
         for group in groups.values():
             texts = dict.fromkeys(text for pair in group for text in (pair.a, pair.b))
-            rows.append(Answers(group[0].id, group[0].prompt, tuple(texts), group[0].context))
+            first = group[0]
+            rows.append(Answers(first.id, first.prompt, tuple(texts), first.context, first.extra))
         given = self._scorer.score(rows)
         check_scores(given, rows, str(self.identity["judge"]))
-        scores: dict[str, dict[str, Any]] = {
-            key: dict(zip(row.responses, values, strict=True))
+        scores: dict[str, dict[str, float]] = {
+            key: {text: math.nan if score is None else score for text, score in zip(row.responses, values, strict=True)}
             for key, row, values in zip(groups, rows, given, strict=True)
         }
         return [scores[_key(pair)][pair.a] - scores[_key(pair)][pair.b] for pair in pairs]
 
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """1, 0, or 0.5 for equal scores."""
+        """1, 0, or 0.5 for equal scores; None where an answer has no score."""
         return [verdict_of(margin) for margin in self.margins(pairs)]
 
 
@@ -58,8 +63,10 @@ def _key(pair: Pair) -> str:
     return json.dumps([pair.prompt, pair.context.columns])
 
 
-def verdict_of(margin: float) -> float:
-    """The verdict for a difference of scores."""
+def verdict_of(margin: float) -> float | None:
+    """The verdict for a difference of scores; None where it is NaN."""
+    if math.isnan(margin):
+        return None
     return 0.5 if margin == 0 else float(margin > 0)
 
 

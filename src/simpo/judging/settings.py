@@ -14,7 +14,7 @@ from simpo.config import check_values, setting
 from simpo.errors import SimpoError
 from simpo.models.settings import ModelArguments
 
-SCORERS = "exact, function:MODULE:NAME, reward:MODEL, logp:MODEL"
+SCORERS = "exact, ifbench, reasoning_gym:TASK, function:MODULE:NAME, reward:MODEL, logp:MODEL"
 JUDGES = f"{SCORERS}, human:FILE, api"
 ANNOTATORS = f"{SCORERS}, api"
 

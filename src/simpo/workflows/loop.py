@@ -158,12 +158,14 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
     quiet = dataclasses.replace(options, log=lambda line: None)
     if options.client is not None:
         options.client.endpoint.api_key()
-    rows = [Answers(one.id, one.content, ("Answer 0.", "Answer 1."), one.context) for one in prompts[0]]
+    rows = [Answers(one.id, one.content, ("Answer 0.", "Answer 1."), one.context, one.extra) for one in prompts[0]]
     for name in recipe.settings.annotators:
         if name != "api":
             make_annotator(name, quiet).score(rows)
     for judge in make_judges([name for name in recipe.judges if name != "api"], quiet).values():
-        judge.compare([Pair(one.id, one.content, "Answer 0.", "Answer 1.", one.context) for one in prompts[1]])
+        judge.compare(
+            [Pair(one.id, one.content, "Answer 0.", "Answer 1.", one.context, one.extra) for one in prompts[1]]
+        )
     free_memory()
 
     n = recipe.sampling.n

@@ -75,7 +75,9 @@ class Annotation(RunCallback):
         few = prompts_from_rows(trainer.train_dataset.select(range(min(_TRIED_PROMPTS, len(trainer.train_dataset)))))
         for scorer in self._scorers:
             if scorer.usage is None:
-                scorer.score([Answers(one.id, one.content, ["Answer."] * number, one.context) for one in few])
+                scorer.score(
+                    [Answers(one.id, one.content, ["Answer."] * number, one.context, one.extra) for one in few]
+                )
         if all(scorer.usage is None for scorer in self._scorers):
             return
         assert self._config.max_new_tokens is not None
@@ -107,4 +109,4 @@ class Annotation(RunCallback):
 
 
 def _rows(answered: Sequence[AnsweredPrompt]) -> list[Answers]:
-    return [Answers(prompt.id, prompt.content, texts, prompt.context) for prompt, _, texts in answered]
+    return [Answers(p.id, p.content, texts, p.context, p.extra) for p, _, texts in answered]
