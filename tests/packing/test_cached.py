@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from benchmarks.architectures import build, comparisons, naive_logprobs, toy_config
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -17,6 +19,10 @@ STATES = [
     "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "lfm2_moe", "falcon_h1", "nemotron_h", "granitemoehybrid",
     "bamba", "jamba", "zamba2", "olmo_hybrid", "mamba", "mamba2", "falcon_mamba",
 ]  # fmt: skip
+# Nemotron-H in older versions of transformers keeps less in its cache than its layers need.
+PATHS = dict.fromkeys(STATES, "cached")
+if Version(transformers.__version__) < Version("5.23"):
+    PATHS["nemotron_h"] = "padded"
 ATTENTION = ["bloom", "falcon", "gptj", "stablelm", "nemotron", "phimoe", "afmoe", "jetmoe", "llama4_text", "mpt"]
 for name in (*STATES, *ATTENTION):  # modules that name torch.float32 in defaults, before a fixture changes it
     MODEL_FOR_CAUSAL_LM_MAPPING[type(toy_config(name))]
@@ -43,7 +49,7 @@ def test_log_probabilities_and_gradients_are_the_models_own(name, float64_everyw
     model, rows = build(name, torch.float64), comparisons()
     expected = naive_logprobs(model, rows)
     found = policy_logprobs(model, PackedBatch.build(rows))
-    assert state_of(model).path == "cached", state_of(model).reasons
+    assert state_of(model).path == PATHS.get(name, "cached"), state_of(model).reasons
     assert_equal(found, expected, model, 1e-9)
 
 
@@ -52,7 +58,7 @@ def test_in_single_precision(name):
     model, rows = build(name), comparisons(seed=1)
     expected = naive_logprobs(model, rows)
     found = policy_logprobs(model, PackedBatch.build(rows))
-    assert state_of(model).path == "cached"
+    assert state_of(model).path == PATHS[name]
     assert_equal(found, expected, model, 1e-4)
 
 
