@@ -50,6 +50,7 @@ def test_the_page_has_every_architecture_and_none_is_wrong():
         assert path == "packed" or note, row
 
 
+@of_the_tested_version
 def test_named_rows_are_put_into_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(architectures, "PAGE", tmp_path / "models.md")
     architectures.main(["qwen3", "--write"])
