@@ -123,6 +123,96 @@ def test_answers_of_the_last_rollout(chat_world, tmp_path, monkeypatch):
     assert expected and shown(answers) == [["prompt", "answer", "score"], *expected]
 
 
+def sweep(world, output, tracker: str) -> int:
+    given = {
+        "model_name_or_path": world / "model",
+        "dataset_name": world / "train.jsonl",
+        "eval_dataset_name": world / "test.jsonl",
+        "output_dir": output,
+        "learning_rate": "1e-5,1e-3",
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "max_length": 40,
+        "save_strategy": "no",
+        "report_to": tracker,
+    }
+    return main(["sweep", *(f"--{key}={value}" for key, value in given.items())])
+
+
+def test_every_trial_of_a_sweep_is_a_run(chat_world, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, board = tmp_path / "rates", tmp_path / "board"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(board))
+    assert sweep(chat_world, out, "tensorboard") == 0
+    assert {path.name for path in board.iterdir()} == {"rates-000", "rates-001"}
+    for number in ("000", "001"):
+        events = EventAccumulator(str(board / f"rates-{number}"))
+        events.Reload()
+        trial = out / "trials" / number
+        found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+        assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged(trial, "loss")]
+        assert len(found) == 2
+        for name, value in outcome(trial).items():
+            (event,) = events.Scalars(name)
+            assert event.value == pytest.approx(value, rel=1e-6)
+
+
+def test_every_round_of_a_loop_is_a_run(chat_world, tmp_path, monkeypatch):
+    """Its outcome is the comparison with the start."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    (tmp_path / "scorers.py").write_text("def short(prompt, response):\n    return -len(response)\n")
+    given = {
+        **{"model_name_or_path": chat_world / "model", "prompts": chat_world / "train.jsonl", "rounds": 2, "n": 3},
+        **{"eval_prompts": chat_world / "test.jsonl", "annotator": "function:scorers:short", "max_new_tokens": 10},
+        **{"trust_remote_code": True, "temperature": 1, "top_p": 1, "keep_unfinished": True, "output_dir": "loop"},
+        **{"learning_rate": 1e-3, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no"},
+        **{"report_to": "tensorboard", "run_name": "mine"},
+    }
+    assert main(["loop", *(f"--{key}={value}" for key, value in given.items())]) == 0
+    assert {path.name for path in (tmp_path / "board").iterdir()} == {"loop-round-1", "loop-round-2"}
+    for number in (1, 2):
+        events = EventAccumulator(str(tmp_path / f"board/loop-round-{number}"))
+        events.Reload()
+        folder = tmp_path / f"loop/round-{number}"
+        assert len(events.Scalars("train/loss")) == len(logged(folder / "model", "loss"))
+        figures = outcome(folder)
+        assert {"results/kl", "results/win_rate/function"} < figures.keys()
+        for name, value in figures.items():
+            (event,) = events.Scalars(name)
+            assert event.value == pytest.approx(value, rel=1e-6)
+        assert f"mine-loop-round-{number}" in (folder / "model/recipe.resolved.yaml").read_text()
+
+
+def test_wandb_has_a_run_for_every_trial(chat_world, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    places = {"WANDB_DIR": tmp_path, "WANDB_DATA_DIR": tmp_path / "data", "WANDB_CACHE_DIR": tmp_path / "cache"}
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **places}.items():
+        monkeypatch.setenv(name, str(value))
+    ended, finish = [], wandb.finish
+
+    def kept(*args, **kwargs):
+        ended.append((wandb.run.name, dict(wandb.run.summary)))
+        finish(*args, **kwargs)
+
+    monkeypatch.setattr(wandb, "finish", kept)
+    assert sweep(chat_world, tmp_path / "rates", "wandb") == 0
+    assert wandb.run is None and [name for name, _ in ended] == ["rates-000", "rates-001"]
+    for (name, summary), number in zip(ended, ("000", "001"), strict=True):
+        trial = tmp_path / "rates/trials" / number
+        assert summary["train/loss"] == pytest.approx(logged(trial, "loss")[-1][1]), name
+        for key, value in outcome(trial).items():
+            assert summary[key] == pytest.approx(value)
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    wandb.teardown()  # it keeps the folders of its first run for all others of the process
+
+
 def test_wandb(chat_world, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     places = {"WANDB_DIR": tmp_path, "WANDB_DATA_DIR": tmp_path / "data", "WANDB_CACHE_DIR": tmp_path / "cache"}

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 ANSWERS = "answers"
 _MOST_ANSWERS = 100  # rows of the table
+_KINDS = (TensorBoardCallback, WandbCallback, MLflowCallback, TrackioCallback)
 
 
 class Trackers(RunCallback):
@@ -32,15 +34,29 @@ class Trackers(RunCallback):
     the report is written later, so each tracker is opened again. Trackers without a table or artifacts get text.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, part: str | None = None) -> None:
+        """Track a run, or the ``part`` of a larger one, which is appended to its name and to TensorBoard's folder."""
+        self._part = part
         self._callbacks: Sequence[Any] = ()
         self._args: Any = None
         self._step = 0
         self._trackio_run: str | None = None
 
+    def check_trainer(self, trainer: Trainer) -> None:
+        if self._part is not None and trainer.args.report_to:
+            name = trainer.args.run_name
+            trainer.args.run_name = self._part if name is None else f"{name}-{self._part}"
+
     def before_training(self, trainer: Trainer, *, resumed: bool) -> None:
-        if trainer.is_world_process_zero():
-            self._callbacks = list(trainer.callback_handler.callbacks)
+        if trainer.is_world_process_zero():  # only those of trackers, because others may refer to the model
+            self._callbacks = [one for one in trainer.callback_handler.callbacks if isinstance(one, _KINDS)]
+        for callback in self._callbacks:
+            if (
+                isinstance(callback, TensorBoardCallback)
+                and callback.logging_dir is not None
+                and self._part is not None
+            ):
+                callback.logging_dir = str(Path(callback.logging_dir) / self._part)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         self._args = args
@@ -74,6 +90,12 @@ class Trackers(RunCallback):
                             "%s did not accept the outcome of the run (%s: %s); it is in %s",
                             *(kind.__name__.removesuffix("Callback"), type(error).__name__, one_line(error), folder),
                         )
+
+    def close(self) -> None:
+        """End the run where a tracker leaves it open: W&B would send the next part's curves to it."""
+        for callback in self._callbacks:
+            if isinstance(callback, WandbCallback) and callback._wandb.run is not None:
+                callback._wandb.finish()
 
     def _to_tensorboard(self, callback: Any, outcome: _Outcome) -> None:
         settings = {
@@ -115,6 +137,22 @@ class Trackers(RunCallback):
         for path in outcome.files:
             trackio.log_artifact(path, name=path.name, type="report")
         trackio.finish()
+
+
+@contextmanager
+def track_part(name: str, folder: Path) -> Iterator[Trackers]:
+    """Trackers of a part of a larger run, such as a trial of a sweep: it is a run of its own for them.
+
+    Args:
+        name: of the part.
+        folder: whose results are the part's outcome, once the body is done.
+    """
+    trackers = Trackers(name)
+    try:
+        yield trackers
+        trackers.publish(folder, None)
+    finally:
+        trackers.close()
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from simpo.statistics import Interval, mean_interval
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob, run_training
 from simpo.training.settings import DataArguments
+from simpo.training.trackers import track_part
 from simpo.workflows.loop_settings import LoopRecipe, without_adapter
 from simpo.workflows.pair import FILE_NAME as PAIRS
 from simpo.workflows.pair import pair_annotated
@@ -114,9 +115,17 @@ class Rounds:
         config = copy.deepcopy(recipe.config)
         config.output_dir = str(self.model_folder(number))
         data = DataArguments(dataset_name=str(folder / "pairs" / PAIRS), chat_template=settings.chat_template)
-        run_training(PreferenceTrainer, TrainingJob(previous, data, config))
-        free_memory()
+        with track_part(f"{self.folder.name}-{folder.name}", folder) as trackers:
+            run_training(PreferenceTrainer, TrainingJob(previous, data, config, callbacks=[trackers]))
+            free_memory()
+            metrics = self._compare(number, folder)
+            write_results(folder, command="loop", fingerprint=self.fingerprint, metrics=metrics)
+        self._write_record(number, folder)
+        return metrics
 
+    def _compare(self, number: int, folder: Path) -> list[Metric]:
+        """Let the round's new model answer the held-out prompts; the metrics of the round."""
+        recipe = self.recipe
         self._announce(number, "comparing the new model with the start on the held-out prompts")
         self._sample(number, recipe.held_out_prompts, recipe.held_out_sampling, folder / "answers")
         comparison = CompareSettings(
@@ -130,19 +139,17 @@ class Rounds:
         compare(comparison, options=self.options)
         free_memory()
 
-        metrics = [
+        kl = kl_from_start(folder / "answers" / RESPONSES, recipe.start(), recipe.held_out_prompts)
+        free_memory()
+        return [
             *(
                 dataclasses.replace(metric, name="rows")
                 for metric in read_results(folder / "pairs" / RESULTS).metrics
                 if metric.name == "pair/rows"
             ),
             *(m for m in read_results(folder / "comparison" / RESULTS).metrics if m.name.startswith(_COMPARED)),
-            Metric.of("kl", kl_from_start(folder / "answers" / RESPONSES, recipe.start(), recipe.held_out_prompts)),
+            Metric.of("kl", kl),
         ]
-        free_memory()
-        write_results(folder, command="loop", fingerprint=self.fingerprint, metrics=metrics)
-        self._write_record(number, folder)
-        return metrics
 
     def _announce(self, number: int, what: str) -> None:
         self.log(f"round {number} of {self.recipe.settings.rounds}: {what}")

@@ -32,6 +32,7 @@ from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results
 from simpo.training.callbacks import RunCallback
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob, prepare_data, run_training
+from simpo.training.trackers import track_part
 from simpo.workflows.sweep_space import Axis, Values, combinations, format_values, one_at_a_time
 from simpo.workflows.sweep_study import Sampler, Study, TrialLease, TrialResult
 
@@ -219,7 +220,9 @@ def _run_trial(sweep: Sweep, study: Study, lease: TrialLease, log: Log) -> None:
         log(f"{name} in {folder}")
         job = sweep.read(sweep.arguments(lease.values, folder))
         callback = _TrialCallback(sweep.metric, partial(study.report, lease) if sweep.prune else None)
-        run_training(PreferenceTrainer, dataclasses.replace(job, callbacks=[*job.callbacks, callback]))
+        with track_part(f"{sweep.folder.name}-{folder.name}", folder) as trackers:
+            callbacks = [*job.callbacks, callback, trackers]
+            run_training(PreferenceTrainer, dataclasses.replace(job, callbacks=callbacks))
         value = read_metric(folder, sweep.metric).value
         if value is None:
             study.fail(lease, f"{sweep.metric} is not a finite number")
