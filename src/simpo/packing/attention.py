@@ -145,7 +145,8 @@ def uninstall(model: nn.Module) -> None:
 def _dispatch_to(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         layout = kwargs.pop(LAYOUT_ARGUMENT, None)
-        if layout is not None:
+        # a vision tower inside the forward hands the layout on too, and its attention is not causal
+        if layout is not None and kwargs.get("is_causal") is not False:
             return shared_prefix_attention(module, *args, layout=layout, **kwargs), None
         if base == "eager":
             kind: Any = type(module)
@@ -198,10 +199,10 @@ def shared_prefix_attention(
         computed = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t.to(computed) if t.dtype == torch.float32 else t for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    style = AttentionStyle(scale, sliding_window, softcap, s_aux, dropout)
+    style = AttentionStyle(scale, sliding_window, softcap, s_aux, dropout, layout.blocks is not None)
     attend = layout.kernel or kernels.choose(query, key, value, style)
     if attend is None and torch.compiler.is_compiling():
-        attend = _by_segment_uncompiled if style.dropout else by_segment_operator
+        attend = _by_segment_uncompiled if style.dropout or style.blocks else by_segment_operator
     return (attend or by_segment)(query, key, value, layout, style)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from inspect import signature
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class AttentionStyle:
         softcap: bound of the scores, ``softcap * tanh(scores / softcap)``; None for none.
         sinks: ``[heads]`` logits that take part in the softmax and carry no value; None for none.
         dropout: probability of dropping an attention weight.
+        blocks: whether the layout has tokens that see one another in both directions.
     """
 
     scale: float
@@ -38,6 +40,7 @@ class AttentionStyle:
     softcap: float | None = None
     sinks: Tensor | None = None
     dropout: float = 0.0
+    blocks: bool = False
 
     @property
     def plain(self) -> bool:
@@ -54,7 +57,7 @@ def by_segment(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayou
     groups = query.shape[1] // key.shape[1]
     attend = _plain if style.plain else _special
     # split and not slices: its backward is one concatenation, while that of each slice would fill a whole [T]
-    queries = iter(query.split(layout.query_sizes, dim=2))
+    queries, blocks = iter(query.split(layout.query_sizes, dim=2)), _blocks_of_keys(layout)
     keys, values = iter(key.split(layout.part_sizes, dim=2)), iter(value.split(layout.part_sizes, dim=2))
     outputs = []
     for span in layout.spans:
@@ -62,8 +65,15 @@ def by_segment(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayou
         for _ in span.responses:
             k = repeat_heads(torch.cat([prompt_key, next(keys)], dim=2), groups)
             v = repeat_heads(torch.cat([prompt_value, next(values)], dim=2), groups)
-            outputs.append(attend(next(queries), k, v, style))
+            outputs.append(attend(next(queries), k, v, style, next(blocks)))
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _blocks_of_keys(layout: AttentionLayout) -> Iterator[Tensor | None]:
+    """For each segment the ``blocks`` of its keys."""
+    if layout.blocks is None:
+        return repeat(None)
+    return iter(layout.blocks[layout.index.key_index].split(layout.key_sizes))
 
 
 def repeat_heads(states: Tensor, groups: int) -> Tensor:
@@ -71,36 +81,41 @@ def repeat_heads(states: Tensor, groups: int) -> Tensor:
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
-def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """``[queries, keys]`` causal mask aligned bottom-right, with a sliding window where there is one."""
+def _visible(queries: int, keys: int, window: int | None, blocks: Tensor | None, device: torch.device) -> Tensor:
+    """``[queries, keys]`` causal mask aligned bottom-right, with a sliding window where there is one.
+
+    The keys of one of the ``blocks``, ``[keys]``, also see what follows in it.
+    """
     row = torch.arange(keys - queries, keys, device=device)[:, None]
     column = torch.arange(keys, device=device)
     mask = column <= row
+    if blocks is not None:
+        mask = mask | ((blocks[row] == blocks) & (blocks >= 0))
     return mask if window is None else mask & (column > row - window)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle) -> Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle, blocks: Tensor | None) -> Tensor:
     """``[1, heads, queries, D_v]`` through PyTorch's own attention."""
     queries, keys = q.shape[2], k.shape[2]
     window = None if style.window is None or style.window >= keys else style.window
-    triangle = window is None and queries == keys
+    triangle = window is None and blocks is None and queries == keys
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=None if triangle else _visible(queries, keys, window, q.device),
+        attn_mask=None if triangle else _visible(queries, keys, window, blocks, q.device),
         dropout_p=style.dropout,
         is_causal=triangle,
         scale=style.scale,
     )
 
 
-def _special(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle) -> Tensor:
+def _special(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle, blocks: Tensor | None) -> Tensor:
     """``[1, heads, queries, D_v]`` with softcap and sinks, step by step."""
     scores = (q @ k.transpose(-1, -2)) * style.scale  # [1, heads, queries, keys]
     if style.softcap is not None:
         scores = torch.tanh(scores / style.softcap) * style.softcap
-    hidden = ~_visible(q.shape[2], k.shape[2], style.window, q.device)
+    hidden = ~_visible(q.shape[2], k.shape[2], style.window, blocks, q.device)
     scores = scores.masked_fill(hidden, float("-inf"))
     if style.sinks is not None:
         sinks = style.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -176,11 +191,14 @@ def _block_mask(layout: AttentionLayout, window: int | None) -> Any:
     """FlexAttention's mask, made once per forward for all layers with the same window."""
     from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415 - slow import
 
-    _, position, comparison, part, *_ = layout.index
+    (_, position, comparison, part, *_), blocks = layout.index, layout.blocks
 
     def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         same = (comparison[i] == comparison[j]) & ((part[j] == 0) | (part[i] == part[j]))
-        seen = same & (position[j] <= position[i])
+        seen = position[j] <= position[i]
+        if blocks is not None:
+            seen = seen | ((blocks[i] == blocks[j]) & (blocks[i] >= 0))
+        seen = same & seen
         return seen if window is None else seen & (position[j] > position[i] - window)
 
     if window not in layout.block_masks:
@@ -201,7 +219,7 @@ def choose(query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> 
     if query.device.type != _DEVICE or style.dropout or query.shape[-1] != value.shape[-1]:
         return None
     half = query.dtype in (torch.bfloat16, torch.float16)
-    kernel = flex if not style.plain else varlen if half and query.shape[-1] <= 256 else None
+    kernel = flex if style.blocks or not style.plain else varlen if half and query.shape[-1] <= 256 else None
     if kernel is None:
         return None
     if torch.compiler.is_compiling():  # the model's self-check has run every layer before, and with it these checks
@@ -224,6 +242,10 @@ def _agrees(
     """Whether ``kernel`` gives the definition's output and gradients on a small packed batch; logged once if not."""
     heads, kv_heads, size = shape
     layout = AttentionLayout((Span(37, (30, 51)), Span(5, (70, 1, 20)))).to(device)
+    if style.blocks:  # two images in the first prompt
+        images = torch.full((layout.total,), -1, device=device)
+        images[3:12], images[14:33] = 0, 1
+        layout = replace(layout, blocks=images)
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*dims: int) -> Tensor:

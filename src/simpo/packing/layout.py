@@ -6,7 +6,7 @@ ids restart at ``len(prompt)`` for every response, so that each one is where gen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 # ---- One comparison as token ids: a prompt and its K responses.
+
+# One image by the names of the forward's arguments, such as ``pixel_values``; several are joined along dimension 0.
+ImageTensors = Mapping[str, Tensor]
 
 
 class Span(NamedTuple):
@@ -42,6 +45,8 @@ class TokenizedComparison:
         response_ids: K lists of at least one token each.
         scored: for each response which of its tokens are scored, at least one; ``None`` means all. In a conversation of
             several turns the response is everything after the prompt, later turns of the user included.
+        images: the images whose tokens are among the ids, in order: the tensors by which each one enters the model's
+            forward. Only a single response may hold some of them.
 
     Raises:
         ValueError: an empty prompt, no response, an empty response, or ``scored`` of another shape or without a token.
@@ -50,6 +55,7 @@ class TokenizedComparison:
     prompt_ids: list[int]
     response_ids: list[list[int]]
     scored: list[list[bool]] | None = None
+    images: tuple[ImageTensors, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -168,6 +174,8 @@ class AttentionLayout:
         windows: while a model is being checked, the sliding window of every attention call that received this layout.
         block_masks: FlexAttention's masks for it, by sliding window, kept for the next layer.
         kernel: computes the attention; None for the one that is verified for its inputs, which needs numbers.
+        blocks: ``[T]`` equal numbers for the tokens of one image, which see one another in both directions, and -1 for
+            all others; None if there are no such tokens.
         longest_query: queries of the longest segment.
         longest_key: keys of the longest segment.
     """
@@ -177,6 +185,7 @@ class AttentionLayout:
     windows: list[int | None] | None = None
     block_masks: dict[int | None, Any] = field(default_factory=dict, compare=False)
     kernel: Any = None
+    blocks: Tensor | None = field(default=None, compare=False)
     longest_query: int = field(init=False)
     longest_key: int = field(init=False)
 
@@ -236,6 +245,7 @@ class PackedBatch:
         response_of: ``[S]`` which response a scored token belongs to.
         lengths: ``[R]`` scored tokens of each response.
         weights: ``[C]`` float64, weight of each comparison in the loss; 0 for a filler that gives ranks equal work.
+        images: the images of each comparison.
     """
 
     input_ids: Tensor
@@ -245,6 +255,7 @@ class PackedBatch:
     response_of: Tensor
     lengths: Tensor
     weights: Tensor
+    images: tuple[tuple[ImageTensors, ...], ...]
 
     @classmethod
     def build(cls, comparisons: Sequence[TokenizedComparison], weights: Sequence[float] | None = None) -> PackedBatch:
@@ -279,6 +290,7 @@ class PackedBatch:
             response_of=response_of,
             lengths=torch.bincount(response_of, minlength=len(sizes)),
             weights=torch.tensor(weights, dtype=torch.float64),
+            images=tuple(c.images for c in comparisons),
         )
 
     @property
@@ -291,8 +303,8 @@ class PackedBatch:
         """The comparisons that :meth:`build` was given, with all tokens of their responses scored."""
         parts = iter(self.input_ids.split(self.layout.part_sizes))
         return [
-            TokenizedComparison(next(parts).tolist(), [next(parts).tolist() for _ in span.responses])
-            for span in self.layout.spans
+            TokenizedComparison(next(parts).tolist(), [next(parts).tolist() for _ in span.responses], images=images)
+            for span, images in zip(self.layout.spans, self.images, strict=True)
         ]
 
     def to(self, device: torch.device | str) -> PackedBatch:
@@ -312,7 +324,11 @@ class PackedBatch:
     def _each(self, function: Callable[[Tensor], Tensor], layout: AttentionLayout) -> PackedBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, layout=layout, **tensors)
+        images = tuple(
+            tuple({name: function(tensor) for name, tensor in image.items()} for image in several)
+            for several in self.images
+        )
+        return replace(self, layout=layout, images=images, **tensors)
 
     def probing(self) -> PackedBatch:
         """The batch with a layout that records the attention calls that it reaches."""
@@ -327,11 +343,13 @@ class PaddedRows:
         input_ids: ``[R, L]``, padded with token 0 (masked, and never scored).
         attention_mask: ``[R, L]``.
         scored: ``[S]`` positions in the flattened ``[R * L]``, in the order of the packed batch.
+        images: the images of each row.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     scored: Tensor
+    images: tuple[tuple[ImageTensors, ...], ...]
 
     @classmethod
     def unpack(cls, batch: PackedBatch) -> PaddedRows:
@@ -344,4 +362,5 @@ class PaddedRows:
         ids = batch.input_ids.new_zeros(len(sizes), width)
         ids[mask] = batch.input_ids[batch.layout.index.key_index]
         scored = batch.response_of * width + batch.layout.index.positions[batch.scored]
-        return cls(ids, mask.long(), scored)
+        owners = zip(batch.images, batch.layout.spans, strict=True)
+        return cls(ids, mask.long(), scored, tuple(images for images, span in owners for _ in span.responses))

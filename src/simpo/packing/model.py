@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from types import MethodType
 from typing import Any, Literal
 
@@ -20,8 +21,8 @@ from transformers import PreTrainedModel
 
 from simpo.errors import SimpoError
 from simpo.objectives import Responses
-from simpo.packing import cached, rope
-from simpo.packing.attention import LAYOUT_ARGUMENT, causal_lm, install
+from simpo.packing import cached, images, rope
+from simpo.packing.attention import causal_lm, install
 from simpo.packing.layout import PackedBatch, PaddedRows
 from simpo.packing.logprobs import Head, fused_logprobs
 from simpo.packing.selfcheck import Computation, Kind, Path, PolicyState, check_model, naive_logprobs
@@ -255,21 +256,23 @@ def _outputs_at_scored(
         batch = batch if state.lengths is None else rope.separated(batch, state.lengths)
         outputs = forward(
             input_ids=batch.input_ids[None],
-            position_ids=batch.layout.index.positions[None],
             # models pass a ready-made, four-dimensional mask on as it is; the layout determines what is visible
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
             use_cache=False,
-            **{LAYOUT_ARGUMENT: batch.layout},
+            **images.packed_inputs(causal_lm(model), batch),
         )
         return outputs.flatten(0, 1)[batch.scored]
     rows = PaddedRows.unpack(batch)
     if state.separate_rows:
-        each = [ids[None, :size] for ids, size in zip(rows.input_ids, batch.layout.key_sizes, strict=True)]
-        found = [forward(input_ids=ids, use_cache=False)[0] for ids in each]
+        found = []
+        for ids, size, own in zip(rows.input_ids, batch.layout.key_sizes, rows.images, strict=True):
+            given = {"input_ids": ids[None, :size], "use_cache": False}
+            found.append(forward(**given, **images.forward_inputs(causal_lm(model), given["input_ids"], own))[0])
         return pad_sequence(found, batch_first=True).flatten(0, 1)[rows.scored]
     inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "use_cache": False}
     if state.lengths is not None:  # the rotary frequencies are chosen by the position ids
         inputs["position_ids"] = rows.attention_mask.cumsum(dim=1) - 1
+    inputs |= images.forward_inputs(causal_lm(model), rows.input_ids, list(chain.from_iterable(rows.images)))
     return forward(**inputs).flatten(0, 1)[rows.scored]
 
 

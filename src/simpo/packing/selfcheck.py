@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from simpo.errors import SimpoError
 from simpo.packing.attention import UnsupportedAttentionError, causal_lm, install, uninstall
 from simpo.packing.cached import NotShareableError, install_scans
+from simpo.packing.images import forward_inputs
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.rope import LengthRule
 from simpo.packing.rounding import computes_in, precision, rounded_differently, rounding_tolerance
@@ -148,11 +149,21 @@ def _sample(comparisons: Sequence[TokenizedComparison]) -> PackedBatch:
     """The two longest comparisons, and next to them a few tokens of the shortest.
 
     Several, so that a leak between comparisons shows; long ones, so that windows matter; a short one, because some
-    models compute it differently next to a long one. Responses are scored completely, whatever a batch scores.
+    models compute it differently next to a long one. Where comparisons have images, one of them is among the three.
+    Responses are scored completely, whatever a batch scores.
     """
     ordered = sorted(comparisons, key=lambda comparison: comparison.packed_length)
-    few = TokenizedComparison(ordered[0].prompt_ids[-4:], [response[:4] for response in ordered[0].response_ids])
-    return PackedBatch.build([*ordered[-2:], few])
+    longest, illustrated = ordered[-2:], [comparison for comparison in ordered if comparison.images]
+    if illustrated and not any(comparison.images for comparison in longest):
+        longest[0] = illustrated[-1]
+    return PackedBatch.build([*longest, _shortened(ordered[0], 4)])
+
+
+def _shortened(comparison: TokenizedComparison, prompt: int) -> TokenizedComparison:
+    """The last tokens of the prompt and the first of the responses; one with images as it is, so that none is cut."""
+    if comparison.images:
+        return comparison
+    return TokenizedComparison(comparison.prompt_ids[-prompt:], [ids[:4] for ids in comparison.response_ids])
 
 
 @contextmanager
@@ -191,7 +202,8 @@ def naive_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     for comparison in batch.comparisons:
         for response in comparison.response_ids:
             ids = torch.tensor([comparison.prompt_ids + response], device=batch.input_ids.device)
-            logits = model(input_ids=ids, use_cache=False).logits[0]  # [L, V]
+            given = forward_inputs(causal_lm(model), ids, comparison.images)
+            logits = model(input_ids=ids, use_cache=False, **given).logits[0]  # [L, V]
             logits = logits[len(comparison.prompt_ids) - 1 : -1]
             exact = torch.promote_types(logits.dtype, torch.float32)
             targets = ids[0, -len(logits) :, None]
@@ -210,9 +222,12 @@ def _check_causal(model: PreTrainedModel, batch: PackedBatch) -> None:
     if other is None:
         return
     name, device = type(causal_lm(model)).__name__, batch.input_ids.device
+    pair = (torch.tensor([ids], device=device) for ids in (sequence, [*sequence[:-1], other]))
     logits, changed = (
-        model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float()
-        for ids in (sequence, [*sequence[:-1], other])
+        model(input_ids=ids, use_cache=False, **forward_inputs(causal_lm(model), ids, shortest.images))
+        .logits[0]
+        .float()
+        for ids in pair
     )
     if len(logits) != len(sequence):
         raise SimpoError(f"model: {name} returns {len(logits)} outputs for {len(sequence)} tokens, one each is needed")
@@ -227,7 +242,7 @@ def _check_causal(model: PreTrainedModel, batch: PackedBatch) -> None:
 def unpacked_outputs(model: PreTrainedModel, sample: PackedBatch, compute: Computation) -> Tensor:
     """The results of ``compute`` for every response of ``sample`` in a separate forward."""
     alone = (
-        PackedBatch.build([TokenizedComparison(comparison.prompt_ids, [response])])
+        PackedBatch.build([TokenizedComparison(comparison.prompt_ids, [response], images=comparison.images)])
         for comparison in sample.comparisons
         for response in comparison.response_ids
     )
@@ -340,7 +355,9 @@ def _check_padded(
     # one response twice: there is no padding, and any difference is rounding
     first, device = sample.comparisons[0], sample.input_ids.device
     once, twice = (
-        PackedBatch.build([TokenizedComparison(first.prompt_ids, first.response_ids[:1] * copies)]).to(device)
+        PackedBatch.build(
+            [TokenizedComparison(first.prompt_ids, first.response_ids[:1] * copies, images=first.images)]
+        ).to(device)
         for copies in (1, 2)
     )
     rounding = worst(twice, torch.cat([unpacked_outputs(model, once, kind.compared)] * 2))
@@ -389,6 +406,8 @@ def _check_cached(
     The backward pass is checked because a state may lose its gradient on its way into the cache, which no output shows.
     It is left out where weights are sharded: the engine's hooks would run in it.
     """
+    if any(sample.images):
+        raise NotShareableError("images are not handed to a forward with a cache")
     if state.separate_rows:
         raise NotShareableError("a row's numbers depend on the other rows of a batch")
     if state.lengths is not None:
@@ -400,8 +419,7 @@ def _check_cached(
         raise NotShareableError(difference)
     if isinstance(model, FSDPModule) or hasattr(next(model.parameters()), "ds_id"):
         return
-    rows = [TokenizedComparison(c.prompt_ids[-8:], [ids[:4] for ids in c.response_ids]) for c in sample.comparisons]
-    short = PackedBatch.build(rows).to(sample.input_ids.device)
+    short = PackedBatch.build([_shortened(one, 8) for one in sample.comparisons]).to(sample.input_ids.device)
     found = _input_gradients(model, short, lambda: model(packed_batch=short, path="cached", compute=kind.compared))
     wanted = _input_gradients(model, short, lambda: unpacked_outputs(model, short, kind.compared))
     relative, allowed = float((found - wanted).norm() / wanted.norm()), _GRADIENT_TOLERANCE[computes_in(model)]

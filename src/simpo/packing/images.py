@@ -1,0 +1,103 @@
+"""Images in a model's forward: its own inputs for them, each image encoded once for all responses to its prompt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from simpo.errors import SimpoError
+from simpo.packing.attention import LAYOUT_ARGUMENT
+from simpo.packing.layout import ImageTensors, PackedBatch, PaddedRows
+
+# Arguments of forwards that mark the tokens of images with 1. By the first, Gemma lets them see one another.
+_BOTH_DIRECTIONS = "token_type_ids"
+_MARKS = (_BOTH_DIRECTIONS, "mm_token_type_ids")
+
+
+def check_image_inputs(model: PreTrainedModel, image: ImageTensors, expected: Mapping[str, Tensor]) -> None:
+    """Check that a model reads images as this module gives them.
+
+    Args:
+        model: the model, unwrapped.
+        image: one image.
+        expected: all inputs that the model's processor makes of a text with this image twice.
+
+    Raises:
+        SimpoError: it does not; the message names the model and the input.
+    """
+    name, accepted = type(model).__name__, _arguments(model)
+    if "pixel_values" not in accepted or getattr(model.config, "image_token_id", None) is None:
+        raise SimpoError(f"images: {name} takes none; leave the column out, or choose a vision-language model")
+    given = forward_inputs(model, expected["input_ids"], [image, image])
+    for key in (set(expected) | set(given)) - {"input_ids", "attention_mask"}:
+        one, other = given.get(key), expected.get(key)
+        if key not in accepted or one is None or other is None or not torch.equal(one, other.to(one)):
+            raise SimpoError(f"images: {name} is not supported: its input {key} is made in a way of its own")
+
+
+def forward_inputs(model: PreTrainedModel, ids: Tensor, images: Sequence[ImageTensors]) -> dict[str, Tensor]:
+    """The arguments, in addition to ``ids`` ``[rows, L]``, of a forward with the images of all rows, in their order."""
+    if not images:
+        return {}
+    is_image = (ids == model.config.image_token_id).long()
+    marks = {name: is_image for name in _MARKS if name in _arguments(model)}
+    return marks | {name: _concatenated([image[name] for image in images]) for name in images[0]}
+
+
+def packed_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
+    """Position ids, layout and images of a packed batch, as arguments of a forward.
+
+    A prompt occurs once in the batch, and so do its images.
+    """
+    ids, layout = batch.input_ids[None], batch.layout
+    images = list(chain.from_iterable(batch.images))
+    given: dict[str, Any] = forward_inputs(model, ids, images)
+    # the layout says it, and a mask that is made from it would not
+    both = given.pop(_BOTH_DIRECTIONS, None)
+    if both is not None:
+        starts = (both == 1) & (F.pad(both, (1, 0))[:, :-1] == 0)
+        layout = replace(layout, blocks=torch.where(both == 1, starts.cumsum(dim=1), -1)[0])
+    return given | {"position_ids": _positions(model, batch, images), LAYOUT_ARGUMENT: layout}
+
+
+def _positions(model: Any, batch: PackedBatch, images: Sequence[ImageTensors]) -> Tensor:
+    """``[1, T]`` position ids, or ``[3, 1, T]`` where the model gives the tokens of an image several dimensions."""
+    index = batch.layout.index
+    rule = getattr(model.base_model, "get_rope_index", None)
+    if rule is None or not images:
+        return index.positions[None]
+    rows, names = PaddedRows.unpack(batch), inspect.signature(rule).parameters
+    several = [
+        {name: tensor for name, tensor in image.items() if name in names} for image in chain.from_iterable(rows.images)
+    ]
+    given = {name: tensor for name, tensor in forward_inputs(model, rows.input_ids, several).items() if name in names}
+    by_row, _ = rule(rows.input_ids, attention_mask=rows.attention_mask, **given)  # [3, R, L]
+    flat = by_row.new_empty(len(by_row), batch.tokens)
+    flat[:, index.key_index] = by_row[:, rows.attention_mask.bool()]  # a prompt's positions several times, the same
+    return flat[:, None]
+
+
+def _arguments(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(model).forward).parameters
+
+
+def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors along dimension 0, padded with zeros at the ends of the others where images differ in size."""
+    sizes = [max(each) for each in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    return torch.cat(
+        [
+            F.pad(
+                tensor,
+                [pad for own, size in zip(tensor.shape[:0:-1], sizes[::-1], strict=True) for pad in (0, size - own)],
+            )
+            for tensor in tensors
+        ]
+    )
