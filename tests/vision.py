@@ -44,13 +44,14 @@ class ImageOnlyQwenProcessor(hf.Qwen2_5_VLProcessor):
 
 def _tokenizer(rendered: str, **named: str) -> hf.PreTrainedTokenizerFast:
     """A tokenizer whose template writes ``rendered`` for an image, with special tokens that have names."""
-    tokenizer = make_tokenizer(_WORDS * 4)
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": list(named.values())}, replace_extra_special_tokens=False
+    plain = make_tokenizer(_WORDS * 4)
+    backend = plain.backend_tokenizer
+    backend.add_special_tokens(list(named.values()))
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{f"{kind}_token": getattr(plain, f"{kind}_token") for kind in ("bos", "eos", "pad")},
+        extra_special_tokens=named,
     )
-    for name, token in named.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
     tokenizer.chat_template = _TURNS.replace("IMAGE", rendered)
     return tokenizer
 

@@ -167,7 +167,7 @@ def test_variables_that_the_template_never_reads(tokenizer):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (pair(images=["a.png"]), "column 'images': only text is supported"),
+        (pair(images=["a.png"]), "images, but no processor that reads them"),
         (
             pair({"role": "assistant", "content": [{"type": "image_url", "image_url": "a"}]}),
             "content part of type 'image_url'",

@@ -13,7 +13,7 @@ from jinja2 import Environment, meta
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.limits import render_messages
-from simpo.data.messages import REASONING, Context, Message, reasoning_of
+from simpo.data.messages import IMAGE, REASONING, Context, Message, reasoning_of
 from simpo.data.rows import BadRow
 from simpo.data.settings import RESERVED_KWARGS, RenderSettings
 from simpo.errors import SimpoError, third_party
@@ -52,7 +52,7 @@ class ChatTemplate:
         try:
             return render_messages(
                 self._tokenizer,
-                list(map(self._adapt_message, messages)),
+                [self._adapt_message(message, images=bool(context.images)) for message in messages],
                 tools=context.tools,
                 add_generation_prompt=generation_prompt,
                 **{**self._settings.chat_template_kwargs, **context.kwargs},
@@ -141,8 +141,8 @@ class ChatTemplate:
                     return as_text, absent
         return None
 
-    def _adapt_message(self, message: Message) -> Message:
-        """A message in the form that the template expects."""
+    def _adapt_message(self, message: Message, *, images: bool) -> Message:
+        """A message in the form that the template expects; ``images``: its content may have places for some."""
         reasoning = reasoning_of(message)
         if reasoning and self.reasoning_key is not None and self.reasoning_key not in message:
             rest = {key: value for key, value in message.items() if key not in REASONING}
@@ -151,7 +151,7 @@ class ChatTemplate:
         if "tool_calls" in message and not message["content"] and self._call_form is not None:
             rest = {key: value for key, value in message.items() if key != "content"}
             message = {**rest, **self._call_form[1]}
-        return _as_parts(message) if self._in_parts else message
+        return _as_parts(message) if self._in_parts or (images and IMAGE in message["content"]) else message
 
     def with_arguments(self, message: Message) -> Message:
         """A message whose tool arguments are objects or JSON text, as the template expects them."""
@@ -175,7 +175,12 @@ def _user_turn(text: str) -> list[Message]:
 
 
 def _as_parts(message: Message) -> Message:
-    return {**message, "content": [{"type": "text", "text": message.get("content") or ""}]}
+    """A message with content as a list of parts: texts, and images in their places."""
+    first, *texts = (message.get("content") or "").split(IMAGE)
+    parts = [{"type": "text", "text": first}] if first or not texts else []
+    for text in texts:
+        parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+    return {**message, "content": parts}
 
 
 def as_object(arguments: str | dict[str, Any]) -> dict[str, Any] | None:

@@ -183,7 +183,7 @@ def _read_opening(prompt: str | list[Message] | None) -> list[Message]:
     """Messages of a prompt, which is the user's message if it is text."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    return [] if prompt is None else read_messages(prompt, "prompt")
+    return [] if prompt is None else read_messages(prompt, "prompt", images=True)
 
 
 def _split_conversations(
@@ -191,7 +191,7 @@ def _split_conversations(
 ) -> tuple[list[Message], tuple[Message, ...]]:
     """The messages that all conversations share, and the one assistant message that ends each."""
     opening = _read_opening(prompt)
-    endings = [read_messages(response, name) for response, name in zip(responses, names, strict=True)]
+    endings = [read_messages(response, name, images=True) for response, name in zip(responses, names, strict=True)]
     for ending, name in zip(endings, names, strict=True):
         if not ending[-1].get(TRAIN, True):
             raise BadRow(f"{name} ends with a message that is not trained on (weight 0 or train false)")
@@ -241,14 +241,16 @@ def read_conversation(row: Mapping[str, Any], where: str) -> Conversation:
         if isinstance(prompt, str):
             return Conversation(prompt, rest[0], where, extra, context=context)
         return Conversation(prompt, rest, where, extra, scored=(0,), context=context)
-    return _split_turns(row, _read_opening(row["prompt"]), read_messages(row["completion"], "completion"), where, extra)
+    return _split_turns(
+        row, _read_opening(row["prompt"]), read_messages(row["completion"], "completion", images=True), where, extra
+    )
 
 
 def _read_dialogue(value: object) -> list[Message]:
     """The messages of a cell that holds a whole conversation."""
     if not isinstance(value, list):
         raise BadRow(f"messages is {kind_of(value)}, not a list of messages")
-    messages = read_messages(value, "messages")
+    messages = read_messages(value, "messages", images=True)
     _check_roles(messages)
     return messages
 
@@ -295,7 +297,9 @@ def read_prompt(row: Mapping[str, Any], where: str) -> Comparison:
     Columns of a comparison take precedence, then ``messages`` and ``prompt``.
     """
     if is_comparison(row):
-        return replace(read_comparison(row, where), responses=(), scores=None)
+        comparison = read_comparison(row, where)
+        _refuse_images(comparison.context)
+        return replace(comparison, responses=(), scores=None)
     if "messages" in row:
         name, messages = "messages", _read_dialogue(row["messages"])
         asking = [i for i, message in enumerate(messages) if message["role"] in ASKING]
@@ -305,7 +309,7 @@ def read_prompt(row: Mapping[str, Any], where: str) -> Comparison:
     elif "prompt" in row:
         name, value = "prompt", row["prompt"]
         if isinstance(value, list):
-            value = drop_train_key(read_messages(value, "prompt"))
+            value = drop_train_key(read_messages(value, "prompt", images=True))
             if value[-1]["role"] not in ASKING:
                 raise BadRow("the prompt does not end with a user message")
         elif not isinstance(value, str):
@@ -313,4 +317,10 @@ def read_prompt(row: Mapping[str, Any], where: str) -> Comparison:
     else:
         raise UnknownShape(f"no recognized shape: columns {columns_of(row)}")
     prompt, _, context = apply_context(row, value)
+    _refuse_images(context)
     return Comparison(prompt, (), where, other_columns(row, name, *CONTEXT_COLUMNS), context=context)
+
+
+def _refuse_images(context: Context) -> None:
+    if context.images:
+        raise BadRow("images, which are trained on and not sampled from; leave the column out")

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.formats import is_number
+from simpo.data.images import DIGESTS
 from simpo.data.rows import DataReport
 from simpo.data.settings import TokenizeSettings
 from simpo.data.shapes import canonical_rows, first_canonical
@@ -115,11 +116,13 @@ def shared_rows(train: Dataset, held_out: Dataset) -> tuple[int, int]:
 
 
 def _digests(rows: Dataset) -> Iterator[tuple[bytes, bytes]]:
-    """Digests of each row (prompt with responses) and of its prompt; through Arrow, because data sets may be large."""
-    for batch in rows.with_format("arrow").select_columns(["prompt_ids", "response_ids"]).iter(batch_size=1000):
-        for prompt, responses in zip(batch["prompt_ids"], batch["response_ids"], strict=True):
+    """Digests of each row (prompt with responses) and of its prompt, images included; through Arrow, for large data."""
+    columns = [name for name in ("prompt_ids", "response_ids", DIGESTS) if name in rows.column_names]
+    for batch in rows.with_format("arrow").select_columns(columns).iter(batch_size=1000):
+        images = batch[DIGESTS].to_pylist() if DIGESTS in columns else [None] * len(batch)
+        for prompt, responses, own in zip(batch["prompt_ids"], batch["response_ids"], images, strict=True):
             digests = []
-            digest = hashlib.blake2b(digest_size=16)
+            digest = hashlib.blake2b("".join(own or ()).encode(), digest_size=16)
             for ids in (prompt, *responses.values):
                 digest.update(ids.values.to_numpy().astype(np.int64).tobytes() + b"|")
                 digests.append(digest.digest())

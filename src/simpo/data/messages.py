@@ -26,28 +26,33 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 # Whether an assistant's message is trained on; chat templates never see this key.
 TRAIN = "train"
 _TRAIN_KEYS = ("weight", "train", "train_on_turn", "training")
+# Stands for an image in a message's content; Unicode reserves the character for such internal uses.
+IMAGE = "\ufdd0"
+# What other tools write for an image where content is text.
+_IMAGE_IN_TEXT = "<image>"
 _UNSUPPORTED = ("images", "image", "videos", "video", "audio", "audios", "train_detail", "training_detail")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-def read_messages(value: object, name: str) -> list[Message]:
+def read_messages(value: object, name: str, *, images: bool = False) -> list[Message]:
     """Check messages (a lone text is the assistant's) and bring them into one form.
 
     Null fields, which Arrow adds, and system messages without content are left out. Content is text: parts of text are
     joined, and a message with tool calls or reasoning and no content has ``""``. Tool calls are ``{"type", "function":
     {"name", "arguments"}, ...}``. The key ``train`` is present if the message says whether it is trained on. ``value``
-    is text, one message or a list of messages, which error messages call ``name``.
+    is text, one message or a list of messages, which error messages call ``name``. With ``images``, content may have
+    parts that are images, for which it holds :data:`IMAGE`.
     """
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     items = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
-    found = [message for item in items if (message := _read_message(item, name)) is not None]
+    found = [message for item in items if (message := _read_message(item, name, images)) is not None]
     if not found:
         raise BadRow(f"{name} has no messages")
     return found
 
 
-def _read_message(item: object, name: str) -> Message | None:
+def _read_message(item: object, name: str, images: bool) -> Message | None:
     if not isinstance(item, dict) or not isinstance(item.get("role"), str):
         raise BadRow(f"{name} holds something other than messages (role and content)")
     message = {key: value for key, value in item.items() if value is not None and not (key in REASONING and not value)}
@@ -62,7 +67,7 @@ def _read_message(item: object, name: str) -> Message | None:
         message["tool_calls"] = calls
     if message["role"] == "function":  # OpenAI's older name
         message["role"] = "tool"
-    content = _text(message.get("content"), name)
+    content = _text(message.get("content"), name, images=images)
     if content is None:
         if message["role"] in ("system", "developer"):
             if not message.get("tools"):
@@ -75,8 +80,11 @@ def _read_message(item: object, name: str) -> Message | None:
     return _normalize_train_key({**message, "content": content}, name)
 
 
-def _text(content: object, name: str, key: str = "content") -> str | None:
-    """The text of a message's content (or of another key), its parts joined; None if there is none."""
+def _text(content: object, name: str, key: str = "content", *, images: bool = False) -> str | None:
+    """The text of a message's content (or of another key), its parts joined; None if there is none.
+
+    ``images``: a part may be an image, for which the text has :data:`IMAGE`.
+    """
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -89,6 +97,11 @@ def _text(content: object, name: str, key: str = "content") -> str | None:
         if not isinstance(part, dict):
             raise BadRow(f"{name} has a message whose content is a list of {kind_of(part)}, not of parts")
         kind = part.get("type", "text")
+        if kind == "image" and images:
+            if other := next((key for key, value in part.items() if key != "type" and value), None):
+                raise BadRow(f"{name} has an image with {other!r}; put images into the column images, in their order")
+            texts.append(IMAGE)
+            continue
         if kind not in _TEXT_PARTS:
             raise BadRow(f"{name} has a content part of type {kind!r}; only text is supported")
         if not isinstance(part.get("text"), str):
@@ -219,8 +232,9 @@ def _cue_pattern(transcript: str) -> re.Pattern[str]:
 # ---- What applies to the whole conversation: the system message, tools and variables of the chat template.
 
 # Columns that are applied, and so are not among a row's other columns.
-CONTEXT_COLUMNS = ("system", "tools", "chat_template_kwargs")
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+IMAGE_COLUMNS = ("images", "image")
+CONTEXT_COLUMNS = ("system", "tools", "chat_template_kwargs", *IMAGE_COLUMNS)
+_MEDIA = ("video", "videos", "audio", "audios")
 # Columns that mean something to other toolkits' training and have no effect here.
 _WITHOUT_EFFECT = ("weight", "sample_weight", "label_probability", "functions", "documents", "context", "history")
 
@@ -233,11 +247,13 @@ class Context:
         tools: JSON schemas of the tools that may be called; None if there are none.
         kwargs: the row's own variables for the template.
         without_effect: names of the row's columns that have a usual meaning and no effect.
+        images: the cells of the images that the messages have places for, in order.
     """
 
     tools: list[Any] | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     without_effect: tuple[str, ...] = ()
+    images: tuple[Any, ...] = ()
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -255,7 +271,7 @@ def apply_context(
     follows it, as messages if the prompt has become a list of them; and the context.
     """
     if media := next((name for name in _MEDIA if row.get(name)), None):
-        raise BadRow(f"column {media!r}: only text is supported")
+        raise BadRow(f"column {media!r}: only text and images are supported")
     context = context_of(row)
     system, tools, rest = row.get("system"), context.tools, following
     if not isinstance(system, str | None):
@@ -273,8 +289,44 @@ def apply_context(
             prompt = [{**first, "content": system}, *prompt[1:]]
         else:
             raise BadRow("the column system differs from the conversation's system message")
+    images = images_of(row)
+    if images or isinstance(prompt, list):
+        prompt, rest = as_messages(prompt, rest)
+        prompt = _place_images(prompt, rest, len(images))
     without_effect = tuple(name for name in _WITHOUT_EFFECT if row.get(name) not in (None, [], {}, ""))
-    return prompt, rest, replace(context, tools=tools, without_effect=without_effect)
+    return prompt, rest, replace(context, tools=tools, without_effect=without_effect, images=tuple(images))
+
+
+def images_of(row: Mapping[str, Any]) -> list[Any]:
+    """The cells of a row's images."""
+    found = [value for name in IMAGE_COLUMNS if (value := row.get(name)) not in (None, [], "")]
+    if len(found) > 1:
+        raise BadRow(f"columns {' and '.join(IMAGE_COLUMNS)}: give one of them")
+    return [] if not found else found[0] if isinstance(found[0], list) else found
+
+
+def _place_images(prompt: list[Message], rest: Sequence[Message], count: int) -> list[Message]:
+    """The prompt's messages with a place for each of ``count`` images.
+
+    Without parts that are images, places are the texts ``<image>``; if there are none either, the images come first in
+    the first message of the user.
+    """
+    if any(message["role"] == "assistant" and IMAGE in message["content"] for message in [*prompt, *rest]):
+        raise BadRow("an image in a message of the assistant, which has to be text")
+    places = sum(message["content"].count(IMAGE) for message in [*prompt, *rest])
+    asking = [message for message in prompt if message["role"] == "user"]
+    if count and not places:
+        written = {**asking[0], "content": IMAGE * count + asking[0]["content"]} if asking else None
+        if places := sum(message["content"].count(_IMAGE_IN_TEXT) for message in asking):
+            prompt = [
+                {**one, "content": one["content"].replace(_IMAGE_IN_TEXT, IMAGE)} if one["role"] == "user" else one
+                for one in prompt
+            ]
+        elif written:
+            places, prompt = count, [written if one is asking[0] else one for one in prompt]
+    if places != count:
+        raise BadRow(f"{count} images and {places} places for them in the messages")
+    return prompt
 
 
 def as_messages(prompt: str | list[Message], following: Sequence[Response]) -> tuple[list[Message], list[Message]]:

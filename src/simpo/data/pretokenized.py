@@ -1,9 +1,9 @@
-"""Checks of data sets whose rows were tokenized elsewhere, before anything relies on their shape."""
+"""Checks of tokenized rows, which may come from elsewhere, before anything relies on their shape."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -73,3 +73,24 @@ def _lengths(column: Any, name: str, place: str, start: int) -> list[np.ndarray]
         ids = column.to_numpy(zero_copy_only=False)
         refuse((ids < 0) | (ids > _LARGEST_ID), "a number that no token has")
     return found
+
+
+def check_rankings(rows: Dataset, label: str) -> None:
+    """Refuse comparisons with one response, more than two without scores, or scores that do not fall.
+
+    The error names the row.
+    """
+    counts = pc.list_value_length(rows.with_format("arrow")["response_ids"]).to_pylist()
+    scores = rows.with_format("arrow")["scores"].to_pylist() if "scores" in rows.column_names else [None] * len(rows)
+    for row, (responses, row_scores) in enumerate(zip(counts, scores, strict=True)):
+        if responses < 2:
+            raise SimpoError(f"{label} row {row} has one response; at least two are compared")
+        if row_scores is None:
+            if responses > 2:
+                raise SimpoError(f"{label} row {row} has {responses} responses but no scores to rank them by")
+            continue
+        falling = (
+            all(a >= b for a, b in pairwise(row_scores)) and row_scores[0] > row_scores[-1]
+        )  # false if one of them is NaN
+        if len(row_scores) != responses or not falling:
+            raise SimpoError(f"{label} row {row}: scores must be one per response, the best first, and not all equal")

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from simpo.data.chat_template import NO_SYSTEM_ROLE, SENTINEL, ChatTemplate, EndOfTurn, as_object, end_of_turn
 from simpo.data.encoding import LiteralText
 from simpo.data.formats import Comparison, Conversation
-from simpo.data.messages import REASONING, Context, Message, Response, as_messages, reasoning_of, split_reasoning
+from simpo.data.messages import IMAGE, REASONING, Context, Message, Response, as_messages, reasoning_of, split_reasoning
 from simpo.data.rows import PART, BadRow
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
@@ -453,7 +453,8 @@ def _is_rendered(
 ) -> bool:
     """Whether the content of a message is in the prompt, unchanged or in a form of the template's own."""
     content = messages[place]["content"].strip()
-    if content in prompt or json.dumps(content, ensure_ascii=False)[1:-1] in prompt:
+    texts = [text.strip() for text in content.split(IMAGE)]
+    if all(text in prompt or json.dumps(text, ensure_ascii=False)[1:-1] in prompt for text in texts):
         return True
     return template.shows(_replaced(messages, place, {**messages[place], "content": SENTINEL}), [SENTINEL], context)
 

@@ -143,7 +143,7 @@ def columns_of(row: Mapping[str, Any]) -> str:
 
 
 def as_json(value: object) -> str:
-    """JSON text of any cell; values that JSON has no type for (dates, decimals) become text.
+    """JSON text of any cell; values that JSON has no type for (dates, decimals) become text, bytes a ``data:`` URL.
 
     ASCII only, because Arrow refuses the lone surrogates that JSON may hold.
     """
@@ -151,7 +151,8 @@ def as_json(value: object) -> str:
     def convert(value: Any) -> Any:
         if isinstance(value, np.ndarray | np.generic):
             return value.tolist()
-        return base64.b64encode(value).decode("ascii") if isinstance(value, bytes) else str(value)
+        value = getattr(value, "_repr_png_", lambda: value)()  # an image of Pillow's
+        return f"data:;base64,{base64.b64encode(value).decode('ascii')}" if isinstance(value, bytes) else str(value)
 
     return json.dumps(value, default=convert)
 

@@ -66,6 +66,9 @@ class TokenizeSettings:
     on_bad_row: Literal["skip", "error"] = setting(
         "skip", "Skip and count bad rows (an error above 1%), or stop at the first."
     )
+    image_folder: str | None = setting(
+        None, "Folder that relative paths of images start from (default: the working directory)."
+    )
     num_proc: int | None = setting(
         None, "Processes that tokenize (default: one per core, fewer for little data).", least=1
     )

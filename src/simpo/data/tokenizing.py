@@ -13,7 +13,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import pyarrow.compute as pc
@@ -34,6 +33,7 @@ from simpo.data.formats import (
     read_conversation,
     read_feedback,
 )
+from simpo.data.images import COLUMNS, IMAGES, ImageReader, text_tokenizer, undecoded
 from simpo.data.pretokenized import check_tokenized
 from simpo.data.rendering import Rendered, RenderedTurns, Renderer
 from simpo.data.rows import (
@@ -49,11 +49,13 @@ from simpo.data.rows import (
     is_used,
     rows_of,
 )
-from simpo.data.settings import TokenizeSettings, fit, fit_turns
+from simpo.data.settings import PROMPT_CUT, TURNS_CUT, TokenizeSettings, fit, fit_turns
 from simpo.data.shapes import FOREIGN_SHAPES, canonical, check_not_rendered, first_canonical
 from simpo.errors import SimpoError
 
 TOKENS = List(Value("int32"))
+OVERLONG_WITH_IMAGES = "longer than max_length, and rows with images are not cut"
+NO_PROCESSOR = "images, but no processor that reads them; use simpo train or sft, or a processor as processing_class"
 UNANSWERED_CUT = "messages after the last answer"
 _STATUS = "_status"
 # Part of every fingerprint: raise it when the ids made from the same rows and settings change.
@@ -71,7 +73,8 @@ class Prepared:
 
     Attributes:
         dataset: columns ``prompt_ids`` (list of int32, never empty), ``response_ids`` (list of lists of
-            int32, best first), ``where`` and ``extra`` (a JSON object of the row's other columns). Conversations
+            int32, best first), ``where`` and ``extra`` (a JSON object of the row's other columns); ``images`` and
+            ``image_digests`` where rows have images (:data:`simpo.data.images.COLUMNS`). Conversations
             for supervised fine-tuning also have ``scored`` (list of lists of bool, as long as ``response_ids``), K-wise
             comparisons ``scores`` (list of float, descending) and single responses ``label`` (bool).
         report: what happened to every row.
@@ -91,7 +94,8 @@ def prepare(
     Args:
         dataset: rows as :func:`simpo.data.sources.load_rows` gives them, or any data set with the same
             columns. One that has ``prompt_ids`` and ``response_ids`` is returned as it is.
-        tokenizer: a fast tokenizer. If it has a chat template, everything is rendered with it.
+        tokenizer: a fast tokenizer, or for rows with images a processor with one. If it has a chat template, everything
+            is rendered with it.
         settings: lengths, truncation and how to treat bad rows.
         label: names the data set in the report and in messages.
 
@@ -161,27 +165,6 @@ def is_feedback(dataset: Dataset) -> bool:
     return {"prompt", "completion", "label"} <= set(row) and not is_comparison(row)
 
 
-def check_rankings(rows: Dataset, label: str) -> None:
-    """Refuse comparisons with one response, more than two without scores, or scores that do not fall.
-
-    The error names the row.
-    """
-    counts = pc.list_value_length(rows.with_format("arrow")["response_ids"]).to_pylist()
-    scores = rows.with_format("arrow")["scores"].to_pylist() if "scores" in rows.column_names else [None] * len(rows)
-    for row, (count, row_scores) in enumerate(zip(counts, scores, strict=True)):
-        if count < 2:
-            raise SimpoError(f"{label} row {row} has one response; at least two are compared")
-        if row_scores is None:
-            if count > 2:
-                raise SimpoError(f"{label} row {row} has {count} responses but no scores to rank them by")
-            continue
-        falling = (
-            all(a >= b for a, b in pairwise(row_scores)) and row_scores[0] > row_scores[-1]
-        )  # false if one of them is NaN
-        if len(row_scores) != count or not falling:
-            raise SimpoError(f"{label} row {row}: scores must be one per response, the best first, and not all equal")
-
-
 def end_token_id(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> int:
     """The token that ends every response: the template's, or EOS as in the paper's code."""
     if not settings.paper_tokenization:
@@ -218,9 +201,15 @@ class Tokenization(ABC):
     shapes: ClassVar[str]
     answers: ClassVar[bool] = True
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, label: str) -> None:
-        self.settings, self.label = settings, label
-        self.bos = tokenizer.bos_token_id
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: TokenizeSettings,
+        label: str,
+        images: ImageReader | None = None,
+    ) -> None:
+        self.settings, self.label, self.images = settings, label, images
+        self.bos, self.end = tokenizer.bos_token_id, end_token_id(tokenizer, settings)
         self.encoder = Encoder(tokenizer)
         self._has_template = tokenizer.chat_template is not None
         self._frame = user_turn_frame(tokenizer) if self._has_template else None
@@ -273,7 +262,7 @@ class Tokenization(ABC):
         rows = rows_of(batch, indices, self.label)
         drafts = [draft for row, where in rows for draft in self._drafts(row, where)]
         ids = iter(self.encoder.encode_groups([draft.rendered for draft in drafts if draft.rendered is not None]))
-        columns: dict[str, list[Any]] = {name: [] for name in (*self.columns, "where", "extra", _STATUS)}
+        columns: dict[str, list[Any]] = {name: [] for name in self.features}
         for draft in drafts:
             values, status = draft.values, draft.status
             if draft.rendered is not None:
@@ -281,6 +270,8 @@ class Tokenization(ABC):
                     finished, outcome = self.finish(draft.rendered, next(ids))
                 except BadRow as bad:
                     finished, outcome = {}, [bad.entry]
+                if values.get(IMAGES) and not {f"cut: {PROMPT_CUT}", f"cut: {TURNS_CUT}"}.isdisjoint(outcome):
+                    outcome = [f"dropped: {OVERLONG_WITH_IMAGES}"]
                 if not is_used(outcome):
                     status = [entry for entry in status if entry == PART or entry.startswith("split: ")]
                 values, status = {**values, **finished}, [*status, *outcome]
@@ -294,16 +285,25 @@ class Tokenization(ABC):
             if self._has_template:
                 check_not_rendered(row, self._frame)
             content = self.read(row, where)
+            if (images := content.context.images) and self.images is None:
+                raise BadRow(NO_PROCESSOR)
             found = self.render(content)
             for rendered in found:
                 check_unicode("".join(rendered.texts))
+            illustrated = self.images.illustrated(found, images) if self.images else [(one, {}) for one in found]
         except BadRow as bad:
             return [_Draft(None, {"where": where, "extra": "{}"}, [bad.entry])]
         values = {**self.values(content), "where": where, "extra": as_json(content.extra)}
-        drafts = [_Draft(rendered, values, list(rendered.status)) for rendered in found]
+        drafts = [_Draft(rendered, {**values, **own}, list(rendered.status)) for rendered, own in illustrated]
         if read:  # which is reported once for each row
             drafts[0].status.insert(0, f"read: {read}")
         return drafts
+
+    @property
+    def features(self) -> Features:
+        """The columns that rows are mapped to."""
+        text, images = Value("string"), {} if self.images is None else COLUMNS
+        return Features({**self.columns, **images, "where": text, "extra": text, _STATUS: List(text)})
 
 
 class Comparisons(Tokenization):
@@ -312,10 +312,6 @@ class Comparisons(Tokenization):
     columns: ClassVar = {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "scores": List(Value("float64"))}
     noun = "comparisons"
     shapes = f"{COMPARISON_SHAPES}; for objectives kto and bco also {{prompt, completion, label}}"
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, label: str) -> None:
-        super().__init__(tokenizer, settings, label)
-        self._end = end_token_id(tokenizer, settings)
 
     def read(self, row: Mapping[str, Any], where: str) -> Comparison:  # noqa: D102
         return read_comparison(row, where)
@@ -334,7 +330,7 @@ class Comparisons(Tokenization):
         responses = []
         for answer, whole in zip(rendered.answers, ids[1:], strict=True):
             response = self.encoder.encode_following(ids[0], answer.text, whole, rendered.marker)
-            end = self._end if self.settings.paper_tokenization else answer.end.token_id
+            end = self.end if self.settings.paper_tokenization else answer.end.token_id
             responses.append(response if response[-1:] == [end] else [*response, end])
         if len(set(map(tuple, responses))) < len(responses):
             raise BadRow("identical responses")
@@ -410,7 +406,9 @@ def _prepare(
     """Tokenize a data set, unless it has ``prompt_ids`` and ``response_ids`` already."""
     check_dataset(dataset, label)
     if not {"prompt_ids", "response_ids"} <= set(dataset.column_names):
-        return tokenize(dataset, tokenizer, kind(tokenizer, settings, label))
+        given, tokenizer = tokenizer, text_tokenizer(tokenizer)
+        images = None if given is tokenizer else ImageReader(given, settings.image_folder)
+        return tokenize(undecoded(dataset), tokenizer, kind(tokenizer, settings, label, images))
     check_tokenized(dataset, label)
     report = DataReport(label, rows=len(dataset), used=len(dataset), noun=kind.noun)
     report.notices.append("already tokenized: taken as it is")
@@ -424,7 +422,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization:
     """
     settings, label = tokenization.settings, tokenization.label
     fingerprint = _fingerprint(dataset, tokenizer, tokenization)
-    dataset, text = dataset.with_format(None), Value("string")
+    dataset = dataset.with_format(None)
     _check_shapes(dataset, tokenization)
     mapped = cached(
         lambda: dataset.map(
@@ -433,7 +431,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization:
             batch_size=_BATCH,
             with_indices=True,
             remove_columns=dataset.column_names,
-            features=Features({**tokenization.columns, "where": text, "extra": text, _STATUS: List(text)}),
+            features=tokenization.features,
             num_proc=_processes(len(dataset), settings.num_proc),
             new_fingerprint=fingerprint,
             cache_file_name=map_cache_file(fingerprint),
@@ -484,6 +482,7 @@ def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenizat
     """Key of the cache: everything that the ids and statuses depend on."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     del backend["padding"], backend["truncation"]  # which calls switch on and off
+    images = tokenization.images
     parts = [
         _FORMAT,
         tokenization.noun,
@@ -493,6 +492,7 @@ def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenizat
         backend,
         tokenizer.chat_template,
         {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+        None if images is None else images.fingerprint(dataset),
     ]
     # Half a digest: datasets appends the process number and allows 64 characters in all.
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -20,7 +20,7 @@ from simpo.runs import manifest
 _FILES = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
-    *("chat_template.jinja", "README.md", "results.json", "LICENSE*"),
+    *("chat_template.jinja", "*processor_config.json", "README.md", "results.json", "LICENSE*"),
 )
 _DENIED = (401, 403)
 

@@ -24,11 +24,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.models.llama import modeling_llama
 
@@ -309,6 +311,30 @@ def load_tokenizer(
         with third_party(f"chat_template: {chat_template[:80]!r} is neither a template nor a file of one"):
             tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
     return tokenizer
+
+
+def load_processor(
+    name: str, arguments: ModelArguments | None = None, *, chat_template: str | None = None
+) -> ProcessorMixin:
+    """The processor of a vision-language model, with the tokenizer that :func:`load_tokenizer` returns.
+
+    Raises:
+        SimpoError: as of :func:`load_tokenizer`, or the model has no processor.
+    """
+    arguments = _with_name(name, arguments)
+    tokenizer = load_tokenizer(name, arguments, chat_template=chat_template)
+    try:
+        processor = load_files(AutoProcessor, arguments)
+    except SimpoError:
+        if (adapter := find_adapter(name, arguments.model_revision)) is None:
+            raise
+        processor = load_files(AutoProcessor, base_arguments(adapter, arguments))
+    if not isinstance(processor, ProcessorMixin):
+        raise SimpoError(f"model_name_or_path: {name!r} has no processor, which rows with images need")
+    processor.tokenizer = tokenizer
+    if chat_template is not None:
+        processor.chat_template = tokenizer.chat_template
+    return processor
 
 
 def round_weights(folder: Path, dtype: str) -> None:

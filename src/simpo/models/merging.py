@@ -10,11 +10,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from transformers import PreTrainedModel
+from transformers.utils import PROCESSOR_NAME
 
 from simpo.errors import SimpoError, third_party
 from simpo.models.adapters import PARTS_TIED, changes_tied_weights, find_adapter
 from simpo.models.checkpoint import display_name
-from simpo.models.loading import check_folder, load_model, load_tokenizer, round_weights
+from simpo.models.loading import check_folder, load_model, load_processor, load_tokenizer, round_weights
 from simpo.models.reward import load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import staged_folder
@@ -40,14 +41,15 @@ def write_merged(arguments: ModelArguments, folder: Path) -> None:
     model: Any = load_reward_model(arguments) if reward else load_model(name, arguments)
     if not isinstance(model, PeftModel):
         raise SimpoError(f"{name} is not an adapter: it has no adapter_config.json, so there is nothing to merge")
-    tokenizer = load_tokenizer(name, arguments)
+    load: Any = load_processor if (Path(name) / PROCESSOR_NAME).is_file() else load_tokenizer
+    processing = load(name, arguments)
     base = str(model.peft_config["default"].base_model_name_or_path)
     merged = merge(model)
     with staged_folder(folder) as staging:
         merged.save_pretrained(staging)
         if arguments.save_dtype is not None:
             round_weights(staging, arguments.save_dtype)
-        tokenizer.save_pretrained(staging)
+        processing.save_pretrained(staging)
         _card(name, base, folder.resolve().name).save(staging / "README.md")
 
 

@@ -11,16 +11,18 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from simpo.data.images import DIGESTS, IMAGES, ImageReader
 from simpo.errors import SimpoError
 from simpo.models.checkpoint import Limits
 from simpo.packing.batching import MicroBatch, RowSizes, StepPlan
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.rope import LengthRule
-from simpo.packing.selfcheck import Path
+from simpo.packing.selfcheck import Path, rows_to_check
+from simpo.training.images import image_tensors, rows_with_images
 from simpo.training.settings import TrainingSettings
 
 # Optional columns of a tokenized data set that training adds.
@@ -36,8 +38,9 @@ _LISTS = (REF_LOGPS, LEVELS, BEHAVIOR, REF_TOKENS, ADVANTAGES, VALUES, RETURNS)
 _NUMBERS = (LABEL_PROBABILITY, MARGIN, BETA, ROLLOUT)
 _COLUMNS = (
     *("prompt_ids", "response_ids", "scored", "scores", "label"),
-    *(MISMATCHED_IDS, MISMATCHED_REF_LOGP, *_LISTS, *_NUMBERS),
+    *(IMAGES, DIGESTS, MISMATCHED_IDS, MISMATCHED_REF_LOGP, *_LISTS, *_NUMBERS),
 )
+_ILLUSTRATED = 2  # rows with images among those by which the fast path is checked
 _ROWS_NAMED = 5  # in an error message about several rows
 
 
@@ -167,7 +170,8 @@ class PlannedBatch(NamedTuple):
 class ComparisonRows(TorchDataset):
     """Tokenized rows, indexed by planned micro-batches instead of single rows; its length is the number of rows."""
 
-    def __init__(self, rows: Dataset) -> None:
+    def __init__(self, rows: Dataset, reader: ImageReader | None = None) -> None:
+        self._reader = reader
         self.rows = rows.select_columns([name for name in _COLUMNS if name in rows.column_names])
 
     def __len__(self) -> int:
@@ -176,16 +180,17 @@ class ComparisonRows(TorchDataset):
     def __getitem__(self, item: tuple[MicroBatch, float]) -> PlannedBatch:
         micro, step_weight = item
         columns = self.rows[list(micro.rows)]
+        comparisons = _comparisons(columns, self._reader)
         counts = torch.tensor([len(responses) for responses in columns["response_ids"]])
         scores, mismatched = columns.get("scores"), None
         if scores is not None:  # a pair among rankings has none, and its first response is the better one
             scores = _flat([(0.0, -math.inf) if own is None else own for own in scores])
         if MISMATCHED_IDS in columns:
-            prompts = zip(columns["prompt_ids"], columns[MISMATCHED_IDS], strict=True)
-            others = [TokenizedComparison(prompt, [response]) for prompt, response in prompts]
+            prompts = zip(comparisons, columns[MISMATCHED_IDS], strict=True)
+            others = [TokenizedComparison(one.prompt_ids, [ids], images=one.images) for one, ids in prompts]
             mismatched = PackedBatch.build(others, micro.weights)
         return PlannedBatch(
-            PackedBatch.build(_comparisons(columns), micro.weights),
+            PackedBatch.build(comparisons, micro.weights),
             micro.rows,
             step_weight,
             OrderedPairs.of(counts, scores),
@@ -210,14 +215,25 @@ def _flat(lists: Sequence[Sequence[float]] | None) -> Tensor | None:
     return None if lists is None else _doubles(list(chain.from_iterable(lists)))
 
 
-def comparisons_of(rows: Dataset, numbers: Sequence[int]) -> list[TokenizedComparison]:
-    """Rows ``numbers`` of a tokenized data set, with its masks if it has the column ``scored``."""
-    return _comparisons(rows[list(numbers)])
+def comparisons_of(
+    rows: Dataset, numbers: Sequence[int], reader: ImageReader | None = None
+) -> list[TokenizedComparison]:
+    """Rows ``numbers`` of a tokenized data set, with its masks if it has the column ``scored``, and their images."""
+    return _comparisons(rows[list(numbers)], reader)
 
 
-def _comparisons(columns: Mapping[str, Any]) -> list[TokenizedComparison]:
+def comparisons_to_check(
+    model: nn.Module, rows: Dataset, reader: ImageReader | None = None
+) -> list[TokenizedComparison]:
+    """The rows that the self-check chooses from: the first ones, the longest, and some with images if there are any."""
+    numbers = rows_to_check(model, row_sizes(rows, "packed").lengths.tolist())
+    return comparisons_of(rows, sorted({*numbers, *rows_with_images(rows)[:_ILLUSTRATED].tolist()}), reader)
+
+
+def _comparisons(columns: Mapping[str, Any], reader: ImageReader | None) -> list[TokenizedComparison]:
     masks = columns.get("scored", [None] * len(columns["prompt_ids"]))
-    return list(map(TokenizedComparison, columns["prompt_ids"], columns["response_ids"], masks))
+    images = image_tensors(columns, reader)
+    return list(map(TokenizedComparison, columns["prompt_ids"], columns["response_ids"], masks, images))
 
 
 class PlanSampler(Sampler):
@@ -241,13 +257,19 @@ def collate(batches: Sequence[PlannedBatch]) -> dict[str, Any]:
     return {"micro_batches": list(batches)}
 
 
-def step_loader(rows: Dataset, plan: StepPlan, epoch: Callable[[], int], args: TrainingSettings) -> DataLoader:
+def step_loader(
+    rows: Dataset,
+    plan: StepPlan,
+    epoch: Callable[[], int],
+    args: TrainingSettings,
+    reader: ImageReader | None = None,
+) -> DataLoader:
     """This rank's micro-batches of every step; ``epoch()`` returns the epoch that starts.
 
     accelerate must not prepare it: the plan has already distributed the rows, and none may be repeated.
     """
     return DataLoader(
-        ComparisonRows(rows),  # type: ignore[arg-type]
+        ComparisonRows(rows, reader),  # type: ignore[arg-type]
         batch_sampler=PlanSampler(plan, epoch, args.process_index),
         collate_fn=collate,
         # its own generator, so that an evaluation between two steps does not change what dropout draws

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from simpo.data.images import text_tokenizer
 from simpo.packing.model import policy_logprobs
 from simpo.runs.lines import write_lines
 from simpo.runs.manifest import write_digest
@@ -33,11 +34,18 @@ def write_examples(path: Path, trainer: PackedTrainer) -> None:
     chosen = sorted(np.random.default_rng(trainer.args.seed).permutation(len(rows))[:count].tolist())
     rows = rows.select(chosen)
     logps = iter(()) if trainer.pipeline != "text-generation" else iter(_logps(trainer, rows))
-    tokenizer = trainer.processing_class
+    tokenizer = text_tokenizer(trainer.processing_class)
     if trainer.is_world_process_zero() and isinstance(tokenizer, PreTrainedTokenizerBase):
         decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        write_lines(path, (_line(row, number, decode, logps) for row, number in zip(rows, chosen, strict=True)))
+        image = getattr(trainer.model.config, "image_token_id", None)
+        shown = (row | {"prompt_ids": _without_repeats(row["prompt_ids"], image)} for row in rows)
+        write_lines(path, (_line(row, number, decode, logps) for row, number in zip(shown, chosen, strict=True)))
         write_digest(path)
+
+
+def _without_repeats(ids: list[int], image: int | None) -> list[int]:
+    """Ids with a single token for each image."""
+    return ids[:1] + [token for before, token in pairwise(ids) if token != image or before != image]
 
 
 def _logps(trainer: PackedTrainer, rows: Any) -> list[float]:

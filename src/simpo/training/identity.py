@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from simpo.data.images import DIGESTS
 from simpo.models.checkpoint import model_digest
 from simpo.models.settings import ModelArguments
 from simpo.runs import manifest
@@ -23,7 +24,7 @@ from simpo.training.settings import DataArguments
 _NO_INFLUENCE = {
     *("accept_changes", "guard"),
     *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
-    *("dataset_num_proc", "ddp_timeout", "disable_tqdm", "do_eval", "do_predict", "do_train"),
+    *("image_folder", "dataset_num_proc", "ddp_timeout", "disable_tqdm", "do_eval", "do_predict", "do_train"),
     *("log_level", "log_level_replica", "log_on_each_node", "output_dir"),
     *("per_device_eval_batch_size", "per_device_train_batch_size"),  # the rows per step count
     *("project", "reference_cache", "report_to", "resume_from_checkpoint", "run_name", "trackio_space_id"),
@@ -68,10 +69,10 @@ def checkpoint_from_recipe(config: Any) -> str | None:
 
 
 def rows_digest(rows: Dataset) -> str:
-    """SHA-256 of the token ids, of which are scored, and of scores, labels and other numbers, row by row in order."""
+    """SHA-256 of the token ids, of which are scored, of images, scores, labels and numbers, row by row in order."""
     columns = [name for name in ("prompt_ids", "response_ids", "scored") if name in rows.column_names]
     digest = hashlib.sha256()
-    for name in ("scores", "label", LEVELS, WEIGHT, LABEL_PROBABILITY, MARGIN, BETA):
+    for name in ("scores", "label", DIGESTS, LEVELS, WEIGHT, LABEL_PROBABILITY, MARGIN, BETA):
         if name in rows.column_names:
             digest.update(json.dumps([name, rows[name][:]]).encode())
     for batch in rows.select_columns(columns).with_format("arrow").iter(1000):

@@ -88,7 +88,7 @@ class OnlineTrainer(PreferenceTrainer):
     """
 
     config_type = OnlineConfig  # type: ignore[assignment]
-    command, row_noun = "online", "prompts"
+    command, row_noun, takes_images = "online", "prompts", False
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 
+from simpo.data.images import text_tokenizer
 from simpo.data.rows import as_dataset
 from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError
@@ -27,14 +28,14 @@ from simpo.models.adapters import check_adapter
 from simpo.models.checkpoint import Limits
 from simpo.models.devices import check_liger, compile_layers, explain_oom
 from simpo.models.loading import load_model
-from simpo.models.preparation import disable_dropout, freeze_parts_unused_by_text, keep_gradients
+from simpo.models.preparation import disable_dropout, keep_gradients
 from simpo.models.settings import ModelArguments
 from simpo.objectives import Responses
 from simpo.packing.batching import RowSizes, StepPlan, check_budget, default_batch_tokens
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import ForwardPath, choose_path, policy_forward, prepare_policy, resolve_path, state_of
 from simpo.packing.routing import balance_weight, record_routing
-from simpo.packing.selfcheck import Path, rows_to_check
+from simpo.packing.selfcheck import Path
 from simpo.runs.results import Metric
 from simpo.training.batches import (
     ComparisonRows,
@@ -43,6 +44,7 @@ from simpo.training.batches import (
     check_rows,
     collate,
     comparisons_of,
+    comparisons_to_check,
     describe_rows,
     response_counts,
     row_sizes,
@@ -51,6 +53,7 @@ from simpo.training.batches import (
 )
 from simpo.training.callbacks import CheckpointShare, RunCallback
 from simpo.training.checkpoints import ResumableTrainer
+from simpo.training.images import image_reader
 from simpo.training.metrics import RowMetrics, RunningMeans, Scores, mean_metrics, scores_of
 from simpo.training.settings import TrainingSettings
 
@@ -84,7 +87,7 @@ class PackedTrainer(ResumableTrainer):
         args: the configuration; the defaults of ``config_type`` if not given.
         train_dataset: rows in any shape that :mod:`simpo.data` recognizes, or already tokenized.
         eval_dataset: the same, or several by name.
-        processing_class: the tokenizer; needed unless the data is tokenized.
+        processing_class: the tokenizer, or for rows with images the processor; needed unless the data is tokenized.
         callbacks: as for ``Trainer``.
         optimizers: as for ``Trainer``.
 
@@ -96,6 +99,7 @@ class PackedTrainer(ResumableTrainer):
     config_type: ClassVar[type[TrainingSettings]]
     command: ClassVar[str]  # that runs this kind of training
     row_noun: ClassVar[str]  # name of its rows, in the plural
+    takes_images: ClassVar[bool] = False
     pipeline: ClassVar[str] = "text-generation"  # the hub's name for the task of such a model
 
     def __init__(
@@ -104,7 +108,7 @@ class PackedTrainer(ResumableTrainer):
         args: TrainingSettings | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -113,15 +117,16 @@ class PackedTrainer(ResumableTrainer):
             model = self.load(model)
         if isinstance(model, PeftModel):
             check_adapter(model)
-        freeze_parts_unused_by_text(model)
         keep_gradients(model)
         if args.disable_dropout:
             disable_dropout(model)
         if args.use_liger_kernel:
             check_liger(model, args.liger_kernel_config)
+        processing_class = processing_class if self.takes_images else text_tokenizer(processing_class)
         train_dataset = self._tokenized(train_dataset, processing_class, args, "train")
         held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         held_out = {name: self._tokenized(rows, processing_class, args, name) for name, rows in held_out.items()}
+        self.images = image_reader(model, processing_class, (train_dataset, *held_out.values()), args)
         super().__init__(
             model=model,
             args=args,
@@ -237,7 +242,7 @@ class PackedTrainer(ResumableTrainer):
                 "step, so nothing would be trained; lower per_device_train_batch_size"
             )
         # the trainer's own step count says which epoch starts, also after a resume
-        return step_loader(rows, plan, lambda: self.state.global_step // max(plan.steps, 1), self.args)
+        return step_loader(rows, plan, lambda: self.state.global_step // max(plan.steps, 1), self.args, self.images)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
         """Rows in their order, ``per_device_eval_batch_size`` per rank and element."""
@@ -249,7 +254,8 @@ class PackedTrainer(ResumableTrainer):
         rows = self._tokenized(rows, self.processing_class, self.args, "eval")
         check_rows(Limits.of(self.model.config), rows, "eval")
         rows = self.completed(rows)
-        return step_loader(rows, self._plan(rows, self.args.eval_batch_size, training=False), lambda: 0, self.args)
+        plan = self._plan(rows, self.args.eval_batch_size, training=False)
+        return step_loader(rows, plan, lambda: 0, self.args, self.images)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """As :meth:`get_eval_dataloader`."""
@@ -284,8 +290,7 @@ class PackedTrainer(ResumableTrainer):
             rows = next(iter(self.eval_dataset.values())) if isinstance(self.eval_dataset, dict) else self.eval_dataset
         if rows is None:
             return self.args.forward_path
-        checked = rows_to_check(model, row_sizes(rows, "packed").lengths.tolist())
-        sample = PackedBatch.build(comparisons_of(rows, checked))
+        sample = PackedBatch.build(comparisons_to_check(model, rows, self.images))
         with self.accelerator.autocast(), self.forwards():
             choose_path(model, sample)
         path = resolve_path(model, sample, self.args.forward_path)
@@ -411,7 +416,7 @@ class PackedTrainer(ResumableTrainer):
         return sorted(set(gather_object(rows) if self.args.world_size > 1 else rows))  # fillers occur several times
 
     def _has_finite_gradient(self, row: int) -> bool:
-        batch = ComparisonRows(self.step_rows).unplanned_batch([row])
+        batch = ComparisonRows(self.step_rows, self.images).unplanned_batch([row])
         with self.compute_loss_context_manager():
             loss = self.compute_loss(self.model, batch)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -488,7 +493,7 @@ class PackedTrainer(ResumableTrainer):
         with torch.no_grad(), self.accelerator.autocast(), self.forwards():
             for step in PlanSampler(plan, lambda: 0, self.args.process_index):
                 for micro, _ in step:
-                    found = compute(PackedBatch.build(comparisons_of(rows, micro.rows)).to(device))
+                    found = compute(PackedBatch.build(comparisons_of(rows, micro.rows, self.images)).to(device))
                     if any(micro.weights):  # not a filler
                         index = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in micro.rows])
                         values[torch.from_numpy(index).to(device)] = found.to(values)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.tokenizing import Prepared, check_rankings, is_feedback, prepare, prepare_feedback
+from simpo.data.pretokenized import check_rankings
+from simpo.data.tokenizing import Prepared, is_feedback, prepare, prepare_feedback
 from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES, Objective, Responses, reference_point, sft_term
 from simpo.objectives.objective import NON_NEGATIVE, POSITIVE, Bound
@@ -64,7 +65,7 @@ class PreferenceTrainer(PackedTrainer):
     """
 
     config_type = PreferenceConfig
-    command, row_noun = "train", "pairs"
+    command, row_noun, takes_images = "train", "pairs", True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

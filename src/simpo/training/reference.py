@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from simpo.data.images import DIGESTS, IMAGES
 from simpo.data.tokenizing import TOKENS
 from simpo.errors import SimpoError, third_party
 from simpo.models.adapters import unchanged_base_weights
@@ -306,8 +307,13 @@ def with_mismatched(rows: Dataset, max_length: int, label: str) -> Dataset:
     if MISMATCHED_IDS in rows.column_names:
         return rows
     numbers: dict[bytes, int] = {}
-    prompts = (ids for batch in rows.select_columns("prompt_ids").iter(1000) for ids in batch["prompt_ids"])
-    prompt_of = np.array([numbers.setdefault(np.array(ids, np.int32).tobytes(), len(numbers)) for ids in prompts])
+    batches = rows.select_columns([name for name in ("prompt_ids", DIGESTS) if name in rows.column_names]).iter(1000)
+    prompts = (
+        np.array(ids, np.int32).tobytes() + "".join(images or ()).encode()
+        for batch in batches
+        for ids, images in zip(batch["prompt_ids"], batch.get(DIGESTS) or [()] * len(batch["prompt_ids"]), strict=True)
+    )
+    prompt_of = np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts])
     if not prompt_of.any():
         raise SimpoError(
             f"{label}: all prompts are the same, and KTO's reference point needs responses to other prompts"
@@ -342,7 +348,8 @@ def _partners(prompt_of: np.ndarray, room: np.ndarray, sizes: np.ndarray) -> np.
 
 def mismatched_rows(rows: Dataset) -> Dataset:
     """Every prompt of ``rows`` with its mismatched response only, as tokenized rows."""
-    table = rows.select_columns(["prompt_ids", MISMATCHED_IDS]).with_format("arrow")[:]
+    kept = [name for name in ("prompt_ids", IMAGES, DIGESTS) if name in rows.column_names]
+    table = rows.select_columns([*kept, MISMATCHED_IDS]).with_format("arrow")[:]
     responses = table[MISMATCHED_IDS].combine_chunks()
     alone = pa.ListArray.from_arrays(np.arange(len(rows) + 1, dtype=np.int32), responses)
-    return Dataset(pa.table({"prompt_ids": table["prompt_ids"], "response_ids": alone}))
+    return Dataset(pa.table({**{name: table[name] for name in kept}, "response_ids": alone}))

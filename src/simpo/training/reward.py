@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from simpo.data.tokenizing import Prepared, check_rankings, is_feedback, prepare
+from simpo.data.pretokenized import check_rankings
+from simpo.data.tokenizing import Prepared, is_feedback, prepare
 from simpo.errors import SimpoError
 from simpo.models.reward import choose_padding, load_reward_model
 from simpo.models.settings import ModelArguments

@@ -11,16 +11,17 @@ from typing import Any
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from simpo.data.images import has_images, text_tokenizer
 from simpo.data.inspection import shared_rows
 from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError, third_party
 from simpo.models.adapters import describe_adapter
 from simpo.models.devices import from_main
 from simpo.models.hub import check_target, files_to_push, push
-from simpo.models.loading import load_tokenizer, round_weights
+from simpo.models.loading import load_processor, load_tokenizer, round_weights
 from simpo.models.settings import ModelArguments
 from simpo.runs.atomic import provisional, staged_files
 from simpo.runs.folder import RunFolder
@@ -120,7 +121,7 @@ def _prepare(
     """Everything that can fail before the first write: the trainer, metrics of the data, and the run's identity."""
     config = job.config
     with config.main_process_first(desc="reading and tokenizing the data"):  # the others find it in the cache
-        tokenizer, raw, prepared = prepare_data(kind, job)
+        processing, raw, prepared = prepare_data(kind, job)
     metrics = []
     for part in prepared.values():
         for line in part.report.lines():
@@ -133,7 +134,7 @@ def _prepare(
         folder.log(f"no held-out {kind.row_noun} are named (eval_dataset_name): training without evaluation")
         config.eval_strategy, config.do_eval = type(config.eval_strategy)("no"), False
     for callback in job.run_callbacks:
-        callback.prepare(config, tokenizer, raw.get("eval"), folder.log)
+        callback.prepare(config, text_tokenizer(processing), raw.get("eval"), folder.log)
     checkpoint = checkpoint_from_recipe(config)
     if checkpoint is not None:
         check_complete(Path(checkpoint))
@@ -148,7 +149,7 @@ def _prepare(
             args=config,
             train_dataset=train,
             eval_dataset=held_out,
-            processing_class=tokenizer,
+            processing_class=processing,
             callbacks=list(job.callbacks),
         )
     for callback in job.run_callbacks:
@@ -164,14 +165,16 @@ def _prepare(
     return trainer, metrics, identity
 
 
-def prepare_data(
-    kind: type[PackedTrainer], job: TrainingJob
-) -> tuple[PreTrainedTokenizerBase, dict[str, Dataset], dict[str, Prepared]]:
-    """The tokenizer, and the rows for ``train`` and, if there are any, ``eval``: as they were read, and tokenized."""
-    tokenizer = load_tokenizer(job.model.model_name_or_path, job.model, chat_template=job.data.chat_template)
+def prepare_data(kind: type[PackedTrainer], job: TrainingJob) -> tuple[Any, dict[str, Dataset], dict[str, Prepared]]:
+    """The tokenizer, and the rows for ``train`` and, if there are any, ``eval``: as they were read, and tokenized.
+
+    For rows with images it is the processor.
+    """
     found = zip(("train", "eval"), load_datasets(job.data), strict=True)
     raw = {label: rows for label, rows in found if rows is not None}
-    return tokenizer, raw, {label: kind.prepare(rows, tokenizer, job.config, label) for label, rows in raw.items()}
+    load = load_processor if kind.takes_images and any(map(has_images, raw.values())) else load_tokenizer
+    processing: Any = load(job.model.model_name_or_path, job.model, chat_template=job.data.chat_template)
+    return processing, raw, {label: kind.prepare(rows, processing, job.config, label) for label, rows in raw.items()}
 
 
 def _overlap(train: Dataset, held_out: Dataset, noun: str, folder: RunFolder) -> list[Metric]:

@@ -75,6 +75,7 @@ class TrainingSettings(TrainingArguments):
         None, "Variables for the chat template, e.g. {enable_thinking: false}; a row's own come first."
     )
     system_message: Literal["template", "fold"] = setting_of(RenderSettings, "system_message")
+    image_folder: str | None = setting_of(TokenizeSettings, "image_folder")
     on_bad_row: Literal["skip", "error"] = setting_of(TokenizeSettings, "on_bad_row")
     dataset_num_proc: int | None = setting_of(TokenizeSettings, "num_proc")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.chat_template import end_of_turn
+from simpo.data.images import text_tokenizer
 from simpo.data.tokenizing import Prepared, prepare_sft
 from simpo.objectives import Responses
 from simpo.runs.results import Metric
@@ -34,14 +35,14 @@ class SFTTrainer(PackedTrainer):
 
     metric_names = ("loss",)
     config_type = SFTConfig
-    command, row_noun = "sft", "conversations"
+    command, row_noun, takes_images = "sft", "conversations", True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.processing_class is None:
             return
         # Generation should stop where the model learns to: a base model's settings lack the template's token.
-        end, settings = end_of_turn(self.processing_class), self.model.generation_config
+        end, settings = end_of_turn(text_tokenizer(self.processing_class)), self.model.generation_config
         known = settings.eos_token_id
         ids = [] if known is None else known if isinstance(known, list) else [known]
         if end.token_id not in ids:

@@ -1,0 +1,211 @@
+"""Images of rows: how they are read, their places in messages, and what a model's processor makes of them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image, List, Value
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_utils import load_image
+
+from simpo.data.messages import IMAGE_COLUMNS, images_of
+from simpo.data.rendering import Rendered
+from simpo.data.rows import BadRow, rows_of
+from simpo.errors import SimpoError, one_line
+
+IMAGES, DIGESTS = "images", "image_digests"
+# Columns of tokenized rows: encoded bytes, or the path of a file with them, and their SHA-256.
+COLUMNS = {IMAGES: List({"path": Value("string"), "bytes": Value("binary")}), DIGESTS: List(Value("string"))}
+# What a processor returns in addition to the images themselves.
+_TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
+_BATCH = 1000
+
+Reference = dict[str, Any]
+
+
+class ImageReader:
+    """Reads images with a model's processor.
+
+    Args:
+        processor: of a vision-language model.
+        folder: that relative paths start from.
+
+    Raises:
+        SimpoError: the processor has no token that stands for an image.
+    """
+
+    def __init__(self, processor: ProcessorMixin, folder: str | None = None) -> None:
+        self.processor: Any = processor
+        self._folder = Path(folder or ".").expanduser()
+        self.token: str = getattr(processor, "image_token", None) or ""
+        if not self.token or not hasattr(processor, "image_processor"):
+            raise SimpoError(f"processing_class: a {type(processor).__name__} names no token that stands for an image")
+
+    # ---- From a row's cells to text.
+
+    def illustrated(self, found: Sequence[Rendered], values: Sequence[Any]) -> list[tuple[Rendered, dict[str, Any]]]:
+        """The rendered texts of a row with its images in them, and the :data:`COLUMNS` of each.
+
+        Raises:
+            BadRow: an image cannot be read, or the template does not render as many as there are.
+        """
+        if not values:
+            return [(rendered, {IMAGES: [], DIGESTS: []}) for rendered in found]
+        references = [self._reference(value) for value in values]
+        digests = [_digest(_content(reference)) for reference in references]
+        expansions = [self._expansion(reference) for reference in references]
+        counts = [rendered.texts[-1].count(self.token) for rendered in found]
+        if counts[-1] != len(values):
+            raise BadRow(f"{len(values)} images, of which the chat template renders {counts[-1]}")
+        return [
+            (self._expanded(rendered, expansions), {IMAGES: references[:count], DIGESTS: digests[:count]})
+            for rendered, count in zip(found, counts, strict=True)
+        ]
+
+    def _reference(self, value: Any) -> Reference:
+        given = value if isinstance(value, Mapping) else {"bytes" if isinstance(value, bytes) else "path": value}
+        content, path = given.get("bytes"), given.get("path")
+        if content is None and isinstance(path, str) and path.startswith("data:"):
+            content = path.partition(",")[2]
+        if isinstance(content, str):
+            content = _decoded(content.rpartition(",")[2])
+        if isinstance(content, bytes):
+            return {"path": None, "bytes": content}
+        if not isinstance(path, str):
+            raise BadRow(f"an image is a {type(value).__name__}; give the path of a file, or bytes")
+        if path.startswith(("http://", "https://")):
+            raise BadRow("an image is a URL, which is not downloaded; give the path of a file, or bytes")
+        return {"path": str((self._folder / path.removeprefix("file://")).absolute()), "bytes": None}
+
+    def _expansion(self, reference: Reference) -> str:
+        """The text that stands for an image in what the model reads."""
+        (offsets,) = self._process([reference], return_text_replacement_offsets=True)["text_replacement_offsets"]
+        return offsets[0]["replacement"]
+
+    def _expanded(self, rendered: Rendered, expansions: Sequence[str]) -> Rendered:
+        """``rendered`` with the texts of the images in their places."""
+
+        def expand(text: str) -> str:
+            first, *rest = text.split(self.token)
+            return first + "".join(own + following for own, following in zip(expansions, rest, strict=False))
+
+        answers = tuple(replace(answer, prompt=expand(answer.prompt)) for answer in rendered.answers)
+        return replace(rendered, prompt=expand(rendered.prompt), answers=answers)
+
+    def fingerprint(self, dataset: Dataset) -> list[str]:
+        """All that the texts of images depend on besides rows: the processor, and the files that rows name."""
+        digest = hashlib.sha256()
+        for value in _cells(dataset):
+            try:
+                path = self._reference(value)["path"]
+                stat = path and Path(path).stat()
+            except (BadRow, OSError):  # reported with its row
+                continue
+            if stat:
+                digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return [self.processor.to_json_string(), str(self._folder), digest.hexdigest()]
+
+    # ---- From tokenized rows to the inputs of a model.
+
+    def tensors(self, references: Sequence[Reference], digests: Sequence[str]) -> tuple[dict[str, Any], ...]:
+        """The inputs that each image becomes, by the names of the forward's arguments.
+
+        Raises:
+            SimpoError: a file cannot be read, or has changed since the row was tokenized.
+        """
+        found = []
+        for reference, digest in zip(references, digests, strict=True):
+            try:
+                if _digest(_content(reference)) != digest:
+                    raise SimpoError(f"{reference['path']}: the image has changed since the run began; start it again")
+                inputs = self._process([reference], return_tensors="pt")
+            except BadRow as bad:
+                raise SimpoError(f"{reference['path'] or 'images'}: {bad.reason}") from bad
+            found.append({name: tensor for name, tensor in inputs.items() if name not in _TEXT_INPUTS})
+        return tuple(found)
+
+    def example(self, reference: Reference) -> dict[str, Any]:
+        """All inputs that the processor makes of a text with an image twice."""
+        return dict(self._process([reference, reference], return_tensors="pt"))
+
+    def _process(self, references: Sequence[Reference], **options: Any) -> Any:
+        contents = [_content(reference) for reference in references]
+        try:
+            from PIL import Image as Pillow  # noqa: PLC0415 - not needed without images
+
+            images = [load_image(Pillow.open(io.BytesIO(content))) for content in contents]
+            return self.processor(text=[self.token * len(images)], images=images, **options)
+        except Exception as error:  # damaged files raise anything
+            raise BadRow(f"an image that cannot be read ({_kind(error)})") from error
+
+
+def _content(reference: Reference) -> bytes:
+    """The encoded image."""
+    if reference["bytes"] is not None:
+        return reference["bytes"]
+    try:
+        return Path(reference["path"]).read_bytes()
+    except (OSError, ValueError) as error:
+        raise BadRow(f"an image that cannot be read ({_kind(error)})") from error
+
+
+def _kind(error: Exception) -> str:
+    """An error without the names in it, so that rows with the same fault are counted together."""
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else one_line(error)
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise BadRow("an image that is text, but not base64") from error
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# ---- Data sets and processors.
+
+
+def has_images(dataset: Dataset) -> bool:
+    """Whether some row has images, tokenized or not."""
+    if IMAGES in dataset.column_names and DIGESTS in dataset.column_names:
+        return True
+    return any(True for _ in _cells(undecoded(dataset)))
+
+
+def _cells(dataset: Dataset) -> Iterator[Any]:
+    """The images of all rows; those of rows that cannot be read are left out, which is reported with the row."""
+    for batch in dataset.with_format(None).iter(_BATCH):
+        for row, _ in rows_of(batch, range(len(next(iter(batch.values())))), ""):
+            with suppress(BadRow):
+                yield from images_of(row)
+
+
+def undecoded(dataset: Dataset) -> Dataset:
+    """``dataset`` with the images of its columns as bytes or paths, without decoding them."""
+    for name in IMAGE_COLUMNS:
+        feature = dataset.features.get(name)
+        if isinstance(feature, Image) and feature.decode:
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image) and feature.feature.decode:
+            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    return dataset
+
+
+def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a processor, with the processor's chat template; a tokenizer, or None, as it is."""
+    if not isinstance(processing_class, ProcessorMixin):
+        return processing_class
+    tokenizer = processing_class.tokenizer
+    if processing_class.chat_template is not None:
+        tokenizer.chat_template = processing_class.chat_template
+    return tokenizer

@@ -1,0 +1,73 @@
+"""Images of tokenized rows: whether there are any, whether a model takes them, and their tensors for batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+from torch import nn
+from transformers import ProcessorMixin
+
+from simpo.data.images import DIGESTS, IMAGES, ImageReader
+from simpo.errors import SimpoError
+from simpo.models.preparation import freeze_parts_unused_by_text
+from simpo.packing.attention import causal_lm
+from simpo.packing.images import check_image_inputs
+from simpo.packing.layout import ImageTensors
+from simpo.packing.model import prepare_policy, state_of
+
+
+def rows_with_images(rows: Dataset) -> np.ndarray:
+    """Numbers of the tokenized rows that have images."""
+    if IMAGES not in rows.column_names:
+        return np.array([], dtype=int)
+    lengths = pc.list_value_length(rows.with_format("arrow")[IMAGES])
+    return np.flatnonzero(pc.fill_null(lengths, 0).to_numpy())
+
+
+def image_reader(
+    model: nn.Module, processing_class: Any, datasets: Sequence[Dataset | None], args: Any
+) -> ImageReader | None:
+    """The reader of images; None if no tokenized row has any, for which the parts that text does not use are frozen.
+
+    Raises:
+        SimpoError: there is no processor, or the model or this kind of training does not take images.
+    """
+    given = [rows for rows in datasets if rows is not None]
+    found = [(rows, numbers[0]) for rows in given if len(numbers := rows_with_images(rows))]
+    if not found:
+        freeze_parts_unused_by_text(model)
+        return None
+    if not isinstance(processing_class, ProcessorMixin):
+        raise SimpoError(
+            "images: preference objectives and supervised fine-tuning take them, with the model's processor as "
+            "processing_class; give it, or leave the images out"
+        )
+    if args.world_size > 1 and (args.fsdp or args.deepspeed or args.gradient_checkpointing):
+        raise SimpoError(
+            "images: several processes train on them with DDP and without activation checkpointing only, because not "
+            "every micro-batch has some"
+        )
+    inner, reader = prepare_policy(model), ImageReader(processing_class)
+    if state_of(inner).lengths is not None:
+        raise SimpoError(f"images: the rotary frequencies of {type(inner).__name__} depend on a row's length")
+    rows, number = found[0]
+    row = rows[int(number)]
+    (image, *_) = reader.tensors(row[IMAGES], row[DIGESTS])
+    check_image_inputs(causal_lm(inner), image, reader.example(row[IMAGES][0]))
+    return reader
+
+
+def image_tensors(columns: Mapping[str, Any], reader: ImageReader | None) -> list[tuple[ImageTensors, ...]]:
+    """For each of a batch of tokenized rows, as columns, its images."""
+    count = len(columns["prompt_ids"])
+    several = zip(columns.get(IMAGES) or [[]] * count, columns.get(DIGESTS) or [[]] * count, strict=True)
+    found: list[tuple[ImageTensors, ...]] = []
+    for references, digests in several:
+        if references and reader is None:
+            raise SimpoError("images: there is no processor to read them; give it as processing_class")
+        found.append(reader.tensors(references, digests) if references and reader is not None else ())
+    return found

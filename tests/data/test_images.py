@@ -1,0 +1,189 @@
+"""Rows with images: where they are read from, their places in the prompt, and what makes such a row a bad one."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from datasets import Dataset, Image, List
+from tests.vision import FAMILIES, picture
+
+from simpo.data.images import has_images
+from simpo.data.inspection import shared_rows
+from simpo.data.prompts import prepare_prompts
+from simpo.data.rows import as_dataset
+from simpo.data.settings import TokenizeSettings
+from simpo.data.sources import load_rows
+from simpo.data.tokenizing import prepare, prepare_sft
+from simpo.errors import SimpoError
+
+PARTS = [{"type": "text", "text": "what is "}, {"type": "image"}, {"type": "text", "text": " there?"}]
+SIZES = ((40, 24), (64, 32), (16, 48))
+
+
+@pytest.fixture(scope="module", params=["llava", "gemma3", "qwen2_5_vl"])
+def processor(request):
+    return FAMILIES[request.param].processor()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with three pictures of different sizes, and a file that only looks like one."""
+    path = tmp_path_factory.mktemp("pictures")
+    for number, size in enumerate(SIZES):
+        picture(*size, seed=number).save(path / f"{number}.png")
+    (path / "broken.png").write_bytes((path / "0.png").read_bytes()[:200])
+    return path
+
+
+def png(number: int) -> bytes:
+    content = io.BytesIO()
+    picture(*SIZES[number], seed=number).save(content, "PNG")
+    return content.getvalue()
+
+
+def pair(prompt, **columns) -> dict:
+    return {"prompt": prompt, "chosen": "a red square", "rejected": "a line", **columns}
+
+
+def settings(folder, **changes) -> TokenizeSettings:
+    return TokenizeSettings(**{"max_length": 400, "image_folder": str(folder), "on_bad_row": "error"} | changes)
+
+
+def prepared(rows, processor, folder, **changes):
+    return prepare(as_dataset(rows, "train"), processor, settings(folder, **changes))
+
+
+def test_prompts_are_those_of_the_processor(processor, folder):
+    """With its own template and its own texts for images, two of them of different sizes."""
+    messages = [{"role": "user", "content": [*PARTS, {"type": "image"}]}]
+    rows = prepared([pair(messages, images=["0.png", "2.png"]), pair("hello")], processor, folder).dataset
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    own = processor(text=[text], images=[picture(*SIZES[n], seed=n) for n in (0, 2)], add_special_tokens=False)
+    assert rows[0]["prompt_ids"] == own["input_ids"][0]
+    assert [image["path"] for image in rows[0]["images"]] == [str(folder / "0.png"), str(folder / "2.png")]
+    assert rows[1]["images"] == []
+    decoded = [processor.tokenizer.decode(ids) for ids in rows[0]["response_ids"]]
+    assert decoded == ["a red square<|end|>", "a line<|end|>"]
+
+
+def test_all_that_an_image_may_be(processor, folder, tmp_path):
+    """A path, bytes, an image of Pillow's, a data URL, and columns of images of the datasets library."""
+    given = ["0.png", png(0), picture(*SIZES[0]), {"bytes": png(0), "path": "elsewhere.png"}, str(folder / "0.png")]
+    listed = prepared([pair("what?", image=one) for one in given], processor, folder).dataset
+    columns = Dataset.from_dict(
+        {"prompt": ["what?"], "chosen": ["a"], "rejected": ["b"], "images": [[str(folder / "0.png")]]}
+    )
+    columnar = prepare(columns.cast_column("images", List(Image())), processor, settings(folder)).dataset
+    expected = listed[0]["prompt_ids"]
+    assert all(row["prompt_ids"] == expected for row in (*listed, *columnar))
+    assert [row["images"][0]["bytes"] is None for row in listed] == [True, False, False, False, True]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(pair("what?", images=["0.png"])) + "\n")
+    assert has_images(load_rows(str(tmp_path / "rows.jsonl"), split="train"))
+    assert not has_images(as_dataset([pair("what?"), pair("what?", images=[])], "train"))
+
+
+def test_places(processor, folder):
+    """Parts, the text ``<image>``, or the start of the first question; all three become the same prompt."""
+    system = {"role": "system", "content": "<image> stays text here"}
+    asked = [
+        [system, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}],
+        [system, {"role": "user", "content": "<image>what?"}],
+        [system, {"role": "user", "content": "what?"}],
+    ]
+    rows = prepared([pair(messages, images=["0.png"]) for messages in asked], processor, folder).dataset
+    assert len({tuple(ids) for ids in rows["prompt_ids"]}) == 1
+    assert processor.tokenizer.decode(rows[0]["prompt_ids"]).endswith("what?<|assistant|>")
+
+
+def test_placeholders_in_a_text_stay_text(processor, folder):
+    """Somebody who asks about the token gets no second image."""
+    literal = {
+        "role": "user",
+        "content": [{"type": "image"}, {"type": "text", "text": f"why {processor.image_token}?"}],
+    }
+    row = prepared([pair([literal], images=["0.png"])], processor, folder).dataset[0]
+    assert processor.tokenizer.decode(row["prompt_ids"]).count(f"why {processor.image_token}?") == 1
+    expanded = processor.tokenizer.image_token_id
+    one = prepared([pair([{"role": "user", "content": [{"type": "image"}]}], images=["0.png"])], processor, folder)
+    assert row["prompt_ids"].count(expanded) == one.dataset[0]["prompt_ids"].count(expanded)
+
+
+def test_conversations_have_images_in_any_question(processor, folder):
+    turns = [
+        {"role": "user", "content": PARTS},
+        {"role": "assistant", "content": "a red square"},
+        {"role": "user", "content": [{"type": "image"}]},
+        {"role": "assistant", "content": "a line"},
+    ]
+    rows = as_dataset([{"messages": turns, "images": ["0.png", "1.png"]}], "train")
+    row = prepare_sft(rows, processor, settings(folder)).dataset[0]
+    text = processor.apply_chat_template(turns, tokenize=False)
+    own = processor(text=[text], images=[picture(*SIZES[n], seed=n) for n in (0, 1)], add_special_tokens=False)
+    assert row["prompt_ids"] + row["response_ids"][0] == own["input_ids"][0]
+    assert len(row["images"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (pair("what?", images=["missing.png"]), "cannot be read (No such file or directory)"),
+        (pair("what?", images=["broken.png"]), "cannot be read (OSError)"),
+        (pair("what?", images=[b"not an image"]), "cannot be read (UnidentifiedImageError)"),
+        (pair("what?", images=["https://example.com/a.png"]), "a URL"),
+        (pair("what?", images=[3]), "an image is a int"),
+        (pair("<image> and <image>", images=["0.png"]), "1 images and 2 places"),
+        (pair([{"role": "user", "content": PARTS}], images=["0.png", "1.png"]), "2 images and 1 places"),
+        (pair([{"role": "user", "content": PARTS}]), "0 images and 1 places"),
+        (pair("what?", images=["0.png"], image="1.png"), "give one of them"),
+        (pair("what?", images=["0.png"], videos=["a.mp4"]), "column 'videos'"),
+        (pair([{"role": "user", "content": [{"type": "image", "image": "0.png"}]}]), "an image with 'image'"),
+        (
+            {"prompt": "what?", "chosen": [{"role": "assistant", "content": PARTS}], "rejected": "b", "image": "0.png"},
+            "a message of the assistant",
+        ),
+    ],
+)
+def test_bad_rows(row, reason, folder):
+    """Each is named with its fault; next to a hundred good ones it is skipped and counted."""
+    processor = FAMILIES["llava"].processor()
+    with pytest.raises(SimpoError) as error:
+        prepared([pair("hello"), row], processor, folder)
+    assert "train_dataset[1]" in str(error.value) or "train[1]" in str(error.value)
+    assert reason in str(error.value)
+    found = prepared([pair("hello")] * 100 + [row], processor, folder, on_bad_row="skip")
+    assert (found.report.used, sum(found.report.bad.values())) == (100, 1)
+
+
+def test_images_without_a_processor(folder):
+    processor = FAMILIES["llava"].processor()
+    with pytest.raises(SimpoError, match="no processor"):
+        prepared([pair("what?", images=["0.png"])], processor.tokenizer, folder)
+    with pytest.raises(SimpoError, match="not sampled from"):
+        prepare_prompts(as_dataset([pair("what?", images=["0.png"])], "prompts"), processor.tokenizer)
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_rows_with_images_are_never_cut(mode, processor, folder):
+    rows = [pair("7 " * 60, images=["1.png"]), pair("7 " * 60), pair("a")]
+    found = prepared(rows, processor, folder, max_length=60, max_prompt_length=40, truncation_mode=mode)
+    assert list(found.report.dropped.values()) == [1]
+    assert "not cut" in next(iter(found.report.dropped))
+    assert list(found.report.cut.values()) == [1]
+    assert [len(images) for images in found.dataset["images"]] == [0, 0]
+
+
+def test_the_content_of_a_file_counts(folder, tmp_path):
+    """Another picture under the same name is read again, and the same question about it is another row."""
+    processor = FAMILIES["qwen2_5_vl"].processor()
+    rows = [pair("what?", images=["one.png"])]
+    picture(*SIZES[0], seed=0).save(tmp_path / "one.png")
+    first = prepared(rows, processor, tmp_path).dataset
+    picture(*SIZES[1], seed=1).save(tmp_path / "one.png")
+    second = prepared(rows, processor, tmp_path).dataset
+    assert len(second[0]["prompt_ids"]) > len(first[0]["prompt_ids"])
+    same_size = prepared([pair("what?", images=[png(0)])], processor, folder).dataset
+    other = prepared([pair("what?", images=[picture(*SIZES[0], seed=7)])], processor, folder).dataset
+    assert same_size[0]["prompt_ids"] == other[0]["prompt_ids"]
+    assert shared_rows(first, same_size) != shared_rows(first, other) == (0, 0)

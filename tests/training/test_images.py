@@ -1,0 +1,257 @@
+"""Training on rows with images, from files to a saved model, against the model's forward on its processor's output."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+from tests.forked import run_ranks
+from tests.vision import FAMILIES, make_vision_model, picture
+from transformers import TrainerCallback
+
+from simpo import PreferenceConfig, PreferenceTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, cli
+from simpo.data.rows import as_dataset
+from simpo.errors import SimpoError
+from simpo.training import run as workflow
+from simpo.training.reference import with_mismatched
+
+QUESTION = "what is in the picture?"
+ROWS = 16
+
+
+class Killed(BaseException):
+    """Stands for a process that is gone."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with pairs of which two thirds have pictures, of several sizes, and ``world / kind``, tiny models."""
+    folder = tmp_path_factory.mktemp("vision")
+    rows = []
+    for number in range(ROWS + 6):
+        row = {"prompt": QUESTION, "chosen": f"a red square, {number}", "rejected": f"{number} lines"}
+        if number % 3:
+            names = [f"{number}-{place}.png" for place in range(number % 3)]
+            for place, name in enumerate(names):
+                picture(16 + 8 * (number % 4), 32, seed=10 * number + place).save(folder / name)
+            row["images"] = names
+        else:
+            row["prompt"] = f"compare {number} with the second"
+        rows.append(row)
+    for name, part in (("train", rows[:ROWS]), ("test", rows[ROWS:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    for kind in ("llava", "gemma3"):
+        processor = FAMILIES[kind].processor()
+        make_vision_model(kind, processor.tokenizer).save_pretrained(folder / kind)
+        processor.save_pretrained(folder / kind)
+    return folder
+
+
+def rows_of(world, name: str = "train") -> list[dict]:
+    return [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()]
+
+
+def options(world, kind, output, *more) -> list[str]:
+    given = {
+        "model_name_or_path": world / kind,
+        "dataset_name": world / "train.jsonl",
+        "eval_dataset_name": world / "test.jsonl",
+        "image_folder": world,
+        "output_dir": output,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "report_to": "none",
+    }
+    return ["train", *(f"--{key}={value}" for key, value in given.items()), *more]
+
+
+def config(world, tmp_path, kind=PreferenceConfig, **settings):
+    quiet = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    quiet |= {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    if kind is PreferenceConfig:
+        quiet |= {"reference_cache": str(tmp_path / "reference")}
+    return kind(**quiet | {"image_folder": str(world)} | settings)
+
+
+def naive(model, processor, row: dict, world, answer: str) -> float:
+    """The average log-probability of an answer by the model's own forward on what the processor returns."""
+    asked = [{"role": "user", "content": [*({"type": "image"} for _ in row.get("images", ())), text(row["prompt"])]}]
+    prompt = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    pictures = [hf.image_utils.load_image(str(world / name)) for name in row.get("images", ())]
+    inputs = processor(
+        text=[prompt + answer + processor.tokenizer.eos_token],
+        images=pictures or None,
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+    size = len(processor.tokenizer(answer, add_special_tokens=False).input_ids) + 1
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits[0, -size - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, inputs["input_ids"][0, -size:, None]).mean().item()
+
+
+def text(content: str) -> dict:
+    return {"type": "text", "text": content}
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_from_files_to_a_saved_model(kind, world, tmp_path):
+    """The tower is trained, and the saved model and processor compute what the run says its model computes."""
+    output = tmp_path / "out"
+    assert cli.main(options(world, kind, output, "--objective=simpo", "--max_steps=3")) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (world / kind, output))
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert {"vision_tower", "multi_modal_projector", "language_model"} <= {
+        part for name in changed for part in name.split(".")
+    }
+    processor = hf.AutoProcessor.from_pretrained(output)
+    assert type(processor) is type(FAMILIES[kind].processor())
+    model = hf.AutoModelForImageTextToText.from_pretrained(output)
+    examples = [json.loads(line) for line in (output / "examples_after.jsonl").read_text().splitlines()]
+    token = processor.tokenizer.image_token
+    shown = [example["prompt"].count(token) for example in examples]
+    assert shown == [len(row.get("images", ())) for row in rows_of(world, "test")]
+    scores = [json.loads(line) for line in (output / "held_out_after.jsonl").read_text().splitlines()]
+    for row, found in zip(rows_of(world, "test"), scores, strict=True):
+        for side in ("chosen", "rejected"):
+            assert found[f"logps/{side}"] == pytest.approx(naive(model, processor, row, world, row[side]), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_weights(world, tmp_path, monkeypatch):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = ["--objective=dpo", "--max_steps=5"]
+    assert cli.main(options(world, "llava", whole, *settings)) == 0
+    train = workflow.PackedTrainer.train
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise Killed
+
+    def interrupted(self, *args, **kwargs):
+        self.add_callback(Kill())
+        return train(self, *args, **kwargs)
+
+    with monkeypatch.context() as patches, pytest.raises(Killed):
+        patches.setattr(workflow.PackedTrainer, "train", interrupted)
+        cli.main(options(world, "llava", killed, *settings))
+    assert (killed / "checkpoint-2" / "processor_config.json").is_file()
+    assert cli.main(options(world, "llava", killed, *settings)) == 0
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, killed))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_two_processes(world, tmp_path):
+    """Not every micro-batch of every process has images."""
+    named = ["--objective=simpo", "--max_steps=2", "--save_strategy=no"]
+    both = options(world, "gemma3", tmp_path / "two", *named, "--per_device_train_batch_size=2", "--ddp_backend=gloo")
+    done = run_ranks(2, cli.main, both, folder=tmp_path)
+    assert done.codes == [0, 0], done.stderr
+    assert cli.main(options(world, "gemma3", tmp_path / "one", *named)) == 0
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["simpo", "dpo", "ipo", "orpo", "cpo", "kto", "bco"])
+def test_objectives(objective, world, tmp_path):
+    """A step of each on pairs; those that take single responses also on these."""
+    for unpaired in (False, True):
+        rows = rows_of(world)
+        if unpaired:
+            if objective not in ("kto", "bco"):
+                continue
+            keep = {"prompt", "images"}
+            rows = [
+                {key: value for key, value in row.items() if key in keep}
+                | {"completion": row["chosen" if number % 2 else "rejected"], "label": bool(number % 2)}
+                for number, row in enumerate(rows)
+            ]
+        processor = FAMILIES["llava"].processor()
+        model = make_vision_model("llava", processor.tokenizer)
+        before = model.model.multi_modal_projector.linear_1.weight.detach().clone()
+        args = config(world, tmp_path / str(unpaired), objective=objective, max_steps=1, per_device_train_batch_size=8)
+        trainer = PreferenceTrainer(model, args, as_dataset(rows, "train"), processing_class=processor)
+        trainer.train()
+        assert trainer.path == "packed"
+        assert not torch.equal(model.model.multi_modal_projector.linear_1.weight, before)
+
+
+def test_supervised_fine_tuning(world, tmp_path):
+    """The loss is the mean over scored tokens of the model's own forward, images in later questions included."""
+    processor = FAMILIES["gemma3"].processor()
+    model = make_vision_model("gemma3", processor.tokenizer)
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, text("what?")]},
+        {"role": "assistant", "content": "a red square"},
+        {"role": "user", "content": [text("and "), {"type": "image"}]},
+        {"role": "assistant", "content": "a line"},
+    ]
+    names = ["1-0.png", "2-0.png"]
+    rows = as_dataset([{"messages": turns, "images": names}], "train")
+    trainer = SFTTrainer(model, config(world, tmp_path, SFTConfig), rows, processing_class=processor)
+    found = trainer.score_rows(trainer.train_dataset)["loss"][0]
+    row = trainer.train_dataset[0]
+    whole = processor(
+        text=[processor.apply_chat_template(turns, tokenize=False)],
+        images=[hf.image_utils.load_image(str(world / name)) for name in names],
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+    assert whole["input_ids"][0].tolist() == row["prompt_ids"] + row["response_ids"][0]
+    with torch.no_grad():
+        logps = model.eval()(**whole).logits[0, :-1].log_softmax(-1)
+    chosen = logps.gather(-1, whole["input_ids"][0, 1:, None])[-len(row["response_ids"][0]) :, 0]
+    assert found == pytest.approx(-chosen[torch.tensor(row["scored"][0])].mean().item(), abs=1e-4)
+
+
+def test_one_question_about_two_pictures_is_two_prompts(world, tmp_path):
+    """KTO pairs a prompt with a response to another one."""
+    processor = FAMILIES["llava"].processor()
+    rows = [row | {"images": [name]} for row, name in zip(rows_of(world)[:2], ("1-0.png", "2-0.png"), strict=True)]
+    rows = [{**row, "prompt": QUESTION} for row in rows]
+    args = config(world, tmp_path)
+    prepared = PreferenceTrainer.prepare(as_dataset(rows, "train"), processor, args, "train").dataset
+    assert prepared[0]["prompt_ids"] == prepared[1]["prompt_ids"]
+    assert with_mismatched(prepared, 512, "train")["mismatched_ids"][0] in prepared[1]["response_ids"]
+    same = [row | {"images": ["1-0.png"]} for row in rows]
+    prepared = PreferenceTrainer.prepare(as_dataset(same, "train"), processor, args, "train").dataset
+    with pytest.raises(SimpoError, match="all prompts are the same"):
+        with_mismatched(prepared, 512, "train")
+
+
+def test_mistakes(world, tmp_path, make_model):
+    processor = FAMILIES["llava"].processor()
+    model = make_vision_model("llava", processor.tokenizer)
+    rows, args = as_dataset(rows_of(world), "train"), config(world, tmp_path)
+    tokenized = PreferenceTrainer.prepare(rows, processor, args, "train").dataset
+    with pytest.raises(SimpoError, match=r"images: .*processing_class"):
+        PreferenceTrainer(model, args, tokenized)
+    with pytest.raises(SimpoError, match="images: GPT2LMHeadModel takes none"):
+        PreferenceTrainer(make_model("gpt2", torch.float32), args, tokenized, processing_class=processor)
+    reward = make_model("llama", kind=hf.LlamaForSequenceClassification, num_labels=1)
+    with pytest.raises(SimpoError, match="no processor"):
+        RewardTrainer(reward, config(world, tmp_path, RewardConfig), rows, processing_class=processor)
+    other = tmp_path / "pictures"
+    shutil.copytree(world, other, ignore=lambda folder, names: [name for name in names if not name.endswith("g")])
+    args = config(other, tmp_path)
+    trainer = PreferenceTrainer(model, args, as_dataset(rows_of(world)[1:2], "train"), processing_class=processor)
+    picture(40, 40, seed=99).save(other / "1-0.png")
+    with pytest.raises(SimpoError, match=r"1-0.png: the image has changed"):
+        trainer.train()
+
+
+def test_without_images_the_tower_is_left_alone(world, tmp_path):
+    processor = FAMILIES["llava"].processor()
+    model = make_vision_model("llava", processor.tokenizer)
+    rows = as_dataset([row for row in rows_of(world) if "images" not in row], "train")
+    PreferenceTrainer(model, config(world, tmp_path), rows, processing_class=processor)
+    assert not any(parameter.requires_grad for parameter in model.model.vision_tower.parameters())
