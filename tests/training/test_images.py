@@ -115,8 +115,9 @@ def test_from_files_to_a_saved_model(kind, world, tmp_path):
     model = hf.AutoModelForImageTextToText.from_pretrained(output)
     examples = [json.loads(line) for line in (output / "examples_after.jsonl").read_text().splitlines()]
     token = processor.tokenizer.image_token
+    most = {"llava": 1, "gemma3": 2}[kind]  # Gemma's images have text between them
     shown = [example["prompt"].count(token) for example in examples]
-    assert shown == [len(row.get("images", ())) for row in rows_of(world, "test")]
+    assert shown == [min(most, len(row.get("images", ()))) for row in rows_of(world, "test")]
     scores = [json.loads(line) for line in (output / "held_out_after.jsonl").read_text().splitlines()]
     for row, found in zip(rows_of(world, "test"), scores, strict=True):
         for side in ("chosen", "rejected"):

@@ -64,7 +64,8 @@ def packed_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
     both = given.pop(_BOTH_DIRECTIONS, None)
     if both is not None:
         starts = (both == 1) & (F.pad(both, (1, 0))[:, :-1] == 0)
-        layout = replace(layout, blocks=torch.where(both == 1, starts.cumsum(dim=1), -1)[0])
+        blocks = torch.where(both == 1, starts.cumsum(dim=1), -1)[0]
+        layout = replace(layout, blocks=blocks, block_masks={})
     return given | {"position_ids": _positions(model, batch, images), LAYOUT_ARGUMENT: layout}
 
 

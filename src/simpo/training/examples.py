@@ -44,7 +44,7 @@ def write_examples(path: Path, trainer: PackedTrainer) -> None:
 
 
 def _without_repeats(ids: list[int], image: int | None) -> list[int]:
-    """Ids with a single token for each image."""
+    """Ids with a single token in place of each run of images' tokens."""
     return ids[:1] + [token for before, token in pairwise(ids) if token != image or before != image]
 
 
