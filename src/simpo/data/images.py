@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +18,7 @@ from transformers.image_utils import load_image
 
 from simpo.data.messages import IMAGE_COLUMNS, images_of
 from simpo.data.rendering import Rendered
-from simpo.data.rows import BadRow, rows_of
+from simpo.data.rows import ROW, BadRow
 from simpo.errors import SimpoError, one_line
 
 IMAGES, DIGESTS = "images", "image_digests"
@@ -184,8 +185,15 @@ def has_images(dataset: Dataset) -> bool:
 
 def _cells(dataset: Dataset) -> Iterator[Any]:
     """The images of all rows; those of rows that cannot be read are left out, which is reported with the row."""
-    for batch in dataset.with_format(None).iter(_BATCH):
-        for row, _ in rows_of(batch, range(len(next(iter(batch.values())))), ""):
+    names = [name for name in (ROW, *IMAGE_COLUMNS) if name in dataset.column_names]
+    for batch in dataset.select_columns(names).with_format(None).iter(_BATCH) if names else ():
+        if ROW in names:  # JSON, most of which need not be parsed
+            rows = (json.loads(text) for text in batch[ROW] if '"image' in text)
+        else:
+            rows = (
+                dict(zip(names, cells, strict=True)) for cells in zip(*(batch[name] for name in names), strict=True)
+            )
+        for row in rows:
             with suppress(BadRow):
                 yield from images_of(row)
 
