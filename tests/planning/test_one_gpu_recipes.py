@@ -1,0 +1,56 @@
+"""The recipes for one GPU fit their card, with the memory that they state, which is computed by `simpo plan`."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from simpo.config import parse_settings
+from simpo.models.settings import ModelArguments
+from simpo.planning.recipe import make_plan
+from simpo.planning.settings import PlanSettings
+from simpo.training.configs import PreferenceConfig, RewardConfig, SFTConfig
+from simpo.training.settings import DataArguments
+
+_RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*-one-*gb-gpu.yaml"))
+_CONFIGS = {"sft": SFTConfig, "reward": RewardConfig}
+_STATED = re.compile(r"([\d.]+) of ([\d.]+) GiB, by\n#   simpo plan RECIPE (.+)")
+
+
+def write_llama(folder: Path) -> None:
+    """Nothing but the configuration of Llama-3-8B."""
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32}
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256}
+    LlamaConfig(max_position_embeddings=8192, **heads, **sizes).save_pretrained(folder)
+
+
+def estimated(recipe: Path, model: Path, options: list[str]) -> dict[str, Any]:
+    """The estimate of a recipe with the options of `simpo plan`."""
+    argv = [str(recipe), "--model_name_or_path", str(model), *options]
+    config = next((kind for command, kind in _CONFIGS.items() if command in options), PreferenceConfig)
+    planned = type("Planned", (config,), {"_check_optimizer": lambda self: None})  # its package may be elsewhere
+    *parts, settings = parse_settings(argv, (ModelArguments, DataArguments, planned, PlanSettings))
+    planner, own = make_plan(parts, settings)
+    return planner.described(own)
+
+
+def test_every_size_of_card_has_a_recipe() -> None:
+    sizes = {re.search(r"one-(\d+)gb", path.name)[1] for path in _RECIPES}  # type: ignore[index]
+    assert sizes == {"24", "48", "80", "140"}
+
+
+@pytest.mark.parametrize("path", _RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_takes_the_memory_that_it_states(path, tmp_path) -> None:
+    write_llama(tmp_path)
+    total, capacity, options = _STATED.search(path.read_text()).groups()  # type: ignore[union-attr]
+    found = estimated(path, tmp_path, shlex.split(options))
+    assert found["fits"]
+    assert found["total_gib"] == pytest.approx(float(total), abs=0.06)  # stated with one decimal
+    assert found["capacity_gib"] == pytest.approx(float(capacity), abs=0.06)
+    size = int(re.search(r"one-(\d+)gb", path.name)[1])  # type: ignore[index]
+    assert float(capacity) <= size  # the smallest such card
