@@ -1,8 +1,9 @@
-"""All objectives on the same pairs from the same model with the same budget, the best of a few learning rates each.
+"""All objectives and modifiers on the same pairs from the same model, each tuned, from several seeds, as one table.
 
-A learning rate is chosen by accuracy on pairs of its own: the last ones of the training file, none of which is trained
-on or reported. Every run is a run folder of ``simpo train`` with a process of its own, one after the other. What has
-been measured is kept, so that the same command continues. Run from the repository's root::
+A row is an objective with its own defaults, or with one key that modifies its loss. Its learning rate is chosen with
+the first seed, by accuracy on pairs of its own: the last ones of the training file, none of which is trained on or
+reported. Then it is trained from the other seeds at that rate. What has been measured is kept, so that the same command
+continues. Run from the repository's root::
 
     python -m benchmarks.compare_objectives --model MODEL --train TRAIN.jsonl.gz --test TEST.jsonl.gz --output_dir DIR
 """
@@ -11,17 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
+import torch
 
-from benchmarks.objective_runs import FILE_NAME, Measured
+from benchmarks.objective_runs import Bench, Keys, Measured
 from simpo.data.rows import rows_of
 from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
@@ -30,96 +31,42 @@ from simpo.errors import SimpoError
 from simpo.models.loading import load_tokenizer
 from simpo.objectives import OBJECTIVES
 from simpo.runs.atomic import write_text
+from simpo.statistics import Interval, bootstrap_interval
 
-ROOT = Path(__file__).parents[1]
-_CANDIDATES = 8  # pairs that are read for every pair that is needed
-_MISTAKE = "simpo.errors.SimpoError: "
-HEADS = (
-    *("objective", "learning rate", "accuracy [95%]", "margin", "chosen", "rejected", "KL", "step time", "peak MiB"),
+# What modifies a loss, each with objectives that it makes sense for.
+MODIFIED: tuple[Keys, ...] = (
+    {"objective": "simpo", "label_smoothing": 0.1},
+    {"objective": "simpo", "sft_weight": 0.5},
+    {"objective": "simpo", "wpo_weights": True},
+    {"objective": "dpo", "label_smoothing": 0.1},
+    {"objective": "dpo", "kl_weight": 1.0},
+    {"objective": "dpo", "wpo_weights": True},
+    {"objective": "dpo", "ld_alpha": 0.5},
+    {"objective": "ipo", "length_normalized": True},
+    {"objective": "f_dpo", "divergence": "forward_kl"},
+    {"objective": {"dpo": 0.8, "bco": 0.2}},
 )
-
-Runs = dict[tuple[str, str], Measured | str]
+HEADS = ("objective", "learning rate", "accuracy", "seeds", "apart [95%]", "more apart than {} [95%, all]")
+HEADS += ("chosen", "rejected", "KL", "step time")
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What all runs have in common."""
+class Tuned:
+    """A row of the table: its best learning rate and what was measured there, one run a seed; or why nothing was."""
 
-    model: str
-    train: Path
-    test: Path
-    tuning: int
-    folder: Path
-    max_length: int
-    pairs_per_step: int
-    epochs: float
-    seed: int
-    threads: int
-
-    def arguments(self, objective: str, rate: str) -> list[str]:
-        """The command line of ``simpo train``."""
-        given = {
-            "model_name_or_path": self.model,
-            "dataset_name": self.train,
-            "eval_dataset_name": self.test,
-            "output_dir": self.run_folder(objective, rate),
-            "objective": objective,
-            "learning_rate": rate,
-            "max_length": self.max_length,
-            "per_device_train_batch_size": self.pairs_per_step,
-            "per_device_eval_batch_size": self.pairs_per_step,
-            "num_train_epochs": self.epochs,
-            "seed": self.seed,
-            "save_strategy": "no",
-            "report_to": "none",
-        }
-        return [f"--{key}={value}" for key, value in given.items()]
-
-    def run_folder(self, objective: str, rate: str) -> Path:
-        """Where it trains."""
-        return self.folder / f"{objective}-{rate}"
+    rate: str
+    runs: list[Measured]
+    failures: list[str]
 
 
 def main() -> int:
     """Entry point; returns the exit code."""
     options = _options()
-    unknown = [name for name in options.objectives if name not in OBJECTIVES]
-    if unknown:
-        print(f"compare_objectives: --objectives: there is no {', '.join(unknown)}", file=sys.stderr)
+    try:
+        return _compare(options)
+    except SimpoError as error:
+        print(f"compare_objectives: {error}", file=sys.stderr)
         return 2
-    datasets.disable_progress_bars()
-    rows = {
-        "train": fitting(options.train, options.rows, options.model, options.max_length),
-        "test": [
-            *fitting(options.train, options.tuning, options.model, options.max_length, last=True),
-            *fitting(options.test, options.held_out, options.model, options.max_length),
-        ],
-    }
-    if set(rows["train"]) & set(rows["test"]):
-        print(f"compare_objectives: --tuning: {options.train} has too few pairs for it", file=sys.stderr)
-        return 2
-    data = {name: options.output_dir / f"{name}.jsonl" for name in rows}
-    for name, lines in rows.items():
-        write_text(data[name], "".join(lines))
-    budget = Budget(
-        options.model,
-        data["train"],
-        data["test"],
-        options.tuning,
-        options.output_dir,
-        options.max_length,
-        options.pairs_per_step,
-        options.epochs,
-        options.seed,
-        options.threads,
-    )
-    runs: Runs = {}
-    for objective in options.objectives:
-        for rate in options.learning_rates:
-            print(f"{objective} at {rate}", file=sys.stderr, flush=True)
-            runs[objective, rate] = _run(budget, objective, rate)
-    print("\n".join(report(runs, options.rows)))
-    return 0
 
 
 def _options() -> argparse.Namespace:
@@ -127,18 +74,65 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of the start model")
     parser.add_argument("--train", required=True, help="training pairs")
     parser.add_argument("--test", required=True, help="held-out pairs")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder of the runs; the same one continues")
-    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), help="rows of the table (default: all)")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder of what is measured; it is continued")
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), help="with their modifiers (default: all)")
     parser.add_argument("--learning_rates", nargs="+", default=["3e-5", "1e-4", "3e-4"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="the first one chooses the rate")
     parser.add_argument("--rows", type=int, default=128, help="the first training pairs that fit")
     parser.add_argument("--tuning", type=int, default=128, help="the last training pairs that fit choose the rate")
     parser.add_argument("--held_out", type=int, default=128, help="the first held-out pairs that fit are reported")
     parser.add_argument("--max_length", type=int, default=384, help="of prompt and response, in tokens")
     parser.add_argument("--pairs_per_step", type=int, default=8)
     parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch's pool, on a CPU")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch's pool, on a CPU")
     return parser.parse_args()
+
+
+def _compare(options: argparse.Namespace) -> int:
+    rows = rows_of_the_table(options.objectives)
+    datasets.disable_progress_bars()
+    torch.set_num_threads(options.threads)
+    texts = {
+        "train": fitting(options.train, options.rows, options.model, options.max_length),
+        "tuning": fitting(options.train, options.tuning, options.model, options.max_length, last=True),
+        "test": fitting(options.test, options.held_out, options.model, options.max_length),
+    }
+    if set(texts["train"]) & {*texts["tuning"], *texts["test"]}:
+        raise SimpoError(f"--rows, --tuning: {options.train} has too few pairs, or shares some with {options.test}")
+    shared: Keys = {
+        "max_length": options.max_length,
+        "per_device_train_batch_size": options.pairs_per_step,
+        "num_train_epochs": options.epochs,
+    }
+    _check_same(options.output_dir, {"model": options.model, **texts, **shared})
+    bench = Bench(options.model, options.output_dir, texts, shared)
+    table = {label: tuned(label, keys, options.learning_rates, options.seeds, bench) for label, keys in rows.items()}
+    print("\n".join(report(table, bench.clusters)))
+    return 0
+
+
+def rows_of_the_table(objectives: Sequence[str]) -> dict[str, Keys]:
+    """Recipe keys of every row by its label: the objectives, and what modifies them.
+
+    Raises:
+        SimpoError: an objective is unknown.
+    """
+    if unknown := [name for name in objectives if name not in OBJECTIVES]:
+        raise SimpoError(f"--objectives: there is no {', '.join(unknown)}")
+    keys: list[Keys] = [{"objective": name} for name in objectives]
+    keys += [given for given in MODIFIED if set(_parts(given)) <= set(objectives)]
+    return {_label(given): given for given in keys}
+
+
+def _parts(keys: Keys) -> list[str]:
+    return list(keys["objective"]) if isinstance(keys["objective"], dict) else [keys["objective"]]
+
+
+def _label(keys: Keys) -> str:
+    objective = keys["objective"]
+    mixed = isinstance(objective, dict)
+    name = " + ".join(f"{weight:g} {part}" for part, weight in objective.items()) if mixed else objective
+    return ", ".join([name, *(f"{key} {value}".lower() for key, value in keys.items() if key != "objective")])
 
 
 def fitting(source: str, count: int, model: str, max_length: int, *, last: bool = False) -> list[str]:
@@ -148,74 +142,88 @@ def fitting(source: str, count: int, model: str, max_length: int, *, last: bool 
         SimpoError: too few pairs fit.
     """
     rows = load_rows(source, split="train")
-    candidates = min(len(rows), _CANDIDATES * count)
-    rows = rows.select(range(len(rows) - candidates, len(rows)) if last else range(candidates))
     settings = TokenizeSettings(max_length=max_length, truncation="drop")
     found = prepare(rows, load_tokenizer(model), settings, label="pairs").dataset["where"]
     kept = set(found[-count:] if last else found[:count])
     if len(kept) < count:
-        raise SimpoError(f"{source}: {len(kept)} of the candidate pairs fit into max_length {max_length}, not {count}")
+        raise SimpoError(f"{source}: {len(kept)} pairs fit into max_length {max_length}, not {count}")
     return [json.dumps(row) + "\n" for row, where in rows_of(rows[:], range(len(rows)), source) if where in kept]
 
 
-def _run(budget: Budget, objective: str, rate: str) -> Measured | str:
-    """The measurement, made now or before; or why there is none."""
-    path = budget.run_folder(objective, rate) / FILE_NAME
+def _check_same(folder: Path, setting: Keys) -> None:
+    """Reject a folder of measurements that were made in another setting; note the setting in a new one."""
+    path = folder / "setting.json"
     if not path.exists():
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "benchmarks.objective_runs"),
-                *(json.dumps(budget.arguments(objective, rate)), str(budget.tuning)),
-            ],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": str(budget.threads)},
-            capture_output=True,
-            text=True,
-            check=False,
+        write_text(path, json.dumps(setting))
+    before = json.loads(path.read_text())
+    if changed := [key for key in setting if setting[key] != before[key]]:
+        raise SimpoError(
+            f"--output_dir: {folder} has measurements of another setting ({', '.join(changed)}); name another"
         )
-        if done.returncode:
-            return (done.stderr.strip().splitlines() or ["it ended without a word"])[-1].removeprefix(_MISTAKE)
-    return Measured(**json.loads(path.read_text()))
 
 
-def report(runs: Mapping[tuple[str, str], Measured | str], rows: int) -> Iterator[str]:
-    """The table in Markdown: every objective at its best learning rate, and those that failed."""
-    finished: dict[str, dict[str, Measured]] = {}
-    for (objective, rate), found in runs.items():
-        if isinstance(found, Measured):
-            finished.setdefault(objective, {})[rate] = found
-    yield f"| {' | '.join(HEADS)} |"
+def tuned(label: str, keys: Keys, rates: Sequence[str], seeds: Sequence[int], bench: Bench) -> Tuned:
+    """A row at its best learning rate, which the first seed chooses; then it is trained from the other seeds."""
+    tried = {rate: bench.run(label, keys, rate, seeds[0]) for rate in rates}
+    found = {rate: run for rate, run in tried.items() if isinstance(run, Measured)}
+    best = max(found, key=lambda rate: bench.preference(found[rate]), default="")
+    if found:
+        tried |= {f"{best}, seed {seed}": bench.run(label, keys, best, seed) for seed in seeds[1:]}
+    failures = [f"{label} at {where} failed: {run}" for where, run in tried.items() if isinstance(run, str)]
+    others = [run for where, run in tried.items() if where not in rates and isinstance(run, Measured)]
+    return Tuned(best, [found[best], *others] if found else [], failures)
+
+
+def report(table: Mapping[str, Tuned], clusters: np.ndarray) -> Iterator[str]:
+    """The table in Markdown.
+
+    Args:
+        table: the rows; differences are those to the row ``dpo``, or to the first one.
+        clusters: ``[pairs]``, the number of the prompt of every pair that is reported.
+    """
+    finished = {label: row for label, row in table.items() if row.runs}
+    base = "dpo" if "dpo" in finished else next(iter(finished), "")
+    yield f"| {' | '.join(HEADS).format(f'`{base}`')} |"
     yield f"|---|{'---:|' * (len(HEADS) - 1)}"
-    times = {name: statistics.median(m.step_seconds for m in found.values()) for name, found in finished.items()}
-    for objective, found in finished.items():
-        rate = max(found, key=lambda rate: (found[rate].tuning, -found[rate].kl))
-        yield _row(objective, rate, found[rate], times[objective] / next(iter(times.values())))
+    for label, row in finished.items():
+        yield f"| {' | '.join(_cells(label, row, finished[base], clusters, family=max(1, len(finished) - 1)))} |"
     yield ""
-    yield (
-        f"{rows} training pairs. Learning rates tried: {', '.join(dict.fromkeys(rate for _, rate in runs))}; the best "
-        "by accuracy on the tuning pairs is shown (of equals the one that moved less). "
-        "Margin: mean difference of the implicit rewards, on each objective's own scale. Chosen, rejected: change of "
-        "the average log-probability a token. KL: of the trained model to the start, exact over the vocabulary, mean "
-        "over the held-out responses' tokens. All in nats. Step time: in that of the first row, over all its rates."
-    )
-    for (objective, rate), found in runs.items():
-        if isinstance(found, str):
-            yield f"\n{objective} at {rate} failed: {found}"
+    yield from (failure for row in table.values() for failure in row.failures)
 
 
-def _row(objective: str, rate: str, found: Measured, step_time: float) -> str:
-    cells = (
-        f"`{objective}`",
-        rate,
-        f"{found.accuracy:.3f} [{found.low:.3f}, {found.high:.3f}]",
-        f"{found.margin:.3g}",
-        f"{found.chosen:+.4f}",
-        f"{found.rejected:+.4f}",
-        f"{found.kl:.2g}",
-        f"{step_time:.2f}",
-        f"{found.peak_mib:.0f}",
-    )
-    return f"| {' | '.join(cells)} |"
+def _cells(label: str, row: Tuned, base: Tuned, clusters: np.ndarray, family: int) -> Iterator[str]:
+    count = len(clusters)
+    accuracies = [statistics.fmean(run.correct[-count:]) for run in row.runs]
+    apart = by_pair(row, "apart", count)
+    difference = apart - by_pair(base, "apart", count)
+    step, base_step = (statistics.median(run.step_seconds for run in which.runs) for which in (row, base))
+    yield f"`{label}`"
+    yield row.rate
+    yield f"{statistics.fmean(accuracies):.3f}"
+    yield f"{min(accuracies):.3f} to {max(accuracies):.3f}"
+    yield _shown(clustered_mean(apart, clusters), ".3f")
+    yield "" if row is base else _shown(clustered_mean(difference, clusters, family), "+.3f")
+    yield f"{by_pair(row, 'chosen', count).mean():+.4f}"
+    yield f"{by_pair(row, 'rejected', count).mean():+.4f}"
+    yield f"{by_pair(row, 'kl', count).mean():.2g}"
+    yield f"{step / base_step:.2f}"
+
+
+def by_pair(row: Tuned, name: str, count: int) -> np.ndarray:
+    """``[count]`` means over the seeds of the attribute ``name`` of :class:`Measured`, for the pairs reported."""
+    return np.mean([getattr(run, name)[-count:] for run in row.runs], axis=0)
+
+
+def clustered_mean(values: np.ndarray, clusters: np.ndarray, family: int = 1) -> Interval:
+    """The mean of ``values`` ``[pairs]`` with its bootstrap interval; the pairs of a cluster are drawn together."""
+    sums = np.stack([np.bincount(clusters, values), np.bincount(clusters)], axis=1)
+    return bootstrap_interval(sums, lambda drawn: drawn[..., 0] / drawn[..., 1], seed=0, family=family)
+
+
+def _shown(interval: Interval, form: str) -> str:
+    if interval.low is None or interval.high is None:
+        return f"{interval.value:{form}}"
+    return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
 if __name__ == "__main__":

@@ -1,65 +1,97 @@
-"""One objective trained at one learning rate in a process of its own, and how far it moved from where it started."""
+"""An objective trained at one learning rate from one seed, and how far it moved from where it started."""
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import TrainerCallback
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from benchmarks.memory import peak_mib
-from simpo.cli._shared import parse
+from simpo.data.settings import TokenizeSettings
+from simpo.data.sources import load_rows
+from simpo.data.tokenizing import prepare
+from simpo.errors import SimpoError
 from simpo.models.loading import load_model, load_tokenizer
+from simpo.objectives import Objective, Responses
+from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.logprobs import fused_logprobs
 from simpo.packing.model import prepare_policy, responses_of
-from simpo.packing.scoring import bounded_batches, reference_states, token_outputs
-from simpo.runs.lines import JsonLines
-from simpo.statistics import proportion_interval
+from simpo.packing.scoring import (
+    ReferenceStates,
+    bounded_batches,
+    mean_by_comparison,
+    reference_states,
+    token_outputs,
+)
+from simpo.runs.atomic import write_text
 from simpo.training.batches import comparisons_of
-from simpo.training.metrics import ACCURACY
 from simpo.training.preference import PreferenceConfig, PreferenceTrainer
-from simpo.training.run import TrainingJob, run_training
-from simpo.training.settings import load_datasets
 
-FILE_NAME = "measured.json"
 _TOKENS = 4096  # of a forward when the held-out pairs are scored
+_TRAINER = "trainer"  # folder of the trainer, which saves nothing
+Keys = dict[str, Any]  # of a recipe
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The metrics of a run; log-probabilities and KL are in nats per token, on the held-out pairs that are reported.
+    """What a run is measured by; lists have a number for every held-out pair, those that choose a learning rate first.
 
     Attributes:
-        tuning: accuracy on the pairs by which a learning rate is chosen, none of which is reported.
-        accuracy: share of pairs whose chosen response has the larger implicit reward.
-        low: lower end of its 95% interval.
-        high: upper end.
-        pairs: held out.
-        margin: mean difference of the implicit rewards, on the objective's own scale.
-        chosen: change of the chosen responses' average log-probability a token, mean over the pairs.
-        rejected: the same of the rejected ones.
-        kl: KL(trained || start) of the next token, exact over the vocabulary, mean over all response tokens.
+        correct: 1 if the chosen response has the larger implicit reward, by the objective's own definition, else 0.
+        apart: 1 if the chosen response's average log-probability a token rose more (or fell less), else 0: a
+            measure that is the same for all objectives.
+        chosen: change of the chosen response's average log-probability, in nats per token.
+        rejected: the same of the rejected response.
+        kl: KL(trained || start) of the next token in nats, exact over the vocabulary, mean over the pair's tokens.
         step_seconds: median of the optimizer steps but the first; on a CPU the processor's time, all threads together.
-        peak_mib: most memory of the process until training had ended.
     """
 
-    tuning: float
-    accuracy: float
-    low: float
-    high: float
-    pairs: int
-    margin: float
-    chosen: float
-    rejected: float
-    kl: float
+    correct: list[float]
+    apart: list[float]
+    chosen: list[float]
+    rejected: list[float]
+    kl: list[float]
     step_seconds: float
-    peak_mib: float
+
+
+class HeldOut:
+    """Pairs that are not trained on, with the start model's states for them, which are computed once for all runs."""
+
+    def __init__(self, start: PreTrainedModel, pairs: Sequence[TokenizedComparison]) -> None:
+        start = prepare_policy(start).eval()
+        self._batches: list[tuple[PackedBatch, ReferenceStates, Responses]] = []
+        with torch.no_grad():
+            for batch, _ in bounded_batches(start, pairs, max_batch_tokens=_TOKENS, path="auto"):
+                on_device = batch.to(start.device)
+                states = reference_states(start, on_device)
+                logps = fused_logprobs(states.hidden, states.head, on_device.targets)
+                self._batches.append((on_device, states, responses_of(on_device, logps)))
+
+    @torch.no_grad()
+    def measure(self, trained: PreTrainedModel, objective: Objective, step_seconds: float) -> Measured:
+        """Compare a trained model with the start model; rewards are those of ``objective``."""
+        trained = prepare_policy(trained).eval()
+        columns: list[Tensor] = []
+        for batch, states, before in self._batches:
+            found = token_outputs(trained, batch, reference=states)
+            assert found.divergence is not None
+            after = replace(responses_of(batch, found.logps), ref_logp=before.logp)
+            reward, change = objective.reward(after), after.avg - before.avg
+            correct, apart = (values[0::2] > values[1::2] for values in (reward, change))
+            kl = mean_by_comparison(batch, found.divergence)
+            columns.append(torch.stack([correct.to(kl), apart.to(kl), change[0::2], change[1::2], kl]))
+        return Measured(*torch.cat(columns, dim=1).tolist(), step_seconds)
 
 
 class _Clock(TrainerCallback):
@@ -81,57 +113,67 @@ class _Clock(TrainerCallback):
         self.steps.append(self._now() - self._begun)
 
 
-def work(argv: list[str], tuning: int) -> None:
-    """Train by the arguments of ``simpo train``, and write :class:`Measured` into the run's folder.
+def train(
+    start: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, keys: Mapping[str, Any], folder: Path
+) -> tuple[PreferenceTrainer, float]:
+    """Train ``start``, which is changed, on ``rows`` with recipe keys.
 
-    Args:
-        argv: the arguments.
-        tuning: number of held-out pairs, from the first on, that choose the learning rate; the others are reported.
+    Returns:
+        The trainer, whose ``model`` is the trained one, and the median seconds of a step, see :class:`Measured`.
+
+    Raises:
+        SimpoError: a key is wrong, or training failed.
     """
     clock = _Clock()
-    given = TrainingJob(*parse(argv, PreferenceConfig), argv, callbacks=[clock])
-    given.config.disable_tqdm = True
-    results = run_training(PreferenceTrainer, given)
-    peak = peak_mib(given.config.device.type)
-    pairs = list(JsonLines(results.parent / "held_out_after.jsonl"))
-    correct = [pair[ACCURACY] for pair in pairs]
-    interval = proportion_interval(int(sum(correct[tuning:])), len(pairs) - tuning)
-    chosen, rejected, kl = _moved(given, results.parent, tuning)
-    found = Measured(
-        tuning=statistics.fmean(correct[:tuning]),
-        accuracy=interval.value,
-        low=interval.low,
-        high=interval.high,
-        pairs=len(pairs) - tuning,
-        margin=statistics.fmean(pair["rewards/margins"] for pair in pairs[tuning:]),
-        chosen=chosen,
-        rejected=rejected,
-        kl=kl,
-        step_seconds=statistics.median(clock.steps[1:]),
-        peak_mib=peak,
-    )
-    (results.parent / FILE_NAME).write_text(json.dumps(asdict(found)))
+    config = PreferenceConfig(str(folder), **keys)
+    trainer = PreferenceTrainer(start, config, rows, processing_class=tokenizer, callbacks=[clock])
+    trainer.train()
+    return trainer, statistics.median(clock.steps[1:])
 
 
-@torch.no_grad()
-def _moved(given: TrainingJob, folder: Path, tuning: int) -> tuple[float, float, float]:
-    """Changes of the chosen and rejected responses' averages and the KL, see :class:`Measured`."""
-    name, device = given.model.model_name_or_path, given.config.device
-    tokenizer = load_tokenizer(name, given.model, chat_template=given.data.chat_template)
-    _, rows = load_datasets(given.data)
-    dataset = PreferenceTrainer.prepare(rows, tokenizer, given.config, "eval").dataset
-    comparisons = comparisons_of(dataset, range(tuning, len(dataset)))
-    start, trained = (prepare_policy(load_model(where)).eval().to(device) for where in (name, str(folder)))
-    changes, divergences = [], []
-    for batch, _ in bounded_batches(start, comparisons, max_batch_tokens=_TOKENS, path="auto"):
-        states = reference_states(start, batch)
-        before = responses_of(batch, fused_logprobs(states.hidden, states.head, batch.targets))
-        after = token_outputs(trained, batch, reference=states)
-        changes.append(responses_of(batch, after.logps).avg - before.avg)
-        divergences.append(after.divergence)
-    change = torch.cat(changes)
-    return change[0::2].mean().item(), change[1::2].mean().item(), torch.cat(divergences).mean().item()
+class Bench:
+    """Everything that runs have in common.
 
+    Args:
+        model: folder of the start model.
+        folder: of the measurements.
+        texts: lines of the pairs ``train``, ``tuning`` and ``test``.
+        shared: recipe keys of all runs.
+    """
 
-if __name__ == "__main__":
-    work(json.loads(sys.argv[1]), int(sys.argv[2]))
+    def __init__(self, model: str, folder: Path, texts: Mapping[str, Sequence[str]], shared: Keys) -> None:
+        self._model, self._folder, self._shared = model, folder, shared
+        self._tokenizer = load_tokenizer(model)
+        files = {"train": texts["train"], "held_out": [*texts["tuning"], *texts["test"]]}
+        for name, lines in files.items():
+            write_text(folder / f"{name}.jsonl", "".join(lines))
+        self._rows = load_rows(str(folder / "train.jsonl"), split="train")
+        settings = TokenizeSettings(max_length=shared["max_length"])
+        held_out = load_rows(str(folder / "held_out.jsonl"), split="train")
+        tokenized = prepare(held_out, self._tokenizer, settings, label="held out").dataset
+        pairs = comparisons_of(tokenized, range(len(tokenized)))
+        prompts = [tuple(pair.prompt_ids) for pair in pairs[len(texts["tuning"]) :]]
+        # Pairs with the same prompt are not independent: they are one item of the bootstrap.
+        self.clusters = np.unique([str(prompt) for prompt in prompts], return_inverse=True)[1]
+        self._held_out = HeldOut(load_model(model).to(PreferenceConfig(str(folder / _TRAINER)).device), pairs)
+
+    def preference(self, measured: Measured) -> tuple[float, float]:
+        """Larger for the better learning rate: the more accurate run or, of equals, the one that moved less."""
+        tuning = len(measured.correct) - len(self.clusters)
+        return statistics.fmean(measured.correct[:tuning]), -statistics.fmean(measured.kl[:tuning])
+
+    def run(self, label: str, keys: Keys, rate: str, seed: int) -> Measured | str:
+        """The measurement, made now or before; or why there is none."""
+        path = self._folder / f"{re.sub('[^a-z0-9_.]+', '-', label)}-{rate}-{seed}.json"
+        if not path.exists():
+            print(f"{label} at {rate}, seed {seed}", file=sys.stderr, flush=True)
+            given = keys | self._shared | {"learning_rate": float(rate), "seed": seed}
+            given |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+            try:
+                start, trained_in = load_model(self._model), self._folder / _TRAINER
+                trainer, seconds = train(start, self._tokenizer, self._rows, given, trained_in)
+            except SimpoError as error:
+                return str(error)
+            measured = self._held_out.measure(trainer.model, trainer.objective, seconds)
+            write_text(path, json.dumps(asdict(measured)))
+        return Measured(**json.loads(path.read_text()))

@@ -1,95 +1,114 @@
-"""The table of all objectives: a run's metrics agree with its models, and results are kept."""
+"""The table of all objectives: what is measured agrees with the models, rows are tuned, and measurements are kept."""
 
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from dataclasses import replace
-from subprocess import CompletedProcess
 
+import numpy as np
 import pytest
 import torch
-from benchmarks.compare_objectives import Budget, fitting, report
-from benchmarks.objective_runs import FILE_NAME, Measured, work
-from tests.forked import run_ranks
+from benchmarks.compare_objectives import MODIFIED, Tuned, clustered_mean, fitting, report, rows_of_the_table, tuned
+from benchmarks.objective_runs import Bench, HeldOut, Measured, train
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import compare_objectives
+from simpo.data.settings import TokenizeSettings
+from simpo.data.tokenizing import prepare
 from simpo.errors import SimpoError
+from simpo.objectives import OBJECTIVES
+from simpo.training.batches import comparisons_of
+from simpo.training.preference import PreferenceConfig
 from simpo.world.pairs import make_pairs, write_model, write_pairs
 
-FOUND = Measured(0.7, 0.75, 0.6, 0.9, 16, 0.5, -0.1, -0.2, 0.01, 0.3, 500.0)
+FOUND = Measured([1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 1.0], [0.1] * 4, [-0.1] * 4, [0.01] * 4, 0.3)
 
 
 @pytest.fixture
-def budget(tmp_path) -> Budget:
-    """Three steps of four pairs on a tiny model; of six held-out pairs two choose the learning rate."""
+def folder(tmp_path):
+    """A tiny model, twelve pairs to train on, six held out."""
     write_model(tmp_path / "model", seed=0)
     write_pairs(tmp_path / "train.jsonl", 12, seed=0)
     write_pairs(tmp_path / "test.jsonl", 6, seed=0, held_out=True)
-    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "test")}
-    rest = {"max_length": 128, "pairs_per_step": 4, "epochs": 1, "seed": 0, "threads": 1}
-    return Budget(str(tmp_path / "model"), **files, tuning=2, folder=tmp_path, **rest)
+    return tmp_path
 
 
-def test_a_runs_metrics_agree_with_its_models(budget, monkeypatch):
-    folder = budget.run_folder("dpo", "1e-3")
-    work(budget.arguments("dpo", "1e-3"), budget.tuning)
-    monkeypatch.setattr(compare_objectives.subprocess, "run", None)  # what has been measured is not run again
-    found = compare_objectives._run(budget, "dpo", "1e-3")
-    assert (folder / FILE_NAME).exists()
+def test_what_is_measured_agrees_with_the_models(folder):
+    name = str(folder / "model")
+    start, given = (AutoModelForCausalLM.from_pretrained(name) for _ in range(2))
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    rows = make_pairs(6, 0, held_out=True)
+    held_out = prepare(Dataset.from_list(rows), tokenizer, TokenizeSettings(max_length=128), label="eval").dataset
+    keys = {"objective": "dpo", "learning_rate": 1e-3, "max_length": 128, "per_device_train_batch_size": 4}
+    keys |= {"save_strategy": "no", "report_to": "none"}
+    bench = HeldOut(AutoModelForCausalLM.from_pretrained(name), comparisons_of(held_out, range(6)))
+    trainer, seconds = train(given, tokenizer, Dataset.from_list(make_pairs(12, 0)), keys, folder / "out")
+    found = bench.measure(trainer.model, trainer.objective, seconds)
+    trainer.save_model(str(folder / "trained"))
+    trained = AutoModelForCausalLM.from_pretrained(folder / "trained")
 
-    start, trained = (AutoModelForCausalLM.from_pretrained(where) for where in (budget.model, folder))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    changes: dict[str, list] = {"chosen": [], "rejected": []}
-    divergences, correct = [], []
-    for number, row in enumerate(make_pairs(6, 0, held_out=True)):
+    for number, row in enumerate(rows):
         turns = [{"role": "user", "content": row["prompt"]}]
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        ratios = []
-        for side, moved in changes.items():
+        ratios, changes, divergences = [], [], []
+        for side in ("chosen", "rejected"):
             response = [*tokenizer(row[side], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             ids = torch.tensor([prompt + response])
             with torch.no_grad():
                 before, after = (
                     model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for model in (start, trained)
                 )
-            taken = torch.tensor(response)[:, None]
-            change = (after - before).gather(1, taken).squeeze(1)
+            change = (after - before).gather(1, torch.tensor(response)[:, None]).squeeze(1)
             ratios.append(change.sum().item())
-            if number >= budget.tuning:
-                moved.append(change.mean().item())
-                divergences += (after.exp() * (after - before)).sum(-1).tolist()
-        correct.append(ratios[0] > ratios[1])
-    for side, moved in changes.items():
-        assert getattr(found, side) == pytest.approx(sum(moved) / len(moved), rel=1e-3)
-    assert found.kl == pytest.approx(sum(divergences) / len(divergences), rel=1e-3)
-    assert found.tuning == pytest.approx(sum(correct[:2]) / 2)
-    assert found.accuracy == pytest.approx(sum(correct[2:]) / 4)
-    assert found.pairs == 4
+            changes.append(change.mean().item())
+            divergences += (after.exp() * (after - before)).sum(-1).tolist()
+        assert found.correct[number] == (ratios[0] > ratios[1])
+        assert found.apart[number] == (changes[0] > changes[1])
+        assert found.chosen[number] == pytest.approx(changes[0], rel=1e-3, abs=1e-5)
+        assert found.rejected[number] == pytest.approx(changes[1], rel=1e-3, abs=1e-5)
+        assert found.kl[number] == pytest.approx(sum(divergences) / len(divergences), rel=1e-3)
     assert found.step_seconds > 0
-    assert found.peak_mib > 100
 
 
-def run_module(name, arguments):
-    sys.argv[1:] = arguments
-    runpy.run_module(name, run_name="__main__")
-    return 0
+@pytest.fixture
+def run_main(folder, monkeypatch):
+    """Call the command on the fixture's files with other options; returns the exit code."""
+
+    def call(**options) -> int:
+        given = {"model": folder / "model", "train": folder / "train.jsonl", "test": folder / "test.jsonl"}
+        given |= {"output_dir": folder / "out", "rows": 4, "tuning": 2, "held_out": 4, "max_length": 128}
+        given |= {"pairs_per_step": 2, "threads": 1}
+        words = [word for key, value in (given | options).items() for word in (f"--{key}", *str(value).split())]
+        monkeypatch.setattr("sys.argv", ["", *words])
+        return compare_objectives.main()
+
+    return call
 
 
-def test_a_run_that_fails_is_reported_with_its_own_error(budget, tmp_path, monkeypatch):
-    def forked(command, **options):  # and not started, which takes ten seconds
-        ended = run_ranks(1, run_module, command[2], command[3:], folder=tmp_path)
-        return CompletedProcess(command, ended.codes[0], ended.stdout, ended.stderr)
+def test_measurements_are_kept_and_failures_reported(run_main, folder, capsys, monkeypatch):
+    rest = {"objectives": "dpo", "learning_rates": "1e-3 1e-2", "seeds": "1 2"}
+    monkeypatch.setattr(compare_objectives, "MODIFIED", ({"objective": "dpo", "ld_alpha": 0.5, "sft_weight": 1.0},))
+    assert run_main(**rest) == 0
+    output = capsys.readouterr().out
+    assert "ld_alpha 0.5, sft_weight 1.0 at 1e-3 failed: ld_alpha: the SFT term" in output
+    assert len(list((folder / "out").glob("dpo-*.json"))) == 3  # two rates, and the better one from the other seed
+    monkeypatch.setattr("benchmarks.objective_runs.train", None)  # what has been measured is not run again
+    monkeypatch.setattr(compare_objectives, "MODIFIED", ())
+    assert run_main(**rest) == 0
+    assert set(capsys.readouterr().out.splitlines()) < set(output.splitlines())
+    assert run_main(**rest, max_length=64) == 2
+    assert "max_length" in capsys.readouterr().err
 
-    monkeypatch.setattr(compare_objectives.subprocess, "run", forked)
-    gone = replace(budget, model="/nowhere/at/all")
-    assert compare_objectives._run(gone, "dpo", "1e-3") == "model_name_or_path: there is no folder '/nowhere/at/all'"
+
+def test_pairs_that_are_trained_on_choose_no_learning_rate(run_main, folder, capsys):
+    assert run_main(rows=8, tuning=6) == 2
+    assert "--tuning" in capsys.readouterr().err
+    assert not (folder / "out").exists()
 
 
-def test_the_first_or_last_pairs_that_fit_are_taken(budget):
-    tokenizer = AutoTokenizer.from_pretrained(budget.model)
+def test_the_first_or_last_pairs_that_fit_are_taken(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     turns = ["prompt", "chosen", "rejected"]
 
     def fits(row) -> bool:
@@ -98,35 +117,70 @@ def test_the_first_or_last_pairs_that_fit_are_taken(budget):
 
     rows = [row for row in make_pairs(12, 0) if fits(row)]
     assert 2 < len(rows) < 12
-    source = str(budget.train)
-    assert list(map(json.loads, fitting(source, len(rows) - 1, budget.model, 40))) == rows[:-1]
-    assert list(map(json.loads, fitting(source, len(rows) - 1, budget.model, 40, last=True))) == rows[1:]
-    with pytest.raises(SimpoError, match=f"{len(rows)} of .* max_length 40, not 12"):
-        fitting(source, 12, budget.model, 40)
+    source, model = str(folder / "train.jsonl"), str(folder / "model")
+    assert list(map(json.loads, fitting(source, len(rows) - 1, model, 40))) == rows[:-1]
+    assert list(map(json.loads, fitting(source, len(rows) - 1, model, 40, last=True))) == rows[1:]
+    with pytest.raises(SimpoError, match=f"{len(rows)} pairs .* max_length 40, not 12"):
+        fitting(source, 12, model, 40)
 
 
-def test_pairs_that_are_trained_on_choose_no_learning_rate(budget, monkeypatch, capsys):
-    given = {"model": budget.model, "train": budget.train, "test": budget.test, "output_dir": budget.folder / "out"}
-    given |= {"rows": 8, "tuning": 6, "held_out": 4, "max_length": 128}
-    monkeypatch.setattr("sys.argv", ["", *(f"--{key}={value}" for key, value in given.items())])
-    assert compare_objectives.main() == 2
-    assert "--tuning: " in capsys.readouterr().err
-    assert not given["output_dir"].exists()
+def test_all_objectives_and_valid_modifiers_are_rows():
+    rows = rows_of_the_table(list(OBJECTIVES))
+    assert [keys["objective"] for keys in rows.values()][: len(OBJECTIVES)] == list(OBJECTIVES)
+    assert len(rows) == len(OBJECTIVES) + len(MODIFIED)
+    for keys in rows.values():
+        PreferenceConfig("unused", **keys)  # rejects what an objective does not have
+    assert list(rows_of_the_table(["ipo", "bco"])) == ["ipo", "bco", "ipo, length_normalized true"]
+    with pytest.raises(SimpoError, match="no nothing"):
+        rows_of_the_table(["ipo", "nothing"])
 
 
-def test_every_objective_is_shown_at_its_best_rate():
-    runs = {
-        ("dpo", "1e-5"): FOUND,
-        ("dpo", "1e-4"): replace(FOUND, tuning=0.8, accuracy=0.1, kl=0.5, step_seconds=0.2),
-        ("dpo", "1e-3"): replace(FOUND, tuning=0.8, accuracy=0.2, kl=0.1),
-        ("ipo", "1e-5"): "step 2: the loss is not finite",
-        ("kto", "1e-5"): replace(FOUND, step_seconds=0.45),
+def test_the_first_seed_chooses_the_rate_and_the_others_follow():
+    tuning_of = {
+        "1e-5": FOUND,  # right in one of the two tuning pairs
+        "1e-4": replace(FOUND, correct=[1.0, 1.0, 0.0, 0.0], kl=[0.5] * 4),
+        "1e-3": replace(FOUND, correct=[1.0, 1.0, 0.0, 1.0]),  # as good there, and moved less
+        "1e-2": "step 2: the loss is not finite",
     }
-    lines = list(report(runs, 16))
+    asked = []
+
+    class Fake(Bench):
+        def __init__(self) -> None:
+            self.clusters = np.array([0, 1])
+
+        def run(self, label, keys, rate, seed):
+            asked.append((rate, seed))
+            return tuning_of[rate]
+
+    row = tuned("dpo", {"objective": "dpo"}, list(tuning_of), [7, 8, 9], Fake())
+    assert row.rate == "1e-3"
+    assert row.runs == [tuning_of["1e-3"]] * 3
+    assert asked == [*((rate, 7) for rate in tuning_of), ("1e-3", 8), ("1e-3", 9)]
+    assert row.failures == ["dpo at 1e-2 failed: step 2: the loss is not finite"]
+
+
+def test_the_table_has_means_over_seeds_and_differences_to_dpo():
+    other = replace(FOUND, correct=[0.0, 0.0, 0.0, 1.0], apart=[0.0, 0.0, 1.0, 1.0], step_seconds=0.6)
+    table = {"ipo": Tuned("1e-4", [other, other], []), "dpo": Tuned("1e-5", [FOUND, other], ["dpo at 1 failed: why"])}
+    lines = list(report(table, np.array([0, 1])))
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
-    assert [(row[0], row[1], row[7]) for row in cells] == [
-        ("`dpo`", "1e-3", "1.00"),  # of two that are as good, the one that moved less
-        ("`kto`", "1e-5", "1.50"),
+    assert [(row[0], row[1], row[2], row[3]) for row in cells] == [
+        ("`ipo`", "1e-4", "0.500", "0.500 to 0.500"),
+        ("`dpo`", "1e-5", "0.750", "0.500 to 1.000"),
     ]
-    assert any("ipo at 1e-5 failed: step 2" in line for line in lines)
+    assert [row[4][:5] for row in cells] == ["1.000", "0.750"]
+    assert cells[0][5].startswith("+0.250")
+    assert cells[1][5] == ""
+    assert [row[9] for row in cells] == ["1.33", "1.00"]  # 0.6 to the median of 0.3 and 0.6
+    assert "dpo at 1 failed: why" in lines
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_pairs_of_one_prompt_are_drawn_together():
+    """Copies of every pair add no information: the interval is that of one each."""
+    values = np.random.default_rng(0).integers(0, 2, 40).astype(float)
+    once = clustered_mean(values, np.arange(40))
+    copied = clustered_mean(np.repeat(values, 5), np.repeat(np.arange(40), 5))
+    assert (copied.value, copied.low, copied.high) == pytest.approx((once.value, once.low, once.high))
+    alone = clustered_mean(np.repeat(values, 5), np.arange(200))
+    assert alone.high - alone.low < 0.6 * (once.high - once.low)
