@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 
 from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
@@ -127,6 +128,7 @@ def train(
     clock = _Clock()
     config = PreferenceConfig(str(folder), **keys)
     trainer = PreferenceTrainer(start, config, rows, processing_class=tokenizer, callbacks=[clock])
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout, where the table goes
     trainer.train()
     return trainer, statistics.median(clock.steps[1:])
 

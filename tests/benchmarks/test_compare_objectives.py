@@ -91,6 +91,7 @@ def test_measurements_are_kept_and_failures_reported(run_main, folder, capsys, m
     monkeypatch.setattr(compare_objectives, "MODIFIED", ({"objective": "dpo", "ld_alpha": 0.5, "sft_weight": 1.0},))
     assert run_main(**rest) == 0
     output = capsys.readouterr().out
+    assert output.startswith("| objective")
     assert "ld_alpha 0.5, sft_weight 1.0 at 1e-3 failed: ld_alpha: the SFT term" in output
     assert len(list((folder / "out").glob("dpo-*.json"))) == 3  # two rates, and the better one from the other seed
     monkeypatch.setattr("benchmarks.objective_runs.train", None)  # what has been measured is not run again
