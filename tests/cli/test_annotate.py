@@ -184,6 +184,7 @@ def test_a_refused_request_is_no_meeting(sampled, capsys, monkeypatch):
         write(sampled / "killed/.scores.jsonl", [{"scores": [[1.0, 0.0], [1.0, 0.0]]}])
         assert main(command(sampled, "api", *options, output="killed")) == 0
     assert [row["scores"] for row in read_lines(sampled / "out/annotated.jsonl")] == [[1, 0], [1, 0], [None, None]]
+    assert "2 of 6 answers have no score" in (sampled / "out/log.txt").read_text()
     for name in ("annotated.jsonl", "best.jsonl", "results.json"):
         assert (sampled / "out" / name).read_bytes() == (sampled / "killed" / name).read_bytes()
 

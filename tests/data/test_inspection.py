@@ -94,3 +94,9 @@ def test_figures_and_examples_of_real_tokenizers(build_tokenizer, kind):
         messages = [{"role": "user", "content": "The answer is:"}, {"role": "assistant", "content": f"yes {number}"}]
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
         assert whole.startswith(example.prompt + example.responses[0])
+
+
+def test_pairs_that_contradict_each_other():
+    a, b, c = [5, END], [6, END], [7, END]
+    found = inspect(([BOS, 2], a, b), ([BOS, 2], b, a), ([BOS, 2], a, b), ([BOS, 2], c, a), ([BOS, 3], b, a))
+    assert found.contradicted == 3

@@ -197,6 +197,7 @@ def test_rows_that_are_known_stay_as_they_are(row):
         ),
         ({**COMPARISONS["HelpSteer3"][0], "overall_preference": 0}, "overall_preference is a tie"),
         ({**COMPARISONS["HelpSteer3"][0], "overall_preference": float("nan")}, "overall_preference does not say"),
+        ({**COMPARISONS["HelpSteer3"][0], "overall_preference": 10**400}, "overall_preference does not say"),
         ({**COMPARISONS["Arena"][0], "winner": "tie (bothbad)"}, "winner is a tie"),
         ({**COMPARISONS["Arena"][0], "winner": "both_bad"}, "winner is a tie"),
         ({**COMPARISONS["SafeRLHF"][0], "better_response_id": -1}, "better_response_id does not say"),

@@ -193,6 +193,9 @@ def test_baselines_from_files(tmp_path):
     (tmp_path / "gamed.csv").write_text(gamed.replace("0.1\n", "1.1\n"))
     with pytest.raises(SimpoError, match=r"gamed.csv row 1: preference: expected a number from 0 to 1"):
         read_baselines(tmp_path / "gamed.csv", None)
+    (tmp_path / "gamed.json").write_text(f'[{{"index": 0, "std_delta_len": 1{"0" * 400}}}]')
+    with pytest.raises(SimpoError, match="no number 'std_delta_len'"):
+        read_baselines(tmp_path / "gamed.json", None)
     (tmp_path / "gamed.csv").write_text("index,preference\n0,0.5\n")
     with pytest.raises(SimpoError, match="no number 'std_delta_len'"):
         read_baselines(tmp_path / "gamed.csv", None)

@@ -85,7 +85,7 @@ def test_damaged_files_are_detected_rebuilt_or_rejected(kind, share, chat_world,
                 )
                 assert found == known, f"{name} {how}: other results"
             outcomes["rejected" if ended.code else "same results"] += 1
-        except AssertionError as failure:
+        except (AssertionError, ValueError) as failure:  # the latter: a damaged file is among the results
             if not CAMPAIGN:
                 raise
             outcomes["WRONG"] += 1

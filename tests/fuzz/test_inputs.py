@@ -97,7 +97,9 @@ def test_rows_of_other_commands(workshop, scratch, command, table):
 
 RESPONSES = {"id": "1", "prompt": "What?", "responses": ["a", "b"], "finished": [True, True], "logps": [-1.0, -2.0]}
 SCORED = RESPONSES | {"scores": [1.0, 0.0], "tools": None, "chat_template_kwargs": {}}
-ANSWERS = [{"instruction": "What is 1 and 2?", "output": "It is 3.", "generator": "a"}]
+ANSWERS = [{"instruction": "What is 1 and 2?", "output": "It is 3.", "generator": "a", "dataset": "sums"}]
+VERDICT = {"instruction": "What is 1 and 2?", "output_1": "It is 4.", "output_2": "It is 3.", "annotator": "tiny"}
+ANNOTATIONS = [VERDICT | {"generator_1": "a", "generator_2": "b", "preference": value} for value in (1.25, 2)]
 
 
 @fuzz(
@@ -107,7 +109,8 @@ ANSWERS = [{"instruction": "What is 1 and 2?", "output": "It is 3.", "generator"
         st.tuples(st.just("annotate"), changed_json([RESPONSES, RESPONSES | {"id": "2"}])),
         st.tuples(st.just("pair"), changed_json([SCORED, SCORED | {"id": "2"}])),
         st.tuples(st.just("compare"), changed_json([RESPONSES, RESPONSES | {"id": "2"}])),
-        st.tuples(st.just("alpaca_eval"), changed_json(ANSWERS)),
+        st.tuples(st.just("--reference_outputs"), changed_json(ANSWERS)),
+        st.tuples(st.just("--annotations"), changed_json(ANNOTATIONS)),
     ),
     damage=damages,
 )
@@ -115,10 +118,12 @@ def test_result_files(workshop, scratch, changed, damage):
     command, table = changed
     with scratch() as folder:
         out = folder / "out"
-        if command == "alpaca_eval":
+        if command.startswith("--"):
             path = folder / "answers.json"
             path.write_bytes(damage(json.dumps(table).encode()))
-            end("evaluate", "alpaca_eval", "--answers", path, "--output_dir", out)
+            judge = ["--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "tiny", "--plain", "--yes"]
+            more = [] if command == "--annotations" else [path, *judge, "--cache", folder / "cache"]
+            end("evaluate", "alpaca_eval", command, path, *more, "--output_dir", out)
             return
         path = folder / "rows.jsonl"
         lines = table if isinstance(table, list) else [table]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from simpo.errors import SimpoError
 from simpo.planning.calibration import fit_rates
-from simpo.planning.cards import CARDS, Rates, card_at_hand, find_card, store_rates, stored_rates
+from simpo.planning.cards import CARDS, Rates, card_at_hand, find_card, machine_name, store_rates, stored_rates
 from simpo.planning.tracing import Cost
 
 
@@ -41,6 +42,22 @@ def test_rates_are_stored_by_machine(tmp_path, monkeypatch) -> None:
     rates = Rates(1e12, 1e11, 1e10, 1e-5)
     store_rates(rates)
     assert stored_rates() == rates
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[", "[1]", "[" * 100_000, "{NAME: 1}", '{NAME: {"product": 1}}', "{NAME: [1, 2, 3, 4]}", '"text"']
+    + [f'{{NAME: {{"product": 1, "attention": 1, "moved": {value}, "overhead": 1}}}}' for value in ("0", "NaN", '"1"')],
+)
+def test_damaged_rates_are_reported_and_not_used(tmp_path, monkeypatch, caplog, content) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    path = tmp_path / "simpo" / "plan.json"
+    path.parent.mkdir()
+    path.write_text(content.replace("NAME", json.dumps(machine_name())))
+    assert stored_rates() is None
+    assert f"{path} is damaged" in caplog.text
+    store_rates(Rates(1e12, 1e11, 1e10, 1e-5))
+    assert stored_rates() == Rates(1e12, 1e11, 1e10, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["H100", "h100-80gb", "H100 80GB"])

@@ -21,7 +21,7 @@ from simpo.errors import SimpoError, third_party
 from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import EarlyNotices
-from simpo.runs.manifest import find_damage
+from simpo.runs.manifest import find_damage, write_manifest
 from simpo.runs.results import Metric, fingerprint, read_results
 
 IDENTITY = {"learning_rate": 1e-6, "layers": [1, 2], "data/train": "a" * 64, "model": "tiny"}
@@ -245,6 +245,43 @@ def test_other_settings_are_refused_with_all_differences(tmp_path):
     assert "accept_changes: true" in message
     assert record(tmp_path)["identity"] == IDENTITY
     assert len(record(tmp_path)["starts"]) == 1
+
+
+@pytest.mark.parametrize("accept_changes", [None, False])
+def test_other_versions_are_named_because_they_may_record_other_settings(tmp_path, accept_changes):
+    begin(tmp_path).close()
+    path = tmp_path / "environment.json"
+    environment = json.loads(path.read_text())
+    environment["packages"] |= {"simpo": "0.0.9", "torch": "1.0"}
+    path.write_text(json.dumps(environment))
+    with pytest.raises(SimpoError, match=r"versions that it was started with \(simpo 0.0.9, torch 1.0\)"):
+        begin(tmp_path, OTHER, accept_changes=accept_changes)
+    begin(tmp_path).close()  # with the same settings, other versions continue
+    path.write_text("[")
+    with pytest.raises(SimpoError) as caught:
+        begin(tmp_path, OTHER, accept_changes=accept_changes)
+    assert DIFFERENCES in str(caught.value) and "started with" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint-1/model.safetensors"])
+@pytest.mark.parametrize("outer_finished", [False, True])
+def test_a_damaged_run_within_a_run_is_refused(tmp_path, name, outer_finished):
+    inner = tmp_path / "trials" / "000"
+    with begin(tmp_path, command="sweep") as outer:
+        with begin(inner) as run:
+            run.metrics.append([{"step": 1}])
+            (inner / "checkpoint-1").mkdir()
+            (inner / "checkpoint-1" / "model.safetensors").write_bytes(b"weights")
+            write_manifest(inner / "checkpoint-1")
+            run.finish()
+        with begin(tmp_path / "trials" / "001"):  # which is continued, and repairs itself
+            pass
+        if outer_finished:
+            outer.finish()
+    begin(tmp_path, command="sweep").close()
+    (inner / name).write_bytes(b"")
+    with pytest.raises(SimpoError, match=rf"{inner}.* is damaged \({Path(name).name}: 0 bytes"):
+        begin(tmp_path, command="sweep")
 
 
 def test_long_values_are_not_printed(tmp_path):

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 
-from simpo import SFTConfig, SFTTrainer, SimpoError, cli
+from simpo import PreferenceTrainer, SFTConfig, SFTTrainer, SimpoError, cli
 from simpo.runs.results import read_results
 from simpo.statistics import weighted_mean_interval
 from simpo.training.sft import scored_tokens
@@ -167,14 +167,21 @@ def test_the_command(chat_world, tmp_path, capsys):
     assert "simpo train --model_name_or_path" in capsys.readouterr().out
 
 
-def test_the_saved_model_stops_at_the_end_of_a_turn(chat_world, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("trainer_type", "row"),
+    [
+        (SFTTrainer, {"prompt": "What is 1 and 1?", "completion": "It is 2."}),
+        (PreferenceTrainer, {"prompt": "What is 1 and 1?", "chosen": "It is 2.", "rejected": "No idea."}),
+    ],
+)
+def test_the_saved_model_stops_at_the_end_of_a_turn(trainer_type, row, chat_world, tmp_path, caplog):
     """Also one whose own settings know another token only."""
     model = AutoModelForCausalLM.from_pretrained(chat_world / "model")
     tokenizer = AutoTokenizer.from_pretrained(chat_world / "model")
     model.generation_config.eos_token_id = 7
-    rows = Dataset.from_list([{"prompt": "What is 1 and 1?", "completion": "It is 2."}])
-    args = SFTConfig(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=1, save_strategy="no")
-    trainer = SFTTrainer(model, args, rows, processing_class=tokenizer)
+    args = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 1, "save_strategy": "no"}
+    args = trainer_type.config_type(str(tmp_path), **args)
+    trainer = trainer_type(model, args, Dataset.from_list([row]), processing_class=tokenizer)
     trainer.train()
     trainer.save_model()
     saved = GenerationConfig.from_pretrained(tmp_path)

@@ -6,6 +6,7 @@ import gc
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -181,6 +182,26 @@ def test_killed_and_started_again_every_trial_counts_once(world, tmp_path):
     assert metrics(output)[f"trials/001/{METRIC}"].value == metrics(alone)[METRIC].value
     weights = [(folder / "model.safetensors").read_bytes() for folder in (alone, output / "trials/001")]
     assert weights[0] == weights[1]
+
+
+def test_a_start_model_or_data_that_changed_between_trials_is_refused(world, tmp_path, capsys):
+    own, output = shutil.copytree(world, tmp_path / "world"), tmp_path / "killed"
+    recipe = own / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(world), str(own)))
+    argv = sweep(own, output, rates=RATES[:2])
+    process = _start(argv)
+    _wait_for(output / "trials/001/run.json", process)
+    process.kill()
+    process.join()
+    changes = {"model/model.safetensors": "(model ", "train.jsonl": "(data/train", "test.jsonl": "(data/eval"}
+    for name, key in changes.items():
+        content = (own / name).read_bytes()
+        changed = content[content.index(b"\n") + 1 :] if name.endswith("jsonl") else content[:-1] + b"\1"
+        (own / name).write_bytes(changed)
+        assert main(argv) == 2
+        assert key in capsys.readouterr().err
+        (own / name).write_bytes(content)
+    assert main(argv) == 0
 
 
 def test_two_processes_share_the_trials_and_another_sweep_is_refused(world, tmp_path, capsys):

@@ -21,6 +21,7 @@ from simpo.analysis.examples import examples
 from simpo.analysis.figures import paper_figures
 from simpo.analysis.headline import Headline, Measure, compare_runs, facts_of, number, trained_run
 from simpo.analysis.reading import Row, Run, read_runs
+from simpo.errors import SimpoError
 from simpo.runs.atomic import write_text
 from simpo.runs.log import utc_now
 from simpo.runs.manifest import read_manifest
@@ -224,7 +225,7 @@ def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _files(folder: Path) -> list[tuple[str, int, str]]:
     try:
         return read_manifest(folder)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, SimpoError):
         return []
 
 

@@ -158,6 +158,7 @@ def _print_inspection(console: Console, inspection: Inspection) -> None:
     if inspection.longer is not None:
         longer = f"{inspection.longer:.1%} of {noun}; as long as rejected in {inspection.ties:.1%}"
         figures = {"chosen longer": longer, "identical responses": f"{inspection.identical:,} {noun}"} | figures
+        figures["contradicted"] = f"{inspection.contradicted:,} {noun}, whose reverse is there, too"
     for name, figure in figures.items():
         console.print(Text(f"{name:<28} {figure}"))
     console.print()

@@ -18,7 +18,7 @@ from typing import TypeVar
 from filelock import FileLock
 
 from simpo.client.chat import ChatReply
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.runs.atomic import disk_errors
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class ReplyCache:
 
 
 def _parse(content: bytes) -> ChatReply | None:
-    try:
+    with suppress(SimpoError), third_party("a stored reply"):
         reply = ChatReply(**json.loads(content))
         logprobs = reply.first_token_logprobs
         texts, counts = (reply.finish_reason, reply.refused), (reply.prompt_tokens, reply.completion_tokens)
@@ -150,8 +150,7 @@ def _parse(content: bytes) -> ChatReply | None:
             and (logprobs is None or all(isinstance(value, float | int) for value in logprobs.values()))
         )
         return reply if intact else None
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return None
+    return None
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import httpx
 
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.runs.log import is_secret
 from simpo.runs.results import fingerprint
 
@@ -93,12 +93,13 @@ def read_reply(content: bytes) -> ChatReply:
     """Parse the body of a server's response.
 
     Raises:
-        ValueError: it is not JSON, or not a chat completion; the message says why.
+        SimpoError: it is not JSON, or not a chat completion; the message says why.
     """
-    document = json.loads(content, parse_constant=_refuse_constant)
+    with third_party("not JSON"):
+        document = json.loads(content, parse_constant=_refuse_constant)
     if isinstance(document, dict) and document.get("error"):
-        raise ValueError(f"an error instead of a completion: {error_text(document)}")
-    try:
+        raise SimpoError(f"an error instead of a completion: {error_text(document)}")
+    with third_party("not a chat completion"):
         choice = document["choices"][0]
         text = _text(choice["message"].get("content"))
         usage = document.get("usage") or {}
@@ -110,8 +111,6 @@ def read_reply(content: bytes) -> ChatReply:
             prompt if isinstance(prompt, int) else None,
             completion if isinstance(completion, int) else None,
         )
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a chat completion ({type(error).__name__}: {error})") from error
 
 
 def error_text(document: Any) -> str:
@@ -192,7 +191,7 @@ class Endpoint:
             parts = urlsplit(self.base_url)
             # httpx, which will use the URL, is stricter about host names than urllib.
             usable = parts.scheme in ("http", "https") and bool(httpx.URL(self.base_url).host) and parts.port != 0
-        except (ValueError, httpx.InvalidURL):
+        except Exception:  # of the libraries, whose message may quote what was hidden
             raise SimpoError(f"base_url: {shown!r} is not a URL") from None
         if "@" in parts.netloc:
             raise SimpoError("base_url: a URL with a user or password in it; keys come from the environment")

@@ -15,7 +15,7 @@ import httpx
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, Omit
 
 from simpo.client.chat import ChatReply, ChatRequest, Endpoint, error_text, read_reply
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.runs.log import REDACTED, mask_secrets
 
 _LONGEST_WAIT = 300.0  # seconds; a server that asks for more is not waited for
@@ -100,7 +100,7 @@ class _Http(httpx.AsyncClient):
         if response.is_success:
             try:
                 response.extensions["reply"] = read_reply(response.content)
-            except (ValueError, RecursionError) as error:
+            except SimpoError as error:
                 raise httpx.DecodingError(f"an unreadable answer: {error}", request=request) from error
             return response
         wait = _retry_after(response)
@@ -140,12 +140,8 @@ class Sender:
     def __init__(self, endpoint: Endpoint, dialect: Dialect) -> None:
         self._endpoint, self._dialect, self._key = endpoint, dialect, endpoint.api_key()
         self._adapted = 0
-        try:
+        with third_party(f"{endpoint.url}: the environment's proxy or certificates (*_PROXY, SSL_CERT_*)"):
             self._http = _Http(endpoint)
-        except (ValueError, ImportError, OSError) as error:
-            raise SimpoError(
-                f"{endpoint.url}: the environment's proxy or certificates (*_PROXY, SSL_CERT_*) cannot be used: {error}"
-            ) from error
         # openai reads OPENAI_API_KEY, OPENAI_ORG_ID and OPENAI_PROJECT_ID, and would send them to any server.
         self._headers: dict[str, str | Omit] = dict.fromkeys(
             ("Authorization", "OpenAI-Organization", "OpenAI-Project"), Omit()
@@ -247,10 +243,9 @@ def _retry_after(response: Any) -> float:
 
 
 def _document(response: Any) -> Any:
-    try:
+    with suppress(SimpoError), third_party("an error's text"):
         return response.json()
-    except (ValueError, RecursionError):
-        return response.text
+    return response.text
 
 
 def _unsupported(response: Any) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -79,6 +80,37 @@ class ChatTemplate:
         except BadRow:
             return False
         return all(text in rendered for text in texts)
+
+    def notices(self, end: EndOfTurn) -> list[str]:
+        """What somebody who does not read the template would not expect of it; ``end`` ends its turns."""
+        found, asked = [], _user_turn(SENTINEL)
+        with suppress(BadRow):  # the template's faults are reported where it is used
+            prompt = self.render(asked, Context(), generation_prompt=True)
+            answered = self.render([*asked, {"role": "assistant", "content": _SENTINELS[0]}], Context())
+            header = answered.removeprefix(prompt).partition(_SENTINELS[0])[0]
+            if prompt == self.render(asked, Context()) and answered.startswith(prompt) and header.strip():
+                found.append(
+                    f"the chat template has no generation prompt: the header {header.strip()!r} is a part of every "
+                    "answer, is scored, and has to be generated"
+                )
+            if self._writes_date(prompt):
+                known = "date_string" in self._variables
+                advice = "; chat_template_kwargs: {date_string: ...} fixes it" if known else ""
+                found.append(f"the chat template writes the date of tokenization into the prompts{advice}")
+        if end.tail.strip() and end.text not in end.tail:
+            found.append(
+                f"the chat template ends turns with {end.tail.strip()!r}, which is no token of this tokenizer: answers "
+                f"end with {end.text!r}"
+            )
+        return found
+
+    def _writes_date(self, prompt: str) -> bool:
+        """Whether ``prompt``, a rendered user's message, depends on transformers' function that tells the date."""
+        without = Context(kwargs={"strftime_now": ""})  # which takes precedence over the function of this name
+        try:
+            return self.render(_user_turn(SENTINEL), without, generation_prompt=True) != prompt
+        except BadRow:
+            return True
 
     @cached_property
     def has_system_role(self) -> bool:

@@ -167,6 +167,8 @@ def _read_responses(
         return _split_conversations(prompt, responses, names)
     # If the responses are whole transcripts, the prompt only repeats what they share.
     if prompt is not None and not all(map(is_transcript, texts)):
+        if is_transcript(prompt) and any(text.lstrip().startswith(prompt.strip()) for text in texts):
+            raise BadRow("one response repeats the prompt's transcript, and another one does not")
         return prompt, texts
     split = split_transcripts(texts)
     if split is None:
@@ -200,6 +202,7 @@ def _split_conversations(
     for conversation, name in zip(conversations, names, strict=True):
         if conversation[-1]["role"] != "assistant":
             raise BadRow(f"{name} does not end with the assistant's message")
+    _check_roles([message for conversation in conversations for message in conversation])
     first = conversations[0]
     shared = min(map(len, conversations)) - 1
     shared = next((i for i in range(shared) if any(other[i] != first[i] for other in conversations)), shared)
@@ -310,6 +313,7 @@ def read_prompt(row: Mapping[str, Any], where: str) -> Comparison:
         name, value = "prompt", row["prompt"]
         if isinstance(value, list):
             value = drop_train_key(read_messages(value, "prompt", images=True))
+            _check_roles(value)
             if value[-1]["role"] not in ASKING:
                 raise BadRow("the prompt does not end with a user message")
         elif not isinstance(value, str):

@@ -37,6 +37,7 @@ class Inspection:
         ties: share of comparisons whose responses have the same number; ``None`` of single responses.
         repeated: comparisons that occurred before, prompt and responses.
         repeated_prompts: comparisons whose prompt occurred before.
+        contradicted: pairs of which another one prefers the rejected response to the chosen one.
         identical: pairs with equal responses, including those that were bad rows because of it.
         one_bos: share of prompts with exactly one BOS, at the front; ``None`` if the model has no BOS.
         ended: share of responses that end with a token that ends a turn and hold it once.
@@ -48,6 +49,7 @@ class Inspection:
     ties: float | None
     repeated: int
     repeated_prompts: int
+    contradicted: int
     identical: int
     one_bos: float | None
     ended: float
@@ -57,7 +59,7 @@ class Inspection:
         count = self.report.used
         prefix = f"data/{self.report.label}"
         shares = {"chosen_longer": self.longer, "ties": self.ties, "one_bos": self.one_bos, "ended": self.ended}
-        counts = {"repeated": self.repeated, "repeated_prompts": self.repeated_prompts, "identical": self.identical}
+        counts = {name: getattr(self, name) for name in ("repeated", "repeated_prompts", "contradicted", "identical")}
         metrics = [Metric(name, value) for name, value in self.report.metrics()]
         metrics += [
             Metric(f"{prefix}/tokens/{part}/{name}", value, n=count)
@@ -96,6 +98,7 @@ def inspect_prepared(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, set
         ties=None if chosen is None or rejected is None else float(np.mean(chosen == rejected)),
         repeated=count - len(known_rows),
         repeated_prompts=count - len(known_prompts),
+        contradicted=_contradicted(prepared.dataset, known_rows),
         identical=identical + prepared.report.bad.get("identical responses", 0),
         one_bos=None if bos is None else one_bos / count,
         ended=ended / total,
@@ -117,16 +120,28 @@ def shared_rows(train: Dataset, held_out: Dataset) -> tuple[int, int]:
 
 def _digests(rows: Dataset) -> Iterator[tuple[bytes, bytes]]:
     """Digests of each row (prompt with responses) and of its prompt, images included; through Arrow, for large data."""
+    for texts in _parts_of_rows(rows):
+        yield _digest(texts), _digest(texts[:1])
+
+
+def _contradicted(rows: Dataset, known: set[bytes]) -> int:
+    """Number of pairs whose reverse is among ``known`` digests of rows."""
+    pairs = (texts for texts in _parts_of_rows(rows) if len(texts) == 3 and texts[1] != texts[2])
+    return sum(_digest([prompt, rejected, chosen]) in known for prompt, chosen, rejected in pairs)
+
+
+def _parts_of_rows(rows: Dataset) -> Iterator[list[bytes]]:
+    """Each row's prompt, with the digests of its images in front, and its responses: their ids as bytes."""
     columns = [name for name in ("prompt_ids", "response_ids", DIGESTS) if name in rows.column_names]
     for batch in rows.with_format("arrow").select_columns(columns).iter(batch_size=1000):
         images = batch[DIGESTS].to_pylist() if DIGESTS in columns else [None] * len(batch)
         for prompt, responses, own in zip(batch["prompt_ids"], batch["response_ids"], images, strict=True):
-            digests = []
-            digest = hashlib.blake2b("".join(own or ()).encode(), digest_size=16)
-            for ids in (prompt, *responses.values):
-                digest.update(ids.values.to_numpy().astype(np.int64).tobytes() + b"|")
-                digests.append(digest.digest())
-            yield digests[-1], digests[0]
+            texts = [ids.values.to_numpy().astype(np.int64).tobytes() for ids in (prompt, *responses.values)]
+            yield ["".join(own or ()).encode() + texts[0], *texts[1:]]
+
+
+def _digest(texts: Sequence[bytes]) -> bytes:
+    return hashlib.blake2b(b"".join(text + b"|" for text in texts), digest_size=16).digest()
 
 
 @dataclass(frozen=True)

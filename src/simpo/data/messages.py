@@ -29,7 +29,7 @@ _TRAIN_KEYS = ("weight", "train", "train_on_turn", "training")
 # Stands for an image in a message's content; Unicode reserves the character for such internal uses.
 IMAGE = "\ufdd0"
 # What other tools write for an image where content is text.
-_IMAGE_IN_TEXT = "<image>"
+IMAGE_IN_TEXT = "<image>"
 _UNSUPPORTED = ("images", "image", "videos", "video", "audio", "audios", "train_detail", "training_detail")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -317,9 +317,9 @@ def _place_images(prompt: list[Message], rest: Sequence[Message], count: int) ->
     asking = [message for message in prompt if message["role"] == "user"]
     if count and not places:
         written = {**asking[0], "content": IMAGE * count + asking[0]["content"]} if asking else None
-        if places := sum(message["content"].count(_IMAGE_IN_TEXT) for message in asking):
+        if places := sum(message["content"].count(IMAGE_IN_TEXT) for message in asking):
             prompt = [
-                {**one, "content": one["content"].replace(_IMAGE_IN_TEXT, IMAGE)} if one["role"] == "user" else one
+                {**one, "content": one["content"].replace(IMAGE_IN_TEXT, IMAGE)} if one["role"] == "user" else one
                 for one in prompt
             ]
         elif written:

@@ -17,6 +17,7 @@ from simpo.data.rendering import Rendered
 from simpo.data.rows import BadRow, DataReport, check_dataset, check_unicode, rows_of
 from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.shapes import canonical, check_not_rendered
+from simpo.data.suspects import suspicions
 from simpo.data.tokenizing import TOKENS, Comparisons, tokenize
 from simpo.errors import SimpoError
 
@@ -138,7 +139,8 @@ def read_prompts(dataset: Dataset) -> tuple[list[PlainPrompt], DataReport]:
                 yield where, [error.entry]
             else:
                 repeated = found.setdefault(prompt.id, prompt) is not prompt
-                yield where, [*([f"read: {read}"] if read else []), *([f"dropped: {REPEATED}"] if repeated else [])]
+                entries = [*([f"read: {read}"] if read else []), *suspicions(row, content)]
+                yield where, [*entries, *([f"dropped: {REPEATED}"] if repeated else [])]
 
     report = DataReport.of("prompts", statuses(), noun="prompts")
     report.check("skip")

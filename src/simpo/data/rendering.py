@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from simpo.data.chat_template import NO_SYSTEM_ROLE, SENTINEL, ChatTemplate, EndOfTurn, as_object, end_of_turn
 from simpo.data.encoding import LiteralText
 from simpo.data.formats import Comparison, Conversation
+from simpo.data.given_answers import GivenAnswers, check_not_empty
 from simpo.data.messages import IMAGE, REASONING, Context, Message, Response, as_messages, reasoning_of, split_reasoning
 from simpo.data.rows import PART, BadRow
 from simpo.data.settings import RenderSettings
@@ -123,6 +124,8 @@ class Renderer:
         self._settings = settings or RenderSettings()
         self._paper = paper
         self.end = end_of_turn(tokenizer)
+        self.notices: list[str] = []
+        self._given = GivenAnswers(tokenizer, self.end)
         self._cutter: _AnswerCutter | None = None
         self._insert_system = False
         if not tokenizer.chat_template:
@@ -130,6 +133,7 @@ class Renderer:
                 raise SimpoError("chat_template_kwargs, system_message: there is no chat template; leave them out")
         else:
             template = ChatTemplate(tokenizer, self._settings)
+            self.notices = [] if paper else template.notices(self.end)
             added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: -len(item[1].content))
             tokens = {token.content: number for number, token in added if literal.pattern.fullmatch(token.content)}
             self._cutter = _AnswerCutter(template, self.end, tokens)
@@ -191,20 +195,28 @@ class Renderer:
             )
         if context.columns:
             raise BadRow(f"{next(iter(context.columns))}, but the tokenizer has no chat template")
-        answers = tuple(Answer(prompt, self._strip_end_of_turn(str(text)), self.end) for text in comparison.responses)
+        texts = [self._given.text(str(text)) for text in comparison.responses]
+        for text in texts:
+            check_not_empty(text)
+        answers = tuple(Answer(prompt, text, self.end) for text in texts)
         return Rendered(prompt, answers, status=tuple(f"ignored: column {name!r}" for name in context.without_effect))
 
     def _chat(
         self, prompt: str | list[Message], rest: Sequence[Response], context: Context, template: ChatTemplate
     ) -> tuple[list[Message], list[Message], Context, str | None]:
         """The row's messages before and after the prompt's end, its context, and the marker of special-token text."""
-        opening, following = as_messages(prompt, rest)
-        following = [
-            {**message, "content": self._strip_end_of_turn(message["content"], message)}
-            if message["role"] == "assistant"
-            else message
-            for message in following
-        ]
+        opening, following = (
+            [
+                {**message, "content": self._given.text(message["content"])}
+                if message["role"] == "assistant"
+                else message
+                for message in messages
+            ]
+            for messages in as_messages(prompt, rest)
+        )
+        for message in following:
+            if message["role"] == "assistant" and not (message.get("tool_calls") or reasoning_of(message)):
+                check_not_empty(message["content"])
         if self._settings.system_message == "fold":
             opening = _fold_system_messages(opening)
         opening = list(map(template.with_arguments, opening))
@@ -229,14 +241,6 @@ class Renderer:
             mark(message, marker) | {"content": mark(message["content"], marker, message["role"])}
             for message in messages
         ]
-
-    def _strip_end_of_turn(self, content: str, message: Message | None = None) -> str:
-        """A response without the end-of-turn text that it may already have, because the token is added once."""
-        while (stripped := content.rstrip()).endswith(self.end.text):
-            content = stripped.removesuffix(self.end.text)
-        if not content.strip() and not (message and (message.get("tool_calls") or reasoning_of(message))):
-            raise BadRow("empty response")
-        return content
 
 
 def _fold_system_messages(messages: list[Message]) -> list[Message]:

@@ -245,6 +245,7 @@ class DataReport:
         cut: what -> rows that were cut and are used.
         split: why -> rows that became several.
         ignored: what -> rows that are used without it.
+        suspect: why -> rows that are used, but probably do not say what was meant.
         read: columns of another shape -> rows that were read from them.
         examples: reason -> where its first few rows come from.
         notices: remarks that are not counts.
@@ -260,6 +261,7 @@ class DataReport:
     cut: dict[str, int] = field(default_factory=dict)
     split: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
+    suspect: dict[str, int] = field(default_factory=dict)
     read: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
@@ -273,9 +275,9 @@ class DataReport:
         Args:
             label: of the data set.
             statuses: for each row its source and what happened to it, as ``"bad: reason"``, ``"dropped: reason"``,
-                ``"cut: what"``, ``"split: why"``, ``"ignored: what"`` or ``"read: columns"``; an empty list for a row
-                that is used as it is. If a row became several sequences, each has an entry, all but the first with
-                :data:`PART`.
+                ``"cut: what"``, ``"split: why"``, ``"ignored: what"``, ``"suspect: why"`` or ``"read: columns"``; an
+                empty list for a row that is used as it is. If a row became several sequences, each has an entry, all
+                but the first with :data:`PART`.
             noun: what the rows become, in the plural.
         """
         report = cls(label, rows=0, used=0, noun=noun)
@@ -288,7 +290,12 @@ class DataReport:
 
     @property
     def _counts(self) -> dict[str, dict[str, int]]:
-        return {kind: getattr(self, kind) for kind in ("bad", "dropped", "cut", "split", "ignored", "read")}
+        return {kind: getattr(self, kind) for kind in ("bad", "dropped", "cut", "split", "ignored", "suspect", "read")}
+
+    @property
+    def remarkable(self) -> bool:
+        """Whether there are other rows than those that are used as they are."""
+        return any(self._counts.values())
 
     def drop(self, reason: str, where: str) -> None:
         """Count a row that was used so far as dropped."""

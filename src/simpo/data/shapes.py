@@ -22,6 +22,7 @@ from datasets import Dataset
 
 from simpo.data.messages import is_transcript, is_transcript_prompt, kind_of
 from simpo.data.rows import BadRow, Row, Tie, rows_of
+from simpo.errors import SimpoError, third_party
 
 FOREIGN_SHAPES = (
     "question, instruction (+ input), query or input as prompt; response, output or answer as completion; "
@@ -114,19 +115,19 @@ def first_canonical(dataset: Dataset) -> Row:
 
 def parse_text(text: str) -> Any:
     """The value that a text holds as JSON or as Python writes it; raises ValueError for any other."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline)]
-        tokens = [kind for kind in tokens if kind not in (tokenize.NL, tokenize.NEWLINE)]
-        # numpy writes lists without commas, and Python joins texts that follow each other.
-        if (tokenize.STRING, tokenize.STRING) not in pairwise(tokens):
-            return ast.literal_eval(text.strip())
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
-        pass
+    for read in (json.loads, _python_value):
+        with suppress(SimpoError), third_party("text"):
+            return read(text)
     raise ValueError("neither JSON nor a Python list")
+
+
+def _python_value(text: str) -> Any:
+    tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline)]
+    tokens = [kind for kind in tokens if kind not in (tokenize.NL, tokenize.NEWLINE)]
+    # numpy writes lists without commas, and Python joins texts that follow each other.
+    if (tokenize.STRING, tokenize.STRING) in pairwise(tokens):
+        raise ValueError("two texts that no comma separates")
+    return ast.literal_eval(text.strip())
 
 
 def _decoded(value: Any, name: str, notes: list[str]) -> Any:
@@ -263,7 +264,7 @@ def _read_verdict(row: Row, names: tuple[str, ...], *, answers: bool) -> None:
         return
     try:
         better = _VERDICTS[names](row[names[2]])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise BadRow(f"{names[2]} does not say which response is better") from error
     if better is None:
         raise Tie(f"{names[2]} is a tie")

@@ -51,6 +51,7 @@ from simpo.data.rows import (
 )
 from simpo.data.settings import PROMPT_CUT, TURNS_CUT, TokenizeSettings, fit, fit_turns
 from simpo.data.shapes import FOREIGN_SHAPES, canonical, check_not_rendered, first_canonical
+from simpo.data.suspects import suspicions
 from simpo.errors import SimpoError
 
 TOKENS = List(Value("int32"))
@@ -58,8 +59,8 @@ OVERLONG_WITH_IMAGES = "longer than max_length, and rows with images are not cut
 NO_PROCESSOR = "images, but no processor that reads them; use simpo train or sft, or a processor as processing_class"
 UNANSWERED_CUT = "messages after the last answer"
 _STATUS = "_status"
-# Part of every fingerprint: raise it when the ids made from the same rows and settings change.
-_FORMAT = 7
+# Part of every fingerprint: raise it when the ids or the statuses of the same rows and settings change.
+_FORMAT = 8
 _BATCH = 256
 _EXAMINED = 1000  # rows examined for a known shape before the work starts
 # Starting processes takes longer than tokenizing fewer rows than this.
@@ -295,8 +296,8 @@ class Tokenization(ABC):
             return [_Draft(None, {"where": where, "extra": "{}"}, [bad.entry])]
         values = {**self.values(content), "where": where, "extra": as_json(content.extra)}
         drafts = [_Draft(rendered, {**values, **own}, list(rendered.status)) for rendered, own in illustrated]
-        if read:  # which is reported once for each row
-            drafts[0].status.insert(0, f"read: {read}")
+        # Reported once for each row.
+        drafts[0].status[:0] = [*([f"read: {read}"] if read else []), *suspicions(row, content)]
         return drafts
 
     @property
@@ -440,6 +441,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization:
     )
     columns = mapped.select_columns(["where", _STATUS])[:]
     report = DataReport.of(label, zip(columns["where"], columns[_STATUS], strict=True), noun=tokenization.noun)
+    report.notices += tokenization.renderer.notices
     report.check(settings.on_bad_row)
     if not report.used and all(found is None for found in mapped[next(iter(tokenization.columns))]):
         raise SimpoError(f"{label}: no row is left; dropped are {', '.join(report.dropped)}")

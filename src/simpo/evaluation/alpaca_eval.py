@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from simpo.client import ChatReply, ChatRequest
 from simpo.config import setting
 from simpo.data.rows import Row
-from simpo.errors import SimpoError, one_line
+from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import Answer, Question, cell, read_by_key, read_rows, write_rows
 from simpo.evaluation.leaderboards import Baselines, length_controlled, win_rates
 from simpo.evaluation.runner import Benchmark, JudgedBenchmark, JudgedSettings
@@ -347,13 +346,8 @@ def _with_interval(name: str, value: float, error: float, n: int) -> Metric:
 
 def hub_file(name: str, option: str) -> Path:
     """A file of the benchmark on the hub, from the cache if it is there; an error names the option for a local one."""
-    try:
+    with third_party(f"{REPOSITORY}: {name} cannot be downloaded from the hub; give it with {option}"):
         return Path(hf_hub_download(REPOSITORY, name, repo_type="dataset"))
-    except (OSError, HfHubHTTPError, ValueError) as error:
-        reason = one_line(error, 200)
-        raise SimpoError(
-            f"{REPOSITORY}: {name} cannot be downloaded from the hub ({reason}); give it with {option}"
-        ) from error
 
 
 def read_reference(path: Path) -> list[Question]:
@@ -438,7 +432,7 @@ def _number(row: Row, name: str, where: str) -> float:
     key = next((key for key in row if key == name or (name == "preference" and key.startswith(name))), None)
     try:
         value = float(row[key]) if key is not None and not isinstance(row[key], bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
         raise SimpoError(f"{where}: no number {name!r}; it has {', '.join(sorted(row))}")

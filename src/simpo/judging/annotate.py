@@ -170,6 +170,9 @@ def _score(
         parts.append([{"start": start, **scored_part, "default_temperature": changed}])
         scored += len(part)
         run.log(f"{scored:,} of {len(rows):,} prompts scored")
+    if missing := sum(score is None for part in parts for given in part["scores"] for score in given):
+        answers = sum(len(row.responses) for row in rows)
+        run.log(f"note: {missing:,} of {answers:,} answers have no score")
     if usage is not None:
         run.log(usage.line(arguments.prices))
 

@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.models.llama import modeling_llama
 
+from simpo.data.chat_template import end_of_turn
 from simpo.errors import SimpoError, one_line, third_party
 from simpo.models.adapters import add_adapter, continue_adapter, find_adapter
 from simpo.models.preparation import keep_gradients
@@ -356,3 +357,15 @@ def round_weights(folder: Path, dtype: str) -> None:
             if "dtype" in part:
                 part["dtype"] = dtype
         write_text(path, json.dumps(config, indent=2) + "\n")
+
+
+def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Let generation stop where a response ends in training: a base model's settings lack the chat template's token."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None or tokenizer is None:  # a model that does not generate, or data that was tokenized elsewhere
+        return
+    known, end = settings.eos_token_id, end_of_turn(tokenizer)
+    ids = [] if known is None else known if isinstance(known, list) else [known]
+    if end.token_id not in ids:
+        settings.eos_token_id = [*ids, end.token_id]
+        logger.warning("generation_config: %s, which ends a turn, is added to eos_token_id", end.text)

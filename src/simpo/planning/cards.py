@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
 
 from simpo.config.coercion import nearest
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
 from simpo.planning.tracing import Cost
 from simpo.runs.atomic import write_text
+
+logger = logging.getLogger(__name__)
+
+_DAMAGED = "%s is damaged, and this machine's rates in it are not used; measure them again: simpo plan --calibrate"
 
 _GIB = 2**30
 
@@ -176,19 +183,31 @@ def _stored_rates() -> Path:
 
 
 def stored_rates() -> Rates | None:
-    """The rates that :func:`store_rates` has stored for this machine."""
-    try:
-        return Rates(**json.loads(_stored_rates().read_text(encoding="utf-8"))[machine_name()])
-    except (OSError, ValueError, KeyError, TypeError):
+    """The rates that :func:`store_rates` has stored for this machine; a warning if they are damaged."""
+    found = _known_rates().get(machine_name())
+    if found is None:
         return None
+    with suppress(SimpoError), third_party("stored rates"):
+        rates = Rates(**found)
+        if all(0 < rate < math.inf for rate in asdict(rates).values()):
+            return rates
+    logger.warning(_DAMAGED, _stored_rates())
+    return None
+
+
+def _known_rates() -> dict[str, Any]:
+    """What is stored for every machine; nothing if the file is absent or damaged."""
+    path = _stored_rates()
+    if not path.exists():
+        return {}
+    with suppress(SimpoError), third_party(str(path)):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    logger.warning(_DAMAGED, path)
+    return {}
 
 
 def store_rates(rates: Rates) -> Path:
     """Store the rates of this machine next to those of others; returns the file."""
     path = _stored_rates()
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    write_text(path, json.dumps(known | {machine_name(): asdict(rates)}, indent=2) + "\n")
+    write_text(path, json.dumps(_known_rates() | {machine_name(): asdict(rates)}, indent=2) + "\n")
     return path

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, Self
 import yaml
 from filelock import FileLock, Timeout
 
-from simpo.errors import InterruptedRun, SimpoError
+from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.runs import manifest
 from simpo.runs.atomic import disk_errors, remove_leftovers, write_text
 from simpo.runs.lines import JsonLines
@@ -31,6 +31,7 @@ from simpo.runs.terminal import output_is_closed, printable
 FILE_NAME = "run.json"
 SCHEMA = 1
 
+_ENVIRONMENT = "environment.json"
 _LOCK, _HOLDER = ".lock", ".lock.pid"
 # Seconds to wait for the lock. A child that was just being forked when its parent was killed holds it for a moment,
 # which is long on a busy machine.
@@ -76,7 +77,9 @@ class RunRecord:
             SimpoError: it cannot be read.
         """
         path = folder / FILE_NAME
-        try:
+        if not path.exists():
+            raise FileNotFoundError(path)
+        with third_party(f"output_dir: {path} is not readable; name a new folder"):
             document = json.loads(path.read_text(encoding="utf-8"))
             if document.pop("schema") != SCHEMA:
                 raise ValueError(f"schema: expected {SCHEMA}")
@@ -86,10 +89,6 @@ class RunRecord:
                 raise ValueError("neither running nor finished, or without identity")
             if stored != record.fingerprint:
                 raise ValueError("its fingerprint is not that of its identity")
-        except FileNotFoundError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SimpoError(f"output_dir: {path} is not readable ({error}); name a new folder") from error
         return record
 
     def write(self, folder: Path) -> None:
@@ -232,13 +231,15 @@ class RunFolder:
             kind, advice = ("a finished run", "") if self.finished else ("a run", "give the same ones or ")
             offered = accept_changes is not None and not self.finished
             last = ", or continue anyway with accept_changes: true" if offered else ""
+            versions = self._other_versions()
+            if versions and not self.finished:
+                advice += f"continue with the versions that it was started with ({versions}), or "
             raise SimpoError(
                 f"output_dir: {self.path} holds {kind} with other settings ({'; '.join(differences)}); "
                 f"{advice}name a new folder{last}"
             )
         self.changed = bool(differences)
-        if self.finished:
-            self._check_whole()
+        self._check_whole()
         with disk_errors(self.path):
             remove_leftovers(self.path)
         if not self.finished:
@@ -257,19 +258,25 @@ class RunFolder:
         if differences:
             self.log(f"continued with other settings: {'; '.join(differences)}")
 
-    def _check_whole(self) -> None:
-        """Refuse a finished run whose files are not those that it wrote; its last write was that it has finished.
+    def _other_versions(self) -> str:
+        """The packages whose versions were others at the last start, which may record and compute other things."""
+        path, now = self.path / _ENVIRONMENT, manifest.versions()
+        with suppress(SimpoError), third_party(path.name):  # without it, the message is less helpful
+            then = json.loads(path.read_text(encoding="utf-8"))["packages"]
+            return ", ".join(f"{name} {then[name]}" for name in now if then.get(name) != now[name])
+        return ""
 
-        Runs and checkpoints within it have manifests of their own.
-        """
-        since = None if self.hashes_all else (self.path / FILE_NAME).stat().st_mtime_ns
-        for folder in [self.path, *(path.parent for path in self.path.glob("*/**/manifest.json"))]:
-            if fault := manifest.find_damage(folder, since=since):
+    def _check_whole(self) -> None:
+        """Refuse finished runs whose files are not those that they wrote: this run, and those within it."""
+        within = [path.parent for path in self.path.glob("*/**/" + FILE_NAME)]
+        finished = [self.path] if self.finished else [run for run in within if RunRecord.read(run).status == "finished"]
+        for run in finished:
+            if damage := _find_damage(run, hashes_all=self.hashes_all):
+                held = "this run" if run == self.path else "a run"
                 raise SimpoError(
-                    f"output_dir: {self.path} holds this run, finished, but {folder} is damaged ({fault}); restore the "
-                    "file, or name a new folder"
+                    f"output_dir: {run} holds {held}, finished, but {damage}; restore the file, or name a new folder"
                 )
-        if self.hashes_all:
+        if self.hashes_all and self.finished:
             self.log(f"{self.path}: every file is as it was written (sha256)")
 
     def log(self, line: str) -> None:
@@ -399,7 +406,19 @@ class RunFolder:
             text = yaml.safe_dump(_plain(redact(resolved)), sort_keys=False, allow_unicode=True)
             write_text(self.path / "recipe.resolved.yaml", text)
         environment = json.dumps(manifest.environment(), indent=2, ensure_ascii=False)
-        write_text(self.path / "environment.json", environment + "\n")
+        write_text(self.path / _ENVIRONMENT, environment + "\n")
+
+
+def _find_damage(run: Path, *, hashes_all: bool) -> str | None:
+    """The first damage of a finished run, whose last write was that it has finished, or of what is within it, as text.
+
+    Runs and checkpoints within a run have manifests of their own.
+    """
+    since = None if hashes_all else (run / FILE_NAME).stat().st_mtime_ns
+    for folder in [run, *(path.parent for path in run.glob("*/**/" + manifest.FILE_NAME))]:
+        if fault := manifest.find_damage(folder, since=since):
+            return f"{folder} is damaged ({fault})"
+    return None
 
 
 def _check_usable(path: Path) -> None:

@@ -95,7 +95,7 @@ def find_damage(folder: Path, *, since: int | None = None) -> str | None:
         files = read_manifest(folder)
     except FileNotFoundError:
         return f"no {FILE_NAME}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except SimpoError:
         return f"{FILE_NAME}: not readable"
     return next(_differences(folder, files, since), None)
 
@@ -122,13 +122,17 @@ def read_manifest(folder: Path) -> list[tuple[str, int, str]]:
     """Path, size in bytes and SHA-256 of every file that a folder's manifest lists.
 
     Raises:
-        OSError: there is none, or it cannot be read.
-        ValueError, KeyError, TypeError: it is not a manifest.
+        FileNotFoundError: there is none.
+        SimpoError: it cannot be read, or is not a manifest.
     """
-    document: Any = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-    if document["schema"] != SCHEMA:
-        raise ValueError(f"schema {document['schema']!r}")
-    return [(str(file["path"]), int(file["bytes"]), str(file["sha256"])) for file in document["files"]]
+    path = folder / FILE_NAME
+    if not path.exists():
+        raise FileNotFoundError(path)
+    with third_party(f"{FILE_NAME}: not readable"):
+        document: Any = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"schema {document['schema']!r}")
+        return [(str(file["path"]), int(file["bytes"]), str(file["sha256"])) for file in document["files"]]
 
 
 def environment() -> dict[str, Any]:
@@ -146,12 +150,17 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": versions(),
         "cpu": {"model": _cpu_model(), "cores": cores},
         "ram_bytes": psutil.virtual_memory().total,
         "gpus": (_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines(),
         "git": None if commit is None else {"commit": commit, "dirty": None if changes is None else bool(changes)},
     }
+
+
+def versions() -> dict[str, str | None]:
+    """The installed versions of this package and of those that results may depend on; None of those that are absent."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def peak_memory() -> dict[str, int]:

@@ -27,7 +27,7 @@ from simpo.errors import SimpoError
 from simpo.models.adapters import check_adapter
 from simpo.models.checkpoint import Limits
 from simpo.models.devices import check_liger, compile_layers, explain_oom
-from simpo.models.loading import load_model
+from simpo.models.loading import load_model, stop_at_end_of_turn
 from simpo.models.preparation import disable_dropout, keep_gradients
 from simpo.models.settings import ModelArguments
 from simpo.objectives import Responses
@@ -88,8 +88,7 @@ class PackedTrainer(ResumableTrainer):
         train_dataset: rows in any shape that :mod:`simpo.data` recognizes, or already tokenized.
         eval_dataset: the same, or several by name.
         processing_class: the tokenizer, or for rows with images the processor; needed unless the data is tokenized.
-        callbacks: as for ``Trainer``.
-        optimizers: as for ``Trainer``.
+        callbacks, optimizers: as for ``Trainer``.
 
     Raises:
         SimpoError: data or configuration that cannot be trained on; while training, a loss or gradient that is not
@@ -141,6 +140,7 @@ class PackedTrainer(ResumableTrainer):
         for label, rows in {"train": train_dataset, **held_out}.items():
             if rows is not None:
                 check_rows(Limits.of(self.model.config), rows, label)
+        stop_at_end_of_turn(self.model, text_tokenizer(processing_class))
         self._balance = balance_weight(self.model)
         if self._balance and args.torch_compile:
             raise SimpoError("torch_compile: not with output_router_logits, whose loss needs what routers put out")
@@ -223,7 +223,7 @@ class PackedTrainer(ResumableTrainer):
             raise SimpoError("processing_class: give the tokenizer, or tokenized data")
         prepared = cls.prepare(dataset, tokenizer, args, label)
         rows, report = prepared.dataset, prepared.report
-        if report.used < report.rows or report.cut or report.read:  # nothing is left out silently
+        if report.remarkable or (report.notices and "prompt_ids" not in dataset.column_names):
             logger.warning("\n".join(report.lines()))
         if args.max_batch_tokens is not None:  # checked before anything is written
             path: Path = "packed" if args.forward_path == "auto" else args.forward_path

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -195,16 +195,13 @@ def _read_chunk(path: Path, size: int) -> list[float] | None:
     """A file of the cache; None if it is absent or damaged."""
     if not path.exists():
         return None
-    try:
+    with suppress(SimpoError), third_party(str(path)):
         stored = json.loads(path.read_text())
         logps: list[float] = stored["logps"]
-        intact = stored["sha256"] == fingerprint(logps) and len(logps) == size
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        intact = False
-    if not intact:
-        logger.warning("%s is damaged and is computed again", path)
-        return None
-    return logps
+        if stored["sha256"] == fingerprint(logps) and len(logps) == size:
+            return logps
+    logger.warning("%s is damaged and is computed again", path)
+    return None
 
 
 def policy_fingerprint(model: nn.Module, precision: str) -> str:

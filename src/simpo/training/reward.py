@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simpo.data.pretokenized import check_rankings
+from simpo.data.suspects import SCORE_COLUMNS
 from simpo.data.tokenizing import Prepared, is_feedback, prepare
 from simpo.errors import SimpoError
 from simpo.models.reward import choose_padding, load_reward_model
@@ -31,7 +32,6 @@ from simpo.training.configs import RewardConfig
 from simpo.training.metrics import LENGTHS, MARGINS, WEIGHT, Scores, compare_rewards
 from simpo.training.packed import Description, PackedTrainer
 
-_SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))  # names in public data sets
 _AT_ONCE = 256  # rows whose pairs are compared together
 
 
@@ -142,8 +142,8 @@ def _levels(row: Mapping[str, Any], margin: str, where: str) -> list[float]:
     if len(row["response_ids"]) > 2:
         raise SimpoError(f"{where}: margin: column, and the row has more than two responses; use margin: scores")
     extra = json.loads(row.get("extra") or "{}")
-    names = [("margin",)] if margin == "column" else [pair for pair in _SCORES if pair[0] in extra]
-    found = [extra.get(name) for name in (names[0] if names else _SCORES[0])]
+    names = [("margin",)] if margin == "column" else [pair for pair in SCORE_COLUMNS if pair[0] in extra]
+    found = [extra.get(name) for name in (names[0] if names else SCORE_COLUMNS[0])]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in found):
         wanted = "column margin" if margin == "column" else "columns chosen_score and rejected_score"
         raise SimpoError(f"{where}: margin: {margin}, and there is no number in the {wanted}")

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,6 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.chat_template import end_of_turn
-from simpo.data.images import text_tokenizer
 from simpo.data.tokenizing import Prepared, prepare_sft
 from simpo.objectives import Responses
 from simpo.runs.results import Metric
@@ -22,8 +19,6 @@ from simpo.training.batches import PlannedBatch
 from simpo.training.configs import SFTConfig
 from simpo.training.metrics import Scores, compare_conversations
 from simpo.training.packed import Description, PackedTrainer
-
-logger = logging.getLogger(__name__)
 
 
 class SFTTrainer(PackedTrainer):
@@ -36,18 +31,6 @@ class SFTTrainer(PackedTrainer):
     metric_names = ("loss",)
     config_type = SFTConfig
     command, row_noun, takes_images = "sft", "conversations", True
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.processing_class is None:
-            return
-        # Generation should stop where the model learns to: a base model's settings lack the template's token.
-        end, settings = end_of_turn(text_tokenizer(self.processing_class)), self.model.generation_config
-        known = settings.eos_token_id
-        ids = [] if known is None else known if isinstance(known, list) else [known]
-        if end.token_id not in ids:
-            settings.eos_token_id = [*ids, end.token_id]
-            logger.warning("generation_config: %s, which ends a turn, is added to eos_token_id", end.text)
 
     @classmethod
     def describe(cls, args: Any) -> Description:

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerControl, TrainerState
 
 from simpo.analysis.plots import plot_effects
 from simpo.errors import SimpoError
+from simpo.models.checkpoint import model_digest
 from simpo.models.devices import free_memory
 from simpo.models.loading import check_model_files
 from simpo.runs.atomic import write_text
@@ -30,6 +31,7 @@ from simpo.runs.lines import read_lines
 from simpo.runs.log import Log, redact
 from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results
 from simpo.training.callbacks import RunCallback
+from simpo.training.identity import rows_digest
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob, prepare_data, run_training
 from simpo.training.trackers import track_part
@@ -112,8 +114,8 @@ def run_sweep(sweep: Sweep, recipe: Mapping[str, Any]) -> Path | None:
         SimpoError: something that the user gave cannot be used, the disk is full, or no trial finished.
         InterruptedRun: a signal came; the trial has saved a checkpoint.
     """
-    _check(sweep)
-    identity = sweep.identity(recipe)
+    jobs = _check(sweep)
+    identity = sweep.identity(recipe) | _contents(sweep, jobs)
     while True:
         with ExitStack() as stack:
             run = _open_folder(sweep, identity, stack)
@@ -156,8 +158,9 @@ def _open_folder(sweep: Sweep, identity: Mapping[str, Any], stack: ExitStack) ->
     return run
 
 
-def _check(sweep: Sweep) -> None:
-    """Parse every trial of a grid, or for TPE the ends of each axis, and read the data, before anything is written."""
+def _check(sweep: Sweep) -> list[TrainingJob]:
+    """Parse every trial of a grid, or for TPE the ends of each axis, before anything is written; returns them."""
+    jobs = []
     for values in combinations(sweep.axes) if sweep.sampler == "grid" else one_at_a_time(sweep.axes):
         job = sweep.read(sweep.arguments(values, sweep.folder))
         data = job.data
@@ -168,14 +171,23 @@ def _check(sweep: Sweep) -> None:
             raise SimpoError(f"--metric: {WIN_RATE} needs judged answers; set eval_generations and eval_judge")
         if sweep.prune and job.config.eval_strategy == "no":
             raise SimpoError("--prune needs evaluations during training: set eval_strategy: steps and eval_steps")
-    if not (sweep.folder / RECORD).exists():
-        package, level = logging.getLogger("simpo"), logging.getLogger("simpo").level
-        package.setLevel(logging.ERROR)  # the first trial reports the same
-        try:
-            prepare_data(PreferenceTrainer, job)
-            check_model_files(job.model)
-        finally:
-            package.setLevel(level)
+        jobs.append(job)
+    return jobs
+
+
+def _contents(sweep: Sweep, jobs: Sequence[TrainingJob]) -> dict[str, str]:
+    """Digests of the data and the start models, which have to be those of the trials before a kill."""
+    package, level = logging.getLogger("simpo"), logging.getLogger("simpo").level
+    package.setLevel(logging.ERROR)  # the first trial reports the same
+    try:
+        _, _, prepared = prepare_data(PreferenceTrainer, jobs[0])
+        if not (sweep.folder / RECORD).exists():
+            check_model_files(jobs[0].model)
+    finally:
+        package.setLevel(level)
+    models = {job.model.model_name_or_path: job.model for job in jobs}
+    found = {f"data/{label}": rows_digest(part.dataset) for label, part in prepared.items()}
+    return found | {f"model {name}": model_digest(model) for name, model in models.items()}
 
 
 # ---- One trial.

@@ -1,0 +1,63 @@
+"""Rows that can be used but probably do not say what was meant, and prompts that are not used; both are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from simpo.data.formats import Comparison, Conversation, is_number
+from simpo.data.messages import IMAGE, IMAGE_IN_TEXT, Message, Response
+
+# Names that public data sets give the scores of a pair.
+SCORE_COLUMNS = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
+# Characters; answers may well begin with a prompt that is shorter, such as a greeting.
+_LONG = 20
+
+
+def suspicions(row: Mapping[str, Any], content: Comparison | Conversation) -> list[str]:
+    """Status entries (:meth:`simpo.data.rows.DataReport.of`) of a row that was read as ``content``."""
+    return list(_suspicions(row, content))
+
+
+def _suspicions(row: Mapping[str, Any], content: Comparison | Conversation) -> Iterator[str]:
+    if _is_lost(row.get("prompt"), _texts(content)):
+        yield "ignored: column 'prompt', which is no part of the conversation"
+    asked = [content.prompt] if isinstance(content.prompt, str) else _contents(content.prompt, "user")
+    if not all(text.strip() for text in asked):
+        yield "suspect: a message of the user is empty"
+    answers = [content.completion] if isinstance(content, Conversation) else content.responses
+    openings = [text.lstrip() for text in map(_text, answers)]
+    question = asked[-1].replace(IMAGE, "").strip() if asked else ""
+    if len(question) >= _LONG and openings and all(text.startswith(question) for text in openings):
+        yield "suspect: the answer begins with the whole prompt, which is scored with it"
+    if isinstance(content, Comparison):
+        for better, worse in SCORE_COLUMNS:
+            scores = [row[name] for name in (better, worse) if is_number(row.get(name))]
+            if len(scores) == 2 and scores[0] <= scores[1]:
+                yield f"suspect: {better} is not above {worse}"
+
+
+def _is_lost(given: object, texts: list[str]) -> bool:
+    """Whether a prompt is neither in what was read of its row, nor what was read in it (a transcript)."""
+    if not isinstance(given, str) or not given.strip():
+        return False
+    words, *found = (" ".join(text.replace(IMAGE_IN_TEXT, " ").replace(IMAGE, " ").split()) for text in (given, *texts))
+    return words not in " ".join(found) and not any(text in words for text in found if text)
+
+
+def _texts(content: Comparison | Conversation) -> list[str]:
+    """The texts of a prompt, and of a conversation that follows it."""
+    found = [content.prompt] if isinstance(content.prompt, str) else _contents(content.prompt)
+    completion = getattr(content, "completion", [])
+    return found + ([completion] if isinstance(completion, str) else _contents(completion))
+
+
+def _contents(messages: list[Message], *roles: str) -> list[str]:
+    return [message["content"] for message in messages if not roles or message["role"] in roles]
+
+
+def _text(answer: Response | list[Message]) -> str:
+    """The text of an answer: a string, a message, or the first of several messages."""
+    if isinstance(answer, list):
+        answer = answer[0]
+    return answer if isinstance(answer, str) else answer["content"]

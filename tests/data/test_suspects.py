@@ -1,0 +1,174 @@
+"""Rows and templates that would train something else than was meant: refused by name, or counted and reported."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from tests.data.conftest import BOS_CHAT, CHATML
+
+from simpo.data.prompts import prepare_prompts
+from simpo.data.rows import as_dataset
+from simpo.data.settings import RenderSettings, TokenizeSettings
+from simpo.data.tokenizing import prepare, prepare_feedback, prepare_sft
+from simpo.errors import SimpoError
+
+QUESTION = "What is the capital of France, please?"
+ASKED = {"prompt": QUESTION}
+PAIR = {"prompt": QUESTION, "chosen": "It is Paris.", "rejected": "No idea."}
+DATED = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"
+)
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def talk(*contents):
+    return [turn(("user", "assistant")[i % 2], text) for i, text in enumerate(contents)]
+
+
+def report(tokenizer, *rows, how=prepare, **settings):
+    return how(as_dataset(list(rows), "rows"), tokenizer, TokenizeSettings(**settings)).report
+
+
+@pytest.fixture
+def chatml(build_tokenizer):
+    return build_tokenizer("chatml")
+
+
+def answered(*asked):
+    return {"chosen": talk(*asked, "yes"), "rejected": talk(*asked, "no")}
+
+
+def transcripts(asked):
+    return {name: f"\n\nHuman: {asked}\n\nAssistant: {name}" for name in ("chosen", "rejected")}
+
+
+@pytest.mark.parametrize(
+    ("row", "ignored"),
+    [
+        ({"prompt": QUESTION, **answered(QUESTION)}, 0),
+        ({"prompt": f" {QUESTION}\n", **answered("Hi", "Hm?", QUESTION)}, 0),
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " yes", "rejected": " no", "system": "Be nice."}, 0),
+        ({"prompt": "You are a pirate.", **answered("Hi")}, 1),
+        ({"prompt": "Be nice.", **transcripts("Hi")}, 1),
+    ],
+)
+def test_a_prompt_that_the_conversations_do_not_hold_is_counted(chatml, row, ignored):
+    found = report(chatml, row)
+    assert found.used == 1
+    assert list(found.ignored.values()) == [1] * ignored
+    assert all("'prompt'" in key for key in found.ignored)
+
+
+def test_a_prompt_next_to_messages_that_do_not_hold_it_is_counted(chatml):
+    rows = [
+        {"prompt": "Hi", "messages": talk("Hi", "yes")},
+        {"prompt": "You are a pirate.", "messages": talk("Hi", "yes")},
+    ]
+    assert list(report(chatml, *rows, how=prepare_sft).ignored.values()) == [1]
+
+
+@pytest.mark.parametrize(
+    ("how", "suspect", "fine"),
+    [
+        (prepare, PAIR | {"chosen": f"{QUESTION} Oh", "rejected": f" {QUESTION}"}, PAIR | {"chosen": QUESTION}),
+        (prepare, PAIR | {"prompt": [turn("user", " ")]}, PAIR),
+        (prepare, PAIR | {"chosen_score": 1, "rejected_score": 2}, PAIR | {"chosen_score": 2, "rejected_score": 1}),
+        (prepare, PAIR | {"score_chosen": 5.0, "score_rejected": 5.0}, PAIR | {"score_chosen": 5.0}),
+        (prepare_sft, ASKED | {"completion": f"{QUESTION} It is Paris."}, ASKED | {"completion": "Paris."}),
+        (prepare_sft, {"messages": talk(QUESTION, f"{QUESTION} Paris.")}, {"messages": talk("Hi", "Hi there.")}),
+    ],
+)
+def test_suspect_rows_are_used_and_counted(chatml, how, suspect, fine):
+    found = report(chatml, suspect, fine, how=how)
+    assert (found.used, list(found.suspect.values())) == (2, [1])
+    assert dict(found.metrics())["data/train/suspect"] == 1
+
+
+def test_an_empty_prompt_is_suspect_where_it_is_sampled_from(chatml):
+    prompts = prepare_prompts(as_dataset([{"prompt": ""}, {"prompt": "Hi"}], "rows"), chatml)
+    assert list(prompts.report.suspect.values()) == [1]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        PAIR | {"chosen": "It is Paris.</s>"},  # of another family
+        PAIR | {"rejected": "No idea.<|endoftext|>"},  # EOS of the tokenizer, which ends no turn of this template
+        PAIR | {"chosen": "It is Paris.<|im_end|><|endoftext|><|endoftext|>"},  # decoded with the padding
+        PAIR | {"prompt": [*talk("Hi", "Hello.<|eot_id|>"), turn("user", "And?")]},
+    ],
+)
+def test_an_answer_that_ends_with_another_token_of_the_kind_is_a_bad_row(chatml, row):
+    with pytest.raises(SimpoError, match=r"1 of 1 rows are bad.*ends with '"):
+        report(chatml, row)
+    chatml.chat_template = None  # text is used as it is
+    if isinstance(row["prompt"], str):
+        assert report(chatml, row).used == 1
+
+
+def test_html_is_no_end_of_turn(chatml):
+    assert report(chatml, PAIR | {"chosen": "It was <s>Rome</s>"}).used == 1
+
+
+def test_the_end_of_turn_is_also_removed_from_earlier_answers(chatml):
+    rows = [PAIR | {"prompt": [*talk("Hi", text), turn("user", "And?")]} for text in ("Hello.", "Hello.<|im_end|>")]
+    prepared = prepare(as_dataset(rows, "rows"), chatml, TokenizeSettings())
+    first, second = prepared.dataset["prompt_ids"]
+    assert first == second
+
+
+@pytest.mark.parametrize("template", [BOS_CHAT, None])
+def test_an_answer_that_starts_with_bos_is_a_bad_row(build_tokenizer, template):
+    tokenizer = build_tokenizer("two-bos")
+    tokenizer.chat_template = template
+    with pytest.raises(SimpoError, match=r"1 of 1 rows are bad.*starts with '<\|bos\|>'"):
+        report(tokenizer, PAIR | {"chosen": "<|bos|>It is Paris."})
+
+
+def test_a_transcript_that_only_one_response_repeats_is_a_bad_row(chatml):
+    prompt = "\n\nHuman: Hi\n\nAssistant:"
+    with pytest.raises(SimpoError, match="1 of 1 rows are bad"):
+        report(chatml, {"prompt": prompt, "chosen": f"{prompt} Hello.", "rejected": " No."})
+
+
+@pytest.mark.parametrize("how", [prepare, prepare_sft, prepare_feedback])
+def test_unknown_roles_are_bad_rows(chatml, how):
+    row = PAIR | {"completion": "Paris.", "label": True, "prompt": [turn("bot", "Hi"), turn("user", "And?")]}
+    if how is prepare_sft:
+        row = {"messages": [*row["prompt"], turn("assistant", "Paris.")]}
+    with pytest.raises(SimpoError, match="role is 'bot'"):
+        report(chatml, row, how=how)
+    if how is prepare:
+        with pytest.raises(SimpoError, match="role is 'bot'"):
+            prepare_prompts(as_dataset([{"prompt": row["prompt"]}], "rows"), chatml)
+
+
+def notices(tokenizer, template, **kwargs):
+    tokenizer.chat_template = template
+    return report(tokenizer, PAIR, rendering=RenderSettings(chat_template_kwargs=kwargs)).notices
+
+
+def test_usual_templates_have_no_notices(build_tokenizer):
+    for kind in ("chatml", "two-bos", "phi", "sentencepiece"):  # the last one has no generation prompt, and no header
+        assert report(build_tokenizer(kind), PAIR).notices == []
+
+
+def test_a_header_that_is_scored_is_reported(build_tokenizer):
+    template = re.sub(r"\{% if add_generation_prompt.*", "", BOS_CHAT)
+    (notice,) = notices(build_tokenizer("two-bos"), template)
+    assert "'[assistant]'" in notice
+
+
+def test_an_end_of_turn_that_is_no_token_is_reported(build_tokenizer):
+    (notice,) = notices(build_tokenizer("two-bos"), CHATML)
+    assert "'<|im_end|>'" in notice and "'<|eot|>'" in notice
+
+
+def test_a_date_in_the_prompts_is_reported_unless_it_is_given(chatml):
+    (notice,) = notices(chatml, DATED + CHATML)
+    assert "date" in notice and "date_string" in notice
+    assert notices(chatml, DATED + CHATML, date_string="1 May 2026") == []
