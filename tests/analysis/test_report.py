@@ -257,6 +257,28 @@ def test_several_runs_name_what_differs(make_run, tmp_path):
     assert "different held-out rows" in write_report([one, other], tmp_path / "both.html").read_text()
 
 
+def test_a_sweep_is_told_by_its_best_trial(make_run, tmp_path):
+    path, accuracy = tmp_path / "sweep", "eval_rewards/accuracies"
+    with RunFolder(path, command="sweep") as run:
+        run.begin({"seed": 0})
+        trials = [Run.read(make_run(path / f"trials/{number:03d}", learning_rate=1e-6 * number)) for number in (0, 1)]
+        best = Metric(f"best/{accuracy}", 0.7, None, 60, 0.6, 0.8)
+        metrics = [Metric("trials/finished", 2), Metric("best/trial", 1), best]
+        write_results(path, command="sweep", fingerprint=run.fingerprint, metrics=metrics)
+        run.finish()
+    found, trial = Headline.of(Run.read(path)), Headline.of(trials[1])
+    assert found.direction == trial.direction == "better" and found.measures == trial.measures
+    assert found.sentence.startswith("Of 2 finished trials, 001 is the best: reward accuracy on 60")
+    page = write_report([path])
+    text = page.read_text(encoding="utf-8")
+    assert "compared with trials/001, no clear difference" in text
+    assert "chosen by the held-out rows" in text
+    assert {row["kind"] for row in data_of(page)["examples"]} == {"pair"}
+    (loss,) = (chart for chart in data_of(page)["charts"].values() if chart["title"] == "Loss")
+    assert [one["name"] for one in loss["series"]] == ["trials/000"] * 2 + ["trials/001"] * 2
+    assert len({one["label"] for one in loss["series"]}) == 4
+
+
 def test_no_run_and_the_same_run_twice(make_run, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     path = make_run(tmp_path / "run")
@@ -296,7 +318,7 @@ def test_no_run_and_the_same_run_twice(make_run, tmp_path, capsys):
             [Metric("{task}{0}/acc", value, stage, 9, value - 0.1, value + 0.1) for stage, value in STAGES.items()],
             "It got better",
         ),
-        ("evaluate", [Metric("gsm8k/{}", 0.5, None, 9, 0.4, 0.6)], "Measured"),
+        ("evaluate", [Metric("gsm8k/{}", 0.5, None, 9, 0.4, 0.6)], "Measured, not compared"),
         ("evaluate", [Metric("alpaca_eval/win_rate", 40.0, None, 805, 37.0, 43.0)], "It got worse"),
         (
             "sft",
@@ -317,7 +339,7 @@ def test_no_run_and_the_same_run_twice(make_run, tmp_path, capsys):
                 *(Metric("trials/finished", 3), Metric("best/trial", 2)),
                 Metric("best/eval_loss", 0.5, None, 50, 0.4, 0.6),
             ],
-            "Measured",
+            "Measured, not compared",
         ),
         ("pair", [Metric("pair/rows", 12)], "Not measured"),
         (
@@ -348,7 +370,7 @@ def test_every_kind_of_run_has_a_report(command, metrics, words, tmp_path):
         run.finish()
     page = write_report([path])
     text = page.read_text(encoding="utf-8")
-    assert f"</span>{words}</p>" in text
+    assert f"</span>{words}</p>" in text and "difference is" not in text
     for metric in metrics:
         if "{" in metric.name:
             assert metric.name.removeprefix("win_rate/").removeprefix("gsm8k/") in text

@@ -88,3 +88,22 @@ def test_it_has_no_serious_accessibility_violations(browser, report, dark):
         "axe.run().then(r => r.violations.map(v => [v.impact, v.id, v.nodes.map(n => n.html).slice(0, 3)]))"
     )
     assert [one for one in found if one[0] in ("serious", "critical")] == []
+
+
+def test_on_paper_nothing_is_cut_hidden_or_dark(browser, report):
+    """Printed from dark colors, on a page as wide as A4 without its margins."""
+    page = opened(browser, report, width=1400, dark=True)
+    page.send("Emulation.setDeviceMetricsOverride", width=717, height=1000, deviceScaleFactor=1, mobile=False)
+    page.send("Emulation.setEmulatedMedia", media="print", features=[])
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 717
+    assert page.evaluate(
+        "[...document.querySelectorAll('.plot')].every(plot => [...plot.querySelectorAll('svg, canvas')].every(drawn =>"
+        " drawn.getBoundingClientRect().right <= plot.getBoundingClientRect().right + 1)"
+        " && plot.getBoundingClientRect().right <= plot.parentElement.getBoundingClientRect().right)"
+    )
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    settings = page.evaluate("[...document.querySelectorAll('#reproduce pre')].map(one => one.checkVisibility())")
+    assert len(settings) > 2 and all(settings)
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark" and page.complaints == []

@@ -76,6 +76,13 @@ def test_the_exact_judges_win_rate(answers, capsys):
     assert [row["prompt"] for row in verdicts] == PROMPTS
     printed = capsys.readouterr().out
     assert "win_rate/exact" in printed and str(answers / "out/differences.md") in printed
+    page = (answers / "out/report.html").read_text()
+    assert f"report: {answers / 'out/report.html'}" in printed
+    controlled = found["length_controlled_win_rate/exact", None]
+    sentence = page.partition('class="sentence">')[2].partition("</p>")[0]
+    for one in (rate.value, rate.low, rate.high, points.count(0.5) / 30, controlled.value, controlled.low):
+        assert f"{100 * one:.1f}" in sentence
+    assert sentence.startswith("A&#39;s answers win") and str(answers / "a.json") in page
     assert main(command(answers, "--judge=exact", output="again")) == 0
     assert (answers / "out/results.json").read_bytes() == (answers / "again/results.json").read_bytes()
 
@@ -154,6 +161,9 @@ def test_a_warm_cache_sends_nothing_and_gives_the_same_file(answers, capsys):
     assert found["without_verdict/api", None].value == sum(missing)
     even = sum(len(x) == len(y) and x != y for x, y in pairs_of(answers))  # it says B, whatever stands there
     assert found["conflicting_orders/api", None].value == even
+    first = found["first_shown_win_rate/api", None]  # of pairs of the same length the second wins twice
+    judged = sum(x != y for x, y in pairs_of(answers)) - sum(missing)
+    assert first.n == judged and first.value == pytest.approx((0.5 * (judged - even)) / judged)
     printed = capsys.readouterr().out
     assert f"{sent} requests to send, 0 answered before; estimate: about" in printed and "at most $" in printed
     assert f"{sent} requests sent" in printed and f"0 requests to send, {sent} answered before" in printed

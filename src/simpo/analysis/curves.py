@@ -89,14 +89,20 @@ def _chart(panel: Panel, runs: Sequence[Run]) -> Chart:
             for source, name in (("training", key), ("held out", f"eval_{key}")):
                 points = _points(run, name, start=source == "held out")
                 if points:
-                    parts = [run.name] if len(runs) > 1 else []
-                    parts += [panel.keys[key]] if len(present) > 1 else []
-                    color = number if len(runs) > 1 else place if len(present) > 1 else source == "held out"
-                    look = {"dash": place if len(runs) > 1 else 0, "thin": source == "training"}
-                    series.append(series_of(", ".join([*parts, source]), color, thin(points), **look))
+                    label = ", ".join([*([panel.keys[key]] if len(present) > 1 else []), source])
+                    several = {"name": run.name, "label": f"{run.name}, {label}", "color": number, "dash": place}
+                    color = place if len(present) > 1 else source == "held out"
+                    one = series_of(label, color, thin(points), thin=source == "training")
+                    series.append(one | several if len(runs) > 1 else one)
     drawn = max((len(one["data"]) for one in series), default=0)
     most = max((len(run.logged.get(key, ())) for run in runs for key in present), default=0)
     note = panel.note
+    if len(runs) > 1 and len({one["thin"] for one in series}) > 1:
+        note = f"{note} Thin lines: training; thick lines: held out.".strip()
+    if len(runs) > 1 and len(present) > 1:
+        kinds = [panel.keys[key] for key in panel.keys if key in present]
+        styles = zip(("Solid", "dashed", "dotted"), kinds, strict=False)
+        note = f"{note} {'; '.join(f'{style}: {kind}' for style, kind in styles)}.".strip()
     if most > drawn:
         note = f"{note} {drawn:,} of {most:,} values are drawn: the smallest and the largest of every stretch.".strip()
     y = {"name": panel.unit, "log": panel.title == "Gradient norm", "share": "share" in panel.unit}
@@ -109,7 +115,10 @@ def chart_of(title: str, series: list[Chart], x: Chart, y: Chart, note: str = ""
 
 
 def series_of(name: str, color: int, data: Sequence[tuple[Any, Any]], **more: Any) -> Chart:
-    """A series of a chart; ``color`` is a number, the same for what belongs together."""
+    """A series of a chart; ``color`` is a number, the same for what belongs together.
+
+    The legend has every name once; ``label``, where there is one, tells series of the same name apart.
+    """
     return {"name": name, "color": color, "data": data, "dash": 0, "thin": False} | more
 
 

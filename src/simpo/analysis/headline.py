@@ -2,97 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from simpo.analysis.comparison import compared, contests
+from simpo.analysis.measure import Direction, Measure, literal, number
 from simpo.analysis.reading import Run
 from simpo.statistics import Interval, mean_interval, proportion_interval, rate_interval, weighted_mean_interval
 
-Direction = Literal["better", "worse", "unclear", "unknown"]
 _ACCURACY, _AREA, _WIN_RATE = "eval_rewards/accuracies", "eval_rewards/auc", "eval_generations/win_rate"
 _BENCHMARKS = ("alpaca_eval/lc_", "alpaca_eval/win", "arena_hard", "mt_bench/average", "gsm8k")
 _PERCENT = ("/win_rate", "/lc_win_rate")  # of benchmarks: in percent already
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One measurement of a run.
-
-    Attributes:
-        label: what was measured.
-        sentence: its part of the headline, with ``{before}``, ``{after}`` and ``{n}``.
-        after: under the trained model.
-        before: under the start model; None where that does not apply.
-        change: from before to after on the same rows; None where it is not known row by row.
-        even: the value that means no difference, for measurements without ``before``.
-        verdicts: what the headline calls a rise, a fall and neither, each that is not clear by chance.
-        share: whether it is a share, shown in percent.
-        smaller_is_better: as for a loss.
-    """
-
-    label: str
-    sentence: str
-    after: Interval
-    before: Interval | None = None
-    change: Interval | None = None
-    even: float | None = None
-    verdicts: tuple[str, str, str] = ("It got better", "It got worse", "No clear change")
-    share: bool = True
-    smaller_is_better: bool = False
-
-    @property
-    def direction(self) -> Direction:
-        """Better or worse where 95% intervals exclude "no difference", else unclear."""
-        found, low, high = self.after, self.even, self.even
-        if self.change is not None:
-            found, low, high = self.change, 0.0, 0.0
-        elif self.before is not None:  # not paired: intervals that do not overlap differ
-            low, high = self.before.low, self.before.high
-        if low is None or high is None:
-            return "unknown" if self.before is None else "unclear"
-        if found.low is None or found.high is None or (found.low <= high and found.high >= low):
-            return "unclear"
-        return "better" if (found.low > high) is not self.smaller_is_better else "worse"
-
-    @property
-    def words(self) -> str:
-        """The verdict."""
-        return dict(zip(("better", "worse", "unclear"), self.verdicts, strict=True))[self.direction]
-
-    def text(self, found: Interval | None) -> str:
-        """A value with its interval."""
-        return "" if found is None else number(found, percent=self.share)
-
-    @property
-    def change_text(self) -> str:
-        """The change with its interval; empty where it is not known."""
-        unit = " points" if self.share else ""
-        return "" if self.change is None else number(self.change, percent=self.share, sign=True, unit=unit)
-
-    @property
-    def statement(self) -> str:
-        """Its part of the headline."""
-        values = {"after": self.text(self.after), "before": self.text(self.before), "n": f"{self.after.n:,}"}
-        return self.sentence.format(**values) + (f" ({self.change_text})" if self.change else "")
-
-
-def _literal(name: str) -> str:
-    """A name for a sentence, whatever braces it has."""
-    return name.replace("{", "{{").replace("}", "}}")
-
-
-def number(found: Interval, *, percent: bool = False, sign: bool = False, unit: str = "%") -> str:
-    """A value and its interval as text: ``63.7% [61.3, 66.1]``."""
-
-    def shown(value: float) -> str:
-        form = ".1f" if percent else ",.0f" if abs(value) >= 10_000 else ".4g"
-        return f"{(100 if percent else 1) * value:{'+' if sign else ''}{form}}".replace("-", "\N{MINUS SIGN}")
-
-    bounds = "" if found.low is None or found.high is None else f" [{shown(found.low)}, {shown(found.high)}]"
-    return f"{shown(found.value)}{unit if percent else ''}{bounds}"
 
 
 @dataclass(frozen=True)
@@ -110,19 +33,25 @@ class Headline:
         """The headline of a run, finished or not; the first measurement that can be judged decides."""
         measures = list(measurements(run))
         sentence = "; ".join(one.statement for one in measures[:3])
+        count, best = (run.metric(name) for name in ("trials/finished", "best/trial"))
+        if count and best:  # of a sweep
+            sentence = f"of {count.value:,.0f} finished trials, {best.value:03.0f} is the best: {sentence}"
         sentence = f"So far, {sentence}" if sentence and not run.finished else sentence
         if not sentence:
             sentence = (
                 "Nothing was measured that tells whether the model got better" if run.finished else "No result yet"
             )
+            if run.record.command in ("train", "sft", "reward", "online") and not run.settings.get("eval_dataset_name"):
+                sentence += "; held-out rows would tell (eval_dataset_name)"
         sentence = f"{sentence[0].upper()}{sentence[1:]}."
         deciding = next((one for one in measures if one.direction != "unknown"), None)
         if deciding is None:
-            words = "Measured" if measures else "Not measured" if run.finished else "Not measured yet"
+            words = "Measured, not compared" if measures else "Not measured" if run.finished else "Not measured yet"
             return cls("unknown", words, "", sentence, measures)
         includes = "includes" if deciding.direction == "unclear" else "excludes"
         certainty = f"{deciding.label}: the 95% interval {includes} no difference."
-        return cls(deciding.direction, deciding.words, certainty, sentence, measures)
+        words = deciding.words if best is None else re.sub("^It ", "The best trial ", deciding.words)
+        return cls(deciding.direction, words, certainty, sentence, measures)
 
 
 # ---- What is measured, the most telling first.
@@ -131,7 +60,10 @@ class Headline:
 def measurements(run: Run) -> Iterator[Measure]:
     """Everything that tells whether the model of a run got better, the most telling first."""
     trained = trained_run(run)
-    yield from _win_rates(run)
+    if run.record.command == "compare":
+        yield from contests(run)
+    else:
+        yield from _win_rates(run)
     yield from _right_answers(run)
     yield from _generated(trained)
     yield from _rankings(trained)
@@ -139,52 +71,47 @@ def measurements(run: Run) -> Iterator[Measure]:
     if run.record.command == "evaluate":
         yield from _benchmarks(run)
     if run.record.command == "sweep":
-        yield from _best_trial(run)
+        yield from _ranked_by(run)
 
 
 def _benchmarks(run: Run) -> Iterator[Measure]:
     for metric in run.metrics:
-        if metric.stage is None and metric.low is not None and metric.name.startswith(_BENCHMARKS):
+        told = metric.name.endswith("/difference")  # between before and after, which the accuracies have said
+        if metric.stage is None and metric.low is not None and metric.name.startswith(_BENCHMARKS) and not told:
             even = 50.0 if metric.name.endswith(_PERCENT) else None
-            yield Measure(metric.name, _literal(metric.name) + " is {after}", metric.interval, even=even, share=False)
+            yield Measure(metric.name, literal(metric.name) + " is {after}", metric.interval, even=even, share=False)
 
 
-def _best_trial(run: Run) -> Iterator[Measure]:
-    count, best = (run.metric(name) for name in ("trials/finished", "best/trial"))
+def _ranked_by(run: Run) -> Iterator[Measure]:
+    """The metric that the trials of a sweep are ranked by, unless the best trial itself has told it."""
     for metric in run.metrics:
         name = metric.name.removeprefix("best/")
-        if count and best and name not in (metric.name, "trial") and metric.value is not None:
-            text = (
-                f"of {count.value:,.0f} finished trials, {best.value:03.0f} is the best: {_literal(name)} is {{after}}"
-            )
-            share = name.endswith("accuracies")
-            yield Measure(f"{name} of the best trial", text, metric.interval, share=share)
+        told = name in (_ACCURACY, _WIN_RATE) and trained_run(run) is not run
+        if name not in (metric.name, "trial") and metric.value is not None and not told:
+            share = name in (_ACCURACY, _WIN_RATE)
+            yield Measure(f"{name} of the best trial", f"{literal(name)} is {{after}}", metric.interval, share=share)
 
 
 def trained_run(run: Run) -> Run:
     """The run itself, or the part of it that trained the model in question."""
-    names = {"demo": ["simpo"], "loop": [name for name in run.parts if name.endswith("/model")][-1:]}
-    found = names.get(run.record.command, []) if run.record.command in names else []
-    return next((run.parts[name] for name in found if name in run.parts), run)
+    name = {"demo": "simpo"}.get(run.record.command)
+    if run.record.command == "loop":
+        name = next((name for name in reversed(run.parts) if name.endswith("/model")), None)
+    elif run.record.command == "sweep" and (best := run.metric("best/trial")) is not None:
+        name = f"trials/{best.value:03.0f}"
+    return run.parts.get(name or "", run)
 
 
 def _win_rates(run: Run) -> Iterator[Measure]:
     """Win rates in the results: over all judges, and of a loop in its last round."""
     rounds = [int(one.name[6:].partition("/")[0]) for one in run.metrics if one.name.startswith("round-")]
     prefix = f"round-{max(rounds)}/" if rounds else ""
-    a, b, verdicts = (
-        "its answers win",
-        "the start model's answers",
-        ("It got better", "It got worse", "No clear change"),
-    )
-    if run.record.command == "compare":
-        a, b, verdicts = "A's answers win", "B's", ("A is better", "B is better", "No clear difference")
     for metric in run.metrics:
         name = metric.name.removeprefix(prefix)
         if metric.value is not None and name.partition("/")[0] == "win_rate":
             judge = f", judged by {name.partition('/')[2]}" if "/" in name else ""
-            text = f"{a} {{after}} of comparisons with {b} to {{n}} prompts{_literal(judge)}"
-            yield Measure(f"Win rate against {b}{judge}", text, metric.interval, even=0.5, verdicts=verdicts)
+            text = f"its answers win {{after}} of comparisons with the start model's to {{n}} prompts{literal(judge)}"
+            yield Measure(f"Win rate against the start model's answers{judge}", text, metric.interval, even=0.5)
 
 
 def _right_answers(run: Run) -> Iterator[Measure]:
@@ -195,7 +122,7 @@ def _right_answers(run: Run) -> Iterator[Measure]:
             label = "Correct answers" if metric.name == "correct" else metric.name
             head = metric.name.rpartition("/")[0]
             paired = run.metric(f"{metric.name}/difference") or run.metric(f"{head}/difference")
-            text = f"{_literal(label[0].lower() + label[1:])} went from {{before}} to {{after}}"
+            text = f"{literal(label[0].lower() + label[1:])} went from {{before}} to {{after}}"
             yield Measure(label, text, found.interval, before.interval, paired.interval if paired else None)
 
 
@@ -288,16 +215,18 @@ def compare_runs(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def facts_of(run: Run) -> list[tuple[str, str]]:
-    """Time, steps, tokens and peak memory."""
+    """Time, steps, tokens and peak memory, after what is peculiar to a comparison or a sweep."""
     trained = trained_run(run)
+    part = {"sweep": " (best trial)", "loop": " (last round)"}.get(run.record.command, "")
     steps, tokens = (trained.metric(f"train/{name}") for name in ("steps", "tokens"))
     memory = run.record.peak_memory or trained.record.peak_memory or {}
     minutes, seconds = divmod(round(run.seconds), 60)
     last = f"{trained.logs[-1].get('step') or 0:,}" if trained.logs else ""
     facts = {
         "Time": f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {seconds:02} s",
-        "Steps": f"{steps.value:,.0f}" if steps else last,
-        "Tokens trained on": f"{tokens.value:,.0f}" if tokens else "",
+        f"Steps{part}": f"{steps.value:,.0f}" if steps else last,
+        f"Tokens trained on{part}": f"{tokens.value:,.0f}" if tokens else "",
         "Peak memory": ", ".join(f"{size / 2**30:.2f} GiB ({place})" for place, size in memory.items()),
     }
-    return [(name, text or "unknown") for name, text in facts.items() if text or trained.logs]
+    known = [(name, text or "unknown") for name, text in facts.items() if text or trained.logs]
+    return [*compared(run), *known] if run.record.command == "compare" else known

@@ -16,10 +16,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from simpo import __version__
+from simpo.analysis.comparison import cautions
 from simpo.analysis.curves import by_distance, curves, rounds
 from simpo.analysis.examples import examples
 from simpo.analysis.figures import paper_figures
-from simpo.analysis.headline import Headline, Measure, compare_runs, facts_of, number, trained_run
+from simpo.analysis.headline import Headline, compare_runs, facts_of, trained_run
+from simpo.analysis.measure import Measure, number
 from simpo.analysis.reading import Row, Run, read_runs
 from simpo.errors import SimpoError
 from simpo.runs.atomic import write_text
@@ -68,12 +70,12 @@ def render(runs: Sequence[Run]) -> str:
     trainings = [training for run in runs for training in _trainings(run, several=len(runs) > 1)]
     shown, left_out = examples(runs)
     compared = trainings[:_MOST_TRAININGS] if [run.record.command for run in runs] == ["sweep"] else runs
-    figures = [(run.name, list(paper_figures(trained_run(run)))) for run in runs]
+    figures = [(_figured(run, several=len(runs) > 1), list(paper_figures(trained_run(run)))) for run in runs]
     drawn = trainings[:_MOST_TRAININGS]
     sections = [
         ("curves", "Curves", [*(chart for run in runs for chart in rounds(run)), *by_distance(drawn), *curves(drawn)]),
         *(
-            (f"figures-{place}", "The paper's figures" + (f": {name}" if len(runs) > 1 else ""), charts)
+            (f"figures-{place}", "The paper's figures" + (f": {name}" if name else ""), charts)
             for place, (name, charts) in enumerate(figures)
         ),
     ]
@@ -105,6 +107,13 @@ def render(runs: Sequence[Run]) -> str:
         version=__version__,
         written=utc_now(),
     )
+
+
+def _figured(run: Run, *, several: bool) -> str:
+    """What the figures of a run are called, next to those of others or because they are of a part of it."""
+    trained = trained_run(run)
+    part = "" if trained is run else trained.path.relative_to(run.path).as_posix()
+    return "/".join([*([run.name] if several else []), *([part] if part else [])])
 
 
 def _trainings(run: Run, *, several: bool) -> list[Run]:
@@ -209,6 +218,13 @@ def _warnings(run: Run, trained: Run) -> list[str]:
     logged = ((key, value) for log in trained.logs for key, value in log.items() if key not in ("step", "epoch"))
     if not_finite := sorted({key for key, value in logged if value is None}):
         found.append(f"Not finite in the log (NaN or infinite): {', '.join(not_finite)}.")
+    if run.record.command == "sweep" and trained is not run:
+        found += compare_runs([part for part in run.parts.values() if part.finished])
+        found.append(
+            "The best trial was chosen by the held-out rows that its figures are of, which makes it look better than "
+            "it is; other rows tell how good it really is."
+        )
+    found += cautions(run)
     for one in (run,) if run is trained else (run, trained):
         found += one.missing + one.notices
     return list(dict.fromkeys(found))

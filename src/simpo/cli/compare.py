@@ -8,7 +8,7 @@ examples:
 
 from __future__ import annotations
 
-from simpo.cli._shared import require_single_process
+from simpo.cli._shared import print_report, require_single_process
 from simpo.config import parse_settings
 from simpo.evaluation.compare import DIFFERENCES, VERDICTS, CompareSettings, compare
 from simpo.runs.results import Stage, print_results
@@ -24,4 +24,5 @@ def main(argv: list[str]) -> int:
     print_results(results, headings=headings)
     print(f"A: {settings.a}\nB: {settings.b}")
     print(f"verdicts: {settings.output_dir / VERDICTS}\nread:     {settings.output_dir / DIFFERENCES}")
+    print_report(settings.output_dir)
     return 0

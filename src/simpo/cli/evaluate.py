@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 
-from simpo.cli._shared import require_single_process
+from simpo.cli._shared import print_report, require_single_process
 from simpo.config import parse_settings
 from simpo.config.coercion import nearest
 from simpo.errors import SimpoError
@@ -34,4 +34,5 @@ def main(argv: list[str]) -> int:
     (settings,) = parse_settings(arguments, (kind,), command=f"evaluate {name}", about=inspect.getdoc(kind))
     require_single_process("evaluate", "start it without torchrun")
     run_benchmark(name, settings, argv=argv)
+    print_report(settings.output_dir.expanduser())
     return 0

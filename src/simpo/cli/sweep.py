@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from simpo.cli._shared import make_job, parse, recipe_of, require_single_process
+from simpo.cli._shared import make_job, parse, print_report, recipe_of, require_single_process
 from simpo.config import keys_of, parse_settings, setting
 from simpo.config.command_line import split_options
 from simpo.errors import SimpoError, third_party
@@ -69,6 +69,7 @@ def main(argv: list[str]) -> int:
     if results is not None:
         best = print_sweep(sweep)
         print(f"best recipe: {sweep.folder / BEST}\nbest model:  {best}\nplot:        {sweep.folder / EFFECTS}")
+        print_report(sweep.folder)
         print(f"next:        simpo chat {shlex.quote(str(best))}")
     return 0
 

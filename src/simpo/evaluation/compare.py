@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from simpo.data.prompts import read_prompts
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer, Record, is_answer_file, read_answer_file
-from simpo.evaluation.preferences import Judged, preference_metrics
+from simpo.evaluation.preferences import Judged, preference_metrics, win_rate_over_prompts
 from simpo.generation.sample import FILE_NAME, EngineName, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.presentation import ShownAnswers, as_text
@@ -67,6 +67,13 @@ class CompareSettings:
     rendering: RenderSettings = field(default_factory=RenderSettings)
     judging: JudgeSettings = field(default=JudgeSettings())
 
+    def flat(self) -> dict[str, Any]:
+        """Every key with its value, those of the parts next to the others."""
+        found = asdict(self)
+        for part in ("sampling", "rendering", "judging"):
+            found |= found.pop(part)
+        return found
+
 
 def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, argv: Sequence[str] = ()) -> Path:
     """Sample answers where needed, and judge every answer of ``a`` against every answer of ``b``.
@@ -102,7 +109,7 @@ def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, a
             pairs, _ = all_pairs(match_answers(a, b, f"{settings.a} and {settings.b}"))
             for judge in judges.values():
                 confirm_cost(judge.estimate(pairs), yes=settings.judging.yes, log=run.log, prices=prices)
-        run.begin(identity, argv=argv)
+        run.begin(identity, argv=argv, resolved=settings.flat())
 
         def measure() -> list[Metric]:
             answers = read_matched(*(side.answers(folder, run.log) for side in sides))
@@ -113,7 +120,8 @@ def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, a
             judged = judge_pairs(judges, pairs, prompts, prices=prices, log=run.log)
             write_verdicts(folder / VERDICTS, judged)
             write_differences(folder / DIFFERENCES, judged, (settings.a, settings.b))
-            metrics = preference_metrics(judged, settings.sampling.seed) + judge_metrics(judges, len(pairs))
+            seed = settings.sampling.seed
+            metrics = preference_metrics(judged, seed) + judge_metrics(judges, prompts, seed)
             return metrics + text_metrics(answers) + show.metrics("", run.log)
 
         return run.complete(measure)
@@ -280,15 +288,27 @@ def judge_pairs(
     return judged
 
 
-def judge_metrics(judges: Mapping[str, Judge], pairs: int) -> list[Metric]:
-    """Metrics of how often an API judge contradicted itself on swapped answers, or chose its own temperature."""
-    usages = {name: judge.usage for name, judge in judges.items() if judge.usage is not None}
-    conflicting = [Metric(f"conflicting_orders/{name}", judges[name].conflicting, n=pairs) for name in usages]
-    return conflicting + [
-        Metric(f"judged_at_default_temperature/{name}", usage.default_temperature, n=usage.replies)
-        for name, usage in usages.items()
-        if usage.default_temperature
-    ]
+def judge_metrics(judges: Mapping[str, Judge], prompts: np.ndarray, seed: int) -> list[Metric]:
+    """Metrics of API judges: contradictions on swapped answers, position bias, and temperatures of their own choice.
+
+    Args:
+        judges: by name, after they have judged.
+        prompts: the number of each pair's prompt, ``[P]``.
+        seed: of the bootstrap.
+    """
+    metrics = []
+    for name, judge in judges.items():
+        if judge.usage is None:
+            continue
+        shares = np.array(judge.first_shown, dtype=np.float64)  # None becomes NaN
+        metrics += [
+            Metric(f"conflicting_orders/{name}", judge.conflicting, n=len(prompts)),
+            Metric.of(f"first_shown_win_rate/{name}", win_rate_over_prompts(shares, prompts, seed)),
+        ]
+        if judge.usage.default_temperature:
+            count, replies = judge.usage.default_temperature, judge.usage.replies
+            metrics.append(Metric(f"judged_at_default_temperature/{name}", count, n=replies))
+    return metrics
 
 
 # ---- Metrics of both models' answers.

@@ -71,7 +71,11 @@ class PairwiseApiJudge(Judge):
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
         """The mean verdict over both orders; fails like :meth:`simpo.client.ChatClient.complete`."""
         replies = iter(self.client.complete(self.requests(pairs), despite_refusals=True, log=self._log))
-        return [0.5 if pair.a == pair.b else self._verdict(next(replies), next(replies)) for pair in pairs]
+        orders = [(0.5, 0.5) if pair.a == pair.b else _both(next(replies), next(replies)) for pair in pairs]
+        # Identical answers say nothing about positions.
+        differ = [found if pair.a != pair.b else None for pair, found in zip(pairs, orders, strict=True)]
+        self.first_shown = [found and (found[0] + found[1]) / 2 for found in differ]
+        return [found and (found[0] + 1 - found[1]) / 2 for found in orders]
 
     def requests(self, pairs: Sequence[Pair]) -> list[ChatRequest]:
         """Two requests for each pair of different answers: first with ``a`` in the first place, then with ``b``."""
@@ -83,12 +87,11 @@ class PairwiseApiJudge(Judge):
             for values in [{"question": as_text(pair.prompt), "answer_a": first, "answer_b": second}]
         ]
 
-    def _verdict(self, a_first: ChatReply, b_first: ChatReply) -> float | None:
-        first, second = read_verdict(a_first), read_verdict(b_first)
-        if first is None or second is None:
-            return None
-        self.conflicting += first == second != 0.5  # the same position won both times
-        return (first + 1 - second) / 2
+
+def _both(*replies: ChatReply) -> tuple[float, float] | None:
+    """Both orders' verdicts on the response shown first; None unless there are two."""
+    first, second = map(read_verdict, replies)
+    return None if first is None or second is None else (first, second)
 
 
 def read_verdict(reply: ChatReply) -> float | None:

@@ -92,10 +92,16 @@ class Judge(_Priced):
     """Decides which of two responses is better.
 
     Attributes:
-        conflicting: pairs for which the judge named another winner after the responses were swapped.
+        first_shown: of a judge that is shown both orders of a pair: for every pair of its last comparison, the share of
+            the orders in which the response shown first wins, ties counting half; None where there is no verdict.
     """
 
-    conflicting = 0
+    first_shown: Sequence[float | None] = ()
+
+    @property
+    def conflicting(self) -> int:
+        """Pairs for which the judge named another winner after the responses were swapped."""
+        return sum(share in (0.0, 1.0) for share in self.first_shown)
 
     @abstractmethod
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:

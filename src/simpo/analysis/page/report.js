@@ -13,7 +13,9 @@
     if (typeof value !== "number") return String(value);
     if (share) return `${(100 * value).toFixed(1)}%`;
     const size = Math.abs(value);
-    return size && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : Number(value.toPrecision(4)).toLocaleString("en");
+    if (Number.isInteger(value) && size < 1e9) return value.toLocaleString("en");
+    if (size && (size < 1e-3 || size >= 1e6)) return Number(value.toPrecision(3)).toExponential();
+    return value.toLocaleString("en", { maximumSignificantDigits: 4 });
   };
 
   // ---- Theme.
@@ -34,14 +36,16 @@
   const DASHES = ["solid", "dashed", "dotted"];
   const SYMBOLS = ["circle", "triangle", "rect", "diamond"];
 
+  const labelOf = (one) => one.label || one.name;
+
   const seriesOf = (chart, one, number) => {
     const color = css(`--c${Number(one.color) % 8}`);
     if (chart.kind === "points") {
-      return [{ name: one.name, type: "scatter", data: one.data, symbol: SYMBOLS[number % 4], symbolSize: 5,
+      return [{ id: String(number), name: one.name, type: "scatter", data: one.data, symbol: SYMBOLS[number % 4], symbolSize: 5,
         itemStyle: { color, opacity: 0.55 } }];
     }
     const few = one.data.length <= 40 && !one.steps;
-    const line = { name: one.name, type: "line", data: one.data, step: one.steps ? "middle" : false,
+    const line = { id: String(number), name: one.name, type: "line", data: one.data, step: one.steps ? "middle" : false,
       showSymbol: one.data.length === 1 || (few && !one.thin), symbol: SYMBOLS[number % 4], symbolSize: 6, color,
       lineStyle: { width: one.thin ? 1.3 : 2.2, opacity: one.thin ? 0.75 : 1, type: DASHES[one.dash % 3], color },
       areaStyle: one.steps ? { color, opacity: 0.12 } : undefined, emphasis: { disabled: true } };
@@ -62,27 +66,28 @@
   };
 
   const tooltipOf = (chart, found) => {
-    const rows = (Array.isArray(found) ? found : [found]).filter((one) => one.seriesName && Array.isArray(one.value) && one.value[1] !== null);
+    const rows = (Array.isArray(found) ? found : [found]).filter((one) => chart.series[one.seriesId] && Array.isArray(one.value) && one.value[1] !== null);
     if (!rows.length) return "";
     const category = chart.x.categories && chart.x.categories[rows[0].value[0]];
     const box = element("div", {}, element("b", { textContent: `${chart.x.name}: ${category || shown(rows[0].value[0], chart.x.share)}` }));
     for (const row of rows) {
-      const one = chart.series.find((series) => series.name === row.seriesName);
-      const bounds = ((one && one.bounds) || []).find(([x]) => x === row.value[0]);
+      const one = chart.series[row.seriesId];
+      const bounds = (one.bounds || []).find(([x]) => x === row.value[0]);
       const interval = bounds ? ` [${shown(bounds[1], chart.y.share)}, ${shown(bounds[2], chart.y.share)}]` : "";
-      box.append(element("div", { textContent: `${row.seriesName}: ${shown(row.value[1], chart.y.share)}${interval}` }));
+      box.append(element("div", { textContent: `${labelOf(one)}: ${shown(row.value[1], chart.y.share)}${interval}` }));
     }
     return box;
   };
 
   const optionOf = (chart, width) => {
     const soft = css("--soft"), grid = css("--line");
+    const even = Boolean(chart.x.share || chart.x.whole || chart.x.name.endsWith("step"));  // whether the ends are round
     const axis = { nameLocation: "middle", nameTextStyle: { color: soft }, axisLabel: { color: soft, hideOverlap: true },
       axisLine: { onZero: false, lineStyle: { color: soft } }, splitLine: { lineStyle: { color: grid } } };
     const x = { ...axis, type: chart.x.categories ? "category" : "value", data: chart.x.categories, name: chart.x.name, nameGap: chart.x.categories ? 48 : 28,
       min: chart.x.min ?? (chart.kind === "points" ? undefined : "dataMin"), max: chart.x.max ?? (chart.kind === "points" ? undefined : "dataMax"),
       minInterval: chart.x.whole ? 1 : undefined, splitLine: { show: false }, scale: true,
-      axisLabel: { ...axis.axisLabel, showMinLabel: Boolean(chart.x.share || chart.x.whole || chart.x.name.endsWith("step")), formatter: (value) => shown(value) } };
+      axisLabel: { ...axis.axisLabel, showMinLabel: even, showMaxLabel: even, formatter: (value) => shown(value) } };
     if (chart.x.categories) Object.assign(x, { min: undefined, max: undefined, axisLabel: { ...axis.axisLabel, hideOverlap: false, rotate: 30, fontSize: 10 } });
     if (chart.x.share) x.axisLabel = { ...axis.axisLabel, formatter: (value) => `${Math.round(100 * value)}%` };
     const values = chart.series.flatMap((one) => [...one.data.map(([, value]) => value), ...(one.bounds || []).flatMap(([, low, high]) => [low, high])]);
@@ -94,14 +99,18 @@
       const min = Math.floor(lowest * 10) / 10, max = Math.min(1, Math.max(min + 0.1, Math.ceil(highest * 10) / 10));
       Object.assign(y, { min, max, interval: max - min > 0.55 ? 0.2 : max - min > 0.25 ? 0.1 : 0.05 });
     }
-    const legend = chart.series.length, long = chart.series.some((one) => one.name.length > 20);
-    const scrolls = legend > (long ? 2 : 4), rows = legend < 2 ? 0 : scrolls ? 1 : long ? 2 : Math.ceil(legend / 2);
+    const legend = [...new Set(chart.series.map((one) => one.name))];
+    const lines = legend.reduce(([count, used], name) => {  // as the legend will break, at about 6.6 pixels a character
+      const size = 42 + 6.6 * name.length;
+      return used + size > width ? [count + 1, size] : [count, used + size];
+    }, [1, 0])[0];
+    const scrolls = lines > 4, rows = legend.length < 2 ? 0 : scrolls ? 1 : lines;
     return {
       animation: false, backgroundColor: "transparent", textStyle: { fontFamily: "system-ui, sans-serif", color: css("--ink") },
       aria: { enabled: true, label: { description: `${chart.title}. ${chart.note || ""}` } },
       grid: { left: 62, right: 18, top: 14 + 20 * rows + (chart.marks && chart.marks.length ? 12 : 0), bottom: chart.x.categories ? 66 : 44 },
       legend: { show: rows > 0, type: scrolls ? "scroll" : "plain", top: 0, itemGap: 8, itemHeight: 10, textStyle: { color: css("--ink") }, inactiveColor: soft,
-        pageTextStyle: { color: soft }, data: chart.series.map((one) => one.name) },
+        pageTextStyle: { color: soft }, data: legend },
       tooltip: { trigger: chart.kind === "points" ? "item" : "axis", confine: true, backgroundColor: css("--card"), borderColor: grid,
         textStyle: { color: css("--ink"), fontSize: 12 }, formatter: (found) => tooltipOf(chart, found) },
       dataZoom: chart.kind === "points" ? [] : [{ type: "inside", zoomOnMouseWheel: "ctrl", moveOnMouseWheel: false }],
@@ -111,13 +120,14 @@
 
   const plots = [...document.querySelectorAll("[data-chart]")];
   const drawn = new Map();
-  const draw = (plot) => {
+  const PAPER = 290;  // pixels: what the style sheet gives to a chart in print
+  const draw = (plot, width = plot.clientWidth) => {
     const instance = drawn.get(plot) || echarts.init(plot, null, { renderer: data.charts[plot.dataset.chart].kind === "points" ? "canvas" : "svg" });
     drawn.set(plot, instance);
-    instance.resize();
-    instance.setOption(optionOf(data.charts[plot.dataset.chart], plot.clientWidth), { notMerge: true });
+    instance.resize({ width });
+    instance.setOption(optionOf(data.charts[plot.dataset.chart], width), { notMerge: true });
   };
-  const drawAll = () => { plots.forEach(draw); root.dataset.drawn = String(drawn.size); };
+  const drawAll = (width) => { plots.forEach((plot) => draw(plot, width)); root.dataset.drawn = String(drawn.size); };
   const drawNext = () => {  // one at a time, from the top, so that the page answers at once
     const plot = plots.find((one) => !drawn.has(one));
     if (plot) { draw(plot); setTimeout(drawNext, 0); }
@@ -125,9 +135,9 @@
   };
   setTimeout(drawNext, 0);
   let waiting = 0;
-  addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(drawAll, 150); });
+  addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(() => drawAll(), 150); });
   let themeBefore = "";
-  addEventListener("beforeprint", () => { themeBefore = root.dataset.theme; setTheme("light"); drawAll(); });
+  addEventListener("beforeprint", () => { themeBefore = root.dataset.theme; setTheme("light"); drawAll(PAPER); });
   addEventListener("afterprint", () => { setTheme(themeBefore); drawAll(); });
 
   const tableOf = (chart) => {
@@ -135,7 +145,7 @@
     for (const one of chart.series) {
       for (const [x, value] of one.data) {
         const place = chart.x.categories ? chart.x.categories[x] : shown(x, chart.x.share);
-        body.append(element("tr", {}, element("td", { textContent: one.name }), element("td", { textContent: place }), element("td", { textContent: shown(value, chart.y.share) })));
+        body.append(element("tr", {}, element("td", { textContent: labelOf(one) }), element("td", { textContent: place }), element("td", { textContent: shown(value, chart.y.share) })));
       }
     }
     const head = element("tr", {}, ...["", chart.x.name, chart.y.name || "value"].map((name) => element("th", { textContent: name, scope: "col" })));
@@ -166,6 +176,10 @@
     "pairs that are wrong after": [(row) => row.kind === "pair" && "after" in row.margins && !right(row, "after"), (a, b) => a.margins.after - b.margins.after],
     "answers": [(row) => row.kind === "answers", () => 0],
   };
+  const verdictsOf = (row) => Object.entries(row.verdicts || {}).map(([judge, value]) => `${judge}: ${value}`);
+  for (const verdict of [...new Set(data.examples.flatMap(verdictsOf))].sort()) {
+    filters[`answers, ${verdict}`] = [(row) => verdictsOf(row).includes(verdict), () => 0];
+  }
   const controls = { search: document.getElementById("search"), filter: document.getElementById("filter"),
     run: document.getElementById("run"), shade: document.getElementById("shade") };
   for (const [name, [accepts]] of Object.entries(filters)) {
@@ -207,9 +221,7 @@
       const margins = Object.entries(row.margins).map(([stage, value]) => `${stage} ${signed(value)}`).join(", ");
       facts.push(`margin ${margins || "unknown"}`);
     }
-    for (const [judge, value] of Object.entries(row.verdicts || {})) {
-      facts.push(`${judge}: ${value}`);
-    }
+    facts.push(...verdictsOf(row));
     const where = controls.run ? `${row.run}, ${row.place}` : row.place;
     const head = element("header", {}, element("b", { textContent: facts.join("; ") }), element("span", { textContent: where, dir: "auto" }));
     const prompt = sideOf({ name: "prompt", texts: [row.prompt], cut: row.prompt_cut });
