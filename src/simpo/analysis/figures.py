@@ -11,6 +11,7 @@ import numpy as np
 from scipy import special
 
 from simpo.analysis.curves import Chart, chart_of, interval_series, rounded, series_of
+from simpo.analysis.measure import number
 from simpo.analysis.reading import Run
 from simpo.runs.results import HELD_OUT, Stage
 from simpo.statistics import Interval, rate_interval, spearman
@@ -132,10 +133,7 @@ def _reward_and_likelihood(pairs: Pairs, last: Stage) -> Chart:
         ],
     }
     agree = rate_interval(by_reward == by_likelihood)
-    note = (
-        f"The two rank {100 * agree.value:.1f}%{_bounds(agree, 100)} of {n:,} pairs alike; what is generated follows "
-        "the likelihood."
-    )
+    note = f"The two rank {number(agree, percent=True)} of {n:,} pairs alike; what is generated follows the likelihood."
     axes: tuple[Chart, Chart] = {"name": f"average log-probability of a token, {last}"}, {"name": f"reward, {last}"}
     return _scattered("Reward and likelihood", pairs.averages, pairs.rewards, axes, note, table=table)
 
@@ -218,8 +216,5 @@ def _scattered(title: str, x: np.ndarray, y: np.ndarray, axes: tuple[Chart, Char
     return chart_of(title, series, *axes, note, kind="points", **more)
 
 
-def _bounds(found: Interval, scale: float = 1) -> str:
-    if found.low is None or found.high is None:
-        return ""
-    digits = 1 if scale == 100 else 2
-    return f" [{scale * found.low:.{digits}f}, {scale * found.high:.{digits}f}]"
+def _bounds(found: Interval) -> str:
+    return "" if found.low is None or found.high is None else f" [{found.low:.2f}, {found.high:.2f}]"

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -89,8 +88,10 @@ def render(runs: Sequence[Run]) -> str:
         "charts": {f"{name}-{place}": chart for name, _, charts in sections for place, chart in enumerate(charts)},
         "examples": shown,
     }
-    template = _environment().get_template("report.html.j2")
-    return template.render(
+    pages = Environment(
+        loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return pages.get_template("report.html.j2").render(
         runs=[_described(run) for run in runs],
         comparison=list(compare_runs(runs)) if len(runs) > 1 else [],
         compared=[run.name for run in compared],
@@ -251,13 +252,6 @@ def _without_first_line(text: str) -> str:
 
 
 # ---- The page.
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
 
 
 def _file(name: str) -> str:

@@ -101,6 +101,12 @@ def read_answers(
     return [found[key][0] for key in questions]
 
 
+def answers_path(name: str) -> Path:
+    """The file of answers that a command was given: a file, or the folder of a run of ``simpo sample``."""
+    path = Path(name).expanduser()
+    return path / FILE_NAME if (path / FILE_NAME).is_file() else path
+
+
 def is_answer_file(name: str) -> bool:
     """Whether a command was given a file of answers instead of a model."""
     return name.endswith(SUFFIXES)

@@ -18,7 +18,7 @@ from simpo.data.messages import context_of
 from simpo.data.prompts import read_prompts
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
-from simpo.evaluation.answers import Answerer, Record, is_answer_file, read_answer_file
+from simpo.evaluation.answers import Answerer, Record, answers_path, is_answer_file, read_answer_file
 from simpo.evaluation.preferences import Judged, preference_metrics, win_rate_over_prompts
 from simpo.generation.sample import FILE_NAME, EngineName, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings
@@ -182,8 +182,7 @@ def read_sides(settings: CompareSettings) -> tuple[Side, Side]:
     names, prompts = (settings.a, settings.b), settings.prompts
     files: list[Path | None] = []
     for name in names:
-        path = Path(name).expanduser()
-        path = path / FILE_NAME if (path / FILE_NAME).is_file() else path
+        path = answers_path(name)
         files.append(path if path.is_file() or is_answer_file(name) else None)
     given = next((path for path in files if path is not None), None)
     if None not in files and prompts is not None:

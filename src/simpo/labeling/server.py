@@ -66,19 +66,12 @@ def make_app(session: Session, *, token: str, guidelines: str) -> Starlette:
 
         return respond
 
-    def open_page(body: dict[str, Any]) -> dict[str, Any]:
-        return {"guidelines": guidelines}
-
-    def next_item(body: dict[str, Any]) -> dict[str, Any]:
-        return session.next(read_labeler(body))
-
-    def judge(body: dict[str, Any]) -> dict[str, Any]:
-        return session.judge(read_vote(body))
-
-    def undo(body: dict[str, Any]) -> dict[str, Any]:
-        return session.undo(read_key(body), read_labeler(body))
-
-    actions = {"guidelines": open_page, "next": next_item, "judge": judge, "undo": undo}
+    actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "guidelines": lambda body: {"guidelines": guidelines},
+        "next": lambda body: session.next(read_labeler(body)),
+        "judge": lambda body: session.judge(read_vote(body)),
+        "undo": lambda body: session.undo(read_key(body), read_labeler(body)),
+    }
     routes = [Route(f"/api/{name}", answer(act), methods=["POST"]) for name, act in actions.items()]
     files = [Route(f"/{name}", lambda request, name=name: _file(name)) for name in ("label.css", "label.js")]
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost", "[::1]"], www_redirect=False)

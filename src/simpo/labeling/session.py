@@ -71,7 +71,7 @@ class Session:
     def next(self, labeler: str) -> dict[str, Any]:
         """The next state of a labeler's page: ``item``, None if nothing is left, and ``progress``."""
         with self._lock:
-            return self._page(labeler, self._next_item(labeler))
+            return self._next_page(labeler)
 
     def judge(self, vote: Vote) -> dict[str, Any]:
         """Store a vote, then as :meth:`next`.
@@ -94,7 +94,7 @@ class Session:
                 self._store.add(vote.key, judgment)
                 self._judged.pop((vote.labeler, item.id), None)  # the last one made is the last in the order
                 self._judged[vote.labeler, item.id] = judgment
-            return self._page(vote.labeler, self._next_item(vote.labeler))
+            return self._next_page(vote.labeler)
 
     def undo(self, key: str, labeler: str) -> dict[str, Any]:
         """Withdraw a labeler's last judgment, and show its item again; without one, as :meth:`next`."""
@@ -103,15 +103,14 @@ class Session:
             if item is None:
                 item = next((item for name, item in reversed(self._judged) if name == labeler), None)
                 if item is None:
-                    return self._page(labeler, self._next_item(labeler))
+                    return self._next_page(labeler)
                 self._store.undo(key, labeler, item)
                 before = self._judged.pop((labeler, item))
             found = self._page(labeler, self._items[item])
             return found | {"note": before.note if before else ""}
 
-    def _next_item(self, labeler: str) -> Item | None:
-        item = next(iter(self._open(labeler)), None)
-        return None if item is None else self._items[item]
+    def _next_page(self, labeler: str) -> dict[str, Any]:
+        return self._page(labeler, next((self._items[item] for item in self._open(labeler)), None))
 
     def _open(self, labeler: str) -> list[str]:
         """The items that this labeler may judge and has not judged, in their order."""

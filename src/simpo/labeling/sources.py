@@ -11,19 +11,12 @@ from simpo.data.messages import context_of
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Record, read_answer_file
 from simpo.evaluation.compare import all_pairs, read_matched
-from simpo.generation.sample import FILE_NAME as RESPONSES
 from simpo.labeling.items import Item
 
 _MOST = 9  # answers to rank; there are nine number keys
 # Why an answer or a prompt is not shown: the end of the metric's name.
 REPEATED, TOO_FEW = "answers_the_same_as_another_one", "prompts_fewer_than_two_different_answers"
 IDENTICAL = "pairs_of_identical_answers"
-
-
-def answers_path(name: str) -> Path:
-    """The file of answers that a command was given: a file, or the folder of a run of ``simpo sample``."""
-    path = Path(name).expanduser()
-    return path / RESPONSES if (path / RESPONSES).is_file() else path
 
 
 def items_of_two(a: Path, b: Path) -> tuple[list[Item], Counter[str]]:

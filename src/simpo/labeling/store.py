@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from simpo.errors import SimpoError
 from simpo.runs.log import utc_now
@@ -80,7 +80,7 @@ class Store:
         """
         self._path = path
         self._lock = Lock()
-        with self._errors():
+        with _errors(path):
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._connection.execute("pragma journal_mode = wal")
             self._connection.execute("pragma synchronous = full")  # a judgment that was confirmed survives a power cut
@@ -90,61 +90,49 @@ class Store:
         """Store a judgment; a second one with the same key is the same request, sent again."""
         ranks, shown = json.dumps(judgment.ranks), json.dumps(judgment.shown)
         values = (judgment.labeler, judgment.item, judgment.kind, ranks, shown, judgment.note, judgment.seconds)
-        with self._lock, self._errors():
-            self._connection.execute(
-                "insert or ignore into events (key, time, labeler, item, kind, ranks, shown, note, seconds) "
-                "values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (key, utc_now(), *values),
-            )
+        self._execute(
+            "insert or ignore into events (key, time, labeler, item, kind, ranks, shown, note, seconds) "
+            "values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (key, utc_now(), *values),
+        )
 
     def undo(self, key: str, labeler: str, item: str) -> None:
         """Withdraw a labeler's judgment of an item."""
-        with self._lock, self._errors():
-            self._connection.execute(
-                "insert or ignore into events (key, time, labeler, item, kind) values (?, ?, ?, ?, ?)",
-                (key, utc_now(), labeler, item, _UNDO),
-            )
+        self._execute(
+            "insert or ignore into events (key, time, labeler, item, kind) values (?, ?, ?, ?, ?)",
+            (key, utc_now(), labeler, item, _UNDO),
+        )
 
     def item_of(self, key: str) -> str | None:
         """The item of the event with this key; None if there is none."""
-        with self._lock, self._errors():
-            found = self._connection.execute("select item from events where key = ?", (key,)).fetchone()
-        return None if found is None else str(found[0])
+        found = self._execute("select item from events where key = ?", (key,))
+        return str(found[0][0]) if found else None
 
     def judgments(self) -> list[Judgment]:
         """All judgments that were not withdrawn or replaced, in the order in which they were made."""
-        with self._lock, self._errors():
-            return _judgments(self._connection)
+        return list(map(_judgment, self._execute(_CURRENT)))
 
     def show(self, labeler: str, item: str | None) -> None:
         """Remember what a labeler's page shows now, or that it shows nothing."""
-        with self._lock, self._errors():
-            if item is None:
-                self._connection.execute("delete from screens where labeler = ?", (labeler,))
-            else:
-                self._connection.execute(
-                    "insert or replace into screens (labeler, item, since) values (?, ?, ?)",
-                    (labeler, item, time.time()),
-                )
+        if item is None:
+            self._execute("delete from screens where labeler = ?", (labeler,))
+        else:
+            values = (labeler, item, time.time())
+            self._execute("insert or replace into screens (labeler, item, since) values (?, ?, ?)", values)
 
     def on_screen(self, seconds: float) -> dict[str, str]:
         """The item that each labeler's page has shown for at most so many seconds."""
-        with self._lock, self._errors():
-            return dict(
-                self._connection.execute(
-                    "select labeler, item from screens where since >= ?", (time.time() - seconds,)
-                ).fetchall()
-            )
+        return dict(self._execute("select labeler, item from screens where since >= ?", (time.time() - seconds,)))
 
     def close(self) -> None:
         """Close the database."""
         with self._lock:
             self._connection.close()
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        with _errors(self._path):
-            yield
+    def _execute(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
+        """The rows of a statement."""
+        with self._lock, _errors(self._path):
+            return self._connection.execute(statement, values).fetchall()
 
 
 def read_judgments(path: Path) -> list[Judgment]:
@@ -154,14 +142,12 @@ def read_judgments(path: Path) -> list[Judgment]:
         SimpoError: the file cannot be read.
     """
     with _errors(path), closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-        return _judgments(connection)
+        return list(map(_judgment, connection.execute(_CURRENT)))
 
 
-def _judgments(connection: sqlite3.Connection) -> list[Judgment]:
-    return [
-        Judgment(labeler, item, kind, tuple(json.loads(ranks)), tuple(json.loads(shown)), note, seconds)
-        for labeler, item, kind, ranks, shown, note, seconds in connection.execute(_CURRENT)
-    ]
+def _judgment(row: Sequence[Any]) -> Judgment:
+    labeler, item, kind, ranks, shown, note, seconds = row
+    return Judgment(labeler, item, kind, tuple(json.loads(ranks)), tuple(json.loads(shown)), note, seconds)
 
 
 @contextmanager

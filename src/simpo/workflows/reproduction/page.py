@@ -48,14 +48,20 @@ def render(
     environment.filters |= {"interval": interval_text, "number": number_text}
     verdicts = [outcome.verdict for found in outcomes.values() for outcome in found]
     figures = {
-        study.name: {metric: _figure(measured[study.name], metric) for metric in _metrics_of(study)}
+        study.name: {
+            metric: _figure(measured[study.name], metric) for metric in {claim.metric: None for claim in study.claims}
+        }
         for study in studies
     }
     return environment.get_template("reproduce.html").render(
         studies=studies,
         outcomes=outcomes,
         figures=figures,
-        tables={study.name: _table(measured[study.name]) for study in studies},
+        tables={
+            study.name: {arm: [mean_text(values[metric]) for metric in METRICS] for arm, values in arms.items()}
+            for study in studies
+            for arms in [measured[study.name]]
+        },
         metrics=METRICS,
         chosen=chosen,
         verdicts=verdicts,
@@ -69,10 +75,6 @@ def _seeds(measured: Mapping[str, Mapping[str, Measured]]) -> str:
     counts = sorted({len(values) for arms in measured.values() for arm in arms.values() for values in arm.values()})
     least, most = counts[0], counts[-1]
     return f"{most} training seed{'s' if most != 1 else ''}" if least == most else f"{least} to {most} training seeds"
-
-
-def _metrics_of(study: Study) -> list[str]:
-    return list(dict.fromkeys(claim.metric for claim in study.claims))
 
 
 def _figure(arms: Mapping[str, Measured], metric: str) -> list[Row]:
@@ -96,10 +98,6 @@ def _figure(arms: Mapping[str, Measured], metric: str) -> list[Row]:
         )
         for name, one in found.items()
     ]
-
-
-def _table(arms: Mapping[str, Measured]) -> dict[str, list[str]]:
-    return {name: [mean_text(values[metric]) for metric in METRICS] for name, values in arms.items()}
 
 
 def mean_text(values: np.ndarray) -> str:
