@@ -75,6 +75,7 @@ def test_files_of_both_kinds_are_about_the_same_prompts(tmp_path):
         ({"id": "x", "prompt": "p"}, "no 'responses'"),
         ({"id": "x", "prompt": "p", "responses": []}, "expected one or more texts"),
         ({"id": "x", "prompt": "p", "responses": [None]}, "expected one or more texts"),
+        ({"id": "x", "prompt": "p", "responses": ["r"], "extra": None}, "extra: expected a mapping"),
         ({"id": "x", "prompt": 7, "responses": ["a"]}, "prompt has no messages"),
         ({"instruction": "x", "output": None}, "output: expected text"),
         ({"id": "first", "prompt": "p", "responses": ["a"]}, "'first' occurs twice, first at answers.jsonl:1"),

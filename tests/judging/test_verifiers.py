@@ -194,6 +194,10 @@ def test_the_benchmarks_own_loose_test():
         ({"instruction_id_list": ["format:newline"]}, "no column kwargs"),
         ({"instruction_id_list": ["format:newlines"], "kwargs": [{}]}, "did you mean format:newline"),
         ({"instruction_id_list": ["format:newline"], "kwargs": []}, "0 kwargs for 1 instructions"),
+        ({"instruction_id_list": None, "kwargs": [{}]}, "instruction_id_list: expected .* not None"),
+        ({"instruction_id_list": [], "kwargs": []}, "instruction_id_list: expected .* not \\[]"),
+        ({"instruction_id_list": ["format:newline"], "kwargs": None}, "kwargs: expected .* not None"),
+        ({"instruction_id_list": ["format:newline"], "kwargs": ["{}"]}, "kwargs: expected .* not"),
     ],
 )
 def test_rows_without_instructions_are_named(extra, words):

@@ -133,6 +133,8 @@ def _record(row: Row, where: str) -> tuple[str, Record]:
     responses = cell(row, "responses", where, list)
     if not responses or not all(isinstance(response, str) for response in responses):
         raise SimpoError(f"{where}: responses: expected one or more texts")
+    if not isinstance(row.get("extra", {}), dict):
+        raise SimpoError(f"{where}: extra: expected a mapping of the row's other columns")
     prompt = row.get("prompt")
     try:
         return key, row | {"prompt": prompt if isinstance(prompt, str) else read_messages(prompt, "prompt")}

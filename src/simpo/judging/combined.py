@@ -49,6 +49,11 @@ class CombinedScorer(Scorer):
         self._scorers, self._weights, self._how = scorers, weights, how
 
     @property
+    def scorers(self) -> list[Scorer]:
+        """The scorers, each on its own."""
+        return list(self._scorers.values())
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The normalization, and every scorer's weight and identity."""
         found = {"judge": "combined", "normalization": self._how}

@@ -182,9 +182,9 @@ class AnnotatorArguments:
         None, "How the scores of several annotators are normalized among a prompt's answers (default: zscore)."
     )
     gold_annotator: str | None = setting(
-        None, "Annotator that scores the same answers and is not trained on, to show overoptimization."
+        None, f"What scores the same answers without being trained on, to show overoptimization: {SCORERS}."
     )
-    judge_url: str | None = setting(None, "Server of the annotator or gold_annotator api.")
+    judge_url: str | None = setting(None, "Server of the annotator api.")
     judge_model: str | None = setting(None, "Its model's name on that server.")
     judge_key_env: str = setting("OPENAI_API_KEY", "Environment variable with its key.")
     annotator_yes: bool = setting(False, "Send the annotator's requests without asking.")
@@ -194,7 +194,12 @@ class AnnotatorArguments:
         trained_on = annotator_names(self.annotator, self.annotator_normalization)
         if self.gold_annotator in trained_on:
             raise SimpoError(f"gold_annotator: {self.gold_annotator} is trained on; name another annotator")
-        server, needs_server = (self.judge_url, self.judge_model), "api" in (*trained_on, self.gold_annotator)
+        if self.gold_annotator == "api":
+            raise SimpoError(
+                "gold_annotator: api compares a prompt's answers with one another, so that its mean score is one half "
+                "under every policy; name an annotator that scores single answers"
+            )
+        server, needs_server = (self.judge_url, self.judge_model), "api" in trained_on
         if needs_server and None in server:
             raise SimpoError("judge_url and judge_model: the annotator api needs both")
         if not needs_server and server != (None, None):

@@ -99,6 +99,10 @@ class IFBenchScorer(_Verifier):
                 raise SimpoError(f"{place}: no column instruction_id_list, and the prompt is not one of IFBench's")
             columns = self._prompts[prompt.strip()]
         names, arguments = columns["instruction_id_list"], _column(row, "kwargs", place, columns)
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise SimpoError(f"{place}: instruction_id_list: expected one or more names, not {names!r}")
+        if not isinstance(arguments, list) or not all(isinstance(own, dict | None) for own in arguments):
+            raise SimpoError(f"{place}: kwargs: expected a mapping for each instruction, not {arguments!r}")
         if unknown := next((name for name in names if name not in self._known), None):
             raise SimpoError(f"{place}: instruction {unknown!r} is not known{nearest(unknown, self._known)}")
         if len(arguments) != len(names):

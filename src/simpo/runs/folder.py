@@ -247,6 +247,12 @@ class RunFolder:
         assert self._record is not None
         self.fingerprint = self._record.fingerprint
         self.metrics = JsonLines(self.path / "metrics.jsonl")
+        self._open_log()
+        if differences:
+            self.log(f"continued with other settings: {'; '.join(differences)}")
+
+    def _open_log(self) -> None:
+        """Open the log, with everything in it that was logged before there was one."""
         self._log = LogFile(self.path / "log.txt")
         early = [handler for handler in logging.getLogger().handlers if isinstance(handler, EarlyNotices)]
         for line in (*(line for handler in early for line in handler.take()), *self._early_lines):
@@ -255,8 +261,6 @@ class RunFolder:
             logging.getLogger().removeHandler(handler)
         self._early_lines.clear()
         logging.getLogger().addHandler(self._log)
-        if differences:
-            self.log(f"continued with other settings: {'; '.join(differences)}")
 
     def _other_versions(self) -> str:
         """The packages whose versions were others at the last start, which may record and compute other things."""

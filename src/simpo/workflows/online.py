@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from simpo.client import Estimate, confirm_cost, placeholder_answer
+from simpo.client import confirm_cost, placeholder_answer
 from simpo.judging.combined import CombinedScorer, count_missing
 from simpo.judging.protocol import Answers, Scorer
 from simpo.judging.registry import make_annotator
@@ -62,7 +62,9 @@ class Annotation(RunCallback):
 
     @property
     def _scorers(self) -> list[Scorer]:
-        return [self._scorer] if self._gold is None else [self._scorer, self._gold]
+        """Every annotator on its own."""
+        trained_on = self._scorer.scorers if isinstance(self._scorer, CombinedScorer) else [self._scorer]
+        return [*trained_on, *([] if self._gold is None else [self._gold])]
 
     def check_trainer(self, trainer: Trainer) -> None:
         """Try the annotators on invented answers, except behind a server, whose cost is confirmed instead."""
@@ -73,18 +75,16 @@ class Annotation(RunCallback):
             return
         number = self._config.num_generations
         few = prompts_from_rows(trainer.train_dataset.select(range(min(_TRIED_PROMPTS, len(trainer.train_dataset)))))
+        invented = [Answers(one.id, one.content, ["Answer."] * number, one.context, one.extra) for one in few]
         for scorer in self._scorers:
             if scorer.usage is None:
-                scorer.score(
-                    [Answers(one.id, one.content, ["Answer."] * number, one.context, one.extra) for one in few]
-                )
-        if all(scorer.usage is None for scorer in self._scorers):
+                scorer.score(invented)
+        if self._scorer.usage is None:
             return
         assert self._config.max_new_tokens is not None
         longest = [placeholder_answer(self._config.max_new_tokens, f"a{k}") for k in range(number)]
         prompts = prompts_from_rows(trainer.train_dataset)
-        rows = [Answers(one.id, one.content, longest, one.context) for one in prompts]
-        estimate = sum((scorer.estimate(rows) for scorer in self._scorers), Estimate())
+        estimate = self._scorer.estimate([Answers(one.id, one.content, longest, one.context) for one in prompts])
         passes = math.ceil(self._config.num_train_epochs)
         if self._config.max_steps > 0:
             per_step = self._config.train_batch_size * self._config.world_size / self._config.rollout_epochs
