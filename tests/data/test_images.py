@@ -12,7 +12,7 @@ from tests.vision import FAMILIES, picture
 from simpo.data.images import has_images
 from simpo.data.inspection import shared_rows
 from simpo.data.prompts import prepare_prompts
-from simpo.data.rows import as_dataset
+from simpo.data.rows import as_dataset, concatenate, with_where
 from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
 from simpo.data.tokenizing import prepare, prepare_sft
@@ -123,6 +123,39 @@ def test_conversations_have_images_in_any_question(processor, folder):
     own = processor(text=[text], images=[picture(*SIZES[n], seed=n) for n in (0, 1)], add_special_tokens=False)
     assert row["prompt_ids"] + row["response_ids"][0] == own["input_ids"][0]
     assert len(row["images"]) == 2
+
+
+def test_the_text_of_an_image_in_a_later_question(folder):
+    """It is a place like any other: none is left as text while the image goes elsewhere."""
+    processor = FAMILIES["llava"].processor()
+
+    def turns(first, second):
+        roles = ("user", "assistant", "user", "assistant")
+        return [{"role": role, "content": c} for role, c in zip(roles, (first, "a", second, "b"), strict=True)]
+
+    image, text = {"type": "image"}, {"type": "text", "text": "what?"}
+    for written, parts, images in (
+        (("hi", "<image>what?"), ("hi", [image, text]), ["0.png"]),
+        (("<image>what?", "<image>what?"), ([image, text], [image, text]), ["0.png", "1.png"]),
+    ):
+        rows = as_dataset([{"messages": turns(*one), "images": images} for one in (written, parts)], "train")
+        found = prepare_sft(rows, processor, settings(folder)).dataset
+        assert (
+            found[0]["prompt_ids"] + found[0]["response_ids"][0] == found[1]["prompt_ids"] + found[1]["response_ids"][0]
+        )
+
+
+def test_colors_that_png_does_not_have(folder, tmp_path):
+    """Pictures for printing, from Python and from columns that are mixed with rows of JSON."""
+    processor, printed = FAMILIES["llava"].processor(), picture(*SIZES[0]).convert("CMYK")
+    content = io.BytesIO()
+    printed.save(content, "JPEG")
+    columns = Dataset.from_list([pair("what?", image={"bytes": content.getvalue(), "path": None})])
+    columns = with_where(columns.cast_column("image", Image()), "printed", "0")
+    mixed = concatenate([columns, as_dataset([pair("what?", image=printed)], "train")])
+    found = prepare(mixed, processor, settings(folder)).dataset
+    assert [len(images) for images in found["images"]] == [1, 1]
+    assert found[0]["images"][0]["bytes"] == content.getvalue()  # as it was stored
 
 
 @pytest.mark.parametrize(

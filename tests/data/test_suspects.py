@@ -110,8 +110,24 @@ def test_an_answer_that_ends_with_another_token_of_the_kind_is_a_bad_row(chatml,
         assert report(chatml, row).used == 1
 
 
-def test_html_is_no_end_of_turn(chatml):
+def test_html_is_no_end_of_turn_and_no_bos(chatml, build_tokenizer):
     assert report(chatml, PAIR | {"chosen": "It was <s>Rome</s>"}).used == 1
+    llama = build_tokenizer("sentencepiece")
+    assert report(llama, PAIR | {"chosen": "<s>Rome</s> Paris."}).used == 1
+    with pytest.raises(SimpoError, match="starts with '<s>'"):
+        report(llama, PAIR | {"chosen": "<s>It is Paris.</s>"})
+
+
+def test_a_pad_token_of_plain_text_may_end_an_answer(chatml):
+    chatml.pad_token = "!"
+    assert report(chatml, PAIR | {"chosen": "It is Paris!"}).used == 1
+
+
+def test_the_role_of_tools_in_llamas_templates_is_that_of_a_tool(chatml):
+    asked = [*talk("Hi", "search()"), turn("ipython", "42")]
+    rows = [PAIR | {"prompt": [*asked[:-1], turn(role, "42")]} for role in ("ipython", "tool")]
+    first, second = prepare(as_dataset(rows, "rows"), chatml, TokenizeSettings()).dataset["prompt_ids"]
+    assert first == second
 
 
 def test_the_end_of_turn_is_also_removed_from_earlier_answers(chatml):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from simpo import PreferenceConfig, PreferenceTrainer, RewardConfig, RewardTrain
 from simpo.data.rows import as_dataset
 from simpo.errors import SimpoError
 from simpo.training import run as workflow
+from simpo.training.images import image_reader
 from simpo.training.reference import with_mismatched
 
 QUESTION = "what is in the picture?"
@@ -248,6 +251,36 @@ def test_mistakes(world, tmp_path, make_model):
     picture(40, 40, seed=99).save(other / "1-0.png")
     with pytest.raises(SimpoError, match=r"1-0.png: the image has changed"):
         trainer.train()
+
+
+def test_the_path_is_checked_on_the_images_of_held_out_rows(world, tmp_path):
+    """Here rows of text are right in packed batches, and those with images are not."""
+    processor = FAMILIES["gemma3"].processor()
+    model = make_vision_model("gemma3", processor.tokenizer)
+    model.model.language_model.register_forward_pre_hook(_causal_images, with_kwargs=True)
+    rows = rows_of(world)
+    train = as_dataset([row for row in rows if "images" not in row], "train")
+    held_out = as_dataset([row for row in rows if "images" in row], "eval")
+    args = config(world, tmp_path)
+    assert PreferenceTrainer(model, args, train, processing_class=processor).path == "packed"
+    assert PreferenceTrainer(model, args, train, held_out, processing_class=processor).path == "padded"
+
+
+def _causal_images(_, args, kwargs):
+    layout = kwargs.get("attention_layout")
+    return args, kwargs if layout is None else kwargs | {"attention_layout": replace(layout, blocks=None)}
+
+
+def test_sharded_weights_of_the_launcher_are_refused(world, monkeypatch):
+    """Its settings are in the environment, and not in the configuration."""
+    processor = FAMILIES["llava"].processor()
+    model = make_vision_model("llava", processor.tokenizer)
+    rows = PreferenceTrainer.prepare(as_dataset(rows_of(world), "train"), processor, config(world, world), "train")
+    given = SimpleNamespace(world_size=2, fsdp=None, deepspeed=None, gradient_checkpointing=False)
+    assert image_reader(model, processor, [rows.dataset], given) is not None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(SimpoError, match="DDP"):
+        image_reader(model, processor, [rows.dataset], given)
 
 
 def test_without_images_the_tower_is_left_alone(world, tmp_path):

@@ -14,6 +14,8 @@ _ENDS = (
     *("</s>", "<eos>", "<end_of_turn>", "<turn|>", "<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end_of_text|>", "<|end|>"),
     *("<|endoftext|>", "<|return|>", "<|END_OF_TURN_TOKEN|>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
 )
+# Letters next to a sign, as in "<eos>" and "[PAD]".
+_MARKUP = re.compile(r"\w\W|\W\w")
 
 
 class GivenAnswers:
@@ -21,7 +23,9 @@ class GivenAnswers:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end: EndOfTurn) -> None:
         self._end, self._bos, self._has_template = end, tokenizer.bos_token, bool(tokenizer.chat_template)
-        texts = {*_ENDS, tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token} - {None, "", end.text}
+        own = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token}
+        # Some tokenizers pad with a token of plain text, such as "!".
+        texts = {*_ENDS, *(text for text in own if text and _MARKUP.search(text))} - {end.text}
         self._unexpected = re.compile(rf"({'|'.join(map(re.escape, sorted(texts)))})\s*\Z")
 
     def text(self, content: str) -> str:
@@ -32,9 +36,11 @@ class GivenAnswers:
         """
         while (stripped := content.rstrip()).endswith(self._end.text):
             content = stripped.removesuffix(self._end.text)
-        if self._bos and content.lstrip().startswith(self._bos):
+        # In HTML, </s> closes what <s> opens.
+        struck = self._bos == "<s>" and "</s>" in content.rstrip().removesuffix("</s>")
+        if self._bos and content.lstrip().startswith(self._bos) and not struck:
             raise BadRow(f"an answer starts with {self._bos!r}, which starts a text: leave it out")
-        # Without a template, text is used as it is. In HTML, </s> closes what <s> opens.
+        # Without a template, text is used as it is.
         found = self._unexpected.search(content) if self._has_template else None
         if found and not (found[1] == "</s>" and "<s>" in content):
             raise BadRow(f"an answer ends with {found[1]!r}, which ends no turn in this chat template: leave it out")

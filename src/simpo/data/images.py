@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image, List, Value
+from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import load_image
 
 from simpo.data.messages import IMAGE_COLUMNS, images_of
 from simpo.data.rendering import Rendered
-from simpo.data.rows import ROW, BadRow
+from simpo.data.rows import ROW, BadRow, undecoded
 from simpo.errors import SimpoError, one_line
 
 IMAGES, DIGESTS = "images", "image_digests"
@@ -196,17 +196,6 @@ def _cells(dataset: Dataset) -> Iterator[Any]:
         for row in rows:
             with suppress(BadRow):
                 yield from images_of(row)
-
-
-def undecoded(dataset: Dataset) -> Dataset:
-    """``dataset`` with the images of its columns as bytes or paths, without decoding them."""
-    for name in IMAGE_COLUMNS:
-        feature = dataset.features.get(name)
-        if isinstance(feature, Image) and feature.decode:
-            dataset = dataset.cast_column(name, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image) and feature.feature.decode:
-            dataset = dataset.cast_column(name, List(Image(decode=False)))
-    return dataset
 
 
 def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:

@@ -65,7 +65,7 @@ def _read_message(item: object, name: str, images: bool) -> Message | None:
     calls = _read_calls(message.pop("tool_calls", None), message.pop("function_call", None), name)
     if calls:
         message["tool_calls"] = calls
-    if message["role"] == "function":  # OpenAI's older name
+    if message["role"] in ("function", "ipython"):  # OpenAI's older name, and Llama 3's
         message["role"] = "tool"
     content = _text(message.get("content"), name, images=images)
     if content is None:
@@ -292,7 +292,7 @@ def apply_context(
     images = images_of(row)
     if images or isinstance(prompt, list):
         prompt, rest = as_messages(prompt, rest)
-        prompt = _place_images(prompt, rest, len(images))
+        prompt, rest = _place_images(prompt, rest, len(images))
     without_effect = tuple(name for name in _WITHOUT_EFFECT if row.get(name) not in (None, [], {}, ""))
     return prompt, rest, replace(context, tools=tools, without_effect=without_effect, images=tuple(images))
 
@@ -305,28 +305,31 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
     return [] if not found else found[0] if isinstance(found[0], list) else found
 
 
-def _place_images(prompt: list[Message], rest: Sequence[Message], count: int) -> list[Message]:
-    """The prompt's messages with a place for each of ``count`` images.
+def _place_images(
+    prompt: list[Message], rest: Sequence[Message], count: int
+) -> tuple[list[Message], Sequence[Message]]:
+    """The prompt's messages, and those that follow, with a place for each of ``count`` images.
 
-    Without parts that are images, places are the texts ``<image>``; if there are none either, the images come first in
-    the first message of the user.
+    Without parts that are images, places are the texts ``<image>`` in the user's messages; if there are none either,
+    the images come first in the first message of the user.
     """
-    if any(message["role"] == "assistant" and IMAGE in message["content"] for message in [*prompt, *rest]):
+    messages = [*prompt, *rest]
+    if any(message["role"] == "assistant" and IMAGE in message["content"] for message in messages):
         raise BadRow("an image in a message of the assistant, which has to be text")
-    places = sum(message["content"].count(IMAGE) for message in [*prompt, *rest])
-    asking = [message for message in prompt if message["role"] == "user"]
-    if count and not places:
-        written = {**asking[0], "content": IMAGE * count + asking[0]["content"]} if asking else None
-        if places := sum(message["content"].count(IMAGE_IN_TEXT) for message in asking):
-            prompt = [
-                {**one, "content": one["content"].replace(IMAGE_IN_TEXT, IMAGE)} if one["role"] == "user" else one
-                for one in prompt
-            ]
-        elif written:
-            places, prompt = count, [written if one is asking[0] else one for one in prompt]
+    places = sum(message["content"].count(IMAGE) for message in messages)
+    asking = [message["content"] for message in messages if message["role"] == "user"]
+    if count and asking and not places:
+        if places := sum(content.count(IMAGE_IN_TEXT) for content in asking):
+            asking = [content.replace(IMAGE_IN_TEXT, IMAGE) for content in asking]
+        else:
+            places, asking[0] = count, IMAGE * count + asking[0]
+        written = iter(asking)
+        messages = [
+            {**message, "content": next(written)} if message["role"] == "user" else message for message in messages
+        ]
     if places != count:
         raise BadRow(f"{count} images and {places} places for them in the messages")
-    return prompt
+    return messages[: len(prompt)], messages[len(prompt) :]
 
 
 def as_messages(prompt: str | list[Message], following: Sequence[Response]) -> tuple[list[Message], list[Message]]:

@@ -20,8 +20,10 @@ from datasets import (
     Dataset,
     DatasetDict,
     Features,
+    Image,
     IterableDataset,
     IterableDatasetDict,
+    List,
     Value,
     concatenate_datasets,
 )
@@ -151,7 +153,8 @@ def as_json(value: object) -> str:
     def convert(value: Any) -> Any:
         if isinstance(value, np.ndarray | np.generic):
             return value.tolist()
-        value = getattr(value, "_repr_png_", lambda: value)()  # an image of Pillow's
+        if hasattr(value, "_repr_png_"):  # an image of Pillow's; PNG has no CMYK, for example, and the result is None
+            value = value._repr_png_() or value.convert("RGB")._repr_png_()
         return f"data:;base64,{base64.b64encode(value).decode('ascii')}" if isinstance(value, bytes) else str(value)
 
     return json.dumps(value, default=convert)
@@ -166,9 +169,20 @@ def concatenate(datasets: Sequence[Dataset]) -> Dataset:
     return concatenate_datasets(list(datasets))
 
 
+def undecoded(dataset: Dataset) -> Dataset:
+    """``dataset`` with the images of its columns as bytes or paths, without decoding them."""
+    for name, feature in dataset.features.items():
+        if isinstance(feature, Image) and feature.decode:
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image) and feature.feature.decode:
+            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    return dataset
+
+
 def _as_json_rows(dataset: Dataset) -> Dataset:
     if ROW in dataset.column_names:
         return dataset
+    dataset = undecoded(dataset)
 
     def batch_as_json(batch: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
         pairs = rows_of(batch, range(len(batch[WHERE])), label="")

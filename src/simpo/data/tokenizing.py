@@ -33,7 +33,7 @@ from simpo.data.formats import (
     read_conversation,
     read_feedback,
 )
-from simpo.data.images import COLUMNS, IMAGES, ImageReader, text_tokenizer, undecoded
+from simpo.data.images import COLUMNS, IMAGES, ImageReader, text_tokenizer
 from simpo.data.pretokenized import check_tokenized
 from simpo.data.rendering import Rendered, RenderedTurns, Renderer
 from simpo.data.rows import (
@@ -48,6 +48,7 @@ from simpo.data.rows import (
     columns_of,
     is_used,
     rows_of,
+    undecoded,
 )
 from simpo.data.settings import PROMPT_CUT, TURNS_CUT, TokenizeSettings, fit, fit_turns
 from simpo.data.shapes import FOREIGN_SHAPES, canonical, check_not_rendered, first_canonical
@@ -60,7 +61,7 @@ NO_PROCESSOR = "images, but no processor that reads them; use simpo train or sft
 UNANSWERED_CUT = "messages after the last answer"
 _STATUS = "_status"
 # Part of every fingerprint: raise it when the ids or the statuses of the same rows and settings change.
-_FORMAT = 8
+_FORMAT = 9
 _BATCH = 256
 _EXAMINED = 1000  # rows examined for a known shape before the work starts
 # Starting processes takes longer than tokenizing fewer rows than this.
@@ -484,7 +485,6 @@ def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenizat
     """Key of the cache: everything that the ids and statuses depend on."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     del backend["padding"], backend["truncation"]  # which calls switch on and off
-    images = tokenization.images
     parts = [
         _FORMAT,
         tokenization.noun,
@@ -494,7 +494,7 @@ def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenizat
         backend,
         tokenizer.chat_template,
         {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-        None if images is None else images.fingerprint(dataset),
+        tokenization.images and tokenization.images.fingerprint(dataset),
     ]
     # Half a digest: datasets appends the process number and allows 64 characters in all.
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

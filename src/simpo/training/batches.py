@@ -223,11 +223,20 @@ def comparisons_of(
 
 
 def comparisons_to_check(
-    model: nn.Module, rows: Dataset, reader: ImageReader | None = None
+    model: nn.Module, datasets: Sequence[Dataset], reader: ImageReader | None = None
 ) -> list[TokenizedComparison]:
-    """The rows that the self-check chooses from: the first ones, the longest, and some with images if there are any."""
+    """The rows that the self-check chooses from: the first ones of the first data set and its longest.
+
+    If some data set has images, as one to evaluate on alone may, a few of its rows with images are among them.
+    """
+    rows = datasets[0]
     numbers = rows_to_check(model, row_sizes(rows, "packed").lengths.tolist())
-    return comparisons_of(rows, sorted({*numbers, *rows_with_images(rows)[:_ILLUSTRATED].tolist()}), reader)
+    found = comparisons_of(rows, numbers, reader)
+    for other in datasets:
+        if len(illustrated := rows_with_images(other)[:_ILLUSTRATED].tolist()):
+            more = [number for number in illustrated if other is not rows or number not in numbers]
+            return found + (comparisons_of(other, more, reader) if more else [])
+    return found
 
 
 def _comparisons(columns: Mapping[str, Any], reader: ImageReader | None) -> list[TokenizedComparison]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from torch import nn
 from transformers import ProcessorMixin
@@ -46,7 +47,8 @@ def image_reader(
             "images: preference objectives and supervised fine-tuning take them, with the model's processor as "
             "processing_class; give it, or leave the images out"
         )
-    if args.world_size > 1 and (args.fsdp or args.deepspeed or args.gradient_checkpointing):
+    launched = any(parse_flag_from_env(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
+    if args.world_size > 1 and (launched or args.fsdp or args.deepspeed or args.gradient_checkpointing):
         raise SimpoError(
             "images: several processes train on them with DDP and without activation checkpointing only, because not "
             "every micro-batch has some"
@@ -68,6 +70,8 @@ def image_tensors(columns: Mapping[str, Any], reader: ImageReader | None) -> lis
     found: list[tuple[ImageTensors, ...]] = []
     for references, digests in several:
         if references and reader is None:
-            raise SimpoError("images: there is no processor to read them; give it as processing_class")
+            raise SimpoError(
+                "images: none of the rows that the trainer was made with have some; give such rows from the start"
+            )
         found.append(reader.tensors(references, digests) if references and reader is not None else ())
     return found

@@ -285,12 +285,12 @@ class PackedTrainer(ResumableTrainer):
 
     def _choose_path(self) -> ForwardPath:
         """Verify the fast path on a few real rows, in the precision of the training."""
-        model, rows = prepare_policy(self.model), self.train_dataset
-        if rows is None:
-            rows = next(iter(self.eval_dataset.values())) if isinstance(self.eval_dataset, dict) else self.eval_dataset
-        if rows is None:
+        model, held_out = prepare_policy(self.model), self.eval_dataset
+        given = [self.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
+        datasets = [rows for rows in given if rows is not None]
+        if not datasets:
             return self.args.forward_path
-        sample = PackedBatch.build(comparisons_to_check(model, rows, self.images))
+        sample = PackedBatch.build(comparisons_to_check(model, datasets, self.images))
         with self.accelerator.autocast(), self.forwards():
             choose_path(model, sample)
         path = resolve_path(model, sample, self.args.forward_path)
