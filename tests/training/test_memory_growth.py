@@ -52,7 +52,7 @@ def test_memory_does_not_grow(tmp_path):
     resident = np.array(json.loads(line.removeprefix("resident: ")))
     assert len(resident) == STEPS
     settled = resident[STEPS // 4 :].reshape(3, -1).max(axis=1)  # the most of each third after the warm-up
-    # In one step, between the 1,800th and the 2,100th, it grows by 4 to 6 MiB, and not again in the 3,000 after it; which
-    # step that is depends on all that came before. What is kept in every step shows without the largest of them, too.
+    # In one step, between the 1,800th and the 2,100th, it grows by 4 to 6 MiB, and not again in the 3,000 after it.
+    # Which step that is depends on all that came before. What every step keeps shows without that one, too.
     growth = settled[-1] - settled[0] - np.diff(resident[STEPS // 4 :]).max()
     assert growth <= 512, settled  # KiB; a tensor kept a step would be 1500 times its size
