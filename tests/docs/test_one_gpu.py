@@ -68,6 +68,7 @@ def test_every_command_works(tmp_path, monkeypatch, capsys) -> None:
     }
 
 
+@pytest.mark.exhaustive
 def test_the_table_is_what_the_plan_computes(tmp_path) -> None:
     """Within a fifth for the time, whose rates are fitted to measurements, and may be fitted to more of them."""
     write_llama(tmp_path)

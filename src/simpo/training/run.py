@@ -170,10 +170,14 @@ def prepare_data(kind: type[PackedTrainer], job: TrainingJob) -> tuple[Any, dict
 
     For rows with images it is the processor.
     """
+    name, template = job.model.model_name_or_path, job.data.chat_template
+    processing: Any = load_tokenizer(
+        name, job.model, chat_template=template
+    )  # a wrong name is found before data is read
     found = zip(("train", "eval"), load_datasets(job.data), strict=True)
     raw = {label: rows for label, rows in found if rows is not None}
-    load = load_processor if kind.takes_images and any(map(has_images, raw.values())) else load_tokenizer
-    processing: Any = load(job.model.model_name_or_path, job.model, chat_template=job.data.chat_template)
+    if kind.takes_images and any(map(has_images, raw.values())):
+        processing = load_processor(name, job.model, chat_template=template)
     return processing, raw, {label: kind.prepare(rows, processing, job.config, label) for label, rows in raw.items()}
 
 
