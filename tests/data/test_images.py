@@ -193,7 +193,7 @@ def test_images_without_a_processor(folder):
     processor = FAMILIES["llava"].processor()
     with pytest.raises(SimpoError, match="no processor"):
         prepared([pair("what?", images=["0.png"])], processor.tokenizer, folder)
-    with pytest.raises(SimpoError, match="not sampled from"):
+    with pytest.raises(SimpoError, match="images, and answers are sampled for text only"):
         prepare_prompts(as_dataset([pair("what?", images=["0.png"])], "prompts"), processor.tokenizer)
 
 

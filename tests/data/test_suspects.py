@@ -151,6 +151,64 @@ def test_a_transcript_that_only_one_response_repeats_is_a_bad_row(chatml):
         report(chatml, {"prompt": prompt, "chosen": f"{prompt} Hello.", "rejected": " No."})
 
 
+@pytest.mark.parametrize("end", ["<|end|>", "<|end|>\n<|endoftext|>", "<|end|><|endoftext|>", "<|end|>\n<|end|> "])
+def test_an_answer_may_end_with_all_that_the_template_writes_after_it(build_tokenizer, end):
+    """Phi-3's template ends a conversation with EOS after the end of the turn."""
+    phi = build_tokenizer("phi")
+    rows = [PAIR, PAIR | {"chosen": PAIR["chosen"] + end}]
+    first, second = prepare(as_dataset(rows, "rows"), phi, TokenizeSettings()).dataset["response_ids"]
+    assert first == second
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|end|><|endoftext|><|endoftext|>", "<|endoftext|><|end|>"])
+def test_what_the_template_never_writes_after_an_answer_stays_refused(build_tokenizer, end):
+    with pytest.raises(SimpoError, match=r"ends with '<\|endoftext"):
+        report(build_tokenizer("phi"), PAIR | {"chosen": PAIR["chosen"] + end})
+
+
+COMPARED = (
+    "{% for m in messages %}{% if m.role in ['document', 'control'] %}{{ '[' + m.role + ']' + m.content + '[x]' }}"
+    "{% elif m.role == 'note' %}[note]{% else %}{{ '[' + m.role + ']' + m.content + '<|im_end|>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+WRITTEN = "{% if documents %}{{ '<|im_start|>document {}' + documents }}{% endif %}" + CHATML
+
+
+@pytest.mark.parametrize("how", [prepare, prepare_sft, prepare_feedback, prepare_prompts])
+@pytest.mark.parametrize(
+    ("template", "known", "unknown"),
+    [(COMPARED, "control", "bot"), (COMPARED, "document", "doc"), (WRITTEN, "document", "documents")],
+)
+def test_roles_that_the_chat_template_names_are_rendered(chatml, how, template, known, unknown):
+    chatml.chat_template = template
+
+    def row(role, label):
+        asked = [turn(role, "Paris is a capital."), turn("user", "Which one?")]
+        if how is prepare_sft:
+            return {"messages": [*asked, turn("assistant", "Paris.")]}
+        return PAIR | {"completion": "Paris.", "label": label, "prompt": asked}
+
+    def prepared(role):
+        rows = as_dataset([row(role, True), row(role, False)], "rows")
+        return how(rows, chatml) if how is prepare_prompts else how(rows, chatml, TokenizeSettings()).dataset
+
+    found = next(iter(prepared(known)))
+    ids = found.ids if how is prepare_prompts else found["prompt_ids"]
+    expected = chatml.apply_chat_template(
+        [turn(known, "Paris is a capital."), turn("user", "Which one?")], add_generation_prompt=True, tokenize=False
+    )
+    assert chatml.decode(ids) == expected
+    with pytest.raises(SimpoError, match=f"role is '{unknown}'"):
+        prepared(unknown)
+
+
+def test_a_role_whose_content_the_chat_template_leaves_out_is_a_bad_row(chatml):
+    chatml.chat_template = COMPARED
+    with pytest.raises(SimpoError, match="leaves out a message of role 'note'"):
+        report(chatml, PAIR | {"prompt": [turn("note", "Paris is a capital."), turn("user", "Which one?")]})
+
+
 @pytest.mark.parametrize("how", [prepare, prepare_sft, prepare_feedback])
 def test_unknown_roles_are_bad_rows(chatml, how):
     row = PAIR | {"completion": "Paris.", "label": True, "prompt": [turn("bot", "Hi"), turn("user", "And?")]}

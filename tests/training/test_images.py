@@ -127,6 +127,14 @@ def test_from_files_to_a_saved_model(kind, world, tmp_path):
             assert found[f"logps/{side}"] == pytest.approx(naive(model, processor, row, world, row[side]), abs=1e-4)
 
 
+def test_answers_to_images_are_not_generated_while_training(world, tmp_path, capsys):
+    more = ["--max_steps=1", "--eval_generations=2", "--eval_strategy=steps", "--eval_steps=1"]
+    assert cli.main(options(world, "llava", tmp_path / "out", "--objective=simpo", *more)) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "images" in message and "eval_generations: 0" in message
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_weights(world, tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"

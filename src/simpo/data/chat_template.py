@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jinja2 import Environment, meta
+from jinja2 import Environment, meta, nodes
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.limits import render_messages
@@ -27,6 +27,8 @@ NO_SYSTEM_ROLE = (
     "user message"
 )
 _BLOCK_TAGS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+# Text of a template that names a role: all of it, as in a comparison, or next to the mark that starts a turn.
+_NAMED_ROLE = re.compile(r"\A\s*(\w+)\s*\Z|[>|\]](\w+)")
 _NO_CONTENT: tuple[dict[str, Any], ...] = ({"content": ""}, {"content": None}, {})
 
 
@@ -68,10 +70,25 @@ class ChatTemplate:
         return [name for name in kwargs if name not in self._variables] if kwargs else []
 
     @cached_property
-    def _variables(self) -> set[str]:
+    def _syntax_tree(self) -> nodes.Template:
         environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701 - no HTML
         with third_party("chat_template"):
-            return meta.find_undeclared_variables(environment.parse(_BLOCK_TAGS.sub("", self.source)))
+            return environment.parse(_BLOCK_TAGS.sub("", self.source))
+
+    @cached_property
+    def _variables(self) -> set[str]:
+        return meta.find_undeclared_variables(self._syntax_tree)
+
+    @cached_property
+    def named_roles(self) -> frozenset[str]:
+        """Words that the template compares roles with or writes where a turn starts, such as Granite's ``document``.
+
+        Many templates write whatever role a message has; the model has probably never read one that they do not name.
+        Not all of these words are roles: a message whose content the template leaves out is a bad row in any case.
+        """
+        texts = [node.value for node in self._syntax_tree.find_all(nodes.Const) if isinstance(node.value, str)]
+        texts += [node.data for node in self._syntax_tree.find_all(nodes.TemplateData)]
+        return frozenset("".join(found) for text in texts for found in _NAMED_ROLE.findall(text))
 
     def shows(self, messages: Sequence[Message], texts: Sequence[str], context: Context | None = None) -> bool:
         """Whether the template renders messages, and its output contains the texts."""

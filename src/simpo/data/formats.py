@@ -7,7 +7,7 @@ Columns of no known shape raise :class:`simpo.data.rows.UnknownShape`, wrong val
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from simpo.data.messages import (
     ASKING,
     CONTEXT_COLUMNS,
+    ROLES,
     TRAIN,
     Context,
     Message,
@@ -36,7 +37,6 @@ COMPARISON_SHAPES = (
 CONVERSATION_SHAPES = "{messages} (a conversation), {prompt, completion} (strings or message lists)"
 FEEDBACK_SHAPES = "{prompt, completion, label} (strings or message lists, with true or false, or 1 or 0)"
 PROMPT_SHAPES = f"{COMPARISON_SHAPES}, {{messages}}, {{prompt}} (a string or messages)"
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,11 @@ def is_comparison(row: Mapping[str, Any]) -> bool:
     return {"chosen", "rejected"} <= columns or {"prompt", "responses", "scores"} <= columns
 
 
-def read_comparison(row: Mapping[str, Any], where: str) -> Comparison:
-    """A comparison from a row; the responses of a K-wise row are sorted by score, the highest first."""
+def read_comparison(row: Mapping[str, Any], where: str, roles: Collection[str] = ROLES) -> Comparison:
+    """A comparison from a row; the responses of a K-wise row are sorted by score, the highest first.
+
+    ``roles`` are those that its messages may have.
+    """
     if not is_comparison(row):
         columns, hint = set(row), ""
         if {"prompt", "completion", "label"} <= columns:
@@ -105,10 +108,10 @@ def read_comparison(row: Mapping[str, Any], where: str) -> Comparison:
         raise UnknownShape(f"no recognized shape: columns {columns_of(row)}{hint}")
     scores, used = None, ("prompt", "chosen", "rejected")
     if {"chosen", "rejected"} <= set(row):
-        prompt, responses = _read_responses(row.get("prompt"), (row["chosen"], row["rejected"]), used[1:])
+        prompt, responses = _read_responses(row.get("prompt"), (row["chosen"], row["rejected"]), used[1:], roles)
     else:
         ranked, scores = _ranked(row["responses"], row["scores"])
-        prompt, responses = _read_responses(row["prompt"], ranked, ("a response",) * len(ranked))
+        prompt, responses = _read_responses(row["prompt"], ranked, ("a response",) * len(ranked), roles)
         used = ("prompt", "responses", "scores")
     prompt, found, context = apply_context(row, prompt, responses)
     extra = other_columns(row, *used, *CONTEXT_COLUMNS)
@@ -136,22 +139,22 @@ def is_number(score: object) -> bool:
     return isinstance(score, int | float) and not isinstance(score, bool) and abs(score) <= sys.float_info.max
 
 
-def read_feedback(row: Mapping[str, Any], where: str) -> Comparison:
-    """A prompt with its one response and the label of that response."""
+def read_feedback(row: Mapping[str, Any], where: str, roles: Collection[str] = ROLES) -> Comparison:
+    """A prompt with its one response and the label of that response; ``roles`` are those that messages may have."""
     used = ("prompt", "completion", "label")
     if not set(used) <= set(row):
         raise UnknownShape(f"no recognized shape: columns {columns_of(row)}")
     label = read_label(row["label"])
     if label is None:
         raise BadRow("label is neither true nor false (1 or 0)")
-    prompt, responses = _read_responses(row["prompt"], (row["completion"],), ("completion",))
+    prompt, responses = _read_responses(row["prompt"], (row["completion"],), ("completion",), roles)
     prompt, found, context = apply_context(row, prompt, responses)
     extra = other_columns(row, *used, *CONTEXT_COLUMNS)
     return Comparison(prompt, tuple(found), where, extra, label=label, context=context)
 
 
 def _read_responses(
-    prompt: object, responses: Sequence[Any], names: Sequence[str]
+    prompt: object, responses: Sequence[Any], names: Sequence[str], roles: Collection[str]
 ) -> tuple[str | list[Message], tuple[Response, ...]]:
     """A prompt and its responses.
 
@@ -164,7 +167,7 @@ def _read_responses(
         raise BadRow(f"prompt is {kind_of(prompt)}, not text or messages")
     texts = tuple(response for response in responses if isinstance(response, str))
     if len(texts) < len(responses) or isinstance(prompt, list):
-        return _split_conversations(prompt, responses, names)
+        return _split_conversations(prompt, responses, names, roles)
     # If the responses are whole transcripts, the prompt only repeats what they share.
     if prompt is not None and not all(map(is_transcript, texts)):
         if is_transcript(prompt) and any(text.lstrip().startswith(prompt.strip()) for text in texts):
@@ -181,19 +184,21 @@ def _check_text_or_messages(value: object, name: str) -> None:
         raise BadRow(f"{name} is {kind_of(value)}, not text or messages")
 
 
-def _read_opening(prompt: str | list[Message] | None) -> list[Message]:
+def _read_opening(prompt: str | list[Message] | None, roles: Collection[str]) -> list[Message]:
     """Messages of a prompt, which is the user's message if it is text."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    return [] if prompt is None else read_messages(prompt, "prompt", images=True)
+    return [] if prompt is None else read_messages(prompt, "prompt", images=True, roles=roles)
 
 
 def _split_conversations(
-    prompt: str | list[Message] | None, responses: Sequence[object], names: Sequence[str]
+    prompt: str | list[Message] | None, responses: Sequence[object], names: Sequence[str], roles: Collection[str]
 ) -> tuple[list[Message], tuple[Message, ...]]:
     """The messages that all conversations share, and the one assistant message that ends each."""
-    opening = _read_opening(prompt)
-    endings = [read_messages(response, name, images=True) for response, name in zip(responses, names, strict=True)]
+    opening = _read_opening(prompt, roles)
+    endings = [
+        read_messages(response, name, images=True, roles=roles) for response, name in zip(responses, names, strict=True)
+    ]
     for ending, name in zip(endings, names, strict=True):
         if not ending[-1].get(TRAIN, True):
             raise BadRow(f"{name} ends with a message that is not trained on (weight 0 or train false)")
@@ -202,7 +207,6 @@ def _split_conversations(
     for conversation, name in zip(conversations, names, strict=True):
         if conversation[-1]["role"] != "assistant":
             raise BadRow(f"{name} does not end with the assistant's message")
-    _check_roles([message for conversation in conversations for message in conversation])
     first = conversations[0]
     shared = min(map(len, conversations)) - 1
     shared = next((i for i in range(shared) if any(other[i] != first[i] for other in conversations)), shared)
@@ -225,12 +229,15 @@ def _whole_conversation(prompt: object, opening: list[Message], messages: list[M
     raise BadRow("the conversations do not start with the prompt")
 
 
-def read_conversation(row: Mapping[str, Any], where: str) -> Conversation:
-    """A conversation from a row; ``messages`` takes precedence over other columns."""
+def read_conversation(row: Mapping[str, Any], where: str, roles: Collection[str] = ROLES) -> Conversation:
+    """A conversation from a row; ``messages`` takes precedence over other columns.
+
+    ``roles`` are those that its messages may have.
+    """
     columns = set(row)
     if "messages" in columns:
         extra = other_columns(row, "messages", *CONTEXT_COLUMNS)
-        return _split_turns(row, [], _read_dialogue(row["messages"]), where, extra)
+        return _split_turns(row, [], _read_dialogue(row["messages"], roles), where, extra)
     if not {"prompt", "completion"} <= columns or "label" in columns:
         hint = " (comparisons: simpo train)" if is_comparison(row) else ""
         if {"prompt", "completion", "label"} <= columns:
@@ -244,24 +251,15 @@ def read_conversation(row: Mapping[str, Any], where: str) -> Conversation:
         if isinstance(prompt, str):
             return Conversation(prompt, rest[0], where, extra, context=context)
         return Conversation(prompt, rest, where, extra, scored=(0,), context=context)
-    return _split_turns(
-        row, _read_opening(row["prompt"]), read_messages(row["completion"], "completion", images=True), where, extra
-    )
+    completion = read_messages(row["completion"], "completion", images=True, roles=roles)
+    return _split_turns(row, _read_opening(row["prompt"], roles), completion, where, extra)
 
 
-def _read_dialogue(value: object) -> list[Message]:
+def _read_dialogue(value: object, roles: Collection[str]) -> list[Message]:
     """The messages of a cell that holds a whole conversation."""
     if not isinstance(value, list):
         raise BadRow(f"messages is {kind_of(value)}, not a list of messages")
-    messages = read_messages(value, "messages", images=True)
-    _check_roles(messages)
-    return messages
-
-
-def _check_roles(messages: list[Message]) -> None:
-    for message in messages:
-        if message["role"] not in _ROLES:
-            raise BadRow(f"a message's role is {message['role']!r}, not one of {', '.join(_ROLES)}")
+    return read_messages(value, "messages", images=True, roles=roles)
 
 
 def _split_turns(
@@ -272,7 +270,6 @@ def _split_turns(
         raise BadRow("completion does not start with the assistant's message")
     messages = [*prompt, *rest]
     first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
-    _check_roles(messages)
     if first is None:
         raise BadRow("no assistant message")
     if not first and not prompt:
@@ -294,17 +291,18 @@ def _split_turns(
     return Conversation(opening, following, where, extra, len(messages) - end, scored, context)
 
 
-def read_prompt(row: Mapping[str, Any], where: str) -> Comparison:
+def read_prompt(row: Mapping[str, Any], where: str, roles: Collection[str] = ROLES) -> Comparison:
     """The prompt of a row, as a comparison without responses.
 
-    Columns of a comparison take precedence, then ``messages`` and ``prompt``.
+    Columns of a comparison take precedence, then ``messages`` and ``prompt``. ``roles`` are those that its messages may
+    have.
     """
     if is_comparison(row):
-        comparison = read_comparison(row, where)
+        comparison = read_comparison(row, where, roles)
         _refuse_images(comparison.context)
         return replace(comparison, responses=(), scores=None)
     if "messages" in row:
-        name, messages = "messages", _read_dialogue(row["messages"])
+        name, messages = "messages", _read_dialogue(row["messages"], roles)
         asking = [i for i, message in enumerate(messages) if message["role"] in ASKING]
         if not asking:
             raise BadRow("no user message")
@@ -312,8 +310,7 @@ def read_prompt(row: Mapping[str, Any], where: str) -> Comparison:
     elif "prompt" in row:
         name, value = "prompt", row["prompt"]
         if isinstance(value, list):
-            value = drop_train_key(read_messages(value, "prompt", images=True))
-            _check_roles(value)
+            value = drop_train_key(read_messages(value, "prompt", images=True, roles=roles))
             if value[-1]["role"] not in ASKING:
                 raise BadRow("the prompt does not end with a user message")
         elif not isinstance(value, str):
@@ -327,4 +324,4 @@ def read_prompt(row: Mapping[str, Any], where: str) -> Comparison:
 
 def _refuse_images(context: Context) -> None:
     if context.images:
-        raise BadRow("images, which are trained on and not sampled from; leave the column out")
+        raise BadRow("images, and answers are sampled for text only; leave the row out")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ Response = str | Message
 ASKING = ("user", "tool")
 # Keys under which a message's reasoning is stored; chat templates read one or another of them.
 REASONING = ("reasoning_content", "thinking", "reasoning")
+# Roles that messages of any data set may have; chat templates may know others.
+ROLES = ("system", "developer", "user", "assistant", "tool")
 # Whether an assistant's message is trained on; chat templates never see this key.
 TRAIN = "train"
 _TRAIN_KEYS = ("weight", "train", "train_on_turn", "training")
@@ -34,14 +36,19 @@ _UNSUPPORTED = ("images", "image", "videos", "video", "audio", "audios", "train_
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-def read_messages(value: object, name: str, *, images: bool = False) -> list[Message]:
+def read_messages(
+    value: object, name: str, *, images: bool = False, roles: Collection[str] | None = None
+) -> list[Message]:
     """Check messages (a lone text is the assistant's) and bring them into one form.
 
     Null fields, which Arrow adds, and system messages without content are left out. Content is text: parts of text are
     joined, and a message with tool calls or reasoning and no content has ``""``. Tool calls are ``{"type", "function":
     {"name", "arguments"}, ...}``. The key ``train`` is present if the message says whether it is trained on. ``value``
-    is text, one message or a list of messages, which error messages call ``name``. With ``images``, content may have
-    parts that are images, for which it holds :data:`IMAGE`.
+    is text, one message or a list of messages, which error messages call ``name``. With ``images``, content may include
+    parts of type ``image``, each of which becomes the character :data:`IMAGE`.
+
+    Raises:
+        BadRow: the value cannot be read as messages, or a role is not among ``roles``.
     """
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
@@ -49,6 +56,10 @@ def read_messages(value: object, name: str, *, images: bool = False) -> list[Mes
     found = [message for item in items if (message := _read_message(item, name, images)) is not None]
     if not found:
         raise BadRow(f"{name} has no messages")
+    if roles is not None and (unknown := next((role for one in found if (role := one["role"]) not in roles), None)):
+        raise BadRow(
+            f"a message's role is {unknown!r}, not one of {', '.join(ROLES)}, nor one that the chat template names"
+        )
     return found
 
 

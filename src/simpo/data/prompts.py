@@ -162,7 +162,7 @@ class _Prompts(Comparisons):
         self._limit = limit
 
     def read(self, row: Mapping[str, Any], where: str) -> Comparison:
-        return read_prompt(row, where)
+        return read_prompt(row, where, self.renderer.roles)
 
     def values(self, content: Comparison) -> Mapping[str, Any]:
         context = {"tools": content.context.tools, "kwargs": content.context.kwargs}

@@ -18,7 +18,17 @@ from simpo.data.chat_template import NO_SYSTEM_ROLE, SENTINEL, ChatTemplate, End
 from simpo.data.encoding import LiteralText
 from simpo.data.formats import Comparison, Conversation
 from simpo.data.given_answers import GivenAnswers, check_not_empty
-from simpo.data.messages import IMAGE, REASONING, Context, Message, Response, as_messages, reasoning_of, split_reasoning
+from simpo.data.messages import (
+    IMAGE,
+    REASONING,
+    ROLES,
+    Context,
+    Message,
+    Response,
+    as_messages,
+    reasoning_of,
+    split_reasoning,
+)
 from simpo.data.rows import PART, BadRow
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
@@ -109,6 +119,11 @@ class Renderer:
         paper: render as the paper's code did: the prompt without a generation prompt, and as response all
             the rest, assistant header and text after the end-of-turn token included.
         insert_system: put an empty system message first if there is none and the template knows one.
+
+    Attributes:
+        end: the end of a turn.
+        notices: properties of the chat template that a user may not expect, as sentences for the report.
+        roles: that messages may have: the usual ones, and those that the chat template names.
     """
 
     def __init__(
@@ -125,6 +140,7 @@ class Renderer:
         self._paper = paper
         self.end = end_of_turn(tokenizer)
         self.notices: list[str] = []
+        self.roles = frozenset(ROLES)
         self._given = GivenAnswers(tokenizer, self.end)
         self._cutter: _AnswerCutter | None = None
         self._insert_system = False
@@ -134,6 +150,7 @@ class Renderer:
         else:
             template = ChatTemplate(tokenizer, self._settings)
             self.notices = [] if paper else template.notices(self.end)
+            self.roles |= template.named_roles
             added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: -len(item[1].content))
             tokens = {token.content: number for number, token in added if literal.pattern.fullmatch(token.content)}
             self._cutter = _AnswerCutter(template, self.end, tokens)

@@ -61,7 +61,7 @@ NO_PROCESSOR = "images, but no processor that reads them; use simpo train or sft
 UNANSWERED_CUT = "messages after the last answer"
 _STATUS = "_status"
 # Part of every fingerprint: raise it when the ids or the statuses of the same rows and settings change.
-_FORMAT = 9
+_FORMAT = 10
 _BATCH = 256
 _EXAMINED = 1000  # rows examined for a known shape before the work starts
 # Starting processes takes longer than tokenizing fewer rows than this.
@@ -316,7 +316,7 @@ class Comparisons(Tokenization):
     shapes = f"{COMPARISON_SHAPES}; for objectives kto and bco also {{prompt, completion, label}}"
 
     def read(self, row: Mapping[str, Any], where: str) -> Comparison:  # noqa: D102
-        return read_comparison(row, where)
+        return read_comparison(row, where, self.renderer.roles)
 
     def render(self, content: Comparison) -> list[Rendered]:  # noqa: D102
         return [self.renderer.render(content)]
@@ -348,7 +348,7 @@ class _Feedback(Comparisons):
     shapes = FEEDBACK_SHAPES
 
     def read(self, row: Mapping[str, Any], where: str) -> Comparison:
-        return read_feedback(row, where)
+        return read_feedback(row, where, self.renderer.roles)
 
 
 class Conversations(Tokenization):
@@ -359,7 +359,7 @@ class Conversations(Tokenization):
     shapes = CONVERSATION_SHAPES
 
     def read(self, row: Mapping[str, Any], where: str) -> Conversation:  # noqa: D102
-        return read_conversation(row, where)
+        return read_conversation(row, where, self.renderer.roles)
 
     def render(self, content: Conversation) -> list[RenderedTurns]:  # noqa: D102
         sequences = self.renderer.render_turns(content)

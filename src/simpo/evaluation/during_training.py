@@ -17,6 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from simpo.client import confirm_cost, placeholder_answer
+from simpo.data.images import has_images
 from simpo.data.prompts import Prompt, prepare_prompts
 from simpo.errors import SimpoError
 from simpo.generation.engine import Sampled, TransformersEngine
@@ -184,7 +185,15 @@ class Generations(RunCallback):
         count = self._arguments.eval_generations
         with self._config.main_process_first(desc="reading held-out prompts"):  # the others find them in the cache
             rendering = self._config.tokenize_settings.rendering
-            known = prepare_prompts(held_out, self._tokenizer, label="eval_generations", rendering=rendering)
+            try:
+                known = prepare_prompts(held_out, self._tokenizer, label="eval_generations", rendering=rendering)
+            except SimpoError as error:
+                if not has_images(held_out):
+                    raise
+                raise SimpoError(
+                    "eval_generations: held-out rows have images, and answers are generated for text only; set "
+                    "eval_generations: 0, or name held-out rows without images"
+                ) from error
         found = [prompt for prompt in known if len(prompt.ids) <= room]
         if not found:
             raise SimpoError(
