@@ -1,6 +1,6 @@
-"""Writes the tables of measurements on a GPU into docs/performance.md: python -m benchmarks.gpu_page
+"""Write the tables of GPU measurements into docs/performance.md: python -m benchmarks.gpu_page
 
-They come from the JSON files in ``benchmarks/results``, one for each card, which ``benchmarks/gpu.sh`` measured.
+The figures come from the JSON files in ``benchmarks/results``, one per card, which ``benchmarks/gpu.sh`` measured.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _BLOCK = re.compile(r"(<!-- gpu: (?P<card>\S+) (?P<section>\S+) -->\n).*?(<!-- e
 
 
 def page(text: str) -> str:
-    """``text`` with the table of every ``<!-- gpu: CARD SECTION --> ... <!-- end -->`` made anew."""
+    """``text`` with a new table between every ``<!-- gpu: CARD SECTION -->`` and its ``<!-- end -->``."""
 
-    def made(match: re.Match[str]) -> str:
+    def block(match: re.Match[str]) -> str:
         found = json.loads((RESULTS / f"{match['card']}.json").read_text())[match["section"]]
         table = _variants(found) if "variants" in found else _entrants(found)
         return f"{match[1]}{table}\n{match[4]}"
 
-    return _BLOCK.sub(made, text)
+    return _BLOCK.sub(block, text)
 
 
 def _variants(found: dict[str, Any]) -> str:
-    """Of ``profile_step``: settings of simpo on one model."""
+    """The table of a ``profile_step`` measurement: one row for each setting of simpo on the same model."""
     rows = []
     for one in found["variants"]:
         name = one["name"].removeprefix("simpo ")
@@ -41,7 +41,7 @@ def _variants(found: dict[str, Any]) -> str:
 
 
 def _entrants(found: dict[str, Any]) -> str:
-    """Of ``compare``: everyone, fastest first, and those that could not be measured."""
+    """The table of a ``compare`` measurement: every entrant, the fastest first, then those that were not measured."""
     rows = []
     for one in sorted(found["entrants"], key=lambda each: each["speed_ratio"]):
         numbers = f"{one['tokens_per_second']:,.0f} | {one['utilisation']:.1%} | {one['peak_mib'] / 1024:.1f} GiB"

@@ -70,7 +70,7 @@ def test_every_command_works(tmp_path, monkeypatch, capsys) -> None:
 
 @pytest.mark.exhaustive
 def test_the_table_is_what_the_plan_computes(tmp_path) -> None:
-    """Within a fifth for the time, whose rates are fitted to measurements, and may be fitted to more of them."""
+    """To the digit that is shown."""
     write_llama(tmp_path)
     options = re.search(r"`simpo plan RECIPE --gpu CARD ([^`]+)`", _TEXT)[1]  # type: ignore[index]
     rows, recipe = _ROW.findall(_TEXT), ""
@@ -79,5 +79,5 @@ def test_the_table_is_what_the_plan_computes(tmp_path) -> None:
         recipe = named or recipe
         command = ["--command", "reward"] if recipe.startswith("reward") else []
         found = estimated(_ROOT / f"recipes/{recipe}.yaml", tmp_path, [*command, "--gpu", card, *options.split()])
-        assert found["total_gib"] == pytest.approx(float(memory), rel=0.02), (card, recipe)
-        assert found["total_seconds"] / 3600 == pytest.approx(float(hours), rel=0.2), (card, recipe)
+        assert found["total_gib"] == pytest.approx(float(memory), abs=0.06), (card, recipe)
+        assert found["total_seconds"] / 3600 == pytest.approx(float(hours), abs=0.06), (card, recipe)

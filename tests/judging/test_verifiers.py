@@ -6,6 +6,7 @@ import json
 import random
 from importlib import import_module, resources
 from importlib.util import find_spec
+from typing import ClassVar
 
 import pytest
 
@@ -14,7 +15,7 @@ from simpo.cli import main
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import make_annotator, make_judge
 from simpo.judging.settings import JudgeOptions
-from simpo.judging.verifiers import _attempt
+from simpo.judging.verifiers import _attempt, _Verifier
 from simpo.runs.lines import read_lines
 
 OPTIONS = JudgeOptions()
@@ -44,6 +45,20 @@ def test_a_rule_that_fails_gives_no_score():
         return {"infinite": float("inf"), "half": 0.5}.get(text) or 1 / 0
 
     assert [_attempt(rule, text) for text in ("half", "infinite", "other")] == [0.5, None, None]
+
+
+def test_a_score_does_not_depend_on_the_other_responses():
+    """Not even under a rule that draws random numbers, which leaves Python's generator as it was."""
+
+    class Drawn(_Verifier):
+        identity: ClassVar = {"judge": "drawn"}
+
+        def _rule(self, row):
+            return lambda text: random.random()
+
+    state = random.getstate()
+    (first, second), (alone,) = Drawn().score([Answers("p", "?", ["a", "b"]), Answers("q", "?", ["b"])])
+    assert first == second == alone and random.getstate() == state
 
 
 # ---- reasoning-gym.

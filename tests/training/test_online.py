@@ -301,6 +301,31 @@ def test_answers_without_a_score_are_counted_and_teach_nothing(online, tmp_path)
         online(annotator=partly, output_dir=str(tmp_path / "other")).train()
 
 
+def test_the_gold_annotator_is_asked_last_and_named_in_its_errors(online):
+    """It is not asked for answers of which the annotator leaves too many without a score."""
+    asked = []
+
+    def silent(answered):
+        asked.append("annotator")
+        return [[None] * len(one.texts) for one in answered]
+
+    def one_too_few(answered):
+        asked.append("gold_annotator")
+        return [[0.0] * len(one.texts) for one in answered[1:]]
+
+    def judged_by(annotator):
+        trainer = online(annotator=annotator, max_steps=1)
+        trainer.gold_annotator = one_too_few
+        return trainer
+
+    with pytest.raises(SimpoError, match=r"^annotator: rollout 0: no score for 32 of 32"):
+        judged_by(silent).train()
+    assert asked == ["annotator"]
+    with pytest.raises(SimpoError, match=r"^gold_annotator: rollout 0: "):
+        judged_by(annotate).train()
+    assert asked == ["annotator", "gold_annotator"]
+
+
 def test_an_answer_that_was_cut_off_can_have_a_score_of_its_own(online, tmp_path):
     watch = Watch()
     trainer = online(unfinished_score=-3.0, max_steps=1, callbacks=[watch], logging_steps=1)

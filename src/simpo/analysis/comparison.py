@@ -1,4 +1,4 @@
-"""What a report says of ``simpo compare``: win rates, what was compared, and what to know about the judges."""
+"""What a report says about a run of ``simpo compare``: win rates, the two sides, and how far to trust the judges."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from simpo.analysis.measure import Measure, literal, number
 from simpo.analysis.reading import Run
 from simpo.runs.results import Stage
 
-# Facts of a comparison: metrics, what they are called, and whether they are shares of n rather than counts.
+# Metrics of judges: the name before the judge's own, the label, and whether the value is a share (else a count of n).
 _OF_JUDGES = (
     ("ties", "Ties", True),
     ("without_verdict", "Without a verdict", False),
-    ("conflicting_orders", "Another winner after a swap", False),
+    ("conflicting_orders", "Different winner after a swap", False),
     ("first_shown_win_rate", "Answer shown first wins", True),
 )
 
 
 def contests(run: Run) -> Iterator[Measure]:
-    """Of a comparison, every judge's win rate, as it is and at equal lengths."""
+    """Every judge's win rate of A against B, raw and controlled for length."""
     a, b = _names_of(run).values()
     verdicts = (f"A{a} is better", f"B{b} is better", "No clear difference")
     for metric in run.metrics:
@@ -37,7 +37,7 @@ def contests(run: Run) -> Iterator[Measure]:
 
 
 def _names_of(run: Run) -> dict[str, str]:
-    """What A and B of a comparison are called, in brackets after the letter; empty where it is not known."""
+    """The models' names in parentheses by side, to be put after the letters A and B; empty where they are not known."""
     names = {side: str(run.settings.get(side, "")) for side in "ab"}
     short = {side: PurePath(name).name for side, name in names.items()}
     shown = short if short["a"] != short["b"] else names
@@ -45,7 +45,7 @@ def _names_of(run: Run) -> dict[str, str]:
 
 
 def compared(run: Run) -> Iterator[tuple[str, str]]:
-    """What was compared, and what to know about the judges: ties, missing verdicts, and position bias."""
+    """Labels and texts: the two sides, the mean lengths of their answers, ties, missing verdicts, and position bias."""
     yield from ((side.upper(), str(run.settings[side])) for side in "ab" if side in run.settings)
     stages: dict[str, Stage] = {"A": "after", "B": "before"}
     lengths = [(side, run.metric("response_characters", stage)) for side, stage in stages.items()]
@@ -55,12 +55,12 @@ def compared(run: Run) -> Iterator[tuple[str, str]]:
         found = [metric for metric in run.metrics if metric.name.partition("/")[0] == kind and metric.value is not None]
         for metric in found:
             judge = f" ({metric.name.partition('/')[2]})" if len(found) > 1 else ""
-            of = "" if metric.n is None else f" of {metric.n:,}"
-            yield label + judge, number(metric.interval, percent=True) if share else f"{metric.value:,.0f}{of}"
+            total = "" if metric.n is None else f" of {metric.n:,}"
+            yield label + judge, number(metric.interval, percent=True) if share else f"{metric.value:,.0f}{total}"
 
 
 def cautions(run: Run) -> Iterator[str]:
-    """What limits the verdicts of judges: position bias, and lengths that leave nothing else to measure."""
+    """Sentences about what limits the verdicts: position bias, and lengths that determine them completely."""
     for metric in run.metrics:
         kind, _, judge = metric.name.partition("/")
         if kind == "first_shown_win_rate" and metric.low is not None and metric.high is not None:
@@ -68,7 +68,7 @@ def cautions(run: Run) -> Iterator[str]:
             if place:
                 yield (
                     f"The judge {judge} prefers the answer that is shown {place}. Every pair is judged in both orders, "
-                    "so this costs certainty and favors neither side."
+                    "so this favors neither side, but makes the win rate less certain."
                 )
         elif kind == "length_controlled_win_rate" and metric.value is None:
-            yield f"There is no win rate at equal lengths by {judge}: the lengths alone determine its verdicts."
+            yield f"The judge {judge} has no win rate at equal lengths: the lengths alone determine its verdicts."

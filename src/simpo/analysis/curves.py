@@ -117,7 +117,7 @@ def chart_of(title: str, series: list[Chart], x: Chart, y: Chart, note: str = ""
 def series_of(name: str, color: int, data: Sequence[tuple[Any, Any]], **more: Any) -> Chart:
     """A series of a chart; ``color`` is a number, the same for what belongs together.
 
-    The legend has every name once; ``label``, where there is one, tells series of the same name apart.
+    The legend shows every name once. Series of the same name have a ``label`` to tell them apart.
     """
     return {"name": name, "color": color, "data": data, "dash": 0, "thin": False} | more
 
@@ -155,7 +155,7 @@ def rounded(value: float) -> float:
 # ---- Overoptimization: scores over the distance from the start model (Gao et al. 2022, arXiv 2210.10760).
 
 _DISTANCE: Chart = {"name": "square root of the KL from the start (nats)"}
-_OVEROPTIMIZATION = "Where what is trained on rises and the other falls, the annotator is being exploited."
+_OVEROPTIMIZATION = "Where the score that is trained on rises and another one falls, training exploits the annotator."
 _SCORED = {
     "rollout/reward": ("Score by the annotator, by distance from the start", "score"),
     "rollout/gold": ("Score by the gold annotator, by distance from the start", "score"),
@@ -164,14 +164,14 @@ _SCORED = {
 
 
 def distance(kl: float) -> float:
-    """The square root of a divergence, over which Gao et al. draw their curves; 0 where its estimate is negative."""
+    """The square root of a KL divergence in nats, the x-axis of Gao et al.; 0 for a negative estimate of it."""
     return math.sqrt(max(kl, 0.0))
 
 
 def by_distance(runs: Sequence[Run]) -> Iterable[Chart]:
-    """Scores of sampled answers, and the win rate of held-out ones, over the distance of online runs from their start.
+    """Scores of sampled answers and win rates of held-out answers over the distance of online runs from their start.
 
-    The distance at an evaluation is the last that was logged before it.
+    An evaluation has the distance that was logged last before it.
     """
     for key, (title, unit) in _SCORED.items():
         series = []

@@ -76,18 +76,18 @@ def measurements(run: Run) -> Iterator[Measure]:
 
 def _benchmarks(run: Run) -> Iterator[Measure]:
     for metric in run.metrics:
-        told = metric.name.endswith("/difference")  # between before and after, which the accuracies have said
-        if metric.stage is None and metric.low is not None and metric.name.startswith(_BENCHMARKS) and not told:
+        difference = metric.name.endswith("/difference")  # between before and after, which the accuracies show
+        if metric.stage is None and metric.low is not None and metric.name.startswith(_BENCHMARKS) and not difference:
             even = 50.0 if metric.name.endswith(_PERCENT) else None
             yield Measure(metric.name, literal(metric.name) + " is {after}", metric.interval, even=even, share=False)
 
 
 def _ranked_by(run: Run) -> Iterator[Measure]:
-    """The metric that the trials of a sweep are ranked by, unless the best trial itself has told it."""
+    """The metric that the trials of a sweep are ranked by, unless the best trial's own measurements include it."""
     for metric in run.metrics:
         name = metric.name.removeprefix("best/")
-        told = name in (_ACCURACY, _WIN_RATE) and trained_run(run) is not run
-        if name not in (metric.name, "trial") and metric.value is not None and not told:
+        included = name in (_ACCURACY, _WIN_RATE) and trained_run(run) is not run
+        if name not in (metric.name, "trial") and metric.value is not None and not included:
             share = name in (_ACCURACY, _WIN_RATE)
             yield Measure(f"{name} of the best trial", f"{literal(name)} is {{after}}", metric.interval, share=share)
 
@@ -215,7 +215,7 @@ def compare_runs(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def facts_of(run: Run) -> list[tuple[str, str]]:
-    """Time, steps, tokens and peak memory, after what is peculiar to a comparison or a sweep."""
+    """Labels and texts: time, steps, tokens and peak memory; for a comparison, first what was compared."""
     trained = trained_run(run)
     part = {"sweep": " (best trial)", "loop": " (last round)"}.get(run.record.command, "")
     steps, tokens = (trained.metric(f"train/{name}") for name in ("steps", "tokens"))

@@ -1,4 +1,4 @@
-"""A measurement of a run: its value before and after, the change, and whether that is clear."""
+"""A measurement of a run: its value before and after training, the change, and whether that change is significant."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Measure:
         before: under the start model; None where that does not apply.
         change: from before to after on the same rows; None where it is not known row by row.
         even: the value that means no difference, for measurements without ``before``.
-        verdicts: what the headline calls a rise, a fall and neither, each that is not clear by chance.
+        verdicts: the headline's words for better, for worse, and for a change that may be due to chance.
         share: whether it is a share, shown in percent.
         smaller_is_better: as for a loss.
     """
@@ -73,7 +73,7 @@ class Measure:
 
 
 def literal(name: str) -> str:
-    """A name for a sentence, whatever braces it has."""
+    """``name`` with its braces escaped, as part of :attr:`Measure.sentence`."""
     return name.replace("{", "{{").replace("}", "}}")
 
 

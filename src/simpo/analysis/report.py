@@ -69,7 +69,7 @@ def render(runs: Sequence[Run]) -> str:
     trainings = [training for run in runs for training in _trainings(run, several=len(runs) > 1)]
     shown, left_out = examples(runs)
     compared = trainings[:_MOST_TRAININGS] if [run.record.command for run in runs] == ["sweep"] else runs
-    figures = [(_figured(run, several=len(runs) > 1), list(paper_figures(trained_run(run)))) for run in runs]
+    figures = [(_heading(run, several=len(runs) > 1), list(paper_figures(trained_run(run)))) for run in runs]
     drawn = trainings[:_MOST_TRAININGS]
     sections = [
         ("curves", "Curves", [*(chart for run in runs for chart in rounds(run)), *by_distance(drawn), *curves(drawn)]),
@@ -110,8 +110,8 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def _figured(run: Run, *, several: bool) -> str:
-    """What the figures of a run are called, next to those of others or because they are of a part of it."""
+def _heading(run: Run, *, several: bool) -> str:
+    """The heading of a run's figures: its name among several runs, and the part of it that the figures are of."""
     trained = trained_run(run)
     part = "" if trained is run else trained.path.relative_to(run.path).as_posix()
     return "/".join([*([run.name] if several else []), *([part] if part else [])])
@@ -222,8 +222,8 @@ def _warnings(run: Run, trained: Run) -> list[str]:
     if run.record.command == "sweep" and trained is not run:
         found += compare_runs([part for part in run.parts.values() if part.finished])
         found.append(
-            "The best trial was chosen by the held-out rows that its figures are of, which makes it look better than "
-            "it is; other rows tell how good it really is."
+            "The best trial was chosen by the held-out rows that its figures are computed on, which makes it look "
+            "better than it is. Evaluate it on other rows to see how good it really is."
         )
     found += cautions(run)
     for one in (run,) if run is trained else (run, trained):

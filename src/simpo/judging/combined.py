@@ -45,7 +45,7 @@ class CombinedScorer(Scorer):
     """
 
     def __init__(self, scorers: Mapping[str, Scorer], weights: Mapping[str, float], how: Normalization) -> None:
-        """Combine ``scorers`` with ``weights``, both by the scorers' names; :func:`normalize` describes ``how``."""
+        """Combine ``scorers`` with ``weights``, both by scorer; for ``how``, see :func:`normalize`."""
         self._scorers, self._weights, self._how = scorers, weights, how
 
     @property
@@ -65,7 +65,7 @@ class CombinedScorer(Scorer):
 
     @property
     def usage(self) -> Usage | None:
-        """The requests of the scorer that uses a server; at most one does."""
+        """The requests of the scorer that uses a server, of which there is at most one; None if there is none."""
         return next((scorer.usage for scorer in self._scorers.values() if scorer.usage is not None), None)
 
     def prepare(self) -> None:
@@ -86,7 +86,7 @@ class CombinedScorer(Scorer):
         return {name: scorer.score(rows) for name, scorer in self._scorers.items()}
 
     def combine(self, each: Mapping[str, Scores]) -> list[list[float | None]]:
-        """The combined scores of what :meth:`score_each` found; a score that is not finite is a missing one."""
+        """The combined scores, from those of :meth:`score_each`; a score that is not finite counts as missing."""
         weights = [self._weights[name] for name in each]
         return [
             self._combine_answers(list(zip(*own, strict=True)), weights) for own in zip(*each.values(), strict=True)
@@ -95,13 +95,13 @@ class CombinedScorer(Scorer):
     def _combine_answers(
         self, answers: Sequence[Sequence[float | None]], weights: Sequence[float]
     ) -> list[float | None]:
-        """The combined scores of a prompt's ``answers``, each with its scores by all scorers."""
-        whole = [k for k, scores in enumerate(answers) if all(x is not None and math.isfinite(x) for x in scores)]
+        """The combined scores of one prompt; ``answers`` has, for each answer, its scores by all scorers."""
+        complete = [k for k, scores in enumerate(answers) if all(x is not None and math.isfinite(x) for x in scores)]
         combined: list[float | None] = [None] * len(answers)
-        if whole:
-            columns = [normalize(column, self._how) for column in zip(*(answers[k] for k in whole), strict=True)]  # type: ignore[arg-type]
-            for k, scores in zip(whole, zip(*columns, strict=True), strict=True):
-                # rounded once, so that the order of the annotators has no effect
+        if complete:
+            columns = [normalize(column, self._how) for column in zip(*(answers[k] for k in complete), strict=True)]  # type: ignore[arg-type]
+            for k, scores in zip(complete, zip(*columns, strict=True), strict=True):
+                # fsum rounds once, so that the order of the annotators has no effect
                 combined[k] = math.fsum(weight * score for weight, score in zip(weights, scores, strict=True))
         return combined
 

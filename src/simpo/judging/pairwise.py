@@ -72,7 +72,7 @@ class PairwiseApiJudge(Judge):
         """The mean verdict over both orders; fails like :meth:`simpo.client.ChatClient.complete`."""
         replies = iter(self.client.complete(self.requests(pairs), despite_refusals=True, log=self._log))
         orders = [(0.5, 0.5) if pair.a == pair.b else _both(next(replies), next(replies)) for pair in pairs]
-        # Identical answers say nothing about positions.
+        # Identical responses show nothing about position bias.
         differ = [found if pair.a != pair.b else None for pair, found in zip(pairs, orders, strict=True)]
         self.first_shown = [found and (found[0] + found[1]) / 2 for found in differ]
         return [found and (found[0] + 1 - found[1]) / 2 for found in orders]
@@ -89,7 +89,7 @@ class PairwiseApiJudge(Judge):
 
 
 def _both(*replies: ChatReply) -> tuple[float, float] | None:
-    """Both orders' verdicts on the response shown first; None unless there are two."""
+    """The verdicts of both orders, each on the response shown first; None unless both replies have one."""
     first, second = map(read_verdict, replies)
     return None if first is None or second is None else (first, second)
 

@@ -24,7 +24,7 @@ class Answers:
         prompt: text or messages.
         responses: the texts to score.
         context: tools and variables for the chat template of a scorer that is a model.
-        extra: the other columns of the prompt's row, such as a reference answer.
+        extra: the columns of the prompt's row that are not used otherwise, such as a reference answer.
     """
 
     id: str
@@ -92,15 +92,16 @@ class Judge(_Priced):
     """Decides which of two responses is better.
 
     Attributes:
-        first_shown: of a judge that is shown both orders of a pair: for every pair of its last comparison, the share of
-            the orders in which the response shown first wins, ties counting half; None where there is no verdict.
+        first_shown: if the judge is shown both orders of a pair: for every pair of the last call of :meth:`compare`,
+            the share of the two orders in which the response shown first wins, ties counting half; None for a pair
+            without a verdict or of identical responses. Empty for other judges.
     """
 
     first_shown: Sequence[float | None] = ()
 
     @property
     def conflicting(self) -> int:
-        """Pairs for which the judge named another winner after the responses were swapped."""
+        """Number of pairs whose verdict favored the same position in both orders."""
         return sum(share in (0.0, 1.0) for share in self.first_shown)
 
     @abstractmethod

@@ -51,12 +51,16 @@ def check_judges_anew(name: str) -> None:
 
 
 def make_annotator(annotator: Annotator, options: JudgeOptions, normalization: Normalization | None = None) -> Scorer:
-    """A scorer by its name, or ``api``: a judge that compares every two answers to a prompt; or several combined.
+    """The scorer that an ``annotator`` key names.
 
-    ``normalization`` is that of several annotators, None for ``zscore``.
+    Args:
+        annotator: the name of a scorer; ``api``, a judge that compares every two answers to a prompt; or the weights of
+            several by their names.
+        options: what the annotators may need.
+        normalization: of the scores of several annotators; None is ``zscore``.
 
     Raises:
-        SimpoError: there is none, something that it needs is missing, or they cannot be combined.
+        SimpoError: there is no such annotator, something that it needs is missing, or several cannot be combined.
     """
     names = annotator_names(annotator, normalization)
     if not isinstance(annotator, str):

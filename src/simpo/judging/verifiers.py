@@ -1,4 +1,4 @@
-"""Exact annotators from other packages: the tasks of reasoning-gym, and the instructions of IFBench."""
+"""Annotators with exact rules from other packages: the tasks of reasoning-gym and the instructions of IFBench."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import random
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -20,19 +21,20 @@ from simpo.judging.protocol import Answers, Scorer
 
 
 class _Verifier(Scorer):
-    """Scores with rules that may fail on a strange answer, which then has no score."""
+    """Scores with the rules of a package, which may fail on an unusual response: that response then has no score."""
 
     def score(self, rows: Sequence[Answers]) -> list[list[float | None]]:
-        """The rules' scores; raises :class:`SimpoError` for a row without what the rules need."""
-        scores = []
-        for row in rows:
-            rule = self._rule(row)
-            with _fixed_randomness():
-                scores.append([_attempt(rule, text) for text in row.responses])
-        return scores
+        """The rules' scores, None where a rule fails on a response.
 
+        Raises:
+            SimpoError: a row lacks a column that the rules need, or a column is malformed; names the row's prompt.
+        """
+        rules = [(self._rule(row), row) for row in rows]
+        return [[_attempt(rule, text) for text in row.responses] for rule, row in rules]
+
+    @abstractmethod
     def _rule(self, row: Answers) -> Callable[[str], float]:
-        raise NotImplementedError
+        """The function that scores a response to ``row``; fails as :meth:`score`."""
 
 
 class ReasoningGymScorer(_Verifier):
@@ -126,9 +128,10 @@ class IFBenchScorer(_Verifier):
 
 
 def _attempt(rule: Callable[[str], float], text: str) -> float | None:
-    """The score, None where the rule fails on this text or its score is not a finite number."""
+    """The score; None if the rule fails on this text, or if its score is not a finite number."""
     try:
-        found = float(rule(text))
+        with _fixed_randomness():
+            found = float(rule(text))
     except SimpoError:
         raise
     except Exception:  # rules parse what a model wrote, and may raise anything
@@ -152,7 +155,7 @@ def _import(module: str, annotator: str, package: str) -> ModuleType:
 
 @contextmanager
 def _fixed_randomness() -> Iterator[None]:
-    """Rules that draw random numbers draw the same ones for every prompt, without effect on anything else."""
+    """Let a rule that draws random numbers draw the same ones for every response, and restore Python's generator."""
     state = random.getstate()
     random.seed(0)
     try:
@@ -163,11 +166,11 @@ def _fixed_randomness() -> Iterator[None]:
 
 @contextmanager
 def _without_downloads() -> Iterator[None]:
-    """IFBench installs a model of spaCy when it is imported, and never uses it."""
+    """Keep IFBench from installing a spaCy model, which it does on import although it never uses the model."""
     try:
         commands = importlib.import_module("spacy.cli")
     except ImportError:
-        yield  # the import of IFBench says so
+        yield  # importing IFBench will report it
         return
     original, commands.download = commands.download, lambda *args, **kwargs: None  # type: ignore[attr-defined]
     try:

@@ -20,9 +20,9 @@ from simpo.objectives.responses import Responses
 class ListwiseNCA(NCA):
     """NCA, ``[B]``: ``nca`` of a pair.
 
-    Of K scored responses ``y_i``: ``-sum_i p_i log s(r(y_i)) - mean_i log s(-r(y_i))`` with ``r(y) = beta * y.ratio``
-    and ``p``, the softmax of the scores divided by ``score_temperature``. ``s`` is the sigmoid. A pair without scores
-    has ``p = (1, 0)``, the limit of a low temperature.
+    For K scored responses ``y_i``: ``-sum_i p_i log s(r(y_i)) - mean_i log s(-r(y_i))``, where ``s`` is the sigmoid,
+    ``r(y) = beta * y.ratio``, and ``p`` is the softmax of the scores divided by ``score_temperature``. A pair without
+    scores has ``p = (1, 0)``, the limit of a low temperature.
     """
 
     name = "listwise_nca"
@@ -31,7 +31,7 @@ class ListwiseNCA(NCA):
     score_temperature: Annotated[float, POSITIVE, "Scores are divided by it; near 0, only the best one counts."] = 1.0
 
     def comparisons(self, y: Responses, pairs: Any, scores: Tensor | None = None, **context: Any) -> Tensor:
-        """``[C]`` losses; ``scores`` ``[R]`` are those of the responses, ``(0, -inf)`` of a pair without."""
+        """``[C]`` losses; ``scores`` ``[R]`` are ordered from best to worst; ``(0, -inf)`` for a pair without."""
         rewards = self.implicit_reward(y)
         owner = pairs.best.new_zeros(len(rewards)).index_fill(0, pairs.best, 1).cumsum(0) - 1  # [R]
         if scores is None:
@@ -40,7 +40,7 @@ class ListwiseNCA(NCA):
         return self._scored(rewards, labels, owner, len(pairs.best))
 
     def _scored(self, rewards: Tensor, labels: Tensor, owner: Tensor, count: int) -> Tensor:
-        """``[count]`` losses of comparisons, by the rewards and labels of their responses, ``[R]``."""
+        """``[count]`` losses of the comparisons, from the rewards and labels ``p`` of their responses, ``[R]`` each."""
         size = rewards.new_zeros(count).index_add(0, owner, torch.ones_like(rewards))
         terms = labels * F.logsigmoid(rewards) + F.logsigmoid(-rewards) / size[owner]
         return -rewards.new_zeros(count).index_add(0, owner, terms)
@@ -50,7 +50,7 @@ class ListwiseNCA(NCA):
 class InfoNCA(ListwiseNCA):
     """InfoNCA, ``[B]``: ``-log sigmoid(r(w) - r(l))`` of a pair, with ``r(y) = beta * y.ratio``: DPO.
 
-    Of K scored responses: the cross-entropy of the softmax of their rewards with ``p``, as in ``listwise_nca``.
+    For K scored responses: the cross-entropy of the softmax of their rewards with ``p`` of ``listwise_nca``.
     """
 
     name = "info_nca"
@@ -63,7 +63,7 @@ class InfoNCA(ListwiseNCA):
 
 
 def _log_softmax(values: Tensor, owner: Tensor, count: int) -> Tensor:
-    """``[R]`` logarithms of the softmax of ``values`` ``[R]`` among those with the same ``owner`` ``[R]``."""
+    """``[R]`` log-softmax of ``values`` ``[R]`` among those with the same ``owner`` ``[R]``, one of ``count``."""
     top = values.new_zeros(count).scatter_reduce(0, owner, values.detach(), "amax", include_self=False)
     lead = values - top[owner]
     return lead - values.new_zeros(count).index_add(0, owner, lead.exp()).log()[owner]

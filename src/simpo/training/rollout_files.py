@@ -135,12 +135,9 @@ class RolloutFiles:
             samples = sample_answers(trainer, self._engine, [one.ids for one in prompts], self._sampling(place.rollout))
         texts = response_texts(tokenizer, prompts, samples)
         answered = list(map(AnsweredPrompt, prompts, samples, texts))
-        scores: Any = None
-        if trainer.is_world_process_zero():
-            gold = None if trainer.gold_annotator is None else _scores(trainer.gold_annotator, answered, place.rollout)
-            scores = _scores(annotator, answered, place.rollout), gold
-            _check_missing(scores[0], answered, place.rollout, trainer.args.max_missing_scores)
-        scores, gold = from_main(scores)
+        scores, gold = from_main(
+            self._scored(annotator, answered, place.rollout) if trainer.is_world_process_zero() else None
+        )
         ids = [[list(sampled.ids) for sampled in answers] for answers in samples]
         rows = Dataset.from_dict({"prompt_ids": [one.ids for one in prompts], "response_ids": ids})
         logps, values = self._logps_and_values(rows)
@@ -164,6 +161,17 @@ class RolloutFiles:
         if gold is None:
             return records
         return [{**record, "gold_scores": own} for record, own in zip(records, gold, strict=True)]
+
+    def _scored(
+        self, annotator: Annotator, answered: Sequence[AnsweredPrompt], rollout: int
+    ) -> tuple[list[list[float | None]], list[list[float | None]] | None]:
+        """The annotator's scores, and those of the gold annotator if there is one; fails like :func:`_scores`."""
+        trainer = self._trainer
+        scores = _scores("annotator", annotator, answered, rollout)
+        _check_missing(scores, answered, rollout, trainer.args.max_missing_scores)
+        if trainer.gold_annotator is None:
+            return scores, None
+        return scores, _scores("gold_annotator", trainer.gold_annotator, answered, rollout)
 
     def _sampling(self, rollout: int) -> SamplingSettings:
         args = self._trainer.args
@@ -197,15 +205,17 @@ class RolloutFiles:
         return logps, values
 
 
-def _scores(annotator: Annotator, answered: Sequence[AnsweredPrompt], rollout: int) -> list[list[float | None]]:
-    """The annotator's scores; None for those that are missing or not finite.
+def _scores(
+    name: str, annotator: Annotator, answered: Sequence[AnsweredPrompt], rollout: int
+) -> list[list[float | None]]:
+    """The annotator's scores; None for those that are missing or not finite. ``name`` is that of its key, for errors.
 
     Raises:
         SimpoError: there is not one for each answer.
     """
     returned = [list(scores) for scores in annotator(answered)]
     if [len(scores) for scores in returned] != [len(one.texts) for one in answered]:
-        raise SimpoError(f"annotator: rollout {rollout}: it did not return one score for each answer")
+        raise SimpoError(f"{name}: rollout {rollout}: it did not return one score for each answer")
     return [[None if x is None or not math.isfinite(x) else float(x) for x in scores] for scores in returned]
 
 
