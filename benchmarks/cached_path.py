@@ -48,7 +48,7 @@ STATES = {
 }
 
 
-_SIZES = ("size", "heads", "ff_dim", "d_ssm")  # ends of keys of widths; those of a head stay as they are
+_SIZES = ("size", "heads", "ff_dim", "d_ssm")  # endings of the keys of widths; a head's own width is kept
 
 
 def scaled(values: dict[str, Any], factor: int) -> dict[str, Any]:

@@ -11,9 +11,9 @@ class Measurement:
 
     Attributes:
         name: the entrant's.
-        seconds: of the measured steps together at their median pace, by the setting's clock: a step in which something
-            is compiled takes seconds longer, and a training that takes hours has few of those.
-        step_seconds: of each of them.
+        seconds: duration of all measured steps at their median pace, by the setting's clock. A step that compiles
+            something takes seconds longer, but a training of hours has only few of them.
+        step_seconds: durations of the measured steps, one by one.
         pairs: in them.
         tokens: in those, every prompt counted once and no padding, so that all entrants have the same number.
         losses: of every step, the warm-up's first.

@@ -20,7 +20,7 @@ from benchmarks.setting import BETA, GAMMA, Setting, load_comparisons, load_text
 IGNORED = -100
 
 
-# what the trainers below import when they are made, by the kind of their entrant
+# Modules that the trainers below import when they are made, by the entrant's kind.
 MODULES = {
     "trl cpo": ["trl.experimental.cpo"],
     "trl dpo": ["trl.trainer.dpo_trainer"],
@@ -29,7 +29,7 @@ MODULES = {
 
 
 def import_peer(kind: str) -> None:
-    """Import what a trainer of this kind needs, so that it starts at once."""
+    """Import what the trainer of this kind of entrant needs, so that it starts without delay."""
     for module in MODULES.get(kind, []):
         importlib.import_module(module)
 

@@ -72,7 +72,7 @@ def work(entrant: Entrant, setting: Setting, output: Path, *, products: bool = F
 
 
 def seconds_at_median_pace(seconds: list[float], tokens: list[int]) -> float:
-    """Seconds of all steps, if each took the median time for a token."""
+    """Seconds of all steps at the median time per token, from the ``seconds`` and ``tokens`` of each step."""
     return median(time / count for time, count in zip(seconds, tokens, strict=True)) * sum(tokens)
 
 

@@ -17,23 +17,28 @@ CURVES = ("train/loss", "train/learning_rate", "train/grad_norm", "train/rewards
 HELD_OUT = ("eval/loss", "eval/rewards/margins", "eval/rewards/accuracies", "eval/generations/length")
 
 
-def train(world, output, tracker: str) -> int:
+def call(command: str, world, output, tracker: str, **settings) -> int:
     given = {
         "model_name_or_path": world / "model",
         "dataset_name": world / "train.jsonl",
         "eval_dataset_name": world / "test.jsonl",
         "output_dir": output,
         "per_device_train_batch_size": 8,
-        "max_steps": 4,
         "logging_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "eval_generations": 3,
         "max_length": 40,
         "save_strategy": "no",
         "report_to": tracker,
     }
-    return main(["train", *(f"--{key}={value}" for key, value in given.items())])
+    return main([command, *(f"--{key}={value}" for key, value in (given | settings).items())])
+
+
+def train(world, output, tracker: str) -> int:
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "eval_generations": 3}
+    return call("train", world, output, tracker, max_steps=4, **evaluated)
+
+
+def sweep(world, output, tracker: str) -> int:
+    return call("sweep", world, output, tracker, max_steps=2, learning_rate="1e-5,1e-3")
 
 
 def outcome(folder) -> dict[str, float]:
@@ -60,20 +65,41 @@ def shown(event) -> list[list[str]]:
     return [[cell[1:-1].replace("\\|", "|").replace("<br>", "") for cell in row] for row in rows]
 
 
+@pytest.fixture
+def board(tmp_path, monkeypatch):
+    """``board(run)``: what TensorBoard has of a run, by its folder's name; without one, of the only run."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "board"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder))
+
+    def read(run: str = ""):
+        events = EventAccumulator(str(folder / run))
+        events.Reload()
+        return events
+
+    return read
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """The package, which writes into the test's folder and sends nothing."""
+    places = {"WANDB_DIR": tmp_path, "WANDB_DATA_DIR": tmp_path / "data", "WANDB_CACHE_DIR": tmp_path / "cache"}
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **places}.items():
+        monkeypatch.setenv(name, str(value))
+    return pytest.importorskip("wandb")
+
+
 def one_line(text: str) -> str:
     return "".join(text.splitlines())
 
 
-def test_tensorboard(chat_world, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def test_tensorboard(chat_world, tmp_path, board, capsys):
     out = tmp_path / "out"
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     assert train(chat_world, out, "tensorboard") == 0
     assert not any(path.is_dir() for path in (tmp_path / "board").iterdir())  # one run for the dashboard
-    events = EventAccumulator(str(tmp_path / "board"))
-    events.Reload()
+    events = board()
     scalars = set(events.Tags()["scalars"])
     assert scalars >= {*CURVES, *HELD_OUT}
     for name, key in [(name, name.removeprefix("train/")) for name in CURVES] + [("eval/loss", "eval_loss")]:
@@ -92,16 +118,10 @@ def test_tensorboard(chat_world, tmp_path, monkeypatch, capsys):
     assert "did not accept" not in error
 
     assert train(chat_world, out, "tensorboard") == 0  # a finished run is not sent again
-    again = EventAccumulator(str(tmp_path / "board"))
-    again.Reload()
-    assert len(again.Scalars("results/train/loss")) == 1
+    assert len(board().Scalars("results/train/loss")) == 1
 
 
-def test_answers_of_the_last_rollout(chat_world, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+def test_answers_of_the_last_rollout(chat_world, tmp_path, board, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scorers.py").write_text("def short(prompt, response):\n    return -len(response)\n")
     given = {
@@ -111,8 +131,7 @@ def test_answers_of_the_last_rollout(chat_world, tmp_path, monkeypatch):
         **{"save_strategy": "no", "report_to": "tensorboard"},
     }
     assert main(["online", *(f"--{key}={value}" for key, value in given.items())]) == 0
-    events = EventAccumulator(str(tmp_path / "board"))
-    events.Reload()
+    events = board()
     (answers,) = events.Tensors("answers/text_summary")
     last = sorted((tmp_path / "out/rollouts").glob("0*.jsonl"))[-1]
     expected = [
@@ -123,34 +142,12 @@ def test_answers_of_the_last_rollout(chat_world, tmp_path, monkeypatch):
     assert expected and shown(answers) == [["prompt", "answer", "score"], *expected]
 
 
-def sweep(world, output, tracker: str) -> int:
-    given = {
-        "model_name_or_path": world / "model",
-        "dataset_name": world / "train.jsonl",
-        "eval_dataset_name": world / "test.jsonl",
-        "output_dir": output,
-        "learning_rate": "1e-5,1e-3",
-        "per_device_train_batch_size": 8,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "max_length": 40,
-        "save_strategy": "no",
-        "report_to": tracker,
-    }
-    return main(["sweep", *(f"--{key}={value}" for key, value in given.items())])
-
-
-def test_every_trial_of_a_sweep_is_a_run(chat_world, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    out, board = tmp_path / "rates", tmp_path / "board"
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(board))
+def test_every_trial_of_a_sweep_is_a_run(chat_world, tmp_path, board):
+    out = tmp_path / "rates"
     assert sweep(chat_world, out, "tensorboard") == 0
-    assert {path.name for path in board.iterdir()} == {"rates-000", "rates-001"}
+    assert {path.name for path in (tmp_path / "board").iterdir()} == {"rates-000", "rates-001"}
     for number in ("000", "001"):
-        events = EventAccumulator(str(board / f"rates-{number}"))
-        events.Reload()
+        events = board(f"rates-{number}")
         trial = out / "trials" / number
         found = [(event.step, event.value) for event in events.Scalars("train/loss")]
         assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged(trial, "loss")]
@@ -160,13 +157,9 @@ def test_every_trial_of_a_sweep_is_a_run(chat_world, tmp_path, monkeypatch):
             assert event.value == pytest.approx(value, rel=1e-6)
 
 
-def test_every_round_of_a_loop_is_a_run(chat_world, tmp_path, monkeypatch):
+def test_every_round_of_a_loop_is_a_run(chat_world, tmp_path, board, monkeypatch):
     """Its outcome is the comparison with the start."""
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     (tmp_path / "scorers.py").write_text("def short(prompt, response):\n    return -len(response)\n")
     given = {
         **{"model_name_or_path": chat_world / "model", "prompts": chat_world / "train.jsonl", "rounds": 2, "n": 3},
@@ -178,8 +171,7 @@ def test_every_round_of_a_loop_is_a_run(chat_world, tmp_path, monkeypatch):
     assert main(["loop", *(f"--{key}={value}" for key, value in given.items())]) == 0
     assert {path.name for path in (tmp_path / "board").iterdir()} == {"loop-round-1", "loop-round-2"}
     for number in (1, 2):
-        events = EventAccumulator(str(tmp_path / f"board/loop-round-{number}"))
-        events.Reload()
+        events = board(f"loop-round-{number}")
         folder = tmp_path / f"loop/round-{number}"
         assert len(events.Scalars("train/loss")) == len(logged(folder / "model", "loss"))
         figures = outcome(folder)
@@ -190,11 +182,7 @@ def test_every_round_of_a_loop_is_a_run(chat_world, tmp_path, monkeypatch):
         assert f"mine-loop-round-{number}" in (folder / "model/recipe.resolved.yaml").read_text()
 
 
-def test_wandb_has_a_run_for_every_trial(chat_world, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    places = {"WANDB_DIR": tmp_path, "WANDB_DATA_DIR": tmp_path / "data", "WANDB_CACHE_DIR": tmp_path / "cache"}
-    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **places}.items():
-        monkeypatch.setenv(name, str(value))
+def test_wandb_has_a_run_for_every_trial(chat_world, tmp_path, wandb, monkeypatch):
     ended, finish = [], wandb.finish
 
     def kept(*args, **kwargs):
@@ -213,11 +201,7 @@ def test_wandb_has_a_run_for_every_trial(chat_world, tmp_path, monkeypatch):
     wandb.teardown()  # it keeps the folders of its first run for all others of the process
 
 
-def test_wandb(chat_world, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    places = {"WANDB_DIR": tmp_path, "WANDB_DATA_DIR": tmp_path / "data", "WANDB_CACHE_DIR": tmp_path / "cache"}
-    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **places}.items():
-        monkeypatch.setenv(name, str(value))
+def test_wandb(chat_world, tmp_path, wandb):
     out = tmp_path / "out"
     assert train(chat_world, out, "wandb") == 0
     summary = dict(wandb.run.summary)

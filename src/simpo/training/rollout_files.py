@@ -135,9 +135,10 @@ class RolloutFiles:
             samples = sample_answers(trainer, self._engine, [one.ids for one in prompts], self._sampling(place.rollout))
         texts = response_texts(tokenizer, prompts, samples)
         answered = list(map(AnsweredPrompt, prompts, samples, texts))
-        scores, gold = from_main(
-            self._scored(annotator, answered, place.rollout) if trainer.is_world_process_zero() else None
-        )
+        scored: Any = None
+        if trainer.is_world_process_zero():
+            scored = self._scored(annotator, answered, place.rollout)
+        scores, gold = from_main(scored)
         ids = [[list(sampled.ids) for sampled in answers] for answers in samples]
         rows = Dataset.from_dict({"prompt_ids": [one.ids for one in prompts], "response_ids": ids})
         logps, values = self._logps_and_values(rows)
