@@ -11,7 +11,7 @@ from tests.vision import FAMILIES, make_vision_model, picture
 
 from simpo.errors import SimpoError
 from simpo.packing import kernels
-from simpo.packing.images import check_image_inputs
+from simpo.packing.images import check_image_inputs, forward_inputs
 from simpo.packing.kernels import AttentionStyle
 from simpo.packing.layout import AttentionLayout, PackedBatch, Span, TokenizedComparison
 from simpo.packing.model import policy_logprobs, state_of
@@ -169,6 +169,15 @@ def test_inputs_are_those_of_the_processor(kind):
 def test_a_model_of_text_takes_no_images(make_model):
     with pytest.raises(SimpoError, match="LlamaForCausalLM takes none"):
         check_image_inputs(make_model("llama"), {}, {})
+
+
+def test_images_of_different_sizes_are_padded_with_zeros():
+    """At the ends, as processors pad several images; the first dimension counts images."""
+    model = make_vision_model("llava", FAMILIES["llava"].processor().tokenizer)
+    images = [{"pixel_values": torch.full((count, 3, h, w), float(count))} for count, h, w in ((1, 2, 5), (2, 4, 3))]
+    expected = torch.zeros(3, 3, 4, 5)
+    expected[:1, :, :2, :5], expected[1:, :, :4, :3] = 1, 2
+    assert torch.equal(forward_inputs(model, torch.tensor([[1]]), images)["pixel_values"], expected)
 
 
 @pytest.mark.parametrize("window", [None, 6])

@@ -35,6 +35,7 @@ def test_neither_how_rows_are_stored_nor_where_they_come_from_counts():
         Dataset.from_list(PAIRS[:-1]),
         Dataset.from_list([*PAIRS, PAIRS[0]]),
         Dataset.from_list(PAIRS).add_column("label", [True] * 2500),
+        Dataset.from_list(PAIRS).add_column("image_digests", [["a" * 64]] + [[]] * 2499),
     ],
 )
 def test_what_is_trained_on_counts(other):

@@ -99,7 +99,7 @@ class ChatTemplate:
         return all(text in rendered for text in texts)
 
     def notices(self, end: EndOfTurn) -> list[str]:
-        """What somebody who does not read the template would not expect of it; ``end`` ends its turns."""
+        """Properties of the template that its users may not expect, one sentence each; ``end`` is its end of a turn."""
         found, asked = [], _user_turn(SENTINEL)
         with suppress(BadRow):  # the template's faults are reported where it is used
             prompt = self.render(asked, Context(), generation_prompt=True)
@@ -122,7 +122,9 @@ class ChatTemplate:
         return found
 
     def _writes_date(self, prompt: str) -> bool:
-        """Whether ``prompt``, a rendered user's message, depends on transformers' function that tells the date."""
+        """Whether ``prompt``, a rendered user message, depends on the date, for which transformers gives templates a
+        function.
+        """
         without = Context(kwargs={"strftime_now": ""})  # which takes precedence over the function of this name
         try:
             return self.render(_user_turn(SENTINEL), without, generation_prompt=True) != prompt
@@ -191,7 +193,7 @@ class ChatTemplate:
         return None
 
     def _adapt_message(self, message: Message, *, images: bool) -> Message:
-        """A message in the form that the template expects; ``images``: its content may have places for some."""
+        """A message in the form that the template expects; with ``images``, its content may include :data:`IMAGE`."""
         reasoning = reasoning_of(message)
         if reasoning and self.reasoning_key is not None and self.reasoning_key not in message:
             rest = {key: value for key, value in message.items() if key not in REASONING}

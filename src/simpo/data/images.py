@@ -1,4 +1,4 @@
-"""Images of rows: how they are read, their places in messages, and what a model's processor makes of them."""
+"""Images of rows: they are read, written into rendered texts as image tokens, and converted to tensors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from simpo.data.rows import ROW, BadRow, undecoded
 from simpo.errors import SimpoError, one_line
 
 IMAGES, DIGESTS = "images", "image_digests"
-# Columns of tokenized rows: encoded bytes, or the path of a file with them, and their SHA-256.
+# Columns of tokenized rows: the encoded bytes of each image or the path of its file, and the SHA-256 of the bytes.
 COLUMNS = {IMAGES: List({"path": Value("string"), "bytes": Value("binary")}), DIGESTS: List(Value("string"))}
-# What a processor returns in addition to the images themselves.
+# Keys of a processor's output that describe the text and not an image.
 _TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
 _BATCH = 1000
 
@@ -35,8 +35,8 @@ class ImageReader:
     """Reads images with a model's processor.
 
     Args:
-        processor: of a vision-language model.
-        folder: that relative paths start from.
+        processor: the processor of a vision-language model.
+        folder: the folder that relative paths start from; the working directory if None.
 
     Raises:
         SimpoError: the processor has no token that stands for an image.
@@ -52,7 +52,15 @@ class ImageReader:
     # ---- From a row's cells to text.
 
     def illustrated(self, found: Sequence[Rendered], values: Sequence[Any]) -> list[tuple[Rendered, dict[str, Any]]]:
-        """The rendered texts of a row with its images in them, and the :data:`COLUMNS` of each.
+        """Write a row's images into its rendered texts.
+
+        Args:
+            found: the texts, in which the chat template wrote one image token for each image; of several texts, each
+                starts like the following one and includes as many of the first images as it has tokens.
+            values: the images as the row gives them, in order: paths, bytes or ``{"bytes", "path"}``.
+
+        Returns:
+            Each text with as many tokens as the model reads for each image, and its values of :data:`COLUMNS`.
 
         Raises:
             BadRow: an image cannot be read, or the template does not render as many as there are.
@@ -86,37 +94,48 @@ class ImageReader:
         return {"path": str((self._folder / path.removeprefix("file://")).absolute()), "bytes": None}
 
     def _expansion(self, reference: Reference) -> str:
-        """The text that stands for an image in what the model reads."""
+        """The text that the processor writes in place of the image token of one image."""
         (offsets,) = self._process([reference], return_text_replacement_offsets=True)["text_replacement_offsets"]
         return offsets[0]["replacement"]
 
     def _expanded(self, rendered: Rendered, expansions: Sequence[str]) -> Rendered:
-        """``rendered`` with the texts of the images in their places."""
+        """``rendered`` with the texts of the images in place of their tokens."""
 
         def expand(text: str) -> str:
             first, *rest = text.split(self.token)
-            return first + "".join(own + following for own, following in zip(expansions, rest, strict=False))
+            return first + "".join(
+                own + following for own, following in zip(expansions[: len(rest)], rest, strict=True)
+            )
 
         answers = tuple(replace(answer, prompt=expand(answer.prompt)) for answer in rendered.answers)
         return replace(rendered, prompt=expand(rendered.prompt), answers=answers)
 
     def fingerprint(self, dataset: Dataset) -> list[str]:
-        """All that the texts of images depend on besides rows: the processor, and the files that rows name."""
+        """What the texts of images depend on in addition to the rows: the processor, and the files that the rows name.
+
+        A file is identified by its path, its size in bytes and its time of modification.
+        """
         digest = hashlib.sha256()
         for value in _cells(dataset):
             try:
                 path = self._reference(value)["path"]
                 stat = path and Path(path).stat()
-            except (BadRow, OSError):  # reported with its row
+            except (BadRow, OSError):  # reported when its row is tokenized
                 continue
             if stat:
                 digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        return [self.processor.to_json_string(), str(self._folder), digest.hexdigest()]
+        return [self.processor.to_json_string(), digest.hexdigest()]
 
     # ---- From tokenized rows to the inputs of a model.
 
     def tensors(self, references: Sequence[Reference], digests: Sequence[str]) -> tuple[dict[str, Any], ...]:
-        """The inputs that each image becomes, by the names of the forward's arguments.
+        """The tensors that the processor makes of each image, by the names of the model's arguments.
+
+        Their shapes are the processor's own; dimension 0 counts images, crops or patches.
+
+        Args:
+            references: the images, as the column :data:`IMAGES` has them.
+            digests: the SHA-256 of each.
 
         Raises:
             SimpoError: a file cannot be read, or has changed since the row was tokenized.
@@ -133,7 +152,7 @@ class ImageReader:
         return tuple(found)
 
     def example(self, reference: Reference) -> dict[str, Any]:
-        """All inputs that the processor makes of a text with an image twice."""
+        """Everything that the processor returns for a text that consists of one image twice."""
         return dict(self._process([reference, reference], return_tensors="pt"))
 
     def _process(self, references: Sequence[Reference], **options: Any) -> Any:
@@ -148,7 +167,7 @@ class ImageReader:
 
 
 def _content(reference: Reference) -> bytes:
-    """The encoded image."""
+    """The bytes of the encoded image; raises BadRow if its file cannot be read."""
     if reference["bytes"] is not None:
         return reference["bytes"]
     try:
@@ -158,7 +177,7 @@ def _content(reference: Reference) -> bytes:
 
 
 def _kind(error: Exception) -> str:
-    """An error without the names in it, so that rows with the same fault are counted together."""
+    """What an error says, without the file's name, so that rows with the same fault are counted together."""
     return error.strerror or type(error).__name__ if isinstance(error, OSError) else one_line(error)
 
 
@@ -184,10 +203,10 @@ def has_images(dataset: Dataset) -> bool:
 
 
 def _cells(dataset: Dataset) -> Iterator[Any]:
-    """The images of all rows; those of rows that cannot be read are left out, which is reported with the row."""
+    """The images of all rows, as the rows give them; rows that cannot be read are reported when they are tokenized."""
     names = [name for name in (ROW, *IMAGE_COLUMNS) if name in dataset.column_names]
     for batch in dataset.select_columns(names).with_format(None).iter(_BATCH) if names else ():
-        if ROW in names:  # JSON, most of which need not be parsed
+        if ROW in names:  # JSON, which is parsed only if it may have images
             rows = (json.loads(text) for text in batch[ROW] if '"image' in text)
         else:
             rows = (
@@ -199,7 +218,7 @@ def _cells(dataset: Dataset) -> Iterator[Any]:
 
 
 def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a processor, with the processor's chat template; a tokenizer, or None, as it is."""
+    """A processor's tokenizer, which gets the processor's chat template; a tokenizer or None is returned unchanged."""
     if not isinstance(processing_class, ProcessorMixin):
         return processing_class
     tokenizer = processing_class.tokenizer

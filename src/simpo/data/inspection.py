@@ -37,7 +37,7 @@ class Inspection:
         ties: share of comparisons whose responses have the same number; ``None`` of single responses.
         repeated: comparisons that occurred before, prompt and responses.
         repeated_prompts: comparisons whose prompt occurred before.
-        contradicted: pairs of which another one prefers the rejected response to the chosen one.
+        contradicted: pairs whose reverse, with the responses exchanged, is also in the data.
         identical: pairs with equal responses, including those that were bad rows because of it.
         one_bos: share of prompts with exactly one BOS, at the front; ``None`` if the model has no BOS.
         ended: share of responses that end with a token that ends a turn and hold it once.
@@ -119,7 +119,7 @@ def shared_rows(train: Dataset, held_out: Dataset) -> tuple[int, int]:
 
 
 def _digests(rows: Dataset) -> Iterator[tuple[bytes, bytes]]:
-    """Digests of each row (prompt with responses) and of its prompt, images included; through Arrow, for large data."""
+    """Digests of each row (prompt with responses) and of its prompt, images included."""
     for texts in _parts_of_rows(rows):
         yield _digest(texts), _digest(texts[:1])
 
@@ -131,7 +131,10 @@ def _contradicted(rows: Dataset, known: set[bytes]) -> int:
 
 
 def _parts_of_rows(rows: Dataset) -> Iterator[list[bytes]]:
-    """Each row's prompt, with the digests of its images in front, and its responses: their ids as bytes."""
+    """The ids of each row's prompt and responses as bytes; the digests of its images precede the prompt's.
+
+    Rows are read through Arrow, because data sets may be large.
+    """
     columns = [name for name in ("prompt_ids", "response_ids", DIGESTS) if name in rows.column_names]
     for batch in rows.with_format("arrow").select_columns(columns).iter(batch_size=1000):
         images = batch[DIGESTS].to_pylist() if DIGESTS in columns else [None] * len(batch)

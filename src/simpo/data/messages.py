@@ -94,7 +94,7 @@ def _read_message(item: object, name: str, images: bool) -> Message | None:
 def _text(content: object, name: str, key: str = "content", *, images: bool = False) -> str | None:
     """The text of a message's content (or of another key), its parts joined; None if there is none.
 
-    ``images``: a part may be an image, for which the text has :data:`IMAGE`.
+    With ``images``, parts may be images, each of which becomes :data:`IMAGE`.
     """
     if content is None or isinstance(content, str):
         return content
@@ -258,7 +258,7 @@ class Context:
         tools: JSON schemas of the tools that may be called; None if there are none.
         kwargs: the row's own variables for the template.
         without_effect: names of the row's columns that have a usual meaning and no effect.
-        images: the cells of the images that the messages have places for, in order.
+        images: the images as the row gives them, in the order of their places in the messages.
     """
 
     tools: list[Any] | None = None
@@ -309,7 +309,7 @@ def apply_context(
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
-    """The cells of a row's images."""
+    """A row's images as it gives them; raises BadRow if several columns have some."""
     found = [value for name in IMAGE_COLUMNS if (value := row.get(name)) not in (None, [], "")]
     if len(found) > 1:
         raise BadRow(f"columns {' and '.join(IMAGE_COLUMNS)}: give one of them")
@@ -319,10 +319,13 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
 def _place_images(
     prompt: list[Message], rest: Sequence[Message], count: int
 ) -> tuple[list[Message], Sequence[Message]]:
-    """The prompt's messages, and those that follow, with a place for each of ``count`` images.
+    """The prompt's messages, and those that follow, in which :data:`IMAGE` marks the places of ``count`` images.
 
-    Without parts that are images, places are the texts ``<image>`` in the user's messages; if there are none either,
-    the images come first in the first message of the user.
+    Content parts of type ``image`` are places already. If there are none, the texts ``<image>`` in user messages become
+    places; without these, all images are placed at the beginning of the first user message.
+
+    Raises:
+        BadRow: an image in an answer, or another number of places than of images.
     """
     messages = [*prompt, *rest]
     if any(message["role"] == "assistant" and IMAGE in message["content"] for message in messages):

@@ -76,9 +76,11 @@ def _lengths(column: Any, name: str, place: str, start: int) -> list[np.ndarray]
 
 
 def check_rankings(rows: Dataset, label: str) -> None:
-    """Refuse comparisons with one response, more than two without scores, or scores that do not fall.
+    """Check that every row is a comparison whose responses are ranked.
 
-    The error names the row.
+    Raises:
+        SimpoError: a row has one response, more than two without scores, or scores that are not in falling order; the
+            message names it.
     """
     counts = pc.list_value_length(rows.with_format("arrow")["response_ids"]).to_pylist()
     scores = rows.with_format("arrow")["scores"].to_pylist() if "scores" in rows.column_names else [None] * len(rows)

@@ -153,7 +153,7 @@ def as_json(value: object) -> str:
     def convert(value: Any) -> Any:
         if isinstance(value, np.ndarray | np.generic):
             return value.tolist()
-        if hasattr(value, "_repr_png_"):  # an image of Pillow's; PNG has no CMYK, for example, and the result is None
+        if hasattr(value, "_repr_png_"):  # a Pillow image; the result is None for colors that PNG lacks, such as CMYK
             value = value._repr_png_() or value.convert("RGB")._repr_png_()
         return f"data:;base64,{base64.b64encode(value).decode('ascii')}" if isinstance(value, bytes) else str(value)
 
@@ -170,7 +170,7 @@ def concatenate(datasets: Sequence[Dataset]) -> Dataset:
 
 
 def undecoded(dataset: Dataset) -> Dataset:
-    """``dataset`` with the images of its columns as bytes or paths, without decoding them."""
+    """``dataset`` with columns of images as encoded bytes or paths instead of decoded images."""
     for name, feature in dataset.features.items():
         if isinstance(feature, Image) and feature.decode:
             dataset = dataset.cast_column(name, Image(decode=False))
@@ -259,7 +259,7 @@ class DataReport:
         cut: what -> rows that were cut and are used.
         split: why -> rows that became several.
         ignored: what -> rows that are used without it.
-        suspect: why -> rows that are used, but probably do not say what was meant.
+        suspect: why -> rows that are used, but probably contain a mistake.
         read: columns of another shape -> rows that were read from them.
         examples: reason -> where its first few rows come from.
         notices: remarks that are not counts.
@@ -308,7 +308,7 @@ class DataReport:
 
     @property
     def remarkable(self) -> bool:
-        """Whether there are other rows than those that are used as they are."""
+        """Whether any row is not simply used as it is, so that the report should be shown."""
         return any(self._counts.values())
 
     def drop(self, reason: str, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Rows that can be used but probably do not say what was meant, and prompts that are not used; both are reported."""
+"""Rows that are used although they probably contain a mistake, and ``prompt`` columns that are not used."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any
 from simpo.data.formats import Comparison, Conversation, is_number
 from simpo.data.messages import IMAGE, IMAGE_IN_TEXT, Message, Response
 
-# Names that public data sets give the scores of a pair.
+# Columns in which public data sets have the scores of a pair.
 SCORE_COLUMNS = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
-# Characters; answers may well begin with a prompt that is shorter, such as a greeting.
+# Characters. Many good answers begin with a shorter prompt, such as a greeting.
 _LONG = 20
 
 
 def suspicions(row: Mapping[str, Any], content: Comparison | Conversation) -> list[str]:
-    """Status entries (:meth:`simpo.data.rows.DataReport.of`) of a row that was read as ``content``."""
+    """Status entries (:meth:`simpo.data.rows.DataReport.of`) for what is suspect in a row, read as ``content``."""
     return list(_suspicions(row, content))
 
 
 def _suspicions(row: Mapping[str, Any], content: Comparison | Conversation) -> Iterator[str]:
     if _is_lost(row.get("prompt"), _texts(content)):
-        yield "ignored: column 'prompt', which is no part of the conversation"
+        yield "ignored: column 'prompt', which does not occur in the conversation"
     asked = [content.prompt] if isinstance(content.prompt, str) else _contents(content.prompt, "user")
     if not all(text.strip() for text in asked):
-        yield "suspect: a message of the user is empty"
+        yield "suspect: a user message is empty"
     answers = [content.completion] if isinstance(content, Conversation) else content.responses
     openings = [text.lstrip() for text in map(_text, answers)]
     question = asked[-1].replace(IMAGE, "").strip() if asked else ""
     if len(question) >= _LONG and openings and all(text.startswith(question) for text in openings):
-        yield "suspect: the answer begins with the whole prompt, which is scored with it"
+        yield "suspect: every answer begins with the whole prompt, which is scored with it"
     if isinstance(content, Comparison):
         for better, worse in SCORE_COLUMNS:
             scores = [row[name] for name in (better, worse) if is_number(row.get(name))]
@@ -38,7 +38,10 @@ def _suspicions(row: Mapping[str, Any], content: Comparison | Conversation) -> I
 
 
 def _is_lost(given: object, texts: list[str]) -> bool:
-    """Whether a prompt is neither in what was read of its row, nor what was read in it (a transcript)."""
+    """Whether a cell ``prompt`` has no part in the ``texts`` that were read from its row.
+
+    A prompt that is a transcript has the texts in it, instead of being in one of them.
+    """
     if not isinstance(given, str) or not given.strip():
         return False
     words, *found = (" ".join(text.replace(IMAGE_IN_TEXT, " ").replace(IMAGE, " ").split()) for text in (given, *texts))
@@ -46,7 +49,7 @@ def _is_lost(given: object, texts: list[str]) -> bool:
 
 
 def _texts(content: Comparison | Conversation) -> list[str]:
-    """The texts of a prompt, and of a conversation that follows it."""
+    """The texts of the prompt, and of the conversation that follows it."""
     found = [content.prompt] if isinstance(content.prompt, str) else _contents(content.prompt)
     completion = getattr(content, "completion", [])
     return found + ([completion] if isinstance(completion, str) else _contents(completion))

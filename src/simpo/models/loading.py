@@ -320,7 +320,7 @@ def load_processor(
     """The processor of a vision-language model, with the tokenizer that :func:`load_tokenizer` returns.
 
     Raises:
-        SimpoError: as of :func:`load_tokenizer`, or the model has no processor.
+        SimpoError: as :func:`load_tokenizer`, or the model has no processor.
     """
     arguments = _with_name(name, arguments)
     tokenizer = load_tokenizer(name, arguments, chat_template=chat_template)
@@ -360,7 +360,10 @@ def round_weights(folder: Path, dtype: str) -> None:
 
 
 def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Let generation stop where a response ends in training: a base model's settings lack the chat template's token."""
+    """Add the token that ends a response in training to those that end generation, and log it.
+
+    The generation settings of base models lack the chat template's end of turn.
+    """
     settings = getattr(model, "generation_config", None)
     if settings is None or tokenizer is None:  # a model that does not generate, or data that was tokenized elsewhere
         return

@@ -145,7 +145,7 @@ def uninstall(model: nn.Module) -> None:
 def _dispatch_to(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         layout = kwargs.pop(LAYOUT_ARGUMENT, None)
-        # a vision tower inside the forward hands the layout on too, and its attention is not causal
+        # the vision tower receives the layout as well, but its attention is over patches, and not causal
         if layout is not None and kwargs.get("is_causal") is not False:
             return shared_prefix_attention(module, *args, layout=layout, **kwargs), None
         if base == "eager":

@@ -1,4 +1,4 @@
-"""Images in a model's forward: its own inputs for them, each image encoded once for all responses to its prompt."""
+"""The inputs of a model's forward for images, each of which is encoded once for all responses to its prompt."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from simpo.errors import SimpoError
 from simpo.packing.attention import LAYOUT_ARGUMENT
 from simpo.packing.layout import ImageTensors, PackedBatch, PaddedRows
 
-# Arguments of forwards that mark the tokens of images with 1. By the first, Gemma lets them see one another.
+# Arguments of forwards that are 1 for the tokens of images. Gemma 3 lets tokens with the first see one another.
 _BOTH_DIRECTIONS = "token_type_ids"
 _MARKS = (_BOTH_DIRECTIONS, "mm_token_type_ids")
 
 
 def check_image_inputs(model: PreTrainedModel, image: ImageTensors, expected: Mapping[str, Tensor]) -> None:
-    """Check that a model reads images as this module gives them.
+    """Check that :func:`forward_inputs` gives a model what its own processor would give it.
 
     Args:
         model: the model, unwrapped.
-        image: one image.
-        expected: all inputs that the model's processor makes of a text with this image twice.
+        image: the tensors of one image.
+        expected: everything that the processor returns for a text that consists of this image twice; ``input_ids`` are
+            ``[1, L]``.
 
     Raises:
-        SimpoError: it does not; the message names the model and the input.
+        SimpoError: the model takes no images, or an input differs; the message names both.
     """
     name, accepted = type(model).__name__, _arguments(model)
     if "pixel_values" not in accepted or getattr(model.config, "image_token_id", None) is None:
@@ -40,11 +41,21 @@ def check_image_inputs(model: PreTrainedModel, image: ImageTensors, expected: Ma
     for key in (set(expected) | set(given)) - {"input_ids", "attention_mask"}:
         one, other = given.get(key), expected.get(key)
         if key not in accepted or one is None or other is None or not torch.equal(one, other.to(one)):
-            raise SimpoError(f"images: {name} is not supported: its input {key} is made in a way of its own")
+            raise SimpoError(f"images: {name} is not supported: its input {key} differs from its processor's")
 
 
 def forward_inputs(model: PreTrainedModel, ids: Tensor, images: Sequence[ImageTensors]) -> dict[str, Tensor]:
-    """The arguments, in addition to ``ids`` ``[rows, L]``, of a forward with the images of all rows, in their order."""
+    """The arguments of a forward for images, in addition to the token ids.
+
+    Args:
+        model: the model, unwrapped.
+        ids: ``[rows, L]``.
+        images: the images of all rows, in the order of their tokens.
+
+    Returns:
+        The images' tensors, joined along dimension 0, and ``[rows, L]`` marks of their tokens if the model takes them;
+        nothing without images.
+    """
     if not images:
         return {}
     is_image = (ids == model.config.image_token_id).long()
@@ -53,14 +64,14 @@ def forward_inputs(model: PreTrainedModel, ids: Tensor, images: Sequence[ImageTe
 
 
 def packed_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
-    """Position ids, layout and images of a packed batch, as arguments of a forward.
+    """Position ids, layout and images of a packed batch, as arguments of a forward; ``model`` is unwrapped.
 
     A prompt occurs once in the batch, and so do its images.
     """
     ids, layout = batch.input_ids[None], batch.layout
     images = list(chain.from_iterable(batch.images))
     given: dict[str, Any] = forward_inputs(model, ids, images)
-    # the layout says it, and a mask that is made from it would not
+    # the layout has this information instead: a mask that the model made of it would not know the segments
     both = given.pop(_BOTH_DIRECTIONS, None)
     if both is not None:
         starts = (both == 1) & (F.pad(both, (1, 0))[:, :-1] == 0)
@@ -70,7 +81,7 @@ def packed_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
 
 
 def _positions(model: Any, batch: PackedBatch, images: Sequence[ImageTensors]) -> Tensor:
-    """``[1, T]`` position ids, or ``[3, 1, T]`` where the model gives the tokens of an image several dimensions."""
+    """``[1, T]`` position ids; ``[3, 1, T]`` (time, height, width) if the model has a rule of its own for images."""
     index = batch.layout.index
     rule = getattr(model.base_model, "get_rope_index", None)
     if rule is None or not images:
@@ -82,7 +93,7 @@ def _positions(model: Any, batch: PackedBatch, images: Sequence[ImageTensors]) -
     given = {name: tensor for name, tensor in forward_inputs(model, rows.input_ids, several).items() if name in names}
     by_row, _ = rule(rows.input_ids, attention_mask=rows.attention_mask, **given)  # [3, R, L]
     flat = by_row.new_empty(len(by_row), batch.tokens)
-    flat[:, index.key_index] = by_row[:, rows.attention_mask.bool()]  # a prompt's positions several times, the same
+    flat[:, index.key_index] = by_row[:, rows.attention_mask.bool()]  # a prompt's several times, with equal values
     return flat[:, None]
 
 
@@ -91,7 +102,7 @@ def _arguments(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
 
 
 def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors along dimension 0, padded with zeros at the ends of the others where images differ in size."""
+    """Tensors joined along dimension 0; the ends of their other dimensions are padded with zeros to equal sizes."""
     sizes = [max(each) for each in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     return torch.cat(
         [

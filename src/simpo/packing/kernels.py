@@ -70,7 +70,7 @@ def by_segment(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayou
 
 
 def _blocks_of_keys(layout: AttentionLayout) -> Iterator[Tensor | None]:
-    """For each segment the ``blocks`` of its keys."""
+    """For each segment, ``[keys]`` of the layout's ``blocks``; None if there are none."""
     if layout.blocks is None:
         return repeat(None)
     return iter(layout.blocks[layout.index.key_index].split(layout.key_sizes))
@@ -84,7 +84,7 @@ def repeat_heads(states: Tensor, groups: int) -> Tensor:
 def _visible(queries: int, keys: int, window: int | None, blocks: Tensor | None, device: torch.device) -> Tensor:
     """``[queries, keys]`` causal mask aligned bottom-right, with a sliding window where there is one.
 
-    The keys of one of the ``blocks``, ``[keys]``, also see what follows in it.
+    Keys with the same number in ``blocks``, ``[keys]``, see one another in both directions; -1 stands for no block.
     """
     row = torch.arange(keys - queries, keys, device=device)[:, None]
     column = torch.arange(keys, device=device)

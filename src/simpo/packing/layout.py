@@ -18,7 +18,7 @@ from torch import Tensor
 
 # ---- One comparison as token ids: a prompt and its K responses.
 
-# One image by the names of the forward's arguments, such as ``pixel_values``; several are joined along dimension 0.
+# The tensors of one image by the names of the model's arguments, such as ``pixel_values``; dimension 0 joins images.
 ImageTensors = Mapping[str, Tensor]
 
 
@@ -45,8 +45,8 @@ class TokenizedComparison:
         response_ids: K lists of at least one token each.
         scored: for each response which of its tokens are scored, at least one; ``None`` means all. In a conversation of
             several turns the response is everything after the prompt, later turns of the user included.
-        images: the images whose tokens are among the ids, in order: the tensors by which each one enters the model's
-            forward. Only a single response may hold some of them.
+        images: the tensors of each image whose tokens are among the ids, in their order. Tokens of images in a response
+            are allowed only if it is the only one (a conversation of several turns).
 
     Raises:
         ValueError: an empty prompt, no response, an empty response, or ``scored`` of another shape or without a token.

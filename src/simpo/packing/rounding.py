@@ -25,10 +25,10 @@ def computes_in(model: nn.Module) -> torch.dtype:
 
 @contextmanager
 def precision(device: torch.device, *, autocast: bool) -> Iterator[None]:
-    """Inside, products are computed in autocast's type if ``autocast``, and otherwise in the type of their inputs.
+    """A context in which products are computed in autocast's type, or without ``autocast`` in their inputs' type.
 
-    The latter also where a run lets PyTorch round fp32 to TF32 (``tf32``, ``torch_compile``), whose three digits could
-    not be told from a mistake.
+    Without autocast, fp32 is not rounded to TF32 even if the run allows it (``tf32``, ``torch_compile``): with three
+    digits, rounding cannot be told from a mistake.
     """
     with torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), enabled=autocast):
         if autocast:
@@ -42,7 +42,7 @@ def precision(device: torch.device, *, autocast: bool) -> Iterator[None]:
             yield
         finally:
             for each, value in zip(chosen, own, strict=True):
-                each.fp32_precision = "none" if value == common else value  # "none": the common one
+                each.fp32_precision = "none" if value == common else value  # with "none", the common setting applies
 
 
 def rounding_tolerance(rounding: float, dtype: torch.dtype) -> float:

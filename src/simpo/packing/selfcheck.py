@@ -160,7 +160,10 @@ def _sample(comparisons: Sequence[TokenizedComparison]) -> PackedBatch:
 
 
 def _shortened(comparison: TokenizedComparison, prompt: int) -> TokenizedComparison:
-    """The last tokens of the prompt and the first of the responses; one with images as it is, so that none is cut."""
+    """A comparison with the last ``prompt`` tokens of its prompt and the first four of each response.
+
+    One with images is returned unchanged, because a cut could go through an image.
+    """
     if comparison.images:
         return comparison
     return TokenizedComparison(comparison.prompt_ids[-prompt:], [ids[:4] for ids in comparison.response_ids])

@@ -162,7 +162,7 @@ def card_at_hand() -> Card | None:
         return None
     found = torch.cuda.get_device_properties(0)
     memory, matching = float(found.total_memory), []
-    for card in CARDS.values():  # whole words: an L40 is no L4, and an H100 with 80 GB no H10080
+    for card in CARDS.values():  # by whole words: an "L40" is not an L4
         model = card.name.rpartition("-")[0]
         if re.search(rf"\b{model.replace('-', '[ -]')}\b", found.name, re.IGNORECASE):
             matching.append((len(model), -abs(card.memory - memory), card))

@@ -263,7 +263,10 @@ class RunFolder:
         logging.getLogger().addHandler(self._log)
 
     def _other_versions(self) -> str:
-        """The packages whose versions were others at the last start, which may record and compute other things."""
+        """The packages whose versions have changed since the last start, with their earlier versions.
+
+        Another version may have other settings in a run's identity, and compute other numbers.
+        """
         path, now = self.path / _ENVIRONMENT, manifest.versions()
         with suppress(SimpoError), third_party(path.name):  # without it, the message is less helpful
             then = json.loads(path.read_text(encoding="utf-8"))["packages"]
@@ -414,9 +417,10 @@ class RunFolder:
 
 
 def _find_damage(run: Path, *, hashes_all: bool) -> str | None:
-    """The first damage of a finished run, whose last write was that it has finished, or of what is within it, as text.
+    """A description of the first damaged file of a finished run; None if there is none.
 
-    Runs and checkpoints within a run have manifests of their own.
+    Without ``hashes_all``, contents are compared only of files that are newer than ``run.json``, which a run writes last.
+    Runs and checkpoints within the run have manifests of their own.
     """
     since = None if hashes_all else (run / FILE_NAME).stat().st_mtime_ns
     for folder in [run, *(path.parent for path in run.glob("*/**/" + manifest.FILE_NAME))]:

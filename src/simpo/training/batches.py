@@ -40,7 +40,7 @@ _COLUMNS = (
     *("prompt_ids", "response_ids", "scored", "scores", "label"),
     *(IMAGES, DIGESTS, MISMATCHED_IDS, MISMATCHED_REF_LOGP, *_LISTS, *_NUMBERS),
 )
-_ILLUSTRATED = 2  # rows with images among those by which the fast path is checked
+_ILLUSTRATED = 2  # rows with images that are added to those on which the fast path is checked
 _ROWS_NAMED = 5  # in an error message about several rows
 
 
@@ -104,7 +104,7 @@ class PlannedBatch(NamedTuple):
         rows: ``C`` row numbers in the data set.
         step_weight: of all comparisons of the optimizer step, over its micro-batches and ranks: the loss's denominator.
         pairs: the ordered pairs of the comparisons; single responses have none.
-        scores: ``[R]`` float64, of the responses; those of a pair without scores are 0 and minus infinity.
+        scores: ``[R]`` float64, scores of the responses; a pair without scores among rankings has 0 and minus infinity.
         ref_logps: ``[R]`` float64, log-probabilities under the reference.
         labels: ``[C]`` bool, whether a single response is desirable.
         mismatched: each prompt with one response to another prompt, ``C`` in all.
@@ -225,9 +225,9 @@ def comparisons_of(
 def comparisons_to_check(
     model: nn.Module, datasets: Sequence[Dataset], reader: ImageReader | None = None
 ) -> list[TokenizedComparison]:
-    """The rows that the self-check chooses from: the first ones of the first data set and its longest.
+    """The rows that the self-check chooses from: the first and the longest ones of the first data set.
 
-    If some data set has images, as one to evaluate on alone may, a few of its rows with images are among them.
+    A few rows with images are added from the first data set that has any, which may be one for evaluation only.
     """
     rows = datasets[0]
     numbers = rows_to_check(model, row_sizes(rows, "packed").lengths.tolist())

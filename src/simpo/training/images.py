@@ -1,4 +1,4 @@
-"""Images of tokenized rows: whether there are any, whether a model takes them, and their tensors for batches."""
+"""Images of tokenized rows: which rows have any, whether a model can be trained on them, and their tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,13 @@ def rows_with_images(rows: Dataset) -> np.ndarray:
 def image_reader(
     model: nn.Module, processing_class: Any, datasets: Sequence[Dataset | None], args: Any
 ) -> ImageReader | None:
-    """The reader of images; None if no tokenized row has any, for which the parts that text does not use are frozen.
+    """The reader of the images of tokenized rows; None if there are none, and the parts for images are frozen then.
+
+    Args:
+        model: the model to be trained.
+        processing_class: the model's processor; anything else is an error if there are images.
+        datasets: tokenized rows to train and evaluate on; None where there are none.
+        args: the training arguments.
 
     Raises:
         SimpoError: there is no processor, or the model or this kind of training does not take images.
@@ -64,7 +70,15 @@ def image_reader(
 
 
 def image_tensors(columns: Mapping[str, Any], reader: ImageReader | None) -> list[tuple[ImageTensors, ...]]:
-    """For each of a batch of tokenized rows, as columns, its images."""
+    """The images of each row of a batch.
+
+    Args:
+        columns: of the tokenized rows.
+        reader: of the images; None if the rows that the trainer was made with have none.
+
+    Raises:
+        SimpoError: an image without a reader, one whose file cannot be read, or one that has changed.
+    """
     count = len(columns["prompt_ids"])
     several = zip(columns.get(IMAGES) or [[]] * count, columns.get(DIGESTS) or [[]] * count, strict=True)
     found: list[tuple[ImageTensors, ...]] = []

@@ -166,9 +166,9 @@ def _prepare(
 
 
 def prepare_data(kind: type[PackedTrainer], job: TrainingJob) -> tuple[Any, dict[str, Dataset], dict[str, Prepared]]:
-    """The tokenizer, and the rows for ``train`` and, if there are any, ``eval``: as they were read, and tokenized.
+    """The tokenizer or, for rows with images, the processor; and the rows as they were read, and tokenized.
 
-    For rows with images it is the processor.
+    Both hold the rows of ``train`` and, if any are named, of ``eval``.
     """
     name, template = job.model.model_name_or_path, job.data.chat_template
     processing: Any = load_tokenizer(

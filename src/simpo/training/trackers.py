@@ -48,7 +48,7 @@ class Trackers(RunCallback):
             trainer.args.run_name = self._part if name is None else f"{name}-{self._part}"
 
     def before_training(self, trainer: Trainer, *, resumed: bool) -> None:
-        if trainer.is_world_process_zero():  # only those of trackers, because others may refer to the model
+        if trainer.is_world_process_zero():  # no other callbacks, which may keep the model in memory
             self._callbacks = [one for one in trainer.callback_handler.callbacks if isinstance(one, _KINDS)]
         for callback in self._callbacks:
             if (
@@ -92,7 +92,7 @@ class Trackers(RunCallback):
                         )
 
     def close(self) -> None:
-        """End the run where a tracker leaves it open: W&B would send the next part's curves to it."""
+        """End the runs that trackers leave open: W&B would add the next part's curves to the same run."""
         for callback in self._callbacks:
             if isinstance(callback, WandbCallback) and callback._wandb.run is not None:
                 callback._wandb.finish()
@@ -141,11 +141,11 @@ class Trackers(RunCallback):
 
 @contextmanager
 def track_part(name: str, folder: Path) -> Iterator[Trackers]:
-    """Trackers of a part of a larger run, such as a trial of a sweep: it is a run of its own for them.
+    """Track a part of a larger run, such as a trial of a sweep, as a run of its own.
 
     Args:
-        name: of the part.
-        folder: whose results are the part's outcome, once the body is done.
+        name: the name of the part.
+        folder: the folder whose results are published when the body has ended without an error.
     """
     trackers = Trackers(name)
     try:
