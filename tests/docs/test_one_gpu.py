@@ -68,7 +68,6 @@ def test_every_command_works(tmp_path, monkeypatch, capsys) -> None:
     }
 
 
-@pytest.mark.exhaustive
 def test_the_table_is_what_the_plan_computes(tmp_path) -> None:
     """To the digit that is shown."""
     write_llama(tmp_path)

@@ -140,16 +140,20 @@ class StepPlan:
 
     def step(self, order: np.ndarray, number: int, rank: int = 0) -> Step:
         """Rank ``rank``'s share of step ``number`` of the epoch with row order ``order``."""
+        return self.step_of_ranks(order, number)[rank]
+
+    def step_of_ranks(self, order: np.ndarray, number: int) -> list[Step]:
+        """The shares of all ranks, as :meth:`step` returns them."""
         rows = order[number * self.rows_per_step : (number + 1) * self.rows_per_step]
         shares = [np.array(share, dtype=int) for share in _balance(rows, self.lengths, self.world_size)]
-        filler = int(rows[np.argmin(self.lengths[rows])])
-        micro_batches = []
-        for members in self._split(shares)[rank]:
-            if members:
-                micro_batches.append(MicroBatch(tuple(members), tuple(self._weights(members).tolist())))
-            else:  # this rank has less to do, but every rank must make the same number of forwards
-                micro_batches.append(MicroBatch((filler,), (0.0,)))
-        return Step(tuple(micro_batches), float(self._weights(rows).sum()))
+        # a rank that has less to do makes as many forwards as the others, with a row that counts nothing
+        filler = MicroBatch((int(rows[np.argmin(self.lengths[rows])]),), (0.0,))
+        total = float(self._weights(rows).sum())
+
+        def micro_batch(members: list[int]) -> MicroBatch:
+            return MicroBatch(tuple(members), tuple(self._weights(members).tolist())) if members else filler
+
+        return [Step(tuple(map(micro_batch, groups)), total) for groups in self._split(shares)]
 
     def _weights(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         return np.ones(len(rows)) if self.weights is None else self.weights[np.asarray(rows)].astype(float)

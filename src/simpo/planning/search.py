@@ -103,8 +103,7 @@ class Work:
         order, found = plan.order(0), []
         steps = min(plan.steps, _STEPS)
         for number in range(steps):
-            for rank in range(world_size):
-                found += [micro.rows for micro in plan.step(order, number, rank).micro_batches]
+            found += [micro.rows for step in plan.step_of_ranks(order, number) for micro in step.micro_batches]
         widths = [sizes.together(rows) for rows in found]
         heaviest = found[int(np.argmax(widths))]
         return Batches(
@@ -213,11 +212,15 @@ class Planner:
             tightest=tightest,
         )
 
+    @cached_property
+    def _kept_by_torch(self) -> Kept:
+        return measure_kept(self.blueprint, self.setup)
+
     @cache  # noqa: B019
     def _kept(self, sharding: Sharding) -> Kept:
         """The memory that stays allocated from step to step, before anything is sharded."""
         if sharding not in ("zero2", "zero3") or self.setup.autocast is None:
-            return measure_kept(self.blueprint, self.setup)
+            return self._kept_by_torch
         # DeepSpeed trains in half precision, and its optimizer has an fp32 copy of the weights.
         half = measure_kept(replace(self.blueprint, dtype=self.setup.autocast), self.setup)
         copy = measure_kept(replace(self.blueprint, dtype=torch.float32), self.setup)
@@ -243,19 +246,12 @@ class Planner:
 
         Gradients are there before, or part of the peak.
         """
-        count, kept = self.machine.gpus, self._kept(sharding)
-        weights = 1 / count if sharding in ("fsdp", "zero3") else 1.0
-        share = self._share(sharding)
-        found = {
-            "weights": kept.weights * weights,
-            "reference": kept.gradients * weights if self.setup.reference or self.setup.divergence else 0.0,
-            "gradients": kept.gradients * share,
-            "optimizer": kept.states * share,
-            "activations": peak - (0.0 if gradients_first else kept.gradients * share),
-            "sharing": 0.0,
-        }
+        count, gradients = self.machine.gpus, self._kept(sharding).gradients
+        found = self._states(sharding)
+        found["activations"] = peak - (0.0 if gradients_first else found["gradients"])
+        found["sharing"] = 0.0
         if sharding == "ddp":
-            found["sharing"] = kept.gradients
+            found["sharing"] = gradients
         elif sharding == "fsdp":  # what is gathered: a layer and the next one, and what no layer has
             found["sharing"] = step.outside_layers + 2 * step.largest_layer
         elif sharding in ("zero2", "zero3"):
@@ -264,6 +260,17 @@ class Planner:
             found["context"] = CONTEXT + (COMMUNICATION if count > 1 else 0.0)
             found["fragmentation"] = FRAGMENTATION * sum(found.values())
         return found
+
+    def _states(self, sharding: Sharding) -> dict[str, float]:
+        """Bytes of a process that stay allocated from step to step, by what they are for."""
+        kept, share = self._kept(sharding), self._share(sharding)
+        weights = 1 / self.machine.gpus if sharding in ("fsdp", "zero3") else 1.0
+        return {
+            "weights": kept.weights * weights,
+            "reference": kept.gradients * weights if self.setup.reference or self.setup.divergence else 0.0,
+            "gradients": kept.gradients * share,
+            "optimizer": kept.states * share,
+        }
 
     def _seconds(self, choice: Choice, batches: Batches) -> float | None:
         """Seconds of an optimizer step with ``batches``, in proportion to the tokens of those of ``choice``."""
@@ -331,6 +338,8 @@ class Planner:
         by_budget = {budget: self.work.batches(budget, self.machine.gpus) for budget in budgets}
         found: list[tuple[tuple[float, ...], Choice]] = []
         for place, sharding in enumerate(shardings):
+            if sum(self._states(sharding).values()) > self.capacity:
+                continue  # without tracing a step, which takes a second or two
             again = self.estimate(Choice(middle, 1.0, sharding))
             if again.total - again.memory["activations"] > self.capacity:
                 continue
