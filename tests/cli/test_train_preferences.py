@@ -124,7 +124,7 @@ def test_another_objective_finds_the_reference(chat_world, tmp_path):
             "rows are bad, more than 1%; fix them (numbers.jsonl:1: label",
         ),
         ({"dataset_name": "equal"}, "rows are bad, more than 1%; fix them (equal.jsonl:1: all scores are equal"),
-        ({"dataset_name": "missing"}, "responses without scores, which say how they are ranked"),
+        ({"dataset_name": "missing"}, "responses without scores, by which they are ranked"),
         ({"dataset_name": "same", "objective": "kto"}, "train: all prompts are the same"),
         ({"dataset_name": "tagged", "objective": "kto"}, "for objectives kto and bco also {prompt, completion, label}"),
     ],

@@ -78,8 +78,8 @@ def _keep_stderr_for_errors() -> None:
     from rich.console import Console  # noqa: PLC0415 - slow, and the overview does not need it
 
     logging.basicConfig(handlers=[_Notices(), EarlyNotices()], level=logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # ten lines of retries; the error says enough
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # damaged files; the error says it
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # ten lines of retries; the error is enough
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # damaged files, which the error reports
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import: an optional kernel is missing
     Console.on_broken_pipe = _raise_again  # type: ignore[method-assign, assignment]
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -141,7 +141,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _shortened(line: str) -> str:
-    """A line that quotes somebody's data, without most of the data; the run's log has all of it."""
+    """A line that quotes a user's data, without most of the data; the run's log has all of it."""
     left_out = len(line) - _LONGEST_LINE
     return line if left_out <= 0 else f"{line[:_LONGEST_LINE]}... ({left_out:,} more characters)"
 

@@ -49,7 +49,7 @@ _SIMPO = {
     "eval_strategy": "steps",
     "eval_steps": 20,
 }
-# The world is judged by what the models themselves would say: samples from the unmodified distribution.
+# Answers are samples from the models' own distribution, without temperature or truncation.
 _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 48, "chunk_size": 128}
 _SAMPLES, _ANSWERS = {"n": 6} | _SAMPLING, {"n": 4} | _SAMPLING
 _PERCENTILES = (10, 50, 90)  # of the change in score: the prompts that are shown

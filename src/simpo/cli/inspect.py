@@ -193,7 +193,7 @@ def _span(counts: Sequence[int]) -> str:
 
 
 def _print_examples(console: Console, shown: list[Example]) -> None:
-    # Without colors the marks alone say what is scored.
+    # Without colors, only the marks show what is scored.
     colored = console.color_system is not None and not console.no_color
     opening, closing = ("", "") if colored else (">>>", "<<<")
     how = "highlighted" if colored else f"between {opening} and {closing}"

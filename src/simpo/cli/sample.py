@@ -37,7 +37,7 @@ class ServerSettings:
 
     base_url: str | None = setting(None, "The server, e.g. http://127.0.0.1:8000/v1.")
     api_key_env: str = setting(
-        "OPENAI_API_KEY", "Environment variable that holds its key; a server on this machine needs none."
+        "OPENAI_API_KEY", "Environment variable with its key; a server on this machine needs none."
     )
     concurrency: int = setting(8, "Requests at a time.")
     timeout: float = setting(600.0, "Seconds that a reply may take.")

@@ -40,7 +40,7 @@ def unsupported(default: Any, remedy: str) -> Any:
 
 
 def without_effect(default: Any, why: str) -> Any:
-    """A field whose values other than the default cause a warning that says why they have no effect."""
+    """A field whose values other than the default cause a warning with the reason why they have no effect."""
     return setting(default, "Has no effect here.", without_effect=why)
 
 

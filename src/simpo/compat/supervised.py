@@ -30,7 +30,7 @@ class SFTConfig(TRLKeys, configs.SFTConfig):  # type: ignore[misc, valid-type]
     assistant_only_loss: bool = setting(False, "Train on the assistant's turns of a conversation only.")
     loss_type: str = setting("nll", "nll.")
     packing: bool = unsupported(
-        False, "rows are never padded here, and a step has as many as the batch size says; leave it out"
+        False, "rows are never padded here, and the batch size is the number of rows in a step; leave it out"
     )
     packing_strategy: str = without_effect("bfd", "it belongs to packing")
     eval_packing: bool | None = unsupported(None, "rows are never padded here; leave it out")

@@ -100,7 +100,7 @@ def _origin(kind: Any) -> Any:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """Convert to one type that is not a union; a ValueError, whose text is not shown, says that it does not fit."""
+    """Convert to one type that is not a union; ValueError, whose text is not shown, if the value does not fit."""
     for choice in choices_of(kind):
         if value is False and choice in ("no", "off"):  # as which YAML 1.1 reads these words
             return kind(choice) if isinstance(kind, type) else choice

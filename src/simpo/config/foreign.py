@@ -1,7 +1,7 @@
 """Keys of other toolkits and older spellings of ours: translated, or named in the error.
 
 A key with an exact counterpart is translated, one that cannot affect the result is dropped, both with a notice. Every
-other known key is an error that says what to write instead; if its value switches it off, it is dropped.
+other known key is an error that names what to write instead; if its value switches it off, it is dropped.
 """
 
 from __future__ import annotations

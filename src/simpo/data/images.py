@@ -177,7 +177,7 @@ def _content(reference: Reference) -> bytes:
 
 
 def _kind(error: Exception) -> str:
-    """What an error says, without the file's name, so that rows with the same fault are counted together."""
+    """The text of an error without the file's name, so that rows with the same fault are counted together."""
     return error.strerror or type(error).__name__ if isinstance(error, OSError) else one_line(error)
 
 

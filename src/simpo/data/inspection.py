@@ -40,7 +40,7 @@ class Inspection:
         contradicted: pairs whose reverse, with the responses exchanged, is also in the data.
         identical: pairs with equal responses, including those that were bad rows because of it.
         one_bos: share of prompts with exactly one BOS, at the front; ``None`` if the model has no BOS.
-        ended: share of responses that end with a token that ends a turn and hold it once.
+        ended: share of responses that end with an end-of-turn token and contain it only once.
     """
 
     report: DataReport

@@ -43,7 +43,7 @@ def read_messages(
 
     Null fields, which Arrow adds, and system messages without content are left out. Content is text: parts of text are
     joined, and a message with tool calls or reasoning and no content has ``""``. Tool calls are ``{"type", "function":
-    {"name", "arguments"}, ...}``. The key ``train`` is present if the message says whether it is trained on. ``value``
+    {"name", "arguments"}, ...}``. The key ``train`` is present if the message has one of its names. ``value``
     is text, one message or a list of messages, which error messages call ``name``. With ``images``, content may include
     parts of type ``image``, each of which becomes the character :data:`IMAGE`.
 

@@ -90,7 +90,7 @@ def _without_nulls(value: Any) -> Any:
 def as_dataset(rows: object, name: str) -> Dataset:
     """Rows that were given in Python as one data set.
 
-    Anything but a data set or a list of rows is an error that says what to pass.
+    Anything but a data set or a list of rows is an error that explains what to pass.
     """
     if isinstance(rows, Dataset):
         return rows

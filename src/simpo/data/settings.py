@@ -105,7 +105,7 @@ STILL_OVERLONG = "longer than max_length even if its prompt is cut"
 def fit(
     prompt: list[int], responses: list[list[int]], settings: TokenizeSettings, bos: int | None
 ) -> tuple[list[int], list[list[int]], list[str]]:
-    """Cut or drop one comparison as the settings say.
+    """Cut or drop one comparison according to the settings.
 
     Args:
         prompt: ids, with BOS in front if the model has one.
@@ -143,7 +143,7 @@ def fit(
 def fit_turns(
     prompt: list[int], response: list[int], ends: Sequence[int], settings: TokenizeSettings, bos: int | None
 ) -> tuple[list[int], list[list[int]], list[str]]:
-    """Cut or drop one conversation as the settings say.
+    """Cut or drop one conversation according to the settings.
 
     The first turns of the assistant are kept, as many as fit; if not even the first one fits, it is fitted alone.
 

@@ -78,7 +78,7 @@ _VERDICTS: dict[tuple[str, ...], Callable[[Any], int | None]] = {
     ("response_a", "response_b", "winner"): _by_name,
     ("conversation_a", "conversation_b", "winner"): _by_name,
 }
-# Labels of feedback: columnar files hold them as numbers, and CSV files as text.
+# Labels of feedback: columnar files store them as numbers, and CSV files as text.
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 # Keys that tell a message, of either kind, or a part of its content.
 _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"}, {"type", "text"})
@@ -265,7 +265,7 @@ def _read_verdict(row: Row, names: tuple[str, ...], *, answers: bool) -> None:
     try:
         better = _VERDICTS[names](row[names[2]])
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise BadRow(f"{names[2]} does not say which response is better") from error
+        raise BadRow(f"{names[2]} does not name the better response") from error
     if better is None:
         raise Tie(f"{names[2]} is a tie")
     pair = [row.pop(name) for name in names[:2]]

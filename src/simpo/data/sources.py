@@ -183,7 +183,7 @@ def _load_from_hub(name: str, split: str, config: str | None) -> Dataset:
     label = f"{name}[{split}]"
     if not len(dataset):
         raise SimpoError(f"{label}: no rows")
-    # The builder's own fingerprint tells configurations and revisions apart.
+    # The builder's own fingerprint distinguishes configurations and revisions.
     return with_where(dataset, label, _digest([], f"{label}\0{config}\0{dataset._fingerprint}"))
 
 

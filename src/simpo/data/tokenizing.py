@@ -475,7 +475,7 @@ def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
 def _processes(rows: int, wanted: int | None) -> int | None:
     """Processes to map with; ``None`` is this one."""
     if wanted is None:
-        # macOS and Windows cannot say which cores a process may use.
+        # macOS and Windows cannot report which cores a process may use.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         wanted = min(cores, rows // _ROWS_PER_PROCESS)
     return wanted if rows >= _SMALL and wanted > 1 else None

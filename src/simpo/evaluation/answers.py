@@ -159,7 +159,7 @@ class Answer:
 
     model: str
     turns: tuple[str, ...]  # the text of every turn
-    tokens: int | None = None  # length by the benchmark's tokenizer; None where the file does not say
+    tokens: int | None = None  # length by the benchmark's tokenizer; None if the file does not give it
 
     @property
     def text(self) -> str:

@@ -200,7 +200,7 @@ class Generations(RunCallback):
                 f"eval_generations: no held-out prompt has at most {room:,} tokens, half of max_length or of the "
                 "model's context, which leaves the same to an answer; raise max_length or set it to 0"
             )
-        few = f" (no more have at most {room:,} tokens)" if len(found) < count else ""
+        few = f" (no others have at most {room:,} tokens)" if len(found) < count else ""
         chosen = np.random.default_rng(self._config.seed).permutation(len(found))[:count]
         self._log(
             f"eval_generations: {len(chosen):,} held-out prompts{few} are answered at every evaluation, in at most "

@@ -161,7 +161,7 @@ def read_items(data: str, split: str) -> list[Item]:
 
 
 # ---- Scores of the subsets. Sources: Malik et al., arXiv 2506.01937, section 3; allenai/reward-bench,
-# rewardbench/utils.py (reroll_and_score_dataset, process_single_model), which also says what counts in a draw.
+# rewardbench/utils.py (reroll_and_score_dataset, process_single_model), which also defines how a draw counts.
 
 
 def item_terms(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> Terms:

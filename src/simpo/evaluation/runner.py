@@ -65,7 +65,7 @@ class Benchmark(Protocol):
         ...
 
     def measure(self, run: RunFolder) -> list[Metric]:
-        """Do the work in the folder of the run, continuing what is there."""
+        """Do the work in the folder of the run, and continue an unfinished run."""
         ...
 
 
@@ -126,7 +126,7 @@ class BenchmarkSettings(ABC):
     markdown: Path | None = setting(None, "Also write the results, and published ones, to this Markdown file.")
 
     def model_arguments(self, model: str) -> ModelArguments:
-        """A model, loaded as the settings say."""
+        """A model, loaded according to the settings."""
         return replace(self.loading, model_name_or_path=model)
 
     @abstractmethod
@@ -146,7 +146,7 @@ class AnswerSettings(BenchmarkSettings):
     rendering: RenderSettings = field(default_factory=RenderSettings)
 
     def answerer(self, model: str) -> Answerer:
-        """A model that answers as the settings say."""
+        """A model that answers according to the settings."""
         return Answerer(self.model_arguments(model), self.sampling, self.chat_template, self.engine, self.rendering)
 
 

@@ -304,6 +304,4 @@ def _peer_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise SimpoError(
-            "another process has ended; its own message says why, and the same command continues"
-        ) from error
+        raise SimpoError("another process has ended and reported the reason; the same command continues") from error

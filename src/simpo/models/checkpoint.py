@@ -61,7 +61,7 @@ class Limits:
 
     Attributes:
         positions: most tokens of a text; None if there is no bound (no positions, ALiBi, dynamic RoPE scaling).
-        embeddings: number of token ids; None if the configuration does not say.
+        embeddings: number of token ids; None if the configuration does not give it.
     """
 
     positions: int | None

@@ -60,7 +60,7 @@ _FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flas
 def load_model(name: str, arguments: ModelArguments | None = None) -> PreTrainedModel | PeftModel:
     """A causal language model, under an adapter if ``name`` is one or ``use_peft`` asks for a new one.
 
-    Weights are fp32 unless ``dtype`` says otherwise: at the learning rates of preference optimization most of Adam's
+    Weights are fp32 unless ``dtype`` is given: at the learning rates of preference optimization most of Adam's
     updates round to nothing in bf16 weights. ``bf16: true`` computes in bf16 from fp32 weights. An adapter's weights
     are always fp32, and a new one's are drawn from torch's generator.
 

@@ -195,7 +195,7 @@ def find_head(model: PreTrainedModel) -> Head | None:
 
 
 def plain_head(model: PreTrainedModel) -> Head | None:
-    """The output layer if the self-check confirmed what :func:`find_head` says, otherwise None."""
+    """The output layer that :func:`find_head` found if the self-check confirmed it, otherwise None."""
     return find_head(model) if state_of(model).fused_head else None
 
 
@@ -204,7 +204,7 @@ def _plain_output_layer(model: PreTrainedModel) -> nn.Linear | None:
     module = causal.get_output_embeddings()
     if not isinstance(module, nn.Linear) or causal.base_model is causal:
         return None
-    own = module.__dict__.get("forward")  # ours, or a hook of somebody else's
+    own = module.__dict__.get("forward")  # ours, or a hook that another library installed
     ours = own is None or getattr(own, "__func__", None) is _logits_or_computation
     # not compared by type, because FSDP makes a subclass of it
     return module if ours and type(module).forward is nn.Linear.forward else None

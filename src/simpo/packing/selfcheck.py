@@ -300,7 +300,7 @@ def _judge(
                 separate[autocast] = found
     if not state.fused_head:
         state.reasons.append(f"its output layer is not a plain matrix product: {kind.without_head}")
-        if kind.compared is not kind.fused_outputs:  # hidden states say nothing about outputs of an unknown layer
+        if kind.compared is not kind.fused_outputs:  # hidden states do not determine the outputs of an unknown layer
             return "padded"
         separate = {}  # the outputs are computed in another way from now on
     for autocast in expected:

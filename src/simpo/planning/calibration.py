@@ -84,7 +84,7 @@ def fit_rates(samples: Sequence[tuple[Cost, float]]) -> Rates:
     features = np.array([np.array(astuple(cost)) / seconds for cost, seconds in samples])
     scale = features.max(axis=0)
     if missing := [one.name for one, most in zip(fields(Cost), scale, strict=True) if not most]:
-        raise SimpoError(f"--calibrate: the measured steps have nothing of the kind {', '.join(missing)}")
+        raise SimpoError(f"--calibrate: the measured steps contain no operations of the kind {', '.join(missing)}")
     solution, _ = nnls(features / scale, np.ones(len(samples)))
     product, attention, moved, overhead = np.maximum(solution / scale, 1e-30)
     return Rates(1 / product, 1 / attention, 1 / moved, overhead)

@@ -162,7 +162,7 @@ def _fake(batch: PackedBatch, kernel: kernels.Kernel | None) -> PackedBatch:
 
 @contextmanager
 def _phases(stand_in: StandIn, numbers: Sequence[int], tracer: Tracer, share: float) -> Iterator[None]:
-    """Inside, the phase of ``tracer`` says which layer computes, and in which direction.
+    """A context in which the phase of ``tracer`` names the layer that computes, and the direction.
 
     Gradients of layers count as a ``share`` of their bytes once they are complete.
     """

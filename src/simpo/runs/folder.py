@@ -419,7 +419,7 @@ class RunFolder:
 def _find_damage(run: Path, *, hashes_all: bool) -> str | None:
     """A description of the first damaged file of a finished run; None if there is none.
 
-    Without ``hashes_all``, contents are compared only of files that are newer than ``run.json``, which a run writes last.
+    Without ``hashes_all``, only files that are newer than ``run.json``, which a run writes last, are read and compared.
     Runs and checkpoints within the run have manifests of their own.
     """
     since = None if hashes_all else (run / FILE_NAME).stat().st_mtime_ns

@@ -223,9 +223,10 @@ def _exp(x: float) -> float:
 def compare_rewards(before: Scores, after: Scores) -> list[Metric]:
     """Means over the rows, the accuracy by which response is longer, and how well confidence is calibrated.
 
-    The Brier score (1950) is the mean of ``(1 - p)**2``: 0 at best, 0.25 for a model that always says 0.5. The expected
-    calibration error is the mean difference between confidence and accuracy over the bins (Guo et al. 2017, arXiv
-    1706.04599, equation 3), with rows resampled for its interval. Confidence is the probability of the higher reward.
+    The Brier score (1950) is the mean of ``(1 - p)**2``: 0 at best, 0.25 for a model that always predicts 0.5. The
+    expected calibration error is the mean difference between confidence and accuracy over the bins (Guo et al. 2017,
+    arXiv 1706.04599, equation 3), with rows resampled for its interval. Confidence is the probability of the higher
+    reward.
     """
     metrics = compare_preferences(before, after)
     for stage, scores in _stages(before, after):

@@ -450,7 +450,7 @@ class _StepSampler(Sampler):
         return self._trainer._schedule.steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # the trainer's own step count says which pass starts, also after a resume
+        # the trainer's own step count determines which pass starts, also after a resume
         epoch = self._trainer.state.global_step // len(self)
         yield from ([(epoch, step)] for step in range(len(self)))
 

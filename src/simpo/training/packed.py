@@ -241,7 +241,7 @@ class PackedTrainer(ResumableTrainer):
                 f"dataloader_drop_last: {len(rows)} rows are fewer than the {plan.rows_per_step} of a "
                 "step, so nothing would be trained; lower per_device_train_batch_size"
             )
-        # the trainer's own step count says which epoch starts, also after a resume
+        # the trainer's own step count determines which epoch starts, also after a resume
         return step_loader(rows, plan, lambda: self.state.global_step // max(plan.steps, 1), self.args, self.images)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _FORMAT = 2  # version of the cache; increase it when the same weights and tokens get other log-probabilities
 _ROWS = 512  # per file of the cache, which is written at once
 _POLICY = "policy.json"
-# Keys of a model's or adapter's configuration that say where it comes from or how it is used, not what it computes.
+# Keys of a model's or adapter's configuration that describe its origin or its use, and do not affect what it computes.
 _NO_INFLUENCE = {
     *("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"),
     *("base_model_name_or_path", "inference_mode", "revision"),

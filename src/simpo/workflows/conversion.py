@@ -138,7 +138,7 @@ def _names_a_loss(recipe: Mapping[str, Any]) -> bool:
 def _complete(found: Conversion, toolkit: Toolkit, path: Path, keys: Mapping[str, Key], *, lost: bool) -> None:
     """Add what the recipe leaves to the toolkit's defaults, and what it lacks.
 
-    ``lost`` says that its loss has no counterpart, so that no default takes the place of the objective.
+    ``lost`` means that its loss has no counterpart, so that no default objective takes its place.
     """
     values, default = found.values, f"default of {toolkit.name}"
     if found.command == "train" and lost:

@@ -56,7 +56,7 @@ class Sweep:
 
     Attributes:
         folder: of the sweep.
-        recipe: the recipe that all trials start from; None if the options say everything.
+        recipe: the recipe that all trials start from; None if the options give all settings.
         fixed: options that all trials have: the values after every ``--key``.
         axes: what is varied.
         metric: name of the metric in ``results.json`` after training, or :data:`WIN_RATE` at the last evaluation.
@@ -198,7 +198,7 @@ class _Pruned(Exception):  # noqa: N818 - not an error
 
 
 class _TrialCallback(RunCallback):
-    """Checks before training that the sweep's metric exists, and stops a trial that ``report`` says to prune."""
+    """Checks before training that the sweep's metric exists, and stops a trial if ``report`` asks to prune it."""
 
     def __init__(self, metric: str, report: Callable[[float, int], bool] | None) -> None:
         self._metric, self._report = metric, report
@@ -274,7 +274,7 @@ def rank(results: Sequence[TrialResult], *, smaller_is_better: bool) -> list[Tri
     """The finished trials, the best first; among equals the lowest number first. Repeated trials are left out.
 
     Raises:
-        SimpoError: none has finished; says why the first one failed.
+        SimpoError: no trial has finished; the message has the error of the first one.
     """
     finished = [trial for trial in results if trial.value is not None and trial.same_as is None]
     if not finished:

@@ -24,7 +24,7 @@ class Toolkit:
     Attributes:
         name: what it is called.
         marks: keys of which one is in every recipe of this toolkit and in none of the toolkits after it in the table.
-        command: the command that trains what a recipe says, from its keys and path; ValueError if there is none.
+        command: the command that trains with a recipe, from its keys and path; ValueError if there is none.
         rules: by their key.
         defaults: by command, keys of ours whose default differs, where the recipe has not set them.
     """
