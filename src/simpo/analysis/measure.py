@@ -12,29 +12,18 @@ Direction = Literal["better", "worse", "unclear", "unknown"]
 
 @dataclass(frozen=True)
 class Measure:
-    """One measurement of a run.
+    """One measurement of a run."""
 
-    Attributes:
-        label: what was measured.
-        sentence: its part of the headline, with ``{before}``, ``{after}`` and ``{n}``.
-        after: under the trained model.
-        before: under the start model; None where that does not apply.
-        change: from before to after on the same rows; None where it is not known row by row.
-        even: the value that means no difference, for measurements without ``before``.
-        verdicts: the headline's words for better, for worse, and for a change that may be due to chance.
-        share: whether it is a share, shown in percent.
-        smaller_is_better: as for a loss.
-    """
-
-    label: str
-    sentence: str
-    after: Interval
-    before: Interval | None = None
-    change: Interval | None = None
-    even: float | None = None
+    label: str  # what was measured
+    sentence: str  # its part of the headline, with `{before}`, `{after}` and `{n}`
+    after: Interval  # under the trained model
+    before: Interval | None = None  # under the start model; None where that does not apply
+    change: Interval | None = None  # from before to after on the same rows; None where it is not known row by row
+    even: float | None = None  # the value that means no difference, for measurements without `before`
+    # The headline's words for better, for worse, and for a change that may be due to chance.
     verdicts: tuple[str, str, str] = ("It got better", "It got worse", "No clear change")
-    share: bool = True
-    smaller_is_better: bool = False
+    share: bool = True  # whether it is a share, shown in percent
+    smaller_is_better: bool = False  # as for a loss
 
     @property
     def direction(self) -> Direction:

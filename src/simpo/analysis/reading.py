@@ -35,22 +35,15 @@ _LONGEST_GAP = timedelta(hours=1)  # between two lines of a log; a longer one is
 
 @dataclass
 class Run:
-    """One run folder.
+    """One run folder."""
 
-    Attributes:
-        path: the folder.
-        record: its ``run.json``.
-        metrics: of ``results.json``; empty until the run has finished.
-        logs: the lines of ``metrics.jsonl``, oldest first; numbers that were not finite are None.
-        missing: what could not be read, in sentences.
-    """
-
-    path: Path
-    record: RunRecord
+    path: Path  # the folder
+    record: RunRecord  # its `run.json`
     name: str
-    metrics: list[Metric] = field(default_factory=list)
+    metrics: list[Metric] = field(default_factory=list)  # of `results.json`; empty until the run has finished
+    # The lines of `metrics.jsonl`, oldest first; numbers that were not finite are None.
     logs: list[Row] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # what could not be read, in sentences
 
     @classmethod
     def read(cls, path: Path) -> Run:

@@ -20,22 +20,15 @@ from simpo.runs.results import fingerprint
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One request to a chat model.
+    """One request to a chat model."""
 
-    Attributes:
-        messages: the conversation, each message with ``role`` and ``content``.
-        max_tokens: longest reply.
-        temperature: sampling temperature; 0 is greedy.
-        top_logprobs: how many of the likeliest first tokens to report with their log-probabilities; None for none.
-        seed: sampling seed, for servers that accept one.
-        top_p: draw from the smallest set of tokens with this probability; None leaves it to the server.
-    """
-
-    messages: list[dict[str, str]]
-    max_tokens: int
-    temperature: float = 0.0
+    messages: list[dict[str, str]]  # the conversation, each message with `role` and `content`
+    max_tokens: int  # longest reply
+    temperature: float = 0.0  # sampling temperature; 0 is greedy
+    # How many of the likeliest first tokens to report with their log-probabilities; None for none.
     top_logprobs: int | None = None
-    seed: int | None = None
+    seed: int | None = None  # sampling seed, for servers that accept one
+    # Draw from the smallest set of tokens with this probability; None leaves it to the server.
     top_p: float | None = None
 
     def body(self, model: str) -> dict[str, Any]:
@@ -57,26 +50,18 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class ChatReply:
-    """A model's reply.
+    """A model's reply."""
 
-    Attributes:
-        text: content of the message; may be empty.
-        first_token_logprobs: the likeliest first tokens with their log-probabilities in nats; None if they were not
-            requested or the server does not report them.
-        finish_reason: why the reply ended, as the server names it.
-        prompt_tokens: tokens of the request; None if the server does not report them.
-        completion_tokens: tokens of the reply; None if the server does not report them.
-        refused: why the server refused this request, in which case the text is empty; None if it did not.
-        default_temperature: the server used its own temperature, because it refused the requested one.
-    """
-
-    text: str
+    text: str  # content of the message; may be empty
+    # The likeliest first tokens with their log-probabilities in nats; None if they were not requested or the server
+    # does not report them.
     first_token_logprobs: dict[str, float] | None = None
-    finish_reason: str | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    finish_reason: str | None = None  # why the reply ended, as the server names it
+    prompt_tokens: int | None = None  # tokens of the request; None if the server does not report them
+    completion_tokens: int | None = None  # tokens of the reply; None if the server does not report them
+    # Why the server refused this request, in which case the text is empty; None if it did not.
     refused: str | None = None
-    default_temperature: bool = False
+    default_temperature: bool = False  # the server used its own temperature, because it refused the requested one
 
     @property
     def cut_off(self) -> bool:

@@ -38,19 +38,12 @@ class Prices:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The size of the requests that are about to be sent.
+    """The size of the requests that are about to be sent."""
 
-    Attributes:
-        requests: number of requests that will be sent.
-        cached: number of requests whose replies are in the cache.
-        prompt_tokens: approximate tokens of the requests, at four characters each.
-        completion_tokens: the largest possible number of tokens of the replies.
-    """
-
-    requests: int = 0
-    cached: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    requests: int = 0  # number of requests that will be sent
+    cached: int = 0  # number of requests whose replies are in the cache
+    prompt_tokens: int = 0  # approximate tokens of the requests, at four characters each
+    completion_tokens: int = 0  # the largest possible number of tokens of the replies
 
     @classmethod
     def of(cls, missing: Iterable[ChatRequest], cached: int) -> Self:
@@ -79,31 +72,18 @@ class Estimate:
 
 @dataclass
 class Usage:
-    """Counts of what a client has sent and received so far.
+    """Counts of what a client has sent and received so far."""
 
-    Attributes:
-        sent: requests that the server answered.
-        cached: requests that the cache answered.
-        repeated: attempts that failed and were repeated.
-        prompt_tokens: tokens of the requests sent, as the server counts them.
-        completion_tokens: tokens of their replies, as the server counts them.
-        uncounted: replies without token counts.
-        refused: requests that the server refused because of their content.
-        first_refusal: the reason of the first of them.
-        cut_off: replies that the server ended before the model did, if more than one token was allowed.
-        default_temperature: replies at the server's own temperature, because it refused the requested one.
-    """
-
-    sent: int = 0
-    cached: int = 0
-    repeated: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    uncounted: int = 0
-    refused: int = 0
-    first_refusal: str = ""
-    cut_off: int = 0
-    default_temperature: int = 0
+    sent: int = 0  # requests that the server answered
+    cached: int = 0  # requests that the cache answered
+    repeated: int = 0  # attempts that failed and were repeated
+    prompt_tokens: int = 0  # tokens of the requests sent, as the server counts them
+    completion_tokens: int = 0  # tokens of their replies, as the server counts them
+    uncounted: int = 0  # replies without token counts
+    refused: int = 0  # requests that the server refused because of their content
+    first_refusal: str = ""  # the reason of the first of them
+    cut_off: int = 0  # replies that the server ended before the model did, if more than one token was allowed
+    default_temperature: int = 0  # replies at the server's own temperature, because it refused the requested one
 
     @property
     def replies(self) -> int:

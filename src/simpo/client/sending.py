@@ -47,14 +47,10 @@ class Dialect:
     """The parameters that a model accepts, as learned from its refusals.
 
     OpenAI's newer models take ``max_completion_tokens`` instead of ``max_tokens``, and only their own temperature.
-
-    Attributes:
-        exact_temperature: never leave out a temperature other than 1, the interface's default.
-        refused: parameters that the server has refused.
     """
 
-    exact_temperature: bool
-    refused: frozenset[str] = frozenset()
+    exact_temperature: bool  # never leave out a temperature other than 1, the interface's default
+    refused: frozenset[str] = frozenset()  # parameters that the server has refused
 
     def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
         """The body of a request in the form that the server accepts."""

@@ -98,42 +98,25 @@ def setting_of(cls: Any, name: str) -> Any:
 
 @dataclass(frozen=True)
 class Setting:
-    """A value that was given for a key.
-
-    Attributes:
-        key: the key.
-        value: text, None, a list of these or, from the file, a mapping; True for an option without a value.
-        place: the place in the file, ``recipe.yaml:12``; None for the command line.
-        label: place and key as written, the start of an error: ``recipe.yaml:12: beta`` or ``--beta``.
-    """
+    """A value that was given for a key."""
 
     key: str
-    value: Any
-    place: str | None
-    label: str
+    value: Any  # text, None, a list of these or, from the file, a mapping; True for an option without a value
+    place: str | None  # the place in the file, `recipe.yaml:12`; None for the command line
+    label: str  # place and key as written, the start of an error: `recipe.yaml:12: beta` or `--beta`
 
 
 @dataclass(frozen=True)
 class Key:
-    """A setting as a dataclass field declares it.
+    """A setting as a dataclass field declares it."""
 
-    Attributes:
-        name: the field's name, in a recipe and after ``--``.
-        annotation: the type that values are converted to.
-        default: ``dataclasses.MISSING`` if a value is required.
-        help: the meaning; empty if the field declares none.
-        positional: empty for a key that can only be given as ``--name``.
-        repeat: whether the option is repeated for several values.
-        owner: the dataclass that declares the field.
-    """
-
-    name: str
-    annotation: Any
-    default: Any
-    help: str
-    positional: str
-    repeat: bool
-    owner: type
+    name: str  # the field's name, in a recipe and after `--`
+    annotation: Any  # the type that values are converted to
+    default: Any  # `dataclasses.MISSING` if a value is required
+    help: str  # the meaning; empty if the field declares none
+    positional: str  # empty for a key that can only be given as `--name`
+    repeat: bool  # whether the option is repeated for several values
+    owner: type  # the dataclass that declares the field
 
 
 def keys_of(classes: Iterable[type]) -> dict[str, Key]:

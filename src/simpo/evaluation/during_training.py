@@ -67,17 +67,12 @@ _LONGEST = 2.0  # times the longer of the start model's answers and the held-out
 
 @dataclass(frozen=True)
 class AnswerStatistics:
-    """Statistics of one answer to each of several prompts.
+    """Statistics of one answer to each of several prompts."""
 
-    Attributes:
-        length: mean number of tokens, including the one that ended the answer.
-        end_of_turn_rate: share of answers that ended by themselves.
-        distinct_2: share of distinct pairs of neighboring tokens within an answer (distinct-n with n = 2: Li et al.
-            2016, arXiv 1510.03055), mean over the answers that have such a pair; NaN if none has.
-    """
-
-    length: float
-    end_of_turn_rate: float
+    length: float  # mean number of tokens, including the one that ended the answer
+    end_of_turn_rate: float  # share of answers that ended by themselves
+    # Share of distinct pairs of neighboring tokens within an answer (distinct-n with n = 2: Li et al. 2016, arXiv
+    # 1510.03055), mean over the answers that have such a pair; NaN if none has.
     distinct_2: float
 
     @classmethod

@@ -156,18 +156,13 @@ def length_controlled_win_rate(verdicts: np.ndarray, longer_by: np.ndarray, prom
 
 @dataclass(frozen=True)
 class Judged:
-    """Pairs of answers and every judge's verdicts on them.
+    """Pairs of answers and every judge's verdicts on them."""
 
-    Attributes:
-        pairs: the answers ``a`` and ``b``.
-        prompts: the number of each pair's prompt, ``[P]``.
-        verdicts: judge -> ``[P]``, 1 where ``a`` wins, 0 where ``b`` does, or between; NaN where there is no verdict.
-        margins: judge -> ``[P]``, by how much the score of ``a`` exceeds that of ``b``, of judges that score.
-    """
-
-    pairs: Sequence[Pair]
-    prompts: np.ndarray
+    pairs: Sequence[Pair]  # the answers `a` and `b`
+    prompts: np.ndarray  # the number of each pair's prompt, `[P]`
+    # Judge -> `[P]`, 1 where `a` wins, 0 where `b` does, or between; NaN where there is no verdict.
     verdicts: dict[str, np.ndarray] = field(default_factory=dict)
+    # Judge -> `[P]`, by how much the score of `a` exceeds that of `b`, of judges that score.
     margins: dict[str, np.ndarray] = field(default_factory=dict)
 
 

@@ -71,14 +71,10 @@ class RewardBenchSettings(BenchmarkSettings):
 
 @dataclass(frozen=True)
 class RewardBench:
-    """Scores all answers and computes the scores of the subsets.
+    """Scores all answers and computes the scores of the subsets."""
 
-    Attributes:
-        items: the rows.
-        models: the model, by the empty string, and the one that it is compared with, by ``against/``.
-    """
-
-    items: Sequence[Item]
+    items: Sequence[Item]  # the rows
+    # The model, by the empty string, and the one that it is compared with, by `against/`.
     models: Mapping[str, ModelArguments]
 
     def identity(self) -> dict[str, Any]:

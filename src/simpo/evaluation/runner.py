@@ -32,17 +32,11 @@ from simpo.runs.signals import interruptible
 
 
 class Entry(NamedTuple):
-    """A benchmark in the list of benchmarks.
+    """A benchmark in the list of benchmarks."""
 
-    Attributes:
-        module: of this package; it is imported on demand, because it is slow to import.
-        settings: the name of its settings dataclass there.
-        summary: one line for ``simpo evaluate --help``.
-    """
-
-    module: str
-    settings: str
-    summary: str
+    module: str  # of this package; it is imported on demand, because it is slow to import
+    settings: str  # the name of its settings dataclass there
+    summary: str  # one line for `simpo evaluate --help`
 
 
 BENCHMARKS = {

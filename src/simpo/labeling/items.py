@@ -13,19 +13,13 @@ from simpo.runs.lines import read_lines
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to judge.
+    """One thing to judge."""
 
-    Attributes:
-        id: of the pair, as ``simpo compare`` and ``simpo pair`` name pairs, or of the prompt.
-        prompt: text or messages.
-        responses: two or more answers, in the order of the file; never in the order in which they are shown.
-        columns: tools and template variables that belong to the prompt.
-    """
-
-    id: str
-    prompt: str | list[Message]
+    id: str  # of the pair, as `simpo compare` and `simpo pair` name pairs, or of the prompt
+    prompt: str | list[Message]  # text or messages
+    # Two or more answers, in the order of the file; never in the order in which they are shown.
     responses: tuple[str, ...]
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)  # tools and template variables that belong to the prompt
 
     @property
     def is_tie(self) -> bool:

@@ -23,25 +23,15 @@ _LONGEST_NAME, _LONGEST_NOTE = 60, 10_000  # characters
 
 @dataclass(frozen=True)
 class Vote:
-    """A judgment as the page sends it.
+    """A judgment as the page sends it."""
 
-    Attributes:
-        key: identifies the request, which may be sent again.
-        labeler: who.
-        item: the item's id.
-        kind: as in :class:`Judgment`.
-        ranks: of the answers in the order in which they are shown.
-        note: the labeler's words.
-        seconds: for which the item was visible.
-    """
-
-    key: str
-    labeler: str
-    item: str
-    kind: Kind
-    ranks: tuple[int, ...]
-    note: str
-    seconds: float
+    key: str  # identifies the request, which may be sent again
+    labeler: str  # who
+    item: str  # the item's id
+    kind: Kind  # as in Judgment
+    ranks: tuple[int, ...]  # of the answers in the order in which they are shown
+    note: str  # the labeler's words
+    seconds: float  # for which the item was visible
 
 
 class Session:

@@ -47,26 +47,16 @@ where number in (select max(number) from events group by labeler, item) and kind
 
 @dataclass(frozen=True)
 class Judgment:
-    """One labeler's judgment of one item.
+    """One labeler's judgment of one item."""
 
-    Attributes:
-        labeler: who.
-        item: the item's id.
-        kind: ``ranked`` if one answer is better than another, ``tie`` and ``both_bad`` if none is, ``skip`` for no
-            judgment.
-        ranks: of every answer in the order of the file, 1 for the best, equal for ties; all 1 if none is better.
-        shown: the answers' places in the file in the order in which they were shown.
-        note: the labeler's words.
-        seconds: for which the item was visible.
-    """
-
-    labeler: str
-    item: str
-    kind: Kind
+    labeler: str  # who
+    item: str  # the item's id
+    kind: Kind  # `ranked` if one answer is better than another, `tie` and `both_bad` if none is, `skip` for no judgment
+    # Of every answer in the order of the file, 1 for the best, equal for ties; all 1 if none is better.
     ranks: tuple[int, ...]
-    shown: tuple[int, ...]
-    note: str
-    seconds: float
+    shown: tuple[int, ...]  # the answers' places in the file in the order in which they were shown
+    note: str  # the labeler's words
+    seconds: float  # for which the item was visible
 
 
 class Store:

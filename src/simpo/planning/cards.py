@@ -29,19 +29,12 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Rates:
-    """The speed of a machine at each part of a :class:`~simpo.planning.tracing.Cost`.
+    """The speed of a machine at each part of a :class:`~simpo.planning.tracing.Cost`."""
 
-    Attributes:
-        product: FLOP/s of matrix products in half precision, or in single precision on a CPU.
-        attention: FLOP/s of attention, with what a causal mask hides.
-        moved: bytes read and written per second.
-        overhead: seconds that an operation takes in any case.
-    """
-
-    product: float
-    attention: float
-    moved: float
-    overhead: float
+    product: float  # FLOP/s of matrix products in half precision, or in single precision on a CPU
+    attention: float  # FLOP/s of attention, with what a causal mask hides
+    moved: float  # bytes read and written per second
+    overhead: float  # seconds that an operation takes in any case
 
     def seconds(self, cost: Cost) -> float:
         """Seconds that operations of this cost take one after the other."""
@@ -51,23 +44,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Card:
-    """A graphics card by its data sheet, dense half precision.
-
-    Attributes:
-        name: the name.
-        memory: bytes that a process can allocate.
-        flops: FLOP/s of matrix products with fp32 accumulation.
-        moved: bytes per second to and from its memory.
-        watts: its power limit.
-        link: bytes per second to and from other cards of the same machine.
-    """
+    """A graphics card by its data sheet, dense half precision."""
 
     name: str
-    memory: float
-    flops: float
-    moved: float
-    watts: float
-    link: float
+    memory: float  # bytes that a process can allocate
+    flops: float  # FLOP/s of matrix products with fp32 accumulation
+    moved: float  # bytes per second to and from its memory
+    watts: float  # its power limit
+    link: float  # bytes per second to and from other cards of the same machine
 
     @property
     def rates(self) -> Rates | None:

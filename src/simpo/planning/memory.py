@@ -25,63 +25,38 @@ from simpo.planning.tracing import Cost, Tracer, attended
 
 @dataclass(frozen=True)
 class Setup:
-    """The setup of a step.
+    """The setup of a step."""
 
-    Attributes:
-        optimizer: transformers' name of it.
-        cuda: whether on a GPU, with its kernels.
-        autocast: the type of products under autocast; None without.
-        accumulates: whether gradients of an earlier micro-batch are there already.
-        reference: whether a copy of the trained weights computes the reference in every forward.
-        divergence: whether the KL divergence from it is part of the loss.
-        pair_weights: whether pairs are weighed by the policy's probabilities.
-        share: of the gradients of layers that a process keeps: one over the number of processes that share them.
-    """
-
-    optimizer: str
-    cuda: bool
-    autocast: torch.dtype | None = None
-    accumulates: bool = True
-    reference: bool = False
-    divergence: bool = False
-    pair_weights: bool = False
+    optimizer: str  # transformers' name of it
+    cuda: bool  # whether on a GPU, with its kernels
+    autocast: torch.dtype | None = None  # the type of products under autocast; None without
+    accumulates: bool = True  # whether gradients of an earlier micro-batch are there already
+    reference: bool = False  # whether a copy of the trained weights computes the reference in every forward
+    divergence: bool = False  # whether the KL divergence from it is part of the loss
+    pair_weights: bool = False  # whether pairs are weighed by the policy's probabilities
+    # Of the gradients of layers that a process keeps: one over the number of processes that share them.
     share: float = 1.0
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Memory that stays allocated from step to step, in bytes, before anything is sharded.
+    """Memory that stays allocated from step to step, in bytes, before anything is sharded."""
 
-    Attributes:
-        parameters: numbers that the model has.
-        weights: of the model.
-        gradients: of what is trained.
-        states: of the optimizer.
-        update: at the peak of the optimizer's step, on top of these three.
-    """
-
-    parameters: float
-    weights: float
-    gradients: float
-    states: float
-    update: float
+    parameters: float  # numbers that the model has
+    weights: float  # of the model
+    gradients: float  # of what is trained
+    states: float  # of the optimizer
+    update: float  # at the peak of the optimizer's step, on top of these three
 
 
 @dataclass(frozen=True)
 class Step:
-    """Memory and cost of one micro-batch.
+    """Memory and cost of one micro-batch."""
 
-    Attributes:
-        peaks: bytes of forward and backward on top of what is kept, by what computes.
-        cost: of forward and backward.
-        largest_layer: bytes of the weights of the largest layer.
-        outside_layers: bytes of the weights of embeddings and output layer.
-    """
-
-    peaks: dict[str, float]
-    cost: Cost
-    largest_layer: float
-    outside_layers: float
+    peaks: dict[str, float]  # bytes of forward and backward on top of what is kept, by what computes
+    cost: Cost  # of forward and backward
+    largest_layer: float  # bytes of the weights of the largest layer
+    outside_layers: float  # bytes of the weights of embeddings and output layer
 
     @property
     def peak(self) -> float:

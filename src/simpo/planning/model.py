@@ -37,23 +37,14 @@ _NESTED_SCALES = 1 / 64 + 4 / (64 * 256)  # scales in 8 bits, and their own
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The parts that a model is built from.
+    """The parts that a model is built from."""
 
-    Attributes:
-        arguments: which model, how it is loaded, and its adapter.
-        config: its configuration.
-        reward: whether it is a reward model.
-        dtype: of its weights, where they are not in 4 bits.
-        checkpointed_share: share of the layers that compute their activations again; 0 without checkpointing.
-        path: how batches are computed.
-    """
-
-    arguments: ModelArguments
-    config: Any
-    reward: bool
-    dtype: torch.dtype
-    checkpointed_share: float = 0.0
-    path: ForwardPath = "auto"
+    arguments: ModelArguments  # which model, how it is loaded, and its adapter
+    config: Any  # its configuration
+    reward: bool  # whether it is a reward model
+    dtype: torch.dtype  # of its weights, where they are not in 4 bits
+    checkpointed_share: float = 0.0  # share of the layers that compute their activations again; 0 without checkpointing
+    path: ForwardPath = "auto"  # how batches are computed
 
     @classmethod
     def read(cls, arguments: ModelArguments, *, reward: bool = False, path: ForwardPath = "auto") -> Blueprint:
@@ -140,19 +131,12 @@ class Blueprint:
 
 @dataclass(frozen=True)
 class StandIn:
-    """A model whose tensors are fake.
+    """A model whose tensors are fake."""
 
-    Attributes:
-        model: with its adapter, if it has one.
-        layers: its layers.
-        path: the path that it takes.
-        arguments: how the real one is loaded.
-    """
-
-    model: Any
-    layers: list[nn.Module]
-    path: Path
-    arguments: ModelArguments
+    model: Any  # with its adapter, if it has one
+    layers: list[nn.Module]  # its layers
+    path: Path  # the path that it takes
+    arguments: ModelArguments  # how the real one is loaded
 
     @property
     def trained(self) -> list[nn.Parameter]:

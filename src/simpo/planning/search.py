@@ -31,17 +31,11 @@ _BUCKETS = 2 * 2 * 5e8  # bytes of DeepSpeed's buckets: two of 500 million half-
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings that do not change what is learned.
+    """Settings that do not change what is learned."""
 
-    Attributes:
-        max_batch_tokens: tokens of a forward at most.
-        checkpointed_share: of the layers that compute their activations again; 0 without checkpointing.
-        sharding: how processes share weights, gradients and states.
-    """
-
-    max_batch_tokens: int
-    checkpointed_share: float
-    sharding: Sharding
+    max_batch_tokens: int  # tokens of a forward at most
+    checkpointed_share: float  # of the layers that compute their activations again; 0 without checkpointing
+    sharding: Sharding  # how processes share weights, gradients and states
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -55,23 +49,14 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """The rows of a run, and how steps take them.
+    """The rows of a run, and how steps take them."""
 
-    Attributes:
-        rows: tokenized rows, all or a sample.
-        total: number of rows of the data set; 0 if it is not known.
-        rows_per_step: over all processes.
-        epochs: passes over the rows.
-        max_steps: of the run; -1 for those of the epochs.
-        seed: of the order of the rows; None for their own order.
-    """
-
-    rows: Dataset
-    total: int
-    rows_per_step: int
-    epochs: float
-    max_steps: int = -1
-    seed: int | None = 0
+    rows: Dataset  # tokenized rows, all or a sample
+    total: int  # number of rows of the data set; 0 if it is not known
+    rows_per_step: int  # over all processes
+    epochs: float  # passes over the rows
+    max_steps: int = -1  # of the run; -1 for those of the epochs
+    seed: int | None = 0  # of the order of the rows; None for their own order
 
     @property
     def steps(self) -> int:
@@ -116,59 +101,35 @@ class Work:
 
 @dataclass(frozen=True)
 class Batches:
-    """The micro-batches of steps.
+    """The micro-batches of steps."""
 
-    Attributes:
-        heaviest: the one with most tokens.
-        tokens: of the heaviest.
-        per_step: micro-batches of a process in a step, on average.
-        tokens_per_step: of a process.
-    """
-
-    heaviest: PackedBatch
-    tokens: int
-    per_step: float
-    tokens_per_step: float
+    heaviest: PackedBatch  # the one with most tokens
+    tokens: int  # of the heaviest
+    per_step: float  # micro-batches of a process in a step, on average
+    tokens_per_step: float  # of a process
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine that a run is planned for.
+    """The machine that a run is planned for."""
 
-    Attributes:
-        card: of each process; None for a CPU.
-        gpus: number of processes.
-        rates: how fast each computes; None if that is not known.
-        price: of an hour of one GPU.
-    """
-
-    card: Card | None
-    gpus: int
-    rates: Rates | None
-    price: float | None = None
+    card: Card | None  # of each process; None for a CPU
+    gpus: int  # number of processes
+    rates: Rates | None  # how fast each computes; None if that is not known
+    price: float | None = None  # of an hour of one GPU
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory and time of a run with one choice.
-
-    Attributes:
-        choice: the choice.
-        memory: bytes of a process by what they are for, at its peak.
-        batches: its micro-batches.
-        parameters: of the model.
-        flops: of a step, over all processes, counted as ``torch.utils.flop_counter`` does.
-        step_seconds: of an optimizer step; None where the machine's rates are not known.
-        tightest: what computes at the peak.
-    """
+    """Memory and time of a run with one choice."""
 
     choice: Choice
-    memory: dict[str, float]
-    batches: Batches
-    parameters: int
-    flops: float
-    step_seconds: float | None
-    tightest: str
+    memory: dict[str, float]  # bytes of a process by what they are for, at its peak
+    batches: Batches  # its micro-batches
+    parameters: int  # of the model
+    flops: float  # of a step, over all processes, counted as `torch.utils.flop_counter` does
+    step_seconds: float | None  # of an optimizer step; None where the machine's rates are not known
+    tightest: str  # what computes at the peak
 
     @property
     def total(self) -> float:
@@ -178,18 +139,11 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class Planner:
-    """Estimates for one recipe on one machine.
+    """Estimates for one recipe on one machine."""
 
-    Attributes:
-        blueprint: of the model.
-        setup: how a step is computed.
-        work: the rows.
-        machine: the machine.
-    """
-
-    blueprint: Blueprint
-    setup: Setup
-    work: Work
+    blueprint: Blueprint  # of the model
+    setup: Setup  # how a step is computed
+    work: Work  # the rows
     machine: Machine
 
     @cache  # noqa: B019 - planners are few, and end with the command

@@ -28,19 +28,13 @@ _ATTENTION = ("attention", "attn")
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of operations other than memory.
+    """The cost of operations other than memory."""
 
-    Attributes:
-        product: floating-point operations of matrix products, counted as ``torch.utils.flop_counter`` does.
-        attention: floating-point operations of attention, counted in the same way, with what a causal mask hides.
-        moved: bytes read and written by all other operations.
-        operations: their number.
-    """
-
-    product: float = 0
+    product: float = 0  # floating-point operations of matrix products, counted as `torch.utils.flop_counter` does
+    # Floating-point operations of attention, counted in the same way, with what a causal mask hides.
     attention: float = 0
-    moved: float = 0
-    operations: float = 0
+    moved: float = 0  # bytes read and written by all other operations
+    operations: float = 0  # their number
 
     @property
     def flops(self) -> float:

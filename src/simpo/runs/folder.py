@@ -47,25 +47,16 @@ _LONGEST_SHOWN = 80  # characters of a value in a message
 
 @dataclass
 class RunRecord:
-    """One command's run; the fields are the keys of ``run.json``, next to ``schema`` and ``fingerprint``.
+    """One command's run; the fields are the keys of ``run.json``, next to ``schema`` and ``fingerprint``."""
 
-    Attributes:
-        command: the command that ran, e.g. ``train``.
-        identity: what determines the result: a flat mapping of JSON values.
-        status: whether it has finished.
-        starts: when it was started and resumed, in UTC.
-        finished: when it finished.
-        changes: changes of the identity between starts: ``time``, old values (``there``) and new ones (``now``).
-        peak_memory: bytes that the process which finished held at most, of the machine (``host``) and of its GPU
-            (``device``).
-    """
-
-    command: str
-    identity: dict[str, Any]
-    status: Literal["running", "finished"] = "running"
-    starts: list[str] = field(default_factory=list)
-    finished: str | None = None
+    command: str  # the command that ran, e.g. `train`
+    identity: dict[str, Any]  # what determines the result: a flat mapping of JSON values
+    status: Literal["running", "finished"] = "running"  # whether it has finished
+    starts: list[str] = field(default_factory=list)  # when it was started and resumed, in UTC
+    finished: str | None = None  # when it finished
+    # Changes of the identity between starts: `time`, old values (`there`) and new ones (`now`).
     changes: list[dict[str, Any]] = field(default_factory=list)
+    # Bytes that the process which finished held at most, of the machine (`host`) and of its GPU (`device`).
     peak_memory: dict[str, int] | None = None
 
     @classmethod

@@ -35,25 +35,15 @@ _HEADINGS: dict[Stage | None, str] = {None: "value", "before": "before", "after"
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured number; the fields are the keys of ``results.json``.
+    """One measured number; the fields are the keys of ``results.json``."""
 
-    Attributes:
-        name: what was measured, e.g. ``eval_rewards/accuracies``.
-        stage: before or after training; None where that does not apply.
-        value: the number; None where it is not finite.
-        n: number of items that it was measured on.
-        low: lower bound of its interval.
-        high: upper bound of its interval.
-        method: how the interval was computed.
-    """
-
-    name: str
-    value: float | None
-    stage: Stage | None = None
-    n: int | None = None
-    low: float | None = None
-    high: float | None = None
-    method: str | None = None
+    name: str  # what was measured, e.g. `eval_rewards/accuracies`
+    value: float | None  # the number; None where it is not finite
+    stage: Stage | None = None  # before or after training; None where that does not apply
+    n: int | None = None  # number of items that it was measured on
+    low: float | None = None  # lower bound of its interval
+    high: float | None = None  # upper bound of its interval
+    method: str | None = None  # how the interval was computed
 
     @classmethod
     def of(cls, name: str, found: Interval | None, stage: Stage | None = None, *, method: str | None = None) -> Metric:

@@ -33,19 +33,12 @@ _PLAIN = re.compile(r"[\w./][\w./+\-]*")  # text that needs no quotes in YAML
 
 @dataclass
 class Conversion:
-    """A converted recipe.
+    """A converted recipe."""
 
-    Attributes:
-        toolkit: whose recipe it was.
-        command: that trains it: ``train``, ``sft`` or ``reward``.
-        values: keys of ours, as text or nested values, each with a comment.
-        gaps: what has no counterpart, with the line and the reason.
-    """
-
-    toolkit: str
-    command: str
-    values: dict[str, tuple[Any, str]]
-    gaps: list[str]
+    toolkit: str  # whose recipe it was
+    command: str  # that trains it: `train`, `sft` or `reward`
+    values: dict[str, tuple[Any, str]]  # keys of ours, as text or nested values, each with a comment
+    gaps: list[str]  # what has no counterpart, with the line and the reason
 
     def text(self, source: str) -> str:
         """The recipe as YAML, its comments included."""

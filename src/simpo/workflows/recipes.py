@@ -16,23 +16,14 @@ _TEMPLATES = Path(__file__).parent / "templates"  # a whole recipe each, with ga
 
 @dataclass(frozen=True)
 class Setting:
-    """A start model with its preference data.
+    """A start model with its preference data."""
 
-    Attributes:
-        stem: the recipe's name, with a gap for the objective's.
-        title: model and data in a few words.
-        model: hub name or folder.
-        data: lines of YAML that name the data.
-        max_length: longest prompt with response, in tokens.
-        max_prompt_length: length that overlong prompts are cut to; None for the default.
-    """
-
-    stem: str
-    title: str
-    model: str
-    data: str
-    max_length: int = 2048
-    max_prompt_length: int | None = 1800
+    stem: str  # the recipe's name, with a gap for the objective's
+    title: str  # model and data in a few words
+    model: str  # hub name or folder
+    data: str  # lines of YAML that name the data
+    max_length: int = 2048  # longest prompt with response, in tokens
+    max_prompt_length: int | None = 1800  # length that overlong prompts are cut to; None for the default
 
 
 def _data(name: str, splits: str = "train, test") -> str:

@@ -52,31 +52,18 @@ SMALLER_IS_BETTER = {
 
 @dataclass(frozen=True)
 class Sweep:
-    """The definition of a sweep.
+    """The definition of a sweep."""
 
-    Attributes:
-        folder: of the sweep.
-        recipe: the recipe that all trials start from; None if the options give all settings.
-        fixed: options that all trials have: the values after every ``--key``.
-        axes: what is varied.
-        metric: name of the metric in ``results.json`` after training, or :data:`WIN_RATE` at the last evaluation.
-        sampler: ``grid`` for every combination, ``tpe`` to draw.
-        trials: how many.
-        prune: stop trials that are below the median at an evaluation.
-        read: parses the arguments of ``simpo train``.
-        argv: the command line, for the record.
-    """
-
-    folder: Path
-    recipe: Path | None
-    fixed: Mapping[str, Sequence[str]]
-    axes: tuple[Axis, ...]
-    metric: str
-    sampler: Sampler
-    trials: int
-    prune: bool
-    read: Callable[[list[str]], TrainingJob]
-    argv: Sequence[str] = ()
+    folder: Path  # of the sweep
+    recipe: Path | None  # the recipe that all trials start from; None if the options give all settings
+    fixed: Mapping[str, Sequence[str]]  # options that all trials have: the values after every `--key`
+    axes: tuple[Axis, ...]  # what is varied
+    metric: str  # name of the metric in `results.json` after training, or WIN_RATE at the last evaluation
+    sampler: Sampler  # `grid` for every combination, `tpe` to draw
+    trials: int  # how many
+    prune: bool  # stop trials that are below the median at an evaluation
+    read: Callable[[list[str]], TrainingJob]  # parses the arguments of `simpo train`
+    argv: Sequence[str] = ()  # the command line, for the record
 
     @property
     def smaller_is_better(self) -> bool:

@@ -48,23 +48,14 @@ def _check_database(path: Path) -> None:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A trial and how it ended.
+    """A trial and how it ended."""
 
-    Attributes:
-        number: from 0 on; its folder is named after it.
-        state: whether it has finished, and how.
-        values: its value for every axis; empty until a process has taken it.
-        value: the metric of a finished trial.
-        reason: why it failed.
-        same_as: the trial with the same values whose metric it took over, instead of training again.
-    """
-
-    number: int
-    state: State
-    values: Values
-    value: float | None = None
-    reason: str | None = None
-    same_as: int | None = None
+    number: int  # from 0 on; its folder is named after it
+    state: State  # whether it has finished, and how
+    values: Values  # its value for every axis; empty until a process has taken it
+    value: float | None = None  # the metric of a finished trial
+    reason: str | None = None  # why it failed
+    same_as: int | None = None  # the trial with the same values whose metric it took over, instead of training again
 
 
 @dataclass

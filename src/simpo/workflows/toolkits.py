@@ -19,20 +19,15 @@ NOTE = "note"  # among a rule's results, a remark about what is left out
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A toolkit whose recipes are converted.
+    """A toolkit whose recipes are converted."""
 
-    Attributes:
-        name: what it is called.
-        marks: keys of which one is in every recipe of this toolkit and in none of the toolkits after it in the table.
-        command: the command that trains with a recipe, from its keys and path; ValueError if there is none.
-        rules: by their key.
-        defaults: by command, keys of ours whose default differs, where the recipe has not set them.
-    """
-
-    name: str
+    name: str  # what it is called
+    # Keys of which one is in every recipe of this toolkit and in none of the toolkits after it in the table.
     marks: Set[str]
+    # The command that trains with a recipe, from its keys and path; ValueError if there is none.
     command: Callable[[Recipe, PurePath], str]
-    rules: Mapping[str, Rule]
+    rules: Mapping[str, Rule]  # by their key
+    # By command, keys of ours whose default differs, where the recipe has not set them.
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

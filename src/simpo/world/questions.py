@@ -31,21 +31,13 @@ Value = tuple[str, ...]  # the words of an answer, as in ("7",) or ("d", "o", "g
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that a question asks for.
+    """One thing that a question asks for."""
 
-    Attributes:
-        subject: how a statement of it begins, as in ``"the sum"`` of "The sum is 7."
-        value: the right answer.
-        mistakes: wrong answers that somebody might give.
-        verb: what stands between subject and value.
-        separator: what stands between the words of the value.
-    """
-
-    subject: str
-    value: Value
-    mistakes: tuple[Value, ...]
-    verb: str = "is"
-    separator: str = ", "
+    subject: str  # how a statement of it begins, as in `"the sum"` of "The sum is 7."
+    value: Value  # the right answer
+    mistakes: tuple[Value, ...]  # wrong answers that somebody might give
+    verb: str = "is"  # what stands between subject and value
+    separator: str = ", "  # what stands between the words of the value
 
     def statement(self, value: Value) -> str:
         """A sentence that gives ``value`` as the answer."""

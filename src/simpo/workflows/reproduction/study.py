@@ -31,34 +31,21 @@ Measured = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper: on the whole, ``better`` has a larger ``metric`` than ``than``.
+    """A claim of the paper: on the whole, ``better`` has a larger ``metric`` than ``than``."""
 
-    Attributes:
-        claim: the claim as a sentence.
-        metric: the metric that is compared.
-        better: an arm, or a number.
-        than: an arm, a number, or ``others`` for every other arm.
-    """
-
-    claim: str
-    metric: str
-    better: str | float
-    than: str | float
+    claim: str  # the claim as a sentence
+    metric: str  # the metric that is compared
+    better: str | float  # an arm, or a number
+    than: str | float  # an arm, a number, or `others` for every other arm
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One model of a study.
+    """One model of a study."""
 
-    Attributes:
-        name: in the study.
-        given: keys as registered.
-        learning_rate: of the tiny world, before ``learning_rate_times``.
-    """
-
-    name: str
-    given: Mapping[str, Any]
-    learning_rate: float
+    name: str  # in the study
+    given: Mapping[str, Any]  # keys as registered
+    learning_rate: float  # of the tiny world, before `learning_rate_times`
 
     def candidates(self) -> list[dict[str, Any]]:
         """The settings to choose from: one, or all combinations of the grid."""
@@ -80,25 +67,15 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """One study.
+    """One study."""
 
-    Attributes:
-        number: its place in the file, from 1.
-        name: by which it is chosen.
-        title: the question.
-        source: where the paper has it.
-        arms: the models by name.
-        claims: what is tested.
-        seeds: of the trials.
-    """
-
-    number: int
-    name: str
-    title: str
-    source: str
-    arms: Mapping[str, Arm]
-    claims: Sequence[Claim]
-    seeds: Sequence[int]
+    number: int  # its place in the file, from 1
+    name: str  # by which it is chosen
+    title: str  # the question
+    source: str  # where the paper has it
+    arms: Mapping[str, Arm]  # the models by name
+    claims: Sequence[Claim]  # what is tested
+    seeds: Sequence[int]  # of the trials
 
 
 @dataclass(frozen=True)

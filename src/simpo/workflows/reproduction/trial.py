@@ -40,19 +40,12 @@ _KL_ROWS = 64  # held-out pairs on which the divergence is measured
 
 @dataclass(frozen=True)
 class Trial:
-    """A training: its objective and settings, its pairs, and the prompts on which it is judged.
+    """A training: its objective and settings, its pairs, and the prompts on which it is judged."""
 
-    Attributes:
-        settings: keys of a preference recipe.
-        pairs: the file of pairs, without its ending.
-        seed: of the training and of the sampled answers.
-        prompts: the file of prompts, without its ending.
-    """
-
-    settings: Mapping[str, Any]
-    pairs: str
-    seed: int
-    prompts: str = HELD_OUT
+    settings: Mapping[str, Any]  # keys of a preference recipe
+    pairs: str  # the file of pairs, without its ending
+    seed: int  # of the training and of the sampled answers
+    prompts: str = HELD_OUT  # the file of prompts, without its ending
 
     @property
     def key(self) -> str:
