@@ -47,11 +47,7 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Read a folder.
-
-        Raises:
-            SimpoError: it is not a run folder.
-        """
+        """Read a folder."""
         try:
             record = RunRecord.read(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -227,11 +223,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read several folders; runs of the same name are called by their paths.
-
-    Raises:
-        SimpoError: a folder is not a run, or is named twice.
-    """
+    """Read several folders; runs of the same name are called by their paths."""
     resolved = [path.resolve() for path in paths]
     for path, real in zip(paths, resolved, strict=True):
         if resolved.count(real) > 1:

@@ -54,9 +54,6 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
 
     Returns:
         The path of the file.
-
-    Raises:
-        SimpoError: a folder is not a run, or the file cannot be written.
     """
     runs = read_runs(paths)
     output = paths[0] / FILE_NAME if output is None else output

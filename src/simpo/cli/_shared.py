@@ -55,11 +55,7 @@ def recipe_of(argv: list[str]) -> Path | None:
 
 
 def check_named(config: Any) -> None:
-    """Look whether the user named the folder of the run.
-
-    Raises:
-        SimpoError: nobody did.
-    """
+    """Raise :class:`SimpoError` unless the user named the folder of the run."""
     if config.output_dir == _UNNAMED:
         raise SimpoError("output_dir is missing: give it in the recipe or as --output_dir")
 

@@ -61,11 +61,7 @@ def main(argv: list[str]) -> int:
 
 
 def check_fit(command: Any, parts: Sequence[Any]) -> None:
-    """Print what a run on this machine takes and where it is tightest.
-
-    Raises:
-        SimpoError: it does not fit; names the keys with which it would.
-    """
+    """Print what a run on this machine takes; raise :class:`SimpoError`, with keys that fit, if that is too much."""
     from simpo.planning.recipe import make_plan  # noqa: PLC0415
 
     config = parts[2]

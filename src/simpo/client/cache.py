@@ -71,9 +71,6 @@ class ReplyCache:
 
         Returns:
             The stored reply: an earlier one if another process received one in the meantime.
-
-        Raises:
-            SimpoError: the disk is full or the database cannot be written; it keeps its earlier replies.
         """
         self._insert([(key, json.dumps(dataclasses.asdict(reply)).encode())], replace=key in self._unreadable)
         return self.get(key) or reply

@@ -75,11 +75,7 @@ class ChatReply:
 
 
 def read_reply(content: bytes) -> ChatReply:
-    """Parse the body of a server's response.
-
-    Raises:
-        SimpoError: it is not JSON, or not a chat completion; the message says why.
-    """
+    """Parse the body of a server's response."""
     with third_party("not JSON"):
         document = json.loads(content, parse_constant=_refuse_constant)
     if isinstance(document, dict) and document.get("error"):

@@ -129,12 +129,9 @@ class Usage:
 
 
 def confirm_cost(estimate: Estimate, *, yes: bool, log: Callable[[str], None], prices: Prices | None = None) -> None:
-    """Log what is about to be sent, and ask the user; if there is nothing to send, nothing is asked.
+    """Log what is about to be sent, and raise :class:`SimpoError` unless the user agrees or nothing is to be sent.
 
     With ``yes`` the user has agreed in advance.
-
-    Raises:
-        SimpoError: the user does not agree, or cannot be asked.
     """
     if estimate.requests or estimate.cached:
         log(estimate.line(prices))

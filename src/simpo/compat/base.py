@@ -61,11 +61,7 @@ class PortedTrainer:
         ref_model: nn.Module | None = None,
         **unsupported: Any,
     ) -> None:
-        """Check the arguments, which the constructors explain, load what they name, and initialize the trainer.
-
-        Raises:
-            SimpoError: an argument that is not supported (``unsupported`` ones must be None); the message names it.
-        """
+        """Check the arguments, which the constructors explain, load what they name, and initialize the trainer."""
         for name, value in unsupported.items():
             if value is not None:
                 raise SimpoError(f"{name}: not supported ({_UNSUPPORTED_ARGUMENTS[name]})")

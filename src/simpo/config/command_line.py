@@ -38,9 +38,6 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
     ``--key value ...`` and ``--key=value`` are the same, and so are ``-`` and ``_`` in keys. Arguments before the first
     option, and those after an option that it cannot use, are the values of positional keys. An option for a list may be
     repeated; of others the last one counts. ``in_file`` are the keys that the recipe contains.
-
-    Raises:
-        SimpoError: an argument that belongs to no key.
     """
     plain, options = split_options(arguments)
     positionals = [key for key in keys.values() if key.positional]

@@ -176,9 +176,6 @@ def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting],
     """An instance of ``cls`` from ``values`` by key.
 
     ``defaults`` is an instance of ``cls`` that provides what ``values`` lacks; ``settings`` are for errors.
-
-    Raises:
-        SimpoError: a required key is missing, or the dataclass refuses a value.
     """
     hints = get_type_hints(cls)
     arguments = {}

@@ -58,9 +58,6 @@ def read_by_key(
         path: the file.
         key_name: what messages call the key.
         parse: gives the key and the value of a row; its second argument is the row's place for messages.
-
-    Raises:
-        SimpoError: the file cannot be read, or a key occurs twice.
     """
     found: dict[Any, tuple[T, str]] = {}
     for row, where in read_rows(path):
@@ -81,9 +78,6 @@ def read_answers(
         key_name: what messages call the key of a question.
         parse: gives the key and the answer of a row.
         questions: the place of every question by its key.
-
-    Raises:
-        SimpoError: an answer is to another question, a question has no answer, or as :func:`read_by_key`.
     """
     found = read_by_key(path, key_name, parse)
     unknown = [key for key in found if key not in questions]
@@ -117,9 +111,6 @@ def read_answer_file(path: Path) -> dict[str, Record]:
 
     Rows are ``{id, prompt, responses}`` with whatever else ``simpo sample`` stores, or AlpacaEval's ``{instruction,
     output}``. An answer may be empty.
-
-    Raises:
-        SimpoError: the file cannot be read, a row is neither, or a prompt occurs twice.
     """
     return {key: record for key, (record, _) in read_by_key(path, "prompt", _record).items()}
 
@@ -209,11 +200,7 @@ class Answerer:
 
     @property
     def max_new_tokens(self) -> int:
-        """The most tokens of an answer.
-
-        Raises:
-            SimpoError: there is no such model, or its context leaves no room for a prompt.
-        """
+        """The most tokens of an answer."""
         resolved = self.settings.resolved(context=Checkpoint.read(self.model).context, chunk_size=1)
         assert resolved.max_new_tokens is not None
         return resolved.max_new_tokens
@@ -236,11 +223,7 @@ class Answerer:
         return placeholder_answer(self.max_new_tokens, name)
 
     def fitting(self, source: PromptArguments) -> Prompts:
-        """The prompts that will be answered: those that leave room for an answer in the model's context.
-
-        Raises:
-            SimpoError: they cannot be read, or there is no room for any.
-        """
+        """The prompts that will be answered: those that leave room for an answer in the model's context."""
         return Job.prepare(self.model, source, self.settings, self.engine, lambda line: None).prompts
 
     def answer(
@@ -255,9 +238,6 @@ class Answerer:
 
         Returns:
             The answers in the order of the questions.
-
-        Raises:
-            SimpoError: as ``simpo sample``; or, before anything is sampled, a question does not fit the context.
         """
         prompts = folder.with_name(f"{folder.name}-questions.jsonl")
         prompts.parent.mkdir(parents=True, exist_ok=True)

@@ -174,11 +174,7 @@ class Side:
 
 
 def read_sides(settings: CompareSettings) -> tuple[Side, Side]:
-    """Both sides: a file of answers, the folder of a run of ``simpo sample``, or else a model.
-
-    Raises:
-        SimpoError: a side cannot be used, or prompts are missing or not needed.
-    """
+    """Both sides: a file of answers, the folder of a run of ``simpo sample``, or else a model."""
     names, prompts = (settings.a, settings.b), settings.prompts
     files: list[Path | None] = []
     for name in names:

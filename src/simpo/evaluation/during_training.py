@@ -150,12 +150,7 @@ class Generations(RunCallback):
     def prepare(
         self, config: TrainingSettings, tokenizer: PreTrainedTokenizerBase, held_out: Dataset | None, log: Log
     ) -> None:
-        """Choose the prompts and the judge.
-
-        Raises:
-            SimpoError: there are no evaluations, weights are sharded, no prompt leaves room for an answer, or there is
-                no such judge.
-        """
+        """Choose the prompts and the judge."""
         if held_out is None or config.eval_strategy == "no":
             raise SimpoError(
                 "eval_generations: there are no evaluations; name held-out rows (eval_dataset_name) and set "
@@ -204,11 +199,7 @@ class Generations(RunCallback):
         return [found[number] for number in sorted(chosen)]
 
     def before_training(self, trainer: PackedTrainer, *, resumed: bool) -> None:
-        """Let the start model answer, or read what it answered at an earlier start of this run, and try the judge.
-
-        Raises:
-            SimpoError: the user does not confirm the cost of judging, or the answers cannot be judged.
-        """
+        """Let the start model answer, or read what it answered at an earlier start of this run, and try the judge."""
         if self._is_main and self._judge is not None:
             self._confirm_cost(self._judge, evaluations(self._config, len(trainer.train_dataset)))
         self._engine = TransformersEngine(trainer.model, self._tokenizer)

@@ -283,9 +283,6 @@ def read_questions(path: Path, references: Path | None) -> list[Question]:
     Args:
         path: file of the questions.
         references: file of reference answers, in the form of a model's, which replace the questions' own.
-
-    Raises:
-        SimpoError: a file cannot be read, a question occurs twice, or a reference is to none of them.
     """
 
     def parse(row: Row, where: str) -> tuple[int, Question]:

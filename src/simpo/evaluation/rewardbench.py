@@ -125,11 +125,7 @@ class Item:
 
 
 def read_items(data: str, split: str) -> list[Item]:
-    """Rows ``{id, prompt, chosen, rejected, subset}`` of a file or a hub data set, in their order.
-
-    Raises:
-        SimpoError: the rows cannot be read, or one of them is not the benchmark's; names it.
-    """
+    """Rows ``{id, prompt, chosen, rejected, subset}`` of a file or a hub data set, in their order."""
     dataset = load_rows(data, split=split, any_split=True)
     items: list[Item] = []
     places: dict[str, str] = {}  # of the rows of Ties by their ids

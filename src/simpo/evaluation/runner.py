@@ -79,9 +79,6 @@ def run_benchmark(name: str, settings: BenchmarkSettings, *, argv: Sequence[str]
 
     Returns:
         The path of ``results.json``.
-
-    Raises:
-        SimpoError: a setting or a file cannot be used, or a request failed for good.
     """
     results = evaluate(settings, argv=argv)
     print_results(results)
@@ -195,12 +192,7 @@ class JudgedBenchmark(ABC):
     check_first: Callable[[Sequence[ChatReply]], None] | None = None
 
     def __init__(self, settings: JudgedSettings, questions: Sequence[Question], prompt_digest: str) -> None:
-        """Read the answers, if the settings name a file of them.
-
-        Raises:
-            SimpoError: the file does not hold one answer to each of the questions and no other, or the judge has no
-                key.
-        """
+        """Read the answers, if the settings name a file of them."""
         client = settings.api.client()
         assert client is not None
         client.endpoint.api_key()  # a missing key is an error now and not after the answers have been sampled

@@ -50,9 +50,6 @@ class SamplingSettings:
             context: positions that the model has; None if unlimited. Unless ``max_new_tokens`` is given, half of them
                 are left to the prompts.
             chunk_size: the default for this engine.
-
-        Raises:
-            SimpoError: ``max_new_tokens`` leaves no room for a prompt.
         """
         longest = self.max_new_tokens
         if longest is None:
@@ -77,11 +74,7 @@ class VllmSettings:
     )
 
     def arguments(self) -> dict[str, Any]:
-        """All arguments of the engine.
-
-        Raises:
-            SimpoError: text that is neither ``KEY=VALUE`` nor a mapping, or an argument that is given twice.
-        """
+        """All arguments of the engine."""
         found = {key: value for key, value in asdict(self).items() if key != "engine_args" and value is not None}
         for given in [self.engine_args] if isinstance(self.engine_args, dict) else self.engine_args or []:
             arguments: Any = given

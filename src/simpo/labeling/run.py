@@ -66,9 +66,6 @@ def label(settings: LabelSettings, *, argv: Sequence[str] = ()) -> int:
 
     Returns:
         The number of items that have been judged so far.
-
-    Raises:
-        SimpoError: the answers, the folder or the port cannot be used, or the optional packages are missing.
     """
     try:
         from simpo.labeling.server import listen, make_app, serve  # noqa: PLC0415 - an optional dependency
@@ -109,9 +106,6 @@ def export_run(folder: Path) -> Path:
 
     Returns:
         The path of ``results.json``.
-
-    Raises:
-        SimpoError: the folder holds no labeling run.
     """
     try:
         record = RunRecord.read(folder)

@@ -117,11 +117,7 @@ def _file(name: str) -> Response:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on this machine's loopback address; port 0 is any free one.
-
-    Raises:
-        SimpoError: the port cannot be used.
-    """
+    """A socket on this machine's loopback address; port 0 is any free one."""
     found = socket.socket()
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that was killed is no obstacle
     try:

@@ -64,11 +64,7 @@ class Session:
             return self._next_page(labeler)
 
     def judge(self, vote: Vote) -> dict[str, Any]:
-        """Store a vote, then as :meth:`next`.
-
-        Raises:
-            SimpoError: it does not fit the item.
-        """
+        """Store a vote, then as :meth:`next`."""
         with self._lock:
             item = self._items.get(vote.item)
             if item is None:
@@ -153,11 +149,7 @@ def _shuffled(values: list[Any], seed: str) -> list[Any]:
 
 
 def read_labeler(body: Mapping[str, Any]) -> str:
-    """The labeler's name in a request, composed (NFC) and with single spaces: the same name however it was typed.
-
-    Raises:
-        SimpoError: it is not a name.
-    """
+    """The labeler's name in a request, composed (NFC) and with single spaces: the same name however it was typed."""
     name = body.get("labeler")
     if not isinstance(name, str) or not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
         raise SimpoError(f"labeler: give a name of at most {_LONGEST_NAME} characters")
@@ -165,11 +157,7 @@ def read_labeler(body: Mapping[str, Any]) -> str:
 
 
 def read_key(body: Mapping[str, Any]) -> str:
-    """The identity of a request.
-
-    Raises:
-        SimpoError: it is not a key.
-    """
+    """The identity of a request."""
     key = body.get("key")
     if not isinstance(key, str) or not 8 <= len(key) <= 64:
         raise SimpoError("key: expected a text of 8 to 64 characters")
@@ -177,11 +165,7 @@ def read_key(body: Mapping[str, Any]) -> str:
 
 
 def read_vote(body: Mapping[str, Any]) -> Vote:
-    """A vote in a request.
-
-    Raises:
-        SimpoError: it is not a vote; names the field.
-    """
+    """A vote in a request."""
     item, kind, ranks = body.get("item"), body.get("kind"), body.get("ranks")
     note, seconds = body.get("note", ""), body.get("seconds")
     if not isinstance(item, str):

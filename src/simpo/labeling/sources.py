@@ -24,9 +24,6 @@ def items_of_two(a: Path, b: Path) -> tuple[list[Item], Counter[str]]:
 
     Returns:
         The items, including those that are ties, and the number of those.
-
-    Raises:
-        SimpoError: a file cannot be read, or they do not answer the same prompts.
     """
     pairs, _ = all_pairs(read_matched(a, b))
     items = [Item(pair.id, pair.prompt, (pair.a, pair.b), pair.context.columns) for pair in pairs]
@@ -45,10 +42,6 @@ def items_of_one(path: Path, *, pairs: bool) -> tuple[list[Item], Counter[str]]:
 
     Returns:
         The items, and how many answers and prompts are left out, by reason.
-
-    Raises:
-        SimpoError: the file cannot be read, has no prompt with two different answers, or more answers to a prompt than
-            can be ranked.
     """
     records = read_answer_file(path)
     items: list[Item] = []

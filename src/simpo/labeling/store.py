@@ -63,11 +63,7 @@ class Store:
     """The database of a labeling run; usable from several threads, and by one process at a time for writing."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create it.
-
-        Raises:
-            SimpoError: the file is not such a database.
-        """
+        """Open or create it."""
         self._path = path
         self._lock = Lock()
         with _errors(path):
@@ -126,11 +122,7 @@ class Store:
 
 
 def read_judgments(path: Path) -> list[Judgment]:
-    """The judgments in a database, which may be in use.
-
-    Raises:
-        SimpoError: the file cannot be read.
-    """
+    """The judgments in a database, which may be in use."""
     with _errors(path), closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
         return list(map(_judgment, connection.execute(_CURRENT)))
 

@@ -74,11 +74,7 @@ def _measure(model: Any, batch: PackedBatch, cpu: bool) -> tuple[Cost, float]:
 
 
 def fit_rates(samples: Sequence[tuple[Cost, float]]) -> Rates:
-    """The rates with the smallest relative errors for costs and their seconds, least squares without negative ones.
-
-    Raises:
-        SimpoError: a sample took no time, or no sample has operations of some kind, whose rate is then unknown.
-    """
+    """The rates with the smallest relative errors for costs and their seconds, least squares without negative ones."""
     if not all(seconds > 0 for _, seconds in samples):
         raise SimpoError("--calibrate: a step took no measurable time; the clock of this machine is too coarse")
     features = np.array([np.array(astuple(cost)) / seconds for cost, seconds in samples])

@@ -103,9 +103,6 @@ def find_card(name: str | None, memory_gb: float | None, tflops: float | None, b
         memory_gb: GiB that a process can allocate.
         tflops: TFLOP/s of dense half-precision matrix products.
         bandwidth: terabytes per second to and from memory; by default one for 300 FLOP/s.
-
-    Raises:
-        SimpoError: the card is not known, and memory and TFLOP/s are not both given.
     """
     for figure in (memory_gb, tflops, bandwidth):
         if figure is not None and not 0 < figure < math.inf:

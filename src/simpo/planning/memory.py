@@ -65,11 +65,7 @@ class Step:
 
 
 def measure_kept(blueprint: Blueprint, setup: Setup) -> Kept:
-    """The memory that a model of full depth and its optimizer keep allocated.
-
-    Raises:
-        SimpoError: the memory of the optimizer is not known.
-    """
+    """The memory that a model of full depth and its optimizer keep allocated."""
 
     def measure(layers: list[int]) -> dict[str, float]:
         mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -48,11 +48,7 @@ class Blueprint:
 
     @classmethod
     def read(cls, arguments: ModelArguments, *, reward: bool = False, path: ForwardPath = "auto") -> Blueprint:
-        """From a model's configuration, on disk or on the hub; no weights are read.
-
-        Raises:
-            SimpoError: there is no such configuration.
-        """
+        """From a model's configuration, on disk or on the hub; no weights are read."""
         config = load_config(arguments)
         own = getattr(config.get_text_config(), "dtype", None) or torch.float32
         dtype = own if arguments.dtype == "auto" else getattr(torch, arguments.dtype or "float32")

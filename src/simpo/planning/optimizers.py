@@ -39,11 +39,7 @@ _IN_32_BITS = {"adamw_bnb_8bit", "adamw_8bit"}  # of embeddings, as Trainer has 
 
 
 def measure_update(stand_in: StandIn, name: str, *, cuda: bool) -> tuple[float, float]:
-    """Bytes of the states of the optimizer ``name``, and what its step needs on top at its peak; called in a fake mode.
-
-    Raises:
-        SimpoError: the memory of this optimizer is not known.
-    """
+    """Bytes of the states of the optimizer ``name``, and what its step needs on top at its peak; in a fake mode."""
     if name in _TRACED:
         kind, options = _TRACED[name]
         if cuda and not options:

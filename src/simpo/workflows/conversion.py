@@ -53,11 +53,7 @@ class Conversion:
 
 
 def convert(path: Path) -> Conversion:
-    """Convert a recipe.
-
-    Raises:
-        SimpoError: the file cannot be read, or is not a training recipe of one of the four toolkits.
-    """
+    """Convert a recipe."""
     mistakes: list[str] = []
     settings = read_file(str(path), mistakes)
     if mistakes:

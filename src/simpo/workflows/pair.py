@@ -185,9 +185,6 @@ def pair_annotated(annotated: Path, settings: PairSettings, folder: Path, *, arg
     """Write ``pairs.jsonl`` and ``results.json``; a finished run is left as it is.
 
     ``annotated`` is ``annotated.jsonl`` of ``simpo annotate`` or its folder. Returns the path of ``results.json``.
-
-    Raises:
-        SimpoError: the input cannot be used, or gives no pair at all.
     """
     path = annotated / ANNOTATED if annotated.is_dir() else annotated
     with RunFolder(folder, command="pair") as run:
@@ -212,9 +209,6 @@ def pair_responses(
 
     ``responses`` is ``responses.jsonl`` of ``simpo sample``; ``scorer`` maps a prompt and a response to a number, the
     higher the better.
-
-    Raises:
-        SimpoError: a file cannot be read or written, a score is not a finite number, or there is no pair at all.
     """
     records = read_responses(responses)
     for record in records:

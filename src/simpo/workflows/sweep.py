@@ -258,11 +258,7 @@ def read_metric(folder: Path, name: str) -> Metric:
 
 
 def rank(results: Sequence[TrialResult], *, smaller_is_better: bool) -> list[TrialResult]:
-    """The finished trials, the best first; among equals the lowest number first. Repeated trials are left out.
-
-    Raises:
-        SimpoError: no trial has finished; the message has the error of the first one.
-    """
+    """The finished trials, the best first; among equals the lowest number first. Repeated trials are left out."""
     finished = [trial for trial in results if trial.value is not None and trial.same_as is None]
     if not finished:
         why = next((f"; trial {trial.number}: {trial.reason}" for trial in results if trial.state == "failed"), "")

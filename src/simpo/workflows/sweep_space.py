@@ -95,9 +95,6 @@ def read_axes(options: Mapping[str, Sequence[str]], annotations: Mapping[str, An
 
     ``options`` are the values after every ``--key``; a value that starts with a bracket is JSON and no axis.
     ``annotations`` are the keys of recipes with their types.
-
-    Raises:
-        SimpoError: an unknown key, a repeated value, or a range that is empty or belongs to a key without numbers.
     """
     axes: list[Axis] = []
     for key, values in options.items():

@@ -67,9 +67,6 @@ def judge(prompt: Prompt, answer: str) -> float:
     Args:
         prompt: a question of the world, or messages the last of which is one.
         answer: any text; none raises.
-
-    Raises:
-        SimpoError: the prompt is not a question of the world.
     """
     question = _question(prompt)
     stated = _stated(question, answer)
@@ -82,11 +79,7 @@ def judge(prompt: Prompt, answer: str) -> float:
 
 
 def correct(prompt: Prompt, answer: str) -> bool:
-    """Whether all parts are stated and every statement is right, however long the answer is.
-
-    Raises:
-        SimpoError: the prompt is not a question of the world.
-    """
+    """Whether all parts are stated and every statement is right, however long the answer is."""
     question = _question(prompt)
     return _stated(question, answer) == len(question.parts)
 

@@ -34,11 +34,7 @@ def make_sft(count: int, seed: int) -> list[Row]:
 
 
 def make_prompts(count: int, seed: int, *, held_out: bool = False) -> list[Row]:
-    """``count`` rows ``{prompt}``, all different.
-
-    Raises:
-        SimpoError: the world has fewer questions on that side.
-    """
+    """``count`` rows ``{prompt}``, all different."""
     rng = _rng("prompts", seed)
     prompts: dict[str, None] = {}
     repeated = 0
@@ -60,9 +56,6 @@ def make_pairs(count: int, seed: int, *, held_out: bool = False, length_bias: fl
         held_out: take questions of the held-out side.
         length_bias: from 0 to 1, the share of pairs whose longer answer is chosen regardless of its quality; in the
             others the judge chooses the better one.
-
-    Raises:
-        SimpoError: ``length_bias`` is out of bounds.
     """
     if not 0 <= length_bias <= 1:
         raise SimpoError(f"length_bias: {length_bias} is not a share; give a number from 0 to 1")

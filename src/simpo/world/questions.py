@@ -54,11 +54,7 @@ class Question:
 
 
 def read_question(prompt: str) -> Question:
-    """The question whose text is ``prompt``; its answer is computed from the words.
-
-    Raises:
-        SimpoError: the text is not a question of the world.
-    """
+    """The question whose text is ``prompt``; its answer is computed from the words."""
     for name, pattern in _PATTERNS.items():
         if (match := pattern.fullmatch(prompt)) and (parts := _KINDS[name].parts(*match.groups())):
             return Question(name, prompt, tuple(parts))

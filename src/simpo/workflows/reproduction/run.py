@@ -151,11 +151,7 @@ def _quiet() -> None:
 
 
 def plan(studies: Sequence[Study], setting: str) -> Iterator[str]:
-    """The commands that would run the studies in one of the paper's settings, with its published values.
-
-    Raises:
-        SimpoError: there is no such setting.
-    """
+    """The commands that would run the studies in one of the paper's settings, with its published values."""
     if setting not in PAPER_SETTINGS:
         raise SimpoError(f"--setting: {setting!r} is unknown; the settings are {', '.join(PAPER_SETTINGS)}")
     start = PAPER_SETTINGS[setting].model

@@ -88,11 +88,7 @@ class Outcome:
 
 
 def read_studies(chosen: Sequence[str] = ()) -> list[Study]:
-    """The registered studies, or those with the chosen names or numbers.
-
-    Raises:
-        SimpoError: there is no such study.
-    """
+    """The registered studies, or those with the chosen names or numbers."""
     document = yaml.safe_load(REGISTERED.read_text(encoding="utf-8"))
     studies = []
     for number, entry in enumerate(document["studies"], 1):
