@@ -78,7 +78,8 @@ class Routing:
         """``[]`` the model's own balancing loss, without its coefficient."""
         if self.is_empty:
             raise SimpoError("output_router_logits: needs use_reentrant: false in gradient_checkpointing_kwargs")
-        balance = getattr(sys.modules[type(self._model).__module__], _LOSS)
+        balance = _balancing_loss(self._model)
+        assert balance is not None  # as of every model whose routing is recorded
         return balance(self._layers, self._model.num_experts, self._model.num_experts_per_tok)
 
     @torch.no_grad()
@@ -98,7 +99,7 @@ def balance_weight(model: nn.Module) -> float:
     inner: Any = causal_lm(model)
     config = inner.config.get_text_config()
     weight = getattr(config, "router_aux_loss_coef", None) if getattr(config, "output_router_logits", False) else None
-    if weight and hasattr(sys.modules[type(inner).__module__], _LOSS) and _recorder(inner) is None:
+    if weight and _balancing_loss(inner) is not None and _recorder(inner) is None:
         raise SimpoError(
             f"output_router_logits: the loss that balances the experts of {type(inner).__name__} is not supported; "
             "set it to false in the model's configuration"
@@ -106,11 +107,17 @@ def balance_weight(model: nn.Module) -> float:
     return float(weight) if weight and _recorder(inner) is not None else 0.0
 
 
+def _balancing_loss(model: Any) -> Callable[..., Tensor] | None:
+    """The balancing loss of the module that defines the model's class or, as with FSDP2's classes, a base of it."""
+    modules = (sys.modules[kind.__module__] for kind in type(model).__mro__)
+    return next((getattr(module, _LOSS) for module in modules if hasattr(module, _LOSS)), None)
+
+
 def _recorder(model: Any) -> Any:
     """The class of the model's routers, as transformers records it; None if there are none or several kinds."""
     found = getattr(type(model.base_model), "_can_record_outputs", None) or {}
     recorder = found.get("router_logits")
-    known = hasattr(sys.modules[type(model).__module__], _LOSS) and hasattr(model, "num_experts_per_tok")
+    known = _balancing_loss(model) is not None and hasattr(model, "num_experts_per_tok")
     return recorder if known and isinstance(getattr(recorder, "target_class", None), type) else None
 
 
