@@ -1,8 +1,17 @@
 """TRL's and the paper's trainers by their own names: a script's import changes, and nothing else."""
 
-from simpo.compat.cpo import CPOConfig, CPOTrainer
-from simpo.compat.paper import SimPOConfig, SimPOTrainer
-from simpo.compat.preference import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, ORPOConfig, ORPOTrainer
+from simpo.compat.preference import (
+    CPOConfig,
+    CPOTrainer,
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    ORPOConfig,
+    ORPOTrainer,
+    SimPOConfig,
+    SimPOTrainer,
+)
 from simpo.compat.supervised import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 __all__ = [

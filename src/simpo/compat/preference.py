@@ -1,4 +1,4 @@
-"""TRL's ``DPOTrainer``, ``KTOTrainer`` and ``ORPOTrainer`` with their configurations."""
+"""TRL's preference trainers and the paper's ``SimPOTrainer`` (princeton-nlp/SimPO), with their configurations."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
-from simpo.compat.base import for_rows
 from simpo.compat.keys import PortedConfig, TRLKeys, unsupported, without_effect
-from simpo.compat.trainer import PortedPreferenceTrainer
-from simpo.config import setting
+from simpo.compat.trainer import PortedPreferenceTrainer, for_rows
+from simpo.config import check_values, setting
 from simpo.data.tokenizing import Prepared, is_feedback, prepare
 from simpo.errors import SimpoError
 from simpo.training.preference import PreferenceConfig
@@ -28,6 +26,20 @@ _OBJECTIVES = {
 }
 _SFT = "sft"
 _DIVERGENCES = {"js_divergence": "js", "forward_kl": "forward_kl", "alpha_divergence": "alpha"}
+# The objectives of CPO; TRL's reference-free "hinge" and "ipo" have none.
+_CPO_OBJECTIVES = {"simpo": "simpo", "alphapo": "alphapo", "sigmoid": "cpo"}
+_CPO_LENGTH = 512
+_PAPER_LENGTHS = {"max_length": 512, "max_prompt_length": 128}
+# The arguments of the constructors, in their order.
+_DATA = ("args", "data_collator", "train_dataset", "eval_dataset", "processing_class")
+_WITH_REFERENCE = (
+    *("model", "ref_model", *_DATA, "compute_metrics", "callbacks", "optimizers", "quantization_config"),
+    *("peft_config", "tokenizer"),
+)
+_WITHOUT_REFERENCE = (
+    *("model", *_DATA, "model_init", "callbacks", "optimizers", "preprocess_logits_for_metrics", "peft_config"),
+    *("compute_metrics", "tokenizer"),
+)
 _UNPAIRED_AT_ONCE = 1000  # pairs; their chosen responses come before their rejected ones, as in TRL
 
 
@@ -157,46 +169,18 @@ class ORPOConfig(TRLKeys, PortedConfig):  # type: ignore[misc]
         super().__post_init__()
 
 
-class _WithReference(PortedPreferenceTrainer):
-    """Takes what TRL's ``DPOTrainer`` and ``KTOTrainer`` take, in their order; see :class:`PortedPreferenceTrainer`."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel | str | None = None,
-        ref_model: nn.Module | None = None,
-        args: Any = None,
-        data_collator: Any = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        compute_metrics: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        quantization_config: Any = None,
-        peft_config: Any = None,
-        *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        super().__init__(
-            *(model, args, data_collator, train_dataset, eval_dataset, processing_class, None, callbacks, optimizers),
-            peft_config=peft_config,
-            compute_metrics=compute_metrics,
-            tokenizer=tokenizer,
-            ref_model=ref_model,
-            quantization_config=quantization_config,
-        )
-
-
-class DPOTrainer(_WithReference):
+class DPOTrainer(PortedPreferenceTrainer):
     """TRL's ``DPOTrainer``: its arguments, in its order, with a :class:`DPOConfig`."""
 
     config_class = DPOConfig
+    arguments = _WITH_REFERENCE
 
 
-class KTOTrainer(_WithReference):
+class KTOTrainer(PortedPreferenceTrainer):
     """TRL's ``KTOTrainer``: its arguments, in its order, with a :class:`KTOConfig`. Pairs become single responses."""
 
     config_class = KTOConfig
+    arguments = _WITH_REFERENCE
 
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
@@ -218,6 +202,104 @@ class ORPOTrainer(PortedPreferenceTrainer):
     """
 
     config_class = ORPOConfig
+    arguments = _WITHOUT_REFERENCE
+
+
+@dataclass
+class CPOConfig(TRLKeys, PortedConfig):  # type: ignore[misc]
+    """TRL's keys with TRL's defaults (1.16, and the keys that older versions had).
+
+    ``simpo_gamma`` is the margin itself, not its ratio to ``beta``. ``cpo_alpha`` is also read as ``sft_weight``.
+    """
+
+    beta: float = setting(0.1, "Scale of the reward; SimPO wants 2 to 10.")
+    label_smoothing: float = setting(0.0, "Probability that a label is wrong.")
+    loss_type: str | None = setting("sigmoid", "simpo, alphapo, or sigmoid, which is CPO.")
+    cpo_alpha: float = setting(1.0, "Weight of the SFT term; pure SimPO has 0.", least=0)
+    simpo_gamma: float = setting(0.5, "SimPO's target margin, absolute.", least=0)
+    alpha: float | None = setting(0.0, "AlphaPO's exponent; 0 is SimPO.")
+
+    def __post_init__(self) -> None:
+        for key, is_set, trls in (
+            ("gamma", self.gamma not in (None, self.simpo_gamma), "simpo_gamma, the margin itself"),
+            ("gamma_beta_ratio", self.gamma_beta_ratio is not None, "simpo_gamma, the margin itself"),
+            ("sft_weight", self.sft_weight not in (0.0, self.cpo_alpha), "cpo_alpha"),
+        ):
+            if is_set:
+                raise SimpoError(f"{key}: CPOConfig's key is {trls}")
+        check_values(self)
+        self._set_objective()
+        if self.max_length is None:
+            logger.warning("max_length is not set: %d, as in TRL", _CPO_LENGTH)
+            self.max_length = _CPO_LENGTH
+        loss_type, self.loss_type = self.loss_type, None  # the base would read "sigmoid" as the link of SimPO
+        super().__post_init__()
+        self.loss_type = loss_type
+
+    def _set_objective(self) -> None:
+        """Translate TRL's loss_type and hyperparameters to an objective with its hyperparameters."""
+        name = _CPO_OBJECTIVES.get(str(self.loss_type))
+        if name is None:
+            raise SimpoError(
+                f"loss_type: {self.loss_type!r} is not supported by CPOConfig, which has {', '.join(_CPO_OBJECTIVES)}; "
+                "PreferenceConfig(objective=...) has the others"
+            )
+        if self.alpha and name == "cpo":
+            raise SimpoError("alpha: shapes the reward of loss_type 'simpo' and 'alphapo' only; set it to 0")
+        self.objective = "alphapo" if self.alpha else name
+        if self.loss_type == "alphapo":
+            self.cpo_alpha = 0.0  # as TRL does
+        self.sft_weight = self.cpo_alpha
+        self.gamma = None if self.objective == "cpo" else self.simpo_gamma
+        self.alpha = self.alpha if self.objective == "alphapo" else None
+        if self.objective == "cpo":
+            self.lam = 0.0  # the SFT term is added to the objective's loss, as a mean over tokens
+            self.label_smoothing = self.label_smoothing or None  # type: ignore[assignment]
+
+
+class CPOTrainer(PortedPreferenceTrainer):
+    """TRL's ``CPOTrainer``: its arguments, in its order, with a :class:`CPOConfig`."""
+
+    config_class = CPOConfig
+    arguments = _WITHOUT_REFERENCE
+
+
+@dataclass
+class SimPOConfig(PortedConfig):
+    """The paper's keys with the defaults of its code, including the learning rate of 5e-5 of ``TrainingArguments``.
+
+    Truncation and scoring of assistant headers follow that code.
+    """
+
+    learning_rate: float = setting(5e-5, "Peak learning rate; the paper's are 3e-7 to 1e-6.")
+    logging_steps: float = setting(500, "Optimizer steps between logs.")
+    max_length: int | None = setting(  # type: ignore[assignment]
+        None, "Longest prompt with response, in tokens (512 if not set)."
+    )
+    max_prompt_length: int | None = setting(None, "Length that overlong prompts are cut to (128 if not set).")
+    max_target_length: int | None = without_effect(None, "it limits encoder-decoder models only")
+    truncation: Literal["prompt", "drop", "paper"] = setting("paper", "How overlong rows are handled.")
+    paper_tokenization: bool = setting(True, "Score the assistant header with the response.")
+    beta: float = setting(2.0, "Scale of the reward.")
+    gamma_beta_ratio: float = setting(0.25, "Target margin over beta.")
+    label_smoothing: float = setting(0.0, "Probability that a label is wrong.")
+    loss_type: str | None = setting("sigmoid", "The link: sigmoid or hinge.")
+
+    def __post_init__(self) -> None:
+        for key, length in _PAPER_LENGTHS.items():
+            if getattr(self, key) is None:
+                logger.warning("%s is not set: %d, as in the paper's code", key, length)
+                setattr(self, key, length)
+        loss_type = self.loss_type
+        super().__post_init__()
+        self.loss_type = loss_type
+
+
+class SimPOTrainer(PortedPreferenceTrainer):
+    """The paper's ``SimPOTrainer``: its arguments, in its order, with a :class:`SimPOConfig`."""
+
+    config_class = SimPOConfig
+    arguments = _WITHOUT_REFERENCE
 
 
 def _unpaired(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:

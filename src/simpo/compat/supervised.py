@@ -7,15 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
-from simpo.compat.base import PortedTrainer
 from simpo.compat.keys import TRLKeys, unsupported, without_effect
+from simpo.compat.trainer import PortedTrainer
 from simpo.config import setting
 from simpo.data.rows import DataReport
 from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError
 from simpo.training import configs, reward, sft
+
+# The arguments of the constructors, in their order.
+_DATA = ("model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class")
+_METRICS = ("compute_metrics", "callbacks", "optimizers", "optimizer_cls_and_kwargs", "preprocess_logits_for_metrics")
+_LOADING = ("quantization_config", "peft_config")
 
 _TOKENIZER = "change the tokenizer, and pass it as processing_class"
 
@@ -55,40 +60,14 @@ class SFTTrainer(PortedTrainer, sft.SFTTrainer):
     """
 
     config_class = SFTConfig
+    arguments = (*_DATA, "compute_loss_func", *_METRICS, *_LOADING, "formatting_func")
     text_column = "completion"
 
-    def __init__(
-        self,
-        model: PreTrainedModel | str | None = None,
-        args: Any = None,
-        data_collator: Any = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        compute_loss_func: Any = None,
-        compute_metrics: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        optimizer_cls_and_kwargs: Any = None,
-        preprocess_logits_for_metrics: Any = None,
-        quantization_config: Any = None,
-        peft_config: Any = None,
-        formatting_func: Callable[[dict[str, Any]], str] | None = None,
-    ) -> None:
-        config = self.check_config(args)
-        if formatting_func is not None:
-            train_dataset, eval_dataset = (
-                _formatted(rows, formatting_func, config.dataset_text_field) for rows in (train_dataset, eval_dataset)
-            )
-        self._initialize(
-            *(model, config, train_dataset, eval_dataset, processing_class, callbacks, optimizers, peft_config),
-            data_collator=data_collator,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=quantization_config,
-        )
+    def adapt(self, config: Any, given: dict[str, Any]) -> None:
+        """Write what ``formatting_func`` returns for every row as its text."""
+        if given["formatting_func"] is not None:
+            for name in ("train_dataset", "eval_dataset"):
+                given[name] = _formatted(given[name], given["formatting_func"], config.dataset_text_field)
 
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
@@ -162,31 +141,9 @@ class RewardTrainer(PortedTrainer, reward.RewardTrainer):
     """TRL's ``RewardTrainer``: its arguments, in its order, with a :class:`RewardConfig`."""
 
     config_class = RewardConfig
+    arguments = (*_DATA, *_METRICS, *_LOADING)
 
-    def __init__(
-        self,
-        model: PreTrainedModel | str | None = None,
-        args: Any = None,
-        data_collator: Any = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        compute_metrics: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        optimizer_cls_and_kwargs: Any = None,
-        preprocess_logits_for_metrics: Any = None,
-        quantization_config: Any = None,
-        peft_config: Any = None,
-    ) -> None:
-        config = self.check_config(args)
-        if train_dataset is not None and "margin" in train_dataset.column_names:
+    def adapt(self, config: Any, given: dict[str, Any]) -> None:
+        """Use the column ``margin`` where the training data have it."""
+        if given["train_dataset"] is not None and "margin" in given["train_dataset"].column_names:
             config.margin = "column"
-        self._initialize(
-            *(model, config, train_dataset, eval_dataset, processing_class, callbacks, optimizers, peft_config),
-            data_collator=data_collator,
-            compute_metrics=compute_metrics,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=quantization_config,
-        )

@@ -1,82 +1,151 @@
-"""The trainer behind the names of TRL's preference trainers and of the paper's ``SimPOTrainer``."""
+"""The base of all trainers under other names: it checks their arguments and loads the model that they name."""
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Any
+from inspect import Parameter, Signature
+from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, set_seed
 
-from simpo.compat.base import PortedTrainer
+from simpo.compat.keys import PortedKeys
+from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError
+from simpo.models.loading import load_tokenizer
 from simpo.objectives import Responses, sft_term
 from simpo.training.batches import PlannedBatch
 from simpo.training.preference import PreferenceTrainer
 
+_UNSUPPORTED_ARGUMENTS = {
+    "data_collator": "batches are packed, not padded, so there is nothing to collate",
+    "model_init": "hyperparameter search is not supported; pass model",
+    "preprocess_logits_for_metrics": "no logits are made",
+    "compute_metrics": "no logits are made; the trainer's score_rows returns the metrics of every row",
+    "compute_loss_func": "the loss is computed without logits; leave it out",
+    "optimizer_cls_and_kwargs": "write optim in the configuration, or pass optimizers",
+    "quantization_config": "load the model with it, call peft's prepare_model_for_kbit_training and get_peft_model, "
+    "and pass the result",
+}
+
+
+class PortedTrainer:
+    """The constructor of all trainers under other names; to be combined with one of simpo's trainers.
+
+    Class attributes:
+        config_class: the class of ``args``; its defaults are used for None.
+        arguments: the names of the constructor's arguments in their order, which is the original's. All are optional.
+            ``model`` is a model, or the name or folder of one, then loaded with ``args.model_init_kwargs``;
+            ``ref_model`` must have its weights; ``processing_class``, or ``tokenizer``, is by default the tokenizer
+            saved with it; ``peft_config`` is an adapter to add to it and train. Of strings in ``train_dataset`` and
+            ``eval_dataset`` the chat template is not applied. Some arguments are not supported and must be None.
+        text_column: where this column is text, TRL reads the rows as they are, without the chat template.
+    """
+
+    config_class: ClassVar[type[PortedKeys]]
+    arguments: ClassVar[tuple[str, ...]]
+    text_column: ClassVar[str] = "chosen"
+    __signature__: ClassVar[Signature]
+
+    def __init_subclass__(cls) -> None:
+        if hasattr(cls, "arguments"):
+            kind = Parameter.POSITIONAL_OR_KEYWORD
+            cls.__signature__ = Signature([Parameter(name, kind, default=None) for name in cls.arguments])
+
+    def __init__(self, *positional: Any, **named: Any) -> None:
+        given = dict.fromkeys(self.arguments) | self.__signature__.bind(*positional, **named).arguments
+        for name, why in _UNSUPPORTED_ARGUMENTS.items():
+            if given.get(name) is not None:
+                raise SimpoError(f"{name}: not supported ({why})")
+        if given["processing_class"] is not None and given.get("tokenizer") is not None:
+            raise SimpoError("tokenizer: the older name of processing_class; pass one of them")
+        config: Any = self.config_class() if given["args"] is None else given["args"]
+        if not isinstance(config, self.config_class):
+            kind = f"{type(config).__module__}.{type(config).__qualname__}"
+            raise SimpoError(f"args: a {kind}; import {self.config_class.__name__} from simpo.compat")
+        self.adapt(config, given)
+        set_seed(config.seed)  # type: ignore[attr-defined] # before the weights of a new adapter are drawn
+        policy = self._policy(given["model"], config, given["peft_config"], given.get("ref_model"))
+        tokenizer = given["processing_class"] or given.get("tokenizer")
+        if tokenizer is None:
+            name = policy.config.name_or_path
+            if not name:
+                raise SimpoError("processing_class: the model has no name to find its tokenizer by; pass the tokenizer")
+            tokenizer = load_tokenizer(name, config.model_arguments(name))
+        super().__init__(  # type: ignore[call-arg]
+            *(policy, config, given["train_dataset"], given["eval_dataset"], tokenizer, given["callbacks"]),
+            given["optimizers"] or (None, None),
+        )
+
+    def adapt(self, config: Any, given: dict[str, Any]) -> None:
+        """Change the configuration or the arguments where the original derives one from the other."""
+
+    def _policy(self, model: Any, config: Any, peft_config: Any, ref_model: nn.Module | None) -> Any:
+        """The model to train, with the adapter if there is one."""
+        if model is None:
+            raise SimpoError("model: pass a model, or the name or folder of one")
+        if isinstance(model, str):
+            model = self.load(model, config.model_arguments(model))  # type: ignore[attr-defined]
+        elif config.model_init_kwargs:
+            raise SimpoError("model_init_kwargs: the model is loaded already; pass its name, or leave them out")
+        if model.config.is_encoder_decoder:
+            raise SimpoError("model: an encoder-decoder; only causal language models are trained")
+        if ref_model is not None and not _same_weights(ref_model, model):
+            raise SimpoError(
+                "ref_model: not the weights that training starts from, which are always the reference; leave it out, "
+                "or start from that model"
+            )
+        if peft_config is None:
+            return model
+        if not isinstance(peft_config, PeftConfig):
+            kind = type(peft_config).__name__
+            raise SimpoError(f"peft_config: a {kind} instead of one of peft's, such as LoraConfig")
+        if isinstance(model, PeftModel):
+            raise SimpoError("peft_config: the model already has an adapter; leave peft_config out, or merge it first")
+        if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+            raise SimpoError(
+                "peft_config: not for quantized models; call peft's prepare_model_for_kbit_training and get_peft_model "
+                "and pass their result"
+            )
+        return get_peft_model(model, peft_config)
+
+    @classmethod
+    def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
+        """Tokenize as simpo's trainer does; rows of plain strings without the chat template."""
+        tokenizer = for_rows(dataset, tokenizer, cls.text_column)
+        return super().prepare(dataset, tokenizer, args, label)  # type: ignore[misc]
+
+
+def _same_weights(one: nn.Module, other: nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(
+        first[name].shape == second[name].shape and torch.equal(first[name].to(second[name]), second[name])
+        for name in first
+    )
+
+
+def for_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, column: str) -> Any:
+    """The tokenizer for these rows: without a chat template where ``column`` is text, which TRL reads as it is."""
+    columns = getattr(dataset, "features", None) or {}
+    if tokenizer is None or not tokenizer.chat_template or not isinstance(columns.get(column), Value):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    return tokenizer
+
 
 class PortedPreferenceTrainer(PortedTrainer, PreferenceTrainer):
-    """Takes what TRL's ``CPOTrainer`` and ``ORPOTrainer`` and the paper's ``SimPOTrainer`` take, in their order.
+    """The base of TRL's preference trainers and of the paper's ``SimPOTrainer``.
 
     The SFT term, and that of ORPO, is the mean over all tokens of a step's chosen responses, so that a long response
     counts more.
-
-    Args:
-        model: a model, or the name or folder of one, then loaded with ``args.model_init_kwargs``.
-        args: a ``config_class``.
-        data_collator: not supported.
-        train_dataset: pairs. Strings are read as they are, conversations through the chat template.
-        eval_dataset: pairs, or several data sets by name.
-        processing_class: the tokenizer; by default the one saved with the model.
-        model_init: not supported.
-        callbacks: as for ``Trainer``.
-        optimizers: as for ``Trainer``.
-        preprocess_logits_for_metrics: not supported.
-        peft_config: an adapter to add to the model and train.
-        compute_metrics: not supported.
-        tokenizer: the older name of ``processing_class``.
-        ref_model: must have the weights of ``model``.
-        quantization_config: not supported.
-
-    Raises:
-        SimpoError: an argument that is not supported, named, and what :class:`PreferenceTrainer` raises.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel | str | None = None,
-        args: Any = None,
-        data_collator: Any = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        model_init: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        preprocess_logits_for_metrics: Any = None,
-        peft_config: Any = None,
-        compute_metrics: Any = None,
-        *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        ref_model: nn.Module | None = None,
-        quantization_config: Any = None,
-    ) -> None:
-        if processing_class is not None and tokenizer is not None:
-            raise SimpoError("tokenizer: the older name of processing_class; pass one of them")
-        self._initialize(
-            *(model, args, train_dataset, eval_dataset, processing_class or tokenizer, callbacks, optimizers),
-            *(peft_config, ref_model),
-            data_collator=data_collator,
-            model_init=model_init,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            compute_metrics=compute_metrics,
-            quantization_config=quantization_config,
-        )
-        self._mean_chosen_length = torch.tensor(math.nan)  # in the current step
-
-    # ---- the SFT term as a mean over tokens ----
+    _mean_chosen_length = torch.tensor(math.nan)  # in the current step
 
     @property
     def _sft_weight(self) -> float:
