@@ -134,10 +134,15 @@ FAMILIES = {
 }
 
 
-def make_vision_model(kind: str, tokenizer: hf.PreTrainedTokenizerFast, dtype=torch.float32) -> hf.PreTrainedModel:
-    """A model of random weights, norms and biases included."""
+def make_vision_model(
+    name: str, tokenizer: hf.PreTrainedTokenizerFast, dtype=torch.float32, *, kind: type | None = None
+) -> hf.PreTrainedModel:
+    """A model of random weights, norms and biases included; of class ``kind``, with one label, if it is given."""
     torch.manual_seed(0)
-    model = FAMILIES[kind].model(_config(kind, tokenizer)).to(dtype)
+    config = _config(name, tokenizer)
+    if kind is not None:
+        config.num_labels = 1
+    model = (kind or FAMILIES[name].model)(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, dtype=torch.float64)

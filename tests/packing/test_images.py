@@ -14,7 +14,7 @@ from simpo.packing import kernels
 from simpo.packing.images import check_image_inputs, forward_inputs
 from simpo.packing.kernels import AttentionStyle
 from simpo.packing.layout import AttentionLayout, PackedBatch, Span, TokenizedComparison
-from simpo.packing.model import policy_logprobs, state_of
+from simpo.packing.model import policy_logprobs, reward_forward, state_of
 
 TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
@@ -89,6 +89,34 @@ def test_equal_to_the_models_own_forward(kind, path, rows):
     assert (state_of(model).path, state_of(model).reasons) == ("packed", [])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert_close(gradients(found, model), gradients(expected, model))
+
+
+@pytest.mark.parametrize("path", ["auto", "padded"])
+def test_rewards(path, rows):
+    """Scores and gradients of a sequence classifier, by its own forward on the processor's output."""
+    processor = FAMILIES["gemma3"].processor()
+    model = make_vision_model("gemma3", processor.tokenizer, kind=hf.Gemma3ForSequenceClassification)
+    several = rows(processor)
+    expected = naive_rewards(model, several)
+    found = reward_forward(model, PackedBatch.build([row.comparison for row in several]), path=path)
+    assert (state_of(model).path, state_of(model).reasons, state_of(model).fused_head) == ("packed", [], True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert_close(gradients(found, model), gradients(expected, model))
+    state_of(model).fused_head = False  # such as of a model whose head is more than a layer
+    own = reward_forward(model, PackedBatch.build([row.comparison for row in several]))
+    torch.testing.assert_close(own, expected, rtol=0, atol=1e-5)
+
+
+def naive_rewards(model, rows: list[Row]) -> torch.Tensor:
+    found = []
+    for inputs, comparison in rows:
+        for response in comparison.response_ids:
+            longer = {name: tensor for name, tensor in inputs.items() if name not in TEXT}
+            if "token_type_ids" in inputs:
+                longer["token_type_ids"] = torch.nn.functional.pad(inputs["token_type_ids"], (0, len(response)))
+            states = model.model(input_ids=torch.tensor([comparison.prompt_ids + response]), **longer)[0]
+            found.append(states[0, -1] @ model.score.weight[0])
+    return torch.stack(found)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

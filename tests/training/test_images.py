@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as hf
+from peft import PeftModel
 from safetensors.torch import load_file
 from tests.forked import run_ranks
 from tests.vision import FAMILIES, make_vision_model, picture
@@ -82,17 +83,22 @@ def config(world, tmp_path, kind=PreferenceConfig, **settings):
     return kind(**quiet | {"image_folder": str(world)} | settings)
 
 
-def naive(model, processor, row: dict, world, answer: str) -> float:
-    """The average log-probability of an answer by the model's own forward on what the processor returns."""
+def processed(processor, row: dict, world, answer: str) -> dict:
+    """What the processor returns for a row's prompt and an answer."""
     asked = [{"role": "user", "content": [*({"type": "image"} for _ in row.get("images", ())), text(row["prompt"])]}]
     prompt = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     pictures = [hf.image_utils.load_image(str(world / name)) for name in row.get("images", ())]
-    inputs = processor(
+    return processor(
         text=[prompt + answer + processor.tokenizer.eos_token],
         images=pictures or None,
         return_tensors="pt",
         add_special_tokens=False,
     )
+
+
+def naive(model, processor, row: dict, world, answer: str) -> float:
+    """The average log-probability of an answer by the model's own forward on what the processor returns."""
+    inputs = processed(processor, row, world, answer)
     size = len(processor.tokenizer(answer, add_special_tokens=False).input_ids) + 1
     with torch.no_grad():
         logits = model.eval()(**inputs).logits[0, -size - 1 : -1]
@@ -125,6 +131,53 @@ def test_from_files_to_a_saved_model(kind, world, tmp_path):
     for row, found in zip(rows_of(world, "test"), scores, strict=True):
         for side in ("chosen", "rejected"):
             assert found[f"logps/{side}"] == pytest.approx(naive(model, processor, row, world, row[side]), abs=1e-4)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_reward_model_from_files_to_a_saved_model(adapter, world, tmp_path):
+    """On top of a language model; what is saved gives the scores that the run reports, in plain transformers."""
+    output = tmp_path / "out"
+    more = ["--use_peft=true", "--lora_r=4", "--lora_dropout=0"] if adapter else []
+    assert cli.main(["reward", *options(world, "gemma3", output, "--max_steps=3", *more)[1:]]) == 0
+    processor = hf.AutoProcessor.from_pretrained(output)
+    if adapter:
+        base = hf.AutoModelForSequenceClassification.from_pretrained(world / "gemma3", num_labels=1)
+        model = PeftModel.from_pretrained(base, output).eval()
+    else:
+        model = hf.AutoModelForSequenceClassification.from_pretrained(output).eval()
+        before, after = (load_file(folder / "model.safetensors") for folder in (world / "gemma3", output))
+        changed = {part for name in before.keys() & after for part in name.split(".") if differ(before, after, name)}
+        assert {"vision_tower", "multi_modal_projector", "language_model"} <= changed
+    scores = [json.loads(line) for line in (output / "held_out_after.jsonl").read_text().splitlines()]
+    rows = rows_of(world, "test")
+    assert sum("images" in row for row in rows) == 4
+    for row, found in zip(rows, scores, strict=True):
+        for side in ("chosen", "rejected"):
+            with torch.no_grad():
+                logits = model(**processed(processor, row, world, row[side])).logits
+            assert found[f"rewards/{side}"] == pytest.approx(logits.item(), abs=1e-4)
+
+
+def differ(before, after, name) -> bool:
+    return not torch.equal(before[name], after[name])
+
+
+def test_a_reward_model_of_a_kind_that_transformers_lacks(world, tmp_path, capsys):
+    assert cli.main(["reward", *options(world, "llava", tmp_path / "out")[1:]]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "model_name_or_path:" in message and "ForSequenceClassification" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_model_of_text_trains_its_score(world, tmp_path):
+    """Rows without images freeze the tower and the projector, and not the layer that gives the reward."""
+    processor = FAMILIES["gemma3"].processor()
+    model = make_vision_model("gemma3", processor.tokenizer, kind=hf.Gemma3ForSequenceClassification)
+    rows = as_dataset([row for row in rows_of(world) if "images" not in row], "train")
+    before = model.score.weight.detach().clone()
+    RewardTrainer(model, config(world, tmp_path, RewardConfig, max_steps=1), rows, processing_class=processor).train()
+    assert not any(parameter.requires_grad for parameter in model.model.vision_tower.parameters())
+    assert not torch.equal(model.score.weight, before)
 
 
 def test_answers_to_images_are_not_generated_while_training(world, tmp_path, capsys):
@@ -250,7 +303,7 @@ def test_mistakes(world, tmp_path, make_model):
     with pytest.raises(SimpoError, match="images: GPT2LMHeadModel takes none"):
         PreferenceTrainer(make_model("gpt2", torch.float32), args, tokenized, processing_class=processor)
     reward = make_model("llama", kind=hf.LlamaForSequenceClassification, num_labels=1)
-    with pytest.raises(SimpoError, match="no processor"):
+    with pytest.raises(SimpoError, match="images: LlamaForSequenceClassification takes none"):
         RewardTrainer(reward, config(world, tmp_path, RewardConfig), rows, processing_class=processor)
     other = tmp_path / "pictures"
     shutil.copytree(world, other, ignore=lambda folder, names: [name for name in names if not name.endswith("g")])

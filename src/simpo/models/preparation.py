@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from simpo.packing.model import causal_lm
+from simpo.packing.model import causal_lm, score_head
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ def disable_dropout(model: nn.Module) -> None:
 def parts_unused_by_text(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
     """The largest parts of ``model``, by name, that take no part in a forward pass of text alone.
 
-    These are the parts of a conditional-generation model outside its language model and its output layer (vision and
-    audio towers), and a language model's own layers of cross-attention to images. A model of text alone has none.
+    These are the parts of a multimodal model outside its language model and its output or score layer (vision and audio
+    towers), and a language model's own layers of cross-attention to images. A model of text alone has none.
     """
     inner: Any = causal_lm(model)
     config = inner.config
@@ -48,7 +48,7 @@ def parts_unused_by_text(model: nn.Module) -> dict[str, nn.Module | nn.Parameter
     }
     if text is config:
         return found
-    reached = (inner.get_decoder(), inner.get_input_embeddings(), inner.get_output_embeddings())
+    reached = (inner.get_decoder(), inner.get_input_embeddings(), inner.get_output_embeddings(), score_head(inner))
     kept = {id(module) for one in reached if one is not None for module in one.modules()}
     return found | dict(_outside(inner, kept, ""))
 

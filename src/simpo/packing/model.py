@@ -264,16 +264,21 @@ def _outputs_at_scored(
         return outputs.flatten(0, 1)[batch.scored]
     rows = PaddedRows.unpack(batch)
     if state.separate_rows:
-        found = []
-        for ids, size, own in zip(rows.input_ids, batch.layout.key_sizes, rows.images, strict=True):
-            given = {"input_ids": ids[None, :size], "use_cache": False}
-            found.append(forward(**given, **images.forward_inputs(causal_lm(model), given["input_ids"], own))[0])
+        found = [forward(**inputs)[0] for inputs in _inputs_alone(model, batch)]
         return pad_sequence(found, batch_first=True).flatten(0, 1)[rows.scored]
     inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "use_cache": False}
     if state.lengths is not None:  # the rotary frequencies are chosen by the position ids
         inputs["position_ids"] = rows.attention_mask.cumsum(dim=1) - 1
     inputs |= images.forward_inputs(causal_lm(model), rows.input_ids, list(chain.from_iterable(rows.images)))
     return forward(**inputs).flatten(0, 1)[rows.scored]
+
+
+def _inputs_alone(model: PreTrainedModel, batch: PackedBatch) -> Iterator[dict[str, Any]]:
+    """The inputs of a forward of its own for each response of ``batch``, with its prompt and its images."""
+    rows = PaddedRows.unpack(batch)
+    for padded, size, own in zip(rows.input_ids, batch.layout.key_sizes, rows.images, strict=True):
+        ids = padded[None, :size]
+        yield {"input_ids": ids, "use_cache": False, **images.forward_inputs(causal_lm(model), ids, own)}
 
 
 def rewards(model: PreTrainedModel, batch: PackedBatch, path: Path) -> Tensor:
@@ -305,9 +310,9 @@ def transformers_rewards(model: PreTrainedModel, batch: PackedBatch, path: Path 
     """``[R]`` rewards by the model's own forward, one sequence at a time, whatever the ``path``."""
     scores = []
     with reading_last_tokens(model):
-        for ids in batch.input_ids[batch.layout.index.key_index].split(batch.layout.key_sizes):
-            inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None]), "use_cache": False}
-            scores.append(original_forward(model, **inputs).logits[:, 0])
+        for inputs in _inputs_alone(model, batch):
+            mask = torch.ones_like(inputs["input_ids"])
+            scores.append(original_forward(model, attention_mask=mask, **inputs).logits[:, 0])
     return torch.cat(scores).to(torch.promote_types(scores[0].dtype, torch.float32))
 
 

@@ -50,8 +50,8 @@ def image_reader(
         return None
     if not isinstance(processing_class, ProcessorMixin):
         raise SimpoError(
-            "images: preference objectives and supervised fine-tuning take them, with the model's processor as "
-            "processing_class; give it, or leave the images out"
+            "images: simpo train, sft and reward take them, in Python with the model's processor as processing_class; "
+            "give it, or leave the images out"
         )
     launched = any(parse_flag_from_env(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
     if args.world_size > 1 and (launched or args.fsdp or args.deepspeed or args.gradient_checkpointing):

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from simpo.data.images import COLUMNS as IMAGE_COLUMNS
+from simpo.data.images import text_tokenizer
 from simpo.data.pretokenized import check_rankings
 from simpo.data.suspects import SCORE_COLUMNS
 from simpo.data.tokenizing import Prepared, is_feedback, prepare
@@ -45,7 +47,7 @@ class RewardTrainer(PackedTrainer):
 
     metric_names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
     config_type = RewardConfig
-    command, row_noun, pipeline = "reward", "comparisons", "text-classification"
+    command, row_noun, pipeline, takes_images = "reward", "comparisons", "text-classification", True
 
     def __init__(self, model: PreTrainedModel | PeftModel | str, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, str) and not is_reward_model(model):
@@ -55,7 +57,7 @@ class RewardTrainer(PackedTrainer):
             )
         super().__init__(model, *args, **kwargs)
         if self.processing_class is not None:
-            choose_padding(self.model, self.processing_class)
+            choose_padding(self.model, text_tokenizer(self.processing_class))
 
     @classmethod
     def load(cls, name: str, arguments: ModelArguments | None = None) -> PreTrainedModel | PeftModel:
@@ -117,7 +119,8 @@ class RewardTrainer(PackedTrainer):
         rewards = self.compute_for_responses(
             rows, lambda batch: reward_forward(self.model, batch, path=self.path)
         ).cpu()
-        comparisons, counts = ComparisonRows(rows), response_counts(rows).tolist()
+        plain = rows.select_columns([name for name in rows.column_names if name not in IMAGE_COLUMNS])
+        comparisons, counts = ComparisonRows(plain), response_counts(rows).tolist()
         metrics, margins, lengths = [], [], []
         numbers = range(len(rows))
         parts = [numbers[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
