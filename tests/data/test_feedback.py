@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from simpo.data.formats import read_feedback
-from simpo.data.rows import BadRow
+from simpo.data.rows import BadRow, as_dataset
 from simpo.data.settings import TokenizeSettings
 from simpo.data.shapes import canonical
 from simpo.data.sources import load_rows
@@ -62,6 +62,46 @@ def test_a_label_is_a_boolean(label, build_tokenizer, tmp_path):
     report = prepare_feedback(load_rows(str(path), split="train"), build_tokenizer("chatml"), TokenizeSettings()).report
     assert report.bad == {"label is neither true nor false (1 or 0)": 1}
     assert report.examples == {"label is neither true nor false (1 or 0)": ["rows.jsonl:100"]}
+
+
+@pytest.mark.parametrize("given", ["python", "parquet", "save_to_disk"])
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["false", "true"], [False, True]),
+        (["true", "false"], [True, False]),
+        (["1", "0"], [True, False]),
+        (["good", "bad"], None),  # which of them is desirable is for the user to say
+    ],
+)
+def test_a_class_is_its_name_and_not_its_number(names, labels, given, build_tokenizer, tmp_path):
+    features = {"prompt": Value("string"), "completion": Value("string"), "label": ClassLabel(names=names)}
+    columns = {"prompt": ["p", "p"], "completion": ["yes", "no"], "label": [0, 1]}
+    rows = Dataset.from_dict(columns, features=Features(features))
+    if given == "python":
+        rows = as_dataset(rows, "train_dataset")
+    else:
+        path = str(tmp_path / "rows.parquet")
+        rows.to_parquet(path) if given == "parquet" else rows.save_to_disk(path)
+        rows = load_rows(path, split="train")
+    if labels:
+        found = prepare_feedback(rows, build_tokenizer("chatml"), TokenizeSettings()).dataset
+        assert found["label"][:] == labels
+    else:
+        with pytest.raises(SimpoError, match=r"2 of 2 rows are bad.*label is neither true nor false"):
+            prepare_feedback(rows, build_tokenizer("chatml"), TokenizeSettings())
+
+
+def test_classes_of_verdicts_and_unknown_ones(build_tokenizer):
+    columns = {"prompt": ["p"] * 3, "response_a": ["yes"] * 3, "response_b": ["no"] * 3, "winner": [1, 0, -1]}
+    text = Value("string")
+    classes = ClassLabel(names=["model_b", "model_a"])
+    features = Features({"prompt": text, "response_a": text, "response_b": text, "winner": classes})
+    rows = as_dataset(Dataset.from_dict(columns, features=features), "rows")
+    assert rows["winner"][:] == ["model_a", "model_b", None]
+    tokenizer = build_tokenizer("chatml")
+    found = prepare(rows.select([0, 1]), tokenizer, TokenizeSettings()).dataset["response_ids"]
+    assert [tokenizer.decode(responses[0]) for responses in found] == ["yes<|im_end|>", "no<|im_end|>"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import datetime
+from decimal import Decimal
 
 import pytest
 from datasets import Dataset
@@ -170,6 +172,18 @@ def test_no_prompts(build_tokenizer):
         prompts_of(tokenizer, {"prompt": TURNS})
     with pytest.raises(SimpoError, match="empty prompt"):
         prompts_of(tokenizer, {"prompt": ""})
+
+
+def test_values_that_json_has_no_type_for_are_written_as_text_or_numbers(build_tokenizer, tmp_path):
+    """As WildChat's messages have them: whole prompts are stored as JSON."""
+    path, day, price = tmp_path / "a.parquet", datetime(2024, 5, 1, 12), Decimal("1.5")
+    row = {"prompt": [{"role": "user", "content": HI, "timestamp": day}], "tools": None, "day": day, "price": price}
+    Dataset.from_list([row | {"chat_template_kwargs": {"day": day.date()}}]).to_parquet(path)
+    rows = load_rows(str(path), split="train")
+    for prompt in (prepare_prompts(rows, build_tokenizer("chatml")).prompts[0], read_prompts(rows)[0][0]):
+        assert prompt.content == [{"role": "user", "content": HI, "timestamp": "2024-05-01 12:00:00"}]
+        assert prompt.extra == {"day": "2024-05-01 12:00:00", "price": 1.5}
+        assert prompt.context.kwargs == {"day": "2024-05-01"}
 
 
 def test_prompts_that_are_no_unicode_are_bad_rows_without_a_tokenizer(tmp_path):

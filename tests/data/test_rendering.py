@@ -309,6 +309,14 @@ def test_reasoning_that_the_template_does_not_know_is_not_lost(build_tokenizer):
         pairs(build_tokenizer("chatml"), pair(assistant("4", reasoning_content="Two and two.")))
 
 
+def test_reasoning_that_does_not_end_is_a_bad_row(tokenizer, build_tokenizer):
+    """As of a sampled answer that was cut off: the template would close an empty reasoning before it."""
+    with pytest.raises(SimpoError, match=r"rows.jsonl:1: reasoning that does not end"):
+        pairs(tokenizer, pair("<think>\nTwo and"))
+    plain = build_tokenizer("chatml")  # whose template does not know reasoning, so that this is text
+    assert pairs(plain, pair("<think>\nTwo and"))[0][0][1][0] == "<think>\nTwo and<|im_end|>"
+
+
 def test_trimmed_white_space_is_counted(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = TRIMMING

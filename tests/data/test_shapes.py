@@ -438,6 +438,9 @@ RENDERED = {
     "deepseek": "<\uff5cbegin\u2581of\u2581sentence\uff5c><\uff5cUser\uff5c>Hi?<\uff5cAssistant\uff5c>",
     "preamble": "A chat.\n\nHuman: Hi?\n\nAssistant:",
     "gpt-oss": "<|start|>user<|message|>Hi?<|end|><|start|>assistant",
+    "helpsteer 2": "2 and 2?<extra_id_1>Assistant\n4<extra_id_1>User\nAnd 3?",
+    "after other text": "Be brief.\n<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n",
+    "llama 2 after other text": "Be brief. [INST] Hi? [/INST] Hm. [INST] Ho? [/INST]",
     "alpaca": "Below is an instruction.\n\n### Instruction:\nHi?\n\n### Response:\n",
     "vicuna": "A chat between a user and an assistant. USER: Hi? ASSISTANT:",
 }
@@ -465,7 +468,11 @@ def test_texts_in_the_models_own_template_are_noticed(tokenizer):
 
 def test_questions_about_special_tokens_are_text(build_tokenizer):
     rows = [{"prompt": text, **PAIR} for text in ("What is <|im_start|>?", "Is <s> HTML?", "<s>old</s>", "<|im_end|>")]
-    assert prepare(Dataset.from_list(rows), build_tokenizer("chatml"), TokenizeSettings()).report.used == 4
+    rows += [{"prompt": text, **PAIR} for text in ("Does [/INST] end it?", "Is <|im_start|>assistant a header?")]
+    assert prepare(Dataset.from_list(rows), build_tokenizer("chatml"), TokenizeSettings()).report.used == 6
     with pytest.raises(SimpoError, match="chosen is rendered"):
         row = {"prompt": "Hi?", "chosen": "<|im_start|>assistant\nyes<|im_end|>", "rejected": "no"}
+        prepare(Dataset.from_list([row]), build_tokenizer("chatml"), TokenizeSettings())
+    with pytest.raises(SimpoError, match="rejected is rendered"):
+        row = {"prompt": "Hi?", "chosen": "yes", "rejected": "<|channel|>analysis<|message|>Hm.<|end|>"}
         prepare(Dataset.from_list([row]), build_tokenizer("chatml"), TokenizeSettings())

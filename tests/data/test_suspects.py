@@ -63,6 +63,38 @@ def test_a_prompt_that_the_conversations_do_not_hold_is_counted(chatml, row, ign
     assert all("'prompt'" in key for key in found.ignored)
 
 
+@pytest.mark.parametrize(
+    ("how", "row", "name"),
+    [
+        (prepare, PAIR | {"instruction": "Answer as a pirate."}, "instruction"),
+        (prepare, PAIR | {"question": f" {QUESTION}\n"}, None),
+        (prepare, PAIR | {"conversations": [{"from": "human", "value": "Earlier"}]}, "conversations"),
+        (prepare, PAIR | {"messages": talk("Hi", "yes")}, "messages"),
+        (prepare, PAIR | {"messages": talk(QUESTION, "It is Paris.")}, None),  # UltraFeedback, binarized
+        (prepare_sft, {"messages": talk("Hi", "yes"), "input": "Some text"}, "input"),
+        (prepare_sft, {"prompt": "Hi  you", "completion": "yes", "instruction": "Hi you"}, None),
+    ],
+)
+def test_a_question_in_a_second_column_is_counted(chatml, how, row, name):
+    found = report(chatml, row, how=how)
+    assert found.used == 1
+    assert list(found.ignored) == ([f"column {name!r}, which does not occur in the conversation"] if name else [])
+
+
+def test_the_answer_in_other_messages_is_no_question_that_is_lost(chatml):
+    row = {"prompt": QUESTION, "messages": talk(QUESTION, "It is Paris."), **answered(QUESTION)}
+    assert not prepare_prompts(as_dataset([row], "rows"), chatml).report.ignored
+
+
+def test_system_prompts_of_single_responses_are_counted(chatml):
+    """UltraFeedback's responses were generated with different ones, of which a comparison has no place for any."""
+    made = [{"response": text, "overall_score": n, "custom_system_prompt": f"Be {n}."} for n, text in enumerate("ab")]
+    found = report(chatml, {"instruction": QUESTION, "completions": made})
+    assert list(found.ignored) == ["column 'custom_system_prompt', which has no effect"]
+    bare = [{key: made_one[key] for key in ("response", "overall_score")} for made_one in made]
+    assert not report(chatml, {"instruction": QUESTION, "completions": bare}).ignored
+
+
 def test_a_prompt_next_to_messages_that_do_not_hold_it_is_counted(chatml):
     rows = [
         {"prompt": "Hi", "messages": talk("Hi", "yes")},
@@ -77,6 +109,10 @@ def test_a_prompt_next_to_messages_that_do_not_hold_it_is_counted(chatml):
         (prepare, PAIR | {"chosen": f"{QUESTION} Oh", "rejected": f" {QUESTION}"}, PAIR | {"chosen": QUESTION}),
         (prepare, PAIR | {"prompt": [turn("user", " ")]}, PAIR),
         (prepare, PAIR | {"chosen_score": 1, "rejected_score": 2}, PAIR | {"chosen_score": 2, "rejected_score": 1}),
+        (prepare, PAIR | {"chosen-rating": 1, "rejected-rating": 2}, PAIR | {"chosen_rank": 1, "rejected_rank": 2}),
+        (prepare, PAIR | {"chosen_avg_rating": 3, "rejected_avg_rating": 3}, PAIR | {"chosen_rating": None}),
+        (prepare, PAIR | {"rating_chosen": 1.5, "rating_rejected": 2}, PAIR | {"chosen_score_model": "x"}),
+        (prepare, dict.fromkeys(PAIR, '["a", "b"]') | {"rejected": "['c']"}, PAIR | {"chosen": '["a", "b"]'}),
         (prepare, PAIR | {"score_chosen": 5.0, "score_rejected": 5.0}, PAIR | {"score_chosen": 5.0}),
         (prepare_sft, ASKED | {"completion": f"{QUESTION} It is Paris."}, ASKED | {"completion": "Paris."}),
         (prepare_sft, {"messages": talk(QUESTION, f"{QUESTION} Paris.")}, {"messages": talk("Hi", "Hi there.")}),

@@ -175,7 +175,10 @@ def _read_responses(
         return prompt, texts
     split = split_transcripts(texts)
     if split is None:
-        raise BadRow("no prompt column, and the transcripts share no '\\n\\nAssistant:'")
+        raise BadRow(
+            "no prompt column, and the transcripts share no '\\n\\nAssistant:'; if another column has the prompt, "
+            "rename that one (column_mapping)"
+        )
     return split
 
 

@@ -247,7 +247,10 @@ IMAGE_COLUMNS = ("images", "image")
 CONTEXT_COLUMNS = ("system", "tools", "chat_template_kwargs", *IMAGE_COLUMNS)
 _MEDIA = ("video", "videos", "audio", "audios")
 # Columns that mean something to other toolkits' training and have no effect here.
-_WITHOUT_EFFECT = ("weight", "sample_weight", "label_probability", "functions", "documents", "context", "history")
+_WITHOUT_EFFECT = (
+    *("weight", "sample_weight", "label_probability", "functions", "documents", "context", "history"),
+    "custom_system_prompt",
+)
 
 
 @dataclass(frozen=True)

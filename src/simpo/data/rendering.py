@@ -36,7 +36,7 @@ from simpo.errors import SimpoError
 _TRIMMED = "white space around an answer, which the chat template drops"
 _NO_PREFIX = (
     "the chat template renders a prompt that is not the beginning of the rendered conversation; "
-    "set chat_template to one that does"
+    "set chat_template to one that does, or, if a system message is in the way, system_message: fold"
 )
 _SPLIT = "split: one row per scored answer, because earlier answers are rendered differently"
 _USUAL_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING}
@@ -283,6 +283,9 @@ class _AnswerCutter:
 
     def answer(self, prompt: str, before: list[Message], message: Message, context: Context) -> Answer:
         """The answer to ``prompt``: the first variant of the message that is rendered in full."""
+        begun = message["content"].lstrip().startswith("<think>") and "</think>" not in message["content"]
+        if begun and "</think>" in self.template.source:
+            raise BadRow("reasoning that does not end: <think> without </think>")
         reasons: list[BadRow] = []
         for form in self._variants(message):
             try:

@@ -8,15 +8,18 @@ columns and gain the one that names the source. :func:`rows_of` turns a batch of
 from __future__ import annotations
 
 import base64
+import datetime
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Self
 
 import numpy as np
 from datasets import (
+    ClassLabel,
     Dataset,
     DatasetDict,
     Features,
@@ -75,16 +78,20 @@ def rows_of(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], label: s
         return [(json.loads(text), where) for text, where in zip(batch[ROW], wheres, strict=True)]
     columns = [column for column in batch if column != WHERE]
     return [
-        ({column: _without_nulls(batch[column][position]) for column in columns}, where)
+        ({column: _plain(batch[column][position]) for column in columns}, where)
         for position, where in enumerate(wheres)
     ]
 
 
-def _without_nulls(value: Any) -> Any:
-    """A cell without the nulls that Arrow adds to objects if other rows have more keys."""
+def _plain(value: Any) -> Any:
+    """A cell with the types of JSON, or bytes; without the nulls that Arrow adds where other objects have more keys."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
+        return str(value)
+    return float(value) if isinstance(value, Decimal) else value
 
 
 def as_dataset(rows: object, name: str) -> Dataset:
@@ -93,7 +100,7 @@ def as_dataset(rows: object, name: str) -> Dataset:
     Anything but a data set or a list of rows is an error that explains what to pass.
     """
     if isinstance(rows, Dataset):
-        return rows
+        return _with_class_names(rows)
     if isinstance(rows, DatasetDict | IterableDatasetDict):
         splits = ", ".join(map(repr, rows))
         raise SimpoError(f"{name}: a {type(rows).__name__} with the splits {splits}; pass one of them, dataset[split]")
@@ -123,7 +130,24 @@ def with_where(dataset: Dataset, label: str, digest: str) -> Dataset:
     if taken := {ROW, WHERE} & set(dataset.column_names):
         raise SimpoError(f"{label}: the column name {taken.pop()!r} is used internally; rename the column")
     where = [f"{label} row {index}" for index in range(len(dataset))]
-    return dataset.add_column(WHERE, where, new_fingerprint=digest)
+    return _with_class_names(dataset).add_column(WHERE, where, new_fingerprint=digest)
+
+
+def _with_class_names(dataset: Dataset) -> Dataset:
+    """``dataset`` with the names of classes instead of their numbers: class 0 may be called "good"."""
+    names = {name: feature.names for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
+    if not names:
+        return dataset
+    features = Features({**dataset.features, **dict.fromkeys(names, Value("string"))})
+    return dataset.with_format(None).map(_class_names, batched=True, features=features, fn_kwargs={"names": names})
+
+
+def _class_names(columns: Mapping[str, Sequence[Any]], names: Mapping[str, list[str]]) -> dict[str, list[str | None]]:
+    """Names of the classes in a batch; a negative number means that the class is unknown."""
+    return {
+        column: [None if number is None or number < 0 else names[column][number] for number in columns[column]]
+        for column in names
+    }
 
 
 def check_unicode(text: str) -> None:

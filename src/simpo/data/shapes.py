@@ -45,6 +45,8 @@ _STRUCTURES = (
 _OPTIONS = ("tools", "chat_template_kwargs")
 _NUMBERS = ("weight", "label_probability", "margin", "chosen_score", "rejected_score", "score_chosen", "score_rejected")
 _QUESTIONS = ("question", "instruction", "query")
+# Columns that ask; where several have a text, those that are not read are reported.
+ASKED_COLUMNS = ("prompt", *_QUESTIONS, "input", "messages", "conversations", "conversation")
 _ANSWERS = ("response", "output", "answer")
 _SYSTEMS = ("system", "system_prompt", "system_message")
 # Next to a question, text that a reader of the question needs and that has no place in it.
@@ -284,6 +286,8 @@ def _read_scored(row: Row, name: str) -> None:
     if len({_keys_of(item) for item in items}) > 1:
         raise BadRow(f"{name} without a response or score each")
     text, score = _keys_of(items[0])
+    if any(systems := [item.get("custom_system_prompt") for item in items]):  # one for each response
+        row["custom_system_prompt"] = systems
     row["responses"] = [item[text] for item in items]
     row["scores"] = [item[score] for item in items]
     if score == "rank":  # which counts from the best
@@ -381,7 +385,13 @@ _OPENING = re.compile(
     r"(<\|im_start\|>\s*\w|<\|start_header_id\|>|<\|header_start\|>|\[INST\]|<start_of_turn>|<\|turn>"
     r"|<\|(user|system|assistant)\|>|<\|begin_of_text\|>|<\uff5c(begin\u2581of\u2581sentence|User|Assistant)\uff5c>"
     r"|<\|START_OF_TURN_TOKEN\|>"
-    r"|<\|start\|>\w|<\|start_of_role\|>|<extra_id_[01]>|<bos>)"
+    r"|<\|start\|>\w|<\|channel\|>\w|<\|start_of_role\|>|<extra_id_[01]>|<bos>)"
+)
+# How the assistant's turns begin in these families: in a prompt, wherever it begins.
+_ANSWERING = re.compile(
+    r"<\|im_start\|>assistant\n|<\|(?:start_header_id|header_start)\|>assistant<|\[/INST\]\s*\Z|<extra_id_1>Assistant\n"
+    r"|<(?:start_of_turn|\|turn)>model\n|<\|assistant\|>\s*\Z|<\uff5cAssistant\uff5c>|<\|CHATBOT_TOKEN\|>"
+    r"|<\|(?:start|start_of_role)\|>assistant<"
 )
 _WAITING = re.compile(r"(\n\s*(### ?)?Assistant:|### Response:|\bASSISTANT:)\s*\Z")
 _CUE = re.compile(r"\n\s*Assistant:")
@@ -394,10 +404,12 @@ def check_not_rendered(row: Mapping[str, Any], frame: tuple[str, str] | None = N
     ``frame`` is the text that the chat template writes before and after a user's message that is to be answered.
     """
     for name in _COLUMNS:
-        for text in _texts(row.get(name)):
+        for text in texts_of(row.get(name)):
             framed = frame is not None and frame[0] in text and text.rstrip().endswith(frame[1])
             # A transcript that starts with something else, such as instructions, cannot be split into its turns.
-            unsplit = name == "prompt" and _WAITING.search(text) and not is_transcript_prompt(text)
+            unsplit = name == "prompt" and (
+                _ANSWERING.search(text) or (_WAITING.search(text) and not is_transcript_prompt(text))
+            )
             if row.get("prompt") is None and text is row[name] and _CUE.search(text):
                 unsplit = not is_transcript(text)
             if framed or unsplit or _OPENING.match(text):
@@ -407,12 +419,12 @@ def check_not_rendered(row: Mapping[str, Any], frame: tuple[str, str] | None = N
                 )
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """The text of a cell, or of its messages."""
+def texts_of(value: Any) -> Iterator[str]:
+    """The text of a cell, or of its messages, unless it is empty."""
     if isinstance(value, str):
-        yield value
+        yield from [value] if value.strip() else []
     elif isinstance(value, list):
         for item in value:
-            yield from _texts(item)
+            yield from texts_of(item)
     elif isinstance(value, dict):
-        yield from _texts(value.get("content", value.get("text")))
+        yield from texts_of(value.get("content", value.get("text")))

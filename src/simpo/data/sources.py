@@ -33,7 +33,7 @@ from simpo.runs.manifest import file_digest
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".csv", ".parquet", ".arrow")
 _KINDS = ".jsonl[.gz|.zst], .json[.gz|.zst], .parquet, .csv, .arrow"
 # Part of every cache key: raise it when the rows made from the same file change.
-_FORMAT = "2"
+_FORMAT = "3"
 # How an Arrow stream and an Arrow file end.
 _ARROW_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")
 # Suffixes that no hub id ends in: a name with one of them is meant as a file.

@@ -1,15 +1,20 @@
-"""Rows that are used although they probably contain a mistake, and ``prompt`` columns that are not used."""
+"""Rows that are used although they probably contain a mistake, and columns of questions that are not used."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from simpo.data.formats import Comparison, Conversation, is_number
-from simpo.data.messages import IMAGE, IMAGE_IN_TEXT, Message, Response
+from simpo.data.messages import IMAGE, IMAGE_IN_TEXT, Message, Response, is_transcript
+from simpo.data.shapes import ASKED_COLUMNS, texts_of
 
-# Columns in which public data sets have the scores of a pair.
+# Columns of a pair's scores, of which reward models can take the margin.
 SCORE_COLUMNS = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
+# Columns in which public data sets rate the chosen response; those of the rejected one are named alike.
+_RATING = re.compile(r"(?=.*(?:score|rating|reward)).*chosen")
+_LIST = re.compile(r"""\s*\[\s*(["']).*\1\s*\]\s*""", re.DOTALL)
 # Characters. Many good answers begin with a shorter prompt, such as a greeting.
 _LONG = 20
 
@@ -20,32 +25,38 @@ def suspicions(row: Mapping[str, Any], content: Comparison | Conversation) -> li
 
 
 def _suspicions(row: Mapping[str, Any], content: Comparison | Conversation) -> Iterator[str]:
-    if _is_lost(row.get("prompt"), _texts(content)):
-        yield "ignored: column 'prompt', which does not occur in the conversation"
+    answers = [content.completion] if isinstance(content, Conversation) else content.responses
+    openings = [text.lstrip() for text in map(_text, answers)]
+    for name in ASKED_COLUMNS:
+        # Messages that are not read as the prompt may also hold the answer, if one is wanted.
+        unread = name == "prompt" or (name in content.extra and (openings or isinstance(row[name], str)))
+        given = texts_of(row.get(name)) if unread else ()
+        if any(_is_lost(text, [*_texts(content), *openings]) for text in given):
+            yield f"ignored: column {name!r}, which does not occur in the conversation"
     asked = [content.prompt] if isinstance(content.prompt, str) else _contents(content.prompt, "user")
     if not all(text.strip() for text in asked):
         yield "suspect: a user message is empty"
-    answers = [content.completion] if isinstance(content, Conversation) else content.responses
-    openings = [text.lstrip() for text in map(_text, answers)]
+    if isinstance(content.prompt, str) and all(map(_LIST.fullmatch, [content.prompt, *openings])):
+        yield "suspect: prompt and answers are lists that were written as text"
     question = asked[-1].replace(IMAGE, "").strip() if asked else ""
     if len(question) >= _LONG and openings and all(text.startswith(question) for text in openings):
         yield "suspect: every answer begins with the whole prompt, which is scored with it"
     if isinstance(content, Comparison):
-        for better, worse in SCORE_COLUMNS:
+        for better in filter(_RATING.match, row):
+            worse = better.replace("chosen", "rejected")
             scores = [row[name] for name in (better, worse) if is_number(row.get(name))]
             if len(scores) == 2 and scores[0] <= scores[1]:
                 yield f"suspect: {better} is not above {worse}"
 
 
-def _is_lost(given: object, texts: list[str]) -> bool:
-    """Whether a cell ``prompt`` has no part in the ``texts`` that were read from its row.
+def _is_lost(given: str, texts: list[str]) -> bool:
+    """Whether a ``given`` text has no part in the ``texts`` that were read from its row.
 
     A prompt that is a transcript has the texts in it, instead of being in one of them.
     """
-    if not isinstance(given, str) or not given.strip():
-        return False
     words, *found = (" ".join(text.replace(IMAGE_IN_TEXT, " ").replace(IMAGE, " ").split()) for text in (given, *texts))
-    return words not in " ".join(found) and not any(text in words for text in found if text)
+    repeats = is_transcript(given) and any(text in words for text in found if text)
+    return words not in " ".join(found) and not repeats
 
 
 def _texts(content: Comparison | Conversation) -> list[str]:
