@@ -283,9 +283,6 @@ class _AnswerCutter:
 
     def answer(self, prompt: str, before: list[Message], message: Message, context: Context) -> Answer:
         """The answer to ``prompt``: the first variant of the message that is rendered in full."""
-        begun = message["content"].lstrip().startswith("<think>") and "</think>" not in message["content"]
-        if begun and "</think>" in self.template.source:
-            raise BadRow("reasoning that does not end: <think> without </think>")
         reasons: list[BadRow] = []
         for form in self._variants(message):
             try:
