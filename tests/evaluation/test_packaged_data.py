@@ -20,8 +20,7 @@ import yaml
 from simpo.client import ChatReply
 from simpo.evaluation.alpaca_eval import PairwisePrompt, preference, switched
 from simpo.evaluation.mt_bench import _TEMPERATURES, REFERENCED, RatingPrompts, read_questions, read_rating
-from simpo.evaluation.published import published_rows
-from simpo.evaluation.runner import Answer
+from simpo.evaluation.runner import Answer, published_rows
 
 
 def folder_of(package: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from simpo.evaluation.published import published_rows, published_table, write_markdown
+from simpo.evaluation.runner import published_rows, published_table, write_markdown
 from simpo.runs.folder import RunRecord
 from simpo.runs.results import Metric, write_results
 

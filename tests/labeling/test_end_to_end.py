@@ -7,8 +7,8 @@ from contextlib import closing
 import pytest
 
 from simpo.cli import main
+from simpo.labeling.items import items_of_one, items_of_two
 from simpo.labeling.session import Session, Vote
-from simpo.labeling.sources import items_of_one, items_of_two
 from simpo.labeling.store import Store
 from simpo.runs.folder import RunRecord
 from simpo.runs.lines import read_lines, write_lines

@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 
 from simpo.errors import SimpoError
-from simpo.planning.calibration import fit_rates
-from simpo.planning.cards import CARDS, Rates, card_at_hand, find_card, machine_name, store_rates, stored_rates
+from simpo.planning.cards import (
+    CARDS,
+    Rates,
+    card_at_hand,
+    find_card,
+    fit_rates,
+    machine_name,
+    store_rates,
+    stored_rates,
+)
 from simpo.planning.tracing import Cost
 
 

@@ -17,9 +17,8 @@ from simpo.models.loading import load_model
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_logprobs
-from simpo.planning.memory import Setup, measure_kept, measure_step
+from simpo.planning.memory import _PAGED, Setup, measure_kept, measure_step
 from simpo.planning.model import Blueprint
-from simpo.planning.optimizers import _PAGED
 from simpo.planning.search import Choice, Machine, Planner, Work
 from simpo.training.batches import comparisons_of
 

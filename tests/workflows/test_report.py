@@ -7,8 +7,7 @@ from rich.console import Console
 
 from simpo.runs.results import Metric, write_results
 from simpo.workflows.sweep import print_table
-from simpo.workflows.sweep_space import Choices
-from simpo.workflows.sweep_study import TrialResult
+from simpo.workflows.sweep_study import Choices, TrialResult
 
 ACCURACY = "eval_rewards/accuracies"
 

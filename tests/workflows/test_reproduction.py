@@ -14,11 +14,9 @@ from simpo.cli import main
 from simpo.errors import SimpoError
 from simpo.training.configs import PreferenceConfig
 from simpo.workflows.recipes import PAPER_SETTINGS
-from simpo.workflows.reproduction.base import LENGTH_BIASED, OFF_POLICY, ON_POLICY
-from simpo.workflows.reproduction.page import render
-from simpo.workflows.reproduction.run import Trials, plan
+from simpo.workflows.reproduction.run import Trials, plan, render
 from simpo.workflows.reproduction.study import METRICS, Arm, Claim, decide, read_studies
-from simpo.workflows.reproduction.trial import TUNING, Trial, run_trial
+from simpo.workflows.reproduction.trial import LENGTH_BIASED, OFF_POLICY, ON_POLICY, TUNING, Trial, run_trial
 from simpo.world.pairs import write_model, write_pairs, write_prompts
 
 

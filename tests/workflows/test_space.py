@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from simpo.errors import SimpoError
-from simpo.workflows.sweep_space import Choices, Range, combinations, one_at_a_time, read_axes
+from simpo.workflows.sweep_study import Choices, Range, combinations, one_at_a_time, read_axes
 
 KEYS = {"learning_rate": float, "seed": int, "objective": str, "beta": float | None, "output_dir": str | None}
 

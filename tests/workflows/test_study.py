@@ -7,8 +7,7 @@ import threading
 import pytest
 
 from simpo.errors import SimpoError
-from simpo.workflows.sweep_space import Choices, Range, combinations
-from simpo.workflows.sweep_study import Study
+from simpo.workflows.sweep_study import Choices, Range, Study, combinations
 
 GRID = (Choices("learning_rate", ("3e-7", "1e-6")), Choices("objective", ("simpo", "dpo")))
 

@@ -26,8 +26,7 @@ from simpo.runs.lines import read_lines
 from simpo.runs.results import read_results
 from simpo.training.packed import PackedTrainer
 from simpo.workflows.sweep import rank
-from simpo.workflows.sweep_space import Choices
-from simpo.workflows.sweep_study import Study, TrialResult
+from simpo.workflows.sweep_study import Choices, Study, TrialResult
 
 pytestmark = pytest.mark.slow
 

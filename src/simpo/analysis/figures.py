@@ -11,7 +11,7 @@ import numpy as np
 from scipy import special
 
 from simpo.analysis.curves import Chart, chart_of, interval_series, rounded, series_of
-from simpo.analysis.measure import number
+from simpo.analysis.headline import number
 from simpo.analysis.reading import Run
 from simpo.runs.results import HELD_OUT, Stage
 from simpo.statistics import Interval, rate_interval, spearman

@@ -5,13 +5,151 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Literal
 
 import numpy as np
 
-from simpo.analysis.comparison import compared, contests
-from simpo.analysis.measure import Direction, Measure, literal, number
 from simpo.analysis.reading import Run
+from simpo.runs.results import Stage
 from simpo.statistics import Interval, mean_interval, proportion_interval, rate_interval, weighted_mean_interval
+
+Direction = Literal["better", "worse", "unclear", "unknown"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measurement of a run."""
+
+    label: str  # what was measured
+    sentence: str  # its part of the headline, with `{before}`, `{after}` and `{n}`
+    after: Interval  # under the trained model
+    before: Interval | None = None  # under the start model; None where that does not apply
+    change: Interval | None = None  # from before to after on the same rows; None where it is not known row by row
+    even: float | None = None  # the value that means no difference, for measurements without `before`
+    # The headline's words for better, for worse, and for a change that may be due to chance.
+    verdicts: tuple[str, str, str] = ("It got better", "It got worse", "No clear change")
+    share: bool = True  # whether it is a share, shown in percent
+    smaller_is_better: bool = False  # as for a loss
+
+    @property
+    def direction(self) -> Direction:
+        """Better or worse where 95% intervals exclude "no difference", else unclear."""
+        found, low, high = self.after, self.even, self.even
+        if self.change is not None:
+            found, low, high = self.change, 0.0, 0.0
+        elif self.before is not None:  # not paired: intervals that do not overlap differ
+            low, high = self.before.low, self.before.high
+        if low is None or high is None:
+            return "unknown" if self.before is None else "unclear"
+        if found.low is None or found.high is None or (found.low <= high and found.high >= low):
+            return "unclear"
+        return "better" if (found.low > high) is not self.smaller_is_better else "worse"
+
+    @property
+    def words(self) -> str:
+        """The verdict."""
+        return dict(zip(("better", "worse", "unclear"), self.verdicts, strict=True))[self.direction]
+
+    def text(self, found: Interval | None) -> str:
+        """A value with its interval."""
+        return "" if found is None else number(found, percent=self.share)
+
+    @property
+    def change_text(self) -> str:
+        """The change with its interval; empty where it is not known."""
+        unit = " points" if self.share else ""
+        return "" if self.change is None else number(self.change, percent=self.share, sign=True, unit=unit)
+
+    @property
+    def statement(self) -> str:
+        """Its part of the headline."""
+        values = {"after": self.text(self.after), "before": self.text(self.before), "n": f"{self.after.n:,}"}
+        return self.sentence.format(**values) + (f" ({self.change_text})" if self.change else "")
+
+
+def literal(name: str) -> str:
+    """``name`` with its braces escaped, as part of :attr:`Measure.sentence`."""
+    return name.replace("{", "{{").replace("}", "}}")
+
+
+def number(found: Interval, *, percent: bool = False, sign: bool = False, unit: str = "%") -> str:
+    """A value and its interval as text: ``63.7% [61.3, 66.1]``."""
+
+    def shown(value: float) -> str:
+        form = ".1f" if percent else ",.0f" if abs(value) >= 10_000 else ".4g"
+        return f"{(100 if percent else 1) * value:{'+' if sign else ''}{form}}".replace("-", "\N{MINUS SIGN}")
+
+    bounds = "" if found.low is None or found.high is None else f" [{shown(found.low)}, {shown(found.high)}]"
+    return f"{shown(found.value)}{unit if percent else ''}{bounds}"
+
+
+# ---- Runs of `simpo compare`.
+
+# Metrics of judges: the name before the judge's own, the label, and whether the value is a share (else a count of n).
+_OF_JUDGES = (
+    ("ties", "Ties", True),
+    ("without_verdict", "Without a verdict", False),
+    ("conflicting_orders", "Different winner after a swap", False),
+    ("first_shown_win_rate", "Answer shown first wins", True),
+)
+
+
+def contests(run: Run) -> Iterator[Measure]:
+    """Every judge's win rate of A against B, raw and controlled for length."""
+    a, b = _names_of(run).values()
+    verdicts = (f"A{a} is better", f"B{b} is better", "No clear difference")
+    for metric in run.metrics:
+        kind, _, judge = metric.name.partition("/")
+        if metric.value is None or kind not in ("win_rate", "length_controlled_win_rate"):
+            continue
+        label, judged = "Win rate of A against B", f", judged by {judge}" if judge else ""
+        text = "A's answers win {after} of comparisons with B's to {n} prompts" + literal(judged)
+        ties = run.metric(f"ties/{judge}")
+        if ties and ties.value:
+            text += f" ({100 * ties.value:.1f}% are ties and count half)"
+        if kind != "win_rate":
+            label, text = f"{label} at equal lengths", "if both answers were equally long, A's would win {after}"
+        yield Measure(label + judged, text, metric.interval, even=0.5, verdicts=verdicts)
+
+
+def _names_of(run: Run) -> dict[str, str]:
+    """The models' names in parentheses by side, to be put after the letters A and B; empty where they are not known."""
+    names = {side: str(run.settings.get(side, "")) for side in "ab"}
+    short = {side: PurePath(name).name for side, name in names.items()}
+    shown = short if short["a"] != short["b"] else names
+    return {side: f" ({name})" if name else "" for side, name in shown.items()}
+
+
+def compared(run: Run) -> Iterator[tuple[str, str]]:
+    """Labels and texts: the two sides, the mean lengths of their answers, ties, missing verdicts, and position bias."""
+    yield from ((side.upper(), str(run.settings[side])) for side in "ab" if side in run.settings)
+    stages: dict[str, Stage] = {"A": "after", "B": "before"}
+    lengths = [(side, run.metric("response_characters", stage)) for side, stage in stages.items()]
+    if text := ", ".join(f"{side} {found.value:,.0f}" for side, found in lengths if found and found.value is not None):
+        yield "Mean length in characters", text
+    for kind, label, share in _OF_JUDGES:
+        found = [metric for metric in run.metrics if metric.name.partition("/")[0] == kind and metric.value is not None]
+        for metric in found:
+            judge = f" ({metric.name.partition('/')[2]})" if len(found) > 1 else ""
+            total = "" if metric.n is None else f" of {metric.n:,}"
+            yield label + judge, number(metric.interval, percent=True) if share else f"{metric.value:,.0f}{total}"
+
+
+def cautions(run: Run) -> Iterator[str]:
+    """Sentences about what limits the verdicts: position bias, and lengths that determine them completely."""
+    for metric in run.metrics:
+        kind, _, judge = metric.name.partition("/")
+        if kind == "first_shown_win_rate" and metric.low is not None and metric.high is not None:
+            place = "first" if metric.low > 0.5 else "second" if metric.high < 0.5 else None
+            if place:
+                yield (
+                    f"The judge {judge} prefers the answer that is shown {place}. Every pair is judged in both orders, "
+                    "so this favors neither side, but makes the win rate less certain."
+                )
+        elif kind == "length_controlled_win_rate" and metric.value is None:
+            yield f"The judge {judge} has no win rate at equal lengths: the lengths alone determine its verdicts."
+
 
 _ACCURACY, _AREA, _WIN_RATE = "eval_rewards/accuracies", "eval_rewards/auc", "eval_generations/win_rate"
 _BENCHMARKS = ("alpaca_eval/lc_", "alpaca_eval/win", "arena_hard", "mt_bench/average", "gsm8k")

@@ -15,12 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from simpo import __version__
-from simpo.analysis.comparison import cautions
 from simpo.analysis.curves import by_distance, curves, rounds
 from simpo.analysis.examples import examples
 from simpo.analysis.figures import paper_figures
-from simpo.analysis.headline import Headline, compare_runs, facts_of, trained_run
-from simpo.analysis.measure import Measure, number
+from simpo.analysis.headline import Headline, Measure, cautions, compare_runs, facts_of, number, trained_run
 from simpo.analysis.reading import Row, Run, read_runs
 from simpo.errors import SimpoError
 from simpo.runs.atomic import write_text

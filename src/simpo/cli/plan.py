@@ -87,8 +87,11 @@ def sharding_of(config: Any) -> Sharing:
 
 
 def _calibrate(argv: list[str]) -> int:
-    from simpo.planning.calibration import measure_rates  # noqa: PLC0415
-    from simpo.planning.cards import machine_name, store_rates  # noqa: PLC0415
+    from simpo.planning.cards import (  # noqa: PLC0415
+        machine_name,
+        measure_rates,
+        store_rates,
+    )
 
     if argv != ["--calibrate"]:
         raise SimpoError("--calibrate: measures this machine and plans nothing; give it alone")

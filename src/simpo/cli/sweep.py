@@ -30,8 +30,7 @@ from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob
 from simpo.training.settings import DataArguments
 from simpo.workflows.sweep import BEST, EFFECTS, SMALLER_IS_BETTER, Sweep, print_sweep, run_sweep
-from simpo.workflows.sweep_space import Choices, combinations, read_axes
-from simpo.workflows.sweep_study import load_optuna
+from simpo.workflows.sweep_study import Choices, combinations, load_optuna, read_axes
 
 _TPE_TRIALS = 20
 _METRICS = [name.removeprefix("eval_") for name in SMALLER_IS_BETTER]

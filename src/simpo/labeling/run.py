@@ -12,9 +12,8 @@ from simpo.config import setting
 from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.evaluation.answers import answers_path
 from simpo.labeling.export import export
-from simpo.labeling.items import load_items
+from simpo.labeling.items import items_of_one, items_of_two, load_items
 from simpo.labeling.session import Session, new_token
-from simpo.labeling.sources import items_of_one, items_of_two
 from simpo.labeling.store import Store, read_judgments
 from simpo.runs.atomic import disk_errors
 from simpo.runs.folder import RunFolder, RunRecord

@@ -35,8 +35,17 @@ from simpo.training.identity import rows_digest
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob, prepare_data, run_training
 from simpo.training.trackers import track_part
-from simpo.workflows.sweep_space import Axis, Values, combinations, format_values, one_at_a_time
-from simpo.workflows.sweep_study import Sampler, Study, TrialLease, TrialResult
+from simpo.workflows.sweep_study import (
+    Axis,
+    Sampler,
+    Study,
+    TrialLease,
+    TrialResult,
+    Values,
+    combinations,
+    format_values,
+    one_at_a_time,
+)
 
 BEST, EFFECTS = "best.yaml", "effects.png"
 WIN_RATE = "eval_generations/win_rate"  # only of evaluations during training
