@@ -10,10 +10,9 @@ from peft import LoraConfig
 
 from simpo.cli import main
 from simpo.errors import SimpoError
-from simpo.generation.engine import Sampled
+from simpo.generation.engine import Sampled, VllmEngine
 from simpo.generation.sample import Job, PromptArguments
 from simpo.generation.settings import SamplingSettings
-from simpo.generation.vllm import VllmEngine
 from simpo.models.settings import ModelArguments
 
 STOP = 9

@@ -13,10 +13,9 @@ from typing import Any
 
 import yaml
 
-from simpo.config.command_line import read_command_line, split_recipe
+from simpo.config.command_line import help_text, read_command_line, split_recipe
 from simpo.config.fields import Setting, build, check_installed, fit, keys_of
 from simpo.config.foreign import known_spellings, objective_mistakes, paper_settings, resolve
-from simpo.config.help import help_text
 from simpo.errors import CombinedError, SimpoError, third_party
 
 logger = logging.getLogger(__package__)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from simpo.client import ChatClient, Endpoint, Prices
-from simpo.client.cache import default_cache
+from simpo.client.chat_client import default_cache
 from simpo.config import check_values, setting
 from simpo.errors import SimpoError
 from simpo.models.settings import ModelArguments

@@ -1,8 +1,7 @@
 """Preference objectives: pure functions of log-probabilities, and the table that names them. Imports torch only."""
 
-from simpo.objectives import listwise as _listwise  # noqa: F401, I001 - it adds its objectives to the table
+from simpo.objectives import listwise as _listwise  # noqa: F401 - it adds its objectives to the table
 from simpo.objectives import pointwise as _pointwise  # noqa: F401 - so does this
-from simpo.objectives import contrastive as _contrastive  # noqa: F401 - and this, which builds on it
 from simpo.objectives.mixture import Mixture
 from simpo.objectives.objective import Objective
 from simpo.objectives.preference import OBJECTIVES, reference_point, sft_term

@@ -23,8 +23,8 @@ from simpo.data.sources import load_rows
 from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.compare import make_judges
+from simpo.generation.engine import load_vllm
 from simpo.generation.sample import Job
-from simpo.generation.vllm import load_vllm
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import check_judges_anew, make_annotator
 from simpo.judging.settings import JudgeOptions, server_client
