@@ -51,11 +51,8 @@ def line(
 def plot_training(path: Path, logs: Sequence[Mapping[str, Any]], names: Mapping[str, str], title: str) -> None:
     """Curves of a run's metrics over its optimizer steps, one panel each, on training and held-out data.
 
-    Args:
-        path: the PNG file.
-        logs: the lines of ``metrics.jsonl``.
-        names: metric -> axis label, for every panel; accuracies get an axis from 0 or 0.5 to 1.
-        title: of the figure.
+    ``logs`` are the lines of ``metrics.jsonl``. ``names`` has the axis label of every panel's metric; accuracies get an
+    axis from 0 or 0.5 to 1.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
@@ -76,13 +73,9 @@ def plot_training(path: Path, logs: Sequence[Mapping[str, Any]], names: Mapping[
 
 
 def plot_rates(path: Path, rates: Mapping[str, Mapping[str, Interval]], title: str, *, even: str) -> None:
-    """Shares with their intervals as bars, in percent.
+    """Shares ``{what: {model: interval}}`` as bars, in percent.
 
-    Args:
-        path: the PNG file.
-        rates: ``{what: {model: interval}}``.
-        title: of the figure.
-        even: the entry of ``rates`` where 50% means that the models are equally good; a line marks it there.
+    A line marks 50% at the entry ``even``, where it means that the models are equally good.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.5 + 1.9 * len(rates), 3.6), layout="constrained")
@@ -131,11 +124,7 @@ def plot_effects(
 ) -> None:
     """A panel for every knob of a sweep: each trial is a point over its value; a line joins the best of every value.
 
-    Args:
-        path: the PNG file.
-        effects: for every knob, the value and the result of each trial, with its interval where it has one.
-        label: what the result is.
-        smaller_is_better: whether the smallest result is the best.
+    ``effects`` has, for every knob, the value and the result of each trial, with its interval where it has one.
     """
     better = min if smaller_is_better else max
     with mpl.rc_context(STYLE):
@@ -174,12 +163,7 @@ def _places(axes: Axes, values: Sequence[str]) -> list[float]:
 def plot_rounds(path: Path, win_rates: Mapping[str, Sequence[Interval]], kl: Sequence[Interval]) -> None:
     """Win rates of a loop over its rounds, one line per judge, and over the distance of each round from the start; PNG.
 
-    Where the judges diverge, the judge that was trained on has been exploited.
-
-    Args:
-        path: the file.
-        win_rates: for every judge, the win rate of each round against the start.
-        kl: the KL divergence of each round from the start, in nats.
+    Where the judges diverge, the judge that was trained on has been exploited. ``kl`` is in nats.
     """
     start = Interval(0.5, None, None, 0, "")  # the start against itself
     with mpl.rc_context(STYLE):

@@ -44,15 +44,7 @@ _ROWS = {
 
 
 def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
-    """Write the report of run folders.
-
-    Args:
-        paths: the folders; with several, their curves are overlaid.
-        output: the file; ``report.html`` in the first folder by default.
-
-    Returns:
-        The path of the file.
-    """
+    """Write the report of run folders, to ``report.html`` in the first one by default; returns its path."""
     runs = read_runs(paths)
     output = paths[0] / FILE_NAME if output is None else output
     write_text(output, render(runs))

@@ -81,14 +81,9 @@ def run(
     following: str,
     callbacks: Sequence[RunCallback] = (),
 ) -> int:
-    """Train, print the table of results and the command that may follow.
+    """Train with the settings ``parts``, print the results and the command that may follow.
 
-    Args:
-        kind: the trainer's class.
-        parts: the settings, as :func:`parse` returns them.
-        argv: the arguments.
-        following: the next command, with ``{folder}`` for the output folder.
-        callbacks: further parts of the run.
+    ``following`` is that command, with ``{folder}`` for the output folder; ``callbacks`` are further parts of the run.
     """
     from simpo.cli.plan import check_fit  # noqa: PLC0415
     from simpo.runs.results import print_results  # noqa: PLC0415

@@ -77,11 +77,7 @@ class ReplyCache:
         return reply
 
     def put(self, key: str, reply: ChatReply) -> ChatReply:
-        """Store a reply and return once it is on disk.
-
-        Returns:
-            The stored reply: an earlier one if another process received one in the meantime.
-        """
+        """Store a reply; returns it once it is on disk, or an earlier one of another process."""
         self._insert([(key, json.dumps(dataclasses.asdict(reply)).encode())], replace=key in self._unreadable)
         return self.get(key) or reply
 

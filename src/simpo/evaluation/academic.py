@@ -161,9 +161,8 @@ class Score:
 def read_scores(output: Mapping[str, Any]) -> dict[str, Score]:
     """Scores by ``task/metric``, or ``task/metric:filter`` where the answers are filtered.
 
-    Args:
-        output: what ``lm_eval.simple_evaluate`` returns: ``results`` and, where they were requested, ``samples`` and
-            ``n-samples``.
+    ``output`` is what ``lm_eval.simple_evaluate`` returns: ``results`` and, where they were requested, ``samples`` and
+    ``n-samples``.
     """
     found = {}
     for task, results in output["results"].items():

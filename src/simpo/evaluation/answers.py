@@ -54,10 +54,8 @@ def read_by_key(
 ) -> dict[Any, tuple[T, str]]:
     """Value and place of every row of a file by its key, in the order of the file.
 
-    Args:
-        path: the file.
-        key_name: what messages call the key.
-        parse: gives the key and the value of a row; its second argument is the row's place for messages.
+    ``parse`` gives the key and the value of a row; its second argument is the row's place for messages, which call the
+    key ``key_name``. No key may occur twice.
     """
     found: dict[Any, tuple[T, str]] = {}
     for row, where in read_rows(path):
@@ -73,11 +71,8 @@ def read_answers(
 ) -> list[T]:
     """Read the answers to given questions, in the order of the questions.
 
-    Args:
-        path: the file.
-        key_name: what messages call the key of a question.
-        parse: gives the key and the answer of a row.
-        questions: the place of every question by its key.
+    ``questions`` has the place of every question by its key; the others are those of :func:`read_by_key`. Every
+    question needs an answer, and every answer a question.
     """
     found = read_by_key(path, key_name, parse)
     unknown = [key for key in found if key not in questions]
@@ -229,15 +224,10 @@ class Answerer:
     def answer(
         self, questions: Sequence[str | list[dict[str, str]]], folder: Path, *, temperature: float | None = None
     ) -> list[str]:
-        """Sample one answer to every question.
+        """Sample one answer to every text or conversation, in their order; one that occurs twice is answered once.
 
-        Args:
-            questions: texts or conversations; one that occurs twice is answered once.
-            folder: of the sampling run, which is continued if it was stopped.
-            temperature: replaces the one in the settings.
-
-        Returns:
-            The answers in the order of the questions.
+        ``folder`` is that of the sampling run, which is continued if it was stopped; ``temperature`` replaces the one
+        in the settings. Before anything is sampled, questions that do not fit the context are refused.
         """
         prompts = folder.with_name(f"{folder.name}-questions.jsonl")
         prompts.parent.mkdir(parents=True, exist_ok=True)

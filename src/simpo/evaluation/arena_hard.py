@@ -294,10 +294,8 @@ def read_verdict(text: str, version: Version) -> str | None:
 def battles(first: str | None, second: str | None, version: Version) -> list[float]:
     """The model's results in a prompt's games, a number in [0, 1] for each battle.
 
-    Args:
-        first: verdict of the game in which the baseline is shown first.
-        second: verdict of the game in which the model is shown first.
-        version: v0.1 counts a game whose counterpart has no verdict, v2 does not.
+    The baseline is shown first in the game of the ``first`` verdict, the model in that of the ``second``. v0.1 counts a
+    game whose counterpart has no verdict, v2 does not.
     """
     if version == "v2" and (first is None or second is None):
         return []

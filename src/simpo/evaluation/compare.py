@@ -81,13 +81,8 @@ def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, a
     The cost of an API judge is confirmed before anything is sampled. A run that was killed is continued by the same
     call: samples are in the folder, replies of an API in its cache; other judges judge again.
 
-    Args:
-        settings: what is compared; the folder gets ``verdicts.jsonl``, ``differences.md`` and ``results.json``.
-        options: what the judges need; those of the settings if None.
-        argv: the command line after the command's name, for the record.
-
-    Returns:
-        The path of ``results.json``.
+    The folder gets ``verdicts.jsonl``, ``differences.md`` and ``results.json``, whose path is returned. Without
+    ``options``, the judges' are those of the settings.
 
     Raises:
         SimpoError: something that the user gave cannot be used, or the user does not confirm the cost of a judge.
@@ -286,10 +281,7 @@ def judge_pairs(
 def judge_metrics(judges: Mapping[str, Judge], prompts: np.ndarray, seed: int) -> list[Metric]:
     """Metrics of API judges: contradictions on swapped answers, position bias, and temperatures of their own choice.
 
-    Args:
-        judges: by name, after they have judged.
-        prompts: the number of each pair's prompt, ``[P]``.
-        seed: of the bootstrap.
+    The judges have judged; ``prompts`` is the number of each pair's prompt, ``[P]``.
     """
     metrics = []
     for name, judge in judges.items():
@@ -312,10 +304,7 @@ def judge_metrics(judges: Mapping[str, Judge], prompts: np.ndarray, seed: int) -
 def compare_answers(answers: Sequence[PromptAnswers], score: Scoring, others: Mapping[str, Scoring]) -> list[Metric]:
     """Metrics of the baseline ("before") and of the model ("after"), and the model's win rate, over prompts.
 
-    Args:
-        answers: ``a`` is the model, ``b`` the baseline.
-        score: decides who wins; the higher, the better.
-        others: further metrics by name.
+    ``a`` is the model, ``b`` the baseline; ``score`` decides who wins, and ``others`` are further metrics by name.
     """
 
     def values(side: str, scoring: Scoring) -> list[list[float]]:
@@ -333,12 +322,8 @@ def compare_answers(answers: Sequence[PromptAnswers], score: Scoring, others: Ma
 def win_rate(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Interval:
     """Share of comparisons that ``a`` wins, ties counting half, with an interval over prompts.
 
-    Every answer of ``a`` is compared with every answer of ``b`` to the same prompt. A prompt's share is one
-    observation, because answers to one prompt are not independent.
-
-    Args:
-        a: for each prompt, the scores of the answers of ``a``.
-        b: for each prompt, the scores of the answers of ``b``.
+    ``a`` and ``b`` have the scores of each prompt's answers. Every answer of ``a`` is compared with every answer of
+    ``b`` to the same prompt. A prompt's share is one observation, because answers to one prompt are not independent.
     """
     shares = []
     for ours, theirs in zip(a, b, strict=True):

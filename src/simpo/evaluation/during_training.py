@@ -89,10 +89,8 @@ class AnswerStatistics:
 def signs_of_collapse(now: AnswerStatistics, start: AnswerStatistics, expected_length: float) -> list[str]:
     """Each statistic that is out of bounds, as ``name start -> now``; empty for a model that answers as well as before.
 
-    Args:
-        now: of the model in training.
-        start: of the model that training started from, on the same prompts.
-        expected_length: mean tokens of the held-out responses, to which fine-tuning may lengthen the answers.
+    ``start`` are those of the start model on the same prompts; ``expected_length`` is the mean tokens of the held-out
+    responses, to which fine-tuning may lengthen the answers.
     """
     fall = start.end_of_turn_rate - now.end_of_turn_rate
     out_of_bounds = {

@@ -18,10 +18,8 @@ from simpo.statistics import Interval, share_interval
 def win_rates(preferences: np.ndarray) -> dict[str, float]:
     """Raw and discrete win rate in percent, and numbers of instructions, under the leaderboard's names.
 
-    A draw is a preference of exactly 1.5 and counts half. The standard error of a single preference is NaN.
-
-    Args:
-        preferences: ``[N]`` in [1, 2], 2 where the model is preferred; at least one, none of them NaN.
+    ``preferences`` are ``[N]`` in [1, 2], 2 where the model is preferred; a draw is exactly 1.5 and counts half. The
+    standard error of a single preference is NaN.
     """
     shares = preferences - 1
     wins, losses = int((shares > 0.5).sum()), int((shares < 0.5).sum())
@@ -149,10 +147,7 @@ def bootstrap_score(prompts: Sequence[Sequence[float]], version: Version, seed: 
     reports the mean of the battles with the 2.5th and 97.5th percentiles, v2 the mean of the bootstrap means with the
     5th and 95th.
 
-    Args:
-        prompts: the worth of each of a prompt's battles, from 0 to 1.
-        version: of the benchmark.
-        seed: of the bootstrap.
+    ``prompts`` has the worth of each of a prompt's battles, from 0 to 1.
     """
     worths = np.concatenate([np.asarray(worths, dtype=np.float64) for worths in prompts])
     draws = np.random.default_rng(seed).integers(len(worths), size=(_RESAMPLES, len(worths)))
@@ -167,8 +162,7 @@ def bootstrap_score(prompts: Sequence[Sequence[float]], version: Version, seed: 
 def score_over_prompts(prompts: Sequence[Sequence[float]]) -> Interval:
     """The mean worth of the battles in percent, with a 95% interval in which a prompt is one observation.
 
-    Args:
-        prompts: the worth of each of a prompt's battles, at least one each.
+    ``prompts`` has the worth of each of a prompt's battles, at least one each.
     """
     found = share_interval([float(np.mean(worths)) for worths in prompts], [len(worths) for worths in prompts])
     low, high = (None if bound is None else 100 * bound for bound in (found.low, found.high))

@@ -280,9 +280,7 @@ def _pooled(name: str, ratings: Sequence[Rating]) -> Metric:
 def read_questions(path: Path, references: Path | None) -> list[Question]:
     """Questions ``{question_id, category, turns, reference}``; references are used in :data:`REFERENCED` only.
 
-    Args:
-        path: file of the questions.
-        references: file of reference answers, in the form of a model's, which replace the questions' own.
+    A file of ``references``, in the form of a model's answers, replaces the questions' own.
     """
 
     def parse(row: Row, where: str) -> tuple[int, Question]:

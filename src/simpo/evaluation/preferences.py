@@ -190,13 +190,8 @@ def preference_metrics(judged: Judged, seed: int) -> list[Metric]:
 def win_rate_over_prompts(verdicts: np.ndarray, prompts: np.ndarray, seed: int) -> Interval | None:
     """Mean over prompts of the share that ``a`` wins, ties counting half, with a bootstrap interval over prompts.
 
-    Args:
-        verdicts: ``[P]``; NaN, where there is none, does not count.
-        prompts: ``[P]``, the number of each pair's prompt.
-        seed: of the bootstrap.
-
-    Returns:
-        The win rate, where n is the number of prompts with a verdict; None if there is none.
+    ``verdicts`` ``[P]`` that are NaN do not count; ``prompts`` ``[P]`` is the number of each pair's prompt. The n of
+    the win rate is the number of prompts with a verdict; None if there is none.
     """
     known = ~np.isnan(verdicts)
     if not known.any():

@@ -159,9 +159,7 @@ def read_items(data: str, split: str) -> list[Item]:
 def item_terms(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> Terms:
     """The terms that each subset's score is computed from; a prompt of Ties is one item with its reference.
 
-    Args:
-        items: the rows.
-        scores: of the answers to each of them, in the order of the answers.
+    ``scores`` are those of each row's answers, in their order.
     """
     found: dict[str, list[list[float]]] = {}
     ties: dict[str, dict[str, tuple[float, float]]] = {}

@@ -77,13 +77,8 @@ def settings_type(name: str) -> type[BenchmarkSettings]:
 def run_benchmark(name: str, settings: BenchmarkSettings, *, argv: Sequence[str] = ()) -> Path:
     """Run a benchmark and print its results; a run that was stopped is continued by the same call.
 
-    Args:
-        name: one of :data:`BENCHMARKS`.
-        settings: an instance of its :func:`settings_type`.
-        argv: the command line after the name of the command, for the record.
-
-    Returns:
-        The path of ``results.json``.
+    ``name`` is one of :data:`BENCHMARKS`, and the settings are an instance of its :func:`settings_type`. Returns the
+    path of ``results.json``.
     """
     results = evaluate(settings, argv=argv)
     print_results(results)
@@ -350,11 +345,7 @@ def published_table(benchmark: str) -> Table | None:
 def write_markdown(results: Path, benchmark: str, model: str, path: Path) -> None:
     """Write the results of a run, its judge, and the published results to a Markdown file.
 
-    Args:
-        results: ``results.json`` of the run, next to its ``run.json``.
-        benchmark: its name on the command line.
-        model: the name of the model in the heading.
-        path: the file to write.
+    ``results`` is ``results.json`` of the run, next to its ``run.json``; ``model`` is named in the heading.
     """
     found = read_results(results)
     rows = []

@@ -24,10 +24,7 @@ def plan_chunks(lengths: Sequence[int], n: int, chunk_size: int) -> list[Chunk]:
     Prompts of similar length share a chunk, the longest first, so that there is little padding and a chunk that does
     not fit into memory fails at once. All answers to a prompt are in one chunk if ``chunk_size`` is at least ``n``.
 
-    Args:
-        lengths: tokens of every prompt.
-        n: answers per prompt.
-        chunk_size: the most answers in a chunk.
+    ``lengths`` are the tokens of every prompt.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     if n > chunk_size:

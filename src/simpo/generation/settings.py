@@ -46,10 +46,8 @@ class SamplingSettings:
     def resolved(self, *, context: int | None, chunk_size: int) -> Self:
         """The settings with ``max_new_tokens`` and ``chunk_size`` filled in.
 
-        Args:
-            context: positions that the model has; None if unlimited. Unless ``max_new_tokens`` is given, half of them
-                are left to the prompts.
-            chunk_size: the default for this engine.
+        ``context`` are the positions that the model has, None if unlimited; half of them are left to the prompts unless
+        ``max_new_tokens`` is given. ``chunk_size`` is the default for this engine.
         """
         longest = self.max_new_tokens
         if longest is None:

@@ -40,11 +40,7 @@ def export(items: Sequence[Item], judgments: Sequence[Judgment], folder: Path, *
     - ``verdicts.jsonl``: ``{id, winner, a, b}`` of every item with two answers, for ``simpo compare --judge human:``.
     - ``judgments.jsonl``: every judgment, skipped items included.
 
-    Args:
-        items: all items of the run.
-        judgments: what counts, in the order in which it was made.
-        folder: of the run.
-        seed: of the bootstrap.
+    ``judgments`` are those that count, in the order in which they were made.
     """
     by_item: dict[str, list[Judgment]] = {item.id: [] for item in items}
     for judgment in judgments:
@@ -129,9 +125,7 @@ def reliability_metrics(judgments: Sequence[Judgment], seed: int) -> list[Metric
     A ranking is compared answer by answer: of every two answers it says that the first is better, the second, or
     neither. Resampling for intervals takes an item as a whole.
 
-    Args:
-        judgments: at least one, none of them a skip.
-        seed: of the bootstrap.
+    There is at least one judgment, and none of them is a skip.
     """
     compared = {
         (one.labeler, one.item): {

@@ -52,8 +52,7 @@ IDENTICAL = "pairs_of_identical_answers"
 def items_of_two(a: Path, b: Path) -> tuple[list[Item], Counter[str]]:
     """Every answer in file ``a`` against every answer in ``b`` to the same prompt, as ``simpo compare`` pairs them.
 
-    Returns:
-        The items, including those that are ties, and the number of those.
+    Returns the items, including those that are ties, and the number of those.
     """
     pairs, _ = all_pairs(read_matched(a, b))
     items = [Item(pair.id, pair.prompt, (pair.a, pair.b), pair.context.columns) for pair in pairs]
@@ -66,12 +65,8 @@ def items_of_two(a: Path, b: Path) -> tuple[list[Item], Counter[str]]:
 def items_of_one(path: Path, *, pairs: bool) -> tuple[list[Item], Counter[str]]:
     """The different answers to every prompt of a file, to be compared or ranked.
 
-    Args:
-        path: rows ``{id, prompt, responses}``.
-        pairs: ask about every two answers instead of a ranking.
-
-    Returns:
-        The items, and how many answers and prompts are left out, by reason.
+    ``pairs`` asks about every two answers instead of a ranking. Returns the items, and how many answers and prompts are
+    left out, by reason.
     """
     records = read_answer_file(path)
     items: list[Item] = []

@@ -61,11 +61,7 @@ class LabelSettings:
 
 
 def label(settings: LabelSettings, *, argv: Sequence[str] = ()) -> int:
-    """Open the page until Ctrl-C or SIGTERM.
-
-    Returns:
-        The number of items that have been judged so far.
-    """
+    """Open the page until Ctrl-C or SIGTERM; returns the number of items that have been judged so far."""
     try:
         from simpo.labeling.server import listen, make_app, serve  # noqa: PLC0415 - an optional dependency
     except ImportError as error:
@@ -101,10 +97,9 @@ def label(settings: LabelSettings, *, argv: Sequence[str] = ()) -> int:
 
 
 def export_run(folder: Path) -> Path:
-    """Write what was judged so far, also while the page is open; see :func:`simpo.labeling.export.export`.
+    """Write what was judged so far, also while the page is open, by :func:`~simpo.labeling.export.export`.
 
-    Returns:
-        The path of ``results.json``.
+    Returns the path of ``results.json``.
     """
     try:
         record = RunRecord.read(folder)

@@ -44,10 +44,7 @@ def make_app(session: Session, *, token: str, guidelines: str) -> Starlette:
     Requests need the token, and a host name of this machine: a page of another site whose name was made to point here
     (DNS rebinding) is refused.
 
-    Args:
-        session: the judgments.
-        token: the secret in the page's URL.
-        guidelines: the text that labelers are shown.
+    ``token`` is the secret in the page's URL.
     """
 
     def page(request: Request) -> Response:

@@ -42,13 +42,9 @@ class Session:
     """
 
     def __init__(self, items: Sequence[Item], store: Store, *, seed: int, overlap: float) -> None:
-        """Start or continue.
+        """Start or continue; ``overlap`` is the share of the items that every labeler judges.
 
-        Args:
-            items: what is judged.
-            store: what has been judged.
-            seed: determines the shared items, and each labeler's order of items and of answers.
-            overlap: share of the items that every labeler judges.
+        ``seed`` determines the shared items, and each labeler's order of items and of answers.
         """
         self._items = {item.id: item for item in items}
         self._store = store

@@ -106,11 +106,9 @@ CARDS = {sheet[0]: _card(*sheet) for sheet in _SHEETS}
 def find_card(name: str | None, memory_gb: float | None, tflops: float | None, bandwidth: float | None) -> Card:
     """The card of a name, with the figures that are given by hand in place of its own; a name alone can be new.
 
-    Args:
-        name: one of :data:`CARDS`, in any case and with any separators; without its memory, the first of that model.
-        memory_gb: GiB that a process can allocate.
-        tflops: TFLOP/s of dense half-precision matrix products.
-        bandwidth: terabytes per second to and from memory; by default one for 300 FLOP/s.
+    ``name`` is one of :data:`CARDS`, in any case and with any separators; without its memory, the first of that model.
+    Given by hand are GiB that a process can allocate, TFLOP/s of dense half-precision matrix products, and terabytes
+    per second to and from memory (by default one for 300 FLOP/s).
     """
     for figure in (memory_gb, tflops, bandwidth):
         if figure is not None and not 0 < figure < math.inf:

@@ -37,10 +37,7 @@ _SAMPLE = 2000  # rows of a large data set that are tokenized
 def make_plan(parts: Sequence[Any], settings: PlanSettings, rows: Dataset | None = None) -> tuple[Planner, Estimate]:
     """The planner of a recipe, and the estimate for its own settings.
 
-    Args:
-        parts: the recipe's model, data and configuration.
-        settings: of the plan.
-        rows: all rows of the run, tokenized; by default those of the recipe's data, or of the settings.
+    ``rows`` are all rows of the run, tokenized; by default those of the recipe's data, or of the settings.
     """
     model, data, config = parts
     given = (settings.gpu, settings.gpu_memory_gb, settings.gpu_tflops, settings.gpu_terabytes)

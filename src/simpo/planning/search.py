@@ -266,9 +266,8 @@ class Planner:
         arithmetic are in proportion to tokens. The best ones are then estimated themselves. Where the machine's rates
         are not known, ddp comes before fsdp, less checkpointing before more, and more tokens before fewer.
 
-        Args:
-            own: the recipe's choice, which is one of them.
-            shardings: the ways of sharing that are possible; all of :attr:`shardings` if empty.
+        ``own`` is the recipe's choice, which is one of them. Without ``shardings``, all of :attr:`shardings` are
+        possible.
         """
         found: list[Estimate] = []
         for choice in self._ranked(own, shardings or self.shardings):

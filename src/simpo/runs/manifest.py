@@ -65,10 +65,8 @@ def _digest_file(path: Path) -> Path:
 def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:
     """List all files in ``folder`` and below, with size in bytes and SHA-256, in ``folder/manifest.json``.
 
-    Args:
-        folder: of finished files.
-        exclude: patterns (``*`` and ``?``) of names in ``folder`` that are left out, with all that is below them, or of
-            paths from it.
+    ``exclude`` are patterns (``*`` and ``?``) of names in ``folder`` that are left out, with all that is below them, or
+    of paths from it.
     """
     with disk_errors(folder / FILE_NAME):
         names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -85,11 +83,8 @@ def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:
 def find_damage(folder: Path, *, since: int | None = None) -> str | None:
     """The first difference of a folder's files from its manifest, as text; None if all are as they were written.
 
-    Files that the manifest does not list are ignored. Sizes are compared first, because hashing takes long.
-
-    Args:
-        folder: with a manifest.
-        since: compare the contents only of files that were modified after this time, in nanoseconds.
+    Files that the manifest does not list are ignored. Sizes are compared first, because hashing takes long; with
+    ``since``, contents only of files that were modified after this time, in nanoseconds.
     """
     try:
         files = read_manifest(folder)
@@ -138,12 +133,8 @@ def read_manifest(folder: Path) -> list[tuple[str, int, str]]:
 def environment() -> dict[str, Any]:
     """Versions, processors, memory and the working directory's git state; nothing that names a person or a host.
 
-    It neither imports torch nor starts CUDA, which no process could fork after.
-
-    Returns:
-        JSON values: ``python``, ``platform``, ``packages`` (name -> version, None if absent), ``cpu`` (``model``,
-        usable ``cores``), ``ram_bytes``, ``gpus`` (names of the machine's NVIDIA GPUs), and ``git`` (``commit``, and
-        whether tracked files are ``dirty``, None where finding out could run code; None outside a repository).
+    It neither imports torch nor starts CUDA, which no process could fork after. Packages map to their version, or None
+    if absent; ``dirty`` tells whether tracked files have changed, None where finding out could run code.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     commit, changes = _git_state()

@@ -39,14 +39,8 @@ def output_is_closed() -> bool:
 def progress(what: str, total: int, done: int, log: Callable[[str], None]) -> Iterator[Advance]:
     """Show the progress of the body: a bar on a terminal, otherwise a line for every tenth.
 
-    Args:
-        what: the name of the items.
-        total: number of items.
-        done: items that were done before, which do not count for the speed.
-        log: called with the lines where standard error is not a terminal.
-
-    Yields:
-        A function to call with the number of items done since its last call.
+    ``done`` items were done before and do not count for the speed. ``log`` gets the lines where standard error is not a
+    terminal. Yields a function to call with the number of items done since its last call.
     """
     # Imported here, because the commands that only need printable() should start quickly.
     from rich.console import Console  # noqa: PLC0415

@@ -95,10 +95,8 @@ def make_pairs(records: Iterable[Mapping[str, Any]], settings: PairSettings) -> 
     Best against worst is how the paper pairs its own samples (section 4, after Llama-3-Instruct). Among identical
     answers, and among answers with equal scores, the first one counts.
 
-    Args:
-        records: ``{id, prompt, responses, scores}``; an answer whose score is None is left out. ``finished``, if
-            present, tells for every response whether it ended on its own.
-        settings: which pairs to make.
+    Of the records ``{id, prompt, responses, scores}``, an answer whose score is None is left out. ``finished``, if
+    present, tells for every response whether it ended on its own.
     """
     report = PairReport()
     rows = []

@@ -50,12 +50,8 @@ def make_prompts(count: int, seed: int, *, held_out: bool = False) -> list[Row]:
 def make_pairs(count: int, seed: int, *, held_out: bool = False, length_bias: float = 0.0) -> list[Row]:
     """``count`` off-policy pairs ``{prompt, chosen, rejected}`` of answers that differ in score and in length.
 
-    Args:
-        count: rows; a question may come more than once.
-        seed: the same seed gives the same rows.
-        held_out: take questions of the held-out side.
-        length_bias: from 0 to 1, the share of pairs whose longer answer is chosen regardless of its quality; in the
-            others the judge chooses the better one.
+    A question may come more than once. ``length_bias`` is the share of pairs whose longer answer is chosen regardless
+    of its quality; in the others the judge chooses the better one.
     """
     if not 0 <= length_bias <= 1:
         raise SimpoError(f"length_bias: {length_bias} is not a share; give a number from 0 to 1")

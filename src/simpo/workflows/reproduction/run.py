@@ -207,14 +207,7 @@ def render(
     outcomes: Mapping[str, Sequence[Outcome]],
     chosen: Mapping[tuple[str, str], Mapping[str, Any]],
 ) -> str:
-    """The page.
-
-    Args:
-        studies: those that were run.
-        measured: the numbers of every study's arms.
-        outcomes: of every study's claims.
-        chosen: the settings of every study and arm, after tuning.
-    """
+    """The page of the studies that were run: their arms' numbers, the claims' outcomes, the settings after tuning."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

@@ -63,15 +63,12 @@ class Trial:
 def run_trial(base: Path, trial: Trial) -> dict[str, float]:
     """Train and measure; the same trial gives the same numbers, except for ``seconds``.
 
-    Args:
-        base: the folder with the start model, pairs and prompts.
-        trial: what is trained.
+    ``base`` is the folder with the start model, pairs and prompts.
 
-    Returns:
-        ``win_rate`` over the start model's answers, ``score``, ``correct``, ``tokens``, ``ended`` of sampled answers;
-        ``accuracy`` of the implicit reward on held-out pairs, ``ranking_agreement`` with the average
-        log-probability's ranking of them, ``reward_length_rho``, Spearman's correlation of reward and length; ``kl``
-        from the start model in nats per token; ``seconds`` of processor time of training.
+    Returns ``win_rate`` over the start model's answers, ``score``, ``correct``, ``tokens``, ``ended`` of sampled
+    answers; ``accuracy`` of the implicit reward on held-out pairs, ``ranking_agreement`` with the average
+    log-probability's ranking of them, ``reward_length_rho``, Spearman's correlation of reward and length; ``kl`` from
+    the start model in nats per token; ``seconds`` of processor time of training.
     """
     torch.set_num_threads(1)  # the model is tiny
     tokenizer = load_tokenizer(str(base / START))
