@@ -19,6 +19,7 @@ import yaml
 
 from simpo.errors import SimpoError, third_party
 from simpo.runs.folder import RunRecord
+from simpo.runs.lines import json_safe
 from simpo.runs.log import mask_secrets
 from simpo.runs.results import EXAMPLES, HELD_OUT, Metric, Stage, read_results
 from simpo.runs.results import FILE_NAME as RESULTS
@@ -81,7 +82,7 @@ class Run:
             for line in file:
                 try:
                     row = json.loads(line)
-                    rows.append({key: _finite(value) for key, value in row.items()})
+                    rows.append({key: json_safe(value) for key, value in row.items()})
                 except (ValueError, AttributeError, RecursionError):
                     damaged += 1
                     rows += [{}] if numbered else []
@@ -239,10 +240,6 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def in_order(path: Path) -> list[tuple[int, str]]:
     """A key that sorts paths by the numbers in them, so that round-10 comes after round-9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mapping(parse: Any, text: str) -> Row:

@@ -70,7 +70,8 @@ def render(runs: Sequence[Run]) -> str:
         if len(trainings) > _MOST_TRAININGS
         else []
     )
-    script, charting, style = (_file(name) for name in ("report.js", "echarts.common.min.js", "report.css"))
+    names = ("report.js", "echarts.common.min.js", "report.css")
+    script, charting, style = ((_PAGE / name).read_text(encoding="utf-8") for name in names)
     data = {
         "charts": {f"{name}-{place}": chart for name, _, charts in sections for place, chart in enumerate(charts)},
         "examples": shown,
@@ -239,10 +240,6 @@ def _without_first_line(text: str) -> str:
 
 
 # ---- The page.
-
-
-def _file(name: str) -> str:
-    return (_PAGE / name).read_text(encoding="utf-8")
 
 
 def _embedded(value: Any) -> str:

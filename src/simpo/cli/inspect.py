@@ -7,7 +7,7 @@ examples:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -175,7 +175,8 @@ def _print_answers(console: Console, rows: Dataset, label: str) -> list[Metric]:
         metrics += score_metrics(prefix, sets)
     figures = {metric.name.removeprefix(f"{prefix}/"): metric for metric in metrics}
     answers = [len(found.responses) for found in sets]
-    console.print(Text(f"{label}: {sum(answers):,} answers to {len(sets):,} prompts, {_span(answers)} to each"))
+    each = " to ".join(dict.fromkeys((f"{min(answers)}", f"{max(answers)}")))
+    console.print(Text(f"{label}: {sum(answers):,} answers to {len(sets):,} prompts, {each} to each"))
     for name, (title, what) in _ANSWER_FIGURES.items():
         if name in figures:
             console.print(Text(f"{title:<28} {figures[name].text} {what}"))
@@ -186,10 +187,6 @@ def _print_answers(console: Console, rows: Dataset, label: str) -> list[Metric]:
         console.print(Text(f"{'without a score':<28} {figures['unscored'].value:,.0f} answers"))
     console.print()
     return metrics
-
-
-def _span(counts: Sequence[int]) -> str:
-    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def _print_examples(console: Console, shown: list[Example]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.evaluation.answers import answers_path
 from simpo.labeling.export import export
 from simpo.labeling.items import items_of_one, items_of_two, load_items
-from simpo.labeling.session import Session, new_token
+from simpo.labeling.session import Session
 from simpo.labeling.store import Store, read_judgments
 from simpo.runs.atomic import disk_errors
 from simpo.runs.folder import RunFolder, RunRecord
@@ -69,7 +70,8 @@ def label(settings: LabelSettings, *, argv: Sequence[str] = ()) -> int:
     assert settings.answers is not None and settings.output_dir is not None
     folder = settings.output_dir
     paths = [answers_path(name) for name in (settings.answers, settings.against) if name is not None]
-    guidelines = _read_guidelines(settings.guidelines)
+    with third_party(f"guidelines: {settings.guidelines} cannot be read"):
+        guidelines = (settings.guidelines or _GUIDELINES).read_text(encoding="utf-8").strip()
     with RunFolder(folder, command="label") as run:
         items, dropped = items_of_two(*paths) if len(paths) > 1 else items_of_one(paths[0], pairs=settings.pairs)
         with closing(listen(settings.port)) as listening:
@@ -114,16 +116,11 @@ def export_run(folder: Path) -> Path:
     return write_results(folder, command="label", fingerprint=record.fingerprint, metrics=metrics)
 
 
-def _read_guidelines(path: Path | None) -> str:
-    with third_party(f"guidelines: {path} cannot be read"):
-        return (path or _GUIDELINES).read_text(encoding="utf-8").strip()
-
-
 def _token(folder: Path) -> str:
     """The secret of this run, which only its owner can read; new if there is none."""
     path = folder / _TOKEN
     with disk_errors(path):
         path.touch(0o600)
         if not path.read_text(encoding="utf-8"):  # new, or left empty by a killed process
-            path.write_text(new_token(), encoding="utf-8")
+            path.write_text(secrets.token_urlsafe(24), encoding="utf-8")
         return path.read_text(encoding="utf-8")

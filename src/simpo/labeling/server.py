@@ -66,7 +66,7 @@ def make_app(session: Session, *, token: str, guidelines: str) -> Starlette:
     actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "guidelines": lambda body: {"guidelines": guidelines},
         "next": lambda body: session.next(read_labeler(body)),
-        "judge": lambda body: session.judge(read_vote(body)),
+        "judge": lambda body: session.judge(read_vote(body), read_key(body)),
         "undo": lambda body: session.undo(read_key(body), read_labeler(body)),
     }
     routes = [Route(f"/api/{name}", answer(act), methods=["POST"]) for name, act in actions.items()]

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import secrets
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from random import Random
 from statistics import median
 from threading import Lock
 from typing import Any
 
-from simpo.data.messages import Message
 from simpo.errors import SimpoError
 from simpo.labeling.items import Item
-from simpo.labeling.store import KINDS, Judgment, Kind, Store
+from simpo.labeling.store import KINDS, Judgment, Store
 
 _RECENT = 20  # judgments whose median is the pace
 _HELD = 1800.0  # seconds for which nobody else is shown an item that a labeler has on the screen
 _LONGEST_NAME, _LONGEST_NOTE = 60, 10_000  # characters
-
-
-@dataclass(frozen=True)
-class Vote:
-    """A judgment as the page sends it."""
-
-    key: str  # identifies the request, which may be sent again
-    labeler: str  # who
-    item: str  # the item's id
-    kind: Kind  # as in Judgment
-    ranks: tuple[int, ...]  # of the answers in the order in which they are shown
-    note: str  # the labeler's words
-    seconds: float  # for which the item was visible
 
 
 class Session:
@@ -59,8 +44,8 @@ class Session:
         with self._lock:
             return self._next_page(labeler)
 
-    def judge(self, vote: Vote) -> dict[str, Any]:
-        """Store a vote, then as :meth:`next`."""
+    def judge(self, vote: Judgment, key: str) -> dict[str, Any]:
+        """Store the vote in a request of this ``key``, then as :meth:`next`; its ranks are of answers as shown."""
         with self._lock:
             item = self._items.get(vote.item)
             if item is None:
@@ -71,9 +56,9 @@ class Session:
             if (vote.kind == "ranked") != (len(set(vote.ranks)) > 1):
                 raise SimpoError(f"ranks: {list(vote.ranks)} do not fit {vote.kind}")
             ranks = tuple(rank for _, rank in sorted(zip(shown, vote.ranks, strict=True)))
-            judgment = Judgment(vote.labeler, item.id, vote.kind, ranks, shown, vote.note, vote.seconds)
-            if self._store.item_of(vote.key) is None:
-                self._store.add(vote.key, judgment)
+            judgment = replace(vote, ranks=ranks, shown=shown)
+            if self._store.item_of(key) is None:
+                self._store.add(key, judgment)
                 self._judged.pop((vote.labeler, item.id), None)  # the last one made is the last in the order
                 self._judged[vote.labeler, item.id] = judgment
             return self._next_page(vote.labeler)
@@ -118,7 +103,7 @@ class Session:
         prompt = [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt
         return {
             "id": item.id,
-            "prompt": [_shown_message(message) for message in prompt],
+            "prompt": [{"role": str(one["role"]), "content": str(one.get("content") or "")} for one in prompt],
             "tools": item.columns.get("tools"),
             "answers": [item.responses[place] for place in self._shown(labeler, item)],
         }
@@ -134,10 +119,6 @@ class Session:
             "items": len(self._items),
             "labelers": len({one.labeler for one in self._judged.values()} | {labeler}),
         }
-
-
-def _shown_message(message: Message) -> dict[str, str]:
-    return {"role": str(message["role"]), "content": str(message.get("content") or "")}
 
 
 def _shuffled(values: list[Any], seed: str) -> list[Any]:
@@ -160,8 +141,8 @@ def read_key(body: Mapping[str, Any]) -> str:
     return key
 
 
-def read_vote(body: Mapping[str, Any]) -> Vote:
-    """A vote in a request."""
+def read_vote(body: Mapping[str, Any]) -> Judgment:
+    """A vote in a request; which answers it is about, and in which order, the session knows."""
     item, kind, ranks = body.get("item"), body.get("kind"), body.get("ranks")
     note, seconds = body.get("note", ""), body.get("seconds")
     if not isinstance(item, str):
@@ -174,9 +155,4 @@ def read_vote(body: Mapping[str, Any]) -> Vote:
         raise SimpoError(f"note: expected at most {_LONGEST_NOTE:,} characters")
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e7:
         raise SimpoError("seconds: expected a number of seconds")
-    return Vote(read_key(body), read_labeler(body), item, kind, tuple(ranks), note.strip(), float(seconds))
-
-
-def new_token() -> str:
-    """A secret that nobody guesses, for the URL of the page."""
-    return secrets.token_urlsafe(24)
+    return Judgment(read_labeler(body), item, kind, tuple(ranks), (), note.strip(), float(seconds))

@@ -72,7 +72,7 @@ def run_trial(base: Path, trial: Trial) -> dict[str, float]:
     """
     torch.set_num_threads(1)  # the model is tiny
     tokenizer = load_tokenizer(str(base / START))
-    start, model = (_load(base) for _ in range(2))
+    start, model = (AutoModelForCausalLM.from_pretrained(base / START, dtype=torch.float32) for _ in range(2))
     with TemporaryDirectory() as scratch:
         args = PreferenceConfig(
             output_dir=scratch,
@@ -98,10 +98,6 @@ def run_trial(base: Path, trial: Trial) -> dict[str, float]:
     del trainer, model, start
     gc.collect()
     return found | {"seconds": seconds}
-
-
-def _load(base: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(base / START, dtype=torch.float32)
 
 
 # ---- What the model answers.
