@@ -20,21 +20,13 @@ _AT_ONCE = 1 << 22  # draws held in memory
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its two-sided 95% confidence interval.
+    """An estimate with its two-sided 95% confidence interval."""
 
-    Attributes:
-        value: the estimate.
-        low: lower bound; None where there is none.
-        high: upper bound; None where there is none.
-        n: number of observations.
-        method: how the bounds were found.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-    method: str
+    value: float  # the estimate
+    low: float | None  # lower bound; None where there is none
+    high: float | None  # upper bound; None where there is none
+    n: int  # number of observations
+    method: str  # how the bounds were found
 
 
 @dataclass(frozen=True)

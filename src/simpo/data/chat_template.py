@@ -258,17 +258,11 @@ def user_turn_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | Non
 
 @dataclass(frozen=True)
 class EndOfTurn:
-    """The end of the assistant's turn in a template.
+    """The end of the assistant's turn in a template."""
 
-    Attributes:
-        token_id: the token that ends a response.
-        text: its text.
-        tail: all text that the template writes after the content of a final assistant message.
-    """
-
-    token_id: int
-    text: str
-    tail: str = ""
+    token_id: int  # the token that ends a response
+    text: str  # its text
+    tail: str = ""  # all text that the template writes after the content of a final assistant message
 
     @property
     def kept(self) -> str:
@@ -280,9 +274,6 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
     """The end of a response: the first special token after a rendered response, else the tokenizer's EOS.
 
     If the EOS directly follows that token in every turn, as in Command R7B's template, the EOS ends the response.
-
-    Raises:
-        SimpoError: there is neither, or the template does not render a user's and an assistant's message.
     """
     tail = _text_after_answer(tokenizer) if tokenizer.chat_template else ""
     found = [

@@ -29,30 +29,18 @@ PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "max": 100}
 class Inspection:
     """Statistics of one data set, over the rows that are used. Of a ranking, ``chosen`` is the best response and
     ``rejected`` the last; single responses (conversations, feedback) have one part ``response``.
-
-    Attributes:
-        report: what happened to every row.
-        lengths: ``prompt``, ``chosen`` and ``rejected``, or ``response`` -> percentile -> tokens.
-        longer: share of comparisons whose chosen response has more tokens; ``None`` of single responses.
-        ties: share of comparisons whose responses have the same number; ``None`` of single responses.
-        repeated: comparisons that occurred before, prompt and responses.
-        repeated_prompts: comparisons whose prompt occurred before.
-        contradicted: pairs whose reverse, with the responses exchanged, is also in the data.
-        identical: pairs with equal responses, including those that were bad rows because of it.
-        one_bos: share of prompts with exactly one BOS, at the front; ``None`` if the model has no BOS.
-        ended: share of responses that end with an end-of-turn token and contain it only once.
     """
 
-    report: DataReport
-    lengths: dict[str, dict[str, int]]
-    longer: float | None
-    ties: float | None
-    repeated: int
-    repeated_prompts: int
-    contradicted: int
-    identical: int
-    one_bos: float | None
-    ended: float
+    report: DataReport  # what happened to every row
+    lengths: dict[str, dict[str, int]]  # `prompt`, `chosen` and `rejected`, or `response` -> percentile -> tokens
+    longer: float | None  # share of comparisons whose chosen response has more tokens; `None` of single responses
+    ties: float | None  # share of comparisons whose responses have the same number; `None` of single responses
+    repeated: int  # comparisons that occurred before, prompt and responses
+    repeated_prompts: int  # comparisons whose prompt occurred before
+    contradicted: int  # pairs whose reverse, with the responses exchanged, is also in the data
+    identical: int  # pairs with equal responses, including those that were bad rows because of it
+    one_bos: float | None  # share of prompts with exactly one BOS, at the front; `None` if the model has no BOS
+    ended: float  # share of responses that end with an end-of-turn token and contain it only once
 
     def metrics(self) -> list[Metric]:
         """All statistics for the results, including those of the report."""
@@ -149,18 +137,12 @@ def _digest(texts: Sequence[bytes]) -> bytes:
 
 @dataclass(frozen=True)
 class Example:
-    """A comparison as the model reads it.
+    """A comparison as the model reads it."""
 
-    Attributes:
-        where: where its row comes from.
-        prompt: text of the prompt, special tokens included.
-        responses: text of each response.
-        spans: of a conversation, the pieces of its response and whether they are scored; empty if everything is.
-    """
-
-    where: str
-    prompt: str
-    responses: list[str]
+    where: str  # where its row comes from
+    prompt: str  # text of the prompt, special tokens included
+    responses: list[str]  # text of each response
+    # Of a conversation, the pieces of its response and whether they are scored; empty if everything is.
     spans: tuple[tuple[str, bool], ...] = ()
 
 
@@ -195,14 +177,10 @@ _SHARES = ("distinct_answers", "distinct_2", "overlap", "longer_wins")
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """The answers to one prompt.
+    """The answers to one prompt."""
 
-    Attributes:
-        responses: their texts.
-        scores: one number each, the higher the better; None for an answer without one, and for all if there are none.
-    """
-
-    responses: Sequence[str]
+    responses: Sequence[str]  # their texts
+    # One number each, the higher the better; None for an answer without one, and for all if there are none.
     scores: Sequence[float | None] | None = None
 
     def scored(self) -> list[tuple[str, float]]:

@@ -76,12 +76,7 @@ def _lengths(column: Any, name: str, place: str, start: int) -> list[np.ndarray]
 
 
 def check_rankings(rows: Dataset, label: str) -> None:
-    """Check that every row is a comparison whose responses are ranked.
-
-    Raises:
-        SimpoError: a row has one response, more than two without scores, or scores that are not in falling order; the
-            message names it.
-    """
+    """Check that every row is a comparison whose responses are ranked."""
     counts = pc.list_value_length(rows.with_format("arrow")["response_ids"]).to_pylist()
     scores = rows.with_format("arrow")["scores"].to_pylist() if "scores" in rows.column_names else [None] * len(rows)
     for row, (responses, row_scores) in enumerate(zip(counts, scores, strict=True)):

@@ -52,39 +52,24 @@ _ENDED_REASONING = re.compile(
 
 @dataclass(frozen=True)
 class Answer:
-    """The text that generation has to produce after a prompt.
+    """The text that generation has to produce after a prompt."""
 
-    Attributes:
-        prompt: what generation would be fed.
-        text: what follows it, without the end-of-turn token.
-        end: the token that ends the answer.
-        whole: the rendered conversation, from which the answer was cut out.
-        status: entries for the report (:meth:`simpo.data.rows.DataReport.of`).
-    """
-
-    prompt: str
-    text: str
-    end: EndOfTurn
-    whole: str = ""
-    status: tuple[str, ...] = ()
+    prompt: str  # what generation would be fed
+    text: str  # what follows it, without the end-of-turn token
+    end: EndOfTurn  # the token that ends the answer
+    whole: str = ""  # the rendered conversation, from which the answer was cut out
+    status: tuple[str, ...] = ()  # entries for the report (DataReport.of)
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text of one prompt and its answers.
+    """Text of one prompt and its answers."""
 
-    Attributes:
-        prompt: what generation would be fed.
-        answers: to this prompt.
-        marker: set if the messages hold special-token text, which is then marked in the texts
-            (see :class:`simpo.data.encoding.LiteralText`).
-        status: entries for the report (:meth:`simpo.data.rows.DataReport.of`).
-    """
-
-    prompt: str
-    answers: tuple[Answer, ...]
+    prompt: str  # what generation would be fed
+    answers: tuple[Answer, ...]  # to this prompt
+    # Set if the messages hold special-token text, which is then marked in the texts (see LiteralText).
     marker: str | None = None
-    status: tuple[str, ...] = ()
+    status: tuple[str, ...] = ()  # entries for the report (DataReport.of)
 
     @property
     def texts(self) -> tuple[str, ...]:

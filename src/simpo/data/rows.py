@@ -272,39 +272,23 @@ PART = "part: "
 
 @dataclass
 class DataReport:
-    """Counts of what happened to the rows of one data set.
+    """Counts of what happened to the rows of one data set."""
 
-    Attributes:
-        label: what the data set is for, e.g. ``"train"``.
-        rows: rows found.
-        used: rows (or sequences, of rows that became several) that are kept.
-        bad: reason -> rows that could not be used.
-        dropped: reason -> rows that could be used and are not, e.g. because they are too long.
-        cut: what -> rows that were cut and are used.
-        split: why -> rows that became several.
-        ignored: what -> rows that are used without it.
-        suspect: why -> rows that are used, but probably contain a mistake.
-        read: columns of another shape -> rows that were read from them.
-        examples: reason -> where its first few rows come from.
-        notices: remarks that are not counts.
-        noun: what the rows become, in the plural.
-        first_bad: the first bad rows, each with its reason.
-    """
-
-    label: str
-    rows: int
-    used: int
-    bad: dict[str, int] = field(default_factory=dict)
+    label: str  # what the data set is for, e.g. `"train"`
+    rows: int  # rows found
+    used: int  # rows (or sequences, of rows that became several) that are kept
+    bad: dict[str, int] = field(default_factory=dict)  # reason -> rows that could not be used
+    # Reason -> rows that could be used and are not, e.g. because they are too long.
     dropped: dict[str, int] = field(default_factory=dict)
-    cut: dict[str, int] = field(default_factory=dict)
-    split: dict[str, int] = field(default_factory=dict)
-    ignored: dict[str, int] = field(default_factory=dict)
-    suspect: dict[str, int] = field(default_factory=dict)
-    read: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    notices: list[str] = field(default_factory=list)
-    noun: str = "comparisons"
-    first_bad: list[str] = field(default_factory=list)
+    cut: dict[str, int] = field(default_factory=dict)  # what -> rows that were cut and are used
+    split: dict[str, int] = field(default_factory=dict)  # why -> rows that became several
+    ignored: dict[str, int] = field(default_factory=dict)  # what -> rows that are used without it
+    suspect: dict[str, int] = field(default_factory=dict)  # why -> rows that are used, but probably contain a mistake
+    read: dict[str, int] = field(default_factory=dict)  # columns of another shape -> rows that were read from them
+    examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> where its first few rows come from
+    notices: list[str] = field(default_factory=list)  # remarks that are not counts
+    noun: str = "comparisons"  # what the rows become, in the plural
+    first_bad: list[str] = field(default_factory=list)  # the first bad rows, each with its reason
 
     @classmethod
     def of(cls, label: str, statuses: Iterable[tuple[str, list[str]]], noun: str = "comparisons") -> Self:

@@ -60,9 +60,6 @@ def load_rows(
         config: configuration of a hub data set.
         column_mapping: old name -> new name of columns, as of ``Dataset.rename_columns``.
         any_split: take a single file as any split, because the caller knows what it is for.
-
-    Raises:
-        SimpoError: no such file, folder, split, column or hub data set, or one that cannot be read.
     """
     path = _path(name)
     try:
@@ -389,9 +386,6 @@ def load_mixture(
 
     Returns:
         Training and evaluation rows (``None`` without a test split), concatenated and shuffled with seed 42.
-
-    Raises:
-        SimpoError: a fraction outside 0 to 1, a split of neither kind, or a data set that cannot be loaded.
     """
     if not isinstance(mixer, Mapping) or not mixer:
         raise SimpoError("dataset_mixer: not a mapping of data sets to fractions, e.g. {org/name: 1.0}")
@@ -437,9 +431,6 @@ def load_mixture_list(
     Returns:
         Training rows and, with ``test_split_size``, evaluation rows. Each data set is shuffled before its
         fraction ``weight`` is taken, and so are all rows together.
-
-    Raises:
-        SimpoError: an unknown key, a wrong value, or a data set that cannot be loaded.
     """
     _check_keys(mixture, ("datasets", "seed", "test_split_size"), needed="datasets")
     entries = mixture["datasets"]

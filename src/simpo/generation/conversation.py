@@ -29,15 +29,10 @@ Write = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Reply:
-    """The outcome of a message.
+    """The outcome of a message."""
 
-    Attributes:
-        text: the answer, which is now part of the conversation; None if the message could not be answered.
-        note: why the answer is incomplete; None if the model ended it.
-    """
-
-    text: str | None
-    note: str | None = None
+    text: str | None  # the answer, which is now part of the conversation; None if the message could not be answered
+    note: str | None = None  # why the answer is incomplete; None if the model ended it
 
 
 def load_conversation(

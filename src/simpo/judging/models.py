@@ -44,12 +44,7 @@ class AnswerTokens:
         self._end = self._renderer.end
 
     def encode(self, rows: Sequence[Answers], limits: Limits) -> list[TokenizedComparison]:
-        """One comparison per row; a response ends with the end-of-turn token, and an empty one consists of only that.
-
-        Raises:
-            SimpoError: a row cannot be rendered, exceeds the model's ``limits`` in length, or has a token that the
-                model does not have; names the row.
-        """
+        """One comparison per row; a response ends with the end-of-turn token, and an empty one is that alone."""
         rendered = [self._render(row) for row in rows]
         groups = self._encoder.encode_groups(rendered)
         found = [self._comparison(*parts) for parts in zip(rows, rendered, groups, strict=True)]
@@ -98,9 +93,6 @@ class ModelScorer(Scorer):
         """Load the tokenizer; the weights follow with :meth:`prepare` or the first scores.
 
         Weights are bf16 on an accelerator and fp32 on a CPU, unless ``dtype`` is given.
-
-        Raises:
-            SimpoError: there is no such model.
         """
         self._kind = kind
         self._arguments = with_dtype(model)

@@ -43,9 +43,6 @@ class PairwiseApiJudge(Judge):
                 the package.
             max_tokens: longest reply; one that is cut off has no verdict.
             log: receives lines of progress.
-
-        Raises:
-            SimpoError: the prompt cannot be read, or there is no key.
         """
         client.endpoint.api_key()
         self.client = client

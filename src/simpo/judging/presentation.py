@@ -38,9 +38,6 @@ def read_prompt_file(path: Path | None, shipped: Traversable, places: Iterable[s
         path: the user's file; None for the one in the package.
         shipped: the one in the package.
         places: names of the values.
-
-    Raises:
-        SimpoError: the file cannot be read, or lacks a placeholder.
     """
     with third_party(f"{path}: the judge prompt cannot be read"):
         content = shipped.read_bytes() if path is None else path.read_bytes()

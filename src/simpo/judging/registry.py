@@ -25,11 +25,7 @@ from simpo.models.settings import ModelArguments
 
 
 def make_judge(name: str, options: JudgeOptions) -> Judge:
-    """The judge with this name; every scorer is also a judge.
-
-    Raises:
-        SimpoError: there is none, or something that it needs is missing.
-    """
+    """The judge with this name; every scorer is also a judge."""
     kind, _, rest = name.partition(":")
     if kind == "human" and rest:
         return HumanJudge(Path(rest).expanduser())
@@ -39,11 +35,7 @@ def make_judge(name: str, options: JudgeOptions) -> Judge:
 
 
 def check_judges_anew(name: str) -> None:
-    """Reject a judge whose verdicts belong to one fixed set of answers, where every run has new answers.
-
-    Raises:
-        SimpoError: it is such a judge.
-    """
+    """Reject a judge whose verdicts belong to one fixed set of answers, where every run has new answers."""
     if name.partition(":")[0] == "human":
         raise SimpoError(
             f"{name}: its verdicts belong to other answers; new answers can be judged by one of {ANNOTATORS}"
@@ -58,9 +50,6 @@ def make_annotator(annotator: Annotator, options: JudgeOptions, normalization: N
             several by their names.
         options: what the annotators may need.
         normalization: of the scores of several annotators; None is ``zscore``.
-
-    Raises:
-        SimpoError: there is no such annotator, something that it needs is missing, or several cannot be combined.
     """
     names = annotator_names(annotator, normalization)
     if not isinstance(annotator, str):
@@ -77,11 +66,7 @@ def _api(options: JudgeOptions) -> PairwiseApiJudge:
 
 
 def make_scorer(name: str, options: JudgeOptions, *, known: str = SCORERS) -> Scorer:
-    """The scorer with this name; ``known`` are the names that an error message lists.
-
-    Raises:
-        SimpoError: there is none, or something that it needs is missing.
-    """
+    """The scorer with this name; ``known`` are the names that an error message lists."""
     kind, _, rest = name.partition(":")
     if name == "exact":
         return ExactScorer()

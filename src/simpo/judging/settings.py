@@ -23,11 +23,7 @@ Normalization = Literal["none", "zscore", "rank"]
 
 
 def annotator_names(annotator: Annotator, normalization: Normalization | None) -> list[str]:
-    """The name of the annotator, or of each one that is combined.
-
-    Raises:
-        SimpoError: there is none, a weight is not above 0, or a single annotator is to be normalized.
-    """
+    """The name of the annotator, or of each one that is combined."""
     if isinstance(annotator, str):
         if normalization is not None:
             raise SimpoError("annotator_normalization: only for several annotators, {NAME: WEIGHT, ...}; leave it out")
@@ -42,27 +38,16 @@ def annotator_names(annotator: Annotator, normalization: Normalization | None) -
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """The settings of judges other than their names.
+    """The settings of judges other than their names."""
 
-    Attributes:
-        client: sends the requests of the judge ``api``; None if no server was named.
-        prompt: file with its judge prompt; None for the one in the package.
-        max_tokens: longest reply of ``api``.
-        dtype: type of a judging model's weights; None chooses by the device.
-        trust_remote_code: run code: a function, or code that comes with a model.
-        allow_pickle: read a judging model's weights from pickles where it has no safetensors.
-        strip_thinking: show judges the answers without the thinking that they begin with.
-        log: receives lines of progress.
-    """
-
-    client: ChatClient | None = None
-    prompt: Path | None = None
-    max_tokens: int = 1024
-    dtype: str | None = None
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-    strip_thinking: bool = False
-    log: Callable[[str], None] = print
+    client: ChatClient | None = None  # sends the requests of the judge `api`; None if no server was named
+    prompt: Path | None = None  # file with its judge prompt; None for the one in the package
+    max_tokens: int = 1024  # longest reply of `api`
+    dtype: str | None = None  # type of a judging model's weights; None chooses by the device
+    trust_remote_code: bool = False  # run code: a function, or code that comes with a model
+    allow_pickle: bool = False  # read a judging model's weights from pickles where it has no safetensors
+    strip_thinking: bool = False  # show judges the answers without the thinking that they begin with
+    log: Callable[[str], None] = print  # receives lines of progress
 
     @classmethod
     def during_training(

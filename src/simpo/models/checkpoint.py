@@ -57,15 +57,11 @@ def display_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """The longest text and the token ids that a model can read, according to its configuration.
+    """The longest text and the token ids that a model can read, according to its configuration."""
 
-    Attributes:
-        positions: most tokens of a text; None if there is no bound (no positions, ALiBi, dynamic RoPE scaling).
-        embeddings: number of token ids; None if the configuration does not give it.
-    """
-
+    # Most tokens of a text; None if there is no bound (no positions, ALiBi, dynamic RoPE scaling).
     positions: int | None
-    embeddings: int | None
+    embeddings: int | None  # number of token ids; None if the configuration does not give it
 
     @classmethod
     def of(cls, config: Any) -> Limits:
@@ -95,17 +91,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model whose weights have not been read.
+    """A model whose weights have not been read."""
 
-    Attributes:
-        arguments: where it is, with the type of its weights chosen.
-        limits: of what it can read.
-        generation_config: its generation settings.
-    """
-
-    arguments: ModelArguments
-    limits: Limits
-    generation_config: GenerationConfig
+    arguments: ModelArguments  # where it is, with the type of its weights chosen
+    limits: Limits  # of what it can read
+    generation_config: GenerationConfig  # its generation settings
 
     @property
     def context(self) -> int | None:

@@ -26,12 +26,7 @@ _DENIED = (401, 403)
 
 
 def files_to_push(folder: Path, include: Sequence[str] = ()) -> list[Path]:
-    """The files of a model in ``folder``, sorted, and those that match a pattern of ``include``.
-
-    Raises:
-        SimpoError: there is no model, the folder is damaged, a pattern leaves the folder or matches nothing, or an
-            adapter names a folder on this machine as its base or its configuration is not readable.
-    """
+    """The files of a model in ``folder``, sorted, and those that match a pattern of ``include``."""
     if not folder.is_dir():
         raise SimpoError(f"{folder}: no such folder")
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -91,10 +86,6 @@ def push(
 
     Returns:
         The address of the repository.
-
-    Raises:
-        SimpoError: the id is not valid, the token is missing or lacks permission, the repository exists and is public
-            with ``private``, or the hub cannot be reached; nothing has been committed then.
     """
     api = HfApi(token=check_target(repo))
     with _hub_errors(repo):

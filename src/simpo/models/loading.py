@@ -63,9 +63,6 @@ def load_model(name: str, arguments: ModelArguments | None = None) -> PreTrained
     Weights are fp32 unless ``dtype`` is given: at the learning rates of preference optimization most of Adam's
     updates round to nothing in bf16 weights. ``bf16: true`` computes in bf16 from fp32 weights. An adapter's weights
     are always fp32, and a new one's are drawn from torch's generator.
-
-    Raises:
-        SimpoError: there is no such model, it or its base model cannot be loaded, or settings that contradict.
     """
     arguments = _with_name(name, arguments)
     check_folder(name)
@@ -286,9 +283,6 @@ def load_tokenizer(
     """The model's tokenizer, with ``chat_template`` (a template, the path of a file with one, or ``"none"``).
 
     An adapter that was saved without one gets its base model's, which is reported.
-
-    Raises:
-        SimpoError: there is no such tokenizer, or no such template file.
     """
     arguments = _with_name(name, arguments)
     check_folder(name)
@@ -317,11 +311,7 @@ def load_tokenizer(
 def load_processor(
     name: str, arguments: ModelArguments | None = None, *, chat_template: str | None = None
 ) -> ProcessorMixin:
-    """The processor of a vision-language model, with the tokenizer that :func:`load_tokenizer` returns.
-
-    Raises:
-        SimpoError: as :func:`load_tokenizer`, or the model has no processor.
-    """
+    """The processor of a vision-language model, with the tokenizer that :func:`load_tokenizer` returns."""
     arguments = _with_name(name, arguments)
     tokenizer = load_tokenizer(name, arguments, chat_template=chat_template)
     try:

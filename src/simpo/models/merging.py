@@ -25,10 +25,6 @@ def write_merged(arguments: ModelArguments, folder: Path) -> None:
     """Write the merged model of an adapter, with tokenizer, template and card, whole or not at all.
 
     Without ``save_dtype`` the weights keep the type of the base model's files.
-
-    Raises:
-        SimpoError: it is no adapter, its base model is missing, it cannot be merged, ``folder`` exists, or the disk
-            is full.
     """
     name = arguments.model_name_or_path
     if folder.exists():
@@ -54,11 +50,7 @@ def write_merged(arguments: ModelArguments, folder: Path) -> None:
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
-    """The base model with the adapter's product added to its weights, rounded once to their type.
-
-    Raises:
-        SimpoError: the adapter changes one of two matrices that the model ties, so that no such model has its numbers.
-    """
+    """The base model with the adapter's product added to its weights, rounded once to their type."""
     if changes_tied_weights(model):
         raise SimpoError(PARTS_TIED)
     return model.merge_and_unload()  # type: ignore[operator]

@@ -40,9 +40,6 @@ def load_reward_model(
         arguments: which model, and how it is loaded.
         new_head: put a random head on a language model, and report it; otherwise it is refused.
         gated: accept a model of several labels whose own code may combine them to one score; see :func:`gated_scores`.
-
-    Raises:
-        SimpoError: it cannot be loaded, is no reward model, or has several labels.
     """
     name, revision = arguments.model_name_or_path, arguments.model_revision
     if arguments.load_in_4bit:

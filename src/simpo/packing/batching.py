@@ -44,14 +44,10 @@ class RowSizes:
     A batch is one or several rectangles: each row adds lines to each of them, and a rectangle is as wide as its widest
     row. A packed batch is a single column of tokens, a padded one a rectangle of responses with their prompts, and a
     cached one a rectangle of prompts and one of responses.
-
-    Attributes:
-        lines: ``[rows, rectangles]`` lines that a row adds.
-        widths: ``[rows, rectangles]`` tokens of such a line.
     """
 
-    lines: np.ndarray
-    widths: np.ndarray
+    lines: np.ndarray  # `[rows, rectangles]` lines that a row adds
+    widths: np.ndarray  # `[rows, rectangles]` tokens of such a line
 
     @classmethod
     def of(
@@ -97,25 +93,17 @@ class RowSizes:
 class StepPlan:
     """The plan of a run.
 
-    Attributes:
-        sizes: tokens of the rows.
-        rows_per_step: pairs per optimizer step, over all ranks; the last step of an epoch may have fewer.
-        max_batch_tokens: no micro-batch has more tokens than this.
-        world_size: number of ranks.
-        seed: with the epoch, determines the order of the rows; None keeps their order.
-        drop_last: leave out an incomplete last step.
-        weights: ``[rows]`` weight of each in its step's mean, such as its scored tokens; None for equal weights.
-
     Raises:
         SimpoError: a row is longer than ``max_batch_tokens``.
     """
 
-    sizes: RowSizes
-    rows_per_step: int
-    max_batch_tokens: int
-    world_size: int = 1
-    seed: int | None = None
-    drop_last: bool = False
+    sizes: RowSizes  # tokens of the rows
+    rows_per_step: int  # pairs per optimizer step, over all ranks; the last step of an epoch may have fewer
+    max_batch_tokens: int  # no micro-batch has more tokens than this
+    world_size: int = 1  # number of ranks
+    seed: int | None = None  # with the epoch, determines the order of the rows; None keeps their order
+    drop_last: bool = False  # leave out an incomplete last step
+    # `[rows]` weight of each in its step's mean, such as its scored tokens; None for equal weights.
     weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -185,11 +173,7 @@ def check_budget(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> 
 
 
 def fill(sizes: RowSizes, rows: Iterable[int], max_batch_tokens: int) -> list[list[int]]:
-    """Consecutive groups of ``rows`` that take at most ``max_batch_tokens`` tokens each, in their order.
-
-    Raises:
-        SimpoError: a row is longer than that.
-    """
+    """Consecutive groups of ``rows`` that take at most ``max_batch_tokens`` tokens each, in their order."""
     check_budget(sizes.lengths, max_batch_tokens)
     groups: list[list[int]] = []
     for row in rows:

@@ -36,23 +36,15 @@ class NotShareableError(Exception):
 
 @dataclass(frozen=True)
 class TwoPasses:
-    """A batch of ``C`` comparisons with ``R`` responses as two rectangles.
+    """A batch of ``C`` comparisons with ``R`` responses as two rectangles."""
 
-    Attributes:
-        prompt_ids: ``[C, P]``, padded on the left.
-        prompt_mask: ``[C, P]`` 1 for tokens, 0 for padding.
-        response_ids: ``[R, W]``, padded on the right.
-        response_mask: ``[R, W]``.
-        comparison_of: ``[R]`` the comparison of each response.
-        scored: ``[S]`` where the scored tokens are predicted: positions in the concatenation of the prompts' last
-            outputs, ``[C]``, and all outputs of the responses, ``[R * W]``.
-    """
-
-    prompt_ids: Tensor
-    prompt_mask: Tensor
-    response_ids: Tensor
-    response_mask: Tensor
-    comparison_of: Tensor
+    prompt_ids: Tensor  # `[C, P]`, padded on the left
+    prompt_mask: Tensor  # `[C, P]` 1 for tokens, 0 for padding
+    response_ids: Tensor  # `[R, W]`, padded on the right
+    response_mask: Tensor  # `[R, W]`
+    comparison_of: Tensor  # `[R]` the comparison of each response
+    # `[S]` where the scored tokens are predicted: positions in the concatenation of the prompts' last outputs, `[C]`,
+    # and all outputs of the responses, `[R * W]`.
     scored: Tensor
 
     @classmethod

@@ -30,9 +30,6 @@ def check_image_inputs(model: PreTrainedModel, image: ImageTensors, expected: Ma
         image: the tensors of one image.
         expected: everything that the processor returns for a text that consists of this image twice; ``input_ids`` are
             ``[1, L]``.
-
-    Raises:
-        SimpoError: the model takes no images, or an input differs; the message names both.
     """
     name, accepted = type(model).__name__, _arguments(model)
     if "pixel_values" not in accepted or getattr(model.config, "image_token_id", None) is None:

@@ -24,23 +24,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AttentionStyle:
-    """The features of a model's attention beyond softmax(q k^T) v.
+    """The features of a model's attention beyond softmax(q k^T) v."""
 
-    Attributes:
-        scale: factor on the scores.
-        window: a query sees this many positions, its own included; None for all.
-        softcap: bound of the scores, ``softcap * tanh(scores / softcap)``; None for none.
-        sinks: ``[heads]`` logits that take part in the softmax and carry no value; None for none.
-        dropout: probability of dropping an attention weight.
-        blocks: whether the layout has tokens that see one another in both directions.
-    """
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    dropout: float = 0.0
-    blocks: bool = False
+    scale: float  # factor on the scores
+    window: int | None = None  # a query sees this many positions, its own included; None for all
+    softcap: float | None = None  # bound of the scores, `softcap * tanh(scores / softcap)`; None for none
+    sinks: Tensor | None = None  # `[heads]` logits that take part in the softmax and carry no value; None for none
+    dropout: float = 0.0  # probability of dropping an attention weight
+    blocks: bool = False  # whether the layout has tokens that see one another in both directions
 
     @property
     def plain(self) -> bool:

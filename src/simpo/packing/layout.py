@@ -95,25 +95,15 @@ class TokenizedComparison:
 
 
 class LayoutIndex(NamedTuple):
-    """A layout as integer tensors, which is all that kernels and compiled graphs need.
+    """A layout as integer tensors, which is all that kernels and compiled graphs need."""
 
-    Attributes:
-        sizes: for every comparison ``K``, then the lengths of its prompt and ``K`` responses; stays on the CPU.
-        positions: ``[T]`` position of a token in ``prompt ++ its response``.
-        comparison_of: ``[T]`` which comparison a token belongs to.
-        part_of: ``[T]`` 0 for a prompt's token, k + 1 for one of response k.
-        key_index: ``[sum(key_sizes)]`` flat positions of all segments' keys, one segment after the other.
-        cu_seqlens_q: ``[segments + 1]`` int32 cumulative query lengths.
-        cu_seqlens_k: ``[segments + 1]`` int32 cumulative key lengths.
-    """
-
-    sizes: Tensor
-    positions: Tensor
-    comparison_of: Tensor
-    part_of: Tensor
-    key_index: Tensor
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
+    sizes: Tensor  # for every comparison `K`, then the lengths of its prompt and `K` responses; stays on the CPU
+    positions: Tensor  # `[T]` position of a token in `prompt ++ its response`
+    comparison_of: Tensor  # `[T]` which comparison a token belongs to
+    part_of: Tensor  # `[T]` 0 for a prompt's token, k + 1 for one of response k
+    key_index: Tensor  # `[sum(key_sizes)]` flat positions of all segments' keys, one segment after the other
+    cu_seqlens_q: Tensor  # `[segments + 1]` int32 cumulative query lengths
+    cu_seqlens_k: Tensor  # `[segments + 1]` int32 cumulative key lengths
 
     @classmethod
     def of(cls, spans: Sequence[Span]) -> LayoutIndex:
@@ -337,19 +327,12 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """The same responses as ``R`` right-padded rows of ``L`` tokens, each with a prompt of its own.
+    """The same responses as ``R`` right-padded rows of ``L`` tokens, each with a prompt of its own."""
 
-    Attributes:
-        input_ids: ``[R, L]``, padded with token 0 (masked, and never scored).
-        attention_mask: ``[R, L]``.
-        scored: ``[S]`` positions in the flattened ``[R * L]``, in the order of the packed batch.
-        images: the images of each row.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    scored: Tensor
-    images: tuple[tuple[ImageTensors, ...], ...]
+    input_ids: Tensor  # `[R, L]`, padded with token 0 (masked, and never scored)
+    attention_mask: Tensor  # `[R, L]`
+    scored: Tensor  # `[S]` positions in the flattened `[R * L]`, in the order of the packed batch
+    images: tuple[tuple[ImageTensors, ...], ...]  # the images of each row
 
     @classmethod
     def unpack(cls, batch: PackedBatch) -> PaddedRows:

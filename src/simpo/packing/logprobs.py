@@ -17,19 +17,12 @@ CPU_CHUNK, ACCELERATOR_CHUNK = 128 * MEBIBYTE, 1024 * MEBIBYTE
 
 @dataclass(frozen=True)
 class Head:
-    """A model's output layer: ``logits = softcap * tanh(scale * (h W^T + b) / softcap)``.
+    """A model's output layer: ``logits = softcap * tanh(scale * (h W^T + b) / softcap)``."""
 
-    Attributes:
-        weight: ``[V, H]``.
-        bias: ``[V]`` or None.
-        scale: factor on the logits (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
-        softcap: bound of the logits (Gemma 2 and 3), or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
+    weight: Tensor  # `[V, H]`
+    bias: Tensor | None = None  # `[V]` or None
+    scale: float = 1.0  # factor on the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`)
+    softcap: float | None = None  # bound of the logits (Gemma 2 and 3), or None
 
     def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """``[n, V]`` logits of ``hidden`` ``[n, H]``; the product in ``dtype``, the rest in fp32 at least."""

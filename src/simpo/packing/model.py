@@ -64,9 +64,6 @@ def reward_forward(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = 
 def value_forward(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = "auto") -> Tensor:
     """``[S]`` what the score head of a reward model makes of the states in which the scored tokens of ``batch`` are
     chosen; fp32 (fp64 for fp64), differentiable.
-
-    Raises:
-        SimpoError: the model turns hidden states into rewards in another way.
     """
 
     def compute(inner: PreTrainedModel, batch: PackedBatch, path: Path) -> Tensor:
@@ -91,11 +88,7 @@ def inside_forward(model: nn.Module, batch: PackedBatch, compute: Computation, *
 
 
 def resolve_path(inner: PreTrainedModel, batch: PackedBatch, path: ForwardPath) -> Path:
-    """The path that ``inner`` takes, with its attention in place; runs the self-check on ``batch`` if none has been.
-
-    Raises:
-        SimpoError: ``path`` is ``"packed"`` or ``"cached"``, and it has not proved right on the model.
-    """
+    """The path that ``inner`` takes, with its attention in place; runs the self-check on ``batch`` if none has been."""
     proven = state_of(inner).path or choose_path(inner, batch)
     if path not in ("auto", "padded", proven):
         reason = next(iter(state_of(inner).reasons[-1:]), f"it takes the {proven} path")

@@ -24,14 +24,10 @@ _INSTANCE_FORWARD = "_simpo_instance_forward"
 
 
 class LengthRule(NamedTuple):
-    """The lengths, in tokens, for which sequences have the same frequencies.
+    """The lengths, in tokens, for which sequences have the same frequencies."""
 
-    Attributes:
-        borders: frequencies switch above each of these lengths (``longrope``).
-        growth: every length above this one has frequencies of its own (``dynamic``); None if there is no such length.
-    """
-
-    borders: tuple[int, ...] = ()
+    borders: tuple[int, ...] = ()  # frequencies switch above each of these lengths (`longrope`)
+    # Every length above this one has frequencies of its own (`dynamic`); None if there is no such length.
     growth: int | None = None
 
     def kinds(self, lengths: Any) -> Any:

@@ -91,11 +91,7 @@ class Routing:
 
 
 def balance_weight(model: nn.Module) -> float:
-    """The coefficient of the balancing loss that the model's own forward adds; 0 if it adds none.
-
-    Raises:
-        SimpoError: it adds one that cannot be computed here.
-    """
+    """The coefficient of the balancing loss that the model's own forward adds; 0 if it adds none."""
     inner: Any = causal_lm(model)
     config = inner.config.get_text_config()
     weight = getattr(config, "router_aux_loss_coef", None) if getattr(config, "output_router_logits", False) else None

@@ -112,11 +112,7 @@ class ReferenceStates(NamedTuple):
 
 
 def reference_states(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = "auto") -> ReferenceStates:
-    """The states of ``model`` as it is now, unaffected by later changes of its weights' data; without gradients.
-
-    Raises:
-        SimpoError: the model's output layer is not a plain matrix product.
-    """
+    """The states of ``model`` as it is now, unaffected by later changes of its weights' data; without gradients."""
 
     def compute(inner: PreTrainedModel, batch: PackedBatch, path: Path) -> ReferenceStates:
         def detached(tensor: Tensor) -> Tensor:  # FSDP frees what it has gathered
@@ -134,20 +130,13 @@ def reference_states(model: nn.Module, batch: PackedBatch, *, path: ForwardPath 
 
 
 class TokenOutputs(NamedTuple):
-    """The outputs of a policy at ``S`` scored tokens, ``[S]`` each: fp32 (fp64 for fp64), differentiable.
+    """The outputs of a policy at ``S`` scored tokens, ``[S]`` each: fp32 (fp64 for fp64), differentiable."""
 
-    Attributes:
-        logps: log-probabilities of the tokens.
-        divergence: KL(policy || reference), exact over the vocabulary; None without a reference.
-        entropy: of the policy, exact over the vocabulary; None unless requested.
-        log_collision: ``log sum_v p(v)**2`` of the policy, without gradient; None unless requested.
-        values: outputs of the value head for the states in which the tokens are chosen; None without one.
-    """
-
-    logps: Tensor
-    divergence: Tensor | None = None
-    entropy: Tensor | None = None
-    log_collision: Tensor | None = None
+    logps: Tensor  # log-probabilities of the tokens
+    divergence: Tensor | None = None  # KL(policy || reference), exact over the vocabulary; None without a reference
+    entropy: Tensor | None = None  # of the policy, exact over the vocabulary; None unless requested
+    log_collision: Tensor | None = None  # `log sum_v p(v)**2` of the policy, without gradient; None unless requested
+    # Outputs of the value head for the states in which the tokens are chosen; None without one.
     values: Tensor | None = None
 
 
@@ -166,9 +155,6 @@ def token_outputs(
 
     ``chunk_bytes`` bounds the logits of the log-probabilities, and half of it those of the others; by default they
     choose.
-
-    Raises:
-        SimpoError: the model's output layer is not a plain matrix product, which all but log-probabilities need.
     """
     if reference is None and not entropy and not log_collision and value_head is None:
         logps = partial(token_logprobs, chunk_bytes=chunk_bytes)

@@ -48,47 +48,30 @@ Computation = Callable[[PreTrainedModel, PackedBatch, Path], Any]
 
 @dataclass
 class PolicyState:
-    """The results of the self-check of a model.
+    """The results of the self-check of a model."""
 
-    Attributes:
-        path: the path that ``"auto"`` stands for; None before the check.
-        fused_head: whether the output layer is a plain matrix product, so that logits need not be materialized.
-        separate_rows: whether every row needs its own forward, because its numbers depend on the other rows of a padded
-            batch.
-        lengths: which rows have the same rotary frequencies, if these depend on a row's length.
-        reasons: why a fast path was not taken, for the user.
-    """
-
-    path: Path | None = None
+    path: Path | None = None  # the path that `"auto"` stands for; None before the check
+    # Whether the output layer is a plain matrix product, so that logits need not be materialized.
     fused_head: bool = True
+    # Whether every row needs its own forward, because its numbers depend on the other rows of a padded batch.
     separate_rows: bool = False
-    lengths: LengthRule | None = None
-    reasons: list[str] = field(default_factory=list)
+    lengths: LengthRule | None = None  # which rows have the same rotary frequencies, if these depend on a row's length
+    reasons: list[str] = field(default_factory=list)  # why a fast path was not taken, for the user
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The functions by which language models, or reward models, are checked.
+    """The functions by which language models, or reward models, are checked."""
 
-    Attributes:
-        outputs: name of what the model computes, ``[n]``.
-        own_outputs: computes them by the model's own forward, one sequence at a time.
-        fused_outputs: computes them by the fused output layer, if there is one.
-        find_head: that output layer; None if it is not understood.
-        without_head: what happens then.
-        compared: what different paths are compared by: the outputs again, or hidden states ``[n, H]``.
-        relative: whether differences of outputs are relative to the largest output, where that is above 1.
-        difference: names what is compared in messages.
-    """
-
-    outputs: str
+    outputs: str  # name of what the model computes, `[n]`
+    # Computes them by the model's own forward, one sequence at a time.
     own_outputs: Callable[[PreTrainedModel, PackedBatch], Tensor]
-    fused_outputs: Computation
-    find_head: Callable[[PreTrainedModel], object]
-    without_head: str
-    compared: Computation
-    relative: bool
-    difference: str
+    fused_outputs: Computation  # computes them by the fused output layer, if there is one
+    find_head: Callable[[PreTrainedModel], object]  # that output layer; None if it is not understood
+    without_head: str  # what happens then
+    compared: Computation  # what different paths are compared by: the outputs again, or hidden states `[n, H]`
+    relative: bool  # whether differences of outputs are relative to the largest output, where that is above 1
+    difference: str  # names what is compared in messages
 
 
 def rows_to_check(model: nn.Module, lengths: Sequence[int]) -> list[int]:

@@ -45,11 +45,7 @@ _REMEDIES = {
 
 
 def alarm(mode: str, step: int, sign: str, what: str, folder: Path) -> None:
-    """Warn of a sign of collapse, or stop the run; all ranks call.
-
-    Raises:
-        SimpoError: ``mode`` is ``stop``; names the last checkpoint that was saved before there was any sign.
-    """
+    """Warn of a sign of collapse, or stop the run; all ranks call."""
     text = f"step {step}: {what}: {_REMEDIES[sign]}"
     if mode == "warn":
         logger.warning("%s (guard: stop would end the run here)", text)

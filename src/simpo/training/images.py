@@ -39,9 +39,6 @@ def image_reader(
         processing_class: the model's processor; anything else is an error if there are images.
         datasets: tokenized rows to train and evaluate on; None where there are none.
         args: the training arguments.
-
-    Raises:
-        SimpoError: there is no processor, or the model or this kind of training does not take images.
     """
     given = [rows for rows in datasets if rows is not None]
     found = [(rows, numbers[0]) for rows in given if len(numbers := rows_with_images(rows))]
@@ -75,9 +72,6 @@ def image_tensors(columns: Mapping[str, Any], reader: ImageReader | None) -> lis
     Args:
         columns: of the tokenized rows.
         reader: of the images; None if the rows that the trainer was made with have none.
-
-    Raises:
-        SimpoError: an image without a reader, one whose file cannot be read, or one that has changed.
     """
     count = len(columns["prompt_ids"])
     several = zip(columns.get(IMAGES) or [[]] * count, columns.get(DIGESTS) or [[]] * count, strict=True)

@@ -345,10 +345,6 @@ def with_row_columns(prepared: Prepared, names: Sequence[str], label: str, *, tr
 
     Weights are for training only: held-out rows count equally. Rows of weight 0 are dropped, and counted. Held-out rows
     may be without the other columns, all of them or none.
-
-    Raises:
-        SimpoError: a row lacks a value, its value is out of bounds, or it does not have two responses, so that
-            the value would not be of a pair; the message names file and row.
     """
     rows, report = prepared.dataset, prepared.report
     rows = rows.remove_columns([name for name in ROW_COLUMNS if name in rows.column_names and name not in names])

@@ -84,11 +84,7 @@ class ReferenceModel:
     # ---- Log-probabilities that are computed before training.
 
     def completed(self, rows: Dataset) -> Dataset:
-        """``rows`` with log-probabilities of their responses, and of their mismatched responses if they have them.
-
-        Raises:
-            SimpoError: they are not stored, and the model is frozen; or one of them is not finite.
-        """
+        """``rows`` with log-probabilities of their responses, and of their mismatched responses if they have them."""
         key = rows._fingerprint
         if key not in self._completed:
             if REF_LOGPS not in rows.column_names:
@@ -297,9 +293,6 @@ def with_mismatched(rows: Dataset, max_length: int, label: str) -> Dataset:
     response of the row that is as far ahead as the most frequent prompt has rows: every response is taken once, and
     none is paired with its own prompt. Where that one does not fit, or half of the rows share a prompt, the next one
     that fits is taken.
-
-    Raises:
-        SimpoError: all prompts are the same, or after one no response to another prompt fits into ``max_length``.
     """
     if MISMATCHED_IDS in rows.column_names:
         return rows

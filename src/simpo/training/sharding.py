@@ -141,10 +141,6 @@ def prepare_sharding(accelerator: Accelerator, model: nn.Module) -> None:
 
     Log-probabilities leave a model in fp32 and gradients are averaged over ranks in fp32, as without sharding;
     accelerate's policy for ``bf16`` would round both. Under autocast nothing else needs a cast. Models are saved whole.
-
-    Raises:
-        SimpoError: a kind of parallelism that is not supported, a model that has already been sharded, or one in 4
-            bits.
     """
     parallelism = accelerator.parallelism_config
     if parallelism is not None and max(parallelism.tp_size, parallelism.cp_size, parallelism.sp_size) > 1:
