@@ -87,11 +87,7 @@ def sharding_of(config: Any) -> Sharing:
 
 
 def _calibrate(argv: list[str]) -> int:
-    from simpo.planning.cards import (  # noqa: PLC0415
-        machine_name,
-        measure_rates,
-        store_rates,
-    )
+    from simpo.planning.cards import machine_name, measure_rates, store_rates  # noqa: PLC0415
 
     if argv != ["--calibrate"]:
         raise SimpoError("--calibrate: measures this machine and plans nothing; give it alone")

@@ -16,14 +16,7 @@ from simpo.client import ChatRequest
 from simpo.config import setting
 from simpo.data.rows import Row
 from simpo.errors import SimpoError, third_party
-from simpo.evaluation.answers import (
-    Answer,
-    Question,
-    cell,
-    read_answers,
-    read_by_key,
-    write_rows,
-)
+from simpo.evaluation.answers import Answer, Question, cell, read_answers, read_by_key, write_rows
 from simpo.evaluation.leaderboards import (
     Version,
     bootstrap_score,

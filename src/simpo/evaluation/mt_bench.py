@@ -14,14 +14,7 @@ from simpo.client import ChatRequest
 from simpo.config import setting
 from simpo.data.rows import Row
 from simpo.errors import SimpoError, third_party
-from simpo.evaluation.answers import (
-    Answer,
-    Answerer,
-    Question,
-    cell,
-    read_by_key,
-    write_rows,
-)
+from simpo.evaluation.answers import Answer, Answerer, Question, cell, read_by_key, write_rows
 from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings
 from simpo.generation.settings import SamplingSettings
 from simpo.generation.thinking import after_thinking

@@ -11,15 +11,7 @@ from simpo.judging.models import ModelScorer
 from simpo.judging.pairwise import PairwiseApiJudge, TournamentScorer
 from simpo.judging.protocol import Judge, Scorer
 from simpo.judging.scored import ExactScorer, FunctionScorer, HumanJudge, ScorerJudge
-from simpo.judging.settings import (
-    ANNOTATORS,
-    JUDGES,
-    SCORERS,
-    Annotator,
-    JudgeOptions,
-    Normalization,
-    annotator_names,
-)
+from simpo.judging.settings import ANNOTATORS, JUDGES, SCORERS, Annotator, JudgeOptions, Normalization, annotator_names
 from simpo.judging.verifiers import IFBenchScorer, ReasoningGymScorer
 from simpo.models.settings import ModelArguments
 

@@ -16,13 +16,7 @@ from simpo.labeling.items import Item
 from simpo.labeling.store import KINDS, Judgment
 from simpo.runs.lines import write_lines
 from simpo.runs.results import Metric
-from simpo.statistics import (
-    bootstrap_interval,
-    krippendorff_alpha,
-    krippendorff_terms,
-    mean_interval,
-    rate_interval,
-)
+from simpo.statistics import bootstrap_interval, krippendorff_alpha, krippendorff_terms, mean_interval, rate_interval
 
 PREFERENCES, VERDICTS, JUDGMENTS = "preferences.jsonl", "verdicts.jsonl", "judgments.jsonl"
 PREFERENCE_COUNT = "label/preferences"  # the metric
