@@ -8,8 +8,8 @@ import pytest
 
 from simpo.cli import main
 from simpo.labeling.items import items_of_one, items_of_two
-from simpo.labeling.session import Session, Vote
-from simpo.labeling.store import Store
+from simpo.labeling.session import Session
+from simpo.labeling.store import Judgment, Store
 from simpo.runs.folder import RunRecord
 from simpo.runs.lines import read_lines, write_lines
 from simpo.runs.results import read_results
@@ -30,10 +30,8 @@ def labeled(folder, items, ranks_of) -> None:
         while (item := page["item"]) is not None:
             ranks = ranks_of(item["answers"])
             kind = "skip" if ranks is None else "ranked" if len(set(ranks)) > 1 else "tie"
-            vote = Vote(
-                f"key of {item['id']}", "ann", item["id"], kind, tuple(ranks or [1] * len(item["answers"])), "", 2
-            )
-            page = session.judge(vote)
+            vote = Judgment("ann", item["id"], kind, tuple(ranks or [1] * len(item["answers"])), (), "", 2)
+            page = session.judge(vote, f"key of {item['id']}")
     assert main(["label", "--export", str(folder)]) == 0
 
 

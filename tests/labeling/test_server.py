@@ -21,8 +21,8 @@ from simpo.errors import SimpoError
 from simpo.labeling.items import Item, items_of_one, items_of_two
 from simpo.labeling.run import export_run
 from simpo.labeling.server import listen
-from simpo.labeling.session import Session, Vote
-from simpo.labeling.store import Store
+from simpo.labeling.session import Session
+from simpo.labeling.store import Judgment, Store
 from simpo.runs.lines import read_lines, write_lines
 
 _HEADERS = {"x-simpo-token": TOKEN}
@@ -122,7 +122,7 @@ def test_shared_items_reach_everybody_and_others_one_labeler(tmp_path: Path):
             for name, item in open_items.items():
                 seen[name].append(item["id"])
                 kind = "skip" if name == "ann" and len(seen[name]) % 2 else "tie"
-                session.judge(Vote(f"{name} {item['id']}", name, item["id"], kind, (1, 1), "", 1.0))
+                session.judge(Judgment(name, item["id"], kind, (1, 1), (), "", 1.0), f"{name} {item['id']}")
         judged = [one.item for one in store.judgments() if one.kind != "skip"]
     times = Counter(item for several in seen.values() for item in several)
     everybody = {item for item, count in times.items() if count == 3}

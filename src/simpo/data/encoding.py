@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.limits import render_messages
+from simpo.data.chat_template import render_messages
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.chat_template import end_of_turn
-from simpo.data.limits import render_messages
+from simpo.data.chat_template import end_of_turn, render_messages
 from simpo.data.prompts import Prompt
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
