@@ -57,6 +57,15 @@ def test_bad_rows_are_skipped_counted_and_named(chatml, row, reason):
         prepare(rows_with([row], 99), chatml, TokenizeSettings())
 
 
+def test_every_fault_of_many_bad_rows_is_named_once(chatml):
+    bad = [{**GOOD, "rejected": ""}, {**GOOD, "rejected": None}, {**GOOD, "rejected": " "}, {**GOOD, "rejected": ""}]
+    with pytest.raises(SimpoError) as error:
+        prepare(rows_with(bad, 10), chatml, TokenizeSettings())
+    assert str(error.value).endswith(
+        "(train row 0: empty response (and 2 more); train row 1: rejected is null, not text or messages)"
+    )
+
+
 def test_a_reason_may_quote_half_a_surrogate_pair(chatml, tmp_path):
     lines = [json.dumps({"prompt": "p", "\ud800": 1}), *[json.dumps(GOOD)] * 99]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

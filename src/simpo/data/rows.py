@@ -265,7 +265,7 @@ def _rename_keys(row: Row, mapping: dict[str, str]) -> Row:
 
 # How many rows are named for each reason.
 _EXAMPLES = 3
-_NAMED_BAD_ROWS = 5
+_NAMED_FAULTS = 5
 # Marks all sequences but the first of a row that became several, so that the row is counted once.
 PART = "part: "
 
@@ -288,7 +288,6 @@ class DataReport:
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> where its first few rows come from
     notices: list[str] = field(default_factory=list)  # remarks that are not counts
     noun: str = "comparisons"  # what the rows become, in the plural
-    first_bad: list[str] = field(default_factory=list)  # the first bad rows, each with its reason
 
     @classmethod
     def of(cls, label: str, statuses: Iterable[tuple[str, list[str]]], noun: str = "comparisons") -> Self:
@@ -333,16 +332,17 @@ class DataReport:
         examples = self.examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
             examples.append(where)
-        if kind == "bad" and len(self.first_bad) < _NAMED_BAD_ROWS:
-            self.first_bad.append(f"{where}: {reason}")
 
     def check(self, on_bad_row: str) -> None:
         """Refuse bad rows: any of them if ``on_bad_row`` is ``error``, else more than 1%."""
         bad = sum(self.bad.values())
+        faults = [f"{self.examples[reason][0]}: {reason}" for reason in self.bad]
         if bad and on_bad_row == "error":
-            raise SimpoError(f"{self.first_bad[0]}; fix the row, or set on_bad_row: skip")
+            raise SimpoError(f"{faults[0]}; fix the row, or set on_bad_row: skip")
         if bad * 100 > self.rows:
-            named = "; ".join(self.first_bad) + ("; ..." if bad > len(self.first_bad) else "")
+            more = [f" (and {count - 1:,} more)" if count > 1 else "" for count in self.bad.values()]
+            named = "; ".join(map("".join, zip(faults[:_NAMED_FAULTS], more, strict=False)))
+            named += "; ..." if len(faults) > _NAMED_FAULTS else ""
             raise SimpoError(f"{self.label}: {bad} of {self.rows} rows are bad, more than 1%; fix them ({named})")
 
     def lines(self) -> list[str]:
