@@ -9,11 +9,11 @@ examples:
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from simpo.cli._shared import require_single_process
-from simpo.config import parse_settings, setting_of
+from simpo.config import parse_settings, required, setting_of
 from simpo.judging.annotate import BEST, FILE_NAME, AnnotateArguments, annotate
 from simpo.judging.settings import Annotator, AnnotatorArguments, JudgeSettings, Normalization
 from simpo.runs.results import print_results
@@ -23,12 +23,10 @@ from simpo.runs.results import print_results
 class AnnotateSettings:
     """The responses to score and the annotator."""
 
-    responses: Path = field(
-        metadata={"help": "responses.jsonl of simpo sample, or its folder.", "positional": "RESPONSES"}
-    )
+    responses: Path = required("responses.jsonl of simpo sample, or its folder.", positional="RESPONSES")
     annotator: Annotator = setting_of(AnnotatorArguments, "annotator")
     annotator_normalization: Normalization | None = setting_of(AnnotatorArguments, "annotator_normalization")
-    output_dir: Path = field(metadata={"help": "Folder of the run; the same one continues it."})
+    output_dir: Path = required("Folder of the run; the same one continues it.")
     judge: JudgeSettings
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from simpo.config import parse_settings, setting
+from simpo.config import parse_settings, required, setting
 from simpo.data.formats import is_comparison
 from simpo.data.inspection import (
     PERCENTILES,
@@ -61,7 +61,7 @@ class InspectSettings:
     """The data to inspect."""
 
     model: ModelArguments = field(metadata={"only": ("model_name_or_path", "trust_remote_code")})
-    data: str = field(metadata={"help": "File, folder or hub id of the data.", "positional": "DATA"})
+    data: str = required("File, folder or hub id of the data.", positional="DATA")
     eval_dataset_name: str | None = setting(None, "A test set, which is compared with DATA.")
     split: str = setting("train", "Split of DATA; a test set has the test split instead.")
     column_mapping: dict[str, str] | None = setting(None, "Columns to rename, e.g. {good: chosen, bad: rejected}.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from simpo.cli._shared import require_single_process
-from simpo.config import parse_settings
+from simpo.config import parse_settings, required
 from simpo.models.merging import write_merged
 from simpo.models.settings import ModelArguments
 
@@ -24,7 +24,7 @@ class MergeSettings:
     adapter: ModelArguments = field(
         metadata={"only": ("model_name_or_path", "model_revision", "trust_remote_code", "allow_pickle", "save_dtype")}
     )
-    output_dir: Path = field(metadata={"help": "New folder of the merged model."})
+    output_dir: Path = required("New folder of the merged model.")
 
 
 def main(argv: list[str]) -> int:

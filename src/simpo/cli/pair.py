@@ -8,11 +8,11 @@ examples:
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from simpo.cli._shared import require_single_process
-from simpo.config import parse_settings
+from simpo.config import parse_settings, required
 from simpo.runs.results import print_results
 from simpo.workflows.pair import FILE_NAME, PairSettings, pair_annotated
 
@@ -21,10 +21,8 @@ from simpo.workflows.pair import FILE_NAME, PairSettings, pair_annotated
 class PairCommand:
     """The run."""
 
-    annotated: Path = field(
-        metadata={"help": "annotated.jsonl of simpo annotate, or its folder.", "positional": "ANNOTATED"}
-    )
-    output_dir: Path = field(metadata={"help": "Folder of the run."})
+    annotated: Path = required("annotated.jsonl of simpo annotate, or its folder.", positional="ANNOTATED")
+    output_dir: Path = required("Folder of the run.")
     pairs: PairSettings
 
 

@@ -7,11 +7,11 @@ examples:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from simpo.cli._shared import require_single_process
-from simpo.config import parse_settings, setting
+from simpo.config import parse_settings, required, setting
 from simpo.models.hub import files_to_push, push
 
 
@@ -19,8 +19,8 @@ from simpo.models.hub import files_to_push, push
 class PushSettings:
     """The run to upload, and the repository."""
 
-    run: Path = field(metadata={"help": "Folder of a finished run, or of any model.", "positional": "RUN"})
-    repo: str = field(metadata={"help": "Repository on the hub, name/model.", "positional": "REPO"})
+    run: Path = required("Folder of a finished run, or of any model.", positional="RUN")
+    repo: str = required("Repository on the hub, name/model.", positional="REPO")
     private: bool = setting(False, "Make a new repository private.")
     include: list[str] = setting([], "Other files of the folder that are uploaded, such as recipe.yaml.")
     dry_run: bool = setting(False, "Only list the files.")

@@ -7,18 +7,18 @@ examples:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from simpo.analysis.report import write_report
-from simpo.config import parse_settings, setting
+from simpo.config import parse_settings, required, setting
 
 
 @dataclass(kw_only=True)
 class ReportSettings:
     """The report."""
 
-    runs: list[Path] = field(metadata={"help": "Folders of runs, finished or not.", "positional": "RUN"})
+    runs: list[Path] = required("Folders of runs, finished or not.", positional="RUN")
     output: Path | None = setting(None, "The page (default: report.html in the first run's folder).")
 
 

@@ -5,7 +5,7 @@ annotation of its field. So ``1e-6`` is a number and ``no`` a strategy, in the f
 every error can name the place of the value.
 """
 
-from simpo.config.fields import Key, check_values, keys_of, setting, setting_of
+from simpo.config.fields import Key, check_values, keys_of, required, setting, setting_of
 from simpo.config.parse import parse_settings
 
-__all__ = ["Key", "check_values", "keys_of", "parse_settings", "setting", "setting_of"]
+__all__ = ["Key", "check_values", "keys_of", "parse_settings", "required", "setting", "setting_of"]

@@ -56,6 +56,11 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def required(help: str, **metadata: Any) -> Any:
+    """A field that is a setting with this meaning and without a default."""
+    return dataclasses.field(metadata=_Metadata(metadata, help=help))
+
+
 def check_values(settings: Any) -> None:
     """Check an instance's values against the bounds and the choices that its fields declare.
 

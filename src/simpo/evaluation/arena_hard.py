@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from simpo.client import ChatRequest
-from simpo.config import setting
+from simpo.config import required, setting
 from simpo.data.rows import Row
 from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import Answer, Question, cell, read_answers, read_by_key, write_rows
@@ -58,8 +58,8 @@ class ArenaHardSettings(JudgedSettings):
     """
 
     version: Version = setting("v0.1", "Version of the benchmark; v0.1 is the paper's.")
-    questions: Path = field(metadata={"help": "The benchmark's question.jsonl."})
-    baseline: list[Path] = field(metadata={"help": "Files with the baseline's answers; v2 has two.", "repeat": True})
+    questions: Path = required("The benchmark's question.jsonl.")
+    baseline: list[Path] = required("Files with the baseline's answers; v2 has two.", repeat=True)
     sampling: SamplingSettings = field(
         default=SamplingSettings(temperature=0.0, top_p=1.0), metadata={"without": ("n", "top_k")}
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.client import ChatRequest
-from simpo.config import setting
+from simpo.config import required, setting
 from simpo.data.rows import Row
 from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import Answer, Answerer, Question, cell, read_by_key, write_rows
@@ -42,7 +42,7 @@ class MTBenchSettings(JudgedSettings):
       simpo evaluate mt_bench recipe.yaml --judge_concurrency 16
     """
 
-    questions: Path = field(metadata={"help": "The benchmark's question.jsonl."})
+    questions: Path = required("The benchmark's question.jsonl.")
     references: Path | None = setting(None, "File of reference answers, instead of those in the questions.")
     temperature: float | None = setting(None, "0 is greedy (default: 0, 0.1 or 0.7 by category, as the benchmark).")
     sampling: SamplingSettings = field(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 from scipy.linalg import block_diag
 
+from simpo.config import required, setting
 from simpo.data.rows import rows_of
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
@@ -52,13 +53,10 @@ class RewardBenchSettings(BenchmarkSettings):
           --output_dir outputs/rewardbench
     """
 
-    model: str = field(metadata={"help": "Hub name or folder of the reward model.", "positional": "MODEL"})
-    against: str | None = field(default=None, metadata={"help": "Another reward model, for the differences."})
-    data: str = field(
-        default="allenai/reward-bench-2",
-        metadata={"help": "File with the benchmark's rows, or its name on the hub."},
-    )
-    split: str = field(default="test", metadata={"help": "Split of a hub data set."})
+    model: str = required("Hub name or folder of the reward model.", positional="MODEL")
+    against: str | None = setting(None, "Another reward model, for the differences.")
+    data: str = setting("allenai/reward-bench-2", "File with the benchmark's rows, or its name on the hub.")
+    split: str = setting("test", "Split of a hub data set.")
 
     def benchmark(self, log: Log) -> RewardBench:
         """The benchmark; raises :class:`SimpoError` if its rows cannot be read or there is no such model."""

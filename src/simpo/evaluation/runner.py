@@ -18,7 +18,7 @@ from rich.text import Text
 
 from simpo.client import ChatReply, ChatRequest, confirm_cost
 from simpo.client.chat_client import TRIED
-from simpo.config import setting
+from simpo.config import required, setting
 from simpo.data.rows import Row
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
@@ -108,12 +108,12 @@ def evaluate(settings: BenchmarkSettings, *, argv: Sequence[str] = ()) -> Path:
 class BenchmarkSettings(ABC):
     """The model and the run."""
 
-    model: str = field(metadata={"help": "Hub name or folder of the model.", "positional": "MODEL"})
+    model: str = required("Hub name or folder of the model.", positional="MODEL")
     loading: ModelArguments = field(
         default_factory=lambda: ModelArguments(""),
         metadata={"only": ("model_revision", "dtype", "trust_remote_code", "allow_pickle")},
     )
-    output_dir: Path = field(metadata={"help": "Folder of the run; the same one continues it."})
+    output_dir: Path = required("Folder of the run; the same one continues it.")
     markdown: Path | None = setting(None, "Also write the results, and published ones, to this Markdown file.")
 
     def model_arguments(self, model: str) -> ModelArguments:
@@ -145,12 +145,7 @@ class AnswerSettings(BenchmarkSettings):
 class JudgedSettings(AnswerSettings):
     """The model may also be a file of its answers. The judge is a model behind an OpenAI-compatible server."""
 
-    model: str = field(
-        metadata={
-            "help": "Hub name or folder of the model, or a file of its answers.",
-            "positional": "MODEL_OR_ANSWERS",
-        }
-    )
+    model: str = required("Hub name or folder of the model, or a file of its answers.", positional="MODEL_OR_ANSWERS")
     api: ApiSettings = field(default=ApiSettings())
 
     def __post_init__(self) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from simpo.client import ChatClient, Endpoint, Prices
 from simpo.client.chat_client import default_cache
-from simpo.config import check_values, setting
+from simpo.config import check_values, required, setting
 from simpo.errors import SimpoError
 from simpo.models.settings import ModelArguments
 
@@ -160,8 +160,8 @@ class GenerationArguments:
 class AnnotatorArguments:
     """The annotator of the answers that a model is trained on."""
 
-    annotator: Annotator = field(
-        metadata={"help": f"What scores the answers: {ANNOTATORS}; or several with weights: {{NAME: WEIGHT, ...}}."}
+    annotator: Annotator = required(
+        f"What scores the answers: {ANNOTATORS}; or several with weights: {{NAME: WEIGHT, ...}}."
     )
     annotator_normalization: Normalization | None = setting(
         None, "How the scores of several annotators are normalized among a prompt's answers (default: zscore)."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -32,12 +32,10 @@ _GUIDELINES = Path(__file__).parent / "page" / "guidelines.txt"
 class LabelSettings:
     """The answers to judge and the settings of the page."""
 
-    answers: str | None = field(
-        default=None,
-        metadata={
-            "help": "File of answers, or folder of simpo sample: two to a prompt are compared, more are ranked.",
-            "positional": "ANSWERS",
-        },
+    answers: str | None = setting(
+        None,
+        "File of answers, or folder of simpo sample: two to a prompt are compared, more are ranked.",
+        positional="ANSWERS",
     )
     against: str | None = setting(None, "Another model's answers; each is compared with each of the first's.")
     output_dir: Path | None = setting(None, "Folder of the run; the same one continues it.")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from simpo.config import check_values, setting
+from simpo.config import check_values, required, setting
 from simpo.errors import SimpoError
 
 # The keys of an adapter: peft's name, and the default.
@@ -27,7 +27,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 class ModelArguments:
     """Which model, how it is loaded, and the adapter that is trained on it."""
 
-    model_name_or_path: str = field(metadata={"help": "Hub name or folder of the model.", "positional": "MODEL"})
+    model_name_or_path: str = required("Hub name or folder of the model.", positional="MODEL")
     model_revision: str = setting("main", "Branch, tag or commit on the hub.")
     dtype: str | None = setting(
         None, "Type of the weights: float32 (default), bfloat16, float16, or auto for the files' own."

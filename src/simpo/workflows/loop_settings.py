@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from simpo.config import check_values, setting, setting_of
+from simpo.config import check_values, required, setting, setting_of
 from simpo.errors import SimpoError
 from simpo.generation.sample import PromptArguments
 from simpo.generation.settings import SamplingSettings, derived_seed
@@ -19,11 +19,9 @@ from simpo.workflows.pair import PairSettings
 class LoopSettings:
     """Keys of ``simpo loop`` that no other command has."""
 
-    prompts: str = field(metadata={"help": "File, folder or hub id of the prompts that are answered in every round."})
-    eval_prompts: str = field(
-        metadata={
-            "help": "File, folder or hub id of held-out prompts, on which every round is compared with the start."
-        }
+    prompts: str = required("File, folder or hub id of the prompts that are answered in every round.")
+    eval_prompts: str = required(
+        "File, folder or hub id of held-out prompts, on which every round is compared with the start."
     )
     annotator: Annotator = setting_of(AnnotatorArguments, "annotator")
     judges: list[str] | None = setting(
