@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import transformers as hf
 from PIL import Image
+from torch.nn import functional as F
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -153,3 +154,12 @@ def make_vision_model(
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture of random pixels."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def following(model, inputs, ids: list[int]) -> torch.Tensor:
+    """``[V]`` log-probabilities of the token after ``ids``, which start with those of a processor's ``inputs``."""
+    given = {name: tensor for name, tensor in inputs.items() if name not in ("input_ids", "attention_mask")}
+    for name in {"token_type_ids", "mm_token_type_ids"} & given.keys():
+        given[name] = F.pad(given[name], (0, len(ids) - given[name].shape[1]))
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False, **given).logits[0, -1].log_softmax(-1)

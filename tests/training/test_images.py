@@ -13,7 +13,7 @@ import transformers as hf
 from peft import PeftModel
 from safetensors.torch import load_file
 from tests.forked import run_ranks
-from tests.vision import FAMILIES, make_vision_model, picture
+from tests.vision import FAMILIES, following, make_vision_model, picture
 from transformers import TrainerCallback
 
 from simpo import PreferenceConfig, PreferenceTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, cli
@@ -83,13 +83,13 @@ def config(world, tmp_path, kind=PreferenceConfig, **settings):
     return kind(**quiet | {"image_folder": str(world)} | settings)
 
 
-def processed(processor, row: dict, world, answer: str) -> dict:
-    """What the processor returns for a row's prompt and an answer."""
+def processed(processor, row: dict, world, answer: str, end: str | None = None) -> dict:
+    """What the processor returns for a row's prompt, an answer and its end (default: EOS)."""
     asked = [{"role": "user", "content": [*({"type": "image"} for _ in row.get("images", ())), text(row["prompt"])]}]
     prompt = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     pictures = [hf.image_utils.load_image(str(world / name)) for name in row.get("images", ())]
     return processor(
-        text=[prompt + answer + processor.tokenizer.eos_token],
+        text=[prompt + answer + (processor.tokenizer.eos_token if end is None else end)],
         images=pictures or None,
         return_tensors="pt",
         add_special_tokens=False,
@@ -180,11 +180,35 @@ def test_a_reward_model_of_text_trains_its_score(world, tmp_path):
     assert not torch.equal(model.score.weight, before)
 
 
-def test_answers_to_images_are_not_generated_while_training(world, tmp_path, capsys):
-    more = ["--max_steps=1", "--eval_generations=2", "--eval_strategy=steps", "--eval_steps=1"]
+def test_answers_to_images_before_and_after(world, tmp_path):
+    """Greedy answers of the start model and of the trained one to held-out prompts, most of which have images."""
+    output = tmp_path / "out"
+    more = ["--max_steps=2", "--eval_generations=6", "--eval_strategy=steps", "--eval_steps=2", "--max_length=80"]
+    assert cli.main(options(world, "gemma3", output, "--objective=simpo", "--learning_rate=0.01", *more)) == 0
+    processor = hf.AutoProcessor.from_pretrained(output)
+    rows, found = rows_of(world, "test"), []
+    for name, folder in {"start.jsonl": world / "gemma3", "step-2.jsonl": output}.items():
+        model = hf.AutoModelForImageTextToText.from_pretrained(folder).eval()
+        answers = [json.loads(line) for line in (output / "generations" / name).read_text().splitlines()]
+        for row, answer in zip(rows, answers, strict=True):
+            assert answer.get("images", []) == [str(world / name) for name in row.get("images", ())]
+            (ids,), (logp,) = answer["response_ids"], answer["logps"]
+            inputs = processed(processor, row, world, "", end="")
+            context, total = inputs["input_ids"][0].tolist(), 0.0
+            for place, token in enumerate(ids):
+                logps = following(model, inputs, context + ids[:place])
+                assert token == logps.argmax()
+                total += logps[token].item()
+            assert ids and logp == pytest.approx(total, abs=1e-3)
+        found.append([answer["logps"] for answer in answers])
+    assert all(before != after for before, after in zip(*found, strict=True))
+
+
+def test_judges_see_no_images(world, tmp_path, capsys):
+    more = ["--max_steps=1", "--eval_generations=2", "--eval_strategy=steps", "--eval_steps=1", "--eval_judge=exact"]
     assert cli.main(options(world, "llava", tmp_path / "out", "--objective=simpo", *more)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "images" in message and "eval_generations: 0" in message
+    assert "eval_judge:" in message and "images" in message
     assert not (tmp_path / "out").exists()
 
 

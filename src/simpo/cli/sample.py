@@ -59,6 +59,8 @@ class SampleSettings:
     def __post_init__(self) -> None:
         """Reject a setting that the engine would ignore."""
         ignored: list[tuple[Any, Set[str]]] = []
+        if self.engine != "transformers":
+            ignored.append((self.prompts, {"image_folder"}))
         if self.engine != "vllm":
             ignored.append((self.vllm, set(dataclasses.asdict(self.vllm))))
         if self.engine == "server":
@@ -90,7 +92,14 @@ def _sample(settings: SampleSettings, argv: list[str]) -> Path | None:
     if settings.engine != "server":
         arguments = settings.vllm.arguments()
         return sample_responses(
-            settings.model, asked, sampling, folder, engine=settings.engine, engine_args=arguments, argv=argv
+            settings.model,
+            asked,
+            sampling,
+            folder,
+            engine=settings.engine,
+            engine_args=arguments,
+            images=True,
+            argv=argv,
         )
     require_single_process("sample --engine server", "start it without torchrun")
     server = settings.server

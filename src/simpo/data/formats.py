@@ -294,15 +294,17 @@ def _split_turns(
     return Conversation(opening, following, where, extra, len(messages) - end, scored, context)
 
 
-def read_prompt(row: Mapping[str, Any], where: str, roles: Collection[str] = ROLES) -> Comparison:
-    """The prompt of a row, as a comparison without responses.
+def read_prompt(
+    row: Mapping[str, Any], where: str, roles: Collection[str] = ROLES, *, images: bool = False
+) -> Comparison:
+    """The prompt of a row, as a comparison without responses; one with images is a bad row unless ``images`` is set.
 
     Columns of a comparison take precedence, then ``messages`` and ``prompt``. ``roles`` are those that its messages may
     have.
     """
     if is_comparison(row):
         comparison = read_comparison(row, where, roles)
-        _refuse_images(comparison.context)
+        _check_images(comparison.context, images)
         return replace(comparison, responses=(), scores=None)
     if "messages" in row:
         name, messages = "messages", _read_dialogue(row["messages"], roles)
@@ -321,10 +323,10 @@ def read_prompt(row: Mapping[str, Any], where: str, roles: Collection[str] = ROL
     else:
         raise UnknownShape(f"no recognized shape: columns {columns_of(row)}")
     prompt, _, context = apply_context(row, value)
-    _refuse_images(context)
+    _check_images(context, images)
     return Comparison(prompt, (), where, other_columns(row, name, *CONTEXT_COLUMNS), context=context)
 
 
-def _refuse_images(context: Context) -> None:
-    if context.images:
+def _check_images(context: Context, accepted: bool) -> None:
+    if context.images and not accepted:
         raise BadRow("images, and answers are sampled for text only; leave the row out")

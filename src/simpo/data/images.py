@@ -166,6 +166,11 @@ class ImageReader:
             raise BadRow(f"an image that cannot be read ({_kind(error)})") from error
 
 
+def as_text(reference: Reference) -> str:
+    """An image as a text that can be read again: the path of its file, or its bytes as a ``data:`` URL."""
+    return reference["path"] or f"data:;base64,{base64.b64encode(_content(reference)).decode()}"
+
+
 def _content(reference: Reference) -> bytes:
     """The bytes of the encoded image; raises BadRow if its file cannot be read."""
     if reference["bytes"] is not None:
@@ -193,6 +198,15 @@ def _digest(content: bytes) -> str:
 
 
 # ---- Data sets and processors.
+
+
+def split_processor(
+    processing_class: Any, folder: str | None = None
+) -> tuple[PreTrainedTokenizerBase, ImageReader | None]:
+    """The tokenizer, and a reader of images from ``folder`` if ``processing_class`` is a processor."""
+    tokenizer = text_tokenizer(processing_class)
+    assert tokenizer is not None
+    return tokenizer, None if tokenizer is processing_class else ImageReader(processing_class, folder)
 
 
 def has_images(dataset: Dataset) -> bool:

@@ -286,7 +286,7 @@ def apply_context(
     """
     if media := next((name for name in _MEDIA if row.get(name)), None):
         raise BadRow(f"column {media!r}: only text and images are supported")
-    context = context_of(row)
+    context = _context(row)
     system, tools, rest = row.get("system"), context.tools, following
     if not isinstance(system, str | None):
         raise BadRow(f"system is {kind_of(system)}, not text")
@@ -363,6 +363,13 @@ def as_messages(prompt: str | list[Message], following: Sequence[Response]) -> t
 
 
 def context_of(row: Mapping[str, Any]) -> Context:
+    """The context that the columns of an answered prompt give it; images are a bad row, because no judge sees them."""
+    if images_of(row):
+        raise BadRow("images, and answers are judged by text only; leave the row out")
+    return _context(row)
+
+
+def _context(row: Mapping[str, Any]) -> Context:
     """The context that a row's columns give a prompt that has its system message."""
     tools = _read_tools(row.get("tools"))
     kwargs = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}

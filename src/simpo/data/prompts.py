@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,9 +12,10 @@ from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.formats import PROMPT_SHAPES, Comparison, read_prompt
-from simpo.data.messages import Context, Message
+from simpo.data.images import DIGESTS, IMAGES, ImageReader, Reference, split_processor
+from simpo.data.messages import IMAGE, IMAGE_IN_TEXT, Context, Message
 from simpo.data.rendering import Rendered
-from simpo.data.rows import BadRow, DataReport, check_dataset, check_unicode, rows_of
+from simpo.data.rows import BadRow, DataReport, check_dataset, check_unicode, rows_of, undecoded
 from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.shapes import canonical, check_not_rendered
 from simpo.data.suspects import suspicions
@@ -31,8 +32,9 @@ class PlainPrompt:
 
     Attributes:
         id: the first 16 hexadecimal digits of the SHA-256 of the content's JSON (keys sorted, no white space, UTF-8);
-            if the prompt has tools or variables for the chat template, of the JSON of an object with all of them.
-        content: text, or messages.
+            if the prompt has tools, variables for the chat template or images, of the JSON of an object with all of
+            them, in which the SHA-256 stands for an image.
+        content: text, or messages, in which the text ``<image>`` stands for an image.
         where: where the row comes from, e.g. ``"train.jsonl:12"``.
         extra: the row's other columns.
         context: tools and variables for the chat template.
@@ -51,9 +53,13 @@ class Prompt(PlainPrompt):
 
     Attributes:
         ids: what generation is fed; never empty, with one BOS if the model has one.
+        images: the images whose tokens are among the ids, as the column :data:`~simpo.data.images.IMAGES` has them.
+        digests: the SHA-256 of each.
     """
 
     ids: list[int]
+    images: Sequence[Reference] = field(default=(), kw_only=True)
+    digests: Sequence[str] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -77,16 +83,19 @@ def prepare_prompts(
     label: str = "prompts",
     max_prompt_length: int | None = None,
     rendering: RenderSettings | None = None,
+    image_folder: str | None = None,
 ) -> Prompts:
     """Tokenize the prompts of a data set; a repeated one is kept where it occurs first.
 
     Args:
         dataset: rows as :func:`simpo.data.sources.load_rows` gives them, or any data set with the same columns:
             comparisons, conversations (up to the last message that asks for an answer), or prompts.
-        tokenizer: a fast tokenizer. If it has a chat template, everything is rendered with it.
+        tokenizer: a fast tokenizer, or for rows with images a processor with one. If it has a chat template, everything
+            is rendered with it.
         label: names the data set in the report and in messages.
         max_prompt_length: tokens; a longer prompt is dropped, never cut.
         rendering: how conversations are rendered.
+        image_folder: the folder that relative paths of images start from; the working directory if None.
 
     Raises:
         SimpoError: no row of a known shape, too many bad rows, nothing that fits, or a tokenizer or chat
@@ -95,24 +104,34 @@ def prepare_prompts(
     if max_prompt_length is not None and max_prompt_length < 1:
         raise SimpoError(f"max_prompt_length: {max_prompt_length} leaves no room for a prompt")
     check_dataset(dataset, label)
-    prepared = tokenize(dataset, tokenizer, _Prompts(tokenizer, label, max_prompt_length, rendering))
+    tokenizer, reader = split_processor(tokenizer, image_folder)
+    tokenization = _Prompts(tokenizer, label, max_prompt_length, rendering, reader)
+    prepared = tokenize(undecoded(dataset), tokenizer, tokenization)
     found: dict[str, Prompt] = {}
     for row in prepared.dataset:
         content, extra = json.loads(row["content"]), json.loads(row["extra"])
-        context = Context(**json.loads(row["context"]))
-        prompt = Prompt(prompt_id(content, context), content, row["where"], extra, row["ids"], context=context)
+        context, digests = Context(**json.loads(row["context"])), row.get(DIGESTS) or ()
+        identity, images = prompt_id(content, context, digests), row.get(IMAGES) or ()
+        prompt = Prompt(
+            identity, content, row["where"], extra, row["ids"], context=context, images=images, digests=digests
+        )
         if found.setdefault(prompt.id, prompt) is not prompt:
             prepared.report.drop(REPEATED, prompt.where)
     return Prompts(tuple(found.values()), prepared.report)
 
 
-def prompt_id(content: str | list[Message], context: Context = Context()) -> str:  # noqa: B008 - frozen
-    """The id of a prompt; see :class:`PlainPrompt`."""
-    return hashlib.sha256(_canonical_json(content, context).encode()).hexdigest()[:16]
+def prompt_id(
+    content: str | list[Message],
+    context: Context = Context(),  # noqa: B008 - frozen
+    digests: Sequence[str] = (),
+) -> str:
+    """The id of a prompt; see :class:`PlainPrompt`. ``digests`` are those of its images."""
+    return hashlib.sha256(_canonical_json(content, context, digests).encode()).hexdigest()[:16]
 
 
-def _canonical_json(content: str | list[Message], context: Context) -> str:
-    value = {"prompt": content, **context.columns} if context.columns else content
+def _canonical_json(content: str | list[Message], context: Context, digests: Sequence[str] = ()) -> str:
+    columns = context.columns | ({DIGESTS: list(digests)} if digests else {})
+    value = {"prompt": content, **columns} if columns else content
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -156,17 +175,24 @@ class _Prompts(Comparisons):
     answers = False
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, label: str, limit: int | None, rendering: RenderSettings | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        label: str,
+        limit: int | None,
+        rendering: RenderSettings | None,
+        images: ImageReader | None,
     ) -> None:
-        super().__init__(tokenizer, TokenizeSettings(rendering=rendering or RenderSettings()), label)
+        super().__init__(tokenizer, TokenizeSettings(rendering=rendering or RenderSettings()), label, images)
         self._limit = limit
 
     def read(self, row: Mapping[str, Any], where: str) -> Comparison:
-        return read_prompt(row, where, self.renderer.roles)
+        return read_prompt(row, where, self.renderer.roles, images=self.images is not None)
 
     def values(self, content: Comparison) -> Mapping[str, Any]:
-        context = {"tools": content.context.tools, "kwargs": content.context.kwargs}
-        return {"content": json.dumps(content.prompt), "context": json.dumps(context)}
+        context, prompt = {"tools": content.context.tools, "kwargs": content.context.kwargs}, content.prompt
+        if content.context.images and not isinstance(prompt, str):
+            prompt = [{**one, "content": (one["content"] or "").replace(IMAGE, IMAGE_IN_TEXT)} for one in prompt]
+        return {"content": json.dumps(prompt), "context": json.dumps(context)}
 
     def finish(self, rendered: Rendered, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
         """Ids with BOS, and whether they are within the limit."""

@@ -33,7 +33,7 @@ from simpo.data.formats import (
     read_conversation,
     read_feedback,
 )
-from simpo.data.images import COLUMNS, IMAGES, ImageReader, text_tokenizer
+from simpo.data.images import COLUMNS, IMAGES, ImageReader, split_processor
 from simpo.data.pretokenized import check_tokenized
 from simpo.data.rendering import Rendered, RenderedTurns, Renderer
 from simpo.data.rows import (
@@ -57,7 +57,7 @@ from simpo.errors import SimpoError
 
 TOKENS = List(Value("int32"))
 OVERLONG_WITH_IMAGES = "longer than max_length, and rows with images are not cut"
-NO_PROCESSOR = "images, but no processor that reads them; use simpo train or sft, or a processor as processing_class"
+NO_PROCESSOR = "images, but no processor; use simpo train, sft or reward, or give a processor as processing_class"
 UNANSWERED_CUT = "messages after the last answer"
 _STATUS = "_status"
 # Part of every fingerprint: raise it when the ids or the statuses of the same rows and settings change.
@@ -408,8 +408,7 @@ def _prepare(
     """Tokenize a data set, unless it has ``prompt_ids`` and ``response_ids`` already."""
     check_dataset(dataset, label)
     if not {"prompt_ids", "response_ids"} <= set(dataset.column_names):
-        given, tokenizer = tokenizer, text_tokenizer(tokenizer)
-        images = None if given is tokenizer else ImageReader(given, settings.image_folder)
+        tokenizer, images = split_processor(tokenizer, settings.image_folder)
         return tokenize(undecoded(dataset), tokenizer, kind(tokenizer, settings, label, images))
     check_tokenized(dataset, label)
     report = DataReport(label, rows=len(dataset), used=len(dataset), noun=kind.noun)

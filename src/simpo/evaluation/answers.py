@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from simpo.client import placeholder_answer
-from simpo.data.messages import read_messages
+from simpo.data.messages import context_of, read_messages
 from simpo.data.prompts import Prompts, prompt_id
 from simpo.data.rows import BadRow, Row, rows_of
 from simpo.data.settings import RenderSettings
@@ -123,6 +123,7 @@ def _record(row: Row, where: str) -> tuple[str, Record]:
         raise SimpoError(f"{where}: extra: expected a mapping of the row's other columns")
     prompt = row.get("prompt")
     try:
+        context_of(row)
         return key, row | {"prompt": prompt if isinstance(prompt, str) else read_messages(prompt, "prompt")}
     except BadRow as error:
         raise SimpoError(f"{where}: {error.reason}") from error

@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from simpo.client import confirm_cost, placeholder_answer
-from simpo.data.images import has_images
+from simpo.data.images import text_tokenizer
 from simpo.data.prompts import Prompt, prepare_prompts
 from simpo.errors import SimpoError
 from simpo.generation.engine import Sampled, TransformersEngine
@@ -145,9 +145,7 @@ class Generations(RunCallback):
         """The recipe's keys except ``yes``, which does not change any result."""
         return {key: value for key, value in dataclasses.asdict(self._arguments).items() if key != "yes"}
 
-    def prepare(
-        self, config: TrainingSettings, tokenizer: PreTrainedTokenizerBase, held_out: Dataset | None, log: Log
-    ) -> None:
+    def prepare(self, config: TrainingSettings, processing: Any, held_out: Dataset | None, log: Log) -> None:
         """Choose the prompts and the judge."""
         if held_out is None or config.eval_strategy == "no":
             raise SimpoError(
@@ -160,28 +158,31 @@ class Generations(RunCallback):
                 "eval_generations: not possible with FSDP or DeepSpeed, which shard the weights; set it to 0 and use "
                 "simpo compare after training"
             )
-        self._config, self._tokenizer, self._log = config, tokenizer, log
+        self._config, self._tokenizer, self._log = config, text_tokenizer(processing), log
         self._judge = make_eval_judge(self._arguments, self._model, log)
         context = min(Checkpoint.read(self._model).context or config.max_length, config.max_length)
         chunk_size = min(_GENERATED_TOGETHER, math.ceil(self._arguments.eval_generations / config.world_size))
         self._sampling = SamplingSettings(temperature=0.0).resolved(context=context, chunk_size=chunk_size)
         assert self._sampling.max_new_tokens is not None
-        self._prompts = self._choose_prompts(held_out, context - self._sampling.max_new_tokens)
+        self._prompts = self._choose_prompts(held_out, processing, context - self._sampling.max_new_tokens)
+        if self._judge is not None and any(prompt.images for prompt in self._prompts):
+            raise SimpoError(
+                "eval_judge: held-out prompts have images, and judges read text only; leave it out, or name held-out "
+                "rows without images"
+            )
 
-    def _choose_prompts(self, held_out: Dataset, room: int) -> list[Prompt]:
+    def _choose_prompts(self, held_out: Dataset, processing: Any, room: int) -> list[Prompt]:
         """Draw prompts with at most ``room`` tokens by the run's seed, in the order of the rows."""
         count = self._arguments.eval_generations
         with self._config.main_process_first(desc="reading held-out prompts"):  # the others find them in the cache
-            rendering = self._config.tokenize_settings.rendering
-            try:
-                known = prepare_prompts(held_out, self._tokenizer, label="eval_generations", rendering=rendering)
-            except SimpoError as error:
-                if not has_images(held_out):
-                    raise
-                raise SimpoError(
-                    "eval_generations: held-out rows have images, and answers are generated for text only; set "
-                    "eval_generations: 0, or name held-out rows without images"
-                ) from error
+            settings = self._config.tokenize_settings
+            known = prepare_prompts(
+                held_out,
+                processing,
+                label="eval_generations",
+                rendering=settings.rendering,
+                image_folder=settings.image_folder,
+            )
         found = [prompt for prompt in known if len(prompt.ids) <= room]
         if not found:
             raise SimpoError(
@@ -278,8 +279,10 @@ class Generations(RunCallback):
 
     def _sample(self, trainer: PackedTrainer) -> _Answers:
         """One answer to every prompt, on every rank; all ranks must call it."""
-        ids = [prompt.ids for prompt in self._prompts]
-        return self._as_answers(sample_answers(trainer, self._engine, ids, self._sampling))
+        prompts, reader = self._prompts, trainer.images
+        images = None if reader is None else lambda index: reader.tensors(prompts[index].images, prompts[index].digests)
+        ids = [prompt.ids for prompt in prompts]
+        return self._as_answers(sample_answers(trainer, self._engine, ids, self._sampling, images))
 
     def _as_answers(self, samples: list[list[Sampled]]) -> _Answers:
         return _Answers(samples, response_texts(self._tokenizer, self._prompts, samples))

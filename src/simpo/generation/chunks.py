@@ -6,11 +6,11 @@ A chunk does not depend on the chunks before it, on when the run was killed, or 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simpo.generation.engine import Engine, Sampled
+from simpo.generation.engine import Engine, Images, Sampled
 from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.runs.lines import JsonLines
 
@@ -48,11 +48,20 @@ def missing_chunks(
 
 
 def sample_chunks(
-    engine: Engine, prompts: Sequence[list[int]], settings: SamplingSettings, chunks: Iterable[tuple[int, Chunk]]
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    settings: SamplingSettings,
+    chunks: Iterable[tuple[int, Chunk]],
+    images: Callable[[int], Images] | None = None,
 ) -> Iterator[Record]:
-    """Generate some of the :func:`missing_chunks`; yields the record of each, as it is stored."""
+    """Generate some of the :func:`missing_chunks`; yields the record of each, as it is stored.
+
+    ``images`` returns those of a prompt by its index; None if no prompt has any.
+    """
     for number, chunk in chunks:
-        samples = engine.generate([prompts[index] for index in chunk], settings, derived_seed(settings.seed, number))
+        ids, seed = [prompts[index] for index in chunk], derived_seed(settings.seed, number)
+        shown = {} if images is None else {"images": [images(index) for index in chunk]}
+        samples = engine.generate(ids, settings, seed, **shown)
         yield {
             "chunk": number,
             "samples": [{"prompt": index, **sampled._asdict()} for index, sampled in zip(chunk, samples, strict=True)],

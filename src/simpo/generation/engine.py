@@ -26,6 +26,8 @@ from simpo.errors import SimpoError, third_party
 from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.models.adapters import find_adapter
 from simpo.models.settings import ModelArguments
+from simpo.packing.images import forward_inputs
+from simpo.packing.layout import ImageTensors
 from simpo.packing.model import causal_lm, prepare_policy, state_of
 from simpo.packing.rounding import computes_in, precision, rounding_tolerance
 
@@ -38,6 +40,8 @@ _HARMLESS_KEYS = {
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
     *("cache_implementation", "trust_remote_code"),
 }
+
+Images = tuple[ImageTensors, ...]
 
 # The prompts that share a batch: all, those of equal length, or none.
 Batching = Literal["all", "equal", "none"]
@@ -61,13 +65,16 @@ class Sampled(NamedTuple):
 class Engine(Protocol):
     """A model to sample from, in memory or in an inference engine."""
 
-    def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
+    def generate(
+        self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int, *, images: Sequence[Images] = ()
+    ) -> list[Sampled]:
         """One response to every prompt, in the order of the prompts.
 
         Args:
             prompts: token ids, with BOS and assistant header; the same prompt may occur several times.
             settings: resolved settings.
             seed: together with prompts and settings, determines the responses.
+            images: the images of each prompt; nothing if none has any.
         """
         ...
 
@@ -97,18 +104,24 @@ class TransformersEngine:
         if ignored := ignored_settings(model.generation_config):
             logger.warning("the checkpoint's generation settings are not used: %s", ", ".join(ignored))
 
-    def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
+    def generate(
+        self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int, *, images: Sequence[Images] = ()
+    ) -> list[Sampled]:
         """One response to every prompt; see :class:`Engine`.
 
         Every response is the one that its prompt alone would get. Where padding or other prompts would change it, which
-        is checked once and reported, a batch has prompts of equal length, or one prompt.
+        is checked once and reported, a batch has prompts of equal length, or one prompt. If some have images,
+        every prompt has a batch of its own.
         """
         assert settings.max_new_tokens is not None
-        groups = self._groups([len(prompt) for prompt in prompts], settings.max_new_tokens)
+        groups = [[index] for index in range(len(prompts))]
+        if not any(images):
+            groups = self._groups([len(prompt) for prompt in prompts], settings.max_new_tokens)
         found: list[Sampled] = [Sampled([], False, None)] * len(prompts)
         for number, group in enumerate(groups):
             own_seed = seed if len(groups) == 1 else derived_seed(seed, number)
-            new, logps = self._recorded([prompts[index] for index in group], settings, own_seed)
+            own = images[group[0]] if any(images) else ()
+            new, logps = self._recorded([prompts[index] for index in group], settings, own_seed, images=own)
             for index, row, row_logps in zip(group, new.tolist(), logps.tolist(), strict=True):
                 ids, finished = self._cut_at_stop(row)
                 found[index] = Sampled(ids, finished, sum(row_logps[: len(ids)]))
@@ -120,12 +133,19 @@ class TransformersEngine:
         return Sampled(*self._cut_at_stop(new[0].tolist()), logp=None)
 
     def _recorded(
-        self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int, *processors: LogitsProcessor
+        self,
+        prompts: Sequence[list[int]],
+        settings: SamplingSettings,
+        seed: int,
+        *processors: LogitsProcessor,
+        images: Images = (),
     ) -> tuple[Tensor, Tensor]:
-        """``[B, N]`` new tokens and their log-probabilities under the model."""
+        """``[B, N]`` new tokens and their log-probabilities under the model; with ``images``, of a single prompt."""
         recorder = _Recorder()
         processing = LogitsProcessorList([recorder, *processors])
-        new = self._new_tokens(prompts, settings, seed, logits_processor=processing)
+        given = forward_inputs(causal_lm(self.model), torch.tensor(prompts), images) if images else {}
+        given = {name: tensor.to(self.model.device) for name, tensor in given.items()}
+        new = self._new_tokens(prompts, settings, seed, logits_processor=processing, **given)
         return new, recorder.finish(new)
 
     def _new_tokens(
@@ -362,8 +382,12 @@ class VllmEngine:
                 **given,
             )
 
-    def generate(self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int) -> list[Sampled]:
-        """One response to every prompt; see :class:`simpo.generation.engine.Engine`."""
+    def generate(
+        self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int, *, images: Sequence[Images] = ()
+    ) -> list[Sampled]:
+        """One response to every prompt, without images; see :class:`simpo.generation.engine.Engine`."""
+        if any(images):
+            raise SimpoError("engine: vllm gets no images here; use transformers")
         parameters = [
             self._vllm.SamplingParams(
                 temperature=settings.temperature,

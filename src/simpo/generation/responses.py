@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from simpo.data.chat_template import end_of_turn, render_messages
+from simpo.data.images import IMAGES, as_text
 from simpo.data.prompts import Prompt
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
@@ -88,6 +89,7 @@ def write_responses(
                 "id": prompt.id,
                 "prompt": prompt.content,
                 **prompt.context.columns,
+                **({IMAGES: [as_text(reference) for reference in prompt.images]} if prompt.images else {}),
                 "responses": list(prompt_texts),
                 "response_ids": [list(sampled.ids) for sampled in answers],
                 "finished": [sampled.finished for sampled in answers],

@@ -21,18 +21,21 @@ from torch import distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from simpo.config import setting
+from simpo.data.images import ImageReader, has_images, split_processor
 from simpo.data.prompts import Prompts, prepare_prompts
 from simpo.data.settings import RenderSettings
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.generation.chunks import Chunk, ChunkFiles, gather, missing_chunks, sample_chunks
-from simpo.generation.engine import Engine, TransformersEngine, VllmEngine, stop_ids
+from simpo.generation.engine import Engine, Images, TransformersEngine, VllmEngine, stop_ids
 from simpo.generation.responses import response_metrics, response_texts, write_responses
 from simpo.generation.settings import SamplingSettings
 from simpo.models.checkpoint import Checkpoint, model_digest
 from simpo.models.devices import device, from_main
-from simpo.models.loading import check_model_files, load_tokenizer
+from simpo.models.loading import check_model_files, load_processor, load_tokenizer
 from simpo.models.settings import ModelArguments
+from simpo.packing.attention import causal_lm
+from simpo.packing.images import check_image_inputs
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.results import Metric
@@ -57,6 +60,9 @@ class PromptArguments:
         None, "A chat template, a file with one, or none for raw text (default: the tokenizer's own)."
     )
     column_mapping: Mapping[str, str] | None = setting(None, 'Columns to rename, e.g. {"instruction": "prompt"}.')
+    image_folder: str | None = setting(
+        None, "Folder that relative paths of images start from (default: the working directory)."
+    )
     rendering: RenderSettings = field(default_factory=RenderSettings)
 
     def rows(self) -> Dataset:
@@ -76,6 +82,7 @@ class Job:
     settings: SamplingSettings
     stop_ids: list[int]
     engine_args: Mapping[str, Any] = field(default_factory=dict)
+    reader: ImageReader | None = None
 
     @classmethod
     def prepare(
@@ -86,10 +93,13 @@ class Job:
         engine: EngineName,
         log: Log,
         engine_args: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        images: bool = False,
     ) -> Job:
         """Read everything but the weights, and log what was found.
 
-        A ``max_model_len`` among vLLM's ``engine_args`` limits the model's context.
+        A ``max_model_len`` among vLLM's ``engine_args`` limits the model's context. With ``images``, prompts may have
+        some if the engine is transformers; otherwise such prompts are bad rows.
         """
         tokenizer = load_tokenizer(model.model_name_or_path, model, chat_template=source.chat_template)
         checkpoint = Checkpoint.read(model)
@@ -106,14 +116,20 @@ class Job:
             assert settings.max_new_tokens is not None
             room = context - settings.max_new_tokens
             log(f"the model's context of {context:,} tokens leaves {room:,} to a prompt (max_prompt_length)")
-        prompts = prepare_prompts(source.rows(), tokenizer, max_prompt_length=room, rendering=source.rendering)
+        rows, processing = source.rows(), tokenizer
+        if images and engine == "transformers" and has_images(rows):
+            processing = load_processor(model.model_name_or_path, model, chat_template=source.chat_template)
+        prompts = prepare_prompts(
+            rows, processing, max_prompt_length=room, rendering=source.rendering, image_folder=source.image_folder
+        )
         for line in prompts.report.lines():
             log(line)
         for prompt in prompts:
             if fault := checkpoint.limits.fault(0, prompt.ids):
                 raise SimpoError(f"prompt {prompt.id}: {fault}; use the model's own tokenizer")
         stops = stop_ids(tokenizer, checkpoint.generation_config)
-        return cls(checkpoint, engine, tokenizer, source, prompts, settings, stops, dict(engine_args))
+        tokenizer, reader = split_processor(processing, source.image_folder)
+        return cls(checkpoint, engine, tokenizer, source, prompts, settings, stops, dict(engine_args), reader)
 
     @property
     def ids(self) -> list[list[int]]:
@@ -151,7 +167,18 @@ class Job:
         """Load the model into its engine."""
         if self.engine == "vllm":
             return VllmEngine(self.checkpoint.arguments, self.stop_ids, self.engine_args)
-        return TransformersEngine(self.checkpoint.load(), self.tokenizer)
+        model = self.checkpoint.load()
+        shown = next((number for number, prompt in enumerate(self.prompts) if prompt.images), None)
+        if self.reader is not None and shown is not None:
+            first = self.reader.example(self.prompts.prompts[shown].images[0])
+            check_image_inputs(causal_lm(model), self.images_of(shown)[0], first)
+        return TransformersEngine(model, self.tokenizer)
+
+    def images_of(self, index: int) -> Images:
+        """The images of a prompt."""
+        assert self.reader is not None
+        prompt = self.prompts.prompts[index]
+        return self.reader.tensors(prompt.images, prompt.digests)
 
 
 def sample_responses(
@@ -162,13 +189,14 @@ def sample_responses(
     *,
     engine: EngineName = "transformers",
     engine_args: Mapping[str, Any] = MappingProxyType({}),
+    images: bool = False,
     argv: Sequence[str] = (),
 ) -> Path | None:
     """Sample answers to prompts and write ``responses.jsonl`` and ``results.json``.
 
     The same call continues a run that was interrupted or killed, and ends with the same bytes; it leaves a finished run
-    as it is. Under ``torchrun`` the processes share the chunks, and the bytes are the same again. Returns the path of
-    ``results.json``; None in all processes but the main one.
+    as it is. Under ``torchrun`` the processes share the chunks, and the bytes are the same again. ``images`` is as in
+    :meth:`Job.prepare`. Returns the path of ``results.json``; None in all processes but the main one.
 
     Raises:
         SimpoError: an argument cannot be used, or the disk or the memory is full.
@@ -187,7 +215,7 @@ def sample_responses(
         if processes.size > 1 and engine == "vllm":
             raise SimpoError("engine: vllm takes all GPUs from one process; start it without torchrun")
         with RunFolder(folder, command="sample") as run:
-            job = Job.prepare(model, prompts, settings, engine, run.log, engine_args)
+            job = Job.prepare(model, prompts, settings, engine, run.log, engine_args, images=images)
             processes.from_main(None if run.finished else job)
             loaded = None if run.finished else job.load()  # before the folder is written
             run.begin(job.identity(), argv=argv, resolved=job.resolved())
@@ -236,7 +264,8 @@ def _generate(
         reporting = progress(f"responses of the first of {processes.size} processes", count, 0, log)
     try:
         with reporting as advance:
-            for record in sample_chunks(engine, job.ids, job.settings, share):
+            images = None if job.reader is None else job.images_of
+            for record in sample_chunks(engine, job.ids, job.settings, share, images):
                 file.append([record])
                 advance(len(record["samples"]))
     except torch.OutOfMemoryError as error:

@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -41,7 +41,7 @@ class RunCallback(TrainerCallback):
     def prepare(
         self,
         config: TrainingArguments,
-        tokenizer: PreTrainedTokenizerBase,
+        processing: Any,
         held_out: Dataset | None,
         log: Log,
     ) -> None:
@@ -49,7 +49,7 @@ class RunCallback(TrainerCallback):
 
         Args:
             config: the configuration of the training.
-            tokenizer: the model's.
+            processing: the model's tokenizer or, for rows with images, its processor.
             held_out: the held-out rows as they were read, before tokenization; None if there are none.
             log: prints a line for the user and keeps it in the run's log.
         """

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from simpo.data.images import has_images, text_tokenizer
+from simpo.data.images import has_images
 from simpo.data.inspection import shared_rows
 from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError, third_party
@@ -134,7 +134,7 @@ def _prepare(
         folder.log(f"no held-out {kind.row_noun} are named (eval_dataset_name): training without evaluation")
         config.eval_strategy, config.do_eval = type(config.eval_strategy)("no"), False
     for callback in job.run_callbacks:
-        callback.prepare(config, text_tokenizer(processing), raw.get("eval"), folder.log)
+        callback.prepare(config, processing, raw.get("eval"), folder.log)
     checkpoint = checkpoint_from_recipe(config)
     if checkpoint is not None:
         check_complete(Path(checkpoint))

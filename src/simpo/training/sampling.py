@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -11,24 +11,29 @@ import torch
 from accelerate.utils import gather_object
 
 from simpo.generation.chunks import gather, missing_chunks, sample_chunks
-from simpo.generation.engine import Engine, Sampled
+from simpo.generation.engine import Engine, Images, Sampled
 from simpo.generation.settings import SamplingSettings
 from simpo.training.packed import PackedTrainer
 
 
 def sample_answers(
-    trainer: PackedTrainer, engine: Engine, prompts: Sequence[list[int]], settings: SamplingSettings
+    trainer: PackedTrainer,
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    settings: SamplingSettings,
+    images: Callable[[int], Images] | None = None,
 ) -> list[list[Sampled]]:
     """The answers to every prompt, on every rank; the ranks share the work, and all must call.
 
-    ``prompts`` are token ids, and ``engine`` holds the trainer's model.
+    ``prompts`` are token ids, ``images`` as in :func:`~simpo.generation.chunks.sample_chunks`, and ``engine`` holds the
+    trainer's model.
     """
     config = trainer.args
     share = missing_chunks(prompts, settings)[config.process_index :: config.world_size]
     # Layers were compiled for training, and would be compiled again for every length of the growing cache.
     eager = torch.compiler.set_stance("force_eager") if config.torch_compile else nullcontext()
     with trainer.accelerator.autocast(), eager:
-        records = list(sample_chunks(engine, prompts, settings, share))
+        records = list(sample_chunks(engine, prompts, settings, share, images))
     return gather(records if config.world_size == 1 else gather_object(records), len(prompts))
 
 

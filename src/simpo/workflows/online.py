@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import Trainer
 
 from simpo.client import confirm_cost, placeholder_answer
 from simpo.judging.combined import CombinedScorer, count_missing
@@ -43,9 +43,7 @@ class Annotation(RunCallback):
             found |= {f"gold_annotator/{key}": value for key, value in self._gold.identity.items()}
         return found
 
-    def prepare(
-        self, config: OnlineConfig, tokenizer: PreTrainedTokenizerBase, held_out: Dataset | None, log: Log
-    ) -> None:
+    def prepare(self, config: OnlineConfig, processing: Any, held_out: Dataset | None, log: Log) -> None:
         """Make the annotators and load what they need; raises :class:`~simpo.errors.SimpoError` if that fails."""
         arguments = self._arguments
         client = server_client(arguments.judge_url, arguments.judge_model, arguments.judge_key_env)
