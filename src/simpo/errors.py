@@ -51,9 +51,6 @@ def third_party(place: str) -> Iterator[None]:
     Libraries that read files or evaluate text raise anything for damaged input, and the panics of those written in
     Rust are not even exceptions. Our own code does not belong in the body, because its bugs should keep their
     tracebacks.
-
-    Raises:
-        SimpoError: instead of anything but an interruption.
     """
     try:
         yield

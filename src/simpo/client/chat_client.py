@@ -182,9 +182,6 @@ class ChatClient:
             endpoint: server and model.
             cache: folder with replies, which several processes may share; None for no cache.
             exact_temperature: fail if the server refuses the temperature, instead of using the server's own.
-
-        Raises:
-            SimpoError: the cache cannot be read or written.
         """
         self.endpoint = endpoint
         self.usage = Usage()
@@ -217,11 +214,6 @@ class ChatClient:
             despite_refusals: continue after a request that the server refuses because of its content (status 400, 413
                 or 422): its reply has no text and the reason in ``refused``; it is counted in ``usage`` and not cached.
             log: receives lines of progress.
-
-        Raises:
-            SimpoError: a request was refused or not answered after all attempts (those in progress are finished, no
-                others are sent), there is no key, or a reply cannot be stored. With ``despite_refusals`` also if the
-                first :data:`TRIED` requests, or all if there are fewer, were refused and none was ever answered.
         """
         wanted = self._by_key(requests)
         replies = {key: reply for key in wanted if (reply := self._cached(key)) is not None}
