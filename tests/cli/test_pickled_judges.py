@@ -13,8 +13,8 @@ from simpo import cli
 from simpo.generation.settings import SamplingSettings
 from simpo.models.settings import ModelArguments
 from simpo.workflows.loop import _judge_options
-from simpo.workflows.loop_settings import LoopRecipe, LoopSettings
 from simpo.workflows.pair import PairSettings
+from simpo.workflows.rounds import LoopRecipe, LoopSettings
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,7 @@ from simpo.models.settings import ModelArguments
 from simpo.runs.lines import read_lines
 from simpo.runs.manifest import find_damage
 from simpo.runs.results import read_results
-from simpo.workflows.loop_settings import LoopRecipe
-from simpo.workflows.rounds import kl_from_start
+from simpo.workflows.rounds import LoopRecipe, kl_from_start
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,8 @@ from simpo.generation.settings import SamplingSettings
 from simpo.models.settings import ModelArguments
 from simpo.training.preference import PreferenceConfig
 from simpo.workflows.loop import PLOT, print_loop, run_loop
-from simpo.workflows.loop_settings import LoopRecipe, LoopSettings
 from simpo.workflows.pair import PairSettings
+from simpo.workflows.rounds import LoopRecipe, LoopSettings
 
 RECIPE_TYPES = (LoopSettings, SamplingSettings, PairSettings, ModelArguments, PreferenceConfig)
 

@@ -37,12 +37,8 @@ class PairwiseApiJudge(Judge):
     ) -> None:
         """Read the judge prompt and check that there is a key; nothing is sent.
 
-        Args:
-            client: sends the requests.
-            prompt: file with the placeholders ``{question}``, ``{answer_a}`` and ``{answer_b}``; None for the one in
-                the package.
-            max_tokens: longest reply; one that is cut off has no verdict.
-            log: receives lines of progress.
+        ``prompt`` is a file with the placeholders ``{question}``, ``{answer_a}`` and ``{answer_b}``; None for the one
+        in the package. A reply that ``max_tokens`` cuts off has no verdict.
         """
         client.endpoint.api_key()
         self.client = client

@@ -32,12 +32,9 @@ class PromptFile(NamedTuple):
 
 
 def read_prompt_file(path: Path | None, shipped: Traversable, places: Iterable[str]) -> PromptFile:
-    """Read a judge prompt that contains a placeholder ``{name}`` for every value.
+    """Read a judge prompt that contains a placeholder ``{name}`` for every one of ``places``.
 
-    Args:
-        path: the user's file; None for the one in the package.
-        shipped: the one in the package.
-        places: names of the values.
+    ``path`` is the user's file; None for ``shipped``, the one in the package.
     """
     with third_party(f"{path}: the judge prompt cannot be read"):
         content = shipped.read_bytes() if path is None else path.read_bytes()

@@ -37,11 +37,8 @@ def check_judges_anew(name: str) -> None:
 def make_annotator(annotator: Annotator, options: JudgeOptions, normalization: Normalization | None = None) -> Scorer:
     """The scorer that an ``annotator`` key names.
 
-    Args:
-        annotator: the name of a scorer; ``api``, a judge that compares every two answers to a prompt; or the weights of
-            several by their names.
-        options: what the annotators may need.
-        normalization: of the scores of several annotators; None is ``zscore``.
+    ``annotator`` is the name of a scorer; ``api``, a judge that compares every two answers to a prompt; or the weights
+    of several by their names, whose scores are normalized by ``normalization``, ``zscore`` if None.
     """
     names = annotator_names(annotator, normalization)
     if not isinstance(annotator, str):

@@ -84,8 +84,7 @@ def push(
     Large files are sent before the commit, one after the other, and the hub keeps them: the same call after an
     interruption sends only the missing ones. Without changes there is no commit.
 
-    Returns:
-        The address of the repository.
+    Returns the address of the repository.
     """
     api = HfApi(token=check_target(repo))
     with _hub_errors(repo):

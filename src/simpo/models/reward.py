@@ -36,10 +36,8 @@ def load_reward_model(
 ) -> PreTrainedModel | PeftModel:
     """A reward model, under an adapter if the files are one or ``use_peft`` asks for a new one.
 
-    Args:
-        arguments: which model, and how it is loaded.
-        new_head: put a random head on a language model, and report it; otherwise it is refused.
-        gated: accept a model of several labels whose own code may combine them to one score; see :func:`gated_scores`.
+    ``new_head`` puts a random head on a language model, and reports it; otherwise it is refused. ``gated`` accepts a
+    model of several labels whose own code may combine them to one score; see :func:`gated_scores`.
     """
     name, revision = arguments.model_name_or_path, arguments.model_revision
     if arguments.load_in_4bit:

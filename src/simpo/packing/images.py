@@ -25,11 +25,8 @@ _MARKS = (_BOTH_DIRECTIONS, "mm_token_type_ids")
 def check_image_inputs(model: PreTrainedModel, image: ImageTensors, expected: Mapping[str, Tensor]) -> None:
     """Check that :func:`forward_inputs` gives a model what its own processor would give it.
 
-    Args:
-        model: the model, unwrapped.
-        image: the tensors of one image.
-        expected: everything that the processor returns for a text that consists of this image twice; ``input_ids`` are
-            ``[1, L]``.
+    ``image`` are the tensors of one image, and ``expected`` is everything that the processor returns for a text that
+    consists of this image twice; ``input_ids`` are ``[1, L]``.
     """
     name, accepted = type(model).__name__, _arguments(model)
     if "pixel_values" not in accepted or getattr(model.config, "image_token_id", None) is None:

@@ -99,10 +99,8 @@ def _difference(path: Path, model: nn.Module) -> str | None:
 def staged_checkpoint(final: Path, *, main: bool, wait: Callable[[], None]) -> Iterator[Path]:
     """A folder in which all ranks write a checkpoint as a folder named like ``final``; it becomes ``final`` when whole.
 
-    Args:
-        final: the checkpoint's place; a damaged checkpoint there, which this run has reached again, is replaced.
-        main: whether this rank makes and renames folders; the others write into them.
-        wait: returns when every rank has called it.
+    A damaged checkpoint at ``final``, which this run has reached again, is replaced. The ``main`` rank makes and
+    renames folders; the others write into them. ``wait`` returns when every rank has called it.
     """
     if main and final.exists():
         remove_folder(final)

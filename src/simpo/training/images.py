@@ -34,11 +34,7 @@ def image_reader(
 ) -> ImageReader | None:
     """The reader of the images of tokenized rows; None if there are none, and the parts for images are frozen then.
 
-    Args:
-        model: the model to be trained.
-        processing_class: the model's processor; anything else is an error if there are images.
-        datasets: tokenized rows to train and evaluate on; None where there are none.
-        args: the training arguments.
+    ``processing_class`` is the model's processor; anything else is an error if there are images.
     """
     given = [rows for rows in datasets if rows is not None]
     found = [(rows, numbers[0]) for rows in given if len(numbers := rows_with_images(rows))]
@@ -69,9 +65,7 @@ def image_reader(
 def image_tensors(columns: Mapping[str, Any], reader: ImageReader | None) -> list[tuple[ImageTensors, ...]]:
     """The images of each row of a batch.
 
-    Args:
-        columns: of the tokenized rows.
-        reader: of the images; None if the rows that the trainer was made with have none.
+    ``reader`` is None if the rows that the trainer was made with have no images.
     """
     count = len(columns["prompt_ids"])
     several = zip(columns.get(IMAGES) or [[]] * count, columns.get(DIGESTS) or [[]] * count, strict=True)

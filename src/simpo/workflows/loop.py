@@ -39,9 +39,8 @@ from simpo.statistics import Interval
 from simpo.training.identity import settings_identity, settings_of
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.settings import IMPOSSIBLE, check_optimizer
-from simpo.workflows.loop_settings import LoopRecipe
 from simpo.workflows.pair import make_pairs
-from simpo.workflows.rounds import ROUND_FILE, Rounds
+from simpo.workflows.rounds import ROUND_FILE, LoopRecipe, Rounds
 
 PLOT = "rounds.png"
 _WIN_RATE = "win_rate/"
