@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from simpo.data.shapes import canonical, check_not_rendered
 from simpo.data.suspects import suspicions
 from simpo.data.tokenizing import TOKENS, Comparisons, tokenize
 from simpo.errors import SimpoError
+from simpo.runs.results import fingerprint
 
 REPEATED = "repeated prompt"
 OVERLONG_PROMPT = "longer than max_prompt_length"
@@ -164,6 +165,12 @@ def read_prompts(dataset: Dataset) -> tuple[list[PlainPrompt], DataReport]:
     report = DataReport.of("prompts", statuses(), noun="prompts")
     report.check("skip")
     return list(found.values()), report
+
+
+def columns_identity(prompts: Iterable[PlainPrompt]) -> dict[str, str]:
+    """The part of a run's identity that other columns than the prompts are: their digest, or nothing without any."""
+    columns = [prompt.extra for prompt in prompts]
+    return {"columns": fingerprint(columns)} if any(columns) else {}
 
 
 class _Prompts(Comparisons):

@@ -15,7 +15,7 @@ import numpy as np
 from simpo.client import Prices, confirm_cost
 from simpo.config import setting
 from simpo.data.messages import context_of
-from simpo.data.prompts import read_prompts
+from simpo.data.prompts import columns_identity, read_prompts
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answerer, Record, answers_path, is_answer_file, read_answer_file
@@ -103,6 +103,7 @@ def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, a
             a, b = (side.expected_answers(folder) for side in sides)
             pairs, _ = all_pairs(match_answers(a, b, f"{settings.a} and {settings.b}"))
             for judge in judges.values():
+                judge.check(pairs)
                 confirm_cost(judge.estimate(pairs), yes=settings.judging.yes, log=run.log, prices=prices)
         run.begin(identity, argv=argv, resolved=settings.flat())
 
@@ -144,7 +145,8 @@ class Side:
             return {"answers": file_digest(self.file)}
         assert self.answerer is not None and self.prompts is not None
         prompts, _ = read_prompts(self.prompts.rows())
-        return self.answerer.identity() | {"prompts": fingerprint([prompt.id for prompt in prompts])}
+        ids = fingerprint([prompt.id for prompt in prompts])
+        return self.answerer.identity() | {"prompts": ids} | columns_identity(prompts)
 
     def answers(self, folder: Path, log: Log) -> Path:
         """The file of the answers, which are sampled first if necessary."""
@@ -165,7 +167,16 @@ class Side:
         assert self.answerer is not None and self.prompts is not None
         responses = [self.answerer.placeholder_answer(f"{self.name}{i}") for i in range(self.answerer.settings.n)]
         prompts = self.answerer.fitting(self.prompts)
-        return {prompt.id: {"id": prompt.id, "prompt": prompt.content, "responses": responses} for prompt in prompts}
+        return {
+            prompt.id: {
+                "id": prompt.id,
+                "prompt": prompt.content,
+                **prompt.context.columns,
+                "responses": responses,
+                "extra": prompt.extra,
+            }
+            for prompt in prompts
+        }
 
 
 def read_sides(settings: CompareSettings) -> tuple[Side, Side]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from simpo.config import setting
 from simpo.data.images import ImageReader, has_images, split_processor
-from simpo.data.prompts import Prompts, prepare_prompts
+from simpo.data.prompts import Prompts, columns_identity, prepare_prompts
 from simpo.data.settings import RenderSettings
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
@@ -151,6 +151,7 @@ class Job:
             "dtype": self.checkpoint.arguments.dtype,
             "engine": self.engine,
             "prompts": digest.hexdigest(),
+            **columns_identity(self.prompts),
             "stop_ids": str(self.stop_ids),
             **dataclasses.asdict(self.settings),
             **{f"engine_args/{key}": value for key, value in self.engine_args.items()},

@@ -9,7 +9,7 @@ from typing import Any
 
 from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint, confirm_cost
 from simpo.data.inspection import AnswerSet, diversity_metrics
-from simpo.data.prompts import PlainPrompt, read_prompts
+from simpo.data.prompts import PlainPrompt, columns_identity, read_prompts
 from simpo.data.rows import DataReport
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
@@ -54,6 +54,7 @@ def sample_from_server(
             run.log(line)
         identity = {
             **{"model": endpoint.model, "engine": "server", "prompts": fingerprint([prompt.id for prompt in prompts])},
+            **columns_identity(prompts),
             **dataclasses.asdict(settings),
         }
         requests = [_request(prompt, number, settings) for prompt in prompts for number in range(settings.n)]

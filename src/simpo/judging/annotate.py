@@ -87,10 +87,12 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
                 [shown(text) for text in row["responses"]],
                 context_of(row),
                 row.get("extra", {}),
+                str(row.get("where", "")),
             )
             for row in records
         ]
         if not run.finished:
+            annotator.check(rows)
             annotator.prepare()
             if annotator.usage is not None:
                 confirm_cost(annotator.estimate(rows), yes=arguments.yes, log=run.log, prices=arguments.prices)

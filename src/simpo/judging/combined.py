@@ -73,6 +73,11 @@ class CombinedScorer(Scorer):
         for scorer in self._scorers.values():
             scorer.prepare()
 
+    def check(self, rows: Sequence[Answers]) -> None:
+        """Check the rows for all scorers."""
+        for scorer in self._scorers.values():
+            scorer.check(rows)
+
     def estimate(self, rows: Sequence[Answers]) -> Estimate:
         """The requests of all scorers."""
         return sum((scorer.estimate(rows) for scorer in self._scorers.values()), Estimate())

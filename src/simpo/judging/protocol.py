@@ -10,6 +10,7 @@ from typing import Any
 
 from simpo.client import Estimate, Usage
 from simpo.data.messages import Context, Message
+from simpo.data.prompts import PlainPrompt
 from simpo.errors import SimpoError
 
 Prompt = str | list[Message]
@@ -25,6 +26,7 @@ class Answers:
         responses: the texts to score.
         context: tools and variables for the chat template of a scorer that is a model.
         extra: the columns of the prompt's row that are not used otherwise, such as a reference answer.
+        where: where the row comes from, e.g. ``"train.jsonl:12"``, for error messages; empty if that is not known.
     """
 
     id: str
@@ -32,6 +34,22 @@ class Answers:
     responses: Sequence[str]
     context: Context = field(default_factory=Context)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+    @classmethod
+    def to(cls, prompt: PlainPrompt, responses: Sequence[str]) -> Answers:
+        """The ``responses`` to a prompt of a data set."""
+        return cls(prompt.id, prompt.content, responses, prompt.context, prompt.extra, prompt.where)
+
+    @property
+    def place(self) -> str:
+        """The prompt as error messages name it."""
+        return f"prompt {self.id} ({self.where})" if self.where else f"prompt {self.id}"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The prompt's row without the prompt itself: ``extra``, and the columns with tools and template variables."""
+        return {**self.context.columns, **self.extra}
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,11 @@ class Pair:
     b: str
     context: Context = field(default_factory=Context)
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def to(cls, prompt: PlainPrompt, a: str, b: str) -> Pair:
+        """Two responses to a prompt of a data set."""
+        return cls(prompt.id, prompt.content, a, b, prompt.context, prompt.extra)
 
 
 class _Priced(ABC):
@@ -83,6 +106,9 @@ class Scorer(_Priced):
     def prepare(self) -> None:
         """Load what scoring needs, so that a mistake shows before a run folder is created."""
 
+    def check(self, rows: Sequence[Answers]) -> None:
+        """Raise :class:`SimpoError` if a prompt's row lacks a column that scoring needs, whatever the responses."""
+
     def estimate(self, rows: Sequence[Answers]) -> Estimate:
         """The requests that :meth:`score` would send to a server."""
         return Estimate()
@@ -111,6 +137,9 @@ class Judge(_Priced):
         Raises:
             SimpoError: the pairs cannot be judged.
         """
+
+    def check(self, pairs: Sequence[Pair]) -> None:
+        """As :meth:`Scorer.check`."""
 
     def margins(self, pairs: Sequence[Pair]) -> list[float] | None:
         """By how much the score of ``a`` exceeds the score of ``b``; None for a judge without scores."""

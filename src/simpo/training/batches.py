@@ -25,6 +25,7 @@ from simpo.packing.selfcheck import Path, rows_to_check
 from simpo.training.images import image_tensors, rows_with_images
 from simpo.training.settings import TrainingSettings
 
+CONTENT = "content"  # the column of a data set's prompts, which distinguishes them from other rows
 # Optional columns of a tokenized data set that training adds.
 REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP = "ref_logps", "mismatched_ids", "mismatched_ref_logp"
 LEVELS = "levels"

@@ -13,11 +13,13 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from simpo.data.images import DIGESTS
+from simpo.data.prompts import columns_identity
 from simpo.models.checkpoint import model_digest
 from simpo.models.settings import ModelArguments
 from simpo.runs import manifest
 from simpo.runs.manifest import file_digest
-from simpo.training.batches import BETA, LABEL_PROBABILITY, LEVELS, MARGIN, WEIGHT
+from simpo.training.batches import BETA, CONTENT, LABEL_PROBABILITY, LEVELS, MARGIN, WEIGHT
+from simpo.training.rollouts import prompts_from_rows
 from simpo.training.settings import DataArguments
 
 # Keys of a configuration that change what is shown, stored or kept of a run, but not what it computes.
@@ -69,12 +71,17 @@ def checkpoint_from_recipe(config: Any) -> str | None:
 
 
 def rows_digest(rows: Dataset) -> str:
-    """SHA-256 of the token ids, of which are scored, of images, scores, labels and numbers, row by row in order."""
+    """SHA-256 of the token ids, of which are scored, of images, scores, labels and numbers, row by row in order.
+
+    Of prompts whose answers are sampled, also of the rows' other columns, which an annotator may read.
+    """
     columns = [name for name in ("prompt_ids", "response_ids", "scored") if name in rows.column_names]
     digest = hashlib.sha256()
     for name in ("scores", "label", DIGESTS, LEVELS, WEIGHT, LABEL_PROBABILITY, MARGIN, BETA):
         if name in rows.column_names:
             digest.update(json.dumps([name, rows[name][:]]).encode())
+    if CONTENT in rows.column_names:
+        digest.update("".join(columns_identity(prompts_from_rows(rows)).values()).encode())
     for batch in rows.select_columns(columns).with_format("arrow").iter(1000):
         for name in columns:
             column = batch[name]

@@ -35,6 +35,7 @@ from simpo.packing.scoring import TokenOutputs, token_outputs
 from simpo.runs.results import Metric
 from simpo.statistics import mean_interval
 from simpo.training.batches import (
+    CONTENT,
     RETURNS,
     ROLLOUT,
     VALUES,
@@ -55,7 +56,6 @@ from simpo.training.pretraining import PTX, Pretraining
 from simpo.training.reference import policy_fingerprint
 from simpo.training.rollout_files import RolloutFiles
 from simpo.training.rollouts import (
-    CONTENT,
     ROLLOUT_NAMES,
     Annotator,
     Place,

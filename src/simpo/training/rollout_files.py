@@ -155,7 +155,7 @@ class RolloutFiles:
                 **{"responses": one.texts, "finished": [sampled.finished for sampled in one.samples]},
                 **{"scores": own_scores, "prompt_ids": one.prompt.ids, "response_ids": own_ids},
                 **{"behavior_logps": own_logps, "ref_logps": ref_logps, "values": own_values},
-                "where": one.prompt.where,
+                **{"where": one.prompt.where, "extra": one.prompt.extra},
             }
             for one, own_ids, own_scores, own_logps, ref_logps, own_values in columns
         ]

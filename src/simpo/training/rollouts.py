@@ -24,6 +24,7 @@ from simpo.objectives.ppo import ScoreScale, adapt_kl_coefficient
 from simpo.training.batches import (
     ADVANTAGES,
     BEHAVIOR,
+    CONTENT,
     LABEL_PROBABILITY,
     REF_LOGPS,
     REF_TOKENS,
@@ -33,7 +34,6 @@ from simpo.training.batches import (
 )
 from simpo.training.online_config import OnlineConfig
 
-CONTENT = "content"  # the column of a data set's prompts, which distinguishes them from other rows
 Record = Mapping[str, Any]  # a prompt with its scored answers, a line of a rollout's file
 # Metrics of the answers to a prompt, in the column ROLLOUT: mean score, estimated KL(policy || start) per answer,
 # mean tokens, share that ended by themselves, share that repeat another one, share without a score, whether all scores

@@ -45,6 +45,7 @@ from simpo.workflows.rounds import ROUND_FILE, LoopRecipe, Rounds
 PLOT = "rounds.png"
 _WIN_RATE = "win_rate/"
 _NOT_IN_TABLE = ("agreement/", "kappa/")
+_TRIED = 2  # prompts: objectives that need mismatched answers take two
 # Keys that do not change what is computed, or only how many rounds.
 _NO_INFLUENCE = ("yes", "judge_url", "judge_key_env", "rounds")
 
@@ -148,7 +149,7 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
         sorted(
             Job.prepare(recipe.start(), source, settings, recipe.settings.engine, lambda line: None).prompts,
             key=lambda prompt: len(prompt.ids),
-        )[:2]  # objectives that need mismatched answers take two prompts
+        )
         for source, settings in (
             (recipe.training_prompts, recipe.sampling),
             (recipe.held_out_prompts, recipe.held_out_sampling),
@@ -157,19 +158,21 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
     quiet = dataclasses.replace(options, log=lambda line: None)
     if options.client is not None:
         options.client.endpoint.api_key()
-    rows = [Answers(one.id, one.content, ("Answer 0.", "Answer 1."), one.context, one.extra) for one in prompts[0]]
+    rows = [Answers.to(one, ("Answer 0.", "Answer 1.")) for one in prompts[0]]
     for name in recipe.settings.annotators:
         if name != "api":
-            make_annotator(name, quiet).score(rows)
+            annotator = make_annotator(name, quiet)
+            annotator.check(rows)
+            annotator.score(rows[:_TRIED])
+    invented = [Pair.to(one, "Answer 0.", "Answer 1.") for one in prompts[1]]
     for judge in make_judges([name for name in recipe.judges if name != "api"], quiet).values():
-        judge.compare(
-            [Pair(one.id, one.content, "Answer 0.", "Answer 1.", one.context, one.extra) for one in prompts[1]]
-        )
+        judge.check(invented)
+        judge.compare(invented[:_TRIED])
     free_memory()
 
     n = recipe.sampling.n
     answers = {"responses": [f"Answer {number}." for number in range(n)], "scores": [*range(n)]}
-    records = [{"id": one.id, "prompt": one.content, **one.context.columns, **answers} for one in prompts[0]]
+    records = [{"id": one.id, "prompt": one.content, **one.context.columns, **answers} for one in prompts[0][:_TRIED]]
     pairs, _ = make_pairs(records, dataclasses.replace(recipe.pairs, min_gap=0.0, max_length_ratio=None))
     config = copy.deepcopy(recipe.config)
     config.report_to, config.load_best_model_at_end = [], False
@@ -196,9 +199,9 @@ def _confirm_cost(recipe: LoopRecipe, options: JudgeOptions, rounds: int, log: L
     if shared := len({prompt.id for prompt in training} & {prompt.id for prompt in held_out}):
         log(f"note: {shared:,} of {len(held_out):,} eval_prompts are also among prompts, which are trained on")
     answers = [answerer.placeholder_answer(f"a{k}") for k in range(recipe.sampling.n)]
-    estimate = annotator.estimate([Answers(prompt.id, prompt.content, answers) for prompt in training])
+    estimate = annotator.estimate([Answers.to(prompt, answers) for prompt in training])
     a, b = ([answerer.placeholder_answer(f"{side}{k}") for k in range(recipe.settings.eval_n)] for side in "ab")
-    pairs = [Pair(prompt.id, prompt.content, *two) for prompt in held_out for two in product(a, b)]
+    pairs = [Pair.to(prompt, *two) for prompt in held_out for two in product(a, b)]
     estimates = [estimate, *(judge.estimate(pairs) for judge in make_judges(recipe.judges, options).values())]
     confirm_cost(sum(estimates, Estimate()) * rounds, yes=recipe.settings.yes, log=log)
 

@@ -72,17 +72,17 @@ class Annotation(RunCallback):
         if self._config.process_index:
             return
         number = self._config.num_generations
-        few = prompts_from_rows(trainer.train_dataset.select(range(min(_TRIED_PROMPTS, len(trainer.train_dataset)))))
-        invented = [Answers(one.id, one.content, ["Answer."] * number, one.context, one.extra) for one in few]
+        prompts = prompts_from_rows(trainer.train_dataset)
+        invented = [Answers.to(one, ["Answer."] * number) for one in prompts]
         for scorer in self._scorers:
+            scorer.check(invented)
             if scorer.usage is None:
-                scorer.score(invented)
+                scorer.score(invented[:_TRIED_PROMPTS])
         if self._scorer.usage is None:
             return
         assert self._config.max_new_tokens is not None
         longest = [placeholder_answer(self._config.max_new_tokens, f"a{k}") for k in range(number)]
-        prompts = prompts_from_rows(trainer.train_dataset)
-        estimate = self._scorer.estimate([Answers(one.id, one.content, longest, one.context) for one in prompts])
+        estimate = self._scorer.estimate([Answers.to(one, longest) for one in prompts])
         passes = math.ceil(self._config.num_train_epochs)
         if self._config.max_steps > 0:
             per_step = self._config.train_batch_size * self._config.world_size / self._config.rollout_epochs
@@ -107,4 +107,4 @@ class Annotation(RunCallback):
 
 
 def _rows(answered: Sequence[AnsweredPrompt]) -> list[Answers]:
-    return [Answers(p.id, p.content, texts, p.context, p.extra) for p, _, texts in answered]
+    return [Answers.to(one.prompt, one.texts) for one in answered]
