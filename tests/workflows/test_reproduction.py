@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 from tests.browser import Browser, chromium
+from tests.forked import run_ranks
 
 from simpo.cli import main
-from simpo.errors import SimpoError
+from simpo.errors import InterruptedRun, SimpoError
+from simpo.runs.lines import JsonLines
+from simpo.runs.signals import interruptible
 from simpo.training.configs import PreferenceConfig
 from simpo.workflows.recipes import PAPER_SETTINGS
+from simpo.workflows.reproduction import run
 from simpo.workflows.reproduction.run import Trials, plan, render
 from simpo.workflows.reproduction.study import METRICS, Arm, Claim, decide, read_studies
 from simpo.workflows.reproduction.trial import LENGTH_BIASED, OFF_POLICY, ON_POLICY, TUNING, Trial, run_trial
@@ -116,6 +125,54 @@ def test_trials_are_exact_and_stored_once(base: Path, tmp_path: Path):
     assert len(again._lines) == 3
     assert again.best(arm)["learning_rate_times"] == 2
     assert again.measured([trial, trial])["kl"].tolist() == [0.75, 0.75]
+
+
+def endless_after_the_first(base: Path, trial: Trial) -> dict[str, float]:
+    """A trial that tells the tests its process and the parent's in a scratch file, and does not end."""
+    if trial.seed:
+        run_trial(base, trial)
+        (Path(tempfile.gettempdir()) / f"busy-{os.getppid()}-{os.getpid()}").touch()
+        time.sleep(1000)
+    return dict.fromkeys(METRICS, 0.5)
+
+
+def run_four(folder: Path) -> int:
+    tempfile.tempdir = str(folder / "scratch")
+    run.run_trial = endless_after_the_first
+    settings = {"objective": "simpo", "learning_rate": 1e-3}
+    try:
+        with interruptible():
+            Trials(folder, 1, print).run([Trial(settings, ON_POLICY, seed) for seed in range(4)])
+    except InterruptedRun as error:
+        return error.exit_code
+    return 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_does_not_wait_for_trials(base: Path, tmp_path: Path, signum: int):
+    """Neither for the one that is running nor for those that its process has taken; what was done is kept."""
+    (tmp_path / "base").symlink_to(base)
+    (tmp_path / "scratch").mkdir()
+    sent: list[float | int] = []
+
+    def send_when_busy() -> None:
+        while not (busy := list(tmp_path.glob("scratch/*/busy-*"))):
+            time.sleep(0.1)
+        _, parent, trial = busy[0].name.split("-")
+        sent.extend([time.monotonic(), int(trial)])
+        os.kill(int(parent), signum)
+
+    threading.Thread(target=send_when_busy, daemon=True).start()
+    found = run_ranks(1, run_four, tmp_path, folder=tmp_path)
+    assert found.codes == [143 if signum == signal.SIGTERM else -signal.SIGKILL], found.stderr
+    assert time.monotonic() - sent[0] < 10  # about one second, except on a busy machine
+    while Path(f"/proc/{sent[1]}/cmdline").exists() and Path(f"/proc/{sent[1]}/cmdline").read_bytes():  # no zombie
+        assert time.monotonic() - sent[0] < 30
+        time.sleep(0.1)
+    if signum == signal.SIGTERM:
+        assert not any((tmp_path / "scratch").iterdir())
+    assert [line["trial"]["seed"] for line in JsonLines(tmp_path / "trials.jsonl", checked=True)] == [0]
 
 
 def test_studies_of_earlier_calls_are_known_by_their_trials(tmp_path: Path):

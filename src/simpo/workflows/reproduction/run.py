@@ -7,7 +7,10 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import sys
+import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from tqdm import tqdm
 
 from simpo import __version__
 from simpo.errors import SimpoError
@@ -95,8 +99,13 @@ class Trials:
         missing = {key: trial for key, trial in wanted.items() if key not in self._done}
         if not missing:
             return
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(self._processes, len(missing)), context, initializer=_quiet)
+        scratch = tempfile.TemporaryDirectory()
+        pool = ProcessPoolExecutor(
+            min(self._processes, len(missing)),
+            multiprocessing.get_context("spawn"),
+            initializer=_start_process,
+            initargs=(scratch.name,),
+        )
         try:
             running = {pool.submit(run_trial, self._base, trial): trial for trial in missing.values()}
             with progress("trials", len(missing), 0, self._log) as advance:
@@ -110,8 +119,13 @@ class Trials:
                 "processes: a trial's process was killed, most likely because memory ran out; run the same command "
                 "again with a smaller number, which continues"
             ) from error
+        except BaseException:  # of the user, too: trials that are running, and those that a process has taken, end now
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
+            scratch.cleanup()
 
     def best(self, arm: Arm) -> dict[str, Any]:
         """The candidate with the highest win rate on the tuning prompts; the first among equals."""
@@ -137,15 +151,30 @@ class Trials:
         return {name: np.array([metrics[name] for metrics in found], dtype=np.float64) for name in METRICS}
 
 
-def _quiet() -> None:
-    """A trial's process reports by its metrics only."""
+def _start_process(scratch: str) -> None:
+    """Start a process for trials: it reports by their metrics only, writes to ``scratch``, and ends with its parent."""
     import datasets  # noqa: PLC0415 - in the trial's process
     import transformers  # noqa: PLC0415
 
+    for signum in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # a terminal sends them to all processes, and the parent ends this one
+        signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_exit_after_parent, daemon=True).start()
+    tempfile.tempdir = scratch
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which would outlive a process that is killed
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - as long as the process
+
+
+def _exit_after_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 # ---- The same plan for real models.
