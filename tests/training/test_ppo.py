@@ -13,11 +13,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from simpo.cli import main
 from simpo.errors import SimpoError
 from simpo.generation.engine import Sampled, TransformersEngine
+from simpo.models.settings import ModelArguments
 from simpo.training.online import OnlineTrainer
 from simpo.training.online_config import OnlineConfig
 from simpo.training.rollouts import adapted_columns, training_rows
+from simpo.training.value import ValueFunction
 
 K = 8
 
@@ -246,6 +249,43 @@ def test_policy_and_value_function_are_clipped_each_by_itself(ppo):
     for parameters, old in zip(own, before, strict=True):
         moved = [(new - each).detach().flatten() for new, each in zip(parameters, old, strict=True)]
         assert torch.cat(moved).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_what_the_policy_may_load_the_value_function_may(chat_world, reward_model, tmp_path, capsys):
+    """Pickled weights, and code that comes with the files; neither is read without being allowed."""
+    pickled = shutil.copytree(reward_model, tmp_path / "pickled")
+    (pickled / "model.safetensors").unlink()
+    model = hf.GPT2ForSequenceClassification.from_pretrained(reward_model)
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    custom = shutil.copytree(reward_model, tmp_path / "custom")
+    (custom / "own_code.py").write_text(
+        "from transformers import GPT2Config, GPT2ForSequenceClassification\n\n\n"
+        "class OwnConfig(GPT2Config):\n    model_type = 'simpo_test_own'\n\n\n"
+        "class OwnReward(GPT2ForSequenceClassification):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((custom / "config.json").read_text())
+    auto = {"AutoConfig": "own_code.OwnConfig", "AutoModelForSequenceClassification": "own_code.OwnReward"}
+    config |= {"model_type": "simpo_test_own", "architectures": ["OwnReward"], "auto_map": auto}
+    (custom / "config.json").write_text(json.dumps(config))
+    policy, expected = AutoModelForCausalLM.from_pretrained(chat_world / "model"), model.state_dict()
+    tokenizer = AutoTokenizer.from_pretrained(chat_world / "model")
+    for folder, key in ((pickled, "allow_pickle"), (custom, "trust_remote_code")):
+        config = OnlineConfig(str(tmp_path / "run"), objective="ppo", value_model=str(folder), use_cpu=True)
+        for loading in (None, ModelArguments("policy")):
+            with pytest.raises(SimpoError, match=f"value_model: .*{key}"):
+                ValueFunction(policy, config, tokenizer, loading)
+        value = ValueFunction(policy, config, tokenizer, ModelArguments("policy", **{key: True}))
+        found = value.module.state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+    annotator = {"annotator": "reward:" + str(pickled), "value_model": pickled, "objective": "ppo", "use_cpu": True}
+    recipe = {"model_name_or_path": chat_world / "model", "dataset_name": chat_world / "train.jsonl", **annotator}
+    recipe |= {"max_length": 40, "max_new_tokens": 4, "max_steps": 1, "per_device_train_batch_size": 2}
+    recipe |= {"report_to": "none", "save_strategy": "no", "output_dir": tmp_path / "out"}
+    arguments = ["online", *(f"--{key}={value}" for key, value in recipe.items())]
+    assert main(arguments) == 2
+    assert "allow_pickle" in capsys.readouterr().err
+    assert main([*arguments, "--allow_pickle=true"]) == 0
 
 
 def test_a_reward_model_that_cannot_read_the_policys_tokens_is_refused(ppo, chat_world, reward_model, tmp_path):

@@ -29,6 +29,7 @@ from simpo.data.tokenizing import TOKENS, Prepared, prepare_sft
 from simpo.errors import SimpoError
 from simpo.generation.engine import Engine
 from simpo.models.checkpoint import Limits
+from simpo.models.settings import ModelArguments
 from simpo.objectives.policy_gradient import Rollout, kl_estimate, mean_by, sum_by
 from simpo.objectives.ppo import explained_variance, value_loss
 from simpo.packing.scoring import TokenOutputs, token_outputs
@@ -85,10 +86,11 @@ class OnlineTrainer(PreferenceTrainer):
         annotator: scores the answers; can also be set as an attribute before training.
         gold_annotator: scores the same answers for ``rollout/gold``, without effect on the training.
         engine: samples the answers with the model as it is (default: transformers' ``generate``).
+        loading: of the model; ``trust_remote_code`` and ``allow_pickle`` apply to ``value_model``, too.
     """
 
     config_type = OnlineConfig  # type: ignore[assignment]
-    command, row_noun, takes_images = "online", "prompts", False
+    command, row_noun, takes_images, takes_loading = "online", "prompts", False, True
 
     def __init__(
         self,
@@ -96,6 +98,7 @@ class OnlineTrainer(PreferenceTrainer):
         annotator: Annotator | None = None,
         gold_annotator: Annotator | None = None,
         engine: Engine | None = None,
+        loading: ModelArguments | None = None,
         **kwargs: Any,
     ) -> None:
         self._value: ValueFunction | None = None
@@ -113,7 +116,7 @@ class OnlineTrainer(PreferenceTrainer):
             if self.args.ppo is not None:
                 if self.optimizer is not None:
                     raise SimpoError("optimizers: ppo adds the value function to the optimizer; leave it out")
-                self._value = ValueFunction(self.model, self.args, self.processing_class)
+                self._value = ValueFunction(self.model, self.args, self.processing_class, loading)
             if self.args.ptx_dataset_name is not None:
                 self._ptx = Pretraining(self, self.args.ptx_dataset_name)
                 self._other_means["ptx"] = self._ptx.means

@@ -99,6 +99,7 @@ class PackedTrainer(ResumableTrainer):
     command: ClassVar[str]  # that runs this kind of training
     row_noun: ClassVar[str]  # name of its rows, in the plural
     takes_images: ClassVar[bool] = False
+    takes_loading: ClassVar[bool] = False  # whether it has the argument ``loading``: of the model, for further models
     pipeline: ClassVar[str] = "text-generation"  # the hub's name for the task of such a model
 
     def __init__(
@@ -112,8 +113,7 @@ class PackedTrainer(ResumableTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = self.config_type() if args is None else args
-        if isinstance(model, str):
-            model = self.load(model)
+        model = self.load(model) if isinstance(model, str) else model
         if isinstance(model, PeftModel):
             check_adapter(model)
         keep_gradients(model)

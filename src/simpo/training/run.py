@@ -143,6 +143,7 @@ def _prepare(
     _check_ranks_agree(identity, config)
     set_seed(config.seed)  # a new adapter's first weights are random
     model = kind.load(job.model.model_name_or_path, job.model)
+    more: dict[str, Any] = {"loading": job.model} if kind.takes_loading else {}
     with third_party(IMPOSSIBLE):
         trainer = kind(
             model,
@@ -151,6 +152,7 @@ def _prepare(
             eval_dataset=held_out,
             processing_class=processing,
             callbacks=list(job.callbacks),
+            **more,
         )
     for callback in job.run_callbacks:
         callback.check_trainer(trainer)

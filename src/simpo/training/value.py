@@ -38,13 +38,18 @@ class ValueFunction:
         args: ``value_model`` names a reward model; None: a layer on the policy's states, which starts with values of 0
             and whose loss also trains the policy's other layers.
         tokenizer: of the policy.
+        loading: of the policy; ``trust_remote_code`` and ``allow_pickle`` apply to the reward model, too.
 
     Raises:
         SimpoError: the reward model cannot be used, or has another vocabulary.
     """
 
     def __init__(
-        self, policy: PreTrainedModel | PeftModel, args: OnlineConfig, tokenizer: PreTrainedTokenizerBase | None
+        self,
+        policy: PreTrainedModel | PeftModel,
+        args: OnlineConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        loading: ModelArguments | None = None,
     ) -> None:
         self._path = args.forward_path
         self.head: nn.Module | None = None  # the layer, or None for a network
@@ -52,7 +57,7 @@ class ValueFunction:
             self.module: Any = _new_head(policy)
             self.head = self.module
         else:
-            self.module = _load(args.value_model, policy, tokenizer)
+            self.module = _load(args.value_model, policy, tokenizer, loading)
             if args.disable_dropout:
                 disable_dropout(self.module)
             _enable_checkpointing(self.module, args)
@@ -152,16 +157,20 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point)
 
 
-def _load(name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel | PeftModel:
+def _load(
+    name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None, loading: ModelArguments | None
+) -> PreTrainedModel | PeftModel:
     """A reward model in the policy's type of weights, and with an adapter of the same size if the policy has one."""
     adapter: dict[str, Any] = {}
     if isinstance(policy, PeftModel):
         config: Any = policy.peft_config[policy.active_adapter]
         adapter = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
+    allowed: dict[str, Any] = {}
+    if loading is not None:
+        allowed = {"trust_remote_code": loading.trust_remote_code, "allow_pickle": loading.allow_pickle}
     try:
-        arguments = ModelArguments(
-            name, dtype=str(_dtype(policy)).removeprefix("torch."), use_peft=bool(adapter), **adapter
-        )
+        dtype = str(_dtype(policy)).removeprefix("torch.")
+        arguments = ModelArguments(name, dtype=dtype, use_peft=bool(adapter), **adapter, **allowed)
         own_tokenizer = load_tokenizer(name, arguments)
         model = load_reward_model(arguments)
     except SimpoError as error:
