@@ -177,6 +177,7 @@ def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):
         (["inspect", "pairs.parquet"], "pairs.parquet is a data file"),
         (["sample", "prompts.csv", "org/model", "--output_dir=o"], "prompts.csv is a data file"),
         (["train", "pairs.jsonl", "--output_dir=o"], "name it with --dataset_name pairs.jsonl"),
+        (["train", "org/model", "pairs.jsonl", "--output_dir=o"], "name it with --dataset_name pairs.jsonl"),
         (["trian"], "did you mean train?"),
     ],
 )

@@ -115,6 +115,23 @@ def test_dpo(settings, train_both, rows):
             assert figures[1] == pytest.approx(figures[0], rel=1e-4, abs=1e-6), name
 
 
+def test_pairs_of_texts_without_a_prompt(train_both, text_rows):
+    texts = [{name: f"{row['prompt']} {row[name]}" for name in ("chosen", "rejected")} for row in text_rows]
+    texts += [{"chosen": "a b", "rejected": "c d"}, {"chosen": "It is a", "rejected": "It is so"}]
+    dataset = Dataset.from_list(texts)
+    found, expected = compat.trainer.with_prompts(dataset), dataset.map(trl.extract_prompt)
+    names = ["prompt", "chosen", "rejected"]
+    assert found.select_columns(names)[:] == expected.select_columns(names)[:]
+    transcripts = [{name: f"\n\nHuman: Hi\n\nAssistant: {name}" for name in ("chosen", "rejected")}]
+    unsplit = compat.trainer.with_prompts(Dataset.from_list(transcripts))
+    assert unsplit[0] == {"prompt": None, **transcripts[0]}
+    prompts = [f"What is {a} plus {a}?" for a in range(4)]
+    pairs = [
+        {"chosen": f"{prompt} That is {2 * a}.", "rejected": f"{prompt} Sorry."} for a, prompt in enumerate(prompts)
+    ]
+    assert_same_losses(*train_both("DPO", Dataset.from_list(pairs)))
+
+
 @pytest.mark.parametrize("paired", [True, False])
 def test_kto(paired, train_both, rows):
     """The reference point is estimated from other responses, so later losses differ."""

@@ -264,7 +264,9 @@ def test_a_null_that_a_json_file_gives_is_an_argument(tokenizer):
 # What is trained on
 
 
-@pytest.mark.parametrize("key", [{"weight": 0}, {"train": False}, {"weight": 0.0}, {"train_on_turn": False}])
+@pytest.mark.parametrize(
+    "key", [{"weight": 0}, {"train": False}, {"weight": 0.0}, {"train_on_turn": False}, {"loss": False}]
+)
 def test_a_turn_without_weight_is_context(tokenizer, key):
     messages = [user("Hi?"), assistant("WRONG", **key), user("No."), assistant("Right.", weight=1), user("Ok.")]
     found, report = conversations(tokenizer, {"messages": messages})

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from simpo.compat.keys import PortedConfig, TRLKeys, unsupported, without_effect
-from simpo.compat.trainer import PortedPreferenceTrainer, for_rows
+from simpo.compat.trainer import PortedPreferenceTrainer, for_rows, with_prompts
 from simpo.config import check_values, setting
 from simpo.data.tokenizing import Prepared, is_feedback, prepare
 from simpo.errors import SimpoError
@@ -188,7 +188,8 @@ class KTOTrainer(PortedPreferenceTrainer):
         tokenizer = for_rows(dataset, tokenizer, "completion")
         if is_feedback(dataset):
             return super().prepare(dataset, tokenizer, args, label)
-        pairs = prepare(dataset, for_rows(dataset, tokenizer, "chosen"), args.tokenize_settings, label=label)
+        tokenizer = for_rows(dataset, tokenizer, "chosen")
+        pairs = prepare(with_prompts(dataset), tokenizer, args.tokenize_settings, label=label)
         singles = pairs.dataset.map(
             _unpaired, batched=True, batch_size=_UNPAIRED_AT_ONCE, remove_columns=pairs.dataset.column_names
         )

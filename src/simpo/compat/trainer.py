@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from inspect import Parameter, Signature
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from simpo.compat.keys import PortedKeys
+from simpo.data.messages import is_transcript
 from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError
 from simpo.models.loading import load_tokenizer
@@ -117,7 +119,7 @@ class PortedTrainer:
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
         """Tokenize as simpo's trainer does; rows of plain strings without the chat template."""
         tokenizer = for_rows(dataset, tokenizer, cls.text_column)
-        return super().prepare(dataset, tokenizer, args, label)  # type: ignore[misc]
+        return super().prepare(with_prompts(dataset), tokenizer, args, label)  # type: ignore[misc]
 
 
 def _same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -136,6 +138,25 @@ def for_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, column
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = None
     return tokenizer
+
+
+def with_prompts(dataset: Dataset) -> Dataset:
+    """Rows in which pairs of plain texts have a prompt: without one, it is what both begin with, as in TRL.
+
+    Transcripts stay as they are, because their turns are told apart when they are read.
+    """
+    columns = getattr(dataset, "features", None) or {}
+    if "prompt" in columns or not all(isinstance(columns.get(name), Value) for name in ("chosen", "rejected")):
+        return dataset
+    return dataset.map(_with_prompt)
+
+
+def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    texts = row["chosen"], row["rejected"]
+    if not all(isinstance(text, str) for text in texts) or any(map(is_transcript, texts)):
+        return {"prompt": None}
+    prompt = os.path.commonprefix(texts).removesuffix(" ")  # noqa: RUF071 - texts, not paths
+    return {"prompt": prompt, "chosen": texts[0][len(prompt) :], "rejected": texts[1][len(prompt) :]}
 
 
 class PortedPreferenceTrainer(PortedTrainer, PreferenceTrainer):

@@ -55,8 +55,11 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
         unfilled = not_in_file if plain and len(not_in_file) >= len(plain) else unfilled
     list_key = unfilled[-1] if unfilled and accepts(keys[unfilled[-1]].annotation, list) else None
     if len(plain) > len(unfilled) and list_key is None:
+        text = plain[len(unfilled)][1]
+        if text.endswith(_DATA_SUFFIXES) and "dataset_name" in keys:
+            raise SimpoError(f"{text} is a data file; name it with --dataset_name {text}")
         usage = " ".join(["[RECIPE.yaml]", *(key.positional for key in positionals), "[--key value ...]"])
-        raise SimpoError(f"{plain[len(unfilled)][1]}: expected {usage}")
+        raise SimpoError(f"{text}: expected {usage}")
     settings = []
     if list_key is not None and len(plain) >= len(unfilled):  # the last positional key takes all that are left
         texts = [text for _, text in plain[len(unfilled) - 1 :]]

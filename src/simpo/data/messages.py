@@ -27,7 +27,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Whether an assistant's message is trained on; chat templates never see this key.
 TRAIN = "train"
-_TRAIN_KEYS = ("weight", "train", "train_on_turn", "training")
+_TRAIN_KEYS = ("weight", "train", "train_on_turn", "training", "loss")
 # Stands for an image in a message's content; Unicode reserves the character for such internal uses.
 IMAGE = "\ufdd0"
 # What other tools write for an image where content is text.
