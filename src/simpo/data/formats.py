@@ -41,49 +41,31 @@ PROMPT_SHAPES = f"{COMPARISON_SHAPES}, {{messages}}, {{prompt}} (a string or mes
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt and its responses, best first.
+    """One prompt and its responses, best first."""
 
-    Attributes:
-        prompt: text, or the messages up to the one that is answered.
-        responses: one text each if the prompt is text, else one assistant message each; at least two, one if it is
-            judged alone, or none if only the prompt is needed.
-        where: where the row comes from, e.g. ``"train.jsonl:12"``.
-        extra: the row's other columns.
-        scores: of a K-wise row, in the order of ``responses``; None of a pair.
-        label: of a response that is judged alone: whether it is desirable.
-        context: tools and variables for the chat template.
-    """
-
-    prompt: str | list[Message]
+    prompt: str | list[Message]  # text, or the messages up to the one that is answered
+    # One text each if the prompt is text, else one assistant message each; at least two, one if it is judged alone, or
+    # none if only the prompt is needed.
     responses: tuple[Response, ...]
-    where: str
-    extra: dict[str, Any] = field(default_factory=dict)
-    scores: tuple[float, ...] | None = None
-    label: bool | None = None
-    context: Context = field(default_factory=Context)
+    where: str  # where the row comes from, e.g. `"train.jsonl:12"`
+    extra: dict[str, Any] = field(default_factory=dict)  # the row's other columns
+    scores: tuple[float, ...] | None = None  # of a K-wise row, in the order of `responses`; None of a pair
+    label: bool | None = None  # of a response that is judged alone: whether it is desirable
+    context: Context = field(default_factory=Context)  # tools and variables for the chat template
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt and what follows it, of which the assistant's turns are learned.
+    """A prompt and what follows it, of which the assistant's turns are learned."""
 
-    Attributes:
-        prompt: text, or the messages before the first turn that is learned.
-        completion: text if the prompt is text, else messages, the first and the last of them the assistant's.
-        scored: positions of the messages of the completion that are learned; none if it is text.
-        where: where the row comes from, e.g. ``"train.jsonl:12"``.
-        extra: the row's other columns.
-        unanswered: how many messages followed the last one that is learned.
-        context: tools and variables for the chat template.
-    """
-
-    prompt: str | list[Message]
+    prompt: str | list[Message]  # text, or the messages before the first turn that is learned
+    # Text if the prompt is text, else messages, the first and the last of them the assistant's.
     completion: str | list[Message]
-    where: str
-    extra: dict[str, Any] = field(default_factory=dict)
-    unanswered: int = 0
-    scored: tuple[int, ...] = ()
-    context: Context = field(default_factory=Context)
+    where: str  # where the row comes from, e.g. `"train.jsonl:12"`
+    extra: dict[str, Any] = field(default_factory=dict)  # the row's other columns
+    unanswered: int = 0  # how many messages followed the last one that is learned
+    scored: tuple[int, ...] = ()  # positions of the messages of the completion that are learned; none if it is text
+    context: Context = field(default_factory=Context)  # tools and variables for the chat template
 
 
 def is_comparison(row: Mapping[str, Any]) -> bool:

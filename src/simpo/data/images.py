@@ -136,9 +136,6 @@ class ImageReader:
         Args:
             references: the images, as the column :data:`IMAGES` has them.
             digests: the SHA-256 of each.
-
-        Raises:
-            SimpoError: a file cannot be read, or has changed since the row was tokenized.
         """
         found = []
         for reference, digest in zip(references, digests, strict=True):

@@ -255,19 +255,12 @@ _WITHOUT_EFFECT = (
 
 @dataclass(frozen=True)
 class Context:
-    """The input of a chat template in addition to the messages.
+    """The input of a chat template in addition to the messages."""
 
-    Attributes:
-        tools: JSON schemas of the tools that may be called; None if there are none.
-        kwargs: the row's own variables for the template.
-        without_effect: names of the row's columns that have a usual meaning and no effect.
-        images: the images as the row gives them, in the order of their places in the messages.
-    """
-
-    tools: list[Any] | None = None
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    without_effect: tuple[str, ...] = ()
-    images: tuple[Any, ...] = ()
+    tools: list[Any] | None = None  # JSON schemas of the tools that may be called; None if there are none
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # the row's own variables for the template
+    without_effect: tuple[str, ...] = ()  # names of the row's columns that have a usual meaning and no effect
+    images: tuple[Any, ...] = ()  # the images as the row gives them, in the order of their places in the messages
 
     @property
     def columns(self) -> dict[str, Any]:

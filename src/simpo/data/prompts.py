@@ -29,38 +29,26 @@ OVERLONG_PROMPT = "longer than max_prompt_length"
 
 @dataclass(frozen=True)
 class PlainPrompt:
-    """A prompt to be answered by a model whose tokenizer is not available here.
+    """A prompt to be answered by a model whose tokenizer is not available here."""
 
-    Attributes:
-        id: the first 16 hexadecimal digits of the SHA-256 of the content's JSON (keys sorted, no white space, UTF-8);
-            if the prompt has tools, variables for the chat template or images, of the JSON of an object with all of
-            them, in which the SHA-256 stands for an image.
-        content: text, or messages, in which the text ``<image>`` stands for an image.
-        where: where the row comes from, e.g. ``"train.jsonl:12"``.
-        extra: the row's other columns.
-        context: tools and variables for the chat template.
-    """
-
+    # The first 16 hexadecimal digits of the SHA-256 of the content's JSON (keys sorted, no white space, UTF-8); if the
+    # prompt has tools, variables for the chat template or images, of the JSON of an object with all of them, in which
+    # the SHA-256 stands for an image.
     id: str
-    content: str | list[Message]
-    where: str
-    extra: dict[str, Any]
-    context: Context = field(default_factory=Context, kw_only=True)
+    content: str | list[Message]  # text, or messages, in which the text `<image>` stands for an image
+    where: str  # where the row comes from, e.g. `"train.jsonl:12"`
+    extra: dict[str, Any]  # the row's other columns
+    context: Context = field(default_factory=Context, kw_only=True)  # tools and variables for the chat template
 
 
 @dataclass(frozen=True)
 class Prompt(PlainPrompt):
-    """A prompt as token ids.
+    """A prompt as token ids."""
 
-    Attributes:
-        ids: what generation is fed; never empty, with one BOS if the model has one.
-        images: the images whose tokens are among the ids, as the column :data:`~simpo.data.images.IMAGES` has them.
-        digests: the SHA-256 of each.
-    """
-
-    ids: list[int]
+    ids: list[int]  # what generation is fed; never empty, with one BOS if the model has one
+    # The images whose tokens are among the ids, as the column IMAGES has them.
     images: Sequence[Reference] = field(default=(), kw_only=True)
-    digests: Sequence[str] = field(default=(), kw_only=True)
+    digests: Sequence[str] = field(default=(), kw_only=True)  # the SHA-256 of each
 
 
 @dataclass(frozen=True)
@@ -97,10 +85,6 @@ def prepare_prompts(
         max_prompt_length: tokens; a longer prompt is dropped, never cut.
         rendering: how conversations are rendered.
         image_folder: the folder that relative paths of images start from; the working directory if None.
-
-    Raises:
-        SimpoError: no row of a known shape, too many bad rows, nothing that fits, or a tokenizer or chat
-            template that cannot be used.
     """
     if max_prompt_length is not None and max_prompt_length < 1:
         raise SimpoError(f"max_prompt_length: {max_prompt_length} leaves no room for a prompt")

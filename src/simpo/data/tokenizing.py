@@ -71,19 +71,14 @@ _ROWS_PER_PROCESS = 1000
 
 @dataclass(frozen=True)
 class Prepared:
-    """A tokenized data set.
+    """A tokenized data set."""
 
-    Attributes:
-        dataset: columns ``prompt_ids`` (list of int32, never empty), ``response_ids`` (list of lists of
-            int32, best first), ``where`` and ``extra`` (a JSON object of the row's other columns); ``images`` and
-            ``image_digests`` where rows have images (:data:`simpo.data.images.COLUMNS`). Conversations
-            for supervised fine-tuning also have ``scored`` (list of lists of bool, as long as ``response_ids``), K-wise
-            comparisons ``scores`` (list of float, descending) and single responses ``label`` (bool).
-        report: what happened to every row.
-    """
-
+    # Columns `prompt_ids` (list of int32, never empty), `response_ids` (list of lists of int32, best first), `where`
+    # and `extra` (a JSON object of the row's other columns); `images` and `image_digests` where rows have images
+    # (COLUMNS). Conversations for supervised fine-tuning also have `scored` (list of lists of bool, as long as
+    # `response_ids`), K-wise comparisons `scores` (list of float, descending) and single responses `label` (bool).
     dataset: Dataset
-    report: DataReport
+    report: DataReport  # what happened to every row
 
 
 def prepare(
@@ -100,10 +95,6 @@ def prepare(
             is rendered with it.
         settings: lengths, truncation and how to treat bad rows.
         label: names the data set in the report and in messages.
-
-    Raises:
-        SimpoError: no row of a known shape, too many bad rows, nothing that fits, or a tokenizer or chat
-            template that cannot be used.
     """
     prepared = _prepare(Comparisons, dataset, tokenizer, settings, label)
     if "prompt_ids" in dataset.column_names:
@@ -122,11 +113,7 @@ def prepare(
 def prepare_feedback(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, *, label: str = "train"
 ) -> Prepared:
-    """Tokenize single responses with labels; as :func:`prepare`, with the column ``label``.
-
-    Raises:
-        SimpoError: as of :func:`prepare`, or labels that are all the same.
-    """
+    """Tokenize single responses with labels; as :func:`prepare`, with the column ``label``."""
     prepared = _prepare(_Feedback, dataset, tokenizer, settings, label)
     found = pc.unique(prepared.dataset.with_format("arrow")["label"]).to_pylist()
     if len(found) < 2:
@@ -144,9 +131,6 @@ def prepare_sft(
 
     A conversation is one prompt, what generation would be fed for its first answer, and one response, everything after
     it up to the end of the last answer. ``scored`` marks the tokens of the answers, with their end-of-turn tokens.
-
-    Raises:
-        SimpoError: as of :func:`prepare`, or a setting that is for comparisons only.
     """
     if settings.truncation == "paper":
         raise SimpoError("truncation: 'paper' is for comparisons, not for supervised fine-tuning; set prompt or drop")

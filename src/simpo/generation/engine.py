@@ -48,17 +48,12 @@ Batching = Literal["all", "equal", "none"]
 
 
 class Sampled(NamedTuple):
-    """One sampled response.
+    """One sampled response."""
 
-    Attributes:
-        ids: its tokens, including the one that ended it.
-        finished: whether it ended; False if ``max_new_tokens`` was reached.
-        logp: sum over ``ids`` of the model's own log-probabilities (temperature 1, no token excluded), in nats; None
-            if it was not computed.
-    """
-
-    ids: list[int]
-    finished: bool
+    ids: list[int]  # its tokens, including the one that ended it
+    finished: bool  # whether it ended; False if `max_new_tokens` was reached
+    # Sum over `ids` of the model's own log-probabilities (temperature 1, no token excluded), in nats; None if it was
+    # not computed.
     logp: float | None
 
 

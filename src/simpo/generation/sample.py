@@ -281,17 +281,12 @@ def _generate(
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that share a run without training together.
+    """This process among those that share a run without training together."""
 
-    Attributes:
-        rank: its number; process 0 is the main one, which alone reads, logs and writes what concerns the whole run.
-        size: the number of processes.
-        group: the group in which they exchange objects, if there are several.
-    """
-
+    # Its number; process 0 is the main one, which alone reads, logs and writes what concerns the whole run.
     rank: int = 0
-    size: int = 1
-    group: dist.ProcessGroup | None = None
+    size: int = 1  # the number of processes
+    group: dist.ProcessGroup | None = None  # the group in which they exchange objects, if there are several
 
     @classmethod
     def join(cls) -> Processes:

@@ -32,23 +32,14 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class AnnotateArguments:
-    """The responses to score and the annotator.
+    """The responses to score and the annotator."""
 
-    Attributes:
-        responses: ``responses.jsonl`` of ``simpo sample``, or its folder.
-        annotator: a name that :func:`simpo.judging.registry.make_annotator` knows, or several with weights.
-        options: what the annotator may need.
-        normalization: of the scores of several annotators.
-        prices: prices of an API judge's tokens, if known.
-        yes: whether the user has agreed to the cost in advance.
-    """
-
-    responses: Path
-    annotator: Annotator
-    options: JudgeOptions
-    normalization: Normalization | None = None
-    prices: Prices | None = None
-    yes: bool = False
+    responses: Path  # `responses.jsonl` of `simpo sample`, or its folder
+    annotator: Annotator  # a name that make_annotator knows, or several with weights
+    options: JudgeOptions  # what the annotator may need
+    normalization: Normalization | None = None  # of the scores of several annotators
+    prices: Prices | None = None  # prices of an API judge's tokens, if known
+    yes: bool = False  # whether the user has agreed to the cost in advance
 
 
 def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] = ()) -> Path:
@@ -119,9 +110,6 @@ def read_responses(path: Path) -> list[Record]:
 
     Args:
         path: the file, or the run's folder.
-
-    Raises:
-        SimpoError: the file cannot be read, is empty, or has a row of another shape; names the line.
     """
     path = path / RESPONSES if path.is_dir() else path
     records = read_lines(path)

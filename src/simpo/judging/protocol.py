@@ -18,23 +18,16 @@ Prompt = str | list[Message]
 
 @dataclass(frozen=True)
 class Answers:
-    """A prompt with one or more responses.
+    """A prompt with one or more responses."""
 
-    Attributes:
-        id: the prompt's id, for error messages.
-        prompt: text or messages.
-        responses: the texts to score.
-        context: tools and variables for the chat template of a scorer that is a model.
-        extra: the columns of the prompt's row that are not used otherwise, such as a reference answer.
-        where: where the row comes from, e.g. ``"train.jsonl:12"``, for error messages; empty if that is not known.
-    """
-
-    id: str
-    prompt: Prompt
-    responses: Sequence[str]
+    id: str  # the prompt's id, for error messages
+    prompt: Prompt  # text or messages
+    responses: Sequence[str]  # the texts to score
+    # Tools and variables for the chat template of a scorer that is a model.
     context: Context = field(default_factory=Context)
+    # The columns of the prompt's row that are not used otherwise, such as a reference answer.
     extra: Mapping[str, Any] = field(default_factory=dict)
-    where: str = ""
+    where: str = ""  # where the row comes from, e.g. `"train.jsonl:12"`, for error messages; empty if that is not known
 
     @classmethod
     def to(cls, prompt: PlainPrompt, responses: Sequence[str]) -> Answers:
@@ -54,23 +47,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt with two responses, ``a`` and ``b``.
+    """A prompt with two responses, ``a`` and ``b``."""
 
-    Attributes:
-        id: the prompt's id, unless the prompt has several pairs.
-        prompt: text or messages.
-        a: the first response.
-        b: the second response.
-        context: as in :class:`Answers`.
-        extra: as in :class:`Answers`.
-    """
-
-    id: str
-    prompt: Prompt
-    a: str
-    b: str
-    context: Context = field(default_factory=Context)
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    id: str  # the prompt's id, unless the prompt has several pairs
+    prompt: Prompt  # text or messages
+    a: str  # the first response
+    b: str  # the second response
+    context: Context = field(default_factory=Context)  # as in Answers
+    extra: Mapping[str, Any] = field(default_factory=dict)  # as in Answers
 
     @classmethod
     def to(cls, prompt: PlainPrompt, a: str, b: str) -> Pair:
@@ -97,11 +81,7 @@ class Scorer(_Priced):
 
     @abstractmethod
     def score(self, rows: Sequence[Answers]) -> Sequence[Sequence[float | None]]:
-        """One list per prompt with one score per response; None where no score could be determined.
-
-        Raises:
-            SimpoError: a row cannot be scored; names it.
-        """
+        """One list per prompt with one score per response; None where no score could be determined."""
 
     def prepare(self) -> None:
         """Load what scoring needs, so that a mistake shows before a run folder is created."""
@@ -132,11 +112,7 @@ class Judge(_Priced):
 
     @abstractmethod
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """The probability that ``a`` is better for every pair, 0.5 for a tie; None where there is no verdict.
-
-        Raises:
-            SimpoError: the pairs cannot be judged.
-        """
+        """The probability that ``a`` is better for every pair, 0.5 for a tie; None where there is no verdict."""
 
     def check(self, pairs: Sequence[Pair]) -> None:
         """As :meth:`Scorer.check`."""
@@ -151,11 +127,7 @@ class Judge(_Priced):
 
 
 def check_scores(scores: Sequence[Sequence[float | None]], rows: Sequence[Answers], scorer: str) -> None:
-    """Check that a scorer returned one finite number, or None, for every response.
-
-    Raises:
-        SimpoError: it did not; names the scorer and the prompt.
-    """
+    """Raise :class:`SimpoError` unless a scorer returned one finite number, or None, for every response."""
     if len(scores) != len(rows):
         raise SimpoError(f"{scorer}: {len(scores)} lists of scores for {len(rows)} prompts")
     for row, given in zip(rows, scores, strict=True):

@@ -97,11 +97,7 @@ class FunctionScorer(Scorer):
     """
 
     def __init__(self, name: str, *, trust_remote_code: bool) -> None:
-        """Import the module, also from the working directory.
-
-        Raises:
-            SimpoError: running code was not allowed, or there is no such function.
-        """
+        """Import the module, also from the working directory."""
         self._name = name
         if not trust_remote_code:
             raise SimpoError(f"function:{name}: this runs code; allow it with --trust_remote_code")
@@ -129,11 +125,7 @@ class FunctionScorer(Scorer):
                 )
 
     def score(self, rows: Sequence[Answers]) -> list[list[float]]:
-        """The function's values.
-
-        Raises:
-            SimpoError: a column is missing, or the function fails or returns something other than a number.
-        """
+        """The function's values."""
         self.check(rows)
         scores = []
         for row in rows:
@@ -191,11 +183,7 @@ class HumanJudge(Judge):
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the file.
-
-        Raises:
-            SimpoError: it cannot be read, a row is not a verdict, or an id occurs twice.
-        """
+        """Read the file."""
         self._path = path
         rows = load_rows(str(path), split="train")
         self._verdicts: dict[str, float] = {}

@@ -24,11 +24,7 @@ class _Verifier(Scorer):
     """Scores with the rules of a package, which may fail on an unusual response: that response then has no score."""
 
     def score(self, rows: Sequence[Answers]) -> list[list[float | None]]:
-        """The rules' scores, None where a rule fails on a response.
-
-        Raises:
-            SimpoError: a row lacks a column that the rules need, or a column is malformed; names the row's prompt.
-        """
+        """The rules' scores, None where a rule fails on a response."""
         rules = [(self._rule(row), row) for row in rows]
         return [[_attempt(rule, text) for text in row.responses] for rule, row in rules]
 

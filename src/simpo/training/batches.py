@@ -51,21 +51,13 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 
 class OrderedPairs(NamedTuple):
-    """Indices of the ``N`` ordered pairs of ``C`` comparisons with ``R`` responses in all.
+    """Indices of the ``N`` ordered pairs of ``C`` comparisons with ``R`` responses in all."""
 
-    Attributes:
-        better: ``[N]`` the preferred response of each pair.
-        worse: ``[N]`` the other one.
-        comparison: ``[N]`` which comparison a pair belongs to.
-        share: ``[N]`` one over the number of pairs of that comparison, float64.
-        best: ``[C]`` the best response of each comparison.
-    """
-
-    better: Tensor
-    worse: Tensor
-    comparison: Tensor
-    share: Tensor
-    best: Tensor
+    better: Tensor  # `[N]` the preferred response of each pair
+    worse: Tensor  # `[N]` the other one
+    comparison: Tensor  # `[N]` which comparison a pair belongs to
+    share: Tensor  # `[N]` one over the number of pairs of that comparison, float64
+    best: Tensor  # `[C]` the best response of each comparison
 
     @classmethod
     def of(cls, counts: Tensor, scores: Tensor | None = None) -> OrderedPairs:
@@ -98,49 +90,32 @@ class OrderedPairs(NamedTuple):
 
 
 class PlannedBatch(NamedTuple):
-    """A micro-batch ready for the model; all after ``pairs`` are None where the data set has no such column.
+    """A micro-batch ready for the model; all after ``pairs`` are None where the data set has no such column."""
 
-    Attributes:
-        packed: its ``C`` comparisons with ``R`` responses.
-        rows: ``C`` row numbers in the data set.
-        step_weight: of all comparisons of the optimizer step, over its micro-batches and ranks: the loss's denominator.
-        pairs: the ordered pairs of the comparisons; single responses have none.
-        scores: ``[R]`` float64, scores of the responses; a pair without scores among rankings has 0 and minus infinity.
-        ref_logps: ``[R]`` float64, log-probabilities under the reference.
-        labels: ``[C]`` bool, whether a single response is desirable.
-        mismatched: each prompt with one response to another prompt, ``C`` in all.
-        mismatched_ref_logps: ``[C]`` float64, log-probabilities of these responses under the reference.
-        levels: ``[R]`` float64; a response should win over another by the difference.
-        behavior_logps: ``[S]`` float64, log-probabilities of the tokens under the policy that sampled them.
-        ref_token_logps: ``[S]`` float64, those under the reference.
-        advantages: ``[S]`` float64, advantages of the tokens.
-        rollout: ``[C, M]`` float64, metrics of the answers that were sampled.
-        values: ``[S]`` float64, of the states in which the tokens were chosen, by the value function of that time.
-        returns: ``[S]`` float64, what the value function learns; NaN where there is nothing to learn.
-        label_probability: ``[C]`` float64, probability that the chosen response is the better one.
-        margin: ``[C]`` float64, by how much the chosen response should win.
-        beta: ``[C]`` float64, the objective's hyperparameter.
-    """
-
-    packed: PackedBatch
-    rows: tuple[int, ...]
+    packed: PackedBatch  # its `C` comparisons with `R` responses
+    rows: tuple[int, ...]  # `C` row numbers in the data set
+    # Of all comparisons of the optimizer step, over its micro-batches and ranks: the loss's denominator.
     step_weight: float
-    pairs: OrderedPairs
+    pairs: OrderedPairs  # the ordered pairs of the comparisons; single responses have none
+    # `[R]` float64, scores of the responses; a pair without scores among rankings has 0 and minus infinity.
     scores: Tensor | None = None
-    ref_logps: Tensor | None = None
-    labels: Tensor | None = None
-    mismatched: PackedBatch | None = None
+    ref_logps: Tensor | None = None  # `[R]` float64, log-probabilities under the reference
+    labels: Tensor | None = None  # `[C]` bool, whether a single response is desirable
+    mismatched: PackedBatch | None = None  # each prompt with one response to another prompt, `C` in all
+    # `[C]` float64, log-probabilities of these responses under the reference.
     mismatched_ref_logps: Tensor | None = None
-    levels: Tensor | None = None
+    levels: Tensor | None = None  # `[R]` float64; a response should win over another by the difference
+    # `[S]` float64, log-probabilities of the tokens under the policy that sampled them.
     behavior_logps: Tensor | None = None
-    ref_token_logps: Tensor | None = None
-    advantages: Tensor | None = None
-    rollout: Tensor | None = None
+    ref_token_logps: Tensor | None = None  # `[S]` float64, those under the reference
+    advantages: Tensor | None = None  # `[S]` float64, advantages of the tokens
+    rollout: Tensor | None = None  # `[C, M]` float64, metrics of the answers that were sampled
+    # `[S]` float64, of the states in which the tokens were chosen, by the value function of that time.
     values: Tensor | None = None
-    returns: Tensor | None = None
-    label_probability: Tensor | None = None
-    margin: Tensor | None = None
-    beta: Tensor | None = None
+    returns: Tensor | None = None  # `[S]` float64, what the value function learns; NaN where there is nothing to learn
+    label_probability: Tensor | None = None  # `[C]` float64, probability that the chosen response is the better one
+    margin: Tensor | None = None  # `[C]` float64, by how much the chosen response should win
+    beta: Tensor | None = None  # `[C]` float64, the objective's hyperparameter
 
     def to(self, device: torch.device | str) -> PlannedBatch:
         """The batch with its tensors on ``device``."""
@@ -336,11 +311,7 @@ def row_sizes(rows: Dataset, path: Path, rule: LengthRule | None = None) -> RowS
 
 
 def check_rows(limits: Limits, rows: Dataset, label: str) -> None:
-    """Check tokenized rows against what a model can read; a row's length is its prompt with its longest response.
-
-    Raises:
-        SimpoError: a row is too long, or has a token id that the model does not know; names it and the limit.
-    """
+    """Check tokenized rows against what a model can read; a row's length is its prompt with its longest response."""
     if limits.positions is not None:
         prompts, responses, first = _sizes(rows)
         lengths = prompts + np.maximum(np.maximum.reduceat(responses, first), _mismatched_sizes(rows))

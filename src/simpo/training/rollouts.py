@@ -76,23 +76,14 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The prompts of each rollout and of each optimizer step.
+    """The prompts of each rollout and of each optimizer step."""
 
-    Attributes:
-        prompts: number of prompts.
-        per_step: prompts of a step, over all ranks; the last step of a pass over the data may have fewer.
-        sync_every: steps of a rollout; the last one of a pass over the data may have fewer.
-        rollout_epochs: passes over the prompts of a rollout.
-        seed: with the pass over the data, determines the order of the prompts; None keeps it.
-        drop_last: leave out an incomplete last step.
-    """
-
-    prompts: int
-    per_step: int
-    sync_every: int
-    rollout_epochs: int
-    seed: int | None
-    drop_last: bool
+    prompts: int  # number of prompts
+    per_step: int  # prompts of a step, over all ranks; the last step of a pass over the data may have fewer
+    sync_every: int  # steps of a rollout; the last one of a pass over the data may have fewer
+    rollout_epochs: int  # passes over the prompts of a rollout
+    seed: int | None  # with the pass over the data, determines the order of the prompts; None keeps it
+    drop_last: bool  # leave out an incomplete last step
 
     @property
     def minibatches(self) -> int:
@@ -144,9 +135,6 @@ def adapted_columns(
 
     They are the KL coefficient, and mean and standard deviation of the start model's scores. ``records`` are the
     rollout without these columns, and ``previous`` is the rollout before it, if there is one.
-
-    Raises:
-        SimpoError: all scores are the same, and ``normalize_scores`` is set.
     """
     if previous is not None:
         coefficient = previous[0]["kl_coef"]
