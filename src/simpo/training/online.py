@@ -53,7 +53,6 @@ from simpo.training.metrics import Scores
 from simpo.training.online_config import OnlineConfig
 from simpo.training.packed import Description
 from simpo.training.preference import NAMES, PreferenceTrainer
-from simpo.training.pretraining import PTX, Pretraining
 from simpo.training.reference import policy_fingerprint
 from simpo.training.rollout_files import RolloutFiles
 from simpo.training.rollouts import (
@@ -63,6 +62,7 @@ from simpo.training.rollouts import (
     Schedule,
     training_rows,
 )
+from simpo.training.sft import PTX, Pretraining
 from simpo.training.value import ValueFunction
 
 logger = logging.getLogger(__name__)
