@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import traceback
 from pathlib import Path
 
@@ -175,28 +176,37 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", LAUNCHED)
-def test_two_processes_train_as_one(stage, world, alone, tmp_path, monkeypatch):
-    """Losses, gradient norms, held-out figures and saved weights; a killed run continues to the same bits."""
-    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launch_file(stage, tmp_path)))
-    runs = {}
-    for name in LAUNCHED[stage]:
-        kind = name.rpartition("-")[2]
-        runs[name] = options(world, kind, tmp_path / name.removeprefix("killed-"), 4)
+def launch(stage: str, runs: dict[str, list[str]], folder: Path, monkeypatch) -> Ended:
+    """Run the commands on two processes under DeepSpeed; each has to end as its name says."""
+    (folder / "launch.yaml").write_text(yaml.safe_dump(launch_file(stage, folder)))
     ended: list[Ended] = []
 
     def run(args) -> None:  # in place of torchrun's, in the environment that accelerate has made of the file
-        ended.append(run_ranks(int(args.nproc_per_node), run_in_turn, runs, tmp_path, folder=tmp_path, timeout=900))
+        ended.append(run_ranks(int(args.nproc_per_node), run_in_turn, runs, folder, folder=folder, timeout=900))
 
     monkeypatch.setattr(torch.distributed.run, "run", run)
-    file = ["--config_file", str(tmp_path / "launch.yaml"), "--main_process_port", "0"]
+    file = ["--config_file", str(folder / "launch.yaml"), "--main_process_port", "0"]
     launch_command(launch_command_parser().parse_args([*file, "no script"]))
     (done,) = ended
     expected = {name: 130 if name.startswith("killed") else 2 if name == "diverging" else 0 for name in runs}
     for rank in (0, 1):
-        assert json.loads((tmp_path / f"codes-{rank}.json").read_text()) == expected, done.stdout + done.stderr
+        assert json.loads((folder / f"codes-{rank}.json").read_text()) == expected, done.stdout + done.stderr
+    return done
+
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", LAUNCHED)
+def test_two_processes_train_as_one(stage, world, alone, tmp_path, monkeypatch):
+    """Losses, gradient norms, held-out figures and saved weights; a killed run continues to the same bits."""
+    runs = {}
+    for name in LAUNCHED[stage]:
+        kind = name.rpartition("-")[2]
+        runs[name] = options(world, kind, tmp_path / name.removeprefix("killed-"), 4)
+    done = launch(stage, runs, tmp_path, monkeypatch)
     for name in runs.keys() & KINDS.keys() - {"diverging"}:
         assert_close(weights(tmp_path / name), weights(alone(name)), rtol=0, atol=1e-5)
         assert logs(tmp_path / name) == pytest.approx(logs(alone(name)), abs=1e-5, rel=1e-5)
@@ -207,6 +217,29 @@ def test_two_processes_train_as_one(stage, world, alone, tmp_path, monkeypatch):
         assert "continues from" in (tmp_path / "simpo" / "log.txt").read_text()
         assert_close(weights(tmp_path / "simpo"), weights(tmp_path / "through-simpo"), rtol=0, atol=0)
         assert logs(tmp_path / "simpo") == logs(tmp_path / "through-simpo")
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "partitioned"])
+def test_experts_are_balanced_as_with_ddp(stage, world, make_model, tmp_path, monkeypatch):
+    """The micro-batches are the same, and ``test_experts.py`` compares those of DDP with the definition."""
+    tokenizer = AutoTokenizer.from_pretrained(world / "llama")
+    settings = {"vocab_size": len(tokenizer), "pad_token_id": 2, "std": 0.1, "output_router_logits": True}
+    model = make_model("mixtral", torch.float32, router_aux_loss_coef=0.5, **settings)
+    for saved in (tokenizer, model):
+        saved.save_pretrained(tmp_path / "llama")
+    for name in ("train.jsonl", "test.jsonl"):
+        shutil.copy(world / name, tmp_path)
+    command = options(tmp_path, "simpo", tmp_path / "ddp", 4)
+    done = run_ranks(2, cli.main, [*command, "--ddp_backend=gloo", "--use_cpu=true"], folder=tmp_path)
+    assert done.codes == [0, 0], done.stderr
+    launch(stage, {"simpo": options(tmp_path, "simpo", tmp_path / "simpo", 4)}, tmp_path, monkeypatch)
+    assert_close(weights(tmp_path / "simpo"), weights(tmp_path / "ddp"), rtol=0, atol=1e-5)
+    lines = [map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines()) for name in ("simpo", "ddp")]
+    found, expected = ([line["router/aux_loss"] for line in part if "router/aux_loss" in line] for part in lines)
+    assert len(found) == 5
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_batch_sizes_are_the_recipes():
