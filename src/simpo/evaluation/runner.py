@@ -11,10 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from simpo.client import ChatReply, ChatRequest, confirm_cost
 from simpo.client.chat_client import TRIED
@@ -32,7 +30,7 @@ from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest
-from simpo.runs.results import Metric, print_full_width, print_results, read_results
+from simpo.runs.results import Metric, print_full_width, print_results, read_results, table_of
 from simpo.runs.signals import interruptible
 
 
@@ -325,16 +323,12 @@ def published_rows(benchmark: str) -> tuple[list[str], list[list[str]]]:
 
 def published_table(benchmark: str) -> Table | None:
     """The published results of the main methods for a terminal; None where there are none."""
-    (setting, method, _, *columns), rows = published_rows(benchmark)
+    headings, rows = published_rows(benchmark)
     if not rows:
         return None
-    table = Table(setting, method, title="published", caption=Text(_SOURCES.get(benchmark, _README)), box=SIMPLE_HEAD)
-    for heading in columns:
-        table.add_column(heading, no_wrap=True, justify="right")
-    for row in rows:
-        if row[1] in _SHOWN:
-            table.add_row(*map(Text, (row[0], row[1], *row[3:])))
-    return table
+    shown = [row[:2] + row[3:] for row in rows if row[1] in _SHOWN]  # without the models' names
+    caption = _SOURCES.get(benchmark, _README)
+    return table_of(headings[:2] + headings[3:], shown, names=2, title="published", caption=caption)
 
 
 def write_markdown(results: Path, benchmark: str, model: str, path: Path) -> None:

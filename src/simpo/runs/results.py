@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -142,6 +142,19 @@ def print_results(
             title = None
 
 
+def table_of(
+    headings: Iterable[str], rows: Iterable[Iterable[str]], *, names: int, title: str | None, caption: str = ""
+) -> Table:
+    """A table whose first ``names`` columns are names, and the others numbers."""
+    # Text throughout, so that rich does not take the brackets of an interval or a name for its markup.
+    table = Table(title=Text(title) if title else None, caption=Text(caption) if caption else None, box=SIMPLE_HEAD)
+    for place, heading in enumerate(headings):
+        table.add_column(Text(heading), justify="left" if place < names else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
 def print_full_width(console: Console, table: Table) -> None:
     """Print a table at its full width: a number that is cropped is a wrong one."""
     before = console.width
@@ -166,15 +179,9 @@ def _table(
     methods = sorted({metric.method for metric in metrics if metric.method})
     notes = [f"methods: {'; '.join(methods)}"] if methods else []
     notes += [f"n = {n}" for n in shared if n]
-    caption = Text("; ".join(notes)) if notes else None
-    # Text throughout, so that rich does not take the brackets of an interval or a name for its markup.
-    table = Table(title=Text(title) if title else None, caption=caption, box=SIMPLE_HEAD)
-    table.add_column("metric", no_wrap=True)
-    for stage in stages:
-        table.add_column(headings[stage], justify="right", no_wrap=True)
-    if not shared:
-        table.add_column("n", justify="right", no_wrap=True)
-    for name, cells in rows.items():
-        numbers = [Text(cells[stage].text if stage in cells else "") for stage in stages]
-        table.add_row(Text(name), *numbers, *([] if shared else [counts[name]]))
-    return table
+    columns = ["metric", *(headings[stage] for stage in stages), *([] if shared else ["n"])]
+    lines = [
+        [name, *(cells[stage].text if stage in cells else "" for stage in stages), *([] if shared else [counts[name]])]
+        for name, cells in rows.items()
+    ]
+    return table_of(columns, lines, names=1, title=title, caption="; ".join(notes))

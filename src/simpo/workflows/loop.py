@@ -11,10 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from simpo.analysis.plots import plot_rounds
 from simpo.client import Estimate, confirm_cost
@@ -33,7 +30,7 @@ from simpo.models.devices import free_memory
 from simpo.models.loading import load_tokenizer
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
-from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results
+from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results, table_of
 from simpo.runs.signals import interruptible
 from simpo.statistics import Interval
 from simpo.training.identity import settings_identity, settings_of
@@ -260,9 +257,8 @@ def print_loop(folder: Path) -> None:
         if slash and metric.stage != "before" and not name.startswith(_NOT_IN_TABLE):
             rows.setdefault(number.removeprefix("round-"), {})[name] = metric
     columns = list(dict.fromkeys(name for found in rows.values() for name in found))
-    table = Table(title=Text("simpo loop: every round compared with the start"), box=SIMPLE_HEAD)
-    for name in ("round", *columns):
-        table.add_column(Text(name), justify="right", no_wrap=True)
-    for number, found in rows.items():
-        table.add_row(number, *(Text(found[name].text if name in found else "") for name in columns))
-    print_full_width(Console(), table)
+    lines = [
+        [number, *(found[name].text if name in found else "" for name in columns)] for number, found in rows.items()
+    ]
+    title = "simpo loop: every round compared with the start"
+    print_full_width(Console(), table_of(["round", *columns], lines, names=0, title=title))

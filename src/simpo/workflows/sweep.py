@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from transformers import Trainer, TrainerControl, TrainerState
 
@@ -29,7 +27,7 @@ from simpo.runs.folder import FILE_NAME as RECORD
 from simpo.runs.folder import FolderInUseError, RunFolder, RunRecord
 from simpo.runs.lines import read_lines
 from simpo.runs.log import Log, redact
-from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results
+from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results, table_of
 from simpo.training.callbacks import RunCallback
 from simpo.training.identity import rows_digest
 from simpo.training.preference import PreferenceTrainer
@@ -333,15 +331,12 @@ def print_table(
     ranked = [(by_name[found.name], found) for found in metrics if found.name in by_name]
     rows = [(trial, found.text) for trial, found in ranked]
     rows += [(trial, trial.state) for trial in results if trial.state in ("pruned", "failed")]
-    # Text, so that rich does not take the brackets of an interval for its markup.
-    table = Table(title=Text("simpo sweep"), box=SIMPLE_HEAD)
-    for heading in ("trial", *(axis.key for axis in axes), metric.removeprefix("eval_")):
-        table.add_column(Text(heading), justify="right", no_wrap=True)
-    for trial, outcome in rows:
-        cells = (str(trial.number), *(trial.values.get(axis.key, "") for axis in axes), outcome)
-        table.add_row(*map(Text, cells))
+    headings = ("trial", *(axis.key for axis in axes), metric.removeprefix("eval_"))
+    lines = [
+        (str(trial.number), *(trial.values.get(axis.key, "") for axis in axes), outcome) for trial, outcome in rows
+    ]
     console = console or Console()
-    print_full_width(console, table)
+    print_full_width(console, table_of(headings, lines, names=0, title="simpo sweep"))
     failed = [f"trial {trial.number} failed: {trial.reason}" for trial in results if trial.state == "failed"]
     repeated = ", ".join(str(trial.number) for trial in results if trial.same_as is not None)
     notes = [f"drawn with values tried before and not run again: trials {repeated}"] if repeated else []
