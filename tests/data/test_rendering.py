@@ -167,7 +167,7 @@ def test_variables_that_the_template_never_reads(tokenizer):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (pair(images=["a.png"]), "images, but no processor that reads them"),
+        (pair(images=["a.png"]), "images, but no processor"),
         (
             pair({"role": "assistant", "content": [{"type": "image_url", "image_url": "a"}]}),
             "content part of type 'image_url'",
@@ -477,6 +477,27 @@ def test_an_eos_that_always_follows_the_end_of_a_response_ends_the_turn(build_to
     last = "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
     tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}{last}{asked}"
     assert pairs(tokenizer, pair())[0][0][1] == ["It is 3 C.<|end_response|>", "No idea.<|end_response|>"]
+
+
+def test_a_message_that_is_left_out_is_noticed_where_others_have_its_text(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    asked = [user("yes"), assistant("yes"), user("yes")]
+    assert pairs(tokenizer, pair(prompt=asked))[0][0][0] == fed(tokenizer, asked)
+    tokenizer.chat_template = tokenizer.chat_template.replace("for m in messages", "for m in messages[-2:]")
+    with pytest.raises(SimpoError, match="leaves out a message of role 'user'"):
+        pairs(tokenizer, pair(prompt=asked))
+
+
+def test_several_templates(build_tokenizer):
+    """One for tools next to the default, as Command R's; without a default, there is none to use."""
+    tokenizer, tool = build_tokenizer("chatml"), {"type": "function", "function": {"name": "weather"}}
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = {"default": plain, "tool_use": "{{ tools | tojson }}" + plain}
+    found, _ = pairs(tokenizer, pair(tools=[tool]), pair())
+    assert found[0][0] == json.dumps([tool]) + found[1][0]
+    tokenizer.chat_template = {"tool_use": plain}
+    with pytest.raises(SimpoError, match=r"^chat_template: .*tool_use"):
+        pairs(tokenizer, pair())
 
 
 def test_a_turn_whose_header_the_template_leaves_out_is_a_bad_row(build_tokenizer):

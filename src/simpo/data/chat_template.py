@@ -136,7 +136,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RenderSettings) -> None:
         self._tokenizer, self._settings = tokenizer, settings
-        self.source = tokenizer.get_chat_template()
+        self.source = template_of(tokenizer)
         if unread := self.unread(settings.chat_template_kwargs):
             known = ", ".join(sorted(self._variables - {*RESERVED_KWARGS, "raise_exception", "strftime_now"})) or "none"
             raise SimpoError(f"chat_template_kwargs: the chat template never reads {unread[0]!r}; it reads {known}")
@@ -310,6 +310,12 @@ class ChatTemplate:
                 arguments = json.dumps(arguments, ensure_ascii=False)
             calls.append({**call, "function": {**call["function"], "arguments": arguments}})
         return {**message, "tool_calls": calls}
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template, or the default one of several; empty if there is none."""
+    with third_party("chat_template"):  # several templates, none of which is the default
+        return str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
 
 
 def _user_turn(text: str) -> list[Message]:

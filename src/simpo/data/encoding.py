@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.chat_template import render_messages
+from simpo.data.chat_template import render_messages, template_of
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 
@@ -236,7 +236,7 @@ def _structural_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     words that somebody added to a vocabulary. An answer may hold those that are not special and neither open nor end a
     turn, and the tags around its reasoning.
     """
-    template = _template_of(tokenizer)
+    template = template_of(tokenizer)
     around_turns = ""
     if template:
         messages = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue000"}]
@@ -250,11 +250,7 @@ def _structural_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     }
 
 
-def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
-
-
 def _texts_tested_by_template(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Texts by which a template recognizes kinds of messages, as Qwen's does for tool results."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return set(re.findall(r"""\b(?:starts|ends)with\(['"]([^'"]+)['"]\)""", _template_of(tokenizer))) - special
+    return set(re.findall(r"""\b(?:starts|ends)with\(['"]([^'"]+)['"]\)""", template_of(tokenizer))) - special

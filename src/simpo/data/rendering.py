@@ -458,9 +458,11 @@ def _is_rendered(
     template: ChatTemplate, prompt: str, messages: Sequence[Message], place: int, context: Context
 ) -> bool:
     """Whether the content of a message is in the prompt, unchanged or in a form of the template's own."""
-    content = messages[place]["content"].strip()
-    texts = [text.strip() for text in content.split(IMAGE)]
-    if all(text in prompt or json.dumps(text, ensure_ascii=False)[1:-1] in prompt for text in texts):
+    texts = [text.strip() for text in messages[place]["content"].split(IMAGE)]
+    # Other messages may have the same text.
+    counts = [sum(message["content"].count(text) for message in messages) for text in texts]
+    written = [max(map(prompt.count, (text, json.dumps(text, ensure_ascii=False)[1:-1]))) for text in texts]
+    if all(found >= wanted for found, wanted in zip(written, counts, strict=True)):
         return True
     return template.shows(_replaced(messages, place, {**messages[place], "content": SENTINEL}), [SENTINEL], context)
 

@@ -61,7 +61,7 @@ NO_PROCESSOR = "images, but no processor; use simpo train, sft or reward, or giv
 UNANSWERED_CUT = "messages after the last answer"
 _STATUS = "_status"
 # Part of every fingerprint: raise it when the ids or the statuses of the same rows and settings change.
-_FORMAT = 12
+_FORMAT = 13
 _BATCH = 256
 _EXAMINED = 1000  # rows examined for a known shape before the work starts
 # Starting processes takes longer than tokenizing fewer rows than this.
