@@ -10,15 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from tests.forked import run_ranks
 from tests.servers.chat_server import ChatServer, Raw, completion
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from simpo import cli
 from simpo.evaluation.during_training import evaluations
 from simpo.generation.engine import TransformersEngine
 from simpo.training import run as workflow
-from simpo.training.preference import PreferenceConfig
+from simpo.training.preference import PreferenceConfig, PreferenceTrainer
 from simpo.world.judge import judge
 from simpo.world.pairs import make_prompts, write_model, write_pairs
 
@@ -325,10 +329,40 @@ MISTAKES = [
 ]
 
 
-def test_sharded_models_are_refused(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+def test_models_of_deepspeed_are_refused(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert cli.main(options(world, tmp_path / "run")) == 2
-    assert "error: eval_generations: not possible with FSDP" in capsys.readouterr().err
+    assert "error: eval_generations: not possible with DeepSpeed" in capsys.readouterr().err
+
+
+def sharded(arguments):
+    """``main`` where FSDP2 shards: accelerate makes DDP of it on a CPU, but not on what it takes for devices."""
+    begin = PreferenceTrainer.__init__
+
+    def begin_sharded(self, *args, **kwargs):
+        PartialState().distributed_type = DistributedType.MULTI_XPU
+        begin(self, *args, **kwargs)
+        assert isinstance(self.model, FSDPModule)
+
+    PreferenceTrainer.__init__ = begin_sharded  # of this process, which is a fork
+    return cli.main(arguments)
+
+
+def test_sharded_models_answer_as_whole_ones(world, tmp_path):
+    """Before training and at evaluations in its course, which changes nothing of it; 3 prompts on 2 ranks."""
+    shared = SHORT | {"dtype": "float64", "optim": "sgd", "learning_rate": 0.1, "eval_generations": 3}
+    shared |= {"disable_dropout": "true", "save_strategy": "no", "use_cpu": "true"}
+    assert cli.main(options(world, tmp_path / "one", **shared)) == 0
+    wrapped = json.dumps({"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"})
+    layers = {"fsdp": "true", "fsdp_config": wrapped, "ddp_backend": "gloo", "per_device_train_batch_size": 2}
+    found = run_ranks(2, sharded, options(world, tmp_path / "two", **shared | layers), folder=tmp_path)
+    assert found.codes == [0, 0], found.stderr
+    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
+    assert all((one[name] - two[name]).abs().max() < 1e-9 for name in one)
+    first, second = (answers(tmp_path / folder) for folder in ("one", "two"))
+    assert first.keys() == second.keys() and len(first) > 1
+    for name in first:
+        assert [row["response_ids"] for row in first[name]] == [row["response_ids"] for row in second[name]]
 
 
 @pytest.mark.parametrize(("changes", "said"), MISTAKES)

@@ -152,11 +152,10 @@ class Generations(RunCallback):
                 "eval_generations: there are no evaluations; name held-out rows (eval_dataset_name) and set "
                 "eval_strategy, or set it to 0"
             )
-        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
-        if config.fsdp or config.deepspeed or launched:
+        if config.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             raise SimpoError(
-                "eval_generations: not possible with FSDP or DeepSpeed, which shard the weights; set it to 0 and use "
-                "simpo compare after training"
+                "eval_generations: not possible with DeepSpeed, whose engine owns the weights; set it to 0 and use "
+                "simpo compare after training, or use fsdp"
             )
         self._config, self._tokenizer, self._log = config, text_tokenizer(processing), log
         self._judge = make_eval_judge(self._arguments, self._model, log)

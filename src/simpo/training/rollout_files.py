@@ -32,7 +32,6 @@ from simpo.training.batches import response_tokens
 from simpo.training.reference import ReferenceModel
 from simpo.training.rollouts import Annotator, AnsweredPrompt, Place, Record, adapted_columns, prompts_from_rows
 from simpo.training.sampling import preserve_rng_state, sample_answers
-from simpo.training.sharding import whole_weights
 from simpo.training.value import ValueFunction
 
 logger = logging.getLogger(__name__)
@@ -131,8 +130,7 @@ class RolloutFiles:
         trainer = self._trainer
         tokenizer, prompts = trainer.processing_class, prompts_from_rows(trainer.train_dataset.select(place.prompts))
         self._engine = self._engine or TransformersEngine(trainer.model, tokenizer)
-        with whole_weights(trainer.model, trainer.accelerator):
-            samples = sample_answers(trainer, self._engine, [one.ids for one in prompts], self._sampling(place.rollout))
+        samples = sample_answers(trainer, self._engine, [one.ids for one in prompts], self._sampling(place.rollout))
         texts = response_texts(tokenizer, prompts, samples)
         answered = list(map(AnsweredPrompt, prompts, samples, texts))
         scored: Any = None

@@ -14,6 +14,7 @@ from simpo.generation.chunks import gather, missing_chunks, sample_chunks
 from simpo.generation.engine import Engine, Images, Sampled
 from simpo.generation.settings import SamplingSettings
 from simpo.training.packed import PackedTrainer
+from simpo.training.sharding import whole_weights
 
 
 def sample_answers(
@@ -26,13 +27,13 @@ def sample_answers(
     """The answers to every prompt, on every rank; the ranks share the work, and all must call.
 
     ``prompts`` are token ids, ``images`` as in :func:`~simpo.generation.chunks.sample_chunks`, and ``engine`` holds the
-    trainer's model.
+    trainer's model. Of sharded weights, every rank gets all meanwhile.
     """
     config = trainer.args
     share = missing_chunks(prompts, settings)[config.process_index :: config.world_size]
     # Layers were compiled for training, and would be compiled again for every length of the growing cache.
     eager = torch.compiler.set_stance("force_eager") if config.torch_compile else nullcontext()
-    with trainer.accelerator.autocast(), eager:
+    with whole_weights(trainer.model, trainer.accelerator), trainer.accelerator.autocast(), eager:
         records = list(sample_chunks(engine, prompts, settings, share, images))
     return gather(records if config.world_size == 1 else gather_object(records), len(prompts))
 
