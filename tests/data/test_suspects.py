@@ -86,6 +86,18 @@ def test_the_answer_in_other_messages_is_no_question_that_is_lost(chatml):
     assert not prepare_prompts(as_dataset([row], "rows"), chatml).report.ignored
 
 
+def test_reasoning_and_variables_of_the_template_in_columns_of_their_own_are_counted(chatml):
+    chatml.chat_template = "{% if shout %}LOUD{% endif %}" + CHATML
+    row = PAIR | {"shout": True, "reasoning": "Hm.", "bos_token_count": 1}
+    found = report(chatml, row, PAIR | {"shout": None, "reasoning": ""})
+    assert found.ignored == {
+        "column 'reasoning', which has no effect": 1,
+        "column 'shout', a variable of the chat template; put it into chat_template_kwargs": 1,
+    }
+    assert not report(chatml, PAIR | {"chat_template_kwargs": {"shout": True}}).ignored
+    assert not report(chatml, PAIR | {"messages": talk(QUESTION, "It is Paris.")}).ignored  # not only a variable
+
+
 def test_system_prompts_of_single_responses_are_counted(chatml):
     """UltraFeedback's responses were generated with different ones, of which a comparison has no place for any."""
     made = [{"response": text, "overall_score": n, "custom_system_prompt": f"Be {n}."} for n, text in enumerate("ab")]

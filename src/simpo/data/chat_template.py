@@ -138,7 +138,7 @@ class ChatTemplate:
         self._tokenizer, self._settings = tokenizer, settings
         self.source = template_of(tokenizer)
         if unread := self.unread(settings.chat_template_kwargs):
-            known = ", ".join(sorted(self._variables - {*RESERVED_KWARGS, "raise_exception", "strftime_now"})) or "none"
+            known = ", ".join(sorted(self.variables)) or "none"
             raise SimpoError(f"chat_template_kwargs: the chat template never reads {unread[0]!r}; it reads {known}")
 
     def render(self, messages: Sequence[Message], context: Context, *, generation_prompt: bool = False) -> str:
@@ -158,7 +158,7 @@ class ChatTemplate:
 
     def unread(self, kwargs: Mapping[str, Any]) -> list[str]:
         """Names of variables that the template never reads."""
-        return [name for name in kwargs if name not in self._variables] if kwargs else []
+        return [name for name in kwargs if name not in self.variables] if kwargs else []
 
     @cached_property
     def _syntax_tree(self) -> nodes.Template:
@@ -167,8 +167,9 @@ class ChatTemplate:
             return environment.parse(_BLOCK_TAGS.sub("", self.source))
 
     @cached_property
-    def _variables(self) -> set[str]:
-        return meta.find_undeclared_variables(self._syntax_tree)
+    def variables(self) -> set[str]:
+        """Names of the variables that it reads, without those that transformers always gives it."""
+        return meta.find_undeclared_variables(self._syntax_tree) - {*RESERVED_KWARGS, "raise_exception", "strftime_now"}
 
     @cached_property
     def named_roles(self) -> frozenset[str]:
@@ -202,7 +203,7 @@ class ChatTemplate:
                     "answer, is scored, and has to be generated"
                 )
             if self._writes_date(prompt):
-                known = "date_string" in self._variables
+                known = "date_string" in self.variables
                 advice = "; chat_template_kwargs: {date_string: ...} fixes it" if known else ""
                 found.append(f"the chat template writes the date of tokenization into the prompts{advice}")
         if end.tail.strip() and end.text not in end.tail:

@@ -249,7 +249,7 @@ _MEDIA = ("video", "videos", "audio", "audios")
 # Columns that mean something to other toolkits' training and have no effect here.
 _WITHOUT_EFFECT = (
     *("weight", "sample_weight", "label_probability", "functions", "documents", "context", "history"),
-    "custom_system_prompt",
+    *("custom_system_prompt", *REASONING),
 )
 
 

@@ -109,6 +109,7 @@ class Renderer:
         end: the end of a turn.
         notices: properties of the chat template that a user may not expect, as sentences for the report.
         roles: that messages may have: the usual ones, and those that the chat template names.
+        variables: that the chat template reads.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Renderer:
         self.end = end_of_turn(tokenizer)
         self.notices: list[str] = []
         self.roles = frozenset(ROLES)
+        self.variables: set[str] = set()
         self._given = GivenAnswers(tokenizer, self.end)
         self._cutter: _AnswerCutter | None = None
         self._insert_system = False
@@ -136,6 +138,7 @@ class Renderer:
             template = ChatTemplate(tokenizer, self._settings)
             self.notices = [] if paper else template.notices(self.end)
             self.roles |= template.named_roles
+            self.variables = template.variables
             added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: -len(item[1].content))
             tokens = {token.content: number for number, token in added if literal.pattern.fullmatch(token.content)}
             self._cutter = _AnswerCutter(template, self.end, tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from simpo.data.formats import Comparison, Conversation, is_number
@@ -19,9 +19,21 @@ _LIST = re.compile(r"""\s*\[\s*(["']).*\1\s*\]\s*""", re.DOTALL)
 _LONG = 20
 
 
-def suspicions(row: Mapping[str, Any], content: Comparison | Conversation) -> list[str]:
-    """Status entries (:meth:`simpo.data.rows.DataReport.of`) for what is suspect in a row, read as ``content``."""
-    return list(_suspicions(row, content))
+def suspicions(
+    row: Mapping[str, Any], content: Comparison | Conversation, variables: Collection[str] = ()
+) -> list[str]:
+    """Status entries (:meth:`simpo.data.rows.DataReport.of`) for what is suspect in a row, read as ``content``.
+
+    ``variables`` are those that the chat template reads, which a row has in ``chat_template_kwargs``.
+    """
+    lost = [name for name, value in content.extra.items() if name in variables and value is not None]
+    return [
+        *(
+            f"ignored: column {name!r}, a variable of the chat template; put it into chat_template_kwargs"
+            for name in lost
+        ),
+        *_suspicions(row, content),
+    ]
 
 
 def _suspicions(row: Mapping[str, Any], content: Comparison | Conversation) -> Iterator[str]:

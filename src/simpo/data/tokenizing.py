@@ -61,7 +61,7 @@ NO_PROCESSOR = "images, but no processor; use simpo train, sft or reward, or giv
 UNANSWERED_CUT = "messages after the last answer"
 _STATUS = "_status"
 # Part of every fingerprint: raise it when the ids or the statuses of the same rows and settings change.
-_FORMAT = 13
+_FORMAT = 14
 _BATCH = 256
 _EXAMINED = 1000  # rows examined for a known shape before the work starts
 # Starting processes takes longer than tokenizing fewer rows than this.
@@ -282,7 +282,8 @@ class Tokenization(ABC):
         values = {**self.values(content), "where": where, "extra": as_json(content.extra)}
         drafts = [_Draft(rendered, {**values, **own}, list(rendered.status)) for rendered, own in illustrated]
         # Reported once for each row.
-        drafts[0].status[:0] = [*([f"read: {read}"] if read else []), *suspicions(row, content)]
+        noticed = suspicions(row, content, self.renderer.variables)
+        drafts[0].status[:0] = [*([f"read: {read}"] if read else []), *noticed]
         return drafts
 
     @property
