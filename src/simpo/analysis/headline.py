@@ -151,6 +151,8 @@ def cautions(run: Run) -> Iterator[str]:
             yield f"The judge {judge} has no win rate at equal lengths: the lengths alone determine its verdicts."
 
 
+# ---- The headline of a run.
+
 _ACCURACY, _AREA, _WIN_RATE = "eval_rewards/accuracies", "eval_rewards/auc", "eval_generations/win_rate"
 _BENCHMARKS = ("alpaca_eval/lc_", "alpaca_eval/win", "arena_hard", "mt_bench/average", "gsm8k")
 _PERCENT = ("/win_rate", "/lc_win_rate")  # of benchmarks: in percent already

@@ -34,7 +34,7 @@ def command_names() -> list[str]:
 
 
 def _overview() -> str:
-    lines = ["usage: simpo COMMAND [ARGUMENT ...]   (simpo COMMAND --help says more)", "", "commands:"]
+    lines = ["usage: simpo COMMAND [ARGUMENT ...]   (simpo COMMAND --help lists them)", "", "commands:"]
     lines += [f"  {name:<10} {_summary(name)}" for name in command_names()]
     lines += ["", f"{_VERIFY}, with any command, hashes all files of a finished run before it is reported as finished"]
     lines += [f"{_JSON} prints the results of a command as JSON, and everything else to stderr"]

@@ -161,6 +161,8 @@ def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(path, timeout=60.0, check_same_thread=False)
 
 
+# ---- The client.
+
 # If the first requests, this many, are all refused, the cause is not the content of one of them.
 TRIED = 8
 

@@ -48,17 +48,9 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
     The same call continues a run that was interrupted or killed, and ends with the same bytes; it leaves a finished
     run as it is.
 
-    Args:
-        arguments: what is scored, and by which annotator.
-        folder: the run's folder.
-        argv: the command line after the command's name, for the record.
-
-    Returns:
-        The path of ``results.json``.
+    ``argv`` is the command line after the command's name, for the record. Returns the path of ``results.json``.
 
     Raises:
-        SimpoError: an argument cannot be used, the annotator returned something other than numbers, or the user does
-            not agree to the cost.
         InterruptedRun: the user stopped the run; the scores so far are kept.
     """
     with interruptible(), RunFolder(folder, command="annotate") as run:

@@ -45,7 +45,10 @@ class Session:
             return self._next_page(labeler)
 
     def judge(self, vote: Judgment, key: str) -> dict[str, Any]:
-        """Store the vote in a request of this ``key``, then as :meth:`next`; its ranks are of answers as shown."""
+        """Store a vote, whose ranks are in the order in which the answers were shown, and return as :meth:`next` does.
+
+        ``key`` identifies the request: one that is sent again stores nothing.
+        """
         with self._lock:
             item = self._items.get(vote.item)
             if item is None:
@@ -142,7 +145,7 @@ def read_key(body: Mapping[str, Any]) -> str:
 
 
 def read_vote(body: Mapping[str, Any]) -> Judgment:
-    """A vote in a request; which answers it is about, and in which order, the session knows."""
+    """The vote in a request. The session knows in which order its answers were shown, so ``shown`` is empty here."""
     item, kind, ranks = body.get("item"), body.get("kind"), body.get("ranks")
     note, seconds = body.get("note", ""), body.get("seconds")
     if not isinstance(item, str):

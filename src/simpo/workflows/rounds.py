@@ -160,6 +160,8 @@ def without_adapter(model: ModelArguments) -> ModelArguments:
     )
 
 
+# ---- One round.
+
 ROUND_FILE = "round.json"
 _SCHEMA = 1
 _START = "start-answers"

@@ -168,6 +168,8 @@ def format_values(values: Mapping[str, str]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
+# ---- The trials: which process runs which, and how each ended.
+
 Sampler = Literal["grid", "tpe"]
 State = Literal["waiting", "running", "finished", "pruned", "failed"]
 

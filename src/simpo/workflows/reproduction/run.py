@@ -156,10 +156,7 @@ def _start_process(scratch: str) -> None:
     import datasets  # noqa: PLC0415 - in the trial's process
     import transformers  # noqa: PLC0415
 
-    for signum in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a terminal sends them to all processes, and the parent ends this one
+    for signum in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to all; the parent ends this process
         signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=_exit_after_parent, daemon=True).start()
     tempfile.tempdir = scratch
