@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 
 import pytest
@@ -39,6 +40,14 @@ def test_defaults_are_the_papers_code(caplog):
     assert (args.sft_weight, args.loss_type) == (0.0, "sigmoid")
     starts = [message.split()[0] for message in caplog.messages]
     assert starts == ["max_length", "max_prompt_length", "learning_rate"]
+
+
+def test_every_argument_is_in_the_place_of_the_papers_code():
+    """Its ``tokenizer`` has since been called ``processing_class``, and is known by both names."""
+    assert [*inspect.signature(SimPOTrainer).parameters] == [
+        *("model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class", "model_init"),
+        *("callbacks", "optimizers", "preprocess_logits_for_metrics", "peft_config", "compute_metrics", "tokenizer"),
+    ]
 
 
 @pytest.mark.parametrize(

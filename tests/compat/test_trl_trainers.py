@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import logging
 import re
@@ -22,7 +23,7 @@ from simpo import SimpoError, compat
 trl = pytest.importorskip("trl")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # TRL says that the module is experimental
-    orpo = pytest.importorskip("trl.experimental.orpo")
+    orpo, cpo = (pytest.importorskip(f"trl.experimental.{name}") for name in ("orpo", "cpo"))
 
 KINDS = ("DPO", "KTO", "ORPO", "Reward", "SFT")
 # What is made otherwise here: no cache while training, columns and losses that are seen; the reference is computed
@@ -38,7 +39,7 @@ OTHERWISE_OF = {
 
 
 def theirs_of(kind: str):
-    source = orpo if kind == "ORPO" else trl
+    source = {"ORPO": orpo, "CPO": cpo}.get(kind, trl)
     return getattr(source, f"{kind}Config"), getattr(source, f"{kind}Trainer")
 
 
@@ -87,6 +88,27 @@ def test_every_key_is_there_with_the_same_default(kind):
     names = [field.name for field in dataclasses.fields(theirs)]
     differing = {name for name in names if getattr(theirs, name) != getattr(ours, name)}
     assert differing == OTHERWISE | OTHERWISE_OF[kind]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "CPO"])
+def test_every_argument_is_there_in_the_same_place(kind):
+    (_, theirs), (_, trainer) = theirs_of(kind), ours_of(kind)
+    names = [*inspect.signature(theirs).parameters]
+    older = [] if kind in ("Reward", "SFT") else ["tokenizer"]
+    assert [*inspect.signature(trainer).parameters] == [*names, *older]
+    assert [*inspect.signature(trainer.__init__).parameters] == ["self", *names, *older]
+
+    class Derived(trainer):
+        def __init__(self, own, *given, **named):
+            super().__init__(*given, **named)
+
+    assert [*inspect.signature(Derived).parameters] == ["own", "given", "named"]
+    before = [None] * names.index("data_collator")
+    for made in (lambda: trainer(*before, object()), lambda: Derived("own", *before, object())):
+        with pytest.raises(SimpoError, match="data_collator"):
+            made()
+    with pytest.raises(TypeError, match="reward_funcs"):
+        trainer(reward_funcs=[])
 
 
 # ---- Losses.
@@ -165,19 +187,37 @@ def test_orpo(train_both, rows, opt):
     assert losses_of(ours)[0] == pytest.approx(logged["loss"] - logged["nll_loss"] + of_chosen, rel=1e-5)
 
 
-@pytest.mark.parametrize("margin", [False, True])
-def test_reward(margin, train_both, rows, opt, tokenizer, tmp_path):
+@pytest.fixture
+def reward_model(opt, tokenizer, tmp_path):
     opt.save_pretrained(tmp_path / "opt")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "opt", num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+@pytest.mark.parametrize("margin", [False, True])
+def test_reward(margin, train_both, rows, reward_model):
     if margin:
         rows = [row | {"margin": 0.25 * number} for number, row in enumerate(rows)]
     settings = {"center_rewards_coefficient": 0.01, "learning_rate": 1e-3}
-    theirs, ours = train_both("Reward", Dataset.from_list(rows), model=model, **settings)
+    theirs, ours = train_both("Reward", Dataset.from_list(rows), model=reward_model, **settings)
     assert_same_losses(theirs, ours)
     names = (("margin", "rewards/margins"), ("accuracy", "rewards/accuracies"))
     for one, other in names:
         assert ours.state.log_history[1][other] == pytest.approx(theirs.state.log_history[1][one], rel=1e-4)
+
+
+def test_reward_of_texts_without_a_prompt(train_both, reward_model):
+    """They may differ within a word, and one may begin the other; TRL tokenizes each of them as a whole."""
+    chosen = [f"What is {a} plus 2? It is {a + 2}, as 2 and {a} make 4{a}." for a in range(8)]
+    rejected = [text[:-1] + (" Sorry." if place % 2 else "5.") for place, text in enumerate(chosen)]
+    rejected[0] = chosen[0] + " Sorry."
+    rows = [{"chosen": one, "rejected": other} for one, other in zip(chosen, rejected, strict=True)]
+    theirs, ours = train_both("Reward", Dataset.from_list(rows), model=reward_model)
+    for one, other in zip(theirs.train_dataset, ours.train_dataset, strict=True):
+        texts = [[*other["prompt_ids"], *ids] for ids in other["response_ids"]]
+        assert texts == [one["chosen_ids"], one["rejected_ids"]]
+    assert_same_losses(theirs, ours)
 
 
 @pytest.mark.parametrize("shape", ["conversations", "completions", "texts", "everything"])

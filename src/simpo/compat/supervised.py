@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from simpo.compat.keys import TRLKeys, unsupported, without_effect
-from simpo.compat.trainer import PortedTrainer
+from simpo.compat.trainer import PortedTrainer, with_prompts
 from simpo.config import setting
 from simpo.data.rows import DataReport
 from simpo.data.tokenizing import Prepared
@@ -147,3 +147,8 @@ class RewardTrainer(PortedTrainer, reward.RewardTrainer):
         """Use the column ``margin`` where the training data have it."""
         if given["train_dataset"] is not None and "margin" in given["train_dataset"].column_names:
             config.margin = "column"
+
+    @classmethod
+    def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
+        """As in the base class, but texts without a prompt are divided between words: TRL tokenizes them whole."""
+        return super().prepare(with_prompts(dataset, whole_words=True), tokenizer, args, label)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
+from collections.abc import Callable
 from inspect import Parameter, Signature
 from typing import Any, ClassVar
 
@@ -33,6 +35,7 @@ _UNSUPPORTED_ARGUMENTS = {
     "quantization_config": "load the model with it, call peft's prepare_model_for_kbit_training and get_peft_model, "
     "and pass the result",
 }
+_KIND = Parameter.POSITIONAL_OR_KEYWORD
 
 
 class PortedTrainer:
@@ -40,26 +43,43 @@ class PortedTrainer:
 
     Class attributes:
         config_class: the class of ``args``; its defaults are used for None.
-        arguments: the names of the constructor's arguments in their order, which is the original's. All are optional.
-            ``model`` is a model, or the name or folder of one, then loaded with ``args.model_init_kwargs``;
-            ``ref_model`` must have its weights; ``processing_class``, or ``tokenizer``, is by default the tokenizer
-            saved with it; ``peft_config`` is an adapter to add to it and train. Of strings in ``train_dataset`` and
-            ``eval_dataset`` the chat template is not applied. Some arguments are not supported and must be None.
+        arguments: the names of the constructor's arguments in their order, which is the original's.
         text_column: where this column is text, TRL reads the rows as they are, without the chat template.
     """
 
     config_class: ClassVar[type[PortedKeys]]
     arguments: ClassVar[tuple[str, ...]]
     text_column: ClassVar[str] = "chosen"
-    __signature__: ClassVar[Signature]
+    _signature: ClassVar[Signature]  # of the constructor, without ``self``
 
     def __init_subclass__(cls) -> None:
-        if hasattr(cls, "arguments"):
-            kind = Parameter.POSITIONAL_OR_KEYWORD
-            cls.__signature__ = Signature([Parameter(name, kind, default=None) for name in cls.arguments])
+        if "arguments" in vars(cls):
+            cls._signature = Signature([Parameter(name, _KIND, default=None) for name in cls.arguments])
+            cls.__init__ = _with_signature(cls.__init__, cls._signature)  # type: ignore[method-assign]
 
     def __init__(self, *positional: Any, **named: Any) -> None:
-        given = dict.fromkeys(self.arguments) | self.__signature__.bind(*positional, **named).arguments
+        """Take the original's arguments, in its order or by name; None is the same as leaving one out.
+
+        Args:
+            model: a model, or the name or folder of one, which is loaded with ``args.model_init_kwargs``.
+            ref_model: must have the weights of ``model``, because training starts from the reference.
+            args: a ``config_class``; by default one with its defaults.
+            train_dataset: rows. To strings, the chat template is not applied.
+            eval_dataset: rows, or several data sets by name.
+            processing_class: the tokenizer; by default the one that is saved with the model.
+            tokenizer: the older name of ``processing_class``.
+            callbacks: as for ``Trainer``.
+            optimizers: as for ``Trainer``.
+            peft_config: an adapter to add to the model and train.
+            formatting_func: makes the text of a row that is trained on.
+            data_collator, model_init, compute_metrics, compute_loss_func, optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics, quantization_config: not supported.
+
+        Raises:
+            SimpoError: an argument that is not supported, or a mistake in another one; the message names it.
+            TypeError: an argument that the original does not have.
+        """
+        given = dict.fromkeys(self.arguments) | self._signature.bind(*positional, **named).arguments
         for name, why in _UNSUPPORTED_ARGUMENTS.items():
             if given.get(name) is not None:
                 raise SimpoError(f"{name}: not supported ({why})")
@@ -122,6 +142,19 @@ class PortedTrainer:
         return super().prepare(with_prompts(dataset), tokenizer, args, label)  # type: ignore[misc]
 
 
+def _with_signature(constructor: Callable[..., None], signature: Signature) -> Callable[..., None]:
+    """``constructor`` with the arguments that ``help`` and :mod:`inspect` show, where scripts look them up."""
+
+    @functools.wraps(constructor)
+    def __init__(self: Any, *positional: Any, **named: Any) -> None:  # noqa: N807 - it becomes one
+        constructor(self, *positional, **named)
+
+    __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[Parameter("self", _KIND), *signature.parameters.values()]
+    )
+    return __init__
+
+
 def _same_weights(one: nn.Module, other: nn.Module) -> bool:
     first, second = one.state_dict(), other.state_dict()
     return first.keys() == second.keys() and all(
@@ -140,22 +173,25 @@ def for_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, column
     return tokenizer
 
 
-def with_prompts(dataset: Dataset) -> Dataset:
+def with_prompts(dataset: Dataset, *, whole_words: bool = False) -> Dataset:
     """Rows in which pairs of plain texts have a prompt: without one, it is what both begin with, as in TRL.
 
-    Transcripts stay as they are, because their turns are told apart when they are read.
+    With ``whole_words`` it ends before the last space of that, so that the tokens of a text stay those of the whole
+    text, and a text that the other one begins with is not empty. Transcripts stay as they are, because their turns are
+    told apart when they are read.
     """
     columns = getattr(dataset, "features", None) or {}
     if "prompt" in columns or not all(isinstance(columns.get(name), Value) for name in ("chosen", "rejected")):
         return dataset
-    return dataset.map(_with_prompt)
+    return dataset.map(_with_prompt, fn_kwargs={"whole_words": whole_words})
 
 
-def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
+def _with_prompt(row: dict[str, Any], *, whole_words: bool) -> dict[str, Any]:
     texts = row["chosen"], row["rejected"]
     if not all(isinstance(text, str) for text in texts) or any(map(is_transcript, texts)):
         return {"prompt": None}
-    prompt = os.path.commonprefix(texts).removesuffix(" ")  # noqa: RUF071 - texts, not paths
+    shared = os.path.commonprefix(texts)  # noqa: RUF071 - texts, not paths
+    prompt = shared[: max(shared.rfind(" "), 0)] if whole_words else shared.removesuffix(" ")
     return {"prompt": prompt, "chosen": texts[0][len(prompt) :], "rejected": texts[1][len(prompt) :]}
 
 
