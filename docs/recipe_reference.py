@@ -64,84 +64,100 @@ _COMMON = {
 
 def page() -> str:
     """The whole page, in Markdown."""
+    return "\n".join([*_from_model_to_loss(), *_sampling(), *_trainer()])
+
+
+def _from_model_to_loss() -> list[str]:
+    """The sections on models, data, batches, objectives and reward models."""
     inherited = keys_of([TrainingArguments]).keys()
-    return "\n".join(
-        [
-            "# Recipe reference",
-            "",
-            "<!-- Written by docs/recipe_reference.py from the code; change the code and run it again. -->",
-            "",
-            "The keys of the commands that train, the same in a recipe (`key: value`) and on the command line",
-            "(`--key value`), which wins. An empty default is `null`: not set.",
-            "",
-            "## Model",
-            "",
-            *_table(ModelArguments, _names(ModelArguments)),
-            "",
-            "## Data",
-            "",
-            "One of `dataset_name`, `dataset_mixer` and `dataset_mixture`. See [Data formats](data-formats.md).",
-            "",
-            *_table(DataArguments, _names(DataArguments)),
-            "",
-            "## Rows, batches and forward passes",
-            "",
-            *_table(TrainingSettings, [name for name in _names(TrainingSettings) if name not in inherited]),
-            "",
-            "## Objective",
-            "",
-            "Of `simpo train` only. Which values to choose: [Choosing hyperparameters](choosing-hyperparameters.md).",
-            "",
-            *_table(
-                PreferenceConfig, [n for n in _own(PreferenceConfig) if n not in {*inherited, *hyperparameter_names()}]
-            ),
-            *(line for row in OBJECTIVES.values() for line in _objective(row)),
-            "",
-            "## Reward models",
-            "",
-            "Of `simpo reward` only: [Reward models](reward-models.md).",
-            "",
-            *_table(RewardConfig, [n for n in _own(RewardConfig) if n not in inherited]),
-            "",
-            "## Answers while it trains",
-            "",
-            "See [Training](training.md#answers-during-training).",
-            "",
-            *_table(GenerationArguments, _names(GenerationArguments)),
-            "",
-            "## Online training",
-            "",
-            "Keys of `simpo online`, next to those of model, objective and training: [Online training](online.md).",
-            "",
-            *_table(OnlineConfig, [n for n in _own(OnlineConfig) if n not in inherited]),
-            "",
-            "The annotator:",
-            "",
-            *_table(AnnotatorArguments, _names(AnnotatorArguments)),
-            "",
-            "## On-policy rounds",
-            "",
-            "Keys of `simpo loop`, next to those of model, objective and training: [On-policy rounds](on-policy.md).",
-            "",
-            *_table(LoopSettings, _names(LoopSettings)),
-            "",
-            "How answers are drawn, and what becomes of them, with the `seed` of training:",
-            "",
-            *_table(SamplingSettings, [name for name in _names(SamplingSettings) if name != "seed"]),
-            "",
-            *_table(PairSettings, [name for name in _names(PairSettings) if name != "seed"]),
-            "",
-            "## Training",
-            "",
-            "All keys of transformers' `TrainingArguments` work here and are listed by `--help`, but",
-            f"{' and '.join(f'`{name}`' for name in UNSUPPORTED)}, which are refused. The most used ones, and",
-            "those whose default is not transformers'. In transformers 5.23 `gradient_checkpointing` is called",
-            "`activation_checkpointing`; both names are understood.",
-            "",
-            *_training_table(),
-            "",
-        ]
-    )
+    return [
+        "# Recipe reference",
+        "",
+        "<!-- Written by docs/recipe_reference.py from the code; change the code and run it again. -->",
+        "",
+        "The keys of the commands that train, the same in a recipe (`key: value`) and on the command line",
+        "(`--key value`), which wins. An empty default is `null`: not set.",
+        "",
+        "## Model",
+        "",
+        *_table(ModelArguments, _names(ModelArguments)),
+        "",
+        "## Data",
+        "",
+        "One of `dataset_name`, `dataset_mixer` and `dataset_mixture`. See [Data formats](data-formats.md).",
+        "",
+        *_table(DataArguments, _names(DataArguments)),
+        "",
+        "## Rows, batches and forward passes",
+        "",
+        *_table(TrainingSettings, [name for name in _names(TrainingSettings) if name not in inherited]),
+        "",
+        "## Objective",
+        "",
+        "Of `simpo train` only. Which values to choose: [Choosing hyperparameters](choosing-hyperparameters.md).",
+        "",
+        *_table(
+            PreferenceConfig, [n for n in _own(PreferenceConfig) if n not in {*inherited, *hyperparameter_names()}]
+        ),
+        *(line for row in OBJECTIVES.values() for line in _objective(row)),
+        "",
+        "## Reward models",
+        "",
+        "Of `simpo reward` only: [Reward models](reward-models.md).",
+        "",
+        *_table(RewardConfig, [n for n in _own(RewardConfig) if n not in inherited]),
+        "",
+    ]
+
+
+def _sampling() -> list[str]:
+    """The sections on answers during training, online training and on-policy rounds."""
+    inherited = keys_of([TrainingArguments]).keys()
+    return [
+        "## Answers while it trains",
+        "",
+        "See [Training](training.md#answers-during-training).",
+        "",
+        *_table(GenerationArguments, _names(GenerationArguments)),
+        "",
+        "## Online training",
+        "",
+        "Keys of `simpo online`, next to those of model, objective and training: [Online training](online.md).",
+        "",
+        *_table(OnlineConfig, [n for n in _own(OnlineConfig) if n not in inherited]),
+        "",
+        "The annotator:",
+        "",
+        *_table(AnnotatorArguments, _names(AnnotatorArguments)),
+        "",
+        "## On-policy rounds",
+        "",
+        "Keys of `simpo loop`, next to those of model, objective and training: [On-policy rounds](on-policy.md).",
+        "",
+        *_table(LoopSettings, _names(LoopSettings)),
+        "",
+        "How answers are drawn, and what becomes of them, with the `seed` of training:",
+        "",
+        *_table(SamplingSettings, [name for name in _names(SamplingSettings) if name != "seed"]),
+        "",
+        *_table(PairSettings, [name for name in _names(PairSettings) if name != "seed"]),
+        "",
+    ]
+
+
+def _trainer() -> list[str]:
+    """The section on the keys of ``TrainingArguments``."""
+    return [
+        "## Training",
+        "",
+        "All keys of transformers' `TrainingArguments` work here and are listed by `--help`, but",
+        f"{' and '.join(f'`{name}`' for name in UNSUPPORTED)}, which are refused. The most used ones, and",
+        "those whose default is not transformers'. In transformers 5.23 `gradient_checkpointing` is called",
+        "`activation_checkpointing`; both names are understood.",
+        "",
+        *_training_table(),
+        "",
+    ]
 
 
 def _names(cls: type) -> list[str]:
