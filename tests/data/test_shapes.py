@@ -191,6 +191,7 @@ def test_rows_that_are_known_stay_as_they_are(row):
         ({"prompt": "a", "output": "b", "response": "c"}, "ambiguous columns response and output"),
         ({"system": "a", "system_prompt": "b", "question": "c", **PAIR}, "ambiguous columns system and system_prompt"),
         ({"conversations": sharegpt("a"), "messages": chat("a", "b")}, "ambiguous columns conversations and messages"),
+        ({"conversation": sharegpt("a"), "messages": chat("a", "b")}, "ambiguous columns conversation and messages"),
         (
             {**COMPARISONS["SafeRLHF"][0], **COMPARISONS["HelpSteer2 preference"][0]},
             r"ambiguous columns \(response_0, .*\) and \(response_1, ",
@@ -441,6 +442,9 @@ RENDERED = {
     "helpsteer 2": "2 and 2?<extra_id_1>Assistant\n4<extra_id_1>User\nAnd 3?",
     "after other text": "Be brief.\n<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n",
     "llama 2 after other text": "Be brief. [INST] Hi? [/INST] Hm. [INST] Ho? [/INST]",
+    "llama 3 after other text": "Be brief.<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "reasoning after other text": "Be brief.<\uff5cUser\uff5c>Hi?<\uff5cAssistant\uff5c><think>\n",
+    "no reasoning after other text": "Be brief.\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
     "alpaca": "Below is an instruction.\n\n### Instruction:\nHi?\n\n### Response:\n",
     "vicuna": "A chat between a user and an assistant. USER: Hi? ASSISTANT:",
 }
@@ -469,7 +473,10 @@ def test_texts_in_the_models_own_template_are_noticed(tokenizer):
 def test_questions_about_special_tokens_are_text(build_tokenizer):
     rows = [{"prompt": text, **PAIR} for text in ("What is <|im_start|>?", "Is <s> HTML?", "<s>old</s>", "<|im_end|>")]
     rows += [{"prompt": text, **PAIR} for text in ("Does [/INST] end it?", "Is <|im_start|>assistant a header?")]
-    assert prepare(Dataset.from_list(rows), build_tokenizer("chatml"), TokenizeSettings()).report.used == 6
+    for example in RENDERED["after other text"], RENDERED["llama 3 after other text"] + "Hi.<|eot_id|>":
+        rows.append({"prompt": f"What does this mean?\n```\n{example}```", **PAIR})
+        rows.append({"prompt": [{"role": "user", "content": f"{example}\nExplain this."}], **PAIR})
+    assert prepare(Dataset.from_list(rows), build_tokenizer("chatml"), TokenizeSettings()).report.used == 10
     with pytest.raises(SimpoError, match="chosen is rendered"):
         row = {"prompt": "Hi?", "chosen": "<|im_start|>assistant\nyes<|im_end|>", "rejected": "no"}
         prepare(Dataset.from_list([row]), build_tokenizer("chatml"), TokenizeSettings())

@@ -306,6 +306,8 @@ def _read_conversation(row: Row) -> str | None:
     known = _is_comparison(row) or row.get("completion") is not None
     if known and row.get("prompt") is not None:
         return None
+    if not known and row.get("messages"):
+        raise BadRow(f"ambiguous columns {name} and messages: rename one with column_mapping")
     row["prompt" if known else "messages"] = row.pop(name)
     return f"{name} as {'prompt' if known else 'messages'}"
 
@@ -387,11 +389,12 @@ _OPENING = re.compile(
     r"|<\|START_OF_TURN_TOKEN\|>"
     r"|<\|start\|>\w|<\|channel\|>\w|<\|start_of_role\|>|<extra_id_[01]>|<bos>)"
 )
-# How the assistant's turns begin in these families: in a prompt, wherever it begins.
+# How the assistant's turns begin in these families, at the end of a prompt, perhaps with the tags of reasoning; text
+# about templates has them elsewhere. HelpSteer2's prompts end with the user's turn.
 _ANSWERING = re.compile(
-    r"<\|im_start\|>assistant\n|<\|(?:start_header_id|header_start)\|>assistant<|\[/INST\]\s*\Z|<extra_id_1>Assistant\n"
-    r"|<(?:start_of_turn|\|turn)>model\n|<\|assistant\|>\s*\Z|<\uff5cAssistant\uff5c>|<\|CHATBOT_TOKEN\|>"
-    r"|<\|(?:start|start_of_role)\|>assistant<"
+    r"<extra_id_1>Assistant\n|(?:<\|im_start\|>assistant\n|<\|(?:start_header_id|header_start)\|>assistant<\|\w+\|>"
+    r"|<(?:start_of_turn|\|turn)>model\n|\[/INST\]|<\|assistant\|>|<\uff5cAssistant\uff5c>|<\|CHATBOT_TOKEN\|>"
+    r"|<\|start\|>assistant|<\|start_of_role\|>assistant<\|\w+\|>)(?:\s|</?think>)*\Z"
 )
 _WAITING = re.compile(r"(\n\s*(### ?)?Assistant:|### Response:|\bASSISTANT:)\s*\Z")
 _CUE = re.compile(r"\n\s*Assistant:")
