@@ -99,6 +99,8 @@ def test_classes_of_verdicts_and_unknown_ones(build_tokenizer):
     features = Features({"prompt": text, "response_a": text, "response_b": text, "winner": classes})
     rows = as_dataset(Dataset.from_dict(columns, features=features), "rows")
     assert rows["winner"][:] == ["model_a", "model_b", None]
+    again = as_dataset(Dataset.from_dict(columns, features=features), "rows")
+    assert again._fingerprint == rows._fingerprint  # so that the cache finds it
     tokenizer = build_tokenizer("chatml")
     found = prepare(rows.select([0, 1]), tokenizer, TokenizeSettings()).dataset["response_ids"]
     assert [tokenizer.decode(responses[0]) for responses in found] == ["yes<|im_end|>", "no<|im_end|>"]

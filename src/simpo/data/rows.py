@@ -18,6 +18,8 @@ from decimal import Decimal
 from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import (
     ClassLabel,
     Dataset,
@@ -134,20 +136,17 @@ def with_where(dataset: Dataset, label: str, digest: str) -> Dataset:
 
 
 def _with_class_names(dataset: Dataset) -> Dataset:
-    """``dataset`` with the names of classes instead of their numbers: class 0 may be called "good"."""
-    names = {name: feature.names for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
-    if not names:
-        return dataset
-    features = Features({**dataset.features, **dict.fromkeys(names, Value("string"))})
-    return dataset.with_format(None).map(_class_names, batched=True, features=features, fn_kwargs={"names": names})
+    """``dataset`` with the names of classes instead of their numbers: class 0 may be called "good".
 
-
-def _class_names(columns: Mapping[str, Sequence[Any]], names: Mapping[str, list[str]]) -> dict[str, list[str | None]]:
-    """Names of the classes in a batch; a negative number means that the class is unknown."""
-    return {
-        column: [None if number is None or number < 0 else names[column][number] for number in columns[column]]
-        for column in names
-    }
+    A negative number means that the class is unknown. Only these columns are written anew: data sets may be large.
+    """
+    for name, feature in list(dataset.features.items()):
+        if isinstance(feature, ClassLabel):
+            numbers = dataset.with_format("arrow")[name]
+            known = pc.if_else(pc.less(numbers, 0), pa.scalar(None, numbers.type), numbers)
+            texts = pc.take(pa.array(feature.names, pa.string()), known)
+            dataset = dataset.remove_columns(name).add_column(name, texts)
+    return dataset
 
 
 def check_unicode(text: str) -> None:
