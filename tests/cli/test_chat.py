@@ -136,6 +136,14 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(talk, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_reasoning_that_was_cut_off_stays_in_the_conversation(talk, folder, monkeypatch):
+    decode = "simpo.generation.responses.ResponseText.decode"
+    monkeypatch.setattr(decode, lambda self, prompt, ids: "<think>\nGrass"[: len(ids)])
+    template = AutoTokenizer.from_pretrained(folder).chat_template + "{# <think> </think> #}"
+    code, out, _ = talk("Which color is grass?", "Go on.", chat_template=template)
+    assert code == 0 and out.count("[stopped at max_new_tokens 12]") == 2
+
+
 def test_mistakes_end_in_one_line(talk, folder, tmp_path):
     for options, said in (
         ({"chat_template": "none"}, "no chat template; give one with chat_template"),

@@ -21,7 +21,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from simpo.data.settings import TokenizeSettings
+from simpo.data.chat_template import ChatTemplate
+from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.tokenizing import Comparisons, Conversations
 
 SPEC = importlib.util.find_spec("trl")
@@ -342,3 +343,19 @@ def test_the_text_of_a_token_stays_text_in_every_field(paths):
                 assert added_ids(tokenizer, found) == added_ids(tokenizer, expected), f"{path.stem}, {token}, {field}"
                 compared += 1
     assert compared > 20 * len(paths)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen3", {"enable_thinking"}),
+        ("qwen3_5_think", {"add_vision_id", "enable_thinking"}),
+        ("deepseekv3", set()),
+        ("gptoss", {"builtin_tools", "model_identity", "reasoning_effort"}),
+        ("llama3_2", {"custom_tools", "date_string", "tools_in_user_message"}),
+    ],
+)
+def test_options_are_the_documented_ones(name, expected):
+    """And not names of the template's own, such as Qwen3's content and reasoning_content."""
+    tokenizer = tokenizer_of(FOLDER / f"{name}.jinja")
+    assert ChatTemplate(tokenizer, RenderSettings()).options - {"bos_token"} == expected

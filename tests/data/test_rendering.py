@@ -315,6 +315,9 @@ def test_reasoning_that_does_not_end_is_a_bad_row(tokenizer, build_tokenizer):
     """As of a sampled answer that was cut off: the template would close an empty reasoning before it."""
     with pytest.raises(SimpoError, match=r"rows.jsonl:1: reasoning that does not end"):
         pairs(tokenizer, pair("<think>\nTwo and"))
+    earlier = [user("2 and 2?"), assistant("<think>\nTwo and"), user("Go on.")]  # as in a chat: context is not scored
+    assert pairs(tokenizer, pair(prompt=earlier))[0][0][0] == fed(tokenizer, earlier)
+    assert prepare_prompts(json_rows({"prompt": earlier}), tokenizer).prompts[0].content == earlier
     plain = build_tokenizer("chatml")  # whose template does not know reasoning, so that this is text
     assert pairs(plain, pair("<think>\nTwo and"))[0][0][1][0] == "<think>\nTwo and<|im_end|>"
 

@@ -98,6 +98,16 @@ def test_reasoning_and_variables_of_the_template_in_columns_of_their_own_are_cou
     assert not report(chatml, PAIR | {"messages": talk(QUESTION, "It is Paris.")}).ignored  # not only a variable
 
 
+def test_a_column_named_like_a_variable_of_the_templates_own_is_not_counted(chatml):
+    """Assigned in a branch, as Qwen3's ``content``; one that is tested for being given is an option all the same."""
+    own = "{% if messages[1:] %}{% set content, role = '', '' %}{% endif %}"
+    own += "{% macro quoted(text) %}{{ text | default('') }}{% endmacro %}{{ quoted(content) + (role or '') }}"
+    given = "{% if shout is not defined %}{% set shout = false %}{% endif %}{{ 'LOUD' if shout }}"
+    chatml.chat_template = own + given + CHATML
+    found = report(chatml, PAIR | dict.fromkeys(("content", "role", "text", "shout"), "x"))
+    assert list(found.ignored) == ["column 'shout', a variable of the chat template; put it into chat_template_kwargs"]
+
+
 def test_system_prompts_of_single_responses_are_counted(chatml):
     """UltraFeedback's responses were generated with different ones, of which a comparison has no place for any."""
     made = [{"response": text, "overall_score": n, "custom_system_prompt": f"Be {n}."} for n, text in enumerate("ab")]

@@ -55,6 +55,22 @@ def test_a_policys_score_is_its_mean_log_probability(chat_world):
             assert score == pytest.approx(answer.mean().item(), abs=1e-5)
 
 
+@torch.no_grad()
+def test_reasoning_that_was_cut_off_is_scored_as_it_is(chat_world, tmp_path):
+    """Though a template that knows reasoning makes it a bad row of training data."""
+    folder = shutil.copytree(chat_world / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template += "{# <think> </think> #}"
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    row = Answers("p", "What is 1 and 2?", ("<think> It is 3", "It is 3."))
+    (scores,) = make_scorer(f"logp:{folder}", JudgeOptions()).score([row])
+    for response, score in zip(row.responses, scores, strict=True):
+        ids, start = ids_of(tokenizer, row, response)
+        logps = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        assert score == pytest.approx(logps[range(start - 1, len(ids) - 1), ids[start:]].mean().item(), abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def write_classifier(chat_world, tmp_path_factory):
     """``write_classifier(labels)``: a folder with a random sequence classifier whose padding is its end of turn."""

@@ -120,6 +120,7 @@ NO_SYSTEM_ROLE = (
 _BLOCK_TAGS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 # Text of a template that names a role: all of it, as in a comparison, or next to the mark that starts a turn.
 _NAMED_ROLE = re.compile(r"\A\s*(\w+)\s*\Z|[>|\]](\w+)")
+_WHETHER_GIVEN = ("defined", "undefined", "default", "d")
 _NO_CONTENT: tuple[dict[str, Any], ...] = ({"content": ""}, {"content": None}, {})
 
 
@@ -170,6 +171,20 @@ class ChatTemplate:
     def variables(self) -> set[str]:
         """Names of the variables that it reads, without those that transformers always gives it."""
         return meta.find_undeclared_variables(self._syntax_tree) - {*RESERVED_KWARGS, "raise_exception", "strftime_now"}
+
+    @cached_property
+    def options(self) -> set[str]:
+        """Names of the variables that it expects to be given, such as ``enable_thinking``.
+
+        A name that it assigns in a branch is one of :attr:`variables`, but is usually its own, such as ``content``;
+        it is an option if the template tests whether it is defined.
+        """
+        names = list(self._syntax_tree.find_all(nodes.Name))
+        parameters = {one.name for one in names if one.ctx == "param"}
+        assigned = {one.name for one in names if one.ctx == "store"}
+        tests = [one for one in self._syntax_tree.find_all((nodes.Test, nodes.Filter)) if one.name in _WHETHER_GIVEN]
+        tested = {one.node.name for one in tests if isinstance(one.node, nodes.Name)}
+        return self.variables - parameters - (assigned - tested)
 
     @cached_property
     def named_roles(self) -> frozenset[str]:

@@ -23,7 +23,6 @@ class GivenAnswers:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end: EndOfTurn) -> None:
         self._bos, self._has_template = tokenizer.bos_token, bool(tokenizer.chat_template)
-        self._knows_tags = "</think>" in str(tokenizer.chat_template)
         # All that the template writes after an answer, such as Phi-3's "<|end|>\n<|endoftext|>", or the token alone.
         whole = r"\s*".join(map(re.escape, end.tail.split()))
         self._ends = re.compile(rf"(?:{'|'.join(filter(None, (whole, re.escape(end.text))))})\s*\Z")
@@ -36,11 +35,9 @@ class GivenAnswers:
         """An answer without the end of turn that it may already include, because the token is added once.
 
         Raises:
-            BadRow: the answer starts with BOS, ends with the text of a token that does not end turns in the chat
-                template, or has reasoning that does not end.
+            BadRow: the answer starts with BOS, or ends with the text of a token that does not end turns in the chat
+                template.
         """
-        if self._knows_tags and content.lstrip().startswith("<think>") and "</think>" not in content:
-            raise BadRow("reasoning that does not end: <think> without </think>")
         while found := self._ends.search(content):
             content = content[: found.start()]
         # "<s>...</s>" inside a text is HTML for struck-through text, not BOS and EOS.
@@ -55,6 +52,12 @@ class GivenAnswers:
                 "the row"
             )
         return content
+
+
+def check_reasoning_ends(answer: str) -> None:
+    """Raise BadRow if an answer opens its reasoning and does not end it."""
+    if answer.lstrip().startswith("<think>") and "</think>" not in answer:
+        raise BadRow("reasoning that does not end: <think> without </think>")
 
 
 def check_not_empty(answer: str) -> None:

@@ -85,6 +85,9 @@ def prepare_prompts(
         max_prompt_length: tokens; a longer prompt is dropped, never cut.
         rendering: how conversations are rendered.
         image_folder: the folder that relative paths of images start from; the working directory if None.
+
+    Raises:
+        SimpoError: as of :func:`simpo.data.tokenizing.prepare`.
     """
     if max_prompt_length is not None and max_prompt_length < 1:
         raise SimpoError(f"max_prompt_length: {max_prompt_length} leaves no room for a prompt")

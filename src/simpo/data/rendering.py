@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from simpo.data.chat_template import NO_SYSTEM_ROLE, SENTINEL, ChatTemplate, EndOfTurn, as_object, end_of_turn
 from simpo.data.encoding import LiteralText
 from simpo.data.formats import Comparison, Conversation
-from simpo.data.given_answers import GivenAnswers, check_not_empty
+from simpo.data.given_answers import GivenAnswers, check_not_empty, check_reasoning_ends
 from simpo.data.messages import (
     IMAGE,
     REASONING,
@@ -104,12 +104,14 @@ class Renderer:
         paper: render as the paper's code did: the prompt without a generation prompt, and as response all
             the rest, assistant header and text after the end-of-turn token included.
         insert_system: put an empty system message first if there is none and the template knows one.
+        whole_answers: refuse answers whose reasoning does not end, because they are trained on; answers that are only
+            scored may have been cut off.
 
     Attributes:
         end: the end of a turn.
         notices: properties of the chat template that a user may not expect, as sentences for the report.
-        roles: that messages may have: the usual ones, and those that the chat template names.
-        variables: that the chat template reads.
+        roles: the roles that messages may have: the usual ones, and those that the chat template names.
+        options: the variables that the chat template expects to be given.
     """
 
     def __init__(
@@ -120,14 +122,15 @@ class Renderer:
         *,
         paper: bool = False,
         insert_system: bool = False,
+        whole_answers: bool = True,
     ) -> None:
         self._literal = literal
         self._settings = settings or RenderSettings()
-        self._paper = paper
+        self._paper, self._whole_answers = paper, whole_answers
         self.end = end_of_turn(tokenizer)
         self.notices: list[str] = []
         self.roles = frozenset(ROLES)
-        self.variables: set[str] = set()
+        self.options: set[str] = set()
         self._given = GivenAnswers(tokenizer, self.end)
         self._cutter: _AnswerCutter | None = None
         self._insert_system = False
@@ -138,7 +141,7 @@ class Renderer:
             template = ChatTemplate(tokenizer, self._settings)
             self.notices = [] if paper else template.notices(self.end)
             self.roles |= template.named_roles
-            self.variables = template.variables
+            self.options = template.options
             added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: -len(item[1].content))
             tokens = {token.content: number for number, token in added if literal.pattern.fullmatch(token.content)}
             self._cutter = _AnswerCutter(template, self.end, tokens)
@@ -220,6 +223,8 @@ class Renderer:
             for messages in as_messages(prompt, rest)
         )
         for message in following:
+            if message["role"] == "assistant" and self._whole_answers and "</think>" in template.source:
+                check_reasoning_ends(message["content"])
             if message["role"] == "assistant" and not (message.get("tool_calls") or reasoning_of(message)):
                 check_not_empty(message["content"])
         if self._settings.system_message == "fold":

@@ -60,6 +60,9 @@ def load_rows(
         config: configuration of a hub data set.
         column_mapping: old name -> new name of columns, as of ``Dataset.rename_columns``.
         any_split: take a single file as any split, because the caller knows what it is for.
+
+    Raises:
+        SimpoError: there is no such file, folder, split, column or hub data set, or it cannot be read.
     """
     path = _path(name)
     try:

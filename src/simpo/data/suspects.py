@@ -19,14 +19,12 @@ _LIST = re.compile(r"""\s*\[\s*(["']).*\1\s*\]\s*""", re.DOTALL)
 _LONG = 20
 
 
-def suspicions(
-    row: Mapping[str, Any], content: Comparison | Conversation, variables: Collection[str] = ()
-) -> list[str]:
+def suspicions(row: Mapping[str, Any], content: Comparison | Conversation, options: Collection[str] = ()) -> list[str]:
     """Status entries (:meth:`simpo.data.rows.DataReport.of`) for what is suspect in a row, read as ``content``.
 
-    ``variables`` are those that the chat template reads, which a row has in ``chat_template_kwargs``.
+    ``options`` are variables of the chat template, which a row has in ``chat_template_kwargs``.
     """
-    lost = [name for name, value in content.extra.items() if name in variables and value is not None]
+    lost = [name for name, value in content.extra.items() if name in options and value is not None]
     return [
         *(
             f"ignored: column {name!r}, a variable of the chat template; put it into chat_template_kwargs"
@@ -42,8 +40,8 @@ def _suspicions(row: Mapping[str, Any], content: Comparison | Conversation) -> I
     for name in ASKED_COLUMNS:
         # Messages that are not read as the prompt may also hold the answer, if one is wanted.
         unread = name == "prompt" or (name in content.extra and (openings or isinstance(row[name], str)))
-        given = texts_of(row.get(name)) if unread else ()
-        if any(_is_lost(text, [*_texts(content), *openings]) for text in given):
+        given = list(texts_of(row.get(name))) if unread else []
+        if given and _any_lost(given, [*_texts(content), *openings]):
             yield f"ignored: column {name!r}, which does not occur in the conversation"
     asked = [content.prompt] if isinstance(content.prompt, str) else _contents(content.prompt, "user")
     if not all(text.strip() for text in asked):
@@ -61,14 +59,19 @@ def _suspicions(row: Mapping[str, Any], content: Comparison | Conversation) -> I
                 yield f"suspect: {better} is not above {worse}"
 
 
-def _is_lost(given: str, texts: list[str]) -> bool:
-    """Whether a ``given`` text has no part in the ``texts`` that were read from its row.
+def _any_lost(given: list[str], texts: list[str]) -> bool:
+    """Whether one of the ``given`` texts has no part in the ``texts`` that were read from its row.
 
     A prompt that is a transcript has the texts in it, instead of being in one of them.
     """
-    words, *found = (" ".join(text.replace(IMAGE_IN_TEXT, " ").replace(IMAGE, " ").split()) for text in (given, *texts))
-    repeats = is_transcript(given) and any(text in words for text in found if text)
-    return words not in " ".join(found) and not repeats
+    found = list(map(_words, texts))
+    together = " ".join(found)
+    lost = ((text, words) for text, words in zip(given, map(_words, given), strict=True) if words not in together)
+    return any(not is_transcript(text) or not any(one in words for one in found if one) for text, words in lost)
+
+
+def _words(text: str) -> str:
+    return " ".join(text.replace(IMAGE_IN_TEXT, " ").replace(IMAGE, " ").split())
 
 
 def _texts(content: Comparison | Conversation) -> list[str]:

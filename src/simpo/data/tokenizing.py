@@ -61,7 +61,7 @@ NO_PROCESSOR = "images, but no processor; use simpo train, sft or reward, or giv
 UNANSWERED_CUT = "messages after the last answer"
 _STATUS = "_status"
 # Part of every fingerprint: raise it when the ids or the statuses of the same rows and settings change.
-_FORMAT = 14
+_FORMAT = 15
 _BATCH = 256
 _EXAMINED = 1000  # rows examined for a known shape before the work starts
 # Starting processes takes longer than tokenizing fewer rows than this.
@@ -95,6 +95,10 @@ def prepare(
             is rendered with it.
         settings: lengths, truncation and how to treat bad rows.
         label: names the data set in the report and in messages.
+
+    Raises:
+        SimpoError: no row has a known shape, too many rows are bad, none fits, or the tokenizer or its chat template
+            cannot be used.
     """
     prepared = _prepare(Comparisons, dataset, tokenizer, settings, label)
     if "prompt_ids" in dataset.column_names:
@@ -282,7 +286,7 @@ class Tokenization(ABC):
         values = {**self.values(content), "where": where, "extra": as_json(content.extra)}
         drafts = [_Draft(rendered, {**values, **own}, list(rendered.status)) for rendered, own in illustrated]
         # Reported once for each row.
-        noticed = suspicions(row, content, self.renderer.variables)
+        noticed = suspicions(row, content, self.renderer.options)
         drafts[0].status[:0] = [*([f"read: {read}"] if read else []), *noticed]
         return drafts
 

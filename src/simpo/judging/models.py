@@ -40,7 +40,7 @@ class AnswerTokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._encoder = Encoder(tokenizer)
-        self._renderer = Renderer(tokenizer, self._encoder.literal)
+        self._renderer = Renderer(tokenizer, self._encoder.literal, whole_answers=False)
         self._end = self._renderer.end
 
     def encode(self, rows: Sequence[Answers], limits: Limits) -> list[TokenizedComparison]:
