@@ -63,17 +63,7 @@ def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] 
         identity = {"responses": fingerprint(records), **annotator.identity}
         identity |= {"strip_thinking": True} if arguments.options.strip_thinking else {}
         shown = ShownAnswers(arguments.options.strip_thinking)
-        rows = [
-            Answers(
-                row["id"],
-                row["prompt"],
-                [shown(text) for text in row["responses"]],
-                context_of(row),
-                row.get("extra", {}),
-                str(row.get("where", "")),
-            )
-            for row in records
-        ]
+        rows = [_answers(row, shown) for row in records]
         if not run.finished:
             annotator.check(rows)
             annotator.prepare()
@@ -123,6 +113,11 @@ def read_responses(path: Path) -> list[Record]:
         if not isinstance(record.get("extra", {}), dict):
             raise SimpoError(f"{path}:{number}: extra: expected a mapping of the row's other columns")
     return records
+
+
+def _answers(row: Record, shown: ShownAnswers) -> Answers:
+    texts = [shown(text) for text in row["responses"]]
+    return Answers(row["id"], row["prompt"], texts, context_of(row), row.get("extra", {}), str(row.get("where") or ""))
 
 
 def _score(
