@@ -473,10 +473,11 @@ def test_texts_in_the_models_own_template_are_noticed(tokenizer):
 def test_questions_about_special_tokens_are_text(build_tokenizer):
     rows = [{"prompt": text, **PAIR} for text in ("What is <|im_start|>?", "Is <s> HTML?", "<s>old</s>", "<|im_end|>")]
     rows += [{"prompt": text, **PAIR} for text in ("Does [/INST] end it?", "Is <|im_start|>assistant a header?")]
-    for example in RENDERED["after other text"], RENDERED["llama 3 after other text"] + "Hi.<|eot_id|>":
-        rows.append({"prompt": f"What does this mean?\n```\n{example}```", **PAIR})
-        rows.append({"prompt": [{"role": "user", "content": f"{example}\nExplain this."}], **PAIR})
-    assert prepare(Dataset.from_list(rows), build_tokenizer("chatml"), TokenizeSettings()).report.used == 10
+    examples = RENDERED["after other text"], RENDERED["llama 3 after other text"] + "Hi.<|eot_id|>"
+    rows += [{"prompt": f"What does this mean?\n```\n{example}```", **PAIR} for example in examples]
+    assert prepare(Dataset.from_list(rows), build_tokenizer("chatml"), TokenizeSettings()).report.used == 8
+    rows = [{"prompt": chat(f"{example}\nExplain this."), **PAIR} for example in examples]
+    assert prepare(Dataset.from_list(rows), build_tokenizer("chatml"), TokenizeSettings()).report.used == 2
     with pytest.raises(SimpoError, match="chosen is rendered"):
         row = {"prompt": "Hi?", "chosen": "<|im_start|>assistant\nyes<|im_end|>", "rejected": "no"}
         prepare(Dataset.from_list([row]), build_tokenizer("chatml"), TokenizeSettings())
