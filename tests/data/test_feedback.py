@@ -101,6 +101,8 @@ def test_classes_of_verdicts_and_unknown_ones(build_tokenizer):
     assert rows["winner"][:] == ["model_a", "model_b", None]
     again = as_dataset(Dataset.from_dict(columns, features=features), "rows")
     assert again._fingerprint == rows._fingerprint  # so that the cache finds it
+    alone = Dataset.from_dict({"winner": [1]}, features=Features({"winner": classes}))
+    assert as_dataset(alone, "rows")[:] == {"winner": ["model_a"]}
     tokenizer = build_tokenizer("chatml")
     found = prepare(rows.select([0, 1]), tokenizer, TokenizeSettings()).dataset["response_ids"]
     assert [tokenizer.decode(responses[0]) for responses in found] == ["yes<|im_end|>", "no<|im_end|>"]

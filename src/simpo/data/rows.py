@@ -145,7 +145,8 @@ def _with_class_names(dataset: Dataset) -> Dataset:
             numbers = dataset.with_format("arrow")[name]
             known = pc.if_else(pc.less(numbers, 0), pa.scalar(None, numbers.type), numbers)
             texts = pc.take(pa.array(feature.names, pa.string()), known)
-            dataset = dataset.remove_columns(name).add_column(name, texts)
+            numbered = f"{name} (number)"  # removed last, because a data set without columns has no rows
+            dataset = dataset.rename_column(name, numbered).add_column(name, texts).remove_columns(numbered)
     return dataset
 
 
