@@ -115,11 +115,11 @@ def test_a_server_that_fails_is_reported_and_the_item_can_be_judged_again(browse
     served.start()
     judge, failed = Session.judge, []
 
-    def fails_once(self, vote):
+    def fails_once(self, vote, key):
         if not failed:
             failed.append(vote)
             raise RuntimeError("planted")
-        return judge(self, vote)
+        return judge(self, vote, key)
 
     monkeypatch.setattr(Session, "judge", fails_once)
     page = browser.open(f"{served.url}&labeler=ann")

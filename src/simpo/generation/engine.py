@@ -165,7 +165,11 @@ class TransformersEngine:
                     self.model(input_ids=ids[:1, -1:].to(device), use_cache=False)
             try:
                 found = self.model.generate(
-                    input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=configuration, **options
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    generation_config=configuration,
+                    synced_gpus=False,  # every rank has whole weights, and generates as often as its prompts require
+                    **options,
                 )
             except RuntimeError as error:
                 if "probability tensor" not in str(error):
