@@ -270,10 +270,10 @@ gradient. [Which path a model takes](training.md#which-path-a-model-takes) has t
   other, and keeps a state for each of them until the backward pass. With the 64 heads of size 128 of MiniMax-Text-01,
   this is a million numbers per token and layer, where the hidden state has 6,144. MiniMax-M2 and M3 have attention
   only, and are packed.
-- **DeepSeek-V4** (`deepseek_v4`) is padded. Its compressors close a window every few tokens, counted from the start of
-  a row, so padding in front of a prompt shifts all windows and becomes part of one. Its cache is exact (1e-6) when one
-  comparison is computed at a time, which needs no such padding; a cached path with a forward pass for each comparison
-  is not implemented.
+- **DeepSeek-V4** (`deepseek_v4`) is padded. Its compressors close a window every few tokens, counted from the start
+  of a row, so padding in front of a prompt shifts all windows and becomes part of one. Its cache needs no such
+  padding when one comparison is computed at a time; a cached path with a forward pass for each comparison is not
+  implemented.
 - **Kernels with `cu_seqlens`** (flash-linear-attention, causal-conv1d, mamba-ssm), which take sequences of different
   lengths without padding, are not selected: they need CUDA, and nothing here could verify what they compute. Hybrid
   and state-space models take the cached path on every device. Where such a package is installed, transformers itself

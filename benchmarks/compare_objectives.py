@@ -108,6 +108,11 @@ def _compare(options: argparse.Namespace) -> int:
     bench = Bench(options.model, options.output_dir, texts, shared)
     table = {label: tuned(label, keys, options.learning_rates, options.seeds, bench) for label, keys in rows.items()}
     print("\n".join(report(table, bench.clusters)))
+    average, total, longer = bench.held_out.start_preferences()[-len(bench.clusters) :].mean(axis=0)
+    print(
+        f"start model: the chosen response has the higher average log-probability in {average:.3f} of these pairs, the "
+        f"higher sum in {total:.3f}; it has more tokens in {longer:.3f}"
+    )
     return 0
 
 

@@ -79,6 +79,15 @@ class HeldOut:
                 logps = fused_logprobs(states.hidden, states.head, on_device.targets)
                 self._batches.append((on_device, states, responses_of(on_device, logps)))
 
+    def start_preferences(self) -> np.ndarray:
+        """``[pairs, 3]``, whether the chosen response of a pair has the higher average log-probability under the start
+        model, the higher sum of log-probabilities, and more tokens.
+        """
+        found = [(before.avg, before.logp, before.length) for *_, before in self._batches]
+        return torch.cat([torch.stack([one[0::2] > one[1::2] for one in each], dim=1) for each in found]).numpy(
+            force=True
+        )
+
     @torch.no_grad()
     def measure(self, trained: PreTrainedModel, objective: Objective, step_seconds: float) -> Measured:
         """Compare a trained model with the start model; rewards are those of ``objective``."""
@@ -157,7 +166,7 @@ class Bench:
         prompts = [tuple(pair.prompt_ids) for pair in pairs[len(texts["tuning"]) :]]
         # Pairs with the same prompt are not independent: they are one item of the bootstrap.
         self.clusters = np.unique([str(prompt) for prompt in prompts], return_inverse=True)[1]
-        self._held_out = HeldOut(load_model(model).to(PreferenceConfig(str(folder / _TRAINER)).device), pairs)
+        self.held_out = HeldOut(load_model(model).to(PreferenceConfig(str(folder / _TRAINER)).device), pairs)
 
     def preference(self, measured: Measured) -> tuple[float, float]:
         """Larger for the better learning rate: the more accurate run or, of equals, the one that moved less."""
@@ -176,6 +185,6 @@ class Bench:
                 trainer, seconds = train(start, self._tokenizer, self._rows, given, trained_in)
             except SimpoError as error:
                 return str(error)
-            measured = self._held_out.measure(trainer.model, trainer.objective, seconds)
+            measured = self.held_out.measure(trainer.model, trainer.objective, seconds)
             write_text(path, json.dumps(asdict(measured)))
         return Measured(**json.loads(path.read_text()))

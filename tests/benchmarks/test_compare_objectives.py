@@ -45,13 +45,14 @@ def test_what_is_measured_agrees_with_the_models(folder):
     bench = HeldOut(AutoModelForCausalLM.from_pretrained(name), comparisons_of(held_out, range(6)))
     trainer, seconds = train(given, tokenizer, Dataset.from_list(make_pairs(12, 0)), keys, folder / "out")
     found = bench.measure(trainer.model, trainer.objective, seconds)
+    preferences = bench.start_preferences()
     trainer.save_model(str(folder / "trained"))
     trained = AutoModelForCausalLM.from_pretrained(folder / "trained")
 
     for number, row in enumerate(rows):
         turns = [{"role": "user", "content": row["prompt"]}]
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        ratios, changes, divergences = [], [], []
+        ratios, changes, divergences, starts = [], [], [], []
         for side in ("chosen", "rejected"):
             response = [*tokenizer(row[side], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             ids = torch.tensor([prompt + response])
@@ -59,10 +60,13 @@ def test_what_is_measured_agrees_with_the_models(folder):
                 before, after = (
                     model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for model in (start, trained)
                 )
+            own = before.gather(1, torch.tensor(response)[:, None])
+            starts.append((own.mean(), own.sum(), len(response)))
             change = (after - before).gather(1, torch.tensor(response)[:, None]).squeeze(1)
             ratios.append(change.sum().item())
             changes.append(change.mean().item())
             divergences += (after.exp() * (after - before)).sum(-1).tolist()
+        assert preferences[number].tolist() == [bool(one > other) for one, other in zip(*starts, strict=True)]
         assert found.correct[number] == (ratios[0] > ratios[1])
         assert found.apart[number] == (changes[0] > changes[1])
         assert found.chosen[number] == pytest.approx(changes[0], rel=1e-3, abs=1e-5)

@@ -87,7 +87,7 @@ def prepare_prompts(
         image_folder: the folder that relative paths of images start from; the working directory if None.
 
     Raises:
-        SimpoError: as of :func:`simpo.data.tokenizing.prepare`.
+        SimpoError: as :func:`simpo.data.tokenizing.prepare`, or a length that leaves no room for a prompt.
     """
     if max_prompt_length is not None and max_prompt_length < 1:
         raise SimpoError(f"max_prompt_length: {max_prompt_length} leaves no room for a prompt")
@@ -155,7 +155,7 @@ def read_prompts(dataset: Dataset) -> tuple[list[PlainPrompt], DataReport]:
 
 
 def columns_identity(prompts: Iterable[PlainPrompt]) -> dict[str, str]:
-    """The part of a run's identity that other columns than the prompts are: their digest, or nothing without any."""
+    """The part of a run's identity that depends on the prompts' other columns: their digest, or nothing without any."""
     columns = [prompt.extra for prompt in prompts]
     return {"columns": fingerprint(columns)} if any(columns) else {}
 

@@ -147,8 +147,8 @@ def fit_turns(
 
     The first turns of the assistant are kept, as many as fit; if not even the first one fits, it is fitted alone.
 
-    ``response`` are the ids of all that follows the prompt, up to the end of the last answer, and ``ends`` says for
-    every answer how many of them there are up to its end. The rest is as in :func:`fit`, with one response.
+    ``response`` are the ids of all that follows the prompt, up to the end of the last answer, and ``ends`` has, for
+    every answer, how many of them there are up to its end. The rest is as in :func:`fit`, with one response.
     """
     if settings.truncation == "drop":
         return fit(prompt, [response], settings, bos)

@@ -60,14 +60,18 @@ def _suspicions(row: Mapping[str, Any], content: Comparison | Conversation) -> I
 
 
 def _any_lost(given: list[str], texts: list[str]) -> bool:
-    """Whether one of the ``given`` texts has no part in the ``texts`` that were read from its row.
+    """Whether one of the ``given`` texts does not occur in the ``texts`` that were read from its row.
 
-    A prompt that is a transcript has the texts in it, instead of being in one of them.
+    A prompt that is a transcript occurs in none of them, but contains some.
     """
-    found = list(map(_words, texts))
-    together = " ".join(found)
-    lost = ((text, words) for text, words in zip(given, map(_words, given), strict=True) if words not in together)
-    return any(not is_transcript(text) or not any(one in words for one in found if one) for text, words in lost)
+    read = [words for text in texts if (words := _words(text))]
+    joined = " ".join(read)
+    for text in given:
+        words = _words(text)
+        contains_some = is_transcript(text) and any(part in words for part in read)
+        if words not in joined and not contains_some:
+            return True
+    return False
 
 
 def _words(text: str) -> str:

@@ -56,7 +56,7 @@ def sample_chunks(
 ) -> Iterator[Record]:
     """Generate some of the :func:`missing_chunks`; yields the record of each, as it is stored.
 
-    ``images`` returns those of a prompt by its index; None if no prompt has any.
+    ``images`` returns the images of the prompt with an index; None if no prompt has any.
     """
     for number, chunk in chunks:
         ids, seed = [prompts[index] for index in chunk], derived_seed(settings.seed, number)

@@ -86,7 +86,7 @@ class OnlineTrainer(PreferenceTrainer):
         annotator: scores the answers; can also be set as an attribute before training.
         gold_annotator: scores the same answers for ``rollout/gold``, without effect on the training.
         engine: samples the answers with the model as it is (default: transformers' ``generate``).
-        loading: of the model; ``trust_remote_code`` and ``allow_pickle`` apply to ``value_model``, too.
+        loading: how the model was loaded; its ``trust_remote_code`` and ``allow_pickle`` also apply to ``value_model``.
     """
 
     config_type = OnlineConfig  # type: ignore[assignment]

@@ -27,7 +27,7 @@ def sample_answers(
     """The answers to every prompt, on every rank; the ranks share the work, and all must call.
 
     ``prompts`` are token ids, ``images`` as in :func:`~simpo.generation.chunks.sample_chunks`, and ``engine`` holds the
-    trainer's model. Of sharded weights, every rank gets all meanwhile.
+    trainer's model. If the weights are sharded, every rank has all of them meanwhile.
     """
     config = trainer.args
     share = missing_chunks(prompts, settings)[config.process_index :: config.world_size]

@@ -38,7 +38,7 @@ class ValueFunction:
         args: ``value_model`` names a reward model; None: a layer on the policy's states, which starts with values of 0
             and whose loss also trains the policy's other layers.
         tokenizer: of the policy.
-        loading: of the policy; ``trust_remote_code`` and ``allow_pickle`` apply to the reward model, too.
+        loading: how the policy was loaded; ``trust_remote_code`` and ``allow_pickle`` also apply to the reward model.
 
     Raises:
         SimpoError: the reward model cannot be used, or has another vocabulary.
