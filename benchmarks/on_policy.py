@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.best_of_n import best_of_n, best_of_n_kl
 from simpo import cli
-from simpo.analysis.plots import COLORS, STYLE, line, save
+from simpo.analysis.plots import COLORS, STYLE, save
 from simpo.data.prompts import prepare_prompts
 from simpo.data.sources import load_rows
 from simpo.models.loading import load_tokenizer
@@ -186,12 +186,22 @@ def _plot_best_of_n(path: Path, best: dict[str, dict[str, list[Interval]]]) -> N
         for axes, judge in zip(figure.subplots(1, 2), JUDGES, strict=True):
             for color, (chooser, found) in zip(COLORS, best.items(), strict=False):
                 counts = [1 << power for power in range(len(found[judge]))]
-                line(axes, counts, found[judge], color, f"chosen by the {chooser}" + " judge" * (chooser == "exact"))
+                _line(axes, counts, found[judge], color, f"chosen by the {chooser}" + " judge" * (chooser == "exact"))
             axes.set_xscale("log", base=2)
             axes.set_xticks(counts, [f"{count}\n{best_of_n_kl(count):.1f}" for count in counts])
             axes.set(xlabel="best of N; below: KL from the start at most, nats", ylabel=f"score by {judge}")
             axes.legend(frameon=False)
         save(figure, path)
+
+
+def _line(
+    axes: Axes, places: Sequence[float] | range, found: Sequence[Interval], color: str, label: str, *, scale: float = 1
+) -> None:
+    """Points with their intervals, and a line through them."""
+    values = [scale * one.value for one in found]
+    below = [0.0 if one.low is None else scale * (one.value - one.low) for one in found]
+    above = [0.0 if one.high is None else scale * (one.high - one.value) for one in found]
+    axes.errorbar(places, values, [below, above], color=color, marker="o", capsize=3, linewidth=1.4, label=label)
 
 
 def _plot_rounds(path: Path, curves: dict[str, list[dict[str, object]]]) -> None:
@@ -202,7 +212,7 @@ def _plot_rounds(path: Path, curves: dict[str, list[dict[str, object]]]) -> None
             chosen = [point for point in curves[annotated_by] if point["temperature"] == temperature]
             places = [point["kl"].value for point in chosen]
             values = [point["scores"][judge] for point in chosen]
-            line(axes, places, values, color, f"temperature {temperature}")
+            _line(axes, places, values, color, f"temperature {temperature}")
             if temperature == 1:
                 for point, x, y in zip(chosen, places, values, strict=True):
                     axes.annotate(str(point["round"]), (x, y.value), (4, -11), textcoords="offset points")

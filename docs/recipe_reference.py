@@ -22,8 +22,8 @@ from simpo.training.online_config import OnlineConfig
 from simpo.training.reward import RewardConfig
 from simpo.training.settings import UNSUPPORTED, DataArguments, TrainingSettings
 from simpo.training.sft import SFTConfig
+from simpo.workflows.loop import LoopSettings
 from simpo.workflows.pair import PairSettings
-from simpo.workflows.rounds import LoopSettings
 
 PAGE = Path(__file__).with_name("recipe-reference.md")
 

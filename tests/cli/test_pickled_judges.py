@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from simpo import cli
 from simpo.generation.settings import SamplingSettings
 from simpo.models.settings import ModelArguments
-from simpo.workflows.loop import _judge_options
+from simpo.workflows.loop import LoopRecipe, LoopSettings, _judge_options
 from simpo.workflows.pair import PairSettings
-from simpo.workflows.rounds import LoopRecipe, LoopSettings
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Plots of runs, sweeps and loops as PNG files."""
+"""Plots of runs and sweeps as PNG files."""
 
 from __future__ import annotations
 
@@ -36,16 +36,6 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG; the file is complete or absent."""
     with disk_errors(path), staged_files(path.parent) as folder:
         figure.savefig(folder / path.name, dpi=150)
-
-
-def line(
-    axes: Axes, places: Sequence[float] | range, found: Sequence[Interval], color: str, label: str, *, scale: float = 1
-) -> None:
-    """Points with their intervals, and a line through them."""
-    values = [scale * one.value for one in found]
-    below = [0.0 if one.low is None else scale * (one.value - one.low) for one in found]
-    above = [0.0 if one.high is None else scale * (one.high - one.value) for one in found]
-    axes.errorbar(places, values, [below, above], color=color, marker="o", capsize=3, linewidth=1.4, label=label)
 
 
 def plot_training(path: Path, logs: Sequence[Mapping[str, Any]], names: Mapping[str, str], title: str) -> None:
@@ -158,26 +148,3 @@ def _places(axes: Axes, values: Sequence[str]) -> list[float]:
     axes.set_xticks(range(len(distinct)), distinct)
     axes.set_xlim(-0.5, len(distinct) - 0.5)
     return [float(distinct.index(value)) for value in values]
-
-
-def plot_rounds(path: Path, win_rates: Mapping[str, Sequence[Interval]], kl: Sequence[Interval]) -> None:
-    """Win rates of a loop over its rounds, one line per judge, and over the distance of each round from the start; PNG.
-
-    Where the judges diverge, the judge that was trained on has been exploited. ``kl`` is in nats.
-    """
-    start = Interval(0.5, None, None, 0, "")  # the start against itself
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.8), layout="constrained")
-        over_rounds, over_kl = figure.subplots(1, 2, sharey=True)
-        for number, (judge, shares) in enumerate(win_rates.items()):
-            color = COLORS[number % len(COLORS)]
-            line(over_rounds, range(len(shares) + 1), [start, *shares], color, judge, scale=100)
-            line(over_kl, [0, *(one.value for one in kl)], [start, *shares], color, judge, scale=100)
-        for axes in (over_rounds, over_kl):
-            axes.axhline(50, color="0.4", linewidth=0.8, linestyle="--")
-        over_rounds.set(
-            xlabel="round (0: the start)", ylabel="win rate against the start, %", xticks=range(len(kl) + 1)
-        )
-        over_kl.set(xlabel="KL from the start, nats per answer")
-        over_rounds.legend(frameon=False, title="judge")
-        save(figure, path)

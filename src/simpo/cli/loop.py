@@ -16,9 +16,8 @@ from simpo.config import parse_settings
 from simpo.generation.settings import SamplingSettings
 from simpo.models.settings import ModelArguments
 from simpo.training.preference import PreferenceConfig
-from simpo.workflows.loop import PLOT, print_loop, run_loop
+from simpo.workflows.loop import LoopRecipe, LoopSettings, print_loop, run_loop
 from simpo.workflows.pair import PairSettings
-from simpo.workflows.rounds import LoopRecipe, LoopSettings
 
 RECIPE_TYPES = (LoopSettings, SamplingSettings, PairSettings, ModelArguments, PreferenceConfig)
 
@@ -36,5 +35,5 @@ def main(argv: list[str]) -> int:
     model = run_loop(recipe, argv=argv, file=recipe_of(argv))
     print_loop(folder)
     print_report(folder)
-    print(f"plot:  {folder / PLOT}\nmodel: {model}\nnext:  simpo chat {shlex.quote(str(model))}")
+    print(f"model: {model}\nnext:  simpo chat {shlex.quote(str(model))}")
     return 0
