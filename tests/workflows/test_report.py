@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import optuna
 import pytest
 from rich.console import Console
 
 from simpo.runs.results import Metric, write_results
 from simpo.workflows.sweep import print_table
-from simpo.workflows.sweep_study import Choices, TrialResult
+from simpo.workflows.sweep_study import Axis
 
 ACCURACY = "eval_rewards/accuracies"
 
 
 def printed(folder, results: dict[str, tuple[float, float, float]]) -> str:
     """The text that is printed for trials with these learning rates and results."""
+    distribution = optuna.distributions.CategoricalDistribution(tuple(results))
     tried = [
-        TrialResult(number, "finished", {"learning_rate": rate}, result[0])
-        for number, (rate, result) in enumerate(results.items())
+        optuna.create_trial(
+            value=result[0], params={"learning_rate": rate}, distributions={"learning_rate": distribution}
+        )
+        for rate, result in results.items()
     ]
+    for number, trial in enumerate(tried):
+        trial.number = number
     metrics = [
         Metric(f"trials/{number:03d}/{ACCURACY}", value, None, 100, low, high, "Wilson 95%")
         for number, (value, low, high) in sorted(enumerate(results.values()), key=lambda item: -item[1][0])
     ]
     write_results(folder, command="sweep", fingerprint="f", metrics=metrics)
     console = Console(record=True, width=200)
-    print_table(folder, tried, (Choices("learning_rate", tuple(results)),), ACCURACY, console)
+    print_table(folder, tried, (Axis("learning_rate", tuple(results)),), ACCURACY, console)
     return console.export_text()
 
 

@@ -7,9 +7,9 @@ import threading
 import pytest
 
 from simpo.errors import SimpoError
-from simpo.workflows.sweep_study import Choices, Range, Study, combinations
+from simpo.workflows.sweep_study import Axis, Study, combinations, values_of
 
-GRID = (Choices("learning_rate", ("3e-7", "1e-6")), Choices("objective", ("simpo", "dpo")))
+GRID = (Axis("learning_rate", ("3e-7", "1e-6")), Axis("objective", ("simpo", "dpo")))
 
 
 @pytest.fixture
@@ -24,63 +24,64 @@ def open_study(tmp_path):
 
 def test_a_grid_is_shared_out_and_every_combination_comes_once(open_study):
     processes = [open_study(), open_study()]
-    leases = [processes[turn % 2].take() for turn in range(4)]
-    assert [lease.number for lease in leases] == [0, 1, 2, 3]
-    assert [lease.values for lease in leases] == list(combinations(GRID))
+    taken = [processes[turn % 2].take() for turn in range(4)]
+    assert [trial.number for trial in taken] == [0, 1, 2, 3]
+    assert [values_of(trial) for trial in taken] == list(combinations(GRID))
     assert processes[0].take() is None
-    for turn, lease in enumerate(leases):
-        processes[turn % 2].finish(lease, turn / 10)
-    assert [trial.value for trial in open_study().results()] == [0.0, 0.1, 0.2, 0.3]
+    for turn, trial in enumerate(taken):
+        processes[turn % 2].end(trial, turn / 10)
+    assert [trial.value for trial in open_study().trials()] == [0.0, 0.1, 0.2, 0.3]
     assert open_study().take() is None
 
 
 def test_a_trial_that_ends_while_another_process_looks_is_not_taken_again(open_study):
     """Its lock is free only when it is no longer marked as running."""
     first, second = open_study(), open_study()
-    lease = first.take()
+    trial = first.take()
     with second.lock:
-        ending = threading.Thread(target=first.finish, args=(lease, 0.5))
+        ending = threading.Thread(target=first.end, args=(trial, 0.5))
         ending.start()
         ending.join(timeout=0.3)
-        assert ending.is_alive() and lease.lock.is_locked  # waits for the study's lock
+        assert ending.is_alive() and first._locks[0].is_locked  # waits for the study's lock
     ending.join()
     assert second.take().number == 1
-    assert [trial.value for trial in second.results()][:2] == [0.5, None]
+    assert [trial.value for trial in second.trials()][:2] == [0.5, None]
 
 
 def test_how_trials_ended_is_kept(open_study):
     study = open_study()
-    study.finish(study.take(), 0.5)
-    study.prune(study.take())
-    study.fail(study.take(), "the loss is not finite")
-    results = open_study().results()
-    assert [trial.state for trial in results] == ["finished", "pruned", "failed", "waiting"]
-    assert results[2].reason == "the loss is not finite"
-    assert results[0].values == {"learning_rate": "3e-7", "objective": "simpo"}
+    study.end(study.take(), 0.5)
+    study.end(study.take(), None, "PRUNED")
+    study.end(study.take(), None, "FAIL", reason="the loss is not finite")
+    trials = open_study().trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "FAIL", "WAITING"]
+    assert trials[2].user_attrs == {"reason": "the loss is not finite"}
+    assert values_of(trials[0]) == {"learning_rate": "3e-7", "objective": "simpo"}
 
 
 def test_a_trial_that_was_left_is_taken_again_before_a_new_one(open_study):
     study = open_study()
     left = study.take()
     assert open_study().take().number == 1  # while it is held, nobody else has it
-    left.lock.release()  # as the kernel does for a killed process
+    study._locks[left.number].release()  # as the kernel does for a killed process
     again = open_study().take()
-    assert (again.number, again.values) == (left.number, left.values)
-    assert len(study.results()) == 4
+    assert (again.number, values_of(again)) == (left.number, values_of(left))
+    assert len(study.trials()) == 4
 
 
 def test_tpe_draws_within_its_ranges_and_no_two_processes_the_same(open_study):
-    axes = (Range("learning_rate", "1e-7", "1e-5", whole=False), Range("seed", "1", "9", whole=True))
+    axes = (Axis("learning_rate", ("1e-7", "1e-5"), float), Axis("seed", ("1", "9"), int))
     processes = [open_study(axes, "tpe", 6), open_study(axes, "tpe", 6)]
-    leases = [processes[turn % 2].take() for turn in range(6)]
-    rates = [float(lease.values["learning_rate"]) for lease in leases]
+    taken = [processes[turn % 2].take() for turn in range(6)]
+    drawn = [values_of(trial) for trial in taken]
+    rates = [float(values["learning_rate"]) for values in drawn]
     assert len(set(rates)) == 6
     assert all(1e-7 <= rate <= 1e-5 for rate in rates)
-    assert all(1 <= int(lease.values["seed"]) <= 9 for lease in leases)
+    assert all(1 <= int(values["seed"]) <= 9 for values in drawn)
     assert processes[1].take() is None
-    for lease, rate in zip(leases, rates, strict=True):
-        processes[0].finish(lease, rate)
-    assert [trial.values for trial in open_study(axes, "tpe", 6).results()] == [lease.values for lease in leases]
+    for turn, (trial, rate) in enumerate(zip(taken, rates, strict=True)):
+        processes[turn % 2].end(trial, rate)
+    assert [values_of(trial) for trial in open_study(axes, "tpe", 6).trials()] == drawn
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 5000, None])
@@ -92,7 +93,7 @@ def test_a_damaged_database_is_one_line(open_study, tmp_path, content):
         content = whole[: len(whole) // 2]
     if not content:
         path.unlink()  # its trials are enqueued again
-        assert len(open_study().results()) == 4
+        assert len(open_study().trials()) == 4
         return
     path.write_bytes(content)
     with pytest.raises(SimpoError, match=r"study\.db is damaged \(remove it"):

@@ -1,15 +1,13 @@
-"""Plots of runs and sweeps as PNG files."""
+"""Plots of a run as PNG files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simpo.runs.atomic import disk_errors, staged_files
@@ -28,8 +26,6 @@ STYLE: Any = {
 }
 
 _MAX_BINS = 40  # of a histogram
-_MAX_TICKS = 10  # a knob with more values than this gets a continuous axis
-_LOGARITHMIC_FROM = 10  # ratio of the largest to the smallest value
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -107,44 +103,3 @@ def plot_lengths(path: Path, lengths: Mapping[str, Sequence[int]], title: str) -
         axes.set(xlabel="tokens of an answer, including the end of turn", ylabel="answers")
         axes.legend(frameon=False)
         save(figure, path)
-
-
-def plot_effects(
-    path: Path, effects: Mapping[str, Sequence[tuple[str, Interval]]], label: str, *, smaller_is_better: bool = False
-) -> None:
-    """A panel for every knob of a sweep: each trial is a point over its value; a line joins the best of every value.
-
-    ``effects`` has, for every knob, the value and the result of each trial, with its interval where it has one.
-    """
-    better = min if smaller_is_better else max
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1 + 3.2 * len(effects), 3.4), layout="constrained")
-        panels = figure.subplots(1, len(effects), squeeze=False, sharey=True)[0]
-        for axes, (knob, trials) in zip(panels, effects.items(), strict=True):
-            places = _places(axes, [value for value, _ in trials])
-            axes.plot(places, [result.value for _, result in trials], "o", color=AFTER, alpha=0.5, label="a trial")
-            best: dict[float, float] = {}
-            for place, (_, result) in zip(places, trials, strict=True):
-                best[place] = better(best.get(place, result.value), result.value)
-                if result.low is not None:
-                    axes.vlines(place, result.low, result.high, color=AFTER, alpha=0.3)
-            axes.plot(*zip(*sorted(best.items()), strict=True), color=BEFORE, label="best trial of the value")
-            axes.set_xlabel(knob)
-        panels[0].set_ylabel(label)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
-        save(figure, path)
-
-
-def _places(axes: Axes, values: Sequence[str]) -> list[float]:
-    """Positions of the values on the horizontal axis, which is set up for them: a few side by side, many to scale."""
-    numbers: dict[str, float] = {}
-    with suppress(ValueError):
-        numbers = {value: float(value) for value in values}
-    distinct = sorted(set(values), key=lambda value: numbers[value]) if numbers else list(dict.fromkeys(values))
-    if numbers and len(distinct) > _MAX_TICKS:
-        low, high = numbers[distinct[0]], numbers[distinct[-1]]
-        axes.set_xscale("log" if low > 0 and high / low >= _LOGARITHMIC_FROM else "linear")
-        return [numbers[value] for value in values]
-    axes.set_xticks(range(len(distinct)), distinct)
-    axes.set_xlim(-0.5, len(distinct) - 0.5)
-    return [float(distinct.index(value)) for value in values]

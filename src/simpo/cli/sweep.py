@@ -29,8 +29,8 @@ from simpo.training.configs import PreferenceConfig
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob
 from simpo.training.settings import DataArguments
-from simpo.workflows.sweep import BEST, EFFECTS, SMALLER_IS_BETTER, Sweep, print_sweep, run_sweep
-from simpo.workflows.sweep_study import Choices, combinations, load_optuna, read_axes
+from simpo.workflows.sweep import BEST, SMALLER_IS_BETTER, Sweep, print_sweep, run_sweep
+from simpo.workflows.sweep_study import Axis, combinations, load_optuna, read_axes
 
 _TPE_TRIALS = 20
 _METRICS = [name.removeprefix("eval_") for name in SMALLER_IS_BETTER]
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         results = run_sweep(sweep, recipe)
     if results is not None:
         best = print_sweep(sweep)
-        print(f"best recipe: {sweep.folder / BEST}\nbest model:  {best}\nplot:        {sweep.folder / EFFECTS}")
+        print(f"best recipe: {sweep.folder / BEST}\nbest model:  {best}")
         print_report(sweep.folder)
         print(f"next:        simpo chat {shlex.quote(str(best))}")
     return 0
@@ -120,8 +120,8 @@ def _keys(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _trials(sampler: str, asked: int | None, axes: Sequence[Any]) -> int:
-    ranges = [axis.key for axis in axes if not isinstance(axis, Choices)]
+def _trials(sampler: str, asked: int | None, axes: Sequence[Axis]) -> int:
+    ranges = [axis.key for axis in axes if axis.range_of is not None]
     if sampler == "tpe":
         if asked is not None and asked < 1:
             raise SimpoError(f"--trials: must be at least 1, not {asked}")

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.text import Text
 from transformers import Trainer, TrainerControl, TrainerState
 
-from simpo.analysis.plots import plot_effects
 from simpo.errors import SimpoError
 from simpo.models.checkpoint import model_digest
 from simpo.models.devices import free_memory
@@ -37,15 +36,15 @@ from simpo.workflows.sweep_study import (
     Axis,
     Sampler,
     Study,
-    TrialLease,
-    TrialResult,
     Values,
     combinations,
-    format_values,
+    load_optuna,
     one_at_a_time,
+    values_of,
 )
 
-BEST, EFFECTS = "best.yaml", "effects.png"
+BEST = "best.yaml"
+_UNFINISHED = {"PRUNED": "pruned", "FAIL": "failed"}  # how a trial may end, by its state in Optuna
 WIN_RATE = "eval_generations/win_rate"  # only of evaluations during training
 # Held-out metrics that tell better trials from worse ones, and whether smaller is better.
 SMALLER_IS_BETTER = {
@@ -98,7 +97,7 @@ class Sweep:
 
 
 def run_sweep(sweep: Sweep, recipe: Mapping[str, Any]) -> Path | None:
-    """Run the trials that are left; the process that finishes the last one writes table, best recipe and plot.
+    """Run the trials that are left; the process that finishes the last one writes results and best recipe.
 
     The same call continues a sweep that was killed and leaves a finished one as it is. Several processes may run the
     same sweep at the same time and share its trials. ``recipe`` has the keys and values as written. Returns the path of
@@ -118,10 +117,10 @@ def run_sweep(sweep: Sweep, recipe: Mapping[str, Any]) -> Path | None:
                 return sweep.folder / FILE_NAME
             log(f"{sweep.trials} trials ({sweep.sampler}): {'; '.join(map(str, sweep.axes))}")
             study = sweep.study()
-            while (lease := study.take()) is not None:
-                _run_trial(sweep, study, lease, log)
+            while (trial := study.take()) is not None:
+                _run_trial(sweep, study, trial, log)
                 free_memory()  # after the exception of a failed trial, which refers to its model, has been dropped
-            running = sum(result.state == "running" for result in study.results())
+            running = sum(trial.state.name == "RUNNING" for trial in study.trials())
             if running:
                 log(
                     f"{running} trials are running in other processes, the last of which will write the results; if "
@@ -187,15 +186,11 @@ def _contents(sweep: Sweep, jobs: Sequence[TrainingJob]) -> dict[str, str]:
 # ---- One trial.
 
 
-class _Pruned(Exception):  # noqa: N818 - not an error
-    """The trial was stopped because others were better at the same step."""
-
-
 class _TrialCallback(RunCallback):
-    """Checks before training that the sweep's metric exists, and stops a trial if ``report`` asks to prune it."""
+    """Checks before training that the sweep's metric exists, and reports evaluations to ``trial``, if it is given."""
 
-    def __init__(self, metric: str, report: Callable[[float, int], bool] | None) -> None:
-        self._metric, self._report = metric, report
+    def __init__(self, metric: str, trial: Any | None) -> None:
+        self._metric, self._trial = metric, trial
 
     def check_trainer(self, trainer: Trainer) -> None:
         """Raise :class:`SimpoError` if the trial's evaluations will not have the metric."""
@@ -208,46 +203,51 @@ class _TrialCallback(RunCallback):
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
     ) -> None:
-        """Report the evaluation."""
-        if self._report is not None and self._report(metrics[self._metric], state.global_step):
-            raise _Pruned(f"after step {state.global_step}")
+        """Report the evaluation; raises Optuna's ``TrialPruned`` if others were better at the same step."""
+        if self._trial is not None:
+            self._trial.report(metrics[self._metric], state.global_step)
+            if self._trial.should_prune():
+                raise load_optuna().TrialPruned(f"after step {state.global_step}")
 
 
-def _run_trial(sweep: Sweep, study: Study, lease: TrialLease, log: Log) -> None:
+def _run_trial(sweep: Sweep, study: Study, trial: Any, log: Log) -> None:
     """Run one trial and record how it ended; if this process is interrupted, the trial stays open."""
-    name = f"trial {lease.number} ({format_values(lease.values)})"
-    folder = study.trial_folder(lease.number)
+    values, folder = values_of(trial), study.folder_of(trial)
+    name = f"trial {trial.number} ({_format(values)})"
     try:
-        for other in study.results():  # TPE may draw the same values again
-            if other.value is not None and other.same_as is None and other.values == lease.values:
+        for other in study.trials():  # TPE may draw the same values again
+            if is_finished(other) and values_of(other) == values:
                 log(f"{name}: same values as trial {other.number}")
-                study.finish(lease, other.value, same_as=other.number)
+                study.end(trial, other.value, same_as=other.number)
                 return
         log(f"{name} in {folder}")
-        job = sweep.read(sweep.arguments(lease.values, folder))
-        callback = _TrialCallback(sweep.metric, partial(study.report, lease) if sweep.prune else None)
+        job = sweep.read(sweep.arguments(values, folder))
+        callback = _TrialCallback(sweep.metric, trial if sweep.prune else None)
         with track_part(f"{sweep.folder.name}-{folder.name}", folder) as trackers:
             callbacks = [*job.callbacks, callback, trackers]
             run_training(PreferenceTrainer, dataclasses.replace(job, callbacks=callbacks))
         value = read_metric(folder, sweep.metric).value
         if value is None:
-            study.fail(lease, f"{sweep.metric} is not a finite number")
-            log(f"{name}: failed: {sweep.metric} is not a finite number")
-        else:
-            study.finish(lease, value)
-            log(f"{name}: {sweep.metric} {value:.4g}")
-    except _Pruned as stop:
-        study.prune(lease)
+            raise SimpoError(f"{sweep.metric} is not a finite number")
+        study.end(trial, value)
+        log(f"{name}: {sweep.metric} {value:.4g}")
+    except study.optuna.TrialPruned as stop:
+        study.end(trial, None, "PRUNED")
         log(f"{name}: pruned {stop}")
     except (torch.OutOfMemoryError, SimpoError) as error:
         # An error of the disk, the hub or a file has a cause, and would end the next trial too.
         if isinstance(error, SimpoError) and (error.__cause__ is not None or not (folder / RECORD).exists()):
             raise
         reason = str(error) if isinstance(error, SimpoError) else f"out of memory: {' '.join(str(error).split())[:200]}"
-        study.fail(lease, reason)
+        study.end(trial, None, "FAIL", reason=reason)
         log(f"{name}: failed: {reason}")
     finally:
-        lease.lock.release()
+        study.release(trial)
+
+
+def _format(values: Values) -> str:
+    """``learning_rate 3e-7, beta 2``."""
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def read_metric(folder: Path, name: str) -> Metric:
@@ -264,87 +264,87 @@ def read_metric(folder: Path, name: str) -> Metric:
 # ---- The results.
 
 
-def rank(results: Sequence[TrialResult], *, smaller_is_better: bool) -> list[TrialResult]:
+def is_finished(trial: Any) -> bool:
+    """Whether an Optuna trial was trained to the end; one that repeats the values of another was not."""
+    return trial.state.name == "COMPLETE" and "same_as" not in trial.user_attrs
+
+
+def rank(trials: Sequence[Any], *, smaller_is_better: bool) -> list[Any]:
     """The finished trials, the best first; among equals the lowest number first. Repeated trials are left out."""
-    finished = [trial for trial in results if trial.value is not None and trial.same_as is None]
+    finished = [trial for trial in trials if is_finished(trial)]
     if not finished:
-        why = next((f"; trial {trial.number}: {trial.reason}" for trial in results if trial.state == "failed"), "")
-        raise SimpoError(f"none of the {len(results)} trials has finished{why}")
+        failed = (trial for trial in trials if "reason" in trial.user_attrs)
+        why = next((f"; trial {trial.number}: {trial.user_attrs['reason']}" for trial in failed), "")
+        raise SimpoError(f"none of the {len(trials)} trials has finished{why}")
     sign = 1 if smaller_is_better else -1
-    return sorted(finished, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+    return sorted(finished, key=lambda trial: (sign * trial.value, trial.number))
 
 
 def _report(sweep: Sweep, study: Study, recipe: Mapping[str, Any]) -> list[Metric]:
-    """Write the best recipe and the plot; returns the metrics: how many trials ended how, the best, and all trials."""
-    results = study.results()
-    ranked = rank(results, smaller_is_better=sweep.smaller_is_better)
-    found = {trial.number: read_metric(study.trial_folder(trial.number), sweep.metric) for trial in ranked}
-    best = ranked[0]
-    _write_best(sweep, best, found[best.number], recipe)
-    effects = {
-        axis.key: [(trial.values[axis.key], found[trial.number].interval) for trial in ranked] for axis in sweep.axes
-    }
-    label = f"{sweep.metric.removeprefix('eval_')}, held out"
-    plot_effects(sweep.folder / EFFECTS, effects, label, smaller_is_better=sweep.smaller_is_better)
-    states = [trial.state for trial in results]
+    """Write the best recipe; returns the metrics: how many trials ended how, the best, and all trials."""
+    trials = study.trials()
+    ranked = rank(trials, smaller_is_better=sweep.smaller_is_better)
+    found = [dataclasses.replace(read_metric(study.folder_of(trial), sweep.metric), stage=None) for trial in ranked]
+    _write_best(sweep, ranked[0], found[0], recipe)
+    states = [trial.state.name for trial in trials]
     return [
         Metric("trials/finished", len(ranked)),
-        *(Metric(f"trials/{state}", states.count(state)) for state in ("pruned", "failed")),
-        Metric("best/trial", best.number),
-        dataclasses.replace(found[best.number], name=f"best/{sweep.metric}", stage=None),
+        *(Metric(f"trials/{name}", states.count(state)) for state, name in _UNFINISHED.items()),
+        Metric("best/trial", ranked[0].number),
+        dataclasses.replace(found[0], name=f"best/{sweep.metric}"),
         *(
-            dataclasses.replace(found[trial.number], name=f"trials/{trial.number:03d}/{sweep.metric}", stage=None)
-            for trial in ranked
+            dataclasses.replace(metric, name=f"trials/{trial.number:03d}/{sweep.metric}")
+            for trial, metric in zip(ranked, found, strict=True)
         ),
     ]
 
 
-def _write_best(sweep: Sweep, best: TrialResult, metric: Metric, recipe: Mapping[str, Any]) -> None:
+def _write_best(sweep: Sweep, best: Any, metric: Metric, recipe: Mapping[str, Any]) -> None:
     """Write the recipe with the best trial's values, without an output folder and without secrets."""
     keys: dict[str, Any] = {key: value for key, value in recipe.items() if key != "output_dir"}
     for key, texts in sweep.fixed.items():
         values = [yaml.safe_load(text) for text in texts]
         keys[key] = values if len(values) > 1 else (values[0] if values else True)
-    keys |= {key: yaml.safe_load(value) for key, value in best.values.items()}
+    keys |= {key: yaml.safe_load(value) for key, value in values_of(best).items()}
     path = sweep.folder / BEST
     text = yaml.safe_dump(redact(keys), sort_keys=False, allow_unicode=True, width=120)
-    head = (
-        f"# Trial {best.number} of a sweep, the best by {metric.name}: {metric.text} ({format_values(best.values)}).\n"
-    )
+    values = _format(values_of(best))
+    head = f"# Trial {best.number} of a sweep, the best by {metric.name}: {metric.text} ({values}).\n"
     write_text(path, f"{head}# simpo train {path} --output_dir DIR\n\n{text}")
 
 
 def print_sweep(sweep: Sweep) -> Path:
     """Print the table of a finished sweep; returns the folder of its best trial, with the model."""
     study = sweep.study()
-    results = study.results()
-    print_table(sweep.folder, results, sweep.axes, sweep.metric)
-    return study.trial_folder(rank(results, smaller_is_better=sweep.smaller_is_better)[0].number)
+    trials = study.trials()
+    print_table(sweep.folder, trials, sweep.axes, sweep.metric)
+    return study.folder_of(rank(trials, smaller_is_better=sweep.smaller_is_better)[0])
 
 
 def print_table(
-    folder: Path, results: Sequence[TrialResult], axes: Sequence[Axis], metric: str, console: Console | None = None
+    folder: Path, trials: Sequence[Any], axes: Sequence[Axis], metric: str, console: Console | None = None
 ) -> None:
     """Print all trials with the metrics of ``folder/results.json``, the best first, and how sure the choice is."""
-    by_name = {f"trials/{trial.number:03d}/{metric}": trial for trial in results}
+    by_name = {f"trials/{trial.number:03d}/{metric}": trial for trial in trials}
     metrics = read_results(folder / FILE_NAME).metrics  # in the order of the ranking
     ranked = [(by_name[found.name], found) for found in metrics if found.name in by_name]
     rows = [(trial, found.text) for trial, found in ranked]
-    rows += [(trial, trial.state) for trial in results if trial.state in ("pruned", "failed")]
+    rows += [(trial, _UNFINISHED[trial.state.name]) for trial in trials if trial.state.name in _UNFINISHED]
     headings = ("trial", *(axis.key for axis in axes), metric.removeprefix("eval_"))
     lines = [
-        (str(trial.number), *(trial.values.get(axis.key, "") for axis in axes), outcome) for trial, outcome in rows
+        (str(trial.number), *(values_of(trial).get(axis.key, "") for axis in axes), outcome) for trial, outcome in rows
     ]
     console = console or Console()
     print_full_width(console, table_of(headings, lines, names=0, title="simpo sweep"))
-    failed = [f"trial {trial.number} failed: {trial.reason}" for trial in results if trial.state == "failed"]
-    repeated = ", ".join(str(trial.number) for trial in results if trial.same_as is not None)
-    notes = [f"drawn with values tried before and not run again: trials {repeated}"] if repeated else []
-    for line in (*_remarks(ranked, axes), *failed, *notes):
-        console.print(Text(line), soft_wrap=True)
+    notes = [*_remarks(ranked, axes)]
+    notes += [f"trial {one.number} failed: {one.user_attrs['reason']}" for one in trials if "reason" in one.user_attrs]
+    if repeated := ", ".join(str(trial.number) for trial in trials if "same_as" in trial.user_attrs):
+        notes.append(f"drawn with values tried before and not run again: trials {repeated}")
+    for note in notes:
+        console.print(Text(note), soft_wrap=True)
 
 
-def _remarks(ranked: Sequence[tuple[TrialResult, Metric]], axes: Sequence[Axis]) -> Iterator[str]:
+def _remarks(ranked: Sequence[tuple[Any, Metric]], axes: Sequence[Axis]) -> Iterator[str]:
     """Remarks on how certain the choice is, and where to search further."""
     best, metric = ranked[0]
 
@@ -361,8 +361,8 @@ def _remarks(ranked: Sequence[tuple[TrialResult, Metric]], axes: Sequence[Axis])
             f"{metric.n} pairs such differences may be chance"
         )
     for axis in axes:
-        end = axis.edge(best.values[axis.key])
-        elsewhere = [other for trial, other in ranked if trial.values[axis.key] != best.values[axis.key]]
-        if end is not None and not any(map(may_be_equal, elsewhere)):
+        value = values_of(best)[axis.key]
+        elsewhere = [other for trial, other in ranked if values_of(trial)[axis.key] != value]
+        if (end := axis.end(value)) is not None and not any(map(may_be_equal, elsewhere)):
             further = "larger" if end == "largest" else "smaller"
-            yield f"{axis.key}: the best, {best.values[axis.key]}, is the {end} that was tried; try {further} ones too"
+            yield f"{axis.key}: the best, {value}, is the {end} that was tried; try {further} ones too"
