@@ -75,7 +75,7 @@ def test_the_exact_judges_win_rate(answers, capsys):
     assert [row["verdicts"]["exact"] for row in verdicts] == points
     assert [row["prompt"] for row in verdicts] == PROMPTS
     printed = capsys.readouterr().out
-    assert "win_rate/exact" in printed and str(answers / "out/differences.md") in printed
+    assert "win_rate/exact" in printed and str(answers / "out/verdicts.jsonl") in printed
     page = (answers / "out/report.html").read_text()
     assert f"report: {answers / 'out/report.html'}" in printed
     controlled = found["length_controlled_win_rate/exact", None]

@@ -97,7 +97,7 @@ def figures(folder):
 def test_preferences_are_those_of_the_judges_probabilities(world, judge, tmp_path, capsys):
     """One request a pair of different answers, in the drawn order, weighed and turned back."""
     with ChatServer(judge) as server:
-        assert main(alpaca(world, server.url, tmp_path / "out", f"--markdown={tmp_path / 'out.md'}")) == 0
+        assert main(alpaca(world, server.url, tmp_path / "out")) == 0
         assert len(server.bodies) == len(QUESTIONS) - 1  # the first answers are identical
     rows = json.loads((tmp_path / "out/annotations.json").read_text())
     assert [row["instruction"] for row in rows] == QUESTIONS and rows[0]["preference"] == 1.5
@@ -114,7 +114,7 @@ def test_preferences_are_those_of_the_judges_probabilities(world, judge, tmp_pat
     assert found["alpaca_eval/win_rate"].value == pytest.approx(100 * mean)
     assert found["alpaca_eval/win_rate"].n == len(rows)
     assert 0 < found["alpaca_eval/length_controlled_winrate"].value < 100
-    assert "44.7" in capsys.readouterr().out and "44.7" in (tmp_path / "out.md").read_text()
+    assert "44.7" in capsys.readouterr().out
 
 
 def test_a_warm_cache_sends_nothing_and_gives_the_same_file(world, judge, tmp_path, capsys):
@@ -137,10 +137,9 @@ def test_annotations_give_the_same_figures_without_a_judge(world, judge, tmp_pat
     with ChatServer(judge) as server:
         assert main(alpaca(world, server.url, tmp_path / "a")) == 0
     command = ["evaluate", "alpaca_eval", f"--annotations={tmp_path / 'a/annotations.json'}"]
-    markdown = [f"--gamed={world / 'gamed.csv'}", f"--markdown={tmp_path / 'b.md'}"]
-    assert main([*command, f"--output_dir={tmp_path / 'b'}", *markdown]) == 0
+    assert main([*command, f"--output_dir={tmp_path / 'b'}", f"--gamed={world / 'gamed.csv'}"]) == 0
     assert figures(tmp_path / "a") == figures(tmp_path / "b")
-    assert "Judge: weighted_tiny\n" in (tmp_path / "b.md").read_text()
+    assert json.loads((tmp_path / "b/run.json").read_text())["identity"]["judge"] == "weighted_tiny"
     assert main([*command, f"--output_dir={tmp_path / 'c'}"]) == 0  # the hub cannot be reached from tests
     assert "no length-controlled win rate" in capsys.readouterr().out
     assert "alpaca_eval/length_controlled_winrate" not in figures(tmp_path / "c")
@@ -429,7 +428,7 @@ def test_a_stopped_run_ends_in_one_line(world, judge, tmp_path, capfd):
 def test_the_key_is_sent_and_in_no_file(world, judge, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "a-key-for-the-judge-alone")
     with ChatServer(judge) as server:
-        assert main(alpaca(world, server.url, tmp_path / "out", f"--markdown={tmp_path / 'out.md'}")) == 0
+        assert main(alpaca(world, server.url, tmp_path / "out")) == 0
     assert set(server.keys) == {"Bearer a-key-for-the-judge-alone"}
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5 and not any(b"a-key-for" in path.read_bytes() for path in files)

@@ -13,16 +13,16 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from simpo.evaluation.alpaca_eval import read_baselines
-from simpo.evaluation.leaderboards import (
+from simpo.evaluation.preferences import (
     STRENGTHS,
     Baselines,
     cross_validated_strength,
+    fit_logistic,
     folds,
     length_controlled,
     predicted_preferences,
     win_rates,
 )
-from simpo.evaluation.preferences import fit_logistic
 
 _DATA = Path(__file__).resolve().parents[2] / "../shared/data/alpaca_eval"
 published = pytest.mark.skipif(not _DATA.is_dir(), reason="the leaderboard's data is not here")

@@ -9,7 +9,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
-from simpo.evaluation.compare import widest_differences, write_differences, write_verdicts
+from simpo.evaluation.compare import write_verdicts
 from simpo.evaluation.preferences import Judged, length_controlled_win_rate, preference_metrics, win_rate_over_prompts
 from simpo.judging.protocol import Pair
 from simpo.judging.registry import make_judge
@@ -146,23 +146,8 @@ def test_three_judges_and_one_without_any_verdict():
     assert found["without_verdict/three"].value == 2
 
 
-def test_the_clearest_verdicts_come_first(tmp_path):
-    given = judged([1, 0, 0.5, 1, 1], [1, 1, 0.5, 1, np.nan], prompts=[0, 1, 2, 3, 3])
-    assert widest_differences(given) == [0, 3]  # the judges contradict each other on 1
-    given.margins["one"] = np.array([2.0, -9.0, 0.0, 5.0, 7.0])
-    assert widest_differences(given) == [3, 0]
-    write_differences(tmp_path / "d.md", given, ("x", "y"))
-    text = (tmp_path / "d.md").read_text()
-    assert text.index("## p3") < text.index("## p0") and "## p2" not in text
-    assert "one: A better (scores +5); two: A better" in text and "```text\nquestion 3\n```" in text
-    write_differences(tmp_path / "d.md", judged([np.nan, 0.5]), ("x", "y"))
-    assert "##" not in (tmp_path / "d.md").read_text()
-
-
-def test_text_cannot_leave_its_fence(tmp_path):
-    given = Judged([Pair("p", "```\n# Not a heading", "a\ud800", "b")], np.array([0]), {"one": np.array([1.0])})
-    write_differences(tmp_path / "d.md", given, ("x", "y"))
-    assert "````text\n```\n# Not a heading\n````" in (tmp_path / "d.md").read_text()
+def test_verdicts_are_written_with_their_answers(tmp_path):
+    given = Judged([Pair("p", "question", "a\ud800", "b")], np.array([0]), {"one": np.array([1.0])})
     write_verdicts(tmp_path / "v.jsonl", given)
     [row] = read_lines(tmp_path / "v.jsonl")
     assert (row["id"], row["a"], row["verdicts"]) == ("p", "a\ud800", {"one": 1.0})

@@ -1,12 +1,10 @@
-"""Published figures and the Markdown export."""
+"""Published figures."""
 
 from __future__ import annotations
 
 import pytest
 
-from simpo.evaluation.runner import published_rows, published_table, write_markdown
-from simpo.runs.folder import RunRecord
-from simpo.runs.results import Metric, write_results
+from simpo.evaluation.runner import published_rows, published_table
 
 
 def test_figures_that_the_paper_and_its_repository_state():
@@ -46,18 +44,3 @@ def test_a_benchmark_without_published_figures_has_no_table():
     assert published_rows("compare")[1] == [] and published_table("compare") is None
     assert published_table("mt_bench").row_count == 4 * 3
     assert published_table("arena_hard").row_count == 6 * 3 - 1
-
-
-@pytest.mark.parametrize(("benchmark", "rows"), [("alpaca_eval", 52), ("ifeval", 0)])
-def test_markdown(tmp_path, benchmark, rows):
-    metrics = [Metric("a|b", 12.5, None, 8, 10.0, 15.0, "by hand"), Metric("c", None), Metric("d", 1.0, "after")]
-    results = write_results(tmp_path, command="evaluate", fingerprint="f" * 64, metrics=metrics)
-    RunRecord("evaluate", {"judge": "gpt-4", "judge_prompt": "d" * 64}).write(tmp_path)
-    write_markdown(results, benchmark, "mine", tmp_path / "out.md")
-    text = (tmp_path / "out.md").read_text()
-    assert "## mine on" in text and "| a\\|b |  | 12.5 | 10 to 15 (by hand) | 8 |" in text and "| c |  | - |" in text
-    assert text.count("| SimPO |") == (rows and 6) and "f" * 64 in text
-    assert "Judge: gpt-4\n" in text and f"judge prompt: `{'d' * 64}`" in text
-    RunRecord("evaluate", {"benchmark": "gsm8k"}).write(tmp_path)
-    write_markdown(results, benchmark, "mine", tmp_path / "out.md")
-    assert "udge" not in (tmp_path / "out.md").read_text().partition("Published")[0]

@@ -149,8 +149,7 @@ def command(model, data, output, *more):
 def test_scores_are_those_of_plain_transformers(write_reward_model, tmp_path, capsys):
     rows = make_rows(3)
     data, folders = write(tmp_path / "test.jsonl", rows), [write_reward_model(seed) for seed in (0, 1)]
-    markdown = tmp_path / "out.md"
-    assert main(command(folders[1], data, tmp_path / "out", f"--against={folders[0]}", f"--markdown={markdown}")) == 0
+    assert main(command(folders[1], data, tmp_path / "out", f"--against={folders[0]}")) == 0
     expected = []
     for folder, name in zip(folders, ("against/scores.jsonl", "scores.jsonl"), strict=True):
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -176,7 +175,7 @@ def test_scores_are_those_of_plain_transformers(write_reward_model, tmp_path, ca
             assert metrics[f"rewardbench/{name}", stage] == pytest.approx(figures[name])
     identity = json.loads((tmp_path / "out/run.json").read_text())["identity"]
     assert identity["model"] != identity["against/model"] and identity["dtype"] == "float32"
-    assert "88.3" in capsys.readouterr().out and "Llama-3.1-70B-Instruct-RM-RB2" in markdown.read_text()
+    assert "88.3" in capsys.readouterr().out
 
 
 def test_a_stopped_run_is_continued(write_reward_model, tmp_path, monkeypatch, capsys):

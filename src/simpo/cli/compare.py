@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from simpo.cli._shared import print_report, require_single_process
 from simpo.config import parse_settings
-from simpo.evaluation.compare import DIFFERENCES, VERDICTS, CompareSettings, compare
+from simpo.evaluation.compare import VERDICTS, CompareSettings, compare
 from simpo.runs.results import Stage, print_results
 
 
@@ -23,6 +23,6 @@ def main(argv: list[str]) -> int:
     headings: dict[Stage | None, str] = {"before": "B", "after": "A"}
     print_results(results, headings=headings)
     print(f"A: {settings.a}\nB: {settings.b}")
-    print(f"verdicts: {settings.output_dir / VERDICTS}\nread:     {settings.output_dir / DIFFERENCES}")
+    print(f"verdicts: {settings.output_dir / VERDICTS}")
     print_report(settings.output_dir)
     return 0

@@ -19,7 +19,7 @@ from simpo.config import setting
 from simpo.data.rows import Row
 from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import Answer, Question, cell, read_by_key, read_rows, write_rows
-from simpo.evaluation.leaderboards import Baselines, length_controlled, win_rates
+from simpo.evaluation.preferences import Baselines, length_controlled, win_rates
 from simpo.evaluation.runner import Benchmark, JudgedBenchmark, JudgedSettings
 from simpo.generation.thinking import after_thinking
 from simpo.judging.presentation import fill, read_prompt_file

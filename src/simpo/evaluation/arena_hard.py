@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
+from scipy.special import expit
 
 from simpo.client import ChatRequest
 from simpo.config import required, setting
 from simpo.data.rows import Row
 from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import Answer, Question, cell, read_answers, read_by_key, write_rows
-from simpo.evaluation.leaderboards import (
-    Version,
-    bootstrap_score,
-    score_over_prompts,
-    style_controlled,
-    style_differences,
-    style_of,
-)
+from simpo.evaluation.preferences import fit_logistic, is_determined
 from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings
 from simpo.generation.settings import SamplingSettings
 from simpo.generation.thinking import after_thinking
@@ -34,6 +29,9 @@ from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric
+from simpo.statistics import Interval, share_interval
+
+Version = Literal["v0.1", "v2"]
 
 _V01 = "arena-hard-v0.1"  # the one category of v0.1
 _O3_MINI = "o3-mini-2025-01-31"
@@ -335,5 +333,86 @@ def _score_in_baseline_style(counted: Sequence[tuple[Judgment, list[float]]]) ->
         for side in zip(*pairs, strict=True)
     )
     worths = np.array([worth for _, worths in counted for worth in worths])
-    models = np.zeros(len(worths), dtype=np.int64)  # only one
-    return float(style_controlled(models, worths, style_differences(*styles)).at_equal[0])
+    return style_controlled_score(worths, style_differences(*styles))
+
+
+# ---- Arena-Hard's scores.
+#
+# The benchmark fits Bradley-Terry strengths by unpenalized logistic regression. Every battle has the baseline on one
+# side, and therefore a model's fitted chance to win is the mean worth of its battles, which is what is computed here.
+
+_RESAMPLES = 100
+_PERCENTILES: dict[Version, tuple[float, float]] = {"v0.1": (2.5, 97.5), "v2": (5, 95)}
+
+
+def bootstrap_score(prompts: Sequence[Sequence[float]], version: Version, seed: int = 42) -> Interval:
+    """The benchmark's score in percent and its bootstrap interval.
+
+    Battles are drawn independently, although those of one prompt, and the three of a strong verdict, are not
+    independent. That makes the interval narrower than stated; :func:`score_over_prompts` is the one to trust. v0.1
+    reports the mean of the battles with the 2.5th and 97.5th percentiles, v2 the mean of the bootstrap means with the
+    5th and 95th.
+
+    ``prompts`` has the worth of each of a prompt's battles, from 0 to 1.
+    """
+    worths = np.concatenate([np.asarray(worths, dtype=np.float64) for worths in prompts])
+    draws = np.random.default_rng(seed).integers(len(worths), size=(_RESAMPLES, len(worths)))
+    means = worths[draws].mean(axis=1)
+    percentiles = _PERCENTILES[version]
+    low, high = np.percentile(means, percentiles)
+    value = worths.mean() if version == "v0.1" else means.mean()
+    method = "bootstrap of battles, {:g} to {:g}%".format(*percentiles)
+    return Interval(100 * float(value), 100 * float(low), 100 * float(high), len(prompts), method)
+
+
+def score_over_prompts(prompts: Sequence[Sequence[float]]) -> Interval:
+    """The mean worth of the battles in percent, with a 95% interval in which a prompt is one observation.
+
+    ``prompts`` has the worth of each of a prompt's battles, at least one each.
+    """
+    found = share_interval([float(np.mean(worths)) for worths in prompts], [len(worths) for worths in prompts])
+    low, high = (None if bound is None else 100 * bound for bound in (found.low, found.high))
+    return Interval(100 * found.value, low, high, found.n, f"over prompts: {found.method}")
+
+
+# ---- Arena-Hard's style control: the score if the model's answers had the style of the baseline's.
+
+_CODE = re.compile(r"```[^`]*```")
+_HEADERS = re.compile(r"^#{1,6}\s", re.MULTILINE)
+_LISTS = re.compile(r"^\s*(?:\d+\.|[-*+])\s", re.MULTILINE)
+_BOLD = re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__")
+
+
+def style_of(text: str, length: int | None = None) -> tuple[int, ...]:
+    """An answer's length, in characters unless given in another unit, and its numbers of headers, list items and bold
+    passages outside code blocks."""
+    prose = _CODE.sub("", text)
+    counts = (len(pattern.findall(prose)) for pattern in (_HEADERS, _LISTS, _BOLD))
+    return len(text) if length is None else length, *counts
+
+
+def style_differences(model: Sequence[tuple[int, ...]], baseline: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """Features ``[N, 4]``: relative differences in length and in the densities of headers, lists and bold text."""
+    ours, theirs = (np.array(styles, dtype=np.float64) for styles in (model, baseline))
+    total = ours[:, :1] + theirs[:, :1]
+    length = np.divide(ours[:, :1] - theirs[:, :1], total, out=np.zeros_like(total), where=total > 0)
+    mine, other = (counts[:, 1:] / (counts[:, :1] + 1) for counts in (ours, theirs))
+    return np.hstack([length, (mine - other) / (mine + other + 1)])
+
+
+def style_controlled_score(worths: np.ndarray, features: np.ndarray) -> float:
+    """A model's score in percent if its answers had the baseline's style; NaN where style determines the results.
+
+    The Bradley-Terry strength of the model and the effects of style are fitted together.
+
+    Args:
+        worths: of the model's battles, ``[N]`` in [0, 1].
+        features: of :func:`style_differences`, ``[N, 4]``.
+    """
+    deviation = features.std(axis=0, ddof=1)
+    deviation[deviation == 0] = 1  # a feature that is equal in all battles explains nothing
+    x = np.column_stack([np.ones(len(worths)), (features - features.mean(axis=0)) / deviation])
+    w = fit_logistic(x, worths)
+    if not is_determined(x, w):
+        return math.nan
+    return 100 * float(expit(w[0] - w[1:] @ (features.mean(axis=0) / deviation)))

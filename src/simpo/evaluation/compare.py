@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +20,7 @@ from simpo.evaluation.answers import Answerer, Record, answers_path, is_answer_f
 from simpo.evaluation.preferences import Judged, preference_metrics, win_rate_over_prompts
 from simpo.generation.sample import FILE_NAME, EngineName, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings
-from simpo.judging.presentation import ShownAnswers, as_text
+from simpo.judging.presentation import ShownAnswers
 from simpo.judging.protocol import Judge, Pair
 from simpo.judging.registry import make_judge
 from simpo.judging.scored import verdict_of
@@ -30,18 +28,15 @@ from simpo.judging.settings import JUDGES, JudgeOptions, JudgeSettings
 from simpo.models.checkpoint import Checkpoint
 from simpo.models.devices import free_memory
 from simpo.models.settings import ModelArguments
-from simpo.runs.atomic import write_text
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import write_lines
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric, Stage, fingerprint
 from simpo.runs.signals import interruptible
-from simpo.runs.terminal import printable
 from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval
 
-VERDICTS, DIFFERENCES = "verdicts.jsonl", "differences.md"
-_LISTED = 10  # pairs in the list of differences
+VERDICTS = "verdicts.jsonl"
 
 # Gives a number for an answer to a prompt.
 Scoring = Callable[[Any, str], float]
@@ -81,7 +76,7 @@ def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, a
     The cost of an API judge is confirmed before anything is sampled. A run that was killed is continued by the same
     call: samples are in the folder, replies of an API in its cache; other judges judge again.
 
-    The folder gets ``verdicts.jsonl``, ``differences.md`` and ``results.json``, whose path is returned. Without
+    The folder gets ``verdicts.jsonl`` and ``results.json``, whose path is returned. Without
     ``options``, the judges' are those of the settings.
 
     Raises:
@@ -115,7 +110,6 @@ def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, a
             run.log(f"{len(pairs):,} pairs of answers to {len(answers):,} prompts")
             judged = judge_pairs(judges, pairs, prompts, prices=prices, log=run.log)
             write_verdicts(folder / VERDICTS, judged)
-            write_differences(folder / DIFFERENCES, judged, (settings.a, settings.b))
             seed = settings.sampling.seed
             metrics = preference_metrics(judged, seed) + judge_metrics(judges, prompts, seed)
             return metrics + text_metrics(answers) + show.metrics("", run.log)
@@ -368,9 +362,6 @@ def text_metrics(answers: Sequence[PromptAnswers]) -> list[Metric]:
     return metrics + sampled_metrics(answers) if sampled else metrics
 
 
-# ---- Verdicts in files: all of them for programs, the clearest ones for people.
-
-
 def write_verdicts(path: Path, judged: Judged) -> None:
     """Write every pair with its answers, verdicts (null where there is none) and margins as JSON lines."""
     rows = (
@@ -382,43 +373,3 @@ def write_verdicts(path: Path, judged: Judged) -> None:
         for index, pair in enumerate(judged.pairs)
     )
     write_lines(path, rows)
-
-
-def widest_differences(judged: Judged) -> list[int]:
-    """The pairs with the clearest verdicts, at most one per prompt, the clearest first.
-
-    The judges' mean verdict is the clearer, the farther it is from a tie; a missing verdict counts as a tie. Among
-    equals, the difference in scores of the first judge that scores decides.
-    """
-    clear = np.abs(np.mean([np.nan_to_num(verdicts - 0.5) for verdicts in judged.verdicts.values()], axis=0))
-    apart = np.abs(next(iter(judged.margins.values()), np.zeros(len(clear))))
-    chosen: dict[int, int] = {}  # prompt -> its clearest pair
-    for index in np.lexsort((-apart, -clear)):
-        if clear[index] > 0:
-            chosen.setdefault(int(judged.prompts[index]), int(index))
-    return list(chosen.values())[:_LISTED]
-
-
-def write_differences(path: Path, judged: Judged, names: tuple[str, str]) -> None:
-    """Write :func:`widest_differences` between the models with these names as Markdown."""
-    chosen = widest_differences(judged)
-    parts = [f"# Where A ({names[0]}) and B ({names[1]}) differ most\n"]
-    if not chosen:
-        parts.append("No verdict for either.\n")
-    for index in chosen:
-        verdicts = []
-        for judge, values in judged.verdicts.items():
-            verdict = values[index]
-            winner = "A better" if verdict > 0.5 else "B better"
-            text = "no verdict" if np.isnan(verdict) else "tie" if verdict == 0.5 else winner
-            margin = judged.margins[judge][index] if judge in judged.margins else math.nan
-            scores = "" if math.isnan(margin) else f" (scores {margin:+.4g})"
-            verdicts.append(f"{judge}: {text}{scores}")
-        pair = judged.pairs[index]
-        parts += [f"## {pair.id}\n", "; ".join(verdicts) + "\n"]
-        for title, text in (("Prompt", as_text(pair.prompt)), ("A", pair.a), ("B", pair.b)):
-            text = printable(text)  # noqa: PLW2901
-            # The fence is longer than any in the text, so that the text cannot close it.
-            fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-            parts += [f"**{title}**\n", f"{fence}text", text, f"{fence}\n"]
-    write_text(path, "\n".join(parts))

@@ -1,10 +1,11 @@
-"""Verdicts on pairs of answers to metrics: win rates, length control, ties, agreement of judges."""
+"""From verdicts on pairs of answers to metrics: win rates, length control as in AlpacaEval, agreement of judges."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import expit, stdtrit
@@ -105,6 +106,122 @@ def _minimize_quadratic(gradient: np.ndarray, curvature: np.ndarray, penalty: fl
         if np.abs(v - before).max() < _CONVERGED / 1000:
             break
     return v
+
+
+# ---- AlpacaEval's win rate.
+
+
+def win_rates(preferences: np.ndarray) -> dict[str, float]:
+    """Raw and discrete win rate in percent, and numbers of instructions, under the leaderboard's names.
+
+    ``preferences`` are ``[N]`` in [1, 2], 2 where the model is preferred; a draw is exactly 1.5 and counts half. The
+    standard error of a single preference is NaN.
+    """
+    shares = preferences - 1
+    wins, losses = int((shares > 0.5).sum()), int((shares < 0.5).sum())
+    draws = len(shares) - wins - losses
+    return {
+        "win_rate": 100 * float(shares.mean()),
+        "standard_error": 100 * standard_error(shares),
+        "discrete_win_rate": 100 * (wins + draws / 2) / len(shares),
+        "n_wins": wins,
+        "n_draws": draws,
+        "n_wins_base": losses,
+    }
+
+
+def standard_error(values: np.ndarray) -> float:
+    """The standard error of the mean of ``values``, ``[N]``; NaN for a single value."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+# ---- AlpacaEval's length-controlled win rate: the win rate if both sides wrote answers of the same length.
+
+_FOLDS = 5
+_GAMED_WEIGHT = 0.1  # of each row of the two gamed baselines
+# Inverse strengths of the penalty that cross-validation chooses from.
+STRENGTHS = np.logspace(-4, 4, 10)
+
+
+class Baselines(NamedTuple):
+    """Constants that the benchmark measured once and uses in the fit of every model."""
+
+    difficulties: np.ndarray  # [N], of the instructions in the benchmark's order
+    x: np.ndarray  # [G, 3], features of the gamed baselines' rows; the third is 0
+    y: np.ndarray  # [G], their preferences in [0, 1]
+
+
+class LengthControlled(NamedTuple):
+    """The length-controlled win rate in percent."""
+
+    win_rate: float  # mean over the instructions of the fitted preference at equal lengths
+    standard_error: float  # of that mean; the fit is taken as given
+    coefficients: np.ndarray  # [3], of length, difficulty and model
+
+
+def length_controlled(
+    preferences: np.ndarray,
+    baseline_lengths: np.ndarray,
+    lengths: np.ndarray,
+    baselines: Baselines,
+    *,
+    strength: float | None = None,
+) -> LengthControlled:
+    """Fit the benchmark's logistic model to one model's preferences and predict them at equal lengths.
+
+    An instruction's difficulty is looked up by its position, as in the benchmark. The baseline itself has 50 by
+    definition.
+
+    Args:
+        preferences: ``[N]`` in [1, 2] or NaN; rows without a preference are predicted but not fitted.
+        baseline_lengths: characters of the baseline's answers, ``[N]``.
+        lengths: characters of the model's answers, ``[N]``.
+        baselines: difficulties and gamed rows; at least N difficulties.
+        strength: inverse strength of the penalty; chosen by cross-validation if None.
+    """
+    difficulties = baselines.difficulties[: len(preferences)]
+    if np.array_equal(baseline_lengths, lengths) and (preferences == 1.5).all():
+        return LengthControlled(50.0, 0.0, np.zeros(3))
+    difference = (baseline_lengths - lengths).astype(np.float64)
+    spread = difference.std(ddof=1) if len(difference) > 1 else 0.0
+    relative = np.tanh(difference / spread) if spread else np.zeros(len(difference))
+    judged = ~np.isnan(preferences)
+    features = np.column_stack([relative, difficulties, np.ones(len(relative))])[judged]
+    x = np.concatenate([baselines.x, features])
+    y = np.concatenate([baselines.y, preferences[judged] - 1])
+    weights = np.concatenate([np.full(len(baselines.y), _GAMED_WEIGHT), np.ones(len(features))])
+    strength = cross_validated_strength(x, y, weights) if strength is None else strength
+    coefficients = fit_logistic(x, y, weights * strength, penalty=1.0)
+    predicted = predicted_preferences(difficulties, coefficients)
+    return LengthControlled(100 * float(predicted.mean()), 100 * standard_error(predicted), coefficients)
+
+
+def predicted_preferences(difficulties: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    """Preferences ``[N]`` in [0, 1] at equal lengths, from the coefficients of length, difficulty and model."""
+    return expit(coefficients[1] * difficulties + coefficients[2])
+
+
+def cross_validated_strength(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:
+    """The one of :data:`STRENGTHS` with the lowest weighted log loss on held-out rows."""
+    losses = np.zeros(len(STRENGTHS))
+    for held_out in folds(len(y)):
+        fitted, coefficients = ~held_out, None
+        for index, strength in enumerate(STRENGTHS):
+            coefficients = fit_logistic(
+                x[fitted], y[fitted], weights[fitted] * strength, penalty=1.0, start=coefficients
+            )
+            losses[index] += (weights[held_out] * log_loss(x[held_out], y[held_out], coefficients)).mean()
+    return float(STRENGTHS[losses.argmin()])
+
+
+def folds(n: int) -> Iterator[np.ndarray]:
+    """Masks ``[n]`` of the held-out rows, fold by fold.
+
+    scikit-learn's GroupKFold assigns groups of equal size to the folds in turn, from the last to the first.
+    """
+    order = np.arange(n)[::-1]
+    for fold in range(_FOLDS):
+        yield order % _FOLDS == fold
 
 
 # ---- The win rate if both answers were equally long.

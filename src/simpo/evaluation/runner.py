@@ -26,11 +26,10 @@ from simpo.generation.settings import SamplingSettings
 from simpo.judging.presentation import ShownAnswers
 from simpo.judging.settings import ApiSettings
 from simpo.models.settings import ModelArguments
-from simpo.runs.atomic import write_text
-from simpo.runs.folder import RunFolder, RunRecord
+from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest
-from simpo.runs.results import Metric, print_full_width, print_results, read_results, table_of
+from simpo.runs.results import Metric, print_full_width, print_results, table_of
 from simpo.runs.signals import interruptible
 
 
@@ -83,10 +82,6 @@ def run_benchmark(name: str, settings: BenchmarkSettings, *, argv: Sequence[str]
     table = published_table(name)
     if table is not None:
         print_full_width(Console(), table)
-    if settings.markdown is not None:
-        path = settings.markdown.expanduser()
-        write_markdown(results, name, settings.model or "existing annotations", path)
-        print(f"markdown: {path}")
     print(f"results:  {results}")
     return results
 
@@ -112,7 +107,6 @@ class BenchmarkSettings(ABC):
         metadata={"only": ("model_revision", "dtype", "trust_remote_code", "allow_pickle")},
     )
     output_dir: Path = required("Folder of the run; the same one continues it.")
-    markdown: Path | None = setting(None, "Also write the results, and published ones, to this Markdown file.")
 
     def model_arguments(self, model: str) -> ModelArguments:
         """A model, loaded according to the settings."""
@@ -151,7 +145,7 @@ class JudgedSettings(AnswerSettings):
         for key, value in files.items():
             paths = value if isinstance(value, list) else [value]
             missing = [path for path in paths if isinstance(path, Path) and not path.expanduser().is_file()]
-            if missing and key not in ("output_dir", "markdown"):
+            if missing and key != "output_dir":
                 raise SimpoError(f"{key}: {missing[0]}: there is no such file")
         if self.model and self.api.judge_url is None and self.api.judge_model is None:
             raise SimpoError("this benchmark needs a judge: name it with --judge_url and --judge_model")
@@ -295,7 +289,7 @@ _PAPER = "arXiv 2405.14734, tables 4 and 5: scores from 1 to 10"
 _SOURCES = {"mt_bench": _PAPER, "alpaca_eval": f"{_README}; ablations: arXiv 2405.14734, table 5"}
 _SOURCES["arena_hard"] = _SOURCES["alpaca_eval"]
 _SOURCES["rewardbench"] = "model cards of the allenai/*-RM-RB2 models, revision main"
-# The methods that are shown on a terminal; an export has all of them.
+# The methods that are shown; published.csv has all of them.
 _SHOWN = ("SFT", "DPO", "SimPO", "reward model")
 _REWARDBENCH = ("score", "Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 # The columns of published.csv by benchmark, and their headings.
@@ -329,33 +323,3 @@ def published_table(benchmark: str) -> Table | None:
     shown = [row[:2] + row[3:] for row in rows if row[1] in _SHOWN]  # without the models' names
     caption = _SOURCES.get(benchmark, _README)
     return table_of(headings[:2] + headings[3:], shown, names=2, title="published", caption=caption)
-
-
-def write_markdown(results: Path, benchmark: str, model: str, path: Path) -> None:
-    """Write the results of a run, its judge, and the published results to a Markdown file.
-
-    ``results`` is ``results.json`` of the run, next to its ``run.json``; ``model`` is named in the heading.
-    """
-    found = read_results(results)
-    rows = []
-    for metric in found.metrics:
-        interval = ""
-        if metric.low is not None and metric.high is not None:
-            interval = f"{metric.low:.4g} to {metric.high:.4g} ({metric.method})"
-        value = "-" if metric.value is None else f"{metric.value:.4g}"
-        rows.append([metric.name, metric.stage or "", value, interval, "" if metric.n is None else str(metric.n)])
-    parts = [f"## {model} on {benchmark}", _markdown_table(["metric", "stage", "value", "interval", "n"], rows)]
-    identity = RunRecord.read(results.parent).identity
-    if "judge" in identity:
-        parts.append(f"Judge: {identity['judge']}")
-    if "judge_prompt" in identity:
-        parts.append(f"SHA-256 of the judge prompt: `{identity['judge_prompt']}`")
-    headings, published = published_rows(benchmark)
-    if published:
-        parts += [f"Published ({_SOURCES.get(benchmark, _README)}):", _markdown_table(headings, published)]
-    write_text(path, "\n\n".join([*parts, f"Fingerprint of the run: `{found.fingerprint}`"]) + "\n")
-
-
-def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

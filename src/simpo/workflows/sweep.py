@@ -308,8 +308,8 @@ def _write_best(sweep: Sweep, best: Any, metric: Metric, recipe: Mapping[str, An
     keys |= {key: yaml.safe_load(value) for key, value in values_of(best).items()}
     path = sweep.folder / BEST
     text = yaml.safe_dump(redact(keys), sort_keys=False, allow_unicode=True, width=120)
-    values = _format(values_of(best))
-    head = f"# Trial {best.number} of a sweep, the best by {metric.name}: {metric.text} ({values}).\n"
+    written = _format(values_of(best))
+    head = f"# Trial {best.number} of a sweep, the best by {metric.name}: {metric.text} ({written}).\n"
     write_text(path, f"{head}# simpo train {path} --output_dir DIR\n\n{text}")
 
 
