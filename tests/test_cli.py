@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import pkgutil
 import subprocess
 import sys
 from functools import partial
@@ -12,13 +11,11 @@ import pytest
 
 import simpo
 from simpo import cli as commands
-from simpo.cli import _Notices, main
-from simpo.cli import reward as reward_command
-from simpo.cli import sft as sft_command
-from simpo.cli import train as train_command
-from simpo.cli.compare import CompareSettings
+from simpo.cli import COMMANDS, _Notices, main
+from simpo.cli.training import reward, sft, train
 from simpo.config import parse_settings
 from simpo.errors import SimpoError
+from simpo.evaluation.compare import CompareSettings
 from simpo.runs.log import LogFile
 
 
@@ -26,9 +23,8 @@ from simpo.runs.log import LogFile
 def test_overview_has_a_line_for_every_command(argv, capsys):
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
-    assert {"train", "sft", "sample", "chat", "inspect", "demo"} <= set(names)
-    for name in names:
+    assert {"train", "sft", "sample", "chat", "inspect", "demo"} <= set(COMMANDS)
+    for name in COMMANDS:
         assert any(line.split()[:1] == [name] and len(line.split()) > 3 for line in lines)
 
 
@@ -70,15 +66,15 @@ def test_python_minus_m(tmp_path):
 
 # A notice of a library before the output, and more output than a pipe holds.
 _WRITER = """
-import logging, sys, types
+import logging, sys
 import rich.console
 from simpo import cli
 
-def main(argv):
+def recipe(argv):
     for number in range(100_000):
         {write}
 
-sys.modules["simpo.cli.recipe"] = types.SimpleNamespace(main=main)
+cli.command_named = lambda name: recipe
 cli._quiet_libraries = lambda: None  # which takes seconds
 sys.exit(cli.main(["recipe"]))
 """
@@ -104,12 +100,10 @@ def test_output_that_nobody_reads_ends_the_command_quietly(write, tmp_path):
 
 
 def test_another_broken_pipe_is_no_closed_output(monkeypatch):
-    from simpo.cli import recipe
-
-    def main_of_recipe(argv):
+    def recipe(argv):
         raise BrokenPipeError("a worker is gone")
 
-    monkeypatch.setattr(recipe, "main", main_of_recipe)
+    monkeypatch.setattr(commands, "command_named", lambda name: recipe)
     read_end, write_end = os.pipe()
     with os.fdopen(read_end), os.fdopen(write_end, "w") as output:
         monkeypatch.setattr(sys, "stdout", output)
@@ -140,7 +134,7 @@ def test_two_models_keep_their_order():
         parse(["first", "--model", "second", *needed])
 
 
-@pytest.mark.parametrize("command", [train_command, sft_command, reward_command])
+@pytest.mark.parametrize("command", [train, sft, reward])
 @pytest.mark.parametrize(
     "argv", [["MODEL"], ["--model", "MODEL"], ["--model_name_or_path", "MODEL"], ["recipe.yaml", "MODEL"]]
 )
@@ -149,7 +143,7 @@ def test_a_model_of_a_training_command(command, argv, tmp_path, monkeypatch):
     (tmp_path / "recipe.yaml").write_text("learning_rate: 1e-6\n")
     argv = [word.replace("MODEL", "./nowhere") for word in argv]
     with pytest.raises(SimpoError, match=r"model_name_or_path: there is no folder './nowhere'"):
-        command.main([*argv, "--dataset_name", "rows.jsonl", "--output_dir", "out"])
+        command([*argv, "--dataset_name", "rows.jsonl", "--output_dir", "out"])
 
 
 @pytest.mark.parametrize(

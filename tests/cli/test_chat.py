@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from simpo.cli import chat, main
+from simpo.cli import main
+from simpo.cli import models as chat
 
 TEXTS = ["Which color is grass?", "Grass is green.", "What does a dog do?"] * 4
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from simpo import cli
-from simpo.cli import inspect
+from simpo.cli.inspect import inspect
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}{% endfor %}"
@@ -45,7 +45,7 @@ def data(tmp_path):
 def test_figures_are_printed_and_written(model, data, tmp_path, capsys):
     test = write(tmp_path / "test.jsonl", [{**ROWS[0], "chosen": "other"}, {**ROWS[0], "prompt": "new"}])
     options = ["--model", model, "--eval_dataset_name", test, "--output_dir", str(tmp_path / "out")]
-    assert inspect.main([data, *options]) == 0
+    inspect([data, *options])
     printed = capsys.readouterr().out
     assert "train: 4 comparisons of 4 rows" in printed
     assert "chosen longer                100.0% of comparisons; as long as rejected in 0.0%" in printed
@@ -66,16 +66,16 @@ def test_figures_are_printed_and_written(model, data, tmp_path, capsys):
 def test_what_would_be_dropped_and_cut_is_said(model, tmp_path, capsys):
     rows = [*ROWS, {**ROWS[0], "prompt": "q" * 200}, {**ROWS[0], "chosen": "c" * 200}]
     path = write(tmp_path / "a.jsonl", rows)
-    assert inspect.main([path, "--model", model, "--max_length=100", "--max_prompt_length=40"]) == 0
+    inspect([path, "--model", model, "--max_length=100", "--max_prompt_length=40"])
     printed = capsys.readouterr().out
     assert "cut 1: prompt cut to max_prompt_length (a.jsonl:5)" in printed
     assert "dropped 1: longer than max_length even if its prompt is cut (a.jsonl:6)" in printed
 
 
 def test_options_reach_the_tokenization(model, data, capsys):
-    assert inspect.main([data, "--model", model, "--paper_tokenization", "true"]) == 0
+    inspect([data, "--model", model, "--paper_tokenization", "true"])
     assert "chosen: >>>[assistant]a longer answer<eos><<<" in capsys.readouterr().out
-    assert inspect.main([data, "--model", model, "--chat_template", "none"]) == 0
+    inspect([data, "--model", model, "--chat_template", "none"])
     assert "question 0\nchosen: >>>a longer answer<eos><<<" in capsys.readouterr().out
 
 
@@ -83,14 +83,14 @@ def test_data_cannot_steer_the_terminal(model, tmp_path, capsys):
     path = write(
         tmp_path / "a.jsonl", [{"prompt": "[red]\x1b[2J\u202e", "chosen": "[/bold] a\r", "rejected": "b\n\x07c"}]
     )
-    assert inspect.main([path, "--model", model]) == 0
+    inspect([path, "--model", model])
     printed = capsys.readouterr().out
     assert r"[red]\x1b[2J\u202e" in printed and r">>>[/bold] a\r<eos><<<" in printed and "b\n\\x07c" in printed
 
 
 def test_long_examples_say_what_is_left_out(model, tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{**ROWS[0], "chosen": "c" * 1000}])
-    assert inspect.main([path, "--model", model]) == 0
+    inspect([path, "--model", model])
     assert f">>>{'c' * 300} [... 405 characters ...] {'c' * 295}<eos><<<" in capsys.readouterr().out
 
 
@@ -124,13 +124,13 @@ SAMPLED = [
 def test_sampled_answers(model, tmp_path, capsys):
     """What simpo sample leaves, and what simpo annotate makes of it: figures, although nothing can be compared yet."""
     path = write(tmp_path / "responses.jsonl", SAMPLED)
-    assert inspect.main([path, "--model", model, "--output_dir", str(tmp_path / "out")]) == 0
+    inspect([path, "--model", model, "--output_dir", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "train: 5 answers to 2 prompts, 2 to 3 to each" in printed
     assert "not comparisons yet" in printed and "scores" not in printed
     scored = [row | {"scores": [1.0, None, 1.0][: len(row["responses"])]} for row in SAMPLED]
     path = write(tmp_path / "annotated.jsonl", scored)
-    assert inspect.main([path, "--model", model, "--output_dir", str(tmp_path / "out")]) == 0
+    inspect([path, "--model", model, "--output_dir", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "all equally good             2 prompts" in printed and "without a score              2 answers" in printed
     results = json.loads((tmp_path / "out/results.json").read_text())
@@ -158,7 +158,7 @@ def test_rankings(model, tmp_path, capsys):
             [["a long one", "b", "c d"], [[{"role": "assistant", "content": t}] for t in "xyz"]]
         )
     ]
-    assert inspect.main([write(tmp_path / "k.jsonl", rows), "--model", model]) == 0
+    inspect([write(tmp_path / "k.jsonl", rows), "--model", model])
     printed = capsys.readouterr().out
     assert "train: 6 answers to 2 prompts, 3 to each" in printed
     assert "longer has the higher score  1 of a prompt's pairs" in printed
@@ -170,7 +170,7 @@ def test_conversations_are_shown_as_they_are_learned(model, tmp_path, capsys):
     rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
     rows.append({"instruction": "Add.", "input": "1", "output": "2"})
     options = ["--model", model, "--output_dir", str(tmp_path / "out")]
-    assert inspect.main([write(tmp_path / "a.jsonl", rows), *options]) == 0
+    inspect([write(tmp_path / "a.jsonl", rows), *options])
     printed = capsys.readouterr().out
     assert "train: 2 conversations of 2 rows" in printed
     assert "recognized 1: instruction and input as prompt; output as completion (a.jsonl:2)" in printed
@@ -184,7 +184,7 @@ def test_conversations_are_shown_as_they_are_learned(model, tmp_path, capsys):
 def test_feedback_with_renamed_columns(model, tmp_path, capsys):
     (tmp_path / "a.csv").write_text("ask,text,label\na,b,1\nc,d,0\n")
     options = ["--model", model, "--column_mapping", '{"ask": "prompt", "text": "completion"}']
-    assert inspect.main([str(tmp_path / "a.csv"), *options]) == 0
+    inspect([str(tmp_path / "a.csv"), *options])
     assert "train: 2 judged responses of 2 rows" in capsys.readouterr().out
     assert cli.main(["inspect", str(tmp_path / "a.csv"), "--model", model, "--column_mapping", "ask=prompt"]) == 2
     assert "column_mapping: " in capsys.readouterr().err
@@ -192,7 +192,7 @@ def test_feedback_with_renamed_columns(model, tmp_path, capsys):
 
 def test_splits_of_one_file_for_inspection(model, tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", ROWS)
-    assert inspect.main([path, "--model", model, "--split", "train[:1]"]) == 0
+    inspect([path, "--model", model, "--split", "train[:1]"])
     assert "train: 1 comparisons of 1 rows" in capsys.readouterr().out
     assert cli.main(["inspect", path, "--model", model, "--split", "test"]) == 2
     assert "no split 'test'" in capsys.readouterr().err

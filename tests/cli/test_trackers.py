@@ -9,7 +9,7 @@ from itertools import chain
 import pytest
 
 from simpo.cli import main
-from simpo.cli._shared import make_job, parse
+from simpo.cli.training import make_job, parse
 from simpo.runs.lines import read_lines
 from simpo.runs.results import read_results
 from simpo.training.configs import PreferenceConfig
@@ -276,7 +276,7 @@ def train_part(world, out, tracker: str) -> None:
     settings |= {"per_device_train_batch_size": 8, "max_length": 40, "max_steps": 2, "logging_steps": 1}
     argv = [f"--{key}={value}" for key, value in (settings | {"save_strategy": "no", "report_to": tracker}).items()]
     with track_part("part", out) as trackers:
-        run_training(PreferenceTrainer, make_job(PreferenceTrainer, parse(argv, PreferenceConfig), argv, [trackers]))
+        run_training(PreferenceTrainer, make_job(parse(argv, PreferenceConfig), argv, [trackers]))
 
 
 @pytest.fixture

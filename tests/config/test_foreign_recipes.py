@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simpo.cli._shared import parse
+from simpo.cli.training import parse
 from simpo.errors import SimpoError
 from simpo.training.preference import PreferenceConfig
 from simpo.training.reward import RewardConfig

@@ -13,7 +13,7 @@ import yaml
 from transformers import TrainingArguments
 from transformers import integrations as transformers_integrations
 
-from simpo.cli._shared import parse
+from simpo.cli.training import parse
 from simpo.config import parse_settings
 from simpo.errors import SimpoError
 from simpo.judging.settings import AnnotatorArguments, GenerationArguments

@@ -20,7 +20,7 @@ from simpo import cli
 
 # A forked process has imported everything already, so that a kill falls into the run and not into imports.
 for module in (
-    *(f"cli.{name}" for name in cli.command_names()),
+    *(f"cli.{module}" for module in set(cli.COMMANDS.values())),
     "training.run",
     "training.preference",
     "analysis.plots",

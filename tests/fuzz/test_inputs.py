@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import re
@@ -28,6 +27,7 @@ from tests.fuzz.strategies import (
 from tests.servers.chat_server import ChatServer, Raw, completion
 
 from simpo import SimpoError
+from simpo.cli import command_named
 from simpo.client import ChatClient, ChatReply, ChatRequest, Endpoint
 from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
@@ -141,7 +141,7 @@ def keys_of(command):
     name, *rest = command.split()
     text = io.StringIO()
     with redirect_stdout(text), pytest.raises(SystemExit):
-        importlib.import_module(f"simpo.cli.{name}").main([*rest, "--help"])
+        command_named(name)([*rest, "--help"])
     return sorted(set(re.findall(r"--([a-z]\w+)", text.getvalue())) - {"help"})
 
 

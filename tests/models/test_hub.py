@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, constants
 from tests.servers.hub import Hub
 
 from simpo import cli
-from simpo.cli import push as command
+from simpo.cli import models as command
 from simpo.errors import SimpoError
 from simpo.models.hub import files_to_push
 from simpo.runs.manifest import write_manifest
@@ -48,16 +48,16 @@ def run(tmp_path) -> Path:
     return folder
 
 
-def push(run: Path, *options: str) -> int:
-    return command.main([str(run), "someone/model", *options])
+def push(run: Path, *options: str) -> None:
+    command.push([str(run), "someone/model", *options])
 
 
 def test_the_repository_has_the_model_byte_for_byte_and_nothing_else(run, hub, capsys):
-    assert push(run, "--private") == 0
+    push(run, "--private")
     assert hub.files == PUBLIC
     assert "private" in (hub.created[0].get("visibility"), *hub.created[0])
     assert f"saved: {hub.url}/someone/model" in capsys.readouterr().out
-    assert push(run) == 0  # nothing has changed
+    push(run)  # nothing has changed
     assert hub.commits == 1
     (run / "README.md").write_bytes(b"# an edited card")
     push(run, "--include", "recipe.yaml")
@@ -74,7 +74,7 @@ def test_a_public_repository_gets_nothing_that_is_to_be_private(run, hub):
 
 def test_a_dry_run_lists_the_files_without_the_hub(run, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert push(run, "--dry_run") == 0
+    push(run, "--dry_run")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines[:-1]] == sorted(PUBLIC)
     assert lines[2].split()[0] == "10,240"
@@ -87,7 +87,7 @@ def test_an_interrupted_upload_commits_nothing_and_continues(run, hub):
     assert "\n" not in str(error.value)
     assert (hub.files, hub.commits, len(hub.puts)) == ({}, 0, 1)
     hub.broken = None
-    assert push(run) == 0
+    push(run)
     assert (hub.files, hub.commits, len(hub.puts)) == (PUBLIC, 1, 2)  # what had arrived was not sent again
 
 
@@ -111,7 +111,7 @@ def test_a_token_without_permission(run, hub, monkeypatch):
 def test_what_is_refused(arguments, message, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     with pytest.raises(SimpoError, match=message):
-        command.main([str(run), *arguments])
+        command.push([str(run), *arguments])
 
 
 def test_without_a_token(run, monkeypatch, tmp_path):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from simpo.cli import recipe
-from simpo.cli._shared import parse
+from simpo.cli.plan import recipe
+from simpo.cli.training import parse
 from simpo.errors import SimpoError
 from simpo.workflows.conversion import CONFIGS, convert
 
@@ -162,9 +162,9 @@ def test_other_kinds_of_training(converted):
 def test_the_command(tmp_path, capsys):
     theirs, ours = tmp_path / "theirs.yaml", tmp_path / "ours.yaml"
     theirs.write_text(AXOLOTL)
-    assert recipe.main(["--from", str(theirs), "--output", str(ours)]) == 0
+    recipe(["--from", str(theirs), "--output", str(ours)])
     assert f"next:   simpo train {ours}" in capsys.readouterr().out
-    assert recipe.main([f"--from={theirs}"]) == 0
+    recipe([f"--from={theirs}"])
     assert capsys.readouterr().out == ours.read_text()
 
 
@@ -182,12 +182,12 @@ def test_what_is_refused(text, arguments, message, tmp_path):
     path = Path(tmp_path / "theirs.yaml")
     path.write_text(text)
     with pytest.raises(SimpoError, match=message):
-        recipe.main(["--from", str(path), *arguments])
+        recipe(["--from", str(path), *arguments])
 
 
 def test_something_has_to_be_asked_for():
     with pytest.raises(SimpoError, match="--setting is missing"):
-        recipe.main(["--objective", "dpo"])
+        recipe(["--objective", "dpo"])
 
 
 def test_what_a_held_out_data_set_of_axolotl_has_in_addition_is_a_gap(converted):

@@ -13,7 +13,7 @@ from tests.servers.chat_server import ChatServer, completion
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.cli import main
-from simpo.cli.loop import RECIPE_TYPES
+from simpo.cli.experiments import LOOP_TYPES
 from simpo.config import parse_settings
 from simpo.generation.sample import PromptArguments
 from simpo.models.settings import ModelArguments
@@ -297,5 +297,5 @@ def test_nobody_may_share_a_loop(world, monkeypatch, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/loop").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_parse(path):
-    recipe = LoopRecipe(*parse_settings([str(path), "--use_cpu"], RECIPE_TYPES))
+    recipe = LoopRecipe(*parse_settings([str(path), "--use_cpu"], LOOP_TYPES))
     assert recipe.settings.rounds == 3 and recipe.sampling.n > 1

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from simpo.cli import main
-from simpo.cli._shared import parse
+from simpo.cli.training import parse
 from simpo.objectives import OBJECTIVES
 from simpo.runs.results import read_results
 from simpo.training.preference import PreferenceConfig

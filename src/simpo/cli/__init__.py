@@ -7,10 +7,9 @@ import importlib
 import io
 import json
 import logging
-import pkgutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -27,24 +26,38 @@ _WITHOUT_RESULTS = ("chat", "inspect", "merge", "push", "recipe", "report")
 _PRINTS_JSON = "plan"  # which leaves no folder, and has a setting of this name
 
 
-def command_names() -> list[str]:
-    """Names of the commands: the public modules of :mod:`simpo.cli`."""
-    names = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in names if not name.startswith("_"))
+# The module of each command, which has a function of the command's name.
+COMMANDS = {
+    **dict.fromkeys(("train", "sft", "reward", "online"), "training"),
+    **dict.fromkeys(("sample", "annotate", "pair"), "answers"),
+    **dict.fromkeys(("compare", "evaluate", "label"), "evaluation"),
+    **dict.fromkeys(("sweep", "loop", "reproduce"), "experiments"),
+    **dict.fromkeys(("chat", "merge", "push"), "models"),
+    **dict.fromkeys(("plan", "recipe"), "plan"),
+    **{name: name for name in ("inspect", "report", "demo")},
+}
+
+
+def command_named(name: str) -> Callable[[list[str]], None]:
+    """The function of a command, which takes the arguments after the command's name."""
+    return getattr(importlib.import_module(f"simpo.cli.{COMMANDS[name]}"), name)
 
 
 def _overview() -> str:
     lines = ["usage: simpo COMMAND [ARGUMENT ...]   (simpo COMMAND --help lists them)", "", "commands:"]
-    lines += [f"  {name:<10} {_summary(name)}" for name in command_names()]
+    lines += [f"  {name:<10} {summary}" for name, summary in sorted(_summaries())]
     lines += ["", f"{_VERIFY}, with any command, hashes all files of a finished run before it is reported as finished"]
     lines += [f"{_JSON} prints the results of a command as JSON, and everything else to stderr"]
     return "\n".join(lines)
 
 
-def _summary(name: str) -> str:
-    """First line of a command's docstring, read without the import, which takes seconds."""
-    (source,) = (path for folder in __path__ for path in Path(folder).glob(f"{name}.py"))
-    return (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+def _summaries() -> Iterator[tuple[str, str]]:
+    """The commands with the first lines of their docstrings, read without the import, which takes seconds."""
+    for module in set(COMMANDS.values()):
+        source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and COMMANDS.get(node.name) == module:
+                yield node.name, (ast.get_docstring(node) or "").partition("\n")[0]
 
 
 class _Notices(logging.StreamHandler):
@@ -110,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # that the help of TrainingArguments does not need. The process ends after it.
         sys.modules["peft"] = None  # type: ignore[assignment]
     try:
-        code = _run(arguments)
+        _run(arguments)
         sys.stdout.flush()
-        return code
+        return 0
     except InterruptedRun as stop:
         print(f"simpo: {printable(str(stop))}", file=sys.stderr)
         return stop.exit_code
@@ -146,27 +159,38 @@ def _shortened(line: str) -> str:
     return line if left_out <= 0 else f"{line[:_LONGEST_LINE]}... ({left_out:,} more characters)"
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
-        return 0
+        return
     if arguments[0] in ("-V", "--version"):
         print(f"simpo {__version__}")
-        return 0
+        return
     name, rest = arguments[0], arguments[1:]
-    if name not in command_names():
-        hint = nearest(name, command_names()) or f"; the commands are {', '.join(command_names())}"
+    if name not in COMMANDS:
+        hint = nearest(name, COMMANDS) or f"; the commands are {', '.join(sorted(COMMANDS))}"
         raise SimpoError(f"unknown command {name!r}{hint}")
-    if _JSON in rest and name != _PRINTS_JSON:
-        if name in _WITHOUT_RESULTS or (name == "label" and "--export" not in rest):
-            raise SimpoError(f"{_JSON}: simpo {name} leaves no results.json; leave the option out")
-        with redirect_stdout(sys.stderr):
-            code = _run_command(name, [argument for argument in rest if argument != _JSON])
-        return _print_json() if code == 0 else code
-    return _run_command(name, rest)
+    if _JSON not in rest or name == _PRINTS_JSON:
+        _run_command(name, rest)
+        return
+    if name in _WITHOUT_RESULTS or (name == "label" and "--export" not in rest):
+        raise SimpoError(f"{_JSON}: simpo {name} leaves no results.json; leave the option out")
+    with redirect_stdout(sys.stderr):
+        _run_command(name, [argument for argument in rest if argument != _JSON])
+    _print_json()
 
 
-def _print_json() -> int:
+def _run_command(name: str, rest: list[str]) -> None:
+    _keep_stderr_for_errors()
+    from simpo.runs.folder import RunFolder  # noqa: PLC0415 - the overview does not need it
+
+    RunFolder.hashes_all, RunFolder.latest = _VERIFY in rest, None
+    command = command_named(name)
+    _quiet_libraries()
+    command([argument for argument in rest if argument != _VERIFY])
+
+
+def _print_json() -> None:
     """Print the folder of the run that has finished and its ``results.json``; its other processes print nothing."""
     from simpo.runs.folder import RunFolder  # noqa: PLC0415
     from simpo.runs.results import FILE_NAME  # noqa: PLC0415
@@ -174,18 +198,6 @@ def _print_json() -> int:
     if RunFolder.latest is not None:
         results = json.loads((RunFolder.latest / FILE_NAME).read_text(encoding="utf-8"))
         print(json.dumps({"folder": str(RunFolder.latest), **results}, indent=2))
-    return 0
-
-
-def _run_command(name: str, rest: list[str]) -> int:
-    _keep_stderr_for_errors()
-    from simpo.runs.folder import RunFolder  # noqa: PLC0415 - the overview does not need it
-
-    RunFolder.hashes_all, RunFolder.latest = _VERIFY in rest, None
-    rest = [argument for argument in rest if argument != _VERIFY]
-    command = importlib.import_module(f"simpo.cli.{name}")
-    _quiet_libraries()
-    return command.main(rest)
 
 
 if __name__ == "__main__":

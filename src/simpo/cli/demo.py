@@ -1,9 +1,4 @@
-"""Preference alignment from start to finish on a built-in tiny world, in minutes and without a download.
-
-examples:
-  simpo demo
-  simpo demo --seed 1 --output_dir runs/demo-seed-1
-"""
+"""simpo demo: preference alignment on a built-in tiny world."""
 
 from __future__ import annotations
 
@@ -21,8 +16,9 @@ from rich.console import Console
 from rich.text import Text
 
 from simpo.analysis.plots import plot_lengths, plot_rates, plot_training
-from simpo.cli import sample, sft, train
 from simpo.cli._shared import print_report
+from simpo.cli.answers import sample
+from simpo.cli.training import sft, train
 from simpo.config import parse_settings, setting
 from simpo.errors import SimpoError
 from simpo.evaluation.compare import PromptAnswers, compare_answers, read_matched
@@ -67,9 +63,14 @@ class DemoSettings:
     seed: int = setting(0, "Seed of everything.")
 
 
-def main(argv: list[str]) -> int:
-    """Fine-tune, sample, pair, train and compare, each with the command or function that anybody would use."""
-    (arguments,) = parse_settings(argv, (DemoSettings,), command="demo", about=__doc__)
+def demo(argv: list[str]) -> None:
+    """Preference alignment from start to finish on a built-in tiny world, in minutes and without a download.
+
+    examples:
+      simpo demo
+      simpo demo --seed 1 --output_dir runs/demo-seed-1
+    """
+    (arguments,) = parse_settings(argv, (DemoSettings,), command="demo", about=demo.__doc__)
     torch.set_num_threads(1)  # a model this small loses more time to synchronization than threads save
     identity = {"seed": arguments.seed}
     folder = _own_folder(identity) if arguments.output_dir is None else arguments.output_dir
@@ -94,7 +95,6 @@ def main(argv: list[str]) -> int:
     print(f"\nplots: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
     print_report(folder)
     print(f"next:  simpo chat {shlex.quote(str(folder / 'simpo'))}")
-    return 0
 
 
 def _own_folder(identity: dict[str, Any]) -> Path:
@@ -113,15 +113,15 @@ def _own_folder(identity: dict[str, Any]) -> Path:
 def _align(folder: Path, seed: int, log: Callable[[str], None]) -> None:
     """All stages; each is its own run, so that a demo that was stopped continues where it was."""
 
-    def run(command: Any, output: str, options: dict[str, Any], positional: Sequence[str] = ()) -> dict[str, Any]:
+    def run(
+        command: Callable[[list[str]], None], output: str, options: dict[str, Any], positional: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Run a command as from the command line and return its metrics; its output is kept in its folder's log."""
         options = {"output_dir": folder / output, "seed": seed} | options
         argv = [*positional, *(text for key, value in options.items() for text in (f"--{key}", str(value)))]
-        name = command.__name__.rpartition(".")[2]
-        log(f"   simpo {name}: {folder / output}")
+        log(f"   simpo {command.__name__}: {folder / output}")
         with redirect_stdout(StringIO()):
-            code = command.main(argv)
-        assert code == 0, code
+            command(argv)
         metrics = read_results(folder / output / "results.json").metrics
         return {"/".join(filter(None, (metric.name, metric.stage))): metric.value for metric in metrics}
 

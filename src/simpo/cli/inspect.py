@@ -1,9 +1,4 @@
-"""Look at data as a model would read it: lengths, biases, duplicates, what is cut or dropped.
-
-examples:
-  simpo inspect org/model pairs.jsonl --max_length 2048
-  simpo inspect org/model org/pairs --eval_dataset_name org/pairs --output_dir outputs/inspected
-"""
+"""simpo inspect: data as a model would read it."""
 
 from __future__ import annotations
 
@@ -78,9 +73,14 @@ class InspectSettings:
             yield "eval", self.eval_dataset_name, self.split.replace("train", "test")
 
 
-def main(argv: list[str]) -> int:
-    """Print what is in the data and, with ``--output_dir``, write ``results.json``."""
-    (asked,) = parse_settings(argv, (InspectSettings,), command="inspect", about=__doc__)
+def inspect(argv: list[str]) -> None:
+    """Look at data as a model would read it: lengths, biases, duplicates, what is cut or dropped.
+
+    examples:
+      simpo inspect org/model pairs.jsonl --max_length 2048
+      simpo inspect org/model org/pairs --eval_dataset_name org/pairs --output_dir outputs/inspected
+    """
+    (asked,) = parse_settings(argv, (InspectSettings,), command="inspect", about=inspect.__doc__)
     model, settings = asked.model, asked.tokenization
     tokenizer = load_tokenizer(model.model_name_or_path, model, chat_template=asked.chat_template)
     limits = _limits(model)
@@ -116,7 +116,6 @@ def main(argv: list[str]) -> int:
             raise SimpoError(f"output_dir: {folder} holds a run; name another folder")
         path = write_results(folder, command="inspect", fingerprint=identity, metrics=metrics)
         console.print(Text(f"\nresults: {path}"))
-    return 0
 
 
 def _limits(model: ModelArguments) -> Limits:

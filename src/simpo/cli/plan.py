@@ -1,30 +1,32 @@
-"""Predict memory, time and cost of a training run before anything is loaded, and find the fastest settings that fit.
-
-examples:
-  simpo plan recipes/llama-3-8b-base-simpo.yaml --gpu H100-80GB --gpus 8 --price 2.50
-  simpo plan --calibrate
-"""
+"""The commands before a run: simpo plan and recipe."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 from rich.table import Table
 
-from simpo.config import parse_settings
+from simpo.config import parse_settings, setting
 from simpo.config.command_line import split_options
 from simpo.errors import SimpoError
 from simpo.judging.settings import AnnotatorArguments, GenerationArguments
 from simpo.models.settings import ModelArguments
+from simpo.objectives import OBJECTIVES
 from simpo.planning.settings import PlanSettings, Sharing
+from simpo.runs.atomic import write_text
 from simpo.runs.terminal import duration
 from simpo.training.configs import PreferenceConfig, RewardConfig, SFTConfig
 from simpo.training.online_config import OnlineConfig
 from simpo.training.settings import REPLACES, DataArguments
+from simpo.workflows.recipes import SETTINGS, compose_recipe
 
 _GIB = 2**30
 # The settings of each command's recipes, apart from model and data.
@@ -36,16 +38,22 @@ _RECIPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """Print the plan of a recipe, or measure this machine."""
+def plan(argv: list[str]) -> None:
+    """Predict memory, time and cost of a training run before it is loaded, and find the fastest settings that fit.
+
+    examples:
+      simpo plan recipes/llama-3-8b-base-simpo.yaml --gpu H100-80GB --gpus 8 --price 2.50
+      simpo plan --calibrate
+    """
     if "--calibrate" in argv:
-        return _calibrate(argv)
+        _calibrate(argv)
+        return
     options = reversed(split_options(argv)[1])
     command = next((values[0][1] for name, values in options if name == "command" and values), "train")
     config, *others = _RECIPES.get(command, _RECIPES["train"])
     planned = type("Planned", (config,), {"_check_optimizer": lambda self: None})  # its package may be elsewhere
     types = (ModelArguments, DataArguments, planned, PlanSettings, *others)
-    *parts, settings = parse_settings(argv, types, command="plan", about=__doc__, replaces=REPLACES)[:4]
+    *parts, settings = parse_settings(argv, types, command="plan", about=plan.__doc__, replaces=REPLACES)[:4]
     if settings.command != command:
         raise SimpoError(f"command: give it on the command line, as --command {settings.command}")
     from simpo.planning.recipe import make_plan  # noqa: PLC0415 - slow, and --help and mistakes are fast
@@ -57,7 +65,6 @@ def main(argv: list[str]) -> int:
         raise SimpoError(planner.remedy(shardings))
     found = {"recipe": planner.described(own), "fastest": planner.described(best)}
     print(json.dumps(found, indent=2)) if settings.json else _print(found)
-    return 0
 
 
 def check_fit(command: Any, parts: Sequence[Any]) -> None:
@@ -86,7 +93,7 @@ def sharding_of(config: Any) -> Sharing:
     return "fsdp" if config.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP") else "ddp"
 
 
-def _calibrate(argv: list[str]) -> int:
+def _calibrate(argv: list[str]) -> None:
     from simpo.planning.cards import machine_name, measure_rates, store_rates  # noqa: PLC0415
 
     if argv != ["--calibrate"]:
@@ -101,7 +108,6 @@ def _calibrate(argv: list[str]) -> int:
     for name, (speed, unit) in speeds.items():
         print(f"{name}: {speed / 1e9:,.4g} {unit}")
     print(f"an operation: {rates.overhead * 1e6:.3g} us\n{machine_name()}, stored: {path}")
-    return 0
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -121,3 +127,50 @@ def _shown(name: str, value: Any) -> str:
     if name.endswith("seconds"):
         return duration(value) if value >= 60 else f"{value:.3g} s"
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+# ---- simpo recipe.
+
+
+@dataclass
+class RecipeSettings:
+    """The recipe."""
+
+    objective: str | None = setting(None, f"One of {', '.join(OBJECTIVES)}.")
+    from_file: Path | None = setting(
+        None, "Or --from: a recipe of LLaMA-Factory, Axolotl, alignment-handbook or open-instruct."
+    )
+    output: Path | None = setting(None, "Write it to this new file instead.")
+    setting: str | None = setting(None, f"One of {', '.join(SETTINGS)}.")
+
+
+def recipe(argv: list[str]) -> None:
+    """Print a recipe: for an objective in one of the paper's settings, or converted from another toolkit's.
+
+    examples:
+      simpo recipe --objective dpo --setting llama3-base
+      simpo recipe --from axolotl.yaml --output simpo.yaml
+    """
+    argv = [re.sub(r"^--from(?==|$)", "--from_file", argument) for argument in argv]  # "from" is a keyword of Python
+    (settings,) = parse_settings(argv, (RecipeSettings,), command="recipe", about=recipe.__doc__)
+    command = "train"
+    if settings.from_file is not None:
+        if settings.objective is not None or settings.setting is not None:
+            raise SimpoError("--from: the objective is that of the file; leave --objective and --setting out")
+        from simpo.workflows.conversion import convert  # noqa: PLC0415 - slow, and the other recipes do not need it
+
+        conversion = convert(settings.from_file)
+        command, text = conversion.command, conversion.text(settings.from_file.name)
+    else:
+        for option in ("objective", "setting"):
+            if getattr(settings, option) is None:
+                raise SimpoError(f"--{option} is missing: give --objective and --setting, or --from FILE")
+        text = compose_recipe(settings.objective, settings.setting)
+    path = settings.output
+    if path is None:
+        print(text, end="")
+        return
+    if path.exists():
+        raise SimpoError(f"--output: {path} exists already; name a new file")
+    write_text(path, text)
+    print(f"recipe: {path}\nnext:   simpo {command} {shlex.quote(str(path))}")

@@ -1,9 +1,4 @@
-"""A page that explains a run, or several next to one another.
-
-examples:
-  simpo report outputs/llama-3-simpo
-  simpo report outputs/simpo outputs/dpo --output compared.html
-"""
+"""simpo report, apart from other commands because what these import takes seconds."""
 
 from __future__ import annotations
 
@@ -22,8 +17,12 @@ class ReportSettings:
     output: Path | None = setting(None, "The page (default: report.html in the first run's folder).")
 
 
-def main(argv: list[str]) -> int:
-    """Write the page and print its path."""
-    (settings,) = parse_settings(argv, (ReportSettings,), command="report", about=__doc__)
+def report(argv: list[str]) -> None:
+    """A page that explains a run, or several next to one another.
+
+    examples:
+      simpo report outputs/llama-3-simpo
+      simpo report outputs/simpo outputs/dpo --output compared.html
+    """
+    (settings,) = parse_settings(argv, (ReportSettings,), command="report", about=report.__doc__)
     print(f"report: {write_report(settings.runs, settings.output)}")
-    return 0

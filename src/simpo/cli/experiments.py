@@ -1,16 +1,12 @@
-"""Search for good hyperparameters.
-
-Every key of simpo train can be varied, as A,B,C or with --sampler tpe as LOW..HIGH, or set for all trials.
-
-examples:
-  simpo sweep recipe.yaml --learning_rate 3e-7,5e-7,1e-6 --beta 2,10
-  simpo sweep recipe.yaml --sampler tpe --trials 30 --learning_rate 1e-7..1e-5 --beta 1..10 --prune
-"""
+"""The commands that train many models: simpo sweep, loop and reproduce."""
 
 from __future__ import annotations
 
 import logging
+import os
 import shlex
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,18 +15,25 @@ from typing import Any, Literal
 
 import yaml
 
-from simpo.cli._shared import make_job, parse, print_report, recipe_of, require_single_process
-from simpo.config import keys_of, parse_settings, setting
+from simpo.cli._shared import print_report, read_settings, recipe_of, require_single_process
+from simpo.cli.training import check_named, make_job, parse
+from simpo.config import check_values, keys_of, parse_settings, setting
 from simpo.config.command_line import split_options
 from simpo.errors import SimpoError, third_party
+from simpo.generation.settings import SamplingSettings
 from simpo.judging.settings import GenerationArguments
 from simpo.models.settings import ModelArguments
 from simpo.training.configs import PreferenceConfig
-from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob
 from simpo.training.settings import DataArguments
+from simpo.workflows.loop import LoopRecipe, LoopSettings, print_loop, run_loop
+from simpo.workflows.pair import PairSettings
+from simpo.workflows.reproduction import run as reproduction
+from simpo.workflows.reproduction.study import read_studies
 from simpo.workflows.sweep import BEST, SMALLER_IS_BETTER, Sweep, print_sweep, run_sweep
 from simpo.workflows.sweep_study import Axis, combinations, load_optuna, read_axes
+
+# ---- simpo sweep.
 
 _TPE_TRIALS = 20
 _METRICS = [name.removeprefix("eval_") for name in SMALLER_IS_BETTER]
@@ -58,19 +61,25 @@ class SweepSettings:
         return f"eval_{self.metric.removeprefix('eval_')}"
 
 
-def main(argv: list[str]) -> int:
-    """Parse, run the trials, print their table and what to do next."""
+def sweep(argv: list[str]) -> None:
+    """Search for good hyperparameters.
+
+    Every key of simpo train can be varied, as A,B,C or with --sampler tpe as LOW..HIGH, or set for all trials.
+
+    examples:
+      simpo sweep recipe.yaml --learning_rate 3e-7,5e-7,1e-6 --beta 2,10
+      simpo sweep recipe.yaml --sampler tpe --trials 30 --learning_rate 1e-7..1e-5 --beta 1..10 --prune
+    """
     require_single_process("sweep", "start it without torchrun, once on every GPU")
-    sweep, recipe = _read(argv)
+    search, recipe = _read(argv)
     load_optuna()
     with _notices_once():
-        results = run_sweep(sweep, recipe)
+        results = run_sweep(search, recipe)
     if results is not None:
-        best = print_sweep(sweep)
-        print(f"best recipe: {sweep.folder / BEST}\nbest model:  {best}")
-        print_report(sweep.folder)
+        best = print_sweep(search)
+        print(f"best recipe: {search.folder / BEST}\nbest model:  {best}")
+        print_report(search.folder)
         print(f"next:        simpo chat {shlex.quote(str(best))}")
-    return 0
 
 
 def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
@@ -85,7 +94,7 @@ def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
     own = [name for name in given if name in keys_of([SweepSettings])]
     own_arguments = [argument for name in own for argument in (f"--{name}", *given.pop(name))]
     own_arguments += [argument for argument in argv if argument in ("-h", "--help")]
-    (settings,) = parse_settings(own_arguments, (SweepSettings,), command="sweep", about=__doc__)
+    (settings,) = parse_settings(own_arguments, (SweepSettings,), command="sweep", about=sweep.__doc__)
     keys = keys_of((ModelArguments, DataArguments, PreferenceConfig, GenerationArguments))
     axes = read_axes(given, {name: key.annotation for name, key in keys.items()})
     if not axes:
@@ -93,7 +102,7 @@ def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
     recipe = {} if path is None else _keys(path)
     if settings.output_dir is None and "output_dir" not in recipe:
         raise SimpoError("--output_dir: name the folder of the sweep")
-    sweep = Sweep(
+    search = Sweep(
         folder=settings.output_dir or Path(f"{recipe['output_dir']}-sweep").expanduser(),
         recipe=path,
         fixed={key: texts for key, texts in given.items() if key not in {axis.key for axis in axes}},
@@ -105,11 +114,11 @@ def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
         read=_read_trial,
         argv=argv,
     )
-    return sweep, recipe
+    return search, recipe
 
 
 def _read_trial(argv: list[str]) -> TrainingJob:
-    return make_job(PreferenceTrainer, parse(argv, PreferenceConfig, GenerationArguments), argv)
+    return make_job(parse(argv, PreferenceConfig, GenerationArguments), argv)
 
 
 def _keys(path: Path) -> dict[str, Any]:
@@ -149,3 +158,67 @@ def _notices_once() -> Iterator[None]:
         yield
     finally:
         reader.removeFilter(is_new)
+
+
+# ---- simpo loop.
+
+LOOP_TYPES = (LoopSettings, SamplingSettings, PairSettings, ModelArguments, PreferenceConfig)
+
+
+def loop(argv: list[str]) -> None:
+    """Sample, annotate, pair and train, round after round.
+
+    examples:
+      simpo loop recipes/llama-3-8b-loop.yaml --output_dir outputs/loop
+      simpo loop recipes/llama-3-8b-loop.yaml --rounds 5 --stop_win_rate 0.5
+    """
+    # Before the configuration is made, which would wait for the others.
+    require_single_process(
+        "loop", "start it without torchrun, or its stages one by one, simpo sample and simpo train with it"
+    )
+    recipe = LoopRecipe(*parse_settings(argv, LOOP_TYPES, command="loop", about=loop.__doc__))
+    check_named(recipe.config)
+    recipe.config.disable_tqdm = recipe.config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress
+    folder = Path(recipe.config.output_dir)
+    model = run_loop(recipe, argv=argv, file=recipe_of(argv))
+    print_loop(folder)
+    print_report(folder)
+    print(f"model: {model}\nnext:  simpo chat {shlex.quote(str(model))}")
+
+
+# ---- simpo reproduce.
+
+
+@dataclass(kw_only=True)
+class ReproduceSettings:
+    """Which studies, and where."""
+
+    studies: list[str] = setting([], "Names or numbers of studies (default: all); they may also come first.")
+    output_dir: Path = setting(Path("runs/reproduce"), "Folder of the run; the same one continues it and adds studies.")
+    processes: int = setting(min(2, os.cpu_count() or 1), "Trials that run at the same time.", least=1)
+    setting: str | None = setting(None, "Print the plan for a setting of the paper instead, e.g. llama3-base.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+def reproduce(argv: list[str]) -> None:
+    """The claims of the SimPO paper in miniature, each with its interval and a verdict by rule.
+
+    examples:
+      simpo reproduce ablation gamma --output_dir runs/reproduce
+      simpo reproduce 1 --setting llama3-base
+    """
+    plain, _ = split_options(argv)
+    named = ["--studies", *(name for _, name in plain)] if plain else []
+    settings = read_settings(reproduce, ReproduceSettings, [*named, *argv[len(plain) :]])
+    studies = read_studies(settings.studies)
+    if settings.setting is not None:
+        print("\n".join(reproduction.plan(studies, settings.setting)))
+        return
+    outcomes = reproduction.reproduce(studies, settings.output_dir, processes=settings.processes, argv=argv)
+    for outcome in outcomes:
+        print(f"{outcome.verdict:<19} {outcome.claim.claim}")
+    counts = Counter(outcome.verdict for outcome in outcomes)
+    print("claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    print(f"read:   {settings.output_dir / reproduction.PAGE}")

@@ -1,26 +1,25 @@
-"""Talk with a model, or with two that answer the same messages; /reset starts over, /exit or Ctrl-D ends.
-
-examples:
-  simpo chat outputs/sft outputs/simpo
-  simpo chat org/model --system "Answer in one sentence." --temperature 0
-"""
+"""The commands for a model that is there: simpo chat, merge and push."""
 
 from __future__ import annotations
 
 import io
 import secrets
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from simpo.cli._shared import LOADING
-from simpo.config import parse_settings, setting
+from simpo.cli._shared import LOADING, read_settings
+from simpo.config import parse_settings, required, setting
 from simpo.data.rows import BadRow
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
 from simpo.generation.conversation import Conversation, load_conversation
 from simpo.generation.settings import SamplingSettings
+from simpo.models import hub
+from simpo.models.merging import write_merged
 from simpo.models.settings import ModelArguments
 from simpo.runs.signals import record_signals
 from simpo.runs.terminal import printable
@@ -42,9 +41,14 @@ class ChatSettings:
     rendering: RenderSettings
 
 
-def main(argv: list[str]) -> int:
-    """Read messages line by line and answer them until the input ends."""
-    (settings,) = parse_settings(argv, (ChatSettings,), command="chat", about=__doc__)
+def chat(argv: list[str]) -> None:
+    """Talk with a model, or with two that answer the same messages; /reset starts over, /exit or Ctrl-D ends.
+
+    examples:
+      simpo chat outputs/sft outputs/simpo
+      simpo chat org/model --system "Answer in one sentence." --temperature 0
+    """
+    (settings,) = parse_settings(argv, (ChatSettings,), command="chat", about=chat.__doc__)
     models = [settings.model]
     if settings.second_model is not None:
         models.append(replace(settings.model, model_name_or_path=settings.second_model))
@@ -70,7 +74,6 @@ def main(argv: list[str]) -> int:
                 _answer(conversation, text, seed)
         if text == _RESET:
             print("[new conversation]")
-    return 0
 
 
 def _messages() -> Iterator[str]:
@@ -105,3 +108,54 @@ def _answer(conversation: Conversation, text: str, seed: int) -> None:
 def _show(piece: str) -> None:
     # Tabs are common in code; spaces do not depend on the terminal.
     print(printable(piece.replace("\t", "    ")), end="", flush=True)
+
+
+@dataclass(kw_only=True)
+class MergeSettings:
+    """The merged model."""
+
+    adapter: ModelArguments = field(
+        metadata={"only": ("model_name_or_path", "model_revision", "trust_remote_code", "allow_pickle", "save_dtype")}
+    )
+    output_dir: Path = required("New folder of the merged model.")
+
+
+def merge(argv: list[str]) -> None:
+    """Merge an adapter into its base model.
+
+    examples:
+      simpo merge outputs/lora --output_dir outputs/merged
+      simpo merge org/adapter --model_revision v2 --save_dtype bfloat16 --output_dir outputs/merged
+    """
+    settings = read_settings(merge, MergeSettings, argv)
+    write_merged(settings.adapter, settings.output_dir)
+    print(f"saved: {settings.output_dir}\nnext:  simpo chat {shlex.quote(str(settings.output_dir))}")
+
+
+@dataclass(kw_only=True)
+class PushSettings:
+    """The run to upload, and the repository."""
+
+    run: Path = required("Folder of a finished run, or of any model.", positional="RUN")
+    repo: str = required("Repository on the hub, name/model.", positional="REPO")
+    private: bool = setting(False, "Make a new repository private.")
+    include: list[str] = setting([], "Other files of the folder that are uploaded, such as recipe.yaml.")
+    dry_run: bool = setting(False, "Only list the files.")
+
+
+def push(argv: list[str]) -> None:
+    """Upload the model of a finished run to the hub.
+
+    examples:
+      simpo push outputs/qwen3-simpo name/qwen3-simpo --dry_run
+      simpo push outputs/qwen3-simpo name/qwen3-simpo --private --include recipe.yaml
+    """
+    settings = read_settings(push, PushSettings, argv)
+    files = hub.files_to_push(settings.run, settings.include)
+    for path in files:
+        print(f"{path.stat().st_size:>15,}  {path.relative_to(settings.run)}")
+    if settings.dry_run:
+        print(f"dry run: nothing was uploaded to {settings.repo}")
+        return
+    url = hub.push(settings.run, settings.repo, files, private=settings.private, report=print)
+    print(f"saved: {url}")

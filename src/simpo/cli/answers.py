@@ -1,9 +1,4 @@
-"""Sample answers to prompts from a model.
-
-examples:
-  simpo sample outputs/sft prompts.jsonl --n 5 --output_dir outputs/answers
-  simpo sample my-model prompts.jsonl --engine server --base_url http://127.0.0.1:8000/v1 --output_dir outputs/answers
-"""
+"""The commands that make preference data of a model's own answers: simpo sample, annotate and pair."""
 
 from __future__ import annotations
 
@@ -16,17 +11,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from simpo.cli._shared import LOADING, require_single_process
+from simpo.cli._shared import LOADING, read_settings, require_single_process
 from simpo.client import Endpoint
-from simpo.config import parse_settings, setting
+from simpo.config import parse_settings, required, setting, setting_of
 from simpo.errors import SimpoError
-from simpo.generation.sample import FILE_NAME, PromptArguments, sample_responses
+from simpo.generation.sample import FILE_NAME as RESPONSES
+from simpo.generation.sample import PromptArguments, sample_responses
 from simpo.generation.server import sample_from_server
 from simpo.generation.settings import SamplingSettings, VllmSettings
+from simpo.judging import annotate as annotation
 from simpo.judging.presentation import as_text
+from simpo.judging.settings import Annotator, AnnotatorArguments, JudgeSettings, Normalization
 from simpo.models.settings import ModelArguments
 from simpo.runs.results import print_results
 from simpo.runs.terminal import printable
+from simpo.workflows.pair import FILE_NAME as PAIRS
+from simpo.workflows.pair import PairSettings, pair_annotated
 
 _SHOWN, _LONGEST = 3, 600  # answers at the end, and characters of each
 
@@ -73,31 +73,35 @@ class SampleSettings:
                     raise SimpoError(f"{declared.name}: engine {self.engine} does not use it; leave it out")
 
 
-def main(argv: list[str]) -> int:
-    """Sample, print the table of results and what to do next."""
-    (settings,) = parse_settings(argv, (SampleSettings,), command="sample", about=__doc__)
-    path = settings.output_dir / FILE_NAME
+def sample(argv: list[str]) -> None:
+    """Sample answers to prompts from a model.
+
+    examples:
+      simpo sample outputs/sft prompts.jsonl --n 5 --output_dir outputs/answers
+      simpo sample my-model prompts.jsonl --engine server --base_url http://127.0.0.1:8000/v1 --output_dir outputs/out
+    """
+    # Not by read_settings, because answers may be sampled in several processes.
+    (settings,) = parse_settings(argv, (SampleSettings,), command="sample", about=sample.__doc__)
     results = _sample(settings, argv)
     if results is None:  # one of several processes; the main one prints
-        return 0
+        return
+    path = settings.output_dir / RESPONSES
     print_results(results)
     _show(path)
     print(f"responses: {path}")
     print(f"next:      python -m json.tool --json-lines --no-ensure-ascii {shlex.quote(str(path))} | less")
-    return 0
 
 
 def _sample(settings: SampleSettings, argv: list[str]) -> Path | None:
     asked, sampling, folder = settings.prompts, settings.sampling, settings.output_dir
     if settings.engine != "server":
-        arguments = settings.vllm.arguments()
         return sample_responses(
             settings.model,
             asked,
             sampling,
             folder,
             engine=settings.engine,
-            engine_args=arguments,
+            engine_args=settings.vllm.arguments(),
             images=True,
             argv=argv,
         )
@@ -119,3 +123,60 @@ def _show(path: Path) -> None:
             cut = f" [... {len(text) - _LONGEST:,} more characters]" if len(text) > _LONGEST else ""
             print(f"--- {title} {record['id']}\n{printable(text[:_LONGEST].strip())}{cut}")
     print()
+
+
+@dataclass(kw_only=True)
+class AnnotateSettings:
+    """The responses to score and the annotator."""
+
+    responses: Path = required("responses.jsonl of simpo sample, or its folder.", positional="RESPONSES")
+    annotator: Annotator = setting_of(AnnotatorArguments, "annotator")
+    annotator_normalization: Normalization | None = setting_of(AnnotatorArguments, "annotator_normalization")
+    output_dir: Path = required("Folder of the run; the same one continues it.")
+    judge: JudgeSettings
+
+
+def annotate(argv: list[str]) -> None:
+    """Score sampled responses.
+
+    examples:
+      simpo annotate outputs/answers --annotator reward:org/reward-model --output_dir outputs/scores
+      simpo annotate answers.jsonl --annotator api --judge_url https://api.openai.com/v1 --judge_model gpt-4.1 \\
+          --prices 2 8 --output_dir outputs/scores
+    """
+    settings = read_settings(annotate, AnnotateSettings, argv)
+    judge, folder = settings.judge, settings.output_dir
+    given = annotation.AnnotateArguments(
+        settings.responses,
+        settings.annotator,
+        judge.options(),
+        settings.annotator_normalization,
+        judge.token_prices(),
+        judge.yes,
+    )
+    print_results(annotation.annotate(given, folder, argv=argv))
+    print(f"annotated: {folder / annotation.FILE_NAME}\nbest of N: {folder / annotation.BEST}")
+    print(f"next:      simpo pair {shlex.quote(str(folder))} --output_dir DIR")
+
+
+@dataclass(kw_only=True)
+class PairCommand:
+    """The run."""
+
+    annotated: Path = required("annotated.jsonl of simpo annotate, or its folder.", positional="ANNOTATED")
+    output_dir: Path = required("Folder of the run.")
+    pairs: PairSettings
+
+
+def pair(argv: list[str]) -> None:
+    """Make preference pairs of scored responses.
+
+    examples:
+      simpo pair outputs/scores --output_dir outputs/pairs
+      simpo pair outputs/scores/annotated.jsonl --pairs all --min_gap 0.5 --output_dir outputs/pairs
+    """
+    settings = read_settings(pair, PairCommand, argv)
+    print_results(pair_annotated(settings.annotated, settings.pairs, settings.output_dir, argv=argv))
+    following = "reward" if settings.pairs.pairs == "ranking" else "train"
+    path = settings.output_dir / PAIRS
+    print(f"pairs: {path}\nnext:  simpo {following} --dataset_name {shlex.quote(str(path))} ...")
