@@ -33,8 +33,8 @@ from benchmarks.answer_space import (
 )
 from benchmarks.figures import Figures
 from benchmarks.letters import letter_model, letter_tokenizer
+from simpo.training.configs import OnlineConfig
 from simpo.training.online import OnlineTrainer
-from simpo.training.online_config import OnlineConfig
 from simpo.training.rollouts import AnsweredPrompt
 
 _PROMPT = [1]

@@ -30,8 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from simpo.models.devices import device
 from simpo.models.settings import ModelArguments
-from simpo.planning.recipe import KINDS, make_plan
-from simpo.planning.search import Estimate
+from simpo.planning.search import KINDS, Estimate, make_plan
 from simpo.planning.settings import PlanSettings
 
 

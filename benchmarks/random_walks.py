@@ -30,9 +30,8 @@ from simpo.generation.chunks import gather, missing_chunks, sample_chunks
 from simpo.generation.engine import TransformersEngine
 from simpo.generation.settings import SamplingSettings
 from simpo.statistics import mean_interval
-from simpo.training.configs import SFTConfig
+from simpo.training.configs import OnlineConfig, SFTConfig
 from simpo.training.online import OnlineTrainer
-from simpo.training.online_config import OnlineConfig
 from simpo.training.rollouts import AnsweredPrompt
 from simpo.training.sft import SFTTrainer
 

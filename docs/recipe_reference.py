@@ -17,8 +17,7 @@ from simpo.generation.settings import SamplingSettings
 from simpo.judging.settings import AnnotatorArguments, GenerationArguments
 from simpo.models.settings import ModelArguments
 from simpo.objectives import OBJECTIVES, Objective
-from simpo.training.configs import PreferenceConfig, hyperparameter_names
-from simpo.training.online_config import OnlineConfig
+from simpo.training.configs import OnlineConfig, PreferenceConfig, hyperparameter_names
 from simpo.training.reward import RewardConfig
 from simpo.training.settings import UNSUPPORTED, DataArguments, TrainingSettings
 from simpo.training.sft import SFTConfig

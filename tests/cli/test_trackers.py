@@ -9,13 +9,8 @@ from itertools import chain
 import pytest
 
 from simpo.cli import main
-from simpo.cli.training import make_job, parse
 from simpo.runs.lines import read_lines
 from simpo.runs.results import read_results
-from simpo.training.configs import PreferenceConfig
-from simpo.training.preference import PreferenceTrainer
-from simpo.training.run import run_training
-from simpo.training.trackers import Trackers, track_part
 
 # Names under which dashboards of transformers' users look for curves.
 CURVES = ("train/loss", "train/learning_rate", "train/grad_norm", "train/rewards/margins", "train/rewards/accuracies")
@@ -268,79 +263,3 @@ def test_a_tracker_that_fails_does_not_undo_the_run(chat_world, tmp_path, monkey
     assert train(chat_world, tmp_path / "out", "tensorboard") == 0
     assert "TensorBoard" in caplog.text and "the disk is full" in caplog.text
     assert (tmp_path / "out/report.html").exists()
-
-
-def train_part(world, out, tracker: str) -> None:
-    """A part of a larger run, whose training has finished if ``out`` has it."""
-    settings = {"model_name_or_path": world / "model", "dataset_name": world / "train.jsonl", "output_dir": out}
-    settings |= {"per_device_train_batch_size": 8, "max_length": 40, "max_steps": 2, "logging_steps": 1}
-    argv = [f"--{key}={value}" for key, value in (settings | {"save_strategy": "no", "report_to": tracker}).items()]
-    with track_part("part", out) as trackers:
-        run_training(PreferenceTrainer, make_job(parse(argv, PreferenceConfig), argv, [trackers]))
-
-
-@pytest.fixture
-def unpublished(chat_world, tmp_path, monkeypatch):
-    """``unpublished(tracker)``: a folder with a training whose part was killed before trackers got the outcome."""
-
-    def prepare(tracker: str):
-        def killed(*args):
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Trackers, "publish", killed)
-            with pytest.raises(KeyboardInterrupt):
-                train_part(chat_world, tmp_path / "out", tracker)
-        return tmp_path / "out"
-
-    return prepare
-
-
-def test_tensorboard_gets_the_outcome_of_a_continued_part(chat_world, board, unpublished):
-    out = unpublished("tensorboard")
-    assert not any(name.startswith("results/") for name in board("part").Tags()["scalars"])
-    train_part(chat_world, out, "tensorboard")
-    events = board("part")
-    assert len(events.Scalars("train/loss")) == 2
-    for name, value in outcome(out).items():
-        (event,) = events.Scalars(name)
-        assert (event.step, event.value) == (2, pytest.approx(value, rel=1e-6))
-
-
-def test_wandb_gets_the_outcome_of_a_continued_part(chat_world, unpublished, wandb, monkeypatch):
-    out, ended, finish = unpublished("wandb"), [], wandb.finish
-    assert wandb.run is None
-
-    def kept(*args, **kwargs):
-        ended.append((wandb.run.name, dict(wandb.run.summary)))
-        finish(*args, **kwargs)
-
-    monkeypatch.setattr(wandb, "finish", kept)
-    train_part(chat_world, out, "wandb")
-    ((name, summary),) = ended
-    assert name == "part" and wandb.run is None
-    assert {key: summary[key] for key in outcome(out)} == pytest.approx(outcome(out))
-    wandb.teardown()
-
-
-def test_mlflow_gets_the_outcome_of_a_continued_part(chat_world, tmp_path, unpublished):
-    mlflow = pytest.importorskip("mlflow")
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    mlflow.set_experiment(experiment_id=mlflow.create_experiment("part", artifact_location=str(tmp_path / "artifacts")))
-    out = unpublished("mlflow")
-    train_part(chat_world, out, "mlflow")
-    second, first = mlflow.search_runs(output_format="list", order_by=["start_time DESC"])
-    assert first.info.run_name == second.info.run_name == "part" and mlflow.active_run() is None
-    assert second.info.status == "FINISHED" and not any(name.startswith("results/") for name in first.data.metrics)
-    assert {key: second.data.metrics[key] for key in outcome(out)} == pytest.approx(outcome(out))
-
-
-def test_trackio_gets_the_outcome_of_a_continued_part(chat_world, tmp_path, unpublished, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    trackio = pytest.importorskip("trackio")
-    out = unpublished("trackio")
-    train_part(chat_world, out, "trackio")
-    rows = trackio.SQLiteStorage.get_logs("huggingface", "part")
-    assert sum("train/loss" in row for row in rows) == 2
-    for name, value in outcome(out).items():
-        assert [row[name] for row in rows if name in row] == [pytest.approx(value)]

@@ -17,7 +17,7 @@ from simpo.cli.training import parse
 from simpo.config import parse_settings
 from simpo.errors import SimpoError
 from simpo.judging.settings import AnnotatorArguments, GenerationArguments
-from simpo.training.online_config import OnlineConfig
+from simpo.training.configs import OnlineConfig
 from simpo.training.preference import PreferenceConfig
 from simpo.training.reward import RewardConfig
 from simpo.training.sft import SFTConfig

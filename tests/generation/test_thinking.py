@@ -9,8 +9,7 @@ from simpo.evaluation.academic import final_number
 from simpo.evaluation.alpaca_eval import plain_preference
 from simpo.evaluation.arena_hard import read_verdict as arena_verdict
 from simpo.evaluation.mt_bench import read_rating
-from simpo.generation.responses import ResponseText
-from simpo.generation.thinking import after_thinking, split_thinking
+from simpo.generation.responses import ResponseText, after_thinking, split_thinking
 from simpo.judging.pairwise import read_verdict
 from simpo.judging.presentation import ShownAnswers
 from simpo.world.pairs import make_tokenizer

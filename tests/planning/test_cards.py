@@ -19,7 +19,7 @@ from simpo.planning.cards import (
     store_rates,
     stored_rates,
 )
-from simpo.planning.tracing import Cost
+from simpo.planning.memory import Cost
 
 
 def test_rates_are_recovered_from_times() -> None:

@@ -10,8 +10,7 @@ from transformers import Gemma2Config, LlamaConfig, MistralConfig
 from simpo.config import parse_settings
 from simpo.judging.settings import GenerationArguments
 from simpo.models.settings import ModelArguments
-from simpo.planning.recipe import make_plan
-from simpo.planning.search import Estimate, Planner
+from simpo.planning.search import Estimate, Planner, make_plan
 from simpo.planning.settings import PlanSettings
 from simpo.training.configs import PreferenceConfig, SFTConfig
 from simpo.training.settings import DataArguments

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from simpo.config import parse_settings
 from simpo.models.settings import ModelArguments
-from simpo.planning.recipe import make_plan
+from simpo.planning.search import make_plan
 from simpo.planning.settings import PlanSettings
 from simpo.training.configs import PreferenceConfig, RewardConfig, SFTConfig
 from simpo.training.settings import DataArguments

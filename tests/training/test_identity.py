@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset, concatenate_datasets
 
-from simpo.training.identity import rows_digest
+from simpo.training.batches import rows_digest
 
 PAIRS = [
     {"prompt_ids": [1, 2], "response_ids": [[3], [4, 5]], "scored": [[True], [True, True]], "where": f"a.jsonl:{line}"}

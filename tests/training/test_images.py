@@ -20,7 +20,7 @@ from simpo import PreferenceConfig, PreferenceTrainer, RewardConfig, RewardTrain
 from simpo.data.rows import as_dataset
 from simpo.errors import SimpoError
 from simpo.training import run as workflow
-from simpo.training.images import image_reader
+from simpo.training.batches import image_reader
 from simpo.training.reference import with_mismatched
 
 QUESTION = "what is in the picture?"

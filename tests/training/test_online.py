@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from simpo.errors import SimpoError
+from simpo.training.configs import OnlineConfig
 from simpo.training.online import OnlineTrainer
-from simpo.training.online_config import OnlineConfig
 from simpo.training.rollouts import Schedule
 
 K = 8

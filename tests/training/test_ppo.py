@@ -17,8 +17,8 @@ from simpo.cli import main
 from simpo.errors import SimpoError
 from simpo.generation.engine import Sampled, TransformersEngine
 from simpo.models.settings import ModelArguments
+from simpo.training.configs import OnlineConfig
 from simpo.training.online import OnlineTrainer
-from simpo.training.online_config import OnlineConfig
 from simpo.training.rollouts import adapted_columns, training_rows
 from simpo.training.value import ValueFunction
 

@@ -27,7 +27,7 @@ from simpo.judging.settings import JudgeOptions
 from simpo.models.reward import choose_padding, load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.runs.results import read_results
-from simpo.training.identity import rows_digest
+from simpo.training.batches import rows_digest
 from simpo.training.reward import RewardConfig, RewardTrainer
 
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}

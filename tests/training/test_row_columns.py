@@ -19,8 +19,7 @@ from transformers import AutoTokenizer
 from simpo import OBJECTIVES, PreferenceConfig, PreferenceTrainer, Responses, SimpoError
 from simpo.data.sources import load_rows
 from simpo.packing.batching import RowSizes, StepPlan
-from simpo.training.batches import ComparisonRows, PlanSampler
-from simpo.training.identity import rows_digest
+from simpo.training.batches import ComparisonRows, PlanSampler, rows_digest
 
 WEIGHTS = [0.5, 3.0, 1.0, 1e-3, 7.25]
 PROBABILITIES = [1.0, 0.0, 0.5, 0.9, 0.35]

@@ -16,8 +16,7 @@ from simpo.client import Endpoint
 from simpo.config import parse_settings, required, setting, setting_of
 from simpo.errors import SimpoError
 from simpo.generation.sample import FILE_NAME as RESPONSES
-from simpo.generation.sample import PromptArguments, sample_responses
-from simpo.generation.server import sample_from_server
+from simpo.generation.sample import PromptArguments, sample_from_server, sample_responses
 from simpo.generation.settings import SamplingSettings, VllmSettings
 from simpo.judging import annotate as annotation
 from simpo.judging.presentation import as_text

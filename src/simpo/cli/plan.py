@@ -23,8 +23,7 @@ from simpo.objectives import OBJECTIVES
 from simpo.planning.settings import PlanSettings, Sharing
 from simpo.runs.atomic import write_text
 from simpo.runs.terminal import duration
-from simpo.training.configs import PreferenceConfig, RewardConfig, SFTConfig
-from simpo.training.online_config import OnlineConfig
+from simpo.training.configs import OnlineConfig, PreferenceConfig, RewardConfig, SFTConfig
 from simpo.training.settings import REPLACES, DataArguments
 from simpo.workflows.recipes import SETTINGS, compose_recipe
 
@@ -56,7 +55,7 @@ def plan(argv: list[str]) -> None:
     *parts, settings = parse_settings(argv, types, command="plan", about=plan.__doc__, replaces=REPLACES)[:4]
     if settings.command != command:
         raise SimpoError(f"command: give it on the command line, as --command {settings.command}")
-    from simpo.planning.recipe import make_plan  # noqa: PLC0415 - slow, and --help and mistakes are fast
+    from simpo.planning.search import make_plan  # noqa: PLC0415 - slow, and --help and mistakes are fast
 
     planner, own = make_plan(parts, settings)
     shardings = () if settings.sharding is None else (settings.sharding,)
@@ -69,7 +68,7 @@ def plan(argv: list[str]) -> None:
 
 def check_fit(command: Any, parts: Sequence[Any]) -> None:
     """Print what a run on this machine takes; raise :class:`SimpoError`, with keys that fit, if that is too much."""
-    from simpo.planning.recipe import make_plan  # noqa: PLC0415
+    from simpo.planning.search import make_plan  # noqa: PLC0415
 
     config = parts[2]
     sharding = sharding_of(config) if config.world_size > 1 else None

@@ -13,8 +13,7 @@ from simpo.config import parse_settings
 from simpo.errors import SimpoError
 from simpo.judging.settings import AnnotatorArguments, GenerationArguments
 from simpo.models.settings import ModelArguments
-from simpo.training.configs import PreferenceConfig, RewardConfig, SFTConfig
-from simpo.training.online_config import OnlineConfig
+from simpo.training.configs import OnlineConfig, PreferenceConfig, RewardConfig, SFTConfig
 from simpo.training.settings import REPLACES, DataArguments
 
 # Trainers and engines take seconds to import, and --help and mistakes in recipes do not need them: they are imported

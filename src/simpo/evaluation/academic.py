@@ -22,8 +22,8 @@ from simpo.data.sources import has_one_split, load_rows
 from simpo.errors import SimpoError, one_line
 from simpo.evaluation.answers import Answerer, cell
 from simpo.evaluation.runner import AnswerSettings, BenchmarkSettings
+from simpo.generation.responses import after_thinking
 from simpo.generation.settings import SamplingSettings
-from simpo.generation.thinking import after_thinking
 from simpo.models.checkpoint import model_digest, with_dtype
 from simpo.models.devices import device
 from simpo.models.loading import base_model_of, check_model_files

@@ -21,7 +21,7 @@ from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import Answer, Question, cell, read_by_key, read_rows, write_rows
 from simpo.evaluation.preferences import Baselines, length_controlled, win_rates
 from simpo.evaluation.runner import Benchmark, JudgedBenchmark, JudgedSettings
-from simpo.generation.thinking import after_thinking
+from simpo.generation.responses import after_thinking
 from simpo.judging.presentation import fill, read_prompt_file
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log

@@ -21,8 +21,8 @@ from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import Answer, Question, cell, read_answers, read_by_key, write_rows
 from simpo.evaluation.preferences import fit_logistic, is_determined
 from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings
+from simpo.generation.responses import after_thinking
 from simpo.generation.settings import SamplingSettings
-from simpo.generation.thinking import after_thinking
 from simpo.judging.presentation import fill, read_prompt_file
 from simpo.judging.settings import ApiSettings
 from simpo.runs.folder import RunFolder

@@ -35,7 +35,7 @@ from simpo.runs.manifest import is_as_written, write_digest
 from simpo.training.callbacks import RunCallback
 from simpo.training.guard import alarm
 from simpo.training.packed import PackedTrainer
-from simpo.training.sampling import preserve_rng_state, sample_answers
+from simpo.training.rollouts import preserve_rng_state, sample_answers
 from simpo.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)

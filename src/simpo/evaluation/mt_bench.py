@@ -16,8 +16,8 @@ from simpo.data.rows import Row
 from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import Answer, Answerer, Question, cell, read_by_key, write_rows
 from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings
+from simpo.generation.responses import after_thinking
 from simpo.generation.settings import SamplingSettings
-from simpo.generation.thinking import after_thinking
 from simpo.judging.presentation import ShownAnswers, fill, read_prompt_file
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log

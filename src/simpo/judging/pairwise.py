@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.client import ChatClient, ChatReply, ChatRequest, Estimate, Usage
-from simpo.generation.thinking import after_thinking
+from simpo.generation.responses import after_thinking
 from simpo.judging.presentation import as_text, fill, read_prompt_file
 from simpo.judging.protocol import Answers, Judge, Pair, Scorer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from simpo.errors import SimpoError, third_party
-from simpo.generation.thinking import split_thinking
+from simpo.generation.responses import split_thinking
 from simpo.judging.protocol import Prompt
 from simpo.runs.results import Metric
 

@@ -25,7 +25,7 @@ from simpo.errors import SimpoError, third_party
 from simpo.models.devices import device
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import choose_path, policy_logprobs
-from simpo.planning.tracing import Cost, Tracer, attended
+from simpo.planning.memory import Cost, Tracer, attended
 from simpo.runs.atomic import write_text
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Rates:
-    """The speed of a machine at each part of a :class:`~simpo.planning.tracing.Cost`."""
+    """The speed of a machine at each part of a :class:`~simpo.planning.memory.Cost`."""
 
     product: float  # FLOP/s of matrix products in half precision, or in single precision on a CPU
     attention: float  # FLOP/s of attention, with what a causal mask hides
@@ -165,38 +165,33 @@ def machine_name() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def _stored_rates() -> Path:
-    return Path(constants.HF_HOME) / "simpo" / "plan.json"
+def _stored() -> tuple[Path, dict[str, Any]]:
+    """The file with the rates of machines, and its contents; nothing if it is absent, or damaged, which is reported."""
+    path = Path(constants.HF_HOME) / "simpo" / "plan.json"
+    with suppress(SimpoError), third_party(str(path)):
+        return path, dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    logger.warning(_DAMAGED, path)
+    return path, {}
 
 
 def stored_rates() -> Rates | None:
     """The rates that :func:`store_rates` has stored for this machine; a warning if they are damaged."""
-    found = _known_rates().get(machine_name())
+    path, stored = _stored()
+    found = stored.get(machine_name())
     if found is None:
         return None
-    with suppress(SimpoError), third_party("stored rates"):
+    with suppress(SimpoError), third_party(str(path)):
         rates = Rates(**found)
         if all(0 < rate < math.inf for rate in asdict(rates).values()):
             return rates
-    logger.warning(_DAMAGED, _stored_rates())
-    return None
-
-
-def _known_rates() -> dict[str, Any]:
-    """What is stored for every machine; nothing if the file is absent or damaged."""
-    path = _stored_rates()
-    if not path.exists():
-        return {}
-    with suppress(SimpoError), third_party(str(path)):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
     logger.warning(_DAMAGED, path)
-    return {}
+    return None
 
 
 def store_rates(rates: Rates) -> Path:
     """Store the rates of this machine next to those of others; returns the file."""
-    path = _stored_rates()
-    write_text(path, json.dumps(_known_rates() | {machine_name(): asdict(rates)}, indent=2) + "\n")
+    path, stored = _stored()
+    write_text(path, json.dumps(stored | {machine_name(): asdict(rates)}, indent=2) + "\n")
     return path
 
 

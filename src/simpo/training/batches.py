@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
+from transformers import ProcessorMixin
 
 from simpo.data.images import DIGESTS, IMAGES, ImageReader
+from simpo.data.messages import Context
+from simpo.data.prompts import Prompt, columns_identity
 from simpo.errors import SimpoError
 from simpo.models.checkpoint import Limits
+from simpo.models.preparation import freeze_parts_unused_by_text
+from simpo.packing.attention import causal_lm
 from simpo.packing.batching import MicroBatch, RowSizes, StepPlan
-from simpo.packing.layout import PackedBatch, TokenizedComparison
+from simpo.packing.images import check_image_inputs
+from simpo.packing.layout import ImageTensors, PackedBatch, TokenizedComparison
+from simpo.packing.model import prepare_policy, state_of
 from simpo.packing.rope import LengthRule
 from simpo.packing.selfcheck import Path, rows_to_check
-from simpo.training.images import image_tensors, rows_with_images
 from simpo.training.settings import TrainingSettings
 
 CONTENT = "content"  # the column of a data set's prompts, which distinguishes them from other rows
@@ -266,6 +276,37 @@ def step_loader(
     )
 
 
+# ---- What tokenized rows contain.
+
+
+def prompts_from_rows(rows: Dataset) -> list[Prompt]:
+    """The prompts of rows that :meth:`~simpo.training.online.OnlineTrainer.prepare` has made."""
+    found = [json.loads(text) for text in rows[CONTENT][:]]
+    return [Prompt(**fields | {"context": Context(**fields["context"])}) for fields in found]
+
+
+def rows_digest(rows: Dataset) -> str:
+    """SHA-256 of the token ids, of which are scored, of images, scores, labels and numbers, row by row in order.
+
+    Of prompts whose answers are sampled, also of the rows' other columns, which an annotator may read.
+    """
+    columns = [name for name in ("prompt_ids", "response_ids", "scored") if name in rows.column_names]
+    digest = hashlib.sha256()
+    for name in ("scores", "label", DIGESTS, LEVELS, WEIGHT, LABEL_PROBABILITY, MARGIN, BETA):
+        if name in rows.column_names:
+            digest.update(json.dumps([name, rows[name][:]]).encode())
+    if CONTENT in rows.column_names:
+        digest.update("".join(columns_identity(prompts_from_rows(rows)).values()).encode())
+    for batch in rows.select_columns(columns).with_format("arrow").iter(1000):
+        for name in columns:
+            column = batch[name]
+            while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):  # lengths, at every depth
+                digest.update(pc.list_value_length(column).cast(pa.int64()).to_numpy().tobytes())
+                column = pc.list_flatten(column)
+            digest.update(column.cast(pa.int64()).to_numpy().tobytes())
+    return digest.hexdigest()
+
+
 # ---- Lengths of tokenized rows, and rows that a model cannot read.
 
 
@@ -345,3 +386,64 @@ def describe_rows(dataset: Dataset, rows: Sequence[int]) -> str:
     named = [dataset[row]["where"] if known else f"row {row}" for row in rows[:_ROWS_NAMED]]
     more = f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""
     return ", ".join(named) + more
+
+
+# ---- Images of tokenized rows.
+
+
+def rows_with_images(rows: Dataset) -> np.ndarray:
+    """Numbers of the tokenized rows that have images."""
+    if IMAGES not in rows.column_names:
+        return np.array([], dtype=int)
+    lengths = pc.list_value_length(rows.with_format("arrow")[IMAGES])
+    return np.flatnonzero(pc.fill_null(lengths, 0).to_numpy())
+
+
+def image_reader(
+    model: nn.Module, processing_class: Any, datasets: Sequence[Dataset | None], args: Any
+) -> ImageReader | None:
+    """The reader of the images of tokenized rows; None if there are none, and the parts for images are frozen then.
+
+    ``processing_class`` is the model's processor; anything else is an error if there are images.
+    """
+    given = [rows for rows in datasets if rows is not None]
+    found = [(rows, numbers[0]) for rows in given if len(numbers := rows_with_images(rows))]
+    if not found:
+        freeze_parts_unused_by_text(model)
+        return None
+    if not isinstance(processing_class, ProcessorMixin):
+        raise SimpoError(
+            "images: simpo train, sft and reward take them, in Python with the model's processor as processing_class; "
+            "give it, or leave the images out"
+        )
+    launched = any(parse_flag_from_env(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
+    if args.world_size > 1 and (launched or args.fsdp or args.deepspeed or args.gradient_checkpointing):
+        raise SimpoError(
+            "images: several processes train on them with DDP and without activation checkpointing only, because not "
+            "every micro-batch has some"
+        )
+    inner, reader = prepare_policy(model), ImageReader(processing_class)
+    if state_of(inner).lengths is not None:
+        raise SimpoError(f"images: the rotary frequencies of {type(inner).__name__} depend on a row's length")
+    rows, number = found[0]
+    row = rows[int(number)]
+    (image, *_) = reader.tensors(row[IMAGES], row[DIGESTS])
+    check_image_inputs(causal_lm(inner), image, reader.example(row[IMAGES][0]))
+    return reader
+
+
+def image_tensors(columns: Mapping[str, Any], reader: ImageReader | None) -> list[tuple[ImageTensors, ...]]:
+    """The images of each row of a batch.
+
+    ``reader`` is None if the rows that the trainer was made with have no images.
+    """
+    count = len(columns["prompt_ids"])
+    several = zip(columns.get(IMAGES) or [[]] * count, columns.get(DIGESTS) or [[]] * count, strict=True)
+    found: list[tuple[ImageTensors, ...]] = []
+    for references, digests in several:
+        if references and reader is None:
+            raise SimpoError(
+                "images: none of the rows that the trainer was made with have some; give such rows from the start"
+            )
+        found.append(reader.tensors(references, digests) if references and reader is not None else ())
+    return found

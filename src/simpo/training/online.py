@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from itertools import chain
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
@@ -47,21 +46,22 @@ from simpo.training.batches import (
     describe_rows,
     response_counts,
     response_tokens,
+    rows_digest,
 )
-from simpo.training.identity import rows_digest, settings_identity
+from simpo.training.configs import OnlineConfig
 from simpo.training.metrics import Scores
-from simpo.training.online_config import OnlineConfig
 from simpo.training.packed import Description
 from simpo.training.preference import NAMES, PreferenceTrainer
 from simpo.training.reference import policy_fingerprint
-from simpo.training.rollout_files import RolloutFiles
 from simpo.training.rollouts import (
     ROLLOUT_NAMES,
     Annotator,
     Place,
+    RolloutFiles,
     Schedule,
     training_rows,
 )
+from simpo.training.settings import settings_identity
 from simpo.training.sft import PTX, Pretraining
 from simpo.training.value import ValueFunction
 
@@ -240,12 +240,9 @@ class OnlineTrainer(PreferenceTrainer):
                 "of a step, so nothing would be trained; lower per_device_train_batch_size"
             )
         # not in other processes and not in advance: answers depend on the weights
-        steps = _StepSampler(self)
+        steps: Any = [[step] for step in range(self._schedule.steps)]
         return DataLoader(
-            _Steps(self),
-            batch_sampler=steps,
-            collate_fn=lambda steps: collate(steps[0]),
-            generator=torch.Generator(),
+            _Steps(self), batch_sampler=steps, collate_fn=lambda steps: collate(steps[0]), generator=torch.Generator()
         )
 
     # ---- Rollouts.
@@ -443,21 +440,6 @@ class OnlineTrainer(PreferenceTrainer):
         return {name: values for name, values in super().score_rows(dataset).items() if name in (*NAMES, "weight")}
 
 
-class _StepSampler(Sampler):
-    """Yields the numbers of the steps of a pass over the data, with that of the pass."""
-
-    def __init__(self, trainer: OnlineTrainer) -> None:
-        self._trainer = trainer
-
-    def __len__(self) -> int:
-        return self._trainer._schedule.steps
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # the trainer's own step count determines which pass starts, also after a resume
-        epoch = self._trainer.state.global_step // len(self)
-        yield from ([(epoch, step)] for step in range(len(self)))
-
-
 class _Steps(TorchDataset):
     """The micro-batches of each step; its length is the number of prompts."""
 
@@ -467,5 +449,6 @@ class _Steps(TorchDataset):
     def __len__(self) -> int:
         return len(self._trainer.train_dataset)
 
-    def __getitem__(self, item: tuple[int, int]) -> list[PlannedBatch]:
-        return self._trainer.micro_batches(*item)
+    def __getitem__(self, step: int) -> list[PlannedBatch]:
+        # the trainer's own step count determines the pass over the data, also after a resume
+        return self._trainer.micro_batches(self._trainer.state.global_step // self._trainer._schedule.steps, step)

@@ -46,6 +46,7 @@ from simpo.training.batches import (
     comparisons_of,
     comparisons_to_check,
     describe_rows,
+    image_reader,
     response_counts,
     row_sizes,
     step_loader,
@@ -53,7 +54,6 @@ from simpo.training.batches import (
 )
 from simpo.training.callbacks import CheckpointShare, RunCallback
 from simpo.training.checkpoints import ResumableTrainer
-from simpo.training.images import image_reader
 from simpo.training.metrics import RowMetrics, RunningMeans, Scores, mean_metrics, scores_of
 from simpo.training.settings import TrainingSettings
 

@@ -32,8 +32,14 @@ from simpo.packing.scoring import ReferenceStates, reference_states
 from simpo.runs.atomic import write_text
 from simpo.runs.results import fingerprint
 from simpo.runs.terminal import progress
-from simpo.training.batches import MISMATCHED_IDS, MISMATCHED_REF_LOGP, REF_LOGPS, describe_rows, response_counts
-from simpo.training.identity import rows_digest
+from simpo.training.batches import (
+    MISMATCHED_IDS,
+    MISMATCHED_REF_LOGP,
+    REF_LOGPS,
+    describe_rows,
+    response_counts,
+    rows_digest,
+)
 from simpo.training.packed import PackedTrainer
 from simpo.training.sharding import reshard
 

@@ -1,40 +1,68 @@
-"""Rollouts: which prompts are answered when, and the training rows that scored answers become."""
+"""Rollouts: answers of a model as it is trained, their files, and the training rows that scored answers become."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
 
-from simpo.data.messages import Context
 from simpo.data.prompts import Prompt
 from simpo.data.tokenizing import TOKENS
-from simpo.errors import SimpoError
-from simpo.generation.engine import Sampled
+from simpo.errors import SimpoError, third_party
+from simpo.generation.chunks import gather, missing_chunks, sample_chunks
+from simpo.generation.engine import Engine, Images, Sampled, TransformersEngine
+from simpo.generation.responses import response_texts
+from simpo.generation.settings import SamplingSettings, derived_seed
+from simpo.models.devices import from_main
 from simpo.objectives.policy_gradient import advantages, kl_estimate, sum_by, whiten
 from simpo.objectives.ppo import ScoreScale, adapt_kl_coefficient
+from simpo.packing.layout import PackedBatch
+from simpo.packing.model import policy_logprobs
+from simpo.packing.scoring import token_outputs
+from simpo.runs.atomic import remove_leftovers, write_text
+from simpo.runs.lines import read_lines, write_lines
+from simpo.runs.manifest import is_as_written, write_digest
+from simpo.runs.results import Stage
 from simpo.training.batches import (
     ADVANTAGES,
     BEHAVIOR,
-    CONTENT,
     LABEL_PROBABILITY,
     REF_LOGPS,
     REF_TOKENS,
     RETURNS,
     ROLLOUT,
     VALUES,
+    prompts_from_rows,
+    response_tokens,
 )
-from simpo.training.online_config import OnlineConfig
+from simpo.training.configs import OnlineConfig
+from simpo.training.packed import PackedTrainer
+from simpo.training.reference import ReferenceModel
+from simpo.training.sharding import whole_weights
+from simpo.training.value import ValueFunction
 
+logger = logging.getLogger(__name__)
+
+FOLDER = "rollouts"
+_IDENTITY = "training.json"
 Record = Mapping[str, Any]  # a prompt with its scored answers, a line of a rollout's file
+Scores = list[float | None]  # of the answers to a prompt; None where there is none
 # Metrics of the answers to a prompt, in the column ROLLOUT: mean score, estimated KL(policy || start) per answer,
 # mean tokens, share that ended by themselves, share that repeat another one, share without a score, whether all scores
 # are equal, so that the prompt teaches nothing (to a policy gradient without a value function), share of scores that
@@ -56,12 +84,6 @@ class AnsweredPrompt(NamedTuple):
 
 # Scores of all answers to each prompt, the higher the better; None where no score can be given.
 Annotator = Callable[[Sequence[AnsweredPrompt]], Sequence[Sequence[float | None]]]
-
-
-def prompts_from_rows(rows: Dataset) -> list[Prompt]:
-    """The prompts of rows that :meth:`~simpo.training.online.OnlineTrainer.prepare` has made."""
-    found = [json.loads(text) for text in rows[CONTENT][:]]
-    return [Prompt(**fields | {"context": Context(**fields["context"])}) for fields in found]
 
 
 class Place(NamedTuple):
@@ -117,15 +139,215 @@ class Schedule:
         return np.random.default_rng((self.seed, place.rollout, place.epoch)).permutation(len(place.prompts))
 
 
+# ---- Answers of a model as it is trained, without effect on the training.
+
+
+def sample_answers(
+    trainer: PackedTrainer,
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    settings: SamplingSettings,
+    images: Callable[[int], Images] | None = None,
+) -> list[list[Sampled]]:
+    """The answers to every prompt, on every rank; the ranks share the work, and all must call.
+
+    ``prompts`` are token ids, ``images`` as in :func:`~simpo.generation.chunks.sample_chunks`, and ``engine`` holds the
+    trainer's model. If the weights are sharded, every rank has all of them meanwhile.
+    """
+    config = trainer.args
+    share = missing_chunks(prompts, settings)[config.process_index :: config.world_size]
+    # Layers were compiled for training, and would be compiled again for every length of the growing cache.
+    eager = torch.compiler.set_stance("force_eager") if config.torch_compile else nullcontext()
+    with whole_weights(trainer.model, trainer.accelerator), trainer.accelerator.autocast(), eager:
+        records = list(sample_chunks(engine, prompts, settings, share, images))
+    return gather(records if config.world_size == 1 else gather_object(records), len(prompts))
+
+
+@contextmanager
+def preserve_rng_state(device: torch.device) -> Iterator[None]:
+    """Judges and models may draw or seed random numbers without effect on the training."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+
+
+# ---- Files of rollouts.
+
+
+class RolloutFiles:
+    """The folder ``rollouts`` of a training: each rollout is sampled, scored and written once, and read after a kill.
+
+    ``trainer`` is an :class:`~simpo.training.online.OnlineTrainer`, ``reference`` the start model, ``value`` PPO's
+    value function, and ``engine`` samples the answers (default: transformers' ``generate``).
+    """
+
+    def __init__(
+        self, trainer: Any, reference: ReferenceModel, value: ValueFunction | None, engine: Engine | None
+    ) -> None:
+        self._trainer, self._reference, self._value, self._engine = trainer, reference, value, engine
+        self._folder = Path(trainer.args.output_dir) / FOLDER
+        self.seconds = 0.0  # spent on rollouts since the last log, which resets it
+
+    def _path(self, rollout: int) -> Path:
+        return self._folder / f"{rollout:06}.jsonl"
+
+    def ends(self) -> dict[Stage, Sequence[Record]]:
+        """The first and the last rollout; without one that is missing or damaged, which is reported."""
+        paths = sorted(self._folder.glob("0*.jsonl"))
+        ends: dict[Stage, Path] = {"before": self._path(0), "after": paths[-1]} if paths else {}
+        whole = {stage: path for stage, path in ends.items() if is_as_written(path)}
+        for path in set(ends.values()) - set(whole.values()):
+            logger.warning("%s is missing or damaged, and its metrics are left out of the results", path)
+        return {stage: read_lines(path) for stage, path in whole.items()}
+
+    def check_identity(self, identity: Mapping[str, Any]) -> None:
+        """Record what determines the rollouts; raises :class:`SimpoError` if the folder has another training's."""
+        if not self._trainer.is_world_process_zero():
+            return
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        path = self._folder / _IDENTITY
+        remove_leftovers(self._folder)
+        with third_party(f"output_dir: {path} is damaged; name a new folder"):
+            known = json.loads(path.read_text())["fingerprint"] if path.exists() else None
+        if known not in (None, digest) and not self._trainer.args.accept_changes:
+            raise SimpoError(f"output_dir: {self._folder} belongs to another training; name a new folder")
+        write_text(path, json.dumps({"fingerprint": digest}) + "\n")
+
+    def records(self, place: Place, annotator: Annotator) -> list[Record]:
+        """The prompts of a rollout with their scored answers, from its file if there is one; all ranks call."""
+        trainer, path = self._trainer, self._path(place.rollout)
+        args = trainer.args
+        known = self._read(path)
+        if known is not None:
+            return known
+        if trainer.state.global_step != place.first_step:
+            raise SimpoError(
+                f"{path} is missing or damaged, and the weights that its answers were sampled by are gone; restore it, "
+                "or name a new folder"
+            )
+        began, previous = time.monotonic(), None
+        if place.rollout > 0 and (args.kl_target or args.normalize_scores):
+            before = self._path(place.rollout - 1)
+            previous = self._read(before)
+            if previous is None:
+                raise SimpoError(
+                    f"{before} is missing or damaged, which kl_target and normalize_scores continue from; copy it and "
+                    "its digest (.NAME.sha256) from the run whose checkpoint resume_from_checkpoint names"
+                )
+        with preserve_rng_state(args.device):
+            records = self._sampled(place, annotator)
+        if args.gradient is not None:
+            columns = adapted_columns(records, previous, args)
+            records = [{**record, **columns} for record in records]
+        if trainer.is_world_process_zero():
+            write_lines(path, records)
+            write_digest(path)
+        self.seconds += time.monotonic() - began
+        return records
+
+    def _read(self, path: Path) -> list[Record] | None:
+        main = self._trainer.is_world_process_zero()
+        found: Any = read_lines(path) if main and is_as_written(path) else None
+        return from_main(found)
+
+    def _sampled(self, place: Place, annotator: Annotator) -> list[Record]:
+        """Answer, score, and compute log-probabilities under the policy and the reference, and values, if needed."""
+        trainer = self._trainer
+        tokenizer, prompts = trainer.processing_class, prompts_from_rows(trainer.train_dataset.select(place.prompts))
+        self._engine = self._engine or TransformersEngine(trainer.model, tokenizer)
+        settings = trainer.args.sampling.resolved(
+            context=None, chunk_size=32 if trainer.args.device.type == "cpu" else 64
+        )
+        settings = replace(settings, seed=derived_seed(trainer.args.seed, place.rollout))
+        samples = sample_answers(trainer, self._engine, [one.ids for one in prompts], settings)
+        answered = list(map(AnsweredPrompt, prompts, samples, response_texts(tokenizer, prompts, samples)))
+        scores: Any = {}
+        if trainer.is_world_process_zero():
+            scores["scores"] = self._scores("annotator", annotator, answered, place.rollout)
+            if trainer.gold_annotator is not None:
+                scores["gold_scores"] = self._scores("gold_annotator", trainer.gold_annotator, answered, place.rollout)
+        scores = from_main(scores)
+        ids = [[list(sampled.ids) for sampled in answers] for answers in samples]
+        rows = Dataset.from_dict({"prompt_ids": [one.ids for one in prompts], "response_ids": ids})
+        behavior, values = self._logps_and_values(rows)
+        reference = None
+        if self._reference.has_copy:
+            with self._reference.in_place():
+                reference = self._logps(rows)
+        numbers = (behavior, reference, values)
+        logps, ref_logps, old_values = ([None] * len(ids) if one is None else _by_response(one, ids) for one in numbers)
+        return [
+            {
+                **{"id": one.prompt.id, "prompt": one.prompt.content, **one.prompt.context.columns},
+                **{"responses": one.texts, "finished": [sampled.finished for sampled in one.samples]},
+                **{"scores": scores["scores"][row], "prompt_ids": one.prompt.ids, "response_ids": ids[row]},
+                **{"behavior_logps": logps[row], "ref_logps": ref_logps[row], "values": old_values[row]},
+                **{"where": one.prompt.where, "extra": one.prompt.extra},
+                **({"gold_scores": scores["gold_scores"][row]} if "gold_scores" in scores else {}),
+            }
+            for row, one in enumerate(answered)
+        ]
+
+    def _scores(
+        self, name: str, annotator: Annotator, answered: Sequence[AnsweredPrompt], rollout: int
+    ) -> list[Scores]:
+        """The scores by the annotator that the key ``name`` is for; None for those that are missing or not finite.
+
+        Raises:
+            SimpoError: there is not one for each answer, or more than ``max_missing_scores`` to train on are missing.
+        """
+        returned = [list(scores) for scores in annotator(answered)]
+        if [len(scores) for scores in returned] != [len(one.texts) for one in answered]:
+            raise SimpoError(f"{name}: rollout {rollout}: it did not return one score for each answer")
+        found = [[None if x is None or not math.isfinite(x) else float(x) for x in scores] for scores in returned]
+        most = self._trainer.args.max_missing_scores
+        missing, total = sum(scores.count(None) for scores in found), sum(map(len, found))
+        if name == "annotator" and missing > most * total:
+            first = next(one for one, scores in zip(answered, found, strict=True) if None in scores)
+            raise SimpoError(
+                f"annotator: rollout {rollout}: no score for {missing:,} of {total:,} answers, more than "
+                f"max_missing_scores {most:g}; the first is to the prompt {first.prompt.where}"
+            )
+        return found
+
+    def _logps(self, rows: Dataset) -> Tensor:
+        """``[S]`` float64 log-probabilities of all tokens of the responses of ``rows``."""
+        compute = partial(policy_logprobs, self._trainer.model, path=self._trainer.path)
+        return self._trainer.compute_for_responses(rows, compute, response_tokens(rows))
+
+    def _logps_and_values(self, rows: Dataset) -> tuple[Tensor, Tensor | None]:
+        """``[S]`` log-probabilities of the tokens, and the values of the states in which they are chosen."""
+        trainer, value = self._trainer, self._value
+        if value is None:
+            return self._logps(rows), None
+        value.module.eval()
+        if value.head is None:
+            return self._logps(rows), trainer.compute_for_responses(rows, value.of, response_tokens(rows))
+
+        def compute(batch: PackedBatch) -> Tensor:
+            found = token_outputs(trainer.model, batch, value_head=value.head, path=trainer.path)
+            assert found.values is not None
+            return torch.stack([found.logps, found.values], dim=1)
+
+        logps, values = trainer.compute_for_responses(rows, compute, response_tokens(rows), columns=(2,)).unbind(1)
+        return logps, values
+
+
+def _by_response(values: Tensor, ids: Sequence[Sequence[Sequence[int]]]) -> list[Any]:
+    """Numbers of tokens, ``[S]``, as a list for each response of each prompt."""
+    each = iter(values.cpu().split([len(one) for responses in ids for one in responses]))
+    return [[next(each).tolist() for _ in responses] for responses in ids]
+
+
 # ---- From scored answers to training rows.
 
 
 def final_scores(record: Record, unfinished_score: float | None) -> list[float | None]:
     """Scores of a prompt's answers, with ``unfinished_score`` for those that were cut off."""
-    if unfinished_score is None:
-        return list(record["scores"])
     columns = zip(record["scores"], record["finished"], strict=True)
-    return [score if finished else unfinished_score for score, finished in columns]
+    return [score if finished or unfinished_score is None else unfinished_score for score, finished in columns]
 
 
 def adapted_columns(
@@ -167,33 +389,26 @@ def training_rows(records: Sequence[Record], args: OnlineConfig) -> Dataset:
     is no pair.
     """
     scores = [final_scores(record, args.unfinished_score) for record in records]
-    estimates = {} if args.gradient is None else _advantages_and_returns(records, scores, args)
-    rows = []
-    for number, (record, row_scores) in enumerate(zip(records, scores, strict=True)):
-        row = {
-            "prompt_ids": record["prompt_ids"],
-            "where": record["where"],
-            ROLLOUT: _metrics(record, row_scores, args),
-        }
-        reference = record["ref_logps"]
-        if args.gradient is None:
-            chosen, ranked = _select_compared(row_scores, args.pairs)
-            row |= {"response_ids": [record["response_ids"][k] for k in chosen], "scores": ranked}
-            if args.soft_labels:
-                row[LABEL_PROBABILITY] = 1 / (1 + math.exp(ranked[1] - ranked[0]))
-            if reference is not None:
-                row[REF_LOGPS] = [sum(reference[k]) for k in chosen]
-        else:
-            row |= {"response_ids": record["response_ids"]} | {name: of[number] for name, of in estimates.items()}
-            row |= {BEHAVIOR: list(chain(*record["behavior_logps"])), REF_TOKENS: list(chain(*reference))}
-            if record["values"] is not None:
-                row[VALUES] = list(chain(*record["values"]))
-        rows.append(row)
-    kinds: dict[str, Any] = dict.fromkeys(rows[0], List(Value("float64")))
+    both = list(zip(records, scores, strict=True))
+    columns: dict[str, list[Any]] = {name: [record[name] for record in records] for name in ("prompt_ids", "where")}
+    columns[ROLLOUT] = [_metrics(record, own, args) for record, own in both]
+    if args.gradient is not None:
+        columns["response_ids"] = [record["response_ids"] for record in records]
+        columns |= _columns_of_tokens(records, scores, args)
+    else:
+        compared = [_select_compared(own, args.pairs) for own in scores]
+        answers = [(record, chosen) for record, (chosen, _) in zip(records, compared, strict=True)]
+        columns["response_ids"] = [[record["response_ids"][k] for k in chosen] for record, chosen in answers]
+        columns["scores"] = [ranked for _, ranked in compared]
+        if args.soft_labels:
+            columns[LABEL_PROBABILITY] = [1 / (1 + math.exp(worse - better)) for better, worse in columns["scores"]]
+        if records[0]["ref_logps"] is not None:
+            columns[REF_LOGPS] = [[sum(record["ref_logps"][k]) for k in chosen] for record, chosen in answers]
+    kinds: dict[str, Any] = dict.fromkeys(columns, List(Value("float64")))
     kinds |= {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "where": Value("string")}
     if args.soft_labels:
         kinds[LABEL_PROBABILITY] = Value("float64")
-    return Dataset.from_list(rows, features=Features(kinds))
+    return Dataset.from_dict(columns, features=Features(kinds))
 
 
 def _divergence(record: Record) -> float:
@@ -238,28 +453,25 @@ def _select_compared(scores: Sequence[float | None], pairs: str) -> tuple[list[i
     return chosen, [scores[k] for k in chosen]  # type: ignore[misc]
 
 
-def _advantages_and_returns(
-    records: Sequence[Record], scores: Sequence[Sequence[float | None]], args: OnlineConfig
+def _columns_of_tokens(
+    records: Sequence[Record], scores: Sequence[Scores], args: OnlineConfig
 ) -> dict[str, list[list[float]]]:
-    """Advantages, and for PPO returns, of all tokens: by the column's name a list for every prompt."""
+    """A policy gradient's columns with a number for every token of a prompt's answers, by their names."""
     gradient, ppo = args.gradient, args.ppo
     assert gradient is not None
-    each = [logps for record in records for logps in record["behavior_logps"]]
-    segment = torch.arange(len(each)).repeat_interleave(torch.tensor(list(map(len, each))))  # [S]
+    sources = {BEHAVIOR: "behavior_logps", REF_TOKENS: "ref_logps"} | ({} if ppo is None else {VALUES: "values"})
+    columns = {name: [list(chain(*record[source])) for record in records] for name, source in sources.items()}
+    tokens = {name: _doubles(list(chain(*own))) for name, own in columns.items()}  # [S] each
+    lengths = [len(ids) for record in records for ids in record["response_ids"]]
+    segment = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # [S]
     group = torch.arange(len(records)).repeat_interleave(torch.tensor(list(map(len, scores))))  # [R]
-    rewards = [
-        one for record, own in zip(records, scores, strict=True) for one in _scaled(record, own, args.score_clip)
-    ]
+    rewards = list(chain(*(_scaled(*both, args.score_clip) for both in zip(records, scores, strict=True))))
     known = torch.tensor([reward is not None for reward in rewards])
     reward = _doubles([one or 0.0 for one in rewards])  # [R]
     penalty = torch.zeros(len(segment), dtype=torch.float64)
     if args.kl_in == "reward":
-        behavior, start = (
-            _doubles([value for record in records for logps in record[name] for value in logps])
-            for name in ("behavior_logps", "ref_logps")
-        )
         assert args.kl_estimator is not None
-        penalty = records[0]["kl_coef"] * kl_estimate(behavior, start, args.kl_estimator)
+        penalty = records[0]["kl_coef"] * kl_estimate(tokens[BEHAVIOR], tokens[REF_TOKENS], args.kl_estimator)
     if gradient.baseline in ("leave_one_out", "group"):  # a lone score is its own baseline
         known &= torch.bincount(group[known], minlength=len(records))[group] > 1
     of_known = known[segment]
@@ -267,8 +479,8 @@ def _advantages_and_returns(
     if known.any():
         numbers, segments = segment[of_known].unique_consecutive(return_inverse=True)
         if ppo is not None:
-            values = _doubles([value for record in records for own in record["values"] for value in own])
-            found, returns[of_known] = ppo.estimate(reward[known], penalty[of_known], values[of_known], segments)
+            values = tokens[VALUES][of_known]
+            found, returns[of_known] = ppo.estimate(reward[known], penalty[of_known], values, segments)
             found = whiten(found) if args.whiten_advantages else found
         else:
             whole = reward[known] - sum_by(penalty[of_known], segments, len(numbers))
@@ -276,9 +488,10 @@ def _advantages_and_returns(
             whole = advantages(whole, groups, gradient.baseline, scale_by_std=gradient.scale_by_std)
             found = (whiten(whole) if args.whiten_advantages else whole)[segments]
         advantage[of_known] = found
-    sizes = torch.bincount(group[segment], minlength=len(records)).tolist()
-    columns = {ADVANTAGES: advantage} if ppo is None else {ADVANTAGES: advantage, RETURNS: returns}
-    return {name: [own.tolist() for own in column.split(sizes)] for name, column in columns.items()}
+    sizes = list(map(len, columns[BEHAVIOR]))
+    for name, column in {ADVANTAGES: advantage, **({} if ppo is None else {RETURNS: returns})}.items():
+        columns[name] = [own.tolist() for own in column.split(sizes)]
+    return columns
 
 
 def _doubles(values: Sequence[float]) -> Tensor:

@@ -19,23 +19,33 @@ from simpo.data.inspection import shared_rows
 from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError, third_party
 from simpo.models.adapters import describe_adapter
+from simpo.models.checkpoint import model_digest
 from simpo.models.devices import from_main
 from simpo.models.hub import check_target, files_to_push, push
 from simpo.models.loading import load_processor, load_tokenizer, round_weights
 from simpo.models.settings import ModelArguments
+from simpo.runs import manifest
 from simpo.runs.atomic import provisional, staged_files
 from simpo.runs.folder import RunFolder
-from simpo.runs.manifest import is_as_written
+from simpo.runs.manifest import file_digest, is_as_written
 from simpo.runs.results import EXAMPLES, FILE_NAME, HELD_OUT, Metric, write_results
+from simpo.training.batches import rows_digest
 from simpo.training.callbacks import MetricsFile, RunCallback, log_as_lines
-from simpo.training.card import write_model_card
 from simpo.training.checkpoints import StopOnSignal, check_complete, last_good_checkpoint, shared_staging
-from simpo.training.examples import write_examples
 from simpo.training.guard import Guard
-from simpo.training.identity import Identity, checkpoint_from_recipe, settings_of, training_identity
 from simpo.training.metrics import Scores, read_scores, write_scores
 from simpo.training.packed import PackedTrainer
-from simpo.training.settings import IMPOSSIBLE, DataArguments, check_optimizer, load_datasets
+from simpo.training.presentation import write_examples, write_model_card
+from simpo.training.settings import (
+    IMPOSSIBLE,
+    DataArguments,
+    Identity,
+    check_optimizer,
+    checkpoint_from_recipe,
+    load_datasets,
+    settings_identity,
+    settings_of,
+)
 
 
 @dataclass(frozen=True)
@@ -165,6 +175,24 @@ def _prepare(
         if config.disable_dropout and job.model.lora.get("lora_dropout"):
             folder.log("lora_dropout: has no effect while disable_dropout is true, its default")
     return trainer, metrics, identity
+
+
+def training_identity(
+    model: ModelArguments, data: DataArguments, config: Any, train: Dataset, held_out: Dataset | None
+) -> Identity:
+    """Start model, rows in their order, and every setting that influences training.
+
+    Data and models count by their contents, not by where they come from; a hub model by its name and revision.
+    """
+    found: Identity = {"model": model_digest(model), "dtype": model.dtype, "chat_template": data.chat_template}
+    found |= {key: str(value) for key, value in (model.new_adapter | model.quantization).items()}
+    if model.save_dtype is not None:
+        found["save_dtype"] = model.save_dtype
+    found["data/train"] = rows_digest(train)
+    found["data/eval"] = None if held_out is None else rows_digest(held_out)
+    checkpoint = checkpoint_from_recipe(config)
+    found["resume_from_checkpoint"] = None if checkpoint is None else file_digest(Path(checkpoint) / manifest.FILE_NAME)
+    return found | settings_identity(config)
 
 
 def prepare_data(kind: type[PackedTrainer], job: TrainingJob) -> tuple[Any, dict[str, Dataset], dict[str, Prepared]]:

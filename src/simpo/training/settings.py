@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -50,6 +50,16 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "parallelism_config": (None, "a model is spread over processes with fsdp or deepspeed"),
     "do_predict": (False, "held-out rows are scored before and after training; name them with eval_dataset_name"),
 }
+# Keys of a configuration that change what is shown, stored or kept of a run, but not what it computes.
+_NO_INFLUENCE = {
+    *("accept_changes", "guard"),
+    *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("image_folder", "dataset_num_proc", "ddp_timeout", "disable_tqdm", "do_eval", "do_predict", "do_train"),
+    *("log_level", "log_level_replica", "log_on_each_node", "output_dir"),
+    *("per_device_eval_batch_size", "per_device_train_batch_size"),  # the rows per step count
+    *("project", "reference_cache", "report_to", "resume_from_checkpoint", "run_name", "trackio_space_id"),
+}
+_NO_INFLUENCE_PREFIXES = ("hub_", "logging_", "push_to_hub", "save_")
 # Arguments of torch.utils.checkpoint that a recipe can set.
 _CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "debug")
 
@@ -57,6 +67,8 @@ _CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "e
 @dataclass
 class TrainingSettings(TrainingArguments):
     """Settings of every kind of training."""
+
+    truncates_as_paper: ClassVar[bool] = False  # whether responses may be cut, which have to be pairs then
 
     num_train_epochs: float = setting(1.0, "Passes over the data.", above=0)
     lr_scheduler_type: SchedulerType | str = setting("cosine", "Learning-rate schedule.")
@@ -174,6 +186,8 @@ class TrainingSettings(TrainingArguments):
     def _check_declared(self) -> None:
         check_values(self)
         self.tokenize_settings  # noqa: B018 - it checks itself
+        if self.truncation == "paper" and not self.truncates_as_paper:
+            raise SimpoError("truncation: 'paper' cuts the responses of pairs; use 'prompt' or 'drop'")
 
     def _check_values(self) -> None:
         for key in ("seed", "data_seed"):
@@ -281,6 +295,36 @@ def load_datasets(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
     if arguments.eval_dataset_name is not None:
         held_out = load_rows(arguments.eval_dataset_name, split=split or "test", column_mapping=mapping, any_split=True)
     return train, held_out
+
+
+# ---- Settings that determine what a run computes.
+
+
+Identity = dict[str, str | None]
+
+
+def settings_identity(config: Any) -> Identity:
+    """Every setting of a configuration that influences training."""
+    settings = config.to_dict() | getattr(config, "hyperparameters", {})  # the latter with defaults filled in
+    found: Identity = {"rows per step": str(config.per_device_train_batch_size * config.world_size)}
+    for key, value in sorted(settings.items()):
+        if key not in _NO_INFLUENCE and not key.startswith(_NO_INFLUENCE_PREFIXES):
+            found[key] = str(value)
+    return found
+
+
+def checkpoint_from_recipe(config: Any) -> str | None:
+    """The checkpoint that a recipe names to start from; None if it names none, or means the folder's own."""
+    named = config.resume_from_checkpoint
+    return None if named is None or str(named).lower() in ("true", "false") else str(named)
+
+
+def settings_of(*arguments: Any) -> dict[str, Any]:
+    """Every key of a recipe's dataclasses with its value, for the record."""
+    found: dict[str, Any] = {}
+    for part in arguments:
+        found |= part.to_dict() if hasattr(part, "to_dict") else asdict(part)
+    return found
 
 
 # ---- Errors of transformers, accelerate or an optimizer about their own settings, before anything is started.

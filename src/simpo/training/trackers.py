@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
-from transformers.trainer import TRAINER_STATE_NAME
 
 from simpo.errors import one_line
 from simpo.runs.lines import read_lines
@@ -38,29 +37,24 @@ class Trackers(RunCallback):
     def __init__(self, part: str | None = None) -> None:
         """Track a run, or the ``part`` of a larger one, which is appended to its name and to TensorBoard's folder."""
         self._part = part
-        self._callbacks: Sequence[Any] = ()
-        self._idle: Sequence[Any] = ()  # of a training that was not run, because it had finished before
+        self._callbacks: Sequence[Any] = ()  # none for a training that is not run, because it had finished before
         self._args: Any = None
         self._step = 0
         self._trackio_run: str | None = None
 
     def check_trainer(self, trainer: Trainer) -> None:
-        if self._part is not None and trainer.args.report_to:
-            name = trainer.args.run_name
-            trainer.args.run_name = self._part if name is None else f"{name}-{self._part}"
-        self._args = trainer.args
-        if trainer.is_world_process_zero():  # no other callbacks, which may keep the model in memory
-            self._idle = [one for one in trainer.callback_handler.callbacks if isinstance(one, _KINDS)]
-        for callback in self._idle:
-            if (
-                isinstance(callback, TensorBoardCallback)
-                and callback.logging_dir is not None
-                and self._part is not None
-            ):
+        if self._part is None or not trainer.args.report_to:
+            return
+        name = trainer.args.run_name
+        trainer.args.run_name = self._part if name is None else f"{name}-{self._part}"
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is not None:
                 callback.logging_dir = str(Path(callback.logging_dir) / self._part)
 
     def before_training(self, trainer: Trainer, *, resumed: bool) -> None:
-        self._callbacks, self._idle = self._idle, ()
+        self._args = trainer.args
+        if trainer.is_world_process_zero():  # no other callbacks, which may keep the model in memory
+            self._callbacks = [one for one in trainer.callback_handler.callbacks if isinstance(one, _KINDS)]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         for callback in self._callbacks:
@@ -74,44 +68,28 @@ class Trackers(RunCallback):
         """Send the outcome of the finished run in ``folder``; a tracker that fails does not undo the run.
 
         Args:
-            folder: of the run; nothing is sent for a run that had finished before. A part may be unfinished although
-                its training had finished: its trackers are opened for the outcome alone.
+            folder: of the run; nothing is sent for a run that had finished before.
             report: the page that explains it, if it could be written.
         """
-        senders = {
+        senders: dict[type, Any] = {
             TensorBoardCallback: self._to_tensorboard,
             WandbCallback: self._to_wandb,
             MLflowCallback: self._to_mlflow,
             TrackioCallback: self._to_trackio,
         }
-        idle = self._idle if self._part is not None else ()
-        for callback in (*self._callbacks, *idle):
-            for kind, send in senders.items():
-                if isinstance(callback, kind):
-                    try:
-                        if callback in idle:
-                            self._open(callback)
-                        send(callback, _Outcome.read(folder, report))
-                    except Exception as error:
-                        logger.warning(
-                            "%s did not accept the outcome of the run (%s: %s); it is in %s",
-                            *(kind.__name__.removesuffix("Callback"), type(error).__name__, one_line(error), folder),
-                        )
-
-    def _open(self, callback: Any) -> None:
-        """Open and close a tracker as a training without a step would."""
-        state = TrainerState.load_from_json(str(Path(self._args.output_dir) / TRAINER_STATE_NAME))
-        callback.on_train_begin(self._args, state, TrainerControl())
-        self._step = state.global_step
-        if isinstance(callback, TrackioCallback):
-            self._trackio_run = callback._trackio.context_vars.current_run.get().name
-            callback._trackio.finish()
-        elif not isinstance(callback, WandbCallback):  # which stays open
-            callback.on_train_end(self._args, state, TrainerControl())
+        for callback in self._callbacks:
+            kind = next(kind for kind in _KINDS if isinstance(callback, kind))
+            try:
+                senders[kind](callback, _Outcome.read(folder, report))
+            except Exception as error:
+                logger.warning(
+                    "%s did not accept the outcome of the run (%s: %s); it is in %s",
+                    *(kind.__name__.removesuffix("Callback"), type(error).__name__, one_line(error), folder),
+                )
 
     def close(self) -> None:
         """End the runs that trackers leave open: W&B would add the next part's curves to the same run."""
-        for callback in (*self._callbacks, *self._idle):
+        for callback in self._callbacks:
             if isinstance(callback, WandbCallback) and callback._wandb.run is not None:
                 callback._wandb.finish()
 

@@ -22,7 +22,7 @@ from simpo.models.reward import load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import find_head, prepare_policy, value_forward
-from simpo.training.online_config import OnlineConfig
+from simpo.training.configs import OnlineConfig
 
 FILE = "value.safetensors"  # in a checkpoint
 

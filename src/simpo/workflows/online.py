@@ -16,9 +16,10 @@ from simpo.judging.registry import make_annotator
 from simpo.judging.settings import AnnotatorArguments, JudgeOptions, server_client
 from simpo.models.settings import ModelArguments
 from simpo.runs.log import Log
+from simpo.training.batches import prompts_from_rows
 from simpo.training.callbacks import RunCallback
-from simpo.training.online_config import OnlineConfig
-from simpo.training.rollouts import AnsweredPrompt, prompts_from_rows
+from simpo.training.configs import OnlineConfig
+from simpo.training.rollouts import AnsweredPrompt
 
 _TRIED_PROMPTS = 2
 
