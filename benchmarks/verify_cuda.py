@@ -24,8 +24,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.setting import Setting, build_model
 from benchmarks.small_models import KINDS, build, comparisons
-from simpo.packing import kernels
-from simpo.packing.kernels import AttentionStyle, by_segment
+from simpo.packing import attention as kernels
+from simpo.packing.attention import AttentionStyle, by_segment
 from simpo.packing.layout import AttentionLayout, PackedBatch, Span
 from simpo.packing.model import choose_path, policy_logprobs, prepare_policy
 from simpo.packing.selfcheck import naive_logprobs

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from simpo.data import cache
+from simpo.data import verification as cache
 from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
 from simpo.data.tokenizing import prepare

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset, Features, LargeList, List, Value
 
-from simpo.data.pretokenized import check_tokenized
+from simpo.data.verification import check_tokenized
 from simpo.errors import SimpoError
 
 GOOD = {"prompt_ids": [[1, 5], [1, 6, 7]], "response_ids": [[[5, 2], [6, 2]], [[7, 2], [8]]]}

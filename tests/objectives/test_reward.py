@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from simpo.objectives.reward import bradley_terry, centering
+from simpo.objectives.preference import bradley_terry, centering
 
 PAIRS = [(0.3, -1.2, 0.0), (-2.0, 1.5, 0.5), (4.0, 4.0, 1.0), (0.0, 0.0, 0.0)]
 

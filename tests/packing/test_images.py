@@ -10,9 +10,9 @@ import transformers as hf
 from tests.vision import FAMILIES, make_vision_model, picture
 
 from simpo.errors import SimpoError
-from simpo.packing import kernels
+from simpo.packing import attention as kernels
+from simpo.packing.attention import AttentionStyle
 from simpo.packing.images import check_image_inputs, forward_inputs
-from simpo.packing.kernels import AttentionStyle
 from simpo.packing.layout import AttentionLayout, PackedBatch, Span, TokenizedComparison
 from simpo.packing.model import policy_logprobs, reward_forward, state_of
 

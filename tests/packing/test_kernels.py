@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.nn.attention import varlen as torch_varlen
 
-from simpo.packing import kernels
-from simpo.packing.attention import UnsupportedAttentionError, shared_prefix_attention
-from simpo.packing.kernels import AttentionStyle, by_segment
+from simpo.packing import attention as kernels
+from simpo.packing.attention import AttentionStyle, UnsupportedAttentionError, by_segment, shared_prefix_attention
 from simpo.packing.layout import AttentionLayout, Span
 
 LAYOUT = AttentionLayout((Span(5, (3, 9)), Span(1, (1, 2, 1)), Span(12, (4,))))

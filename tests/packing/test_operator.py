@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simpo.packing.attention import by_segment_operator
-from simpo.packing.kernels import AttentionStyle, by_segment
+from simpo.packing.attention import AttentionStyle, by_segment, by_segment_operator
 from simpo.packing.layout import AttentionLayout, Span
 
 LAYOUT = AttentionLayout((Span(5, (3, 9)), Span(1, (1, 2, 1)), Span(12, (4,))))

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from simpo.errors import InterruptedRun
-from simpo.runs.signals import interruptible
+from simpo.runs.terminal import interruptible
 
 
 def signalled(signum: signal.Signals) -> None:

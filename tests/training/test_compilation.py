@@ -11,7 +11,7 @@ from torch.nn.attention import varlen as torch_varlen
 
 from simpo.errors import SimpoError
 from simpo.models.devices import compile_layers
-from simpo.packing import kernels
+from simpo.packing import attention as kernels
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import policy_logprobs, prepare_policy, state_of
 

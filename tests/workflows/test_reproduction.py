@@ -19,7 +19,7 @@ from tests.forked import run_ranks
 from simpo.cli import main
 from simpo.errors import InterruptedRun, SimpoError
 from simpo.runs.lines import JsonLines
-from simpo.runs.signals import interruptible
+from simpo.runs.terminal import interruptible
 from simpo.training.configs import PreferenceConfig
 from simpo.workflows.recipes import PAPER_SETTINGS
 from simpo.workflows.reproduction import run

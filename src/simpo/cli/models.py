@@ -21,8 +21,7 @@ from simpo.generation.settings import SamplingSettings
 from simpo.models import hub
 from simpo.models.merging import write_merged
 from simpo.models.settings import ModelArguments
-from simpo.runs.signals import record_signals
-from simpo.runs.terminal import printable
+from simpo.runs.terminal import printable, record_signals
 
 _RESET, _EXIT = "/reset", "/exit"
 

@@ -1,6 +1,6 @@
 """TRL's and the paper's trainers by their own names: a script's import changes, and nothing else."""
 
-from simpo.compat.preference import (
+from simpo.compat.trainers import (
     CPOConfig,
     CPOTrainer,
     DPOConfig,
@@ -9,10 +9,13 @@ from simpo.compat.preference import (
     KTOTrainer,
     ORPOConfig,
     ORPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
     SimPOConfig,
     SimPOTrainer,
 )
-from simpo.compat.supervised import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 __all__ = [
     "CPOConfig",

@@ -11,14 +11,13 @@ from typing import Any, ClassVar
 from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.formats import PROMPT_SHAPES, Comparison, read_prompt
+from simpo.data.formats import PROMPT_SHAPES, Comparison, read_prompt, suspicions
 from simpo.data.images import DIGESTS, IMAGES, ImageReader, Reference, split_processor
 from simpo.data.messages import IMAGE, IMAGE_IN_TEXT, Context, Message
 from simpo.data.rendering import Rendered
 from simpo.data.rows import BadRow, DataReport, check_dataset, check_unicode, rows_of, undecoded
 from simpo.data.settings import RenderSettings, TokenizeSettings
 from simpo.data.shapes import canonical, check_not_rendered
-from simpo.data.suspects import suspicions
 from simpo.data.tokenizing import TOKENS, Comparisons, tokenize
 from simpo.errors import SimpoError
 from simpo.runs.results import fingerprint

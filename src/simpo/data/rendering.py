@@ -14,10 +14,19 @@ from itertools import pairwise, takewhile
 
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.chat_template import NO_SYSTEM_ROLE, SENTINEL, ChatTemplate, EndOfTurn, as_object, end_of_turn
+from simpo.data.chat_template import (
+    NO_SYSTEM_ROLE,
+    SENTINEL,
+    ChatTemplate,
+    EndOfTurn,
+    GivenAnswers,
+    as_object,
+    check_not_empty,
+    check_reasoning_ends,
+    end_of_turn,
+)
 from simpo.data.encoding import LiteralText
 from simpo.data.formats import Comparison, Conversation
-from simpo.data.given_answers import GivenAnswers, check_not_empty, check_reasoning_ends
 from simpo.data.messages import (
     IMAGE,
     REASONING,

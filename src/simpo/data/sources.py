@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from simpo.data.cache import cached
 from simpo.data.rows import JSON_FEATURES, ROW, WHERE, as_json, concatenate, rename_columns, select_columns, with_where
+from simpo.data.verification import cached
 from simpo.errors import SimpoError, one_line, third_party
 from simpo.runs.manifest import file_digest
 

@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.cache import cached, map_cache_file
 from simpo.data.chat_template import end_of_turn, user_turn_frame
 from simpo.data.encoding import Encoder
 from simpo.data.formats import (
@@ -32,9 +31,9 @@ from simpo.data.formats import (
     read_comparison,
     read_conversation,
     read_feedback,
+    suspicions,
 )
 from simpo.data.images import COLUMNS, IMAGES, ImageReader, split_processor
-from simpo.data.pretokenized import check_tokenized
 from simpo.data.rendering import Rendered, RenderedTurns, Renderer
 from simpo.data.rows import (
     PART,
@@ -52,7 +51,7 @@ from simpo.data.rows import (
 )
 from simpo.data.settings import PROMPT_CUT, TURNS_CUT, TokenizeSettings, fit, fit_turns
 from simpo.data.shapes import FOREIGN_SHAPES, canonical, check_not_rendered, first_canonical
-from simpo.data.suspects import suspicions
+from simpo.data.verification import cached, check_tokenized, map_cache_file
 from simpo.errors import SimpoError
 
 TOKENS = List(Value("int32"))

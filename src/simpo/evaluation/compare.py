@@ -33,7 +33,7 @@ from simpo.runs.lines import write_lines
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric, Stage, fingerprint
-from simpo.runs.signals import interruptible
+from simpo.runs.terminal import interruptible
 from simpo.statistics import Interval, mean_interval, proportion_interval, share_interval
 
 VERDICTS = "verdicts.jsonl"

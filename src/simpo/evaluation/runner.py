@@ -30,7 +30,7 @@ from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric, print_full_width, print_results, table_of
-from simpo.runs.signals import interruptible
+from simpo.runs.terminal import interruptible
 
 
 class Entry(NamedTuple):

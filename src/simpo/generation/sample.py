@@ -44,8 +44,7 @@ from simpo.runs.folder import RunFolder
 from simpo.runs.lines import write_lines
 from simpo.runs.log import Log
 from simpo.runs.results import Metric, fingerprint
-from simpo.runs.signals import interruptible
-from simpo.runs.terminal import Advance, progress
+from simpo.runs.terminal import Advance, interruptible, progress
 from simpo.statistics import proportion_interval
 
 FILE_NAME = "responses.jsonl"

@@ -22,7 +22,7 @@ from simpo.judging.settings import Annotator, JudgeOptions, Normalization, annot
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import JsonLines, read_lines, write_lines
 from simpo.runs.results import Metric, fingerprint
-from simpo.runs.signals import interruptible
+from simpo.runs.terminal import interruptible
 
 RESPONSES, FILE_NAME, BEST = "responses.jsonl", "annotated.jsonl", "best.jsonl"
 _PROMPTS_PER_PART = 256  # scored, and stored, together

@@ -21,7 +21,7 @@ from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.lines import write_lines
 from simpo.runs.manifest import file_digest
 from simpo.runs.results import fingerprint, write_results
-from simpo.runs.signals import interruptible
+from simpo.runs.terminal import interruptible
 
 ITEMS, DATABASE = "items.jsonl", "judgments.sqlite"
 _TOKEN = ".token"  # noqa: S105 - a file; kept, so that a page that is open stays valid when the command runs again

@@ -1,4 +1,4 @@
-"""Shared-prefix attention: registration with transformers, and the operator that compiled layers contain.
+"""Shared-prefix attention: its definition, kernels that are verified against it before use, and its registration.
 
 Registered with transformers' attention and mask interfaces. The layout arrives as a forward keyword argument, because a
 side channel would be gone when gradient checkpointing recomputes a layer. A call without a layout goes to the
@@ -7,20 +7,282 @@ implementation that the model had before, so ``generate`` and evaluation behave 
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
+from inspect import signature
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import varlen as torch_varlen
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from simpo.packing import kernels
-from simpo.packing.kernels import AttentionStyle, by_segment
-from simpo.packing.layout import AttentionLayout, LayoutIndex
+from simpo.packing.layout import AttentionLayout, LayoutIndex, Span
+
+logger = logging.getLogger(__name__)
+
+# ---- Shared-prefix attention by its definition, one segment at a time: exact on every device and in every type.
+
+
+@dataclass(frozen=True)
+class AttentionStyle:
+    """The features of a model's attention beyond softmax(q k^T) v."""
+
+    scale: float  # factor on the scores
+    window: int | None = None  # a query sees this many positions, its own included; None for all
+    softcap: float | None = None  # bound of the scores, `softcap * tanh(scores / softcap)`; None for none
+    sinks: Tensor | None = None  # `[heads]` logits that take part in the softmax and carry no value; None for none
+    dropout: float = 0.0  # probability of dropping an attention weight
+    blocks: bool = False  # whether the layout has tokens that see one another in both directions
+
+    @property
+    def plain(self) -> bool:
+        """Whether ``scaled_dot_product_attention`` can compute it."""
+        return self.softcap is None and self.sinks is None
+
+
+def by_segment(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
+    """Attention over a packed batch, one call per segment: ``[1, T, heads, D_v]``.
+
+    ``query`` is ``[1, heads, T, D]``, ``key`` ``[1, key-value heads, T, D]`` and ``value`` ``[1, key-value heads, T,
+    D_v]``.
+    """
+    groups = query.shape[1] // key.shape[1]
+    attend = _plain if style.plain else _special
+    # split and not slices: its backward is one concatenation, while that of each slice would fill a whole [T]
+    queries, blocks = iter(query.split(layout.query_sizes, dim=2)), _blocks_of_keys(layout)
+    keys, values = iter(key.split(layout.part_sizes, dim=2)), iter(value.split(layout.part_sizes, dim=2))
+    outputs = []
+    for span in layout.spans:
+        prompt_key, prompt_value = next(keys), next(values)
+        for _ in span.responses:
+            k = repeat_heads(torch.cat([prompt_key, next(keys)], dim=2), groups)
+            v = repeat_heads(torch.cat([prompt_value, next(values)], dim=2), groups)
+            outputs.append(attend(next(queries), k, v, style, next(blocks)))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _blocks_of_keys(layout: AttentionLayout) -> Iterator[Tensor | None]:
+    """For each segment, ``[keys]`` of the layout's ``blocks``; None if there are none."""
+    if layout.blocks is None:
+        return repeat(None)
+    return iter(layout.blocks[layout.index.key_index].split(layout.key_sizes))
+
+
+def repeat_heads(states: Tensor, groups: int) -> Tensor:
+    """``[1, h, n, D]`` to ``[1, h * groups, n, D]``, each head repeated for its group of query heads."""
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+
+
+def _visible(queries: int, keys: int, window: int | None, blocks: Tensor | None, device: torch.device) -> Tensor:
+    """``[queries, keys]`` causal mask aligned bottom-right, with a sliding window where there is one.
+
+    Keys with the same number in ``blocks``, ``[keys]``, see one another in both directions; -1 stands for no block.
+    """
+    row = torch.arange(keys - queries, keys, device=device)[:, None]
+    column = torch.arange(keys, device=device)
+    mask = column <= row
+    if blocks is not None:
+        mask = mask | ((blocks[row] == blocks) & (blocks >= 0))
+    return mask if window is None else mask & (column > row - window)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle, blocks: Tensor | None) -> Tensor:
+    """``[1, heads, queries, D_v]`` through PyTorch's own attention."""
+    queries, keys = q.shape[2], k.shape[2]
+    window = None if style.window is None or style.window >= keys else style.window
+    triangle = window is None and blocks is None and queries == keys
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if triangle else _visible(queries, keys, window, blocks, q.device),
+        dropout_p=style.dropout,
+        is_causal=triangle,
+        scale=style.scale,
+    )
+
+
+def _special(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle, blocks: Tensor | None) -> Tensor:
+    """``[1, heads, queries, D_v]`` with softcap and sinks, step by step."""
+    scores = (q @ k.transpose(-1, -2)) * style.scale  # [1, heads, queries, keys]
+    if style.softcap is not None:
+        scores = torch.tanh(scores / style.softcap) * style.softcap
+    hidden = ~_visible(q.shape[2], k.shape[2], style.window, blocks, q.device)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if style.sinks is not None:
+        sinks = style.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores, dim=-1, dtype=exact).to(v.dtype)[..., : k.shape[2]]
+    return F.dropout(weights, style.dropout) @ v
+
+
+# ---- Kernels, which are compared with the definition before they are used.
+
+Kernel = Callable[[Tensor, Tensor, Tensor, AttentionLayout, AttentionStyle], Tensor]
+_DEVICE = "cuda"  # that the kernels run on
+_refused: set[Kernel] = set()  # kernels that failed a check
+# Several query heads share a key head; torch 2.11's kernel does that without being asked.
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(torch_varlen.varlen_attn).parameters else {}
+
+
+def varlen(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
+    """One variable-length call for all segments; shapes as in :func:`by_segment`.
+
+    A segment has fewer queries than keys where the prompt is shared; the kernel's causal mask is aligned bottom-right,
+    which is exactly what a response needs.
+    """
+    # [1, h, T, D] -> [keys of all segments, h, D]; the gradient of a shared prompt adds up through the gather
+    keys, values = (states[0].transpose(0, 1)[layout.index.key_index] for states in (key, value))
+    output = torch_varlen.varlen_attn(
+        query[0].transpose(0, 1).contiguous(),
+        keys,
+        values,
+        layout.index.cu_seqlens_q,
+        layout.index.cu_seqlens_k,
+        layout.longest_query,
+        layout.longest_key,
+        scale=style.scale,
+        window_size=(-1 if style.window is None else style.window - 1, 0),
+        **_GROUPED,
+    )
+    return output[None]
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
+    """FlexAttention on the flat sequence, for softcap and sinks: the mask itself expresses the sharing."""
+    from torch.nn.attention.flex_attention import AuxRequest  # noqa: PLC0415 - slow import
+
+    softcap = style.softcap
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return torch.tanh(score / softcap) * softcap
+
+    # the softcap as a constant of the compiled kernel: torch 2.11 cannot differentiate one that is an input
+    with torch._dynamo.config.patch(specialize_float=True):
+        output, aux = _flex_attention(query.device.type)(
+            query,
+            key,
+            value,
+            score_mod=None if softcap is None else capped,
+            block_mask=_block_mask(layout, style.window),
+            scale=style.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )
+    if style.sinks is not None:  # a sink adds exp(sink) to the softmax's denominator and nothing to its numerator
+        kept = torch.sigmoid(aux.lse - style.sinks.view(1, -1, 1))
+        output = output * kept[..., None].to(output.dtype)
+    return output.transpose(1, 2)
+
+
+_flex_uncompiled = torch.compiler.disable(flex)  # it compiles itself, and its mask is made in Python
+
+
+def _block_mask(layout: AttentionLayout, window: int | None) -> Any:
+    """FlexAttention's mask, made once per forward for all layers with the same window."""
+    from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415 - slow import
+
+    (_, position, comparison, part, *_), blocks = layout.index, layout.blocks
+
+    def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        same = (comparison[i] == comparison[j]) & ((part[j] == 0) | (part[i] == part[j]))
+        seen = position[j] <= position[i]
+        if blocks is not None:
+            seen = seen | ((blocks[i] == blocks[j]) & (blocks[i] >= 0))
+        seen = same & seen
+        return seen if window is None else seen & (position[j] > position[i] - window)
+
+    if window not in layout.block_masks:
+        device = position.device.type
+        layout.block_masks[window] = create_block_mask(visible, None, None, layout.total, layout.total, device=device)
+    return layout.block_masks[window]
+
+
+@cache
+def _flex_attention(device: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415 - slow import
+
+    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+
+
+def choose(query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Kernel | None:
+    """The kernel for these inputs, shaped as in :func:`by_segment`; None where only the definition will do."""
+    if query.device.type != _DEVICE or style.dropout or query.shape[-1] != value.shape[-1]:
+        return None
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    kernel = flex if style.blocks or not style.plain else varlen if half and query.shape[-1] <= 256 else None
+    if kernel is None:
+        return None
+    if torch.compiler.is_compiling():  # the model's self-check has run every layer before, and with it these checks
+        return None if kernel in _refused else _flex_uncompiled if kernel is flex else kernel
+    shape = (query.shape[1], key.shape[1], query.shape[-1])
+    window = None if style.window is None else min(style.window, 24)  # so that a small batch feels the window
+    small = replace(style, window=window, sinks=None)
+    return kernel if _agrees(kernel, query.device, query.dtype, shape, small, style.sinks is not None) else None
+
+
+@cache
+def _agrees(
+    kernel: Kernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    style: AttentionStyle,
+    sinks: bool,
+) -> bool:
+    """Whether ``kernel`` gives the definition's output and gradients on a small packed batch; logged once if not."""
+    heads, kv_heads, size = shape
+    layout = AttentionLayout((Span(37, (30, 51)), Span(5, (70, 1, 20)))).to(device)
+    if style.blocks:  # two images in the first prompt
+        images = torch.full((layout.total,), -1, device=device)
+        images[3:12], images[14:33] = 0, 1
+        layout = replace(layout, blocks=images)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*dims: int) -> Tensor:
+        return torch.randn(*dims, generator=generator, device=device, dtype=torch.float32)
+
+    exact = [random(1, n, layout.total, size).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+    style = replace(style, sinks=random(heads) if sinks else None)
+    weight = random(1, layout.total, heads, size)
+    try:
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            expected = _with_gradients(by_segment, exact, layout, style, weight)
+            given = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
+            rounded = replace(style, sinks=None if style.sinks is None else style.sinks.to(dtype))
+            found = _with_gradients(kernel, given, layout, rounded, weight)
+    except Exception as error:  # whatever a kernel raises, it means the same: do not use it
+        logger.warning("attention kernel %s failed its check (%s); using segments", kernel.__name__, error)
+        _refused.add(kernel)
+        return False
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2  # relative to the largest entry; half precision keeps 3 digits
+    wrong = [
+        name
+        for name, a, b in zip(("output", "d_query", "d_key", "d_value"), expected, found, strict=True)
+        if not (a - b.float()).abs().max() <= tolerance * a.abs().max()
+    ]
+    if wrong:
+        logger.warning("attention kernel %s disagrees in %s; using segments", kernel.__name__, ", ".join(wrong))
+        _refused.add(kernel)
+    return not wrong
+
+
+def _with_gradients(
+    kernel: Kernel, inputs: list[Tensor], layout: AttentionLayout, style: AttentionStyle, weight: Tensor
+) -> list[Tensor]:
+    query, key, value = inputs
+    output = kernel(query, key, value, layout, style)
+    return [output.detach(), *torch.autograd.grad((output * weight).sum(), inputs)]
+
 
 # ---- Attention by segments as an operator of PyTorch, which ``torch.compile`` does not look into.
 
@@ -32,7 +294,7 @@ _INPUTS = (
 def by_segment_operator(
     query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle
 ) -> Tensor:
-    """:func:`~simpo.packing.kernels.by_segment`, without dropout, for compiled graphs.
+    """:func:`by_segment`, without dropout, for compiled graphs.
 
     Backward computes the attention again: an operator cannot keep what PyTorch's own attention keeps for backward.
     """
@@ -182,7 +444,7 @@ def shared_prefix_attention(
     """Attention over a packed batch, ``[1, T, heads, D_v]``, with the arguments of transformers' attention interface.
 
     ``attention_mask`` is a placeholder: the ``layout`` determines what is visible. The other arguments are described
-    by :class:`~simpo.packing.kernels.AttentionStyle`; ``scaling`` is ``D ** -0.5`` if None, ``s_aux`` are sinks.
+    by :class:`AttentionStyle`; ``scaling`` is ``D ** -0.5`` if None, ``s_aux`` are sinks.
 
     Raises:
         UnsupportedAttentionError: an argument that is not supported here, or shapes that are not the layout's.
@@ -200,7 +462,7 @@ def shared_prefix_attention(
         query, key, value = (t.to(computed) if t.dtype == torch.float32 else t for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     style = AttentionStyle(scale, sliding_window, softcap, s_aux, dropout, layout.blocks is not None)
-    attend = layout.kernel or kernels.choose(query, key, value, style)
+    attend = layout.kernel or choose(query, key, value, style)
     if attend is None and torch.compiler.is_compiling():
         attend = _by_segment_uncompiled if style.dropout or style.blocks else by_segment_operator
     return (attend or by_segment)(query, key, value, layout, style)

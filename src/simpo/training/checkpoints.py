@@ -29,7 +29,7 @@ from simpo.models.adapters import adapter_fault, has_adapter_weights, move_named
 from simpo.models.zero import shape_of
 from simpo.runs.atomic import disk_errors, provisional, remove_folder, staged_folder, write_text
 from simpo.runs.manifest import find_damage, write_manifest
-from simpo.runs.signals import record_signals
+from simpo.runs.terminal import record_signals
 from simpo.training.metrics import RunningMeans
 from simpo.training.sharding import ShardedTrainer, reshard, stored_tensors
 

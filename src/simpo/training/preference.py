@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.pretokenized import check_rankings
 from simpo.data.tokenizing import Prepared, is_feedback, prepare, prepare_feedback
+from simpo.data.verification import check_rankings
 from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES, Objective, Responses, reference_point, sft_term
 from simpo.objectives.objective import NON_NEGATIVE, POSITIVE, Bound

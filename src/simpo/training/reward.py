@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from simpo.data.formats import SCORE_COLUMNS
 from simpo.data.images import COLUMNS as IMAGE_COLUMNS
 from simpo.data.images import text_tokenizer
-from simpo.data.pretokenized import check_rankings
-from simpo.data.suspects import SCORE_COLUMNS
 from simpo.data.tokenizing import Prepared, is_feedback, prepare
+from simpo.data.verification import check_rankings
 from simpo.errors import SimpoError
 from simpo.models.reward import choose_padding, load_reward_model
 from simpo.models.settings import ModelArguments
-from simpo.objectives.reward import bradley_terry, centering
+from simpo.objectives.preference import bradley_terry, centering
 from simpo.packing.model import is_reward_model, reward_forward
 from simpo.runs.results import Metric
 from simpo.training.batches import LEVELS, ComparisonRows, PlannedBatch, response_counts

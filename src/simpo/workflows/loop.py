@@ -49,7 +49,7 @@ from simpo.runs.folder import RunFolder
 from simpo.runs.lines import read_lines
 from simpo.runs.log import Log
 from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results, table_of, write_results
-from simpo.runs.signals import interruptible
+from simpo.runs.terminal import interruptible
 from simpo.statistics import Interval, mean_interval
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob, run_training

@@ -30,8 +30,7 @@ from simpo.runs.folder import RunFolder
 from simpo.runs.lines import JsonLines, json_safe
 from simpo.runs.log import Log
 from simpo.runs.results import Metric, write_results
-from simpo.runs.signals import interruptible
-from simpo.runs.terminal import progress
+from simpo.runs.terminal import interruptible, progress
 from simpo.statistics import Interval, mean_interval
 from simpo.workflows.recipes import PAPER_SETTINGS, compose_recipe
 from simpo.workflows.reproduction.study import METRICS, REGISTERED, Arm, Measured, Outcome, Study, decide, read_studies
