@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from simpo.analysis.curves import curves, thin
-from simpo.analysis.examples import examples
-from simpo.analysis.figures import Pairs, paper_figures
+from simpo.analysis.charts import Pairs, curves, paper_figures, thin
 from simpo.analysis.headline import Headline
 from simpo.analysis.reading import Run, in_order
-from simpo.analysis.report import write_report
+from simpo.analysis.report import examples, write_report
 from simpo.cli import main
 from simpo.errors import SimpoError
 from simpo.runs.atomic import write_text

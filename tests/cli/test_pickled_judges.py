@@ -48,7 +48,7 @@ def test_what_the_recipe_allows_applies_to_its_judges(command, judge, chat_world
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_and_to_the_judges_of_a_loop(allowed):
-    settings = LoopSettings("prompts.jsonl", "held-out.jsonl", "logp:judge")
+    settings = LoopSettings(prompts="prompts.jsonl", eval_prompts="held-out.jsonl", annotator="logp:judge")
     model, config = ModelArguments("model", allow_pickle=allowed), SimpleNamespace(resume_from_checkpoint=None)
     recipe = LoopRecipe(settings, SamplingSettings(n=2), PairSettings(), model, config)
     assert _judge_options(recipe).allow_pickle == allowed

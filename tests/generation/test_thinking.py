@@ -11,7 +11,7 @@ from simpo.evaluation.arena_hard import read_verdict as arena_verdict
 from simpo.evaluation.mt_bench import read_rating
 from simpo.generation.responses import ResponseText, after_thinking, split_thinking
 from simpo.judging.pairwise import read_verdict
-from simpo.judging.presentation import ShownAnswers
+from simpo.judging.protocol import ShownAnswers
 from simpo.world.pairs import make_tokenizer
 
 # Replies with thinking @ and conclusion $, in the marks of many models.

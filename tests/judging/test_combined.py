@@ -10,9 +10,8 @@ import pytest
 from scipy.stats import rankdata, zscore
 
 from simpo import SimpoError
-from simpo.judging.combined import CombinedScorer, count_missing, normalize
 from simpo.judging.protocol import Answers, Scorer
-from simpo.judging.registry import make_annotator
+from simpo.judging.registry import CombinedScorer, count_missing, make_annotator, normalize
 from simpo.judging.settings import JudgeOptions
 
 GENERATOR = np.random.default_rng(0)

@@ -12,10 +12,8 @@ from threading import Thread
 import pytest
 import uvicorn
 
-from simpo.labeling.items import Item
 from simpo.labeling.server import listen, make_app
-from simpo.labeling.session import Session
-from simpo.labeling.store import Judgment, Store, read_judgments
+from simpo.labeling.session import Item, Judgment, Session, Store, read_judgments
 from simpo.runs.lines import write_lines
 
 TOKEN = "secret"

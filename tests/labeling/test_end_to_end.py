@@ -7,9 +7,7 @@ from contextlib import closing
 import pytest
 
 from simpo.cli import main
-from simpo.labeling.items import items_of_one, items_of_two
-from simpo.labeling.session import Session
-from simpo.labeling.store import Judgment, Store
+from simpo.labeling.session import Judgment, Session, Store, items_of_one, items_of_two
 from simpo.runs.folder import RunRecord
 from simpo.runs.lines import read_lines, write_lines
 from simpo.runs.results import read_results

@@ -14,8 +14,7 @@ from simpo.errors import SimpoError
 from simpo.judging.protocol import Pair
 from simpo.judging.scored import HumanJudge
 from simpo.labeling.export import export, scores_of
-from simpo.labeling.items import Item
-from simpo.labeling.store import Judgment, Store
+from simpo.labeling.session import Item, Judgment, Store
 from simpo.runs.folder import RunRecord
 from simpo.runs.lines import read_lines, write_lines
 from simpo.runs.results import write_results

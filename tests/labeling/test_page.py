@@ -9,8 +9,7 @@ import pytest
 from tests.browser import Browser, Page, chromium
 from tests.labeling.conftest import make_items
 
-from simpo.labeling.items import Item
-from simpo.labeling.session import Session
+from simpo.labeling.session import Item, Session
 
 _DONE = "!document.getElementById('done').hidden"
 _SHOWN = "!document.getElementById('task').hidden && document.querySelectorAll('.answer').length"

@@ -18,11 +18,9 @@ from tests.labeling.conftest import TOKEN, Served, make_items
 
 from simpo.cli import main
 from simpo.errors import SimpoError
-from simpo.labeling.items import Item, items_of_one, items_of_two
 from simpo.labeling.run import export_run
 from simpo.labeling.server import listen
-from simpo.labeling.session import Session
-from simpo.labeling.store import Judgment, Store
+from simpo.labeling.session import Item, Judgment, Session, Store, items_of_one, items_of_two
 from simpo.runs.lines import read_lines, write_lines
 
 _HEADERS = {"x-simpo-token": TOKEN}

@@ -5,10 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from simpo.labeling.items import load_items
 from simpo.labeling.server import listen, make_app, serve
-from simpo.labeling.session import Session
-from simpo.labeling.store import Store
+from simpo.labeling.session import Session, Store, load_items
 
 items, database, overlap, port, token = sys.argv[1:]
 listening = listen(int(port))

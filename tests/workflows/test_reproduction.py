@@ -24,8 +24,19 @@ from simpo.training.configs import PreferenceConfig
 from simpo.workflows.recipes import PAPER_SETTINGS
 from simpo.workflows.reproduction import run
 from simpo.workflows.reproduction.run import Trials, plan, render
-from simpo.workflows.reproduction.study import METRICS, Arm, Claim, decide, read_studies
-from simpo.workflows.reproduction.trial import LENGTH_BIASED, OFF_POLICY, ON_POLICY, TUNING, Trial, run_trial
+from simpo.workflows.reproduction.study import (
+    LENGTH_BIASED,
+    METRICS,
+    OFF_POLICY,
+    ON_POLICY,
+    TUNING,
+    Arm,
+    Claim,
+    Trial,
+    decide,
+    read_studies,
+    run_trial,
+)
 from simpo.world.pairs import write_model, write_pairs, write_prompts
 
 

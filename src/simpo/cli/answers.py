@@ -19,7 +19,7 @@ from simpo.generation.sample import FILE_NAME as RESPONSES
 from simpo.generation.sample import PromptArguments, sample_from_server, sample_responses
 from simpo.generation.settings import SamplingSettings, VllmSettings
 from simpo.judging import annotate as annotation
-from simpo.judging.presentation import as_text
+from simpo.judging.protocol import as_text
 from simpo.judging.settings import Annotator, AnnotatorArguments, JudgeSettings, Normalization
 from simpo.models.settings import ModelArguments
 from simpo.runs.results import print_results

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock
 
-from simpo.client.chat import ChatReply, ChatRequest, Endpoint
-from simpo.client.cost import Estimate, Usage
+from simpo.client.chat import ChatReply, ChatRequest, Endpoint, Estimate, Usage
 from simpo.errors import SimpoError, third_party
 from simpo.runs.atomic import disk_errors
 from simpo.runs.terminal import Advance, progress

@@ -22,7 +22,7 @@ from simpo.evaluation.answers import Answer, Question, cell, read_by_key, read_r
 from simpo.evaluation.preferences import Baselines, length_controlled, win_rates
 from simpo.evaluation.runner import Benchmark, JudgedBenchmark, JudgedSettings
 from simpo.generation.responses import after_thinking
-from simpo.judging.presentation import fill, read_prompt_file
+from simpo.judging.protocol import fill, read_prompt_file
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest

@@ -18,7 +18,7 @@ from simpo.data.sources import SUFFIXES, load_rows
 from simpo.errors import SimpoError
 from simpo.generation.sample import FILE_NAME, EngineName, Job, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings
-from simpo.judging.presentation import ShownAnswers
+from simpo.judging.protocol import ShownAnswers
 from simpo.models.checkpoint import Checkpoint, model_digest, with_dtype
 from simpo.models.devices import free_memory
 from simpo.models.loading import load_tokenizer

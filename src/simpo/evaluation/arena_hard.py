@@ -23,7 +23,7 @@ from simpo.evaluation.preferences import fit_logistic, is_determined
 from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings
 from simpo.generation.responses import after_thinking
 from simpo.generation.settings import SamplingSettings
-from simpo.judging.presentation import fill, read_prompt_file
+from simpo.judging.protocol import fill, read_prompt_file
 from simpo.judging.settings import ApiSettings
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log

@@ -20,8 +20,7 @@ from simpo.evaluation.answers import Answerer, Record, answers_path, is_answer_f
 from simpo.evaluation.preferences import Judged, preference_metrics, win_rate_over_prompts
 from simpo.generation.sample import FILE_NAME, EngineName, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings
-from simpo.judging.presentation import ShownAnswers
-from simpo.judging.protocol import Judge, Pair
+from simpo.judging.protocol import Judge, Pair, ShownAnswers
 from simpo.judging.registry import make_judge
 from simpo.judging.scored import verdict_of
 from simpo.judging.settings import JUDGES, JudgeOptions, JudgeSettings

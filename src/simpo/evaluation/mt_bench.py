@@ -18,7 +18,7 @@ from simpo.evaluation.answers import Answer, Answerer, Question, cell, read_by_k
 from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings
 from simpo.generation.responses import after_thinking
 from simpo.generation.settings import SamplingSettings
-from simpo.judging.presentation import ShownAnswers, fill, read_prompt_file
+from simpo.judging.protocol import ShownAnswers, fill, read_prompt_file
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest

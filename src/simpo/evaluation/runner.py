@@ -23,7 +23,7 @@ from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answer, Answerer, Question, is_answer_file, read_answers, write_rows
 from simpo.generation.sample import EngineName
 from simpo.generation.settings import SamplingSettings
-from simpo.judging.presentation import ShownAnswers
+from simpo.judging.protocol import ShownAnswers
 from simpo.judging.settings import ApiSettings
 from simpo.models.settings import ModelArguments
 from simpo.runs.folder import RunFolder

@@ -14,10 +14,8 @@ from simpo.data.inspection import AnswerSet, diversity_metrics, score_metrics
 from simpo.data.messages import context_of, read_messages
 from simpo.data.rows import BadRow, check_unicode
 from simpo.errors import SimpoError
-from simpo.judging.combined import CombinedScorer, count_missing
-from simpo.judging.presentation import ShownAnswers
-from simpo.judging.protocol import Answers, Scorer, check_scores
-from simpo.judging.registry import make_annotator
+from simpo.judging.protocol import Answers, Scorer, ShownAnswers, check_scores
+from simpo.judging.registry import count_missing, make_annotator
 from simpo.judging.settings import Annotator, JudgeOptions, Normalization, annotator_names
 from simpo.runs.folder import RunFolder
 from simpo.runs.lines import JsonLines, read_lines, write_lines
@@ -128,23 +126,18 @@ def _score(
     scored = sum(done.values())
     if scored:
         run.log(f"continuing: {scored:,} of {len(rows):,} prompts are scored")
-    usage = annotator.usage
+    usage, judge = annotator.usage, str(annotator.identity["judge"])
     for start in range(0, len(rows), _PROMPTS_PER_PART):
         if start in done:
             continue
         part = rows[start : start + _PROMPTS_PER_PART]
         before = usage.default_temperature if usage else 0
-        if isinstance(annotator, CombinedScorer):
-            each = annotator.score_each(part)
-            for name, own in each.items():
-                check_scores(own, part, name)
-            scored_part = {"scores": annotator.combine(each), "annotator_scores": each}
-        else:
-            scores = annotator.score(part)
-            check_scores(scores, part, str(annotator.identity["judge"]))
-            scored_part = {"scores": scores}
+        scores = annotator.score(part)
+        for scorer, own in {judge: scores, **annotator.parts}.items():
+            check_scores(own, part, scorer)
+        each = {"annotator_scores": annotator.parts} if annotator.parts else {}
         changed = usage.default_temperature - before if usage else 0
-        parts.append([{"start": start, **scored_part, "default_temperature": changed}])
+        parts.append([{"start": start, "scores": scores, **each, "default_temperature": changed}])
         scored += len(part)
         run.log(f"{scored:,} of {len(rows):,} prompts scored")
     if missing := sum(score is None for part in parts for given in part["scores"] for score in given):

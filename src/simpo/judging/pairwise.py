@@ -11,8 +11,7 @@ from typing import Any
 
 from simpo.client import ChatClient, ChatReply, ChatRequest, Estimate, Usage
 from simpo.generation.responses import after_thinking
-from simpo.judging.presentation import as_text, fill, read_prompt_file
-from simpo.judging.protocol import Answers, Judge, Pair, Scorer
+from simpo.judging.protocol import Answers, Judge, Pair, Scorer, as_text, fill, read_prompt_file
 
 _SHIPPED = resources.files("simpo.judging") / "prompts" / "pairwise.md"
 _VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")

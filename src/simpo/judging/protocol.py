@@ -1,19 +1,26 @@
-"""The inputs of judges and scorers, and the two interfaces that they implement."""
+"""The inputs of judges and scorers, the two interfaces that they implement, and what judges are shown."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from simpo.client import Estimate, Usage
 from simpo.data.messages import Context, Message
 from simpo.data.prompts import PlainPrompt
-from simpo.errors import SimpoError
+from simpo.errors import SimpoError, third_party
+from simpo.generation.responses import split_thinking
+from simpo.runs.results import Metric
 
 Prompt = str | list[Message]
+Scores = Sequence[Sequence[float | None]]  # one list per prompt with one score per response; None where there is none
 
 
 @dataclass(frozen=True)
@@ -77,11 +84,22 @@ class _Priced(ABC):
 
 
 class Scorer(_Priced):
-    """Scores single responses; the higher the score, the better the response."""
+    """Scores single responses; the higher the score, the better the response.
+
+    Attributes:
+        parts: if it combines several scorers, the scores of each by its name, of the last call of :meth:`score`.
+    """
+
+    parts: Mapping[str, Scores] = {}
+
+    @property
+    def scorers(self) -> Sequence[Scorer]:
+        """The scorers that it combines, or itself."""
+        return [self]
 
     @abstractmethod
-    def score(self, rows: Sequence[Answers]) -> Sequence[Sequence[float | None]]:
-        """One list per prompt with one score per response; None where no score could be determined."""
+    def score(self, rows: Sequence[Answers]) -> Scores:
+        """The scores; None where none could be determined."""
 
     def prepare(self) -> None:
         """Load what scoring needs, so that a mistake shows before a run folder is created."""
@@ -126,7 +144,7 @@ class Judge(_Priced):
         return Estimate()
 
 
-def check_scores(scores: Sequence[Sequence[float | None]], rows: Sequence[Answers], scorer: str) -> None:
+def check_scores(scores: Scores, rows: Sequence[Answers], scorer: str) -> None:
     """Raise :class:`SimpoError` unless a scorer returned one finite number, or None, for every response."""
     if len(scores) != len(rows):
         raise SimpoError(f"{scorer}: {len(scores)} lists of scores for {len(rows)} prompts")
@@ -135,3 +153,71 @@ def check_scores(scores: Sequence[Sequence[float | None]], rows: Sequence[Answer
             raise SimpoError(f"{scorer}: prompt {row.id}: {len(given)} scores for {len(row.responses)} responses")
         if not all(score is None or math.isfinite(score) for score in given):
             raise SimpoError(f"{scorer}: prompt {row.id}: {given} are not all numbers")
+
+
+# ---- Judge prompts, and what judges are shown of an answer.
+
+
+def as_text(prompt: Prompt) -> str:
+    """A prompt as one text: a single message is its content; a longer conversation names the roles."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+class PromptFile(NamedTuple):
+    """The text of a judge prompt, and the SHA-256 of its file, which is part of a result's identity."""
+
+    text: str
+    digest: str
+
+
+def read_prompt_file(path: Path | None, shipped: Traversable, places: Iterable[str]) -> PromptFile:
+    """Read a judge prompt that contains a placeholder ``{name}`` for every one of ``places``.
+
+    ``path`` is the user's file; None for ``shipped``, the one in the package.
+    """
+    with third_party(f"{path}: the judge prompt cannot be read"):
+        content = shipped.read_bytes() if path is None else path.read_bytes()
+        text = content.decode("utf-8")
+    for name in places:
+        if f"{{{name}}}" not in text:
+            raise SimpoError(f"{path}: the judge prompt lacks the placeholder {{{name}}}")
+    return PromptFile(text, hashlib.sha256(content).hexdigest())
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Replace ``{name}`` placeholders in one pass: other braces stay, and values are not searched for placeholders."""
+    names = "|".join(map(re.escape, values))
+    return re.sub(rf"\{{({names})\}}", lambda found: values[found[1]], template)
+
+
+class ShownAnswers:
+    """Maps an answer to the text that judges are shown, and counts the answers that contain thinking."""
+
+    def __init__(self, strip_thinking: bool) -> None:
+        self._strip = strip_thinking
+        self._answers = self._thinking = self._endless = 0
+
+    def __call__(self, answer: str) -> str:
+        """The answer, or the part after its thinking."""
+        thinking, rest = split_thinking(answer)
+        self._answers += 1
+        self._thinking += bool(thinking)
+        self._endless += bool(thinking) and not rest
+        return rest if self._strip else answer
+
+    def metrics(self, prefix: str, log: Callable[[str], None]) -> list[Metric]:
+        """Counts of answers with thinking, of those with nothing else, and of those from which it was removed.
+
+        Empty if no answer had any; otherwise one line is logged. ``prefix`` starts the names of the metrics.
+        """
+        if not self._thinking:
+            return []
+        treatment = "judges are not shown it" if self._strip else "judges are shown it: --strip_thinking removes it"
+        log(f"note: {self._thinking:,} of {self._answers:,} answers begin with thinking; {treatment}")
+        counts = {"with_thinking": self._thinking, "without_end_of_thinking": self._endless}
+        counts |= {"stripped_of_thinking": self._thinking * self._strip}
+        return [Metric(f"{prefix}answers_{key}", count, n=self._answers) for key, count in counts.items()]

@@ -157,8 +157,8 @@ class GenerationArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnnotatorArguments:
-    """The annotator of the answers that a model is trained on."""
+class AnnotatorSettings:
+    """The annotator of the answers that a model is trained on, and the server of an annotator or judge ``api``."""
 
     annotator: Annotator = required(
         f"What scores the answers: {ANNOTATORS}; or several with weights: {{NAME: WEIGHT, ...}}."
@@ -166,26 +166,49 @@ class AnnotatorArguments:
     annotator_normalization: Normalization | None = setting(
         None, "How the scores of several annotators are normalized among a prompt's answers (default: zscore)."
     )
-    gold_annotator: str | None = setting(
-        None, f"What scores the same answers without being trained on, to show overoptimization: {SCORERS}."
-    )
-    judge_url: str | None = setting(None, "Server of the annotator api.")
+    judge_url: str | None = setting(None, "Server of the annotator or judge 'api'.")
     judge_model: str | None = setting(None, "Its model's name on that server.")
     judge_key_env: str = setting("OPENAI_API_KEY", "Environment variable with its key.")
-    annotator_yes: bool = setting(False, "Send the annotator's requests without asking.")
 
     def __post_init__(self) -> None:
         check_values(self)
-        trained_on = annotator_names(self.annotator, self.annotator_normalization)
-        if self.gold_annotator in trained_on:
+        server = (self.judge_url, self.judge_model)
+        if "api" in self.annotators_and_judges:
+            if None in server:
+                raise SimpoError("judge_url and judge_model: the annotator or judge 'api' needs both")
+        elif server != (None, None):
+            raise SimpoError("judge_url and judge_model: only the annotator or judge 'api' uses them; leave them out")
+
+    @property
+    def annotators(self) -> list[str]:
+        """The name of the annotator, or of each one that is combined."""
+        return annotator_names(self.annotator, self.annotator_normalization)
+
+    @property
+    def annotators_and_judges(self) -> list[str]:
+        """The names of all that may use the server."""
+        return self.annotators
+
+    def client(self) -> ChatClient | None:
+        """The client of the server, None if no server is named."""
+        return server_client(self.judge_url, self.judge_model, self.judge_key_env)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotatorArguments(AnnotatorSettings):
+    """The annotators of ``simpo online``."""
+
+    gold_annotator: str | None = setting(
+        None, f"What scores the same answers without being trained on, to show overoptimization: {SCORERS}."
+    )
+    annotator_yes: bool = setting(False, "Send the annotator's requests without asking.")
+
+    def __post_init__(self) -> None:
+        if self.gold_annotator in self.annotators:
             raise SimpoError(f"gold_annotator: {self.gold_annotator} is trained on; name another annotator")
         if self.gold_annotator == "api":
             raise SimpoError(
                 "gold_annotator: api compares a prompt's answers with one another, so that its mean score is one half "
                 "under every policy; name an annotator that scores single answers"
             )
-        server, needs_server = (self.judge_url, self.judge_model), "api" in trained_on
-        if needs_server and None in server:
-            raise SimpoError("judge_url and judge_model: the annotator api needs both")
-        if not needs_server and server != (None, None):
-            raise SimpoError("judge_url and judge_model: only the annotator api uses them; leave them out")
+        super().__post_init__()

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from simpo.evaluation.preferences import agreement_metrics
-from simpo.labeling.items import Item
-from simpo.labeling.store import KINDS, Judgment
+from simpo.labeling.session import KINDS, Item, Judgment
 from simpo.runs.lines import write_lines
 from simpo.runs.results import Metric
 from simpo.statistics import bootstrap_interval, krippendorff_alpha, krippendorff_terms, mean_interval, rate_interval

@@ -13,9 +13,7 @@ from simpo.config import setting
 from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.evaluation.answers import answers_path
 from simpo.labeling.export import export
-from simpo.labeling.items import items_of_one, items_of_two, load_items
-from simpo.labeling.session import Session
-from simpo.labeling.store import Store, read_judgments
+from simpo.labeling.session import Session, Store, items_of_one, items_of_two, load_items, read_judgments
 from simpo.runs.atomic import disk_errors
 from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.lines import write_lines

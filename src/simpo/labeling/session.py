@@ -1,18 +1,244 @@
-"""Labeling sessions: the order of items and answers for every labeler, and everybody's progress."""
+"""Labeling sessions: items to judge, judgments in SQLite, the order of items and answers for everybody, progress."""
 
 from __future__ import annotations
 
+import json
+import sqlite3
+import time
 import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
 from random import Random
 from statistics import median
 from threading import Lock
-from typing import Any
+from typing import Any, Literal, get_args
 
+from simpo.data.messages import Message, context_of
 from simpo.errors import SimpoError
-from simpo.labeling.items import Item
-from simpo.labeling.store import KINDS, Judgment, Store
+from simpo.evaluation.answers import Record, read_answer_file
+from simpo.evaluation.compare import all_pairs, read_matched
+from simpo.runs.lines import read_lines
+from simpo.runs.log import utc_now
+
+# ---- Items to judge: a prompt with two answers to compare, or several to rank, from files of answers.
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to judge."""
+
+    id: str  # of the pair, as `simpo compare` and `simpo pair` name pairs, or of the prompt
+    prompt: str | list[Message]  # text or messages
+    # Two or more answers, in the order of the file; never in the order in which they are shown.
+    responses: tuple[str, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)  # tools and template variables that belong to the prompt
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether both answers are the same text, about which nobody needs to be asked."""
+        return len(set(self.responses)) == 1
+
+    def row(self) -> dict[str, Any]:
+        """The item as a row of a file."""
+        return {"id": self.id, "prompt": self.prompt, **self.columns, "responses": list(self.responses)}
+
+
+def load_items(path: Path) -> list[Item]:
+    """The items whose rows are in a file."""
+    return [
+        Item(row["id"], row["prompt"], tuple(row["responses"]), context_of(row).columns) for row in read_lines(path)
+    ]
+
+
+_MOST = 9  # answers to rank; there are nine number keys
+# Why an answer or a prompt is not shown: the end of the metric's name.
+REPEATED, TOO_FEW = "answers_the_same_as_another_one", "prompts_fewer_than_two_different_answers"
+IDENTICAL = "pairs_of_identical_answers"
+
+
+def items_of_two(a: Path, b: Path) -> tuple[list[Item], Counter[str]]:
+    """Every answer in file ``a`` against every answer in ``b`` to the same prompt, as ``simpo compare`` pairs them.
+
+    Returns the items, including those that are ties, and the number of those.
+    """
+    pairs, _ = all_pairs(read_matched(a, b))
+    items = [Item(pair.id, pair.prompt, (pair.a, pair.b), pair.context.columns) for pair in pairs]
+    ties = sum(item.is_tie for item in items)
+    if ties == len(items):
+        raise SimpoError(f"{a} and {b}: all answers are identical; there is nothing to judge")
+    return items, Counter({IDENTICAL: ties} if ties else {})
+
+
+def items_of_one(path: Path, *, pairs: bool) -> tuple[list[Item], Counter[str]]:
+    """The different answers to every prompt of a file, to be compared or ranked.
+
+    ``pairs`` asks about every two answers instead of a ranking. Returns the items, and how many answers and prompts are
+    left out, by reason.
+    """
+    records = read_answer_file(path)
+    items: list[Item] = []
+    dropped: Counter[str] = Counter()
+    for record in records.values():
+        responses = list(dict.fromkeys(record["responses"]))
+        dropped[REPEATED] += len(record["responses"]) - len(responses)
+        if len(responses) < 2:
+            dropped[TOO_FEW] += 1
+        elif pairs:
+            items += _all_two(record, responses)
+        elif len(responses) > _MOST:
+            raise SimpoError(
+                f"{path}: prompt {record['id']}: {len(responses)} answers, and at most {_MOST} can be ranked; compare "
+                "them in pairs with --pairs true, or sample fewer"
+            )
+        else:
+            items.append(Item(record["id"], record["prompt"], tuple(responses), context_of(record).columns))
+    if not items:
+        most = max(len(record["responses"]) for record in records.values())
+        what = "one answer to every prompt" if most == 1 else "no prompt with two different answers"
+        raise SimpoError(f"{path}: {what}; sample several with --n 2, or name a second file with --against")
+    return items, +dropped
+
+
+def _all_two(record: Record, responses: Sequence[str]) -> list[Item]:
+    columns = context_of(record).columns
+    return [
+        Item(f"{record['id']}/{i}-{j}", record["prompt"], (a, b), columns)
+        for (i, a), (j, b) in combinations(enumerate(responses), 2)
+    ]
+
+
+# ---- Judgments in SQLite: every action of a labeler is a row that is never changed.
+
+Kind = Literal["ranked", "tie", "both_bad", "skip"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_UNDO = "undo"
+
+_SCHEMA = """
+create table if not exists events (
+    number integer primary key autoincrement,
+    key text not null unique,   -- made by the page, so that a request that is repeated counts once
+    time text not null,         -- UTC
+    labeler text not null,
+    item text not null,
+    kind text not null,         -- ranked, tie, both_bad, skip, undo
+    ranks text,                 -- JSON: the rank of every answer in the order of the file, 1 for the best
+    shown text,                 -- JSON: the answers' places in the file, in the order in which they were shown
+    note text,
+    seconds real                -- for which the item was visible
+);
+create table if not exists screens (
+    labeler text primary key,
+    item text not null,         -- what the labeler's page shows
+    since real not null         -- Unix time
+);
+"""
+# What counts is the last event of every labeler for every item.
+_CURRENT = """
+select labeler, item, kind, ranks, shown, note, seconds from events
+where number in (select max(number) from events group by labeler, item) and kind != 'undo' order by number
+"""
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """One labeler's judgment of one item."""
+
+    labeler: str  # who
+    item: str  # the item's id
+    kind: Kind  # `ranked` if one answer is better than another, `tie` and `both_bad` if none is, `skip` for no judgment
+    # Of every answer in the order of the file, 1 for the best, equal for ties; all 1 if none is better.
+    ranks: tuple[int, ...]
+    shown: tuple[int, ...]  # the answers' places in the file in the order in which they were shown
+    note: str  # the labeler's words
+    seconds: float  # for which the item was visible
+
+
+class Store:
+    """The database of a labeling run; usable from several threads, and by one process at a time for writing."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create it."""
+        self._path = path
+        self._lock = Lock()
+        with _errors(path):
+            self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._connection.execute("pragma journal_mode = wal")
+            self._connection.execute("pragma synchronous = full")  # a judgment that was confirmed survives a power cut
+            self._connection.executescript(_SCHEMA)
+
+    def add(self, key: str, judgment: Judgment) -> None:
+        """Store a judgment; a second one with the same key is the same request, sent again."""
+        ranks, shown = json.dumps(judgment.ranks), json.dumps(judgment.shown)
+        values = (judgment.labeler, judgment.item, judgment.kind, ranks, shown, judgment.note, judgment.seconds)
+        self._execute(
+            "insert or ignore into events (key, time, labeler, item, kind, ranks, shown, note, seconds) "
+            "values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (key, utc_now(), *values),
+        )
+
+    def undo(self, key: str, labeler: str, item: str) -> None:
+        """Withdraw a labeler's judgment of an item."""
+        self._execute(
+            "insert or ignore into events (key, time, labeler, item, kind) values (?, ?, ?, ?, ?)",
+            (key, utc_now(), labeler, item, _UNDO),
+        )
+
+    def item_of(self, key: str) -> str | None:
+        """The item of the event with this key; None if there is none."""
+        found = self._execute("select item from events where key = ?", (key,))
+        return str(found[0][0]) if found else None
+
+    def judgments(self) -> list[Judgment]:
+        """All judgments that were not withdrawn or replaced, in the order in which they were made."""
+        return list(map(_judgment, self._execute(_CURRENT)))
+
+    def show(self, labeler: str, item: str | None) -> None:
+        """Remember what a labeler's page shows now, or that it shows nothing."""
+        if item is None:
+            self._execute("delete from screens where labeler = ?", (labeler,))
+        else:
+            values = (labeler, item, time.time())
+            self._execute("insert or replace into screens (labeler, item, since) values (?, ?, ?)", values)
+
+    def on_screen(self, seconds: float) -> dict[str, str]:
+        """The item that each labeler's page has shown for at most so many seconds."""
+        return dict(self._execute("select labeler, item from screens where since >= ?", (time.time() - seconds,)))
+
+    def close(self) -> None:
+        """Close the database."""
+        with self._lock:
+            self._connection.close()
+
+    def _execute(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
+        """The rows of a statement."""
+        with self._lock, _errors(self._path):
+            return self._connection.execute(statement, values).fetchall()
+
+
+def read_judgments(path: Path) -> list[Judgment]:
+    """The judgments in a database, which may be in use."""
+    with _errors(path), closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+        return list(map(_judgment, connection.execute(_CURRENT)))
+
+
+def _judgment(row: Sequence[Any]) -> Judgment:
+    labeler, item, kind, ranks, shown, note, seconds = row
+    return Judgment(labeler, item, kind, tuple(json.loads(ranks)), tuple(json.loads(shown)), note, seconds)
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise SimpoError(f"{path}: the judgments cannot be read or written: {error}") from error
+
+
+# ---- The session: who is shown what, and how far everybody has come.
 
 _RECENT = 20  # judgments whose median is the pace
 _HELD = 1800.0  # seconds for which nobody else is shown an item that a labeler has on the screen

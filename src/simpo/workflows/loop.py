@@ -17,7 +17,7 @@ from datasets import Dataset
 from rich.console import Console
 
 from simpo.client import Estimate, confirm_cost
-from simpo.config import check_values, required, setting, setting_of
+from simpo.config import required, setting
 from simpo.data.prompts import prepare_prompts, read_prompts
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError, third_party
@@ -30,15 +30,7 @@ from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.judging.annotate import AnnotateArguments, annotate
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import check_judges_anew, make_annotator
-from simpo.judging.settings import (
-    Annotator,
-    AnnotatorArguments,
-    JudgeOptions,
-    JudgeSettings,
-    Normalization,
-    annotator_names,
-    server_client,
-)
+from simpo.judging.settings import AnnotatorSettings, JudgeOptions, JudgeSettings
 from simpo.models.checkpoint import Checkpoint, model_digest
 from simpo.models.devices import free_memory
 from simpo.models.loading import load_tokenizer
@@ -74,19 +66,17 @@ _NO_INFLUENCE = ("yes", "judge_url", "judge_key_env", "rounds")
 # ---- The recipe: prompts, annotator, judges, and when to stop.
 
 
-@dataclass
-class LoopSettings:
-    """Keys of ``simpo loop`` that no other command has."""
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings(AnnotatorSettings):
+    """Keys of ``simpo loop``: prompts, annotator, judges, and when to stop."""
 
     prompts: str = required("File, folder or hub id of the prompts that are answered in every round.")
     eval_prompts: str = required(
         "File, folder or hub id of held-out prompts, on which every round is compared with the start."
     )
-    annotator: Annotator = setting_of(AnnotatorArguments, "annotator")
     judges: list[str] | None = setting(
         None, "Annotators that decide whether a round is better than the start (default: annotator; of several, each)."
     )
-    annotator_normalization: Normalization | None = setting_of(AnnotatorArguments, "annotator_normalization")
     rounds: int = setting(3, "How many times to sample, annotate, pair and train.", least=1)
     prompts_split: str = setting("train", "Split of prompts.")
     eval_prompts_split: str = setting("train", "Split of eval_prompts.")
@@ -101,25 +91,17 @@ class LoopSettings:
     stop_kl: float | None = setting(
         None, "Stop after a round whose KL from the start is above this, in nats per answer.", above=0
     )
-    judge_url: str | None = setting(None, "Server of the annotator or judge 'api'.")
-    judge_model: str | None = setting(None, "Its model's name on that server.")
-    judge_key_env: str = setting("OPENAI_API_KEY", "Environment variable with its key.")
     yes: bool = setting(False, "Send requests to the server without asking.")
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         if self.judges is not None and not self.judges:
             raise SimpoError("judges: name one, or leave the key out to use the annotator")
-        needs_server = "api" in (*self.annotators, *(self.judges or ()))
-        if needs_server and None in (self.judge_url, self.judge_model):
-            raise SimpoError("judge_url and judge_model: the annotator or judge 'api' needs both")
-        if not needs_server and (self.judge_url, self.judge_model) != (None, None):
-            raise SimpoError("judge_url and judge_model: only the annotator or judge 'api' uses them; leave them out")
 
     @property
-    def annotators(self) -> list[str]:
-        """The name of the annotator, or of each one that is combined."""
-        return annotator_names(self.annotator, self.annotator_normalization)
+    def annotators_and_judges(self) -> list[str]:
+        """The names of all that may use the server."""
+        return [*self.annotators, *(self.judges or ())]
 
 
 @dataclass(frozen=True)
@@ -351,9 +333,7 @@ def _outcome(folder: Path) -> tuple[int, int]:
 
 
 def _judge_options(recipe: LoopRecipe) -> JudgeOptions:
-    settings = recipe.settings
-    client = server_client(settings.judge_url, settings.judge_model, settings.judge_key_env)
-    return JudgeOptions.during_training(recipe.model, client)
+    return JudgeOptions.during_training(recipe.model, recipe.settings.client())
 
 
 def _prompt_rows(recipe: LoopRecipe) -> dict[str, Dataset]:

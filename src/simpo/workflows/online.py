@@ -10,10 +10,9 @@ from datasets import Dataset
 from transformers import Trainer
 
 from simpo.client import confirm_cost, placeholder_answer
-from simpo.judging.combined import CombinedScorer, count_missing
-from simpo.judging.protocol import Answers, Scorer
-from simpo.judging.registry import make_annotator
-from simpo.judging.settings import AnnotatorArguments, JudgeOptions, server_client
+from simpo.judging.protocol import Answers, Scorer, Scores
+from simpo.judging.registry import count_missing, make_annotator
+from simpo.judging.settings import AnnotatorArguments, JudgeOptions
 from simpo.models.settings import ModelArguments
 from simpo.runs.log import Log
 from simpo.training.batches import prompts_from_rows
@@ -47,7 +46,7 @@ class Annotation(RunCallback):
     def prepare(self, config: OnlineConfig, processing: Any, held_out: Dataset | None, log: Log) -> None:
         """Make the annotators and load what they need; raises :class:`~simpo.errors.SimpoError` if that fails."""
         arguments = self._arguments
-        client = server_client(arguments.judge_url, arguments.judge_model, arguments.judge_key_env)
+        client = arguments.client()
         if client is not None:
             client.endpoint.api_key()
         # an annotator's own progress would start again with every rollout
@@ -62,8 +61,7 @@ class Annotation(RunCallback):
     @property
     def _scorers(self) -> list[Scorer]:
         """Every annotator on its own."""
-        trained_on = self._scorer.scorers if isinstance(self._scorer, CombinedScorer) else [self._scorer]
-        return [*trained_on, *([] if self._gold is None else [self._gold])]
+        return [*self._scorer.scorers, *([] if self._gold is None else [self._gold])]
 
     def check_trainer(self, trainer: Trainer) -> None:
         """Try the annotators on invented answers, except behind a server, whose cost is confirmed instead."""
@@ -90,18 +88,16 @@ class Annotation(RunCallback):
             passes = math.ceil(self._config.max_steps * per_step / len(prompts))
         confirm_cost(estimate * passes, yes=self._arguments.annotator_yes, log=self._log)
 
-    def score(self, answered: Sequence[AnsweredPrompt]) -> Sequence[Sequence[float | None]]:
+    def score(self, answered: Sequence[AnsweredPrompt]) -> Scores:
         """The scores of a rollout's answers; what one of several annotators leaves without a score is logged."""
         rows = _rows(answered)
-        if not isinstance(self._scorer, CombinedScorer):
-            return self._scorer.score(rows)
-        each = self._scorer.score_each(rows)
-        for name, count in count_missing(each).items():
+        scores = self._scorer.score(rows)
+        for name, count in count_missing(self._scorer.parts).items():
             if count:
                 self._log(f"{name}: no score for {count:,} of {sum(len(row.responses) for row in rows):,} answers")
-        return self._scorer.combine(each)
+        return scores
 
-    def score_by_gold(self, answered: Sequence[AnsweredPrompt]) -> Sequence[Sequence[float | None]]:
+    def score_by_gold(self, answered: Sequence[AnsweredPrompt]) -> Scores:
         """The scores of a rollout's answers by the annotator that is not trained on."""
         assert self._gold is not None
         return self._gold.score(_rows(answered))

@@ -33,8 +33,19 @@ from simpo.runs.results import Metric, write_results
 from simpo.runs.terminal import interruptible, progress
 from simpo.statistics import Interval, mean_interval
 from simpo.workflows.recipes import PAPER_SETTINGS, compose_recipe
-from simpo.workflows.reproduction.study import METRICS, REGISTERED, Arm, Measured, Outcome, Study, decide, read_studies
-from simpo.workflows.reproduction.trial import Trial, prepare_base, run_trial
+from simpo.workflows.reproduction.study import (
+    METRICS,
+    REGISTERED,
+    Arm,
+    Measured,
+    Outcome,
+    Study,
+    Trial,
+    decide,
+    prepare_base,
+    read_studies,
+    run_trial,
+)
 
 PAGE, CLAIMS = "reproduce.html", "claims.json"
 

@@ -1,20 +1,227 @@
-"""Studies as they are registered in ``studies.yaml``, and the rule that decides about their claims."""
+"""Studies: their trials on the tiny world, what ``studies.yaml`` registers, and the rule that decides about claims."""
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from simpo.config.coercion import nearest
+from simpo.data.prompts import prepare_prompts
+from simpo.data.settings import TokenizeSettings
+from simpo.data.sources import load_rows
+from simpo.data.tokenizing import prepare
 from simpo.errors import SimpoError
-from simpo.statistics import Interval, mean_interval
-from simpo.workflows.reproduction.trial import TUNING, Trial
+from simpo.generation.engine import TransformersEngine
+from simpo.generation.responses import ResponseText
+from simpo.generation.sample import FILE_NAME, PromptArguments, sample_responses
+from simpo.generation.settings import SamplingSettings
+from simpo.models.loading import load_tokenizer
+from simpo.models.settings import ModelArguments
+from simpo.objectives import Responses
+from simpo.packing.layout import PackedBatch, TokenizedComparison
+from simpo.packing.scoring import reference_states, score_responses, token_outputs
+from simpo.runs.atomic import staged_folder
+from simpo.runs.log import Log
+from simpo.runs.results import fingerprint
+from simpo.statistics import Interval, mean_interval, spearman
+from simpo.training.configs import PreferenceConfig, SFTConfig
+from simpo.training.preference import PreferenceTrainer
+from simpo.training.sft import SFTTrainer
+from simpo.workflows.pair import PairSettings, pair_responses
+from simpo.world.judge import correct, judge
+from simpo.world.pairs import write_model, write_pairs, write_prompts, write_sft
+
+START = "sft"  # the folder of the model that all trials start from
+HELD_OUT, TUNING = "held-out", "tuning"  # files of prompts
+HELD_OUT_PAIRS = "held-out-pairs.jsonl"
+SAMPLING = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=48, chunk_size=128)
+_KL_ROWS = 64  # held-out pairs on which the divergence is measured
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training: its objective and settings, its pairs, and the prompts on which it is judged."""
+
+    settings: Mapping[str, Any]  # keys of a preference recipe
+    pairs: str  # the file of pairs, without its ending
+    seed: int  # of the training and of the sampled answers
+    prompts: str = HELD_OUT  # the file of prompts, without its ending
+
+    @property
+    def key(self) -> str:
+        """Identifies the trial; studies share trials."""
+        return fingerprint(dict(self.settings), self.pairs, self.seed, self.prompts)[:16]
+
+
+def run_trial(base: Path, trial: Trial) -> dict[str, float]:
+    """Train and measure; the same trial gives the same numbers, except for ``seconds``.
+
+    ``base`` is the folder with the start model, pairs and prompts.
+
+    Returns ``win_rate`` over the start model's answers, ``score``, ``correct``, ``tokens``, ``ended`` of sampled
+    answers; ``accuracy`` of the implicit reward on held-out pairs, ``ranking_agreement`` with the average
+    log-probability's ranking of them, ``reward_length_rho``, Spearman's correlation of reward and length; ``kl`` from
+    the start model in nats per token; ``seconds`` of processor time of training.
+    """
+    torch.set_num_threads(1)  # the model is tiny
+    tokenizer = load_tokenizer(str(base / START))
+    start, model = (AutoModelForCausalLM.from_pretrained(base / START, dtype=torch.float32) for _ in range(2))
+    with TemporaryDirectory() as scratch:
+        args = PreferenceConfig(
+            output_dir=scratch,
+            reference_cache=str(Path(scratch) / "reference"),
+            per_device_train_batch_size=16,
+            num_train_epochs=1,
+            max_length=128,
+            seed=trial.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **trial.settings,
+        )
+        rows = load_rows(str(base / f"{trial.pairs}.jsonl"), split="train")
+        began = time.process_time()  # which other programs do not change
+        trainer = PreferenceTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        seconds = time.process_time() - began
+    model.eval()
+    found = _answer_metrics(model, start, tokenizer, base / f"{trial.prompts}.jsonl", trial.seed)
+    found |= _pair_metrics(model, start, tokenizer, base / HELD_OUT_PAIRS, trainer.objective)
+    del trainer, model, start
+    gc.collect()
+    return found | {"seconds": seconds}
+
+
+# ---- What the model answers.
+
+
+def _answer_metrics(
+    model: PreTrainedModel, start: PreTrainedModel, tokenizer: Any, prompts: Path, seed: int
+) -> dict[str, float]:
+    """One answer of each model to every prompt, judged by the world's exact judge."""
+    prepared = prepare_prompts(load_rows(str(prompts), split="train"), tokenizer)
+    ids = [prompt.ids for prompt in prepared]
+    texts, scores = ResponseText(tokenizer), []
+    for answering in (model, start):
+        sampled = TransformersEngine(answering, tokenizer).generate(ids, SAMPLING, seed)
+        answers = [texts.decode(prompt, one.ids) for prompt, one in zip(ids, sampled, strict=True)]
+        scores.append([judge(prompt.content, text) for prompt, text in zip(prepared, answers, strict=True)])
+        if answering is model:
+            own = sampled
+            right = [correct(prompt.content, text) for prompt, text in zip(prepared, answers, strict=True)]
+    ours, theirs = map(np.array, scores)
+    return {
+        "win_rate": float(((ours > theirs) + 0.5 * (ours == theirs)).mean()),
+        "score": float(ours.mean()),
+        "correct": float(np.mean(right)),
+        "tokens": float(np.mean([len(one.ids) for one in own])),
+        "ended": float(np.mean([one.finished for one in own])),
+    }
+
+
+# ---- How it ranks held-out pairs.
+
+
+def _pair_metrics(
+    model: PreTrainedModel, start: PreTrainedModel, tokenizer: Any, pairs: Path, objective: Any
+) -> dict[str, float]:
+    """Rankings of held-out pairs by reward and by likelihood, and the divergence from the start model."""
+    settings = TokenizeSettings(max_length=128, max_prompt_length=None)
+    rows = prepare(load_rows(str(pairs), split="train"), tokenizer, settings).dataset
+    comparisons = [TokenizedComparison(row["prompt_ids"], row["response_ids"]) for row in rows]
+    with torch.no_grad():
+        now, before = (score_responses(one, comparisons) for one in (model, start))
+        scored = Responses(now.logp, now.length, before.logp)
+        reward, average = objective.implicit_reward(scored), scored.avg
+        batch = PackedBatch.build(comparisons[:_KL_ROWS])
+        divergence = token_outputs(model, batch, reference=reference_states(start, batch)).divergence
+    assert divergence is not None
+    gaps, likelier = (values.view(-1, 2).diff(dim=1).neg().squeeze(1) for values in (reward, average))
+    return {
+        "accuracy": float((gaps > 0).float().mean()),
+        "ranking_agreement": float((gaps.sign() == likelier.sign()).float().mean()),
+        "reward_length_rho": spearman(reward.numpy(), scored.length.numpy()).value,
+        "kl": float(divergence.mean()),
+    }
+
+
+# ---- The common basis: the start model, and pairs and prompts of the tiny world.
+
+DEMONSTRATIONS, PROMPTS, JUDGED, PAIRS = 24_000, 640, 240, 640
+ON_POLICY, OFF_POLICY, LENGTH_BIASED = "on-policy", "off-policy", "length-biased"  # files of pairs
+LENGTH_BIAS = 0.5
+_SEED = 0  # of the world, the start model and the pairs; seeds of trials vary the training and the answers
+_ANSWERS = 6  # to a prompt, of which the best and the worst are paired
+
+
+def prepare_base(folder: Path, log: Log) -> None:
+    """Make the start model by supervised fine-tuning, pair its own answers, and draw other pairs; once.
+
+    Every part is whole or absent, and a part that exists is left as it is.
+    """
+    if not (folder / "random").exists():
+        write_model(folder / "random", _SEED)
+    write_sft(folder / "demonstrations.jsonl", DEMONSTRATIONS, _SEED)  # writing them again changes nothing
+    write_prompts(folder / "prompts.jsonl", PROMPTS, _SEED)
+    write_prompts(folder / f"{TUNING}.jsonl", JUDGED, _SEED + 1)
+    write_prompts(folder / f"{HELD_OUT}.jsonl", JUDGED, _SEED, held_out=True)
+    write_pairs(folder / f"{OFF_POLICY}.jsonl", PAIRS, _SEED)
+    write_pairs(folder / f"{LENGTH_BIASED}.jsonl", PAIRS, _SEED, length_bias=LENGTH_BIAS)
+    if not (folder / START).exists():
+        log(f"start model: supervised fine-tuning on {DEMONSTRATIONS:,} demonstrations (about two minutes)")
+        _fine_tune(folder)
+    for name, prompts in ((ON_POLICY, "prompts"), (HELD_OUT_PAIRS.removesuffix(".jsonl"), HELD_OUT)):
+        if not (folder / f"{name}.jsonl").exists():
+            log(f"pairs: {_ANSWERS} answers of the start model to every one of {prompts}.jsonl")
+            _pair(folder, name, prompts)
+
+
+def _fine_tune(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "random", dtype=torch.float32)
+    tokenizer = load_tokenizer(str(folder / "random"))
+    with TemporaryDirectory() as scratch:
+        args = SFTConfig(
+            output_dir=scratch,
+            learning_rate=2e-3,
+            per_device_train_batch_size=16,
+            num_train_epochs=1,
+            max_length=128,
+            seed=_SEED,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        rows = load_rows(str(folder / "demonstrations.jsonl"), split="train")
+        SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer).train()
+    with staged_folder(folder / START) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+
+
+def _pair(folder: Path, name: str, prompts: str) -> None:
+    settings = replace(SAMPLING, n=_ANSWERS, seed=_SEED)
+    answers = folder / f"{name}-answers"
+    source = PromptArguments(str(folder / f"{prompts}.jsonl"))
+    sample_responses(ModelArguments(str(folder / START), dtype="float32"), source, settings, answers)
+    # The exact judge scores answers that were cut off correctly.
+    keep_cut = PairSettings(keep_unfinished=True)
+    pair_responses(answers / FILE_NAME, judge, folder / f"{name}.jsonl", keep_cut)
+
+
+# ---- Studies as they are registered, and the rule that decides about their claims.
 
 REGISTERED = Path(__file__).parent / "studies.yaml"
 METRICS = (
