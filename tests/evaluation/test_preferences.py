@@ -28,7 +28,7 @@ def population():
         question = draw_question(rng, held_out=False)
         ours = [full_answer(question) if rng.random() < 0.2 else draw_answer(question, rng) for _ in range(2)]
         theirs = [draw_answer(question, rng) for _ in range(2)]
-        pairs += [Pair(str(number), question.prompt, a, b) for a in ours for b in theirs]
+        pairs += [Pair(str(number), question.prompt, (a, b)) for a in ours for b in theirs]
     return np.array(make_judge("exact", JudgeOptions()).compare(pairs)).reshape(2000, 4)
 
 
@@ -117,7 +117,7 @@ def test_where_length_control_has_nothing_to_say():
 
 def judged(*verdicts, prompts=None):
     rows = [np.array(row, dtype=float) for row in verdicts]
-    pairs = [Pair(f"p{i}", f"question {i}", "a" * (i + 1), "b") for i in range(len(rows[0]))]
+    pairs = [Pair(f"p{i}", f"question {i}", ("a" * (i + 1), "b")) for i in range(len(rows[0]))]
     numbers = np.arange(len(pairs)) if prompts is None else np.array(prompts)
     return Judged(pairs, numbers, dict(zip(("one", "two", "three"), rows, strict=False)))
 
@@ -147,7 +147,7 @@ def test_three_judges_and_one_without_any_verdict():
 
 
 def test_verdicts_are_written_with_their_answers(tmp_path):
-    given = Judged([Pair("p", "question", "a\ud800", "b")], np.array([0]), {"one": np.array([1.0])})
+    given = Judged([Pair("p", "question", ("a\ud800", "b"))], np.array([0]), {"one": np.array([1.0])})
     write_verdicts(tmp_path / "v.jsonl", given)
     [row] = read_lines(tmp_path / "v.jsonl")
     assert (row["id"], row["a"], row["verdicts"]) == ("p", "a\ud800", {"one": 1.0})

@@ -16,10 +16,10 @@ from simpo.judging.registry import make_judge
 from simpo.judging.settings import JudgeOptions
 
 PAIRS = [
-    Pair("1", "q", "good", "bad"),
-    Pair("2", "r", "bad", "good"),
-    Pair("3", "q", "even", "also even"),
-    Pair("4", "q", "same", "same"),
+    Pair("1", "q", ("good", "bad")),
+    Pair("2", "r", ("bad", "good")),
+    Pair("3", "q", ("even", "also even")),
+    Pair("4", "q", ("same", "same")),
 ]
 
 
@@ -73,7 +73,7 @@ def test_a_judge_that_prefers_a_position_gives_ties(favorite):
 )
 def test_the_verdict_is_the_mean_of_both_orders(replies, expected):
     with ChatServer(lambda body: completion(replies[shown(body)[0] != "x"])) as server:
-        assert judge_at(server).compare([Pair("1", "q", "x", "y")]) == [expected]
+        assert judge_at(server).compare([Pair("1", "q", ("x", "y"))]) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_answers_are_shown_unchanged():
     prompt = [{"role": "user", "content": "one {answer_a}"}, {"role": "assistant", "content": "two"}]
     prompt.append({"role": "user", "content": "three"})
     with ChatServer(fair) as server:
-        judge_at(server).compare([Pair("1", prompt, "{answer_b} \\1", "{question}")])
+        judge_at(server).compare([Pair("1", prompt, ("{answer_b} \\1", "{question}"))])
     texts = [body["messages"][0]["content"] for body in server.bodies]
     assert sorted(map(shown, server.bodies)) == [["{answer_b} \\1", "{question}"], ["{question}", "{answer_b} \\1"]]
     assert all("user: one {answer_a}\n\nassistant: two\n\nuser: three" in text for text in texts)
@@ -112,7 +112,7 @@ def test_a_judge_prompt_from_a_file(tmp_path):
     with ChatServer(fair) as server:
         own, ours = judge_at(server, prompt=path), judge_at(server)
         assert own.identity["prompt"] != ours.identity["prompt"]
-        assert own.requests([Pair("1", "q", "1", "2")])[0].messages[0]["content"] == "q? A: 1 B: 2 {other}"
+        assert own.requests([Pair("1", "q", ("1", "2"))])[0].messages[0]["content"] == "q? A: 1 B: 2 {other}"
         path.write_text("{question} {answer_a}")
         with pytest.raises(SimpoError, match=r"prompt\.md: .*\{answer_b\}"):
             judge_at(server, prompt=path)

@@ -19,9 +19,8 @@ from transformers import (
 )
 
 from simpo import SimpoError
-from simpo.judging.protocol import Answers, Pair, check_scores
+from simpo.judging.protocol import Answers, Pair, Scorer, check_scores
 from simpo.judging.registry import make_judge, make_scorer
-from simpo.judging.scored import ScorerJudge
 from simpo.judging.settings import JudgeOptions
 from simpo.world.judge import judge
 from simpo.world.pairs import make_prompts
@@ -251,7 +250,7 @@ def functions(tmp_path, monkeypatch):
 def test_a_function(functions):
     scorer = make_scorer("function:mine:shortest", functions)
     assert scorer.score(ROWS) == [[-8, -18, 0, -8], [-8], [-16, -8]]
-    pairs = [Pair("p", "q", "ab", "abc"), Pair("p", "q", "abc", "ab"), Pair("p", "q", "ab", "cd")]
+    pairs = [Pair("p", "q", ("ab", "abc")), Pair("p", "q", ("abc", "ab")), Pair("p", "q", ("ab", "cd"))]
     assert make_judge("function:mine:shortest", functions).compare(pairs) == [1.0, 0.0, 0.5]
     assert scorer.identity["judge"] == "function:mine:shortest" and len(scorer.identity["code"]) == 64
 
@@ -270,7 +269,7 @@ def test_a_function(functions):
 )
 def test_functions_that_cannot_judge(functions, name, said):
     with pytest.raises(SimpoError, match=said):
-        make_judge(f"function:{name}", functions).compare([Pair("p", "q", "a", "b")])
+        make_judge(f"function:{name}", functions).compare([Pair("p", "q", ("a", "b"))])
 
 
 def test_code_runs_only_if_that_is_allowed(functions):
@@ -279,7 +278,7 @@ def test_code_runs_only_if_that_is_allowed(functions):
 
 
 def test_an_answer_in_several_pairs_is_scored_once():
-    class Lengths:
+    class Lengths(Scorer):
         identity: ClassVar[dict] = {"judge": "lengths"}
         seen: ClassVar[list] = []
 
@@ -287,9 +286,9 @@ def test_an_answer_in_several_pairs_is_scored_once():
             self.seen.extend(row.responses for row in rows)
             return [[float(len(text)) for text in row.responses] for row in rows]
 
-    judge = ScorerJudge(Lengths())
-    pairs = [Pair(f"p/{i}", "p", a, b) for i, (a, b) in enumerate(itertools.product(("a", "aaa"), ("bb", "bb", "a")))]
-    assert judge.margins([*pairs, Pair("q", "q", "a", "aa")]) == [-1, -1, 0, 1, 1, 2, -1]
+    judge = Lengths()
+    pairs = [Pair(f"p/{i}", "p", (a, b)) for i, (a, b) in enumerate(itertools.product(("a", "aaa"), ("bb", "bb", "a")))]
+    assert judge.margins([*pairs, Pair("q", "q", ("a", "aa"))]) == [-1, -1, 0, 1, 1, 2, -1]
     assert Lengths.seen == [("a", "bb", "aaa"), ("a", "aa")]
 
 
@@ -316,7 +315,7 @@ def test_human_verdicts(tmp_path):
     judge = write_verdicts(
         path, *({"id": key, "winner": winner} for key, winner in zip("xyz", ("a", "b", "tie"), strict=True))
     )
-    pairs = [Pair(key, "q", "1", "2") for key in "zyxw"]
+    pairs = [Pair(key, "q", ("1", "2")) for key in "zyxw"]
     assert judge.compare(pairs) == [0.5, 0.0, 1.0, None]
     with pytest.raises(SimpoError, match=r"verdicts\.jsonl: none of its ids .* 'w'"):
         judge.compare(pairs[3:])

@@ -149,7 +149,7 @@ def test_an_unknown_task_is_named():
 def test_a_judge_has_no_verdict_on_an_answer_without_a_score(monkeypatch):
     (entry,) = entries("chain_sum", 1)
     judge = make_judge("reasoning_gym:chain_sum", OPTIONS)
-    pairs = [Pair("p", entry["question"], entry["answer"], other, extra=entry) for other in ("no", "odd")]
+    pairs = [Pair("p", entry["question"], (entry["answer"], other), extra=entry) for other in ("no", "odd")]
 
     def score(text, given):
         return 1 / 0 if text == "odd" else float(text == given["answer"])

@@ -104,8 +104,8 @@ def test_rankings(tmp_path: Path):
 def test_human_verdicts_follow_their_answers(tmp_path: Path):
     export(make_items(2), [_judged("ann", "p0", "a"), _judged("ann", "p1", "tie")], tmp_path, seed=0)
     judge = HumanJudge(tmp_path / "verdicts.jsonl")
-    pairs = [Pair(f"p{n}", f"Question {n}?", f"answer {n}.0", f"answer {n}.1") for n in range(3)]
+    pairs = [Pair(f"p{n}", f"Question {n}?", (f"answer {n}.0", f"answer {n}.1")) for n in range(3)]
     assert judge.compare(pairs) == [1.0, 0.5, None]
-    assert judge.compare([Pair(pair.id, pair.prompt, pair.b, pair.a) for pair in pairs]) == [0.0, 0.5, None]
+    assert judge.compare([Pair(pair.id, pair.prompt, (pair.b, pair.a)) for pair in pairs]) == [0.0, 0.5, None]
     with pytest.raises(SimpoError, match="p1"):
-        judge.compare([Pair("p1", "Question 1?", "another answer", "answer 1.1")])
+        judge.compare([Pair("p1", "Question 1?", ("another answer", "answer 1.1"))])

@@ -20,9 +20,8 @@ from simpo.evaluation.answers import Answerer, Record, answers_path, is_answer_f
 from simpo.evaluation.preferences import Judged, preference_metrics, win_rate_over_prompts
 from simpo.generation.sample import FILE_NAME, EngineName, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings
-from simpo.judging.protocol import Judge, Pair, ShownAnswers
+from simpo.judging.protocol import Judge, Pair, ShownAnswers, verdict_of
 from simpo.judging.registry import make_judge
-from simpo.judging.scored import verdict_of
 from simpo.judging.settings import JUDGES, JudgeOptions, JudgeSettings
 from simpo.models.checkpoint import Checkpoint
 from simpo.models.devices import free_memory
@@ -240,7 +239,7 @@ def all_pairs(answers: Sequence[PromptAnswers]) -> tuple[list[Pair], np.ndarray]
         for i, a in enumerate(one.a["responses"]):
             for j, b in enumerate(one.b["responses"]):
                 key = one.a["id"] if single else f"{one.a['id']}/{i}-{j}"
-                pairs.append(Pair(key, one.prompt, a, b, context_of(one.a), one.a.get("extra", {})))
+                pairs.append(Pair(key, one.prompt, (a, b), context_of(one.a), one.a.get("extra", {})))
                 prompts.append(number)
     return pairs, np.array(prompts)
 

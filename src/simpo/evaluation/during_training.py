@@ -170,7 +170,7 @@ class Generations(RunCallback):
                 "rows without images"
             )
         if self._judge is not None:
-            self._judge.check([Pair.to(prompt, "a", "b") for prompt in self._prompts])
+            self._judge.check([Pair.to(prompt, ("a", "b")) for prompt in self._prompts])
 
     def _choose_prompts(self, held_out: Dataset, processing: Any, room: int) -> list[Prompt]:
         """Draw prompts with at most ``room`` tokens by the run's seed, in the order of the rows."""
@@ -273,7 +273,9 @@ class Generations(RunCallback):
 
     def _pairs(self, a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> list[Pair]:
         """Pairs of answers to the first prompts."""
-        return [Pair.to(prompt, ours[0], theirs[0]) for prompt, ours, theirs in zip(self._prompts, a, b, strict=False)]
+        return [
+            Pair.to(prompt, (ours[0], theirs[0])) for prompt, ours, theirs in zip(self._prompts, a, b, strict=False)
+        ]
 
     def _sample(self, trainer: PackedTrainer) -> _Answers:
         """One answer to every prompt, on every rank; all ranks must call it."""

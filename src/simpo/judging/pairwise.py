@@ -1,4 +1,4 @@
-"""A language model behind a server as a judge of pairs, or in a tournament as a scorer of single answers."""
+"""A language model behind a server as a judge of pairs and, by a tournament, as a scorer of single answers."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from typing import Any
 
 from simpo.client import ChatClient, ChatReply, ChatRequest, Estimate, Usage
 from simpo.generation.responses import after_thinking
-from simpo.judging.protocol import Answers, Judge, Pair, Scorer, as_text, fill, read_prompt_file
+from simpo.judging.protocol import Answers, Pair, Scorer, as_text, fill, read_prompt_file
 
 _SHIPPED = resources.files("simpo.judging") / "prompts" / "pairwise.md"
 _VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 _FIRST_WINS = {"A": 1.0, "B": 0.0, "C": 0.5}
 
 
-class PairwiseApiJudge(Judge):
+class PairwiseApiJudge(Scorer):
     """Asks a server about every pair twice, once in each order of the two answers.
 
     The verdict is the mean of both replies, so a judge that prefers a position ends in a tie. Identical answers are a
     tie without a request. A pair has no verdict if either reply has none; neither does a pair with a request that the
     server refuses because of its content, such as a text that is too long.
+
+    The score of an answer is its mean probability of winning against the prompt's other answers, from 0 to 1. A
+    comparison without a verdict does not count; an answer without any verdict, such as a single one, has no score.
     """
 
     def __init__(
@@ -56,9 +59,25 @@ class PairwiseApiJudge(Judge):
         """The client's usage."""
         return self.client.usage
 
-    def estimate(self, pairs: Sequence[Pair]) -> Estimate:
-        """The requests that :meth:`compare` would send."""
-        return self.client.estimate(self.requests(pairs))
+    def estimate(self, rows: Sequence[Answers]) -> Estimate:
+        """The requests for every two answers to a prompt."""
+        return self.client.estimate(self.requests([pair for row in rows for pair in _all_pairs(row)]))
+
+    def score(self, rows: Sequence[Answers]) -> list[list[float | None]]:
+        """Mean win probabilities."""
+        verdicts = iter(self.compare([pair for row in rows for pair in _all_pairs(row)]))
+        scores = []
+        for row in rows:
+            won: list[list[float]] = [[] for _ in row.responses]
+            for i, j in combinations(range(len(row.responses)), 2):
+                if (verdict := next(verdicts)) is not None:
+                    won[i].append(verdict)
+                    won[j].append(1 - verdict)
+            scores.append([sum(shares) / len(shares) if shares else None for shares in won])
+        return scores
+
+    def margins(self, pairs: Sequence[Pair]) -> None:
+        """None: scores are made from verdicts here, not verdicts from scores."""
 
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
         """The mean verdict over both orders; fails like :meth:`simpo.client.ChatClient.complete`."""
@@ -95,45 +114,8 @@ def read_verdict(reply: ChatReply) -> float | None:
     return _FIRST_WINS[found[-1]] if found else None
 
 
-class TournamentScorer(Scorer):
-    """Scores an answer with its mean probability of winning against the prompt's other answers, from 0 to 1.
-
-    A comparison without a verdict does not count; an answer without any verdict, such as a single one, has no score.
-    """
-
-    def __init__(self, judge: PairwiseApiJudge) -> None:
-        self._judge = judge
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The judge's identity."""
-        return self._judge.identity
-
-    @property
-    def usage(self) -> Usage:
-        """The judge's usage."""
-        return self._judge.usage
-
-    def estimate(self, rows: Sequence[Answers]) -> Estimate:
-        """The requests that :meth:`score` would send."""
-        return self._judge.estimate([pair for row in rows for pair in _all_pairs(row)])
-
-    def score(self, rows: Sequence[Answers]) -> list[list[float | None]]:
-        """Mean win probabilities."""
-        verdicts = iter(self._judge.compare([pair for row in rows for pair in _all_pairs(row)]))
-        scores = []
-        for row in rows:
-            won: list[list[float]] = [[] for _ in row.responses]
-            for i, j in combinations(range(len(row.responses)), 2):
-                if (verdict := next(verdicts)) is not None:
-                    won[i].append(verdict)
-                    won[j].append(1 - verdict)
-            scores.append([sum(shares) / len(shares) if shares else None for shares in won])
-        return scores
-
-
 def _all_pairs(row: Answers) -> list[Pair]:
     return [
-        Pair(f"{row.id}/{i}-{j}", row.prompt, row.responses[i], row.responses[j], row.context)
+        Pair(f"{row.id}/{i}-{j}", row.prompt, (row.responses[i], row.responses[j]), row.context)
         for i, j in combinations(range(len(row.responses)), 2)
     ]

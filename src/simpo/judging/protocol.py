@@ -1,8 +1,9 @@
-"""The inputs of judges and scorers, the two interfaces that they implement, and what judges are shown."""
+"""The inputs of judges and scorers, the interfaces that they implement, and what judges are shown."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from abc import ABC, abstractmethod
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from simpo.client import Estimate, Usage
 from simpo.data.messages import Context, Message
@@ -37,7 +38,7 @@ class Answers:
     where: str = ""  # where the row comes from, e.g. `"train.jsonl:12"`, for error messages; empty if that is not known
 
     @classmethod
-    def to(cls, prompt: PlainPrompt, responses: Sequence[str]) -> Answers:
+    def to(cls, prompt: PlainPrompt, responses: Sequence[str]) -> Self:
         """The ``responses`` to a prompt of a data set."""
         return cls(prompt.id, prompt.content, responses, prompt.context, prompt.extra, prompt.where)
 
@@ -52,38 +53,66 @@ class Answers:
         return {**self.context.columns, **self.extra}
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A prompt with two responses, ``a`` and ``b``."""
+class Pair(Answers):
+    """A prompt with two responses, ``a`` and ``b``; its id may be that of one of the prompt's pairs."""
 
-    id: str  # the prompt's id, unless the prompt has several pairs
-    prompt: Prompt  # text or messages
-    a: str  # the first response
-    b: str  # the second response
-    context: Context = field(default_factory=Context)  # as in Answers
-    extra: Mapping[str, Any] = field(default_factory=dict)  # as in Answers
+    @property
+    def a(self) -> str:
+        """The first response."""
+        return self.responses[0]
 
-    @classmethod
-    def to(cls, prompt: PlainPrompt, a: str, b: str) -> Pair:
-        """Two responses to a prompt of a data set."""
-        return cls(prompt.id, prompt.content, a, b, prompt.context, prompt.extra)
+    @property
+    def b(self) -> str:
+        """The second response."""
+        return self.responses[1]
 
 
-class _Priced(ABC):
-    """The common base of scorers and judges."""
+class Judge(ABC):
+    """Decides which of two responses is better.
+
+    Attributes:
+        first_shown: if the judge is shown both orders of a pair: for every pair of the last call of :meth:`compare`,
+            the share of the two orders in which the response shown first wins, ties counting half; None for a pair
+            without a verdict or of identical responses. Empty for other judges.
+    """
+
+    first_shown: Sequence[float | None] = ()
 
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Everything that determines the scores or verdicts, as JSON values."""
+        """Everything that determines the verdicts, and the scores of a scorer, as JSON values."""
 
     @property
     def usage(self) -> Usage | None:
-        """The requests sent to a server so far; None for a scorer or judge that does not use one."""
+        """The requests sent to a server so far; None for a judge that does not use one."""
         return None
 
+    def prepare(self) -> None:  # noqa: B027 - a default
+        """Load what judging needs, so that a mistake shows before a run folder is created."""
 
-class Scorer(_Priced):
+    def check(self, rows: Sequence[Answers]) -> None:  # noqa: B027 - a default
+        """Raise :class:`SimpoError` if a prompt's row lacks a column that judging needs, whatever the responses."""
+
+    def estimate(self, rows: Sequence[Answers]) -> Estimate:
+        """The requests to a server that judging the responses in each of ``rows`` takes."""
+        return Estimate()
+
+    @abstractmethod
+    def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
+        """The probability that ``a`` is better for every pair, 0.5 for a tie; None where there is no verdict."""
+
+    def margins(self, pairs: Sequence[Pair]) -> list[float] | None:
+        """By how much the score of ``a`` exceeds the score of ``b``; None for a judge without scores of its own."""
+        return None
+
+    @property
+    def conflicting(self) -> int:
+        """Number of pairs whose verdict favored the same position in both orders."""
+        return sum(share in (0.0, 1.0) for share in self.first_shown)
+
+
+class Scorer(Judge):
     """Scores single responses; the higher the score, the better the response.
 
     Attributes:
@@ -101,47 +130,41 @@ class Scorer(_Priced):
     def score(self, rows: Sequence[Answers]) -> Scores:
         """The scores; None where none could be determined."""
 
-    def prepare(self) -> None:
-        """Load what scoring needs, so that a mistake shows before a run folder is created."""
-
-    def check(self, rows: Sequence[Answers]) -> None:
-        """Raise :class:`SimpoError` if a prompt's row lacks a column that scoring needs, whatever the responses."""
-
-    def estimate(self, rows: Sequence[Answers]) -> Estimate:
-        """The requests that :meth:`score` would send to a server."""
-        return Estimate()
-
-
-class Judge(_Priced):
-    """Decides which of two responses is better.
-
-    Attributes:
-        first_shown: if the judge is shown both orders of a pair: for every pair of the last call of :meth:`compare`,
-            the share of the two orders in which the response shown first wins, ties counting half; None for a pair
-            without a verdict or of identical responses. Empty for other judges.
-    """
-
-    first_shown: Sequence[float | None] = ()
-
-    @property
-    def conflicting(self) -> int:
-        """Number of pairs whose verdict favored the same position in both orders."""
-        return sum(share in (0.0, 1.0) for share in self.first_shown)
-
-    @abstractmethod
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """The probability that ``a`` is better for every pair, 0.5 for a tie; None where there is no verdict."""
-
-    def check(self, pairs: Sequence[Pair]) -> None:
-        """As :meth:`Scorer.check`."""
+        """1, 0, or 0.5 for equal scores; None where a response has no score."""
+        return [verdict_of(margin) for margin in self.margins(pairs) or ()]
 
     def margins(self, pairs: Sequence[Pair]) -> list[float] | None:
-        """By how much the score of ``a`` exceeds the score of ``b``; None for a judge without scores."""
-        return None
+        """By how much the score of ``a`` exceeds the score of ``b``; NaN where one of them has no score.
 
-    def estimate(self, pairs: Sequence[Pair]) -> Estimate:
-        """The requests that :meth:`compare` would send to a server."""
-        return Estimate()
+        A response in several pairs is scored once.
+        """
+        groups: dict[str, list[Pair]] = {}
+        for pair in pairs:
+            groups.setdefault(_key(pair), []).append(pair)
+        rows = []
+        for group in groups.values():
+            first, texts = group[0], dict.fromkeys(text for pair in group for text in pair.responses)
+            rows.append(Answers(first.id, first.prompt, tuple(texts), first.context, first.extra, first.where))
+        given = self.score(rows)
+        check_scores(given, rows, str(self.identity["judge"]))
+        scores = {
+            key: {text: math.nan if score is None else score for text, score in zip(row.responses, values, strict=True)}
+            for key, row, values in zip(groups, rows, given, strict=True)
+        }
+        return [scores[_key(pair)][pair.a] - scores[_key(pair)][pair.b] for pair in pairs]
+
+
+def _key(pair: Pair) -> str:
+    """Identifies a prompt with its context: the answers to it are scored together."""
+    return json.dumps([pair.prompt, pair.context.columns])
+
+
+def verdict_of(margin: float) -> float | None:
+    """The verdict for a difference of scores; None where it is NaN."""
+    if math.isnan(margin):
+        return None
+    return 0.5 if margin == 0 else float(margin > 0)
 
 
 def check_scores(scores: Scores, rows: Sequence[Answers], scorer: str) -> None:

@@ -12,10 +12,10 @@ from simpo.client import Estimate, Usage
 from simpo.config.coercion import nearest
 from simpo.errors import SimpoError
 from simpo.judging.models import ModelScorer
-from simpo.judging.pairwise import PairwiseApiJudge, TournamentScorer
+from simpo.judging.pairwise import PairwiseApiJudge
 from simpo.judging.protocol import Answers, Judge, Scorer, Scores
-from simpo.judging.scored import ExactScorer, FunctionScorer, HumanJudge, IFBenchScorer, ReasoningGymScorer, ScorerJudge
-from simpo.judging.settings import ANNOTATORS, JUDGES, SCORERS, Annotator, JudgeOptions, Normalization, annotator_names
+from simpo.judging.scored import ExactScorer, FunctionScorer, HumanJudge, IFBenchScorer, ReasoningGymScorer
+from simpo.judging.settings import ANNOTATORS, JUDGES, Annotator, JudgeOptions, Normalization, annotator_names
 from simpo.models.settings import ModelArguments
 
 # ---- Several annotators as one.
@@ -118,13 +118,11 @@ def count_missing(each: Mapping[str, Scores]) -> dict[str, int]:
 
 
 def make_judge(name: str, options: JudgeOptions) -> Judge:
-    """The judge with this name; every scorer is also a judge."""
+    """The judge with this name: every scorer, or the verdicts of people."""
     kind, _, rest = name.partition(":")
     if kind == "human" and rest:
         return HumanJudge(Path(rest).expanduser())
-    if name == "api":
-        return _api(options)
-    return ScorerJudge(make_scorer(name, options, known=JUDGES))
+    return make_scorer(name, options, known=JUDGES)
 
 
 def check_judges_anew(name: str) -> None:
@@ -138,26 +136,23 @@ def check_judges_anew(name: str) -> None:
 def make_annotator(annotator: Annotator, options: JudgeOptions, normalization: Normalization | None = None) -> Scorer:
     """The scorer that an ``annotator`` key names.
 
-    ``annotator`` is the name of a scorer; ``api``, a judge that compares every two answers to a prompt; or the weights
-    of several by their names, whose scores are normalized by ``normalization``, ``zscore`` if None.
+    ``annotator`` is the name of a scorer, or the weights of several by their names, whose scores are normalized by
+    ``normalization``, ``zscore`` if None.
     """
     names = annotator_names(annotator, normalization)
-    if not isinstance(annotator, str):
-        scorers = {name: make_annotator(name, options) for name in names}
-        return CombinedScorer(scorers, annotator, normalization or "zscore")
-    name = annotator
-    return TournamentScorer(_api(options)) if name == "api" else make_scorer(name, options, known=ANNOTATORS)
+    if isinstance(annotator, str):
+        return make_scorer(annotator, options)
+    scorers = {name: make_scorer(name, options) for name in names}
+    return CombinedScorer(scorers, annotator, normalization or "zscore")
 
 
-def _api(options: JudgeOptions) -> PairwiseApiJudge:
-    if options.client is None:
-        raise SimpoError("judge api: name the server and the model with --judge_url and --judge_model")
-    return PairwiseApiJudge(options.client, prompt=options.prompt, max_tokens=options.max_tokens, log=options.log)
-
-
-def make_scorer(name: str, options: JudgeOptions, *, known: str = SCORERS) -> Scorer:
+def make_scorer(name: str, options: JudgeOptions, *, known: str = ANNOTATORS) -> Scorer:
     """The scorer with this name; ``known`` are the names that an error message lists."""
     kind, _, rest = name.partition(":")
+    if name == "api":
+        if options.client is None:
+            raise SimpoError("judge api: name the server and the model with --judge_url and --judge_model")
+        return PairwiseApiJudge(options.client, prompt=options.prompt, max_tokens=options.max_tokens, log=options.log)
     if name == "exact":
         return ExactScorer()
     if name == "ifbench":

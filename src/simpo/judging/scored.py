@@ -1,4 +1,4 @@
-"""Scorers by exact rules or a Python function, scorers as judges (the higher wins), and people's verdicts in a file."""
+"""Scorers by exact rules or a Python function, and the verdicts of people in a file."""
 
 from __future__ import annotations
 
@@ -22,62 +22,9 @@ from simpo.config.coercion import nearest
 from simpo.data.rows import rows_of
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
-from simpo.judging.protocol import Answers, Judge, Pair, Scorer, as_text, check_scores
+from simpo.judging.protocol import Answers, Judge, Pair, Scorer, as_text
 from simpo.runs.results import fingerprint
 from simpo.world.judge import judge
-
-
-class ScorerJudge(Judge):
-    """Compares two answers by their scores, which do not depend on the order of the answers."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        self._scorer = scorer
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The scorer's identity."""
-        return self._scorer.identity
-
-    def margins(self, pairs: Sequence[Pair]) -> list[float]:
-        """By how much the score of ``a`` exceeds the score of ``b``; NaN where one of them has no score.
-
-        An answer in several pairs is scored once.
-        """
-        groups: dict[str, list[Pair]] = {}
-        for pair in pairs:
-            groups.setdefault(_key(pair), []).append(pair)
-        rows = []
-        for group in groups.values():
-            texts = dict.fromkeys(text for pair in group for text in (pair.a, pair.b))
-            first = group[0]
-            rows.append(Answers(first.id, first.prompt, tuple(texts), first.context, first.extra))
-        given = self._scorer.score(rows)
-        check_scores(given, rows, str(self.identity["judge"]))
-        scores: dict[str, dict[str, float]] = {
-            key: {text: math.nan if score is None else score for text, score in zip(row.responses, values, strict=True)}
-            for key, row, values in zip(groups, rows, given, strict=True)
-        }
-        return [scores[_key(pair)][pair.a] - scores[_key(pair)][pair.b] for pair in pairs]
-
-    def check(self, pairs: Sequence[Pair]) -> None:
-        """As the scorer."""
-        self._scorer.check([Answers(one.id, one.prompt, (), one.context, one.extra) for one in pairs])
-
-    def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """1, 0, or 0.5 for equal scores; None where an answer has no score."""
-        return [verdict_of(margin) for margin in self.margins(pairs)]
-
-
-def _key(pair: Pair) -> str:
-    """Identifies a prompt with its context: the answers to it are scored together."""
-    return json.dumps([pair.prompt, pair.context.columns])
-
-
-def verdict_of(margin: float) -> float | None:
-    """The verdict for a difference of scores; None where it is NaN."""
-    if math.isnan(margin):
-        return None
-    return 0.5 if margin == 0 else float(margin > 0)
 
 
 class ExactScorer(Scorer):

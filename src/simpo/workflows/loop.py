@@ -397,7 +397,7 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
             annotator = make_annotator(name, quiet)
             annotator.check(rows)
             annotator.score(rows[:_TRIED])
-    invented = [Pair.to(one, "Answer 0.", "Answer 1.") for one in prompts[1]]
+    invented = [Pair.to(one, ("Answer 0.", "Answer 1.")) for one in prompts[1]]
     for judge in make_judges([name for name in recipe.judges if name != "api"], quiet).values():
         judge.check(invented)
         judge.compare(invented[:_TRIED])
@@ -434,7 +434,7 @@ def _confirm_cost(recipe: LoopRecipe, options: JudgeOptions, rounds: int, log: L
     answers = [answerer.placeholder_answer(f"a{k}") for k in range(recipe.sampling.n)]
     estimate = annotator.estimate([Answers.to(prompt, answers) for prompt in training])
     a, b = ([answerer.placeholder_answer(f"{side}{k}") for k in range(recipe.settings.eval_n)] for side in "ab")
-    pairs = [Pair.to(prompt, *two) for prompt in held_out for two in product(a, b)]
+    pairs = [Pair.to(prompt, two) for prompt in held_out for two in product(a, b)]
     estimates = [estimate, *(judge.estimate(pairs) for judge in make_judges(recipe.judges, options).values())]
     confirm_cost(sum(estimates, Estimate()) * rounds, yes=recipe.settings.yes, log=log)
 
