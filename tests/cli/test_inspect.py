@@ -115,32 +115,6 @@ def test_missing_file(model, capsys):
     assert "nowhere.jsonl: file not found" in capsys.readouterr().err
 
 
-SAMPLED = [
-    {"id": "a", "prompt": "q", "responses": ["one two three", "one two four", "one two three"], "finished": [True] * 3},
-    {"id": "b", "prompt": "r", "responses": ["yes", "no"], "finished": [True, False]},
-]
-
-
-def test_sampled_answers(model, tmp_path, capsys):
-    """What simpo sample leaves, and what simpo annotate makes of it: figures, although nothing can be compared yet."""
-    path = write(tmp_path / "responses.jsonl", SAMPLED)
-    inspect([path, "--model", model, "--output_dir", str(tmp_path / "out")])
-    printed = capsys.readouterr().out
-    assert "train: 5 answers to 2 prompts, 2 to 3 to each" in printed
-    assert "not comparisons yet" in printed and "scores" not in printed
-    scored = [row | {"scores": [1.0, None, 1.0][: len(row["responses"])]} for row in SAMPLED]
-    path = write(tmp_path / "annotated.jsonl", scored)
-    inspect([path, "--model", model, "--output_dir", str(tmp_path / "out")])
-    printed = capsys.readouterr().out
-    assert "all equally good             2 prompts" in printed and "without a score              2 answers" in printed
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    figures = {metric["name"]: metric["value"] for metric in results["metrics"]}
-    assert figures["data/train/answers/distinct_answers"] == pytest.approx((2 / 3 + 1) / 2)
-    assert figures["data/train/answers/distinct_2"] == pytest.approx(3 / 6)
-    # Two thirds of two pairs and the whole of the third; the two words of the other prompt are different.
-    assert figures["data/train/answers/overlap"] == pytest.approx(((1 / 3 + 1 + 1 / 3) / 3 + 0) / 2)
-
-
 @pytest.mark.parametrize("scores", [[1, "x"], [1, [2]], [1, float("nan")]])
 def test_scores_that_are_no_numbers(scores, model, tmp_path, capsys):
     rows = [{"prompt": "p", "responses": ["a", "b"], "scores": scores}]
@@ -151,7 +125,6 @@ def test_scores_that_are_no_numbers(scores, model, tmp_path, capsys):
 
 
 def test_rankings(model, tmp_path, capsys):
-    """K-wise rows are measured as answers and inspected as comparisons."""
     rows = [
         {"prompt": [{"role": "user", "content": f"q {n}"}], "responses": answers, "scores": [3.0, 1.0, 2.0]}
         for n, answers in enumerate(
@@ -160,8 +133,6 @@ def test_rankings(model, tmp_path, capsys):
     ]
     inspect([write(tmp_path / "k.jsonl", rows), "--model", model])
     printed = capsys.readouterr().out
-    assert "train: 6 answers to 2 prompts, 3 to each" in printed
-    assert "longer has the higher score  1 of a prompt's pairs" in printed
     assert "train: 2 comparisons of 2 rows" in printed
 
 

@@ -36,18 +36,14 @@ def test_environment_says_what_it_ran_on(tmp_path, monkeypatch):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_git_state_is_commit_and_dirt(tmp_path, monkeypatch):
+def test_the_commit_of_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     git(tmp_path, "init")
     assert environment()["git"] is None  # no commit yet
     (tmp_path / "code.py").write_text("1")
     git(tmp_path, "add", "code.py")
     git(tmp_path, "commit", "-m", "first")
-    (tmp_path / "outputs").mkdir()
-    (tmp_path / "outputs" / "model").touch()  # a run's own folder is no change of the code
-    assert environment()["git"] == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
-    (tmp_path / "code.py").write_text("2")
-    assert environment()["git"]["dirty"] is True
+    assert environment()["git"] == {"commit": git(tmp_path, "rev-parse", "HEAD")}
 
 
 def test_without_other_programs_it_does_without_them(monkeypatch):
@@ -98,7 +94,7 @@ def test_no_program_of_a_repository_runs(tmp_path, monkeypatch, settings):
     (tmp_path / "code.py").write_text("2")
     found = environment()["git"]
     assert not (tmp_path / "ran").exists()
-    assert len(found["commit"]) == 40 and found["dirty"] is None
+    assert len(found["commit"]) == 40
 
 
 PARENT = """

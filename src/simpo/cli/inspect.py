@@ -13,19 +13,7 @@ from rich.text import Text
 
 from simpo.config import parse_settings, required, setting
 from simpo.data.formats import is_comparison
-from simpo.data.inspection import (
-    PERCENTILES,
-    SCORE_PERCENTILES,
-    Example,
-    Inspection,
-    diversity_metrics,
-    examples,
-    inspect_prepared,
-    is_sampled,
-    read_answer_sets,
-    score_metrics,
-    shared_rows,
-)
+from simpo.data.inspection import PERCENTILES, Example, Inspection, examples, inspect_prepared, shared_rows
 from simpo.data.settings import TokenizeSettings
 from simpo.data.shapes import first_canonical
 from simpo.data.sources import load_rows
@@ -38,15 +26,6 @@ from simpo.runs.results import Metric, fingerprint, write_results
 from simpo.runs.terminal import printable
 from simpo.training.batches import check_rows
 
-# Figures of several answers to a prompt: title, and what is measured.
-_ANSWER_FIGURES = {
-    "characters": ("length", "characters"),
-    "distinct_answers": ("different answers", "of a prompt's answers"),
-    "distinct_2": ("different word pairs", "of all in a prompt's answers (distinct-2)"),
-    "overlap": ("overlap of two answers", "of their word pairs are in both"),
-    "score": ("mean score", ""),
-    "longer_wins": ("longer has the higher score", "of a prompt's pairs of answers"),
-}
 # Characters of an example's text that are shown; the middle of a longer one is left out.
 _SHOWN = 600
 
@@ -91,10 +70,6 @@ def inspect(argv: list[str]) -> None:
     for label, name, split in asked.sources():
         rows = load_rows(name, split=split, column_mapping=asked.column_mapping, any_split=label == "eval")
         sources.append(rows._fingerprint)
-        metrics += _print_answers(console, rows, label)
-        if is_sampled(rows):
-            console.print(Text("These are answers, not comparisons yet: simpo annotate and simpo pair make them.\n"))
-            continue
         prepared = _preparer(rows)(rows, tokenizer, settings, label=label)
         inspection = inspect_prepared(prepared, tokenizer, settings)
         datasets.append(prepared.dataset)
@@ -107,8 +82,7 @@ def inspect(argv: list[str]) -> None:
         of = f"{shared:,} of {count:,} eval {prepared.report.noun} ({shared / count:.1%})"
         console.print(Text(f"{of} have a training prompt\n"))
         metrics.append(Metric("data/eval/prompts_in_train", shared, n=count))
-    if datasets:
-        _print_examples(console, examples(datasets[0], tokenizer))
+    _print_examples(console, examples(datasets[0], tokenizer))
     if asked.output_dir:
         identity = fingerprint(sources, [dataset._fingerprint for dataset in datasets])
         folder = asked.output_dir
@@ -161,31 +135,6 @@ def _print_inspection(console: Console, inspection: Inspection) -> None:
     for name, figure in figures.items():
         console.print(Text(f"{name:<28} {figure}"))
     console.print()
-
-
-def _print_answers(console: Console, rows: Dataset, label: str) -> list[Metric]:
-    """The diversity of the answers to a prompt, and their scores, if the rows have several answers."""
-    sets = read_answer_sets(rows)
-    if not sets:
-        return []
-    prefix = f"data/{label}/answers"
-    metrics = diversity_metrics(prefix, sets)
-    if any(found.scores for found in sets):
-        metrics += score_metrics(prefix, sets)
-    figures = {metric.name.removeprefix(f"{prefix}/"): metric for metric in metrics}
-    answers = [len(found.responses) for found in sets]
-    each = " to ".join(dict.fromkeys((f"{min(answers)}", f"{max(answers)}")))
-    console.print(Text(f"{label}: {sum(answers):,} answers to {len(sets):,} prompts, {each} to each"))
-    for name, (title, what) in _ANSWER_FIGURES.items():
-        if name in figures:
-            console.print(Text(f"{title:<28} {figures[name].text} {what}"))
-    if "score" in figures:
-        spread = ", ".join(f"{name} {figures[f'score/{name}'].value:.4g}" for name in SCORE_PERCENTILES)
-        console.print(Text(f"{'scores':<28} {spread}"))
-        console.print(Text(f"{'all equally good':<28} {figures['all_equal'].value:,.0f} prompts"))
-        console.print(Text(f"{'without a score':<28} {figures['unscored'].value:,.0f} answers"))
-    console.print()
-    return metrics
 
 
 def _print_examples(console: Console, shown: list[Example]) -> None:

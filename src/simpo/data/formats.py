@@ -87,7 +87,7 @@ def read_comparison(row: Mapping[str, Any], where: str, roles: Collection[str] =
         if {"prompt", "completion", "label"} <= columns:
             hint = " (unpaired feedback, not comparisons: objective kto)"
         elif {"prompt", "responses"} <= columns:
-            hint = " (responses without scores, by which they are ranked)"
+            hint = " (responses without scores, by which they are ranked: simpo annotate, then simpo pair)"
         elif {"prompt", "completion"} <= columns or "messages" in columns:
             hint = " (data for supervised fine-tuning, not comparisons: simpo sft)"
         raise UnknownShape(f"no recognized shape: columns {columns_of(row)}{hint}")

@@ -13,11 +13,9 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from simpo.data.formats import is_number
 from simpo.data.images import DIGESTS
 from simpo.data.rows import DataReport
 from simpo.data.settings import TokenizeSettings
-from simpo.data.shapes import canonical_rows, first_canonical
 from simpo.data.tokenizing import Prepared, end_token_id
 from simpo.runs.results import Metric
 from simpo.statistics import mean_interval, share_interval
@@ -187,34 +185,6 @@ class AnswerSet:
         """The answers that have a score, with it."""
         pairs = zip(self.responses, self.scores or (), strict=False)
         return [(text, score) for text, score in pairs if score is not None]
-
-
-def read_answer_sets(dataset: Dataset) -> list[AnswerSet]:
-    """The answers of every row that has ``responses``, K-wise data or sampled; other rows are left out."""
-    sets = []
-    for row in canonical_rows(dataset):
-        responses, scores = row.get("responses"), row.get("scores")
-        if not isinstance(responses, list) or not responses:
-            continue
-        if not (isinstance(scores, list) and len(scores) == len(responses)) or not all(
-            score is None or is_number(score) for score in scores
-        ):
-            scores = None
-        sets.append(AnswerSet(list(map(_text, responses)), scores))
-    return sets
-
-
-def _text(response: object) -> str:
-    """The text of a response: a string, a message, or the last of several messages."""
-    if isinstance(response, list) and response:
-        response = response[-1]
-    return str(response.get("content")) if isinstance(response, dict) else str(response)
-
-
-def is_sampled(dataset: Dataset) -> bool:
-    """Whether the rows are answers as ``simpo sample`` and ``simpo annotate`` write them, not comparisons yet."""
-    row = first_canonical(dataset)
-    return "responses" in row and ("scores" not in row or "finished" in row)
 
 
 def distinct_ngrams(responses: Sequence[str]) -> float | None:

@@ -103,16 +103,13 @@ def canonical(row: Mapping[str, Any], *, answers: bool = True) -> tuple[Row, str
     return found, "; ".join(dict.fromkeys([*notes, *filter(None, read)])) or None
 
 
-def canonical_rows(dataset: Dataset) -> Iterator[Row]:
-    """The canonical rows of a data set, without those that cannot be read."""
-    for row, _ in rows_of(dataset.with_format(None)[:], range(len(dataset)), ""):
-        with suppress(BadRow):
-            yield canonical(row)[0]
-
-
 def first_canonical(dataset: Dataset) -> Row:
-    """The first of a data set's rows that can be read; without columns if there is none."""
-    return next(canonical_rows(dataset.select(range(min(len(dataset), 100)))), {})
+    """The first of a data set's first rows that can be read; without columns if there is none."""
+    head = range(min(len(dataset), 100))
+    for row, _ in rows_of(dataset.with_format(None)[: len(head)], head, ""):
+        with suppress(BadRow):
+            return canonical(row)[0]
+    return {}
 
 
 def parse_text(text: str) -> Any:

@@ -28,12 +28,6 @@ FILE_NAME = "manifest.json"
 SCHEMA = 1
 
 _PACKAGES = ("simpo", "torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "safetensors", "numpy")
-# Keys of a repository's configuration that make `git status` run no other program.
-_RUNS_NOTHING = re.compile(
-    r"core\.(repositoryformatversion|filemode|bare|logallrefupdates|ignorecase|precomposeunicode|symlinks|autocrlf|eol)"
-    r"|(branch|user|pull|push|fetch|init|submodule|advice|color|gc)\..*|remote\..*\.(url|pushurl|fetch|tagopt|prune)",
-    re.DOTALL,
-)
 _PATIENCE = 10  # seconds for another program's answer
 
 
@@ -131,13 +125,14 @@ def read_manifest(folder: Path) -> list[tuple[str, int, str]]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processors, memory and the working directory's git state; nothing that names a person or a host.
+    """Versions, processors, memory and the working directory's commit; nothing that names a person or a host.
 
     It neither imports torch nor starts CUDA, which no process could fork after. Packages map to their version, or None
-    if absent; ``dirty`` tells whether tracked files have changed, None where finding out could run code.
+    if absent. Changes of the working directory are not looked for: ``git status`` runs programs that a repository's
+    configuration names, and somebody else may have written it.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    commit, changes = _git_state()
+    commit = _output("git", "rev-parse", "HEAD")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -145,7 +140,7 @@ def environment() -> dict[str, Any]:
         "cpu": {"model": _cpu_model(), "cores": cores},
         "ram_bytes": psutil.virtual_memory().total,
         "gpus": (_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines(),
-        "git": None if commit is None else {"commit": commit, "dirty": None if changes is None else bool(changes)},
+        "git": None if commit is None else {"commit": commit},
     }
 
 
@@ -174,27 +169,6 @@ def _host_peak() -> int:
     import resource  # noqa: PLC0415 - not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _git_state() -> tuple[str | None, str | None]:
-    """The commit of the working directory and its changes to tracked files; None where git does not tell.
-
-    ``git status`` runs programs that a repository's configuration names: hooks, a file system monitor, filters of
-    contents and transports of missing objects. A repository that somebody else wrote may name any program, so changes
-    are looked for only if its configuration holds nothing but settings that are known to run none.
-    """
-    git = ("git", "--no-optional-locks", "-c", "core.fsmonitor=", "-c", f"core.hooksPath={os.devnull}")
-    commit = _output(*git, "rev-parse", "HEAD")
-    settings = _output(*git, "config", "--list", "--includes", "--name-only", "--show-scope")
-    keys = [
-        key
-        for scope, _, key in (line.partition("\t") for line in (settings or "").splitlines())
-        if scope in ("local", "worktree")
-    ]
-    if commit is None or settings is None or not all(map(_RUNS_NOTHING.fullmatch, keys)):
-        return commit, None
-    # Untracked files (the folders of runs) are left out, and so are submodules, which have their own configuration.
-    return commit, _output(*git, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
 
 
 def _version(package: str) -> str | None:
