@@ -86,10 +86,10 @@ def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
     """The sweep, and the recipe's keys as written."""
     path = recipe_of(argv)
     plain, options = split_options(argv[0 if path is None else 1 :])
-    given: dict[str, list[str]] = {"model_name_or_path": [text for _, text in plain]} if plain else {}
+    given: dict[str, list[str]] = {"model_name_or_path": plain} if plain else {}
     for name, texts in options:
         key = "model_name_or_path" if name == "model" else name
-        given.setdefault(key, []).extend(text for _, text in texts)
+        given.setdefault(key, []).extend(texts)
     # The sweep's own settings are parsed here, the others by every trial.
     own = [name for name in given if name in keys_of([SweepSettings])]
     own_arguments = [argument for name in own for argument in (f"--{name}", *given.pop(name))]
@@ -210,7 +210,7 @@ def reproduce(argv: list[str]) -> None:
       simpo reproduce 1 --setting llama3-base
     """
     plain, _ = split_options(argv)
-    named = ["--studies", *(name for _, name in plain)] if plain else []
+    named = ["--studies", *plain] if plain else []
     settings = read_settings(reproduce, ReproduceSettings, [*named, *argv[len(plain) :]])
     studies = read_studies(settings.studies)
     if settings.setting is not None:

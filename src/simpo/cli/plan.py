@@ -48,7 +48,7 @@ def plan(argv: list[str]) -> None:
         _calibrate(argv)
         return
     options = reversed(split_options(argv)[1])
-    command = next((values[0][1] for name, values in options if name == "command" and values), "train")
+    command = next((values[0] for name, values in options if name == "command" and values), "train")
     config, *others = _RECIPES.get(command, _RECIPES["train"])
     planned = type("Planned", (config,), {"_check_optimizer": lambda self: None})  # its package may be elsewhere
     types = (ModelArguments, DataArguments, planned, PlanSettings, *others)

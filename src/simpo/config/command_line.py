@@ -19,8 +19,6 @@ _DATA_SUFFIXES = (".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")  # not 
 _MODEL = ("model", "model_name_or_path")  # options that name the model of any command that takes one by position
 _TRUTH = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
-Arguments = list[tuple[int, str]]  # with their positions on the command line
-
 
 def split_recipe(arguments: list[str], keys: Mapping[str, Key]) -> tuple[str | None, list[str]]:
     """The path of the recipe, which can only be the first argument, and the other arguments.
@@ -51,21 +49,20 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
     unfilled = [key.name for key in positionals if key.name not in named]
     if len(plain) < len(unfilled):
         not_in_file = [name for name in unfilled if name not in in_file]
-        plain = sorted(plain + _take_unneeded_values(options, keys, max(0, len(not_in_file) - len(plain))))
+        plain += _take_unneeded_values(options, keys, max(0, len(not_in_file) - len(plain)))
         unfilled = not_in_file if plain and len(not_in_file) >= len(plain) else unfilled
     list_key = unfilled[-1] if unfilled and accepts(keys[unfilled[-1]].annotation, list) else None
     if len(plain) > len(unfilled) and list_key is None:
-        text = plain[len(unfilled)][1]
+        text = plain[len(unfilled)]
         if text.endswith(_DATA_SUFFIXES) and "dataset_name" in keys:
             raise SimpoError(f"{text} is a data file; name it with --dataset_name {text}")
         usage = " ".join(["[RECIPE.yaml]", *(key.positional for key in positionals), "[--key value ...]"])
         raise SimpoError(f"{text}: expected {usage}")
     settings = []
     if list_key is not None and len(plain) >= len(unfilled):  # the last positional key takes all that are left
-        texts = [text for _, text in plain[len(unfilled) - 1 :]]
-        settings.append(Setting(list_key, texts, None, keys[list_key].positional))
+        settings.append(Setting(list_key, plain[len(unfilled) - 1 :], None, keys[list_key].positional))
         unfilled = unfilled[:-1]
-    for name, (_, text) in zip(unfilled, plain, strict=False):
+    for name, text in zip(unfilled, plain, strict=False):
         if keys[name].positional == "MODEL" and text.endswith(_DATA_SUFFIXES):
             remedy = (
                 f"name it with --dataset_name {text}"
@@ -78,26 +75,26 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
     for name, values in options:
         if name in keys and not accepts(keys[name].annotation, list):
             merged.pop(name, None)  # the last occurrence of an option that takes one value counts
-        merged.setdefault(name, []).extend(text for _, text in values)
+        merged.setdefault(name, []).extend(values)
     return settings + [Setting(name, _option_value(texts), None, f"--{name}") for name, texts in merged.items()]
 
 
-def split_options(arguments: list[str]) -> tuple[Arguments, list[tuple[str, Arguments]]]:
+def split_options(arguments: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """The arguments before the first option, and every option with the arguments after it."""
-    plain: Arguments = []
-    options: list[tuple[str, Arguments]] = []
+    plain: list[str] = []
+    options: list[tuple[str, list[str]]] = []
     current = plain
-    for position, argument in enumerate(arguments):
+    for argument in arguments:
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
-            current = [(position, value)] if equals else []
+            current = [value] if equals else []
             options.append((name.replace("-", "_"), current))
         else:
-            current.append((position, argument))
+            current.append(argument)
     return plain, options
 
 
-def _rename_model_options(options: list[tuple[str, Arguments]], positionals: list[str]) -> list[tuple[str, Arguments]]:
+def _rename_model_options(options: list[tuple[str, list[str]]], positionals: list[str]) -> list[tuple[str, list[str]]]:
     """The options, with ``--model`` and ``--model_name_or_path`` renamed to the command's key for its model."""
     models = [name for name in positionals if name in (*_MODEL, "a", "b")]
     count = sum(name in _MODEL for name, _ in options)
@@ -109,9 +106,9 @@ def _rename_model_options(options: list[tuple[str, Arguments]], positionals: lis
     return [(next(names) if name in _MODEL else name, values) for name, values in options]
 
 
-def _take_unneeded_values(options: list[tuple[str, Arguments]], keys: Mapping[str, Key], wanted: int) -> Arguments:
+def _take_unneeded_values(options: list[tuple[str, list[str]]], keys: Mapping[str, Key], wanted: int) -> list[str]:
     """Remove up to ``wanted`` values from options that do not need them, as ``MODEL`` in ``--n 2 MODEL``."""
-    found: Arguments = []
+    found: list[str] = []
     for name, values in options:
         key = keys.get(name)
         if key is None or (accepts(key.annotation, list, dict) and not key.repeat):
@@ -120,7 +117,7 @@ def _take_unneeded_values(options: list[tuple[str, Arguments]], keys: Mapping[st
         if accepts(key.annotation, tuple):
             needed = 2
         elif accepts(key.annotation, bool) and not accepts(key.annotation, str, int, float):
-            needed = int(bool(values) and values[0][1].lower() in _TRUTH)
+            needed = int(bool(values) and values[0].lower() in _TRUTH)
         spare = values[needed:][: wanted - len(found)]
         if spare:
             found += spare

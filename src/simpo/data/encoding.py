@@ -7,7 +7,7 @@ import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -22,16 +22,6 @@ _ANCHORS = ("", "\n", ".", "a")
 # Ids of context that decoding needs to treat what follows them as a continuation.
 _CONTEXT = 8
 _REASONING_TAGS = ("<think>", "</think>")
-
-
-class Texts(Protocol):
-    """Texts of one row, and the marker if special-token text is marked in them (see :class:`LiteralText`)."""
-
-    @property
-    def texts(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    @property
-    def marker(self) -> str | None: ...  # noqa: D102
 
 
 class Encoder:
@@ -97,12 +87,15 @@ class Encoder:
                 ids += self._continue(kept, ids, split_special=True)
         return ids[len(before) :]
 
-    def encode_groups(self, groups: Sequence[Texts]) -> list[list[list[int]]]:
-        """Ids of the texts of each group; all texts without marks are encoded in one call."""
-        plain = iter(self.encode([text for group in groups if group.marker is None for text in group.texts]))
+    def encode_groups(self, groups: Sequence[tuple[Sequence[str], str | None]]) -> list[list[list[int]]]:
+        """Ids of the texts of each group; all texts without marks are encoded in one call.
+
+        A group has the marker of special-token text in its texts, or None if nothing is marked.
+        """
+        plain = iter(self.encode([text for texts, marker in groups if marker is None for text in texts]))
         return [
-            [next(plain) if group.marker is None else self.encode_marked(text, group.marker) for text in group.texts]
-            for group in groups
+            [next(plain) if marker is None else self.encode_marked(text, marker) for text in texts]
+            for texts, marker in groups
         ]
 
     def encode_following(self, prompt: Sequence[int], text: str, whole: Sequence[int], marker: str | None) -> list[int]:

@@ -187,11 +187,9 @@ class _Prompts(Comparisons):
             prompt = [{**one, "content": (one["content"] or "").replace(IMAGE, IMAGE_IN_TEXT)} for one in prompt]
         return {"content": json.dumps(prompt), "context": json.dumps(context)}
 
-    def finish(self, rendered: Rendered, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
-        """Ids with BOS, and whether they are within the limit."""
-        prompt = self.encoder.with_one_bos(ids[0])
-        if not prompt:
-            raise BadRow("empty prompt")
+    def finish(
+        self, rendered: Rendered, prompt: list[int], ids: list[list[int]]
+    ) -> tuple[Mapping[str, Any], list[str]]:
         overlong = self._limit is not None and len(prompt) > self._limit
         return {"ids": prompt}, [f"dropped: {OVERLONG_PROMPT}"] if overlong else []
 

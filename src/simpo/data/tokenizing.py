@@ -223,8 +223,11 @@ class Tokenization(ABC):
         return {}
 
     @abstractmethod
-    def finish(self, rendered: Any, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
-        """Values of the columns that need the ids of the rendered texts, and status entries; raises :class:`BadRow`."""
+    def finish(self, rendered: Any, prompt: list[int], ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
+        """Values of the columns that need ids, and status entries; raises :class:`BadRow`.
+
+        ``ids`` are those of the rendered texts, and ``prompt`` the first of them with one BOS if the model has one.
+        """
 
     def explain_all_dropped(self, mapped: Dataset) -> str:
         """Explain that all rows are too long."""
@@ -250,13 +253,17 @@ class Tokenization(ABC):
         """Columns of a batch of rows."""
         rows = rows_of(batch, indices, self.label)
         drafts = [draft for row, where in rows for draft in self._drafts(row, where)]
-        ids = iter(self.encoder.encode_groups([draft.rendered for draft in drafts if draft.rendered is not None]))
+        rendered = [draft.rendered for draft in drafts if draft.rendered is not None]
+        all_ids = iter(self.encoder.encode_groups([(one.texts, one.marker) for one in rendered]))
         columns: dict[str, list[Any]] = {name: [] for name in self.features}
         for draft in drafts:
             values, status = draft.values, draft.status
             if draft.rendered is not None:
+                ids = next(all_ids)
                 try:
-                    finished, outcome = self.finish(draft.rendered, next(ids))
+                    if not (prompt := self.encoder.with_one_bos(ids[0])):
+                        raise BadRow("empty prompt")
+                    finished, outcome = self.finish(draft.rendered, prompt, ids)
                 except BadRow as bad:
                     finished, outcome = {}, [bad.entry]
                 if values.get(IMAGES) and not {f"cut: {PROMPT_CUT}", f"cut: {TURNS_CUT}"}.isdisjoint(outcome):
@@ -312,11 +319,9 @@ class Comparisons(Tokenization):
     def values(self, content: Comparison) -> Mapping[str, Any]:  # noqa: D102
         return {"scores": content.scores, "label": content.label}
 
-    def finish(self, rendered: Rendered, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
-        """Ids with BOS and end-of-turn token, within the limits."""
-        prompt = self.encoder.with_one_bos(ids[0])
-        if not prompt:
-            raise BadRow("empty prompt")
+    def finish(  # noqa: D102
+        self, rendered: Rendered, prompt: list[int], ids: list[list[int]]
+    ) -> tuple[Mapping[str, Any], list[str]]:
         responses = []
         for answer, whole in zip(rendered.answers, ids[1:], strict=True):
             response = self.encoder.encode_following(ids[0], answer.text, whole, rendered.marker)
@@ -355,15 +360,14 @@ class Conversations(Tokenization):
             sequences[0] = replace(sequences[0], status=(f"cut: {UNANSWERED_CUT}", *sequences[0].status))
         return sequences
 
-    def finish(self, rendered: RenderedTurns, ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
-        """Ids with BOS and end-of-turn tokens, within the limits, and which are scored.
+    def finish(
+        self, rendered: RenderedTurns, prompt: list[int], ids: list[list[int]]
+    ) -> tuple[Mapping[str, Any], list[str]]:
+        """Ids within the limits, and which are scored.
 
         An answer's ids are what generation would have to produce after its prompt, and what follows it is as the next
         answer's prompt has it.
         """
-        prompt = self.encoder.with_one_bos(ids[0])
-        if not prompt:
-            raise BadRow("empty prompt")
         response: list[int] = []
         scored: list[bool] = []
         ends: list[int] = []

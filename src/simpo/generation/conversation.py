@@ -93,7 +93,7 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         rendered = self._renderer.render(Comparison(messages, (), "the conversation"))
-        prompt = self._encoder.with_one_bos(self._encoder.encode_groups([rendered])[0][0])
+        prompt = self._encoder.with_one_bos(self._encoder.encode_groups([(rendered.texts, rendered.marker)])[0][0])
         settings, full = self._settings, ""
         if self._context is not None:
             full = f"the model's context of {self._context:,} tokens is full; /reset starts a new conversation"

@@ -46,7 +46,7 @@ class AnswerTokens:
     def encode(self, rows: Sequence[Answers], limits: Limits) -> list[TokenizedComparison]:
         """One comparison per row; a response ends with the end-of-turn token, and an empty one is that alone."""
         rendered = [self._render(row) for row in rows]
-        groups = self._encoder.encode_groups(rendered)
+        groups = self._encoder.encode_groups([(one.texts, one.marker) for one in rendered])
         found = [self._comparison(*parts) for parts in zip(rows, rendered, groups, strict=True)]
         for row, comparison in zip(rows, found, strict=True):
             length = len(comparison.prompt_ids) + max(map(len, comparison.response_ids))

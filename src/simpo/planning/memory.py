@@ -19,7 +19,7 @@ from torch.utils._pytree import arg_tree_leaves, tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop
 
 from simpo.errors import SimpoError
-from simpo.packing import kernels
+from simpo.packing import attention
 from simpo.packing.attention import causal_lm
 from simpo.packing.layout import LayoutIndex, PackedBatch
 from simpo.packing.logprobs import ACCELERATOR_CHUNK, CPU_CHUNK
@@ -97,7 +97,7 @@ def measure_step(blueprint: Blueprint, batch: PackedBatch, setup: Setup) -> Step
         stand_in = blueprint.build(mode, layers)
         tracer = Tracer(attended(batch))
         with mode:
-            fake = _fake(batch, kernels.varlen if setup.cuda else None)
+            fake = _fake(batch, attention.varlen if setup.cuda else None)
             for weight in stand_in.trained:
                 weight.grad = torch.empty_like(weight) if setup.accumulates else None
             with tracer, _phases(stand_in, layers, tracer, setup.share):
@@ -124,7 +124,7 @@ def _of_full_depth(blueprint: Blueprint, measure: Callable[[list[int]], dict[str
     return {name: size + sum(times * (one[name] - size) for one, times in more) for name, size in few.items()}
 
 
-def _fake(batch: PackedBatch, kernel: kernels.Kernel | None) -> PackedBatch:
+def _fake(batch: PackedBatch, kernel: attention.Kernel | None) -> PackedBatch:
     """``batch`` with fake tensors, for attention by ``kernel``."""
     empty = torch.empty_like
     layout = batch.layout
