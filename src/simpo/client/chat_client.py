@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
-
 # ---- Replies on disk, keyed by their requests: a request that was answered once is not sent again.
 
 
@@ -44,8 +40,7 @@ def default_cache() -> Path:
 class ReplyCache:
     """One model's replies in an SQLite database, which several processes may share.
 
-    A damaged database is moved aside, and the replies that can still be read from it are kept. A damaged reply counts
-    as missing.
+    A damaged reply counts as missing; a damaged database is an error.
 
     Attributes:
         path: the database.
@@ -55,89 +50,45 @@ class ReplyCache:
         """Open the database of ``model``, or create it and its folder."""
         name = re.sub(r"[^A-Za-z0-9.]+", "-", model)[-60:].strip("-.")
         self.path = folder / f"{name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}.sqlite3"
-        self._lock = FileLock(self.path.with_suffix(".lock"))
-        self._database: sqlite3.Connection | None = None
-        self._unreadable: set[str] = set()
         with disk_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            with self._lock:
-                self._use(lambda database: None)
+            # SQLite does not wait for another process that changes the journal mode.
+            with FileLock(self.path.with_suffix(".lock")), self._errors():
+                # Another thread may send the requests, but no two use the connection at once. The timeout is for locks.
+                self._database = sqlite3.connect(self.path, timeout=60.0, check_same_thread=False)
+                self._database.execute("PRAGMA journal_mode = WAL")
+                self._database.execute("PRAGMA synchronous = FULL")  # a reply that was paid for survives a power cut
+                self._database.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply BLOB NOT NULL)")
 
     def get(self, key: str) -> ChatReply | None:
         """The reply to a request, whichever process stored it."""
-        query = "SELECT reply FROM replies WHERE key = ?"
-        row = self._use(lambda database: database.execute(query, (key,)).fetchone())
-        if row is None:
-            return None
-        reply = _parse(row[0])
-        if reply is None and key not in self._unreadable:
-            logger.warning("%s: a damaged reply is ignored; its request will be sent again", self.path)
-            self._unreadable.add(key)
+        with self._errors():
+            row = self._database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+        reply = None if row is None else _parse(row[0])
+        if row is not None and reply is None:
+            logger.warning("%s: a damaged reply is removed; its request will be sent again", self.path)
+            self._change("DELETE FROM replies WHERE key = ? AND reply = ?", key, row[0])
         return reply
 
     def put(self, key: str, reply: ChatReply) -> ChatReply:
         """Store a reply; returns it once it is on disk, or an earlier one of another process."""
-        self._insert([(key, json.dumps(dataclasses.asdict(reply)).encode())], replace=key in self._unreadable)
+        content = json.dumps(dataclasses.asdict(reply)).encode()
+        self._change("INSERT OR IGNORE INTO replies VALUES (?, ?)", key, content)
         return self.get(key) or reply
 
-    def _insert(self, rows: Sequence[tuple[str, bytes]], *, replace: bool = False) -> None:
-        def insert(database: sqlite3.Connection) -> None:
-            with database:  # one transaction
-                database.executemany(
-                    f"INSERT OR {'REPLACE' if replace else 'IGNORE'} INTO replies VALUES (?, ?)",  # noqa: S608
-                    rows,
-                )
+    def _change(self, statement: str, *values: str | bytes) -> None:
+        with self._errors(), self._database:  # one transaction
+            self._database.execute(statement, values)
 
-        self._use(insert)
-
-    def _use(self, action: Callable[[sqlite3.Connection], Result]) -> Result:
-        """Call ``action`` with the open database, a second time with a new one if the first is damaged."""
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            try:
-                return action(self._connection())
-            except sqlite3.DatabaseError as error:
-                name = getattr(error, "sqlite_errorname", "")
-                if not name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-                    raise
-                with self._lock:
-                    self._replace_damaged()
-                return action(self._connection())
+            yield
         except sqlite3.Error as error:
-            raise SimpoError(f"{self.path}: the cache of replies cannot be used: {error}") from error
-
-    def _connection(self) -> sqlite3.Connection:
-        if self._database is None:
-            with self._lock:  # SQLite does not wait for another process that changes the journal mode
-                database = _connect(self.path)
-                self._inode = self.path.stat().st_ino
-                database.execute("PRAGMA journal_mode = WAL")
-                database.execute("PRAGMA synchronous = FULL")  # a reply that was paid for survives a power failure
-                database.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply BLOB NOT NULL)")
-                self._database = database
-        return self._database
-
-    def _replace_damaged(self) -> None:
-        """Move a damaged database aside and copy its readable replies to a new one."""
-        if self._database is not None:
-            self._database.close()
-            self._database = None
-        if self.path.stat().st_ino != self._inode:  # another process has replaced it already
-            return
-        rows: dict[str, bytes] = {}
-        query = "SELECT key, reply FROM replies ORDER BY rowid"
-        for order in (query, f"{query} DESC"):  # from both ends, up to the damage
-            with suppress(sqlite3.DatabaseError):
-                rows.update(row for row in _connect(self.path).execute(order) if _parse(row[1]) is not None)
-        number = next(n for n in itertools.count(1) if not self.path.with_suffix(f".damaged-{n}").exists())
-        aside = self.path.with_suffix(f".damaged-{number}")
-        for ending in ("-wal", "-shm", ""):
-            with suppress(FileNotFoundError):
-                Path(f"{self.path}{ending}").rename(f"{aside}{ending}")
-        logger.warning(
-            "%s: damaged, and kept as %s; %d replies were recovered, requests for others will be sent again",
-            *(self.path, aside.name, len(rows)),
-        )
-        self._insert([*rows.items()])
+            raise SimpoError(
+                f"{self.path}: the cache of replies cannot be used: {error}; if it is damaged, move it away, and all "
+                "requests will be sent again"
+            ) from error
 
 
 def _parse(content: bytes) -> ChatReply | None:
@@ -153,11 +104,6 @@ def _parse(content: bytes) -> ChatReply | None:
         )
         return reply if intact else None
     return None
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    # Another thread may send the requests, but no two use the connection at once. The timeout is for locks.
-    return sqlite3.connect(path, timeout=60.0, check_same_thread=False)
 
 
 # ---- The client.
