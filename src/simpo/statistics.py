@@ -29,15 +29,6 @@ class Interval:
     method: str  # how the bounds were found
 
 
-@dataclass(frozen=True)
-class McNemar:
-    """Outcome of :func:`mcnemar`: ``gained`` items went from wrong to right, ``lost`` from right to wrong."""
-
-    p: float
-    gained: int
-    lost: int
-
-
 def proportion_interval(successes: int, n: int) -> Interval:
     """Wilson score interval of a proportion.
 
@@ -59,43 +50,31 @@ def proportion_interval(successes: int, n: int) -> Interval:
     return Interval(share, max(0.0, float(low)), min(1.0, float(high)), n, "Wilson 95%")
 
 
-def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
+def mean_interval(
+    values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray | None = None
+) -> Interval:
     """Student t interval of the mean of independent ``values`` ``[n]``, in their unit.
+
+    With ``weights`` ``[n]``, it is that of ``sum(weights * values) / sum(weights)``, for example of a mean over tokens,
+    whose items are texts of different lengths: tokens of one text are not independent. The error is that of a ratio of
+    two means, to first order. Source: Cochran, Sampling Techniques (1977), equation 6.13.
 
     The bounds are None for a single value, and for values that are all equal, of whose spread nothing is known.
 
     Raises:
-        ValueError: no values, or not one-dimensional.
+        ValueError: no values, not one-dimensional, or not one weight each.
     """
-    data = np.asarray(values, dtype=np.float64)
-    if data.ndim != 1 or not data.size:
-        raise ValueError(f"the mean needs a list of at least one value, got shape {data.shape}")
-    n, mean = data.size, float(data.mean())
-    if n == 1 or (data == data[0]).all():
-        return Interval(mean, None, None, n, "Student t 95%")
-    half = float(special.stdtrit(n - 1, _UPPER_TAIL) * data.std(ddof=1) / np.sqrt(n))
-    return Interval(mean, mean - half, mean + half, n, "Student t 95%")
-
-
-def weighted_mean_interval(values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray) -> Interval:
-    """Interval of ``sum(weights * values) / sum(weights)`` over independent items, ``[n]`` each.
-
-    For example a mean over tokens, whose items are texts of different lengths: tokens of one text are not independent.
-    The error is that of a ratio of two means, to first order. Source: Cochran, Sampling Techniques (1977), equation
-    6.13. Values that are all equal have no interval, as in :func:`mean_interval`.
-
-    Raises:
-        ValueError: no values, or not one weight each.
-    """
-    x, w = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    x = np.asarray(values, dtype=np.float64)
+    w = np.ones(x.shape) if weights is None else np.asarray(weights, dtype=np.float64)
     if x.ndim != 1 or not x.size or x.shape != w.shape:
-        raise ValueError(f"a weighted mean needs one weight for each value, got shapes {x.shape} and {w.shape}")
+        raise ValueError(f"needs at least one value, and one weight for each value, got shapes {x.shape} and {w.shape}")
     n, mean = x.size, float((w * x).sum() / w.sum())
-    if (x == x[0]).all():
-        return Interval(mean, None, None, n, "ratio, Student t 95%")
+    method = "Student t 95%" if weights is None else "ratio, Student t 95%"
+    if n == 1 or (x == x[0]).all():
+        return Interval(mean, None, None, n, method)
     error = np.sqrt(n / (n - 1) * (w**2 * (x - mean) ** 2).sum()) / w.sum()
     half = float(special.stdtrit(n - 1, _UPPER_TAIL) * error)
-    return Interval(mean, mean - half, mean + half, n, "ratio, Student t 95%")
+    return Interval(mean, mean - half, mean + half, n, method)
 
 
 def share_interval(
@@ -103,10 +82,9 @@ def share_interval(
 ) -> Interval:
     """Interval of the mean of shares from 0 to 1, one for each independent item, ``[n]``; it stays in [0, 1].
 
-    As :func:`mean_interval` or, with ``weights``, :func:`weighted_mean_interval`, with the bounds of
-    :func:`share_bounds`.
+    As :func:`mean_interval`, with the bounds of :func:`share_bounds`.
     """
-    found = mean_interval(values) if weights is None else weighted_mean_interval(values, weights)
+    found = mean_interval(values, weights)
     if found.low is None:
         return found
     low, high = share_bounds(found.value, found.value - found.low)
@@ -225,12 +203,12 @@ def cohen_kappa(table: np.ndarray) -> np.ndarray:
     return np.where(possible, (agreed - expected) / np.where(possible, 1 - expected, 1.0), np.nan)
 
 
-def mcnemar(before: ArrayLike, after: ArrayLike) -> McNemar:
-    """Exact one-sided test that ``after`` is better than ``before`` on the same items.
+def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
+    """The p of an exact one-sided test that ``after`` is better than ``before`` on the same items.
 
-    Only items whose outcome changed carry information. If neither were better, each would be as likely gained as lost,
-    so p is the chance of at least ``gained`` heads in ``gained + lost`` fair tosses; 1 when nothing changed. Source:
-    McNemar, Psychometrika 12 (1947), in its exact (binomial) form.
+    Only items that were ``gained`` (from wrong to right) or ``lost`` carry information. If neither were better, each
+    would be as likely gained as lost, so p is the chance of at least ``gained`` heads in ``gained + lost`` fair tosses;
+    1 when nothing changed. Source: McNemar, Psychometrika 12 (1947), in its exact (binomial) form.
 
     Args:
         before: boolean ``[n]``, whether each item was right.
@@ -247,8 +225,7 @@ def mcnemar(before: ArrayLike, after: ArrayLike) -> McNemar:
         )
     gained = int((second & ~first).sum())
     lost = int((first & ~second).sum())
-    p = float(special.bdtrc(gained - 1, gained + lost, 0.5))
-    return McNemar(p, gained, lost)
+    return float(special.bdtrc(gained - 1, gained + lost, 0.5))
 
 
 def krippendorff_terms(counts: np.ndarray) -> np.ndarray:

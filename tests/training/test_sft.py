@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from simpo import PreferenceTrainer, SFTConfig, SFTTrainer, SimpoError, cli
 from simpo.runs.results import read_results
-from simpo.statistics import weighted_mean_interval
+from simpo.statistics import mean_interval
 from simpo.training.sft import scored_tokens
 
 
@@ -110,7 +110,7 @@ def test_evaluation_is_the_mean_over_tokens(make_sft, make_model, conversations)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
     scores = trainer.score_rows(rows)
     np.testing.assert_array_equal(scores["weight"], scored_tokens(rows))
-    assert weighted_mean_interval(scores["loss"], scores["weight"]).value == pytest.approx(expected, rel=1e-6)
+    assert mean_interval(scores["loss"], scores["weight"]).value == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("view", [lambda rows: rows, lambda rows: rows.select([5, 2, 2]), lambda rows: rows.shuffle(1)])

@@ -12,7 +12,7 @@ import numpy as np
 
 from simpo.analysis.reading import Run
 from simpo.runs.results import Stage
-from simpo.statistics import Interval, mean_interval, proportion_interval, rate_interval, weighted_mean_interval
+from simpo.statistics import Interval, mean_interval, proportion_interval, rate_interval
 
 Direction = Literal["better", "worse", "unclear", "unknown"]
 
@@ -312,7 +312,7 @@ def _losses(run: Run) -> Iterator[Measure]:
     if stages[0] is not None and stages[1] is not None:
         losses, weights = ([run.column(stage, name) for stage in ("before", "after")] for name in ("loss", "weight"))
         same_rows = len(losses[0]) > 0 and np.array_equal(weights[0], weights[1])
-        change = weighted_mean_interval(losses[1] - losses[0], weights[0]) if same_rows else None
+        change = mean_interval(losses[1] - losses[0], weights[0]) if same_rows else None
         text = "the loss on {n} held-out conversations went from {before} to {after} nats per token"
         one, other = (metric.interval for metric in stages if metric is not None)
         yield Measure("Held-out loss", text, other, one, change, None, verdicts, share=False, smaller_is_better=True)

@@ -23,7 +23,7 @@ from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric
-from simpo.statistics import mean_interval, weighted_mean_interval
+from simpo.statistics import mean_interval
 
 _TURNS = (1, 2)
 # Categories whose answers are right or wrong: the judge is shown a reference.
@@ -264,7 +264,7 @@ def _pooled(name: str, ratings: Sequence[Rating]) -> Metric:
         if rating.score is not None:
             scores.setdefault(rating.question_id, []).append(rating.score)
     means = [sum(found) / len(found) for found in scores.values()]
-    return Metric.of(f"mt_bench/{name}", weighted_mean_interval(means, [len(found) for found in scores.values()]))
+    return Metric.of(f"mt_bench/{name}", mean_interval(means, [len(found) for found in scores.values()]))
 
 
 # ---- Files.

@@ -22,7 +22,6 @@ from simpo.statistics import (
     mean_interval,
     proportion_interval,
     share_interval,
-    weighted_mean_interval,
 )
 from simpo.training.batches import PlannedBatch, widest_float
 
@@ -187,8 +186,8 @@ def compare_preferences(before: Scores, after: Scores, *, has_reference: bool = 
                 found = share_interval(values)
             metrics.append(Metric.of(f"eval_{name}", found, stage))
     if pairs and not has_reference:
-        test = mcnemar(before[ACCURACY].astype(bool), after[ACCURACY].astype(bool))
-        metrics.append(Metric(f"eval_{ACCURACY}/p_value", test.p, n=len(before[ACCURACY]), method="McNemar, one-sided"))
+        p = mcnemar(before[ACCURACY].astype(bool), after[ACCURACY].astype(bool))
+        metrics.append(Metric(f"eval_{ACCURACY}/p_value", p, n=len(before[ACCURACY]), method="McNemar, one-sided"))
     if unpaired:
         metrics += [] if has_reference else [_area_under_roc("before", before)]
         metrics.append(_area_under_roc("after", after))
@@ -207,7 +206,7 @@ def _area_under_roc(stage: Stage, scores: Scores) -> Metric:
 
 def compare_conversations(before: Scores, after: Scores) -> list[Metric]:
     """Mean loss over the scored tokens, in nats, and the perplexity, its exponential."""
-    losses = {stage: weighted_mean_interval(scores["loss"], scores[WEIGHT]) for stage, scores in _stages(before, after)}
+    losses = {stage: mean_interval(scores["loss"], scores[WEIGHT]) for stage, scores in _stages(before, after)}
     metrics = [Metric.of("eval_loss", found, stage) for stage, found in losses.items()]
     for stage, found in losses.items():
         value, low, high = (None if x is None else _exp(x) for x in (found.value, found.low, found.high))
