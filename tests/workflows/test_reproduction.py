@@ -23,7 +23,7 @@ from simpo.runs.terminal import interruptible
 from simpo.training.configs import PreferenceConfig
 from simpo.workflows.recipes import PAPER_SETTINGS
 from simpo.workflows.reproduction import run
-from simpo.workflows.reproduction.run import Trials, plan, render
+from simpo.workflows.reproduction.run import Result, Trials, plan, render
 from simpo.workflows.reproduction.study import (
     LENGTH_BIASED,
     METRICS,
@@ -215,10 +215,10 @@ def test_the_plan_for_real_models_is_made_of_our_commands(capsys: pytest.Capture
 def test_the_page_tells_the_number_of_seeds_and_what_is_undefined(seeds: int):
     (study,) = read_studies(["gamma"])
     metric, first = study.claims[0].metric, next(iter(study.arms))
-    measured = {study.name: {name: {one: np.linspace(0.1, 0.9, seeds) for one in METRICS} for name in study.arms}}
-    measured[study.name][first][metric][-1] = np.nan
-    outcomes = {study.name: [decide(claim, measured[study.name]) for claim in study.claims]}
-    page = render([study], measured, outcomes, {(study.name, name): {} for name in study.arms})
+    measured = {name: {one: np.linspace(0.1, 0.9, seeds) for one in METRICS} for name in study.arms}
+    measured[first][metric][-1] = np.nan
+    outcomes = [decide(claim, measured) for claim in study.claims]
+    page = render([Result(study, {name: {} for name in study.arms}, measured, outcomes)])
     assert f"over {seeds} training seed" in page and "five" not in page
     assert not re.search(r"\bnan\b|None", page)
     assert f"undefined with 1 of {seeds} seeds" in page
@@ -231,12 +231,12 @@ def test_the_page_shows_every_study_and_executes_nothing(tmp_path: Path):
     studies = read_studies()
     hostile = "<script>document.title = 'x'</script>"
     rng = np.random.default_rng(0)
-    measured = {
-        study.name: {name: {metric: rng.random(5) for metric in METRICS} for name in study.arms} for study in studies
-    }
-    outcomes = {study.name: [decide(claim, measured[study.name]) for claim in study.claims] for study in studies}
-    chosen = {(study.name, name): {"objective": hostile} for study in studies for name in study.arms}
-    (tmp_path / "page.html").write_text(render(studies, measured, outcomes, chosen), encoding="utf-8")
+    results = []
+    for study in studies:
+        measured = {name: {metric: rng.random(5) for metric in METRICS} for name in study.arms}
+        outcomes = [decide(claim, measured) for claim in study.claims]
+        results.append(Result(study, {name: {"objective": hostile} for name in study.arms}, measured, outcomes))
+    (tmp_path / "page.html").write_text(render(results), encoding="utf-8")
     with Browser(tmp_path) as browser:
         for width, dark in ((1400, False), (380, True)):
             page = browser.open((tmp_path / "page.html").as_uri(), width=width, dark=dark)

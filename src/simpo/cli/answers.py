@@ -145,15 +145,17 @@ def annotate(argv: list[str]) -> None:
     """
     settings = read_settings(annotate, AnnotateSettings, argv)
     judge, folder = settings.judge, settings.output_dir
-    given = annotation.AnnotateArguments(
+    results = annotation.annotate(
         settings.responses,
         settings.annotator,
         judge.options(),
-        settings.annotator_normalization,
-        judge.token_prices(),
-        judge.yes,
+        folder,
+        normalization=settings.annotator_normalization,
+        prices=judge.token_prices(),
+        yes=judge.yes,
+        argv=argv,
     )
-    print_results(annotation.annotate(given, folder, argv=argv))
+    print_results(results)
     print(f"annotated: {folder / annotation.FILE_NAME}\nbest of N: {folder / annotation.BEST}")
     print(f"next:      simpo pair {shlex.quote(str(folder))} --output_dir DIR")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,52 +28,62 @@ _PROMPTS_PER_PART = 256  # scored, and stored, together
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class AnnotateArguments:
-    """The responses to score and the annotator."""
-
-    responses: Path  # `responses.jsonl` of `simpo sample`, or its folder
-    annotator: Annotator  # a name that make_annotator knows, or several with weights
-    options: JudgeOptions  # what the annotator may need
-    normalization: Normalization | None = None  # of the scores of several annotators
-    prices: Prices | None = None  # prices of an API judge's tokens, if known
-    yes: bool = False  # whether the user has agreed to the cost in advance
-
-
-def annotate(arguments: AnnotateArguments, folder: Path, *, argv: Sequence[str] = ()) -> Path:
+def annotate(
+    responses: Path,
+    annotator: Annotator,
+    options: JudgeOptions,
+    folder: Path,
+    *,
+    normalization: Normalization | None = None,
+    prices: Prices | None = None,
+    yes: bool = False,
+    argv: Sequence[str] = (),
+) -> Path:
     """Score every response and write ``annotated.jsonl``, ``best.jsonl`` and ``results.json``.
 
     The same call continues a run that was interrupted or killed, and ends with the same bytes; it leaves a finished
     run as it is.
 
-    ``argv`` is the command line after the command's name, for the record. Returns the path of ``results.json``.
+    Args:
+        responses: ``responses.jsonl`` of ``simpo sample``, or its folder.
+        annotator: a name that :func:`~simpo.judging.registry.make_annotator` knows, or several with weights.
+        options: what the annotator may need.
+        folder: of the run.
+        normalization: of the scores of several annotators.
+        prices: of an API judge's tokens, if known.
+        yes: whether the user has agreed to the cost in advance.
+        argv: the command line after the command's name, for the record.
+
+    Returns:
+        The path of ``results.json``.
 
     Raises:
         InterruptedRun: the user stopped the run; the scores so far are kept.
     """
     with interruptible(), RunFolder(folder, command="annotate") as run:
-        records = read_responses(arguments.responses)
+        records = read_responses(responses)
         # The annotator's own progress would start again with every part; the lines below count all prompts.
-        quiet = replace(arguments.options, log=lambda line: None)
-        annotator = make_annotator(arguments.annotator, quiet, arguments.normalization)
-        names = annotator_names(arguments.annotator, arguments.normalization)
+        scorer = make_annotator(annotator, replace(options, log=lambda line: None), normalization)
+        names = annotator_names(annotator, normalization)
         run.log(f"annotator: {', '.join(names)}; {len(records):,} prompts")
-        identity = {"responses": fingerprint(records), **annotator.identity}
-        identity |= {"strip_thinking": True} if arguments.options.strip_thinking else {}
-        shown = ShownAnswers(arguments.options.strip_thinking)
+        identity = {"responses": fingerprint(records), **scorer.identity}
+        identity |= {"strip_thinking": True} if options.strip_thinking else {}
+        shown = ShownAnswers(options.strip_thinking)
         rows = [_answers(row, shown) for row in records]
         if not run.finished:
-            annotator.check(rows)
-            annotator.prepare()
-            if annotator.usage is not None:
-                confirm_cost(annotator.estimate(rows), yes=arguments.yes, log=run.log, prices=arguments.prices)
+            scorer.check(rows)
+            scorer.prepare()
+            if scorer.usage is not None:
+                confirm_cost(scorer.estimate(rows), yes=yes, log=run.log, prices=prices)
         run.begin(identity, argv=argv)
         # The manifest does not list names that start with a dot.
         parts = JsonLines(folder / ".scores.jsonl", checked=True)
 
         def score() -> list[Metric]:
             thinking = shown.metrics("annotate/", run.log)
-            _score(annotator, rows, parts, arguments, run)
+            _score(scorer, rows, parts, run)
+            if scorer.usage is not None:
+                run.log(scorer.usage.line(prices))
             stored = sorted(parts, key=lambda part: part["start"])  # a damaged part was computed again, after others
             metrics = _write(records, stored, folder) + thinking
             if count := sum(part.get("default_temperature", 0) for part in parts):
@@ -118,24 +128,22 @@ def _answers(row: Record, shown: ShownAnswers) -> Answers:
     return Answers(row["id"], row["prompt"], texts, context_of(row), row.get("extra", {}), str(row.get("where") or ""))
 
 
-def _score(
-    annotator: Scorer, rows: Sequence[Answers], parts: JsonLines, arguments: AnnotateArguments, run: RunFolder
-) -> None:
+def _score(scorer: Scorer, rows: Sequence[Answers], parts: JsonLines, run: RunFolder) -> None:
     """Score the rows that are not in ``parts``; the parts do not depend on where an earlier run stopped."""
     done = {part["start"]: len(part["scores"]) for part in parts}
     scored = sum(done.values())
     if scored:
         run.log(f"continuing: {scored:,} of {len(rows):,} prompts are scored")
-    usage, judge = annotator.usage, str(annotator.identity["judge"])
+    usage, judge = scorer.usage, str(scorer.identity["judge"])
     for start in range(0, len(rows), _PROMPTS_PER_PART):
         if start in done:
             continue
         part = rows[start : start + _PROMPTS_PER_PART]
         before = usage.default_temperature if usage else 0
-        scores = annotator.score(part)
-        for scorer, own in {judge: scores, **annotator.parts}.items():
-            check_scores(own, part, scorer)
-        each = {"annotator_scores": annotator.parts} if annotator.parts else {}
+        scores = scorer.score(part)
+        for name, own in {judge: scores, **scorer.parts}.items():
+            check_scores(own, part, name)
+        each = {"annotator_scores": scorer.parts} if scorer.parts else {}
         changed = usage.default_temperature - before if usage else 0
         parts.append([{"start": start, "scores": scores, **each, "default_temperature": changed}])
         scored += len(part)
@@ -143,8 +151,6 @@ def _score(
     if missing := sum(score is None for part in parts for given in part["scores"] for score in given):
         answers = sum(len(row.responses) for row in rows)
         run.log(f"note: {missing:,} of {answers:,} answers have no score")
-    if usage is not None:
-        run.log(usage.line(arguments.prices))
 
 
 def _write(records: Sequence[Record], parts: Sequence[Record], folder: Path) -> list[Metric]:

@@ -27,7 +27,7 @@ from simpo.generation.engine import load_vllm
 from simpo.generation.sample import FILE_NAME as RESPONSES
 from simpo.generation.sample import Job, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings, derived_seed
-from simpo.judging.annotate import AnnotateArguments, annotate
+from simpo.judging.annotate import annotate
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import check_judges_anew, make_annotator
 from simpo.judging.settings import AnnotatorSettings, JudgeOptions, JudgeSettings
@@ -222,9 +222,14 @@ class Rounds:
         self._sample(number - 1, recipe.training_prompts, drawn, folder / "responses")
 
         self._announce(number, f"scoring the answers with {', '.join(settings.annotators)}")
-        how = settings.annotator_normalization
-        scored = AnnotateArguments(folder / "responses", settings.annotator, self.options, how, yes=_CONFIRMED)
-        annotate(scored, folder / "annotated")
+        annotate(
+            folder / "responses",
+            settings.annotator,
+            self.options,
+            folder / "annotated",
+            normalization=settings.annotator_normalization,
+            yes=_CONFIRMED,
+        )
         free_memory()
 
         self._announce(number, "pairing the answers")

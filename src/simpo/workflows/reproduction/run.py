@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,28 +70,29 @@ def reproduce(studies: Sequence[Study], folder: Path, *, processes: int, argv: S
         trials.run(trial for study in studies for trial in trials.tuned(study))
         wanted = {study.name for study in studies}
         earlier = [study for study in read_studies() if study.name not in wanted and trials.has(study)]
-        studies = sorted([*studies, *earlier], key=lambda study: study.number)
-        chosen = {(study.name, arm.name): trials.best(arm) for study in studies for arm in study.arms.values()}
-        measured = {
-            study.name: {
-                name: trials.measured([arm.trial(chosen[study.name, name], seed) for seed in study.seeds])
-                for name, arm in study.arms.items()
-            }
-            for study in studies
-        }
-        outcomes = {study.name: [decide(claim, measured[study.name]) for claim in study.claims] for study in studies}
-        write_text(folder / PAGE, render(studies, measured, outcomes, chosen))
-        document = {name: [asdict(outcome) for outcome in found] for name, found in outcomes.items()}
+        results = [trials.result(study) for study in sorted([*studies, *earlier], key=lambda study: study.number)]
+        write_text(folder / PAGE, render(results))
+        document = {result.study.name: [asdict(outcome) for outcome in result.outcomes] for result in results}
         write_text(folder / CLAIMS, json.dumps(json_safe(document), indent=2, allow_nan=False) + "\n")
-        write_results(folder, command="reproduce", fingerprint=run.fingerprint, metrics=list(_metrics(measured)))
+        metrics = [
+            Metric.of(f"{result.study.name}/{arm}/{name}", mean_interval(values[name]))
+            for result in results
+            for arm, values in result.measured.items()
+            for name in METRICS
+        ]
+        write_results(folder, command="reproduce", fingerprint=run.fingerprint, metrics=metrics)
         run.finish()
-        return [outcome for found in outcomes.values() for outcome in found]
+        return [outcome for result in results for outcome in result.outcomes]
 
 
-def _metrics(measured: Mapping[str, Mapping[str, Measured]]) -> Iterator[Metric]:
-    for study, arms in measured.items():
-        for arm, values in arms.items():
-            yield from (Metric.of(f"{study}/{arm}/{name}", mean_interval(values[name])) for name in METRICS)
+@dataclass(frozen=True)
+class Result:
+    """What came out of a study."""
+
+    study: Study
+    chosen: Mapping[str, Mapping[str, Any]]  # the settings of each arm after tuning
+    measured: Mapping[str, Measured]  # the numbers of each arm
+    outcomes: Sequence[Outcome]  # of the claims
 
 
 class Trials:
@@ -159,6 +160,15 @@ class Trials:
         found = [self._done[trial.key] for trial in trials]
         # A number that was undefined, such as a correlation with a constant, is stored as null and becomes NaN.
         return {name: np.array([metrics[name] for metrics in found], dtype=np.float64) for name in METRICS}
+
+    def result(self, study: Study) -> Result:
+        """What came out of a study, all trials of which are done."""
+        chosen = {name: self.best(arm) for name, arm in study.arms.items()}
+        measured = {
+            name: self.measured([arm.trial(chosen[name], seed) for seed in study.seeds])
+            for name, arm in study.arms.items()
+        }
+        return Result(study, chosen, measured, [decide(claim, measured) for claim in study.claims])
 
 
 def _start_process(scratch: str) -> None:
@@ -237,46 +247,20 @@ class Row(NamedTuple):
     high: float | None
 
 
-def render(
-    studies: Sequence[Study],
-    measured: Mapping[str, Mapping[str, Measured]],
-    outcomes: Mapping[str, Sequence[Outcome]],
-    chosen: Mapping[tuple[str, str], Mapping[str, Any]],
-) -> str:
+def render(results: Sequence[Result]) -> str:
     """The page of the studies that were run: their arms' numbers, the claims' outcomes, the settings after tuning."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"interval": interval_text, "number": number_text}
-    verdicts = [outcome.verdict for found in outcomes.values() for outcome in found]
-    figures = {
-        study.name: {
-            metric: _figure(measured[study.name], metric) for metric in {claim.metric: None for claim in study.claims}
-        }
-        for study in studies
-    }
+    environment.filters |= {"interval": interval_text, "mean": mean_text}
     return environment.get_template("reproduce.html").render(
-        studies=studies,
-        outcomes=outcomes,
-        figures=figures,
-        tables={
-            study.name: {arm: [mean_text(values[metric]) for metric in METRICS] for arm, values in arms.items()}
-            for study in studies
-            for arms in [measured[study.name]]
-        },
+        results=results,
+        figure=_figure,
         metrics=METRICS,
-        chosen=chosen,
-        verdicts=verdicts,
-        seeds=_seeds(measured),
+        verdicts=[outcome.verdict for result in results for outcome in result.outcomes],
+        seeds=len(next(iter(results[0].measured.values()))[METRICS[0]]),
         version=__version__,
     )
-
-
-def _seeds(measured: Mapping[str, Mapping[str, Measured]]) -> str:
-    """The number of training seeds of the studies' models."""
-    counts = sorted({len(values) for arms in measured.values() for arm in arms.values() for values in arm.values()})
-    least, most = counts[0], counts[-1]
-    return f"{most} training seed{'s' if most != 1 else ''}" if least == most else f"{least} to {most} training seeds"
 
 
 def _figure(arms: Mapping[str, Measured], metric: str) -> list[Row]:
