@@ -30,7 +30,7 @@ from simpo.data.tokenizing import prepare
 from simpo.errors import SimpoError
 from simpo.models.loading import load_tokenizer
 from simpo.objectives import OBJECTIVES
-from simpo.runs.atomic import write_text
+from simpo.runs.files import write_text
 from simpo.statistics import Interval, bootstrap_interval
 
 # What modifies a loss, each with objectives that it makes sense for.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from simpo.runs.atomic import write_text
+from simpo.runs.files import write_text
 from simpo.statistics import Interval
 
 

@@ -37,7 +37,7 @@ from benchmarks.on_policy import (
     train_reward,
 )
 from simpo.analysis.plots import COLORS
-from simpo.runs.lines import read_lines, write_lines
+from simpo.runs.files import read_lines, write_lines
 from simpo.statistics import Interval, mean_interval
 
 _ANSWERS, _HELD_OUT = 4, 100  # to a prompt, prompts

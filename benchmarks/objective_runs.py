@@ -35,7 +35,7 @@ from simpo.packing.scoring import (
     reference_states,
     token_outputs,
 )
-from simpo.runs.atomic import write_text
+from simpo.runs.files import write_text
 from simpo.training.batches import comparisons_of
 from simpo.training.preference import PreferenceConfig, PreferenceTrainer
 

@@ -28,7 +28,7 @@ from simpo.analysis.plots import COLORS, STYLE, save
 from simpo.data.prompts import prepare_prompts
 from simpo.data.sources import load_rows
 from simpo.models.loading import load_tokenizer
-from simpo.runs.lines import read_lines, write_lines
+from simpo.runs.files import read_lines, write_lines
 from simpo.statistics import Interval, mean_interval
 
 _RECIPE = Path(__file__).parents[1] / "recipes/loop/tiny.yaml"

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from simpo.config import Key, keys_of
-from simpo.config.coercion import describe
+from simpo.config.fields import describe
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.settings import AnnotatorArguments, GenerationArguments
 from simpo.models.settings import ModelArguments

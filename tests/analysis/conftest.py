@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tests.browser import Browser, chromium
 
+from simpo.runs.files import write_lines
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import write_lines
 from simpo.runs.results import Metric, write_results
 
 

@@ -17,9 +17,8 @@ from simpo.analysis.reading import Run, in_order
 from simpo.analysis.report import examples, write_report
 from simpo.cli import main
 from simpo.errors import SimpoError
-from simpo.runs.atomic import write_text
+from simpo.runs.files import write_lines, write_text
 from simpo.runs.folder import RunFolder, RunRecord
-from simpo.runs.lines import write_lines
 from simpo.runs.manifest import find_damage
 from simpo.runs.results import Metric, write_results
 from simpo.statistics import mean_interval

@@ -20,7 +20,7 @@ from simpo.judging.protocol import Answers
 from simpo.judging.registry import make_scorer
 from simpo.judging.scored import ExactScorer
 from simpo.judging.settings import JudgeOptions
-from simpo.runs.lines import read_lines
+from simpo.runs.files import read_lines
 from simpo.runs.results import read_results
 from simpo.world.judge import draw_answer, judge
 from simpo.world.pairs import make_prompts

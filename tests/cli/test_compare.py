@@ -20,7 +20,7 @@ from tests.servers.model_answers import ModelAnswers
 from tests.servers.transformers_serve import transformers_serve
 
 from simpo.cli import main
-from simpo.runs.lines import read_lines
+from simpo.runs.files import read_lines
 from simpo.runs.results import read_results
 from simpo.world.judge import draw_answer, full_answer, judge
 from simpo.world.pairs import make_prompts

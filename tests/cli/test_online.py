@@ -18,7 +18,7 @@ from tests.forked import run_ranks
 from torch.distributed.tensor import DTensor
 
 from simpo.cli import main
-from simpo.runs.lines import read_lines
+from simpo.runs.files import read_lines
 from simpo.runs.results import read_results
 from simpo.training.online import OnlineTrainer
 

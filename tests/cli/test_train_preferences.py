@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from simpo.cli import main
-from simpo.runs.lines import read_lines
+from simpo.runs.files import read_lines
 from simpo.runs.results import read_results
 
 

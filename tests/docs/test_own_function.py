@@ -16,7 +16,7 @@ from simpo.data.messages import Context
 from simpo.judging.protocol import Answers
 from simpo.judging.registry import make_scorer
 from simpo.judging.settings import JudgeOptions
-from simpo.runs.lines import read_lines
+from simpo.runs.files import read_lines
 
 _TEXT = (Path(__file__).parents[2] / "docs/judges.md").read_text(encoding="utf-8")
 _FUNCTION, _FROM_TRL = re.findall(r"^```python\n(import re\n.*?|def from_trl.*?)^```$", _TEXT, re.MULTILINE | re.DOTALL)

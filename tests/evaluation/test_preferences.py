@@ -14,7 +14,7 @@ from simpo.evaluation.preferences import Judged, length_controlled_win_rate, pre
 from simpo.judging.protocol import Pair
 from simpo.judging.registry import make_judge
 from simpo.judging.settings import JudgeOptions
-from simpo.runs.lines import read_lines
+from simpo.runs.files import read_lines
 from simpo.world.judge import draw_answer, full_answer
 from simpo.world.questions import draw_question
 

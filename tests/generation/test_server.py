@@ -9,7 +9,7 @@ from tests.servers.chat_server import ChatServer, Raw, completion
 from tests.servers.model_answers import ModelAnswers
 
 from simpo.cli import main
-from simpo.runs.lines import read_lines
+from simpo.runs.files import read_lines
 from simpo.runs.results import read_results
 
 PROMPTS = ["What is 1 and 2?", "What is 2 and 2?", "What is 1 and 2?", "What is 3 and 2?"]

@@ -16,7 +16,7 @@ from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import make_annotator, make_judge
 from simpo.judging.scored import _attempt, _Verifier
 from simpo.judging.settings import JudgeOptions
-from simpo.runs.lines import read_lines
+from simpo.runs.files import read_lines
 
 OPTIONS = JudgeOptions()
 gym = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed")

@@ -14,7 +14,7 @@ import uvicorn
 
 from simpo.labeling.server import listen, make_app
 from simpo.labeling.session import Item, Judgment, Session, Store, read_judgments
-from simpo.runs.lines import write_lines
+from simpo.runs.files import write_lines
 
 TOKEN = "secret"
 _SERVER = Path(__file__).parents[1] / "servers/label_page.py"

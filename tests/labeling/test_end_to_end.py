@@ -8,8 +8,8 @@ import pytest
 
 from simpo.cli import main
 from simpo.labeling.session import Judgment, Session, Store, items_of_one, items_of_two
+from simpo.runs.files import read_lines, write_lines
 from simpo.runs.folder import RunRecord
-from simpo.runs.lines import read_lines, write_lines
 from simpo.runs.results import read_results
 from simpo.world.pairs import write_model
 

@@ -15,8 +15,8 @@ from simpo.judging.protocol import Pair
 from simpo.judging.scored import HumanJudge
 from simpo.labeling.export import export, scores_of
 from simpo.labeling.session import Item, Judgment, Store
+from simpo.runs.files import read_lines, write_lines
 from simpo.runs.folder import RunRecord
-from simpo.runs.lines import read_lines, write_lines
 from simpo.runs.results import write_results
 
 _KINDS = {"a": ("ranked", (1, 2)), "b": ("ranked", (2, 1)), "tie": ("tie", (1, 1)), "bad": ("both_bad", (1, 1))}

@@ -21,7 +21,7 @@ from simpo.errors import SimpoError
 from simpo.labeling.run import export_run
 from simpo.labeling.server import listen
 from simpo.labeling.session import Item, Judgment, Session, Store, items_of_one, items_of_two
-from simpo.runs.lines import read_lines, write_lines
+from simpo.runs.files import read_lines, write_lines
 
 _HEADERS = {"x-simpo-token": TOKEN}
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from simpo.errors import SimpoError
-from simpo.runs.atomic import (
+from simpo.runs.files import (
     disk_errors,
     provisional,
     remove_folder,
@@ -143,7 +143,7 @@ def test_sweep_takes_leftovers_only(tmp_path):
 STAGING = """
 import sys
 from pathlib import Path
-from simpo.runs.atomic import remove_folder, staged_folder, write_text
+from simpo.runs.files import remove_folder, staged_folder, write_text
 folder = Path(sys.argv[1])
 print("ready", flush=True)
 for i in range(10**9):

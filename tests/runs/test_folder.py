@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from simpo.errors import SimpoError, third_party
-from simpo.runs.atomic import write_text
+from simpo.runs.files import write_text
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import EarlyNotices
 from simpo.runs.manifest import find_damage, write_manifest

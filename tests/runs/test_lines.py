@@ -7,7 +7,7 @@ import json
 import pytest
 
 from simpo.errors import SimpoError
-from simpo.runs.lines import JsonLines, read_lines
+from simpo.runs.files import JsonLines, read_lines
 
 RECORDS = [
     {"step": 1, "loss": 0.5},
@@ -103,7 +103,7 @@ def test_keep_drops_what_came_later(tmp_path):
 
 APPENDING = """
 import sys
-from simpo.runs.lines import JsonLines, read_lines
+from simpo.runs.files import JsonLines, read_lines
 lines = JsonLines(sys.argv[1])
 print(len(lines), flush=True)
 while True:

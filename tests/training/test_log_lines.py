@@ -6,7 +6,7 @@ import pytest
 from transformers import TrainerState
 from transformers.trainer_callback import PrinterCallback
 
-from simpo.runs.lines import JsonLines
+from simpo.runs.files import JsonLines
 from simpo.training.callbacks import LogLines, MetricsFile, log_as_lines
 
 

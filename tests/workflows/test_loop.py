@@ -17,7 +17,7 @@ from simpo.cli.experiments import LOOP_TYPES
 from simpo.config import parse_settings
 from simpo.generation.sample import PromptArguments
 from simpo.models.settings import ModelArguments
-from simpo.runs.lines import read_lines
+from simpo.runs.files import read_lines
 from simpo.runs.manifest import find_damage
 from simpo.runs.results import read_results
 from simpo.workflows.loop import LoopRecipe, kl_from_start

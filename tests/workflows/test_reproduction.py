@@ -18,7 +18,7 @@ from tests.forked import run_ranks
 
 from simpo.cli import main
 from simpo.errors import InterruptedRun, SimpoError
-from simpo.runs.lines import JsonLines
+from simpo.runs.files import JsonLines
 from simpo.runs.terminal import interruptible
 from simpo.training.configs import PreferenceConfig
 from simpo.workflows.recipes import PAPER_SETTINGS

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from simpo.cli import main
 from simpo.errors import SimpoError
-from simpo.runs.lines import read_lines
+from simpo.runs.files import read_lines
 from simpo.runs.results import read_results
 from simpo.training.packed import PackedTrainer
 from simpo.workflows.sweep import rank

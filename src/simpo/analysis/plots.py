@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from simpo.runs.atomic import disk_errors, staged_files
+from simpo.runs.files import disk_errors, staged_files
 from simpo.statistics import Interval
 
 # Colors that color-blind readers and grayscale prints keep apart (Okabe and Ito 2008).

@@ -18,8 +18,8 @@ import numpy as np
 import yaml
 
 from simpo.errors import SimpoError, third_party
+from simpo.runs.files import json_safe
 from simpo.runs.folder import RunRecord
-from simpo.runs.lines import json_safe
 from simpo.runs.log import mask_secrets
 from simpo.runs.results import EXAMPLES, HELD_OUT, Metric, Stage, read_results
 from simpo.runs.results import FILE_NAME as RESULTS

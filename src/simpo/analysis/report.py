@@ -20,7 +20,7 @@ from simpo.analysis.charts import by_distance, curves, paper_figures, rounds
 from simpo.analysis.headline import Headline, Measure, cautions, compare_runs, facts_of, number, trained_run
 from simpo.analysis.reading import Row, Run, in_order, read_runs
 from simpo.errors import SimpoError
-from simpo.runs.atomic import write_text
+from simpo.runs.files import write_text
 from simpo.runs.log import utc_now
 from simpo.runs.manifest import read_manifest
 from simpo.runs.results import Metric, Stage

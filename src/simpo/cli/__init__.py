@@ -14,7 +14,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from simpo import __version__
-from simpo.config.coercion import nearest
+from simpo.config.fields import nearest
 from simpo.errors import InterruptedRun, SimpoError, one_line
 from simpo.runs.log import EarlyNotices, LogFile, mask_secrets
 from simpo.runs.terminal import output_is_closed, printable

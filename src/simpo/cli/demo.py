@@ -22,8 +22,8 @@ from simpo.cli.training import sft, train
 from simpo.config import parse_settings, setting
 from simpo.errors import SimpoError
 from simpo.evaluation.compare import PromptAnswers, compare_answers, read_matched
+from simpo.runs.files import read_lines
 from simpo.runs.folder import RunFolder, RunRecord
-from simpo.runs.lines import read_lines
 from simpo.runs.results import Metric, Stage, print_results, read_results
 from simpo.runs.terminal import printable
 from simpo.statistics import Interval

@@ -7,7 +7,7 @@ import shlex
 
 from simpo.cli._shared import print_report, read_settings, require_single_process
 from simpo.config import parse_settings
-from simpo.config.coercion import nearest
+from simpo.config.fields import nearest
 from simpo.errors import SimpoError
 from simpo.evaluation import compare as comparison
 from simpo.evaluation.runner import BENCHMARKS, run_benchmark, settings_type

@@ -18,7 +18,7 @@ import yaml
 from simpo.cli._shared import print_report, read_settings, recipe_of, require_single_process
 from simpo.cli.training import check_named, make_job, parse
 from simpo.config import check_values, keys_of, parse_settings, setting
-from simpo.config.command_line import split_options
+from simpo.config.parse import split_options
 from simpo.errors import SimpoError, third_party
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.settings import GenerationArguments

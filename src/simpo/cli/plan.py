@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from simpo.config import parse_settings, setting
-from simpo.config.command_line import split_options
+from simpo.config.parse import split_options
 from simpo.errors import SimpoError
 from simpo.judging.settings import AnnotatorArguments, GenerationArguments
 from simpo.models.settings import ModelArguments
 from simpo.objectives import OBJECTIVES
 from simpo.planning.settings import PlanSettings, Sharing
-from simpo.runs.atomic import write_text
+from simpo.runs.files import write_text
 from simpo.runs.terminal import duration
 from simpo.training.configs import OnlineConfig, PreferenceConfig, RewardConfig, SFTConfig
 from simpo.training.settings import REPLACES, DataArguments

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from simpo.client.chat import ChatReply, ChatRequest, Endpoint, Estimate, Usage
 from simpo.errors import SimpoError, third_party
-from simpo.runs.atomic import disk_errors
+from simpo.runs.files import disk_errors
 from simpo.runs.terminal import Advance, progress
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from functools import partial
 from typing import Any
 
-from simpo.config.coercion import coerce, nearest
-from simpo.config.fields import Setting
+from simpo.config.fields import Setting, coerce, nearest
 
 logger = logging.getLogger(__package__)
 

@@ -21,7 +21,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
 from simpo.errors import SimpoError, one_line
-from simpo.runs.atomic import write_text
+from simpo.runs.files import write_text
 from simpo.runs.manifest import file_digest
 
 logger = logging.getLogger(__name__)

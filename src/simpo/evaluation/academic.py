@@ -28,7 +28,7 @@ from simpo.models.checkpoint import model_digest, with_dtype
 from simpo.models.devices import device
 from simpo.models.loading import base_model_of, check_model_files
 from simpo.models.settings import ModelArguments
-from simpo.runs.atomic import write_text
+from simpo.runs.files import write_text
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.manifest import is_as_written, write_digest

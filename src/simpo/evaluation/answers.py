@@ -23,8 +23,7 @@ from simpo.models.checkpoint import Checkpoint, model_digest, with_dtype
 from simpo.models.devices import free_memory
 from simpo.models.loading import load_tokenizer
 from simpo.models.settings import ModelArguments
-from simpo.runs.atomic import write_text
-from simpo.runs.lines import read_lines
+from simpo.runs.files import read_lines, write_text
 from simpo.runs.results import fingerprint
 
 T = TypeVar("T")

@@ -26,8 +26,8 @@ from simpo.judging.settings import JUDGES, JudgeOptions, JudgeSettings
 from simpo.models.checkpoint import Checkpoint
 from simpo.models.devices import free_memory
 from simpo.models.settings import ModelArguments
+from simpo.runs.files import write_lines
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import write_lines
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric, Stage, fingerprint

@@ -29,7 +29,7 @@ from simpo.judging.settings import GenerationArguments, JudgeOptions, server_cli
 from simpo.models.checkpoint import Checkpoint
 from simpo.models.devices import from_main
 from simpo.models.settings import ModelArguments
-from simpo.runs.lines import read_lines
+from simpo.runs.files import read_lines
 from simpo.runs.log import Log
 from simpo.runs.manifest import is_as_written, write_digest
 from simpo.training.callbacks import RunCallback

@@ -23,8 +23,8 @@ from simpo.judging.protocol import Answers, check_scores
 from simpo.models.checkpoint import model_digest, with_dtype
 from simpo.models.devices import free_memory
 from simpo.models.settings import ModelArguments
+from simpo.runs.files import JsonLines
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import JsonLines
 from simpo.runs.log import Log
 from simpo.runs.results import Metric, Stage, fingerprint
 from simpo.statistics import bootstrap_interval

@@ -12,7 +12,7 @@ from typing import Any
 
 from simpo.generation.engine import Engine, Images, Sampled
 from simpo.generation.settings import SamplingSettings, derived_seed
-from simpo.runs.lines import JsonLines
+from simpo.runs.files import JsonLines
 
 Chunk = tuple[int, ...]  # indices of prompts
 Record = dict[str, Any]

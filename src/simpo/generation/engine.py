@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from simpo.config.coercion import nearest
+from simpo.config.fields import nearest
 from simpo.data.chat_template import end_of_turn
 from simpo.errors import SimpoError, third_party
 from simpo.generation.settings import SamplingSettings, derived_seed

@@ -17,7 +17,7 @@ from simpo.data.prompts import Prompt
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 from simpo.generation.engine import Sampled
-from simpo.runs.atomic import staged_files
+from simpo.runs.files import staged_files
 from simpo.runs.results import Metric
 from simpo.statistics import mean_interval, proportion_interval, share_interval
 

@@ -39,9 +39,8 @@ from simpo.models.loading import check_model_files, load_processor, load_tokeniz
 from simpo.models.settings import ModelArguments
 from simpo.packing.attention import causal_lm
 from simpo.packing.images import check_image_inputs
-from simpo.runs.atomic import remove_folder
+from simpo.runs.files import remove_folder, write_lines
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import write_lines
 from simpo.runs.log import Log
 from simpo.runs.results import Metric, fingerprint
 from simpo.runs.terminal import Advance, interruptible, progress

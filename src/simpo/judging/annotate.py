@@ -17,8 +17,8 @@ from simpo.errors import SimpoError
 from simpo.judging.protocol import Answers, Scorer, ShownAnswers, check_scores
 from simpo.judging.registry import count_missing, make_annotator
 from simpo.judging.settings import Annotator, JudgeOptions, Normalization, annotator_names
+from simpo.runs.files import JsonLines, read_lines, write_lines
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import JsonLines, read_lines, write_lines
 from simpo.runs.results import Metric, fingerprint
 from simpo.runs.terminal import interruptible
 

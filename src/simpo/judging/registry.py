@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from simpo.client import Estimate, Usage
-from simpo.config.coercion import nearest
+from simpo.config.fields import nearest
 from simpo.errors import SimpoError
 from simpo.judging.models import ModelScorer
 from simpo.judging.pairwise import PairwiseApiJudge

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from simpo.config.coercion import nearest
+from simpo.config.fields import nearest
 from simpo.data.rows import rows_of
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError

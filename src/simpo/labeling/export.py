@@ -13,7 +13,7 @@ import numpy as np
 
 from simpo.evaluation.preferences import agreement_metrics
 from simpo.labeling.session import KINDS, Item, Judgment
-from simpo.runs.lines import write_lines
+from simpo.runs.files import write_lines
 from simpo.runs.results import Metric
 from simpo.statistics import bootstrap_interval, krippendorff_alpha, krippendorff_terms, mean_interval, rate_interval
 

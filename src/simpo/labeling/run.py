@@ -14,9 +14,8 @@ from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.evaluation.answers import answers_path
 from simpo.labeling.export import export
 from simpo.labeling.session import Session, Store, items_of_one, items_of_two, load_items, read_judgments
-from simpo.runs.atomic import disk_errors
+from simpo.runs.files import disk_errors, write_lines
 from simpo.runs.folder import RunFolder, RunRecord
-from simpo.runs.lines import write_lines
 from simpo.runs.manifest import file_digest
 from simpo.runs.results import fingerprint, write_results
 from simpo.runs.terminal import interruptible

@@ -21,7 +21,7 @@ from simpo.data.messages import Message, context_of
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import Record, read_answer_file
 from simpo.evaluation.compare import all_pairs, read_matched
-from simpo.runs.lines import read_lines
+from simpo.runs.files import read_lines
 from simpo.runs.log import utc_now
 
 # ---- Items to judge: a prompt with two answers to compare, or several to rank, from files of answers.

@@ -39,7 +39,7 @@ from simpo.errors import SimpoError, one_line, third_party
 from simpo.models.adapters import add_adapter, continue_adapter, find_adapter
 from simpo.models.preparation import keep_gradients
 from simpo.models.settings import ModelArguments
-from simpo.runs.atomic import write_text
+from simpo.runs.files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from simpo.models.checkpoint import display_name
 from simpo.models.loading import check_folder, load_model, load_processor, load_tokenizer, round_weights
 from simpo.models.reward import load_reward_model
 from simpo.models.settings import ModelArguments
-from simpo.runs.atomic import staged_folder
+from simpo.runs.files import staged_folder
 
 
 def write_merged(arguments: ModelArguments, folder: Path) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from simpo.objectives.objective import OBJECTIVES, Hyperparameter, Objective
-from simpo.objectives.responses import Responses
+from simpo.objectives.objective import OBJECTIVES, Hyperparameter, Objective, Responses
 
 
 @dataclass(frozen=True)

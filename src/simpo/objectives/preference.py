@@ -20,9 +20,9 @@ from simpo.objectives.objective import (
     OPEN_UNIT,
     POSITIVE,
     Objective,
+    Responses,
     Spelling,
 )
-from simpo.objectives.responses import Responses
 
 # ---- What several objectives share.
 

@@ -20,13 +20,13 @@ from huggingface_hub import constants
 from scipy.optimize import nnls
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from simpo.config.coercion import nearest
+from simpo.config.fields import nearest
 from simpo.errors import SimpoError, third_party
 from simpo.models.devices import device
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import choose_path, policy_logprobs
 from simpo.planning.memory import Cost, Tracer, attended
-from simpo.runs.atomic import write_text
+from simpo.runs.files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,7 @@ from filelock import FileLock, Timeout
 
 from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.runs import manifest
-from simpo.runs.atomic import disk_errors, remove_leftovers, write_text
-from simpo.runs.lines import JsonLines
+from simpo.runs.files import JsonLines, disk_errors, remove_leftovers, write_text
 from simpo.runs.log import EarlyNotices, LogFile, mask_secrets, redact, redact_arguments, redact_yaml, utc_now
 from simpo.runs.results import FILE_NAME as RESULTS
 from simpo.runs.results import Metric, fingerprint, write_results

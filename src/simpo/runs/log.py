@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from simpo.runs.atomic import disk_errors
+from simpo.runs.files import disk_errors
 
 Log = Callable[[str], None]  # called with lines for the user
 

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from simpo.errors import SimpoError, third_party
-from simpo.runs.atomic import disk_errors, write_text
+from simpo.runs.files import disk_errors, write_text
 
 logger = logging.getLogger(__name__)
 

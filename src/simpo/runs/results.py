@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from simpo.errors import third_party
-from simpo.runs.atomic import write_text
+from simpo.runs.files import write_text
 from simpo.statistics import Interval
 
 FILE_NAME = "results.json"

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from simpo.runs.lines import JsonLines, json_safe
+from simpo.runs.files import JsonLines, json_safe
 from simpo.runs.log import Log
 from simpo.runs.terminal import duration
 

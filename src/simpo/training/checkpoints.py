@@ -27,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.models.adapters import adapter_fault, has_adapter_weights, move_named_adapter
 from simpo.models.zero import shape_of
-from simpo.runs.atomic import disk_errors, provisional, remove_folder, staged_folder, write_text
+from simpo.runs.files import disk_errors, provisional, remove_folder, staged_folder, write_text
 from simpo.runs.manifest import find_damage, write_manifest
 from simpo.runs.terminal import record_signals
 from simpo.training.metrics import RunningMeans

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from simpo.runs.lines import read_lines, write_lines
+from simpo.runs.files import read_lines, write_lines
 from simpo.runs.manifest import is_as_written, write_digest
 from simpo.runs.results import Metric, Stage
 from simpo.statistics import (

@@ -21,8 +21,7 @@ from simpo.models.checkpoint import display_name
 from simpo.models.loading import base_model_of
 from simpo.models.settings import ModelArguments
 from simpo.packing.model import policy_logprobs
-from simpo.runs.atomic import write_text
-from simpo.runs.lines import write_lines
+from simpo.runs.files import write_lines, write_text
 from simpo.runs.manifest import write_digest
 from simpo.runs.results import Metric
 from simpo.training.packed import PackedTrainer

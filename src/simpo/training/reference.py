@@ -29,7 +29,7 @@ from simpo.models.devices import from_main
 from simpo.models.zero import exchange_partitions, gathered, is_partitioned
 from simpo.packing.layout import PackedBatch
 from simpo.packing.scoring import ReferenceStates, reference_states
-from simpo.runs.atomic import write_text
+from simpo.runs.files import write_text
 from simpo.runs.results import fingerprint
 from simpo.runs.terminal import progress
 from simpo.training.batches import (

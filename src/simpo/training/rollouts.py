@@ -35,8 +35,7 @@ from simpo.objectives.ppo import ScoreScale, adapt_kl_coefficient
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_logprobs
 from simpo.packing.scoring import token_outputs
-from simpo.runs.atomic import remove_leftovers, write_text
-from simpo.runs.lines import read_lines, write_lines
+from simpo.runs.files import read_lines, remove_leftovers, write_lines, write_text
 from simpo.runs.manifest import is_as_written, write_digest
 from simpo.runs.results import Stage
 from simpo.training.batches import (

@@ -25,7 +25,7 @@ from simpo.models.hub import check_target, files_to_push, push
 from simpo.models.loading import load_processor, load_tokenizer, round_weights
 from simpo.models.settings import ModelArguments
 from simpo.runs import manifest
-from simpo.runs.atomic import provisional, staged_files
+from simpo.runs.files import provisional, staged_files
 from simpo.runs.folder import RunFolder
 from simpo.runs.manifest import file_digest, is_as_written
 from simpo.runs.results import EXAMPLES, FILE_NAME, HELD_OUT, Metric, write_results

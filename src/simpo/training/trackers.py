@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 
 from simpo.errors import one_line
-from simpo.runs.lines import read_lines
+from simpo.runs.files import read_lines
 from simpo.runs.results import FILE_NAME, read_results
 from simpo.training.callbacks import RunCallback
 

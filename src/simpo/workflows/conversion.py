@@ -16,8 +16,7 @@ from typing import Any
 
 import yaml
 
-from simpo.config.coercion import coerce
-from simpo.config.fields import Key, Setting, fit, keys_of
+from simpo.config.fields import Key, Setting, coerce, fit, keys_of
 from simpo.config.foreign import is_off, known_spellings, reject
 from simpo.config.parse import read_file
 from simpo.errors import CombinedError, SimpoError

@@ -37,8 +37,8 @@ from simpo.models.loading import load_tokenizer
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import TokenizedComparison
 from simpo.packing.scoring import score_responses
+from simpo.runs.files import read_lines
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import read_lines
 from simpo.runs.log import Log
 from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results, table_of, write_results
 from simpo.runs.terminal import interruptible

@@ -19,8 +19,8 @@ from simpo.data.formats import is_number
 from simpo.errors import SimpoError
 from simpo.judging.annotate import FILE_NAME as ANNOTATED
 from simpo.judging.annotate import read_responses
+from simpo.runs.files import write_lines
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import write_lines
 from simpo.runs.results import Metric, fingerprint
 from simpo.statistics import mean_interval, proportion_interval
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from simpo.config.coercion import nearest
+from simpo.config.fields import nearest
 from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES
 

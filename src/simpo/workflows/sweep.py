@@ -21,10 +21,9 @@ from simpo.errors import SimpoError
 from simpo.models.checkpoint import model_digest
 from simpo.models.devices import free_memory
 from simpo.models.loading import check_model_files
-from simpo.runs.atomic import write_text
+from simpo.runs.files import read_lines, write_text
 from simpo.runs.folder import FILE_NAME as RECORD
 from simpo.runs.folder import FolderInUseError, RunFolder, RunRecord
-from simpo.runs.lines import read_lines
 from simpo.runs.log import Log, redact
 from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results, table_of
 from simpo.training.batches import rows_digest

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from simpo.config.coercion import describe, nearest
+from simpo.config.fields import describe, nearest
 from simpo.errors import SimpoError, third_party
 
 # ---- The search space: keys of a recipe, each with values to try or a range to draw from.

@@ -11,8 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from simpo.errors import SimpoError
-from simpo.runs.atomic import staged_folder
-from simpo.runs.lines import write_lines
+from simpo.runs.files import staged_folder, write_lines
 from simpo.world.judge import draw_answer, judge
 from simpo.world.questions import draw_question
 

@@ -25,9 +25,8 @@ from tqdm import tqdm
 
 from simpo import __version__
 from simpo.errors import SimpoError
-from simpo.runs.atomic import write_text
+from simpo.runs.files import JsonLines, json_safe, write_text
 from simpo.runs.folder import RunFolder
-from simpo.runs.lines import JsonLines, json_safe
 from simpo.runs.log import Log
 from simpo.runs.results import Metric, write_results
 from simpo.runs.terminal import interruptible, progress

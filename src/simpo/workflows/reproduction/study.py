@@ -16,7 +16,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from simpo.config.coercion import nearest
+from simpo.config.fields import nearest
 from simpo.data.prompts import prepare_prompts
 from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
@@ -31,7 +31,7 @@ from simpo.models.settings import ModelArguments
 from simpo.objectives import Responses
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.scoring import reference_states, score_responses, token_outputs
-from simpo.runs.atomic import staged_folder
+from simpo.runs.files import staged_folder
 from simpo.runs.log import Log
 from simpo.runs.results import fingerprint
 from simpo.statistics import Interval, mean_interval, spearman
