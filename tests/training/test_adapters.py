@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from simpo import score_responses
 from simpo.errors import SimpoError
+from simpo.models.adapters import disable_dropout
 from simpo.models.checkpoint import model_digest
 from simpo.models.loading import load_model, load_tokenizer
-from simpo.models.preparation import disable_dropout
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_forward, policy_logprobs, state_of

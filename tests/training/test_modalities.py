@@ -12,8 +12,8 @@ from tests.forked import run_ranks
 from transformers import AutoTokenizer
 
 from simpo import cli
+from simpo.models.adapters import freeze_parts_unused_by_text, parts_unused_by_text
 from simpo.models.loading import load_model
-from simpo.models.preparation import freeze_parts_unused_by_text, parts_unused_by_text
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_logprobs, state_of

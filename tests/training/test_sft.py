@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from simpo import PreferenceTrainer, SFTConfig, SFTTrainer, SimpoError, cli
 from simpo.runs.results import read_results
 from simpo.statistics import mean_interval
-from simpo.training.sft import scored_tokens
+from simpo.training.batches import scored_tokens
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from datasets import DatasetDict
 from transformers import ProgressCallback, TrainerCallback
 
 from simpo import OBJECTIVES, PreferenceTrainer, SimpoError
-from simpo.models.preparation import disable_dropout
+from simpo.models.adapters import disable_dropout
 from simpo.training.preference import NAMES
 
 

@@ -124,8 +124,8 @@ def _run(
     """
     from simpo.cli.plan import check_fit  # noqa: PLC0415
     from simpo.runs.results import print_results  # noqa: PLC0415
+    from simpo.training.callbacks import Trackers  # noqa: PLC0415
     from simpo.training.run import run_training  # noqa: PLC0415
-    from simpo.training.trackers import Trackers  # noqa: PLC0415
 
     if PLAN_FIRST in argv:
         check_fit(kind.command, parts)

@@ -36,8 +36,7 @@ from transformers.models.llama import modeling_llama
 
 from simpo.data.chat_template import end_of_turn
 from simpo.errors import SimpoError, one_line, third_party
-from simpo.models.adapters import add_adapter, continue_adapter, find_adapter
-from simpo.models.preparation import keep_gradients
+from simpo.models.adapters import add_adapter, continue_adapter, find_adapter, keep_gradients
 from simpo.models.settings import ModelArguments
 from simpo.runs.files import write_text
 
@@ -68,7 +67,15 @@ def load_model(name: str, arguments: ModelArguments | None = None) -> PreTrained
     check_folder(name)
     adapter = find_adapter(name, arguments.model_revision)
     if adapter is not None:
-        base = _load_base(name, adapter, arguments)
+        try:
+            base = _load_causal(base_arguments(adapter, arguments))
+        except SimpoError as error:
+            if not str(error).startswith("model_name_or_path: "):
+                raise
+            reason = str(error).removeprefix("model_name_or_path: ")
+            raise SimpoError(
+                f"model_name_or_path: {name} is an adapter whose base model is missing: {reason}"
+            ) from error
         base.generation_config = generation_config(name, arguments.model_revision) or base.generation_config
         return continue_adapter(base, adapter, name, revision=arguments.model_revision, given=arguments.lora)
     if not arguments.use_peft and (useless := [*arguments.lora, *arguments.quantization]):
@@ -79,17 +86,6 @@ def load_model(name: str, arguments: ModelArguments | None = None) -> PreTrained
 
 def _with_name(name: str, arguments: ModelArguments | None) -> ModelArguments:
     return ModelArguments(name) if arguments is None else dataclasses.replace(arguments, model_name_or_path=name)
-
-
-def _load_base(name: str, adapter: LoraConfig, arguments: ModelArguments) -> PreTrainedModel:
-    """The model that the adapter ``name`` is for."""
-    try:
-        return _load_causal(base_arguments(adapter, arguments))
-    except SimpoError as error:
-        key, _, reason = str(error).partition(": ")
-        if key != "model_name_or_path":
-            raise
-        raise SimpoError(f"model_name_or_path: {name} is an adapter whose base model is missing: {reason}") from error
 
 
 def check_model_files(arguments: ModelArguments) -> None:
@@ -131,7 +127,11 @@ def load_weights(auto: Any, arguments: ModelArguments, **options: Any) -> tuple[
     """
     options = _loading_options(arguments) | options
     if not arguments.allow_pickle:
-        _refuse_pickle(arguments.model_name_or_path)
+        name = arguments.model_name_or_path
+        folder = Path(name)  # from the hub, transformers itself takes safetensors only
+        pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin*"))
+        if pickled and not any(folder.glob("*.safetensors")):
+            raise SimpoError(f"model_name_or_path: {name!r} stores its weights as {pickled[0]}, {_PICKLE}")
         options["use_safetensors"] = True
     if arguments.trust_remote_code:  # code from before transformers 5, such as ArmoRM's, imports this text
         modeling_llama.__dict__.setdefault("LLAMA_INPUTS_DOCSTRING", "")
@@ -176,30 +176,22 @@ def _loading_options(arguments: ModelArguments) -> dict[str, Any]:
     return options
 
 
-def _refuse_pickle(name: str) -> None:
-    """Refuse a folder whose weights are pickles only; from the hub, transformers itself takes safetensors only."""
-    folder = Path(name)
-    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin*"))
-    if pickled and not any(folder.glob("*.safetensors")):
-        raise SimpoError(f"model_name_or_path: {name!r} stores its weights as {pickled[0]}, {_PICKLE}")
-
-
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Hide transformers' table of missing and unexpected weights; :func:`check_weights` reports them.
 
     A filter, because that logger also checks a plan for several GPUs wherever a level is set on it.
     """
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
     theirs = logging.getLogger("transformers.modeling_utils")
-    theirs.addFilter(_is_no_report)
+    theirs.addFilter(is_other)
     try:
         yield
     finally:
-        theirs.removeFilter(_is_no_report)
-
-
-def _is_no_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
+        theirs.removeFilter(is_other)
 
 
 def check_weights(name: str, model: PreTrainedModel, loading: Mapping[str, set[Any]]) -> None:
@@ -285,15 +277,7 @@ def load_tokenizer(
     An adapter that was saved without one gets its base model's, which is reported.
     """
     arguments = _with_name(name, arguments)
-    check_folder(name)
-    try:
-        tokenizer = load_files(AutoTokenizer, arguments)
-    except SimpoError:
-        adapter = find_adapter(name, arguments.model_revision)
-        if adapter is None:
-            raise
-        logger.warning("%s has no tokenizer; its base model's is used", name)
-        tokenizer = load_files(AutoTokenizer, base_arguments(adapter, arguments))
+    tokenizer = _load_own_or_base(AutoTokenizer, arguments)
     with third_party(f"model_name_or_path: {name!r}: its tokenizer does not work"):  # settings of other types
         tokenizer.decode(tokenizer("a").input_ids)
     if chat_template is None:
@@ -314,18 +298,26 @@ def load_processor(
     """The processor of a vision-language model, with the tokenizer that :func:`load_tokenizer` returns."""
     arguments = _with_name(name, arguments)
     tokenizer = load_tokenizer(name, arguments, chat_template=chat_template)
-    try:
-        processor = load_files(AutoProcessor, arguments)
-    except SimpoError:
-        if (adapter := find_adapter(name, arguments.model_revision)) is None:
-            raise
-        processor = load_files(AutoProcessor, base_arguments(adapter, arguments))
+    processor = _load_own_or_base(AutoProcessor, arguments)
     if not isinstance(processor, ProcessorMixin):
         raise SimpoError(f"model_name_or_path: {name!r} has no processor, which rows with images need")
     processor.tokenizer = tokenizer
     if chat_template is not None:
         processor.chat_template = tokenizer.chat_template
     return processor
+
+
+def _load_own_or_base(auto: Any, arguments: ModelArguments) -> Any:
+    """A tokenizer or processor from the model's files, or from its base model's if an adapter has none."""
+    name = arguments.model_name_or_path
+    try:
+        return load_files(auto, arguments)
+    except SimpoError:
+        adapter = find_adapter(name, arguments.model_revision)
+        if adapter is None:
+            raise
+        logger.warning("%s has no %s; its base model's is used", name, auto.__name__.removeprefix("Auto").lower())
+        return load_files(auto, base_arguments(adapter, arguments))
 
 
 def round_weights(folder: Path, dtype: str) -> None:

@@ -21,10 +21,9 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from simpo.errors import SimpoError
-from simpo.models.adapters import add_adapter, find_adapter
+from simpo.models.adapters import add_adapter, disable_dropout, find_adapter, freeze_parts_unused_by_text
 from simpo.models.checkpoint import load_config
 from simpo.models.loading import auto_class
-from simpo.models.preparation import disable_dropout, freeze_parts_unused_by_text
 from simpo.models.settings import ModelArguments
 from simpo.packing.attention import UnsupportedAttentionError, causal_lm, install
 from simpo.packing.model import ForwardPath, find_head, is_reward_model, prepare_policy, state_of

@@ -24,8 +24,8 @@ from simpo.data.images import DIGESTS, IMAGES, ImageReader
 from simpo.data.messages import Context
 from simpo.data.prompts import Prompt, columns_identity
 from simpo.errors import SimpoError
+from simpo.models.adapters import freeze_parts_unused_by_text
 from simpo.models.checkpoint import Limits
-from simpo.models.preparation import freeze_parts_unused_by_text
 from simpo.packing.attention import causal_lm
 from simpo.packing.batching import MicroBatch, RowSizes, StepPlan
 from simpo.packing.images import check_image_inputs
@@ -319,6 +319,15 @@ def response_tokens(rows: Dataset) -> np.ndarray:
     """``[rows]`` tokens of all responses of each comparison."""
     _, responses, first = _sizes(rows)
     return np.add.reduceat(responses, first)
+
+
+def scored_tokens(rows: Dataset) -> np.ndarray:
+    """``[rows]`` tokens that are scored: all of a row's responses, or those that the column ``scored`` marks."""
+    tokens = response_tokens(rows)
+    if "scored" not in rows.column_names:
+        return tokens
+    marks = pc.list_flatten(pc.list_flatten(rows.with_format("arrow")["scored"])).to_numpy(zero_copy_only=False)
+    return np.add.reduceat(marks.astype(np.int64), np.cumsum(tokens) - tokens)
 
 
 def _sizes(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

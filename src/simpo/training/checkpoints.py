@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate.utils import reduce
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -168,9 +168,7 @@ class ResumableTrainer(ShardedTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._means = RunningMeans(self.metric_names, self.args.device)
-        self._other_means: dict[
-            str, RunningMeans
-        ] = {}  # means of values other than metrics of rows, by their name in a checkpoint
+        self._other_means: dict[str, RunningMeans] = {}  # of other values than rows' metrics
         self._tokens = 0  # that this rank has trained on; after a resume the main rank's include those of all ranks
         self._staging: Path | None = None
         self._saved: int | None = None  # the step whose checkpoint this training has written or read
@@ -382,7 +380,10 @@ class StopOnSignal(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._any_rank():
+        stopped = bool(self._received)
+        if args.world_size > 1:  # a signal to any process
+            stopped = bool(reduce(torch.tensor(float(stopped), device=args.device), "sum"))
+        if stopped:
             self.step = state.global_step
             control.should_training_stop = True
             control.should_save = not ends_epoch(state)  # otherwise after what is due at the epoch's end
@@ -394,11 +395,3 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
         else:  # an epoch that was broken off is not evaluated as if it had ended
             control.should_log = control.should_evaluate = control.should_save = False
-
-    def _any_rank(self) -> bool:
-        if not (dist.is_available() and dist.is_initialized()):
-            return bool(self._received)
-        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-        flag = torch.tensor(len(self._received), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerState
 
 from simpo.errors import SimpoError
-from simpo.training.batches import row_sizes
+from simpo.training.batches import row_sizes, scored_tokens
 from simpo.training.checkpoints import last_good_checkpoint
 from simpo.training.packed import PackedTrainer
 
@@ -80,7 +80,7 @@ class Guard(TrainerCallback):
             preferred = np.flatnonzero(labels) if any(labels) else np.arange(len(rows))
             chosen = np.random.default_rng(trainer.args.seed).permutation(preferred)[:_PROBED]
             self._rows = _preferred(rows.select(sorted(chosen.tolist())))
-            self._lengths = _scored_tokens(self._rows)
+            self._lengths = scored_tokens(self._rows)
             self._cost = int(row_sizes(self._rows, "packed").lengths.sum())  # tokens of a probe
             self._spent = self._trained = 0  # tokens of all probes, and of the training before this start
             self._start = self._likelihood(self._rows)
@@ -144,16 +144,5 @@ def _preferred(rows: Dataset) -> Dataset:
     columns = {"prompt_ids": rows["prompt_ids"][:]}
     for name in ("response_ids", "scored"):
         if name in rows.column_names:
-            columns[name] = [several and several[:1] for several in rows[name]]
+            columns[name] = [several[:1] for several in rows[name]]
     return Dataset.from_dict(columns)
-
-
-def _scored_tokens(rows: Dataset) -> np.ndarray:
-    """``[rows]`` scored tokens of the only response of each row."""
-    masks = rows["scored"] if "scored" in rows.column_names else [None] * len(rows)
-    return np.array(
-        [
-            sum(mask[0]) if mask else len(responses[0])
-            for responses, mask in zip(rows["response_ids"], masks, strict=True)
-        ]
-    )

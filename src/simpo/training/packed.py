@@ -24,11 +24,10 @@ from simpo.data.images import text_tokenizer
 from simpo.data.rows import as_dataset
 from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError
-from simpo.models.adapters import check_adapter
+from simpo.models.adapters import check_adapter, disable_dropout, keep_gradients
 from simpo.models.checkpoint import Limits
 from simpo.models.devices import check_liger, compile_layers, explain_oom
 from simpo.models.loading import load_model, stop_at_end_of_turn
-from simpo.models.preparation import disable_dropout, keep_gradients
 from simpo.models.settings import ModelArguments
 from simpo.objectives import Responses
 from simpo.packing.batching import RowSizes, StepPlan, check_budget, default_batch_tokens

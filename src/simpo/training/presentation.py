@@ -24,6 +24,7 @@ from simpo.packing.model import policy_logprobs
 from simpo.runs.files import write_lines, write_text
 from simpo.runs.manifest import write_digest
 from simpo.runs.results import Metric
+from simpo.training.batches import scored_tokens
 from simpo.training.packed import PackedTrainer
 from simpo.training.settings import DataArguments
 
@@ -147,7 +148,10 @@ def write_examples(path: Path, trainer: PackedTrainer) -> None:
     count = min(len(rows), _EXAMPLES)
     chosen = sorted(np.random.default_rng(trainer.args.seed).permutation(len(rows))[:count].tolist())
     rows = rows.select(chosen)
-    logps = iter(()) if trainer.pipeline != "text-generation" else iter(_logps(trainer, rows))
+    logps: Iterator[float] = iter(())
+    if trainer.pipeline == "text-generation":
+        compute = partial(policy_logprobs, trainer.model, path=trainer.path)
+        logps = iter(trainer.compute_for_responses(rows, compute, scored_tokens(rows)).tolist())
     tokenizer = text_tokenizer(trainer.processing_class)
     if trainer.is_world_process_zero() and isinstance(tokenizer, PreTrainedTokenizerBase):
         decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -160,15 +164,6 @@ def write_examples(path: Path, trainer: PackedTrainer) -> None:
 def _without_repeats(ids: list[int], image: int | None) -> list[int]:
     """Ids with a single token in place of each run of images' tokens."""
     return ids[:1] + [token for before, token in pairwise(ids) if token != image or before != image]
-
-
-def _logps(trainer: PackedTrainer, rows: Any) -> list[float]:
-    masks = rows["scored"] if "scored" in rows.column_names else rows["response_ids"]
-    scored = "scored" in rows.column_names
-    counts = np.array([sum(sum(mask) if scored else len(mask) for mask in several) for several in masks])
-    return trainer.compute_for_responses(
-        rows, lambda batch: policy_logprobs(trainer.model, batch, path=trainer.path), counts
-    ).tolist()
 
 
 def _line(row: dict[str, Any], number: int, decode: Callable[[Any], str], logps: Iterator[float]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +18,7 @@ from simpo.errors import SimpoError
 from simpo.objectives import Responses
 from simpo.packing.model import policy_forward
 from simpo.runs.results import Metric
-from simpo.training.batches import ComparisonRows, PlannedBatch, describe_rows
+from simpo.training.batches import ComparisonRows, PlannedBatch, describe_rows, scored_tokens
 from simpo.training.configs import SFTConfig
 from simpo.training.metrics import RunningMeans, Scores, compare_conversations
 from simpo.training.packed import Description, PackedTrainer
@@ -57,16 +56,6 @@ class SFTTrainer(PackedTrainer):
 
     def compare(self, before: Scores, after: Scores) -> list[Metric]:
         return compare_conversations(before, after)
-
-
-def scored_tokens(rows: Dataset) -> np.ndarray:
-    """``[rows]`` tokens that the loss is about: all of the response, or those that the column ``scored`` marks."""
-    table = rows.with_format("arrow")
-    sizes = pc.list_value_length(pc.list_flatten(table["response_ids"])).to_numpy()  # one response per row
-    if "scored" not in rows.column_names:
-        return sizes
-    marks = pc.list_flatten(pc.list_flatten(table["scored"])).to_numpy(zero_copy_only=False)
-    return np.add.reduceat(marks.astype(np.int64), np.cumsum(sizes) - sizes)
 
 
 # ---- PPO-ptx: the loss of language modeling on other data, added to every step of online training.

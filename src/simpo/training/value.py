@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from simpo.errors import SimpoError
+from simpo.models.adapters import disable_dropout, freeze_parts_unused_by_text
 from simpo.models.loading import load_tokenizer
-from simpo.models.preparation import disable_dropout, freeze_parts_unused_by_text
 from simpo.models.reward import load_reward_model
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch, TokenizedComparison

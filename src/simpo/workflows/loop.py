@@ -43,6 +43,7 @@ from simpo.runs.log import Log
 from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results, table_of, write_results
 from simpo.runs.terminal import interruptible
 from simpo.statistics import Interval, mean_interval
+from simpo.training.callbacks import track_part
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob, run_training
 from simpo.training.settings import (
@@ -53,7 +54,6 @@ from simpo.training.settings import (
     settings_identity,
     settings_of,
 )
-from simpo.training.trackers import track_part
 from simpo.workflows.pair import FILE_NAME as PAIRS
 from simpo.workflows.pair import PairSettings, make_pairs, pair_annotated
 

@@ -27,10 +27,9 @@ from simpo.runs.folder import FolderInUseError, RunFolder, RunRecord
 from simpo.runs.log import Log, redact
 from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results, table_of
 from simpo.training.batches import rows_digest
-from simpo.training.callbacks import RunCallback
+from simpo.training.callbacks import RunCallback, track_part
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob, prepare_data, run_training
-from simpo.training.trackers import track_part
 from simpo.workflows.sweep_study import (
     Axis,
     Sampler,
