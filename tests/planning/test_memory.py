@@ -19,7 +19,7 @@ from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_logprobs
 from simpo.planning.memory import _PAGED, Setup, measure_kept, measure_step
 from simpo.planning.model import Blueprint
-from simpo.planning.search import Choice, Machine, Planner, Work
+from simpo.planning.search import Choice, Planner, Work
 from simpo.training.batches import comparisons_of
 
 SETUP = Setup("adamw_torch", cuda=False, accumulates=False)
@@ -111,7 +111,7 @@ def test_states_of_optimizers(name, folder) -> None:
 def test_processes_share_the_step_of_the_optimizer(folder) -> None:
     rows = Dataset.from_dict({"prompt_ids": [[3, 3]] * 2, "response_ids": [[[3], [4]]] * 2})
     blueprint, work = Blueprint.read(ModelArguments(str(folder))), Work(rows, 2, 2, 1)
-    planner = Planner(blueprint, Setup("adamw_torch", cuda=True), work, Machine(None, 2, None))
+    planner = Planner(blueprint, Setup("adamw_torch", cuda=True), work, None, gpus=2)
     whole, shared = (planner.estimate(Choice(4096, 0.0, sharding)) for sharding in ("ddp", "fsdp"))
     assert whole.tightest == shared.tightest == "the optimizer's step"
     assert shared.memory["activations"] == whole.memory["activations"] / 2

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from inspect import Parameter, Signature
 from typing import Any, ClassVar
@@ -337,17 +337,14 @@ class PortedPreferenceTrainer(PortedTrainer, PreferenceTrainer):
     def _sft_weight(self) -> float:
         return 1.0 if self.objective.name == "orpo" else self.args.sft_weight
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def before_step(self, model: nn.Module, batches: Sequence[PlannedBatch]) -> None:
         """As in the base class, after computing the mean chosen length that the micro-batches need."""
-        self._update_mean_length(inputs["micro_batches"])
-        return super().training_step(model, inputs, num_items_in_batch)
+        self._update_mean_length(batches)
+        super().before_step(model, batches)
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As in the base class, after computing the mean chosen length that the micro-batches need."""
-        self._update_mean_length(inputs["micro_batches"])
-        return super().prediction_step(model, inputs, *args, **kwargs)
+    def before_evaluating(self, batches: Sequence[PlannedBatch]) -> None:
+        """Compute the mean chosen length that the micro-batches need."""
+        self._update_mean_length(batches)
 
     def loss_and_metrics(
         self, y: Responses, batch: PlannedBatch, pair_weights: Tensor | None = None
@@ -361,7 +358,7 @@ class PortedPreferenceTrainer(PortedTrainer, PreferenceTrainer):
             metrics[:, 0] = losses.detach()
         return losses, metrics
 
-    def _update_mean_length(self, batches: list[PlannedBatch]) -> None:
+    def _update_mean_length(self, batches: Sequence[PlannedBatch]) -> None:
         """Compute the mean length of the chosen responses in the batches of all ranks."""
         if not self._sft_weight:
             return

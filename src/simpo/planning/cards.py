@@ -80,10 +80,6 @@ _PRODUCT_SHARE, _ATTENTION_SHARE, _MOVED_SHARE, _LAUNCH = 0.54, 0.45, 0.85, 4e-6
 CONTEXT, COMMUNICATION, FRAGMENTATION = 0.6 * _GIB, 1.0 * _GIB, 0.06
 
 
-def _card(name: str, gib: float, tflops: float, terabytes: float, watts: float, link: float) -> Card:
-    return Card(name, gib * _GIB, tflops * 1e12, terabytes * 1e12, watts, link * 1e9)
-
-
 _SHEETS = (  # GiB that a process can allocate, TFLOP/s, TB/s of memory, watts, and GB/s to other cards
     ("B200-180GB", 178.3, 2250, 8.0, 1000, 700),
     ("H200-141GB", 139.8, 989, 4.8, 700, 350),
@@ -100,7 +96,10 @@ _SHEETS = (  # GiB that a process can allocate, TFLOP/s, TB/s of memory, watts, 
     ("A10-24GB", 22.0, 125, 0.6, 150, 20),
     ("L4-24GB", 22.0, 121, 0.3, 72, 20),
 )
-CARDS = {sheet[0]: _card(*sheet) for sheet in _SHEETS}
+CARDS = {
+    name: Card(name, gib * _GIB, tflops * 1e12, terabytes * 1e12, watts, link * 1e9)
+    for name, gib, tflops, terabytes, watts, link in _SHEETS
+}
 
 
 def find_card(name: str | None, memory_gb: float | None, tflops: float | None, bandwidth: float | None) -> Card:
@@ -122,7 +121,8 @@ def find_card(name: str | None, memory_gb: float | None, tflops: float | None, b
                 f"gpu: {name!r} is not known{hint}; there are {', '.join(CARDS)}; of another card give gpu_memory_gb "
                 "and gpu_tflops"
             )
-        return _card(name or f"{memory_gb:g} GB", memory_gb, tflops, bandwidth or tflops / 300, math.nan, 25)
+        moved = (bandwidth or tflops / 300) * 1e12
+        return Card(name or f"{memory_gb:g} GB", memory_gb * _GIB, tflops * 1e12, moved, math.nan, 25e9)
     return replace(
         found,
         memory=found.memory if memory_gb is None else memory_gb * _GIB,

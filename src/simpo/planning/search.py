@@ -136,16 +136,6 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """The machine that a run is planned for."""
-
-    card: Card | None  # of each process; None for a CPU
-    gpus: int  # number of processes
-    rates: Rates | None  # how fast each computes; None if that is not known
-    price: float | None = None  # of an hour of one GPU
-
-
-@dataclass(frozen=True)
 class Estimate:
     """Memory and time of a run with one choice."""
 
@@ -170,7 +160,10 @@ class Planner:
     blueprint: Blueprint  # of the model
     setup: Setup  # how a step is computed
     work: Work  # the rows
-    machine: Machine
+    card: Card | None  # of each process; None for a CPU
+    gpus: int = 1  # number of processes
+    rates: Rates | None = None  # how fast each computes; None if that is not known
+    price: float | None = None  # of an hour of one GPU
 
     @cache  # noqa: B019 - planners are few, and end with the command
     def estimate(self, choice: Choice) -> Estimate:
@@ -187,29 +180,27 @@ class Planner:
             memory,
             batches,
             parameters=round(kept.parameters),
-            flops=step.cost.flops * batches.tokens_per_step / batches.tokens * self.machine.gpus,
+            flops=step.cost.flops * batches.tokens_per_step / batches.tokens * self.gpus,
             step_seconds=self._seconds(choice, batches),
             tightest=tightest,
         )
 
-    @cached_property
-    def _kept_by_torch(self) -> Kept:
-        return measure_kept(self.blueprint, self.setup)
-
     @cache  # noqa: B019
+    def _kept_in(self, dtype: torch.dtype) -> Kept:
+        return measure_kept(replace(self.blueprint, dtype=dtype), self.setup)
+
     def _kept(self, sharding: Sharding) -> Kept:
         """The memory that stays allocated from step to step, before anything is sharded."""
         if sharding not in ("zero2", "zero3") or self.setup.autocast is None:
-            return self._kept_by_torch
+            return self._kept_in(self.blueprint.dtype)
         # DeepSpeed trains in half precision, and its optimizer has an fp32 copy of the weights.
-        half = measure_kept(replace(self.blueprint, dtype=self.setup.autocast), self.setup)
-        copy = measure_kept(replace(self.blueprint, dtype=torch.float32), self.setup)
+        half, copy = self._kept_in(self.setup.autocast), self._kept_in(torch.float32)
         return replace(half, states=copy.gradients + copy.states, update=copy.update)
 
     @cache  # noqa: B019
     def _traced(self, choice: Choice) -> tuple[Batches, Step]:
         """The micro-batches of ``choice``, and what the heaviest of them takes."""
-        batches = self.work.batches(choice.max_batch_tokens, self.machine.gpus)
+        batches = self.work.batches(choice.max_batch_tokens, self.gpus)
         setup = replace(self.setup, accumulates=batches.per_step > 1, share=self._share(choice.sharding))
         blueprint = replace(self.blueprint, checkpointed_share=choice.checkpointed_share)
         if choice.sharding not in ("none", "ddp") and setup.autocast is not None and blueprint.dtype == torch.float32:
@@ -219,14 +210,14 @@ class Planner:
 
     def _share(self, sharding: Sharding) -> float:
         """Share of the gradients and of the optimizer's work that a process has."""
-        return 1 / self.machine.gpus if sharding in ("fsdp", "zero2", "zero3") else 1.0
+        return 1 / self.gpus if sharding in ("fsdp", "zero2", "zero3") else 1.0
 
     def _memory(self, sharding: Sharding, step: Step, peak: float, *, gradients_first: bool = True) -> dict[str, float]:
         """Bytes of a process where forward and backward, or the optimizer, need ``peak`` on top of what is kept.
 
         Gradients are there before, or part of the peak.
         """
-        count, gradients = self.machine.gpus, self._kept(sharding).gradients
+        count, gradients = self.gpus, self._kept(sharding).gradients
         found = self._states(sharding)
         found["activations"] = peak - (0.0 if gradients_first else found["gradients"])
         found["sharing"] = 0.0
@@ -236,7 +227,7 @@ class Planner:
             found["sharing"] = step.outside_layers + 2 * step.largest_layer
         elif sharding in ("zero2", "zero3"):
             found["sharing"] = _BUCKETS + (step.outside_layers + step.largest_layer if sharding == "zero3" else 0.0)
-        if self.machine.card is not None:
+        if self.card is not None:
             found["context"] = CONTEXT + (COMMUNICATION if count > 1 else 0.0)
             found["fragmentation"] = FRAGMENTATION * sum(found.values())
         return found
@@ -244,7 +235,7 @@ class Planner:
     def _states(self, sharding: Sharding) -> dict[str, float]:
         """Bytes of a process that stay allocated from step to step, by what they are for."""
         kept, share = self._kept(sharding), self._share(sharding)
-        weights = 1 / self.machine.gpus if sharding in ("fsdp", "zero3") else 1.0
+        weights = 1 / self.gpus if sharding in ("fsdp", "zero3") else 1.0
         return {
             "weights": kept.weights * weights,
             "reference": kept.gradients * weights if self.setup.reference or self.setup.divergence else 0.0,
@@ -254,7 +245,7 @@ class Planner:
 
     def _seconds(self, choice: Choice, batches: Batches) -> float | None:
         """Seconds of an optimizer step with ``batches``, in proportion to the tokens of those of ``choice``."""
-        rates, card, sharding = self.machine.rates, self.machine.card, choice.sharding
+        rates, sharding = self.rates, choice.sharding
         if rates is None:
             return None
         (traced, step), kept = self._traced(choice), self._kept(sharding)
@@ -262,19 +253,19 @@ class Planner:
         compute = batches.per_step * launches
         compute += (rates.seconds(cost) - launches) * batches.tokens_per_step / traced.tokens
         update = (3 * kept.gradients + 2 * kept.states) / rates.moved
-        if card is None or self.machine.gpus == 1:
+        if self.card is None or self.gpus == 1:
             return compute + update
         if sharding == "ddp":
-            return max(compute, 2 * kept.gradients / card.link) + update
+            return max(compute, 2 * kept.gradients / self.card.link) + update
         gathered = (2 * kept.weights + kept.gradients) * batches.per_step
-        return max(compute, gathered / card.link) + update / self.machine.gpus
+        return max(compute, gathered / self.card.link) + update / self.gpus
 
     # ---- The fastest choice that fits.
 
     @property
     def capacity(self) -> float:
         """Bytes that a process can allocate."""
-        return psutil.virtual_memory().total if self.machine.card is None else self.machine.card.memory
+        return psutil.virtual_memory().total if self.card is None else self.card.memory
 
     def fits(self, estimate: Estimate) -> bool:
         """Whether a run with this estimate fits the machine."""
@@ -283,7 +274,7 @@ class Planner:
     @property
     def shardings(self) -> tuple[Sharding, ...]:
         """The ways of sharing that are compared unless one is requested."""
-        return ("none",) if self.machine.gpus == 1 else ("ddp", "fsdp")
+        return ("none",) if self.gpus == 1 else ("ddp", "fsdp")
 
     def fastest(self, own: Choice, shardings: Sequence[Sharding] = ()) -> Estimate | None:
         """With the choice that takes the fewest seconds of those that fit; None if none does.
@@ -300,7 +291,7 @@ class Planner:
             estimate = self.estimate(choice)
             if self.fits(estimate):
                 found.append(estimate)
-            if len(found) == (1 if self.machine.rates is None else _TRIED):
+            if len(found) == (1 if self.rates is None else _TRIED):
                 break
         return min(found, key=lambda estimate: estimate.step_seconds or 0.0, default=None)
 
@@ -314,7 +305,7 @@ class Planner:
         longest = self.work.longest
         middle = max(own.max_batch_tokens, longest)
         budgets = sorted({longest, middle, *(budget for budget in _BUDGETS if budget > longest)})
-        by_budget = {budget: self.work.batches(budget, self.machine.gpus) for budget in budgets}
+        by_budget = {budget: self.work.batches(budget, self.gpus) for budget in budgets}
         found: list[tuple[tuple[float, ...], Choice]] = []
         for place, sharding in enumerate(shardings):
             if sum(self._states(sharding).values()) > self.capacity:
@@ -339,11 +330,11 @@ class Planner:
 
     def remedy(self, shardings: Sequence[Sharding] = ()) -> str:
         """Advice on making the run fit, where no choice with these ``shardings`` does."""
-        least, card = self.smallest(shardings), self.machine.card
-        where = "this machine" if card is None else f"{self.machine.gpus} x {card.name}"
+        least, card = self.smallest(shardings), self.card
+        where = "this machine" if card is None else f"{self.gpus} x {card.name}"
         where += "".join(f" with {sharding}" for sharding in shardings)
         shared, sharded = ("weights", "gradients", "optimizer", "reference"), self.smallest()
-        kept = sum(sharded.memory[name] for name in shared) * (self.machine.gpus if self.machine.gpus > 1 else 1)
+        kept = sum(sharded.memory[name] for name in shared) * (self.gpus if self.gpus > 1 else 1)
         room = self.capacity - (sharded.total - sum(sharded.memory[name] for name in shared))
         count = math.ceil(kept / room) if room > 0 else 0
         more = f"fsdp on {max(count, 2)} such GPUs or more, " if card is not None and count else ""
@@ -356,11 +347,11 @@ class Planner:
 
     def described(self, estimate: Estimate) -> dict[str, Any]:
         """An estimate as plain values: GiB, seconds, tokens per second, kWh, money."""
-        machine, seconds = self.machine, estimate.step_seconds
-        tokens = estimate.batches.tokens_per_step * machine.gpus
+        seconds = estimate.step_seconds
+        tokens = estimate.batches.tokens_per_step * self.gpus
         total = seconds * self.work.steps if seconds is not None and self.work.steps else None
-        watts = None if machine.card is None or math.isnan(machine.card.watts) else machine.card.watts
-        hours = None if total is None else total / 3600 * machine.gpus
+        watts = None if self.card is None or math.isnan(self.card.watts) else self.card.watts
+        hours = None if total is None else total / 3600 * self.gpus
         return {
             "fits": self.fits(estimate),
             "keys": estimate.choice.keys,
@@ -377,7 +368,7 @@ class Planner:
             "tokens_per_second": None if seconds is None else tokens / seconds,
             "total_seconds": total,
             "kilowatt_hours": None if hours is None or watts is None else watts * hours / 1000,
-            "cost": None if hours is None or machine.price is None else machine.price * hours,
+            "cost": None if hours is None or self.price is None else self.price * hours,
         }
 
 
@@ -405,9 +396,17 @@ def make_plan(parts: Sequence[Any], settings: PlanSettings, rows: Dataset | None
         max_steps=config.max_steps,
         seed=config.seed if config.data_seed is None else config.data_seed,
     )
+    row = getattr(config, "row", None)  # the objective
+    setup = Setup(
+        optimizer=getattr(config.optim, "value", config.optim),
+        cuda=card is not None,
+        autocast=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
+        reference=row is not None and row.needs_reference and not config.precompute_ref_log_probs,
+        divergence=bool(getattr(config, "kl_weight", 0.0)),
+        pair_weights=getattr(config, "wpo_weights", False),
+    )
     blueprint = Blueprint.read(model, reward=settings.command == "reward", path=config.forward_path)
-    machine = Machine(card, settings.gpus, rates, settings.price)
-    planner = Planner(blueprint, _setup_of(config, cuda=card is not None), work, machine)
+    planner = Planner(blueprint, setup, work, card, settings.gpus, rates, settings.price)
     again = getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing
     own = Choice(
         config.max_batch_tokens or default_batch_tokens(work.longest, cpu=card is None),
@@ -415,20 +414,6 @@ def make_plan(parts: Sequence[Any], settings: PlanSettings, rows: Dataset | None
         "none" if settings.gpus == 1 else settings.sharding or "fsdp",
     )
     return planner, planner.estimate(own)
-
-
-def _setup_of(config: Any, *, cuda: bool) -> Setup:
-    """The setup of a recipe's step."""
-    row = getattr(config, "row", None)
-    stored = getattr(config, "precompute_ref_log_probs", True)
-    return Setup(
-        optimizer=getattr(config.optim, "value", config.optim),
-        cuda=cuda,
-        autocast=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
-        reference=row is not None and row.needs_reference and not stored,
-        divergence=bool(getattr(config, "kl_weight", 0.0)),
-        pair_weights=getattr(config, "wpo_weights", False),
-    )
 
 
 def _rows_of(model: ModelArguments, data: DataArguments, config: Any, settings: PlanSettings) -> tuple[Dataset, int]:

@@ -23,7 +23,7 @@ from simpo.statistics import (
     proportion_interval,
     share_interval,
 )
-from simpo.training.batches import PlannedBatch, widest_float
+from simpo.training.batches import widest_float
 
 # Metrics of every row of a data set, in its order: ``[rows]`` by name, and WEIGHT.
 Scores = dict[str, np.ndarray]
@@ -86,44 +86,6 @@ class RunningMeans:
         since_log = self._since_log.new_tensor(state["since_log"])
         self._since_log = since_log if main else torch.zeros_like(since_log)
         self._before_log = torch.tensor(state["before_log"], dtype=torch.float64)
-
-
-class RowMetrics:
-    """The metrics of one rank's rows with their weights, in tensors of the same size on every rank, to be gathered.
-
-    Attributes:
-        values: ``[capacity, N + 1]``, the weight last.
-        rows: ``[capacity]`` row numbers in the data set; -1 where nothing is stored.
-    """
-
-    def __init__(self, capacity: int, names: int, device: torch.device) -> None:
-        self.values = torch.zeros(capacity, names + 1, device=device, dtype=widest_float(device))
-        self.rows = torch.full((capacity,), -1, device=device)
-        self._stored = 0
-
-    def add(self, batch: PlannedBatch, metrics: Tensor) -> None:
-        """Store ``metrics``, ``[C, N]``, unless ``batch`` only fills up a rank's share and has weight 0."""
-        weights = batch.packed.weights
-        if weights.any():
-            here = slice(self._stored, self._stored + len(batch.rows))
-            self.values[here, :-1], self.values[here, -1] = metrics.to(self.values), weights.to(self.values)
-            self.rows[here] = torch.tensor(batch.rows, device=self.rows.device)
-            self._stored += len(batch.rows)
-
-
-def scores_of(values: np.ndarray, rows: np.ndarray, names: Sequence[str]) -> Scores:
-    """The scores in the order of the data set, from all ranks' :class:`RowMetrics`, concatenated."""
-    stored = rows >= 0
-    ordered = values[stored][np.argsort(rows[stored])].astype(np.float64)
-    return {name: ordered[:, column] for column, name in enumerate((*names, WEIGHT))}
-
-
-def mean_metrics(values: np.ndarray, rows: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Weighted means over the same rows, by name."""
-    stored = torch.from_numpy(values[rows >= 0].astype(np.float64))
-    means = RunningMeans(names, stored.device)
-    means.add(stored[:, :-1], stored[:, -1])
-    return means.take(lambda sums: sums)
 
 
 def write_scores(path: Path, rows: Dataset, scores: Scores) -> None:

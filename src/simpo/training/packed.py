@@ -6,7 +6,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, get_args
 
@@ -18,7 +18,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from simpo.data.images import text_tokenizer
 from simpo.data.rows import as_dataset
@@ -53,7 +54,7 @@ from simpo.training.batches import (
 )
 from simpo.training.callbacks import CheckpointShare, RunCallback
 from simpo.training.checkpoints import ResumableTrainer
-from simpo.training.metrics import RowMetrics, RunningMeans, Scores, mean_metrics, scores_of
+from simpo.training.metrics import WEIGHT, RunningMeans, Scores
 from simpo.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,8 @@ class PackedTrainer(ResumableTrainer):
 
     A step's loss is the weighted mean of its rows' losses, however it is split into micro-batches and over ranks.
     Overrides of ``Trainer``: how a batch is made (``get_train_dataloader``, ``get_eval_dataloader``), how its loss is
-    computed (``compute_loss``, ``prediction_step``), how micro-batches are looped (``training_step``), and what its
-    bases override: logs and checkpoints.
+    computed (``compute_loss``), the loops over micro-batches (``training_step``) and over rows that are evaluated
+    (``evaluation_loop``), and what its bases override: logs and checkpoints.
 
     Args:
         model: a model, or the name or folder of one.
@@ -132,7 +133,6 @@ class PackedTrainer(ResumableTrainer):
             train_dataset=train_dataset,
             eval_dataset=held_out if isinstance(eval_dataset, dict) else held_out["eval"],
             processing_class=processing_class,
-            compute_metrics=self._evaluation_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -201,6 +201,9 @@ class PackedTrainer(ResumableTrainer):
     def before_step(self, model: nn.Module, batches: Sequence[PlannedBatch]) -> None:
         """Compute what needs all micro-batches of a step before its first forward."""
 
+    def before_evaluating(self, batches: Sequence[PlannedBatch]) -> None:
+        """The same for the micro-batches of an element of :meth:`get_eval_dataloader`."""
+
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
         """One forward: losses and metrics of ``batch`` as of :meth:`loss_and_metrics`."""
         return self.loss_and_metrics(self.responses(model, batch.packed), batch)
@@ -210,6 +213,10 @@ class PackedTrainer(ResumableTrainer):
         return policy_forward(model, packed, path=self.path)
 
     # ---- Data.
+
+    def _all_rows(self) -> list[Dataset]:
+        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return [rows for rows in (self.train_dataset, *held_out) if rows is not None]
 
     @classmethod
     def _tokenized(
@@ -241,7 +248,7 @@ class PackedTrainer(ResumableTrainer):
                 "step, so nothing would be trained; lower per_device_train_batch_size"
             )
         # the trainer's own step count determines which epoch starts, also after a resume
-        return step_loader(rows, plan, lambda: self.state.global_step // max(plan.steps, 1), self.args, self.images)
+        return step_loader(rows, plan, lambda: self.state.global_step // plan.steps, self.args, self.images)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
         """Rows in their order, ``per_device_eval_batch_size`` per rank and element."""
@@ -256,9 +263,7 @@ class PackedTrainer(ResumableTrainer):
         plan = self._plan(rows, self.args.eval_batch_size, training=False)
         return step_loader(rows, plan, lambda: 0, self.args, self.images)
 
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        """As :meth:`get_eval_dataloader`."""
-        return self.get_eval_dataloader(test_dataset)
+    get_test_dataloader = get_eval_dataloader
 
     def _sizes(self, rows: Dataset) -> RowSizes:
         """Tokens that rows take in a forward."""
@@ -284,9 +289,7 @@ class PackedTrainer(ResumableTrainer):
 
     def _choose_path(self) -> ForwardPath:
         """Verify the fast path on a few real rows, in the precision of the training."""
-        model, held_out = prepare_policy(self.model), self.eval_dataset
-        given = [self.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
-        datasets = [rows for rows in given if rows is not None]
+        model, datasets = prepare_policy(self.model), self._all_rows()
         if not datasets:
             return self.args.forward_path
         sample = PackedBatch.build(comparisons_to_check(model, datasets, self.images))
@@ -299,10 +302,9 @@ class PackedTrainer(ResumableTrainer):
                 "other rows, so every response needs a forward of its own, and processes that share the weights must "
                 "make equally many; train without it"
             )
-        taken = torch.tensor([int(path == one) for one in get_args(Path)], device=self.args.device)
-        agreed = self._sum_over_ranks(taken)
+        taken = self._sum_over_ranks(torch.tensor([int(path == one) for one in get_args(Path)]).to(self.args.device))
         # ranks with other plans would wait for one another forever
-        return path if self.args.world_size in agreed else "padded"
+        return path if self.args.world_size in taken else "padded"
 
     # ---- Loss.
 
@@ -363,10 +365,8 @@ class PackedTrainer(ResumableTrainer):
     def _gradient_sync(self, model: nn.Module, *, last: bool) -> Iterator[None]:
         """Let ranks exchange gradients only after the last micro-batch (FSDP reduce-scatters each, to save memory)."""
         self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps when this is true
-        context: AbstractContextManager[None] = nullcontext()
-        if not last and not isinstance(self.model, FSDPModule):
-            context = self.accelerator.no_sync(model)
-        with context:
+        apart = not last and not isinstance(self.model, FSDPModule)
+        with self.accelerator.no_sync(model) if apart else nullcontext():
             yield
 
     def _memory_advice(self, batch: PlannedBatch) -> str:
@@ -397,7 +397,9 @@ class PackedTrainer(ResumableTrainer):
     def _not_finite(self) -> str:
         """Describe what is wrong with the current step, and with which of its rows; the same on every rank."""
         bad = [batch.rows[int(place)] for batch, losses in self._step for place in (~losses.isfinite()).nonzero()]
-        rows, step = self._gather_rows(bad), self._gather_rows([row for batch, _ in self._step for row in batch.rows])
+        own = [bad, [row for batch, _ in self._step for row in batch.rows]]
+        gathered = map(gather_object, own) if self.args.world_size > 1 else own
+        rows, step = (sorted(set(numbers)) for numbers in gathered)  # fillers occur several times
         what = "loss"
         if not rows:
             what = "gradient"
@@ -411,9 +413,6 @@ class PackedTrainer(ResumableTrainer):
             "fix or remove what is named"
         )
 
-    def _gather_rows(self, rows: list[int]) -> list[int]:
-        return sorted(set(gather_object(rows) if self.args.world_size > 1 else rows))  # fillers occur several times
-
     def _has_finite_gradient(self, row: int) -> bool:
         batch = ComparisonRows(self.step_rows, self.images).unplanned_batch([row])
         with self.compute_loss_context_manager():
@@ -424,50 +423,50 @@ class PackedTrainer(ResumableTrainer):
 
     # ---- Evaluation.
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer, but an evaluation before training prepares nothing.
+    def evaluation_loop(  # type: ignore[override]
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Means over the rows of ``dataloader``; predictions are ``[rows, N + 1]`` metrics in their order, and weights.
 
-        accelerate would also treat what it has prepared for evaluation as prepared for training, and not wrap it in
-        DDP: every rank would train its own model.
+        Trainer's own loop would prepare the model for evaluation, and accelerate would take it as prepared for
+        training, too, and not wrap it in DDP.
         """
-        if not self.accelerator._models:
-            self.accelerator._models.append(self.model)
-        with self.forwards():
-            engine = self.deepspeed
-            self.deepspeed = self.model if engine is None else engine  # Trainer would make one that cannot train
-            try:
-                return super().evaluation_loop(*args, **kwargs)
-            finally:
-                self.deepspeed = engine
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Tensor, Tensor]:
-        """Metrics of an element's rows with their weight, ``[rows, N + 1]``, and row numbers (-1 for none)."""
-        found = RowMetrics(self.args.eval_batch_size * self.args.world_size, len(self.metric_names), self.args.device)
-        for batch in inputs["micro_batches"]:
-            with torch.no_grad(), self.accelerator.autocast():  # before training no wrapper does it
-                found.add(batch, self.compute_loss(model, batch, return_outputs=True)[1])
-        return None, found.values, found.rows
-
-    def _evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        metrics = mean_metrics(prediction.predictions, prediction.label_ids, self.metric_names)
+        values = torch.from_numpy(np.stack(list(self._scores(dataloader).values()), axis=1))
+        means = RunningMeans(self.metric_names, values.device)
+        means.add(values[:, :-1], values[:, -1])
+        metrics = means.take(lambda sums: sums)
         for callback in self.callback_handler.callbacks if self.is_in_train else ():
             if isinstance(callback, RunCallback):
                 metrics |= callback.evaluate(self)
-        return metrics
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(values.numpy(), None, metrics, len(values))
 
     def score_rows(self, dataset: Dataset) -> Scores:
         """Metrics of every row of ``dataset``, in its order; unlike those of ``predict``, no tracker gets them."""
-        output = self.evaluation_loop(self.get_test_dataloader(dataset), description="Prediction")
+        scores = self._scores(self.get_test_dataloader(dataset))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback):
                 callback.on_predict(self.args, self.state, self.control)  # closes its bar
-        return scores_of(output.predictions, output.label_ids, self.metric_names)
+        return scores
+
+    def _scores(self, dataloader: DataLoader) -> Scores:
+        """Metrics and weights of every row of ``dataloader``, which has all of them once over all ranks."""
+        names, device = (*self.metric_names, WEIGHT), self.args.device
+        values = torch.zeros(len(dataloader.dataset), len(names), dtype=widest_float(device), device=device)  # type: ignore[arg-type]
+        self.model.eval()
+        if callable(to_eval := getattr(self.optimizer, "eval", None)):  # schedule-free optimizers
+            to_eval()
+        self.callback_handler.eval_dataloader = dataloader  # whose length progress bars show
+        with torch.no_grad(), self.accelerator.autocast(), self.forwards():
+            for inputs in dataloader:
+                self.before_evaluating(inputs["micro_batches"])
+                for batch in inputs["micro_batches"]:
+                    metrics = self.compute_loss(self.model, batch, return_outputs=True)[1]
+                    if batch.packed.weights.any():  # not a filler
+                        columns = [metrics.to(values), batch.packed.weights[:, None].to(values)]
+                        values[torch.tensor(batch.rows, device=device)] = torch.cat(columns, dim=1)
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return dict(zip(names, self._sum_over_ranks(values).double().cpu().numpy().T, strict=True))
 
     def response_logps(self, rows: Dataset) -> Tensor:
         """``[R]`` float64 log-probabilities of all responses of ``rows`` under the model as it is; all ranks call."""

@@ -93,10 +93,6 @@ class PreferenceTrainer(PackedTrainer):
         rows = next(iter(self._all_rows()), None)
         return rows is not None and "label" in rows.column_names
 
-    def _all_rows(self) -> list[Dataset]:
-        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        return [rows for rows in (self.train_dataset, *held_out) if rows is not None]
-
     @classmethod
     def describe(cls, args: Any) -> Description:
         weights = {
@@ -105,10 +101,11 @@ class PreferenceTrainer(PackedTrainer):
             if getattr(args, key)
         }
         settings = ", ".join(f"{key} {value}" for key, value in (args.hyperparameters | weights).items())
+        names = [args.objective] if isinstance(args.objective, str) else args.objective
         return Description(
             f"{args.row.name} ({settings})" if settings else args.row.name,
             f"aligned by **{args.row.name}** ({args.row.paper})",
-            ["simpo", "preference-optimization", *_names(args.objective)],
+            ["simpo", "preference-optimization", *names],
         )
 
     def compare(self, before: Scores, after: Scores) -> list[Metric]:
@@ -182,11 +179,11 @@ class PreferenceTrainer(PackedTrainer):
             total += ((logps.to(total) - reference.to(total)) * batch.packed.weights).sum()
         self._update_reference_point(self._sum_over_ranks(total) / batches[0].step_weight)
 
-    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+    def _scores(self, dataloader: DataLoader) -> Scores:
         """As in the base; KTO's reference point is that of all rows that are evaluated."""
         self._update_shift()
         if "z_ref" in self.objective.needs:
-            rows = dataloader.dataset.rows
+            rows = dataloader.dataset.rows  # type: ignore[attr-defined]
             mismatched = mismatched_rows(rows)
             if self._precomputed:
                 reference = torch.tensor(rows[MISMATCHED_REF_LOGP][:], dtype=torch.float64)
@@ -194,7 +191,7 @@ class PreferenceTrainer(PackedTrainer):
                 reference = self._reference.response_logps(mismatched)
             logps = self.response_logps(mismatched)
             self._update_reference_point((logps - reference.to(logps)).mean())
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+        return super()._scores(dataloader)
 
     def _update_reference_point(self, mean_ratio: Tensor) -> None:
         beta = self.objective.part_that_needs("z_ref").beta  # type: ignore[attr-defined]
@@ -320,10 +317,6 @@ def unpaired_metrics(objective: Objective, y: Responses, label: Tensor) -> Tenso
     values = (objective.reward(y), _logged(objective, y))
     columns = [value.masked_fill(hidden, torch.nan) for value in values for hidden in (~label, label)]
     return torch.stack(columns, dim=-1).detach()
-
-
-def _names(objective: dict[str, float] | str) -> list[str]:
-    return [objective] if isinstance(objective, str) else list(objective)
 
 
 def _logged(objective: Objective, y: Responses) -> Tensor:
