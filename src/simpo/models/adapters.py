@@ -209,12 +209,6 @@ def changes_tied_weights(model: PeftModel) -> bool:
     return changed and bool(getattr(base.config, "tie_word_embeddings", False))
 
 
-def describe_adapter(model: PeftModel) -> str:
-    """The number of trained parameters of ``model``, as text."""
-    trained, total = model.get_nb_trainable_parameters()
-    return f"adapter: {trained:,} of {total:,} parameters are trained"
-
-
 def move_named_adapter(model: PeftModel, folder: Path) -> None:
     """Move an adapter that was saved in a subfolder of its own name to where it is looked for."""
     subfolder = folder / active_name(model)
@@ -248,11 +242,6 @@ def _fault(model: PeftModel, stored: Mapping[str, Tensor]) -> str | None:
         if tuple(tensor.shape) != shape_of(known[name]):
             return f"{name} is {list(tensor.shape)} there, {list(shape_of(known[name]))} here"
     return None
-
-
-def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Give the adapter on ``model`` the weights in ``folder``, which :func:`adapter_fault` has checked."""
-    set_peft_model_state_dict(model, read_adapter_tensors(str(folder)), adapter_name=active_name(model))
 
 
 def read_adapter_tensors(name: str, revision: str = "main") -> dict[str, Tensor]:

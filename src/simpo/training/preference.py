@@ -73,9 +73,8 @@ class PreferenceTrainer(PackedTrainer):
         compares = self.objective.needs_reference
         self._precomputed = compares and self.args.precompute_ref_log_probs
         copy_weights = bool(self.args.kl_weight) or (compares and not self._precomputed)
-        self._reference = ReferenceModel(self, self.args.reference_cache, copy_weights=copy_weights)
-        if self._precomputed and self.args.reference_cache is not None:
-            self._reference.check_cache()
+        cache = self.args.reference_cache if self._precomputed else None
+        self._reference = ReferenceModel(self, cache, copy_weights=copy_weights)
 
     @property
     def metric_names(self) -> tuple[str, ...]:

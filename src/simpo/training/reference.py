@@ -72,6 +72,8 @@ class ReferenceModel:
         self._weights: list[Tensor] = []
         if copy_weights:
             self.keep_copy()
+        if cache is not None:
+            self._cache_folder  # noqa: B018 - an error now if it is of another model or precision
 
     def keep_copy(self) -> None:
         """Keep a copy of the weights, unless there is one."""
@@ -100,10 +102,6 @@ class ReferenceModel:
                 rows = rows.add_column(MISMATCHED_REF_LOGP, logps, feature=Value("float64"))
             self._completed[key] = rows
         return self._completed[key]
-
-    def check_cache(self) -> None:
-        """Raise :class:`SimpoError` now if the cache is of another model or precision."""
-        self._cache_folder  # noqa: B018
 
     @cached_property
     def _policy(self) -> str:

@@ -18,7 +18,6 @@ from simpo.data.images import has_images
 from simpo.data.inspection import shared_rows
 from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError, third_party
-from simpo.models.adapters import describe_adapter
 from simpo.models.checkpoint import model_digest
 from simpo.models.devices import from_main
 from simpo.models.hub import check_target, files_to_push, push
@@ -171,7 +170,8 @@ def _prepare(
         with third_party("model_name_or_path: generation_config.json"):  # which saving would refuse
             generation.validate(strict=True)
     if isinstance(trainer.model, PeftModel):
-        folder.log(describe_adapter(trainer.model))
+        trained, total = trainer.model.get_nb_trainable_parameters()
+        folder.log(f"adapter: {trained:,} of {total:,} parameters are trained")
         if config.disable_dropout and job.model.lora.get("lora_dropout"):
             folder.log("lora_dropout: has no effect while disable_dropout is true, its default")
     return trainer, metrics, identity

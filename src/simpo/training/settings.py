@@ -181,26 +181,24 @@ class TrainingSettings(TrainingArguments):
 
     def _check(self) -> None:
         """Report all mistakes at once."""
-        check_all(self._check_declared, self._check_values, self._check_numbers, self._check_checkpointing)
-
-    def _check_declared(self) -> None:
-        check_values(self)
-        self.tokenize_settings  # noqa: B018 - it checks itself
-        if self.truncation == "paper" and not self.truncates_as_paper:
-            raise SimpoError("truncation: 'paper' cuts the responses of pairs; use 'prompt' or 'drop'")
+        check_all(
+            lambda: check_values(self),
+            lambda: self.tokenize_settings,  # which checks itself
+            self._check_values,
+            self._check_optimizer,
+            self._check_numbers,
+            self._check_checkpointing,
+        )
 
     def _check_values(self) -> None:
-        for key in ("seed", "data_seed"):
-            value = getattr(self, key)
-            if value is not None and not 0 <= value < 2**32:
-                raise SimpoError(f"{key}: must be at least 0 and below 2**32, not {value}")
+        if self.truncation == "paper" and not self.truncates_as_paper:
+            raise SimpoError("truncation: 'paper' cuts the responses of pairs; use 'prompt' or 'drop'")
         if self.use_liger_kernel:
             from simpo.models.devices import liger_config  # noqa: PLC0415 - as above
 
             self.liger_kernel_config = liger_config(self.liger_kernel_config, self.device)  # type: ignore[has-type]
         elif self.liger_kernel_config:
             raise SimpoError("liger_kernel_config: set use_liger_kernel: true, or leave it out")
-        self._check_optimizer()
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise SimpoError(
                 f"train_sampling_strategy: {self.train_sampling_strategy!r} is not needed (micro-batches are balanced "
@@ -221,6 +219,9 @@ class TrainingSettings(TrainingArguments):
         for key in ("learning_rate", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise SimpoError(f"{key}: must be at least 0, not {getattr(self, key):g}")
+        for key in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, key) or 0) < 2**32:
+                raise SimpoError(f"{key}: must be at least 0 and below 2**32, not {getattr(self, key)}")
 
     def _check_checkpointing(self) -> None:
         given = self.gradient_checkpointing_kwargs or getattr(self, "activation_checkpointing_kwargs", None) or {}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from simpo.errors import SimpoError, one_line
-from simpo.models.adapters import adapter_tensors, load_adapter, read_adapter_tensors
+from simpo.models.adapters import active_name, adapter_tensors, read_adapter_tensors
 from simpo.models.zero import gathered_forwards, prepare_deepspeed
 
 
@@ -66,21 +66,17 @@ class ShardedTrainer(Trainer):
         Raises:
             SimpoError: it was saved with another engine, ZeRO stage or number of processes (``saved_by``).
         """
-        theirs = any(checkpoint.glob("global_step*"))
-        if theirs != self.is_deepspeed_enabled:
+        there = here = "without DeepSpeed"
+        if any(checkpoint.glob("global_step*")):
+            zero3 = any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt"))
+            there = f"with DeepSpeed {'at' if zero3 else 'below'} ZeRO stage 3 by {saved_by} processes"
+        if self.is_deepspeed_enabled:
+            zero3 = self.accelerator.state.deepspeed_plugin.zero_stage == 3
+            here = f"with DeepSpeed {'at' if zero3 else 'below'} ZeRO stage 3 by {self.args.world_size} processes"
+        if there != here:
             raise SimpoError(
-                f"resume_from_checkpoint: {checkpoint} was saved {'with' if theirs else 'without'} DeepSpeed; continue "
-                "it the same way, or start a new run from its weights (model_name_or_path)"
-            )
-        if theirs and saved_by != self.args.world_size:
-            raise SimpoError(
-                f"resume_from_checkpoint: {checkpoint} was saved by {saved_by} processes, and DeepSpeed cannot "
-                f"continue it on {self.args.world_size}; start {saved_by} processes"
-            )
-        zero3 = any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt"))
-        if theirs and zero3 != (self.accelerator.state.deepspeed_plugin.zero_stage == 3):
-            raise SimpoError(
-                f"resume_from_checkpoint: {checkpoint} was saved with another ZeRO stage; continue it with that one"
+                f"resume_from_checkpoint: {checkpoint} was saved {there}, and this run is {here}; continue it the same "
+                "way, or start a new run from its weights (model_name_or_path)"
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -128,7 +124,8 @@ class ShardedTrainer(Trainer):
         if self._shards:
             _load_sharded(self.model, folder)
         elif isinstance(self.model, PeftModel):
-            load_adapter(self.model, folder)
+            stored = read_adapter_tensors(str(folder))  # which has been checked
+            set_peft_model_state_dict(self.model, stored, adapter_name=active_name(self.model))
         elif not _names_known(folder, self.model):
             _load_renamed(folder, self.model)
         else:
