@@ -93,7 +93,7 @@ def test_figures_and_examples_of_real_tokenizers(build_tokenizer, kind):
     for example, number in zip(shown, (0, 4, 8), strict=True):
         messages = [{"role": "user", "content": "The answer is:"}, {"role": "assistant", "content": f"yes {number}"}]
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        assert whole.startswith(example.prompt + example.responses[0])
+        assert whole.startswith(example.prompt + "".join(text for text, _ in example.responses[0]))
 
 
 def test_pairs_that_contradict_each_other():

@@ -146,26 +146,13 @@ def _print_examples(console: Console, shown: list[Example]) -> None:
     for example in shown:
         console.print(Text(f"\n--- {printable(example.where)}", style="bold"))
         console.print(Text(_shortened(example.prompt), style="dim"))
-        if example.spans:
-            _print_spans(console, example, opening, closing)
-            continue
-        for rank, response in enumerate(example.responses):
-            style = "black on green" if rank == 0 else "black on yellow"
-            single = len(example.responses) == 1
-            text = Text("response: " if single else "chosen: " if rank == 0 else "rejected: ")
-            text.append(f"{opening}{_shortened(response)}{closing}", style=style)
+        titles = ["response"] if len(example.responses) == 1 else ["chosen", *["rejected"] * len(example.responses)]
+        for title, pieces in zip(titles, example.responses, strict=False):
+            text = Text(f"{title}: ")
+            for piece, scored in pieces:
+                style = "dim" if not scored else "black on yellow" if title == "rejected" else "black on green"
+                text.append(f"{opening}{_shortened(piece)}{closing}" if scored else _shortened(piece), style=style)
             console.print(text)
-
-
-def _print_spans(console: Console, example: Example, opening: str, closing: str) -> None:
-    """The response of a conversation, of which only the answers are scored."""
-    text = Text("response: ")
-    for span, scored in example.spans:
-        if scored:
-            text.append(f"{opening}{_shortened(span)}{closing}", style="black on green")
-        else:
-            text.append(_shortened(span), style="dim")
-    console.print(text)
 
 
 def _shortened(text: str) -> str:

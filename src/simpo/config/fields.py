@@ -278,25 +278,19 @@ def keys_of(classes: Iterable[type]) -> dict[str, Key]:
     """The keys of dataclasses and of the dataclasses that are their fields; the first declaration of a key counts."""
     keys: dict[str, Key] = {}
     for cls in classes:
-        for key in _keys(cls, None):
+        for key in _keys(cls, MISSING):
             keys.setdefault(key.name, key)
     return keys
 
 
 def _keys(cls: type, defaults: Any) -> Iterator[Key]:
-    hints = get_type_hints(cls)
-    for declared in _settable(cls):
-        annotation, metadata = hints[declared.name], declared.metadata
-        default = _default(declared) if defaults is None else getattr(defaults, declared.name)
-        if dataclasses.is_dataclass(annotation):
-            yield from (
-                key
-                for key in _keys(annotation, None if default is MISSING else default)  # type: ignore[arg-type]
-                if _is_included(key.name, metadata)
-            )
+    for declared, kind, default in _parts(cls, defaults):
+        metadata = declared.metadata
+        if dataclasses.is_dataclass(kind):
+            yield from (key for key in _keys(kind, default) if _is_included(key.name, metadata))  # type: ignore[arg-type]
             continue
         # transformers annotates fsdp as text and declares in argparse's terms that it may be a flag as well.
-        annotation = annotation | bool if metadata.get("const") is True else annotation
+        annotation = kind | bool if metadata.get("const") is True else kind
         if choices := tuple(metadata.get("choices", ())):  # as transformers declares them
             annotation = Literal[choices] | None if type(None) in members_of(annotation) else Literal[choices]
         owner = next(base for base in cls.__mro__ if declared.name in inspect.get_annotations(base))
@@ -305,17 +299,19 @@ def _keys(cls: type, defaults: Any) -> Iterator[Key]:
         yield Key(declared.name, annotation, default, help_text, positional, repeat, owner)
 
 
-def _settable(cls: type) -> list[dataclasses.Field]:
-    return [declared for declared in dataclasses.fields(cls) if declared.init]
+def _parts(cls: type, defaults: Any) -> Iterator[tuple[dataclasses.Field, Any, Any]]:
+    """The fields that can be set, with their types and defaults, which an instance ``defaults`` may replace."""
+    hints = get_type_hints(cls)
+    for declared in dataclasses.fields(cls):
+        if declared.init:
+            default = declared.default if declared.default_factory is MISSING else declared.default_factory()
+            default = default if defaults is MISSING else getattr(defaults, declared.name)
+            yield declared, hints[declared.name], default
 
 
 def _is_included(name: str, metadata: Mapping[str, Any]) -> bool:
     only = metadata.get("only")
     return (not only or name in only) and name not in metadata.get("without", ())
-
-
-def _default(declared: dataclasses.Field) -> Any:
-    return declared.default if declared.default_factory is MISSING else declared.default_factory()
 
 
 def fit(setting: Setting, annotation: Any) -> Any:
@@ -327,28 +323,26 @@ def fit(setting: Setting, annotation: Any) -> Any:
         raise SimpoError(f"{setting.label}: {problem}") from error
 
 
-def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting], defaults: Any = None) -> Any:
+def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting], defaults: Any = MISSING) -> Any:
     """An instance of ``cls`` from ``values`` by key.
 
     ``defaults`` is an instance of ``cls`` that provides what ``values`` lacks; ``settings`` are for errors.
     """
-    hints = get_type_hints(cls)
     arguments = {}
     mistakes: list[str] = []
-    for declared in _settable(cls):
-        name, annotation = declared.name, hints[declared.name]
-        default = _default(declared) if defaults is None else getattr(defaults, name)
+    for declared, annotation, default in _parts(cls, defaults):
+        name = declared.name
         if dataclasses.is_dataclass(annotation):
             own = {key: value for key, value in values.items() if _is_included(key, declared.metadata)}
             try:
-                arguments[name] = build(annotation, own, settings, None if default is MISSING else default)  # type: ignore[arg-type]
+                arguments[name] = build(annotation, own, settings, default)  # type: ignore[arg-type]
             except SimpoError as error:
                 mistakes += error.args
         elif name in values:
             arguments[name] = values[name]
         elif default is MISSING:
             mistakes.append(f"{name} is missing: give it in the recipe or as --{name}")
-        elif defaults is not None:
+        elif defaults is not MISSING:
             arguments[name] = default
     if mistakes:
         raise CombinedError(*mistakes)

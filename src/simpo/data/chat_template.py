@@ -468,15 +468,3 @@ class GivenAnswers:
                 "the row"
             )
         return content
-
-
-def check_reasoning_ends(answer: str) -> None:
-    """Raise BadRow if an answer opens its reasoning and does not end it."""
-    if answer.lstrip().startswith("<think>") and "</think>" not in answer:
-        raise BadRow("reasoning that does not end: <think> without </think>")
-
-
-def check_not_empty(answer: str) -> None:
-    """Raise BadRow if an answer is empty or consists of white space."""
-    if not answer.strip():
-        raise BadRow("empty response")

@@ -58,17 +58,15 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A prompt and what follows it, of which the assistant's turns are learned."""
+class Conversation(Comparison):
+    """A prompt and the turns that follow it, of which the assistant's are learned.
 
-    prompt: str | list[Message]  # text, or the messages before the first turn that is learned
-    # Text if the prompt is text, else messages, the first and the last of them the assistant's.
-    completion: str | list[Message]
-    where: str  # where the row comes from, e.g. `"train.jsonl:12"`
-    extra: dict[str, Any] = field(default_factory=dict)  # the row's other columns
+    ``prompt`` has the messages before the first turn that is learned. ``responses`` are the text that follows it or, if
+    it has messages, those that follow, the first and the last of them the assistant's.
+    """
+
     unanswered: int = 0  # how many messages followed the last one that is learned
-    scored: tuple[int, ...] = ()  # positions of the messages of the completion that are learned; none if it is text
-    context: Context = field(default_factory=Context)  # tools and variables for the chat template
+    scored: tuple[int, ...] = ()  # which of `responses` are learned; none if they are text
 
 
 def is_comparison(row: Mapping[str, Any]) -> bool:
@@ -237,8 +235,8 @@ def read_conversation(row: Mapping[str, Any], where: str, roles: Collection[str]
     if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
         prompt, rest, context = apply_context(row, row["prompt"], [row["completion"]])
         if isinstance(prompt, str):
-            return Conversation(prompt, rest[0], where, extra, context=context)
-        return Conversation(prompt, rest, where, extra, scored=(0,), context=context)
+            return Conversation(prompt, tuple(rest), where, extra, context=context)
+        return Conversation(prompt, tuple(rest), where, extra, context=context, scored=(0,))
     completion = read_messages(row["completion"], "completion", images=True, roles=roles)
     return _split_turns(row, _read_opening(row["prompt"], roles), completion, where, extra)
 
@@ -275,8 +273,12 @@ def _split_turns(
     messages = drop_train_key(messages)
     start, end = learned[0], learned[-1] + 1
     opening, following, context = apply_context(row, messages[:start], messages[start:end])
-    scored = tuple(i - start for i in learned)
-    return Conversation(opening, following, where, extra, len(messages) - end, scored, context)
+    return Conversation(
+        *(opening, tuple(following), where, extra),
+        context=context,
+        unanswered=len(messages) - end,
+        scored=tuple(i - start for i in learned),
+    )
 
 
 def read_prompt(
@@ -328,31 +330,24 @@ _LIST = re.compile(r"""\s*\[\s*(["']).*\1\s*\]\s*""", re.DOTALL)
 _LONG = 20
 
 
-def suspicions(row: Mapping[str, Any], content: Comparison | Conversation, options: Collection[str] = ()) -> list[str]:
+def suspicions(row: Mapping[str, Any], content: Comparison, options: Collection[str] = ()) -> Iterator[str]:
     """Status entries (:meth:`simpo.data.rows.DataReport.of`) for what is suspect in a row, read as ``content``.
 
     ``options`` are variables of the chat template, which a row has in ``chat_template_kwargs``.
     """
-    lost = [name for name, value in content.extra.items() if name in options and value is not None]
-    return [
-        *(
-            f"ignored: column {name!r}, a variable of the chat template; put it into chat_template_kwargs"
-            for name in lost
-        ),
-        *_suspicions(row, content),
-    ]
-
-
-def _suspicions(row: Mapping[str, Any], content: Comparison | Conversation) -> Iterator[str]:
-    answers = [content.completion] if isinstance(content, Conversation) else content.responses
-    openings = [text.lstrip() for text in map(_text, answers)]
+    for name, value in content.extra.items():
+        if name in options and value is not None:
+            yield f"ignored: column {name!r}, a variable of the chat template; put it into chat_template_kwargs"
+    has_turns = isinstance(content, Conversation)
+    following = _texts(content.responses)
+    openings = [text.lstrip() for text in (following[:1] if has_turns else following)]
     for name in ASKED_COLUMNS:
         # Messages that are not read as the prompt may also hold the answer, if one is wanted.
         unread = name == "prompt" or (name in content.extra and (openings or isinstance(row[name], str)))
         given = list(texts_of(row.get(name))) if unread else []
-        if given and _any_lost(given, [*_texts(content), *openings]):
+        if given and _any_lost(given, [*_texts(content.prompt), *following]):
             yield f"ignored: column {name!r}, which does not occur in the conversation"
-    asked = [content.prompt] if isinstance(content.prompt, str) else _contents(content.prompt, "user")
+    asked = _texts(content.prompt, "user")
     if not all(text.strip() for text in asked):
         yield "suspect: a user message is empty"
     if isinstance(content.prompt, str) and all(map(_LIST.fullmatch, [content.prompt, *openings])):
@@ -360,12 +355,11 @@ def _suspicions(row: Mapping[str, Any], content: Comparison | Conversation) -> I
     question = asked[-1].replace(IMAGE, "").strip() if asked else ""
     if len(question) >= _LONG and openings and all(text.startswith(question) for text in openings):
         yield "suspect: every answer begins with the whole prompt, which is scored with it"
-    if isinstance(content, Comparison):
-        for better in filter(_RATING.match, row):
-            worse = better.replace("chosen", "rejected")
-            scores = [row[name] for name in (better, worse) if is_number(row.get(name))]
-            if len(scores) == 2 and scores[0] <= scores[1]:
-                yield f"suspect: {better} is not above {worse}"
+    for better in () if has_turns else filter(_RATING.match, row):
+        worse = better.replace("chosen", "rejected")
+        scores = [row[name] for name in (better, worse) if is_number(row.get(name))]
+        if len(scores) == 2 and scores[0] <= scores[1]:
+            yield f"suspect: {better} is not above {worse}"
 
 
 def _any_lost(given: list[str], texts: list[str]) -> bool:
@@ -387,19 +381,8 @@ def _words(text: str) -> str:
     return " ".join(text.replace(IMAGE_IN_TEXT, " ").replace(IMAGE, " ").split())
 
 
-def _texts(content: Comparison | Conversation) -> list[str]:
-    """The texts of the prompt, and of the conversation that follows it."""
-    found = [content.prompt] if isinstance(content.prompt, str) else _contents(content.prompt)
-    completion = getattr(content, "completion", [])
-    return found + ([completion] if isinstance(completion, str) else _contents(completion))
-
-
-def _contents(messages: list[Message], *roles: str) -> list[str]:
-    return [message["content"] for message in messages if not roles or message["role"] in roles]
-
-
-def _text(answer: Response | list[Message]) -> str:
-    """The text of an answer: a string, a message, or the first of several messages."""
-    if isinstance(answer, list):
-        answer = answer[0]
-    return answer if isinstance(answer, str) else answer["content"]
+def _texts(items: str | Sequence[Response], *roles: str) -> list[str]:
+    """A text, or the texts of several answers or messages, of messages those of the given roles if there are any."""
+    several = [items] if isinstance(items, str) else items
+    messages = [{"content": item} if isinstance(item, str) else item for item in several]
+    return [one["content"] for one in messages if not roles or one.get("role") in (None, *roles)]

@@ -139,9 +139,7 @@ class Example:
 
     where: str  # where its row comes from
     prompt: str  # text of the prompt, special tokens included
-    responses: list[str]  # text of each response
-    # Of a conversation, the pieces of its response and whether they are scored; empty if everything is.
-    spans: tuple[tuple[str, bool], ...] = ()
+    responses: list[list[tuple[str, bool]]]  # the pieces of each response's text, and whether they are scored
 
 
 def examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -154,17 +152,17 @@ def _example(row: dict, position: str, tokenizer: PreTrainedTokenizerBase) -> Ex
     def text(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    prompt = text(row["prompt_ids"])
-    # Decoded after the prompt, because a decoder may strip the space that a response starts with.
-    responses = [text(row["prompt_ids"] + ids)[len(prompt) :] for ids in row["response_ids"]]
-    spans, before = [], row["prompt_ids"]
-    scored_ids = zip(row["response_ids"][0], row["scored"][0], strict=True) if row.get("scored") else ()
-    for scored, run in groupby(scored_ids, key=itemgetter(1)):
-        after = before + [token_id for token_id, _ in run]
-        spans.append((text(after)[len(text(before)) :], scored))
-        before = after
+    def pieces(response: list[int], marks: list[bool]) -> Iterator[tuple[str, bool]]:
+        before = row["prompt_ids"]  # decoded with it, because a decoder may strip the space that a text starts with
+        for scored, run in groupby(zip(response, marks, strict=True), key=itemgetter(1)):
+            after = before + [token_id for token_id, _ in run]
+            yield text(after)[len(text(before)) :], scored
+            before = after
+
+    all_marks = row.get("scored") or [[True] * len(ids) for ids in row["response_ids"]]
+    responses = [list(pieces(*both)) for both in zip(row["response_ids"], all_marks, strict=True)]
     # Data that the user tokenized may not name the source of its rows.
-    return Example(row.get("where", position), prompt, responses, tuple(spans))
+    return Example(row.get("where", position), text(row["prompt_ids"]), responses)
 
 
 # ---- Several answers to one prompt: how different they are, how their scores spread, and how both relate to length.

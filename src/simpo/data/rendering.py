@@ -21,8 +21,6 @@ from simpo.data.chat_template import (
     EndOfTurn,
     GivenAnswers,
     as_object,
-    check_not_empty,
-    check_reasoning_ends,
     end_of_turn,
 )
 from simpo.data.encoding import LiteralText
@@ -33,7 +31,6 @@ from simpo.data.messages import (
     ROLES,
     Context,
     Message,
-    Response,
     as_messages,
     reasoning_of,
     split_reasoning,
@@ -42,6 +39,7 @@ from simpo.data.rows import PART, BadRow
 from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
 
+_EMPTY = "empty response"
 _TRIMMED = "white space around an answer, which the chat template drops"
 _NO_PREFIX = (
     "the chat template renders a prompt that is not the beginning of the rendered conversation; "
@@ -162,9 +160,7 @@ class Renderer:
         if self._cutter is None:
             return self._as_text(comparison)
         template = self._cutter.template
-        opening, following, context, marker = self._chat(
-            comparison.prompt, comparison.responses, comparison.context, template
-        )
+        opening, following, context, marker = self._chat(comparison, template)
         prompt = template.render(opening, context, generation_prompt=not self._paper)
         answer = self._cutter.as_paper if self._paper else self._cutter.answer
         answers = tuple(answer(prompt, opening, message, context) for message in following)
@@ -175,16 +171,11 @@ class Renderer:
         """Render one conversation: as one sequence, or as one for each answer if the template renders an earlier answer
         differently from what generation has to produce.
         """
-        completion = conversation.completion
-        following = [completion] if isinstance(completion, str) else completion
         if self._cutter is None:
-            comparison = Comparison(
-                conversation.prompt, tuple(following), conversation.where, context=conversation.context
-            )
-            text = self._as_text(comparison)
+            text = self._as_text(conversation)
             return [RenderedTurns(text.prompt, text.answers, status=text.status)]
         template = self._cutter.template
-        opening, rest, context, marker = self._chat(conversation.prompt, following, conversation.context, template)
+        opening, rest, context, marker = self._chat(conversation, template)
         messages = [*opening, *rest]
         answers = []
         for i in [len(opening) + place for place in conversation.scored] or [len(opening)]:
@@ -213,53 +204,51 @@ class Renderer:
         if context.columns:
             raise BadRow(f"{next(iter(context.columns))}, but the tokenizer has no chat template")
         texts = [self._given.text(str(text)) for text in comparison.responses]
-        for text in texts:
-            check_not_empty(text)
+        if not all(text.strip() for text in texts):
+            raise BadRow(_EMPTY)
         answers = tuple(Answer(prompt, text, self.end) for text in texts)
         return Rendered(prompt, answers, status=tuple(f"ignored: column {name!r}" for name in context.without_effect))
 
     def _chat(
-        self, prompt: str | list[Message], rest: Sequence[Response], context: Context, template: ChatTemplate
+        self, comparison: Comparison, template: ChatTemplate
     ) -> tuple[list[Message], list[Message], Context, str | None]:
         """The row's messages before and after the prompt's end, its context, and the marker of special-token text."""
-        opening, following = (
-            [
-                {**message, "content": self._given.text(message["content"])}
-                if message["role"] == "assistant"
-                else message
-                for message in messages
-            ]
-            for messages in as_messages(prompt, rest)
-        )
-        for message in following:
-            if message["role"] == "assistant" and self._whole_answers and "</think>" in template.source:
-                check_reasoning_ends(message["content"])
-            if message["role"] == "assistant" and not (message.get("tool_calls") or reasoning_of(message)):
-                check_not_empty(message["content"])
+        opening, following = as_messages(comparison.prompt, comparison.responses)
         if self._settings.system_message == "fold":
             opening = _fold_system_messages(opening)
-        opening = list(map(template.with_arguments, opening))
-        following = list(map(template.with_arguments, following))
-        # An assistant may write some structural tokens, but only in the content of its messages.
-        everything = [*opening, *following]
-        contents = [message["content"] for message in everything if message["role"] == "assistant"]
-        others = [
-            {key: value for key, value in message.items() if key != "content" or message["role"] != "assistant"}
-            for message in everything
-        ]
-        if marker := self._literal.marker_for([others, context.tools], answers=contents):
-            opening, following = self._mark_messages(opening, marker), self._mark_messages(following, marker)
-            context = replace(context, tools=self._literal.mark(context.tools, marker))
         if self._insert_system and opening[0]["role"] != "system":
             opening = [{"role": "system", "content": ""}, *opening]
-        return opening, following, context, marker
-
-    def _mark_messages(self, messages: list[Message], marker: str) -> list[Message]:
-        mark = self._literal.mark
-        return [
-            mark(message, marker) | {"content": mark(message["content"], marker, message["role"])}
+        size = len(opening)
+        messages = [template.with_arguments(self._as_given(message)) for message in (*opening, *following)]
+        for message in messages[size:]:
+            content = message["content"]
+            opens = self._whole_answers and "</think>" in template.source and content.lstrip().startswith("<think>")
+            if message["role"] == "assistant" and opens and "</think>" not in content:
+                raise BadRow("reasoning that does not end: <think> without </think>")
+            said = content.strip() or message.get("tool_calls") or reasoning_of(message)
+            if message["role"] == "assistant" and not said:
+                raise BadRow(_EMPTY)
+        # An assistant may write some structural tokens, but only in the content of its messages.
+        contents = [message["content"] for message in messages if message["role"] == "assistant"]
+        others = [
+            {key: value for key, value in message.items() if key != "content" or message["role"] != "assistant"}
             for message in messages
         ]
+        context = comparison.context
+        if marker := self._literal.marker_for([others, context.tools], answers=contents):
+            mark = self._literal.mark
+            messages = [
+                mark(message, marker) | {"content": mark(message["content"], marker, message["role"])}
+                for message in messages
+            ]
+            context = replace(context, tools=mark(context.tools, marker))
+        return messages[:size], messages[size:], context, marker
+
+    def _as_given(self, message: Message) -> Message:
+        """A message whose content, if it is the assistant's, ends without the end of a turn."""
+        if message["role"] != "assistant":
+            return message
+        return {**message, "content": self._given.text(message["content"])}
 
 
 def _fold_system_messages(messages: list[Message]) -> list[Message]:
