@@ -20,7 +20,7 @@ import yaml
 from simpo.errors import SimpoError, third_party
 from simpo.runs.files import write_text
 from simpo.runs.folder import RunFolder
-from simpo.runs.log import EarlyNotices
+from simpo.runs.log import early_notices
 from simpo.runs.manifest import find_damage, write_manifest
 from simpo.runs.results import Metric, fingerprint, read_results
 
@@ -376,7 +376,6 @@ def test_warnings_are_in_the_log_while_the_run_lasts(tmp_path, capsys):
 HOLDING = """
 import os, sys, time
 from simpo.runs.folder import RunFolder
-from simpo.runs.log import EarlyNotices
 folder = RunFolder(sys.argv[1], command="train")
 folder.begin({"a": 1})
 if sys.argv[2] == "alone" or os.fork() == 0:
@@ -428,7 +427,6 @@ def test_a_folder_that_another_run_took_in_between_is_refused(tmp_path, start):
 STARTING = """
 import sys
 from simpo.runs.folder import RunFolder
-from simpo.runs.log import EarlyNotices
 print("ready", flush=True)
 with RunFolder(sys.argv[1], command="train") as folder:
     folder.log("started")
@@ -472,7 +470,7 @@ def test_a_link_with_the_name_of_a_temporary_file_is_replaced(tmp_path):
 
 
 def test_the_log_has_earlier_notices_and_the_error_that_ended_the_run(tmp_path):
-    early, root = EarlyNotices(), logging.getLogger()
+    early, root = early_notices(), logging.getLogger()
     root.addHandler(early)
     logging.getLogger("simpo").warning("recipe.yaml: an old spelling")
     with pytest.raises(SimpoError), begin(tmp_path / "out"), third_party("file.json: row 3"):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from traceback import format_exception
 from typing import Any, ClassVar, Literal, Self
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.runs import manifest
 from simpo.runs.files import JsonLines, disk_errors, remove_leftovers, write_text
-from simpo.runs.log import EarlyNotices, LogFile, mask_secrets, redact, redact_arguments, redact_yaml, utc_now
+from simpo.runs.log import LogFile, mask_secrets, redact, redact_arguments, redact_yaml, utc_now
 from simpo.runs.results import FILE_NAME as RESULTS
 from simpo.runs.results import Metric, fingerprint, write_results
 from simpo.runs.terminal import output_is_closed, printable
@@ -244,11 +245,12 @@ class RunFolder:
     def _open_log(self) -> None:
         """Open the log, with everything in it that was logged before there was one."""
         self._log = LogFile(self.path / "log.txt")
-        early = [handler for handler in logging.getLogger().handlers if isinstance(handler, EarlyNotices)]
-        for line in (*(line for handler in early for line in handler.take()), *self._early_lines):
-            self._log.write(line)
-        for handler in early:
+        for handler in [one for one in logging.getLogger().handlers if isinstance(one, MemoryHandler)]:
             logging.getLogger().removeHandler(handler)
+            handler.setTarget(self._log)
+            handler.close()  # which writes what it has kept
+        for line in self._early_lines:
+            self._log.write(line)
         self._early_lines.clear()
         logging.getLogger().addHandler(self._log)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -126,22 +128,11 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-class EarlyNotices(logging.Handler):
-    """Keeps what was reported before a run had a folder, for the run's log."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.setFormatter(logging.Formatter("note: %(message)s"))
-        self._lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep a record."""
-        self._lines.append(self.format(record))
-
-    def take(self) -> list[str]:
-        """The lines so far; the run's log gets the others itself."""
-        lines, self._lines = self._lines, []
-        return lines
+def early_notices() -> MemoryHandler:
+    """A handler that keeps what is reported before a run has a folder, for the run's log."""
+    handler = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
+    handler.setLevel(logging.WARNING)
+    return handler
 
 
 class LogFile(logging.Handler):
