@@ -18,7 +18,7 @@ from simpo.cli import main
 from simpo.judging import annotate as annotation
 from simpo.judging.protocol import Answers
 from simpo.judging.registry import make_scorer
-from simpo.judging.scored import ExactScorer
+from simpo.judging.scorers import ExactScorer
 from simpo.judging.settings import JudgeOptions
 from simpo.runs.files import read_lines
 from simpo.runs.results import read_results
@@ -89,7 +89,7 @@ def test_a_run_that_was_killed_goes_on(sampled, monkeypatch):
     assert main(command(sampled, "exact")) == 0
     with monkeypatch.context() as patch:
         scored = iter([*[[[float(judge(row["prompt"], text)) for text in row["responses"]] for row in rows()[:5]]]])
-        patch.setattr("simpo.judging.scored.ExactScorer.score", lambda self, part: next(scored))
+        patch.setattr("simpo.judging.scorers.ExactScorer.score", lambda self, part: next(scored))
         assert main(command(sampled, "exact", output="killed")) == 1  # what no command foresees
     assert not (sampled / "killed/annotated.jsonl").exists()
     with (sampled / "killed/.scores.jsonl").open("a") as file:

@@ -71,12 +71,12 @@ def test_files_of_both_kinds_are_about_the_same_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"text": "x"}, "no 'id'"),
-        ({"id": "x", "prompt": "p"}, "no 'responses'"),
+        ({"text": "x"}, "no id and prompt"),
+        ({"id": "x", "prompt": "p"}, "responses: expected"),
         ({"id": "x", "prompt": "p", "responses": []}, "expected one or more texts"),
         ({"id": "x", "prompt": "p", "responses": [None]}, "expected one or more texts"),
         ({"id": "x", "prompt": "p", "responses": ["r"], "extra": None}, "extra: expected a mapping"),
-        ({"id": "x", "prompt": 7, "responses": ["a"]}, "prompt has no messages"),
+        ({"id": "x", "prompt": 7, "responses": ["a"]}, "no id and prompt"),
         ({"instruction": "x", "output": None}, "output: expected text"),
         ({"id": "first", "prompt": "p", "responses": ["a"]}, "'first' occurs twice, first at answers.jsonl:1"),
     ],

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from simpo.cli import main
 from simpo.evaluation import rewardbench
 from simpo.evaluation.rewardbench import SUBSETS, item_terms, read_items, score_metrics
-from simpo.judging.models import ModelScorer
+from simpo.judging.scorers import ModelScorer
 from simpo.runs.results import read_results
 
 NAMES = ("factuality", "precise_if", "math", "safety", "focus", "ties")

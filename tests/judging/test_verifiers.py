@@ -14,7 +14,7 @@ from simpo import SimpoError
 from simpo.cli import main
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import make_annotator, make_judge
-from simpo.judging.scored import _attempt, _Verifier
+from simpo.judging.scorers import _attempt, _Verifier
 from simpo.judging.settings import JudgeOptions
 from simpo.runs.files import read_lines
 

@@ -12,8 +12,8 @@ from simpo import cli
 from simpo.data.formats import read_comparison
 from simpo.errors import SimpoError
 from simpo.judging.protocol import Pair
-from simpo.judging.scored import HumanJudge
-from simpo.labeling.export import export, scores_of
+from simpo.judging.scorers import HumanJudge
+from simpo.labeling.run import export, scores_of
 from simpo.labeling.session import Item, Judgment, Store
 from simpo.runs.files import read_lines, write_lines
 from simpo.runs.folder import RunRecord

@@ -11,7 +11,6 @@ from simpo.config.fields import nearest
 from simpo.errors import SimpoError
 from simpo.evaluation import compare as comparison
 from simpo.evaluation.runner import BENCHMARKS, run_benchmark, settings_type
-from simpo.labeling import export
 from simpo.labeling import run as labeling
 from simpo.runs.results import Stage, print_results, read_results
 
@@ -74,12 +73,12 @@ def label(argv: list[str]) -> None:
         print(f"next:   simpo label --export {shlex.quote(str(settings.output_dir))}")
         return
     folder = settings.export
-    preferences = folder / export.PREFERENCES
+    preferences = folder / labeling.PREFERENCES
     results = labeling.export_run(folder)
     print_results(results)
-    print(f"preferences: {preferences}\nverdicts:    {folder / export.VERDICTS}")
-    print(f"judgments:   {folder / export.JUDGMENTS}")
-    if any(metric.value for metric in read_results(results).metrics if metric.name == export.PREFERENCE_COUNT):
+    print(f"preferences: {preferences}\nverdicts:    {folder / labeling.VERDICTS}")
+    print(f"judgments:   {folder / labeling.JUDGMENTS}")
+    if any(metric.value for metric in read_results(results).metrics if metric.name == labeling.PREFERENCE_COUNT):
         print(f"next:        simpo reward --dataset_name {shlex.quote(str(preferences))} ...")
     else:
         print("next:        judge more items: there is no preference yet that a model could be trained on")

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from simpo.client import placeholder_answer
-from simpo.data.messages import context_of, read_messages
 from simpo.data.prompts import Prompts, prompt_id
-from simpo.data.rows import BadRow, Row, rows_of
+from simpo.data.rows import Row, rows_of
 from simpo.data.settings import RenderSettings
 from simpo.data.sources import SUFFIXES, load_rows
 from simpo.errors import SimpoError
 from simpo.generation.sample import FILE_NAME, EngineName, Job, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings
+from simpo.judging.annotate import checked_prompt
 from simpo.judging.protocol import ShownAnswers
 from simpo.models.checkpoint import Checkpoint, model_digest, with_dtype
 from simpo.models.devices import free_memory
@@ -114,18 +114,8 @@ def _record(row: Row, where: str) -> tuple[str, Record]:
         instruction, output = cell(row, "instruction", where), cell(row, "output", where)
         key = prompt_id(instruction)
         return key, {"id": key, "prompt": instruction, "responses": [output]}
-    key = cell(row, "id", where)
-    responses = cell(row, "responses", where, list)
-    if not responses or not all(isinstance(response, str) for response in responses):
-        raise SimpoError(f"{where}: responses: expected one or more texts")
-    if not isinstance(row.get("extra", {}), dict):
-        raise SimpoError(f"{where}: extra: expected a mapping of the row's other columns")
-    prompt = row.get("prompt")
-    try:
-        context_of(row)
-        return key, row | {"prompt": prompt if isinstance(prompt, str) else read_messages(prompt, "prompt")}
-    except BadRow as error:
-        raise SimpoError(f"{where}: {error.reason}") from error
+    prompt = checked_prompt(row, where)
+    return row["id"], row | {"prompt": prompt}
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

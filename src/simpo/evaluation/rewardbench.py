@@ -18,8 +18,8 @@ from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.evaluation.answers import cell
 from simpo.evaluation.runner import BenchmarkSettings
-from simpo.judging.models import ModelScorer
 from simpo.judging.protocol import Answers, check_scores
+from simpo.judging.scorers import ModelScorer
 from simpo.models.checkpoint import model_digest, with_dtype
 from simpo.models.devices import free_memory
 from simpo.models.settings import ModelArguments

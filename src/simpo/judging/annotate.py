@@ -14,7 +14,7 @@ from simpo.data.inspection import AnswerSet, diversity_metrics, score_metrics
 from simpo.data.messages import context_of, read_messages
 from simpo.data.rows import BadRow, check_unicode
 from simpo.errors import SimpoError
-from simpo.judging.protocol import Answers, Scorer, ShownAnswers, check_scores
+from simpo.judging.protocol import Answers, Prompt, Scorer, ShownAnswers, check_scores
 from simpo.judging.registry import count_missing, make_annotator
 from simpo.judging.settings import Annotator, JudgeOptions, Normalization, annotator_names
 from simpo.runs.files import JsonLines, read_lines, write_lines
@@ -106,21 +106,28 @@ def read_responses(path: Path) -> list[Record]:
     if not records:
         raise SimpoError(f"{path}: no rows")
     for number, record in enumerate(records, start=1):
-        responses = record.get("responses")
-        if not isinstance(record.get("id"), str) or not isinstance(record.get("prompt"), str | list):
-            raise SimpoError(f"{path}:{number}: no id and prompt; give what simpo sample writes ({RESPONSES})")
+        checked_prompt(record, f"{path}:{number}")
         try:
             check_unicode(json.dumps(record, ensure_ascii=False))
-            context_of(record)
-            if isinstance(record["prompt"], list):
-                read_messages(record["prompt"], "prompt")
         except BadRow as error:
             raise SimpoError(f"{path}:{number}: {error}") from error
-        if not isinstance(responses, list) or not responses or not all(isinstance(text, str) for text in responses):
-            raise SimpoError(f"{path}:{number}: responses: expected one or more texts")
-        if not isinstance(record.get("extra", {}), dict):
-            raise SimpoError(f"{path}:{number}: extra: expected a mapping of the row's other columns")
     return records
+
+
+def checked_prompt(record: Record, where: str) -> Prompt:
+    """The prompt of a row ``{id, prompt, responses}``; raises :class:`SimpoError` unless all of the row can be used."""
+    prompt, responses = record.get("prompt"), record.get("responses")
+    if not isinstance(record.get("id"), str) or not isinstance(prompt, str | list):
+        raise SimpoError(f"{where}: no id and prompt; give what simpo sample writes ({RESPONSES})")
+    if not isinstance(responses, list) or not responses or not all(isinstance(text, str) for text in responses):
+        raise SimpoError(f"{where}: responses: expected one or more texts")
+    if not isinstance(record.get("extra", {}), dict):
+        raise SimpoError(f"{where}: extra: expected a mapping of the row's other columns")
+    try:
+        context_of(record)
+        return prompt if isinstance(prompt, str) else read_messages(prompt, "prompt")
+    except BadRow as error:
+        raise SimpoError(f"{where}: {error.reason}") from error
 
 
 def _answers(row: Record, shown: ShownAnswers) -> Answers:

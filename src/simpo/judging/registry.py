@@ -11,10 +11,16 @@ from typing import Any
 from simpo.client import Estimate, Usage
 from simpo.config.fields import nearest
 from simpo.errors import SimpoError
-from simpo.judging.models import ModelScorer
 from simpo.judging.pairwise import PairwiseApiJudge
 from simpo.judging.protocol import Answers, Judge, Scorer, Scores
-from simpo.judging.scored import ExactScorer, FunctionScorer, HumanJudge, IFBenchScorer, ReasoningGymScorer
+from simpo.judging.scorers import (
+    ExactScorer,
+    FunctionScorer,
+    HumanJudge,
+    IFBenchScorer,
+    ModelScorer,
+    ReasoningGymScorer,
+)
 from simpo.judging.settings import ANNOTATORS, JUDGES, Annotator, JudgeOptions, Normalization, annotator_names
 from simpo.models.settings import ModelArguments
 
