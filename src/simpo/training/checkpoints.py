@@ -275,12 +275,6 @@ class ResumableTrainer(ShardedTrainer):
                 self.state.best_model_checkpoint = str(best)
         return (epochs, 0) if self.state.global_step == max_steps else started
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As in ``Trainer``, but a tied weight, which is stored once, is not reported as missing."""
-        tied = getattr(self.model, "all_tied_weights_keys", {})
-        missing = [name for name in load_result.missing_keys if name not in tied]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
-
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 

@@ -200,22 +200,15 @@ class OnlineTrainer(PreferenceTrainer):
         tokens = sorted({token for prompt in prompts for token in prompt.ids})
         size = (len(prompts), args.num_generations, _PLACEHOLDER_TOKENS)
         answers = np.random.default_rng(0).choice(tokens, size).tolist()
-        rows = [
-            {
-                "prompt_ids": prompt.ids,
-                "response_ids": responses,
-                "where": prompt.where,
-                CONTENT: json.dumps(asdict(prompt)),
-            }
-            for prompt, responses in zip(prompts, answers, strict=True)
-        ]
-        kinds = {
-            "prompt_ids": TOKENS,
-            "response_ids": List(TOKENS),
-            "where": Value("string"),
-            CONTENT: Value("string"),
+        columns = {
+            "prompt_ids": [prompt.ids for prompt in prompts],
+            "response_ids": answers,
+            "where": [prompt.where for prompt in prompts],
+            CONTENT: [json.dumps(asdict(prompt)) for prompt in prompts],
         }
-        return Prepared(Dataset.from_list(rows, features=Features(kinds)), prompts.report)
+        text = Value("string")
+        kinds = Features({"prompt_ids": TOKENS, "response_ids": List(TOKENS), "where": text, CONTENT: text})
+        return Prepared(Dataset.from_dict(columns, features=kinds), prompts.report)
 
     @cached_property
     def _schedule(self) -> Schedule:

@@ -27,7 +27,7 @@ from simpo.runs import manifest
 from simpo.runs.files import provisional, staged_files
 from simpo.runs.folder import RunFolder
 from simpo.runs.manifest import file_digest, is_as_written
-from simpo.runs.results import EXAMPLES, FILE_NAME, HELD_OUT, Metric, write_results
+from simpo.runs.results import EXAMPLES, FILE_NAME, HELD_OUT, Metric, Stage, write_results
 from simpo.training.batches import rows_digest
 from simpo.training.callbacks import MetricsFile, RunCallback, log_as_lines
 from simpo.training.checkpoints import StopOnSignal, check_complete, last_good_checkpoint, shared_staging
@@ -104,10 +104,14 @@ def run_training(kind: type[PackedTrainer], job: TrainingJob) -> Path:
             return folder_path / FILE_NAME
         for callback in job.run_callbacks:
             callback.before_training(trainer, resumed=not folder.changed)
-        before = _score_start(trainer, folder)
+        before = None
+        if trainer.eval_dataset is not None:
+            before = _score(trainer, folder_path, "before", known=not folder.changed)
         metrics += _train(trainer, folder)
         _save_model(trainer, folder_path, job.model.save_dtype)  # first, so that no later failure costs the training
-        metrics += [*trainer.summary(), *_compare(trainer, before, folder_path)]
+        metrics += trainer.summary()
+        if before is not None:
+            metrics += trainer.compare(before, _score(trainer, folder_path, "after", known=False))
         if folder.writes:
             write_model_card(folder_path, kind, job.model, job.data, config, metrics)
             write_results(folder_path, command=kind.command, fingerprint=folder.fingerprint, metrics=metrics)
@@ -240,16 +244,20 @@ def _check_ranks_agree(identity: Identity, config: Any) -> None:
                 )
 
 
-def _score_start(trainer: PackedTrainer, folder: RunFolder) -> Scores | None:
-    """Scores and examples of the held-out rows under the start model, once even if the run is killed; None if none."""
-    rows = trainer.eval_dataset
-    if rows is None:
-        return None
-    before = from_main(None if folder.changed else read_scores(folder.path / HELD_OUT["before"], len(rows)))
-    before = before or _score(trainer, folder.path / HELD_OUT["before"])
-    if folder.changed or not from_main(is_as_written(folder.path / EXAMPLES["before"])):
-        write_examples(folder.path / EXAMPLES["before"], trainer)
-    return before
+def _score(trainer: PackedTrainer, folder: Path, stage: Stage, *, known: bool) -> Scores:
+    """Scores of the held-out rows under the weights as they are; they and examples are left in ``folder``.
+
+    Those of a killed run, which are ``known``, are read if their files are whole.
+    """
+    path, examples, rows = folder / HELD_OUT[stage], folder / EXAMPLES[stage], trainer.eval_dataset
+    scores = from_main(read_scores(path, len(rows)) if known else None)
+    if scores is None:
+        scores = trainer.score_rows(rows)
+        if trainer.is_world_process_zero():
+            write_scores(path, rows, scores)
+    if not known or not from_main(is_as_written(examples)):
+        write_examples(examples, trainer)
+    return scores
 
 
 def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
@@ -268,23 +276,6 @@ def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
         outcome = trainer.train(resume_from_checkpoint=start)
     metrics = [Metric("train/loss", trainer.mean_loss()), Metric("train/steps", outcome.global_step)]
     return [*metrics, Metric("train/tokens", trainer.trained_tokens())]
-
-
-def _compare(trainer: PackedTrainer, before: Scores | None, folder: Path) -> list[Metric]:
-    """Held-out results of the trained model next to ``before``, and its examples; none without held-out rows."""
-    if before is None:
-        return []
-    metrics = trainer.compare(before, _score(trainer, folder / HELD_OUT["after"]))
-    write_examples(folder / EXAMPLES["after"], trainer)
-    return metrics
-
-
-def _score(trainer: PackedTrainer, path: Path) -> Scores:
-    """Scores of the held-out rows, which the main rank writes to a file row by row."""
-    scores = trainer.score_rows(trainer.eval_dataset)
-    if trainer.is_world_process_zero():
-        write_scores(path, trainer.eval_dataset, scores)
-    return scores
 
 
 def _starting_point(trainer: PackedTrainer, folder: RunFolder) -> str | None:

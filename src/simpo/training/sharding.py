@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from simpo.errors import SimpoError, one_line
-from simpo.models.adapters import active_name, adapter_tensors, read_adapter_tensors
+from simpo.models.adapters import adapter_tensors, read_adapter_tensors
 from simpo.models.zero import gathered_forwards, prepare_deepspeed
 
 
@@ -112,25 +112,13 @@ class ShardedTrainer(Trainer):
             self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_weights(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        _load_weights(self.model, Path(resume_from_checkpoint))  # never under DeepSpeed, which has files of its own
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or not self._load_weights(Path(str(self.state.best_model_checkpoint))):
+        if self.is_deepspeed_enabled:
             super()._load_best_model()
-
-    def _load_weights(self, folder: Path) -> bool:
-        """Load the weights in ``folder`` if ``Trainer`` would not, or only in part; returns whether that was so."""
-        if self._shards:
-            _load_sharded(self.model, folder)
-        elif isinstance(self.model, PeftModel):
-            stored = read_adapter_tensors(str(folder))  # which has been checked
-            set_peft_model_state_dict(self.model, stored, adapter_name=active_name(self.model))
-        elif not _names_known(folder, self.model):
-            _load_renamed(folder, self.model)
         else:
-            return False
-        return True
+            _load_weights(self.model, Path(str(self.state.best_model_checkpoint)))
 
 
 def prepare_sharding(accelerator: Accelerator, model: nn.Module) -> None:
@@ -200,32 +188,33 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
             yield from ((name, tensors.get_slice(name)) for name in tensors.keys())  # noqa: SIM118
 
 
-def _names_known(folder: Path, model: nn.Module) -> bool:
-    """Whether ``model`` has weights by all names in ``folder``; transformers saves the experts of mixtures apart."""
-    known = model.state_dict().keys()
-    return all(name in known for name, _ in stored_tensors(folder))
-
-
-def _load_sharded(model: nn.Module, folder: Path) -> None:
-    """Load a checkpoint's weights into a sharded model, one at a time; every rank reads the files."""
+def _load_weights(model: nn.Module, folder: Path) -> None:
+    """Load a checkpoint's weights into a model, which may be sharded, one at a time; every rank reads the files."""
     target: dict[str, Tensor] = model.state_dict()
     stored: Iterable[tuple[str, Tensor]] = ((name, tensor[...]) for name, tensor in stored_tensors(folder))
     if isinstance(model, PeftModel):
         target, stored = adapter_tensors(model), read_adapter_tensors(str(folder)).items()
-    found = False
+    elif unknown := [name for name, _ in stored_tensors(folder) if name not in target]:
+        if isinstance(model, FSDPModule):
+            raise SimpoError(
+                f"resume_from_checkpoint: {folder}: {unknown[0]} has no place in the sharded model (not yet)"
+            )
+        _load_renamed(folder, model)  # transformers saves the experts of mixtures apart
+        return
+    loaded = set(getattr(model, "all_tied_weights_keys", {}))  # which are stored once
     with torch.no_grad():
         for name, tensor in stored:
-            if name not in target:
-                raise SimpoError(
-                    f"resume_from_checkpoint: {folder}: {name} has no place in the sharded model (not yet)"
-                )
             target[name].copy_(_as_sharded(tensor, target[name]))
-            found = True
-    if not found:
-        raise SimpoError(f"resume_from_checkpoint: {folder} has no whole weights; name a checkpoint of this model")
+            loaded.add(name)
+    missing = [name for name, _ in model.named_parameters() if name not in loaded]
+    if missing and not isinstance(model, PeftModel):
+        raise SimpoError(
+            f"resume_from_checkpoint: {folder} belongs to another model ({missing[0]} is missing there); name a "
+            "checkpoint of this model"
+        )
 
 
-def _load_renamed(folder: Path, model: PreTrainedModel) -> None:
+def _load_renamed(folder: Path, model: Any) -> None:
     """Load weights with other names through transformers, which needs the memory of a second model."""
     kind: Any = type(model)
     loaded, report = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype, output_loading_info=True)
