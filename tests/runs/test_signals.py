@@ -21,14 +21,14 @@ def signalled(signum: signal.Signals) -> None:
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_body_and_names_itself(signum, code) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(InterruptedRun, match="kept") as stop, interruptible("kept"):
+    with pytest.raises(InterruptedRun, match="continues") as stop, interruptible():
         signalled(signum)
     assert stop.value.exit_code == code
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_libraries_that_catch_every_error_do_not_catch_it() -> None:
-    with pytest.raises(InterruptedRun), interruptible("kept"):
+    with pytest.raises(InterruptedRun), interruptible():
         try:
             signalled(signal.SIGTERM)
         except Exception:
@@ -38,7 +38,7 @@ def test_libraries_that_catch_every_error_do_not_catch_it() -> None:
 def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with interruptible("kept"):
+        with interruptible():
             os.kill(os.getpid(), signal.SIGTERM)
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
@@ -49,7 +49,7 @@ def test_other_threads_set_no_handlers() -> None:
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def body() -> None:
-        with interruptible("kept"):
+        with interruptible():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=body)

@@ -123,12 +123,7 @@ def _text(content: object, name: str, key: str = "content", *, images: bool = Fa
 
 def _read_calls(value: object, older: object, name: str) -> list[Message]:
     """Tool calls in one form; ``older`` is OpenAI's earlier ``function_call``."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except ValueError as error:
-            raise BadRow(f"{name} has tool_calls that are text but not JSON") from error
-    value = value or ([{"function": older}] if older else [])
+    value = _from_json(value, f"tool_calls of {name}") or ([{"function": older}] if older else [])
     if not isinstance(value, list):
         raise BadRow(f"{name} has tool_calls that are {kind_of(value)}, not a list")
     calls = []

@@ -244,13 +244,17 @@ def _differences(found: Tensor, expected: Tensor, kind: Kind) -> Tensor:
     return (found - expected).abs() / scale
 
 
-def _agree(differences: Tensor, model: nn.Module, rounding: Tensor | None = None) -> bool:
-    """Whether differences, ``[n]``, are small, also compared with those of ``rounding`` if given."""
-    for size, tolerance in zip((Tensor.mean, Tensor.max), _TOLERANCE[computes_in(model)], strict=True):
-        allowed = tolerance if rounding is None else _relaxed(tolerance, float(size(rounding)))
-        if not bool(size(differences) <= allowed):  # NaN disagrees
-            return False
-    return True
+def _agree(differences: Tensor, model: nn.Module, rounding: Callable[[], Tensor] | None = None) -> bool:
+    """Whether differences, ``[n]``, are small; in half precision also compared with those of ``rounding``, if given."""
+    sizes, tolerances = (Tensor.mean, Tensor.max), _TOLERANCE[computes_in(model)]
+
+    def within(allowed: Sequence[float]) -> bool:
+        return all(bool(size(differences) <= limit) for size, limit in zip(sizes, allowed, strict=True))  # not if NaN
+
+    if within(tolerances) or rounding is None or computes_in(model).itemsize >= 4:
+        return within(tolerances)
+    found = rounding()
+    return within([_relaxed(limit, float(size(found))) for size, limit in zip(sizes, tolerances, strict=True)])
 
 
 def _relaxed(tolerance: float, rounding: float) -> float:
@@ -429,10 +433,7 @@ def _shared_difference(
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotShareableError(f"its forward does not take such a batch ({first_line})") from error
     differences = _differences(found, expected, kind)
-    if _agree(differences, model):
-        return None
-    half = computes_in(model).itemsize < 4
-    if half and _agree(differences, model, rounding=_rounding(model, sample, kind)):
+    if _agree(differences, model, rounding=lambda: _rounding(model, sample, kind)):
         return None
     return f"shared and separate {kind.difference.format(differences.max().item())}"
 

@@ -85,11 +85,10 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def interruptible(message: str = "interrupted; the same command continues") -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end the body at once, for a command that stores its work piece by piece.
 
-    The error, :class:`InterruptedRun`, has exit code 130 or 143 and the ``message``, which says what is kept and how to
-    continue.
+    The error is :class:`InterruptedRun`, with exit code 130 or 143.
     """
     received = signal.SIGINT
 
@@ -102,7 +101,7 @@ def interruptible(message: str = "interrupted; the same command continues") -> I
         with _handlers((signal.SIGTERM,), interrupt):
             yield
     except KeyboardInterrupt:
-        raise InterruptedRun(message, received) from None
+        raise InterruptedRun("interrupted; the same command continues", received) from None
 
 
 @contextmanager
