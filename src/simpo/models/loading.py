@@ -310,6 +310,7 @@ def load_processor(
 def _load_own_or_base(auto: Any, arguments: ModelArguments) -> Any:
     """A tokenizer or processor from the model's files, or from its base model's if an adapter has none."""
     name = arguments.model_name_or_path
+    check_folder(name)  # or a missing folder is looked up on the hub as an adapter
     try:
         return load_files(auto, arguments)
     except SimpoError:

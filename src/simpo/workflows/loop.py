@@ -18,7 +18,7 @@ from rich.console import Console
 
 from simpo.client import Estimate, confirm_cost
 from simpo.config import required, setting
-from simpo.data.prompts import prepare_prompts, read_prompts
+from simpo.data.prompts import Prompt, prepare_prompts, read_prompts
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import Answerer
@@ -377,35 +377,26 @@ def _identity(recipe: LoopRecipe, options: JudgeOptions) -> Mapping[str, Any]:
 def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
     """Find mistakes in the settings of later stages now, and not after hours of sampling.
 
-    Prompts are read and rendered, annotator and judges score two invented answers each (a server is not asked, but its
-    key must exist), and a trainer is made, without training a step.
+    Prompts are read and rendered, annotator and judges compare invented answers (a server is not asked; its key must
+    exist), and a trainer is made, without training a step.
     """
     log("checking the settings of all stages")
     if recipe.settings.engine == "vllm":
         load_vllm(recipe.start())
-    prompts = [
-        sorted(
-            Job.prepare(recipe.start(), source, settings, recipe.settings.engine, lambda line: None).prompts,
-            key=lambda prompt: len(prompt.ids),
-        )
-        for source, settings in (
-            (recipe.training_prompts, recipe.sampling),
-            (recipe.held_out_prompts, recipe.held_out_sampling),
-        )
-    ]
-    quiet = replace(options, log=lambda line: None)
     if options.client is not None:
         options.client.endpoint.api_key()
-    rows = [Answers.to(one, ("Answer 0.", "Answer 1.")) for one in prompts[0]]
-    for name in recipe.settings.annotators:
-        if name != "api":
-            annotator = make_annotator(name, quiet)
-            annotator.check(rows)
-            annotator.score(rows[:_TRIED])
-    invented = [Pair.to(one, ("Answer 0.", "Answer 1.")) for one in prompts[1]]
-    for judge in make_judges([name for name in recipe.judges if name != "api"], quiet).values():
-        judge.check(invented)
-        judge.compare(invented[:_TRIED])
+    quiet = replace(options, log=lambda line: None)
+    prompts: list[list[Prompt]] = []
+    for source, sampling, judges in (
+        (recipe.training_prompts, recipe.sampling, recipe.settings.annotators),
+        (recipe.held_out_prompts, recipe.held_out_sampling, recipe.judges),
+    ):
+        job = Job.prepare(recipe.start(), source, sampling, recipe.settings.engine, lambda line: None)
+        prompts.append(sorted(job.prompts, key=lambda prompt: len(prompt.ids)))
+        invented = [Pair.to(one, ("Answer 0.", "Answer 1.")) for one in prompts[-1]]
+        for judge in make_judges([name for name in judges if name != "api"], quiet).values():
+            judge.check(invented)
+            judge.compare(invented[:_TRIED])
     free_memory()
 
     n = recipe.sampling.n
