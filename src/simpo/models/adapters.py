@@ -137,7 +137,7 @@ def continue_adapter(
     with third_party(f"model_name_or_path: {name}: an adapter for another model"), _without_warnings():
         adapted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[_task(model)](model, config)
     _normalize(adapted, base)
-    if fault := _fault(adapted, stored):
+    if fault := adapter_fault(adapted, stored):
         raise SimpoError(f"model_name_or_path: {name}: an adapter for another model than {base!r} ({fault})")
     set_peft_model_state_dict(adapted, stored)
     return adapted
@@ -223,15 +223,8 @@ def has_adapter_weights(folder: Path) -> bool:
     return (folder / WEIGHTS_NAME).is_file()
 
 
-def adapter_fault(model: PeftModel, folder: Path) -> str | None:
-    """Why ``folder`` does not hold an adapter of ``model``'s shape, as text; None if it does."""
-    if not has_adapter_weights(folder):
-        return "a whole model there, an adapter here"
-    return _fault(model, read_adapter_tensors(str(folder)))
-
-
-def _fault(model: PeftModel, stored: Mapping[str, Tensor]) -> str | None:
-    """The first tensor of an adapter's file that is missing, unexpected or of another shape; peft would only warn."""
+def adapter_fault(model: PeftModel, stored: Mapping[str, Tensor]) -> str | None:
+    """The first of an adapter's ``stored`` tensors that does not fit ``model``, as text; peft would only warn."""
     expected = get_peft_model_state_dict(model, adapter_name=active_name(model), save_embedding_layers=False)
     known = adapter_tensors(model)  # embeddings are stored too where they are adapted
     if missing := expected.keys() - stored.keys():

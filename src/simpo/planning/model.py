@@ -57,7 +57,8 @@ class Blueprint:
         """The numbers of the layers of each kind, in the order of their first ones."""
         found: dict[Any, list[int]] = {}
         layers = _layers(self._on_meta())
-        for number, (layer, again) in enumerate(zip(layers, self._checkpointed(len(layers)), strict=True)):
+        checkpointed = checkpointed_layers(len(layers), self.checkpointed_share)
+        for number, (layer, again) in enumerate(zip(layers, checkpointed, strict=True)):
             shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
             windows = [getattr(module, "sliding_window", None) for module in layer.modules()]
             key = (type(layer), shapes, tuple(window for window in windows if isinstance(window, int)), again)
@@ -68,7 +69,7 @@ class Blueprint:
         """The model with these layers alone, ready to be trained, its tensors fake."""
         model = self._on_meta()
         layers = _layers(model)
-        again = self._checkpointed(len(layers))
+        again = checkpointed_layers(len(layers), self.checkpointed_share)
         for number in numbers:
             layers[number].gradient_checkpointing = again[number]
             layers[number]._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
@@ -85,9 +86,6 @@ class Blueprint:
         adapted.train()
         kept = [layer for layer in adapted.modules() if isinstance(layer, GradientCheckpointingLayer)]
         return StandIn(adapted, kept, self._settle(adapted), self.arguments)
-
-    def _checkpointed(self, count: int) -> list[bool]:
-        return checkpointed_layers(count, self.checkpointed_share)
 
     def _on_meta(self) -> Any:
         config = copy.deepcopy(self.config)

@@ -25,7 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from simpo.errors import InterruptedRun, SimpoError, third_party
-from simpo.models.adapters import adapter_fault, has_adapter_weights, move_named_adapter
+from simpo.models.adapters import adapter_fault, has_adapter_weights, move_named_adapter, read_adapter_tensors
 from simpo.models.zero import shape_of
 from simpo.runs.files import disk_errors, provisional, remove_folder, staged_folder, write_text
 from simpo.runs.manifest import find_damage, write_manifest
@@ -80,7 +80,9 @@ def check_checkpoint(path: Path, model: nn.Module) -> None:
 def _difference(path: Path, model: nn.Module) -> str | None:
     """The difference from the checkpoint's model, as text; weights with other names are checked when loaded."""
     if isinstance(model, PeftModel):
-        return adapter_fault(model, path)
+        if not has_adapter_weights(path):
+            return "a whole model there, an adapter here"
+        return adapter_fault(model, read_adapter_tensors(str(path)))
     if has_adapter_weights(path):
         return "an adapter there, a whole model here"
     config, here = path / "config.json", getattr(getattr(model, "config", None), "model_type", None)

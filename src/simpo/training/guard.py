@@ -83,12 +83,12 @@ class Guard(TrainerCallback):
             self._lengths = scored_tokens(self._rows)
             self._cost = int(row_sizes(self._rows, "packed").lengths.sum())  # tokens of a probe
             self._spent = self._trained = 0  # tokens of all probes, and of the training before this start
-            self._start = self._likelihood(self._rows)
+            self._start = self._likelihood()
 
-    def _likelihood(self, rows: Dataset) -> float:
-        """Mean log-probability per scored token of the responses of ``rows``, in nats."""
+    def _likelihood(self) -> float:
+        """Mean log-probability per scored token of the probed rows' responses, in nats."""
         self._spent += self._cost
-        logps = self._trainer.response_logps(rows).cpu().numpy()
+        logps = self._trainer.response_logps(self._rows).cpu().numpy()
         return float((logps / self._lengths).mean())
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -104,7 +104,7 @@ class Guard(TrainerCallback):
             return
         if step not in _EARLY and (step % every or not self._affordable()):
             return
-        fall = self._start - self._likelihood(self._rows)
+        fall = self._start - self._likelihood()
         warming_up = step <= max(args.get_warmup_steps(state.max_steps), 0.1 * state.max_steps)
         if fall > _FALL:
             what = f"preferred held-out responses have lost {fall:.2f} nats per token since the start"

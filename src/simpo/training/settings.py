@@ -29,10 +29,7 @@ _NO_LABELS = "batches are packed, and there are no labels or logits to gather"
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (False, "a step's rows would change; max_batch_tokens bounds the memory of a forward"),
     "save_only_model": (False, "a run could not be continued from such a checkpoint"),
-    "neftune_noise_alpha": (
-        None,
-        "its noise is scaled by the length of a padded batch, which packed prompts and responses do not have",
-    ),
+    "neftune_noise_alpha": (None, "its noise is scaled by the length of a padded batch, and nothing is padded"),
     "label_smoothing_factor": (0.0, "it smooths class labels; label_smoothing is the preference objectives' own"),
     "include_num_input_tokens_seen": ("no", "a packed prompt is computed once for all of its responses"),
     "include_for_metrics": ([], _NO_LABELS),
