@@ -217,18 +217,17 @@ class Planner:
 
         Gradients are there before, or part of the peak.
         """
-        count, gradients = self.gpus, self._kept(sharding).gradients
         found = self._states(sharding)
         found["activations"] = peak - (0.0 if gradients_first else found["gradients"])
         found["sharing"] = 0.0
         if sharding == "ddp":
-            found["sharing"] = gradients
+            found["sharing"] = self._kept(sharding).gradients
         elif sharding == "fsdp":  # what is gathered: a layer and the next one, and what no layer has
             found["sharing"] = step.outside_layers + 2 * step.largest_layer
         elif sharding in ("zero2", "zero3"):
             found["sharing"] = _BUCKETS + (step.outside_layers + step.largest_layer if sharding == "zero3" else 0.0)
         if self.card is not None:
-            found["context"] = CONTEXT + (COMMUNICATION if count > 1 else 0.0)
+            found["context"] = CONTEXT + (COMMUNICATION if self.gpus > 1 else 0.0)
             found["fragmentation"] = FRAGMENTATION * sum(found.values())
         return found
 
