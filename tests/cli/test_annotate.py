@@ -22,9 +22,8 @@ from simpo.judging.scorers import ExactScorer
 from simpo.judging.settings import JudgeOptions
 from simpo.runs.files import read_lines
 from simpo.runs.results import read_results
-from simpo.world.judge import draw_answer, judge
 from simpo.world.pairs import make_prompts
-from simpo.world.questions import read_question
+from simpo.world.questions import draw_answer, judge, read_question
 
 PROMPTS = [row["prompt"] for row in make_prompts(12, seed=3)]
 

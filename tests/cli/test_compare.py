@@ -22,9 +22,8 @@ from tests.servers.transformers_serve import transformers_serve
 from simpo.cli import main
 from simpo.runs.files import read_lines
 from simpo.runs.results import read_results
-from simpo.world.judge import draw_answer, full_answer, judge
 from simpo.world.pairs import make_prompts
-from simpo.world.questions import read_question
+from simpo.world.questions import draw_answer, full_answer, judge, read_question
 
 PROMPTS = [row["prompt"] for row in make_prompts(30, 0)]
 

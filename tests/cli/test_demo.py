@@ -13,7 +13,7 @@ import torch
 from simpo.cli import demo, main
 from simpo.errors import InterruptedRun
 from simpo.runs.results import read_results
-from simpo.world.judge import judge
+from simpo.world.questions import judge
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -23,8 +23,8 @@ from simpo.evaluation.during_training import evaluations
 from simpo.generation.engine import TransformersEngine
 from simpo.training import run as workflow
 from simpo.training.preference import PreferenceConfig, PreferenceTrainer
-from simpo.world.judge import judge
 from simpo.world.pairs import make_prompts, write_model, write_pairs
+from simpo.world.questions import judge
 
 STEPS, EVERY, PROMPTS, LONGEST = 6, 2, 5, 48
 NAMES = ("length", "end_of_turn_rate", "distinct_2", "win_rate")

@@ -15,8 +15,7 @@ from simpo.judging.protocol import Pair
 from simpo.judging.registry import make_judge
 from simpo.judging.settings import JudgeOptions
 from simpo.runs.files import read_lines
-from simpo.world.judge import draw_answer, full_answer
-from simpo.world.questions import draw_question
+from simpo.world.questions import draw_answer, draw_question, full_answer
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from simpo import SimpoError
 from simpo.judging.protocol import Answers, Pair, Scorer, check_scores
 from simpo.judging.registry import make_judge, make_scorer
 from simpo.judging.settings import JudgeOptions
-from simpo.world.judge import judge
 from simpo.world.pairs import make_prompts
+from simpo.world.questions import judge
 
 ROWS = [
     Answers("p", "What is 1 and 2?", ("It is 3.", "I would say 11, 1.", "", " <|end|>")),

@@ -3,7 +3,7 @@
 import pytest
 
 from simpo.errors import SimpoError
-from simpo.world.judge import correct, judge
+from simpo.world.questions import correct, judge
 
 # Of every kind: a prompt, its plain answer, one that is wrong, and for two parts the plain answer's first.
 CASES = {

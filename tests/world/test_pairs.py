@@ -5,9 +5,8 @@ import json
 import pytest
 
 from simpo.errors import SimpoError
-from simpo.world.judge import judge
 from simpo.world.pairs import make_pairs, make_prompts, make_sft, write_pairs, write_prompts, write_sft
-from simpo.world.questions import is_held_out
+from simpo.world.questions import is_held_out, judge
 
 
 @pytest.mark.parametrize("write", [write_sft, write_prompts, write_pairs])

@@ -6,8 +6,16 @@ from random import Random
 
 import pytest
 
-from simpo.world.judge import correct, draw_answer, full_answer, judge
-from simpo.world.questions import KINDS, draw_question, is_held_out, read_question
+from simpo.world.questions import (
+    KINDS,
+    correct,
+    draw_answer,
+    draw_question,
+    full_answer,
+    is_held_out,
+    judge,
+    read_question,
+)
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from simpo.runs.results import Metric, Stage, print_results, read_results
 from simpo.runs.terminal import printable
 from simpo.statistics import Interval
 from simpo.workflows.pair import PairSettings, pair_responses
-from simpo.world.judge import correct, judge
 from simpo.world.pairs import write_model, write_prompts, write_sft
+from simpo.world.questions import correct, judge
 
 _SFT_ROWS, _PROMPTS, _HELD_OUT = 24_000, 1_000, 300
 _SFT = {"learning_rate": 2e-3, "per_device_train_batch_size": 16, "max_length": 128, "logging_steps": 100}

@@ -77,8 +77,8 @@ def online(argv: list[str]) -> None:
     """
     kinds = (OnlineConfig, GenerationArguments, AnnotatorArguments)
     *parts, annotator = parse(argv, *kinds, command="online", about=online.__doc__)
+    from simpo.evaluation.during_training import Annotation  # noqa: PLC0415
     from simpo.training.online import OnlineTrainer  # noqa: PLC0415
-    from simpo.workflows.online import Annotation  # noqa: PLC0415
 
     _run(OnlineTrainer, parts, argv, following="simpo chat {folder}", callbacks=[Annotation(annotator, parts[0])])
 

@@ -42,11 +42,11 @@ from simpo.packing.scoring import score_answers, score_responses
 from simpo.runs.log import Log
 from simpo.runs.results import fingerprint
 from simpo.runs.terminal import progress
-from simpo.world.judge import judge
+from simpo.world.questions import judge
 
 
 class ExactScorer(Scorer):
-    """Scores answers to questions of the tiny world, from 0 to 10; see :func:`simpo.world.judge.judge`."""
+    """Scores answers to questions of the tiny world, from 0 to 10; see :func:`simpo.world.questions.judge`."""
 
     identity: ClassVar[dict[str, Any]] = {"judge": "exact"}
 

@@ -12,8 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from simpo.errors import SimpoError
 from simpo.runs.files import staged_folder, write_lines
-from simpo.world.judge import draw_answer, judge
-from simpo.world.questions import draw_question
+from simpo.world.questions import draw_answer, draw_question, judge
 
 Row = dict[str, str]
 

@@ -39,8 +39,8 @@ from simpo.training.configs import PreferenceConfig, SFTConfig
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.sft import SFTTrainer
 from simpo.workflows.pair import PairSettings, pair_responses
-from simpo.world.judge import correct, judge
 from simpo.world.pairs import write_model, write_pairs, write_prompts, write_sft
+from simpo.world.questions import correct, judge
 
 START = "sft"  # the folder of the model that all trials start from
 HELD_OUT, TUNING = "held-out", "tuning"  # files of prompts
