@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Packages are compiled when they are imported, not all of them in advance, which would take longer than installing them.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 export PYTHONDONTWRITEBYTECODE =# with it, every process that a test starts would compile the package again
 
 .PHONY: demo test soak fuzz check audit site clean
@@ -34,29 +36,28 @@ site: $(VENV)/.dev
 
 # Known vulnerabilities of the pinned versions; asks the database of pip-audit over the network, and fails without it.
 audit: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(INSTALL) pip-audit
 	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "simpo needs Python >= 3.11; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(INSTALL) torch
+	$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	$(INSTALL) -e '.[dev,docs]'
 	@# axe-core, which checks the accessibility of pages, without the browser driver that this package is for.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps axe-playwright-python
+	$(INSTALL) --no-deps axe-playwright-python
 	@touch $@
 
 # Only the tests need DeepSpeed. It is built from source, which requires torch to be installed first; its
 # operators are not compiled.
 $(VENV)/.deepspeed: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja py-cpuinfo
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  --no-build-isolation deepspeed
+	$(INSTALL) setuptools wheel ninja py-cpuinfo
+	DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation deepspeed
 	@touch $@
 
 clean:

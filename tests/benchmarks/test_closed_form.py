@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from benchmarks.answer_space import AnswerSpace, fixed_point_with_kl_in_the_loss, group_advantages
+from benchmarks.closed_form import Task, measure
 
 from simpo.objectives.policy_gradient import kl_estimate
 
@@ -57,3 +58,8 @@ def test_expected_group_advantages_are_those_of_sampled_groups():
         expected.append((weights * (own - everything.mean(1)) / (everything.std(1) + 1e-6)).sum())
     found = group_advantages(rewards, k, draws=20_000)(probabilities)
     assert torch.allclose(found, torch.stack(expected), atol=0.02)
+
+
+def test_on_exact_expectations_a_network_ends_at_the_fixed_point():
+    found = measure("reinforce, k2 in the loss", 2.0, Task(tokens=11, longest=3), answers=0, steps=60, exact=True)
+    assert found["start"] > 0.1 and found["trained"] < 0.05
