@@ -93,7 +93,7 @@ def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, a
             identity |= {f"judge {name}/{key}": value for key, value in judge.identity.items()}
         prices = settings.judging.token_prices()
         if not run.finished:
-            a, b = (side.expected_answers(folder) for side in sides)
+            a, b = (side.expected_answers() for side in sides)
             pairs, _ = all_pairs(match_answers(a, b, f"{settings.a} and {settings.b}"))
             for judge in judges.values():
                 judge.check(pairs)
@@ -101,7 +101,7 @@ def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, a
         run.begin(identity, argv=argv, resolved=settings.flat())
 
         def measure() -> list[Metric]:
-            answers = read_matched(*(side.answers(folder, run.log) for side in sides))
+            answers = read_matched(*(side.answers(run.log) for side in sides))
             show = ShownAnswers(options.strip_thinking)
             answers = [replace(one, a=_shown(one.a, show), b=_shown(one.b, show)) for one in answers]
             pairs, prompts = all_pairs(answers)
@@ -124,41 +124,35 @@ def _shown(record: Mapping[str, Any], show: ShownAnswers) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: a file, or else a model and its prompts."""
+    """One side of a comparison: a file of answers, or a model whose answers to ``prompts`` become one."""
 
-    name: str  # "a" or "b"; a model's answers are sampled in the subfolder of this name
-    file: Path | None
-    answerer: Answerer | None = None
-    prompts: PromptArguments | None = None
+    name: str  # "a" or "b"
+    file: Path
+    model: Answerer | None  # None where the file was given
+    prompts: PromptArguments
 
     def identity(self) -> dict[str, Any]:
         """The settings that determine the answers, as JSON values."""
-        if self.file is not None:
+        if self.model is None:
             return {"answers": file_digest(self.file)}
-        assert self.answerer is not None and self.prompts is not None
         prompts, _ = read_prompts(self.prompts.rows())
         ids = fingerprint([prompt.id for prompt in prompts])
-        return self.answerer.identity() | {"prompts": ids} | columns_identity(prompts)
+        return self.model.identity() | {"prompts": ids} | columns_identity(prompts)
 
-    def answers(self, folder: Path, log: Log) -> Path:
+    def answers(self, log: Log) -> Path:
         """The file of the answers, which are sampled first if necessary."""
-        if self.file is not None:
-            return self.file
-        assert self.answerer is not None and self.prompts is not None
-        model, settings, folder = self.answerer.model, self.answerer.settings, folder / self.name
-        log(f"answers of {self.name.upper()}, {model.model_name_or_path}:")
-        sample_responses(model, self.prompts, settings, folder, engine=self.answerer.engine)
-        free_memory()
-        return folder / FILE_NAME
+        if self.model is not None:
+            model, settings = self.model.model, self.model.settings
+            log(f"answers of {self.name.upper()}, {model.model_name_or_path}:")
+            sample_responses(model, self.prompts, settings, self.file.parent, engine=self.model.engine)
+            free_memory()
+        return self.file
 
-    def expected_answers(self, folder: Path) -> dict[str, Record]:
+    def expected_answers(self) -> dict[str, Record]:
         """The answers by the prompts' ids; texts of the greatest possible length if they have not been sampled."""
-        file = self.file or folder / self.name / FILE_NAME
-        if file.exists():
-            return read_answer_file(file)
-        assert self.answerer is not None and self.prompts is not None
-        responses = [self.answerer.placeholder_answer(f"{self.name}{i}") for i in range(self.answerer.settings.n)]
-        prompts = self.answerer.fitting(self.prompts)
+        if self.model is None or self.file.exists():
+            return read_answer_file(self.file)
+        responses = [self.model.placeholder_answer(f"{self.name}{i}") for i in range(self.model.settings.n)]
         return {
             prompt.id: {
                 "id": prompt.id,
@@ -167,7 +161,7 @@ class Side:
                 "responses": responses,
                 "extra": prompt.extra,
             }
-            for prompt in prompts
+            for prompt in self.model.fitting(self.prompts)
         }
 
 
@@ -184,22 +178,23 @@ def read_sides(settings: CompareSettings) -> tuple[Side, Side]:
     if prompts is None and given is None:
         raise SimpoError("prompts: name the prompts that the models answer with --prompts")
     source, split = (str(given), "train") if prompts is None else (prompts, settings.split)
+    arguments = PromptArguments(source, split, rendering=settings.rendering)
     sides = []
     for side, name, file in zip("ab", names, files, strict=True):
         if file is not None:
             read_answer_file(file)  # so that a mistake in it shows before anything is sampled
-            sides.append(Side(side, file))
+            sides.append(Side(side, file, None, arguments))
             continue
-        judging, rendering = settings.judging, settings.rendering
+        judging = settings.judging
         model = ModelArguments(
             name,
             dtype=judging.dtype,
             trust_remote_code=judging.trust_remote_code,
             allow_pickle=judging.allow_pickle,
         )
-        arguments = Checkpoint.read(model).arguments
-        answerer = Answerer(arguments, settings.sampling, engine=settings.engine, rendering=rendering)
-        sides.append(Side(side, None, answerer, PromptArguments(source, split, rendering=rendering)))
+        model = Checkpoint.read(model).arguments
+        answerer = Answerer(model, settings.sampling, engine=settings.engine, rendering=settings.rendering)
+        sides.append(Side(side, settings.output_dir / side / FILE_NAME, answerer, arguments))
     first, second = sides
     return first, second
 
