@@ -12,6 +12,7 @@ import sys
 import time
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import yaml
 from simpo.errors import SimpoError, third_party
 from simpo.runs.files import write_text
 from simpo.runs.folder import RunFolder
-from simpo.runs.log import early_notices
+from simpo.runs.log import EarlyNotices
 from simpo.runs.manifest import find_damage, write_manifest
 from simpo.runs.results import Metric, fingerprint, read_results
 
@@ -470,7 +471,7 @@ def test_a_link_with_the_name_of_a_temporary_file_is_replaced(tmp_path):
 
 
 def test_the_log_has_earlier_notices_and_the_error_that_ended_the_run(tmp_path):
-    early, root = early_notices(), logging.getLogger()
+    early, root = EarlyNotices(), logging.getLogger()
     root.addHandler(early)
     logging.getLogger("simpo").warning("recipe.yaml: an old spelling")
     with pytest.raises(SimpoError), begin(tmp_path / "out"), third_party("file.json: row 3"):
@@ -478,6 +479,17 @@ def test_the_log_has_earlier_notices_and_the_error_that_ended_the_run(tmp_path):
     log = (tmp_path / "out/log.txt").read_text()
     assert "an old spelling" in log and "error: file.json: row 3" in log and "Traceback" in log
     assert early not in root.handlers
+
+
+def test_a_handler_of_the_program_that_calls_us_is_left_alone(tmp_path):
+    target, root = logging.NullHandler(), logging.getLogger()
+    theirs = MemoryHandler(10, target=target)
+    root.addHandler(theirs)
+    try:
+        begin(tmp_path / "out").close()
+        assert theirs in root.handlers and theirs.target is target
+    finally:
+        root.removeHandler(theirs)
 
 
 @pytest.mark.parametrize(

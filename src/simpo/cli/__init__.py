@@ -16,7 +16,7 @@ from pathlib import Path
 from simpo import __version__
 from simpo.config.fields import nearest
 from simpo.errors import InterruptedRun, SimpoError, one_line
-from simpo.runs.log import LogFile, early_notices, mask_secrets
+from simpo.runs.log import EarlyNotices, LogFile, mask_secrets
 from simpo.runs.terminal import output_is_closed, printable
 
 _LONGEST_LINE = 4000  # characters of an error
@@ -90,7 +90,7 @@ def _keep_stderr_for_errors() -> None:
     """Print notices to stdout."""
     from rich.console import Console  # noqa: PLC0415 - slow, and the overview does not need it
 
-    logging.basicConfig(handlers=[_Notices(), early_notices()], level=logging.WARNING)
+    logging.basicConfig(handlers=[_Notices(), EarlyNotices()], level=logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # ten lines of retries; the error is enough
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # damaged files, which the error reports
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import: an optional kernel is missing

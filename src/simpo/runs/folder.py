@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from logging.handlers import MemoryHandler
 from pathlib import Path
 from traceback import format_exception
 from typing import Any, ClassVar, Literal, Self
@@ -23,7 +22,7 @@ from filelock import FileLock, Timeout
 from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.runs import manifest
 from simpo.runs.files import JsonLines, disk_errors, remove_leftovers, write_text
-from simpo.runs.log import LogFile, mask_secrets, redact, redact_arguments, redact_yaml, utc_now
+from simpo.runs.log import EarlyNotices, LogFile, mask_secrets, redact, redact_arguments, redact_yaml, utc_now
 from simpo.runs.results import FILE_NAME as RESULTS
 from simpo.runs.results import Metric, fingerprint, write_results
 from simpo.runs.terminal import output_is_closed, printable
@@ -245,7 +244,7 @@ class RunFolder:
     def _open_log(self) -> None:
         """Open the log, with everything in it that was logged before there was one."""
         self._log = LogFile(self.path / "log.txt")
-        for handler in [one for one in logging.getLogger().handlers if isinstance(one, MemoryHandler)]:
+        for handler in [one for one in logging.getLogger().handlers if isinstance(one, EarlyNotices)]:
             logging.getLogger().removeHandler(handler)
             handler.setTarget(self._log)
             handler.close()  # which writes what it has kept

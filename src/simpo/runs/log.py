@@ -128,11 +128,12 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def early_notices() -> MemoryHandler:
-    """A handler that keeps what is reported before a run has a folder, for the run's log."""
-    handler = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
-    handler.setLevel(logging.WARNING)
-    return handler
+class EarlyNotices(MemoryHandler):
+    """Keeps what is reported before a run has a folder, for the run's log."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.maxsize, flushLevel=sys.maxsize)
+        self.setLevel(logging.WARNING)
 
 
 class LogFile(logging.Handler):
