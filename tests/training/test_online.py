@@ -458,6 +458,7 @@ def test_the_rollouts_of_another_training_are_refused(online):
         ({"temperature": -1.0}, "temperature: .*-1"),
         ({"max_missing_scores": 2.0}, "max_missing_scores: .*2"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: "),
+        ({"objective": "dpo", "ld_alpha": 0.0}, "ld_alpha: .*sampled answers"),
         ({"objective": "rloo", "soft_labels": True}, "soft_labels: .*rloo"),
         ({"objective": "dpo", "soft_labels": True, "num_generations": 4}, "soft_labels: .*4"),
         ({"objective": "ipo", "soft_labels": True, "num_generations": 2}, "soft_labels: ipo"),
