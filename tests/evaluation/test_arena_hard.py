@@ -139,6 +139,10 @@ def test_style_control_recovers_the_strength_without_the_effects_of_style():
     assert style_controlled_score(worths, features) == pytest.approx(100 * expit(strength), abs=1e-6)
     same = np.zeros((3, 4))  # explains nothing
     assert style_controlled_score(np.array([1.0, 0.0, 1.0]), same) == pytest.approx(200 / 3)
+    # nor does a feature that is equal everywhere, although the mean of its values is not exactly that value
+    alone = style_controlled_score(worths, features[:, :3])
+    features[:, 3] = 0.1
+    assert style_controlled_score(worths, features) == pytest.approx(alone)
 
 
 def test_where_style_explains_everything_nothing_is_said_of_equal_style():

@@ -409,10 +409,10 @@ def style_controlled_score(worths: np.ndarray, features: np.ndarray) -> float:
         worths: of the model's battles, ``[N]`` in [0, 1].
         features: of :func:`style_differences`, ``[N, 4]``.
     """
-    deviation = features.std(axis=0, ddof=1)
-    deviation[deviation == 0] = 1  # a feature that is equal in all battles explains nothing
-    x = np.column_stack([np.ones(len(worths)), (features - features.mean(axis=0)) / deviation])
+    features = features[:, np.ptp(features, axis=0) > 0]  # one that is equal in all battles explains nothing
+    mean, deviation = features.mean(axis=0), features.std(axis=0, ddof=1)
+    x = np.column_stack([np.ones(len(worths)), (features - mean) / deviation])
     w = fit_logistic(x, worths)
     if not is_determined(x, w):
         return math.nan
-    return 100 * float(expit(w[0] - w[1:] @ (features.mean(axis=0) / deviation)))
+    return 100 * float(expit(w[0] - w[1:] @ (mean / deviation)))
