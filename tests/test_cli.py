@@ -57,6 +57,15 @@ def test_an_error_cannot_steer_the_terminal(tmp_path, capsys):
     assert "\x1b" not in error
 
 
+@pytest.mark.parametrize(
+    ("argv", "library"),
+    [(["--help"], "torch"), (["recipe", "--objective=dpo", "--setting=llama3-base"], "accelerate")],
+)
+def test_what_needs_no_slow_library_imports_none(argv, library):
+    code = f"import sys; from simpo.cli import main; assert main({argv}) == 0; assert {library!r} not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
 def test_python_minus_m(tmp_path):
     found = subprocess.run(
         [sys.executable, "-m", "simpo", "--version"], capture_output=True, text=True, check=True, cwd=tmp_path

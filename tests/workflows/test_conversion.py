@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simpo.cli.plan import recipe
+from simpo.cli.recipe import recipe
 from simpo.cli.training import parse
 from simpo.errors import SimpoError
 from simpo.workflows.conversion import CONFIGS, convert

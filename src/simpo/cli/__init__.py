@@ -33,8 +33,7 @@ COMMANDS = {
     **dict.fromkeys(("compare", "evaluate", "label"), "evaluation"),
     **dict.fromkeys(("sweep", "loop", "reproduce"), "experiments"),
     **dict.fromkeys(("chat", "merge", "push"), "models"),
-    **dict.fromkeys(("plan", "recipe"), "plan"),
-    **{name: name for name in ("inspect", "report", "demo")},
+    **{name: name for name in ("plan", "recipe", "inspect", "report", "demo")},
 }
 
 

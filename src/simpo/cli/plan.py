@@ -1,31 +1,24 @@
-"""The commands before a run: simpo plan and recipe."""
+"""simpo plan: memory, time and cost of a training run before it is started."""
 
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 from rich.table import Table
 
-from simpo.config import parse_settings, setting
+from simpo.config import parse_settings
 from simpo.config.parse import split_options
 from simpo.errors import SimpoError
 from simpo.judging.settings import AnnotatorArguments, GenerationArguments
 from simpo.models.settings import ModelArguments
-from simpo.objectives import OBJECTIVES
 from simpo.planning.settings import PlanSettings, Sharing
-from simpo.runs.files import write_text
 from simpo.runs.terminal import duration
 from simpo.training.configs import OnlineConfig, PreferenceConfig, RewardConfig, SFTConfig
 from simpo.training.settings import REPLACES, DataArguments
-from simpo.workflows.recipes import SETTINGS, compose_recipe
 
 _GIB = 2**30
 # The settings of each command's recipes, apart from model and data.
@@ -126,50 +119,3 @@ def _shown(name: str, value: Any) -> str:
     if name.endswith("seconds"):
         return duration(value) if value >= 60 else f"{value:.3g} s"
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-
-# ---- simpo recipe.
-
-
-@dataclass
-class RecipeSettings:
-    """The recipe."""
-
-    objective: str | None = setting(None, f"One of {', '.join(OBJECTIVES)}.")
-    from_file: Path | None = setting(
-        None, "Or --from: a recipe of LLaMA-Factory, Axolotl, alignment-handbook or open-instruct."
-    )
-    output: Path | None = setting(None, "Write it to this new file instead.")
-    setting: str | None = setting(None, f"One of {', '.join(SETTINGS)}.")
-
-
-def recipe(argv: list[str]) -> None:
-    """Print a recipe: for an objective in one of the paper's settings, or converted from another toolkit's.
-
-    examples:
-      simpo recipe --objective dpo --setting llama3-base
-      simpo recipe --from axolotl.yaml --output simpo.yaml
-    """
-    argv = [re.sub(r"^--from(?==|$)", "--from_file", argument) for argument in argv]  # "from" is a keyword of Python
-    (settings,) = parse_settings(argv, (RecipeSettings,), command="recipe", about=recipe.__doc__)
-    command = "train"
-    if settings.from_file is not None:
-        if settings.objective is not None or settings.setting is not None:
-            raise SimpoError("--from: the objective is that of the file; leave --objective and --setting out")
-        from simpo.workflows.conversion import convert  # noqa: PLC0415 - slow, and the other recipes do not need it
-
-        conversion = convert(settings.from_file)
-        command, text = conversion.command, conversion.text(settings.from_file.name)
-    else:
-        for option in ("objective", "setting"):
-            if getattr(settings, option) is None:
-                raise SimpoError(f"--{option} is missing: give --objective and --setting, or --from FILE")
-        text = compose_recipe(settings.objective, settings.setting)
-    path = settings.output
-    if path is None:
-        print(text, end="")
-        return
-    if path.exists():
-        raise SimpoError(f"--output: {path} exists already; name a new file")
-    write_text(path, text)
-    print(f"recipe: {path}\nnext:   simpo {command} {shlex.quote(str(path))}")
