@@ -306,7 +306,7 @@ def test_annotators_that_cannot_serve(annotator, options, said, sampled, capsys,
     [
         (None, "responses.jsonl: cannot be read"),
         ("", "responses.jsonl: no rows"),
-        ('{"prompt": "p"}\n', "responses.jsonl:1: no id and prompt"),
+        ('{"prompt": "p"}\n', "responses.jsonl:1: id: expected text"),
         (
             '{"id": "1", "prompt": [1], "responses": ["a"]}\n',
             "responses.jsonl:1: prompt holds something other than mess",

@@ -304,7 +304,7 @@ def test_mistakes_end_in_one_line(answers, capsys, options, said):
         (lambda rows: rows[1:] + OTHER, "2 prompts are in"),
         (lambda rows: rows + rows[:1], "b.json[30]: prompt"),
         (lambda rows: [row | {"output": 7} for row in rows], "b.json[0]: output: expected text"),
-        (lambda rows: [{"text": "x"}], "b.json[0]: no id and prompt"),
+        (lambda rows: [{"text": "x"}], "b.json[0]: id: expected text"),
         (lambda rows: [], "no rows"),
     ],
 )

@@ -71,12 +71,13 @@ def test_files_of_both_kinds_are_about_the_same_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"text": "x"}, "no id and prompt"),
+        ({"text": "x"}, "id: expected text"),
         ({"id": "x", "prompt": "p"}, "responses: expected"),
         ({"id": "x", "prompt": "p", "responses": []}, "expected one or more texts"),
         ({"id": "x", "prompt": "p", "responses": [None]}, "expected one or more texts"),
         ({"id": "x", "prompt": "p", "responses": ["r"], "extra": None}, "extra: expected a mapping"),
-        ({"id": "x", "prompt": 7, "responses": ["a"]}, "no id and prompt"),
+        ({"id": 5, "prompt": "p", "responses": ["a"]}, "id: expected text, got 5"),
+        ({"id": "x", "prompt": 7, "responses": ["a"]}, "prompt: expected text or messages, got 7"),
         ({"instruction": "x", "output": None}, "output: expected text"),
         ({"id": "first", "prompt": "p", "responses": ["a"]}, "'first' occurs twice, first at answers.jsonl:1"),
     ],
@@ -88,6 +89,12 @@ def test_files_that_hold_no_answers(tmp_path, row, said):
     with pytest.raises(SimpoError, match=said) as raised:
         read_answer_file(path)
     assert str(raised.value).startswith("answers.jsonl:2: ")
+
+
+def test_a_prompt_may_be_one_message(tmp_path):
+    message = {"role": "user", "content": "p"}
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"id": "x", "prompt": message, "responses": ["a"]}) + "\n")
+    assert read_answer_file(tmp_path / "answers.jsonl")["x"]["prompt"] == [message]
 
 
 def test_figures_of_both_models():

@@ -195,7 +195,7 @@ def test_the_command(tmp_path, capsys):
             '{"id": "0", "prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "finished": [false, false]}\n',
             "no pairs (dropped 2 answers: cut at max_new_tokens",
         ),
-        ('{"prompt": "p", "chosen": "a", "rejected": "b"}\n', "jsonl:1: no id and prompt"),
+        ('{"prompt": "p", "chosen": "a", "rejected": "b"}\n', "jsonl:1: id: expected text"),
         ("{]\n{}\n", "not a JSON object"),
     ],
 )

@@ -114,6 +114,8 @@ def _record(row: Row, where: str) -> tuple[str, Record]:
         instruction, output = cell(row, "instruction", where), cell(row, "output", where)
         key = prompt_id(instruction)
         return key, {"id": key, "prompt": instruction, "responses": [output]}
+    if isinstance(row.get("prompt"), dict):  # one message
+        row = row | {"prompt": [row["prompt"]]}
     prompt = checked_prompt(row, where)
     return row["id"], row | {"prompt": prompt}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -117,8 +118,12 @@ def read_responses(path: Path) -> list[Record]:
 def checked_prompt(record: Record, where: str) -> Prompt:
     """The prompt of a row ``{id, prompt, responses}``; raises :class:`SimpoError` unless all of the row can be used."""
     prompt, responses = record.get("prompt"), record.get("responses")
-    if not isinstance(record.get("id"), str) or not isinstance(prompt, str | list):
-        raise SimpoError(f"{where}: no id and prompt; give what simpo sample writes ({RESPONSES})")
+    for key, kind, expected in (("id", str, "text"), ("prompt", str | list, "text or messages")):
+        if not isinstance(record.get(key), kind):
+            got = reprlib.repr(record.get(key))
+            raise SimpoError(
+                f"{where}: {key}: expected {expected}, got {got}; give what simpo sample writes ({RESPONSES})"
+            )
     if not isinstance(responses, list) or not responses or not all(isinstance(text, str) for text in responses):
         raise SimpoError(f"{where}: responses: expected one or more texts")
     if not isinstance(record.get("extra", {}), dict):
