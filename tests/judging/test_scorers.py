@@ -277,6 +277,12 @@ def test_code_runs_only_if_that_is_allowed(functions):
         make_scorer("function:mine:shortest", JudgeOptions())
 
 
+@pytest.mark.parametrize("kind", [Answers, Pair])
+def test_one_text_is_no_sequence_of_responses(kind):
+    with pytest.raises(TypeError, match="responses"):
+        kind("1", "What is 1 plus 2?", "3.", "It is 4.")
+
+
 def test_an_answer_in_several_pairs_is_scored_once():
     class Lengths(Scorer):
         identity: ClassVar[dict] = {"judge": "lengths"}

@@ -37,6 +37,11 @@ class Answers:
     extra: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""  # where the row comes from, e.g. `"train.jsonl:12"`, for error messages; empty if that is not known
 
+    def __post_init__(self) -> None:
+        """Raise TypeError for one text as ``responses``, whose characters would be judged."""
+        if isinstance(self.responses, str):
+            raise TypeError("responses: expected a sequence of texts, got one text")
+
     @classmethod
     def to(cls, prompt: PlainPrompt, responses: Sequence[str]) -> Self:
         """The ``responses`` to a prompt of a data set."""
