@@ -421,13 +421,9 @@ class OnlineConfig(PreferenceConfig):
         known = (*POLICY_GRADIENTS, *OBJECTIVES)
         if self.objective is not None and self.objective not in known:
             raise SimpoError(f"objective: {self.objective!r} is unknown; there are {', '.join(known)}")
-        of_rows = {
-            "precompute_ref_log_probs": self.precompute_ref_log_probs,
-            "row_columns": self.row_columns,
-            "ld_alpha": self.ld_alpha is not None,  # 0 is a value
-        }
-        for key in (key for key, given in of_rows.items() if given):
-            raise SimpoError(f"{key}: it is for the rows of a data set, not for sampled answers; leave it out")
+        for key in ("precompute_ref_log_probs", "row_columns", "ld_alpha"):
+            if (value := getattr(self, key)) not in (None, []) and value is not False:  # an ld_alpha of 0 is given
+                raise SimpoError(f"{key}: it is for the rows of a data set, not for sampled answers; leave it out")
         if self.gradient is None:
             super()._check_objective()
             if "z_ref" in self.row.needs:
