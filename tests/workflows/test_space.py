@@ -42,7 +42,9 @@ def test_one_at_a_time_has_every_value():
         ({"learning_rate": "1e-6,3e-7,5e-7"}, "1e-6", "largest"),
         ({"learning_rate": "1e-6,3e-7,5e-7"}, "5e-7", None),
         ({"objective": "simpo,dpo"}, "dpo", None),
+        ({"learning_rate": "1e-7..1e-5"}, "1.4e-7", "smallest"),  # within a tenth of two decades
         ({"learning_rate": "1e-7..1e-5"}, "1e-6", None),
+        ({"beta": "1..2"}, "1.95", "largest"),
         ({"seed": "1..20"}, "20", "largest"),
     ],
 )

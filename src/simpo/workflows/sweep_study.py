@@ -26,6 +26,7 @@ Values = dict[str, str]
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})")
 _LOGARITHMIC_FROM = 10  # ratio of a range's ends
+_EDGE = 0.1  # share of a range that counts as its end, which draws hardly ever hit
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,19 @@ class Axis:
             suggest(self.key, *map(self.range_of, self.values), log=self.logarithmic)
 
     def end(self, value: str) -> str | None:
-        """Whether ``value`` is the ``smallest`` or ``largest`` of the axis; None for neither, or without an order."""
+        """Whether ``value`` is ``smallest`` or ``largest`` of the axis, in a range within a tenth; None for neither.
+
+        Values without an order have no ends.
+        """
         numbers = [_number(one) for one in self.values]
-        ends = {min(numbers): "smallest", max(numbers): "largest"}
-        return None if any(map(math.isnan, numbers)) else ends.get(float(value))
+        if len(numbers) < 2 or any(map(math.isnan, numbers)):
+            return None
+        scale = math.log if self.logarithmic else float
+        low, high, found = map(scale, (min(numbers), max(numbers), float(value)))
+        share, margin = (found - low) / (high - low), 0.0 if self.range_of is None else _EDGE
+        if share <= margin:
+            return "smallest"
+        return "largest" if share >= 1 - margin else None
 
     def __str__(self) -> str:
         scale = " (logarithmic)" if self.logarithmic else ""
