@@ -330,6 +330,7 @@ MISTAKES = [
 
 
 def test_models_of_deepspeed_are_refused(world, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert cli.main(options(world, tmp_path / "run")) == 2
     assert "error: eval_generations: not possible with DeepSpeed" in capsys.readouterr().err
