@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,7 @@ def annotate(
         records = read_responses(responses)
         # The annotator's own progress would start again with every part; the lines below count all prompts.
         scorer = make_annotator(annotator, replace(options, log=lambda line: None), normalization)
-        names = annotator_names(annotator, normalization)
-        run.log(f"annotator: {', '.join(names)}; {len(records):,} prompts")
+        run.log(f"annotator: {', '.join(annotator_names(annotator, normalization))}; {len(records):,} prompts")
         identity = {"responses": fingerprint(records), **scorer.identity}
         identity |= {"strip_thinking": True} if options.strip_thinking else {}
         shown = ShownAnswers(options.strip_thinking)
@@ -85,11 +84,7 @@ def annotate(
             _score(scorer, rows, parts, run)
             if scorer.usage is not None:
                 run.log(scorer.usage.line(prices))
-            stored = sorted(parts, key=lambda part: part["start"])  # a damaged part was computed again, after others
-            metrics = _write(records, stored, folder) + thinking
-            if count := sum(part.get("default_temperature", 0) for part in parts):
-                metrics.append(Metric("annotate/judged_at_default_temperature", count))
-            return metrics
+            return _write(records, parts, folder) + thinking
 
         results = run.complete(score)
         parts.path.unlink()
@@ -165,8 +160,9 @@ def _score(scorer: Scorer, rows: Sequence[Answers], parts: JsonLines, run: RunFo
         run.log(f"note: {missing:,} of {answers:,} answers have no score")
 
 
-def _write(records: Sequence[Record], parts: Sequence[Record], folder: Path) -> list[Metric]:
+def _write(records: Sequence[Record], parts: Iterable[Record], folder: Path) -> list[Metric]:
     """Write all responses with their scores, and the best response to every prompt that has a score."""
+    parts = sorted(parts, key=lambda part: part["start"])  # a damaged part was computed again, after others
     scores = [given for part in parts for given in part["scores"]]
     annotated = [{**record, "scores": given} for record, given in zip(records, scores, strict=True)]
     missing: Counter[str] = Counter()
@@ -188,4 +184,7 @@ def _write(records: Sequence[Record], parts: Sequence[Record], folder: Path) -> 
     write_lines(folder / BEST, best)
     sets = [AnswerSet(record["responses"], record["scores"]) for record in annotated]
     by_annotator = [Metric(f"annotate/unscored/{name}", count) for name, count in missing.items()]
-    return diversity_metrics("annotate", sets) + score_metrics("annotate", sets) + by_annotator
+    metrics = diversity_metrics("annotate", sets) + score_metrics("annotate", sets) + by_annotator
+    if count := sum(part.get("default_temperature", 0) for part in parts):
+        metrics.append(Metric("annotate/judged_at_default_temperature", count))
+    return metrics
