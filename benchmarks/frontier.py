@@ -42,9 +42,9 @@ from simpo.statistics import Interval, mean_interval
 
 _ANSWERS, _HELD_OUT = 4, 100  # to a prompt, prompts
 _COMMON: dict[str, Any] = {
-    **{"num_generations": _ANSWERS, "max_new_tokens": 48, "max_length": 128, "generation_batch_size": 256},
-    **{"save_strategy": "no", "report_to": "none", "logging_steps": 16},
-}
+    "num_generations": _ANSWERS, "max_new_tokens": 48, "max_length": 128, "generation_batch_size": 256,
+    "save_strategy": "no", "report_to": "none", "logging_steps": 16,
+}  # fmt: skip
 _SHARED = {"max_steps": 32, "per_device_train_batch_size": 16, "learning_rate": 1e-3}  # by all methods
 _ONCE = {"sync_every": 32}  # offline: all answers are the start model's
 # For each method its keys, the key that keeps it near the start, and the values of that.

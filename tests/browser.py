@@ -50,10 +50,10 @@ class Browser:
         # The protocol's descriptors are 3 (commands) and 4 (events); the shell moves ours there.
         script = f'exec 3<&{to_browser} 4>&{from_browser}; exec "$0" "$@"'
         options = [
-            *("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"),
-            *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
-            *("--disable-dev-shm-usage", "--no-proxy-server", f"--user-data-dir={folder / 'profile'}"),
-        ]
+            "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+            "--disable-dev-shm-usage", "--no-proxy-server", f"--user-data-dir={folder / 'profile'}",
+        ]  # fmt: skip
         self._process = subprocess.Popen(
             ["bash", "-c", script, chromium(), *options, "about:blank"],
             pass_fds=(to_browser, from_browser),

@@ -81,9 +81,9 @@ def gemma3() -> hf.Gemma3Processor:
 def qwen2_5_vl() -> ImageOnlyQwenProcessor:
     tokenizer = _tokenizer(
         "<|vision_start|><|image_pad|><|vision_end|>",
-        **{"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
-        **{"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"},
-    )
+        image_token="<|image_pad|>", video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",
+    )  # fmt: skip
     images = Qwen2VLImageProcessorPil(
         patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=256, max_pixels=4096
     )

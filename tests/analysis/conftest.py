@@ -25,12 +25,12 @@ def scores(chosen, rejected, tokens):
     """Rows of held-out scores of pairs, for SimPO with beta 2."""
     return [
         {
-            **{"where": f"pairs.jsonl:{row + 1}", "tokens": [int(a), int(b)], "weight": 1.0},
-            **{"loss": 1.0, "rewards/chosen": 2 * w, "rewards/rejected": 2 * l, "rewards/accuracies": float(w > l)},
-            **{"rewards/margins": 2 * (w - l), "logps/chosen": w, "logps/rejected": l},
+            "where": f"pairs.jsonl:{row + 1}", "tokens": [int(a), int(b)], "weight": 1.0,
+            "loss": 1.0, "rewards/chosen": 2 * w, "rewards/rejected": 2 * l, "rewards/accuracies": float(w > l),
+            "rewards/margins": 2 * (w - l), "logps/chosen": w, "logps/rejected": l,
         }
         for row, (w, l, (a, b)) in enumerate(zip(chosen, rejected, tokens, strict=True))  # noqa: E741
-    ]
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -158,8 +158,8 @@ def test_tokens_without_a_finite_log_probability_are_left_out(make_run, tmp_path
 def test_rounds_are_in_the_order_of_their_numbers(tmp_path):
     names = [f"round-{number}/model/run.json" for number in (10, 9, 2, 1)]
     assert [path.parts[0] for path in sorted(map(Path, names), key=in_order)] == [
-        *("round-1", "round-2", "round-9", "round-10")
-    ]
+        "round-1", "round-2", "round-9", "round-10",
+    ]  # fmt: skip
 
 
 def test_scores_by_the_distance_from_the_start(tmp_path):

@@ -66,9 +66,9 @@ def test_the_exact_judge(sampled, capsys):
     for best, row in zip(read_lines(sampled / "out/best.jsonl"), found, strict=True):
         place = row["scores"].index(max(row["scores"]))
         assert best == {
-            **{"id": row["id"], "prompt": row["prompt"]},
-            **{"responses": [row["responses"][place]], "scores": [max(row["scores"])]},
-        }
+            "id": row["id"], "prompt": row["prompt"],
+            "responses": [row["responses"][place]], "scores": [max(row["scores"])],
+        }  # fmt: skip
     wins = []
     for row in found:
         answers = combinations(zip(row["responses"], row["scores"], strict=True), 2)

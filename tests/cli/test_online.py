@@ -23,10 +23,10 @@ from simpo.runs.results import read_results
 from simpo.training.online import OnlineTrainer
 
 RECIPE = {
-    **{"objective": "rloo", "num_generations": 4, "max_length": 40, "max_new_tokens": 8, "sync_every": 2},
-    **{"learning_rate": 1e-2, "per_device_train_batch_size": 4, "max_steps": 6, "report_to": "none", "use_cpu": True},
-    **{"save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "trust_remote_code": True},
-}
+    "objective": "rloo", "num_generations": 4, "max_length": 40, "max_new_tokens": 8, "sync_every": 2,
+    "learning_rate": 1e-2, "per_device_train_batch_size": 4, "max_steps": 6, "report_to": "none", "use_cpu": True,
+    "save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "trust_remote_code": True,
+}  # fmt: skip
 SCORERS = """
 import os, signal
 from pathlib import Path

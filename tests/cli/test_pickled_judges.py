@@ -35,11 +35,11 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_the_recipe_allows_applies_to_its_judges(command, judge, chat_world, tmp_path, capsys):
     given = [
-        *(command, f"--model_name_or_path={chat_world / 'model'}", f"--dataset_name={chat_world / 'train.jsonl'}"),
-        *(f"--eval_dataset_name={chat_world / 'test.jsonl'}", "--max_length=40", "--max_steps=1", "--use_cpu=true"),
-        *("--report_to=none", "--save_strategy=no", "--per_device_train_batch_size=2"),
-        *(f"--output_dir={tmp_path / 'run'}", *(option.format(judge=judge) for option in COMMANDS[command])),
-    ]
+        command, f"--model_name_or_path={chat_world / 'model'}", f"--dataset_name={chat_world / 'train.jsonl'}",
+        f"--eval_dataset_name={chat_world / 'test.jsonl'}", "--max_length=40", "--max_steps=1", "--use_cpu=true",
+        "--report_to=none", "--save_strategy=no", "--per_device_train_batch_size=2",
+        f"--output_dir={tmp_path / 'run'}", *(option.format(judge=judge) for option in COMMANDS[command]),
+    ]  # fmt: skip
     assert cli.main(given) == 2
     error = capsys.readouterr().err
     assert "pytorch_model.bin" in error and "allow_pickle" in error and error.count("\n") == 1

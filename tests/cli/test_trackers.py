@@ -125,11 +125,11 @@ def test_answers_of_the_last_rollout(chat_world, tmp_path, board, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scorers.py").write_text("def short(prompt, response):\n    return -len(response)\n")
     given = {
-        **{"model_name_or_path": chat_world / "model", "dataset_name": chat_world / "train.jsonl", "max_length": 40},
-        **{"annotator": "function:scorers:short", "trust_remote_code": True, "output_dir": "out", "objective": "rloo"},
-        **{"num_generations": 2, "max_new_tokens": 4, "per_device_train_batch_size": 4, "max_steps": 2},
-        **{"save_strategy": "no", "report_to": "tensorboard"},
-    }
+        "model_name_or_path": chat_world / "model", "dataset_name": chat_world / "train.jsonl", "max_length": 40,
+        "annotator": "function:scorers:short", "trust_remote_code": True, "output_dir": "out", "objective": "rloo",
+        "num_generations": 2, "max_new_tokens": 4, "per_device_train_batch_size": 4, "max_steps": 2,
+        "save_strategy": "no", "report_to": "tensorboard",
+    }  # fmt: skip
     assert main(["online", *(f"--{key}={value}" for key, value in given.items())]) == 0
     events = board()
     (answers,) = events.Tensors("answers/text_summary")
@@ -162,12 +162,12 @@ def test_every_round_of_a_loop_is_a_run(chat_world, tmp_path, board, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scorers.py").write_text("def short(prompt, response):\n    return -len(response)\n")
     given = {
-        **{"model_name_or_path": chat_world / "model", "prompts": chat_world / "train.jsonl", "rounds": 2, "n": 3},
-        **{"eval_prompts": chat_world / "test.jsonl", "annotator": "function:scorers:short", "max_new_tokens": 10},
-        **{"trust_remote_code": True, "temperature": 1, "top_p": 1, "keep_unfinished": True, "output_dir": "loop"},
-        **{"learning_rate": 1e-3, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no"},
-        **{"report_to": "tensorboard", "run_name": "mine"},
-    }
+        "model_name_or_path": chat_world / "model", "prompts": chat_world / "train.jsonl", "rounds": 2, "n": 3,
+        "eval_prompts": chat_world / "test.jsonl", "annotator": "function:scorers:short", "max_new_tokens": 10,
+        "trust_remote_code": True, "temperature": 1, "top_p": 1, "keep_unfinished": True, "output_dir": "loop",
+        "learning_rate": 1e-3, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "tensorboard", "run_name": "mine",
+    }  # fmt: skip
     assert main(["loop", *(f"--{key}={value}" for key, value in given.items())]) == 0
     assert {path.name for path in (tmp_path / "board").iterdir()} == {"loop-round-1", "loop-round-2"}
     for number in (1, 2):

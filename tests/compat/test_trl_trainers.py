@@ -292,10 +292,10 @@ def test_trls_own_script(name, model_folder, rows, tmp_path, monkeypatch):
     source = with_our_imports((Path(trl.__file__).parent / "scripts" / f"{name}.py").read_text())
     assert f"from simpo.compat import {name.upper() if name != 'reward' else 'Reward'}Trainer" in source
     arguments = {
-        **{"model_name_or_path": model_folder, "dataset_name": str(folder), "output_dir": str(tmp_path / "out")},
-        **{"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False, "logging_steps": 1},
-        **{"per_device_train_batch_size": 2, "save_strategy": "no", "disable_tqdm": True},
-    }
+        "model_name_or_path": model_folder, "dataset_name": str(folder), "output_dir": str(tmp_path / "out"),
+        "max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False, "logging_steps": 1,
+        "per_device_train_batch_size": 2, "save_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
     options = [f"--{key}={value}" for key, value in arguments.items()]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
     exec(compile(source, name, "exec"), {"__name__": "__main__"})

@@ -335,8 +335,8 @@ def test_keys_of_another_toolkit_require_an_objective_and_keys_given_twice_do_no
         parse([recipe(UNSAID)], PreferenceConfig)
     named = [re.sub(r"^recipe.yaml:\d+: ", "", mistake).split(":")[0] for mistake in caught.value.args]
     assert named == [
-        *("gradient_checkpointing", "objective", "tokenizer_name", "with_tracking", "checkpointing_steps"),
-    ]
+        "gradient_checkpointing", "objective", "tokenizer_name", "with_tracking", "checkpointing_steps",
+    ]  # fmt: skip
     assert caught.value.args[0] == "recipe.yaml:9: gradient_checkpointing: already given on line 3"
     kept = [
         line for line in UNSAID.splitlines() if not line.startswith(("gradient", "tokenizer_name", "with_", "check"))

@@ -288,9 +288,9 @@ def test_a_turn_without_weight_is_context(tokenizer, key):
 
 def test_one_row_per_answer_where_earlier_answers_are_rendered_differently(tokenizer):
     messages = [
-        *(user("2 and 2?"), assistant("4", reasoning_content="Two and two.")),
-        *(user("3 and 3?"), assistant("6", reasoning_content="Three and three.")),
-    ]
+        user("2 and 2?"), assistant("4", reasoning_content="Two and two."),
+        user("3 and 3?"), assistant("6", reasoning_content="Three and three."),
+    ]  # fmt: skip
     found, report = conversations(tokenizer, {"messages": messages}, {"messages": messages[:2]})
     assert found == [
         (fed(tokenizer, messages[:1]), "<think>Two and two.</think>4<|im_end|>"),

@@ -48,9 +48,9 @@ def command_of(world: Path, kind: str, output: Path) -> list[str]:
     scorer = f"logp:{world / 'model'}"
     if kind == "sample":
         return [
-            *("sample", str(world / "model"), str(world / "train.jsonl"), "--output_dir", str(output)),
-            *("--n", "2", "--max_new_tokens", "24", "--chunk_size", "4"),
-        ]
+            "sample", str(world / "model"), str(world / "train.jsonl"), "--output_dir", str(output),
+            "--n", "2", "--max_new_tokens", "24", "--chunk_size", "4",
+        ]  # fmt: skip
     if kind == "annotate":
         return ["annotate", str(_answers(world)), "--annotator", scorer, "--output_dir", str(output)]
     options = {"model_name_or_path": world / "model", "output_dir": output, **TRAIN}

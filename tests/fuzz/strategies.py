@@ -33,7 +33,7 @@ _ODD = [
         "e\u0301",
         "\U0001f600",
     ),
-    *("<|im_end|>", "<|im_start|>assistant\n", "</s>", "<s>", "<|end|>", "[INST]", "<think>", "</think>", "{{ 1/0 }}"),
+    "<|im_end|>", "<|im_start|>assistant\n", "</s>", "<s>", "<|end|>", "[INST]", "<think>", "</think>", "{{ 1/0 }}",
     *(
         "\n\nHuman: hi\n\nAssistant: ho",
         "null",
@@ -49,7 +49,7 @@ _ODD = [
         "'",
         "x" * 5000,
     ),
-]
+]  # fmt: skip
 texts = st.one_of(
     st.sampled_from(["What is 2 and 3?", "It is 5.", "I say 15."]), st.sampled_from(_ODD), st.text(max_size=30)
 )

@@ -47,9 +47,9 @@ def test_pairs_verdicts_and_agreement(tmp_path: Path):
     assert len(read_lines(tmp_path / "judgments.jsonl")) == 9
     counts = {name.partition("/")[2]: metric.value for name, metric in metrics.items() if name.startswith("label/")}
     assert counts == {
-        **{"items": 5, "items_judged": 4, "labelers": 2, "preferences": 2, "items_judged_without_a_preference": 2},
-        **{"judgments_ranked": 6, "judgments_tie": 1, "judgments_both_bad": 1, "judgments_skip": 1},
-    }
+        "items": 5, "items_judged": 4, "labelers": 2, "preferences": 2, "items_judged_without_a_preference": 2,
+        "judgments_ranked": 6, "judgments_tie": 1, "judgments_both_bad": 1, "judgments_skip": 1,
+    }  # fmt: skip
     # Of four items, three are agreed on. Ratings: 3 for a, 3 for b, 2 for neither, so two of different items differ
     # with 1 - (3*2 + 3*2 + 2*1) / (8*7) = 0.75; and kappa by hand: chance is (2*1 + 1*2 + 1*1) / 16.
     assert metrics["krippendorff_alpha"].value == pytest.approx(1 - 0.25 / 0.75)

@@ -153,10 +153,10 @@ def test_a_trained_model_is_uploaded_at_its_end(hub, chat_world, tmp_path, monke
 
     out = tmp_path / "out"
     arguments = [
-        *("train", "--model_name_or_path", str(chat_world / "model"), "--output_dir", str(out), "--max_steps", "1"),
-        *("--dataset_name", str(chat_world / "train.jsonl"), "--eval_dataset_name", str(chat_world / "test.jsonl")),
-        *("--use_cpu", "true", "--report_to", "none", "--push_to_hub", "true", "--hub_model_id", "someone/model"),
-    ]
+        "train", "--model_name_or_path", str(chat_world / "model"), "--output_dir", str(out), "--max_steps", "1",
+        "--dataset_name", str(chat_world / "train.jsonl"), "--eval_dataset_name", str(chat_world / "test.jsonl"),
+        "--use_cpu", "true", "--report_to", "none", "--push_to_hub", "true", "--hub_model_id", "someone/model",
+    ]  # fmt: skip
     assert main(arguments) == 0
     assert {name: (out / name).read_bytes() for name in hub.files} == hub.files
     assert "model.safetensors" in hub.files and not {*PRIVATE} & hub.files.keys()

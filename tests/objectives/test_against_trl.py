@@ -155,11 +155,11 @@ def test_dpo_family(pairs, loss_type, name, settings, beta):
     loss_type, divergence = (loss_type, "reverse_kl") if isinstance(loss_type, str) else loss_type
     trainer = bare(
         DPOTrainer,
-        **{"beta": beta, "loss_types": [loss_type], "loss_weights": [1.0], "f_divergence_type": divergence},
-        **{"f_alpha_divergence_coef": 1 - settings.get("alpha", 0.0)},
-        **{"ld_alpha": None, "precompute_ref_logps": True, "use_weighting": False, "_tp_size": 1},
-        **{"_metrics": defaultdict(lambda: defaultdict(list)), "_total_train_tokens": 0},
-    )
+        beta=beta, loss_types=[loss_type], loss_weights=[1.0], f_divergence_type=divergence,
+        f_alpha_divergence_coef=1 - settings.get("alpha", 0.0),
+        ld_alpha=None, precompute_ref_logps=True, use_weighting=False, _tp_size=1,
+        _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0,
+    )  # fmt: skip
     w, y = pairs
     if divergence == "alpha_divergence":  # in single precision only
         w, y = (Responses(side.logp.float(), side.length.float(), side.ref_logp.float()) for side in pairs)
@@ -180,10 +180,10 @@ def test_kto(pairs, mismatched):
 
     trainer = bare(
         KTOTrainer,
-        **{"beta": 0.1, "loss_type": "kto", "desirable_weight": 1.33, "undesirable_weight": 0.5},
-        **{"calculate_KL": True, "precompute_ref_logps": True, "_tp_size": 1},
-        **{"_metrics": defaultdict(lambda: defaultdict(list)), "_total_train_tokens": 0},
-    )
+        beta=0.1, loss_type="kto", desirable_weight=1.33, undesirable_weight=0.5,
+        calculate_KL=True, precompute_ref_logps=True, _tp_size=1,
+        _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0,
+    )  # fmt: skip
     w, y = pairs
     logp, length, ref = (
         torch.cat(columns) for columns in ((w.logp, y.logp), (w.length, y.length), (w.ref_logp, y.ref_logp))

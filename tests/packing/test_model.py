@@ -14,9 +14,9 @@ from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import policy_forward, policy_logprobs, prepare_policy, state_of
 
 SHAREABLE = [
-    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "mixtral"),
-    *("gpt_oss", "cohere", "granite"),
-]
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "mixtral",
+    "gpt_oss", "cohere", "granite",
+]  # fmt: skip
 
 
 def outcome(logps: torch.Tensor, model) -> dict[str, torch.Tensor]:

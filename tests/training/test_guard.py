@@ -48,11 +48,11 @@ def test_a_sign_is_reported_once(guard, caplog):
 
 def options(world, output, **changes):
     given = {
-        **{"model_name_or_path": world / "model", "dataset_name": world / "train.jsonl"},
-        **{"eval_dataset_name": world / "test.jsonl", "output_dir": output, "per_device_train_batch_size": 4},
-        **{"max_steps": 8, "warmup_steps": 0, "logging_steps": 4, "eval_strategy": "no"},
-        **{"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3},
-    } | changes
+        "model_name_or_path": world / "model", "dataset_name": world / "train.jsonl",
+        "eval_dataset_name": world / "test.jsonl", "output_dir": output, "per_device_train_batch_size": 4,
+        "max_steps": 8, "warmup_steps": 0, "logging_steps": 4, "eval_strategy": "no",
+        "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3,
+    } | changes  # fmt: skip
     return ["train", *(f"--{key}={value}" for key, value in given.items())]
 
 
@@ -87,9 +87,9 @@ def test_probes_take_at_most_a_twentieth_of_the_trained_tokens(make_trainer, pai
     def probed(steps, checkpoint=None):
         trainer = make_trainer(
             rows,
-            **{"eval_dataset": held_out, "per_device_train_batch_size": 16, "max_steps": steps, "logging_steps": 1},
-            **{"save_strategy": "steps", "save_steps": 40, "output_dir": str(tmp_path / "run")},
-        )
+            eval_dataset=held_out, per_device_train_batch_size=16, max_steps=steps, logging_steps=1,
+            save_strategy="steps", save_steps=40, output_dir=str(tmp_path / "run"),
+        )  # fmt: skip
         found, score = [], trainer.response_logps
 
         def counted(rows):

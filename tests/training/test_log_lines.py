@@ -24,8 +24,8 @@ def test_every_log_is_a_line_with_what_is_left(make_trainer, make_model, pairs):
     trainer.train()
     starts = [line.partition(":")[0] for line in said]
     assert [start.split(", about")[0] for start in starts] == [
-        *("step 2 of 6", "step 4 of 6", "step 6 of 6", "step 6 of 6", "step 6 of 6")
-    ]
+        "step 2 of 6", "step 4 of 6", "step 6 of 6", "step 6 of 6", "step 6 of 6",
+    ]  # fmt: skip
     assert [" left" in start for start in starts] == [True, True, False, False, False]
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     for line, entry in zip(said, logs, strict=False):
@@ -42,8 +42,8 @@ def test_on_a_terminal_lines_take_the_place_of_dictionaries(make_trainer, pairs,
     trainer.train()
     output, bar = capsys.readouterr()
     assert [line.partition(",")[0] for line in output.splitlines() if "learning_rate" in line] == [
-        *("step 1 of 3", "step 2 of 3", "step 3 of 3: loss " + output.split("step 3 of 3: loss ")[1].split(",")[0])
-    ]
+        "step 1 of 3", "step 2 of 3", "step 3 of 3: loss " + output.split("step 3 of 3: loss ")[1].split(",")[0],
+    ]  # fmt: skip
     assert "{" not in output + bar
     assert "3/3" in bar
 

@@ -20,9 +20,9 @@ from simpo.training.metrics import RunningMeans
 
 RATE, BETA = 0.5, 0.7
 SETTINGS = {
-    **{"objective": "bco", "beta": BETA, "per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 3},
+    "objective": "bco", "beta": BETA, "per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 3,
     "train_sampling_strategy": "sequential",
-}
+}  # fmt: skip
 
 
 def halves(y: Responses) -> tuple[Responses, Responses]:

@@ -172,10 +172,10 @@ class Compare(TrainerCallback):
 
 
 EVERYTHING = {
-    **{"sync_every": 2, "rollout_epochs": 2, "max_steps": 2, "logging_steps": 1, "kl_coef": 0.3, "entropy_coef": 0.05},
-    **{"discount": 0.9, "gae_lambda": 0.8, "value_clip": 0.01, "value_weight": 0.4},
-    **{"normalize_scores": True, "score_clip": 1.0},
-}
+    "sync_every": 2, "rollout_epochs": 2, "max_steps": 2, "logging_steps": 1, "kl_coef": 0.3, "entropy_coef": 0.05,
+    "discount": 0.9, "gae_lambda": 0.8, "value_clip": 0.01, "value_weight": 0.4,
+    "normalize_scores": True, "score_clip": 1.0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("network", [False, True])
@@ -349,11 +349,11 @@ def record(*, scores, values, kl_coef=0.1, score_mean=0.0, score_std=1.0, shift=
     """A prompt with an answer of two tokens for every score."""
     count = len(scores)
     return {
-        **{"prompt_ids": [1, 2], "response_ids": [[3 + k, 4] for k in range(count)], "where": "rows:1"},
-        **{"finished": [True] * count, "scores": scores, "values": values},
-        **{"behavior_logps": [[-1.0 + shift, -2.0]] * count, "ref_logps": [[-1.5, -1.0]] * count},
-        **{"kl_coef": kl_coef, "score_mean": score_mean, "score_std": score_std},
-    }
+        "prompt_ids": [1, 2], "response_ids": [[3 + k, 4] for k in range(count)], "where": "rows:1",
+        "finished": [True] * count, "scores": scores, "values": values,
+        "behavior_logps": [[-1.0 + shift, -2.0]] * count, "ref_logps": [[-1.5, -1.0]] * count,
+        "kl_coef": kl_coef, "score_mean": score_mean, "score_std": score_std,
+    }  # fmt: skip
 
 
 @pytest.fixture

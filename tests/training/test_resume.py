@@ -129,10 +129,10 @@ def killed(killed_once, tmp_path):
 def test_a_run_leaves_everything_that_tells_its_story(through, chat_world):
     names = {path.name for path in through.iterdir()}
     assert names >= {
-        *("model.safetensors", "config.json", "tokenizer.json", "README.md", "results.json", "manifest.json"),
-        *("run.json", "recipe.yaml", "recipe.resolved.yaml", "environment.json", "log.txt", "metrics.jsonl"),
-        *("held_out_before.jsonl", "held_out_after.jsonl", "trainer_state.json"),
-    }
+        "model.safetensors", "config.json", "tokenizer.json", "README.md", "results.json", "manifest.json",
+        "run.json", "recipe.yaml", "recipe.resolved.yaml", "environment.json", "log.txt", "metrics.jsonl",
+        "held_out_before.jsonl", "held_out_after.jsonl", "trainer_state.json",
+    }  # fmt: skip
     assert "training_args.bin" not in names  # a pickle, which holds tokens
     assert not list(through.rglob("training_args.bin"))
     assert sum("loss" in line for line in metrics(through)) == 4

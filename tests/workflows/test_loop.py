@@ -26,10 +26,10 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {
-    **{"rounds": 2, "n": 3, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 10, "eval_n": 2},
-    **{"learning_rate": 2e-2, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none"},
+    "rounds": 2, "n": 3, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 10, "eval_n": 2,
+    "learning_rate": 2e-2, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none",
     "keep_unfinished": True,  # a random model seldom ends an answer
-}
+}  # fmt: skip
 SCORER = "def length(prompt, response): return -len(response)\n"
 
 
@@ -59,8 +59,8 @@ def test_each_round_starts_from_the_last(world):
         folder = out / f"round-{number}"
         stages = ("responses", "annotated", "pairs", "model", "answers", "comparison")
         assert [json.loads((folder / stage / "run.json").read_text())["command"] for stage in stages] == [
-            *("sample", "annotate", "pair", "train", "sample", "compare")
-        ]
+            "sample", "annotate", "pair", "train", "sample", "compare",
+        ]  # fmt: skip
         assert all(find_damage(folder / stage) is None for stage in stages)
         assert metrics(folder / "responses")["sample/responses", None].value == 72
         started = yaml.safe_load((world / "loop.yaml").read_text())["model_name_or_path"]

@@ -65,8 +65,8 @@ def test_answers_that_were_cut_are_left_out():
         {UNFINISHED: 3, TOO_FEW: 1, UNSCORED: 1, EMPTY: 1},
     )
     assert made(cut, keep_unfinished=True)[0] == [
-        *(("0", "best and", "but"), ("1", "a", "b"), ("2", "c", "d"), ("3", "x", "y"))
-    ]
+        ("0", "best and", "but"), ("1", "a", "b"), ("2", "c", "d"), ("3", "x", "y"),
+    ]  # fmt: skip
     [ranking, _, _], _ = make_pairs(cut, PairSettings(pairs="ranking"))
     assert ranking["responses"] == ["good", "bad"]
 
@@ -157,9 +157,9 @@ def test_the_command(tmp_path, capsys):
     assert main(command) == 0
     [row] = [json.loads(line) for line in (tmp_path / "out/pairs.jsonl").read_text().splitlines()]
     assert row == {
-        **{"prompt": messages, "chosen": "long one", "rejected": "x"},
-        **{"chosen_score": 1.5, "rejected_score": 0.5, "id": "0"},
-    }
+        "prompt": messages, "chosen": "long one", "rejected": "x",
+        "chosen_score": 1.5, "rejected_score": 0.5, "id": "0",
+    }  # fmt: skip
     found = {metric.name: metric.value for metric in read_results(tmp_path / "out/results.json").metrics}
     assert found["pair/prompts"] == 2
     assert found["pair/dropped/pairs_equally_good"] == found["pair/rows"] == found["pair/score_gap"] == 1

@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 # TRL's loss_type -> our objective. What TRL adds to several of them is in DPOConfig.
 _OBJECTIVES = {
-    **{"sigmoid": "dpo", "ipo": "ipo", "sigmoid_norm": "dpo_norm", "nca_pair": "nca", "bco_pair": "bco"},
-    **{"sppo_hard": "sppo", "apo_zero": "apo_zero", "apo_down": "apo_down"},
-}
+    "sigmoid": "dpo", "ipo": "ipo", "sigmoid_norm": "dpo_norm", "nca_pair": "nca", "bco_pair": "bco",
+    "sppo_hard": "sppo", "apo_zero": "apo_zero", "apo_down": "apo_down",
+}  # fmt: skip
 _SFT = "sft"
 _DIVERGENCES = {"js_divergence": "js", "forward_kl": "forward_kl", "alpha_divergence": "alpha"}
 # The objectives of CPO; TRL's reference-free "hinge" and "ipo" have none.
@@ -43,13 +43,13 @@ _PAPER_LENGTHS = {"max_length": 512, "max_prompt_length": 128}
 # The arguments of the constructors, in their order.
 _DATA = ("args", "data_collator", "train_dataset", "eval_dataset", "processing_class")
 _WITH_REFERENCE = (
-    *("model", "ref_model", *_DATA, "compute_metrics", "callbacks", "optimizers", "quantization_config"),
-    *("peft_config", "tokenizer"),
-)
+    "model", "ref_model", *_DATA, "compute_metrics", "callbacks", "optimizers", "quantization_config",
+    "peft_config", "tokenizer",
+)  # fmt: skip
 _WITHOUT_REFERENCE = (
-    *("model", *_DATA, "model_init", "callbacks", "optimizers", "preprocess_logits_for_metrics", "peft_config"),
-    *("compute_metrics", "tokenizer"),
-)
+    "model", *_DATA, "model_init", "callbacks", "optimizers", "preprocess_logits_for_metrics", "peft_config",
+    "compute_metrics", "tokenizer",
+)  # fmt: skip
 _UNPAIRED_AT_ONCE = 1000  # pairs; their chosen responses come before their rejected ones, as in TRL
 
 

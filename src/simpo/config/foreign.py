@@ -57,12 +57,12 @@ RENAMED = {
 
 # Keys that cannot affect the result here: caches, plots, and how other trainers lay out or pad their batches.
 DROPPED = (
-    *("overwrite_cache", "dataset_prepared_path", "plot_loss", "strict", "lora_task_type", "use_logits_to_keep"),
-    *("sample_packing", "eval_sample_packing", "pad_to_sequence_len", "packing_samples", "no_remove_unused_columns"),
-    *("model_type", "tokenizer_type", "label_pad_token_id", "padding_value", "use_slow_tokenizer", "overlap_comm"),
-    *("packing", "packing_strategy", "eval_packing", "padding_side", "try_launch_beaker_eval_jobs"),
-    *("hf_metadata_dataset", "dataset_mix_dir", "eval_table_size", "eval_table_max_new_tokens"),
-)
+    "overwrite_cache", "dataset_prepared_path", "plot_loss", "strict", "lora_task_type", "use_logits_to_keep",
+    "sample_packing", "eval_sample_packing", "pad_to_sequence_len", "packing_samples", "no_remove_unused_columns",
+    "model_type", "tokenizer_type", "label_pad_token_id", "padding_value", "use_slow_tokenizer", "overlap_comm",
+    "packing", "packing_strategy", "eval_packing", "padding_side", "try_launch_beaker_eval_jobs",
+    "hf_metadata_dataset", "dataset_mix_dir", "eval_table_size", "eval_table_max_new_tokens",
+)  # fmt: skip
 
 _DPO, _SIMPO, _ORPO, _KTO = ({"objective": name} for name in ("dpo", "simpo", "orpo", "kto"))
 _IPO = {"objective": "ipo", "length_normalized": "true"}
@@ -86,10 +86,10 @@ VALUES: dict[str, dict[str, Mapping[str, Any]]] = {
     "flash_attention": {"true": _FLASH, "false": {}},
     "use_flash_attn": {"true": _FLASH, "false": {}},
     "flash_attn": {
-        **{"fa2": _FLASH, "true": _FLASH, "auto": {}, "false": {}},
-        **{"sdpa": {"attn_implementation": "sdpa"}, "disabled": {"attn_implementation": "eager"}},
+        "fa2": _FLASH, "true": _FLASH, "auto": {}, "false": {},
+        "sdpa": {"attn_implementation": "sdpa"}, "disabled": {"attn_implementation": "eager"},
     },
-}
+}  # fmt: skip
 
 _DATA = "write dataset_name (a hub id, a file or a folder), or dataset_mixture for several data sets"
 _HELD_OUT = "write eval_dataset_name with held-out rows, or dataset_mixture with a test_split_size"
@@ -185,9 +185,9 @@ _MEANINGLESS = ("overwrite_output_dir", "save_safetensors", "logging_dir", "padd
 
 # Keys that determine the objective: a recipe with one of them is clear.
 _DETERMINE_THE_OBJECTIVE = {
-    *("objective", "loss_type", "stage", "rl", "rlhf_type", "pref_loss", "dpo_loss_type", "trainer_type", "link"),
-    *("gamma", "gamma_beta_ratio", "simpo_gamma", "dpo_gamma_beta_ratio"),
-}
+    "objective", "loss_type", "stage", "rl", "rlhf_type", "pref_loss", "dpo_loss_type", "trainer_type", "link",
+    "gamma", "gamma_beta_ratio", "simpo_gamma", "dpo_gamma_beta_ratio",
+}  # fmt: skip
 # Keys that are too common to show that a recipe belongs to another toolkit.
 _COMMON = {"model", "model_name", "lr", "epochs", "optimizer", "batch_size", "config", "env"}
 _OFF = (None, "false", "no", "off", "0", "0.0", "none", "")

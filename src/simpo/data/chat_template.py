@@ -427,9 +427,9 @@ def _text_after_answer(tokenizer: PreTrainedTokenizerBase, *following: Message) 
 
 # Tokens that end a turn or a text in common model families.
 _ENDS = (
-    *("</s>", "<eos>", "<end_of_turn>", "<turn|>", "<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end_of_text|>", "<|end|>"),
-    *("<|endoftext|>", "<|return|>", "<|END_OF_TURN_TOKEN|>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
-)
+    "</s>", "<eos>", "<end_of_turn>", "<turn|>", "<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end_of_text|>", "<|end|>",
+    "<|endoftext|>", "<|return|>", "<|END_OF_TURN_TOKEN|>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)  # fmt: skip
 # A letter next to a punctuation mark, as in "<eos>" and "[PAD]".
 _MARKUP = re.compile(r"\w\W|\W\w")
 

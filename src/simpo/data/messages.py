@@ -243,9 +243,9 @@ CONTEXT_COLUMNS = ("system", "tools", "chat_template_kwargs", *IMAGE_COLUMNS)
 _MEDIA = ("video", "videos", "audio", "audios")
 # Columns that mean something to other toolkits' training and have no effect here.
 _WITHOUT_EFFECT = (
-    *("weight", "sample_weight", "label_probability", "functions", "documents", "context", "history"),
-    *("custom_system_prompt", *REASONING),
-)
+    "weight", "sample_weight", "label_probability", "functions", "documents", "context", "history",
+    "custom_system_prompt", *REASONING,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from simpo.errors import SimpoError
 # Names of apply_chat_template's own parameters in transformers, which a template never gets.
 RESERVED_KWARGS = frozenset(
     (
-        *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
-        *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
-        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+        "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
+        "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+        "return_assistant_tokens_mask", "tokenizer_kwargs",
     )
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,13 @@ FOREIGN_SHAPES = (
 )
 # Columns of text or messages, and those that are never plain text.
 _TEXTS = (
-    *("prompt", "chosen", "rejected", "completion", "question", "instruction", "query", "input", "context"),
-    *("response", "output", "answer", "response1", "response2", "response_0", "response_1", "response_2"),
-)
+    "prompt", "chosen", "rejected", "completion", "question", "instruction", "query", "input", "context",
+    "response", "output", "answer", "response1", "response2", "response_0", "response_1", "response_2",
+)  # fmt: skip
 _STRUCTURES = (
-    *("messages", "conversations", "conversation", "responses", "scores", "completions", "answers"),
-    *("preferred_output", "non_preferred_output", "conversation_a", "conversation_b"),
-)
+    "messages", "conversations", "conversation", "responses", "scores", "completions", "answers",
+    "preferred_output", "non_preferred_output", "conversation_a", "conversation_b",
+)  # fmt: skip
 _OPTIONS = ("tools", "chat_template_kwargs")
 _NUMBERS = ("weight", "label_probability", "margin", "chosen_score", "rejected_score", "score_chosen", "score_rejected")
 _QUESTIONS = ("question", "instruction", "query")
@@ -56,8 +56,8 @@ _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
-    **{"system": "system", "function_call": "assistant"},
-}
+    "system": "system", "function_call": "assistant",
+}  # fmt: skip
 _RESPONSE_KEYS = ("response", "answer", "text", "content")
 _SCORE_KEYS = ("overall_score", "score", "rating", "rank")
 

@@ -359,10 +359,10 @@ def write_verdicts(path: Path, judged: Judged) -> None:
     """Write every pair with its answers, verdicts (null where there is none) and margins as JSON lines."""
     rows = (
         {
-            **{"id": pair.id, "prompt": pair.prompt, **pair.context.columns, "a": pair.a, "b": pair.b},
+            "id": pair.id, "prompt": pair.prompt, **pair.context.columns, "a": pair.a, "b": pair.b,
             "verdicts": {name: float(values[index]) for name, values in judged.verdicts.items()},
             "margins": {name: float(values[index]) for name, values in judged.margins.items()},
         }
         for index, pair in enumerate(judged.pairs)
-    )
+    )  # fmt: skip
     write_lines(path, rows)

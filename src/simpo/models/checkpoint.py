@@ -18,9 +18,9 @@ from simpo.models.settings import ModelArguments
 from simpo.runs.manifest import file_digest
 
 _FILES = (
-    *("*.safetensors", "pytorch_model*.bin", "*config.json"),
-    *("tokenizer.*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
-)
+    "*.safetensors", "pytorch_model*.bin", "*config.json",
+    "tokenizer.*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+)  # fmt: skip
 
 
 def load_config(arguments: ModelArguments) -> Any:

@@ -18,10 +18,10 @@ from simpo.runs import manifest
 
 # The files of a model with its card and results. A run's recipe, log, data and checkpoints are not uploaded.
 _FILES = (
-    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
-    *("chat_template.jinja", "*processor_config.json", "README.md", "results.json", "LICENSE*"),
-)
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "chat_template.jinja", "*processor_config.json", "README.md", "results.json", "LICENSE*",
+)  # fmt: skip
 _DENIED = (401, 403)
 
 

@@ -48,9 +48,9 @@ VALUES, RETURNS = "values", "returns"
 _LISTS = (REF_LOGPS, LEVELS, BEHAVIOR, REF_TOKENS, ADVANTAGES, VALUES, RETURNS)
 _NUMBERS = (LABEL_PROBABILITY, MARGIN, BETA, ROLLOUT)
 _COLUMNS = (
-    *("prompt_ids", "response_ids", "scored", "scores", "label"),
-    *(IMAGES, DIGESTS, MISMATCHED_IDS, MISMATCHED_REF_LOGP, *_LISTS, *_NUMBERS),
-)
+    "prompt_ids", "response_ids", "scored", "scores", "label",
+    IMAGES, DIGESTS, MISMATCHED_IDS, MISMATCHED_REF_LOGP, *_LISTS, *_NUMBERS,
+)  # fmt: skip
 _ILLUSTRATED = 2  # rows with images that are added to those on which the fast path is checked
 _ROWS_NAMED = 5  # in an error message about several rows
 

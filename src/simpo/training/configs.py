@@ -256,9 +256,9 @@ def hyperparameter_names() -> list[str]:
 
 _PTX_KEYS = ("ptx_weight", "ptx_dataset_name", "ptx_batch_size")
 _GRADIENT_KEYS = (
-    *("kl_coef", "kl_in", "kl_estimator", "kl_target", "kl_horizon", "clip_low", "clip_high", "entropy_coef"),
-    *("normalize_scores", "score_clip", "whiten_advantages", *_PTX_KEYS),
-)
+    "kl_coef", "kl_in", "kl_estimator", "kl_target", "kl_horizon", "clip_low", "clip_high", "entropy_coef",
+    "normalize_scores", "score_clip", "whiten_advantages", *_PTX_KEYS,
+)  # fmt: skip
 _PPO_KEYS = ("value_model", "value_learning_rate", *(field.name for field in fields(PPO)))
 _KL_COEF, _KL_HORIZON = 0.05, 10_000
 _EVALUATION_BETA = 0.1  # for the implied reward where there is no KL coefficient

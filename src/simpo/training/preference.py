@@ -48,9 +48,9 @@ from simpo.training.reference import ReferenceModel, mismatched_rows, with_misma
 # The metrics of pairs and of single responses, by the names on people's dashboards.
 NAMES = (
     "loss",
-    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
-    *("logps/chosen", "logps/rejected"),
-)
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected",
+)  # fmt: skip
 UNPAIRED_NAMES = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 KL, WPO_WEIGHT = "kl", "wpo/weight"
 

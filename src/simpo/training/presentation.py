@@ -29,11 +29,11 @@ from simpo.training.packed import PackedTrainer
 from simpo.training.settings import DataArguments
 
 _SETTINGS = (
-    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type"),
-    *("warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16", "fp16", "seed", "max_length"),
-    *("max_prompt_length", "truncation", "paper_tokenization", "sft_weight", "row_columns", "margin"),
+    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type",
+    "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16", "fp16", "seed", "max_length",
+    "max_prompt_length", "truncation", "paper_tokenization", "sft_weight", "row_columns", "margin",
     "center_rewards_coefficient",
-)
+)  # fmt: skip
 
 _TEMPLATE = """\
 ---
@@ -179,10 +179,10 @@ def _line(row: dict[str, Any], number: int, decode: Callable[[Any], str], logps:
     kept = {key: row[key] for key in ("scores", "label") if row.get(key) is not None}
     extra = json.loads(row.get("extra") or "{}")
     return {
-        **{"row": number, "where": row.get("where"), "prompt": decode(row["prompt_ids"]), "responses": responses},
+        "row": number, "where": row.get("where"), "prompt": decode(row["prompt_ids"]), "responses": responses,
         **kept,
         **({"id": extra["id"]} if "id" in extra else {}),
-    }
+    }  # fmt: skip
 
 
 def token_texts(decode: Callable[[Any], str], ids: Sequence[int]) -> list[str]:

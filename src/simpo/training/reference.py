@@ -50,9 +50,9 @@ _ROWS = 512  # per file of the cache, which is written at once
 _POLICY = "policy.json"
 # Keys of a model's or adapter's configuration that describe its origin or its use, and do not affect what it computes.
 _NO_INFLUENCE = {
-    *("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"),
-    *("base_model_name_or_path", "inference_mode", "revision"),
-}
+    "_name_or_path", "architectures", "dtype", "transformers_version", "use_cache",
+    "base_model_name_or_path", "inference_mode", "revision",
+}  # fmt: skip
 
 
 class ReferenceModel:

@@ -49,13 +49,13 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
 }
 # Keys of a configuration that change what is shown, stored or kept of a run, but not what it computes.
 _NO_INFLUENCE = {
-    *("accept_changes", "guard"),
-    *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
-    *("image_folder", "dataset_num_proc", "ddp_timeout", "disable_tqdm", "do_eval", "do_predict", "do_train"),
-    *("log_level", "log_level_replica", "log_on_each_node", "output_dir"),
-    *("per_device_eval_batch_size", "per_device_train_batch_size"),  # the rows per step count
-    *("project", "reference_cache", "report_to", "resume_from_checkpoint", "run_name", "trackio_space_id"),
-}
+    "accept_changes", "guard",
+    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+    "image_folder", "dataset_num_proc", "ddp_timeout", "disable_tqdm", "do_eval", "do_predict", "do_train",
+    "log_level", "log_level_replica", "log_on_each_node", "output_dir",
+    "per_device_eval_batch_size", "per_device_train_batch_size",  # the rows per step count
+    "project", "reference_cache", "report_to", "resume_from_checkpoint", "run_name", "trackio_space_id",
+}  # fmt: skip
 _NO_INFLUENCE_PREFIXES = ("hub_", "logging_", "push_to_hub", "save_")
 # Arguments of torch.utils.checkpoint that a recipe can set.
 _CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "debug")

@@ -224,14 +224,14 @@ _AXOLOTL = Toolkit(
     {"base_model", "sequence_len"},
     _axolotl_command,
     {
-        **{"datasets": _datasets, "test_datasets": _test_datasets, "val_set_size": _nothing, "rl_beta": _beta_of("rl")},
-        **{"evals_per_epoch": _per_epoch("eval"), "saves_per_epoch": _per_epoch("save")},
-        **{"chat_template": _axolotl_template, "chat_template_jinja": _nothing, "special_tokens": _special_tokens},
-        **{"bf16": _precision, "reward_model": _nothing, "cpo_alpha": _cpo_alpha, "fsdp": _fsdp, "strict": _nothing},
-        **{"shuffle_merged_datasets": _nothing, "remove_unused_columns": _nothing},
+        "datasets": _datasets, "test_datasets": _test_datasets, "val_set_size": _nothing, "rl_beta": _beta_of("rl"),
+        "evals_per_epoch": _per_epoch("eval"), "saves_per_epoch": _per_epoch("save"),
+        "chat_template": _axolotl_template, "chat_template_jinja": _nothing, "special_tokens": _special_tokens,
+        "bf16": _precision, "reward_model": _nothing, "cpo_alpha": _cpo_alpha, "fsdp": _fsdp, "strict": _nothing,
+        "shuffle_merged_datasets": _nothing, "remove_unused_columns": _nothing,
     },
     {"train": _COSINE | {"beta": "0.1"}, "sft": _COSINE, "reward": _COSINE},
-)
+)  # fmt: skip
 
 # ---- open-instruct.
 
@@ -292,9 +292,9 @@ _OPEN_INSTRUCT = Toolkit(
     {"use_slow_tokenizer", "tokenizer_name", "tokenizer_name_or_path", "dataset_mixer_list", "with_tracking"},
     _open_instruct_command,
     {
-        **{"dataset_mixer": _mixer, "dataset_mixer_list": _mixer_list, "tokenizer_name": _same_tokenizer},
-        **{"tokenizer_name_or_path": _same_tokenizer, "checkpointing_steps": _checkpointing_steps},
-        **{"with_tracking": _tracking, "loss_type": _trained_by_dpo, "dpo_loss_type": _trained_by_dpo},
+        "dataset_mixer": _mixer, "dataset_mixer_list": _mixer_list, "tokenizer_name": _same_tokenizer,
+        "tokenizer_name_or_path": _same_tokenizer, "checkpointing_steps": _checkpointing_steps,
+        "with_tracking": _tracking, "loss_type": _trained_by_dpo, "dpo_loss_type": _trained_by_dpo,
         "dataset_mixer_list_splits": lambda value, recipe: {"dataset_splits": value},
     },
     {
@@ -303,7 +303,7 @@ _OPEN_INSTRUCT = Toolkit(
         "sft": {"num_train_epochs": "2", "lr_scheduler_type": "linear", "warmup_steps": "0.03"},
         "lora": {"lora_r": "64", "lora_alpha": "16", "lora_dropout": "0.1"},
     },
-)
+)  # fmt: skip
 
 # ---- alignment-handbook.
 

@@ -14,9 +14,9 @@ from simpo.errors import SimpoError
 
 _LARGEST = 12
 _WORDS = (
-    *("ant", "bag", "bus", "cow", "cup", "dog", "fan", "hat"),
-    *("jam", "key", "map", "owl", "pig", "sun", "tub", "web"),
-)
+    "ant", "bag", "bus", "cow", "cup", "dog", "fan", "hat",
+    "jam", "key", "map", "owl", "pig", "sun", "tub", "web",
+)  # fmt: skip
 _ORDINALS = ("first", "second", "third", "fourth")
 _TASTES = {
     "food": ("bread", "rice", "soup", "fish"),
