@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from threading import Thread
 
@@ -13,7 +14,7 @@ import pytest
 import uvicorn
 
 from simpo.labeling.server import listen, make_app
-from simpo.labeling.session import Item, Judgment, Session, Store, read_judgments
+from simpo.labeling.session import Item, Judgment, Session, Store
 from simpo.runs.files import write_lines
 
 TOKEN = "secret"
@@ -73,7 +74,8 @@ class Served:
 
     def judgments(self) -> list[Judgment]:
         """What was judged, read while the page is open."""
-        return read_judgments(self._database)
+        with closing(Store(self._database)) as store:
+            return store.judgments()
 
 
 @pytest.fixture

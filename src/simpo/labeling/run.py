@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import secrets
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from simpo.labeling.session import (
     items_of_one,
     items_of_two,
     load_items,
-    read_judgments,
 )
 from simpo.runs.files import disk_errors, write_lines
 from simpo.runs.folder import RunFolder, RunRecord
@@ -42,10 +41,6 @@ from simpo.statistics import bootstrap_interval, krippendorff_alpha, krippendorf
 PREFERENCES, VERDICTS, JUDGMENTS = "preferences.jsonl", "verdicts.jsonl", "judgments.jsonl"
 PREFERENCE_COUNT = "label/preferences"  # the metric
 
-# A comparison of two of an item's answers, each a place in the file; the verdict is 1 if the first is better, 0.5 for
-# neither, 0 if the second is.
-Compared = dict[tuple[int, int], float]
-
 
 def export(items: Sequence[Item], judgments: Sequence[Judgment], folder: Path, *, seed: int) -> list[Metric]:
     """Write the files of a labeling run.
@@ -57,24 +52,23 @@ def export(items: Sequence[Item], judgments: Sequence[Judgment], folder: Path, *
 
     ``judgments`` are those that count, in the order in which they were made.
     """
-    by_item: dict[str, list[Judgment]] = {item.id: [] for item in items}
-    for judgment in judgments:
-        by_item[judgment.item].append(judgment)
-    judged = {key: [one for one in found if one.kind != "skip"] for key, found in by_item.items()}
+    judged: dict[str, list[Judgment]] = {item.id: [] for item in items}
+    for one in judgments:
+        judged[one.item] += [one] if one.kind != "skip" else []
     pairs_only = all(len(item.responses) == 2 for item in items)
-    preferences = [_preference(item, judged[item.id], pairs_only) for item in items if judged[item.id]]
-    rows = [row for row in preferences if row is not None]
-    write_lines(folder / PREFERENCES, rows)
+    rows = [_preference(item, judged[item.id], pairs_only) for item in items if judged[item.id]]
+    preferences = [row for row in rows if row is not None]
+    write_lines(folder / PREFERENCES, preferences)
     write_lines(folder / VERDICTS, _verdicts(items, judged))
-    write_lines(folder / JUDGMENTS, [_judgment_row(one) for one in judgments])
+    write_lines(folder / JUDGMENTS, map(_judgment_row, judgments))
     kinds = Counter(one.kind for one in judgments)
     metrics = [
         Metric("label/items", sum(not item.is_tie for item in items)),
-        Metric("label/items_judged", sum(map(bool, judged.values()))),
+        Metric("label/items_judged", len(rows)),
         Metric("label/labelers", len({one.labeler for one in judgments})),
         *(Metric(f"label/judgments_{kind}", kinds[kind]) for kind in KINDS),
-        Metric(PREFERENCE_COUNT, len(rows)),
-        Metric("label/items_judged_without_a_preference", len(preferences) - len(rows)),
+        Metric(PREFERENCE_COUNT, len(preferences)),
+        Metric("label/items_judged_without_a_preference", len(rows) - len(preferences)),
     ]
     counted = [one for found in judged.values() for one in found]
     return metrics + reliability_metrics(counted, seed) if counted else metrics
@@ -93,42 +87,29 @@ def _preference(item: Item, judgments: Sequence[Judgment], pairs_only: bool) -> 
     scores = scores_of(judgments)
     if len(set(scores)) == 1:
         return None
-    row = {"prompt": item.prompt, **item.columns}
+    answers: dict[str, Any] = {"responses": list(item.responses), "scores": scores}
     if pairs_only:
-        chosen, rejected = (item.responses[int(place)] for place in np.argsort(scores)[::-1])
-        row |= {"chosen": chosen, "rejected": rejected}
-    else:
-        row |= {"responses": list(item.responses), "scores": scores}
-    return row | {
-        "id": item.id,
-        "labeler": ", ".join(dict.fromkeys(one.labeler for one in judgments)),
-        "judgments": [_judgment_row(one) for one in judgments],
-    }
+        (_, rejected), (_, chosen) = sorted(zip(scores, item.responses, strict=True))
+        answers = {"chosen": chosen, "rejected": rejected}
+    names = dict.fromkeys(one.labeler for one in judgments)
+    about = {"id": item.id, "labeler": ", ".join(names), "judgments": list(map(_judgment_row, judgments))}
+    return {"prompt": item.prompt, **item.columns, **answers, **about}
 
 
 def _judgment_row(judgment: Judgment) -> dict[str, Any]:
-    return {
-        "id": judgment.item,
-        "labeler": judgment.labeler,
-        "judgment": judgment.kind,
-        "ranks": list(judgment.ranks),
-        "shown": list(judgment.shown),
-        "note": judgment.note,
-        "seconds": round(judgment.seconds, 3),
-    }
+    row = asdict(judgment) | {"seconds": round(judgment.seconds, 3)}
+    return {"id": row.pop("item"), "judgment": row.pop("kind"), **row}
 
 
-def _verdicts(items: Sequence[Item], judged: Mapping[str, Sequence[Judgment]]) -> list[dict[str, Any]]:
+def _verdicts(items: Sequence[Item], judged: Mapping[str, Sequence[Judgment]]) -> Iterator[dict[str, Any]]:
     """The winner of every item with two answers that was judged; identical answers tie by themselves."""
-    rows = []
     for item in items:
-        if len(item.responses) != 2 or not (judged[item.id] or item.is_tie):
-            continue
-        a, b = (0.0, 0.0) if item.is_tie else scores_of(judged[item.id])
-        winner = "tie" if a == b else "a" if a > b else "b"
-        answers = dict(zip("ab", item.responses, strict=True))
-        rows.append({"id": item.id, "winner": winner, **answers, "judgments": len(judged[item.id])})
-    return rows
+        found = judged[item.id]
+        if len(item.responses) == 2 and (found or item.is_tie):
+            a, b = scores_of(found) if found else (0.0, 0.0)
+            answers = dict(zip("ab", item.responses, strict=True))
+            winner = "tie" if a == b else "a" if a > b else "b"
+            yield {"id": item.id, "winner": winner, **answers, "judgments": len(found)}
 
 
 # ---- Can the judgments be relied upon?
@@ -142,21 +123,20 @@ def reliability_metrics(judgments: Sequence[Judgment], seed: int) -> list[Metric
 
     There is at least one judgment, and none of them is a skip.
     """
-    compared = {
-        (one.labeler, one.item): {
-            (i, j): (np.sign(one.ranks[j] - one.ranks[i]) + 1) / 2 for i, j in combinations(range(len(one.ranks)), 2)
-        }
+    # [pairs of answers] of each judgment: 1 if the first is better, 0.5 for neither, 0 if the second is
+    verdicts = {
+        (one.labeler, one.item): np.array([(np.sign(b - a) + 1) / 2 for a, b in combinations(one.ranks, 2)])
         for one in judgments
     }
-    metrics = [_alpha(compared, seed)]
     labelers = list(dict.fromkeys(one.labeler for one in judgments))
-    for one, other in combinations(labelers, 2):
-        both = [item for name, item in compared if name == one and (other, item) in compared]
-        first, second = ([compared[name, item] for item in both] for name in (one, other))
-        numbers = np.array([number for number, found in enumerate(first) for _ in found], dtype=np.int64)
-        metrics += agreement_metrics(f"{_quoted(one)}+{_quoted(other)}", numbers, _flat(first), _flat(second), seed)
+    metrics = [_alpha(verdicts, seed)]
+    for pair in combinations(labelers, 2):
+        both = [item for name, item in verdicts if name == pair[0] and (pair[1], item) in verdicts]
+        first, second = (np.concatenate([[], *(verdicts[name, item] for item in both)]) for name in pair)
+        places = [place for place, item in enumerate(both) for _ in verdicts[pair[0], item]]
+        metrics += agreement_metrics("+".join(map(_quoted, pair)), np.array(places), first, second, seed)
+    metrics.append(_first_shown(judgments))
     seconds = [one.seconds for one in judgments]
-    metrics += _position(judgments)
     metrics.append(Metric.of("seconds_per_item", mean_interval(seconds)))
     metrics.append(Metric("seconds_per_item_median", float(np.median(seconds)), n=len(seconds)))
     for name in labelers if len(labelers) > 1 else ():
@@ -170,34 +150,30 @@ def _quoted(name: str) -> str:
     return json.dumps(name, ensure_ascii=False) if set(name) & set('+"') else name
 
 
-def _flat(compared: Sequence[Compared]) -> np.ndarray:
-    return np.array([verdict for found in compared for verdict in found.values()])
-
-
-def _alpha(compared: Mapping[tuple[str, str], Compared], seed: int) -> Metric:
+def _alpha(verdicts: Mapping[tuple[str, str], np.ndarray], seed: int) -> Metric:
     """Krippendorff's alpha of all labelers, over items that at least two of them judged."""
-    counts: dict[str, dict[tuple[int, int], np.ndarray]] = {}
-    for (_, item), found in compared.items():
-        for places, verdict in found.items():
-            counts.setdefault(item, {}).setdefault(places, np.zeros(3))[int(2 * verdict)] += 1
-    terms = np.array([krippendorff_terms(np.array(list(found.values()))).sum(0) for found in counts.values()])
+    counts: dict[str, np.ndarray] = {}  # [pairs of answers, 3] of each item
+    for (_, item), found in verdicts.items():
+        counts[item] = counts.get(item, 0) + np.eye(3)[(2 * found).astype(int)]
+    terms = np.array([krippendorff_terms(found).sum(0) for found in counts.values()])
     terms = terms[terms[:, :-1].any(axis=1)]
     if not len(terms):
         return Metric("krippendorff_alpha", None, n=0)
     return Metric.of("krippendorff_alpha", bootstrap_interval(terms, krippendorff_alpha, seed=seed))
 
 
-def _position(judgments: Sequence[Judgment]) -> list[Metric]:
+def _first_shown(judgments: Sequence[Judgment]) -> Metric:
     """Share of the comparisons with a winner that the answer shown first won; without position bias it is a half."""
     shares = []
     for one in judgments:
         shown = [one.ranks[place] for place in one.shown]
         won = [first < second for first, second in combinations(shown, 2) if first != second]
-        if won:
-            shares.append(sum(won) / len(won))
-    if not shares:
-        return [Metric("first_shown_preferred", None, n=0)]
-    return [Metric.of("first_shown_preferred", rate_interval(shares))]
+        shares += [sum(won) / len(won)] if won else []
+    return (
+        Metric.of("first_shown_preferred", rate_interval(shares))
+        if shares
+        else Metric("first_shown_preferred", None, n=0)
+    )
 
 
 # ---- The run.
@@ -286,7 +262,8 @@ def export_run(folder: Path) -> Path:
         record = None
     if record is None or record.command != "label" or not (folder / DATABASE).exists():
         raise SimpoError(f"export: {folder} holds no run of simpo label; name the output_dir of one")
-    judgments = read_judgments(folder / DATABASE)
+    with closing(Store(folder / DATABASE)) as store:  # also while the page is open
+        judgments = store.judgments()
     if not judgments:
         raise SimpoError(f"export: nothing has been judged in {folder} yet; open its page with simpo label")
     metrics = export(load_items(folder / ITEMS), judgments, folder, seed=int(record.identity["seed"]))

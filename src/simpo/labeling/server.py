@@ -24,7 +24,6 @@ from simpo.labeling.session import Session, read_key, read_labeler, read_vote
 
 HOST = "127.0.0.1"
 _PAGE = Path(__file__).parent / "page"
-_TYPES = {"label.html": "text/html", "label.css": "text/css", "label.js": "text/javascript"}
 # A page of another site cannot send it: browsers ask first, and this server does not allow it.
 _TOKEN_HEADER = "x-simpo-token"  # noqa: S105 - the name of the header
 _LONGEST_BODY = 1 << 17  # bytes
@@ -36,6 +35,8 @@ _HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }
+_FORBIDDEN = "Open the address that simpo label printed."
+Action = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def make_app(session: Session, *, token: str, guidelines: str) -> Starlette:
@@ -47,23 +48,26 @@ def make_app(session: Session, *, token: str, guidelines: str) -> Starlette:
     ``token`` is the secret in the page's URL.
     """
 
+    def allowed(given: str | None) -> bool:
+        return secrets.compare_digest(token.encode(), (given or "").encode())
+
     def page(request: Request) -> Response:
-        if not _is(token, request.query_params.get("token")):
-            return PlainTextResponse("Open the address that simpo label printed.\n", status_code=403, headers=_HEADERS)
+        if not allowed(request.query_params.get("token")):
+            return PlainTextResponse(f"{_FORBIDDEN}\n", 403, _HEADERS)
         return _file("label.html")
 
-    def answer(act: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Request], Any]:
+    def answer(act: Action) -> Callable[[Request], Any]:
         async def respond(request: Request) -> Response:
-            if not _is(token, request.headers.get(_TOKEN_HEADER)):
-                return _refused("Open the address that simpo label printed.", 403)
+            if not allowed(request.headers.get(_TOKEN_HEADER)):
+                return _json({"error": _FORBIDDEN}, 403)
             try:
                 return _json(await run_in_threadpool(act, await _body(request)))
             except SimpoError as error:
-                return _refused(str(error), 400)
+                return _json({"error": str(error)}, 400)
 
         return respond
 
-    actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    actions: dict[str, Action] = {
         "guidelines": lambda body: {"guidelines": guidelines},
         "next": lambda body: session.next(read_labeler(body)),
         "judge": lambda body: session.judge(read_vote(body), read_key(body)),
@@ -89,19 +93,9 @@ async def _body(request: Request) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise SimpoError("expected a JSON object")
     for key, value in found.items():
-        try:
-            json.dumps([key, value], ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise SimpoError(f"{key!a}: contains half of a character (of a surrogate pair); remove it") from None
+        if any("\ud800" <= character <= "\udfff" for character in f"{key}{value}"):
+            raise SimpoError(f"{key!a}: contains half of a character (of a surrogate pair); remove it")
     return found
-
-
-def _is(token: str, given: str | None) -> bool:
-    return given is not None and secrets.compare_digest(token.encode(), given.encode())
-
-
-def _refused(reason: str, status: int) -> Response:
-    return _json({"error": reason}, status)
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:
@@ -110,7 +104,7 @@ def _json(content: dict[str, Any], status: int = 200) -> Response:
 
 
 def _file(name: str) -> Response:
-    return FileResponse(_PAGE / name, media_type=_TYPES[name], headers=_HEADERS)
+    return FileResponse(_PAGE / name, headers=_HEADERS)
 
 
 def listen(port: int) -> socket.socket:

@@ -7,9 +7,9 @@ import sqlite3
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -18,8 +18,8 @@ from threading import Lock
 from typing import Any, Literal, get_args
 
 from simpo.data.messages import Message, context_of
-from simpo.errors import SimpoError
-from simpo.evaluation.answers import Record, read_answer_file
+from simpo.errors import SimpoError, third_party
+from simpo.evaluation.answers import read_answer_file
 from simpo.evaluation.compare import all_pairs, read_matched
 from simpo.runs.files import read_lines
 from simpo.runs.log import utc_now
@@ -82,20 +82,22 @@ def items_of_one(path: Path, *, pairs: bool) -> tuple[list[Item], Counter[str]]:
     records = read_answer_file(path)
     items: list[Item] = []
     dropped: Counter[str] = Counter()
-    for record in records.values():
+    for key, record in records.items():
         responses = list(dict.fromkeys(record["responses"]))
         dropped[REPEATED] += len(record["responses"]) - len(responses)
+        prompt, columns = record["prompt"], context_of(record).columns
         if len(responses) < 2:
             dropped[TOO_FEW] += 1
         elif pairs:
-            items += _all_two(record, responses)
+            for (i, a), (j, b) in combinations(enumerate(responses), 2):
+                items.append(Item(f"{key}/{i}-{j}", prompt, (a, b), columns))
         elif len(responses) > _MOST:
             raise SimpoError(
-                f"{path}: prompt {record['id']}: {len(responses)} answers, and at most {_MOST} can be ranked; compare "
-                "them in pairs with --pairs true, or sample fewer"
+                f"{path}: prompt {key}: {len(responses)} answers, and at most {_MOST} can be ranked; compare them in "
+                "pairs with --pairs true, or sample fewer"
             )
         else:
-            items.append(Item(record["id"], record["prompt"], tuple(responses), context_of(record).columns))
+            items.append(Item(key, prompt, tuple(responses), columns))
     if not items:
         most = max(len(record["responses"]) for record in records.values())
         what = "one answer to every prompt" if most == 1 else "no prompt with two different answers"
@@ -103,19 +105,10 @@ def items_of_one(path: Path, *, pairs: bool) -> tuple[list[Item], Counter[str]]:
     return items, +dropped
 
 
-def _all_two(record: Record, responses: Sequence[str]) -> list[Item]:
-    columns = context_of(record).columns
-    return [
-        Item(f"{record['id']}/{i}-{j}", record["prompt"], (a, b), columns)
-        for (i, a), (j, b) in combinations(enumerate(responses), 2)
-    ]
-
-
 # ---- Judgments in SQLite: every action of a labeler is a row that is never changed.
 
 Kind = Literal["ranked", "tie", "both_bad", "skip"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_UNDO = "undo"
 
 _SCHEMA = """
 create table if not exists events (
@@ -158,13 +151,12 @@ class Judgment:
 
 
 class Store:
-    """The database of a labeling run; usable from several threads, and by one process at a time for writing."""
+    """The database of a labeling run; usable from several threads, and from other processes for reading."""
 
     def __init__(self, path: Path) -> None:
         """Open or create it."""
-        self._path = path
-        self._lock = Lock()
-        with _errors(path):
+        self._path, self._lock = path, Lock()
+        with self._reported():
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._connection.execute("pragma journal_mode = wal")
             self._connection.execute("pragma synchronous = full")  # a judgment that was confirmed survives a power cut
@@ -172,19 +164,18 @@ class Store:
 
     def add(self, key: str, judgment: Judgment) -> None:
         """Store a judgment; a second one with the same key is the same request, sent again."""
-        ranks, shown = json.dumps(judgment.ranks), json.dumps(judgment.shown)
-        values = (judgment.labeler, judgment.item, judgment.kind, ranks, shown, judgment.note, judgment.seconds)
+        lists = {"ranks": json.dumps(judgment.ranks), "shown": json.dumps(judgment.shown)}
         self._execute(
             "insert or ignore into events (key, time, labeler, item, kind, ranks, shown, note, seconds) "
-            "values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (key, utc_now(), *values),
+            "values (:key, :time, :labeler, :item, :kind, :ranks, :shown, :note, :seconds)",
+            {"key": key, "time": utc_now(), **asdict(judgment), **lists},
         )
 
     def undo(self, key: str, labeler: str, item: str) -> None:
         """Withdraw a labeler's judgment of an item."""
         self._execute(
-            "insert or ignore into events (key, time, labeler, item, kind) values (?, ?, ?, ?, ?)",
-            (key, utc_now(), labeler, item, _UNDO),
+            "insert or ignore into events (key, time, labeler, item, kind) values (?, ?, ?, ?, 'undo')",
+            (key, utc_now(), labeler, item),
         )
 
     def item_of(self, key: str) -> str | None:
@@ -194,15 +185,16 @@ class Store:
 
     def judgments(self) -> list[Judgment]:
         """All judgments that were not withdrawn or replaced, in the order in which they were made."""
-        return list(map(_judgment, self._execute(_CURRENT)))
+        return [
+            Judgment(labeler, item, kind, tuple(json.loads(ranks)), tuple(json.loads(shown)), note, seconds)
+            for labeler, item, kind, ranks, shown, note, seconds in self._execute(_CURRENT)
+        ]
 
     def show(self, labeler: str, item: str | None) -> None:
         """Remember what a labeler's page shows now, or that it shows nothing."""
-        if item is None:
-            self._execute("delete from screens where labeler = ?", (labeler,))
-        else:
-            values = (labeler, item, time.time())
-            self._execute("insert or replace into screens (labeler, item, since) values (?, ?, ?)", values)
+        self._execute("delete from screens where labeler = ?", (labeler,))
+        if item is not None:
+            self._execute("insert into screens (labeler, item, since) values (?, ?, ?)", (labeler, item, time.time()))
 
     def on_screen(self, seconds: float) -> dict[str, str]:
         """The item that each labeler's page has shown for at most so many seconds."""
@@ -213,29 +205,13 @@ class Store:
         with self._lock:
             self._connection.close()
 
-    def _execute(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
+    def _execute(self, statement: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
         """The rows of a statement."""
-        with self._lock, _errors(self._path):
+        with self._lock, self._reported():
             return self._connection.execute(statement, values).fetchall()
 
-
-def read_judgments(path: Path) -> list[Judgment]:
-    """The judgments in a database, which may be in use."""
-    with _errors(path), closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-        return list(map(_judgment, connection.execute(_CURRENT)))
-
-
-def _judgment(row: Sequence[Any]) -> Judgment:
-    labeler, item, kind, ranks, shown, note, seconds = row
-    return Judgment(labeler, item, kind, tuple(json.loads(ranks)), tuple(json.loads(shown)), note, seconds)
-
-
-@contextmanager
-def _errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise SimpoError(f"{path}: the judgments cannot be read or written: {error}") from error
+    def _reported(self) -> AbstractContextManager[None]:
+        return third_party(f"{self._path}: the judgments cannot be read or written")
 
 
 # ---- The session: who is shown what, and how far everybody has come.
@@ -246,7 +222,7 @@ _LONGEST_NAME, _LONGEST_NOTE = 60, 10_000  # characters
 
 
 class Session:
-    """The judgments of all labelers while the page is open.
+    """The items and who judges them, while the page is open; everything that happens is in the store.
 
     Some items are judged by every labeler, so that their agreement can be measured; every other item is judged by
     whoever comes first, and nobody else is shown it while somebody has had it on the screen for less than half an hour.
@@ -258,75 +234,69 @@ class Session:
         ``seed`` determines the shared items, and each labeler's order of items and of answers.
         """
         self._items = {item.id: item for item in items}
-        self._store = store
-        self._seed = seed
-        self._lock = Lock()
-        self._orders: dict[str, list[str]] = {}
-        self._judged = {(one.labeler, one.item): one for one in store.judgments()}
-        self._shared = set(_shuffled(list(self._items), f"{seed} shared")[: round(overlap * len(items))])
+        self._store, self._seed, self._lock = store, seed, Lock()
+        self._shared = set(_shuffled(self._items, f"{seed} shared")[: round(overlap * len(items))])
 
     def next(self, labeler: str) -> dict[str, Any]:
         """The next state of a labeler's page: ``item``, None if nothing is left, and ``progress``."""
         with self._lock:
-            return self._next_page(labeler)
+            return self._page(labeler)
 
     def judge(self, vote: Judgment, key: str) -> dict[str, Any]:
         """Store a vote, whose ranks are in the order in which the answers were shown, and return as :meth:`next` does.
 
         ``key`` identifies the request: one that is sent again stores nothing.
         """
+        if vote.item not in self._items:
+            raise SimpoError(f"item {vote.item!r} is not one of this run's")
+        shown, levels = self._shown(vote.labeler, self._items[vote.item]), sorted(set(vote.ranks))
+        if levels != list(range(1, len(levels) + 1)) or len(vote.ranks) != len(shown):
+            raise SimpoError(f"ranks: expected one for each of {len(shown)} answers, from 1, without gaps")
+        if (vote.kind == "ranked") != (len(levels) > 1):
+            raise SimpoError(f"ranks: {list(vote.ranks)} do not fit {vote.kind}")
+        ranks = tuple(rank for _, rank in sorted(zip(shown, vote.ranks, strict=True)))
         with self._lock:
-            item = self._items.get(vote.item)
-            if item is None:
-                raise SimpoError(f"item {vote.item!r} is not one of this run's")
-            shown = self._shown(vote.labeler, item)
-            if sorted(set(vote.ranks)) != list(range(1, len(set(vote.ranks)) + 1)) or len(vote.ranks) != len(shown):
-                raise SimpoError(f"ranks: expected one for each of {len(shown)} answers, from 1, without gaps")
-            if (vote.kind == "ranked") != (len(set(vote.ranks)) > 1):
-                raise SimpoError(f"ranks: {list(vote.ranks)} do not fit {vote.kind}")
-            ranks = tuple(rank for _, rank in sorted(zip(shown, vote.ranks, strict=True)))
-            judgment = replace(vote, ranks=ranks, shown=shown)
-            if self._store.item_of(key) is None:
-                self._store.add(key, judgment)
-                self._judged.pop((vote.labeler, item.id), None)  # the last one made is the last in the order
-                self._judged[vote.labeler, item.id] = judgment
-            return self._next_page(vote.labeler)
+            self._store.add(key, replace(vote, ranks=ranks, shown=shown))
+            return self._page(vote.labeler)
 
     def undo(self, key: str, labeler: str) -> dict[str, Any]:
         """Withdraw a labeler's last judgment, and show its item again; without one, as :meth:`next`."""
         with self._lock:
-            item, before = self._store.item_of(key), None
-            if item is None:
-                item = next((item for name, item in reversed(self._judged) if name == labeler), None)
-                if item is None:
-                    return self._next_page(labeler)
+            item, note = self._store.item_of(key), ""
+            own = [one for one in self._store.judgments() if one.labeler == labeler]
+            if item is None and own:
+                item, note = own[-1].item, own[-1].note
                 self._store.undo(key, labeler, item)
-                before = self._judged.pop((labeler, item))
-            found = self._page(labeler, self._items[item])
-            return found | {"note": before.note if before else ""}
+            return self._page(labeler, item) | {"note": note}
 
-    def _next_page(self, labeler: str) -> dict[str, Any]:
-        return self._page(labeler, next((self._items[item] for item in self._open(labeler)), None))
+    def _page(self, labeler: str, again: str | None = None) -> dict[str, Any]:
+        """What a labeler's page shows: the item to judge ``again``, or the first that is open."""
+        judgments = self._store.judgments()
+        left = self._open(labeler, judgments)
+        shown = again or next(iter(left), None)
+        self._store.show(labeler, shown)  # stored, so that it holds after a restart, too
+        own = [one for one in judgments if one.labeler == labeler]
+        progress = {
+            "done": len(own),
+            "left": len(left),
+            "pace": median(one.seconds for one in own[-_RECENT:]) if own else None,
+            "judged_items": len({one.item for one in judgments if one.kind != "skip"}),
+            "items": len(self._items),
+            "labelers": len({one.labeler for one in judgments} | {labeler}),
+        }
+        return {"item": None if shown is None else self._content(labeler, self._items[shown]), "progress": progress}
 
-    def _open(self, labeler: str) -> list[str]:
+    def _open(self, labeler: str, judgments: Sequence[Judgment]) -> list[str]:
         """The items that this labeler may judge and has not judged, in their order."""
-        if labeler not in self._orders:
-            self._orders[labeler] = _shuffled(list(self._items), f"{self._seed} items {labeler}")
-        taken = {item for (name, item), one in self._judged.items() if name != labeler and one.kind != "skip"}
+        own = {one.item for one in judgments if one.labeler == labeler}
+        taken = {one.item for one in judgments if one.labeler != labeler and one.kind != "skip"}
         taken |= {item for name, item in self._store.on_screen(_HELD).items() if name != labeler}
-        return [
-            item
-            for item in self._orders[labeler]
-            if (labeler, item) not in self._judged and (item in self._shared or item not in taken)
-        ]
+        order = _shuffled(self._items, f"{self._seed} items {labeler}")
+        return [item for item in order if item not in own and (item in self._shared or item not in taken)]
 
     def _shown(self, labeler: str, item: Item) -> tuple[int, ...]:
-        places = list(range(len(item.responses)))
-        return tuple(_shuffled(places, f"{self._seed} answers {labeler} {item.id}"))
-
-    def _page(self, labeler: str, item: Item | None) -> dict[str, Any]:
-        self._store.show(labeler, None if item is None else item.id)  # stored, so that it holds after a restart, too
-        return {"item": item and self._content(labeler, item), "progress": self._progress(labeler)}
+        """The answers' places in the file, in the order in which this labeler sees them."""
+        return tuple(_shuffled(range(len(item.responses)), f"{self._seed} answers {labeler} {item.id}"))
 
     def _content(self, labeler: str, item: Item) -> dict[str, Any]:
         prompt = [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt
@@ -337,21 +307,13 @@ class Session:
             "answers": [item.responses[place] for place in self._shown(labeler, item)],
         }
 
-    def _progress(self, labeler: str) -> dict[str, Any]:
-        own = [one for (name, _), one in self._judged.items() if name == labeler]
-        judged = [one for one in self._judged.values() if one.kind != "skip"]
-        return {
-            "done": len(own),
-            "left": len(self._open(labeler)),
-            "pace": median(one.seconds for one in own[-_RECENT:]) if own else None,
-            "judged_items": len({one.item for one in judged}),
-            "items": len(self._items),
-            "labelers": len({one.labeler for one in self._judged.values()} | {labeler}),
-        }
+
+def _shuffled(values: Iterable[Any], seed: str) -> list[Any]:
+    found = list(values)
+    return Random(seed).sample(found, len(found))  # noqa: S311 - an order, not secrets
 
 
-def _shuffled(values: list[Any], seed: str) -> list[Any]:
-    return Random(seed).sample(values, len(values))  # noqa: S311 - an order, not secrets
+# ---- Requests of the page.
 
 
 def read_labeler(body: Mapping[str, Any]) -> str:
@@ -372,8 +334,8 @@ def read_key(body: Mapping[str, Any]) -> str:
 
 def read_vote(body: Mapping[str, Any]) -> Judgment:
     """The vote in a request. The session knows in which order its answers were shown, so ``shown`` is empty here."""
-    item, kind, ranks = body.get("item"), body.get("kind"), body.get("ranks")
-    note, seconds = body.get("note", ""), body.get("seconds")
+    item, kind, ranks, seconds = (body.get(key) for key in ("item", "kind", "ranks", "seconds"))
+    note = body.get("note", "")
     if not isinstance(item, str):
         raise SimpoError("item: expected the id of an item")
     if kind not in KINDS:
