@@ -223,7 +223,7 @@ def test_the_page_tells_the_number_of_seeds_and_what_is_undefined(seeds: int):
     assert not re.search(r"\bnan\b|None", page)
     assert f"undefined with 1 of {seeds} seeds" in page
     figure = page[page.index("<figure>") : page.index("</figure>")]
-    assert figure.count("<circle") == len(study.arms) - 1
+    assert figure.count('class="dot"') == len(study.arms) - 1
 
 
 def test_the_page_shows_every_study_and_executes_nothing(tmp_path: Path):

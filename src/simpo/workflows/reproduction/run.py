@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
@@ -149,10 +149,11 @@ class Trials:
 
     def has(self, study: Study) -> bool:
         """Whether all trials of a study are done."""
-        tuning = (trial for arm in study.arms.values() for trial in arm.tuning_trials())
-        return all(trial.key in self._done for trial in tuning) and all(
-            trial.key in self._done for trial in self.tuned(study)
-        )
+
+        def done(trials: Iterable[Trial]) -> bool:
+            return all(trial.key in self._done for trial in trials)
+
+        return done(trial for arm in study.arms.values() for trial in arm.tuning_trials()) and done(self.tuned(study))
 
     def measured(self, trials: Sequence[Trial]) -> Measured:
         """The metrics of trials that are done, ``[trials]`` each."""
@@ -163,10 +164,8 @@ class Trials:
     def result(self, study: Study) -> Result:
         """What came out of a study, all trials of which are done."""
         chosen = {name: self.best(arm) for name, arm in study.arms.items()}
-        measured = {
-            name: self.measured([arm.trial(chosen[name], seed) for seed in study.seeds])
-            for name, arm in study.arms.items()
-        }
+        trials = {name: [arm.trial(chosen[name], seed) for seed in study.seeds] for name, arm in study.arms.items()}
+        measured = {name: self.measured(several) for name, several in trials.items()}
         return Result(study, chosen, measured, [decide(claim, measured) for claim in study.claims])
 
 
@@ -232,29 +231,15 @@ def _commands(study: Study, arm: Arm, setting: str, start: str) -> Iterator[str]
 
 # ---- The page: what was claimed, what came out, and how certain it is.
 
-_WIDTH = 100.0  # of a figure, in percent
-_SHOWN = 3  # significant digits
-
-
-class Row(NamedTuple):
-    """One arm in a figure: positions are percentages of the width, None where there is no mean."""
-
-    name: str
-    text: str
-    point: float | None
-    low: float | None
-    high: float | None
-
 
 def render(results: Sequence[Result]) -> str:
     """The page of the studies that were run: their arms' numbers, the claims' outcomes, the settings after tuning."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"interval": interval_text, "mean": mean_text}
+    environment.filters |= {"axis": _axis, "interval": interval_text, "mean": mean_interval, "mean_text": mean_text}
     return environment.get_template("reproduce.html").render(
         results=results,
-        figure=_figure,
         metrics=METRICS,
         verdicts=[outcome.verdict for result in results for outcome in result.outcomes],
         seeds=len(next(iter(results[0].measured.values()))[METRICS[0]]),
@@ -262,27 +247,12 @@ def render(results: Sequence[Result]) -> str:
     )
 
 
-def _figure(arms: Mapping[str, Measured], metric: str) -> list[Row]:
-    """The mean of every arm with its interval, on a common scale."""
-    found = {name: mean_interval(values[metric]) for name, values in arms.items()}
-    bounds = [bound for one in found.values() for bound in (one.low, one.high, one.value)]
-    ends = [bound for bound in bounds if bound is not None and math.isfinite(bound)] or [0.0]
-    least, span = min(ends), (max(ends) - min(ends)) or 1.0
-
-    def place(value: float | None, otherwise: float) -> float | None:
-        value = otherwise if value is None else value
-        return _WIDTH * (value - least) / span if math.isfinite(value) else None
-
-    return [
-        Row(
-            name,
-            mean_text(arms[name][metric]),
-            place(one.value, one.value),
-            place(one.low, one.value),
-            place(one.high, one.value),
-        )
-        for name, one in found.items()
-    ]
+def _axis(arms: Mapping[str, Measured], metric: str) -> tuple[float, float]:
+    """The ends of an axis for the means of all arms and their intervals."""
+    means = [mean_interval(values[metric]) for values in arms.values()]
+    ends = [end for one in means for end in (one.low, one.high, one.value) if end is not None and math.isfinite(end)]
+    least, most = min(ends, default=0.0), max(ends, default=0.0)
+    return least, most if most > least else least + 1.0
 
 
 def mean_text(values: np.ndarray) -> str:
@@ -291,13 +261,9 @@ def mean_text(values: np.ndarray) -> str:
     return f"undefined with {undefined} of {len(values)} seeds" if undefined else interval_text(mean_interval(values))
 
 
-def number_text(value: float) -> str:
-    """A number with three significant digits."""
-    return f"{value:.{_SHOWN}g}" if math.isfinite(value) else "undefined"
-
-
 def interval_text(found: Interval) -> str:
-    """A number with its interval, where there is one."""
-    if found.low is None or found.high is None or not math.isfinite(found.value):
-        return number_text(found.value)
-    return f"{number_text(found.value)} [{number_text(found.low)}, {number_text(found.high)}]"
+    """A number with its interval, where there is one, to three significant digits."""
+    if not math.isfinite(found.value):
+        return "undefined"
+    bounds = "" if found.low is None or found.high is None else f" [{found.low:.3g}, {found.high:.3g}]"
+    return f"{found.value:.3g}{bounds}"

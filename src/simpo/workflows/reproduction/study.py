@@ -47,6 +47,10 @@ HELD_OUT, TUNING = "held-out", "tuning"  # files of prompts
 HELD_OUT_PAIRS = "held-out-pairs.jsonl"
 SAMPLING = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=48, chunk_size=128)
 _KL_ROWS = 64  # held-out pairs on which the divergence is measured
+_TRAINING: dict[str, Any] = {
+    **{"per_device_train_batch_size": 16, "num_train_epochs": 1, "max_length": 128},
+    **{"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True},
+}
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,8 @@ def run_trial(base: Path, trial: Trial) -> dict[str, float]:
         args = PreferenceConfig(
             output_dir=scratch,
             reference_cache=str(Path(scratch) / "reference"),
-            per_device_train_batch_size=16,
-            num_train_epochs=1,
-            max_length=128,
             seed=trial.seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            **_TRAINING,
             **trial.settings,
         )
         rows = load_rows(str(base / f"{trial.pairs}.jsonl"), split="train")
@@ -192,18 +190,7 @@ def _fine_tune(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "random", dtype=torch.float32)
     tokenizer = load_tokenizer(str(folder / "random"))
     with TemporaryDirectory() as scratch:
-        args = SFTConfig(
-            output_dir=scratch,
-            learning_rate=2e-3,
-            per_device_train_batch_size=16,
-            num_train_epochs=1,
-            max_length=128,
-            seed=_SEED,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
+        args = SFTConfig(output_dir=scratch, seed=_SEED, learning_rate=2e-3, **_TRAINING)
         rows = load_rows(str(folder / "demonstrations.jsonl"), split="train")
         SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer).train()
     with staged_folder(folder / START) as staging:
@@ -329,11 +316,8 @@ def decide(claim: Claim, measured: Mapping[str, Measured]) -> Outcome:
 
 
 def _verdict(found: Interval) -> Verdict:
-    if found.n < 2:
-        return "inconclusive"
     # Several values that are all equal have no interval; they speak for themselves.
-    low = found.value if found.low is None else found.low
-    high = found.value if found.high is None else found.high
-    if low > 0:
+    low, high = (found.value if bound is None else bound for bound in (found.low, found.high))
+    if found.n > 1 and low > 0:
         return "holds"
-    return "does not hold here" if high < 0 else "inconclusive"
+    return "does not hold here" if found.n > 1 and high < 0 else "inconclusive"
