@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from simpo.runs.results import FILE_NAME as RESULTS
 Row = dict[str, Any]
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_NOTICE = re.compile(r"^(\S+) note: (.*)$")
-_STOPPED = re.compile(r"^(\S+) error: (.*)$")
 _ROUNDING = 1e-3  # of a reward in bfloat16
 _PROGRESS = re.compile(r"[\d,]+ of [\d,]+ ")  # how far something has come, and nothing to worry about
 _LONGEST_GAP = timedelta(hours=1)  # between two lines of a log; a longer one is a pause, not work
@@ -69,27 +67,26 @@ class Run:
         """Whether the run has finished."""
         return self.record.status == "finished"
 
+    @cached_property
+    def trained(self) -> Run:
+        """The run itself, or the part of it that trained the model in question."""
+        name = {"demo": "simpo"}.get(self.record.command)
+        if self.record.command == "loop":
+            name = next((name for name in reversed(self.parts) if name.endswith("/model")), None)
+        elif self.record.command == "sweep" and (best := self.metric("best/trial")) is not None:
+            name = f"trials/{best.value:03.0f}"
+        return self.parts.get(name or "", self)
+
     def lines(self, name: str, *, numbered: bool = False) -> list[Row]:
         """The rows of a JSON Lines file in the folder; damaged lines are left out and noted in :attr:`missing`.
 
         With ``numbered``, an empty row is in the place of a damaged line, so that the others keep their numbers.
         """
-        path, damaged = self.path / name, 0
-        rows: list[Row] = []
-        if not path.exists():
-            return rows
-        with path.open("rb") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                    rows.append({key: json_safe(value) for key, value in row.items()})
-                except (ValueError, AttributeError, RecursionError):
-                    damaged += 1
-                    rows += [{}] if numbered else []
-        if damaged:
-            count = len(rows) if numbered else damaged + len(rows)
-            self.missing.append(f"{name}: {damaged:,} of {count:,} lines are damaged and were left out.")
-        return rows
+        path = self.path / name
+        rows = list(map(_row, path.read_bytes().splitlines())) if path.exists() else []
+        if damaged := rows.count({}):
+            self.missing.append(f"{name}: {damaged:,} of {len(rows):,} lines are damaged and were left out.")
+        return rows if numbered else [row for row in rows if row]
 
     def text(self, name: str) -> str:
         """The text of a file in the folder, without secrets; empty if there is none."""
@@ -111,6 +108,12 @@ class Run:
                 if name != "step" and isinstance(value, int | float):
                     found.setdefault(name, []).append((step, value))
         return found
+
+    @property
+    def not_finite(self) -> list[str]:
+        """The names of what was logged as NaN or infinite."""
+        logged = (item for log in self.logs for item in log.items())
+        return sorted({name for name, value in logged if value is None and name not in ("step", "epoch")})
 
     def last(self, name: str) -> tuple[float, float] | None:
         """The last logged value of a metric, after its step."""
@@ -160,51 +163,64 @@ class Run:
     @cached_property
     def settings(self) -> Row:
         """All keys of the recipe with their values."""
-        return _mapping(partial(yaml.load, Loader=_LOADER), self.text("recipe.resolved.yaml"))
+        return self._mapping("recipe.resolved.yaml")
 
     @cached_property
     def environment(self) -> Row:
         """Versions and the machine."""
-        return _mapping(json.loads, self.text("environment.json"))
+        return self._mapping("environment.json")  # which is YAML as well
 
-    @cached_property
+    def _mapping(self, name: str) -> Row:
+        """The keys and values in a file; none if it is absent or damaged."""
+        found = None
+        with suppress(SimpoError), third_party(name):
+            found = yaml.load(self.text(name), _LOADER)  # noqa: S506 - a safe one
+        return found if isinstance(found, dict) else {}
+
+    @property
     def command_line(self) -> str:
         """The command that reproduces the run."""
-        first = self.text("recipe.yaml").partition("\n")[0]
+        first, _, _ = self.text("recipe.yaml").partition("\n")
         return first.removeprefix("# ") if first.startswith("# simpo") else f"simpo {self.record.command}"
 
+    @property
+    def recipe(self) -> str:
+        """The recipe as it was given, without the command."""
+        text = self.text("recipe.yaml")
+        first, _, rest = text.partition("\n")
+        return (rest if first.startswith("# simpo") else text).strip()
+
     @cached_property
-    def log_lines(self) -> list[str]:
-        """The lines of ``log.txt``."""
-        return self.text("log.txt").splitlines()
+    def log(self) -> list[tuple[datetime, str]]:
+        """The lines of ``log.txt`` with their times; what another program printed has none and is left out."""
+        found = []
+        for line in self.text("log.txt").splitlines():
+            time, _, text = line.partition(" ")
+            with suppress(ValueError):
+                moment = datetime.fromisoformat(time)
+                found += [(moment, text)] if moment.tzinfo else []
+        return found
 
     @property
     def notices(self) -> list[str]:
         """The warnings of the log, each once, in their order."""
-        found = (match[2] for line in self.log_lines if (match := _NOTICE.match(line)))
-        return list(dict.fromkeys(notice for notice in found if not _PROGRESS.match(notice)))
+        found = dict.fromkeys(text.removeprefix("note: ") for _, text in self.log if text.startswith("note: "))
+        return [notice for notice in found if not _PROGRESS.match(notice)]
 
     @property
     def error(self) -> str | None:
         """Why the last start ended, if it ended in an error or was interrupted."""
-        last = next((line for line in reversed(self.log_lines) if line[:4].isdigit()), "")
-        match = _STOPPED.match(last)
-        return match[2] if match and not self.finished else None
+        last = self.log[-1][1] if self.log else ""
+        return last.removeprefix("error: ") if last.startswith("error: ") and not self.finished else None
 
-    @cached_property
+    @property
     def seconds(self) -> float:
         """Time that the run has worked: between the lines of its log, without pauses."""
-        times = []
-        for line in self.log_lines:
-            try:
-                times.append(datetime.fromisoformat(line.partition(" ")[0]))
-            except ValueError:
-                continue
-        starts = {datetime.fromisoformat(start) for start in self.record.starts}
-        ends = [*times, *([datetime.fromisoformat(self.record.finished)] if self.record.finished else [])]
-        moments = sorted({*starts, *ends})
-        gaps = (later - earlier for earlier, later in pairwise(moments) if later not in starts)
-        return sum((gap.total_seconds() for gap in gaps if self.finished or gap < _LONGEST_GAP), 0.0)
+        starts = set(map(datetime.fromisoformat, self.record.starts))
+        end = {datetime.fromisoformat(self.record.finished)} if self.record.finished else set()
+        gaps = pairwise(sorted({*starts, *end, *(time for time, _ in self.log)}))
+        passed = (later - earlier for earlier, later in gaps if later not in starts)
+        return sum(gap.total_seconds() for gap in passed if self.finished or gap < _LONGEST_GAP)
 
     @cached_property
     def parts(self) -> dict[str, Run]:
@@ -242,8 +258,9 @@ def in_order(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def _mapping(parse: Any, text: str) -> Row:
-    found = None
-    with suppress(SimpoError), third_party("text"):
-        found = parse(text)
-    return found if isinstance(found, dict) else {}
+def _row(line: bytes) -> Row:
+    """A row of JSON Lines, whose numbers that are not finite become None; empty if the line is damaged."""
+    try:
+        return {key: json_safe(value) for key, value in json.loads(line).items()}
+    except (ValueError, AttributeError, RecursionError):
+        return {}

@@ -56,7 +56,7 @@
   };
 
   const marksOf = (chart) => {
-    const lines = (chart.marks || []).map((mark) => ({ xAxis: mark.x, name: mark.name, label: { formatter: mark.name, position: "end" } }));
+    const lines = Object.entries(chart.marks || {}).map(([name, x]) => ({ xAxis: x, name, label: { formatter: name, position: "end" } }));
     if (chart.even !== undefined) lines.push({ yAxis: chart.even, label: { formatter: shown(chart.even, chart.y.share) } });
     if (chart.zero) lines.push({ yAxis: 0, label: { show: false } });
     if (chart.diagonal) lines.push([{ coord: [0.5, 0.5] }, { coord: [1, 1] }]);
@@ -108,7 +108,7 @@
     return {
       animation: false, backgroundColor: "transparent", textStyle: { fontFamily: "system-ui, sans-serif", color: css("--ink") },
       aria: { enabled: true, label: { description: `${chart.title}. ${chart.note || ""}` } },
-      grid: { left: 62, right: 18, top: 14 + 20 * rows + (chart.marks && chart.marks.length ? 12 : 0), bottom: chart.x.categories ? 66 : 44 },
+      grid: { left: 62, right: 18, top: 14 + 20 * rows + (chart.marks ? 12 : 0), bottom: chart.x.categories ? 66 : 44 },
       legend: { show: rows > 0, type: scrolls ? "scroll" : "plain", top: 0, itemGap: 8, itemHeight: 10, textStyle: { color: css("--ink") }, inactiveColor: soft,
         pageTextStyle: { color: soft }, data: legend },
       tooltip: { trigger: chart.kind === "points" ? "item" : "axis", confine: true, backgroundColor: css("--card"), borderColor: grid,
@@ -186,7 +186,7 @@
     const count = data.examples.filter(accepts).length;
     if (count) controls.filter.append(element("option", { value: name, textContent: `${name} (${count})` }));
   }
-  const searchable = data.examples.map((row) => [row.prompt, ...row.sides.map((side) => side.texts.join(""))].join("\n").toLowerCase());
+  const searchable = data.examples.map((row) => [row.prompt, ...row.sides].map((side) => side.texts.join("")).join("\n").toLowerCase());
 
   const shadeOf = (side, k, by) => {
     const before = side.before && side.before[k], after = side.after && side.after[k];
@@ -224,8 +224,7 @@
     facts.push(...verdictsOf(row));
     const where = controls.run ? `${row.run}, ${row.place}` : row.place;
     const head = element("header", {}, element("b", { textContent: facts.join("; ") }), element("span", { textContent: where, dir: "auto" }));
-    const prompt = sideOf({ name: "prompt", texts: [row.prompt], cut: row.prompt_cut });
-    return element("article", { className: "example" }, head, prompt, element("div", { className: "sides" }, ...row.sides.map(sideOf)));
+    return element("article", { className: "example" }, head, sideOf(row.prompt), element("div", { className: "sides" }, ...row.sides.map(sideOf)));
   };
 
   let visible = PAGE;
