@@ -154,7 +154,7 @@ def test_a_judge_has_no_verdict_on_an_answer_without_a_score(monkeypatch):
     def score(text, given):
         return 1 / 0 if text == "odd" else float(text == given["answer"])
 
-    monkeypatch.setattr(judge._scorer, "_score", score)
+    monkeypatch.setattr(judge, "_score", score)
     assert judge.compare(pairs) == [1.0, None]
 
 
@@ -177,28 +177,52 @@ FOLLOWED = {
 }
 
 
+TEXTS = [*FOLLOWED.values(), "", "An answer\nof two lines, (with more)."]
+
+
+def by_the_package(row):
+    """The shares of the instructions of one of the benchmark's prompts that TEXTS follow, and all that one follows."""
+    library = import_module("ifbench.evaluation_lib")
+    given = [{key: value for key, value in own.items() if value is not None} for own in row["kwargs"]]
+    example = library.InputExample(row["key"], row["instruction_id_list"], row["prompt"], given)
+    found = [library.test_instruction_following_loose(example, {row["prompt"]: text}) for text in TEXTS]
+    lists = [one.follow_instruction_list for one in found]
+    followed = {name for own in lists if all(own) for name in row["instruction_id_list"]}
+    return [sum(own) / len(own) for own in lists], followed
+
+
 @bench
 def test_the_benchmarks_own_loose_test():
     scorer = make_annotator("ifbench", OPTIONS)
-    library = import_module("ifbench.evaluation_lib")
     tested, seen = 0, set()
     for row in prompts():
         if not set(row["instruction_id_list"]) <= FOLLOWED.keys():
             continue
-        texts = [*FOLLOWED.values(), "", "An answer\nof two lines, (with more)."]
-        given = [{key: value for key, value in own.items() if value is not None} for own in row["kwargs"]]
-        expected = []
-        for text in texts:
-            example = library.InputExample(row["key"], row["instruction_id_list"], row["prompt"], given)
-            found = library.test_instruction_following_loose(example, {row["prompt"]: text}).follow_instruction_list
-            expected.append(sum(found) / len(found))
+        expected, followed = by_the_package(row)
         columns = {"instruction_id_list": row["instruction_id_list"], "kwargs": row["kwargs"]}
         for extra in ({}, columns):  # the benchmark's prompt, or columns of the row
             prompt = row["prompt"] if not extra else "Another prompt."
-            assert scorer.score([Answers(row["key"], prompt, texts, extra=extra)]) == [expected]
-        seen |= {name for name in row["instruction_id_list"] if 1.0 in expected}
+            assert scorer.score([Answers(row["key"], prompt, TEXTS, extra=extra)]) == [expected]
+        seen |= followed
         tested += 1
     assert tested > 10 and len(seen) > 3
+
+
+@bench
+def test_every_prompt_without_a_download(monkeypatch):
+    """Prompts whose checkers need NLTK data that is not installed are refused in one line."""
+    downloads = []
+    monkeypatch.setattr("nltk.download", lambda *args, **kwargs: downloads.append(args))
+    scorer, refused = make_annotator("ifbench", OPTIONS), []
+    for row in prompts():
+        downloads.clear()
+        try:
+            scores = scorer.score([Answers(row["key"], row["prompt"], TEXTS)])
+        except SimpoError as error:
+            refused.append(str(error))
+        else:
+            assert not downloads and scores == [by_the_package(row)[0]]
+    assert all("nltk.downloader" in text for text in refused) and len(refused) < 294 / 2
 
 
 @bench

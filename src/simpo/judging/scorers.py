@@ -12,7 +12,7 @@ import random
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -292,7 +292,8 @@ class IFBenchScorer(_Verifier):
             given = [{key: value for key, value in (own or {}).items() if value is not None} for own in arguments]
             example = self._library.InputExample(row.id, names, prompt, given)
             try:
-                found = self._library.test_instruction_following_loose(example, {prompt: text})
+                with _without_downloads():
+                    found = self._library.test_instruction_following_loose(example, {prompt: text})
             except LookupError as error:
                 if "nltk" not in str(error).lower():
                     raise
@@ -344,17 +345,18 @@ def _fixed_randomness() -> Iterator[None]:
 
 @contextmanager
 def _without_downloads() -> Iterator[None]:
-    """Keep IFBench from installing a spaCy model, which it does on import although it never uses the model."""
-    try:
-        commands = importlib.import_module("spacy.cli")
-    except ImportError:
-        yield  # importing IFBench will report it
-        return
-    original, commands.download = commands.download, lambda *args, **kwargs: None  # type: ignore[attr-defined]
+    """Keep IFBench from downloading a spaCy model on import, which it never uses, and NLTK's data for every answer."""
+    originals = {}
+    for name in ("spacy.cli", "nltk"):
+        with suppress(ImportError):  # importing IFBench will report it
+            module: Any = importlib.import_module(name)
+            originals[module] = module.download
+            module.download = lambda *args, **kwargs: None
     try:
         yield
     finally:
-        commands.download = original  # type: ignore[attr-defined]
+        for module, original in originals.items():
+            module.download = original
 
 
 # ---- Models as scorers: the log-probabilities of a language model, the rewards of a reward model.
