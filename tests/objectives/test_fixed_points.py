@@ -18,6 +18,7 @@ from benchmarks.answer_space import (
     group_advantages,
     optimum,
 )
+from tests.sampled import sampled
 
 from simpo.objectives import OBJECTIVES, Responses
 from simpo.objectives.policy_gradient import POLICY_GRADIENTS, Rollout, advantages, kl_estimate, sum_by
@@ -163,10 +164,7 @@ def test_with_the_kl_in_the_loss_the_policy_ends_elsewhere(world, estimator, bet
     assert distance(ANSWERS.probabilities(found), expected) < 0.05
 
 
-@pytest.mark.parametrize(
-    ("name", "beta"),
-    [("grpo", 0.5), ("gspo", 1.0), ("grpo", 2.0)],
-)
+@pytest.mark.parametrize(("name", "beta"), sampled([("grpo", 0.5), ("gspo", 1.0), ("grpo", 2.0)], kept=[("grpo", 0.5)]))
 def test_advantages_over_their_standard_deviation_end_at_their_own_fixed_point(world, name, beta):
     start, rewards = world
     advantage = group_advantages(rewards, K, draws=500)

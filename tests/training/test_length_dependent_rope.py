@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
+from tests.sampled import sampled
 
 from simpo import PreferenceTrainer, score_answers
 from simpo.packing.layout import TokenizedComparison
@@ -57,7 +58,7 @@ def losses(trainer):
         {"kl_weight": 0.5, "per_device_train_batch_size": 4},
     ],
 )
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("adapter", sampled([False, True], kept=[True]))
 def test_dpo_starts_at_ln_2(model, config, random_comparisons, as_dataset, settings, adapter):
     if adapter:
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
