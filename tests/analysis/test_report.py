@@ -246,7 +246,7 @@ def test_several_runs_name_what_differs(make_run, tmp_path):
     text = page.read_text(encoding="utf-8")
     assert str(one) in text and str(other) in text and "1e-05" in text and "no clear difference" in text
     (loss,) = (chart for chart in data_of(page)["charts"].values() if chart["title"] == "Loss")
-    assert len({series["color"] for series in loss["series"]}) == 2 and len(loss["series"]) == 4
+    assert len({series["run"] for series in loss["series"]}) == 2 and len(loss["series"]) == 4
     record = RunRecord.read(other)
     record.identity["data/eval"] = "1" * 64
     record.write(other)
@@ -271,8 +271,8 @@ def test_a_sweep_is_told_by_its_best_trial(make_run, tmp_path):
     assert "chosen by the held-out rows" in text
     assert {row["kind"] for row in data_of(page)["examples"]} == {"pair"}
     (loss,) = (chart for chart in data_of(page)["charts"].values() if chart["title"] == "Loss")
-    assert [one["name"] for one in loss["series"]] == ["trials/000"] * 2 + ["trials/001"] * 2
-    assert len({one["label"] for one in loss["series"]}) == 4
+    assert [one["run"] for one in loss["series"]] == ["trials/000"] * 2 + ["trials/001"] * 2
+    assert len({(one["run"], one["name"]) for one in loss["series"]}) == 4
 
 
 def test_no_run_and_the_same_run_twice(make_run, tmp_path, capsys):

@@ -78,6 +78,18 @@ def test_a_chart_shows_values_and_hides_a_series(browser, report):
     assert "optimizer step: " in page.evaluate("document.querySelector('.plot').innerText")
 
 
+def test_runs_differ_in_color_and_sources_in_width(browser, report):
+    page = opened(browser, report)
+    series = page.evaluate(
+        "echarts.getInstanceByDom(document.querySelector('.plot')).getOption().series"
+        ".map(one => [one.name, one.color, one.lineStyle.width])"
+    )
+    names, colors, widths = zip(*series, strict=True)
+    assert names == ("<b>one",) * 2 + ("{{7*7}}",) * 2
+    assert colors[0] == colors[1] != colors[2] == colors[3] and widths[0] < widths[1]
+    assert "Thin lines: training" in page.evaluate("document.querySelector('figure figcaption').textContent")
+
+
 @pytest.mark.skipif(find_spec("axe_playwright_python") is None, reason="axe-core is not installed (see the Makefile)")
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_has_no_serious_accessibility_violations(browser, report, dark):

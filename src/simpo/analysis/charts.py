@@ -45,20 +45,16 @@ def chart_of(described: Chart, series: Sequence[Chart], total: int = 0, **words:
     return {"kind": "lines", **described, **axes, "note": note, "series": series}
 
 
-def series_of(name: str, color: int, data: Iterable[tuple[Any, Any]], **more: Any) -> Chart:
-    """A series of a chart; ``color`` is a number, the same for what belongs together.
-
-    The legend shows every name once. Series of the same name have a ``label`` to tell them apart.
-    """
-    points = [(rounded(x), rounded(y)) for x, y in data]
-    return {"name": name, "color": color, "data": points, "dash": 0, "thin": False, **more}
+def series_of(name: str, data: Iterable[tuple[Any, Any]], **more: Any) -> Chart:
+    """A series of a chart, whose ``color`` is its place in the chart unless it is given."""
+    return {"name": name, "data": [(rounded(x), rounded(y)) for x, y in data], **more}
 
 
-def interval_series(name: str, color: int, found: Iterable[tuple[float, Interval | Metric]]) -> Chart:
+def interval_series(name: str, found: Iterable[tuple[float, Interval | Metric]]) -> Chart:
     """A line through values with their intervals, each at its place on the x-axis."""
     rows = [(x, one.value, one.low, one.high) for x, one in found]
     bounds = [tuple(map(rounded, (x, low, high))) for x, _, low, high in rows if low is not None and high is not None]
-    return series_of(name, color, [(x, value) for x, value, _, _ in rows], bounds=bounds)
+    return series_of(name, [(x, value) for x, value, _, _ in rows], bounds=bounds)
 
 
 def rounded(value: float) -> float:
@@ -87,32 +83,14 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _curves_of(panel: Chart, runs: Sequence[Run]) -> Chart:
-    """The curves of several metrics of all runs, in training and on held-out rows.
-
-    A color is a metric or a source; with several runs, it is a run, whose metrics differ in their dashes.
-    """
-    keys = [key for key in panel["keys"] if any({key, f"eval_{key}"} & run.logged.keys() for run in runs)]
+    """The curves of several metrics of all runs, in training and on held-out rows."""
     series = []
-    for (place_of_run, run), (place, key), source in product(
-        enumerate(runs), enumerate(keys), ("training", "held out")
-    ):
+    for run, (key, name), source in product(runs, panel["keys"].items(), ("training", "held out")):
         points = run.logged.get(key) if source == "training" else _held_out(run, key)
         if points:
-            label, color = source, int(source == "held out")
-            if len(keys) > 1:
-                label, color = f"{panel['keys'][key]}, {source}", place
-            one = series_of(label, color, thin(points), thin=source == "training")
-            if len(runs) > 1:
-                one |= {"name": run.name, "label": f"{run.name}, {label}", "color": place_of_run, "dash": place}
-            series.append(one)
-    notes = [panel.get("note", "")]
-    if len(runs) > 1 and len({one["thin"] for one in series}) > 1:
-        notes.append("Thin lines: training; thick lines: held out.")
-    if len(runs) > 1 and len(keys) > 1:
-        styles = zip(("Solid", "dashed", "dotted"), keys, strict=False)
-        notes.append("; ".join(f"{style}: {panel['keys'][key]}" for style, key in styles) + ".")
-    total = max((len(run.logged.get(key, ())) for run in runs for key in keys), default=0)
-    return chart_of(_CHARTS["curve"] | panel | {"note": " ".join(filter(None, notes))}, series, total)
+            series.append({"run": run.name, "metric": name, **series_of(source, thin(points))})
+    total = max((len(run.logged.get(key, ())) for run in runs for key in panel["keys"]), default=0)
+    return chart_of(_CHARTS["curve"] | panel, series, total)
 
 
 def _held_out(run: Run, key: str) -> list[Point]:
@@ -158,7 +136,7 @@ def by_distance(runs: Sequence[Run]) -> Iterator[Chart]:
                 if isinstance(kl, int | float) and isinstance(value := log.get(key), int | float):
                     points.append((distance(kl), value))
             if points:
-                series.append(series_of(run.name if len(runs) > 1 else key, color, thin(points)))
+                series.append(series_of(run.name if len(runs) > 1 else key, thin(points), color=color))
         if series:
             yield chart_of(described, series)
 
@@ -174,14 +152,14 @@ def rounds(run: Run) -> Iterator[Chart]:
     away = {place: distance(metric.interval.value) for place, metric in kl.items()}
     described = _CHARTS["rounds"]
     if rates:
-        series = [interval_series(name, color, found.items()) for color, (name, found) in enumerate(rates.items())]
+        series = [interval_series(name, found.items()) for name, found in rates.items()]
         yield chart_of(described["win_rate"], series)
     if kl:
-        yield chart_of(described["kl"], [interval_series("kl", 0, kl.items())])
+        yield chart_of(described["kl"], [interval_series("kl", kl.items())])
     if rates and kl:
         series = [
-            interval_series(name, color, [(away[place], metric) for place, metric in found.items() if place in away])
-            for color, (name, found) in enumerate(rates.items())
+            interval_series(name, [(away[place], metric) for place, metric in found.items() if place in away])
+            for name, found in rates.items()
         ]
         yield chart_of(described["by_distance"], series)
 
@@ -250,9 +228,9 @@ def _margins(run: Run, stages: dict[Stage, Pairs]) -> Chart:
     low, high = np.quantile(np.concatenate([pairs.margins for pairs in stages.values()]), (0.005, 0.995))
     edges = np.linspace(min(low, 0.0), max(high, 0.0) or 1.0, _BINS + 1)
     series = []
-    for color, (stage, pairs) in enumerate(stages.items()):
+    for stage, pairs in stages.items():
         counts, _ = np.histogram(np.clip(pairs.margins, edges[0], edges[-1]), edges)
-        series.append(series_of(stage, color, zip((edges[1:] + edges[:-1]) / 2, counts, strict=True), steps=True))
+        series.append(series_of(stage, zip((edges[1:] + edges[:-1]) / 2, counts, strict=True), steps=True))
     gamma = target_margin(run)
     marks = {"0": 0} if gamma is None else {"0": 0, "gamma": rounded(gamma)}
     return chart_of(_FIGURES["margins"], series) | {"marks": marks}
@@ -295,7 +273,7 @@ def _scattered(x: np.ndarray, y: np.ndarray) -> list[Chart]:
     drawn = np.arange(len(x))
     if len(x) > SCATTERED:
         drawn = np.random.default_rng(0).permutation(len(x))[:SCATTERED]
-    return [series_of(side, k, zip(x[drawn, k], y[drawn, k], strict=True)) for k, side in enumerate(_SIDES)]
+    return [series_of(side, zip(x[drawn, k], y[drawn, k], strict=True)) for k, side in enumerate(_SIDES)]
 
 
 def _accuracy_by_length(stages: dict[Stage, Pairs]) -> Chart:
@@ -304,9 +282,9 @@ def _accuracy_by_length(stages: dict[Stage, Pairs]) -> Chart:
     which = np.clip(np.searchsorted(edges, differences, "right") - 1, 0, max(0, len(edges) - 2))
     bins = [which == one for one in np.unique(which)]
     series = []
-    for color, (stage, pairs) in enumerate(stages.items()):
+    for stage, pairs in stages.items():
         rates = (rate_interval(pairs.margins[one] > 0) for one in bins)
-        series.append(interval_series(stage, color, enumerate(rates)))
+        series.append(interval_series(stage, enumerate(rates)))
     chart = chart_of(_FIGURES["accuracy_by_length"], series)
     chart["x"]["categories"] = [f"{differences[one].min():+.0f} to {differences[one].max():+.0f}" for one in bins]
     return chart
@@ -314,11 +292,11 @@ def _accuracy_by_length(stages: dict[Stage, Pairs]) -> Chart:
 
 def _calibration(stages: dict[Stage, Pairs]) -> Chart:
     series, errors = [], []
-    for color, (stage, pairs) in enumerate(stages.items()):
+    for stage, pairs in stages.items():
         confidence, right = special.expit(np.abs(pairs.margins)), pairs.margins > 0
         which = np.minimum(((confidence - 0.5) * 2 * _CONFIDENCE_BINS).astype(int), _CONFIDENCE_BINS - 1)
         found = [(confidence[which == one].mean(), rate_interval(right[which == one])) for one in np.unique(which)]
-        series.append(interval_series(stage, color, found))
+        series.append(interval_series(stage, found))
         error = sum(rate.n * abs(mean - rate.value) for mean, rate in found) / len(right)
         errors.append(f"{stage} {error:.3f}")
     return chart_of(_FIGURES["calibration"], series, errors=", ".join(errors))
@@ -339,6 +317,6 @@ def _by_position(run: Run) -> Iterator[Chart]:
         most = max(map(len, changes.values()), default=0)
         data = [(place, np.mean(found)) for place, found in sorted(changes.items()) if len(found) >= max(5, 0.1 * most)]
         if data:
-            series.append(series_of(side, color, data))
+            series.append(series_of(side, data))
     if series:
         yield chart_of(_FIGURES["position"], series, len(run.examples))

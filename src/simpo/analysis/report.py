@@ -67,6 +67,7 @@ def render(runs: Sequence[Run]) -> str:
     shown, left_out = examples(runs)
     data = {
         "charts": {f"{name}-{place}": chart for name, _, charts in sections for place, chart in enumerate(charts)},
+        "runs": [run.name for run in drawn],
         "examples": shown,
     }
     names = ("report.js", "echarts.common.min.js", "report.css")

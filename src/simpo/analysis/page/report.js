@@ -36,10 +36,35 @@
   const DASHES = ["solid", "dashed", "dotted"];
   const SYMBOLS = ["circle", "triangle", "rect", "diamond"];
 
-  const labelOf = (one) => one.label || one.name;
+  const metricsOf = (chart) => Object.values(chart.keys || {}).filter((name) => chart.series.some((one) => one.metric === name));
+
+  // What a curve looks like. Of one run, metrics differ in color; if there is one, training and held-out rows do. Of several
+  // runs, the runs differ in color, and metrics in dashes. Training is thin.
+  const styled = (one, metrics) => {
+    const thin = one.name === "training", metric = metrics.indexOf(one.metric), several = metrics.length > 1;
+    const label = several ? `${one.metric}, ${one.name}` : one.name;
+    if (data.runs.length === 1) return { ...one, name: label, label, thin, color: several ? metric : Number(!thin) };
+    return { ...one, name: one.run, label: `${one.run}, ${label}`, thin, color: data.runs.indexOf(one.run), dash: metric };
+  };
+
+  // What the lines of several runs mean, whose legend names the runs only.
+  const explained = (chart, metrics) => {
+    const both = new Set(chart.series.map((one) => one.thin)).size > 1;
+    const dashes = ["Solid", "dashed", "dotted"].slice(0, metrics.length).map((dash, k) => `${dash}: ${metrics[k]}`);
+    return [both ? "Thin lines: training; thick lines: held out." : "", metrics.length > 1 ? `${dashes.join("; ")}.` : ""].filter(Boolean).join(" ");
+  };
+
+  for (const plot of document.querySelectorAll("[data-chart]")) {
+    const chart = data.charts[plot.dataset.chart], metrics = metricsOf(chart);
+    chart.series = chart.series.map((one, number) => (chart.keys ? styled(one, metrics) : { color: number, label: one.name, ...one }));
+    const note = chart.keys && data.runs.length > 1 ? explained(chart, metrics) : "";
+    if (!note) continue;
+    chart.note = `${chart.note} ${note}`.trim();
+    plot.parentElement.querySelector("figcaption").append(element("p", { className: "note", textContent: note }));
+  }
 
   const seriesOf = (chart, one, number) => {
-    const color = css(`--c${Number(one.color) % 8}`);
+    const color = css(`--c${one.color % 8}`);
     if (chart.kind === "points") {
       return [{ id: String(number), name: one.name, type: "scatter", data: one.data, symbol: SYMBOLS[number % 4], symbolSize: 5,
         itemStyle: { color, opacity: 0.55 } }];
@@ -47,7 +72,7 @@
     const few = one.data.length <= 40 && !one.steps;
     const line = { id: String(number), name: one.name, type: "line", data: one.data, step: one.steps ? "middle" : false,
       showSymbol: one.data.length === 1 || (few && !one.thin), symbol: SYMBOLS[number % 4], symbolSize: 6, color,
-      lineStyle: { width: one.thin ? 1.3 : 2.2, opacity: one.thin ? 0.75 : 1, type: DASHES[one.dash % 3], color },
+      lineStyle: { width: one.thin ? 1.3 : 2.2, opacity: one.thin ? 0.75 : 1, type: DASHES[(one.dash || 0) % 3], color },
       areaStyle: one.steps ? { color, opacity: 0.12 } : undefined, emphasis: { disabled: true } };
     if (!one.bounds || !one.bounds.length) return [line];
     const bars = one.bounds.flatMap(([x, low, high]) => [[x, low], [x, high], [x, null]]);
@@ -74,7 +99,7 @@
       const one = chart.series[row.seriesId];
       const bounds = (one.bounds || []).find(([x]) => x === row.value[0]);
       const interval = bounds ? ` [${shown(bounds[1], chart.y.share)}, ${shown(bounds[2], chart.y.share)}]` : "";
-      box.append(element("div", { textContent: `${labelOf(one)}: ${shown(row.value[1], chart.y.share)}${interval}` }));
+      box.append(element("div", { textContent: `${one.label}: ${shown(row.value[1], chart.y.share)}${interval}` }));
     }
     return box;
   };
@@ -145,7 +170,7 @@
     for (const one of chart.series) {
       for (const [x, value] of one.data) {
         const place = chart.x.categories ? chart.x.categories[x] : shown(x, chart.x.share);
-        body.append(element("tr", {}, element("td", { textContent: labelOf(one) }), element("td", { textContent: place }), element("td", { textContent: shown(value, chart.y.share) })));
+        body.append(element("tr", {}, element("td", { textContent: one.label }), element("td", { textContent: place }), element("td", { textContent: shown(value, chart.y.share) })));
       }
     }
     const head = element("tr", {}, ...["", chart.x.name, chart.y.name || "value"].map((name) => element("th", { textContent: name, scope: "col" })));
