@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from tqdm import tqdm
 
 from simpo import __version__
@@ -34,6 +34,7 @@ from simpo.statistics import Interval, mean_interval
 from simpo.workflows.recipes import PAPER_SETTINGS, compose_recipe
 from simpo.workflows.reproduction.study import (
     METRICS,
+    OWN_KEYS,
     REGISTERED,
     Arm,
     Measured,
@@ -195,38 +196,17 @@ def _exit_after_parent() -> None:
 # ---- The same plan for real models.
 
 
-def plan(studies: Sequence[Study], setting: str) -> Iterator[str]:
+def plan(studies: Sequence[Study], setting: str) -> list[str]:
     """The commands that would run the studies in one of the paper's settings, with its published values."""
     if setting not in PAPER_SETTINGS:
         raise SimpoError(f"--setting: {setting!r} is unknown; the settings are {', '.join(PAPER_SETTINGS)}")
-    start = PAPER_SETTINGS[setting].model
     names = dict.fromkeys(str(arm.given["objective"]) for study in studies for arm in study.arms.values())
-    yield "# Recipes with published values, or values to search from:"
-    yield from (f"simpo recipe --objective {name} --setting {setting} --output {name}.yaml" for name in names)
-    for study in studies:
-        yield f"\n# {study.number}. {study.title} ({study.source})"
-        for arm in study.arms.values():
-            yield from _commands(study, arm, setting, start)
-
-
-def _commands(study: Study, arm: Arm, setting: str, start: str) -> Iterator[str]:
-    objective = str(arm.given["objective"])
-    keys = {key: value for key, value in arm.given.items() if key not in ("objective", "grid", "pairs")}
-    rate = yaml.safe_load(compose_recipe(objective, setting))["learning_rate"]
-    if "pairs" in arm.given:
-        yield f"# {arm.name}: needs {arm.given['pairs']} pairs as dataset_name"
-    times = arm.given.get("grid", {}).get("learning_rate_times") or [keys.pop("learning_rate_times", 1)]
-    options = "".join(f" --{key} {str(value).lower()}" for key, value in keys.items())
-    folder = f"outputs/{study.name}/{arm.name.replace(' ', '-')}"
-    rates = [float(rate) * float(factor) for factor in times]
-    if len(rates) > 1:
-        values = ",".join(f"{one:.2g}" for one in rates)
-        yield f"simpo sweep {objective}.yaml --learning_rate {values}{options} --output_dir {folder}/sweep"
-    shown = "BEST" if len(rates) > 1 else f"{rates[0]:.2g}"
-    seeds = " ".join(map(str, study.seeds))
-    train = f"simpo train {objective}.yaml --learning_rate {shown}{options} --seed $s --output_dir {folder}/$s"
-    compare = f"simpo compare {folder}/$s {start} --prompts PROMPTS --judge JUDGE --output_dir {folder}/$s-compared"
-    yield f"for s in {seeds}; do {train} && {compare}; done"
+    rates = {name: float(yaml.safe_load(compose_recipe(name, setting))["learning_rate"]) for name in names}
+    start = PAPER_SETTINGS[setting].model
+    text = _TEMPLATES.get_template("plan.txt").render(
+        studies=studies, rates=rates, setting=setting, start=start, own_keys=OWN_KEYS
+    )
+    return text.splitlines()
 
 
 # ---- The page: what was claimed, what came out, and how certain it is.
@@ -234,11 +214,7 @@ def _commands(study: Study, arm: Arm, setting: str, start: str) -> Iterator[str]
 
 def render(results: Sequence[Result]) -> str:
     """The page of the studies that were run: their arms' numbers, the claims' outcomes, the settings after tuning."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"axis": _axis, "interval": interval_text, "mean": mean_interval, "mean_text": mean_text}
-    return environment.get_template("reproduce.html").render(
+    return _TEMPLATES.get_template("reproduce.html").render(
         results=results,
         metrics=METRICS,
         verdicts=[outcome.verdict for result in results for outcome in result.outcomes],
@@ -267,3 +243,13 @@ def interval_text(found: Interval) -> str:
         return "undefined"
     bounds = "" if found.low is None or found.high is None else f" [{found.low:.3g}, {found.high:.3g}]"
     return f"{found.value:.3g}{bounds}"
+
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=select_autoescape(["html"]),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters |= {"axis": _axis, "interval": interval_text, "mean": mean_interval, "mean_text": mean_text}

@@ -216,7 +216,7 @@ METRICS = (
     *("reward_length_rho", "kl", "seconds"),
 )
 _TUNING_SEED = 0
-_OWN_KEYS = ("grid", "pairs", "learning_rate_times")
+OWN_KEYS = ("grid", "pairs", "learning_rate_times")  # of arms; the others are keys of recipes
 
 Verdict = Literal["holds", "does not hold here", "inconclusive"]
 # Numbers of an arm by metric, one for each seed.
@@ -249,7 +249,7 @@ class Arm:
 
     def trial(self, candidate: Mapping[str, Any], seed: int) -> Trial:
         """A trial of one of the candidates on the held-out prompts."""
-        settings = {key: value for key, value in candidate.items() if key not in _OWN_KEYS}
+        settings = {key: value for key, value in candidate.items() if key not in OWN_KEYS}
         settings["learning_rate"] = self.learning_rate * candidate.get("learning_rate_times", 1)
         return Trial(settings, candidate.get("pairs", "on-policy"), seed)
 
