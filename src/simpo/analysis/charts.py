@@ -194,16 +194,11 @@ class Pairs:
         lengths = [row.get("tokens") or [math.nan, math.nan] for row in run.held_out[stage] if row]
         if not len(rewards) or np.isnan(rewards).any() or any(len(several) != 2 for several in lengths):
             return None
-        tokens = np.array(lengths, dtype=np.float64)
-        return cls(rewards, logps if averages_logps(run) else logps / tokens, tokens)
+        from simpo.objectives import OBJECTIVES  # noqa: PLC0415 - imports torch, which other reports do without
 
-
-def averages_logps(run: Run) -> bool:
-    """Whether the run's ``logps/*`` are averages over tokens already; its objective decides."""
-    from simpo.objectives import OBJECTIVES  # noqa: PLC0415 - imports torch, which most reports do without
-
-    objective = OBJECTIVES.get(str(run.settings.get("objective")))
-    return objective is not None and objective.average_logps
+        tokens, objective = np.array(lengths, dtype=np.float64), OBJECTIVES.get(str(run.settings.get("objective")))
+        per_token = objective is not None and objective.average_logps
+        return cls(rewards, logps if per_token else logps / tokens, tokens)
 
 
 def paper_figures(run: Run) -> Iterator[Chart]:

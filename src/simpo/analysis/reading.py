@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -225,31 +226,28 @@ class Run:
     @cached_property
     def parts(self) -> dict[str, Run]:
         """The runs in this folder's folders that trained a model, by their path from here."""
-        found = (path for pattern in ("*", "*/*") for path in self.path.glob(f"{pattern}/run.json"))
-        records = sorted(found, key=in_order)
         runs = {}
-        for path in records:
+        for path in sorted((*self.path.glob("*/run.json"), *self.path.glob("*/*/run.json")), key=in_order):
             try:
                 part = Run.read(path.parent)
             except SimpoError as error:
                 self.missing.append(str(error))
-                continue
-            part.name = path.parent.relative_to(self.path).as_posix()
-            runs[part.name] = part
+            else:
+                part.name = path.parent.relative_to(self.path).as_posix()
+                runs[part.name] = part
         return runs
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read several folders; runs of the same name are called by their paths."""
-    resolved = [path.resolve() for path in paths]
-    for path, real in zip(paths, resolved, strict=True):
-        if resolved.count(real) > 1:
+    places = Counter(path.resolve() for path in paths)
+    for path in paths:
+        if places[path.resolve()] > 1:
             raise SimpoError(f"{path}: given twice; name every run once")
     runs = [Run.read(path) for path in paths]
-    names = [run.name for run in runs]
+    names = Counter(run.name for run in runs)
     for run in runs:
-        if names.count(run.name) > 1:
-            run.name = str(run.path)
+        run.name = run.name if names[run.name] == 1 else str(run.path)
     return runs
 
 

@@ -37,6 +37,7 @@ _PAGES = Environment(
     lstrip_blocks=True,
 )
 _PAGES.filters |= {"number": number, "yaml": yaml.safe_dump}
+_PAGES.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
 _MOST_TRAININGS = 12  # runs in one chart
 # Columns of the table of results: of a comparison, A is the model and B what it is compared with.
 _STAGES: dict[Stage | None, str] = {None: "value", "before": "before", "after": "after"}
@@ -85,7 +86,7 @@ def render(runs: Sequence[Run]) -> str:
         style=Markup(style),  # noqa: S704 - our own files
         scripts=[Markup(charting), Markup(script)],  # noqa: S704
         hashes=[_csp_hash(charting), _csp_hash(script)],
-        data=Markup(_embedded(data)),  # noqa: S704 - escaped
+        data=data,
         version=__version__,
         written=utc_now(),
     )
@@ -94,12 +95,6 @@ def render(runs: Sequence[Run]) -> str:
 def _sentences(template: str, **facts: Any) -> list[str]:
     """The lines of a template of sentences, each once; they are escaped where a page shows them."""
     return [line for line in dict.fromkeys(_PAGES.get_template(template).render(facts).splitlines()) if line]
-
-
-def _embedded(value: Any) -> str:
-    """JSON for a script element: without ``<``, nothing in it can end the element or begin another."""
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _csp_hash(script: str) -> str:
@@ -227,26 +222,20 @@ def _answers(run: Run) -> Iterator[Row]:
     names = ("A", "B") if run.record.command == "compare" else ("after", "before")
     of_rounds = sorted(run.path.glob("round-*/comparison/verdicts.jsonl"), key=in_order)
     for path in [run.path / "verdicts.jsonl", *of_rounds[-1:]]:
-        found = []
-        for row in run.lines(path.relative_to(run.path).as_posix()):
-            verdicts = {judge: value for judge, value in row.get("verdicts", {}).items() if value is not None}
-            found.append((verdicts, row))
-        for verdicts, row in sorted(found, key=lambda one: -abs(sum(value - 0.5 for value in one[0].values()))):
-            yield _answer(row, dict(zip(names, (row.get("a"), row.get("b")), strict=True)), verdicts)
-    for before, after in _answer_files(run):
+        rows = run.lines(path.relative_to(run.path).as_posix())
+        for row in sorted(rows, key=lambda row: -abs(sum(value - 0.5 for value in _verdicts(row).values()))):
+            yield _answer(row, dict(zip(names, (row.get("a"), row.get("b")), strict=True)), _verdicts(row))
+    steps = sorted(run.path.glob("generations/step-*.jsonl"), key=in_order)
+    files = [("generations/start.jsonl", f"generations/{step.name}") for step in steps[-1:]]
+    for before, after in [("sft-answers/responses.jsonl", "simpo-answers/responses.jsonl"), *files]:  # first, a demo's
         later = {row.get("id"): row for row in run.lines(after)}
-        for row in run.lines(before):
+        for row in run.lines(before) if later else ():
             answers = {"before": row, "after": later.get(row.get("id"), {})}
             yield _answer(row, {stage: (one.get("responses") or [None])[0] for stage, one in answers.items()}, {})
 
 
-def _answer_files(run: Run) -> Iterator[tuple[str, str]]:
-    """Files of answers before and after: of a demo, and of a training that answers held-out prompts."""
-    steps = sorted((run.path / "generations").glob("step-*.jsonl"), key=in_order)
-    demo = "sft-answers/responses.jsonl", "simpo-answers/responses.jsonl"
-    for files in (demo, *(("generations/start.jsonl", f"generations/{step.name}") for step in steps[-1:])):
-        if all((run.path / name).exists() for name in files):
-            yield files
+def _verdicts(row: Row) -> dict[str, float]:
+    return {judge: value for judge, value in row.get("verdicts", {}).items() if value is not None}
 
 
 def _answer(row: Row, answers: dict[str, Any], verdicts: dict[str, float]) -> Row:

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 
 import numpy as np
 
-from simpo.config import setting
+from simpo.config import check_values, setting
 from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.evaluation.answers import answers_path
 from simpo.evaluation.preferences import agreement_metrics
@@ -30,6 +30,7 @@ from simpo.labeling.session import (
     load_items,
 )
 from simpo.runs.files import disk_errors, write_lines
+from simpo.runs.folder import FILE_NAME as RECORD
 from simpo.runs.folder import RunFolder, RunRecord
 from simpo.runs.manifest import file_digest
 from simpo.runs.results import Metric, fingerprint, write_results
@@ -136,13 +137,13 @@ def reliability_metrics(judgments: Sequence[Judgment], seed: int) -> list[Metric
         places = [place for place, item in enumerate(both) for _ in verdicts[pair[0], item]]
         metrics += agreement_metrics("+".join(map(_quoted, pair)), np.array(places), first, second, seed)
     metrics.append(_first_shown(judgments))
-    seconds = [one.seconds for one in judgments]
-    metrics.append(Metric.of("seconds_per_item", mean_interval(seconds)))
-    metrics.append(Metric("seconds_per_item_median", float(np.median(seconds)), n=len(seconds)))
+    seconds = {"": [one.seconds for one in judgments]}
     for name in labelers if len(labelers) > 1 else ():
-        own = [one.seconds for one in judgments if one.labeler == name]
-        metrics.append(Metric(f"seconds_per_item_median/{name}", float(np.median(own)), n=len(own)))
-    return metrics
+        seconds[f"/{name}"] = [one.seconds for one in judgments if one.labeler == name]
+    metrics.append(Metric.of("seconds_per_item", mean_interval(seconds[""])))
+    return metrics + [
+        Metric(f"seconds_per_item_median{of}", float(np.median(found)), n=len(found)) for of, found in seconds.items()
+    ]
 
 
 def _quoted(name: str) -> str:
@@ -195,15 +196,14 @@ class LabelSettings:
     against: str | None = setting(None, "Another model's answers; each is compared with each of the first's.")
     output_dir: Path | None = setting(None, "Folder of the run; the same one continues it.")
     pairs: bool = setting(False, "Compare every two answers to a prompt instead of ranking them all.")
-    overlap: float = setting(0.2, "Share of the items that every labeler judges; the others are judged by one.")
+    overlap: float = setting(0.2, "Share of items that every labeler judges; one judges the others.", least=0, most=1)
     guidelines: Path | None = setting(None, "Text file that is shown to labelers (default: a few sentences).")
     seed: int = setting(42, "Seed of the order of items and answers, and of the bootstrap.")
     port: int = setting(8765, "Port of the page on this machine; 0 is any that is free.")
     export: Path | None = setting(None, "Folder of a labeling run: write preference data and agreement, and end.")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.overlap <= 1:
-            raise SimpoError(f"overlap: {self.overlap} is not a share; give a number from 0 to 1")
+        check_values(self)
         if self.export is not None:
             if self.answers or self.against or self.output_dir:
                 raise SimpoError("export: that folder has everything; leave ANSWERS, against and output_dir out")
@@ -256,12 +256,9 @@ def export_run(folder: Path) -> Path:
 
     Returns the path of ``results.json``.
     """
-    try:
-        record = RunRecord.read(folder)
-    except FileNotFoundError:
-        record = None
-    if record is None or record.command != "label" or not (folder / DATABASE).exists():
+    if not (folder / DATABASE).exists() or not (folder / RECORD).exists():
         raise SimpoError(f"export: {folder} holds no run of simpo label; name the output_dir of one")
+    record = RunRecord.read(folder)
     with closing(Store(folder / DATABASE)) as store:  # also while the page is open
         judgments = store.judgments()
     if not judgments:

@@ -110,25 +110,7 @@ def items_of_one(path: Path, *, pairs: bool) -> tuple[list[Item], Counter[str]]:
 Kind = Literal["ranked", "tie", "both_bad", "skip"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_SCHEMA = """
-create table if not exists events (
-    number integer primary key autoincrement,
-    key text not null unique,   -- made by the page, so that a request that is repeated counts once
-    time text not null,         -- UTC
-    labeler text not null,
-    item text not null,
-    kind text not null,         -- ranked, tie, both_bad, skip, undo
-    ranks text,                 -- JSON: the rank of every answer in the order of the file, 1 for the best
-    shown text,                 -- JSON: the answers' places in the file, in the order in which they were shown
-    note text,
-    seconds real                -- for which the item was visible
-);
-create table if not exists screens (
-    labeler text primary key,
-    item text not null,         -- what the labeler's page shows
-    since real not null         -- Unix time
-);
-"""
+_SCHEMA = Path(__file__).with_name("judgments.sql")
 # What counts is the last event of every labeler for every item.
 _CURRENT = """
 select labeler, item, kind, ranks, shown, note, seconds from events
@@ -151,16 +133,16 @@ class Judgment:
 
 
 class Store:
-    """The database of a labeling run; usable from several threads, and from other processes for reading."""
+    """The database of a labeling run, for one thread at a time; other processes may read it."""
 
     def __init__(self, path: Path) -> None:
         """Open or create it."""
-        self._path, self._lock = path, Lock()
+        self._path = path
         with self._reported():
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._connection.execute("pragma journal_mode = wal")
             self._connection.execute("pragma synchronous = full")  # a judgment that was confirmed survives a power cut
-            self._connection.executescript(_SCHEMA)
+            self._connection.executescript(_SCHEMA.read_text(encoding="utf-8"))
 
     def add(self, key: str, judgment: Judgment) -> None:
         """Store a judgment; a second one with the same key is the same request, sent again."""
@@ -202,12 +184,11 @@ class Store:
 
     def close(self) -> None:
         """Close the database."""
-        with self._lock:
-            self._connection.close()
+        self._connection.close()
 
     def _execute(self, statement: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
         """The rows of a statement."""
-        with self._lock, self._reported():
+        with self._reported():
             return self._connection.execute(statement, values).fetchall()
 
     def _reported(self) -> AbstractContextManager[None]:
