@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from simpo.models.devices import device
 from simpo.models.settings import ModelArguments
-from simpo.planning.search import KINDS, Estimate, make_plan
+from simpo.planning.search import KINDS, Estimate, Planner
 from simpo.planning.settings import PlanSettings
 
 
@@ -128,8 +128,8 @@ def predicted(run: Run, folder: Path, rows: Dataset) -> Estimate:
     """What simpo plan says of the run."""
     parts = (ModelArguments(str(folder), **run.model), None, config_of(run, folder))
     sharding = None if run.processes == 1 else "ddp"
-    _, found = make_plan(parts, PlanSettings(run.command, gpus=run.processes, sharding=sharding), rows)  # type: ignore[arg-type]
-    return found
+    planner = Planner(parts, PlanSettings(run.command, gpus=run.processes, sharding=sharding), rows)  # type: ignore[arg-type]
+    return planner.estimate(planner.own)
 
 
 def clock() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from simpo.planning.cards import (
     stored_rates,
 )
 from simpo.planning.memory import Cost
+from simpo.planning.settings import PlanSettings
 
 
 def test_rates_are_recovered_from_times() -> None:
@@ -46,10 +48,13 @@ def test_rates_that_were_not_measured_are_an_error() -> None:
 
 def test_rates_are_stored_by_machine(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
-    assert stored_rates() is None
+    assert stored_rates() == {}
     rates = Rates(1e12, 1e11, 1e10, 1e-5)
     store_rates(rates)
-    assert stored_rates() == rates
+    assert stored_rates() == {machine_name(): rates}
+    monkeypatch.setattr("simpo.planning.cards.machine_name", lambda: "another")
+    store_rates(replace(rates, overhead=1e-6))
+    assert stored_rates() == {machine_name(): rates, "another": replace(rates, overhead=1e-6)}
 
 
 @pytest.mark.parametrize(
@@ -62,20 +67,20 @@ def test_damaged_rates_are_reported_and_not_used(tmp_path, monkeypatch, caplog, 
     path = tmp_path / "simpo" / "plan.json"
     path.parent.mkdir()
     path.write_text(content.replace("NAME", json.dumps(machine_name())))
-    assert stored_rates() is None
+    assert stored_rates() == {}
     assert f"{path} is damaged" in caplog.text
     store_rates(Rates(1e12, 1e11, 1e10, 1e-5))
-    assert stored_rates() == Rates(1e12, 1e11, 1e10, 1e-5)
+    assert stored_rates() == {machine_name(): Rates(1e12, 1e11, 1e10, 1e-5)}
 
 
 @pytest.mark.parametrize("name", ["H100", "h100-80gb", "H100 80GB"])
 def test_a_card_has_several_spellings(name) -> None:
-    assert find_card(name, None, None, None) == CARDS["H100-80GB"]
+    assert find_card(name) == CARDS["H100-80GB"]
 
 
 @pytest.mark.parametrize(("name", "found"), [("L4", "L4-24GB"), ("A10", "A10-24GB"), ("rtx 4090", "RTX-4090-24GB")])
 def test_a_name_without_memory_is_not_the_beginning_of_another(name, found) -> None:
-    assert find_card(name, None, None, None) == CARDS[found]
+    assert find_card(name) == CARDS[found]
 
 
 @pytest.mark.parametrize(
@@ -98,18 +103,19 @@ def test_the_data_sheet_of_the_card_at_hand(name, flops, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(name=name, total_memory=4e10))
     card = card_at_hand()
-    assert card is not None and card.memory == 4e10
+    assert card is not None and card.memory_gb * 2**30 == 4e10
     if flops is None:
         assert card.rates is None
     else:
-        assert card.flops == flops
+        assert card.rates.product == pytest.approx(0.54 * flops)
 
 
 def test_a_card_by_hand() -> None:
     card = find_card("mine", 30, 200, 1.5)
-    assert (card.memory, card.flops, card.moved) == (30 * 2**30, 2e14, 1.5e12)
-    assert find_card("A100-80GB", 70, None, None).memory == 70 * 2**30
+    assert (card.memory_gb, card.tflops, card.terabytes) == (30, 200, 1.5)
+    assert find_card("mine", 30, 300).terabytes == 1
+    assert find_card("A100-80GB", 70).memory_gb == 70
     with pytest.raises(SimpoError, match="gpu_tflops"):
-        find_card("mine", 30, None, None)
+        find_card("mine", 30)
     with pytest.raises(SimpoError, match="gpu_memory_gb"):
-        find_card("A100-80GB", -1, None, None)
+        PlanSettings(gpu="A100-80GB", gpu_memory_gb=-1)

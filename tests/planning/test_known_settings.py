@@ -10,7 +10,7 @@ from transformers import Gemma2Config, LlamaConfig, MistralConfig
 from simpo.config import parse_settings
 from simpo.judging.settings import GenerationArguments
 from simpo.models.settings import ModelArguments
-from simpo.planning.search import Estimate, Planner, make_plan
+from simpo.planning.search import Estimate, Planner
 from simpo.planning.settings import PlanSettings
 from simpo.training.configs import PreferenceConfig, SFTConfig
 from simpo.training.settings import DataArguments
@@ -38,7 +38,8 @@ def folders(tmp_path_factory) -> dict[str, str]:
 def planned(argv: list[str], settings: PlanSettings, config: type = PreferenceConfig) -> tuple[Planner, Estimate]:
     """The plan of a recipe or of keys of one."""
     types = (ModelArguments, DataArguments, config, GenerationArguments)
-    return make_plan(parse_settings(argv, types)[:3], settings)
+    planner = Planner(parse_settings(argv, types)[:3], settings)
+    return planner, planner.estimate(planner.own)
 
 
 @pytest.mark.parametrize(

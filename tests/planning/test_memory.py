@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 import transformers as hf
-from benchmarks.plan_accuracy import Run, make_model, make_rows, peak_bytes, predicted, train
+from benchmarks.plan_accuracy import Run, config_of, make_model, make_rows, peak_bytes, predicted, train
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers.training_args import OptimizerNames
@@ -17,12 +16,11 @@ from simpo.models.loading import load_model
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_logprobs
-from simpo.planning.memory import _PAGED, Setup, measure_kept, measure_step
+from simpo.planning.memory import _STATES, Tracer, measure_kept, measure_step
 from simpo.planning.model import Blueprint
-from simpo.planning.search import Choice, Planner, Work
+from simpo.planning.search import Choice, Planner
+from simpo.planning.settings import PlanSettings
 from simpo.training.batches import comparisons_of
-
-SETUP = Setup("adamw_torch", cuda=False, accumulates=False)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def test_peak_memory_of_a_run(run, folder, rows) -> None:
 
 def test_arithmetic_is_that_of_the_counter(folder, rows) -> None:
     batch = PackedBatch.build(comparisons_of(rows, [0, 1]))
-    step = measure_step(replace(Blueprint.read(ModelArguments(str(folder))), checkpointed_share=0.5), batch, SETUP)
+    step = measure_step(Blueprint.read(ModelArguments(str(folder)), checkpointed_share=0.5), batch)
 
     model = load_model(str(folder))
     for layer in model.model.layers[1::2]:
@@ -77,26 +75,33 @@ def test_arithmetic_is_that_of_the_counter(folder, rows) -> None:
 
 def test_a_deep_model_follows_from_few_layers(folder, rows, monkeypatch) -> None:
     batch = PackedBatch.build(comparisons_of(rows, [0, 1]))
-    blueprint = replace(Blueprint.read(ModelArguments(str(folder))), checkpointed_share=0.5)
+    blueprint = Blueprint.read(ModelArguments(str(folder)), checkpointed_share=0.5)
     assert max(map(len, blueprint.kinds())) > 2
-    found, kept = measure_step(blueprint, batch, SETUP), measure_kept(blueprint, SETUP)
+    found = measure_step(blueprint, batch)
     monkeypatch.setattr(Blueprint, "kinds", lambda self: [[number] for number in range(5)])  # none is left out
-    whole = measure_step(blueprint, batch, SETUP)
+    whole = measure_step(blueprint, batch)
     assert found.cost == whole.cost
-    assert found.peak == pytest.approx(whole.peak, rel=1e-3)
-    assert kept == measure_kept(blueprint, SETUP)
+    assert max(found.peaks.values()) == pytest.approx(max(whole.peaks.values()), rel=1e-3)
 
 
 def test_all_paged_optimizers_are_known() -> None:
-    assert {name.value for name in OptimizerNames if name.value.startswith("paged_")} == _PAGED
+    paged = {name.value for name in OptimizerNames if name.value.startswith("paged_")}
+    assert paged == {name for name in _STATES if name.startswith("paged_")}
+    assert all(_STATES[name][0] == 0 for name in paged)
 
 
-@pytest.mark.parametrize("name", ["adamw_torch_fused", "adafactor"])
-def test_states_of_optimizers(name, folder) -> None:
-    kept = measure_kept(Blueprint.read(ModelArguments(str(folder))), replace(SETUP, optimizer=name))
-    model = load_model(str(folder))
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"])
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_states_of_optimizers_and_their_step(name, foreach, dtype, folder) -> None:
+    """What a real optimizer keeps and allocates; for all weights at once, as on a GPU, where it can."""
+    arguments = ModelArguments(str(folder), dtype=dtype)
+    kept = measure_kept(Blueprint.read(arguments, optimizer=name, cuda=foreach))
+    model = load_model(str(folder), arguments)
     arguments = hf.TrainingArguments(str(folder / "out"), optim=name, report_to=[])
     kind, options = hf.Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    if name not in ("adamw_torch_fused", "adafactor"):
+        options["foreach"] = foreach
     optimizer = kind(copy.deepcopy(model).parameters(), **options)
     for weight in optimizer.param_groups[0]["params"]:
         weight.grad = torch.ones_like(weight)
@@ -106,12 +111,16 @@ def test_states_of_optimizers(name, folder) -> None:
     )
     # numbers of steps, one for each weight, are on top
     assert kept.states == pytest.approx(sum(value.nbytes for value in stored), rel=0.01, abs=1000)
+    with Tracer() as tracer:
+        optimizer.step()
+    # one by one, PyTorch still holds the temporary tensor of the weight before
+    assert kept.update == pytest.approx(tracer.peaks[""], rel=0.02 if foreach else 0.15, abs=4000)
 
 
 def test_processes_share_the_step_of_the_optimizer(folder) -> None:
     rows = Dataset.from_dict({"prompt_ids": [[3, 3]] * 2, "response_ids": [[[3], [4]]] * 2})
-    blueprint, work = Blueprint.read(ModelArguments(str(folder))), Work(rows, 2, 2, 1)
-    planner = Planner(blueprint, Setup("adamw_torch", cuda=True), work, None, gpus=2)
+    parts = ModelArguments(str(folder)), None, config_of(Run("", config={"optim": "adamw_torch"}, processes=2), folder)
+    planner = Planner(parts, PlanSettings(gpu="H100", gpus=2), rows)
     whole, shared = (planner.estimate(Choice(4096, 0.0, sharding)) for sharding in ("ddp", "fsdp"))
     assert whole.tightest == shared.tightest == "the optimizer's step"
     assert shared.memory["activations"] == whole.memory["activations"] / 2
@@ -120,7 +129,7 @@ def test_processes_share_the_step_of_the_optimizer(folder) -> None:
 def test_weights_in_four_bits(folder) -> None:
     """Linear layers have half a byte a weight and a scale of 4 bytes for 64; everything else is fp32."""
     arguments = ModelArguments(str(folder), use_peft=True, lora_r=2, load_in_4bit=True)
-    kept = measure_kept(Blueprint.read(arguments), SETUP)
+    kept = measure_kept(Blueprint.read(arguments))
     linear = 5 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
     adapter = 5 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     assert kept.gradients == 4 * adapter

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from simpo.config import parse_settings
 from simpo.models.settings import ModelArguments
-from simpo.planning.search import make_plan
+from simpo.planning.search import Planner
 from simpo.planning.settings import PlanSettings
 from simpo.training.configs import PreferenceConfig, RewardConfig, SFTConfig
 from simpo.training.settings import DataArguments
@@ -36,8 +36,8 @@ def estimated(recipe: Path, model: Path, options: list[str]) -> dict[str, Any]:
     config = next((kind for command, kind in _CONFIGS.items() if command in options), PreferenceConfig)
     planned = type("Planned", (config,), {"_check_optimizer": lambda self: None})  # its package may be elsewhere
     *parts, settings = parse_settings(argv, (ModelArguments, DataArguments, planned, PlanSettings))
-    planner, own = make_plan(parts, settings)
-    return planner.described(own)
+    planner = Planner(parts, settings)
+    return planner.described(planner.estimate(planner.own))
 
 
 def test_every_size_of_card_has_a_recipe() -> None:

@@ -48,11 +48,12 @@ def plan(argv: list[str]) -> None:
     *parts, settings = parse_settings(argv, types, command="plan", about=plan.__doc__, replaces=REPLACES)[:4]
     if settings.command != command:
         raise SimpoError(f"command: give it on the command line, as --command {settings.command}")
-    from simpo.planning.search import make_plan  # noqa: PLC0415 - slow, and --help and mistakes are fast
+    from simpo.planning.search import Planner  # noqa: PLC0415 - slow, and --help and mistakes are fast
 
-    planner, own = make_plan(parts, settings)
+    planner = Planner(parts, settings)
+    own = planner.estimate(planner.own)
     shardings = () if settings.sharding is None else (settings.sharding,)
-    best = planner.fastest(own.choice, shardings)
+    best = planner.fastest(shardings)
     if best is None:
         raise SimpoError(planner.remedy(shardings))
     found = {"recipe": planner.described(own), "fastest": planner.described(best)}
@@ -61,16 +62,17 @@ def plan(argv: list[str]) -> None:
 
 def check_fit(command: Any, parts: Sequence[Any]) -> None:
     """Print what a run on this machine takes; raise :class:`SimpoError`, with keys that fit, if that is too much."""
-    from simpo.planning.search import make_plan  # noqa: PLC0415
+    from simpo.planning.search import Planner  # noqa: PLC0415
 
     config = parts[2]
     sharding = sharding_of(config) if config.world_size > 1 else None
-    planner, own = make_plan(parts[:3], PlanSettings(command, gpus=config.world_size, sharding=sharding))
+    planner = Planner(parts[:3], PlanSettings(command, gpus=config.world_size, sharding=sharding))
+    own = planner.estimate(planner.own)
     needs = f"{own.total / _GIB:.1f} of {planner.capacity / _GIB:.1f} GiB, tightest in {own.tightest}"
     if planner.fits(own):
         print(f"plan: needs {needs}")
         return
-    best = planner.fastest(own.choice, (own.choice.sharding,)) or planner.fastest(own.choice)
+    best = planner.fastest((own.choice.sharding,)) or planner.fastest()
     if best is None:
         raise SimpoError(planner.remedy())
     keys = ", ".join(f"{key}: {str(value).lower()}" for key, value in best.choice.keys.items())
@@ -92,23 +94,18 @@ def _calibrate(argv: list[str]) -> None:
         raise SimpoError("--calibrate: measures this machine and plans nothing; give it alone")
     rates = measure_rates(print)
     path = store_rates(rates)
-    speeds = {
-        "products": (rates.product, "GFLOP/s"),
-        "attention": (rates.attention, "GFLOP/s"),
-        "memory": (rates.moved, "GB/s"),
-    }
-    for name, (speed, unit) in speeds.items():
-        print(f"{name}: {speed / 1e9:,.4g} {unit}")
-    print(f"an operation: {rates.overhead * 1e6:.3g} us\n{machine_name()}, stored: {path}")
+    print(
+        f"products: {rates.product / 1e9:,.4g} GFLOP/s\nattention: {rates.attention / 1e9:,.4g} GFLOP/s\n"
+        f"memory: {rates.moved / 1e9:,.4g} GB/s\nan operation: {rates.overhead * 1e6:.3g} us\n"
+        f"{machine_name()}, stored: {path}"
+    )
 
 
 def _print(found: dict[str, Any]) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     table = Table("", *found, box=None, header_style="bold")
-    rows = {name: [_shown(name, part[name]) for part in found.values()] for name in found["recipe"]}
-    for name, values in rows.items():
-        table.add_row(name, *values)
-    console.print(table)
+    for name in found["recipe"]:
+        table.add_row(name, *(_shown(name, part[name]) for part in found.values()))
+    Console(highlight=False, markup=False, soft_wrap=True).print(table)
 
 
 def _shown(name: str, value: Any) -> str:

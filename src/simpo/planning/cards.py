@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from huggingface_hub import constants
 from scipy.optimize import nnls
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,10 +30,6 @@ from simpo.planning.memory import Cost, Tracer, attended
 from simpo.runs.files import write_text
 
 logger = logging.getLogger(__name__)
-
-_DAMAGED = "%s is damaged, and this machine's rates in it are not used; measure them again: simpo plan --calibrate"
-
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -52,24 +49,29 @@ class Rates:
 
 @dataclass(frozen=True)
 class Card:
-    """A graphics card by its data sheet, dense half precision."""
+    """A graphics card by its data sheet; None is not known."""
 
     name: str
-    memory: float  # bytes that a process can allocate
-    flops: float  # FLOP/s of matrix products with fp32 accumulation
-    moved: float  # bytes per second to and from its memory
-    watts: float  # its power limit
-    link: float  # bytes per second to and from other cards of the same machine
+    memory_gb: float  # GiB that a process can allocate
+    tflops: float | None  # TFLOP/s of dense half-precision matrix products with fp32 accumulation
+    terabytes: float | None  # per second to and from its memory
+    watts: float | None = None  # its power limit
+    link: float = 25.0  # GB/s to and from other cards of the same machine
+
+    @property
+    def model(self) -> str:
+        """Its name without the memory."""
+        return self.name.rpartition("-")[0]
 
     @property
     def rates(self) -> Rates | None:
         """Rates reached in practice, as shares of the data sheet (fitted in docs/plan.md); None without one."""
-        if math.isnan(self.flops):
+        if self.tflops is None or self.terabytes is None:
             return None
         return Rates(
-            product=_PRODUCT_SHARE * self.flops,
-            attention=_ATTENTION_SHARE * self.flops,
-            moved=_MOVED_SHARE * self.moved,
+            product=_PRODUCT_SHARE * self.tflops * 1e12,
+            attention=_ATTENTION_SHARE * self.tflops * 1e12,
+            moved=_MOVED_SHARE * self.terabytes * 1e12,
             overhead=_LAUNCH,
         )
 
@@ -77,43 +79,22 @@ class Card:
 # Shares of the data sheet that are reached, seconds to launch a kernel, and bytes next to PyTorch's tensors: the CUDA
 # context with the libraries' workspaces, of NCCL, and the share of the peak that is lost to fragmentation.
 _PRODUCT_SHARE, _ATTENTION_SHARE, _MOVED_SHARE, _LAUNCH = 0.54, 0.45, 0.85, 4e-6
-CONTEXT, COMMUNICATION, FRAGMENTATION = 0.6 * _GIB, 1.0 * _GIB, 0.06
+CONTEXT, COMMUNICATION, FRAGMENTATION = 0.6 * 2**30, 1.0 * 2**30, 0.06
+
+_SHEETS = yaml.safe_load(Path(__file__).with_name("cards.yaml").read_text(encoding="utf-8"))
+CARDS = {name: Card(name, *figures) for name, figures in _SHEETS.items()}
 
 
-_SHEETS = (  # GiB that a process can allocate, TFLOP/s, TB/s of memory, watts, and GB/s to other cards
-    ("B200-180GB", 178.3, 2250, 8.0, 1000, 700),
-    ("H200-141GB", 139.8, 989, 4.8, 700, 350),
-    ("H100-80GB", 79.1, 989, 3.35, 700, 350),
-    ("H100-PCIe-80GB", 79.1, 756, 2.0, 350, 40),
-    ("A100-80GB", 79.1, 312, 2.04, 400, 230),
-    ("A100-40GB", 39.4, 312, 1.56, 400, 230),
-    ("MI300X-192GB", 191.5, 1307, 5.3, 750, 300),
-    ("L40S-48GB", 44.4, 362, 0.864, 350, 25),
-    ("A6000-48GB", 47.4, 155, 0.768, 300, 25),
-    ("RTX-5090-32GB", 31.4, 210, 1.79, 575, 25),
-    ("RTX-4090-24GB", 23.5, 165, 1.01, 450, 20),
-    ("RTX-3090-24GB", 23.6, 71, 0.936, 350, 20),
-    ("A10-24GB", 22.0, 125, 0.6, 150, 20),
-    ("L4-24GB", 22.0, 121, 0.3, 72, 20),
-)
-CARDS = {
-    name: Card(name, gib * _GIB, tflops * 1e12, terabytes * 1e12, watts, link * 1e9)
-    for name, gib, tflops, terabytes, watts, link in _SHEETS
-}
-
-
-def find_card(name: str | None, memory_gb: float | None, tflops: float | None, bandwidth: float | None) -> Card:
+def find_card(
+    name: str | None, memory_gb: float | None = None, tflops: float | None = None, terabytes: float | None = None
+) -> Card:
     """The card of a name, with the figures that are given by hand in place of its own; a name alone can be new.
 
     ``name`` is one of :data:`CARDS`, in any case and with any separators; without its memory, the first of that model.
-    Given by hand are GiB that a process can allocate, TFLOP/s of dense half-precision matrix products, and terabytes
-    per second to and from memory (by default one for 300 FLOP/s).
+    The figures are those of :class:`Card`; ``terabytes`` are by default one for 300 TFLOP/s.
     """
-    for figure in (memory_gb, tflops, bandwidth):
-        if figure is not None and not 0 < figure < math.inf:
-            raise SimpoError(f"gpu_memory_gb, gpu_tflops, gpu_terabytes: must be above 0, not {figure:g}")
     plain = _plain(name or "")
-    found = next((card for card in CARDS.values() if plain in (_plain(card.name), _model(card))), None)
+    found = next((card for card in CARDS.values() if plain in (_plain(card.name), _plain(card.model))), None)
     if found is None:
         if memory_gb is None or tflops is None:
             hint = nearest(name or "", CARDS) or ""
@@ -121,23 +102,13 @@ def find_card(name: str | None, memory_gb: float | None, tflops: float | None, b
                 f"gpu: {name!r} is not known{hint}; there are {', '.join(CARDS)}; of another card give gpu_memory_gb "
                 "and gpu_tflops"
             )
-        moved = (bandwidth or tflops / 300) * 1e12
-        return Card(name or f"{memory_gb:g} GB", memory_gb * _GIB, tflops * 1e12, moved, math.nan, 25e9)
-    return replace(
-        found,
-        memory=found.memory if memory_gb is None else memory_gb * _GIB,
-        flops=found.flops if tflops is None else tflops * 1e12,
-        moved=found.moved if bandwidth is None else bandwidth * 1e12,
-    )
+        found = Card(name or f"{memory_gb:g} GB", memory_gb, tflops, tflops / 300)
+    by_hand: dict[str, Any] = {"memory_gb": memory_gb, "tflops": tflops, "terabytes": terabytes}
+    return replace(found, **{part: value for part, value in by_hand.items() if value is not None})
 
 
 def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
-
-
-def _model(card: Card) -> str:
-    """The name of a card without its memory."""
-    return _plain(card.name.rpartition("-")[0])
 
 
 # ---- The machine at hand.
@@ -148,14 +119,16 @@ def card_at_hand() -> Card | None:
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
-    memory, matching = float(found.total_memory), []
-    for card in CARDS.values():  # by whole words: an "L40" is not an L4
-        model = card.name.rpartition("-")[0]
-        if re.search(rf"\b{model.replace('-', '[ -]')}\b", found.name, re.IGNORECASE):
-            matching.append((len(model), -abs(card.memory - memory), card))
+    memory = found.total_memory / 2**30
+    matching = [  # by whole words: an "L40" is not an L4
+        card
+        for card in CARDS.values()
+        if re.search(rf"\b{card.model.replace('-', '[ -]')}\b", found.name, re.IGNORECASE)
+    ]
     if not matching:
-        return Card(found.name, memory, math.nan, math.nan, math.nan, 25e9)
-    return replace(max(matching, key=lambda one: one[:2])[2], name=found.name, memory=memory)
+        return Card(found.name, memory, tflops=None, terabytes=None)
+    closest = max(matching, key=lambda card: (len(card.model), -abs(card.memory_gb - memory)))
+    return replace(closest, name=found.name, memory_gb=memory)
 
 
 def machine_name() -> str:
@@ -165,34 +138,28 @@ def machine_name() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def _stored() -> tuple[Path, dict[str, Any]]:
-    """The file with the rates of machines, and its contents; nothing if it is absent, or damaged, which is reported."""
-    path = Path(constants.HF_HOME) / "simpo" / "plan.json"
+def stored_rates() -> dict[str, Rates]:
+    """The rates that :func:`store_rates` has stored, by machine; nothing if they are damaged, which is reported."""
+    path = _stored()
+    if not path.exists():
+        return {}
     with suppress(SimpoError), third_party(str(path)):
-        return path, dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    logger.warning(_DAMAGED, path)
-    return path, {}
-
-
-def stored_rates() -> Rates | None:
-    """The rates that :func:`store_rates` has stored for this machine; a warning if they are damaged."""
-    path, stored = _stored()
-    found = stored.get(machine_name())
-    if found is None:
-        return None
-    with suppress(SimpoError), third_party(str(path)):
-        rates = Rates(**found)
-        if all(0 < rate < math.inf for rate in asdict(rates).values()):
-            return rates
-    logger.warning(_DAMAGED, path)
-    return None
+        found = {name: Rates(**rates) for name, rates in json.loads(path.read_text(encoding="utf-8")).items()}
+        if all(0 < rate < math.inf for rates in found.values() for rate in asdict(rates).values()):
+            return found
+    logger.warning("%s is damaged, and its rates are not used; measure them again: simpo plan --calibrate", path)
+    return {}
 
 
 def store_rates(rates: Rates) -> Path:
     """Store the rates of this machine next to those of others; returns the file."""
-    path, stored = _stored()
-    write_text(path, json.dumps(stored | {machine_name(): asdict(rates)}, indent=2) + "\n")
-    return path
+    every = stored_rates() | {machine_name(): rates}
+    write_text(_stored(), json.dumps({name: asdict(each) for name, each in every.items()}, indent=2) + "\n")
+    return _stored()
+
+
+def _stored() -> Path:
+    return Path(constants.HF_HOME) / "simpo" / "plan.json"
 
 
 # ---- Calibration: small training steps are timed, and rates are fitted to their operations.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -13,234 +12,88 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import arg_tree_leaves, tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_flop
+from torch.utils.flop_counter import flop_registry
 
 from simpo.errors import SimpoError
 from simpo.packing import attention
 from simpo.packing.attention import causal_lm
-from simpo.packing.layout import LayoutIndex, PackedBatch
+from simpo.packing.layout import PackedBatch
 from simpo.packing.logprobs import ACCELERATOR_CHUNK, CPU_CHUNK
 from simpo.packing.model import inside_forward, is_reward_model, rewards, token_logprobs
 from simpo.packing.scoring import reference_states, token_outputs
-from simpo.planning.model import Blueprint, StandIn
+from simpo.planning.model import Blueprint, stored_bytes
 
-
-@dataclass(frozen=True)
-class Setup:
-    """The setup of a step."""
-
-    optimizer: str  # transformers' name of it
-    cuda: bool  # whether on a GPU, with its kernels
-    autocast: torch.dtype | None = None  # the type of products under autocast; None without
-    accumulates: bool = True  # whether gradients of an earlier micro-batch are there already
-    reference: bool = False  # whether a copy of the trained weights computes the reference in every forward
-    divergence: bool = False  # whether the KL divergence from it is part of the loss
-    pair_weights: bool = False  # whether pairs are weighed by the policy's probabilities
-    # Of the gradients of layers that a process keeps: one over the number of processes that share them.
-    share: float = 1.0
+# ---- What stays allocated from step to step.
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Memory that stays allocated from step to step, in bytes, before anything is sharded."""
+    """Memory of a model and its optimizer, in bytes, before anything is sharded."""
 
-    parameters: float  # numbers that the model has
+    parameters: int  # numbers that the model has
     weights: float  # of the model
     gradients: float  # of what is trained
     states: float  # of the optimizer
     update: float  # at the peak of the optimizer's step, on top of these three
+    largest_layer: float  # of the weights of the largest layer where they compute
+    outside_layers: float  # of those of embeddings and output layer
 
 
-@dataclass(frozen=True)
-class Step:
-    """Memory and cost of one micro-batch."""
-
-    peaks: dict[str, float]  # bytes of forward and backward on top of what is kept, by what computes
-    cost: Cost  # of forward and backward
-    largest_layer: float  # bytes of the weights of the largest layer
-    outside_layers: float  # bytes of the weights of embeddings and output layer
-
-    @property
-    def peak(self) -> float:
-        """At the peak of forward and backward, on top of what is kept."""
-        return max(self.peaks.values())
-
-
-def measure_kept(blueprint: Blueprint, setup: Setup) -> Kept:
-    """The memory that a model of full depth and its optimizer keep allocated."""
-
-    def measure(layers: list[int]) -> dict[str, float]:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        stand_in = blueprint.build(mode, layers)
-        with mode:
-            states, update = measure_update(stand_in, setup.optimizer, cuda=setup.cuda)
-        return {
-            "parameters": sum(weight.numel() for weight in stand_in.model.parameters()),
-            "weights": stand_in.weights,
-            "gradients": sum(weight.nbytes for weight in stand_in.trained),
-            "states": states,
-            "update": update,
-        }
-
-    return Kept(**_of_full_depth(blueprint, measure))
-
-
-def measure_step(blueprint: Blueprint, batch: PackedBatch, setup: Setup) -> Step:
-    """One micro-batch through a model of full depth, forward and backward, without computing any number of it."""
-    sizes: dict[str, float] = {}
-
-    def measure(layers: list[int]) -> dict[str, float]:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        stand_in = blueprint.build(mode, layers)
-        tracer = Tracer(attended(batch))
-        with mode:
-            fake = _fake(batch, attention.varlen if setup.cuda else None)
-            for weight in stand_in.trained:
-                weight.grad = torch.empty_like(weight) if setup.accumulates else None
-            with tracer, _phases(stand_in, layers, tracer, setup.share):
-                _forward_backward(stand_in, fake, tracer, setup)
-        sizes.update(largest_layer=stand_in.largest_layer, outside_layers=stand_in.outside_layers)
-        return tracer.peaks | tracer.costs
-
-    found = _of_full_depth(blueprint, measure)
-    cost = Cost(**{field.name: found.pop(field.name) for field in fields(Cost)})
-    return Step(peaks=found, cost=cost, **sizes)
-
-
-def _of_full_depth(blueprint: Blueprint, measure: Callable[[list[int]], dict[str, float]]) -> dict[str, float]:
-    """Extrapolate ``measure``, a function of the layers that a model has, to all layers.
-
-    Between the first and the last layer of a kind, every additional layer adds the same memory: its activations
-    are kept until the last layer has computed, and its gradients exist when backward reaches the first layer.
-    """
-    kinds = blueprint.kinds()
-    first = [numbers[0] for numbers in kinds]
-    last = sorted(numbers[-1] for numbers in kinds if len(numbers) > 1)
-    few = measure([*first, *last])
-    more = [(measure([*first, numbers[1], *last]), len(numbers) - 2) for numbers in kinds if len(numbers) > 2]
-    return {name: size + sum(times * (one[name] - size) for one, times in more) for name, size in few.items()}
-
-
-def _fake(batch: PackedBatch, kernel: attention.Kernel | None) -> PackedBatch:
-    """``batch`` with fake tensors, for attention by ``kernel``."""
-    empty = torch.empty_like
-    layout = batch.layout
-    index = LayoutIndex(layout.index.sizes, *map(empty, layout.index[1:]))
-    return replace(
-        batch,
-        layout=replace(layout, index=index, kernel=kernel),
-        **{name: empty(getattr(batch, name)) for name in ("input_ids", "scored", "targets", "response_of", "lengths")},
+def measure_kept(blueprint: Blueprint) -> Kept:
+    """The memory that the model of ``blueprint`` and its optimizer keep allocated."""
+    model, layers = blueprint.build()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    states, update = optimizer_bytes(blueprint.optimizer, trained, embeddings, cuda=blueprint.cuda)
+    of_layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in layers]
+    return Kept(
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        weights=stored_bytes(model, nested=blueprint.arguments.quantization.get("use_bnb_nested_quant", False)),
+        gradients=sum(weight.nbytes for weight in trained),
+        states=states,
+        update=update,
+        largest_layer=max(of_layers),
+        outside_layers=sum(weight.nbytes for weight in model.parameters()) - sum(of_layers),
     )
 
 
-@contextmanager
-def _phases(stand_in: StandIn, numbers: Sequence[int], tracer: Tracer, share: float) -> Iterator[None]:
-    """A context in which the phase of ``tracer`` names the layer that computes, and the direction.
-
-    Gradients of layers count as a ``share`` of their bytes once they are complete.
-    """
-    handles: list[Any] = []
-
-    def enters(name: str, *_: Any) -> None:
-        if tracer.phase != f"backward of {name}":  # a checkpointed layer that computes its activations again
-            tracer.phase = f"forward of {name}"
-
-    def leaves(name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
-        states = output[0] if isinstance(output, tuple) else output
-        if tracer.phase == f"forward of {name}":
-            tracer.phase = "the rest of forward"
-            if states.requires_grad:
-                states.register_hook(lambda _: setattr(tracer, "phase", f"backward of {name}"))
-
-    for layer, number in zip(stand_in.layers, numbers, strict=True):
-        name = f"layer {number}"
-        handles.append(layer.register_forward_pre_hook(partial(enters, name)))
-        handles.append(layer.register_forward_hook(partial(leaves, name)))
-        for weight in layer.parameters():
-            if weight.requires_grad and weight.grad is None:
-                handles.append(weight.register_post_accumulate_grad_hook(lambda w: tracer.weigh(w.grad, share)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _forward_backward(stand_in: StandIn, batch: PackedBatch, tracer: Tracer, setup: Setup) -> None:
-    """One micro-batch as the trainers compute it; of the loss only what is as large as a batch."""
-    model, path = stand_in.model, stand_in.path
-    chunk = ACCELERATOR_CHUNK if setup.cuda else CPU_CHUNK
-    compute: Any = rewards if is_reward_model(causal_lm(model)) else partial(token_logprobs, chunk_bytes=chunk)
-    tracer.phase = "the rest of forward"
-    reference = None
-    with torch.autocast("cpu", setup.autocast, enabled=setup.autocast is not None):
-        model.eval()
-        with torch.no_grad():
-            if setup.divergence:
-                reference = reference_states(model, batch, path=path)
-            if setup.reference:
-                inside_forward(model, batch, compute, path=path)
-        model.train()
-        if reference is None and not setup.pair_weights:
-            loss: Tensor = inside_forward(model, batch, compute, path=path).sum()
-        else:
-            given: Any = {"reference": reference, "log_collision": setup.pair_weights, "chunk_bytes": chunk}
-            found = token_outputs(model, batch, path=path, **given)
-            loss = found.logps.sum() + (0 if found.divergence is None else found.divergence.sum())
-    tracer.phase = "the rest of backward"
-    loss.backward()
-
-
-# ---- Optimizers: what they keep of each weight, and what they need at the peak of their step.
-
-# PyTorch's own optimizers, which make their step with fake tensors.
-_TRACED: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "adamw_torch": (torch.optim.AdamW, {}),
-    "adamw_torch_fused": (torch.optim.AdamW, {"fused": True}),
-    "sgd": (torch.optim.SGD, {}),
-    "adagrad": (torch.optim.Adagrad, {}),
-    "rmsprop": (torch.optim.RMSprop, {}),
-}
-# States of others by transformers' names: how many there are of each weight, and the bits of a number.
-_STORED = {
+# States by transformers' names of optimizers: how many of each weight, and the bits of a number (None: as many as the
+# weight's). Those of paged ones are in the host's memory where the GPU has no room.
+_STATES: dict[str, tuple[int, int | None]] = {
+    **{"adamw_torch": (2, None), "adamw_torch_fused": (2, None), "stable_adamw": (2, None)},
+    **{"sgd": (0, None), "adagrad": (1, None), "rmsprop": (1, None), "lomo": (0, None)},
     **{"adamw_torch_8bit": (2, 8), "adamw_torch_4bit": (2, 4), "adamw_bnb_8bit": (2, 8), "adamw_8bit": (2, 8)},
     **{"ademamix": (3, 32), "ademamix_8bit": (3, 8), "lion_32bit": (1, 32), "lion_8bit": (1, 8)},
-    **{"rmsprop_bnb": (1, 8), "rmsprop_bnb_8bit": (1, 8), "rmsprop_bnb_32bit": (1, 32)},
+    **{"rmsprop_bnb": (1, 8), "rmsprop_bnb_8bit": (1, 8), "rmsprop_bnb_32bit": (1, 32), "grokadamw": (3, 32)},
     **{"schedule_free_adamw": (2, 32), "schedule_free_radam": (2, 32), "schedule_free_sgd": (1, 32)},
-    **{"stable_adamw": (2, None), "grokadamw": (3, 32), "lomo": (0, 32)},  # None: as wide as the weight
+    **{f"paged_{name}_{bits}bit": (0, bits) for name in ("adamw", "ademamix", "lion") for bits in (8, 32)},
 }
-# Their states are in the host's memory where the GPU has no room.
-_PAGED = {
-    *("paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
-    *("paged_lion_32bit", "paged_lion_8bit"),
-}
+# Temporary tensors of PyTorch's own: on a GPU each as large as all weights together, elsewhere as the largest weight.
+_TEMPORARY = {"adamw_torch": (1, 2), "adagrad": (2, 1), "rmsprop": (1, 1)}
 _SCALED = 256  # 8-bit numbers that share an fp32 scale; of 4-bit ones half as many
 _SMALLEST = 4096  # smaller tensors keep their states in 32 bits
 _IN_32_BITS = {"adamw_bnb_8bit", "adamw_8bit"}  # of embeddings, as Trainer has it
 
 
-def measure_update(stand_in: StandIn, name: str, *, cuda: bool) -> tuple[float, float]:
-    """Bytes of the states of the optimizer ``name``, and what its step needs on top at its peak; in a fake mode."""
-    if name in _TRACED:
-        kind, options = _TRACED[name]
-        if cuda and not options:
-            options = {"foreach": True}  # PyTorch's choice on a GPU
-        return _traced(stand_in.trained, lambda weights: kind(weights, lr=1e-6, **options))
-    if name in _PAGED:
-        return 0.0, 0.0
-    if name == "adafactor":
-        largest = max((4.0 * weight.numel() for weight in stand_in.trained), default=0.0)
-        return sum(map(_factored, stand_in.trained)), largest
-    if name not in _STORED:
-        known = ", ".join(sorted(["adafactor", *_TRACED, *_STORED, *_PAGED]))
+def optimizer_bytes(
+    name: str, trained: Sequence[Tensor], embeddings: Sequence[Tensor], *, cuda: bool
+) -> tuple[float, float]:
+    """Bytes of the states that the optimizer ``name`` keeps of weights, and what its step needs on top at its peak."""
+    if name == "adafactor":  # in fp32: a mean square for every row and column, and temporary copies of a weight
+        copies = ((2 if weight.dtype == torch.float32 else 4) * 4.0 * weight.numel() for weight in trained)
+        return sum(map(_factored, trained)), max(copies, default=0.0)
+    if name not in _STATES:
+        known = ", ".join(sorted(["adafactor", *_STATES]))
         raise SimpoError(f"optim: the memory of {name!r} is not known to simpo plan; it knows {known}")
-    states, bits = _STORED[name]
-    embeddings = [m.weight for m in stand_in.model.modules() if isinstance(m, nn.Embedding)]
+    count, bits = _STATES[name]
     full = {id(weight) for weight in embeddings} if name in _IN_32_BITS else set()
-    return sum(states * _bytes(w, 32 if id(w) in full else bits) for w in stand_in.trained), 0.0
+    states = sum(count * _bytes(weight, 32 if id(weight) in full else bits) for weight in trained)
+    together, alone = _TEMPORARY.get(name, (0, 0))
+    sizes = [weight.nbytes for weight in trained]
+    return states, float(together * sum(sizes) if cuda else alone * max(sizes, default=0))
 
 
 def _bytes(weight: Tensor, bits: int | None) -> float:
@@ -254,29 +107,12 @@ def _bytes(weight: Tensor, bits: int | None) -> float:
 
 
 def _factored(weight: Tensor) -> float:
-    """Adafactor: a mean square for every row and column."""
-    rows = weight.numel() // weight.shape[-1] if weight.dim() > 1 else 0
-    return 4.0 * (rows + weight.numel() // max(weight.shape[-2], 1)) if rows else 4.0 * weight.numel()
+    """Bytes of Adafactor's states of ``weight``."""
+    size = weight.numel()
+    return 4.0 * (size if weight.dim() < 2 else size // weight.shape[-1] + size // weight.shape[-2])
 
 
-def _traced(weights: list[nn.Parameter], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> tuple:
-    for weight in weights:
-        weight.grad = torch.empty_like(weight)
-    tracer = Tracer()
-    with tracer:
-        optimizer = make(weights)
-        optimizer.step()
-        states = tracer.live
-        optimizer.step()  # states that the first step makes are there from then on
-    return states, max(tracer.peaks.values()) - states
-
-
-# ---- The cost of running operations, on real tensors and on fake ones, which have shapes and no numbers.
-
-_aten = torch.ops.aten
-# Operators that read as much as they write, however large their first input is.
-_LOOKUPS = {_aten.embedding, _aten.index, _aten.index_select, _aten.gather, _aten.slice_backward}
-_ATTENTION = ("attention", "attn")
+# ---- One micro-batch, forward and backward.
 
 
 @dataclass(frozen=True)
@@ -293,6 +129,121 @@ class Cost:
     def flops(self) -> float:
         """All floating-point operations."""
         return self.product + self.attention
+
+
+@dataclass(frozen=True)
+class Step:
+    """Memory and cost of one micro-batch."""
+
+    peaks: dict[str, float]  # bytes of forward and backward on top of what is kept, by what computes
+    cost: Cost  # of forward and backward
+
+    @property
+    def tightest(self) -> str:
+        """What computes at the peak."""
+        return max(self.peaks, key=lambda name: self.peaks[name])
+
+
+def measure_step(blueprint: Blueprint, batch: PackedBatch) -> Step:
+    """One micro-batch through a model of full depth, forward and backward, without computing any number of it.
+
+    Few of the layers are run. Between the first and the last layer of a kind, every additional layer adds the same
+    memory: its activations are kept until the last layer has computed, and its gradients exist when backward reaches
+    the first layer.
+    """
+    kinds = blueprint.kinds()
+    first = [numbers[0] for numbers in kinds]
+    last = sorted(numbers[-1] for numbers in kinds if len(numbers) > 1)
+    few = _traced(blueprint, batch, [*first, *last])
+    found = dict(few)
+    for numbers in kinds:
+        if len(numbers) > 2:
+            one_more = _traced(blueprint, batch, [*first, numbers[1], *last])
+            for name, size in few.items():
+                found[name] += (len(numbers) - 2) * (one_more[name] - size)
+    return Step(cost=Cost(**{field.name: found.pop(field.name) for field in fields(Cost)}), peaks=found)
+
+
+def _traced(blueprint: Blueprint, batch: PackedBatch, numbers: Sequence[int]) -> dict[str, float]:
+    """Peaks and costs of a micro-batch with these layers alone."""
+    model, layers = blueprint.build(numbers)
+    tracer = Tracer(attended(batch))
+    for layer, number in zip(layers, numbers, strict=True):
+        _name_phases(layer, number, tracer)
+
+    def share(weight: Tensor) -> None:
+        tracer.live += weight.grad.nbytes * blueprint.share  # type: ignore[union-attr]
+        weight.grad = None
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        model.tie_weights()
+        for weight in model.parameters():
+            if weight.requires_grad and blueprint.accumulates:
+                weight.grad = torch.empty_like(weight)
+        if blueprint.share < 1 and not blueprint.accumulates:
+            for weight in nn.ModuleList(layers).parameters():
+                if weight.requires_grad:
+                    weight.register_post_accumulate_grad_hook(share)
+        with tracer:
+            _forward_backward(model, batch, tracer, blueprint)
+    return tracer.peaks | tracer.costs
+
+
+def _name_phases(layer: nn.Module, number: int, tracer: Tracer) -> None:
+    """Let the phase of ``tracer`` name the layer that computes, and the direction."""
+    forward, backward = f"forward of layer {number}", f"backward of layer {number}"
+
+    def enters(*_: Any) -> None:
+        if tracer.phase != backward:  # a checkpointed layer that computes its activations again
+            tracer.phase = forward
+
+    def leaves(_: Any, inputs: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        if tracer.phase == forward:
+            tracer.phase = "the rest of forward"
+            if states.requires_grad:
+                states.register_hook(lambda _: setattr(tracer, "phase", backward))
+
+    layer.register_forward_pre_hook(enters)
+    layer.register_forward_hook(leaves)
+
+
+def _forward_backward(model: Any, batch: PackedBatch, tracer: Tracer, blueprint: Blueprint) -> None:
+    """One micro-batch as the trainers compute it; of the loss only what is as large as a batch."""
+    if blueprint.cuda:
+        batch = replace(batch, layout=replace(batch.layout, kernel=attention.varlen))
+    chunk = ACCELERATOR_CHUNK if blueprint.cuda else CPU_CHUNK
+    compute: Any = rewards if is_reward_model(causal_lm(model)) else partial(token_logprobs, chunk_bytes=chunk)
+    tracer.phase = "the rest of forward"
+    reference = None
+    with torch.autocast("cpu", blueprint.autocast, enabled=blueprint.autocast is not None):
+        model.eval()
+        with torch.no_grad():
+            if blueprint.divergence:
+                reference = reference_states(model, batch)
+            if blueprint.reference:
+                inside_forward(model, batch, compute)
+        model.train()
+        if reference is None and not blueprint.pair_weights:
+            loss: Tensor = inside_forward(model, batch, compute).sum()
+        else:
+            given: Any = {"reference": reference, "log_collision": blueprint.pair_weights, "chunk_bytes": chunk}
+            found = token_outputs(model, batch, **given)
+            loss = found.logps.sum() + (0 if found.divergence is None else found.divergence.sum())
+    tracer.phase = "the rest of backward"
+    loss.backward()
+
+
+# ---- The cost of running operations, on real tensors and on fake ones, which have shapes and no numbers.
+
+_aten = torch.ops.aten
+# Operators that read as much as they write, however large their first input is.
+_LOOKUPS = {_aten.embedding, _aten.index, _aten.index_select, _aten.gather, _aten.slice_backward}
+_PRODUCTS = {
+    **flop_registry,
+    _aten.addmm_: lambda total, left, right, **_: 2 * left.shape[0] * left.shape[1] * right.shape[1],
+}
 
 
 class Tracer(TorchDispatchMode):
@@ -316,7 +267,7 @@ class Tracer(TorchDispatchMode):
         self.pairs, self.phase, self.live = pairs, "", 0.0
         self.peaks: dict[str, float] = {}
         self.costs: Counter[str] = Counter()
-        self._storages: dict[int, tuple[Any, list[float]]] = {}  # by address: a weak reference, and the bytes counted
+        self._storages: dict[int, Any] = {}  # weak references by address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -325,72 +276,52 @@ class Tracer(TorchDispatchMode):
         inputs = [leaf for leaf in arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
         for tensor in inputs:
             self._follow(tensor, counted=False)
-        result = func(*args, **kwargs)
+        if inputs and not any(isinstance(tensor, FakeTensor) for tensor in inputs):
+            with unset_fake_temporarily():  # of a batch's index, whose numbers decide shapes
+                result = func(*args, **kwargs)
+        elif func is _aten._grouped_mm.default:  # PyTorch knows its shape in bf16 alone
+            left, right, *others = args
+            result = func(left.bfloat16(), right.bfloat16(), *others, **kwargs).to(left.dtype)
+        else:
+            result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         new = [self._follow(tensor, counted=True) for tensor in outputs]
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0.0), self.live)
         if any(new) or func._schema.is_mutable:  # not a view
-            self._count(func, args, kwargs, inputs, outputs, result)
+            self.costs["operations"] += 1
+            if any(part in func._schema.name for part in ("attention", "attn")):
+                self.costs["attention"] += self._attention_flops(func._schema.name, args)
+            elif count := _PRODUCTS.get(func._overloadpacket):
+                self.costs["product"] += count(*args, **kwargs, out_val=result)
+            else:
+                read = outputs if func._overloadpacket in _LOOKUPS else inputs
+                self.costs["moved"] += sum(tensor.nbytes for tensor in (*outputs, *read))
         return result
-
-    def weigh(self, tensor: Tensor, factor: float) -> None:
-        """Count ``tensor`` as ``factor`` of its bytes from now on, as if it were shared out."""
-        _, counted = self._storages[tensor.untyped_storage()._cdata]
-        change = tensor.untyped_storage().nbytes() * factor - counted[0]
-        counted[0] += change
-        self.live += change
 
     def _follow(self, tensor: Tensor, *, counted: bool) -> bool:
         """Whether the storage of ``tensor`` has not been seen before; it is followed from now on."""
         storage = tensor.untyped_storage()
-        address = storage._cdata
+        address, size = storage._cdata, storage.nbytes() if counted else 0
         if address in self._storages:
             return False
-        size = [float(storage.nbytes()) if counted else 0.0]
 
         def freed(_: Any) -> None:
-            self.live -= size[0]
+            self.live -= size
             self._storages.pop(address, None)
 
-        self._storages[address] = (weakref.ref(storage, freed), size)
-        self.live += size[0]
+        self._storages[address] = weakref.ref(storage, freed)
+        self.live += size
         return True
 
-    def _count(
-        self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor], result: Any
-    ) -> None:
-        packet, name = func._overloadpacket, func._schema.name
-        self.costs["operations"] += 1
-        if any(part in name for part in _ATTENTION):
-            self.costs["attention"] += self._attention_flops(name, packet, args, kwargs, result)
-        elif count := _PRODUCTS.get(packet) or flop_registry.get(packet):
-            self.costs["product"] += count(*args, **kwargs, out_val=result)
-        else:
-            written = sum(tensor.nbytes for tensor in outputs)
-            self.costs["moved"] += written + (
-                written if packet in _LOOKUPS else sum(tensor.nbytes for tensor in inputs)
-            )
-
-    def _attention_flops(self, name: str, packet: Any, args: Any, kwargs: Any, result: Any) -> int:
-        """Two products of queries with keys in forward, and five in backward, one of them a repetition."""
+    def _attention_flops(self, name: str, args: Any) -> int:
+        """Two products of queries with keys or values in forward, and five in backward, one of them a repetition."""
         backward = "backward" in name
-        if "varlen" in name:
-            query = args[1] if backward else args[0]  # [T, heads, D]
-            return (10 if backward else 4) * self.pairs * query.shape[1] * query.shape[2]
-        if packet in flop_registry:
-            return flop_registry[packet](*args, **kwargs, out_val=result)
-        query, key, value = (tensor.shape for tensor in args[1 if backward else 0 :][:3])  # [rows, heads, tokens, D]
-        flops = sdpa_flop(query, key, value)
-        return flops * 5 // 2 if backward else flops
+        query, key, value = args[1:4] if backward else args[:3]  # [T, heads, D] or [rows, heads, tokens, D]
+        scores = self.pairs * query.shape[1] if "varlen" in name else query.shape[:-1].numel() * key.shape[-2]
+        width, value_width = query.shape[-1], value.shape[-1]
+        return 2 * scores * (3 * width + 2 * value_width if backward else width + value_width)
 
 
 def attended(batch: PackedBatch) -> int:
     """Pairs of query and key in one layer."""
     return sum(q * k for q, k in zip(batch.layout.query_sizes, batch.layout.key_sizes, strict=True))
-
-
-def _in_place_product(total: Tensor, left: Tensor, right: Tensor, **_: Any) -> int:
-    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
-
-
-_PRODUCTS: dict[Any, Callable[..., int]] = {_aten.addmm_: _in_place_product}

@@ -1,12 +1,11 @@
-"""A model with the shapes of a recipe's and no numbers: few of its layers, on no device, built from the configuration.
-
-Layers of one kind are alike, so a model of any depth follows from one with a layer of each kind and from others with
-one more layer of a kind.
+"""What determines the memory and the cost of a step, and the model of it: built from the configuration, with the shapes
+of a recipe's model and no numbers.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification
 from transformers.initialization import no_init_weights
@@ -27,36 +25,46 @@ from simpo.models.loading import auto_class
 from simpo.models.settings import ModelArguments
 from simpo.packing.attention import UnsupportedAttentionError, causal_lm, install
 from simpo.packing.model import ForwardPath, find_head, is_reward_model, prepare_policy, state_of
-from simpo.packing.selfcheck import ATTENTION_TYPES, Path
+from simpo.packing.selfcheck import ATTENTION_TYPES
 from simpo.training.callbacks import checkpointed_layers
-
-_FOUR_BIT, _SCALES = 0.5, 4 / 64  # bytes of a weight in 4 bits, and its share of its block's fp32 scale
-_NESTED_SCALES = 1 / 64 + 4 / (64 * 256)  # scales in 8 bits, and their own
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The parts that a model is built from."""
+    """What determines the memory and the cost of a step, apart from its micro-batch."""
 
     arguments: ModelArguments  # which model, how it is loaded, and its adapter
     config: Any  # its configuration
-    reward: bool  # whether it is a reward model
     dtype: torch.dtype  # of its weights, where they are not in 4 bits
-    checkpointed_share: float = 0.0  # share of the layers that compute their activations again; 0 without checkpointing
+    reward: bool = False  # whether it is a reward model
     path: ForwardPath = "auto"  # how batches are computed
+    checkpointed_share: float = 0.0  # share of the layers that compute their activations again; 0 without checkpointing
+    optimizer: str = "adamw_torch_fused"  # transformers' name of it
+    cuda: bool = False  # whether on a GPU, with its kernels
+    autocast: torch.dtype | None = None  # the type of products under autocast; None without
+    accumulates: bool = False  # whether gradients of an earlier micro-batch are there already
+    # Of the gradients of layers that a process keeps: one over the number of processes that share them.
+    share: float = 1.0
+    reference: bool = False  # whether a copy of the trained weights computes the reference in every forward
+    divergence: bool = False  # whether the KL divergence from it is part of the loss
+    pair_weights: bool = False  # whether pairs are weighed by the policy's probabilities
 
     @classmethod
-    def read(cls, arguments: ModelArguments, *, reward: bool = False, path: ForwardPath = "auto") -> Blueprint:
-        """From a model's configuration, on disk or on the hub; no weights are read."""
+    def read(cls, arguments: ModelArguments, **others: Any) -> Blueprint:
+        """From a model's configuration, on disk or on the hub, and ``others`` of the fields; no weights are read."""
         config = load_config(arguments)
         own = getattr(config.get_text_config(), "dtype", None) or torch.float32
-        dtype = own if arguments.dtype == "auto" else getattr(torch, arguments.dtype or "float32")
-        return cls(arguments, config, reward, dtype, path=path)
+        return cls(
+            arguments,
+            config,
+            own if arguments.dtype == "auto" else getattr(torch, arguments.dtype or "float32"),
+            **others,
+        )
 
     def kinds(self) -> list[list[int]]:
         """The numbers of the layers of each kind, in the order of their first ones."""
         found: dict[Any, list[int]] = {}
-        layers = _layers(self._on_meta())
+        layers = _layers(self._untrained())
         checkpointed = checkpointed_layers(len(layers), self.checkpointed_share)
         for number, (layer, again) in enumerate(zip(layers, checkpointed, strict=True)):
             shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
@@ -65,29 +73,26 @@ class Blueprint:
             found.setdefault(key, []).append(number)
         return list(found.values())
 
-    def build(self, mode: FakeTensorMode, numbers: list[int]) -> StandIn:
-        """The model with these layers alone, ready to be trained, its tensors fake."""
-        model = self._on_meta()
+    def build(self, numbers: Sequence[int] | None = None) -> tuple[Any, list[nn.Module]]:
+        """The model as it is trained, on the meta device, with these layers alone if given; and its layers."""
+        model = self._untrained()
         layers = _layers(model)
         again = checkpointed_layers(len(layers), self.checkpointed_share)
-        for number in numbers:
-            layers[number].gradient_checkpointing = again[number]
-            layers[number]._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        _keep_layers(model, layers, numbers)
+        for layer, chosen in zip(layers, again, strict=True):
+            layer.gradient_checkpointing = chosen
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        if numbers is not None:
+            _keep_layers(model, layers, numbers)
         if self.arguments.quantization:
             _to_four_bits(model, self.dtype)
         with torch.device("meta"):
-            adapted = self._adapted(model)
-        freeze_parts_unused_by_text(adapted)
-        disable_dropout(adapted)
-        with mode:
-            adapted.to_empty(device="cpu")
-            model.tie_weights()
-        adapted.train()
-        kept = [layer for layer in adapted.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        return StandIn(adapted, kept, self._settle(adapted), self.arguments)
+            model = self._adapted(model)
+        freeze_parts_unused_by_text(model)
+        disable_dropout(model)
+        self._settle(model)
+        return model, list(layers)
 
-    def _on_meta(self) -> Any:
+    def _untrained(self) -> Any:
         config = copy.deepcopy(self.config)
         text = config.get_text_config()
         if hasattr(text, "num_local_experts") or hasattr(text, "num_experts"):
@@ -105,7 +110,7 @@ class Blueprint:
             return get_peft_model(model, adapter)
         return add_adapter(model, self.arguments.lora) if self.arguments.use_peft else model
 
-    def _settle(self, model: Any) -> Path:
+    def _settle(self, model: Any) -> None:
         """Take the path that batches will take, as far as that shows without numbers."""
         inner = prepare_policy(model)
         state = state_of(inner)
@@ -119,42 +124,6 @@ class Blueprint:
                 state.path = "cached"
         except UnsupportedAttentionError:
             state.path = "cached"
-        return state.path
-
-
-@dataclass(frozen=True)
-class StandIn:
-    """A model whose tensors are fake."""
-
-    model: Any  # with its adapter, if it has one
-    layers: list[nn.Module]  # its layers
-    path: Path  # the path that it takes
-    arguments: ModelArguments  # how the real one is loaded
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        """The weights that are trained."""
-        return [weight for weight in self.model.parameters() if weight.requires_grad]
-
-    @property
-    def weights(self) -> float:
-        """Bytes of all weights and buffers."""
-        each = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-        small = {id(module.weight) for module in self.model.modules() if isinstance(module, _FourBitLinear)}
-        nested = self.arguments.quantization.get("use_bnb_nested_quant")
-        four_bit = _FOUR_BIT + (_NESTED_SCALES if nested else _SCALES)
-        return sum(t.numel() * four_bit if name in small else float(t.nbytes) for name, t in each.items())
-
-    @property
-    def largest_layer(self) -> int:
-        """Bytes of the weights of the largest layer."""
-        return max(sum(weight.nbytes for weight in layer.parameters()) for layer in self.layers)
-
-    @property
-    def outside_layers(self) -> int:
-        """Bytes of the weights that no layer has: embeddings, output layer, last norm."""
-        inside = {id(weight) for layer in self.layers for weight in layer.parameters()}
-        return sum(weight.nbytes for weight in self.model.parameters() if id(weight) not in inside)
 
 
 def _layers(model: Any) -> nn.ModuleList:
@@ -169,18 +138,27 @@ def _layers(model: Any) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def _keep_layers(model: Any, layers: nn.ModuleList, numbers: list[int]) -> None:
+def _keep_layers(model: Any, layers: nn.ModuleList, numbers: Sequence[int]) -> None:
     """Leave these layers only, in ``model`` and in its configuration."""
     total = len(layers)
-    for module in model.modules():
-        for name, child in list(module.named_children()):
-            if child is layers:
-                setattr(module, name, nn.ModuleList([layers[number] for number in numbers]))
+    kept = [layers[number] for number in numbers]
+    del layers[:]
+    layers.extend(kept)
+    for place, layer in enumerate(kept):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # its place in a cache
+                module.layer_idx = place
     config = model.config.get_text_config()
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == total:  # one entry per layer
             setattr(config, name, [value[number] for number in numbers])
     config.num_hidden_layers = len(numbers)
+
+
+# ---- Weights in 4 bits.
+
+_FOUR_BIT, _SCALES = 0.5, 4 / 64  # bytes of a weight in 4 bits, and its share of its block's fp32 scale
+_NESTED_SCALES = 1 / 64 + 4 / (64 * 256)  # scales in 8 bits, and their own
 
 
 class _FromFourBits(torch.autograd.Function):
@@ -217,3 +195,11 @@ def _to_four_bits(model: Any, dtype: torch.dtype) -> None:
                 weight.data = weight.data.float()
     for weight in model.parameters():
         weight.requires_grad_(False)
+
+
+def stored_bytes(model: Any, *, nested: bool) -> float:
+    """Bytes of the weights and buffers of a :class:`Blueprint`'s model, where scales have 8 bits if ``nested``."""
+    four_bit = _FOUR_BIT + (_NESTED_SCALES if nested else _SCALES)
+    small = {id(module.weight) for module in model.modules() if isinstance(module, _FourBitLinear)}
+    each = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * four_bit if name in small else float(t.nbytes) for name, t in each.items())

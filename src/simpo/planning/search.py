@@ -6,7 +6,8 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
+from itertools import islice, product
 from typing import Any, Literal
 
 import numpy as np
@@ -16,20 +17,18 @@ from datasets import Dataset
 
 from simpo.errors import SimpoError, one_line
 from simpo.models.loading import load_tokenizer
-from simpo.models.settings import ModelArguments
-from simpo.packing.batching import RowSizes, StepPlan, default_batch_tokens
+from simpo.packing.batching import StepPlan, default_batch_tokens
 from simpo.packing.layout import PackedBatch
 from simpo.planning.cards import (
     COMMUNICATION,
     CONTEXT,
     FRAGMENTATION,
-    Card,
-    Rates,
     card_at_hand,
     find_card,
+    machine_name,
     stored_rates,
 )
-from simpo.planning.memory import Kept, Setup, Step, measure_kept, measure_step
+from simpo.planning.memory import Kept, Step, measure_kept, measure_step
 from simpo.planning.model import Blueprint
 from simpo.planning.settings import PlanSettings
 from simpo.training.batches import comparisons_of, row_sizes
@@ -37,7 +36,7 @@ from simpo.training.online import OnlineTrainer
 from simpo.training.packed import PackedTrainer
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.reward import RewardTrainer
-from simpo.training.settings import DataArguments, load_datasets
+from simpo.training.settings import load_datasets
 from simpo.training.sft import SFTTrainer
 
 logger = logging.getLogger(__name__)
@@ -47,11 +46,13 @@ KINDS: dict[str, type[PackedTrainer]] = {
 }
 Sharding = Literal["none", "ddp", "fsdp", "zero2", "zero3"]
 
+_SHARDED = ("fsdp", "zero3")  # share out the weights too
+
 _SAMPLE = 2000  # rows of a large data set that are tokenized
-_STEPS = 16  # of the plan that are looked at
+_STEPS = 16  # of the run that are looked at
 _BUDGETS = (2048, 4096, 8192, 16384, 32768)  # tokens of a forward that are tried
 _SHARES = (0.0, 0.5, 1.0)  # of checkpointed layers that are tried
-_TRIED = 3  # choices that are estimated themselves
+_TRIED = 3  # choices that are measured themselves
 _BUCKETS = 2 * 2 * 5e8  # bytes of DeepSpeed's buckets: two of 500 million half-precision numbers
 
 
@@ -73,63 +74,11 @@ class Choice:
         return keys
 
 
-@dataclass(frozen=True, eq=False)
-class Work:
-    """The rows of a run, and how steps take them."""
-
-    rows: Dataset  # tokenized rows, all or a sample
-    total: int  # number of rows of the data set; 0 if it is not known
-    rows_per_step: int  # over all processes
-    epochs: float  # passes over the rows
-    max_steps: int = -1  # of the run; -1 for those of the epochs
-    seed: int | None = 0  # of the order of the rows; None for their own order
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run; 0 if that is not known."""
-        if self.max_steps > 0:
-            return self.max_steps
-        return math.ceil(math.ceil(self.total / self.rows_per_step) * self.epochs)
-
-    @cached_property
-    def _repeated(self) -> Dataset:
-        """The rows, repeated if a sample has fewer than the first steps take."""
-        wanted = min(self.total or math.inf, self.rows_per_step * _STEPS)
-        return self.rows if len(self.rows) >= wanted else self.rows.select(np.arange(wanted) % len(self.rows))
-
-    @cached_property
-    def _sizes(self) -> RowSizes:
-        return row_sizes(self._repeated, "packed")
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return int(self._sizes.lengths.max())
-
-    @cache  # noqa: B019 - as that of Planner
-    def batches(self, max_batch_tokens: int, world_size: int) -> Batches:
-        """The micro-batches of the first steps."""
-        sizes = self._sizes
-        plan = StepPlan(sizes, self.rows_per_step, max_batch_tokens, world_size, self.seed)
-        order, found = plan.order(0), []
-        steps = min(plan.steps, _STEPS)
-        for number in range(steps):
-            found += [micro.rows for step in plan.step_of_ranks(order, number) for micro in step.micro_batches]
-        widths = [sizes.together(rows) for rows in found]
-        heaviest = found[int(np.argmax(widths))]
-        return Batches(
-            PackedBatch.build(comparisons_of(self._repeated, heaviest)),
-            tokens=max(widths),
-            per_step=len(found) / steps / world_size,
-            tokens_per_step=sum(widths) / steps / world_size,
-        )
-
-
 @dataclass(frozen=True)
 class Batches:
-    """The micro-batches of steps."""
+    """The micro-batches of the first steps."""
 
-    heaviest: PackedBatch  # the one with most tokens
+    heaviest: tuple[int, ...]  # rows of the one with most tokens
     tokens: int  # of the heaviest
     per_step: float  # micro-batches of a process in a step, on average
     tokens_per_step: float  # of a process
@@ -141,8 +90,8 @@ class Estimate:
 
     choice: Choice
     memory: dict[str, float]  # bytes of a process by what they are for, at its peak
-    batches: Batches  # its micro-batches
     parameters: int  # of the model
+    tokens: float  # of a step, over all processes
     flops: float  # of a step, over all processes, counted as `torch.utils.flop_counter` does
     step_seconds: float | None  # of an optimizer step; None where the machine's rates are not known
     tightest: str  # what computes at the peak
@@ -153,189 +102,219 @@ class Estimate:
         return sum(self.memory.values())
 
 
-@dataclass(frozen=True, eq=False)
 class Planner:
-    """Estimates for one recipe on one machine."""
+    """Estimates for one recipe on one machine.
 
-    blueprint: Blueprint  # of the model
-    setup: Setup  # how a step is computed
-    work: Work  # the rows
-    card: Card | None  # of each process; None for a CPU
-    gpus: int = 1  # number of processes
-    rates: Rates | None = None  # how fast each computes; None if that is not known
-    price: float | None = None  # of an hour of one GPU
+    Args:
+        parts: the recipe as settings of the model, of the data and of the training.
+        settings: the machine, and the rows if the data is not read.
+        rows: all rows of the run, tokenized; by default those of the data, or of ``settings``.
 
-    @cache  # noqa: B019 - planners are few, and end with the command
-    def estimate(self, choice: Choice) -> Estimate:
-        """Memory and time of the run with ``choice``."""
-        batches, step = self._traced(choice)
-        memory = self._memory(choice.sharding, step, step.peak, gradients_first=batches.per_step > 1)
-        kept = self._kept(choice.sharding)
-        update = self._memory(choice.sharding, step, kept.update * self._share(choice.sharding))
-        tightest = max(step.peaks, key=lambda name: step.peaks[name])
-        if sum(update.values()) > sum(memory.values()):
-            memory, tightest = update, "the optimizer's step"
+    Attributes:
+        card: the card of each process; None for a CPU.
+        rates: how fast it computes; None if that is not known.
+        own: the recipe's own choice.
+    """
+
+    def __init__(self, parts: Sequence[Any], settings: PlanSettings, rows: Dataset | None = None) -> None:
+        model, _, config = parts
+        self.gpus, self.price = settings.gpus, settings.price
+        given = (settings.gpu, settings.gpu_memory_gb, settings.gpu_tflops, settings.gpu_terabytes)
+        here = all(value is None for value in given)
+        self.card = card_at_hand() if here else find_card(*given)
+        self.rates = (stored_rates().get(machine_name()) if here else None) or (
+            None if self.card is None else self.card.rates
+        )
+        rows, total = (rows, len(rows)) if rows is not None else _rows_of(parts, settings)
+        self._rows_per_step = config.per_device_train_batch_size * self.gpus
+        wanted = self._rows_per_step * _STEPS if not total else min(total, self._rows_per_step * _STEPS)
+        # A sample can have fewer rows than the first steps take.
+        self._rows = rows if len(rows) >= wanted else rows.select(np.arange(wanted) % len(rows))
+        self._sizes = row_sizes(self._rows, "packed")
+        self.longest = int(self._sizes.lengths.max())
+        self._seed = config.seed if config.data_seed is None else config.data_seed
+        # 0 where the number of rows is not known
+        self.steps = max(config.max_steps, 0) or math.ceil(
+            math.ceil(total / self._rows_per_step) * config.num_train_epochs
+        )
+        row = getattr(config, "row", None)  # the objective
+        self._blueprint = Blueprint.read(
+            model,
+            reward=settings.command == "reward",
+            path=config.forward_path,
+            optimizer=getattr(config.optim, "value", config.optim),
+            cuda=self.card is not None,
+            autocast=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
+            reference=row is not None and row.needs_reference and not config.precompute_ref_log_probs,
+            divergence=bool(getattr(config, "kl_weight", 0.0)),
+            pair_weights=getattr(config, "wpo_weights", False),
+        )
+        again = getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing
+        self.own = Choice(
+            config.max_batch_tokens or default_batch_tokens(self.longest, cpu=self.card is None),
+            config.checkpointed_share if again else 0.0,
+            "none" if self.gpus == 1 else settings.sharding or "fsdp",
+        )
+
+    # ---- One choice.
+
+    def estimate(self, choice: Choice, like: Choice | None = None) -> Estimate:
+        """Memory and time of the run with ``choice``.
+
+        With ``like``, its micro-batch is what is measured, and activations and arithmetic are in proportion to tokens.
+        """
+        like = like or choice
+        batches, measured = self._batches(choice.max_batch_tokens), self._batches(like.max_batch_tokens)
+        step, kept, memory = self._step(like), self._kept(choice.sharding), self._states(choice.sharding)
+        peak = step.peaks[step.tightest] - (0.0 if measured.per_step > 1 else memory["gradients"])
+        activations = peak * batches.tokens / measured.tokens
+        update = kept.update * self._shares(choice.sharding)[1]
+        memory["activations"] = max(activations, update)
+        if self.card is not None:
+            memory["context"] = CONTEXT + (COMMUNICATION if self.gpus > 1 else 0.0)
+            memory["fragmentation"] = FRAGMENTATION * sum(memory.values())
         return Estimate(
             choice,
             memory,
-            batches,
-            parameters=round(kept.parameters),
-            flops=step.cost.flops * batches.tokens_per_step / batches.tokens * self.gpus,
-            step_seconds=self._seconds(choice, batches),
-            tightest=tightest,
+            parameters=kept.parameters,
+            tokens=batches.tokens_per_step * self.gpus,
+            flops=step.cost.flops * batches.tokens_per_step / measured.tokens * self.gpus,
+            step_seconds=self._seconds(step, kept, choice.sharding, batches, measured.tokens),
+            tightest="the optimizer's step" if update > activations else step.tightest,
+        )
+
+    @cache  # noqa: B019 - planners are few, and end with the command
+    def _batches(self, max_batch_tokens: int) -> Batches:
+        plan = StepPlan(self._sizes, self._rows_per_step, max_batch_tokens, self.gpus, self._seed)
+        order, steps = plan.order(0), min(plan.steps, _STEPS)
+        shares = [share for number in range(steps) for share in plan.step_of_ranks(order, number)]
+        found = [micro.rows for share in shares for micro in share.micro_batches]
+        tokens = [self._sizes.together(rows) for rows in found]
+        return Batches(
+            found[int(np.argmax(tokens))],
+            tokens=max(tokens),
+            per_step=len(found) / len(shares),
+            tokens_per_step=sum(tokens) / len(shares),
         )
 
     @cache  # noqa: B019
+    def _step(self, choice: Choice) -> Step:
+        """What the heaviest micro-batch takes."""
+        batches = self._batches(choice.max_batch_tokens)
+        blueprint = replace(
+            self._blueprint,
+            dtype=self._computed(choice.sharding),
+            checkpointed_share=choice.checkpointed_share,
+            accumulates=batches.per_step > 1,
+            share=self._shares(choice.sharding)[1],
+        )
+        return measure_step(blueprint, PackedBatch.build(comparisons_of(self._rows, batches.heaviest)))
+
+    def _computed(self, sharding: Sharding) -> torch.dtype:
+        """The type of the weights where they compute: of shared ones that of autocast, which has nothing to cast."""
+        own, autocast = self._blueprint.dtype, self._blueprint.autocast
+        gathered = sharding not in ("none", "ddp") and own == torch.float32
+        return autocast if gathered and autocast is not None else own
+
+    @cache  # noqa: B019
     def _kept_in(self, dtype: torch.dtype) -> Kept:
-        return measure_kept(replace(self.blueprint, dtype=dtype), self.setup)
+        return measure_kept(replace(self._blueprint, dtype=dtype))
 
     def _kept(self, sharding: Sharding) -> Kept:
         """The memory that stays allocated from step to step, before anything is sharded."""
-        if sharding not in ("zero2", "zero3") or self.setup.autocast is None:
-            return self._kept_in(self.blueprint.dtype)
+        if sharding not in ("zero2", "zero3") or self._blueprint.autocast is None:
+            return self._kept_in(self._blueprint.dtype)
         # DeepSpeed trains in half precision, and its optimizer has an fp32 copy of the weights.
-        half, copy = self._kept_in(self.setup.autocast), self._kept_in(torch.float32)
+        half, copy = self._kept_in(self._blueprint.autocast), self._kept_in(torch.float32)
         return replace(half, states=copy.gradients + copy.states, update=copy.update)
 
-    @cache  # noqa: B019
-    def _traced(self, choice: Choice) -> tuple[Batches, Step]:
-        """The micro-batches of ``choice``, and what the heaviest of them takes."""
-        batches = self.work.batches(choice.max_batch_tokens, self.gpus)
-        setup = replace(self.setup, accumulates=batches.per_step > 1, share=self._share(choice.sharding))
-        blueprint = replace(self.blueprint, checkpointed_share=choice.checkpointed_share)
-        if choice.sharding not in ("none", "ddp") and setup.autocast is not None and blueprint.dtype == torch.float32:
-            # weights are in half precision where they compute, so that autocast has nothing to cast
-            blueprint = replace(blueprint, dtype=setup.autocast)
-        return batches, measure_step(blueprint, batches.heaviest, setup)
-
-    def _share(self, sharding: Sharding) -> float:
-        """Share of the gradients and of the optimizer's work that a process has."""
-        return 1 / self.gpus if sharding in ("fsdp", "zero2", "zero3") else 1.0
-
-    def _memory(self, sharding: Sharding, step: Step, peak: float, *, gradients_first: bool = True) -> dict[str, float]:
-        """Bytes of a process where forward and backward, or the optimizer, need ``peak`` on top of what is kept.
-
-        Gradients are there before, or part of the peak.
-        """
-        found = self._states(sharding)
-        found["activations"] = peak - (0.0 if gradients_first else found["gradients"])
-        found["sharing"] = 0.0
-        if sharding == "ddp":
-            found["sharing"] = self._kept(sharding).gradients
-        elif sharding == "fsdp":  # what is gathered: a layer and the next one, and what no layer has
-            found["sharing"] = step.outside_layers + 2 * step.largest_layer
-        elif sharding in ("zero2", "zero3"):
-            found["sharing"] = _BUCKETS + (step.outside_layers + step.largest_layer if sharding == "zero3" else 0.0)
-        if self.card is not None:
-            found["context"] = CONTEXT + (COMMUNICATION if self.gpus > 1 else 0.0)
-            found["fragmentation"] = FRAGMENTATION * sum(found.values())
-        return found
+    def _shares(self, sharding: Sharding) -> list[float]:
+        """Of the weights that a process has, and of gradients and of the optimizer's work."""
+        return [1 / self.gpus if sharding in sharded else 1.0 for sharded in (_SHARDED, (*_SHARDED, "zero2"))]
 
     def _states(self, sharding: Sharding) -> dict[str, float]:
         """Bytes of a process that stay allocated from step to step, by what they are for."""
-        kept, share = self._kept(sharding), self._share(sharding)
-        weights = 1 / self.gpus if sharding in ("fsdp", "zero3") else 1.0
+        kept, computed = self._kept(sharding), self._kept_in(self._computed(sharding))
+        weights, share = self._shares(sharding)
+        blueprint, outside, layer = self._blueprint, computed.outside_layers, computed.largest_layer
+        sharing = {
+            "ddp": kept.gradients,
+            "fsdp": outside + 2 * layer,  # what is gathered: a layer and the next one, and what no layer has
+            "zero2": _BUCKETS,
+            "zero3": _BUCKETS + outside + layer,
+        }
         return {
             "weights": kept.weights * weights,
-            "reference": kept.gradients * weights if self.setup.reference or self.setup.divergence else 0.0,
+            "reference": kept.gradients * weights if blueprint.reference or blueprint.divergence else 0.0,
             "gradients": kept.gradients * share,
             "optimizer": kept.states * share,
+            "activations": 0.0,
+            "sharing": sharing.get(sharding, 0.0),
         }
 
-    def _seconds(self, choice: Choice, batches: Batches) -> float | None:
-        """Seconds of an optimizer step with ``batches``, in proportion to the tokens of those of ``choice``."""
-        rates, sharding = self.rates, choice.sharding
-        if rates is None:
+    def _seconds(self, step: Step, kept: Kept, sharding: Sharding, batches: Batches, tokens: int) -> float | None:
+        """Seconds of an optimizer step of ``batches``, where ``step`` is one micro-batch of so many ``tokens``."""
+        if self.rates is None:
             return None
-        (traced, step), kept = self._traced(choice), self._kept(sharding)
-        launches, cost = rates.overhead * step.cost.operations, step.cost
+        launches = self.rates.overhead * step.cost.operations
         compute = batches.per_step * launches
-        compute += (rates.seconds(cost) - launches) * batches.tokens_per_step / traced.tokens
-        update = (3 * kept.gradients + 2 * kept.states) / rates.moved
-        if self.card is None or self.gpus == 1:
-            return compute + update
-        if sharding == "ddp":
-            return max(compute, 2 * kept.gradients / self.card.link) + update
-        gathered = (2 * kept.weights + kept.gradients) * batches.per_step
-        return max(compute, gathered / self.card.link) + update / self.gpus
+        compute += (self.rates.seconds(step.cost) - launches) * batches.tokens_per_step / tokens
+        update = self._shares(sharding)[1] * (3 * kept.gradients + 2 * kept.states) / self.rates.moved
+        sent = (2 * kept.weights + kept.gradients) * batches.per_step  # gathered twice, and reduced
+        sent = {"none": 0.0, "ddp": 2 * kept.gradients}.get(sharding, sent)
+        return max(compute, 0.0 if self.card is None else sent / (1e9 * self.card.link)) + update
 
     # ---- The fastest choice that fits.
 
     @property
     def capacity(self) -> float:
         """Bytes that a process can allocate."""
-        return psutil.virtual_memory().total if self.card is None else self.card.memory
+        return psutil.virtual_memory().total if self.card is None else self.card.memory_gb * 2**30
 
     def fits(self, estimate: Estimate) -> bool:
         """Whether a run with this estimate fits the machine."""
         return estimate.total <= self.capacity
 
     @property
-    def shardings(self) -> tuple[Sharding, ...]:
-        """The ways of sharing that are compared unless one is requested."""
+    def _shardings(self) -> tuple[Sharding, ...]:
         return ("none",) if self.gpus == 1 else ("ddp", "fsdp")
 
-    def fastest(self, own: Choice, shardings: Sequence[Sharding] = ()) -> Estimate | None:
+    def fastest(self, shardings: Sequence[Sharding] = ()) -> Estimate | None:
         """With the choice that takes the fewest seconds of those that fit; None if none does.
 
-        Choices are ranked by two estimates for each way of sharing, with and without checkpointing: activations and
-        arithmetic are in proportion to tokens. The best ones are then estimated themselves. Where the machine's rates
-        are not known, ddp comes before fsdp, less checkpointing before more, and more tokens before fewer.
-
-        ``own`` is the recipe's choice, which is one of them. Without ``shardings``, all of :attr:`shardings` are
-        possible.
+        ``shardings`` are possible, by default all. Choices are ranked by two measured ones for each, with and without
+        checkpointing. The best are then measured themselves. Where the machine's rates are not known, ddp comes before
+        fsdp, less checkpointing before more, and more tokens before fewer.
         """
-        found: list[Estimate] = []
-        for choice in self._ranked(own, shardings or self.shardings):
-            estimate = self.estimate(choice)
-            if self.fits(estimate):
-                found.append(estimate)
-            if len(found) == (1 if self.rates is None else _TRIED):
-                break
-        return min(found, key=lambda estimate: estimate.step_seconds or 0.0, default=None)
-
-    def smallest(self, shardings: Sequence[Sharding] = ()) -> Estimate:
-        """With the choice that takes the least memory."""
-        choices = [Choice(self.work.longest, 1.0, sharding) for sharding in shardings or self.shardings]
-        return min(map(self.estimate, choices), key=lambda estimate: estimate.total)
-
-    def _ranked(self, own: Choice, shardings: Sequence[Sharding]) -> list[Choice]:
-        """Choices that seem to fit, the fastest first."""
-        longest = self.work.longest
-        middle = max(own.max_batch_tokens, longest)
-        budgets = sorted({longest, middle, *(budget for budget in _BUDGETS if budget > longest)})
-        by_budget = {budget: self.work.batches(budget, self.gpus) for budget in budgets}
-        found: list[tuple[tuple[float, ...], Choice]] = []
-        for place, sharding in enumerate(shardings):
+        middle = max(self.own.max_batch_tokens, self.longest)
+        budgets = sorted({self.longest, middle, *(budget for budget in _BUDGETS if budget > self.longest)})
+        ranked: list[tuple[tuple[float, ...], Choice]] = []
+        for place, sharding in enumerate(shardings or self._shardings):
             if sum(self._states(sharding).values()) > self.capacity:
-                continue  # without tracing a step, which takes a second or two
-            again = self.estimate(Choice(middle, 1.0, sharding))
-            if again.total - again.memory["activations"] > self.capacity:
-                continue
-            kept = self.estimate(Choice(middle, 0.0, sharding))
-            for share in sorted({*_SHARES, own.checkpointed_share}):
-                activations = share * again.memory["activations"] + (1 - share) * kept.memory["activations"]
-                for budget, batches in by_budget.items():
-                    total = again.total + activations * batches.tokens / again.batches.tokens
-                    if total - again.memory["activations"] <= self.capacity:
-                        rank: tuple[float, ...] = (place, share, -budget)
-                        ends = [self._seconds(one.choice, batches) for one in (kept, again)]
-                        if ends[0] is not None and ends[1] is not None:
-                            rank = ((1 - share) * ends[0] + share * ends[1], *rank)
-                        found.append((rank, Choice(budget, share, sharding)))
-        return [choice for _, choice in sorted(found, key=lambda each: each[0])]
-
-    # ---- What is reported.
+                continue  # without measuring a step, which takes a second or two
+            for budget, share in product(budgets, sorted({*_SHARES, self.own.checkpointed_share})):
+                choice = Choice(budget, share, sharding)
+                without, again = (self.estimate(choice, Choice(middle, end, sharding)) for end in (0.0, 1.0))
+                if (1 - share) * without.total + share * again.total <= self.capacity:
+                    seconds = (1 - share) * (without.step_seconds or 0.0) + share * (again.step_seconds or 0.0)
+                    ranked.append(((seconds, place, share, -budget), choice))
+        estimates = (self.estimate(choice) for _, choice in sorted(ranked, key=lambda each: each[0]))
+        found = islice(filter(self.fits, estimates), _TRIED if self.rates else 1)
+        return min(found, key=lambda estimate: estimate.step_seconds or 0.0, default=None)
 
     def remedy(self, shardings: Sequence[Sharding] = ()) -> str:
         """Advice on making the run fit, where no choice with these ``shardings`` does."""
-        least, card = self.smallest(shardings), self.card
+
+        def smallest(shardings: Sequence[Sharding]) -> Estimate:
+            choices = [Choice(self.longest, 1.0, sharding) for sharding in shardings]
+            return min(map(self.estimate, choices), key=lambda estimate: estimate.total)
+
+        least, sharded, card = smallest(shardings or self._shardings), smallest(self._shardings), self.card
         where = "this machine" if card is None else f"{self.gpus} x {card.name}"
         where += "".join(f" with {sharding}" for sharding in shardings)
-        shared, sharded = ("weights", "gradients", "optimizer", "reference"), self.smallest()
-        kept = sum(sharded.memory[name] for name in shared) * (self.gpus if self.gpus > 1 else 1)
-        room = self.capacity - (sharded.total - sum(sharded.memory[name] for name in shared))
-        count = math.ceil(kept / room) if room > 0 else 0
+        kept = sum(sharded.memory[name] for name in ("weights", "gradients", "optimizer", "reference"))
+        room = self.capacity - (sharded.total - kept)
+        count = math.ceil(kept * self.gpus / room) if room > 0 else 0
         more = f"fsdp on {max(count, 2)} such GPUs or more, " if card is not None and count else ""
         return (
             f"model_name_or_path: the run does not fit {where}: at the least, with max_batch_tokens "
@@ -344,12 +323,13 @@ class Planner:
             "smaller states (optim: adamw_8bit), dtype: bfloat16, or a smaller model"
         )
 
+    # ---- What is reported.
+
     def described(self, estimate: Estimate) -> dict[str, Any]:
         """An estimate as plain values: GiB, seconds, tokens per second, kWh, money."""
         seconds = estimate.step_seconds
-        tokens = estimate.batches.tokens_per_step * self.gpus
-        total = seconds * self.work.steps if seconds is not None and self.work.steps else None
-        watts = None if self.card is None or math.isnan(self.card.watts) else self.card.watts
+        total = seconds * self.steps if seconds is not None and self.steps else None
+        watts = None if self.card is None else self.card.watts
         hours = None if total is None else total / 3600 * self.gpus
         return {
             "fits": self.fits(estimate),
@@ -360,66 +340,26 @@ class Planner:
             "total_gib": round(estimate.total / 2**30, 2),
             "capacity_gib": round(self.capacity / 2**30, 2),
             "peak_in": estimate.tightest,
-            "steps": self.work.steps or None,
-            "tokens_per_step": round(tokens),
+            "steps": self.steps or None,
+            "tokens_per_step": round(estimate.tokens),
             "teraflop_per_step": estimate.flops / 1e12,
             "step_seconds": seconds,
-            "tokens_per_second": None if seconds is None else tokens / seconds,
+            "tokens_per_second": None if seconds is None else estimate.tokens / seconds,
             "total_seconds": total,
             "kilowatt_hours": None if hours is None or watts is None else watts * hours / 1000,
             "cost": None if hours is None or self.price is None else self.price * hours,
         }
 
 
-# ---- From a recipe to its planner.
+# ---- The rows of a recipe.
 
 
-def make_plan(parts: Sequence[Any], settings: PlanSettings, rows: Dataset | None = None) -> tuple[Planner, Estimate]:
-    """The planner of a recipe, and the estimate for its own settings.
-
-    ``rows`` are all rows of the run, tokenized; by default those of the recipe's data, or of the settings.
-    """
-    model, data, config = parts
-    given = (settings.gpu, settings.gpu_memory_gb, settings.gpu_tflops, settings.gpu_terabytes)
-    here = all(value is None for value in given)
-    card = card_at_hand() if here else find_card(*given)
-    rates = (stored_rates() if here else None) or (None if card is None else card.rates)
-    total = 0 if rows is None else len(rows)
-    if rows is None:
-        rows, total = _rows_of(model, data, config, settings)
-    work = Work(
-        rows,
-        total,
-        rows_per_step=config.per_device_train_batch_size * settings.gpus,
-        epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        seed=config.seed if config.data_seed is None else config.data_seed,
-    )
-    row = getattr(config, "row", None)  # the objective
-    setup = Setup(
-        optimizer=getattr(config.optim, "value", config.optim),
-        cuda=card is not None,
-        autocast=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
-        reference=row is not None and row.needs_reference and not config.precompute_ref_log_probs,
-        divergence=bool(getattr(config, "kl_weight", 0.0)),
-        pair_weights=getattr(config, "wpo_weights", False),
-    )
-    blueprint = Blueprint.read(model, reward=settings.command == "reward", path=config.forward_path)
-    planner = Planner(blueprint, setup, work, card, settings.gpus, rates, settings.price)
-    again = getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing
-    own = Choice(
-        config.max_batch_tokens or default_batch_tokens(work.longest, cpu=card is None),
-        config.checkpointed_share if again else 0.0,
-        "none" if settings.gpus == 1 else settings.sharding or "fsdp",
-    )
-    return planner, planner.estimate(own)
-
-
-def _rows_of(model: ModelArguments, data: DataArguments, config: Any, settings: PlanSettings) -> tuple[Dataset, int]:
+def _rows_of(parts: Sequence[Any], settings: PlanSettings) -> tuple[Dataset, int]:
     """Rows of a recipe, or one row of the lengths that ``settings`` gives, and how many there are; 0 if unknown.
 
     Where neither is known, half of a row's max_length is its prompt, which is reported.
     """
+    _, _, config = parts
     half, count = config.max_length // 2, 1 if settings.command == "sft" else settings.responses
     prompt, response = settings.prompt_tokens or half, settings.response_tokens or half
     if settings.command == "online":
@@ -430,7 +370,7 @@ def _rows_of(model: ModelArguments, data: DataArguments, config: Any, settings: 
         response, count = settings.response_tokens or config.max_new_tokens, config.num_generations
     elif settings.prompt_tokens is None:
         try:
-            found = _read(model, data, config, settings.command)
+            found = _read(parts, settings.command)
         except (SimpoError, OSError) as error:
             logger.warning(
                 "the data is not known (%s): every prompt and every response is taken to have %d tokens, half of "
@@ -446,7 +386,8 @@ def _rows_of(model: ModelArguments, data: DataArguments, config: Any, settings: 
     return Dataset.from_dict(row), settings.rows or 0
 
 
-def _read(model: ModelArguments, data: DataArguments, config: Any, command: str) -> tuple[Dataset, int]:
+def _read(parts: Sequence[Any], command: str) -> tuple[Dataset, int]:
+    model, data, config = parts
     rows, _ = load_datasets(data)
     total = len(rows)
     if total > _SAMPLE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from simpo.config import setting
+from simpo.config import check_values, setting
 from simpo.errors import SimpoError
 
 Command = Literal["train", "sft", "reward", "online"]
@@ -18,26 +18,25 @@ class PlanSettings:
 
     command: Command = setting("train", "The command that the recipe is for.")
     gpu: str | None = setting(None, "Card, such as H100-80GB (default: this machine's, or else its CPU).")
-    gpus: int = setting(1, "Number of GPUs.")
-    gpu_memory_gb: float | None = setting(None, "Memory of each, in GiB (default: the card's).")
-    gpu_tflops: float | None = setting(None, "TFLOP/s of its dense half-precision products (default: the card's).")
-    gpu_terabytes: float | None = setting(None, "Terabytes per second of its memory (default: the card's).")
-    price: float | None = setting(None, "Price of an hour of one GPU, in any currency.")
+    gpus: int = setting(1, "Number of GPUs.", least=1)
+    gpu_memory_gb: float | None = setting(None, "Memory of each, in GiB (default: the card's).", above=0)
+    gpu_tflops: float | None = setting(
+        None, "TFLOP/s of its dense half-precision products (default: the card's).", above=0
+    )
+    gpu_terabytes: float | None = setting(
+        None, "Terabytes per second of its memory (default: the card's, or one for 300 TFLOP/s).", above=0
+    )
+    price: float | None = setting(None, "Price of an hour of one GPU, in any currency.", least=0)
     sharding: Sharing | None = setting(
         None, "How several processes share a model (default: fsdp for the recipe; ddp and fsdp are compared)."
     )
-    rows: int | None = setting(None, "Number of rows, where the data is not read.")
-    prompt_tokens: int | None = setting(None, "Tokens of a prompt; with it the data is not read.")
-    response_tokens: int | None = setting(None, "Tokens of a response, where the data is not read.")
-    responses: int = setting(2, "Responses of a row, where the data is not read.")
+    rows: int | None = setting(None, "Number of rows, where the data is not read.", least=1)
+    prompt_tokens: int | None = setting(None, "Tokens of a prompt; with it the data is not read.", least=1)
+    response_tokens: int | None = setting(None, "Tokens of a response, where the data is not read.", least=1)
+    responses: int = setting(2, "Responses of a row, where the data is not read.", least=1)
     json: bool = setting(False, "Print JSON.")
 
     def __post_init__(self) -> None:
-        for key in ("gpus", "rows", "prompt_tokens", "response_tokens", "responses"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise SimpoError(f"{key}: must be at least 1, not {value}")
-        if self.price is not None and self.price < 0:
-            raise SimpoError(f"price: must be at least 0, not {self.price:g}")
+        check_values(self)
         if self.sharding is not None and self.gpus == 1:
             raise SimpoError(f"sharding: {self.sharding} is for several GPUs; give gpus")
