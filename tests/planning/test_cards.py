@@ -50,11 +50,12 @@ def test_rates_are_stored_by_machine(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     assert stored_rates() == {}
     rates = Rates(1e12, 1e11, 1e10, 1e-5)
-    store_rates(rates)
-    assert stored_rates() == {machine_name(): rates}
-    monkeypatch.setattr("simpo.planning.cards.machine_name", lambda: "another")
-    store_rates(replace(rates, overhead=1e-6))
-    assert stored_rates() == {machine_name(): rates, "another": replace(rates, overhead=1e-6)}
+    here = machine_name(half=False)
+    store_rates({here: rates})
+    assert stored_rates() == {here: rates}
+    another = {machine_name(half=True): replace(rates, overhead=1e-6)}
+    store_rates(another)
+    assert stored_rates() == {here: rates, **another}
 
 
 @pytest.mark.parametrize(
@@ -66,11 +67,12 @@ def test_damaged_rates_are_reported_and_not_used(tmp_path, monkeypatch, caplog, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     path = tmp_path / "simpo" / "plan.json"
     path.parent.mkdir()
-    path.write_text(content.replace("NAME", json.dumps(machine_name())))
+    path.write_text(content.replace("NAME", json.dumps(machine_name(half=False))))
     assert stored_rates() == {}
     assert f"{path} is damaged" in caplog.text
-    store_rates(Rates(1e12, 1e11, 1e10, 1e-5))
-    assert stored_rates() == {machine_name(): Rates(1e12, 1e11, 1e10, 1e-5)}
+    rates = {machine_name(half=False): Rates(1e12, 1e11, 1e10, 1e-5)}
+    store_rates(rates)
+    assert stored_rates() == rates
 
 
 @pytest.mark.parametrize("name", ["H100", "h100-80gb", "H100 80GB"])

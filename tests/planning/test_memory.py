@@ -22,6 +22,9 @@ from simpo.planning.search import Choice, Planner
 from simpo.planning.settings import PlanSettings
 from simpo.training.batches import comparisons_of
 
+_SIZES = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
+_SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -47,6 +50,22 @@ def rows():
 def test_peak_memory_of_a_run(run, folder, rows) -> None:
     measured = peak_bytes(lambda: train(run, folder, rows, steps=2))
     assert predicted(run, folder, rows).total == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.Qwen3MoeConfig(moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2, head_dim=16, **_SIZES),
+        hf.Lfm2Config(layer_types=["conv", "conv", "full_attention", "conv", "conv", "full_attention"], **_SIZES),
+    ],
+    ids=["experts", "states"],
+)
+def test_peak_memory_of_other_kinds_of_layers(config, rows, tmp_path) -> None:
+    """Experts in fp32, and layers with states, whose batches are computed through a cache."""
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    run = Run("SimPO", config={"max_batch_tokens": 4096})
+    measured = peak_bytes(lambda: train(run, tmp_path, rows, steps=2))
+    assert predicted(run, tmp_path, rows).total == pytest.approx(measured, rel=0.05)
 
 
 def test_arithmetic_is_that_of_the_counter(folder, rows) -> None:

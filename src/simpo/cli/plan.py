@@ -88,17 +88,17 @@ def sharding_of(config: Any) -> Sharing:
 
 
 def _calibrate(argv: list[str]) -> None:
-    from simpo.planning.cards import machine_name, measure_rates, store_rates  # noqa: PLC0415
+    from simpo.planning.cards import measure_rates, store_rates  # noqa: PLC0415
 
     if argv != ["--calibrate"]:
         raise SimpoError("--calibrate: measures this machine and plans nothing; give it alone")
-    rates = measure_rates(print)
-    path = store_rates(rates)
-    print(
-        f"products: {rates.product / 1e9:,.4g} GFLOP/s\nattention: {rates.attention / 1e9:,.4g} GFLOP/s\n"
-        f"memory: {rates.moved / 1e9:,.4g} GB/s\nan operation: {rates.overhead * 1e6:.3g} us\n"
-        f"{machine_name()}, stored: {path}"
-    )
+    measured = measure_rates(print)
+    for name, rates in measured.items():
+        print(
+            f"{name}: products {rates.product / 1e9:,.4g} GFLOP/s, attention {rates.attention / 1e9:,.4g} GFLOP/s, "
+            f"memory {rates.moved / 1e9:,.4g} GB/s, an operation {rates.overhead * 1e6:.3g} us"
+        )
+    print(f"stored: {store_rates(measured)}")
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
@@ -131,11 +131,11 @@ def card_at_hand() -> Card | None:
     return replace(closest, name=found.name, memory_gb=memory)
 
 
-def machine_name() -> str:
-    """The name of this machine's card, or of its processor with the number of threads."""
+def machine_name(*, half: bool) -> str:
+    """The name of this machine's card, or of its processor with the number of threads and the precision of products."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads{', bf16' if half else ''}"
 
 
 def stored_rates() -> dict[str, Rates]:
@@ -151,10 +151,10 @@ def stored_rates() -> dict[str, Rates]:
     return {}
 
 
-def store_rates(rates: Rates) -> Path:
-    """Store the rates of this machine next to those of others; returns the file."""
-    every = stored_rates() | {machine_name(): rates}
-    write_text(_stored(), json.dumps({name: asdict(each) for name, each in every.items()}, indent=2) + "\n")
+def store_rates(rates: Mapping[str, Rates]) -> Path:
+    """Store rates by the names of machines next to those of others; returns the file."""
+    every = {name: asdict(each) for name, each in (stored_rates() | dict(rates)).items()}
+    write_text(_stored(), json.dumps(every, indent=2) + "\n")
     return _stored()
 
 
@@ -173,12 +173,18 @@ _ON_A_CPU = (
     (512, 2, 500, 8, 60),
 )
 _ON_A_GPU = ((1024, 4, 8000, 4, 300), (2048, 2, 32000, 16, 200), (4096, 2, 32000, 16, 300), (4096, 1, 500, 2, 4000))
-_REPEATS = 5
+_REPEATS = 3
 
 
-def measure_rates(report: Callable[[str], None]) -> Rates:
-    """The rates of this machine, in half precision on a GPU and in fp32 on a CPU; takes about a minute."""
-    cpu, samples = device().type == "cpu", []
+def measure_rates(report: Callable[[str], None]) -> dict[str, Rates]:
+    """The rates of this machine by its names: of a GPU in half precision, of a CPU also in fp32; takes minutes."""
+    cpu = device().type == "cpu"
+    return {machine_name(half=half): _measured(report, cpu, half) for half in ((False, True) if cpu else (True,))}
+
+
+def _measured(report: Callable[[str], None], cpu: bool, half: bool) -> Rates:
+    """Rates from steps with and without checkpointing."""
+    samples = []
     for hidden, layers, vocabulary, pairs, tokens in _ON_A_CPU if cpu else _ON_A_GPU:
         config = LlamaConfig(
             vocab_size=vocabulary,
@@ -188,16 +194,20 @@ def measure_rates(report: Callable[[str], None]) -> Rates:
             num_attention_heads=hidden // (32 if cpu else 128),
             num_key_value_heads=hidden // (64 if cpu else 512),
         )
-        model: Any = LlamaForCausalLM(config).to(device(), torch.float32 if cpu else torch.bfloat16)
+        model: Any = LlamaForCausalLM(config).to(device(), torch.float32 if cpu else torch.bfloat16).train()
         ids = [3] * tokens
         batch = PackedBatch.build([TokenizedComparison(ids, [ids, ids])] * pairs).to(device())
-        choose_path(model, batch)
-        samples.append(_measure(model, batch, cpu))
-        report(f"{batch.tokens} tokens, hidden size {hidden}, {layers} layers: {samples[-1][1]:.3g} s")
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu and half):
+            choose_path(model, batch)
+            samples.append(_timed(model, batch, cpu))
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            samples.append(_timed(model, batch, cpu))
+        shown = " and ".join(f"{seconds:.3g} s" for _, seconds in samples[-2:])
+        report(f"{batch.tokens} tokens, hidden size {hidden}, {layers} layers: {shown} with checkpointing")
     return fit_rates(samples)
 
 
-def _measure(model: Any, batch: PackedBatch, cpu: bool) -> tuple[Cost, float]:
+def _timed(model: Any, batch: PackedBatch, cpu: bool) -> tuple[Cost, float]:
     """The cost of forward and backward, and their median seconds."""
 
     def step() -> None:

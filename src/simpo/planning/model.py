@@ -1,11 +1,10 @@
-"""What determines the memory and the cost of a step, and the model of it: built from the configuration, with the shapes
-of a recipe's model and no numbers.
-"""
+"""What determines a step's memory and cost; and a model with the shapes of the recipe's and no numbers."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -101,7 +100,9 @@ class Blueprint:
         if self.reward:
             config.num_labels = 1
         with torch.device("meta"), no_init_weights():
-            return kind.from_config(config, dtype=self.dtype, trust_remote_code=self.arguments.trust_remote_code)
+            model = kind.from_config(config, dtype=self.dtype, trust_remote_code=self.arguments.trust_remote_code)
+        model.tie_weights()
+        return model
 
     def _adapted(self, model: Any) -> Any:
         adapter = find_adapter(self.arguments.model_name_or_path, self.arguments.model_revision)
@@ -115,15 +116,12 @@ class Blueprint:
         inner = prepare_policy(model)
         state = state_of(inner)
         state.fused_head = is_reward_model(inner) or find_head(inner) is not None
-        state.path = "padded" if self.path == "padded" else "packed"
+        state.path = "padded" if self.path == "padded" else "cached"
         kinds = getattr(causal_lm(inner).config.get_text_config(), "layer_types", None) or ()
-        try:
-            if state.path == "packed":
+        if self.path in ("auto", "packed") and set(kinds) <= ATTENTION_TYPES:
+            with suppress(UnsupportedAttentionError):
                 install(inner)
-            if self.path == "cached" or not set(kinds) <= ATTENTION_TYPES:
-                state.path = "cached"
-        except UnsupportedAttentionError:
-            state.path = "cached"
+                state.path = "packed"
 
 
 def _layers(model: Any) -> nn.ModuleList:

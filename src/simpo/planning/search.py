@@ -122,9 +122,9 @@ class Planner:
         given = (settings.gpu, settings.gpu_memory_gb, settings.gpu_tflops, settings.gpu_terabytes)
         here = all(value is None for value in given)
         self.card = card_at_hand() if here else find_card(*given)
-        self.rates = (stored_rates().get(machine_name()) if here else None) or (
-            None if self.card is None else self.card.rates
-        )
+        autocast = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+        stored = stored_rates().get(machine_name(half=autocast is not None)) if here else None
+        self.rates = stored or (None if self.card is None else self.card.rates)
         rows, total = (rows, len(rows)) if rows is not None else _rows_of(parts, settings)
         self._rows_per_step = config.per_device_train_batch_size * self.gpus
         wanted = self._rows_per_step * _STEPS if not total else min(total, self._rows_per_step * _STEPS)
@@ -144,7 +144,7 @@ class Planner:
             path=config.forward_path,
             optimizer=getattr(config.optim, "value", config.optim),
             cuda=self.card is not None,
-            autocast=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
+            autocast=autocast,
             reference=row is not None and row.needs_reference and not config.precompute_ref_log_probs,
             divergence=bool(getattr(config, "kl_weight", 0.0)),
             pair_weights=getattr(config, "wpo_weights", False),
