@@ -72,7 +72,7 @@ def test_the_type_of_the_weights_is_kept_and_rounded_to_once(base, tmp_path):
     adapter, merged = write_adapter(half, tmp_path / "adapter"), tmp_path / "merged"
     assert cli.main(["merge", str(adapter), f"--output_dir={merged}"]) == 0
     found = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
-    whole = load_model(str(adapter), ModelArguments(str(adapter))).merge_and_unload()
+    whole = load_model(ModelArguments(str(adapter))).merge_and_unload()
     for (name, parameter), exact in zip(found.named_parameters(), whole.parameters(), strict=True):
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter, exact.to(torch.bfloat16)), name
@@ -82,7 +82,7 @@ def test_the_type_of_the_saved_weights_can_be_chosen(base, tmp_path):
     adapter, merged = write_adapter(base, tmp_path / "adapter"), tmp_path / "merged"
     assert cli.main(["merge", str(adapter), f"--output_dir={merged}", "--save_dtype=bfloat16"]) == 0
     found = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
-    whole = load_model(str(adapter), ModelArguments(str(adapter))).merge_and_unload()
+    whole = load_model(ModelArguments(str(adapter))).merge_and_unload()
     for (name, parameter), exact in zip(found.named_parameters(), whole.parameters(), strict=True):
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter, exact.to(torch.bfloat16)), name

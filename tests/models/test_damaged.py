@@ -36,7 +36,7 @@ def test_pickled_weights_need_permission(model):
     for load in (load_model, lambda name: check_model_files(ModelArguments(name))):
         with pytest.raises(SimpoError, match=r"pytorch_model\.bin.*safetensors.*--allow_pickle"):
             load(str(model))
-    allowed = load_model(str(model), ModelArguments(str(model), allow_pickle=True)).state_dict()
+    allowed = load_model(ModelArguments(str(model), allow_pickle=True)).state_dict()
     assert all(torch.equal(allowed[name], weights[name]) for name in weights)
 
 
@@ -49,7 +49,7 @@ def test_code_in_a_pickle_never_runs(model, tmp_path, allowed):
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(SimpoError, match="model_name_or_path"):
-        load_model(str(model), ModelArguments(str(model), allow_pickle=allowed))
+        load_model(ModelArguments(str(model), allow_pickle=allowed))
     assert not (tmp_path / "ran").exists()
 
 

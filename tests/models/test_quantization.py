@@ -43,9 +43,7 @@ def quantized(world, **changes) -> PeftModel:
     """The 4-bit model under an adapter that is not at its start."""
     name = str(world / "model")
     torch.manual_seed(0)
-    model = load_model(
-        name, ModelArguments(name, use_peft=True, load_in_4bit=True, lora_r=4, lora_dropout=0, **changes)
-    )
+    model = load_model(ModelArguments(name, use_peft=True, load_in_4bit=True, lora_r=4, lora_dropout=0, **changes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -116,7 +116,7 @@ def test_states_of_optimizers_and_their_step(name, foreach, dtype, folder) -> No
     """What a real optimizer keeps and allocates; for all weights at once, as on a GPU, where it can."""
     arguments = ModelArguments(str(folder), dtype=dtype)
     kept = measure_kept(Blueprint.read(arguments, optimizer=name, cuda=foreach))
-    model = load_model(str(folder), arguments)
+    model = load_model(arguments)
     arguments = hf.TrainingArguments(str(folder / "out"), optim=name, report_to=[])
     kind, options = hf.Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     if name not in ("adamw_torch_fused", "adafactor"):

@@ -153,7 +153,7 @@ def test_real_pairs_and_plain_peft(objective, real_pairs, naive_logprobs, config
     """Two steps of every objective; what was saved gives in plain peft what the trained model gives."""
     name = str(SHARED / "models/tiny-english")
     torch.manual_seed(0)
-    model = load_model(name, ModelArguments(name, use_peft=True, lora_r=4))
+    model = load_model(ModelArguments(name, use_peft=True, lora_r=4))
     args = config(
         objective=objective, per_device_train_batch_size=2, learning_rate=1e-3, reference_cache=str(tmp_path / "cache")
     )

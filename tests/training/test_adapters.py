@@ -51,7 +51,7 @@ def arguments(base, **changes) -> ModelArguments:
 def adapted(base, **changes) -> PeftModel:
     """A model under an adapter that is not at its start: all of what it trains is random. Without dropout."""
     torch.manual_seed(1)
-    model = load_model(str(base), arguments(base, **changes))
+    model = load_model(arguments(base, **changes))
     disable_dropout(model)
     with torch.no_grad():
         for parameter in trained(model).values():
@@ -74,7 +74,7 @@ def save(model, folder) -> Path:
 def test_a_new_adapter_changes_nothing_and_is_trained_alone(bases, comparisons):
     base = bases("llama")
     torch.manual_seed(0)
-    model = load_model(str(base), arguments(base, dtype="bfloat16", lora_r=None))
+    model = load_model(arguments(base, dtype="bfloat16", lora_r=None))
     assert isinstance(model, PeftModel)
     layers = {name.split(".lora_")[0] for name in trained(model)}
     assert all(".lora_" in name for name in trained(model))
@@ -85,7 +85,7 @@ def test_a_new_adapter_changes_nothing_and_is_trained_alone(bases, comparisons):
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (16, 32, 0.05, False)
     with torch.no_grad():
         found = score_responses(model, comparisons).logp
-        expected = score_responses(load_model(str(base), ModelArguments(str(base), dtype="bfloat16")), comparisons)
+        expected = score_responses(load_model(ModelArguments(str(base), dtype="bfloat16")), comparisons)
     assert torch.equal(found, expected.logp)
 
 
@@ -95,7 +95,7 @@ def test_the_keys_and_their_defaults_are_those_of_trl(bases):
     ours = {field.name: field.default for field in dataclasses.fields(ModelArguments)}
     names = [name for name in ours if "lora" in name or "bit" in name or name in ("use_peft", "use_bnb_nested_quant")]
     assert set(names) <= theirs.keys()
-    config = load_model(str(bases("llama")), ModelArguments(str(bases("llama")), use_peft=True)).peft_config["default"]
+    config = load_model(ModelArguments(str(bases("llama")), use_peft=True)).peft_config["default"]
     quantization = ModelArguments("", load_in_4bit=True).quantization
     for name in names:
         if ours[name] is not None:
@@ -145,7 +145,7 @@ def test_an_adapter_that_cannot_be_merged_says_so_at_once(bases, caplog, recwarn
     base = bases("llama", tie_word_embeddings=True)
     for given, said in (({"lora_modules_to_save": ["lm_head"]}, 1), ({"lora_target_modules": ["q_proj"]}, 0)):
         caplog.clear()
-        load_model(str(base), arguments(base, **given))
+        load_model(arguments(base, **given))
         assert caplog.text.count("which are one matrix in this model: it can be used, but not merged") == said
     assert not [warning for warning in recwarn if "tie" in str(warning.message)]
 
@@ -173,10 +173,10 @@ def test_the_reference_is_where_training_started(start, bases, comparisons):
     """The base model for a new adapter; for a continued one the adapter as it was, never the base model."""
     base = bases("llama")
     batch = PackedBatch.build(comparisons)
-    model = adapted(base) if start == "continued" else load_model(str(base), arguments(base, lora_dropout=0))
+    model = adapted(base) if start == "continued" else load_model(arguments(base, lora_dropout=0))
     with torch.no_grad():
         expected = policy_forward(model, batch).logp
-        bare = score_responses(load_model(str(base), ModelArguments(str(base), dtype="float64")), comparisons).logp
+        bare = score_responses(load_model(ModelArguments(str(base), dtype="float64")), comparisons).logp
     assert torch.equal(expected, bare) == (start == "new")
     names = list(model.state_dict())
     weights = trained_weights(model)
@@ -242,7 +242,7 @@ def test_an_adapter_is_continued_with_its_own_settings(bases, comparisons, tmp_p
     model = adapted(bases("llama"), lora_target_modules=["q_proj", "v_proj"], lora_alpha=7)
     folder = save(model, tmp_path / "adapter")
     for given in ({"use_peft": False, "lora_r": None}, {}, {"lora_target_modules": ["v_proj", "q_proj"]}):
-        again = load_model(str(folder), arguments(folder, **given)).eval()
+        again = load_model(arguments(folder, **given)).eval()
         assert trained(again).keys() == trained(model).keys()
         with torch.no_grad():
             found, expected = (score_responses(m, comparisons).logp for m in (again, model))
@@ -252,12 +252,12 @@ def test_an_adapter_is_continued_with_its_own_settings(bases, comparisons, tmp_p
         ({"lora_target_modules": ["all-linear"]}, "lora_target_modules: .*adapter with q_proj, v_proj,"),
     ]:
         with pytest.raises(SimpoError, match=message):
-            load_model(str(folder), arguments(folder, **given))
+            load_model(arguments(folder, **given))
 
 
 def test_a_tokenizer_that_an_adapter_lacks_is_its_base_models(chat_world, tmp_path, caplog):
     base = chat_world / "model"
-    folder = save(load_model(str(base), ModelArguments(str(base), use_peft=True)), tmp_path / "adapter")
+    folder = save(load_model(ModelArguments(str(base), use_peft=True)), tmp_path / "adapter")
     assert load_tokenizer(str(folder)).get_vocab() == load_tokenizer(str(base)).get_vocab()
     assert "has no tokenizer; its base model's is used" in caplog.text
 
@@ -326,7 +326,7 @@ def test_an_adapter_that_cannot_be_used_is_one_line(spoil, message, bases, tmp_p
     folder = save(adapted(bases("llama"), lora_target_modules=["q_proj"]), tmp_path / "adapter")
     spoil(folder, bases)
     with pytest.raises(SimpoError, match=message) as error:
-        load_model(str(folder), ModelArguments(str(folder)))
+        load_model(ModelArguments(str(folder)))
     assert "\n" not in str(error.value)
 
 
@@ -354,12 +354,12 @@ def test_an_adapter_that_cannot_be_used_is_one_line(spoil, message, bases, tmp_p
 )
 def test_settings_that_cannot_be_are_one_line(given, message, bases):
     with pytest.raises(SimpoError, match=message):
-        load_model(str(bases("llama")), arguments(bases("llama"), **given))
+        load_model(arguments(bases("llama"), **given))
 
 
 def test_experts_take_no_dropout(bases):
     with pytest.raises(SimpoError, match=r"lora_dropout != 0\.\); set lora_dropout: 0"):
-        load_model(str(bases("mixtral")), arguments(bases("mixtral")))
+        load_model(arguments(bases("mixtral")))
 
 
 def test_a_router_of_its_own_kind_has_no_adapter(tmp_path, caplog):
@@ -367,26 +367,26 @@ def test_a_router_of_its_own_kind_has_no_adapter(tmp_path, caplog):
     sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_local_experts": 2}
     AutoModelForCausalLM.from_config(Llama4TextConfig(**sizes)).save_pretrained(tmp_path)
-    adapted = load_model(str(tmp_path), ModelArguments(str(tmp_path), use_peft=True))
+    adapted = load_model(ModelArguments(str(tmp_path), use_peft=True))
     names = {name.rpartition(".")[2] for name in adapted.base_model.targeted_module_names}
     assert {"q_proj", "o_proj", "gate_proj"} <= names and "router" not in names
     assert any("router" in record.message for record in caplog.records)
     adapted(input_ids=torch.tensor([[3, 4, 5]]))
     asked = ModelArguments(str(tmp_path), use_peft=True, lora_target_modules=["q_proj", "router"])
     with pytest.raises(SimpoError, match="lora_target_modules: no suitable layer's name ends with 'router'"):
-        load_model(str(tmp_path), asked)
+        load_model(asked)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_four_bits_need_a_library(bases, tmp_path):
     """The base model of an adapter is checked, too."""
     folder = save(adapted(bases("llama")), tmp_path / "adapter")
-    for name, given in (
-        (bases("llama"), arguments(bases("llama"), load_in_4bit=True)),
-        (folder, ModelArguments(str(folder), load_in_4bit=True)),
+    for given in (
+        arguments(bases("llama"), load_in_4bit=True),
+        ModelArguments(str(folder), load_in_4bit=True),
     ):
         with pytest.raises(SimpoError, match=r"^load_in_4bit: bitsandbytes is not installed"):
-            load_model(str(name), given)
+            load_model(given)
 
 
 # ---- adapters of other tools ----
@@ -412,7 +412,7 @@ def test_an_adapter_with_a_name_of_its_own(bases, make_trainer, pairs, tmp_path)
     assert len(expected) == 4  # A and B of two layers
     assert all(torch.equal(found[name], parameter) for name, parameter in expected.items())
     resumed.save_model(str(tmp_path / "final"))
-    again = load_model(str(tmp_path / "final"), ModelArguments(str(tmp_path / "final"), dtype="float64"))
+    again = load_model(ModelArguments(str(tmp_path / "final"), dtype="float64"))
     for name, parameter in trained(again).items():
         assert torch.equal(parameter, expected[name.replace(".default.", ".sft.")].to(parameter.dtype))
 
@@ -451,7 +451,7 @@ def test_an_adapter_with_new_tokens(tied, whole, bases, tmp_path):
     ids = torch.tensor([[3, 60, 61, 64, 7]])
     for name in ("first", "second"):
         folder = tmp_path / name
-        again = load_model(str(folder), ModelArguments(str(folder), dtype="float64")).eval()
+        again = load_model(ModelArguments(str(folder), dtype="float64")).eval()
         torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
         if name == "first":
             save(again, tmp_path / "second")

@@ -107,7 +107,7 @@ def write(chat_world, tmp_path_factory):
 def test_text_reaches_all_but_the_vision_parts(kind, write, random_comparisons, naive_logprobs, caplog):
     """By the gradients of the model's own forward."""
     folder = write(kind)
-    model = load_model(str(folder), ModelArguments(str(folder), dtype="float64"))
+    model = load_model(ModelArguments(str(folder), dtype="float64"))
     assert type(model) is KINDS[kind][0]
     assert list(parts_unused_by_text(model)) == KINDS[kind][1]
     comparisons = random_comparisons((11, (7, 5)), (3, (4, 2)))

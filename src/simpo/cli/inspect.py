@@ -61,7 +61,7 @@ def inspect(argv: list[str]) -> None:
     """
     (asked,) = parse_settings(argv, (InspectSettings,), command="inspect", about=inspect.__doc__)
     model, settings = asked.model, asked.tokenization
-    tokenizer = load_tokenizer(model.model_name_or_path, model, chat_template=asked.chat_template)
+    tokenizer = load_tokenizer(model, chat_template=asked.chat_template)
     limits = _limits(model)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     datasets: list[Dataset] = []

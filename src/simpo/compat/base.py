@@ -226,7 +226,7 @@ class PortedTrainer:
             name = policy.config.name_or_path
             if not name:
                 raise SimpoError("processing_class: the model has no name to find its tokenizer by; pass the tokenizer")
-            tokenizer = load_tokenizer(name, config.model_arguments(name))
+            tokenizer = load_tokenizer(config.model_arguments(name))
         super().__init__(  # type: ignore[call-arg]
             *(policy, config, given["train_dataset"], given["eval_dataset"], tokenizer, given["callbacks"]),
             given["optimizers"] or (None, None),
@@ -240,7 +240,7 @@ class PortedTrainer:
         if model is None:
             raise SimpoError("model: pass a model, or the name or folder of one")
         if isinstance(model, str):
-            model = self.load(model, config.model_arguments(model))  # type: ignore[attr-defined]
+            model = self.load(config.model_arguments(model))  # type: ignore[attr-defined]
         elif config.model_init_kwargs:
             raise SimpoError("model_init_kwargs: the model is loaded already; pass its name, or leave them out")
         if model.config.is_encoder_decoder:

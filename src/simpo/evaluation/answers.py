@@ -194,7 +194,7 @@ class Answerer:
 
     def identity(self) -> dict[str, Any]:
         """Everything that determines the answers: weights, template, settings."""
-        tokenizer = load_tokenizer(self.model.model_name_or_path, self.model, chat_template=self.chat_template)
+        tokenizer = load_tokenizer(self.model, chat_template=self.chat_template)
         return {
             "model": model_digest(self.model),
             "dtype": with_dtype(self.model).dtype,

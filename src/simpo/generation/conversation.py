@@ -45,7 +45,7 @@ def load_conversation(
 ) -> Conversation:
     """Start a conversation with a model on disk or on the hub."""
     name = model.model_name_or_path
-    tokenizer = load_tokenizer(name, model, chat_template=chat_template)
+    tokenizer = load_tokenizer(model, chat_template=chat_template)
     if not tokenizer.chat_template:
         raise SimpoError(f"{name}: the tokenizer has no chat template; give one with chat_template (a text or a file)")
     checkpoint = Checkpoint.read(model)

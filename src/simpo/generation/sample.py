@@ -105,7 +105,7 @@ class Job:
         A ``max_model_len`` among vLLM's ``engine_args`` limits the model's context. With ``images``, prompts may have
         some if the engine is transformers; otherwise such prompts are bad rows.
         """
-        tokenizer = load_tokenizer(model.model_name_or_path, model, chat_template=source.chat_template)
+        tokenizer = load_tokenizer(model, chat_template=source.chat_template)
         checkpoint = Checkpoint.read(model)
         if engine == "vllm":
             check_model_files(checkpoint.arguments)
@@ -122,7 +122,7 @@ class Job:
             log(f"the model's context of {context:,} tokens leaves {room:,} to a prompt (max_prompt_length)")
         rows, processing = source.rows(), tokenizer
         if images and engine == "transformers" and has_images(rows):
-            processing = load_processor(model.model_name_or_path, model, chat_template=source.chat_template)
+            processing = load_processor(model, chat_template=source.chat_template)
         prompts = prepare_prompts(
             rows, processing, max_prompt_length=room, rendering=source.rendering, image_folder=source.image_folder
         )

@@ -430,7 +430,7 @@ class ModelScorer(Scorer):
         """
         self._kind = kind
         self._arguments = with_dtype(model)
-        self._tokens = AnswerTokens(load_tokenizer(model.model_name_or_path, model))
+        self._tokens = AnswerTokens(load_tokenizer(model))
         self._log = log
         self._model: Any = None
 
@@ -445,7 +445,7 @@ class ModelScorer(Scorer):
             return
         name = self._arguments.model_name_or_path
         if self._kind == "logp":
-            model: Any = load_model(name, self._arguments)
+            model: Any = load_model(self._arguments)
         else:
             try:
                 model = load_reward_model(self._arguments, gated=True)

@@ -117,5 +117,5 @@ class Checkpoint:
 
     def load(self) -> PreTrainedModel:
         """The model, on the accelerator if there is one."""
-        model: Any = load_model(self.arguments.model_name_or_path, self.arguments)
+        model: Any = load_model(self.arguments)
         return model.to(device())

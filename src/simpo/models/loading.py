@@ -56,14 +56,15 @@ _FAULTS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatch
 _FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
-def load_model(name: str, arguments: ModelArguments | None = None) -> PreTrainedModel | PeftModel:
-    """A causal language model, under an adapter if ``name`` is one or ``use_peft`` asks for a new one.
+def load_model(model: str | ModelArguments) -> PreTrainedModel | PeftModel:
+    """A causal language model, under an adapter if ``model`` names one or ``use_peft`` asks for a new one.
 
     Weights are fp32 unless ``dtype`` is given: at the learning rates of preference optimization most of Adam's
     updates round to nothing in bf16 weights. ``bf16: true`` computes in bf16 from fp32 weights. An adapter's weights
     are always fp32, and a new one's are drawn from torch's generator.
     """
-    arguments = _with_name(name, arguments)
+    arguments = ModelArguments.of(model)
+    name = arguments.model_name_or_path
     check_folder(name)
     adapter = find_adapter(name, arguments.model_revision)
     if adapter is not None:
@@ -80,12 +81,8 @@ def load_model(name: str, arguments: ModelArguments | None = None) -> PreTrained
         return continue_adapter(base, adapter, name, revision=arguments.model_revision, given=arguments.lora)
     if not arguments.use_peft and (useless := [*arguments.lora, *arguments.quantization]):
         raise SimpoError(f"{useless[0]}: only an adapter takes it; set use_peft: true, or leave it out")
-    model = _load_causal(arguments)
-    return add_adapter(model, arguments.lora, arguments.model_revision) if arguments.use_peft else model
-
-
-def _with_name(name: str, arguments: ModelArguments | None) -> ModelArguments:
-    return ModelArguments(name) if arguments is None else dataclasses.replace(arguments, model_name_or_path=name)
+    whole = _load_causal(arguments)
+    return add_adapter(whole, arguments.lora, arguments.model_revision) if arguments.use_peft else whole
 
 
 def check_model_files(arguments: ModelArguments) -> None:
@@ -269,14 +266,13 @@ def base_arguments(adapter: LoraConfig, arguments: ModelArguments) -> ModelArgum
     return dataclasses.replace(arguments, model_name_or_path=base, model_revision=revision)
 
 
-def load_tokenizer(
-    name: str, arguments: ModelArguments | None = None, *, chat_template: str | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str | ModelArguments, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with ``chat_template`` (a template, the path of a file with one, or ``"none"``).
 
     An adapter that was saved without one gets its base model's, which is reported.
     """
-    arguments = _with_name(name, arguments)
+    arguments = ModelArguments.of(model)
+    name = arguments.model_name_or_path
     tokenizer = _load_own_or_base(AutoTokenizer, arguments)
     with third_party(f"model_name_or_path: {name!r}: its tokenizer does not work"):  # settings of other types
         tokenizer.decode(tokenizer("a").input_ids)
@@ -292,15 +288,15 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_processor(
-    name: str, arguments: ModelArguments | None = None, *, chat_template: str | None = None
-) -> ProcessorMixin:
+def load_processor(model: str | ModelArguments, *, chat_template: str | None = None) -> ProcessorMixin:
     """The processor of a vision-language model, with the tokenizer that :func:`load_tokenizer` returns."""
-    arguments = _with_name(name, arguments)
-    tokenizer = load_tokenizer(name, arguments, chat_template=chat_template)
+    arguments = ModelArguments.of(model)
+    tokenizer = load_tokenizer(arguments, chat_template=chat_template)
     processor = _load_own_or_base(AutoProcessor, arguments)
     if not isinstance(processor, ProcessorMixin):
-        raise SimpoError(f"model_name_or_path: {name!r} has no processor, which rows with images need")
+        raise SimpoError(
+            f"model_name_or_path: {arguments.model_name_or_path!r} has no processor, which rows with images need"
+        )
     processor.tokenizer = tokenizer
     if chat_template is not None:
         processor.chat_template = tokenizer.chat_template

@@ -34,11 +34,11 @@ def write_merged(arguments: ModelArguments, folder: Path) -> None:
     arguments = dataclasses.replace(arguments, dtype=arguments.dtype or unrounded)
     adapter = find_adapter(name, arguments.model_revision)
     reward = adapter is not None and adapter.task_type == "SEQ_CLS"
-    model: Any = load_reward_model(arguments) if reward else load_model(name, arguments)
+    model: Any = load_reward_model(arguments) if reward else load_model(arguments)
     if not isinstance(model, PeftModel):
         raise SimpoError(f"{name} is not an adapter: it has no adapter_config.json, so there is nothing to merge")
     load: Any = load_processor if (Path(name) / PROCESSOR_NAME).is_file() else load_tokenizer
-    processing = load(name, arguments)
+    processing = load(arguments)
     base = str(model.peft_config["default"].base_model_name_or_path)
     merged = merge(model)
     with staged_folder(folder) as staging:

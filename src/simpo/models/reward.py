@@ -32,13 +32,14 @@ _OUTPUT_LAYERS = {"lm_head", "embed_out", "unembed", "head"}  # in files; classe
 
 
 def load_reward_model(
-    arguments: ModelArguments, *, new_head: bool = False, gated: bool = False
+    model: str | ModelArguments, *, new_head: bool = False, gated: bool = False
 ) -> PreTrainedModel | PeftModel:
     """A reward model, under an adapter if the files are one or ``use_peft`` asks for a new one.
 
     ``new_head`` puts a random head on a language model, and reports it; otherwise it is refused. ``gated`` accepts a
     model of several labels whose own code may combine them to one score; see :func:`gated_scores`.
     """
+    arguments = ModelArguments.of(model)
     name, revision = arguments.model_name_or_path, arguments.model_revision
     if arguments.load_in_4bit:
         raise SimpoError("load_in_4bit: not supported for reward models; leave it out")
@@ -51,8 +52,8 @@ def load_reward_model(
             )
         base = _load(base_arguments(adapter, arguments), new_head=True)
         return continue_adapter(base, adapter, name, revision=revision, given=arguments.lora)
-    model = _load(arguments, new_head=new_head, gated=gated, log=True)
-    return add_adapter(model, arguments.lora, revision) if arguments.use_peft else model
+    whole = _load(arguments, new_head=new_head, gated=gated, log=True)
+    return add_adapter(whole, arguments.lora, revision) if arguments.use_peft else whole
 
 
 def _load(arguments: ModelArguments, *, new_head: bool, gated: bool = False, log: bool = False) -> PreTrainedModel:

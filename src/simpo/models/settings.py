@@ -63,6 +63,11 @@ class ModelArguments:
         None, "Store the scales of 4-bit numbers in 8 bits as well (default: false)."
     )
 
+    @classmethod
+    def of(cls, model: str | ModelArguments) -> ModelArguments:
+        """The defaults for a model's name or folder; arguments as they are."""
+        return cls(model) if isinstance(model, str) else model
+
     def __post_init__(self) -> None:
         if self.model_name_or_path.startswith("~"):
             self.model_name_or_path = os.path.expanduser(self.model_name_or_path)  # noqa: PTH111 - no error for ~nobody

@@ -392,6 +392,6 @@ def _read(parts: Sequence[Any], command: str) -> tuple[Dataset, int]:
     total = len(rows)
     if total > _SAMPLE:
         rows = rows.select(np.sort(np.random.default_rng(0).choice(total, _SAMPLE, replace=False)))
-    tokenizer = load_tokenizer(model.model_name_or_path, model, chat_template=data.chat_template)
+    tokenizer = load_tokenizer(model, chat_template=data.chat_template)
     prepared = KINDS[command].prepare(rows, tokenizer, config, "train")
     return prepared.dataset, round(total * len(prepared.dataset) / len(rows))

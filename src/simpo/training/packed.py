@@ -155,9 +155,9 @@ class PackedTrainer(ResumableTrainer):
     # ---- What a subclass defines.
 
     @classmethod
-    def load(cls, name: str, arguments: ModelArguments | None = None) -> PreTrainedModel | PeftModel:
+    def load(cls, model: str | ModelArguments) -> PreTrainedModel | PeftModel:
         """The model of a name or folder, of the kind that is trained."""
-        return load_model(name, arguments)
+        return load_model(model)
 
     @classmethod
     @abstractmethod

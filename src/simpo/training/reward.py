@@ -60,9 +60,9 @@ class RewardTrainer(PackedTrainer):
             choose_padding(self.model, text_tokenizer(self.processing_class))
 
     @classmethod
-    def load(cls, name: str, arguments: ModelArguments | None = None) -> PreTrainedModel | PeftModel:
+    def load(cls, model: str | ModelArguments) -> PreTrainedModel | PeftModel:
         """A reward model, or a language model with a random head in place of its output layer."""
-        return load_reward_model(ModelArguments(name) if arguments is None else arguments, new_head=True)
+        return load_reward_model(model, new_head=True)
 
     @classmethod
     def describe(cls, args: Any) -> Description:

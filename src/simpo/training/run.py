@@ -155,7 +155,7 @@ def _prepare(
     identity |= {key: str(value) for key, value in job.callback_settings.items()}
     _check_ranks_agree(identity, config)
     set_seed(config.seed)  # a new adapter's first weights are random
-    model = kind.load(job.model.model_name_or_path, job.model)
+    model = kind.load(job.model)
     more: dict[str, Any] = {"loading": job.model} if kind.takes_loading else {}
     with third_party(IMPOSSIBLE):
         trainer = kind(
@@ -204,14 +204,12 @@ def prepare_data(kind: type[PackedTrainer], job: TrainingJob) -> tuple[Any, dict
 
     Both hold the rows of ``train`` and, if any are named, of ``eval``.
     """
-    name, template = job.model.model_name_or_path, job.data.chat_template
-    processing: Any = load_tokenizer(
-        name, job.model, chat_template=template
-    )  # a wrong name is found before data is read
+    template = job.data.chat_template
+    processing: Any = load_tokenizer(job.model, chat_template=template)  # a wrong name is found before data is read
     found = zip(("train", "eval"), load_datasets(job.data), strict=True)
     raw = {label: rows for label, rows in found if rows is not None}
     if kind.takes_images and any(map(has_images, raw.values())):
-        processing = load_processor(name, job.model, chat_template=template)
+        processing = load_processor(job.model, chat_template=template)
     return processing, raw, {label: kind.prepare(rows, processing, job.config, label) for label, rows in raw.items()}
 
 

@@ -171,7 +171,7 @@ def _load(
     try:
         dtype = str(_dtype(policy)).removeprefix("torch.")
         arguments = ModelArguments(name, dtype=dtype, use_peft=bool(adapter), **adapter, **allowed)
-        own_tokenizer = load_tokenizer(name, arguments)
+        own_tokenizer = load_tokenizer(arguments)
         model = load_reward_model(arguments)
     except SimpoError as error:
         raise SimpoError(f"value_model: {str(error).removeprefix('model_name_or_path: ')}") from error

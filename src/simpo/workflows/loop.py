@@ -180,7 +180,7 @@ def kl_from_start(answers: Path, start: ModelArguments, prompts: PromptArguments
     distance is measured from.
     """
     records = read_lines(answers)
-    tokenizer = load_tokenizer(start.model_name_or_path, start, chat_template=prompts.chat_template)
+    tokenizer = load_tokenizer(start, chat_template=prompts.chat_template)
     prepared = prepare_prompts(prompts.rows(), tokenizer, rendering=prompts.rendering)
     prompt_ids = {prompt.id: prompt.ids for prompt in prepared}
     comparisons = [TokenizedComparison(prompt_ids[record["id"]], record["response_ids"]) for record in records]
@@ -406,14 +406,13 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
     config = copy.deepcopy(recipe.config)
     config.report_to, config.load_best_model_at_end = [], False
     config.eval_strategy = type(config.eval_strategy)("no")
-    name = recipe.model.model_name_or_path
     with TemporaryDirectory() as folder, third_party(IMPOSSIBLE):
         config.output_dir = folder
         trainer = PreferenceTrainer(
-            PreferenceTrainer.load(name, recipe.model),
+            PreferenceTrainer.load(recipe.model),
             args=config,
             train_dataset=Dataset.from_list(pairs),
-            processing_class=load_tokenizer(name, recipe.model, chat_template=recipe.settings.chat_template),
+            processing_class=load_tokenizer(recipe.model, chat_template=recipe.settings.chat_template),
         )
         check_optimizer(trainer)
     del trainer
